@@ -1,0 +1,27 @@
+"""dash-export: dynamic layer skipping for language models, faster on a clock.
+
+The public API is imported lazily, so that a device that only runs engines never loads what exports or builds them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dash_export.builders import build
+    from dash_export.exporting import export
+    from dash_export.runtime import DashRuntime
+
+_LAZY = {"DashRuntime": "dash_export.runtime", "build": "dash_export.builders", "export": "dash_export.exporting"}
+
+__all__ = ["DashRuntime", "__version__", "build", "export"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")

@@ -1,0 +1,108 @@
+"""Files that are made once per key and survive a kill: written under a temporary name, renamed when whole, noted in a journal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+JOURNAL = ".journal.json"
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file's name inside its folder, its SHA-256 and its size in bytes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(8 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def content_key(*parts: object) -> str:
+    """A short, stable hash of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+class ArtifactStore:
+    """Artifacts (one or more files each) of one folder, keyed by what they were made from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.sweep()
+        self._lock = threading.Lock()
+        self._journal: dict[str, dict[str, Any]] = {}
+        try:
+            noted = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+            self._journal = {name: entry for name, entry in noted.items() if isinstance(entry, dict)}
+        except (OSError, ValueError, AttributeError):
+            pass  # no journal, or one cut short: everything is made anew
+
+    def sweep(self) -> None:
+        """Remove what an interrupted run left under temporary names."""
+        for path in self.folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def current(self, name: str, key: str) -> list[FileRecord] | None:
+        """The records of an artifact made earlier under the same key and unchanged on disk, or None."""
+        entry = self._journal.get(name)
+        if entry is None or entry.get("key") != key:
+            return None
+        try:
+            records = [FileRecord(**record) for record in entry["files"]]
+            if all(sha256_file(self.folder / record.name) == record.sha256 for record in records):
+                return records
+        except (KeyError, TypeError, OSError):
+            pass
+        return None
+
+    def make(self, name: str, key: str, write: Callable[[Path], list[Path]]) -> list[FileRecord]:
+        """`write(temporary folder)` returns the files it wrote there; they are hashed, renamed into place and noted."""
+        temporary = self.folder / f"{_TEMPORARY}{os.getpid()}-{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            paths = write(temporary)
+            records = [FileRecord(path.name, sha256_file(path), path.stat().st_size) for path in paths]
+            for path in paths:
+                path.replace(self.folder / path.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        with self._lock:
+            self._journal[name] = {"key": key, "files": [asdict(record) for record in records]}
+            write_atomic(self.folder / JOURNAL, json.dumps(self._journal))
+        return records
+
+    def keep_only(self, names: set[str]) -> None:
+        """Forget and delete artifacts that no longer belong."""
+        kept = {record["name"] for name in names if name in self._journal for record in self._journal[name]["files"]}
+        for name in set(self._journal) - names:
+            for record in self._journal.pop(name)["files"]:
+                if record["name"] not in kept:
+                    (self.folder / record["name"]).unlink(missing_ok=True)
+        write_atomic(self.folder / JOURNAL, json.dumps(self._journal))

@@ -1,0 +1,142 @@
+"""`build`: a bundle and a recipe -> engines, cost table and budget table under `engines/<target>/`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from dash_export.artifacts import ArtifactStore, FileRecord, write_atomic
+from dash_export.builders.measure import calibrate_dial, measure_cost, uniform_cost
+from dash_export.builders.plan import plan_segments
+from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, to_json
+from dash_export.errors import BundleError
+from dash_export.runtime.backends import load_backend
+from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
+from dash_export.targets import Recipe, load_recipe, with_weights
+
+Progress = Callable[[str, int, int], None]
+
+
+def build(
+    bundle: str | Path | Bundle,
+    target: str = "cpu",
+    *,
+    weights: str | None = None,
+    head: str | None = None,
+    embedding: str | None = None,
+    progress: Progress = lambda name, done, total: None,
+) -> Build:
+    """Build engines for `target` (a recipe's name or path), at other precisions where given. Reuses every engine whose inputs are unchanged.
+
+    Raises BundleError, RecipeError, BackendError.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    recipe = with_weights(load_recipe(target), weights, head, embedding)
+    began = time.perf_counter()
+    merge = recipe.dialect != "portable"
+    segments = plan_segments(bundle.manifest.model.num_layers, bundle.manifest.policy.gated, merge)
+    folder = bundle.path(f"engines/{recipe.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if merge:
+        engines, files = _make_engines(bundle, recipe, segments, folder, progress)
+    else:
+        engines, files = _portable_engines(bundle), ()
+    draft = Build(
+        schema=SCHEMA,
+        target=recipe.name,
+        bundle_key=bundle.manifest.key,
+        recipe=recipe.as_dict(),
+        backend=recipe.backend,
+        backend_version=version("onnxruntime"),
+        device=f"{cpu_name()}, {physical_cores()} cores",
+        segments=segments,
+        engines=engines,
+        files=files,
+        cost=uniform_cost(bundle.manifest),
+    )
+    known = _current(bundle, draft)
+    if known is not None:
+        return known
+    backend = load_backend(recipe.backend, recipe.runtime.threads)
+    progress("measuring the cost of each layer", 0, 0)
+    draft = replace(draft, cost=measure_cost(bundle, draft, backend))
+    if bundle.manifest.policy.has_network:
+        progress("calibrating the budget", 0, 0)
+        draft = replace(draft, dial=calibrate_dial(bundle, draft, backend))
+    finished = replace(draft, seconds=round(time.perf_counter() - began, 3))
+    write_atomic(folder / BUILD, to_json(finished))
+    return finished
+
+
+def _current(bundle: Bundle, draft: Build) -> Build | None:
+    """The build already there, when everything it was made from is unchanged: its cost table is frozen."""
+    try:
+        known = bundle.load_build(draft.target)
+    except BundleError:
+        return None
+    same = replace(known, cost=draft.cost, dial=(), seconds=0.0) == draft
+    return known if same else None
+
+
+def _portable_engines(bundle: Bundle) -> dict[str, EngineRecord]:
+    """The portable graphs are their own engines; one policy graph answers for every gated layer."""
+    manifest = bundle.manifest
+    sizes = {record.name: record.bytes for record in manifest.files}
+
+    def record(file: str) -> EngineRecord:
+        return EngineRecord(file, sizes[file] + sizes.get(file.removesuffix(".onnx") + ".data", 0), manifest.key)
+
+    engines = {name: record(file) for name, file in manifest.graphs.items() if name != "policy"}
+    if manifest.policy.has_network:
+        engines |= {f"policy_{layer:02d}": record(manifest.graphs["policy"]) for layer in manifest.policy.gated}
+    return engines
+
+
+def _make_engines(
+    bundle: Bundle, recipe: Recipe, segments: tuple[Segment, ...], folder: Path, progress: Progress
+) -> tuple[dict[str, EngineRecord], tuple[FileRecord, ...]]:
+    # Imported here: lowering needs onnx, which a device that only rebuilds a portable target may lack.
+    from dash_export.builders.onnxruntime import Artifact, artifacts
+
+    store = ArtifactStore(folder)
+    jobs = list(artifacts(bundle, recipe, segments, folder))
+    found = {job.name: store.current(job.name, job.key) for job in jobs}
+    if not all(found.values()):
+        # From here to the end this build says that it is unfinished.
+        (folder / BUILD).unlink(missing_ok=True)
+        bundle.verify(record for record in bundle.manifest.files if record.name.startswith("onnx/"))
+    done = itertools.count(1)
+
+    def make(group: list[Artifact]) -> None:
+        for job in group:
+            found[job.name] = found[job.name] or store.make(job.name, job.key, job.write)
+            progress(job.name, next(done), len(jobs))
+
+    groups: list[list[Artifact]] = []
+    for job in jobs:
+        groups.append([job]) if job.extends is None else next(group for group in groups if group[0].name == job.extends).append(job)
+    with ThreadPoolExecutor(_workers(bundle)) as pool:
+        for future in [pool.submit(make, group) for group in groups]:
+            future.result()
+    store.keep_only({job.name for job in jobs})
+    files = {name: records for name, records in found.items() if records}
+    prefix = f"engines/{folder.name}"
+    engines = {}
+    for job in jobs:
+        if job.name != "rope":
+            own = sum(record.bytes for record in files[job.name])
+            shared = sum(record.bytes for record in files[job.extends]) if job.extends else 0
+            engines[job.name] = EngineRecord(f"{prefix}/{job.name}.onnx", own + shared, job.key)
+    listed = [replace(record, name=f"{prefix}/{record.name}") for records in files.values() for record in records]
+    return engines, tuple(listed)
+
+
+def _workers(bundle: Bundle) -> int:
+    """As many as memory allows: lowering a segment takes about six times its largest matrix in fp32."""
+    largest = max(record.bytes for record in bundle.manifest.files)
+    return max(1, min(physical_cores(), available_memory() // (6 * largest)))

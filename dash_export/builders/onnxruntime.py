@@ -1,0 +1,125 @@
+"""Portable graphs + recipe -> ONNX Runtime engines: lowered .onnx files whose weights are mapped from disk.
+
+Every segment has a plain engine; before a gated layer also a `.policy` one that answers for that layer on the way (`fused` dispatch). Both map the same
+weights file.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dash_export.artifacts import content_key
+from dash_export.bundle import Bundle, Segment
+from dash_export.graphs.compose import absorb, load_graph, specialise_policy
+from dash_export.graphs.ort import lower, lower_policy
+from dash_export.graphs.portable import ROPE_FILE
+from dash_export.graphs.writer import GraphWriter, save_graph
+from dash_export.runtime.dispatch import POLICY_STATE
+from dash_export.targets import Recipe
+
+LOWERING_REVISION = 1
+"""Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One engine to make: `write(temporary folder)` returns its files, the .onnx first. `extends` names one whose weights it maps too."""
+
+    name: str
+    key: str
+    write: Callable[[Path], list[Path]]
+    extends: str | None = None
+
+
+def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path) -> Iterator[Artifact]:
+    """Everything this build consists of, in an order in which each can be made. `folder` is where finished engines lie."""
+    hashes = {record.name: record.sha256 for record in bundle.manifest.files}
+    gated = bundle.manifest.policy.gated
+    has_network = bundle.manifest.policy.has_network
+
+    def graph_key(*names: str) -> str:
+        # The data file beside a graph is part of it, and so are the files graphs share.
+        files = [bundle.manifest.graphs[name] for name in names]
+        data = [file.removesuffix(".onnx") + ".data" for file in files]
+        return content_key([hashes.get(name, "") for name in (*files, *data, "onnx/rope.data", "onnx/embed.data")])
+
+    weights = (recipe.weights.layers, recipe.weights.head, recipe.weights.embedding, recipe.weights.block_size, recipe.weights.symmetric)
+    base = (LOWERING_REVISION, version("onnxruntime"), weights)
+
+    def with_policy(plain: str, key: str, layer: int) -> Artifact:
+        policy_key = content_key("fused", key, graph_key("policy"), layer)
+        return Artifact(f"{plain}.policy", policy_key, lambda out: _fused(bundle, folder / f"{plain}.onnx", layer, out), plain)
+
+    yield Artifact("rope", content_key(hashes["onnx/rope.data"]), lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))])
+    for segment in segments:
+        names = _graph_names(segment)
+        fused = has_network and segment.last + 1 in gated
+        key = content_key(base, graph_key(*names), fused)
+        yield Artifact(segment.name, key, lambda out, s=segment, f=fused: _segment(bundle, recipe, s, f, out))  # type: ignore[misc]
+        if fused:
+            yield with_policy(segment.name, key, segment.last + 1)
+        if segment.gated:
+            skip = f"skip_{segment.first:02d}"
+            key = content_key(base, graph_key(skip))
+            yield Artifact(skip, key, lambda out, n=skip: _skip(bundle, recipe, n, out))  # type: ignore[misc]
+            if fused:
+                yield with_policy(skip, key, segment.last + 1)
+            if has_network:
+                layer = segment.first
+                key = content_key(base, graph_key("policy"), layer)
+                yield Artifact(f"policy_{layer:02d}", key, lambda out, n=layer: _policy(bundle, n, out))  # type: ignore[misc]
+
+
+def _graph_names(segment: Segment) -> list[str]:
+    names = [f"layer_{layer:02d}" for layer in segment.layers]
+    return ["embed"] * segment.embed + names + ["head"] * segment.head
+
+
+def _segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: bool, out: Path) -> list[Path]:
+    g = GraphWriter(segment.name, f"{', '.join(_graph_names(segment))} of {bundle.manifest.model.name}")
+    value: ir.Value | None = None
+    state: ir.Value | None = None
+    end = ""
+    for name in _graph_names(segment):
+        state = value
+        outputs = absorb(g, load_graph(bundle.graph(name)), {} if value is None else {"hidden": value})
+        end = "logits" if name == "head" else "hidden_out"
+        value = outputs.pop(end)
+        value.name = f"{name}/{end}"
+        g.graph.outputs.extend(outputs.values())
+    assert value is not None
+    value.name = end
+    g.graph.outputs.insert(0, value)
+    if keep_state and state is not None:
+        # Where the segment begins in the middle of what the policy reads: its last layer's input is an output too.
+        state.name = POLICY_STATE
+        g.graph.outputs.append(state)
+    return save_graph(lower(g.model(), recipe.weights), out / f"{segment.name}.onnx", (ROPE_FILE,))
+
+
+def _skip(bundle: Bundle, recipe: Recipe, name: str, out: Path) -> list[Path]:
+    return save_graph(lower(load_graph(bundle.graph(name)), recipe.weights), out / f"{name}.onnx", (ROPE_FILE,))
+
+
+def _policy(bundle: Bundle, layer: int, out: Path) -> list[Path]:
+    return save_graph(lower_policy(specialise_policy(load_graph(bundle.graph("policy")), layer)), out / f"policy_{layer:02d}.onnx")
+
+
+def _fused(bundle: Bundle, plain: Path, layer: int, out: Path) -> list[Path]:
+    """The plain engine with the policy for `layer` as one more output; its weights stay in the plain engine's file."""
+    g = GraphWriter(f"{plain.stem}.policy", f"{plain.stem} with the policy of layer {layer}")
+    outputs = absorb(g, load_graph(plain), {})
+    g.graph.opset_imports["com.microsoft"] = 1
+    state = outputs.pop(POLICY_STATE, None)
+    if state is None:
+        (state,) = (value for value in g.graph.inputs if value.name == "hidden")
+    g.graph.outputs.extend(outputs.values())
+    policy = lower_policy(specialise_policy(load_graph(bundle.graph("policy")), layer))
+    g.graph.outputs.extend(absorb(g, policy, {"hidden": state}).values())
+    return save_graph(g.model(), out / f"{plain.stem}.policy.onnx", (ROPE_FILE, f"{plain.stem}.data"))

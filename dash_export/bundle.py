@@ -1,0 +1,275 @@
+"""The artifact on disk: layout, manifest, build record, verification. What is loaded from it is never trusted blindly.
+
+    smollm2.dash/
+      manifest.json                 what the model is, its graphs, its policy, SHA-256 of every file
+      config.json tokenizer.json .. as a Hugging Face folder has them
+      onnx/*.onnx, *.data           the portable graphs
+      engines/<target>/build.json   what `build` made for a target: engines, segments, cost table, SHA-256 of every file
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path, PurePosixPath
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dash_export.artifacts import FileRecord, sha256_file
+from dash_export.decision import DialPoint
+from dash_export.errors import BundleError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+BUILD = "build.json"
+UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the runtime must know of the model."""
+
+    name: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    parameters: int
+    rms_norm_eps: float
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """The skip policy in the bundle: which layers it may skip, whether there is a network, what compensates a skip."""
+
+    gated: tuple[int, ...]
+    origin: str
+    has_network: bool
+    compensation: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`. `graphs` maps a graph's name to its .onnx file; `files` lists every file with its hash; `key` changes when
+    anything an engine is made from does."""
+
+    schema: int
+    model: ModelFacts
+    policy: PolicyFacts
+    graphs: dict[str, str]
+    files: tuple[FileRecord, ...]
+    key: str
+    source: str
+    tools: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Layers [first, last] compiled as one engine; `embed` and `head` say whether it begins or ends the model.
+
+    An empty range (first = last + 1) is the embedding or the head alone.
+    """
+
+    first: int
+    last: int
+    embed: bool
+    head: bool
+    gated: bool
+
+    @property
+    def layers(self) -> range:
+        return range(self.first, self.last + 1)
+
+    @property
+    def name(self) -> str:
+        if self.first > self.last:
+            return "embed" if self.embed else "head"
+        return f"layer_{self.first:02d}" if self.first == self.last else f"layers_{self.first:02d}-{self.last:02d}"
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One compiled engine: its .onnx file (relative to the bundle) and the size of everything it maps, in bytes."""
+
+    file: str
+    bytes: int
+    key: str
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Measured on the device that built: medians in microseconds at `context` cached tokens.
+
+    `cost[l]` is (run - skip) of gated layer l as a fraction of `dense_us`, the dense time of one token; layers of identical shape share one.
+    """
+
+    context: int
+    dense_us: float
+    segment_us: dict[str, float]
+    skip_us: dict[str, float]
+    cost: dict[int, float]
+    device: str
+
+
+@dataclass(frozen=True)
+class Build:
+    """`engines/<target>/build.json`."""
+
+    schema: int
+    target: str
+    bundle_key: str
+    recipe: dict[str, Any]
+    backend: str
+    backend_version: str
+    device: str
+    segments: tuple[Segment, ...]
+    engines: dict[str, EngineRecord]
+    files: tuple[FileRecord, ...]
+    cost: CostTable
+    dial: tuple[DialPoint, ...] = ()
+    seconds: float = 0.0
+
+
+_T = TypeVar("_T")
+
+
+def from_json(kind: type[_T], data: Any, where: str) -> _T:
+    """JSON -> frozen dataclass, checked field by field. Raises BundleError that names the field."""
+    return _convert(kind, data, where)  # type: ignore[no-any-return]
+
+
+def _convert(kind: Any, data: Any, where: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return data
+    if is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(data, dict):
+            raise BundleError(f"{where} must be an object. The bundle is damaged: export or build it again.")
+        hints = get_type_hints(kind)
+        required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
+        missing, unknown = required - set(data), set(data) - set(hints)
+        if missing or unknown:
+            raise BundleError(
+                f"{where}: {'missing ' + ', '.join(sorted(missing)) if missing else 'unknown ' + ', '.join(sorted(unknown))}. "
+                "The bundle is damaged: export or build it again."
+            )
+        return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+    if origin is tuple and isinstance(data, list):
+        return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(data))
+    if origin is dict and isinstance(data, dict):
+        key_kind, value_kind = args
+        try:
+            return {key_kind(key): _convert(value_kind, value, f"{where}.{key}") for key, value in data.items()}
+        except ValueError as error:
+            raise BundleError(f"{where} has a key that is not {key_kind.__name__}: {error}.") from error
+    if origin in (Union, UnionType):
+        return None if data is None and NoneType in args else _convert(args[0], data, where)
+    if kind is float and type(data) is int:
+        return float(data)
+    if isinstance(kind, type) and type(data) is kind:
+        return data
+    raise BundleError(f"{where} must be {getattr(kind, '__name__', kind)}, got {data!r:.80}. The bundle is damaged: export or build it again.")
+
+
+def to_json(record: Any) -> str:
+    return json.dumps(asdict(record), indent=1, sort_keys=False) + "\n"
+
+
+def safe_path(root: Path, relative: str) -> Path:
+    """A path inside the bundle. Raises BundleError for one that leaves it, by `..`, an absolute name or a link."""
+    pure = PurePosixPath(relative)
+    path = root / pure
+    inside = path.resolve().is_relative_to(root.resolve())
+    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative or not inside:
+        raise BundleError(f"{root.name}: the path {relative!r} leaves the bundle. Do not use this bundle; export the model again.")
+    return path
+
+
+class Bundle:
+    """A verified bundle. Opening checks the manifest; `verify` checks the files that are about to be used."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, root: str | Path) -> Bundle:
+        """Read and check `manifest.json`. Raises BundleError when it is missing, damaged, unsafe or from a newer program."""
+        root = Path(root)
+        data = _read_json(root, MANIFEST, _no_bundle(root))
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise BundleError(f"{root} was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}). Upgrade: pip install -U dash-export.")
+        manifest = from_json(Manifest, data, f"{root.name}/{MANIFEST}")
+        for name in [*manifest.graphs.values(), *(record.name for record in manifest.files)]:
+            safe_path(root, name)
+        facts = manifest.model
+        if min(facts.num_layers, facts.hidden_size, facts.vocab_size, facts.num_kv_heads, facts.head_dim, facts.max_positions) < 1:
+            raise BundleError(f"{root.name}/{MANIFEST}: the model's sizes must be positive. The bundle is damaged: export it again.")
+        if any(not 0 < layer < facts.num_layers for layer in manifest.policy.gated):
+            raise BundleError(f"{root.name}/{MANIFEST}: a gated layer does not exist. The bundle is damaged: export it again.")
+        return cls(root, manifest)
+
+    def path(self, relative: str) -> Path:
+        return safe_path(self.root, relative)
+
+    def graph(self, name: str) -> Path:
+        return self.path(self.manifest.graphs[name])
+
+    def targets(self) -> list[str]:
+        """The targets this bundle has finished builds for."""
+        return sorted(path.parent.name for path in self.root.glob(f"engines/*/{BUILD}"))
+
+    def load_build(self, target: str) -> Build:
+        """Read `build.json` of a target. Raises BundleError when there is none or it is of an earlier export."""
+        folder = f"engines/{target}"
+        self.path(folder)
+        if not self.path(f"{folder}/{BUILD}").is_file():
+            built = ", ".join(self.targets()) or "none yet"
+            state = "is unfinished" if self.path(folder).is_dir() else "does not exist"
+            raise BundleError(
+                f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: dash-export build {self.root} --target {target.split('-')[0]}"
+            )
+        data = _read_json(self.root, f"{folder}/{BUILD}", "")
+        build = from_json(Build, data, f"{self.root.name}/{folder}/{BUILD}")
+        for name in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
+            self.path(name)
+        if build.bundle_key != self.manifest.key:
+            raise BundleError(
+                f"{self.root}: the engines for {target!r} were built from an earlier export. Run: dash-export build {self.root} --target {target.split('-')[0]}"
+            )
+        return build
+
+    def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> None:
+        """Check that files exist with the recorded size and SHA-256. Raises BundleError naming the first that does not."""
+        for record in records:
+            path = self.path(record.name)
+            if not path.is_file():
+                raise BundleError(f"{self.root}: {record.name} is missing. The bundle is damaged: export and build it again.")
+            if path.stat().st_size != record.bytes or (hashes and sha256_file(path) != record.sha256):
+                raise BundleError(
+                    f"{self.root}: {record.name} is not the file that was written (hash mismatch). "
+                    "It was changed or damaged after the bundle was made: export and build it again."
+                )
+
+
+def _no_bundle(root: Path) -> str:
+    if not root.exists():
+        return f"There is no bundle at {root}. Make one: dash-export export MODEL -o {root}"
+    return f"{root} is not a finished bundle: it has no {MANIFEST}. Run the export again to complete it: dash-export export MODEL -o {root}"
+
+
+def _read_json(root: Path, name: str, missing: str) -> Any:
+    path = safe_path(root, name)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(missing) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read ({error}). The bundle is damaged: export or build it again.") from error

@@ -1,0 +1,35 @@
+"""Errors a user can act on. The command line prints their message without a traceback and exits with code 1."""
+
+from __future__ import annotations
+
+
+class DashError(Exception):
+    """Base of every error this package raises on purpose. The message says what was wrong, what was expected and how to fix it."""
+
+
+class CheckpointError(DashError):
+    """The model (Hugging Face folder, hub id or GGUF file) cannot be read or is not supported."""
+
+
+class BundleError(DashError):
+    """The bundle on disk is missing, unfinished, changed, newer than this program or unsafe to open."""
+
+
+class RecipeError(DashError):
+    """A target's recipe is unknown or says something it may not say."""
+
+
+class BackendError(DashError):
+    """The backend a target needs is not installed or refuses an engine."""
+
+
+class PolicyError(DashError):
+    """A skip policy, trade-off, budget or action list does not fit this bundle."""
+
+
+class ContextLengthError(DashError):
+    """The prompt and the tokens asked for do not fit the model's context."""
+
+
+class RequestError(DashError):
+    """A prompt, message list or sampling setting cannot be used."""

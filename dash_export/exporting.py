@@ -1,0 +1,185 @@
+"""Checkpoint + skip policy -> bundle. Reads weights layer by layer, writes each graph once, resumes after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dash_export import __version__
+from dash_export.artifacts import JOURNAL, ArtifactStore, FileRecord, content_key, sha256_file, write_atomic
+from dash_export.bundle import MANIFEST, SCHEMA, Bundle, Manifest, ModelFacts, PolicyFacts, to_json
+from dash_export.errors import BundleError
+from dash_export.graphs import portable
+from dash_export.graphs.policy import policy_graph
+from dash_export.graphs.writer import save_graph, save_tables
+from dash_export.models import Checkpoint, open_checkpoint
+from dash_export.skip_policy import SkipPolicy, no_policy
+
+GRAPH_REVISION = 1
+"""Raised whenever the portable graphs change, so that old files are not taken for new ones."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def export(
+    model: str | Path | Checkpoint,
+    output: str | Path,
+    policy: SkipPolicy | None = None,
+    progress: Progress = lambda name, done, total: None,
+) -> Bundle:
+    """Write the bundle of `model` (folder, hub id, GGUF file or opened checkpoint) to `output`.
+
+    Until it is whole everything lies in `<output>.unfinished`; a killed export resumes there, a finished one with the same inputs is left alone.
+    `progress(name, done, total)` is called after each graph. Raises CheckpointError for the model and BundleError for the output.
+    """
+    output = Path(output)
+    _check_output(output)
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
+    facts = _policy_facts(policy)
+    key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
+    if output.exists():
+        known = Bundle.open(output)
+        if known.manifest.key == key:
+            known.verify(known.manifest.files)
+            return known
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    with _clean_on_error(unfinished):
+        (unfinished / "onnx").mkdir(parents=True, exist_ok=True)
+        manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
+        write_atomic(unfinished / MANIFEST, to_json(manifest))
+        (unfinished / "onnx" / JOURNAL).unlink()
+    _swap(unfinished, output)
+    return Bundle.open(output)
+
+
+def _write(
+    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts, key: str, root: Path, progress: Progress
+) -> Manifest:
+    spec = checkpoint.spec
+    store = ArtifactStore(root / "onnx")
+    graphs: dict[str, str] = {}
+    files: list[FileRecord] = []
+    jobs = list(_jobs(checkpoint, policy, facts))
+    for done, (name, parts, make) in enumerate(jobs, 1):
+        artifact_key = content_key(GRAPH_REVISION, checkpoint.fingerprint, parts)
+        records = store.current(name, artifact_key) or store.make(name, artifact_key, make)
+        files += [FileRecord(f"onnx/{record.name}", record.sha256, record.bytes) for record in records]
+        if records[0].name.endswith(".onnx"):
+            graphs[name] = f"onnx/{records[0].name}"
+        progress(name, done, len(jobs))
+    for name, text in checkpoint.assets.items():
+        write_atomic(root / name, text)
+        files.append(FileRecord(name, sha256_file(root / name), (root / name).stat().st_size))
+    model = ModelFacts(
+        name=Path(checkpoint.source).stem if Path(checkpoint.source).suffix == ".gguf" else Path(checkpoint.source).name,
+        model_type=spec.model_type,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_positions=spec.max_positions,
+        parameters=_parameters(checkpoint),
+        rms_norm_eps=spec.rms_norm_eps,
+    )
+    tools = {"dash-export": __version__} | {name: _version(name) for name in ("onnx", "onnx_ir", "numpy")}
+    return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, model.name, tools)
+
+
+def _jobs(
+    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts
+) -> Iterator[tuple[str, tuple[str, ...], Callable[[Path], list[Path]]]]:
+    """(name, what its key depends on beside the checkpoint, writer) of every artifact in `onnx/`."""
+    spec = checkpoint.spec
+
+    def graph(name: str, make: Callable[[], ir.Model]) -> Callable[[Path], list[Path]]:
+        return lambda folder: save_graph(make(), folder / f"{name}.onnx", portable.SHARED_FILES)
+
+    def rope(folder: Path) -> list[Path]:
+        path = folder / portable.ROPE_FILE
+        save_tables(path, portable.rope_tables(spec))
+        return [path]
+
+    def embed(folder: Path) -> list[Path]:
+        # The one writer of the shared embedding file: here it is not a reference.
+        return save_graph(portable.embed_graph(checkpoint), folder / "embed.onnx")
+
+    yield "rope", (), rope
+    yield "embed", (), embed
+    for layer in range(spec.num_layers):
+        name = f"layer_{layer:02d}"
+        yield name, (name,), graph(name, lambda layer=layer: portable.layer_graph(checkpoint, layer))  # type: ignore[misc]
+    for layer in policy.gated:
+        name = f"skip_{layer:02d}"
+        yield name, (name, facts.fingerprint), graph(name, lambda layer=layer: portable.skip_graph(checkpoint, policy, layer))  # type: ignore[misc]
+    if policy.network is not None:
+        yield "policy", ("policy", facts.fingerprint), graph("policy", lambda: policy_graph(spec, policy))
+    yield "head", (), graph("head", lambda: portable.head_graph(checkpoint))
+
+
+def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
+    digest = hashlib.sha256(json.dumps([policy.gated, policy.compensation.kind]).encode())
+    for name, array in sorted(policy.weights().items()):
+        digest.update(name.encode() + str(array.shape).encode() + array.tobytes())
+    return PolicyFacts(policy.gated, policy.origin, policy.network is not None, policy.compensation.kind, digest.hexdigest()[:32])
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    total = 0
+    for shape in checkpoint.spec.weight_shapes().values():
+        size = 1
+        for length in shape:
+            size *= length
+        total += size
+    return total
+
+
+def _check_output(output: Path) -> None:
+    previous = output.with_name(f"{output.name}.previous")
+    if previous.exists() and not output.exists():
+        previous.replace(output)  # a kill between the two renames of _swap
+    elif previous.exists():
+        shutil.rmtree(previous)
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise BundleError(f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it.")
+
+
+def _swap(unfinished: Path, output: Path) -> None:
+    """Put the finished bundle in place. Builds of an earlier export move along: `build` reuses what is unchanged."""
+    previous = output.with_name(f"{output.name}.previous")
+    if output.exists():
+        if (output / "engines").is_dir():
+            (output / "engines").replace(unfinished / "engines")
+        output.replace(previous)
+    unfinished.replace(output)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def _clean_on_error(folder: Path) -> Iterator[None]:
+    """An error or Ctrl-C leaves nothing behind; a kill leaves the folder for the next run to resume."""
+    existed = folder.parent.exists()
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not existed and folder.parent.exists() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+        raise
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

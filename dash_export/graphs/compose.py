@@ -1,0 +1,98 @@
+"""Graph surgery that every lowering starts with: chain graphs into one segment, specialise the policy for one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from dash_export.errors import BundleError
+from dash_export.graphs.writer import GraphWriter
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph whose external data is known to lie in its own folder. Raises BundleError otherwise."""
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds; the file is from outside
+        raise BundleError(f"{path} is not a readable ONNX graph ({error}). The bundle is damaged: export it again.") from error
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name != str(tensor.location):
+            raise BundleError(f"{path}: the external data of {value.name} ({tensor.location}) leaves the bundle. Do not use this bundle.")
+    return model
+
+
+def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+    """Move all of `source` into `target` and return its outputs by name.
+
+    `wiring` gives the value for an input of `source`; any other input joins the target's input of that name or becomes one. Initializers of one
+    name are one (shared tables, shape constants).
+    """
+    graph, into = source.graph, target.graph
+    outputs = {str(value.name): value for value in graph.outputs}
+    inputs = {str(value.name): value for value in into.inputs}
+    graph.outputs.clear()
+    for value in list(graph.inputs):
+        graph.inputs.remove(value)
+        name = str(value.name)
+        if name in wiring:
+            value.replace_all_uses_with(wiring[name])
+        elif name in inputs:
+            value.replace_all_uses_with(inputs[name])
+        else:
+            into.inputs.append(value)
+    for name, value in list(graph.initializers.items()):
+        del graph.initializers[name]
+        known = into.initializers.get(name)
+        if known is None:
+            into.register_initializer(value)
+        else:
+            value.replace_all_uses_with(known)
+    nodes = list(graph)
+    graph.remove(nodes)
+    into.extend(nodes)
+    return outputs
+
+
+def specialise_policy(model: ir.Model, layer: int) -> ir.Model:
+    """Fix the policy graph's `layer` input: gathers by layer become constants. Inputs `hidden`, `actions`; output `damage`."""
+    graph = model.graph
+    (layer_input,) = (value for value in graph.inputs if value.name == "layer")
+    graph.inputs.remove(layer_input)
+    layer_input.replace_all_uses_with(add_constant(graph, f"layer@{layer}", np.array([layer])))
+    for node in list(graph):
+        arrays = [constant_value(value) for value in node.inputs]
+        if node.op_type in ("Gather", "Squeeze") and arrays[0] is not None and arrays[1] is not None:
+            first, second = arrays
+            result = np.take(first, second, axis=0) if node.op_type == "Gather" else np.squeeze(first, tuple(second))
+            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.outputs[0].name}@{layer}", result))
+            graph.remove(node, safe=True)
+    drop_unused(graph)
+    return model
+
+
+def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """Register a new initializer."""
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def constant_value(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """The array of an initializer, None for anything computed."""
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Remove initializers that no node reads any more."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in graph.outputs:
+            del graph.initializers[name]

@@ -1,0 +1,7 @@
+"""The `ort` dialect: portable graphs rewritten into what ONNX Runtime runs best on a CPU."""
+
+from __future__ import annotations
+
+from dash_export.graphs.ort.lower import lower, lower_policy
+
+__all__ = ["lower", "lower_policy"]

@@ -1,0 +1,195 @@
+"""Pattern rewrites on a portable graph. Each pass finds its nodes by operator and data flow, so a merged segment is just a longer graph."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from dash_export.errors import BackendError
+from dash_export.graphs.compose import add_constant, constant_value, drop_unused
+from dash_export.graphs.ort.quantize import CONTRIB, hand_over, quantize_weights, replace
+from dash_export.targets import WeightsRecipe
+
+
+def lower(model: ir.Model, recipe: WeightsRecipe) -> ir.Model:
+    """A portable segment or skip graph -> the `ort` dialect, in place.
+
+    Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_sequence_length` [1] int32 replace mask, positions
+    and write indices), Add + RMSNormalization one node, projections that read the same value one matrix, weights are quantised.
+    """
+    graph = model.graph
+    graph.opset_imports[CONTRIB] = 1
+    _pack_projections(graph)
+    _group_query_attention(graph)
+    _silu(graph)
+    _skip_norm(graph)
+    _head_weight(graph)
+    quantize_weights(graph, recipe)
+    _drop_unused_inputs(graph)
+    drop_unused(graph)
+    return model
+
+
+def lower_policy(model: ir.Model) -> ir.Model:
+    """A policy graph specialised for one layer -> the fewest nodes: one Gemm-like chain on constants, float32."""
+    return model
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _expect(value: ir.Value | None, op_type: str) -> ir.Node:
+    node = _producer(value, op_type)
+    if node is None:
+        raise BackendError(f"The portable graph is not what this version writes (expected {op_type} before {value}): export the model again.")
+    return node
+
+
+def _pack_projections(graph: ir.Graph) -> None:
+    """MatMuls (with their biases) that read one value become one wide MatMul and a Split: wide matrices stream faster."""
+    readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    for node in graph:
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type == "MatMul" and source is not None and constant_value(node.inputs[1]) is not None and "_proj" in str(node.name):
+            readers[source].append(node)
+    for source, nodes in readers.items():
+        if len(nodes) > 1:
+            _pack(graph, source, nodes)
+
+
+def _pack(graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    matrices = [constant_value(node.inputs[1]) for node in nodes]
+    biases = [_bias_of(node) for node in nodes]
+    name = "+".join([str(nodes[0].name), *(str(node.name).rsplit("/", 1)[1] for node in nodes[1:])])
+    sizes = np.array([matrix.shape[1] for matrix in matrices if matrix is not None])
+    weight = add_constant(graph, f"{name}.weight", np.concatenate([matrix for matrix in matrices if matrix is not None], axis=1))
+    last = ir.node("MatMul", [source, weight], name=name)
+    last.outputs[0].name = name
+    new = [last]
+    if all(bias is not None for bias in biases):
+        packed = np.concatenate([constant_value(bias.inputs[1]) for bias in biases if bias is not None])  # type: ignore[misc]
+        last = ir.node("Add", [last.outputs[0], add_constant(graph, f"{name}.bias", packed)], name=f"{name}/bias")
+        last.outputs[0].name = f"{name}/bias"
+        new.append(last)
+    split = ir.node(
+        "Split", [last.outputs[0], add_constant(graph, f"{name}.sizes", sizes)], {"axis": -1}, num_outputs=len(nodes), name=f"{name}/split"
+    )
+    graph.insert_before(nodes[0], [*new, split])
+    for node, bias, part in zip(nodes, biases, split.outputs, strict=True):
+        end = bias if bias is not None else node
+        hand_over(graph, end.outputs[0], part)
+        graph.remove([node] if bias is None else [node, bias], safe=False)
+
+
+def _bias_of(node: ir.Node) -> ir.Node | None:
+    users = node.outputs[0].uses()
+    user = users[0].node if len(users) == 1 else None
+    return user if user is not None and user.op_type == "Add" and str(user.name) == f"{node.name}/bias" else None
+
+
+def _group_query_attention(graph: ir.Graph) -> None:
+    nodes = [node for node in graph if node.op_type == "Attention"]
+    if not nodes:
+        return
+    lengths = _input(graph, "seqlens_k", ("batch",))
+    total = _input(graph, "total_sequence_length", (1,))
+    for node in nodes:
+        _one_attention(graph, node, lengths, total)
+
+
+def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total: ir.Value) -> None:
+    q_rotary = _expect(attention.inputs[0], "RotaryEmbedding")
+    write_key, write_value = (_expect(attention.inputs[index], "TensorScatter") for index in (1, 2))
+    k_rotary = _expect(write_key.inputs[1], "RotaryEmbedding")
+    query, query_gone, q_norm = _heads(q_rotary.inputs[0])
+    key, key_gone, k_norm = _heads(k_rotary.inputs[0])
+    value, value_gone, _ = _heads(write_value.inputs[1])
+    merge = attention.outputs[0].uses()[0].node.outputs[0].uses()[0].node
+    head_dim, heads = _shape_constant(query_gone)
+    kv_heads = _shape_constant(key_gone)[1]
+    split = _producer(query, "Split")
+    # One packed matrix fed all three: hand it over whole.
+    packed = split is not None and q_norm is None and len(split.outputs) == 3
+    inputs: list[ir.Value | None] = [split.inputs[0], None, None] if packed and split is not None else [query, key, value]
+    inputs += [write_key.inputs[0], write_value.inputs[0], lengths, total, q_rotary.inputs[1], q_rotary.inputs[2]]
+    attributes: dict[str, object] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "scale": head_dim**-0.5}
+    if q_norm is not None and k_norm is not None:
+        inputs += [None] * 5 + [q_norm.inputs[1], k_norm.inputs[1]]
+        attributes["qk_norm_epsilon"] = q_norm.attributes["epsilon"].as_float()
+    new = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=attention.name)  # type: ignore[arg-type]
+    graph.insert_before(merge, new)
+    for before, after in zip((merge, write_key, write_value), new.outputs, strict=True):
+        hand_over(graph, before.outputs[0], after)
+    transpose = _expect(merge.inputs[0], "Transpose")
+    gone = [merge, transpose, attention, q_rotary, write_key, k_rotary, write_value, *query_gone, *key_gone, *value_gone]
+    graph.remove(gone + ([split] if packed and split is not None else []), safe=False)
+
+
+def _heads(value: ir.Value | None) -> tuple[ir.Value, list[ir.Node], ir.Node | None]:
+    """Walk back over Transpose, the per-head norm and Reshape to the projection. Returns (projection, nodes passed, norm)."""
+    passed = [_expect(value, "Transpose")]
+    norm = _producer(passed[-1].inputs[0], "RMSNormalization")
+    if norm is not None:
+        passed.append(norm)
+    passed.append(_expect(passed[-1].inputs[0], "Reshape"))
+    projection = passed[-1].inputs[0]
+    assert projection is not None
+    return projection, passed, norm
+
+
+def _shape_constant(passed: Sequence[ir.Node]) -> tuple[int, int]:
+    shape = constant_value(passed[-1].inputs[1])
+    assert shape is not None
+    return int(shape[3]), int(shape[2])
+
+
+def _silu(graph: ir.Graph) -> None:
+    for node in list(graph):
+        sigmoid = next((found for found in (_producer(value, "Sigmoid") for value in node.inputs) if found is not None), None)
+        if node.op_type == "Mul" and sigmoid is not None and sigmoid.inputs[0] in node.inputs:
+            replace(graph, node, ir.node("QuickGelu", [sigmoid.inputs[0]], {"alpha": 1.0}, domain=CONTRIB, name=node.name))
+            graph.remove(sigmoid, safe=True)
+
+
+def _skip_norm(graph: ir.Graph) -> None:
+    """Add -> RMSNormalization with the model's own gain becomes one node that also gives the sum."""
+    for node in list(graph):
+        added = _producer(node.inputs[0], "Add") if node.op_type == "RMSNormalization" else None
+        if added is None or constant_value(added.inputs[1]) is not None:
+            continue
+        inputs = [added.inputs[0], added.inputs[1], node.inputs[1]]
+        new = ir.node(
+            "SkipSimplifiedLayerNormalization", inputs, {"epsilon": node.attributes["epsilon"].as_float()}, domain=CONTRIB, num_outputs=4, name=node.name
+        )
+        graph.insert_before(added, new)
+        hand_over(graph, node.outputs[0], new.outputs[0])
+        hand_over(graph, added.outputs[0], new.outputs[3])
+        for unused in new.outputs[1:3]:
+            unused.name = ""
+        graph.remove([node, added], safe=False)
+
+
+def _head_weight(graph: ir.Graph) -> None:
+    """Transpose of a constant (the head's [vocab, hidden] table) is done here, once."""
+    for node in list(graph):
+        table = constant_value(node.inputs[0]) if node.op_type == "Transpose" else None
+        if table is not None:
+            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.name}.transposed", table.T))
+            graph.remove(node, safe=True)
+
+
+def _input(graph: ir.Graph, name: str, shape: Sequence[int | str]) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT32))
+    graph.inputs.append(value)
+    return value
+
+
+def _drop_unused_inputs(graph: ir.Graph) -> None:
+    for value in list(graph.inputs):
+        if not value.uses() and value not in graph.outputs:
+            graph.inputs.remove(value)

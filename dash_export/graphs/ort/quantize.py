@@ -1,0 +1,95 @@
+"""MatMul -> MatMulNBits and Gather -> GatherBlockQuantized, with ONNX Runtime's own block quantiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+
+from dash_export.graphs.compose import add_constant, constant_value, drop_unused
+from dash_export.models.spec import Float32Array
+from dash_export.targets import WeightsRecipe
+
+CONTRIB = "com.microsoft"
+BITS = {"int8": 8, "int4": 4}
+# Activations are quantised to int8 per block: the fast kernels on AVX2, AVX-512-VNNI and NEON.
+ACCURACY_LEVEL = 4
+
+
+def quantize_block(matrix: Float32Array, bits: int, block: int, symmetric: bool) -> tuple[npt.NDArray[Any], ...]:
+    """[in, out] float32 -> packed [out, blocks, block * bits / 8] uint8, scales [out, blocks] float32, zero points (packed, uint8)."""
+    config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=symmetric, bits=bits)
+    packed, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
+    out = matrix.shape[1]
+    return packed, scales.reshape(out, -1), zeros.reshape(out, -1)
+
+
+def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe) -> None:
+    """Quantise every weight matrix at the precision its part of the model has in the recipe."""
+    for node in list(graph):
+        if node.op_type == "MatMul":
+            precision = recipe.head if node.name == "head/logits" else recipe.layers
+            matrix = constant_value(node.inputs[1])
+            if precision in BITS and matrix is not None and _is_weight(matrix):
+                _matmul(graph, node, matrix, BITS[precision], recipe)
+        elif node.op_type == "Gather" and node.name == "embed" and recipe.embedding in BITS:
+            _embedding(graph, node, BITS[recipe.embedding], recipe)
+    drop_unused(graph)
+
+
+def _is_weight(matrix: npt.NDArray[Any]) -> bool:
+    # A compensation's thin factors stay as they are: their rank may be below the block size.
+    return matrix.ndim == 2 and min(matrix.shape) >= 64
+
+
+def _matmul(graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, recipe: WeightsRecipe) -> None:
+    packed, scales, zeros = quantize_block(np.ascontiguousarray(matrix), bits, recipe.block_size, recipe.symmetric)
+    weight = node.inputs[1]
+    assert weight is not None
+    inputs = [node.inputs[0], add_constant(graph, f"{weight.name}.q{bits}", packed), add_constant(graph, f"{weight.name}.scales", scales)]
+    if not recipe.symmetric:
+        inputs.append(add_constant(graph, f"{weight.name}.zero_points", zeros))
+    attributes = {
+        "K": matrix.shape[0],
+        "N": matrix.shape[1],
+        "bits": bits,
+        "block_size": recipe.block_size,
+        "accuracy_level": ACCURACY_LEVEL,
+    }
+    replace(graph, node, ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB, name=node.name))
+
+
+def _embedding(graph: ir.Graph, node: ir.Node, bits: int, recipe: WeightsRecipe) -> None:
+    weight, indices = node.inputs
+    table = constant_value(weight)
+    assert table is not None
+    assert weight is not None
+    # The quantiser blocks the first axis of [in, out]: rows of the table are columns there.
+    packed, scales, zeros = quantize_block(np.ascontiguousarray(table.T), bits, recipe.block_size, recipe.symmetric)
+    inputs = [
+        add_constant(graph, f"{weight.name}.q{bits}", packed.reshape(table.shape[0], -1)),
+        indices,
+        add_constant(graph, f"{weight.name}.scales", scales),
+    ]
+    if not recipe.symmetric:
+        inputs.append(add_constant(graph, f"{weight.name}.zero_points", zeros))
+    attributes = {"bits": bits, "block_size": recipe.block_size, "gather_axis": 0, "quantize_axis": 1}
+    replace(graph, node, ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB, name=node.name))
+
+
+def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    """Put `new` where `old` was; its first outputs take over the names, users and graph-output places of `old`'s."""
+    graph.insert_before(old, new)
+    for before, after in zip(old.outputs, new.outputs, strict=False):
+        hand_over(graph, before, after)
+    graph.remove(old, safe=True)
+
+
+def hand_over(graph: ir.Graph, before: ir.Value, after: ir.Value) -> None:
+    """Everything that read `before` reads `after`, which also takes its name and type."""
+    after.name, after.shape, after.type = before.name, before.shape, before.type
+    before.name = f"{before.name}~replaced"
+    before.replace_all_uses_with(after, replace_graph_outputs=True)

@@ -1,0 +1,46 @@
+"""The portable policy graph: one graph for every gated layer, the layer is an input.
+
+hidden [batch, sequence, hidden], actions [batch, sequence, 2] float32 (a[l-1], a[l]; 0 run, 1 skip), layer [1] int64 (the gated layer
+l+1 to decide) -> damage [batch, sequence] float32, nats. `hidden` is h[l], the **input** of the layer before the one decided.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from dash_export.graphs.writer import GraphWriter
+from dash_export.models.spec import DecoderSpec
+from dash_export.skip_policy import HISTORY, SkipPolicy
+
+
+def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
+    """damage = softplus(w_out . relu(RMSNorm(h) @ W_state + actions @ W_actions + b) + b_out), weights gathered by layer."""
+    network = policy.network
+    assert network is not None
+    g = GraphWriter("policy", f"Damage of skipping a gated layer, decided one layer ahead ({policy.origin}).")
+    hidden = g.input("hidden", ("batch", "sequence", spec.hidden_size))
+    actions = g.input("actions", ("batch", "sequence", HISTORY))
+    layer = g.input("layer", (1,), ir.DataType.INT64)
+
+    row_of_layer = np.zeros(spec.num_layers, np.int64)
+    row_of_layer[list(policy.gated)] = np.arange(len(policy.gated))
+    row = g.op("Gather", [g.initializer("policy.row_of_layer", row_of_layer), layer], "policy/row")
+
+    def weight(name: str, stacked: np.ndarray) -> ir.Value:
+        gathered = g.op("Gather", [g.initializer(f"policy.{name}", stacked), row], f"policy/{name}/of_layer")
+        return g.op("Squeeze", [gathered, g.initializer("policy.first_axis", np.array([0]))], f"policy/{name}")  # type: ignore[no-any-return]
+
+    gain = g.initializer("unit_gain", np.ones(spec.hidden_size, np.float32))
+    state = g.op("RMSNormalization", [hidden, gain], "policy/norm", epsilon=spec.rms_norm_eps)
+    inner = g.op("MatMul", [state, weight("state", network["state"])], "policy/state_projection")
+    history = g.op("MatMul", [actions, weight("actions", network["actions"])], "policy/actions_projection")
+    inner = g.op("Add", [g.op("Add", [inner, history], "policy/sum"), weight("bias", network["bias"])], "policy/biased")
+    inner = g.op("Relu", [inner], "policy/relu")
+    # A column, so that the product is [batch, sequence, 1].
+    out = g.op("MatMul", [inner, weight("out", network["out"][:, :, None])], "policy/out_projection")
+    out = g.op("Add", [out, weight("out_bias", network["out_bias"][:, None])], "policy/out_biased")
+    damage = g.op("Softplus", [out], "policy/softplus")
+    damage = g.op("Squeeze", [damage, g.initializer("policy.last_axis", np.array([-1]))], "policy/damage")
+    g.output(damage, "damage", ("batch", "sequence"))
+    return g.model()

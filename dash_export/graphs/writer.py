@@ -1,0 +1,116 @@
+"""A thin layer over onnx_ir: nodes by name, weights straight from the checkpoint into external data, atomic files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from dash_export import __version__
+from dash_export.models.spec import Float32Array, Weight, row_blocks
+
+OPSET = 24
+# Tensors up to this size stay inside the .onnx file, where a reader sees them; larger ones are external and memory-mapped.
+INLINE_BYTES = 16 << 10
+
+Shape = Sequence[int | str]
+
+
+class GraphWriter:
+    """Collects the nodes of one graph. Every value and node carries the name it is given."""
+
+    def __init__(self, name: str, doc: str, opset: int = OPSET) -> None:
+        self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset}, doc_string=doc)
+
+    def input(self, name: str, shape: Shape, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self.graph.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, shape: Shape, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+        self.graph.outputs.append(value)
+
+    def initializer(self, name: str, tensor: ir.TensorProtocol | npt.NDArray[Any]) -> ir.Value:
+        known = self.graph.initializers.get(name)
+        if known is not None:
+            return known
+        if isinstance(tensor, np.ndarray):
+            tensor = ir.tensor(tensor, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """Append a node; returns its output value, or a tuple of them when `outputs` > 1."""
+        node = ir.node(op_type, inputs, attributes=attributes or None, name=name, domain=domain, num_outputs=outputs)
+        for index, value in enumerate(node.outputs):
+            value.name = name if outputs == 1 else f"{name}:{index}"
+        self.graph.append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def model(self) -> ir.Model:
+        return ir.Model(self.graph, ir_version=11, producer_name="dash-export", producer_version=__version__)
+
+
+def lazy_weight(name: str, weight: Weight, transpose: bool = False) -> ir.LazyTensor:
+    """A checkpoint tensor that is read when it is written: float32, [out, in] or, transposed, [in, out]."""
+    shape = tuple(reversed(weight.shape)) if transpose else weight.shape
+
+    def read() -> ir.Tensor:
+        # Filled block by block: never more than one full-size array plus one block in memory.
+        array: Float32Array = np.empty(shape, np.float32)
+        start = 0
+        for block in row_blocks(weight):
+            target = array.T if transpose else array
+            target[start : start + len(block)] = block
+            start += len(block)
+        return ir.Tensor(array, name=name)
+
+    return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(shape), name=name)
+
+
+def external(name: str, location: str, dtype: ir.DataType, shape: Sequence[int], offset: int = 0) -> ir.ExternalTensor:
+    """A tensor that lives in a file another graph wrote (shared tables, a tied embedding)."""
+    length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return ir.ExternalTensor(location, offset, int(length), dtype, shape=ir.Shape(shape), name=name, base_dir="")
+
+
+def save_graph(model: ir.Model, path: Path, shared: Collection[str] = ()) -> list[Path]:
+    """Write `path` and, where the graph has large weights of its own, `<stem>.data` beside it. Returns the files written.
+
+    External tensors whose location is in `shared` are files other graphs use too: they stay references. Weights are aligned to pages so
+    that a runtime maps them. The caller gives a temporary folder and renames.
+    """
+    own = [value for value in model.graph.initializers.values() if _is_own(value.const_value, shared)]
+    files = [path]
+    if own:
+        data = path.with_suffix(".data")
+        tensors = [value.const_value for value in own if value.const_value is not None]
+        written = ir.external_data.convert_tensors_to_external(
+            tensors, path.parent, data.name, alignment=4096, align_threshold=INLINE_BYTES
+        )
+        for value, tensor in zip(own, written, strict=True):
+            value.const_value = tensor
+        files.append(data)
+    ir.save(model, path)
+    return files
+
+
+def _is_own(tensor: ir.TensorProtocol | None, shared: Collection[str]) -> bool:
+    if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) in shared):
+        return False
+    return tensor.nbytes > INLINE_BYTES
+
+
+def save_tables(path: Path, tables: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write raw arrays one after another (see `external` for how graphs refer to them)."""
+    with path.open("wb") as file:
+        for table in tables.values():
+            np.ascontiguousarray(table).tofile(file)
+
+

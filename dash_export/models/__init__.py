@@ -1,0 +1,42 @@
+"""Checkpoint in, `DecoderSpec` and named weights out: the only package that knows model files and model families."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dash_export.errors import CheckpointError
+from dash_export.models.spec import Checkpoint, DecoderSpec, RopeSpec, Weight, row_blocks
+
+__all__ = ["Checkpoint", "DecoderSpec", "RopeSpec", "Weight", "open_checkpoint", "row_blocks"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a Hugging Face folder, a `.gguf` file or a hub id (`org/name`); weights stay on disk until they are read.
+
+    What exists on disk wins over a hub id of the same spelling. The fingerprint hashes every byte of the weights,
+    so opening takes as long as reading the files once. Raises CheckpointError for anything missing, unsupported or
+    corrupt.
+    """
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            from dash_export.models.huggingface import open_folder
+
+            return open_folder(path)
+        if path.is_file():
+            from dash_export.models.gguf import open_gguf
+
+            return open_gguf(path)
+        if isinstance(source, str) and _HUB_ID.fullmatch(source) and not source.endswith(".gguf"):
+            from dash_export.models.huggingface import open_hub
+
+            return open_hub(source)
+    except (OSError, ValueError) as error:  # unreadable folder, permission, NUL byte in a name
+        raise CheckpointError(f"cannot read the model {str(source)!r}: {error}") from error
+    raise CheckpointError(
+        f"no such model: {str(source)!r} is neither a folder with config.json, nor a .gguf file, "
+        "nor a Hugging Face hub id like 'HuggingFaceTB/SmolLM2-135M-Instruct'"
+    )

@@ -1,0 +1,106 @@
+"""A Hugging Face model folder, or one fetched from the hub, as a Checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dash_export.errors import CheckpointError
+from dash_export.models.fields import shown
+from dash_export.models.files import check_weights, fingerprint, parse_object, read_text, require
+from dash_export.models.registry import decoder_spec
+from dash_export.models.safetensors_files import SafetensorsWeight, check_dtype, open_weights, weight_files
+from dash_export.models.spec import Checkpoint, DecoderSpec
+
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' folders, Mistral's second copy of the weights
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The model in a folder with config.json, safetensors weights and tokenizer.json.
+
+    Raises CheckpointError naming the file, option or tensor that is missing, unsupported or damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face model folder")
+    config_text = read_text(folder / "config.json")
+    config = parse_object(config_text, str(folder / "config.json"))
+    spec = decoder_spec(config)
+    assets = {"config.json": config_text} | _text_assets(folder)
+    files = weight_files(folder)
+    weights = check_weights(spec, _named_as_in(spec, open_weights(files)), str(folder))
+    tensors = []
+    for name, weight in weights.items():
+        assert isinstance(weight, SafetensorsWeight)
+        check_dtype(weight)
+        tensors.append(f"{name} {list(weight.shape)} {weight.dtype}")
+    return Checkpoint(
+        source=str(folder),
+        spec=spec,
+        config=config,
+        weights=weights,
+        assets=assets,
+        fingerprint=fingerprint(config_text, tensors, files),
+    )
+
+
+def open_hub(model_id: str) -> Checkpoint:
+    """The model `org/name` of the hub, downloaded into (or found in) the usual cache. Raises CheckpointError."""
+    hub = require("huggingface_hub")
+    errors = require("huggingface_hub.errors")
+    try:
+        folder = hub.snapshot_download(model_id, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
+    # `from None` and no text of theirs: requests and responses can carry the access token.
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"the hub model {model_id!r} is gated: accept its terms on its page, then log in with `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"the hub has no model {model_id!r} that you may read; check the spelling, or `hf auth login` if private"
+        ) from None
+    except errors.HFValidationError:
+        raise CheckpointError(f"{model_id!r} is neither a path that exists nor a valid hub id (org/name)") from None
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot download {model_id!r} ({type(error).__name__}): the hub cannot be reached (or is switched off by "
+            "HF_HUB_OFFLINE) and the model is not in the local cache; connect, or give the path of a local folder"
+        ) from None
+    return replace(open_folder(Path(folder)), source=model_id)
+
+
+def _named_as_in(spec: DecoderSpec, weights: dict[str, SafetensorsWeight]) -> dict[str, SafetensorsWeight]:
+    """`weights` under the names of `spec`: a base model saved without its head lacks the `model.` prefix."""
+    if "model.embed_tokens.weight" in weights or "embed_tokens.weight" not in weights:
+        return weights
+    short = {name: name.removeprefix("model.") for name in spec.weight_shapes()}
+    return {name: weights[stored] for name, stored in short.items() if stored in weights}
+
+
+def _text_assets(folder: Path) -> dict[str, str]:
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json; make one from the older tokenizer files with "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    assets: dict[str, str] = {}
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            assets[name] = read_text(folder / name)
+            parsed = parse_object(assets[name], str(folder / name))
+            if name == "tokenizer_config.json" and (template := _chat_template(parsed, folder / name)):
+                assets["chat_template.jinja"] = template
+    if (folder / "chat_template.jinja").is_file():
+        assets["chat_template.jinja"] = read_text(folder / "chat_template.jinja")
+    return assets
+
+
+def _chat_template(tokenizer_config: dict[str, Any], path: Path) -> str | None:
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"'chat_template' in {path} is {shown(template)}; expected a string")
+    return template

@@ -1,0 +1,99 @@
+"""Weights in safetensors files, one or sharded, read by rows without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from dash_export.errors import CheckpointError
+from dash_export.models.files import parse_object, read_in_chunks, read_text, require
+from dash_export.models.spec import Float32Array
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class SafetensorsWeight:
+    """One tensor of a safetensors file."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        """Rows [start, stop) as float32. Raises CheckpointError naming the tensor."""
+        return read_in_chunks(self.name, self.shape, start, stop, self._read)
+
+    def _read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        # Opened anew each time: closing it unmaps the file, and the pages read so far stop counting as ours.
+        with _opened(self.path) as file:
+            return file.get_slice(self.name)[start:stop]  # type: ignore[no-any-return]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises CheckpointError when there are none or the index is not sound."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [folder / name for name in _shard_names(index)]
+    if any(path.suffix in {".bin", ".pt", ".pth"} for path in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} has its weights as pickle (.bin, .pt) only, which can run code and is never opened; "
+            "convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
+        )
+    raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+
+
+def open_weights(files: list[Path]) -> dict[str, SafetensorsWeight]:
+    """Every tensor of the files by name, headers checked. Raises CheckpointError naming a file that is not sound."""
+    weights: dict[str, SafetensorsWeight] = {}
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the index names it, so the download is incomplete")
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                entry = file.get_slice(name)
+                weights[name] = SafetensorsWeight(path, name, tuple(entry.get_shape()), entry.get_dtype())
+    return weights
+
+
+def check_dtype(weight: SafetensorsWeight) -> None:
+    """Raises CheckpointError when the tensor is not stored in a float type that numpy can widen."""
+    if weight.dtype not in _FLOATS:
+        raise CheckpointError(
+            f"tensor {weight.name} in {weight.path} has dtype {weight.dtype}; supported: {', '.join(_FLOATS)}"
+        )
+
+
+def _shard_names(index: Path) -> list[str]:
+    weight_map = parse_object(read_text(index), str(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no 'weight_map' object from tensor names to files")
+    names: set[str] = set()
+    for tensor, name in weight_map.items():
+        # A plain file name only: the index is untrusted and must not point out of its folder.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} places tensor {tensor[:100]!r} in {str(name)[:100]!r}; "
+                "expected the name of a .safetensors file in the same folder"
+            )
+        names.add(name)
+    return sorted(names)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    safetensors = require("safetensors")
+    require("ml_dtypes")  # gives numpy its bfloat16
+    try:
+        with safetensors.safe_open(str(path), framework="np") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a sound safetensors file (truncated or damaged?): {error}") from error

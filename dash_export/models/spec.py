@@ -1,0 +1,118 @@
+"""What a decoder is, for everything downstream: a frozen description and named weights, free of any framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding in the half-split ("neox") layout.
+
+    `inverse_frequencies` is float32 [rotary_dim / 2] with every scaling (`linear`, `llama3`) already applied:
+    position p turns pair i by p * inverse_frequencies[i] radians.
+    """
+
+    theta: float
+    inverse_frequencies: tuple[float, ...]
+    scaling: str = "none"
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated SiLU MLP."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rms_norm_eps: float
+    rope: RopeSpec
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight this decoder needs, under its Hugging Face name; matrices are [out, in]."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for index in range(self.num_layers):
+            layer = {
+                "input_layernorm.weight": (hidden,),
+                "self_attn.q_proj.weight": (queries, hidden),
+                "self_attn.k_proj.weight": (keys, hidden),
+                "self_attn.v_proj.weight": (keys, hidden),
+                "self_attn.o_proj.weight": (hidden, queries),
+                "post_attention_layernorm.weight": (hidden,),
+                "mlp.gate_proj.weight": (inner, hidden),
+                "mlp.up_proj.weight": (inner, hidden),
+                "mlp.down_proj.weight": (hidden, inner),
+            }
+            if self.qkv_bias:
+                layer |= {
+                    f"self_attn.{name}_proj.bias": (rows,)
+                    for name, rows in zip("qkv", (queries, keys, keys), strict=True)
+                }
+            if self.output_bias:
+                layer["self_attn.o_proj.bias"] = (hidden,)
+            if self.mlp_bias:
+                layer |= {"mlp.gate_proj.bias": (inner,), "mlp.up_proj.bias": (inner,), "mlp.down_proj.bias": (hidden,)}
+            if self.qk_norm:
+                layer |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+
+class Weight(Protocol):
+    """One tensor of a checkpoint, still on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        """Rows [start, stop) of the first axis as float32, checked finite. Raises CheckpointError naming the tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained causal LM on disk: its description, its weights (read on demand) and the files that travel with it.
+
+    `config` is the Hugging Face config dictionary (synthesised for a GGUF file), `assets` holds the text of
+    `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (those
+    that exist), and `fingerprint` changes when the weights or the configuration do.
+    """
+
+    source: str
+    spec: DecoderSpec
+    config: Mapping[str, Any]
+    weights: Mapping[str, Weight]
+    assets: Mapping[str, str]
+    fingerprint: str
+
+
+def row_blocks(weight: Weight, block_bytes: int = 16 << 20) -> Iterator[Float32Array]:
+    """The tensor as consecutive blocks of rows of about `block_bytes`, so that a caller never holds more than one."""
+    rows = weight.shape[0]
+    row_bytes = 4 * int(np.prod(weight.shape[1:], dtype=np.int64))
+    step = max(1, block_bytes // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield weight.read_rows(start, min(rows, start + step))

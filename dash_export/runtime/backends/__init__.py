@@ -1,0 +1,22 @@
+"""Backends: how an engine file becomes something that runs. One module each, chosen by the recipe's `backend`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+from dash_export.errors import BackendError
+from dash_export.runtime.backends.base import Backend
+
+# backend -> (module that implements it, package it needs, extra that installs it)
+BACKENDS = {"onnxruntime": ("dash_export.runtime.backends.onnxruntime", "onnxruntime", "cpu")}
+
+
+def load_backend(name: str, threads: int) -> Backend:
+    """Import and start a backend. Raises BackendError that names the extra when its package is not installed."""
+    if name not in BACKENDS:
+        raise BackendError(f"There is no backend {name!r} in this version. Known: {', '.join(BACKENDS)}.")
+    module, package, extra = BACKENDS[name]
+    if find_spec(package) is None:
+        raise BackendError(f"The backend {name!r} is not installed on this machine. Run: pip install 'dash-export[{extra}]'")
+    return import_module(module).create(threads)  # type: ignore[no-any-return]

@@ -1,0 +1,235 @@
+"""The dispatcher: engines bound to fixed memory, launched conditionally, one token at a time or many.
+
+`EngineSet` is what sessions share. `BoundStep` binds it for one session and one number of tokens: every buffer has one address for its life,
+hidden states alternate between two buffers, and each KV cache array is bound as past and present alike, so a write is in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.bundle import Build, Bundle, Segment
+from dash_export.decision import DENSE_POSITIONS, Action
+from dash_export.runtime.backends.base import Backend, Engine, Launch
+from dash_export.runtime.cache import KVCache
+from dash_export.runtime.rules import DENSE, Rule
+
+POLICY_STATE = "policy_state"
+"""Output of a merged segment: the hidden state that entered its last layer, which the next policy reads."""
+SKIPPED = 2
+"""Index of the buffer that skip graphs write in a teacher-forced step."""
+
+
+@dataclass(frozen=True)
+class SegmentEngines:
+    """The engines of one segment. `skip` for a gated one; `policy` decides this segment in `sync` dispatch."""
+
+    segment: Segment
+    run: Engine
+    skip: Engine | None
+    policy: Engine | None
+
+
+class EngineSet:
+    """All engines of a build in one dispatch mode, shared between sessions."""
+
+    def __init__(self, bundle: Bundle, build: Build, backend: Backend, dispatch: str) -> None:
+        """`dispatch`: `plain` (no policy), `fused` (policies inside the engines before) or `sync` (policies as engines of their own)."""
+        self.model = bundle.manifest.model
+        self.build = build
+        self.dispatch = dispatch
+
+        def load(name: str, fused: bool = False) -> Engine:
+            record = build.engines.get(f"{name}.policy") if fused else None
+            return backend.load(bundle.path((record or build.engines[name]).file))
+
+        fused = dispatch == "fused"
+        self.segments = [
+            SegmentEngines(
+                segment,
+                load(segment.name, fused),
+                load(f"skip_{segment.first:02d}", fused) if segment.gated else None,
+                load(f"policy_{segment.first:02d}") if segment.gated and dispatch == "sync" else None,
+            )
+            for segment in build.segments
+        ]
+        engines = [engine for item in self.segments for engine in (item.run, item.skip) if engine is not None]
+        self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
+
+
+@dataclass(frozen=True)
+class BoundSegment:
+    """One segment's launches. `layer` is the gated layer, or -1 for a segment that always runs `count` layers."""
+
+    layer: int
+    count: int
+    run: Launch
+    skip: Launch | None
+    policy: Launch | None
+    output: npt.NDArray[np.float32]
+
+
+class BoundStep:
+    """Engines bound to one session's memory for steps of `sequence` tokens."""
+
+    def __init__(self, engines: EngineSet, cache: KVCache, sequence: int, teacher_forced: bool = False) -> None:
+        """`teacher_forced` steps give the logits of all their tokens, others those of the last one."""
+        model = engines.model
+        self._teacher_forced = teacher_forced
+        self.sequence = sequence
+        self._cache = cache
+        self._num_layers = model.num_layers
+        self.input_ids = np.zeros((1, sequence), np.int64)
+        self.logits = np.zeros((1, sequence if teacher_forced else 1, model.vocab_size), np.float32)
+        # a[l-1], a[l] for every layer l: layer l's engine reads row l.
+        self._history = np.zeros((model.num_layers + 1, sequence, 2), np.float32)
+        self.damage = np.zeros((model.num_layers, sequence), np.float32)
+        # Two buffers in turn; run and skip write the same one, but where tokens differ skip has its own and rows are selected.
+        self._hidden = [np.zeros((1, sequence, model.hidden_size), np.float32) for _ in range(3 if teacher_forced else 2)]
+        self._position_ids = np.zeros((1, sequence), np.int64)
+        self._write_indices = np.zeros(1, np.int64)
+        self._seqlens_k = np.zeros(1, np.int32)
+        self._total = np.zeros(1, np.int32)
+        self._mask = np.zeros((1, 1, sequence, cache.capacity), np.bool_) if engines.needs_mask else None
+        self._inputs: dict[str, npt.NDArray[Any]] = {
+            "input_ids": self.input_ids,
+            "position_ids": self._position_ids,
+            "write_indices": self._write_indices,
+            "seqlens_k": self._seqlens_k,
+            "total_sequence_length": self._total,
+            "first_logit": np.array([0 if teacher_forced else sequence - 1], np.int64),
+        }
+        if self._mask is not None:
+            self._inputs["attention_mask"] = self._mask
+        self.segments = self._bind(engines)
+        # Python floats and ints through flat views: the decode loop makes no array objects.
+        self._history_view = memoryview(self._history.reshape(-1))
+        self._damage_view = memoryview(self.damage.reshape(-1))
+        self.actions = np.zeros((sequence, model.num_layers), np.int8)
+
+    def _bind(self, engines: EngineSet) -> list[BoundSegment]:
+        bound = []
+        state = self._hidden[0]
+        for index, item in enumerate(engines.segments):
+            segment = item.segment
+            here, there = self._hidden[index % 2], self._hidden[(index + 1) % 2]
+            skip_out = self._hidden[SKIPPED] if self._teacher_forced else there
+            shared = self._shared(segment, here)
+            policy = None
+            if item.policy is not None:
+                layer = segment.first
+                inputs = {"hidden": state, "actions": self._history[layer - 1][None], "layer": np.array([layer])}
+                policy = item.policy.bind(inputs, {"damage": self.damage[layer][None]})
+            # What a policy engine of its own reads for the next gated layer: the input of this segment's last layer.
+            state = np.zeros_like(here) if POLICY_STATE in item.run.outputs else here
+            outputs = shared | self._outputs(segment) | {POLICY_STATE: state}
+            bound.append(
+                BoundSegment(
+                    segment.first if segment.gated else -1,
+                    len(segment.layers),
+                    item.run.bind(shared, outputs | {"hidden_out": there}),
+                    item.skip.bind(shared, outputs | {"hidden_out": skip_out}) if item.skip is not None else None,
+                    policy,
+                    there,
+                )
+            )
+        return bound
+
+    def _shared(self, segment: Segment, hidden: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
+        shared = {**self._inputs, "hidden": hidden, "actions": self._history[max(segment.last, 0)][None]}
+        for layer in segment.layers:
+            key, value = self._cache.keys[layer], self._cache.values[layer]
+            shared[f"past_key_values.{layer}.key"] = shared[f"present.{layer}.key"] = key
+            shared[f"past_key_values.{layer}.value"] = shared[f"present.{layer}.value"] = value
+        return shared
+
+    def _outputs(self, segment: Segment) -> dict[str, npt.NDArray[Any]]:
+        outputs: dict[str, npt.NDArray[Any]] = {"logits": self.logits}
+        if segment.last + 1 < self._num_layers:
+            outputs["damage"] = self.damage[segment.last + 1][None]
+        return outputs
+
+    def place(self) -> None:
+        """Say where the new tokens go: the rows after the cached ones."""
+        start, sequence = self._cache.length, self.sequence
+        if sequence == 1:
+            self._position_ids[0, 0] = start
+        else:
+            self._position_ids[0] = np.arange(start, start + sequence)
+        self._write_indices[0] = start
+        self._total[0] = start + sequence
+        self._seqlens_k[0] = start + sequence - 1
+        if self._mask is not None:
+            self._mask[0, 0] = np.arange(self._mask.shape[-1]) <= self._position_ids[0][:, None]
+
+    def decode(self, token: int, rule: Rule) -> int:
+        """One token under `rule`; returns the layers it ran. Logits, damage and `actions` are this object's arrays."""
+        self.input_ids[0, 0] = token
+        self.place()
+        if self._cache.length < DENSE_POSITIONS:
+            rule = DENSE
+        self.actions.fill(Action.RUN)
+        history, damage, actions = self._history_view, self._damage_view, self.actions[0]
+        self._history.fill(0.0)
+        skips = rule.skips
+        executed = 0
+        for segment in self.segments:
+            layer = segment.layer
+            if layer < 0:
+                segment.run()
+                executed += segment.count
+                continue
+            if segment.policy is not None:
+                segment.policy()
+            if skips(layer, damage[layer], executed):
+                history[2 * layer + 1] = history[2 * layer + 2] = 1.0
+                actions[layer] = Action.SKIP
+                segment.skip()  # type: ignore[misc]
+            else:
+                segment.run()
+                executed += 1
+        self._cache.length += 1
+        return executed
+
+    def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
+        """`sequence` tokens, every layer."""
+        self.input_ids[0] = tokens
+        self.place()
+        self._history.fill(0.0)
+        for segment in self.segments:
+            segment.run()
+        self._cache.length += self.sequence
+
+    def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
+        """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have done.
+
+        A gated layer runs for all tokens and its skip graph too; each token takes its own. Both write the same K and V, so what later tokens read
+        does not depend on who ran.
+        """
+        self.input_ids[0] = tokens
+        self.place()
+        self._history.fill(0.0)
+        self.actions.fill(Action.RUN)
+        executed = np.zeros(self.sequence, np.int64)
+        for segment in self.segments:
+            layer = segment.layer
+            if layer < 0 or segment.skip is None:
+                segment.run()
+                executed += segment.count
+                continue
+            if segment.policy is not None:
+                segment.policy()
+            skipped = (rule.decide(layer, self.damage[layer], executed) == Action.SKIP) & ~dense
+            self.actions[skipped, layer] = Action.SKIP
+            self._history[layer, :, 1] = self._history[layer + 1, :, 0] = skipped
+            executed += ~skipped
+            if not skipped.all():
+                segment.run()
+            if skipped.any():
+                segment.skip()
+                segment.output[0, skipped] = self._hidden[SKIPPED][0, skipped]
+        self._cache.length += self.sequence

@@ -1,0 +1,87 @@
+"""From logits to a token, in numpy: repetition penalty, temperature, top-k, top-p, min-p, in the order Hugging Face applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.errors import RequestError
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (self.temperature, 0.0 <= self.temperature <= 100.0, "between 0 (greedy) and 100"),
+            "top_k": (self.top_k, self.top_k >= 0, ">= 0 (0 is off)"),
+            "top_p": (self.top_p, 0.0 < self.top_p <= 1.0, "in (0, 1] (1 is off)"),
+            "min_p": (self.min_p, 0.0 <= self.min_p < 1.0, "in [0, 1) (0 is off)"),
+            "repetition_penalty": (self.repetition_penalty, 0.0 < self.repetition_penalty <= 100.0, "in (0, 100] (1 is off)"),
+            "stop": (self.stop, all(self.stop), "non-empty strings"),
+        }
+        for name, (value, valid, expected) in checks.items():
+            if not valid:
+                raise RequestError(f"{name} must be {expected}, not {value!r}.")
+
+
+class Sampler:
+    """One request's sampler; with a seed the same logits give the same tokens."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._rng = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: Logits, context: Sequence[int]) -> int:
+        """logits [vocab] float32 and the tokens so far -> a token id. Does not change `logits`."""
+        s = self._sampling
+        if s.repetition_penalty != 1.0 and context:
+            logits = penalised(logits, context, s.repetition_penalty)
+        if s.temperature == 0.0:
+            return int(logits.argmax())
+        candidates, probabilities = distribution(logits, s)
+        return int(candidates[np.searchsorted(probabilities.cumsum(), self._rng.random() * probabilities.sum(), side="right")])
+
+
+def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
+    """Divide positive and multiply negative logits of tokens already there (CTRL, arXiv 1909.05858)."""
+    logits = logits.copy()
+    seen = np.unique(np.asarray(context))
+    values = logits[seen]
+    logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The candidates left by top-k, top-p and min-p, most likely first, with their probabilities (float64, summing to one)."""
+    if 0 < s.top_k < logits.size:
+        candidates = np.argpartition(logits, -s.top_k)[-s.top_k :]
+    else:
+        candidates = np.arange(logits.size)
+    scores = logits[candidates].astype(np.float64) / s.temperature
+    order = np.argsort(-scores, kind="stable")
+    candidates, scores = candidates[order], scores[order]
+    probabilities = np.exp(scores - scores[0])
+    probabilities /= probabilities.sum()
+    keep = np.ones(probabilities.size, np.bool_)
+    if s.top_p < 1.0:
+        # A token stays while the mass before it is below top_p: the first always does.
+        keep &= np.concatenate(([0.0], probabilities.cumsum()[:-1])) < s.top_p
+    if s.min_p > 0.0:
+        keep &= probabilities >= s.min_p * probabilities[0]
+    kept = probabilities[keep]
+    return candidates[keep], kept / kept.sum()

@@ -1,0 +1,331 @@
+"""One conversation: a KV cache, a policy, a budget, and the loop from prompt to tokens. A session belongs to one thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.errors import ContextLengthError, RequestError
+from dash_export.runtime.cache import KVCache
+from dash_export.runtime.dispatch import BoundStep, EngineSet
+from dash_export.runtime.rules import ForcedRule, Rule
+from dash_export.runtime.sampling import Sampler, Sampling
+from dash_export.runtime.text import Text, TextStream
+
+TokenIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Running figures of one generation. Times in seconds; the first token comes out of the prefill."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+    layers: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed, the prefill apart."""
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def layers_per_token(self) -> float:
+        """Mean layers run per decode step."""
+        return self.layers / self.decode_steps if self.decode_steps else 0.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """One step of a stream. `actions` is int8 [layers] (0 run, 1 skip) of the step that made `token`; the prefill's token is dense.
+
+    The last response of a stream has a `finish_reason`: `stop` (end of turn or a stop string), `length` or `cancelled`.
+    """
+
+    text: str
+    token: int
+    actions: npt.NDArray[np.int8]
+    seconds: float
+    statistics: Statistics
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation: text, token ids [n], actions int8 [n, layers] (the skip map), figures."""
+
+    text: str
+    tokens: TokenIds
+    actions: npt.NDArray[np.int8]
+    statistics: Statistics
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Teacher-forced scoring of n tokens: log_likelihoods float32 [n - 1] (nats, of token i + 1 given those before), actions int8 [n, layers]
+    and damage float32 [n, layers], the policy's output per gated layer (zero where it was not asked)."""
+
+    log_likelihoods: npt.NDArray[np.float32]
+    actions: npt.NDArray[np.int8]
+    damage: npt.NDArray[np.float32]
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(-self.log_likelihoods.mean(dtype=np.float64)))
+
+
+@dataclass
+class Counters:
+    """What a session has done since it was made."""
+
+    prefill_tokens: int = 0
+    decode_steps: int = 0
+    layers_run: int = 0
+    cache_growths: int = 0
+
+
+@dataclass
+class Session:
+    """Made by `DashRuntime.session()`. Tokens stay in the cache: a further prompt continues the conversation."""
+
+    engines: EngineSet
+    text: Text
+    rule: Rule
+    kv_step: int
+    prefill_chunk: int
+    counters: Counters = field(default_factory=Counters)
+
+    def __post_init__(self) -> None:
+        self._cache = KVCache(self.engines.model, self.kv_step)
+        self._steps: dict[tuple[int, bool], BoundStep] = {}
+        self._cancelled = False
+        self._pending: list[int] = []
+        self.tokens: list[int] = []
+
+    @property
+    def context_left(self) -> int:
+        """Positions of the model's context that are still free."""
+        return self.engines.model.max_positions - self._cache.length
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.nbytes
+
+    def cancel(self) -> None:
+        """Stop the running stream before its next token; safe to call from another thread or a signal handler."""
+        self._cancelled = True
+
+    def reset(self) -> None:
+        """Forget the conversation; memory and bindings are kept."""
+        self._rewind(0)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int = 256, sampling: Sampling | None = None
+    ) -> Iterator[Response]:
+        """Answer a conversation given as messages {role, content}. What the cache already holds of it is not computed again."""
+        ids = self.text.chat(messages)
+        # At least one token must be computed anew for its logits.
+        known = next((i for i, (a, b) in enumerate(zip(ids, self.tokens, strict=False)) if a != b), min(len(ids), len(self.tokens)))
+        self._rewind(min(known, len(ids) - 1))
+        return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
+
+    def generate(
+        self, prompt: str | Sequence[int] | TokenIds, max_tokens: int = 256, sampling: Sampling | None = None
+    ) -> Generation:
+        """`stream` to its end. `prompt` is text or token ids."""
+        pieces, tokens, actions = [], [], []
+        last = None
+        for last in self.stream(prompt, max_tokens, sampling):
+            pieces.append(last.text)
+            tokens.append(last.token)
+            actions.append(last.actions)
+        assert last is not None
+        return Generation("".join(pieces), np.array(tokens, np.int64), np.array(actions), last.statistics, last.finish_reason or "length")
+
+    def stream(
+        self, prompt: str | Sequence[int] | TokenIds, max_tokens: int = 256, sampling: Sampling | None = None
+    ) -> Iterator[Response]:
+        """Prefill `prompt` densely over the cache as it is, then decode under the policy, one Response per token.
+
+        Raises RequestError for an empty prompt and ContextLengthError when prompt and `max_tokens` do not fit the context.
+        """
+        ids = np.concatenate([np.array(self._pending, np.int64), self._prompt_ids(prompt)])
+        sampling = sampling or Sampling()
+        if max_tokens < 1:
+            raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
+        self._check_room(len(ids), max_tokens)
+        return self._stream(ids, max_tokens, sampling)
+
+    def _stream(self, ids: TokenIds, max_tokens: int, sampling: Sampling) -> Iterator[Response]:
+        self._cancelled = False
+        sampler, text = Sampler(sampling), TextStream(self.text.tokenizer, sampling.stop)
+        began = time.perf_counter()
+        logits = self._prefill(ids, min(max_tokens, self.kv_step))
+        self._pending = []
+        self.tokens.extend(ids.tolist())
+        actions = np.zeros(self.engines.model.num_layers, np.int8)
+        statistics = Statistics(prompt_tokens=len(ids), prefill_seconds=time.perf_counter() - began)
+        rule, counters = self.rule, self.counters
+        while True:
+            token = sampler(logits, self.tokens)
+            piece = text.push(token)
+            seconds = time.perf_counter() - began
+            statistics = _counted(statistics, seconds)
+            reason = None
+            if token in self.text.eos_ids or text.stopped:
+                reason = "stop"
+            elif statistics.tokens == max_tokens:
+                reason = "length"
+            elif self._cancelled:
+                reason = "cancelled"
+            if reason is not None and not text.stopped:
+                piece += text.finish()
+            yield Response(piece, token, actions, seconds, statistics, reason)
+            if reason is not None:
+                # Not yet in the cache: the next prompt brings it along.
+                self._pending = [token]
+                return
+            began = time.perf_counter()
+            self._reserve(1)
+            step = self._bound(1)
+            executed = step.decode(token, rule)
+            self.tokens.append(token)
+            counters.decode_steps += 1
+            counters.layers_run += executed
+            statistics = replace(statistics, decode_steps=statistics.decode_steps + 1, layers=statistics.layers + executed)
+            logits, actions = step.logits[0, 0], step.actions[0].copy()
+
+    def score(
+        self, ids: str | Sequence[int] | TokenIds, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
+    ) -> Score:
+        """Log-likelihood of each token after the first, as decode under the policy would see it, in one pass over a fresh context.
+
+        The first `prefix` tokens are dense, like a prompt. `actions` int8 [tokens, layers] forces every action instead.
+        """
+        tokens = self._prompt_ids(ids)
+        likelihoods, taken, damages = [], [], []
+        for start, step in self._forced(tokens, prefix, actions):
+            following = tokens[start + 1 : start + 1 + step.sequence]
+            likelihoods.append(_log_likelihoods(step.logits[0, : len(following)], following))
+            taken.append(step.actions.copy())
+            damages.append(step.damage.T.copy())
+        return Score(np.concatenate(likelihoods), np.concatenate(taken), np.concatenate(damages))
+
+    def logits(
+        self, ids: str | Sequence[int] | TokenIds, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Like `score`, but the logits [tokens, vocab] themselves: mind the memory."""
+        return np.concatenate([step.logits[0].copy() for _, step in self._forced(self._prompt_ids(ids), prefix, actions)])
+
+    def _forced(
+        self, tokens: TokenIds, prefix: int, actions: npt.NDArray[np.int8] | None
+    ) -> Iterator[tuple[int, BoundStep]]:
+        if prefix < 1:
+            raise RequestError(f"prefix must be at least 1, not {prefix}.")
+        self.reset()
+        self._check_room(len(tokens), 0)
+        self._reserve(len(tokens))
+        chunk = min(self.prefill_chunk, SCORE_CHUNK)
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            step = self._bound(len(part), teacher_forced=True)
+            rule = self.rule if actions is None else ForcedRule(actions[start : start + len(part)])
+            dense = np.arange(start, start + len(part)) < (prefix if actions is None else 0)
+            step.teacher_force(part, rule, dense)
+            yield start, step
+        self.tokens = tokens.tolist()
+
+    def _prefill(self, ids: TokenIds, headroom: int) -> npt.NDArray[np.float32]:
+        """Dense, in chunks; returns the logits [vocab] after the last token."""
+        self._reserve(len(ids) + headroom)
+        for start in range(0, len(ids), self.prefill_chunk):
+            part = ids[start : start + self.prefill_chunk]
+            step = self._bound(len(part))
+            step.prefill(part)
+        self.counters.prefill_tokens += len(ids)
+        return step.logits[0, 0]
+
+    def decode_one(self, token: int, rule: Rule | None = None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
+        """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
+        self._check_room(1, 0)
+        self._reserve(1)
+        step = self._bound(1)
+        step.decode(token, self.rule if rule is None else rule)
+        self.tokens.append(token)
+        return step.logits[0, 0].copy(), step.actions[0].copy()
+
+    def prefill(self, ids: str | Sequence[int] | TokenIds) -> npt.NDArray[np.float32]:
+        """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
+        tokens = self._prompt_ids(ids)
+        self._check_room(len(tokens), 0)
+        logits = self._prefill(tokens, 0)
+        self.tokens.extend(tokens.tolist())
+        return logits.copy()
+
+    def _rewind(self, length: int) -> None:
+        self._cache.length = length
+        del self.tokens[length:]
+        self._pending = []
+
+    def _reserve(self, more: int) -> None:
+        if self._cache.reserve(self._cache.length + more):
+            self._steps.clear()
+            self.counters.cache_growths += 1
+
+    def _bound(self, sequence: int, teacher_forced: bool = False) -> BoundStep:
+        key = (sequence, teacher_forced)
+        if key not in self._steps:
+            # A long step's buffers are large: keep the decode step and the last other one.
+            for other in [other for other in self._steps if other != (1, False)]:
+                del self._steps[other]
+            self._steps[key] = BoundStep(self.engines, self._cache, sequence, teacher_forced)
+        return self._steps[key]
+
+    def _prompt_ids(self, prompt: str | Sequence[int] | TokenIds) -> TokenIds:
+        ids = self.text.encode(prompt, special=not self.tokens) if isinstance(prompt, str) else prompt
+        array = np.asarray(ids)
+        if array.size == 0:
+            raise RequestError("The prompt is empty: give at least one token.")
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise RequestError(f"Token ids must be one list of integers, not {array.dtype} {list(array.shape)}.")
+        vocab = self.engines.model.vocab_size
+        if array.min() < 0 or array.max() >= vocab:
+            raise RequestError(f"Token ids must be from 0 to {vocab - 1}; got {array.min()} to {array.max()}.")
+        return array.astype(np.int64)
+
+    def _check_room(self, tokens: int, more: int) -> None:
+        if tokens + more > self.context_left:
+            raise ContextLengthError(
+                f"The context does not hold this: {tokens} prompt tokens and {more} new ones, but {self.context_left} of the model's "
+                f"{self.engines.model.max_positions} positions are free. Shorten the prompt, ask for fewer tokens or start a new session."
+            )
+
+
+SCORE_CHUNK = 128
+"""Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
+
+
+def _counted(statistics: Statistics, seconds: float) -> Statistics:
+    """One more token; the first one's time is the prefill's."""
+    first = statistics.tokens == 0
+    return replace(
+        statistics,
+        tokens=statistics.tokens + 1,
+        prefill_seconds=seconds if first else statistics.prefill_seconds,
+        decode_seconds=0.0 if first else statistics.decode_seconds + seconds,
+    )
+
+
+def _log_likelihoods(logits: npt.NDArray[np.float32], tokens: TokenIds) -> npt.NDArray[np.float32]:
+    """logits [n, vocab], the tokens that followed [n] -> log softmax at them, float32 [n]."""
+    peak = logits.max(axis=-1, keepdims=True)
+    total = np.exp(logits - peak).sum(axis=-1, dtype=np.float64)
+    chosen = np.take_along_axis(logits, tokens[:, None], axis=-1) - peak
+    return (chosen[:, 0] - np.log(total)).astype(np.float32)

@@ -1,0 +1,152 @@
+"""Text in and out: tokenizer, chat template, incremental decoding with stop strings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from dash_export.errors import BundleError, RequestError
+
+MAX_PROMPT_CHARACTERS = 10_000_000
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """A template comes with a model from anywhere: no attribute of Python's own, no unbounded repetition."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or isinstance(left, (str, list, tuple)) or isinstance(right, (str, list, tuple)):
+            raise jinja2.exceptions.SecurityError(f"the operator {operator} is not allowed on these values")
+        return super().call_binop(context, operator, left, right)
+
+
+class ChatTemplate:
+    """A model's `chat_template.jinja`, rendered in a sandbox."""
+
+    def __init__(self, source: str, special: Mapping[str, str]) -> None:
+        self._special = dict(special)
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise BundleError(f"The bundle's chat template is not valid ({error}). Replace chat_template.jinja of the model and export again.") from error
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages {role, content} -> the prompt text. Raises RequestError when the template refuses or misbehaves."""
+        for message in messages:
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise RequestError(f"A chat message needs a 'role' and a 'content', both text; got {dict(message)!r:.100}.")
+        pieces, size = [], 0
+        try:
+            for piece in self._template.generate(messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special):
+                size += len(piece)
+                if size > MAX_PROMPT_CHARACTERS:
+                    raise RequestError(f"The chat template makes a prompt of over {MAX_PROMPT_CHARACTERS} characters; it is not safe to use.")
+                pieces.append(piece)
+        except RequestError:
+            raise
+        except Exception as error:  # a template can raise anything
+            raise RequestError(f"The chat template refuses these messages ({type(error).__name__}: {error}).") from error
+        return "".join(pieces)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class Text:
+    """Tokenizer and chat template of a bundle."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise BundleError(f"{folder / 'tokenizer.json'} cannot be read ({error}). The bundle is damaged: export it again.") from error
+        config = _optional_json(folder / "tokenizer_config.json")
+        generation = _optional_json(folder / "generation_config.json") or _optional_json(folder / "config.json")
+        special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.eos_ids = _eos_ids(generation, self.tokenizer, special["eos_token"])
+        template = folder / "chat_template.jinja"
+        self.template = ChatTemplate(template.read_text(encoding="utf-8"), special) if template.is_file() else None
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Text -> token ids; `special` adds what the tokenizer adds to a fresh text (a BOS, for some models)."""
+        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Chat messages -> token ids, ending where the assistant's turn begins."""
+        if self.template is None:
+            raise RequestError("This model has no chat template: give it plain text (without --chat), or export a chat model.")
+        return self.encode(self.template.render(messages), special=False)
+
+
+class TextStream:
+    """Token ids -> text pieces as they become certain: whole characters only, and nothing that may be the start of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._decode = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text this token makes certain; sets `stopped` at a stop string, which is not given out."""
+        self._held += self._decode.step(self._tokenizer, token) or ""
+        found = [position for position in (self._held.find(stop) for stop in self._stop) if position >= 0]
+        if found:
+            self.stopped = True
+            piece, self._held = self._held[: min(found)], ""
+            return piece
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return piece
+
+    def finish(self) -> str:
+        """What was held back, when no stop string came after all."""
+        piece, self._held = self._held, ""
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((length for length in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-length:])), 0)
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read ({error}). The bundle is damaged: export it again.") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _token_text(token: object) -> str:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
+
+
+def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer, eos_token: str) -> frozenset[int]:
+    given = config.get("eos_token_id")
+    ids = given if isinstance(given, list) else [given]
+    found = {token for token in ids if type(token) is int}
+    named = tokenizer.token_to_id(eos_token) if eos_token else None
+    return frozenset(found or ({named} if named is not None else set()))

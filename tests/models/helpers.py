@@ -1,0 +1,176 @@
+"""Tiny random checkpoints of every family, written by transformers and by gguf's own writer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from dash_export.models import Checkpoint, row_blocks
+
+DIMENSIONS: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def byte_tokens() -> list[str]:
+    """The 256 byte-level tokens, one merge's result and two special tokens: 259 tokens."""
+    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "<|im_start|>", "<|im_end|>"]
+
+
+def tiny_tokenizer() -> Tokenizer:
+    tokens = byte_tokens()
+    model = models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[("h", "e")])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+def tiny_model(family: str, **options: Any) -> Any:
+    """A random float32 transformers model; every tensor (biases and norms too) differs from its initial value."""
+    config_class, model_class = FAMILIES[family]
+    torch.manual_seed(0)
+    model = model_class(config_class(**(DIMENSIONS | options))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def save_tiny(folder: Path, family: str, max_shard_size: str = "1GB", **options: Any) -> Any:
+    """Save a tiny model with its tokenizer; returns the transformers model."""
+    model = tiny_model(family, **options)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    return model
+
+
+def edit_config(folder: Path, remove: tuple[str, ...] = (), **changes: Any) -> None:
+    path = folder / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in remove}
+    path.write_text(json.dumps(config | changes))
+
+
+def assert_same_weights(checkpoint: Checkpoint, state: Mapping[str, Any], block_bytes: int = 3000) -> None:
+    """Every weight equals the state dict's, read in blocks that do not divide the heads evenly."""
+    for name, weight in checkpoint.weights.items():
+        rows = np.concatenate(list(row_blocks(weight, block_bytes)))
+        assert rows.dtype == np.float32
+        np.testing.assert_array_equal(rows, state[name].float().numpy(), err_msg=name)
+
+
+def assert_same_model(checkpoint: Checkpoint, model: Any, tied: bool = False) -> None:
+    """Names, shapes, values and rotary frequencies agree with the transformers model."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    assert set(checkpoint.weights) == set(state)
+    assert_same_weights(checkpoint, state)
+    expected = model.model.rotary_emb.inv_freq.numpy()
+    np.testing.assert_allclose(checkpoint.spec.rope.inverse_frequencies, expected, rtol=1e-6)
+    assert checkpoint.spec.rms_norm_eps == model.config.rms_norm_eps
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to the Q and K weights of `llama`."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def write_gguf(
+    path: Path,
+    model: Any,
+    *,
+    pre: str = "smollm",
+    quantize: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    extra_tensors: Mapping[str, np.ndarray] | None = None,
+    remove: tuple[str, ...] = (),
+) -> None:
+    """Write a transformers model as GGUF, as llama.cpp's converter would. `metadata` adds or replaces keys."""
+    config = model.config
+    family = config.model_type
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values: dict[str, Any] = {
+        f"{family}.block_count": config.num_hidden_layers,
+        f"{family}.context_length": config.max_position_embeddings,
+        f"{family}.embedding_length": config.hidden_size,
+        f"{family}.feed_forward_length": config.intermediate_size,
+        f"{family}.attention.head_count": config.num_attention_heads,
+        f"{family}.attention.head_count_kv": config.num_key_value_heads,
+        f"{family}.attention.key_length": head_dim,
+        f"{family}.attention.value_length": head_dim,
+        f"{family}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        f"{family}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.bos_token_id": 257,
+        "tokenizer.ggml.eos_token_id": 258,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    if family == "llama":
+        values["llama.rope.dimension_count"] = head_dim
+    values |= metadata or {}
+    writer = gguf.GGUFWriter(path, str(values.pop("general.architecture", family)))
+    for key, value in values.items():
+        if key in remove:
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+    lists = {
+        "tokenizer.ggml.tokens": byte_tokens(),
+        "tokenizer.ggml.token_type": [1] * 257 + [3, 3],
+        "tokenizer.ggml.merges": ["h e"],
+    }
+    for key, items in lists.items():
+        if key not in remove and key not in values:
+            writer.add_array(key, items)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name in remove or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        array = tensor.numpy()
+        if family == "llama" and ".q_proj." in name:
+            array = permuted(array, config.num_attention_heads)
+        if family == "llama" and ".k_proj." in name:
+            array = permuted(array, config.num_key_value_heads)
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if quantize and array.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(stored, gguf.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(stored, np.ascontiguousarray(array))
+    for name, array in (extra_tensors or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,289 @@
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from dash_export.errors import CheckpointError
+from dash_export.models import open_checkpoint
+from dash_export.models.gguf_file import read_gguf
+from tests.models.helpers import assert_same_model, assert_same_weights, tiny_model, write_gguf
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def tiny_bytes(model: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path, model)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "num_hidden_layers": 3}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"head_dim": 32}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 32}),
+    ],
+)
+def test_round_trip(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    model = tiny_model(family, **options)
+    write_gguf(tmp_path / "tiny.gguf", model)
+    checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
+    assert_same_model(checkpoint, model, tied="tie_word_embeddings" in options)
+    assert checkpoint.spec.model_type == family
+    config_class = type(model.config)
+    again = config_class(**checkpoint.config)  # transformers reads our config to the same model
+    assert again.rope_parameters["rope_theta"] == model.config.rope_parameters["rope_theta"]
+    assert again.eos_token_id == 258
+
+
+def test_single_rows_of_a_permuted_matrix(tmp_path: Path, model: Any) -> None:
+    write_gguf(tmp_path / "tiny.gguf", model)
+    checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
+    for name in ("q_proj", "k_proj"):
+        weight = checkpoint.weights[f"model.layers.1.self_attn.{name}.weight"]
+        expected = model.state_dict()[f"model.layers.1.self_attn.{name}.weight"].numpy()
+        for row in range(expected.shape[0]):
+            np.testing.assert_array_equal(weight.read_rows(row, row + 1), expected[row : row + 1])
+        assert weight.read_rows(5, 5).shape == (0, 64)
+
+
+def test_quantised_matrices(tmp_path: Path, model: Any) -> None:
+    write_gguf(tmp_path / "tiny.gguf", model, quantize=True)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    state = {
+        name: torch.from_numpy(gguf.dequantize(gguf.quantize(tensor.numpy(), kind), kind))
+        if tensor.ndim == 2
+        else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    assert_same_weights(open_checkpoint(tmp_path / "tiny.gguf"), state)
+
+
+def test_linear_rope_scaling(tmp_path: Path) -> None:
+    scaled = tiny_model("llama", rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0})
+    for keys in (
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},
+    ):
+        write_gguf(tmp_path / "tiny.gguf", scaled, metadata=keys)
+        checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
+        assert_same_model(checkpoint, scaled)
+        assert checkpoint.config["rope_parameters"]["rope_type"] == "linear"
+
+
+def test_llama3_rope_factors_become_the_named_scaling(tmp_path: Path) -> None:
+    scaled = tiny_model("llama", head_dim=64, rope_parameters=LLAMA3)
+    plain = tiny_model("llama", head_dim=64, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})
+    factors = (plain.model.rotary_emb.inv_freq / scaled.model.rotary_emb.inv_freq).numpy()
+    assert factors.max() == 8
+    write_gguf(tmp_path / "tiny.gguf", scaled, extra_tensors={"rope_freqs.weight": factors})
+    checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
+    assert_same_model(checkpoint, scaled)
+    assert checkpoint.config["rope_parameters"] == LLAMA3
+
+
+def test_other_rope_factors_divide_the_frequencies(tmp_path: Path, model: Any) -> None:
+    factors = np.linspace(1, 3, 8, dtype=np.float32)
+    write_gguf(tmp_path / "tiny.gguf", model, extra_tensors={"rope_freqs.weight": factors})
+    rope = open_checkpoint(tmp_path / "tiny.gguf").spec.rope
+    expected = model.model.rotary_emb.inv_freq.numpy() / factors
+    np.testing.assert_allclose(rope.inverse_frequencies, expected, rtol=1e-6)
+    assert rope.scaling == "gguf_factors"
+
+
+@pytest.mark.parametrize("factors", [np.ones(7), np.zeros(8), np.full(8, np.nan), np.ones((2, 4))])
+def test_wrong_rope_factors(tmp_path: Path, model: Any, factors: np.ndarray) -> None:
+    write_gguf(tmp_path / "tiny.gguf", model, extra_tensors={"rope_freqs.weight": factors.astype(np.float32)})
+    with pytest.raises(CheckpointError, match="rope"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"general.architecture": "gpt2"}, "gpt2.*llama, qwen2, qwen3"),
+        ({"llama.block_count": "two"}, "block_count"),
+        ({"llama.block_count": 3}, "lacks"),
+        ({"llama.block_count": 4_000_000_000}, "block_count"),
+        ({"llama.embedding_length": 128}, "shape"),
+        ({"llama.attention.head_count_kv": [2, 2]}, "head_count_kv"),
+        ({"llama.attention.value_length": 8}, "length"),
+        ({"llama.rope.dimension_count": 8}, "partial_rotary_factor"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "yarn"),
+        ({"llama.rope.scaling.type": "linear"}, "factor"),
+        ({"llama.rope.freq_base": -1.0}, "rope.freq_base"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon"),
+        ({"llama.expert_count": 8}, "expert"),
+        ({"llama.attention.sliding_window": 4096}, "sliding"),
+        ({"split.count": 3}, "llama-gguf-split"),
+        ({"tokenizer.ggml.eos_token_id": 259}, "eos_token_id"),
+        ({"tokenizer.chat_template": 3}, "chat_template"),
+    ],
+)
+def test_metadata_that_is_wrong_or_not_supported(
+    tmp_path: Path, model: Any, metadata: dict[str, Any], message: str
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", model, metadata=metadata)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"remove": ("llama.attention.layer_norm_rms_epsilon",)}, "rms_epsilon"),
+        ({"remove": ("model.norm.weight",)}, r"model\.norm\.weight"),
+        ({"remove": ("model.embed_tokens.weight",)}, "token_embd"),
+        ({"extra_tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, "attn_q_norm"),
+    ],
+)
+def test_missing_and_unused_parts(tmp_path: Path, model: Any, options: dict[str, Any], message: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", model, **options)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_integer_weights_are_refused(tmp_path: Path, model: Any) -> None:
+    integers = {"output_norm.weight": np.ones(64, np.int32)}
+    write_gguf(tmp_path / "tiny.gguf", model, remove=("model.norm.weight",), extra_tensors=integers)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*I32"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    damaged = tiny_model("llama")
+    with torch.no_grad():
+        damaged.model.layers[1].mlp.up_proj.weight[50, 3] = float("inf")
+    write_gguf(tmp_path / "tiny.gguf", damaged)
+    weight = open_checkpoint(tmp_path / "tiny.gguf").weights["model.layers.1.mlp.up_proj.weight"]
+    weight.read_rows(0, 50)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        weight.read_rows(50, 51)
+
+
+def uint64_at(data: bytes, offset: int, value: int) -> bytes:
+    return data[:offset] + value.to_bytes(8, "little") + data[offset + 8 :]
+
+
+@pytest.mark.parametrize("value", [1 << 17, 1 << 40, (1 << 64) - 1])
+@pytest.mark.parametrize("offset", ["tensors", "keys", "first key", "tokens", "token types"])
+def test_absurd_lengths_fail_at_once(tmp_path: Path, tiny_bytes: bytes, offset: str, value: int) -> None:
+    places = {
+        "tensors": 8,
+        "keys": 16,
+        "first key": 24,
+        # after the key: its type and the elements' type, 4 bytes each
+        "tokens": tiny_bytes.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8,
+        "token types": tiny_bytes.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8,
+    }
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(uint64_at(tiny_bytes, places[offset], value))
+    started = time.monotonic()
+    with pytest.raises(CheckpointError):
+        open_checkpoint(path)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GG", b"GGUF", b"ONNX" * 100, b"GGUF\x01\0\0\0" + bytes(64), b"GGUF\0\0\0\x03" + bytes(64)]
+)
+def test_other_files(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match="GGUF"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_truncated_anywhere(tmp_path: Path, tiny_bytes: bytes) -> None:
+    path = tmp_path / "tiny.gguf"
+    for length in [*range(8, len(tiny_bytes) - 1, len(tiny_bytes) // 40), len(tiny_bytes) - 64]:
+        path.write_bytes(tiny_bytes[:length])
+        with pytest.raises(CheckpointError):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_header_opens_or_says_so(tmp_path: Path, tiny_bytes: bytes, seed: int) -> None:
+    path, generator, data = tmp_path / "tiny.gguf", random.Random(seed), bytearray(tiny_bytes)
+    path.write_bytes(tiny_bytes)
+    header = min(tensor.offset for tensor in read_gguf(path).tensors.values())
+    for _ in range(3):
+        data[generator.randrange(header)] ^= 1 << generator.randrange(8)
+    path.write_bytes(data)
+    started = time.monotonic()
+    try:
+        checkpoint = open_checkpoint(path)
+        for weight in checkpoint.weights.values():
+            weight.read_rows(0, weight.shape[0])
+    except CheckpointError:
+        pass
+    assert time.monotonic() - started < 2
+
+
+def test_fingerprint_follows_content(tmp_path: Path, tiny_bytes: bytes) -> None:
+    for name, data in (("a", tiny_bytes), ("b", tiny_bytes), ("c", tiny_bytes[:-9] + b"\1" + tiny_bytes[-8:])):
+        (tmp_path / f"{name}.gguf").write_bytes(data)
+    first, second, third = (open_checkpoint(tmp_path / f"{name}.gguf").fingerprint for name in "abc")
+    assert first == second != third
+
+
+@pytest.mark.model
+def test_smollm2_equals_transformers(smollm2_gguf: Path) -> None:
+    checkpoint = open_checkpoint(smollm2_gguf)
+    expected_config = transformers.AutoConfig.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(expected_config)
+    # What from_pretrained(gguf_file=...) calls, without its need for accelerate.
+    state = load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=model)["tensors"]
+    assert set(checkpoint.weights) == set(state)
+    assert_same_weights(checkpoint, state, block_bytes=1 << 20)
+    inverse_frequencies = type(model.model.rotary_emb)(expected_config).inv_freq.numpy()
+    np.testing.assert_allclose(checkpoint.spec.rope.inverse_frequencies, inverse_frequencies, rtol=1e-6)
+    assert checkpoint.config["rms_norm_eps"] == 1e-5
+    config = transformers.LlamaConfig(**checkpoint.config)
+    for key in ("hidden_size", "num_hidden_layers", "head_dim", "eos_token_id", "tie_word_embeddings"):
+        assert getattr(config, key) == getattr(expected_config, key)
+
+
+_WALK = """
+import resource, sys
+from dash_export.models import open_checkpoint, row_blocks
+import dash_export.models.gguf
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+checkpoint = open_checkpoint(sys.argv[1])
+for weight in checkpoint.weights.values():
+    for rows in row_blocks(weight):
+        pass
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+print(peak() - before)
+"""
+
+
+@pytest.mark.model
+def test_walking_all_weights_stays_small(smollm2_gguf: Path) -> None:
+    """File 94 MB, weights 515 MB as float32, the largest 108 MB: none of them may become resident as a whole."""
+    walked = subprocess.run(
+        [sys.executable, "-c", _WALK, str(smollm2_gguf)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert int(walked.stdout) < 100

@@ -1,0 +1,279 @@
+import json
+import random
+import shutil
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from dash_export.errors import CheckpointError
+from dash_export.models import open_checkpoint
+from tests.models.helpers import assert_same_model, assert_same_weights, edit_config, save_tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("llama")
+    return folder, save_tiny(folder, "llama")
+
+
+@pytest.fixture
+def folder(saved: tuple[Path, Any], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved[0], tmp_path / "model"))
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace (or with None remove) tensors of model.safetensors; `__` in a keyword stands for a dot."""
+    path = folder / "model.safetensors"
+    tensors: dict[str, torch.Tensor | None] = {**load_file(path)}
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def test_sharded(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path, "llama", max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_model(open_checkpoint(tmp_path), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_float_types(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "model.safetensors"
+    state = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(state, path)
+    assert_same_weights(open_checkpoint(folder), state)
+
+
+def test_base_model_names_without_prefix(folder: Path, saved: tuple[Path, Any]) -> None:
+    path = folder / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}, path)
+    assert_same_model(open_checkpoint(folder), saved[1])
+
+
+def test_head_of_a_tied_model_is_ignored(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    assert "lm_head.weight" not in open_checkpoint(folder).weights
+
+
+def test_rows(folder: Path, saved: tuple[Path, Any]) -> None:
+    weight = open_checkpoint(folder).weights["model.layers.0.mlp.gate_proj.weight"]
+    expected = saved[1].state_dict()["model.layers.0.mlp.gate_proj.weight"].numpy()
+    np.testing.assert_array_equal(weight.read_rows(5, 9), expected[5:9])
+    assert weight.read_rows(4, 4).shape == (0, 64)
+    for start, stop in [(-1, 2), (3, 2), (0, 97)]:
+        with pytest.raises(IndexError):
+            weight.read_rows(start, stop)
+
+
+def test_assets(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "from the config"}')
+    assets = open_checkpoint(folder).assets
+    assert assets["config.json"] == (folder / "config.json").read_text()
+    assert assets["chat_template.jinja"] == "from the config"
+    assert set(assets) == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    (folder / "chat_template.jinja").write_text("from the file")
+    assert open_checkpoint(folder).assets["chat_template.jinja"] == "from the file"
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert open_checkpoint(folder).assets["chat_template.jinja"] == "yes"
+    (folder / "tokenizer_config.json").write_text('{"chat_template": 3}')
+    with pytest.raises(CheckpointError, match="chat_template"):
+        open_checkpoint(folder)
+
+
+def test_fingerprint_follows_content_not_place(folder: Path, saved: tuple[Path, Any]) -> None:
+    first = open_checkpoint(folder).fingerprint
+    assert first == open_checkpoint(str(saved[0])).fingerprint
+    norm = load_file(folder / "model.safetensors")["model.norm.weight"]
+    norm[0] += 1
+    rewrite(folder, model__norm__weight=norm)
+    second = open_checkpoint(folder).fingerprint
+    edit_config(folder, rms_norm_eps=1e-5)
+    assert len({first, second, open_checkpoint(folder).fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, "no config.json"),
+        ("config.json", b"[]", "JSON list; expected an object"),
+        ("config.json", b"{", "not valid JSON"),
+        ("config.json", b"\xff\xfe", "UTF-8"),
+        ("config.json", b"[" * 100_000, "not valid JSON"),
+        ("config.json", b"{}", "model_type"),
+        ("tokenizer.json", None, "save_pretrained"),
+        ("tokenizer.json", b"3", "tokenizer.json"),
+        ("generation_config.json", b"null", "generation_config.json"),
+        ("tokenizer_config.json", b"{]", "tokenizer_config.json"),
+        ("model.safetensors", None, "neither model.safetensors nor"),
+        ("model.safetensors", b"", "safetensors"),
+        ("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}", "safetensors"),
+    ],
+)
+def test_missing_and_broken_files(folder: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_truncated_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        open_checkpoint(folder)
+
+
+def test_weights_truncated_after_opening(folder: Path) -> None:
+    checkpoint, path = open_checkpoint(folder), folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        checkpoint.weights["model.norm.weight"].read_rows(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("model__norm__weight", None, r"lacks 1 of .*model\.norm\.weight"),
+        ("lm_head__weight", None, "tie_word_embeddings"),
+        ("model__norm__weight", torch.ones(63), r"model\.norm\.weight.*\[63\].*\[64\]"),
+        ("model__norm__weight", torch.ones(64, 1), r"model\.norm\.weight"),
+        ("model__norm__weight", torch.ones(64, dtype=torch.int32), r"model\.norm\.weight.*I32"),
+        ("model__norm__weight", torch.ones(64).to(torch.float8_e4m3fn), r"model\.norm\.weight.*F8"),
+    ],
+)
+def test_wrong_tensors(folder: Path, tensor: str, value: torch.Tensor | None, message: str) -> None:
+    rewrite(folder, **{tensor: value})
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
+    norm = torch.ones(64)
+    norm[63] = value
+    rewrite(folder, model__norm__weight=norm)
+    weight = open_checkpoint(folder).weights["model.norm.weight"]
+    weight.read_rows(0, 63)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        weight.read_rows(0, 64)
+
+
+def test_pickled_weights_are_never_opened(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickle.*save_pretrained"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", "", 3, None]
+)
+def test_index_must_stay_in_its_folder(folder: Path, name: Any) -> None:
+    shutil.copy(folder / "model.safetensors", folder.parent / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(CheckpointError, match="same folder"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}])
+def test_index_without_weight_map(folder: Path, index: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="weight_map"):
+        open_checkpoint(folder)
+
+
+def test_missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="model-00001-of-00002"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "source", ["no-such-folder", "./org/name", "missing/model.gguf", "", "a\0b/c", "org/name/more"]
+)
+def test_no_such_model(source: str) -> None:
+    with pytest.raises(CheckpointError):
+        open_checkpoint(source)
+
+
+def test_hub_download(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(model_id: str, **options: Any) -> str:
+        asked.update(options, model_id=model_id)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_checkpoint("org/name").source == "org/name"
+    assert asked["model_id"] == "org/name"
+    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RepositoryNotFoundError, "hub has no model 'org/name'"),
+        (GatedRepoError, "gated"),
+        (ConnectionError, "cannot be reached"),
+    ],
+)
+def test_hub_errors_never_show_the_token(monkeypatch: pytest.MonkeyPatch, error: type[Exception], message: str) -> None:
+    def download(_model_id: str, **_options: Any) -> str:
+        failure = error.__new__(error)
+        failure.args = ("Authorization: Bearer hf_secret",)
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        open_checkpoint("org/name")
+    assert "hf_secret" not in str(raised.value)
+    assert raised.value.__suppress_context__
+
+
+def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
+        open_checkpoint("no-such-org/no-such-model")
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_safetensors_open_or_say_so(folder: Path, seed: int) -> None:
+    path, generator = folder / "model.safetensors", random.Random(seed)
+    data = bytearray(path.read_bytes())
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    place = generator.randrange(header)
+    if seed % 3 == 0:
+        del data[place:]
+    else:
+        data[place] ^= 1 << generator.randrange(8)
+    path.write_bytes(data)
+    started = time.monotonic()
+    try:
+        checkpoint = open_checkpoint(folder)
+        for weight in checkpoint.weights.values():
+            weight.read_rows(0, weight.shape[0])
+    except CheckpointError:
+        pass
+    assert time.monotonic() - started < 2

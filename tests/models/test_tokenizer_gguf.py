@@ -1,0 +1,146 @@
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from dash_export.errors import CheckpointError
+from dash_export.models import open_checkpoint
+from dash_export.models.tokenizer_gguf import tokenizer_assets
+from tests.models.helpers import byte_tokens
+
+TEXTS = [
+    "Hello 2024!",
+    "\n\n1. First\n\n2. Second",
+    "def f(x):\n    return {'a': x ** 2}  # comment\n\n\n",
+    "🙂👩‍👩‍👧 naïve café 中文 العربية",
+    "  leading,   inner \t\t tabs   \r\n trailing   ",
+    "It's they'll I'M 3.14159 12345 x1y22",
+    "",
+]
+
+
+def metadata(pre: str, **changes: Any) -> dict[str, Any]:
+    base = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": byte_tokens(),
+        "tokenizer.ggml.token_type": [1] * 257 + [3, 3],
+        "tokenizer.ggml.merges": ["h e"],
+        "tokenizer.ggml.bos_token_id": 257,
+        "tokenizer.ggml.eos_token_id": 258,
+    }
+    return base | {f"tokenizer.{key}": value for key, value in changes.items()}
+
+
+def build(pre: str, **changes: Any) -> Tokenizer:
+    return Tokenizer.from_str(tokenizer_assets(metadata(pre, **changes), 400)["tokenizer.json"])
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "llama3", "gpt-2", "default"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(pre: str, text: str) -> None:
+    tokenizer = build(pre)
+    expected = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
+    assert tokenizer.decode(tokenizer.encode(text).ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("smollm", ["It", "'s", " ", "1", "2", "3", "4", ".", "\n\n", "1"]),
+        ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", ".\n\n", "1"]),
+        ("llama-bpe", ["It", "'s", " ", "123", "4", ".\n\n", "1"]),
+        ("gpt-2", ["It", "'s", " 1234", ".", "\n", "\n", "1"]),
+        ("default", ["It", "'", "s", " ", "123", "4", ".", "\n", "\n", "1"]),
+    ],
+)
+def test_words_split_as_the_model_was_trained(pre: str, expected: list[str]) -> None:
+    assert pieces(build(pre), "It's 1234.\n\n1") == expected
+
+
+def test_qwen2_splits_as_transformers_does() -> None:
+    reference = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    ours = build("qwen2").pre_tokenizer
+    for text in TEXTS:
+        assert ours.pre_tokenize_str(text) == reference.pre_tokenize_str(text)
+
+
+def test_special_tokens() -> None:
+    tokens = [*byte_tokens(), "<tool>"]
+    tokenizer = build("smollm", **{"ggml.tokens": tokens, "ggml.token_type": [1] * 257 + [3, 3, 4]})
+    ids = tokenizer.encode("<|im_start|>a<tool><|im_end|>").ids
+    assert ids == [257, tokens.index("a"), 259, 258]
+    assert tokenizer.decode(ids) == "a<tool>"  # a control token is special, a user-defined one is text
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>a<tool><|im_end|>"
+
+
+def test_bos_is_added_where_the_file_or_the_family_says_so() -> None:
+    assert build("llama-bpe").encode("a").ids[0] == 257
+    assert build("llama-bpe", **{"ggml.add_bos_token": False}).encode("a").ids[0] != 257
+    assert build("smollm").encode("a").ids[0] != 257
+    assert build("smollm", **{"ggml.add_bos_token": True}).encode("a").ids[0] == 257
+    assert build("llama-bpe").encode("a", add_special_tokens=False).ids[0] != 257
+
+
+def test_other_assets() -> None:
+    assets = tokenizer_assets(metadata("llama-bpe", **{"ggml.eot_token_id": 256, "chat_template": "{{ x }}"}), 400)
+    assert json.loads(assets["generation_config.json"]) == {"bos_token_id": 257, "eos_token_id": [258, 256]}
+    config = json.loads(assets["tokenizer_config.json"])
+    assert (config["bos_token"], config["eos_token"], config["add_bos_token"]) == ("<|im_start|>", "<|im_end|>", True)
+    assert assets["chat_template.jinja"] == "{{ x }}"
+    assert "chat_template.jinja" not in tokenizer_assets(metadata("smollm"), 400)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ggml.model": "llama"}, "'llama' is not supported.*gpt2.*Hugging Face folder"),
+        ({"ggml.pre": "tekken"}, "'tekken' is not supported.*smollm, qwen2.*Hugging Face folder"),
+        ({"ggml.pre": None}, "None is not supported"),
+        ({"ggml.tokens": None}, "tokens"),
+        ({"ggml.tokens": [1, 2]}, "tokens"),
+        ({"ggml.tokens": ["a"] * 259}, "twice"),
+        ({"ggml.tokens": [str(index) for index in range(401)]}, "401 tokens; expected 1 to 400"),
+        ({"ggml.token_type": [1]}, "token_type"),
+        ({"ggml.token_type": 3}, "token_type"),
+        ({"ggml.merges": ["h e x"]}, "merges"),
+        ({"ggml.merges": [" e"]}, "merges"),
+        ({"ggml.merges": ["h nothing"]}, "not consistent"),
+        ({"ggml.merges": "h e"}, "merges"),
+        ({"ggml.bos_token_id": 259}, "bos_token_id"),
+        ({"ggml.bos_token_id": True}, "bos_token_id"),
+        ({"ggml.add_bos_token": "yes"}, "add_bos_token"),
+        ({"chat_template": ["a"]}, "chat_template"),
+    ],
+)
+def test_vocabularies_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        build("smollm", **changes)
+
+
+@pytest.mark.model
+def test_smollm2(smollm2_gguf: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(smollm2_gguf)
+    tokenizer = Tokenizer.from_str(checkpoint.assets["tokenizer.json"])
+    assert tokenizer.encode("<|im_start|>user<|im_end|>").ids == [1, 4093, 2]
+    assert tokenizer.encode("\n\n1.").tokens == ["ĊĊ", "1", "."]
+    assert tokenizer.encode("in 2024").tokens == ["in", "Ġ", "2", "0", "2", "4"]
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    for name, text in checkpoint.assets.items():
+        (tmp_path / name).write_text(text)
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert loaded.convert_tokens_to_ids(loaded.eos_token) == checkpoint.config["eos_token_id"]
+    prompt = loaded.apply_chat_template(
+        [{"role": "user", "content": "Hi 42"}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.endswith("<|im_start|>user\nHi 42<|im_end|>\n<|im_start|>assistant\n")
+    assert loaded(prompt)["input_ids"] == tokenizer.encode(prompt).ids

@@ -20,8 +20,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     so opening takes as long as reading the files once. Raises CheckpointError for anything missing, unsupported or
     corrupt.
     """
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
             from dash_export.models.huggingface import open_folder
 
@@ -34,7 +34,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             from dash_export.models.huggingface import open_hub
 
             return open_hub(source)
-    except (OSError, ValueError) as error:  # unreadable folder, permission, NUL byte in a name
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL byte in the name, `~nobody`
         raise CheckpointError(f"cannot read the model {str(source)!r}: {error}") from error
     raise CheckpointError(
         f"no such model: {str(source)!r} is neither a folder with config.json, nor a .gguf file, "

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from dash_export.models.spec import DecoderSpec, Float32Array, Weight
 
 MAX_TEXT_BYTES = 256 << 20  # the largest published tokenizer.json is about 35 MB
 CHUNK_BYTES = 8 << 20
+
+AnyWeight = TypeVar("AnyWeight", bound=Weight)
 
 
 def require(module: str) -> Any:
@@ -79,7 +81,7 @@ def read_in_chunks(
     return rows
 
 
-def check_weights(spec: DecoderSpec, weights: Mapping[str, Weight], source: str) -> dict[str, Weight]:
+def check_weights(spec: DecoderSpec, weights: Mapping[str, AnyWeight], source: str) -> dict[str, AnyWeight]:
     """The weights `spec` needs, in its order. Raises CheckpointError for a missing one or one of another shape."""
     needed = spec.weight_shapes()
     missing = [name for name in needed if name not in weights]

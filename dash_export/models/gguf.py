@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import CheckpointError
+from dash_export.models.decoder import MAX_HEAD_DIM
 from dash_export.models.files import check_weights, fingerprint, read_in_chunks, require
 from dash_export.models.gguf_config import config_from_gguf
 from dash_export.models.gguf_file import GgufTensor, read_gguf
 from dash_export.models.registry import decoder_spec
-from dash_export.models.spec import Checkpoint, DecoderSpec, Float32Array, Weight
+from dash_export.models.spec import Checkpoint, DecoderSpec, Float32Array
 from dash_export.models.tokenizer_gguf import tokenizer_assets
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -85,12 +86,7 @@ def open_gguf(path: Path) -> Checkpoint:
     file = read_gguf(path)
     factors = None
     if _ROPE_FACTORS in file.tensors:
-        weight = GgufWeight(path, _ROPE_FACTORS, file.tensors[_ROPE_FACTORS])
-        if len(weight.shape) != 1:
-            raise CheckpointError(f"{_ROPE_FACTORS} in {path} has shape {list(weight.shape)}; expected one dimension")
-        factors = weight.read_rows(0, weight.shape[0])
-        if not (factors > 0).all():
-            raise CheckpointError(f"{_ROPE_FACTORS} in {path} holds divisors that are not positive")
+        factors = _rope_factors(GgufWeight(path, _ROPE_FACTORS, file.tensors[_ROPE_FACTORS]))
     config = config_from_gguf(file, factors)
     spec = decoder_spec(config)
     stored = _stored_names(spec)
@@ -100,14 +96,14 @@ def open_gguf(path: Path) -> Checkpoint:
             f"{path} holds {len(unused)} tensors that {spec.model_type} does not use, the first is "
             f"{unused[0][:100]!r}; this variant is not supported"
         )
-    found: dict[str, Weight] = {
+    found = {
         name: GgufWeight(path, name, file.tensors[gguf_name], _interleaved_heads(spec, name))
         for name, gguf_name in stored.items()
         if gguf_name in file.tensors
     }
     weights = check_weights(spec, found, str(path))
-    for checked in weights.values():
-        checked.read_rows(0, 1)  # an unsupported quantisation is known now, not in the middle of an export
+    for weight in weights.values():
+        weight.read_rows(0, 1)  # an unsupported quantisation is known now, not in the middle of an export
     config_text = json.dumps(config, indent=2) + "\n"
     tensors = [
         f"{name} {list(weight.shape)} {file.tensors[stored[name]].quantization}" for name, weight in weights.items()
@@ -120,6 +116,16 @@ def open_gguf(path: Path) -> Checkpoint:
         assets={"config.json": config_text} | tokenizer_assets(file.metadata, spec.vocab_size),
         fingerprint=fingerprint(config_text, tensors, [path]),
     )
+
+
+def _rope_factors(weight: GgufWeight) -> Float32Array:
+    """The divisors of the rotary frequencies, float32 [head_dim / 2]. Raises CheckpointError."""
+    if len(weight.shape) != 1 or weight.shape[0] > MAX_HEAD_DIM:
+        raise CheckpointError(f"{weight.name} in {weight.path} has shape {list(weight.shape)}; expected [head_dim / 2]")
+    factors = weight.read_rows(0, weight.shape[0])
+    if not (factors > 0).all():
+        raise CheckpointError(f"{weight.name} in {weight.path} holds divisors that are not positive")
+    return factors
 
 
 def _stored_names(spec: DecoderSpec) -> dict[str, str]:

@@ -51,7 +51,7 @@ def read_gguf(path: Path) -> GgufFile:
     with path.open("rb") as stream:
         cursor = _Cursor(stream, size, path)
         if cursor.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file (its first four bytes are not 'GGUF')")
+            raise CheckpointError(f"{path} is not a GGUF file; give a .gguf file or a Hugging Face folder")
         version = cursor.scalar("<I")
         if version not in (2, 3):
             raise CheckpointError(f"{path} is GGUF version {version}; supported: 2 and 3, little-endian")

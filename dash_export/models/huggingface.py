@@ -29,10 +29,11 @@ def open_folder(folder: Path) -> Checkpoint:
     spec = decoder_spec(config)
     assets = {"config.json": config_text} | _text_assets(folder)
     files = weight_files(folder)
-    weights = check_weights(spec, _named_as_in(spec, open_weights(files)), str(folder))
+    stored = _with_prefix(open_weights(files))
+    weights = check_weights(spec, stored, str(folder))
+    _refuse_unused(spec, stored, folder)
     tensors = []
     for name, weight in weights.items():
-        assert isinstance(weight, SafetensorsWeight)
         check_dtype(weight)
         tensors.append(f"{name} {list(weight.shape)} {weight.dtype}")
     return Checkpoint(
@@ -70,12 +71,23 @@ def open_hub(model_id: str) -> Checkpoint:
     return replace(open_folder(Path(folder)), source=model_id)
 
 
-def _named_as_in(spec: DecoderSpec, weights: dict[str, SafetensorsWeight]) -> dict[str, SafetensorsWeight]:
-    """`weights` under the names of `spec`: a base model saved without its head lacks the `model.` prefix."""
+def _with_prefix(weights: dict[str, SafetensorsWeight]) -> dict[str, SafetensorsWeight]:
+    """`weights` under the names of a model with a head: a base model saved alone lacks the `model.` prefix."""
     if "model.embed_tokens.weight" in weights or "embed_tokens.weight" not in weights:
         return weights
-    short = {name: name.removeprefix("model.") for name in spec.weight_shapes()}
-    return {name: weights[stored] for name, stored in short.items() if stored in weights}
+    return {name if name.startswith("lm_head.") else f"model.{name}": weight for name, weight in weights.items()}
+
+
+def _refuse_unused(spec: DecoderSpec, stored: dict[str, SafetensorsWeight], folder: Path) -> None:
+    """A layer's tensor that the spec does not know (a bias, a scale) would be dropped in silence: another model."""
+    layers = tuple(f"model.layers.{index}." for index in range(spec.num_layers))
+    extra = (name for name in stored.keys() - spec.weight_shapes().keys() if name.startswith(layers))
+    unused = sorted(name for name in extra if not name.endswith("rotary_emb.inv_freq"))  # old files carry those buffers
+    if unused:
+        raise CheckpointError(
+            f"{folder} holds {len(unused)} tensors that its config does not use, the first is {unused[0][:100]!r}; "
+            'set the option in config.json (such as "attention_bias": true) or this variant is not supported'
+        )
 
 
 def _text_assets(folder: Path) -> dict[str, str]:

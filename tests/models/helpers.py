@@ -31,6 +31,26 @@ FAMILIES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }
 
+# Opens argv[1], reads all by blocks, prints the rise of the peak resident set over that after the imports, in MB.
+# VmHWM, not ru_maxrss: that one a child inherits from its parent, and pytest with torch hides any growth.
+WALK = """
+import sys
+from pathlib import Path
+from dash_export.models import open_checkpoint, row_blocks
+import dash_export.models.gguf, dash_export.models.huggingface, gguf, safetensors
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+
+before = peak()
+checkpoint = open_checkpoint(sys.argv[1])
+for weight in checkpoint.weights.values():
+    for rows in row_blocks(weight):
+        pass
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+print(peak() - before)
+"""
+
 
 def byte_tokens() -> list[str]:
     """The 256 byte-level tokens, one merge's result and two special tokens: 259 tokens."""

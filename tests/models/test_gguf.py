@@ -15,7 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
 from dash_export.models.gguf_file import read_gguf
-from tests.models.helpers import assert_same_model, assert_same_weights, tiny_model, write_gguf
+from tests.models.helpers import WALK, assert_same_model, assert_same_weights, tiny_model, write_gguf
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
@@ -265,25 +265,10 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path) -> None:
         assert getattr(config, key) == getattr(expected_config, key)
 
 
-_WALK = """
-import resource, sys
-from dash_export.models import open_checkpoint, row_blocks
-import dash_export.models.gguf
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-before = peak()
-checkpoint = open_checkpoint(sys.argv[1])
-for weight in checkpoint.weights.values():
-    for rows in row_blocks(weight):
-        pass
-assert "torch" not in sys.modules and "transformers" not in sys.modules
-print(peak() - before)
-"""
-
-
 @pytest.mark.model
 def test_walking_all_weights_stays_small(smollm2_gguf: Path) -> None:
     """File 94 MB, weights 515 MB as float32, the largest 108 MB: none of them may become resident as a whole."""
     walked = subprocess.run(
-        [sys.executable, "-c", _WALK, str(smollm2_gguf)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", WALK, str(smollm2_gguf)], capture_output=True, text=True, check=True, timeout=60
     )
     assert int(walked.stdout) < 100

@@ -2,6 +2,8 @@ import json
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,22 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
-from tests.models.helpers import assert_same_model, assert_same_weights, edit_config, save_tiny
+from dash_export.models.registry import decoder_spec
+from tests.models.helpers import (
+    DIMENSIONS,
+    WALK,
+    assert_same_model,
+    assert_same_weights,
+    edit_config,
+    save_tiny,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +67,15 @@ def test_other_float_types(folder: Path, dtype: torch.dtype) -> None:
 def test_base_model_names_without_prefix(folder: Path, saved: tuple[Path, Any]) -> None:
     path = folder / "model.safetensors"
     save_file({name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}, path)
+    assert_same_model(open_checkpoint(folder), saved[1])
+
+
+def test_buffers_and_surplus_layers_are_ignored(folder: Path, saved: tuple[Path, Any]) -> None:
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.2.self_attn.q_proj.bias": torch.ones(64),
+    }
+    rewrite(folder, **buffers)
     assert_same_model(open_checkpoint(folder), saved[1])
 
 
@@ -153,6 +175,11 @@ def test_weights_truncated_after_opening(folder: Path) -> None:
     [
         ("model__norm__weight", None, r"lacks 1 of .*model\.norm\.weight"),
         ("lm_head__weight", None, "tie_word_embeddings"),
+        (
+            "model__layers__1__self_attn__q_proj__bias",
+            torch.ones(64),
+            r"layers\.1\.self_attn\.q_proj\.bias.*attention_bias",
+        ),
         ("model__norm__weight", torch.ones(63), r"model\.norm\.weight.*\[63\].*\[64\]"),
         ("model__norm__weight", torch.ones(64, 1), r"model\.norm\.weight"),
         ("model__norm__weight", torch.ones(64, dtype=torch.int32), r"model\.norm\.weight.*I32"),
@@ -210,7 +237,7 @@ def test_missing_shard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["no-such-folder", "./org/name", "missing/model.gguf", "", "a\0b/c", "org/name/more"]
+    "source", ["no-such-folder", "./org/name", "missing/model.gguf", "", "a\0b/c", "org/name/more", "~nobody/x"]
 )
 def test_no_such_model(source: str) -> None:
     with pytest.raises(CheckpointError):
@@ -227,7 +254,17 @@ def test_hub_download(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert open_checkpoint("org/name").source == "org/name"
     assert asked["model_id"] == "org/name"
-    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+    listing = [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "pytorch_model.bin",
+        "README.md",
+    ]
+    listing += ["onnx/config.json", "original/model.safetensors", "consolidated.safetensors"]
+    del asked["model_id"]
+    assert list(filter_repo_objects(listing, **asked)) == listing[:4]
 
 
 @pytest.mark.parametrize(
@@ -277,3 +314,22 @@ def test_damaged_safetensors_open_or_say_so(folder: Path, seed: int) -> None:
     except CheckpointError:
         pass
     assert time.monotonic() - started < 2
+
+
+def test_walking_all_weights_stays_small(tmp_path: Path) -> None:
+    """150 MB of float32 in four layers; what is resident follows the largest block, not the file."""
+    config = DIMENSIONS | {"model_type": "llama", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    shapes = decoder_spec(config).weight_shapes()
+    save_arrays({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size > 130 << 20
+    command = [sys.executable, "-c", WALK, str(tmp_path)]
+    walked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert int(walked.stdout) < 80
+
+
+def test_importing_the_package_is_cheap() -> None:
+    heavy = ["safetensors", "gguf", "tokenizers", "huggingface_hub", "torch", "transformers"]
+    program = f"import sys, dash_export.models; assert not set({heavy}) & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -14,6 +14,10 @@ from dash_export.graphs.ort.quantize import CONTRIB, hand_over, quantize_weights
 from dash_export.targets import WeightsRecipe
 
 
+PACK_ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""GroupQueryAttention takes packed projections in this order."""
+
+
 def lower(model: ir.Model, recipe: WeightsRecipe) -> ir.Model:
     """A portable segment or skip graph -> the `ort` dialect, in place.
 
@@ -59,7 +63,7 @@ def _pack_projections(graph: ir.Graph) -> None:
             readers[source].append(node)
     for source, nodes in readers.items():
         if len(nodes) > 1:
-            _pack(graph, source, nodes)
+            _pack(graph, source, sorted(nodes, key=lambda node: PACK_ORDER.index(str(node.name).rsplit("/", 1)[1])))
 
 
 def _pack(graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> None:
@@ -79,7 +83,7 @@ def _pack(graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> None:
     split = ir.node(
         "Split", [last.outputs[0], add_constant(graph, f"{name}.sizes", sizes)], {"axis": -1}, num_outputs=len(nodes), name=f"{name}/split"
     )
-    graph.insert_before(nodes[0], [*new, split])
+    graph.insert_before(next(node for node in graph if node in nodes), [*new, split])
     for node, bias, part in zip(nodes, biases, split.outputs, strict=True):
         end = bias if bias is not None else node
         hand_over(graph, end.outputs[0], part)
@@ -114,7 +118,7 @@ def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total
     kv_heads = _shape_constant(key_gone)[1]
     split = _producer(query, "Split")
     # One packed matrix fed all three: hand it over whole.
-    packed = split is not None and q_norm is None and len(split.outputs) == 3
+    packed = split is not None and q_norm is None and list(split.outputs) == [query, key, value]
     inputs: list[ir.Value | None] = [split.inputs[0], None, None] if packed and split is not None else [query, key, value]
     inputs += [write_key.inputs[0], write_value.inputs[0], lengths, total, q_rotary.inputs[1], q_rotary.inputs[2]]
     attributes: dict[str, object] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "scale": head_dim**-0.5}

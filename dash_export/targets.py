@@ -24,9 +24,15 @@ Dispatch = Literal["fused", "sync"]
 
 @dataclass(frozen=True)
 class WeightsRecipe:
-    """Weight precision. Layers, head and embedding are chosen apart: the head of a small model is a third of a token's bytes."""
+    """Weight precision. Layers, head and embedding are chosen apart: the head of a small model is a third of a token's bytes.
+
+    `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention (their errors enter the
+    cache and every later token), and the layers the policy may never skip (they are the sensitive ones).
+    """
 
     layers: Precision = "int4"
+    qkv: Precision = "int8"
+    ungated: Precision = "int8"
     head: Precision = "int8"
     embedding: Precision = "int8"
     block_size: Literal[16, 32, 64, 128, 256] = 32
@@ -103,21 +109,18 @@ def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
 def with_weights(recipe: Recipe, layers: str | None, head: str | None, embedding: str | None) -> Recipe:
     """The recipe at other precisions. Its name tells, so that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
 
-    Choosing the layers' precision alone moves head and embedding with it where the recipe's own choice would be odd: fp32 layers keep
-    everything in fp32, int8 layers everything in int8.
+    Another precision for the layers moves everything with it that is not given itself.
     """
-    if layers is None and head is None and embedding is None:
-        return recipe
-    chosen = {"layers": layers or recipe.weights.layers}
-    follow = layers if layers in ("fp32", "int8") else None
-    chosen["head"] = head or follow or recipe.weights.head
-    chosen["embedding"] = embedding or follow or recipe.weights.embedding
-    weights = _parse(WeightsRecipe, {**asdict(recipe.weights), **chosen}, "the command line")
+    chosen: dict[str, Any] = asdict(recipe.weights)
+    if layers is not None and layers != recipe.weights.layers:
+        chosen |= {part: layers for part in ("layers", "qkv", "ungated", "head", "embedding")}
+    given = {"head": head, "embedding": embedding}
+    chosen |= {part: precision for part, precision in given.items() if precision is not None}
+    weights = _parse(WeightsRecipe, chosen, "the command line")
     if weights == recipe.weights:
         return recipe
-    suffix = [chosen["layers"]] if follow else [chosen["layers"], f"head-{chosen['head']}", f"embedding-{chosen['embedding']}"]
-    if chosen["head"] == chosen["embedding"] == chosen["layers"]:
-        suffix = [chosen["layers"]]
+    suffix = [weights.layers] if weights.layers != recipe.weights.layers else []
+    suffix += [f"{part}-{precision}" for part, precision in given.items() if precision is not None]
     return replace(recipe, name="-".join([recipe.name, *suffix]), weights=weights)
 
 

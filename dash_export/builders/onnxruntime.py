@@ -23,7 +23,7 @@ from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.runtime.dispatch import POLICY_STATE
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 2
+LOWERING_REVISION = 3
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 
@@ -49,8 +49,7 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
         data = [file.removesuffix(".onnx") + ".data" for file in files]
         return content_key([hashes.get(name, "") for name in (*files, *data, "onnx/rope.data", "onnx/embed.data")])
 
-    weights = (recipe.weights.layers, recipe.weights.head, recipe.weights.embedding, recipe.weights.block_size, recipe.weights.symmetric)
-    base = (LOWERING_REVISION, version("onnxruntime"), weights)
+    base = (LOWERING_REVISION, version("onnxruntime"), recipe.as_dict()["weights"], gated)
 
     def with_policy(plain: str, key: str, layer: int) -> Artifact:
         policy_key = content_key("fused", key, graph_key("policy"), layer)
@@ -61,7 +60,7 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
         names = _graph_names(segment)
         fused = has_network and segment.last + 1 in gated
         key = content_key(base, graph_key(*names), fused)
-        yield Artifact(segment.name, key, lambda out, s=segment, f=fused: _segment(bundle, recipe, s, f, out))  # type: ignore[misc]
+        yield Artifact(segment.name, key, lambda out, s=segment, f=fused: write_segment(bundle, recipe, s, f, out))  # type: ignore[misc]
         if fused:
             yield with_policy(segment.name, key, segment.last + 1)
         if segment.gated:
@@ -81,7 +80,7 @@ def _graph_names(segment: Segment) -> list[str]:
     return ["embed"] * segment.embed + names + ["head"] * segment.head
 
 
-def _segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: bool, out: Path) -> list[Path]:
+def write_segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: bool, out: Path) -> list[Path]:
     g = GraphWriter(segment.name, f"{', '.join(_graph_names(segment))} of {bundle.manifest.model.name}")
     value: ir.Value | None = None
     state: ir.Value | None = None
@@ -100,11 +99,11 @@ def _segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: bool,
         # Where the segment begins in the middle of what the policy reads: its last layer's input is an output too.
         state.name = POLICY_STATE
         g.graph.outputs.append(state)
-    return save_graph(lower(g.model(), recipe.weights), out / f"{segment.name}.onnx", (ROPE_FILE,))
+    return save_graph(lower(g.model(), recipe.weights, bundle.manifest.policy.gated), out / f"{segment.name}.onnx", (ROPE_FILE,))
 
 
 def _skip(bundle: Bundle, recipe: Recipe, name: str, out: Path) -> list[Path]:
-    return save_graph(lower(load_graph(bundle.graph(name)), recipe.weights), out / f"{name}.onnx", (ROPE_FILE,))
+    return save_graph(lower(load_graph(bundle.graph(name)), recipe.weights, bundle.manifest.policy.gated), out / f"{name}.onnx", (ROPE_FILE,))
 
 
 def _policy(bundle: Bundle, layer: int, out: Path) -> list[Path]:

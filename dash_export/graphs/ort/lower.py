@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,7 @@ PACK_ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """GroupQueryAttention takes packed projections in this order."""
 
 
-def lower(model: ir.Model, recipe: WeightsRecipe) -> ir.Model:
+def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.Model:
     """A portable segment or skip graph -> the `ort` dialect, in place.
 
     Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_sequence_length` [1] int32 replace mask, positions
@@ -31,7 +31,7 @@ def lower(model: ir.Model, recipe: WeightsRecipe) -> ir.Model:
     _silu(graph)
     _skip_norm(graph)
     _head_weight(graph)
-    quantize_weights(graph, recipe)
+    quantize_weights(graph, recipe, gated)
     _drop_unused_inputs(graph)
     drop_unused(graph)
     return model

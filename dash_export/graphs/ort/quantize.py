@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused
 from dash_export.models.spec import Float32Array
-from dash_export.targets import WeightsRecipe
+from dash_export.targets import Precision, WeightsRecipe
 
 CONTRIB = "com.microsoft"
 BITS = {"int8": 8, "int4": 4}
@@ -27,17 +28,27 @@ def quantize_block(matrix: Float32Array, bits: int, block: int, symmetric: bool)
     return packed, scales.reshape(out, -1), zeros.reshape(out, -1)
 
 
-def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe) -> None:
+def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int]) -> None:
     """Quantise every weight matrix at the precision its part of the model has in the recipe."""
     for node in list(graph):
         if node.op_type == "MatMul":
-            precision = recipe.head if node.name == "head/logits" else recipe.layers
+            precision = _precision(str(node.name), recipe, gated)
             matrix = constant_value(node.inputs[1])
             if precision in BITS and matrix is not None and _is_weight(matrix):
                 _matmul(graph, node, matrix, BITS[precision], recipe)
         elif node.op_type == "Gather" and node.name == "embed" and recipe.embedding in BITS:
             _embedding(graph, node, BITS[recipe.embedding], recipe)
     drop_unused(graph)
+
+
+def _precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Precision:
+    """The precision of a node's weights; a layer's nodes are named `layer_NN/...`, its skip graph's `skip_NN/...`."""
+    part, _, rest = node.partition("/")
+    if part == "head":
+        return recipe.head
+    if int(part.rsplit("_", 1)[1]) not in gated:
+        return recipe.ungated
+    return recipe.qkv if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")) else recipe.layers
 
 
 def _is_weight(matrix: npt.NDArray[Any]) -> bool:

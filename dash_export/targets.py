@@ -35,6 +35,7 @@ class WeightsRecipe:
     ungated: Precision = "int8"
     head: Precision = "int8"
     embedding: Precision = "int8"
+    policy: Precision = "int8"
     block_size: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = False
 
@@ -113,7 +114,7 @@ def with_weights(recipe: Recipe, layers: str | None, head: str | None, embedding
     """
     chosen: dict[str, Any] = asdict(recipe.weights)
     if layers is not None and layers != recipe.weights.layers:
-        chosen |= {part: layers for part in ("layers", "qkv", "ungated", "head", "embedding")}
+        chosen |= {part: layers for part in ("layers", "qkv", "ungated", "head", "embedding", "policy")}
     given = {"head": head, "embedding": embedding}
     chosen |= {part: precision for part, precision in given.items() if precision is not None}
     weights = _parse(WeightsRecipe, chosen, "the command line")

@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
 from dash_export.bundle import Bundle, Segment
 from dash_export.graphs.compose import absorb, load_graph, specialise_policy
-from dash_export.graphs.ort import lower, lower_policy
+from dash_export.graphs.ort import lower
 from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.runtime.dispatch import POLICY_STATE
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 3
+LOWERING_REVISION = 6
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 
@@ -51,9 +52,10 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
 
     base = (LOWERING_REVISION, version("onnxruntime"), recipe.as_dict()["weights"], gated)
 
-    def with_policy(plain: str, key: str, layer: int) -> Artifact:
+    def with_policy(part: Segment | str, key: str, layer: int) -> Artifact:
+        plain = part if isinstance(part, str) else part.name
         policy_key = content_key("fused", key, graph_key("policy"), layer)
-        return Artifact(f"{plain}.policy", policy_key, lambda out: _fused(bundle, folder / f"{plain}.onnx", layer, out), plain)
+        return Artifact(f"{plain}.policy", policy_key, lambda out: _fused(bundle, recipe, part, folder / f"{plain}.onnx", layer, out), plain)
 
     yield Artifact("rope", content_key(hashes["onnx/rope.data"]), lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))])
     for segment in segments:
@@ -62,7 +64,7 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
         key = content_key(base, graph_key(*names), fused)
         yield Artifact(segment.name, key, lambda out, s=segment, f=fused: write_segment(bundle, recipe, s, f, out))  # type: ignore[misc]
         if fused:
-            yield with_policy(segment.name, key, segment.last + 1)
+            yield with_policy(segment, key, segment.last + 1)
         if segment.gated:
             skip = f"skip_{segment.first:02d}"
             key = content_key(base, graph_key(skip))
@@ -72,7 +74,7 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
             if has_network:
                 layer = segment.first
                 key = content_key(base, graph_key("policy"), layer)
-                yield Artifact(f"policy_{layer:02d}", key, lambda out, n=layer: _policy(bundle, n, out))  # type: ignore[misc]
+                yield Artifact(f"policy_{layer:02d}", key, lambda out, n=layer: _policy(bundle, recipe, n, out))  # type: ignore[misc]
 
 
 def _graph_names(segment: Segment) -> list[str]:
@@ -81,13 +83,23 @@ def _graph_names(segment: Segment) -> list[str]:
 
 
 def write_segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: bool, out: Path) -> list[Path]:
+    """Compose and lower one segment into `out`. With `keep_state` it also gives what the next layer's policy reads, where that lies inside it."""
+    g, state = _compose(bundle, segment)
+    if keep_state and str(state.name) != "hidden":
+        state.name = POLICY_STATE
+        g.graph.outputs.append(state)
+    return save_graph(lower(g.model(), recipe.weights, bundle.manifest.policy.gated), out / f"{segment.name}.onnx", (ROPE_FILE,))
+
+
+def _compose(bundle: Bundle, segment: Segment) -> tuple[GraphWriter, ir.Value]:
+    """The segment's portable graphs in a row, and the value that enters its last layer."""
     g = GraphWriter(segment.name, f"{', '.join(_graph_names(segment))} of {bundle.manifest.model.name}")
     value: ir.Value | None = None
     state: ir.Value | None = None
     end = ""
     for name in _graph_names(segment):
-        state = value
         outputs = absorb(g, load_graph(bundle.graph(name)), {} if value is None else {"hidden": value})
+        state = next(item for item in g.graph.inputs if item.name == "hidden") if value is None and name != "embed" else value
         end = "logits" if name == "head" else "hidden_out"
         value = outputs.pop(end)
         value.name = f"{name}/{end}"
@@ -95,30 +107,33 @@ def write_segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: 
     assert value is not None
     value.name = end
     g.graph.outputs.insert(0, value)
-    if keep_state and state is not None:
-        # Where the segment begins in the middle of what the policy reads: its last layer's input is an output too.
-        state.name = POLICY_STATE
-        g.graph.outputs.append(state)
-    return save_graph(lower(g.model(), recipe.weights, bundle.manifest.policy.gated), out / f"{segment.name}.onnx", (ROPE_FILE,))
+    return g, value if state is None else state
 
 
 def _skip(bundle: Bundle, recipe: Recipe, name: str, out: Path) -> list[Path]:
-    return save_graph(lower(load_graph(bundle.graph(name)), recipe.weights, bundle.manifest.policy.gated), out / f"{name}.onnx", (ROPE_FILE,))
+    lowered = lower(load_graph(bundle.graph(name)), recipe.weights, bundle.manifest.policy.gated)
+    return save_graph(lowered, out / f"{name}.onnx", (ROPE_FILE,))
 
 
-def _policy(bundle: Bundle, layer: int, out: Path) -> list[Path]:
-    return save_graph(lower_policy(specialise_policy(load_graph(bundle.graph("policy")), layer)), out / f"policy_{layer:02d}.onnx")
+def _policy(bundle: Bundle, recipe: Recipe, layer: int, out: Path) -> list[Path]:
+    policy = specialise_policy(load_graph(bundle.graph("policy")), layer)
+    return save_graph(lower(policy, recipe.weights, bundle.manifest.policy.gated), out / f"policy_{layer:02d}.onnx")
 
 
-def _fused(bundle: Bundle, plain: Path, layer: int, out: Path) -> list[Path]:
-    """The plain engine with the policy for `layer` as one more output; its weights stay in the plain engine's file."""
-    g = GraphWriter(f"{plain.stem}.policy", f"{plain.stem} with the policy of layer {layer}")
-    outputs = absorb(g, load_graph(plain), {})
-    g.graph.opset_imports["com.microsoft"] = 1
-    state = outputs.pop(POLICY_STATE, None)
-    if state is None:
+def _fused(bundle: Bundle, recipe: Recipe, part: Segment | str, plain: Path, layer: int, out: Path) -> list[Path]:
+    """A segment or skip graph with the policy for `layer` as one more output. Weights it shares with the plain engine stay in that one's file."""
+    if isinstance(part, Segment):
+        g, state = _compose(bundle, part)
+    else:
+        g = GraphWriter(part, f"{part} of {bundle.manifest.model.name}")
+        g.graph.outputs.extend(absorb(g, load_graph(bundle.graph(part)), {}).values())
         (state,) = (value for value in g.graph.inputs if value.name == "hidden")
-    g.graph.outputs.extend(outputs.values())
-    policy = lower_policy(specialise_policy(load_graph(bundle.graph("policy")), layer))
+    policy = specialise_policy(load_graph(bundle.graph("policy")), layer)
     g.graph.outputs.extend(absorb(g, policy, {"hidden": state}).values())
-    return save_graph(g.model(), out / f"{plain.stem}.policy.onnx", (ROPE_FILE, f"{plain.stem}.data"))
+    lowered = lower(g.model(), recipe.weights, bundle.manifest.policy.gated)
+    known = load_graph(plain).graph.initializers
+    for name, value in lowered.graph.initializers.items():
+        twin = known[name].const_value if name in known else None
+        if isinstance(twin, ir.ExternalTensor) and value.const_value is not None and np.array_equal(twin.numpy(), value.const_value.numpy()):
+            value.const_value = twin
+    return save_graph(lowered, out / f"{plain.stem}.policy.onnx", (ROPE_FILE, f"{plain.stem}.data"))

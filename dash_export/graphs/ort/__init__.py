@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dash_export.graphs.ort.lower import lower, lower_policy
+from dash_export.graphs.ort.lower import lower
 
-__all__ = ["lower", "lower_policy"]
+__all__ = ["lower"]

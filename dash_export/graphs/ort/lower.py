@@ -6,16 +6,18 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.errors import BackendError
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused
+from dash_export.graphs.ort.policy import fuse_policy, share_norm
 from dash_export.graphs.ort.quantize import CONTRIB, hand_over, quantize_weights, replace
 from dash_export.targets import WeightsRecipe
 
 
-PACK_ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""GroupQueryAttention takes packed projections in this order."""
+PACK_ORDER = ("q_proj", "k_proj", "v_proj", "state_projection", "gate_proj", "up_proj")
+"""GroupQueryAttention takes packed projections in this order; the policy's first matrix comes last."""
 
 
 def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.Model:
@@ -26,6 +28,9 @@ def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.
     """
     graph = model.graph
     graph.opset_imports[CONTRIB] = 1
+    if any(node.name == "policy/norm" for node in graph):
+        share_norm(graph)
+        fuse_policy(graph)
     _pack_projections(graph)
     _group_query_attention(graph)
     _silu(graph)
@@ -34,11 +39,6 @@ def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.
     quantize_weights(graph, recipe, gated)
     _drop_unused_inputs(graph)
     drop_unused(graph)
-    return model
-
-
-def lower_policy(model: ir.Model) -> ir.Model:
-    """A policy graph specialised for one layer -> the fewest nodes: one Gemm-like chain on constants, float32."""
     return model
 
 
@@ -59,7 +59,7 @@ def _pack_projections(graph: ir.Graph) -> None:
     readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node in graph:
         source = node.inputs[0] if node.inputs else None
-        if node.op_type == "MatMul" and source is not None and constant_value(node.inputs[1]) is not None and "_proj" in str(node.name):
+        if node.op_type == "MatMul" and source is not None and constant_value(node.inputs[1]) is not None and str(node.name).endswith(PACK_ORDER):
             readers[source].append(node)
     for source, nodes in readers.items():
         if len(nodes) > 1:
@@ -70,13 +70,14 @@ def _pack(graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> None:
     matrices = [constant_value(node.inputs[1]) for node in nodes]
     biases = [_bias_of(node) for node in nodes]
     name = "+".join([str(nodes[0].name), *(str(node.name).rsplit("/", 1)[1] for node in nodes[1:])])
-    sizes = np.array([matrix.shape[1] for matrix in matrices if matrix is not None])
+    widths = [matrix.shape[1] for matrix in matrices if matrix is not None]
+    sizes = np.array(widths)
     weight = add_constant(graph, f"{name}.weight", np.concatenate([matrix for matrix in matrices if matrix is not None], axis=1))
     last = ir.node("MatMul", [source, weight], name=name)
     last.outputs[0].name = name
     new = [last]
-    if all(bias is not None for bias in biases):
-        packed = np.concatenate([constant_value(bias.inputs[1]) for bias in biases if bias is not None])  # type: ignore[misc]
+    if any(bias is not None for bias in biases):
+        packed = np.concatenate([_bias_array(bias, width) for bias, width in zip(biases, widths, strict=True)])
         last = ir.node("Add", [last.outputs[0], add_constant(graph, f"{name}.bias", packed)], name=f"{name}/bias")
         last.outputs[0].name = f"{name}/bias"
         new.append(last)
@@ -88,6 +89,11 @@ def _pack(graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> None:
         end = bias if bias is not None else node
         hand_over(graph, end.outputs[0], part)
         graph.remove([node] if bias is None else [node, bias], safe=False)
+
+
+def _bias_array(bias: ir.Node | None, width: int) -> npt.NDArray[np.float32]:
+    array = constant_value(bias.inputs[1]) if bias is not None else None
+    return np.zeros(width, np.float32) if array is None else array.astype(np.float32)
 
 
 def _bias_of(node: ir.Node) -> ir.Node | None:
@@ -118,8 +124,9 @@ def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total
     kv_heads = _shape_constant(key_gone)[1]
     split = _producer(query, "Split")
     # One packed matrix fed all three: hand it over whole.
-    packed = split is not None and q_norm is None and list(split.outputs) == [query, key, value]
-    inputs: list[ir.Value | None] = [split.inputs[0], None, None] if packed and split is not None else [query, key, value]
+    packed = split is not None and q_norm is None and list(split.outputs)[:3] == [query, key, value]
+    whole = _undivided(graph, split, 3) if packed and split is not None else None
+    inputs: list[ir.Value | None] = [query, key, value] if whole is None else [whole, None, None]
     inputs += [write_key.inputs[0], write_value.inputs[0], lengths, total, q_rotary.inputs[1], q_rotary.inputs[2]]
     attributes: dict[str, object] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "scale": head_dim**-0.5}
     if q_norm is not None and k_norm is not None:
@@ -131,7 +138,24 @@ def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total
         hand_over(graph, before.outputs[0], after)
     transpose = _expect(merge.inputs[0], "Transpose")
     gone = [merge, transpose, attention, q_rotary, write_key, k_rotary, write_value, *query_gone, *key_gone, *value_gone]
-    graph.remove(gone + ([split] if packed and split is not None else []), safe=False)
+    graph.remove(gone + ([split] if whole is not None and split is not None else []), safe=False)
+
+
+def _undivided(graph: ir.Graph, split: ir.Node, parts: int) -> ir.Value:
+    """The first `parts` outputs of a Split as one value; what else it gave comes from a new Split."""
+    source, sizes = split.inputs[0], constant_value(split.inputs[1])
+    assert source is not None
+    assert sizes is not None
+    rest = list(split.outputs)[parts:]
+    if not rest:
+        return source
+    constant = add_constant(graph, f"{split.name}.rest", np.array([sizes[:parts].sum(), *sizes[parts:]]))
+    new = ir.node("Split", [source, constant], {"axis": -1}, num_outputs=1 + len(rest), name=f"{split.name}/rest")
+    new.outputs[0].name = f"{split.name}/first"
+    graph.insert_before(split, new)
+    for before, after in zip(rest, new.outputs[1:], strict=True):
+        hand_over(graph, before, after)
+    return new.outputs[0]
 
 
 def _heads(value: ir.Value | None) -> tuple[ir.Value, list[ir.Node], ir.Node | None]:

@@ -46,6 +46,8 @@ def _precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Prec
     part, _, rest = node.partition("/")
     if part == "head":
         return recipe.head
+    if part == "policy":
+        return recipe.policy
     if int(part.rsplit("_", 1)[1]) not in gated:
         return recipe.ungated
     return recipe.qkv if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")) else recipe.layers
@@ -57,12 +59,19 @@ def _is_weight(matrix: npt.NDArray[Any]) -> bool:
 
 
 def _matmul(graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, recipe: WeightsRecipe) -> None:
-    packed, scales, zeros = quantize_block(np.ascontiguousarray(matrix), bits, recipe.block_size, recipe.symmetric)
-    weight = node.inputs[1]
+    source, weight = node.inputs
+    assert source is not None
     assert weight is not None
-    inputs = [node.inputs[0], add_constant(graph, f"{weight.name}.q{bits}", packed), add_constant(graph, f"{weight.name}.scales", scales)]
-    if not recipe.symmetric:
-        inputs.append(add_constant(graph, f"{weight.name}.zero_points", zeros))
+    replace(graph, node, matmul_nbits(graph, str(node.name), source, str(weight.name), matrix, bits, recipe))
+
+
+def matmul_nbits(
+    graph: ir.Graph, name: str, source: ir.Value, weight: str, matrix: Float32Array, bits: int, recipe: WeightsRecipe
+) -> ir.Node:
+    """source @ matrix [in, out] as a node that is not yet in the graph; its weights are."""
+    packed, scales, zeros = quantize_block(np.ascontiguousarray(matrix), bits, recipe.block_size, recipe.symmetric)
+    inputs: list[ir.Value | None] = [source, add_constant(graph, f"{weight}.q{bits}", packed), add_constant(graph, f"{weight}.scales", scales)]
+    inputs.append(None if recipe.symmetric else add_constant(graph, f"{weight}.zero_points", zeros))
     attributes = {
         "K": matrix.shape[0],
         "N": matrix.shape[1],
@@ -70,7 +79,7 @@ def _matmul(graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, rec
         "block_size": recipe.block_size,
         "accuracy_level": ACCURACY_LEVEL,
     }
-    replace(graph, node, ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB, name=node.name))
+    return ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
 
 
 def _embedding(graph: ir.Graph, node: ir.Node, bits: int, recipe: WeightsRecipe) -> None:

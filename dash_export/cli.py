@@ -1,0 +1,121 @@
+"""The command line's group. A command's module is imported when it is called, so that `dash-export --help` answers at once."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+import click
+
+from dash_export import __version__
+from dash_export.errors import DashError
+
+# command -> what it does, in the order of first use. The module is dash_export.commands.<command>.
+COMMANDS = {
+    "export": "A model (folder, hub id, GGUF file) to a bundle of ONNX graphs.",
+    "build": "Compile a bundle's engines for a target and measure them.",
+    "run": "Answer a prompt, or chat, skipping layers as told.",
+    "inspect": "What is in a bundle: graphs, engines, sizes, costs, policy.",
+    "calibrate": "Which layers are essential, and which sets can be skipped.",
+    "doctor": "What this machine has, and the install line for what is missing.",
+    "completion": "Print the shell completion script.",
+}
+# Package that may be missing -> the extra that brings it.
+EXTRAS = {
+    "onnxruntime": "cpu",
+    **dict.fromkeys(("onnx", "onnx_ir", "gguf", "safetensors", "huggingface_hub", "ml_dtypes"), "export"),
+    **dict.fromkeys(("torch", "transformers"), "train"),
+}
+INTERRUPTED = 130
+OUTPUT = "dash_export.output"
+"""Key of `click.Context.meta`: where the running command writes, for errors of the disk that do not say."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name; turns the errors a user can act on into one paragraph on stderr."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"dash_export.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        with readable_errors(ctx):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def readable_errors(ctx: click.Context) -> Iterator[None]:
+    """What can go wrong without a bug in this program, as one paragraph and an exit code; the rest keeps its traceback."""
+    try:
+        yield
+    except DashError as error:
+        raise click.ClickException(str(error)) from error
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise click.ClickException(missing_package(error.name or "", extra)) from error
+    except BrokenPipeError:
+        raise  # click ends quietly: the reader has gone
+    except OSError as error:
+        raise click.ClickException(disk_error(error, ctx.meta.get(OUTPUT))) from error
+    except KeyboardInterrupt:
+        click.echo("Interrupted", err=True)
+        ctx.exit(INTERRUPTED)
+
+
+def missing_package(package: str, extra: str) -> str:
+    return f"This command needs the package {package.partition('.')[0]!r}. Run: pip install 'dash-export[{extra}]'"
+
+
+def disk_error(error: OSError, output: object = None) -> str:
+    """What a failed read or write means and what to do; `output` is where the command writes, when the error names no file."""
+    where = error.filename or output or "the output"
+    reason = error.strerror or str(error)
+    if error.errno in _NO_SPACE or "requested and" in reason:  # numpy's short write: "100 requested and 0 written"
+        return f"The disk is full: {where} could not be written ({reason}). Free some space, or choose an output on another disk, and run the command again."
+    if error.errno in _NO_WRITE:
+        return f"{where} may not be read or written ({reason}). Check its permissions, or choose another output folder."
+    return f"{where} could not be read or written ({reason}). Check the path and the disk, and run the command again."
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 done; 1 an error, told in one paragraph on stderr; 2 wrong usage; 130 interrupted with Ctrl-C.",
+)
+@click.version_option(__version__, prog_name="dash-export")
+@click.option("-v", "--verbose", count=True, help="Tell more on stderr: -v what is done, -vv everything.")
+def cli(verbose: int) -> None:
+    """Dynamic layer skipping for language models that is faster on a clock.
+
+    \b
+    dash-export build MODEL -o my.dash --target cpu
+    dash-export run my.dash "What is a decoder layer?"
+    """
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("dash_export").setLevel(level)
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="dash-export")
+
+
+if __name__ == "__main__":
+    main()

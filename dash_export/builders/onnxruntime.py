@@ -24,7 +24,7 @@ from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.runtime.dispatch import POLICY_STATE
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 6
+LOWERING_REVISION = 8
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 

@@ -84,4 +84,4 @@ def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
     runtime = DashRuntime.load(bundle.root, build(bundle, "cpu", weights=precision).target)
     logits = runtime.session().logits(random_ids(TOKENS))
     error = np.sqrt(np.mean((logits - exact) ** 2)) / exact.std()
-    assert error < {"int8": 0.06, "int4": 0.5}[precision], error
+    assert error < {"int8": 0.12, "int4": 0.5}[precision], error

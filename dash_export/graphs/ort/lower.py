@@ -18,6 +18,8 @@ from dash_export.targets import WeightsRecipe
 
 PACK_ORDER = ("q_proj", "k_proj", "v_proj", "state_projection", "gate_proj", "up_proj")
 """GroupQueryAttention takes packed projections in this order; the policy's first matrix comes last."""
+ROTARY_MULTIPLE = 16
+"""GroupQueryAttention rotates only heads whose size is a multiple of this."""
 
 
 def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.Model:
@@ -88,7 +90,7 @@ def _pack(graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> None:
     for node, bias, part in zip(nodes, biases, split.outputs, strict=True):
         end = bias if bias is not None else node
         hand_over(graph, end.outputs[0], part)
-        graph.remove([node] if bias is None else [node, bias], safe=False)
+        graph.remove([node] if bias is None else [node, bias], safe=True)
 
 
 def _bias_array(bias: ir.Node | None, width: int) -> npt.NDArray[np.float32]:
@@ -123,22 +125,25 @@ def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total
     head_dim, heads = _shape_constant(query_gone)
     kv_heads = _shape_constant(key_gone)[1]
     split = _producer(query, "Split")
+    rotates = head_dim % ROTARY_MULTIPLE == 0
     # One packed matrix fed all three: hand it over whole.
-    packed = split is not None and q_norm is None and list(split.outputs)[:3] == [query, key, value]
+    packed = split is not None and q_norm is None and rotates and list(split.outputs)[:3] == [query, key, value]
     whole = _undivided(graph, split, 3) if packed and split is not None else None
-    inputs: list[ir.Value | None] = [query, key, value] if whole is None else [whole, None, None]
-    inputs += [write_key.inputs[0], write_value.inputs[0], lengths, total, q_rotary.inputs[1], q_rotary.inputs[2]]
-    attributes: dict[str, object] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "scale": head_dim**-0.5}
     if q_norm is not None and k_norm is not None:
-        inputs += [None] * 5 + [q_norm.inputs[1], k_norm.inputs[1]]
-        attributes["qk_norm_epsilon"] = q_norm.attributes["epsilon"].as_float()
+        query, key = (_merged_heads(graph, norm, merge) for norm in (q_norm, k_norm))
+        query_gone, key_gone = query_gone[:1], key_gone[:1]
+    if not rotates:
+        query, key = _rotated(graph, q_rotary, query, heads, merge), _rotated(graph, k_rotary, key, kv_heads, merge)
+    inputs: list[ir.Value | None] = [query, key, value] if whole is None else [whole, None, None]
+    inputs += [write_key.inputs[0], write_value.inputs[0], lengths, total, *(q_rotary.inputs[1:3] if rotates else ())]
+    attributes: dict[str, object] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotates), "scale": head_dim**-0.5}
     new = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=attention.name)  # type: ignore[arg-type]
     graph.insert_before(merge, new)
     for before, after in zip((merge, write_key, write_value), new.outputs, strict=True):
         hand_over(graph, before.outputs[0], after)
     transpose = _expect(merge.inputs[0], "Transpose")
     gone = [merge, transpose, attention, q_rotary, write_key, k_rotary, write_value, *query_gone, *key_gone, *value_gone]
-    graph.remove(gone + ([split] if whole is not None and split is not None else []), safe=False)
+    graph.remove(gone + ([split] if whole is not None and split is not None else []), safe=True)
 
 
 def _undivided(graph: ir.Graph, split: ir.Node, parts: int) -> ir.Value:
@@ -156,6 +161,22 @@ def _undivided(graph: ir.Graph, split: ir.Node, parts: int) -> ir.Value:
     for before, after in zip(rest, new.outputs[1:], strict=True):
         hand_over(graph, before, after)
     return new.outputs[0]
+
+
+def _merged_heads(graph: ir.Graph, norm: ir.Node, merge: ir.Node) -> ir.Value:
+    """The per-head norm stays a node of its own (the CPU kernel has none); its heads side by side again, as the kernel takes them."""
+    node = ir.node("Reshape", [norm.outputs[0], merge.inputs[1]], name=f"{norm.name}/merge_heads")
+    node.outputs[0].name = node.name
+    graph.insert_before(merge, node)
+    return node.outputs[0]
+
+
+def _rotated(graph: ir.Graph, rotary: ir.Node, value: ir.Value, heads: int, merge: ir.Node) -> ir.Value:
+    """RoPE before the kernel, on [batch, sequence, heads * head_dim]."""
+    node = ir.node("RotaryEmbedding", [value, *rotary.inputs[1:]], {"num_heads": heads}, name=f"{rotary.name}/heads_merged")
+    node.outputs[0].name = node.name
+    graph.insert_before(merge, node)
+    return node.outputs[0]
 
 
 def _heads(value: ir.Value | None) -> tuple[ir.Value, list[ir.Node], ir.Node | None]:
@@ -199,7 +220,7 @@ def _skip_norm(graph: ir.Graph) -> None:
         hand_over(graph, added.outputs[0], new.outputs[3])
         for unused in new.outputs[1:3]:
             unused.name = ""
-        graph.remove([node, added], safe=False)
+        graph.remove([node, added], safe=True)
 
 
 def _head_weight(graph: ir.Graph) -> None:

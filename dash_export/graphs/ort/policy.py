@@ -59,7 +59,7 @@ def fuse_policy(graph: ir.Graph) -> None:
     before.name, after.name = "policy/damage~replaced", "damage"
     after.shape, after.type = ir.Shape([1, "rows"]), ir.TensorType(ir.DataType.FLOAT)
     before.replace_all_uses_with(after, replace_graph_outputs=True)
-    graph.remove(gone, safe=False)
+    graph.remove(gone, safe=True)
     actions.shape = ir.Shape(["rows", HISTORY])
 
 

@@ -59,19 +59,21 @@ def _is_weight(matrix: npt.NDArray[Any]) -> bool:
 
 
 def _matmul(graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, recipe: WeightsRecipe) -> None:
+    """MatMul, with the constant added to it if there is one, -> MatMulNBits."""
     source, weight = node.inputs
-    assert source is not None
     assert weight is not None
-    replace(graph, node, matmul_nbits(graph, str(node.name), source, str(weight.name), matrix, bits, recipe))
-
-
-def matmul_nbits(
-    graph: ir.Graph, name: str, source: ir.Value, weight: str, matrix: Float32Array, bits: int, recipe: WeightsRecipe
-) -> ir.Node:
-    """source @ matrix [in, out] as a node that is not yet in the graph; its weights are."""
     packed, scales, zeros = quantize_block(np.ascontiguousarray(matrix), bits, recipe.block_size, recipe.symmetric)
-    inputs: list[ir.Value | None] = [source, add_constant(graph, f"{weight}.q{bits}", packed), add_constant(graph, f"{weight}.scales", scales)]
-    inputs.append(None if recipe.symmetric else add_constant(graph, f"{weight}.zero_points", zeros))
+    inputs: list[ir.Value | None] = [
+        source,
+        add_constant(graph, f"{weight.name}.q{bits}", packed),
+        add_constant(graph, f"{weight.name}.scales", scales),
+        None if recipe.symmetric else add_constant(graph, f"{weight.name}.zero_points", zeros),
+    ]
+    users = node.outputs[0].uses()
+    add = users[0].node if len(users) == 1 and users[0].node.op_type == "Add" else None
+    bias = add.inputs[1] if add is not None and constant_value(add.inputs[1]) is not None else None
+    if bias is not None:
+        inputs += [None, bias]
     attributes = {
         "K": matrix.shape[0],
         "N": matrix.shape[1],
@@ -79,7 +81,12 @@ def matmul_nbits(
         "block_size": recipe.block_size,
         "accuracy_level": ACCURACY_LEVEL,
     }
-    return ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB, name=name)
+    new = ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB, name=node.name)
+    if add is not None and bias is not None:
+        replace(graph, add, new)
+        graph.remove(node, safe=True)
+    else:
+        replace(graph, node, new)
 
 
 def _embedding(graph: ir.Graph, node: ir.Node, bits: int, recipe: WeightsRecipe) -> None:

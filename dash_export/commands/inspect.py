@@ -1,0 +1,173 @@
+"""`dash-export inspect`: what is in a bundle, as tables or as JSON. Needs neither onnx nor a backend."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dash_export.bundle import Build, Bundle, Segment
+from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, result_console, size, spans
+from dash_export.commands.onnx_header import opsets
+from dash_export.errors import BundleError
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", help="Only this build; by default all.")
+@click.option("--verify", is_flag=True, help="Also compare every file with its recorded SHA-256.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> None:
+    """Show a bundle's model, graphs, policy, and per target its engines, sizes and measured costs."""
+    opened = Bundle.open(bundle)
+    builds = [opened.load_build(name) for name in ([target] if target else opened.targets())]
+    if verify:
+        opened.verify(opened.manifest.files)
+        for build in builds:
+            opened.verify(build.files)
+    facts = describe(opened, builds)
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    console = result_console()
+    _print_bundle(opened, facts)
+    for build in builds:
+        _print_build(build, facts["builds"][build.target])
+    if not builds:
+        console.print(f"Nothing is built yet. Next: dash-export build {bundle} --target cpu", soft_wrap=True)
+    if verify:
+        console.print("Every file is what was written (SHA-256).")
+
+
+def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
+    """Everything the tables show, as plain data."""
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.root),
+        "bytes": bundle_bytes(bundle),
+        "model": asdict(manifest.model),
+        "policy": asdict(manifest.policy),
+        "graphs": graph_kinds(bundle),
+        "tools": manifest.tools,
+        "key": manifest.key,
+        "builds": {build.target: _describe_build(build) for build in builds},
+    }
+
+
+def graph_kinds(bundle: Bundle) -> list[dict[str, Any]]:
+    """The graphs by kind: layer_00 .. layer_29 are one row."""
+    sizes = {record.name: record.bytes for record in bundle.manifest.files}
+    rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"count": 0, "bytes": 0, "opset": {}})
+    for name, file in bundle.manifest.graphs.items():
+        row = rows[name.partition("_")[0]]
+        row["count"] += 1
+        row["bytes"] += sizes.get(file, 0) + sizes.get(file.removesuffix(".onnx") + ".data", 0)
+        if not row["opset"]:
+            try:
+                row["opset"] = {domain or "ai.onnx": version for domain, version in opsets(bundle.path(file)).items()}
+            except (OSError, ValueError) as error:
+                raise BundleError(f"{bundle.root}: {file} cannot be read ({error}). The bundle is damaged: export it again.") from error
+    return [{"kind": kind, **row} for kind, row in rows.items()]
+
+
+def _describe_build(build: Build) -> dict[str, Any]:
+    return {
+        "backend": f"{build.backend} {build.backend_version}",
+        "device": build.device,
+        "recipe": build.recipe,
+        "bytes": build_bytes(build),
+        "engines": len(build.engines),
+        "context": build.cost.context,
+        "dense_us": build.cost.dense_us,
+        "segments": [_segment(build, segment) for segment in build.segments],
+        "dial": [asdict(point) for point in build.dial],
+        "seconds": build.seconds,
+    }
+
+
+def _segment(build: Build, segment: Segment) -> dict[str, Any]:
+    skip = f"skip_{segment.first:02d}"
+    engine = build.engines.get(segment.name)
+    return {
+        "name": segment.name,
+        "gated": segment.gated,
+        "precision": precision(build.recipe["weights"], segment),
+        "bytes": engine.bytes if engine else 0,
+        "skip_bytes": build.engines[skip].bytes if segment.gated and skip in build.engines else 0,
+        "run_us": build.cost.segment_us.get(segment.name),
+        "skip_us": build.cost.skip_us.get(skip) if segment.gated else None,
+        "cost": build.cost.cost.get(segment.first) if segment.gated else None,
+    }
+
+
+def precision(weights: dict[str, Any], segment: Segment) -> str:
+    """What the recipe says of a segment's weights: "int4 (qkv int8)", "int8, embedding int8"."""
+    parts = []
+    if segment.embed:
+        parts.append(f"embedding {weights['embedding']}")
+    if len(segment.layers):
+        layers = weights["layers"] if segment.gated else weights["ungated"]
+        parts.append(layers if layers == weights["qkv"] or not segment.gated else f"{layers}, qkv {weights['qkv']}")
+    if segment.head:
+        parts.append(f"head {weights['head']}")
+    return "; ".join(parts)
+
+
+def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
+    model, policy = bundle.manifest.model, bundle.manifest.policy
+    table = plain_table(f"{bundle.root}", "", "")
+    table.show_header = False
+    for name, value in (
+        ("model", f"{model.name} ({model.model_type})"),
+        ("parameters", f"{model.parameters / 1e6:.1f} M"),
+        ("layers", f"{model.num_layers} of hidden size {model.hidden_size}, {model.num_heads} heads ({model.num_kv_heads} K/V) of {model.head_dim}"),
+        ("vocabulary", f"{model.vocab_size}"),
+        ("context", f"{model.max_positions} positions"),
+        ("portable size", size(facts["bytes"])),
+        ("may be skipped", f"{spans(policy.gated)} ({len(policy.gated)} layers)"),
+        ("token policy", policy.origin if policy.has_network else "none: serves dense and static"),
+        ("compensation", policy.compensation),
+        ("made with", ", ".join(f"{name} {version}" for name, version in facts["tools"].items())),
+    ):
+        table.add_row(name, value)
+    graphs = plain_table("Portable graphs", "kind", "count", "size", "opset", right=("count", "size"))
+    for row in facts["graphs"]:
+        opset = ", ".join(f"{domain} {version}" for domain, version in row["opset"].items())
+        graphs.add_row(row["kind"], str(row["count"]), size(row["bytes"]), opset)
+    console = result_console()
+    console.print(table)
+    console.print(graphs)
+
+
+def _print_build(build: Build, facts: dict[str, Any]) -> None:
+    numbers = ("size", "run µs", "skip µs", "share", "cost")
+    title = f"Target {build.target}: {facts['engines']} engines, {size(facts['bytes'])} on disk, {facts['backend']}, {facts['device']}"
+    table = plain_table(title, "segment", "precision", *numbers, right=numbers)
+    for row in facts["segments"]:
+        run, skip, cost = row["run_us"], row["skip_us"], row["cost"]
+        share = f"{100 * run / build.cost.dense_us:.1f} %" if run is not None and build.cost.dense_us else "-"
+        table.add_row(
+            row["name"],
+            row["precision"],
+            size(row["bytes"]),
+            "-" if run is None else f"{run:.0f}",
+            "" if skip is None else f"{skip:.0f}",
+            share,
+            "" if cost is None else f"{100 * cost:.2f} %",
+        )
+    console = result_console()
+    console.print(table)
+    console.print(
+        f"Dense {build.cost.dense_us / 1000:.2f} ms/token at {build.cost.context} cached tokens. Size: what the engine maps from disk. "
+        "Cost: what skipping saves, as a share of a dense token, pooled over equal layers.\n",
+        soft_wrap=True,
+    )
+    if build.dial:
+        dial = plain_table("Budget dial (calibrated)", "trade-off", "layers/token", "time vs dense", right=("trade-off", "layers/token", "time vs dense"))
+        for point in build.dial:
+            dial.add_row(f"{point.trade_off:.4g}", f"{point.layers:.2f}", f"{point.time:.3f}")
+        console.print(dial)

@@ -1,0 +1,176 @@
+"""`dash-export run`: one answer, streamed; `--chat` for a conversation, `--json` for programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dash_export.commands.common import LayerList, choose_target
+from dash_export.errors import RequestError
+
+if TYPE_CHECKING:
+    from dash_export.runtime import DashRuntime, Response, Sampling, Session
+
+MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How every prompt of this call is answered. `max_tokens` None: 256, or what the context has left."""
+
+    session: Session
+    sampling: Sampling
+    max_tokens: int | None
+    system: str | None = None
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """A conversation's beginning."""
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return [*system, {"role": "user", "content": prompt}]
+
+    def room(self, prompt_tokens: int, used: int = 0) -> int:
+        """How many tokens to ask for. What does not fit at all is left to the library to refuse."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        free = self.session.engines.model.max_positions - used - prompt_tokens
+        return max(1, min(MAX_TOKENS, free))
+
+
+@click.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the model's chat template.")
+@click.option("--chat", is_flag=True, help="A conversation: /reset forgets it, /quit or Ctrl-D leaves, Ctrl-C stops an answer.")
+@click.option("--system", help="System message of the chat template.")
+@click.option("--target", help="Which build: cpu, or the only one there is.")
+@click.option("--policy", type=click.Choice(["dense", "static", "token"]), help="Who decides; by default what the next options imply, else dense.")
+@click.option("--skip", type=LayerList(), metavar="LAYERS", help="static: skip these layers for every token, like 10,17 or 12-14.")
+@click.option("--trade-off", type=float, help="token: skip where damage < trade-off * cost (0 is dense).")
+@click.option("--budget", type=float, help="token: mean decode time wanted, as a fraction of dense, like 0.85.")
+@click.option("--max-layers", type=int, help="token: no token runs more layers than this.")
+@click.option("--dispatch", type=click.Choice(["plain", "fused", "sync"]), help="How the policy is evaluated; the target's choice by default.")
+@click.option("--threads", type=click.IntRange(0, 1024), help="0: one per physical core.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help=f"By default {MAX_TOKENS}, or what the context has left.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, help="0 is off.")
+@click.option("--top-p", type=float, default=1.0, help="1 is off.")
+@click.option("--min-p", type=float, default=0.0, help="0 is off.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="1 is off.")
+@click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same answer.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given again.")
+@click.option("--show-skips", is_flag=True, help="Colour each token by the share of layers it ran.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens, finish_reason, statistics, actions.")
+def command(
+    bundle: Path, prompt: str | None, raw: bool, chat: bool, system: str | None, target: str | None,
+    threads: int | None, dispatch: str | None, max_tokens: int | None, show_skips: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Answer PROMPT (or standard input) with a built bundle; figures go to stderr.
+
+    The prompt is put into the model's chat template when it has one; --raw gives plain text.
+    """
+    _check_usage(prompt, chat, raw, as_json, show_skips, system)
+    text = "" if chat else _prompt_text(prompt)
+    runtime = _load(bundle, target, threads, dispatch, options)
+    templated = runtime.text.template is not None and not raw
+    if system is not None and not templated:
+        raise RequestError("This model has no chat template, so there is no place for --system: put it into the prompt.")
+    asking = Asking(_session(runtime, options), _sampling(options), max_tokens, system)
+    if chat:
+        from dash_export.commands.run_chat import converse
+
+        if prompt is not None and not prompt.strip():
+            raise RequestError("The prompt is empty: give at least one word.")
+        converse(asking, show_skips, prompt)
+        return
+    stream = _answer(asking, text, templated)
+    if as_json:
+        _print_json(stream)
+        return
+    from dash_export.commands.run_output import print_stream
+
+    print_stream(stream, runtime, show_skips)
+
+
+def _check_usage(prompt: str | None, chat: bool, raw: bool, as_json: bool, show_skips: bool, system: str | None) -> None:
+    pairs = (
+        ("--chat", chat, "--json", as_json),
+        ("--chat", chat, "--raw", raw),
+        ("--json", as_json, "--show-skips", show_skips),
+        ("--raw", raw, "--system", system is not None),
+    )
+    for first, has_first, second, has_second in pairs:
+        if has_first and has_second:
+            raise click.UsageError(f"{first} and {second} exclude each other.")
+    if prompt is None and not chat and sys.stdin.isatty():
+        raise click.UsageError("Give a prompt, pipe one in, or start a conversation with --chat.")
+
+
+def _prompt_text(prompt: str | None) -> str:
+    if prompt is None or prompt == "-":
+        try:
+            prompt = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"Standard input is not {error.encoding} text: give the prompt as text.") from error
+    if not prompt.strip():
+        raise RequestError("The prompt is empty: give at least one word.")
+    return prompt
+
+
+def _load(folder: Path, target: str | None, threads: int | None, dispatch: str | None, options: Mapping[str, Any]) -> DashRuntime:
+    from dash_export.bundle import Bundle
+    from dash_export.runtime import DashRuntime
+
+    dialled = any(options[name] is not None for name in ("trade_off", "budget", "max_layers"))
+    needs_network = options["policy"] == "token" or (options["policy"] is None and dialled)
+    opened = Bundle.open(folder)
+    if dispatch is None and not needs_network:
+        dispatch = "plain"  # nobody asks the policy: engines without it
+    return DashRuntime.load(folder, choose_target(opened, target), dispatch=dispatch, threads=threads)
+
+
+def _session(runtime: DashRuntime, options: Mapping[str, Any]) -> Session:
+    return runtime.session(
+        options["policy"],
+        skip=options["skip"] or (),
+        trade_off=options["trade_off"],
+        budget=options["budget"],
+        max_layers=options["max_layers"],
+    )
+
+
+def _sampling(options: Mapping[str, Any]) -> Sampling:
+    from dash_export.runtime import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    return Sampling(**{name: options[name] for name in names})
+
+
+def _answer(asking: Asking, prompt: str, templated: bool) -> Iterator[Response]:
+    text = asking.session.text
+    ids = text.chat(asking.messages(prompt)) if templated else text.encode(prompt)
+    return asking.session.stream(ids, asking.room(len(ids)), asking.sampling)
+
+
+def _print_json(stream: Iterator[Response]) -> None:
+    import json
+    from dataclasses import asdict
+
+    responses = list(stream)
+    statistics = responses[-1].statistics
+    figures = asdict(statistics) | {
+        "tokens_per_second": round(statistics.tokens_per_second, 3),
+        "layers_per_token": round(statistics.layers_per_token, 3),
+    }
+    result = {
+        "text": "".join(response.text for response in responses),
+        "tokens": [response.token for response in responses],
+        "finish_reason": responses[-1].finish_reason,
+        "statistics": figures,
+        "actions": [response.actions.nonzero()[0].tolist() for response in responses],
+    }
+    click.echo(json.dumps(result, ensure_ascii=False))

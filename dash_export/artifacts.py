@@ -1,4 +1,6 @@
-"""Files that are made once per key and survive a kill: written under a temporary name, renamed when whole, noted in a journal."""
+"""Files that are made once per key and survive a kill: written under a temporary name, renamed when whole, noted in a
+journal.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +48,14 @@ def write_atomic(path: Path, text: str) -> None:
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+Progress = Callable[[str, int, int], None]
+"""progress(name, done, total): called after each piece of long work; total 0 is a step of unknown length."""
+
+
+def no_progress(name: str, done: int, total: int) -> None:
+    """Say nothing."""
 
 
 class ArtifactStore:

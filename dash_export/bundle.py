@@ -1,10 +1,10 @@
 """The artifact on disk: layout, manifest, build record, verification. What is loaded from it is never trusted blindly.
 
-    smollm2.dash/
-      manifest.json                 what the model is, its graphs, its policy, SHA-256 of every file
-      config.json tokenizer.json .. as a Hugging Face folder has them
-      onnx/*.onnx, *.data           the portable graphs
-      engines/<target>/build.json   what `build` made for a target: engines, segments, cost table, SHA-256 of every file
+smollm2.dash/
+  manifest.json                 what the model is, its graphs, its policy, SHA-256 of every file
+  config.json tokenizer.json .. as a Hugging Face folder has them
+  onnx/*.onnx, *.data           the portable graphs
+  engines/<target>/build.json   what `build` made for a target: engines, segments, cost table, SHA-256 of every file
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dash_export.errors import BundleError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 BUILD = "build.json"
-UNFINISHED = ".unfinished"
+_DAMAGED = "The bundle is damaged: export or build it again."
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class PolicyFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`. `graphs` maps a graph's name to its .onnx file; `files` lists every file with its hash; `key` changes when
+    """`manifest.json`. `graphs` maps a graph's name to its .onnx file; `files` lists every file with its hash; `key`
+    changes when
     anything an engine is made from does."""
 
     schema: int
@@ -106,7 +107,8 @@ class EngineRecord:
 class CostTable:
     """Measured on the device that built: medians in microseconds at `context` cached tokens.
 
-    `cost[l]` is (run - skip) of gated layer l as a fraction of `dense_us`, the dense time of one token; layers of identical shape share one.
+    `cost[l]` is (run - skip) of gated layer l as a fraction of `dense_us`, the dense time of one token; layers of
+    identical shape share one.
     """
 
     context: int
@@ -150,15 +152,13 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         return data
     if is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(data, dict):
-            raise BundleError(f"{where} must be an object. The bundle is damaged: export or build it again.")
+            raise BundleError(f"{where} must be an object. {_DAMAGED}")
         hints = get_type_hints(kind)
         required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
         missing, unknown = required - set(data), set(data) - set(hints)
         if missing or unknown:
-            raise BundleError(
-                f"{where}: {'missing ' + ', '.join(sorted(missing)) if missing else 'unknown ' + ', '.join(sorted(unknown))}. "
-                "The bundle is damaged: export or build it again."
-            )
+            what = f"missing {', '.join(sorted(missing))}" if missing else f"unknown {', '.join(sorted(unknown))}"
+            raise BundleError(f"{where}: {what}. {_DAMAGED}")
         return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
     if origin is tuple and isinstance(data, list):
         return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(data))
@@ -174,7 +174,7 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         return float(data)
     if isinstance(kind, type) and type(data) is kind:
         return data
-    raise BundleError(f"{where} must be {getattr(kind, '__name__', kind)}, got {data!r:.80}. The bundle is damaged: export or build it again.")
+    raise BundleError(f"{where} must be {getattr(kind, '__name__', kind)}, got {data!r:.80}. {_DAMAGED}")
 
 
 def to_json(record: Any) -> str:
@@ -187,7 +187,9 @@ def safe_path(root: Path, relative: str) -> Path:
     path = root / pure
     inside = path.resolve().is_relative_to(root.resolve())
     if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative or not inside:
-        raise BundleError(f"{root.name}: the path {relative!r} leaves the bundle. Do not use this bundle; export the model again.")
+        raise BundleError(
+            f"{root.name}: the path {relative!r} leaves the bundle. Do not use this bundle; export the model again."
+        )
     return path
 
 
@@ -200,20 +202,39 @@ class Bundle:
 
     @classmethod
     def open(cls, root: str | Path) -> Bundle:
-        """Read and check `manifest.json`. Raises BundleError when it is missing, damaged, unsafe or from a newer program."""
+        """Read and check `manifest.json`. Raises BundleError when it is missing, damaged, unsafe or from a newer
+        program.
+        """
         root = Path(root)
         data = _read_json(root, MANIFEST, _no_bundle(root))
         schema = data.get("schema") if isinstance(data, dict) else None
         if isinstance(schema, int) and schema > SCHEMA:
-            raise BundleError(f"{root} was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}). Upgrade: pip install -U dash-export.")
+            raise BundleError(
+                f"{root} was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}). "
+                "Upgrade: pip install -U dash-export."
+            )
         manifest = from_json(Manifest, data, f"{root.name}/{MANIFEST}")
         for name in [*manifest.graphs.values(), *(record.name for record in manifest.files)]:
             safe_path(root, name)
         facts = manifest.model
-        if min(facts.num_layers, facts.hidden_size, facts.vocab_size, facts.num_kv_heads, facts.head_dim, facts.max_positions) < 1:
-            raise BundleError(f"{root.name}/{MANIFEST}: the model's sizes must be positive. The bundle is damaged: export it again.")
+        if (
+            min(
+                facts.num_layers,
+                facts.hidden_size,
+                facts.vocab_size,
+                facts.num_kv_heads,
+                facts.head_dim,
+                facts.max_positions,
+            )
+            < 1
+        ):
+            raise BundleError(
+                f"{root.name}/{MANIFEST}: the model's sizes must be positive. The bundle is damaged: export it again."
+            )
         if any(not 0 < layer < facts.num_layers for layer in manifest.policy.gated):
-            raise BundleError(f"{root.name}/{MANIFEST}: a gated layer does not exist. The bundle is damaged: export it again.")
+            raise BundleError(
+                f"{root.name}/{MANIFEST}: a gated layer does not exist. The bundle is damaged: export it again."
+            )
         return cls(root, manifest)
 
     def path(self, relative: str) -> Path:
@@ -234,7 +255,8 @@ class Bundle:
             built = ", ".join(self.targets()) or "none yet"
             state = "is unfinished" if self.path(folder).is_dir() else "does not exist"
             raise BundleError(
-                f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: dash-export build {self.root} --target {target.split('-')[0]}"
+                f"{self.root}: the build for target {target!r} {state} (built: {built}). "
+                f"Run: {self._build_command(target)}"
             )
         data = _read_json(self.root, f"{folder}/{BUILD}", "")
         build = from_json(Build, data, f"{self.root.name}/{folder}/{BUILD}")
@@ -242,16 +264,26 @@ class Bundle:
             self.path(name)
         if build.bundle_key != self.manifest.key:
             raise BundleError(
-                f"{self.root}: the engines for {target!r} were built from an earlier export. Run: dash-export build {self.root} --target {target.split('-')[0]}"
+                f"{self.root}: the engines for {target!r} were built from an earlier export. "
+                f"Run: {self._build_command(target)}"
             )
         return build
 
+    def _build_command(self, target: str) -> str:
+        recipe, _, precision = target.rpartition("-")
+        options = f"{recipe} --weights {precision}" if precision in ("fp32", "int8", "int4") and recipe else target
+        return f"dash-export build {self.root} --target {options}"
+
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> None:
-        """Check that files exist with the recorded size and SHA-256. Raises BundleError naming the first that does not."""
+        """Check that files exist with the recorded size and SHA-256. Raises BundleError naming the first that does
+        not.
+        """
         for record in records:
             path = self.path(record.name)
             if not path.is_file():
-                raise BundleError(f"{self.root}: {record.name} is missing. The bundle is damaged: export and build it again.")
+                raise BundleError(
+                    f"{self.root}: {record.name} is missing. The bundle is damaged: export and build it again."
+                )
             if path.stat().st_size != record.bytes or (hashes and sha256_file(path) != record.sha256):
                 raise BundleError(
                     f"{self.root}: {record.name} is not the file that was written (hash mismatch). "
@@ -262,7 +294,10 @@ class Bundle:
 def _no_bundle(root: Path) -> str:
     if not root.exists():
         return f"There is no bundle at {root}. Make one: dash-export export MODEL -o {root}"
-    return f"{root} is not a finished bundle: it has no {MANIFEST}. Run the export again to complete it: dash-export export MODEL -o {root}"
+    return (
+        f"{root} is not a finished bundle: it has no {MANIFEST}. "
+        f"Run the export again to complete it: dash-export export MODEL -o {root}"
+    )
 
 
 def _read_json(root: Path, name: str, missing: str) -> Any:
@@ -272,4 +307,6 @@ def _read_json(root: Path, name: str, missing: str) -> Any:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(missing) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read ({error}). The bundle is damaged: export or build it again.") from error
+        raise BundleError(
+            f"{path} cannot be read ({error}). The bundle is damaged: export or build it again."
+        ) from error

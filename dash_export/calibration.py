@@ -1,7 +1,8 @@
 """Which layers a model can spare: the divergence from its dense self when layers are skipped, over real text.
 
-Every setting is run for real through the engines, in teacher-forced windows whose first tokens are dense. One window at a time is compared, so
-memory holds the dense distribution of one window (64 MB for a vocabulary of 128k), whatever the text's length.
+Every setting is run for real through the engines, in teacher-forced windows whose first tokens are dense. One window at
+a time is compared, so memory holds the dense distribution of one window (64 MB for a vocabulary of 128k), whatever the
+text's length.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ WINDOW = 128
 ESSENTIAL_FACTOR = 4.0
 """A layer whose divergence is over this many times the median one is essential."""
 GREEDY_CANDIDATES = 8
-"""A greedy step tries this many layers, the least damaging alone: every try costs a pass over the text, and the others rarely win."""
+"""A greedy step tries this many layers, the least damaging alone: every try costs a pass over the text."""
 _ROWS = 16
 """Rows compared at a time: their temporaries stay in the cache."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What skipping a set of layers does: mean KL divergence from dense (nats per token) and perplexity over the text."""
+    """What skipping a set of layers does: mean KL from dense (nats per token) and perplexity over the text."""
 
     skipped: tuple[int, ...]
     kl: float
@@ -40,20 +41,26 @@ class Damage:
 
 
 def text_windows(runtime: DashRuntime, text: str, tokens: int, window: int = WINDOW) -> list[TokenIds]:
-    """About `tokens` tokens of `text` as windows, spread evenly over it. Raises RequestError for a text shorter than one window."""
+    """About `tokens` tokens of `text` as windows, spread evenly over it. Raises RequestError for too short a text."""
     ids = np.array(runtime.text.encode(text), np.int64)
     window = min(window, runtime.engines.model.max_positions)
     if len(ids) < window:
-        raise RequestError(f"The calibration text has {len(ids)} tokens; at least {window} are needed. Give a longer text.")
+        raise RequestError(
+            f"The calibration text has {len(ids)} tokens; at least {window} are needed. Give a longer text."
+        )
     count = max(1, min(tokens // window, len(ids) // window))
     starts = np.linspace(0, len(ids) - window, count).astype(int)
     return [ids[start : start + window] for start in starts]
 
 
+def silent(name: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
 class Calibrator:
     """Measures settings over one text, against the dense mode of the same build."""
 
-    def __init__(self, runtime: DashRuntime, windows: Sequence[TokenIds], progress: Progress = lambda name, done, total: None) -> None:
+    def __init__(self, runtime: DashRuntime, windows: Sequence[TokenIds], progress: Progress = silent) -> None:
         self._session: Session = runtime.session("dense")
         self._windows = windows
         self._layers = runtime.engines.model.num_layers
@@ -78,7 +85,9 @@ class Calibrator:
         while len(sets) < min(largest, len(ranked)):
             chosen = sets[-1].skipped
             candidates = [damage.skipped[0] for damage in ranked if damage.skipped[0] not in chosen][:GREEDY_CANDIDATES]
-            tried = self.measure([tuple(sorted((*chosen, layer))) for layer in candidates], f"sets of {len(chosen) + 1}")
+            tried = self.measure(
+                [tuple(sorted((*chosen, layer))) for layer in candidates], f"sets of {len(chosen) + 1}"
+            )
             sets.append(min(tried, key=lambda damage: damage.kl))
         return sets
 
@@ -108,7 +117,7 @@ class Calibrator:
 
 
 class _Dense:
-    """The dense distribution of one window, p = softmax(z), kept to compare others with: KL(p || q) = sum p (log p - log q)."""
+    """The dense distribution of one window, p = softmax(z): KL(p || q) = sum p (log p - log q)."""
 
     def __init__(self, logits: Floats, window: TokenIds) -> None:
         self._following = window[DENSE_POSITIONS + 1 :]

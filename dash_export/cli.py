@@ -1,4 +1,4 @@
-"""The command line's group. A command's module is imported when it is called, so that `dash-export --help` answers at once."""
+"""The command line's group. A command's module is imported when it is called: `dash-export --help` answers at once."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LazyGroup(click.Group):
 
 @contextmanager
 def readable_errors(ctx: click.Context) -> Iterator[None]:
-    """What can go wrong without a bug in this program, as one paragraph and an exit code; the rest keeps its traceback."""
+    """What can go wrong without a bug in this program, as one paragraph; the rest keeps its traceback."""
     try:
         yield
     except DashError as error:
@@ -83,11 +83,14 @@ def missing_package(package: str, extra: str) -> str:
 
 
 def disk_error(error: OSError, output: object = None) -> str:
-    """What a failed read or write means and what to do; `output` is where the command writes, when the error names no file."""
+    """What a failed read or write means and what to do; `output` stands in where the error names no file."""
     where = error.filename or output or "the output"
     reason = error.strerror or str(error)
     if error.errno in _NO_SPACE or "requested and" in reason:  # numpy's short write: "100 requested and 0 written"
-        return f"The disk is full: {where} could not be written ({reason}). Free some space, or choose an output on another disk, and run the command again."
+        return (
+            f"The disk is full: {where} could not be written ({reason}). "
+            "Free some space, or choose an output on another disk, and run the command again."
+        )
     if error.errno in _NO_WRITE:
         return f"{where} may not be read or written ({reason}). Check its permissions, or choose another output folder."
     return f"{where} could not be read or written ({reason}). Check the path and the disk, and run the command again."
@@ -96,7 +99,7 @@ def disk_error(error: OSError, output: object = None) -> str:
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done; 1 an error, told in one paragraph on stderr; 2 wrong usage; 130 interrupted with Ctrl-C.",
+    epilog="Exit codes: 0 done; 1 an error, told on stderr; 2 wrong usage; 130 interrupted with Ctrl-C.",
 )
 @click.version_option(__version__, prog_name="dash-export")
 @click.option("-v", "--verbose", count=True, help="Tell more on stderr: -v what is done, -vv everything.")

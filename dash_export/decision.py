@@ -31,8 +31,9 @@ class Action(IntEnum):
 class DecisionRule:
     """When to skip: per-layer damage limits (trade_off * cost) and per-layer ceilings on the layers already run.
 
-    `limits[l]` is 0 for a layer that is not gated; damage is never negative, so nothing is below 0. `ceilings[l]` is how many layers may have
-    run before layer l so that running it still leaves room for the layers after it that always run.
+    `limits[l]` is 0 for a layer that is not gated; damage is never negative, so nothing is below 0. `ceilings[l]` is
+    how many layers may have run before layer l so that running it still leaves room for the layers after it that always
+    run.
     """
 
     limits: tuple[float, ...]
@@ -57,8 +58,9 @@ def decision_rule(
 ) -> DecisionRule:
     """Build the rule for one model.
 
-    `cost[l]` is a fraction of the dense time of one token, per gated layer; `trade_off` is in nats per dense token time.
-    Raises PolicyError when the trade-off is negative or not finite, or when `max_layers` is below what always runs.
+    `cost[l]` is a fraction of the dense time of one token, per gated layer; `trade_off` is in nats per dense token
+    time. Raises PolicyError when the trade-off is negative or not finite, or when `max_layers` is below what always
+    runs.
     """
     gated_set = set(gated)
     if not np.isfinite(trade_off) or trade_off < 0:
@@ -105,8 +107,8 @@ def trade_off_for_budget(dial: Sequence[DialPoint], budget: float) -> float:
     fastest = min(point.time for point in points)
     if budget < fastest:
         raise PolicyError(
-            f"A budget of {budget:g} is more than this policy can give: its fastest calibrated setting takes {fastest:.3f} "
-            f"of the dense time. Ask for {fastest:.3f} or more, or gate more layers."
+            f"A budget of {budget:g} is more than this policy can give: its fastest calibrated setting takes "
+            f"{fastest:.3f} of the dense time. Ask for {fastest:.3f} or more, or gate more layers."
         )
     previous = points[0]
     for point in points:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class DashError(Exception):
-    """Base of every error this package raises on purpose. The message says what was wrong, what was expected and how to fix it."""
+    """Base of every error this package raises on purpose. The message says what was wrong, what was expected and how to
+    fix it.
+    """
 
 
 class CheckpointError(DashError):

@@ -8,13 +8,23 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx_ir as ir
 
 from dash_export import __version__
-from dash_export.artifacts import JOURNAL, ArtifactStore, FileRecord, content_key, sha256_file, write_atomic
+from dash_export.artifacts import (
+    JOURNAL,
+    ArtifactStore,
+    FileRecord,
+    Progress,
+    content_key,
+    no_progress,
+    sha256_file,
+    write_atomic,
+)
 from dash_export.bundle import MANIFEST, SCHEMA, Bundle, Manifest, ModelFacts, PolicyFacts, to_json
 from dash_export.errors import BundleError
 from dash_export.graphs import portable
@@ -26,19 +36,18 @@ from dash_export.skip_policy import SkipPolicy, no_policy
 GRAPH_REVISION = 1
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
 
-Progress = Callable[[str, int, int], None]
-
 
 def export(
     model: str | Path | Checkpoint,
     output: str | Path,
     policy: SkipPolicy | None = None,
-    progress: Progress = lambda name, done, total: None,
+    progress: Progress = no_progress,
 ) -> Bundle:
     """Write the bundle of `model` (folder, hub id, GGUF file or opened checkpoint) to `output`.
 
-    Until it is whole everything lies in `<output>.unfinished`; a killed export resumes there, a finished one with the same inputs is left alone.
-    `progress(name, done, total)` is called after each graph. Raises CheckpointError for the model and BundleError for the output.
+    Until it is whole everything lies in `<output>.unfinished`; a killed export resumes there, a finished one with the
+    same inputs is left alone. `progress(name, done, total)` is called after each graph. Raises CheckpointError for the
+    model and BundleError for the output.
     """
     output = Path(output)
     _check_output(output)
@@ -80,7 +89,9 @@ def _write(
         write_atomic(root / name, text)
         files.append(FileRecord(name, sha256_file(root / name), (root / name).stat().st_size))
     model = ModelFacts(
-        name=Path(checkpoint.source).stem if Path(checkpoint.source).suffix == ".gguf" else Path(checkpoint.source).name,
+        name=Path(checkpoint.source).stem
+        if Path(checkpoint.source).suffix == ".gguf"
+        else Path(checkpoint.source).name,
         model_type=spec.model_type,
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -118,20 +129,22 @@ def _jobs(
     yield "embed", (), embed
     for layer in range(spec.num_layers):
         name = f"layer_{layer:02d}"
-        yield name, (name,), graph(name, lambda layer=layer: portable.layer_graph(checkpoint, layer))  # type: ignore[misc]
+        yield name, (name,), graph(name, partial(portable.layer_graph, checkpoint, layer))
     for layer in policy.gated:
         name = f"skip_{layer:02d}"
-        yield name, (name, facts.fingerprint), graph(name, lambda layer=layer: portable.skip_graph(checkpoint, policy, layer))  # type: ignore[misc]
+        yield name, (name, facts.fingerprint), graph(name, partial(portable.skip_graph, checkpoint, policy, layer))
     if policy.network is not None:
-        yield "policy", ("policy", facts.fingerprint), graph("policy", lambda: policy_graph(spec, policy))
-    yield "head", (), graph("head", lambda: portable.head_graph(checkpoint))
+        yield "policy", ("policy", facts.fingerprint), graph("policy", partial(policy_graph, spec, policy))
+    yield "head", (), graph("head", partial(portable.head_graph, checkpoint))
 
 
 def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
     digest = hashlib.sha256(json.dumps([policy.gated, policy.compensation.kind]).encode())
     for name, array in sorted(policy.weights().items()):
         digest.update(name.encode() + str(array.shape).encode() + array.tobytes())
-    return PolicyFacts(policy.gated, policy.origin, policy.network is not None, policy.compensation.kind, digest.hexdigest()[:32])
+    return PolicyFacts(
+        policy.gated, policy.origin, policy.network is not None, policy.compensation.kind, digest.hexdigest()[:32]
+    )
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
@@ -151,7 +164,9 @@ def _check_output(output: Path) -> None:
     elif previous.exists():
         shutil.rmtree(previous)
     if output.exists() and not (output / MANIFEST).is_file():
-        raise BundleError(f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it.")
+        raise BundleError(
+            f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
+        )
 
 
 def _swap(unfinished: Path, output: Path) -> None:

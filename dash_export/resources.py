@@ -8,6 +8,8 @@ PACKAGE = Path(__file__).parent
 
 
 def resource_folder(name: str) -> Path:
-    """`engines` or `calibration`: the packaged folder if it is there, else the sibling of the package (editable install)."""
+    """`engines` or `calibration`: the packaged folder if it is there, else the sibling of the package (editable
+    install).
+    """
     packaged = PACKAGE / "_resources" / name
     return packaged if packaged.is_dir() else PACKAGE.parent / name

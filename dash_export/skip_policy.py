@@ -1,4 +1,5 @@
-"""A skip policy as data: which layers it may skip, the network that predicts damage, the compensation. No framework needed.
+"""A skip policy as data: which layers it may skip, the network that predicts damage, the compensation. No framework
+needed.
 
 The network is one hidden layer per gated layer l+1, reading the state one layer earlier (DESIGN: "one layer ahead"):
 
@@ -35,8 +36,9 @@ class Compensation:
 class SkipPolicy:
     """Gated layers, damage network and compensation of one model.
 
-    `network` is None for a bundle without a token policy; otherwise it holds, stacked over the gated layers, `state` [gated, hidden, width],
-    `actions` [gated, 2, width], `bias` [gated, width], `out` [gated, width] and `out_bias` [gated], all float32.
+    `network` is None for a bundle without a token policy; otherwise it holds, stacked over the gated layers, `state`
+    [gated, hidden, width], `actions` [gated, 2, width], `bias` [gated, width], `out` [gated, width] and `out_bias`
+    [gated], all float32.
     """
 
     gated: tuple[int, ...]
@@ -78,8 +80,12 @@ def no_policy(num_layers: int, gated: Iterable[int] | None = None) -> SkipPolicy
     return SkipPolicy(check_gated(default_gated(num_layers) if gated is None else gated, num_layers))
 
 
-def untrained_policy(spec: DecoderSpec, gated: Iterable[int] | None = None, width: int = 64, seed: int = 0) -> SkipPolicy:
-    """A seeded random network with the shapes of a trained one: it decides by noise and is there to measure and to test."""
+def untrained_policy(
+    spec: DecoderSpec, gated: Iterable[int] | None = None, width: int = 64, seed: int = 0
+) -> SkipPolicy:
+    """A seeded random network with the shapes of a trained one: it decides by noise and is there to measure and to
+    test.
+    """
     layers = check_gated(default_gated(spec.num_layers) if gated is None else gated, spec.num_layers)
     rng = np.random.default_rng(seed)
 

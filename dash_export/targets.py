@@ -1,4 +1,6 @@
-"""Recipes: how to build for a target. `engines/NAME.toml` in the repository, or any path. Every key is known or an error."""
+"""Recipes: how to build for a target. `engines/NAME.toml` in the repository, or any path. Every key is known or an
+error.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,12 @@ Dispatch = Literal["fused", "sync"]
 
 @dataclass(frozen=True)
 class WeightsRecipe:
-    """Weight precision. Layers, head and embedding are chosen apart: the head of a small model is a third of a token's bytes.
+    """Weight precision. Layers, head and embedding are chosen apart: the head of a small model is a third of a token's
+    bytes.
 
-    `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention (their errors enter the
-    cache and every later token), and the layers the policy may never skip (they are the sensitive ones).
+    `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention
+    (their errors enter the cache and every later token), and the layers the policy may never skip (they are the
+    sensitive ones).
     """
 
     layers: Precision = "int4"
@@ -75,7 +79,13 @@ class Recipe:
 
 
 # Bounds of the integers a recipe may hold, (lowest, highest).
-_BOUNDS = {"threads": (0, 1024), "kv_step": (16, 65536), "prefill_chunk": (1, 65536), "context": (2, 65536), "repeats": (3, 10000)}
+_BOUNDS = {
+    "threads": (0, 1024),
+    "kv_step": (16, 65536),
+    "prefill_chunk": (1, 65536),
+    "context": (2, 65536),
+    "repeats": (3, 10000),
+}
 _T = TypeVar("_T")
 
 
@@ -90,15 +100,20 @@ def load_recipe(target: str) -> Recipe:
     if path.suffix != ".toml":
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", target) or target not in recipe_names():
             raise RecipeError(
-                f"There is no recipe {target!r}. Known targets: {', '.join(recipe_names())}; or give the path of a recipe file (.toml)."
+                f"There is no recipe {target!r}. Known targets: {', '.join(recipe_names())}; "
+                "or give the path of a recipe file (.toml)."
             )
         path = resource_folder("engines") / f"{target}.toml"
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error}. It must be a TOML file like engines/cpu.toml.") from error
+        raise RecipeError(
+            f"The recipe {path} cannot be read: {error}. It must be a TOML file like engines/cpu.toml."
+        ) from error
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", path.stem):
-        raise RecipeError(f"A recipe's file name becomes a folder: {path.stem!r} may only have letters, digits, - and _.")
+        raise RecipeError(
+            f"A recipe's file name becomes a folder: {path.stem!r} may only have letters, digits, - and _."
+        )
     return recipe_from_dict({**data, "name": path.stem}, str(path))
 
 
@@ -114,13 +129,13 @@ def with_weights(recipe: Recipe, layers: str | None, head: str | None, embedding
     """
     chosen: dict[str, Any] = asdict(recipe.weights)
     if layers is not None and layers != recipe.weights.layers:
-        chosen |= {part: layers for part in ("layers", "qkv", "ungated", "head", "embedding", "policy")}
+        chosen |= dict.fromkeys(("layers", "qkv", "ungated", "head", "embedding", "policy"), layers)
     given = {"head": head, "embedding": embedding}
     chosen |= {part: precision for part, precision in given.items() if precision is not None}
     weights = _parse(WeightsRecipe, chosen, "the command line")
     if weights == recipe.weights:
         return recipe
-    suffix = [weights.layers] if weights.layers != recipe.weights.layers else []
+    suffix: list[str] = [weights.layers] if weights.layers != recipe.weights.layers else []
     suffix += [f"{part}-{precision}" for part, precision in given.items() if precision is not None]
     return replace(recipe, name="-".join([recipe.name, *suffix]), weights=weights)
 
@@ -132,7 +147,9 @@ def _parse(kind: type[_T], data: object, where: str) -> _T:
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}. Known keys here: {', '.join(name for name in known if name != 'name')}.")
+            raise RecipeError(
+                f"{where}: unknown key {key!r}. Known keys here: {', '.join(name for name in known if name != 'name')}."
+            )
     values: dict[str, Any] = {}
     for key, value in data.items():
         hint = hints[key]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dash_export.builders.build import build
+from dash_export.builders.building import build
 
 __all__ = ["build"]

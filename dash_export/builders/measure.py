@@ -1,4 +1,6 @@
-"""What a build measures on the device: the cost of every layer, and where each trade-off lands on the calibration text."""
+"""What a build measures on the device: the cost of every layer, and where each trade-off lands on the calibration
+text.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.cpus import cpu_name
 from dash_export.runtime.dispatch import BoundStep, EngineSet
+from dash_export.runtime.results import Score
 from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import DashRuntime
-from dash_export.runtime.session import Score
 
 WARM_UP = 10
 DIAL_WINDOWS = 4
@@ -30,14 +32,15 @@ DIAL_POINTS = 12
 def uniform_cost(manifest: Manifest) -> CostTable:
     """A stand-in until the cost is measured: every layer the same, nothing but layers takes time."""
     share = 1.0 / manifest.model.num_layers
-    return CostTable(0, 0.0, {}, {}, {layer: share for layer in manifest.policy.gated}, "not measured")
+    return CostTable(0, 0.0, {}, {}, dict.fromkeys(manifest.policy.gated, share), "not measured")
 
 
 def measure_cost(bundle: Bundle, build: Build, backend: Backend) -> CostTable:
-    """Run dense tokens at the recipe's context, timing every segment where it stands in the token; after a gated one also its skip graph.
+    """Run dense tokens at the recipe's context, timing every segment where it stands in the token; after a gated one
+    also its skip graph.
 
-    Medians over interleaved repeats. Layers of one shape (here: all gated layers) share the median of their costs, so that a noisy single
-    measurement decides nothing.
+    Medians over interleaved repeats. Layers of one shape (here: all gated layers) share the median of their costs, so
+    that a noisy single measurement decides nothing.
     """
     model = bundle.manifest.model
     recipe = build.recipe["cost"]
@@ -67,11 +70,15 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend) -> CostTable:
     dense = sum(runs.values())
     saved = [runs[segment.name] - skips[f"skip_{segment.first:02d}"] for segment in build.segments if segment.gated]
     share = max(median(saved), 0.0) / dense if saved else 0.0
-    return CostTable(context, round(dense, 2), runs, skips, {layer: share for layer in bundle.manifest.policy.gated}, cpu_name())
+    return CostTable(
+        context, round(dense, 2), runs, skips, dict.fromkeys(bundle.manifest.policy.gated, share), cpu_name()
+    )
 
 
 def calibrate_dial(bundle: Bundle, build: Build, backend: Backend) -> tuple[DialPoint, ...]:
-    """trade-off -> mean layers and mean time over the calibration text, each setting run for real under its own decisions."""
+    """trade-off -> mean layers and mean time over the calibration text, each setting run for real under its own
+    decisions.
+    """
     runtime = DashRuntime(bundle, build, backend)
     windows = _calibration_windows(runtime)
     cost = build.cost.cost

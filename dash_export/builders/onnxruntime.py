@@ -1,7 +1,7 @@
 """Portable graphs + recipe -> ONNX Runtime engines: lowered .onnx files whose weights are mapped from disk.
 
-Every segment has a plain engine; before a gated layer also a `.policy` one that answers for that layer on the way (`fused` dispatch). Both map the same
-weights file.
+Every segment has a plain engine; before a gated layer also a `.policy` one that answers for that layer on the way
+(`fused` dispatch). Both map the same weights file.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,7 +31,9 @@ LOWERING_REVISION = 8
 
 @dataclass(frozen=True)
 class Artifact:
-    """One engine to make: `write(temporary folder)` returns its files, the .onnx first. `extends` names one whose weights it maps too."""
+    """One engine to make: `write(temporary folder)` returns its files, the .onnx first. `extends` names one whose
+    weights it maps too.
+    """
 
     name: str
     key: str
@@ -39,7 +42,9 @@ class Artifact:
 
 
 def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path) -> Iterator[Artifact]:
-    """Everything this build consists of, in an order in which each can be made. `folder` is where finished engines lie."""
+    """Everything this build consists of, in an order in which each can be made. `folder` is where finished engines
+    lie.
+    """
     hashes = {record.name: record.sha256 for record in bundle.manifest.files}
     gated = bundle.manifest.policy.gated
     has_network = bundle.manifest.policy.has_network
@@ -55,26 +60,35 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
     def with_policy(part: Segment | str, key: str, layer: int) -> Artifact:
         plain = part if isinstance(part, str) else part.name
         policy_key = content_key("fused", key, graph_key("policy"), layer)
-        return Artifact(f"{plain}.policy", policy_key, lambda out: _fused(bundle, recipe, part, folder / f"{plain}.onnx", layer, out), plain)
+        return Artifact(
+            f"{plain}.policy",
+            policy_key,
+            partial(_fused, bundle, recipe, part, folder / f"{plain}.onnx", layer),
+            plain,
+        )
 
-    yield Artifact("rope", content_key(hashes["onnx/rope.data"]), lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))])
+    yield Artifact(
+        "rope",
+        content_key(hashes["onnx/rope.data"]),
+        lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))],
+    )
     for segment in segments:
         names = _graph_names(segment)
         fused = has_network and segment.last + 1 in gated
         key = content_key(base, graph_key(*names), fused)
-        yield Artifact(segment.name, key, lambda out, s=segment, f=fused: write_segment(bundle, recipe, s, f, out))  # type: ignore[misc]
+        yield Artifact(segment.name, key, partial(write_segment, bundle, recipe, segment, fused))
         if fused:
             yield with_policy(segment, key, segment.last + 1)
         if segment.gated:
             skip = f"skip_{segment.first:02d}"
             key = content_key(base, graph_key(skip))
-            yield Artifact(skip, key, lambda out, n=skip: _skip(bundle, recipe, n, out))  # type: ignore[misc]
+            yield Artifact(skip, key, partial(_skip, bundle, recipe, skip))
             if fused:
                 yield with_policy(skip, key, segment.last + 1)
             if has_network:
                 layer = segment.first
                 key = content_key(base, graph_key("policy"), layer)
-                yield Artifact(f"policy_{layer:02d}", key, lambda out, n=layer: _policy(bundle, recipe, n, out))  # type: ignore[misc]
+                yield Artifact(f"policy_{layer:02d}", key, partial(_policy, bundle, recipe, layer))
 
 
 def _graph_names(segment: Segment) -> list[str]:
@@ -83,12 +97,16 @@ def _graph_names(segment: Segment) -> list[str]:
 
 
 def write_segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: bool, out: Path) -> list[Path]:
-    """Compose and lower one segment into `out`. With `keep_state` it also gives what the next layer's policy reads, where that lies inside it."""
+    """Compose and lower one segment into `out`. With `keep_state` it also gives what the next layer's policy reads,
+    where that lies inside it.
+    """
     g, state = _compose(bundle, segment)
     if keep_state and str(state.name) != "hidden":
         state.name = POLICY_STATE
         g.graph.outputs.append(state)
-    return save_graph(lower(g.model(), recipe.weights, bundle.manifest.policy.gated), out / f"{segment.name}.onnx", (ROPE_FILE,))
+    return save_graph(
+        lower(g.model(), recipe.weights, bundle.manifest.policy.gated), out / f"{segment.name}.onnx", (ROPE_FILE,)
+    )
 
 
 def _compose(bundle: Bundle, segment: Segment) -> tuple[GraphWriter, ir.Value]:
@@ -99,7 +117,11 @@ def _compose(bundle: Bundle, segment: Segment) -> tuple[GraphWriter, ir.Value]:
     end = ""
     for name in _graph_names(segment):
         outputs = absorb(g, load_graph(bundle.graph(name)), {} if value is None else {"hidden": value})
-        state = next(item for item in g.graph.inputs if item.name == "hidden") if value is None and name != "embed" else value
+        state = (
+            next(item for item in g.graph.inputs if item.name == "hidden")
+            if value is None and name != "embed"
+            else value
+        )
         end = "logits" if name == "head" else "hidden_out"
         value = outputs.pop(end)
         value.name = f"{name}/{end}"
@@ -121,7 +143,9 @@ def _policy(bundle: Bundle, recipe: Recipe, layer: int, out: Path) -> list[Path]
 
 
 def _fused(bundle: Bundle, recipe: Recipe, part: Segment | str, plain: Path, layer: int, out: Path) -> list[Path]:
-    """A segment or skip graph with the policy for `layer` as one more output. Weights it shares with the plain engine stay in that one's file."""
+    """A segment or skip graph with the policy for `layer` as one more output. Weights it shares with the plain engine
+    stay in that one's file.
+    """
     if isinstance(part, Segment):
         g, state = _compose(bundle, part)
     else:
@@ -134,6 +158,10 @@ def _fused(bundle: Bundle, recipe: Recipe, part: Segment | str, plain: Path, lay
     known = load_graph(plain).graph.initializers
     for name, value in lowered.graph.initializers.items():
         twin = known[name].const_value if name in known else None
-        if isinstance(twin, ir.ExternalTensor) and value.const_value is not None and np.array_equal(twin.numpy(), value.const_value.numpy()):
+        if (
+            isinstance(twin, ir.ExternalTensor)
+            and value.const_value is not None
+            and np.array_equal(twin.numpy(), value.const_value.numpy())
+        ):
             value.const_value = twin
     return save_graph(lowered, out / f"{plain.stem}.policy.onnx", (ROPE_FILE, f"{plain.stem}.data"))

@@ -8,7 +8,8 @@ from dash_export.bundle import Segment
 
 
 def plan_segments(num_layers: int, gated: Sequence[int], merge: bool = True) -> tuple[Segment, ...]:
-    """Cut before and after every gated layer. Without `merge` embed, head and every layer stand alone (an empty range of layers
+    """Cut before and after every gated layer. Without `merge` embed, head and every layer stand alone (an empty range
+    of layers
     marks embed and head)."""
     gated_set = set(gated)
     embed = Segment(0, -1, True, False, False)

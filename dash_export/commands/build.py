@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from dash_export.bundle import Build, Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import DEFAULT_TARGET, build_bytes, bundle_bytes, is_bundle, plain_table, result_console, size
+from dash_export.commands.common import (
+    DEFAULT_TARGET,
+    build_bytes,
+    bundle_bytes,
+    is_bundle,
+    plain_table,
+    print_table,
+    result_console,
+    size,
+)
 from dash_export.commands.export import export_model, policy_options
 from dash_export.commands.progress import progress_bar
 
@@ -25,25 +33,58 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
     for name in recipe_names():
         recipe = load_recipe(name)
         weights = recipe.weights
-        table.add_row(name, recipe.backend, weights.layers, weights.qkv, weights.head, weights.embedding, recipe.description)
+        table.add_row(
+            name, recipe.backend, weights.layers, weights.qkv, weights.head, weights.embedding, recipe.description
+        )
     console = result_console()
-    console.print(table)
-    console.print("`dash-export doctor` says which of them this machine can build and run. A path of your own .toml is a target too.")
+    print_table(console, table)
+    click.echo(
+        "`dash-export doctor` says which of them work here. The path of a .toml file of your own is a target too."
+    )
     ctx.exit()
 
 
 @click.command("build")
 @click.argument("source", metavar="BUNDLE|MODEL")
-@click.option("--target", default=DEFAULT_TARGET, show_default=True, metavar="NAME|FILE.toml", help="A shipped recipe or the path of one.")
-@click.option("--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets, help="Show the shipped recipes and exit.")
+@click.option(
+    "--target",
+    default=DEFAULT_TARGET,
+    show_default=True,
+    metavar="NAME|FILE.toml",
+    help="A shipped recipe or the path of one.",
+)
+@click.option(
+    "--list-targets",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_targets,
+    help="Show the shipped recipes and exit.",
+)
 @click.option("--weights", type=PRECISION, help="Precision of the layers, and of all else that is not given itself.")
 @click.option("--head", type=PRECISION, help="Precision of the head.")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="BUNDLE", help="For a MODEL: the bundle to write; by default NAME.dash here.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="For a MODEL: the bundle to write; by default NAME.dash here.",
+)
 @policy_options
 @click.pass_context
 def command(
-    ctx: click.Context, source: str, target: str, weights: str | None, head: str | None, embedding: str | None, output: Path | None, **policy: Any
+    ctx: click.Context,
+    source: str,
+    target: str,
+    weights: str | None,
+    head: str | None,
+    embedding: str | None,
+    output: Path | None,
+    policy: str,
+    gated: tuple[int, ...] | None,
+    seed: int | None,
+    width: int | None,
 ) -> None:
     """Compile the engines of a bundle for a target, and measure what each layer costs here.
 
@@ -54,12 +95,18 @@ def command(
 
     load_recipe(target)  # a wrong target is told before minutes of export
     if is_bundle(source):
-        given = [name for name in ("output", *policy) if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
+        given = [
+            name
+            for name in ("output", "policy", "gated", "seed", "width")
+            if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        ]
         if given:
-            raise click.UsageError(f"--{given[0]} belongs to a MODEL: {source} is a bundle, its engines are built inside it.")
+            raise click.UsageError(
+                f"--{given[0]} belongs to a MODEL: {source} is a bundle, its engines are built inside it."
+            )
         bundle = Bundle.open(source)
     else:
-        bundle = export_model(ctx, source, output, **policy)
+        bundle = export_model(ctx, source, output, policy, gated, seed, width)
     from dash_export.builders import build
 
     ctx.meta[OUTPUT] = str(bundle.root)
@@ -70,15 +117,16 @@ def command(
 
 def _summary(bundle: Bundle, build: Build) -> None:
     cost = build.cost
-    console = result_console()
-    engines = f"{len(build.engines)} engines, {size(build_bytes(build))}" if build.files else f"{len(build.engines)} portable graphs, used as they are"
-    console.print(f"[bold]{bundle.root}/engines/{build.target}[/bold]: {engines} (portable part {size(bundle_bytes(bundle))})", soft_wrap=True)
-    console.print(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}", soft_wrap=True)
+    engines = f"{len(build.engines)} engines, {size(build_bytes(build))}"
+    if not build.files:
+        engines = f"{len(build.engines)} portable graphs, used as they are"
+    click.echo(f"{bundle.root}/engines/{build.target}: {engines} (portable part {size(bundle_bytes(bundle))})")
+    click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}")
     if cost.cost:
         share = max(cost.cost.values())
-        console.print(f"Skipping a layer saves {100 * share:.1f} % of that ({share * cost.dense_us:.0f} µs); {len(cost.cost)} layers may be skipped")
+        saved = f"{100 * share:.1f} % of that ({share * cost.dense_us:.0f} µs)"
+        click.echo(f"Skipping a layer saves {saved}; {len(cost.cost)} layers may be skipped.")
     if build.dial:
-        fastest = min(point.time for point in build.dial)
-        console.print(f"Budget dial: 1.0 (dense) down to {fastest:.2f}")
+        click.echo(f"Budget dial: 1.0 (dense) down to {min(point.time for point in build.dial):.2f}")
     flag = "" if build.target == DEFAULT_TARGET else f" --target {build.target}"
-    console.print(f'Next: dash-export run {bundle.root}{flag} "Why is the sky blue?"', soft_wrap=True)
+    click.echo(f'Next: dash-export run {bundle.root}{flag} "Why is the sky blue?"')

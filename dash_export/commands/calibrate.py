@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.text import Text
 
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import choose_target, is_bundle, plain_table, result_console, spans
+from dash_export.commands.common import choose_target, is_bundle, plain_table, print_table, result_console, spans
 from dash_export.commands.export import export_with_policy
 from dash_export.commands.progress import Progress, progress_bar
 from dash_export.errors import RequestError
@@ -30,12 +31,24 @@ MODEL_TARGET = "portable"
 @click.command("calibrate")
 @click.argument("source", metavar="BUNDLE|MODEL")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on; by default 17 kB of English prose.")
-@click.option("--tokens", type=click.IntRange(min=128), default=1024, show_default=True, help="How much of it, in windows of 128.")
-@click.option("--sets", type=click.IntRange(min=0), default=6, show_default=True, help="Largest static set to search; 0: none.")
+@click.option(
+    "--tokens", type=click.IntRange(min=128), default=1024, show_default=True, help="How much of it, in windows of 128."
+)
+@click.option(
+    "--sets", type=click.IntRange(min=0), default=6, show_default=True, help="Largest static set to search; 0: none."
+)
 @click.option("--target", help=f"Build to measure: of a bundle cpu or the only one, of a model {MODEL_TARGET} (fp32).")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json", help="Write the result here too.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.json",
+    help="Write the result here too.",
+)
 @click.pass_context
-def command(ctx: click.Context, source: str, text: Path | None, tokens: int, sets: int, target: str | None, output: Path | None) -> None:
+def command(
+    ctx: click.Context, source: str, text: Path | None, tokens: int, sets: int, target: str | None, output: Path | None
+) -> None:
     """Measure what skipping each layer, and growing sets of layers, does to a model.
 
     A built BUNDLE is measured through its own engines, over the layers it may skip. A MODEL is exported to a temporary
@@ -48,7 +61,9 @@ def command(ctx: click.Context, source: str, text: Path | None, tokens: int, set
     began = time.perf_counter()
     with progress_bar("calibrate") as progress, _runtime(ctx, source, target, progress) as runtime:
         if not runtime.bundle.manifest.policy.gated:
-            raise RequestError(f"{source} has no layer that may be skipped. Export it with --gated, or give the model itself.")
+            raise RequestError(
+                f"{source} has no layer that may be skipped. Export it with --gated, or give the model itself."
+            )
         progress("loading", 0, 0)
         calibrator = Calibrator(runtime, text_windows(runtime, prose, tokens), progress)
         dense = calibrator.dense()
@@ -60,7 +75,7 @@ def command(ctx: click.Context, source: str, text: Path | None, tokens: int, set
     if output is not None:
         ctx.meta[OUTPUT] = str(output)
         _write(output, report)
-        result_console().print(f"Written to {output}", soft_wrap=True)
+        click.echo(f"Written to {output}")
 
 
 def _read(text: Path | None) -> str:
@@ -70,7 +85,9 @@ def _read(text: Path | None) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Give a plain text file.") from error
+        raise RequestError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Give a plain text file."
+        ) from error
     except FileNotFoundError as error:
         raise RequestError(f"There is no text file {path}.") from error
 
@@ -96,7 +113,12 @@ def _runtime(ctx: click.Context, source: str, target: str | None, progress: Prog
 
 
 def _report(
-    runtime: DashRuntime, dense: Damage, singles: Sequence[Damage], greedy: Sequence[Damage], tokens: int, seconds: float
+    runtime: DashRuntime,
+    dense: Damage,
+    singles: Sequence[Damage],
+    greedy: Sequence[Damage],
+    tokens: int,
+    seconds: float,
 ) -> dict[str, object]:
     from dataclasses import asdict
 
@@ -124,7 +146,9 @@ def _time(runtime: DashRuntime, damage: Damage) -> float:
     return round(1.0 - sum(runtime.cost.cost[layer] for layer in damage.skipped), 4)
 
 
-def _print(runtime: DashRuntime, report: dict[str, object], dense: Damage, singles: Sequence[Damage], greedy: Sequence[Damage]) -> None:
+def _print(
+    runtime: DashRuntime, report: dict[str, object], dense: Damage, singles: Sequence[Damage], greedy: Sequence[Damage]
+) -> None:
     from dash_export.calibration import ESSENTIAL_FACTOR, essential_layers
 
     console = result_console()
@@ -134,20 +158,30 @@ def _print(runtime: DashRuntime, report: dict[str, object], dense: Damage, singl
     table = plain_table(title, "layer", *numbers, "", right=("layer", *numbers))
     table.add_row("dense", "0", f"{dense.perplexity:.2f}", "")
     for damage in singles:
-        mark = "[bold red]essential[/]" if damage.skipped[0] in essential else ""
+        mark = Text("essential", "bold red") if damage.skipped[0] in essential else ""
         table.add_row(str(damage.skipped[0]), f"{damage.kl:.4f}", f"{damage.perplexity:.2f}", mark)
-    console.print(table)
-    console.print(f"Essential: KL over {ESSENTIAL_FACTOR:g} times the median. The first two and the last layer are kept by default.")
-    console.print(f"Suggested: dash-export export MODEL --gated {report['gated']}\n", soft_wrap=True)
+    print_table(console, table)
+    click.echo(
+        f"Essential: KL over {ESSENTIAL_FACTOR:g} times the median. By default the first two and the last never skip."
+    )
+    click.echo(f"Suggested: dash-export export MODEL --gated {report['gated']}\n")
     if greedy:
-        numbers = ("layers", *numbers, "time vs dense")
-        table = plain_table("Greedy static sets", "skipped", *numbers, right=numbers)
+        columns = ("layers", *numbers, "time vs dense")
+        table = plain_table("Greedy static sets", "skipped", *columns, right=columns)
         for damage in greedy:
             layers = str(len(damage.skipped))
-            table.add_row(spans(damage.skipped), layers, f"{damage.kl:.4f}", f"{damage.perplexity:.2f}", f"{_time(runtime, damage):.3f}")
-        console.print(table)
-        console.print("The sets were chosen on this text: on other text they do a little worse. Time: from the build's cost table.")
-    console.print(f"Took {report['seconds']} s.")
+            table.add_row(
+                spans(damage.skipped),
+                layers,
+                f"{damage.kl:.4f}",
+                f"{damage.perplexity:.2f}",
+                f"{_time(runtime, damage):.3f}",
+            )
+        print_table(console, table)
+        click.echo(
+            "The sets were chosen on this text: on other text they do a little worse. Time: from the cost table."
+        )
+    click.echo(f"Took {report['seconds']} s.")
 
 
 def _write(output: Path, report: dict[str, object]) -> None:

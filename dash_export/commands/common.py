@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    _Layers = click.ParamType[tuple[int, ...]]
+else:
+    _Layers = click.ParamType  # not generic before click 8.2
+
 DEFAULT_TARGET = "cpu"
 _SPAN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 _MAX_LAYERS = 10_000
 
 
-class LayerList(click.ParamType):
+class LayerList(_Layers):
     """`2-5,9` -> (2, 3, 4, 5, 9)."""
 
     name = "layers"
@@ -36,7 +40,9 @@ class LayerList(click.ParamType):
                 self.fail(f"{part!r} is not a layer or a range of layers; expected something like 2-5,9", param, ctx)
             first, last = int(span[1]), int(span[2] or span[1])
             if last < first or last >= _MAX_LAYERS:
-                self.fail(f"{part!r} is not a range of layers: give the lower number first, below {_MAX_LAYERS}", param, ctx)
+                self.fail(
+                    f"{part!r} is not a range of layers: give the lower number first, below {_MAX_LAYERS}", param, ctx
+                )
             layers.update(range(first, last + 1))
         return tuple(sorted(layers))
 
@@ -67,7 +73,7 @@ def is_bundle(path: str) -> bool:
 
 
 def choose_target(bundle: Bundle, target: str | None) -> str:
-    """The target asked for, else `cpu`, else the only one that is built. Raises BundleError that lists what is built."""
+    """The target asked for, else `cpu`, else the only one built. Raises BundleError that lists what is built."""
     if target is not None:
         return target
     built = bundle.targets()
@@ -75,7 +81,9 @@ def choose_target(bundle: Bundle, target: str | None) -> str:
         return DEFAULT_TARGET
     if len(built) == 1:
         return built[0]
-    raise BundleError(f"{bundle.root} has no build for {DEFAULT_TARGET!r} but several others: choose one of --target {', '.join(built)}.")
+    raise BundleError(
+        f"{bundle.root} has several builds and none is {DEFAULT_TARGET!r}: give --target, one of {', '.join(built)}."
+    )
 
 
 def bundle_bytes(bundle: Bundle) -> int:
@@ -89,10 +97,11 @@ def build_bytes(build: Build) -> int:
 
 
 def result_console() -> Console:
-    """stdout, without guessing colours into numbers and paths. Where it is not a terminal, wide enough to keep rows whole."""
+    """stdout, without colours guessed into numbers and paths; wide enough for whole rows where it is no terminal."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    # What is printed has names from a model in it: none of it is markup.
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     return console
@@ -103,8 +112,17 @@ def plain_table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     numbers = set(right)
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """The title on a line of its own: rich would fold it to the table's width."""
+    from rich.text import Text
+
+    console.print(Text(str(table.title), "bold"), soft_wrap=True)
+    table.title = None
+    console.print(table)

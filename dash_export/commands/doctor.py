@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from rich.text import Text
 
 from dash_export.commands import machine
-from dash_export.commands.common import plain_table, result_console, size
+from dash_export.commands.common import plain_table, print_table, result_console, size
 
 
 @click.command("doctor")
@@ -62,27 +63,29 @@ def _print(report: dict[str, Any]) -> None:
         about.add_row("NVIDIA", ", ".join(device.values()))
     if not report["gpus"] and not system["jetson"]:
         about.add_row("NVIDIA", "none found")
-    console.print(about)
+    print_table(console, about)
 
     packages = plain_table("Packages", "package", "version", "extra", "for")
     for name, version in report["packages"].items():
         extra = machine.PACKAGES[name]
-        label = {"": "always", machine.NOT_YET: ""}.get(extra, f"\\[{extra}]")
-        packages.add_row(name, version or "[dim]not installed[/dim]", label, _PURPOSE[extra])
-    console.print(packages)
+        label = {"": "always", machine.NOT_YET: ""}.get(extra, f"[{extra}]")
+        packages.add_row(name, version or "not installed", label, _PURPOSE[extra])
+    print_table(console, packages)
     if report["providers"]:
         console.print(f"ONNX Runtime offers: {', '.join(report['providers'])}\n")
 
     table = plain_table("Targets", "target", "build here", "run here", "install what is missing")
     for row in report["targets"]:
-        table.add_row(row["target"], _yes(row["build"]), _yes(row["run"]), row["install"].replace("[", "\\["))
-    console.print(table)
+        table.add_row(row["target"], _yes(row["build"]), _yes(row["run"]), row["install"])
+    print_table(console, table)
     if report["missing_for_export"]:
-        console.print(f"To export models ({', '.join(report['missing_for_export'])} missing): pip install 'dash-export\\[export]'", soft_wrap=True)
+        missing = ", ".join(report["missing_for_export"])
+        click.echo(f"To export models (missing: {missing}): pip install 'dash-export[export]'")
     for finding in report["problems"]:
-        console.print(f"[bold red]Problem:[/] {finding['problem']}\n  Fix: {finding['fix'].replace('[', chr(92) + '[')}", soft_wrap=True)
+        click.secho(f"Problem: {finding['problem']}", fg="red", bold=True)
+        click.echo(f"  Fix: {finding['fix']}")
     if not report["problems"]:
-        console.print("[green]No conflicts found.[/]")
+        click.secho("No conflicts found.", fg="green")
 
 
 _PURPOSE = {
@@ -95,5 +98,5 @@ _PURPOSE = {
 }
 
 
-def _yes(value: bool) -> str:
-    return "[green]yes[/]" if value else "[yellow]no[/]"
+def _yes(value: bool) -> Text:
+    return Text("yes", "green") if value else Text("no", "yellow")

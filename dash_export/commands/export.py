@@ -10,7 +10,7 @@ import click
 
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import LayerList, bundle_bytes, result_console, size, spans
+from dash_export.commands.common import LayerList, bundle_bytes, size, spans
 from dash_export.commands.progress import Progress, progress_bar
 
 POLICY_WIDTH = 64
@@ -20,11 +20,22 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 def policy_options(command: _Command) -> _Command:
     """The options that say which skip policy goes into a new bundle."""
     options = (
-        click.option("--policy", type=click.Choice(["none", "untrained"]), default="none", show_default=True, help="none: dense and static skipping only. untrained: a random network, to measure and to test."),
-        click.option("--gated", type=LayerList(), metavar="LAYERS", help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last."),
+        click.option(
+            "--policy",
+            type=click.Choice(["none", "untrained"]),
+            default="none",
+            show_default=True,
+            help="none: dense and static skipping only. untrained: a random network, to measure and to test.",
+        ),
+        click.option(
+            "--gated",
+            type=LayerList(),
+            metavar="LAYERS",
+            help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last.",
+        ),
         click.option("--seed", type=int, help="Seed of the untrained policy (0)."),
-        click.option("--width", type=click.IntRange(1, 65536), help=f"Hidden units of the untrained policy ({POLICY_WIDTH})."),
-    )  # fmt: skip
+        click.option("--width", type=click.IntRange(1, 65536), help=f"Units of the untrained policy ({POLICY_WIDTH})."),
+    )
     for option in reversed(options):
         command = option(command)
     return command
@@ -32,10 +43,24 @@ def policy_options(command: _Command) -> _Command:
 
 @click.command("export")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="BUNDLE", help="The bundle to write; by default NAME.dash here.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="The bundle to write; by default NAME.dash here.",
+)
 @policy_options
 @click.pass_context
-def command(ctx: click.Context, model: str, output: Path | None, policy: str, gated: tuple[int, ...] | None, seed: int | None, width: int | None) -> None:
+def command(
+    ctx: click.Context,
+    model: str,
+    output: Path | None,
+    policy: str,
+    gated: tuple[int, ...] | None,
+    seed: int | None,
+    width: int | None,
+) -> None:
     """Write the ONNX graphs of MODEL, one per layer, as a bundle.
 
     MODEL is a Hugging Face folder, a .gguf file or a hub id (org/name). An export that was killed goes on where it
@@ -46,9 +71,15 @@ def command(ctx: click.Context, model: str, output: Path | None, policy: str, ga
 
 
 def export_model(
-    ctx: click.Context, model: str, output: Path | None, policy: str, gated: tuple[int, ...] | None, seed: int | None, width: int | None
+    ctx: click.Context,
+    model: str,
+    output: Path | None,
+    policy: str,
+    gated: tuple[int, ...] | None,
+    seed: int | None,
+    width: int | None,
 ) -> Bundle:
-    """Export with a progress bar; `build` calls it too. Raises UsageError, CheckpointError, PolicyError, BundleError."""
+    """Export with a progress bar; `build` calls it too. Raises UsageError and the library's errors."""
     if policy == "none" and not (seed is None and width is None):
         raise click.UsageError("--seed and --width belong to --policy untrained.")
     output = output or default_output(model)
@@ -82,8 +113,8 @@ def default_output(model: str) -> Path:
 
 def _summary(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    console = result_console()
     policy = manifest.policy.origin if manifest.policy.has_network else "none (dense and static skipping)"
-    console.print(f"[bold]{bundle.root}[/bold]: {manifest.model.num_layers} layers, {len(manifest.graphs)} graphs, {size(bundle_bytes(bundle))}", soft_wrap=True)
-    console.print(f"Layers that may be skipped: {spans(manifest.policy.gated)}. Token policy: {policy}.", soft_wrap=True)
-    console.print(f"Next: dash-export build {bundle.root} --target cpu", soft_wrap=True)
+    counts = f"{manifest.model.num_layers} layers, {len(manifest.graphs)} graphs"
+    click.echo(f"{bundle.root}: {counts}, {size(bundle_bytes(bundle))}")
+    click.echo(f"Layers that may be skipped: {spans(manifest.policy.gated)}. Token policy: {policy}.")
+    click.echo(f"Next: dash-export build {bundle.root} --target cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from dash_export.bundle import Build, Bundle, Segment
-from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, result_console, size, spans
+from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, result_console, size, spans
 from dash_export.commands.onnx_header import opsets
 from dash_export.errors import BundleError
 
@@ -33,14 +33,13 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
-    console = result_console()
     _print_bundle(opened, facts)
     for build in builds:
         _print_build(build, facts["builds"][build.target])
     if not builds:
-        console.print(f"Nothing is built yet. Next: dash-export build {bundle} --target cpu", soft_wrap=True)
+        click.echo(f"Nothing is built yet. Next: dash-export build {bundle} --target cpu")
     if verify:
-        console.print("Every file is what was written (SHA-256).")
+        click.echo("Every file is what was written (SHA-256).")
 
 
 def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
@@ -70,7 +69,9 @@ def graph_kinds(bundle: Bundle) -> list[dict[str, Any]]:
             try:
                 row["opset"] = {domain or "ai.onnx": version for domain, version in opsets(bundle.path(file)).items()}
             except (OSError, ValueError) as error:
-                raise BundleError(f"{bundle.root}: {file} cannot be read ({error}). The bundle is damaged: export it again.") from error
+                raise BundleError(
+                    f"{bundle.root}: {file} cannot be read ({error}). The bundle is damaged: export it again."
+                ) from error
     return [{"kind": kind, **row} for kind, row in rows.items()]
 
 
@@ -124,7 +125,8 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
     for name, value in (
         ("model", f"{model.name} ({model.model_type})"),
         ("parameters", f"{model.parameters / 1e6:.1f} M"),
-        ("layers", f"{model.num_layers} of hidden size {model.hidden_size}, {model.num_heads} heads ({model.num_kv_heads} K/V) of {model.head_dim}"),
+        ("layers", f"{model.num_layers} of hidden size {model.hidden_size}"),
+        ("attention", f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for K and V"),
         ("vocabulary", f"{model.vocab_size}"),
         ("context", f"{model.max_positions} positions"),
         ("portable size", size(facts["bytes"])),
@@ -139,13 +141,13 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
         opset = ", ".join(f"{domain} {version}" for domain, version in row["opset"].items())
         graphs.add_row(row["kind"], str(row["count"]), size(row["bytes"]), opset)
     console = result_console()
-    console.print(table)
-    console.print(graphs)
+    print_table(console, table)
+    print_table(console, graphs)
 
 
 def _print_build(build: Build, facts: dict[str, Any]) -> None:
     numbers = ("size", "run µs", "skip µs", "share", "cost")
-    title = f"Target {build.target}: {facts['engines']} engines, {size(facts['bytes'])} on disk, {facts['backend']}, {facts['device']}"
+    title = f"Target {build.target}: {facts['engines']} engines, {size(facts['bytes'])} on disk, {facts['backend']}"
     table = plain_table(title, "segment", "precision", *numbers, right=numbers)
     for row in facts["segments"]:
         run, skip, cost = row["run_us"], row["skip_us"], row["cost"]
@@ -160,14 +162,21 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
             "" if cost is None else f"{100 * cost:.2f} %",
         )
     console = result_console()
-    console.print(table)
-    console.print(
-        f"Dense {build.cost.dense_us / 1000:.2f} ms/token at {build.cost.context} cached tokens. Size: what the engine maps from disk. "
-        "Cost: what skipping saves, as a share of a dense token, pooled over equal layers.\n",
-        soft_wrap=True,
+    print_table(console, table)
+    click.echo(
+        f"Measured on {build.device}, {build.cost.context} cached tokens: dense {build.cost.dense_us / 1000:.2f} ms/token."
+    )
+    click.echo(
+        "Size: what the engine maps from disk. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
     )
     if build.dial:
-        dial = plain_table("Budget dial (calibrated)", "trade-off", "layers/token", "time vs dense", right=("trade-off", "layers/token", "time vs dense"))
+        dial = plain_table(
+            "Budget dial (calibrated)",
+            "trade-off",
+            "layers/token",
+            "time vs dense",
+            right=("trade-off", "layers/token", "time vs dense"),
+        )
         for point in build.dial:
             dial.add_row(f"{point.trade_off:.4g}", f"{point.layers:.2f}", f"{point.time:.3f}")
-        console.print(dial)
+        print_table(console, dial)

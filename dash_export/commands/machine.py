@@ -110,20 +110,32 @@ def providers() -> tuple[list[str], str | None]:
         return [], f"{type(error).__name__}: {error}"
 
 
-def problems(packages: dict[str, str | None], import_error: str | None, has_gpu: bool, available: list[str]) -> list[Finding]:
+def problems(
+    packages: dict[str, str | None], import_error: str | None, has_gpu: bool, available: list[str]
+) -> list[Finding]:
     """Conflicts that make things fail or run slowly in silence."""
     found = []
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
         found.append(
             Finding(
-                "onnxruntime and onnxruntime-gpu are both installed: they overwrite each other's files, and which one runs is chance.",
+                "onnxruntime and onnxruntime-gpu are both installed: they overwrite each other's files.",
                 "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime" + ("-gpu" if has_gpu else ""),
             )
         )
     elif (packages["onnxruntime"] or packages["onnxruntime-gpu"]) and import_error:
-        found.append(Finding(f"onnxruntime is installed but cannot be imported ({import_error}).", "pip install --force-reinstall onnxruntime"))
+        found.append(
+            Finding(
+                f"onnxruntime is installed but cannot be imported ({import_error}).",
+                "pip install --force-reinstall onnxruntime",
+            )
+        )
     elif packages["onnxruntime-gpu"] and has_gpu and "CUDAExecutionProvider" not in available:
-        found.append(Finding("onnxruntime-gpu does not offer CUDA here: its CUDA libraries are missing.", "pip install 'onnxruntime-gpu[cuda,cudnn]'"))
+        found.append(
+            Finding(
+                "onnxruntime-gpu does not offer CUDA here: its CUDA libraries are missing.",
+                "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+            )
+        )
     return found
 
 

@@ -45,17 +45,31 @@ class Asking:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the model's chat template.")
-@click.option("--chat", is_flag=True, help="A conversation: /reset forgets it, /quit or Ctrl-D leaves, Ctrl-C stops an answer.")
+@click.option(
+    "--chat", is_flag=True, help="A conversation: /reset forgets it, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
+)
 @click.option("--system", help="System message of the chat template.")
 @click.option("--target", help="Which build: cpu, or the only one there is.")
-@click.option("--policy", type=click.Choice(["dense", "static", "token"]), help="Who decides; by default what the next options imply, else dense.")
-@click.option("--skip", type=LayerList(), metavar="LAYERS", help="static: skip these layers for every token, like 10,17 or 12-14.")
+@click.option(
+    "--policy",
+    type=click.Choice(["dense", "static", "token"]),
+    help="Who decides; by default what the next options imply, else dense.",
+)
+@click.option(
+    "--skip", type=LayerList(), metavar="LAYERS", help="static: skip these layers for every token, like 10,17 or 12-14."
+)
 @click.option("--trade-off", type=float, help="token: skip where damage < trade-off * cost (0 is dense).")
 @click.option("--budget", type=float, help="token: mean decode time wanted, as a fraction of dense, like 0.85.")
 @click.option("--max-layers", type=int, help="token: no token runs more layers than this.")
-@click.option("--dispatch", type=click.Choice(["plain", "fused", "sync"]), help="How the policy is evaluated; the target's choice by default.")
+@click.option(
+    "--dispatch",
+    type=click.Choice(["plain", "fused", "sync"]),
+    help="How the policy is evaluated; the target's choice by default.",
+)
 @click.option("--threads", type=click.IntRange(0, 1024), help="0: one per physical core.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help=f"By default {MAX_TOKENS}, or what the context has left.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help=f"By default {MAX_TOKENS}, or what the context has left."
+)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="0 is off.")
 @click.option("--top-p", type=float, default=1.0, help="1 is off.")
@@ -64,7 +78,9 @@ class Asking:
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given again.")
 @click.option("--show-skips", is_flag=True, help="Colour each token by the share of layers it ran.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens, finish_reason, statistics, actions.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object: text, tokens, finish_reason, statistics, actions."
+)
 def command(
     bundle: Path, prompt: str | None, raw: bool, chat: bool, system: str | None, target: str | None,
     threads: int | None, dispatch: str | None, max_tokens: int | None, show_skips: bool, as_json: bool, **options: Any,
@@ -78,7 +94,9 @@ def command(
     runtime = _load(bundle, target, threads, dispatch, options)
     templated = runtime.text.template is not None and not raw
     if system is not None and not templated:
-        raise RequestError("This model has no chat template, so there is no place for --system: put it into the prompt.")
+        raise RequestError(
+            "This model has no chat template, so there is no place for --system: put it into the prompt."
+        )
     asking = Asking(_session(runtime, options), _sampling(options), max_tokens, system)
     if chat:
         from dash_export.commands.run_chat import converse
@@ -96,7 +114,9 @@ def command(
     print_stream(stream, runtime, show_skips)
 
 
-def _check_usage(prompt: str | None, chat: bool, raw: bool, as_json: bool, show_skips: bool, system: str | None) -> None:
+def _check_usage(
+    prompt: str | None, chat: bool, raw: bool, as_json: bool, show_skips: bool, system: str | None
+) -> None:
     pairs = (
         ("--chat", chat, "--json", as_json),
         ("--chat", chat, "--raw", raw),
@@ -121,7 +141,9 @@ def _prompt_text(prompt: str | None) -> str:
     return prompt
 
 
-def _load(folder: Path, target: str | None, threads: int | None, dispatch: str | None, options: Mapping[str, Any]) -> DashRuntime:
+def _load(
+    folder: Path, target: str | None, threads: int | None, dispatch: str | None, options: Mapping[str, Any]
+) -> DashRuntime:
     from dash_export.bundle import Bundle
     from dash_export.runtime import DashRuntime
 

@@ -20,7 +20,9 @@ HEAT = ("blue", "cyan", "green", "yellow", "red")
 def print_stream(stream: Iterator[Response], runtime: DashRuntime, show_skips: bool) -> Response:
     """Print an answer as it comes, then the figures on stderr; returns the last response."""
     console = _console()
-    shading = Shading(runtime.engines.model.num_layers, len(runtime.bundle.manifest.policy.gated)) if show_skips else None
+    shading = (
+        Shading(runtime.engines.model.num_layers, len(runtime.bundle.manifest.policy.gated)) if show_skips else None
+    )
     last = None
     for last in stream:
         _print_piece(console, last, shading)

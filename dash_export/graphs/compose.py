@@ -19,19 +19,23 @@ def load_graph(path: Path) -> ir.Model:
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many kinds; the file is from outside
-        raise BundleError(f"{path} is not a readable ONNX graph ({error}). The bundle is damaged: export it again.") from error
+        raise BundleError(
+            f"{path} is not a readable ONNX graph ({error}). The bundle is damaged: export it again."
+        ) from error
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name != str(tensor.location):
-            raise BundleError(f"{path}: the external data of {value.name} ({tensor.location}) leaves the bundle. Do not use this bundle.")
+            raise BundleError(
+                f"{path}: the external data of {value.name} ({tensor.location}) leaves the bundle. Do not use it."
+            )
     return model
 
 
 def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
     """Move all of `source` into `target` and return its outputs by name.
 
-    `wiring` gives the value for an input of `source`; any other input joins the target's input of that name or becomes one. Initializers of one
-    name are one (shared tables, shape constants).
+    `wiring` gives the value for an input of `source`; any other input joins the target's input of that name or becomes
+    one. Initializers of one name are one (shared tables, shape constants).
     """
     graph, into = source.graph, target.graph
     outputs = {str(value.name): value for value in graph.outputs}
@@ -60,15 +64,18 @@ def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]
 
 
 def specialise_policy(model: ir.Model, layer: int) -> ir.Model:
-    """Fix the policy graph's `layer` input: gathers by layer become constants. Inputs `hidden`, `actions`; output `damage`."""
+    """Fix the policy graph's `layer` input: gathers by layer become constants. Inputs `hidden`, `actions`; output
+    `damage`.
+    """
     graph = model.graph
     (layer_input,) = (value for value in graph.inputs if value.name == "layer")
     graph.inputs.remove(layer_input)
     layer_input.replace_all_uses_with(add_constant(graph, f"layer@{layer}", np.array([layer])))
     for node in list(graph):
-        arrays = [constant_value(value) for value in node.inputs]
-        if node.op_type in ("Gather", "Squeeze") and arrays[0] is not None and arrays[1] is not None:
-            first, second = arrays
+        if node.op_type not in ("Gather", "Squeeze"):
+            continue
+        first, second = (constant_value(value) for value in node.inputs)
+        if first is not None and second is not None:
             result = np.take(first, second, axis=0) if node.op_type == "Gather" else np.squeeze(first, tuple(second))
             node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.outputs[0].name}@{layer}", result))
             graph.remove(node, safe=True)
@@ -79,7 +86,7 @@ def specialise_policy(model: ir.Model, layer: int) -> ir.Model:
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """Register a new initializer."""
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

@@ -1,7 +1,8 @@
 """The portable policy graph: one graph for every gated layer, the layer is an input.
 
-hidden [batch, sequence, hidden], actions [batch, sequence, 2] float32 (a[l-1], a[l]; 0 run, 1 skip), layer [1] int64 (the gated layer
-l+1 to decide) -> damage [batch, sequence] float32, nats. `hidden` is h[l], the **input** of the layer before the one decided.
+hidden [batch, sequence, hidden], actions [batch, sequence, 2] float32 (a[l-1], a[l]; 0 run, 1 skip), layer [1] int64
+(the gated layer l+1 to decide) -> damage [batch, sequence] float32, nats. `hidden` is h[l], the **input** of the layer
+before the one decided.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dash_export.skip_policy import HISTORY, SkipPolicy
 
 
 def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
-    """damage = softplus(w_out . relu(RMSNorm(h) @ W_state + actions @ W_actions + b) + b_out), weights gathered by layer."""
+    """damage = softplus(w_out . relu(RMSNorm(h) @ W_state + actions @ W_actions + b) + b_out), weights gathered by
+    layer.
+    """
     network = policy.network
     assert network is not None
     g = GraphWriter("policy", f"Damage of skipping a gated layer, decided one layer ahead ({policy.origin}).")
@@ -29,7 +32,7 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
 
     def weight(name: str, stacked: np.ndarray) -> ir.Value:
         gathered = g.op("Gather", [g.initializer(f"policy.{name}", stacked), row], f"policy/{name}/of_layer")
-        return g.op("Squeeze", [gathered, g.initializer("policy.first_axis", np.array([0]))], f"policy/{name}")  # type: ignore[no-any-return]
+        return g.op("Squeeze", [gathered, g.initializer("policy.first_axis", np.array([0]))], f"policy/{name}")
 
     gain = g.initializer("unit_gain", np.ones(spec.hidden_size, np.float32))
     state = g.op("RMSNormalization", [hidden, gain], "policy/norm", epsilon=spec.rms_norm_eps)

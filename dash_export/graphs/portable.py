@@ -1,8 +1,8 @@
 """The portable graphs of a decoder: `embed`, `layer_NN`, `skip_NN`, `head`. Standard ONNX opset 24, nothing traced.
 
-Shapes, everywhere: batch x sequence x hidden for states, batch x kv_heads x capacity x head_dim for a cache. A cache has one row per position, a
-step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 1, sequence, capacity] (bool) says which rows a
-query may read. Weights are named as in the checkpoint.
+Shapes, everywhere: batch x sequence x hidden for states, batch x kv_heads x capacity x head_dim for a cache. A cache
+has one row per position, a step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 1, sequence,
+capacity] (bool) says which rows a query may read. Weights are named as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -62,7 +62,12 @@ def head_graph(checkpoint: Checkpoint) -> ir.Model:
     first = g.input("first_logit", (1,), ir.DataType.INT64)
     end, axis = g.initializer("head.end", np.array([np.iinfo(np.int64).max])), g.initializer("head.axis", np.array([1]))
     wanted = g.op("Slice", [hidden, first, end, axis], "head/wanted")
-    normed = g.op("RMSNormalization", [wanted, _vector(g, checkpoint, "model.norm.weight")], "head/norm", epsilon=spec.rms_norm_eps)
+    normed = g.op(
+        "RMSNormalization",
+        [wanted, _vector(g, checkpoint, "model.norm.weight")],
+        "head/norm",
+        epsilon=spec.rms_norm_eps,
+    )
     if spec.tie_embeddings:
         shape = (spec.vocab_size, spec.hidden_size)
         table = g.initializer(EMBED_WEIGHT, external(EMBED_WEIGHT, EMBED_FILE, ir.DataType.FLOAT, shape))
@@ -76,8 +81,8 @@ def head_graph(checkpoint: Checkpoint) -> ir.Model:
 def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     """One decoder layer. hidden -> hidden_out [batch, sequence, hidden]; reads and writes the layer's cache.
 
-    Other inputs: position_ids [batch, sequence] int64, write_indices [batch] int64 (the cache row of the first new token),
-    attention_mask [batch, 1, sequence, capacity] bool (true where the query may read).
+    Other inputs: position_ids [batch, sequence] int64, write_indices [batch] int64 (the cache row of the first new
+    token), attention_mask [batch, 1, sequence, capacity] bool (true where the query may read).
     """
     spec = checkpoint.spec
     g = GraphWriter(f"layer_{layer:02d}", f"Decoder layer {layer}.")
@@ -90,7 +95,9 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     queries = _rotate(g, spec, queries, steps[0], f"{name}/attention/q_rotary")
     mixed = g.op("Attention", [queries, keys, values, mask], f"{name}/attention/attention", scale=spec.head_dim**-0.5)
     mixed = g.op("Transpose", [mixed], f"{name}/attention/tokens_first", perm=[0, 2, 1, 3])
-    mixed = g.op("Reshape", [mixed, g.initializer("shape.merge_heads", np.array([0, 0, -1]))], f"{name}/attention/merge_heads")
+    mixed = g.op(
+        "Reshape", [mixed, g.initializer("shape.merge_heads", np.array([0, 0, -1]))], f"{name}/attention/merge_heads"
+    )
     mixed = _linear(g, checkpoint, layer, name, mixed, "self_attn.o_proj")
     after = g.op("Add", [hidden, mixed], f"{name}/after_attention")
     normed = _norm(g, checkpoint, layer, name, after, "post_attention_layernorm")
@@ -106,7 +113,9 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
 def skip_graph(checkpoint: Checkpoint, policy: SkipPolicy, layer: int) -> ir.Model:
     """What a skipped layer still owes: K and V of its own input, written to the cache, and hidden + compensation."""
     spec = checkpoint.spec
-    g = GraphWriter(f"skip_{layer:02d}", f"Decoder layer {layer}, skipped: cache write and {policy.compensation.kind} compensation.")
+    g = GraphWriter(
+        f"skip_{layer:02d}", f"Decoder layer {layer}, skipped: cache write and {policy.compensation.kind} compensation."
+    )
     name = f"skip_{layer:02d}"
     hidden = g.input("hidden", (*HIDDEN_SHAPE, spec.hidden_size))
     _, keys, values = _write_cache(g, checkpoint, layer, name, hidden, _step_inputs(g))
@@ -124,7 +133,9 @@ def _step_inputs(g: GraphWriter) -> tuple[ir.Value, ir.Value]:
 def _write_cache(
     g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, hidden: ir.Value, steps: tuple[ir.Value, ir.Value]
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Norm, K/V projections, RoPE, cache write: the same in a layer graph and its skip graph. Returns (normed, keys, values)."""
+    """Norm, K/V projections, RoPE, cache write: the same in a layer graph and its skip graph. Returns (normed, keys,
+    values).
+    """
     spec = checkpoint.spec
     positions, rows = steps
     shape = ("batch", spec.num_kv_heads, "capacity", spec.head_dim)
@@ -146,7 +157,9 @@ def _cache_outputs(g: GraphWriter, spec: DecoderSpec, layer: int, keys: ir.Value
 def _heads(
     g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, normed: ir.Value, which: str, heads: int
 ) -> ir.Value:
-    """Project and split: [batch, sequence, hidden] -> [batch, heads, sequence, head_dim], with Qwen3's per-head norm where it has one."""
+    """Project and split: [batch, sequence, hidden] -> [batch, heads, sequence, head_dim], with Qwen3's per-head norm
+    where it has one.
+    """
     spec = checkpoint.spec
     value = _linear(g, checkpoint, layer, name, normed, f"self_attn.{which}_proj")
     shape = g.initializer(f"shape.{which}_heads", np.array([0, 0, heads, spec.head_dim]))
@@ -160,14 +173,18 @@ def _rotate(g: GraphWriter, spec: DecoderSpec, value: ir.Value, positions: ir.Va
     half = spec.head_dim // 2
     shape = (spec.max_positions, half)
     cos = g.initializer("rope.cos", external("rope.cos", ROPE_FILE, ir.DataType.FLOAT, shape))
-    sin = g.initializer("rope.sin", external("rope.sin", ROPE_FILE, ir.DataType.FLOAT, shape, offset=4 * spec.max_positions * half))
+    sin = g.initializer(
+        "rope.sin", external("rope.sin", ROPE_FILE, ir.DataType.FLOAT, shape, offset=4 * spec.max_positions * half)
+    )
     return g.op("RotaryEmbedding", [value, cos, sin, positions], name)
 
 
 def _linear(g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, value: ir.Value, weight: str) -> ir.Value:
     full = f"model.layers.{layer}.{weight}"
     node = f"{name}/{weight.replace('self_attn', 'attention').replace('.', '/')}"
-    matrix = g.initializer(f"{full}.weight", lazy_weight(f"{full}.weight", checkpoint.weights[f"{full}.weight"], transpose=True))
+    matrix = g.initializer(
+        f"{full}.weight", lazy_weight(f"{full}.weight", checkpoint.weights[f"{full}.weight"], transpose=True)
+    )
     product = g.op("MatMul", [value, matrix], node)
     if f"{full}.bias" not in checkpoint.spec.weight_shapes():
         return product

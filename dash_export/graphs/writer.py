@@ -14,7 +14,8 @@ from dash_export import __version__
 from dash_export.models.spec import Float32Array, Weight, row_blocks
 
 OPSET = 24
-# Tensors up to this size stay inside the .onnx file, where a reader sees them; larger ones are external and memory-mapped.
+# Tensors up to this size stay inside the .onnx file, where a reader sees them; larger ones are external and
+# memory-mapped.
 INLINE_BYTES = 16 << 10
 
 Shape = Sequence[int | str]
@@ -41,17 +42,20 @@ class GraphWriter:
             return known
         if isinstance(tensor, np.ndarray):
             tensor = ir.tensor(tensor, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         self.graph.register_initializer(value)
         return value
 
-    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """Append a node; returns its output value, or a tuple of them when `outputs` > 1."""
-        node = ir.node(op_type, inputs, attributes=attributes or None, name=name, domain=domain, num_outputs=outputs)
-        for index, value in enumerate(node.outputs):
-            value.name = name if outputs == 1 else f"{name}:{index}"
+    def op(
+        self, op_type: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """Append a node with one output, which carries the node's name."""
+        node = ir.node(op_type, inputs, attributes=attributes or None, name=name, domain=domain)
+        node.outputs[0].name = name
         self.graph.append(node)
-        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+        return node.outputs[0]
 
     def model(self) -> ir.Model:
         return ir.Model(self.graph, ir_version=11, producer_name="dash-export", producer_version=__version__)
@@ -61,7 +65,7 @@ def lazy_weight(name: str, weight: Weight, transpose: bool = False) -> ir.LazyTe
     """A checkpoint tensor that is read when it is written: float32, [out, in] or, transposed, [in, out]."""
     shape = tuple(reversed(weight.shape)) if transpose else weight.shape
 
-    def read() -> ir.Tensor:
+    def read() -> ir.TensorProtocol:
         # Filled block by block: never more than one full-size array plus one block in memory.
         array: Float32Array = np.empty(shape, np.float32)
         start = 0
@@ -81,10 +85,11 @@ def external(name: str, location: str, dtype: ir.DataType, shape: Sequence[int],
 
 
 def save_graph(model: ir.Model, path: Path, shared: Collection[str] = ()) -> list[Path]:
-    """Write `path` and, where the graph has large weights of its own, `<stem>.data` beside it. Returns the files written.
+    """Write `path` and, where the graph has large weights of its own, `<stem>.data` beside it. Returns the files
+    written.
 
-    External tensors whose location is in `shared` are files other graphs use too: they stay references. Weights are aligned to pages so
-    that a runtime maps them. The caller gives a temporary folder and renames.
+    External tensors whose location is in `shared` are files other graphs use too: they stay references. Weights are
+    aligned to pages so that a runtime maps them. The caller gives a temporary folder and renames.
     """
     own = [value for value in model.graph.initializers.values() if _is_own(value.const_value, shared)]
     files = [path]
@@ -112,5 +117,3 @@ def save_tables(path: Path, tables: Mapping[str, npt.NDArray[Any]]) -> None:
     with path.open("wb") as file:
         for table in tables.values():
             np.ascontiguousarray(table).tofile(file)
-
-

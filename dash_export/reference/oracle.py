@@ -1,7 +1,9 @@
-"""The oracle: what skipping means (DESIGN, "What skipping means"), in plain PyTorch over the transformers model. Slow and obvious.
+"""The oracle: what skipping means (DESIGN, "What skipping means"), in plain PyTorch over the transformers model. Slow
+and obvious.
 
-One teacher-forced pass says it all: every layer sees every token's hidden state, so the K and V of a skipped token come from its own input, and later
-tokens attend to everything. A free-running generation repeats the pass for each new token.
+One teacher-forced pass says it all: every layer sees every token's hidden state, so the K and V of a skipped token come
+from its own input, and later tokens attend to everything. A free-running generation repeats the pass for each new
+token.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Oracle:
         config = transformers.AutoConfig.for_model(**dict(checkpoint.config))
         config._attn_implementation = "eager"
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-        weights = {name: torch.from_numpy(weight.read_rows(0, weight.shape[0])) for name, weight in checkpoint.weights.items()}
+        weights = {
+            name: torch.from_numpy(weight.read_rows(0, weight.shape[0])) for name, weight in checkpoint.weights.items()
+        }
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if unexpected or [name for name in missing if name != "lm_head.weight"]:
             raise ValueError(f"the oracle's weights do not fit: missing {missing}, unexpected {unexpected}")
@@ -51,7 +55,9 @@ class Oracle:
         actions: npt.NDArray[np.int8] | None = None,
         prefix: int = DENSE_POSITIONS,
     ) -> Pass:
-        """One pass over ids [tokens]: dense, with `actions` [tokens, layers] forced, or decided by `rule` after `prefix` dense tokens."""
+        """One pass over ids [tokens]: dense, with `actions` [tokens, layers] forced, or decided by `rule` after
+        `prefix` dense tokens.
+        """
         decoder = self.model.model
         hidden = decoder.embed_tokens(torch.from_numpy(ids)[None])
         count, layers = len(ids), len(decoder.layers)
@@ -78,7 +84,9 @@ class Oracle:
         logits = self.model.lm_head(decoder.norm(hidden))[0]
         return Pass(logits.numpy(), taken, damage)
 
-    def generate(self, ids: npt.NDArray[np.int64], tokens: int, rule: DecisionRule | None = None) -> tuple[npt.NDArray[np.int64], Pass]:
+    def generate(
+        self, ids: npt.NDArray[np.int64], tokens: int, rule: DecisionRule | None = None
+    ) -> tuple[npt.NDArray[np.int64], Pass]:
         """Greedy, free-running: `tokens` new ids after the dense prompt. Returns all ids and the last pass."""
         prompt = len(ids)
         for _ in range(tokens):
@@ -87,7 +95,9 @@ class Oracle:
         return ids, result
 
     def damage(self, state: torch.Tensor, actions: npt.NDArray[np.int8], layer: int) -> npt.NDArray[np.float32]:
-        """The policy network for gated `layer`: state [tokens, hidden] = input of layer - 1, actions [tokens, layers] so far -> [tokens]."""
+        """The policy network for gated `layer`: state [tokens, hidden] = input of layer - 1, actions [tokens, layers]
+        so far -> [tokens].
+        """
         network = self.policy.network
         assert network is not None
         row = self.policy.gated.index(layer)
@@ -96,7 +106,9 @@ class Oracle:
         for column, earlier in enumerate(range(layer - HISTORY, layer)):
             if earlier >= 0:
                 history[:, column] = actions[:, earlier]
-        inner = torch.relu(self.normed(state) @ weight["state"] + torch.from_numpy(history) @ weight["actions"] + weight["bias"])
+        inner = torch.relu(
+            self.normed(state) @ weight["state"] + torch.from_numpy(history) @ weight["actions"] + weight["bias"]
+        )
         return torch.nn.functional.softplus(inner @ weight["out"] + weight["out_bias"]).numpy()
 
     def compensation(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
@@ -104,7 +116,10 @@ class Oracle:
         compensation = self.policy.compensation
         if compensation.kind == "none":
             return torch.zeros_like(hidden)
-        weight = {name: torch.tensor(stacked[self.policy.gated.index(layer)]) for name, stacked in compensation.weights.items()}
+        weight = {
+            name: torch.tensor(stacked[self.policy.gated.index(layer)])
+            for name, stacked in compensation.weights.items()
+        }
         if compensation.kind == "scale":
             return hidden * weight["factor"]
         return self.normed(hidden) @ weight["down"] @ weight["up"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dash_export.runtime.results import Generation, Response, Score, Statistics
 from dash_export.runtime.runtime import DashRuntime
 from dash_export.runtime.sampling import Sampling
-from dash_export.runtime.session import Generation, Response, Score, Session, Statistics
+from dash_export.runtime.session import Session
 
 __all__ = ["DashRuntime", "Generation", "Response", "Sampling", "Score", "Session", "Statistics"]

@@ -9,7 +9,9 @@ from dash_export.bundle import ModelFacts
 
 
 class KVCache:
-    """`keys[l]` and `values[l]` are float32 [1, kv_heads, capacity, head_dim]; rows from `length` on are free (zero or stale, never read)."""
+    """`keys[l]` and `values[l]` are float32 [1, kv_heads, capacity, head_dim]; rows from `length` on are free (zero or
+    stale, never read).
+    """
 
     def __init__(self, model: ModelFacts, step: int) -> None:
         self._model = model

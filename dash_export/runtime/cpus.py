@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def physical_cores() -> int:
-    """Physical cores among the processors this process may run on (hyper-threads share the multipliers that decode needs)."""
+    """Physical cores among the processors this process may run on (hyper-threads share the multipliers that decode
+    needs).
+    """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
     for cpu in allowed:

@@ -1,7 +1,8 @@
 """The dispatcher: engines bound to fixed memory, launched conditionally, one token at a time or many.
 
-`EngineSet` is what sessions share. `BoundStep` binds it for one session and one number of tokens: every buffer has one address for its life,
-hidden states alternate between two buffers, and each KV cache array is bound as past and present alike, so a write is in place.
+`EngineSet` is what sessions share. `BoundStep` binds it for one session and one number of tokens: every buffer has one
+address for its life, hidden states alternate between two buffers, and each KV cache array is bound as past and present
+alike, so a write is in place.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class EngineSet:
     """All engines of a build in one dispatch mode, shared between sessions."""
 
     def __init__(self, bundle: Bundle, build: Build, backend: Backend, dispatch: str) -> None:
-        """`dispatch`: `plain` (no policy), `fused` (policies inside the engines before) or `sync` (policies as engines of their own)."""
+        """`dispatch`: `plain` (no policy), `fused` (policies inside the engines before) or `sync` (policies as engines
+        of their own).
+        """
         self.model = bundle.manifest.model
         self.build = build
         self.dispatch = dispatch
@@ -88,8 +91,11 @@ class BoundStep:
         # a[l-1], a[l] for every layer l: layer l's engine reads row l.
         self._history = np.zeros((model.num_layers + 1, sequence, 2), np.float32)
         self.damage = np.zeros((model.num_layers, sequence), np.float32)
-        # Two buffers in turn; run and skip write the same one, but where tokens differ skip has its own and rows are selected.
-        self._hidden = [np.zeros((1, sequence, model.hidden_size), np.float32) for _ in range(3 if teacher_forced else 2)]
+        # Two buffers in turn; run and skip write the same one, but where tokens differ skip has its own and rows are
+        # selected.
+        self._hidden = [
+            np.zeros((1, sequence, model.hidden_size), np.float32) for _ in range(3 if teacher_forced else 2)
+        ]
         self._position_ids = np.zeros((1, sequence), np.int64)
         self._write_indices = np.zeros(1, np.int64)
         self._seqlens_k = np.zeros(1, np.int32)
@@ -107,8 +113,8 @@ class BoundStep:
             self._inputs["attention_mask"] = self._mask
         self.segments = self._bind(engines)
         # Python floats and ints through flat views: the decode loop makes no array objects.
-        self._history_view = memoryview(self._history.reshape(-1))
-        self._damage_view = memoryview(self.damage.reshape(-1))
+        self._history_view: Any = self._history.reshape(-1).data
+        self._damage_view: Any = self.damage.reshape(-1).data
         self.actions = np.zeros((sequence, model.num_layers), np.int8)
 
     def _bind(self, engines: EngineSet) -> list[BoundSegment]:
@@ -205,10 +211,11 @@ class BoundStep:
         self._cache.length += self.sequence
 
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
-        """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have done.
+        """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have
+        done.
 
-        A gated layer runs for all tokens and its skip graph too; each token takes its own. Both write the same K and V, so what later tokens read
-        does not depend on who ran.
+        A gated layer runs for all tokens and its skip graph too; each token takes its own. Both write the same K and V,
+        so what later tokens read does not depend on who ran.
         """
         self.input_ids[0] = tokens
         self.place()

@@ -13,9 +13,10 @@ from dash_export.errors import PolicyError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.results import Generation, Response, Score
 from dash_export.runtime.rules import DENSE, FixedRule, Rule
 from dash_export.runtime.sampling import Sampling
-from dash_export.runtime.session import Generation, Response, Score, Session
+from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
 from dash_export.targets import recipe_from_dict
 
@@ -36,21 +37,31 @@ class DashRuntime:
         if self.dispatch not in DISPATCH_MODES:
             raise PolicyError(f"There is no dispatch mode {self.dispatch!r}. Known: {', '.join(DISPATCH_MODES)}.")
         if self.dispatch != "plain" and not has_network:
-            raise PolicyError(f"Dispatch {self.dispatch!r} needs a token policy, and this bundle has none. Export it with --policy.")
+            raise PolicyError(
+                f"Dispatch {self.dispatch!r} needs a token policy, and this bundle has none. Export it with --policy."
+            )
         if self.dispatch == "fused" and self.recipe.dialect == "portable":
-            raise PolicyError("The portable graphs have no fused policies: use dispatch 'sync' or 'plain', or another target.")
+            raise PolicyError(
+                "The portable graphs have no fused policies: use dispatch 'sync' or 'plain', or another target."
+            )
         self.text = Text(bundle.root)
         self.engines = EngineSet(bundle, build, backend, self.dispatch)
 
     @classmethod
     def load(
-        cls, bundle: str | Path, target: str = "cpu", *, dispatch: str | None = None, threads: int | None = None, verify: bool = True
+        cls,
+        bundle: str | Path,
+        target: str = "cpu",
+        *,
+        dispatch: str | None = None,
+        threads: int | None = None,
+        verify: bool = True,
     ) -> DashRuntime:
         """Open a bundle that was built for `target`.
 
-        `dispatch`: `fused` or `sync` (DESIGN: how the policy is evaluated), or `plain` for engines without it (dense and static only);
-        the recipe's by default. `threads` overrides the recipe's (0: one per physical core). `verify` checks every file's SHA-256 first.
-        Raises BundleError, BackendError or PolicyError.
+        `dispatch`: `fused` or `sync` (DESIGN: how the policy is evaluated), or `plain` for engines without it (dense
+        and static only); the recipe's by default. `threads` overrides the recipe's (0: one per physical core). `verify`
+        checks every file's SHA-256 first. Raises BundleError, BackendError or PolicyError.
         """
         opened = Bundle.open(bundle)
         build = opened.load_build(target)
@@ -58,7 +69,12 @@ class DashRuntime:
             opened.verify([record for record in opened.manifest.files if not record.name.startswith("onnx/")])
             opened.verify(_loaded_files(opened, build))
         recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
-        return cls(opened, build, load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads), dispatch)
+        return cls(
+            opened,
+            build,
+            load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads),
+            dispatch,
+        )
 
     @property
     def cost(self) -> CostTable:
@@ -76,9 +92,10 @@ class DashRuntime:
     ) -> Session:
         """A new conversation.
 
-        `policy`: `dense` (the kill switch), `static` (always skip the layers in `skip`) or `token`. For `token` give the `trade_off` (nats per dense token
-        time; 0 is dense) or the `budget` (mean decode time as a fraction of dense); `max_layers` bounds the layers of every decoded token. Without
-        `policy`, what is given decides, and nothing given is dense. Raises PolicyError.
+        `policy`: `dense` (the kill switch), `static` (always skip the layers in `skip`) or `token`. For `token` give
+        the `trade_off` (nats per dense token time; 0 is dense) or the `budget` (mean decode time as a fraction of
+        dense); `max_layers` bounds the layers of every decoded token. Without `policy`, what is given decides, and
+        nothing given is dense. Raises PolicyError.
         """
         return self.session_under(self._rule(policy, tuple(skip), trade_off, budget, max_layers))
 
@@ -87,7 +104,12 @@ class DashRuntime:
         return Session(self.engines, self.text, rule, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     def _rule(
-        self, policy: str | None, skip: tuple[int, ...], trade_off: float | None, budget: float | None, max_layers: int | None
+        self,
+        policy: str | None,
+        skip: tuple[int, ...],
+        trade_off: float | None,
+        budget: float | None,
+        max_layers: int | None,
     ) -> Rule:
         dialled = not (trade_off is None and budget is None and max_layers is None)
         kind = policy or ("static" if skip else "token" if dialled else "dense")
@@ -106,22 +128,34 @@ class DashRuntime:
                 raise PolicyError(f"Layers {wrong} have no skip graph in this bundle. Gated layers: {_spans(gated)}.")
             return FixedRule(skip)
         if self.dispatch == "plain":
-            raise PolicyError("The policy 'token' needs a bundle with a policy network, loaded with dispatch 'fused' or 'sync'.")
+            raise PolicyError(
+                "The policy 'token' needs a bundle with a policy network, loaded with dispatch 'fused' or 'sync'."
+            )
         if trade_off is not None and budget is not None:
             raise PolicyError("Give the trade-off or the budget, not both: the budget chooses a trade-off.")
         if budget is not None:
             trade_off = trade_off_for_budget(self.build.dial, budget)
         return decision_rule(self.engines.model.num_layers, gated, self.build.cost.cost, trade_off or 0.0, max_layers)
 
-    def generate(self, prompt: str | Sequence[int], max_tokens: int = 256, sampling: Sampling | None = None, **session: Any) -> Generation:
+    def generate(
+        self, prompt: str | Sequence[int], max_tokens: int = 256, sampling: Sampling | None = None, **session: Any
+    ) -> Generation:
         """`session(**session).generate(...)` in one call."""
         return self.session(**session).generate(prompt, max_tokens, sampling)
 
-    def stream(self, prompt: str | Sequence[int], max_tokens: int = 256, sampling: Sampling | None = None, **session: Any) -> Iterator[Response]:
+    def stream(
+        self, prompt: str | Sequence[int], max_tokens: int = 256, sampling: Sampling | None = None, **session: Any
+    ) -> Iterator[Response]:
         """`session(**session).stream(...)` in one call."""
         return self.session(**session).stream(prompt, max_tokens, sampling)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = 256, sampling: Sampling | None = None, **session: Any) -> Iterator[Response]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        **session: Any,
+    ) -> Iterator[Response]:
         """`session(**session).chat(...)` in one call."""
         return self.session(**session).chat(messages, max_tokens, sampling)
 

@@ -1,4 +1,6 @@
-"""From logits to a token, in numpy: repetition penalty, temperature, top-k, top-p, min-p, in the order Hugging Face applies them."""
+"""From logits to a token, in numpy: repetition penalty, temperature, top-k, top-p, min-p, in the order Hugging Face
+applies them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off."""
+    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty`
+    1 are off.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -31,7 +35,11 @@ class Sampling:
             "top_k": (self.top_k, self.top_k >= 0, ">= 0 (0 is off)"),
             "top_p": (self.top_p, 0.0 < self.top_p <= 1.0, "in (0, 1] (1 is off)"),
             "min_p": (self.min_p, 0.0 <= self.min_p < 1.0, "in [0, 1) (0 is off)"),
-            "repetition_penalty": (self.repetition_penalty, 0.0 < self.repetition_penalty <= 100.0, "in (0, 100] (1 is off)"),
+            "repetition_penalty": (
+                self.repetition_penalty,
+                0.0 < self.repetition_penalty <= 100.0,
+                "in (0, 100] (1 is off)",
+            ),
             "stop": (self.stop, all(self.stop), "non-empty strings"),
         }
         for name, (value, valid, expected) in checks.items():
@@ -54,7 +62,9 @@ class Sampler:
         if s.temperature == 0.0:
             return int(logits.argmax())
         candidates, probabilities = distribution(logits, s)
-        return int(candidates[np.searchsorted(probabilities.cumsum(), self._rng.random() * probabilities.sum(), side="right")])
+        return int(
+            candidates[np.searchsorted(probabilities.cumsum(), self._rng.random() * probabilities.sum(), side="right")]
+        )
 
 
 def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
@@ -67,11 +77,11 @@ def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
 
 
 def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The candidates left by top-k, top-p and min-p, most likely first, with their probabilities (float64, summing to one)."""
-    if 0 < s.top_k < logits.size:
-        candidates = np.argpartition(logits, -s.top_k)[-s.top_k :]
-    else:
-        candidates = np.arange(logits.size)
+    """The candidates left by top-k, top-p and min-p, most likely first, with their probabilities (float64, summing to
+    one).
+    """
+    limited = 0 < s.top_k < logits.size
+    candidates = np.argpartition(logits, -s.top_k)[-s.top_k :] if limited else np.arange(logits.size)
     scores = logits[candidates].astype(np.float64) / s.temperature
     order = np.argsort(-scores, kind="stable")
     candidates, scores = candidates[order], scores[order]

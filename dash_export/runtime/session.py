@@ -1,4 +1,6 @@
-"""One conversation: a KV cache, a policy, a budget, and the loop from prompt to tokens. A session belongs to one thread."""
+"""One conversation: a KV cache, a policy, a budget, and the loop from prompt to tokens. A session belongs to one
+thread.
+"""
 
 from __future__ import annotations
 
@@ -12,83 +14,10 @@ import numpy.typing as npt
 from dash_export.errors import ContextLengthError, RequestError
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.dispatch import BoundStep, EngineSet
+from dash_export.runtime.results import Counters, Generation, Response, Score, Statistics, TokenIds
 from dash_export.runtime.rules import ForcedRule, Rule
-from dash_export.runtime.sampling import Sampler, Sampling
+from dash_export.runtime.sampling import Logits, Sampler, Sampling
 from dash_export.runtime.text import Text, TextStream
-
-TokenIds = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Running figures of one generation. Times in seconds; the first token comes out of the prefill."""
-
-    prompt_tokens: int = 0
-    tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_steps: int = 0
-    layers: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decode speed, the prefill apart."""
-        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
-
-    @property
-    def layers_per_token(self) -> float:
-        """Mean layers run per decode step."""
-        return self.layers / self.decode_steps if self.decode_steps else 0.0
-
-
-@dataclass(frozen=True)
-class Response:
-    """One step of a stream. `actions` is int8 [layers] (0 run, 1 skip) of the step that made `token`; the prefill's token is dense.
-
-    The last response of a stream has a `finish_reason`: `stop` (end of turn or a stop string), `length` or `cancelled`.
-    """
-
-    text: str
-    token: int
-    actions: npt.NDArray[np.int8]
-    seconds: float
-    statistics: Statistics
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished generation: text, token ids [n], actions int8 [n, layers] (the skip map), figures."""
-
-    text: str
-    tokens: TokenIds
-    actions: npt.NDArray[np.int8]
-    statistics: Statistics
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """Teacher-forced scoring of n tokens: log_likelihoods float32 [n - 1] (nats, of token i + 1 given those before), actions int8 [n, layers]
-    and damage float32 [n, layers], the policy's output per gated layer (zero where it was not asked)."""
-
-    log_likelihoods: npt.NDArray[np.float32]
-    actions: npt.NDArray[np.int8]
-    damage: npt.NDArray[np.float32]
-
-    @property
-    def perplexity(self) -> float:
-        return float(np.exp(-self.log_likelihoods.mean(dtype=np.float64)))
-
-
-@dataclass
-class Counters:
-    """What a session has done since it was made."""
-
-    prefill_tokens: int = 0
-    decode_steps: int = 0
-    layers_run: int = 0
-    cache_growths: int = 0
 
 
 @dataclass
@@ -129,10 +58,15 @@ class Session:
     def chat(
         self, messages: Sequence[Mapping[str, str]], max_tokens: int = 256, sampling: Sampling | None = None
     ) -> Iterator[Response]:
-        """Answer a conversation given as messages {role, content}. What the cache already holds of it is not computed again."""
+        """Answer a conversation given as messages {role, content}. What the cache already holds of it is not computed
+        again.
+        """
         ids = self.text.chat(messages)
         # At least one token must be computed anew for its logits.
-        known = next((i for i, (a, b) in enumerate(zip(ids, self.tokens, strict=False)) if a != b), min(len(ids), len(self.tokens)))
+        known = next(
+            (i for i, (a, b) in enumerate(zip(ids, self.tokens, strict=False)) if a != b),
+            min(len(ids), len(self.tokens)),
+        )
         self._rewind(min(known, len(ids) - 1))
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
 
@@ -147,14 +81,21 @@ class Session:
             tokens.append(last.token)
             actions.append(last.actions)
         assert last is not None
-        return Generation("".join(pieces), np.array(tokens, np.int64), np.array(actions), last.statistics, last.finish_reason or "length")
+        return Generation(
+            "".join(pieces),
+            np.array(tokens, np.int64),
+            np.array(actions),
+            last.statistics,
+            last.finish_reason or "length",
+        )
 
     def stream(
         self, prompt: str | Sequence[int] | TokenIds, max_tokens: int = 256, sampling: Sampling | None = None
     ) -> Iterator[Response]:
         """Prefill `prompt` densely over the cache as it is, then decode under the policy, one Response per token.
 
-        Raises RequestError for an empty prompt and ContextLengthError when prompt and `max_tokens` do not fit the context.
+        Raises RequestError for an empty prompt and ContextLengthError when prompt and `max_tokens` do not fit the
+        context.
         """
         ids = np.concatenate([np.array(self._pending, np.int64), self._prompt_ids(prompt)])
         sampling = sampling or Sampling()
@@ -177,7 +118,7 @@ class Session:
             token = sampler(logits, self.tokens)
             piece = text.push(token)
             seconds = time.perf_counter() - began
-            statistics = _counted(statistics, seconds)
+            statistics = statistics.counted(seconds)
             reason = None
             if token in self.text.eos_ids or text.stopped:
                 reason = "stop"
@@ -199,13 +140,16 @@ class Session:
             self.tokens.append(token)
             counters.decode_steps += 1
             counters.layers_run += executed
-            statistics = replace(statistics, decode_steps=statistics.decode_steps + 1, layers=statistics.layers + executed)
+            statistics = replace(
+                statistics, decode_steps=statistics.decode_steps + 1, layers=statistics.layers + executed
+            )
             logits, actions = step.logits[0, 0], step.actions[0].copy()
 
     def score(
         self, ids: str | Sequence[int] | TokenIds, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
     ) -> Score:
-        """Log-likelihood of each token after the first, as decode under the policy would see it, in one pass over a fresh context.
+        """Log-likelihood of each token after the first, as decode under the policy would see it, in one pass over a
+        fresh context.
 
         The first `prefix` tokens are dense, like a prompt. `actions` int8 [tokens, layers] forces every action instead.
         """
@@ -222,7 +166,9 @@ class Session:
         self, ids: str | Sequence[int] | TokenIds, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
     ) -> npt.NDArray[np.float32]:
         """Like `score`, but the logits [tokens, vocab] themselves: mind the memory."""
-        return np.concatenate([step.logits[0].copy() for _, step in self._forced(self._prompt_ids(ids), prefix, actions)])
+        return np.concatenate(
+            [step.logits[0].copy() for _, step in self._forced(self._prompt_ids(ids), prefix, actions)]
+        )
 
     def _forced(
         self, tokens: TokenIds, prefix: int, actions: npt.NDArray[np.int8] | None
@@ -242,7 +188,7 @@ class Session:
             yield start, step
         self.tokens = tokens.tolist()
 
-    def _prefill(self, ids: TokenIds, headroom: int) -> npt.NDArray[np.float32]:
+    def _prefill(self, ids: TokenIds, headroom: int) -> Logits:
         """Dense, in chunks; returns the logits [vocab] after the last token."""
         self._reserve(len(ids) + headroom)
         for start in range(0, len(ids), self.prefill_chunk):
@@ -250,7 +196,8 @@ class Session:
             step = self._bound(len(part))
             step.prefill(part)
         self.counters.prefill_tokens += len(ids)
-        return step.logits[0, 0]
+        last: Logits = step.logits[0, 0]
+        return last
 
     def decode_one(self, token: int, rule: Rule | None = None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
         """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
@@ -265,9 +212,9 @@ class Session:
         """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
         tokens = self._prompt_ids(ids)
         self._check_room(len(tokens), 0)
-        logits = self._prefill(tokens, 0)
+        logits = self._prefill(tokens, 0).copy()
         self.tokens.extend(tokens.tolist())
-        return logits.copy()
+        return logits
 
     def _rewind(self, length: int) -> None:
         self._cache.length = length
@@ -303,8 +250,9 @@ class Session:
     def _check_room(self, tokens: int, more: int) -> None:
         if tokens + more > self.context_left:
             raise ContextLengthError(
-                f"The context does not hold this: {tokens} prompt tokens and {more} new ones, but {self.context_left} of the model's "
-                f"{self.engines.model.max_positions} positions are free. Shorten the prompt, ask for fewer tokens or start a new session."
+                f"The context does not hold this: {tokens} prompt tokens and {more} new ones, but {self.context_left} "
+                f"of the model's {self.engines.model.max_positions} positions are free. "
+                "Shorten the prompt, ask for fewer tokens or start a new session."
             )
 
 
@@ -312,20 +260,10 @@ SCORE_CHUNK = 128
 """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
 
 
-def _counted(statistics: Statistics, seconds: float) -> Statistics:
-    """One more token; the first one's time is the prefill's."""
-    first = statistics.tokens == 0
-    return replace(
-        statistics,
-        tokens=statistics.tokens + 1,
-        prefill_seconds=seconds if first else statistics.prefill_seconds,
-        decode_seconds=0.0 if first else statistics.decode_seconds + seconds,
-    )
-
-
 def _log_likelihoods(logits: npt.NDArray[np.float32], tokens: TokenIds) -> npt.NDArray[np.float32]:
     """logits [n, vocab], the tokens that followed [n] -> log softmax at them, float32 [n]."""
     peak = logits.max(axis=-1, keepdims=True)
     total = np.exp(logits - peak).sum(axis=-1, dtype=np.float64)
     chosen = np.take_along_axis(logits, tokens[:, None], axis=-1) - peak
-    return (chosen[:, 0] - np.log(total)).astype(np.float32)
+    likelihoods: npt.NDArray[np.float32] = (chosen[:, 0] - np.log(total)).astype(np.float32)
+    return likelihoods

@@ -41,24 +41,35 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise BundleError(f"The bundle's chat template is not valid ({error}). Replace chat_template.jinja of the model and export again.") from error
+            raise BundleError(
+                f"The bundle's chat template is not valid ({error}). "
+                "Replace chat_template.jinja of the model and export again."
+            ) from error
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages {role, content} -> the prompt text. Raises RequestError when the template refuses or misbehaves."""
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise RequestError(f"A chat message needs a 'role' and a 'content', both text; got {dict(message)!r:.100}.")
+                raise RequestError(
+                    f"A chat message needs a 'role' and a 'content', both text; got {dict(message)!r:.100}."
+                )
         pieces, size = [], 0
         try:
-            for piece in self._template.generate(messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special):
+            for piece in self._template.generate(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special
+            ):
                 size += len(piece)
                 if size > MAX_PROMPT_CHARACTERS:
-                    raise RequestError(f"The chat template makes a prompt of over {MAX_PROMPT_CHARACTERS} characters; it is not safe to use.")
+                    raise RequestError(
+                        f"The chat template makes a prompt of over {MAX_PROMPT_CHARACTERS} characters: do not use it."
+                    )
                 pieces.append(piece)
         except RequestError:
             raise
         except Exception as error:  # a template can raise anything
-            raise RequestError(f"The chat template refuses these messages ({type(error).__name__}: {error}).") from error
+            raise RequestError(
+                f"The chat template refuses these messages ({type(error).__name__}: {error})."
+            ) from error
         return "".join(pieces)
 
 
@@ -73,7 +84,9 @@ class Text:
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(f"{folder / 'tokenizer.json'} cannot be read ({error}). The bundle is damaged: export it again.") from error
+            raise BundleError(
+                f"{folder / 'tokenizer.json'} cannot be read ({error}). The bundle is damaged: export it again."
+            ) from error
         config = _optional_json(folder / "tokenizer_config.json")
         generation = _optional_json(folder / "generation_config.json") or _optional_json(folder / "config.json")
         special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -91,12 +104,16 @@ class Text:
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Chat messages -> token ids, ending where the assistant's turn begins."""
         if self.template is None:
-            raise RequestError("This model has no chat template: give it plain text (without --chat), or export a chat model.")
+            raise RequestError(
+                "This model has no chat template: give it plain text (without --chat), or export a chat model."
+            )
         return self.encode(self.template.render(messages), special=False)
 
 
 class TextStream:
-    """Token ids -> text pieces as they become certain: whole characters only, and nothing that may be the start of a stop string."""
+    """Token ids -> text pieces as they become certain: whole characters only, and nothing that may be the start of a
+    stop string.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -125,7 +142,9 @@ class TextStream:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next((length for length in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-length:])), 0)
+    return next(
+        (length for length in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-length:])), 0
+    )
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from dash_export.targets import recipe_from_dict
 
 
 def whole_model(bundle: Bundle, target: str, backend: Backend) -> EngineSet:
-    """The same layers at the same precisions, lowered as one graph without policy: what a per-layer runtime must not lose against."""
+    """The same layers at the same precisions, lowered as one graph without policy: what a per-layer runtime must not
+    lose against.
+    """
     build = bundle.load_build(target)
     segment = Segment(0, bundle.manifest.model.num_layers - 1, True, True, False)
     recipe = recipe_from_dict(build.recipe, target)
@@ -42,11 +44,13 @@ def whole_model(bundle: Bundle, target: str, backend: Backend) -> EngineSet:
         folder.rmdir()
 
 
-def interleaved(runs: Sequence[Callable[[], object]], rounds: int, block: int = 8, settle: int = 2) -> list[list[float]]:
+def interleaved(
+    runs: Sequence[Callable[[], object]], rounds: int, block: int = 8, settle: int = 2
+) -> list[list[float]]:
     """Time `runs` in turn, a block of calls each: seconds per call, one median per block.
 
-    A decoder runs the same engines token after token, so a block's first `settle` calls, which find another variant's weights in the caches, are dropped.
-    The first two rounds are warm-up.
+    A decoder runs the same engines token after token, so a block's first `settle` calls, which find another variant's
+    weights in the caches, are dropped. The first two rounds are warm-up.
     """
     times: list[list[float]] = [[] for _ in runs]
     for round_ in range(2 + rounds):

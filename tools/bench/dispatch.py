@@ -1,9 +1,10 @@
-"""Dispatch tax: per-layer engines with the policy evaluated at every gated layer, forced dense by trade-off 0, against one whole-model graph.
+"""Dispatch tax: per-layer engines with the policy evaluated at every gated layer, forced dense by trade-off 0, against
+one whole-model graph.
 
     python tools/bench/dispatch.py BUNDLE --target cpu
 
-Where a process's weights happen to lie in memory is worth several per cent, the first ones loaded being the slowest. So every variant is loaded several
-times, in rotated order, and the mean of the ratios is given.
+Where a process's weights happen to lie in memory is worth several per cent, the first ones loaded being the slowest. So
+every variant is loaded several times, in rotated order, and the mean of the ratios is given.
 """
 
 from __future__ import annotations
@@ -60,9 +61,16 @@ def main(bundle: Path, target: str, context: int, rounds: int, copies: int) -> N
         for name, times in zip(order, interleaved(steps, rounds), strict=True):
             samples[name].append(times)
         order = order[1:] + order[:1]
-        print(f"copy {copy + 1} of {copies}: " + ", ".join(f"{name} {1e3 * median(samples[name][-1]):.3f} ms" for name in variants))
+        print(
+            f"copy {copy + 1} of {copies}: "
+            + ", ".join(f"{name} {1e3 * median(samples[name][-1]):.3f} ms" for name in variants)
+        )
     table = Table(
-        "variant", "engines", "ms/token", "ratio to whole graph", title=f"{bundle.name}, {target}, {context} cached tokens, {len(policy.gated)} gated layers"
+        "variant",
+        "engines",
+        "ms/token",
+        "ratio to whole graph",
+        title=f"{bundle.name}, {target}, {context} cached tokens, {len(policy.gated)} gated layers",
     )
     result: dict[str, object] = {"target": target, "context": context, "gated": len(policy.gated), "copies": copies}
     whole = samples["one whole graph"]

@@ -1,4 +1,6 @@
-"""Pattern rewrites on a portable graph. Each pass finds its nodes by operator and data flow, so a merged segment is just a longer graph."""
+"""Pattern rewrites on a portable graph. Each pass finds its nodes by operator and data flow, so a merged segment is
+just a longer graph.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,8 @@ import onnx_ir as ir
 from dash_export.errors import BackendError
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused
 from dash_export.graphs.ort.policy import fuse_policy, share_norm
-from dash_export.graphs.ort.quantize import CONTRIB, hand_over, quantize_weights, replace
+from dash_export.graphs.ort.quantize import CONTRIB, hand_over, only_user, quantize_weights, replace
 from dash_export.targets import WeightsRecipe
-
 
 PACK_ORDER = ("q_proj", "k_proj", "v_proj", "state_projection", "gate_proj", "up_proj")
 """GroupQueryAttention takes packed projections in this order; the policy's first matrix comes last."""
@@ -25,8 +26,9 @@ ROTARY_MULTIPLE = 16
 def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.Model:
     """A portable segment or skip graph -> the `ort` dialect, in place.
 
-    Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_sequence_length` [1] int32 replace mask, positions
-    and write indices), Add + RMSNormalization one node, projections that read the same value one matrix, weights are quantised.
+    Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_sequence_length` [1] int32
+    replace mask, positions and write indices), Add + RMSNormalization one node, projections that read the same value
+    one matrix, weights are quantised.
     """
     graph = model.graph
     graph.opset_imports[CONTRIB] = 1
@@ -52,16 +54,26 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 def _expect(value: ir.Value | None, op_type: str) -> ir.Node:
     node = _producer(value, op_type)
     if node is None:
-        raise BackendError(f"The portable graph is not what this version writes (expected {op_type} before {value}): export the model again.")
+        raise BackendError(
+            f"The portable graph is not what this version writes (expected {op_type} before {value}): "
+            "export the model again."
+        )
     return node
 
 
 def _pack_projections(graph: ir.Graph) -> None:
-    """MatMuls (with their biases) that read one value become one wide MatMul and a Split: wide matrices stream faster."""
+    """MatMuls (with their biases) that read one value become one wide MatMul and a Split: wide matrices stream
+    faster.
+    """
     readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node in graph:
         source = node.inputs[0] if node.inputs else None
-        if node.op_type == "MatMul" and source is not None and constant_value(node.inputs[1]) is not None and str(node.name).endswith(PACK_ORDER):
+        if (
+            node.op_type == "MatMul"
+            and source is not None
+            and constant_value(node.inputs[1]) is not None
+            and str(node.name).endswith(PACK_ORDER)
+        ):
             readers[source].append(node)
     for source, nodes in readers.items():
         if len(nodes) > 1:
@@ -74,7 +86,9 @@ def _pack(graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> None:
     name = "+".join([str(nodes[0].name), *(str(node.name).rsplit("/", 1)[1] for node in nodes[1:])])
     widths = [matrix.shape[1] for matrix in matrices if matrix is not None]
     sizes = np.array(widths)
-    weight = add_constant(graph, f"{name}.weight", np.concatenate([matrix for matrix in matrices if matrix is not None], axis=1))
+    weight = add_constant(
+        graph, f"{name}.weight", np.concatenate([matrix for matrix in matrices if matrix is not None], axis=1)
+    )
     last = ir.node("MatMul", [source, weight], name=name)
     last.outputs[0].name = name
     new = [last]
@@ -84,12 +98,16 @@ def _pack(graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> None:
         last.outputs[0].name = f"{name}/bias"
         new.append(last)
     split = ir.node(
-        "Split", [last.outputs[0], add_constant(graph, f"{name}.sizes", sizes)], {"axis": -1}, num_outputs=len(nodes), name=f"{name}/split"
+        "Split",
+        [last.outputs[0], add_constant(graph, f"{name}.sizes", sizes)],
+        {"axis": -1},
+        num_outputs=len(nodes),
+        name=f"{name}/split",
     )
     graph.insert_before(next(node for node in graph if node in nodes), [*new, split])
     for node, bias, part in zip(nodes, biases, split.outputs, strict=True):
         end = bias if bias is not None else node
-        hand_over(graph, end.outputs[0], part)
+        hand_over(end.outputs[0], part)
         graph.remove([node] if bias is None else [node, bias], safe=True)
 
 
@@ -99,8 +117,7 @@ def _bias_array(bias: ir.Node | None, width: int) -> npt.NDArray[np.float32]:
 
 
 def _bias_of(node: ir.Node) -> ir.Node | None:
-    users = node.outputs[0].uses()
-    user = users[0].node if len(users) == 1 else None
+    user = only_user(node)
     return user if user is not None and user.op_type == "Add" and str(user.name) == f"{node.name}/bias" else None
 
 
@@ -121,7 +138,8 @@ def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total
     query, query_gone, q_norm = _heads(q_rotary.inputs[0])
     key, key_gone, k_norm = _heads(k_rotary.inputs[0])
     value, value_gone, _ = _heads(write_value.inputs[1])
-    merge = attention.outputs[0].uses()[0].node.outputs[0].uses()[0].node
+    merge = only_user(only_user(attention))
+    assert merge is not None
     head_dim, heads = _shape_constant(query_gone)
     kv_heads = _shape_constant(key_gone)[1]
     split = _producer(query, "Split")
@@ -136,13 +154,29 @@ def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total
         query, key = _rotated(graph, q_rotary, query, heads, merge), _rotated(graph, k_rotary, key, kv_heads, merge)
     inputs: list[ir.Value | None] = [query, key, value] if whole is None else [whole, None, None]
     inputs += [write_key.inputs[0], write_value.inputs[0], lengths, total, *(q_rotary.inputs[1:3] if rotates else ())]
-    attributes: dict[str, object] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotates), "scale": head_dim**-0.5}
-    new = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=attention.name)  # type: ignore[arg-type]
+    attributes: dict[str, object] = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "do_rotary": int(rotates),
+        "scale": head_dim**-0.5,
+    }
+    new = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=attention.name)
     graph.insert_before(merge, new)
     for before, after in zip((merge, write_key, write_value), new.outputs, strict=True):
-        hand_over(graph, before.outputs[0], after)
+        hand_over(before.outputs[0], after)
     transpose = _expect(merge.inputs[0], "Transpose")
-    gone = [merge, transpose, attention, q_rotary, write_key, k_rotary, write_value, *query_gone, *key_gone, *value_gone]
+    gone = [
+        merge,
+        transpose,
+        attention,
+        q_rotary,
+        write_key,
+        k_rotary,
+        write_value,
+        *query_gone,
+        *key_gone,
+        *value_gone,
+    ]
     graph.remove(gone + ([split] if whole is not None and split is not None else []), safe=True)
 
 
@@ -159,12 +193,14 @@ def _undivided(graph: ir.Graph, split: ir.Node, parts: int) -> ir.Value:
     new.outputs[0].name = f"{split.name}/first"
     graph.insert_before(split, new)
     for before, after in zip(rest, new.outputs[1:], strict=True):
-        hand_over(graph, before, after)
+        hand_over(before, after)
     return new.outputs[0]
 
 
 def _merged_heads(graph: ir.Graph, norm: ir.Node, merge: ir.Node) -> ir.Value:
-    """The per-head norm stays a node of its own (the CPU kernel has none); its heads side by side again, as the kernel takes them."""
+    """The per-head norm stays a node of its own (the CPU kernel has none); its heads side by side again, as the kernel
+    takes them.
+    """
     node = ir.node("Reshape", [norm.outputs[0], merge.inputs[1]], name=f"{norm.name}/merge_heads")
     node.outputs[0].name = node.name
     graph.insert_before(merge, node)
@@ -173,14 +209,18 @@ def _merged_heads(graph: ir.Graph, norm: ir.Node, merge: ir.Node) -> ir.Value:
 
 def _rotated(graph: ir.Graph, rotary: ir.Node, value: ir.Value, heads: int, merge: ir.Node) -> ir.Value:
     """RoPE before the kernel, on [batch, sequence, heads * head_dim]."""
-    node = ir.node("RotaryEmbedding", [value, *rotary.inputs[1:]], {"num_heads": heads}, name=f"{rotary.name}/heads_merged")
+    node = ir.node(
+        "RotaryEmbedding", [value, *rotary.inputs[1:]], {"num_heads": heads}, name=f"{rotary.name}/heads_merged"
+    )
     node.outputs[0].name = node.name
     graph.insert_before(merge, node)
     return node.outputs[0]
 
 
 def _heads(value: ir.Value | None) -> tuple[ir.Value, list[ir.Node], ir.Node | None]:
-    """Walk back over Transpose, the per-head norm and Reshape to the projection. Returns (projection, nodes passed, norm)."""
+    """Walk back over Transpose, the per-head norm and Reshape to the projection. Returns (projection, nodes passed,
+    norm).
+    """
     passed = [_expect(value, "Transpose")]
     norm = _producer(passed[-1].inputs[0], "RMSNormalization")
     if norm is not None:
@@ -199,9 +239,13 @@ def _shape_constant(passed: Sequence[ir.Node]) -> tuple[int, int]:
 
 def _silu(graph: ir.Graph) -> None:
     for node in list(graph):
-        sigmoid = next((found for found in (_producer(value, "Sigmoid") for value in node.inputs) if found is not None), None)
+        sigmoid = next(
+            (found for found in (_producer(value, "Sigmoid") for value in node.inputs) if found is not None), None
+        )
         if node.op_type == "Mul" and sigmoid is not None and sigmoid.inputs[0] in node.inputs:
-            replace(graph, node, ir.node("QuickGelu", [sigmoid.inputs[0]], {"alpha": 1.0}, domain=CONTRIB, name=node.name))
+            replace(
+                graph, node, ir.node("QuickGelu", [sigmoid.inputs[0]], {"alpha": 1.0}, domain=CONTRIB, name=node.name)
+            )
             graph.remove(sigmoid, safe=True)
 
 
@@ -213,11 +257,16 @@ def _skip_norm(graph: ir.Graph) -> None:
             continue
         inputs = [added.inputs[0], added.inputs[1], node.inputs[1]]
         new = ir.node(
-            "SkipSimplifiedLayerNormalization", inputs, {"epsilon": node.attributes["epsilon"].as_float()}, domain=CONTRIB, num_outputs=4, name=node.name
+            "SkipSimplifiedLayerNormalization",
+            inputs,
+            {"epsilon": node.attributes["epsilon"].as_float()},
+            domain=CONTRIB,
+            num_outputs=4,
+            name=node.name,
         )
         graph.insert_before(added, new)
-        hand_over(graph, node.outputs[0], new.outputs[0])
-        hand_over(graph, added.outputs[0], new.outputs[3])
+        hand_over(node.outputs[0], new.outputs[0])
+        hand_over(added.outputs[0], new.outputs[3])
         for unused in new.outputs[1:3]:
             unused.name = ""
         graph.remove([node, added], safe=True)

@@ -1,10 +1,14 @@
 """The policy inside an engine, at the price of three small nodes.
 
-The portable policy is a dozen nodes and a matrix of its own. Between layers everything it needs is out of the caches, so what it costs is memory
-latency: a node costs about a microsecond, a small matrix ten. Two identities make it cheap:
+The portable policy is a dozen nodes and a matrix of its own. Between layers everything it needs is out of the caches,
+so what it costs is memory latency: a node costs about a microsecond, a small matrix ten. Two identities make it cheap.
+It reads the norm that the layer computes anyway, so that its matrix is packed with Q, K and V:
 
-    RMSNorm_unit(h) @ W = (RMSNorm_unit(h) * gain) @ (W / gain)      it reads the norm the layer computes anyway, and its matrix is packed with Q, K and V
-    damage = softplus(w_out @ relu(actions @ W_actions + (state + b))^T + b_out)      two Gemms with fused activations
+    RMSNorm_unit(h) @ W = (RMSNorm_unit(h) * gain) @ (W / gain)
+
+and the rest are two Gemms with fused activations:
+
+    damage = softplus(w_out @ relu(actions @ W_actions + (state + b))^T + b_out)
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ SMALLEST_GAIN = 0.02
 
 
 def share_norm(graph: ir.Graph) -> None:
-    """Let the policy's first projection read the layer's own normed input, where that norm's gain can be divided out."""
+    """Let the policy's first projection read the layer's own normed input, where that norm's gain can be divided
+    out.
+    """
     policy_norm = _node(graph, "policy/norm")
     projection = _node(graph, "policy/state_projection")
     norm = next((node for node in graph if node is not policy_norm and _is_norm_of(node, policy_norm.inputs[0])), None)
@@ -30,14 +36,21 @@ def share_norm(graph: ir.Graph) -> None:
     if norm is None or gain is None or weight is None or np.abs(gain).min() < SMALLEST_GAIN * np.median(np.abs(gain)):
         return
     projection.replace_input_with(0, norm.outputs[0])
-    projection.replace_input_with(1, add_constant(graph, "policy.state_over_gain", (weight / gain[:, None]).astype(np.float32)))
+    projection.replace_input_with(
+        1, add_constant(graph, "policy.state_over_gain", (weight / gain[:, None]).astype(np.float32))
+    )
     graph.remove(policy_norm, safe=True)
 
 
 def fuse_policy(graph: ir.Graph) -> None:
-    """The rest of the policy as two Gemms. `actions` becomes [rows, 2] and `damage` [1, rows], rows = batch * sequence."""
+    """The rest of the policy as two Gemms. `actions` becomes [rows, 2] and `damage` [1, rows], rows = batch *
+    sequence.
+    """
     state = _node(graph, "policy/state_projection").outputs[0]
-    constants = {name: constant_value(_node(graph, f"policy/{name}").inputs[1]) for name in ("actions_projection", "biased", "out_projection", "out_biased")}
+    constants = {
+        name: constant_value(_node(graph, f"policy/{name}").inputs[1])
+        for name in ("actions_projection", "biased", "out_projection", "out_biased")
+    }
     history, bias, out, out_bias = constants.values()
     assert history is not None
     assert bias is not None
@@ -45,11 +58,23 @@ def fuse_policy(graph: ir.Graph) -> None:
     assert out_bias is not None
     end = _node(graph, "policy/damage")
     (actions,) = (value for value in graph.inputs if value.name == "actions")
-    rows = ir.node("Reshape", [state, add_constant(graph, "policy.rows", np.array([-1, history.shape[1]]))], name="policy/rows")
-    inner = _fused_gemm("policy/inner", [actions, add_constant(graph, "policy.actions", history), rows.outputs[0]], "Relu")
-    inputs = [add_constant(graph, "policy.out", out.T), inner.outputs[0], add_constant(graph, "policy.out_bias", out_bias.reshape(1, 1))]
+    rows = ir.node(
+        "Reshape", [state, add_constant(graph, "policy.rows", np.array([-1, history.shape[1]]))], name="policy/rows"
+    )
+    inner = _fused_gemm(
+        "policy/inner", [actions, add_constant(graph, "policy.actions", history), rows.outputs[0]], "Relu"
+    )
+    inputs = [
+        add_constant(graph, "policy.out", out.T),
+        inner.outputs[0],
+        add_constant(graph, "policy.out_bias", out_bias.reshape(1, 1)),
+    ]
     damage = _fused_gemm("policy/damage", inputs, "Softplus", transpose=True)
-    gone = [node for node in graph if str(node.name).startswith("policy/") and node.name not in ("policy/state_projection", "policy/norm")]
+    gone = [
+        node
+        for node in graph
+        if str(node.name).startswith("policy/") and node.name not in ("policy/state_projection", "policy/norm")
+    ]
     biased = ir.node("Add", [state, add_constant(graph, "policy.bias", bias)], name="policy/state_projection/bias")
     rows.replace_input_with(0, biased.outputs[0])
     for node in (biased, rows, inner, damage):
@@ -75,5 +100,7 @@ def _is_norm_of(node: ir.Node, value: ir.Value | None) -> bool:
 def _node(graph: ir.Graph, name: str) -> ir.Node:
     node = next((node for node in graph if node.name == name), None)
     if node is None:
-        raise BackendError(f"The portable policy graph has no node {name}: it is not what this version writes. Export the model again.")
+        raise BackendError(
+            f"The portable policy graph has no node {name}: it is not what this version writes. Export the model again."
+        )
     return node

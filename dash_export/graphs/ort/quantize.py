@@ -21,7 +21,9 @@ ACCURACY_LEVEL = 4
 
 
 def quantize_block(matrix: Float32Array, bits: int, block: int, symmetric: bool) -> tuple[npt.NDArray[Any], ...]:
-    """[in, out] float32 -> packed [out, blocks, block * bits / 8] uint8, scales [out, blocks] float32, zero points (packed, uint8)."""
+    """[in, out] float32 -> packed [out, blocks, block * bits / 8] uint8, scales [out, blocks] float32, zero points
+    (packed, uint8).
+    """
     config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=symmetric, bits=bits)
     packed, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
     out = matrix.shape[1]
@@ -50,7 +52,9 @@ def _precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Prec
         return recipe.policy
     if int(part.rsplit("_", 1)[1]) not in gated:
         return recipe.ungated
-    return recipe.qkv if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")) else recipe.layers
+    return (
+        recipe.qkv if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")) else recipe.layers
+    )
 
 
 def _is_weight(matrix: npt.NDArray[Any]) -> bool:
@@ -69,9 +73,9 @@ def _matmul(graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, rec
         add_constant(graph, f"{weight.name}.scales", scales),
         None if recipe.symmetric else add_constant(graph, f"{weight.name}.zero_points", zeros),
     ]
-    users = node.outputs[0].uses()
-    add = users[0].node if len(users) == 1 and users[0].node.op_type == "Add" else None
-    bias = add.inputs[1] if add is not None and constant_value(add.inputs[1]) is not None else None
+    add = only_user(node)
+    constant = add is not None and add.op_type == "Add" and constant_value(add.inputs[1]) is not None
+    bias = add.inputs[1] if add is not None and constant else None
     if bias is not None:
         inputs += [None, bias]
     attributes = {
@@ -107,15 +111,21 @@ def _embedding(graph: ir.Graph, node: ir.Node, bits: int, recipe: WeightsRecipe)
     replace(graph, node, ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB, name=node.name))
 
 
+def only_user(node: ir.Node | None) -> ir.Node | None:
+    """The node that alone reads `node`'s first output, or None."""
+    users = [usage.node for usage in node.outputs[0].uses()] if node is not None else []
+    return users[0] if len(users) == 1 else None
+
+
 def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     """Put `new` where `old` was; its first outputs take over the names, users and graph-output places of `old`'s."""
     graph.insert_before(old, new)
     for before, after in zip(old.outputs, new.outputs, strict=False):
-        hand_over(graph, before, after)
+        hand_over(before, after)
     graph.remove(old, safe=True)
 
 
-def hand_over(graph: ir.Graph, before: ir.Value, after: ir.Value) -> None:
+def hand_over(before: ir.Value, after: ir.Value) -> None:
     """Everything that read `before` reads `after`, which also takes its name and type."""
     after.name, after.shape, after.type = before.name, before.shape, before.type
     before.name = f"{before.name}~replaced"

@@ -18,5 +18,7 @@ def load_backend(name: str, threads: int) -> Backend:
         raise BackendError(f"There is no backend {name!r} in this version. Known: {', '.join(BACKENDS)}.")
     module, package, extra = BACKENDS[name]
     if find_spec(package) is None:
-        raise BackendError(f"The backend {name!r} is not installed on this machine. Run: pip install 'dash-export[{extra}]'")
+        raise BackendError(
+            f"The backend {name!r} is not installed on this machine. Run: pip install 'dash-export[{extra}]'"
+        )
     return import_module(module).create(threads)  # type: ignore[no-any-return]

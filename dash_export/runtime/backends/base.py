@@ -1,4 +1,6 @@
-"""What the dispatcher asks of a backend: load an engine, bind it to fixed memory once, then launch it again and again."""
+"""What the dispatcher asks of a backend: load an engine, bind it to fixed memory once, then launch it again and
+again.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 Launch = Callable[[], None]
-"""Runs one engine on the memory it was bound to; returns when its outputs are there (CPU) or when it is enqueued (CUDA)."""
+"""Runs one engine on the memory it was bound to; returns when its outputs are there (CPU) or when it is enqueued
+(CUDA).
+"""
 
 
 class Engine(Protocol):

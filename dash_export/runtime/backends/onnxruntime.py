@@ -1,4 +1,6 @@
-"""ONNX Runtime on a CPU. One thread pool for the whole process: thirty sessions with a pool each are seven times slower."""
+"""ONNX Runtime on a CPU. One thread pool for the whole process: thirty sessions with a pool each are seven times
+slower.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _RUN_OPTIONS = ort.RunOptions()
 
 
 def start_thread_pool(threads: int) -> int:
-    """Create the process-wide pool, once. ONNX Runtime cannot change it afterwards; a later, different wish is logged."""
+    """Create the process-wide pool, once. ONNX Runtime cannot change it afterwards; a later, different wish is
+    logged.
+    """
     global _pool_threads
     wanted = threads or physical_cores()
     if _pool_threads is None:
@@ -40,7 +44,9 @@ def start_thread_pool(threads: int) -> int:
             ) from error
         _pool_threads = wanted
     elif wanted != _pool_threads and threads:
-        logger.warning("this process already runs ONNX Runtime with %d threads; %d is not applied", _pool_threads, wanted)
+        logger.warning(
+            "this process already runs ONNX Runtime with %d threads; %d is not applied", _pool_threads, wanted
+        )
     return _pool_threads
 
 
@@ -58,7 +64,10 @@ class OrtEngine:
 
     def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
         binding = self.session.io_binding()
-        for names, arrays, bind in ((self.inputs, inputs, binding.bind_input), (self.outputs, outputs, binding.bind_output)):
+        for names, arrays, bind in (
+            (self.inputs, inputs, binding.bind_input),
+            (self.outputs, outputs, binding.bind_output),
+        ):
             for name in names:
                 array = arrays[name]
                 # A lowered graph may take rows where others take [batch, sequence]: same memory, batch is one.
@@ -70,7 +79,9 @@ class OrtEngine:
 
 
 class _Launch(partial[None]):
-    """A bound run: a C call without a Python frame of its own. The binding holds bare addresses; `memory` keeps the arrays alive."""
+    """A bound run: a C call without a Python frame of its own. The binding holds bare addresses; `memory` keeps the
+    arrays alive.
+    """
 
     memory: object = None
 
@@ -87,7 +98,8 @@ class OrtBackend:
         self._options = ort.SessionOptions()
         self._options.use_per_session_threads = False
         self._options.log_severity_level = 3
-        # An arena and its patterns are looked up at every run, and there are thirty runs a token: plain malloc is faster here.
+        # An arena and its patterns are looked up at every run, and there are thirty runs a token: plain malloc is
+        # faster here.
         self._options.enable_cpu_mem_arena = False
         self._options.enable_mem_pattern = False
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from dash_export.artifacts import ArtifactStore, FileRecord, write_atomic
+from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress, write_atomic
 from dash_export.builders.measure import calibrate_dial, measure_cost, uniform_cost
 from dash_export.builders.plan import plan_segments
 from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, to_json
@@ -18,8 +17,6 @@ from dash_export.errors import BundleError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 from dash_export.targets import Recipe, load_recipe, with_weights
-
-Progress = Callable[[str, int, int], None]
 
 
 def build(
@@ -29,9 +26,10 @@ def build(
     weights: str | None = None,
     head: str | None = None,
     embedding: str | None = None,
-    progress: Progress = lambda name, done, total: None,
+    progress: Progress = no_progress,
 ) -> Build:
-    """Build engines for `target` (a recipe's name or path), at other precisions where given. Reuses every engine whose inputs are unchanged.
+    """Build engines for `target` (a recipe's name or path), at other precisions where given. Reuses every engine whose
+    inputs are unchanged.
 
     Raises BundleError, RecipeError, BackendError.
     """
@@ -119,7 +117,9 @@ def _make_engines(
 
     groups: list[list[Artifact]] = []
     for job in jobs:
-        groups.append([job]) if job.extends is None else next(group for group in groups if group[0].name == job.extends).append(job)
+        groups.append([job]) if job.extends is None else next(
+            group for group in groups if group[0].name == job.extends
+        ).append(job)
     with ThreadPoolExecutor(_workers(bundle)) as pool:
         for future in [pool.submit(make, group) for group in groups]:
             future.result()

@@ -1,0 +1,94 @@
+"""What a session gives back: one response per token, finished generations, scores, and their figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Running figures of one generation. Times in seconds; the first token comes out of the prefill."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+    layers: int = 0
+
+    def counted(self, seconds: float) -> Statistics:
+        """One more token, `seconds` after the step began; the first token's time is the prefill's."""
+        first = self.tokens == 0
+        return replace(
+            self,
+            tokens=self.tokens + 1,
+            prefill_seconds=seconds if first else self.prefill_seconds,
+            decode_seconds=0.0 if first else self.decode_seconds + seconds,
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed, the prefill apart."""
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def layers_per_token(self) -> float:
+        """Mean layers run per decode step."""
+        return self.layers / self.decode_steps if self.decode_steps else 0.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """One step of a stream. `actions` is int8 [layers] (0 run, 1 skip) of the step that made `token`; the prefill's
+    token is dense.
+
+    The last response of a stream has a `finish_reason`: `stop` (end of turn or a stop string), `length` or `cancelled`.
+    """
+
+    text: str
+    token: int
+    actions: npt.NDArray[np.int8]
+    seconds: float
+    statistics: Statistics
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation: text, token ids [n], actions int8 [n, layers] (the skip map), figures."""
+
+    text: str
+    tokens: TokenIds
+    actions: npt.NDArray[np.int8]
+    statistics: Statistics
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Teacher-forced scoring of n tokens: log_likelihoods float32 [n - 1] (nats, of token i + 1 given those before),
+    actions int8 [n, layers]
+    and damage float32 [n, layers], the policy's output per gated layer (zero where it was not asked)."""
+
+    log_likelihoods: npt.NDArray[np.float32]
+    actions: npt.NDArray[np.int8]
+    damage: npt.NDArray[np.float32]
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(-self.log_likelihoods.mean(dtype=np.float64)))
+
+
+@dataclass
+class Counters:
+    """What a session has done since it was made."""
+
+    prefill_tokens: int = 0
+    decode_steps: int = 0
+    layers_run: int = 0
+    cache_growths: int = 0

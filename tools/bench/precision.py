@@ -1,0 +1,79 @@
+"""What a build's weight precision costs in quality: KL, top-1 agreement and perplexity against another build of the
+same bundle.
+
+python tools/bench/precision.py BUNDLE --text FILE --base cpu-fp32 cpu cpu-int8
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+from common import print_json
+from rich.console import Console
+from rich.table import Table
+
+from dash_export.runtime import DashRuntime
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("targets", nargs=-1, required=True)
+@click.option("--base", default="cpu-fp32", show_default=True, help="The build to compare with.")
+@click.option("--text", type=click.Path(exists=True, path_type=Path), required=True, help="Held-out text.")
+@click.option("--windows", default=24, show_default=True)
+@click.option("--tokens", default=256, show_default=True, help="Tokens per window.")
+def main(bundle: Path, targets: tuple[str, ...], base: str, text: Path, windows: int, tokens: int) -> None:
+    """Dense passes over windows of the text, every build on the same ones."""
+    reference = DashRuntime.load(bundle, base, dispatch="plain")
+    ids = np.array(reference.text.encode(text.read_text(encoding="utf-8")), np.int64)
+    starts = np.linspace(0, max(0, len(ids) - tokens), windows).astype(int)
+    parts = [ids[start : start + tokens] for start in starts]
+    table = Table(
+        "build",
+        "KL nats/token",
+        "top-1 agreement",
+        "perplexity",
+        "against base",
+        title=f"{bundle.name}, {text.name}, {windows} x {tokens} tokens",
+    )
+    session = reference.session()
+    expected = [log_softmax(session.logits(part)) for part in parts]
+    results: dict[str, object] = {"text": text.name, "windows": windows, "tokens": tokens}
+    base_perplexity = 0.0
+    for target in (base, *targets):
+        session = DashRuntime.load(bundle, target, dispatch="plain").session()
+        kl, agree, nll = [], [], []
+        for part, want in zip(parts, expected, strict=True):
+            got = log_softmax(session.logits(part))
+            kl.append((np.exp(want) * (want - got)).sum(axis=-1))
+            agree.append(want.argmax(axis=-1) == got.argmax(axis=-1))
+            nll.append(-np.take_along_axis(got[:-1], part[1:, None], axis=-1))
+        perplexity = float(np.exp(np.concatenate(nll).mean()))
+        base_perplexity = base_perplexity or perplexity
+        row = {
+            "kl": float(np.concatenate(kl).mean()),
+            "top1": float(np.concatenate(agree).mean()),
+            "perplexity": perplexity,
+        }
+        results[target] = {name: round(value, 5) for name, value in row.items()}
+        table.add_row(
+            target,
+            f"{row['kl']:.4f}",
+            f"{row['top1']:.3f}",
+            f"{perplexity:.3f}",
+            f"{perplexity / base_perplexity - 1:+.2%}",
+        )
+    Console().print(table)
+    print_json("precision", results)
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64))).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main()

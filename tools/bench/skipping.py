@@ -1,0 +1,97 @@
+"""Skipping pays: time per token with k gated layers skipped, against what the measured segment times predict.
+
+python tools/bench/skipping.py BUNDLE --target cpu
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import click
+import numpy as np
+from common import interleaved, paired_ratio, print_json
+from rich.console import Console
+from rich.table import Table
+
+from dash_export.runtime import DashRuntime
+from dash_export.runtime.cache import KVCache
+from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.rules import FixedRule
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", default="cpu", show_default=True)
+@click.option("--context", default=256, show_default=True, help="Cached tokens.")
+@click.option("--most", default=12, show_default=True, help="Skip 0 to this many gated layers.")
+@click.option("--rounds", default=30, show_default=True, help="Interleaved blocks of eight tokens.")
+def main(bundle: Path, target: str, context: int, most: int, rounds: int) -> None:
+    """Time one decoded token under static sets of growing size, interleaved; the layers are spread over the model."""
+    runtime = DashRuntime.load(bundle, target, dispatch="plain")
+    build, gated = runtime.build, runtime.bundle.manifest.policy.gated
+    cache = KVCache(runtime.engines.model, context)
+    cache.reserve(context + 1)
+    step = BoundStep(runtime.engines, cache, 1)
+    counts = range(min(most, len(gated)) + 1)
+    sets = [spread(gated, count) for count in counts]
+
+    def token(skipped: list[int]) -> Callable[[], object]:
+        rule = FixedRule(skipped)
+
+        def run() -> None:
+            cache.length = context
+            step.decode(1, rule)
+
+        return run
+
+    times = interleaved([token(skipped) for skipped in sets], rounds)
+    milliseconds = [1e3 * median(sample) for sample in times]
+    segment_ms = {name: us / 1e3 for name, us in (build.cost.segment_us | build.cost.skip_us).items()}
+    table = Table(
+        "skipped",
+        "ms/token",
+        "of dense",
+        "saved ms",
+        "predicted ms",
+        "realised",
+        title=f"{bundle.name}, {target}, {context} cached tokens",
+    )
+    realised = []
+    for count, skipped, sample, ms in zip(counts, sets, times, milliseconds, strict=True):
+        ratio = paired_ratio(sample, times[0])
+        saved = milliseconds[0] * (1 - ratio)
+        predicted = sum(segment_ms[f"layer_{layer:02d}"] - segment_ms[f"skip_{layer:02d}"] for layer in skipped)
+        share = saved / predicted if skipped else float("nan")
+        realised.append(share)
+        table.add_row(
+            str(count),
+            f"{ms:.3f}",
+            f"{ratio:.3f}",
+            f"{saved:.3f}",
+            f"{predicted:.3f}",
+            f"{share:.0%}" if skipped else "",
+        )
+    slope, intercept = np.polyfit(list(counts), milliseconds, 1)
+    residual = np.array(milliseconds) - (slope * np.array(counts) + intercept)
+    r_squared = 1 - residual.var() / np.var(milliseconds)
+    Console().print(table)
+    print(f"linear fit: {intercept:.3f} ms {slope:+.4f} ms per skipped layer, R2 = {r_squared:.4f}")
+    result = {
+        "ms": [round(x, 4) for x in milliseconds],
+        "r_squared": round(float(r_squared), 5),
+        "slope_ms": round(float(slope), 5),
+    }
+    print_json(
+        "skipping", {"target": target, "context": context, **result, "realised": [round(x, 3) for x in realised[1:]]}
+    )
+
+
+def spread(gated: tuple[int, ...], count: int) -> list[int]:
+    """`count` of the gated layers, evenly spread."""
+    return [gated[index] for index in np.linspace(0, len(gated) - 1, count + 2).astype(int)[1:-1]] if count else []
+
+
+if __name__ == "__main__":
+    main()

@@ -19,15 +19,13 @@ import click
 from rich.console import Console
 from smollm2 import CACHE, UnavailableError, smollm2_gguf
 
-from dash_export import DashRuntime
+from dash_export import DashRuntime, build, export
 from dash_export.artifacts import content_key, write_atomic
-from dash_export.builders import build
 from dash_export.bundle import Build, Bundle
 from dash_export.calibration import Calibrator, Damage, text_windows
 from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, size, spans
 from dash_export.commands.progress import progress_bar
 from dash_export.errors import DashError
-from dash_export.exporting import export
 from dash_export.resources import resource_folder
 from dash_export.runtime import Generation
 
@@ -45,6 +43,8 @@ TOKENS = 512
 """Tokens of the calibration text: every second window chooses the set, the others judge it."""
 
 console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 120
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _print_answers(modes: Sequence[Mode]) -> None:
 
 
 def _print_modes(bundle: Bundle, made: Build, modes: Sequence[Mode]) -> None:
-    numbers = ("tokens/s", "layers/token", "KL (nats/token)", "perplexity", "size")
+    numbers = ("tokens/s", "layers/token", "KL (nats)", "perplexity", "size")
     table = plain_table(f"SmolLM2-135M-Instruct, {TARGET}, int4, {made.device}", "mode", *numbers, right=numbers)
     disk = size(bundle_bytes(bundle) + build_bytes(made))
     for mode in modes:

@@ -26,7 +26,7 @@ from dash_export.runtime.runtime import DashRuntime
 WARM_UP = 10
 DIAL_WINDOWS = 4
 DIAL_TOKENS = 128
-DIAL_POINTS = 12
+DIAL_POINTS = 10
 
 
 def uniform_cost(manifest: Manifest) -> CostTable:

@@ -163,9 +163,8 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
         )
     console = result_console()
     print_table(console, table)
-    click.echo(
-        f"Measured on {build.device}, {build.cost.context} cached tokens: dense {build.cost.dense_us / 1000:.2f} ms/token."
-    )
+    dense = f"{build.cost.dense_us / 1000:.2f} ms/token at {build.cost.context} cached tokens"
+    click.echo(f"Measured on {build.device}: dense {dense}.")
     click.echo(
         "Size: what the engine maps from disk. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
     )

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.bundle import Build, Bundle, Segment
-from dash_export.decision import DENSE_POSITIONS, Action
+from dash_export.decision import Action
 from dash_export.runtime.backends.base import Backend, Engine, Launch
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.rules import DENSE, Rule
+from dash_export.runtime.rules import Rule
 
 POLICY_STATE = "policy_state"
 """Output of a merged segment: the hidden state that entered its last layer, which the next policy reads."""
@@ -176,8 +176,6 @@ class BoundStep:
         """One token under `rule`; returns the layers it ran. Logits, damage and `actions` are this object's arrays."""
         self.input_ids[0, 0] = token
         self.place()
-        if self._cache.length < DENSE_POSITIONS:
-            rule = DENSE
         self.actions.fill(Action.RUN)
         history, damage, actions = self._history_view, self._damage_view, self.actions[0]
         self._history.fill(0.0)

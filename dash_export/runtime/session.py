@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import ContextLengthError, RequestError
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.dispatch import BoundStep, EngineSet
 from dash_export.runtime.results import Counters, Generation, Response, Score, Statistics, TokenIds
-from dash_export.runtime.rules import ForcedRule, Rule
+from dash_export.runtime.rules import DENSE, ForcedRule, Rule
 from dash_export.runtime.sampling import Logits, Sampler, Sampling
 from dash_export.runtime.text import Text, TextStream
 
@@ -102,10 +103,10 @@ class Session:
         if max_tokens < 1:
             raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
         self._check_room(len(ids), max_tokens)
+        self._cancelled = False
         return self._stream(ids, max_tokens, sampling)
 
     def _stream(self, ids: TokenIds, max_tokens: int, sampling: Sampling) -> Iterator[Response]:
-        self._cancelled = False
         sampler, text = Sampler(sampling), TextStream(self.text.tokenizer, sampling.stop)
         began = time.perf_counter()
         logits = self._prefill(ids, min(max_tokens, self.kv_step))
@@ -113,7 +114,7 @@ class Session:
         self.tokens.extend(ids.tolist())
         actions = np.zeros(self.engines.model.num_layers, np.int8)
         statistics = Statistics(prompt_tokens=len(ids), prefill_seconds=time.perf_counter() - began)
-        rule, counters = self.rule, self.counters
+        counters = self.counters
         while True:
             token = sampler(logits, self.tokens)
             piece = text.push(token)
@@ -128,15 +129,16 @@ class Session:
                 reason = "cancelled"
             if reason is not None and not text.stopped:
                 piece += text.finish()
+            # Given out but not yet in the cache: should the caller stop here, the next prompt brings it along.
+            self._pending = [token]
             yield Response(piece, token, actions, seconds, statistics, reason)
             if reason is not None:
-                # Not yet in the cache: the next prompt brings it along.
-                self._pending = [token]
                 return
             began = time.perf_counter()
             self._reserve(1)
             step = self._bound(1)
-            executed = step.decode(token, rule)
+            executed = step.decode(token, self._rule_here())
+            self._pending = []
             self.tokens.append(token)
             counters.decode_steps += 1
             counters.layers_run += executed
@@ -183,7 +185,7 @@ class Session:
             part = tokens[start : start + chunk]
             step = self._bound(len(part), teacher_forced=True)
             rule = self.rule if actions is None else ForcedRule(actions[start : start + len(part)])
-            dense = np.arange(start, start + len(part)) < (prefix if actions is None else 0)
+            dense = np.arange(start, start + len(part)) < (max(prefix, DENSE_POSITIONS) if actions is None else 0)
             step.teacher_force(part, rule, dense)
             yield start, step
         self.tokens = tokens.tolist()
@@ -204,7 +206,7 @@ class Session:
         self._check_room(1, 0)
         self._reserve(1)
         step = self._bound(1)
-        step.decode(token, self.rule if rule is None else rule)
+        step.decode(token, self._rule_here() if rule is None else rule)
         self.tokens.append(token)
         return step.logits[0, 0].copy(), step.actions[0].copy()
 
@@ -214,7 +216,11 @@ class Session:
         self._check_room(len(tokens), 0)
         logits = self._prefill(tokens, 0).copy()
         self.tokens.extend(tokens.tolist())
-        return logits
+        return np.asarray(logits)
+
+    def _rule_here(self) -> Rule:
+        """The session's rule, except at the first positions, which are never skipped."""
+        return DENSE if self._cache.length < DENSE_POSITIONS else self.rule
 
     def _rewind(self, length: int) -> None:
         self._cache.length = length

@@ -18,12 +18,15 @@ from rich.table import Table
 from dash_export.runtime import DashRuntime
 
 
+HELD_OUT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("targets", nargs=-1, required=True)
+@click.option("--target", "targets", multiple=True, default=("cpu", "cpu-int8"), show_default=True)
 @click.option("--base", default="cpu-fp32", show_default=True, help="The build to compare with.")
-@click.option("--text", type=click.Path(exists=True, path_type=Path), required=True, help="Held-out text.")
-@click.option("--windows", default=24, show_default=True)
+@click.option("--text", type=click.Path(exists=True, path_type=Path), default=HELD_OUT, help="Held-out text.")
+@click.option("--windows", default=12, show_default=True)
 @click.option("--tokens", default=256, show_default=True, help="Tokens per window.")
 def main(bundle: Path, targets: tuple[str, ...], base: str, text: Path, windows: int, tokens: int) -> None:
     """Dense passes over windows of the text, every build on the same ones."""

@@ -7,18 +7,18 @@ text's length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import DENSE_POSITIONS, Action
 from dash_export.errors import RequestError
 from dash_export.runtime import DashRuntime, Session
 
-Progress = Callable[[str, int, int], None]
 TokenIds = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -53,14 +53,10 @@ def text_windows(runtime: DashRuntime, text: str, tokens: int, window: int = WIN
     return [ids[start : start + window] for start in starts]
 
 
-def silent(name: str, done: int, total: int) -> None:
-    """No progress shown."""
-
-
 class Calibrator:
     """Measures settings over one text, against the dense mode of the same build."""
 
-    def __init__(self, runtime: DashRuntime, windows: Sequence[TokenIds], progress: Progress = silent) -> None:
+    def __init__(self, runtime: DashRuntime, windows: Sequence[TokenIds], progress: Progress = no_progress) -> None:
         self._session: Session = runtime.session("dense")
         self._windows = windows
         self._layers = runtime.engines.model.num_layers

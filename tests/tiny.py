@@ -21,14 +21,17 @@ CHAT_TEMPLATE = (
 
 
 def save_model(folder: Path, family: str = "llama", **options: Any) -> Any:
-    """A random model of `family` with a tokenizer and a chat template; 6 layers unless said otherwise. Returns the transformers model."""
+    """A random model of `family` with a tokenizer and a chat template; 6 layers unless said otherwise. Returns the
+    transformers model.
+    """
     config_class, model_class = FAMILIES[family]
     torch.manual_seed(0)
     model = model_class(config_class(**(DIMENSIONS | {"num_hidden_layers": 6} | options))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
-            # Gains near one and matrices that keep the scale: attention is far from uniform and no layer is lost in another's noise.
+            # Gains near one and matrices that keep the scale: attention is far from uniform and no layer is lost in
+            # another's noise.
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.17 * noise)
     model.save_pretrained(folder)
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
@@ -63,7 +66,9 @@ def tiny_policy(checkpoint: Checkpoint, kind: str = "none", seed: int = 0) -> Sk
 
 
 def tiny_bundle(root: Path, *targets: str, kind: str = "none", weights: str = "fp32", **options: Any) -> Path:
-    """Export a tiny model under `root` and build it for `targets` (`cpu` at `weights`, `portable`). Returns the bundle."""
+    """Export a tiny model under `root` and build it for `targets` (`cpu` at `weights`, `portable`). Returns the
+    bundle.
+    """
     checkpoint = tiny_checkpoint(root / "model", **options)
     bundle = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, kind))
     for target in targets:
@@ -76,7 +81,9 @@ def random_ids(count: int, vocab: int = 300, seed: int = 0) -> np.ndarray:
 
 
 def random_actions(tokens: int, layers: int, gated: tuple[int, ...], seed: int = 0, share: float = 0.4) -> np.ndarray:
-    """Random per-token, per-layer actions as decode could take them: gated layers only, the first two positions dense."""
+    """Random per-token, per-layer actions as decode could take them: gated layers only, the first two positions
+    dense.
+    """
     actions = np.zeros((tokens, layers), np.int8)
     actions[2:, list(gated)] = np.random.default_rng(seed).random((tokens - 2, len(gated))) < share
     return actions

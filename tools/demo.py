@@ -103,17 +103,21 @@ def _compare(bundle: Bundle, made: Build) -> list[Mode]:
         _remember(CACHE / "demo-calibration.json", bundle, made, known)
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
     names = ("dense", f"static: skip {spans(known[1].skipped)}")
-    return [Mode(name, _answers(runtime, damage.skipped), damage) for name, damage in zip(names, known, strict=True)]
+    answers = _answers(runtime, [damage.skipped for damage in known])
+    return [Mode(*mode) for mode in zip(names, answers, known, strict=True)]
 
 
-def _answers(runtime: DashRuntime, skip: tuple[int, ...]) -> tuple[Generation, ...]:
-    session = runtime.session(skip=skip)
-    session.generate("Warm up: the first tokens map the weights from disk.", 8)
-    answers = []
+def _answers(runtime: DashRuntime, sets: Sequence[tuple[int, ...]]) -> list[tuple[Generation, ...]]:
+    """Every mode's answers; the modes take turns, so that a busy machine slows them alike."""
+    sessions = [runtime.session(skip=skip) for skip in sets]
+    for session in sessions:
+        session.generate("Warm up: the first tokens map the weights from disk.", 8)
+    answers: list[list[Generation]] = [[] for _ in sets]
     for prompt in PROMPTS:
-        session.reset()
-        answers.append(session.generate(runtime.text.chat([{"role": "user", "content": prompt}]), MAX_TOKENS))
-    return tuple(answers)
+        for session, given in zip(sessions, answers, strict=True):
+            session.reset()
+            given.append(session.generate(runtime.text.chat([{"role": "user", "content": prompt}]), MAX_TOKENS))
+    return [tuple(given) for given in answers]
 
 
 def _key(bundle: Bundle, made: Build) -> str:

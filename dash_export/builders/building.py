@@ -121,8 +121,12 @@ def _make_engines(
             group for group in groups if group[0].name == job.extends
         ).append(job)
     with ThreadPoolExecutor(_workers(bundle)) as pool:
-        for future in [pool.submit(make, group) for group in groups]:
-            future.result()
+        try:
+            for future in [pool.submit(make, group) for group in groups]:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the engines not yet begun
+            raise
     store.keep_only({job.name for job in jobs})
     files = {name: records for name, records in found.items() if records}
     prefix = f"engines/{folder.name}"

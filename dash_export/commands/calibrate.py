@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
+from dash_export.artifacts import Progress
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target, is_bundle, plain_table, print_table, result_console, spans
 from dash_export.commands.export import export_with_policy
-from dash_export.commands.progress import Progress, progress_bar
+from dash_export.commands.progress import progress_bar
 from dash_export.errors import RequestError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def command(
 
     A built BUNDLE is measured through its own engines, over the layers it may skip. A MODEL is exported to a temporary
     folder with every layer but the first free to be skipped. Divergence is the mean KL from dense, in nats per token.
-    The time grows with tokens x layers: SmolLM2-135M takes one to two minutes per 512 tokens on two cores.
+    The time grows with tokens x layers: SmolLM2-135M takes about a minute per 512 tokens on two idle cores.
     """
     from dash_export.calibration import Calibrator, text_windows
 

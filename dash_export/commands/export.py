@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 import click
 
+from dash_export.artifacts import Progress
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import LayerList, bundle_bytes, size, spans
-from dash_export.commands.progress import Progress, progress_bar
+from dash_export.commands.progress import progress_bar
 
 POLICY_WIDTH = 64
 _Command = TypeVar("_Command", bound=Callable[..., Any])

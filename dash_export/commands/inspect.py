@@ -14,6 +14,7 @@ from dash_export.bundle import Build, Bundle, Segment
 from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, result_console, size, spans
 from dash_export.commands.onnx_header import opsets
 from dash_export.errors import BundleError
+from dash_export.targets import WeightsRecipe, recipe_from_dict
 
 
 @click.command("inspect")
@@ -76,27 +77,28 @@ def graph_kinds(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _describe_build(build: Build) -> dict[str, Any]:
+    recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
     return {
         "backend": f"{build.backend} {build.backend_version}",
         "device": build.device,
-        "recipe": build.recipe,
+        "recipe": recipe.as_dict(),
         "bytes": build_bytes(build),
         "engines": len(build.engines),
         "context": build.cost.context,
         "dense_us": build.cost.dense_us,
-        "segments": [_segment(build, segment) for segment in build.segments],
+        "segments": [_segment(build, recipe.weights, segment) for segment in build.segments],
         "dial": [asdict(point) for point in build.dial],
         "seconds": build.seconds,
     }
 
 
-def _segment(build: Build, segment: Segment) -> dict[str, Any]:
+def _segment(build: Build, weights: WeightsRecipe, segment: Segment) -> dict[str, Any]:
     skip = f"skip_{segment.first:02d}"
     engine = build.engines.get(segment.name)
     return {
         "name": segment.name,
         "gated": segment.gated,
-        "precision": precision(build.recipe["weights"], segment),
+        "precision": precision(weights, segment),
         "bytes": engine.bytes if engine else 0,
         "skip_bytes": build.engines[skip].bytes if segment.gated and skip in build.engines else 0,
         "run_us": build.cost.segment_us.get(segment.name),
@@ -105,16 +107,16 @@ def _segment(build: Build, segment: Segment) -> dict[str, Any]:
     }
 
 
-def precision(weights: dict[str, Any], segment: Segment) -> str:
-    """What the recipe says of a segment's weights: "int4 (qkv int8)", "int8, embedding int8"."""
+def precision(weights: WeightsRecipe, segment: Segment) -> str:
+    """What the recipe says of a segment's weights: "int4, qkv int8", "embedding int8; int8"."""
     parts = []
     if segment.embed:
-        parts.append(f"embedding {weights['embedding']}")
+        parts.append(f"embedding {weights.embedding}")
     if len(segment.layers):
-        layers = weights["layers"] if segment.gated else weights["ungated"]
-        parts.append(layers if layers == weights["qkv"] or not segment.gated else f"{layers}, qkv {weights['qkv']}")
+        layers = weights.layers if segment.gated else weights.ungated
+        parts.append(layers if layers == weights.qkv or not segment.gated else f"{layers}, qkv {weights.qkv}")
     if segment.head:
-        parts.append(f"head {weights['head']}")
+        parts.append(f"head {weights.head}")
     return "; ".join(parts)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
 
-Progress = Callable[[str, int, int], None]
-"""(name, done, total); total 0 is an unmeasured step: only its name is told."""
+from dash_export.artifacts import Progress
+
 PLAIN_LINES = 10
 """How many lines a measured step prints where there is no terminal."""
 

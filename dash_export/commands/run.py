@@ -33,11 +33,11 @@ class Asking:
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         return [*system, {"role": "user", "content": prompt}]
 
-    def room(self, prompt_tokens: int, used: int = 0) -> int:
+    def room(self, prompt_tokens: int) -> int:
         """How many tokens to ask for. What does not fit at all is left to the library to refuse."""
         if self.max_tokens is not None:
             return self.max_tokens
-        free = self.session.engines.model.max_positions - used - prompt_tokens
+        free = self.session.engines.model.max_positions - prompt_tokens
         return max(1, min(MAX_TOKENS, free))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dash_export.commands.run_output import Shading, _console, _print_piece, figures
+from dash_export.commands.run_output import Shading, answer_console, figures, is_coloured, print_piece
 from dash_export.errors import DashError
 
 if TYPE_CHECKING:
@@ -21,57 +21,72 @@ HINT = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an
 
 
 def converse(asking: Asking, show_skips: bool, first: str | None) -> None:
-    """Read, answer, repeat. A turn that fails (no room left in the context) is told and taken back."""
-    click.echo(HINT, err=True)
-    messages: list[dict[str, str]] = []
+    """Read, answer, repeat, until /quit or the end of input."""
+    conversation = Conversation(asking, show_skips)
     said = first
     while True:
-        said = said if said is not None else _read()
-        if said is None or said.strip() == "/quit":
-            return
-        line, said = said.strip(), None
-        if line == "/reset":
-            asking.session.reset()
-            messages = []
-            click.echo("Forgotten.", err=True)
-        elif line.startswith("/"):
-            click.echo(f"There is no command {line.split()[0]!r}. {HINT}", err=True)
-        elif line:
-            turn = [*messages, {"role": "user", "content": line}] if messages else asking.messages(line)
-            try:
-                answer = _answer(asking, turn, show_skips)
-            except DashError as error:
-                click.echo(f"Error: {error}\nStart again with /reset.", err=True)
-                continue
-            messages = [*turn, {"role": "assistant", "content": answer}]
+        try:
+            line = said if said is not None else _read()
+            said = None
+            if line is None or line.strip() == "/quit":
+                return
+            conversation.hear(line.strip())
+        except KeyboardInterrupt:  # nothing to stop: not answering
+            click.echo(f"\n{HINT}", err=True)
 
 
 def _read() -> str | None:
     """One line, or None at the end of input."""
-    while True:
-        try:
-            return input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            click.echo(f"\n{HINT}", err=True)
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
 
 
-def _answer(asking: Asking, messages: list[dict[str, str]], show_skips: bool) -> str:
-    session = asking.session
-    model = session.engines.model
-    prompt = len(session.text.chat(messages))
-    console, shading = _console(), None
-    if show_skips:
-        shading = Shading(model.num_layers, sum(segment.gated for segment in session.engines.build.segments))
-    pieces: list[str] = []
-    with _stopping(session):
-        for response in session.chat(messages, asking.room(prompt), asking.sampling):
-            _print_piece(console, response, shading)
-            pieces.append(response.text)
-    console.print()
-    click.echo(figures(response.statistics, model.num_layers, response.finish_reason), err=True)
-    return "".join(pieces)
+class Conversation:
+    """The messages so far, and how an answer is shown."""
+
+    def __init__(self, asking: Asking, show_skips: bool) -> None:
+        self._asking = asking
+        self._messages: list[dict[str, str]] = []
+        self._console = answer_console()
+        self._num_layers = asking.session.engines.model.num_layers
+        gated = sum(segment.gated for segment in asking.session.engines.build.segments)
+        self._shading = Shading(self._num_layers, gated) if show_skips else None
+        click.echo(HINT, err=True)
+        if self._shading is not None:
+            self._console.print(self._shading.legend(is_coloured(self._console)))
+
+    def hear(self, line: str) -> None:
+        """A command or a message. A turn that fails (no room left in the context) is told and taken back."""
+        if line == "/reset":
+            self._asking.session.reset()
+            self._messages = []
+            click.echo("Forgotten.", err=True)
+        elif line.startswith("/"):
+            click.echo(f"There is no command {line.split()[0]!r}. {HINT}", err=True)
+        elif line:
+            asked = (
+                [*self._messages, {"role": "user", "content": line}] if self._messages else self._asking.messages(line)
+            )
+            try:
+                answer = self._answer(asked)
+            except DashError as error:
+                click.echo(f"Error: {error}\nStart again with /reset.", err=True)
+                return
+            self._messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def _answer(self, messages: list[dict[str, str]]) -> str:
+        session = self._asking.session
+        room = self._asking.room(len(session.text.chat(messages)))
+        pieces: list[str] = []
+        with _stopping(session):
+            for response in session.chat(messages, room, self._asking.sampling):
+                print_piece(self._console, response, self._shading)
+                pieces.append(response.text)
+        self._console.print()
+        click.echo(figures(response.statistics, self._num_layers, response.finish_reason), err=True)
+        return "".join(pieces)
 
 
 @contextmanager

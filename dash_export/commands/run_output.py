@@ -19,17 +19,17 @@ HEAT = ("blue", "cyan", "green", "yellow", "red")
 
 def print_stream(stream: Iterator[Response], runtime: DashRuntime, show_skips: bool) -> Response:
     """Print an answer as it comes, then the figures on stderr; returns the last response."""
-    console = _console()
+    console = answer_console()
     shading = (
         Shading(runtime.engines.model.num_layers, len(runtime.bundle.manifest.policy.gated)) if show_skips else None
     )
     last = None
     for last in stream:
-        _print_piece(console, last, shading)
+        print_piece(console, last, shading)
     assert last is not None
     console.print()
     if shading is not None:
-        console.print(shading.legend(_coloured(console)))
+        console.print(shading.legend(is_coloured(console)))
     click.echo(figures(last.statistics, runtime.engines.model.num_layers, last.finish_reason), err=True)
     return last
 
@@ -66,17 +66,20 @@ def figures(statistics: Statistics, num_layers: int, finish_reason: str | None) 
     return f"[{', '.join(parts)}; ended by {finish_reason}]"
 
 
-def _console() -> Console:
+def answer_console() -> Console:
+    """stdout as it is: no wrapping, no colours guessed into text."""
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=True)
 
 
-def _coloured(console: Console) -> bool:
+def is_coloured(console: Console) -> bool:
+    """A terminal, and NO_COLOR is not set."""
     return console.is_terminal and not console.no_color
 
 
-def _print_piece(console: Console, response: Response, shading: Shading | None) -> None:
+def print_piece(console: Console, response: Response, shading: Shading | None) -> None:
+    """One streamed piece of an answer, at once."""
     from rich.text import Text
 
     piece = printable(response.text) if console.is_terminal else response.text
@@ -84,7 +87,7 @@ def _print_piece(console: Console, response: Response, shading: Shading | None) 
         console.file.write(piece)
     else:
         layers = shading.num_layers - int(response.actions.sum())
-        if _coloured(console):
+        if is_coloured(console):
             console.print(Text(piece, shading.colour(layers)), end="")
         else:
             console.file.write(f"{piece}‹{layers}›")

@@ -68,7 +68,7 @@ class Session:
             (i for i, (a, b) in enumerate(zip(ids, self.tokens, strict=False)) if a != b),
             min(len(ids), len(self.tokens)),
         )
-        self._rewind(min(known, len(ids) - 1))
+        self._rewind(max(0, min(known, len(ids) - 1)))
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
 
     def generate(

@@ -9,24 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from dash_export.errors import BundleError, RequestError
+from dash_export.runtime.sandbox import MAX_CHARACTERS, Sandbox
 
-MAX_PROMPT_CHARACTERS = 10_000_000
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """A template comes with a model from anywhere: no attribute of Python's own, no unbounded repetition."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or isinstance(left, (str, list, tuple)) or isinstance(right, (str, list, tuple)):
-            raise jinja2.exceptions.SecurityError(f"the operator {operator} is not allowed on these values")
-        return super().call_binop(context, operator, left, right)
+MAX_INDENT = 16
 
 
 class ChatTemplate:
@@ -34,10 +23,10 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         self._special = dict(special)
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.filters["tojson"] = _tojson
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
@@ -59,9 +48,9 @@ class ChatTemplate:
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special
             ):
                 size += len(piece)
-                if size > MAX_PROMPT_CHARACTERS:
+                if size > MAX_CHARACTERS:
                     raise RequestError(
-                        f"The chat template makes a prompt of over {MAX_PROMPT_CHARACTERS} characters: do not use it."
+                        f"The chat template makes a prompt of over {MAX_CHARACTERS} characters: do not use it."
                     )
                 pieces.append(piece)
         except RequestError:
@@ -71,6 +60,10 @@ class ChatTemplate:
                 f"The chat template refuses these messages ({type(error).__name__}: {error})."
             ) from error
         return "".join(pieces)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(indent, MAX_INDENT))
 
 
 def _raise_exception(message: str) -> None:

@@ -33,7 +33,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-multi-head": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-2}),
     "llama-head-dim": ("llama", {"head_dim": 24}),
     "qwen2": ("qwen2", {}),
-    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2-tied": (
+        "qwen2",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),

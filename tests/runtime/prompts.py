@@ -16,7 +16,10 @@ CHATS = [
     [
         {"role": "user", "content": "Name a town by the sea."},
         {"role": "assistant", "content": "Brighton."},
-        {"role": "user", "content": "Write a Python function that adds two numbers, then tell me about that town's café ☕."},
+        {
+            "role": "user",
+            "content": "Write a Python function that adds two numbers, then tell me about that town's café ☕.",
+        },
     ],
 ]
 PROSE_TOKENS = 48

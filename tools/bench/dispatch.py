@@ -74,9 +74,9 @@ def main(bundle: Path, target: str, context: int, rounds: int, copies: int) -> N
     )
     result: dict[str, object] = {"target": target, "context": context, "gated": len(policy.gated), "copies": copies}
     whole = samples["one whole graph"]
-    for name, times in samples.items():
-        milliseconds = 1e3 * median(x for sample in times for x in sample)
-        ratio = mean(paired_ratio(sample, base) for sample, base in zip(times, whole, strict=True))
+    for name, copied in samples.items():
+        milliseconds = 1e3 * median(x for sample in copied for x in sample)
+        ratio = mean(paired_ratio(sample, base) for sample, base in zip(copied, whole, strict=True))
         table.add_row(name, str(counts[name]), f"{milliseconds:.3f}", f"{ratio:.3f}")
         result[name] = {"ms": round(milliseconds, 4), "ratio": round(ratio, 4)}
     Console().print(table)

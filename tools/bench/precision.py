@@ -17,7 +17,6 @@ from rich.table import Table
 
 from dash_export.runtime import DashRuntime
 
-
 HELD_OUT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"
 
 
@@ -75,7 +74,8 @@ def main(bundle: Path, targets: tuple[str, ...], base: str, text: Path, windows:
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    return (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64))).astype(np.float32)
+    result: npt.NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
 
 
 if __name__ == "__main__":

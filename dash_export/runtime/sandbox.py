@@ -1,0 +1,87 @@
+"""A jinja2 environment for templates from anywhere: no attribute of Python's own, and no text larger than a prompt may
+be.
+
+jinja2's sandbox guards attributes, not sizes: `'a'.center(10 ** 10)`, `'%9999999999d' % 1` or a doubling `~` in a loop
+would take the process down with them. (Time is not bounded: a template may loop.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_CHARACTERS = 10_000_000
+_PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format", "format_map"})
+_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap")
+
+
+def joined(pieces: Iterable[Any]) -> str:
+    """`"".join` of a bounded result."""
+    texts = [str(piece) for piece in pieces]
+    if sum(map(len, texts)) > MAX_CHARACTERS:
+        raise SecurityError(f"a text of over {MAX_CHARACTERS} characters")
+    return "".join(texts)
+
+
+def replaced(text: str, old: str, new: str) -> str:
+    """`text.replace(old, new)` of a bounded result."""
+    text, old, new = str(text), str(old), str(new)
+    if text.count(old) * len(new) > MAX_CHARACTERS:
+        raise SecurityError(f"replace could make a text of over {MAX_CHARACTERS} characters")
+    return text.replace(old, new)
+
+
+def _joined_with(values: Iterable[Any], between: str = "") -> str:
+    pieces = [str(value) for value in values]
+    joined([*pieces, *[between] * (len(pieces) - 1)])
+    return between.join(pieces)
+
+
+class _BoundedConcat(CodeGenerator):
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
+        self.write("environment.concat((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Operators, methods and filters that could make a huge value out of a small one are refused or bounded."""
+
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
+    code_generator_class = _BoundedConcat
+    concat = staticmethod(joined)  # type: ignore[assignment]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name in _FILTERS:
+            del self.filters[name]
+        del self.globals["lipsum"]
+        self.filters |= {"replace": replaced, "join": _joined_with}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str) and attr in _PADDING:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sequences = [value for value in (left, right) if isinstance(value, (str, list, tuple))]
+        if operator == "**" or (operator == "*" and sequences) or (operator == "%" and isinstance(left, str)):
+            raise SecurityError(f"the operator {operator} is not allowed on these values")
+        if operator == "+" and sum(map(len, sequences)) > MAX_CHARACTERS:
+            raise SecurityError(f"a value of over {MAX_CHARACTERS} items")
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if isinstance(text, str) and name == "replace":
+            return replaced(text, *args, **kwargs)
+        if isinstance(text, str) and name == "join":
+            return _joined_with(*args, between=text, **kwargs)
+        return super().call(context, obj, *args, **kwargs)

@@ -1,0 +1,35 @@
+"""A tiny model folder and bundles of it, for every command."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model(tiny_root: Path) -> Path:
+    """A tiny llama as a Hugging Face folder, with a chat template."""
+    return tiny_root.parent / "model"
+
+
+@pytest.fixture
+def own_bundle(tiny_root: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle to change. Its builds: cpu-fp32 and portable."""
+    return Path(shutil.copytree(tiny_root, tmp_path / "own.dash"))
+
+
+@pytest.fixture
+def edit(own_bundle: Path) -> Callable[[str, str, str], Path]:
+    """`edit(file, old, new)` changes a file of `own_bundle`, and returns the bundle."""
+
+    def change(name: str, old: str, new: str) -> Path:
+        path = own_bundle / name
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        return own_bundle
+
+    return change

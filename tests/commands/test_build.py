@@ -1,0 +1,83 @@
+"""`build`: from a bundle, from a model, targets listed, errors before work."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from dash_export.bundle import Bundle
+from dash_export.targets import recipe_names
+from tests.commands.helpers import dash, refused
+
+
+def test_bundle(own_bundle: Path) -> None:
+    result = dash("build", own_bundle, "--weights", "int8", "--head", "fp32")
+    assert result.exit_code == 0
+    assert "own.dash/engines/cpu-int8-head-fp32:" in result.stdout
+    assert "ms/token at 256 cached tokens" in result.stdout
+    assert "Skipping a layer saves" in result.stdout
+    assert f"Next: dash-export run {own_bundle} --target cpu-int8-head-fp32" in result.stdout
+    assert Bundle.open(own_bundle).load_build("cpu-int8-head-fp32").recipe["weights"]["layers"] == "int8"
+
+
+def test_model(model: Path, tmp_path: Path) -> None:
+    result = dash("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--gated", "2-3")
+    assert result.exit_code == 0
+    assert "portable graphs, used as they are" in result.stdout
+    assert Bundle.open(tmp_path / "m.dash").manifest.policy.gated == (2, 3)
+
+
+def test_list_targets() -> None:
+    result = dash("build", "--list-targets")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in recipe_names())
+
+
+@pytest.mark.parametrize("option", [("-o", "x.dash"), ("--gated", "2"), ("--policy", "untrained")])
+def test_export_options_are_for_models(option: tuple[str, str], tiny_root: Path) -> None:
+    assert "is a bundle" in refused("build", tiny_root, *option, code=2)
+
+
+def test_unknown_target_is_told_before_the_export(model: Path, tmp_path: Path) -> None:
+    message = refused("build", model, "--target", "tpu", "-o", tmp_path / "x.dash")
+    assert "cpu" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_recipe_key(own_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.toml").write_text("[weights]\nlayer = 'int4'\n")
+    assert "'layer'" in refused("build", own_bundle, "--target", tmp_path / "odd.toml")
+    assert not (own_bundle / "engines" / "odd").exists()
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    assert "There is no bundle" in refused("build", tmp_path / "none.dash")
+
+
+def test_disk_full(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dash_export.builders.onnxruntime.save_graph", full)
+    message = refused("build", own_bundle)
+    assert "The disk is full" in message
+    assert str(own_bundle) in message
+    shutil.rmtree(own_bundle / "engines" / "cpu-fp32")
+    assert "is unfinished" in refused("inspect", own_bundle, "--target", "cpu")
+
+
+def test_an_error_does_not_wait_for_the_rest(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = []
+
+    def slow(*_args: object) -> None:
+        began.append(time.perf_counter())
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dash_export.builders.onnxruntime.save_graph", slow)
+    assert dash("build", own_bundle).exit_code == 130
+    assert len(began) <= 4

@@ -1,0 +1,105 @@
+"""`export`: summaries, defaults, bad input, a full disk, Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dash_export.bundle import Bundle
+from tests.commands.helpers import dash, environment, refused
+
+# An export that waits inside its second layer, so that it can be interrupted there.
+SLOW_EXPORT = """
+import sys, time
+from dash_export.graphs import portable
+original = portable.layer_graph
+def slow(checkpoint, layer):
+    if layer == 1:
+        print("waiting", flush=True)
+        time.sleep(30)
+    return original(checkpoint, layer)
+portable.layer_graph = slow
+from dash_export.cli import cli
+cli(["export", *sys.argv[1:]], prog_name="dash-export")
+"""
+
+
+def test_summary_and_default_output(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = dash("export", model)
+    assert result.exit_code == 0
+    assert "model.dash: 6 layers, 11 graphs" in result.stdout
+    assert "Next: dash-export build model.dash --target cpu" in result.stdout
+    assert "export: head" in result.stderr
+    assert Bundle.open(tmp_path / "model.dash").manifest.policy.gated == (2, 3, 4)
+
+
+def test_policy_options(model: Path, tmp_path: Path) -> None:
+    chosen = ("--policy", "untrained", "--seed", 3, "--width", 8, "--gated", "1,3-4")
+    result = dash("export", model, "-o", tmp_path / "p.dash", *chosen)
+    assert result.exit_code == 0
+    facts = Bundle.open(tmp_path / "p.dash").manifest.policy
+    assert (facts.gated, facts.origin, facts.has_network) == ((1, 3, 4), "untrained (seed 3)", True)
+
+
+@pytest.mark.parametrize("gated", ["", "a", "3-2", "1,,2", "-1", "1-99999999"])
+def test_bad_layer_list(gated: str, model: Path, tmp_path: Path) -> None:
+    refused("export", model, "-o", tmp_path / "x.dash", f"--gated={gated}", code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_policy_only_options_need_the_policy(model: Path, tmp_path: Path) -> None:
+    assert "--policy untrained" in refused("export", model, "-o", tmp_path / "x.dash", "--seed", 1, code=2)
+
+
+@pytest.mark.parametrize("gated", ["0-3", "2,77"])
+def test_impossible_gated_layers(gated: str, model: Path, tmp_path: Path) -> None:
+    refused("export", model, "-o", tmp_path / "x.dash", "--gated", gated)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    assert "no such model" in refused("export", tmp_path / "nothing", "-o", tmp_path / "x.dash")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused("export", tmp_path / "empty", "-o", tmp_path / "x.dash")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("100 requested and 0 written")]
+)
+def test_disk_full(error: OSError, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dash_export.graphs.portable.layer_graph", full)
+    message = refused("export", model, "-o", tmp_path / "x.dash")
+    assert "The disk is full" in message
+    assert str(tmp_path / "x.dash") in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("output", ["/proc/x.dash", "/sys/x.dash"])
+def test_read_only_output(output: str, model: Path) -> None:
+    message = refused("export", model, "-o", output)
+    assert output in message
+    assert "\n" not in message.strip().rpartition("Error: ")[2]
+
+
+def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW_EXPORT, str(model), "-o", str(tmp_path / "x.dash")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "waiting\n"
+        assert (tmp_path / "x.dash.unfinished").is_dir()
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=20)
+    assert run.returncode == 130
+    assert errors.rstrip().endswith("Interrupted")
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())

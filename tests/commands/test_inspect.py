@@ -1,0 +1,105 @@
+"""`inspect`: tables and JSON, without onnx."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from dash_export.commands.onnx_header import opsets
+from tests.commands.helpers import dash, python, refused
+
+WITHOUT_ONNX = """
+import sys
+sys.modules["onnx"] = sys.modules["onnx_ir"] = sys.modules["onnxruntime"] = None
+from dash_export.cli import cli
+cli(["inspect", sys.argv[1]], prog_name="dash-export")
+"""
+
+
+def test_tables(tiny_root: Path) -> None:
+    result = dash("inspect", tiny_root, "--verify")
+    assert result.exit_code == 0
+    for expected in (
+        "model (llama)",
+        "2-4 (3 layers)",
+        "untrained (seed 0)",
+        "low_rank",
+        "ai.onnx 24",
+        "Target cpu-fp32",
+        "Target portable",
+        "layers_00-01",
+        "Budget dial",
+        "is what was written",
+    ):
+        assert expected in result.stdout, expected
+
+
+def test_json(tiny_root: Path) -> None:
+    facts = json.loads(dash("inspect", tiny_root, "--json").stdout)
+    assert facts["model"]["num_layers"] == 6
+    assert {row["kind"]: row["count"] for row in facts["graphs"]} == {
+        "embed": 1,
+        "layer": 6,
+        "skip": 3,
+        "policy": 1,
+        "head": 1,
+    }
+    segments = facts["builds"]["cpu-fp32"]["segments"]
+    assert [segment["name"] for segment in segments if segment["gated"]] == ["layer_02", "layer_03", "layer_04"]
+    assert all(segment["run_us"] > 0 and segment["bytes"] > 0 for segment in segments)
+    assert segments[0]["precision"] == "embedding fp32; fp32"
+
+
+def test_one_target(tiny_root: Path) -> None:
+    assert "Target portable" not in dash("inspect", tiny_root, "--target", "cpu-fp32").stdout
+    assert "does not exist" in refused("inspect", tiny_root, "--target", "cpu")
+
+
+def test_needs_no_onnx(tiny_root: Path) -> None:
+    done = python(WITHOUT_ONNX, tiny_root)
+    assert done.returncode == 0, done.stderr
+    assert "ai.onnx 24" in done.stdout
+
+
+def test_opsets_equal_onnx(tiny_root: Path) -> None:
+    for path in [*tiny_root.glob("onnx/*.onnx"), *tiny_root.glob("engines/cpu-fp32/*.onnx")]:
+        model = onnx.load(path, load_external_data=False)
+        assert opsets(path) == {entry.domain: entry.version for entry in model.opset_import}
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 40, b"\x0f", b"\x42\x04\x0a\xff"])
+def test_opsets_of_garbage(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(content)
+    with pytest.raises(ValueError, match="ONNX"):
+        opsets(tmp_path / "x.onnx")
+
+
+def test_newer_schema(edit: Callable[[str, str, str], Path]) -> None:
+    assert "newer dash-export" in refused("inspect", edit("manifest.json", '"schema": 1', '"schema": 99'))
+
+
+def test_path_that_leaves_the_bundle(edit: Callable[[str, str, str], Path]) -> None:
+    assert "leaves the bundle" in refused("inspect", edit("manifest.json", '"onnx/embed.onnx"', '"../embed.onnx"'))
+
+
+def test_changed_file(edit: Callable[[str, str, str], Path]) -> None:
+    bundle = edit("config.json", "llama", "LLAMA")
+    assert "hash mismatch" in refused("inspect", bundle, "--verify")
+
+
+def test_names_are_not_markup(edit: Callable[[str, str, str], Path]) -> None:
+    bundle = edit("manifest.json", '"name": "model"', '"name": "[/red]model[bold]"')
+    assert "[/red]model[bold]" in dash("inspect", bundle).stdout
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    assert "There is no bundle" in refused("inspect", tmp_path / "none")
+
+
+def test_unknown_recipe_key_in_a_build(edit: Callable[[str, str, str], Path]) -> None:
+    bundle = edit("engines/cpu-fp32/build.json", '"layers": "fp32"', '"layer": "fp32"')
+    assert "unknown key 'layer'" in refused("inspect", bundle)

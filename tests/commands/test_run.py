@@ -1,0 +1,199 @@
+"""`run`: text, JSON, skips shown, conversation, settings that cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dash_export import DashRuntime
+from tests.commands.helpers import dash, environment, refused
+
+# A run whose every decoded token takes 20 ms, so that it can be interrupted.
+SLOW_RUN = """
+import sys, time
+from dash_export.runtime.dispatch import BoundStep
+decode = BoundStep.decode
+def slow(*arguments):
+    time.sleep(0.02)
+    return decode(*arguments)
+BoundStep.decode = slow
+from dash_export.cli import cli
+cli(["run", *sys.argv[1:]], prog_name="dash-export")
+"""
+FP32 = ("--target", "cpu-fp32")
+
+
+def run_json(*arguments: object, input: str | None = None) -> dict[str, object]:
+    result = dash("run", *arguments, "--json", input=input)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def test_text_and_figures(tiny_root: Path) -> None:
+    result = dash("run", tiny_root, "hello", *FP32, "--max-tokens", 5)
+    assert result.exit_code == 0
+    assert "[5 tokens," in result.stderr
+    assert "6.0 of 6 layers/token" in result.stderr
+    assert "ended by length" in result.stderr
+    assert result.stdout.endswith("\n")
+
+
+def test_json_equals_the_library(tiny_root: Path, tiny_runtime: Callable[..., DashRuntime]) -> None:
+    found = run_json(tiny_root, "hello", *FP32, "--max-tokens", 6)
+    runtime = tiny_runtime("cpu-fp32")
+    expected = runtime.generate(runtime.text.chat([{"role": "user", "content": "hello"}]), 6)
+    assert (found["tokens"], found["text"]) == (expected.tokens.tolist(), expected.text)
+    assert found["finish_reason"] == expected.finish_reason
+    assert found["statistics"]["layers_per_token"] == 6  # type: ignore[index]
+
+
+def test_raw_prompt_from_stdin(tiny_root: Path, tiny_runtime: Callable[..., DashRuntime]) -> None:
+    expected = tiny_runtime("cpu-fp32").generate("hello", 4).tokens.tolist()
+    assert run_json(tiny_root, *FP32, "--raw", "--max-tokens", 4, input="hello\n")["tokens"] == expected
+    assert run_json(tiny_root, "-", *FP32, "--raw", "--max-tokens", 4, input="hello")["tokens"] == expected
+
+
+def test_static_and_token_policies(tiny_root: Path) -> None:
+    static = run_json(tiny_root, "hello", *FP32, "--skip", "2-3", "--max-tokens", 4)
+    assert static["actions"] == [[], [2, 3], [2, 3], [2, 3]]
+    bounded = run_json(tiny_root, "hello", *FP32, "--trade-off", 1000, "--max-layers", 4, "--max-tokens", 4)
+    assert all(len(skipped) >= 2 for skipped in bounded["actions"][1:])  # type: ignore[index]
+    assert run_json(tiny_root, "hello", *FP32, "--policy", "token", "--max-tokens", 3)["actions"] == [[], [], []]
+
+
+def test_sampling_is_seeded(tiny_root: Path) -> None:
+    options = (tiny_root, "hello", *FP32, "--temperature", 2, "--top-k", 50, "--max-tokens", 8, "--seed", 7)
+    assert run_json(*options)["tokens"] == run_json(*options)["tokens"]
+
+
+def test_default_length_fits_the_context(tiny_root: Path) -> None:
+    found = run_json(tiny_root, "a" * 400, *FP32)
+    statistics = found["statistics"]
+    assert statistics["prompt_tokens"] + statistics["tokens"] <= 512  # type: ignore[index]
+
+
+def test_show_skips_without_colours(tiny_root: Path) -> None:
+    result = dash("run", tiny_root, "hello", *FP32, "--skip", "2", "--max-tokens", 3, "--show-skips")
+    assert result.stdout.count("‹5›") == 2
+    assert "‹6›" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_show_skips_on_a_terminal(no_color: str, coloured: bool, tiny_root: Path) -> None:
+    main, side = pty.openpty()
+    command = [sys.executable, "-m", "dash_export.cli", "run", str(tiny_root), "hello", *FP32, "--skip", "2"]
+    command += ["--max-tokens", "4", "--show-skips"]
+    variables = {key: value for key, value in environment(TERM="xterm-256color").items() if key != "NO_COLOR"}
+    variables |= {"NO_COLOR": no_color} if no_color else {}
+    done = subprocess.run(command, stdout=side, stderr=subprocess.PIPE, env=variables, timeout=60, check=False)
+    os.close(side)
+    shown = os.read(main, 65536).decode(errors="replace")
+    os.close(main)
+    assert done.returncode == 0, done.stderr
+    assert ("\x1b[" in shown) is coloured
+    assert ("‹5›" in shown) is not coloured
+
+
+def test_conversation(tiny_root: Path) -> None:
+    said = "hello\n/reset\n/what\n\nhow are you\n/quit\nnever\n"
+    result = dash("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input=said)
+    assert result.exit_code == 0
+    assert result.stderr.count("[3 tokens") == 2
+    assert "Forgotten." in result.stderr
+    assert "no command '/what'" in result.stderr
+
+
+def test_conversation_survives_a_full_context(tiny_root: Path) -> None:
+    said = f"{'a' * 600}\nhello\n"
+    result = dash("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input=said)
+    assert result.exit_code == 0
+    assert "/reset" in result.stderr.partition("Error: ")[2]
+    assert result.stderr.count("[3 tokens") == 1
+
+
+def test_ctrl_c_stops_the_answer_only(tiny_root: Path) -> None:
+    command = [sys.executable, "-c", SLOW_RUN, str(tiny_root), "--chat", *FP32, "--max-tokens", "400", "--show-skips"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write("hello\n")
+        chat.stdin.flush()
+        chat.stdout.readline()  # the legend
+        while chat.stdout.read(1) != "‹":
+            pass
+        chat.send_signal(signal.SIGINT)
+        _, errors = chat.communicate("/reset\n/quit\n", timeout=60)
+    assert chat.returncode == 0, errors
+    assert "ended by cancelled" in errors
+    assert "Forgotten." in errors
+
+
+def test_ctrl_c_ends_a_single_answer(tiny_root: Path) -> None:
+    command = [sys.executable, "-c", SLOW_RUN, str(tiny_root), "hello", *FP32, "--max-tokens", "400", "--show-skips"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as run:
+        assert run.stdout is not None
+        run.stdout.read(1)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert errors.strip() == "Interrupted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("",), "prompt is empty"),
+        (("  ",), "prompt is empty"),
+        (("hello", "--max-tokens", 600), "does not hold"),
+        (("a" * 600,), "does not hold"),
+        (("hello", "--skip", "0"), "no skip graph"),
+        (("hello", "--policy", "dense", "--budget", 0.9), "belong"),
+        (("hello", "--policy", "dense", "--skip", "2"), "belongs"),
+        (("hello", "--budget", 7), "(0, 1]"),
+        (("hello", "--trade-off", -1), ">= 0"),
+        (("hello", "--max-layers", 1), "out of range"),
+        (("hello", "--temperature", -1), "temperature"),
+        (("hello", "--dispatch", "plain", "--policy", "token"), "fused"),
+        (("hello", "--stop", ""), "stop"),
+    ],
+)
+def test_refused(arguments: tuple[object, ...], expected: str, tiny_root: Path) -> None:
+    assert expected in refused("run", tiny_root, *arguments, *FP32)
+
+
+@pytest.mark.parametrize(
+    "pair", [("--chat", "--json"), ("--chat", "--raw"), ("--json", "--show-skips"), ("--raw", "--system=be kind")]
+)
+def test_options_that_exclude_each_other(pair: tuple[str, str], tiny_root: Path) -> None:
+    refused("run", tiny_root, "hello", *pair, code=2)
+
+
+def test_targets(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:
+    assert "--target" in refused("run", tiny_root, "hello")  # two builds, none of them cpu
+    assert "does not exist" in refused("run", tiny_root, "hello", "--target", "cpu")
+    (own_bundle / "engines" / "portable" / "build.json").unlink()
+    assert dash("run", own_bundle, "hello", "--max-tokens", 1).exit_code == 0
+    assert "There is no bundle" in refused("run", tmp_path / "none.dash", "hello")
+
+
+def test_changed_engine(own_bundle: Path) -> None:
+    engine = next(path for path in (own_bundle / "engines" / "cpu-fp32").glob("*.onnx"))
+    engine.write_bytes(engine.read_bytes() + b"\0")
+    assert "hash mismatch" in refused("run", own_bundle, "hello", *FP32)
+
+
+def test_hostile_template(edit: Callable[[str, str, str], Path]) -> None:
+    bundle = edit("chat_template.jinja", "{%", "{{ ''.__class__.__mro__ }}{%")
+    refused("run", bundle, "hello", *FP32)

@@ -1,0 +1,158 @@
+"""The portable graphs: standard ONNX that passes the checker, readable, and runnable alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.bundle import Bundle
+from dash_export.decision import decision_rule
+from dash_export.models import open_checkpoint
+from dash_export.reference import Oracle
+from tests.runtime.prompts import prompts
+from tests.tiny import random_actions, random_ids, tiny_bundle, tiny_policy
+
+LoadRuntime = Callable[..., DashRuntime]
+STEP_INPUTS = {"hidden", "position_ids", "write_indices"}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    kind = {"llama": "none", "qwen2": "scale", "qwen3": "low_rank"}[request.param]
+    return Bundle.open(tiny_bundle(tmp_path_factory.mktemp(request.param), kind=kind, family=request.param))
+
+
+def test_the_graph_table(bundle: Bundle) -> None:
+    names = ["embed", *(f"layer_{n:02d}" for n in range(6)), "skip_02", "skip_03", "skip_04", "policy", "head"]
+    assert sorted(bundle.manifest.graphs) == sorted(names)
+    assert all(file == f"onnx/{name}.onnx" for name, file in bundle.manifest.graphs.items())
+
+
+def test_every_graph_passes_the_checker(bundle: Bundle) -> None:
+    for name in bundle.manifest.graphs:
+        onnx.checker.check_model(str(bundle.graph(name)), full_check=True)
+
+
+def test_every_graph_is_standard_and_readable(bundle: Bundle) -> None:
+    for name in bundle.manifest.graphs:
+        model = onnx.load(bundle.graph(name), load_external_data=False)
+        check_readable(model, name)
+
+
+@pytest.mark.model
+def test_smollm2_graphs(smollm2_bundle: Path) -> None:
+    bundle = Bundle.open(smollm2_bundle)
+    assert len(bundle.manifest.graphs) == 30 + 27 + 3
+    for name in bundle.manifest.graphs:
+        check_readable(onnx.load(bundle.graph(name), load_external_data=False), name)
+    for name in ("embed", "layer_00", "layer_17", "skip_17", "policy", "head"):
+        onnx.checker.check_model(str(bundle.graph(name)), full_check=True)
+
+
+def check_readable(model: onnx.ModelProto, name: str) -> None:
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    assert all(node == name or node.startswith(f"{name}/") for node in names)
+    assert model.graph.name == name
+    assert model.graph.doc_string
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            assert entry.key != "location" or "/" not in entry.value
+
+
+def test_weights_are_named_as_in_the_checkpoint(bundle: Bundle) -> None:
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    found = set()
+    for name in bundle.manifest.graphs:
+        model = onnx.load(bundle.graph(name))
+        for tensor in model.graph.initializer:
+            if tensor.name not in checkpoint.weights:
+                continue
+            found.add(tensor.name)
+            stored, weight = onnx.numpy_helper.to_array(tensor), checkpoint.weights[tensor.name]
+            expected = weight.read_rows(0, weight.shape[0])
+            transposed = expected.ndim == 2 and tensor.name.startswith("model.layers.")
+            np.testing.assert_array_equal(stored, expected.T if transposed else expected, err_msg=tensor.name)
+    assert found == set(checkpoint.weights)
+
+
+def test_inputs_and_outputs_of_layer_and_skip(bundle: Bundle) -> None:
+    def names(graph: str) -> tuple[set[str], set[str]]:
+        model = onnx.load(bundle.graph(graph), load_external_data=False)
+        return {value.name for value in model.graph.input}, {value.name for value in model.graph.output}
+
+    past = {"past_key_values.3.key", "past_key_values.3.value"}
+    present = {"present.3.key", "present.3.value"}
+    assert names("layer_03") == (STEP_INPUTS | past | {"attention_mask"}, {"hidden_out"} | present)
+    assert names("skip_03") == (STEP_INPUTS | past, {"hidden_out"} | present)
+    assert names("policy") == ({"hidden", "actions", "layer"}, {"damage"})
+    assert names("embed") == ({"input_ids"}, {"hidden_out"})
+    assert names("head") == ({"hidden", "first_logit"}, {"logits"})
+
+
+def test_large_weights_are_external_and_aligned(bundle: Bundle) -> None:
+    model = onnx.load(bundle.graph("layer_00"), load_external_data=False)
+    external = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    assert {"model.layers.0.mlp.up_proj.weight", "rope.cos"} <= {tensor.name for tensor in external}
+    own = [tensor for tensor in external if not tensor.name.startswith("rope.")]
+    offsets = [int(entry.value) for tensor in own for entry in tensor.external_data if entry.key == "offset"]
+    assert all(offset % 4096 == 0 for offset in offsets)
+
+
+@pytest.mark.parametrize("kind", ["none", "scale", "low_rank"])
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_compensation(kind: str, target: str, tmp_path: Path) -> None:
+    """A skipped layer adds its compensation, at every kind and in both dialects; leaving it out would show."""
+    root = tiny_bundle(tmp_path, target, kind=kind)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    ids, actions = random_ids(50), random_actions(50, 6, (2, 3, 4), share=0.6)
+    runtime = DashRuntime.load(root, "cpu-fp32" if target == "cpu" else target)
+    logits = runtime.session().logits(ids, actions=actions)
+    expected = Oracle(checkpoint, tiny_policy(checkpoint, kind)).forward(ids, actions=actions)
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+    np.testing.assert_allclose(
+        runtime.session().score(ids, actions=actions).damage, expected.damage, atol=1e-4, rtol=1e-4
+    )
+    if kind != "none":
+        without = Oracle(checkpoint, tiny_policy(checkpoint)).forward(ids, actions=actions)
+        assert np.abs(logits - without.logits).max() > 0.05
+
+
+def test_portable_generates_as_the_oracle_does(tiny_runtime: LoadRuntime, tiny_oracle: Oracle) -> None:
+    """A whole generation on nothing but the portable graphs, dense and under the token policy."""
+    runtime = tiny_runtime("portable")
+    assert runtime.dispatch == "sync"
+    ids = random_ids(20)
+    trade_off = runtime.build.dial[4].trade_off
+    rule = decision_rule(6, (2, 3, 4), runtime.cost.cost, trade_off)
+    for options, decided in (({"policy": "dense"}, None), ({"trade_off": trade_off}, rule)):
+        generation = runtime.generate(ids, 30, **options)
+        expected, last = tiny_oracle.generate(ids, 30, decided)
+        np.testing.assert_array_equal(generation.tokens, expected[20:])
+        np.testing.assert_array_equal(generation.actions[1:], last.actions[20:])
+        assert bool(generation.actions.any()) == (decided is not None)
+
+
+@pytest.mark.model
+def test_portable_and_lowered_smollm2_agree(smollm2_runtime: LoadRuntime) -> None:
+    portable, lowered = smollm2_runtime("portable"), smollm2_runtime("cpu-fp32")
+    ids = prompts(portable)[0]
+    actions = random_actions(len(ids), 30, portable.bundle.manifest.policy.gated)
+    for forced in (None, actions):
+        logits = [runtime.session().logits(ids, actions=forced) for runtime in (portable, lowered)]
+        assert np.abs(logits[0] - logits[1]).max() < 1e-3
+    trade_off = lowered.build.dial[1].trade_off
+    costs = lowered.cost.cost
+    rule = decision_rule(30, lowered.bundle.manifest.policy.gated, costs, trade_off)
+    one, other = (runtime.session_under(rule).generate(ids, 24) for runtime in (portable, lowered))
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_array_equal(one.actions, other.actions)
+    assert one.actions.any()

@@ -1,0 +1,199 @@
+"""One token at a time equals one pass over all: prefilled in one piece, in chunks, and after the cache has grown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.runtime import Session
+from dash_export.runtime.cache import KVCache
+from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.rules import ForcedRule
+from tests.runtime.prompts import prompts
+from tests.tiny import random_actions, random_ids
+
+LoadRuntime = Callable[..., DashRuntime]
+PREFILLS = {"one-piece": (256, 512), "chunks": (256, 7), "growing": (16, 512), "both": (16, 5)}
+
+
+class Case(NamedTuple):
+    """A runtime with token ids, how many of them are the prompt, and the logit difference allowed."""
+
+    runtime: DashRuntime
+    ids: np.ndarray
+    prompt: int
+    tolerance: float
+
+
+@pytest.fixture(params=["tiny", "tiny-portable", pytest.param("smollm2", marks=pytest.mark.model)])
+def case(request: pytest.FixtureRequest) -> Case:
+    if request.param == "smollm2":
+        runtime = request.getfixturevalue("smollm2_runtime")("cpu-fp32")
+        ids = prompts(runtime)[1]
+        tail = runtime.text.encode(
+            " and then she told him what had happened at the house on the hill, long ago, in 1815."
+        )
+        return Case(runtime, np.concatenate([ids, tail]), len(ids), 1e-3)
+    target = "portable" if request.param.endswith("portable") else "cpu-fp32"
+    return Case(request.getfixturevalue("tiny_runtime")(target), random_ids(70), 41, 2e-5)
+
+
+def session(runtime: DashRuntime, kv_step: int, prefill_chunk: int, **policy: object) -> Session:
+    made = runtime.session(**policy)  # type: ignore[arg-type]
+    made.kv_step, made.prefill_chunk = kv_step, prefill_chunk
+    made.__post_init__()
+    return made
+
+
+def forced_decode(live: Session, ids: np.ndarray, prompt: int, actions: np.ndarray) -> np.ndarray:
+    """Logits [tokens from the prompt's last on, vocab]: prefill, then each known token with its actions."""
+    rows = [live.prefill(ids[:prompt])]
+    for position in range(prompt, len(ids)):
+        logits, taken = live.decode_one(int(ids[position]), ForcedRule(actions[position : position + 1]))
+        np.testing.assert_array_equal(taken, actions[position])
+        rows.append(logits)
+    return np.stack(rows)
+
+
+def actions_of(case: Case) -> np.ndarray:
+    actions = random_actions(
+        len(case.ids), case.runtime.engines.model.num_layers, case.runtime.bundle.manifest.policy.gated
+    )
+    actions[: case.prompt] = 0
+    return actions
+
+
+@pytest.mark.parametrize("how", PREFILLS)
+def test_decode_equals_one_pass(case: Case, how: str) -> None:
+    actions = actions_of(case)
+    whole = case.runtime.session().logits(case.ids, actions=actions)
+    live = session(case.runtime, *PREFILLS[how])
+    stepwise = forced_decode(live, case.ids, case.prompt, actions)
+    assert np.abs(stepwise - whole[case.prompt - 1 :]).max() < case.tolerance
+    if how in ("growing", "both"):
+        assert live.counters.cache_growths > 1
+
+
+def test_one_pass_in_chunks_equals_one_piece(case: Case) -> None:
+    actions = actions_of(case)
+    whole = case.runtime.session().logits(case.ids, actions=actions)
+    chunked = session(case.runtime, 16, 9).logits(case.ids, actions=actions)
+    assert np.abs(chunked - whole).max() < case.tolerance
+
+
+def test_score_equals_decode_under_the_policy(case: Case) -> None:
+    dial = {"trade_off": case.runtime.build.dial[1].trade_off, "max_layers": case.runtime.engines.model.num_layers - 1}
+    score = case.runtime.session(**dial).score(case.ids, prefix=case.prompt)
+    live = case.runtime.session(**dial)
+    logits, likelihoods, taken = live.prefill(case.ids[: case.prompt]), [], []
+    for token in case.ids[case.prompt :]:
+        likelihoods.append(float(logits[token] - np.logaddexp.reduce(logits.astype(np.float64))))
+        logits, actions = live.decode_one(int(token))
+        taken.append(actions)
+    assert 0 < np.sum(taken) < np.size(taken)
+    np.testing.assert_array_equal(score.actions[case.prompt :], taken)
+    np.testing.assert_allclose(score.log_likelihoods[case.prompt - 1 :], likelihoods, atol=case.tolerance)
+
+
+def test_trade_off_zero_is_dense_bit_for_bit(case: Case) -> None:
+    """The same engines: a policy that never skips changes nothing."""
+    dense, zero = case.runtime.session("dense"), case.runtime.session("token", trade_off=0.0)
+    np.testing.assert_array_equal(dense.prefill(case.ids[: case.prompt]), zero.prefill(case.ids[: case.prompt]))
+    for token in case.ids[case.prompt :]:
+        expected, _ = dense.decode_one(int(token))
+        logits, actions = zero.decode_one(int(token))
+        np.testing.assert_array_equal(logits, expected)
+        assert not actions.any()
+
+
+def test_cache_step_of_one_position_is_not_read_ahead(tiny_runtime: LoadRuntime) -> None:
+    """Stale rows after a rewind are never attended to."""
+    live = tiny_runtime().session()
+    ids = random_ids(50)
+    live.prefill(ids)
+    live.reset()
+    np.testing.assert_array_equal(live.prefill(ids[:20]), tiny_runtime().session().prefill(ids[:20]))
+    expected = tiny_runtime().session().logits(ids[:21])[-1]
+    np.testing.assert_allclose(live.decode_one(int(ids[20]))[0], expected, atol=2e-5)
+
+
+def test_fused_and_sync_decide_alike(tiny_root: Path, tiny_runtime: LoadRuntime) -> None:
+    _same_decisions(tiny_runtime("cpu-fp32", "fused"), tiny_runtime("cpu-fp32", "sync"), random_ids(120))
+
+
+@pytest.mark.model
+def test_fused_and_sync_decide_alike_in_smollm2(smollm2_runtime: LoadRuntime) -> None:
+    fused = smollm2_runtime("cpu-fp32", "fused")
+    _same_decisions(fused, smollm2_runtime("cpu-fp32", "sync"), np.concatenate(prompts(fused)[3:]))
+
+
+def _same_decisions(fused: DashRuntime, sync: DashRuntime, ids: np.ndarray) -> None:
+    for trade_off in {point.trade_off for point in fused.build.dial[1:3]}:
+        one, other = (runtime.session("token", trade_off=trade_off).score(ids, prefix=8) for runtime in (fused, sync))
+        assert one.actions.any()
+        np.testing.assert_array_equal(one.actions, other.actions)
+        np.testing.assert_allclose(one.damage, other.damage, atol=1e-4)
+        decoded = [runtime.session("token", trade_off=trade_off) for runtime in (fused, sync)]
+        for live in decoded:
+            live.prefill(ids[:8])
+        for token in ids[8:40]:
+            (logits, actions), (sync_logits, sync_actions) = (live.decode_one(int(token)) for live in decoded)
+            np.testing.assert_array_equal(actions, sync_actions)
+            np.testing.assert_allclose(logits, sync_logits, atol=1e-3)
+
+
+class TestBrokenOnPurpose:
+    """What the tests above are for: each of these slips must show as a difference."""
+
+    @staticmethod
+    def difference(runtime: DashRuntime) -> float:
+        ids, actions = random_ids(60), random_actions(60, 6, (2, 3, 4))
+        actions[:30] = 0
+        whole = runtime.session().logits(ids, actions=actions)
+        return float(np.abs(forced_decode(runtime.session(), ids, 30, actions) - whole[29:]).max())
+
+    def test_sound(self, tiny_runtime: LoadRuntime) -> None:
+        assert self.difference(tiny_runtime()) < 2e-5
+
+    def test_position_off_by_one(self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+        sound = BoundStep.place
+
+        def place(step: BoundStep) -> None:
+            sound(step)
+            if step.sequence == 1:
+                step._seqlens_k += 1
+                step._total += 1
+
+        monkeypatch.setattr(BoundStep, "place", place)
+        assert self.difference(tiny_runtime()) > 1e-2
+
+    def test_cache_lost_when_growing(self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            KVCache,
+            "_grown",
+            lambda cache, old: np.zeros((1, 2, cache.capacity, 16), np.float32),  # noqa: ARG005
+        )
+        ids = random_ids(40)
+        expected = tiny_runtime().session().logits(ids)[-1]
+        live = session(tiny_runtime(), 16, 512)
+        live.prefill(ids[:30])
+        rows = [live.decode_one(int(token))[0] for token in ids[30:]]
+        assert np.abs(rows[-1] - expected).max() > 1e-2
+
+    def test_skipped_token_leaves_a_hole(self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+        sound = BoundStep.decode
+
+        def decode(step: BoundStep, token: int, rule: ForcedRule) -> int:
+            executed = sound(step, token, rule)
+            for layer in np.flatnonzero(step.actions[0]):
+                step._cache.keys[layer][:, :, step._cache.length - 1] = 0
+                step._cache.values[layer][:, :, step._cache.length - 1] = 0
+            return executed
+
+        monkeypatch.setattr(BoundStep, "decode", decode)
+        assert self.difference(tiny_runtime()) > 1e-2

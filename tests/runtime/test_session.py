@@ -1,0 +1,269 @@
+"""Conversations: continuing, cancelling, limits, and sessions that share engines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.errors import ContextLengthError, PolicyError, RequestError
+from dash_export.runtime import Sampling, Session
+from tests.tiny import random_ids
+
+LoadRuntime = Callable[..., DashRuntime]
+MESSAGES = [{"role": "user", "content": "Hi there, what is up?"}]
+
+
+@pytest.fixture
+def runtime(tiny_runtime: LoadRuntime) -> DashRuntime:
+    return tiny_runtime()
+
+
+def test_a_second_prompt_continues_the_conversation(runtime: DashRuntime) -> None:
+    first, second = random_ids(12, seed=1), random_ids(9, seed=2)
+    live = runtime.session()
+    made = live.generate(first, 10).tokens
+    again = live.generate(second, 10).tokens
+    whole = np.concatenate([first, made, second])
+    np.testing.assert_array_equal(again, runtime.session().generate(whole, 10).tokens)
+    assert live.tokens == [*whole, *again[:-1]]
+
+
+def test_an_abandoned_stream_loses_no_token(runtime: DashRuntime) -> None:
+    first, second = random_ids(12, seed=1), random_ids(9, seed=2)
+    live, seen = runtime.session(), []
+    for response in live.stream(first, 20):
+        seen.append(response.token)
+        if len(seen) == 4:
+            break
+    whole = np.concatenate([first, seen, second])
+    np.testing.assert_array_equal(live.generate(second, 5).tokens, runtime.generate(whole, 5).tokens)
+
+
+def test_chat_reuses_what_the_cache_holds(runtime: DashRuntime) -> None:
+    live = runtime.session()
+    answer = "".join(response.text for response in live.chat(MESSAGES, 8))
+    prefilled = live.counters.prefill_tokens
+    follow_up = [*MESSAGES, {"role": "assistant", "content": answer}, {"role": "user", "content": "More."}]
+    again = [response.token for response in live.chat(follow_up, 8)]
+    ids = runtime.text.chat(follow_up)
+    assert live.counters.prefill_tokens - prefilled < len(ids) - len(runtime.text.chat(MESSAGES)) + 9
+    assert again == [response.token for response in runtime.chat(follow_up, 8)]
+    # The same conversation once more: one token is computed for its logits.
+    before = live.counters.prefill_tokens
+    assert [response.token for response in live.chat(follow_up, 8)] == again
+    assert live.counters.prefill_tokens == before + 1
+
+
+def test_chat_with_another_beginning(runtime: DashRuntime) -> None:
+    live = runtime.session()
+    list(live.chat(MESSAGES, 8))
+    other = [{"role": "user", "content": "Something else"}]
+    assert [r.token for r in live.chat(other, 8)] == [r.token for r in runtime.chat(other, 8)]
+
+
+def test_chat_whose_template_says_nothing(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = runtime.session()
+    live.generate(random_ids(6), 3)
+    monkeypatch.setattr(runtime.text, "chat", lambda messages: [])  # noqa: ARG005
+    with pytest.raises(RequestError, match="empty"):
+        live.chat(MESSAGES)
+    assert live.context_left == 512
+    monkeypatch.undo()
+    assert [r.token for r in live.chat(MESSAGES, 5)] == [r.token for r in runtime.chat(MESSAGES, 5)]
+
+
+def test_reset(runtime: DashRuntime) -> None:
+    live = runtime.session()
+    live.generate(random_ids(20, seed=4), 10)
+    live.reset()
+    assert live.tokens == []
+    assert live.context_left == 512
+    np.testing.assert_array_equal(live.generate(random_ids(7), 9).tokens, runtime.generate(random_ids(7), 9).tokens)
+
+
+def test_cancel(runtime: DashRuntime) -> None:
+    live, responses = runtime.session(), []
+    for response in live.stream(random_ids(5), 100):
+        responses.append(response)
+        if len(responses) == 3:
+            live.cancel()
+    assert len(responses) == 4
+    assert responses[-1].finish_reason == "cancelled"
+    assert live.generate(random_ids(5), 4).finish_reason == "length"
+
+
+def test_max_tokens_and_statistics(runtime: DashRuntime) -> None:
+    generation = runtime.generate(random_ids(11), 6)
+    assert (generation.finish_reason, len(generation.tokens)) == ("length", 6)
+    assert generation.actions.shape == (6, 6)
+    figures = generation.statistics
+    assert (figures.prompt_tokens, figures.tokens, figures.decode_steps) == (11, 6, 5)
+    assert figures.layers_per_token == 6
+    assert figures.tokens_per_second > 0
+
+
+def test_end_of_turn(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = runtime.generate(random_ids(8), 12).tokens
+    monkeypatch.setattr(runtime.text, "eos_ids", frozenset({int(tokens[4])}))
+    generation = runtime.generate(random_ids(8), 12)
+    assert generation.finish_reason == "stop"
+    stop = tokens.tolist().index(tokens[4])
+    np.testing.assert_array_equal(generation.tokens, tokens[: stop + 1])
+
+
+def test_stop_string(runtime: DashRuntime) -> None:
+    plain = runtime.generate(random_ids(8), 40)
+    stop = plain.text[4:7]
+    generation = runtime.generate(random_ids(8), 40, Sampling(stop=(stop,)))
+    assert generation.finish_reason == "stop"
+    assert generation.text == plain.text.partition(stop)[0]
+    assert len(generation.tokens) < 40
+
+
+def test_context_limit_is_met_before_it_overflows(runtime: DashRuntime) -> None:
+    live = runtime.session()
+    with pytest.raises(ContextLengthError, match=r"600 prompt tokens and 1 new ones, but 512"):
+        live.generate(random_ids(600), 1)
+    with pytest.raises(ContextLengthError, match="512 positions"):
+        live.generate(random_ids(500), 13)
+    with pytest.raises(ContextLengthError):
+        live.score(random_ids(513))
+    assert live.tokens == []
+    generation = live.generate(random_ids(500), 12)
+    assert len(generation.tokens) == 12
+    with pytest.raises(ContextLengthError):
+        live.generate(random_ids(1), 1)
+
+
+def test_the_last_position_is_usable(runtime: DashRuntime) -> None:
+    ids = random_ids(512)
+    live = runtime.session()
+    live.prefill(ids[:511])
+    logits, _ = live.decode_one(int(ids[511]))
+    np.testing.assert_allclose(logits, runtime.session().logits(ids)[-1], atol=1e-4)
+    with pytest.raises(ContextLengthError):
+        live.decode_one(1)
+
+
+BAD_PROMPTS: dict[str, tuple[Any, str]] = {
+    "empty-text": ("", "empty"),
+    "empty-list": ([], "empty"),
+    "too-large": ([1, 300], "from 0 to 299"),
+    "negative": ([-1], "from 0 to 299"),
+    "floats": ([1.5], "integers"),
+    "nested": ([[1, 2]], "one list"),
+    "words": (["a"], "integers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompt(name: str, runtime: DashRuntime) -> None:
+    prompt, message = BAD_PROMPTS[name]
+    live = runtime.session()
+    for ask in (live.generate, live.score, live.prefill):
+        with pytest.raises(RequestError, match=message):
+            ask(prompt)
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_bad_max_tokens(count: int, runtime: DashRuntime) -> None:
+    with pytest.raises(RequestError, match="max_tokens"):
+        runtime.generate([1], count)
+
+
+BAD_POLICIES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"policy": "magic"}, "dense, static, token"),
+    "layer-not-gated": ({"skip": [0]}, r"Gated layers: 2-4"),
+    "dense-with-skip": ({"policy": "dense", "skip": [2]}, "static"),
+    "static-with-budget": ({"policy": "static", "skip": [2], "budget": 0.9}, "token"),
+    "both-dials": ({"trade_off": 1.0, "budget": 0.9}, "not both"),
+    "budget-too-low": ({"budget": 0.01}, "fastest"),
+    "negative": ({"trade_off": -1.0}, "trade-off"),
+    "max-layers": ({"max_layers": 1}, "from 3 to 6"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_POLICIES)
+def test_bad_policy(name: str, runtime: DashRuntime) -> None:
+    options, message = BAD_POLICIES[name]
+    with pytest.raises(PolicyError, match=message):
+        runtime.session(**options)
+
+
+def test_max_layers_holds_for_every_token(runtime: DashRuntime) -> None:
+    generation = runtime.generate(random_ids(10), 40, max_layers=4)
+    ran = 6 - generation.actions.sum(axis=1)
+    assert ran[0] == 6, "the prompt's token is dense"
+    assert (ran[1:] == 4).all()
+
+
+def test_first_positions_are_dense(runtime: DashRuntime) -> None:
+    """A one-token prompt: position 1 is decoded, and still never skipped; later ones may be."""
+    generation = runtime.generate([5], 6, skip=(2, 3))
+    assert generation.actions[:2].sum() == 0
+    assert (generation.actions[2:].sum(axis=1) == 2).all()
+
+
+def tokens_of(session: Session, seed: int) -> list[int]:
+    return session.generate(random_ids(10, seed=seed), 40).tokens.tolist()
+
+
+def test_interleaved_sessions_do_not_mix(runtime: DashRuntime) -> None:
+    trade_off = runtime.build.dial[5].trade_off
+    kinds: list[dict[str, Any]] = [{}, {"trade_off": trade_off}, {"skip": (3,)}]
+    alone = [tokens_of(runtime.session(**kind), seed) for seed, kind in enumerate(kinds)]
+    streams = [runtime.session(**kind).stream(random_ids(10, seed=seed), 40) for seed, kind in enumerate(kinds)]
+    together: list[list[int]] = [[] for _ in kinds]
+    for responses in zip(*streams, strict=True):
+        for tokens, response in zip(together, responses, strict=True):
+            tokens.append(response.token)
+    assert together == alone
+
+
+def test_one_session_per_thread(runtime: DashRuntime) -> None:
+    trade_off = runtime.build.dial[5].trade_off
+    alone = [tokens_of(runtime.session(trade_off=trade_off), seed) for seed in range(2)]
+    found: dict[int, list[list[int]]] = {0: [], 1: []}
+
+    def work(seed: int) -> None:
+        for _ in range(5):
+            found[seed].append(tokens_of(runtime.session(trade_off=trade_off), seed))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, results in found.items():
+        assert results == [alone[seed]] * 5
+
+
+def test_budget_uses_the_dial(runtime: DashRuntime) -> None:
+    slow, fast = runtime.session(budget=1.0), runtime.session(budget=min(point.time for point in runtime.build.dial))
+    assert slow.rule.limits[3] <= fast.rule.limits[3]  # type: ignore[union-attr]
+    assert fast.rule.limits[3] > 0  # type: ignore[union-attr]
+
+
+def test_sampling_reaches_the_tokens(runtime: DashRuntime) -> None:
+    one, same, other = (runtime.generate([1, 2], 30, Sampling(1.0, seed=seed)).tokens.tolist() for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+    assert (
+        runtime.generate([1, 2], 30, Sampling(1.0, top_k=1, seed=0)).tokens.tolist()
+        == runtime.generate([1, 2], 30).tokens.tolist()
+    )
+
+
+def test_cache_is_sized_to_the_request(runtime: DashRuntime) -> None:
+    live = runtime.session()
+    assert live.cache_bytes == 0
+    live.generate(random_ids(10), 20)
+    assert live.cache_bytes == 2 * 6 * 2 * 256 * 16 * 4
+    live.generate(random_ids(300), 20)
+    assert live.cache_bytes == 2 * 6 * 2 * 512 * 16 * 4
+    assert live.counters.cache_growths == 2

@@ -1,0 +1,159 @@
+"""Text in and out: incremental decoding, stop strings, and chat templates that mean no good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dash_export.errors import BundleError, DashError, RequestError
+from dash_export.runtime.text import ChatTemplate, Text, TextStream
+from tests.models.helpers import tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+TOKENIZER = tiny_tokenizer()
+
+
+def stream(text: str, *stop: str) -> tuple[list[str], bool]:
+    """The pieces of a text whose tokens are single bytes, and whether a stop string ended it."""
+    pieces, out = [], TextStream(TOKENIZER, stop)
+    for token in TOKENIZER.encode(text).ids:
+        pieces.append(out.push(token))
+        if out.stopped:
+            return pieces, True
+    return [*pieces, out.finish()], False
+
+
+@given(st.text(max_size=60))
+def test_pieces_make_the_text(text: str) -> None:
+    expected = TOKENIZER.decode(TOKENIZER.encode(text).ids)
+    pieces, stopped = stream(text)
+    assert "".join(pieces) == expected
+    assert not stopped
+
+
+def test_unicode_is_never_cut() -> None:
+    """Four bytes, four tokens, one piece."""
+    pieces, _ = stream("a☕é🙂")
+    assert [piece for piece in pieces if piece] == ["a", "☕", "é", "🙂"]
+
+
+@given(st.text("ab<>é", max_size=30), st.text("ab<>é", min_size=1, max_size=5))
+def test_stop_string_over_tokens(text: str, stop: str) -> None:
+    pieces, stopped = stream(text, stop)
+    assert stopped == (stop in text)
+    assert "".join(pieces) == text.partition(stop)[0]
+
+
+def test_what_may_begin_a_stop_string_is_held_back() -> None:
+    out = TextStream(TOKENIZER, ("<end>",))
+    pieces = [out.push(token) for token in TOKENIZER.encode("x<en!<end>").ids]
+    assert pieces[:5] == ["x", "", "", "", "<en!"]
+    assert out.stopped
+
+
+def test_the_earliest_of_two_stop_strings_wins() -> None:
+    assert stream("one two three", "three", "two") == (["o", "n", "e", " ", "", "", ""], True)
+
+
+def test_template_renders_as_written() -> None:
+    rendered = ChatTemplate(CHAT_TEMPLATE, {}).render(MESSAGES)
+    assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_template_may_use_what_templates_use() -> None:
+    source = (
+        "{{ messages[0].content.replace('H', 'h') ~ '!' }}{{ ['a', 'b'] | join('-') }}{{ '-'.join(['c', 'd']) }}"
+        "{{ 'x' + 'y' }}{{ 3 % 2 }}{{ 2 * 3 }}{{ {'a': [1]} | tojson }}{{ 'Hi' | replace('i', 'o') | trim | upper }}"
+    )
+    assert ChatTemplate(source, {}).render(MESSAGES) == 'hi!a-bc-dxy16{"a": [1]}HO'
+    assert len(ChatTemplate("{{ [1] | tojson(10000000000) }}", {}).render(MESSAGES)) < 100
+
+
+HOSTILE = {
+    "class": "{{ ''.__class__.__mro__ }}",
+    "subclasses": "{{ ().__class__.__base__.__subclasses__() }}",
+    "environment": "{{ self._TemplateReference__context.environment }}",
+    "import": "{% import '/etc/passwd' as x %}",
+    "include": "{% include '/etc/passwd' %}",
+    "repeat": "{{ 'a' * 10**10 }}",
+    "repeat-number-first": "{{ 9999999999 * 'a' }}",
+    "repeat-list": "{{ [0] * 10000000000 }}",
+    "power": "{{ 9 ** 999999999 }}",
+    "long": "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'aaaaaaaaaaaaaaaaaaaa' }}{% endfor %}{% endfor %}",
+    "huge-range": "{% for a in range(10**12) %}a{% endfor %}",
+    "mutate": "{{ messages.append(1) }}",
+    "pad": "{{ '%9999999999d' % 1 }}",
+    "center": "{{ 'a'.center(10000000000) }}",
+    "center-filter": "{{ 'a' | center(10000000000) }}",
+    "indent-filter": "{{ 'a\\nb' | indent(10000000000) }}",
+    "double": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "double-plus": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "double-list": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "double-block": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}"
+    "{% set n.x = y %}{% endfor %}",
+    "double-replace": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
+    "double-filter": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x | replace('a', n.x) %}{% endfor %}",
+    "replace-nothing": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x.replace('', n.x) %}{% endfor %}",
+    "double-join": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = [n.x, n.x] | join(n.x) %}{% endfor %}",
+    "lipsum": "{{ lipsum(n=1000000) }}",
+    "undefined": "{{ messages[9].role.text }}",
+    "raise": "{{ raise_exception('no system role') }}",
+    "divide": "{{ 1 / 0 }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_template(name: str) -> None:
+    """Refused by an error a user can read, with little time and memory spent; nothing of Python leaks."""
+    with pytest.raises(DashError, match="template") as caught:
+        ChatTemplate(HOSTILE[name], {}).render(MESSAGES)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("source", ["{{ raise_exception.__globals__ }}", "{{ '{0.__class__}'.format(messages) }}"])
+def test_unsafe_attribute_is_never_text(source: str) -> None:
+    try:
+        assert ChatTemplate(source, {}).render(MESSAGES) == ""
+    except RequestError:
+        pass
+
+
+@pytest.mark.parametrize("source", ["{% for %}", "{{ unclosed", "{% endif %}", "{{ 'x' | no_such_filter }}"])
+def test_template_with_wrong_syntax(source: str) -> None:
+    with pytest.raises(BundleError, match="template"):
+        ChatTemplate(source, {})
+
+
+@pytest.mark.parametrize(
+    "message", [{}, {"role": "user"}, {"role": 1, "content": "x"}, {"role": "user", "content": None}]
+)
+def test_messages_without_text(message: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match="'role' and a 'content'"):
+        ChatTemplate(CHAT_TEMPLATE, {}).render([message])  # type: ignore[list-item]
+
+
+def test_bundle_without_template(tmp_path: Path) -> None:
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(RequestError, match="no chat template"):
+        Text(tmp_path).chat(MESSAGES)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_damaged_text_file(name: str, tmp_path: Path) -> None:
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_text("{ not json")
+    with pytest.raises(BundleError, match=name):
+        Text(tmp_path)
+
+
+def test_end_of_turn_ids(tmp_path: Path) -> None:
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    assert Text(tmp_path).eos_ids == {258}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert Text(tmp_path).eos_ids == {7, 9}

@@ -1,0 +1,85 @@
+"""Files made once per key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dash_export.artifacts import JOURNAL, ArtifactStore, content_key, write_atomic
+
+
+def writer(text: str, name: str = "a.bin"):
+    def write(folder: Path) -> list[Path]:
+        (folder / name).write_text(text)
+        return [folder / name]
+
+    return write
+
+
+def test_made_once_per_key(tmp_path: Path) -> None:
+    records = ArtifactStore(tmp_path).make("a", "key", writer("one"))
+    again = ArtifactStore(tmp_path)
+    assert again.current("a", "key") == records
+    assert again.current("a", "other key") is None
+    assert again.current("b", "key") is None
+
+
+def test_a_changed_file_is_made_again(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    store.make("a", "key", writer("one"))
+    (tmp_path / "a.bin").write_text("two")
+    assert store.current("a", "key") is None
+    (tmp_path / "a.bin").unlink()
+    assert store.current("a", "key") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": {"key": "key", "files": [{"name": "x"}]}}', "null"])
+def test_a_damaged_journal_makes_anew(text: str, tmp_path: Path) -> None:
+    ArtifactStore(tmp_path).make("a", "key", writer("one"))
+    (tmp_path / JOURNAL).write_text(text)
+    store = ArtifactStore(tmp_path)
+    assert store.current("a", "key") is None
+    store.make("a", "key", writer("one"))
+    assert ArtifactStore(tmp_path).current("a", "key")
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    def fails(folder: Path) -> list[Path]:
+        (folder / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    store = ArtifactStore(tmp_path)
+    with pytest.raises(OSError, match="No space"):
+        store.make("a", "key", fails)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-1-a").mkdir()
+    (tmp_path / ".tmp-1-a" / "half").write_text("half")
+    (tmp_path / ".tmp-journal").write_text("half")
+    ArtifactStore(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keep_only(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    store.make("a", "key", writer("a", "a.bin"))
+    store.make("b", "key", writer("b", "b.bin"))
+    store.keep_only({"a"})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", JOURNAL}
+    assert ArtifactStore(tmp_path).current("b", "key") is None
+
+
+def test_write_atomic_replaces(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", "one")
+    write_atomic(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_content_key_tells_parts_apart() -> None:
+    keys = {content_key("a", "b"), content_key("ab"), content_key("b", "a"), content_key(["a", "b"]), content_key()}
+    assert len(keys) == 5
+    assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})

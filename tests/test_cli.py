@@ -1,0 +1,148 @@
+"""The group: lazy, helpful, and every error one paragraph with the right exit code."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from dash_export import __version__
+from dash_export.cli import COMMANDS, EXTRAS, LazyGroup, cli, disk_error
+from dash_export.errors import BundleError
+from tests.commands.helpers import dash, python, refused
+
+HELP_IMPORTS = """
+import sys
+from dash_export.cli import cli
+try:
+    cli(["--help"], prog_name="dash-export")
+except SystemExit:
+    pass
+heavy = {"numpy", "onnxruntime", "onnx", "onnx_ir", "torch", "transformers", "tokenizers", "rich"} & set(sys.modules)
+print("HEAVY", sorted(heavy))
+"""
+RUNTIME_IMPORTS = """
+import sys
+from dash_export.cli import cli
+try:
+    cli(["run", sys.argv[1], "hello", "--target", "cpu-fp32", "--max-tokens", "3"], prog_name="dash-export")
+except SystemExit as end:
+    print("CODE", end.code)
+print("HEAVY", sorted({"onnx", "onnx_ir", "onnxscript", "torch", "transformers", "gguf"} & set(sys.modules)))
+"""
+
+
+def raising(error: BaseException) -> click.Command:
+    """A group with one command that fails."""
+
+    @click.group(cls=LazyGroup)
+    def group() -> None: ...
+
+    @click.command("build")
+    def failing() -> None:
+        raise error
+
+    group.get_command = lambda _ctx, _name: failing  # type: ignore[method-assign]
+    return group
+
+
+def test_help_is_lazy() -> None:
+    done = python(HELP_IMPORTS)
+    assert "HEAVY []" in done.stdout, done.stdout + done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+    assert "Exit codes" in done.stdout
+
+
+def test_running_needs_no_exporter(tiny_root: object) -> None:
+    done = python(RUNTIME_IMPORTS, tiny_root)
+    assert "CODE 0" in done.stdout, done.stderr
+    assert "HEAVY []" in done.stdout
+
+
+def test_version() -> None:
+    assert dash("--version").output == f"dash-export, version {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    result = dash(name, "--help")
+    assert result.exit_code == 0
+    assert result.output.startswith(f"Usage: dash-export {name}")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    result = dash("completion", shell)
+    assert result.exit_code == 0
+    assert "_DASH_EXPORT_COMPLETE" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("nothing",), ("export",), ("run",), ("build", "x", "--weights", "int3"), ("inspect", "a", "b"), ("--unknown",)],
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    refused(*arguments, code=2)
+
+
+def test_dash_error_is_one_line() -> None:
+    result = CliRunner().invoke(raising(BundleError("There is no bundle.")), ["build"])
+    assert (result.exit_code, result.stderr) == (1, "Error: There is no bundle.\n")
+
+
+@pytest.mark.parametrize("package", ["onnx_ir", "gguf", "torch", "onnxruntime"])
+def test_missing_package_names_the_extra(package: str) -> None:
+    error = ModuleNotFoundError(f"No module named {package!r}", name=f"{package}.core")
+    result = CliRunner().invoke(raising(error), ["build"])
+    assert result.exit_code == 1
+    assert f"pip install 'dash-export[{EXTRAS[package]}]'" in result.stderr
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    for error in (ModuleNotFoundError("No module named 'zzz'", name="zzz"), ZeroDivisionError()):
+        result = CliRunner().invoke(raising(error), ["build"])
+        assert result.exception is error
+
+
+def test_ctrl_c() -> None:
+    result = CliRunner().invoke(raising(KeyboardInterrupt()), ["build"])
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (errno.ENOSPC, "The disk is full: /x/y.data"),
+        (errno.EDQUOT, "The disk is full: /x/y.data"),
+        (errno.EROFS, "/x/y.data may not be read or written"),
+        (errno.EACCES, "/x/y.data may not be read or written"),
+        (errno.EIO, "/x/y.data could not be read or written"),
+    ],
+)
+def test_disk_errors_name_the_path(code: int, expected: str) -> None:
+    result = CliRunner().invoke(raising(OSError(code, "reason", "/x/y.data")), ["build"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {expected} ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_disk_error_without_a_name() -> None:
+    assert disk_error(OSError("100 requested and 20 written"), "out.dash").startswith("The disk is full: out.dash")
+    assert "the output" in disk_error(OSError(errno.EIO, "reason"))
+
+
+def test_closed_pipe_is_quiet() -> None:
+    code = (
+        "import os, sys; r, w = os.pipe(); os.close(r); os.dup2(w, 1)\nfrom dash_export.cli import cli\ncli(['--help'])"
+    )
+    assert "Traceback" not in python(code).stderr
+
+
+def test_commands_are_modules() -> None:
+    context = click.Context(cli)
+    assert all(re.fullmatch("[a-z]+", name) and cli.get_command(context, name) for name in COMMANDS)
+    assert cli.get_command(context, "os") is None

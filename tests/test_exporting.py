@@ -1,0 +1,197 @@
+"""Checkpoint -> bundle: what is reused, what is refused, what is left behind, and how much memory it takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dash_export import exporting
+from dash_export.bundle import Bundle
+from dash_export.errors import BundleError, CheckpointError
+from dash_export.exporting import export
+from dash_export.models import open_checkpoint
+from dash_export.skip_policy import no_policy, untrained_policy
+from tests.conftest import DATA
+from tests.tiny import save_model, tiny_checkpoint, tiny_policy
+
+MEGABYTES = 1 << 20
+# Peak resident set in MB over that after the imports, of exporting argv[1] to argv[2].
+PEAK = """
+import sys
+from pathlib import Path
+import numpy, gguf, safetensors, onnx_ir, tokenizers
+import dash_export.exporting, dash_export.models.gguf, dash_export.models.huggingface
+from dash_export.models import open_checkpoint
+from dash_export.skip_policy import untrained_policy
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+
+before = peak()
+checkpoint = open_checkpoint(sys.argv[1])
+dash_export.exporting.export(checkpoint, sys.argv[2], untrained_policy(checkpoint.spec))
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+print(peak() - before)
+"""
+
+
+def hashes(bundle: Bundle) -> dict[str, str]:
+    return {record.name: record.sha256 for record in bundle.manifest.files}
+
+
+def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    bundle = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+    on_disk = {str(path.relative_to(bundle.root)) for path in bundle.root.rglob("*") if path.is_file()}
+    assert on_disk == {record.name for record in bundle.manifest.files} | {"manifest.json"}
+    bundle.verify(bundle.manifest.files)
+    assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= on_disk
+    assert bundle.manifest.model.num_layers == 6
+    assert bundle.manifest.policy.gated == (2, 3, 4)
+
+
+def test_export_is_reproducible(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    bundles = [export(checkpoint, tmp_path / name, tiny_policy(checkpoint)) for name in ("a.dash", "b.dash")]
+    assert hashes(bundles[0]) == hashes(bundles[1])
+    assert bundles[0].manifest.key == bundles[1].manifest.key
+
+
+def test_an_unchanged_export_is_left_alone(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    root = export(checkpoint, tmp_path / "a.dash").root
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    export(tmp_path / "model", tmp_path / "a.dash")
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_a_changed_policy_keeps_the_layers(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    first = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+    one = hashes(first)
+    second = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint, "scale"))
+    two = hashes(second)
+    assert first.manifest.key != second.manifest.key
+    changed = {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
+    assert changed
+    assert all(name.startswith(("onnx/skip_", "onnx/policy.")) for name in changed)
+
+
+def test_fewer_gated_layers_leave_no_orphans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that died under one policy is resumed under another."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+
+    class Died(BaseException):
+        pass
+
+    def dies(*_: object) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "_swap", dies)
+        patch.setattr(exporting, "_clean_on_error", _nothing)
+        with pytest.raises(Died):
+            export(checkpoint, tmp_path / "a.dash", no_policy(6, (2, 3, 4)))
+    bundle = export(checkpoint, tmp_path / "a.dash", no_policy(6, (3,)))
+    assert "onnx/skip_02.onnx" not in {str(path.relative_to(bundle.root)) for path in bundle.root.rglob("*.onnx")}
+
+
+class _nothing:  # noqa: N801
+    def __init__(self, *_: object) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_a_folder_that_is_no_bundle_is_not_overwritten(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+    with pytest.raises(BundleError, match="is not a bundle: it will not be overwritten"):
+        export(tmp_path / "model", tmp_path / "photos")
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(BundleError, match="is not a bundle"):
+        export(tmp_path / "model", tmp_path / "file")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "photos", "file"}
+
+
+def test_nan_weights_leave_nothing_behind(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[4].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.4\.mlp\.up_proj\.weight holds NaN"):
+        export(tmp_path / "model", tmp_path / "deep" / "a.dash")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model")
+    sound, calls = exporting.save_graph, []
+
+    def full(*args: object, **options: object) -> list[Path]:
+        calls.append(args)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+        return sound(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(exporting, "save_graph", full)
+    with pytest.raises((OSError, BundleError), match="No space left"):
+        export(tmp_path / "model", tmp_path / "a.dash")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_full_disk_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    old = hashes(export(checkpoint, tmp_path / "a.dash"))
+
+    def full(*_: object, **__: object) -> list[Path]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "save_graph", full)
+    with pytest.raises((OSError, BundleError)):
+        export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+    bundle = Bundle.open(tmp_path / "a.dash")
+    assert hashes(bundle) == old
+    bundle.verify(bundle.manifest.files)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "a.dash"}
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    save_model(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "a.dash", progress=lambda *step: told.append(step))
+    assert [done for _, done, _ in told] == list(range(1, told[0][2] + 1))
+
+
+@pytest.mark.model
+def test_peak_memory(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Twice the largest tensor (the embedding, 113 MB in fp32) and 100 MB, whatever the number of layers."""
+    largest = 49152 * 576 * 4 / MEGABYTES
+    command = [sys.executable, "-c", PEAK, str(smollm2_gguf), str(tmp_path / "a.dash")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 2 * largest + 100
+
+
+@pytest.mark.model
+def test_smollm2_weights_are_what_the_file_holds(smollm2_gguf: Path, smollm2_bundle: Path) -> None:
+    checkpoint = open_checkpoint(smollm2_gguf)
+    bundle = Bundle.open(smollm2_bundle)
+    assert bundle.manifest.model.parameters == 134_515_008
+    assert bundle.manifest.policy.origin == untrained_policy(checkpoint.spec).origin
+    embedding = np.memmap(bundle.path("onnx/embed.data"), np.float32, "r", shape=(49152, 576))
+    weight = checkpoint.weights["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(embedding[1000:1010], weight.read_rows(1000, 1010))
+
+
+def test_heldout_text_is_not_calibration_text() -> None:
+    from dash_export.resources import resource_folder
+
+    calibration = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
+    paragraphs = (DATA / "heldout.txt").read_text(encoding="utf-8").split("\n\n")
+    assert not [text for text in paragraphs if text.strip() in calibration]

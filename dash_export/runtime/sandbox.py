@@ -56,7 +56,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
     code_generator_class = _BoundedConcat
-    concat = staticmethod(joined)  # type: ignore[assignment]
+    concat = staticmethod(joined)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -83,5 +83,5 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(text, str) and name == "replace":
             return replaced(text, *args, **kwargs)
         if isinstance(text, str) and name == "join":
-            return _joined_with(*args, between=text, **kwargs)
+            return _joined_with(*args, text)
         return super().call(context, obj, *args, **kwargs)

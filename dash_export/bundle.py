@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -21,6 +22,16 @@ from dash_export.decision import DialPoint
 from dash_export.errors import BundleError
 
 SCHEMA = 1
+# Above any published model, so that an absurd manifest fails here instead of at an allocation.
+_LARGEST = {
+    "num_layers": 1 << 10,
+    "hidden_size": 1 << 17,
+    "vocab_size": 1 << 22,
+    "num_heads": 1 << 12,
+    "num_kv_heads": 1 << 12,
+    "head_dim": 1 << 10,
+    "max_positions": 1 << 24,
+}
 MANIFEST = "manifest.json"
 BUILD = "build.json"
 _DAMAGED = "The bundle is damaged: export or build it again."
@@ -185,8 +196,11 @@ def safe_path(root: Path, relative: str) -> Path:
     """A path inside the bundle. Raises BundleError for one that leaves it, by `..`, an absolute name or a link."""
     pure = PurePosixPath(relative)
     path = root / pure
-    inside = path.resolve().is_relative_to(root.resolve())
-    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative or not inside:
+    try:
+        inside = path != root and path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links
+        inside = False
+    if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not inside:
         raise BundleError(
             f"{root.name}: the path {relative!r} leaves the bundle. Do not use this bundle; export the model again."
         )
@@ -207,34 +221,11 @@ class Bundle:
         """
         root = Path(root)
         data = _read_json(root, MANIFEST, _no_bundle(root))
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise BundleError(
-                f"{root} was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}). "
-                "Upgrade: pip install -U dash-export."
-            )
+        _refuse_newer(data, root)
         manifest = from_json(Manifest, data, f"{root.name}/{MANIFEST}")
         for name in [*manifest.graphs.values(), *(record.name for record in manifest.files)]:
             safe_path(root, name)
-        facts = manifest.model
-        if (
-            min(
-                facts.num_layers,
-                facts.hidden_size,
-                facts.vocab_size,
-                facts.num_kv_heads,
-                facts.head_dim,
-                facts.max_positions,
-            )
-            < 1
-        ):
-            raise BundleError(
-                f"{root.name}/{MANIFEST}: the model's sizes must be positive. The bundle is damaged: export it again."
-            )
-        if any(not 0 < layer < facts.num_layers for layer in manifest.policy.gated):
-            raise BundleError(
-                f"{root.name}/{MANIFEST}: a gated layer does not exist. The bundle is damaged: export it again."
-            )
+        _check_manifest(manifest, f"{root.name}/{MANIFEST}")
         return cls(root, manifest)
 
     def path(self, relative: str) -> Path:
@@ -259,6 +250,7 @@ class Bundle:
                 f"Run: {self._build_command(target)}"
             )
         data = _read_json(self.root, f"{folder}/{BUILD}", "")
+        _refuse_newer(data, self.root)
         build = from_json(Build, data, f"{self.root.name}/{folder}/{BUILD}")
         for name in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
             self.path(name)
@@ -267,6 +259,7 @@ class Bundle:
                 f"{self.root}: the engines for {target!r} were built from an earlier export. "
                 f"Run: {self._build_command(target)}"
             )
+        _check_build(build, self.manifest, f"{self.root.name}/{folder}/{BUILD}")
         return build
 
     def _build_command(self, target: str) -> str:
@@ -289,6 +282,52 @@ class Bundle:
                     f"{self.root}: {record.name} is not the file that was written (hash mismatch). "
                     "It was changed or damaged after the bundle was made: export and build it again."
                 )
+
+
+def _refuse_newer(data: Any, root: Path) -> None:
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise BundleError(
+            f"{root} was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}). "
+            "Upgrade: pip install -U dash-export."
+        )
+
+
+def _check_manifest(manifest: Manifest, where: str) -> None:
+    """Sizes that can be, gated layers that exist, and a graph for each."""
+    model, gated = manifest.model, manifest.policy.gated
+    sizes = {name: getattr(model, name) for name in _LARGEST}
+    wrong = [f"{name} = {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST[name]]
+    if wrong:
+        raise BundleError(f"{where}: {', '.join(wrong)} cannot be. {_DAMAGED}")
+    if list(gated) != sorted({layer for layer in gated if 0 < layer < model.num_layers}):
+        raise BundleError(f"{where}: a gated layer does not exist or is there twice. {_DAMAGED}")
+    needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
+    needed |= {f"skip_{layer:02d}" for layer in gated} | ({"policy"} if manifest.policy.has_network else set())
+    if needed - set(manifest.graphs):
+        raise BundleError(f"{where}: there is no graph {min(needed - set(manifest.graphs))}. {_DAMAGED}")
+
+
+def _check_build(build: Build, manifest: Manifest, where: str) -> None:
+    """Segments that cover every layer once, an engine for each, and a cost for every gated layer."""
+    gated, segments = manifest.policy.gated, build.segments
+    following = [*(segment.first for segment in segments[1:]), manifest.model.num_layers]
+    ends = [segment.embed for segment in segments], [segment.head for segment in segments]
+    if (
+        [segment.last + 1 for segment in segments] != following
+        or not all(0 <= segment.first <= segment.last + 1 for segment in segments)
+        or (segments and segments[0].first)
+        or tuple(segment.first for segment in segments if segment.gated) != gated
+        or any(segment.gated and segment.first != segment.last for segment in segments)
+        or ends != ([True] + [False] * (len(segments) - 1), [False] * (len(segments) - 1) + [True])
+    ):
+        raise BundleError(f"{where}: the segments are not the model's layers in order. {_DAMAGED}")
+    needed = {segment.name for segment in segments} | {f"skip_{layer:02d}" for layer in gated}
+    needed |= {f"policy_{layer:02d}" for layer in gated if manifest.policy.has_network}
+    if needed - set(build.engines):
+        raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {_DAMAGED}")
+    if set(build.cost.cost) != set(gated) or not all(map(isfinite, build.cost.cost.values())):
+        raise BundleError(f"{where}: the cost table does not list the gated layers. {_DAMAGED}")
 
 
 def _no_bundle(root: Path) -> str:

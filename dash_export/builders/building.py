@@ -14,7 +14,7 @@ from dash_export.builders.measure import calibrate_dial, measure_cost, uniform_c
 from dash_export.builders.plan import plan_segments
 from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, to_json
 from dash_export.errors import BundleError
-from dash_export.runtime.backends import load_backend
+from dash_export.runtime.backends import load_backend, require_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 from dash_export.targets import Recipe, load_recipe, with_weights
 
@@ -35,6 +35,7 @@ def build(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     recipe = with_weights(load_recipe(target), weights, head, embedding)
+    require_backend(recipe.backend)
     began = time.perf_counter()
     merge = recipe.dialect != "portable"
     segments = plan_segments(bundle.manifest.model.num_layers, bundle.manifest.policy.gated, merge)

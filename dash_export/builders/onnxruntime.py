@@ -22,10 +22,10 @@ from dash_export.graphs.compose import absorb, load_graph, specialise_policy
 from dash_export.graphs.ort import lower
 from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.writer import GraphWriter, save_graph
-from dash_export.runtime.dispatch import POLICY_STATE
+from dash_export.names import POLICY_STATE
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 8
+LOWERING_REVISION = 9
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 

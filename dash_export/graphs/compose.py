@@ -22,13 +22,31 @@ def load_graph(path: Path) -> ir.Model:
         raise BundleError(
             f"{path} is not a readable ONNX graph ({error}). The bundle is damaged: export it again."
         ) from error
+    if not len(model.graph):
+        raise BundleError(f"{path} holds no graph. The bundle is damaged: export it again.")
     for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name != str(tensor.location):
-            raise BundleError(
-                f"{path}: the external data of {value.name} ({tensor.location}) leaves the bundle. Do not use it."
-            )
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _check_external(path, value.const_value)
     return model
+
+
+def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
+    """The tensor lies in a file beside its graph (not behind a link that leads away), and that file is long enough."""
+    location = str(tensor.location)
+    file = path.parent / location
+    if location in (".", "..") or Path(location).name != location or not _stays(file):
+        raise BundleError(
+            f"{path}: the external data of {tensor.name} ({location}) leaves the bundle. Do not use this bundle."
+        )
+    if file.exists() and file.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
+        raise BundleError(f"{file} is cut short: {tensor.name} is not whole. The bundle is damaged: export it again.")
+
+
+def _stays(file: Path) -> bool:
+    try:
+        return file.resolve().parent == file.parent.resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links
+        return False
 
 
 def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]) -> dict[str, ir.Value]:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from dash_export.graphs.compensation import add_compensation
 from dash_export.graphs.writer import GraphWriter, external, lazy_weight
 from dash_export.models.spec import Checkpoint, DecoderSpec
+from dash_export.names import past_names, present_names
 from dash_export.skip_policy import SkipPolicy
 
 ROPE_FILE = "rope.data"
@@ -23,16 +24,6 @@ HEAD_WEIGHT = "lm_head.weight"
 SHARED_FILES = (ROPE_FILE, EMBED_FILE)
 
 HIDDEN_SHAPE = ("batch", "sequence")
-
-
-def past_names(layer: int) -> tuple[str, str]:
-    """Cache inputs of a layer, as Optimum names them."""
-    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
-
-
-def present_names(layer: int) -> tuple[str, str]:
-    """Cache outputs of a layer; bind each to the same memory as its input."""
-    return f"present.{layer}.key", f"present.{layer}.value"
 
 
 def rope_tables(spec: DecoderSpec) -> dict[str, npt.NDArray[np.float32]]:

@@ -15,12 +15,11 @@ import numpy.typing as npt
 
 from dash_export.bundle import Build, Bundle, Segment
 from dash_export.decision import Action
+from dash_export.names import POLICY_STATE, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Backend, Engine, Launch
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.rules import Rule
 
-POLICY_STATE = "policy_state"
-"""Output of a merged segment: the hidden state that entered its last layer, which the next policy reads."""
 SKIPPED = 2
 """Index of the buffer that skip graphs write in a teacher-forced step."""
 
@@ -106,7 +105,7 @@ class BoundStep:
             "position_ids": self._position_ids,
             "write_indices": self._write_indices,
             "seqlens_k": self._seqlens_k,
-            "total_sequence_length": self._total,
+            "total_length": self._total,
             "first_logit": np.array([0 if teacher_forced else sequence - 1], np.int64),
         }
         if self._mask is not None:
@@ -148,9 +147,9 @@ class BoundStep:
     def _shared(self, segment: Segment, hidden: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
         shared = {**self._inputs, "hidden": hidden, "actions": self._history[max(segment.last, 0)][None]}
         for layer in segment.layers:
-            key, value = self._cache.keys[layer], self._cache.values[layer]
-            shared[f"past_key_values.{layer}.key"] = shared[f"present.{layer}.key"] = key
-            shared[f"past_key_values.{layer}.value"] = shared[f"present.{layer}.value"] = value
+            arrays = (self._cache.keys[layer], self._cache.values[layer])
+            for name, array in zip((*past_names(layer), *present_names(layer)), arrays * 2, strict=True):
+                shared[name] = shared[short_name(name)] = array
         return shared
 
     def _outputs(self, segment: Segment) -> dict[str, npt.NDArray[Any]]:

@@ -28,12 +28,12 @@ def joined(pieces: Iterable[Any]) -> str:
     return "".join(texts)
 
 
-def replaced(text: str, old: str, new: str) -> str:
+def replaced(text: str, old: str, new: str, count: int | None = None) -> str:
     """`text.replace(old, new)` of a bounded result."""
     text, old, new = str(text), str(old), str(new)
     if text.count(old) * len(new) > MAX_CHARACTERS:
         raise SecurityError(f"replace could make a text of over {MAX_CHARACTERS} characters")
-    return text.replace(old, new)
+    return text.replace(old, new, -1 if count is None else count)
 
 
 def _joined_with(values: Iterable[Any], between: str = "") -> str:
@@ -83,5 +83,5 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(text, str) and name == "replace":
             return replaced(text, *args, **kwargs)
         if isinstance(text, str) and name == "join":
-            return _joined_with(*args, text)
+            return _joined_with(args[0], text)
         return super().call(context, obj, *args, **kwargs)

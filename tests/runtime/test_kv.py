@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -122,7 +121,7 @@ def test_cache_step_of_one_position_is_not_read_ahead(tiny_runtime: LoadRuntime)
     np.testing.assert_allclose(live.decode_one(int(ids[20]))[0], expected, atol=2e-5)
 
 
-def test_fused_and_sync_decide_alike(tiny_root: Path, tiny_runtime: LoadRuntime) -> None:
+def test_fused_and_sync_decide_alike(tiny_runtime: LoadRuntime) -> None:
     _same_decisions(tiny_runtime("cpu-fp32", "fused"), tiny_runtime("cpu-fp32", "sync"), random_ids(120))
 
 

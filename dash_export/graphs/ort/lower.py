@@ -15,6 +15,7 @@ from dash_export.errors import BackendError
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused
 from dash_export.graphs.ort.policy import fuse_policy, share_norm
 from dash_export.graphs.ort.quantize import CONTRIB, hand_over, only_user, quantize_weights, replace
+from dash_export.names import short_name
 from dash_export.targets import WeightsRecipe
 
 PACK_ORDER = ("q_proj", "k_proj", "v_proj", "state_projection", "gate_proj", "up_proj")
@@ -26,7 +27,7 @@ ROTARY_MULTIPLE = 16
 def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.Model:
     """A portable segment or skip graph -> the `ort` dialect, in place.
 
-    Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_sequence_length` [1] int32
+    Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_length` [1] int32
     replace mask, positions and write indices), Add + RMSNormalization one node, projections that read the same value
     one matrix, weights are quantised.
     """
@@ -43,6 +44,8 @@ def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.
     quantize_weights(graph, recipe, gated)
     _drop_unused_inputs(graph)
     drop_unused(graph)
+    for value in (*graph.inputs, *graph.outputs):
+        value.name = short_name(str(value.name))
     return model
 
 
@@ -126,7 +129,7 @@ def _group_query_attention(graph: ir.Graph) -> None:
     if not nodes:
         return
     lengths = _input(graph, "seqlens_k", ("batch",))
-    total = _input(graph, "total_sequence_length", (1,))
+    total = _input(graph, "total_length", (1,))
     for node in nodes:
         _one_attention(graph, node, lengths, total)
 

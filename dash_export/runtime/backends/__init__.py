@@ -12,13 +12,19 @@ from dash_export.runtime.backends.base import Backend
 BACKENDS = {"onnxruntime": ("dash_export.runtime.backends.onnxruntime", "onnxruntime", "cpu")}
 
 
-def load_backend(name: str, threads: int) -> Backend:
-    """Import and start a backend. Raises BackendError that names the extra when its package is not installed."""
+def require_backend(name: str) -> None:
+    """Raises BackendError that names the extra when the backend's package is not installed."""
     if name not in BACKENDS:
         raise BackendError(f"There is no backend {name!r} in this version. Known: {', '.join(BACKENDS)}.")
-    module, package, extra = BACKENDS[name]
+    _, package, extra = BACKENDS[name]
     if find_spec(package) is None:
         raise BackendError(
             f"The backend {name!r} is not installed on this machine. Run: pip install 'dash-export[{extra}]'"
         )
+
+
+def load_backend(name: str, threads: int) -> Backend:
+    """Import and start a backend. Raises BackendError that names the extra when its package is not installed."""
+    require_backend(name)
+    module = BACKENDS[name][0]
     return import_module(module).create(threads)  # type: ignore[no-any-return]

@@ -50,6 +50,9 @@ def start_thread_pool(threads: int) -> int:
     return _pool_threads
 
 
+_BUILD_AGAIN = "The engine does not fit its bundle: build the target again."
+
+
 class OrtEngine:
     """One InferenceSession."""
 
@@ -58,7 +61,8 @@ class OrtEngine:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a family of its own plus RuntimeError
             raise BackendError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {error}") from error
-        self._ranks = {item.name: len(item.shape) for item in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self._name = path.name
+        self._shapes = {item.name: item.shape for item in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.inputs = tuple(item.name for item in self.session.get_inputs())
         self.outputs = tuple(item.name for item in self.session.get_outputs())
 
@@ -69,9 +73,16 @@ class OrtEngine:
             (self.outputs, outputs, binding.bind_output),
         ):
             for name in names:
+                expected = self._shapes[name]
+                if name not in arrays:
+                    raise BackendError(f"{self._name} wants {name}, which this runtime does not have. {_BUILD_AGAIN}")
                 array = arrays[name]
                 # A lowered graph may take rows where others take [batch, sequence]: same memory, batch is one.
-                shape = array.shape[array.ndim - self._ranks[name] :]
+                shape = array.shape[max(0, array.ndim - len(expected)) :]
+                if len(shape) != len(expected) or any(
+                    type(size) is int and size != given for size, given in zip(expected, shape, strict=True)
+                ):
+                    raise BackendError(f"{self._name} wants {name} {expected}, not {list(shape)}. {_BUILD_AGAIN}")
                 bind(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
         launch = _Launch(self.session._sess.run_with_iobinding, binding._iobinding, _RUN_OPTIONS)
         launch.memory = (inputs, outputs, binding)

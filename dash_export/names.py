@@ -1,0 +1,27 @@
+"""Names of inputs and outputs that graphs, builders and the runtime agree on."""
+
+from __future__ import annotations
+
+POLICY_STATE = "policy_state"
+"""Output of a merged segment: the hidden state that entered its last layer, which the next policy reads."""
+
+
+def past_names(layer: int) -> tuple[str, str]:
+    """Cache inputs of a portable layer graph, (key, value), as Optimum names them."""
+    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
+
+
+def present_names(layer: int) -> tuple[str, str]:
+    """Cache outputs of a portable layer graph; bind each to the same memory as its input."""
+    return f"present.{layer}.key", f"present.{layer}.value"
+
+
+def short_name(name: str) -> str:
+    """`past_key_values.17.key` -> `past_key_17`, `present.17.key` -> `key_17`: how lowered engines name their caches.
+
+    ONNX Runtime copies the names of inputs and outputs at every run; up to 15 characters need no memory of their own.
+    """
+    parts = name.split(".")
+    if len(parts) != 3 or parts[0] not in ("past_key_values", "present"):
+        return name
+    return f"{'past_' if parts[0] != 'present' else ''}{parts[2]}_{parts[1]}"

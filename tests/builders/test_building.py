@@ -1,0 +1,126 @@
+"""Builds: incremental, exact about what depends on what, with a cost table and a budget table."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.artifacts import ArtifactStore
+from dash_export.builders import build
+from dash_export.bundle import Bundle
+from dash_export.errors import RecipeError
+from dash_export.exporting import export
+from dash_export.models import open_checkpoint
+from tests.tiny import random_ids, tiny_policy
+
+
+@pytest.fixture
+def bundle(tiny_root: Path, tmp_path: Path) -> Bundle:
+    shutil.copytree(tiny_root.parent / "model", tmp_path / "model")
+    return Bundle.open(shutil.copytree(tiny_root, tmp_path / "tiny.dash"))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The artifacts that were really made, by name."""
+    names: list[str] = []
+    sound = ArtifactStore.make
+
+    def make(store: ArtifactStore, name: str, key: str, write: object) -> object:
+        names.append(name)
+        return sound(store, name, key, write)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ArtifactStore, "make", make)
+    return names
+
+
+def test_a_second_build_changes_nothing(bundle: Bundle, made: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*") if path.is_file()}
+    again = build(bundle, "cpu", weights="fp32")
+    assert made == []
+    assert {path: path.stat().st_mtime_ns for path in before} == {
+        path: stamp for path, stamp in before.items() if path.name != ".journal.json"
+    } | {path: path.stat().st_mtime_ns for path in before if path.name == ".journal.json"}
+    assert again == bundle.load_build("cpu-fp32"), "the cost table is frozen"
+
+
+def test_another_policy_network_makes_only_policies(bundle: Bundle, made: list[str]) -> None:
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    policy = tiny_policy(checkpoint, "low_rank")
+    other = tiny_policy(checkpoint, "low_rank", seed=7)
+    assert policy.network is not None
+    changed = export(checkpoint, bundle.root, type(policy)(policy.gated, other.network, policy.compensation, "other"))
+    made.clear()
+    build(changed, "cpu", weights="fp32")
+    assert made
+    assert all("polic" in name for name in made), made
+    assert DashRuntime.load(bundle.root, "cpu-fp32").generate([1, 2], 3).tokens.size == 3
+
+
+def test_another_compensation_keeps_the_layers(bundle: Bundle, made: list[str]) -> None:
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    changed = export(checkpoint, bundle.root, tiny_policy(checkpoint, "scale"))
+    made.clear()
+    build(changed, "cpu", weights="fp32")
+    assert {name.partition(".")[0] for name in made} == {"skip_02", "skip_03", "skip_04"}
+
+
+def test_a_damaged_engine_is_made_again(bundle: Bundle, made: list[str]) -> None:
+    path = bundle.path("engines/cpu-fp32/skip_03.onnx")
+    sound = path.read_bytes()
+    path.write_bytes(b"damaged")
+    build(bundle, "cpu", weights="fp32")
+    assert made == ["skip_03"]
+    assert path.read_bytes() == sound
+
+
+def test_fewer_gated_layers_leave_no_orphans(bundle: Bundle) -> None:
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    policy = tiny_policy(checkpoint)
+    assert policy.network is not None
+    fewer = type(policy)((3,), {name: array[1:2] for name, array in policy.network.items()})
+    made = build(export(checkpoint, bundle.root, fewer), "cpu", weights="fp32")
+    on_disk = {f"engines/cpu-fp32/{path.name}" for path in bundle.path("engines/cpu-fp32").iterdir()}
+    assert on_disk == {record.name for record in made.files} | {
+        "engines/cpu-fp32/build.json",
+        "engines/cpu-fp32/.journal.json",
+    }
+
+
+def test_cost_and_budget_tables(bundle: Bundle) -> None:
+    made = bundle.load_build("cpu-fp32")
+    assert set(made.cost.cost) == {2, 3, 4}
+    assert len(set(made.cost.cost.values())) == 1, "layers of one shape share their cost"
+    assert 0 < made.cost.cost[2] < 1
+    assert made.cost.dense_us == pytest.approx(sum(made.cost.segment_us.values()), rel=1e-3)
+    dial = made.dial
+    assert [point.trade_off for point in dial] == sorted(point.trade_off for point in dial)
+    assert (dial[0].trade_off, dial[0].layers, dial[0].time) == (0.0, 6.0, 1.0)
+    # Past the last point everything gated is skipped, but for the dense first positions.
+    assert dial[-1].layers == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_precisions_lie_side_by_side(precision: str, bundle: Bundle) -> None:
+    made = build(bundle, "cpu", weights=precision)
+    assert made.target in ("cpu", f"cpu-{precision}")
+    assert DashRuntime.load(bundle.root, "cpu-fp32").generate(random_ids(5), 3).tokens.size == 3
+    sizes = {target: sum(r.bytes for r in bundle.load_build(target).files) for target in ("cpu-fp32", made.target)}
+    assert sizes[made.target] < sizes["cpu-fp32"]
+
+
+def test_a_bundle_without_a_network_serves_dense_and_static(bundle: Bundle, tmp_path: Path) -> None:
+    plain = export(open_checkpoint(bundle.root.parent / "model"), tmp_path / "plain.dash")
+    made = build(plain, "cpu", weights="fp32")
+    assert made.dial == ()
+    runtime = DashRuntime.load(plain.root, "cpu-fp32")
+    assert runtime.dispatch == "plain"
+    assert runtime.generate(random_ids(8), 6, skip=[3]).actions[1:].sum() == 5
+
+
+def test_unknown_target(bundle: Bundle) -> None:
+    with pytest.raises(RecipeError, match="Known targets"):
+        build(bundle, "toaster")

@@ -1,0 +1,39 @@
+"""How a model is cut into segments."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dash_export.builders.plan import plan_segments
+
+LAYERS = 10
+
+
+def names(gated: tuple[int, ...], merge: bool = True) -> list[str]:
+    return [segment.name for segment in plan_segments(LAYERS, gated, merge)]
+
+
+def test_never_gated_neighbours_are_one_engine() -> None:
+    assert names(()) == ["layers_00-09"]
+    assert names((4,)) == ["layers_00-03", "layer_04", "layers_05-09"]
+    assert names((1, 2)) == ["layer_00", "layer_01", "layer_02", "layers_03-09"]
+
+
+def test_a_gated_last_layer_leaves_the_head_alone() -> None:
+    assert names((9,)) == ["layers_00-08", "layer_09", "head"]
+
+
+@given(st.sets(st.integers(1, LAYERS - 1)), st.booleans())
+def test_every_layer_once_and_gated_ones_alone(gated: set[int], merge: bool) -> None:
+    segments = plan_segments(LAYERS, sorted(gated), merge)
+    assert [layer for segment in segments for layer in segment.layers] == list(range(LAYERS))
+    assert {segment.first for segment in segments if segment.gated} == gated
+    assert all(len(segment.layers) == 1 for segment in segments if segment.gated)
+    assert [segment.embed for segment in segments] == [True] + [False] * (len(segments) - 1)
+    assert [segment.head for segment in segments] == [False] * (len(segments) - 1) + [True]
+    assert len({segment.name for segment in segments}) == len(segments)
+    if merge:
+        assert not any(not a.gated and not b.gated and b.layers for a, b in pairwise(segments))

@@ -1,0 +1,180 @@
+"""Bundles made to harm: every one is refused by an error, and nothing outside is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.artifacts import sha256_file
+from dash_export.builders import build
+from dash_export.bundle import BUILD, MANIFEST, Bundle
+from dash_export.errors import BackendError, BundleError, DashError
+from dash_export.graphs.compose import load_graph
+from dash_export.runtime import backends
+
+ENGINE = "engines/cpu-fp32/layer_02.policy.onnx"
+
+
+@pytest.fixture
+def bundle(tiny_root: Path, tmp_path: Path) -> Path:
+    root = Path(shutil.copytree(tiny_root, tmp_path / "tiny.dash"))
+    np.arange(1 << 16, dtype=np.float32).tofile(tmp_path / "secret.data")
+    return root
+
+
+def rewritten(root: Path, name: str, change: Callable[[onnx.ModelProto], object]) -> None:
+    """Change an .onnx file and every record of its hash: a forger has the whole bundle."""
+    model = onnx.load(root / name, load_external_data=False)
+    change(model)
+    onnx.save(model, root / name)
+    rehashed(root, name)
+
+
+def rehashed(root: Path, name: str) -> None:
+    for listing in (root / MANIFEST, *root.glob(f"engines/*/{BUILD}")):
+        data = json.loads(listing.read_text())
+        for record in data["files"]:
+            if record["name"] == name:
+                record.update(sha256=sha256_file(root / name), bytes=(root / name).stat().st_size)
+        listing.write_text(json.dumps(data))
+
+
+def point_outside(location: str) -> Callable[[onnx.ModelProto], object]:
+    def change(model: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+
+    return change
+
+
+def locations(root: Path) -> list[str]:
+    return [
+        "../../../secret.data",
+        str(root.parent / "secret.data"),
+        "./../../../secret.data",
+        "x/../../../../secret.data",
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_engine_whose_weights_lie_outside(which: int, bundle: Path) -> None:
+    rewritten(bundle, ENGINE, point_outside(locations(bundle)[which]))
+    with pytest.raises(DashError, match=r"refuses layer_02\.policy\.onnx|leaves the bundle"):
+        DashRuntime.load(bundle, "cpu-fp32").generate([1, 2, 3], 2)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_graph_whose_weights_lie_outside(which: int, bundle: Path) -> None:
+    rewritten(bundle, "onnx/layer_02.onnx", point_outside(locations(bundle)[which]))
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        load_graph(bundle / "onnx/layer_02.onnx")
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        build(bundle, "cpu", weights="fp32")
+
+
+def test_engine_whose_weights_are_a_link(bundle: Path) -> None:
+    """The link is not in the manifest, so no hash speaks against it."""
+    (bundle / "engines/cpu-fp32/leak.data").symlink_to(bundle.parent / "secret.data")
+    rewritten(bundle, ENGINE, point_outside("leak.data"))
+    with pytest.raises(DashError):
+        DashRuntime.load(bundle, "cpu-fp32")
+
+
+def test_graph_whose_weights_are_a_link(bundle: Path) -> None:
+    (bundle / "onnx/leak.data").symlink_to(bundle.parent / "secret.data")
+    rewritten(bundle, "onnx/layer_02.onnx", point_outside("leak.data"))
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(BundleError):
+        build(bundle, "cpu", weights="fp32")
+
+
+def test_constant_node_whose_value_lies_outside(bundle: Path) -> None:
+    """External data hides in attributes too."""
+
+    def change(model: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+        model.graph.initializer.remove(tensor)
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../../secret.data"
+        node = onnx.helper.make_node("Constant", [], [tensor.name], name="layer_02/constant", value=tensor)
+        model.graph.node.insert(0, node)
+
+    rewritten(bundle, "onnx/layer_02.onnx", change)
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(DashError):
+        build(bundle, "cpu", weights="fp32")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_truncated_engine(share: float, bundle: Path) -> None:
+    data = (bundle / ENGINE).read_bytes()
+    (bundle / ENGINE).write_bytes(data[: int(share * len(data))])
+    rehashed(bundle, ENGINE)
+    with pytest.raises(BackendError, match=r"refuses layer_02\.policy\.onnx"):
+        DashRuntime.load(bundle, "cpu-fp32")
+
+
+@pytest.mark.parametrize("name", ["onnx/layer_02.onnx", "onnx/policy.onnx", "onnx/embed.onnx"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_truncated_graph(name: str, share: float, bundle: Path) -> None:
+    data = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(data[: int(share * len(data))])
+    rehashed(bundle, name)
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(DashError):
+        build(bundle, "cpu", weights="fp32")
+
+
+def test_truncated_weights(bundle: Path) -> None:
+    for name in ("engines/cpu-fp32/layer_02.data", "onnx/layer_02.data"):
+        (bundle / name).write_bytes((bundle / name).read_bytes()[:5000])
+        rehashed(bundle, name)
+    with pytest.raises(DashError):
+        DashRuntime.load(bundle, "cpu-fp32")
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(DashError):
+        build(bundle, "cpu", weights="fp32")
+
+
+def test_changed_graph_is_not_built(bundle: Path) -> None:
+    shutil.rmtree(bundle / "engines")
+    data = bytearray((bundle / "onnx/layer_03.data").read_bytes())
+    data[100] ^= 1
+    (bundle / "onnx/layer_03.data").write_bytes(data)
+    with pytest.raises(BundleError, match=r"onnx/layer_03\.data is not the file"):
+        build(bundle, "cpu", weights="fp32")
+    assert Bundle.open(bundle).targets() == []
+
+
+def test_missing_backend_names_the_extra(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)  # noqa: ARG005
+    with pytest.raises(BackendError, match=r"pip install 'dash-export\[cpu\]'"):
+        DashRuntime.load(bundle, "cpu-fp32")
+
+
+def test_build_without_its_backend_names_the_extra(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)  # noqa: ARG005
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(BackendError, match=r"pip install 'dash-export\[cpu\]'"):
+        build(bundle, "cpu", weights="fp32")
+
+
+def test_nothing_is_unpickled() -> None:
+    """No module of the package reaches for a loader that runs what it reads."""
+    package = Path(backends.__file__).parents[2]
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        assert "import pickle" not in text, path
+        assert "torch.load" not in text, path
+        assert "eval(" not in text.replace(".eval()", ""), path

@@ -1,0 +1,208 @@
+"""The manifest and build.json: read strictly, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dash_export import DashRuntime
+from dash_export.bundle import BUILD, MANIFEST, Bundle, Manifest, Segment, from_json, safe_path, to_json
+from dash_export.errors import BundleError, DashError
+
+MUTATIONS = 250
+BUILD_JSON = f"engines/cpu-fp32/{BUILD}"
+
+
+@pytest.fixture
+def bundle(tiny_root: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(tiny_root, tmp_path / "tiny.dash", symlinks=True))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_manifest_round_trip(tiny_root: Path) -> None:
+    manifest = Bundle.open(tiny_root).manifest
+    assert from_json(Manifest, json.loads(to_json(manifest)), "manifest") == manifest
+
+
+def test_targets(tiny_root: Path) -> None:
+    assert Bundle.open(tiny_root).targets() == ["cpu-fp32", "portable"]
+
+
+def test_segment_names() -> None:
+    assert Segment(0, -1, True, False, False).name == "embed"
+    assert Segment(30, 29, False, True, False).name == "head"
+    assert Segment(4, 4, False, False, True).name == "layer_04"
+    assert Segment(0, 1, True, False, False).name == "layers_00-01"
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"There is no bundle at .* dash-export export MODEL -o"):
+        Bundle.open(tmp_path / "nothing.dash")
+    (tmp_path / "half.dash").mkdir()
+    with pytest.raises(BundleError, match="not a finished bundle"):
+        Bundle.open(tmp_path / "half.dash")
+    (tmp_path / "file.dash").write_text("text")
+    with pytest.raises(BundleError, match="not a finished bundle"):
+        Bundle.open(tmp_path / "file.dash")
+
+
+def test_no_build_says_what_to_type(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"'cpu' does not exist \(built: cpu-fp32, portable\).*dash-export build"):
+        DashRuntime.load(bundle, "cpu")
+    (bundle / BUILD_JSON).unlink()
+    with pytest.raises(BundleError, match="'cpu-fp32' is unfinished"):
+        DashRuntime.load(bundle, "cpu-fp32")
+
+
+@pytest.mark.parametrize("target", ["../engines/cpu-fp32", "/etc", "..", ""])
+def test_a_target_that_leaves_the_bundle(target: str, tiny_root: Path) -> None:
+    with pytest.raises(DashError):
+        DashRuntime.load(tiny_root, target)
+
+
+def test_newer_schema(bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: data.update(schema=99, surprise={"new": True}))
+    with pytest.raises(BundleError, match=r"newer dash-export \(schema 99.*pip install -U"):
+        Bundle.open(bundle)
+
+
+def test_build_of_a_newer_schema(bundle: Path) -> None:
+    edit(bundle / BUILD_JSON, lambda data: data.update(schema=99))
+    with pytest.raises(BundleError, match="newer"):
+        Bundle.open(bundle).load_build("cpu-fp32")
+
+
+def test_build_of_an_earlier_export(bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: data.update(key="0" * 32))
+    with pytest.raises(BundleError, match="built from an earlier export"):
+        Bundle.open(bundle).load_build("cpu-fp32")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "engines/cpu-fp32/layer_03.onnx", "engines/cpu-fp32/layer_03.data"])
+@pytest.mark.parametrize("how", ["changed", "longer", "gone"])
+def test_changed_file(name: str, how: str, bundle: Path) -> None:
+    path = bundle / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if how == "changed" else data + b"x")
+    if how == "gone":
+        path.unlink()
+    with pytest.raises(BundleError, match=f"{name} is (not the file that was written|missing)"):
+        DashRuntime.load(bundle, "cpu-fp32")
+
+
+PATHS = ["../secret", "/etc/passwd", "onnx/../../secret", "a\\..\\b", "", "link/secret", "nul\0", "."]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("where", ["graphs", "files", "engines", "build-files"])
+def test_path_that_leaves_the_bundle(path: str, where: str, bundle: Path) -> None:
+    (bundle.parent / "outside").mkdir()
+    (bundle.parent / "outside" / "secret").write_text("secret")
+    (bundle.parent / "secret").write_text("secret")
+    (bundle / "link").symlink_to(bundle.parent / "outside")
+
+    def point(data: dict[str, Any]) -> None:
+        if where == "graphs":
+            data["graphs"]["embed"] = path
+        elif where == "engines":
+            data["engines"]["layer_02.policy"]["file"] = path
+        else:
+            data["files"][0]["name"] = path
+
+    edit(bundle / (MANIFEST if where in ("graphs", "files") else BUILD_JSON), point)
+    with pytest.raises(DashError, match=r"leaves the bundle|damaged|missing"):
+        DashRuntime.load(bundle, "cpu-fp32")
+
+
+def test_a_linked_bundle_is_fine(bundle: Path, tmp_path: Path) -> None:
+    """The bundle itself may be reached through a link; only what is inside may not lead out."""
+    (tmp_path / "current").symlink_to(bundle)
+    assert DashRuntime.load(tmp_path / "current", "cpu-fp32").generate([1, 2], 2).tokens.size == 2
+
+
+@given(st.text(max_size=20))
+def test_safe_path_stays_inside(name: str) -> None:
+    root = Path("/nowhere/bundle")
+    try:
+        path = safe_path(root, name)
+    except BundleError:
+        return
+    assert path.resolve().is_relative_to(root)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"x"', "[" * 100_000, '{"schema": 1}', '{"schema": "1"}'])
+def test_damaged_manifest(text: str, bundle: Path) -> None:
+    (bundle / MANIFEST).write_text(text)
+    with pytest.raises(BundleError):
+        Bundle.open(bundle)
+
+
+def test_manifest_that_is_not_text(bundle: Path) -> None:
+    (bundle / MANIFEST).write_bytes(b"\xff\x00\xfe")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Bundle.open(bundle)
+
+
+VALUES: list[Any] = [None, True, -1, 0, 3, 10**30, 1.5, 1e308, "", "x", "../x", [], ["x"], [1], {}, {"a": 1}]
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a JSON document."""
+    if path:
+        yield path
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+def mutated(text: str, rng: random.Random) -> tuple[str, str]:
+    """One value replaced, removed, or a key added; and what was done."""
+    data = json.loads(text)
+    *above, last = rng.choice(list(places(data)))
+    parent = data
+    for key in above:
+        parent = parent[key]
+    how = rng.choice(["replace", "replace", "replace", "remove", "add"])
+    value = rng.choice(VALUES)
+    if how == "remove":
+        del parent[last]
+    elif how == "add" and isinstance(parent, dict):
+        parent["surprise"] = value
+    else:
+        parent[last] = value
+    return json.dumps(data), f"{how} {[*above, last]} {value!r}"
+
+
+@pytest.mark.parametrize("name", [MANIFEST, BUILD_JSON])
+def test_mutated_json_never_raises_anything_else(name: str, bundle: Path) -> None:
+    """A DashError or a runtime that works on: never a KeyError from the depth."""
+    rng = random.Random(0)
+    sound = (bundle / name).read_text()
+    opened = 0
+    for _ in range(MUTATIONS):
+        text, done = mutated(sound, rng)
+        (bundle / name).write_text(text)
+        try:
+            runtime = DashRuntime.load(bundle, "cpu-fp32", verify=False)
+            runtime.generate([1, 2, 3], 2, trade_off=1.0)
+            opened += 1
+        except DashError:
+            pass
+        except Exception as error:
+            raise AssertionError(f"{done}: {type(error).__name__}: {error}") from error
+    assert 0 < opened < MUTATIONS

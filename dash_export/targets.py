@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -150,6 +150,9 @@ def _parse(kind: type[_T], data: object, where: str) -> _T:
             raise RecipeError(
                 f"{where}: unknown key {key!r}. Known keys here: {', '.join(name for name in known if name != 'name')}."
             )
+    missing = [item.name for item in fields(kind) if item.name not in data and _is_required(item)]  # type: ignore[arg-type]
+    if missing:
+        raise RecipeError(f"{where}: {', '.join(missing)} is missing.")
     values: dict[str, Any] = {}
     for key, value in data.items():
         hint = hints[key]
@@ -168,3 +171,7 @@ def _parse(kind: type[_T], data: object, where: str) -> _T:
                 raise RecipeError(f"{where}: {key} = {value} is outside {low} to {high}.")
         values[key] = value
     return kind(**values)
+
+
+def _is_required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING

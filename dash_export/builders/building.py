@@ -13,7 +13,7 @@ from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progre
 from dash_export.builders.measure import calibrate_dial, measure_cost, uniform_cost
 from dash_export.builders.plan import plan_segments
 from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, to_json
-from dash_export.errors import BundleError
+from dash_export.errors import BackendError, BundleError
 from dash_export.runtime.backends import load_backend, require_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 from dash_export.targets import Recipe, load_recipe, with_weights
@@ -113,7 +113,14 @@ def _make_engines(
 
     def make(group: list[Artifact]) -> None:
         for job in group:
-            found[job.name] = found[job.name] or store.make(job.name, job.key, job.write)
+            try:
+                found[job.name] = found[job.name] or store.make(job.name, job.key, job.write)
+            except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+                # Whole and unchanged by its hash, yet not a graph of ours: only a forged bundle gets here.
+                raise BackendError(
+                    f"{job.name} cannot be made: the bundle's graphs are not what this version writes "
+                    f"({type(error).__name__}: {error}). Export the model again."
+                ) from error
             progress(job.name, next(done), len(jobs))
 
     groups: list[list[Artifact]] = []

@@ -72,6 +72,6 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def print_json(name: str, result: dict[str, Any]) -> None:
     """One line for machines, with where it ran."""
-    where = {"cpu": cpu_name(), "cores": physical_cores(), "python": platform.python_version()}
+    machine = {"processor": cpu_name(), "cores": physical_cores(), "python": platform.python_version()}
     versions = {"dash-export": __version__, "onnxruntime": onnxruntime.__version__}
-    print(json.dumps({"benchmark": name, **result, **where, **versions}))
+    print(json.dumps({"benchmark": name, **result, "machine": machine | versions}))

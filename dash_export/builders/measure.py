@@ -36,8 +36,7 @@ def uniform_cost(manifest: Manifest) -> CostTable:
 
 
 def measure_cost(bundle: Bundle, build: Build, backend: Backend) -> CostTable:
-    """Run dense tokens at the recipe's context, timing every segment where it stands in the token; after a gated one
-    also its skip graph.
+    """Run tokens at the recipe's context, timing every segment and skip graph where it stands in the token.
 
     Medians over interleaved repeats. Layers of one shape (here: all gated layers) share the median of their costs, so
     that a noisy single measurement decides nothing.
@@ -53,18 +52,19 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend) -> CostTable:
     run_us: dict[str, list[float]] = defaultdict(list)
     skip_us: dict[str, list[float]] = defaultdict(list)
     step.place()
-    for repeat in range(WARM_UP + recipe["repeats"]):
+    for repeat in range(2 * (WARM_UP + recipe["repeats"])):
         for segment, bound in zip(build.segments, step.segments, strict=True):
+            # Every second gated layer in turn is skipped: a skip graph too is timed where it finds its weights cold.
+            skip = bound.skip if segment.first % 2 == repeat % 2 else None
+            launch = bound.run if skip is None else skip
             began = time.perf_counter()
-            bound.run()
-            ran = time.perf_counter()
-            if bound.skip is not None:
-                bound.skip()
-            skipped = time.perf_counter()
-            if repeat >= WARM_UP:
-                run_us[segment.name].append(1e6 * (ran - began))
-                if bound.skip is not None:
-                    skip_us[f"skip_{segment.first:02d}"].append(1e6 * (skipped - ran))
+            launch()
+            microseconds = 1e6 * (time.perf_counter() - began)
+            if repeat >= 2 * WARM_UP:
+                if skip is None:
+                    run_us[segment.name].append(microseconds)
+                else:
+                    skip_us[f"skip_{segment.first:02d}"].append(microseconds)
     runs = {name: round(median(times), 2) for name, times in run_us.items()}
     skips = {name: round(median(times), 2) for name, times in skip_us.items()}
     dense = sum(runs.values())

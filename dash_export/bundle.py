@@ -77,7 +77,6 @@ class Manifest:
     graphs: dict[str, str]
     files: tuple[FileRecord, ...]
     key: str
-    source: str
     tools: dict[str, str] = field(default_factory=dict)
 
 

@@ -119,3 +119,14 @@ def trade_off_for_budget(dial: Sequence[DialPoint], budget: float) -> float:
             return previous.trade_off + share * (point.trade_off - previous.trade_off)
         previous = point
     return points[-1].trade_off
+
+
+def spans(layers: Iterable[int]) -> str:
+    """(2, 3, 4, 9) -> "2-4,9", as `--gated` and `--skip` read it; "none" when there are none."""
+    found: list[list[int]] = []
+    for layer in sorted(layers):
+        if found and found[-1][1] == layer - 1:
+            found[-1][1] = layer
+        else:
+            found.append([layer, layer])
+    return ",".join(f"{first}-{last}" if first != last else str(first) for first, last in found) or "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ def _write(
         rms_norm_eps=spec.rms_norm_eps,
     )
     tools = {"dash-export": __version__} | {name: _version(name) for name in ("onnx", "onnx_ir", "numpy")}
-    return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, model.name, tools)
+    return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, tools)
 
 
 def _remove_strays(root: Path, files: Iterable[FileRecord]) -> None:
@@ -157,13 +158,7 @@ def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
-    total = 0
-    for shape in checkpoint.spec.weight_shapes().values():
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in checkpoint.spec.weight_shapes().values())
 
 
 def _check_output(output: Path) -> None:

@@ -136,6 +136,14 @@ def test_truncated_graph(name: str, share: float, bundle: Path) -> None:
         build(bundle, "cpu", weights="fp32")
 
 
+@pytest.mark.parametrize("which", range(0, 20, 3))
+def test_graph_that_lacks_a_node(which: int, bundle: Path) -> None:
+    rewritten(bundle, "onnx/layer_02.onnx", lambda model: model.graph.node.pop(which))
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(DashError):
+        build(bundle, "cpu", weights="fp32")
+
+
 def test_truncated_weights(bundle: Path) -> None:
     for name in ("engines/cpu-fp32/layer_02.data", "onnx/layer_02.data"):
         (bundle / name).write_bytes((bundle / name).read_bytes()[:5000])

@@ -23,8 +23,9 @@ from dash_export import DashRuntime, build, export
 from dash_export.artifacts import content_key, write_atomic
 from dash_export.bundle import Build, Bundle
 from dash_export.calibration import Calibrator, Damage, text_windows
-from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, size, spans
+from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, size
 from dash_export.commands.progress import progress_bar
+from dash_export.decision import spans
 from dash_export.errors import DashError
 from dash_export.resources import resource_folder
 from dash_export.runtime import Generation

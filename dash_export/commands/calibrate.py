@@ -16,9 +16,10 @@ from rich.text import Text
 from dash_export.artifacts import Progress
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import choose_target, is_bundle, plain_table, print_table, result_console, spans
+from dash_export.commands.common import choose_target, is_bundle, plain_table, print_table, result_console
 from dash_export.commands.export import export_with_policy
 from dash_export.commands.progress import progress_bar
+from dash_export.decision import spans
 from dash_export.errors import RequestError
 
 if TYPE_CHECKING:

@@ -47,17 +47,6 @@ class LayerList(_Layers):
         return tuple(sorted(layers))
 
 
-def spans(layers: Iterable[int]) -> str:
-    """(2, 3, 4, 9) -> "2-4,9", as `--gated` and `--skip` read it; "none" when there are none."""
-    found: list[list[int]] = []
-    for layer in sorted(layers):
-        if found and found[-1][1] == layer - 1:
-            found[-1][1] = layer
-        else:
-            found.append([layer, layer])
-    return ",".join(f"{first}-{last}" if first != last else str(first) for first, last in found) or "none"
-
-
 def size(count: float) -> str:
     """Bytes for people, in powers of ten like disks and `ls -h --si`."""
     for unit in ("B", "kB", "MB"):

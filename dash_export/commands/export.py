@@ -11,8 +11,9 @@ import click
 from dash_export.artifacts import Progress
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import LayerList, bundle_bytes, size, spans
+from dash_export.commands.common import LayerList, bundle_bytes, size
 from dash_export.commands.progress import progress_bar
+from dash_export.decision import spans
 
 POLICY_WIDTH = 64
 _Command = TypeVar("_Command", bound=Callable[..., Any])

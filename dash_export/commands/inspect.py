@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from dash_export.bundle import Build, Bundle, Segment
-from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, result_console, size, spans
+from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, result_console, size
 from dash_export.commands.onnx_header import opsets
+from dash_export.decision import spans
 from dash_export.errors import BundleError
 from dash_export.targets import WeightsRecipe, recipe_from_dict
 

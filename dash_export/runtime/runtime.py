@@ -8,7 +8,7 @@ from typing import Any
 
 from dash_export.artifacts import FileRecord
 from dash_export.bundle import Build, Bundle, CostTable
-from dash_export.decision import decision_rule, trade_off_for_budget
+from dash_export.decision import decision_rule, spans, trade_off_for_budget
 from dash_export.errors import PolicyError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
@@ -125,7 +125,7 @@ class DashRuntime:
         if kind == "static":
             wrong = sorted(set(skip) - set(gated))
             if wrong:
-                raise PolicyError(f"Layers {wrong} have no skip graph in this bundle. Gated layers: {_spans(gated)}.")
+                raise PolicyError(f"Layers {wrong} have no skip graph in this bundle. Gated layers: {spans(gated)}.")
             return FixedRule(skip)
         if self.dispatch == "plain":
             raise PolicyError(
@@ -168,14 +168,3 @@ def _loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:
     if build.files:
         return list(build.files)
     return [record for record in bundle.manifest.files if record.name.startswith("onnx/")]
-
-
-def _spans(layers: Sequence[int]) -> str:
-    """2, 3, 4, 7 -> "2-4, 7"."""
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and spans[-1][1] == layer - 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(f"{first}-{last}" if first != last else str(first) for first, last in spans) or "none"

@@ -131,7 +131,9 @@ class CostTable:
 
 @dataclass(frozen=True)
 class Build:
-    """`engines/<target>/build.json`."""
+    """`engines/<target>/build.json`. `policy_bias` is per gated layer, where the engines give a linear policy's score
+    before its bias.
+    """
 
     schema: int
     target: str
@@ -145,6 +147,7 @@ class Build:
     files: tuple[FileRecord, ...]
     cost: CostTable
     dial: tuple[DialPoint, ...] = ()
+    policy_bias: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -327,6 +330,10 @@ def _check_build(build: Build, manifest: Manifest, where: str) -> None:
         raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {_DAMAGED}")
     if set(build.cost.cost) != set(gated) or not all(map(isfinite, build.cost.cost.values())):
         raise BundleError(f"{where}: the cost table does not list the gated layers. {_DAMAGED}")
+    if build.policy_bias and (
+        set(build.policy_bias) != set(gated) or not all(map(isfinite, build.policy_bias.values()))
+    ):
+        raise BundleError(f"{where}: the policy's biases do not list the gated layers. {_DAMAGED}")
 
 
 def _no_bundle(root: Path) -> str:

@@ -34,7 +34,7 @@ from dash_export.graphs.writer import save_graph, save_tables
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.skip_policy import SkipPolicy, no_policy
 
-GRAPH_REVISION = 1
+GRAPH_REVISION = 2
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
 
 

@@ -1,9 +1,11 @@
 """A skip policy as data: which layers it may skip, the network that predicts damage, the compensation. No framework
 needed.
 
-The network is one hidden layer per gated layer l+1, reading the state one layer earlier (DESIGN: "one layer ahead"):
+The network of gated layer l+1 reads the state one layer earlier (DESIGN: "one layer ahead"). It is linear, or has one
+hidden layer; with or without the last two actions:
 
-    damage[l+1] = softplus(w_out . relu(RMSNorm(h[l]) @ W_state + [a[l-1], a[l]] @ W_actions + b) + b_out)
+    damage[l+1] = softplus(RMSNorm(h[l]) . w_state [+ [a[l-1], a[l]] . w_actions] + b)
+    damage[l+1] = softplus(w_out . relu(RMSNorm(h[l]) @ W_state [+ [a[l-1], a[l]] @ W_actions] + b) + b_out)
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ class SkipPolicy:
     """Gated layers, damage network and compensation of one model.
 
     `network` is None for a bundle without a token policy; otherwise it holds, stacked over the gated layers, `state`
-    [gated, hidden, width], `actions` [gated, 2, width], `bias` [gated, width], `out` [gated, width] and `out_bias`
-    [gated], all float32.
+    [gated, hidden, width], `bias` [gated, width], `actions` [gated, 2, width] where it reads them, and `out` [gated,
+    width] and `out_bias` [gated] where it has a hidden layer (without, the width is 1), all float32.
     """
 
     gated: tuple[int, ...]
@@ -48,8 +50,13 @@ class SkipPolicy:
 
     @property
     def width(self) -> int:
-        """Units of the network's hidden layer."""
-        return 0 if self.network is None else int(self.network["bias"].shape[1])
+        """Units of the network's hidden layer; 0 for a linear network and for none."""
+        return int(self.network["out"].shape[1]) if self.network is not None and "out" in self.network else 0
+
+    @property
+    def reads_actions(self) -> bool:
+        """Whether the network reads the last two actions."""
+        return self.network is not None and "actions" in self.network
 
     def weights(self) -> dict[str, Float32Array]:
         """Every weight under one flat name, as it is hashed and stored."""
@@ -84,7 +91,7 @@ def untrained_policy(
     spec: DecoderSpec, gated: Iterable[int] | None = None, width: int = 64, seed: int = 0
 ) -> SkipPolicy:
     """A seeded random network with the shapes of a trained one: it decides by noise and is there to measure and to
-    test.
+    test. Width 0 is a linear network, which does not read actions.
     """
     layers = check_gated(default_gated(spec.num_layers) if gated is None else gated, spec.num_layers)
     rng = np.random.default_rng(seed)
@@ -93,6 +100,12 @@ def untrained_policy(
         return (rng.standard_normal(shape) * scale).astype(np.float32)
 
     count, hidden = len(layers), spec.hidden_size
+    if width == 0:
+        linear = {
+            "state": normal(count, hidden, 1, scale=1.5 * hidden**-0.5),
+            "bias": np.full((count, 1), -2.0, np.float32),
+        }
+        return SkipPolicy(layers, linear, Compensation(), f"untrained (seed {seed})")
     network = {
         "state": normal(count, hidden, width, scale=hidden**-0.5),
         "actions": normal(count, HISTORY, width, scale=0.5),

@@ -60,8 +60,8 @@ def with_compensation(policy: SkipPolicy, hidden: int, kind: str, seed: int = 1)
     return SkipPolicy(policy.gated, policy.network, Compensation(kind, weights), policy.origin)
 
 
-def tiny_policy(checkpoint: Checkpoint, kind: str = "none", seed: int = 0) -> SkipPolicy:
-    policy = untrained_policy(checkpoint.spec, width=16, seed=seed)
+def tiny_policy(checkpoint: Checkpoint, kind: str = "none", seed: int = 0, width: int = 16) -> SkipPolicy:
+    policy = untrained_policy(checkpoint.spec, width=width, seed=seed)
     return with_compensation(policy, checkpoint.spec.hidden_size, kind)
 
 

@@ -41,8 +41,10 @@ def build(
     segments = plan_segments(bundle.manifest.model.num_layers, bundle.manifest.policy.gated, merge)
     folder = bundle.path(f"engines/{recipe.name}")
     folder.mkdir(parents=True, exist_ok=True)
+    bias: dict[int, float] = {}
     if merge:
         engines, files = _make_engines(bundle, recipe, segments, folder, progress)
+        bias = _policy_bias(bundle)
     else:
         engines, files = _portable_engines(bundle), ()
     draft = Build(
@@ -57,6 +59,7 @@ def build(
         engines=engines,
         files=files,
         cost=uniform_cost(bundle.manifest),
+        policy_bias=bias,
     )
     known = _current(bundle, draft)
     if known is not None:
@@ -146,6 +149,14 @@ def _make_engines(
             engines[job.name] = EngineRecord(f"{prefix}/{job.name}.onnx", own + shared, job.key)
     listed = [replace(record, name=f"{prefix}/{record.name}") for records in files.values() for record in records]
     return engines, tuple(listed)
+
+
+def _policy_bias(bundle: Bundle) -> dict[int, float]:
+    """What the engines leave to the host: the bias of a linear policy, per gated layer."""
+    from dash_export.graphs.ort.policy import linear_bias
+
+    manifest = bundle.manifest
+    return linear_bias(bundle.graph("policy"), manifest.policy.gated) if manifest.policy.has_network else {}
 
 
 def _workers(bundle: Bundle) -> int:

@@ -25,7 +25,7 @@ from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.names import POLICY_STATE
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 9
+LOWERING_REVISION = 10
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 

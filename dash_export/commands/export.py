@@ -36,7 +36,11 @@ def policy_options(command: _Command) -> _Command:
             help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last.",
         ),
         click.option("--seed", type=int, help="Seed of the untrained policy (0)."),
-        click.option("--width", type=click.IntRange(1, 65536), help=f"Units of the untrained policy ({POLICY_WIDTH})."),
+        click.option(
+            "--width",
+            type=click.IntRange(0, 65536),
+            help=f"Hidden units of the untrained policy; 0: linear ({POLICY_WIDTH}).",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -87,7 +91,8 @@ def export_model(
     output = output or default_output(model)
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("export") as progress:
-        return export_with_policy(model, output, policy, gated, seed or 0, width or POLICY_WIDTH, progress)
+        width = POLICY_WIDTH if width is None else width
+        return export_with_policy(model, output, policy, gated, seed or 0, width, progress)
 
 
 def export_with_policy(

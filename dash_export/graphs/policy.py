@@ -1,8 +1,8 @@
 """The portable policy graph: one graph for every gated layer, the layer is an input.
 
-hidden [batch, sequence, hidden], actions [batch, sequence, 2] float32 (a[l-1], a[l]; 0 run, 1 skip), layer [1] int64
-(the gated layer l+1 to decide) -> damage [batch, sequence] float32, nats. `hidden` is h[l], the **input** of the layer
-before the one decided.
+hidden [batch, sequence, hidden], actions [batch, sequence, 2] float32 (a[l-1], a[l]; 0 run, 1 skip; only where the
+network reads them), layer [1] int64 (the gated layer l+1 to decide) -> damage [batch, sequence] float32, nats. `hidden`
+is h[l], the **input** of the layer before the one decided.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from dash_export.skip_policy import HISTORY, SkipPolicy
 
 
 def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
-    """damage = softplus(w_out . relu(RMSNorm(h) @ W_state + actions @ W_actions + b) + b_out), weights gathered by
-    layer.
-    """
+    """The formula of `skip_policy`, with weights gathered by layer."""
     network = policy.network
     assert network is not None
     g = GraphWriter("policy", f"Damage of skipping a gated layer, decided one layer ahead ({policy.origin}).")
     hidden = g.input("hidden", ("batch", "sequence", spec.hidden_size))
-    actions = g.input("actions", ("batch", "sequence", HISTORY))
+    actions = g.input("actions", ("batch", "sequence", HISTORY)) if policy.reads_actions else None
     layer = g.input("layer", (1,), ir.DataType.INT64)
 
     row_of_layer = np.zeros(spec.num_layers, np.int64)
@@ -36,14 +34,17 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
 
     gain = g.initializer("unit_gain", np.ones(spec.hidden_size, np.float32))
     state = g.op("RMSNormalization", [hidden, gain], "policy/norm", epsilon=spec.rms_norm_eps)
-    inner = g.op("MatMul", [state, weight("state", network["state"])], "policy/state_projection")
-    history = g.op("MatMul", [actions, weight("actions", network["actions"])], "policy/actions_projection")
-    inner = g.op("Add", [g.op("Add", [inner, history], "policy/sum"), weight("bias", network["bias"])], "policy/biased")
-    inner = g.op("Relu", [inner], "policy/relu")
-    # A column, so that the product is [batch, sequence, 1].
-    out = g.op("MatMul", [inner, weight("out", network["out"][:, :, None])], "policy/out_projection")
-    out = g.op("Add", [out, weight("out_bias", network["out_bias"][:, None])], "policy/out_biased")
-    damage = g.op("Softplus", [out], "policy/softplus")
+    score = g.op("MatMul", [state, weight("state", network["state"])], "policy/state_projection")
+    if actions is not None:
+        history = g.op("MatMul", [actions, weight("actions", network["actions"])], "policy/actions_projection")
+        score = g.op("Add", [score, history], "policy/sum")
+    score = g.op("Add", [score, weight("bias", network["bias"])], "policy/biased")
+    if "out" in network:
+        inner = g.op("Relu", [score], "policy/relu")
+        # A column, so that the product is [batch, sequence, 1].
+        score = g.op("MatMul", [inner, weight("out", network["out"][:, :, None])], "policy/out_projection")
+        score = g.op("Add", [score, weight("out_bias", network["out_bias"][:, None])], "policy/out_biased")
+    damage = g.op("Softplus", [score], "policy/softplus")
     damage = g.op("Squeeze", [damage, g.initializer("policy.last_axis", np.array([-1]))], "policy/damage")
     g.output(damage, "damage", ("batch", "sequence"))
     return g.model()

@@ -102,14 +102,15 @@ class Oracle:
         assert network is not None
         row = self.policy.gated.index(layer)
         weight = {name: torch.tensor(stacked[row]) for name, stacked in network.items()}
-        history = np.zeros((len(actions), HISTORY), np.float32)
-        for column, earlier in enumerate(range(layer - HISTORY, layer)):
-            if earlier >= 0:
-                history[:, column] = actions[:, earlier]
-        inner = torch.relu(
-            self.normed(state) @ weight["state"] + torch.from_numpy(history) @ weight["actions"] + weight["bias"]
-        )
-        return torch.nn.functional.softplus(inner @ weight["out"] + weight["out_bias"]).numpy()
+        score = self.normed(state) @ weight["state"] + weight["bias"]
+        if "actions" in weight:
+            history = np.zeros((len(actions), HISTORY), np.float32)
+            for column, earlier in enumerate(range(layer - HISTORY, layer)):
+                if earlier >= 0:
+                    history[:, column] = actions[:, earlier]
+            score = score + torch.from_numpy(history) @ weight["actions"]
+        score = torch.relu(score) @ weight["out"] + weight["out_bias"] if "out" in weight else score[:, 0]
+        return torch.nn.functional.softplus(score).numpy()
 
     def compensation(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """What is added for a skipped layer, hidden [..., hidden] -> the same shape."""

@@ -8,6 +8,7 @@ alike, so a write is in place.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp, log1p
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from dash_export.runtime.rules import Rule
 
 SKIPPED = 2
 """Index of the buffer that skip graphs write in a teacher-forced step."""
+
+LINEAR_SCORE = 30.0
+"""From here on softplus(x) is x in float32, and exp(x) may overflow."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,13 @@ class EngineSet:
             )
             for segment in build.segments
         ]
-        engines = [engine for item in self.segments for engine in (item.run, item.skip) if engine is not None]
+        engines = [
+            engine for item in self.segments for engine in (item.run, item.skip, item.policy) if engine is not None
+        ]
         self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
+        # A lowered linear policy leaves its bias and softplus to the host: cheaper than two more nodes.
+        scored = any("score" in engine.outputs for engine in engines)
+        self.score_bias = dict(build.policy_bias) if scored else {}
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class BoundStep:
         # a[l-1], a[l] for every layer l: layer l's engine reads row l.
         self._history = np.zeros((model.num_layers + 1, sequence, 2), np.float32)
         self.damage = np.zeros((model.num_layers, sequence), np.float32)
+        self._score = np.zeros((model.num_layers, 1, sequence, 1), np.float32)
+        self._score_bias = engines.score_bias
         # Two buffers in turn; run and skip write the same one, but where tokens differ skip has its own and rows are
         # selected.
         self._hidden = [
@@ -114,6 +125,7 @@ class BoundStep:
         # Python floats and ints through flat views: the decode loop makes no array objects.
         self._history_view: Any = self._history.reshape(-1).data
         self._damage_view: Any = self.damage.reshape(-1).data
+        self._score_view: Any = self._score.reshape(-1).data
         self.actions = np.zeros((sequence, model.num_layers), np.int8)
 
     def _bind(self, engines: EngineSet) -> list[BoundSegment]:
@@ -128,7 +140,7 @@ class BoundStep:
             if item.policy is not None:
                 layer = segment.first
                 inputs = {"hidden": state, "actions": self._history[layer - 1][None], "layer": np.array([layer])}
-                policy = item.policy.bind(inputs, {"damage": self.damage[layer][None]})
+                policy = item.policy.bind(inputs, self._decision(layer))
             # What a policy engine of its own reads for the next gated layer: the input of this segment's last layer.
             state = np.zeros_like(here) if POLICY_STATE in item.run.outputs else here
             outputs = shared | self._outputs(segment) | {POLICY_STATE: state}
@@ -155,8 +167,12 @@ class BoundStep:
     def _outputs(self, segment: Segment) -> dict[str, npt.NDArray[Any]]:
         outputs: dict[str, npt.NDArray[Any]] = {"logits": self.logits}
         if segment.last + 1 < self._num_layers:
-            outputs["damage"] = self.damage[segment.last + 1][None]
+            outputs |= self._decision(segment.last + 1)
         return outputs
+
+    def _decision(self, layer: int) -> dict[str, npt.NDArray[np.float32]]:
+        """Where a policy answers for `layer`: with the damage, or with its score."""
+        return {"damage": self.damage[layer][None], "score": self._score[layer]}
 
     def place(self) -> None:
         """Say where the new tokens go: the rows after the cached ones."""
@@ -178,7 +194,7 @@ class BoundStep:
         self.actions.fill(Action.RUN)
         history, damage, actions = self._history_view, self._damage_view, self.actions[0]
         self._history.fill(0.0)
-        skips = rule.skips
+        score, score_bias, skips = self._score_view, self._score_bias, rule.skips
         executed = 0
         for segment in self.segments:
             layer = segment.layer
@@ -188,6 +204,9 @@ class BoundStep:
                 continue
             if segment.policy is not None:
                 segment.policy()
+            if score_bias:
+                biased = score[layer] + score_bias[layer]
+                damage[layer] = log1p(exp(biased)) if biased < LINEAR_SCORE else biased
             if skips(layer, damage[layer], executed):
                 history[2 * layer + 1] = history[2 * layer + 2] = 1.0
                 actions[layer] = Action.SKIP
@@ -198,6 +217,10 @@ class BoundStep:
         self._cache.length += 1
         return executed
 
+    def _read_scores(self, layer: int) -> None:
+        if layer in self._score_bias:
+            self.damage[layer] = np.logaddexp(0.0, self._score[layer, 0, :, 0] + np.float32(self._score_bias[layer]))
+
     def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
         """`sequence` tokens, every layer."""
         self.input_ids[0] = tokens
@@ -205,6 +228,7 @@ class BoundStep:
         self._history.fill(0.0)
         for segment in self.segments:
             segment.run()
+            self._read_scores(segment.layer)
         self._cache.length += self.sequence
 
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
@@ -227,6 +251,7 @@ class BoundStep:
                 continue
             if segment.policy is not None:
                 segment.policy()
+            self._read_scores(layer)
             skipped = (rule.decide(layer, self.damage[layer], executed) == Action.SKIP) & ~dense
             self.actions[skipped, layer] = Action.SKIP
             self._history[layer, :, 1] = self._history[layer + 1, :, 0] = skipped

@@ -13,13 +13,13 @@ import onnx_ir as ir
 
 from dash_export.errors import BackendError
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused
-from dash_export.graphs.ort.policy import fuse_policy, share_norm
+from dash_export.graphs.ort.policy import fuse_policy, share_norms
 from dash_export.graphs.ort.quantize import CONTRIB, hand_over, only_user, quantize_weights, replace
 from dash_export.names import short_name
 from dash_export.targets import WeightsRecipe
 
-PACK_ORDER = ("q_proj", "k_proj", "v_proj", "state_projection", "gate_proj", "up_proj")
-"""GroupQueryAttention takes packed projections in this order; the policy's first matrix comes last."""
+PACK_ORDER = ("q_proj", "k_proj", "v_proj", "down", "state_projection", "gate_proj", "up_proj")
+"""GroupQueryAttention takes packed projections in this order; what reads the same norm besides comes last."""
 ROTARY_MULTIPLE = 16
 """GroupQueryAttention rotates only heads whose size is a multiple of this."""
 
@@ -33,8 +33,8 @@ def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.
     """
     graph = model.graph
     graph.opset_imports[CONTRIB] = 1
-    if any(node.name == "policy/norm" for node in graph):
-        share_norm(graph)
+    share_norms(graph)
+    if any(node.name == "policy/damage" for node in graph):
         fuse_policy(graph)
     _pack_projections(graph)
     _group_query_attention(graph)

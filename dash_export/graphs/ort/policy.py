@@ -1,23 +1,28 @@
-"""The policy inside an engine, at the price of three small nodes.
+"""What reads RMSNorm(h) of unit gain - the policy and a low-rank compensation - inside an engine, next to free.
 
-The portable policy is a dozen nodes and a matrix of its own. Between layers everything it needs is out of the caches,
-so what it costs is memory latency: a node costs about a microsecond, a small matrix ten. Two identities make it cheap.
-It reads the norm that the layer computes anyway, so that its matrix is packed with Q, K and V:
+Between layers everything an engine needs is out of the caches, so what a node costs is memory latency: about a
+microsecond, a small matrix ten. One identity makes them cheap: they read the norm that the layer computes anyway, so
+that their matrices can be packed with Q, K and V:
 
     RMSNorm_unit(h) @ W = (RMSNorm_unit(h) * gain) @ (W / gain)
 
-and the rest are two Gemms with fused activations:
+A linear policy is then one small product, `score`; the host adds the bias and takes the softplus. One with a hidden
+layer ends in two Gemms with fused activations:
 
     damage = softplus(w_out @ relu(actions @ W_actions + (state + b))^T + b_out)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.errors import BackendError
-from dash_export.graphs.compose import add_constant, constant_value
+from dash_export.graphs.compose import add_constant, constant_value, load_graph
 from dash_export.graphs.ort.quantize import CONTRIB
 from dash_export.skip_policy import HISTORY
 
@@ -25,82 +30,100 @@ from dash_export.skip_policy import HISTORY
 SMALLEST_GAIN = 0.02
 
 
-def share_norm(graph: ir.Graph) -> None:
-    """Let the policy's first projection read the layer's own normed input, where that norm's gain can be divided
-    out.
+def share_norms(graph: ir.Graph) -> None:
+    """Let the first projections of the policy and the compensation read the layer's own normed input, where that norm's
+    gain can be divided out.
     """
-    policy_norm = _node(graph, "policy/norm")
-    projection = _node(graph, "policy/state_projection")
-    norm = next((node for node in graph if node is not policy_norm and _is_norm_of(node, policy_norm.inputs[0])), None)
+    for node in list(graph):
+        if node.op_type == "RMSNormalization" and str(node.name).endswith(("policy/norm", "compensation/norm")):
+            _share(graph, node)
+
+
+def _share(graph: ir.Graph, unit: ir.Node) -> None:
+    (projection,) = (usage.node for usage in unit.outputs[0].uses())
+    own = (node for node in graph if str(node.name).endswith("input_layernorm") and node.inputs[0] is unit.inputs[0])
+    norm = next(own, None)
     gain, weight = constant_value(norm.inputs[1]) if norm is not None else None, constant_value(projection.inputs[1])
     if norm is None or gain is None or weight is None or np.abs(gain).min() < SMALLEST_GAIN * np.median(np.abs(gain)):
         return
     projection.replace_input_with(0, norm.outputs[0])
-    projection.replace_input_with(
-        1, add_constant(graph, "policy.state_over_gain", (weight / gain[:, None]).astype(np.float32))
-    )
-    graph.remove(policy_norm, safe=True)
+    over = add_constant(graph, f"{projection.name}.over_gain", (weight / gain[:, None]).astype(np.float32))
+    projection.replace_input_with(1, over)
+    graph.remove(unit, safe=True)
 
 
 def fuse_policy(graph: ir.Graph) -> None:
-    """The rest of the policy as two Gemms. `actions` becomes [rows, 2] and `damage` [1, rows], rows = batch *
-    sequence.
+    """The rest of the policy in as few nodes as there are. With a hidden layer or actions, `damage` becomes [1, rows]
+    and `actions` [rows, 2], rows = batch * sequence; else the output is `score` [batch, sequence, 1], before the bias.
     """
-    state = _node(graph, "policy/state_projection").outputs[0]
-    constants = {
-        name: constant_value(_node(graph, f"policy/{name}").inputs[1])
-        for name in ("actions_projection", "biased", "out_projection", "out_biased")
-    }
-    history, bias, out, out_bias = constants.values()
-    assert history is not None
+    nodes = {str(node.name): node for node in graph if str(node.name).startswith("policy/")}
+    projection, end = nodes["policy/state_projection"], nodes["policy/damage"]
+    if {"policy/relu", "policy/sum"}.isdisjoint(nodes):
+        projection.name = "policy/score"
+        new, output = [], projection.outputs[0]
+    else:
+        new = _tail(graph, nodes)
+        output = new[-1].outputs[0]
+    graph.insert_before(end, new)
+    end.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
+    end.outputs[0].name = "policy/damage~replaced"
+    output.name, output.type = "damage" if new else "score", ir.TensorType(ir.DataType.FLOAT)
+    output.shape = ir.Shape([1, "rows"] if new else ["batch", "sequence", 1])
+    kept = (projection.name, "policy/norm")
+    graph.remove([node for name, node in nodes.items() if name not in kept and node is not projection], safe=True)
+
+
+def linear_bias(path: Path, gated: Sequence[int]) -> dict[int, float]:
+    """The bias per gated layer of a portable policy graph whose lowering gives a score; else nothing."""
+    graph = load_graph(path).graph
+    if any(node.name in ("policy/relu", "policy/sum") for node in graph):
+        return {}
+    bias = constant_value(graph.initializers.get("policy.bias"))
+    if bias is None or bias.shape != (len(gated), 1):
+        raise BackendError(f"{path} is not a policy graph that this version writes: export the model again.")
+    return dict(zip(gated, bias[:, 0].tolist(), strict=True))
+
+
+def _tail(graph: ir.Graph, nodes: Mapping[str, ir.Node]) -> list[ir.Node]:
+    """From the state's projection to damage [1, rows]."""
+
+    def constant(name: str) -> npt.NDArray[np.float32] | None:
+        return constant_value(nodes[f"policy/{name}"].inputs[1]) if f"policy/{name}" in nodes else None
+
+    history, bias, out, out_bias = map(constant, ("actions_projection", "biased", "out_projection", "out_biased"))
     assert bias is not None
-    assert out is not None
-    assert out_bias is not None
-    end = _node(graph, "policy/damage")
-    (actions,) = (value for value in graph.inputs if value.name == "actions")
-    rows = ir.node(
-        "Reshape", [state, add_constant(graph, "policy.rows", np.array([-1, history.shape[1]]))], name="policy/rows"
-    )
-    inner = _fused_gemm(
-        "policy/inner", [actions, add_constant(graph, "policy.actions", history), rows.outputs[0]], "Relu"
-    )
-    inputs = [
-        add_constant(graph, "policy.out", out.T),
-        inner.outputs[0],
-        add_constant(graph, "policy.out_bias", out_bias.reshape(1, 1)),
-    ]
-    damage = _fused_gemm("policy/damage", inputs, "Softplus", transpose=True)
-    gone = [
-        node
-        for node in graph
-        if str(node.name).startswith("policy/") and node.name not in ("policy/state_projection", "policy/norm")
-    ]
+    state = nodes["policy/state_projection"].outputs[0]
     biased = ir.node("Add", [state, add_constant(graph, "policy.bias", bias)], name="policy/state_projection/bias")
-    rows.replace_input_with(0, biased.outputs[0])
-    for node in (biased, rows, inner, damage):
+    shape = add_constant(graph, "policy.rows", np.array([-1, bias.shape[-1]]))
+    rows = ir.node("Reshape", [biased.outputs[0], shape], name="policy/rows")
+    made = [biased, rows]
+    if history is not None:
+        (actions,) = (value for value in graph.inputs if value.name == "actions")
+        actions.shape = ir.Shape(["rows", HISTORY])
+        inputs = [actions, add_constant(graph, "policy.actions", history), rows.outputs[0]]
+        made.append(_fused_gemm("policy/inner", inputs, "Softplus" if out is None else "Relu"))
+    else:
+        made.append(ir.node("Relu", [rows.outputs[0]], name="policy/inner"))
+    if out is not None and out_bias is not None:
+        inputs = [
+            add_constant(graph, "policy.out", out.T),
+            made[-1].outputs[0],
+            add_constant(graph, "policy.out_bias", out_bias.reshape(1, 1)),
+        ]
+        made.append(_fused_gemm("policy/damage", inputs, "Softplus", transpose=True))
+    else:
+        made.append(
+            ir.node(
+                "Reshape",
+                [made[-1].outputs[0], add_constant(graph, "policy.row", np.array([1, -1]))],
+                name="policy/damage",
+            )
+        )
+    for node in made:
         node.outputs[0].name = str(node.name)
-    graph.insert_before(end, [biased, rows, inner, damage])
-    before, after = end.outputs[0], damage.outputs[0]
-    before.name, after.name = "policy/damage~replaced", "damage"
-    after.shape, after.type = ir.Shape([1, "rows"]), ir.TensorType(ir.DataType.FLOAT)
-    before.replace_all_uses_with(after, replace_graph_outputs=True)
-    graph.remove(gone, safe=True)
-    actions.shape = ir.Shape(["rows", HISTORY])
+    return made
 
 
 def _fused_gemm(name: str, inputs: list[ir.Value], activation: str, transpose: bool = False) -> ir.Node:
     attributes = {"activation": activation, "transB": int(transpose)}
     return ir.node("FusedGemm", inputs, attributes, domain=CONTRIB, name=name)
-
-
-def _is_norm_of(node: ir.Node, value: ir.Value | None) -> bool:
-    return node.op_type == "RMSNormalization" and node.inputs[0] is value
-
-
-def _node(graph: ir.Graph, name: str) -> ir.Node:
-    node = next((node for node in graph if node.name == name), None)
-    if node is None:
-        raise BackendError(
-            f"The portable policy graph has no node {name}: it is not what this version writes. Export the model again."
-        )
-    return node

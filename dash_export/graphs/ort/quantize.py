@@ -36,7 +36,7 @@ def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[i
         if node.op_type == "MatMul":
             precision = _precision(str(node.name), recipe, gated)
             matrix = constant_value(node.inputs[1])
-            if precision in BITS and matrix is not None and _is_weight(matrix):
+            if precision in BITS and matrix is not None and _is_weight(matrix, recipe.block_size):
                 _matmul(graph, node, matrix, BITS[precision], recipe)
         elif node.op_type == "Gather" and node.name == "embed" and recipe.embedding in BITS:
             _embedding(graph, node, BITS[recipe.embedding], recipe)
@@ -48,7 +48,7 @@ def _precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Prec
     part, _, rest = node.partition("/")
     if part == "head":
         return recipe.head
-    if part == "policy":
+    if part == "policy" or rest.startswith("compensation"):
         return recipe.policy
     if int(part.rsplit("_", 1)[1]) not in gated:
         return recipe.ungated
@@ -57,9 +57,9 @@ def _precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Prec
     )
 
 
-def _is_weight(matrix: npt.NDArray[Any]) -> bool:
-    # A compensation's thin factors stay as they are: their rank may be below the block size.
-    return matrix.ndim == 2 and min(matrix.shape) >= 64
+def _is_weight(matrix: npt.NDArray[Any], block: int) -> bool:
+    # Not a linear policy's single column, nor a compensation of a rank below one block.
+    return matrix.ndim == 2 and min(matrix.shape) >= block
 
 
 def _matmul(graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, recipe: WeightsRecipe) -> None:

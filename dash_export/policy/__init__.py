@@ -1,0 +1,1 @@
+"""DASH's training side (torch): the Markov decision process, its networks, the compensation, and their training."""

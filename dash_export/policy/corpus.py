@@ -1,0 +1,138 @@
+"""Text to learn from: windows of token ids with a dense prefix each, as decode will see them.
+
+A policy acts after a prompt: the prompt is dense, what follows is skipped. So every window says how many of its first
+tokens are dense: the prompt of a chat, or a random few of a passage of prose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from dash_export.decision import DENSE_POSITIONS
+from dash_export.errors import RequestError
+
+TokenIds = npt.NDArray[np.int64]
+SHORTEST = 16
+"""Fewer continuation tokens than this are not worth a row of a batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids int64 [batch, tokens]; dense and counted bool [batch, tokens]: rows every layer runs for, and rows that are
+    text and not padding, past the prefix, so that their divergence counts.
+    """
+
+    ids: TokenIds
+    dense: npt.NDArray[np.bool_]
+    counted: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One piece of text as token ids; `prefix` is its prompt's length, or None for prose without one."""
+
+    ids: TokenIds
+    prefix: int | None = None
+
+
+@dataclass
+class Corpus:
+    """Passages by source. Sources are drawn alike often, whatever their size; within one, by length."""
+
+    sources: dict[str, list[Passage]] = field(default_factory=dict)
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens per source."""
+        return {name: sum(len(passage.ids) for passage in passages) for name, passages in self.sources.items()}
+
+    def batch(self, rng: np.random.Generator, size: int, window: int) -> Batch:
+        """`size` random windows of `window` tokens."""
+        ids = np.zeros((size, window), np.int64)
+        dense = np.zeros((size, window), np.bool_)
+        counted = np.zeros((size, window), np.bool_)
+        names = sorted(self.sources)
+        for row in range(size):
+            passages = self.sources[names[rng.integers(len(names))]]
+            lengths = np.array([len(passage.ids) for passage in passages], np.float64)
+            passage = passages[rng.choice(len(passages), p=lengths / lengths.sum())]
+            piece, prefix = _window(passage, rng, window)
+            ids[row, : len(piece)] = piece
+            dense[row, :prefix] = True
+            counted[row, prefix : len(piece)] = True
+        return Batch(ids, dense, counted)
+
+
+def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[TokenIds, int]:
+    if passage.prefix is None:
+        start = int(rng.integers(len(passage.ids) - window + 1))
+        # Half of the windows show what a short prompt leaves, half what a longer one does.
+        prefix = DENSE_POSITIONS if rng.random() < 0.5 else int(rng.integers(DENSE_POSITIONS, window // 2))
+        return passage.ids[start : start + window], prefix
+    # A prompt longer than the window keeps its end, as much as leaves half of the window to what follows.
+    start = max(0, passage.prefix - window // 2)
+    piece = passage.ids[start : start + window]
+    return piece, max(passage.prefix - start, DENSE_POSITIONS)
+
+
+def read_corpus(paths: Sequence[Path], tokenizer: Tokenizer, window: int, held_out: float) -> tuple[Corpus, Corpus]:
+    """The plain text files among `paths` as (training, held-out) corpora: the last `held_out` share of each is held
+    out. Raises RequestError for a file that is missing, not text or too short.
+    """
+    training, held = Corpus(), Corpus()
+    for path in paths:
+        ids = np.array(tokenizer.encode(_read(path), add_special_tokens=False).ids, np.int64)
+        split = int(len(ids) * (1 - held_out))
+        if min(split, len(ids) - split) < window:
+            raise RequestError(
+                f"{path} has {len(ids)} tokens: too short to train on and to hold {held_out:.0%} out in windows of "
+                f"{window}. Give more text or a smaller --window."
+            )
+        training.sources[path.stem] = [Passage(ids[:split])]
+        held.sources[path.stem] = [Passage(ids[split:])]
+    return training, held
+
+
+def read_prompts(path: Path) -> list[list[dict[str, str]]]:
+    """Chat prompts of a .jsonl file as message lists: each line an object with `messages`, `turns` (the first is
+    taken) or `prompt`. Raises RequestError naming the line.
+    """
+    prompts = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if line.strip():
+            try:
+                prompts.append(_messages(json.loads(line)))
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+                raise RequestError(
+                    f'{path}, line {number}: not a prompt. Each line is {{"prompt": "..."}}, {{"turns": ["..."]}} or '
+                    f'{{"messages": [{{"role": "user", "content": "..."}}]}}.'
+                ) from error
+    if not prompts:
+        raise RequestError(f"{path} has no prompts.")
+    return prompts
+
+
+def _messages(record: Any) -> list[dict[str, str]]:
+    if "messages" in record:
+        messages = [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
+    else:
+        messages = [{"role": "user", "content": record["turns"][0] if "turns" in record else record["prompt"]}]
+    if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
+        raise TypeError("not text")
+    return messages
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error

@@ -1,0 +1,128 @@
+"""The transition of the MDP: the frozen model with per-token actions, in one teacher-forced batched pass (torch).
+
+The same contract as the oracle, over batches, in the training dtype and differentiable. Every layer sees every token's
+hidden state, so a skipped token's K and V come from its own input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+from dash_export.models import Checkpoint
+from dash_export.policy.skip_modules import SkipModules
+from dash_export.skip_policy import HISTORY
+
+Decide = Callable[[int, torch.Tensor], torch.Tensor]
+"""(row of the gated layer, damage [batch, tokens]) -> skip [batch, tokens] bool."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """final: normed last hidden states [batch, tokens, hidden]; skipped bool, damage float32 [batch, tokens, gated]."""
+
+    final: torch.Tensor
+    skipped: torch.Tensor
+    damage: torch.Tensor
+
+
+class GatedModel:
+    """A frozen checkpoint on one device, in one dtype."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        config = transformers.AutoConfig.for_model(**dict(checkpoint.config))
+        config._attn_implementation = "sdpa"
+        with _no_init():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        weights = {
+            name: torch.from_numpy(weight.read_rows(0, weight.shape[0])) for name, weight in checkpoint.weights.items()
+        }
+        model.load_state_dict(weights, strict=False)
+        model.tie_weights()
+        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.device = device
+        self.dtype = dtype
+        self.spec = checkpoint.spec
+        self.head = self.model.lm_head.weight
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of unit gain, computed in float32, in the dtype of `hidden`."""
+        return torch.nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.spec.rms_norm_eps).to(
+            hidden.dtype
+        )
+
+    def dense(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [batch, tokens] -> normed last hidden states."""
+        return self.model.model(ids, use_cache=False).last_hidden_state
+
+    def dense_layers(self, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """ids [batch, tokens] -> (layer, its input, its output [batch, tokens, hidden]), layer by layer."""
+        decoder = self.model.model
+        hidden = decoder.embed_tokens(ids)
+        rotary = self.rotary(hidden)
+        for index, layer in enumerate(decoder.layers):
+            before, hidden = hidden, layer(hidden, attention_mask=None, position_embeddings=rotary)
+            yield index, before, hidden
+
+    def rollout(
+        self,
+        ids: torch.Tensor,
+        modules: SkipModules,
+        decide: Decide,
+        dense: torch.Tensor,
+        *,
+        network_grad: bool = False,
+    ) -> Rollout:
+        """One pass over ids [batch, tokens]; rows where `dense` [batch, tokens] is true run every layer.
+
+        With `network_grad` only the damage has a gradient, to the network's weights: the pass itself keeps no graph.
+        Otherwise gradients flow as torch's mode says.
+        """
+        decoder = self.model.model
+        outer = torch.is_grad_enabled()
+        with torch.set_grad_enabled(outer and not network_grad):
+            hidden = decoder.embed_tokens(ids)
+            rotary = decoder.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])
+            history = torch.zeros(*ids.shape, HISTORY, device=ids.device)
+            before = hidden
+            skips, damages = [], []
+            rows = {layer: row for row, layer in enumerate(modules.gated)}
+            for index, layer in enumerate(decoder.layers):
+                row = rows.get(index)
+                if row is None:
+                    before, hidden = hidden, layer(hidden, attention_mask=None, position_embeddings=rotary)
+                    history = _shift(history, torch.zeros_like(dense))
+                    continue
+                if modules.network:
+                    state = self.normed(before)
+                    with torch.set_grad_enabled(outer):
+                        damage = modules.damage(row, state, history)
+                else:
+                    damage = torch.zeros(ids.shape, device=ids.device)
+                skip = decide(row, damage.detach()) & ~dense
+                before = hidden
+                ran = layer(hidden, attention_mask=None, position_embeddings=rotary)
+                if skip.any():
+                    skipped = hidden + modules.compensate(row, hidden, self.normed(hidden))
+                    ran = torch.where(skip[..., None], skipped, ran)
+                hidden = ran
+                history = _shift(history, skip)
+                skips.append(skip)
+                damages.append(damage)
+            return Rollout(decoder.norm(hidden), torch.stack(skips, -1), torch.stack(damages, -1))
+
+
+def _shift(history: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    return torch.stack([history[..., 1], skip.float()], -1)
+
+
+@contextmanager
+def _no_init() -> Iterator[None]:
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield

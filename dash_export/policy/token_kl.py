@@ -1,0 +1,62 @@
+"""KL(dense || skipped) per token from hidden states, without ever holding two vocabularies' worth of logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per token [n]: KL in nats, whether the likeliest token agrees, the skipped model's log-likelihood of a target."""
+
+    kl: torch.Tensor
+    agree: torch.Tensor
+    log_likelihood: torch.Tensor
+
+
+@torch.no_grad()
+def divergence(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, targets: torch.Tensor) -> Divergence:
+    """head [vocab, hidden]; dense and skipped final states [n, hidden]; targets [n] (the tokens that follow)."""
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for start in range(0, len(dense), ROWS):
+        rows = slice(start, start + ROWS)
+        p, q = (dense[rows] @ head.T).float(), (skipped[rows] @ head.T).float()
+        lse_p, lse_q = p.logsumexp(-1), q.logsumexp(-1)
+        chosen = q.gather(-1, targets[rows, None])[:, 0] - lse_q
+        agree = p.argmax(-1) == q.argmax(-1)
+        q.neg_().add_(p)
+        kl = (p.sub_(lse_p[:, None]).exp_() * q).sum(-1) - lse_p + lse_q
+        parts.append((kl, agree, chosen))
+    return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class MeanDivergence(torch.autograd.Function):
+    """Sum over rows of weight * KL(dense || skipped), with the gradient for `skipped` computed on the way forward:
+    d KL / d logits = q - p.
+    """
+
+    @staticmethod
+    def forward(ctx, head, dense, skipped, weight):  # type: ignore[no-untyped-def]
+        total, gradient, kls = 0.0, torch.empty_like(skipped), []
+        for start in range(0, len(dense), ROWS):
+            rows = slice(start, start + ROWS)
+            p, q = (dense[rows] @ head.T).float(), (skipped[rows] @ head.T).float()
+            lse_p, lse_q = p.logsumexp(-1), q.logsumexp(-1)
+            difference = p - q
+            p.sub_(lse_p[:, None]).exp_()
+            kl = (p * difference).sum(-1) - lse_p + lse_q
+            kls.append(kl)
+            total = total + (kl * weight[rows]).sum()
+            q.sub_(lse_q[:, None]).exp_().sub_(p).mul_(weight[rows, None])
+            gradient[rows] = q.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return total, torch.cat(kls)
+
+    @staticmethod
+    def backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
+        (gradient,) = ctx.saved_tensors
+        return None, None, gradient * upstream.to(gradient.dtype), None

@@ -19,14 +19,19 @@ from dash_export.skip_policy import HISTORY
 
 Decide = Callable[[int, torch.Tensor], torch.Tensor]
 """(row of the gated layer, damage [batch, tokens]) -> skip [batch, tokens] bool."""
+Soften = Callable[[int, torch.Tensor], torch.Tensor]
+"""(row of the gated layer, damage [batch, tokens]) -> how much of a skip it is, in (0, 1), differentiable."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """final: normed last hidden states [batch, tokens, hidden]; skipped bool, damage float32 [batch, tokens, gated]."""
+    """final: normed last hidden states [batch, tokens, hidden]. Per gated layer, [batch, tokens, gated]: skipped bool;
+    taken float32, the same with the gradient of its softened form; damage float32.
+    """
 
     final: torch.Tensor
     skipped: torch.Tensor
+    taken: torch.Tensor
     damage: torch.Tensor
 
 
@@ -76,44 +81,60 @@ class GatedModel:
         dense: torch.Tensor,
         *,
         network_grad: bool = False,
+        soften: Soften | None = None,
     ) -> Rollout:
         """One pass over ids [batch, tokens]; rows where `dense` [batch, tokens] is true run every layer.
 
         With `network_grad` only the damage has a gradient, to the network's weights: the pass itself keeps no graph.
-        Otherwise gradients flow as torch's mode says.
+        With `soften` decisions have the gradient of their softened form (straight-through). Otherwise gradients flow as
+        torch's mode says.
         """
-        decoder = self.model.model
         outer = torch.is_grad_enabled()
         with torch.set_grad_enabled(outer and not network_grad):
-            hidden = decoder.embed_tokens(ids)
-            rotary = decoder.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])
+            hidden = self.model.model.embed_tokens(ids)
+            rotary = self.rotary(hidden)
             history = torch.zeros(*ids.shape, HISTORY, device=ids.device)
             before = hidden
-            skips, damages = [], []
+            decisions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
             rows = {layer: row for row, layer in enumerate(modules.gated)}
-            for index, layer in enumerate(decoder.layers):
+            for index, layer in enumerate(self.model.model.layers):
                 row = rows.get(index)
+                ran = layer(hidden, attention_mask=None, position_embeddings=rotary)
                 if row is None:
-                    before, hidden = hidden, layer(hidden, attention_mask=None, position_embeddings=rotary)
+                    before, hidden = hidden, ran
                     history = _shift(history, torch.zeros_like(dense))
                     continue
-                if modules.network:
-                    state = self.normed(before)
-                    with torch.set_grad_enabled(outer):
-                        damage = modules.damage(row, state, history)
-                else:
-                    damage = torch.zeros(ids.shape, device=ids.device)
+                with torch.set_grad_enabled(outer):
+                    damage = self._damage(modules, row, before, history)
                 skip = decide(row, damage.detach()) & ~dense
+                taken = skip.float()
                 before = hidden
-                ran = layer(hidden, attention_mask=None, position_embeddings=rotary)
-                if skip.any():
+                if soften is not None:
+                    soft = soften(row, damage)
+                    taken = (taken + soft - soft.detach()) * ~dense
+                    update = hidden + modules.compensate(row, hidden, self.normed(hidden)) - ran
+                    hidden = ran + taken[..., None].to(ran.dtype) * update
+                elif skip.any():
                     skipped = hidden + modules.compensate(row, hidden, self.normed(hidden))
-                    ran = torch.where(skip[..., None], skipped, ran)
-                hidden = ran
+                    hidden = torch.where(skip[..., None], skipped, ran)
+                else:
+                    hidden = ran
                 history = _shift(history, skip)
-                skips.append(skip)
-                damages.append(damage)
-            return Rollout(decoder.norm(hidden), torch.stack(skips, -1), torch.stack(damages, -1))
+                decisions.append((skip, taken, damage))
+            skips, takens, damages = (torch.stack(column, -1) for column in zip(*decisions, strict=True))
+            return Rollout(self.model.model.norm(hidden), skips, takens, damages)
+
+    def rotary(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of positions from 0 on."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        tables: tuple[torch.Tensor, torch.Tensor] = self.model.model.rotary_emb(hidden, positions)
+        return tables
+
+    def _damage(self, modules: SkipModules, row: int, before: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+        if not modules.network:
+            return torch.zeros(before.shape[:-1], device=before.device)
+        # The network learns from decisions, the base's hidden states do not: they are its input as they are.
+        return modules.damage(row, self.normed(before).detach(), history)
 
 
 def _shift(history: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,29 +35,31 @@ def divergence(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, t
     return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-class MeanDivergence(torch.autograd.Function):
-    """Sum over rows of weight * KL(dense || skipped), with the gradient for `skipped` computed on the way forward:
-    d KL / d logits = q - p.
+class SummedDivergence(torch.autograd.Function):
+    """Sum over rows of weight * KL(dense || skipped): head [vocab, hidden], states [n, hidden], weight [n] -> scalar.
+
+    The gradient for `skipped` is made on the way forward, d KL / d logits = q - p, so no logits are kept.
     """
 
     @staticmethod
-    def forward(ctx, head, dense, skipped, weight):  # type: ignore[no-untyped-def]
-        total, gradient, kls = 0.0, torch.empty_like(skipped), []
+    def forward(  # type: ignore[override]
+        ctx: Any, head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=skipped.device)
+        gradient = torch.empty_like(skipped)
         for start in range(0, len(dense), ROWS):
             rows = slice(start, start + ROWS)
             p, q = (dense[rows] @ head.T).float(), (skipped[rows] @ head.T).float()
             lse_p, lse_q = p.logsumexp(-1), q.logsumexp(-1)
             difference = p - q
             p.sub_(lse_p[:, None]).exp_()
-            kl = (p * difference).sum(-1) - lse_p + lse_q
-            kls.append(kl)
-            total = total + (kl * weight[rows]).sum()
+            total += (((p * difference).sum(-1) - lse_p + lse_q) * weight[rows]).sum()
             q.sub_(lse_q[:, None]).exp_().sub_(p).mul_(weight[rows, None])
             gradient[rows] = q.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
-        return total, torch.cat(kls)
+        return total
 
     @staticmethod
-    def backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[None, None, torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return None, None, gradient * upstream.to(gradient.dtype), None
+        return None, None, gradient * upstream[0].to(gradient.dtype), None

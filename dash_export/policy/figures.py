@@ -1,0 +1,95 @@
+"""What a trained policy does on held-out text: the figures on its card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from dash_export.artifacts import Progress, no_progress
+from dash_export.policy.corpus import Batch, Corpus
+from dash_export.policy.gated_model import Decide, GatedModel
+from dash_export.policy.skip_modules import SkipModules
+from dash_export.policy.token_kl import divergence
+
+BATCHES = 4
+SIZES = (2, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Means over the tokens past the prefix: layers skipped, KL from dense (nats), top-1 agreement, nll (nats)."""
+
+    setting: str
+    skipped: float
+    kl: float
+    top1: float
+    nll: float
+
+
+def held_out_batches(corpus: Corpus, windows: int, window: int) -> list[Batch]:
+    """The same windows whatever the training's seed, so that trainings compare."""
+    rng = np.random.default_rng(20252)
+    return [corpus.batch(rng, windows, window) for _ in range(BATCHES)]
+
+
+def token_figures(
+    model: GatedModel,
+    modules: SkipModules,
+    batches: Sequence[Batch],
+    order: Sequence[int],
+    trade_offs: tuple[float, float],
+    progress: Progress = no_progress,
+) -> list[dict[str, object]]:
+    """Dense, the token policy over its dial, static and random sets of SIZES with the same compensation."""
+    layers, gated = model.spec.num_layers, modules.gated
+    runs: list[tuple[str, Decide]] = [("dense", lambda row, damage: torch.zeros_like(damage).bool())]
+    if modules.network:
+        for value in np.geomspace(*trade_offs, 8):
+            runs.append((f"token, trade-off {value:.3g}", _below(float(value) / layers)))
+    for size in SIZES:
+        rows = {gated.index(layer) for layer in order[:size]}
+        runs.append((f"static, {size} layers", _always(rows)))
+        runs.append((f"random, {size} layers", _random(size / len(gated))))
+    figures = []
+    for done, (name, decide) in enumerate(runs, 1):
+        figures.append(asdict(measure(model, modules, batches, name, decide)))
+        progress("held-out text", done, len(runs))
+    return figures
+
+
+@torch.no_grad()
+def measure(
+    model: GatedModel, modules: SkipModules, batches: Sequence[Batch], name: str, decide: Decide
+) -> Figures:
+    """One setting over the batches."""
+    sums, count = np.zeros(4), 0
+    for batch in batches:
+        ids, dense, counted = (
+            torch.from_numpy(array).to(model.device) for array in (batch.ids, batch.dense, batch.counted)
+        )
+        # A token counts where the one after it is text too.
+        counted = counted[:, :-1] & counted[:, 1:]
+        following = ids[:, 1:][counted]
+        rollout = model.rollout(ids, modules, decide, dense)
+        final, skipped = model.dense(ids)[:, :-1][counted], rollout.final[:, :-1][counted]
+        found = divergence(model.head, final, skipped, following)
+        taken = rollout.skipped[:, :-1][counted].float().sum(-1)
+        sums += [float(values.double().sum()) for values in (taken, found.kl, found.agree, -found.log_likelihood)]
+        count += len(following)
+    return Figures(name, *(round(float(value), 4) for value in sums / count))
+
+
+def _below(limit: float) -> Decide:
+    return lambda row, damage: damage < limit
+
+
+def _always(rows: set[int]) -> Decide:
+    return lambda row, damage: torch.full_like(damage, row in rows).bool()
+
+
+def _random(rate: float) -> Decide:
+    generator = torch.Generator().manual_seed(0)
+    return lambda row, damage: (torch.rand(damage.shape, generator=generator) < rate).to(damage.device)

@@ -1,0 +1,36 @@
+"""The one home of every default of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a policy is trained. Steps are batches of `windows` windows of `window` tokens.
+
+    `rank`: of the low-rank compensation; `width`: hidden units of the damage network, 0 for a linear one; `history`:
+    whether it reads the last two actions. `trade_offs`: the range of the dial that training covers, in nats per dense
+    token time. `own_prompts` continuations of the model's own, of up to `own_tokens` tokens, join the corpus.
+    `held_out`: share of every text that is only evaluated on.
+    """
+
+    seed: int = 0
+    window: int = 128
+    windows: int = 8
+    compensation: str = "low_rank"
+    rank: int = 64
+    width: int = 0
+    history: bool = False
+    fit_steps: int = 40
+    warm_up_steps: int = 60
+    regression_steps: int = 240
+    tuning_steps: int = 500
+    refit_steps: int = 200
+    network_rate: float = 3e-3
+    compensation_rate: float = 1e-3
+    refinement_rate: float = 3e-4
+    trade_offs: tuple[float, float] = (0.3, 3.0)
+    own_prompts: int = 256
+    own_tokens: int = 128
+    held_out: float = 0.08

@@ -1,0 +1,78 @@
+"""Tuning by divergence: the compensation, and with it the network, under the network's own decisions.
+
+For a window at trade-off λ a rollout costs KL + λ * time. The compensation follows the gradient of the KL. A decision
+has no gradient; the network follows the straight-through one (Bengio et al. 2013, arXiv 1308.3432): forward takes the
+decision, backward its softened form, sigmoid((limit - damage) / (SOFTNESS * limit)), so that every decision of a token
+hears what it did to this token and, through the KV cache, to later ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dash_export.policy.corpus import Batch
+from dash_export.policy.gated_model import GatedModel
+from dash_export.policy.regression import draw_trade_offs
+from dash_export.policy.skip_modules import SkipModules
+from dash_export.policy.token_kl import SummedDivergence
+
+SOFTNESS = 0.3
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One step's loss: (KL + λ * time) / λ, so that every trade-off of the range weighs alike; uniform cost assumed."""
+
+    model: GatedModel
+    modules: SkipModules
+    trade_offs: tuple[float, float]
+    decisions: bool = True
+
+    def loss(self, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
+        """The loss over one batch, with gradients for the compensation and, where `decisions`, for the network."""
+        device, layers = self.model.device, self.model.spec.num_layers
+        ids, dense, counted = (torch.from_numpy(array).to(device) for array in (batch.ids, batch.dense, batch.counted))
+        drawn = torch.from_numpy(draw_trade_offs(rng, len(ids), self.trade_offs)).to(device)[:, None]
+        limits = drawn / layers
+        with torch.no_grad():
+            final = self.model.dense(ids)[counted]
+
+        def soften(row: int, damage: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid((limits - damage) / (SOFTNESS * limits))
+
+        rollout = self.model.rollout(
+            ids, self.modules, lambda row, damage: damage < limits, dense, soften=soften if self.decisions else None
+        )
+        weight = (1 / drawn).expand(ids.shape)[counted] / counted.sum()
+        loss = SummedDivergence.apply(self.model.head, final, rollout.final[counted], weight)
+        if not self.decisions:
+            return loss
+        return loss - rollout.taken[counted].sum(-1).mean() / layers
+
+
+@dataclass(frozen=True)
+class StaticTuning:
+    """The compensation of a static policy: KL under the first k layers of its order, k drawn per window."""
+
+    model: GatedModel
+    modules: SkipModules
+    order: tuple[int, ...]
+    largest: int
+
+    def loss(self, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
+        """The loss over one batch, with gradients for the compensation."""
+        device = self.model.device
+        ids, dense, counted = (torch.from_numpy(array).to(device) for array in (batch.ids, batch.dense, batch.counted))
+        sizes = rng.integers(1, self.largest + 1, len(ids))
+        place = {layer: index for index, layer in enumerate(self.order)}
+        skipped = torch.tensor([[place[layer] < size for layer in self.modules.gated] for size in sizes], device=device)
+        with torch.no_grad():
+            final = self.model.dense(ids)[counted]
+        rollout = self.model.rollout(
+            ids, self.modules, lambda row, damage: skipped[:, row, None].expand(damage.shape), dense
+        )
+        weight = torch.full((len(final),), 1 / len(final), device=device)
+        return SummedDivergence.apply(self.model.head, final, rollout.final[counted], weight)

@@ -61,9 +61,7 @@ def token_figures(
 
 
 @torch.no_grad()
-def measure(
-    model: GatedModel, modules: SkipModules, batches: Sequence[Batch], name: str, decide: Decide
-) -> Figures:
+def measure(model: GatedModel, modules: SkipModules, batches: Sequence[Batch], name: str, decide: Decide) -> Figures:
     """One setting over the batches."""
     sums, count = np.zeros(4), 0
     for batch in batches:

@@ -148,26 +148,38 @@ class Session:
             logits, actions = step.logits[0, 0], step.actions[0].copy()
 
     def score(
-        self, ids: str | Sequence[int] | TokenIds, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
+        self,
+        ids: str | Sequence[int] | TokenIds,
+        prefix: int = 2,
+        actions: npt.NDArray[np.int8] | None = None,
+        keep_logits: bool = False,
     ) -> Score:
         """Log-likelihood of each token after the first, as decode under the policy would see it, in one pass over a
         fresh context.
 
         The first `prefix` tokens are dense, like a prompt. `actions` int8 [tokens, layers] forces every action instead.
+        `keep_logits` keeps the logits [tokens, vocab] too: mind the memory.
         """
         tokens = self._prompt_ids(ids)
-        likelihoods, taken, damages = [], [], []
+        likelihoods, taken, damages, logits = [], [], [], []
         for start, step in self._forced(tokens, prefix, actions):
             following = tokens[start + 1 : start + 1 + step.sequence]
             likelihoods.append(_log_likelihoods(step.logits[0, : len(following)], following))
             taken.append(step.actions.copy())
             damages.append(step.damage.T.copy())
-        return Score(np.concatenate(likelihoods), np.concatenate(taken), np.concatenate(damages))
+            if keep_logits:
+                logits.append(step.logits[0].copy())
+        return Score(
+            np.concatenate(likelihoods),
+            np.concatenate(taken),
+            np.concatenate(damages),
+            np.concatenate(logits) if keep_logits else None,
+        )
 
     def logits(
         self, ids: str | Sequence[int] | TokenIds, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
     ) -> npt.NDArray[np.float32]:
-        """Like `score`, but the logits [tokens, vocab] themselves: mind the memory."""
+        """The logits [tokens, vocab] of `score`."""
         return np.concatenate(
             [step.logits[0].copy() for _, step in self._forced(self._prompt_ids(ids), prefix, actions)]
         )

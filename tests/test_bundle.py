@@ -172,12 +172,8 @@ def test_manifest_of_before_there_were_orders(bundle: Path) -> None:
 
 
 POINT = {"trade_off": 0.0, "layers": 6.0, "time": 1.0, "kl": 0.0}
-DIALS: list[Any] = [
-    [],
-    {"magic": [POINT]},
-    {"token": [POINT | {"kl": float("nan")}]},
-    {"token": [POINT | {"time": -1}]},
-]
+NAN, NEGATIVE = POINT | {"kl": float("nan")}, POINT | {"time": -1}
+DIALS: list[Any] = [[], {"magic": [POINT]}, {"token": [NAN]}, {"sequence": [POINT, NEGATIVE]}]
 
 
 @pytest.mark.parametrize("dial", DIALS)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import DENSE_POSITIONS, Action
+from dash_export.divergence import DenseRows, surprise
 from dash_export.errors import RequestError
 from dash_export.runtime import DashRuntime, Session
 
@@ -27,8 +28,6 @@ ESSENTIAL_FACTOR = 4.0
 """A layer whose divergence is over this many times the median one is essential."""
 GREEDY_CANDIDATES = 8
 """A greedy step tries this many layers, the least damaging alone: every try costs a pass over the text."""
-_ROWS = 16
-"""Rows compared at a time: their temporaries stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -90,70 +89,31 @@ class Calibrator:
     def measure(self, sets: Sequence[tuple[int, ...]], name: str = "sets") -> list[Damage]:
         """Every set of skipped layers over every window."""
         divergence = np.zeros(len(sets))
-        surprise = np.zeros(len(sets))
+        nll = np.zeros(len(sets))
         done, total = 0, len(sets) * len(self._windows)
         for window in self._windows:
-            dense = _Dense(self._logits(window, ()), window)
+            following = window[DENSE_POSITIONS + 1 :]
+            logits = self._logits(window, ())
+            dense, dense_nll = DenseRows(logits), surprise(logits, following).sum()
             for index, skipped in enumerate(sets):
-                kl, nll = dense.compare(self._logits(window, skipped)) if skipped else dense.own()
-                divergence[index] += kl
-                surprise[index] += nll
+                if skipped:
+                    logits = self._logits(window, skipped)
+                    divergence[index] += dense.kl(logits).sum()
+                    nll[index] += surprise(logits, following).sum()
+                else:
+                    nll[index] += dense_nll
                 done += 1
                 self._progress(name, done, total)
-        following = self.tokens - len(self._windows)  # the last token of a window has no follower
+        predicted = self.tokens - len(self._windows)  # the last token of a window has no follower
         return [
-            Damage(skipped, float(kl / self.tokens), float(np.exp(nll / following)))
-            for skipped, kl, nll in zip(sets, divergence, surprise, strict=True)
+            Damage(skipped, float(kl / self.tokens), float(np.exp(total / predicted)))
+            for skipped, kl, total in zip(sets, divergence, nll, strict=True)
         ]
 
     def _logits(self, window: TokenIds, skipped: Iterable[int]) -> Floats:
         actions = np.zeros((len(window), self._layers), np.int8)
         actions[DENSE_POSITIONS:, list(skipped)] = Action.SKIP
         return self._session.logits(window, actions=actions)[DENSE_POSITIONS:]
-
-
-class _Dense:
-    """The dense distribution of one window, p = softmax(z): KL(p || q) = sum p (log p - log q)."""
-
-    def __init__(self, logits: Floats, window: TokenIds) -> None:
-        self._following = window[DENSE_POSITIONS + 1 :]
-        self._surprise = _surprise(logits, self._following)
-        self._p = np.empty_like(logits)
-        self._log_p = np.zeros(len(logits))
-        for rows in _blocks(len(logits)):
-            z = logits[rows] - logits[rows].max(axis=-1, keepdims=True)
-            p = np.exp(z)
-            mass = p.sum(axis=-1, keepdims=True)
-            p /= mass
-            self._p[rows] = p
-            self._log_p[rows] = (p * (z - np.log(mass))).sum(axis=-1)
-
-    def own(self) -> tuple[float, float]:
-        return 0.0, self._surprise
-
-    def compare(self, logits: Floats) -> tuple[float, float]:
-        """Sum of the KL divergences (nats) and sum of -log q of the tokens that followed."""
-        total = 0.0
-        for rows in _blocks(len(logits)):
-            z = logits[rows] - logits[rows].max(axis=-1, keepdims=True)
-            log_mass = np.log(np.exp(z).sum(axis=-1))
-            cross = (self._p[rows] * z).sum(axis=-1) - log_mass
-            total += float((self._log_p[rows] - cross).sum())
-        return total, _surprise(logits, self._following)
-
-
-def _surprise(logits: Floats, following: TokenIds) -> float:
-    total = 0.0
-    for rows in _blocks(len(following)):
-        z = logits[rows][: len(following[rows])]
-        z = z - z.max(axis=-1, keepdims=True)
-        chosen = np.take_along_axis(z, following[rows][:, None], axis=-1)[:, 0]
-        total += float((np.log(np.exp(z).sum(axis=-1)) - chosen).sum())
-    return total
-
-
-def _blocks(count: int) -> Iterable[slice]:
-    return (slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS))
 
 
 def essential_layers(singles: Sequence[Damage], factor: float = ESSENTIAL_FACTOR) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "Answer a prompt, or chat, skipping layers as told.",
     "inspect": "What is in a bundle: graphs, engines, sizes, costs, policy.",
     "calibrate": "Which layers are essential, and which sets can be skipped.",
+    "train": "Learn a skip policy for a model: the network and the compensation.",
     "doctor": "What this machine has, and the install line for what is missing.",
     "completion": "Print the shell completion script.",
 }

@@ -45,7 +45,7 @@ def token_figures(
 ) -> list[dict[str, object]]:
     """Dense, the token policy over its dial, static and random sets of SIZES with the same compensation."""
     layers, gated = model.spec.num_layers, modules.gated
-    runs: list[tuple[str, Decide]] = [("dense", lambda row, damage: torch.zeros_like(damage).bool())]
+    runs: list[tuple[str, Decide]] = [("dense", lambda _, damage: torch.zeros_like(damage).bool())]
     if modules.network:
         for value in np.geomspace(*trade_offs, 8):
             runs.append((f"token, trade-off {value:.3g}", _below(float(value) / layers)))
@@ -81,7 +81,7 @@ def measure(model: GatedModel, modules: SkipModules, batches: Sequence[Batch], n
 
 
 def _below(limit: float) -> Decide:
-    return lambda row, damage: damage < limit
+    return lambda _, damage: damage < limit
 
 
 def _always(rows: set[int]) -> Decide:
@@ -90,4 +90,4 @@ def _always(rows: set[int]) -> Decide:
 
 def _random(rate: float) -> Decide:
     generator = torch.Generator().manual_seed(0)
-    return lambda row, damage: (torch.rand(damage.shape, generator=generator) < rate).to(damage.device)
+    return lambda _, damage: (torch.rand(damage.shape, generator=generator) < rate).to(damage.device)

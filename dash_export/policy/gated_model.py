@@ -19,8 +19,8 @@ from dash_export.skip_policy import HISTORY
 
 Decide = Callable[[int, torch.Tensor], torch.Tensor]
 """(row of the gated layer, damage [batch, tokens]) -> skip [batch, tokens] bool."""
-Soften = Callable[[int, torch.Tensor], torch.Tensor]
-"""(row of the gated layer, damage [batch, tokens]) -> how much of a skip it is, in (0, 1), differentiable."""
+Soften = Callable[[torch.Tensor], torch.Tensor]
+"""damage [batch, tokens] -> how much of a skip it is, in (0, 1), differentiable."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class GatedModel:
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [batch, tokens] -> normed last hidden states."""
-        return self.model.model(ids, use_cache=False).last_hidden_state
+        final: torch.Tensor = self.model.model(ids, use_cache=False).last_hidden_state
+        return final
 
     def dense_layers(self, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """ids [batch, tokens] -> (layer, its input, its output [batch, tokens, hidden]), layer by layer."""
@@ -110,7 +111,7 @@ class GatedModel:
                 taken = skip.float()
                 before = hidden
                 if soften is not None:
-                    soft = soften(row, damage)
+                    soft = soften(damage)
                     taken = (taken + soft - soft.detach()) * ~dense
                     update = hidden + modules.compensate(row, hidden, self.normed(hidden)) - ran
                     hidden = ran + taken[..., None].to(ran.dtype) * update
@@ -121,8 +122,9 @@ class GatedModel:
                     hidden = ran
                 history = _shift(history, skip)
                 decisions.append((skip, taken, damage))
-            skips, takens, damages = (torch.stack(column, -1) for column in zip(*decisions, strict=True))
-            return Rollout(self.model.model.norm(hidden), skips, takens, damages)
+            final = self.model.model.norm(hidden)
+        skips, takens, damages = (torch.stack(column, -1) for column in zip(*decisions, strict=True))
+        return Rollout(final, skips, takens, damages)
 
     def rotary(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of positions from 0 on."""

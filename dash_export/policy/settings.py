@@ -16,21 +16,20 @@ class TrainingSettings:
     """
 
     seed: int = 0
-    window: int = 128
-    windows: int = 8
+    window: int = 256
+    windows: int = 4
     compensation: str = "low_rank"
     rank: int = 64
     width: int = 0
     history: bool = False
     fit_steps: int = 40
-    warm_up_steps: int = 60
-    regression_steps: int = 240
-    tuning_steps: int = 500
-    refit_steps: int = 200
+    warm_up_steps: int = 50
+    regression_steps: int = 120
+    tuning_steps: int = 900
     network_rate: float = 3e-3
     compensation_rate: float = 1e-3
-    refinement_rate: float = 3e-4
-    trade_offs: tuple[float, float] = (0.3, 3.0)
-    own_prompts: int = 256
-    own_tokens: int = 128
+    refinement_rate: float = 5e-4
+    trade_offs: tuple[float, float] = (0.25, 1.5)
+    own_prompts: int = 160
+    own_tokens: int = 192
     held_out: float = 0.08

@@ -42,9 +42,9 @@ class SkipModules(nn.Module):
         if self.kind == "none":
             return torch.zeros_like(hidden)
         if self.kind == "scale":
-            return hidden * weight["factor"][row].to(hidden.dtype)
+            return hidden * weight["factor"][row].to(hidden.dtype)  # type: ignore[no-any-return]
         down, up = weight["down"][row].to(state.dtype), weight["up"][row].to(state.dtype)
-        return state @ down @ up
+        return state @ down @ up  # type: ignore[no-any-return]
 
     def to_policy(self, origin: str) -> SkipPolicy:
         """The weights as numpy arrays (copies)."""

@@ -35,14 +35,11 @@ def divergence(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, t
     return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-class SummedDivergence(torch.autograd.Function):
-    """Sum over rows of weight * KL(dense || skipped): head [vocab, hidden], states [n, hidden], weight [n] -> scalar.
-
-    The gradient for `skipped` is made on the way forward, d KL / d logits = q - p, so no logits are kept.
-    """
+class _SummedDivergence(torch.autograd.Function):
+    """The gradient for `skipped` is made on the way forward, d KL / d logits = q - p, so no logits are kept."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
         total = torch.zeros((), device=skipped.device)
@@ -63,3 +60,13 @@ class SummedDivergence(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[None, None, torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return None, None, gradient * upstream[0].to(gradient.dtype), None
+
+
+def summed_divergence(
+    head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: head [vocab, hidden], states
+    [n, hidden], weight [n] -> scalar.
+    """
+    total: torch.Tensor = _SummedDivergence.apply(head, dense, skipped, weight)  # type: ignore[no-untyped-call]
+    return total

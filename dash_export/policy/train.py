@@ -139,7 +139,7 @@ def _add_own_words(
         temporary = path.with_name(f".tmp-{path.name}")
         arrays = {f"{index}-{passage.prefix}": passage.ids for index, passage in enumerate(passages)}
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         temporary.replace(path)
     with np.load(path, allow_pickle=False) as stored:
         passages = [Passage(stored[name], int(name.partition("-")[2])) for name in stored.files]

@@ -4,8 +4,7 @@
     2. the compensation in closed form, and the cosine ranking (compensation.py)
     3. damage regression: the network, from forward passes (regression.py)
     4. tuning: compensation and network together, by KL (tuning.py)
-    5. damage regression again: the tuned compensation changed what skipping costs
-    6. the greedy static order, for the static kind of the same bundle (ranking.py)
+    5. the greedy static order, for the static kind of the same bundle (ranking.py)
 
 Every batch is drawn from (seed, stage, step), so a resumed training is the one that was killed.
 """
@@ -52,14 +51,13 @@ class Training:
     progress: Progress = no_progress
 
     def token_policy(self) -> SkipPolicy:
-        """Train network and compensation: stages 2 to 6."""
+        """Train network and compensation: stages 2 to 5."""
         settings = self.settings
         self._begin(
             {
                 "fit": settings.fit_steps * FIT_COST,
                 "regression": settings.regression_steps * REGRESSION_COST,
                 "tuning": settings.tuning_steps * TUNING_COST * (settings.compensation != "none"),
-                "refit": settings.refit_steps * REGRESSION_COST,
                 "ranking": len(self.gated) * RANKING_BATCHES * 6,
             }
         )
@@ -92,14 +90,6 @@ class Training:
                 both,
                 lambda batch, rng, _: tuning.loss(batch, rng),
             )
-        self._optimise(
-            "refit",
-            modules,
-            settings.refit_steps,
-            REGRESSION_COST,
-            [(list(modules.network.values()), settings.refinement_rate)],
-            lambda batch, rng, _: regression.loss(batch, rng),
-        )
         order = self._ranking(modules)
         return replace(modules.to_policy(self.origin("token")), static_order=order, cosine_order=cosine)
 

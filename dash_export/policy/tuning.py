@@ -17,7 +17,7 @@ from dash_export.policy.corpus import Batch
 from dash_export.policy.gated_model import GatedModel
 from dash_export.policy.regression import draw_trade_offs
 from dash_export.policy.skip_modules import SkipModules
-from dash_export.policy.token_kl import SummedDivergence
+from dash_export.policy.token_kl import summed_divergence
 
 SOFTNESS = 0.3
 
@@ -40,14 +40,15 @@ class Tuning:
         with torch.no_grad():
             final = self.model.dense(ids)[counted]
 
-        def soften(row: int, damage: torch.Tensor) -> torch.Tensor:
-            return torch.sigmoid((limits - damage) / (SOFTNESS * limits))
-
         rollout = self.model.rollout(
-            ids, self.modules, lambda row, damage: damage < limits, dense, soften=soften if self.decisions else None
+            ids,
+            self.modules,
+            lambda _, damage: damage < limits,
+            dense,
+            soften=(lambda damage: torch.sigmoid((limits - damage) / (SOFTNESS * limits))) if self.decisions else None,
         )
         weight = (1 / drawn).expand(ids.shape)[counted] / counted.sum()
-        loss = SummedDivergence.apply(self.model.head, final, rollout.final[counted], weight)
+        loss = summed_divergence(self.model.head, final, rollout.final[counted], weight)
         if not self.decisions:
             return loss
         return loss - rollout.taken[counted].sum(-1).mean() / layers
@@ -75,4 +76,4 @@ class StaticTuning:
             ids, self.modules, lambda row, damage: skipped[:, row, None].expand(damage.shape), dense
         )
         weight = torch.full((len(final),), 1 / len(final), device=device)
-        return SummedDivergence.apply(self.model.head, final, rollout.final[counted], weight)
+        return summed_divergence(self.model.head, final, rollout.final[counted], weight)

@@ -221,14 +221,17 @@ class BoundStep:
         if layer in self._score_bias:
             self.damage[layer] = np.logaddexp(0.0, self._score[layer, 0, :, 0] + np.float32(self._score_bias[layer]))
 
-    def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
-        """`sequence` tokens, every layer."""
+    def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
+        """`sequence` tokens, every layer. `ask`: the tokens' damage is wanted too."""
         self.input_ids[0] = tokens
         self.place()
         self._history.fill(0.0)
         for segment in self.segments:
+            if ask and segment.policy is not None:
+                segment.policy()
             segment.run()
-            self._read_scores(segment.layer)
+            if ask:
+                self._read_scores(segment.layer)
         self._cache.length += self.sequence
 
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:

@@ -1,0 +1,109 @@
+"""`dash-export train`: a model and text to a policy file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import click
+
+from dash_export.cli import OUTPUT
+from dash_export.commands.common import LayerList, plain_table, print_table, result_console
+from dash_export.commands.progress import progress_bar
+
+
+@click.command("train")
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="NAME.safetensors",
+    help="The policy file to write; its card, NAME.json, lies beside it.",
+)
+@click.option("--text", type=click.Path(path_type=Path), multiple=True, help="Plain text to learn from; repeatable.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE.jsonl",
+    help='Chat prompts ({"prompt": ...} a line) that the model continues itself, to learn from; repeatable.',
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["token", "static"]),
+    default="token",
+    show_default=True,
+    help="token: a network that decides for every token. static: fixed sets with a compensation of their own.",
+)
+@click.option(
+    "--gated",
+    type=LayerList(),
+    metavar="LAYERS",
+    help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--compensation", type=click.Choice(["none", "scale", "low_rank"]), default="low_rank", show_default=True)
+@click.option("--rank", type=click.IntRange(1, 4096), help="Rank of the low-rank compensation (64).")
+@click.option("--width", type=click.IntRange(0, 4096), help="Hidden units of the damage network; 0: linear (0).")
+@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps (900): more is slower and better.")
+@click.option("--regression-steps", type=click.IntRange(min=1), help="Steps of damage regression before them (120).")
+@click.option("--window", type=click.IntRange(16, 8192), help="Tokens per window (256).")
+@click.option("--windows", type=click.IntRange(min=1), help="Windows per step (4).")
+@click.option("--device", default="", help="cpu or cuda; by default cuda where there is one.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    model: str,
+    output: Path,
+    text: tuple[Path, ...],
+    prompts: tuple[Path, ...],
+    kind: str,
+    gated: tuple[int, ...] | None,
+    device: str,
+    steps: int | None,
+    **chosen: int | str | None,
+) -> None:
+    """Train a skip policy for MODEL: which layers each token can do without, and what to add in their place.
+
+    The model itself stays as it is. A training that was killed goes on where it stopped when the same command is given
+    again. The end of every text (8 %) is not trained on; the card's figures come from there.
+    """
+    from dash_export.policy.settings import TrainingSettings
+    from dash_export.policy.train import train
+
+    known = {field.name for field in fields(TrainingSettings)}
+    given = {name: value for name, value in (chosen | {"tuning_steps": steps}).items() if value is not None}
+    assert set(given) <= known
+    ctx.meta[OUTPUT] = f"{output}.unfinished"
+    with progress_bar("train") as progress:
+        train(
+            model,
+            output,
+            text,
+            prompts,
+            kind=kind,
+            gated=gated,
+            settings=TrainingSettings(**given),  # type: ignore[arg-type]
+            device=device,
+            progress=progress,
+        )
+    _summary(model, output)
+
+
+def _summary(model: str, output: Path) -> None:
+    card = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    columns = ("skipped", "KL (nats)", "top-1", "nll")
+    table = plain_table(
+        f"Held-out text, {sum(card['held_out']['tokens'].values())} tokens", "setting", *columns, right=columns
+    )
+    for row in card["held_out"]["figures"]:
+        table.add_row(
+            row["setting"], f"{row['skipped']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.3f}"
+        )
+    print_table(result_console(), table)
+    click.echo(f"{output} (card: {output.with_suffix('.json')}), {card['seconds'] / 60:.0f} minutes")
+    click.echo(f"Next: dash-export build {model} --policy {output} --target cpu")

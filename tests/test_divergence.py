@@ -1,0 +1,38 @@
+"""KL and surprise against float64 written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dash_export.divergence import DenseRows, surprise
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    z = logits.astype(np.float64)
+    z -= z.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize(("rows", "scale"), [(1, 1.0), (16, 4.0), (45, 30.0)])
+def test_against_float64(rows: int, scale: float) -> None:
+    rng = np.random.default_rng(rows)
+    dense = (scale * rng.standard_normal((rows, 500))).astype(np.float32)
+    other = (dense + rng.standard_normal((rows, 500)) + 100).astype(np.float32)  # a shift of all logits changes nothing
+    p, q = log_softmax(dense), log_softmax(other)
+    np.testing.assert_allclose(DenseRows(dense).kl(other), (np.exp(p) * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
+    tokens = rng.integers(0, 500, rows)
+    np.testing.assert_allclose(surprise(other, tokens), -q[np.arange(rows), tokens], rtol=1e-5, atol=1e-4)
+
+
+def test_it_has_a_direction_and_a_zero() -> None:
+    dense, other = np.array([[0.0, 3.0]], np.float32), np.array([[0.0, 0.0]], np.float32)
+    assert DenseRows(dense).kl(dense) == pytest.approx(0, abs=1e-6)
+    assert DenseRows(dense).kl(other)[0] == pytest.approx(0.5022, abs=1e-3)
+    assert DenseRows(other).kl(dense)[0] == pytest.approx(0.8554, abs=1e-3)
+
+
+def test_surprise_of_fewer_tokens_than_rows() -> None:
+    """The last row of a window has no follower."""
+    logits = np.zeros((20, 8), np.float32)
+    np.testing.assert_allclose(surprise(logits, np.arange(7)), np.log(8), rtol=1e-6)

@@ -9,17 +9,18 @@ smollm2.dash/
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path, PurePosixPath
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from dash_export.artifacts import FileRecord, sha256_file
-from dash_export.decision import DialPoint
+from dash_export.decision import DIALLED_KINDS, POLICY_KINDS, DialPoint
 from dash_export.errors import BundleError
+from dash_export.typed_json import WrongFieldError, typed
 
 SCHEMA = 1
 # Above any published model, so that an absurd manifest fails here instead of at an allocation.
@@ -56,13 +57,29 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """The skip policy in the bundle: which layers it may skip, whether there is a network, what compensates a skip."""
+    """The skip policy in the bundle: which layers it may skip, whether there is a network, what compensates a skip, and
+    in which order static policies skip layers (empty: not ranked)."""
 
     gated: tuple[int, ...]
     origin: str
     has_network: bool
     compensation: str
     fingerprint: str
+    static_order: tuple[int, ...] = ()
+    cosine_order: tuple[int, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The policy kinds this bundle can serve; `static` without an order takes a list of layers only."""
+        served = {
+            "dense": True,
+            "static": bool(self.gated),
+            "cosine": bool(self.cosine_order),
+            "random": bool(self.gated),
+            "sequence": self.has_network,
+            "token": self.has_network,
+        }
+        return tuple(kind for kind in POLICY_KINDS if served[kind])
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,7 @@ class CostTable:
 
 @dataclass(frozen=True)
 class Build:
-    """`engines/<target>/build.json`."""
+    """`engines/<target>/build.json`. `dial` has one calibrated table per policy kind with a trade-off."""
 
     schema: int
     target: str
@@ -144,7 +161,7 @@ class Build:
     engines: dict[str, EngineRecord]
     files: tuple[FileRecord, ...]
     cost: CostTable
-    dial: tuple[DialPoint, ...] = ()
+    dial: dict[str, tuple[DialPoint, ...]] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -153,38 +170,10 @@ _T = TypeVar("_T")
 
 def from_json(kind: type[_T], data: Any, where: str) -> _T:
     """JSON -> frozen dataclass, checked field by field. Raises BundleError that names the field."""
-    return _convert(kind, data, where)  # type: ignore[no-any-return]
-
-
-def _convert(kind: Any, data: Any, where: str) -> Any:
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return data
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(data, dict):
-            raise BundleError(f"{where} must be an object. {_DAMAGED}")
-        hints = get_type_hints(kind)
-        required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
-        missing, unknown = required - set(data), set(data) - set(hints)
-        if missing or unknown:
-            what = f"missing {', '.join(sorted(missing))}" if missing else f"unknown {', '.join(sorted(unknown))}"
-            raise BundleError(f"{where}: {what}. {_DAMAGED}")
-        return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
-    if origin is tuple and isinstance(data, list):
-        return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(data))
-    if origin is dict and isinstance(data, dict):
-        key_kind, value_kind = args
-        try:
-            return {key_kind(key): _convert(value_kind, value, f"{where}.{key}") for key, value in data.items()}
-        except ValueError as error:
-            raise BundleError(f"{where} has a key that is not {key_kind.__name__}: {error}.") from error
-    if origin in (Union, UnionType):
-        return None if data is None and NoneType in args else _convert(args[0], data, where)
-    if kind is float and type(data) is int:
-        return float(data)
-    if isinstance(kind, type) and type(data) is kind:
-        return data
-    raise BundleError(f"{where} must be {getattr(kind, '__name__', kind)}, got {data!r:.80}. {_DAMAGED}")
+    try:
+        return typed(kind, data, where)
+    except WrongFieldError as error:
+        raise BundleError(f"{error} {_DAMAGED}") from error
 
 
 def to_json(record: Any) -> str:
@@ -301,6 +290,9 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
         raise BundleError(f"{where}: {', '.join(wrong)} cannot be. {_DAMAGED}")
     if list(gated) != sorted({layer for layer in gated if 0 < layer < model.num_layers}):
         raise BundleError(f"{where}: a gated layer does not exist or is there twice. {_DAMAGED}")
+    for order in (manifest.policy.static_order, manifest.policy.cosine_order):
+        if len(set(order)) != len(order) or not set(order) <= set(gated):
+            raise BundleError(f"{where}: an order of layers lists one that is not gated, or one twice. {_DAMAGED}")
     needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
     needed |= {f"skip_{layer:02d}" for layer in gated} | ({"policy"} if manifest.policy.has_network else set())
     if needed - set(manifest.graphs):
@@ -327,6 +319,12 @@ def _check_build(build: Build, manifest: Manifest, where: str) -> None:
         raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {_DAMAGED}")
     if set(build.cost.cost) != set(gated) or not all(map(isfinite, build.cost.cost.values())):
         raise BundleError(f"{where}: the cost table does not list the gated layers. {_DAMAGED}")
+    if not set(build.dial) <= set(DIALLED_KINDS) or not all(
+        isfinite(number) and number >= 0
+        for point in itertools.chain(*build.dial.values())
+        for number in (point.trade_off, point.layers, point.time, point.kl)
+    ):
+        raise BundleError(f"{where}: the dial is not a table of finite numbers per policy kind. {_DAMAGED}")
 
 
 def _no_bundle(root: Path) -> str:

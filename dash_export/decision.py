@@ -82,43 +82,142 @@ def decision_rule(
     return DecisionRule(tuple(limits), tuple(ceilings), tuple(layer in gated_set for layer in range(num_layers)))
 
 
+POLICY_KINDS = ("dense", "static", "cosine", "random", "sequence", "token")
+DIALLED_KINDS = ("sequence", "token")
+"""The kinds whose amount of skipping follows from a trade-off, so that a build calibrates a dial for each."""
+_DIALLED = ("trade_off", "budget", "skipped", "max_kl", "max_layers")
+_TAKES = {
+    "dense": (),
+    "static": ("skip", "budget", "skipped", "max_layers"),
+    "cosine": ("budget", "skipped", "max_layers"),
+    "random": ("budget", "skipped"),
+    "sequence": _DIALLED,
+    "token": _DIALLED,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a session's policy is and how much it skips: exactly one of these amounts (`dense` takes none).
+
+    `skip` lists the layers (static); `trade_off` is in nats per dense token time; `budget` the mean decode time as a
+    fraction of dense; `skipped` the mean number of layers skipped per token; `max_kl` the mean divergence from dense,
+    nats per token, on the calibration text; `max_layers` bounds the layers of every token, beside another amount too.
+    `seed` is for `random`. `hold` keeps the running mean of a `token` session at its budget, whatever the text.
+    """
+
+    policy: str | None = None
+    skip: tuple[int, ...] | None = None
+    trade_off: float | None = None
+    budget: float | None = None
+    skipped: float | None = None
+    max_kl: float | None = None
+    max_layers: int | None = None
+    seed: int = 0
+    hold: bool = False
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The amounts that were given."""
+        return tuple(name for name in ("skip", *_DIALLED) if getattr(self, name) is not None)
+
+    @property
+    def kind(self) -> str:
+        """The policy kind; without one, what is given decides, and nothing given is dense."""
+        return self.policy or ("static" if self.skip is not None else "token" if self.given else "dense")
+
+    @property
+    def asks_network(self) -> bool:
+        """Whether engines must be loaded that evaluate the policy."""
+        return self.kind in DIALLED_KINDS
+
+    def check(self) -> None:
+        """Raises PolicyError for an unknown kind and for amounts that do not go together."""
+        if self.kind not in POLICY_KINDS:
+            raise PolicyError(f"There is no policy kind {self.kind!r}. Known: {', '.join(POLICY_KINDS)}.")
+        takes = _TAKES[self.kind]
+        wrong = [name for name in self.given if name not in takes]
+        if wrong:
+            owners = ", ".join(kind for kind in POLICY_KINDS if wrong[0] in _TAKES[kind])
+            raise PolicyError(f"{wrong[0]} belongs to the policies {owners}, not to {self.kind!r}.")
+        amounts = [name for name in self.given if name != "max_layers" or self.kind not in DIALLED_KINDS]
+        if len(amounts) > 1:
+            raise PolicyError(f"Give {amounts[0]} or {amounts[1]}, not both: each says how much is skipped.")
+        if takes and not self.given:
+            raise PolicyError(f"Say how much the policy {self.kind!r} skips: give one of {', '.join(takes)}.")
+        if self.hold and not (self.kind == "token" and self.budget is not None):
+            raise PolicyError("hold keeps a token policy at its budget: give the budget with it.")
+        if not 0 <= self.seed < 1 << 63:
+            raise PolicyError(f"The seed must be a number from 0 to 2^63 - 1, not {self.seed}.")
+        if self.budget is not None:
+            check_budget(self.budget)
+        for name in ("skipped", "max_kl"):
+            amount = getattr(self, name)
+            if amount is not None and not (np.isfinite(amount) and amount >= 0):
+                raise PolicyError(f"{name} must be a finite number >= 0 (0 is dense), not {amount!r}.")
+
+
+def check_budget(budget: float) -> None:
+    """Raises PolicyError for a budget outside (0, 1]."""
+    if not 0 < budget <= 1:
+        raise PolicyError(f"The budget is the wanted decode time as a fraction of dense, in (0, 1], not {budget!r}.")
+
+
 @dataclass(frozen=True)
 class DialPoint:
-    """One calibrated setting: at this trade-off, mean layers run and mean decode time as a fraction of dense."""
+    """One calibrated setting: at this trade-off, per token of the calibration text, mean layers run, mean decode time
+    as a fraction of dense, and mean KL from the dense mode of the same build (nats).
+    """
 
     trade_off: float
     layers: float
     time: float
+    kl: float
 
 
-def trade_off_for_budget(dial: Sequence[DialPoint], budget: float) -> float:
-    """The smallest calibrated trade-off (interpolated) whose mean decode time is at most `budget` (fraction of dense).
+def trade_off_for(
+    dial: Sequence[DialPoint],
+    *,
+    budget: float | None = None,
+    skipped: float | None = None,
+    max_kl: float | None = None,
+) -> float:
+    """The smallest trade-off, interpolated in the calibrated table, that is as fast as `budget`, or skips `skipped`
+    layers, or diverges by `max_kl`: exactly one of them.
 
-    Raises PolicyError when the budget is outside (0, 1], when there is no table, or when the policy cannot go that low.
+    Raises PolicyError when it is out of range, when there is no table, or when it is more than the policy can give.
     """
-    if not 0 < budget <= 1:
-        raise PolicyError(f"The budget is the wanted decode time as a fraction of dense, in (0, 1], not {budget!r}.")
+    Setting("token", budget=budget, skipped=skipped, max_kl=max_kl).check()
     if not dial:
         raise PolicyError(
-            "This build has no calibrated budget table (its bundle has no token policy). "
+            "This build has no calibrated dial for the policy (its bundle has no policy network). "
             "Export with a policy and build again, or give the trade-off itself."
         )
     points = sorted(dial, key=lambda point: point.trade_off)
-    fastest = min(point.time for point in points)
-    if budget < fastest:
+    if budget is not None:
+        amounts, wanted = [1 - point.time for point in points], 1 - budget
+        given, limit = f"A budget of {budget:g}", f"take {min(point.time for point in points):.3f} of the dense time"
+    elif skipped is not None:
+        amounts, wanted = [points[0].layers - point.layers for point in points], skipped
+        given, limit = f"Skipping {skipped:g} layers", f"skip {max(amounts):.2f} layers per token"
+    else:
+        assert max_kl is not None
+        amounts, wanted = [point.kl for point in points], max_kl
+        given, limit = f"A KL of {max_kl:g}", f"diverge by {max(amounts):.4f} nats per token"
+    if wanted > max(amounts) + _ROUNDING:
         raise PolicyError(
-            f"A budget of {budget:g} is more than this policy can give: its fastest calibrated setting takes "
-            f"{fastest:.3f} of the dense time. Ask for {fastest:.3f} or more, or gate more layers."
+            f"{given} is more than this policy can give: at most, with everything skipped that it may skip, it will "
+            f"{limit} on the calibration text. Ask for less, or gate more layers."
         )
-    previous = points[0]
-    for point in points:
-        if point.time <= budget:
-            if point is previous or previous.time == point.time:
-                return point.trade_off
-            share = (previous.time - budget) / (previous.time - point.time)
-            return previous.trade_off + share * (point.trade_off - previous.trade_off)
-        previous = point
-    return points[-1].trade_off
+    after = next(index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING)
+    before = max(0, after - 1)
+    rise = amounts[after] - amounts[before]
+    share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
+    return points[before].trade_off + share * (points[after].trade_off - points[before].trade_off)
+
+
+_ROUNDING = 1e-9
+"""A setting read off the table must be reachable although 1 - time is rounded."""
 
 
 def spans(layers: Iterable[int]) -> str:

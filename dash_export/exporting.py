@@ -32,7 +32,7 @@ from dash_export.graphs import portable
 from dash_export.graphs.policy import policy_graph
 from dash_export.graphs.writer import save_graph, save_tables
 from dash_export.models import Checkpoint, open_checkpoint
-from dash_export.skip_policy import SkipPolicy, no_policy
+from dash_export.skip_policy import SkipPolicy, check_policy, no_policy
 
 GRAPH_REVISION = 1
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
@@ -48,12 +48,13 @@ def export(
 
     Until it is whole everything lies in `<output>.unfinished`; a killed export resumes there, a finished one with the
     same inputs is left alone. `progress(name, done, total)` is called after each graph. Raises CheckpointError for the
-    model and BundleError for the output.
+    model, PolicyError for a policy of another model and BundleError for the output.
     """
     output = Path(output)
     _check_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
+    check_policy(policy, checkpoint.spec)
     facts = _policy_facts(policy)
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
     if output.exists():
@@ -153,7 +154,13 @@ def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
     for name, array in sorted(policy.weights().items()):
         digest.update(name.encode() + str(array.shape).encode() + array.tobytes())
     return PolicyFacts(
-        policy.gated, policy.origin, policy.network is not None, policy.compensation.kind, digest.hexdigest()[:32]
+        policy.gated,
+        policy.origin,
+        policy.network is not None,
+        policy.compensation.kind,
+        digest.hexdigest()[:32],
+        policy.static_order,
+        policy.cosine_order,
     )
 
 

@@ -38,13 +38,17 @@ class SkipPolicy:
 
     `network` is None for a bundle without a token policy; otherwise it holds, stacked over the gated layers, `state`
     [gated, hidden, width], `actions` [gated, 2, width], `bias` [gated, width], `out` [gated, width] and `out_bias`
-    [gated], all float32.
+    [gated], all float32. `static_order` and `cosine_order` are gated layers in the order in which a static policy of
+    1, 2, 3 ... layers skips them: greedily by KL, and by the cosine similarity of a layer's input and output (ShortGPT,
+    arXiv 2403.03853); empty where nobody ranked them.
     """
 
     gated: tuple[int, ...]
     network: Mapping[str, Float32Array] | None = None
     compensation: Compensation = Compensation()
     origin: str = "none"
+    static_order: tuple[int, ...] = ()
+    cosine_order: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
@@ -73,6 +77,53 @@ def check_gated(gated: Iterable[int], num_layers: int) -> tuple[int, ...]:
         # Deciding is one layer ahead: nothing has been read before layer 0.
         raise PolicyError("Layer 0 cannot be gated: its decision would need the input of a layer before it.")
     return layers
+
+
+def check_policy(policy: SkipPolicy, spec: DecoderSpec) -> None:
+    """Raises PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
+    if policy.gated != check_gated(policy.gated, spec.num_layers):
+        raise PolicyError("Gated layers must be in rising order, each once.")
+    for name in ("static_order", "cosine_order"):
+        order = getattr(policy, name)
+        if len(set(order)) != len(order) or not set(order) <= set(policy.gated):
+            raise PolicyError(f"{name} must list gated layers, each at most once; got {list(order)}.")
+    kind = policy.compensation.kind
+    if kind not in COMPENSATIONS:
+        raise PolicyError(f"There is no compensation {kind!r}. Known: {', '.join(COMPENSATIONS)}.")
+    found = policy.weights()
+    needed = _weight_shapes(policy, spec.hidden_size)
+    if set(found) != set(needed):
+        missing, unknown = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
+        what = f"lacks {missing[0]}" if missing else f"holds {unknown[0]:.60}, which is nothing of ours"
+        raise PolicyError(f"The policy (compensation {kind!r}) {what}.")
+    for name, shape in needed.items():
+        array = found[name]
+        if array.shape != shape:
+            raise PolicyError(f"The policy's {name} has shape {list(array.shape)}; {list(shape)} was expected.")
+        if not np.isfinite(array).all():
+            raise PolicyError(f"The policy's {name} holds NaN or infinity: the file or its training went wrong.")
+
+
+def _weight_shapes(policy: SkipPolicy, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Every weight the policy must have. Width and rank are what its own `bias` and `down` say."""
+    count, shapes = len(policy.gated), {}
+    if policy.network is not None:
+        bias = policy.network.get("bias")
+        width = bias.shape[1] if bias is not None and bias.ndim == 2 else 0
+        shapes = {
+            "network.state": (count, hidden, width),
+            "network.actions": (count, HISTORY, width),
+            "network.bias": (count, width),
+            "network.out": (count, width),
+            "network.out_bias": (count,),
+        }
+    if policy.compensation.kind == "scale":
+        shapes |= {"compensation.factor": (count,)}
+    elif policy.compensation.kind == "low_rank":
+        down = policy.compensation.weights.get("down")
+        rank = down.shape[2] if down is not None and down.ndim == 3 else 0
+        shapes |= {"compensation.down": (count, hidden, rank), "compensation.up": (count, rank, hidden)}
+    return shapes
 
 
 def no_policy(num_layers: int, gated: Iterable[int] | None = None) -> SkipPolicy:

@@ -62,15 +62,15 @@ def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_fac
 def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]]:
     """`smollm2_runtime(target, dispatch=None)`: `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built on first use."""
     from dash_export import DashRuntime
-    from dash_export.builders import build, measure
+    from dash_export.builders import build, dial
 
     @cache
     def built(target: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            if target != "cpu":  # one build calibrates its budget in full: the others only need a table
-                patch.setattr(measure, "DIAL_WINDOWS", 1)
-                patch.setattr(measure, "DIAL_TOKENS", 64)
-                patch.setattr(measure, "DIAL_POINTS", 3)
+            if target != "cpu":  # one build calibrates its dial in full: the others only need a table
+                patch.setattr(dial, "WINDOWS", 1)
+                patch.setattr(dial, "TOKENS", 64)
+                patch.setattr(dial, "SHARES", (0.1, 0.4))
             recipe, _, weights = target.partition("-")
             build(smollm2_bundle, recipe, weights=weights or None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,15 @@ def with_compensation(policy: SkipPolicy, hidden: int, kind: str, seed: int = 1)
         "scale": {"factor": normal(count, scale=0.3)},
         "low_rank": {"down": normal(count, hidden, rank, scale=0.1), "up": normal(count, rank, hidden, scale=0.3)},
     }[kind]
-    return SkipPolicy(policy.gated, policy.network, Compensation(kind, weights), policy.origin)
+    return replace(policy, compensation=Compensation(kind, weights))
 
 
 def tiny_policy(checkpoint: Checkpoint, kind: str = "none", seed: int = 0) -> SkipPolicy:
+    """Untrained, with orders as training would rank them."""
     policy = untrained_policy(checkpoint.spec, width=16, seed=seed)
-    return with_compensation(policy, checkpoint.spec.hidden_size, kind)
+    gated = policy.gated
+    ranked = replace(policy, static_order=gated[1:] + gated[:1], cosine_order=gated[::-1])
+    return with_compensation(ranked, checkpoint.spec.hidden_size, kind)
 
 
 def tiny_bundle(root: Path, *targets: str, kind: str = "none", weights: str = "fp32", **options: Any) -> Path:

@@ -1,4 +1,4 @@
-"""`build`: a bundle and a recipe -> engines, cost table and budget table under `engines/<target>/`."""
+"""`build`: a bundle and a recipe -> engines, cost table and dial under `engines/<target>/`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress, write_atomic
-from dash_export.builders.measure import calibrate_dial, measure_cost, uniform_cost
+from dash_export.builders.dial import calibrate_dial
+from dash_export.builders.measure import measure_cost, uniform_cost
 from dash_export.builders.plan import plan_segments
 from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, to_json
 from dash_export.errors import BackendError, BundleError
@@ -65,8 +66,8 @@ def build(
     progress("measuring the cost of each layer", 0, 0)
     draft = replace(draft, cost=measure_cost(bundle, draft, backend))
     if bundle.manifest.policy.has_network:
-        progress("calibrating the budget", 0, 0)
-        draft = replace(draft, dial=calibrate_dial(bundle, draft, backend))
+        progress("calibrating the dial", 0, 0)
+        draft = replace(draft, dial=calibrate_dial(bundle, draft, backend, progress))
     finished = replace(draft, seconds=round(time.perf_counter() - began, 3))
     write_atomic(folder / BUILD, to_json(finished))
     return finished
@@ -78,7 +79,7 @@ def _current(bundle: Bundle, draft: Build) -> Build | None:
         known = bundle.load_build(draft.target)
     except BundleError:
         return None
-    same = replace(known, cost=draft.cost, dial=(), seconds=0.0) == draft
+    same = replace(known, cost=draft.cost, dial={}, seconds=0.0) == draft
     return known if same else None
 
 

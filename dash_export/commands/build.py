@@ -18,7 +18,7 @@ from dash_export.commands.common import (
     result_console,
     size,
 )
-from dash_export.commands.export import export_model, policy_options
+from dash_export.commands.export import PolicyOptions, export_model, policy_options
 from dash_export.commands.progress import progress_bar
 
 PRECISION = click.Choice(["fp32", "int8", "int4"])
@@ -81,10 +81,7 @@ def command(
     head: str | None,
     embedding: str | None,
     output: Path | None,
-    policy: str,
-    gated: tuple[int, ...] | None,
-    seed: int | None,
-    width: int | None,
+    options: PolicyOptions,
 ) -> None:
     """Compile the engines of a bundle for a target, and measure what each layer costs here.
 
@@ -106,7 +103,7 @@ def command(
             )
         bundle = Bundle.open(source)
     else:
-        bundle = export_model(ctx, source, output, policy, gated, seed, width)
+        bundle = export_model(ctx, source, output, options)
     from dash_export.builders import build
 
     ctx.meta[OUTPUT] = str(bundle.root)
@@ -126,7 +123,8 @@ def _summary(bundle: Bundle, build: Build) -> None:
         share = max(cost.cost.values())
         saved = f"{100 * share:.1f} % of that ({share * cost.dense_us:.0f} µs)"
         click.echo(f"Skipping a layer saves {saved}; {len(cost.cost)} layers may be skipped.")
-    if build.dial:
-        click.echo(f"Budget dial: 1.0 (dense) down to {min(point.time for point in build.dial):.2f}")
+    for kind, points in build.dial.items():
+        fastest = min(point.time for point in points)
+        click.echo(f"Dial of the {kind} policy: budget 1.0 (dense) down to {fastest:.2f}")
     flag = "" if build.target == DEFAULT_TARGET else f" --target {build.target}"
     click.echo(f'Next: dash-export run {bundle.root}{flag} "Why is the sky blue?"')

@@ -17,7 +17,7 @@ from dash_export.artifacts import Progress
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target, is_bundle, plain_table, print_table, result_console
-from dash_export.commands.export import export_with_policy
+from dash_export.commands.export import PolicyOptions, export_with_policy
 from dash_export.commands.progress import progress_bar
 from dash_export.decision import spans
 from dash_export.errors import RequestError
@@ -109,7 +109,7 @@ def _runtime(ctx: click.Context, source: str, target: str | None, progress: Prog
         ctx.meta[OUTPUT] = f"the temporary folder {folder} (TMPDIR chooses another place)"
         path = Path(folder) / "model.dash"
         layers = open_checkpoint(source).spec.num_layers
-        made = export_with_policy(source, path, "none", tuple(range(1, layers)), 0, 1, progress)
+        made = export_with_policy(source, path, PolicyOptions("none", tuple(range(1, layers))), progress)
         built = build(made, target or MODEL_TARGET, progress=progress)
         yield DashRuntime.load(path, built.target, dispatch="plain", verify=False)
 

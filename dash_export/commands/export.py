@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -15,19 +17,58 @@ from dash_export.commands.common import LayerList, bundle_bytes, size
 from dash_export.commands.progress import progress_bar
 from dash_export.decision import spans
 
+if TYPE_CHECKING:
+    from dash_export.models import DecoderSpec
+    from dash_export.skip_policy import SkipPolicy
+
 POLICY_WIDTH = 64
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
+@dataclass(frozen=True)
+class PolicyOptions:
+    """Which skip policy goes into a new bundle: `none`, `untrained` or the path of a trained one."""
+
+    policy: str = "none"
+    gated: tuple[int, ...] | None = None
+    seed: int | None = None
+    width: int | None = None
+
+    def check(self) -> None:
+        """Raises UsageError for options that do not go together."""
+        if self.policy != "untrained" and not (self.seed is None and self.width is None):
+            raise click.UsageError("--seed and --width belong to --policy untrained.")
+        if self.policy not in ("none", "untrained") and self.gated is not None:
+            raise click.UsageError("--gated is for a policy none or untrained: a trained one has its own gated layers.")
+
+    def load(self, spec: DecoderSpec) -> SkipPolicy:
+        """Raises PolicyError when the file is damaged or for another model."""
+        from dash_export.policy_file import load_policy
+        from dash_export.skip_policy import no_policy, untrained_policy
+
+        if self.policy == "none":
+            return no_policy(spec.num_layers, self.gated)
+        if self.policy == "untrained":
+            return untrained_policy(spec, self.gated, self.width or POLICY_WIDTH, self.seed or 0)
+        return load_policy(self.policy, spec)
+
+
 def policy_options(command: _Command) -> _Command:
-    """The options that say which skip policy goes into a new bundle."""
+    """Adds the options that say which policy goes into a new bundle; they arrive as one argument `options`."""
+
+    @wraps(command)
+    def packed(*args: Any, **given: Any) -> Any:
+        options = PolicyOptions(*(given.pop(name) for name in ("policy", "gated", "seed", "width")))
+        return command(*args, options=options, **given)
+
     options = (
         click.option(
             "--policy",
-            type=click.Choice(["none", "untrained"]),
             default="none",
             show_default=True,
-            help="none: dense and static skipping only. untrained: a random network, to measure and to test.",
+            metavar="none|untrained|FILE.safetensors",
+            help="none: dense and static skipping only. untrained: a random network, to measure and to test. "
+            "FILE: a trained policy.",
         ),
         click.option(
             "--gated",
@@ -39,8 +80,8 @@ def policy_options(command: _Command) -> _Command:
         click.option("--width", type=click.IntRange(1, 65536), help=f"Units of the untrained policy ({POLICY_WIDTH})."),
     )
     for option in reversed(options):
-        command = option(command)
-    return command
+        packed = option(packed)
+    return cast(_Command, packed)
 
 
 @click.command("export")
@@ -54,56 +95,31 @@ def policy_options(command: _Command) -> _Command:
 )
 @policy_options
 @click.pass_context
-def command(
-    ctx: click.Context,
-    model: str,
-    output: Path | None,
-    policy: str,
-    gated: tuple[int, ...] | None,
-    seed: int | None,
-    width: int | None,
-) -> None:
+def command(ctx: click.Context, model: str, output: Path | None, options: PolicyOptions) -> None:
     """Write the ONNX graphs of MODEL, one per layer, as a bundle.
 
     MODEL is a Hugging Face folder, a .gguf file or a hub id (org/name). An export that was killed goes on where it
     stopped; one that is already there is left alone.
     """
-    bundle = export_model(ctx, model, output, policy, gated, seed, width)
-    _summary(bundle)
+    _summary(export_model(ctx, model, output, options))
 
 
-def export_model(
-    ctx: click.Context,
-    model: str,
-    output: Path | None,
-    policy: str,
-    gated: tuple[int, ...] | None,
-    seed: int | None,
-    width: int | None,
-) -> Bundle:
+def export_model(ctx: click.Context, model: str, output: Path | None, options: PolicyOptions) -> Bundle:
     """Export with a progress bar; `build` calls it too. Raises UsageError and the library's errors."""
-    if policy == "none" and not (seed is None and width is None):
-        raise click.UsageError("--seed and --width belong to --policy untrained.")
+    options.check()
     output = output or default_output(model)
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("export") as progress:
-        return export_with_policy(model, output, policy, gated, seed or 0, width or POLICY_WIDTH, progress)
+        return export_with_policy(model, output, options, progress)
 
 
-def export_with_policy(
-    model: str, output: Path, policy: str, gated: tuple[int, ...] | None, seed: int, width: int, progress: Progress
-) -> Bundle:
+def export_with_policy(model: str, output: Path, options: PolicyOptions, progress: Progress) -> Bundle:
     from dash_export.exporting import export
     from dash_export.models import open_checkpoint
-    from dash_export.skip_policy import no_policy, untrained_policy
 
     progress(f"reading {model}", 0, 0)
     checkpoint = open_checkpoint(model)
-    if policy == "untrained":
-        chosen = untrained_policy(checkpoint.spec, gated, width, seed)
-    else:
-        chosen = no_policy(checkpoint.spec.num_layers, gated)
-    return export(checkpoint, output, chosen, progress)
+    return export(checkpoint, output, options.load(checkpoint.spec), progress)
 
 
 def default_output(model: str) -> Path:

@@ -51,7 +51,7 @@ def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
         "bundle": str(bundle.root),
         "bytes": bundle_bytes(bundle),
         "model": asdict(manifest.model),
-        "policy": asdict(manifest.policy),
+        "policy": asdict(manifest.policy) | {"kinds": manifest.policy.kinds},
         "graphs": graph_kinds(bundle),
         "tools": manifest.tools,
         "key": manifest.key,
@@ -88,7 +88,7 @@ def _describe_build(build: Build) -> dict[str, Any]:
         "context": build.cost.context,
         "dense_us": build.cost.dense_us,
         "segments": [_segment(build, recipe.weights, segment) for segment in build.segments],
-        "dial": [asdict(point) for point in build.dial],
+        "dial": {kind: [asdict(point) for point in points] for kind, points in build.dial.items()},
         "seconds": build.seconds,
     }
 
@@ -134,7 +134,10 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
         ("context", f"{model.max_positions} positions"),
         ("portable size", size(facts["bytes"])),
         ("may be skipped", f"{spans(policy.gated)} ({len(policy.gated)} layers)"),
-        ("token policy", policy.origin if policy.has_network else "none: serves dense and static"),
+        ("policy", policy.origin),
+        ("serves", ", ".join(policy.kinds)),
+        ("static order", _order(policy.static_order)),
+        ("cosine order", _order(policy.cosine_order)),
         ("compensation", policy.compensation),
         ("made with", ", ".join(f"{name} {version}" for name, version in facts["tools"].items())),
     ):
@@ -146,6 +149,10 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
     console = result_console()
     print_table(console, table)
     print_table(console, graphs)
+
+
+def _order(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers)) or "not ranked"
 
 
 def _print_build(build: Build, facts: dict[str, Any]) -> None:
@@ -171,14 +178,9 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
     click.echo(
         "Size: what the engine maps from disk. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
     )
-    if build.dial:
-        dial = plain_table(
-            "Budget dial (calibrated)",
-            "trade-off",
-            "layers/token",
-            "time vs dense",
-            right=("trade-off", "layers/token", "time vs dense"),
-        )
-        for point in build.dial:
-            dial.add_row(f"{point.trade_off:.4g}", f"{point.layers:.2f}", f"{point.time:.3f}")
-        print_table(console, dial)
+    columns = ("trade-off", "layers/token", "time vs dense", "KL (nats)")
+    for kind, points in build.dial.items():
+        table = plain_table(f"Dial of the {kind} policy (calibrated)", *columns, right=columns)
+        for point in points:
+            table.add_row(f"{point.trade_off:.4g}", f"{point.layers:.2f}", f"{point.time:.3f}", f"{point.kl:.4f}")
+        print_table(console, table)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dash_export.commands.common import LayerList, choose_target
+from dash_export.commands.common import choose_target
+from dash_export.commands.setting import setting_options
+from dash_export.decision import Setting
 from dash_export.errors import RequestError
 
 if TYPE_CHECKING:
@@ -50,17 +52,7 @@ class Asking:
 )
 @click.option("--system", help="System message of the chat template.")
 @click.option("--target", help="Which build: cpu, or the only one there is.")
-@click.option(
-    "--policy",
-    type=click.Choice(["dense", "static", "token"]),
-    help="Who decides; by default what the next options imply, else dense.",
-)
-@click.option(
-    "--skip", type=LayerList(), metavar="LAYERS", help="static: skip these layers for every token, like 10,17 or 12-14."
-)
-@click.option("--trade-off", type=float, help="token: skip where damage < trade-off * cost (0 is dense).")
-@click.option("--budget", type=float, help="token: mean decode time wanted, as a fraction of dense, like 0.85.")
-@click.option("--max-layers", type=int, help="token: no token runs more layers than this.")
+@setting_options
 @click.option(
     "--dispatch",
     type=click.Choice(["plain", "fused", "sync"]),
@@ -83,7 +75,8 @@ class Asking:
 )
 def command(
     bundle: Path, prompt: str | None, raw: bool, chat: bool, system: str | None, target: str | None,
-    threads: int | None, dispatch: str | None, max_tokens: int | None, show_skips: bool, as_json: bool, **options: Any,
+    threads: int | None, dispatch: str | None, max_tokens: int | None, show_skips: bool, as_json: bool,
+    setting: Setting, **options: Any,
 ) -> None:  # fmt: skip
     """Answer PROMPT (or standard input) with a built bundle; figures go to stderr.
 
@@ -91,13 +84,15 @@ def command(
     """
     _check_usage(prompt, chat, raw, as_json, show_skips, system)
     text = "" if chat else _prompt_text(prompt)
-    runtime = _load(bundle, target, threads, dispatch, options)
+    setting = replace(setting, seed=options["seed"] or 0)
+    setting.check()
+    runtime = _load(bundle, target, threads, dispatch, setting)
     templated = runtime.text.template is not None and not raw
     if system is not None and not templated:
         raise RequestError(
             "This model has no chat template, so there is no place for --system: put it into the prompt."
         )
-    asking = Asking(_session(runtime, options), _sampling(options), max_tokens, system)
+    asking = Asking(runtime.session_with(setting), _sampling(options), max_tokens, system)
     if chat:
         from dash_export.commands.run_chat import converse
 
@@ -141,28 +136,14 @@ def _prompt_text(prompt: str | None) -> str:
     return prompt
 
 
-def _load(
-    folder: Path, target: str | None, threads: int | None, dispatch: str | None, options: Mapping[str, Any]
-) -> DashRuntime:
+def _load(folder: Path, target: str | None, threads: int | None, dispatch: str | None, setting: Setting) -> DashRuntime:
     from dash_export.bundle import Bundle
     from dash_export.runtime import DashRuntime
 
-    dialled = any(options[name] is not None for name in ("trade_off", "budget", "max_layers"))
-    needs_network = options["policy"] == "token" or (options["policy"] is None and dialled)
     opened = Bundle.open(folder)
-    if dispatch is None and not needs_network:
+    if dispatch is None and not setting.asks_network:
         dispatch = "plain"  # nobody asks the policy: engines without it
     return DashRuntime.load(folder, choose_target(opened, target), dispatch=dispatch, threads=threads)
-
-
-def _session(runtime: DashRuntime, options: Mapping[str, Any]) -> Session:
-    return runtime.session(
-        options["policy"],
-        skip=options["skip"] or (),
-        trade_off=options["trade_off"],
-        budget=options["budget"],
-        max_layers=options["max_layers"],
-    )
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:

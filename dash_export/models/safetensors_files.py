@@ -64,6 +64,12 @@ def open_weights(files: list[Path]) -> dict[str, SafetensorsWeight]:
     return weights
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form part of the file's header. Raises CheckpointError when the file is not sound."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
 def check_dtype(weight: SafetensorsWeight) -> None:
     """Raises CheckpointError when the tensor is not stored in a float type that numpy can widen."""
     if weight.dtype not in _FLOATS:

@@ -198,12 +198,14 @@ class BoundStep:
         self._cache.length += 1
         return executed
 
-    def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
-        """`sequence` tokens, every layer."""
+    def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
+        """`sequence` tokens, every layer. `ask`: engines of the policy give the tokens' damage too."""
         self.input_ids[0] = tokens
         self.place()
         self._history.fill(0.0)
         for segment in self.segments:
+            if ask and segment.policy is not None:
+                segment.policy()
             segment.run()
         self._cache.length += self.sequence
 

@@ -8,19 +8,19 @@ from typing import Any
 
 from dash_export.artifacts import FileRecord
 from dash_export.bundle import Build, Bundle, CostTable
-from dash_export.decision import decision_rule, spans, trade_off_for_budget
+from dash_export.decision import Setting
 from dash_export.errors import PolicyError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.kinds import session_rules
 from dash_export.runtime.results import Generation, Response, Score
-from dash_export.runtime.rules import DENSE, FixedRule, Rule
+from dash_export.runtime.rules import Rule, SessionRules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
 from dash_export.targets import recipe_from_dict
 
-POLICY_KINDS = ("dense", "static", "token")
 DISPATCH_MODES = ("plain", "fused", "sync")
 
 
@@ -59,9 +59,9 @@ class DashRuntime:
     ) -> DashRuntime:
         """Open a bundle that was built for `target`.
 
-        `dispatch`: `fused` or `sync` (DESIGN: how the policy is evaluated), or `plain` for engines without it (dense
-        and static only); the recipe's by default. `threads` overrides the recipe's (0: one per physical core). `verify`
-        checks every file's SHA-256 first. Raises BundleError, BackendError or PolicyError.
+        `dispatch`: `fused` or `sync` (DESIGN: how the policy is evaluated), or `plain` for engines without it (not for
+        `sequence` and `token`); the recipe's by default. `threads` overrides the recipe's (0: one per physical core).
+        `verify` checks every file's SHA-256 first. Raises BundleError, BackendError or PolicyError.
         """
         opened = Bundle.open(bundle)
         build = opened.load_build(target)
@@ -85,57 +85,40 @@ class DashRuntime:
         self,
         policy: str | None = None,
         *,
-        skip: Sequence[int] = (),
+        skip: Sequence[int] | None = None,
         trade_off: float | None = None,
         budget: float | None = None,
+        skipped: float | None = None,
+        max_kl: float | None = None,
         max_layers: int | None = None,
+        seed: int = 0,
+        hold: bool = False,
     ) -> Session:
         """A new conversation.
 
-        `policy`: `dense` (the kill switch), `static` (always skip the layers in `skip`) or `token`. For `token` give
-        the `trade_off` (nats per dense token time; 0 is dense) or the `budget` (mean decode time as a fraction of
-        dense); `max_layers` bounds the layers of every decoded token. Without `policy`, what is given decides, and
-        nothing given is dense. Raises PolicyError.
+        `policy`: `dense` (the kill switch), `static`, `cosine`, `random`, `sequence` or `token`; without it, what is
+        given decides, and nothing given is dense. How much is skipped: see `Setting`. Raises PolicyError.
         """
-        return self.session_under(self._rule(policy, tuple(skip), trade_off, budget, max_layers))
+        skip = None if skip is None else tuple(skip)
+        return self.session_with(
+            Setting(policy, skip, trade_off, budget, skipped, max_kl, max_layers, seed=seed, hold=hold)
+        )
 
-    def session_under(self, rule: Rule) -> Session:
-        """A new conversation whose actions come from `rule`: for evaluation and for policies of your own."""
-        return Session(self.engines, self.text, rule, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
-
-    def _rule(
-        self,
-        policy: str | None,
-        skip: tuple[int, ...],
-        trade_off: float | None,
-        budget: float | None,
-        max_layers: int | None,
-    ) -> Rule:
-        dialled = not (trade_off is None and budget is None and max_layers is None)
-        kind = policy or ("static" if skip else "token" if dialled else "dense")
-        if kind not in POLICY_KINDS:
-            raise PolicyError(f"There is no policy kind {kind!r}. Known: {', '.join(POLICY_KINDS)}.")
-        if skip and kind != "static":
-            raise PolicyError(f"A list of layers to skip belongs to policy 'static', not {kind!r}.")
-        if dialled and kind != "token":
-            raise PolicyError(f"Trade-off, budget and max_layers belong to policy 'token', not {kind!r}.")
-        if kind == "dense":
-            return DENSE
-        gated = self.bundle.manifest.policy.gated
-        if kind == "static":
-            wrong = sorted(set(skip) - set(gated))
-            if wrong:
-                raise PolicyError(f"Layers {wrong} have no skip graph in this bundle. Gated layers: {spans(gated)}.")
-            return FixedRule(skip)
-        if self.dispatch == "plain":
+    def session_with(self, setting: Setting) -> Session:
+        """`session`, its arguments in one object."""
+        facts = self.bundle.manifest
+        rules = session_rules(setting, facts.model, facts.policy, self.build)
+        if setting.asks_network and self.dispatch == "plain":
             raise PolicyError(
-                "The policy 'token' needs a bundle with a policy network, loaded with dispatch 'fused' or 'sync'."
+                f"The policy {setting.kind!r} needs a bundle with a policy network, "
+                "loaded with dispatch 'fused' or 'sync'."
             )
-        if trade_off is not None and budget is not None:
-            raise PolicyError("Give the trade-off or the budget, not both: the budget chooses a trade-off.")
-        if budget is not None:
-            trade_off = trade_off_for_budget(self.build.dial, budget)
-        return decision_rule(self.engines.model.num_layers, gated, self.build.cost.cost, trade_off or 0.0, max_layers)
+        return self.session_under(rules)
+
+    def session_under(self, rule: Rule | SessionRules) -> Session:
+        """A new conversation whose actions come from `rule`: for evaluation and for policies of your own."""
+        rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
+        return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     def generate(
         self, prompt: str | Sequence[int], max_tokens: int = 256, sampling: Sampling | None = None, **session: Any

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.decision import DENSE_POSITIONS
-from dash_export.errors import ContextLengthError, RequestError
+from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.dispatch import BoundStep, EngineSet
 from dash_export.runtime.results import Counters, Generation, Response, Score, Statistics, TokenIds
-from dash_export.runtime.rules import DENSE, ForcedRule, Rule
+from dash_export.runtime.rules import DENSE, ForcedRule, Rule, SessionRules
 from dash_export.runtime.sampling import Logits, Sampler, Sampling
 from dash_export.runtime.text import Text, TextStream
 
@@ -27,7 +27,7 @@ class Session:
 
     engines: EngineSet
     text: Text
-    rule: Rule
+    rules: SessionRules
     kv_step: int
     prefill_chunk: int
     counters: Counters = field(default_factory=Counters)
@@ -43,6 +43,11 @@ class Session:
     def context_left(self) -> int:
         """Positions of the model's context that are still free."""
         return self.engines.model.max_positions - self._cache.length
+
+    @property
+    def rule(self) -> Rule:
+        """What decides the next token."""
+        return self.rules.at(self._cache.length, 1)
 
     @property
     def cache_bytes(self) -> int:
@@ -138,6 +143,7 @@ class Session:
             self._reserve(1)
             step = self._bound(1)
             executed = step.decode(token, self._rule_here())
+            self.rules.decoded(step.actions[0])
             self._pending = []
             self.tokens.append(token)
             counters.decode_steps += 1
@@ -157,8 +163,9 @@ class Session:
         """Log-likelihood of each token after the first, as decode under the policy would see it, in one pass over a
         fresh context.
 
-        The first `prefix` tokens are dense, like a prompt. `actions` int8 [tokens, layers] forces every action instead.
-        `keep_logits` keeps the logits [tokens, vocab] too: mind the memory.
+        The first `prefix` tokens are dense, like a prompt: what a `sequence` policy decides from. `actions` int8
+        [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too: mind the
+        memory. Raises PolicyError under a held budget, which is known only token by token.
         """
         tokens = self._prompt_ids(ids)
         likelihoods, taken, damages, logits = [], [], [], []
@@ -189,16 +196,22 @@ class Session:
     ) -> Iterator[tuple[int, BoundStep]]:
         if prefix < 1:
             raise RequestError(f"prefix must be at least 1, not {prefix}.")
+        if actions is None and not self.rules.foreseeable:
+            raise PolicyError(
+                "A held budget (hold) adapts token by token, so one pass over a text cannot follow it: "
+                "score with the budget alone, or decode."
+            )
         self.reset()
         self._check_room(len(tokens), 0)
         self._reserve(len(tokens))
-        chunk = min(self.prefill_chunk, SCORE_CHUNK)
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
-            step = self._bound(len(part), teacher_forced=True)
-            rule = self.rule if actions is None else ForcedRule(actions[start : start + len(part)])
-            dense = np.arange(start, start + len(part)) < (max(prefix, DENSE_POSITIONS) if actions is None else 0)
-            step.teacher_force(part, rule, dense)
+        prompt = max(prefix, DENSE_POSITIONS) if actions is None else 0
+        reads = actions is None and self.rules.reads_prompts
+        for start, stop in _chunks(len(tokens), min(self.prefill_chunk, SCORE_CHUNK), prompt if reads else 0):
+            step = self._bound(stop - start, teacher_forced=True)
+            rule = self.rules.at(start, stop - start) if actions is None else ForcedRule(actions[start:stop])
+            step.teacher_force(tokens[start:stop], rule, np.arange(start, stop) < prompt)
+            if reads and start < prompt:
+                self.rules.read(start, step.damage.T.copy())
             yield start, step
         self.tokens = tokens.tolist()
 
@@ -207,8 +220,10 @@ class Session:
         self._reserve(len(ids) + headroom)
         for start in range(0, len(ids), self.prefill_chunk):
             part = ids[start : start + self.prefill_chunk]
-            step = self._bound(len(part))
-            step.prefill(part)
+            step, position = self._bound(len(part)), self._cache.length
+            step.prefill(part, self.rules.reads_prompts)
+            if self.rules.reads_prompts:
+                self.rules.read(position, step.damage.T.copy())
         self.counters.prefill_tokens += len(ids)
         last: Logits = step.logits[0, 0]
         return last
@@ -219,6 +234,7 @@ class Session:
         self._reserve(1)
         step = self._bound(1)
         step.decode(token, self._rule_here() if rule is None else rule)
+        self.rules.decoded(step.actions[0])
         self.tokens.append(token)
         return step.logits[0, 0].copy(), step.actions[0].copy()
 
@@ -236,6 +252,7 @@ class Session:
 
     def _rewind(self, length: int) -> None:
         self._cache.length = length
+        self.rules.rewind(length)
         del self.tokens[length:]
         self._pending = []
 
@@ -276,6 +293,17 @@ class Session:
 
 SCORE_CHUNK = 128
 """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
+
+
+def _chunks(count: int, chunk: int, prompt: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the passes over `count` tokens; one ends where the `prompt` does."""
+    start = 0
+    while start < count:
+        stop = min(start + chunk, count)
+        if start < prompt < stop:
+            stop = prompt
+        yield start, stop
+        start = stop
 
 
 def _log_likelihoods(logits: npt.NDArray[np.float32], tokens: TokenIds) -> npt.NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dash_export import DashRuntime
 from dash_export.artifacts import ArtifactStore
 from dash_export.builders import build
 from dash_export.bundle import Bundle
+from dash_export.decision import DialPoint
 from dash_export.errors import RecipeError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
@@ -96,11 +98,17 @@ def test_cost_and_budget_tables(bundle: Bundle) -> None:
     assert len(set(made.cost.cost.values())) == 1, "layers of one shape share their cost"
     assert 0 < made.cost.cost[2] < 1
     assert made.cost.dense_us == pytest.approx(sum(made.cost.segment_us.values()), rel=1e-3)
-    dial = made.dial
+    assert set(made.dial) == {"sequence", "token"}
+    for dial in made.dial.values():
+        check_dial(dial)
+
+
+def check_dial(dial: Sequence[DialPoint]) -> None:
     assert [point.trade_off for point in dial] == sorted(point.trade_off for point in dial)
-    assert (dial[0].trade_off, dial[0].layers, dial[0].time) == (0.0, 6.0, 1.0)
-    # Past the last point everything gated is skipped, but for the dense first positions.
-    assert dial[-1].layers == pytest.approx(3, abs=0.1)
+    assert dial[0] == DialPoint(0.0, 6.0, 1.0, 0.0)
+    assert dial[-1].layers == 3, "at last everything gated is skipped"
+    assert all(point.kl > 0.01 for point in dial if point.layers < 5)
+    assert all(0 < point.time < 1 for point in dial if point.layers < 5)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -115,7 +123,7 @@ def test_precisions_lie_side_by_side(precision: str, bundle: Bundle) -> None:
 def test_a_bundle_without_a_network_serves_dense_and_static(bundle: Bundle, tmp_path: Path) -> None:
     plain = export(open_checkpoint(bundle.root.parent / "model"), tmp_path / "plain.dash")
     made = build(plain, "cpu", weights="fp32")
-    assert made.dial == ()
+    assert made.dial == {}
     runtime = DashRuntime.load(plain.root, "cpu-fp32")
     assert runtime.dispatch == "plain"
     assert runtime.generate(random_ids(8), 6, skip=[3]).actions[1:].sum() == 5

@@ -32,7 +32,10 @@ def test_tables(tiny_root: Path) -> None:
         "Target cpu-fp32",
         "Target portable",
         "layers_00-01",
-        "Budget dial",
+        "Dial of the token policy",
+        "Dial of the sequence policy",
+        "dense, static, cosine, random, sequence, token",
+        "3, 4, 2",
         "is what was written",
     ):
         assert expected in result.stdout, expected

@@ -131,7 +131,7 @@ def test_portable_generates_as_the_oracle_does(tiny_runtime: LoadRuntime, tiny_o
     runtime = tiny_runtime("portable")
     assert runtime.dispatch == "sync"
     ids = random_ids(20)
-    trade_off = runtime.build.dial[4].trade_off
+    trade_off = runtime.build.dial["token"][4].trade_off
     rule = decision_rule(6, (2, 3, 4), runtime.cost.cost, trade_off)
     for options, decided in (({"policy": "dense"}, None), ({"trade_off": trade_off}, rule)):
         generation = runtime.generate(ids, 30, **options)
@@ -149,7 +149,7 @@ def test_portable_and_lowered_smollm2_agree(smollm2_runtime: LoadRuntime) -> Non
     for forced in (None, actions):
         logits = [runtime.session().logits(ids, actions=forced) for runtime in (portable, lowered)]
         assert np.abs(logits[0] - logits[1]).max() < 1e-3
-    trade_off = lowered.build.dial[1].trade_off
+    trade_off = lowered.build.dial["token"][1].trade_off
     costs = lowered.cost.cost
     rule = decision_rule(30, lowered.bundle.manifest.policy.gated, costs, trade_off)
     one, other = (runtime.session_under(rule).generate(ids, 24) for runtime in (portable, lowered))

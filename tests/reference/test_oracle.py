@@ -21,7 +21,7 @@ LoadRuntime = Callable[..., DashRuntime]
 
 
 def rule_of(runtime: DashRuntime, max_layers: int | None = None) -> DecisionRule:
-    return decision_rule(6, GATED, runtime.cost.cost, runtime.build.dial[5].trade_off, max_layers)
+    return decision_rule(6, GATED, runtime.cost.cost, runtime.build.dial["token"][5].trade_off, max_layers)
 
 
 @pytest.mark.model

@@ -16,7 +16,7 @@ runtime.score([1, 2, 3, 4], trade_off=1.0)
 heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "safetensors", "huggingface_hub"}
 print(sorted(heavy & set(sys.modules)), sorted(name for name in sys.modules if name.startswith("dash_export.")))
 """
-GROUND = {"artifacts", "bundle", "decision", "errors", "names", "resources", "runtime", "targets"}
+GROUND = {"artifacts", "bundle", "decision", "errors", "names", "resources", "runtime", "targets", "typed_json"}
 
 
 def run(code: str, *arguments: str) -> str:

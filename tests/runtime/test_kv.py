@@ -86,7 +86,10 @@ def test_one_pass_in_chunks_equals_one_piece(case: Case) -> None:
 
 
 def test_score_equals_decode_under_the_policy(case: Case) -> None:
-    dial = {"trade_off": case.runtime.build.dial[1].trade_off, "max_layers": case.runtime.engines.model.num_layers - 1}
+    dial = {
+        "trade_off": case.runtime.build.dial["token"][1].trade_off,
+        "max_layers": case.runtime.engines.model.num_layers - 1,
+    }
     score = case.runtime.session(**dial).score(case.ids, prefix=case.prompt)
     live = case.runtime.session(**dial)
     logits, likelihoods, taken = live.prefill(case.ids[: case.prompt]), [], []
@@ -132,7 +135,7 @@ def test_fused_and_sync_decide_alike_in_smollm2(smollm2_runtime: LoadRuntime) ->
 
 
 def _same_decisions(fused: DashRuntime, sync: DashRuntime, ids: np.ndarray) -> None:
-    for trade_off in {point.trade_off for point in fused.build.dial[1:3]}:
+    for trade_off in {point.trade_off for point in fused.build.dial["token"][1:3]}:
         one, other = (runtime.session("token", trade_off=trade_off).score(ids, prefix=8) for runtime in (fused, sync))
         assert one.actions.any()
         np.testing.assert_array_equal(one.actions, other.actions)

@@ -95,7 +95,7 @@ def test_token_policy_decides_as_the_oracle(
     runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, smollm2_policy: SkipPolicy
 ) -> None:
     """Every decision, with the oracle's actions forced on what came before, but where damage touches the limit."""
-    trade_off = next(point.trade_off for point in runtime.build.dial if point.layers < 29)
+    trade_off = next(point.trade_off for point in runtime.build.dial["token"] if point.layers < 29)
     rule = decision_rule(30, smollm2_policy.gated, runtime.cost.cost, trade_off)
     differing, ties, skips, total = 0, 0, 0, 0
     for ids in texts:
@@ -120,7 +120,7 @@ def test_token_policy_free_running(
     runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, smollm2_policy: SkipPolicy
 ) -> None:
     """What the runtime generated under its policy, the oracle decides and chooses the same in one pass."""
-    trade_off = next(point.trade_off for point in runtime.build.dial if point.layers < 29)
+    trade_off = next(point.trade_off for point in runtime.build.dial["token"] if point.layers < 29)
     rule = decision_rule(30, smollm2_policy.gated, runtime.cost.cost, trade_off, max_layers=27)
     for prompt in [ids[:-NEW_TOKENS] for ids in texts[::2]]:
         generation = runtime.generate(prompt, NEW_TOKENS, policy="token", trade_off=trade_off, max_layers=27)

@@ -177,12 +177,13 @@ def test_bad_max_tokens(count: int, runtime: DashRuntime) -> None:
 
 
 BAD_POLICIES: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"policy": "magic"}, "dense, static, token"),
+    "unknown": ({"policy": "magic"}, "dense, static, cosine, random, sequence, token"),
+    "nothing-said": ({"policy": "token"}, "Say how much"),
     "layer-not-gated": ({"skip": [0]}, r"Gated layers: 2-4"),
     "dense-with-skip": ({"policy": "dense", "skip": [2]}, "static"),
-    "static-with-budget": ({"policy": "static", "skip": [2], "budget": 0.9}, "token"),
+    "static-twice": ({"policy": "static", "skip": [2], "budget": 0.9}, "not both"),
     "both-dials": ({"trade_off": 1.0, "budget": 0.9}, "not both"),
-    "budget-too-low": ({"budget": 0.01}, "fastest"),
+    "budget-too-low": ({"budget": 0.01}, "more than this policy can give"),
     "negative": ({"trade_off": -1.0}, "trade-off"),
     "max-layers": ({"max_layers": 1}, "from 3 to 6"),
 }
@@ -214,7 +215,7 @@ def tokens_of(session: Session, seed: int) -> list[int]:
 
 
 def test_interleaved_sessions_do_not_mix(runtime: DashRuntime) -> None:
-    trade_off = runtime.build.dial[5].trade_off
+    trade_off = runtime.build.dial["token"][5].trade_off
     kinds: list[dict[str, Any]] = [{}, {"trade_off": trade_off}, {"skip": (3,)}]
     alone = [tokens_of(runtime.session(**kind), seed) for seed, kind in enumerate(kinds)]
     streams = [runtime.session(**kind).stream(random_ids(10, seed=seed), 40) for seed, kind in enumerate(kinds)]
@@ -226,7 +227,7 @@ def test_interleaved_sessions_do_not_mix(runtime: DashRuntime) -> None:
 
 
 def test_one_session_per_thread(runtime: DashRuntime) -> None:
-    trade_off = runtime.build.dial[5].trade_off
+    trade_off = runtime.build.dial["token"][5].trade_off
     alone = [tokens_of(runtime.session(trade_off=trade_off), seed) for seed in range(2)]
     found: dict[int, list[list[int]]] = {0: [], 1: []}
 
@@ -244,7 +245,10 @@ def test_one_session_per_thread(runtime: DashRuntime) -> None:
 
 
 def test_budget_uses_the_dial(runtime: DashRuntime) -> None:
-    slow, fast = runtime.session(budget=1.0), runtime.session(budget=min(point.time for point in runtime.build.dial))
+    slow, fast = (
+        runtime.session(budget=1.0),
+        runtime.session(budget=min(point.time for point in runtime.build.dial["token"])),
+    )
     assert slow.rule.limits[3] <= fast.rule.limits[3]  # type: ignore[union-attr]
     assert fast.rule.limits[3] > 0  # type: ignore[union-attr]
 

@@ -1,0 +1,110 @@
+"""Where each trade-off lands on the calibration text: layers, time on this target and divergence, per policy kind.
+
+Needs the cost table and no training: a policy trained once is calibrated anew by every build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.artifacts import Progress, no_progress
+from dash_export.bundle import Build, Bundle
+from dash_export.calibration import text_windows
+from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, Action, DialPoint, Setting
+from dash_export.divergence import DenseRows
+from dash_export.errors import BundleError
+from dash_export.resources import resource_folder
+from dash_export.runtime import DashRuntime
+from dash_export.runtime.backends.base import Backend
+
+WINDOWS = 8
+TOKENS = 128
+PREFIX = 32
+"""Dense tokens at the beginning of a window: the prompt, from which `sequence` decides. What follows is measured."""
+SHARES = (0.03, 0.07, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7)
+"""Trade-offs are placed where about these shares of the gated layers would be skipped; beside them dense and all."""
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass
+class _Sums:
+    """Over the measured tokens of one setting: tokens, actions per layer, nats."""
+
+    tokens: int
+    skipped: Floats
+    kl: float
+
+
+def calibrate_dial(
+    bundle: Bundle, build: Build, backend: Backend, progress: Progress = no_progress
+) -> dict[str, tuple[DialPoint, ...]]:
+    """A table per kind, from dense to everything skipped, each setting run for real under its own decisions.
+
+    KL is measured against the dense mode of the same build.
+    """
+    runtime = DashRuntime(bundle, build, backend)
+    windows = _calibration_windows(runtime)
+    cost, num_layers = build.cost.cost, bundle.manifest.model.num_layers
+    settings = [
+        Setting(kind, trade_off=trade_off)
+        for kind, trade_offs in _trade_offs(runtime, windows).items()
+        for trade_off in trade_offs
+    ]
+    sums = {setting: _Sums(0, np.zeros(num_layers), 0.0) for setting in settings}
+    for done, window in enumerate(windows, 1):
+        _measure(runtime, window, sums)
+        progress("calibrating the dial", done, len(windows))
+    dial = {kind: [DialPoint(0.0, float(num_layers), 1.0, 0.0)] for kind in DIALLED_KINDS}
+    for setting, total in sums.items():
+        assert setting.trade_off is not None
+        dial[setting.kind].append(_point(setting.trade_off, total, cost))
+    return {kind: tuple(points) for kind, points in dial.items()}
+
+
+def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> dict[str, list[float]]:
+    """Per kind rising trade-offs, from the damage of dense passes; the last one skips everything gated."""
+    gated, cost = list(runtime.bundle.manifest.policy.gated), runtime.build.cost.cost
+    # The network must be asked although nothing is skipped.
+    session = runtime.session("token", trade_off=0.0)
+    costs = np.array([max(cost[layer], 1e-9) for layer in gated])
+    ratios = [session.score(window).damage[:, gated] / costs for window in windows]
+    per_token = np.concatenate([ratio[DENSE_POSITIONS:] for ratio in ratios])
+    per_prompt = np.array([ratio[DENSE_POSITIONS:PREFIX].mean(axis=0) for ratio in ratios])
+    # Past the largest ratio everything gated is skipped, whatever the feedback of skipping does to damage.
+    last = 4.0 * float(per_token.max()) + 1.0
+    found = {}
+    for kind, values in (("sequence", per_prompt), ("token", per_token)):
+        grid = [*np.quantile(values, SHARES).tolist(), last]
+        found[kind] = sorted({float(f"{trade_off:.6g}") for trade_off in grid})
+    return found
+
+
+def _measure(runtime: DashRuntime, window: npt.NDArray[np.int64], sums: Mapping[Setting, _Sums]) -> None:
+    dense = runtime.session("dense").score(window, PREFIX, keep_logits=True)
+    assert dense.logits is not None
+    reference = DenseRows(dense.logits[PREFIX:])
+    for setting, total in sums.items():
+        score = runtime.session_with(setting).score(window, PREFIX, keep_logits=True)
+        assert score.logits is not None
+        total.tokens += len(window) - PREFIX
+        total.skipped += (score.actions[PREFIX:] == Action.SKIP).sum(axis=0)
+        total.kl += float(reference.kl(score.logits[PREFIX:]).sum())
+
+
+def _point(trade_off: float, total: _Sums, cost: Mapping[int, float]) -> DialPoint:
+    skipped = total.skipped / total.tokens
+    saved = sum(float(skipped[layer]) * share for layer, share in cost.items())
+    layers = len(skipped) - float(skipped.sum())
+    return DialPoint(trade_off, round(layers, 4), round(1.0 - saved, 5), round(max(0.0, total.kl / total.tokens), 6))
+
+
+def _calibration_windows(runtime: DashRuntime) -> list[npt.NDArray[np.int64]]:
+    path = resource_folder("calibration") / "prose.txt"
+    if not path.is_file():
+        raise BundleError(f"The calibration text {path} is missing: install dash-export again.")
+    return text_windows(runtime, path.read_text(encoding="utf-8"), WINDOWS * TOKENS, TOKENS)

@@ -1,0 +1,148 @@
+"""A trained skip policy on disk: one `.safetensors` file (weights, and facts as JSON in its metadata) and a JSON card
+beside it that says how the policy was made. Reading trusts nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dash_export.artifacts import write_atomic
+from dash_export.errors import CheckpointError, PolicyError
+from dash_export.models.files import require
+from dash_export.models.safetensors_files import check_dtype, open_weights, read_metadata
+from dash_export.models.spec import DecoderSpec, Float32Array
+from dash_export.skip_policy import Compensation, SkipPolicy, check_policy
+from dash_export.typed_json import WrongFieldError, typed
+
+SCHEMA = 1
+METADATA = "dash_export_policy"
+_LONGEST_ORIGIN = 200
+
+
+@dataclass(frozen=True)
+class PolicyFileFacts:
+    """What the metadata says: for which model the policy is, and all of it that is not a tensor."""
+
+    schema: int
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    gated: tuple[int, ...]
+    compensation: str
+    origin: str
+    static_order: tuple[int, ...] = ()
+    cosine_order: tuple[int, ...] = ()
+
+
+def card_path(path: str | Path) -> Path:
+    """`NAME.safetensors` -> `NAME.json`."""
+    return Path(path).with_suffix(".json")
+
+
+def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: Mapping[str, Any]) -> None:
+    """Write the policy to `path` (`.safetensors`) and its card beside it, each whole or not at all.
+
+    `card` is JSON: data, seed, versions, figures. Raises PolicyError for a policy that does not fit `spec` or a name
+    that is not `.safetensors`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise PolicyError(f"A policy file is called NAME.safetensors, not {path.name}.")
+    check_policy(policy, spec)
+    facts = PolicyFileFacts(
+        SCHEMA,
+        spec.model_type,
+        spec.num_layers,
+        spec.hidden_size,
+        policy.gated,
+        policy.compensation.kind,
+        policy.origin,
+        policy.static_order,
+        policy.cosine_order,
+    )
+    text = json.dumps(card, indent=1, allow_nan=False) + "\n"
+    tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in policy.weights().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        require("safetensors.numpy").save_file(tensors, temporary, {METADATA: json.dumps(asdict(facts))})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_atomic(card_path(path), text)
+
+
+def load_policy(path: str | Path, spec: DecoderSpec) -> SkipPolicy:
+    """The policy in `path`, for the model `spec` describes.
+
+    Raises PolicyError when there is no such file, when it is damaged or no policy, when it is for another model, or
+    when a weight is missing, unknown, misshapen, NaN or infinite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PolicyError(
+            f"There is no policy file {path}. Give the .safetensors file that `dash-export train` wrote, "
+            "or one of the words none and untrained."
+        )
+    try:
+        facts = _facts(path)
+        _check_model(path, facts, spec)
+        policy = _read(path, facts)
+        check_policy(policy, spec)
+    except (CheckpointError, WrongFieldError, PolicyError) as error:
+        message = str(error)
+        where = "" if str(path) in message else f"{path}: "
+        raise PolicyError(
+            f"{where}{message.rstrip('.')}. Use the file as `dash-export train` wrote it, or train one for this model."
+        ) from error
+    return policy
+
+
+def _facts(path: Path) -> PolicyFileFacts:
+    text = read_metadata(path).get(METADATA)
+    if text is None:
+        raise PolicyError("this safetensors file holds no skip policy (its metadata does not say so)")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"the facts in its metadata are not JSON ({error})") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise PolicyError(
+            f"it was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}): "
+            "upgrade with pip install -U dash-export"
+        )
+    facts = typed(PolicyFileFacts, data, "its metadata")
+    if len(facts.origin) > _LONGEST_ORIGIN or not facts.origin.isprintable():
+        raise PolicyError(f"its origin must be one printable line of at most {_LONGEST_ORIGIN} letters")
+    return facts
+
+
+def _check_model(path: Path, facts: PolicyFileFacts, spec: DecoderSpec) -> None:
+    def shape(model: PolicyFileFacts | DecoderSpec) -> str:
+        return f"a {model.model_type:.40} of {model.num_layers} layers and hidden size {model.hidden_size}"
+
+    if shape(facts) != shape(spec):
+        raise PolicyError(f"{path} is the policy of {shape(facts)}; this model is {shape(spec)}")
+
+
+def _read(path: Path, facts: PolicyFileFacts) -> SkipPolicy:
+    parts: dict[str, dict[str, Float32Array]] = {"network": {}, "compensation": {}}
+    for name, weight in open_weights([path]).items():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise PolicyError(f"it holds a tensor {name!r:.60}, which is nothing of ours")
+        check_dtype(weight)
+        if not weight.shape:
+            raise PolicyError(f"its tensor {name!r:.60} is a single number")
+        parts[part][rest] = weight.read_rows(0, weight.shape[0])
+    compensation = Compensation(facts.compensation, parts["compensation"])
+    network = parts["network"] or None
+    return SkipPolicy(facts.gated, network, compensation, facts.origin, facts.static_order, facts.cosine_order)

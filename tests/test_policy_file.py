@@ -1,0 +1,164 @@
+"""Policies on disk: what was saved comes back, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dash_export.errors import PolicyError
+from dash_export.models import DecoderSpec
+from dash_export.models.spec import RopeSpec
+from dash_export.policy_file import METADATA, card_path, load_policy, save_policy
+from dash_export.skip_policy import SkipPolicy, untrained_policy
+from tests.tiny import with_compensation
+
+HIDDEN = 32
+SPEC = DecoderSpec("llama", 300, HIDDEN, 64, 6, 2, 1, 16, 512, 1e-5, RopeSpec(1e4, (1.0, 0.1)))
+
+
+def policy_of(kind: str = "low_rank") -> SkipPolicy:
+    made = with_compensation(untrained_policy(SPEC, width=8), HIDDEN, kind)
+    return replace(made, origin="trained, seed 3", static_order=(4, 2, 3), cosine_order=(3, 4))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_policy(tmp_path / "p.safetensors", policy_of(), SPEC, {"seed": 3})
+    return tmp_path / "p.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["none", "scale", "low_rank"])
+def test_round_trip(kind: str, tmp_path: Path) -> None:
+    path, policy = tmp_path / "folder" / "p.safetensors", policy_of(kind)
+    save_policy(path, policy, SPEC, {"seed": 3, "figures": {"kl": 0.1}})
+    back = load_policy(path, SPEC)
+    assert replace(back, network=None, compensation=policy.compensation) == replace(policy, network=None)
+    assert back.compensation.kind == kind
+    assert back.weights().keys() == policy.weights().keys()
+    for name, array in policy.weights().items():
+        assert back.weights()[name].dtype == np.float32
+        np.testing.assert_array_equal(back.weights()[name], array)
+    assert json.loads(card_path(path).read_text()) == {"seed": 3, "figures": {"kl": 0.1}}
+    assert sorted(file.name for file in path.parent.iterdir()) == ["p.json", "p.safetensors"]
+
+
+def test_compensation_alone(tmp_path: Path) -> None:
+    """A policy that only compensates and ranks: it serves static and cosine."""
+    save_policy(tmp_path / "p.safetensors", replace(policy_of(), network=None), SPEC, {})
+    assert load_policy(tmp_path / "p.safetensors", SPEC).network is None
+
+
+def test_half_precision_is_read(saved: Path) -> None:
+    rewrite(saved, lambda tensors, _: {name: array.astype(np.float16) for name, array in tensors.items()})
+    back = load_policy(saved, SPEC).weights()
+    assert all(array.dtype == np.float32 for array in back.values())
+    np.testing.assert_allclose(back["network.state"], policy_of().weights()["network.state"], atol=2e-3)
+
+
+Tensors = dict[str, np.ndarray]
+
+
+def rewrite(path: Path, change: Callable[[Tensors, dict[str, Any]], Tensors | None]) -> None:
+    """The file with other tensors or facts."""
+    import safetensors
+
+    tensors = load_file(path)
+    with safetensors.safe_open(str(path), "np") as file:
+        facts = json.loads(file.metadata()[METADATA])
+    tensors = change(tensors, facts) or tensors
+    save_file(tensors, path, {METADATA: json.dumps(facts)})
+
+
+def number(tensors: Tensors, name: str, value: float) -> None:
+    tensors[name].reshape(-1)[5] = value
+
+
+def without(tensors: Tensors, name: str) -> Tensors:
+    return {other: array for other, array in tensors.items() if other != name}
+
+
+DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
+    "nan": (lambda t, _: number(t, "network.state", float("nan")), "network.state holds NaN or infinity"),
+    "inf": (lambda t, _: number(t, "compensation.up", float("inf")), "compensation.up holds NaN or infinity"),
+    "wrong-shape": (lambda t, _: {**t, "network.out": t["network.out"][:, :-1].copy()}, "network.out has shape"),
+    "one-layer-less": (lambda t, _: {n: a[1:].copy() for n, a in t.items()}, r"\[2, 32, 8\]; \[3, 32, 8\]"),
+    "flat-bias": (lambda t, _: {**t, "network.bias": t["network.bias"][0].copy()}, "shape"),
+    "scalar": (lambda t, _: {**t, "network.out_bias": np.array(1.0, np.float32)}, "a single number"),
+    "integers": (lambda t, _: {**t, "network.bias": t["network.bias"].astype(np.int32)}, "dtype"),
+    "missing": (lambda t, _: without(t, "network.bias"), "lacks network.bias"),
+    "missing-up": (lambda t, _: without(t, "compensation.up"), "lacks compensation.up"),
+    "unknown-tensor": (lambda t, _: {**t, "network.extra": t["network.bias"]}, "network.extra"),
+    "foreign-tensor": (lambda t, _: {**t, "model.norm": t["network.bias"]}, "model.norm"),
+    "unknown-key": (lambda _, f: f.update(surprise=1), "unknown surprise"),
+    "missing-key": (lambda _, f: f.pop("gated") and None, "missing gated"),
+    "wrong-type": (lambda _, f: f.update(num_layers="6"), "num_layers must be int"),
+    "newer": (lambda _, f: f.update(schema=9, new=1), "newer dash-export"),
+    "compensation": (lambda _, f: f.update(compensation="magic"), "no compensation 'magic'"),
+    "other-compensation": (lambda _, f: f.update(compensation="scale"), "lacks compensation.factor"),
+    "layer-0": (lambda _, f: f.update(gated=[0, 2, 3]), "Layer 0"),
+    "no-such-layer": (lambda _, f: f.update(gated=[2, 3, 9]), "do not exist"),
+    "gated-twice": (lambda _, f: f.update(gated=[2, 3, 3]), "rising"),
+    "order": (lambda _, f: f.update(static_order=[2, 5]), "static_order"),
+    "order-twice": (lambda _, f: f.update(cosine_order=[2, 2]), "cosine_order"),
+    "origin": (lambda _, f: f.update(origin="\x1b[2Jclear"), "printable"),
+    "more-layers": (lambda _, f: f.update(num_layers=8), "this model is a llama of 6 layers"),
+    "other-family": (lambda _, f: f.update(model_type="qwen3"), "policy of a qwen3"),
+    "other-size": (lambda _, f: f.update(hidden_size=64), "hidden size 64"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(name: str, saved: Path) -> None:
+    change, expected = DAMAGE[name]
+    rewrite(saved, change)
+    with pytest.raises(PolicyError, match=expected) as raised:
+        load_policy(saved, SPEC)
+    message = str(raised.value)
+    assert str(saved) in message
+    assert "train" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, 600, -1])
+def test_truncated(keep: int, saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(PolicyError, match="not a sound safetensors file"):
+        load_policy(saved, SPEC)
+
+
+def test_other_files(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="There is no policy file"):
+        load_policy(tmp_path / "none.safetensors", SPEC)
+    (tmp_path / "text.safetensors").write_text("not one")
+    with pytest.raises(PolicyError, match="not a sound safetensors file"):
+        load_policy(tmp_path / "text.safetensors", SPEC)
+    save_file({"network.state": np.zeros((1, 2), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(PolicyError, match="holds no skip policy"):
+        load_policy(tmp_path / "model.safetensors", SPEC)
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "b.safetensors", {METADATA: "{"})
+    with pytest.raises(PolicyError, match="not JSON"):
+        load_policy(tmp_path / "b.safetensors", SPEC)
+
+
+def test_nothing_unsound_is_saved(saved: Path) -> None:
+    before = saved.read_bytes(), card_path(saved).read_bytes()
+    policy = policy_of()
+    assert policy.network is not None
+    broken = replace(policy, network={**policy.network, "bias": np.full((3, 8), np.nan, np.float32)})
+    with pytest.raises(PolicyError, match="NaN"):
+        save_policy(saved, broken, SPEC, {})
+    with pytest.raises(PolicyError, match="shape"):
+        save_policy(saved, policy, replace(SPEC, hidden_size=64), {})
+    with pytest.raises(PolicyError, match=r"NAME\.safetensors"):
+        save_policy(saved.with_suffix(".bin"), policy, SPEC, {})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        save_policy(saved, policy, SPEC, {"kl": float("nan")})
+    assert (saved.read_bytes(), card_path(saved).read_bytes()) == before
+    assert len(list(saved.parent.iterdir())) == 2

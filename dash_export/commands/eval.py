@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dash_export.commands.comparing import comparison_options, dial_of, load, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.setting_options import dial_of, load, print_refused, setting_options, settings_for
 
 if TYPE_CHECKING:
     from dash_export.evaluation.evaluate import FileResult
@@ -25,14 +25,12 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command("eval")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@setting_options
+@comparison_options
 @click.option("--text", type=_FILE, multiple=True, help="A text for KL and perplexity; may be given again.")
 @click.option("--tasks", type=_FILE, multiple=True, metavar="FILE.jsonl", help="A task file; may be given again.")
 @click.option("--limit", type=click.IntRange(min=1), default=32, show_default=True, help="Windows or items per file.")
 @click.option("--window", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens of a text window.")
-@click.option(
-    "--prefix", type=click.IntRange(min=2), default=64, show_default=True, help="How many of them are dense."
-)
+@click.option("--prefix", type=click.IntRange(min=2), default=64, show_default=True, help="How many of them are dense.")
 @click.option(
     "--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Length of an answer to a prompt."
 )
@@ -90,6 +88,7 @@ def _report(
 ) -> dict[str, object]:
     from dash_export import __version__
     from dash_export.evaluation.bootstrap import CONFIDENCE, RESAMPLES
+    from dash_export.evaluation.settings import record
 
     manifest = runtime.bundle.manifest
     asked = asdict(request) | {name: [str(path) for path in getattr(request, name)] for name in ("texts", "tasks")}
@@ -103,8 +102,8 @@ def _report(
         "dispatch": runtime.dispatch,
         "request": asked,
         "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "method": "percentile, over units"},
-        "files": [asdict(file) for file in files],
-        "refused": [asdict(item) for item in refused],
+        "files": [record(file) for file in files],
+        "refused": [record(item) for item in refused],
         "seconds": round(seconds, 1),
         "version": __version__,
     }

@@ -10,6 +10,7 @@ import click
 from dash_export.commands.common import plain_table, print_table, result_console
 from dash_export.evaluation.bootstrap import Interval
 from dash_export.evaluation.evaluate import FileResult, Request
+from dash_export.evaluation.settings import asked
 
 if TYPE_CHECKING:
     from dash_export.runtime import DashRuntime
@@ -64,7 +65,7 @@ def print_tables(runtime: DashRuntime, request: Request, files: Sequence[FileRes
         for row in file.results:
             # Without a token under the setting there is no mean to tell.
             means = (f"{row.layers:.2f}", f"{row.time:.3f}") if row.tokens else ("", "")
-            table.add_row(row.setting.kind, row.setting.asked, *means, *(show(row) for _, show in columns))
+            table.add_row(row.setting.kind, asked(row.setting), *means, *(show(row) for _, show in columns))
         print_table(console, table)
     click.echo(
         "layers: mean run where skipping was allowed. time: of dense, from the build's cost table, without the policy "

@@ -13,8 +13,8 @@ import click
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target, plain_table, print_table, result_console
+from dash_export.commands.comparing import comparison_options, dial_of, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.setting_options import dial_of, print_refused, setting_options, settings_for
 
 if TYPE_CHECKING:
     from dash_export.evaluation.frontier import Course, Point, Racer
@@ -25,7 +25,7 @@ SKIPPED = (2.0, 4.0, 6.0, 8.0)
 
 @click.command("frontier")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
-@setting_options
+@comparison_options
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on; by default the calibration text.")
 @click.option("--limit", type=click.IntRange(min=1), default=32, show_default=True, help="Windows of it.")
 @click.option("--window", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens of a window.")
@@ -41,7 +41,7 @@ SKIPPED = (2.0, 4.0, 6.0, 8.0)
 )  # fmt: skip
 @click.pass_context
 def command(
-    ctx: click.Context, bundles: tuple[Path, ...], target: str | None, kinds: tuple[str, ...] | None, seed: int,
+    ctx: click.Context, /, bundles: tuple[Path, ...], target: str | None, kinds: tuple[str, ...] | None, seed: int,
     text: Path | None, limit: int, window: int, prefix: int, predicted: bool, rounds: int, tokens: int, output: Path,
     **dials: Any,
 ) -> None:  # fmt: skip
@@ -98,6 +98,7 @@ def _report(
     racers: Sequence[Racer], course: Course, points: Sequence[Point], refused: Sequence[Refusal]
 ) -> dict[str, object]:
     from dash_export import __version__
+    from dash_export.evaluation.settings import record
 
     bundles = {
         racer.name: {
@@ -111,21 +112,22 @@ def _report(
     return {
         "bundles": bundles,
         "course": {name: value for name, value in asdict(course).items() if name != "text"},
-        "points": [asdict(point) | {"time": point.time} for point in points],
-        "refused": [asdict(item) for item in refused],
+        "points": [record(point) | {"time": point.time} for point in points],
+        "refused": [record(item) for item in refused],
         "version": __version__,
     }
 
 
 def _print(title: str, points: Sequence[Point], several: bool) -> None:
     from dash_export.commands.eval_tables import with_bounds
+    from dash_export.evaluation.settings import asked
 
     numbers = ("layers", "time", "predicted", "KL (nats)", "perplexity", "of dense", "top-1")
     first = ("bundle", "kind", "asked for") if several else ("kind", "asked for")
     table = plain_table(title, *first, *numbers, right=numbers)
     for point in points:
         quality, setting = point.quality, point.quality.setting
-        names = (point.bundle, setting.kind, setting.asked) if several else (setting.kind, setting.asked)
+        names = (point.bundle, setting.kind, asked(setting)) if several else (setting.kind, asked(setting))
         table.add_row(
             *names,
             f"{quality.layers:.2f}",

@@ -1,1 +1,1 @@
-"""What skipping costs in quality: divergence, perplexity and tasks under every policy kind, through the real engines."""
+"""What skipping costs in quality: divergence, perplexity and tasks under every policy kind, on real engines."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import DENSE_POSITIONS
+from dash_export.decision import DENSE_POSITIONS, Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation.bootstrap import interval
 from dash_export.evaluation.data import Answer
 from dash_export.evaluation.results import AnswerResult
-from dash_export.evaluation.settings import Setting, Tally
+from dash_export.evaluation.settings import Entrant, Tally
 from dash_export.runtime import DashRuntime, Session
 
 DENSE_SHARE = 0.5
@@ -60,29 +60,20 @@ def measure_answers(
     setting, as if the model had written it. Were the whole context dense, skipping could not touch the first token
     of an answer, and most of LAMBADA's last words are one token.
     """
-    sessions = [setting.session(runtime) for setting in settings]
-    tallies = [Tally(runtime.engines.model.num_layers) for _ in settings]
+    entrants = [Entrant(runtime, setting) for setting in settings]
     right = np.zeros((len(settings), len(answers)), np.bool_)
     for number, item in enumerate(answers):
-        for index, session in enumerate(sessions):
-            right[index, number] = matches(_decode(session, tallies[index], item), item.answer.target)
+        for index, entrant in enumerate(entrants):
+            made = _decode(entrant.session(number), entrant.tally, item)
+            right[index, number] = matches(made, item.answer.target)
             progress("answers", number * len(settings) + index + 1, len(answers) * len(settings))
     return [
-        AnswerResult(
-            setting,
-            len(answers),
-            tally.tokens,
-            tally.executed,
-            tally.time(runtime.cost),
-            interval(correct),
-            interval(correct != right[0]),
-        )
-        for setting, correct, tally in zip(settings, right, tallies, strict=True)
+        AnswerResult(*entrant.figures(), len(answers), interval(correct), interval(correct != right[0]))
+        for entrant, correct in zip(entrants, right, strict=True)
     ]
 
 
 def _decode(session: Session, tally: Tally, item: EncodedAnswer) -> str:
-    session.reset()
     logits = session.prefill(item.ids[: item.dense])
     for token in item.ids[item.dense :]:
         logits, actions = session.decode_one(token)

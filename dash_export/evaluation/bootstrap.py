@@ -7,7 +7,7 @@ needs no 100 MB more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,8 +29,8 @@ class Interval:
 
 
 def interval(
-    sums: Sequence[float],
-    counts: Sequence[float] | None = None,
+    sums: npt.ArrayLike,
+    counts: npt.ArrayLike | None = None,
     transform: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]] | None = None,
     seed: int = 0,
 ) -> Interval:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import DENSE_POSITIONS
+from dash_export.decision import DENSE_POSITIONS, Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation.bootstrap import interval
 from dash_export.evaluation.data import Question
 from dash_export.evaluation.results import ChoiceResult
-from dash_export.evaluation.settings import Setting, Tally
+from dash_export.evaluation.settings import Entrant, Tally
 from dash_export.runtime import DashRuntime, Session
 
 
@@ -67,28 +67,25 @@ def measure_choices(
     The query is dense, like a prompt, so the first token of a choice is predicted densely; the rest of the choice is
     under the setting, as in decode.
     """
-    sessions = [setting.session(runtime) for setting in settings]
-    tallies = [Tally(runtime.engines.model.num_layers) for _ in settings]
+    entrants = [Entrant(runtime, setting) for setting in settings]
     right = np.zeros((len(settings), len(questions), 2), np.bool_)
     for number, item in enumerate(questions):
         lengths = np.array([len(choice) for choice in item.question.choices])
-        for index, session in enumerate(sessions):
-            likelihoods = np.array([_likelihood(session, tallies[index], *pair) for pair in item.sequences])
+        for index, entrant in enumerate(entrants):
+            session = entrant.session(number)
+            likelihoods = np.array([_likelihood(session, entrant.tally, *pair) for pair in item.sequences])
             gold = item.question.gold
             right[index, number] = likelihoods.argmax() == gold, (likelihoods / lengths).argmax() == gold
             progress("multiple choice", number * len(settings) + index + 1, len(questions) * len(settings))
     return [
         ChoiceResult(
-            setting,
+            *entrant.figures(),
             len(questions),
-            tally.tokens,
-            tally.executed,
-            tally.time(runtime.cost),
             interval(correct[:, 0]),
             interval(correct[:, 1]),
             interval(correct[:, 1] != right[0, :, 1]),
         )
-        for setting, correct, tally in zip(settings, right, tallies, strict=True)
+        for entrant, correct in zip(entrants, right, strict=True)
     ]
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dash_export.artifacts import Progress, no_progress
+from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation import answers, choices, prompts, text
 from dash_export.evaluation.data import Answer, Item, Prompt, Question, read_items
 from dash_export.evaluation.results import Result
-from dash_export.evaluation.settings import Setting
 from dash_export.runtime import DashRuntime
 
 LIMIT = 32

@@ -10,10 +10,9 @@ import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.bundle import Bundle
-from dash_export.decision import DENSE_POSITIONS
+from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation.results import TextResult
-from dash_export.evaluation.settings import NETWORK_KINDS, Setting
 from dash_export.evaluation.text import measure_text, windows
 from dash_export.evaluation.timing import SETTLE, Timing, measure_times
 from dash_export.runtime import DashRuntime, Session
@@ -56,14 +55,15 @@ class Racer:
     Kinds that ask no network are timed without, as somebody who has none would run them; dense too.
     """
 
-    def __init__(self, bundle: Bundle, target: str, kinds: Sequence[str]) -> None:
+    def __init__(self, bundle: Bundle, target: str, kinds: Sequence[str] | None) -> None:
         self.name = bundle.root.name
         self.plain = DashRuntime.load(bundle.root, target, dispatch="plain")
-        asks = set(kinds) & set(NETWORK_KINDS)
+        network = bundle.manifest.policy.has_network
+        asks = network and (kinds is None or bool(set(kinds) & set(DIALLED_KINDS)))
         self.deciding = DashRuntime.load(bundle.root, target, verify=False) if asks else self.plain
 
     def session(self, setting: Setting) -> Session:
-        return setting.session(self.deciding if setting.kind in NETWORK_KINDS else self.plain)
+        return (self.deciding if setting.asks_network else self.plain).session_with(setting)
 
     def points(self, settings: Sequence[Setting], course: Course, progress: Progress = no_progress) -> list[Point]:
         """One point per setting, dense (the first) included. Raises RequestError for a text that is too short."""

@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dash_export.evaluation.settings import KINDS
+from dash_export.decision import POLICY_KINDS, Action
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,12 +56,11 @@ def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure
         bundles = list(dict.fromkeys(point.bundle for point in points))
         handles: dict[str, Any] = {}
         for bundle_index, bundle in enumerate(bundles):
-            for kind in KINDS:
+            for kind in POLICY_KINDS:
                 curve = [point for point in points if (point.bundle, point.quality.setting.kind) == (bundle, kind)]
                 if not curve:
                     continue
                 label = kind if len(bundles) == 1 or kind == "dense" else f"{kind} ({bundle})"
-                curve.sort(key=lambda point: point.time)
                 for axes, figure_of in ((left, "kl"), (right, "perplexity")):
                     drawn = _curve(axes, curve, kind, figure_of, _LINES[bundle_index % len(_LINES)], bundle_index > 0)
                     handles.setdefault(label, drawn)
@@ -72,9 +71,8 @@ def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure
         left.set_ylim(bottom=0)
         _dense_line(right, points)
         figure.suptitle(title, fontsize=10, fontweight="bold")
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), fontsize=9
-        )
+        # Divergence falls with time, so this corner is the empty one.
+        left.legend(handles.values(), handles.keys(), loc="upper right", fontsize=8)
         figure.supxlabel(caption, fontsize=7, color="#555555")
     return figure
 
@@ -100,14 +98,14 @@ def _curve(axes: Axes, curve: Sequence[Point], kind: str, name: str, line: str, 
 
 def _dense_line(axes: Axes, points: Sequence[Point]) -> None:
     """Dense perplexity and 5 % above it, the distance one reads by."""
-    dense = next((p.quality.perplexity.value for p in points if p.quality.setting.dense), None)
+    dense = next((p.quality.perplexity.value for p in points if p.quality.setting.kind == "dense"), None)
     if dense is None:
         return
-    for value, text in ((dense, "dense"), (1.05 * dense, "dense + 5 %")):
+    for value, text, side in ((dense, "dense", "top"), (1.05 * dense, "dense + 5 %", "bottom")):
         axes.axhline(value, color="#777777", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            text, (0.0, value), xycoords=("axes fraction", "data"), xytext=(3, 2), textcoords="offset points",
-            fontsize=7, color="#555555",
+            text, (0.0, value), xycoords=("axes fraction", "data"), xytext=(3, -2 if side == "top" else 2),
+            textcoords="offset points", va=side, fontsize=7, color="#555555",
         )  # fmt: skip
 
 
@@ -118,7 +116,8 @@ def skip_map_figure(
     each layer, at the side the layers each token runs.
     """
     count, layers = actions.shape
-    shown = np.where(actions != 0, 1, np.where(np.isin(np.arange(layers), list(gated)), 0, 2)[None])
+    colours = {"run": RUN, "skip": SKIP, "always runs": ALWAYS}
+    shown = np.where(actions == Action.SKIP, 1, np.where(np.isin(np.arange(layers), list(gated)), 0, 2)[None])
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         width, height = 2.6 + 0.19 * layers, 1.9 + 0.16 * count
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -126,7 +125,9 @@ def skip_map_figure(
         grid = figure.subplots(2, 2, gridspec_kw=ratios)
         top, corner, heat, side = grid[0, 0], grid[0, 1], grid[1, 0], grid[1, 1]
         corner.set_axis_off()
-        heat.imshow(shown, aspect="auto", cmap=ListedColormap([RUN, SKIP, ALWAYS]), vmin=0, vmax=2, interpolation="none")
+        heat.imshow(
+            shown, aspect="auto", cmap=ListedColormap(list(colours.values())), vmin=0, vmax=2, interpolation="none"
+        )
         heat.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
         heat.set_yticks(np.arange(count + 1) - 0.5, minor=True)
         heat.grid(which="minor", color="white", linewidth=0.6)
@@ -138,24 +139,23 @@ def skip_map_figure(
         step = 1 if layers <= 40 else 5
         heat.set_xticks(range(0, layers, step), [str(layer) for layer in range(0, layers, step)], fontsize=6)
         heat.set_xlabel("layer")
-        top.bar(range(layers), 100 * (actions != 0).mean(axis=0), color=SKIP, width=0.8)
+        top.bar(range(layers), 100 * (actions == Action.SKIP).mean(axis=0), color=SKIP, width=0.8)
         top.set_xlim(-0.5, layers - 0.5)
         top.set_ylim(0, 100)
         top.set_yticks([0, 50, 100], ["0", "50", "100 %"], fontsize=6)
         top.set_xticks([])
         top.set_ylabel("tokens\nskipping", fontsize=7)
-        ran = layers - (actions != 0).sum(axis=1)
+        ran = layers - (actions == Action.SKIP).sum(axis=1)
         side.barh(range(count), ran, color="#555555", height=0.8)
         side.set_ylim(count - 0.5, -0.5)
         side.set_xlim(0, layers)
         side.set_yticks([])
         side.set_xticks([0, layers], ["0", str(layers)], fontsize=6)
         side.set_xlabel("layers run", fontsize=7)
-        heading = figure.suptitle(title, fontsize=9, fontweight="bold")
+        heading = figure.suptitle(f"{title}\n{caption}", fontsize=9)
         heading.set_parse_math(False)
-        legend = [Patch(color=RUN, label="run"), Patch(color=SKIP, label="skip"), Patch(color=ALWAYS, label="always runs")]
-        figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=7)
-        figure.supxlabel(caption, fontsize=6, color="#555555")
+        legend = [Patch(color=colour, label=name) for name, colour in colours.items()]
+        corner.legend(handles=legend, loc="center", fontsize=7)
     return figure
 
 

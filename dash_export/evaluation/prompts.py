@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
+from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation.bootstrap import interval
 from dash_export.evaluation.data import Prompt
 from dash_export.evaluation.results import PromptResult
-from dash_export.evaluation.settings import Setting, Tally
+from dash_export.evaluation.settings import Entrant
 from dash_export.runtime import DashRuntime
 
 TokenIds = npt.NDArray[np.int64]
@@ -43,29 +44,21 @@ def measure_prompts(
     progress: Progress = no_progress,
 ) -> list[PromptResult]:
     """Greedy answers of up to `new_tokens` + 1 tokens under every setting, compared with dense's token by token."""
-    sessions = [setting.session(runtime) for setting in settings]
+    entrants = [Entrant(runtime, setting) for setting in settings]
     dense_session = runtime.session("dense")
-    tallies = [Tally(runtime.engines.model.num_layers) for _ in settings]
     figures = np.zeros((len(settings), len(prompts), 3))
     for number, ids in enumerate(prompts):
         dense_session.reset()
-        expected = dense_session.generate(ids, new_tokens + 1).tokens[1:]
-        for index, session in enumerate(sessions):
-            session.reset()
-            made = session.generate(ids, new_tokens + 1)
-            tallies[index].add(made.actions[1:])
-            figures[index, number] = compare(expected, made.tokens[1:])
+        expected = dense_session.generate(ids, new_tokens + 1)
+        for index, entrant in enumerate(entrants):
+            dense = entrant.setting.kind == "dense"
+            made = expected if dense else entrant.session(number).generate(ids, new_tokens + 1)
+            entrant.tally.add(made.actions[1:])
+            figures[index, number] = compare(expected.tokens[1:], made.tokens[1:])
             progress("prompts", number * len(settings) + index + 1, len(prompts) * len(settings))
     return [
-        PromptResult(
-            setting,
-            len(prompts),
-            tally.tokens,
-            tally.executed,
-            tally.time(runtime.cost),
-            *(interval(column) for column in measured.T),
-        )
-        for setting, measured, tally in zip(settings, figures, tallies, strict=True)
+        PromptResult(*entrant.figures(), len(prompts), *(interval(column) for column in measured.T))
+        for entrant, measured in zip(entrants, figures, strict=True)
     ]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dash_export.decision import Setting
 from dash_export.evaluation.bootstrap import Interval
-from dash_export.evaluation.settings import Setting
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Result:
     """
 
     setting: Setting
-    units: int
     tokens: int
     layers: float
     time: float
+    units: int
 
 
 @dataclass(frozen=True)

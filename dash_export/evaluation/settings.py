@@ -3,50 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.bundle import CostTable, PolicyFacts
+from dash_export.decision import POLICY_KINDS, Action, Setting, spans
 from dash_export.errors import PolicyError
 from dash_export.runtime import DashRuntime, Session
 
-KINDS = ("dense", "static", "cosine", "random", "sequence", "token")
-"""In the order of tables: from what knows nothing of the text to what reads every token."""
 DIALS = ("budget", "skipped", "max_kl", "trade_off")
-NETWORK_KINDS = ("sequence", "token")
-"""Kinds that ask the policy network."""
+"""The amounts of a Setting at which kinds are compared."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One policy kind at one setting. `dial` names the setting (one of DIALS); dense has none. `seed` is random's."""
+def asked(setting: Setting) -> str:
+    """`budget 0.9`; empty for dense."""
 
-    kind: str
-    dial: str | None = None
-    value: float | None = None
-    seed: int = 0
+    def shown(amount: Any) -> str:
+        return spans(amount) if isinstance(amount, tuple) else f"{amount:g}"
 
-    @property
-    def dense(self) -> bool:
-        return self.kind == "dense"
+    return ", ".join(f"{name.replace('_', ' ')} {shown(getattr(setting, name))}" for name in setting.given)
 
-    @property
-    def asked(self) -> str:
-        """`budget 0.9`; empty for dense."""
-        return "" if self.dial is None else f"{self.dial.replace('_', ' ')} {self.value:g}"
 
-    @property
-    def label(self) -> str:
-        return f"{self.kind}, {self.asked}" if self.asked else self.kind
+def label(setting: Setting) -> str:
+    """`token, budget 0.9`."""
+    return f"{setting.kind}, {asked(setting)}" if setting.given else setting.kind
 
-    def session(self, runtime: DashRuntime) -> Session:
-        """A new session under this setting. Raises PolicyError for what this bundle's policy cannot give."""
-        if self.dial is None:
-            return runtime.session(self.kind)
-        seed = {"seed": self.seed} if self.kind == "random" else {}
-        return runtime.session(self.kind, **{self.dial: self.value}, **seed)  # type: ignore[arg-type]
+
+def record(item: Any) -> dict[str, Any]:
+    """A dataclass with a `setting` somewhere in it -> what its JSON says; of a setting only what was given."""
+
+    def tidy(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [tidy(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        if {"policy", "trade_off", "seed"} <= set(value):
+            setting = Setting(**value)
+            seed = {"seed": setting.seed} if setting.kind == "random" else {}
+            return {"kind": setting.kind, **{name: value[name] for name in setting.given}, **seed}
+        return {name: tidy(entry) for name, entry in value.items()}
+
+    return {name: tidy(value) for name, value in asdict(item).items()}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def kinds_of(policy: PolicyFacts) -> tuple[str, ...]:
         "sequence": policy.has_network,
         "token": policy.has_network,
     }
-    return tuple(kind for kind in KINDS if served[kind])
+    return tuple(kind for kind in POLICY_KINDS if served[kind])
 
 
 def plan(
@@ -78,17 +78,17 @@ def plan(
     Raises PolicyError for an unknown kind or when nothing but dense is left.
     """
     wanted = tuple(kinds)
-    unknown = [kind for kind in wanted if kind not in KINDS]
+    unknown = [kind for kind in wanted if kind not in POLICY_KINDS]
     if unknown:
-        raise PolicyError(f"There is no policy kind {unknown[0]!r}. Known: {', '.join(KINDS)}.")
+        raise PolicyError(f"There is no policy kind {unknown[0]!r}. Known: {', '.join(POLICY_KINDS)}.")
     settings, refused = [Setting("dense")], []
-    for kind in KINDS:
+    for kind in POLICY_KINDS:
         if kind not in wanted or kind == "dense":
             continue
         for value in values:
-            setting = Setting(kind, dial, value, seed)
+            setting = Setting(kind, **{dial: value}, seed=seed)  # type: ignore[arg-type]
             try:
-                setting.session(runtime)
+                runtime.session_with(setting)
             except PolicyError as error:
                 refused.append(Refusal(setting, str(error)))
             else:
@@ -112,7 +112,7 @@ class Tally:
     def add(self, actions: npt.NDArray[np.int8]) -> None:
         """actions int8 [tokens, layers]."""
         self.tokens += len(actions)
-        self.skips += (actions != 0).sum(axis=0)
+        self.skips += (actions == Action.SKIP).sum(axis=0)
 
     @property
     def executed(self) -> float:
@@ -121,4 +121,28 @@ class Tally:
 
     def time(self, cost: CostTable) -> float:
         """Mean decode time as a fraction of dense, predicted from the build's cost table."""
-        return 1.0 - sum(self.skips[layer] * share for layer, share in cost.cost.items()) / max(self.tokens, 1)
+        saved = sum(float(self.skips[layer]) * share for layer, share in cost.cost.items())
+        return 1.0 - saved / max(self.tokens, 1)
+
+
+class Entrant:
+    """One setting in a measurement: its session, and the actions it took."""
+
+    def __init__(self, runtime: DashRuntime, setting: Setting) -> None:
+        self.setting = setting
+        self.tally = Tally(runtime.engines.model.num_layers)
+        self._runtime = runtime
+        self._session = runtime.session_with(setting)
+
+    def session(self, unit: int) -> Session:
+        """An empty session for this window, prompt or item. `random` draws anew for each: its draws follow from seed
+        and position, and the same masks in every window would not average out.
+        """
+        if self.setting.kind == "random":
+            self._session = self._runtime.session_with(replace(self.setting, seed=self.setting.seed + unit))
+        self._session.reset()
+        return self._session
+
+    def figures(self) -> tuple[Setting, int, float, float]:
+        """What a `Result` begins with, but for its units: setting, tokens, layers, predicted time."""
+        return self.setting, self.tally.tokens, self.tally.executed, self.tally.time(self._runtime.cost)

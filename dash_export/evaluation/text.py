@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import DENSE_POSITIONS
+from dash_export.decision import DENSE_POSITIONS, Setting
 from dash_export.divergence import DenseRows, surprise
 from dash_export.errors import RequestError
 from dash_export.evaluation.bootstrap import interval
 from dash_export.evaluation.results import TextResult
-from dash_export.evaluation.settings import Setting, Tally
+from dash_export.evaluation.settings import Entrant
 from dash_export.runtime import DashRuntime, Session
 
 TokenIds = npt.NDArray[np.int64]
 WINDOW = 256
 PREFIX = 64
 """Tokens of a window that are dense, like a prompt: what a sequence policy reads, and what nobody is charged for."""
-_SUMS = 3
-"""KL, -log p, agreeing tokens."""
+_SUMS = 4
+"""KL, -log q, dense's -log p, agreeing tokens."""
 
 
 def windows(runtime: DashRuntime, text: str, name: str, count: int, window: int = WINDOW) -> list[TokenIds]:
@@ -63,36 +62,28 @@ def measure_text(
     Raises RequestError when a window has no such position.
     """
     prefix = check(parts, prefix)
-    sessions = [setting.session(runtime) for setting in settings]
+    entrants = [Entrant(runtime, setting) for setting in settings]
     dense_session = runtime.session("dense")
     sums = np.zeros((len(settings), len(parts), _SUMS))
-    tallies = [Tally(runtime.engines.model.num_layers) for _ in settings]
-    dense_surprise = np.zeros(len(parts))
     for number, part in enumerate(parts):
         reference = _Reference(dense_session, part, prefix)
-        dense_surprise[number] = reference.surprise
-        for index, session in enumerate(sessions):
-            compare = reference.own if settings[index].dense else partial(reference.compare, session)
-            sums[index, number] = compare(tallies[index])
+        for index, entrant in enumerate(entrants):
+            sums[index, number] = reference.compare(entrant, number)
             progress("text", number * len(settings) + index + 1, len(parts) * len(settings))
     counts = [len(part) - 1 - prefix for part in parts]
-    results = []
-    for setting, measured, tally in zip(settings, sums, tallies, strict=True):
-        kl, nll, same = measured.T
-        results.append(
-            TextResult(
-                setting,
-                len(parts),
-                tally.tokens,
-                tally.executed,
-                tally.time(runtime.cost),
-                interval(kl, counts),
-                interval(nll, counts, np.exp),
-                interval(nll - dense_surprise, counts, np.exp),
-                interval(same, counts),
-            )
-        )
-    return results
+    return [_result(entrant, measured, counts) for entrant, measured in zip(entrants, sums, strict=True)]
+
+
+def _result(entrant: Entrant, sums: npt.NDArray[np.float64], counts: Sequence[int]) -> TextResult:
+    kl, nll, dense_nll, same = sums.T
+    return TextResult(
+        *entrant.figures(),
+        len(counts),
+        interval(kl, counts),
+        interval(nll, counts, np.exp),
+        interval(nll - dense_nll, counts, np.exp),
+        interval(same, counts),
+    )
 
 
 class _Reference:
@@ -105,19 +96,19 @@ class _Reference:
         self._following = part[prefix + 1 :]
         logits = self._logits(session)[0]
         self._dense, self._likely = DenseRows(logits), logits.argmax(axis=-1)
-        self.surprise = float(surprise(logits, self._following).sum())
+        self._surprise = float(surprise(logits, self._following).sum())
 
-    def own(self, tally: Tally) -> tuple[float, float, int]:
-        """What `compare` gives for dense itself."""
-        tally.add(np.zeros((len(self._likely), tally.layers), np.int8))
-        return 0.0, self.surprise, len(self._likely)
-
-    def compare(self, session: Session, tally: Tally) -> tuple[float, float, int]:
-        """Sums of KL, of -log q of the tokens that followed, and of agreeing tokens."""
-        logits, actions = self._logits(session)
-        tally.add(actions)
+    def compare(self, entrant: Entrant, number: int) -> tuple[float, float, float, int]:
+        """Sums of KL, of -log q of the tokens that followed, of the same under dense, and of agreeing tokens."""
+        if entrant.setting.kind == "dense":
+            entrant.tally.add(np.zeros((len(self._likely), entrant.tally.layers), np.int8))
+            return 0.0, self._surprise, self._surprise, len(self._likely)
+        logits, actions = self._logits(entrant.session(number))
+        entrant.tally.add(actions)
         same = int((logits.argmax(axis=-1) == self._likely).sum())
-        return float(self._dense.kl(logits).sum()), float(surprise(logits, self._following).sum()), same
+        nll = float(surprise(logits, self._following).sum())
+        # A divergence is never negative; where nothing was skipped, rounding can make it so.
+        return max(0.0, float(self._dense.kl(logits).sum())), nll, self._surprise, same
 
     def _logits(self, session: Session) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
         score = session.score(self._part, self._prefix, keep_logits=True)

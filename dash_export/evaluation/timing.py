@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import Action
-from dash_export.evaluation.settings import Setting
+from dash_export.decision import Action, Setting
 from dash_export.runtime import Session
 
 TokenIds = npt.NDArray[np.int64]
@@ -49,10 +48,11 @@ def measure_times(
     seconds = np.zeros((len(settings), len(parts)))
     layers = np.zeros((len(settings), len(parts)))
     for number, part in enumerate(parts):
-        for index in np.roll(np.arange(len(settings)), -number):  # nobody always follows the same one
+        for turn in range(len(settings)):
+            index = (turn + number) % len(settings)  # nobody always follows the same one
             session = open_session(settings[index])
             seconds[index, number], layers[index, number] = _block(session, part, tokens)
-            progress("decode time", int(number * len(settings) + index + 1), len(parts) * len(settings))
+            progress("decode time", number * len(settings) + turn + 1, len(parts) * len(settings))
     ratios = seconds / seconds[0]
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75], axis=1)
     milliseconds = 1e3 * np.median(seconds, axis=1)

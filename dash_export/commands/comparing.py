@@ -1,4 +1,4 @@
-"""The options that choose policy kinds and their settings, shared by `eval` and `frontier`."""
+"""The options that choose policy kinds and their settings, each at several settings: of `eval` and `frontier`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import click
 
 from dash_export.bundle import Bundle
 from dash_export.commands.common import choose_target
+from dash_export.decision import DIALLED_KINDS, POLICY_KINDS
 
 if TYPE_CHECKING:
-    from dash_export.evaluation.settings import Refusal, Setting
+    from dash_export.decision import Setting
+    from dash_export.evaluation.settings import Refusal
     from dash_export.runtime import DashRuntime
 
     _Numbers = click.ParamType[tuple[float, ...]]
@@ -53,20 +55,18 @@ class KindList(_Kinds):
     name = "kinds"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        from dash_export.evaluation.settings import KINDS
-
         kinds = value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
         for kind in kinds:
-            if kind not in KINDS:
-                self.fail(f"{kind!r} is not a policy kind; known: {', '.join(KINDS)}", param, ctx)
+            if kind not in POLICY_KINDS:
+                self.fail(f"{kind!r} is not a policy kind; known: {', '.join(POLICY_KINDS)}", param, ctx)
         return kinds
 
 
-def setting_options(command: _Command) -> _Command:
+def comparison_options(command: _Command) -> _Command:
     """--target, --kinds, --budget, --skipped, --max-kl and --seed."""
     options = (
         click.option("--target", help="Which build: cpu, or the only one there is."),
-        click.option("--kinds", type=KindList(), help="Policy kinds, like dense,static,token; by default all there are."),
+        click.option("--kinds", type=KindList(), help="Policy kinds, like dense,static,token; by default all."),
         click.option("--budget", type=NumberList(0, 1), help="Compare at these decode times, as fractions of dense."),
         click.option("--skipped", type=NumberList(0), help="Compare at these mean numbers of skipped layers."),
         click.option("--max-kl", type=NumberList(0), help="Compare at these divergences on the calibration text."),
@@ -96,15 +96,16 @@ def settings_for(
 
 def load(folder: Path, target: str | None, kinds: Iterable[str] | None) -> DashRuntime:
     """The build; without policies in its engines when no kind asks for them."""
-    from dash_export.evaluation.settings import NETWORK_KINDS
     from dash_export.runtime import DashRuntime
 
     opened = Bundle.open(folder)
-    plain = kinds is not None and not set(kinds) & set(NETWORK_KINDS)
+    plain = kinds is not None and not set(kinds) & set(DIALLED_KINDS)
     return DashRuntime.load(folder, choose_target(opened, target), dispatch="plain" if plain else None)
 
 
 def print_refused(refused: Iterable[Refusal]) -> None:
     """Settings that are not in the table, and why, on stderr."""
+    from dash_export.evaluation.settings import label
+
     for item in refused:
-        click.echo(f"Not measured: {item.setting.label}. {item.reason}", err=True)
+        click.echo(f"Not measured: {label(item.setting)}. {item.reason}", err=True)

@@ -66,7 +66,12 @@ def command(
     with progress_bar("frontier") as progress:
         progress("loading", 0, 0)
         opened = [Bundle.open(bundle) for bundle in bundles]
-        racers = [Racer(bundle, choose_target(bundle, target), kinds) for bundle in opened]
+        stems = [bundle.root.stem for bundle in opened]
+        names = stems if len(set(stems)) == len(stems) else [str(path) for path in bundles]
+        racers = [
+            Racer(name, bundle, choose_target(bundle, target), kinds)
+            for name, bundle in zip(names, opened, strict=True)
+        ]
         check_same_model(racers)
         for racer in racers:
             settings, missing = settings_for(racer.deciding, kinds, dial, seed)
@@ -122,7 +127,7 @@ def _print(title: str, points: Sequence[Point], several: bool) -> None:
     from dash_export.commands.eval_tables import with_bounds
     from dash_export.evaluation.settings import asked
 
-    numbers = ("layers", "time", "predicted", "KL (nats)", "perplexity", "of dense", "top-1")
+    numbers = ("layers", "time", "predicted", "KL (nats)", "perplexity", "of dense")
     first = ("bundle", "kind", "asked for") if several else ("kind", "asked for")
     table = plain_table(title, *first, *numbers, right=numbers)
     for point in points:
@@ -136,6 +141,5 @@ def _print(title: str, points: Sequence[Point], several: bool) -> None:
             with_bounds(quality.kl, 3),
             f"{quality.perplexity.value:.2f}",
             f"{quality.perplexity_ratio.value:.3f}",
-            f"{100 * quality.top1.value:.1f}%",
         )
     print_table(result_console(), table)

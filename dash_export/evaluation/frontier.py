@@ -55,8 +55,8 @@ class Racer:
     Kinds that ask no network are timed without, as somebody who has none would run them; dense too.
     """
 
-    def __init__(self, bundle: Bundle, target: str, kinds: Sequence[str] | None) -> None:
-        self.name = bundle.root.name
+    def __init__(self, name: str, bundle: Bundle, target: str, kinds: Sequence[str] | None) -> None:
+        self.name = name
         self.plain = DashRuntime.load(bundle.root, target, dispatch="plain")
         network = bundle.manifest.policy.has_network
         asks = network and (kinds is None or bool(set(kinds) & set(DIALLED_KINDS)))

@@ -51,19 +51,27 @@ DPI = 200
 def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure:
     """KL and perplexity against decode time: one curve per kind and bundle; bars are 95 % intervals and quartiles."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 4.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
         bundles = list(dict.fromkeys(point.bundle for point in points))
+        columns = 6 if len(bundles) == 1 else 3
+        # Dense is the same model in every bundle: the first one's is drawn.
+        labels = {
+            (bundle, kind): kind if len(bundles) == 1 or kind == "dense" else f"{kind} ({bundle})"
+            for bundle in bundles
+            for kind in POLICY_KINDS
+            if kind != "dense" or bundle == bundles[0]
+        }
+        drawn_labels = {labels.get((point.bundle, point.quality.setting.kind)) for point in points} - {None}
+        rows = -(-len(drawn_labels) // columns)
+        figure = Figure(figsize=(9.2, 4.4 + 0.3 * rows), layout="constrained")
+        axes_of = figure.subplot_mosaic([["legend", "legend"], ["kl", "perplexity"]], height_ratios=[0.3 * rows, 4.0])
+        left, right, legend = axes_of["kl"], axes_of["perplexity"], axes_of["legend"]
+        legend.set_axis_off()
         handles: dict[str, Any] = {}
-        for bundle_index, bundle in enumerate(bundles):
-            for kind in POLICY_KINDS:
-                curve = [point for point in points if (point.bundle, point.quality.setting.kind) == (bundle, kind)]
-                if not curve:
-                    continue
-                label = kind if len(bundles) == 1 or kind == "dense" else f"{kind} ({bundle})"
-                for axes, figure_of in ((left, "kl"), (right, "perplexity")):
-                    drawn = _curve(axes, curve, kind, figure_of, _LINES[bundle_index % len(_LINES)], bundle_index > 0)
-                    handles.setdefault(label, drawn)
+        for (bundle, kind), label in labels.items():
+            curve = [point for point in points if (point.bundle, point.quality.setting.kind) == (bundle, kind)]
+            for axes, name in ((left, "kl"), (right, "perplexity")):
+                if curve:
+                    handles[label] = _curve(axes, curve, kind, name, bundles.index(bundle))
         measured = all(point.timing is not None for point in points)
         for axes, name in ((left, "KL from dense (nats per token)"), (right, "perplexity")):
             axes.set_xlabel(f"decode time per token, fraction of dense ({'measured' if measured else 'predicted'})")
@@ -71,13 +79,15 @@ def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure
         left.set_ylim(bottom=0)
         _dense_line(right, points)
         figure.suptitle(title, fontsize=10, fontweight="bold")
-        # Divergence falls with time, so this corner is the empty one.
-        left.legend(handles.values(), handles.keys(), loc="upper right", fontsize=8)
+        # In a place of its own: no corner of the panels is sure to be empty.
+        legend.legend(
+            handles.values(), handles.keys(), loc="center", ncols=columns, fontsize=9 if len(bundles) == 1 else 8
+        )
         figure.supxlabel(caption, fontsize=7, color="#555555")
     return figure
 
 
-def _curve(axes: Axes, curve: Sequence[Point], kind: str, name: str, line: str, hollow: bool) -> Any:
+def _curve(axes: Axes, curve: Sequence[Point], kind: str, name: str, bundle: int) -> Any:
     colour, marker = LOOKS[kind]
     figures = [getattr(point.quality, name) for point in curve]
     x, y = [point.time for point in curve], [figure.value for figure in figures]
@@ -89,11 +99,13 @@ def _curve(axes: Axes, curve: Sequence[Point], kind: str, name: str, line: str, 
     up = np.array([(f.value - f.low, f.high - f.value) for f in figures]).T if name == "kl" else None
     if up is not None:
         up = np.maximum(up, 0)
-    return axes.errorbar(
-        x, y, yerr=None if kind == "dense" else up, xerr=across, color=colour, marker=marker, linestyle=line,
-        markersize=10 if kind == "dense" else 5, markerfacecolor="white" if hollow else colour, linewidth=1.4,
+    drawn = axes.errorbar(
+        x, y, yerr=None if kind == "dense" else up, xerr=across, color=colour, marker=marker,
+        linestyle=_LINES[bundle % len(_LINES)],
+        markersize=10 if kind == "dense" else 5, markerfacecolor="white" if bundle else colour, linewidth=1.4,
         elinewidth=0.8, capsize=2, zorder=3 if kind == "token" else 2, clip_on=False,
     )  # fmt: skip
+    return drawn.lines[0]
 
 
 def _dense_line(axes: Axes, points: Sequence[Point]) -> None:
@@ -138,7 +150,7 @@ def skip_map_figure(
             label.set_parse_math(False)  # a token may be a dollar sign
         step = 1 if layers <= 40 else 5
         heat.set_xticks(range(0, layers, step), [str(layer) for layer in range(0, layers, step)], fontsize=6)
-        heat.set_xlabel("layer")
+        heat.set_xlabel("layer", fontsize=8)
         top.bar(range(layers), 100 * (actions == Action.SKIP).mean(axis=0), color=SKIP, width=0.8)
         top.set_xlim(-0.5, layers - 0.5)
         top.set_ylim(0, 100)

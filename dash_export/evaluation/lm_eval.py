@@ -104,11 +104,8 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         # What does not fit is cut from the left, as lm-eval's own models do.
         ids = np.array((context + continuation)[-self.max_length :], np.int64)
         count = min(len(continuation), len(ids) - 1)
-        score = self.session.score(ids, prefix=len(ids) - count, keep_logits=True)
-        assert score.logits is not None
-        likely = score.logits[-count - 1 : -1].argmax(axis=-1)
-        total = float(score.log_likelihoods[-count:].sum(dtype=np.float64))
-        return total, bool((likely == ids[-count:]).all())
+        score = self.session.score(ids, prefix=len(ids) - count)
+        return float(score.log_likelihoods[-count:].sum(dtype=np.float64)), bool(score.greedy[-count:].all())
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Whole documents in windows of the model's context; all but a window's first two tokens under the policy."""
@@ -158,9 +155,7 @@ def _setting(given: Mapping[str, Any]) -> Setting:
     known = ("policy", "trade_off", "budget", "skipped", "max_kl", "max_layers", "seed")
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise RequestError(
-            f"Unknown model argument {unknown[0]!r}. Known: bundle, target, threads, {', '.join(known)}."
-        )
+        raise RequestError(f"There is no model argument {unknown[0]!r}. Known: bundle, target, {', '.join(known)}.")
     kinds: dict[str, type] = dict.fromkeys(known, float) | dict.fromkeys(_WHOLE, int) | dict.fromkeys(_TEXT, str)
     try:
         return Setting(**{name: kinds[name](value) for name, value in given.items()})
@@ -180,7 +175,4 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # As an imported module, so that the class is registered once and under its own name.
-    from dash_export.evaluation.lm_eval import main as run
-
-    run()
+    main()

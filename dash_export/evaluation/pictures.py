@@ -63,7 +63,9 @@ def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure
         drawn_labels = {labels.get((point.bundle, point.quality.setting.kind)) for point in points} - {None}
         rows = -(-len(drawn_labels) // columns)
         figure = Figure(figsize=(9.2, 4.4 + 0.3 * rows), layout="constrained")
-        axes_of = figure.subplot_mosaic([["legend", "legend"], ["kl", "perplexity"]], height_ratios=[0.3 * rows, 4.0])
+        axes_of: dict[str, Axes] = figure.subplot_mosaic(
+            [["legend", "legend"], ["kl", "perplexity"]], height_ratios=[0.3 * rows, 4.0]
+        )
         left, right, legend = axes_of["kl"], axes_of["perplexity"], axes_of["legend"]
         legend.set_axis_off()
         handles: dict[str, Any] = {}

@@ -21,6 +21,9 @@ COMMANDS = {
     "inspect": "What is in a bundle: graphs, engines, sizes, costs, policy.",
     "calibrate": "Which layers are essential, and which sets can be skipped.",
     "train": "Learn a skip policy for a model: the network and the compensation.",
+    "eval": "What skipping costs in quality, under every policy kind.",
+    "frontier": "Divergence against decode time for all policy kinds, as a picture.",
+    "skipmap": "Which layers each token of a text skips, as a picture.",
     "doctor": "What this machine has, and the install line for what is missing.",
     "completion": "Print the shell completion script.",
 }
@@ -29,6 +32,8 @@ EXTRAS = {
     "onnxruntime": "cpu",
     **dict.fromkeys(("onnx", "onnx_ir", "gguf", "safetensors", "huggingface_hub", "ml_dtypes"), "export"),
     **dict.fromkeys(("torch", "transformers"), "train"),
+    "matplotlib": "profile",
+    "lm_eval": "eval",
 }
 INTERRUPTED = 130
 OUTPUT = "dash_export.output"

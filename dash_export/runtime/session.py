@@ -168,16 +168,18 @@ class Session:
         memory. Raises PolicyError under a held budget, which is known only token by token.
         """
         tokens = self._prompt_ids(ids)
-        likelihoods, taken, damages, logits = [], [], [], []
+        likelihoods, greedy, taken, damages, logits = [], [], [], [], []
         for start, step in self._forced(tokens, prefix, actions):
             following = tokens[start + 1 : start + 1 + step.sequence]
             likelihoods.append(_log_likelihoods(step.logits[0, : len(following)], following))
+            greedy.append(step.logits[0, : len(following)].argmax(axis=-1) == following)
             taken.append(step.actions.copy())
             damages.append(step.damage.T.copy())
             if keep_logits:
                 logits.append(step.logits[0].copy())
         return Score(
             np.concatenate(likelihoods),
+            np.concatenate(greedy),
             np.concatenate(taken),
             np.concatenate(damages),
             np.concatenate(logits) if keep_logits else None,

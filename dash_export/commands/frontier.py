@@ -1,0 +1,145 @@
+"""`dash-export frontier`: divergence and perplexity against decode time, for all policy kinds, as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dash_export.bundle import Bundle
+from dash_export.cli import OUTPUT
+from dash_export.commands.common import choose_target, plain_table, print_table, result_console
+from dash_export.commands.comparing import comparison_options, dial_of, print_refused, settings_for
+from dash_export.commands.progress import progress_bar
+
+if TYPE_CHECKING:
+    from dash_export.evaluation.frontier import Course, Point, Racer
+    from dash_export.evaluation.settings import Refusal
+
+SKIPPED = (2.0, 4.0, 6.0, 8.0)
+
+
+@click.command("frontier")
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@comparison_options
+@click.option("--text", type=click.Path(path_type=Path), help="Text to measure on; by default the calibration text.")
+@click.option("--limit", type=click.IntRange(min=1), default=32, show_default=True, help="Windows of it.")
+@click.option("--window", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens of a window.")
+@click.option("--prefix", type=click.IntRange(min=2), default=64, show_default=True, help="How many of them are dense.")
+@click.option("--predicted", is_flag=True, help="Decode times from the build's cost table, not from the clock.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Timed blocks per setting, interleaved."
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Decoded tokens of a block.")
+@click.option(
+    "-o", "--output", default="frontier", show_default=True, metavar="NAME", type=click.Path(path_type=Path),
+    help="Writes NAME.png, NAME.svg and NAME.json.",
+)  # fmt: skip
+@click.pass_context
+def command(
+    ctx: click.Context, /, bundles: tuple[Path, ...], target: str | None, kinds: tuple[str, ...] | None, seed: int,
+    text: Path | None, limit: int, window: int, prefix: int, predicted: bool, rounds: int, tokens: int, output: Path,
+    **dials: Any,
+) -> None:  # fmt: skip
+    """Draw what each policy kind gives up for the time it saves.
+
+    Every kind is measured at 2, 4, 6 and 8 skipped layers unless told otherwise: divergence and perplexity over a
+    text, decode time on the clock, in turns with dense. Further BUNDLEs of the same model, like the static policy with
+    its own tuned compensation, become further curves. Let nothing else run meanwhile.
+    """
+    from dash_export.commands.pictures import save_pictures
+    from dash_export.evaluation.evaluate import read_text
+    from dash_export.evaluation.frontier import Course, Racer, check_same_model
+    from dash_export.evaluation.pictures import frontier_figure  # fails at once where matplotlib is missing
+    from dash_export.resources import resource_folder
+
+    dial = dial_of(dials, ("skipped", SKIPPED))
+    path = text or resource_folder("calibration") / "prose.txt"
+    course = Course(read_text(path), str(path), limit, window, prefix, 0 if predicted else rounds, tokens)
+    ctx.meta[OUTPUT] = str(output)
+    points: list[Point] = []
+    refused: list[Refusal] = []
+    with progress_bar("frontier") as progress:
+        progress("loading", 0, 0)
+        opened = [Bundle.open(bundle) for bundle in bundles]
+        stems = [bundle.root.stem for bundle in opened]
+        names = stems if len(set(stems)) == len(stems) else [str(path) for path in bundles]
+        racers = [
+            Racer(name, bundle, choose_target(bundle, target), kinds)
+            for name, bundle in zip(names, opened, strict=True)
+        ]
+        check_same_model(racers)
+        for racer in racers:
+            settings, missing = settings_for(racer.deciding, kinds, dial, seed)
+            points += racer.points(settings, course, progress)
+            refused += missing
+    facts = racers[0].plain
+    title = f"{facts.bundle.manifest.model.name}, {facts.build.target}, {facts.build.device}"
+    report = _report(racers, course, points, refused)
+    picture = frontier_figure(points, title, _caption(course, path.name))
+    written = save_pictures(output, picture, json.dumps(report, indent=1, ensure_ascii=False))
+    _print(title, points, len(racers) > 1)
+    print_refused(refused)
+    click.echo(f"Written to {', '.join(map(str, written))}")
+
+
+def _caption(course: Course, text: str) -> str:
+    clock = (
+        f"time: median of {course.rounds} interleaved blocks of {course.tokens} decoded tokens, bars: quartiles"
+        if course.rounds
+        else "time: predicted from the build's cost table, without the policy network's own"
+    )
+    return (
+        f"quality: {text}, up to {course.limit} windows of {course.window} tokens, the first {course.prefix} dense, "
+        f"bars: 95 % bootstrap intervals; {clock}"
+    )
+
+
+def _report(
+    racers: Sequence[Racer], course: Course, points: Sequence[Point], refused: Sequence[Refusal]
+) -> dict[str, object]:
+    from dash_export import __version__
+    from dash_export.evaluation.settings import record
+
+    bundles = {
+        racer.name: {
+            "model": racer.plain.bundle.manifest.model.name,
+            "target": racer.plain.build.target,
+            "device": racer.plain.build.device,
+            "policy": asdict(racer.plain.bundle.manifest.policy),
+        }
+        for racer in racers
+    }
+    return {
+        "bundles": bundles,
+        "course": {name: value for name, value in asdict(course).items() if name != "text"},
+        "points": [record(point) | {"time": point.time} for point in points],
+        "refused": [record(item) for item in refused],
+        "version": __version__,
+    }
+
+
+def _print(title: str, points: Sequence[Point], several: bool) -> None:
+    from dash_export.commands.eval_tables import with_bounds
+    from dash_export.evaluation.settings import asked
+
+    numbers = ("layers", "time", "predicted", "KL (nats)", "perplexity", "of dense")
+    first = ("bundle", "kind", "asked for") if several else ("kind", "asked for")
+    table = plain_table(title, *first, *numbers, right=numbers)
+    for point in points:
+        quality, setting = point.quality, point.quality.setting
+        names = (point.bundle, setting.kind, asked(setting)) if several else (setting.kind, asked(setting))
+        table.add_row(
+            *names,
+            f"{quality.layers:.2f}",
+            "" if point.timing is None else f"{point.timing.ratio:.3f}",
+            f"{quality.time:.3f}",
+            with_bounds(quality.kl, 3),
+            f"{quality.perplexity.value:.2f}",
+            f"{quality.perplexity_ratio.value:.3f}",
+        )
+    print_table(result_console(), table)

@@ -1,0 +1,31 @@
+"""A picture on disk: PNG and SVG (and the figures behind them), written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def save_pictures(output: Path, figure: Figure, report: str | None = None) -> list[Path]:
+    """`output` names the files without their endings; one given is dropped. Returns the files written."""
+    from dash_export.artifacts import write_atomic
+    from dash_export.evaluation.pictures import render
+
+    base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
+    pictures = {kind: render(figure, kind) for kind in ("png", "svg")}
+    base.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind, data in pictures.items():
+        path = base.with_name(f"{base.name}.{kind}")
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+        written.append(path)
+    if report is not None:
+        path = base.with_name(f"{base.name}.json")
+        write_atomic(path, report + "\n")
+        written.append(path)
+    return written

@@ -1,0 +1,76 @@
+"""`dash-export skipmap`: which layers each token of a text skips, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dash_export.bundle import Bundle
+from dash_export.cli import OUTPUT
+from dash_export.commands.common import choose_target
+from dash_export.commands.setting import setting_options
+from dash_export.decision import Setting
+from dash_export.errors import RequestError
+
+DEFAULT = Setting("token", budget=0.85)
+
+
+@click.command("skipmap")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("text", required=False)
+@click.option("--file", type=click.Path(path_type=Path), help="Take the text from a file.")
+@click.option("--target", help="Which build: cpu, or the only one there is.")
+@setting_options
+@click.option("--prefix", type=click.IntRange(min=2), default=16, show_default=True, help="Dense tokens; not drawn.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1, max=400), default=64, show_default=True, help="Rows: tokens after those."
+)
+@click.option(
+    "-o", "--output", default="skipmap", show_default=True, metavar="NAME", type=click.Path(path_type=Path),
+    help="Writes NAME.png and NAME.svg.",
+)  # fmt: skip
+@click.pass_context
+def command(
+    ctx: click.Context, bundle: Path, text: str | None, file: Path | None, target: str | None, setting: Setting,
+    prefix: int, tokens: int, output: Path,
+) -> None:  # fmt: skip
+    """Draw the skip map of TEXT under a policy (by default token at budget 0.85): its tokens down, the layers across.
+
+    Each row is a token that goes in; the first --prefix tokens are dense like a prompt and left out. Without a text,
+    the calibration text.
+    """
+    import numpy as np
+
+    from dash_export.commands.pictures import save_pictures
+    from dash_export.evaluation.evaluate import read_text
+    from dash_export.evaluation.pictures import skip_map_figure  # fails at once where matplotlib is missing
+    from dash_export.evaluation.settings import label
+    from dash_export.resources import resource_folder
+    from dash_export.runtime import DashRuntime
+
+    if text is not None and file is not None:
+        raise click.UsageError("Give the text or --file, not both.")
+    if setting == Setting():
+        setting = DEFAULT
+    ctx.meta[OUTPUT] = str(output)
+    sample = text if text is not None else read_text(file or resource_folder("calibration") / "prose.txt")
+    opened = Bundle.open(bundle)
+    runtime = DashRuntime.load(
+        bundle, choose_target(opened, target), dispatch=None if setting.asks_network else "plain"
+    )
+    session = runtime.session_with(setting)
+    ids = np.array(runtime.text.encode(sample)[: prefix + tokens], np.int64)
+    if len(ids) <= prefix:
+        raise RequestError(
+            f"The text has {len(ids)} tokens, and the first {prefix} are dense: give more text or a smaller --prefix."
+        )
+    actions = session.score(ids, prefix=prefix).actions[prefix:]
+    model = opened.manifest.model
+    pieces = [runtime.text.decode([token]) for token in ids[prefix:].tolist()]
+    mean = model.num_layers - (actions != 0).sum(axis=1).mean()
+    caption = f"{mean:.1f} of {model.num_layers} layers run per token, mean over {len(pieces)} tokens"
+    figure = skip_map_figure(pieces, actions, opened.manifest.policy.gated, f"{model.name}: {label(setting)}", caption)
+    for path in save_pictures(output, figure):
+        click.echo(f"Written to {path}")
+    click.echo(caption)

@@ -1,0 +1,149 @@
+"""Task files: one JSON object a line, in one of three forms. Everything in them is checked before anything is measured.
+
+    {"query": ..., "choices": [..., ...], "gold": 0}    multiple choice: log P(" " + choice | query)
+    {"context": ..., "target": ...}                     an answer to be generated: LAMBADA's last word, exact matches
+    {"prompt": ...} or {"turns": [...]}                 a prompt: how long the greedy answer agrees with dense
+
+`id` is optional; other keys are not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dash_export.errors import RequestError
+
+MAX_LINE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Question:
+    """Multiple choice; `gold` is the right choice's index."""
+
+    id: str
+    line: int
+    query: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A context and the text that should follow it."""
+
+    id: str
+    line: int
+    context: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The first user message of a conversation."""
+
+    id: str
+    line: int
+    text: str
+
+
+Item = Question | Answer | Prompt
+FORMS = '{"query", "choices", "gold"}, {"context", "target"}, {"prompt"} or {"turns"}'
+
+
+def read_items(path: Path, limit: int | None = None) -> list[Item]:
+    """The first `limit` items of a task file, all of one form.
+
+    Raises RequestError that names file and line for a file that is missing, empty, not UTF-8, not JSON lines, or of
+    another form.
+    """
+    items: list[Item] = []
+    for number, line in _lines(path):
+        item = _item(line, number, f"{path}:{number}")
+        if items and type(item) is not type(items[0]):
+            raise RequestError(
+                f"{path}:{number} is of another form than line {items[0].line}: keep one form to a file ({FORMS})."
+            )
+        items.append(item)
+        if len(items) == limit:
+            break
+    if not items:
+        raise RequestError(f"{path} is empty: it needs one JSON object a line, as {FORMS}.")
+    return items
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number in range(1, 1 << 62):
+                line = file.readline(MAX_LINE)
+                if not line:
+                    return
+                if len(line) == MAX_LINE:
+                    raise RequestError(f"{path}:{number} is over {MAX_LINE} characters long: one item a line.")
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text ({error.reason}): give a file of JSON lines.") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise RequestError(f"There is no task file {path}.") from error
+
+
+def _item(line: str, number: int, where: str) -> Item:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where} is not JSON ({error}): one object a line, as {FORMS}.") from error
+    if not isinstance(data, dict):
+        raise RequestError(f"{where} is not a JSON object: expected {FORMS}.")
+    for key, read in _READERS.items():
+        if key in data:
+            return read(data, str(data.get("id", number)), number, where)
+    raise RequestError(f"{where} has none of the known forms: expected {FORMS}.")
+
+
+def _question(data: dict[str, Any], name: str, line: int, where: str) -> Question:
+    choices, gold = data.get("choices"), data.get("gold")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise RequestError(f"{where}: 'choices' must be a list of two or more texts.")
+    texts = tuple(_text(choice, f"choices[{index}]", where) for index, choice in enumerate(choices))
+    if type(gold) is not int or not 0 <= gold < len(texts):
+        raise RequestError(f"{where}: 'gold' must be the index of the right choice, 0 to {len(texts) - 1}.")
+    return Question(name, line, _text(data["query"], "query", where), texts, gold)
+
+
+def _answer(data: dict[str, Any], name: str, line: int, where: str) -> Answer:
+    context = _text(data["context"], "context", where)
+    return Answer(name, line, context, _text(data.get("target"), "target", where))
+
+
+def _prompt(data: dict[str, Any], name: str, line: int, where: str) -> Prompt:
+    return Prompt(name, line, _text(data["prompt"], "prompt", where))
+
+
+def _turns(data: dict[str, Any], name: str, line: int, where: str) -> Prompt:
+    turns = data["turns"]
+    if not isinstance(turns, list) or not turns:
+        raise RequestError(f"{where}: 'turns' must be a list of one or more texts.")
+    return Prompt(name, line, _text(turns[0], "turns[0]", where))
+
+
+def _text(value: object, name: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise RequestError(f"{where}: {name!r} must be text that is not empty.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{where}: {name!r} has half a character in it ({error.reason}).") from error
+    return value
+
+
+_READERS: dict[str, Callable[[dict[str, Any], str, int, str], Item]] = {
+    "query": _question,
+    "context": _answer,
+    "prompt": _prompt,
+    "turns": _turns,
+}

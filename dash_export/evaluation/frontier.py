@@ -1,0 +1,100 @@
+"""The frontier: what each policy kind gives up for the time it saves, one point per kind and setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.artifacts import Progress, no_progress
+from dash_export.bundle import Bundle
+from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, Setting
+from dash_export.errors import RequestError
+from dash_export.evaluation.results import TextResult
+from dash_export.evaluation.text import measure_text, windows
+from dash_export.evaluation.timing import SETTLE, Timing, measure_times
+from dash_export.runtime import DashRuntime, Session
+
+TokenIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One kind at one setting of one bundle. `timing` is None where only the cost table was asked for."""
+
+    bundle: str
+    quality: TextResult
+    timing: Timing | None
+
+    @property
+    def time(self) -> float:
+        """Decode time as a fraction of dense: measured, or else predicted from the cost table."""
+        return self.quality.time if self.timing is None else self.timing.ratio
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a frontier is measured on: `limit` windows of `text` for quality (as `measure_text`); `rounds` timed blocks
+    of `tokens` decoded tokens per setting, after as much context as the cost table has. `rounds` 0: no clock.
+    """
+
+    text: str
+    name: str
+    limit: int
+    window: int
+    prefix: int
+    rounds: int
+    tokens: int
+
+
+class Racer:
+    """A bundle's build in the two ways it is run: without policies in its engines, and with.
+
+    Kinds that ask no network are timed without, as somebody who has none would run them; dense too.
+    """
+
+    def __init__(self, name: str, bundle: Bundle, target: str, kinds: Sequence[str] | None) -> None:
+        self.name = name
+        self.plain = DashRuntime.load(bundle.root, target, dispatch="plain")
+        network = bundle.manifest.policy.has_network
+        asks = network and (kinds is None or bool(set(kinds) & set(DIALLED_KINDS)))
+        self.deciding = DashRuntime.load(bundle.root, target, verify=False) if asks else self.plain
+
+    def session(self, setting: Setting) -> Session:
+        return (self.deciding if setting.asks_network else self.plain).session_with(setting)
+
+    def points(self, settings: Sequence[Setting], course: Course, progress: Progress = no_progress) -> list[Point]:
+        """One point per setting, dense (the first) included. Raises RequestError for a text that is too short."""
+
+        def named(name: str, done: int, total: int) -> None:
+            progress(f"{self.name}: {name}", done, total)
+
+        parts = windows(self.plain, course.text, course.name, course.limit, course.window)
+        timed = self._timed(course) if course.rounds else []
+        quality = measure_text(self.deciding, settings, parts, course.prefix, named)
+        timings: Sequence[Timing | None] = [None] * len(settings)
+        if timed:
+            timings = measure_times(settings, self.session, timed, course.tokens, named)
+        return [Point(self.name, result, timing) for result, timing in zip(quality, timings, strict=True)]
+
+    def _timed(self, course: Course) -> list[TokenIds]:
+        longest = self.plain.engines.model.max_positions
+        length = min(self.plain.cost.context + course.tokens + SETTLE, longest)
+        if length < course.tokens + SETTLE + DENSE_POSITIONS:
+            raise RequestError(f"Blocks of {course.tokens} tokens do not fit the model's context of {longest}.")
+        return windows(self.plain, course.text, course.name, course.rounds, length)
+
+
+def check_same_model(racers: Sequence[Racer]) -> None:
+    """Raises RequestError when bundles hold different models: their divergences do not compare."""
+    sizes = ("num_layers", "hidden_size", "vocab_size", "parameters")
+    first = racers[0]
+    for other in racers[1:]:
+        a, b = first.plain.bundle.manifest.model, other.plain.bundle.manifest.model
+        if any(getattr(a, size) != getattr(b, size) for size in sizes):
+            raise RequestError(
+                f"{first.name} holds {a.name} and {other.name} holds {b.name}: "
+                "one frontier compares policies of one model."
+            )

@@ -1,0 +1,74 @@
+"""Decode time on the clock: settings in turn, block by block, each block against dense's of the same round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.artifacts import Progress, no_progress
+from dash_export.decision import Action, Setting
+from dash_export.runtime import Session
+
+TokenIds = npt.NDArray[np.int64]
+ROUNDS = 8
+TOKENS = 32
+SETTLE = 2
+"""First tokens of a block, not timed: they find another setting's weights in the caches."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Decode time of a setting as a fraction of dense: median over rounds, and the quartiles; `milliseconds` per token
+    (median) and `layers` run (mean).
+    """
+
+    ratio: float
+    low: float
+    high: float
+    milliseconds: float
+    layers: float
+
+
+def measure_times(
+    settings: Sequence[Setting],
+    open_session: Callable[[Setting], Session],
+    parts: Sequence[TokenIds],
+    tokens: int = TOKENS,
+    progress: Progress = no_progress,
+) -> list[Timing]:
+    """One round per part: every setting prefills all but its last `tokens` + 2 tokens and decodes those, as they are.
+
+    Every setting sees the same text at the same cache lengths, so what differs is what it skips. The first setting is
+    the one the others are divided by. A sequence policy decides anew in every round.
+    """
+    seconds = np.zeros((len(settings), len(parts)))
+    layers = np.zeros((len(settings), len(parts)))
+    for number, part in enumerate(parts):
+        for turn in range(len(settings)):
+            index = (turn + number) % len(settings)  # nobody always follows the same one
+            session = open_session(settings[index])
+            seconds[index, number], layers[index, number] = _block(session, part, tokens)
+            progress("decode time", number * len(settings) + turn + 1, len(parts) * len(settings))
+    ratios = seconds / seconds[0]
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75], axis=1)
+    milliseconds = 1e3 * np.median(seconds, axis=1)
+    figures = np.stack([middle, low, high, milliseconds, layers.mean(axis=1)], axis=1)
+    return [Timing(*row) for row in figures.tolist()]
+
+
+def _block(session: Session, part: TokenIds, tokens: int) -> tuple[float, float]:
+    """Mean seconds and layers per decoded token."""
+    first = len(part) - tokens - SETTLE
+    session.prefill(part[:first])
+    for token in part[first : first + SETTLE].tolist():
+        session.decode_one(token)
+    taken = []
+    began = time.perf_counter()
+    for token in part[first + SETTLE :].tolist():
+        taken.append(session.decode_one(token)[1])
+    seconds = (time.perf_counter() - began) / tokens
+    return seconds, float((np.array(taken) == Action.RUN).sum() / tokens)

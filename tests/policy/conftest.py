@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_export.models import Checkpoint
+from dash_export.policy.gated_model import GatedModel
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("policy") / "model")
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Checkpoint) -> GatedModel:
+    return GatedModel(checkpoint, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text with structure enough that batches differ."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(" ".join(f"The {index} ships sailed to port {index * 7 % 31}." for index in range(800)))
+    return path

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+
+import numpy as np
+import pytest
+import torch
+
+from dash_export.policy.compensation import UpdateStatistics
+from dash_export.policy.corpus import Batch
+from dash_export.policy.gated_model import GatedModel
+from tests.tiny import random_ids
+
+LAYERS = (1, 3)
+
+
+def batch(seed: int) -> Batch:
+    ids = random_ids(4 * 32, seed=seed).reshape(4, 32)
+    counted = np.ones(ids.shape, bool)
+    counted[:, :2] = False
+    return Batch(ids, ~counted, counted)
+
+
+@pytest.fixture(scope="module")
+def statistics(model: GatedModel) -> UpdateStatistics:
+    found = UpdateStatistics(model, LAYERS)
+    for seed in range(12):
+        found.add(batch(seed))
+    return found
+
+
+def updates(model: GatedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h, u) of the tokens that count, straight from the model."""
+    pairs = []
+    for seed in range(12):
+        made = batch(seed)
+        with torch.no_grad():
+            _, before, after = list(model.dense_layers(torch.from_numpy(made.ids)))[layer]
+        counted = torch.from_numpy(made.counted)
+        pairs.append((before[counted], after[counted] - before[counted]))
+    return torch.cat([h for h, _ in pairs]), torch.cat([u for _, u in pairs])
+
+
+def test_full_rank_is_ridge_regression(model: GatedModel, statistics: UpdateStatistics) -> None:
+    hidden = model.spec.hidden_size
+    fitted = statistics.low_rank(hidden)
+    for row, layer in enumerate(LAYERS):
+        h, u = updates(model, layer)
+        x = model.normed(h).double()
+        ridge = torch.eye(hidden, dtype=torch.float64) * len(x) * 1e-3
+        expected = torch.linalg.solve(x.T @ x + ridge, x.T @ u.double())
+        whole = fitted.weights["down"][row] @ fitted.weights["up"][row]
+        np.testing.assert_allclose(whole, expected.numpy(), atol=1e-3)
+
+
+def test_a_low_rank_explains_what_it_says_and_more_is_more(model: GatedModel, statistics: UpdateStatistics) -> None:
+    shares = []
+    for rank in (2, 8, model.spec.hidden_size):
+        fitted = statistics.low_rank(rank)
+        assert fitted.weights["down"].shape == (len(LAYERS), model.spec.hidden_size, rank)
+        share = statistics.explained(fitted)
+        h, u = updates(model, LAYERS[0])
+        down, up = (torch.from_numpy(fitted.weights[name][0]) for name in ("down", "up"))
+        left = u - model.normed(h) @ down @ up
+        assert share[LAYERS[0]] == pytest.approx(1 - float(left.square().sum() / u.square().sum()), abs=1e-3)
+        shares.append(share[LAYERS[0]])
+    assert shares == sorted(shares)
+    assert shares[-1] > shares[0] > 0
+
+
+def test_scale_is_least_squares(model: GatedModel, statistics: UpdateStatistics) -> None:
+    h, u = updates(model, LAYERS[1])
+    assert statistics.scale().weights["factor"][1] == pytest.approx(float((h * u).sum() / (h * h).sum()), rel=1e-3)
+
+
+def test_cosine_order(model: GatedModel, statistics: UpdateStatistics) -> None:
+    def similarity(layer: int) -> float:
+        h, u = updates(model, layer)
+        return float(torch.nn.functional.cosine_similarity(h, h + u, dim=-1).mean())
+
+    assert statistics.cosine_order() == tuple(sorted(LAYERS, key=lambda layer: -similarity(layer)))

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dash_export.errors import PolicyError, RequestError
+from dash_export.models import Checkpoint
+from dash_export.policy import training as training_module
+from dash_export.policy.settings import TrainingSettings
+from dash_export.policy.train import train
+from dash_export.policy_file import load_policy
+from dash_export.skip_policy import SkipPolicy
+
+SETTINGS = TrainingSettings(
+    window=32,
+    windows=4,
+    rank=4,
+    fit_steps=3,
+    warm_up_steps=2,
+    regression_steps=6,
+    tuning_steps=6,
+    own_prompts=4,
+    own_tokens=24,
+)
+
+
+class StopError(Exception):
+    """A kill, as far as the files on disk can tell."""
+
+
+def same(one: SkipPolicy, other: SkipPolicy) -> bool:
+    left, right = one.weights(), other.weights()
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SkipPolicy]:
+    path = tmp_path_factory.mktemp("trained") / "policy.safetensors"
+    return path, train(checkpoint, path, [prose], settings=SETTINGS)
+
+
+def test_the_file_is_the_policy_and_the_card_says_how(
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path
+) -> None:
+    path, policy = trained
+    assert same(load_policy(path, checkpoint.spec), policy)
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["data"].keys() == {prose.name}
+    assert card["settings"]["seed"] == 0
+    settings = {row["setting"]: row for row in card["held_out"]["figures"]}
+    assert settings["dense"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert settings["random, 2 layers"]["kl"] > 0
+    assert sorted(policy.static_order) == sorted(policy.cosine_order) == list(policy.gated)
+    assert not path.with_name(f"{path.name}.unfinished").exists()
+
+
+def test_a_seed_makes_the_same_policy(
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+) -> None:
+    again = train(checkpoint, tmp_path / "again.safetensors", [prose], settings=SETTINGS)
+    other = train(checkpoint, tmp_path / "other.safetensors", [prose], settings=replace(SETTINGS, seed=1))
+    assert same(again, trained[1])
+    assert not same(other, trained[1])
+
+
+@pytest.mark.parametrize("stage", ["regression", "tuning"])
+def test_a_killed_training_goes_on_where_it_stopped(
+    trained: tuple[Path, SkipPolicy],
+    checkpoint: Checkpoint,
+    prose: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    monkeypatch.setattr(training_module, "SAVE_EVERY", 2)
+    output = tmp_path / "policy.safetensors"
+
+    def kill(name: str, _done: int, _total: int) -> None:
+        if name.startswith(f"{stage} 5/"):
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(checkpoint, output, [prose], settings=SETTINGS, progress=kill)
+    assert not output.exists()
+    steps: list[str] = []
+    resumed = train(
+        checkpoint, output, [prose], settings=SETTINGS, progress=lambda name, *_: steps.append(name.split(",")[0])
+    )
+    assert f"{stage} 4/6" not in steps
+    assert f"{stage} 5/6" in steps
+    assert same(resumed, trained[1])
+
+
+def test_a_state_that_is_cut_short_begins_its_stage_anew(
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "policy.safetensors"
+    folder = output.with_name(f"{output.name}.unfinished")
+    folder.mkdir()
+    (folder / "regression-state.pt").write_bytes(b"PK\x03\x04 cut short")
+    assert same(train(checkpoint, output, [prose], settings=SETTINGS), trained[1])
+
+
+def test_tuning_lowers_the_divergence(
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+) -> None:
+    longer = train(
+        checkpoint,
+        tmp_path / "longer.safetensors",
+        [prose],
+        settings=replace(SETTINGS, tuning_steps=60, compensation_rate=5e-3),
+    )
+    figures = [
+        {row["setting"]: row["kl"] for row in json.loads(path.read_text())["held_out"]["figures"]}
+        for path in (trained[0].with_suffix(".json"), tmp_path / "longer.json")
+    ]
+    assert longer.compensation.kind == "low_rank"
+    assert figures[1]["random, 4 layers"] < figures[0]["random, 4 layers"]
+
+
+def test_static_kind_and_own_words(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Tell me of {topic}."}) + "\n" for topic in "abcdef"))
+    path = tmp_path / "static.safetensors"
+    policy = train(checkpoint, path, [prose], [prompts], kind="static", settings=SETTINGS)
+    assert policy.network is None
+    assert len(policy.static_order) == len(policy.gated)
+    assert json.loads(path.with_suffix(".json").read_text())["tokens"].keys() == {"prose", "own words"}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"output": "policy.pt"}, PolicyError, "NAME.safetensors"),
+        ({"kind": "cosine"}, PolicyError, "token, static"),
+        ({"texts": []}, RequestError, "nothing to learn from"),
+        ({"texts": ["missing.txt"]}, RequestError, "no file"),
+        ({"gated": (0, 3)}, PolicyError, "Layer 0"),
+        ({"gated": (40,)}, PolicyError, "do not exist"),
+    ],
+)
+def test_what_cannot_be_trained(
+    checkpoint: Checkpoint, prose: Path, tmp_path: Path, change: dict, error: type[Exception], said: str
+) -> None:
+    given = {"output": "policy.safetensors", "texts": [prose]} | change
+    output = tmp_path / given.pop("output")
+    texts = [Path(text) for text in given.pop("texts")]
+    with pytest.raises(error, match=said):
+        train(checkpoint, output, texts, settings=SETTINGS, **given)
+    assert not output.exists()

@@ -109,14 +109,13 @@ def _weight_shapes(policy: SkipPolicy, hidden: int) -> dict[str, tuple[int, ...]
     count, shapes = len(policy.gated), {}
     if policy.network is not None:
         bias = policy.network.get("bias")
-        width = bias.shape[1] if bias is not None and bias.ndim == 2 else 0
-        shapes = {
-            "network.state": (count, hidden, width),
-            "network.actions": (count, HISTORY, width),
-            "network.bias": (count, width),
-            "network.out": (count, width),
-            "network.out_bias": (count,),
-        }
+        hidden_layer = "out" in policy.network or "out_bias" in policy.network
+        width = bias.shape[1] if hidden_layer and bias is not None and bias.ndim == 2 else 1
+        shapes = {"network.state": (count, hidden, width), "network.bias": (count, width)}
+        if "actions" in policy.network:
+            shapes["network.actions"] = (count, HISTORY, width)
+        if hidden_layer:
+            shapes |= {"network.out": (count, width), "network.out_bias": (count,)}
     if policy.compensation.kind == "scale":
         shapes |= {"compensation.factor": (count,)}
     elif policy.compensation.kind == "low_rank":

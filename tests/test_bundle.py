@@ -158,6 +158,31 @@ def test_manifest_that_is_not_text(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
+@pytest.mark.parametrize("name", ["static_order", "cosine_order"])
+@pytest.mark.parametrize("order", [[0], [2, 2], [99]])
+def test_orders_list_gated_layers(name: str, order: list[int], bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: data["policy"].update({name: order}))
+    with pytest.raises(BundleError, match="order of layers"):
+        Bundle.open(bundle)
+
+
+def test_manifest_of_before_there_were_orders(bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: [data["policy"].pop(name) for name in ("static_order", "cosine_order")])
+    assert Bundle.open(bundle).manifest.policy.kinds == ("dense", "static", "random", "sequence", "token")
+
+
+POINT = {"trade_off": 0.0, "layers": 6.0, "time": 1.0, "kl": 0.0}
+NAN, NEGATIVE = POINT | {"kl": float("nan")}, POINT | {"time": -1}
+DIALS: list[Any] = [[], {"magic": [POINT]}, {"token": [NAN]}, {"sequence": [POINT, NEGATIVE]}]
+
+
+@pytest.mark.parametrize("dial", DIALS)
+def test_damaged_dial(dial: Any, bundle: Path) -> None:
+    edit(bundle / BUILD_JSON, lambda data: data.update(dial=dial))
+    with pytest.raises(BundleError, match="dial"):
+        Bundle.open(bundle).load_build("cpu-fp32")
+
+
 VALUES: list[Any] = [None, True, -1, 0, 3, 10**30, 1.5, 1e308, "", "x", "../x", [], ["x"], [1], {}, {"a": 1}]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_export.decision import Action, DialPoint, decision_rule, trade_off_for_budget
+from dash_export.decision import Action, DialPoint, Setting, decision_rule, trade_off_for
 from dash_export.errors import PolicyError
 
 LAYERS = 12
@@ -98,48 +100,132 @@ def test_bad_max_layers(most: int) -> None:
         decision_rule(4, (1,), {1: 0.1}, 0.0, most)
 
 
-DIAL = [DialPoint(0.0, 30, 1.0), DialPoint(2.0, 26, 0.9), DialPoint(6.0, 22, 0.8), DialPoint(9.0, 20, 0.75)]
+DIAL = [
+    DialPoint(0.0, 30, 1.0, 0.0),
+    DialPoint(2.0, 26, 0.9, 0.1),
+    DialPoint(6.0, 22, 0.8, 0.2),
+    DialPoint(9.0, 20, 0.75, 0.5),
+]
 
 
-def test_budget_points_and_between() -> None:
-    assert trade_off_for_budget(DIAL, 1.0) == 0.0
-    assert trade_off_for_budget(DIAL, 0.9) == pytest.approx(2.0)
-    assert trade_off_for_budget(DIAL, 0.85) == pytest.approx(4.0)
-    assert trade_off_for_budget(DIAL[::-1], 0.75) == pytest.approx(9.0)
+def test_dial_points_and_between() -> None:
+    assert trade_off_for(DIAL, budget=1.0) == 0.0
+    assert trade_off_for(DIAL, budget=0.9) == pytest.approx(2.0)
+    assert trade_off_for(DIAL, budget=0.85) == pytest.approx(4.0)
+    assert trade_off_for(DIAL[::-1], budget=0.75) == pytest.approx(9.0)
+    assert trade_off_for(DIAL, skipped=0) == 0.0
+    assert trade_off_for(DIAL, skipped=2) == pytest.approx(1.0)
+    assert trade_off_for(DIAL, skipped=9) == pytest.approx(7.5)
+    assert trade_off_for(DIAL, max_kl=0) == 0.0
+    assert trade_off_for(DIAL, max_kl=0.15) == pytest.approx(4.0)
+    assert trade_off_for(DIAL, max_kl=0.5) == pytest.approx(9.0)
 
 
 @st.composite
 def dials(draw: st.DrawFn) -> list[DialPoint]:
-    """Trade-offs rise; time mostly falls, as measured tables do, but not always."""
+    """Trade-offs rise; time and layers mostly fall and KL mostly rises, as measured tables do, but not always."""
     count = draw(st.integers(1, 8))
-    steps = draw(st.lists(st.floats(0.1, 5), min_size=count, max_size=count))
-    times = draw(st.lists(st.floats(0.4, 1.0), min_size=count, max_size=count))
-    points = [DialPoint(0.0, 30, 1.0)]
-    return points + [DialPoint(t, 20, time) for t, time in zip(np.cumsum(steps).tolist(), times, strict=True)]
+
+    def column(strategy: st.SearchStrategy[float]) -> list[float]:
+        return draw(st.lists(strategy, min_size=count, max_size=count))
+
+    steps, times, layers, kls = (column(st.floats(low, high)) for low, high in ((0.1, 5), (0.4, 1), (10, 30), (0, 3)))
+    rows = zip(np.cumsum(steps).tolist(), layers, times, kls, strict=True)
+    return [DialPoint(0.0, 30, 1.0, 0.0), *(DialPoint(*row) for row in rows)]
 
 
-@given(dials(), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
-def test_budget_is_monotone_and_kept(dial: list[DialPoint], one: float, other: float) -> None:
-    tight, loose = sorted((one, other))
-    fastest = min(point.time for point in dial)
-    if tight < fastest:
-        with pytest.raises(PolicyError, match="fastest"):
-            trade_off_for_budget(dial, tight)
-        tight = fastest
-    loose = max(loose, tight)
-    assert trade_off_for_budget(dial, tight) >= trade_off_for_budget(dial, loose)
-    ordered = sorted(dial, key=lambda point: point.trade_off)
-    chosen = trade_off_for_budget(dial, tight)
-    interpolated = np.interp(chosen, [point.trade_off for point in ordered], [point.time for point in ordered])
-    assert interpolated <= tight + 1e-9
+AMOUNTS: dict[str, Callable[[DialPoint], float]] = {
+    "budget": lambda point: 1 - point.time,
+    "skipped": lambda point: 30 - point.layers,
+    "max_kl": lambda point: point.kl,
+}
+
+
+@pytest.mark.parametrize("name", AMOUNTS)
+@given(dials(), st.floats(0, 1), st.floats(0, 1))
+def test_the_dial_is_monotone_exact_and_bounded(name: str, dial: list[DialPoint], one: float, other: float) -> None:
+    """What is asked for is got by interpolation, first met there; more than there is, is an error."""
+    amount = AMOUNTS[name]
+    most = max(amount(point) for point in dial)
+
+    def ask(wanted: float) -> float:
+        return trade_off_for(dial, **{name: 1 - wanted if name == "budget" else wanted})
+
+    less, more = sorted((one * most, other * most))
+    assert ask(less) <= ask(more) + 1e-6
+    trade_offs = [point.trade_off for point in dial]
+    found = np.interp(ask(more), trade_offs, [amount(point) for point in dial])
+    assert found == pytest.approx(more, abs=1e-6)
+    assert all(amount(point) <= more + 1e-6 for point in dial if point.trade_off < ask(more))
+    if name != "budget" or most < 0.98:
+        with pytest.raises(PolicyError, match="more than this policy can give"):
+            ask(most + 0.01)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"budget": 0.7}, "take 0.750 of the dense time"),
+        ({"skipped": 10.5}, r"skip 10\.00 layers"),
+        ({"max_kl": 0.6}, r"diverge by 0\.5000 nats"),
+    ],
+)
+def test_too_much_says_what_there_is(asked: dict[str, float], expected: str) -> None:
+    with pytest.raises(PolicyError, match=expected):
+        trade_off_for(DIAL, **asked)
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.5, 1.01, float("nan")])
 def test_bad_budget(budget: float) -> None:
     with pytest.raises(PolicyError, match="budget"):
-        trade_off_for_budget(DIAL, budget)
+        trade_off_for(DIAL, budget=budget)
+
+
+@pytest.mark.parametrize("amount", [-0.1, float("nan"), float("inf")])
+def test_bad_amounts(amount: float) -> None:
+    for name in ("skipped", "max_kl"):
+        with pytest.raises(PolicyError, match=name):
+            trade_off_for(DIAL, **{name: amount})
 
 
 def test_no_table() -> None:
-    with pytest.raises(PolicyError, match="no calibrated budget table"):
-        trade_off_for_budget([], 0.9)
+    with pytest.raises(PolicyError, match="no calibrated dial"):
+        trade_off_for([], budget=0.9)
+
+
+def test_kinds_follow_from_what_is_given() -> None:
+    assert Setting().kind == "dense"
+    assert Setting(skip=()).kind == "static"
+    assert Setting(skipped=2.0).kind == "token"
+    assert Setting("sequence", max_layers=20).asks_network
+    assert not Setting("random", skipped=2.0).asks_network
+
+
+BAD_SETTINGS: dict[str, tuple[Setting, str]] = {
+    "unknown": (Setting("magic"), "Known: dense, static"),
+    "dense-with-budget": (Setting("dense", budget=0.9), "budget belongs to the policies static, cosine, random"),
+    "cosine-with-list": (Setting("cosine", skip=(2,)), "skip belongs to the policies static, not"),
+    "static-with-kl": (Setting("static", max_kl=0.1), "sequence, token"),
+    "random-with-bound": (Setting("random", max_layers=20), "max_layers belongs"),
+    "two": (Setting(budget=0.9, skipped=2.0), "not both"),
+    "static-two": (Setting("static", skipped=2.0, max_layers=20), "not both"),
+    "none": (Setting("sequence"), "Say how much"),
+    "hold-without-budget": (Setting("token", skipped=3.0, hold=True), "give the budget"),
+    "hold-sequence": (Setting("sequence", budget=0.9, hold=True), "token policy"),
+    "seed": (Setting("random", skipped=2.0, seed=-1), "seed"),
+    "budget": (Setting("static", budget=0.0), r"\(0, 1\]"),
+    "nan": (Setting("random", skipped=float("nan")), "finite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_bad_settings(name: str) -> None:
+    setting, expected = BAD_SETTINGS[name]
+    with pytest.raises(PolicyError, match=expected):
+        setting.check()
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_a_bound_may_stand_beside_the_dial(kind: str) -> None:
+    Setting(kind, budget=0.9, max_layers=20).check()
+    Setting(kind, max_layers=20).check()

@@ -19,7 +19,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.artifacts import FileRecord
-from dash_export.builders import build, measure
+from dash_export.builders import build, dial
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.exporting import export
@@ -102,7 +102,7 @@ def test_export_over_a_bundle(model: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model)
     policy, other = tiny_policy(checkpoint), tiny_policy(checkpoint, "scale")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "DIAL_POINTS", 2)
+        patch.setattr(dial, "SHARES", (0.5,))
         first = export(checkpoint, tmp_path / "old" / "a.dash", policy)
         build(first, "cpu", weights="fp32")
         before = records(first.manifest.files)
@@ -149,8 +149,8 @@ def test_build(model: Path, tmp_path: Path) -> None:
     expected = records(Bundle.open(tmp_path / "count" / "a.dash").load_build("cpu-fp32").files)
     tokens = DashRuntime.load(tmp_path / "count" / "a.dash", "cpu-fp32").generate(random_ids(5), 8).tokens
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "DIAL_WINDOWS", 1)
-        patch.setattr(measure, "DIAL_POINTS", 2)
+        patch.setattr(dial, "WINDOWS", 1)
+        patch.setattr(dial, "SHARES", (0.5,))
         for moment in drawn:
             output = tmp_path / f"at-{moment}" / "a.dash"
             shutil.copytree(tmp_path / "whole", output.parent)

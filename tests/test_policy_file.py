@@ -55,6 +55,16 @@ def test_compensation_alone(tmp_path: Path) -> None:
     assert load_policy(tmp_path / "p.safetensors", SPEC).network is None
 
 
+def test_a_linear_network_is_one_too(tmp_path: Path) -> None:
+    """Without a hidden layer the width is 1, and actions need not be read."""
+    network = {"state": np.ones((3, HIDDEN, 1), np.float32), "bias": np.ones((3, 1), np.float32)}
+    save_policy(tmp_path / "p.safetensors", replace(policy_of(), network=network), SPEC, {})
+    assert load_policy(tmp_path / "p.safetensors", SPEC).network is not None
+    wide = {"state": np.ones((3, HIDDEN, 2), np.float32), "bias": np.ones((3, 2), np.float32)}
+    with pytest.raises(PolicyError, match=r"\[3, 32, 1\] was expected"):
+        save_policy(tmp_path / "q.safetensors", replace(policy_of(), network=wide), SPEC, {})
+
+
 def test_half_precision_is_read(saved: Path) -> None:
     rewrite(saved, lambda tensors, _: {name: array.astype(np.float16) for name, array in tensors.items()})
     back = load_policy(saved, SPEC).weights()
@@ -93,6 +103,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "scalar": (lambda t, _: {**t, "network.out_bias": np.array(1.0, np.float32)}, "a single number"),
     "integers": (lambda t, _: {**t, "network.bias": t["network.bias"].astype(np.int32)}, "dtype"),
     "missing": (lambda t, _: without(t, "network.bias"), "lacks network.bias"),
+    "missing-out": (lambda t, _: without(t, "network.out"), "lacks network.out"),
     "missing-up": (lambda t, _: without(t, "compensation.up"), "lacks compensation.up"),
     "unknown-tensor": (lambda t, _: {**t, "network.extra": t["network.bias"]}, "network.extra"),
     "foreign-tensor": (lambda t, _: {**t, "model.norm": t["network.bias"]}, "model.norm"),

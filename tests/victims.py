@@ -40,9 +40,9 @@ def export_victim(model: str, output: str, kind: str, moment: int, counted: str)
 
 
 def build_victim(bundle: str, moment: int, counted: str) -> None:
-    from dash_export.builders import build, measure
+    from dash_export.builders import build, dial
 
-    measure.DIAL_WINDOWS = measure.DIAL_POINTS = 2
+    dial.WINDOWS, dial.SHARES = 1, (0.5,)
     count = arm(bundle, moment)
     build(bundle, "cpu", weights="fp32")
     total = count[0]

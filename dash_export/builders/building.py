@@ -65,7 +65,7 @@ def build(
     backend = load_backend(recipe.backend, recipe.runtime.threads)
     progress("measuring the cost of each layer", 0, 0)
     draft = replace(draft, cost=measure_cost(bundle, draft, backend))
-    if bundle.manifest.policy.has_network:
+    if bundle.manifest.policy.has_network and bundle.manifest.policy.gated:
         progress("calibrating the dial", 0, 0)
         draft = replace(draft, dial=calibrate_dial(bundle, draft, backend, progress))
     finished = replace(draft, seconds=round(time.perf_counter() - began, 3))

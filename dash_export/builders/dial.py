@@ -74,7 +74,7 @@ def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> d
     costs = np.array([max(cost[layer], 1e-9) for layer in gated])
     ratios = [session.score(window).damage[:, gated] / costs for window in windows]
     per_token = np.concatenate([ratio[DENSE_POSITIONS:] for ratio in ratios])
-    per_prompt = np.array([ratio[DENSE_POSITIONS:PREFIX].mean(axis=0) for ratio in ratios])
+    per_prompt = np.array([ratio[DENSE_POSITIONS : _prompt(len(ratio))].mean(axis=0) for ratio in ratios])
     # Past the largest ratio everything gated is skipped, whatever the feedback of skipping does to damage.
     last = 4.0 * float(per_token.max()) + 1.0
     found = {}
@@ -85,15 +85,16 @@ def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> d
 
 
 def _measure(runtime: DashRuntime, window: npt.NDArray[np.int64], sums: Mapping[Setting, _Sums]) -> None:
-    dense = runtime.session("dense").score(window, PREFIX, keep_logits=True)
+    prompt = _prompt(len(window))
+    dense = runtime.session("dense").score(window, prompt, keep_logits=True)
     assert dense.logits is not None
-    reference = DenseRows(dense.logits[PREFIX:])
+    reference = DenseRows(dense.logits[prompt:])
     for setting, total in sums.items():
-        score = runtime.session_with(setting).score(window, PREFIX, keep_logits=True)
+        score = runtime.session_with(setting).score(window, prompt, keep_logits=True)
         assert score.logits is not None
-        total.tokens += len(window) - PREFIX
-        total.skipped += (score.actions[PREFIX:] == Action.SKIP).sum(axis=0)
-        total.kl += float(reference.kl(score.logits[PREFIX:]).sum())
+        total.tokens += len(window) - prompt
+        total.skipped += (score.actions[prompt:] == Action.SKIP).sum(axis=0)
+        total.kl += float(reference.kl(score.logits[prompt:]).sum())
 
 
 def _point(trade_off: float, total: _Sums, cost: Mapping[int, float]) -> DialPoint:
@@ -101,6 +102,11 @@ def _point(trade_off: float, total: _Sums, cost: Mapping[int, float]) -> DialPoi
     saved = sum(float(skipped[layer]) * share for layer, share in cost.items())
     layers = len(skipped) - float(skipped.sum())
     return DialPoint(trade_off, round(layers, 4), round(1.0 - saved, 5), round(max(0.0, total.kl / total.tokens), 6))
+
+
+def _prompt(length: int) -> int:
+    """PREFIX, or less where a model's context is hardly longer."""
+    return min(PREFIX, length // 2)
 
 
 def _calibration_windows(runtime: DashRuntime) -> list[npt.NDArray[np.int64]]:

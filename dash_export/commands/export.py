@@ -49,7 +49,9 @@ class PolicyOptions:
         if self.policy == "none":
             return no_policy(spec.num_layers, self.gated)
         if self.policy == "untrained":
-            return untrained_policy(spec, self.gated, self.width or POLICY_WIDTH, self.seed or 0)
+            return untrained_policy(
+                spec, self.gated, POLICY_WIDTH if self.width is None else self.width, self.seed or 0
+            )
         return load_policy(self.policy, spec)
 
 

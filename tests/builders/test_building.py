@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dash_export import DashRuntime
 from dash_export.artifacts import ArtifactStore
-from dash_export.builders import build
+from dash_export.builders import build, dial
 from dash_export.bundle import Bundle
 from dash_export.decision import DialPoint
 from dash_export.errors import RecipeError
@@ -99,16 +100,60 @@ def test_cost_and_budget_tables(bundle: Bundle) -> None:
     assert 0 < made.cost.cost[2] < 1
     assert made.cost.dense_us == pytest.approx(sum(made.cost.segment_us.values()), rel=1e-3)
     assert set(made.dial) == {"sequence", "token"}
-    for dial in made.dial.values():
-        check_dial(dial)
+    for points in made.dial.values():
+        check_dial(points)
 
 
-def check_dial(dial: Sequence[DialPoint]) -> None:
-    assert [point.trade_off for point in dial] == sorted(point.trade_off for point in dial)
-    assert dial[0] == DialPoint(0.0, 6.0, 1.0, 0.0)
-    assert dial[-1].layers == 3, "at last everything gated is skipped"
-    assert all(point.kl > 0.01 for point in dial if point.layers < 5)
-    assert all(0 < point.time < 1 for point in dial if point.layers < 5)
+def check_dial(points: Sequence[DialPoint]) -> None:
+    assert [point.trade_off for point in points] == sorted(point.trade_off for point in points)
+    assert points[0] == DialPoint(0.0, 6.0, 1.0, 0.0)
+    assert points[-1].layers == 3, "at last everything gated is skipped"
+    assert all(point.kl > 0.01 for point in points if point.layers < 5)
+    assert all(0 < point.time < 1 for point in points if point.layers < 5)
+
+
+def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One setting of each kind, decoded token by token: layers, time, and KL from dense written out in float64."""
+    monkeypatch.setattr(dial, "WINDOWS", 2)
+    monkeypatch.setattr(dial, "TOKENS", 48)
+    monkeypatch.setattr(dial, "SHARES", (0.5,))
+    made = build(bundle, "cpu", weights="int8")
+    runtime = DashRuntime.load(bundle.root, made.target)
+    windows = dial._calibration_windows(runtime)
+    assert [len(window) for window in windows] == [48, 48]
+    for kind, points in made.dial.items():
+        skipped, divergence = [], []
+        for window in windows:
+            dense, skipping = runtime.session("dense"), runtime.session(kind, trade_off=points[1].trade_off)
+            for session in (dense, skipping):
+                session.prefill(window[:24])
+            for token in window[24:]:
+                p = log_softmax(dense.decode_one(int(token))[0])
+                logits, actions = skipping.decode_one(int(token))
+                divergence.append(float((np.exp(p) * (p - log_softmax(logits))).sum()))
+                skipped.append(actions.sum())
+        assert 0 < np.mean(skipped) < 3
+        assert points[1].layers == pytest.approx(6 - np.mean(skipped), abs=0.1)
+        assert points[1].time == pytest.approx(1 - np.mean(skipped) * made.cost.cost[2], abs=0.02)
+        assert points[1].kl == pytest.approx(np.mean(divergence), rel=0.05)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    z = logits.astype(np.float64) - logits.max()
+    return z - np.log(np.exp(z).sum())
+
+
+def test_another_target_is_calibrated_without_training(bundle: Bundle) -> None:
+    """The exported policy is enough: the same export, built again, has a cost table and dials of its own."""
+    before = bundle.manifest.key
+    other = build(bundle, "cpu", weights="int8", head="fp32")
+    assert Bundle.open(bundle.root).manifest.key == before
+    known = bundle.load_build("cpu-fp32")
+    assert set(other.dial) == set(known.dial)
+    assert other.cost != known.cost
+    for kind, points in other.dial.items():
+        assert points != known.dial[kind]
+    assert DashRuntime.load(bundle.root, other.target).generate(random_ids(5), 9, skipped=1.5).actions.any()
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

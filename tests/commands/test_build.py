@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from dash_export.bundle import Bundle
+from dash_export.models import open_checkpoint
+from dash_export.policy_file import save_policy
 from dash_export.targets import recipe_names
 from tests.commands.helpers import dash, refused
+from tests.tiny import tiny_policy
 
 
 def test_bundle(own_bundle: Path) -> None:
@@ -29,6 +32,18 @@ def test_model(model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "portable graphs, used as they are" in result.stdout
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.gated == (2, 3)
+
+
+def test_model_with_a_trained_policy(model: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(model)
+    save_policy(tmp_path / "p.safetensors", tiny_policy(checkpoint, "scale"), checkpoint.spec, {})
+    built = ("--target", "portable", "-o", tmp_path / "m.dash")
+    result = dash("build", model, *built, "--policy", tmp_path / "p.safetensors")
+    assert result.exit_code == 0, result.stderr
+    assert "Dial of the token policy: budget 1.0 (dense) down to" in result.stdout
+    assert "Dial of the sequence policy" in result.stdout
+    assert "calibrating the dial" in result.stderr
+    assert Bundle.open(tmp_path / "m.dash").manifest.policy.compensation == "scale"
 
 
 def test_list_targets() -> None:

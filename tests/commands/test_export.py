@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from dash_export.bundle import Bundle
+from dash_export.exporting import export
+from dash_export.models import open_checkpoint
+from dash_export.policy_file import save_policy
 from tests.commands.helpers import dash, environment, refused
+from tests.tiny import save_model, tiny_policy
 
 # An export that waits inside its second layer, so that it can be interrupted there.
 SLOW_EXPORT = """
@@ -45,6 +49,55 @@ def test_policy_options(model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     facts = Bundle.open(tmp_path / "p.dash").manifest.policy
     assert (facts.gated, facts.origin, facts.has_network) == ((1, 3, 4), "untrained (seed 3)", True)
+
+
+@pytest.fixture
+def trained(model: Path, tmp_path: Path) -> Path:
+    """A policy file for the tiny model, as training would write it."""
+    checkpoint = open_checkpoint(model)
+    save_policy(tmp_path / "p.safetensors", tiny_policy(checkpoint, "low_rank", seed=5), checkpoint.spec, {"seed": 5})
+    return tmp_path / "p.safetensors"
+
+
+def test_trained_policy(model: Path, trained: Path, tmp_path: Path) -> None:
+    """The bundle is the one that a program with the policy in its hands would export."""
+    result = dash("export", model, "-o", tmp_path / "p.dash", "--policy", trained)
+    assert result.exit_code == 0, result.stderr
+    assert "Token policy: untrained (seed 5)" in result.stdout
+    bundle = Bundle.open(tmp_path / "p.dash")
+    checkpoint = open_checkpoint(model)
+    expected = export(checkpoint, tmp_path / "library.dash", tiny_policy(checkpoint, "low_rank", seed=5))
+    assert bundle.manifest == expected.manifest
+    facts = bundle.manifest.policy
+    assert (facts.compensation, facts.static_order, facts.cosine_order) == ("low_rank", (3, 4, 2), (4, 3, 2))
+
+
+def test_a_policy_that_does_not_fit_writes_nothing(trained: Path, tmp_path: Path) -> None:
+    deeper = tmp_path / "deeper"
+    save_model(deeper, num_hidden_layers=7)
+    before = sorted(tmp_path.rglob("*"))
+    message = refused("export", deeper, "-o", tmp_path / "p.dash", "--policy", trained)
+    assert "this model is a llama of 7 layers" in message
+    assert "of 6 layers" in message
+    trained.write_bytes(trained.read_bytes()[:-100])
+    assert "truncated" in refused("export", deeper, "-o", tmp_path / "p.dash", "--policy", trained)
+    assert "truncated" in refused("build", deeper, "-o", tmp_path / "p.dash", "--policy", trained)
+    assert "There is no policy file nothing" in refused("export", deeper, "-o", tmp_path / "p.dash", "--policy=nothing")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_refused_policy_leaves_the_bundle(model: Path, own_bundle: Path, trained: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in own_bundle.rglob("*")}
+    trained.write_bytes(b"")
+    refused("export", model, "-o", own_bundle, "--policy", trained)
+    assert {path: path.stat().st_mtime_ns for path in own_bundle.rglob("*")} == before
+
+
+@pytest.mark.parametrize("option", [("--gated", "2"), ("--seed", "1"), ("--width", "8")])
+def test_options_that_a_trained_policy_answers_itself(
+    option: tuple[str, str], model: Path, trained: Path, tmp_path: Path
+) -> None:
+    assert option[0] in refused("export", model, "-o", tmp_path / "x.dash", "--policy", trained, *option, code=2)
 
 
 @pytest.mark.parametrize("gated", ["", "a", "3-2", "1,,2", "-1", "1-99999999"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.bundle import Bundle
 from tests.commands.helpers import dash, environment, refused
 
 # A run whose every decoded token takes 20 ms, so that it can be interrupted.
@@ -69,6 +70,28 @@ def test_static_and_token_policies(tiny_root: Path) -> None:
     assert all(len(skipped) >= 2 for skipped in bounded["actions"][1:])  # type: ignore[index]
     zero = run_json(tiny_root, "hello", *FP32, "--policy", "token", "--trade-off", 0, "--max-tokens", 3)
     assert zero["actions"] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("static", [3, 4]), ("cosine", [3, 4]), ("random", None), ("sequence", None), ("token", None)]
+)
+def test_every_kind_by_number_of_layers(kind: str, layers: list[int] | None, tiny_root: Path) -> None:
+    options = (tiny_root, "hello", *FP32, "--policy", kind, "--skipped", 2, "--max-tokens", 30)
+    actions = run_json(*options)["actions"]
+    assert run_json(*options)["actions"] == actions
+    assert any(actions)  # type: ignore[arg-type]
+    if layers is not None:
+        assert actions[1:] == [layers] * 29  # type: ignore[index]
+    if kind == "random":
+        assert run_json(*options, "--seed", 1)["actions"] != actions
+
+
+def test_divergence_and_a_held_budget(tiny_root: Path) -> None:
+    point = Bundle.open(tiny_root).load_build("cpu-fp32").dial["token"][4]
+    loose = run_json(tiny_root, "hello", *FP32, "--max-kl", point.kl, "--max-tokens", 20)
+    assert any(loose["actions"])  # type: ignore[arg-type]
+    held = run_json(tiny_root, "hello", *FP32, "--budget", point.time, "--hold", "--max-tokens", 20)
+    assert any(held["actions"])  # type: ignore[arg-type]
 
 
 def test_sampling_is_seeded(tiny_root: Path) -> None:
@@ -163,6 +186,12 @@ def test_ctrl_c_ends_a_single_answer(tiny_root: Path) -> None:
         (("hello", "--policy", "dense", "--budget", 0.9), "belong"),
         (("hello", "--policy", "dense", "--skip", "2"), "belongs"),
         (("hello", "--budget", 7), "(0, 1]"),
+        (("hello", "--budget", 0.01), "more than this policy can give"),
+        (("hello", "--policy", "token"), "Say how much"),
+        (("hello", "--skipped", 2, "--budget", 0.9), "not both"),
+        (("hello", "--policy", "static", "--skipped", 2.5), "whole layers"),
+        (("hello", "--skipped", 2, "--hold"), "budget"),
+        (("hello", "--max-kl", "nan"), "finite"),
         (("hello", "--trade-off", -1), ">= 0"),
         (("hello", "--max-layers", 1), "out of range"),
         (("hello", "--temperature", -1), "temperature"),

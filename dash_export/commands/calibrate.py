@@ -81,17 +81,10 @@ def command(
 
 
 def _read(text: Path | None) -> str:
+    from dash_export.evaluation.evaluate import read_text
     from dash_export.resources import resource_folder
 
-    path = text or resource_folder("calibration") / "prose.txt"
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Give a plain text file."
-        ) from error
-    except FileNotFoundError as error:
-        raise RequestError(f"There is no text file {path}.") from error
+    return read_text(text or resource_folder("calibration") / "prose.txt")
 
 
 @contextmanager

@@ -1,0 +1,144 @@
+"""`eval`, `frontier` and `skipmap`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands.helpers import dash, refused
+
+TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
+TARGET = ("--target", "cpu-fp32")
+SMALL = ("--window", 48, "--prefix", 10, "--limit", 2)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "own.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> list[Path]:
+    lines = {
+        "choices": {"query": "Some of them", "choices": ["hardly at all", "are needed"], "gold": 0},
+        "answers": {"context": "The layers of a decoder are", "target": " not"},
+        "prompts": {"turns": ["Hello there"]},
+    }
+    for name, line in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    return [tmp_path / f"{name}.jsonl" for name in lines]
+
+
+def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
+    options = [option for path in tasks for option in ("--tasks", path)]
+    result = dash(
+        "eval", tiny_root, *TARGET, *SMALL, "--text", text, *options, "--skipped", "1,2", "--new-tokens", 5, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [(file["file"], file["form"]) for file in report["files"]] == [
+        ("own.txt", "text"),
+        *((path.name, path.stem) for path in tasks),
+    ]
+    kinds = ("static", "cosine", "random", "sequence", "token")
+    for file in report["files"]:
+        settings = [row["setting"] for row in file["results"]]
+        assert settings[0] == {"kind": "dense"}
+        assert [(s["kind"], s["skipped"]) for s in settings[1:]] == [(kind, k) for kind in kinds for k in (1.0, 2.0)]
+    dense, static = report["files"][0]["results"][:2]
+    assert (dense["layers"], static["layers"]) == (6.0, 5.0)
+    assert dense["perplexity"]["low"] <= dense["perplexity"]["value"] <= dense["perplexity"]["high"]
+    assert report["request"]["limit"] == 2
+
+
+def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
+    result = dash(
+        "eval", tiny_root, *TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--budget", "0.95,0.01"
+    )
+    assert result.exit_code == 0, result.output
+    for expected in ("own.txt: 2 windows of 48 tokens, the first 10 dense", "static", "budget 0.95", "KL (nats)"):
+        assert expected in result.stdout
+    assert "0.01" not in result.stdout
+    assert "Not measured: static, budget 0.01." in result.stderr
+    assert "Not measured: token, budget 0.01." in result.stderr
+
+
+def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 5}\n')
+    begin = ("eval", tiny_root, *TARGET)
+    assert "bad.jsonl:1: 'gold'" in refused(*begin, "--tasks", tmp_path / "bad.jsonl")
+    assert "no text file" in refused(*begin, "--text", tmp_path / "none.txt")
+    assert "no task file" in refused(*begin, "--tasks", tmp_path / "none.jsonl")
+    assert "none of the settings" in refused(*begin, "--text", text, "--skipped", "50")
+    assert "less than one window" in refused(*begin, "--text", text, "--window", 500)
+    assert "no bundle" in refused("eval", tmp_path / "none.dash")
+    for wrong in (
+        ("--budget", "1.5"),
+        ("--budget", "0"),
+        ("--budget", "nan"),
+        ("--budget", "much"),
+        ("--skipped", "inf"),
+        ("--kinds", "magic"),
+        ("--budget", "0.9", "--skipped", "2"),
+    ):
+        refused(*begin, "--text", text, *wrong, code=2)
+
+
+def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    output = tmp_path / "deep" / "f.png"
+    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--skipped", "1,2", "-o", output)
+    result = dash("frontier", tiny_root, *options, "--rounds", 2, "--tokens", 4)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in output.parent.iterdir()) == ["f.json", "f.png", "f.svg"]
+    assert output.read_bytes().startswith(b"\x89PNG")
+    report = json.loads((output.parent / "f.json").read_text())
+    assert [point["quality"]["setting"]["kind"] for point in report["points"]] == [
+        "dense", "static", "static", "token", "token",
+    ]  # fmt: skip
+    assert all(point["time"] == point["timing"]["ratio"] for point in report["points"])
+    assert report["bundles"]["tiny"]["target"] == "cpu-fp32"
+    assert dash("frontier", tiny_root, *options, "--predicted").exit_code == 0
+    report = json.loads((output.parent / "f.json").read_text())
+    assert all(point["timing"] is None and point["time"] == point["quality"]["time"] for point in report["points"])
+
+
+def test_frontier_of_two_bundles(tiny_root: Path, own_bundle: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static", "--skipped", "1", "--predicted")
+    result = dash("frontier", tiny_root, own_bundle, *options, "-o", tmp_path / "f")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "f.json").read_text())
+    assert [point["bundle"] for point in report["points"]] == ["tiny", "tiny", "own", "own"]
+
+
+def test_nothing_is_written_when_it_fails(tiny_root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none", "-o", tmp_path / "f")
+    refused("skipmap", tiny_root, "a few words", *TARGET, "--skipped", "90", "-o", tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    output = tmp_path / "map"
+    result = dash("skipmap", tiny_root, "--file", text, *TARGET, "--skip", "3,4", "--tokens", 9, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert "4.0 of 6 layers run per token, mean over 9 tokens" in result.stdout
+    assert output.with_name("map.png").read_bytes().startswith(b"\x89PNG")
+    assert output.with_name("map.svg").is_file()
+    assert dash("skipmap", tiny_root, TEXT[:200], *TARGET, "--skipped", "1.5", "-o", output).exit_code == 0
+    assert "give more text" in refused("skipmap", tiny_root, "too short", *TARGET, "--prefix", 60, "-o", output)
+    refused("skipmap", tiny_root, "a", *TARGET, "--file", text, code=2)
+
+
+def test_a_missing_extra_is_named(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "dash_export.evaluation.pictures", raising=False)
+    for command in (("frontier", tiny_root), ("skipmap", tiny_root)):
+        assert "pip install 'dash-export[profile]'" in refused(*command, *TARGET)

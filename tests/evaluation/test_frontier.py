@@ -1,0 +1,64 @@
+"""Decode times and frontier points from real engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.bundle import Bundle
+from dash_export.decision import Setting
+from dash_export.errors import RequestError
+from dash_export.evaluation.frontier import Course, Racer
+from dash_export.evaluation.timing import SETTLE, measure_times
+from dash_export.runtime import Session
+from tests.evaluation.test_text import SETTINGS, TEXT
+from tests.tiny import random_ids
+
+
+def test_times(runtime: DashRuntime) -> None:
+    parts = [random_ids(40, seed=seed) for seed in range(3)]
+    seen: list[Session] = []
+
+    def opened(setting: Setting) -> Session:
+        seen.append(runtime.session_with(setting))
+        return seen[-1]
+
+    times = measure_times(SETTINGS, opened, parts, tokens=10)
+    assert len(seen) == len(SETTINGS) * len(parts)
+    # Every setting went through the same text, to its end.
+    assert {tuple(session.tokens) for session in seen} == {tuple(part.tolist()) for part in parts}
+    assert (times[0].ratio, times[0].low, times[0].high) == (1.0, 1.0, 1.0)
+    assert [time.layers for time in times[:2]] == [6, 4]
+    assert all(0 < time.low <= time.ratio <= time.high for time in times)
+    assert all(time.milliseconds > 0 for time in times)
+
+
+def test_timed_layers_are_those_a_score_takes(runtime: DashRuntime) -> None:
+    part = random_ids(40, seed=5)
+    (dense, token) = measure_times((SETTINGS[0], SETTINGS[3]), runtime.session_with, [part], tokens=12)
+    actions = runtime.session_with(SETTINGS[3]).score(part, prefix=len(part) - 12 - SETTLE).actions
+    assert dense.layers == 6
+    assert token.layers == pytest.approx(6 - actions[-12:].sum() / 12)
+
+
+def test_points(tiny_root: Path) -> None:
+    racer = Racer("tiny", Bundle.open(tiny_root), "cpu-fp32", None)
+    assert (racer.plain.dispatch, racer.deciding.dispatch) == ("plain", "fused")
+    assert racer.session(SETTINGS[1]).engines is racer.plain.engines
+    assert racer.session(SETTINGS[3]).engines is racer.deciding.engines
+    course = Course(TEXT, "t", limit=2, window=48, prefix=10, rounds=2, tokens=4)
+    points = racer.points(SETTINGS, course)
+    assert [point.quality.setting for point in points] == list(SETTINGS)
+    assert points[0].time == 1.0
+    assert points[1].quality.kl.value > 0
+    assert all(point.timing is not None and point.time == point.timing.ratio for point in points)
+    untimed = racer.points(SETTINGS, Course(TEXT, "t", 2, 48, 10, 0, 4))
+    assert [point.time for point in untimed] == [point.quality.time for point in points]
+    np.testing.assert_allclose(
+        [point.quality.kl.value for point in untimed], [point.quality.kl.value for point in points]
+    )
+    with pytest.raises(RequestError, match="do not fit"):
+        racer.points(SETTINGS, Course(TEXT, "t", 2, 48, 10, 2, 600))

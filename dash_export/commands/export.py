@@ -52,7 +52,15 @@ class PolicyOptions:
             return untrained_policy(
                 spec, self.gated, POLICY_WIDTH if self.width is None else self.width, self.seed or 0
             )
-        return load_policy(self.policy, spec)
+        return load_policy(shipped_policy(self.policy) or self.policy, spec)
+
+
+def shipped_policy(name: str) -> Path | None:
+    """The trained policy of that name that comes with this package, if there is one and no file is called so."""
+    from dash_export.resources import resource_folder
+
+    path = resource_folder("calibration") / f"{name}.safetensors"
+    return path if not Path(name).exists() and Path(name).name == name and path.is_file() else None
 
 
 def policy_options(command: _Command) -> _Command:
@@ -68,9 +76,9 @@ def policy_options(command: _Command) -> _Command:
             "--policy",
             default="none",
             show_default=True,
-            metavar="none|untrained|FILE.safetensors",
+            metavar="none|untrained|NAME|FILE.safetensors",
             help="none: dense and static skipping only. untrained: a random network, to measure and to test. "
-            "FILE: a trained policy.",
+            "NAME: a trained policy that comes with this package (smollm2-135m-instruct). FILE: one of yours.",
         ),
         click.option(
             "--gated",

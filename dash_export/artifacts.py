@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,17 +97,26 @@ class ArtifactStore:
         temporary = self.folder / f"{_TEMPORARY}{os.getpid()}-{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
+        began = time.perf_counter()
         try:
             paths = write(temporary)
             records = [FileRecord(path.name, sha256_file(path), path.stat().st_size) for path in paths]
+            for stale in self._journal.get(name, {}).get("files", ()):
+                (self.folder / stale["name"]).unlink(missing_ok=True)
             for path in paths:
                 path.replace(self.folder / path.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         with self._lock:
-            self._journal[name] = {"key": key, "files": [asdict(record) for record in records]}
+            seconds = round(time.perf_counter() - began, 3)
+            self._journal[name] = {"key": key, "files": [asdict(record) for record in records], "seconds": seconds}
             write_atomic(self.folder / JOURNAL, json.dumps(self._journal))
         return records
+
+    def seconds(self, name: str) -> float:
+        """How long it took to make an artifact, whenever that was; 0 where it is not known."""
+        noted = self._journal.get(name, {}).get("seconds")
+        return noted if isinstance(noted, float) else 0.0
 
     def keep_only(self, names: set[str]) -> None:
         """Forget and delete artifacts that no longer belong."""

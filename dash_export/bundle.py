@@ -123,11 +123,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One compiled engine: its .onnx file (relative to the bundle) and the size of everything it maps, in bytes."""
+    """One compiled engine: its file (relative to the bundle), the size of everything it maps in bytes, and how long it
+    took to make.
+    """
 
     file: str
     bytes: int
     key: str
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ class CostTable:
 @dataclass(frozen=True)
 class Build:
     """`engines/<target>/build.json`. `dial` has one calibrated table per policy kind with a trade-off; `policy_bias` is
-    per gated layer, where the engines give a linear policy's score before its bias.
+    per gated layer, where the engines give a linear policy's score before its bias; `details` holds what only this kind
+    of backend has to say (compiler flags).
     """
 
     schema: int
@@ -166,6 +170,7 @@ class Build:
     dial: dict[str, tuple[DialPoint, ...]] = field(default_factory=dict)
     policy_bias: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 _T = TypeVar("_T")
@@ -255,7 +260,11 @@ class Bundle:
 
     def _build_command(self, target: str) -> str:
         recipe, _, precision = target.rpartition("-")
-        options = f"{recipe} --weights {precision}" if precision in ("fp32", "int8", "int4") and recipe else target
+        options = (
+            f"{recipe} --weights {precision}"
+            if precision in ("fp32", "fp16", "bf16", "int8", "int4") and recipe
+            else target
+        )
         return f"dash-export build {self.root} --target {options}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> None:

@@ -25,6 +25,10 @@ class BackendError(DashError):
     """The backend a target needs is not installed or refuses an engine."""
 
 
+class NotHereError(BackendError):
+    """This machine cannot compile engines for the target; another one can."""
+
+
 class PolicyError(DashError):
     """A skip policy, trade-off, budget or action list does not fit this bundle."""
 

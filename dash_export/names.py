@@ -16,6 +16,11 @@ def present_names(layer: int) -> tuple[str, str]:
     return f"present.{layer}.key", f"present.{layer}.value"
 
 
+def new_names(layer: int) -> tuple[str, str]:
+    """Outputs of a `trt10` graph in their place: the new rows alone, which the runtime writes into the cache."""
+    return f"new.{layer}.key", f"new.{layer}.value"
+
+
 def short_name(name: str) -> str:
     """`past_key_values.17.key` -> `past_key_17`, `present.17.key` -> `key_17`: how lowered engines name their caches.
 

@@ -20,8 +20,12 @@ from typing import Literal
 from dash_export.errors import RecipeError
 from dash_export.resources import resource_folder
 
-Precision = Literal["fp32", "int8", "int4"]
-Dispatch = Literal["fused", "sync"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Dispatch = Literal["fused", "sync", "overlapped"]
+BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
+QUANTISED = ("int8", "int4")
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""What TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,26 @@ class RuntimeRecipe:
 
 
 @dataclass(frozen=True)
+class EngineRecipe:
+    """What a GPU engine fixes when it is compiled.
+
+    `activations`: the type of hidden states, caches and unquantised weights. `kv_capacity`: rows of the KV cache, which
+    does not grow; attention costs follow it, not the length. `logit_rows`: at most this many positions of one pass get
+    logits. `profiles` 2: one for decode, one for prefill chunks, each tuned; 1: one for both, and weights of 16 bits
+    are stored once instead of twice. `capabilities`: compute capabilities of the device, "8.7" for Jetson Orin.
+    """
+
+    capabilities: tuple[str, ...]
+    activations: Literal["fp32", "fp16", "bf16"] = "fp16"
+    kv_capacity: int = 2048
+    logit_rows: int = 16
+    profiles: Literal[1, 2] = 2
+    optimization_level: int = 3
+    aux_streams: int = 0
+    workspace_mib: int = 1024
+
+
+@dataclass(frozen=True)
 class CostRecipe:
     """How the cost table is measured: at this many cached tokens, median of this many interleaved repeats."""
 
@@ -68,14 +92,19 @@ class Recipe:
 
     name: str
     description: str = ""
-    backend: Literal["onnxruntime"] = "onnxruntime"
-    dialect: Literal["portable", "ort"] = "ort"
+    backend: BackendName = "onnxruntime"
+    dialect: Literal["portable", "ort", "trt10"] = "ort"
     weights: WeightsRecipe = field(default_factory=WeightsRecipe)
     runtime: RuntimeRecipe = field(default_factory=RuntimeRecipe)
     cost: CostRecipe = field(default_factory=CostRecipe)
+    engine: EngineRecipe | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON gives it back: lists for tuples."""
+        data = asdict(self)
+        if self.engine is not None:
+            data["engine"]["capabilities"] = list(self.engine.capabilities)
+        return data
 
 
 # Bounds of the integers a recipe may hold, (lowest, highest).
@@ -85,6 +114,11 @@ _BOUNDS = {
     "prefill_chunk": (1, 65536),
     "context": (2, 65536),
     "repeats": (3, 10000),
+    "kv_capacity": (16, 1 << 20),
+    "logit_rows": (1, 4096),
+    "optimization_level": (0, 5),
+    "aux_streams": (0, 7),
+    "workspace_mib": (16, 1 << 17),
 }
 _T = TypeVar("_T")
 
@@ -119,7 +153,55 @@ def load_recipe(target: str) -> Recipe:
 
 def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe's keys and values; `where` names it in errors."""
-    return _parse(Recipe, data, where)
+    recipe = _parse(Recipe, data, where)
+    wrong = _contradiction(recipe)
+    if wrong:
+        raise RecipeError(f"{where}: {wrong}")
+    return recipe
+
+
+def _contradiction(recipe: Recipe) -> str | None:
+    """What no single key can tell: whether the parts of a recipe go together."""
+    weights, engine = recipe.weights, recipe.engine
+    precisions = {part: value for part, value in asdict(weights).items() if isinstance(value, str)}
+    if recipe.backend == "onnxruntime":
+        if engine is not None:
+            return "an [engine] table is for GPU backends; onnxruntime has none."
+        if recipe.dialect == "trt10":
+            return "dialect 'trt10' is for GPU backends; onnxruntime takes 'ort' or 'portable'."
+        wide = [part for part, value in precisions.items() if value in ("fp16", "bf16")]
+        if wide:
+            return f"{wide[0]} = {precisions[wide[0]]!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
+        return None if recipe.runtime.dispatch != "overlapped" else "dispatch 'overlapped' needs a GPU backend."
+    if engine is None:
+        return f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
+    if recipe.dialect == "ort":
+        return f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
+    if recipe.runtime.dispatch == "fused":
+        return "dispatch 'fused' is for the CPU; a GPU takes 'sync' or 'overlapped'."
+    bad = [item for item in engine.capabilities if not re.fullmatch(r"[1-9]\d?\.\d", item)]
+    if bad or not engine.capabilities:
+        return f'capabilities = {list(engine.capabilities)} must be compute capabilities like "8.7".'
+    foreign = sorted(set(engine.capabilities) - set(RTX_CAPABILITIES))
+    if recipe.backend == "tensorrt_rtx" and foreign:
+        return f"TensorRT-RTX does not compile for {foreign[0]}; it knows {', '.join(RTX_CAPABILITIES)}."
+    if recipe.backend.startswith("tensorrt") and engine.activations == "fp32":
+        return "activations = 'fp32': TensorRT has no fp32 attention; take 'fp16' or 'bf16'."
+    young = [value for value in ("bf16", "int4") if value in (*precisions.values(), engine.activations)]
+    if young and "7.5" in engine.capabilities:
+        return f"{young[0]!r} needs compute capability 8.0 or newer: take 7.5 out of `capabilities`."
+    if not weights.symmetric:
+        return "symmetric must be true in [weights]: GPU engines take no zero points."
+    fixed = ("embedding", "policy")
+    for part, value in precisions.items():
+        if value != engine.activations and (part in fixed or value not in QUANTISED):
+            allowed = (engine.activations, *(() if part in fixed else QUANTISED))
+            return (
+                f"{part} = {value!r} is not one of {', '.join(map(repr, allowed))} (activations are fixed in [engine])."
+            )
+    if recipe.runtime.prefill_chunk > engine.kv_capacity:
+        return f"prefill_chunk = {recipe.runtime.prefill_chunk} is more than kv_capacity = {engine.kv_capacity}."
+    return None
 
 
 def with_weights(recipe: Recipe, layers: str | None, head: str | None, embedding: str | None) -> Recipe:
@@ -129,7 +211,9 @@ def with_weights(recipe: Recipe, layers: str | None, head: str | None, embedding
     """
     chosen: dict[str, Any] = asdict(recipe.weights)
     if layers is not None and layers != recipe.weights.layers:
-        chosen |= dict.fromkeys(("layers", "qkv", "ungated", "head", "embedding", "policy"), layers)
+        moved = ("layers", "qkv", "ungated", "head", "embedding", "policy")
+        # On a GPU embedding and policy have no quantised form.
+        chosen |= dict.fromkeys(moved if recipe.engine is None else moved[:4], layers)
     given = {"head": head, "embedding": embedding}
     chosen |= {part: precision for part, precision in given.items() if precision is not None}
     weights = _parse(WeightsRecipe, chosen, "the command line")
@@ -137,7 +221,11 @@ def with_weights(recipe: Recipe, layers: str | None, head: str | None, embedding
         return recipe
     suffix: list[str] = [weights.layers] if weights.layers != recipe.weights.layers else []
     suffix += [f"{part}-{precision}" for part, precision in given.items() if precision is not None]
-    return replace(recipe, name="-".join([recipe.name, *suffix]), weights=weights)
+    changed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=weights)
+    wrong = _contradiction(changed)
+    if wrong:
+        raise RecipeError(f"{recipe.name} at these weights: {wrong}")
+    return changed
 
 
 def _parse(kind: type[_T], data: object, where: str) -> _T:
@@ -155,11 +243,18 @@ def _parse(kind: type[_T], data: object, where: str) -> _T:
         raise RecipeError(f"{where}: {', '.join(missing)} is missing.")
     values: dict[str, Any] = {}
     for key, value in data.items():
-        hint = hints[key]
+        hint = _without_none(hints[key])
+        if value is None and hint is not hints[key]:
+            continue  # a table that may be absent, as a record of this recipe says it
         if is_dataclass(hint):
             values[key] = _parse(hint, value, f"{where}, [{key}]")  # type: ignore[arg-type]
             continue
         allowed = get_args(hint) if get_origin(hint) is Literal else None
+        if get_origin(hint) is tuple:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise RecipeError(f"{where}: {key} must be a list of strings, got {value!r}.")
+            values[key] = tuple(value)
+            continue
         if allowed is not None:
             if value not in allowed or isinstance(value, bool):
                 raise RecipeError(f"{where}: {key} = {value!r} is not one of {', '.join(map(repr, allowed))}.")
@@ -171,6 +266,12 @@ def _parse(kind: type[_T], data: object, where: str) -> _T:
                 raise RecipeError(f"{where}: {key} = {value} is outside {low} to {high}.")
         values[key] = value
     return kind(**values)
+
+
+def _without_none(hint: Any) -> Any:
+    """`Table | None` -> `Table`."""
+    kinds = [kind for kind in get_args(hint) if is_dataclass(kind)]
+    return kinds[0] if kinds else hint
 
 
 def _is_required(item: Field[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -97,6 +98,12 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import tiny_bundle
 
     return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", kind="low_rank")
+
+
+@pytest.fixture
+def own_bundle(tiny_root: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle to change. Its builds: cpu-fp32 and portable."""
+    return Path(shutil.copytree(tiny_root, tmp_path / "own.dash"))
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from dash_export.errors import RecipeError
-from dash_export.targets import Recipe, load_recipe, recipe_names, with_weights
+from dash_export.targets import Recipe, load_recipe, recipe_from_dict, recipe_names, with_weights
 
 
 def write(path: Path, text: str) -> str:
@@ -31,7 +32,7 @@ def test_a_path_is_a_recipe(tmp_path: Path) -> None:
 BAD: dict[str, tuple[str, str]] = {
     "unknown key": ("speed = 3", r"unknown key 'speed'\. Known keys here: description, backend"),
     "unknown key in a table": ("[weights]\nlayer = 'int4'", r"\[weights\]: unknown key 'layer'.*layers"),
-    "unknown precision": ("[weights]\nlayers = 'int3'", "'fp32', 'int8', 'int4'"),
+    "unknown precision": ("[weights]\nlayers = 'int3'", "'fp32', 'fp16', 'bf16', 'int8', 'int4'"),
     "unknown backend": ("backend = 'magic'", "backend"),
     "number as text": ("[runtime]\nthreads = 'two'", "threads must be int"),
     "bool as number": ("[runtime]\nthreads = true", "threads must be int"),
@@ -45,6 +46,90 @@ BAD: dict[str, tuple[str, str]] = {
     "list as literal": ("[weights]\nlayers = ['int4']", "layers"),
     "not TOML": ("[weights", "cannot be read"),
 }
+
+
+GPU = """
+backend = "tensorrt"
+dialect = "portable"
+[engine]
+capabilities = ["8.9"]
+kv_capacity = 1024
+[weights]
+layers = "int4"
+qkv = "int8"
+ungated = "int8"
+head = "fp16"
+embedding = "fp16"
+policy = "fp16"
+symmetric = true
+[runtime]
+dispatch = "overlapped"
+prefill_chunk = 512
+"""
+CONTRADICTIONS: dict[str, tuple[str, str, str]] = {
+    "no engine table": ('[engine]\ncapabilities = ["8.9"]\nkv_capacity = 1024', "", r"needs an \[engine\] table"),
+    "no capability": ('"8.9"', "", "compute capabilities like"),
+    "capability as sm": ("8.9", "sm_89", "compute capabilities like"),
+    "capability as number": ('["8.9"]', "[8.9]", "must be a list of strings"),
+    "capability alone": ('["8.9"]', '"8.9"', "must be a list of strings"),
+    "cpu dialect": ('"portable"', '"ort"', "'ort' is for the CPU"),
+    "fused": ('"overlapped"', '"fused"', "'fused' is for the CPU"),
+    "zero points": ("symmetric = true", "", "symmetric must be true"),
+    "fp32 layers": ('layers = "int4"', 'layers = "fp32"', "layers = 'fp32' is not one of 'fp16', 'int8', 'int4'"),
+    "int4 embedding": ('embedding = "fp16"', 'embedding = "int4"', "embedding = 'int4' is not one of 'fp16' "),
+    "bf16 weights": ('head = "fp16"', 'head = "bf16"', "head = 'bf16' is not one of 'fp16'"),
+    "fp32 activations": ("kv_capacity", 'activations = "fp32"\nkv_capacity', "no fp32 attention"),
+    "int4 on Turing": ('"8.9"', '"7.5"', "'int4' needs compute capability 8.0"),
+    "long chunk": ("prefill_chunk = 512", "prefill_chunk = 2048", "is more than kv_capacity = 1024"),
+    "tiny cache": ("kv_capacity = 1024", "kv_capacity = 1", "outside 16 to"),
+    "optimisation": ("kv_capacity", "optimization_level = 6\nkv_capacity", "outside 0 to 5"),
+    "three profiles": ("kv_capacity", "profiles = 3\nkv_capacity", "is not one of 1, 2"),
+    "unknown engine key": ("kv_capacity", "fp16 = true\nkv_capacity", r"\[engine\]: unknown key 'fp16'"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_of_gpu_recipes(name: str, tmp_path: Path) -> None:
+    old, new, message = CONTRADICTIONS[name]
+    load_recipe(write(tmp_path / "good.toml", GPU))
+    assert old in GPU
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path / "mine.toml", GPU.replace(old, new, 1)))
+
+
+def test_rtx_compiles_for_rtx_cards_only(tmp_path: Path) -> None:
+    text = GPU.replace('"tensorrt"', '"tensorrt_rtx"').replace("8.9", "9.0")
+    with pytest.raises(RecipeError, match=r"does not compile for 9\.0; it knows 7\.5, 8\.0"):
+        load_recipe(write(tmp_path / "mine.toml", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[engine]\ncapabilities = ["8.9"]', r"\[engine\] table is for GPU backends"),
+        ('dialect = "trt10"', "'trt10' is for GPU backends"),
+        ('[weights]\nlayers = "fp16"', "on a CPU weights are"),
+        ('[runtime]\ndispatch = "overlapped"', "needs a GPU backend"),
+    ],
+)
+def test_gpu_settings_on_a_cpu(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path / "mine.toml", text))
+
+
+def test_a_recorded_recipe_comes_back() -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert recipe_from_dict(json.loads(json.dumps(recipe.as_dict())), "a record") == recipe
+
+
+def test_other_weights_on_a_gpu_leave_embedding_and_policy() -> None:
+    recipe = with_weights(load_recipe("rtx"), "int4", None, None)
+    assert recipe.name == "rtx-int4"
+    assert {recipe.weights.layers, recipe.weights.qkv, recipe.weights.ungated, recipe.weights.head} == {"int4"}
+    assert (recipe.weights.embedding, recipe.weights.policy) == ("fp16", "fp16")
+    with pytest.raises(RecipeError, match="rtx at these weights: embedding = 'int4'"):
+        with_weights(load_recipe("rtx"), None, None, "int4")
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -6,18 +6,24 @@ import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress, write_atomic
 from dash_export.builders.dial import calibrate_dial
+from dash_export.builders.here import require_builder, runs_here
 from dash_export.builders.measure import measure_cost, uniform_cost
 from dash_export.builders.plan import plan_segments
 from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, to_json
 from dash_export.errors import BackendError, BundleError
-from dash_export.runtime.backends import load_backend, require_backend
+from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 from dash_export.targets import Recipe, load_recipe, with_weights
+
+VERIFICATION = "verification"
+"""Key of a build's details."""
 
 
 def build(
@@ -27,25 +33,29 @@ def build(
     weights: str | None = None,
     head: str | None = None,
     embedding: str | None = None,
+    verify: bool = False,
     progress: Progress = no_progress,
 ) -> Build:
     """Build engines for `target` (a recipe's name or path), at other precisions where given. Reuses every engine whose
-    inputs are unchanged.
+    inputs are unchanged. With `verify` every engine is compared with its portable graph and the result is kept.
 
-    Raises BundleError, RecipeError, BackendError.
+    Raises BundleError, RecipeError, BackendError; NotHereError where this machine cannot compile for the target.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     recipe = with_weights(load_recipe(target), weights, head, embedding)
-    require_backend(recipe.backend)
+    require_builder(recipe)
     began = time.perf_counter()
-    merge = recipe.dialect != "portable"
-    segments = plan_segments(bundle.manifest.model.num_layers, bundle.manifest.policy.gated, merge)
+    # The portable target is the one whose graphs are their own engines.
+    merge = recipe.engine is not None or recipe.dialect != "portable"
+    # On a GPU every policy is an engine of its own and reads what the engine before the last one gave.
+    overlap = recipe.engine is not None
+    segments = plan_segments(bundle.manifest.model.num_layers, bundle.manifest.policy.gated, merge, overlap)
     folder = bundle.path(f"engines/{recipe.name}")
     folder.mkdir(parents=True, exist_ok=True)
     bias: dict[int, float] = {}
     if merge:
         engines, files = _make_engines(bundle, recipe, segments, folder, progress)
-        bias = _policy_bias(bundle)
+        bias = _policy_bias(bundle) if recipe.dialect == "ort" else {}
     else:
         engines, files = _portable_engines(bundle), ()
     draft = Build(
@@ -54,26 +64,59 @@ def build(
         bundle_key=bundle.manifest.key,
         recipe=recipe.as_dict(),
         backend=recipe.backend,
-        backend_version=version("onnxruntime"),
-        device=f"{cpu_name()}, {physical_cores()} cores",
+        backend_version=_version(recipe),
+        device=_device(recipe),
         segments=segments,
         engines=engines,
         files=files,
         cost=uniform_cost(bundle.manifest),
         policy_bias=bias,
+        details=_builder(recipe).details(recipe) if recipe.engine is not None else {},
     )
     known = _current(bundle, draft)
-    if known is not None:
+    if known is not None and not (verify and VERIFICATION not in known.details):
         return known
+    if verify:
+        draft = _verified(bundle, known or draft, progress)
+    if known is None and runs_here(recipe):
+        draft = _measured(bundle, draft, recipe, progress)
+    finished = replace(draft, seconds=known.seconds if known else round(time.perf_counter() - began, 3))
+    write_atomic(folder / BUILD, to_json(finished))
+    return finished
+
+
+def _verified(bundle: Bundle, draft: Build, progress: Progress) -> Build:
+    # Imported here: what is lowered for a CPU is compared elsewhere, and needs no onnx to be there.
+    from dash_export.builders.verify import verification
+
+    return replace(draft, details={**draft.details, VERIFICATION: verification(bundle, draft, progress)})
+
+
+def _measured(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) -> Build:
+    """The build with its cost table and its dial, run on this machine."""
     backend = load_backend(recipe.backend, recipe.runtime.threads)
     progress("measuring the cost of each layer", 0, 0)
     draft = replace(draft, cost=measure_cost(bundle, draft, backend))
     if bundle.manifest.policy.has_network and bundle.manifest.policy.gated:
         progress("calibrating the dial", 0, 0)
         draft = replace(draft, dial=calibrate_dial(bundle, draft, backend, progress))
-    finished = replace(draft, seconds=round(time.perf_counter() - began, 3))
-    write_atomic(folder / BUILD, to_json(finished))
-    return finished
+    return draft
+
+
+def _builder(recipe: Recipe) -> Any:
+    """The module that makes a backend's engines. Imported here: lowering needs onnx, which a device that only rebuilds
+    the portable target may lack.
+    """
+    name = "tensorrt" if recipe.backend == "tensorrt_rtx" else recipe.backend
+    return import_module(f"dash_export.builders.{name}")
+
+
+def _version(recipe: Recipe) -> str:
+    return version("onnxruntime") if recipe.engine is None else str(_builder(recipe).version(recipe))
+
+
+def _device(recipe: Recipe) -> str:
+    return f"{cpu_name()}, {physical_cores()} cores" if recipe.engine is None else str(_builder(recipe).device(recipe))
 
 
 def _current(bundle: Bundle, draft: Build) -> Build | None:
@@ -82,7 +125,8 @@ def _current(bundle: Bundle, draft: Build) -> Build | None:
         known = bundle.load_build(draft.target)
     except BundleError:
         return None
-    same = replace(known, cost=draft.cost, dial={}, seconds=0.0) == draft
+    details = {key: value for key, value in known.details.items() if key != VERIFICATION}
+    same = replace(known, cost=draft.cost, dial={}, seconds=0.0, details=details) == draft
     return known if same else None
 
 
@@ -103,11 +147,9 @@ def _portable_engines(bundle: Bundle) -> dict[str, EngineRecord]:
 def _make_engines(
     bundle: Bundle, recipe: Recipe, segments: tuple[Segment, ...], folder: Path, progress: Progress
 ) -> tuple[dict[str, EngineRecord], tuple[FileRecord, ...]]:
-    # Imported here: lowering needs onnx, which a device that only rebuilds a portable target may lack.
-    from dash_export.builders.onnxruntime import Artifact, artifacts
-
+    builder = _builder(recipe)
     store = ArtifactStore(folder)
-    jobs = list(artifacts(bundle, recipe, segments, folder))
+    jobs = list(builder.artifacts(bundle, recipe, segments, folder))
     found = {job.name: store.current(job.name, job.key) for job in jobs}
     if not all(found.values()):
         # From here to the end this build says that it is unfinished.
@@ -115,7 +157,7 @@ def _make_engines(
         bundle.verify(record for record in bundle.manifest.files if record.name.startswith("onnx/"))
     done = itertools.count(1)
 
-    def make(group: list[Artifact]) -> None:
+    def make(group: list[Any]) -> None:
         for job in group:
             try:
                 found[job.name] = found[job.name] or store.make(job.name, job.key, job.write)
@@ -127,12 +169,12 @@ def _make_engines(
                 ) from error
             progress(job.name, next(done), len(jobs))
 
-    groups: list[list[Artifact]] = []
+    groups: list[list[Any]] = []
     for job in jobs:
         groups.append([job]) if job.extends is None else next(
             group for group in groups if group[0].name == job.extends
         ).append(job)
-    with ThreadPoolExecutor(_workers(bundle)) as pool:
+    with ThreadPoolExecutor(_workers(bundle, recipe)) as pool:
         try:
             for future in [pool.submit(make, group) for group in groups]:
                 future.result()
@@ -147,7 +189,8 @@ def _make_engines(
         if job.name != "rope":
             own = sum(record.bytes for record in files[job.name])
             shared = sum(record.bytes for record in files[job.extends]) if job.extends else 0
-            engines[job.name] = EngineRecord(f"{prefix}/{job.name}.onnx", own + shared, job.key)
+            file = f"{prefix}/{files[job.name][0].name}"
+            engines[job.name] = EngineRecord(file, own + shared, job.key, store.seconds(job.name))
     listed = [replace(record, name=f"{prefix}/{record.name}") for records in files.values() for record in records]
     return engines, tuple(listed)
 
@@ -160,7 +203,12 @@ def _policy_bias(bundle: Bundle) -> dict[int, float]:
     return linear_bias(bundle.graph("policy"), manifest.policy.gated) if manifest.policy.has_network else {}
 
 
-def _workers(bundle: Bundle) -> int:
-    """As many as memory allows: lowering a segment takes about six times its largest matrix in fp32."""
+def _workers(bundle: Bundle, recipe: Recipe) -> int:
+    """As many as memory allows: lowering a segment takes about six times its largest matrix in fp32.
+
+    One for TensorRT: it times kernels on the device, and TensorRT-RTX takes as long with two (29 s and 32 s).
+    """
+    if recipe.engine is not None:
+        return 1
     largest = max(record.bytes for record in bundle.manifest.files)
     return max(1, min(physical_cores(), available_memory() // (6 * largest)))

@@ -13,12 +13,14 @@ from dash_export.runtime.cpus import cpu_name
 from dash_export.runtime.dispatch import BoundStep, EngineSet
 
 WARM_UP = 10
+NOT_MEASURED = "not measured"
+"""The device of a cost table that stands in until the build is measured where it runs."""
 
 
 def uniform_cost(manifest: Manifest) -> CostTable:
     """A stand-in until the cost is measured: every layer the same, nothing but layers takes time."""
     share = 1.0 / manifest.model.num_layers
-    return CostTable(0, 0.0, {}, {}, dict.fromkeys(manifest.policy.gated, share), "not measured")
+    return CostTable(0, 0.0, {}, {}, dict.fromkeys(manifest.policy.gated, share), NOT_MEASURED)
 
 
 def measure_cost(bundle: Bundle, build: Build, backend: Backend) -> CostTable:

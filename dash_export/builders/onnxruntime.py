@@ -7,8 +7,7 @@ Every segment has a plain engine; before a gated layer also a `.policy` one that
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
+from dash_export.builders.segments import Artifact, compose_segment, graph_names, graphs_key
 from dash_export.bundle import Bundle, Segment
 from dash_export.graphs.compose import absorb, load_graph, specialise_policy
 from dash_export.graphs.ort import lower
@@ -29,18 +29,6 @@ LOWERING_REVISION = 10
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """One engine to make: `write(temporary folder)` returns its files, the .onnx first. `extends` names one whose
-    weights it maps too.
-    """
-
-    name: str
-    key: str
-    write: Callable[[Path], list[Path]]
-    extends: str | None = None
-
-
 def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path) -> Iterator[Artifact]:
     """Everything this build consists of, in an order in which each can be made. `folder` is where finished engines
     lie.
@@ -50,10 +38,7 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
     has_network = bundle.manifest.policy.has_network
 
     def graph_key(*names: str) -> str:
-        # The data file beside a graph is part of it, and so are the files graphs share.
-        files = [bundle.manifest.graphs[name] for name in names]
-        data = [file.removesuffix(".onnx") + ".data" for file in files]
-        return content_key([hashes.get(name, "") for name in (*files, *data, "onnx/rope.data", "onnx/embed.data")])
+        return graphs_key(bundle, names)
 
     base = (LOWERING_REVISION, version("onnxruntime"), recipe.as_dict()["weights"], gated)
 
@@ -73,7 +58,7 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
         lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))],
     )
     for segment in segments:
-        names = _graph_names(segment)
+        names = graph_names(segment)
         fused = has_network and segment.last + 1 in gated
         key = content_key(base, graph_key(*names), fused)
         yield Artifact(segment.name, key, partial(write_segment, bundle, recipe, segment, fused))
@@ -91,45 +76,17 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
                 yield Artifact(f"policy_{layer:02d}", key, partial(_policy, bundle, recipe, layer))
 
 
-def _graph_names(segment: Segment) -> list[str]:
-    names = [f"layer_{layer:02d}" for layer in segment.layers]
-    return ["embed"] * segment.embed + names + ["head"] * segment.head
-
-
 def write_segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: bool, out: Path) -> list[Path]:
     """Compose and lower one segment into `out`. With `keep_state` it also gives what the next layer's policy reads,
     where that lies inside it.
     """
-    g, state = _compose(bundle, segment)
+    g, state = compose_segment(bundle, segment)
     if keep_state and str(state.name) != "hidden":
         state.name = POLICY_STATE
         g.graph.outputs.append(state)
     return save_graph(
         lower(g.model(), recipe.weights, bundle.manifest.policy.gated), out / f"{segment.name}.onnx", (ROPE_FILE,)
     )
-
-
-def _compose(bundle: Bundle, segment: Segment) -> tuple[GraphWriter, ir.Value]:
-    """The segment's portable graphs in a row, and the value that enters its last layer."""
-    g = GraphWriter(segment.name, f"{', '.join(_graph_names(segment))} of {bundle.manifest.model.name}")
-    value: ir.Value | None = None
-    state: ir.Value | None = None
-    end = ""
-    for name in _graph_names(segment):
-        outputs = absorb(g, load_graph(bundle.graph(name)), {} if value is None else {"hidden": value})
-        state = (
-            next(item for item in g.graph.inputs if item.name == "hidden")
-            if value is None and name != "embed"
-            else value
-        )
-        end = "logits" if name == "head" else "hidden_out"
-        value = outputs.pop(end)
-        value.name = f"{name}/{end}"
-        g.graph.outputs.extend(outputs.values())
-    assert value is not None
-    value.name = end
-    g.graph.outputs.insert(0, value)
-    return g, value if state is None else state
 
 
 def _skip(bundle: Bundle, recipe: Recipe, name: str, out: Path) -> list[Path]:
@@ -147,7 +104,7 @@ def _fused(bundle: Bundle, recipe: Recipe, part: Segment | str, plain: Path, lay
     stay in that one's file.
     """
     if isinstance(part, Segment):
-        g, state = _compose(bundle, part)
+        g, state = compose_segment(bundle, part)
     else:
         g = GraphWriter(part, f"{part} of {bundle.manifest.model.name}")
         g.graph.outputs.extend(absorb(g, load_graph(bundle.graph(part)), {}).values())

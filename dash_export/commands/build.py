@@ -20,8 +20,9 @@ from dash_export.commands.common import (
 )
 from dash_export.commands.export import PolicyOptions, export_model, policy_options
 from dash_export.commands.progress import progress_bar
+from dash_export.errors import NotHereError
 
-PRECISION = click.Choice(["fp32", "int8", "int4"])
+PRECISION = click.Choice(["fp32", "fp16", "bf16", "int8", "int4"])
 
 
 def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
@@ -64,6 +65,13 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option("--weights", type=PRECISION, help="Precision of the layers, and of all else that is not given itself.")
 @click.option("--head", type=PRECISION, help="Precision of the head.")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")
+@click.option("--verify", is_flag=True, help="Compare every engine with its portable graph and keep the result.")
+@click.option(
+    "--kit",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write a build kit for another machine here, even where this one could build.",
+)
 @click.option(
     "-o",
     "--output",
@@ -80,13 +88,16 @@ def command(
     weights: str | None,
     head: str | None,
     embedding: str | None,
+    verify: bool,
+    kit: Path | None,
     output: Path | None,
     options: PolicyOptions,
 ) -> None:
     """Compile the engines of a bundle for a target, and measure what each layer costs here.
 
     Given a MODEL it exports first (see `dash-export export` for the policy options). Engines whose inputs are
-    unchanged are reused; a build that was killed goes on where it stopped.
+    unchanged are reused; a build that was killed goes on where it stopped. For a GPU this machine does not have, it
+    writes a build kit to copy to the one that has it.
     """
     from dash_export.targets import load_recipe
 
@@ -107,9 +118,33 @@ def command(
     from dash_export.builders import build
 
     ctx.meta[OUTPUT] = str(bundle.root)
-    with progress_bar(f"build {target}") as progress:
-        made = build(bundle, target, weights=weights, head=head, embedding=embedding, progress=progress)
+    precision = {"--weights": weights, "--head": head, "--embedding": embedding}
+    try:
+        if kit is not None:
+            raise NotHereError("Asked for with --kit.")
+        with progress_bar(f"build {target}") as progress:
+            made = build(
+                bundle, target, weights=weights, head=head, embedding=embedding, verify=verify, progress=progress
+            )
+    except NotHereError as reason:
+        _kit(bundle, target, precision, str(reason), kit)
+        return
     _summary(bundle, made)
+
+
+def _kit(bundle: Bundle, target: str, precision: dict[str, str | None], reason: str, output: Path | None) -> None:
+    """A folder to copy to a machine that can build for the target."""
+    from dash_export.builders.kit import SCRIPT, write_kit
+
+    click.echo(reason, err=True)
+    options = [word for name, value in precision.items() if value is not None for word in (name, value)]
+    with progress_bar(f"kit {target}") as progress:
+        folder = write_kit(bundle, target, options, reason, output, progress)
+    files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    click.echo(
+        f"{folder}: a build kit ({size(files)}), checked: every graph is valid and agrees with its portable one."
+    )
+    click.echo(f"Copy it to the device and run there: python3 {folder.name}/{SCRIPT}")
 
 
 def _summary(bundle: Bundle, build: Build) -> None:
@@ -118,6 +153,13 @@ def _summary(bundle: Bundle, build: Build) -> None:
     if not build.files:
         engines = f"{len(build.engines)} portable graphs, used as they are"
     click.echo(f"{bundle.root}/engines/{build.target}: {engines} (portable part {size(bundle_bytes(bundle))})")
+    verified = build.details.get("verification")
+    if verified:
+        worst = max(error for errors in verified["engines"].values() for error in errors.values())
+        click.echo(f"Verified: {len(verified['engines'])} engines, {verified['compared']}; largest error {worst:.2g}.")
+    if not cost.segment_us:
+        click.echo(f"For {build.device}. Costs are not measured: that needs the device (`build` there measures them).")
+        return
     click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}")
     if cost.cost:
         share = max(cost.cost.values())

@@ -174,7 +174,10 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
     console = result_console()
     print_table(console, table)
     dense = f"{build.cost.dense_us / 1000:.2f} ms/token at {build.cost.context} cached tokens"
-    click.echo(f"Measured on {build.device}: dense {dense}.")
+    measured = bool(build.cost.segment_us)
+    click.echo(
+        f"Measured on {build.device}: dense {dense}." if measured else f"For {build.device}; costs not measured."
+    )
     click.echo(
         "Size: what the engine maps from disk. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
     )

@@ -26,6 +26,27 @@ def test_a_gated_last_layer_leaves_the_head_alone() -> None:
     assert names((9,)) == ["layers_00-08", "layer_09", "head"]
 
 
+def test_overlap_lets_what_stands_before_a_gated_layer_alone() -> None:
+    def overlapped(*gated: int) -> list[str]:
+        return [segment.name for segment in plan_segments(LAYERS, gated, overlap=True)]
+
+    assert overlapped(4) == ["layers_00-02", "layer_03", "layer_04", "layers_05-09"]
+    assert overlapped(2) == ["layer_00", "layer_01", "layer_02", "layers_03-09"]
+    assert overlapped(1) == ["embed", "layer_00", "layer_01", "layers_02-09"]
+    assert overlapped() == ["layers_00-09"]
+
+
+@given(st.sets(st.integers(1, LAYERS - 1)))
+def test_overlap_gives_every_policy_an_engine_to_run_beside(gated: set[int]) -> None:
+    """The policy for layer l reads the input of layer l - 1: the output of the engine before it."""
+    segments = plan_segments(LAYERS, sorted(gated), overlap=True)
+    assert [layer for segment in segments for layer in segment.layers] == list(range(LAYERS))
+    for before, segment in pairwise(segments):
+        if segment.gated:
+            assert len(before.layers) == 1
+            assert not before.embed or segment.first > 1
+
+
 @given(st.sets(st.integers(1, LAYERS - 1)), st.booleans())
 def test_every_layer_once_and_gated_ones_alone(gated: set[int], merge: bool) -> None:
     segments = plan_segments(LAYERS, sorted(gated), merge)

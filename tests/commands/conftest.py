@@ -1,8 +1,7 @@
-"""A tiny model folder and bundles of it, for every command."""
+"""A tiny model folder and edited bundles of it, for every command."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +12,6 @@ import pytest
 def model(tiny_root: Path) -> Path:
     """A tiny llama as a Hugging Face folder, with a chat template."""
     return tiny_root.parent / "model"
-
-
-@pytest.fixture
-def own_bundle(tiny_root: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny bundle to change. Its builds: cpu-fp32 and portable."""
-    return Path(shutil.copytree(tiny_root, tmp_path / "own.dash"))
 
 
 @pytest.fixture

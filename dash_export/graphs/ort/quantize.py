@@ -11,8 +11,9 @@ import onnx_ir as ir
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused
+from dash_export.graphs.precision import weight_precision
 from dash_export.models.spec import Float32Array
-from dash_export.targets import Precision, WeightsRecipe
+from dash_export.targets import WeightsRecipe
 
 CONTRIB = "com.microsoft"
 BITS = {"int8": 8, "int4": 4}
@@ -34,27 +35,13 @@ def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[i
     """Quantise every weight matrix at the precision its part of the model has in the recipe."""
     for node in list(graph):
         if node.op_type == "MatMul":
-            precision = _precision(str(node.name), recipe, gated)
+            precision = weight_precision(str(node.name), recipe, gated)
             matrix = constant_value(node.inputs[1])
             if precision in BITS and matrix is not None and _is_weight(matrix, recipe.block_size):
                 _matmul(graph, node, matrix, BITS[precision], recipe)
         elif node.op_type == "Gather" and node.name == "embed" and recipe.embedding in BITS:
             _embedding(graph, node, BITS[recipe.embedding], recipe)
     drop_unused(graph)
-
-
-def _precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Precision:
-    """The precision of a node's weights; a layer's nodes are named `layer_NN/...`, its skip graph's `skip_NN/...`."""
-    part, _, rest = node.partition("/")
-    if part == "head":
-        return recipe.head
-    if part == "policy" or rest.startswith("compensation"):
-        return recipe.policy
-    if int(part.rsplit("_", 1)[1]) not in gated:
-        return recipe.ungated
-    return (
-        recipe.qkv if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")) else recipe.layers
-    )
 
 
 def _is_weight(matrix: npt.NDArray[Any], block: int) -> bool:

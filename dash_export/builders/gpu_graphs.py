@@ -1,0 +1,55 @@
+"""The lowered graph of every engine of a GPU build: what is compiled, and what `--verify` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import onnx_ir as ir
+
+from dash_export.builders.segments import compose_segment, graph_names, graphs_key
+from dash_export.bundle import Bundle, Segment
+from dash_export.graphs.compose import load_graph, specialise_policy
+from dash_export.graphs.trt import lower
+from dash_export.targets import Recipe
+
+LOWERING_REVISION = 2
+"""Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
+
+MakeGraph = Callable[[], ir.Model]
+
+
+def portable_graphs(bundle: Bundle, segments: Sequence[Segment]) -> Iterator[tuple[str, str, MakeGraph]]:
+    """(name, hash of what it is made from, maker) of every engine's graph, still in the portable form."""
+    for segment in segments:
+        yield segment.name, graphs_key(bundle, graph_names(segment)), partial(_segment, bundle, segment)
+        if not segment.gated:
+            continue
+        skip = f"skip_{segment.first:02d}"
+        yield skip, graphs_key(bundle, [skip]), partial(_load, bundle, skip)
+        if bundle.manifest.policy.has_network:
+            name = f"policy_{segment.first:02d}"
+            yield name, graphs_key(bundle, ["policy"]), partial(_policy, bundle, segment.first)
+
+
+def lowered_graphs(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment]) -> Iterator[tuple[str, str, MakeGraph]]:
+    """The same, lowered by the recipe."""
+    gated = bundle.manifest.policy.gated
+
+    def lowered(make: MakeGraph) -> ir.Model:
+        return lower(make(), recipe, gated)
+
+    for name, key, make in portable_graphs(bundle, segments):
+        yield name, key, partial(lowered, make)
+
+
+def _segment(bundle: Bundle, segment: Segment) -> ir.Model:
+    return compose_segment(bundle, segment)[0].model()
+
+
+def _load(bundle: Bundle, name: str) -> ir.Model:
+    return load_graph(bundle.graph(name))
+
+
+def _policy(bundle: Bundle, layer: int) -> ir.Model:
+    return specialise_policy(load_graph(bundle.graph("policy")), layer)

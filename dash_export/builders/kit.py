@@ -1,0 +1,117 @@
+"""The build kit: for a target this machine cannot compile for, a folder to copy to one that can.
+
+It holds the bundle, this package and one command. What can be proved here is proved before it is written: every lowered
+graph passes the ONNX checker and agrees with its portable graph.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from dash_export import __version__
+from dash_export.artifacts import FileRecord, Progress, no_progress, sha256_file, write_atomic
+from dash_export.builders import kit_script
+from dash_export.builders.plan import plan_segments
+from dash_export.builders.verify import recorded, verify_graphs
+from dash_export.bundle import MANIFEST, Bundle
+from dash_export.errors import BundleError
+from dash_export.resources import PACKAGE, resource_folder
+from dash_export.targets import Recipe, load_recipe, with_weights
+
+RECORD = "kit.json"
+SCRIPT = "build.py"
+RECIPE = "recipes"
+PACKAGES = ("numpy>=1.26", "tokenizers>=0.20", "jinja2>=3.1.5", "click>=8.1", "rich>=13", "onnx>=1.20", "onnx_ir>=1.1")
+"""What building needs on the device, beside its TensorRT; `tomli` and `ml_dtypes` come on top."""
+
+
+def write_kit(
+    bundle: Bundle,
+    target: str,
+    options: Sequence[str],
+    reason: str,
+    output: Path | None = None,
+    progress: Progress = no_progress,
+) -> Path:
+    """Write the kit of `target` (name or path of a recipe) and return its folder, by default beside the bundle.
+
+    `options` are the command line's own for the precision (`--weights int4`). Raises BackendError when a lowered graph
+    is not what its portable graph says, BundleError when the bundle is damaged or something else lies at `output`.
+    """
+    recipe = chosen_recipe(target, options)
+    folder = output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit")
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
+    bundle.verify(bundle.manifest.files)
+    segments = plan_segments(bundle.manifest.model.num_layers, bundle.manifest.policy.gated, True, True)
+    checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress))
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        progress("copying the bundle", 0, 0)
+        _copy_bundle(bundle, unfinished / bundle.root.name)
+        _copy_package(unfinished / "lib" / "dash_export")
+        command = ["build", bundle.root.name, "--target", _carry_recipe(target, unfinished), *options]
+        (unfinished / SCRIPT).write_text(Path(kit_script.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+        (unfinished / "requirements.txt").write_text(_requirements(), encoding="utf-8")
+        record = {
+            "schema": 1,
+            "dash-export": __version__,
+            "target": recipe.name,
+            "backend": recipe.backend,
+            "recipe": recipe.as_dict(),
+            "reason": reason,
+            "command": command,
+            "verification": checked,
+            "files": [asdict(item) for item in _records(unfinished)],
+        }
+        write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.replace(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return folder
+
+
+def chosen_recipe(target: str, options: Sequence[str]) -> Recipe:
+    """The recipe that `--target TARGET OPTIONS` means."""
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    return with_weights(load_recipe(target), given.get("--weights"), given.get("--head"), given.get("--embedding"))
+
+
+def _copy_bundle(bundle: Bundle, into: Path) -> None:
+    """Everything but engines. Copies, not hard links: onnx and onnx_ir refuse to read weights that have two names."""
+    for name in [MANIFEST, *(record.name for record in bundle.manifest.files)]:
+        copy = into / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(bundle.path(name), copy)
+
+
+def _copy_package(into: Path) -> None:
+    shutil.copytree(PACKAGE, into, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "_resources"))
+    for name in ("engines", "calibration"):
+        shutil.copytree(resource_folder(name), into / "_resources" / name)
+
+
+def _carry_recipe(target: str, kit: Path) -> str:
+    """What `--target` says inside the kit: a shipped recipe's name, or the copy of one given as a file."""
+    if Path(target).suffix != ".toml":
+        return target
+    (kit / RECIPE).mkdir()
+    shutil.copy2(target, kit / RECIPE)
+    return f"{RECIPE}/{Path(target).name}"
+
+
+def _requirements() -> str:
+    return "\n".join([*PACKAGES, "ml_dtypes>=0.5", "tomli>=2; python_version < '3.11'"]) + "\n"
+
+
+def _records(root: Path) -> list[FileRecord]:
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    return [FileRecord(path.relative_to(root).as_posix(), sha256_file(path), path.stat().st_size) for path in paths]

@@ -1,0 +1,117 @@
+"""Portable graphs + recipe -> TensorRT engines: one per segment, skip graph and policy.
+
+The lowered ONNX file is a step on the way and is not kept: `build --verify` makes it again. Engines hold their weights
+themselves, so nothing is shared between files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from dash_export.artifacts import content_key
+from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_graphs
+from dash_export.builders.here import device_here
+from dash_export.builders.segments import Artifact
+from dash_export.builders.trt_api import PORTABLE_SINCE, Settings, Shapes, Toolkit, load_toolkit
+from dash_export.bundle import Bundle, Segment
+from dash_export.errors import BackendError
+from dash_export.graphs.trt.lower import LOGIT_ROWS
+from dash_export.graphs.writer import save_graph
+from dash_export.targets import Recipe
+
+TIMING_CACHE = "timing.cache"
+
+
+def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path) -> Iterator[Artifact]:
+    """Every engine of this build. Raises BackendError where this machine's TensorRT cannot compile the dialect."""
+    toolkit = load_toolkit(recipe.backend)
+    if recipe.dialect == "portable" and not toolkit.is_rtx and toolkit.release < PORTABLE_SINCE:
+        raise BackendError(
+            f"TensorRT {toolkit.version} has no KV cache update: the portable dialect needs "
+            f"{'.'.join(map(str, PORTABLE_SINCE))} or newer. Copy engines/{recipe.name}.toml and set dialect = 'trt10'."
+        )
+    parts = recipe.as_dict()
+    base = (LOWERING_REVISION, toolkit.backend, toolkit.version, device(recipe), recipe.dialect)
+    base_key = content_key(*base, parts["weights"], parts["engine"], recipe.runtime.prefill_chunk)
+    gated = bundle.manifest.policy.gated
+    for name, graph, make in lowered_graphs(bundle, recipe, segments):
+        compile_it = partial(_compile, toolkit, recipe, name, make, folder / TIMING_CACHE)
+        yield Artifact(name, content_key(base_key, gated, graph, name), compile_it)
+
+
+def version(recipe: Recipe) -> str:
+    return load_toolkit(recipe.backend).version
+
+
+def device(recipe: Recipe) -> str:
+    """What the engines are for: capabilities where they are compiled ahead of time, else the device that compiles."""
+    assert recipe.engine is not None
+    if load_toolkit(recipe.backend).is_rtx:
+        return f"any device of compute capability {', '.join(recipe.engine.capabilities)}"
+    here = device_here()
+    return f"{here.name} (compute capability {here.capability})" if here is not None else "unknown"
+
+
+def details(recipe: Recipe) -> dict[str, Any]:
+    """For build.json: the compiler and everything it was told beside the graphs."""
+    assert recipe.engine is not None
+    told = asdict(engine_settings(None, recipe)) | {
+        "capabilities": list(recipe.engine.capabilities),
+        "profiles": ["decode", "prefill"] if recipe.engine.profiles == 2 else ["both"],
+        "strongly_typed": True,
+    }
+    return {"compiler": load_toolkit(recipe.backend).describe(), **told}
+
+
+def _compile(toolkit: Toolkit, recipe: Recipe, name: str, make: MakeGraph, timing: Path, out: Path) -> list[Path]:
+    model = make()
+    settings = engine_settings(model, recipe)
+    graph, path = out / f"{name}.onnx", out / f"{name}.engine"
+    save_graph(model, graph)
+    del model
+    known = b"" if toolkit.is_rtx or not timing.is_file() else timing.read_bytes()
+    engine, learnt = toolkit.compile(graph, settings, known)
+    with path.open("wb") as file:
+        file.write(memoryview(engine))
+    if learnt and learnt != known:
+        (out / timing.name).write_bytes(learnt)
+        (out / timing.name).replace(timing)
+    return [path]
+
+
+def engine_settings(model: ir.Model | None, recipe: Recipe) -> Settings:
+    """The compiler's settings for a lowered graph: a profile for decode and one for prefill chunks, or one for both.
+
+    Without a graph: the settings that all of them share.
+    """
+    engine = recipe.engine
+    assert engine is not None
+    chunk = recipe.runtime.prefill_chunk
+    rows = min(engine.logit_rows, chunk)
+    # (smallest, best, largest) number of tokens, and of rows that get logits.
+    decode, prefill, both = ((1, 1, 1), (1, 1, 1)), ((1, chunk, chunk), (1, 1, rows)), ((1, 1, chunk), (1, 1, rows))
+    sizes = (decode, prefill) if engine.profiles == 2 else (both,)
+    return Settings(
+        profiles=tuple(_shapes(model, *each) for each in sizes) if model is not None else (),
+        capabilities=engine.capabilities,
+        optimization_level=engine.optimization_level,
+        aux_streams=engine.aux_streams,
+        workspace_bytes=engine.workspace_mib << 20,
+    )
+
+
+def _shapes(model: ir.Model, tokens: tuple[int, int, int], rows: tuple[int, int, int]) -> Shapes:
+    shapes: dict[str, Any] = {}
+    for value in model.graph.inputs:
+        sizes = rows if value.name == LOGIT_ROWS else tokens
+        assert value.shape is not None
+        shapes[str(value.name)] = tuple(
+            tuple(size if isinstance(size, int) else wanted for size in value.shape) for wanted in sizes
+        )
+    return shapes

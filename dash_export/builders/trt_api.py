@@ -1,0 +1,157 @@
+"""One face for TensorRT 10.3 to 11.x and TensorRT-RTX: what differs between them is here and nowhere else.
+
+Nothing here needs a device but `tensorrt` itself, which compiles for the one it runs on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dash_export.errors import BackendError
+
+EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
+PORTABLE_SINCE = (10, 15)
+"""TensorRT before this one has no KVCacheUpdate: the `trt10` dialect is for it."""
+
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+"""One optimisation profile: input -> (smallest, best, largest) shape."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a builder is told beside the graph. `capabilities` are for TensorRT-RTX, which compiles ahead of time."""
+
+    profiles: tuple[Shapes, ...]
+    capabilities: tuple[str, ...]
+    optimization_level: int
+    aux_streams: int
+    workspace_bytes: int
+
+
+class Toolkit:
+    """The bindings of one TensorRT, with a logger that keeps what went wrong."""
+
+    def __init__(self, backend: str) -> None:
+        """Raises BackendError that names the extra when the package is missing or does not load."""
+        try:
+            self.trt: Any = import_module(backend)
+        except ImportError as error:
+            raise BackendError(
+                f"{backend} is not installed on this machine or does not load ({error}). "
+                f"Run: pip install 'dash-export[{EXTRAS[backend]}]'"
+            ) from error
+        self.backend = backend
+        self.version = str(self.trt.__version__)
+        self.logger = _logger(self.trt)
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """(major, minor)."""
+        return tuple(int(part) for part in self.version.split(".")[:2])
+
+    @property
+    def is_rtx(self) -> bool:
+        return self.backend == "tensorrt_rtx"
+
+    def compile(self, graph: Path, settings: Settings, timing: bytes = b"") -> tuple[Any, bytes]:
+        """ONNX file -> (serialized engine as a buffer, timing cache). Raises BackendError with TensorRT's own words."""
+        trt = self.trt
+        with self.logger.collected() as complaints:
+            builder = trt.Builder(self.logger)
+            network = builder.create_network(self._network_flags())
+            parser = trt.OnnxParser(network, self.logger)
+            if not parser.parse_from_file(str(graph)):
+                errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+                raise BackendError(f"{self.describe()} cannot read {graph.stem}: {errors or self._last(complaints)}")
+            config = builder.create_builder_config()
+            self._configure(config, settings)
+            for shapes in settings.profiles:
+                config.add_optimization_profile(self._profile(builder, network, shapes))
+            cached = self._timing_cache(config, timing)
+            engine = builder.build_serialized_network(network, config)
+            if engine is None:
+                raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {self._last(complaints)}")
+            return engine, bytes(cached.serialize()) if cached is not None else b""
+
+    def _network_flags(self) -> int:
+        # 11.x is always strongly typed and keeps the flag as a name without a meaning.
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 0 if flag is None else 1 << int(flag)
+
+    def _configure(self, config: Any, settings: Settings) -> None:
+        trt = self.trt
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+        config.builder_optimization_level = settings.optimization_level
+        config.max_aux_streams = settings.aux_streams
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if self.is_rtx:
+            config.num_compute_capabilities = len(settings.capabilities)
+            for index, capability in enumerate(settings.capabilities):
+                known = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}", None)
+                if known is None or not config.set_compute_capability(known, index):
+                    raise BackendError(f"{self.describe()} does not compile for compute capability {capability}.")
+
+    def _profile(self, builder: Any, network: Any, shapes: Shapes) -> Any:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            if -1 in tuple(tensor.shape):
+                profile.set_shape(tensor.name, *shapes[tensor.name])
+        return profile
+
+    def _timing_cache(self, config: Any, timing: bytes) -> Any:
+        """RTX times nothing when it compiles: its cache is a deprecated no-op."""
+        if self.is_rtx:
+            return None
+        cached = config.create_timing_cache(timing)
+        config.set_timing_cache(cached, ignore_mismatch=False)
+        return cached
+
+    def describe(self) -> str:
+        return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
+
+    def _last(self, complaints: Sequence[str]) -> str:
+        return complaints[-1] if complaints else "it gave no reason"
+
+
+@cache
+def load_toolkit(backend: str) -> Toolkit:
+    """The toolkit of a backend, loaded once. Raises BackendError."""
+    return Toolkit(backend)
+
+
+@cache
+def _logger(trt: Any) -> Any:
+    """TensorRT keeps the first logger of a process for good, so there is one; errors are kept, the rest is dropped."""
+
+    class Collector(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._lists: list[list[str]] = []
+            self._lock = threading.Lock()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                with self._lock:
+                    for complaints in self._lists:
+                        complaints.append(message)
+
+        @contextmanager
+        def collected(self) -> Iterator[list[str]]:
+            complaints: list[str] = []
+            with self._lock:
+                self._lists.append(complaints)
+            try:
+                yield complaints
+            finally:
+                with self._lock:
+                    self._lists = [known for known in self._lists if known is not complaints]
+
+    return Collector()

@@ -1,0 +1,332 @@
+"""`build --verify`: every engine or lowered graph against the portable graph, on the states of a real text.
+
+Every segment gets the same input twice, in the portable float32 form and in the lowered one: a prefill, a decoded
+token, and a chunk over a cache that is already there. So errors are each segment's own and do not add up on the way.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from dash_export.artifacts import Progress, no_progress
+from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
+from dash_export.builders.segments import graph_names
+from dash_export.bundle import Build, Bundle, Segment
+from dash_export.errors import BackendError
+from dash_export.graphs.trt import lower
+from dash_export.graphs.trt.decompose import OPSET as trt10_opset  # noqa: N811
+from dash_export.graphs.writer import OPSET as graph_opset  # noqa: N811
+from dash_export.graphs.writer import save_graph
+from dash_export.names import new_names, past_names, present_names, short_name
+from dash_export.resources import resource_folder
+from dash_export.runtime.text import Text
+from dash_export.targets import Precision, Recipe, recipe_from_dict
+
+OPSETS = {"portable": graph_opset, "trt10": trt10_opset}
+STEPS = ((0, 24), (24, 1), (25, 6))
+"""(first position, tokens) of every step: prefill, decode, a chunk over a filled cache."""
+CAPACITY = 48
+"""Rows of the cache here: the graphs are the same at every capacity, and a small one is quick on a CPU."""
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.05, "int8": 0.06, "int4": 0.35}
+"""Allowed error of what a segment adds to the hidden state (of logits, new K/V rows, damage), by its coarsest weights:
+root mean square, relative to the portable graph's. SmolLM2's worst: fp16 0.0099, int8 0.037, int4 0.17."""
+
+SMALLEST_UPDATE = 0.05
+"""An update that is a smaller part of the state than this drowns in the state's own 16-bit rounding: a few channels of
+a few tokens are a thousand times larger than the rest."""
+_CHARACTERS = 2000
+
+Arrays = dict[str, npt.NDArray[Any]]
+Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
+"""One engine or graph: inputs by name -> outputs by name."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One engine against its portable graph. `errors`: relative root mean square by output kind."""
+
+    engine: str
+    errors: dict[str, float]
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return all(error <= self.allowed for error in self.errors.values())
+
+
+def verify_graphs(
+    bundle: Bundle,
+    recipe: Recipe,
+    segments: Sequence[Segment],
+    engines: Mapping[str, Path],
+    progress: Progress = no_progress,
+    policy_bias: Mapping[int, float] | None = None,
+) -> tuple[list[Check], str]:
+    """Compare every engine (CPU: the files in `engines`) or the graph it is compiled from (GPU) with its portable
+    graph, in ONNX Runtime on this CPU. A GPU graph must also pass the ONNX checker at its dialect's opset.
+    `policy_bias` is the build's: what the host adds to a linear policy's score.
+
+    Returns the checks and what was compared, in words. ONNX Runtime has no bfloat16 on a CPU: such graphs are compared
+    at float32, which shows everything but the rounding.
+    """
+    words = "engines" if recipe.engine is None else f"lowered graphs at {recipe.engine.activations}"
+    if recipe.engine is not None:
+        if recipe.engine.activations == "bf16":
+            recipe, words = _at_float32(recipe), "lowered graphs at fp32 (bf16 is not there)"
+        assert recipe.engine is not None
+        recipe = replace(recipe, engine=replace(recipe.engine, kv_capacity=CAPACITY))
+    with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
+        checks = list(_checks(bundle, recipe, segments, engines, Path(folder), progress, policy_bias or {}))
+    return checks, f"{words} in ONNX Runtime on a CPU"
+
+
+def verification(bundle: Bundle, build: Build, progress: Progress = no_progress) -> dict[str, Any]:
+    """`verify_graphs` of a build, as it is kept in its details. Raises BackendError when an engine does not agree."""
+    recipe = recipe_from_dict(build.recipe, "the recipe recorded in the build")
+    files = {name: bundle.path(engine.file) for name, engine in build.engines.items()}
+    return recorded(*verify_graphs(bundle, recipe, build.segments, files, progress, build.policy_bias))
+
+
+def recorded(checks: list[Check], words: str) -> dict[str, Any]:
+    """As JSON. Raises BackendError when a check failed."""
+    require_passed(checks, words)
+    return {"compared": words, "engines": {check.engine: check.errors for check in checks}}
+
+
+def require_passed(checks: list[Check], words: str) -> None:
+    """Raises BackendError that names the worst engine that is not what its portable graph says."""
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        worst = max(failed, key=lambda check: max(check.errors.values()) / check.allowed)
+        which, error = max(worst.errors.items(), key=lambda item: item[1])
+        raise BackendError(
+            f"{len(failed)} of {len(checks)} engines do not agree with their portable graphs ({words}). The worst: "
+            f"{worst.engine}, whose {which} is off by {error:.3g} (allowed {worst.allowed:g}). Do not use this build; "
+            "export the model again, and tell us if that does not help."
+        )
+
+
+def _at_float32(recipe: Recipe) -> Recipe:
+    assert recipe.engine is not None
+    wide: dict[str, Any] = {part: "fp32" for part, value in recipe.as_dict()["weights"].items() if value == "bf16"}
+    weights = replace(recipe.weights, **wide)
+    return replace(recipe, weights=weights, engine=replace(recipe.engine, activations="fp32"))
+
+
+def _checks(
+    bundle: Bundle,
+    recipe: Recipe,
+    segments: Sequence[Segment],
+    engines: Mapping[str, Path],
+    folder: Path,
+    progress: Progress,
+    policy_bias: Mapping[int, float],
+) -> Iterator[Check]:
+    gated = bundle.manifest.policy.gated
+    graphs = {name: make for name, _, make in portable_graphs(bundle, segments)}
+    walk = _Walk(bundle)
+    for done, (segment, name) in enumerate(_in_order(segments, graphs), 1):
+        with ExitStack() as stack:
+            # A graph of the bundle is read where it lies; a merged one and a specialised policy are written first.
+            own = name.startswith("skip") or graph_names(segment) == [name]
+            path = bundle.graph(name) if own else stack.enter_context(_saved(graphs[name](), folder / "portable.onnx"))
+            if recipe.engine is None:
+                other = engines[name]
+            else:
+                other = stack.enter_context(_saved(lower(graphs[name](), recipe, gated), folder / "lowered.onnx"))
+                _check_standard(other, name, recipe)
+            errors = walk.compare(segment, name, _session(path), _session(other, policy_bias.get(segment.first)))
+        progress(f"verify {name}", done, len(graphs))
+        yield Check(name, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
+
+
+def _check_standard(path: Path, name: str, recipe: Recipe) -> None:
+    """Raises BackendError when a lowered graph is not valid ONNX of the opset its dialect promises."""
+    import onnx
+
+    opsets = [(opset.domain, opset.version) for opset in onnx.load(path, load_external_data=False).opset_import]
+    if opsets != [("", OPSETS[recipe.dialect])]:
+        raise BackendError(
+            f"{name} is lowered to opset {opsets}, and {recipe.dialect} promises {OPSETS[recipe.dialect]}."
+        )
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BackendError(f"{name} is not valid ONNX at opset {OPSETS[recipe.dialect]}: {error}") from error
+
+
+def _in_order(segments: Iterable[Segment], graphs: Mapping[str, MakeGraph]) -> Iterator[tuple[Segment, str]]:
+    """Every engine to check; a segment's own comes last, because it moves the states on."""
+    for segment in segments:
+        for name in (f"policy_{segment.first:02d}", f"skip_{segment.first:02d}"):
+            if segment.gated and name in graphs:
+                yield segment, name
+        yield segment, segment.name
+
+
+class _Walk:
+    """The text's states on their way through the portable segments, one per step."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.model = bundle.manifest.model
+        rng = np.random.default_rng(0)
+        ids = _text_ids(bundle)
+        self.states: list[npt.NDArray[Any]] = [ids[None, start : start + count] for start, count in STEPS]
+        self.before = self.states
+        self.actions = [rng.integers(0, 2, (1, count, 2)).astype(np.float32) for _, count in STEPS]
+
+    def compare(self, segment: Segment, name: str, portable: Run, lowered: Run) -> dict[str, float]:
+        """Errors by kind over all steps. A segment moves the states on; skip graph and policy leave them."""
+        layers = () if name.startswith("policy") else segment.layers
+        caches = [self._empty_cache(layers) for _ in range(2)]
+        pairs: dict[str, list[_Pair]] = {}
+        outputs = []
+        for step, (start, count) in enumerate(STEPS):
+            # What a policy reads: the input of the layer before, or (of the first segment) any hidden state.
+            from_before = name.startswith("policy") and self.before[step].dtype == np.float32
+            state = (self.before if from_before else self.states)[step]
+            inputs = self._inputs(state, step) | {"layer": np.array([segment.first])}
+            one, other = (
+                self._step(run, inputs | cache, cache, start, count)
+                for run, cache in zip((portable, lowered), caches, strict=True)
+            )
+            outputs.append(next(one[key] for key in ("hidden_out", "logits", "damage") if key in one))
+            if set(one) - set(other):
+                raise BackendError(f"{name} does not give {', '.join(sorted(set(one) - set(other)))}: build it again.")
+            for key in one:
+                # A hidden state is judged by what the segment adds to it.
+                base = state if key == "hidden_out" and state.dtype == np.float32 else np.zeros(1, np.float32)
+                pair = _Pair(one[key] - base, other[key].astype(np.float32) - base, base)
+                pairs.setdefault("K/V" if key.startswith("row") else key, []).append(pair)
+        if name == segment.name:
+            self.before, self.states = self.states, outputs
+        return {kind: _relative(found) for kind, found in sorted(pairs.items())}
+
+    def _empty_cache(self, layers: Iterable[int]) -> Arrays:
+        model = self.model
+        shape = (1, model.num_kv_heads, CAPACITY, model.head_dim)
+        return {name: np.zeros(shape, np.float32) for layer in layers for name in past_names(layer)}
+
+    def _inputs(self, state: npt.NDArray[Any], step: int) -> Arrays:
+        start, count = STEPS[step]
+        positions = np.arange(start, start + count)
+        mask = np.arange(CAPACITY)[None, :] <= positions[:, None]
+        return {
+            "input_ids" if state.dtype == np.int64 else "hidden": state,
+            "position_ids": positions[None],
+            "write_indices": np.array([start]),
+            "attention_mask": mask[None, None],
+            "seqlens_k": np.array([start + count - 1], np.int32),
+            "total_length": np.array([start + count], np.int32),
+            "first_logit": np.array([0]),
+            "logit_rows": positions - start,
+            "actions": self.actions[step],
+        }
+
+    def _step(self, run: Run, inputs: Arrays, cache: Arrays, start: int, count: int) -> Arrays:
+        """Run once, write the new rows into `cache` and give them as `row ...` with the other outputs."""
+        found = run(inputs)
+        for past in cache:
+            layer, which = past.split(".")[1:]
+            index = ("key", "value").index(which)
+            present, new = (names(int(layer))[index] for names in (present_names, new_names))
+            rows = found.pop(new) if new in found else found.pop(present)[:, :, start : start + count]
+            cache[past][:, :, start : start + count] = rows.astype(np.float32)
+            found[f"row {past}"] = rows.astype(np.float32)
+        return found
+
+
+@dataclass(frozen=True)
+class _Pair:
+    expected: npt.NDArray[np.float32]
+    found: npt.NDArray[np.float32]
+    base: npt.NDArray[np.float32]
+
+
+def _relative(pairs: list[_Pair]) -> float:
+    """Root mean square of the difference, over that of what was expected."""
+
+    def rms(arrays: Iterable[npt.NDArray[np.float32]]) -> float:
+        return float(np.sqrt(np.mean(np.concatenate([array.ravel() for array in arrays]).astype(np.float64) ** 2)))
+
+    scale = max(rms(pair.expected for pair in pairs), rms(pair.base for pair in pairs) * SMALLEST_UPDATE, 1e-12)
+    error = rms(pair.found - pair.expected for pair in pairs) / scale
+    return round(error, 6) if np.isfinite(error) else float("inf")
+
+
+def _coarsest(recipe: Recipe, segment: Segment, name: str, gated: tuple[int, ...]) -> Precision:
+    """The precision of a graph's coarsest weights."""
+    weights = recipe.weights
+    if name.startswith("policy"):
+        return weights.policy
+    used: list[Precision] = [weights.head] * segment.head + [weights.embedding]
+    for layer in segment.layers:
+        used += [weights.layers, weights.qkv] if layer in gated else [weights.ungated]
+    order = list(TOLERANCE)
+    return max(used, key=order.index)
+
+
+def _text_ids(bundle: Bundle) -> npt.NDArray[np.int64]:
+    text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
+    ids = Text(bundle.root).encode(text[:_CHARACTERS])
+    return np.resize(np.array(ids, np.int64), sum(count for _, count in STEPS))
+
+
+@contextmanager
+def _saved(model: ir.Model, path: Path) -> Iterator[Path]:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):  # small ones would stay references into the bundle
+            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+    files = save_graph(model, path)
+    yield path
+    for file in files:
+        file.unlink()
+
+
+def _session(path: Path, score_bias: float | None = None) -> Run:
+    """A graph in ONNX Runtime on the CPU, fed with what it takes, at the types and ranks it takes. A score becomes the
+    damage that the host makes of it.
+    """
+    import onnxruntime as ort
+
+    from dash_export.runtime.backends.onnxruntime import start_thread_pool
+
+    start_thread_pool(0)  # one for the process: where it exists, no session may have its own
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.use_per_session_threads = False
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a family of its own
+        raise BackendError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {error}") from error
+    types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
+    outputs = [item.name for item in session.get_outputs()]
+
+    def run(inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        short = {short_name(name): array for name, array in inputs.items()}
+        feeds = {}
+        for item in session.get_inputs():
+            array = inputs[item.name] if item.name in inputs else short[item.name]
+            # A lowered graph may take rows where others take [batch, sequence]: batch is one.
+            array = array.reshape(array.shape[max(0, array.ndim - len(item.shape)) :])
+            feeds[item.name] = array.astype(types.get(item.type, array.dtype), copy=False)
+        found = dict(zip(outputs, session.run(None, feeds), strict=True))
+        if "score" in found and score_bias is not None:
+            found["damage"] = np.logaddexp(0.0, found.pop("score")[..., 0] + score_bias)
+        for past in inputs:
+            if past.startswith("past_key_values."):
+                present = past.replace("past_key_values", "present")
+                if short_name(present) in found:
+                    found[present] = found.pop(short_name(present))
+        return found
+
+    return run

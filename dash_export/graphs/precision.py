@@ -1,0 +1,21 @@
+"""Which part of the recipe a weight obeys, told by its node's name: the same for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from dash_export.targets import Precision, WeightsRecipe
+
+
+def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Precision:
+    """The precision of a node's weights; a layer's nodes are named `layer_NN/...`, its skip graph's `skip_NN/...`."""
+    part, _, rest = node.partition("/")
+    if part == "head":
+        return recipe.head
+    if part == "policy" or rest.startswith("compensation"):
+        return recipe.policy
+    if int(part.rsplit("_", 1)[1]) not in gated:
+        return recipe.ungated
+    return (
+        recipe.qkv if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")) else recipe.layers
+    )

@@ -1,0 +1,109 @@
+"""Portable graphs -> what TensorRT compiles. Shapes, types and weights change; the operators only in `trt10`.
+
+Batch is one, a cache has a fixed capacity, the head gives logits of the rows it is asked for (`logit_rows`
+[rows] int64): a slice from `first_logit` would make a shape depend on data on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+
+from dash_export.graphs.compose import add_constant, constant_value, drop_unused
+from dash_export.graphs.trt.decompose import decompose
+from dash_export.graphs.trt.quantize import quantize_weights
+from dash_export.graphs.trt.types import set_activation_type
+from dash_export.models.spec import Float32Array
+from dash_export.targets import EngineRecipe, Recipe
+
+DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+LOGIT_ROWS = "logit_rows"
+
+
+def lower(model: ir.Model, recipe: Recipe, gated: Collection[int]) -> ir.Model:
+    """A portable segment, skip graph or specialised policy -> the recipe's GPU dialect, in place.
+
+    `hidden`, caches and weights get the recipe's activation type; `actions`, `logits` and `damage` stay float32.
+    """
+    engine = recipe.engine
+    assert engine is not None
+    graph = model.graph
+    _fix_shapes(graph, engine)
+    _cut_rope(graph, engine.kv_capacity)
+    _choose_logit_rows(graph)
+    _transpose_tables(graph)
+    _sum_policy(graph)
+    if recipe.dialect == "trt10":
+        decompose(model)
+    quantize_weights(graph, recipe.weights, gated)
+    set_activation_type(graph, DTYPES[engine.activations])
+    drop_unused(graph)
+    return model
+
+
+def _fix_shapes(graph: ir.Graph, engine: EngineRecipe) -> None:
+    sizes = {"batch": 1, "capacity": engine.kv_capacity}
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([_fixed(size, sizes) for size in value.shape])
+
+
+def _fixed(size: int | ir.SymbolicDim, sizes: dict[str, int]) -> int | ir.SymbolicDim:
+    return sizes.get(str(size.value), size) if isinstance(size, ir.SymbolicDim) else size
+
+
+def _cut_rope(graph: ir.Graph, capacity: int) -> None:
+    """Every engine holds its own copy of the tables: only the rows that the cache has."""
+    for name in ("rope.cos", "rope.sin"):
+        value = graph.initializers.get(name)
+        table = constant_value(value)
+        if value is not None and table is not None:
+            value.replace_all_uses_with(add_constant(graph, f"{name}.{capacity}", table[:capacity]))
+
+
+def _choose_logit_rows(graph: ir.Graph) -> None:
+    first = next((value for value in graph.inputs if value.name == "first_logit"), None)
+    node = next((node for node in graph if node.name == "head/wanted"), None)
+    if first is None or node is None:
+        return
+    rows = ir.Value(name=LOGIT_ROWS, shape=ir.Shape(["rows"]), type=ir.TensorType(ir.DataType.INT64))
+    gather = ir.node("Gather", [node.inputs[0], rows], {"axis": 1}, name=node.name)
+    graph.insert_before(node, gather)
+    gather.outputs[0].name, node.outputs[0].name = node.outputs[0].name, f"{node.name}~replaced"
+    node.outputs[0].replace_all_uses_with(gather.outputs[0])
+    graph.remove(node, safe=True)
+    graph.inputs[graph.inputs.index(first)] = rows
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    if logits.shape is not None:
+        logits.shape = ir.Shape([logits.shape[0], "rows", logits.shape[2]])
+
+
+def _transpose_tables(graph: ir.Graph) -> None:
+    """The head's [vocab, hidden] table is transposed here, once."""
+    for node in list(graph):
+        table = constant_value(node.inputs[0]) if node.op_type == "Transpose" else None
+        if table is not None:
+            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.name}.transposed", table.T))
+            graph.remove(node, safe=True)
+
+
+def _sum_policy(graph: ir.Graph) -> None:
+    """The policy's product with one column, as Mul and ReduceSum: in float32, for which Turing has no MatMul."""
+    for node in list(graph):
+        column = constant_value(node.inputs[1]) if node.op_type == "MatMul" else None
+        if str(node.name).startswith("policy/") and column is not None and column.shape[-1] == 1:
+            _sum_of_products(graph, node, column[:, 0])
+
+
+def _sum_of_products(graph: ir.Graph, node: ir.Node, row: Float32Array) -> None:
+    weights = add_constant(graph, f"{node.name}/row", row)
+    product = ir.node("Mul", [node.inputs[0], weights], name=f"{node.name}/terms")
+    product.outputs[0].name = str(product.name)
+    axis = add_constant(graph, f"{node.name}/axis", np.array([-1]))
+    total = ir.node("ReduceSum", [product.outputs[0], axis], {"keepdims": 1}, name=node.name)
+    graph.insert_before(node, [product, total])
+    total.outputs[0].name, node.outputs[0].name = node.outputs[0].name, f"{node.name}~replaced"
+    node.outputs[0].replace_all_uses_with(total.outputs[0])
+    graph.remove(node, safe=True)

@@ -184,5 +184,6 @@ def test_nothing_is_unpickled() -> None:
     for path in package.rglob("*.py"):
         text = path.read_text()
         assert "import pickle" not in text, path
-        assert "torch.load" not in text, path
+        # Its restricted reader knows tensors and plain values, and runs nothing.
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
         assert "eval(" not in text.replace(".eval()", ""), path

@@ -75,7 +75,9 @@ def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     assert "no text file" in refused(*begin, "--text", tmp_path / "none.txt")
     assert "no task file" in refused(*begin, "--tasks", tmp_path / "none.jsonl")
     assert "none of the settings" in refused(*begin, "--text", text, "--skipped", "50")
-    assert "less than one window" in refused(*begin, "--text", text, "--window", 50_000)
+    assert "longer than the model's context" in refused(*begin, "--text", text, "--window", 50_000)
+    (tmp_path / "short.txt").write_text("Far too short.")
+    assert "less than one window" in refused(*begin, "--text", tmp_path / "short.txt")
     assert "no bundle" in refused("eval", tmp_path / "none.dash")
     for wrong in (
         ("--budget", "1.5"),

@@ -46,14 +46,16 @@ def smollm2(smollm2_gguf: Path) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def smollm2_policy(smollm2: Checkpoint) -> SkipPolicy:
-    from dash_export.skip_policy import untrained_policy
+    """The trained one that is shipped."""
+    from dash_export.policy_file import load_policy
+    from dash_export.resources import resource_folder
 
-    return untrained_policy(smollm2.spec, seed=0)
+    return load_policy(resource_folder("calibration") / "smollm2-135m-instruct.safetensors", smollm2.spec)
 
 
 @pytest.fixture(scope="session")
 def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exported bundle with an untrained token policy; `smollm2_runtime` builds targets in it. Read only."""
+    """The exported bundle with its policy; `smollm2_runtime` builds targets in it. Read only."""
     from dash_export.exporting import export
 
     return export(smollm2, tmp_path_factory.mktemp("smollm2") / "smollm2.dash", smollm2_policy).root

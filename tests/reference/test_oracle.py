@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dash_export import DashRuntime
 from dash_export.decision import Action, DecisionRule, decision_rule
 from dash_export.models import Checkpoint
 from dash_export.reference import Oracle
+from dash_export.reference import oracle as oracle_module
 from tests.tiny import random_actions, random_ids
 
 GATED = (2, 3, 4)
@@ -153,6 +155,25 @@ class TestBrokenOnPurpose:
         np.testing.assert_array_equal(runtime.session_under(rule).score(IDS).actions, expected)
         flat = decision_rule(6, GATED, dict.fromkeys(GATED, 0.1), middle / 0.1)
         assert (runtime.session_under(flat).score(IDS).actions != expected).any()
+
+    def test_damage_with_its_sign_flipped(
+        self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sound = Oracle.damage
+        monkeypatch.setattr(Oracle, "damage", lambda *given: -sound(*given))
+        assert self.differences(tiny_runtime(), tiny_oracle)[1] > 0
+
+    def test_positions_counted_from_the_wrong_end(
+        self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of the rotation, and of the positions that are always dense."""
+        sound = torch.arange
+        monkeypatch.setattr(torch, "arange", lambda count: sound(count).flip(0))
+        assert self.differences(tiny_runtime(), tiny_oracle)[0] > 0.01
+        monkeypatch.undo()
+        backwards = SimpleNamespace(**{**vars(np), "arange": lambda count: np.arange(count)[::-1]})
+        monkeypatch.setattr(oracle_module, "np", backwards)
+        assert self.differences(tiny_runtime(), tiny_oracle)[1] > 0
 
     def test_skipped_token_without_keys(
         self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch

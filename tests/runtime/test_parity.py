@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import Action, decision_rule
+from dash_export.decision import Action, decision_rule, trade_off_for
 from dash_export.reference import Oracle
+from dash_export.resources import resource_folder
 from dash_export.skip_policy import SkipPolicy
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.model
 NEW_TOKENS = 64
 TOLERANCE = 2e-3
 TIE = 1e-4
+WINDOW = 256
 LoadRuntime = Callable[..., DashRuntime]
 
 
@@ -114,6 +116,30 @@ def test_token_policy_decides_as_the_oracle(
     assert 0.05 < skips / total < 0.95, "the trade-off must make the policy decide both ways"
     assert differing == 0
     assert ties <= 1, f"{ties} of {total} decisions were ties"
+
+
+def test_two_thousand_tokens_of_prose(runtime: DashRuntime, smollm2_oracle: Oracle, smollm2_policy: SkipPolicy) -> None:
+    """The oracle's actions forced: the same logits, the same damage, and so the same decisions but for ties."""
+    rule = decision_rule(
+        30, smollm2_policy.gated, runtime.cost.cost, trade_off_for(runtime.build.dial["token"], skipped=5)
+    )
+    gated, limits = list(smollm2_policy.gated), np.array(rule.limits)
+    text = runtime.text.encode((resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8"))
+    wrong, far, skips, tokens = 0, 0, 0, 0
+    for start in range(0, 8 * WINDOW, WINDOW):
+        ids = np.array(text[start : start + WINDOW], np.int64)
+        expected = smollm2_oracle.forward(ids, rule)
+        assert np.abs(runtime.session().logits(ids, actions=expected.actions) - expected.logits).max() < TOLERANCE
+        damage = runtime.session().score(ids, actions=expected.actions).damage[2:, gated]
+        differs = (damage < limits[gated]) != (expected.actions[2:, gated] == Action.SKIP)
+        wrong += int(differs.sum())
+        far += int((differs & (np.abs(expected.damage[2:, gated] - limits[gated]) > TIE)).sum())
+        skips += int(expected.actions.sum())
+        tokens += len(ids) - 2
+    assert tokens > 2000
+    assert 2 < skips / tokens < 9, "about the five layers asked for"
+    assert wrong < 0.005 * tokens * len(gated)
+    assert far == 0
 
 
 def test_token_policy_free_running(

@@ -243,7 +243,7 @@ class Bundle:
             state = "is unfinished" if self.path(folder).is_dir() else "does not exist"
             raise BundleError(
                 f"{self.root}: the build for target {target!r} {state} (built: {built}). "
-                f"Run: {self._build_command(target)}"
+                f"Run: {self.build_command(target)}"
             )
         data = _read_json(self.root, f"{folder}/{BUILD}", "")
         _refuse_newer(data, self.root)
@@ -253,12 +253,13 @@ class Bundle:
         if build.bundle_key != self.manifest.key:
             raise BundleError(
                 f"{self.root}: the engines for {target!r} were built from an earlier export. "
-                f"Run: {self._build_command(target)}"
+                f"Run: {self.build_command(target)}"
             )
         _check_build(build, self.manifest, f"{self.root.name}/{folder}/{BUILD}")
         return build
 
-    def _build_command(self, target: str) -> str:
+    def build_command(self, target: str) -> str:
+        """What makes a target's engines, for messages."""
         recipe, _, precision = target.rpartition("-")
         options = (
             f"{recipe} --weights {precision}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ class DecisionRule:
     run.
     """
 
+    asks: ClassVar[bool] = True
     limits: tuple[float, ...]
     ceilings: tuple[int, ...]
     gated: tuple[bool, ...]

@@ -20,6 +20,7 @@ from dash_export.errors import BundleError
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.backends.base import Backend
+from dash_export.runtime.device.base import Device
 
 WINDOWS = 8
 TOKENS = 128
@@ -41,7 +42,7 @@ class _Sums:
 
 
 def calibrate_dial(
-    bundle: Bundle, build: Build, backend: Backend, progress: Progress = no_progress
+    bundle: Bundle, build: Build, backend: Backend | Device, progress: Progress = no_progress
 ) -> dict[str, tuple[DialPoint, ...]]:
     """A table per kind, from dense to everything skipped, each setting run for real under its own decisions.
 

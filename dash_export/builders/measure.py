@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from statistics import median
+from typing import Any
 
 from dash_export.bundle import Build, Bundle, CostTable, Manifest
 from dash_export.runtime.backends.base import Backend
-from dash_export.runtime.cache import KVCache
 from dash_export.runtime.cpus import cpu_name
-from dash_export.runtime.dispatch import BoundStep, EngineSet
+from dash_export.runtime.device.base import Device
+from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.runtime import engines as load_engines
+from dash_export.targets import recipe_from_dict
 
 WARM_UP = 10
 NOT_MEASURED = "not measured"
@@ -23,7 +26,7 @@ def uniform_cost(manifest: Manifest) -> CostTable:
     return CostTable(0, 0.0, {}, {}, dict.fromkeys(manifest.policy.gated, share), NOT_MEASURED)
 
 
-def measure_cost(bundle: Bundle, build: Build, backend: Backend) -> CostTable:
+def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> CostTable:
     """Run tokens at the recipe's context, timing every segment and skip graph where it stands in the token.
 
     Medians over interleaved repeats. Layers of one shape (here: all gated layers) share the median of their costs, so
@@ -32,19 +35,20 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend) -> CostTable:
     model = bundle.manifest.model
     recipe = build.recipe["cost"]
     context = min(recipe["context"], model.max_positions - 1)
-    engines = EngineSet(bundle, build, backend, "plain")
-    cache = KVCache(model, context)
+    engines = load_engines(bundle, build, backend, recipe_from_dict(build.recipe, "the build's recipe"), "plain")
+    context = min(context, engines.model.max_positions - 1)
+    cache: Any = engines.cache(context)
     cache.reserve(context + 1)
-    step = BoundStep(engines, cache, 1)
+    step = engines.step(cache, 1)
     cache.length = context
     run_us: dict[str, list[float]] = defaultdict(list)
     skip_us: dict[str, list[float]] = defaultdict(list)
     step.place()
     for repeat in range(2 * (WARM_UP + recipe["repeats"])):
-        for segment, bound in zip(build.segments, step.segments, strict=True):
+        for segment, (run, skip) in zip(build.segments, step.launches(), strict=True):
             # Every second gated layer in turn is skipped: a skip graph too is timed where it finds its weights cold.
-            skip = bound.skip if segment.first % 2 == repeat % 2 else None
-            launch = bound.run if skip is None else skip
+            skip = skip if segment.first % 2 == repeat % 2 else None
+            launch = run if skip is None else skip
             began = time.perf_counter()
             launch()
             microseconds = 1e6 * (time.perf_counter() - began)
@@ -58,6 +62,5 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend) -> CostTable:
     dense = sum(runs.values())
     saved = [runs[segment.name] - skips[f"skip_{segment.first:02d}"] for segment in build.segments if segment.gated]
     share = max(median(saved), 0.0) / dense if saved else 0.0
-    return CostTable(
-        context, round(dense, 2), runs, skips, dict.fromkeys(bundle.manifest.policy.gated, share), cpu_name()
-    )
+    device = cpu_name() if isinstance(engines, EngineSet) else engines.device.name
+    return CostTable(context, round(dense, 2), runs, skips, dict.fromkeys(bundle.manifest.policy.gated, share), device)

@@ -24,6 +24,9 @@ from dash_export.runtime.rules import Rule
 SKIPPED = 2
 """Index of the buffer that skip graphs write in a teacher-forced step."""
 
+SCORE_ROWS = 128
+"""Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
+
 LINEAR_SCORE = 30.0
 """From here on softplus(x) is x in float32, and exp(x) may overflow."""
 
@@ -70,6 +73,15 @@ class EngineSet:
         # A lowered linear policy leaves its bias and softplus to the host: cheaper than two more nodes.
         scored = any("score" in engine.outputs for engine in engines)
         self.score_bias = dict(build.policy_bias) if scored else {}
+        self.score_rows = SCORE_ROWS
+
+    def cache(self, step: int) -> KVCache:
+        """A cache for one session, which grows by `step` rows."""
+        return KVCache(self.model, step)
+
+    def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False) -> BoundStep:
+        """These engines bound to one session's memory."""
+        return BoundStep(self, cache, sequence, teacher_forced)
 
 
 @dataclass(frozen=True)
@@ -173,6 +185,10 @@ class BoundStep:
     def _decision(self, layer: int) -> dict[str, npt.NDArray[np.float32]]:
         """Where a policy answers for `layer`: with the damage, or with its score."""
         return {"damage": self.damage[layer][None], "score": self._score[layer]}
+
+    def launches(self) -> list[tuple[Launch, Launch | None]]:
+        """Per segment what runs it and what skips it, to be timed one by one after `place`."""
+        return [(segment.run, segment.skip) for segment in self.segments]
 
     def place(self) -> None:
         """Say where the new tokens go: the rows after the cached ones."""

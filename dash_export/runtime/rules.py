@@ -20,7 +20,12 @@ Actions = npt.NDArray[np.int8]
 
 
 class Rule(Protocol):
-    """`executed` is how many layers the token has run so far."""
+    """`executed` is how many layers the token has run so far. `asks`: whether damage means anything to it; on a device
+    a policy that nobody asks is not run.
+    """
+
+    @property
+    def asks(self) -> bool: ...
 
     def skips(self, layer: int, damage: float, executed: int) -> bool: ...
 
@@ -29,6 +34,8 @@ class Rule(Protocol):
 
 class FixedRule:
     """Actions known beforehand: `dense` (no layer), `static` (a set of layers)."""
+
+    asks = False
 
     def __init__(self, skipped: Iterable[int] = ()) -> None:
         self._skipped = frozenset(skipped)
@@ -41,7 +48,9 @@ class FixedRule:
 
 
 class ForcedRule:
-    """Actions given per token and layer, int8 [tokens, layers]: for comparing with the oracle."""
+    """Actions given per token and layer, int8 [tokens, layers]: for comparing with the oracle, damage and all."""
+
+    asks = True
 
     def __init__(self, actions: Actions) -> None:
         self._actions = actions

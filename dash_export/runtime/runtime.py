@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dash_export.artifacts import FileRecord
 from dash_export.bundle import Build, Bundle, CostTable
@@ -12,6 +12,8 @@ from dash_export.decision import Setting
 from dash_export.errors import PolicyError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
+from dash_export.runtime.device.base import Device
+from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.dispatch import EngineSet
 from dash_export.runtime.kinds import session_rules
 from dash_export.runtime.results import Generation, Response, Score
@@ -19,15 +21,15 @@ from dash_export.runtime.rules import Rule, SessionRules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
-from dash_export.targets import recipe_from_dict
+from dash_export.targets import Recipe, recipe_from_dict
 
-DISPATCH_MODES = ("plain", "fused", "sync")
+DISPATCH_MODES = ("plain", "fused", "sync", "overlapped")
 
 
 class DashRuntime:
     """Loads once, serves many sessions. Engines are shared; a session has its own cache, policy and budget."""
 
-    def __init__(self, bundle: Bundle, build: Build, backend: Backend, dispatch: str | None = None) -> None:
+    def __init__(self, bundle: Bundle, build: Build, backend: Backend | Device, dispatch: str | None = None) -> None:
         """Most callers want `load`. Raises PolicyError for a dispatch mode that this build does not have."""
         self.bundle = bundle
         self.build = build
@@ -40,12 +42,16 @@ class DashRuntime:
             raise PolicyError(
                 f"Dispatch {self.dispatch!r} needs a token policy, and this bundle has none. Export it with --policy."
             )
-        if self.dispatch == "fused" and self.recipe.dialect == "portable":
+        on_device = self.recipe.engine is not None
+        if self.dispatch == "fused" and (on_device or self.recipe.dialect == "portable"):
             raise PolicyError(
-                "The portable graphs have no fused policies: use dispatch 'sync' or 'plain', or another target."
+                f"The target {build.target!r} has no fused policies: use dispatch "
+                f"{'overlapped' if on_device else 'sync'!r} or 'plain'."
             )
+        if self.dispatch == "overlapped" and not on_device:
+            raise PolicyError("Dispatch 'overlapped' needs the streams of a GPU target: use 'fused' or 'sync'.")
         self.text = Text(bundle.root)
-        self.engines = EngineSet(bundle, build, backend, self.dispatch)
+        self.engines = engines(bundle, build, backend, self.recipe, self.dispatch)
 
     @classmethod
     def load(
@@ -59,8 +65,9 @@ class DashRuntime:
     ) -> DashRuntime:
         """Open a bundle that was built for `target`.
 
-        `dispatch`: `fused` or `sync` (DESIGN: how the policy is evaluated), or `plain` for engines without it (not for
-        `sequence` and `token`); the recipe's by default. `threads` overrides the recipe's (0: one per physical core).
+        `dispatch` says how the policy is evaluated: `fused` into the engines before (CPU), `overlapped` on a stream of
+        its own (GPU), or `sync`; `plain` is without it (not for `sequence` and `token`). The recipe's by default.
+        `threads` overrides the recipe's (0: one per physical core).
         `verify` checks every file's SHA-256 first. Raises BundleError, BackendError or PolicyError.
         """
         opened = Bundle.open(bundle)
@@ -69,12 +76,8 @@ class DashRuntime:
             opened.verify([record for record in opened.manifest.files if not record.name.startswith("onnx/")])
             opened.verify(_loaded_files(opened, build))
         recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
-        return cls(
-            opened,
-            build,
-            load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads),
-            dispatch,
-        )
+        backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
+        return cls(opened, build, backend, dispatch)
 
     @property
     def cost(self) -> CostTable:
@@ -145,6 +148,17 @@ class DashRuntime:
     def score(self, ids: str | Sequence[int], prefix: int = 2, **session: Any) -> Score:
         """`session(**session).score(...)` in one call."""
         return self.session(**session).score(ids, prefix)
+
+
+def engines(
+    bundle: Bundle, build: Build, backend: Backend | Device, recipe: Recipe, dispatch: str
+) -> EngineSet | DeviceEngines:
+    """A build's engines on what its recipe is for. Raises BackendError where device and build do not fit."""
+    if recipe.engine is None:
+        return EngineSet(bundle, build, cast("Backend", backend), dispatch)
+    device = cast("Device", backend)
+    device.accept(build, bundle.build_command(build.target))
+    return DeviceEngines(bundle, build, recipe, device, dispatch)
 
 
 def _loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:

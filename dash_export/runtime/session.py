@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
-from dash_export.runtime.cache import KVCache
-from dash_export.runtime.dispatch import BoundStep, EngineSet
+from dash_export.runtime.engines import Cache, Engines, Step
 from dash_export.runtime.results import Counters, Generation, Response, Score, Statistics, TokenIds
 from dash_export.runtime.rules import DENSE, ForcedRule, Rule, SessionRules
 from dash_export.runtime.sampling import Logits, Sampler, Sampling
@@ -25,7 +24,7 @@ from dash_export.runtime.text import Text, TextStream
 class Session:
     """Made by `DashRuntime.session()`. Tokens stay in the cache: a further prompt continues the conversation."""
 
-    engines: EngineSet
+    engines: Engines
     text: Text
     rules: SessionRules
     kv_step: int
@@ -33,8 +32,8 @@ class Session:
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
-        self._cache = KVCache(self.engines.model, self.kv_step)
-        self._steps: dict[tuple[int, bool], BoundStep] = {}
+        self._cache: Cache = self.engines.cache(self.kv_step)
+        self._steps: dict[tuple[int, bool], Step] = {}
         self._cancelled = False
         self._pending: list[int] = []
         self.tokens: list[int] = []
@@ -195,7 +194,7 @@ class Session:
 
     def _forced(
         self, tokens: TokenIds, prefix: int, actions: npt.NDArray[np.int8] | None
-    ) -> Iterator[tuple[int, BoundStep]]:
+    ) -> Iterator[tuple[int, Step]]:
         if prefix < 1:
             raise RequestError(f"prefix must be at least 1, not {prefix}.")
         if actions is None and not self.rules.foreseeable:
@@ -208,7 +207,8 @@ class Session:
         self._reserve(len(tokens))
         prompt = max(prefix, DENSE_POSITIONS) if actions is None else 0
         reads = actions is None and self.rules.reads_prompts
-        for start, stop in _chunks(len(tokens), min(self.prefill_chunk, SCORE_CHUNK), prompt if reads else 0):
+        chunk = min(self.prefill_chunk, self.engines.score_rows)
+        for start, stop in _chunks(len(tokens), chunk, prompt if reads else 0):
             step = self._bound(stop - start, teacher_forced=True)
             rule = self.rules.at(start, stop - start) if actions is None else ForcedRule(actions[start:stop])
             step.teacher_force(tokens[start:stop], rule, np.arange(start, stop) < prompt)
@@ -263,13 +263,13 @@ class Session:
             self._steps.clear()
             self.counters.cache_growths += 1
 
-    def _bound(self, sequence: int, teacher_forced: bool = False) -> BoundStep:
+    def _bound(self, sequence: int, teacher_forced: bool = False) -> Step:
         key = (sequence, teacher_forced)
         if key not in self._steps:
             # A long step's buffers are large: keep the decode step and the last other one.
             for other in [other for other in self._steps if other != (1, False)]:
                 del self._steps[other]
-            self._steps[key] = BoundStep(self.engines, self._cache, sequence, teacher_forced)
+            self._steps[key] = self.engines.step(self._cache, sequence, teacher_forced)
         return self._steps[key]
 
     def _prompt_ids(self, prompt: str | Sequence[int] | TokenIds) -> TokenIds:
@@ -291,10 +291,6 @@ class Session:
                 f"of the model's {self.engines.model.max_positions} positions are free. "
                 "Shorten the prompt, ask for fewer tokens or start a new session."
             )
-
-
-SCORE_CHUNK = 128
-"""Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
 
 
 def _chunks(count: int, chunk: int, prompt: int) -> Iterator[tuple[int, int]]:

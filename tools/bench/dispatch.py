@@ -20,9 +20,8 @@ from rich.table import Table
 
 from dash_export.bundle import Bundle
 from dash_export.decision import decision_rule
-from dash_export.runtime.backends import load_backend
-from dash_export.runtime.cache import KVCache
-from dash_export.runtime.dispatch import BoundStep, EngineSet
+from dash_export.runtime.backends.onnxruntime import create as backend
+from dash_export.runtime.dispatch import EngineSet
 from dash_export.runtime.rules import DENSE, Rule
 
 
@@ -40,10 +39,10 @@ def main(bundle: Path, target: str, context: int, rounds: int, copies: int) -> N
     forced_dense = decision_rule(model.num_layers, policy.gated, build.cost.cost, 0.0)
 
     def engines(dispatch: str) -> Callable[[], EngineSet]:
-        return lambda: EngineSet(opened, build, load_backend(build.backend, 0), dispatch)
+        return lambda: EngineSet(opened, build, backend(0), dispatch)
 
     variants: dict[str, tuple[Callable[[], EngineSet], Rule]] = {
-        "one whole graph": (lambda: whole_model(opened, target, load_backend(build.backend, 0)), DENSE),
+        "one whole graph": (lambda: whole_model(opened, target, backend(0)), DENSE),
         "per-layer engines, no policy": (engines("plain"), DENSE),
     }
     if policy.has_network:
@@ -85,9 +84,9 @@ def main(bundle: Path, target: str, context: int, rounds: int, copies: int) -> N
 
 def _token(engines: EngineSet, rule: Rule, context: int) -> Callable[[], object]:
     """Decode one token at a fixed context, again and again."""
-    cache = KVCache(engines.model, context)
+    cache = engines.cache(context)
     cache.reserve(context + 1)
-    step = BoundStep(engines, cache, 1)
+    step = engines.step(cache, 1)
 
     def token() -> None:
         cache.length = context

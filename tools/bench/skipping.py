@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import numpy as np
@@ -16,8 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.cache import KVCache
-from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.rules import FixedRule
 
 
@@ -31,9 +30,9 @@ def main(bundle: Path, target: str, context: int, most: int, rounds: int) -> Non
     """Time one decoded token under static sets of growing size, interleaved; the layers are spread over the model."""
     runtime = DashRuntime.load(bundle, target, dispatch="plain")
     build, gated = runtime.build, runtime.bundle.manifest.policy.gated
-    cache = KVCache(runtime.engines.model, context)
+    cache: Any = runtime.engines.cache(context)
     cache.reserve(context + 1)
-    step = BoundStep(runtime.engines, cache, 1)
+    step = runtime.engines.step(cache, 1)
     counts = range(min(most, len(gated)) + 1)
     sets = [spread(gated, count) for count in counts]
 

@@ -7,9 +7,15 @@ from importlib.util import find_spec
 
 from dash_export.errors import BackendError
 from dash_export.runtime.backends.base import Backend
+from dash_export.runtime.device.base import Device
 
 # backend -> (module that implements it, package it needs, extra that installs it)
-BACKENDS = {"onnxruntime": ("dash_export.runtime.backends.onnxruntime", "onnxruntime", "cpu")}
+BACKENDS = {
+    "onnxruntime": ("dash_export.runtime.backends.onnxruntime", "onnxruntime", "cpu"),
+    "onnxruntime_cuda": ("dash_export.runtime.device.onnxruntime_cuda", "onnxruntime", "gpu"),
+    "tensorrt": ("dash_export.runtime.device.tensorrt", "tensorrt", "tensorrt"),
+    "tensorrt_rtx": ("dash_export.runtime.device.tensorrt_rtx", "tensorrt_rtx", "rtx"),
+}
 
 
 def require_backend(name: str) -> None:
@@ -23,8 +29,10 @@ def require_backend(name: str) -> None:
         )
 
 
-def load_backend(name: str, threads: int) -> Backend:
-    """Import and start a backend. Raises BackendError that names the extra when its package is not installed."""
+def load_backend(name: str, threads: int) -> Backend | Device:
+    """Import and start a backend: a Device for GPU targets. Raises BackendError that names what is missing, package or
+    device.
+    """
     require_backend(name)
     module = BACKENDS[name][0]
     return import_module(module).create(threads)  # type: ignore[no-any-return]

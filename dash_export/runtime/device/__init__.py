@@ -1,0 +1,1 @@
+"""Engines on a device with streams: the same steps as `runtime.dispatch`, enqueued instead of run."""

@@ -1,0 +1,113 @@
+"""All engines of a GPU build, and the cache they share: what sessions on a device are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dash_export.bundle import Build, Bundle, Segment
+from dash_export.errors import ContextLengthError
+from dash_export.runtime.device.base import Device, DeviceEngine, Memory
+from dash_export.runtime.device.blocks import size_of
+from dash_export.targets import Recipe
+
+if TYPE_CHECKING:
+    from dash_export.runtime.device.step import DeviceStep
+
+MAIN, POLICY = "main", "policy"
+"""Streams: layers run on one; in `overlapped` dispatch policies run on the other."""
+
+
+@dataclass(frozen=True)
+class SegmentEngines:
+    """The engines of one segment. `skip` and, where the dispatch asks one, `policy` for a gated one."""
+
+    segment: Segment
+    run: DeviceEngine
+    skip: DeviceEngine | None
+    policy: DeviceEngine | None
+
+
+class DeviceEngines:
+    """What `EngineSet` is on the host. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
+
+    def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
+        """`dispatch`: `plain` (no policy), `sync` (policies on the layers' stream) or `overlapped` (on their own stream,
+        one layer ahead).
+        """
+        assert recipe.engine is not None
+        self.build = build
+        self.device = device
+        self.dispatch = dispatch
+        self.kernel = recipe.engine
+        self.chunk = recipe.runtime.prefill_chunk
+        model = bundle.manifest.model
+        self.model = replace(model, max_positions=min(model.max_positions, recipe.engine.kv_capacity))
+        self.needs_mask = recipe.dialect == "portable"
+        self.score_rows = min(recipe.engine.logit_rows, self.chunk)
+        policy_stream = POLICY if dispatch == "overlapped" else MAIN
+
+        def load(name: str, stream: str = MAIN) -> DeviceEngine:
+            return device.engine(bundle.path(build.engines[name].file), stream)
+
+        self.segments = [
+            SegmentEngines(
+                segment,
+                load(segment.name),
+                load(f"skip_{segment.first:02d}") if segment.gated else None,
+                load(f"policy_{segment.first:02d}", policy_stream) if segment.gated and dispatch != "plain" else None,
+            )
+            for segment in build.segments
+        ]
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """Of hidden states and caches."""
+        return self.segments[-1].run.dtype("hidden")
+
+    def cache(self, _step: int) -> DeviceCache:
+        return DeviceCache(self)
+
+    def step(self, cache: DeviceCache, sequence: int, teacher_forced: bool = False) -> DeviceStep:
+        from dash_export.runtime.device.step import DeviceStep
+
+        return DeviceStep(self, cache, sequence, teacher_forced)
+
+    def profile(self, sequence: int) -> int:
+        """Which of an engine's profiles serves a step of `sequence` tokens."""
+        return 0 if sequence == 1 or self.kernel.profiles == 1 else 1
+
+
+class DeviceCache:
+    """Keys and values per layer, [1, kv_heads, capacity, head_dim] of the engines' type; rows from `length` on are
+    free.
+    """
+
+    def __init__(self, engines: DeviceEngines) -> None:
+        self._engines = engines
+        self.length = 0
+        self.capacity = engines.kernel.kv_capacity
+        model = engines.model
+        self.shape = (1, model.num_kv_heads, self.capacity, model.head_dim)
+        self.keys: list[Memory] = []
+        self.values: list[Memory] = []
+
+    def reserve(self, rows: int) -> bool:
+        """Memory for all the capacity, once. True when it was made now. Raises ContextLengthError beyond it."""
+        if rows > self.capacity:
+            raise ContextLengthError(
+                f"These engines hold {self.capacity} tokens and {rows} are wanted: shorten the prompt, or build with a "
+                "larger kv_capacity in the recipe's [engine] table."
+            )
+        if self.keys:
+            return False
+        nbytes = size_of(self.shape, self._engines.dtype)
+        for memories in (self.keys, self.values):
+            memories.extend(self._engines.device.memory(nbytes) for _ in range(self._engines.model.num_layers))
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for memory in (*self.keys, *self.values))

@@ -1,0 +1,54 @@
+"""What a session asks of its engines, on the host (`dispatch`) and on a device (`device`) alike."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.bundle import Build, ModelFacts
+from dash_export.runtime.rules import Rule
+
+
+class Cache(Protocol):
+    """The keys and values of one session; `length` of `capacity` rows are filled."""
+
+    length: int
+    capacity: int
+
+    def reserve(self, rows: int) -> bool:
+        """Make room for `rows` tokens. True when memory moved and steps must be made anew."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Step(Protocol):
+    """Engines bound to one session's memory for `sequence` tokens at a time. After each call these hold its results:
+    logits [1, rows, vocab] and damage [layers, sequence] float32, actions [sequence, layers] int8.
+    """
+
+    sequence: int
+    logits: npt.NDArray[np.float32]
+    damage: npt.NDArray[np.float32]
+    actions: npt.NDArray[np.int8]
+
+    def decode(self, token: int, rule: Rule) -> int: ...
+
+    def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None: ...
+
+    def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None: ...
+
+
+class Engines(Protocol):
+    """All engines of a build, shared between sessions. `score_rows`: at most so many tokens of one pass get logits."""
+
+    model: ModelFacts
+    build: Build
+    score_rows: int
+
+    def cache(self, step: int) -> Any: ...
+
+    def step(self, cache: Any, sequence: int, teacher_forced: bool = False) -> Step: ...

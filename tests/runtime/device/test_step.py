@@ -1,0 +1,83 @@
+"""What a device gives, in every dialect, dispatch and order of its streams, is what the CPU gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.decision import DecisionRule, decision_rule
+from dash_export.errors import ContextLengthError, PolicyError
+from tests.runtime.device.conftest import DIALECTS, IDS, MakeSimulated
+from tests.tiny import random_actions
+
+ORDERS = ("main", "policy", 0, 1)
+TOLERANCE = 1e-4
+
+
+def rule_of(host: DashRuntime) -> DecisionRule:
+    """Skips about half of what is gated."""
+    damage = host.session().score(IDS).damage[:, list(host.bundle.manifest.policy.gated)]
+    cost = dict.fromkeys(host.bundle.manifest.policy.gated, 0.1)
+    return decision_rule(6, cost, cost, float(np.median(damage)) / 0.1)
+
+
+def decoded(runtime: DashRuntime, rule: object) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and actions of 40 tokens decoded one by one after a prompt of 20."""
+    session = runtime.session_under(rule)  # type: ignore[arg-type]
+    session.prefill(IDS[:20])
+    steps = [session.decode_one(int(token)) for token in IDS[20:]]
+    return np.array([logits for logits, _ in steps]), np.array([actions for _, actions in steps])
+
+
+@pytest.mark.parametrize("first", ORDERS)
+@pytest.mark.parametrize("dispatch", ["overlapped", "sync"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_decode(dialect: str, dispatch: str, first: str | int, simulated: MakeSimulated, host: DashRuntime) -> None:
+    rule = rule_of(host)
+    expected, actions = decoded(host, rule)
+    found, taken = decoded(simulated(dialect, dispatch, first).runtime, rule)
+    np.testing.assert_array_equal(taken, actions)
+    assert 0.2 < actions[:, 2:5].mean() < 0.8
+    assert np.abs(found - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("first", ORDERS)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_score(dialect: str, first: str | int, simulated: MakeSimulated, host: DashRuntime) -> None:
+    """One pass per eight tokens, rows selected on the device, equals the host's and token-by-token decode."""
+    rule, runtime = rule_of(host), simulated(dialect, "overlapped", first).runtime
+    expected = host.session_under(rule).score(IDS, keep_logits=True)
+    found = runtime.session_under(rule).score(IDS, keep_logits=True)
+    np.testing.assert_array_equal(found.actions, expected.actions)
+    np.testing.assert_allclose(found.damage, expected.damage, atol=1e-5)
+    assert np.abs(found.logits - expected.logits).max() < TOLERANCE  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dispatch", ["plain", "sync", "overlapped"])
+def test_forced_and_static(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
+    runtime = simulated("trt10", dispatch).runtime
+    actions = random_actions(60, 6, (2, 3, 4))
+    assert np.abs(
+        runtime.session().logits(IDS, actions=actions) - host.session().logits(IDS, actions=actions)
+    ).max() < (TOLERANCE)
+    answers = [each.generate(IDS[:30].tolist(), 20, policy="static", skip=[2, 4]) for each in (runtime, host)]
+    np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)
+    np.testing.assert_array_equal(answers[0].actions, answers[1].actions)
+
+
+def test_the_context_is_the_cache(simulated: MakeSimulated) -> None:
+    runtime = simulated().runtime
+    assert runtime.session().context_left == 96
+    with pytest.raises(ContextLengthError, match="96 positions"):
+        runtime.generate(list(range(90)), 10)
+
+
+@pytest.mark.parametrize(("target", "dispatch"), [("trt10", "fused"), ("cpu-fp32", "overlapped")])
+def test_modes_that_a_target_has_not(target: str, dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
+    if target == "trt10":
+        with pytest.raises(PolicyError, match="no fused policies"):
+            simulated(target, dispatch)
+    else:
+        with pytest.raises(PolicyError, match="needs the streams of a GPU"):
+            DashRuntime.load(host.bundle.root, target, dispatch=dispatch)

@@ -34,8 +34,8 @@ class DeviceEngines:
     """What `EngineSet` is on the host. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
 
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
-        """`dispatch`: `plain` (no policy), `sync` (policies on the layers' stream) or `overlapped` (on their own stream,
-        one layer ahead).
+        """`dispatch`: `plain` (no policy), `sync` (policies in the layers' stream) or `overlapped` (in their own, one
+        layer ahead).
         """
         assert recipe.engine is not None
         self.build = build

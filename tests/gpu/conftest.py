@@ -1,0 +1,65 @@
+"""A target that this machine's GPU can build and run. One command: `pytest tests/gpu`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.builders import build
+from dash_export.builders.here import obstacle, runs_here
+from dash_export.errors import BackendError
+from dash_export.runtime.cuda_devices import cuda_devices
+from dash_export.targets import Recipe, load_recipe, recipe_names
+
+TARGET = "DASH_EXPORT_GPU_TARGET"
+"""Environment variable: the target to test; by default the first of the device's own that this machine can build."""
+
+
+def gpu_target() -> str:
+    """Skips, with the reason, where there is none."""
+    try:
+        device = cuda_devices()[0]
+    except BackendError as error:
+        pytest.skip(f"no GPU here: {error}")
+    if os.environ.get(TARGET):
+        return os.environ[TARGET]
+    recipes = [recipe for recipe in map(load_recipe, recipe_names()) if recipe.engine is not None]
+    # TensorRT before ONNX Runtime.
+    recipes.sort(key=lambda recipe: recipe.backend == "onnxruntime_cuda")
+    fitting = [recipe for recipe in recipes if obstacle(recipe) is None and runs_here(recipe)]
+    if not fitting:
+        reasons = "; ".join(f"{recipe.name}: {_reason(recipe)}" for recipe in recipes)
+        pytest.skip(f"no target can be built and run on {device.name} ({device.capability}): {reasons}")
+    return fitting[0].name
+
+
+def _reason(recipe: Recipe) -> str:
+    return obstacle(recipe) or "its backend is not installed"
+
+
+@pytest.fixture(scope="session")
+def target() -> str:
+    return gpu_target()
+
+
+@pytest.fixture(scope="session")
+def gpu_runtime(target: str, smollm2_bundle: Path) -> Callable[[str], DashRuntime]:
+    """`gpu_runtime(dispatch)`: SmolLM2 with its trained policy, on the device."""
+    build(smollm2_bundle, target)
+
+    @cache
+    def runtime(dispatch: str) -> DashRuntime:
+        return DashRuntime.load(smollm2_bundle, target, dispatch=dispatch)
+
+    return runtime
+
+
+@pytest.fixture(scope="session")
+def cpu_runtime(smollm2_runtime: Callable[..., DashRuntime]) -> DashRuntime:
+    """The same in float32 on the CPU, which is compared with the oracle elsewhere."""
+    return smollm2_runtime("cpu-fp32")

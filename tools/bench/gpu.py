@@ -1,0 +1,112 @@
+"""Decode on a GPU: every dispatch mode and amount of skipping, interleaved in one process.
+
+    python tools/bench/gpu.py BUNDLE --target h100 [--whole WHOLE]
+
+WHOLE is the same model exported without a policy (`dash-export export MODEL -o WHOLE`) and built for the same target:
+one engine for all layers, what per-layer engines are compared with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+from common import interleaved, print_json
+from rich.console import Console
+from rich.table import Table
+
+from dash_export import DashRuntime
+from dash_export.decision import Setting
+from dash_export.resources import resource_folder
+from dash_export.runtime.device.engines import DeviceEngines
+from dash_export.runtime.rules import DENSE
+
+SETTINGS = {
+    "plain": [Setting("dense"), Setting("static", skipped=4)],
+    "sync": [Setting("token", trade_off=0.0), Setting("token", skipped=5)],
+    "overlapped": [Setting("token", trade_off=0.0), Setting("token", skipped=3), Setting("token", skipped=5)],
+}
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", required=True)
+@click.option("--whole", type=click.Path(path_type=Path), help="The same model without a policy, built alike.")
+@click.option("--context", default=256, show_default=True, help="Cached tokens.")
+@click.option("--rounds", default=30, show_default=True, help="Interleaved blocks of eight tokens.")
+def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: int) -> None:
+    """Time decoded tokens of a real text: p50, p90, p99, layers run, and what a launch costs the host."""
+    runtimes = {mode: DashRuntime.load(bundle, target, dispatch=mode) for mode in SETTINGS}
+    runs = {
+        f"{mode}: {_words(setting)}": _token(runtimes[mode], setting, context)
+        for mode, settings in SETTINGS.items()
+        for setting in settings
+    }
+    if whole is not None:
+        runs["one engine for all layers"] = _token(DashRuntime.load(whole, target), Setting("dense"), context)
+    times = dict(zip(runs, interleaved([run for run, _ in runs.values()], rounds), strict=True))
+    table = Table("mode", "layers", "p50 ms", "p90", "p99", "of dense", title=f"{bundle.name}, {target}")
+    base = np.median(times["plain: dense"])
+    rows = {}
+    for name, (_, layers) in runs.items():
+        p50, p90, p99 = (float(value) * 1e3 for value in np.quantile(times[name], (0.5, 0.9, 0.99)))
+        ratio = float(np.median(np.array(times[name]) / base))
+        table.add_row(name, f"{np.mean(layers):.1f}", f"{p50:.3f}", f"{p90:.3f}", f"{p99:.3f}", f"{ratio:.3f}")
+        rows[name] = {"layers": float(np.mean(layers)), "p50": p50, "p90": p90, "p99": p99, "of_dense": ratio}
+    Console().print(table)
+    launch = _launch_us(runtimes["plain"], context)
+    print(f"A launch costs the host {launch:.1f} us per segment (dense, nothing waited for).")
+    engines = runtimes["plain"].engines
+    assert isinstance(engines, DeviceEngines)
+    print_json("gpu", {"device": engines.device.name, "target": target, "modes": rows, "launch_us": launch})
+
+
+def _words(setting: Setting) -> str:
+    amount = next((f" {name} {getattr(setting, name):g}" for name in setting.given), "")
+    return f"{setting.kind}{amount}"
+
+
+def _token(runtime: DashRuntime, setting: Setting, context: int) -> tuple[Callable[[], object], list[int]]:
+    """Decode the next token of the held-out text, starting over when the cache is full; and the layers each ran."""
+    text = (resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8")
+    ids = runtime.text.encode(text)
+    session = runtime.session_with(setting)
+    layers: list[int] = []
+    session.prefill(ids[:context])
+
+    def run() -> None:
+        if session.context_left < 2:
+            session.reset()
+            session.prefill(ids[:context])
+        position = len(session.tokens)
+        _, actions = session.decode_one(ids[position % len(ids)])
+        layers.append(len(actions) - int(actions.sum()))
+
+    return run, layers
+
+
+def _launch_us(runtime: DashRuntime, context: int) -> float:
+    """Host time of enqueueing a dense token, per segment."""
+    engines = runtime.engines
+    assert isinstance(engines, DeviceEngines)
+    cache = engines.cache(0)
+    cache.reserve(context + 1)
+    step = engines.step(cache, 1)
+    times = []
+    for _ in range(50):
+        cache.length = context
+        step.decode(1, DENSE)
+        step.place()
+        began = time.perf_counter()
+        for part in step.parts:
+            step._launch(part, "run")
+        times.append(time.perf_counter() - began)
+        step.main.synchronize()
+    return 1e6 * float(np.median(times)) / len(step.parts)
+
+
+if __name__ == "__main__":
+    main()

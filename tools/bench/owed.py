@@ -87,9 +87,10 @@ def main(bundle: Path, target: str, skipped: float, context: int, rounds: int) -
     owed = bound - saved["its actions, no policy"]
     policy = saved["its actions, no policy"] - saved["token policy"]
     mean = float(actions.sum(axis=1).mean())
+    each, asked = f"{owed / mean:.0f} us a layer", f"{policy:.0f} us a token"
     print(
         f"{mean:.2f} layers skipped per token. Of the time that they would have taken, compensation and K/V take "
-        f"{owed / bound:.0%} ({owed / mean:.0f} us a layer) and the policy {policy / bound:.0%} ({policy:.0f} us a token)."
+        f"{owed / bound:.0%} ({each}) and the policy {policy / bound:.0%} ({asked})."
     )
     result = {"skipped": mean, "bound_us": bound, "owed_us": owed, "policy_us": policy}
     print_json("owed", {"target": target, **{key: round(value, 3) for key, value in result.items()}})

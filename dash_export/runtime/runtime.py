@@ -67,7 +67,7 @@ class DashRuntime:
         build = opened.load_build(target)
         if verify:
             opened.verify([record for record in opened.manifest.files if not record.name.startswith("onnx/")])
-            opened.verify(_loaded_files(opened, build))
+            opened.verify(loaded_files(opened, build))
         recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
         return cls(
             opened,
@@ -147,7 +147,8 @@ class DashRuntime:
         return self.session(**session).score(ids, prefix)
 
 
-def _loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:
+def loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:
+    """What the engines of a build are loaded from: its own files, or the portable graphs."""
     if build.files:
         return list(build.files)
     return [record for record in bundle.manifest.files if record.name.startswith("onnx/")]

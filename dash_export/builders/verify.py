@@ -7,28 +7,24 @@ token, and a chunk over a cache that is already there. So errors are each segmen
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
-from dash_export.builders.segments import graph_names
+from dash_export.builders.portable_files import portable_file, write_graph
 from dash_export.bundle import Build, Bundle, Segment
 from dash_export.errors import BackendError
+from dash_export.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.graphs.trt import lower
 from dash_export.graphs.trt.decompose import OPSET as trt10_opset  # noqa: N811
 from dash_export.graphs.writer import OPSET as graph_opset  # noqa: N811
-from dash_export.graphs.writer import save_graph
-from dash_export.names import new_names, past_names, present_names, short_name
-from dash_export.resources import resource_folder
-from dash_export.runtime.text import Text
+from dash_export.names import new_names, past_names, present_names
 from dash_export.targets import Precision, Recipe, recipe_from_dict
 
 OPSETS = {"portable": graph_opset, "trt10": trt10_opset}
@@ -43,11 +39,6 @@ root mean square, relative to the portable graph's. SmolLM2's worst: fp16 0.0099
 SMALLEST_UPDATE = 0.05
 """An update that is a smaller part of the state than this drowns in the state's own 16-bit rounding: a few channels of
 a few tokens are a thousand times larger than the rest."""
-_CHARACTERS = 2000
-
-Arrays = dict[str, npt.NDArray[Any]]
-Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
-"""One engine or graph: inputs by name -> outputs by name."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +75,7 @@ def verify_graphs(
             recipe, words = _at_float32(recipe), "lowered graphs at fp32 (bf16 is not there)"
         assert recipe.engine is not None
         recipe = replace(recipe, engine=replace(recipe.engine, kv_capacity=CAPACITY))
-    with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
-        checks = list(_checks(bundle, recipe, segments, engines, Path(folder), progress, policy_bias or {}))
+    checks = list(_checks(bundle, recipe, segments, engines, progress, policy_bias or {}))
     return checks, f"{words} in ONNX Runtime on a CPU"
 
 
@@ -127,7 +117,6 @@ def _checks(
     recipe: Recipe,
     segments: Sequence[Segment],
     engines: Mapping[str, Path],
-    folder: Path,
     progress: Progress,
     policy_bias: Mapping[int, float],
 ) -> Iterator[Check]:
@@ -135,16 +124,14 @@ def _checks(
     graphs = {name: make for name, _, make in portable_graphs(bundle, segments)}
     walk = _Walk(bundle)
     for done, (segment, name) in enumerate(_in_order(segments, graphs), 1):
-        with ExitStack() as stack:
-            # A graph of the bundle is read where it lies; a merged one and a specialised policy are written first.
-            own = name.startswith("skip") or graph_names(segment) == [name]
-            path = bundle.graph(name) if own else stack.enter_context(_saved(graphs[name](), folder / "portable.onnx"))
+        with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
+            path = portable_file(bundle, segment, name, Path(folder))
             if recipe.engine is None:
                 other = engines[name]
             else:
-                other = stack.enter_context(_saved(lower(graphs[name](), recipe, gated), folder / "lowered.onnx"))
+                other = write_graph(lower(graphs[name](), recipe, gated), Path(folder) / "lowered.onnx")
                 _check_standard(other, name, recipe)
-            errors = walk.compare(segment, name, _session(path), _session(other, policy_bias.get(segment.first)))
+            errors = walk.compare(segment, name, graph_run(path), graph_run(other, policy_bias.get(segment.first)))
         progress(f"verify {name}", done, len(graphs))
         yield Check(name, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
 
@@ -179,7 +166,7 @@ class _Walk:
     def __init__(self, bundle: Bundle) -> None:
         self.model = bundle.manifest.model
         rng = np.random.default_rng(0)
-        ids = _text_ids(bundle)
+        ids = text_ids(bundle, sum(count for _, count in STEPS))
         self.states: list[npt.NDArray[Any]] = [ids[None, start : start + count] for start, count in STEPS]
         self.before = self.states
         self.actions = [rng.integers(0, 2, (1, count, 2)).astype(np.float32) for _, count in STEPS]
@@ -218,17 +205,8 @@ class _Walk:
 
     def _inputs(self, state: npt.NDArray[Any], step: int) -> Arrays:
         start, count = STEPS[step]
-        positions = np.arange(start, start + count)
-        mask = np.arange(CAPACITY)[None, :] <= positions[:, None]
-        return {
+        return step_inputs(start, count, CAPACITY) | {
             "input_ids" if state.dtype == np.int64 else "hidden": state,
-            "position_ids": positions[None],
-            "write_indices": np.array([start]),
-            "attention_mask": mask[None, None],
-            "seqlens_k": np.array([start + count - 1], np.int32),
-            "total_length": np.array([start + count], np.int32),
-            "first_logit": np.array([0]),
-            "logit_rows": positions - start,
             "actions": self.actions[step],
         }
 
@@ -273,60 +251,3 @@ def _coarsest(recipe: Recipe, segment: Segment, name: str, gated: tuple[int, ...
         used += [weights.layers, weights.qkv] if layer in gated else [weights.ungated]
     order = list(TOLERANCE)
     return max(used, key=order.index)
-
-
-def _text_ids(bundle: Bundle) -> npt.NDArray[np.int64]:
-    text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
-    ids = Text(bundle.root).encode(text[:_CHARACTERS])
-    return np.resize(np.array(ids, np.int64), sum(count for _, count in STEPS))
-
-
-@contextmanager
-def _saved(model: ir.Model, path: Path) -> Iterator[Path]:
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):  # small ones would stay references into the bundle
-            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
-    files = save_graph(model, path)
-    yield path
-    for file in files:
-        file.unlink()
-
-
-def _session(path: Path, score_bias: float | None = None) -> Run:
-    """A graph in ONNX Runtime on the CPU, fed with what it takes, at the types and ranks it takes. A score becomes the
-    damage that the host makes of it.
-    """
-    import onnxruntime as ort
-
-    from dash_export.runtime.backends.onnxruntime import start_thread_pool
-
-    start_thread_pool(0)  # one for the process: where it exists, no session may have its own
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.use_per_session_threads = False
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a family of its own
-        raise BackendError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {error}") from error
-    types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
-    outputs = [item.name for item in session.get_outputs()]
-
-    def run(inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        short = {short_name(name): array for name, array in inputs.items()}
-        feeds = {}
-        for item in session.get_inputs():
-            array = inputs[item.name] if item.name in inputs else short[item.name]
-            # A lowered graph may take rows where others take [batch, sequence]: batch is one.
-            array = array.reshape(array.shape[max(0, array.ndim - len(item.shape)) :])
-            feeds[item.name] = array.astype(types.get(item.type, array.dtype), copy=False)
-        found = dict(zip(outputs, session.run(None, feeds), strict=True))
-        if "score" in found and score_bias is not None:
-            found["damage"] = np.logaddexp(0.0, found.pop("score")[..., 0] + score_bias)
-        for past in inputs:
-            if past.startswith("past_key_values."):
-                present = past.replace("past_key_values", "present")
-                if short_name(present) in found:
-                    found[present] = found.pop(short_name(present))
-        return found
-
-    return run

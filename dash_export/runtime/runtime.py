@@ -74,7 +74,7 @@ class DashRuntime:
         build = opened.load_build(target)
         if verify:
             opened.verify([record for record in opened.manifest.files if not record.name.startswith("onnx/")])
-            opened.verify(_loaded_files(opened, build))
+            opened.verify(loaded_files(opened, build))
         recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
         backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
         return cls(opened, build, backend, dispatch)
@@ -161,7 +161,8 @@ def engines(
     return DeviceEngines(bundle, build, recipe, device, dispatch)
 
 
-def _loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:
+def loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:
+    """What the engines of a build are loaded from: its own files, or the portable graphs."""
     if build.files:
         return list(build.files)
     return [record for record in bundle.manifest.files if record.name.startswith("onnx/")]

@@ -1,0 +1,90 @@
+"""A graph or engine file of this bundle in ONNX Runtime on a CPU, one step at a time, and what a step is fed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.bundle import Bundle
+from dash_export.errors import BackendError
+from dash_export.names import short_name
+from dash_export.resources import resource_folder
+from dash_export.runtime.text import Text
+
+Arrays = dict[str, npt.NDArray[Any]]
+Run = Callable[[Mapping[str, npt.NDArray[Any]]], Arrays]
+"""One engine or graph: inputs by name -> outputs by name."""
+
+_CHARACTERS = 2000
+
+
+def text_ids(bundle: Bundle, count: int) -> npt.NDArray[np.int64]:
+    """The first `count` tokens of the shipped prose, over again where it is too short."""
+    text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
+    ids = Text(bundle.root).encode(text[: max(_CHARACTERS, 8 * count)])
+    return np.resize(np.array(ids, np.int64), count)
+
+
+def step_inputs(start: int, count: int, capacity: int) -> Arrays:
+    """Where `count` tokens after `start` cached ones go, in a cache of `capacity` rows: what graphs and engines of any
+    dialect may take beside states, actions and caches.
+    """
+    positions = np.arange(start, start + count)
+    mask = np.arange(capacity)[None, :] <= positions[:, None]
+    return {
+        "position_ids": positions[None],
+        "write_indices": np.array([start]),
+        "attention_mask": mask[None, None],
+        "seqlens_k": np.array([start + count - 1], np.int32),
+        "total_length": np.array([start + count], np.int32),
+        "first_logit": np.array([0]),
+        "logit_rows": positions - start,
+    }
+
+
+def graph_run(path: Path, score_bias: float | None = None, *, own_threads: bool = False) -> Run:
+    """A graph in ONNX Runtime on the CPU, fed with what it takes, at the types and ranks it takes. A score becomes the
+    damage that the host makes of it.
+
+    ONNX Runtime has either one pool of threads for the process or one per session: `own_threads` where others in this
+    process have their own. Raises BackendError when ONNX Runtime refuses the graph.
+    """
+    import onnxruntime as ort
+
+    from dash_export.runtime.backends.onnxruntime import start_thread_pool
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not own_threads:
+        start_thread_pool(0)
+        options.use_per_session_threads = False
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a family of its own
+        raise BackendError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {error}") from error
+    types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
+    outputs = [item.name for item in session.get_outputs()]
+
+    def run(inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        short = {short_name(name): array for name, array in inputs.items()}
+        feeds = {}
+        for item in session.get_inputs():
+            array = inputs[item.name] if item.name in inputs else short[item.name]
+            # A lowered graph may take rows where others take [batch, sequence]: batch is one.
+            array = array.reshape(array.shape[max(0, array.ndim - len(item.shape)) :])
+            feeds[item.name] = array.astype(types.get(item.type, array.dtype), copy=False)
+        found = dict(zip(outputs, session.run(None, feeds), strict=True))
+        if "score" in found and score_bias is not None:
+            found["damage"] = np.logaddexp(0.0, found.pop("score")[..., 0] + score_bias)
+        for past in inputs:
+            if past.startswith("past_key_values."):
+                present = past.replace("past_key_values", "present")
+                if short_name(present) in found:
+                    found[present] = found.pop(short_name(present))
+        return found
+
+    return run

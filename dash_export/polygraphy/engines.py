@@ -1,0 +1,161 @@
+"""One engine of a build behind the inputs and outputs of its portable graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.bundle import Build, Bundle, ModelFacts, Segment
+from dash_export.errors import BackendError, BundleError, RequestError
+from dash_export.graph_runs import Arrays, step_inputs
+from dash_export.names import POLICY_STATE, past_names, present_names, short_name
+from dash_export.runtime.backends.base import Engine, Launch
+
+FUSED = ".policy"
+"""Ends the name of an engine that holds the policy of the next gated layer too (`fused` dispatch)."""
+_LENGTHS = ("seqlens_k", "total_length")
+"""What engines take in place of a mask: it follows from the positions."""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """Which engine, and which portable graph says what it computes: `portable`, of `segment`."""
+
+    name: str
+    portable: str
+    segment: Segment
+
+    @property
+    def decides(self) -> int:
+        """The layer that a policy in this engine decides."""
+        return self.segment.first if self.portable.startswith("policy") else self.segment.last + 1
+
+
+def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
+    """An engine by its name in the build: a segment, a skip graph, a policy, or one of the first two with `.policy`.
+
+    Raises BundleError that lists the names, or says which segment a layer was merged into.
+    """
+    if name in build.engines:
+        portable = name.removesuffix(FUSED)
+        for segment in build.segments:
+            own = (segment.name, f"skip_{segment.first:02d}", f"policy_{segment.first:02d}")
+            if portable == own[0] or (segment.gated and portable in own):
+                return EngineFacts(name, portable, segment)
+    merged = [item.name for item in build.segments if name in (f"layer_{layer:02d}" for layer in item.layers)]
+    hint = f"{name} is part of the segment {merged[0]}. " if merged else ""
+    raise BundleError(
+        f"{bundle.root}: the build for {build.target!r} has no engine {name!r}. {hint}"
+        f"Engines: {', '.join(sorted(build.engines))}."
+    )
+
+
+class PortableEngine:
+    """Runs one engine on the inputs of its portable graph. Memory is bound once per shape, as the runtime binds it."""
+
+    def __init__(self, engine: Engine, facts: EngineFacts, model: ModelFacts, score_bias: float | None) -> None:
+        """`score_bias` is what the host adds to a linear policy's score."""
+        self._engine = engine
+        self._name = facts.name
+        self._model = model
+        self._score_bias = score_bias
+        layers = facts.segment.layers
+        portable = [name for layer in layers for name in (*past_names(layer), *present_names(layer))]
+        self._portable = {short_name(name): name for name in portable} | {name: name for name in portable}
+        self._key: object = None
+        self._memory: Arrays = {}
+        self._launch: Launch | None = None
+
+    @property
+    def inputs(self) -> dict[str, tuple[npt.DTypeLike, tuple[int | None, ...]]]:
+        """Name -> type and shape of what `__call__` wants, in the portable form; None where a size is free.
+
+        Raises BackendError when the engine is another one.
+        """
+        model = self._model
+        known: dict[str, tuple[npt.DTypeLike, tuple[int | None, ...]]] = {
+            "input_ids": (np.int64, (1, None)),
+            "hidden": (np.float32, (1, None, model.hidden_size)),
+            "actions": (np.float32, (1, None, 2)),
+            "layer": (np.int64, (1,)),
+            "position_ids": (np.int64, (1, None)),
+            "write_indices": (np.int64, (1,)),
+            "attention_mask": (np.bool_, (1, 1, None, None)),
+            "first_logit": (np.int64, (1,)),
+        }
+        cache = (1, model.num_kv_heads, None, model.head_dim)
+        known |= {name: (np.float32, cache) for name in self._portable.values() if name.startswith("past_")}
+        names = [self._portable.get(name, name) for name in self._engine.inputs]
+        names = ["position_ids" if name in _LENGTHS else name for name in names]
+        strange = sorted(set(names) - set(known))
+        if strange:
+            raise BackendError(f"{self._name} wants {strange[0]}, which its portable graph does not. Build it again.")
+        return {name: known[name] for name in dict.fromkeys(names)}
+
+    def __call__(self, feed: Mapping[str, npt.NDArray[Any]]) -> tuple[Arrays, float]:
+        """Portable inputs -> portable outputs (this object's memory, valid until the next call) and the seconds the
+        engine took, without copies. Raises RequestError for positions that are not consecutive or leave the cache.
+        """
+        placed = self._placed(feed)
+        # The number of logits follows from a value, every other size from a shape.
+        key = {name: placed[name].item() if name == "first_logit" else placed[name].shape for name in placed}
+        if self._launch is None or key != self._key:
+            self._launch = self._bind(placed)
+            self._key = key
+        for name, array in placed.items():
+            self._memory[name][...] = array
+        began = time.perf_counter()
+        self._launch()
+        seconds = time.perf_counter() - began
+        return self._outputs(), seconds
+
+    def _placed(self, feed: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """The feed and what follows from its positions."""
+        if "position_ids" not in feed:
+            return dict(feed)
+        positions = feed["position_ids"][0]
+        start, count = int(positions[0]), len(positions)
+        capacity = min(
+            (array.shape[2] for name, array in feed.items() if name.startswith("past_")), default=start + count
+        )
+        if not np.array_equal(positions, np.arange(start, start + count)) or not 0 <= start <= capacity - count:
+            raise RequestError(
+                f"position_ids must be consecutive and inside a cache of {capacity} rows; got {start} to "
+                f"{int(positions[-1])}. Leave the inputs to the --dash runner, or give real ones with --load-inputs."
+            )
+        lengths = {name: array for name, array in step_inputs(start, count, 0).items() if name in _LENGTHS}
+        return dict(feed) | lengths
+
+    def _bind(self, placed: Mapping[str, npt.NDArray[Any]]) -> Launch:
+        self._memory = {name: np.array(array) for name, array in placed.items()}
+        count = placed["hidden" if "hidden" in placed else "input_ids"].shape[1]
+        first = placed["first_logit"].item() if "first_logit" in placed else 0
+        hidden, vocab = self._model.hidden_size, self._model.vocab_size
+        shapes = {
+            "hidden_out": (1, count, hidden),
+            POLICY_STATE: (1, count, hidden),
+            "logits": (1, count - first, vocab),
+            "damage": (1, count),
+            "score": (1, count, 1),
+        }
+        arrays: Arrays = {}
+        for name in self._engine.outputs:
+            portable = self._portable.get(name, name)
+            # Past and present share their memory, as in a session: the write is in place.
+            past = portable.replace("present.", "past_key_values.")
+            arrays[name] = self._memory[past] if past in self._memory else np.zeros(shapes[name], np.float32)
+            self._memory[portable] = arrays[name]
+        inputs = {name: self._memory[self._portable.get(name, name)] for name in self._engine.inputs}
+        return self._engine.bind(inputs, arrays)
+
+    def _outputs(self) -> Arrays:
+        names = [self._portable.get(name, name) for name in self._engine.outputs if name != POLICY_STATE]
+        found = {name: self._memory[name] for name in names}
+        if "score" in found and self._score_bias is not None:
+            found["damage"] = np.logaddexp(0.0, found.pop("score")[..., 0] + np.float32(self._score_bias))
+        return found

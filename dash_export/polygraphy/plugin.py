@@ -1,0 +1,210 @@
+"""The plug-in of `polygraphy run` (entry point group `polygraphy.run.plugins`): options, and the code they stand for.
+
+Polygraphy loads this at every `polygraphy run`, of whatever: what runs a bundle is imported by the generated code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polygraphy.logger import G_LOGGER
+from polygraphy.tools.args import DataLoaderArgs, ModelArgs, RunnerSelectArgs
+from polygraphy.tools.args.base import BaseArgs, BaseRunnerArgs
+from polygraphy.tools.script import make_invocable
+
+from dash_export.bundle import MANIFEST, Bundle
+from dash_export.decision import Setting
+from dash_export.errors import BackendError
+from dash_export.polygraphy.errors import told_by_polygraphy
+
+if TYPE_CHECKING:
+    from dash_export.polygraphy.engines import EngineFacts
+
+DEFAULT_TARGET = "cpu"
+DEFAULT_CONTEXT = 64
+_SETTING = ("policy", "skip", "trade_off", "budget", "skipped", "max_kl", "max_layers")
+
+
+def arg_groups() -> list[BaseArgs]:
+    """What Polygraphy asks a plug-in for."""
+    return [DashRunnerArgs()]
+
+
+class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
+    """
+    dash-export Inference: running engines and whole decode steps of a dash-export bundle.
+
+    The model is the bundle, or a portable graph in it, whose engine is then run.
+
+    Depends on:
+
+        - ModelArgs
+        - RunnerSelectArgs
+        - DataLoaderArgs
+    """
+
+    def get_name_opt_impl(self) -> tuple[str, str]:
+        return "dash-export", "dash"
+
+    def get_extra_help_text_impl(self) -> str:
+        return "The model is a bundle (whole decode steps, or a --dash-segment) or a portable graph in one."
+
+    def add_parser_args_impl(self) -> None:
+        add = self.group.add_argument
+        add("--dash-target", help="The build to run, like cpu or cpu-fp32. Default: cpu.", default=DEFAULT_TARGET)
+        add(
+            "--dash-segment",
+            metavar="ENGINE",
+            help="Run one engine of the build, like layer_12, skip_12, policy_12, layers_00-04 or layer_12.policy, "
+            "with the inputs and outputs of its portable graph; --onnxrt then runs that graph.",
+        )
+        add(
+            "--dash-tokens",
+            type=int,
+            default=1,
+            metavar="N",
+            help="New tokens: one step of an engine, or as many whole steps, timed together. Default: 1.",
+        )
+        add(
+            "--dash-context",
+            type=int,
+            default=DEFAULT_CONTEXT,
+            metavar="N",
+            help=f"Tokens before them, in the KV cache. Default: {DEFAULT_CONTEXT}.",
+        )
+        add("--dash-policy", help="Whole steps: who decides, as in `dash-export run --policy`. Default: dense.")
+        add("--dash-skip", type=_layers, metavar="LAYERS", help="Whole steps: skip these layers, like 10,17 or 12-14.")
+        for name, kind, words in (
+            ("trade-off", float, "skip where damage < trade-off * cost"),
+            ("budget", float, "mean decode time wanted, as a fraction of dense"),
+            ("skipped", float, "mean number of layers skipped per token"),
+            ("max-kl", float, "mean KL from dense allowed, nats per token"),
+            ("max-layers", int, "no token runs more layers than this"),
+        ):
+            add(f"--dash-{name}", type=kind, help=f"Whole steps: {words}.")
+
+    def parse_impl(self, args: argparse.Namespace) -> None:
+        """Attributes: bundle and target (str), engine (its name, or None for whole steps), tokens, context, setting
+        (what is not None of `Setting`).
+        """
+        runners = list(self.arg_groups[RunnerSelectArgs].runners.keys())
+        if "dash" not in runners:
+            return
+        self.target, self.tokens, self.context = args.dash_target, args.dash_tokens, args.dash_context
+        given = {name: getattr(args, f"dash_{name}") for name in _SETTING}
+        self.setting = {name: value for name, value in given.items() if value is not None}
+        root, graph = _bundle_of(self.arg_groups[ModelArgs].path)
+        self.bundle, self.engine = str(root), args.dash_segment or graph
+        with told_by_polygraphy():
+            bundle = Bundle.open(root)
+            build = bundle.load_build(self.target)
+            if self.engine is None:
+                from dash_export.runtime.kinds import session_rules
+
+                self._check_whole_step(runners)
+                # Now, and not when thirty engines are loaded.
+                session_rules(Setting(**self.setting), bundle.manifest.model, bundle.manifest.policy, build)
+            else:
+                from dash_export.polygraphy.engines import find_engine
+
+                self._check_engine()
+                facts = find_engine(bundle, build, self.engine)
+                if set(runners) != {"dash"}:
+                    self._give_portable_graph(bundle, facts, keep=bool(args.gen_script))
+        self._give_inputs()
+
+    def _check_whole_step(self, runners: list[str]) -> None:
+        others = [name for name in runners if name != "dash"]
+        if others:
+            G_LOGGER.critical(
+                f"A whole step is no one graph that --{others[0]} could run: name an engine with --dash-segment, or "
+                "save one run with --save-outputs and compare another with --load-outputs."
+            )
+
+    def _check_engine(self) -> None:
+        if self.setting:
+            wrong = next(iter(self.setting)).replace("_", "-")
+            G_LOGGER.critical(f"--dash-{wrong} is for whole steps: leave out --dash-segment, and give the bundle.")
+
+    def _give_portable_graph(self, bundle: Bundle, facts: EngineFacts, keep: bool) -> None:
+        """What the other runners run. A merged segment's graph is written to a temporary folder first, which a
+        generated script (`keep`) goes on to need.
+        """
+        try:
+            from dash_export.builders.portable_files import portable_file
+        except ModuleNotFoundError as error:
+            raise BackendError(
+                f"Comparing with the portable graph needs {error.name}. Run: pip install 'dash-export[export]'"
+            ) from error
+        folder = tempfile.mkdtemp(prefix="dash-polygraphy-")
+        if not keep:
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        model = self.arg_groups[ModelArgs]
+        model.path = str(portable_file(bundle, facts.segment, facts.portable, Path(folder)))
+        model.model_type = ModelArgs.ModelType("onnx")
+
+    def _give_inputs(self) -> None:
+        """Ours in place of random numbers, where no others were asked for."""
+        loader = self.arg_groups[DataLoaderArgs]
+        if not loader.is_using_random_data():
+            return
+        if loader.val_range is not None or self.arg_groups[ModelArgs].input_shapes:
+            G_LOGGER.warning("--val-range and --input-shapes have no effect on --dash: its inputs are a real text's.")
+        iterations = loader.iterations or 1
+        place = [self.bundle, *([] if self.engine is None else [self.target, self.engine])]
+        kind = "StepInputs" if self.engine is None else "EngineInputs"
+        self.arg_groups[DataLoaderArgs] = DashInputArgs(loader, kind, [*place, self.tokens, self.context, iterations])
+
+    def add_to_script_impl(self, script: Any) -> None:
+        if self.engine is None:
+            kind, place, options = "DashStepRunner", [self.bundle, self.target, self.tokens], self.setting
+        else:
+            kind, place, options = "DashEngineRunner", [self.bundle, self.target, self.engine], {}
+        script.add_import(imports=[kind], frm="dash_export.polygraphy.runners")
+        script.add_runner(make_invocable(kind, *place, **options))
+
+
+class DashInputArgs(DataLoaderArgs):  # type: ignore[misc]
+    """
+    dash-export Inputs: real text, and the states it has where an engine begins.
+
+    Takes the place of DataLoaderArgs once the command line is parsed.
+    """
+
+    def __init__(self, replaced: DataLoaderArgs, kind: str, arguments: list[Any]) -> None:
+        super().__init__()
+        self.__dict__.update(vars(replaced))
+        self._kind, self._arguments = kind, arguments
+
+    def add_to_script_impl(self, script: Any, user_input_metadata_str: Any = None) -> Any:  # noqa: ARG002
+        script.add_import(imports=[self._kind], frm="dash_export.polygraphy.inputs")
+        return script.set_data_loader(make_invocable(self._kind, *self._arguments))
+
+    def is_using_random_data(self) -> bool:
+        return False
+
+
+def _bundle_of(model: str | None) -> tuple[Path, str | None]:
+    """The bundle, and the graph's name where the model is a portable graph of it."""
+    if model is None:
+        G_LOGGER.critical("--dash needs a bundle: polygraphy run my.dash --dash")
+    path = Path(str(model))
+    if path.suffix == ".onnx" and (path.parent.parent / MANIFEST).is_file():
+        return path.parent.parent, path.stem
+    return path, None
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    import click
+
+    from dash_export.commands.common import LayerList
+
+    try:
+        return LayerList().convert(text, None, None)
+    except click.BadParameter as error:
+        raise argparse.ArgumentTypeError(error.message) from error

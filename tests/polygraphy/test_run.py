@@ -1,0 +1,189 @@
+"""`polygraphy run --dash`, as a user calls it: engines against their portable graphs, whole steps, and the errors."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("polygraphy")
+PLUGINS = importlib.metadata.entry_points(group="polygraphy.run.plugins")
+pytestmark = pytest.mark.skipif(
+    "dash-export" not in PLUGINS.names, reason="the plug-in is not registered: install the package (pip install -e .)"
+)
+MAIN = "import sys; from polygraphy.tools import main; sys.exit(main())"
+CLOSE = ("--atol", "1e-4", "--rtol", "1e-3")
+FP32 = ("--dash-target", "cpu-fp32")
+
+
+def polygraphy(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", MAIN, "run", *(str(part) for part in arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def sequential() -> list[str]:
+    """Newer versions run all runners side by side, and then report no times."""
+    from polygraphy.tools.args import ComparatorCompareArgs
+
+    known = inspect.signature(ComparatorCompareArgs.__init__).parameters
+    return ["--sequential-runners"] if "allow_sequential_runners" in known else []
+
+
+def passed(result: subprocess.CompletedProcess[str]) -> bool:
+    assert "Traceback" not in result.stdout + result.stderr, result.stdout + result.stderr
+    assert ("PASSED | Runtime" in result.stdout) == (result.returncode == 0), result.stdout + result.stderr
+    return result.returncode == 0
+
+
+def error(result: subprocess.CompletedProcess[str]) -> str:
+    assert not passed(result)
+    (line,) = (line for line in (result.stdout + result.stderr).splitlines() if line.startswith("[!]"))
+    return line
+
+
+def compared(result: subprocess.CompletedProcess[str]) -> set[str]:
+    """The outputs that both runners gave and that agreed."""
+    (names,) = set(re.findall(r"All outputs matched \| Outputs: \[(.*)\]", result.stdout))
+    return set(re.findall(r"'([^']+)'", names))
+
+
+@pytest.mark.parametrize(
+    ("target", "engine", "outputs"),
+    [
+        ("cpu-fp32", "layer_03", {"hidden_out", "present.3.key", "present.3.value"}),
+        ("cpu-fp32", "layer_03.policy", {"hidden_out", "present.3.key", "present.3.value"}),
+        ("cpu-fp32", "skip_03", {"hidden_out", "present.3.key", "present.3.value"}),
+        ("cpu-fp32", "policy_03", {"damage"}),
+        (
+            "cpu-fp32",
+            "layers_00-01",
+            {"hidden_out", *(f"present.{n}.{kind}" for n in (0, 1) for kind in ("key", "value"))},
+        ),
+        ("cpu-fp32", "layer_05", {"logits", "present.5.key", "present.5.value"}),
+        ("portable", "layer_03", {"hidden_out", "present.3.key", "present.3.value"}),
+    ],
+)
+def test_a_sound_engine_passes(target: str, engine: str, outputs: set[str], tiny_root: Path) -> None:
+    segment = ("--dash-target", target, "--dash-segment", engine)
+    result = polygraphy(tiny_root, "--onnxrt", "--dash", *segment, "--iterations", "3", *CLOSE)
+    assert passed(result), result.stdout
+    assert compared(result) == outputs
+    assert "3/3 iterations" in result.stdout
+
+
+def test_a_prefill_by_the_graphs_path(tiny_root: Path) -> None:
+    """The model names bundle and engine; the runners in the other order; more steps than positions are left."""
+    graph = tiny_root / "onnx" / "layer_03.onnx"
+    steps = ("--dash-tokens", "7", "--dash-context", "30", "--iterations", "20")
+    result = polygraphy(graph, "--dash", *FP32, "--onnxrt", *steps, *CLOSE, *sequential())
+    assert passed(result), result.stdout
+    assert "hidden [dtype=float32, shape=(1, 7, " in result.stdout
+    times = re.findall(r"Completed 20 iteration\(s\) in ([\d.e+-]+) ms \| Average inference time", result.stdout)
+    assert len(times) == 2
+    assert all(0 < float(time) < 20_000 for time in times)
+
+
+def change_record(bundle: Path, engine: str, **changed: str) -> None:
+    path = bundle / "engines" / "cpu-fp32" / "build.json"
+    build = json.loads(path.read_text())
+    build["engines"][engine] |= changed
+    for record in build["files"]:
+        data = (bundle / record["name"]).read_bytes()
+        record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_text(json.dumps(build))
+
+
+def test_an_engine_with_other_weights_fails(own_bundle: Path) -> None:
+    weights = own_bundle / "engines" / "cpu-fp32" / "layer_03.data"
+    weights.write_bytes(bytes(reversed(weights.read_bytes())))
+    run = (own_bundle / "onnx" / "layer_03.onnx", "--onnxrt", "--dash", *FP32)
+    assert "layer_03.data is not the file that was written" in error(polygraphy(*run))
+    change_record(own_bundle, "layer_03")
+    result = polygraphy(*run, *CLOSE)
+    assert not passed(result)
+    assert "Mismatched outputs" in result.stdout
+
+
+def test_a_skip_graph_in_a_layers_place_fails(own_bundle: Path) -> None:
+    """K and V are right, the update is another."""
+    change_record(own_bundle, "layer_03", file="engines/cpu-fp32/skip_03.onnx")
+    result = polygraphy(own_bundle, "--onnxrt", "--dash", *FP32, "--dash-segment", "layer_03", *CLOSE)
+    assert not passed(result)
+    assert "Mismatched outputs: ['hidden_out']" in result.stdout
+
+
+def test_another_layers_engine_is_refused(own_bundle: Path) -> None:
+    change_record(own_bundle, "layer_03", file="engines/cpu-fp32/layer_02.onnx")
+    message = error(polygraphy(own_bundle, "--dash", *FP32, "--dash-segment", "layer_03"))
+    assert "layer_03 wants past_key_2" in message
+
+
+def test_whole_steps_are_timed(tiny_root: Path) -> None:
+    run = ("--dash", *FP32, "--dash-skip", "2-3", "--dash-tokens", "2", "--iterations", "5", "--warm-up", "1")
+    result = polygraphy(tiny_root, *run, *sequential())
+    assert passed(result), result.stdout
+    assert "{input_ids [dtype=int64, shape=(1, 66)]}" in result.stdout
+    assert "{logits [dtype=float32, shape=(1, 2, 300)]}" in result.stdout
+    (time,) = re.findall(
+        r"Completed 5 iteration\(s\) in [\d.e+-]+ ms \| Average inference time: ([\d.e+-]+)", result.stdout
+    )
+    assert 0 < float(time) < 2000
+
+
+def test_whole_steps_of_two_builds_and_two_settings(tiny_root: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "dense.json"
+    assert passed(polygraphy(tiny_root, "--dash", *FP32, "--iterations", "3", "--save-outputs", kept))
+    loaded = ("--dash", "--iterations", "3", "--load-outputs", kept, *CLOSE)
+    same = polygraphy(tiny_root, *loaded, "--dash-target", "portable")
+    assert passed(same), same.stdout
+    assert compared(same) == {"logits"}
+    assert not passed(polygraphy(tiny_root, *loaded, *FP32, "--dash-skip", "3"))
+
+
+def test_a_generated_script_runs(tiny_root: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    run = (tiny_root, "--dash", "--onnxrt", *FP32, "--dash-segment", "layers_00-01", *CLOSE)
+    assert polygraphy(*run, "--gen-script", script).returncode == 0
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "All outputs matched" in result.stdout
+    (graph,) = re.findall(r"'(/[^']*layers_00-01\.onnx)'", script.read_text())
+    for file in Path(graph).parent.iterdir():
+        file.unlink()
+    Path(graph).parent.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "does not exist (built: cpu-fp32, portable)"),
+        ([*FP32, "--dash-segment", "layer_77"], "no engine 'layer_77'. Engines: layer_02, "),
+        ([*FP32, "--dash-segment", "layer_01"], "layer_01 is part of the segment layers_00-01."),
+        ([*FP32, "--onnxrt"], "name an engine with --dash-segment"),
+        ([*FP32, "--dash-segment", "layer_03", "--dash-max-kl", "0.1"], "--dash-max-kl is for whole steps"),
+        ([*FP32, "--dash-policy", "psychic"], "no policy kind 'psychic'"),
+        ([*FP32, "--dash-skip", "0"], "Layers [0] have no skip graph"),
+        ([*FP32, "--dash-context", "1000000"], "than the model's"),
+        ([*FP32, "--dash-segment", "layer_03", "--dash-tokens", "0"], "at least 1"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments: list[str], message: str, tiny_root: Path) -> None:
+    assert message in error(polygraphy(tiny_root, "--dash", *arguments))
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    assert "has no manifest.json" in error(polygraphy(tmp_path, "--dash"))
+    assert "--dash needs a bundle" in error(polygraphy("--dash"))
+
+
+def test_a_wrong_list_of_layers_is_wrong_usage(tiny_root: Path) -> None:
+    result = polygraphy(tiny_root, "--dash", "--dash-skip", "three")
+    assert result.returncode == 2
+    assert "--dash-skip: 'three' is not a layer" in result.stderr

@@ -1,0 +1,56 @@
+"""The runners' own work, beside the runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("polygraphy")
+
+from dash_export import DashRuntime
+from dash_export.bundle import Bundle
+from dash_export.errors import RequestError
+from dash_export.graph_runs import step_inputs
+from dash_export.polygraphy.engines import PortableEngine, find_engine
+from dash_export.polygraphy.inputs import STEPS, StepInputs
+from dash_export.polygraphy.runners import DashStepRunner
+from dash_export.runtime.backends import load_backend
+from tests.tiny import random_ids
+
+
+def test_a_whole_step_is_the_runtimes(tiny_root: Path) -> None:
+    """Dense over all but the last tokens, then decode under the setting; every call begins anew."""
+    ids = random_ids(12)
+    expected = DashRuntime.load(tiny_root, "cpu-fp32").session(policy="token", trade_off=1.0).logits(ids, prefix=9)
+    with DashStepRunner(str(tiny_root), "cpu-fp32", 3, policy="token", trade_off=1.0) as runner:
+        for _ in range(2):
+            logits = runner.infer({"input_ids": ids[None]})["logits"]
+            np.testing.assert_allclose(logits[0], expected[9:], atol=1e-4)
+        assert 0 < runner.last_inference_time() < 10
+
+
+def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
+    windows = [feed["input_ids"] for feed in StepInputs(str(tiny_root), 2, 10, STEPS + 1)]
+    assert {window.shape for window in windows} == {(1, 12)}
+    np.testing.assert_array_equal(windows[0][0, 2:], windows[1][0, :-2])
+    np.testing.assert_array_equal(windows[0], windows[STEPS])
+
+
+@pytest.mark.parametrize(("start", "stride"), [(8, 1), (2, 2), (-1, 1)])
+def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tiny_root: Path) -> None:
+    """The engine would write outside its cache, or elsewhere than it says."""
+    bundle = Bundle.open(tiny_root)
+    build = bundle.load_build("cpu-fp32")
+    facts = find_engine(bundle, build, "layer_03")
+    file = bundle.path(build.engines["layer_03"].file)
+    engine = PortableEngine(load_backend("onnxruntime", 0).load(file), facts, bundle.manifest.model, None)
+    sizes = {name: (dtype, [size or 3 for size in shape]) for name, (dtype, shape) in engine.inputs.items()}
+    feed = {name: np.zeros(shape, dtype) for name, (dtype, shape) in sizes.items()}
+    feed |= {name: np.zeros((1, 2, 8, array.shape[3]), np.float32) for name, array in feed.items() if "past" in name}
+    feed["position_ids"] = (start + stride * np.arange(3))[None]
+    with pytest.raises(RequestError, match="must be consecutive and inside a cache of 8 rows"):
+        engine(feed)
+    fine = feed | {name: array for name, array in step_inputs(5, 3, 8).items() if name in engine.inputs}
+    assert engine(fine)[0]["hidden_out"].shape[1] == 3

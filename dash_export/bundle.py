@@ -275,14 +275,19 @@ class Bundle:
         for record in records:
             path = self.path(record.name)
             if not path.is_file():
-                raise BundleError(
-                    f"{self.root}: {record.name} is missing. The bundle is damaged: export and build it again."
-                )
+                raise BundleError(f"{self.root}: {record.name} is missing. {self._repair(record.name)}")
             if path.stat().st_size != record.bytes or (hashes and sha256_file(path) != record.sha256):
                 raise BundleError(
                     f"{self.root}: {record.name} is not the file that was written (hash mismatch). "
-                    "It was changed or damaged after the bundle was made: export and build it again."
+                    f"It was changed or damaged after it was made. {self._repair(record.name)}"
                 )
+
+    def _repair(self, name: str) -> str:
+        """What to do about a damaged file: engines are made from the rest, which may well be whole."""
+        folder, _, rest = name.partition("/")
+        if folder == "engines":
+            return f"Run: {self._build_command(rest.partition('/')[0])}"
+        return "The bundle is damaged: export and build it again."
 
 
 def _refuse_newer(data: Any, root: Path) -> None:

@@ -4,41 +4,82 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from dash_export.builders.trt_api import EXTRAS
+from dash_export.builders.trt_api import EXTRAS, PORTABLE_SINCE
 from dash_export.errors import BackendError, NotHereError
-from dash_export.runtime.backends import BACKENDS, require_backend
+from dash_export.runtime.backends import require_backend
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
 from dash_export.targets import Recipe
 
+JETSONS = ("8.7", "11.0")
+"""Compute capabilities of Orin and Thor, whose TensorRT comes with JetPack and not from PyPI."""
+
 
 def require_builder(recipe: Recipe) -> None:
-    """Raises BackendError that names the extra when the CPU backend is missing, NotHereError when this machine cannot
-    compile for the recipe's GPU.
+    """Raises BackendError that says what to install when a package is missing, NotHereError when only another machine
+    can compile for the recipe.
     """
     if recipe.engine is None:
         require_backend(recipe.backend)
         return
     reason = obstacle(recipe)
     if reason is not None:
-        raise NotHereError(f"Engines for {recipe.name} cannot be compiled on this machine: {reason}")
+        kind = NotHereError if needs_another_machine(recipe) else BackendError
+        raise kind(f"Engines for {recipe.name} cannot be compiled on this machine: {reason}")
+
+
+def needs_another_machine(recipe: Recipe) -> bool:
+    """Whether nothing that could be installed here helps, so that `build` writes a kit."""
+    return recipe.backend == "tensorrt" and _no_such_device(recipe) is not None
 
 
 def obstacle(recipe: Recipe) -> str | None:
-    """Why this machine cannot compile a GPU recipe, in one sentence; None where it can.
+    """Why this machine cannot compile a recipe, in one sentence; None where it can.
 
-    TensorRT-RTX compiles ahead of time anywhere; TensorRT only for the device it runs on; ONNX Runtime takes graphs.
+    TensorRT-RTX compiles ahead of time anywhere; TensorRT only for the device it runs on, so without the device no
+    installing helps; ONNX Runtime on CUDA takes graphs as they are.
     """
+    if recipe.engine is None:
+        return run_obstacle(recipe)
+    if recipe.backend == "tensorrt" and (reason := _no_such_device(recipe)) is not None:
+        return reason
     if recipe.backend in EXTRAS and find_spec(recipe.backend) is None:
-        return f"the package {recipe.backend} is not installed (pip install 'dash-export[{EXTRAS[recipe.backend]}]')."
-    return _no_such_device(recipe) if recipe.backend == "tensorrt" else None
+        return f"the package {recipe.backend} is not installed ({how_to_install(recipe)})."
+    return None
+
+
+def how_to_install(recipe: Recipe) -> str:
+    """What to type for the compiler of a recipe of TensorRT or TensorRT-RTX."""
+    if recipe.backend == "tensorrt" and recipe.engine is not None and set(JETSONS) & set(recipe.engine.capabilities):
+        return "sudo apt install python3-libnvinfer, and in a virtual environment --system-site-packages"
+    return f"pip install 'dash-export[{EXTRAS[recipe.backend]}]'"
+
+
+def too_old(recipe: Recipe, version: str) -> str | None:
+    """Why TensorRT of this version cannot compile the recipe's dialect; None where it can."""
+    if recipe.backend != "tensorrt" or recipe.dialect != "portable":
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) >= PORTABLE_SINCE:
+        return None
+    return (
+        f"TensorRT {version} has no KV cache update: the portable dialect needs "
+        f"{'.'.join(map(str, PORTABLE_SINCE))} or newer. Copy engines/{recipe.name}.toml and set dialect = 'trt10'."
+    )
 
 
 def runs_here(recipe: Recipe) -> bool:
     """Whether this machine can run what was compiled, so that its costs can be measured."""
-    if recipe.engine is None:
-        return True
-    known = recipe.backend in BACKENDS and find_spec(BACKENDS[recipe.backend][1]) is not None
-    return known and _no_such_device(recipe) is None
+    return run_obstacle(recipe) is None
+
+
+def run_obstacle(recipe: Recipe) -> str | None:
+    """Why this machine cannot run what was compiled for a recipe, in one sentence; None where it can."""
+    if recipe.engine is not None and (reason := _no_such_device(recipe)) is not None:
+        return reason
+    try:
+        require_backend(recipe.backend)
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def device_here() -> CudaDevice | None:

@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from dash_export.artifacts import content_key
 from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_graphs
-from dash_export.builders.here import device_here
+from dash_export.builders.here import device_here, too_old
 from dash_export.builders.segments import Artifact
-from dash_export.builders.trt_api import PORTABLE_SINCE, Settings, Shapes, Toolkit, load_toolkit
+from dash_export.builders.trt_api import Settings, Shapes, Toolkit, load_toolkit
 from dash_export.bundle import Bundle, Segment
 from dash_export.errors import BackendError
 from dash_export.graphs.trt.lower import LOGIT_ROWS
@@ -31,11 +31,8 @@ TIMING_CACHE = "timing.cache"
 def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path) -> Iterator[Artifact]:
     """Every engine of this build. Raises BackendError where this machine's TensorRT cannot compile the dialect."""
     toolkit = load_toolkit(recipe.backend)
-    if recipe.dialect == "portable" and not toolkit.is_rtx and toolkit.release < PORTABLE_SINCE:
-        raise BackendError(
-            f"TensorRT {toolkit.version} has no KV cache update: the portable dialect needs "
-            f"{'.'.join(map(str, PORTABLE_SINCE))} or newer. Copy engines/{recipe.name}.toml and set dialect = 'trt10'."
-        )
+    if (reason := too_old(recipe, toolkit.version)) is not None:
+        raise BackendError(reason)
     parts = recipe.as_dict()
     base = (LOWERING_REVISION, toolkit.backend, toolkit.version, device(recipe), recipe.dialect)
     base_key = content_key(*base, parts["weights"], parts["engine"], recipe.runtime.prefill_chunk)

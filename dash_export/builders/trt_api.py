@@ -52,11 +52,6 @@ class Toolkit:
         self.logger = _logger(self.trt)
 
     @property
-    def release(self) -> tuple[int, ...]:
-        """(major, minor)."""
-        return tuple(int(part) for part in self.version.split(".")[:2])
-
-    @property
     def is_rtx(self) -> bool:
         return self.backend == "tensorrt_rtx"
 

@@ -127,6 +127,10 @@ def command(
                 bundle, target, weights=weights, head=head, embedding=embedding, verify=verify, progress=progress
             )
     except NotHereError as reason:
+        from dash_export.builders.kit import RECORD
+
+        if kit is None and (bundle.root.parent / RECORD).is_file():
+            raise  # this is the kit already, on a machine that is not the target
         _kit(bundle, target, precision, str(reason), kit)
         return
     _summary(bundle, made)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.text import Text
 
 from dash_export.commands import machine
 from dash_export.commands.common import plain_table, print_table, result_console, size
+from dash_export.commands.jetson import jetson
+from dash_export.commands.readiness import targets
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command("doctor")
@@ -19,7 +25,8 @@ from dash_export.commands.common import plain_table, print_table, result_console
 def command(ctx: click.Context, as_json: bool) -> None:
     """Show this machine's hardware, packages and backends, and which targets it can build and run.
 
-    Exits with 1 when something is broken, such as two conflicting ONNX Runtime packages.
+    Exits with 1 when something is broken: two conflicting ONNX Runtime packages, half an install, a GPU that CUDA
+    cannot use.
     """
     report = examine()
     if as_json:
@@ -33,15 +40,18 @@ def command(ctx: click.Context, as_json: bool) -> None:
 def examine() -> dict[str, Any]:
     """Everything `doctor` prints, as plain data."""
     packages = {name: machine.installed(name) for name in machine.PACKAGES}
-    devices = machine.gpus()
-    available, error = machine.providers() if packages["onnxruntime"] or packages["onnxruntime-gpu"] else ([], None)
-    found = machine.problems(packages, error, bool(devices), available)
+    imports = {name: machine.imported(name) for name in machine.LOADED}
+    devices = machine.cuda()
+    found = machine.problems(packages, imports, devices)
+    ort = imports["onnxruntime"]
     return {
         "system": machine.system(),
-        "gpus": devices,
+        "jetson": jetson(),
+        "cuda": devices,
         "packages": packages,
-        "providers": available,
-        "targets": machine.targets(packages),
+        "imports": {name: result and asdict(result) for name, result in imports.items()},
+        "providers": list(ort.providers) if ort is not None else [],
+        "targets": targets(imports),
         "missing_for_export": machine.can_export(packages),
         "problems": [asdict(finding) for finding in found],
     }
@@ -49,35 +59,24 @@ def examine() -> dict[str, Any]:
 
 def _print(report: dict[str, Any]) -> None:
     console = result_console()
-    system = report["system"]
-    about = plain_table("This machine", "", "")
-    about.show_header = False
-    about.add_row("dash-export", system["dash-export"])
-    about.add_row("Python", system["python"])
-    about.add_row("system", f"{system['os']}, {system['architecture']}")
-    about.add_row("processor", f"{system['cpu']}, {system['physical_cores']} cores ({system['logical_cores']} threads)")
-    about.add_row("free memory", size(system["memory_available"]))
-    if system["jetson"]:
-        about.add_row("Jetson", system["jetson"])
-    for device in report["gpus"]:
-        about.add_row("NVIDIA", ", ".join(device.values()))
-    if not report["gpus"] and not system["jetson"]:
-        about.add_row("NVIDIA", "none found")
-    print_table(console, about)
-
+    _print_machine(console, report)
     packages = plain_table("Packages", "package", "version", "extra", "for")
     for name, version in report["packages"].items():
         extra = machine.PACKAGES[name]
-        label = {"": "always", machine.NOT_YET: ""}.get(extra, f"[{extra}]")
-        packages.add_row(name, version or "not installed", label, _PURPOSE[extra])
+        told = report["imports"].get(name) or {}
+        label = f"[{extra}]" if extra else "always"
+        packages.add_row(name, version or told.get("version") or "not installed", label, _PURPOSE[extra])
     print_table(console, packages)
     if report["providers"]:
         console.print(f"ONNX Runtime offers: {', '.join(report['providers'])}\n")
 
-    table = plain_table("Targets", "target", "build here", "run here", "install what is missing")
+    table = plain_table("Targets", "target", "build here", "run here", "why not, or what to install")
     for row in report["targets"]:
-        table.add_row(row["target"], _yes(row["build"]), _yes(row["run"]), row["install"])
+        build = Text("a kit", "yellow") if row["kit"] else _yes(row["build"])
+        table.add_row(row["target"], build, _yes(row["run"]), row["install"] or row["reason"])
     print_table(console, table)
+    if any(row["kit"] for row in report["targets"]):
+        click.echo("A kit: `dash-export build` writes a folder here that builds the engines on the device.")
     if report["missing_for_export"]:
         missing = ", ".join(report["missing_for_export"])
         click.echo(f"To export models (missing: {missing}): pip install 'dash-export[export]'")
@@ -88,11 +87,54 @@ def _print(report: dict[str, Any]) -> None:
         click.secho("No conflicts found.", fg="green")
 
 
+def _print_machine(console: Console, report: dict[str, Any]) -> None:
+    system, cuda = report["system"], report["cuda"]
+    table = plain_table("This machine", "", "")
+    table.show_header = False
+    table.add_row("dash-export", system["dash-export"])
+    table.add_row("Python", system["python"])
+    table.add_row("system", f"{system['os']}, {system['architecture']}")
+    table.add_row("processor", f"{system['cpu']}, {system['physical_cores']} cores ({system['logical_cores']} threads)")
+    table.add_row("free memory", size(system["memory_available"]))
+    for device in cuda["devices"]:
+        memory = f"{size(device['memory'])}{' shared with the CPU' if device['integrated'] else ''}"
+        table.add_row("CUDA", f"{device['name']}, compute capability {device['capability']}, {memory}")
+    if cuda["devices"]:
+        table.add_row("driver", f"{cuda['driver'] or 'unknown'}, speaks CUDA {cuda['devices'][0]['driver']}")
+    else:
+        table.add_row("CUDA", f"no device. {cuda['reason'] or ''}")
+    if report["jetson"]:
+        for name, value in _about_jetson(report["jetson"]):
+            table.add_row(name, value)
+    print_table(console, table)
+
+
+def _about_jetson(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "Jetson", facts["model"]
+    yield "JetPack", f"{facts['jetpack'] or 'unknown'} (Jetson Linux {facts['l4t'] or 'unknown'})"
+    yield "power mode", facts["power_mode"] or "unknown: run `nvpmodel -q`"
+    if not facts["clocks"]:
+        yield "clocks", "unknown: run `sudo jetson_clocks --show`"
+        return
+    yield "clocks", "; ".join(_about_clock(name, clock) for name, clock in facts["clocks"].items())
+    if "EMC" not in facts["clocks"]:
+        yield "", "the memory's clock (EMC) is told to root only: sudo jetson_clocks --show"
+    if not facts["clocks_fixed"]:
+        yield "", "they move: run `sudo jetson_clocks` before you measure"
+
+
+def _about_clock(name: str, clock: dict[str, Any]) -> str:
+    if clock["fixed"]:
+        return f"{name} fixed at {clock['now']} MHz"
+    return f"{name} {clock['lowest']} to {clock['highest']} MHz, now {clock['now']}"
+
+
 _PURPOSE = {
     "": "the runtime",
     "cpu": "run and build on a CPU",
     "gpu": "ONNX Runtime on CUDA",
-    machine.NOT_YET: "not used by this version",
+    "tensorrt": "compile and run for Jetson, H100, L4",
+    "rtx": "compile for RTX cards anywhere, run there",
     "export": "read models, write graphs",
     "train": "train policies, PyTorch oracle",
 }

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import os
 import platform
-import shutil
-import subprocess
-from dataclasses import dataclass
+import re
+import sys
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 from dash_export import __version__
-from dash_export.errors import RecipeError
+from dash_export.commands import asking
+from dash_export.commands.asking import LINE, ask, read
+from dash_export.errors import BackendError
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
+from dash_export.runtime.cuda_devices import cuda_devices
 
-# package on PyPI -> the extra of dash-export that installs it; "" is always there, NOT_YET has no extra in this version
-NOT_YET = "-"
+# package -> the extra of dash-export that installs it; "" is always there
 PACKAGES = {
     "numpy": "",
     "tokenizers": "",
     "onnxruntime": "cpu",
     "onnxruntime-gpu": "gpu",
-    "tensorrt": NOT_YET,
-    "tensorrt_rtx": NOT_YET,
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
     "onnx": "export",
     "onnx_ir": "export",
     "gguf": "export",
@@ -34,11 +36,15 @@ PACKAGES = {
     "torch": "train",
     "transformers": "train",
 }
-LOWERING = ("onnx", "onnx_ir", "ml_dtypes")
-"""What building (not running) a lowered target needs beside its backend."""
-RUNTIME_EXTRAS = {"onnxruntime": (("onnxruntime", "onnxruntime-gpu"), "cpu")}
-"""backend -> (packages of which one is enough, the extra that installs one)."""
-_SECONDS = 10
+LOADED = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+"""Modules that are also imported, because half an install of them is common."""
+_IMPORT = """
+import importlib, json, sys
+sys.path[:] = json.loads(sys.argv[1])
+module = importlib.import_module(sys.argv[2])
+offered = getattr(module, "get_available_providers", list)()
+print(json.dumps({"version": str(module.__version__), "providers": [str(name) for name in offered]}))
+"""
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,36 @@ class Finding:
     fix: str
 
 
+@dataclass(frozen=True)
+class Import:
+    """How importing a module went. `error` is None where it did."""
+
+    version: str | None
+    error: str | None
+    providers: tuple[str, ...] = ()
+
+
 def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
+    """A package's version; TensorRT's wheels are also named after their CUDA."""
+    for name in (package, f"{package}_cu13", f"{package}_cu12"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def imported(module: str) -> Import | None:
+    """Import a module in a process of its own, which may die of it; None where it is not installed."""
+    if find_spec(module) is None:
         return None
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    answer = ask(sys.executable, "-c", _IMPORT, json.dumps(sys.path), module)
+    try:
+        told = json.loads(answer.last_line)
+        return Import(str(told["version"])[:40], None, tuple(str(name)[:40] for name in told["providers"]))
+    except (ValueError, KeyError, TypeError):
+        return Import(None, answer.last_line[:LINE] or f"importing it ended with exit code {answer.code}")
 
 
 def system() -> dict[str, Any]:
@@ -67,69 +98,66 @@ def system() -> dict[str, Any]:
         "physical_cores": physical_cores(),
         "logical_cores": os.cpu_count() or 1,
         "memory_available": available_memory(),
-        "jetson": jetson(),
     }
 
 
-def jetson() -> str | None:
-    """The Jetson's own words about itself, or None on any other machine."""
+def cuda() -> dict[str, Any]:
+    """CUDA's devices as the driver itself lists them, or why there is none; the driver's version; what nvidia-smi and
+    the kernel see, which may be more than CUDA can use.
+    """
+    devices, reason = [], None
     try:
-        release = Path("/etc/nv_tegra_release").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    except OSError:
-        return None
-    try:
-        model = Path("/proc/device-tree/model").read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        model = "Jetson"
-    return f"{model} ({release.lstrip('# ')})"
+        devices = [asdict(device) for device in cuda_devices()]
+    except BackendError as error:
+        reason = str(error)
+    except Exception as error:  # a driver that is half there lacks functions
+        reason = f"The NVIDIA driver is damaged ({type(error).__name__}: {error}). Install it again."
+    rows = ask("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    listed = [line.rpartition(", ") for line in rows.text.split("\n")] if rows.code == 0 else []
+    kernel = read("proc/driver/nvidia/version")
+    versions = [*(number for _, _, number in listed), *re.findall(r"Module\b.*?  (\d[\d.]*)", kernel)]
+    return {
+        "devices": devices,
+        "reason": reason,
+        "driver": next((found for found in versions if re.fullmatch(r"\d{2,4}(\.\d{1,4}){1,3}", found)), None),
+        "seen": [name[:LINE] for name, _, _ in listed if name] or _device_files(),
+    }
 
 
-def gpus() -> list[dict[str, str]]:
-    """NVIDIA devices as nvidia-smi lists them; the device files when there is no nvidia-smi."""
-    tool = shutil.which("nvidia-smi")
-    columns = ("name", "compute_cap", "memory.total", "driver_version")
-    if tool is not None:
-        ask = [tool, f"--query-gpu={','.join(columns)}", "--format=csv,noheader"]
-        try:
-            answer = subprocess.run(ask, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
-            rows = [row for row in csv.reader(answer.splitlines(), skipinitialspace=True) if len(row) == len(columns)]
-            return [dict(zip(columns, row, strict=True)) for row in rows]
-        except (OSError, subprocess.SubprocessError):
-            pass
-    return [{"name": path.name} for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
-
-
-def providers() -> tuple[list[str], str | None]:
-    """ONNX Runtime's execution providers, or why it cannot be imported."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-
-        return list(onnxruntime.get_available_providers()), None
-    except Exception as error:  # a broken wheel can raise anything
-        return [], f"{type(error).__name__}: {error}"
+def _device_files() -> list[str]:
+    return [path.name for path in sorted(asking.ROOT.glob("dev/nvidia[0-9]*"))]
 
 
 def problems(
-    packages: dict[str, str | None], import_error: str | None, has_gpu: bool, available: list[str]
+    packages: dict[str, str | None], imports: dict[str, Import | None], devices: dict[str, Any]
 ) -> list[Finding]:
-    """Conflicts that make things fail or run slowly in silence."""
+    """Conflicts that make things fail or run slowly in silence. `devices` is `cuda()`."""
     found = []
-    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
+    has_gpu = bool(devices["devices"])
+    if devices["seen"] and not has_gpu:
+        found.append(
+            Finding(
+                f"There is a GPU ({', '.join(devices['seen'][:4])}), but CUDA cannot use it: {devices['reason']}",
+                "install the whole NVIDIA driver again; in a container: docker run --gpus all "
+                "(on a Jetson: --runtime nvidia)",
+            )
+        )
+    both = packages["onnxruntime"] and packages["onnxruntime-gpu"]
+    if both:
         found.append(
             Finding(
                 "onnxruntime and onnxruntime-gpu are both installed: they overwrite each other's files.",
                 "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime" + ("-gpu" if has_gpu else ""),
             )
         )
-    elif (packages["onnxruntime"] or packages["onnxruntime-gpu"]) and import_error:
-        found.append(
-            Finding(
-                f"onnxruntime is installed but cannot be imported ({import_error}).",
-                "pip install --force-reinstall onnxruntime",
+    for module, result in imports.items():
+        if result is not None and result.error is not None and not (both and module == "onnxruntime"):
+            found.append(
+                Finding(f"{module} is installed but cannot be imported ({result.error}).", _again(module, packages))
             )
-        )
-    elif packages["onnxruntime-gpu"] and has_gpu and "CUDAExecutionProvider" not in available:
+    ort = imports["onnxruntime"]
+    offers = ort.providers if ort is not None and ort.error is None else ("CUDAExecutionProvider",)
+    if packages["onnxruntime-gpu"] and not both and has_gpu and "CUDAExecutionProvider" not in offers:
         found.append(
             Finding(
                 "onnxruntime-gpu does not offer CUDA here: its CUDA libraries are missing.",
@@ -139,25 +167,11 @@ def problems(
     return found
 
 
-def targets(packages: dict[str, str | None]) -> list[dict[str, Any]]:
-    """Every shipped target: can it be built and run here, and the install line for what is missing."""
-    from dash_export.targets import load_recipe, recipe_names
-
-    rows = []
-    for name in recipe_names():
-        try:
-            recipe = load_recipe(name)
-        except RecipeError as error:
-            rows.append({"target": name, "build": False, "run": False, "install": str(error)})
-            continue
-        choices, extra = RUNTIME_EXTRAS.get(recipe.backend, ((recipe.backend,), recipe.backend))
-        runs = any(packages.get(package) for package in choices)
-        lowers = recipe.dialect == "portable" or all(packages[package] for package in LOWERING)
-        missing = [] if runs else [extra]
-        missing += [] if lowers else ["export"]
-        install = f"pip install 'dash-export[{','.join(missing)}]'" if missing else ""
-        rows.append({"target": name, "build": runs and lowers, "run": runs, "install": install})
-    return rows
+def _again(module: str, packages: dict[str, str | None]) -> str:
+    if module == "tensorrt":
+        return "pip install --force-reinstall tensorrt; on a Jetson: sudo apt install --reinstall python3-libnvinfer"
+    name = {"tensorrt_rtx": "tensorrt-rtx-cu13"}.get(module, module)
+    return f"pip install --force-reinstall {name}" + ("-gpu" if packages.get(f"{module}-gpu") else "")
 
 
 def can_export(packages: dict[str, str | None]) -> list[str]:

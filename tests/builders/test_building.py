@@ -14,7 +14,7 @@ from dash_export.artifacts import ArtifactStore
 from dash_export.builders import build, dial
 from dash_export.bundle import Bundle
 from dash_export.decision import DialPoint
-from dash_export.errors import RecipeError
+from dash_export.errors import BundleError, RecipeError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from tests.tiny import random_ids, tiny_policy
@@ -75,6 +75,8 @@ def test_a_damaged_engine_is_made_again(bundle: Bundle, made: list[str]) -> None
     path = bundle.path("engines/cpu-fp32/skip_03.onnx")
     sound = path.read_bytes()
     path.write_bytes(b"damaged")
+    with pytest.raises(BundleError, match=r"skip_03.onnx is not the file .* build \S+ --target cpu --weights fp32"):
+        DashRuntime.load(bundle.root, "cpu-fp32")
     build(bundle, "cpu", weights="fp32")
     assert made == ["skip_03"]
     assert path.read_bytes() == sound

@@ -95,6 +95,7 @@ def test_a_build_that_fails_is_reported(kit: Path, tmp_path: Path) -> None:
     report = json.loads((own / "report.json").read_text())
     assert not report["done"]
     assert "cannot be compiled on this machine" in report["log"]
+    assert not list(own.glob("*kit*/")), "a kit in the kit"
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,10 +134,10 @@ def test_an_unfinished_kit_leaves_nothing(own_bundle: Path, tmp_path: Path, monk
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No package, no driver, another device, the right one."""
+    """No driver, another device, the right one without and with the package."""
     recipe = load_recipe("h100")
-    installed = {"tensorrt": None}
-    monkeypatch.setattr(here, "find_spec", lambda name: installed.get(name, object()))
+    missing = {"tensorrt", "tensorrt_rtx"}
+    monkeypatch.setattr(here, "find_spec", lambda name: None if name in missing else object())
 
     def devices(*found: CudaDevice) -> None:
         monkeypatch.setattr(here, "cuda_devices", lambda: list(found))
@@ -144,15 +145,25 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> list[CudaDevice]:
         raise BackendError("There is no NVIDIA driver on this machine (libcuda was not found).")
 
-    assert "package tensorrt is not installed" in str(here.obstacle(recipe))
-    installed["tensorrt"] = object()
     monkeypatch.setattr(here, "cuda_devices", none)
     assert "needs a device of compute capability 9.0. There is no NVIDIA driver" in str(here.obstacle(recipe))
     devices(CudaDevice(0, "NVIDIA L4", "8.9", 1, False, "13.0"))
     assert "needs compute capability 9.0, and NVIDIA L4 has 8.9" in str(here.obstacle(recipe))
+    assert here.needs_another_machine(recipe)
     devices(H100)
+    assert "package tensorrt is not installed (pip install 'dash-export[tensorrt]')" in str(here.obstacle(recipe))
+    assert not here.needs_another_machine(recipe)
+    assert "pip install 'dash-export[rtx]'" in str(here.obstacle(load_recipe("rtx")))
+    missing.clear()
     assert here.obstacle(recipe) is None
     assert here.obstacle(load_recipe("rtx")) is None
+
+
+def test_a_missing_package_is_no_reason_for_a_kit(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(here, "find_spec", lambda _name: None)
+    message = refused("build", own_bundle, "--target", "rtx")
+    assert "the package tensorrt_rtx is not installed (pip install 'dash-export[rtx]')." in message
+    assert not list(own_bundle.parent.glob("*-kit"))
 
 
 def test_no_driver_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:

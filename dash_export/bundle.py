@@ -286,7 +286,7 @@ class Bundle:
         """What to do about a damaged file: engines are made from the rest, which may well be whole."""
         folder, _, rest = name.partition("/")
         if folder == "engines":
-            return f"Run: {self._build_command(rest.partition('/')[0])}"
+            return f"Run: {self.build_command(rest.partition('/')[0])}"
         return "The bundle is damaged: export and build it again."
 
 

@@ -38,6 +38,10 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--repeats", type=click.IntRange(min=2), default=8, show_default=True, help="Rounds, settings interleaved."
 )
+@click.option(
+    "--copies", type=click.IntRange(min=1), default=2, show_default=True,
+    help="Times that engines are loaded and timed: where weights lie in memory matters. 1 saves memory.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure, instead of the tables.")
 @click.option("--html", type=_FILE, metavar="REPORT.html", help="Write a report: one file, nothing fetched.")
 @click.option(
@@ -49,8 +53,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.pass_context
 def command(
     ctx: click.Context, /, bundle: Path, compare: tuple[Path, ...], target: str | None, kinds: tuple[str, ...] | None,
-    seed: int, dispatch: str | None, text: Path | None, context: int | None, tokens: int, repeats: int, as_json: bool,
-    html: Path | None, trace: Path | None, trace_tokens: int, **dials: Any,
+    seed: int, dispatch: str | None, text: Path | None, context: int | None, tokens: int, repeats: int, copies: int,
+    as_json: bool, html: Path | None, trace: Path | None, trace_tokens: int, **dials: Any,
 ) -> None:  # fmt: skip
     """Measure where the time of a token goes in a built BUNDLE.
 
@@ -67,7 +71,8 @@ def command(
         import dash_export.profiling.figures  # noqa: F401  fails at once where matplotlib is missing
     dial = dial_of(dials, ("budget", BUDGETS))
     path = text or resource_folder("calibration") / "heldout.txt"
-    request = Request(read_text(path), path.name, context, tokens, repeats, trace_tokens if trace is not None else 0)
+    traced = trace_tokens if trace is not None else 0
+    request = Request(read_text(path), path.name, context, tokens, repeats, copies, traced)
     for output in (html, trace):
         if output is not None:
             ctx.meta[OUTPUT] = str(output)

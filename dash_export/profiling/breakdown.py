@@ -49,7 +49,7 @@ def lane_profile(
         _policy_cost(lane, parts["policy"], replay),
         _traffic(lane, bandwidth),
         memory,
-        _check(recording, sum(parts.values()), stamps),
+        _check(recording, np.sum(list(parts.values()), axis=0), stamps),
         [round(value, 4) for value in (bare * MS).tolist()],
     )
 
@@ -106,26 +106,28 @@ def _ratio(recording: Recording, dense: Recording) -> Middle:
     return Middle(value, low, high)
 
 
-def _pairs(recording: Recording) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[tuple[int, int]]]:
-    """The same tokens probed and bare: wall ns of both, and (round, token) of the probed ones."""
-    last = len(recording.wall) // 2 * 2
-    where = [(number, token) for number, token in recording.probed if number < last]
-    probed = np.array([recording.wall[number, token] for number, token in where], np.int64)
-    bare = np.array([recording.wall[number ^ 1, token] for number, token in where], np.int64)
-    return probed, bare, where
-
-
 def _check(recording: Recording, sums: npt.NDArray[np.float64], stamps: float) -> Check:
     walls = np.array([recording.wall[where] for where in recording.probed], np.float64)
-    by_token = dict(zip(recording.probed, sums.tolist(), strict=True))
-    probed, bare, where = _pairs(recording)
-    together = np.array([by_token[token] for token in where])
-    return Check(
-        float(sums.sum() / walls.sum()),
-        middle(together / bare) if where else None,
-        middle(probed / bare - 1) if where else None,
-        stamps,
+    share = float(sums.sum() / walls.sum())
+    overhead = probe_overhead(recording)
+    bare = (
+        None if overhead is None else Middle(*(share * (1 + x) for x in (overhead.value, overhead.low, overhead.high)))
     )
+    return Check(share, bare, overhead, stamps)
+
+
+def probe_overhead(recording: Recording) -> Middle | None:
+    """What the probe adds, as a fraction of a token's time. A token is probed in one round of a pair and bare in the
+    other, its neighbour the other way round: in half the difference of their log ratios, what a token costs and what
+    changed between the rounds cancel.
+    """
+    last = len(recording.wall) // 2 * 2
+    even, odd = recording.wall[0:last:2], recording.wall[1:last:2]
+    ratios = np.log(even / odd)
+    count = ratios.shape[1] // 2 * 2
+    # In even rounds the odd tokens are probed.
+    found = middle((ratios[:, 1:count:2] - ratios[:, 0:count:2]) / 2)
+    return None if found is None else Middle(*np.expm1([found.value, found.low, found.high]).tolist())
 
 
 def _policy_cost(lane: Lane, launches: npt.NDArray[np.float64], replay: Lane | None) -> PolicyCost:
@@ -134,8 +136,13 @@ def _policy_cost(lane: Lane, launches: npt.NDArray[np.float64], replay: Lane | N
     if replay is None:
         return PolicyCost("launches", middle(launches * US) or NOTHING)
     # Same tokens, same actions, same probe: what differs is the policy inside the engines.
-    difference = (lane.recording.wall - replay.recording.wall) * US
-    return PolicyCost("difference", middle(difference) or NOTHING)
+    recording = lane.recording
+    difference = (recording.wall - replay.recording.wall) * US
+    copies = [middle(difference[recording.copy(number)]) for number in range(recording.copies)]
+    found = [one for one in copies if one is not None]
+    # Tokens agree better than copies do: the bounds are the widest of any copy.
+    low, high = min(one.low for one in found), max(one.high for one in found)
+    return PolicyCost("difference", Middle(float(np.mean([one.value for one in found])), low, high))
 
 
 def _traffic(lane: Lane, bandwidth: Bandwidth) -> Traffic:

@@ -1,8 +1,10 @@
 """The protocol: lanes (a bundle at a setting) decode the same known tokens in turn, every other token with a probe on.
 
-A round is one window of text: prefill to the context, two tokens to settle, then the timed ones. Rounds come in pairs on
-the same window, and the second has the probe on the tokens that went bare in the first: every token is seen both ways,
-so the probe's own cost is told from pairs that did the same work.
+A round is one window of text: prefill to the context, two tokens to settle, then the timed ones. Rounds come in pairs
+on the same window, and the second has the probe on the tokens that went bare in the first: every token is seen both
+ways, so the probe's own cost is told from pairs that did the same work.
+
+Pairs also alternate between copies of the engines: where weights happen to lie in memory is worth several per cent.
 """
 
 from __future__ import annotations
@@ -46,13 +48,16 @@ class TokenStamps:
 @dataclass
 class Recording:
     """What a lane did. `first` ns [rounds]: from the prompt to its first token. `wall` ns and `executed` (layers run)
-    [rounds, tokens]; `probed` (round, token) -> stamps; `actions` int8 [windows, tokens, layers].
+    [rounds, tokens]; `actions` int8 [windows, SETTLE + tokens, layers]; `copies` of the engines that pairs of rounds
+    took in turn; `decoded` the known tokens of the first window; `probed` (round, token) -> stamps.
     """
 
     first: npt.NDArray[np.int64]
     wall: npt.NDArray[np.int64]
     executed: npt.NDArray[np.int64]
     actions: npt.NDArray[np.int8]
+    copies: int
+    decoded: list[int]
     probed: dict[tuple[int, int], TokenStamps] = field(default_factory=dict)
 
     @property
@@ -63,20 +68,31 @@ class Recording:
             bare[where] = False
         return bare
 
+    def copy(self, number: int) -> npt.NDArray[np.bool_]:
+        """The rounds [rounds] that took this copy of the engines."""
+        rounds: npt.NDArray[np.bool_] = np.arange(len(self.wall)) // 2 % self.copies == number
+        return rounds
+
 
 @dataclass
 class Lane:
     """A bundle at a setting. With `replays`, this lane repeats what another lane decided, through engines that hold no
-    policy: the difference is what the policy costs where it is fused into engines.
+    policy: the difference is what the policy costs where it is fused into engines. `runtimes` hold copies of the same
+    engines, with a session each.
     """
 
     name: str
     setting: Setting
-    runtime: DashRuntime
-    session: Session
+    runtimes: Sequence[DashRuntime]
+    sessions: Sequence[Session]
     replays: Lane | None = None
     recording: Recording = field(init=False)
     trace: list[TokenStamps] = field(default_factory=list)
+
+    @property
+    def runtime(self) -> DashRuntime:
+        """The first copy, for the facts that all share."""
+        return self.runtimes[0]
 
 
 class Replay(SessionRules):
@@ -96,9 +112,9 @@ class Replay(SessionRules):
         return self._rules[position - self._start] if position >= self._start else DENSE
 
 
-def replay_of(lane: Lane, plain: DashRuntime) -> Lane:
-    """The lane that repeats `lane` through the engines of `plain`."""
-    return Lane(lane.name, lane.setting, plain, plain.session_under(Replay()), lane)
+def replay_of(lane: Lane, plain: Sequence[DashRuntime]) -> Lane:
+    """The lane that repeats `lane` through the engines of `plain`, copy by copy."""
+    return Lane(lane.name, lane.setting, plain, [runtime.session_under(Replay()) for runtime in plain], lane)
 
 
 def measure(
@@ -114,7 +130,9 @@ def measure(
 
     `parts`: windows of equal length, a context, SETTLE tokens and the `tokens` timed ones.
     """
-    total = len(lanes) * (len(parts) + rounds)
+    copies = len(lanes[0].sessions)
+    warming = max(len(parts), copies)
+    total = len(lanes) * (warming + rounds)
     for lane in lanes:
         layers = lane.runtime.engines.model.num_layers
         lane.recording = Recording(
@@ -122,20 +140,25 @@ def measure(
             np.zeros((rounds, tokens), np.int64),
             np.zeros((rounds, tokens), np.int64),
             np.zeros((len(parts), SETTLE + tokens, layers), np.int8),
+            copies,
+            parts[0][-SETTLE - tokens :].tolist(),
         )
-    # Every window once, for warm engines and bindings; it also tells the actions that the replaying lanes repeat.
-    for number, part in enumerate(parts):
+    # Every window and copy once, for warm engines and bindings; it also tells the actions that the replaying lanes
+    # repeat.
+    for number in range(warming):
+        window = number % len(parts)
         for index, lane in enumerate(lanes):
-            block = _Block(lane, part, tokens, number)
-            lane.recording.actions[number] = [block.decode(at, probed=False)[2] for at in range(SETTLE + tokens)]
+            block = _Block(lane, number % copies, parts[window], tokens, window)
+            lane.recording.actions[window] = [block.decode(at, probed=False)[2] for at in range(SETTLE + tokens)]
             progress("warm-up", number * len(lanes) + index + 1, total)
     for number in range(rounds):
+        window = number // 2 % len(parts)
         for turn in range(len(lanes)):
             lane = lanes[(turn + number) % len(lanes)]  # nobody always follows the same one
-            _round(lane, parts[number // 2 % len(parts)], tokens, number, number // 2 % len(parts))
-            progress("decoding", len(lanes) * (len(parts) + number) + turn + 1, total)
+            _round(lane, parts[window], tokens, number, window)
+            progress("decoding", len(lanes) * (warming + number) + turn + 1, total)
     for lane in lanes:
-        block = _Block(lane, parts[0], tokens, 0)
+        block = _Block(lane, 0, parts[0], tokens, 0)
         for at in range(SETTLE + min(traced, tokens)):
             block.decode(at, probed=at >= SETTLE)
         lane.trace = block.stamps
@@ -143,7 +166,7 @@ def measure(
 
 def _round(lane: Lane, part: TokenIds, tokens: int, number: int, window: int) -> None:
     recording = lane.recording
-    block = _Block(lane, part, tokens, window)
+    block = _Block(lane, number // 2 % recording.copies, part, tokens, window)
     recording.first[number] = block.first
     for at in range(SETTLE):
         block.decode(at, probed=False)
@@ -157,10 +180,10 @@ def _round(lane: Lane, part: TokenIds, tokens: int, number: int, window: int) ->
 class _Block:
     """One window under one lane: prefilled when it is made, then decoded token by token."""
 
-    def __init__(self, lane: Lane, part: TokenIds, tokens: int, window: int) -> None:
-        self._session, self._ids = lane.session, part.tolist()
+    def __init__(self, lane: Lane, copy: int, part: TokenIds, tokens: int, window: int) -> None:
+        self._session = session = lane.sessions[copy]
+        self._ids = part.tolist()
         self._start = len(part) - SETTLE - tokens
-        session = lane.session
         session.reset()
         if lane.replays is not None:
             assert isinstance(session.rules, Replay)

@@ -23,8 +23,8 @@ PARTS = {
 
 @dataclass(frozen=True)
 class SegmentTimes:
-    """One segment. Times of its engines in microseconds; `layer` is the gated layer or -1; `skipped` the share of tokens
-    that skipped it.
+    """One segment. Times of its engines in microseconds; `layer` is the gated layer or -1; `skipped` the share of
+    tokens that skipped it.
     """
 
     name: str
@@ -37,9 +37,9 @@ class SegmentTimes:
 
 @dataclass(frozen=True)
 class PolicyCost:
-    """What deciding takes per token, in microseconds. `how`: `none` (nobody is asked), `launches` (engines of their own,
-    timed) or `difference` (fused: not separable per launch; against engines without a policy that repeat the same
-    actions). `exposed` is the share that nothing else hides.
+    """What deciding takes per token, in microseconds. `how`: `none` (nobody is asked), `launches` (engines of their
+    own, timed) or `difference` (fused: not separable per launch; against engines without a policy that repeat the same
+    actions; the bounds are over the copies of the engines too). `exposed` is the share that nothing else hides.
     """
 
     how: str
@@ -60,8 +60,8 @@ class Traffic:
 @dataclass(frozen=True)
 class Check:
     """Whether the profile may be believed. `parts`: the parts' sum over the wall time of the same (probed) tokens, and
-    `bare`: over that of the same tokens without a probe, median of pairs. `overhead`: what the probe adds to a token,
-    from the same pairs; `stamps`: the same from the cost of a stamp alone, without the noise of a pair.
+    `bare`: over that of the same tokens without a probe. `overhead`: what the probe adds to a token, from pairs;
+    `stamps`: the same from the cost of a stamp alone, without the noise of a pair.
     """
 
     parts: float
@@ -95,13 +95,16 @@ class LaneProfile:
 
 @dataclass(frozen=True)
 class Course:
-    """What was decoded: `windows` of text, each a context of `context` tokens and `tokens` timed ones, `rounds` in all."""
+    """What was decoded: `windows` of text, each a context of `context` tokens and `tokens` timed ones, `rounds` in all,
+    over `copies` of the engines.
+    """
 
     text: str
     context: int
     tokens: int
     windows: int
     rounds: int
+    copies: int
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ def spread(values: npt.ArrayLike, scale: float = 1.0) -> Spread | None:
     array = np.asarray(values, np.float64).ravel() * scale
     if array.size == 0:
         return None
-    return Spread(float(array.mean()), *np.percentile(array, [50, 90, 99]).tolist(), int(array.size))
+    p50, p90, p99 = np.percentile(array, [50, 90, 99]).tolist()
+    return Spread(float(array.mean()), p50, p90, p99, int(array.size))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _token_events(lane: Lane, token: TokenStamps, sizes: EngineBytes, process: i
             "ts": round((began - start) * _US, 3), "dur": round((ended - began) * _US, 3), "args": facts,
         }  # fmt: skip
 
-    text = lane.session.text.decode([token.token])
+    text = lane.runtime.text.decode([token.token])
     executed = int((token.actions == Action.RUN).sum())
     events = [
         event(

@@ -68,7 +68,9 @@ def engine_bytes(runtime: DashRuntime) -> EngineBytes:
         skip.append(size(f"skip_{segment.first:02d}") if segment.gated else 0)
         policy.append(size(f"policy_{segment.first:02d}") if segment.gated and runtime.dispatch == "sync" else 0)
     return EngineBytes(
-        *(np.array(sizes, np.int64) for sizes in (run, skip, policy)),
+        np.array(run, np.int64),
+        np.array(skip, np.int64),
+        np.array(policy, np.int64),
         np.array([segment.first if segment.gated else -1 for segment in build.segments], np.int64),
         np.array([len(segment.layers) for segment in build.segments], np.int64),
         2 * model.num_kv_heads * model.head_dim * _CACHE_ITEM,

@@ -40,8 +40,9 @@ def conditions(found: Profile) -> list[str]:
 
 def course_line(course: Course) -> str:
     return (
-        f"{course.text}: {course.rounds} rounds over {course.windows} windows, settings in turn; each {course.context} "
-        f"tokens of prompt, then {course.tokens} known tokens decoded one by one, every other one with timed launches"
+        f"{course.text}: {course.rounds} rounds over {course.windows} windows and {course.copies} copies of the "
+        f"engines, settings in turn; each {course.context} tokens of prompt, then {course.tokens} known tokens decoded "
+        "one by one, every other one with timed launches"
     )
 
 
@@ -63,12 +64,12 @@ def policy_line(lane: LaneProfile) -> str:
 def believable(check: Check) -> str:
     """How far the profile may be trusted."""
     said = f"the parts sum to {check.parts:.2%} of the wall time of their tokens"
-    if check.bare is not None:
-        said += f", {_interval(check.bare, '.2%')} of that of the same tokens without timed launches"
-    said += f"; profiling adds {check.stamps:.2%} by the cost of its stamps"
-    if check.overhead is not None:
-        said += f", {_interval(check.overhead, '+.2%')} by pairs of tokens"
-    return f"{said}."
+    if check.bare is not None and check.overhead is not None:
+        said += (
+            f", {_interval(check.bare, '.1%')} of that of the same tokens without timed launches: profiling adds "
+            f"{_interval(check.overhead, '+.2%')}"
+        )
+    return f"{said}; by the cost of its stamps alone {check.stamps:.2%}."
 
 
 def _interval(found: Middle, form: str) -> str:

@@ -53,12 +53,14 @@ def _print_parts(found: Profile) -> None:
     columns = lane_names(found)
     table = plain_table("Where it goes: microseconds per token (mean) and share", "part", *columns, right=columns)
     for part, meaning in PARTS.items():
-        if any(lane.parts[part].mean for lane in found.lanes):
+        if part == "policy" or any(lane.parts[part].mean for lane in found.lanes):
             table.add_row(meaning, *(_part(lane, part) for lane in found.lanes))
     print_table(result_console(), table)
 
 
 def _part(lane: LaneProfile, part: str) -> str:
+    if part == "policy" and lane.policy.how == "difference":
+        return "in the engines"
     whole = sum(times.mean for times in lane.parts.values())
     return f"{lane.parts[part].mean:.0f}  {lane.parts[part].mean / whole:6.1%}"
 

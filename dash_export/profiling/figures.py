@@ -90,10 +90,8 @@ def distribution_figure(lanes: Sequence[LaneProfile], names: Sequence[str]) -> F
         beyond = sum(int((np.array(lane.samples_ms) > right).sum()) for lane in lanes)
         axes.set_ylim(0, 100)
         axes.set_yticks([0, 25, 50, 75, 90, 99])
-        axes.set_xlabel(
-            "milliseconds per token" + (f" ({beyond} tokens took longer than the axis is long)" if beyond else "")
-        )
-        axes.set_ylabel("% of tokens at most")
+        axes.set_xlabel("milliseconds per token" + (f" (off the axis: {beyond} of the tokens)" if beyond else ""))
+        axes.set_ylabel("% of tokens at or below")
         figure.legend(loc="outside upper center", ncols=2, fontsize=8, title="marks at p50, p90, p99", title_fontsize=7)
     return figure
 
@@ -101,8 +99,11 @@ def distribution_figure(lanes: Sequence[LaneProfile], names: Sequence[str]) -> F
 def segments_figure(lane: LaneProfile, dense: LaneProfile) -> Figure:
     """What each segment adds to a token (its mean times how often), run and skip; a tick is dense's."""
     with matplotlib.rc_context(STYLE | {"hatch.linewidth": 0.6}):
-        figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
-        share, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3.2])
+        figure = Figure(
+            figsize=(WIDTH, 4.2 if any(row.skipped for row in lane.segments) else 3.2), layout="constrained"
+        )
+        skips = any(row.skipped for row in lane.segments)
+        share, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3.2]) if skips else (None, figure.subplots())
         rows = np.arange(len(lane.segments))
         run = np.array([(1 - row.skipped) * (row.run.mean if row.run else 0.0) for row in lane.segments])
         skip = np.array([row.skipped * (row.skip.mean if row.skip else 0.0) for row in lane.segments])
@@ -124,10 +125,11 @@ def segments_figure(lane: LaneProfile, dense: LaneProfile) -> Figure:
         axes.set_xticks(rows, [row.name for row in lane.segments], rotation=90, fontsize=7)
         axes.grid(False, axis="x")
         axes.set_xlim(-0.7, len(rows) - 0.3)
-        share.bar(rows, [100 * row.skipped for row in lane.segments], color=_COLOURS["skip"][0])
-        share.set_ylim(0, 100)
-        share.set_ylabel("% of tokens\nskipping")
-        share.grid(False, axis="x")
+        if share is not None:
+            share.bar(rows, [100 * row.skipped for row in lane.segments], color=_COLOURS["skip"][0])
+            share.set_ylim(0, 100)
+            share.set_ylabel("% of tokens\nskipping")
+            share.grid(False, axis="x")
         figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     return figure
 

@@ -12,6 +12,7 @@ import jinja2
 
 from dash_export.decision import Action
 from dash_export.evaluation.pictures import render, skip_map_figure
+from dash_export.evaluation.settings import label
 from dash_export.evaluation.timing import SETTLE
 from dash_export.profiling.figures import breakdown_figure, dial_figure, distribution_figure, segments_figure
 from dash_export.profiling.measure import Lane
@@ -68,7 +69,7 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
             for name, lane in zip(names, found.lanes, strict=True)
         ],
         maps=[
-            _picture(_skip_map(lane), f"{name}: the skip map of the first window that was decoded.", "png")
+            _picture(_skip_map(lane, found.model), f"{name}: the skip map of the first window that was decoded.", "png")
             for name, lane in zip(names, lanes, strict=True)
             if lane.setting.kind != "dense"
         ],
@@ -80,14 +81,14 @@ def _dense(found: Profile, lane: LaneProfile) -> LaneProfile:
     return next(other for other in found.lanes if other.bundle == lane.bundle)
 
 
-def _skip_map(lane: Lane) -> Figure:
+def _skip_map(lane: Lane, model: str) -> Figure:
     start = lane.recording.actions[0][SETTLE : SETTLE + MAP_TOKENS]
     ids = lane.recording.decoded[SETTLE : SETTLE + MAP_TOKENS]
     pieces = [lane.runtime.text.decode([token]) for token in ids]
     policy = lane.runtime.bundle.manifest.policy
     mean = (start == Action.RUN).sum(axis=1).mean()
     caption = f"{mean:.1f} of {start.shape[1]} layers run per token, mean over {len(pieces)} tokens"
-    return skip_map_figure(pieces, start, policy.gated, lane.name, caption)
+    return skip_map_figure(pieces, start, policy.gated, f"{model}: {label(lane.setting)}", caption)
 
 
 def _dials(found: Profile, lanes: Sequence[Lane], names: Sequence[str]) -> list[Picture]:
@@ -103,7 +104,7 @@ def _dials(found: Profile, lanes: Sequence[Lane], names: Sequence[str]) -> list[
                     figure,
                     f"{bundle}: the dial that the build calibrated, and where each setting came out on this clock. "
                     "Across: measured, median and quartiles of rounds. Up: what the dial says at the number of layers "
-                    "run; the divergence on this text was not measured (`dash-export frontier` does).",
+                    "run; the divergence on this text was not measured (dash-export frontier does).",
                 )
             )
     return pictures

@@ -80,6 +80,7 @@ def test_the_wheel_holds_what_it_needs(wheel: Path) -> None:
         names = set(archive.namelist())
     assert "dash_export/_resources/engines/cpu.toml" in names
     assert "dash_export/_resources/calibration/prose.txt" in names
+    assert "dash_export/profiling/report.html.jinja" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith(("dash_export/", "dash_export-")) for name in names)
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "dash_export").rglob("*.py")}

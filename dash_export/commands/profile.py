@@ -71,8 +71,7 @@ def command(
         import dash_export.profiling.figures  # noqa: F401  fails at once where matplotlib is missing
     dial = dial_of(dials, ("budget", BUDGETS))
     path = text or resource_folder("calibration") / "heldout.txt"
-    traced = trace_tokens if trace is not None else 0
-    request = Request(read_text(path), path.name, context, tokens, repeats, copies, traced)
+    request = Request(read_text(path), path.name, context, tokens, repeats, trace_tokens, copies)
     for output in (html, trace):
         if output is not None:
             ctx.meta[OUTPUT] = str(output)

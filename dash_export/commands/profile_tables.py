@@ -49,20 +49,22 @@ def _print_lanes(found: Profile) -> None:
     print_table(result_console(), table)
 
 
+_SHORT = {"always": "always run", "run": "gated, run", "skip": "skip engines", "host": "host gaps"}
+
+
 def _print_parts(found: Profile) -> None:
-    columns = lane_names(found)
-    table = plain_table("Where it goes: microseconds per token (mean) and share", "part", *columns, right=columns)
-    for part, meaning in PARTS.items():
-        if part == "policy" or any(lane.parts[part].mean for lane in found.lanes):
-            table.add_row(meaning, *(_part(lane, part) for lane in found.lanes))
+    columns = [_SHORT.get(part, part) for part in PARTS]
+    table = plain_table("Where it goes: microseconds per token (mean) and share", "setting", *columns, right=columns)
+    for name, lane in zip(lane_names(found), found.lanes, strict=True):
+        table.add_row(name, *(_part(lane, part) for part in PARTS))
     print_table(result_console(), table)
 
 
 def _part(lane: LaneProfile, part: str) -> str:
     if part == "policy" and lane.policy.how == "difference":
-        return "in the engines"
+        return "in engines"
     whole = sum(times.mean for times in lane.parts.values())
-    return f"{lane.parts[part].mean:.0f}  {lane.parts[part].mean / whole:6.1%}"
+    return f"{lane.parts[part].mean:.0f} {lane.parts[part].mean / whole:6.1%}"
 
 
 def _print_segments(found: Profile) -> None:

@@ -45,6 +45,7 @@ def lane_profile(
         _ratio(recording, dense.recording),
         layers,
         {name: _spread(values, US) for name, values in parts.items()},
+        spread([_deciding(token) for token in lane.trace], US),
         segment_times(lane, tokens),
         _policy_cost(lane, parts["policy"], replay),
         _traffic(lane, bandwidth),
@@ -59,12 +60,12 @@ def token_parts(lane: Lane, tokens: Sequence[TokenStamps]) -> dict[str, npt.NDAr
     gated = np.array([segment.gated for segment in lane.runtime.build.segments])
     parts = {name: np.zeros(len(tokens)) for name in PARTS}
     for number, token in enumerate(tokens):
-        segment, what, began, ended = token.stamps.T
+        segment, what, began, ended = token.stamps[token.stamps[:, 1] != What.DECISION].T
         took = ended - began
         ran = what == What.RUN
         parts["always"][number] = took[ran & ~gated[segment]].sum()
         parts["run"][number] = took[ran & gated[segment]].sum()
-        for name, kind in (("skip", What.SKIP), ("policy", What.POLICY), ("decision", What.DECISION)):
+        for name, kind in (("skip", What.SKIP), ("policy", What.POLICY)):
             parts[name][number] = took[what == kind].sum()
         parts["sampling"][number] = token.ended - token.decoded
         gaps = began[1:] - ended[:-1]
@@ -91,6 +92,12 @@ def segment_times(lane: Lane, tokens: Sequence[TokenStamps]) -> list[SegmentTime
         )
         for index, segment in enumerate(lane.runtime.build.segments)
     ]
+
+
+def _deciding(token: TokenStamps) -> int:
+    """Nanoseconds in which the host asked the rule."""
+    rows = token.stamps[token.stamps[:, 1] == What.DECISION]
+    return int((rows[:, 3] - rows[:, 2]).sum())
 
 
 def _spread(values: npt.NDArray[np.float64], scale: float) -> Spread:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dash_export.bundle import Build
 from dash_export.evaluation.pictures import LOOKS, STYLE
@@ -21,7 +22,6 @@ _COLOURS = {
     "run": ("#0072B2", ""),
     "skip": ("#D55E00", "//"),
     "policy": ("#009E73", ".."),
-    "decision": ("#F0E442", ""),
     "sampling": ("#CC79A7", "\\\\"),
     "host": ("#000000", ""),
 }
@@ -72,17 +72,23 @@ def distribution_figure(lanes: Sequence[LaneProfile], names: Sequence[str]) -> F
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4 + 0.1 * len(lanes)), layout="constrained")
         axes = figure.subplots()
-        for number, (lane, name) in enumerate(zip(lanes, names, strict=True)):
+        handles = []
+        for number, lane in enumerate(lanes):
             colour, marker = LOOKS[lane.setting.kind]
+            again = sum(other.setting.kind == lane.setting.kind for other in lanes[:number])
+            look: dict[str, Any] = {
+                "color": colour, "marker": marker, "markerfacecolor": "white" if again % 2 else colour, "markersize": 6,
+                "linestyle": _DASHES[again % len(_DASHES)], "linewidth": 1.3,
+            }  # fmt: skip
+            handles.append(Line2D([], [], **look))
             times = np.sort(lane.samples_ms)
             axes.step(
-                times, 100 * np.arange(1, len(times) + 1) / len(times), where="post", color=colour, linewidth=1.3,
-                linestyle=_DASHES[number % len(_DASHES)],
+                times, 100 * np.arange(1, len(times) + 1) / len(times), where="post",
+                **look | {"marker": ""},
             )  # fmt: skip
             marks = lane.token_ms
             axes.plot(
-                [marks.p50, marks.p90, marks.p99], [50, 90, 99], marker, color=colour, markersize=6, clip_on=False,
-                label=name.replace("$", r"\$"), linestyle=_DASHES[number % len(_DASHES)], linewidth=0,
+                [marks.p50, marks.p90, marks.p99], [50, 90, 99], **look | {"linestyle": "none"}, clip_on=False
             )  # fmt: skip
         # The axis ends where the slowest lane's p99 is; what lies beyond is counted, not hidden.
         right = 1.15 * max(lane.token_ms.p99 for lane in lanes)
@@ -92,7 +98,10 @@ def distribution_figure(lanes: Sequence[LaneProfile], names: Sequence[str]) -> F
         axes.set_yticks([0, 25, 50, 75, 90, 99])
         axes.set_xlabel("milliseconds per token" + (f" (off the axis: {beyond} of the tokens)" if beyond else ""))
         axes.set_ylabel("% of tokens at or below")
-        figure.legend(loc="outside upper center", ncols=2, fontsize=8, title="marks at p50, p90, p99", title_fontsize=7)
+        figure.legend(
+            handles, [name.replace("$", r"\$") for name in names], loc="outside upper center", ncols=3, fontsize=8,
+            title="marks at p50, p90, p99", title_fontsize=7, handlelength=3.5,
+        )  # fmt: skip
     return figure
 
 

@@ -32,7 +32,7 @@ TokenIds = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class TokenStamps:
     """One probed token: when its step began, when decode had returned and when the next token was chosen (ns), the
-    launches and decisions between, and what the policy said, damage float32 [layers].
+    launches between (in a trace the decisions too), and what the policy said, damage float32 [layers].
     """
 
     token: int
@@ -122,7 +122,7 @@ def measure(
     parts: Sequence[TokenIds],
     tokens: int,
     rounds: int,
-    traced: int = 0,
+    traced: int,
     progress: Progress = no_progress,
 ) -> None:
     """Fills every lane's recording, and its trace with `traced` tokens in a row. A replaying lane comes after its
@@ -160,7 +160,7 @@ def measure(
     for lane in lanes:
         block = _Block(lane, 0, parts[0], tokens, 0)
         for at in range(SETTLE + min(traced, tokens)):
-            block.decode(at, probed=at >= SETTLE)
+            block.decode(at, probed=at >= SETTLE, decisions=True)
         lane.trace = block.stamps
 
 
@@ -197,7 +197,7 @@ class _Block:
         self._probe = Probe(self._step)
         self.stamps: list[TokenStamps] = []
 
-    def decode(self, at: int, probed: bool) -> tuple[int, int, npt.NDArray[np.int8]]:
+    def decode(self, at: int, probed: bool, decisions: bool = False) -> tuple[int, int, npt.NDArray[np.int8]]:
         """The `at`-th token of the block: nanoseconds from its step's begin to the next token's choice, layers run,
         actions. What the session would choose is chosen, and then the known token is taken instead.
         """
@@ -205,7 +205,7 @@ class _Block:
         token, position = self._ids[self._start + at], self._start + at
         began = perf_counter_ns()
         if probed:
-            with self._probe.on(session.rule) as rule:
+            with self._probe.on(session.rule, decisions) as rule:
                 executed = step.decode(token, rule)
         else:
             executed = step.decode(token, session.rule)

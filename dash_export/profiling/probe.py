@@ -48,12 +48,14 @@ class Probe:
         self._watch = _WatchedRule(gated, push)
 
     @contextmanager
-    def on(self, rule: Rule) -> Iterator[Rule]:
-        """Inside, the step's launches are timed, and so is what the yielded rule is asked."""
+    def on(self, rule: Rule, decisions: bool = False) -> Iterator[Rule]:
+        """Inside, the step's launches are timed; with `decisions` also what the yielded rule is asked, which doubles
+        what the probe costs.
+        """
         self._watch.rule = rule
         self._step.segments = self._timed
         try:
-            yield self._watch
+            yield self._watch if decisions else rule
         finally:
             self._step.segments = self._bare
 

@@ -14,9 +14,8 @@ PARTS = {
     "run": "gated layers that ran",
     "skip": "skip engines: compensation, K and V",
     "policy": "policy engines",
-    "decision": "decisions on the host",
     "sampling": "sampling and text",
-    "host": "host gaps",
+    "host": "host gaps, decisions included",
 }
 """The parts of a token's time. Where the policy is fused into engines, its time is inside theirs."""
 
@@ -73,7 +72,8 @@ class Check:
 @dataclass(frozen=True)
 class LaneProfile:
     """One bundle at one setting. `token_ms` are tokens without a probe; `ratio` their time as a fraction of dense,
-    median and quartiles of rounds; `parts` in microseconds per token, means, of probed tokens; `layers` run per token.
+    median and quartiles of rounds; `parts` in microseconds per token of probed tokens, their means add up; `decision`
+    is the part of the host gaps in which the rule was asked, of the traced tokens; `layers` run per token.
     """
 
     bundle: str
@@ -85,6 +85,7 @@ class LaneProfile:
     ratio: Middle
     layers: Spread
     parts: dict[str, Spread]
+    decision: Spread | None
     segments: list[SegmentTimes]
     policy: PolicyCost
     traffic: Traffic

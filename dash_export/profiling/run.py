@@ -24,7 +24,7 @@ from dash_export.runtime import DashRuntime
 @dataclass(frozen=True)
 class Request:
     """`text` to decode, called `name`; `context` cached tokens (None: those of the build's cost table), `tokens` timed
-    in each of `rounds` rounds, `traced` for the trace. `copies`: how often the engines are loaded for it.
+    in each of `rounds` rounds, `traced` more for the trace. `copies`: how often the engines are loaded for it.
     """
 
     text: str
@@ -32,8 +32,8 @@ class Request:
     context: int | None
     tokens: int
     rounds: int
-    copies: int = 2
-    traced: int = 0
+    traced: int
+    copies: int
 
 
 def profile(

@@ -40,8 +40,8 @@ def conditions(found: Profile) -> list[str]:
 
 def course_line(course: Course) -> str:
     return (
-        f"{course.text}: {course.rounds} rounds over {course.windows} windows and {course.copies} copies of the "
-        f"engines, settings in turn; each {course.context} tokens of prompt, then {course.tokens} known tokens decoded "
+        f"{course.text}: {course.rounds} rounds, settings in turn (windows of text: {course.windows}, copies of the "
+        f"engines: {course.copies}); each {course.context} tokens of prompt, then {course.tokens} known tokens decoded "
         "one by one, every other one with timed launches"
     )
 

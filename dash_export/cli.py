@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": "What skipping costs in quality, under every policy kind.",
     "frontier": "Divergence against decode time for all policy kinds, as a picture.",
     "skipmap": "Which layers each token of a text skips, as a picture.",
+    "profile": "Where the time of a token goes: segments, actions, policy, host; table, report, trace.",
     "doctor": "What this machine has, and the install line for what is missing.",
     "completion": "Print the shell completion script.",
 }

@@ -63,10 +63,19 @@ class KindList(_Kinds):
 
 
 def comparison_options(command: _Command) -> _Command:
-    """--target, --kinds, --budget, --skipped, --max-kl and --seed."""
+    """--target, --kinds (all by default), --budget, --skipped, --max-kl and --seed."""
+    return comparison_options_for("all")(command)
+
+
+def comparison_options_for(kinds: str) -> Callable[[_Command], _Command]:
+    """The same, where `kinds` says in the help what is compared by default."""
+    return lambda command: _with_options(command, kinds)
+
+
+def _with_options(command: _Command, kinds: str) -> _Command:
     options = (
         click.option("--target", help="Which build: cpu, or the only one there is."),
-        click.option("--kinds", type=KindList(), help="Policy kinds, like dense,static,token; by default all."),
+        click.option("--kinds", type=KindList(), help=f"Policy kinds, like dense,static,token; by default {kinds}."),
         click.option("--budget", type=NumberList(0, 1), help="Compare at these decode times, as fractions of dense."),
         click.option("--skipped", type=NumberList(0), help="Compare at these mean numbers of skipped layers."),
         click.option("--max-kl", type=NumberList(0), help="Compare at these divergences on the calibration text."),

@@ -55,12 +55,14 @@ class Racer:
     Kinds that ask no network are timed without, as somebody who has none would run them; dense too.
     """
 
-    def __init__(self, name: str, bundle: Bundle, target: str, kinds: Sequence[str] | None) -> None:
+    def __init__(
+        self, name: str, bundle: Bundle, target: str, kinds: Sequence[str] | None, dispatch: str | None = None
+    ) -> None:
         self.name = name
         self.plain = DashRuntime.load(bundle.root, target, dispatch="plain")
         network = bundle.manifest.policy.has_network
         asks = network and (kinds is None or bool(set(kinds) & set(DIALLED_KINDS)))
-        self.deciding = DashRuntime.load(bundle.root, target, verify=False) if asks else self.plain
+        self.deciding = DashRuntime.load(bundle.root, target, dispatch=dispatch, verify=False) if asks else self.plain
 
     def session(self, setting: Setting) -> Session:
         return (self.deciding if setting.asks_network else self.plain).session_with(setting)

@@ -240,6 +240,15 @@ class Session:
         self.tokens.append(token)
         return step.logits[0, 0].copy(), step.actions[0].copy()
 
+    def decode_step(self, tokens: int) -> Step:
+        """What decodes one token, bound to memory with room for `tokens` more: for whoever times its launches.
+
+        Raises ContextLengthError where they do not fit.
+        """
+        self._check_room(tokens, 0)
+        self._reserve(tokens)
+        return self._bound(1)
+
     def prefill(self, ids: str | Sequence[int] | TokenIds) -> npt.NDArray[np.float32]:
         """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
         tokens = self._prompt_ids(ids)

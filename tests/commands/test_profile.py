@@ -1,0 +1,179 @@
+"""`profile`: table, JSON, trace, and the report in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands.helpers import dash, refused
+
+TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
+TARGET = ("--target", "cpu-fp32")
+SMALL = ("--context", 12, "--tokens", 4, "--repeats", 2, "--copies", 1)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+SIZES = """<script>
+document.body.dataset.sizes = [...document.images].map(i => `${i.naturalWidth}x${i.naturalHeight}`).join(" ")
+</script></body>"""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "own.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def begin(tiny_root: Path, text: Path) -> tuple[Any, ...]:
+    return ("profile", tiny_root, *TARGET, "--text", text, *SMALL)
+
+
+def test_json(begin: tuple[Any, ...]) -> None:
+    result = dash(*begin, "--kinds", "static,token", "--skipped", "1,1.5", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    settings = [lane["setting"]["kind"] for lane in report["lanes"]]
+    assert settings == ["dense", "static", "token", "token"]
+    assert [item["setting"]["kind"] for item in report["refused"]] == ["static"]  # no half layers
+    assert report["course"] == {
+        "text": "own.txt", "context": 12, "tokens": 4, "windows": 1, "rounds": 2, "copies": 1,
+    }  # fmt: skip
+    assert report["machine"]["cores"] >= 1
+    assert report["stream_bytes_per_second"] > 0
+    for lane in report["lanes"]:
+        assert set(lane["parts"]) == {"always", "run", "skip", "policy", "sampling", "host"}
+        assert abs(lane["check"]["parts"] - 1) < 0.03
+        assert lane["token_ms"]["p50"] <= lane["token_ms"]["p90"] <= lane["token_ms"]["p99"]
+        assert lane["first_ms"]["count"] == 2
+        assert lane["decision"]["count"] == 4
+        assert len(lane["samples_ms"]) == lane["token_ms"]["count"] == 4
+        assert lane["traffic"]["engines"] > 0
+        assert lane["peak_memory"] > 1 << 24
+        assert len(lane["segments"]) == 5
+    dense, static, token, _ = report["lanes"]
+    assert (dense["layers"]["mean"], static["layers"]["mean"]) == (6, 5)
+    assert dense["segments"][1]["skip"] is None
+    assert (dense["policy"]["how"], token["policy"]["how"]) == ("none", "difference")
+
+
+def test_tables(begin: tuple[Any, ...]) -> None:
+    result = dash(*begin, "--skipped", "1.5", "--dispatch", "sync")
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "power governor",
+        "GB/s",
+        "dense",
+        "token, skipped 1.5",
+        "skip engines",
+        "host gaps",
+        "layers_00-01",
+        "policy p50",
+        "timed launches; 100% of it exposed",
+        "the parts sum to",
+    ):
+        assert expected in result.stdout, expected
+    fused = dash(*begin, "--skipped", "1.5").stdout
+    assert "fused: not separable per launch; measured by difference" in " ".join(fused.split())
+
+
+def test_trace(begin: tuple[Any, ...], tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "t.json"
+    result = dash(*begin, "--skipped", "1.5", "--trace", output, "--trace-tokens", 2)
+    assert result.exit_code == 0, result.output
+    events = json.loads(output.read_text())["traceEvents"]
+    assert sum(event.get("cat") == "token" for event in events) == 2 * 2
+
+
+def test_compares_bundles(begin: tuple[Any, ...], own_bundle: Path) -> None:
+    result = dash(*begin, "--compare", own_bundle, "--kinds", "static", "--skipped", "1", "--json")
+    assert result.exit_code == 0, result.output
+    lanes = json.loads(result.stdout)["lanes"]
+    assert [(lane["bundle"], lane["setting"]["kind"]) for lane in lanes] == [
+        ("tiny", "dense"), ("tiny", "static"), ("own", "dense"), ("own", "static"),
+    ]  # fmt: skip
+
+
+def test_refuses(begin: tuple[Any, ...], tiny_root: Path, text: Path, tmp_path: Path) -> None:
+    assert "no bundle" in refused("profile", tmp_path / "none.dash")
+    assert "no text file" in refused(*begin, "--text", tmp_path / "none.txt")
+    assert "give --target" in refused("profile", tiny_root, "--text", text)
+    assert "--context, --tokens" in refused(*begin, "--context", 100_000)
+    assert "none of the settings" in refused(*begin, "--skipped", "50")
+    assert "no bundle" in refused(*begin, "--skipped", "1", "--compare", tmp_path / "none.dash")
+    (tmp_path / "short.txt").write_text("Far too short.")
+    assert "less than one window" in refused(*begin, "--skipped", "1", "--text", tmp_path / "short.txt")
+    report = tmp_path / "r.html"
+    refused(*begin, "--skipped", "50", "--html", report)
+    assert not report.exists()
+    for wrong in (("--budget", "2"), ("--repeats", "1"), ("--kinds", "magic"), ("--dispatch", "plain")):
+        refused(*begin, *wrong, code=2)
+
+
+def browse(page: Path, tmp_path: Path, *options: str) -> tuple[str, str]:
+    """The document after loading, and what the browser logged."""
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'browser'}", "--enable-logging=stderr", "--v=0", *options, page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, done.stderr
+
+
+def test_report_in_a_browser(begin: tuple[Any, ...], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    report = tmp_path / "r.html"
+    result = dash(*begin, "--kinds", "static,token", "--skipped", "1", "--html", report)
+    assert result.exit_code == 0, result.output
+    html = report.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", html)
+    assert "<script" not in html
+    document, log = browse(report, tmp_path, "--dump-dom")
+    assert "CONSOLE" not in log
+    for heading in ("Time per token", "Where it goes", "Segments", "Position on the dial", "Skip map"):
+        assert f"<h2>{heading}</h2>" in document
+    # A copy that tells how large its pictures came out: the report itself may run no script.
+    copy = tmp_path / "copy.html"
+    copy.write_text(re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", SIZES))
+    document, log = browse(copy, tmp_path, "--dump-dom", "--virtual-time-budget=2000")
+    assert "CONSOLE" not in log
+    found = re.search(r'data-sizes="([^"]*)"', document)
+    assert found is not None
+    sizes = [tuple(map(int, size.split("x"))) for size in found[1].split()]
+    # Distribution, breakdown, three lanes' segments, the dial, two skip maps.
+    assert len(sizes) == document.count("<figure>") == 8
+    assert all(width > 300 and height > 100 for width, height in sizes), sizes
+    shot = tmp_path / "shot.png"
+    browse(report, tmp_path, f"--screenshot={shot}", "--window-size=1100,1600")
+    assert shot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_hostile_names_in_the_report(begin: tuple[Any, ...], own_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    manifest = own_bundle / "manifest.json"
+    name = '"name": "model"'
+    assert name in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(name, '"name": "<script>alert(1)</script> $x_"', 1))
+    report = tmp_path / "r.html"
+    result = dash("profile", own_bundle, *begin[2:], "--kinds", "static", "--skipped", "1", "--html", report)
+    assert result.exit_code == 0, result.output
+    assert "<script" not in report.read_text()
+    assert "&lt;script&gt;" in report.read_text()
+
+
+def test_a_missing_extra_is_named(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in ("dash_export.evaluation.pictures", "dash_export.profiling.figures"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    assert "pip install 'dash-export[profile]'" in refused(*begin, "--html", tmp_path / "r.html")

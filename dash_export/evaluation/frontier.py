@@ -62,10 +62,24 @@ class Racer:
         self.plain = DashRuntime.load(bundle.root, target, dispatch="plain")
         network = bundle.manifest.policy.has_network
         asks = network and (kinds is None or bool(set(kinds) & set(DIALLED_KINDS)))
-        self.deciding = DashRuntime.load(bundle.root, target, dispatch=dispatch, verify=False) if asks else self.plain
+        self._deciding_dispatch = dispatch or self.plain.recipe.runtime.dispatch if asks else "plain"
+        self.deciding = self._again(self._deciding_dispatch) if asks else self.plain
+        self._copies: list[dict[str, DashRuntime]] = []
 
-    def session(self, setting: Setting) -> Session:
-        return (self.deciding if setting.asks_network else self.plain).session_with(setting)
+    def _again(self, dispatch: str) -> DashRuntime:
+        return DashRuntime.load(self.plain.bundle.root, self.plain.build.target, dispatch=dispatch, verify=False)
+
+    def timed_session(self, setting: Setting, number: int) -> Session:
+        """A session for the round of this number, on engines that were loaded to be timed.
+
+        What a process loads first runs a few per cent slower, and what it loads next may too: so the first engines are
+        not timed, and rounds alternate between two copies, loaded in opposite order.
+        """
+        if not self._copies:
+            ways = list(dict.fromkeys(("plain", self._deciding_dispatch)))
+            self._copies = [{way: self._again(way) for way in order} for order in (ways, ways[::-1])]
+        runtimes = self._copies[number % len(self._copies)]
+        return runtimes[self._deciding_dispatch if setting.asks_network else "plain"].session_with(setting)
 
     def points(self, settings: Sequence[Setting], course: Course, progress: Progress = no_progress) -> list[Point]:
         """One point per setting, dense (the first) included. Raises RequestError for a text that is too short."""
@@ -78,7 +92,7 @@ class Racer:
         quality = measure_text(self.deciding, settings, parts, course.prefix, named)
         timings: Sequence[Timing | None] = [None] * len(settings)
         if timed:
-            timings = measure_times(settings, self.session, timed, course.tokens, named)
+            timings = measure_times(settings, self.timed_session, timed, course.tokens, named)
         return [Point(self.name, result, timing) for result, timing in zip(quality, timings, strict=True)]
 
     def _timed(self, course: Course) -> list[TokenIds]:

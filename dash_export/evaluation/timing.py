@@ -35,7 +35,7 @@ class Timing:
 
 def measure_times(
     settings: Sequence[Setting],
-    open_session: Callable[[Setting], Session],
+    open_session: Callable[[Setting, int], Session],
     parts: Sequence[TokenIds],
     tokens: int = TOKENS,
     progress: Progress = no_progress,
@@ -43,14 +43,14 @@ def measure_times(
     """One round per part: every setting prefills all but its last `tokens` + 2 tokens and decodes those, as they are.
 
     Every setting sees the same text at the same cache lengths, so what differs is what it skips. The first setting is
-    the one the others are divided by. A sequence policy decides anew in every round.
+    the one the others are divided by. A sequence policy decides anew in every round. `open_session` is told the round.
     """
     seconds = np.zeros((len(settings), len(parts)))
     layers = np.zeros((len(settings), len(parts)))
     for number, part in enumerate(parts):
         for turn in range(len(settings)):
             index = (turn + number) % len(settings)  # nobody always follows the same one
-            session = open_session(settings[index])
+            session = open_session(settings[index], number)
             seconds[index, number], layers[index, number] = _block(session, part, tokens)
             progress("decode time", number * len(settings) + turn + 1, len(parts) * len(settings))
     ratios = seconds / seconds[0]

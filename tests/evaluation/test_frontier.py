@@ -22,7 +22,7 @@ def test_times(runtime: DashRuntime) -> None:
     parts = [random_ids(40, seed=seed) for seed in range(3)]
     seen: list[Session] = []
 
-    def opened(setting: Setting) -> Session:
+    def opened(setting: Setting, _number: int) -> Session:
         seen.append(runtime.session_with(setting))
         return seen[-1]
 
@@ -38,7 +38,8 @@ def test_times(runtime: DashRuntime) -> None:
 
 def test_timed_layers_are_those_a_score_takes(runtime: DashRuntime) -> None:
     part = random_ids(40, seed=5)
-    (dense, token) = measure_times((SETTINGS[0], SETTINGS[3]), runtime.session_with, [part], tokens=12)
+    pair = (SETTINGS[0], SETTINGS[3])
+    (dense, token) = measure_times(pair, lambda setting, _: runtime.session_with(setting), [part], tokens=12)
     actions = runtime.session_with(SETTINGS[3]).score(part, prefix=len(part) - 12 - SETTLE).actions
     assert dense.layers == 6
     assert token.layers == pytest.approx(6 - actions[-12:].sum() / 12)
@@ -47,8 +48,12 @@ def test_timed_layers_are_those_a_score_takes(runtime: DashRuntime) -> None:
 def test_points(tiny_root: Path) -> None:
     racer = Racer("tiny", Bundle.open(tiny_root), "cpu-fp32", None)
     assert (racer.plain.dispatch, racer.deciding.dispatch) == ("plain", "fused")
-    assert racer.session(SETTINGS[1]).engines is racer.plain.engines
-    assert racer.session(SETTINGS[3]).engines is racer.deciding.engines
+    # Timed engines are none of those loaded first, and two copies take turns.
+    sessions = [racer.timed_session(SETTINGS[kind], number) for kind in (1, 3) for number in (0, 1, 2)]
+    engines = [session.engines for session in sessions]
+    assert [each.dispatch for each in engines] == ["plain"] * 3 + ["fused"] * 3
+    assert engines[0] is engines[2]
+    assert len({id(each) for each in (*engines, racer.plain.engines, racer.deciding.engines)}) == 6
     course = Course(TEXT, "t", limit=2, window=48, prefix=10, rounds=2, tokens=4)
     points = racer.points(SETTINGS, course)
     assert [point.quality.setting for point in points] == list(SETTINGS)

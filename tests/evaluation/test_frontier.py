@@ -12,7 +12,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation.frontier import Course, Racer
-from dash_export.evaluation.timing import SETTLE, measure_times
+from dash_export.evaluation.timing import SETTLE, Timing, measure_times
 from dash_export.runtime import Session
 from tests.evaluation.test_text import SETTINGS, TEXT
 from tests.tiny import random_ids
@@ -43,6 +43,14 @@ def test_timed_layers_are_those_a_score_takes(runtime: DashRuntime) -> None:
     actions = runtime.session_with(SETTINGS[3]).score(part, prefix=len(part) - 12 - SETTLE).actions
     assert dense.layers == 6
     assert token.layers == pytest.approx(6 - actions[-12:].sum() / 12)
+
+
+def test_time_is_moved_to_the_layers_of_the_quality() -> None:
+    timing = Timing(0.9, 0.88, 0.94, 5.0, 28.0)
+    moved = timing.at(26.0, 30.0)
+    assert (moved.ratio, moved.low, moved.high, moved.layers) == pytest.approx((0.8, 0.76, 0.88, 26.0))
+    assert moved.milliseconds == 5.0
+    assert Timing(0.99, 0.9, 1.0, 5.0, 29.5).at(26.0, 30.0).ratio == 0.99
 
 
 def test_points(tiny_root: Path) -> None:

@@ -184,8 +184,8 @@ def trade_off_for(
     skipped: float | None = None,
     max_kl: float | None = None,
 ) -> float:
-    """The smallest trade-off, interpolated in the calibrated table, that is as fast as `budget`, or skips `skipped`
-    layers, or diverges by `max_kl`: exactly one of them.
+    """The smallest trade-off, interpolated in the calibrated table (geometrically), that is as fast as `budget`, or
+    skips `skipped` layers, or diverges by `max_kl`: exactly one of them.
 
     Raises PolicyError when it is out of range, when there is no table, or when it is more than the policy can give.
     """
@@ -215,7 +215,9 @@ def trade_off_for(
     before = max(0, after - 1)
     rise = amounts[after] - amounts[before]
     share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
-    return points[before].trade_off + share * (points[after].trade_off - points[before].trade_off)
+    low, high = points[before].trade_off, points[after].trade_off
+    # Skipping follows the ratio of trade-offs, and the last one, where everything is skipped, lies far away.
+    return low * (high / low) ** share if low > 0 else share * high
 
 
 _ROUNDING = 1e-9

@@ -111,13 +111,13 @@ DIAL = [
 def test_dial_points_and_between() -> None:
     assert trade_off_for(DIAL, budget=1.0) == 0.0
     assert trade_off_for(DIAL, budget=0.9) == pytest.approx(2.0)
-    assert trade_off_for(DIAL, budget=0.85) == pytest.approx(4.0)
+    assert trade_off_for(DIAL, budget=0.85) == pytest.approx(12**0.5)  # halfway from 2 to 6, geometrically
     assert trade_off_for(DIAL[::-1], budget=0.75) == pytest.approx(9.0)
     assert trade_off_for(DIAL, skipped=0) == 0.0
     assert trade_off_for(DIAL, skipped=2) == pytest.approx(1.0)
-    assert trade_off_for(DIAL, skipped=9) == pytest.approx(7.5)
+    assert trade_off_for(DIAL, skipped=9) == pytest.approx(54**0.5)
     assert trade_off_for(DIAL, max_kl=0) == 0.0
-    assert trade_off_for(DIAL, max_kl=0.15) == pytest.approx(4.0)
+    assert trade_off_for(DIAL, max_kl=0.15) == pytest.approx(12**0.5)
     assert trade_off_for(DIAL, max_kl=0.5) == pytest.approx(9.0)
 
 
@@ -153,8 +153,13 @@ def test_the_dial_is_monotone_exact_and_bounded(name: str, dial: list[DialPoint]
 
     less, more = sorted((one * most, other * most))
     assert ask(less) <= ask(more) + 1e-6
-    trade_offs = [point.trade_off for point in dial]
-    found = np.interp(ask(more), trade_offs, [amount(point) for point in dial])
+
+    def place(trade_off: float) -> float:
+        """Straight up to the first point, in ratios from there on."""
+        first = dial[1].trade_off
+        return trade_off / first if trade_off < first else 1 + float(np.log(trade_off / first))
+
+    found = np.interp(place(ask(more)), [place(point.trade_off) for point in dial], [amount(point) for point in dial])
     assert found == pytest.approx(more, abs=1e-6)
     assert all(amount(point) <= more + 1e-6 for point in dial if point.trade_off < ask(more))
     if name != "budget" or most < 0.98:

@@ -5,6 +5,7 @@ another; those of the policy's stream have their own.
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,21 +57,22 @@ class TensorRT(CudaResources):
 class Scratch:
     """One block for all contexts of a stream, as large as the largest of them wants."""
 
-    def __init__(self, device: TensorRT, stream: str) -> None:
+    def __init__(self, device: CudaResources, stream: str) -> None:
         self._device, self.stream = device, stream
         self._memory: CudaMemory | None = None
-        self._contexts: list[tuple[Any, int]] = []
+        # Weakly: a session makes contexts for every length of prompt, and drops them.
+        self._contexts: weakref.WeakSet[TensorRTContext] = weakref.WeakSet()
 
-    def give(self, context: Any, nbytes: int) -> None:
+    def give(self, newcomer: TensorRTContext) -> None:
         """Let a context use the block; every other one follows when it has to grow."""
-        self._contexts.append((context, nbytes))
-        if self._memory is None or self._memory.nbytes < nbytes:
-            self._device.stream(self.stream).synchronize()
-            self._memory = self._device.memory(nbytes)
-            for other, size in self._contexts:
-                other.set_device_memory(self._memory.address, size)
-        else:
-            context.set_device_memory(self._memory.address, nbytes)
+        self._contexts.add(newcomer)
+        if self._memory is not None and self._memory.nbytes >= newcomer.nbytes:
+            newcomer.work_in(self._memory)
+            return
+        self._device.stream(self.stream).synchronize()
+        self._memory = self._device.memory(newcomer.nbytes)
+        for each in self._contexts:
+            each.work_in(self._memory)
 
 
 class TensorRTEngine:
@@ -127,16 +129,21 @@ class TensorRTEngine:
         for name, part in memory.items():
             if not context.set_tensor_address(name, part.address):
                 raise BackendError(f"{self._path.name} has no tensor {name}: build it again.")
-        self._scratch.give(context, int(engine.get_device_memory_size_for_profile_v2(profile)))
-        return TensorRTContext(self._path.stem, self._scratch.stream, context, memory)
+        nbytes = int(engine.get_device_memory_size_for_profile_v2(profile))
+        made = TensorRTContext(self._path.stem, self._scratch.stream, context, memory, nbytes)
+        self._scratch.give(made)
+        return made
 
 
 class TensorRTContext:
-    """A context ready to launch. It keeps its memory alive."""
+    """A context ready to launch, which wants `nbytes` of scratch memory. It keeps the memory it is bound to alive."""
 
-    def __init__(self, name: str, scratch: str, context: Any, memory: Mapping[str, CudaMemory]) -> None:
-        self.name, self.scratch = name, scratch
+    def __init__(self, name: str, scratch: str, context: Any, memory: Mapping[str, CudaMemory], nbytes: int) -> None:
+        self.name, self.scratch, self.nbytes = name, scratch, nbytes
         self._context, self._memory = context, memory
+
+    def work_in(self, block: CudaMemory) -> None:
+        self._context.set_device_memory(block.address, self.nbytes)
 
     def enqueue(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):

@@ -23,7 +23,6 @@ HELD: dict[str, Any] = {
     "trt": rtx,
     "engine": rtx.ICudaEngine,
     "context": rtx.IExecutionContext,
-    "other": rtx.IExecutionContext,
     "_context": rtx.IExecutionContext,
     "runtime": rtx.Runtime,
 }

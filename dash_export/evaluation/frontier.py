@@ -64,22 +64,29 @@ class Racer:
         asks = network and (kinds is None or bool(set(kinds) & set(DIALLED_KINDS)))
         self._deciding_dispatch = dispatch or self.plain.recipe.runtime.dispatch if asks else "plain"
         self.deciding = self._again(self._deciding_dispatch) if asks else self.plain
-        self._copies: list[dict[str, DashRuntime]] = []
+        self._copies: list[dict[bool, DashRuntime]] = []
 
     def _again(self, dispatch: str) -> DashRuntime:
         return DashRuntime.load(self.plain.bundle.root, self.plain.build.target, dispatch=dispatch, verify=False)
 
-    def timed_session(self, setting: Setting, number: int) -> Session:
-        """A session for the round of this number, on engines that were loaded to be timed.
+    def copies(self, count: int) -> list[dict[bool, DashRuntime]]:
+        """The build loaded `count` times more, to be timed: without policies (False) and, where asked, with (True).
 
-        What a process loads first runs a few per cent slower, and what it loads next may too: so the first engines are
-        not timed, and rounds alternate between two copies, loaded in opposite order.
+        What a process loads first runs a few per cent slower, and what it loads next may too: so the racer's own
+        engines are not timed, and copies are loaded in turned order.
         """
+        ways = {False: "plain"} | ({True: self._deciding_dispatch} if self.deciding is not self.plain else {})
+        turned = dict(reversed(ways.items()))
+        return [
+            {asks: self._again(dispatch) for asks, dispatch in (ways if number % 2 == 0 else turned).items()}
+            for number in range(count)
+        ]
+
+    def timed_session(self, setting: Setting, number: int) -> Session:
+        """A session for the round of this number: rounds alternate between two copies."""
         if not self._copies:
-            ways = list(dict.fromkeys(("plain", self._deciding_dispatch)))
-            self._copies = [{way: self._again(way) for way in order} for order in (ways, ways[::-1])]
-        runtimes = self._copies[number % len(self._copies)]
-        return runtimes[self._deciding_dispatch if setting.asks_network else "plain"].session_with(setting)
+            self._copies = self.copies(2)
+        return self._copies[number % len(self._copies)][setting.asks_network].session_with(setting)
 
     def points(self, settings: Sequence[Setting], course: Course, progress: Progress = no_progress) -> list[Point]:
         """One point per setting, dense (the first) included. Raises RequestError for a text that is too short."""

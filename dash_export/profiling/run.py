@@ -18,7 +18,6 @@ from dash_export.profiling.measure import Lane, measure, replay_of
 from dash_export.profiling.memory import setting_memory
 from dash_export.profiling.probe import stamp_cost
 from dash_export.profiling.results import Course, LaneProfile, Profile
-from dash_export.runtime import DashRuntime
 
 
 @dataclass(frozen=True)
@@ -83,24 +82,15 @@ def _context(racers: Sequence[Racer], request: Request) -> int:
 
 
 def _lanes(racer: Racer, settings: Sequence[Setting], copies: int, progress: Progress) -> list[Lane]:
-    """The racer's own engines are not timed: what a process loads first is the slowest (docs/benchmarks.md)."""
-    asks = any(setting.asks_network for setting in settings)
-    loaded: dict[bool, list[DashRuntime]] = {False: [], True: []}
-    for number in range(copies):
-        progress("loading", 0, 0)
-        # In turned order: nobody's copies always come first.
-        for deciding in (False, True) if number % 2 == 0 else (True, False):
-            like = racer.deciding if deciding else racer.plain
-            if asks or not deciding:
-                root, target = like.bundle.root, like.build.target
-                loaded[deciding].append(DashRuntime.load(root, target, dispatch=like.dispatch, verify=False))
+    progress("loading", 0, 0)
+    loaded = racer.copies(copies)
     lanes = []
     for setting in settings:
-        runtimes = loaded[setting.asks_network]
+        runtimes = [copy[setting.asks_network] for copy in loaded]
         lane = Lane(racer.name, setting, runtimes, [runtime.session_with(setting) for runtime in runtimes])
         lanes.append(lane)
         if setting.asks_network and lane.runtime.dispatch == "fused":
-            lanes.append(replay_of(lane, loaded[False]))
+            lanes.append(replay_of(lane, [copy[False] for copy in loaded]))
     return lanes
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 JOURNAL = ".journal.json"
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
+"""Names of what is not whole yet begin with this; the next run sweeps it away."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def content_key(*parts: object) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
@@ -76,7 +77,7 @@ class ArtifactStore:
 
     def sweep(self) -> None:
         """Remove what an interrupted run left under temporary names."""
-        for path in self.folder.glob(f"{_TEMPORARY}*"):
+        for path in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def current(self, name: str, key: str) -> list[FileRecord] | None:
@@ -94,7 +95,7 @@ class ArtifactStore:
 
     def make(self, name: str, key: str, write: Callable[[Path], list[Path]]) -> list[FileRecord]:
         """`write(temporary folder)` returns the files it wrote there; they are hashed, renamed into place and noted."""
-        temporary = self.folder / f"{_TEMPORARY}{os.getpid()}-{name}"
+        temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         began = time.perf_counter()

@@ -35,7 +35,8 @@ class WeightsRecipe:
 
     `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention
     (their errors enter the cache and every later token), and the layers the policy may never skip (they are the
-    sensitive ones).
+    sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, or by what the layer is fed
+    (GPTQ).
     """
 
     layers: Precision = "int4"
@@ -46,16 +47,20 @@ class WeightsRecipe:
     policy: Precision = "int8"
     block_size: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = False
+    rounding: Literal["nearest", "gptq"] = "nearest"
 
 
 @dataclass(frozen=True)
 class RuntimeRecipe:
-    """How the runtime uses the engines. `threads` 0 means one per physical core."""
+    """How the runtime uses the engines. `threads` 0 means one per physical core; `huge_pages`: weights are moved onto
+    them when a CPU target is loaded.
+    """
 
     threads: int = 0
     dispatch: Dispatch = "fused"
     kv_step: int = 256
     prefill_chunk: int = 512
+    huge_pages: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,8 @@ def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
 def _contradiction(recipe: Recipe) -> str | None:
     """What no single key can tell: whether the parts of a recipe go together."""
     weights, engine = recipe.weights, recipe.engine
-    precisions = {part: value for part, value in asdict(weights).items() if isinstance(value, str)}
+    parts = ("layers", "qkv", "ungated", "head", "embedding", "policy")
+    precisions: dict[str, str] = {part: getattr(weights, part) for part in parts}
     if recipe.backend == "onnxruntime":
         if engine is not None:
             return "an [engine] table is for GPU backends; onnxruntime has none."
@@ -175,6 +181,8 @@ def _contradiction(recipe: Recipe) -> str | None:
         return None if recipe.runtime.dispatch != "overlapped" else "dispatch 'overlapped' needs a GPU backend."
     if engine is None:
         return f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
+    if weights.rounding != "nearest":
+        return f"rounding = {weights.rounding!r} is for the CPU so far; {recipe.backend} takes 'nearest'."
     if recipe.dialect == "ort":
         return f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
     if recipe.runtime.dispatch == "fused":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
@@ -54,7 +55,11 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     bias: dict[int, float] = {}
     if merge:
-        engines, files = _make_engines(bundle, recipe, segments, folder, progress)
+        # Imported here, as `_builder` is.
+        from dash_export.builders.rounding import calibrated
+
+        with calibrated(bundle, recipe, folder, progress) as roundings:
+            engines, files = _make_engines(bundle, recipe, segments, folder, roundings, progress)
         bias = _policy_bias(bundle) if recipe.dialect == "ort" else {}
     else:
         engines, files = _portable_engines(bundle), ()
@@ -145,11 +150,16 @@ def _portable_engines(bundle: Bundle) -> dict[str, EngineRecord]:
 
 
 def _make_engines(
-    bundle: Bundle, recipe: Recipe, segments: tuple[Segment, ...], folder: Path, progress: Progress
+    bundle: Bundle,
+    recipe: Recipe,
+    segments: tuple[Segment, ...],
+    folder: Path,
+    roundings: Callable[[str], Any],
+    progress: Progress,
 ) -> tuple[dict[str, EngineRecord], tuple[FileRecord, ...]]:
     builder = _builder(recipe)
     store = ArtifactStore(folder)
-    jobs = list(builder.artifacts(bundle, recipe, segments, folder))
+    jobs = list(builder.artifacts(bundle, recipe, segments, folder, roundings))
     found = {job.name: store.current(job.name, job.key) for job in jobs}
     if not all(found.values()):
         # From here to the end this build says that it is unfinished.

@@ -7,7 +7,7 @@ Every segment has a plain engine; before a gated layer also a `.policy` one that
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,22 +16,28 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
+from dash_export.builders.rounding import text_key
 from dash_export.builders.segments import Artifact, compose_segment, graph_names, graphs_key
 from dash_export.bundle import Bundle, Segment
 from dash_export.graphs.compose import absorb, load_graph, specialise_policy
 from dash_export.graphs.ort import lower
 from dash_export.graphs.portable import ROPE_FILE
+from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.names import POLICY_STATE
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 10
+LOWERING_REVISION = 11
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
+Lowering = Callable[[ir.Model], ir.Model]
 
-def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path) -> Iterator[Artifact]:
+
+def artifacts(
+    bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path, roundings: Roundings
+) -> Iterator[Artifact]:
     """Everything this build consists of, in an order in which each can be made. `folder` is where finished engines
-    lie.
+    lie; `roundings` is asked when an engine is made.
     """
     hashes = {record.name: record.sha256 for record in bundle.manifest.files}
     gated = bundle.manifest.policy.gated
@@ -40,7 +46,8 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
     def graph_key(*names: str) -> str:
         return graphs_key(bundle, names)
 
-    base = (LOWERING_REVISION, version("onnxruntime"), recipe.as_dict()["weights"], gated)
+    base = (LOWERING_REVISION, version("onnxruntime"), recipe.as_dict()["weights"], gated, text_key(recipe))
+    lowering = lowering_for(bundle, recipe, roundings)
 
     def with_policy(part: Segment | str, key: str, layer: int) -> Artifact:
         plain = part if isinstance(part, str) else part.name
@@ -48,7 +55,7 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
         return Artifact(
             f"{plain}.policy",
             policy_key,
-            partial(_fused, bundle, recipe, part, folder / f"{plain}.onnx", layer),
+            partial(_fused, lowering, bundle, part, folder / f"{plain}.onnx", layer),
             plain,
         )
 
@@ -61,22 +68,27 @@ def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folde
         names = graph_names(segment)
         fused = has_network and segment.last + 1 in gated
         key = content_key(base, graph_key(*names), fused)
-        yield Artifact(segment.name, key, partial(write_segment, bundle, recipe, segment, fused))
+        yield Artifact(segment.name, key, partial(write_segment, lowering, bundle, segment, fused))
         if fused:
             yield with_policy(segment, key, segment.last + 1)
         if segment.gated:
             skip = f"skip_{segment.first:02d}"
             key = content_key(base, graph_key(skip))
-            yield Artifact(skip, key, partial(_skip, bundle, recipe, skip))
+            yield Artifact(skip, key, partial(_skip, lowering, bundle, skip))
             if fused:
                 yield with_policy(skip, key, segment.last + 1)
             if has_network:
                 layer = segment.first
                 key = content_key(base, graph_key("policy"), layer)
-                yield Artifact(f"policy_{layer:02d}", key, partial(_policy, bundle, recipe, layer))
+                yield Artifact(f"policy_{layer:02d}", key, partial(_policy, lowering, bundle, layer))
 
 
-def write_segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: bool, out: Path) -> list[Path]:
+def lowering_for(bundle: Bundle, recipe: Recipe, roundings: Roundings = to_nearest) -> Lowering:
+    """How this recipe lowers a composed graph."""
+    return partial(lower, recipe=recipe.weights, gated=bundle.manifest.policy.gated, roundings=roundings)
+
+
+def write_segment(lowering: Lowering, bundle: Bundle, segment: Segment, keep_state: bool, out: Path) -> list[Path]:
     """Compose and lower one segment into `out`. With `keep_state` it also gives what the next layer's policy reads,
     where that lies inside it.
     """
@@ -84,22 +96,19 @@ def write_segment(bundle: Bundle, recipe: Recipe, segment: Segment, keep_state: 
     if keep_state and str(state.name) != "hidden":
         state.name = POLICY_STATE
         g.graph.outputs.append(state)
-    return save_graph(
-        lower(g.model(), recipe.weights, bundle.manifest.policy.gated), out / f"{segment.name}.onnx", (ROPE_FILE,)
-    )
+    return save_graph(lowering(g.model()), out / f"{segment.name}.onnx", (ROPE_FILE,))
 
 
-def _skip(bundle: Bundle, recipe: Recipe, name: str, out: Path) -> list[Path]:
-    lowered = lower(load_graph(bundle.graph(name)), recipe.weights, bundle.manifest.policy.gated)
-    return save_graph(lowered, out / f"{name}.onnx", (ROPE_FILE,))
+def _skip(lowering: Lowering, bundle: Bundle, name: str, out: Path) -> list[Path]:
+    return save_graph(lowering(load_graph(bundle.graph(name))), out / f"{name}.onnx", (ROPE_FILE,))
 
 
-def _policy(bundle: Bundle, recipe: Recipe, layer: int, out: Path) -> list[Path]:
+def _policy(lowering: Lowering, bundle: Bundle, layer: int, out: Path) -> list[Path]:
     policy = specialise_policy(load_graph(bundle.graph("policy")), layer)
-    return save_graph(lower(policy, recipe.weights, bundle.manifest.policy.gated), out / f"policy_{layer:02d}.onnx")
+    return save_graph(lowering(policy), out / f"policy_{layer:02d}.onnx")
 
 
-def _fused(bundle: Bundle, recipe: Recipe, part: Segment | str, plain: Path, layer: int, out: Path) -> list[Path]:
+def _fused(lowering: Lowering, bundle: Bundle, part: Segment | str, plain: Path, layer: int, out: Path) -> list[Path]:
     """A segment or skip graph with the policy for `layer` as one more output. Weights it shares with the plain engine
     stay in that one's file.
     """
@@ -111,7 +120,7 @@ def _fused(bundle: Bundle, recipe: Recipe, part: Segment | str, plain: Path, lay
         (state,) = (value for value in g.graph.inputs if value.name == "hidden")
     policy = specialise_policy(load_graph(bundle.graph("policy")), layer)
     g.graph.outputs.extend(absorb(g, policy, {"hidden": state}).values())
-    lowered = lower(g.model(), recipe.weights, bundle.manifest.policy.gated)
+    lowered = lowering(g.model())
     known = load_graph(plain).graph.initializers
     for name, value in lowered.graph.initializers.items():
         twin = known[name].const_value if name in known else None

@@ -12,11 +12,14 @@ from dash_export.artifacts import content_key
 from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_graphs
 from dash_export.builders.segments import Artifact
 from dash_export.bundle import Bundle, Segment
+from dash_export.graphs.rounded import Roundings
 from dash_export.graphs.writer import save_graph
 from dash_export.targets import Recipe
 
 
-def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], _folder: Path) -> Iterator[Artifact]:
+def artifacts(
+    bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], _folder: Path, _roundings: Roundings
+) -> Iterator[Artifact]:
     """Every lowered graph of this build."""
     parts = recipe.as_dict()
     base = content_key(LOWERING_REVISION, recipe.dialect, parts["weights"], parts["engine"])

@@ -21,6 +21,7 @@ from dash_export.builders.segments import Artifact
 from dash_export.builders.trt_api import Settings, Shapes, Toolkit, load_toolkit
 from dash_export.bundle import Bundle, Segment
 from dash_export.errors import BackendError
+from dash_export.graphs.rounded import Roundings
 from dash_export.graphs.trt.lower import LOGIT_ROWS
 from dash_export.graphs.writer import save_graph
 from dash_export.targets import Recipe
@@ -28,7 +29,9 @@ from dash_export.targets import Recipe
 TIMING_CACHE = "timing.cache"
 
 
-def artifacts(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path) -> Iterator[Artifact]:
+def artifacts(
+    bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path, _roundings: Roundings
+) -> Iterator[Artifact]:
     """Every engine of this build. Raises BackendError where this machine's TensorRT cannot compile the dialect."""
     toolkit = load_toolkit(recipe.backend)
     if (reason := too_old(recipe, toolkit.version)) is not None:

@@ -6,6 +6,8 @@ from collections.abc import Collection
 
 from dash_export.targets import Precision, WeightsRecipe
 
+FINEST_FIRST: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
+
 
 def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Precision:
     """The precision of a node's weights; a layer's nodes are named `layer_NN/...`, its skip graph's `skip_NN/...`."""
@@ -14,8 +16,7 @@ def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -
         return recipe.head
     if part == "policy" or rest.startswith("compensation"):
         return recipe.policy
-    if int(part.rsplit("_", 1)[1]) not in gated:
-        return recipe.ungated
-    return (
-        recipe.qkv if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")) else recipe.layers
-    )
+    precision = recipe.layers if int(part.rsplit("_", 1)[1]) in gated else recipe.ungated
+    if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")):
+        return min(precision, recipe.qkv, key=FINEST_FIRST.index)
+    return precision

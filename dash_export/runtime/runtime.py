@@ -15,6 +15,7 @@ from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.huge_pages import on_huge_pages
 from dash_export.runtime.kinds import session_rules
 from dash_export.runtime.results import Generation, Response, Score
 from dash_export.runtime.rules import Rule, SessionRules
@@ -155,7 +156,8 @@ def engines(
 ) -> EngineSet | DeviceEngines:
     """A build's engines on what its recipe is for. Raises BackendError where device and build do not fit."""
     if recipe.engine is None:
-        return EngineSet(bundle, build, cast("Backend", backend), dispatch)
+        with on_huge_pages(recipe.runtime.huge_pages):
+            return EngineSet(bundle, build, cast("Backend", backend), dispatch)
     device = cast("Device", backend)
     device.accept(build, bundle.build_command(build.target))
     return DeviceEngines(bundle, build, recipe, device, dispatch)

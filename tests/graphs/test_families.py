@@ -78,7 +78,9 @@ def greedy(model: Any, ids: np.ndarray, count: int) -> np.ndarray:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("case", ["llama-biases", "qwen2", "qwen3"])
 def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
-    """Small matrices of every kind survive the quantiser: int8 stays close, int4 stays in sight."""
+    """Small matrices of every kind survive the quantiser: int8 stays close, int4 (blocks as long as these matrices) in
+    sight.
+    """
     family, options = CASES[case]
     save_model(tmp_path / "model", family, **({"num_hidden_layers": 5} | options))
     checkpoint = open_checkpoint(tmp_path / "model")
@@ -87,4 +89,4 @@ def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
     runtime = DashRuntime.load(bundle.root, build(bundle, "cpu", weights=precision).target)
     logits = runtime.session().logits(random_ids(TOKENS))
     error = np.sqrt(np.mean((logits - exact) ** 2)) / exact.std()
-    assert error < {"int8": 0.12, "int4": 0.5}[precision], error
+    assert error < {"int8": 0.12, "int4": 0.6}[precision], error

@@ -15,11 +15,12 @@ from typing import Any
 import onnxruntime
 
 from dash_export import __version__
-from dash_export.builders.onnxruntime import write_segment
+from dash_export.builders.onnxruntime import lowering_for, write_segment
 from dash_export.bundle import Bundle, EngineRecord, Segment
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.huge_pages import on_huge_pages
 from dash_export.targets import recipe_from_dict
 
 
@@ -33,10 +34,11 @@ def whole_model(bundle: Bundle, target: str, backend: Backend) -> EngineSet:
     folder = Path(tempfile.mkdtemp(prefix="dash-export-bench-", dir=bundle.root.parent))
     try:
         (folder / "rope.data").write_bytes(bundle.path("onnx/rope.data").read_bytes())
-        path = write_segment(bundle, recipe, segment, False, folder)[0]
+        path = write_segment(lowering_for(bundle, recipe), bundle, segment, False, folder)[0]
         record = EngineRecord(str(path.relative_to(bundle.root.parent)), 0, "")
         whole = replace(build, segments=(segment,), engines={segment.name: record})
-        return EngineSet(Bundle(bundle.root.parent, bundle.manifest), whole, backend, "plain")
+        with on_huge_pages():
+            return EngineSet(Bundle(bundle.root.parent, bundle.manifest), whole, backend, "plain")
     finally:
         # Loaded: the mapping keeps the pages.
         for file in folder.iterdir():

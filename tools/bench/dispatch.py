@@ -22,6 +22,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import decision_rule
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.huge_pages import on_huge_pages
 from dash_export.runtime.rules import DENSE, Rule
 
 
@@ -39,7 +40,11 @@ def main(bundle: Path, target: str, context: int, rounds: int, copies: int) -> N
     forced_dense = decision_rule(model.num_layers, policy.gated, build.cost.cost, 0.0)
 
     def engines(dispatch: str) -> Callable[[], EngineSet]:
-        return lambda: EngineSet(opened, build, backend(0), dispatch)
+        def load() -> EngineSet:
+            with on_huge_pages():
+                return EngineSet(opened, build, backend(0), dispatch)
+
+        return load
 
     variants: dict[str, tuple[Callable[[], EngineSet], Rule]] = {
         "one whole graph": (lambda: whole_model(opened, target, backend(0)), DENSE),

@@ -15,6 +15,7 @@ from dash_export.errors import BackendError
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused
 from dash_export.graphs.ort.policy import fuse_policy, share_norms
 from dash_export.graphs.ort.quantize import CONTRIB, hand_over, only_user, quantize_weights, replace
+from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.names import short_name
 from dash_export.targets import WeightsRecipe
 
@@ -24,12 +25,14 @@ ROTARY_MULTIPLE = 16
 """GroupQueryAttention rotates only heads whose size is a multiple of this."""
 
 
-def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.Model:
+def lower(
+    model: ir.Model, recipe: WeightsRecipe, gated: Collection[int], roundings: Roundings = to_nearest
+) -> ir.Model:
     """A portable segment or skip graph -> the `ort` dialect, in place.
 
     Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_length` [1] int32
     replace mask, positions and write indices), Add + RMSNormalization one node, projections that read the same value
-    one matrix, weights are quantised.
+    one matrix, weights are quantised, as `roundings` says where it has one for a matrix.
     """
     graph = model.graph
     graph.opset_imports[CONTRIB] = 1
@@ -41,7 +44,7 @@ def lower(model: ir.Model, recipe: WeightsRecipe, gated: Collection[int]) -> ir.
     _silu(graph)
     _skip_norm(graph)
     _head_weight(graph)
-    quantize_weights(graph, recipe, gated)
+    quantize_weights(graph, recipe, gated, roundings)
     _drop_unused_inputs(graph)
     drop_unused(graph)
     for value in (*graph.inputs, *graph.outputs):

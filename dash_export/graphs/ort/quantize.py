@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused
 from dash_export.graphs.precision import weight_precision
+from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
 from dash_export.models.spec import Float32Array
 from dash_export.targets import WeightsRecipe
 
@@ -31,14 +33,28 @@ def quantize_block(matrix: Float32Array, bits: int, block: int, symmetric: bool)
     return packed, scales.reshape(out, -1), zeros.reshape(out, -1)
 
 
-def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int]) -> None:
+def pack(rounded: Rounded) -> tuple[npt.NDArray[Any], ...]:
+    """As `quantize_block` gives it."""
+    rows, out = rounded.codes.shape
+    blocks = len(rounded.scales)
+    codes = np.zeros((out, blocks * rounded.block), np.uint8)
+    codes[:, :rows] = rounded.codes.T
+    zeros = np.full((out, blocks + blocks % 2), 8, np.uint8)
+    zeros[:, :blocks] = rounded.zeros.T
+    packed = (codes[:, ::2] | codes[:, 1::2] << 4).reshape(out, blocks, -1)
+    return packed, np.ascontiguousarray(rounded.scales.T), zeros[:, ::2] | zeros[:, 1::2] << 4
+
+
+def quantize_weights(
+    graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int], roundings: Roundings = to_nearest
+) -> None:
     """Quantise every weight matrix at the precision its part of the model has in the recipe."""
     for node in list(graph):
         if node.op_type == "MatMul":
             precision = weight_precision(str(node.name), recipe, gated)
             matrix = constant_value(node.inputs[1])
             if precision in BITS and matrix is not None and _is_weight(matrix, recipe.block_size):
-                _matmul(graph, node, matrix, BITS[precision], recipe)
+                _matmul(graph, node, matrix, BITS[precision], recipe, roundings)
         elif node.op_type == "Gather" and node.name == "embed" and recipe.embedding in BITS:
             _embedding(graph, node, BITS[recipe.embedding], recipe)
     drop_unused(graph)
@@ -49,11 +65,29 @@ def _is_weight(matrix: npt.NDArray[Any], block: int) -> bool:
     return matrix.ndim == 2 and min(matrix.shape) >= block
 
 
-def _matmul(graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, recipe: WeightsRecipe) -> None:
+def _quantized(
+    node: str, matrix: Float32Array, bits: int, recipe: WeightsRecipe, roundings: Roundings
+) -> tuple[npt.NDArray[Any], ...]:
+    """As `quantize_block` gives it. Of the matrices packed into this one, the first ones may have a rounding of their
+    own; the others are rounded to nearest.
+    """
+    part, _, names = node.rpartition("/")
+    rounded = (roundings(f"{part}/{name}") if bits == 4 else None for name in names.split("+"))
+    own = [item for item in takewhile(lambda item: item is not None, rounded) if item is not None]
+    rest = np.ascontiguousarray(matrix[:, sum(item.codes.shape[1] for item in own) :])
+    pieces = [pack(item) for item in own]
+    if rest.size:
+        pieces.append(quantize_block(rest, bits, recipe.block_size, recipe.symmetric))
+    return tuple(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+
+
+def _matmul(
+    graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, recipe: WeightsRecipe, roundings: Roundings
+) -> None:
     """MatMul, with the constant added to it if there is one, -> MatMulNBits."""
     source, weight = node.inputs
     assert weight is not None
-    packed, scales, zeros = quantize_block(np.ascontiguousarray(matrix), bits, recipe.block_size, recipe.symmetric)
+    packed, scales, zeros = _quantized(str(node.name), matrix, bits, recipe, roundings)
     inputs: list[ir.Value | None] = [
         source,
         add_constant(graph, f"{weight.name}.q{bits}", packed),

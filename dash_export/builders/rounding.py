@@ -1,0 +1,205 @@
+"""Calibrated rounding of a bundle's int4 matrices: what they are really fed, layer by layer, and GPTQ on it.
+
+A layer is fed by the rounded layers before it, so later ones make up for earlier ones' errors. In memory at a time: one
+layer's weights and moments, and the hidden states of the calibration text.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from dash_export.artifacts import TEMPORARY, Progress, sha256_file
+from dash_export.builders.gptq import gptq
+from dash_export.bundle import Bundle
+from dash_export.graph_runs import graph_run, step_inputs
+from dash_export.graphs.compose import constant_value, load_graph
+from dash_export.graphs.precision import weight_precision
+from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
+from dash_export.resources import resource_folder
+from dash_export.runtime.backends.onnxruntime import start_thread_pool
+from dash_export.runtime.text import Text
+from dash_export.targets import Recipe, WeightsRecipe
+
+TEXT = "quantise.txt"
+WINDOW = 256
+WINDOWS = 32
+"""8,192 tokens; twice as many take twice as long and lower the divergence by a twentieth (SmolLM2-135M)."""
+BITS = 4
+
+Floats = npt.NDArray[np.float32]
+
+
+def text_key(recipe: Recipe) -> str:
+    """What engines depend on besides graphs and recipe."""
+    return sha256_file(resource_folder("calibration") / TEXT) if recipe.weights.rounding == "gptq" else ""
+
+
+@contextmanager
+def calibrated(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Roundings]:
+    """How the recipe rounds each matrix; calibrated ones are made when the first one is asked for, and lie in a
+    temporary folder inside `folder` until the end.
+    """
+    if recipe.weights.rounding == "nearest":
+        yield to_nearest
+        return
+    made = _Calibrated(bundle, recipe.weights, folder, progress)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class _Calibrated:
+    def __init__(self, bundle: Bundle, recipe: WeightsRecipe, folder: Path, progress: Progress) -> None:
+        self._bundle, self._recipe, self._folder, self._progress = bundle, recipe, folder, progress
+        self._lock = threading.Lock()
+        self._scratch: Path | None = None
+
+    def __call__(self, node: str) -> Rounded | None:
+        if not self._wanted(node):
+            return None
+        with self._lock:
+            if self._scratch is None:
+                self._scratch = self._make()
+        # A skip graph writes the K and V that its layer writes.
+        path = _file(self._scratch, node.replace("skip_", "layer_", 1))
+        if not path.exists():
+            return None
+        with np.load(path) as arrays:
+            return Rounded(arrays["codes"], arrays["scales"], arrays["zeros"], BITS, self._recipe.block_size)
+
+    def close(self) -> None:
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _wanted(self, node: str) -> bool:
+        gated = self._bundle.manifest.policy.gated
+        known = node.endswith("_proj") or node == "head/logits"
+        return known and weight_precision(node, self._recipe, gated) == "int4"
+
+    def _round(self, file: Path, matrix: Floats, moments: npt.NDArray[np.float64]) -> Floats:
+        rounded = gptq(matrix, moments, BITS, self._recipe.block_size, self._recipe.symmetric)
+        np.savez(file, codes=rounded.codes, scales=rounded.scales, zeros=rounded.zeros)
+        return rounded.dequantized()
+
+    def _make(self) -> Path:
+        """All of them, in a new folder."""
+        scratch = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._folder))
+        try:
+            self._round_all(scratch)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        return scratch
+
+    def _round_all(self, scratch: Path) -> None:
+        bundle, model = self._bundle, self._bundle.manifest.model
+        embed = graph_run(bundle.graph("embed"))
+        states = [embed({"input_ids": window[None]})["hidden_out"] for window in _windows(bundle)]
+        for layer in range(model.num_layers):
+            probe = _Probe(load_graph(bundle.graph(f"layer_{layer:02d}")), model.num_kv_heads, model.head_dim)
+            wanted = {node for node in probe.sources if self._wanted(node)}
+            moments = probe.moments(states, wanted)
+            rounded = {
+                node: self._round(_file(scratch, node), probe.matrix(node), moments[probe.sources[node]])
+                for node in sorted(wanted)
+            }
+            states = [probe(state, rounded)["hidden_out"] for state in states]
+            self._progress(f"rounding layer {layer}", layer + 1, model.num_layers)
+        if self._wanted("head/logits"):
+            self._round_head(_file(scratch, "head/logits"), states)
+
+    def _round_head(self, file: Path, states: list[Floats]) -> None:
+        graph = load_graph(self._bundle.graph("head")).graph
+        norm = next(node for node in graph if node.op_type == "RMSNormalization")
+        table = next(table for node in graph if (table := constant_value(node.inputs[0])) is not None)
+        gain, epsilon = constant_value(norm.inputs[1]), norm.attributes["epsilon"].as_float()
+        moments = np.zeros((table.shape[1], table.shape[1]))
+        for state in states:
+            normed = state[0] / np.sqrt(np.square(state[0]).mean(axis=-1, keepdims=True) + epsilon) * gain
+            moments += normed.T @ normed
+        self._round(file, table.T, moments)
+        self._progress("rounding head", 1, 1)
+
+
+def _file(scratch: Path, node: str) -> Path:
+    return scratch / f"{node.replace('/', '.')}.npz"
+
+
+class _Probe:
+    """A layer graph whose matrices are inputs and whose matrices' inputs are outputs."""
+
+    def __init__(self, model: ir.Model, kv_heads: int, head_dim: int) -> None:
+        graph = model.graph
+        nodes = [node for node in graph if node.op_type == "MatMul" and constant_value(node.inputs[1]) is not None]
+        self.sources = {str(node.name): str(node.inputs[0].name) for node in nodes if node.inputs[0] is not None}
+        self._matrices: dict[str, Any] = {}
+        self._weights: dict[str, str] = {}
+        for node in nodes:
+            source, weight = node.inputs[:2]
+            assert source is not None
+            assert weight is not None
+            self._matrices[str(node.name)] = weight.const_value
+            self._weights[str(node.name)] = str(weight.name)
+            del graph.initializers[str(weight.name)]
+            weight.const_value = None
+            graph.inputs.append(weight)
+            if source not in graph.outputs:
+                source.type = ir.TensorType(ir.DataType.FLOAT)
+                graph.outputs.append(source)
+        for value in graph.initializers.values():  # a graph in memory has no folder to find its data in
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+        start_thread_pool(0)
+        options = ort.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(
+            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        cache = np.zeros((1, kv_heads, WINDOW, head_dim), np.float32)
+        names = {item.name for item in self._session.get_inputs()}
+        self._feeds = {name: array for name, array in step_inputs(0, WINDOW, WINDOW).items() if name in names}
+        self._feeds |= {name: cache for name in names if name.startswith("past_")}
+
+    def matrix(self, node: str) -> Floats:
+        array: Floats = self._matrices[node].numpy()
+        return array
+
+    def __call__(self, state: Floats, replaced: Mapping[str, Floats], extra: bool = False) -> dict[str, Floats]:
+        weights = {
+            self._weights[node]: replaced[node] if node in replaced else self.matrix(node) for node in self._weights
+        }
+        names = ["hidden_out", *(dict.fromkeys(self.sources.values()) if extra else ())]
+        return dict(zip(names, self._session.run(names, {**self._feeds, **weights, "hidden": state}), strict=True))
+
+    def moments(self, states: list[Floats], nodes: set[str]) -> dict[str, npt.NDArray[np.float64]]:
+        """Sum of x x^T over all tokens, for what each of the nodes reads."""
+        found: dict[str, npt.NDArray[np.float64]] = {}
+        wanted = {self.sources[node] for node in nodes}
+        for state in states if wanted else ():
+            outputs = self(state, {}, extra=True)
+            for name in wanted:
+                rows = outputs[name].reshape(-1, outputs[name].shape[-1])
+                product = (rows.T @ rows).astype(np.float64)
+                found[name] = found[name] + product if name in found else product
+        return found
+
+
+def _windows(bundle: Bundle) -> list[npt.NDArray[np.int64]]:
+    """Windows spread over the shipped text."""
+    text = (resource_folder("calibration") / TEXT).read_text(encoding="utf-8")
+    ids = np.array(Text(bundle.root).encode(text), np.int64)
+    ids = np.resize(ids, max(len(ids), WINDOW))
+    return [ids[start : start + WINDOW] for start in np.linspace(0, len(ids) - WINDOW, WINDOWS).astype(int)]

@@ -1,0 +1,92 @@
+"""Calibrated rounding in a build: what is in the engines, and that it is worth it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from dash_export.builders import build, rounding
+from dash_export.builders.rounding import calibrated
+from dash_export.bundle import Bundle
+from dash_export.errors import RecipeError
+from dash_export.exporting import export
+from dash_export.graphs.ort.quantize import pack
+from dash_export.targets import load_recipe, recipe_from_dict
+from tests.tiny import tiny_checkpoint, tiny_policy
+
+INT4 = {"layers": "int4", "qkv": "int4", "ungated": "int4", "head": "int4", "block_size": 32}
+
+
+def recipe_file(folder: Path, **weights: Any) -> Path:
+    lines = [f"{key} = {value!r}" for key, value in (INT4 | weights).items()]
+    path = folder / f"{weights.get('rounding', 'nearest')}.toml"
+    path.write_text("\n".join(["[weights]", *lines]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    root = tmp_path_factory.mktemp("rounding")
+    checkpoint = tiny_checkpoint(root / "model")
+    made = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "low_rank"))
+    for kind in ("nearest", "gptq"):
+        build(made, str(recipe_file(root, rounding=kind)))
+    return made
+
+
+def weights_of(bundle: Bundle, engine: str, part: str) -> list[np.ndarray]:
+    """Packed codes, scales and zero points of the matrix whose node's name has `part` in it."""
+    model = onnx.load(bundle.path(bundle.load_build("gptq").engines[engine].file))
+    node = next(node for node in model.graph.node if node.op_type == "MatMulNBits" and part in node.name)
+    arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    return [arrays[name] for name in node.input[1:4]]
+
+
+def test_engines_hold_the_calibrated_codes(bundle: Bundle, tmp_path: Path) -> None:
+    recipe = load_recipe(str(recipe_file(tmp_path, rounding="gptq")))
+    with calibrated(bundle, recipe, tmp_path, lambda *_: None) as roundings:
+        for engine, part, node in (
+            ("layer_03", "down_proj", "layer_03/mlp/down_proj"),
+            ("layer_05", "head/logits", "head/logits"),
+            ("layers_00-01", "layer_00/attention/o_proj", "layer_00/attention/o_proj"),
+        ):
+            rounded = roundings(node)
+            assert rounded is not None
+            for found, expected in zip(weights_of(bundle, engine, part), pack(rounded), strict=True):
+                np.testing.assert_array_equal(found, expected)
+    assert list(tmp_path.glob(".tmp-*")) == []
+
+
+def test_a_skip_graph_writes_the_k_and_v_of_its_layer(bundle: Bundle) -> None:
+    layer, skip = (weights_of(bundle, name, part) for name, part in (("layer_03", "v_proj"), ("skip_03", "v_proj")))
+    queries = 64  # Q's columns come first in a layer; a skip graph has none
+    for whole, part in zip(layer, skip, strict=True):
+        np.testing.assert_array_equal(whole[queries:], part[: len(whole) - queries])
+
+
+def test_an_interrupted_pass_leaves_nothing(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounding, "gptq", stop)
+    recipe = load_recipe(str(recipe_file(tmp_path, rounding="gptq")))
+    with pytest.raises(KeyboardInterrupt), calibrated(bundle, recipe, tmp_path, lambda *_: None) as roundings:
+        roundings("layer_03/mlp/down_proj")
+    assert list(tmp_path.glob(".tmp-*")) == []
+
+
+def test_a_finished_build_calibrates_nothing(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "gptq", None)
+    again = build(bundle, str(recipe_file(tmp_path, rounding="gptq")))
+    assert again == bundle.load_build("gptq")
+
+
+def test_gpu_recipes_round_to_nearest() -> None:
+    data = load_recipe("l4").as_dict()
+    with pytest.raises(RecipeError, match="rounding = 'gptq' is for the CPU"):
+        recipe_from_dict({**data, "weights": {**data["weights"], "rounding": "gptq"}}, "l4")

@@ -72,6 +72,11 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return median(x / y for x, y in zip(a, b, strict=True))
 
 
+def spread(layers: Sequence[int], count: int) -> list[int]:
+    """`count` of the layers, evenly spread."""
+    return [layers[int((index + 0.5) * len(layers) / count)] for index in range(count)]
+
+
 def print_json(name: str, result: dict[str, Any]) -> None:
     """One line for machines, with where it ran."""
     machine = {"processor": cpu_name(), "cores": physical_cores(), "python": platform.python_version()}

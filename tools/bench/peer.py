@@ -161,7 +161,7 @@ class Transformers:
         return [_surprise(row, following) for row, following in zip(logits, ids[1:], strict=False)]
 
 
-PEERS = {
+PEERS: dict[str, Any] = {
     "dash-export": DashExport,
     "onnxruntime-genai": OnnxRuntimeGenai,
     "openvino-genai": OpenVinoGenai,

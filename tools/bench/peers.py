@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -25,24 +26,20 @@ import numpy.typing as npt
 from common import print_json
 from rich.console import Console
 from rich.table import Table
+from safetensors.numpy import save_file
 
 from dash_export.bundle import Bundle
+from dash_export.models import open_checkpoint
+from dash_export.models.spec import row_blocks
 from dash_export.runtime.text import Text
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "peers"
 HELD_OUT = ROOT / "tests" / "data" / "heldout.txt"
 WINDOW = 256
-console = Console()
-
-TO_FOLDER = """
-import sys, transformers, torch
-from pathlib import Path
-file = Path(sys.argv[1])
-model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-model.save_pretrained(sys.argv[2])
-transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(sys.argv[2])
-"""
+console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 120
 
 
 @dataclass(frozen=True)
@@ -53,38 +50,50 @@ class Peer:
     kind: str
     environment: str
     packages: tuple[str, ...]
-    model: Callable[[Path], str]
+    model: Callable[[Path, Path], str]
 
 
-def folder(gguf: Path) -> Path:
-    """The checkpoint as a Hugging Face folder, fp32, written once by transformers."""
+def folder(bundle: Path, gguf: Path) -> str:
+    """The checkpoint as a Hugging Face folder of fp32 weights, for the peers that read no GGUF."""
     out = CACHE / f"{gguf.stem}-fp32"
-    if not (out / "config.json").exists():
-        _checked([_python("transformers"), "-c", TO_FOLDER, gguf, out])
-    return out
+    if not (out / "model.safetensors").exists():
+        weights = open_checkpoint(gguf).weights
+        out.mkdir(exist_ok=True)
+        for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+            if (bundle / name).exists():
+                shutil.copy(bundle / name, out / name)
+        arrays = {name: np.concatenate(list(row_blocks(weight))) for name, weight in weights.items()}
+        save_file(arrays, out / "model.safetensors", {"format": "pt"})
+    return str(out)
 
 
-def genai_model(gguf: Path, precision: str) -> str:
+def genai_model(bundle: Path, gguf: Path, precision: str) -> str:
     """What onnxruntime-genai's own builder makes of it, with its defaults."""
     out = CACHE / f"{gguf.stem}-genai-{precision}"
     if not (out / "genai_config.json").exists():
         builder = [_python("onnxruntime-genai"), "-m", "onnxruntime_genai.models.builder"]
-        _checked([*builder, "-i", folder(gguf), "-o", out, "-p", precision, "-e", "cpu", "-c", CACHE / "builder"])
+        _checked(
+            [*builder, "-i", folder(bundle, gguf), "-o", out, "-p", precision, "-e", "cpu", "-c", CACHE / "builder"]
+        )
     return str(out)
+
+
+def the_gguf(_bundle: Path, gguf: Path) -> str:
+    return str(gguf)
 
 
 GENAI = ("onnxruntime-genai", ("onnxruntime-genai", "onnx_ir", "onnx", "transformers", "torch", "huggingface_hub"))
 PEERS = (
-    Peer("onnxruntime-genai int4", GENAI[0], *GENAI, lambda gguf: genai_model(gguf, "int4")),
-    Peer("onnxruntime-genai fp32", GENAI[0], *GENAI, lambda gguf: genai_model(gguf, "fp32")),
-    Peer("OpenVINO GenAI, the GGUF", "openvino-genai", "openvino-genai", ("openvino-genai", "numpy"), str),
-    Peer("llama.cpp, the GGUF", "llama.cpp", "llama.cpp", ("llama-cpp-python", "numpy"), str),
+    Peer("onnxruntime-genai int4", GENAI[0], *GENAI, lambda bundle, gguf: genai_model(bundle, gguf, "int4")),
+    Peer("onnxruntime-genai fp32", GENAI[0], *GENAI, lambda bundle, gguf: genai_model(bundle, gguf, "fp32")),
+    Peer("OpenVINO GenAI, the GGUF", "openvino-genai", "openvino-genai", ("openvino-genai", "numpy"), the_gguf),
+    Peer("llama.cpp, the GGUF", "llama.cpp", "llama.cpp", ("llama-cpp-python", "numpy"), the_gguf),
     Peer(
         "transformers fp32",
         "transformers",
         "transformers",
-        ("transformers", "torch", "numpy", "safetensors", "gguf", "accelerate"),
-        lambda gguf: str(folder(gguf)),
+        ("transformers", "torch", "numpy", "safetensors"),
+        folder,
     ),
 )
 
@@ -151,14 +160,15 @@ def main(
         if only is None or only in peer.name:
             try:
                 _environment(peer)
-                workers[peer.name] = Worker(_python(peer.environment), peer.kind, peer.model(gguf), threads)
+                workers[peer.name] = Worker(_python(peer.environment), peer.kind, peer.model(bundle, gguf), threads)
             except click.ClickException as error:
                 console.print(f"{peer.name} is left out: {error.message}")
     surprises = {name: _perplexity(worker, ids, windows) for name, worker in workers.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     for round_ in range(rounds):
         for name, worker in workers.items():
-            answer = worker.ask(prompt=ids[:prompt].tolist(), tokens=tokens)
+            # Another prompt every round: some keep what they have seen.
+            answer = worker.ask(prompt=ids[round_ : round_ + prompt].tolist(), tokens=tokens)
             if round_:
                 times[name].append((prompt / answer["prefill"], (tokens - 1) / answer["decode"]))
     _report(times, surprises, prompt, tokens)
@@ -168,12 +178,13 @@ def _report(
     times: dict[str, list[tuple[float, float]]], surprises: dict[str, float | None], prompt: int, tokens: int
 ) -> None:
     base = next(iter(times))
+    console.print(f"Ratios: what {base} does against the row's runtime, round by round.")
     table = Table(
         "runtime",
         "decode tok/s",
-        f"{base} is",
+        "ratio",
         "prefill tok/s",
-        f"{base} is",
+        "ratio",
         "perplexity",
         title=f"{prompt} prompt tokens, {tokens} new ones, medians of {len(times[base])} interleaved rounds",
     )
@@ -185,7 +196,7 @@ def _report(
             for part in (0, 1)
         ]
         seen = surprises[name]
-        perplexity = "not shown by it" if seen is None else f"{seen:.2f}"
+        perplexity = "not shown" if seen is None else f"{seen:.2f}"
         table.add_row(name, f"{decode:.1f}", f"{ratios[1]:.2f}x", f"{prefill:.0f}", f"{ratios[0]:.2f}x", perplexity)
         result[name] = {"decode": round(decode, 2), "prefill": round(prefill, 1), "perplexity": seen}
     console.print(table)

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 import numpy as np
-from common import interleaved, paired_ratio, print_json
+from common import interleaved, paired_ratio, print_json, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -85,11 +85,6 @@ def main(bundle: Path, target: str, context: int, most: int, rounds: int) -> Non
     print_json(
         "skipping", {"target": target, "context": context, **result, "realised": [round(x, 3) for x in realised[1:]]}
     )
-
-
-def spread(gated: tuple[int, ...], count: int) -> list[int]:
-    """`count` of the gated layers, evenly spread."""
-    return [gated[index] for index in np.linspace(0, len(gated) - 1, count + 2).astype(int)[1:-1]] if count else []
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def graph_run(path: Path, score_bias: float | None = None, *, own_threads: bool 
             feeds[item.name] = array.astype(types.get(item.type, array.dtype), copy=False)
         found = dict(zip(outputs, session.run(None, feeds), strict=True))
         if "score" in found and score_bias is not None:
-            found["damage"] = np.logaddexp(0.0, found.pop("score")[..., 0] + score_bias)
+            found["damage"] = np.logaddexp(0.0, found.pop("score")[:, 0] + score_bias)
         for past in inputs:
             if past.startswith("past_key_values."):
                 present = past.replace("past_key_values", "present")

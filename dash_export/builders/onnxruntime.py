@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
-from dash_export.builders.rounding import text_key
+from dash_export.builders.rounding import calibration_key
 from dash_export.builders.segments import Artifact, compose_segment, graph_names, graphs_key
 from dash_export.bundle import Bundle, Segment
 from dash_export.graphs.compose import absorb, load_graph, specialise_policy
@@ -27,7 +27,7 @@ from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.names import POLICY_STATE
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 11
+LOWERING_REVISION = 12
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 Lowering = Callable[[ir.Model], ir.Model]
@@ -46,7 +46,13 @@ def artifacts(
     def graph_key(*names: str) -> str:
         return graphs_key(bundle, names)
 
-    base = (LOWERING_REVISION, version("onnxruntime"), recipe.as_dict()["weights"], gated, text_key(recipe))
+    base = (
+        LOWERING_REVISION,
+        version("onnxruntime"),
+        recipe.as_dict()["weights"],
+        gated,
+        calibration_key(bundle, recipe),
+    )
     lowering = lowering_for(bundle, recipe, roundings)
 
     def with_policy(part: Segment | str, key: str, layer: int) -> Artifact:

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from dash_export.artifacts import TEMPORARY, Progress, sha256_file
+from dash_export.artifacts import TEMPORARY, Progress, content_key, sha256_file
 from dash_export.builders.gptq import gptq
+from dash_export.builders.segments import graphs_key
 from dash_export.bundle import Bundle
 from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.graphs.compose import constant_value, load_graph
@@ -40,9 +41,12 @@ BITS = 4
 Floats = npt.NDArray[np.float32]
 
 
-def text_key(recipe: Recipe) -> str:
-    """What engines depend on besides graphs and recipe."""
-    return sha256_file(resource_folder("calibration") / TEXT) if recipe.weights.rounding == "gptq" else ""
+def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
+    """What a calibrated engine depends on besides its own graph: the text, and the layers that feed it."""
+    if recipe.weights.rounding == "nearest":
+        return ""
+    layers = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
+    return content_key(sha256_file(resource_folder("calibration") / TEXT), graphs_key(bundle, ["embed", *layers]))
 
 
 @contextmanager

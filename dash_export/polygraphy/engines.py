@@ -141,7 +141,7 @@ class PortableEngine:
             POLICY_STATE: (1, count, hidden),
             "logits": (1, count - first, vocab),
             "damage": (1, count),
-            "score": (1, count, 1),
+            "score": (1, 1, count),
         }
         arrays: Arrays = {}
         for name in self._engine.outputs:
@@ -157,5 +157,5 @@ class PortableEngine:
         names = [self._portable.get(name, name) for name in self._engine.outputs if name != POLICY_STATE]
         found = {name: self._memory[name] for name in names}
         if "score" in found and self._score_bias is not None:
-            found["damage"] = np.logaddexp(0.0, found.pop("score")[..., 0] + np.float32(self._score_bias))
+            found["damage"] = np.logaddexp(0.0, found.pop("score")[:, 0] + np.float32(self._score_bias))
         return found

@@ -111,7 +111,7 @@ class BoundStep:
         # a[l-1], a[l] for every layer l: layer l's engine reads row l.
         self._history = np.zeros((model.num_layers + 1, sequence, 2), np.float32)
         self.damage = np.zeros((model.num_layers, sequence), np.float32)
-        self._score = np.zeros((model.num_layers, 1, sequence, 1), np.float32)
+        self._score = np.zeros((model.num_layers, 1, 1, sequence), np.float32)
         self._score_bias = engines.score_bias
         # Two buffers in turn; run and skip write the same one, but where tokens differ skip has its own and rows are
         # selected.
@@ -235,7 +235,7 @@ class BoundStep:
 
     def _read_scores(self, layer: int) -> None:
         if layer in self._score_bias:
-            self.damage[layer] = np.logaddexp(0.0, self._score[layer, 0, :, 0] + np.float32(self._score_bias[layer]))
+            self.damage[layer] = np.logaddexp(0.0, self._score[layer, 0, 0] + np.float32(self._score_bias[layer]))
 
     def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
         """`sequence` tokens, every layer. `ask`: the tokens' damage is wanted too."""

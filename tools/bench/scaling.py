@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from common import interleaved, paired_ratio, print_json, spread, whole_model
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
@@ -245,7 +246,7 @@ def _tables(result: dict[str, Any]) -> None:
 
 def _figure(result: dict[str, Any], title: str) -> Figure:
     figure = Figure(figsize=(9, 6.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{title}; below: random weights of other sizes")
     axes = figure.subplots(2, 2)
     layers, contexts, models = result["layers"], result["contexts"], list(result["models"].values())
     for axis, x, data, slope, label in (
@@ -258,18 +259,20 @@ def _figure(result: dict[str, Any], title: str) -> Figure:
         axis.set(xlabel=label, ylabel="ms per token", xlim=(0, None), ylim=(0, None))
         axis.legend(loc="lower right")
     weights = [row["weights"] / 1e6 for row in models]
-    axis = axes[1, 0]
-    axis.loglog(weights, [row["decode"]["ms"][0] for row in models], "o-", color="#0072B2", label="dense token, ms")
+    tokens, making = axes[1]
+    tokens.plot(weights, [row["decode"]["ms"][0] for row in models], "o-", color="#0072B2")
     for row in models:
-        tax = f"tax {row['decode']['tax']:.3f}"
-        axis.annotate(tax, (row["weights"] / 1e6, row["decode"]["ms"][0]), (6, -10), textcoords="offset points")
-    axis.set(xlabel="weights, millions", ylabel="ms per token")
-    axis = axes[1, 1]
+        place, label = (row["weights"] / 1e6, row["decode"]["ms"][0]), f"{row['decode']['tax']:.2f} of one graph"
+        side, shift = ("right", (-8, -2)) if row is models[-1] else ("left", (8, -8))
+        tokens.annotate(label, place, shift, textcoords="offset points", ha=side)
+    tokens.set(xlabel="weights, millions", ylabel="ms per token, dense", xlim=(0, None), ylim=(0, None))
     for part, colour in (("export", "#009E73"), ("build", "#D55E00")):
-        axis.loglog(weights, [row[part]["seconds"] for row in models], "o-", color=colour, label=f"{part}, s")
-        axis.loglog(weights, [row[part]["peak_mb"] for row in models], "s--", color=colour, label=f"{part}, peak MB")
-    axis.set(xlabel="weights, millions", ylabel="seconds, MB")
-    axis.legend()
+        making.loglog(weights, [row[part]["seconds"] for row in models], "o-", color=colour, label=f"{part}, s")
+        making.loglog(weights, [row[part]["peak_mb"] for row in models], "s--", color=colour, label=f"{part}, peak MB")
+    making.set(xlabel="weights, millions", ylabel="seconds, MB", ylim=(1, 10_000))
+    making.xaxis.set_minor_locator(NullLocator())
+    making.set_xticks(weights, [f"{each:.0f}" for each in weights])
+    making.legend(loc="center", bbox_to_anchor=(0.5, 0.47), ncols=2)
     return figure
 
 

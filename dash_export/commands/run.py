@@ -1,16 +1,20 @@
-"""`dash-export run`: one answer, streamed; `--chat` for a conversation, `--json` for programs."""
+"""`dash-export run`: one answer, streamed; `--chat` for a conversation, `--prompts` for many answers, `--json` for
+programs.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dash_export.commands.common import choose_target
+from dash_export.commands.run_batch import answer_all, read_prompts
 from dash_export.commands.setting import setting_options
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from dash_export.runtime import DashRuntime, Response, Sampling, Session
 
 MAX_TOKENS = 256
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class Asking:
 @click.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Many prompts, one per line (-: stdin)."
+)
+@click.option("--batch", type=click.IntRange(1, 1024), help=f"How many of --prompts to decode together ({BATCH}).")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the model's chat template.")
 @click.option(
     "--chat", is_flag=True, help="A conversation: /reset forgets it, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
@@ -74,16 +83,18 @@ class Asking:
     "--json", "as_json", is_flag=True, help="One JSON object: text, tokens, finish_reason, statistics, actions."
 )
 def command(
-    bundle: Path, prompt: str | None, raw: bool, chat: bool, system: str | None, target: str | None,
-    threads: int | None, dispatch: str | None, max_tokens: int | None, show_skips: bool, as_json: bool,
+    bundle: Path, prompt: str | None, prompts: Path | None, batch: int | None, raw: bool, chat: bool,
+    system: str | None, target: str | None, threads: int | None, dispatch: str | None, max_tokens: int | None,
+    show_skips: bool, as_json: bool,
     setting: Setting, **options: Any,
 ) -> None:  # fmt: skip
-    """Answer PROMPT (or standard input) with a built bundle; figures go to stderr.
+    """Answer PROMPT (or standard input, or every line of --prompts) with a built bundle; figures go to stderr.
 
     The prompt is put into the model's chat template when it has one; --raw gives plain text.
     """
-    _check_usage(prompt, chat, raw, as_json, show_skips, system)
-    text = "" if chat else _prompt_text(prompt)
+    _check_usage(prompt, prompts, batch, chat, raw, as_json, show_skips, system)
+    many = read_prompts(prompts) if prompts is not None else []
+    text = "" if chat or many else _prompt_text(prompt)
     setting = replace(setting, seed=options["seed"] or 0)
     setting.check()
     runtime = _load(bundle, target, threads, dispatch, setting)
@@ -100,9 +111,21 @@ def command(
             raise RequestError("The prompt is empty: give at least one word.")
         converse(asking, show_skips, prompt)
         return
-    stream = _answer(asking, text, templated)
+    if many:
+        encoded = [_encode(asking, each, templated) for each in many]
+        answer_all(
+            runtime.batch_with(setting, batch or BATCH),
+            many,
+            encoded,
+            asking.room(max(map(len, encoded))),
+            asking.sampling,
+            _as_dict if as_json else None,
+        )
+        return
+    ids = _encode(asking, text, templated)
+    stream = asking.session.stream(ids, asking.room(len(ids)), asking.sampling)
     if as_json:
-        _print_json(stream)
+        click.echo(json.dumps(_as_dict(list(stream)), ensure_ascii=False))
         return
     from dash_export.commands.run_output import print_stream
 
@@ -110,9 +133,14 @@ def command(
 
 
 def _check_usage(
-    prompt: str | None, chat: bool, raw: bool, as_json: bool, show_skips: bool, system: str | None
-) -> None:
+    prompt: str | None, prompts: Path | None, batch: int | None, chat: bool, raw: bool, as_json: bool,
+    show_skips: bool, system: str | None,
+) -> None:  # fmt: skip
+    many = ("--prompts", prompts is not None)
     pairs = (
+        (*many, "PROMPT", prompt is not None),
+        (*many, "--chat", chat),
+        (*many, "--show-skips", show_skips),
         ("--chat", chat, "--json", as_json),
         ("--chat", chat, "--raw", raw),
         ("--json", as_json, "--show-skips", show_skips),
@@ -121,7 +149,9 @@ def _check_usage(
     for first, has_first, second, has_second in pairs:
         if has_first and has_second:
             raise click.UsageError(f"{first} and {second} exclude each other.")
-    if prompt is None and not chat and sys.stdin.isatty():
+    if batch is not None and prompts is None:
+        raise click.UsageError("--batch is for --prompts.")
+    if prompt is None and prompts is None and not chat and sys.stdin.isatty():
         raise click.UsageError("Give a prompt, pipe one in, or start a conversation with --chat.")
 
 
@@ -153,27 +183,21 @@ def _sampling(options: Mapping[str, Any]) -> Sampling:
     return Sampling(**{name: options[name] for name in names})
 
 
-def _answer(asking: Asking, prompt: str, templated: bool) -> Iterator[Response]:
+def _encode(asking: Asking, prompt: str, templated: bool) -> list[int]:
     text = asking.session.text
-    ids = text.chat(asking.messages(prompt)) if templated else text.encode(prompt)
-    return asking.session.stream(ids, asking.room(len(ids)), asking.sampling)
+    return text.chat(asking.messages(prompt)) if templated else text.encode(prompt)
 
 
-def _print_json(stream: Iterator[Response]) -> None:
-    import json
-    from dataclasses import asdict
-
-    responses = list(stream)
+def _as_dict(responses: Sequence[Response]) -> dict[str, object]:
     statistics = responses[-1].statistics
     figures = asdict(statistics) | {
         "tokens_per_second": round(statistics.tokens_per_second, 3),
         "layers_per_token": round(statistics.layers_per_token, 3),
     }
-    result = {
+    return {
         "text": "".join(response.text for response in responses),
         "tokens": [response.token for response in responses],
         "finish_reason": responses[-1].finish_reason,
         "statistics": figures,
         "actions": [response.actions.nonzero()[0].tolist() for response in responses],
     }
-    click.echo(json.dumps(result, ensure_ascii=False))

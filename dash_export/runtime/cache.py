@@ -1,4 +1,6 @@
-"""The KV cache of one session: one key and one value array per layer, written in place, growing in steps."""
+"""The KV cache of one session, or of a batch: one key and one value array per layer, written in place, growing in
+steps.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,31 @@ from dash_export.bundle import ModelFacts
 
 
 class KVCache:
-    """`keys[l]` and `values[l]` are float32 [1, kv_heads, capacity, head_dim]; rows from `length` on are free (zero or
-    stale, never read).
+    """`keys[l]` and `values[l]` are float32 [sequences, kv_heads, capacity, head_dim]; rows of a sequence from its
+    length on are free (zero or stale, never read).
     """
 
-    def __init__(self, model: ModelFacts, step: int) -> None:
+    def __init__(self, model: ModelFacts, step: int, sequences: int = 1) -> None:
         self._model = model
         self._step = step
-        self.length = 0
+        self.lengths = [0] * sequences
         self.capacity = 0
         self.keys: list[npt.NDArray[np.float32]] = []
         self.values: list[npt.NDArray[np.float32]] = []
 
+    @property
+    def length(self) -> int:
+        """Of the only sequence, or of the first of a batch."""
+        return self.lengths[0]
+
+    @length.setter
+    def length(self, rows: int) -> None:
+        self.lengths[0] = rows
+
     def reserve(self, rows: int) -> bool:
-        """Make room for `rows` tokens, rounded up to a step. True when the arrays moved and must be bound again."""
+        """Make room for `rows` tokens of every sequence, rounded up to a step. True when the arrays moved and must be
+        bound again.
+        """
         if rows <= self.capacity:
             return False
         # Half as much again beyond what is there: the copies of a long generation stay linear in its length.
@@ -34,10 +47,27 @@ class KVCache:
         return True
 
     def _grown(self, old: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
-        new = np.zeros((1, self._model.num_kv_heads, self.capacity, self._model.head_dim), np.float32)
+        shape = (len(self.lengths), self._model.num_kv_heads, self.capacity, self._model.head_dim)
+        new = np.zeros(shape, np.float32)
         if old is not None:
-            new[:, :, : self.length] = old[:, :, : self.length]
+            filled = max(self.lengths)
+            new[:, :, :filled] = old[:, :, :filled]
         return new
+
+    def copy(self) -> KVCache:
+        """Another cache with the same contents."""
+        twin = KVCache(self._model, self._step, len(self.lengths))
+        twin.lengths, twin.capacity = list(self.lengths), self.capacity
+        twin.keys, twin.values = ([array.copy() for array in arrays] for arrays in (self.keys, self.values))
+        return twin
+
+    def take(self, index: int, source: KVCache, other: int = 0) -> None:
+        """Sequence `index` becomes a copy of sequence `other` of `source`, for which there must be room."""
+        length = source.lengths[other]
+        for into, arrays in ((self.keys, source.keys), (self.values, source.values)):
+            for mine, theirs in zip(into, arrays, strict=True):
+                mine[index, :, :length] = theirs[other, :, :length]
+        self.lengths[index] = length
 
     @property
     def nbytes(self) -> int:

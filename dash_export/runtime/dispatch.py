@@ -1,12 +1,13 @@
 """The dispatcher: engines bound to fixed memory, launched conditionally, one token at a time or many.
 
-`EngineSet` is what sessions share. `BoundStep` binds it for one session and one number of tokens: every buffer has one
+`EngineSet` is what sessions share. `BoundStep` binds it for one cache and one number of tokens: every buffer has one
 address for its life, hidden states alternate between two buffers, and each KV cache array is bound as past and present
-alike, so a write is in place.
+alike, so a write is in place. A row is one token of one sequence: many tokens of one, or one token of each of many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, log1p
 from typing import Any
@@ -19,7 +20,7 @@ from dash_export.decision import Action
 from dash_export.names import POLICY_STATE, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Backend, Engine, Launch
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.rules import Rule
+from dash_export.runtime.rules import Counts, Damage, Rule
 
 SKIPPED = 2
 """Index of the buffer that skip graphs write in a teacher-forced step."""
@@ -75,13 +76,13 @@ class EngineSet:
         self.score_bias = dict(build.policy_bias) if scored else {}
         self.score_rows = SCORE_ROWS
 
-    def cache(self, step: int) -> KVCache:
-        """A cache for one session, which grows by `step` rows."""
-        return KVCache(self.model, step)
+    def cache(self, step: int, sequences: int = 1) -> KVCache:
+        """A cache for one session, or for a batch of `sequences`, which grows by `step` rows."""
+        return KVCache(self.model, step, sequences)
 
-    def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False) -> BoundStep:
-        """These engines bound to one session's memory."""
-        return BoundStep(self, cache, sequence, teacher_forced)
+    def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
+        """These engines bound to one session's memory, or to that of the first `batch` sequences of a batch."""
+        return BoundStep(self, cache, sequence, teacher_forced, batch)
 
 
 @dataclass(frozen=True)
@@ -97,32 +98,33 @@ class BoundSegment:
 
 
 class BoundStep:
-    """Engines bound to one session's memory for steps of `sequence` tokens."""
+    """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences."""
 
-    def __init__(self, engines: EngineSet, cache: KVCache, sequence: int, teacher_forced: bool = False) -> None:
+    def __init__(
+        self, engines: EngineSet, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1
+    ) -> None:
         """`teacher_forced` steps give the logits of all their tokens, others those of the last one."""
         model = engines.model
-        self._teacher_forced = teacher_forced
-        self.sequence = sequence
+        shape = (batch, sequence)
+        self.sequence, self.batch = sequence, batch
         self._cache = cache
         self._num_layers = model.num_layers
-        self.input_ids = np.zeros((1, sequence), np.int64)
-        self.logits = np.zeros((1, sequence if teacher_forced else 1, model.vocab_size), np.float32)
+        self.input_ids = np.zeros(shape, np.int64)
+        self.logits = np.zeros((batch, sequence if teacher_forced else 1, model.vocab_size), np.float32)
         # a[l-1], a[l] for every layer l: layer l's engine reads row l.
-        self._history = np.zeros((model.num_layers + 1, sequence, 2), np.float32)
-        self.damage = np.zeros((model.num_layers, sequence), np.float32)
-        self._score = np.zeros((model.num_layers, 1, 1, sequence), np.float32)
+        self._history = np.zeros((model.num_layers + 1, *shape, 2), np.float32)
+        self.damage = np.zeros((model.num_layers, batch * sequence), np.float32)
+        self._score = np.zeros((model.num_layers, batch, 1, sequence), np.float32)
         self._score_bias = engines.score_bias
-        # Two buffers in turn; run and skip write the same one, but where tokens differ skip has its own and rows are
-        # selected.
-        self._hidden = [
-            np.zeros((1, sequence, model.hidden_size), np.float32) for _ in range(3 if teacher_forced else 2)
-        ]
-        self._position_ids = np.zeros((1, sequence), np.int64)
-        self._write_indices = np.zeros(1, np.int64)
-        self._seqlens_k = np.zeros(1, np.int32)
+        # Two buffers in turn; run and skip write the same one, but where rows differ skip has its own and each row
+        # takes from the one or the other.
+        self._rows_differ = teacher_forced or batch > 1
+        self._hidden = [np.zeros((*shape, model.hidden_size), np.float32) for _ in range(3 if self._rows_differ else 2)]
+        self._position_ids = np.zeros(shape, np.int64)
+        self._write_indices = np.zeros(batch, np.int64)
+        self._seqlens_k = np.zeros(batch, np.int32)
         self._total = np.zeros(1, np.int32)
-        self._mask = np.zeros((1, 1, sequence, cache.capacity), np.bool_) if engines.needs_mask else None
+        self._mask = np.zeros((batch, 1, sequence, cache.capacity), np.bool_) if engines.needs_mask else None
         self._inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": self.input_ids,
             "position_ids": self._position_ids,
@@ -138,7 +140,7 @@ class BoundStep:
         self._history_view: Any = self._history.reshape(-1).data
         self._damage_view: Any = self.damage.reshape(-1).data
         self._score_view: Any = self._score.reshape(-1).data
-        self.actions = np.zeros((sequence, model.num_layers), np.int8)
+        self.actions = np.zeros((batch * sequence, model.num_layers), np.int8)
 
     def _bind(self, engines: EngineSet) -> list[BoundSegment]:
         bound = []
@@ -146,12 +148,12 @@ class BoundStep:
         for index, item in enumerate(engines.segments):
             segment = item.segment
             here, there = self._hidden[index % 2], self._hidden[(index + 1) % 2]
-            skip_out = self._hidden[SKIPPED] if self._teacher_forced else there
+            skip_out = self._hidden[SKIPPED] if self._rows_differ else there
             shared = self._shared(segment, here)
             policy = None
             if item.policy is not None:
                 layer = segment.first
-                inputs = {"hidden": state, "actions": self._history[layer - 1][None], "layer": np.array([layer])}
+                inputs = {"hidden": state, "actions": self._history[layer - 1], "layer": np.array([layer])}
                 policy = item.policy.bind(inputs, self._decision(layer))
             # What a policy engine of its own reads for the next gated layer: the input of this segment's last layer.
             state = np.zeros_like(here) if POLICY_STATE in item.run.outputs else here
@@ -169,9 +171,9 @@ class BoundStep:
         return bound
 
     def _shared(self, segment: Segment, hidden: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
-        shared = {**self._inputs, "hidden": hidden, "actions": self._history[max(segment.last, 0)][None]}
+        shared = {**self._inputs, "hidden": hidden, "actions": self._history[max(segment.last, 0)]}
         for layer in segment.layers:
-            arrays = (self._cache.keys[layer], self._cache.values[layer])
+            arrays = (self._cache.keys[layer][: self.batch], self._cache.values[layer][: self.batch])
             for name, array in zip((*past_names(layer), *present_names(layer)), arrays * 2, strict=True):
                 shared[name] = shared[short_name(name)] = array
         return shared
@@ -184,7 +186,7 @@ class BoundStep:
 
     def _decision(self, layer: int) -> dict[str, npt.NDArray[np.float32]]:
         """Where a policy answers for `layer`: with the damage, or with its score."""
-        return {"damage": self.damage[layer][None], "score": self._score[layer]}
+        return {"damage": self.damage[layer].reshape(self.batch, -1), "score": self._score[layer]}
 
     def launches(self) -> list[tuple[Launch, Launch | None]]:
         """Per segment what runs it and what skips it, to be timed one by one after `place`."""
@@ -192,16 +194,17 @@ class BoundStep:
 
     def place(self) -> None:
         """Say where the new tokens go: the rows after the cached ones."""
-        start, sequence = self._cache.length, self.sequence
-        if sequence == 1:
-            self._position_ids[0, 0] = start
-        else:
-            self._position_ids[0] = np.arange(start, start + sequence)
-        self._write_indices[0] = start
-        self._total[0] = start + sequence
-        self._seqlens_k[0] = start + sequence - 1
+        lengths, sequence = self._cache.lengths[: self.batch], self.sequence
+        for row, start in enumerate(lengths):
+            if sequence == 1:
+                self._position_ids[row, 0] = start
+            else:
+                self._position_ids[row] = np.arange(start, start + sequence)
+            self._write_indices[row] = start
+            self._seqlens_k[row] = start + sequence - 1
+        self._total[0] = max(lengths) + sequence
         if self._mask is not None:
-            self._mask[0, 0] = np.arange(self._mask.shape[-1]) <= self._position_ids[0][:, None]
+            self._mask[:, 0] = np.arange(self._mask.shape[-1]) <= self._position_ids[..., None]
 
     def decode(self, token: int, rule: Rule) -> int:
         """One token under `rule`; returns the layers it ran. Logits, damage and `actions` are this object's arrays."""
@@ -235,7 +238,8 @@ class BoundStep:
 
     def _read_scores(self, layer: int) -> None:
         if layer in self._score_bias:
-            self.damage[layer] = np.logaddexp(0.0, self._score[layer, 0, 0] + np.float32(self._score_bias[layer]))
+            score = self._score[layer].reshape(-1)
+            self.damage[layer] = np.logaddexp(0.0, score + np.float32(self._score_bias[layer]))
 
     def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
         """`sequence` tokens, every layer. `ask`: the tokens' damage is wanted too."""
@@ -253,31 +257,59 @@ class BoundStep:
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
         """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have
         done.
-
-        A gated layer runs for all tokens and its skip graph too; each token takes its own. Both write the same K and V,
-        so what later tokens read does not depend on who ran.
         """
         self.input_ids[0] = tokens
+        self._each_row(lambda layer, damage, executed: (rule.decide(layer, damage, executed) == Action.SKIP) & ~dense)
+        self._cache.length += self.sequence
+
+    def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> int:
+        """One token of every sequence, each under a rule of its own; returns the layers that ran for any of them.
+        Logits [batch, 1, vocab], damage [layers, batch] and `actions` [batch, layers] are this object's arrays.
+        """
+        if self.batch == 1:
+            return self.decode(tokens[0], rules[0])
+        self.input_ids[:, 0] = tokens
+
+        def skipped(layer: int, damage: Damage, executed: Counts) -> npt.NDArray[np.bool_]:
+            rows = zip(rules, damage.tolist(), executed.tolist(), strict=True)
+            return np.array([rule.skips(layer, own, count) for rule, own, count in rows])
+
+        ran = self._each_row(skipped)
+        for row in range(self.batch):
+            self._cache.lengths[row] += 1
+        return ran
+
+    def _each_row(self, skipped_rows: Callable[[int, Damage, Counts], npt.NDArray[np.bool_]]) -> int:
+        """One pass in which every row has an action of its own; returns the layers that ran for any row.
+
+        A gated layer runs for all rows and its skip graph too, unless all agree; each row takes its own. Both write the
+        same K and V, so what later tokens read does not depend on who ran.
+        """
         self.place()
         self._history.fill(0.0)
         self.actions.fill(Action.RUN)
-        executed = np.zeros(self.sequence, np.int64)
+        history = self._history.reshape(len(self._history), -1, 2)
+        rows = len(self.actions)
+        executed = np.zeros(rows, np.int64)
+        ran = 0
         for segment in self.segments:
             layer = segment.layer
             if layer < 0 or segment.skip is None:
                 segment.run()
                 executed += segment.count
+                ran += segment.count
                 continue
             if segment.policy is not None:
                 segment.policy()
             self._read_scores(layer)
-            skipped = (rule.decide(layer, self.damage[layer], executed) == Action.SKIP) & ~dense
+            skipped = skipped_rows(layer, self.damage[layer], executed)
             self.actions[skipped, layer] = Action.SKIP
-            self._history[layer, :, 1] = self._history[layer + 1, :, 0] = skipped
+            history[layer, :, 1] = history[layer + 1, :, 0] = skipped
             executed += ~skipped
             if not skipped.all():
                 segment.run()
+                ran += 1
             if skipped.any():
                 segment.skip()
-                segment.output[0, skipped] = self._hidden[SKIPPED][0, skipped]
-        self._cache.length += self.sequence
+                segment.output.reshape(rows, -1)[skipped] = self._hidden[SKIPPED].reshape(rows, -1)[skipped]
+        return ran

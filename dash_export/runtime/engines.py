@@ -24,6 +24,10 @@ class Cache(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    def copy(self) -> Cache:
+        """Another cache with the same contents."""
+        ...
+
 
 class Step(Protocol):
     """Engines bound to one session's memory for `sequence` tokens at a time. After each call these hold its results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,6 +68,18 @@ class Generation:
     actions: npt.NDArray[np.int8]
     statistics: Statistics
     finish_reason: str
+
+    @classmethod
+    def gathered(cls, responses: Sequence[Response]) -> Generation:
+        """All responses of one stream, of which there is one at least."""
+        last = responses[-1]
+        return cls(
+            "".join(response.text for response in responses),
+            np.array([response.token for response in responses], np.int64),
+            np.array([response.actions for response in responses]),
+            last.statistics,
+            last.finish_reason or "length",
+        )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any, cast
 from dash_export.artifacts import FileRecord
 from dash_export.bundle import Build, Bundle, CostTable
 from dash_export.decision import Setting
-from dash_export.errors import PolicyError
+from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
+from dash_export.runtime.batch import Batch
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.dispatch import EngineSet
@@ -119,6 +120,26 @@ class DashRuntime:
             )
         return self.session_under(rules)
 
+    def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
+        """At most `size` sequences decoded together, each under what `session` would be given. Raises PolicyError, and
+        BackendError on a GPU target, whose engines take one sequence.
+        """
+        return self._batch(self.session(policy, **amounts), size)
+
+    def batch_with(self, setting: Setting, size: int = 8) -> Batch:
+        """`batch`, its arguments in one object."""
+        return self._batch(self.session_with(setting), size)
+
+    def _batch(self, session: Session, size: int) -> Batch:
+        if size < 1:
+            raise RequestError(f"A batch holds at least one sequence, not {size}.")
+        if not isinstance(self.engines, EngineSet):
+            raise BackendError(
+                f"The engines for {self.build.target!r} take one sequence at a time: use sessions, "
+                "or a target of ONNX Runtime on a CPU."
+            )
+        return Batch(self.engines, session, size)
+
     def session_under(self, rule: Rule | SessionRules) -> Session:
         """A new conversation whose actions come from `rule`: for evaluation and for policies of your own."""
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
@@ -129,6 +150,20 @@ class DashRuntime:
     ) -> Generation:
         """`session(**session).generate(...)` in one call."""
         return self.session(**session).generate(prompt, max_tokens, sampling)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        size: int = 8,
+        **session: Any,
+    ) -> list[Generation]:
+        """What each prompt gives, in their order; up to `size` of them are decoded together."""
+        responses: list[list[Response]] = [[] for _ in prompts]
+        for index, response in self.batch(size, **session).stream(prompts, max_tokens, sampling):
+            responses[index].append(response)
+        return [Generation.gathered(each) for each in responses]
 
     def stream(
         self, prompt: str | Sequence[int], max_tokens: int = 256, sampling: Sampling | None = None, **session: Any

@@ -4,20 +4,22 @@ thread.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
+from dash_export.runtime.cache import KVCache
 from dash_export.runtime.engines import Cache, Engines, Step
-from dash_export.runtime.results import Counters, Generation, Response, Score, Statistics, TokenIds
+from dash_export.runtime.results import Counters, Generation, Response, Score, TokenIds
 from dash_export.runtime.rules import DENSE, ForcedRule, Rule, SessionRules
-from dash_export.runtime.sampling import Logits, Sampler, Sampling
-from dash_export.runtime.text import Text, TextStream
+from dash_export.runtime.sampling import Logits, Sampling
+from dash_export.runtime.text import Text
+from dash_export.runtime.turn import Turn
 
 
 @dataclass
@@ -60,6 +62,15 @@ class Session:
         """Forget the conversation; memory and bindings are kept."""
         self._rewind(0)
 
+    def fork(self) -> Session:
+        """Another session that continues from here, with memory of its own: for many conversations after one system
+        prompt, which is then computed once. Fork between answers, not within one.
+        """
+        twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
+        twin._cache = self._cache.copy()
+        twin.tokens, twin._pending = list(self.tokens), list(self._pending)
+        return twin
+
     def chat(
         self, messages: Sequence[Mapping[str, str]], max_tokens: int = 256, sampling: Sampling | None = None
     ) -> Iterator[Response]:
@@ -67,32 +78,14 @@ class Session:
         again.
         """
         ids = self.text.chat(messages)
-        # At least one token must be computed anew for its logits.
-        known = next(
-            (i for i, (a, b) in enumerate(zip(ids, self.tokens, strict=False)) if a != b),
-            min(len(ids), len(self.tokens)),
-        )
-        self._rewind(max(0, min(known, len(ids) - 1)))
+        self._rewind_to(ids)
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
 
     def generate(
         self, prompt: str | Sequence[int] | TokenIds, max_tokens: int = 256, sampling: Sampling | None = None
     ) -> Generation:
         """`stream` to its end. `prompt` is text or token ids."""
-        pieces, tokens, actions = [], [], []
-        last = None
-        for last in self.stream(prompt, max_tokens, sampling):
-            pieces.append(last.text)
-            tokens.append(last.token)
-            actions.append(last.actions)
-        assert last is not None
-        return Generation(
-            "".join(pieces),
-            np.array(tokens, np.int64),
-            np.array(actions),
-            last.statistics,
-            last.finish_reason or "length",
-        )
+        return Generation.gathered(list(self.stream(prompt, max_tokens, sampling)))
 
     def stream(
         self, prompt: str | Sequence[int] | TokenIds, max_tokens: int = 256, sampling: Sampling | None = None
@@ -111,46 +104,34 @@ class Session:
         return self._stream(ids, max_tokens, sampling)
 
     def _stream(self, ids: TokenIds, max_tokens: int, sampling: Sampling) -> Iterator[Response]:
-        sampler, text = Sampler(sampling), TextStream(self.text.tokenizer, sampling.stop)
-        began = time.perf_counter()
+        turn = Turn(self.text, sampling, max_tokens, len(ids))
         logits = self._prefill(ids, min(max_tokens, self.kv_step))
         self._pending = []
         self.tokens.extend(ids.tolist())
         actions = np.zeros(self.engines.model.num_layers, np.int8)
-        statistics = Statistics(prompt_tokens=len(ids), prefill_seconds=time.perf_counter() - began)
-        counters = self.counters
         while True:
-            token = sampler(logits, self.tokens)
-            piece = text.push(token)
-            seconds = time.perf_counter() - began
-            statistics = statistics.counted(seconds)
-            reason = None
-            if token in self.text.eos_ids or text.stopped:
-                reason = "stop"
-            elif statistics.tokens == max_tokens:
-                reason = "length"
-            elif self._cancelled:
-                reason = "cancelled"
-            if reason is not None and not text.stopped:
-                piece += text.finish()
+            response = turn.respond(logits, self.tokens, actions, self._cancelled)
             # Given out but not yet in the cache: should the caller stop here, the next prompt brings it along.
-            self._pending = [token]
-            yield Response(piece, token, actions, seconds, statistics, reason)
-            if reason is not None:
+            self._pending = [response.token]
+            yield response
+            if response.finish_reason is not None:
                 return
-            began = time.perf_counter()
-            self._reserve(1)
-            step = self._bound(1)
-            executed = step.decode(token, self._rule_here())
-            self.rules.decoded(step.actions[0])
+            turn.begin()
+            logits, actions = self._advance(response.token)
             self._pending = []
-            self.tokens.append(token)
-            counters.decode_steps += 1
-            counters.layers_run += executed
-            statistics = replace(
-                statistics, decode_steps=statistics.decode_steps + 1, layers=statistics.layers + executed
-            )
-            logits, actions = step.logits[0, 0], step.actions[0].copy()
+
+    def _advance(self, token: int, rule: Rule | None = None) -> tuple[Logits, npt.NDArray[np.int8]]:
+        """One known token under the session's rule, or another; its logits [vocab] until the next step, and its actions
+        [layers].
+        """
+        self._reserve(1)
+        step = self._bound(1)
+        executed = step.decode(token, self._rule_here() if rule is None else rule)
+        self.rules.decoded(step.actions[0])
+        self.tokens.append(token)
+        self.counters.decode_steps += 1
+        self.counters.layers_run += executed
+        return step.logits[0, 0], step.actions[0].copy()
 
     def score(
         self,
@@ -233,12 +214,8 @@ class Session:
     def decode_one(self, token: int, rule: Rule | None = None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
         """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
         self._check_room(1, 0)
-        self._reserve(1)
-        step = self._bound(1)
-        step.decode(token, self._rule_here() if rule is None else rule)
-        self.rules.decoded(step.actions[0])
-        self.tokens.append(token)
-        return step.logits[0, 0].copy(), step.actions[0].copy()
+        logits, actions = self._advance(token, rule)
+        return logits.copy(), actions
 
     def decode_step(self, tokens: int) -> Step:
         """What decodes one token, bound to memory with room for `tokens` more: for whoever times its launches.
@@ -257,9 +234,31 @@ class Session:
         self.tokens.extend(tokens.tolist())
         return np.asarray(logits)
 
+    def restart(self, ids: Sequence[int] | TokenIds) -> npt.NDArray[np.float32]:
+        """The logits [vocab] after `ids` as a conversation of its own; what the cache holds of it is not computed
+        again.
+        """
+        self._rewind_to(ids)
+        return self.prefill(ids[len(self.tokens) :])
+
+    def copy_cache(self, into: KVCache, sequence: int) -> None:
+        """Copy this conversation's keys and values into one sequence of a batch's cache, in which there is room."""
+        assert isinstance(self._cache, KVCache)
+        into.take(sequence, self._cache)
+
     def _rule_here(self) -> Rule:
         """The session's rule, except at the first positions, which are never skipped."""
         return DENSE if self._cache.length < DENSE_POSITIONS else self.rule
+
+    def _rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
+        """Keep what the cache holds of a conversation that begins with `ids`, but for one token at least: somebody
+        wants its logits.
+        """
+        known = next(
+            (i for i, (a, b) in enumerate(zip(ids, self.tokens, strict=False)) if a != b),
+            min(len(ids), len(self.tokens)),
+        )
+        self._rewind(max(0, min(known, len(ids) - 1)))
 
     def _rewind(self, length: int) -> None:
         self._cache.length = length

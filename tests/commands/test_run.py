@@ -227,3 +227,46 @@ def test_changed_engine(own_bundle: Path) -> None:
 def test_hostile_template(edit: Callable[[str, str, str], Path]) -> None:
     bundle = edit("chat_template.jinja", "{%", "{{ ''.__class__.__mro__ }}{%")
     refused("run", bundle, "hello", *FP32)
+
+
+def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
+    """Every line as it would be answered alone, whoever ends first."""
+    lines = ["hello", "what is it", "a", "one two three four"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n\n".join(lines) + "\n")
+    options = (tiny_root, *FP32, "--skip", "3", "--max-tokens", 9)
+    result = dash("run", *options, "--prompts", file, "--batch", 3, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "[4 answers," in result.stderr
+    assert "up to 3 at a time" in result.stderr
+    found = {answer["index"]: answer for answer in map(json.loads, result.stdout.splitlines())}
+    for index, line in enumerate(lines):
+        alone = run_json(*options, line)
+        assert {name: found[index][name] for name in ("text", "tokens", "actions", "finish_reason")} == {
+            name: alone[name] for name in ("text", "tokens", "actions", "finish_reason")
+        }
+    text = dash("run", *options, "--prompts", "-", "--raw", input="hello\nbye\n")
+    assert text.stdout.startswith("0: hello\n")
+    assert "1: bye\n" in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("hi", "--prompts", "p.txt"), "exclude each other"),
+        (("--prompts", "p.txt", "--chat"), "exclude each other"),
+        (("--prompts", "p.txt", "--show-skips"), "exclude each other"),
+        (("hi", "--batch", "2"), "--batch is for --prompts"),
+        (("--prompts", "missing.txt"), "cannot be read"),
+        (("--prompts", "empty.txt"), "has no prompt"),
+        (("--prompts", "bytes.txt"), "UTF-8"),
+    ],
+)
+def test_many_prompts_that_cannot_be(options: tuple[str, ...], message: str, tiny_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    paths = [str(tmp_path / option) if option.endswith(".txt") else option for option in options]
+    result = dash("run", tiny_root, *paths, *FP32)
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -77,6 +77,32 @@ def test_chat_whose_template_says_nothing(runtime: DashRuntime, monkeypatch: pyt
     assert [r.token for r in live.chat(MESSAGES, 5)] == [r.token for r in runtime.chat(MESSAGES, 5)]
 
 
+def test_a_fork_continues_from_there(runtime: DashRuntime) -> None:
+    """One system prompt, many conversations; neither sees the other."""
+    beginning, first, second = random_ids(30, seed=3), random_ids(9, seed=1), random_ids(9, seed=2)
+    live = runtime.session(trade_off=runtime.build.dial["token"][5].trade_off)
+    live.prefill(beginning)
+    twins = [live.fork(), live.fork()]
+    found = [twin.generate(ids, 12).tokens for twin, ids in zip(twins, (first, second), strict=True)]
+    assert [twin.counters.prefill_tokens for twin in twins] == [9, 9]
+    for ids, tokens in zip((first, second), found, strict=True):
+        other = runtime.session(trade_off=runtime.build.dial["token"][5].trade_off)
+        np.testing.assert_array_equal(tokens, other.generate(np.concatenate([beginning, ids]), 12).tokens)
+    np.testing.assert_array_equal(live.generate(first, 12).tokens, found[0])
+
+
+def test_a_fork_knows_the_prompt_s_set(runtime: DashRuntime) -> None:
+    """What a `sequence` policy has read of the prompt goes along."""
+    dial = runtime.build.dial["sequence"]
+    live = runtime.session("sequence", trade_off=dial[len(dial) // 2].trade_off)
+    live.generate(random_ids(30, seed=3), 2)
+    twin = live.fork()
+    assert twin.rules is not live.rules
+    np.testing.assert_array_equal(twin.generate(random_ids(5), 9).actions, live.generate(random_ids(5), 9).actions)
+    live.reset()
+    assert twin.tokens
+
+
 def test_reset(runtime: DashRuntime) -> None:
     live = runtime.session()
     live.generate(random_ids(20, seed=4), 10)

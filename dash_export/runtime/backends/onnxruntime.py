@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,27 @@ class OrtEngine:
                 if name not in arrays:
                     raise BackendError(f"{self._name} wants {name}, which this runtime does not have. {_BUILD_AGAIN}")
                 array = arrays[name]
-                # A lowered graph may take rows where others take [batch, sequence]: same memory, batch is one.
-                shape = array.shape[max(0, array.ndim - len(expected)) :]
-                if len(shape) != len(expected) or any(
-                    type(size) is int and size != given for size, given in zip(expected, shape, strict=True)
-                ):
-                    raise BackendError(f"{self._name} wants {name} {expected}, not {list(shape)}. {_BUILD_AGAIN}")
+                shape = _fitted(array.shape, expected)
+                if shape is None:
+                    raise BackendError(f"{self._name} wants {name} {expected}, not {list(array.shape)}. {_BUILD_AGAIN}")
                 bind(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
         launch = _Launch(self.session._sess.run_with_iobinding, binding._iobinding, _RUN_OPTIONS)
         launch.memory = (inputs, outputs, binding)
         return launch
+
+
+def _fitted(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
+    """An array's shape as a graph wants it, or None. A lowered graph may take rows where others take [batch,
+    sequence]: the same memory.
+    """
+    if len(shape) == len(expected) and all(
+        type(size) is not int or size == given for size, given in zip(expected, shape, strict=True)
+    ):
+        return shape
+    fixed = prod(size for size in expected if type(size) is int)
+    if sum(type(size) is not int for size in expected) != 1 or fixed == 0 or prod(shape) % fixed:
+        return None
+    return tuple(size if type(size) is int else prod(shape) // fixed for size in expected)
 
 
 class _Launch(partial[None]):

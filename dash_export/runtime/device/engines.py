@@ -108,6 +108,18 @@ class DeviceCache:
             memories.extend(self._engines.device.memory(nbytes) for _ in range(self._engines.model.num_layers))
         return True
 
+    def copy(self) -> DeviceCache:
+        """Another cache with the same contents."""
+        twin = DeviceCache(self._engines)
+        twin.length = self.length
+        if self.keys:
+            twin.reserve(0)
+        stream = self._engines.device.stream(MAIN)
+        for into, source in zip((*twin.keys, *twin.values), (*self.keys, *self.values), strict=True):
+            stream.copy(into, source)
+        stream.synchronize()
+        return twin
+
     @property
     def nbytes(self) -> int:
         return sum(memory.nbytes for memory in (*self.keys, *self.values))

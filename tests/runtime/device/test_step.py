@@ -7,7 +7,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import DecisionRule, decision_rule
-from dash_export.errors import ContextLengthError, PolicyError
+from dash_export.errors import BackendError, ContextLengthError, PolicyError
 from tests.runtime.device.conftest import DIALECTS, IDS, MakeSimulated
 from tests.tiny import random_actions
 
@@ -64,6 +64,23 @@ def test_forced_and_static(dispatch: str, simulated: MakeSimulated, host: DashRu
     answers = [each.generate(IDS[:30].tolist(), 20, policy="static", skip=[2, 4]) for each in (runtime, host)]
     np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)
     np.testing.assert_array_equal(answers[0].actions, answers[1].actions)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_fork_has_memory_of_its_own(dialect: str, simulated: MakeSimulated, host: DashRuntime) -> None:
+    runtime = simulated(dialect).runtime
+    live = runtime.session()
+    assert live.fork().tokens == []
+    live.prefill(IDS[:20])
+    twin = live.fork()
+    expected = [host.generate(np.concatenate([IDS[:20], ids]), 9).tokens for ids in (IDS[20:30], IDS[40:50])]
+    for session, ids, tokens in zip((live, twin), (IDS[20:30], IDS[40:50]), expected, strict=True):
+        np.testing.assert_array_equal(session.generate(ids, 9).tokens, tokens)
+
+
+def test_a_device_takes_one_sequence(simulated: MakeSimulated) -> None:
+    with pytest.raises(BackendError, match="one sequence at a time"):
+        simulated().runtime.batch(2)
 
 
 def test_the_context_is_the_cache(simulated: MakeSimulated) -> None:

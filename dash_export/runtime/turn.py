@@ -1,0 +1,53 @@
+"""One answer in the making: logits in, responses out, until something ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.runtime.results import Response, Statistics
+from dash_export.runtime.sampling import Logits, Sampler, Sampling
+from dash_export.runtime.text import Text, TextStream
+
+
+class Turn:
+    """The sampler, the text and the figures of one answer of up to `max_tokens` tokens; its clock starts now."""
+
+    def __init__(self, text: Text, sampling: Sampling, max_tokens: int, prompt_tokens: int) -> None:
+        self._text, self._max_tokens = text, max_tokens
+        self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
+        self._statistics = Statistics(prompt_tokens=prompt_tokens)
+        self.begin()
+
+    def begin(self) -> None:
+        """A step starts: its time is counted from here."""
+        self._began = time.perf_counter()
+
+    def respond(
+        self, logits: Logits, context: Sequence[int], actions: npt.NDArray[np.int8], cancelled: bool = False
+    ) -> Response:
+        """The next token, from the logits [vocab] that a step with `actions` [layers] gave, and the tokens so far."""
+        token = self._sampler(logits, context)
+        piece = self._stream.push(token)
+        seconds = time.perf_counter() - self._began
+        if self._statistics.tokens:
+            self._statistics = replace(
+                self._statistics,
+                decode_steps=self._statistics.decode_steps + 1,
+                layers=self._statistics.layers + len(actions) - int(actions.sum()),
+            )
+        self._statistics = self._statistics.counted(seconds)
+        reason = None
+        if token in self._text.eos_ids or self._stream.stopped:
+            reason = "stop"
+        elif self._statistics.tokens == self._max_tokens:
+            reason = "length"
+        elif cancelled:
+            reason = "cancelled"
+        if reason is not None and not self._stream.stopped:
+            piece += self._stream.finish()
+        return Response(piece, token, actions, seconds, self._statistics, reason)

@@ -1,0 +1,270 @@
+"""Sequences decoded together get what they get alone, whoever else is there, comes or goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.errors import ContextLengthError, PolicyError, RequestError
+from dash_export.runtime import Generation, Sampling
+from dash_export.runtime.cache import KVCache
+from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.rules import DENSE
+from tests.runtime.prompts import prompts
+from tests.runtime.test_kinds import setting_of
+from tests.tiny import random_ids, tiny_bundle
+
+LoadRuntime = Callable[..., DashRuntime]
+PROMPTS = [random_ids(length, seed=length) for length in (12, 1, 40, 7, 25, 2)]
+
+
+def assert_as_alone(runtime: DashRuntime, together: list[Generation], **options: Any) -> None:
+    for prompt, generation in zip(PROMPTS, together, strict=True):
+        alone = runtime.generate(prompt, **options)
+        np.testing.assert_array_equal(generation.tokens, alone.tokens)
+        np.testing.assert_array_equal(generation.actions, alone.actions)
+        assert (generation.text, generation.finish_reason) == (alone.text, alone.finish_reason)
+
+
+@pytest.mark.parametrize(("target", "dispatch"), [("cpu-fp32", "fused"), ("cpu-fp32", "sync"), ("portable", "sync")])
+@pytest.mark.parametrize("kind", ["dense", "static", "random", "sequence", "token"])
+def test_as_alone(kind: str, target: str, dispatch: str, tiny_runtime: LoadRuntime) -> None:
+    runtime = tiny_runtime(target, dispatch)
+    setting = {} if kind == "dense" else setting_of(runtime, kind)
+    together = runtime.generate_batch(PROMPTS, 20, size=3, **setting)
+    assert_as_alone(runtime, together, max_tokens=20, **setting)
+    skipped = [generation.actions.sum(axis=0).tolist() for generation in together]
+    assert (kind == "dense") == (not np.any(skipped))
+    if kind == "token":
+        assert any(one != other for one, other in pairwise(skipped)), "rows decide differently"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 4}])
+def test_a_linear_policy_as_alone(options: dict[str, int], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The score leaves its bias and softplus to the host, row by row."""
+    from tests import tiny
+
+    monkeypatch.setattr(
+        tiny,
+        "untrained_policy",
+        lambda spec, width, seed: tiny_untrained(spec, 0, seed),  # noqa: ARG005
+    )
+    runtime = DashRuntime.load(tiny_bundle(tmp_path, "cpu", **options), "cpu-fp32")
+    assert runtime.engines.score_bias  # type: ignore[union-attr]
+    setting = setting_of(runtime, "token")
+    assert_as_alone(runtime, runtime.generate_batch(PROMPTS, 20, size=4, **setting), max_tokens=20, **setting)
+
+
+def tiny_untrained(spec: Any, width: int, seed: int) -> Any:
+    from dash_export.skip_policy import untrained_policy
+
+    return untrained_policy(spec, width=width, seed=seed)
+
+
+def test_they_end_at_different_times(tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end of turn frees a place in the middle: the last row moves there, and the next prompt comes in."""
+    runtime = tiny_runtime()
+    plain = [runtime.generate(prompt, 30).tokens for prompt in PROMPTS]
+    monkeypatch.setattr(runtime.text, "eos_ids", frozenset(int(tokens[3 + 4 * i]) for i, tokens in enumerate(plain)))
+    together = runtime.generate_batch(PROMPTS, 30, size=3)
+    assert len({len(generation.tokens) for generation in together}) > 2
+    assert_as_alone(runtime, together, max_tokens=30)
+
+
+def test_a_first_token_may_be_the_last(tiny_runtime: LoadRuntime) -> None:
+    runtime = tiny_runtime()
+    together = runtime.generate_batch(PROMPTS, 1, size=2)
+    assert [len(generation.tokens) for generation in together] == [1] * len(PROMPTS)
+    assert_as_alone(runtime, together, max_tokens=1)
+
+
+def test_the_cache_grows_under_them(tiny_runtime: LoadRuntime) -> None:
+    runtime = tiny_runtime()
+    batch = runtime.batch(3, trade_off=runtime.build.dial["token"][5].trade_off)
+    batch.prompts.kv_step = 16
+    batch.__post_init__()
+    tokens: dict[int, list[int]] = {}
+    for index, response in batch.stream(PROMPTS, 40):
+        tokens.setdefault(index, []).append(response.token)
+    assert batch.counters.cache_growths > 1
+    for index, prompt in enumerate(PROMPTS):
+        alone = runtime.generate(prompt, 40, trade_off=runtime.build.dial["token"][5].trade_off)
+        assert tokens[index] == alone.tokens.tolist()
+
+
+def test_sampling_as_alone(tiny_runtime: LoadRuntime) -> None:
+    runtime, sampling = tiny_runtime(), Sampling(1.0, top_p=0.9, repetition_penalty=1.2, seed=3, stop=("e",))
+    together = runtime.generate_batch(PROMPTS, 25, sampling, size=4)
+    assert {generation.finish_reason for generation in together} == {"stop", "length"}
+    assert_as_alone(runtime, together, max_tokens=25, sampling=sampling)
+
+
+def test_a_common_beginning_is_computed_once(tiny_runtime: LoadRuntime) -> None:
+    runtime = tiny_runtime()
+    beginning = random_ids(50, seed=9)
+    asked = [np.concatenate([beginning, random_ids(5, seed=seed)]) for seed in range(4)]
+    setting = setting_of(runtime, "sequence")
+    batch = runtime.batch(4, **setting)
+    tokens: dict[int, list[int]] = {}
+    for index, response in batch.stream(asked, 10):
+        tokens.setdefault(index, []).append(response.token)
+    assert batch.prompts.counters.prefill_tokens <= 50 + 4 * 5
+    for index, prompt in enumerate(asked):
+        assert tokens[index] == runtime.generate(prompt, 10, **setting).tokens.tolist()
+
+
+def test_prompts_are_taken_when_there_is_room(tiny_runtime: LoadRuntime) -> None:
+    taken = []
+
+    def arriving() -> Any:
+        for prompt in PROMPTS:
+            taken.append(len(prompt))
+            yield prompt
+
+    stream = tiny_runtime().batch(2).stream(arriving(), 5)
+    assert taken == []
+    next(stream), next(stream), next(stream)
+    assert len(taken) == 2
+    assert len(list(stream)) == 5 * len(PROMPTS) - 3
+
+
+def test_skipping_together_saves_what_all_skip(tiny_runtime: LoadRuntime) -> None:
+    """A layer runs when any sequence runs it: counted in the batch's steps, not in what each sequence took."""
+    runtime = tiny_runtime()
+    batch = runtime.batch(3, "random", skipped=1.5)
+    responses = list(batch.stream(PROMPTS[:3], 60))
+    own = np.mean([6 - response.actions.sum() for _, response in responses[3:]])
+    assert own < 5
+    assert batch.counters.layers_run / batch.counters.decode_steps > own
+    # The same draws for all: nothing is lost.
+    same = runtime.batch(3, "static", skip=(2, 3))
+    list(same.stream(PROMPTS[2:5], 10))
+    assert same.counters.layers_run == 4 * same.counters.decode_steps
+
+
+def test_statistics(tiny_runtime: LoadRuntime) -> None:
+    (*_, generation) = tiny_runtime().generate_batch(PROMPTS[:3], 6, size=3)
+    figures = generation.statistics
+    assert (figures.prompt_tokens, figures.tokens, figures.decode_steps) == (40, 6, 5)
+    assert figures.tokens_per_second > 0
+    assert figures.prefill_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([], RequestError, "empty"),
+        ("", RequestError, "empty"),
+        ([300], RequestError, "from 0 to 299"),
+        (random_ids(500), ContextLengthError, "Prompt 1 does not fit: 500 tokens and 20 new ones"),
+    ],
+)
+def test_a_bad_prompt(prompt: Any, error: type[Exception], message: str, tiny_runtime: LoadRuntime) -> None:
+    with pytest.raises(error, match=message):
+        tiny_runtime().generate_batch([PROMPTS[0], prompt], 20, size=2)
+
+
+def test_bad_arguments(tiny_runtime: LoadRuntime) -> None:
+    runtime = tiny_runtime()
+    with pytest.raises(RequestError, match="at least one sequence, not 0"):
+        runtime.batch(0)
+    with pytest.raises(RequestError, match="max_tokens"):
+        runtime.generate_batch(PROMPTS, 0)
+    with pytest.raises(PolicyError, match="Gated layers"):
+        runtime.batch(2, skip=[0])
+    assert runtime.generate_batch([], 4) == []
+
+
+class TestMistakes:
+    """What would go wrong unseen if rows were not told apart."""
+
+    @staticmethod
+    def tokens(runtime: DashRuntime) -> list[list[int]]:
+        setting = setting_of(runtime, "token")
+        return [each.tokens.tolist() for each in runtime.generate_batch(PROMPTS, 30, size=3, **setting)]
+
+    def test_all_take_the_first_one_s_position(
+        self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected, sound = self.tokens(tiny_runtime()), BoundStep.place
+
+        def place(step: BoundStep) -> None:
+            sound(step)
+            step._seqlens_k[:] = step._seqlens_k[0]
+
+        monkeypatch.setattr(BoundStep, "place", place)
+        assert self.tokens(tiny_runtime()) != expected
+
+    def test_a_row_that_moves_leaves_its_cache(
+        self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runtime = tiny_runtime()
+        plain = [runtime.generate(prompt, 30).tokens for prompt in PROMPTS]
+        ends = frozenset(int(tokens[3 + 4 * i]) for i, tokens in enumerate(plain))
+        monkeypatch.setattr(runtime.text, "eos_ids", ends)
+        expected, sound = [each.tokens.tolist() for each in runtime.generate_batch(PROMPTS, 30, size=3)], KVCache.take
+
+        def take(cache: KVCache, index: int, source: KVCache, other: int = 0) -> None:
+            if source is not cache:
+                sound(cache, index, source, other)
+
+        monkeypatch.setattr(KVCache, "take", take)
+        assert [each.tokens.tolist() for each in runtime.generate_batch(PROMPTS, 30, size=3)] != expected
+
+
+@pytest.mark.model
+def test_a_real_model_as_alone(smollm2_runtime: LoadRuntime) -> None:
+    runtime = smollm2_runtime("cpu-fp32")
+    asked = prompts(runtime)[:5]
+    for setting in ({}, {"skipped": 4}):
+        together = runtime.generate_batch(asked, 24, size=4, **setting)
+        for prompt, generation in zip(asked, together, strict=True):
+            alone = runtime.generate(prompt, 24, **setting)
+            np.testing.assert_array_equal(generation.tokens, alone.tokens)
+            np.testing.assert_array_equal(generation.actions, alone.actions)
+
+
+@pytest.mark.model
+def test_quantised_rows_do_not_depend_on_their_neighbours(smollm2_runtime: LoadRuntime) -> None:
+    """With int8 activations ONNX Runtime's kernels for one row and for several differ by their rounding, so a batch is
+    compared with a batch: the same sequence beside others, and beside itself.
+    """
+    runtime = smollm2_runtime("cpu")
+    asked = prompts(runtime)[:3]
+    for setting in ({}, {"skipped": 4}):
+        together = runtime.generate_batch(asked, 24, size=3, **setting)
+        for prompt, generation in zip(asked, together, strict=True):
+            for twin in runtime.generate_batch([prompt, prompt], 24, size=2, **setting):
+                np.testing.assert_array_equal(generation.tokens, twin.tokens)
+                np.testing.assert_array_equal(generation.actions, twin.actions)
+
+
+@pytest.mark.model
+def test_quantised_rows_are_near_one_alone(smollm2_runtime: LoadRuntime) -> None:
+    """0.005 nats seen, of 0.065 that int4 costs."""
+    runtime = smollm2_runtime("cpu")
+    ids = np.concatenate([prompts(runtime)[1], runtime.text.encode(" and then she told him what had happened")])
+    batch, live = runtime.batch(2), runtime.session()
+    batch._cache.reserve(len(ids))
+    logits = batch.prompts.restart(ids[:20])
+    for slot in range(2):
+        batch.prompts.copy_cache(batch._cache, slot)
+    np.testing.assert_array_equal(logits, live.prefill(ids[:20]))
+    step = runtime.engines.step(batch._cache, 1, batch=2)  # type: ignore[call-arg]
+    divergences = []
+    for token in ids[20:]:
+        step.decode_batch([int(token)] * 2, [DENSE] * 2)
+        np.testing.assert_array_equal(step.logits[0], step.logits[1])
+        divergences.append(divergence(live.decode_one(int(token))[0], step.logits[0, 0]))
+    assert np.mean(divergences) < 0.02
+
+
+def divergence(logits: np.ndarray, other: np.ndarray) -> float:
+    """KL, nats."""
+    log_p, log_q = (each - np.logaddexp.reduce(each) for each in (logits.astype(float), other.astype(float)))
+    return float((np.exp(log_p) * (log_p - log_q)).sum())

@@ -230,37 +230,24 @@ def test_a_real_model_as_alone(smollm2_runtime: LoadRuntime) -> None:
 
 
 @pytest.mark.model
-def test_quantised_rows_do_not_depend_on_their_neighbours(smollm2_runtime: LoadRuntime) -> None:
-    """With int8 activations ONNX Runtime's kernels for one row and for several differ by their rounding, so a batch is
-    compared with a batch: the same sequence beside others, and beside itself.
+def test_quantised_rows_are_near_one_alone(smollm2_runtime: LoadRuntime) -> None:
+    """With int8 activations ONNX Runtime's kernels for one row, for two and for what is left over round differently:
+    0.005 nats seen, of the 0.065 that int4 costs.
     """
     runtime = smollm2_runtime("cpu")
-    asked = prompts(runtime)[:3]
-    for setting in ({}, {"skipped": 4}):
-        together = runtime.generate_batch(asked, 24, size=3, **setting)
-        for prompt, generation in zip(asked, together, strict=True):
-            for twin in runtime.generate_batch([prompt, prompt], 24, size=2, **setting):
-                np.testing.assert_array_equal(generation.tokens, twin.tokens)
-                np.testing.assert_array_equal(generation.actions, twin.actions)
-
-
-@pytest.mark.model
-def test_quantised_rows_are_near_one_alone(smollm2_runtime: LoadRuntime) -> None:
-    """0.005 nats seen, of 0.065 that int4 costs."""
-    runtime = smollm2_runtime("cpu")
     ids = np.concatenate([prompts(runtime)[1], runtime.text.encode(" and then she told him what had happened")])
-    batch, live = runtime.batch(2), runtime.session()
+    batch, live = runtime.batch(3), runtime.session()
     batch._cache.reserve(len(ids))
     logits = batch.prompts.restart(ids[:20])
-    for slot in range(2):
+    for slot in range(3):
         batch.prompts.copy_cache(batch._cache, slot)
     np.testing.assert_array_equal(logits, live.prefill(ids[:20]))
-    step = runtime.engines.step(batch._cache, 1, batch=2)  # type: ignore[call-arg]
+    step = runtime.engines.step(batch._cache, 1, batch=3)  # type: ignore[call-arg]
     divergences = []
     for token in ids[20:]:
-        step.decode_batch([int(token)] * 2, [DENSE] * 2)
-        np.testing.assert_array_equal(step.logits[0], step.logits[1])
-        divergences.append(divergence(live.decode_one(int(token))[0], step.logits[0, 0]))
+        step.decode_batch([int(token)] * 3, [DENSE] * 3)
+        alone, _ = live.decode_one(int(token))
+        divergences += [divergence(alone, row) for row in step.logits[:, 0]]
     assert np.mean(divergences) < 0.02
 
 

@@ -21,7 +21,7 @@ from dash_export.errors import RecipeError
 from dash_export.resources import resource_folder
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-Dispatch = Literal["fused", "sync", "overlapped"]
+Dispatch = Literal["fused", "sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -178,7 +178,8 @@ def _contradiction(recipe: Recipe) -> str | None:
         wide = [part for part, value in precisions.items() if value in ("fp16", "bf16")]
         if wide:
             return f"{wide[0]} = {precisions[wide[0]]!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
-        return None if recipe.runtime.dispatch != "overlapped" else "dispatch 'overlapped' needs a GPU backend."
+        dispatch = recipe.runtime.dispatch
+        return None if dispatch in ("fused", "sync") else f"dispatch {dispatch!r} needs a GPU backend."
     if engine is None:
         return f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
     if weights.rounding != "nearest":
@@ -186,7 +187,7 @@ def _contradiction(recipe: Recipe) -> str | None:
     if recipe.dialect == "ort":
         return f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
     if recipe.runtime.dispatch == "fused":
-        return "dispatch 'fused' is for the CPU; a GPU takes 'sync' or 'overlapped'."
+        return "dispatch 'fused' is for the CPU; a GPU takes 'sync', 'overlapped' or 'device'."
     bad = [item for item in engine.capabilities if not re.fullmatch(r"[1-9]\d?\.\d", item)]
     if bad or not engine.capabilities:
         return f'capabilities = {list(engine.capabilities)} must be compute capabilities like "8.7".'

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -18,6 +18,7 @@ from dash_export.commands.run_batch import answer_all, read_prompts
 from dash_export.commands.setting import setting_options
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
+from dash_export.targets import Dispatch
 
 if TYPE_CHECKING:
     from dash_export.runtime import DashRuntime, Response, Sampling, Session
@@ -64,7 +65,7 @@ class Asking:
 @setting_options
 @click.option(
     "--dispatch",
-    type=click.Choice(["plain", "fused", "sync"]),
+    type=click.Choice(["plain", *get_args(Dispatch)]),
     help="How the policy is evaluated; the target's choice by default.",
 )
 @click.option("--threads", type=click.IntRange(0, 1024), help="0: one per physical core.")

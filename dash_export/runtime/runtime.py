@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from dash_export.artifacts import FileRecord
 from dash_export.bundle import Build, Bundle, CostTable
@@ -14,7 +14,7 @@ from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.batch import Batch
 from dash_export.runtime.device.base import Device
-from dash_export.runtime.device.engines import DeviceEngines
+from dash_export.runtime.device.engines import BESIDE, DeviceEngines
 from dash_export.runtime.dispatch import EngineSet
 from dash_export.runtime.huge_pages import on_huge_pages
 from dash_export.runtime.kinds import session_rules
@@ -23,9 +23,9 @@ from dash_export.runtime.rules import Rule, SessionRules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
-from dash_export.targets import Recipe, recipe_from_dict
+from dash_export.targets import Dispatch, Recipe, recipe_from_dict
 
-DISPATCH_MODES = ("plain", "fused", "sync", "overlapped")
+DISPATCH_MODES = ("plain", *get_args(Dispatch))
 
 
 class DashRuntime:
@@ -50,8 +50,8 @@ class DashRuntime:
                 f"The target {build.target!r} has no fused policies: use dispatch "
                 f"{'overlapped' if on_device else 'sync'!r} or 'plain'."
             )
-        if self.dispatch == "overlapped" and not on_device:
-            raise PolicyError("Dispatch 'overlapped' needs the streams of a GPU target: use 'fused' or 'sync'.")
+        if self.dispatch in BESIDE and not on_device:
+            raise PolicyError(f"Dispatch {self.dispatch!r} needs the streams of a GPU target: use 'fused' or 'sync'.")
         self.text = Text(bundle.root)
         self.engines = engines(bundle, build, backend, self.recipe, self.dispatch)
 
@@ -68,7 +68,8 @@ class DashRuntime:
         """Open a bundle that was built for `target`.
 
         `dispatch` says how the policy is evaluated: `fused` into the engines before (CPU), `overlapped` on a stream of
-        its own (GPU), or `sync`; `plain` is without it (not for `sequence` and `token`). The recipe's by default.
+        its own (GPU), `device` (the same in one CUDA graph, decisions and all), or `sync`; `plain` is without it (not
+        for `sequence` and `token`). The recipe's by default.
         `threads` overrides the recipe's (0: one per physical core).
         `verify` checks every file's SHA-256 first. Raises BundleError, BackendError or PolicyError.
         """

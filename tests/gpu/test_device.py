@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.cuda import CudaResources
+from dash_export.runtime.device.base import Decision
+from dash_export.runtime.device.blocks import Block
+from dash_export.runtime.device.cuda import CudaResources, CudaStream
+from dash_export.runtime.device.cuda_graph import IF, IF_ELSE, CudaRecording
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +68,80 @@ def test_events_order_streams(device: CudaResources) -> None:
         two.download(back, end)
         two.synchronize()
         assert (back == value).all()
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["if-else", "two-ifs"])
+def test_a_graph_decides(other: bool, device: CudaResources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded step decides anew at every launch: branches, the kernel's arithmetic, rows at a place that moves."""
+    if (obstacle := device.graph_obstacle()) is not None:
+        pytest.skip(f"no graphs with decisions here: {obstacle}")
+    assert device._graphs is not None
+    if other:
+        monkeypatch.setattr(device._graphs, "version", IF)
+    elif device._graphs.version < IF_ELSE:
+        pytest.skip("IF with ELSE needs CUDA 12.8")
+    layout = {
+        "damage": ((2,), np.float32),
+        "limit": ((2,), np.float64),
+        "ceiling": ((2,), np.int32),
+        "executed": ((1,), np.int32),
+        "position": ((1,), np.int64),
+        "sources": ((2, 64), np.uint8),
+        "rows": ((2, 16), np.uint8),
+    }
+    given = Block(device, layout)
+    results = {"action": ((2,), np.int32), "chosen": ((2, 64), np.uint8), "history": ((4,), np.float32)}
+    taken = Block(device, results)
+    tables, back = device.memory(2 * 8 * 16), device.pinned(2 * 8 * 16)
+    given.host["sources"][:] = [[1], [2]]
+    given.host["rows"][:] = np.arange(32).reshape(2, 16)
+    main, beside = device.stream("main"), device.stream("policy")
+    begun, done = device.event("begun"), device.event("done")
+    sources = [given.memory["sources"].part(64 * which, 64) for which in range(2)]
+
+    def step(recording: CudaRecording) -> None:
+        given.upload(main)
+        main.record(begun)
+        beside.wait(begun)
+        recording.write_rows(beside, tables, 8 * 16, given.memory["rows"], 16, given.memory["position"])
+        beside.record(done)
+        for index in range(2):
+            decision = Decision(
+                given.memory["damage"].part(4 * index, 4),
+                given.memory["limit"].part(8 * index, 8),
+                given.memory["ceiling"].part(4 * index, 4),
+                given.memory["executed"],
+                taken.memory["action"].part(4 * index, 4),
+                (taken.memory["history"].part(8 * index, 4), taken.memory["history"].part(8 * index + 4, 4)),
+            )
+            decided = recording.decide(main, decision)
+            chosen = taken.memory["chosen"].part(64 * index, 64)
+            run, skip = (partial(CudaStream.copy, to=chosen, source=source) for source in sources)
+            recording.branch(main, decided, run, skip)
+        main.wait(done)
+        taken.download(main)
+        main.download(back, tables)
+
+    graph = device.record(main, step)
+    rng = np.random.default_rng(0)
+    tables_expected = np.zeros((2, 8, 16), np.uint8)
+    for position in range(8):
+        given.host["damage"][:] = rng.random(2)
+        given.host["limit"][:] = rng.random(2)
+        given.host["ceiling"][:] = rng.integers(0, 3, 2)
+        given.host["position"][:] = position
+        graph.launch(main)
+        main.synchronize()
+        executed = 0
+        for index in range(2):
+            below = float(given.host["damage"][index]) < given.host["limit"][index]
+            skips = below or executed >= given.host["ceiling"][index]
+            executed += not skips
+            assert taken.host["action"][index] == skips
+            assert (taken.host["chosen"][index] == (2 if skips else 1)).all()
+            assert (taken.host["history"][2 * index : 2 * index + 2] == skips).all()
+        tables_expected[:, position] = given.host["rows"]
+        np.testing.assert_array_equal(back.reshape(2, 8, 16), tables_expected)
 
 
 def test_out_of_memory_says_what_is_free(device: CudaResources) -> None:

@@ -15,7 +15,7 @@ from tests.tiny import random_actions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
-MODES = ("plain", "sync", "overlapped")
+MODES = ("plain", "sync", "overlapped", "device")
 # Root mean square of the logit difference over that of the logits, by the coarsest precision of the build.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.05, "int8": 0.06, "int4": 0.35}
 NEAR = 0.05
@@ -47,7 +47,7 @@ def test_logits_are_those_of_the_cpu(
     assert error < tolerance(runtime)
 
 
-@pytest.mark.parametrize("dispatch", ["sync", "overlapped"])
+@pytest.mark.parametrize("dispatch", ["sync", "overlapped", "device"])
 def test_modes_give_the_same_tokens(dispatch: str, gpu_runtime: LoadGpu) -> None:
     """They share engines: dense and static against `plain`, the token policy against `sync`."""
     runtime, plain = gpu_runtime(dispatch), gpu_runtime("plain")

@@ -28,6 +28,7 @@ SETTINGS = {
     "plain": [Setting("dense"), Setting("static", skipped=4)],
     "sync": [Setting("token", trade_off=0.0), Setting("token", skipped=5)],
     "overlapped": [Setting("token", trade_off=0.0), Setting("token", skipped=3), Setting("token", skipped=5)],
+    "device": [Setting("token", trade_off=0.0), Setting("token", skipped=3), Setting("token", skipped=5)],
 }
 
 

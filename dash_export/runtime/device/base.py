@@ -6,7 +6,8 @@ host knows of the end of something only by waiting for an event or a stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +74,56 @@ class Stream(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Decision:
+    """Where a decision finds its numbers and leaves its answer, all on the device: skip where damage < limit or
+    executed >= ceiling, as `DecisionRule.skips`.
+    """
+
+    damage: Memory
+    """float32"""
+    limit: Memory
+    """float64"""
+    ceiling: Memory
+    """int32"""
+    executed: Memory
+    """int32, one more when the layer runs."""
+    action: Memory
+    """int32: 0 run, 1 skip."""
+    history: tuple[Memory, Memory]
+    """float32, the action again, for policies that read it."""
+
+
+class Recording(Protocol):
+    """A step while it is recorded: what the host may not decide any more. Streams given work while it lasts are
+    recorded, and have to wait for one another as ever; the host waits for nothing.
+    """
+
+    def decide(self, stream: Stream, decision: Decision) -> Any:
+        """Take the decision in `stream`. Returns what `branch` wants."""
+        ...
+
+    def branch(
+        self, stream: Stream, decided: Any, run: Callable[[Stream], None], skip: Callable[[Stream], None]
+    ) -> None:
+        """Do the one or the other before what follows in `stream`. Each is recorded now, on the stream that it is given
+        and on no other.
+        """
+        ...
+
+    def write_rows(self, stream: Stream, to: Memory, pitch: int, rows: Memory, width: int, position: Memory) -> None:
+        """Row `position` (int64, on the device) of each of `to`'s tables of rows, `pitch` bytes apart, becomes the next
+        `width` bytes of `rows`.
+        """
+        ...
+
+
+class Graph(Protocol):
+    """A recorded step."""
+
+    def launch(self, stream: Stream) -> None: ...
+
+
 class DeviceEngine(Protocol):
     """A compiled engine, shared between sessions; loaded when it is first asked for anything."""
 
@@ -93,6 +144,16 @@ class Device(Protocol):
     """One device of one process."""
 
     name: str
+    moves: int
+    """How often memory that contexts work in has moved: what was recorded before is void."""
+
+    def graph_obstacle(self) -> str | None:
+        """Why steps with decisions in them cannot be recorded here, if they cannot."""
+        ...
+
+    def record(self, stream: Stream, step: Callable[[Recording], None]) -> Graph:
+        """Record what `step` enqueues, beginning and ending in `stream`. Raises BackendError."""
+        ...
 
     def accept(self, build: Build, rebuild: str) -> None:
         """Raises BackendError with the command `rebuild` where the build's engines were not compiled for this device

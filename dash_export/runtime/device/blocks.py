@@ -42,3 +42,7 @@ class Block:
     def upload(self, stream: Stream) -> None:
         """All arrays to the device in one copy."""
         stream.upload(self._memory, self._pinned)
+
+    def download(self, stream: Stream) -> None:
+        """All arrays to the host in one copy."""
+        stream.download(self._pinned, self._memory)

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from dash_export.errors import BackendError
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
 from dash_export.runtime.device.base import Bytes
 from dash_export.runtime.device.blocks import aligned
+
+if TYPE_CHECKING:
+    from dash_export.runtime.device.cuda_graph import CudaGraph, CudaGraphs, CudaRecording
 
 INSTALL = "pip install 'cuda-bindings>=12.6,<13' (CUDA 12, JetPack 6) or cuda-bindings (CUDA 13)"
 
@@ -136,7 +140,24 @@ class CudaResources:
     def __init__(self) -> None:
         self.cuda = Cuda()
         self.name = f"{self.cuda.device.name} (compute capability {self.cuda.device.capability})"
+        self.moves = 0
         self._streams: dict[str, CudaStream] = {}
+        self._graphs: CudaGraphs | None = None
+
+    def graph_obstacle(self) -> str | None:
+        from dash_export.runtime.device.cuda_graph import CudaGraphs
+
+        try:
+            self._graphs = self._graphs or CudaGraphs(self.cuda)
+        except BackendError as error:
+            return str(error)
+        return None
+
+    def record(self, stream: CudaStream, step: Callable[[CudaRecording], None]) -> CudaGraph:
+        obstacle = self.graph_obstacle()
+        if self._graphs is None:
+            raise BackendError(str(obstacle))
+        return self._graphs.record(stream, step)
 
     def stream(self, name: str) -> CudaStream:
         if name not in self._streams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from dash_export.runtime.device.step import DeviceStep
 
 MAIN, POLICY = "main", "policy"
-"""Streams: layers run on one; in `overlapped` dispatch policies run on the other."""
+"""Streams: layers run on one; in `overlapped` and `device` dispatch policies run on the other."""
+BESIDE = ("overlapped", "device")
+"""The dispatches whose policies run beside the layers."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,14 @@ class DeviceEngines:
     """What `EngineSet` is on the host. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
 
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
-        """`dispatch`: `plain` (no policy), `sync` (policies in the layers' stream) or `overlapped` (in their own, one
-        layer ahead).
+        """`dispatch`: `plain` (no policy), `sync` (policies in the layers' stream), `overlapped` (in their own, one
+        layer ahead) or `device` (the same, recorded once, decisions and all; where a device cannot, `overlapped`).
         """
         assert recipe.engine is not None
+        obstacle = device.graph_obstacle() if dispatch == "device" else None
+        if obstacle is not None:
+            logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", obstacle)
+            dispatch = "overlapped"
         self.build = build
         self.device = device
         self.dispatch = dispatch
@@ -47,7 +56,7 @@ class DeviceEngines:
         self.model = replace(model, max_positions=min(model.max_positions, recipe.engine.kv_capacity))
         self.needs_mask = recipe.dialect == "portable"
         self.score_rows = min(recipe.engine.logit_rows, self.chunk)
-        policy_stream = POLICY if dispatch == "overlapped" else MAIN
+        policy_stream = POLICY if dispatch in BESIDE else MAIN
 
         def load(name: str, stream: str = MAIN) -> DeviceEngine:
             return device.engine(bundle.path(build.engines[name].file), stream)
@@ -71,8 +80,11 @@ class DeviceEngines:
         return DeviceCache(self)
 
     def step(self, cache: DeviceCache, sequence: int, teacher_forced: bool = False) -> DeviceStep:
+        from dash_export.runtime.device.graph import GraphStep
         from dash_export.runtime.device.step import DeviceStep
 
+        if self.dispatch == "device" and sequence == 1 and not teacher_forced:
+            return GraphStep(self, cache, sequence)
         return DeviceStep(self, cache, sequence, teacher_forced)
 
     def profile(self, sequence: int) -> int:

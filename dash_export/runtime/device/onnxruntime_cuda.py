@@ -40,6 +40,9 @@ class OrtCuda(CudaResources):
             )
         self._engines: dict[tuple[Path, str], OrtCudaEngine] = {}
 
+    def graph_obstacle(self) -> str | None:
+        return "ONNX Runtime's runs cannot be recorded"
+
     def accept(self, build: Build, rebuild: str) -> None:
         """Graphs run on every device that has the provider."""
 

@@ -4,6 +4,7 @@ Hidden states alternate between two buffers, as on the host. `overlapped`: while
 policy for the gated segment after it reads the same input on the policy stream; its damage lands in pinned memory, the
 host waits for that event alone, decides, and launches the next segment before segment i has ended. `sync`: the policy
 stands in the main stream before the segment it decides about. `plain`: nothing is asked and nothing waited for.
+`device`: `graph.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dash_export.names import new_names, past_names, present_names
 from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.device.base import Context, DeviceEngine, Memory
 from dash_export.runtime.device.blocks import Block, size_of
-from dash_export.runtime.device.engines import MAIN, POLICY, DeviceCache, DeviceEngines, SegmentEngines
+from dash_export.runtime.device.engines import BESIDE, MAIN, POLICY, DeviceCache, DeviceEngines, SegmentEngines
 from dash_export.runtime.rules import Rule
 
 ALWAYS_RUN = -1
@@ -64,7 +65,7 @@ class DeviceStep:
         self.engines, self.device, self.sequence = engines, engines.device, sequence
         self._cache, self._teacher_forced = cache, teacher_forced
         self.main = self.device.stream(MAIN)
-        self.policy = self.device.stream(POLICY) if engines.dispatch == "overlapped" else self.main
+        self.policy = self.device.stream(POLICY) if engines.dispatch in BESIDE else self.main
         self._item = engines.dtype.itemsize
         self.row_bytes = model.num_kv_heads * sequence * model.head_dim * self._item
         rows = sequence if teacher_forced else 1
@@ -202,12 +203,15 @@ class DeviceStep:
 
     def place(self) -> None:
         """Say where the new tokens go: the rows after the cached ones."""
+        self._note_positions()
+        self._inputs.upload(self.main)
+
+    def _note_positions(self) -> None:
         start, host = self._cache.length, self._inputs.host
         host["position_ids"][0] = np.arange(start, start + self.sequence)
         host["write_indices"][0] = start
         if "attention_mask" in host:
             host["attention_mask"][0, 0] = np.arange(self._cache.capacity) <= host["position_ids"][0][:, None]
-        self._inputs.upload(self.main)
 
     def _begin(self, wanted: bool) -> bool:
         """Start a step. Returns whether policies are asked."""

@@ -70,6 +70,7 @@ class Scratch:
             newcomer.work_in(self._memory)
             return
         self._device.stream(self.stream).synchronize()
+        self._device.moves += self._memory is not None
         self._memory = self._device.memory(newcomer.nbytes)
         for each in self._contexts:
             each.work_in(self._memory)

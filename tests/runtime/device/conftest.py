@@ -63,11 +63,16 @@ MakeSimulated = Callable[..., Simulated]
 
 @pytest.fixture
 def simulated(device_bundle: Bundle) -> MakeSimulated:
-    """`simulated(dialect="trt10", dispatch="overlapped", first="main")`."""
+    """`simulated(dialect="trt10", dispatch="overlapped", first="main", obstacle=None)`."""
 
     @cache
-    def make(dialect: str = "trt10", dispatch: str = "overlapped", first: str | int = "main") -> Simulated:
-        device = SimulatedDevice(first)
+    def make(
+        dialect: str = "trt10",
+        dispatch: str = "overlapped",
+        first: str | int = "main",
+        obstacle: str | None = None,
+    ) -> Simulated:
+        device = SimulatedDevice(first, obstacle=obstacle)
         return Simulated(DashRuntime(device_bundle, device_bundle.load_build(dialect), device, dispatch), device)
 
     return make

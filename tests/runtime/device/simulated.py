@@ -3,7 +3,7 @@
 Everything enqueued is kept until the host waits for it; then streams are drained in an order of the test's choosing,
 and no further than needed. What reads too early, or writes what is still to be read, gives wrong numbers here as it
 would on a GPU. Engines are real: the lowered graphs in ONNX Runtime on the CPU. `log` has every call as the host made
-it.
+it. A recorded step runs in such an order at every launch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import onnxruntime as ort
 
 from dash_export.bundle import Build
 from dash_export.runtime.backends.onnxruntime import start_thread_pool
-from dash_export.runtime.device.base import Bytes
+from dash_export.runtime.device.base import Bytes, Decision
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -55,6 +56,7 @@ class SimulatedEvent:
         self.mark: Mark | None = None
 
     def wait(self) -> None:
+        assert self.device.recording is None, "the host waits within a recording"
         self.device.log.append(("host", "wait", self.name))
         assert self.mark is not None, f"{self.name} was never recorded"
         self.device.drain(self.mark)
@@ -67,6 +69,7 @@ class SimulatedContext:
     session: ort.InferenceSession
     shapes: Mapping[str, tuple[int, ...]]
     memory: Mapping[str, SimulatedMemory]
+    launched: bool = False
 
     def run(self) -> None:
         feeds = {}
@@ -81,10 +84,11 @@ class SimulatedContext:
 
 @dataclass
 class Work:
-    """One entry of a stream: done when `ready` says so."""
+    """One entry of a stream, which may be done when `ready` says so. `again`: before a recorded one is done anew."""
 
     act: Callable[[], None]
     ready: Callable[[], bool] = lambda: True
+    again: Callable[[], None] = lambda: None
 
 
 class SimulatedStream:
@@ -93,12 +97,20 @@ class SimulatedStream:
         self.queue: deque[Work] = deque()
 
     def _add(self, what: str, of: str, work: Work) -> None:
+        recording = self.device.recording
+        if recording is not None:
+            recording.add(self.name, what, of, work)
+            return
         self.device.log.append((self.name, what, of))
         self.queue.append(work)
 
     def run(self, context: SimulatedContext) -> None:
         self._add("run", context.name, Work(context.run))
         self.device.ran.append((self.name, context))
+        if self.device.recording is None:
+            context.launched = True
+        else:
+            assert context.launched, f"{context.name} is recorded before its first launch"
 
     def upload(self, to: SimulatedMemory, source: npt.NDArray[Any]) -> None:
         # Read when the stream gets there, as DMA does.
@@ -125,17 +137,107 @@ class SimulatedStream:
 
     def record(self, event: SimulatedEvent) -> None:
         mark = event.mark = Mark()
-        self._add("record", event.name, Work(lambda: setattr(mark, "passed", True)))
+        passed, again = (partial(setattr, mark, "passed", value) for value in (True, False))
+        self._add("record", event.name, Work(passed, again=again))
 
     def wait(self, event: SimulatedEvent) -> None:
         mark = event.mark or Mark(passed=True)  # as CUDA has it: nothing recorded, nothing to wait for
         self._add("wait", event.name, Work(lambda: None, lambda: mark.passed))
 
     def synchronize(self) -> None:
+        assert self.device.recording is None, "the host waits within a recording"
         self.device.log.append(("host", "synchronize", self.name))
         mark = Mark()
         self.queue.append(Work(lambda: setattr(mark, "passed", True)))
         self.device.drain(mark)
+
+
+class SimulatedRecording:
+    """What was recorded, per stream; `log` has it in the host's order, a branch's sides under their own names."""
+
+    def __init__(self, device: SimulatedDevice, side: str = "") -> None:
+        self._device, self._side = device, side
+        self.works: dict[str, list[Work]] = {}
+        self.log: list[Call] = []
+
+    def add(self, stream: str, what: str, of: str, work: Work) -> None:
+        self.works.setdefault(stream, []).append(work)
+        self.log.append((self._side or stream, what, of))
+
+    def decide(self, stream: SimulatedStream, decision: Decision) -> Decision:
+        def act() -> None:
+            damage, limit, ceiling, executed, action = (
+                _view(getattr(decision, name), dtype)
+                for name, dtype in (
+                    ("damage", np.float32),
+                    ("limit", np.float64),
+                    ("ceiling", np.int32),
+                    ("executed", np.int32),
+                    ("action", np.int32),
+                )
+            )
+            skips = float(damage[0]) < limit[0] or executed[0] >= ceiling[0]
+            action[0] = skips
+            executed[0] += not skips
+            for history in decision.history:
+                _view(history, np.float32)[0] = skips
+
+        stream._add("decide", "", Work(act))
+        return decision
+
+    def branch(
+        self,
+        stream: SimulatedStream,
+        decided: Decision,
+        run: Callable[[SimulatedStream], None],
+        skip: Callable[[SimulatedStream], None],
+    ) -> None:
+        sides = []
+        for name, fill in (("run side", run), ("skip side", skip)):
+            side = self._device.recording = SimulatedRecording(self._device, name)
+            fill(SimulatedStream(self._device, "body"))
+            self._device.recording = self
+            self.log += side.log
+            assert set(side.works) == {"body"}, "a side of a branch uses streams of its own"
+            sides.append(side)
+
+        def act() -> None:
+            sides[int(_view(decided.action, np.int32)[0])].launch()
+
+        stream._add("branch", "", Work(act))
+
+    def write_rows(
+        self,
+        stream: SimulatedStream,
+        to: SimulatedMemory,
+        pitch: int,
+        rows: SimulatedMemory,
+        width: int,
+        position: SimulatedMemory,
+    ) -> None:
+        def act() -> None:
+            for table in range(rows.nbytes // width):
+                start = table * pitch + int(_view(position, np.int64)[0]) * width
+                to.data[start : start + width] = rows.data[table * width : (table + 1) * width]
+
+        stream._add("write_rows", "", Work(act))
+
+    def launch(self) -> None:
+        for works in self.works.values():
+            for work in works:
+                work.again()
+        queues = {name: deque(works) for name, works in self.works.items()}
+        while any(queues.values()):
+            self._device.step(queues).act()
+
+
+@dataclass
+class SimulatedGraph:
+    device: SimulatedDevice
+    recording: SimulatedRecording
+
+    def launch(self, stream: SimulatedStream) -> None:
+        stream._add("launch", "graph", Work(self.recording.launch))
 
 
 class SimulatedEngine:
@@ -165,10 +267,16 @@ class SimulatedEngine:
 
 @dataclass
 class SimulatedDevice:
-    """`first`: the stream that runs ahead of the others whenever it can; or a seed for chance to choose."""
+    """`first`: the stream that runs ahead of the others whenever it can; or a seed for chance to choose. `obstacle`:
+    why it records nothing.
+    """
 
     first: str | int = "main"
     name: str = "simulated"
+    obstacle: str | None = None
+    moves: int = 0
+    recording: SimulatedRecording | None = None
+    recorded: list[SimulatedRecording] = field(default_factory=list)
     log: list[Call] = field(default_factory=list)
     ran: list[tuple[str, SimulatedContext]] = field(default_factory=list)
 
@@ -180,6 +288,22 @@ class SimulatedDevice:
 
     def accept(self, build: Build, rebuild: str) -> None:
         pass
+
+    def graph_obstacle(self) -> str | None:
+        return self.obstacle
+
+    def record(
+        self,
+        stream: SimulatedStream,  # noqa: ARG002
+        step: Callable[[SimulatedRecording], None],
+    ) -> SimulatedGraph:
+        self.recording = recording = SimulatedRecording(self)
+        try:
+            step(recording)
+        finally:
+            self.recording = None
+        self.recorded.append(recording)
+        return SimulatedGraph(self, recording)
 
     def stream(self, name: str) -> SimulatedStream:
         return self.streams.setdefault(name, SimulatedStream(self, name))
@@ -202,11 +326,19 @@ class SimulatedDevice:
     def drain(self, until: Mark) -> None:
         """Run streams until `until` has passed, and no further than the chosen order needs."""
         while not until.passed:
-            ready = [stream for stream in self.streams.values() if stream.queue and stream.queue[0].ready()]
-            assert ready, "every stream waits for another: an event was never recorded"
-            ahead = [stream for stream in ready if stream.name == self.first]
-            chosen = ahead[0] if ahead else ready[int(self._rng.integers(len(ready)))]
-            chosen.queue.popleft().act()
+            self.step({name: stream.queue for name, stream in self.streams.items()}).act()
+
+    def step(self, queues: Mapping[str, deque[Work]]) -> Work:
+        """The next work to be done, taken from its queue."""
+        ready = [name for name, queue in queues.items() if queue and queue[0].ready()]
+        assert ready, "every stream waits for another: an event was never recorded"
+        chosen = self.first if self.first in ready else ready[int(self._rng.integers(len(ready)))]
+        return queues[str(chosen)].popleft()
+
+
+def _view(memory: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = memory.data.view(dtype)
+    return found
 
 
 def _put(to: SimulatedMemory, source: npt.NDArray[Any]) -> None:

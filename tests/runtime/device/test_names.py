@@ -12,7 +12,8 @@ import pytest
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import BACKENDS, load_backend
 from dash_export.runtime.cuda_devices import cuda_devices
-from dash_export.runtime.device import cuda, tensorrt
+from dash_export.runtime.device import cuda, cuda_graph, tensorrt
+from dash_export.runtime.device.cuda_graph import KERNELS, compile_kernels
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX bindings: pip install 'dash-export[rtx]'")
 rt = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
@@ -20,6 +21,9 @@ rt = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 # variable in the source -> what it holds
 HELD: dict[str, Any] = {
     "rt": rt,
+    "_rt": rt,
+    "nvrtc": import_module("cuda.bindings.nvrtc"),
+    "driver": import_module("cuda.bindings.driver"),
     "trt": rtx,
     "engine": rtx.ICudaEngine,
     "context": rtx.IExecutionContext,
@@ -46,7 +50,7 @@ def used(module: Any) -> set[tuple[str, str]]:
     return found - {("engine", "context"), ("context", "enqueue"), ("engine", "dtype")}
 
 
-USED = sorted(used(cuda) | used(tensorrt))
+USED = sorted(used(cuda) | used(cuda_graph) | used(tensorrt))
 
 
 def test_the_reader_sees_the_calls() -> None:
@@ -62,19 +66,59 @@ def test_every_name_is_in_the_installed_bindings(variable: str, chain: str) -> N
         held = getattr(held, name)
 
 
-def test_calls_have_as_many_arguments_as_the_bindings_take() -> None:
+@pytest.mark.parametrize(("module", "least"), [(cuda, 12), (cuda_graph, 15)])
+def test_calls_have_as_many_arguments_as_the_bindings_take(module: Any, least: int) -> None:
     """cuda-bindings are compiled; the first line of a docstring is the signature."""
     checked = 0
-    for node in ast.walk(ast.parse(Path(cuda.__file__).read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("cuda"):
-            known = getattr(rt, node.func.attr).__doc__
-            if known is None:
-                continue
-            signature = known.splitlines()[0]
-            inside = signature.partition("(")[2].rpartition(")")[0]
-            assert len(node.args) == len([part for part in inside.split(",") if part.strip()]), signature
-            checked += 1
-    assert checked >= 12
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        held = next((held for held in HELD.values() if hasattr(held, node.func.attr)), None)
+        if held is None or not node.func.attr.startswith(("cuda", "cu", "nvrtc")):
+            continue
+        named = getattr(held, node.func.attr)
+        if isinstance(named, type) or named.__doc__ is None:
+            continue
+        signature = named.__doc__.splitlines()[0]
+        assert len(node.args) == argument_count(signature), signature
+        checked += 1
+    assert checked >= least
+
+
+def argument_count(signature: str) -> int:
+    """Commas outside of brackets, plus one."""
+    inside, depth, count = signature.partition("(")[2].rpartition(")")[0], 0, 0
+    for letter in inside:
+        depth += (letter in "[(") - (letter in "])")
+        count += letter == "," and depth == 0
+    return count + bool(inside.strip())
+
+
+def test_calls_by_a_name_that_depends_on_the_version() -> None:
+    """`add` and `follow` are chosen by name; both forms take as many arguments as they are given."""
+    calls = {
+        node.func.id: len(node.args)
+        for node in ast.walk(ast.parse(Path(cuda_graph.__file__).read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    for name, function in (("add", "cudaGraphAddNode"), ("follow", "cudaStreamUpdateCaptureDependencies")):
+        newest = getattr(rt, f"{function}_v2", getattr(rt, function))
+        assert calls[name] == argument_count(newest.__doc__.splitlines()[0])
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.7", "9.0", "12.0"])
+def test_kernels_compile_without_a_device(capability: str) -> None:
+    pytest.importorskip("nvidia.cu13", reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+    code = compile_kernels(capability)
+    assert code.startswith(b"\x7fELF")
+    assert all(name in code for name in (b"decide", b"write_rows"))
+
+
+def test_a_kernel_that_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvidia.cu13", reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+    monkeypatch.setattr(cuda_graph, "KERNELS", KERNELS.replace("const int skips", "const number skips"))
+    with pytest.raises(BackendError, match='identifier "number" is undefined'):
+        compile_kernels("9.0")
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "onnxruntime"])

@@ -28,7 +28,7 @@ def scratch() -> tuple[Scratch, list[int]]:
         asked.append(nbytes)
         return CudaMemory(4096 * len(asked), nbytes)
 
-    device: Any = SimpleNamespace(memory=memory, stream=lambda _: SimpleNamespace(synchronize=lambda: None))
+    device: Any = SimpleNamespace(memory=memory, moves=0, stream=lambda _: SimpleNamespace(synchronize=lambda: None))
     return Scratch(device, "main"), asked
 
 
@@ -41,6 +41,7 @@ def test_one_block_of_the_largest_size() -> None:
     for context in contexts:
         block.give(context)
     assert asked == [100, 300]
+    assert block._device.moves == 1, "contexts moved once: a recording made before is void"
     # All of them end in the block that is there now, each with its own size.
     assert [raw.given[-1] for raw in raws] == [(8192, 100), (8192, 300), (8192, 200)]
 

@@ -21,6 +21,7 @@ from dash_export.names import new_names
 from dash_export.runtime.device.base import Decision, Event, Graph, Recording, Stream
 from dash_export.runtime.device.blocks import Block
 from dash_export.runtime.device.engines import DeviceCache, DeviceEngines
+from dash_export.runtime.device.ranges import named
 from dash_export.runtime.device.step import ALWAYS_RUN, DeviceStep, Part
 from dash_export.runtime.rules import Rule
 
@@ -58,8 +59,10 @@ class GraphStep(DeviceStep):
         limits = self._limits.host
         limits["limit"][:] = rule.limits
         limits["ceiling"][:] = np.array(rule.ceilings) - self._always
-        self._graph.launch(self.main)
-        self.main.synchronize()
+        with named("graph of a step"):
+            self._graph.launch(self.main)
+        with named("end of step"):
+            self.main.synchronize()
         self._cache.length += 1
         self.actions[0] = self._taken.host["action"]
         for part in self.parts:

@@ -21,6 +21,7 @@ from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.device.base import Context, DeviceEngine, Memory
 from dash_export.runtime.device.blocks import Block, size_of
 from dash_export.runtime.device.engines import BESIDE, MAIN, POLICY, DeviceCache, DeviceEngines, SegmentEngines
+from dash_export.runtime.device.ranges import named
 from dash_export.runtime.rules import Rule
 
 ALWAYS_RUN = -1
@@ -224,12 +225,15 @@ class DeviceStep:
 
     def _end(self) -> None:
         self.main.download(self.logits, self._results.memory["logits"])
-        self.main.synchronize()
+        with named("end of step"):
+            self.main.synchronize()
         self._cache.length += self.sequence
 
     def _launch(self, part: Part, kind: str) -> None:
         """Enqueue a segment or its skip graph, and the cache writes that its engine leaves to the runtime."""
-        self.main.run(part.context(kind))
+        context = part.context(kind)
+        with named(context.name):
+            self.main.run(context)
         start = self._cache.length * self.engines.model.head_dim * self._item
         for layer in part.engines.segment.layers if part.rows else ():
             for name, cache in zip(new_names(layer), (self._cache.keys[layer], self._cache.values[layer]), strict=True):
@@ -257,7 +261,8 @@ class DeviceStep:
         history = str(following.layer - 1)
         if "actions" in following.engines.policy.inputs():  # type: ignore[union-attr]
             self.policy.upload(self._history.memory[history], self._history.host[history])
-        self.policy.run(context)
+        with named(context.name):
+            self.policy.run(context)
         name = f"damage {following.layer}"
         self.policy.download(self._results.host[name], self._results.memory[name])
         self.policy.record(following.decided)
@@ -265,7 +270,8 @@ class DeviceStep:
     def _decision(self, part: Part) -> npt.NDArray[np.float32]:
         """Damage [sequence] of skipping a gated part: the one thing the host waits for."""
         assert part.decided is not None
-        part.decided.wait()
+        with named(f"decide {part.engines.segment.name}"):
+            part.decided.wait()
         self.damage[part.layer] = self._results.host[f"damage {part.layer}"][0]
         found: npt.NDArray[np.float32] = self.damage[part.layer]
         return found

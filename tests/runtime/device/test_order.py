@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
 from dash_export.names import past_names, present_names
+from dash_export.runtime.device import ranges
 from dash_export.runtime.device.base import Context
 from dash_export.runtime.device.engines import MAIN, POLICY, DeviceEngines
 from dash_export.runtime.device.step import DeviceStep, Part
@@ -86,6 +88,33 @@ def test_sound(simulated: MakeSimulated, host: DashRuntime) -> None:
         check_scratch(made.device.ran)
         check_aliases(decode_step(made))
         assert not differs(made, host)
+
+
+def test_ranges_have_names(simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a timeline shows of one token: every launch and every wait, none inside another."""
+    open_, seen = [], []
+
+    class Annotation:
+        def __init__(self, name: str, domain: str) -> None:
+            assert domain == "dash-export"
+            self.name = name
+
+        def __enter__(self) -> None:
+            assert not open_
+            open_.append(self.name)
+            seen.append(self.name)
+
+        def __exit__(self, *_: object) -> None:
+            open_.pop()
+
+    monkeypatch.setattr(ranges, "_nvtx", SimpleNamespace(annotate=Annotation))
+    made = simulated("trt10")
+    log = one_token(made, host)
+    ran = [of for _, what, of in log if what == "run"]
+    ours = seen[-(len(ran) + len(GATED) + 1) :]
+    assert [name for name in ours if not name.startswith(("decide", "end"))] == ran
+    assert [name for name in ours if name.startswith("decide")] == [f"decide layer_{layer:02d}" for layer in GATED]
+    assert ours[-1] == "end of step"
 
 
 def test_nothing_is_waited_for_without_a_policy(simulated: MakeSimulated) -> None:

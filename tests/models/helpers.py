@@ -122,12 +122,14 @@ def write_gguf(
     model: Any,
     *,
     pre: str = "smollm",
-    quantize: bool = False,
+    quantize: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     extra_tensors: Mapping[str, np.ndarray] | None = None,
     remove: tuple[str, ...] = (),
 ) -> None:
-    """Write a transformers model as GGUF, as llama.cpp's converter would. `metadata` adds or replaces keys."""
+    """Write a transformers model as GGUF, as llama.cpp's converter would. `metadata` adds or replaces keys; `quantize`
+    is the type of the matrices.
+    """
     config = model.config
     family = config.model_type
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -183,8 +185,8 @@ def write_gguf(
         if family == "llama" and ".k_proj." in name:
             array = permuted(array, config.num_key_value_heads)
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if quantize and array.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
+        if quantize is not None and array.ndim == 2:
+            kind = gguf.GGMLQuantizationType[quantize]
             writer.add_tensor(stored, gguf.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(stored, np.ascontiguousarray(array))

@@ -31,17 +31,9 @@ PROMPT = 512
 @click.option("--rounds", default=8, show_default=True)
 @click.option("--copies", default=3, show_default=True, help="Times that every variant is loaded.")
 def main(bundle: Path, target: str, rounds: int, copies: int) -> None:
-    """512 tokens at once, interleaved; then prompts up to the model's context, in the recipe's chunks."""
+    """Prompts up to the model's context, in the recipe's chunks; then 512 tokens at once, interleaved."""
     runtime = DashRuntime.load(bundle, target, dispatch="plain", verify=False)
     ids = np.resize(runtime.text.encode(TEXT.read_text(encoding="utf-8")), runtime.engines.model.max_positions)
-    ratios, times = [], []
-    for copy in range(copies):
-        own = runtime if copy == 0 else DashRuntime.load(bundle, target, dispatch="plain", verify=False)
-        runs = [_prompt(own.engines, ids), _prompt(whole_model(own.bundle, target, backend(0)), ids)]
-        layers, whole = interleaved(runs, rounds, block=1, settle=1)
-        ratios.append(paired_ratio(layers, whole))
-        times.append(median(layers))
-    rate, ratio = PROMPT / median(times), median(ratios)
     table = Table("tokens", "seconds", "tokens/s", "KV cache MB", "peak memory MB", title=f"{bundle.name}, {target}")
     long = []
     for length in (PROMPT, 1024, 2048, 4096, len(ids) - 1):
@@ -58,6 +50,14 @@ def main(bundle: Path, target: str, rounds: int, copies: int) -> None:
         }
         long.append(row)
         table.add_row(*(str(value) for value in row.values()))
+    ratios, times = [], []
+    for copy in range(copies):
+        own = runtime if copy == 0 else DashRuntime.load(bundle, target, dispatch="plain", verify=False)
+        runs = [_prompt(own.engines, ids), _prompt(whole_model(own.bundle, target, backend(0)), ids)]
+        layers, whole = interleaved(runs, rounds, block=1, settle=1)
+        ratios.append(paired_ratio(layers, whole))
+        times.append(median(layers))
+    rate, ratio = PROMPT / median(times), median(ratios)
     Console().print(table)
     spread = f"{min(ratios):.3f} to {max(ratios):.3f} over {copies} copies"
     print(f"{PROMPT} tokens: {rate:.0f} tokens/s; an engine per layer takes {ratio:.3f} of one graph's time ({spread})")

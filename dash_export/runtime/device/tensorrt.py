@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ class TensorRTEngine:
         self._device, self._path, self._scratch = device, path, scratch
         self._engine: Any = None
         self._names: dict[bool, list[str]] = {True: [], False: []}
+        # Per profile, what dropped contexts leave: a prompt of another length binds one anew instead of making one.
+        self._free: defaultdict[int, list[Any]] = defaultdict(list)
 
     def loaded(self) -> Any:
         """Raises BackendError when TensorRT refuses the file."""
@@ -117,13 +120,8 @@ class TensorRTEngine:
     def context(
         self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]
     ) -> TensorRTContext:
-        engine, trt = self.loaded(), self._device.trt
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise BackendError(f"{self._path.name}: TensorRT made no context (out of device memory?).")
-        stream = self._device.stream(self._scratch.stream)
-        if profile and not context.set_optimization_profile_async(profile, stream.handle):
-            raise BackendError(f"{self._path.name} has no profile {profile}: build it again.")
+        engine, free = self.loaded(), self._free[profile]
+        context = free.pop() if free else self._new_context(profile)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise BackendError(f"{self._path.name} does not take {name} {list(shape)}: build it again.")
@@ -132,8 +130,19 @@ class TensorRTEngine:
                 raise BackendError(f"{self._path.name} has no tensor {name}: build it again.")
         nbytes = int(engine.get_device_memory_size_for_profile_v2(profile))
         made = TensorRTContext(self._path.stem, self._scratch.stream, context, memory, nbytes)
+        weakref.finalize(made, free.append, context).atexit = False
         self._scratch.give(made)
         return made
+
+    def _new_context(self, profile: int) -> Any:
+        strategy = self._device.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self.loaded().create_execution_context(strategy)
+        if context is None:
+            raise BackendError(f"{self._path.name}: TensorRT made no context (out of device memory?).")
+        stream = self._device.stream(self._scratch.stream)
+        if profile and not context.set_optimization_profile_async(profile, stream.handle):
+            raise BackendError(f"{self._path.name} has no profile {profile}: build it again.")
+        return context
 
 
 class TensorRTContext:

@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from dash_export.commands.common import choose_target
+from dash_export.commands.run_asking import MAX_TOKENS, Asking
 from dash_export.commands.run_batch import answer_all, read_prompts
 from dash_export.commands.setting import setting_options
 from dash_export.decision import Setting
@@ -21,32 +22,9 @@ from dash_export.errors import RequestError
 from dash_export.targets import Dispatch
 
 if TYPE_CHECKING:
-    from dash_export.runtime import DashRuntime, Response, Sampling, Session
+    from dash_export.runtime import DashRuntime, Response, Sampling
 
-MAX_TOKENS = 256
 BATCH = 8
-
-
-@dataclass(frozen=True)
-class Asking:
-    """How every prompt of this call is answered. `max_tokens` None: 256, or what the context has left."""
-
-    session: Session
-    sampling: Sampling
-    max_tokens: int | None
-    system: str | None = None
-
-    def messages(self, prompt: str) -> list[dict[str, str]]:
-        """A conversation's beginning."""
-        system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return [*system, {"role": "user", "content": prompt}]
-
-    def room(self, prompt_tokens: int) -> int:
-        """How many tokens to ask for. What does not fit at all is left to the library to refuse."""
-        if self.max_tokens is not None:
-            return self.max_tokens
-        free = self.session.engines.model.max_positions - prompt_tokens
-        return max(1, min(MAX_TOKENS, free))
 
 
 @click.command("run")

@@ -14,7 +14,7 @@ from dash_export.commands.run_output import Shading, answer_console, figures, is
 from dash_export.errors import DashError
 
 if TYPE_CHECKING:
-    from dash_export.commands.run import Asking
+    from dash_export.commands.run_asking import Asking
     from dash_export.runtime import Session
 
 HINT = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."

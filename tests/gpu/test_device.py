@@ -10,8 +10,9 @@ import pytest
 from dash_export.errors import BackendError
 from dash_export.runtime.device.base import Decision
 from dash_export.runtime.device.blocks import Block
-from dash_export.runtime.device.cuda import CudaResources, CudaStream
+from dash_export.runtime.device.cuda import CudaStream
 from dash_export.runtime.device.cuda_graph import IF, IF_ELSE, CudaRecording
+from dash_export.runtime.device.cuda_resources import CudaResources
 
 pytestmark = pytest.mark.gpu
 

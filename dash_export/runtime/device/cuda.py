@@ -4,22 +4,14 @@ for the legacy default stream.
 
 from __future__ import annotations
 
-import ctypes
 import weakref
-from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import BackendError
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
-from dash_export.runtime.device.base import Bytes
-from dash_export.runtime.device.blocks import aligned
-
-if TYPE_CHECKING:
-    from dash_export.runtime.device.cuda_graph import CudaGraph, CudaGraphs, CudaRecording
 
 INSTALL = "pip install 'cuda-bindings>=12.6,<13' (CUDA 12, JetPack 6) or cuda-bindings (CUDA 13)"
 
@@ -132,56 +124,3 @@ class CudaStream:
 
     def synchronize(self) -> None:
         self._cuda(self._cuda.rt.cudaStreamSynchronize(self._stream), f" on the stream {self.name}")
-
-
-class CudaResources:
-    """What every backend on CUDA has in common: streams by name, events, device and pinned memory."""
-
-    def __init__(self) -> None:
-        self.cuda = Cuda()
-        self.name = f"{self.cuda.device.name} (compute capability {self.cuda.device.capability})"
-        self.moves = 0
-        self._streams: dict[str, CudaStream] = {}
-        self._graphs: CudaGraphs | None = None
-
-    def graph_obstacle(self) -> str | None:
-        from dash_export.runtime.device.cuda_graph import CudaGraphs
-
-        try:
-            self._graphs = self._graphs or CudaGraphs(self.cuda)
-        except BackendError as error:
-            return str(error)
-        return None
-
-    def record(self, stream: CudaStream, step: Callable[[CudaRecording], None]) -> CudaGraph:
-        obstacle = self.graph_obstacle()
-        if self._graphs is None:
-            raise BackendError(str(obstacle))
-        return self._graphs.record(stream, step)
-
-    def stream(self, name: str) -> CudaStream:
-        if name not in self._streams:
-            self._streams[name] = CudaStream(self.cuda, name)
-        return self._streams[name]
-
-    def event(self, name: str) -> CudaEvent:
-        return CudaEvent(self.cuda, name)
-
-    def memory(self, nbytes: int) -> CudaMemory:
-        size = aligned(max(nbytes, 1))
-        memory = CudaMemory(self.cuda.allocate(size), nbytes)
-        weakref.finalize(memory, self.cuda.rt.cudaFree, memory.address)
-        setup = self.stream("setup")
-        setup.clear(memory)
-        setup.synchronize()
-        return memory
-
-    def pinned(self, nbytes: int) -> Bytes:
-        rt = self.cuda.rt
-        address = int(self.cuda(rt.cudaHostAlloc(max(nbytes, 1), rt.cudaHostAllocDefault)))
-        buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        array: Bytes = np.ctypeslib.as_array(buffer)
-        array[:] = 0
-        # Views keep the ctypes object alive, and with it the memory.
-        weakref.finalize(buffer, rt.cudaFreeHost, address)
-        return array

@@ -14,7 +14,8 @@ import onnxruntime as ort
 
 from dash_export.bundle import Build
 from dash_export.errors import BackendError
-from dash_export.runtime.device.cuda import CudaMemory, CudaResources
+from dash_export.runtime.device.cuda import CudaMemory
+from dash_export.runtime.device.cuda_resources import CudaResources
 
 PROVIDER = "CUDAExecutionProvider"
 # ONNX element type (TensorProto.DataType) and numpy type of ONNX Runtime's type names. numpy has no bfloat16.

@@ -15,7 +15,8 @@ import numpy as np
 
 from dash_export.bundle import Build
 from dash_export.errors import BackendError
-from dash_export.runtime.device.cuda import CudaMemory, CudaResources
+from dash_export.runtime.device.cuda import CudaMemory
+from dash_export.runtime.device.cuda_resources import CudaResources
 
 BACKEND = "tensorrt"
 

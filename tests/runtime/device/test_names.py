@@ -12,7 +12,7 @@ import pytest
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import BACKENDS, load_backend
 from dash_export.runtime.cuda_devices import cuda_devices
-from dash_export.runtime.device import cuda, cuda_graph, tensorrt
+from dash_export.runtime.device import cuda, cuda_graph, cuda_resources, tensorrt
 from dash_export.runtime.device.cuda_graph import KERNELS, compile_kernels
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX bindings: pip install 'dash-export[rtx]'")
@@ -50,7 +50,7 @@ def used(module: Any) -> set[tuple[str, str]]:
     return found - {("engine", "context"), ("context", "enqueue"), ("engine", "dtype")}
 
 
-USED = sorted(used(cuda) | used(cuda_graph) | used(tensorrt))
+USED = sorted(used(cuda) | used(cuda_resources) | used(cuda_graph) | used(tensorrt))
 
 
 def test_the_reader_sees_the_calls() -> None:
@@ -66,7 +66,7 @@ def test_every_name_is_in_the_installed_bindings(variable: str, chain: str) -> N
         held = getattr(held, name)
 
 
-@pytest.mark.parametrize(("module", "least"), [(cuda, 12), (cuda_graph, 15)])
+@pytest.mark.parametrize(("module", "least"), [(cuda, 10), (cuda_resources, 1), (cuda_graph, 15)])
 def test_calls_have_as_many_arguments_as_the_bindings_take(module: Any, least: int) -> None:
     """cuda-bindings are compiled; the first line of a docstring is the signature."""
     checked = 0

@@ -91,12 +91,11 @@ def command(
         converse(asking, show_skips, prompt)
         return
     if many:
-        encoded = [_encode(asking, each, templated) for each in many]
         answer_all(
             runtime.batch_with(setting, batch or BATCH),
             many,
-            encoded,
-            asking.room(max(map(len, encoded))),
+            [_encode(asking, each, templated) for each in many],
+            max_tokens,
             asking.sampling,
             _as_dict if as_json else None,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dash_export.commands.run_output import printable
-from dash_export.errors import RequestError
+from dash_export.errors import DashError, RequestError
 
 if TYPE_CHECKING:
     from dash_export.runtime import Batch, Response, Sampling
@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> list[str]:
         text = sys.stdin.read() if path == STANDARD_INPUT else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read as UTF-8 text ({error}): give one prompt per line.") from error
-    prompts = [line for line in text.splitlines() if line.strip()]
+    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise RequestError(f"{path} has no prompt: give one per line.")
     return prompts
@@ -36,11 +36,18 @@ def answer_all(
     batch: Batch,
     prompts: list[str],
     encoded: list[list[int]],
-    max_tokens: int,
+    max_tokens: int | None,
     sampling: Sampling,
     as_json: Callable[[list[Response]], dict[str, object]] | None,
 ) -> None:
-    """Print every answer when it is whole, as text or as one JSON line; the figures of all go to stderr."""
+    """Print every answer when it is whole, as text or as one JSON line; the figures of all go to stderr. A prompt that
+    cannot be answered is refused before any is begun.
+    """
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        try:
+            batch.checked(ids, max_tokens)
+        except DashError as error:
+            raise RequestError(f"The prompt {prompt[:40]!r} cannot be answered. {error}") from error
     began = time.perf_counter()
     count = 0
     parts: dict[int, list[Response]] = {}

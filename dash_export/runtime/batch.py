@@ -22,6 +22,10 @@ from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.turn import Turn
 
+Prompt = str | Sequence[int] | TokenIds
+MAX_TOKENS = 256
+_END = object()
+
 
 @dataclass
 class Row:
@@ -37,7 +41,7 @@ class Row:
 @dataclass
 class Batch:
     """Made by `DashRuntime.batch()`: at most `size` sequences at a time; the next prompt takes the place of one that
-    ended. It belongs to one thread.
+    ended. It belongs to one thread and serves one stream at a time.
 
     Prompts are prefilled one by one, in `prompts`, a session that keeps the last one: what the next has in common with
     it (a system prompt) is not computed again.
@@ -52,34 +56,68 @@ class Batch:
     def __post_init__(self) -> None:
         self._cache = self.engines.cache(self.prompts.kv_step, self.size)
         self._steps: dict[int, BoundStep] = {}
+        self._cancelled: set[int] = set()
+        self._stream_now: object = None
 
     @property
     def cache_bytes(self) -> int:
         return self._cache.nbytes + self.prompts.cache_bytes
 
+    def cancel(self, index: int) -> None:
+        """End the answer to that prompt with its next token; safe to call from another thread."""
+        self._cancelled.add(index)
+
+    def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
+        """A prompt's token ids. Raises RequestError where it is none, and ContextLengthError where it and `max_tokens`
+        do not fit the context.
+        """
+        text, limit = self.prompts.text, self.engines.model.max_positions
+        ids = self.prompts.checked_ids(text.encode(prompt) if isinstance(prompt, str) else prompt)
+        more = 1 if max_tokens is None else max_tokens
+        if more < 1:
+            raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
+        if len(ids) + more > limit:
+            raise ContextLengthError(
+                f"The context does not hold this: {len(ids)} prompt tokens and {more} new ones, but the model has "
+                f"{limit} positions. Shorten the prompt or ask for fewer tokens."
+            )
+        return ids
+
     def stream(
         self,
-        prompts: Iterable[str | Sequence[int] | TokenIds],
-        max_tokens: int = 256,
+        prompts: Iterable[Prompt | None],
+        max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
     ) -> Iterator[tuple[int, Response]]:
-        """(index of the prompt, its next response), as they come. Prompts are taken one at a time when there is room,
-        so they may be a generator that waits for work.
+        """(index of the prompt, its next response), as they come.
 
-        Raises RequestError for an empty prompt and ContextLengthError for one that does not fit, when its turn comes.
+        `prompts` is asked whenever there is room, so it may be a generator that takes them from somewhere. While it
+        waits the sequences under way wait too: let it yield None when nothing has come (when none is under way it is
+        asked again at once). `max_tokens` None: 256, or what the context has left. Raises what `checked` raises when a
+        prompt's turn comes, and RequestError in a stream that goes on after another one of this batch has begun.
         """
-        if max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
-        return self._stream(prompts, max_tokens, sampling or Sampling())
+        this = self._stream_now = object()
+        self._cancelled.clear()
+        for item in self._stream(prompts, max_tokens, sampling or Sampling()):
+            yield item
+            if self._stream_now is not this:
+                raise RequestError("Another stream of this batch has begun: make a batch for each.")
 
     def _stream(
-        self, prompts: Iterable[str | Sequence[int] | TokenIds], max_tokens: int, sampling: Sampling
+        self, prompts: Iterable[Prompt | None], max_tokens: int | None, sampling: Sampling
     ) -> Iterator[tuple[int, Response]]:
-        waiting = enumerate(prompts)
+        waiting = iter(prompts)
+        index = 0
         rows: list[Row] = []
         while True:
-            while len(rows) < self.size and (following := next(waiting, None)) is not None:
-                row, response = self._admitted(*following, max_tokens, sampling, len(rows))
+            while len(rows) < self.size:
+                following = next(waiting, _END)
+                if following is None and not rows:
+                    continue
+                if following is None or following is _END:
+                    break
+                row, response = self._admitted(index, following, max_tokens, sampling, len(rows))  # type: ignore[arg-type]
+                index += 1
                 if response.finish_reason is None:
                     rows.append(row)
                 yield row.index, response
@@ -88,23 +126,19 @@ class Batch:
             yield from self._advance(rows)
 
     def _admitted(
-        self, index: int, prompt: str | Sequence[int] | TokenIds, max_tokens: int, sampling: Sampling, slot: int
+        self, index: int, prompt: Prompt, max_tokens: int | None, sampling: Sampling, slot: int
     ) -> tuple[Row, Response]:
         """Prefill a prompt and put it into row `slot` of the cache."""
-        session = self.prompts
-        ids = session.text.encode(prompt) if isinstance(prompt, str) else prompt
-        limit = session.engines.model.max_positions
-        if len(ids) + max_tokens > limit:
-            raise ContextLengthError(
-                f"Prompt {index} does not fit: {len(ids)} tokens and {max_tokens} new ones, but the model has {limit} "
-                "positions. Shorten it or ask for fewer tokens."
-            )
+        session, ids = self.prompts, self.checked(prompt, max_tokens)
+        if max_tokens is None:
+            max_tokens = min(MAX_TOKENS, self.engines.model.max_positions - len(ids))
         turn = Turn(session.text, sampling, max_tokens, len(ids))
         logits = session.restart(ids)
         self._reserve(len(ids) + min(max_tokens, session.kv_step))
         session.copy_cache(self._cache, slot)
         tokens = list(session.tokens)
-        response = turn.respond(logits, tokens, np.zeros(self.engines.model.num_layers, np.int8))
+        actions = np.zeros(self.engines.model.num_layers, np.int8)
+        response = turn.respond(logits, tokens, actions, index in self._cancelled)
         return Row(index, turn, deepcopy(session.rules), tokens, response.token), response
 
     def _advance(self, rows: list[Row]) -> Iterator[tuple[int, Response]]:
@@ -113,9 +147,7 @@ class Batch:
             row.turn.begin()
         lengths = self._cache.lengths
         self._reserve(max(lengths[: len(rows)]) + 1)
-        if len(rows) not in self._steps:
-            self._steps[len(rows)] = self.engines.step(self._cache, 1, batch=len(rows))
-        step = self._steps[len(rows)]
+        step = self._bound(len(rows))
         rules = [
             DENSE if length < DENSE_POSITIONS else row.rules.at(length, 1)
             for row, length in zip(rows, lengths, strict=False)
@@ -126,7 +158,7 @@ class Batch:
         for row, logits, actions in zip(rows, step.logits, step.actions, strict=True):
             row.rules.decoded(actions)
             row.tokens.append(row.token)
-            response = row.turn.respond(logits[0], row.tokens, actions.copy())
+            response = row.turn.respond(logits[0], row.tokens, actions.copy(), row.index in self._cancelled)
             row.token = response.token
             responses.append((row.index, response))
         for slot in reversed(range(len(rows))):
@@ -134,12 +166,21 @@ class Batch:
                 self._leave(rows, slot)
         yield from responses
 
+    def _bound(self, count: int) -> BoundStep:
+        """The step for `count` sequences. A step holds their logits, so the full one and the last other are kept."""
+        if count not in self._steps:
+            for other in [other for other in self._steps if other != self.size]:
+                del self._steps[other]
+            self._steps[count] = self.engines.step(self._cache, 1, batch=count)
+        return self._steps[count]
+
     def _leave(self, rows: list[Row], slot: int) -> None:
         """The last row takes the place of one that ended."""
         last = rows.pop()
         if slot < len(rows):
             rows[slot] = last
             self._cache.take(slot, self._cache, len(rows))
+        self._cache.lengths[len(rows)] = 0
 
     def _reserve(self, tokens: int) -> None:
         if self._cache.reserve(tokens):

@@ -50,8 +50,8 @@ class KVCache:
         shape = (len(self.lengths), self._model.num_kv_heads, self.capacity, self._model.head_dim)
         new = np.zeros(shape, np.float32)
         if old is not None:
-            filled = max(self.lengths)
-            new[:, :, :filled] = old[:, :, :filled]
+            for index, length in enumerate(self.lengths):
+                new[index, :, :length] = old[index, :, :length]
         return new
 
     def copy(self) -> KVCache:

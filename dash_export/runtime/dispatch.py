@@ -238,8 +238,9 @@ class BoundStep:
 
     def _read_scores(self, layer: int) -> None:
         if layer in self._score_bias:
-            score = self._score[layer].reshape(-1)
-            self.damage[layer] = np.logaddexp(0.0, score + np.float32(self._score_bias[layer]))
+            # In float64, as `decode` does it: a tie must not fall differently.
+            score = self._score[layer].reshape(-1).astype(np.float64)
+            self.damage[layer] = np.logaddexp(0.0, score + self._score_bias[layer])
 
     def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
         """`sequence` tokens, every layer. `ask`: the tokens' damage is wanted too."""

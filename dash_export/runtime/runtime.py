@@ -37,23 +37,23 @@ class DashRuntime:
         self.build = build
         self.recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
         has_network = bundle.manifest.policy.has_network
-        self.dispatch = dispatch or (self.recipe.runtime.dispatch if has_network else "plain")
-        if self.dispatch not in DISPATCH_MODES:
-            raise PolicyError(f"There is no dispatch mode {self.dispatch!r}. Known: {', '.join(DISPATCH_MODES)}.")
-        if self.dispatch != "plain" and not has_network:
+        dispatch = dispatch or (self.recipe.runtime.dispatch if has_network else "plain")
+        if dispatch not in DISPATCH_MODES:
+            raise PolicyError(f"There is no dispatch mode {dispatch!r}. Known: {', '.join(DISPATCH_MODES)}.")
+        if dispatch != "plain" and not has_network:
             raise PolicyError(
-                f"Dispatch {self.dispatch!r} needs a token policy, and this bundle has none. Export it with --policy."
+                f"Dispatch {dispatch!r} needs a token policy, and this bundle has none. Export it with --policy."
             )
         on_device = self.recipe.engine is not None
-        if self.dispatch == "fused" and (on_device or self.recipe.dialect == "portable"):
+        if dispatch == "fused" and (on_device or self.recipe.dialect == "portable"):
             raise PolicyError(
                 f"The target {build.target!r} has no fused policies: use dispatch "
                 f"{'overlapped' if on_device else 'sync'!r} or 'plain'."
             )
-        if self.dispatch in BESIDE and not on_device:
-            raise PolicyError(f"Dispatch {self.dispatch!r} needs the streams of a GPU target: use 'fused' or 'sync'.")
+        if dispatch in BESIDE and not on_device:
+            raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: use 'fused' or 'sync'.")
         self.text = Text(bundle.root)
-        self.engines = engines(bundle, build, backend, self.recipe, self.dispatch)
+        self.engines = engines(bundle, build, backend, self.recipe, dispatch)
 
     @classmethod
     def load(
@@ -81,6 +81,11 @@ class DashRuntime:
         recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
         backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
         return cls(opened, build, backend, dispatch)
+
+    @property
+    def dispatch(self) -> str:
+        """The mode that runs: `overlapped` where `device` was wanted and cannot be."""
+        return self.engines.dispatch
 
     @property
     def cost(self) -> CostTable:
@@ -132,8 +137,8 @@ class DashRuntime:
         return self._batch(self.session_with(setting), size)
 
     def _batch(self, session: Session, size: int) -> Batch:
-        if size < 1:
-            raise RequestError(f"A batch holds at least one sequence, not {size}.")
+        if not isinstance(size, int) or size < 1:
+            raise RequestError(f"A batch holds a whole number of sequences, at least one, not {size!r}.")
         if not isinstance(self.engines, EngineSet):
             raise BackendError(
                 f"The engines for {self.build.target!r} take one sequence at a time: use sessions, "
@@ -155,14 +160,20 @@ class DashRuntime:
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
-        max_tokens: int = 256,
+        max_tokens: int | None = 256,
         sampling: Sampling | None = None,
         size: int = 8,
         **session: Any,
     ) -> list[Generation]:
-        """What each prompt gives, in their order; up to `size` of them are decoded together."""
-        responses: list[list[Response]] = [[] for _ in prompts]
-        for index, response in self.batch(size, **session).stream(prompts, max_tokens, sampling):
+        """What each prompt gives, in their order; up to `size` of them are decoded together. Raises what
+        `Batch.checked` raises before any is begun.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("Give a list of prompts, not one text.")
+        batch = self.batch(size, **session)
+        checked = [batch.checked(prompt, max_tokens) for prompt in prompts]
+        responses: list[list[Response]] = [[] for _ in checked]
+        for index, response in batch.stream(checked, max_tokens, sampling):
             responses[index].append(response)
         return [Generation.gathered(each) for each in responses]
 

@@ -95,7 +95,7 @@ class Session:
         Raises RequestError for an empty prompt and ContextLengthError when prompt and `max_tokens` do not fit the
         context.
         """
-        ids = np.concatenate([np.array(self._pending, np.int64), self._prompt_ids(prompt)])
+        ids = self._with_pending(self.checked_ids(prompt))
         sampling = sampling or Sampling()
         if max_tokens < 1:
             raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
@@ -147,7 +147,7 @@ class Session:
         [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too: mind the
         memory. Raises PolicyError under a held budget, which is known only token by token.
         """
-        tokens = self._prompt_ids(ids)
+        tokens = self.checked_ids(ids)
         likelihoods, greedy, taken, damages, logits = [], [], [], [], []
         for start, step in self._forced(tokens, prefix, actions):
             following = tokens[start + 1 : start + 1 + step.sequence]
@@ -170,7 +170,7 @@ class Session:
     ) -> npt.NDArray[np.float32]:
         """The logits [tokens, vocab] of `score`."""
         return np.concatenate(
-            [step.logits[0].copy() for _, step in self._forced(self._prompt_ids(ids), prefix, actions)]
+            [step.logits[0].copy() for _, step in self._forced(self.checked_ids(ids), prefix, actions)]
         )
 
     def _forced(
@@ -213,7 +213,10 @@ class Session:
 
     def decode_one(self, token: int, rule: Rule | None = None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
         """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
-        self._check_room(1, 0)
+        self._check_room(1 + len(self._pending), 0)
+        for pending in self._pending:
+            self._advance(pending)
+        self._pending = []
         logits, actions = self._advance(token, rule)
         return logits.copy(), actions
 
@@ -228,9 +231,10 @@ class Session:
 
     def prefill(self, ids: str | Sequence[int] | TokenIds) -> npt.NDArray[np.float32]:
         """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
-        tokens = self._prompt_ids(ids)
+        tokens = self._with_pending(self.checked_ids(ids))
         self._check_room(len(tokens), 0)
         logits = self._prefill(tokens, 0).copy()
+        self._pending = []
         self.tokens.extend(tokens.tolist())
         return np.asarray(logits)
 
@@ -238,8 +242,9 @@ class Session:
         """The logits [vocab] after `ids` as a conversation of its own; what the cache holds of it is not computed
         again.
         """
-        self._rewind_to(ids)
-        return self.prefill(ids[len(self.tokens) :])
+        known = self.checked_ids(ids)
+        self._rewind_to(known)
+        return self.prefill(known[len(self.tokens) :])
 
     def copy_cache(self, into: KVCache, sequence: int) -> None:
         """Copy this conversation's keys and values into one sequence of a batch's cache, in which there is room."""
@@ -280,7 +285,8 @@ class Session:
             self._steps[key] = self.engines.step(self._cache, sequence, teacher_forced)
         return self._steps[key]
 
-    def _prompt_ids(self, prompt: str | Sequence[int] | TokenIds) -> TokenIds:
+    def checked_ids(self, prompt: str | Sequence[int] | TokenIds) -> TokenIds:
+        """Token ids [n] of a prompt. Raises RequestError where it is empty or not what the model knows."""
         ids = self.text.encode(prompt, special=not self.tokens) if isinstance(prompt, str) else prompt
         array = np.asarray(ids)
         if array.size == 0:
@@ -291,6 +297,10 @@ class Session:
         if array.min() < 0 or array.max() >= vocab:
             raise RequestError(f"Token ids must be from 0 to {vocab - 1}; got {array.min()} to {array.max()}.")
         return array.astype(np.int64)
+
+    def _with_pending(self, ids: TokenIds) -> TokenIds:
+        """The last token of an answer was given out but is not in the cache: it comes before `ids`."""
+        return np.concatenate([np.array(self._pending, np.int64), ids])
 
     def _check_room(self, tokens: int, more: int) -> None:
         if tokens + more > self.context_left:

@@ -10,6 +10,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.decision import Action, decision_rule
 from dash_export.resources import resource_folder
+from dash_export.runtime.device.graph import GraphStep
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions
 
@@ -60,6 +61,17 @@ def test_modes_give_the_same_tokens(dispatch: str, gpu_runtime: LoadGpu) -> None
         )
         np.testing.assert_array_equal(one.actions, other.actions)
         np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_a_step_is_one_graph(gpu_runtime: LoadGpu) -> None:
+    """Not what `device` falls back to."""
+    runtime = gpu_runtime("device")
+    session = runtime.session("token", skipped=5)
+    session.generate(list(range(5, 25)), 8)
+    assert runtime.dispatch == "device", "see the log for what cannot be recorded here"
+    step = session._bound(1)
+    assert isinstance(step, GraphStep)
+    assert step._graph is not None
 
 
 def test_score_is_decode(gpu_runtime: LoadGpu) -> None:

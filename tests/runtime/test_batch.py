@@ -11,9 +11,9 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
-from dash_export.runtime import Generation, Sampling
+from dash_export.runtime import Batch, Generation, Sampling
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.dispatch import BoundStep, EngineSet
 from dash_export.runtime.rules import DENSE
 from tests.runtime.prompts import prompts
 from tests.runtime.test_kinds import setting_of
@@ -85,15 +85,17 @@ def test_a_first_token_may_be_the_last(tiny_runtime: LoadRuntime) -> None:
 
 def test_the_cache_grows_under_them(tiny_runtime: LoadRuntime) -> None:
     runtime = tiny_runtime()
-    batch = runtime.batch(3, trade_off=runtime.build.dial["token"][5].trade_off)
-    batch.prompts.kv_step = 16
-    batch.__post_init__()
+    trade_off = runtime.build.dial["token"][5].trade_off
+    porch = runtime.session(trade_off=trade_off)
+    porch.kv_step = 16
+    assert isinstance(runtime.engines, EngineSet)
+    batch = Batch(runtime.engines, porch, 3)
     tokens: dict[int, list[int]] = {}
     for index, response in batch.stream(PROMPTS, 40):
         tokens.setdefault(index, []).append(response.token)
     assert batch.counters.cache_growths > 1
     for index, prompt in enumerate(PROMPTS):
-        alone = runtime.generate(prompt, 40, trade_off=runtime.build.dial["token"][5].trade_off)
+        alone = runtime.generate(prompt, 40, trade_off=trade_off)
         assert tokens[index] == alone.tokens.tolist()
 
 
@@ -133,6 +135,100 @@ def test_prompts_are_taken_when_there_is_room(tiny_runtime: LoadRuntime) -> None
     assert len(list(stream)) == 5 * len(PROMPTS) - 3
 
 
+def test_a_generator_that_has_nothing_now_holds_nobody_up(tiny_runtime: LoadRuntime) -> None:
+    """It waits for the first answer before it gives the second prompt."""
+    runtime, got = tiny_runtime(), []
+
+    def arriving() -> Any:
+        yield PROMPTS[0]
+        while len(got) < 10:
+            yield None
+        yield None
+        yield PROMPTS[1]
+
+    answers: dict[int, list[int]] = {0: [], 1: []}
+    for index, response in runtime.batch(4).stream(arriving(), 12):
+        got.append(index)
+        answers[index].append(response.token)
+    assert got[:10] == [0] * 10
+    for index in answers:
+        assert answers[index] == runtime.generate(PROMPTS[index], 12).tokens.tolist()
+
+
+def test_one_stream_at_a_time(tiny_runtime: LoadRuntime) -> None:
+    """A second one takes the rows over, and the first says so instead of giving wrong tokens."""
+    runtime = tiny_runtime()
+    batch = runtime.batch(2)
+    first = batch.stream(PROMPTS[:2], 20)
+    next(first), next(first)
+    second = list(batch.stream(PROMPTS[2:4], 20))
+    with pytest.raises(RequestError, match="Another stream of this batch"):
+        next(first)
+    for index, prompt in enumerate(PROMPTS[2:4]):
+        tokens = [response.token for which, response in second if which == index]
+        assert tokens == runtime.generate(prompt, 20).tokens.tolist()
+
+
+def test_a_batch_goes_on_after_an_abandoned_stream_and_an_error(tiny_runtime: LoadRuntime) -> None:
+    runtime = tiny_runtime()
+    batch = runtime.batch(3, trade_off=runtime.build.dial["token"][5].trade_off)
+    abandoned = batch.stream(PROMPTS, 20)
+    for _ in range(7):
+        next(abandoned)
+    abandoned.close()
+    with pytest.raises(RequestError):
+        list(batch.stream([PROMPTS[0], [300]], 20))
+    tokens: dict[int, list[int]] = {}
+    for index, response in batch.stream(PROMPTS, 20):
+        tokens.setdefault(index, []).append(response.token)
+    for index, prompt in enumerate(PROMPTS):
+        alone = runtime.generate(prompt, 20, trade_off=runtime.build.dial["token"][5].trade_off)
+        assert tokens[index] == alone.tokens.tolist()
+
+
+def test_cancelling_one(tiny_runtime: LoadRuntime) -> None:
+    runtime = tiny_runtime()
+    batch = runtime.batch(3)
+    answers: dict[int, list[Any]] = {index: [] for index in range(3)}
+    for index, response in batch.stream(PROMPTS[:3], 20):
+        answers[index].append(response)
+        if index == 1 and len(answers[1]) == 5:
+            batch.cancel(1)
+    assert [len(each) for each in answers.values()] == [20, 6, 20]
+    assert answers[1][-1].finish_reason == "cancelled"
+    again = list(batch.stream(PROMPTS[1:2], 20))
+    assert len(again) == 20, "a new stream counts anew"
+
+
+@pytest.mark.parametrize("extra", [{"hold": True}, {"max_layers": 5}])
+def test_rules_that_remember_and_bound(extra: dict[str, Any], tiny_runtime: LoadRuntime) -> None:
+    runtime = tiny_runtime()
+    dial = runtime.build.dial["token"]
+    setting = {"budget": dial[len(dial) // 2].time, **extra}
+    together = runtime.generate_batch(PROMPTS, 40, size=3, **setting)
+    assert_as_alone(runtime, together, max_tokens=40, **setting)
+
+
+def test_as_many_tokens_as_there_is_room(tiny_runtime: LoadRuntime) -> None:
+    """Each prompt has its own."""
+    asked = [random_ids(440), random_ids(20), random_ids(511)]
+    together = tiny_runtime().generate_batch(asked, None, size=3)
+    assert [len(generation.tokens) for generation in together] == [72, 256, 1]
+
+
+def test_steps_that_are_kept(tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step holds the logits of all its rows: the full one stays, of the others the last."""
+    runtime = tiny_runtime()
+    plain = [runtime.generate(prompt, 30).tokens for prompt in PROMPTS]
+    monkeypatch.setattr(runtime.text, "eos_ids", frozenset(int(tokens[3 + 4 * i]) for i, tokens in enumerate(plain)))
+    batch = runtime.batch(5)
+    seen = set()
+    for _ in batch.stream(PROMPTS, 30):
+        seen |= set(batch._steps)
+        assert len(batch._steps) <= 2
+    assert len(seen) > 3
+
+
 def test_skipping_together_saves_what_all_skip(tiny_runtime: LoadRuntime) -> None:
     """A layer runs when any sequence runs it: counted in the batch's steps, not in what each sequence took."""
     runtime = tiny_runtime()
@@ -161,18 +257,34 @@ def test_statistics(tiny_runtime: LoadRuntime) -> None:
         ([], RequestError, "empty"),
         ("", RequestError, "empty"),
         ([300], RequestError, "from 0 to 299"),
-        (random_ids(500), ContextLengthError, "Prompt 1 does not fit: 500 tokens and 20 new ones"),
+        ([[1, 2]], RequestError, "one list"),
+        (7, RequestError, "one list"),
+        (random_ids(500), ContextLengthError, "500 prompt tokens and 20 new ones"),
     ],
 )
-def test_a_bad_prompt(prompt: Any, error: type[Exception], message: str, tiny_runtime: LoadRuntime) -> None:
+def test_a_bad_prompt(
+    prompt: Any,
+    error: type[Exception],
+    message: str,
+    tiny_runtime: LoadRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a list of prompts all are looked at before any is begun; of a stream each when its turn comes."""
+    runtime = tiny_runtime()
     with pytest.raises(error, match=message):
-        tiny_runtime().generate_batch([PROMPTS[0], prompt], 20, size=2)
+        list(runtime.batch(2).stream([PROMPTS[0], prompt], 20))
+    monkeypatch.setattr(Batch, "stream", lambda *_: pytest.fail("begun"))
+    with pytest.raises(error, match=message):
+        runtime.generate_batch([PROMPTS[0], prompt], 20, size=2)
 
 
 def test_bad_arguments(tiny_runtime: LoadRuntime) -> None:
     runtime = tiny_runtime()
-    with pytest.raises(RequestError, match="at least one sequence, not 0"):
-        runtime.batch(0)
+    for size in (0, -1, 2.5, "4"):
+        with pytest.raises(RequestError, match="whole number of sequences"):
+            runtime.batch(size)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="a list of prompts, not one text"):
+        runtime.generate_batch("hello")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="max_tokens"):
         runtime.generate_batch(PROMPTS, 0)
     with pytest.raises(PolicyError, match="Gated layers"):

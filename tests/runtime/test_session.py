@@ -103,6 +103,35 @@ def test_a_fork_knows_the_prompt_s_set(runtime: DashRuntime) -> None:
     assert twin.tokens
 
 
+@pytest.mark.parametrize("how", ["prefill", "decode_one"])
+def test_a_token_given_out_comes_before_what_follows(how: str, runtime: DashRuntime) -> None:
+    """The last token of an answer is not in the cache yet, whatever continues the conversation."""
+    first, more = random_ids(12, seed=1), random_ids(6, seed=2)
+    live = runtime.session()
+    made = live.generate(first, 5).tokens
+    if how == "prefill":
+        logits = live.prefill(more)
+    else:
+        for token in more:
+            logits, _ = live.decode_one(int(token))
+    whole = np.concatenate([first, made, more])
+    assert live.tokens == whole.tolist()
+    np.testing.assert_allclose(logits, runtime.session().prefill(whole), atol=1e-4)
+
+
+def test_restart_keeps_what_it_cannot_replace(runtime: DashRuntime) -> None:
+    live = runtime.session()
+    live.restart(random_ids(12))
+    with pytest.raises(RequestError, match="one list"):
+        live.restart(np.zeros((2, 3), np.int64))
+    with pytest.raises(RequestError, match="from 0 to 299"):
+        live.restart([1, 300])
+    assert len(live.tokens) == 12
+    expected = runtime.session().prefill(random_ids(12))
+    np.testing.assert_allclose(live.restart(random_ids(12)), expected, atol=1e-5)
+    assert live.counters.prefill_tokens == 13
+
+
 def test_reset(runtime: DashRuntime) -> None:
     live = runtime.session()
     live.generate(random_ids(20, seed=4), 10)

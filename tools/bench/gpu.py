@@ -49,6 +49,10 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
     if whole is not None:
         runs["one engine for all layers"] = _token(DashRuntime.load(whole, target), Setting("dense"), context)
     times = dict(zip(runs, interleaved([run for run, _ in runs.values()], rounds), strict=True))
+    if runtimes["device"].dispatch != "device":
+        for name in [name for name in runs if name.startswith("device")]:
+            del runs[name]
+        print("No row for 'device': steps cannot be recorded here, see the warning above.")
     table = Table("mode", "layers", "p50 ms", "p90", "p99", "of dense", title=f"{bundle.name}, {target}")
     base = np.median(times["plain: dense"])
     rows = {}

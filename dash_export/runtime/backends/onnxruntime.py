@@ -95,10 +95,14 @@ def _fitted(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tup
         type(size) is not int or size == given for size, given in zip(expected, shape, strict=True)
     ):
         return shape
-    fixed = prod(size for size in expected if type(size) is int)
-    if sum(type(size) is not int for size in expected) != 1 or fixed == 0 or prod(shape) % fixed:
+    rows = [index for index, size in enumerate(expected) if type(size) is not int]
+    if len(rows) != 1 or any(size != 1 for size in expected[: rows[0]]):
         return None
-    return tuple(size if type(size) is int else prod(shape) // fixed for size in expected)
+    inner = tuple(expected[rows[0] + 1 :])
+    outer = len(shape) - len(inner)
+    if outer < 1 or shape[outer:] != inner:
+        return None
+    return (1,) * rows[0] + (prod(shape[:outer]), *shape[outer:])
 
 
 class _Launch(partial[None]):

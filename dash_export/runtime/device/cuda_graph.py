@@ -62,7 +62,8 @@ def compile_kernels(capability: str) -> bytes:
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     except (ImportError, RuntimeError) as error:
         raise BackendError(
-            f"NVRTC, which compiles two small kernels, is missing or fails ({error}): pip install nvidia-cuda-nvrtc"
+            f"NVRTC, which compiles two small kernels, is missing or fails ({error}): pip install nvidia-cuda-nvrtc "
+            "(CUDA 13) or nvidia-cuda-nvrtc-cu12 (CUDA 12)"
         ) from error
     return cubin
 
@@ -105,16 +106,19 @@ class CudaGraphs:
         cuda(rt.cudaStreamBeginCapture(stream.handle, mode), " beginning to record")
         try:
             step(CudaRecording(self))
-        except BaseException:
+        except BaseException as error:
             code, graph = rt.cudaStreamEndCapture(stream.handle)
             if code == rt.cudaError_t.cudaSuccess:
                 rt.cudaGraphDestroy(graph)
+            if isinstance(error, RuntimeError):  # what the bindings raise for arguments they do not take
+                raise BackendError(f"the bindings of CUDA refuse a call: {error}") from error
             raise
         graph = cuda(rt.cudaStreamEndCapture(stream.handle), " at the end of a recording")
-        made = CudaGraph(cuda, cuda(rt.cudaGraphInstantiate(graph, 0), " making a graph of a recording"))
-        # The bodies of its conditional nodes belong to the graph: it lives as long as what was made of it.
-        weakref.finalize(made, rt.cudaGraphDestroy, graph)
-        return made
+        try:
+            return CudaGraph(cuda, graph)
+        except BackendError:
+            rt.cudaGraphDestroy(graph)
+            raise
 
     def launch(self, name: str, stream: int, blocks: int, threads: int, arguments: Sequence[tuple[Any, Any]]) -> None:
         """`arguments`: (value, ctypes type)."""
@@ -181,11 +185,13 @@ class CudaRecording:
         params.conditional.type = rt.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
         params.conditional.size = len(bodies)
         # Bindings of CUDA 12 call these forms, which know of edges with data, _v2; those of CUDA 13 have no others.
+        # A plain edge's data is all zero; CUDA 12 takes no None for it.
         add = getattr(rt, "cudaGraphAddNode_v2", rt.cudaGraphAddNode)
         follow = getattr(rt, "cudaStreamUpdateCaptureDependencies_v2", rt.cudaStreamUpdateCaptureDependencies)
-        node = cuda(add(graph, before, None, len(before), params), " adding a branch")
+        plain = [rt.cudaGraphEdgeData() for _ in before]
+        node = cuda(add(graph, before, plain, len(before), params), " adding a branch")
         flags = rt.cudaStreamUpdateCaptureDependenciesFlags.cudaStreamSetCaptureDependencies
-        cuda(follow(stream.handle, [node], None, 1, flags))
+        cuda(follow(stream.handle, [node], [rt.cudaGraphEdgeData()], 1, flags), " after a branch")
         body = self._graphs.body
         mode = rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         for made, fill in zip(params.conditional.phGraph_out[: len(bodies)], bodies, strict=True):
@@ -198,11 +204,15 @@ class CudaRecording:
 
 
 class CudaGraph:
-    """An executable graph; freed with this object."""
+    """An executable graph, and the one it was made of, which owns the bodies of its conditional nodes; freed with this
+    object.
+    """
 
-    def __init__(self, cuda: Cuda, handle: Any) -> None:
-        self._cuda, self._handle = cuda, handle
-        weakref.finalize(self, cuda.rt.cudaGraphExecDestroy, handle)
+    def __init__(self, cuda: Cuda, graph: Any) -> None:
+        self._cuda = cuda
+        self._handle = cuda(cuda.rt.cudaGraphInstantiate(graph, 0), " making a graph of a recording")
+        weakref.finalize(self, cuda.rt.cudaGraphExecDestroy, self._handle)
+        weakref.finalize(self, cuda.rt.cudaGraphDestroy, graph)
 
     def launch(self, stream: CudaStream) -> None:
         self._cuda(self._cuda.rt.cudaGraphLaunch(self._handle, stream.handle), " launching a step")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -43,13 +45,12 @@ class DeviceEngines:
         layer ahead) or `device` (the same, recorded once, decisions and all; where a device cannot, `overlapped`).
         """
         assert recipe.engine is not None
-        obstacle = device.graph_obstacle() if dispatch == "device" else None
-        if obstacle is not None:
-            logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", obstacle)
-            dispatch = "overlapped"
         self.build = build
         self.device = device
         self.dispatch = dispatch
+        obstacle = device.graph_obstacle() if dispatch == "device" else None
+        if obstacle is not None:
+            self.record_no_steps(obstacle)
         self.kernel = recipe.engine
         self.chunk = recipe.runtime.prefill_chunk
         model = bundle.manifest.model
@@ -57,6 +58,9 @@ class DeviceEngines:
         self.needs_mask = recipe.dialect == "portable"
         self.score_rows = min(recipe.engine.logit_rows, self.chunk)
         policy_stream = POLICY if dispatch in BESIDE else MAIN
+        # What another thread gave the stream while a step is recorded would become part of it, and a graph's policies
+        # are not ordered with those on the policy stream: sessions take turns, a step at a time.
+        self.turn: AbstractContextManager[object] = threading.RLock() if dispatch == "device" else nullcontext()
 
         def load(name: str, stream: str = MAIN) -> DeviceEngine:
             return device.engine(bundle.path(build.engines[name].file), stream)
@@ -75,6 +79,11 @@ class DeviceEngines:
     def dtype(self) -> np.dtype[np.generic]:
         """Of hidden states and caches."""
         return self.segments[-1].run.dtype("hidden")
+
+    def record_no_steps(self, reason: str) -> None:
+        """`device` dispatch becomes `overlapped`, for good."""
+        logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", reason)
+        self.dispatch = "overlapped"
 
     def cache(self, _step: int) -> DeviceCache:
         return DeviceCache(self)

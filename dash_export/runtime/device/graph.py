@@ -10,7 +10,6 @@ Actions known beforehand (dense, static, forced) need no decision: `DeviceStep` 
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 import numpy as np
@@ -25,11 +24,11 @@ from dash_export.runtime.device.ranges import named
 from dash_export.runtime.device.step import ALWAYS_RUN, DeviceStep, Part
 from dash_export.runtime.rules import Rule
 
-logger = logging.getLogger(__name__)
-
 
 class GraphStep(DeviceStep):
-    """Decode steps of one token under a `DecisionRule` as one graph; everything else as `DeviceStep` does it."""
+    """Decode steps of one token under a `DecisionRule` as one graph; everything else, and what cannot be recorded, as
+    `DeviceStep` does it.
+    """
 
     def __init__(self, engines: DeviceEngines, cache: DeviceCache, sequence: int) -> None:
         super().__init__(engines, cache, sequence)
@@ -45,12 +44,10 @@ class GraphStep(DeviceStep):
         self._always = np.cumsum([0, *(layer not in gated for layer in range(layers - 1))])
         self._graph: Graph | None = None
         self._recorded_at = 0
-        self._refused = False
 
-    def decode(self, token: int, rule: Rule) -> int:
-        """One token under `rule`; returns the layers it ran."""
+    def _decode(self, token: int, rule: Rule) -> int:
         if not isinstance(rule, DecisionRule) or not self._recorded():
-            return super().decode(token, rule)
+            return super()._decode(token, rule)
         assert self._graph is not None
         self.input_ids[0, 0] = token
         self._note_positions()
@@ -72,15 +69,15 @@ class GraphStep(DeviceStep):
 
     def _recorded(self) -> bool:
         """Whether there is a graph, which is made at first and when memory has moved since."""
+        if self.engines.dispatch != "device":
+            return False
         if self._graph is None or self._recorded_at != self.device.moves:
             self._graph = None
-            if not self._refused:
-                try:
-                    self._warm_up()
-                    self._graph, self._recorded_at = self.device.record(self.main, self._step), self.device.moves
-                except BackendError as error:
-                    self._refused = True
-                    logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", error)
+            self._warm_up()
+            try:
+                self._graph, self._recorded_at = self.device.record(self.main, self._step), self.device.moves
+            except BackendError as error:
+                self.engines.record_no_steps(str(error))
         return self._graph is not None
 
     def _warm_up(self) -> None:
@@ -88,12 +85,14 @@ class GraphStep(DeviceStep):
         writes to the caches is the one that the token is about to write.
         """
         self.place()
-        for part in self.parts:
-            gated = part.layer != ALWAYS_RUN
-            for kind in ("run", "skip") if gated else ("run",):
-                self.main.run(part.context(kind))
-            if gated:
-                self.policy.run(part.context("policy"))
+        # All are made before any is launched: making one may move the memory that others work in.
+        contexts = [
+            (self.policy if kind == "policy" else self.main, self.context(part, kind))
+            for part in self.parts
+            for kind in (("run", "skip", "policy") if part.layer != ALWAYS_RUN else ("run",))
+        ]
+        for stream, context in contexts:
+            stream.run(context)
         self.main.synchronize()
         self.policy.synchronize()
 
@@ -134,12 +133,12 @@ class GraphStep(DeviceStep):
         following = self.parts[part.index + 1] if part.index + 1 < len(self.parts) else None
         if following is not None and following.decided is not None:
             self.policy.wait(begun)
-            self.policy.run(following.context("policy"))
+            self.policy.run(self.context(following, "policy"))
             self.policy.record(following.decided)
 
     def _side(self, part: Part, kind: str, recording: Recording, stream: Stream) -> None:
         """A segment or its skip graph, and the cache writes that its engine leaves to the runtime."""
-        stream.run(part.context(kind))
+        stream.run(self.context(part, kind))
         width = self.engines.model.head_dim * self._item
         pitch = self._cache.capacity * width
         position = self._inputs.memory["write_indices"]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dash_export.decision import Action
 from dash_export.names import new_names, past_names, present_names
 from dash_export.runtime.backends.base import Launch
-from dash_export.runtime.device.base import Context, DeviceEngine, Memory
+from dash_export.runtime.device.base import Context, Device, DeviceEngine, Memory
 from dash_export.runtime.device.blocks import Block, size_of
 from dash_export.runtime.device.engines import BESIDE, MAIN, POLICY, DeviceCache, DeviceEngines, SegmentEngines
 from dash_export.runtime.device.ranges import named
@@ -28,31 +28,25 @@ ALWAYS_RUN = -1
 
 
 class Part:
-    """One segment bound to a step's memory; contexts are made when they are first needed."""
+    """One segment of a step. It does not know the step: without a circle between them a step that is dropped gives its
+    memory and contexts back at once.
+    """
 
-    def __init__(self, step: DeviceStep, index: int, engines: SegmentEngines) -> None:
-        self.step, self.index, self.engines = step, index, engines
+    def __init__(self, device: Device, index: int, engines: SegmentEngines, row_bytes: int) -> None:
+        self.index, self.engines = index, engines
         segment = engines.segment
         self.layer = segment.first if segment.gated else ALWAYS_RUN
         self.count = len(segment.layers)
-        self.done = step.device.event(f"done {segment.name}")
-        self.decided = step.device.event(f"decided {segment.name}") if engines.policy is not None else None
-        self._contexts: dict[str, Context] = {}
+        self.done = device.event(f"done {segment.name}")
+        self.decided = device.event(f"decided {segment.name}") if engines.policy is not None else None
+        self.contexts: dict[str, Context] = {}
         # Engines of the `trt10` dialect give the new rows of K and V; others write the cache themselves.
         self.rows = {
-            name: step.device.memory(step.row_bytes)
+            name: device.memory(row_bytes)
             for layer in segment.layers
             for name in new_names(layer)
             if name in engines.run.outputs()
         }
-
-    def context(self, kind: str) -> Context:
-        """Of `run`, `skip` or `policy`, bound to this step's memory."""
-        if kind not in self._contexts:
-            engine: DeviceEngine | None = getattr(self.engines, kind)
-            assert engine is not None
-            self._contexts[kind] = self.step.bind(self, engine, kind)
-        return self._contexts[kind]
 
 
 class DeviceStep:
@@ -68,7 +62,6 @@ class DeviceStep:
         self.main = self.device.stream(MAIN)
         self.policy = self.device.stream(POLICY) if engines.dispatch in BESIDE else self.main
         self._item = engines.dtype.itemsize
-        self.row_bytes = model.num_kv_heads * sequence * model.head_dim * self._item
         rows = sequence if teacher_forced else 1
         inputs: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
             "input_ids": ((1, sequence), np.int64),
@@ -97,14 +90,20 @@ class DeviceStep:
         self.actions = np.zeros((sequence, model.num_layers), np.int8)
         self._hidden_bytes = sequence * model.hidden_size * self._item
         self.hidden = [self.device.memory(self._hidden_bytes) for _ in range(3 if teacher_forced else 2)]
-        self.parts = [Part(self, index, item) for index, item in enumerate(engines.segments)]
+        row_bytes = model.num_kv_heads * sequence * model.head_dim * self._item
+        self.parts = [Part(self.device, index, item, row_bytes) for index, item in enumerate(engines.segments)]
 
-    def bind(self, part: Part, engine: DeviceEngine, kind: str) -> Context:
-        """A context of one of a part's engines, on this step's memory."""
-        memory = self._memory_of(part, kind)
-        names = (*engine.inputs(), *engine.outputs())
-        shapes = {name: self._shape(name) for name in engine.inputs()}
-        return engine.context(self.engines.profile(self.sequence), shapes, {name: memory[name] for name in names})
+    def context(self, part: Part, kind: str) -> Context:
+        """Of a part's `run`, `skip` or `policy`, bound to this step's memory; made when it is first needed."""
+        if kind not in part.contexts:
+            engine: DeviceEngine | None = getattr(part.engines, kind)
+            assert engine is not None
+            memory = self._memory_of(part, kind)
+            names = (*engine.inputs(), *engine.outputs())
+            shapes = {name: self._shape(name) for name in engine.inputs()}
+            profile = self.engines.profile(self.sequence)
+            part.contexts[kind] = engine.context(profile, shapes, {name: memory[name] for name in names})
+        return part.contexts[kind]
 
     def _memory_of(self, part: Part, kind: str) -> Mapping[str, Memory]:
         here, there = self.hidden[part.index % 2], self.hidden[(part.index + 1) % 2]
@@ -136,6 +135,22 @@ class DeviceStep:
 
     def decode(self, token: int, rule: Rule) -> int:
         """One token under `rule`; returns the layers it ran. Logits, damage and `actions` are this object's arrays."""
+        with self.engines.turn:
+            return self._decode(token, rule)
+
+    def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
+        """`sequence` tokens, every layer. `ask`: the tokens' damage is wanted too."""
+        with self.engines.turn:
+            self._prefill(tokens, ask)
+
+    def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
+        """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have
+        done. Where tokens differ both graphs run, and rows are copied.
+        """
+        with self.engines.turn:
+            self._teacher_force(tokens, rule, dense)
+
+    def _decode(self, token: int, rule: Rule) -> int:
         self.input_ids[0, 0] = token
         asks = self._begin(rule.asks)
         executed = 0
@@ -154,8 +169,7 @@ class DeviceStep:
         self._end()
         return executed
 
-    def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
-        """`sequence` tokens, every layer. `ask`: the tokens' damage is wanted too."""
+    def _prefill(self, tokens: npt.NDArray[np.int64], ask: bool) -> None:
         self.input_ids[0] = tokens
         asks = self._begin(ask)
         for part in self.parts:
@@ -165,10 +179,7 @@ class DeviceStep:
             self._look_ahead(part, asks)
         self._end()
 
-    def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
-        """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have
-        done. Where tokens differ both graphs run, and rows are copied.
-        """
+    def _teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
         self.input_ids[0] = tokens
         asks = self._begin(rule.asks)
         executed = np.zeros(self.sequence, np.int64)
@@ -231,7 +242,7 @@ class DeviceStep:
 
     def _launch(self, part: Part, kind: str) -> None:
         """Enqueue a segment or its skip graph, and the cache writes that its engine leaves to the runtime."""
-        context = part.context(kind)
+        context = self.context(part, kind)
         with named(context.name):
             self.main.run(context)
         start = self._cache.length * self.engines.model.head_dim * self._item
@@ -257,7 +268,7 @@ class DeviceStep:
             return
         if self.policy is not self.main:
             self.policy.wait(self.parts[part.index - 1].done)
-        context = following.context("policy")
+        context = self.context(following, "policy")
         history = str(following.layer - 1)
         if "actions" in following.engines.policy.inputs():  # type: ignore[union-attr]
             self.policy.upload(self._history.memory[history], self._history.host[history])

@@ -84,11 +84,14 @@ class SimulatedContext:
 
 @dataclass
 class Work:
-    """One entry of a stream, which may be done when `ready` says so. `again`: before a recorded one is done anew."""
+    """One entry of a stream, which may be done when `ready` says so. `again`: before a recorded one is done anew.
+    `mark`: of the recording of an event.
+    """
 
     act: Callable[[], None]
     ready: Callable[[], bool] = lambda: True
     again: Callable[[], None] = lambda: None
+    mark: Mark | None = None
 
 
 class SimulatedStream:
@@ -99,6 +102,7 @@ class SimulatedStream:
     def _add(self, what: str, of: str, work: Work) -> None:
         recording = self.device.recording
         if recording is not None:
+            assert what == "wait" or recording.joined(self.name), f"{self.name} has no place in the recording yet"
             recording.add(self.name, what, of, work)
             return
         self.device.log.append((self.name, what, of))
@@ -137,11 +141,18 @@ class SimulatedStream:
 
     def record(self, event: SimulatedEvent) -> None:
         mark = event.mark = Mark()
+        if self.device.recording is not None:
+            self.device.recording.marks.append(mark)
         passed, again = (partial(setattr, mark, "passed", value) for value in (True, False))
-        self._add("record", event.name, Work(passed, again=again))
+        self._add("record", event.name, Work(passed, again=again, mark=mark))
 
     def wait(self, event: SimulatedEvent) -> None:
         mark = event.mark or Mark(passed=True)  # as CUDA has it: nothing recorded, nothing to wait for
+        recording = self.device.recording
+        if recording is not None:
+            # cudaErrorStreamCaptureIsolation
+            assert any(mark is made for made in recording.marks), f"{event.name} was recorded elsewhere"
+            recording.waited.append(mark)
         self._add("wait", event.name, Work(lambda: None, lambda: mark.passed))
 
     def synchronize(self) -> None:
@@ -153,12 +164,24 @@ class SimulatedStream:
 
 
 class SimulatedRecording:
-    """What was recorded, per stream; `log` has it in the host's order, a branch's sides under their own names."""
+    """What was recorded, per stream; `log` has it in the host's order, a branch's sides under their own names. It
+    refuses what CUDA refuses: streams join by waiting for an event of this recording, and are waited for at the end.
+    """
 
-    def __init__(self, device: SimulatedDevice, side: str = "") -> None:
-        self._device, self._side = device, side
+    def __init__(self, device: SimulatedDevice, origin: str, side: str = "") -> None:
+        self._device, self._origin, self._side = device, origin, side
         self.works: dict[str, list[Work]] = {}
         self.log: list[Call] = []
+        self.marks: list[Mark] = []
+        self.waited: list[Mark] = []
+
+    def joined(self, stream: str) -> bool:
+        return stream == self._origin or stream in self.works
+
+    def finish(self) -> None:
+        for stream, works in self.works.items():
+            if stream != self._origin:  # cudaErrorStreamCaptureUnjoined
+                assert any(works[-1].mark is mark for mark in self.waited), f"nobody waits for the end of {stream}"
 
     def add(self, stream: str, what: str, of: str, work: Work) -> None:
         self.works.setdefault(stream, []).append(work)
@@ -194,7 +217,7 @@ class SimulatedRecording:
     ) -> None:
         sides = []
         for name, fill in (("run side", run), ("skip side", skip)):
-            side = self._device.recording = SimulatedRecording(self._device, name)
+            side = self._device.recording = SimulatedRecording(self._device, "body", name)
             fill(SimulatedStream(self._device, "body"))
             self._device.recording = self
             self.log += side.log
@@ -294,12 +317,13 @@ class SimulatedDevice:
 
     def record(
         self,
-        stream: SimulatedStream,  # noqa: ARG002
+        stream: SimulatedStream,
         step: Callable[[SimulatedRecording], None],
     ) -> SimulatedGraph:
-        self.recording = recording = SimulatedRecording(self)
+        self.recording = recording = SimulatedRecording(self, stream.name)
         try:
             step(recording)
+            recording.finish()
         finally:
             self.recording = None
         self.recorded.append(recording)

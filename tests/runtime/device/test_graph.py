@@ -5,6 +5,7 @@ these tests are there to see.
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -100,6 +101,11 @@ def check_recording(log: list[Call]) -> None:
     assert not [call for call in log if call[0] == "host"]
 
 
+def check_one_token(made: Simulated, host: DashRuntime) -> None:
+    one_token(made, host)
+    check_recording(made.device.recorded[-1].log)
+
+
 def check_sides(step: GraphStep) -> None:
     """Both sides of a branch write one buffer, and not the one they read."""
     for part in step.parts:
@@ -141,12 +147,30 @@ def test_recorded_again_when_memory_moved(simulated: MakeSimulated, host: DashRu
     assert len(made.device.recorded) == 2
 
 
+def test_sessions_in_threads_take_turns(simulated: MakeSimulated, host: DashRuntime) -> None:
+    """What one thread enqueued while another records would become part of the recording."""
+    made, rule = simulated("trt10", "device"), rule_of(host)
+    expected = [host.session_under(rule).generate(IDS[:length].tolist(), 20).tokens for length in (10, 17)]
+    found: dict[int, np.ndarray] = {}
+
+    def work(which: int, length: int) -> None:
+        found[which] = made.runtime.session_under(rule).generate(IDS[:length].tolist(), 20).tokens
+
+    threads = [threading.Thread(target=work, args=(which, length)) for which, length in enumerate((10, 17))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for which, tokens in enumerate(expected):
+        np.testing.assert_array_equal(found[which], tokens)
+
+
 def test_where_nothing_can_be_recorded(
     simulated: MakeSimulated, host: DashRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line that says why, and `overlapped`."""
     made = simulated("trt10", "device", obstacle="it is too old")
-    assert made.runtime.engines.dispatch == "overlapped"  # type: ignore[union-attr]
+    assert made.runtime.dispatch == "overlapped"
     assert [record.message for record in caplog.records] == [
         "dispatch 'device' is not possible here (it is too old): this is 'overlapped'"
     ]
@@ -163,8 +187,10 @@ def test_a_step_that_cannot_be_recorded(
     made = simulated("trt10", "device")
     with caplog.at_level(logging.WARNING):
         assert not differs(made, host)
-    assert len(caplog.records) == 1
+        assert not differs(made, host)
+    assert len(caplog.records) == 1, "once, not in every session"
     assert "an engine waits for its stream" in caplog.text
+    assert made.runtime.dispatch == "overlapped"
 
 
 def test_a_cpu_has_no_such_dispatch(host: DashRuntime) -> None:
@@ -184,7 +210,7 @@ class TestMistakes:
             sound(step, part, kind, recording, stream)
             following = step.parts[part.index + 1] if part.index + 1 < len(step.parts) else None
             if kind == "run" and part.layer in GATED and following is not None and following.decided is not None:
-                stream.run(following.context("policy"))  # type: ignore[arg-type]
+                stream.run(step.context(following, "policy"))  # type: ignore[arg-type]
 
         def policy_beside(step: GraphStep, part: Part, begun: object) -> None:
             if part.layer not in GATED:
@@ -193,9 +219,8 @@ class TestMistakes:
         monkeypatch.setattr(GraphStep, "_side", side)
         monkeypatch.setattr(GraphStep, "_policy_beside", policy_beside)
         made = simulated("trt10", "device")
-        one_token(made, host)
-        with pytest.raises(AssertionError):
-            check_recording(made.device.recorded[-1].log)
+        with pytest.raises(AssertionError, match="decided layer_03 was recorded elsewhere"):
+            check_one_token(made, host)
 
     def test_a_decision_that_waits_for_no_policy(
         self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
@@ -207,7 +232,8 @@ class TestMistakes:
                 sound(stream, event)  # type: ignore[arg-type]
 
         monkeypatch.setattr(SimulatedStream, "wait", wait)
-        assert differs(simulated("trt10", "device", MAIN), host)
+        with pytest.raises(AssertionError, match="nobody waits for the end of policy"):
+            one_token(simulated("trt10", "device", MAIN), host)
 
     def test_a_policy_that_waits_for_nothing(
         self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
@@ -219,7 +245,48 @@ class TestMistakes:
                 sound(stream, event)  # type: ignore[arg-type]
 
         monkeypatch.setattr(SimulatedStream, "wait", wait)
+        with pytest.raises(AssertionError, match="policy has no place in the recording"):
+            one_token(simulated("trt10", "device", POLICY), host)
+
+    def test_a_policy_that_starts_with_the_step(
+        self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Waiting for something, but not for what made its input: a legal recording with wrong numbers."""
+        sound = GraphStep._policy_beside
+
+        def beside(step: GraphStep, part: Part, begun: object) -> None:
+            sound(step, part, step._begun[0])  # type: ignore[arg-type]
+            del begun
+
+        monkeypatch.setattr(GraphStep, "_policy_beside", beside)
         assert differs(simulated("trt10", "device", POLICY), host)
+
+    def test_a_policy_that_nobody_waits_for(
+        self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """CUDA refuses a recording that leaves a stream behind."""
+        sound = GraphStep._step
+
+        def step(each: GraphStep, recording: Recording) -> None:
+            sound(each, recording)
+            each.policy.run(each.context(each.parts[2], "policy"))
+
+        monkeypatch.setattr(GraphStep, "_step", step)
+        with pytest.raises(AssertionError, match="nobody waits for the end of policy"):
+            one_token(simulated("trt10", "device"), host)
+
+    def test_an_event_from_outside(
+        self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sound = GraphStep._step
+
+        def step(each: GraphStep, recording: Recording) -> None:
+            each.main.wait(each.parts[0].done)
+            sound(each, recording)
+
+        monkeypatch.setattr(GraphStep, "_step", step)
+        with pytest.raises(AssertionError, match="was recorded elsewhere"):
+            one_token(simulated("trt10", "device"), host)
 
     def test_rows_written_where_the_first_token_was(
         self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch

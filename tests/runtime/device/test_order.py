@@ -216,11 +216,11 @@ def test_skip_graph_writes_over_what_the_layer_reads(
     simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One hidden state buffer instead of two."""
-    sound: Callable[..., Context] = DeviceStep.bind
+    sound: Callable[..., Context] = DeviceStep.context
 
-    def single(step: DeviceStep, part: Part, engine: object, kind: str) -> Context:
+    def single(step: DeviceStep, part: Part, kind: str) -> Context:
         step.hidden[1] = step.hidden[0]
-        return sound(step, part, engine, kind)
+        return sound(step, part, kind)
 
-    monkeypatch.setattr(DeviceStep, "bind", single)
+    monkeypatch.setattr(DeviceStep, "context", single)
     assert differs(simulated(), host)

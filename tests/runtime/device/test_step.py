@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -76,6 +79,25 @@ def test_a_fork_has_memory_of_its_own(dialect: str, simulated: MakeSimulated, ho
     expected = [host.generate(np.concatenate([IDS[:20], ids]), 9).tokens for ids in (IDS[20:30], IDS[40:50])]
     for session, ids, tokens in zip((live, twin), (IDS[20:30], IDS[40:50]), expected, strict=True):
         np.testing.assert_array_equal(session.generate(ids, 9).tokens, tokens)
+
+
+@pytest.mark.parametrize("dispatch", ["overlapped", "device"])
+def test_a_dropped_step_gives_back_its_contexts(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
+    """At once, not when Python looks for circles: nothing tells it how much of a device's memory they hold."""
+    made = simulated("trt10", dispatch)
+    session = made.runtime.session_under(rule_of(host))
+    session.generate(IDS[:12].tolist(), 3)
+    gc.collect()
+    gc.disable()
+    try:
+        step = session._bound(7)
+        context = weakref.ref(step.context(step.parts[3], "run"))  # type: ignore[attr-defined]
+        del step
+        session.prefill(IDS[12:20])
+        made.device.ran.clear()
+        assert context() is None
+    finally:
+        gc.enable()
 
 
 def test_a_device_takes_one_sequence(simulated: MakeSimulated) -> None:

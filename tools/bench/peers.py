@@ -221,7 +221,7 @@ def _environment(peer: Peer) -> None:
     place, done = CACHE / peer.environment, CACHE / peer.environment / "installed"
     if not done.exists():
         console.print(f"installing {', '.join(peer.packages)} into {place}")
-        venv.create(place, with_pip=True)
+        venv.create(place, with_pip=True, clear=True)
         _checked([_python(peer.environment), "-m", "pip", "install", "-q", *peer.packages])
         done.touch()
 

@@ -136,9 +136,10 @@ class DeviceCache:
         if self.keys:
             twin.reserve(0)
         stream = self._engines.device.stream(MAIN)
-        for into, source in zip((*twin.keys, *twin.values), (*self.keys, *self.values), strict=True):
-            stream.copy(into, source)
-        stream.synchronize()
+        with self._engines.turn:
+            for into, source in zip((*twin.keys, *twin.values), (*self.keys, *self.values), strict=True):
+                stream.copy(into, source)
+            stream.synchronize()
         return twin
 
     @property

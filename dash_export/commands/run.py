@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from dash_export.commands.common import choose_target
-from dash_export.commands.run_asking import MAX_TOKENS, Asking
+from dash_export.commands.run_asking import Asking
 from dash_export.commands.run_batch import answer_all, read_prompts
 from dash_export.commands.setting import setting_options
 from dash_export.decision import Setting
@@ -47,9 +47,7 @@ BATCH = 8
     help="How the policy is evaluated; the target's choice by default.",
 )
 @click.option("--threads", type=click.IntRange(0, 1024), help="0: one per physical core.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), help=f"By default {MAX_TOKENS}, or what the context has left."
-)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="By default 256, or what the context has left.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="0 is off.")
 @click.option("--top-p", type=float, default=1.0, help="1 is off.")
@@ -101,7 +99,7 @@ def command(
         )
         return
     ids = _encode(asking, text, templated)
-    stream = asking.session.stream(ids, asking.room(len(ids)), asking.sampling)
+    stream = asking.session.stream(ids, asking.max_tokens, asking.sampling)
     if as_json:
         click.echo(json.dumps(_as_dict(list(stream)), ensure_ascii=False))
         return

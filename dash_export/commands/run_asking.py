@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dash_export.runtime import Sampling, Session
 
-MAX_TOKENS = 256
-
 
 @dataclass(frozen=True)
 class Asking:
-    """How every prompt of this call is answered. `max_tokens` None: 256, or what the context has left."""
+    """How every prompt of this call is answered. `max_tokens` None: what the library makes of it."""
 
     session: Session
     sampling: Sampling
@@ -24,10 +22,3 @@ class Asking:
         """A conversation's beginning."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         return [*system, {"role": "user", "content": prompt}]
-
-    def room(self, prompt_tokens: int) -> int:
-        """How many tokens to ask for. What does not fit at all is left to the library to refuse."""
-        if self.max_tokens is not None:
-            return self.max_tokens
-        free = self.session.engines.model.max_positions - prompt_tokens
-        return max(1, min(MAX_TOKENS, free))

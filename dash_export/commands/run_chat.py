@@ -78,10 +78,9 @@ class Conversation:
 
     def _answer(self, messages: list[dict[str, str]]) -> str:
         session = self._asking.session
-        room = self._asking.room(len(session.text.chat(messages)))
         pieces: list[str] = []
         with _stopping(session):
-            for response in session.chat(messages, room, self._asking.sampling):
+            for response in session.chat(messages, self._asking.max_tokens, self._asking.sampling):
                 print_piece(self._console, response, self._shading)
                 pieces.append(response.text)
         self._console.print()

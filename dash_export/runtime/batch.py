@@ -20,10 +20,9 @@ from dash_export.runtime.results import Counters, Response, TokenIds
 from dash_export.runtime.rules import DENSE, SessionRules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
-from dash_export.runtime.turn import Turn
+from dash_export.runtime.turn import MAX_TOKENS, Turn, room
 
 Prompt = str | Sequence[int] | TokenIds
-MAX_TOKENS = 256
 _END = object()
 
 
@@ -73,7 +72,7 @@ class Batch:
         """
         text, limit = self.prompts.text, self.engines.model.max_positions
         ids = self.prompts.checked_ids(text.encode(prompt) if isinstance(prompt, str) else prompt)
-        more = 1 if max_tokens is None else max_tokens
+        more = room(max_tokens, limit - len(ids))
         if more < 1:
             raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
         if len(ids) + more > limit:
@@ -130,8 +129,7 @@ class Batch:
     ) -> tuple[Row, Response]:
         """Prefill a prompt and put it into row `slot` of the cache."""
         session, ids = self.prompts, self.checked(prompt, max_tokens)
-        if max_tokens is None:
-            max_tokens = min(MAX_TOKENS, self.engines.model.max_positions - len(ids))
+        max_tokens = room(max_tokens, self.engines.model.max_positions - len(ids))
         turn = Turn(session.text, sampling, max_tokens, len(ids))
         logits = session.restart(ids)
         self._reserve(len(ids) + min(max_tokens, session.kv_step))

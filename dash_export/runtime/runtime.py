@@ -23,6 +23,7 @@ from dash_export.runtime.rules import Rule, SessionRules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
+from dash_export.runtime.turn import MAX_TOKENS
 from dash_export.targets import Dispatch, Recipe, recipe_from_dict
 
 DISPATCH_MODES = ("plain", *get_args(Dispatch))
@@ -152,7 +153,11 @@ class DashRuntime:
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     def generate(
-        self, prompt: str | Sequence[int], max_tokens: int = 256, sampling: Sampling | None = None, **session: Any
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int | None = MAX_TOKENS,
+        sampling: Sampling | None = None,
+        **session: Any,
     ) -> Generation:
         """`session(**session).generate(...)` in one call."""
         return self.session(**session).generate(prompt, max_tokens, sampling)
@@ -160,7 +165,7 @@ class DashRuntime:
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
-        max_tokens: int | None = 256,
+        max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
         size: int = 8,
         **session: Any,
@@ -178,7 +183,11 @@ class DashRuntime:
         return [Generation.gathered(each) for each in responses]
 
     def stream(
-        self, prompt: str | Sequence[int], max_tokens: int = 256, sampling: Sampling | None = None, **session: Any
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int | None = MAX_TOKENS,
+        sampling: Sampling | None = None,
+        **session: Any,
     ) -> Iterator[Response]:
         """`session(**session).stream(...)` in one call."""
         return self.session(**session).stream(prompt, max_tokens, sampling)
@@ -186,7 +195,7 @@ class DashRuntime:
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
-        max_tokens: int = 256,
+        max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
         **session: Any,
     ) -> Iterator[Response]:

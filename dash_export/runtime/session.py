@@ -19,7 +19,7 @@ from dash_export.runtime.results import Counters, Generation, Response, Score, T
 from dash_export.runtime.rules import DENSE, ForcedRule, Rule, SessionRules
 from dash_export.runtime.sampling import Logits, Sampling
 from dash_export.runtime.text import Text
-from dash_export.runtime.turn import Turn
+from dash_export.runtime.turn import MAX_TOKENS, Turn, room
 
 
 @dataclass
@@ -72,7 +72,10 @@ class Session:
         return twin
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], max_tokens: int = 256, sampling: Sampling | None = None
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_tokens: int | None = MAX_TOKENS,
+        sampling: Sampling | None = None,
     ) -> Iterator[Response]:
         """Answer a conversation given as messages {role, content}. What the cache already holds of it is not computed
         again.
@@ -82,21 +85,29 @@ class Session:
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
 
     def generate(
-        self, prompt: str | Sequence[int] | TokenIds, max_tokens: int = 256, sampling: Sampling | None = None
+        self,
+        prompt: str | Sequence[int] | TokenIds,
+        max_tokens: int | None = MAX_TOKENS,
+        sampling: Sampling | None = None,
     ) -> Generation:
         """`stream` to its end. `prompt` is text or token ids."""
         return Generation.gathered(list(self.stream(prompt, max_tokens, sampling)))
 
     def stream(
-        self, prompt: str | Sequence[int] | TokenIds, max_tokens: int = 256, sampling: Sampling | None = None
+        self,
+        prompt: str | Sequence[int] | TokenIds,
+        max_tokens: int | None = MAX_TOKENS,
+        sampling: Sampling | None = None,
     ) -> Iterator[Response]:
         """Prefill `prompt` densely over the cache as it is, then decode under the policy, one Response per token.
+        `max_tokens` None: as many as there is room for, 256 at most.
 
         Raises RequestError for an empty prompt and ContextLengthError when prompt and `max_tokens` do not fit the
         context.
         """
         ids = self._with_pending(self.checked_ids(prompt))
         sampling = sampling or Sampling()
+        max_tokens = room(max_tokens, self.context_left - len(ids))
         if max_tokens < 1:
             raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
         self._check_room(len(ids), max_tokens)

@@ -13,6 +13,16 @@ from dash_export.runtime.results import Response, Statistics
 from dash_export.runtime.sampling import Logits, Sampler, Sampling
 from dash_export.runtime.text import Text, TextStream
 
+MAX_TOKENS = 256
+"""How many tokens an answer has at most where nobody says it."""
+
+
+def room(max_tokens: int | None, free: int) -> int:
+    """`max_tokens`; or, for None, as many as MAX_TOKENS and the `free` positions of the context allow. What does not
+    fit at all is left to whoever checks it.
+    """
+    return max(1, min(MAX_TOKENS, free)) if max_tokens is None else max_tokens
+
 
 class Turn:
     """The sampler, the text and the figures of one answer of up to `max_tokens` tokens; its clock starts now."""

@@ -15,12 +15,12 @@ from dash_export import DashRuntime
 from dash_export.decision import decision_rule
 from dash_export.errors import BackendError, PolicyError
 from dash_export.runtime.device.base import Decision, Memory, Recording
-from dash_export.runtime.device.engines import MAIN, POLICY, DeviceEngines
+from dash_export.runtime.device.engines import MAIN, POLICY
 from dash_export.runtime.device.graph import GraphStep
-from dash_export.runtime.device.step import Part
+from dash_export.runtime.device.step import DeviceStep, Part
 from tests.runtime.device.conftest import DIALECTS, IDS, MakeSimulated, Simulated
 from tests.runtime.device.simulated import Call, SimulatedDevice, SimulatedStream
-from tests.runtime.device.test_order import GATED, check_scratch, differs
+from tests.runtime.device.test_order import GATED, check_scratch, decode_step, differs, one_token
 from tests.runtime.device.test_step import ORDERS, TOLERANCE, decoded, rule_of
 
 
@@ -71,16 +71,6 @@ def test_every_kind(simulated: MakeSimulated, host: DashRuntime) -> None:
     )
 
 
-def one_token(made: Simulated, host: DashRuntime) -> list[Call]:
-    """What the host did for one decoded token, once the step is recorded."""
-    session = made.runtime.session_under(rule_of(host))
-    session.prefill(IDS[:20])
-    session.decode_one(int(IDS[20]))
-    made.device.log.clear()
-    session.decode_one(int(IDS[21]))
-    return list(made.device.log)
-
-
 def check_recording(log: list[Call]) -> None:
     """Per gated layer: the policy beside the segment before, decided on the main stream, then one branch."""
     policies = [call for call in log if call[2].startswith("policy_")]
@@ -106,23 +96,14 @@ def check_one_token(made: Simulated, host: DashRuntime) -> None:
     check_recording(made.device.recorded[-1].log)
 
 
-def check_sides(step: GraphStep) -> None:
+def check_sides(step: DeviceStep) -> None:
     """Both sides of a branch write one buffer, and not the one they read."""
+    assert isinstance(step, GraphStep)
     for part in step.parts:
         if part.layer in GATED:
             run, skip = (step._memory_of(part, kind) for kind in ("run", "skip"))
             assert run["hidden_out"] is skip["hidden_out"]
             assert run["hidden_out"] is not run["hidden"]
-
-
-def decode_step(made: Simulated) -> GraphStep:
-    engines = made.runtime.engines
-    assert isinstance(engines, DeviceEngines)
-    cache = engines.cache(0)
-    cache.reserve(30)
-    step = engines.step(cache, 1)
-    assert isinstance(step, GraphStep)
-    return step
 
 
 def test_sound(simulated: MakeSimulated, host: DashRuntime) -> None:

@@ -184,6 +184,7 @@ def test_a_batch_goes_on_after_an_abandoned_stream_and_an_error(tiny_runtime: Lo
     for index, prompt in enumerate(PROMPTS):
         alone = runtime.generate(prompt, 20, trade_off=runtime.build.dial["token"][5].trade_off)
         assert tokens[index] == alone.tokens.tolist()
+    assert batch._cache.lengths == [0] * 3, "rows that nobody has are not copied when the cache grows"
 
 
 def test_cancelling_one(tiny_runtime: LoadRuntime) -> None:

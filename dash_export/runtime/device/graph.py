@@ -51,8 +51,6 @@ class GraphStep(DeviceStep):
         assert self._graph is not None
         self.input_ids[0, 0] = token
         self._note_positions()
-        for history in self._history.host.values():
-            history.fill(0.0)
         limits = self._limits.host
         limits["limit"][:] = rule.limits
         limits["ceiling"][:] = np.array(rule.ceilings) - self._always
@@ -100,7 +98,6 @@ class GraphStep(DeviceStep):
         """Enqueue one token."""
         self._inputs.upload(self.main)
         self._limits.upload(self.main)
-        self._history.upload(self.main)
         for part, begun in zip(self.parts, self._begun, strict=True):
             decided = None
             if part.layer != ALWAYS_RUN:
@@ -118,6 +115,9 @@ class GraphStep(DeviceStep):
         self._taken.download(self.main)
 
     def _decision_about(self, layer: int) -> Decision:
+        """With the history's cells for this action: every token writes them before a policy reads them, and those of
+        layers that always run stay zero, so the history is never uploaded.
+        """
         limits, histories = self._limits.memory, self._history.memory
         return Decision(
             damage=self._results.memory[f"damage {layer}"],

@@ -18,6 +18,7 @@ from dash_export.runtime.device.base import Decision, Memory, Recording
 from dash_export.runtime.device.engines import MAIN, POLICY
 from dash_export.runtime.device.graph import GraphStep
 from dash_export.runtime.device.step import DeviceStep, Part
+from dash_export.runtime.rules import ForcedRule
 from tests.runtime.device.conftest import DIALECTS, IDS, MakeSimulated, Simulated
 from tests.runtime.device.simulated import Call, SimulatedDevice, SimulatedStream
 from tests.runtime.device.test_order import GATED, check_scratch, decode_step, differs, one_token
@@ -126,6 +127,23 @@ def test_recorded_again_when_memory_moved(simulated: MakeSimulated, host: DashRu
     assert len(made.device.recorded) == 2
     session.generate(IDS[20:30].tolist(), 3)
     assert len(made.device.recorded) == 2
+
+
+def test_launched_steps_leave_nothing_behind(simulated: MakeSimulated, host: DashRuntime) -> None:
+    """Forced actions go through the same memory, history and all; the graph that follows does not see them."""
+    every = np.zeros((1, 6), np.int8)
+    every[0, list(GATED)] = 1
+    found = []
+    for runtime in (host, simulated("trt10", "device").runtime):
+        session = runtime.session_under(rule_of(host))
+        session.prefill(IDS[:20])
+        taken = []
+        for position in range(20, 44):
+            rule = ForcedRule(every) if position % 2 else None
+            taken.append(session.decode_one(int(IDS[position]), rule)[1])
+        found.append(np.array(taken))
+    np.testing.assert_array_equal(found[1], found[0])
+    assert 0 < found[0][::2, list(GATED)].mean() < 1
 
 
 def test_sessions_in_threads_take_turns(simulated: MakeSimulated, host: DashRuntime) -> None:

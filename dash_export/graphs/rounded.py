@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,3 +34,15 @@ Roundings = Callable[[str], Rounded | None]
 def to_nearest(_node: str) -> Rounded | None:
     """No matrix has a rounding of its own."""
     return None
+
+
+def scaled(roundings: Roundings, factors: Mapping[str, float]) -> Roundings:
+    """The same for matrices that have been multiplied: the codes stay, the grid is stretched."""
+
+    def stretched(node: str) -> Rounded | None:
+        rounded = roundings(node)
+        if rounded is None or node not in factors:
+            return rounded
+        return replace(rounded, scales=rounded.scales * np.float32(factors[node]))
+
+    return stretched

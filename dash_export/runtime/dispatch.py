@@ -22,6 +22,9 @@ from dash_export.runtime.backends.base import Backend, Engine, Launch
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.rules import Counts, Damage, Rule
 
+SCORES = 32 << 20
+"""Bytes of attention scores of one pass: what is larger, glibc maps and clears anew for every layer."""
+
 SKIPPED = 2
 """Index of the buffer that skip graphs write in a teacher-forced step."""
 
@@ -75,6 +78,10 @@ class EngineSet:
         scored = any("score" in engine.outputs for engine in engines)
         self.score_bias = dict(build.policy_bias) if scored else {}
         self.score_rows = SCORE_ROWS
+
+    def rows_at_once(self, capacity: int) -> int:
+        """As many tokens as one pass may hold over a cache of `capacity` rows, for their attention scores' sake."""
+        return max(1, SCORES // (4 * self.model.num_heads * capacity))
 
     def cache(self, step: int, sequences: int = 1) -> KVCache:
         """A cache for one session, or for a batch of `sequences`, which grows by `step` rows."""

@@ -199,7 +199,7 @@ class Session:
         self._reserve(len(tokens))
         prompt = max(prefix, DENSE_POSITIONS) if actions is None else 0
         reads = actions is None and self.rules.reads_prompts
-        chunk = min(self.prefill_chunk, self.engines.score_rows)
+        chunk = min(self._chunk(), self.engines.score_rows)
         for start, stop in _chunks(len(tokens), chunk, prompt if reads else 0):
             step = self._bound(stop - start, teacher_forced=True)
             rule = self.rules.at(start, stop - start) if actions is None else ForcedRule(actions[start:stop])
@@ -212,8 +212,9 @@ class Session:
     def _prefill(self, ids: TokenIds, headroom: int) -> Logits:
         """Dense, in chunks; returns the logits [vocab] after the last token."""
         self._reserve(len(ids) + headroom)
-        for start in range(0, len(ids), self.prefill_chunk):
-            part = ids[start : start + self.prefill_chunk]
+        chunk = self._chunk()
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
             step, position = self._bound(len(part)), self._cache.length
             step.prefill(part, self.rules.reads_prompts)
             if self.rules.reads_prompts:
@@ -281,6 +282,10 @@ class Session:
         self.rules.rewind(length)
         del self.tokens[length:]
         self._pending = []
+
+    def _chunk(self) -> int:
+        """Tokens of a pass over many."""
+        return min(self.prefill_chunk, self.engines.rows_at_once(self._cache.capacity))
 
     def _reserve(self, more: int) -> None:
         if self._cache.reserve(self._cache.length + more):

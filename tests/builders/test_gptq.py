@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dash_export.builders import gptq as gptq_module
 from dash_export.builders.gptq import gptq
 from dash_export.graphs.ort.quantize import pack, quantize_block
 from dash_export.graphs.rounded import Rounded
@@ -42,6 +43,29 @@ def test_the_product_is_closer_than_with_nearest_weights(case: tuple[np.ndarray,
     errors = [np.square(inputs @ (other - matrix)).mean() for other in (rounded.dequantized(), nearest(matrix))]
     assert errors[0] < 0.4 * errors[1]
     assert not symmetric or (rounded.zeros == 8).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_refining_brings_the_product_closer(
+    case: tuple[np.ndarray, np.ndarray], symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, matrix = case
+    errors = []
+    for turns in (0, 1, 3):
+        monkeypatch.setattr(gptq_module, "REFINEMENTS", turns)
+        rounded = gptq(matrix, moments(inputs), 4, BLOCK, symmetric)
+        errors.append(np.square(inputs @ (rounded.dequantized() - matrix)).mean())
+    assert errors[2] < errors[1] < 0.97 * errors[0]
+
+
+def test_a_column_of_zeros_stays_one(case: tuple[np.ndarray, np.ndarray]) -> None:
+    inputs, matrix = case
+    matrix = matrix.copy()
+    matrix[:, 3] = 0
+    matrix[:BLOCK, 5] = 0
+    found = gptq(matrix, moments(inputs), 4, BLOCK, False).dequantized()
+    assert np.isfinite(found).all()
+    assert not found[:, 3].any()
 
 
 def test_without_knowledge_of_inputs_it_is_close_to_the_weights(case: tuple[np.ndarray, np.ndarray]) -> None:

@@ -47,6 +47,13 @@ def weights_of(bundle: Bundle, engine: str, part: str) -> list[np.ndarray]:
     return [arrays[name] for name in node.input[1:4]]
 
 
+def assert_scaled_part(found: list[np.ndarray], rounded: tuple[np.ndarray, ...], scale: float) -> None:
+    """The first rows of a packed matrix are this rounding's, times `scale`."""
+    for index, (whole, expected) in enumerate(zip(found, rounded, strict=True)):
+        wanted = expected * np.float32(scale) if index == 1 else expected
+        np.testing.assert_array_equal(whole.reshape(-1, *wanted.shape[1:])[: len(wanted)], wanted)
+
+
 def test_engines_hold_the_calibrated_codes(bundle: Bundle, tmp_path: Path) -> None:
     recipe = load_recipe(str(recipe_file(tmp_path, rounding="gptq")))
     with calibrated(bundle, recipe, tmp_path, lambda *_: None) as roundings:
@@ -54,9 +61,13 @@ def test_engines_hold_the_calibrated_codes(bundle: Bundle, tmp_path: Path) -> No
             ("layer_03", "down_proj", "layer_03/mlp/down_proj"),
             ("layer_05", "head/logits", "head/logits"),
             ("layers_00-01", "layer_00/attention/o_proj", "layer_00/attention/o_proj"),
+            ("layer_03", "q_proj", "layer_03/attention/q_proj"),
         ):
             rounded = roundings(node)
             assert rounded is not None
+            if part == "q_proj":  # packed with K, V and the policy, and scaled for attention
+                assert_scaled_part(weights_of(bundle, engine, part), pack(rounded), 16**-0.5)
+                continue
             for found, expected in zip(weights_of(bundle, engine, part), pack(rounded), strict=True):
                 np.testing.assert_array_equal(found, expected)
     assert list(tmp_path.glob(".tmp-*")) == []

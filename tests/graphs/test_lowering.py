@@ -57,6 +57,13 @@ def test_attention_is_one_node_and_weights_are_quantised(built: tuple[Bundle, Bu
     assert ("GatherBlockQuantized" in merged) == quantised
 
 
+def test_queries_are_scaled_by_their_projection(built: tuple[Bundle, Build]) -> None:
+    bundle, made = built
+    model = onnx.load(bundle.path(made.engines["layers_00-01"].file), load_external_data=False)
+    found = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert [item.f for node in found for item in node.attribute if item.name == "scale"] == [1.0, 1.0]
+
+
 def test_policy_and_plain_engine_share_their_weights(built: tuple[Bundle, Build]) -> None:
     bundle, made = built
     listed = {Path(record.name).name for record in made.files}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.runtime import Session
+from dash_export.runtime import Session, dispatch
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.rules import ForcedRule
@@ -149,6 +149,38 @@ def _same_decisions(fused: DashRuntime, sync: DashRuntime, ids: np.ndarray) -> N
             np.testing.assert_allclose(logits, sync_logits, atol=1e-3)
 
 
+def test_over_long_caches_passes_are_shorter(tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the attention scores of one stay small."""
+    runtime, ids, sizes = tiny_runtime(), random_ids(40), []
+    expected = runtime.session().prefill(ids)
+    sound = BoundStep.prefill
+
+    def prefill(step: BoundStep, tokens: np.ndarray, ask: bool = False) -> None:
+        sizes.append(len(tokens))
+        sound(step, tokens, ask)
+
+    monkeypatch.setattr(BoundStep, "prefill", prefill)
+    monkeypatch.setattr(dispatch, "SCORES", 4 * runtime.engines.model.num_heads * 48 * 15)
+    np.testing.assert_allclose(session(runtime, 48, 512).prefill(ids), expected, atol=2e-5)
+    assert sizes == [15, 15, 10]
+
+
+def test_keys_and_values_are_one_block_that_grows(tiny_runtime: LoadRuntime) -> None:
+    cache = KVCache(tiny_runtime().engines.model, 8, 2)
+    cache.reserve(5)
+    cache.lengths = [3, 5]
+    cache.keys[:] = np.arange(8)[:, None]
+    cache.values[:] = -1
+    twin = cache.copy()
+    assert cache.reserve(9)
+    assert cache.keys.base is cache.values.base
+    for arrays in zip((cache.keys, cache.values), (twin.keys, twin.values), strict=True):
+        for index, length in enumerate(cache.lengths):
+            now, before = (array[:, index, :, :length] for array in arrays)
+            np.testing.assert_array_equal(now, before)
+    assert not cache.keys[:, 0, :, 3:].any()
+
+
 class TestBrokenOnPurpose:
     """What the tests above are for: each of these slips must show as a difference."""
 
@@ -175,11 +207,15 @@ class TestBrokenOnPurpose:
         assert self.difference(tiny_runtime()) > 1e-2
 
     def test_cache_lost_when_growing(self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            KVCache,
-            "_grown",
-            lambda cache, old: np.zeros((1, 2, cache.capacity, 16), np.float32),  # noqa: ARG005
-        )
+        sound = KVCache.reserve
+
+        def reserve(cache: KVCache, rows: int) -> bool:
+            moved = sound(cache, rows)
+            if moved:
+                cache.keys[:] = cache.values[:] = 0
+            return moved
+
+        monkeypatch.setattr(KVCache, "reserve", reserve)
         ids = random_ids(40)
         expected = tiny_runtime().session().logits(ids)[-1]
         live = session(tiny_runtime(), 16, 512)

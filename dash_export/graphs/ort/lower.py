@@ -15,7 +15,7 @@ from dash_export.errors import BackendError
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused
 from dash_export.graphs.ort.policy import fuse_policy, share_norms
 from dash_export.graphs.ort.quantize import CONTRIB, hand_over, only_user, quantize_weights, replace
-from dash_export.graphs.rounded import Roundings, to_nearest
+from dash_export.graphs.rounded import Roundings, scaled, to_nearest
 from dash_export.names import short_name
 from dash_export.targets import WeightsRecipe
 
@@ -39,12 +39,13 @@ def lower(
     share_norms(graph)
     if any(node.name == "policy/damage" for node in graph):
         fuse_policy(graph)
+    folded = _fold_scale(graph)
     _pack_projections(graph)
     _group_query_attention(graph)
     _silu(graph)
     _skip_norm(graph)
     _head_weight(graph)
-    quantize_weights(graph, recipe, gated, roundings)
+    quantize_weights(graph, recipe, gated, scaled(roundings, folded))
     _drop_unused_inputs(graph)
     drop_unused(graph)
     for value in (*graph.inputs, *graph.outputs):
@@ -65,6 +66,40 @@ def _expect(value: ir.Value | None, op_type: str) -> ir.Node:
             "export the model again."
         )
     return node
+
+
+def _fold_scale(graph: ir.Graph) -> dict[str, float]:
+    """Queries come out of their projection (or their norm) scaled already. ONNX Runtime's product of one row with many
+    is twice as fast where it has no factor to apply. Returns the factor of every projection changed.
+    """
+    folded = {}
+    for node in graph:
+        if node.op_type != "Attention":
+            continue
+        query, _, norm = _heads(_expect(node.inputs[0], "RotaryEmbedding").inputs[0])
+        scale = node.attributes["scale"].as_float()
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
+        last = query.producer()
+        if norm is not None:
+            _scale_constant(graph, norm, scale)
+            continue
+        if last is not None and last.op_type == "Add":
+            _scale_constant(graph, last, scale)
+            assert last.inputs[0] is not None
+            last = last.inputs[0].producer()
+        assert last is not None
+        _scale_constant(graph, last, scale)
+        folded[str(last.name)] = scale
+    return folded
+
+
+def _scale_constant(graph: ir.Graph, node: ir.Node, scale: float) -> None:
+    """Multiply a node's second input, which is constant."""
+    old = node.inputs[1]
+    array = constant_value(old)
+    assert old is not None
+    assert array is not None
+    node.replace_input_with(1, add_constant(graph, f"{old.name}.scaled", array * array.dtype.type(scale)))
 
 
 def _pack_projections(graph: ir.Graph) -> None:
@@ -164,7 +199,7 @@ def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total
         "num_heads": heads,
         "kv_num_heads": kv_heads,
         "do_rotary": int(rotates),
-        "scale": head_dim**-0.5,
+        "scale": attention.attributes["scale"].as_float(),
     }
     new = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=attention.name)
     graph.insert_before(merge, new)

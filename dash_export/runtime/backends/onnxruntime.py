@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -54,12 +56,33 @@ def start_thread_pool(threads: int) -> int:
 _BUILD_AGAIN = "The engine does not fit its bundle: build the target again."
 
 
+_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_WHOLE_SCORES = platform.machine().lower() in ("x86_64", "amd64")
+
+
+@contextmanager
+def _whole_scores() -> Iterator[None]:
+    """Sessions made within take a token's attention scores whole, by MLAS's products of one row with many, instead of
+    tile by tile: on x86 a decoded token takes 3 % less time at 512 cached tokens and 13 % less at 4,096, and prefill no
+    more while the scores are few (`dispatch.SCORES`). Elsewhere nobody has measured, and nothing is changed.
+    """
+    if not _WHOLE_SCORES or _NO_FLASH in os.environ:
+        yield
+        return
+    os.environ[_NO_FLASH] = "1"  # read by each session as it is made
+    try:
+        yield
+    finally:
+        os.environ.pop(_NO_FLASH, None)
+
+
 class OrtEngine:
     """One InferenceSession."""
 
     def __init__(self, path: Path, options: ort.SessionOptions) -> None:
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            with _whole_scores():
+                self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a family of its own plus RuntimeError
             raise BackendError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {error}") from error
         self._name = path.name

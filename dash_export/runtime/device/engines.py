@@ -85,6 +85,9 @@ class DeviceEngines:
         logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", reason)
         self.dispatch = "overlapped"
 
+    def rows_at_once(self, _capacity: int) -> int:
+        return self.chunk
+
     def cache(self, _step: int) -> DeviceCache:
         return DeviceCache(self)
 

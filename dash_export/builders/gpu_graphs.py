@@ -13,7 +13,7 @@ from dash_export.graphs.compose import load_graph, specialise_policy
 from dash_export.graphs.trt import lower
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 3
+LOWERING_REVISION = 2
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 MakeGraph = Callable[[], ir.Model]

@@ -24,6 +24,16 @@ def test_loading_leaves_the_environment_as_it_is(
     assert os.environ.get(backend._NO_FLASH) == given
 
 
+@pytest.mark.parametrize(("given", "seen"), [(None, "1"), ("0", "0")])
+def test_whole_scores_are_asked_for(given: str | None, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_WHOLE_SCORES", True)
+    monkeypatch.delenv(backend._NO_FLASH, raising=False)
+    if given is not None:
+        monkeypatch.setenv(backend._NO_FLASH, given)
+    with backend._whole_scores():
+        assert os.environ[backend._NO_FLASH] == seen
+
+
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_whole_scores_and_tiles_agree(tokens: int, tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []

@@ -82,9 +82,10 @@ def graph_run(path: Path, score_bias: float | None = None, *, own_threads: bool 
             found["damage"] = np.logaddexp(0.0, found.pop("score")[:, 0] + score_bias)
         for past in inputs:
             if past.startswith("past_key_values."):
-                present = past.replace("past_key_values", "present")
-                if short_name(present) in found:
-                    found[present] = found.pop(short_name(present))
+                for name in ("present", "new"):
+                    full = past.replace("past_key_values", name)
+                    if short_name(full) in found:
+                        found[full] = found.pop(short_name(full))
         return found
 
     return run

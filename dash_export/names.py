@@ -17,16 +17,20 @@ def present_names(layer: int) -> tuple[str, str]:
 
 
 def new_names(layer: int) -> tuple[str, str]:
-    """Outputs of a `trt10` graph in their place: the new rows alone, which the runtime writes into the cache."""
+    """Outputs of a lowered graph in their place: the new rows alone, which the runtime writes into the cache. In
+    `trt10` [1, kv_heads, sequence, head_dim], in an `ort` skip graph [batch, sequence, kv_heads * head_dim].
+    """
     return f"new.{layer}.key", f"new.{layer}.value"
 
 
 def short_name(name: str) -> str:
-    """`past_key_values.17.key` -> `past_key_17`, `present.17.key` -> `key_17`: how lowered engines name their caches.
+    """`past_key_values.17.key` -> `past_key_17`, `present.17.key` -> `key_17`, `new.17.key` -> `new_key_17`: how engines
+    of ONNX Runtime name their caches.
 
-    ONNX Runtime copies the names of inputs and outputs at every run; up to 15 characters need no memory of their own.
+    It copies the names of inputs and outputs at every run; up to 15 characters need no memory of their own.
     """
+    prefixes = {"past_key_values": "past_", "present": "", "new": "new_"}
     parts = name.split(".")
-    if len(parts) != 3 or parts[0] not in ("past_key_values", "present"):
+    if len(parts) != 3 or parts[0] not in prefixes:
         return name
-    return f"{'past_' if parts[0] != 'present' else ''}{parts[2]}_{parts[1]}"
+    return f"{prefixes[parts[0]]}{parts[2]}_{parts[1]}"

@@ -217,7 +217,12 @@ class _Walk:
             layer, which = past.split(".")[1:]
             index = ("key", "value").index(which)
             present, new = (names(int(layer))[index] for names in (present_names, new_names))
-            rows = found.pop(new) if new in found else found.pop(present)[:, :, start : start + count]
+            if new in found:
+                rows = found.pop(new)
+                # Of a skip graph in the `ort` form, all heads of a token side by side.
+                rows = rows if rows.ndim == 4 else rows.reshape(1, count, -1, self.model.head_dim).swapaxes(1, 2)
+            else:
+                rows = found.pop(present)[:, :, start : start + count]
             cache[past][:, :, start : start + count] = rows.astype(np.float32)
             found[f"row {past}"] = rows.astype(np.float32)
         return found

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dash_export.bundle import Build, Bundle, ModelFacts, Segment
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.graph_runs import Arrays, step_inputs
-from dash_export.names import POLICY_STATE, past_names, present_names, short_name
+from dash_export.names import POLICY_STATE, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Engine, Launch
 
 FUSED = ".policy"
@@ -67,6 +67,13 @@ class PortableEngine:
         layers = facts.segment.layers
         portable = [name for layer in layers for name in (*past_names(layer), *present_names(layer))]
         self._portable = {short_name(name): name for name in portable} | {name: name for name in portable}
+        # What the host writes into a cache: the engine's output, the cache before and after.
+        rows = [
+            (short_name(new), *cache)
+            for layer in layers
+            for new, *cache in zip(new_names(layer), past_names(layer), present_names(layer), strict=True)
+        ]
+        self._rows = [names for names in rows if names[0] in engine.outputs]
         self._key: object = None
         self._memory: Arrays = {}
         self._launch: Launch | None = None
@@ -91,6 +98,7 @@ class PortableEngine:
         cache = (1, model.num_kv_heads, None, model.head_dim)
         known |= {name: (np.float32, cache) for name in self._portable.values() if name.startswith("past_")}
         names = [self._portable.get(name, name) for name in self._engine.inputs]
+        names += [past for _, past, _ in self._rows]
         names = ["position_ids" if name in _LENGTHS else name for name in names]
         strange = sorted(set(names) - set(known))
         if strange:
@@ -111,6 +119,7 @@ class PortableEngine:
             self._memory[name][...] = array
         began = time.perf_counter()
         self._launch()
+        self._write_rows()
         seconds = time.perf_counter() - began
         return self._outputs(), seconds
 
@@ -143,6 +152,7 @@ class PortableEngine:
             "damage": (1, count),
             "score": (1, 1, count),
         }
+        shapes |= dict.fromkeys([name for name, *_ in self._rows], (1, count, self._model.num_kv_heads * self._model.head_dim))
         arrays: Arrays = {}
         for name in self._engine.outputs:
             portable = self._portable.get(name, name)
@@ -153,9 +163,18 @@ class PortableEngine:
         inputs = {name: self._memory[self._portable.get(name, name)] for name in self._engine.inputs}
         return self._engine.bind(inputs, arrays)
 
+    def _write_rows(self) -> None:
+        for name, past, present in self._rows:
+            rows, cache = self._memory[name], self._memory[past]
+            start, count = int(self._memory["position_ids"][0, 0]), rows.shape[1]
+            heads = rows.reshape(1, count, -1, self._model.head_dim)
+            cache[:, :, start : start + count] = heads.swapaxes(1, 2)
+            self._memory[present] = cache
+
     def _outputs(self) -> Arrays:
+        written = {name: present for name, _, present in self._rows}
         names = [self._portable.get(name, name) for name in self._engine.outputs if name != POLICY_STATE]
-        found = {name: self._memory[name] for name in names}
+        found = {written.get(name, name): self._memory[written.get(name, name)] for name in names}
         if "score" in found and self._score_bias is not None:
             found["damage"] = np.logaddexp(0.0, found.pop("score")[:, 0] + np.float32(self._score_bias))
         return found

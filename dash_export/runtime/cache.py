@@ -57,6 +57,10 @@ class KVCache:
             self._block[:, :, index, :, :length] = old[:, :, index, :, :length]
         return True
 
+    def rows(self, layer: int, index: int) -> npt.NDArray[np.float32]:
+        """One sequence's keys and values of a layer, by row: [capacity, 2, kv_heads, head_dim]."""
+        return self._block[layer, :, index].transpose(2, 0, 1, 3)
+
     def _empty(self) -> npt.NDArray[np.float32]:
         model = self._model
         shape = (model.num_layers, 2, len(self.lengths), model.num_kv_heads, self.capacity, model.head_dim)

@@ -2,7 +2,8 @@
 
 `EngineSet` is what sessions share. `BoundStep` binds it for one cache and one number of tokens: every buffer has one
 address for its life, hidden states alternate between two buffers, and each KV cache array is bound as past and present
-alike, so a write is in place. A row is one token of one sequence: many tokens of one, or one token of each of many.
+alike, so a write is in place; what a skip graph gives for the cache instead of writing it is written after it. A row
+is one token of one sequence: many tokens of one, or one token of each of many.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from dash_export.bundle import Build, Bundle, Segment
 from dash_export.decision import Action
-from dash_export.names import POLICY_STATE, past_names, present_names, short_name
+from dash_export.names import POLICY_STATE, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Backend, Engine, Launch
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.rules import Counts, Damage, Rule
@@ -115,7 +116,7 @@ class BoundStep:
         shape = (batch, sequence)
         self.sequence, self.batch = sequence, batch
         self._cache = cache
-        self._num_layers = model.num_layers
+        self._model = model
         self.input_ids = np.zeros(shape, np.int64)
         self.logits = np.zeros((batch, sequence if teacher_forced else 1, model.vocab_size), np.float32)
         # a[l-1], a[l] for every layer l: layer l's engine reads row l.
@@ -170,12 +171,34 @@ class BoundStep:
                     segment.first if segment.gated else -1,
                     len(segment.layers),
                     item.run.bind(shared, outputs | {"hidden_out": there}),
-                    item.skip.bind(shared, outputs | {"hidden_out": skip_out}) if item.skip is not None else None,
+                    self._bind_skip(item.skip, segment.first, shared, outputs | {"hidden_out": skip_out}),
                     policy,
                     there,
                 )
             )
         return bound
+
+    def _bind_skip(
+        self, skip: Engine | None, layer: int, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]
+    ) -> Launch | None:
+        """With the write of what the engine leaves to be written."""
+        if skip is None:
+            return None
+        names = [short_name(name) for name in new_names(layer)]
+        if names[0] not in skip.outputs:
+            return skip.bind(inputs, outputs)
+        model, cache, sequence = self._model, self._cache, self.sequence
+        new = np.zeros((2, self.batch, sequence, model.num_kv_heads * model.head_dim), np.float32)
+        launch = skip.bind(inputs, outputs | dict(zip(names, new, strict=True)))
+        rows = new.reshape(2, self.batch, sequence, model.num_kv_heads, model.head_dim).transpose(1, 2, 0, 3, 4)
+        writes = [(cache.rows(layer, index), rows[index]) for index in range(self.batch)]
+
+        def launch_and_write() -> None:
+            launch()
+            for (into, found), start in zip(writes, cache.lengths, strict=False):
+                into[start : start + sequence] = found
+
+        return launch_and_write
 
     def _shared(self, segment: Segment, hidden: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
         shared = {**self._inputs, "hidden": hidden, "actions": self._history[max(segment.last, 0)]}
@@ -187,7 +210,7 @@ class BoundStep:
 
     def _outputs(self, segment: Segment) -> dict[str, npt.NDArray[Any]]:
         outputs: dict[str, npt.NDArray[Any]] = {"logits": self.logits}
-        if segment.last + 1 < self._num_layers:
+        if segment.last + 1 < self._model.num_layers:
             outputs |= self._decision(segment.last + 1)
         return outputs
 

@@ -16,7 +16,7 @@ from dash_export.graphs.compose import add_constant, constant_value, drop_unused
 from dash_export.graphs.ort.policy import fuse_policy, share_norms
 from dash_export.graphs.ort.quantize import CONTRIB, hand_over, only_user, quantize_weights, replace
 from dash_export.graphs.rounded import Roundings, scaled, to_nearest
-from dash_export.names import short_name
+from dash_export.names import new_names, short_name
 from dash_export.targets import WeightsRecipe
 
 PACK_ORDER = ("q_proj", "k_proj", "v_proj", "down", "state_projection", "gate_proj", "up_proj")
@@ -31,8 +31,9 @@ def lower(
     """A portable segment or skip graph -> the `ort` dialect, in place.
 
     Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_length` [1] int32
-    replace mask, positions and write indices), Add + RMSNormalization one node, projections that read the same value
-    one matrix, weights are quantised, as `roundings` says where it has one for a matrix.
+    replace mask, positions and write indices), the cache writes of a skip graph outputs, Add + RMSNormalization one
+    node, projections that read the same value one matrix, weights are quantised, as `roundings` says where it has one
+    for a matrix.
     """
     graph = model.graph
     graph.opset_imports[CONTRIB] = 1
@@ -42,6 +43,7 @@ def lower(
     folded = _fold_scale(graph)
     _pack_projections(graph)
     _group_query_attention(graph)
+    _new_rows(graph)
     _silu(graph)
     _skip_norm(graph)
     _head_weight(graph)
@@ -189,7 +191,7 @@ def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total
     packed = split is not None and q_norm is None and rotates and list(split.outputs)[:3] == [query, key, value]
     whole = _undivided(graph, split, 3) if packed and split is not None else None
     if q_norm is not None and k_norm is not None:
-        query, key = (_merged_heads(graph, norm, merge) for norm in (q_norm, k_norm))
+        query, key = (_merged_heads(graph, norm, merge.inputs[1], merge) for norm in (q_norm, k_norm))
         query_gone, key_gone = query_gone[:1], key_gone[:1]
     if not rotates:
         query, key = _rotated(graph, q_rotary, query, heads, merge), _rotated(graph, k_rotary, key, kv_heads, merge)
@@ -238,23 +240,48 @@ def _undivided(graph: ir.Graph, split: ir.Node, parts: int) -> ir.Value:
     return new.outputs[0]
 
 
-def _merged_heads(graph: ir.Graph, norm: ir.Node, merge: ir.Node) -> ir.Value:
+def _new_rows(graph: ir.Graph) -> None:
+    """A cache write that nothing attends to, as in a skip graph, becomes an output: the new rows [batch, sequence,
+    kv_heads * head_dim], which the host writes where they go. Nobody reads them before the next token, so that all of
+    a token's are written at once: for two writes, turned heads and two caches in and out, that is seven nodes instead
+    of thirteen.
+    """
+    for node in list(graph):
+        if node.op_type != "TensorScatter":
+            continue
+        rotary = _producer(node.inputs[1], "RotaryEmbedding")
+        rows, gone, norm = _heads((rotary or node).inputs[0 if rotary is not None else 1])
+        head_dim, heads = _shape_constant(gone)
+        if norm is not None:
+            merged = add_constant(graph, f"{norm.name}.merged", np.array([0, 0, heads * head_dim]))
+            rows, gone = _merged_heads(graph, norm, merged, node), gone[:1]
+        if rotary is not None:
+            rows, gone = _rotated(graph, rotary, rows, heads, node), [rotary, *gone]
+        cache, (present,) = str(node.outputs[0].name).split("."), node.outputs
+        index = graph.outputs.index(present)
+        graph.outputs[index] = rows
+        rows.name = new_names(int(cache[1]))[("key", "value").index(cache[2])]
+        rows.shape, rows.type = ir.Shape(["batch", "sequence", heads * head_dim]), present.type
+        graph.remove([node, *gone], safe=True)
+
+
+def _merged_heads(graph: ir.Graph, norm: ir.Node, shape: ir.Value | None, before: ir.Node) -> ir.Value:
     """The per-head norm stays a node of its own (the CPU kernel has none); its heads side by side again, as the kernel
     takes them.
     """
-    node = ir.node("Reshape", [norm.outputs[0], merge.inputs[1]], name=f"{norm.name}/merge_heads")
+    node = ir.node("Reshape", [norm.outputs[0], shape], name=f"{norm.name}/merge_heads")
     node.outputs[0].name = node.name
-    graph.insert_before(merge, node)
+    graph.insert_before(before, node)
     return node.outputs[0]
 
 
-def _rotated(graph: ir.Graph, rotary: ir.Node, value: ir.Value, heads: int, merge: ir.Node) -> ir.Value:
-    """RoPE before the kernel, on [batch, sequence, heads * head_dim]."""
+def _rotated(graph: ir.Graph, rotary: ir.Node, value: ir.Value, heads: int, before: ir.Node) -> ir.Value:
+    """RoPE on [batch, sequence, heads * head_dim]."""
     node = ir.node(
         "RotaryEmbedding", [value, *rotary.inputs[1:]], {"num_heads": heads}, name=f"{rotary.name}/heads_merged"
     )
     node.outputs[0].name = node.name
-    graph.insert_before(merge, node)
+    graph.insert_before(before, node)
     return node.outputs[0]
 
 

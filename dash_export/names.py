@@ -24,8 +24,8 @@ def new_names(layer: int) -> tuple[str, str]:
 
 
 def short_name(name: str) -> str:
-    """`past_key_values.17.key` -> `past_key_17`, `present.17.key` -> `key_17`, `new.17.key` -> `new_key_17`: how engines
-    of ONNX Runtime name their caches.
+    """`past_key_values.17.key` -> `past_key_17`, `present.17.key` -> `key_17`, `new.17.key` -> `new_key_17`: how
+    ONNX Runtime's engines name their caches.
 
     It copies the names of inputs and outputs at every run; up to 15 characters need no memory of their own.
     """

@@ -21,6 +21,7 @@ from dash_export.errors import RecipeError
 from dash_export.resources import resource_folder
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Rounding = Literal["nearest", "gptq", "distilled"]
 Dispatch = Literal["fused", "sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
@@ -35,8 +36,8 @@ class WeightsRecipe:
 
     `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention
     (their errors enter the cache and every later token), and the layers the policy may never skip (they are the
-    sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, or by what the layer is fed
-    (GPTQ).
+    sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, by what the layer is fed (GPTQ), or
+    so and then with scales tuned by distillation (needs torch).
     """
 
     layers: Precision = "int4"
@@ -47,7 +48,7 @@ class WeightsRecipe:
     policy: Precision = "int8"
     block_size: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = False
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Rounding = "nearest"
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,11 @@ def _contradiction(recipe: Recipe) -> str | None:
     return None
 
 
-def with_weights(recipe: Recipe, layers: str | None, head: str | None, embedding: str | None) -> Recipe:
-    """The recipe at other precisions. Its name tells, so that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
+def with_weights(
+    recipe: Recipe, layers: str | None, head: str | None, embedding: str | None, rounding: str | None = None
+) -> Recipe:
+    """The recipe at other precisions, or rounded otherwise. Its name tells, so that the builds lie side by side: `cpu`
+    at fp32 is `cpu-fp32`.
 
     Another precision for the layers moves everything with it that is not given itself.
     """
@@ -225,11 +229,14 @@ def with_weights(recipe: Recipe, layers: str | None, head: str | None, embedding
         chosen |= dict.fromkeys(moved if recipe.engine is None else moved[:4], layers)
     given = {"head": head, "embedding": embedding}
     chosen |= {part: precision for part, precision in given.items() if precision is not None}
+    if rounding is not None:
+        chosen["rounding"] = rounding
     weights = _parse(WeightsRecipe, chosen, "the command line")
     if weights == recipe.weights:
         return recipe
     suffix: list[str] = [weights.layers] if weights.layers != recipe.weights.layers else []
     suffix += [f"{part}-{precision}" for part, precision in given.items() if precision is not None]
+    suffix += [weights.rounding] if weights.rounding != recipe.weights.rounding else []
     changed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=weights)
     wrong = _contradiction(changed)
     if wrong:

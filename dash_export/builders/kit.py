@@ -82,7 +82,7 @@ def write_kit(
 def chosen_recipe(target: str, options: Sequence[str]) -> Recipe:
     """The recipe that `--target TARGET OPTIONS` means."""
     given = dict(zip(options[::2], options[1::2], strict=True))
-    return with_weights(load_recipe(target), given.get("--weights"), given.get("--head"), given.get("--embedding"))
+    return with_weights(load_recipe(target), *map(given.get, ("--weights", "--head", "--embedding", "--rounding")))
 
 
 def _copy_bundle(bundle: Bundle, into: Path) -> None:

@@ -1,7 +1,8 @@
 """Calibrated rounding of a bundle's int4 matrices: what they are really fed, layer by layer, and GPTQ on it.
 
 A layer is fed by the rounded layers before it, so later ones make up for earlier ones' errors. In memory at a time: one
-layer's weights and moments, and the hidden states of the calibration text.
+layer's weights and moments, and the hidden states of the calibration text. What is distilled afterwards is in memory
+whole.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from dash_export.artifacts import TEMPORARY, Progress, content_key, sha256_file
 from dash_export.builders.gptq import gptq
 from dash_export.builders.segments import graphs_key
 from dash_export.bundle import Bundle
+from dash_export.errors import BackendError
 from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.graphs.compose import constant_value, load_graph
 from dash_export.graphs.precision import weight_precision
@@ -33,6 +36,7 @@ from dash_export.runtime.text import Text
 from dash_export.targets import Recipe, WeightsRecipe
 
 TEXT = "quantise.txt"
+DISTILLED_TEXTS = (TEXT, "distil.txt")
 WINDOW = 256
 WINDOWS = 64
 BATCH = 8
@@ -47,22 +51,35 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
     if recipe.weights.rounding == "nearest":
         return ""
     layers = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
-    return content_key(sha256_file(resource_folder("calibration") / TEXT), graphs_key(bundle, ["embed", *layers]))
+    distils = recipe.weights.rounding == "distilled"
+    texts = [sha256_file(resource_folder("calibration") / name) for name in (DISTILLED_TEXTS if distils else (TEXT,))]
+    return content_key(*texts, graphs_key(bundle, ["embed", *layers, *(["head"] if distils else [])]))
 
 
 @contextmanager
 def calibrated(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Roundings]:
     """How the recipe rounds each matrix; calibrated ones are made when the first one is asked for, and lie in a
-    temporary folder inside `folder` until the end.
+    temporary folder inside `folder` until the end. Raises BackendError where a recipe that distils has no torch.
     """
     if recipe.weights.rounding == "nearest":
         yield to_nearest
         return
+    if recipe.weights.rounding == "distilled":
+        _require_torch()  # now, and not after minutes of GPTQ
     made = _Calibrated(bundle, recipe.weights, folder, progress)
     try:
         yield made
     finally:
         made.close()
+
+
+def _require_torch() -> None:
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise BackendError(
+            f"rounding = 'distilled' needs {missing[0]}. Run: pip install 'dash-export[train]' "
+            "(or build with --rounding gptq, which does without)."
+        )
 
 
 class _Calibrated:
@@ -81,6 +98,9 @@ class _Calibrated:
         path = _file(self._scratch, node.replace("skip_", "layer_", 1))
         if not path.exists():
             return None
+        return self._read(path)
+
+    def _read(self, path: Path) -> Rounded:
         with np.load(path) as arrays:
             return Rounded(arrays["codes"], arrays["scales"], arrays["zeros"], BITS, self._recipe.block_size)
 
@@ -95,7 +115,7 @@ class _Calibrated:
 
     def _round(self, file: Path, matrix: Floats, moments: npt.NDArray[np.float64]) -> Floats:
         rounded = gptq(matrix, moments, BITS, self._recipe.block_size, self._recipe.symmetric)
-        np.savez(file, codes=rounded.codes, scales=rounded.scales, zeros=rounded.zeros)
+        _write(file, rounded)
         return rounded.dequantized()
 
     def _make(self) -> Path:
@@ -103,6 +123,8 @@ class _Calibrated:
         scratch = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._folder))
         try:
             self._round_all(scratch)
+            if self._recipe.rounding == "distilled":
+                self._distil(scratch)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -111,7 +133,8 @@ class _Calibrated:
     def _round_all(self, scratch: Path) -> None:
         bundle, model = self._bundle, self._bundle.manifest.model
         embed = graph_run(bundle.graph("embed"))
-        states = [embed({"input_ids": windows})["hidden_out"] for windows in _windows(bundle)]
+        batches = _windows(bundle, TEXT, WINDOWS).reshape(-1, BATCH, WINDOW)
+        states = [embed({"input_ids": windows})["hidden_out"] for windows in batches]
         for layer in range(model.num_layers):
             probe = _Probe(load_graph(bundle.graph(f"layer_{layer:02d}")), model.num_kv_heads, model.head_dim)
             wanted = {node for node in probe.sources if self._wanted(node)}
@@ -124,6 +147,15 @@ class _Calibrated:
             self._progress(f"rounding layer {layer}", layer + 1, model.num_layers)
         if self._wanted("head/logits"):
             self._round_head(_file(scratch, "head/logits"), states)
+
+    def _distil(self, scratch: Path) -> None:
+        from dash_export.builders.distil import distilled
+
+        files = {file.stem.replace(".", "/"): file for file in scratch.iterdir()}
+        windows = np.concatenate([_windows(self._bundle, name) for name in DISTILLED_TEXTS])
+        rounded = {node: self._read(file) for node, file in files.items()}
+        for node, tuned in distilled(self._bundle, rounded, windows, self._progress).items():
+            _write(files[node], tuned)
 
     def _round_head(self, file: Path, states: list[Floats]) -> None:
         graph = load_graph(self._bundle.graph("head")).graph
@@ -140,6 +172,10 @@ class _Calibrated:
 
 def _file(scratch: Path, node: str) -> Path:
     return scratch / f"{node.replace('/', '.')}.npz"
+
+
+def _write(file: Path, rounded: Rounded) -> None:
+    np.savez(file, codes=rounded.codes, scales=rounded.scales, zeros=rounded.zeros)
 
 
 class _Probe:
@@ -209,10 +245,10 @@ def _moments(vectors: Floats) -> npt.NDArray[np.float64]:
     return product
 
 
-def _windows(bundle: Bundle) -> list[npt.NDArray[np.int64]]:
-    """Windows spread over the shipped text, [BATCH, WINDOW] each."""
-    text = (resource_folder("calibration") / TEXT).read_text(encoding="utf-8")
+def _windows(bundle: Bundle, name: str, count: int | None = None) -> npt.NDArray[np.int64]:
+    """Windows [windows, WINDOW] spread over a shipped text: `count`, or as many as it has without overlap."""
+    text = (resource_folder("calibration") / name).read_text(encoding="utf-8")
     ids = np.array(Text(bundle.root).encode(text), np.int64)
     ids = np.resize(ids, max(len(ids), WINDOW))
-    starts = np.linspace(0, len(ids) - WINDOW, WINDOWS).astype(int)
-    return list(ids[starts[:, None] + np.arange(WINDOW)].reshape(-1, BATCH, WINDOW))
+    starts = np.linspace(0, len(ids) - WINDOW, count or len(ids) // WINDOW).astype(int)
+    return ids[starts[:, None] + np.arange(WINDOW)]

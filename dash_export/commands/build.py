@@ -65,6 +65,12 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option("--weights", type=PRECISION, help="Precision of the layers, and of all else that is not given itself.")
 @click.option("--head", type=PRECISION, help="Precision of the head.")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "gptq", "distilled"]),
+    help="How int4 weights are chosen. distilled: gptq, then all scales learn the unrounded model's answers (needs "
+    "dash-export[train]).",
+)
 @click.option("--verify", is_flag=True, help="Compare every engine with its portable graph and keep the result.")
 @click.option(
     "--kit",
@@ -88,6 +94,7 @@ def command(
     weights: str | None,
     head: str | None,
     embedding: str | None,
+    rounding: str | None,
     verify: bool,
     kit: Path | None,
     output: Path | None,
@@ -118,13 +125,20 @@ def command(
     from dash_export.builders import build
 
     ctx.meta[OUTPUT] = str(bundle.root)
-    precision = {"--weights": weights, "--head": head, "--embedding": embedding}
+    precision = {"--weights": weights, "--head": head, "--embedding": embedding, "--rounding": rounding}
     try:
         if kit is not None:
             raise NotHereError("Asked for with --kit.")
         with progress_bar(f"build {target}") as progress:
             made = build(
-                bundle, target, weights=weights, head=head, embedding=embedding, verify=verify, progress=progress
+                bundle,
+                target,
+                weights=weights,
+                head=head,
+                embedding=embedding,
+                rounding=rounding,
+                verify=verify,
+                progress=progress,
             )
     except NotHereError as reason:
         from dash_export.builders.kit import RECORD

@@ -7,15 +7,14 @@ hidden state, so a skipped token's K and V come from its own input.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import transformers
 
 from dash_export.models import Checkpoint
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.skip_policy import HISTORY
+from dash_export.torch_model import torch_model
 
 Decide = Callable[[int, torch.Tensor], torch.Tensor]
 """(row of the gated layer, damage [batch, tokens]) -> skip [batch, tokens] bool."""
@@ -39,16 +38,8 @@ class GatedModel:
     """A frozen checkpoint on one device, in one dtype."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        config = transformers.AutoConfig.for_model(**dict(checkpoint.config))
-        config._attn_implementation = "sdpa"
-        with _no_init():
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        weights = {
-            name: torch.from_numpy(weight.read_rows(0, weight.shape[0])) for name, weight in checkpoint.weights.items()
-        }
-        model.load_state_dict(weights, strict=False)
-        model.tie_weights()
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        weights = {name: weight.read_rows(0, weight.shape[0]) for name, weight in checkpoint.weights.items()}
+        self.model = torch_model(checkpoint.config, weights, dtype).to(device=device)
         self.device = device
         self.dtype = dtype
         self.spec = checkpoint.spec
@@ -141,11 +132,3 @@ class GatedModel:
 
 def _shift(history: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
     return torch.stack([history[..., 1], skip.float()], -1)
-
-
-@contextmanager
-def _no_init() -> Iterator[None]:
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        yield

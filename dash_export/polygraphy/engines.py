@@ -152,7 +152,9 @@ class PortableEngine:
             "damage": (1, count),
             "score": (1, 1, count),
         }
-        shapes |= dict.fromkeys([name for name, *_ in self._rows], (1, count, self._model.num_kv_heads * self._model.head_dim))
+        shapes |= dict.fromkeys(
+            [name for name, *_ in self._rows], (1, count, self._model.num_kv_heads * self._model.head_dim)
+        )
         arrays: Arrays = {}
         for name in self._engine.outputs:
             portable = self._portable.get(name, name)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 
 from dash_export.decision import DENSE_POSITIONS, Action, DecisionRule
 from dash_export.models import Checkpoint
 from dash_export.skip_policy import HISTORY, SkipPolicy
+from dash_export.torch_model import torch_model
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,8 @@ class Oracle:
     """A checkpoint and its skip policy in float32."""
 
     def __init__(self, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
-        config = transformers.AutoConfig.for_model(**dict(checkpoint.config))
-        config._attn_implementation = "eager"
-        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-        weights = {
-            name: torch.from_numpy(weight.read_rows(0, weight.shape[0])) for name, weight in checkpoint.weights.items()
-        }
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        if unexpected or [name for name in missing if name != "lm_head.weight"]:
-            raise ValueError(f"the oracle's weights do not fit: missing {missing}, unexpected {unexpected}")
-        model.tie_weights()
-        self.model = model
+        weights = {name: weight.read_rows(0, weight.shape[0]) for name, weight in checkpoint.weights.items()}
+        self.model = torch_model(checkpoint.config, weights, torch.float32, attention="eager")
         self.policy = policy
         self.eps = checkpoint.spec.rms_norm_eps
 

@@ -59,7 +59,8 @@ class KVCache:
 
     def rows(self, layer: int, index: int) -> npt.NDArray[np.float32]:
         """One sequence's keys and values of a layer, by row: [capacity, 2, kv_heads, head_dim]."""
-        return self._block[layer, :, index].transpose(2, 0, 1, 3)
+        found: npt.NDArray[np.float32] = self._block[layer, :, index].transpose(2, 0, 1, 3)
+        return found
 
     def _empty(self) -> npt.NDArray[np.float32]:
         model = self._model

@@ -64,6 +64,23 @@ def test_queries_are_scaled_by_their_projection(built: tuple[Bundle, Build]) -> 
     assert [item.f for node in found for item in node.attribute if item.name == "scale"] == [1.0, 1.0]
 
 
+def test_a_skip_graph_leaves_the_cache_to_the_host(built: tuple[Bundle, Build]) -> None:
+    bundle, made = built
+    path = bundle.path(made.engines["skip_03"].file)
+    assert not {"TensorScatter", "Transpose", "Reshape"} & set(operators(path))
+    graph = onnx.load(path, load_external_data=False).graph
+    assert {value.name for value in graph.input} == {"hidden", "position_ids"}
+    rows = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in graph.output
+    }
+    assert rows == {
+        "hidden_out": ["batch", "sequence", 64],
+        "new_key_3": ["batch", "sequence", 32],
+        "new_value_3": ["batch", "sequence", 32],
+    }
+
+
 def test_policy_and_plain_engine_share_their_weights(built: tuple[Bundle, Build]) -> None:
     bundle, made = built
     listed = {Path(record.name).name for record in made.files}

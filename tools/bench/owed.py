@@ -4,7 +4,8 @@
 
 Four variants decode the same tokens, interleaved in one process: dense; the token policy; its very actions forced on
 engines without a policy; and those with nothing done for a skipped layer, whose tokens are worthless and whose time is
-the bound.
+the bound. Where a process's weights happen to lie in memory is worth more than what is measured here, so both sets of
+engines are loaded several times, in turn the one and the other first, and the means over the copies are given.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import click
@@ -35,11 +36,11 @@ TOKENS = 24
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--skipped", default=5.0, show_default=True, help="Layers skipped per token, on average.")
 @click.option("--context", default=256, show_default=True, help="Cached tokens before the first one.")
-@click.option("--rounds", default=30, show_default=True, help="Interleaved passes over the tokens.")
-def main(bundle: Path, target: str, skipped: float, context: int, rounds: int) -> None:
+@click.option("--rounds", default=6, show_default=True, help="Interleaved passes over the tokens, per copy.")
+@click.option("--copies", default=8, show_default=True, help="How often each set of engines is loaded.")
+def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, copies: int) -> None:
     """Time a window of held-out text each way."""
     fused = DashRuntime.load(bundle, target)
-    plain = DashRuntime.load(bundle, target, dispatch="plain", verify=False)
     text = (resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8")
     ids = np.array(fused.text.encode(text)[: context + TOKENS], np.int64)
     session = fused.session_with(Setting("token", skipped=skipped))
@@ -66,33 +67,38 @@ def main(bundle: Path, target: str, skipped: float, context: int, rounds: int) -
         return run
 
     forced: list[Rule] = [ForcedRule(each[None]) for each in actions]
-    variants = {
-        "dense": passes(plain, [DENSE] * TOKENS),
-        "token policy": passes(fused, [rule] * TOKENS),
-        "its actions, no policy": passes(plain, forced),
-        "its actions, nothing owed": passes(plain, forced, nothing_owed=True),
-    }
-    times = dict(zip(variants, interleaved(list(variants.values()), rounds, block=2, settle=1), strict=True))
-    dense = times["dense"]
-    saved = {
-        name: median(1e6 * (base - mine) / TOKENS for base, mine in zip(dense, times[name], strict=True))
-        for name in variants
-    }
-    bound = saved["its actions, nothing owed"]
+    saved: dict[str, list[float]] = {}
+    milliseconds: dict[str, list[float]] = {}
+    for copy in range(copies):
+        order = ("fused", "plain") if copy % 2 else ("plain", "fused")
+        engines = {dispatch: DashRuntime.load(bundle, target, dispatch=dispatch, verify=False) for dispatch in order}
+        variants = {
+            "dense": passes(engines["plain"], [DENSE] * TOKENS),
+            "token policy": passes(engines["fused"], [rule] * TOKENS),
+            "its actions, no policy": passes(engines["plain"], forced),
+            "its actions, nothing owed": passes(engines["plain"], forced, nothing_owed=True),
+        }
+        times = dict(zip(variants, interleaved(list(variants.values()), rounds, block=2, settle=1), strict=True))
+        for name, own in times.items():
+            microseconds = median(1e6 * (base - mine) / TOKENS for base, mine in zip(times["dense"], own, strict=True))
+            saved.setdefault(name, []).append(microseconds)
+            milliseconds.setdefault(name, []).append(1e3 * median(own) / TOKENS)
+        print(f"copy {copy + 1} of {copies}: " + ", ".join(f"{name} {saved[name][-1]:.0f} us" for name in saved))
+    means = {name: mean(values) for name, values in saved.items()}
+    bound = means["its actions, nothing owed"]
     table = Table("variant", "ms/token", "saved us", "of the bound", title=f"{bundle.name}, {target}")
-    for name in variants:
-        milliseconds = 1e3 * median(times[name]) / TOKENS
-        table.add_row(name, f"{milliseconds:.3f}", f"{saved[name]:.0f}", f"{saved[name] / bound:.0%}")
+    for name, value in means.items():
+        table.add_row(name, f"{mean(milliseconds[name]):.3f}", f"{value:.0f}", f"{value / bound:.0%}")
     Console().print(table)
-    owed = bound - saved["its actions, no policy"]
-    policy = saved["its actions, no policy"] - saved["token policy"]
-    mean = float(actions.sum(axis=1).mean())
-    each, asked = f"{owed / mean:.0f} us a layer", f"{policy:.0f} us a token"
+    owed = bound - means["its actions, no policy"]
+    policy = means["its actions, no policy"] - means["token policy"]
+    count = float(actions.sum(axis=1).mean())
+    each, asked = f"{owed / count:.0f} us a layer", f"{policy:.0f} us a token"
     print(
-        f"{mean:.2f} layers skipped per token. Of the time that they would have taken, compensation and K/V take "
+        f"{count:.2f} layers skipped per token. Of the time that they would have taken, compensation and K/V take "
         f"{owed / bound:.0%} ({each}) and the policy {policy / bound:.0%} ({asked})."
     )
-    result = {"skipped": mean, "bound_us": bound, "owed_us": owed, "policy_us": policy}
+    result = {"skipped": count, "copies": copies, "bound_us": bound, "owed_us": owed, "policy_us": policy}
     print_json("owed", {"target": target, **{key: round(value, 3) for key, value in result.items()}})
 
 

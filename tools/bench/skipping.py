@@ -1,11 +1,15 @@
 """Skipping pays: time per token with k gated layers skipped, against what the measured segment times predict.
 
 python tools/bench/skipping.py BUNDLE --target cpu
+
+With `--moving` the set moves by one gated layer with every token, as a token policy's does: every layer is then read
+every few tokens, and the caches hold no more of what is left than they do of a dense model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,9 +29,10 @@ from dash_export.runtime.rules import FixedRule
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--context", default=256, show_default=True, help="Cached tokens.")
 @click.option("--most", default=12, show_default=True, help="Skip 0 to this many gated layers.")
+@click.option("--moving", is_flag=True, help="Another set of the same size for every token.")
 @click.option("--rounds", default=30, show_default=True, help="Interleaved blocks of eight tokens.")
-def main(bundle: Path, target: str, context: int, most: int, rounds: int) -> None:
-    """Time one decoded token under static sets of growing size, interleaved; the layers are spread over the model."""
+def main(bundle: Path, target: str, context: int, most: int, moving: bool, rounds: int) -> None:
+    """Time one decoded token under sets of growing size, interleaved; the layers are spread over the model."""
     runtime = DashRuntime.load(bundle, target, dispatch="plain")
     build, gated = runtime.build, runtime.bundle.manifest.policy.gated
     cache: Any = runtime.engines.cache(context)
@@ -37,11 +42,13 @@ def main(bundle: Path, target: str, context: int, most: int, rounds: int) -> Non
     sets = [spread(gated, count) for count in counts]
 
     def token(skipped: list[int]) -> Callable[[], object]:
-        rule = FixedRule(skipped)
+        places = [gated.index(layer) for layer in skipped]
+        shifts = range(len(gated) if moving else 1)
+        rules = cycle([FixedRule(gated[(place + shift) % len(gated)] for place in places) for shift in shifts])
 
         def run() -> None:
             cache.length = context
-            step.decode(1, rule)
+            step.decode(1, next(rules))
 
         return run
 
@@ -83,7 +90,14 @@ def main(bundle: Path, target: str, context: int, most: int, rounds: int) -> Non
         "slope_ms": round(float(slope), 5),
     }
     print_json(
-        "skipping", {"target": target, "context": context, **result, "realised": [round(x, 3) for x in realised[1:]]}
+        "skipping",
+        {
+            "target": target,
+            "context": context,
+            "moving": moving,
+            **result,
+            "realised": [round(x, 3) for x in realised[1:]],
+        },
     )
 
 

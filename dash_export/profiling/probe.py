@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.runtime.backends.base import Launch
-from dash_export.runtime.dispatch import BoundSegment, BoundStep
+from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.plan import BoundSegment
 from dash_export.runtime.rules import Actions, Counts, Damage, Rule
 
 Stamps = npt.NDArray[np.int64]

@@ -21,6 +21,7 @@ from dash_export.decision import Action
 from dash_export.names import POLICY_STATE, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Backend, Engine, Launch
 from dash_export.runtime.cache import KVCache
+from dash_export.runtime.plan import BoundSegment, ComparingPlan, FixedPlan, Plans
 from dash_export.runtime.rules import Counts, Damage, Rule
 
 SCORES = 32 << 20
@@ -93,18 +94,6 @@ class EngineSet:
         return BoundStep(self, cache, sequence, teacher_forced, batch)
 
 
-@dataclass(frozen=True)
-class BoundSegment:
-    """One segment's launches. `layer` is the gated layer, or -1 for a segment that always runs `count` layers."""
-
-    layer: int
-    count: int
-    run: Launch
-    skip: Launch | None
-    policy: Launch | None
-    output: npt.NDArray[np.float32]
-
-
 class BoundStep:
     """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences."""
 
@@ -121,7 +110,8 @@ class BoundStep:
         self.logits = np.zeros((batch, sequence if teacher_forced else 1, model.vocab_size), np.float32)
         # a[l-1], a[l] for every layer l: layer l's engine reads row l.
         self._history = np.zeros((model.num_layers + 1, *shape, 2), np.float32)
-        self.damage = np.zeros((model.num_layers, batch * sequence), np.float32)
+        self._damage = np.zeros((model.num_layers, batch * sequence), np.float32)
+        self._unread = False
         self._score = np.zeros((model.num_layers, batch, 1, sequence), np.float32)
         self._score_bias = engines.score_bias
         # Two buffers in turn; run and skip write the same one, but where rows differ skip has its own and each row
@@ -146,9 +136,20 @@ class BoundStep:
         self.segments = self._bind(engines)
         # Python floats and ints through flat views: the decode loop makes no array objects.
         self._history_view: Any = self._history.reshape(-1).data
-        self._damage_view: Any = self.damage.reshape(-1).data
+        self._damage_view: Any = self._damage.reshape(-1).data
         self._score_view: Any = self._score.reshape(-1).data
         self.actions = np.zeros((batch * sequence, model.num_layers), np.int8)
+        self._actions_view: Any = self.actions.reshape(-1).data
+        self._plans = Plans(model.num_layers, self._score_bias)
+
+    @property
+    def damage(self) -> npt.NDArray[np.float32]:
+        """Of the last step under a rule that asks, [layers, tokens]: this object's array."""
+        if self._unread:
+            self._unread = False
+            for layer in self._score_bias:
+                self._read_scores(layer)
+        return self._damage
 
     def _bind(self, engines: EngineSet) -> list[BoundSegment]:
         bound = []
@@ -216,7 +217,7 @@ class BoundStep:
 
     def _decision(self, layer: int) -> dict[str, npt.NDArray[np.float32]]:
         """Where a policy answers for `layer`: with the damage, or with its score."""
-        return {"damage": self.damage[layer].reshape(self.batch, -1), "score": self._score[layer]}
+        return {"damage": self._damage[layer].reshape(self.batch, -1), "score": self._score[layer]}
 
     def launches(self) -> list[tuple[Launch, Launch | None]]:
         """Per segment what runs it and what skips it, to be timed one by one after `place`."""
@@ -240,9 +241,24 @@ class BoundStep:
         """One token under `rule`; returns the layers it ran. Logits, damage and `actions` are this object's arrays."""
         self.input_ids[0, 0] = token
         self.place()
+        plan = self._plans.plan(rule, self.segments)
+        if plan is None:
+            executed = self._decode_asking(rule)
+        elif isinstance(plan, FixedPlan):
+            self.actions[0] = plan.actions
+            for launch in plan.launches:
+                launch()
+            executed = plan.executed
+        else:
+            executed = self._decode_comparing(plan)
+        self._cache.length += 1
+        return executed
+
+    def _decode_asking(self, rule: Rule) -> int:
         self.actions.fill(Action.RUN)
         history, damage, actions = self._history_view, self._damage_view, self.actions[0]
         self._history.fill(0.0)
+        self._unread = False
         score, score_bias, skips = self._score_view, self._score_bias, rule.skips
         executed = 0
         for segment in self.segments:
@@ -263,14 +279,32 @@ class BoundStep:
             else:
                 segment.run()
                 executed += 1
-        self._cache.length += 1
+        return executed
+
+    def _decode_comparing(self, plan: ComparingPlan) -> int:
+        """`_decode_asking` with a rule that is a limit per layer."""
+        self.actions.fill(Action.RUN)
+        self._history.fill(0.0)
+        history, actions = self._history_view, self._actions_view
+        asked, self._unread = (self._score_view, True) if self._score_bias else (self._damage_view, False)
+        executed = self._model.num_layers
+        for run, skip, policy, layer, limit in plan.steps:
+            if policy is not None:
+                policy()
+            if skip is not None and asked[layer] < limit:
+                history[2 * layer + 1] = history[2 * layer + 2] = 1.0
+                actions[layer] = 1
+                executed -= 1
+                skip()
+            else:
+                run()
         return executed
 
     def _read_scores(self, layer: int) -> None:
         if layer in self._score_bias:
             # In float64, as `decode` does it: a tie must not fall differently.
             score = self._score[layer].reshape(-1).astype(np.float64)
-            self.damage[layer] = np.logaddexp(0.0, score + self._score_bias[layer])
+            self._damage[layer] = np.logaddexp(0.0, score + self._score_bias[layer])
 
     def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
         """`sequence` tokens, every layer. `ask`: the tokens' damage is wanted too."""
@@ -333,7 +367,7 @@ class BoundStep:
             if segment.policy is not None:
                 segment.policy()
             self._read_scores(layer)
-            skipped = skipped_rows(layer, self.damage[layer], executed)
+            skipped = skipped_rows(layer, self._damage[layer], executed)
             self.actions[skipped, layer] = Action.SKIP
             history[layer, :, 1] = history[layer + 1, :, 0] = skipped
             executed += ~skipped

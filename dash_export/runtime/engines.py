@@ -36,8 +36,10 @@ class Step(Protocol):
 
     sequence: int
     logits: npt.NDArray[np.float32]
-    damage: npt.NDArray[np.float32]
     actions: npt.NDArray[np.int8]
+
+    @property
+    def damage(self) -> npt.NDArray[np.float32]: ...
 
     def decode(self, token: int, rule: Rule) -> int: ...
 

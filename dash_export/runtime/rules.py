@@ -38,13 +38,13 @@ class FixedRule:
     asks = False
 
     def __init__(self, skipped: Iterable[int] = ()) -> None:
-        self._skipped = frozenset(skipped)
+        self.skipped = frozenset(skipped)
 
     def skips(self, layer: int, damage: float, executed: int) -> bool:  # noqa: ARG002
-        return layer in self._skipped
+        return layer in self.skipped
 
     def decide(self, layer: int, damage: Damage, executed: Counts) -> Actions:  # noqa: ARG002
-        return np.full(executed.shape, Action.SKIP if layer in self._skipped else Action.RUN, np.int8)
+        return np.full(executed.shape, Action.SKIP if layer in self.skipped else Action.RUN, np.int8)
 
 
 class ForcedRule:

@@ -26,7 +26,7 @@ from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.resources import resource_folder
 from dash_export.runtime.dispatch import BoundStep
-from dash_export.runtime.rules import DENSE, ForcedRule, Rule
+from dash_export.runtime.rules import DENSE, FixedRule, Rule
 
 TOKENS = 24
 
@@ -66,7 +66,7 @@ def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, c
 
         return run
 
-    forced: list[Rule] = [ForcedRule(each[None]) for each in actions]
+    forced: list[Rule] = [FixedRule(np.flatnonzero(each).tolist()) for each in actions]
     saved: dict[str, list[float]] = {}
     milliseconds: dict[str, list[float]] = {}
     for copy in range(copies):

@@ -1,0 +1,120 @@
+"""A rule worked out ahead for the decode loop.
+
+Between engines the caches are cold, and there Python costs ten times what it costs in a loop: an answer from a rule's
+method, of a damage that takes a logarithm, is 3 to 5 us. So a rule that decodes more than one token is turned into what
+the loop does with it: launches one after the other, or one comparison per gated layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.decision import Action, DecisionRule
+from dash_export.runtime.backends.base import Launch
+from dash_export.runtime.rules import Actions, FixedRule, Rule
+
+_INFINITY = 0x7F800000
+"""Of a float32, in bits."""
+
+
+@dataclass(frozen=True)
+class BoundSegment:
+    """One segment's launches. `layer` is the gated layer, or -1 for a segment that always runs `count` layers."""
+
+    layer: int
+    count: int
+    run: Launch
+    skip: Launch | None
+    policy: Launch | None
+    output: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """What a token launches, and the actions [layers] that this means."""
+
+    launches: tuple[Launch, ...]
+    actions: Actions
+    executed: int
+
+
+@dataclass(frozen=True)
+class ComparingPlan:
+    """Per segment: what runs it, what skips it, what decides it in `sync` dispatch, its layer, and the score (of a
+    linear policy, else the damage) below which it is skipped.
+    """
+
+    steps: tuple[tuple[Launch, Launch | None, Launch | None, int, float], ...]
+
+
+Plan = FixedPlan | ComparingPlan
+
+
+class Plans:
+    """The plans of one step, of the rules it saw last. A rule's first token is decoded without: a held budget has
+    another rule for every token.
+    """
+
+    KEPT = 64
+
+    def __init__(self, num_layers: int, score_bias: Mapping[int, float]) -> None:
+        self._num_layers, self._score_bias = num_layers, score_bias
+        # With what they are of, so that no other object gets its id.
+        self._known: dict[tuple[int, int], tuple[object, object, Plan | None]] = {}
+
+    def plan(self, rule: Rule, segments: Sequence[BoundSegment]) -> Plan | None:
+        """None where the rule has to be asked."""
+        key = (id(rule), id(segments))
+        known = self._known.get(key)
+        if known is not None and known[2] is not None:
+            return known[2]
+        made = self._make(rule, segments) if known is not None or isinstance(rule, FixedRule) else None
+        self._known[key] = (rule, segments, made)
+        if len(self._known) > self.KEPT:
+            del self._known[next(iter(self._known))]
+        return made
+
+    def _make(self, rule: Rule, segments: Sequence[BoundSegment]) -> Plan | None:
+        if isinstance(rule, FixedRule):
+            skipped = [segment for segment in segments if segment.layer in rule.skipped]
+            actions = np.full(self._num_layers, Action.RUN, np.int8)
+            actions[[segment.layer for segment in skipped]] = Action.SKIP
+            launches = [segment.skip if segment in skipped else segment.run for segment in segments]
+            return FixedPlan(tuple(launches), actions, self._num_layers - len(skipped))  # type: ignore[arg-type]
+        # As long as no ceiling can be reached; a layer's is above the number of layers before it.
+        if not isinstance(rule, DecisionRule) or any(
+            ceiling <= layer for layer, ceiling in enumerate(rule.ceilings) if rule.gated[layer]
+        ):
+            return None
+        limits = dict(enumerate(rule.limits)) | score_limits(rule.limits, self._score_bias)
+        return ComparingPlan(
+            tuple(
+                (segment.run, segment.skip, segment.policy, segment.layer, limits.get(segment.layer, 0.0))
+                for segment in segments
+            )
+        )
+
+
+def score_limits(limits: Sequence[float], bias: Mapping[int, float]) -> dict[int, float]:
+    """Per biased layer the lowest score whose damage is not below the limit: softplus(score + bias), in float64 and
+    rounded to float32, as a teacher-forced pass has it, so that the two never decide a tie differently.
+    """
+    layers = list(bias)
+    wanted, offsets = np.array([limits[layer] for layer in layers]), np.array([bias[layer] for layer in layers])
+    # float32 numbers in ascending order have ascending bits, if negative ones are counted down.
+    low, high = np.full(len(layers), -_INFINITY), np.full(len(layers), _INFINITY)
+    while (low < high).any():
+        middle = (low + high) >> 1
+        damage = np.logaddexp(0.0, _float32(middle).astype(np.float64) + offsets).astype(np.float32)
+        below = damage.astype(np.float64) < wanted
+        low, high = np.where(below & (low < high), middle + 1, low), np.where(below, high, middle)
+    return dict(zip(layers, _float32(low).tolist(), strict=True))
+
+
+def _float32(order: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    bits = np.where(order >= 0, order, (1 << 31) - order)
+    return bits.astype(np.uint32).view(np.float32)

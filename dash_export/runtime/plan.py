@@ -80,10 +80,10 @@ class Plans:
 
     def _make(self, rule: Rule, segments: Sequence[BoundSegment]) -> Plan | None:
         if isinstance(rule, FixedRule):
-            skipped = [segment for segment in segments if segment.layer in rule.skipped]
+            skipped = [segment.layer for segment in segments if segment.layer in rule.skipped]
             actions = np.full(self._num_layers, Action.RUN, np.int8)
-            actions[[segment.layer for segment in skipped]] = Action.SKIP
-            launches = [segment.skip if segment in skipped else segment.run for segment in segments]
+            actions[skipped] = Action.SKIP
+            launches = [segment.skip if segment.layer in rule.skipped else segment.run for segment in segments]
             return FixedPlan(tuple(launches), actions, self._num_layers - len(skipped))  # type: ignore[arg-type]
         # As long as no ceiling can be reached; a layer's is above the number of layers before it.
         if not isinstance(rule, DecisionRule) or any(

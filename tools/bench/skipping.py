@@ -3,7 +3,7 @@
 python tools/bench/skipping.py BUNDLE --target cpu
 
 With `--moving` the set moves by one gated layer with every token, as a token policy's does: every layer is then read
-every few tokens, and the caches hold no more of what is left than they do of a dense model.
+every few tokens.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def main(bundle: Path, target: str, context: int, most: int, moving: bool, round
     build, gated = runtime.build, runtime.bundle.manifest.policy.gated
     cache: Any = runtime.engines.cache(context)
     cache.reserve(context + 1)
-    step = runtime.engines.step(cache, 1)
     counts = range(min(most, len(gated)) + 1)
     sets = [spread(gated, count) for count in counts]
 
     def token(skipped: list[int]) -> Callable[[], object]:
+        step = runtime.engines.step(cache, 1)  # of its own: a step remembers what it launches for the rules it saw last
         places = [gated.index(layer) for layer in skipped]
         shifts = range(len(gated) if moving else 1)
         rules = cycle([FixedRule(gated[(place + shift) % len(gated)] for place in places) for shift in shifts])

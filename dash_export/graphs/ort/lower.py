@@ -242,8 +242,8 @@ def _undivided(graph: ir.Graph, split: ir.Node, parts: int) -> ir.Value:
 
 def _new_rows(graph: ir.Graph) -> None:
     """A cache write that nothing attends to, as in a skip graph, becomes an output: the new rows [batch, sequence,
-    kv_heads * head_dim], which the host writes where they go (0.3 us). Without two writes, turned heads and two caches
-    in and out a skip graph has seven nodes instead of thirteen.
+    kv_heads * head_dim], which the host writes where they go. Without two writes, turned heads and two caches in and
+    out a skip graph has seven nodes instead of thirteen.
     """
     for node in list(graph):
         if node.op_type != "TensorScatter":

@@ -12,6 +12,9 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.common import LayerList, plain_table, print_table, result_console
 from dash_export.commands.progress import progress_bar
 
+OF_A_POLICY = ("gated", "compensation", "rank", "width", "regression_steps")
+"""Settings that a training takes from the policy it goes on from."""
+
 
 @click.command("train")
 @click.argument("model")
@@ -44,12 +47,25 @@ from dash_export.commands.progress import progress_bar
     metavar="LAYERS",
     help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--compensation", type=click.Choice(["none", "scale", "low_rank"]), default="low_rank", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--from",
+    "start",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="POLICY.safetensors",
+    help="Go on from this trained policy, to tune it further or for other text: only the tuning steps are done.",
+)
+@click.option("--compensation", type=click.Choice(["none", "scale", "low_rank"]), help="What a skip adds (low_rank).")
 @click.option("--rank", type=click.IntRange(1, 4096), help="Rank of the low-rank compensation (64).")
 @click.option("--width", type=click.IntRange(0, 4096), help="Hidden units of the damage network; 0: linear (0).")
 @click.option("--steps", type=click.IntRange(min=1), help="Tuning steps (900): more is slower and better.")
 @click.option("--regression-steps", type=click.IntRange(min=1), help="Steps of damage regression before them (120).")
+@click.option(
+    "--trade-offs",
+    type=(click.FloatRange(min=0, min_open=True), click.FloatRange(min=0, min_open=True)),
+    metavar="LOW HIGH",
+    help="The part of the dial to train for, nats per dense token time (0.25 1.5).",
+)
 @click.option("--window", type=click.IntRange(16, 8192), help="Tokens per window (256).")
 @click.option("--windows", type=click.IntRange(min=1), help="Windows per step (4).")
 @click.option("--device", default="", help="cpu or cuda; by default cuda where there is one.")
@@ -63,9 +79,10 @@ def command(
     prompts: tuple[Path, ...],
     kind: str,
     gated: tuple[int, ...] | None,
+    start: Path | None,
     device: str,
     steps: int | None,
-    **chosen: int | str | None,
+    **chosen: int | str | tuple[float, float] | None,
 ) -> None:
     """Train a skip policy for MODEL: which layers each token can do without, and what to add in their place.
 
@@ -78,6 +95,15 @@ def command(
     known = {field.name for field in fields(TrainingSettings)}
     given = {name: value for name, value in (chosen | {"tuning_steps": steps}).items() if value is not None}
     assert set(given) <= known
+    for reason, idle, names in (
+        ("--from takes", start is not None, OF_A_POLICY),
+        ("--kind static trains", kind == "static", ("width", "regression_steps", "trade_offs")),
+        ("--compensation none tunes", chosen["compensation"] == "none", ("rank", "tuning_steps")),
+        ("--compensation scale has", chosen["compensation"] == "scale", ("rank",)),
+    ):
+        useless = [name for name in names if name in given or (name == "gated" and gated is not None)]
+        if idle and useless:
+            raise click.UsageError(f"{reason} no {_option(useless[0])}: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
     with progress_bar("train") as progress:
         train(
@@ -87,6 +113,7 @@ def command(
             prompts,
             kind=kind,
             gated=gated,
+            start=start,
             settings=TrainingSettings(**given),  # type: ignore[arg-type]
             device=device,
             progress=progress,
@@ -94,12 +121,14 @@ def command(
     _summary(model, output)
 
 
+def _option(setting: str) -> str:
+    return "--steps" if setting == "tuning_steps" else f"--{setting.replace('_', '-')}"
+
+
 def _summary(model: str, output: Path) -> None:
     card = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
     columns = ("skipped", "KL (nats)", "top-1", "nll")
-    table = plain_table(
-        f"Held-out text, {sum(card['held_out']['tokens'].values())} tokens", "setting", *columns, right=columns
-    )
+    table = plain_table(f"Held-out text, {card['held_out']['judged']} tokens", "setting", *columns, right=columns)
     for row in card["held_out"]["figures"]:
         table.add_row(
             row["setting"], f"{row['skipped']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.3f}"

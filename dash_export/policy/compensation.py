@@ -32,7 +32,6 @@ class UpdateStatistics:
         self._xu = {layer: torch.zeros(hidden, hidden, dtype=torch.float64) for layer in layers}
         self._hh = dict.fromkeys(layers, 0.0)
         self._hu = dict.fromkeys(layers, 0.0)
-        self._uu = dict.fromkeys(layers, 0.0)
         self._cosine = dict.fromkeys(layers, 0.0)
 
     @torch.no_grad()
@@ -50,7 +49,6 @@ class UpdateStatistics:
             self._xu[layer] += (x.T @ u).double().cpu()
             self._hh[layer] += float((h * h).sum())
             self._hu[layer] += float((h * u).sum())
-            self._uu[layer] += float((u * u).sum())
             self._cosine[layer] += float(torch.nn.functional.cosine_similarity(h, h + u, dim=-1).sum())
 
     def cosine_order(self) -> tuple[int, ...]:
@@ -77,13 +75,3 @@ class UpdateStatistics:
             downs.append((left[:, :rank] * root).float().numpy())
             ups.append((root[:, None] * right[:rank]).float().numpy())
         return Compensation("low_rank", {"down": np.stack(downs), "up": np.stack(ups)})
-
-    def explained(self, compensation: Compensation) -> dict[int, float]:
-        """Share of each layer's squared update that a low-rank compensation explains (R squared on the tokens seen)."""
-        shares = {}
-        for row, layer in enumerate(self.layers):
-            down, up = (torch.from_numpy(compensation.weights[name][row]).double() for name in ("down", "up"))
-            whole = down @ up
-            error = self._uu[layer] - 2 * (whole * self._xu[layer]).sum() + (whole * (self._xx[layer] @ whole)).sum()
-            shares[layer] = 1.0 - float(error) / self._uu[layer]
-        return shares

@@ -1,4 +1,4 @@
-"""The model's own words: continuations of chat prompts and of prose, the text on which a deployed policy acts."""
+"""The model's own words: continuations of chat prompts, the text on which a deployed policy acts."""
 
 from __future__ import annotations
 

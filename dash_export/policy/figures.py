@@ -14,7 +14,7 @@ from dash_export.policy.gated_model import Decide, GatedModel
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.token_kl import divergence
 
-BATCHES = 4
+BATCHES = 8
 SIZES = (2, 4, 6, 8)
 
 
@@ -29,12 +29,13 @@ class Figures:
     nll: float
 
 
-def held_out_batches(corpus: Corpus, windows: int, window: int) -> list[Batch]:
+def held_out_batches(corpus: Corpus, windows: int, window: int, count: int = BATCHES) -> list[Batch]:
     """The same windows whatever the training's seed, so that trainings compare."""
     rng = np.random.default_rng(20252)
-    return [corpus.batch(rng, windows, window) for _ in range(BATCHES)]
+    return [corpus.batch(rng, windows, window) for _ in range(count)]
 
 
+@torch.no_grad()
 def token_figures(
     model: GatedModel,
     modules: SkipModules,
@@ -42,8 +43,10 @@ def token_figures(
     order: Sequence[int],
     trade_offs: tuple[float, float],
     progress: Progress = no_progress,
-) -> list[dict[str, object]]:
-    """Dense, the token policy over its dial, static and random sets of SIZES with the same compensation."""
+) -> tuple[int, list[dict[str, object]]]:
+    """(tokens judged, figures): dense, the token policy over its dial, static and random sets of SIZES with the same
+    compensation.
+    """
     layers, gated = model.spec.num_layers, modules.gated
     runs: list[tuple[str, Decide]] = [("dense", lambda _, damage: torch.zeros_like(damage).bool())]
     if modules.network:
@@ -53,31 +56,24 @@ def token_figures(
         rows = {gated.index(layer) for layer in order[:size]}
         runs.append((f"static, {size} layers", _always(rows)))
         runs.append((f"random, {size} layers", _random(size / len(gated))))
-    figures = []
-    for done, (name, decide) in enumerate(runs, 1):
-        figures.append(asdict(measure(model, modules, batches, name, decide)))
-        progress("held-out text", done, len(runs))
-    return figures
-
-
-@torch.no_grad()
-def measure(model: GatedModel, modules: SkipModules, batches: Sequence[Batch], name: str, decide: Decide) -> Figures:
-    """One setting over the batches."""
-    sums, count = np.zeros(4), 0
-    for batch in batches:
+    sums, count = np.zeros((len(runs), 4)), 0
+    for done, batch in enumerate(batches):
         ids, dense, counted = (
             torch.from_numpy(array).to(model.device) for array in (batch.ids, batch.dense, batch.counted)
         )
         # A token counts where the one after it is text too.
         counted = counted[:, :-1] & counted[:, 1:]
-        following = ids[:, 1:][counted]
-        rollout = model.rollout(ids, modules, decide, dense)
-        final, skipped = model.dense(ids)[:, :-1][counted], rollout.final[:, :-1][counted]
-        found = divergence(model.head, final, skipped, following)
-        taken = rollout.skipped[:, :-1][counted].float().sum(-1)
-        sums += [float(values.double().sum()) for values in (taken, found.kl, found.agree, -found.log_likelihood)]
+        following, final = ids[:, 1:][counted], model.dense(ids)[:, :-1][counted]
         count += len(following)
-    return Figures(name, *(round(float(value), 4) for value in sums / count))
+        for index, (_, decide) in enumerate(runs):
+            rollout = model.rollout(ids, modules, decide, dense)
+            found = divergence(model.head, final, rollout.final[:, :-1][counted], following)
+            taken = rollout.skipped[:, :-1][counted].float().sum(-1)
+            values = (taken, found.kl, found.agree, -found.log_likelihood)
+            sums[index] += [float(value.double().sum()) for value in values]
+            progress("held-out text", done * len(runs) + index + 1, len(batches) * len(runs))
+    rounded = (sums / count).round(4).tolist()
+    return count, [asdict(Figures(name, *means)) for (name, _), means in zip(runs, rounded, strict=True)]
 
 
 def _below(limit: float) -> Decide:

@@ -27,28 +27,28 @@ SOFTENING = 0.02
 """Nats. The square root evens out errors of small and large divergences; this keeps its slope finite at zero."""
 LARGEST_RATE = 0.4
 EXPLORATION = 0.1
+MASKS = 2
 
 
 @dataclass(frozen=True)
 class Regression:
-    """`masks` skipped passes are compared with each dense one; trade-offs are drawn log-uniformly from `trade_offs`
+    """`MASKS` skipped passes are compared with each dense one; trade-offs are drawn log-uniformly from `trade_offs`
     (nats per dense token time), uniform cost assumed.
     """
 
     model: GatedModel
     modules: SkipModules
     trade_offs: tuple[float, float]
-    masks: int = 2
 
     def loss(self, batch: Batch, rng: np.random.Generator, on_policy: bool = True) -> torch.Tensor:
         """The loss over one batch, with a gradient for the network's weights."""
         device = self.model.device
         ids, dense, counted = (torch.from_numpy(array).to(device) for array in (batch.ids, batch.dense, batch.counted))
         final = self.model.dense(ids)[counted]
-        ids, dense, counted = (tensor.repeat(self.masks, 1) for tensor in (ids, dense, counted))
+        ids, dense, counted = (tensor.repeat(MASKS, 1) for tensor in (ids, dense, counted))
         decide = self._decide(tuple(ids.shape), rng, on_policy)
         rollout = self.model.rollout(ids, self.modules, decide, dense, network_grad=True)
-        kl = divergence(self.model.head, final.repeat(self.masks, 1), rollout.final[counted], ids[counted]).kl
+        kl = divergence(self.model.head, final.repeat(MASKS, 1), rollout.final[counted], ids[counted]).kl
         predicted = (rollout.damage * rollout.skipped).sum(-1)[counted]
         return ((predicted + SOFTENING).sqrt() - (kl.clamp_min(0) + SOFTENING).sqrt()).pow(2).mean()
 

@@ -11,8 +11,9 @@ class TrainingSettings:
 
     `rank`: of the low-rank compensation; `width`: hidden units of the damage network, 0 for a linear one; `history`:
     whether it reads the last two actions. `trade_offs`: the range of the dial that training covers, in nats per dense
-    token time. `own_prompts` continuations of the model's own, of up to `own_tokens` tokens, join the corpus.
-    `held_out`: share of every text that is only evaluated on.
+    token time. `again`: the share of the tuning's learning rates when it goes on from a trained policy. `own_prompts`
+    continuations of the model's own, of up to `own_tokens` tokens, join the corpus. `held_out`: share of every text
+    that is only evaluated on.
     """
 
     seed: int = 0
@@ -30,6 +31,7 @@ class TrainingSettings:
     compensation_rate: float = 1e-3
     refinement_rate: float = 5e-4
     trade_offs: tuple[float, float] = (0.25, 1.5)
+    again: float = 0.5
     own_prompts: int = 160
     own_tokens: int = 192
     held_out: float = 0.08

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import platform
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,18 @@ import numpy as np
 import torch
 
 from dash_export import __version__
-from dash_export.artifacts import Progress, no_progress, sha256_file
+from dash_export.artifacts import Progress, no_progress, sha256_file, write_atomic
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint, open_checkpoint
+from dash_export.models.spec import DecoderSpec
 from dash_export.policy.continuations import continue_prompts
-from dash_export.policy.corpus import Corpus, Passage, read_corpus, read_prompts
+from dash_export.policy.corpus import Corpus, Passage, TokenIds, read_corpus, read_prompts
 from dash_export.policy.figures import held_out_batches, token_figures
 from dash_export.policy.gated_model import GatedModel
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.training import Training, training_key
-from dash_export.policy_file import save_policy
+from dash_export.policy_file import load_policy, save_policy
 from dash_export.runtime.text import Text
 from dash_export.skip_policy import SkipPolicy, check_gated, default_gated
 
@@ -33,6 +35,7 @@ KINDS = ("token", "static")
 LARGEST_STATIC_SET = 8
 OWN_WORDS = "own words"
 CONTINUATIONS = "own-words.npz"
+JUDGED_SEED = 20252
 
 
 def train(
@@ -43,12 +46,16 @@ def train(
     *,
     kind: str = "token",
     gated: Sequence[int] | None = None,
+    start: Path | None = None,
     settings: TrainingSettings | None = None,
     device: str = "",
     progress: Progress = no_progress,
 ) -> SkipPolicy:
     """Train a policy of `kind` (`token` or `static`) for `model` and write it to `output` (`.safetensors`, and a JSON
     card beside it).
+
+    With `start`, a trained policy of this model, training goes on from there, to tune it further or for other text:
+    gated layers, network and compensation are as they are in it, and only the tuning steps are done.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
     done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
@@ -57,43 +64,53 @@ def train(
     output, settings = Path(output), settings or TrainingSettings()
     if kind not in KINDS:
         raise PolicyError(f"There is no trainable policy kind {kind!r}. Known: {', '.join(KINDS)}.")
+    if not 0 < settings.trade_offs[0] < settings.trade_offs[1]:
+        raise PolicyError(f"Trade-offs go from a low to a higher one, above 0; got {settings.trade_offs}.")
     if output.suffix != ".safetensors":
         raise PolicyError(f"A policy file is called NAME.safetensors, not {output.name}.")
     if not texts and not prompts:
         raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     spec = checkpoint.spec
+    if start is not None and gated is not None:
+        raise RequestError("Gated layers are those of the policy that training goes on from: give one of the two.")
+    policy = None if start is None else _trained(start, spec, kind)
+    if policy is not None:
+        gated, settings = policy.gated, _further(settings, policy)
     layers = check_gated(default_gated(spec.num_layers) if gated is None else gated, spec.num_layers)
     if not layers:
         raise PolicyError("There is no layer to learn about: no layer may be skipped.")
+    place = _device(device)
     began = time.perf_counter()
     folder = output.with_name(f"{output.name}.unfinished")
+    _told_apart(texts, prompts)
     data = {path.name: sha256_file(_existing(path)) for path in (*texts, *prompts)}
-    key = training_key(settings, checkpoint.fingerprint, kind, layers, data)
+    origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
+    key = training_key(settings, checkpoint.fingerprint, kind, layers, data, origin)
     folder.mkdir(parents=True, exist_ok=True)
     progress("reading the text", 0, 0)
     text = _text(checkpoint, folder)
     training_corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gated_model = GatedModel(checkpoint, place, torch.bfloat16)
     if prompts:
         _add_own_words(gated_model, text, prompts, settings, folder, key, (training_corpus, held), progress)
-    training = Training(gated_model, training_corpus, settings, layers, folder, key, progress)
+    training = Training(gated_model, training_corpus, settings, layers, folder, key, policy, progress)
     policy = training.token_policy() if kind == "token" else training.static_policy(LARGEST_STATIC_SET)
     batches = held_out_batches(held, settings.windows, settings.window)
     modules = SkipModules(policy).to(place)
-    figures = token_figures(gated_model, modules, batches, policy.static_order, settings.trade_offs, progress)
+    judged, figures = token_figures(gated_model, modules, batches, policy.static_order, settings.trade_offs, progress)
     card: dict[str, Any] = {
         "model": Path(checkpoint.source).name,
         "model_fingerprint": checkpoint.fingerprint,
         "kind": kind,
+        "from": origin,
         "gated": list(layers),
         "static_order": list(policy.static_order),
         "cosine_order": list(policy.cosine_order),
         "settings": asdict(settings),
         "data": {name: {"sha256": digest} for name, digest in data.items()},
         "tokens": training_corpus.tokens(),
-        "held_out": {"tokens": held.tokens(), "figures": figures},
+        "held_out": {"tokens": held.tokens(), "judged": judged, "figures": figures},
         "versions": {"dash-export": __version__, "torch": torch.__version__, "transformers": version("transformers")},
         "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
         "seconds": round(time.perf_counter() - began, 1),
@@ -101,6 +118,51 @@ def train(
     save_policy(output, policy, spec, card)
     shutil.rmtree(folder)
     return policy
+
+
+def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
+    """The policy that training goes on from."""
+    policy = load_policy(path, spec)
+    if policy.compensation.kind == "none":
+        raise PolicyError(f"{path} has no compensation, so there is nothing to tune further: train one anew.")
+    if kind == "token" and policy.network is None:
+        raise PolicyError(f"{path} has no network: it is a static policy, and goes on with --kind static only.")
+    return policy
+
+
+def _further(settings: TrainingSettings, policy: SkipPolicy) -> TrainingSettings:
+    """What is left to do for a trained policy, and what it says of itself."""
+    down = policy.compensation.weights.get("down")
+    return replace(
+        settings,
+        compensation=policy.compensation.kind,
+        rank=settings.rank if down is None else int(down.shape[-1]),
+        width=policy.width,
+        history=policy.reads_actions,
+        fit_steps=0,
+        warm_up_steps=0,
+        regression_steps=0,
+        compensation_rate=settings.compensation_rate * settings.again,
+        refinement_rate=settings.refinement_rate * settings.again,
+    )
+
+
+def _told_apart(texts: Sequence[Path], prompts: Sequence[Path]) -> None:
+    """Raises RequestError where a name on the card, or that of a source, would stand for two files."""
+    names = [*(path.stem for path in texts), *(path.name for path in prompts)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RequestError(f"Two of the files are called {twice}: texts are told apart by their names, so rename one.")
+
+
+def _device(name: str) -> torch.device:
+    """Raises RequestError for one that this torch does not know or cannot use."""
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return place
 
 
 def _existing(path: Path) -> Path:
@@ -128,22 +190,35 @@ def _add_own_words(
     corpora: tuple[Corpus, Corpus],
     progress: Progress,
 ) -> None:
-    """Continuations of `own_prompts` chat prompts: kept in `folder`, so that a resumed training reads the same ones."""
+    """Continuations of `own_prompts` chat prompts: kept in `folder`, so that a resumed training reads the same ones.
+
+    As of a text, the last `held_out` share of the prompts is held out, and what is judged does not follow the seed.
+    """
     path = folder / f"{key}-{CONTINUATIONS}"
     if not path.is_file():
         chats = [messages for file in prompts for messages in read_prompts(file)]
-        chosen = np.random.default_rng(settings.seed).permutation(len(chats))[: settings.own_prompts]
-        ids = [np.array(text.chat(chats[index]), np.int64) for index in chosen]
-        ids = [prompt[-settings.window :] for prompt in ids]
-        passages = continue_prompts(model, ids, settings.own_tokens, text.eos_ids, settings.seed, progress)
-        temporary = path.with_name(f".tmp-{path.name}")
-        arrays = {f"{index}-{passage.prefix}": passage.ids for index, passage in enumerate(passages)}
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
+        split = max(1, int(len(chats) * (1 - settings.held_out)))
+        drawn = np.random.default_rng(settings.seed).permutation(split).tolist()
+        count = round(settings.own_prompts * (1 - settings.held_out))
+        shares = {
+            "training": (drawn[:count], settings.seed),
+            "held": (range(split, len(chats))[: settings.own_prompts - count], JUDGED_SEED),
+        }
+        arrays: dict[str, TokenIds] = {}
+        for share, (chosen, seed) in shares.items():
+            ids = [np.array(text.chat(chats[index])[-settings.window :], np.int64) for index in chosen]
+            for passage in continue_prompts(model, ids, settings.own_tokens, text.eos_ids, seed, progress):
+                arrays[f"{share}-{len(arrays)}-{passage.prefix}"] = passage.ids
+        packed = io.BytesIO()
+        np.savez(packed, **arrays)  # type: ignore[arg-type]
+        write_atomic(path, packed.getvalue())
     with np.load(path, allow_pickle=False) as stored:
-        passages = [Passage(stored[name], int(name.partition("-")[2])) for name in stored.files]
-    split = int(len(passages) * (1 - settings.held_out))
-    for corpus, part in zip(corpora, (passages[:split], passages[split:]), strict=True):
-        if part:
-            corpus.sources[OWN_WORDS] = part
+        for corpus, share in zip(corpora, ("training", "held"), strict=True):
+            names = [name for name in stored.files if name.startswith(share)]
+            if names:
+                corpus.sources[OWN_WORDS] = [Passage(stored[name], int(name.rpartition("-")[2])) for name in names]
+    if not all(corpus.sources for corpus in corpora):
+        raise RequestError(
+            "The model's continuations of these prompts are too few to learn from and to be judged on: give more "
+            "prompts, or text (--text)."
+        )

@@ -3,6 +3,7 @@
     1. the model's own continuations of the prompts join the corpus
     2. the compensation in closed form, and the cosine ranking (compensation.py)
     3. damage regression: the network, from forward passes (regression.py)
+       (a training that goes on from a policy takes both from it)
     4. tuning: compensation and network together, by KL (tuning.py)
     5. the greedy static order, for the static kind of the same bundle (ranking.py)
 
@@ -40,7 +41,9 @@ STATE = "state.pt"
 
 @dataclass
 class Training:
-    """One training run. `folder` holds its checkpoint until it is done."""
+    """One training run. `folder` holds its checkpoint until it is done. `start`: the policy that it goes on from, of
+    the same gated layers; then only tuning and ranking are left to do.
+    """
 
     model: GatedModel
     corpus: Corpus
@@ -48,6 +51,7 @@ class Training:
     gated: tuple[int, ...]
     folder: Path
     key: str
+    start: SkipPolicy | None = None
     progress: Progress = no_progress
 
     def token_policy(self) -> SkipPolicy:
@@ -61,11 +65,8 @@ class Training:
                 "ranking": len(self.gated) * RANKING_BATCHES * 6,
             }
         )
-        compensation, cosine = self._fitted()
-        network = initial_network(
-            len(self.gated), self.model.spec.hidden_size, settings.width, settings.history, settings.seed
-        )
-        modules = SkipModules(SkipPolicy(self.gated, network, compensation)).to(self.model.device)
+        start = self.start or replace(self._fitted(), network=self._initial_network())
+        modules = SkipModules(start).to(self.model.device)
         regression = Regression(self.model, modules, settings.trade_offs)
         learning = [(list(modules.network.values()), settings.network_rate)]
         self._optimise(
@@ -83,7 +84,7 @@ class Training:
                 (list(modules.network.values()), settings.refinement_rate),
             ]
             self._optimise(
-                "tuning",
+                self._tuning,
                 modules,
                 settings.tuning_steps,
                 TUNING_COST,
@@ -91,7 +92,7 @@ class Training:
                 lambda batch, rng, _: tuning.loss(batch, rng),
             )
         order = self._ranking(modules)
-        return replace(modules.to_policy(self.origin("token")), static_order=order, cosine_order=cosine)
+        return replace(modules.to_policy(self.origin("token")), static_order=order, cosine_order=start.cosine_order)
 
     def static_policy(self, largest: int) -> SkipPolicy:
         """A policy without a network: the greedy order and a compensation tuned for its first `largest` sets."""
@@ -100,24 +101,29 @@ class Training:
             {
                 "fit": settings.fit_steps * FIT_COST,
                 "ranking": len(self.gated) * RANKING_BATCHES * 6,
-                "tuning": settings.tuning_steps * TUNING_COST,
+                "tuning": settings.tuning_steps * TUNING_COST * (settings.compensation != "none"),
             }
         )
-        compensation, cosine = self._fitted()
-        modules = SkipModules(SkipPolicy(self.gated, None, compensation)).to(self.model.device)
+        start = replace(self.start or self._fitted(), network=None)
+        modules = SkipModules(start).to(self.model.device)
         order = self._ranking(modules)
         if settings.compensation != "none":
             tuning = StaticTuning(self.model, modules, order, min(largest, len(order)))
             learning = [(list(modules.compensation.values()), settings.compensation_rate)]
             self._optimise(
-                "tuning",
+                self._tuning,
                 modules,
                 settings.tuning_steps,
                 TUNING_COST,
                 learning,
                 lambda batch, rng, _: tuning.loss(batch, rng),
             )
-        return replace(modules.to_policy(self.origin("static")), static_order=order, cosine_order=cosine)
+        return replace(modules.to_policy(self.origin("static")), static_order=order, cosine_order=start.cosine_order)
+
+    @property
+    def _tuning(self) -> str:
+        """The stage draws its batches by its name: one that goes on from a policy sees other ones than that did."""
+        return "tuning" if self.start is None else "further tuning"
 
     def origin(self, kind: str) -> str:
         """One line for the manifest."""
@@ -140,7 +146,12 @@ class Training:
     def _rng(self, stage: str, step: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, zlib.crc32(stage.encode()), step])
 
-    def _fitted(self) -> tuple[Compensation, tuple[int, ...]]:
+    def _initial_network(self) -> dict[str, np.ndarray]:
+        settings, hidden = self.settings, self.model.spec.hidden_size
+        return initial_network(len(self.gated), hidden, settings.width, settings.history, settings.seed)
+
+    def _fitted(self) -> SkipPolicy:
+        """The compensation in closed form and the cosine order, without a network."""
         statistics = UpdateStatistics(self.model, self.gated)
         for batch, _ in self._batches("fit", self.settings.fit_steps):
             statistics.add(batch)
@@ -153,7 +164,7 @@ class Training:
             if kind == "scale"
             else Compensation()
         )
-        return fitted, statistics.cosine_order()
+        return SkipPolicy(self.gated, None, fitted, cosine_order=statistics.cosine_order())
 
     def _ranking(self, modules: SkipModules) -> tuple[int, ...]:
         batches = [batch for batch, _ in self._batches("ranking", RANKING_BATCHES)]
@@ -180,6 +191,8 @@ class Training:
         loss: Callable[[Batch, np.random.Generator, int], torch.Tensor],
     ) -> None:
         """AdamW with a short warm-up and a cosine to a twentieth, clipped per group; saves every SAVE_EVERY steps."""
+        if not steps:
+            return
         groups = [{"params": parameters, "lr": rate} for parameters, rate in learning]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
         first = self._restore(stage, modules, optimizer)

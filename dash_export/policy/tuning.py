@@ -29,10 +29,9 @@ class Tuning:
     model: GatedModel
     modules: SkipModules
     trade_offs: tuple[float, float]
-    decisions: bool = True
 
     def loss(self, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
-        """The loss over one batch, with gradients for the compensation and, where `decisions`, for the network."""
+        """The loss over one batch, with gradients for the compensation and the network."""
         device, layers = self.model.device, self.model.spec.num_layers
         ids, dense, counted = (torch.from_numpy(array).to(device) for array in (batch.ids, batch.dense, batch.counted))
         drawn = torch.from_numpy(draw_trade_offs(rng, len(ids), self.trade_offs)).to(device)[:, None]
@@ -45,12 +44,10 @@ class Tuning:
             self.modules,
             lambda _, damage: damage < limits,
             dense,
-            soften=(lambda damage: torch.sigmoid((limits - damage) / (SOFTNESS * limits))) if self.decisions else None,
+            soften=lambda damage: torch.sigmoid((limits - damage) / (SOFTNESS * limits)),
         )
         weight = (1 / drawn).expand(ids.shape)[counted] / counted.sum()
         loss = summed_divergence(self.model.head, final, rollout.final[counted], weight)
-        if not self.decisions:
-            return loss
         return loss - rollout.taken[counted].sum(-1).mean() / layers
 
 

@@ -51,17 +51,15 @@ def test_full_rank_is_ridge_regression(model: GatedModel, statistics: UpdateStat
         np.testing.assert_allclose(whole, expected.numpy(), atol=1e-3)
 
 
-def test_a_low_rank_explains_what_it_says_and_more_is_more(model: GatedModel, statistics: UpdateStatistics) -> None:
+def test_a_higher_rank_explains_more(model: GatedModel, statistics: UpdateStatistics) -> None:
     shares = []
     for rank in (2, 8, model.spec.hidden_size):
         fitted = statistics.low_rank(rank)
         assert fitted.weights["down"].shape == (len(LAYERS), model.spec.hidden_size, rank)
-        share = statistics.explained(fitted)
         h, u = updates(model, LAYERS[0])
         down, up = (torch.from_numpy(fitted.weights[name][0]) for name in ("down", "up"))
         left = u - model.normed(h) @ down @ up
-        assert share[LAYERS[0]] == pytest.approx(1 - float(left.square().sum() / u.square().sum()), abs=1e-3)
-        shares.append(share[LAYERS[0]])
+        shares.append(1 - float(left.square().sum() / u.square().sum()))
     assert shares == sorted(shares)
     assert shares[-1] > shares[0] > 0
 

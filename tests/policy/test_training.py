@@ -12,8 +12,8 @@ from dash_export.models import Checkpoint
 from dash_export.policy import training as training_module
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.train import train
-from dash_export.policy_file import load_policy
-from dash_export.skip_policy import SkipPolicy
+from dash_export.policy_file import load_policy, save_policy
+from dash_export.skip_policy import Compensation, SkipPolicy
 
 SETTINGS = TrainingSettings(
     window=32,
@@ -122,6 +122,48 @@ def test_tuning_lowers_the_divergence(
     assert figures[1]["random, 4 layers"] < figures[0]["random, 4 layers"]
 
 
+def test_a_trained_policy_is_tuned_further(
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+) -> None:
+    """Layers, shapes and cosine order are those it begins with; only tuning and ranking are done."""
+    path, stages = tmp_path / "further.safetensors", set()
+    further = train(
+        checkpoint,
+        path,
+        [prose],
+        start=trained[0],
+        settings=replace(SETTINGS, seed=1, rank=8, width=3, tuning_steps=40, compensation_rate=1e-2),
+        progress=lambda name, *_: stages.add(name.split()[0]),
+    )
+    assert stages == {"reading", "further", "each", "static", "held-out"}
+    assert (further.gated, further.cosine_order) == (trained[1].gated, trained[1].cosine_order)
+    shapes = [{name: array.shape for name, array in policy.weights().items()} for policy in (trained[1], further)]
+    assert shapes[0] == shapes[1]
+    cards = [json.loads(file.with_suffix(".json").read_text()) for file in (trained[0], path)]
+    assert cards[1]["from"]["file"] == "policy.safetensors"
+    assert (cards[1]["settings"]["rank"], cards[1]["settings"]["regression_steps"]) == (4, 0)
+    assert cards[1]["settings"]["compensation_rate"] == 1e-2 * SETTINGS.again
+    before, after = (
+        {row["setting"]: row["kl"] for row in card["held_out"]["figures"]}["random, 4 layers"] for card in cards
+    )
+    assert after < before
+
+
+def test_a_static_policy_goes_on_as_one(
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+) -> None:
+    static = tmp_path / "static.safetensors"
+    policy = train(checkpoint, static, [prose], kind="static", start=trained[0], settings=SETTINGS)
+    assert policy.network is None
+    assert policy.cosine_order == trained[1].cosine_order
+    with pytest.raises(PolicyError, match="--kind static"):
+        train(checkpoint, tmp_path / "no.safetensors", [prose], start=static, settings=SETTINGS)
+    bare = tmp_path / "bare.safetensors"
+    save_policy(bare, replace(trained[1], compensation=Compensation()), checkpoint.spec, {})
+    with pytest.raises(PolicyError, match="nothing to tune"):
+        train(checkpoint, tmp_path / "no.safetensors", [prose], start=bare, settings=SETTINGS)
+
+
 def test_static_kind_and_own_words(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Tell me of {topic}."}) + "\n" for topic in "abcdef"))
@@ -139,8 +181,12 @@ def test_static_kind_and_own_words(checkpoint: Checkpoint, prose: Path, tmp_path
         ({"kind": "cosine"}, PolicyError, "token, static"),
         ({"texts": []}, RequestError, "nothing to learn from"),
         ({"texts": ["missing.txt"]}, RequestError, "no file"),
+        ({"texts": ["a/prose.txt", "b/prose.md"]}, RequestError, "called prose"),
+        ({"texts": [], "prompts": [Path("a/p.jsonl"), Path("b/p.jsonl")]}, RequestError, r"called p\.jsonl"),
         ({"gated": (0, 3)}, PolicyError, "Layer 0"),
         ({"gated": (40,)}, PolicyError, "do not exist"),
+        ({"gated": (3,), "start": Path("p.safetensors")}, RequestError, "one of the two"),
+        ({"start": Path("p.safetensors")}, PolicyError, "no policy file"),
     ],
 )
 def test_what_cannot_be_trained(

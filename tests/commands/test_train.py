@@ -1,0 +1,69 @@
+"""`train`: the command line around the library, which tests/policy tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands.helpers import dash, refused
+
+QUICK = ("--rank", 4, "--window", 32, "--windows", 2, "--steps", 2, "--regression-steps", 2)
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(" ".join(f"The {index} ships sailed to port {index * 7 % 31}." for index in range(800)))
+    return path
+
+
+def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    said = dash("train", model, "-o", first, "--text", prose, "--gated", "2-4", "--trade-offs", 0.2, 0.9, *QUICK)
+    assert said.exit_code == 0, said.output
+    card = json.loads(first.with_suffix(".json").read_text())
+    assert f"Held-out text, {card['held_out']['judged']} tokens" in said.output
+    assert (card["gated"], card["settings"]["trade_offs"]) == ([2, 3, 4], [0.2, 0.9])
+    said = dash("train", model, "-o", second, "--text", prose, "--from", first, "--steps", 2, "--window", 32)
+    assert said.exit_code == 0, said.output
+    assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--rank", 8), 2, "--from takes no --rank"),
+        (("--gated", "2-3"), 2, "no --gated"),
+        (("--width", 8, "--compensation", "none"), 2, "no --compensation"),
+        ((), 1, "no policy file"),
+        (("--trade-offs", 0, 1), 2, "0"),
+        (("--trade-offs", 0.9, 0.2), 1, "from a low to a higher"),
+    ],
+)
+def test_what_does_not_go_together(
+    model: Path, prose: Path, tmp_path: Path, options: tuple[object, ...], code: int, said: str
+) -> None:
+    output = tmp_path / "p.safetensors"
+    message = refused("train", model, "-o", output, "--text", prose, "--from", tmp_path / "none", *options, code=code)
+    assert said in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--kind", "static", "--width", 8), 2, "static trains no --width"),
+        (("--kind", "static", "--trade-offs", 0.2, 0.9), 2, "no --trade-offs"),
+        (("--compensation", "none", "--steps", 8), 2, "none tunes no --steps"),
+        (("--compensation", "scale", "--rank", 8), 2, "scale has no --rank"),
+        (("--device", "abacus"), 1, "no device 'abacus'"),
+        (("--device", "cuda:99"), 1, "no device 'cuda:99'"),
+    ],
+)
+def test_options_that_would_do_nothing(
+    model: Path, prose: Path, tmp_path: Path, options: tuple[object, ...], code: int, said: str
+) -> None:
+    assert said in refused("train", model, "-o", tmp_path / "p.safetensors", "--text", prose, *options, code=code)
+    assert not list(tmp_path.iterdir())

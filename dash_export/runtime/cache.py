@@ -21,7 +21,7 @@ class KVCache:
         self._step = step
         self.lengths = [0] * sequences
         self.capacity = 0
-        self._block = self._empty()
+        self._block = self._empty(0)
 
     @property
     def keys(self) -> npt.NDArray[np.float32]:
@@ -51,8 +51,9 @@ class KVCache:
         # Half as much again beyond what is there: the copies of a long generation stay linear in its length.
         wanted = max(rows, self.capacity + self.capacity // 2)
         limit = -(-self._model.max_positions // self._step) * self._step
-        self.capacity = min(-(-wanted // self._step) * self._step, max(limit, rows))
-        old, self._block = self._block, self._empty()
+        capacity = min(-(-wanted // self._step) * self._step, max(limit, rows))
+        old, self._block = self._block, self._empty(capacity)  # out of memory, all is as it was
+        self.capacity = capacity
         for index, length in enumerate(self.lengths):
             self._block[:, :, index, :, :length] = old[:, :, index, :, :length]
         return True
@@ -62,9 +63,9 @@ class KVCache:
         found: npt.NDArray[np.float32] = self._block[layer, :, index].transpose(2, 0, 1, 3)
         return found
 
-    def _empty(self) -> npt.NDArray[np.float32]:
+    def _empty(self, capacity: int) -> npt.NDArray[np.float32]:
         model = self._model
-        shape = (model.num_layers, 2, len(self.lengths), model.num_kv_heads, self.capacity, model.head_dim)
+        shape = (model.num_layers, 2, len(self.lengths), model.num_kv_heads, capacity, model.head_dim)
         return np.zeros(shape, np.float32)
 
     def copy(self) -> KVCache:

@@ -1,6 +1,6 @@
 """Weights on huge pages.
 
-A token reads every weight once, in order, and on 4 kB pages that means a page walk every few lines: 13 to 15 % of a
+A token reads every weight once, in order, and on 4 kB pages that means a page walk every few lines: 12 to 15 % of a
 token on the CPU this was measured on. Libraries allocate with malloc, which asks for no huge pages; Linux moves what is
 there already when it is told to.
 """

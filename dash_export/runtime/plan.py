@@ -55,8 +55,8 @@ Plan = FixedPlan | ComparingPlan
 
 
 class Plans:
-    """The plans of one step, of the rules it saw last. A rule's first token is decoded without: a held budget has
-    another rule for every token.
+    """The plans of one step, of the rules it saw last. The first token of a rule that decides is decoded
+    without: a held budget has another one for every token.
     """
 
     KEPT = 64

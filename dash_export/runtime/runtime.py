@@ -72,7 +72,7 @@ class DashRuntime:
         its own (GPU), `device` (the same in one CUDA graph, decisions and all), or `sync`; `plain` is without it (not
         for `sequence` and `token`). The recipe's by default.
         `threads` overrides the recipe's (0: one per physical core).
-        `verify` checks every file's SHA-256 first. Raises BundleError, BackendError or PolicyError.
+        `verify` checks the SHA-256 of every file that is loaded first. Raises BundleError, BackendError or PolicyError.
         """
         opened = Bundle.open(bundle)
         build = opened.load_build(target)

@@ -40,6 +40,7 @@ class Sampling:
                 0.0 < self.repetition_penalty <= 100.0,
                 "in (0, 100] (1 is off)",
             ),
+            "seed": (self.seed, self.seed is None or self.seed >= 0, ">= 0"),
             "stop": (self.stop, all(self.stop), "non-empty strings"),
         }
         for name, (value, valid, expected) in checks.items():

@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import Environment, nodes, pass_environment
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
+from jinja2.filters import sync_do_sum
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_CHARACTERS = 10_000_000
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format", "format_map"})
-_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap")
+_BINARY = frozenset({"encode", "to_bytes"})
+"""Bytes have all of these too, and nothing else that makes them is in reach."""
+_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap", "urlize", "pprint")
+MAX_ITEMS = 100_000
+MAX_BITS = 4096
 
 
 def joined(pieces: Iterable[Any]) -> str:
@@ -50,6 +55,42 @@ class _BoundedConcat(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
+        self._counted(super().visit_List, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
+        # The names that a loop or an assignment sets are a tuple too.
+        visit = super().visit_Tuple
+        visit(node, frame) if node.ctx == "store" else self._counted(visit, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
+        self._counted(super().visit_Dict, node, frame)
+
+    def _counted(self, visit: Any, node: nodes.Node, frame: Frame) -> None:
+        self.write("environment.counted(")
+        visit(node, frame)
+        self.write(")")
+
+
+def counted(value: Any) -> Any:
+    """The value, unless it is a nest of over MAX_ITEMS: shared parts are few in memory and many in text."""
+    left, found = [value], 0
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            left += item
+        found += 1
+        if found + len(left) > MAX_ITEMS:
+            raise SecurityError(f"a value of over {MAX_ITEMS} items")
+    return value
+
+
+@pass_environment
+def _summed(environment: Environment, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
+    return counted(sync_do_sum(environment, values, attribute, start))
+
 
 class Sandbox(ImmutableSandboxedEnvironment):
     """Operators, methods and filters that could make a huge value out of a small one are refused or bounded."""
@@ -57,16 +98,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%", "+"})
     code_generator_class = _BoundedConcat
     concat = staticmethod(joined)
+    counted = staticmethod(counted)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         for name in _FILTERS:
             del self.filters[name]
         del self.globals["lipsum"]
-        self.filters |= {"replace": replaced, "join": _joined_with}
+        self.filters |= {"replace": replaced, "join": _joined_with, "sum": _summed}
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr in _PADDING:
+        if (isinstance(obj, str) and attr in _PADDING) or attr in _BINARY:
             return False
         return super().is_safe_attribute(obj, attr, value)
 
@@ -74,6 +116,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         sequences = [value for value in (left, right) if isinstance(value, (str, list, tuple))]
         if operator == "**" or (operator == "*" and sequences) or (operator == "%" and isinstance(left, str)):
             raise SecurityError(f"the operator {operator} is not allowed on these values")
+        if operator == "*" and all(isinstance(value, int) and value.bit_length() > MAX_BITS for value in (left, right)):
+            raise SecurityError("the operator * is not allowed on numbers this large")
         if operator == "+" and sum(map(len, sequences)) > MAX_CHARACTERS:
             raise SecurityError(f"a value of over {MAX_CHARACTERS} items")
         return super().call_binop(context, operator, left, right)
@@ -84,4 +128,4 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return replaced(text, *args, **kwargs)
         if isinstance(text, str) and name == "join":
             return _joined_with(args[0], text)
-        return super().call(context, obj, *args, **kwargs)
+        return counted(super().call(context, obj, *args, **kwargs))

@@ -117,8 +117,6 @@ class Session:
     def _stream(self, ids: TokenIds, max_tokens: int, sampling: Sampling) -> Iterator[Response]:
         turn = Turn(self.text, sampling, max_tokens, len(ids))
         logits = self._prefill(ids, min(max_tokens, self.kv_step))
-        self._pending = []
-        self.tokens.extend(ids.tolist())
         actions = np.zeros(self.engines.model.num_layers, np.int8)
         while True:
             response = turn.respond(logits, self.tokens, actions, self._cancelled)
@@ -158,7 +156,7 @@ class Session:
         [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too: mind the
         memory. Raises PolicyError under a held budget, which is known only token by token.
         """
-        tokens = self.checked_ids(ids)
+        tokens = self.checked_ids(ids, fresh=True)
         likelihoods, greedy, taken, damages, logits = [], [], [], [], []
         for start, step in self._forced(tokens, prefix, actions):
             following = tokens[start + 1 : start + 1 + step.sequence]
@@ -180,9 +178,8 @@ class Session:
         self, ids: str | Sequence[int] | TokenIds, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
     ) -> npt.NDArray[np.float32]:
         """The logits [tokens, vocab] of `score`."""
-        return np.concatenate(
-            [step.logits[0].copy() for _, step in self._forced(self.checked_ids(ids), prefix, actions)]
-        )
+        tokens = self.checked_ids(ids, fresh=True)
+        return np.concatenate([step.logits[0].copy() for _, step in self._forced(tokens, prefix, actions)])
 
     def _forced(
         self, tokens: TokenIds, prefix: int, actions: npt.NDArray[np.int8] | None
@@ -203,20 +200,26 @@ class Session:
         for start, stop in _chunks(len(tokens), chunk, prompt if reads else 0):
             step = self._bound(stop - start, teacher_forced=True)
             rule = self.rules.at(start, stop - start) if actions is None else ForcedRule(actions[start:stop])
+            if reads and start < prompt:  # all of it is dense, and what the policy says of it is wanted
+                rule = ForcedRule(np.zeros((stop - start, self.engines.model.num_layers), np.int8))
             step.teacher_force(tokens[start:stop], rule, np.arange(start, stop) < prompt)
+            self.tokens.extend(tokens[start:stop].tolist())
             if reads and start < prompt:
                 self.rules.read(start, step.damage.T.copy())
             yield start, step
-        self.tokens = tokens.tolist()
 
     def _prefill(self, ids: TokenIds, headroom: int) -> Logits:
-        """Dense, in chunks; returns the logits [vocab] after the last token."""
+        """Dense, in chunks; returns the logits [vocab] after the last token. Whatever ends it early, `tokens` are what
+        the cache holds.
+        """
         self._reserve(len(ids) + headroom)
         chunk = self._chunk()
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
             step, position = self._bound(len(part)), self._cache.length
             step.prefill(part, self.rules.reads_prompts)
+            self.tokens.extend(part.tolist())
+            self._pending = []  # it was the first of these
             if self.rules.reads_prompts:
                 self.rules.read(position, step.damage.T.copy())
         self.counters.prefill_tokens += len(ids)
@@ -245,10 +248,7 @@ class Session:
         """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
         tokens = self._with_pending(self.checked_ids(ids))
         self._check_room(len(tokens), 0)
-        logits = self._prefill(tokens, 0).copy()
-        self._pending = []
-        self.tokens.extend(tokens.tolist())
-        return np.asarray(logits)
+        return np.asarray(self._prefill(tokens, 0).copy())
 
     def restart(self, ids: Sequence[int] | TokenIds) -> npt.NDArray[np.float32]:
         """The logits [vocab] after `ids` as a conversation of its own; what the cache holds of it is not computed
@@ -301,9 +301,12 @@ class Session:
             self._steps[key] = self.engines.step(self._cache, sequence, teacher_forced)
         return self._steps[key]
 
-    def checked_ids(self, prompt: str | Sequence[int] | TokenIds) -> TokenIds:
-        """Token ids [n] of a prompt. Raises RequestError where it is empty or not what the model knows."""
-        ids = self.text.encode(prompt, special=not self.tokens) if isinstance(prompt, str) else prompt
+    def checked_ids(self, prompt: str | Sequence[int] | TokenIds, fresh: bool = False) -> TokenIds:
+        """Token ids [n] of a prompt, or of a text that begins a `fresh` context whatever is cached. Raises RequestError
+        where it is empty or not what the model knows.
+        """
+        special = fresh or not self.tokens
+        ids = self.text.encode(prompt, special=special) if isinstance(prompt, str) else prompt
         array = np.asarray(ids)
         if array.size == 0:
             raise RequestError("The prompt is empty: give at least one token.")

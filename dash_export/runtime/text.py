@@ -9,13 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from dash_export.bundle import safe_path
 from dash_export.errors import BundleError, RequestError
-from dash_export.runtime.sandbox import MAX_CHARACTERS, Sandbox
+from dash_export.runtime.sandbox import MAX_CHARACTERS, Sandbox, joined
 
 MAX_INDENT = 16
+
+
+class GenerationMarks(Extension):
+    """`{% generation %}...{% endgeneration %}`, which marks the assistant's words for training: here they are text."""
+
+    tags = {"generation"}  # noqa: RUF012  as jinja2 has it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -23,13 +37,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         self._special = dict(special)
-        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = Sandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationMarks]
+        )
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         environment.filters["tojson"] = _tojson
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
             raise BundleError(
                 f"The bundle's chat template is not valid ({error}). "
                 "Replace chat_template.jinja of the model and export again."
@@ -63,7 +79,8 @@ class ChatTemplate:
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(indent, MAX_INDENT))
+    text = json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(indent, MAX_INDENT))
+    return joined([text])
 
 
 def _raise_exception(message: str) -> None:
@@ -75,20 +92,36 @@ class Text:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.tokenizer = Tokenizer.from_file(str(safe_path(folder, "tokenizer.json")))
+        except BundleError:
+            raise
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(
                 f"{folder / 'tokenizer.json'} cannot be read ({error}). The bundle is damaged: export it again."
             ) from error
-        config = _optional_json(folder / "tokenizer_config.json")
-        generation = _optional_json(folder / "generation_config.json") or _optional_json(folder / "config.json")
+        # As transformers has it: how training batches were cut and filled is in the file too.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        config, generation, model = (
+            _optional_json(safe_path(folder, f"{name}.json"))
+            for name in ("tokenizer_config", "generation_config", "config")
+        )
+        generation = generation or model
         special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.eos_ids = _eos_ids(generation, self.tokenizer, special["eos_token"])
-        template = folder / "chat_template.jinja"
-        self.template = ChatTemplate(template.read_text(encoding="utf-8"), special) if template.is_file() else None
+        template = _optional_text(safe_path(folder, "chat_template.jinja"))
+        self.template = None if template is None else ChatTemplate(template, special)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Text -> token ids; `special` adds what the tokenizer adds to a fresh text (a BOS, for some models)."""
+        """Text -> token ids; `special` adds what the tokenizer adds to a fresh text (a BOS, for some models). Raises
+        RequestError for text that is no valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
+            ) from error
         return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -141,13 +174,21 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
+    text = _optional_text(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
+        data = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error}). The bundle is damaged: export it again.") from error
     return data if isinstance(data, dict) else {}
+
+
+def _optional_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({error}). The bundle is damaged: export it again.") from error
 
 
 def _token_text(token: object) -> str:

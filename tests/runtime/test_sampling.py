@@ -118,6 +118,7 @@ def test_extreme_logits_stay_finite() -> None:
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("nan")),
         ("stop", ("",)),
+        ("seed", -1),
     ],
 )
 def test_bad_settings(field: str, value: object) -> None:

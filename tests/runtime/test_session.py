@@ -207,6 +207,7 @@ def test_the_last_position_is_usable(runtime: DashRuntime) -> None:
 
 BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "empty-text": ("", "empty"),
+    "half-a-character": ("caf\udce9", "not valid Unicode"),
     "empty-list": ([], "empty"),
     "too-large": ([1, 300], "from 0 to 299"),
     "negative": ([-1], "from 0 to 299"),
@@ -326,3 +327,57 @@ def test_cache_is_sized_to_the_request(runtime: DashRuntime) -> None:
     live.generate(random_ids(300), 20)
     assert live.cache_bytes == 2 * 6 * 2 * 512 * 16 * 4
     assert live.counters.cache_growths == 2
+
+
+def test_a_score_does_not_depend_on_what_was_before(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that begins a context has the tokens that begin one (a BOS, for some models)."""
+    plain = runtime.text.encode
+    monkeypatch.setattr(runtime.text, "encode", lambda text, special=True: [7] * special + plain(text, special=False))
+    live = runtime.session()
+    scores = [live.score("One day").log_likelihoods for _ in range(2)]
+    np.testing.assert_array_equal(*scores)
+    np.testing.assert_array_equal(*(live.logits("One day") for _ in range(2)))
+    assert len(live.logits("One day")) == 1 + len(plain("One day", special=False))
+
+
+def test_a_cache_that_cannot_grow_stays_as_it_was(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = runtime.session()
+    live.prefill(random_ids(20))
+    cache = live._cache
+    capacity = cache.capacity
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "zeros", full)
+        with pytest.raises(MemoryError):
+            cache.reserve(capacity + 1)
+    assert cache.capacity == capacity
+    assert cache.reserve(capacity + 1)
+    assert cache.keys.shape[3] == cache.capacity > capacity
+
+
+@pytest.mark.parametrize("ask", ["prefill", "score"])
+def test_what_an_interrupted_pass_leaves_is_known(
+    ask: str, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tokens` are what the cache holds, so that the next prompt continues from there and not from less."""
+    ids = random_ids(70)
+    live = runtime.session()
+    monkeypatch.setattr(live, "_chunk", lambda: 32)
+    bound, passes = live._bound, []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        passes.append(1)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return bound(*args, **options)
+
+    monkeypatch.setattr(live, "_bound", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(live, ask)(ids)
+    assert live.tokens == ids[:64].tolist()
+    assert live._cache.length == 64
+    again = live.prefill(ids[64:])
+    np.testing.assert_allclose(again, runtime.session().prefill(ids), atol=1e-4)

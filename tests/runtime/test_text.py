@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -105,6 +107,20 @@ HOSTILE = {
     "double-filter": doubled("n.x | replace('a', n.x)"),
     "replace-nothing": doubled("n.x.replace('', n.x)"),
     "double-join": doubled("[n.x, n.x] | join(n.x)"),
+    "shared-list": doubled("[n.x, n.x]"),
+    "shared-tuple": doubled("(n.x, n.x)"),
+    "shared-dict": doubled("{'a': n.x, 'b': n.x}"),
+    "shared-call": doubled("dict(a=n.x, b=n.x)"),
+    "double-sum": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] | sum(start=[]) %}"
+    "{% endfor %}",
+    "double-json": doubled("n.x | tojson"),
+    "double-repr": doubled("n.x | pprint"),
+    "urlize": doubled("n.x | urlize(target=n.x)"),
+    "square": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "bytes": "{{ 'a'.encode() * 10000000000 }}",
+    "int-bytes": "{{ (1).to_bytes(10000000000, 'big') }}",
+    "nested-blocks": "{% for a in [1] %}" * 25 + "x" + "{% endfor %}" * 25,
+    "long-number": "{{ " + "1" * 5000 + " }}",
     "lipsum": "{{ lipsum(n=1000000) }}",
     "undefined": "{{ messages[9].role.text }}",
     "raise": "{{ raise_exception('no system role') }}",
@@ -119,6 +135,17 @@ def test_hostile_template(name: str) -> None:
     with pytest.raises(DashError, match="template") as caught:
         ChatTemplate(HOSTILE[name], {}).render(MESSAGES)
     assert len(str(caught.value)) < 500
+
+
+def test_what_templates_really_use() -> None:
+    """Containers, sums, unpacking and the marks that training templates set around an answer."""
+    source = (
+        "{% for a, b in [(1, 2), (3, 4)] %}{{ [a, b] | sum }},{% endfor %}"
+        "{% set c, d = 5, {'e': [6]} %}{{ c }}{{ d.e[0] }}"
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ [1, 'x'] | tojson }}"
+        "{{ dict(a=1).a }}{{ messages[0].items() | list | length }}{{ 70000 * 70000 }}"
+    )
+    assert ChatTemplate(source, {}).render([{"role": "user", "content": "Hi"}]) == '3,7,56Hi[1, "x"]124900000000'
 
 
 @pytest.mark.parametrize("source", ["{{ raise_exception.__globals__ }}", "{{ '{0.__class__}'.format(messages) }}"])
@@ -161,3 +188,31 @@ def test_end_of_turn_ids(tmp_path: Path) -> None:
     assert Text(tmp_path).eos_ids == {258}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert Text(tmp_path).eos_ids == {7, 9}
+
+
+def test_how_training_batches_were_cut_and_filled_is_no_matter_here(tiny_root: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "config.json"):
+        shutil.copy(tiny_root / name, tmp_path)
+    plain = Text(tmp_path).encode("One day the ships sailed to port.")
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    data["padding"] = {
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+        "pad_token": "x",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert Text(tmp_path).encode("One day the ships sailed to port.") == plain
+
+
+def test_files_that_are_no_text_or_lie_elsewhere(tiny_root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    shutil.copy(tiny_root / "tokenizer.json", folder)
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Text(folder)
+    (folder / "chat_template.jinja").unlink()
+    (tmp_path / "secret").write_text("mine")
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(BundleError):
+        Text(folder)

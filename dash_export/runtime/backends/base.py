@@ -30,9 +30,6 @@ class Engine(Protocol):
 class Backend(Protocol):
     """Loads engines."""
 
-    name: str
-    version: str
-
     def load(self, path: Path) -> Engine:
         """Load an engine file; the same file is loaded once. Raises BackendError when the backend refuses it."""
         ...

@@ -142,11 +142,8 @@ class _Launch(partial[None]):
 class OrtBackend:
     """Engines on the CPU execution provider, sharing threads and the allocator."""
 
-    name = "onnxruntime"
-    version = ort.__version__
-
     def __init__(self, threads: int) -> None:
-        self.threads = start_thread_pool(threads)
+        start_thread_pool(threads)
         self._engines: dict[Path, OrtEngine] = {}
         self._options = ort.SessionOptions()
         self._options.use_per_session_threads = False

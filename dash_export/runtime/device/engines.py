@@ -128,8 +128,9 @@ class DeviceCache:
         if self.keys:
             return False
         nbytes = size_of(self.shape, self._engines.dtype)
-        for memories in (self.keys, self.values):
-            memories.extend(self._engines.device.memory(nbytes) for _ in range(self._engines.model.num_layers))
+        layers, device = self._engines.model.num_layers, self._engines.device
+        memories = [device.memory(nbytes) for _ in range(2 * layers)]  # out of memory, nothing is kept
+        self.keys, self.values = memories[:layers], memories[layers:]
         return True
 
     def copy(self) -> DeviceCache:

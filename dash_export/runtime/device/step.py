@@ -159,7 +159,7 @@ class DeviceStep:
             if layer == ALWAYS_RUN:
                 self._launch(part, "run")
                 executed += part.count
-            elif rule.skips(layer, self._decision(part)[0] if asks else 0.0, executed):
+            elif rule.skips(layer, float(self._decision(part)[0]) if asks else 0.0, executed):  # in double, as all do
                 self._note_skips(layer, slice(None))
                 self._launch(part, "skip")
             else:

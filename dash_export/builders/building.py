@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
@@ -15,10 +17,11 @@ from typing import Any
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress, write_atomic
 from dash_export.builders.dial import calibrate_dial
 from dash_export.builders.here import require_builder, runs_here
-from dash_export.builders.measure import measure_cost, uniform_cost
+from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.builders.plan import plan_segments
 from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, to_json
 from dash_export.errors import BackendError, BundleError
+from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 from dash_export.targets import Recipe, load_recipe, with_weights
@@ -57,11 +60,9 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     bias: dict[int, float] = {}
     if merge:
-        # Imported here, as `_builder` is.
-        from dash_export.builders.rounding import calibrated
-
-        with calibrated(bundle, recipe, folder, progress) as roundings:
-            engines, files = _make_engines(bundle, recipe, segments, folder, roundings, progress)
+        stop = threading.Event()
+        with _roundings(bundle, recipe, folder, _until(stop, progress)) as roundings:
+            engines, files = _make_engines(bundle, recipe, segments, folder, roundings, stop, progress)
         bias = _policy_bias(bundle) if recipe.dialect == "ort" else {}
     else:
         engines, files = _portable_engines(bundle), ()
@@ -81,15 +82,42 @@ def build(
         details=_builder(recipe).details(recipe) if recipe.engine is not None else {},
     )
     known = _current(bundle, draft)
-    if known is not None and not (verify and VERIFICATION not in known.details):
+    # Engines for a GPU are measured where there is one, which may be later and elsewhere.
+    measures = (known is None or known.cost.device == NOT_MEASURED) and runs_here(recipe)
+    verifies = verify and (known is None or VERIFICATION not in known.details)
+    if known is not None and not measures and not verifies:
         return known
-    if verify:
-        draft = _verified(bundle, known or draft, progress)
-    if known is None and runs_here(recipe):
+    draft = known or draft
+    if verifies:
+        draft = _verified(bundle, draft, progress)
+    if measures:
         draft = _measured(bundle, draft, recipe, progress)
     finished = replace(draft, seconds=known.seconds if known else round(time.perf_counter() - began, 3))
     write_atomic(folder / BUILD, to_json(finished))
     return finished
+
+
+@contextmanager
+def _roundings(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Roundings]:
+    """How the recipe rounds each matrix."""
+    if recipe.weights.rounding == "nearest":
+        yield to_nearest  # what calibrates runs graphs in ONNX Runtime, which a GPU machine may do without
+        return
+    from dash_export.builders.rounding import calibrated
+
+    with calibrated(bundle, recipe, folder, progress) as roundings:
+        yield roundings
+
+
+def _until(stop: threading.Event, progress: Progress) -> Progress:
+    """The same, but what reports its progress ends where `stop` is set: a calibration runs in a thread, for minutes."""
+
+    def report(name: str, done: int, total: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+        progress(name, done, total)
+
+    return report
 
 
 def _verified(bundle: Bundle, draft: Build, progress: Progress) -> Build:
@@ -156,7 +184,8 @@ def _make_engines(
     recipe: Recipe,
     segments: tuple[Segment, ...],
     folder: Path,
-    roundings: Callable[[str], Any],
+    roundings: Roundings,
+    stop: threading.Event,
     progress: Progress,
 ) -> tuple[dict[str, EngineRecord], tuple[FileRecord, ...]]:
     builder = _builder(recipe)
@@ -191,7 +220,8 @@ def _make_engines(
             for future in [pool.submit(make, group) for group in groups]:
                 future.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the engines not yet begun
+            stop.set()  # an error or Ctrl-C does not wait for a calibration, nor for the engines not yet begun
+            pool.shutdown(cancel_futures=True)
             raise
     store.keep_only({job.name for job in jobs})
     files = {name: records for name, records in found.items() if records}

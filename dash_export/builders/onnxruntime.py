@@ -27,7 +27,7 @@ from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.names import POLICY_STATE
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 14
+LOWERING_REVISION = 15
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 Lowering = Callable[[ir.Model], ir.Model]

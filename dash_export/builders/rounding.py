@@ -29,7 +29,7 @@ from dash_export.errors import BackendError
 from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.graphs.compose import constant_value, load_graph
 from dash_export.graphs.precision import weight_precision
-from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
+from dash_export.graphs.rounded import Rounded, Roundings
 from dash_export.resources import resource_folder
 from dash_export.runtime.backends.onnxruntime import start_thread_pool
 from dash_export.runtime.text import Text
@@ -58,12 +58,9 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
 
 @contextmanager
 def calibrated(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Roundings]:
-    """How the recipe rounds each matrix; calibrated ones are made when the first one is asked for, and lie in a
+    """How the recipe rounds each matrix, calibrated: all are made when the first one is asked for, and lie in a
     temporary folder inside `folder` until the end. Raises BackendError where a recipe that distils has no torch.
     """
-    if recipe.weights.rounding == "nearest":
-        yield to_nearest
-        return
     if recipe.weights.rounding == "distilled":
         _require_torch()  # now, and not after minutes of GPTQ
     made = _Calibrated(bundle, recipe.weights, folder, progress)
@@ -87,13 +84,20 @@ class _Calibrated:
         self._bundle, self._recipe, self._folder, self._progress = bundle, recipe, folder, progress
         self._lock = threading.Lock()
         self._scratch: Path | None = None
+        self._failure: Exception | None = None
 
     def __call__(self, node: str) -> Rounded | None:
         if not self._wanted(node):
             return None
         with self._lock:
+            if self._failure is not None:
+                raise self._failure  # another thread waited for what did not come: it does not begin anew
             if self._scratch is None:
-                self._scratch = self._make()
+                try:
+                    self._scratch = self._make()
+                except Exception as error:
+                    self._failure = error
+                    raise
         # A skip graph writes the K and V that its layer writes.
         path = _file(self._scratch, node.replace("skip_", "layer_", 1))
         if not path.exists():

@@ -7,7 +7,7 @@ token, and a chunk over a cache that is already there. So errors are each segmen
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,17 +123,19 @@ def _checks(
     gated = bundle.manifest.policy.gated
     graphs = {name: make for name, _, make in portable_graphs(bundle, segments)}
     walk = _Walk(bundle)
-    for done, (segment, name) in enumerate(_in_order(segments, graphs), 1):
+    ordered = list(_in_order(segments, graphs, engines if recipe.engine is None else {}))
+    for done, (segment, name, engine) in enumerate(ordered, 1):
         with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
             path = portable_file(bundle, segment, name, Path(folder))
             if recipe.engine is None:
-                other = engines[name]
+                other = engines[engine]
             else:
                 other = write_graph(lower(graphs[name](), recipe, gated), Path(folder) / "lowered.onnx")
                 _check_standard(other, name, recipe)
-            errors = walk.compare(segment, name, graph_run(path), graph_run(other, policy_bias.get(segment.first)))
-        progress(f"verify {name}", done, len(graphs))
-        yield Check(name, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
+            bias = policy_bias.get(segment.first)
+            errors = walk.compare(segment, name, graph_run(path), graph_run(other, bias), engine == segment.name)
+        progress(f"verify {engine}", done, len(ordered))
+        yield Check(engine, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
 
 
 def _check_standard(path: Path, name: str, recipe: Recipe) -> None:
@@ -151,13 +153,19 @@ def _check_standard(path: Path, name: str, recipe: Recipe) -> None:
         raise BackendError(f"{name} is not valid ONNX at opset {OPSETS[recipe.dialect]}: {error}") from error
 
 
-def _in_order(segments: Iterable[Segment], graphs: Mapping[str, MakeGraph]) -> Iterator[tuple[Segment, str]]:
-    """Every engine to check; a segment's own comes last, because it moves the states on."""
+def _in_order(
+    segments: Iterable[Segment], graphs: Mapping[str, MakeGraph], engines: Collection[str]
+) -> Iterator[tuple[Segment, str, str]]:
+    """(segment, portable graph, engine) of everything to check; a segment's own comes last, because it moves the states
+    on. One that answers for the next layer on its way must give what it gives without, too.
+    """
     for segment in segments:
-        for name in (f"policy_{segment.first:02d}", f"skip_{segment.first:02d}"):
-            if segment.gated and name in graphs:
-                yield segment, name
-        yield segment, segment.name
+        names = (f"policy_{segment.first:02d}", f"skip_{segment.first:02d}", segment.name)
+        for name in names if segment.gated else names[2:]:
+            if f"{name}.policy" in engines:
+                yield segment, name, f"{name}.policy"
+            if name in graphs:
+                yield segment, name, name
 
 
 class _Walk:
@@ -171,8 +179,8 @@ class _Walk:
         self.before = self.states
         self.actions = [rng.integers(0, 2, (1, count, 2)).astype(np.float32) for _, count in STEPS]
 
-    def compare(self, segment: Segment, name: str, portable: Run, lowered: Run) -> dict[str, float]:
-        """Errors by kind over all steps. A segment moves the states on; skip graph and policy leave them."""
+    def compare(self, segment: Segment, name: str, portable: Run, lowered: Run, moves: bool) -> dict[str, float]:
+        """Errors by kind over all steps; with `moves` the states are what the portable graph made of them then."""
         layers = () if name.startswith("policy") else segment.layers
         caches = [self._empty_cache(layers) for _ in range(2)]
         pairs: dict[str, list[_Pair]] = {}
@@ -194,7 +202,7 @@ class _Walk:
                 base = state if key == "hidden_out" and state.dtype == np.float32 else np.zeros(1, np.float32)
                 pair = _Pair(one[key] - base, other[key].astype(np.float32) - base, base)
                 pairs.setdefault("K/V" if key.startswith("row") else key, []).append(pair)
-        if name == segment.name:
+        if moves:
             self.before, self.states = self.states, outputs
         return {kind: _relative(found) for kind, found in sorted(pairs.items())}
 

@@ -121,3 +121,19 @@ def drop_unused(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and value not in graph.outputs:
             del graph.initializers[name]
+
+
+def drop_unused_inputs(graph: ir.Graph) -> None:
+    """Remove inputs that no node reads any more and that are no output."""
+    for value in list(graph.inputs):
+        if not value.uses() and value not in graph.outputs:
+            graph.inputs.remove(value)
+
+
+def transpose_tables(graph: ir.Graph) -> None:
+    """Transpose constants (the head's [vocab, hidden] table) here, once."""
+    for node in list(graph):
+        table = constant_value(node.inputs[0]) if node.op_type == "Transpose" else None
+        if table is not None:
+            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.name}.transposed", table.T))
+            graph.remove(node, safe=True)

@@ -24,8 +24,8 @@ Shape = Sequence[int | str]
 class GraphWriter:
     """Collects the nodes of one graph. Every value and node carries the name it is given."""
 
-    def __init__(self, name: str, doc: str, opset: int = OPSET) -> None:
-        self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset}, doc_string=doc)
+    def __init__(self, name: str, doc: str) -> None:
+        self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET}, doc_string=doc)
 
     def input(self, name: str, shape: Shape, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
@@ -48,11 +48,9 @@ class GraphWriter:
         self.graph.register_initializer(value)
         return value
 
-    def op(
-        self, op_type: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any
-    ) -> ir.Value:
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
         """Append a node with one output, which carries the node's name."""
-        node = ir.node(op_type, inputs, attributes=attributes or None, name=name, domain=domain)
+        node = ir.node(op_type, inputs, attributes=attributes or None, name=name)
         node.outputs[0].name = name
         self.graph.append(node)
         return node.outputs[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.artifacts import ArtifactStore
-from dash_export.builders import build, dial
+from dash_export.builders import build, building, dial
+from dash_export.builders.measure import NOT_MEASURED
 from dash_export.bundle import Bundle
 from dash_export.decision import DialPoint
 from dash_export.errors import BundleError, RecipeError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
+from tests.commands.helpers import python
 from tests.tiny import random_ids, tiny_policy
 
 
@@ -179,3 +182,27 @@ def test_a_bundle_without_a_network_serves_dense_and_static(bundle: Bundle, tmp_
 def test_unknown_target(bundle: Bundle) -> None:
     with pytest.raises(RecipeError, match="Known targets"):
         build(bundle, "toaster")
+
+
+def test_a_gpu_build_needs_no_onnxruntime(bundle: Bundle) -> None:
+    """A machine with TensorRT has none, and a build kit does not bring it."""
+    shutil.rmtree(bundle.root / "engines")
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from dash_export.builders import build; print(build(sys.argv[1], 'cuda').target)"
+    )
+    ran = python(code, bundle.root)
+    assert ran.stdout.strip() == "cuda", ran.stderr
+
+
+def test_what_could_not_be_measured_is_measured_later(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are compiled on one machine and built again on the one with the GPU."""
+    first = build(bundle, "cuda")
+    assert first.cost.device == NOT_MEASURED
+    measured = replace(first.cost, device="a GPU")
+    monkeypatch.setattr(building, "runs_here", lambda _: True)
+    monkeypatch.setattr(building, "_measured", lambda _b, draft, *_: replace(draft, cost=measured))
+    second = build(bundle, "cuda")
+    assert second == replace(first, cost=measured)
+    monkeypatch.setattr(building, "_measured", None)
+    assert build(bundle, "cuda") == second

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +105,41 @@ def test_gpu_recipes_round_to_nearest() -> None:
     data = load_recipe("l4").as_dict()
     with pytest.raises(RecipeError, match="rounding = 'gptq' is for the CPU"):
         recipe_from_dict({**data, "weights": {**data["weights"], "rounding": "gptq"}}, "l4")
+
+
+def test_a_failed_pass_is_not_begun_again(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fails(*_: object) -> None:
+        calls.append(1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rounding, "gptq", fails)
+    recipe = load_recipe(str(recipe_file(tmp_path, rounding="gptq")))
+    with calibrated(bundle, recipe, tmp_path, lambda *_: None) as roundings:
+        for _ in range(2):  # as the threads do that waited for the first
+            with pytest.raises(OSError, match="No space"):
+                roundings("layer_03/mlp/down_proj")
+    assert len(calls) == 1
+
+
+def test_a_calibration_ends_with_the_build(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the thread that waits, not the one that calibrates: that one is told."""
+    layers: list[str] = []
+    started = threading.Event()
+
+    def progress(name: str, _done: int, _total: int) -> None:
+        if name.startswith("rounding"):
+            layers.append(name)
+            started.set()
+            time.sleep(0.2)
+
+    def interrupted(_future: object, *_: object) -> None:
+        assert started.wait(60)
+        raise KeyboardInterrupt
+
+    own = Bundle.open(shutil.copytree(bundle.root, tmp_path / "own.dash", ignore=shutil.ignore_patterns("engines")))
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(own, str(recipe_file(tmp_path, rounding="gptq")), progress=progress)
+    assert len(layers) < 3

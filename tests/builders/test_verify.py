@@ -126,6 +126,7 @@ def test_cpu_engines_agree_too(target: str, own_bundle: Path) -> None:
     assert made.dial == before.dial
     errors = made.details["verification"]["engines"]
     assert max(error for found in errors.values() for error in found.values()) < 1e-4
+    assert errors.keys() == made.engines.keys()
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda", "rtx"])
@@ -149,6 +150,14 @@ def test_a_damaged_cpu_engine_is_refused(tmp_path: Path) -> None:
     path.write_bytes(bytes(reversed(path.read_bytes())))
     with np.errstate(all="ignore"), pytest.raises(BackendError, match="layer_03"):
         verify.verification(bundle, made)
+
+
+def test_the_engines_that_a_policy_is_fused_into_are_compared_too(tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle(tmp_path, "cpu"))
+    made = bundle.load_build("cpu-fp32")
+    engines = made.engines | {"layer_02.policy": made.engines["skip_02.policy"]}
+    with pytest.raises(BackendError, match=r"layer_02\.policy"):
+        verify.verification(bundle, replace(made, engines=engines))
 
 
 def test_full_precision_graphs_say_what_was_compared(tmp_path: Path) -> None:

@@ -123,3 +123,20 @@ def test_specialised_policy_needs_no_layer(tmp_path: Path) -> None:
     policy = specialise_policy(load_graph(bundle.graph("policy")), 3)
     assert {value.name for value in policy.graph.inputs} == {"hidden", "actions"}
     assert "Gather" not in {node.op_type for node in policy.graph}
+
+
+def test_only_matrices_of_one_precision_are_packed(tmp_path: Path) -> None:
+    """What is finer in the recipe stays finer in the engine: here the compensation beside K and V."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=4)
+    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "low_rank"))
+    recipe = tmp_path / "mixed.toml"
+    parts = {"layers": "int4", "qkv": "int4", "ungated": "int4", "head": "int8", "policy": "int8"}
+    recipe.write_text(
+        "[weights]\nblock_size = 16\n" + "".join(f"{part} = {value!r}\n" for part, value in parts.items())
+    )
+    made = build(bundle, str(recipe))
+    graph = onnx.load(bundle.path(made.engines["skip_02"].file), load_external_data=False).graph
+    matrices = {node.name: node for node in graph.node if node.op_type.startswith("MatMul")}
+    assert matrices.keys() >= {"skip_02/attention/k_proj+v_proj", "skip_02/compensation/down"}
+    packed = matrices["skip_02/attention/k_proj+v_proj"]
+    assert next(item.i for item in packed.attribute if item.name == "bits") == 4

@@ -12,12 +12,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.errors import BackendError
-from dash_export.graphs.compose import add_constant, constant_value, drop_unused
+from dash_export.graphs.compose import add_constant, constant_value, drop_unused, drop_unused_inputs, transpose_tables
 from dash_export.graphs.ort.policy import fuse_policy, share_norms
 from dash_export.graphs.ort.quantize import CONTRIB, hand_over, only_user, quantize_weights, replace
+from dash_export.graphs.precision import weight_precision
 from dash_export.graphs.rounded import Roundings, scaled, to_nearest
 from dash_export.names import new_names, short_name
-from dash_export.targets import WeightsRecipe
+from dash_export.targets import Precision, WeightsRecipe
 
 PACK_ORDER = ("q_proj", "k_proj", "v_proj", "down", "state_projection", "gate_proj", "up_proj")
 """GroupQueryAttention takes packed projections in this order; what reads the same norm besides comes last."""
@@ -41,14 +42,14 @@ def lower(
     if any(node.name == "policy/damage" for node in graph):
         fuse_policy(graph)
     folded = _fold_scale(graph)
-    _pack_projections(graph)
+    _pack_projections(graph, recipe, gated)
     _group_query_attention(graph)
     _new_rows(graph)
     _silu(graph)
     _skip_norm(graph)
-    _head_weight(graph)
+    transpose_tables(graph)
     quantize_weights(graph, recipe, gated, scaled(roundings, folded))
-    _drop_unused_inputs(graph)
+    drop_unused_inputs(graph)
     drop_unused(graph)
     for value in (*graph.inputs, *graph.outputs):
         value.name = short_name(str(value.name))
@@ -104,11 +105,11 @@ def _scale_constant(graph: ir.Graph, node: ir.Node, scale: float) -> None:
     node.replace_input_with(1, add_constant(graph, f"{old.name}.scaled", array * array.dtype.type(scale)))
 
 
-def _pack_projections(graph: ir.Graph) -> None:
-    """MatMuls (with their biases) that read one value become one wide MatMul and a Split: wide matrices stream
-    faster.
+def _pack_projections(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int]) -> None:
+    """MatMuls (with their biases) that read one value at one precision become one wide MatMul and a Split: wide
+    matrices stream faster.
     """
-    readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    readers: dict[tuple[ir.Value, Precision], list[ir.Node]] = defaultdict(list)
     for node in graph:
         source = node.inputs[0] if node.inputs else None
         if (
@@ -117,8 +118,8 @@ def _pack_projections(graph: ir.Graph) -> None:
             and constant_value(node.inputs[1]) is not None
             and str(node.name).endswith(PACK_ORDER)
         ):
-            readers[source].append(node)
-    for source, nodes in readers.items():
+            readers[source, weight_precision(str(node.name), recipe, gated)].append(node)
+    for (source, _), nodes in readers.items():
         if len(nodes) > 1:
             _pack(graph, source, sorted(nodes, key=lambda node: PACK_ORDER.index(str(node.name).rsplit("/", 1)[1])))
 
@@ -339,22 +340,7 @@ def _skip_norm(graph: ir.Graph) -> None:
         graph.remove([node, added], safe=True)
 
 
-def _head_weight(graph: ir.Graph) -> None:
-    """Transpose of a constant (the head's [vocab, hidden] table) is done here, once."""
-    for node in list(graph):
-        table = constant_value(node.inputs[0]) if node.op_type == "Transpose" else None
-        if table is not None:
-            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.name}.transposed", table.T))
-            graph.remove(node, safe=True)
-
-
 def _input(graph: ir.Graph, name: str, shape: Sequence[int | str]) -> ir.Value:
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT32))
     graph.inputs.append(value)
     return value
-
-
-def _drop_unused_inputs(graph: ir.Graph) -> None:
-    for value in list(graph.inputs):
-        if not value.uses() and value not in graph.outputs:
-            graph.inputs.remove(value)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.errors import BackendError
-from dash_export.graphs.compose import add_constant
+from dash_export.graphs.compose import add_constant, drop_unused_inputs
 from dash_export.graphs.trt.types import FLOAT32
 from dash_export.names import new_names, present_names
 
@@ -210,6 +210,4 @@ def _new_rows(graph: ir.Graph) -> None:
         output.shape = ir.Shape([cache.shape[0], cache.shape[1], "sequence", cache.shape[3]])
         node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-    for value in list(graph.inputs):
-        if not value.uses() and value not in graph.outputs:
-            graph.inputs.remove(value)
+    drop_unused_inputs(graph)

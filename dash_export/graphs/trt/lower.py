@@ -11,7 +11,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from dash_export.graphs.compose import add_constant, constant_value, drop_unused
+from dash_export.graphs.compose import add_constant, constant_value, drop_unused, transpose_tables
 from dash_export.graphs.trt.decompose import decompose
 from dash_export.graphs.trt.quantize import quantize_weights
 from dash_export.graphs.trt.types import set_activation_type
@@ -33,7 +33,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int]) -> ir.Model:
     _fix_shapes(graph, engine)
     _cut_rope(graph, engine.kv_capacity)
     _choose_logit_rows(graph)
-    _transpose_tables(graph)
+    transpose_tables(graph)
     _sum_policy(graph)
     if recipe.dialect == "trt10":
         decompose(model)
@@ -78,15 +78,6 @@ def _choose_logit_rows(graph: ir.Graph) -> None:
     logits = next(value for value in graph.outputs if value.name == "logits")
     if logits.shape is not None:
         logits.shape = ir.Shape([logits.shape[0], "rows", logits.shape[2]])
-
-
-def _transpose_tables(graph: ir.Graph) -> None:
-    """The head's [vocab, hidden] table is transposed here, once."""
-    for node in list(graph):
-        table = constant_value(node.inputs[0]) if node.op_type == "Transpose" else None
-        if table is not None:
-            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.name}.transposed", table.T))
-            graph.remove(node, safe=True)
 
 
 def _sum_policy(graph: ir.Graph) -> None:

@@ -30,14 +30,10 @@ class FileRecord:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(8 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -46,10 +42,15 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Whole or not at all; text as UTF-8."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 Progress = Callable[[str, int, int], None]
@@ -58,6 +59,20 @@ Progress = Callable[[str, int, int], None]
 
 def no_progress(name: str, done: int, total: int) -> None:
     """Say nothing."""
+
+
+def _is_ours(entry: Any) -> bool:
+    """Whether a journal's entry is one that `make` wrote. What it lists is deleted some day, and a journal comes with
+    the folder, maybe from a stranger: nothing but plain names inside the folder is believed.
+    """
+    files = entry.get("files") if isinstance(entry, dict) else None
+    listed = files if isinstance(files, list) and files else [None]
+    names = [record.get("name") if isinstance(record, dict) else None for record in listed]
+    return all(isinstance(name, str) and _is_plain(name) for name in names)
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
 class ArtifactStore:
@@ -71,14 +86,14 @@ class ArtifactStore:
         self._journal: dict[str, dict[str, Any]] = {}
         try:
             noted = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
-            self._journal = {name: entry for name, entry in noted.items() if isinstance(entry, dict)}
+            self._journal = {name: entry for name, entry in noted.items() if _is_ours(entry)}
         except (OSError, ValueError, AttributeError):
             pass  # no journal, or one cut short: everything is made anew
 
     def sweep(self) -> None:
         """Remove what an interrupted run left under temporary names."""
         for path in self.folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
     def current(self, name: str, key: str) -> list[FileRecord] | None:
         """The records of an artifact made earlier under the same key and unchanged on disk, or None."""

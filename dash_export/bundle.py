@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from dash_export.artifacts import FileRecord, sha256_file
 from dash_export.decision import DIALLED_KINDS, POLICY_KINDS, DialPoint
-from dash_export.errors import BundleError
+from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
+from dash_export.targets import build_options
 from dash_export.typed_json import WrongFieldError, typed
 
 SCHEMA = 1
@@ -216,6 +217,7 @@ class Bundle:
         program.
         """
         root = Path(root)
+        root = root if root.name else root.absolute()  # "." has none, and messages and kits take the bundle's
         data = _read_json(root, MANIFEST, _no_bundle(root))
         _refuse_newer(data, root)
         manifest = from_json(Manifest, data, f"{root.name}/{MANIFEST}")
@@ -251,7 +253,7 @@ class Bundle:
         for name in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
             self.path(name)
         if build.bundle_key != self.manifest.key:
-            raise BundleError(
+            raise StaleBuildError(
                 f"{self.root}: the engines for {target!r} were built from an earlier export. "
                 f"Run: {self.build_command(target)}"
             )
@@ -260,13 +262,7 @@ class Bundle:
 
     def build_command(self, target: str) -> str:
         """What makes a target's engines, for messages."""
-        recipe, _, precision = target.rpartition("-")
-        options = (
-            f"{recipe} --weights {precision}"
-            if precision in ("fp32", "fp16", "bf16", "int8", "int4") and recipe
-            else target
-        )
-        return f"dash-export build {self.root} --target {options}"
+        return f"dash-export build {self.root} {build_options(target)}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> None:
         """Check that files exist with the recorded size and SHA-256. Raises BundleError naming the first that does
@@ -293,7 +289,7 @@ class Bundle:
 def _refuse_newer(data: Any, root: Path) -> None:
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
-        raise BundleError(
+        raise NewerBundleError(
             f"{root} was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}). "
             "Upgrade: pip install -U dash-export."
         )
@@ -315,6 +311,10 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
     needed |= {f"skip_{layer:02d}" for layer in gated} | ({"policy"} if manifest.policy.has_network else set())
     if needed - set(manifest.graphs):
         raise BundleError(f"{where}: there is no graph {min(needed - set(manifest.graphs))}. {_DAMAGED}")
+    listed = {record.name for record in manifest.files if record.bytes > 0}
+    unlisted = {*manifest.graphs.values(), "onnx/rope.data"} - listed
+    if unlisted:
+        raise BundleError(f"{where}: {min(unlisted)} is not among the files. {_DAMAGED}")
 
 
 def _check_build(build: Build, manifest: Manifest, where: str) -> None:

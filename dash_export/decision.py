@@ -104,7 +104,8 @@ class Setting:
 
     `skip` lists the layers (static); `trade_off` is in nats per dense token time; `budget` the mean decode time as a
     fraction of dense; `skipped` the mean number of layers skipped per token; `max_kl` the mean divergence from dense,
-    nats per token, on the calibration text; `max_layers` bounds the layers of every token, beside another amount too.
+    nats per token, on the calibration text; `max_layers` bounds the layers of every token (for `token` and `sequence`
+    beside another amount too).
     `seed` is for `random`. `hold` keeps the running mean of a `token` session at its budget, whatever the text.
     """
 

@@ -17,6 +17,14 @@ class BundleError(DashError):
     """The bundle on disk is missing, unfinished, changed, newer than this program or unsafe to open."""
 
 
+class NewerBundleError(BundleError):
+    """The bundle was written by a newer program."""
+
+
+class StaleBuildError(BundleError):
+    """A build's engines are of an earlier export than the bundle."""
+
+
 class RecipeError(DashError):
     """A target's recipe is unknown or says something it may not say."""
 

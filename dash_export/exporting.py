@@ -18,6 +18,7 @@ import onnx_ir as ir
 from dash_export import __version__
 from dash_export.artifacts import (
     JOURNAL,
+    TEMPORARY,
     ArtifactStore,
     FileRecord,
     Progress,
@@ -27,7 +28,7 @@ from dash_export.artifacts import (
     write_atomic,
 )
 from dash_export.bundle import MANIFEST, SCHEMA, Bundle, Manifest, ModelFacts, PolicyFacts, to_json
-from dash_export.errors import BundleError
+from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
 from dash_export.graphs.policy import policy_graph
 from dash_export.graphs.writer import save_graph, save_tables
@@ -47,21 +48,20 @@ def export(
     """Write the bundle of `model` (folder, hub id, GGUF file or opened checkpoint) to `output`.
 
     Until it is whole everything lies in `<output>.unfinished`; a killed export resumes there, a finished one with the
-    same inputs is left alone. `progress(name, done, total)` is called after each graph. Raises CheckpointError for the
-    model, PolicyError for a policy of another model and BundleError for the output.
+    same inputs is left alone, or made anew where it is damaged. `progress(name, done, total)` is called after each
+    graph. Raises CheckpointError for the model, PolicyError for a policy of another model and BundleError for the
+    output.
     """
     output = Path(output)
+    output = output if output.name else output.absolute()  # "." has none, and files beside it are named after it
     _check_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
     check_policy(policy, checkpoint.spec)
     facts = _policy_facts(policy)
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
-    if output.exists():
-        known = Bundle.open(output)
-        if known.manifest.key == key:
-            known.verify(known.manifest.files)
-            return known
+    if output.exists() and (known := _whole(output, key)):
+        return known
     unfinished = output.with_name(f"{output.name}.unfinished")
     with _clean_on_error(unfinished):
         (unfinished / "onnx").mkdir(parents=True, exist_ok=True)
@@ -70,6 +70,20 @@ def export(
         (unfinished / "onnx" / JOURNAL).unlink()
     _swap(unfinished, output)
     return Bundle.open(output)
+
+
+def _whole(output: Path, key: str) -> Bundle | None:
+    """The bundle already there, if it is of this key and undamaged. Raises BundleError for one of a newer program."""
+    try:
+        known = Bundle.open(output)
+        if known.manifest.key != key:
+            return None
+        known.verify(known.manifest.files)
+    except NewerBundleError:
+        raise
+    except BundleError:
+        return None
+    return known
 
 
 def _write(
@@ -169,20 +183,25 @@ def _parameters(checkpoint: Checkpoint) -> int:
 
 
 def _check_output(output: Path) -> None:
-    previous = output.with_name(f"{output.name}.previous")
+    previous = _previous(output)
     if previous.exists() and not output.exists():
         previous.replace(output)  # a kill between the two renames of _swap
     elif previous.exists():
         shutil.rmtree(previous)
-    if output.exists() and not (output / MANIFEST).is_file():
+    if output.exists() and not ((output / MANIFEST).is_file() and (output / "onnx").is_dir()):
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )
 
 
+def _previous(output: Path) -> Path:
+    """Where the bundle that is replaced lies until its successor is in place: no name that a person would give."""
+    return output.with_name(f"{TEMPORARY}{output.name}.previous")
+
+
 def _swap(unfinished: Path, output: Path) -> None:
     """Put the finished bundle in place. Builds of an earlier export move along: `build` reuses what is unchanged."""
-    previous = output.with_name(f"{output.name}.previous")
+    previous = _previous(output)
     if output.exists():
         if (output / "engines").is_dir():
             shutil.rmtree(unfinished / "engines", ignore_errors=True)  # moved by a run that was killed right after

@@ -5,7 +5,6 @@ beside it that says how the policy was made. Reading trusts nothing and needs no
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,12 +69,7 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: M
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in policy.weights().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        require("safetensors.numpy").save_file(tensors, temporary, {METADATA: json.dumps(asdict(facts))})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, require("safetensors.numpy").save(tensors, {METADATA: json.dumps(asdict(facts))}))
     write_atomic(card_path(path), text)
 
 
@@ -140,8 +134,8 @@ def _read(path: Path, facts: PolicyFileFacts) -> SkipPolicy:
         if part not in parts:
             raise PolicyError(f"it holds a tensor {name!r:.60}, which is nothing of ours")
         check_dtype(weight)
-        if not weight.shape:
-            raise PolicyError(f"its tensor {name!r:.60} is a single number")
+        if not weight.shape or 0 in weight.shape:
+            raise PolicyError(f"its tensor {name!r:.60} is a single number or empty")
         parts[part][rest] = weight.read_rows(0, weight.shape[0])
     compensation = Compensation(facts.compensation, parts["compensation"])
     network = parts["network"] or None

@@ -1,8 +1,8 @@
 """A skip policy as data: which layers it may skip, the network that predicts damage, the compensation. No framework
 needed.
 
-The network of gated layer l+1 reads the state one layer earlier (DESIGN: "one layer ahead"). It is linear, or has one
-hidden layer; with or without the last two actions:
+The network of gated layer l+1 reads the state one layer earlier (docs/method.md: "one layer ahead"). It is linear, or
+has one hidden layer; with or without the last two actions:
 
     damage[l+1] = softplus(RMSNorm(h[l]) . w_state [+ [a[l-1], a[l]] . w_actions] + b)
     damage[l+1] = softplus(w_out . relu(RMSNorm(h[l]) @ W_state [+ [a[l-1], a[l]] @ W_actions] + b) + b_out)
@@ -134,7 +134,7 @@ def _weight_shapes(policy: SkipPolicy, hidden: int) -> dict[str, tuple[int, ...]
 
 
 def no_policy(num_layers: int, gated: Iterable[int] | None = None) -> SkipPolicy:
-    """Skip graphs without a network: the bundle then serves `dense` and `static`."""
+    """Skip graphs without a network: the bundle then serves `dense`, `static` and `random`."""
     return SkipPolicy(check_gated(default_gated(num_layers) if gated is None else gated, num_layers))
 
 

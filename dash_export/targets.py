@@ -179,8 +179,15 @@ def _contradiction(recipe: Recipe) -> str | None:
         wide = [part for part, value in precisions.items() if value in ("fp16", "bf16")]
         if wide:
             return f"{wide[0]} = {precisions[wide[0]]!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
+        finer = [part for part, value in precisions.items() if value != "fp32"]
+        if recipe.dialect == "portable" and finer:
+            return f"{finer[0]} = {precisions[finer[0]]!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
         dispatch = recipe.runtime.dispatch
-        return None if dispatch in ("fused", "sync") else f"dispatch {dispatch!r} needs a GPU backend."
+        if dispatch not in ("fused", "sync"):
+            return f"dispatch {dispatch!r} needs a GPU backend."
+        if recipe.dialect == "portable" and dispatch == "fused":
+            return "dispatch 'fused' puts policies into lowered engines: dialect 'portable' takes 'sync'."
+        return None
     if engine is None:
         return f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
     if weights.rounding != "nearest":
@@ -239,9 +246,24 @@ def with_weights(
     suffix += [weights.rounding] if weights.rounding != recipe.weights.rounding else []
     changed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=weights)
     wrong = _contradiction(changed)
+    if rounding not in (None, "nearest") and "int4" not in (weights.layers, weights.ungated, weights.qkv, weights.head):
+        wrong = f"rounding = {rounding!r} is how int4 codes are chosen, and nothing is 'int4'."
     if wrong:
         raise RecipeError(f"{recipe.name} at these weights: {wrong}")
     return changed
+
+
+def build_options(name: str) -> str:
+    """The options of `build` that make the target of this name: what `with_weights` called it, read back."""
+    precision = "|".join(get_args(Precision))
+    parts = re.fullmatch(
+        rf"(.+?)(?:-({precision}))?(?:-head-({precision}))?(?:-embedding-({precision}))?"
+        rf"(?:-({'|'.join(get_args(Rounding))}))?",
+        name,
+    )
+    names = ("--target", "--weights", "--head", "--embedding", "--rounding")
+    given = zip(names, parts.groups() if parts else (name,), strict=False)
+    return " ".join(f"{option} {value}" for option, value in given if value is not None)
 
 
 def _parse(kind: type[_T], data: object, where: str) -> _T:

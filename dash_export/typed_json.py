@@ -43,7 +43,10 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         return None if data is None and NoneType in args else _convert(args[0], data, where)
     if kind is float and type(data) is int:
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError as error:
+            raise WrongFieldError(f"{where} is too large a number.") from error
     if isinstance(kind, type) and type(data) is kind:
         return data
     raise WrongFieldError(f"{where} must be {getattr(kind, '__name__', kind)}, got {data!r:.80}.")

@@ -74,6 +74,26 @@ def test_a_target_that_leaves_the_bundle(target: str, tiny_root: Path) -> None:
         DashRuntime.load(tiny_root, target)
 
 
+def unlisted(data: dict[str, Any]) -> None:
+    data["files"] = [record for record in data["files"] if record["name"] != "onnx/layer_03.onnx"]
+
+
+def empty(data: dict[str, Any]) -> None:
+    for record in data["files"]:
+        record["bytes"] = 0
+
+
+def too_large(data: dict[str, Any]) -> None:
+    data["model"]["rms_norm_eps"] = 10**400
+
+
+@pytest.mark.parametrize("change", [unlisted, empty, too_large])
+def test_a_forged_manifest(change: Callable[[dict[str, Any]], None], bundle: Path) -> None:
+    edit(bundle / MANIFEST, change)
+    with pytest.raises(BundleError, match=r"is not among the files|too large a number"):
+        Bundle.open(bundle)
+
+
 def test_newer_schema(bundle: Path) -> None:
     edit(bundle / MANIFEST, lambda data: data.update(schema=99, surprise={"new": True}))
     with pytest.raises(BundleError, match=r"newer dash-export \(schema 99.*pip install -U"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from dash_export import exporting
 from dash_export.bundle import Bundle
-from dash_export.errors import BundleError, CheckpointError
+from dash_export.errors import BundleError, CheckpointError, NewerBundleError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.skip_policy import no_policy
@@ -68,6 +69,35 @@ def test_an_unchanged_export_is_left_alone(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     export(tmp_path / "model", tmp_path / "a.dash")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+@pytest.mark.parametrize("file", ["onnx/layer_03.data", "manifest.json"])
+def test_a_damaged_bundle_is_made_anew(file: str, tmp_path: Path) -> None:
+    """The same command repairs it, as the error that names the damage says."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    bundle = export(checkpoint, tmp_path / "a.dash")
+    whole = (bundle.root / file).read_bytes()
+    (bundle.root / file).write_bytes(whole[: len(whole) // 2])
+    again = export(checkpoint, tmp_path / "a.dash")
+    again.verify(again.manifest.files)
+    assert (bundle.root / file).read_bytes() == whole
+
+
+def test_a_newer_bundle_is_not_overwritten(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    manifest = export(checkpoint, tmp_path / "a.dash").root / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 99', 1))
+    with pytest.raises(NewerBundleError, match="Upgrade"):
+        export(checkpoint, tmp_path / "a.dash")
+
+
+def test_a_backup_beside_it_is_nobodys_leftover(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    bundle = export(checkpoint, tmp_path / "a.dash")
+    backup = Path(shutil.copytree(bundle.root, tmp_path / "a.dash.previous"))
+    export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+    assert Bundle.open(backup).manifest == bundle.manifest
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "a.dash", "a.dash.previous"}
 
 
 def test_a_changed_policy_keeps_the_layers(tmp_path: Path) -> None:
@@ -198,3 +228,19 @@ def test_heldout_text_is_not_calibration_text() -> None:
     paragraphs = [part.strip() for path in held_out for part in path.read_text(encoding="utf-8").split("\n\n")]
     assert len(paragraphs) > 60
     assert not [text for text in paragraphs if len(text) > 40 and text in seen]
+
+
+def test_a_folder_with_a_manifest_of_something_else_is_kept(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    other = tmp_path / "extension"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"manifest_version": 3}')
+    with pytest.raises(BundleError, match="not a bundle"):
+        export(checkpoint, other)
+    assert (other / "manifest.json").read_text() == '{"manifest_version": 3}'
+
+
+def test_the_current_folder_is_no_place_for_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BundleError, match="not a bundle"):
+        export(tiny_checkpoint(tmp_path / "model"), ".")

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.artifacts import sha256_file
+from dash_export.artifacts import JOURNAL, sha256_file
 from dash_export.builders import build
 from dash_export.bundle import BUILD, MANIFEST, Bundle
 from dash_export.errors import BackendError, BundleError, DashError
@@ -163,6 +163,20 @@ def test_changed_graph_is_not_built(bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"onnx/layer_03\.data is not the file"):
         build(bundle, "cpu", weights="fp32")
     assert Bundle.open(bundle).targets() == []
+
+
+@pytest.mark.parametrize("name", ["../../../keep.txt", "{outside}", "..", 7])
+def test_a_journal_that_lists_what_lies_outside(name: object, bundle: Path) -> None:
+    """What a build no longer needs it deletes: nothing that a journal from elsewhere only says is there."""
+    outside = bundle.parent / "keep.txt"
+    outside.write_text("mine")
+    journal = bundle / "engines/cpu-fp32" / JOURNAL
+    listed = str(outside) if name == "{outside}" else name
+    odd = {"y": {}, "z": {"files": "abc"}, "n": {"files": 7}, "0": {"files": [{"name": "a\0"}]}}
+    journal.write_text(json.dumps({"x": {"files": [{"name": listed}]}} | odd))
+    build(bundle, "cpu", weights="fp32")
+    assert outside.read_text() == "mine"
+    assert "x" not in json.loads(journal.read_text())
 
 
 def test_missing_backend_names_the_extra(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

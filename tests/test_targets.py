@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_export.errors import RecipeError
-from dash_export.targets import Recipe, load_recipe, recipe_from_dict, recipe_names, with_weights
+from dash_export.targets import Recipe, build_options, load_recipe, recipe_from_dict, recipe_names, with_weights
 
 
 def write(path: Path, text: str) -> str:
@@ -29,6 +29,7 @@ def test_a_path_is_a_recipe(tmp_path: Path) -> None:
     assert recipe.runtime == Recipe("x").runtime
 
 
+PARTS = ("layers", "qkv", "ungated", "head", "embedding", "policy")
 BAD: dict[str, tuple[str, str]] = {
     "unknown key": ("speed = 3", r"unknown key 'speed'\. Known keys here: description, backend"),
     "unknown key in a table": ("[weights]\nlayer = 'int4'", r"\[weights\]: unknown key 'layer'.*layers"),
@@ -42,6 +43,11 @@ BAD: dict[str, tuple[str, str]] = {
     "out of range": ("[runtime]\nkv_step = 1", "outside 16 to"),
     "negative": ("[runtime]\nthreads = -1", "outside 0 to"),
     "block size": ("[weights]\nblock_size = 48", "is not one of"),
+    "portable and fused": (
+        "dialect = 'portable'\n[weights]\n" + "\n".join(f"{part} = 'fp32'" for part in PARTS),
+        "takes 'sync'",
+    ),
+    "portable and int4": ("dialect = 'portable'", "layers = 'int4'.*as they are"),
     "table expected": ("weights = 'int4'", "expected a table"),
     "list as literal": ("[weights]\nlayers = ['int4']", "layers"),
     "not TOML": ("[weights", "cannot be read"),
@@ -178,6 +184,30 @@ def test_other_weights_have_another_name() -> None:
     assert len(names) == 12
 
 
+@pytest.mark.parametrize(
+    ("target", "chosen"),
+    [
+        ("cpu", ()),
+        ("cpu", ("fp32",)),
+        ("cpu", (None, "int8")),
+        ("cpu-q4_0", ("int8", "fp32", "fp32")),
+        ("cpu", (None, None, "fp32", "distilled")),
+        ("jetson-agx-orin", ("int8",)),
+    ],
+)
+def test_a_name_says_what_makes_it(target: str, chosen: tuple[str | None, ...]) -> None:
+    weights = (*chosen, *[None] * (4 - len(chosen)))
+    said = build_options(with_weights(load_recipe(target), *weights).name).split()
+    named = dict(zip(said[::2], said[1::2], strict=True))
+    again = [named.get(f"--{part}") for part in ("weights", "head", "embedding", "rounding")]
+    assert (named["--target"], again) == (target, list(weights))
+
+
 def test_bad_weights_on_the_command_line() -> None:
     with pytest.raises(RecipeError, match="int3"):
         with_weights(load_recipe("cpu"), "int3", None, None)
+    with pytest.raises(RecipeError, match="nothing is 'int4'"):
+        with_weights(load_recipe("cpu"), "fp32", None, None, "distilled")
+    assert with_weights(load_recipe("cpu"), "fp32", "int4", None, "distilled").name == "cpu-fp32-head-int4-distilled"
+    with pytest.raises(RecipeError, match="as they are"):
+        with_weights(load_recipe("portable"), None, "int8", None)

@@ -14,7 +14,7 @@ from dash_export.bundle import Build, Bundle, Segment
 from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, result_console, size
 from dash_export.commands.onnx_header import opsets
 from dash_export.decision import spans
-from dash_export.errors import BundleError
+from dash_export.errors import BundleError, StaleBuildError
 from dash_export.targets import WeightsRecipe, recipe_from_dict
 
 
@@ -26,22 +26,32 @@ from dash_export.targets import WeightsRecipe, recipe_from_dict
 def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> None:
     """Show a bundle's model, graphs, policy, and per target its engines, sizes and measured costs."""
     opened = Bundle.open(bundle)
-    builds = [opened.load_build(name) for name in ([target] if target else opened.targets())]
+    builds, stale = [], []
+    for name in [target] if target else opened.targets():
+        try:
+            builds.append(opened.load_build(name))
+        except StaleBuildError as error:
+            if target:
+                raise
+            stale.append(str(error))
     if verify:
         opened.verify(opened.manifest.files)
         for build in builds:
             opened.verify(build.files)
-    facts = describe(opened, builds)
+    facts = describe(opened, builds) | {"stale": stale}
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
     _print_bundle(opened, facts)
     for build in builds:
         _print_build(build, facts["builds"][build.target])
-    if not builds:
+    for line in stale:
+        click.echo(line)
+    if not builds and not stale:
         click.echo(f"Nothing is built yet. Next: dash-export build {bundle} --target cpu")
     if verify:
-        click.echo("Every file is what was written (SHA-256).")
+        but = ", but for the builds above, which were not looked at" if stale else ""
+        click.echo(f"Every file is what was written (SHA-256){but}.")
 
 
 def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:

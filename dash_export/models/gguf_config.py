@@ -27,7 +27,7 @@ def config_from_gguf(file: GgufFile, rope_factors: Float32Array | None) -> dict[
     """
     metadata = file.metadata
     model_type = metadata.get("general.architecture")
-    if model_type not in _ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise CheckpointError(
             f"GGUF architecture {shown(model_type)} is not supported; supported: {', '.join(supported_model_types())}"
         )

@@ -111,8 +111,12 @@ def _text_assets(folder: Path) -> dict[str, str]:
 def _chat_template(tokenizer_config: dict[str, Any], path: Path) -> str | None:
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"'chat_template' in {path} is {shown(template)}; expected a string")
+    try:
+        (template or "").encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"'chat_template' in {path} has half a character in it ({error.reason})") from error
     return template

@@ -62,6 +62,18 @@ def test_one_target(tiny_root: Path) -> None:
     assert "does not exist" in refused("inspect", tiny_root, "--target", "cpu")
 
 
+def test_builds_of_an_earlier_export(own_bundle: Path) -> None:
+    """They are named, and the rest is shown."""
+    manifest = own_bundle / "manifest.json"
+    data = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(data | {"key": "0" * 32}))
+    shown = dash("inspect", own_bundle)
+    assert shown.exit_code == 0, shown.output
+    assert "engines for 'cpu-fp32' were built from an earlier export" in shown.stdout
+    assert "--target cpu --weights fp32" in shown.stdout
+    assert "earlier export" in refused("inspect", own_bundle, "--target", "cpu-fp32")
+
+
 def test_needs_no_onnx(tiny_root: Path) -> None:
     done = python(WITHOUT_ONNX, tiny_root)
     assert done.returncode == 0, done.stderr

@@ -62,7 +62,12 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
     callback=_list_targets,
     help="Show the shipped recipes and exit.",
 )
-@click.option("--weights", type=PRECISION, help="Precision of the layers, and of all else that is not given itself.")
+@click.option(
+    "--weights",
+    type=PRECISION,
+    help="Precision of the layers; another than the recipe's is that of all else too, but for what is given itself "
+    "and for a GPU's embedding and policy.",
+)
 @click.option("--head", type=PRECISION, help="Precision of the head.")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")
 @click.option(
@@ -106,9 +111,10 @@ def command(
     unchanged are reused; a build that was killed goes on where it stopped. For a GPU this machine does not have, it
     writes a build kit to copy to the one that has it.
     """
-    from dash_export.targets import load_recipe
+    from dash_export.targets import load_recipe, with_weights
 
-    load_recipe(target)  # a wrong target is told before minutes of export
+    # What cannot be is told before minutes of export.
+    with_weights(load_recipe(target), weights, head, embedding, rounding)
     if is_bundle(source):
         given = [
             name

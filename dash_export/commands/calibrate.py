@@ -101,8 +101,9 @@ def _runtime(ctx: click.Context, source: str, target: str | None, progress: Prog
     with tempfile.TemporaryDirectory(prefix="dash-export-calibrate-") as folder:
         ctx.meta[OUTPUT] = f"the temporary folder {folder} (TMPDIR chooses another place)"
         path = Path(folder) / "model.dash"
-        layers = open_checkpoint(source).spec.num_layers
-        made = export_with_policy(source, path, PolicyOptions("none", tuple(range(1, layers))), progress)
+        checkpoint = open_checkpoint(source)
+        options = PolicyOptions("none", tuple(range(1, checkpoint.spec.num_layers)))
+        made = export_with_policy(checkpoint, path, options, progress)
         built = build(made, target or MODEL_TARGET, progress=progress)
         yield DashRuntime.load(path, built.target, dispatch="plain", verify=False)
 

@@ -1,8 +1,8 @@
-"""The options that choose policy kinds and their settings, each at several settings: of `eval` and `frontier`."""
+"""The options that choose policy kinds, each at several settings: of `eval`, `frontier` and `profile`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,13 +94,20 @@ def dial_of(options: Mapping[str, Any], default: tuple[str, tuple[float, ...]]) 
     return given[0] if given else default
 
 
+def bundle_names(opened: Sequence[Bundle]) -> list[str]:
+    """The folders' names, or where two are the same their paths."""
+    stems = [one.root.stem for one in opened]
+    return stems if len(set(stems)) == len(stems) else [str(one.root) for one in opened]
+
+
 def settings_for(
     runtime: DashRuntime, kinds: Iterable[str] | None, dial: tuple[str, tuple[float, ...]], seed: int
 ) -> tuple[list[Setting], list[Refusal]]:
     """What can be measured, dense first, and what this bundle cannot give."""
     from dash_export.evaluation.settings import kinds_of, plan
 
-    return plan(runtime, kinds or kinds_of(runtime.bundle.manifest.policy), *dial, seed)
+    served = kinds_of(runtime.bundle.manifest.policy) if kinds is None else kinds
+    return plan(runtime, served, *dial, seed)
 
 
 def load(folder: Path, target: str | None, kinds: Iterable[str] | None) -> DashRuntime:

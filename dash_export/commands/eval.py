@@ -57,7 +57,7 @@ def command(
              {"prompt"} or {"turns"}        how long a greedy answer agrees with dense
 
     Without either, the calibration text. Settings are budgets by default (0.9 and 0.8): the kinds then take equal
-    time, predicted from the build's cost table.
+    time on the calibration text, predicted from the build's cost table; `time` says what they take on this one.
     """
     from dash_export.evaluation.evaluate import Request, evaluate
     from dash_export.resources import resource_folder

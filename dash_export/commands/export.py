@@ -18,7 +18,7 @@ from dash_export.commands.progress import progress_bar
 from dash_export.decision import spans
 
 if TYPE_CHECKING:
-    from dash_export.models import DecoderSpec
+    from dash_export.models import Checkpoint, DecoderSpec
     from dash_export.skip_policy import SkipPolicy
 
 POLICY_WIDTH = 64
@@ -77,7 +77,7 @@ def policy_options(command: _Command) -> _Command:
             default="none",
             show_default=True,
             metavar="none|untrained|NAME|FILE.safetensors",
-            help="none: dense and static skipping only. untrained: a random network, to measure and to test. "
+            help="none: dense, static and random skipping only. untrained: a random network, to measure and to test. "
             "NAME: a trained policy that comes with this package (smollm2-135m-instruct). FILE: one of yours.",
         ),
         click.option(
@@ -86,7 +86,7 @@ def policy_options(command: _Command) -> _Command:
             metavar="LAYERS",
             help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last.",
         ),
-        click.option("--seed", type=int, help="Seed of the untrained policy (0)."),
+        click.option("--seed", type=click.IntRange(min=0), help="Seed of the untrained policy (0)."),
         click.option(
             "--width",
             type=click.IntRange(0, 65536),
@@ -127,12 +127,14 @@ def export_model(ctx: click.Context, model: str, output: Path | None, options: P
         return export_with_policy(model, output, options, progress)
 
 
-def export_with_policy(model: str, output: Path, options: PolicyOptions, progress: Progress) -> Bundle:
+def export_with_policy(model: str | Checkpoint, output: Path, options: PolicyOptions, progress: Progress) -> Bundle:
     from dash_export.exporting import export
     from dash_export.models import open_checkpoint
 
-    progress(f"reading {model}", 0, 0)
-    checkpoint = open_checkpoint(model)
+    if isinstance(model, str):
+        progress(f"reading {model}", 0, 0)
+        model = open_checkpoint(model)
+    checkpoint = model
     return export(checkpoint, output, options.load(checkpoint.spec), progress)
 
 
@@ -145,7 +147,7 @@ def default_output(model: str) -> Path:
 
 def _summary(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    policy = manifest.policy.origin if manifest.policy.has_network else "none (dense and static skipping)"
+    policy = manifest.policy.origin if manifest.policy.has_network else "none (dense, static and random skipping)"
     counts = f"{manifest.model.num_layers} layers, {len(manifest.graphs)} graphs"
     click.echo(f"{bundle.root}: {counts}, {size(bundle_bytes(bundle))}")
     click.echo(f"Layers that may be skipped: {spans(manifest.policy.gated)}. Token policy: {policy}.")

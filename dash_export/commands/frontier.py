@@ -13,7 +13,7 @@ import click
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target, plain_table, print_table, result_console
-from dash_export.commands.comparing import comparison_options, dial_of, print_refused, settings_for
+from dash_export.commands.comparing import bundle_names, comparison_options, dial_of, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -66,15 +66,13 @@ def command(
     with progress_bar("frontier") as progress:
         progress("loading", 0, 0)
         opened = [Bundle.open(bundle) for bundle in bundles]
-        stems = [bundle.root.stem for bundle in opened]
-        names = stems if len(set(stems)) == len(stems) else [str(path) for path in bundles]
         racers = [
             Racer(name, bundle, choose_target(bundle, target), kinds)
-            for name, bundle in zip(names, opened, strict=True)
+            for name, bundle in zip(bundle_names(opened), opened, strict=True)
         ]
         check_same_model(racers)
-        for racer in racers:
-            settings, missing = settings_for(racer.deciding, kinds, dial, seed)
+        plans = [settings_for(racer.deciding, kinds, dial, seed) for racer in racers]
+        for racer, (settings, missing) in zip(racers, plans, strict=True):
             points += racer.points(settings, course, progress)
             refused += missing
     facts = racers[0].plain

@@ -20,9 +20,7 @@ def save_pictures(output: Path, figure: Figure, report: str | None = None) -> li
     written = []
     for kind, data in pictures.items():
         path = base.with_name(f"{base.name}.{kind}")
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        write_atomic(path, data)
         written.append(path)
     if report is not None:
         path = base.with_name(f"{base.name}.json")

@@ -11,7 +11,7 @@ import click
 from dash_export.bundle import Bundle, PolicyFacts
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target
-from dash_export.commands.comparing import comparison_options_for, dial_of, print_refused, settings_for
+from dash_export.commands.comparing import bundle_names, comparison_options_for, dial_of, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -48,7 +48,11 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--trace", type=_FILE, metavar="TRACE.json", help="Write a trace for ui.perfetto.dev or chrome://tracing."
 )
 @click.option(
-    "--trace-tokens", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per setting in the trace."
+    "--trace-tokens",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Tokens per setting in the trace, at most --tokens.",
 )
 @click.pass_context
 def command(
@@ -62,6 +66,7 @@ def command(
     layers run, bytes moved and the share of this machine's memory bandwidth that is; peak memory. Settings (a budget of
     0.85 unless told otherwise) and dense take turns on the same known tokens. Let nothing else run meanwhile.
     """
+    from dash_export.artifacts import write_atomic
     from dash_export.evaluation.evaluate import read_text
     from dash_export.evaluation.frontier import Racer, check_same_model
     from dash_export.profiling.run import Request, profile
@@ -81,23 +86,23 @@ def command(
         progress("loading", 0, 0)
         opened = [Bundle.open(folder) for folder in (bundle, *compare)]
         racers, settings = [], []
-        for name, one in zip(_names(opened), opened, strict=True):
+        for name, one in zip(bundle_names(opened), opened, strict=True):
             asked = kinds or _default_kinds(one.manifest.policy)
             racer = Racer(name, one, choose_target(one, target), asked, dispatch)
             chosen, missing = settings_for(racer.deciding, asked, dial, seed)
             racers.append(racer)
             settings.append(chosen)
             refused += missing
+        if dispatch is not None and all(racer.deciding is racer.plain for racer in racers):
+            raise click.UsageError("--dispatch is how a network is evaluated, and none is: ask for --kinds token.")
         check_same_model(racers)
         found, lanes = profile(racers, settings, request, progress)
         if html is not None:
-            from dash_export.artifacts import write_atomic
             from dash_export.profiling.report import render_report
 
             progress("report", 0, 0)
             write_atomic(html, render_report(found, lanes))
         if trace is not None:
-            from dash_export.artifacts import write_atomic
             from dash_export.profiling.trace import chrome_trace
 
             write_atomic(trace, json.dumps(chrome_trace(lanes, found.model), ensure_ascii=False))
@@ -118,12 +123,6 @@ def _default_kinds(policy: PolicyFacts) -> tuple[str, ...]:
     return next(
         ((kind,) for kind, known in (("token", "token" in served), ("static", policy.static_order)) if known), ()
     )
-
-
-def _names(opened: list[Bundle]) -> list[str]:
-    """The folders' names, or where two are the same their paths."""
-    stems = [one.root.stem for one in opened]
-    return stems if len(set(stems)) == len(stems) else [str(one.root) for one in opened]
 
 
 def _report(found: Profile, refused: list[Refusal]) -> dict[str, object]:

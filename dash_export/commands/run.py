@@ -46,7 +46,7 @@ BATCH = 8
     type=click.Choice(["plain", *get_args(Dispatch)]),
     help="How the policy is evaluated; the target's choice by default.",
 )
-@click.option("--threads", type=click.IntRange(0, 1024), help="0: one per physical core.")
+@click.option("--threads", type=click.IntRange(0, 1024), help="Of a CPU target; 0: one per physical core.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="By default 256, or what the context has left.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="0 is off.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dash_export.commands.run_output import Shading, answer_console, figures, is_coloured, print_piece
-from dash_export.errors import DashError
+from dash_export.errors import DashError, RequestError
 
 if TYPE_CHECKING:
     from dash_export.commands.run_asking import Asking
@@ -41,6 +41,8 @@ def _read() -> str | None:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"What was typed is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
 class Conversation:

@@ -27,7 +27,7 @@ def setting_options(command: _Command) -> _Command:
         click.option(
             "--policy",
             type=click.Choice(POLICY_KINDS),
-            help="Who decides; by default what the next options imply, else dense.",
+            help="Who decides; by default what the next options imply.",
         ),
         click.option(
             "--skip",
@@ -43,7 +43,11 @@ def setting_options(command: _Command) -> _Command:
         click.option(
             "--max-kl", type=float, help="token, sequence: mean KL from dense allowed, nats per token, like 0.1."
         ),
-        click.option("--max-layers", type=int, help="No token runs more layers than this; may stand beside another."),
+        click.option(
+            "--max-layers",
+            type=int,
+            help="No token runs more layers than this; token, sequence: may stand beside another.",
+        ),
         click.option("--hold", is_flag=True, help="token: hold the running mean time at the --budget on any text."),
     )
     for option in reversed(options):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from dash_export.evaluation.timing import SETTLE, Timing, measure_times
 from dash_export.runtime import DashRuntime, Session
 
 TokenIds = npt.NDArray[np.int64]
+COPY_ROUNDS = 4
+"""Timed rounds until the engines are loaded anew: where weights lie in memory is worth several per cent."""
 
 
 @dataclass(frozen=True)
@@ -64,29 +66,29 @@ class Racer:
         asks = network and (kinds is None or bool(set(kinds) & set(DIALLED_KINDS)))
         self._deciding_dispatch = dispatch or self.plain.recipe.runtime.dispatch if asks else "plain"
         self.deciding = self._again(self._deciding_dispatch) if asks else self.plain
-        self._copies: list[dict[bool, DashRuntime]] = []
+        self._timed_copy: dict[bool, DashRuntime] = {}
+        self._timed_number = -1
 
     def _again(self, dispatch: str) -> DashRuntime:
         return DashRuntime.load(self.plain.bundle.root, self.plain.build.target, dispatch=dispatch, verify=False)
 
-    def copies(self, count: int) -> list[dict[bool, DashRuntime]]:
-        """The build loaded `count` times more, to be timed: without policies (False) and, where asked, with (True).
+    def copy(self, number: int) -> dict[bool, DashRuntime]:
+        """The build loaded once more, to be timed: without policies (False) and, where asked, with (True).
 
         What a process loads first runs a few per cent slower, and what it loads next may too: so the racer's own
-        engines are not timed, and copies are loaded in turned order.
+        engines are not timed, and every other copy is loaded in turned order.
         """
         ways = {False: "plain"} | ({True: self._deciding_dispatch} if self.deciding is not self.plain else {})
-        turned = dict(reversed(ways.items()))
-        return [
-            {asks: self._again(dispatch) for asks, dispatch in (ways if number % 2 == 0 else turned).items()}
-            for number in range(count)
-        ]
+        order = ways if number % 2 == 0 else dict(reversed(ways.items()))
+        return {asks: self._again(dispatch) for asks, dispatch in order.items()}
 
     def timed_session(self, setting: Setting, number: int) -> Session:
-        """A session for the round of this number: rounds alternate between two copies."""
-        if not self._copies:
-            self._copies = self.copies(2)
-        return self._copies[number % len(self._copies)][setting.asks_network].session_with(setting)
+        """A session for the round of this number, of which every `COPY_ROUNDS` share a copy: one is held at a time."""
+        if number // COPY_ROUNDS != self._timed_number:
+            self._timed_number = number // COPY_ROUNDS
+            self._timed_copy = self.copy(self._timed_number)  # the one before is let go after it is loaded
+        # Draws follow from seed and position, and every window is as long: `random` has others in every round.
+        return self._timed_copy[setting.asks_network].session_with(replace(setting, seed=setting.seed + number))
 
     def points(self, settings: Sequence[Setting], course: Course, progress: Progress = no_progress) -> list[Point]:
         """One point per setting, dense (the first) included. Raises RequestError for a text that is too short."""
@@ -109,7 +111,8 @@ class Racer:
         length = min(self.plain.cost.context + course.tokens + SETTLE, longest)
         if length < course.tokens + SETTLE + DENSE_POSITIONS:
             raise RequestError(f"Blocks of {course.tokens} tokens do not fit the model's context of {longest}.")
-        return windows(self.plain, course.text, course.name, course.rounds, length)
+        parts = windows(self.plain, course.text, course.name, course.rounds, length)
+        return [parts[number % len(parts)] for number in range(course.rounds)]  # a short text is gone through again
 
 
 def check_same_model(racers: Sequence[Racer]) -> None:

@@ -14,9 +14,6 @@ from dash_export.decision import POLICY_KINDS, Action, Setting, spans
 from dash_export.errors import PolicyError
 from dash_export.runtime import DashRuntime, Session
 
-DIALS = ("budget", "skipped", "max_kl", "trade_off")
-"""The amounts of a Setting at which kinds are compared."""
-
 
 def asked(setting: Setting) -> str:
     """`budget 0.9`; empty for dense."""
@@ -58,16 +55,8 @@ class Refusal:
 
 
 def kinds_of(policy: PolicyFacts) -> tuple[str, ...]:
-    """The kinds a bundle can serve."""
-    served = {
-        "dense": True,
-        "static": bool(policy.static_order),
-        "cosine": bool(policy.cosine_order),
-        "random": bool(policy.gated),
-        "sequence": policy.has_network,
-        "token": policy.has_network,
-    }
-    return tuple(kind for kind in POLICY_KINDS if served[kind])
+    """The kinds a bundle can serve at an amount: static needs an order for that."""
+    return tuple(kind for kind in policy.kinds if kind != "static" or policy.static_order)
 
 
 def plan(

@@ -14,7 +14,6 @@ from dash_export.decision import Action, Setting
 from dash_export.runtime import Session
 
 TokenIds = npt.NDArray[np.int64]
-ROUNDS = 8
 TOKENS = 32
 SETTLE = 2
 """First tokens of a block, not timed: they find another setting's weights in the caches."""
@@ -42,7 +41,8 @@ class Timing:
             return self
         scale = (dense - layers) / (dense - self.layers)
         ratio, low, high = (1 - (1 - value) * scale for value in (self.ratio, self.low, self.high))
-        return replace(self, ratio=ratio, low=low, high=high, layers=layers)
+        milliseconds = self.milliseconds * ratio / self.ratio
+        return replace(self, ratio=ratio, low=low, high=high, milliseconds=milliseconds, layers=layers)
 
 
 def measure_times(

@@ -1,4 +1,4 @@
 """NVIDIA Polygraphy's `polygraphy run`, taught to run bundles: `--dash` compares and times engines and whole steps.
 
-`plugin` is what Polygraphy loads; `runners` run a bundle, `inputs` feed it. Nothing else here imports polygraphy.
+`plugin` is what Polygraphy loads; `runners` run a bundle, `inputs` feed it.
 """

@@ -70,7 +70,9 @@ class DashStepRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         with told_by_polygraphy():
-            self.session: Session = DashRuntime.load(*self._place).session_with(Setting(**self._setting))
+            setting = Setting(**self._setting)
+            dispatch = None if setting.asks_network else "plain"  # as anybody runs it who asks no policy
+            self.session: Session = DashRuntime.load(*self._place, dispatch=dispatch).session_with(setting)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         return TensorMetadata().add("input_ids", np.dtype(np.int64), (1, None))

@@ -14,16 +14,21 @@ from dash_export.errors import BackendError
 _SECONDS = 300
 
 
-def setting_memory(root: Path, target: str, dispatch: str, setting: Setting, context: int, tokens: int) -> int:
-    """Bytes. The child loads the build, prefills `context` tokens and decodes `tokens`. Raises BackendError."""
+def setting_memory(root: Path, target: str, dispatch: str, setting: Setting, context: int, tokens: int) -> int | None:
+    """Bytes. The child loads the build, prefills `context` tokens and decodes `tokens`; None where that takes longer
+    than minutes. Raises BackendError.
+    """
     order = {
         "root": str(root), "target": target, "dispatch": dispatch, "setting": asdict(setting), "context": context,
         "tokens": tokens,
     }  # fmt: skip
     command = [sys.executable, "-m", "dash_export.profiling.memory"]
-    done = subprocess.run(
-        command, input=json.dumps(order), capture_output=True, text=True, timeout=_SECONDS, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(order), capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
         raise BackendError(f"The process that measures memory failed: {said[-1] if said else done.returncode}.")

@@ -83,7 +83,7 @@ def _context(racers: Sequence[Racer], request: Request) -> int:
 
 def _lanes(racer: Racer, settings: Sequence[Setting], copies: int, progress: Progress) -> list[Lane]:
     progress("loading", 0, 0)
-    loaded = racer.copies(copies)
+    loaded = [racer.copy(number) for number in range(copies)]
     lanes = []
     for setting in settings:
         runtimes = [copy[setting.asks_network] for copy in loaded]
@@ -94,9 +94,9 @@ def _lanes(racer: Racer, settings: Sequence[Setting], copies: int, progress: Pro
     return lanes
 
 
-def _memory(lanes: Sequence[Lane], context: int, tokens: int, progress: Progress) -> list[int]:
+def _memory(lanes: Sequence[Lane], context: int, tokens: int, progress: Progress) -> list[int | None]:
     """Of each lane; what it skips hardly matters, so that lanes of one runtime share a figure."""
-    known: dict[tuple[int, bool], int] = {}
+    known: dict[tuple[int, bool], int | None] = {}
     for number, lane in enumerate(lanes):
         key = (id(lane.runtime), lane.setting.asks_network)
         if key not in known:

@@ -57,9 +57,18 @@ def test_export_options_are_for_models(option: tuple[str, str], tiny_root: Path)
     assert "is a bundle" in refused("build", tiny_root, *option, code=2)
 
 
-def test_unknown_target_is_told_before_the_export(model: Path, tmp_path: Path) -> None:
-    message = refused("build", model, "--target", "tpu", "-o", tmp_path / "x.dash")
-    assert "cpu" in message
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--target", "tpu"), "cpu"),
+        (("--weights", "fp16"), "on a CPU"),
+        (("--target", "portable", "--head", "int8"), "fp32"),
+    ],
+)
+def test_what_cannot_be_built_is_told_before_the_export(
+    options: tuple[str, ...], said: str, model: Path, tmp_path: Path
+) -> None:
+    assert said in refused("build", model, *options, "-o", tmp_path / "x.dash")
     assert not list(tmp_path.iterdir())
 
 

@@ -113,6 +113,7 @@ def test_refuses(begin: tuple[Any, ...], tiny_root: Path, text: Path, tmp_path: 
     assert not report.exists()
     for wrong in (("--budget", "2"), ("--repeats", "1"), ("--kinds", "magic"), ("--dispatch", "plain")):
         refused(*begin, *wrong, code=2)
+    assert "none is" in refused(*begin, "--kinds", "static", "--dispatch", "sync", code=2)
 
 
 def browse(page: Path, tmp_path: Path, *options: str) -> tuple[str, str]:

@@ -59,12 +59,17 @@ class Together:
 def main(bundle: Path, target: str, sizes: str, skipped: int, rounds: int) -> None:
     """Dense, static and under the token policy, interleaved."""
     runtime = DashRuntime.load(bundle, target, verify=False)
+    plain = DashRuntime.load(bundle, target, dispatch="plain", verify=False)  # what asks no policy has none to pay for
     counts = [int(size) for size in sizes.split(",")]
     ids = runtime.text.encode(TEXT.read_text(encoding="utf-8"))
     stride = (len(ids) - PROMPT - TOKENS) // max(counts)
     texts = [ids[start : start + PROMPT + TOKENS] for start in range(0, stride * max(counts), stride)]
-    settings: list[dict[str, Any]] = [{}, {"policy": "static", "skipped": skipped}, {"skipped": skipped}]
-    variants = [Together(runtime, texts[:count], setting) for count in counts for setting in settings]
+    settings: list[tuple[DashRuntime, dict[str, Any]]] = [
+        (plain, {}),
+        (plain, {"policy": "static", "skipped": skipped}),
+        (runtime, {"skipped": skipped}),
+    ]
+    variants = [Together(engines, texts[:count], setting) for count in counts for engines, setting in settings]
     runs: list[Callable[[], object]] = list(variants)
     times = interleaved(runs, rounds)
     title = f"{bundle.name}, {target}, {PROMPT} cached tokens, of time: dense is 1"

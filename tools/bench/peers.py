@@ -35,7 +35,7 @@ from dash_export.runtime.text import Text
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "peers"
-HELD_OUT = ROOT / "tests" / "data" / "heldout.txt"
+HELD_OUT = ROOT / "calibration" / "heldout.txt"  # no policy was trained on it
 WINDOW = 256
 console = Console(highlight=False)
 if not console.is_terminal:

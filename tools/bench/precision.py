@@ -1,7 +1,7 @@
 """What a build's weight precision costs in quality: KL, top-1 agreement and perplexity against another build of the
 same bundle.
 
-python tools/bench/precision.py BUNDLE --text FILE --base cpu-fp32 cpu cpu-int8
+python tools/bench/precision.py BUNDLE --text FILE --base cpu-fp32 --target cpu --target cpu-int8
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The oracle: what skipping means (DESIGN, "What skipping means"), in plain PyTorch over the transformers model. Slow
+"""The oracle: what skipping means (docs/method.md), in plain PyTorch over the transformers model. Slow
 and obvious.
 
 One teacher-forced pass says it all: every layer sees every token's hidden state, so the K and V of a skipped token come

@@ -188,7 +188,8 @@ def _check_output(output: Path) -> None:
         previous.replace(output)  # a kill between the two renames of _swap
     elif previous.exists():
         shutil.rmtree(previous)
-    if output.exists() and not ((output / MANIFEST).is_file() and (output / "onnx").is_dir()):
+    ours = (MANIFEST, f"onnx/{portable.ROPE_FILE}")  # others have manifests too
+    if output.exists() and not all((output / name).is_file() for name in ours):
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )

@@ -17,6 +17,8 @@ HUGE = 2 << 20
 """Bytes of a huge page on x86-64, and on ARM with 4 kB pages."""
 RESIDENT = 0.9
 """Only regions in use to this share are moved: memory that is merely reserved would become real."""
+GROWN = 0.25
+"""A region that grew by less than this share of it is mostly somebody else's: only its new part is moved."""
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SMAPS = Path("/proc/self/smaps")
@@ -36,10 +38,9 @@ def on_huge_pages(wanted: bool = True) -> Iterator[None]:
     if not wanted or not _available():
         yield
         return
-    before = [region for region, _ in private_memory(SMAPS.read_text())]
+    before = list(private_memory(SMAPS.read_text()))
     yield
-    used = [region for region, share in private_memory(SMAPS.read_text()) if share >= RESIDENT]
-    _move(whole_pages(added(used, before)))
+    _move(whole_pages(filled(list(private_memory(SMAPS.read_text())), before)))
 
 
 def _available() -> bool:
@@ -49,10 +50,8 @@ def _available() -> bool:
         return False
 
 
-def private_memory(smaps: str) -> Iterator[tuple[Region, float]]:
-    """The anonymous memory that a process may write, from `/proc/<pid>/smaps`: each region, and the share of it in
-    use.
-    """
+def private_memory(smaps: str) -> Iterator[tuple[Region, int]]:
+    """The anonymous memory that a process may write, from `/proc/<pid>/smaps`: each region, and the bytes in use."""
     region: Region | None = None
     for line in smaps.splitlines():
         header = _HEADER.fullmatch(line)
@@ -60,7 +59,22 @@ def private_memory(smaps: str) -> Iterator[tuple[Region, float]]:
             private = header[3].startswith("rw") and header[4] in ("", "[heap]")
             region = (int(header[1], 16), int(header[2], 16)) if private else None
         elif region is not None and line.startswith("Rss:"):
-            yield region, 1024 * int(line.split()[1]) / (region[1] - region[0])
+            yield region, 1024 * int(line.split()[1])
+
+
+def filled(now: Sequence[tuple[Region, int]], before: Sequence[tuple[Region, int]]) -> list[Region]:
+    """Where the memory that came into use between the two lies: of regions in use, the parts that are new. What was
+    there already, most of it unused, and is now filled is taken whole: malloc fills what was freed first.
+    """
+    old = [region for region, _ in before]
+    found: list[Region] = []
+    for region, used in now:
+        first, end = region
+        if used < RESIDENT * (end - first):
+            continue
+        earlier = sum(count for (start, stop), count in before if start < end and stop > first)
+        found += [region] if used - earlier >= GROWN * (end - first) else added([region], old)
+    return found
 
 
 def added(now: Sequence[Region], before: Sequence[Region]) -> list[Region]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dash_export.runtime import huge_pages
-from dash_export.runtime.huge_pages import HUGE, added, on_huge_pages, private_memory, whole_pages
+from dash_export.runtime.huge_pages import HUGE, added, filled, on_huge_pages, private_memory, whole_pages
 
 SMAPS = """\
 55d0c0000000-55d0c0400000 rw-p 00000000 00:00 0                          [heap]
@@ -48,7 +48,7 @@ def test_only_private_memory_that_may_be_written_counts() -> None:
         (0x55D0C0000000, 0x55D0C0400000),
         (0x7F0000000000, 0x7F0000800000),
     ]
-    assert [round(share, 3) for _, share in found] == [0.977, 0.002]
+    assert [used >> 10 for _, used in found] == [4000, 16]
 
 
 def test_what_was_there_before_is_left_alone() -> None:
@@ -56,6 +56,13 @@ def test_what_was_there_before_is_left_alone() -> None:
     assert added([(0, 10)], [(0, 10)]) == []
     assert added([(0, 10), (20, 40)], [(3, 5), (20, 30)]) == [(0, 3), (5, 10), (30, 40)]
     assert added([(0, 10)], [(0, 4), (8, 12)]) == [(4, 8)]
+
+
+def test_what_was_free_and_is_filled_is_moved_too() -> None:
+    """malloc gives what was freed before it asks for more: a region that was there may come to hold the weights."""
+    before = [((0, 100), 20), ((200, 1200), 1000), ((2000, 2100), 95)]
+    now = [((0, 100), 95), ((200, 1400), 1200), ((2000, 2100), 100), ((3000, 3100), 50), ((4000, 4100), 100)]
+    assert filled(now, before) == [(0, 100), (1200, 1400), (4000, 4100)]
 
 
 def test_whole_pages_lie_inside() -> None:

@@ -2,7 +2,7 @@
 
     python tools/bench/batch.py BUNDLE
 
-Every sequence continues a passage of its own (tests/data/heldout.txt), known tokens after a prompt.
+Every sequence continues a passage of its own (calibration/heldout.txt), known tokens after a prompt.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from common import interleaved, paired_ratio, print_json
 from rich.console import Console
 from rich.table import Table
 
+from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 
-TEXT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"
+TEXT = resource_folder("calibration") / "heldout.txt"
 PROMPT = 256
 TOKENS = 64
 

@@ -6,7 +6,8 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,7 @@ import onnxruntime
 
 from dash_export import __version__
 from dash_export.builders.onnxruntime import lowering_for, write_segment
-from dash_export.bundle import Bundle, EngineRecord, Segment
+from dash_export.bundle import Build, Bundle, EngineRecord, Segment
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.dispatch import EngineSet
@@ -24,26 +25,27 @@ from dash_export.runtime.huge_pages import on_huge_pages
 from dash_export.targets import recipe_from_dict
 
 
-def whole_model(bundle: Bundle, target: str, backend: Backend) -> EngineSet:
-    """The same layers at the same precisions, lowered as one graph without policy: what a per-layer runtime must not
-    lose against.
+@contextmanager
+def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
+    """(where its files are relative to, the build of) the same layers at the same precisions, lowered as one graph
+    without policy: what a per-layer runtime must not lose against. On disk only inside.
     """
     build = bundle.load_build(target)
     segment = Segment(0, bundle.manifest.model.num_layers - 1, True, True, False)
     recipe = recipe_from_dict(build.recipe, target)
-    folder = Path(tempfile.mkdtemp(prefix="dash-export-bench-", dir=bundle.root.parent))
-    try:
+    root = bundle.root.absolute().parent
+    with tempfile.TemporaryDirectory(prefix="dash-export-bench-", dir=root) as name:
+        folder = Path(name)
         (folder / "rope.data").write_bytes(bundle.path("onnx/rope.data").read_bytes())
         path = write_segment(lowering_for(bundle, recipe), bundle, segment, False, folder)[0]
-        record = EngineRecord(str(path.relative_to(bundle.root.parent)), 0, "")
-        whole = replace(build, segments=(segment,), engines={segment.name: record})
-        with on_huge_pages():
-            return EngineSet(Bundle(bundle.root.parent, bundle.manifest), whole, backend, "plain")
-    finally:
-        # Loaded: the mapping keeps the pages.
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+        record = EngineRecord(str(path.relative_to(root)), 0, "")
+        yield root, replace(build, segments=(segment,), engines={segment.name: record})
+
+
+def whole_model(bundle: Bundle, target: str, backend: Backend) -> EngineSet:
+    """The engines of `whole_build`."""
+    with whole_build(bundle, target) as (root, build), on_huge_pages():
+        return EngineSet(Bundle(root, bundle.manifest), build, backend, "plain")  # loaded: the mapping keeps the pages
 
 
 def interleaved(

@@ -3,22 +3,24 @@ one whole-model graph.
 
     python tools/bench/dispatch.py BUNDLE --target cpu
 
-Where a process's weights happen to lie in memory is worth several per cent, the first ones loaded being the slowest. So
-every variant is loaded several times, in rotated order, and the mean of the ratios is given.
+Where weights happen to lie in memory is worth several per cent, and what a process loads again lies worse than what it
+loaded first. So several fresh processes load every variant once, in rotated order, and the mean of the ratios is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 
 import click
-from common import interleaved, paired_ratio, print_json, whole_model
+from common import interleaved, paired_ratio, print_json, whole_build
 from rich.console import Console
 from rich.table import Table
 
-from dash_export.bundle import Bundle
+from dash_export.bundle import Build, Bundle
 from dash_export.decision import decision_rule
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.dispatch import EngineSet
@@ -30,45 +32,25 @@ from dash_export.runtime.rules import DENSE, Rule
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--context", default=256, show_default=True, help="Cached tokens.")
-@click.option("--rounds", default=20, show_default=True, help="Interleaved blocks of eight tokens per copy.")
-@click.option("--copies", default=4, show_default=True, help="How often each variant is loaded.")
-def main(bundle: Path, target: str, context: int, rounds: int, copies: int) -> None:
-    """Time one decoded token each way, interleaved in one process."""
+@click.option("--rounds", default=20, show_default=True, help="Interleaved blocks of eight tokens per process.")
+@click.option("--processes", default=8, show_default=True, help="Fresh ones that load and time every variant.")
+def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -> None:
+    """Time one decoded token each way, interleaved."""
     opened = Bundle.open(bundle)
-    build = opened.load_build(target)
-    model, policy = opened.manifest.model, opened.manifest.policy
-    forced_dense = decision_rule(model.num_layers, policy.gated, build.cost.cost, 0.0)
-
-    def engines(dispatch: str) -> Callable[[], EngineSet]:
-        def load() -> EngineSet:
-            with on_huge_pages():
-                return EngineSet(opened, build, backend(0), dispatch)
-
-        return load
-
-    variants: dict[str, tuple[Callable[[], EngineSet], Rule]] = {
-        "one whole graph": (lambda: whole_model(opened, target, backend(0)), DENSE),
-        "per-layer engines, no policy": (engines("plain"), DENSE),
-    }
-    if policy.has_network:
-        variants["per-layer engines, fused policy, trade-off 0"] = (engines("fused"), forced_dense)
-        variants["per-layer engines, sync policy, trade-off 0"] = (engines("sync"), forced_dense)
-    samples: dict[str, list[list[float]]] = {name: [] for name in variants}
+    policy = opened.manifest.policy
+    samples: dict[str, list[list[float]]] = {}
     counts: dict[str, int] = {}
-    order = list(variants)
-    for copy in range(copies):
-        steps = []
-        for name in order:
-            loaded, rule = variants[name][0](), variants[name][1]
-            counts[name] = len(loaded.segments)
-            steps.append(_token(loaded, rule, context))
-        for name, times in zip(order, interleaved(steps, rounds), strict=True):
-            samples[name].append(times)
-        order = order[1:] + order[:1]
-        print(
-            f"copy {copy + 1} of {copies}: "
-            + ", ".join(f"{name} {1e3 * median(samples[name][-1]):.3f} ms" for name in variants)
-        )
+    # One after the other, each with its own memory: what a process loads again lies worse and worse in it.
+    with (
+        whole_build(opened, target) as whole,
+        ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool,
+    ):
+        for number in range(processes):
+            timed, counts = pool.submit(timed_once, bundle, target, whole, context, rounds, number).result()
+            for name, times in timed.items():
+                samples.setdefault(name, []).append(times)
+            shown = ", ".join(f"{name} {1e3 * median(times[-1]):.3f} ms" for name, times in samples.items())
+            print(f"process {number + 1} of {processes}: {shown}")
     table = Table(
         "variant",
         "engines",
@@ -76,15 +58,48 @@ def main(bundle: Path, target: str, context: int, rounds: int, copies: int) -> N
         "ratio to whole graph",
         title=f"{bundle.name}, {target}, {context} cached tokens, {len(policy.gated)} gated layers",
     )
-    result: dict[str, object] = {"target": target, "context": context, "gated": len(policy.gated), "copies": copies}
-    whole = samples["one whole graph"]
-    for name, copied in samples.items():
-        milliseconds = 1e3 * median(x for sample in copied for x in sample)
-        ratio = mean(paired_ratio(sample, base) for sample, base in zip(copied, whole, strict=True))
+    result: dict[str, object] = {
+        "target": target,
+        "context": context,
+        "gated": len(policy.gated),
+        "processes": processes,
+    }
+    base = samples["one whole graph"]
+    for name, own in samples.items():
+        milliseconds = 1e3 * median(x for sample in own for x in sample)
+        ratio = mean(paired_ratio(sample, graph) for sample, graph in zip(own, base, strict=True))
         table.add_row(name, str(counts[name]), f"{milliseconds:.3f}", f"{ratio:.3f}")
         result[name] = {"ms": round(milliseconds, 4), "ratio": round(ratio, 4)}
     Console().print(table)
     print_json("dispatch", result)
+
+
+def timed_once(
+    bundle: Path, target: str, whole: tuple[Path, Build], context: int, rounds: int, number: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """(seconds per token, medians of blocks; engines) of every variant. Who is loaded first changes with `number`."""
+    opened = Bundle.open(bundle)
+    build = opened.load_build(target)
+    model, policy = opened.manifest.model, opened.manifest.policy
+    forced_dense = decision_rule(model.num_layers, policy.gated, build.cost.cost, 0.0)
+
+    def engines(dispatch: str, of: Bundle = opened, build: Build = build) -> EngineSet:
+        with on_huge_pages():
+            return EngineSet(of, build, backend(0), dispatch)
+
+    variants: dict[str, tuple[Callable[[], EngineSet], Rule]] = {
+        "one whole graph": (lambda: engines("plain", Bundle(whole[0], opened.manifest), whole[1]), DENSE),
+        "per-layer engines, no policy": (lambda: engines("plain"), DENSE),
+    }
+    if policy.has_network:
+        variants["per-layer engines, fused policy, trade-off 0"] = (lambda: engines("fused"), forced_dense)
+        variants["per-layer engines, sync policy, trade-off 0"] = (lambda: engines("sync"), forced_dense)
+    names = list(variants)
+    first = number % len(names)
+    loaded = {name: variants[name][0]() for name in names[first:] + names[:first]}
+    steps = [_token(loaded[name], variants[name][1], context) for name in names]
+    times = dict(zip(names, interleaved(steps, rounds), strict=True))
+    return times, {name: len(loaded[name].segments) for name in names}
 
 
 def _token(engines: EngineSet, rule: Rule, context: int) -> Callable[[], object]:

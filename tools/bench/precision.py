@@ -15,9 +15,10 @@ from common import print_json
 from rich.console import Console
 from rich.table import Table
 
+from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 
-HELD_OUT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"
+HELD_OUT = resource_folder("calibration") / "heldout.txt"
 
 
 @click.command()

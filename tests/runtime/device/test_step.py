@@ -57,6 +57,18 @@ def test_score(dialect: str, first: str | int, simulated: MakeSimulated, host: D
     assert np.abs(found.logits - expected.logits).max() < TOLERANCE  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("dispatch", ["sync", "overlapped"])
+def test_a_prompt_s_set_is_scored_as_it_is_decoded(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
+    """One set per prompt, from what the policy says of it: in one pass over a text as on the host."""
+    trade_off = sum(np.quantile(host.session().score(IDS).damage[:20, 2:5].mean(axis=0), (0.4, 0.6))) / 2 * 6
+    runtime = simulated("trt10", dispatch).runtime
+    found, expected = (
+        each.session("sequence", trade_off=trade_off).score(IDS, prefix=20).actions for each in (runtime, host)
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < expected[20:, 2:5].mean() < 1
+
+
 @pytest.mark.parametrize("dispatch", ["plain", "sync", "overlapped"])
 def test_forced_and_static(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
     runtime = simulated("trt10", dispatch).runtime

@@ -4,14 +4,16 @@
 
 Four variants decode the same tokens, interleaved in one process: dense; the token policy; its very actions forced on
 engines without a policy; and those with nothing done for a skipped layer, whose tokens are worthless and whose time is
-the bound. Where a process's weights happen to lie in memory is worth more than what is measured here, so both sets of
-engines are loaded several times, in turn the one and the other first, and the means over the copies are given.
+the bound. Where weights happen to lie in memory is worth more than what is measured here, so several fresh processes
+load both sets of engines, in turn the one and the other first, and the means over them are given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -36,11 +38,46 @@ TOKENS = 24
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--skipped", default=5.0, show_default=True, help="Layers skipped per token, on average.")
 @click.option("--context", default=256, show_default=True, help="Cached tokens before the first one.")
-@click.option("--rounds", default=6, show_default=True, help="Interleaved passes over the tokens, per copy.")
-@click.option("--copies", default=8, show_default=True, help="How often each set of engines is loaded.")
-def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, copies: int) -> None:
+@click.option("--rounds", default=12, show_default=True, help="Interleaved passes over the tokens, per process.")
+@click.option("--processes", default=12, show_default=True, help="Fresh ones that load both sets of engines.")
+def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, processes: int) -> None:
     """Time a window of held-out text each way."""
-    fused = DashRuntime.load(bundle, target)
+    saved: dict[str, list[float]] = {}
+    milliseconds: dict[str, list[float]] = {}
+    count = 0.0
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for number in range(processes):
+            times, count = pool.submit(timed_once, bundle, target, skipped, context, rounds, number).result()
+            for name, own in times.items():
+                pairs = zip(times["dense"], own, strict=True)
+                saved.setdefault(name, []).append(median(1e6 * (base - mine) / TOKENS for base, mine in pairs))
+                milliseconds.setdefault(name, []).append(1e3 * median(own) / TOKENS)
+            shown = ", ".join(f"{name} {values[-1]:.0f} us" for name, values in saved.items())
+            print(f"process {number + 1} of {processes}: {shown}")
+    means = {name: mean(values) for name, values in saved.items()}
+    bound = means["its actions, nothing owed"]
+    table = Table("variant", "ms/token", "saved us", "of the bound", title=f"{bundle.name}, {target}")
+    for name, value in means.items():
+        table.add_row(name, f"{mean(milliseconds[name]):.3f}", f"{value:.0f}", f"{value / bound:.0%}")
+    Console().print(table)
+    owed = bound - means["its actions, no policy"]
+    policy = means["its actions, no policy"] - means["token policy"]
+    each, asked = f"{owed / count:.0f} us a layer", f"{policy:.0f} us a token"
+    print(
+        f"{count:.2f} layers skipped per token. Of the time that they would have taken, compensation and K/V take "
+        f"{owed / bound:.0%} ({each}) and the policy {policy / bound:.0%} ({asked})."
+    )
+    result = {"skipped": count, "processes": processes, "bound_us": bound, "owed_us": owed, "policy_us": policy}
+    print_json("owed", {"target": target, **{key: round(value, 3) for key, value in result.items()}})
+
+
+def timed_once(
+    bundle: Path, target: str, skipped: float, context: int, rounds: int, number: int
+) -> tuple[dict[str, list[float]], float]:
+    """(seconds per pass of every variant, layers skipped per token). Who is loaded first changes with `number`."""
+    order = ("fused", "plain") if number % 2 else ("plain", "fused")
+    engines = {dispatch: DashRuntime.load(bundle, target, dispatch=dispatch, verify=False) for dispatch in order}
+    fused = engines["fused"]
     text = (resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8")
     ids = np.array(fused.text.encode(text)[: context + TOKENS], np.int64)
     session = fused.session_with(Setting("token", skipped=skipped))
@@ -67,39 +104,14 @@ def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, c
         return run
 
     forced: list[Rule] = [FixedRule(np.flatnonzero(each).tolist()) for each in actions]
-    saved: dict[str, list[float]] = {}
-    milliseconds: dict[str, list[float]] = {}
-    for copy in range(copies):
-        order = ("fused", "plain") if copy % 2 else ("plain", "fused")
-        engines = {dispatch: DashRuntime.load(bundle, target, dispatch=dispatch, verify=False) for dispatch in order}
-        variants = {
-            "dense": passes(engines["plain"], [DENSE] * TOKENS),
-            "token policy": passes(engines["fused"], [rule] * TOKENS),
-            "its actions, no policy": passes(engines["plain"], forced),
-            "its actions, nothing owed": passes(engines["plain"], forced, nothing_owed=True),
-        }
-        times = dict(zip(variants, interleaved(list(variants.values()), rounds, block=2, settle=1), strict=True))
-        for name, own in times.items():
-            microseconds = median(1e6 * (base - mine) / TOKENS for base, mine in zip(times["dense"], own, strict=True))
-            saved.setdefault(name, []).append(microseconds)
-            milliseconds.setdefault(name, []).append(1e3 * median(own) / TOKENS)
-        print(f"copy {copy + 1} of {copies}: " + ", ".join(f"{name} {saved[name][-1]:.0f} us" for name in saved))
-    means = {name: mean(values) for name, values in saved.items()}
-    bound = means["its actions, nothing owed"]
-    table = Table("variant", "ms/token", "saved us", "of the bound", title=f"{bundle.name}, {target}")
-    for name, value in means.items():
-        table.add_row(name, f"{mean(milliseconds[name]):.3f}", f"{value:.0f}", f"{value / bound:.0%}")
-    Console().print(table)
-    owed = bound - means["its actions, no policy"]
-    policy = means["its actions, no policy"] - means["token policy"]
-    count = float(actions.sum(axis=1).mean())
-    each, asked = f"{owed / count:.0f} us a layer", f"{policy:.0f} us a token"
-    print(
-        f"{count:.2f} layers skipped per token. Of the time that they would have taken, compensation and K/V take "
-        f"{owed / bound:.0%} ({each}) and the policy {policy / bound:.0%} ({asked})."
-    )
-    result = {"skipped": count, "copies": copies, "bound_us": bound, "owed_us": owed, "policy_us": policy}
-    print_json("owed", {"target": target, **{key: round(value, 3) for key, value in result.items()}})
+    variants = {
+        "dense": passes(engines["plain"], [DENSE] * TOKENS),
+        "token policy": passes(fused, [rule] * TOKENS),
+        "its actions, no policy": passes(engines["plain"], forced),
+        "its actions, nothing owed": passes(engines["plain"], forced, nothing_owed=True),
+    }
+    times = dict(zip(variants, interleaved(list(variants.values()), rounds, block=2, settle=1), strict=True))
+    return times, float(actions.sum(axis=1).mean())
 
 
 def _nothing() -> None:

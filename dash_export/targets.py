@@ -139,6 +139,9 @@ def load_recipe(target: str) -> Recipe:
     path = Path(target)
     if path.suffix != ".toml":
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", target) or target not in recipe_names():
+            options = build_options(target)
+            if options.split(" ")[1] in recipe_names():  # what a build is called, with what makes it
+                raise RecipeError(f"There is no recipe {target!r}: give {options}.")
             raise RecipeError(
                 f"There is no recipe {target!r}. Known targets: {', '.join(recipe_names())}; "
                 "or give the path of a recipe file (.toml)."

@@ -203,6 +203,11 @@ def test_a_name_says_what_makes_it(target: str, chosen: tuple[str | None, ...]) 
     assert (named["--target"], again) == (target, list(weights))
 
 
+def test_the_name_of_a_build_is_no_recipe() -> None:
+    with pytest.raises(RecipeError, match="'cpu-fp32': give --target cpu --weights fp32"):
+        load_recipe("cpu-fp32")
+
+
 def test_bad_weights_on_the_command_line() -> None:
     with pytest.raises(RecipeError, match="int3"):
         with_weights(load_recipe("cpu"), "int3", None, None)

@@ -188,8 +188,9 @@ def _check_output(output: Path) -> None:
         previous.replace(output)  # a kill between the two renames of _swap
     elif previous.exists():
         shutil.rmtree(previous)
-    ours = (MANIFEST, f"onnx/{portable.ROPE_FILE}")  # others have manifests too
-    if output.exists() and not all((output / name).is_file() for name in ours):
+    # Others have manifests too, and folders called onnx.
+    ours = any((output / "onnx" / name).is_file() for name in (portable.ROPE_FILE, "layer_00.onnx"))
+    if output.exists() and not (ours and (output / MANIFEST).is_file()):
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )

@@ -88,7 +88,8 @@ class Racer:
             self._timed_number = number // COPY_ROUNDS
             self._timed_copy = self.copy(self._timed_number)  # the one before is let go after it is loaded
         # Draws follow from seed and position, and every window is as long: `random` has others in every round.
-        return self._timed_copy[setting.asks_network].session_with(replace(setting, seed=setting.seed + number))
+        own = replace(setting, seed=(setting.seed + number) % (1 << 63))
+        return self._timed_copy[setting.asks_network].session_with(own)
 
     def points(self, settings: Sequence[Setting], course: Course, progress: Progress = no_progress) -> list[Point]:
         """One point per setting, dense (the first) included. Raises RequestError for a text that is too short."""

@@ -192,23 +192,29 @@ def _add_own_words(
 ) -> None:
     """Continuations of `own_prompts` chat prompts: kept in `folder`, so that a resumed training reads the same ones.
 
-    As of a text, the last `held_out` share of the prompts is held out, and what is judged does not follow the seed.
+    A `held_out` share of the prompts is held out, and what is judged does not follow the seed.
     """
     path = folder / f"{key}-{CONTINUATIONS}"
     if not path.is_file():
         chats = [messages for file in prompts for messages in read_prompts(file)]
+        order = np.random.default_rng(JUDGED_SEED).permutation(len(chats))
         split = max(1, int(len(chats) * (1 - settings.held_out)))
-        drawn = np.random.default_rng(settings.seed).permutation(split).tolist()
         count = round(settings.own_prompts * (1 - settings.held_out))
-        shares = {
-            "training": (drawn[:count], settings.seed),
-            "held": (range(split, len(chats))[: settings.own_prompts - count], JUDGED_SEED),
-        }
-        arrays: dict[str, TokenIds] = {}
-        for share, (chosen, seed) in shares.items():
+        drawn = np.random.default_rng(settings.seed).permutation(order[:split])[:count]
+        held = order[split:][: settings.own_prompts - count]
+
+        def continued(chosen: TokenIds, seed: int) -> list[Passage]:
             ids = [np.array(text.chat(chats[index])[-settings.window :], np.int64) for index in chosen]
-            for passage in continue_prompts(model, ids, settings.own_tokens, text.eos_ids, seed, progress):
-                arrays[f"{share}-{len(arrays)}-{passage.prefix}"] = passage.ids
+            return continue_prompts(model, ids, settings.own_tokens, text.eos_ids, seed, progress)
+
+        shares = {"training": continued(drawn, settings.seed), "held": continued(held, JUDGED_SEED)}
+        if not shares["held"] and len(shares["training"]) > 1:
+            shares["held"].append(shares["training"].pop())
+        arrays = {
+            f"{share}-{index}-{passage.prefix}": passage.ids
+            for share, passages in shares.items()
+            for index, passage in enumerate(passages)
+        }
         packed = io.BytesIO()
         np.savez(packed, **arrays)  # type: ignore[arg-type]
         write_atomic(path, packed.getvalue())

@@ -21,7 +21,7 @@ _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "transl
 _BINARY = frozenset({"encode", "to_bytes"})
 """Bytes have all of these too, and nothing else that makes them is in reach."""
 _FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap", "urlize", "pprint")
-MAX_ITEMS = 100_000
+MAX_ITEMS = 1_000_000
 MAX_BITS = 4096
 
 

@@ -10,7 +10,6 @@ loaded first. So several fresh processes load every variant once, in rotated ord
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
@@ -43,10 +42,10 @@ def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -
     # One after the other, each with its own memory: what a process loads again lies worse and worse in it.
     with (
         whole_build(opened, target) as whole,
-        ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool,
+        get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
     ):
         for number in range(processes):
-            timed, counts = pool.submit(timed_once, bundle, target, whole, context, rounds, number).result()
+            timed, counts = pool.apply(timed_once, (bundle, target, whole, context, rounds, number))
             for name, times in timed.items():
                 samples.setdefault(name, []).append(times)
             shown = ", ".join(f"{name} {1e3 * median(times[-1]):.3f} ms" for name, times in samples.items())

@@ -11,7 +11,6 @@ load both sets of engines, in turn the one and the other first, and the means ov
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,9 +44,9 @@ def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, p
     saved: dict[str, list[float]] = {}
     milliseconds: dict[str, list[float]] = {}
     count = 0.0
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for number in range(processes):
-            times, count = pool.submit(timed_once, bundle, target, skipped, context, rounds, number).result()
+            times, count = pool.apply(timed_once, (bundle, target, skipped, context, rounds, number))
             for name, own in times.items():
                 pairs = zip(times["dense"], own, strict=True)
                 saved.setdefault(name, []).append(median(1e6 * (base - mine) / TOKENS for base, mine in pairs))

@@ -1,6 +1,6 @@
 """Policy files side by side on the same held-out windows, in training's own bf16, without quantisation.
 
-    python tools/bench/policies.py MODEL A.safetensors B.safetensors --text novels.txt --held answers.txt
+    python tools/bench/policies.py MODEL A.safetensors B.safetensors --tokenizer BUNDLE --text novels.txt
 
 Of every --text the last 8 % count, which no training has read; a --held file is judged on whole.
 """
@@ -67,7 +67,10 @@ def main(
             rows = [row for row in figures if str(row["setting"]).partition(",")[0] in ("dense", kind)]
             if len(rows) > 1:
                 skipped, kl, nll = (np.array([row[name] for row in rows], float) for name in ("skipped", "kl", "nll"))
-                kls, nlls = (np.interp(at, skipped, values) for values in (kl, nll))
+                kls, nlls = (
+                    np.where(np.array(at) < skipped.max() + 0.2, np.interp(at, skipped, values), np.nan)
+                    for values in (kl, nll)
+                )
                 shown = zip(kls, np.exp(nlls - nll[0]) - 1, strict=True)
                 table.add_row(path.stem, kind, *(f"{value:.3f}, {more:+.1%}" for value, more in shown))
     Console(width=160).print(table)

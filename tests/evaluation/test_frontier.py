@@ -64,6 +64,8 @@ def test_points(tiny_root: Path) -> None:
     assert engines[:2] == engines[2:4]
     assert engines[4:6] == engines[6:]
     assert len({id(each) for each in (*engines, racer.plain.engines, racer.deciding.engines)}) == 6
+    drawn = [racer.timed_session(Setting("random", skipped=1), number).rules for number in range(12)]
+    assert len({tuple(rules.at(20, 1).skipped) for rules in drawn}) > 1, "every round has draws of its own"
     course = Course(TEXT, "t", limit=2, window=48, prefix=10, rounds=2, tokens=4)
     points = racer.points(SETTINGS, course)
     assert [point.quality.setting for point in points] == list(SETTINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,15 @@ def test_a_whole_step_is_the_runtimes(tiny_root: Path) -> None:
             logits = runner.infer({"input_ids": ids[None]})["logits"]
             np.testing.assert_allclose(logits[0], expected[9:], atol=1e-4)
         assert 0 < runner.last_inference_time() < 10
+
+
+@pytest.mark.parametrize(
+    ("setting", "dispatch"),
+    [({}, "plain"), ({"skip": (3,)}, "plain"), ({"policy": "token", "trade_off": 1.0}, "fused")],
+)
+def test_what_asks_no_policy_pays_for_none(setting: dict[str, Any], dispatch: str, tiny_root: Path) -> None:
+    with DashStepRunner(str(tiny_root), "cpu-fp32", **setting) as runner:
+        assert runner.session.engines.dispatch == dispatch
 
 
 def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:

@@ -45,6 +45,23 @@ def test_decode(dialect: str, dispatch: str, first: str | int, simulated: MakeSi
     assert np.abs(found - expected).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("dispatch", ["overlapped", "sync"])
+def test_damage_is_compared_in_double(dispatch: str, simulated: MakeSimulated) -> None:
+    """A float32 of numpy would round the limit to its own precision, and decide a tie otherwise than a score does."""
+
+    seen = set()
+
+    class Noting:
+        asks = True
+
+        def skips(self, _layer: int, damage: float, _executed: int) -> bool:
+            seen.add(type(damage))
+            return False
+
+    decoded(simulated("trt10", dispatch).runtime, Noting())
+    assert seen == {float}
+
+
 @pytest.mark.parametrize("first", ORDERS)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_score(dialect: str, first: str | int, simulated: MakeSimulated, host: DashRuntime) -> None:

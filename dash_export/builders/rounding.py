@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
+from safetensors.numpy import load_file, save_file
 
 from dash_export.artifacts import TEMPORARY, Progress, content_key, sha256_file
 from dash_export.builders.gptq import gptq
@@ -105,8 +106,9 @@ class _Calibrated:
         return self._read(path)
 
     def _read(self, path: Path) -> Rounded:
-        with np.load(path) as arrays:
-            return Rounded(arrays["codes"], arrays["scales"], arrays["zeros"], BITS, self._recipe.block_size)
+        # Builders read these from several threads. numpy's own files do not stand that before Python 3.11.8: their
+        # headers are parsed as Python, whose parser counts its depth once for all threads (cpython gh-106905).
+        return Rounded(**load_file(path), bits=BITS, block=self._recipe.block_size)
 
     def close(self) -> None:
         if self._scratch is not None:
@@ -175,11 +177,12 @@ class _Calibrated:
 
 
 def _file(scratch: Path, node: str) -> Path:
-    return scratch / f"{node.replace('/', '.')}.npz"
+    return scratch / f"{node.replace('/', '.')}.safetensors"
 
 
 def _write(file: Path, rounded: Rounded) -> None:
-    np.savez(file, codes=rounded.codes, scales=rounded.scales, zeros=rounded.zeros)
+    arrays = {"codes": rounded.codes, "scales": rounded.scales, "zeros": rounded.zeros}
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)
 
 
 class _Probe:

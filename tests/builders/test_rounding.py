@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import threading
 import time
@@ -75,6 +76,21 @@ def test_engines_hold_the_calibrated_codes(bundle: Bundle, tmp_path: Path) -> No
             for found, expected in zip(weights_of(bundle, engine, part), pack(rounded), strict=True):
                 np.testing.assert_array_equal(found, expected)
     assert list(tmp_path.glob(".tmp-*")) == []
+
+
+def test_nothing_is_parsed_as_python_where_threads_read(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads in Python's parser at once: "AST constructor recursion depth mismatch", before 3.11.8."""
+    recipe = load_recipe(str(recipe_file(tmp_path, rounding="gptq")))
+    with calibrated(bundle, recipe, tmp_path, lambda *_: None) as roundings:
+        first = roundings("layer_03/mlp/down_proj")
+        with monkeypatch.context() as without:
+            without.setattr(ast, "parse", None)
+            again = roundings("layer_03/mlp/down_proj")
+    assert first is not None
+    assert again is not None
+    np.testing.assert_array_equal(again.codes, first.codes)
 
 
 def test_a_skip_graph_writes_the_k_and_v_of_its_layer(bundle: Bundle) -> None:

@@ -111,6 +111,11 @@ class Segment:
     head: bool
     gated: bool
 
+    @classmethod
+    def whole(cls, num_layers: int) -> Segment:
+        """The model as one engine."""
+        return cls(0, num_layers - 1, True, True, False)
+
     @property
     def layers(self) -> range:
         return range(self.first, self.last + 1)

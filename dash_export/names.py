@@ -5,6 +5,9 @@ from __future__ import annotations
 POLICY_STATE = "policy_state"
 """Output of a merged segment: the hidden state that entered its last layer, which the next policy reads."""
 
+PREFILL = "prefill"
+"""The engine of the whole model that a build may have for prompts."""
+
 
 def past_names(layer: int) -> tuple[str, str]:
     """Cache inputs of a portable layer graph, (key, value), as Optimum names them."""

@@ -22,6 +22,7 @@ from dash_export.resources import resource_folder
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Rounding = Literal["nearest", "gptq", "distilled"]
+Prefill = Literal["same", "int8"]
 Dispatch = Literal["fused", "sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
@@ -37,7 +38,8 @@ class WeightsRecipe:
     `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention
     (their errors enter the cache and every later token), and the layers the policy may never skip (they are the
     sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, by what the layer is fed (GPTQ), or
-    so and then with scales tuned by distillation (needs torch).
+    so and then with scales tuned by distillation (needs torch). `prefill` int8: prompts go through one more graph, of
+    the whole model in integers, activations too (CPU).
     """
 
     layers: Precision = "int4"
@@ -49,6 +51,7 @@ class WeightsRecipe:
     block_size: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = False
     rounding: Rounding = "nearest"
+    prefill: Prefill = "same"
 
 
 @dataclass(frozen=True)
@@ -190,11 +193,15 @@ def _contradiction(recipe: Recipe) -> str | None:
             return f"dispatch {dispatch!r} needs a GPU backend."
         if recipe.dialect == "portable" and dispatch == "fused":
             return "dispatch 'fused' puts policies into lowered engines: dialect 'portable' takes 'sync'."
+        if recipe.dialect == "portable" and weights.prefill != "same":
+            return "prefill = 'int8' is a lowered graph: dialect 'portable' takes 'same'."
         return None
     if engine is None:
         return f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
     if weights.rounding != "nearest":
         return f"rounding = {weights.rounding!r} is for the CPU so far; {recipe.backend} takes 'nearest'."
+    if weights.prefill != "same":
+        return f"prefill = {weights.prefill!r} is for the CPU; {recipe.backend} takes 'same'."
     if recipe.dialect == "ort":
         return f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
     if recipe.runtime.dispatch == "fused":
@@ -224,8 +231,17 @@ def _contradiction(recipe: Recipe) -> str | None:
     return None
 
 
+WEIGHT_OPTIONS = ("weights", "head", "embedding", "rounding", "prefill")
+"""The options of `build` that change a recipe's weights, as `with_weights` takes them and names the result."""
+
+
 def with_weights(
-    recipe: Recipe, layers: str | None, head: str | None, embedding: str | None, rounding: str | None = None
+    recipe: Recipe,
+    layers: str | None,
+    head: str | None,
+    embedding: str | None,
+    rounding: str | None = None,
+    prefill: str | None = None,
 ) -> Recipe:
     """The recipe at other precisions, or rounded otherwise. Its name tells, so that the builds lie side by side: `cpu`
     at fp32 is `cpu-fp32`.
@@ -239,14 +255,14 @@ def with_weights(
         chosen |= dict.fromkeys(moved if recipe.engine is None else moved[:4], layers)
     given = {"head": head, "embedding": embedding}
     chosen |= {part: precision for part, precision in given.items() if precision is not None}
-    if rounding is not None:
-        chosen["rounding"] = rounding
+    chosen |= {key: value for key, value in (("rounding", rounding), ("prefill", prefill)) if value is not None}
     weights = _parse(WeightsRecipe, chosen, "the command line")
     if weights == recipe.weights:
         return recipe
     suffix: list[str] = [weights.layers] if weights.layers != recipe.weights.layers else []
     suffix += [f"{part}-{precision}" for part, precision in given.items() if precision is not None]
     suffix += [weights.rounding] if weights.rounding != recipe.weights.rounding else []
+    suffix += [f"prefill-{weights.prefill}"] if weights.prefill != recipe.weights.prefill else []
     changed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=weights)
     wrong = _contradiction(changed)
     if rounding not in (None, "nearest") and "int4" not in (weights.layers, weights.ungated, weights.qkv, weights.head):
@@ -261,12 +277,11 @@ def build_options(name: str) -> str:
     precision = "|".join(get_args(Precision))
     parts = re.fullmatch(
         rf"(.+?)(?:-({precision}))?(?:-head-({precision}))?(?:-embedding-({precision}))?"
-        rf"(?:-({'|'.join(get_args(Rounding))}))?",
+        rf"(?:-({'|'.join(get_args(Rounding))}))?(?:-prefill-({'|'.join(get_args(Prefill))}))?",
         name,
     )
-    names = ("--target", "--weights", "--head", "--embedding", "--rounding")
-    given = zip(names, parts.groups() if parts else (name,), strict=False)
-    return " ".join(f"{option} {value}" for option, value in given if value is not None)
+    given = zip(("target", *WEIGHT_OPTIONS), parts.groups() if parts else (name,), strict=False)
+    return " ".join(f"--{option} {value}" for option, value in given if value is not None)
 
 
 def _parse(kind: type[_T], data: object, where: str) -> _T:

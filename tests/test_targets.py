@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from dash_export.errors import RecipeError
-from dash_export.targets import Recipe, build_options, load_recipe, recipe_from_dict, recipe_names, with_weights
+from dash_export.targets import (
+    WEIGHT_OPTIONS,
+    Recipe,
+    build_options,
+    load_recipe,
+    recipe_from_dict,
+    recipe_names,
+    with_weights,
+)
 
 
 def write(path: Path, text: str) -> str:
@@ -192,14 +200,16 @@ def test_other_weights_have_another_name() -> None:
         ("cpu", (None, "int8")),
         ("cpu-q4_0", ("int8", "fp32", "fp32")),
         ("cpu", (None, None, "fp32", "distilled")),
+        ("cpu", (None, None, None, None, "int8")),
+        ("cpu", ("int8", None, None, None, "int8")),
         ("jetson-agx-orin", ("int8",)),
     ],
 )
 def test_a_name_says_what_makes_it(target: str, chosen: tuple[str | None, ...]) -> None:
-    weights = (*chosen, *[None] * (4 - len(chosen)))
+    weights = (*chosen, *[None] * (5 - len(chosen)))
     said = build_options(with_weights(load_recipe(target), *weights).name).split()
     named = dict(zip(said[::2], said[1::2], strict=True))
-    again = [named.get(f"--{part}") for part in ("weights", "head", "embedding", "rounding")]
+    again = [named.get(f"--{part}") for part in WEIGHT_OPTIONS]
     assert (named["--target"], again) == (target, list(weights))
 
 
@@ -216,3 +226,6 @@ def test_bad_weights_on_the_command_line() -> None:
     assert with_weights(load_recipe("cpu"), "fp32", "int4", None, "distilled").name == "cpu-fp32-head-int4-distilled"
     with pytest.raises(RecipeError, match="as they are"):
         with_weights(load_recipe("portable"), None, "int8", None)
+    for target, said in (("portable", "lowered graph"), ("l4", "for the CPU")):
+        with pytest.raises(RecipeError, match=said):
+            with_weights(load_recipe(target), None, None, None, None, "int8")

@@ -38,17 +38,19 @@ def build(
     head: str | None = None,
     embedding: str | None = None,
     rounding: str | None = None,
+    prefill: str | None = None,
     verify: bool = False,
     progress: Progress = no_progress,
 ) -> Build:
-    """Build engines for `target` (a recipe's name or path), at other precisions and rounded otherwise where given.
+    """Build engines for `target` (a recipe's name or path), at other precisions, rounded otherwise and with another
+    way through prompts where given.
     Reuses every engine whose inputs are unchanged. With `verify` every engine is compared with its portable graph and
     the result is kept.
 
     Raises BundleError, RecipeError, BackendError; NotHereError where this machine cannot compile for the target.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    recipe = with_weights(load_recipe(target), weights, head, embedding, rounding)
+    recipe = with_weights(load_recipe(target), weights, head, embedding, rounding, prefill)
     require_builder(recipe)
     began = time.perf_counter()
     # The portable target is the one whose graphs are their own engines.

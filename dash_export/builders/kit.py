@@ -20,7 +20,7 @@ from dash_export.builders.verify import recorded, verify_graphs
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.errors import BundleError
 from dash_export.resources import PACKAGE, resource_folder
-from dash_export.targets import Recipe, load_recipe, with_weights
+from dash_export.targets import WEIGHT_OPTIONS, Recipe, load_recipe, with_weights
 
 RECORD = "kit.json"
 SCRIPT = "build.py"
@@ -82,7 +82,7 @@ def write_kit(
 def chosen_recipe(target: str, options: Sequence[str]) -> Recipe:
     """The recipe that `--target TARGET OPTIONS` means."""
     given = dict(zip(options[::2], options[1::2], strict=True))
-    return with_weights(load_recipe(target), *map(given.get, ("--weights", "--head", "--embedding", "--rounding")))
+    return with_weights(load_recipe(target), *(given.get(f"--{option}") for option in WEIGHT_OPTIONS))
 
 
 def _copy_bundle(bundle: Bundle, into: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from dash_export.graphs.ort import lower
 from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.writer import GraphWriter, save_graph
-from dash_export.names import POLICY_STATE
+from dash_export.names import POLICY_STATE, PREFILL
 from dash_export.targets import Recipe
 
 LOWERING_REVISION = 15
@@ -70,6 +71,10 @@ def artifacts(
         content_key(hashes["onnx/rope.data"]),
         lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))],
     )
+    if recipe.weights.prefill == "int8":
+        whole = Segment.whole(bundle.manifest.model.num_layers)
+        key = content_key(base, graph_key(*graph_names(whole)), "prefill")
+        yield Artifact(PREFILL, key, partial(_prefill, bundle, recipe, roundings, whole))
     for segment in segments:
         names = graph_names(segment)
         fused = has_network and segment.last + 1 in gated
@@ -103,6 +108,13 @@ def write_segment(lowering: Lowering, bundle: Bundle, segment: Segment, keep_sta
         state.name = POLICY_STATE
         g.graph.outputs.append(state)
     return save_graph(lowering(g.model()), out / f"{segment.name}.onnx", (ROPE_FILE,))
+
+
+def _prefill(bundle: Bundle, recipe: Recipe, roundings: Roundings, whole: Segment, out: Path) -> list[Path]:
+    """All layers, in integers; embedding and head as in the other engines."""
+    weights = replace(recipe.weights, layers="int8", qkv="int8", ungated="int8")
+    lowered = lower(compose_segment(bundle, whole)[0].model(), weights, (), roundings, for_prompts=True)
+    return save_graph(lowered, out / f"{PREFILL}.onnx", (ROPE_FILE,))
 
 
 def _skip(lowering: Lowering, bundle: Bundle, name: str, out: Path) -> list[Path]:

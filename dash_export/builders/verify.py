@@ -24,7 +24,7 @@ from dash_export.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.graphs.trt import lower
 from dash_export.graphs.trt.decompose import OPSET as trt10_opset  # noqa: N811
 from dash_export.graphs.writer import OPSET as graph_opset  # noqa: N811
-from dash_export.names import new_names, past_names, present_names
+from dash_export.names import PREFILL, new_names, past_names, present_names
 from dash_export.targets import Precision, Recipe, recipe_from_dict
 
 OPSETS = {"portable": graph_opset, "trt10": trt10_opset}
@@ -34,7 +34,8 @@ CAPACITY = 48
 """Rows of the cache here: the graphs are the same at every capacity, and a small one is quick on a CPU."""
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.05, "int8": 0.06, "int4": 0.35}
 """Allowed error of what a segment adds to the hidden state (of logits, new K/V rows, damage), by its coarsest weights:
-root mean square, relative to the portable graph's. SmolLM2's worst: fp16 0.0099, int8 0.037, int4 0.17."""
+root mean square, relative to the portable graph's. SmolLM2's worst: fp16 0.0099, int8 0.037, int4 0.17. The engine for
+prompts may err as int4 does: all layers' errors add up in it."""
 
 SMALLEST_UPDATE = 0.05
 """An update that is a smaller part of the state than this drowns in the state's own 16-bit rounding: a few channels of
@@ -121,9 +122,10 @@ def _checks(
     policy_bias: Mapping[int, float],
 ) -> Iterator[Check]:
     gated = bundle.manifest.policy.gated
-    graphs = {name: make for name, _, make in portable_graphs(bundle, segments)}
+    whole = Segment.whole(bundle.manifest.model.num_layers)
+    graphs = {name: make for name, _, make in portable_graphs(bundle, (*segments, whole))}
     walk = _Walk(bundle)
-    ordered = list(_in_order(segments, graphs, engines if recipe.engine is None else {}))
+    ordered = list(_in_order(whole, segments, graphs, engines if recipe.engine is None else {}))
     for done, (segment, name, engine) in enumerate(ordered, 1):
         with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
             path = portable_file(bundle, segment, name, Path(folder))
@@ -135,7 +137,8 @@ def _checks(
             bias = policy_bias.get(segment.first)
             errors = walk.compare(segment, name, graph_run(path), graph_run(other, bias), engine == segment.name)
         progress(f"verify {engine}", done, len(ordered))
-        yield Check(engine, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
+        coarsest = "int4" if engine == PREFILL else _coarsest(recipe, segment, name, gated)
+        yield Check(engine, errors, TOLERANCE[coarsest])
 
 
 def _check_standard(path: Path, name: str, recipe: Recipe) -> None:
@@ -154,11 +157,14 @@ def _check_standard(path: Path, name: str, recipe: Recipe) -> None:
 
 
 def _in_order(
-    segments: Iterable[Segment], graphs: Mapping[str, MakeGraph], engines: Collection[str]
+    whole: Segment, segments: Iterable[Segment], graphs: Mapping[str, MakeGraph], engines: Collection[str]
 ) -> Iterator[tuple[Segment, str, str]]:
     """(segment, portable graph, engine) of everything to check; a segment's own comes last, because it moves the states
-    on. One that answers for the next layer on its way must give what it gives without, too.
+    on. One that answers for the next layer on its way must give what it gives without, too; the one for prompts is all
+    segments in one.
     """
+    if PREFILL in engines:
+        yield whole, whole.name, PREFILL
     for segment in segments:
         names = (f"policy_{segment.first:02d}", f"skip_{segment.first:02d}", segment.name)
         for name in names if segment.gated else names[2:]:

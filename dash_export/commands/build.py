@@ -76,6 +76,11 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
     help="How int4 weights are chosen. distilled: gptq, then all scales learn the unrounded model's answers (needs "
     "dash-export[train]).",
 )
+@click.option(
+    "--prefill",
+    type=click.Choice(["same", "int8"]),
+    help="int8: prompts go through one more graph, of the whole model in integers: faster, for as much memory again.",
+)
 @click.option("--verify", is_flag=True, help="Compare every engine with its portable graph and keep the result.")
 @click.option(
     "--kit",
@@ -100,6 +105,7 @@ def command(
     head: str | None,
     embedding: str | None,
     rounding: str | None,
+    prefill: str | None,
     verify: bool,
     kit: Path | None,
     output: Path | None,
@@ -111,10 +117,11 @@ def command(
     unchanged are reused; a build that was killed goes on where it stopped. For a GPU this machine does not have, it
     writes a build kit to copy to the one that has it.
     """
-    from dash_export.targets import load_recipe, with_weights
+    from dash_export.targets import WEIGHT_OPTIONS, load_recipe, with_weights
 
+    changes = dict(zip(WEIGHT_OPTIONS, (weights, head, embedding, rounding, prefill), strict=True))
     # What cannot be is told before minutes of export.
-    with_weights(load_recipe(target), weights, head, embedding, rounding)
+    with_weights(load_recipe(target), *changes.values())
     if is_bundle(source):
         given = [
             name
@@ -131,37 +138,27 @@ def command(
     from dash_export.builders import build
 
     ctx.meta[OUTPUT] = str(bundle.root)
-    precision = {"--weights": weights, "--head": head, "--embedding": embedding, "--rounding": rounding}
     try:
         if kit is not None:
             raise NotHereError("Asked for with --kit.")
         with progress_bar(f"build {target}") as progress:
-            made = build(
-                bundle,
-                target,
-                weights=weights,
-                head=head,
-                embedding=embedding,
-                rounding=rounding,
-                verify=verify,
-                progress=progress,
-            )
+            made = build(bundle, target, **changes, verify=verify, progress=progress)
     except NotHereError as reason:
         from dash_export.builders.kit import RECORD
 
         if kit is None and (bundle.root.parent / RECORD).is_file():
             raise  # this is the kit already, on a machine that is not the target
-        _kit(bundle, target, precision, str(reason), kit)
+        _kit(bundle, target, changes, str(reason), kit)
         return
     _summary(bundle, made)
 
 
-def _kit(bundle: Bundle, target: str, precision: dict[str, str | None], reason: str, output: Path | None) -> None:
+def _kit(bundle: Bundle, target: str, changes: dict[str, str | None], reason: str, output: Path | None) -> None:
     """A folder to copy to a machine that can build for the target."""
     from dash_export.builders.kit import SCRIPT, write_kit
 
     click.echo(reason, err=True)
-    options = [word for name, value in precision.items() if value is not None for word in (name, value)]
+    options = [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
     with progress_bar(f"kit {target}") as progress:
         folder = write_kit(bundle, target, options, reason, output, progress)
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

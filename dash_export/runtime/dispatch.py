@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dash_export.bundle import Build, Bundle, Segment
 from dash_export.decision import Action
-from dash_export.names import POLICY_STATE, new_names, past_names, present_names, short_name
+from dash_export.names import POLICY_STATE, PREFILL, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Backend, Engine, Launch
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.plan import BoundSegment, ComparingPlan, FixedPlan, Plans
@@ -32,6 +32,9 @@ SKIPPED = 2
 
 SCORE_ROWS = 128
 """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
+
+FEWEST_TOKENS = 8
+"""From so many tokens on a prompt goes through the engine for prompts, where there is one."""
 
 LINEAR_SCORE = 30.0
 """From here on softplus(x) is x in float32, and exp(x) may overflow."""
@@ -72,6 +75,9 @@ class EngineSet:
             )
             for segment in build.segments
         ]
+        self.for_prompts = self.segments
+        if PREFILL in build.engines:
+            self.for_prompts = [SegmentEngines(Segment.whole(self.model.num_layers), load(PREFILL), None, None)]
         engines = [
             engine for item in self.segments for engine in (item.run, item.skip, item.policy) if engine is not None
         ]
@@ -91,14 +97,31 @@ class EngineSet:
 
     def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
         """These engines bound to one session's memory, or to that of the first `batch` sequences of a batch."""
-        return BoundStep(self, cache, sequence, teacher_forced, batch)
+        return BoundStep(self, self.segments, cache, sequence, teacher_forced, batch)
+
+    @property
+    def prefills_apart(self) -> bool:
+        """Whether there is an engine for prompts. It has one scale for all activations: not for the first positions,
+        where single ones are a hundred times as large as any later.
+        """
+        return self.for_prompts is not self.segments
+
+    def prefill_step(self, cache: KVCache, sequence: int) -> BoundStep:
+        """`step` for the tokens of a prompt, about which no policy is asked."""
+        return BoundStep(self, self.for_prompts if sequence >= FEWEST_TOKENS else self.segments, cache, sequence)
 
 
 class BoundStep:
     """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences."""
 
     def __init__(
-        self, engines: EngineSet, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1
+        self,
+        engines: EngineSet,
+        segments: Sequence[SegmentEngines],
+        cache: KVCache,
+        sequence: int,
+        teacher_forced: bool = False,
+        batch: int = 1,
     ) -> None:
         """`teacher_forced` steps give the logits of all their tokens, others those of the last one."""
         model = engines.model
@@ -133,7 +156,7 @@ class BoundStep:
         }
         if self._mask is not None:
             self._inputs["attention_mask"] = self._mask
-        self.segments = self._bind(engines)
+        self.segments = self._bind(segments)
         # Python floats and ints through flat views: the decode loop makes no array objects.
         self._history_view: Any = self._history.reshape(-1).data
         self._damage_view: Any = self._damage.reshape(-1).data
@@ -151,10 +174,10 @@ class BoundStep:
                 self._read_scores(layer)
         return self._damage
 
-    def _bind(self, engines: EngineSet) -> list[BoundSegment]:
+    def _bind(self, segments: Sequence[SegmentEngines]) -> list[BoundSegment]:
         bound = []
         state = self._hidden[0]
-        for index, item in enumerate(engines.segments):
+        for index, item in enumerate(segments):
             segment = item.segment
             here, there = self._hidden[index % 2], self._hidden[(index + 1) % 2]
             skip_out = self._hidden[SKIPPED] if self._rows_differ else there

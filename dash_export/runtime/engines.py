@@ -55,6 +55,11 @@ class Engines(Protocol):
     build: Build
     score_rows: int
 
+    @property
+    def prefills_apart(self) -> bool:
+        """Whether `prefill_step` has engines of its own, which are not for the first positions."""
+        ...
+
     def cache(self, step: int) -> Any: ...
 
     def rows_at_once(self, capacity: int) -> int:
@@ -62,3 +67,7 @@ class Engines(Protocol):
         ...
 
     def step(self, cache: Any, sequence: int, teacher_forced: bool = False) -> Step: ...
+
+    def prefill_step(self, cache: Any, sequence: int) -> Step:
+        """`step` for the tokens of a prompt, about which no policy is asked."""
+        ...

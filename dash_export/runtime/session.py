@@ -35,7 +35,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._cache: Cache = self.engines.cache(self.kv_step)
-        self._steps: dict[tuple[int, bool], Step] = {}
+        self._steps: dict[tuple[int, str], Step] = {}
         self._cancelled = False
         self._pending: list[int] = []
         self.tokens: list[int] = []
@@ -198,7 +198,7 @@ class Session:
         reads = actions is None and self.rules.reads_prompts
         chunk = min(self._chunk(), self.engines.score_rows)
         for start, stop in _chunks(len(tokens), chunk, prompt if reads else 0):
-            step = self._bound(stop - start, teacher_forced=True)
+            step = self._bound(stop - start, "score")
             rule = self.rules.at(start, stop - start) if actions is None else ForcedRule(actions[start:stop])
             if reads and start < prompt:  # all of it is dense, and what the policy says of it is wanted
                 rule = ForcedRule(np.zeros((stop - start, self.engines.model.num_layers), np.int8))
@@ -213,10 +213,12 @@ class Session:
         the cache holds.
         """
         self._reserve(len(ids) + headroom)
-        chunk = self._chunk()
-        for start in range(0, len(ids), chunk):
-            part = ids[start : start + chunk]
-            step, position = self._bound(len(part)), self._cache.length
+        apart = self.engines.prefills_apart and not self.rules.reads_prompts
+        first = max(0, DENSE_POSITIONS - self._cache.length) if apart else 0
+        for start, stop in _chunks(len(ids), self._chunk(), first):
+            part = ids[start:stop]
+            kind = "prefill" if apart and start >= first else "decode"
+            step, position = self._bound(len(part), kind), self._cache.length
             step.prefill(part, self.rules.reads_prompts)
             self.tokens.extend(part.tolist())
             self._pending = []  # it was the first of these
@@ -292,13 +294,18 @@ class Session:
             self._steps.clear()
             self.counters.cache_growths += 1
 
-    def _bound(self, sequence: int, teacher_forced: bool = False) -> Step:
-        key = (sequence, teacher_forced)
+    def _bound(self, sequence: int, kind: str = "decode") -> Step:
+        """`kind`: decode, score (teacher-forced) or prefill."""
+        key = (sequence, kind)
         if key not in self._steps:
             # A long step's buffers are large: keep the decode step and the last other one.
-            for other in [other for other in self._steps if other != (1, False)]:
+            for other in [other for other in self._steps if other != (1, "decode")]:
                 del self._steps[other]
-            self._steps[key] = self.engines.step(self._cache, sequence, teacher_forced)
+            self._steps[key] = (
+                self.engines.prefill_step(self._cache, sequence)
+                if kind == "prefill"
+                else self.engines.step(self._cache, sequence, kind == "score")
+            )
         return self._steps[key]
 
     def checked_ids(self, prompt: str | Sequence[int] | TokenIds, fresh: bool = False) -> TokenIds:

@@ -75,6 +75,17 @@ def greedy(model: Any, ids: np.ndarray, count: int) -> np.ndarray:
     return out[0, len(ids) :].numpy()
 
 
+@pytest.mark.parametrize("case", ["llama-biases", "qwen2", "qwen3"])
+def test_prompts_in_int8(case: str, tmp_path: Path) -> None:
+    family, options = CASES[case]
+    save_model(tmp_path / "model", family, **({"num_hidden_layers": 5} | options))
+    checkpoint = open_checkpoint(tmp_path / "model")
+    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "scale"))
+    made = build(bundle, "cpu", weights="fp32", prefill="int8", verify=True)
+    errors = made.details["verification"]["engines"]["prefill"]
+    assert 1e-3 < max(errors.values()) < 0.1, errors
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("case", ["llama-biases", "qwen2", "qwen3"])
 def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:

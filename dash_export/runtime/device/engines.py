@@ -91,6 +91,11 @@ class DeviceEngines:
     def cache(self, _step: int) -> DeviceCache:
         return DeviceCache(self)
 
+    prefills_apart = False
+
+    def prefill_step(self, cache: DeviceCache, sequence: int) -> DeviceStep:
+        return self.step(cache, sequence)
+
     def step(self, cache: DeviceCache, sequence: int, teacher_forced: bool = False) -> DeviceStep:
         from dash_export.runtime.device.graph import GraphStep
         from dash_export.runtime.device.step import DeviceStep

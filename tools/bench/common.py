@@ -9,20 +9,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import onnxruntime
 
 from dash_export import __version__
 from dash_export.builders.onnxruntime import lowering_for, write_segment
 from dash_export.bundle import Build, Bundle, EngineRecord, Segment
-from dash_export.runtime.backends.base import Backend
+from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.dispatch import EngineSet
 from dash_export.runtime.huge_pages import on_huge_pages
+from dash_export.runtime.rules import DENSE, Rule
 from dash_export.targets import recipe_from_dict
+
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -31,7 +35,7 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     without policy: what a per-layer runtime must not lose against. On disk only inside.
     """
     build = bundle.load_build(target)
-    segment = Segment(0, bundle.manifest.model.num_layers - 1, True, True, False)
+    segment = Segment.whole(bundle.manifest.model.num_layers)
     recipe = recipe_from_dict(build.recipe, target)
     root = bundle.root.absolute().parent
     with tempfile.TemporaryDirectory(prefix="dash-export-bench-", dir=root) as name:
@@ -42,10 +46,32 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
         yield root, replace(build, segments=(segment,), engines={segment.name: record})
 
 
-def whole_model(bundle: Bundle, target: str, backend: Backend) -> EngineSet:
-    """The engines of `whole_build`."""
-    with whole_build(bundle, target) as (root, build), on_huge_pages():
-        return EngineSet(Bundle(root, bundle.manifest), build, backend, "plain")  # loaded: the mapping keeps the pages
+def in_fresh_processes(timed_once: Callable[..., _T], *arguments: object, processes: int) -> Iterator[_T]:
+    """What `timed_once(*arguments, number)` gives in each of several processes, one after the other: where weights lie
+    in memory is worth several per cent, and what a process loads again lies worse than what it loaded first.
+    """
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for number in range(processes):
+            yield pool.apply(timed_once, (*arguments, number))
+
+
+def load_engines(bundle: Bundle, build: Build, dispatch: str = "plain") -> EngineSet:
+    """As the runtime loads them."""
+    with on_huge_pages():
+        return EngineSet(bundle, build, backend(0), dispatch)
+
+
+def one_token(engines: EngineSet, context: int, rule: Rule = DENSE) -> Callable[[], object]:
+    """Decodes one token at a fixed context, again and again."""
+    cache = engines.cache(context)
+    cache.reserve(context + 1)
+    step = engines.step(cache, 1)
+
+    def token() -> None:
+        cache.length = context
+        step.decode(1, rule)
+
+    return token
 
 
 def interleaved(

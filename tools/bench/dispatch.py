@@ -9,21 +9,24 @@ loaded first. So several fresh processes load every variant once, in rotated ord
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 
 import click
-from common import interleaved, paired_ratio, print_json, whole_build
+from common import (
+    in_fresh_processes,
+    interleaved,
+    load_engines,
+    one_token,
+    paired_ratio,
+    print_json,
+    whole_build,
+)
 from rich.console import Console
 from rich.table import Table
 
 from dash_export.bundle import Build, Bundle
 from dash_export.decision import decision_rule
-from dash_export.runtime.backends.onnxruntime import create as backend
-from dash_export.runtime.dispatch import EngineSet
-from dash_export.runtime.huge_pages import on_huge_pages
 from dash_export.runtime.rules import DENSE, Rule
 
 
@@ -39,13 +42,9 @@ def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -
     policy = opened.manifest.policy
     samples: dict[str, list[list[float]]] = {}
     counts: dict[str, int] = {}
-    # One after the other, each with its own memory: what a process loads again lies worse and worse in it.
-    with (
-        whole_build(opened, target) as whole,
-        get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
-    ):
-        for number in range(processes):
-            timed, counts = pool.apply(timed_once, (bundle, target, whole, context, rounds, number))
+    with whole_build(opened, target) as whole:
+        found = in_fresh_processes(timed_once, bundle, target, whole, context, rounds, processes=processes)
+        for number, (timed, counts) in enumerate(found):  # noqa: B007
             for name, times in timed.items():
                 samples.setdefault(name, []).append(times)
             shown = ", ".join(f"{name} {1e3 * median(times[-1]):.3f} ms" for name, times in samples.items())
@@ -81,37 +80,19 @@ def timed_once(
     build = opened.load_build(target)
     model, policy = opened.manifest.model, opened.manifest.policy
     forced_dense = decision_rule(model.num_layers, policy.gated, build.cost.cost, 0.0)
-
-    def engines(dispatch: str, of: Bundle = opened, build: Build = build) -> EngineSet:
-        with on_huge_pages():
-            return EngineSet(of, build, backend(0), dispatch)
-
-    variants: dict[str, tuple[Callable[[], EngineSet], Rule]] = {
-        "one whole graph": (lambda: engines("plain", Bundle(whole[0], opened.manifest), whole[1]), DENSE),
-        "per-layer engines, no policy": (lambda: engines("plain"), DENSE),
+    graph = (Bundle(whole[0], opened.manifest), whole[1])
+    variants: dict[str, tuple[Bundle, Build, str, Rule]] = {
+        "one whole graph": (*graph, "plain", DENSE),
+        "per-layer engines, no policy": (opened, build, "plain", DENSE),
     }
-    if policy.has_network:
-        variants["per-layer engines, fused policy, trade-off 0"] = (lambda: engines("fused"), forced_dense)
-        variants["per-layer engines, sync policy, trade-off 0"] = (lambda: engines("sync"), forced_dense)
+    for dispatch in ("fused", "sync") if policy.has_network else ():
+        variants[f"per-layer engines, {dispatch} policy, trade-off 0"] = (opened, build, dispatch, forced_dense)
     names = list(variants)
     first = number % len(names)
-    loaded = {name: variants[name][0]() for name in names[first:] + names[:first]}
-    steps = [_token(loaded[name], variants[name][1], context) for name in names]
+    loaded = {name: load_engines(*variants[name][:3]) for name in names[first:] + names[:first]}
+    steps = [one_token(loaded[name], context, variants[name][3]) for name in names]
     times = dict(zip(names, interleaved(steps, rounds), strict=True))
     return times, {name: len(loaded[name].segments) for name in names}
-
-
-def _token(engines: EngineSet, rule: Rule, context: int) -> Callable[[], object]:
-    """Decode one token at a fixed context, again and again."""
-    cache = engines.cache(context)
-    cache.reserve(context + 1)
-    step = engines.step(cache, 1)
-
-    def token() -> None:
-        cache.length = context
-        step.decode(1, rule)
-
-    return token
 
 
 if __name__ == "__main__":

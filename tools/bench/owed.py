@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import click
 import numpy as np
-from common import interleaved, print_json
+from common import in_fresh_processes, interleaved, print_json
 from rich.console import Console
 from rich.table import Table
 
@@ -44,15 +43,14 @@ def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, p
     saved: dict[str, list[float]] = {}
     milliseconds: dict[str, list[float]] = {}
     count = 0.0
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for number in range(processes):
-            times, count = pool.apply(timed_once, (bundle, target, skipped, context, rounds, number))
-            for name, own in times.items():
-                pairs = zip(times["dense"], own, strict=True)
-                saved.setdefault(name, []).append(median(1e6 * (base - mine) / TOKENS for base, mine in pairs))
-                milliseconds.setdefault(name, []).append(1e3 * median(own) / TOKENS)
-            shown = ", ".join(f"{name} {values[-1]:.0f} us" for name, values in saved.items())
-            print(f"process {number + 1} of {processes}: {shown}")
+    found = in_fresh_processes(timed_once, bundle, target, skipped, context, rounds, processes=processes)
+    for number, (times, count) in enumerate(found):  # noqa: B007
+        for name, own in times.items():
+            pairs = zip(times["dense"], own, strict=True)
+            saved.setdefault(name, []).append(median(1e6 * (base - mine) / TOKENS for base, mine in pairs))
+            milliseconds.setdefault(name, []).append(1e3 * median(own) / TOKENS)
+        shown = ", ".join(f"{name} {values[-1]:.0f} us" for name, values in saved.items())
+        print(f"process {number + 1} of {processes}: {shown}")
     means = {name: mean(values) for name, values in saved.items()}
     bound = means["its actions, nothing owed"]
     table = Table("variant", "ms/token", "saved us", "of the bound", title=f"{bundle.name}, {target}")

@@ -8,18 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import mean, median
 
 import click
 import numpy as np
-from common import interleaved, paired_ratio, print_json, whole_model
+import numpy.typing as npt
+from common import in_fresh_processes, interleaved, load_engines, paired_ratio, print_json, whole_build
 from rich.console import Console
 from rich.table import Table
 
+from dash_export.bundle import Build, Bundle
 from dash_export.profiling.machine import peak_memory
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.backends.onnxruntime import create as backend
+from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.text import Text
 
 TEXT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"
 PROMPT = 512
@@ -28,13 +30,22 @@ PROMPT = 512
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--target", default="cpu", show_default=True)
-@click.option("--rounds", default=8, show_default=True)
-@click.option("--copies", default=3, show_default=True, help="Times that every variant is loaded.")
-def main(bundle: Path, target: str, rounds: int, copies: int) -> None:
-    """Prompts up to the model's context, in the recipe's chunks; then 512 tokens at once, interleaved."""
-    runtime = DashRuntime.load(bundle, target, dispatch="plain", verify=False)
-    ids = np.resize(runtime.text.encode(TEXT.read_text(encoding="utf-8")), runtime.engines.model.max_positions)
+@click.option("--rounds", default=6, show_default=True, help="Interleaved prompts per process.")
+@click.option("--processes", default=6, show_default=True, help="Fresh ones that load both.")
+def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
+    """512 tokens at once, interleaved; then prompts up to the model's context, in the recipe's chunks."""
+    opened = Bundle.open(bundle)
+    ratios, times = [], []
+    with whole_build(opened, target) as whole:
+        for layers, graph in in_fresh_processes(timed_once, bundle, target, whole, rounds, processes=processes):
+            ratios.append(paired_ratio(layers, graph))
+            times.append(median(layers))
+            print(f"process {len(ratios)} of {processes}: {ratios[-1]:.3f}")
+    rate, ratio = PROMPT / median(times), mean(ratios)
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f} in {processes} processes"
     table = Table("tokens", "seconds", "tokens/s", "KV cache MB", "peak memory MB", title=f"{bundle.name}, {target}")
+    runtime = DashRuntime.load(bundle, target, dispatch="plain", verify=False)
+    ids = _tokens(runtime.text, runtime.engines.model.max_positions)
     long = []
     for length in (PROMPT, 1024, 2048, 4096, len(ids) - 1):
         session = runtime.session()
@@ -50,28 +61,37 @@ def main(bundle: Path, target: str, rounds: int, copies: int) -> None:
         }
         long.append(row)
         table.add_row(*(str(value) for value in row.values()))
-    ratios, times = [], []
-    for copy in range(copies):
-        own = runtime if copy == 0 else DashRuntime.load(bundle, target, dispatch="plain", verify=False)
-        runs = [_prompt(own.engines, ids), _prompt(whole_model(own.bundle, target, backend(0)), ids)]
-        layers, whole = interleaved(runs, rounds, block=1, settle=1)
-        ratios.append(paired_ratio(layers, whole))
-        times.append(median(layers))
-    rate, ratio = PROMPT / median(times), median(ratios)
     Console().print(table)
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f} over {copies} copies"
     print(f"{PROMPT} tokens: {rate:.0f} tokens/s; an engine per layer takes {ratio:.3f} of one graph's time ({spread})")
     print_json("prefill", {"target": target, "rate": round(rate, 1), "of_whole": round(ratio, 4), "prompts": long})
 
 
-def _prompt(engines: Any, ids: np.ndarray) -> Callable[[], object]:
+def timed_once(
+    bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int
+) -> tuple[list[float], list[float]]:
+    """Seconds per prompt of an engine per layer and of one graph. Who is loaded first changes with `number`."""
+    opened = Bundle.open(bundle)
+    builds = [(opened, opened.load_build(target)), (Bundle(whole[0], opened.manifest), whole[1])]
+    order = (0, 1) if number % 2 == 0 else (1, 0)
+    engines = {index: load_engines(*builds[index]) for index in order}
+    ids = _tokens(Text(bundle), PROMPT)
+    layers, graph = interleaved([_prompt(engines[index], ids) for index in (0, 1)], rounds, block=1, settle=1)
+    return layers, graph
+
+
+def _tokens(text: Text, count: int) -> npt.NDArray[np.int64]:
+    """That many of some text."""
+    return np.resize(np.asarray(text.encode(TEXT.read_text(encoding="utf-8")), np.int64), count)
+
+
+def _prompt(engines: EngineSet, ids: npt.NDArray[np.int64]) -> Callable[[], object]:
     cache = engines.cache(PROMPT)
     cache.reserve(PROMPT)
     step = engines.step(cache, PROMPT)
 
     def run() -> None:
         cache.length = 0
-        step.prefill(ids[:PROMPT])
+        step.prefill(ids)
 
     return run
 

@@ -15,26 +15,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import click
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from common import interleaved, paired_ratio, print_json, spread, whole_model
+from common import (
+    in_fresh_processes,
+    interleaved,
+    load_engines,
+    one_token,
+    paired_ratio,
+    print_json,
+    spread,
+    whole_build,
+)
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
+from dash_export.bundle import Build, Bundle
 from dash_export.evaluation.pictures import DPI, STYLE
-from dash_export.runtime import DashRuntime
-from dash_export.runtime.backends.onnxruntime import create as backend
-from dash_export.runtime.rules import DENSE, FixedRule, Rule
+from dash_export.runtime.rules import DENSE, FixedRule
 
 CONTEXTS = (64, 256, 1024, 2048, 4096, 8000)
 CONTEXT = 256
@@ -63,15 +71,16 @@ if not console.is_terminal:
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--sizes", default="0.1,0.3,1.0", show_default=True, help=f"Of {', '.join(map(str, SHAPES))}.")
 @click.option("--rounds", default=12, show_default=True, help="Interleaved blocks per point.")
+@click.option("--processes", default=4, show_default=True, help="Fresh ones that load a model's engines.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("scaling"), show_default=True)
 @click.option("--one", is_flag=True, hidden=True, help="Only the tax and the skipping of BUNDLE, as JSON.")
-def main(bundle: Path, target: str, sizes: str, rounds: int, output: Path, one: bool) -> None:
+def main(bundle: Path, target: str, sizes: str, rounds: int, processes: int, output: Path, one: bool) -> None:
     """Every curve in turn."""
     if one:
-        print(json.dumps(_layers(bundle, target, rounds)))
+        print(json.dumps(_layers(bundle, target, rounds, processes)))
         return
-    layers, contexts = _layers(bundle, target, rounds), _contexts(bundle, target, rounds)
-    models = {float(size): _model(float(size), bundle, rounds) for size in sizes.split(",")}
+    layers, contexts = _layers(bundle, target, rounds, processes), _contexts(bundle, target, rounds)
+    models = {float(size): _model(float(size), bundle, rounds, processes) for size in sizes.split(",")}
     result = {"layers": layers, "contexts": contexts, "models": models}
     _tables(result)
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -80,28 +89,13 @@ def main(bundle: Path, target: str, sizes: str, rounds: int, output: Path, one: 
     print_json("scaling", result)
 
 
-def _step(runtime_engines: Any, context: int, rule: Rule) -> Callable[[], object]:
-    cache = runtime_engines.cache(context)
-    cache.reserve(context + 1)
-    step = runtime_engines.step(cache, 1)
-
-    def token() -> None:
-        cache.length = context
-        step.decode(1, rule)
-
-    return token
-
-
-def _layers(bundle: Path, target: str, rounds: int) -> dict[str, Any]:
+def _layers(bundle: Path, target: str, rounds: int, processes: int) -> dict[str, Any]:
     """Time per token against layers executed, and against one whole graph."""
-    runtime = DashRuntime.load(bundle, target, dispatch="plain", verify=False)
-    opened = runtime.bundle
-    gated, total = opened.manifest.policy.gated, opened.manifest.model.num_layers
-    counts = np.unique(np.linspace(0, len(gated), 7).astype(int)).tolist()
-    steps = [_step(runtime.engines, CONTEXT, FixedRule(spread(gated, count))) for count in counts]
-    whole = _step(whole_model(opened, target, backend(0)), CONTEXT, DENSE)
-    times = interleaved([*steps, whole], rounds)
-    milliseconds = [1e3 * median(each) for each in times[:-1]]
+    opened = Bundle.open(bundle)
+    total, counts = opened.manifest.model.num_layers, _skipped_counts(opened)
+    with whole_build(opened, target) as whole:
+        found = list(in_fresh_processes(layers_once, bundle, target, whole, rounds, processes=processes))
+    milliseconds = [1e3 * mean(median(times[index]) for times in found) for index in range(len(counts))]
     executed = [total - count for count in counts]
     slope, fixed, fit = _line(executed, milliseconds)
     return {
@@ -110,19 +104,37 @@ def _layers(bundle: Path, target: str, rounds: int) -> dict[str, Any]:
         "ms_per_layer": round(slope, 4),
         "ms_fixed": round(fixed, 4),
         "r2": round(fit, 4),
-        "tax": round(paired_ratio(times[0], times[-1]), 4),
+        "tax": round(mean(paired_ratio(times[0], times[-1]) for times in found), 4),
     }
+
+
+def _skipped_counts(bundle: Bundle) -> list[int]:
+    counts: list[int] = np.unique(np.linspace(0, len(bundle.manifest.policy.gated), 7).astype(int)).tolist()
+    return counts
+
+
+def layers_once(bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int) -> list[list[float]]:
+    """Seconds per token with ever more layers skipped, the last of one graph. Who is loaded first changes with
+    `number`.
+    """
+    opened = Bundle.open(bundle)
+    builds = [(opened, opened.load_build(target)), (Bundle(whole[0], opened.manifest), whole[1])]
+    order = (0, 1) if number % 2 == 0 else (1, 0)
+    engines = {index: load_engines(*builds[index]) for index in order}
+    rules = [FixedRule(spread(opened.manifest.policy.gated, count)) for count in _skipped_counts(opened)]
+    steps = [one_token(engines[0], CONTEXT, rule) for rule in rules]
+    return interleaved([*steps, one_token(engines[1], CONTEXT)], rounds)
 
 
 def _contexts(bundle: Path, target: str, rounds: int) -> dict[str, Any]:
     """Time per token against cached tokens: caches of just that length, and short ones in the largest cache."""
-    runtime = DashRuntime.load(bundle, target, dispatch="plain", verify=False)
-    most = runtime.bundle.manifest.model.max_positions - 1
-    contexts = [context for context in CONTEXTS if context <= most]
-    steps = [_step(runtime.engines, context, DENSE) for context in contexts]
-    roomy: Any = runtime.engines.cache(contexts[-1])
+    opened = Bundle.open(bundle)
+    engines = load_engines(opened, opened.load_build(target))
+    contexts = [context for context in CONTEXTS if context < opened.manifest.model.max_positions]
+    steps = [one_token(engines, context) for context in contexts]
+    roomy = engines.cache(contexts[-1])
     roomy.reserve(contexts[-1])
-    step = runtime.engines.step(roomy, 1)
+    step = engines.step(roomy, 1)
 
     def short() -> None:
         roomy.length = contexts[0]
@@ -141,7 +153,7 @@ def _contexts(bundle: Path, target: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def _model(size: float, like: Path, rounds: int) -> dict[str, Any]:
+def _model(size: float, like: Path, rounds: int, processes: int) -> dict[str, Any]:
     """Export, build and decode a model of `size` billion random weights."""
     with tempfile.TemporaryDirectory(prefix="dash-export-scaling-", dir=like.parent) as name:
         root = Path(name)
@@ -149,7 +161,8 @@ def _model(size: float, like: Path, rounds: int) -> dict[str, Any]:
         exported = _timed("export", root / "model", "-o", root / "m.dash")
         shutil.rmtree(root / "model")
         built = _timed("build", root / "m.dash", "--target", RECIPE)
-        command = [sys.executable, __file__, root / "m.dash", "--target", RECIPE.stem, "--one", "--rounds", rounds]
+        command = [sys.executable, __file__, root / "m.dash", "--target", RECIPE.stem, "--one"]
+        command += ["--rounds", rounds, "--processes", processes]
         finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
         decoded: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
         engines = sum(file.stat().st_size for file in (root / "m.dash" / "engines").rglob("*") if file.is_file())

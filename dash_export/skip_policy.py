@@ -11,10 +11,11 @@ has one hidden layer; with or without the last two actions:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from dash_export.decision import spans
 from dash_export.errors import PolicyError
 from dash_export.models.spec import DecoderSpec, Float32Array
 
@@ -67,6 +68,29 @@ class SkipPolicy:
         """Every weight under one flat name, as it is hashed and stored."""
         flat = {f"network.{name}": value for name, value in (self.network or {}).items()}
         return flat | {f"compensation.{name}": value for name, value in self.compensation.weights.items()}
+
+
+def narrowed(policy: SkipPolicy, gated: Iterable[int]) -> SkipPolicy:
+    """The same policy with fewer layers that may be skipped. Raises PolicyError for a layer that it does not gate."""
+    layers = tuple(sorted(set(gated)))
+    wrong = sorted(set(layers) - set(policy.gated))
+    if wrong:
+        raise PolicyError(
+            f"The policy knows nothing about skipping layers {spans(wrong)}. Its gated layers: {spans(policy.gated)}."
+        )
+    rows = [policy.gated.index(layer) for layer in layers]
+
+    def kept(weights: Mapping[str, Float32Array]) -> dict[str, Float32Array]:
+        return {name: stacked[rows] for name, stacked in weights.items()}
+
+    return replace(
+        policy,
+        gated=layers,
+        network=None if policy.network is None else kept(policy.network),
+        compensation=replace(policy.compensation, weights=kept(policy.compensation.weights)),
+        static_order=tuple(layer for layer in policy.static_order if layer in layers),
+        cosine_order=tuple(layer for layer in policy.cosine_order if layer in layers),
+    )
 
 
 def default_gated(num_layers: int, essential: Iterable[int] = ()) -> tuple[int, ...]:

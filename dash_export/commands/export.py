@@ -38,13 +38,11 @@ class PolicyOptions:
         """Raises UsageError for options that do not go together."""
         if self.policy != "untrained" and not (self.seed is None and self.width is None):
             raise click.UsageError("--seed and --width belong to --policy untrained.")
-        if self.policy not in ("none", "untrained") and self.gated is not None:
-            raise click.UsageError("--gated is for a policy none or untrained: a trained one has its own gated layers.")
 
     def load(self, spec: DecoderSpec) -> SkipPolicy:
-        """Raises PolicyError when the file is damaged or for another model."""
+        """Raises PolicyError when the file is damaged or for another model, or cannot skip what is to be gated."""
         from dash_export.policy_file import load_policy
-        from dash_export.skip_policy import no_policy, untrained_policy
+        from dash_export.skip_policy import narrowed, no_policy, untrained_policy
 
         if self.policy == "none":
             return no_policy(spec.num_layers, self.gated)
@@ -52,7 +50,8 @@ class PolicyOptions:
             return untrained_policy(
                 spec, self.gated, POLICY_WIDTH if self.width is None else self.width, self.seed or 0
             )
-        return load_policy(shipped_policy(self.policy) or self.policy, spec)
+        trained = load_policy(shipped_policy(self.policy) or self.policy, spec)
+        return trained if self.gated is None else narrowed(trained, self.gated)
 
 
 def shipped_policy(name: str) -> Path | None:
@@ -84,7 +83,8 @@ def policy_options(command: _Command) -> _Command:
             "--gated",
             type=LayerList(),
             metavar="LAYERS",
-            help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last.",
+            help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last, or "
+            "all that a trained policy can skip.",
         ),
         click.option("--seed", type=click.IntRange(min=0), help="Seed of the untrained policy (0)."),
         click.option(

@@ -7,7 +7,15 @@ import click
 from dash_export.commands.common import plain_table, print_table, result_console, size
 from dash_export.profiling.results import PARTS, LaneProfile, Profile
 from dash_export.profiling.statistics import Spread
-from dash_export.profiling.wording import believable, conditions, course_line, lane_names, policy_line, title
+from dash_export.profiling.wording import (
+    believable,
+    conditions,
+    course_line,
+    lane_names,
+    policy_line,
+    rarely_line,
+    title,
+)
 
 
 def print_profile(found: Profile) -> None:
@@ -19,7 +27,7 @@ def print_profile(found: Profile) -> None:
     _print_parts(found)
     _print_segments(found)
     for name, lane in zip(lane_names(found), found.lanes, strict=True):
-        for line in (policy_line(lane), believable(lane.check)):
+        for line in (policy_line(lane), rarely_line(lane), believable(lane.check)):
             if line:
                 click.echo(f"{name}: {line}")
 

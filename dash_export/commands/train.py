@@ -12,7 +12,7 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.common import LayerList, plain_table, print_table, result_console
 from dash_export.commands.progress import progress_bar
 
-OF_A_POLICY = ("gated", "compensation", "rank", "width", "regression_steps")
+OF_A_POLICY = ("compensation", "rank", "width", "regression_steps")
 """Settings that a training takes from the policy it goes on from."""
 
 
@@ -45,7 +45,8 @@ OF_A_POLICY = ("gated", "compensation", "rank", "width", "regression_steps")
     "--gated",
     type=LayerList(),
     metavar="LAYERS",
-    help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last.",
+    help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last, with --from "
+    "the policy's.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
@@ -101,7 +102,7 @@ def command(
         ("--compensation none tunes", chosen["compensation"] == "none", ("rank", "tuning_steps")),
         ("--compensation scale has", chosen["compensation"] == "scale", ("rank",)),
     ):
-        useless = [name for name in names if name in given or (name == "gated" and gated is not None)]
+        useless = [name for name in names if name in given]
         if idle and useless:
             raise click.UsageError(f"{reason} no {_option(useless[0])}: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"

@@ -29,7 +29,7 @@ from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.training import Training, training_key
 from dash_export.policy_file import load_policy, save_policy
 from dash_export.runtime.text import Text
-from dash_export.skip_policy import SkipPolicy, check_gated, default_gated
+from dash_export.skip_policy import SkipPolicy, check_gated, default_gated, narrowed
 
 KINDS = ("token", "static")
 LARGEST_STATIC_SET = 8
@@ -55,7 +55,8 @@ def train(
     card beside it).
 
     With `start`, a trained policy of this model, training goes on from there, to tune it further or for other text:
-    gated layers, network and compensation are as they are in it, and only the tuning steps are done.
+    network and compensation are as they are in it (of the `gated` layers only, where given), and only the tuning steps
+    are done.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
     done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
@@ -72,10 +73,9 @@ def train(
         raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     spec = checkpoint.spec
-    if start is not None and gated is not None:
-        raise RequestError("Gated layers are those of the policy that training goes on from: give one of the two.")
     policy = None if start is None else _trained(start, spec, kind)
     if policy is not None:
+        policy = policy if gated is None else narrowed(policy, gated)
         gated, settings = policy.gated, _further(settings, policy)
     layers = check_gated(default_gated(spec.num_layers) if gated is None else gated, spec.num_layers)
     if not layers:

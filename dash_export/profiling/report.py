@@ -17,7 +17,15 @@ from dash_export.evaluation.timing import SETTLE
 from dash_export.profiling.figures import breakdown_figure, dial_figure, distribution_figure, segments_figure
 from dash_export.profiling.measure import Lane
 from dash_export.profiling.results import PARTS, LaneProfile, Profile
-from dash_export.profiling.wording import believable, conditions, course_line, lane_names, policy_line, title
+from dash_export.profiling.wording import (
+    believable,
+    conditions,
+    course_line,
+    lane_names,
+    policy_line,
+    rarely_line,
+    title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +58,8 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
         course=course_line(found.course),
         parts=PARTS,
         rows=[
-            {"name": name, "lane": lane, "policy": policy_line(lane), "check": believable(lane.check),
+            {"name": name, "lane": lane, "policy": policy_line(lane), "rarely": rarely_line(lane),
+             "check": believable(lane.check),
              "whole": sum(part.mean for part in lane.parts.values())}
             for name, lane in zip(names, found.lanes, strict=True)
         ],

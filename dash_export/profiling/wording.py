@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dash_export.decision import spans
 from dash_export.evaluation.settings import label
 from dash_export.profiling.results import Check, Course, LaneProfile, Profile
 from dash_export.profiling.statistics import Middle
+
+RARELY = 0.1
+"""On a CPU an engine of its own and its decision cost a tenth or so of what one skip saves (docs/benchmarks.md)."""
 
 
 def lane_names(found: Profile) -> list[str]:
@@ -58,6 +62,20 @@ def policy_line(lane: LaneProfile) -> str:
     return (
         f"policy: {time}. fused: not separable per launch; measured by difference from engines without it that repeat "
         f"the same actions; {exposed}."
+    )
+
+
+def rarely_line(lane: LaneProfile) -> str:
+    """Which layers a policy skips too seldom for its own good; empty where there are none."""
+    if lane.policy.how == "none":
+        return ""
+    gated = {row.layer: row.skipped for row in lane.segments if row.layer >= 0}
+    rarely = {layer for layer, skipped in gated.items() if skipped < RARELY}
+    if not rarely or len(rarely) == len(gated):
+        return ""
+    return (
+        f"layers {spans(rarely)} were skipped for under {RARELY:.0%} of the tokens, which hardly pays for engines of "
+        f"their own. For this setting try a bundle exported with --gated {spans(set(gated) - rarely)}."
     )
 
 

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dash_export import DashRuntime, build
 from dash_export.bundle import Bundle
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
@@ -93,7 +95,28 @@ def test_a_refused_policy_leaves_the_bundle(model: Path, own_bundle: Path, train
     assert {path: path.stat().st_mtime_ns for path in own_bundle.rglob("*")} == before
 
 
-@pytest.mark.parametrize("option", [("--gated", "2"), ("--seed", "1"), ("--width", "8")])
+def test_fewer_layers_than_a_trained_policy_gates(model: Path, trained: Path, tmp_path: Path) -> None:
+    """What is left of it says and does what it did."""
+    wide, narrow = tmp_path / "wide.dash", tmp_path / "narrow.dash"
+    for bundle, options in ((wide, ()), (narrow, ("--gated", "2,4"))):
+        assert dash("export", model, "-o", bundle, "--policy", trained, *options).exit_code == 0
+        build(bundle, "portable")
+    facts = Bundle.open(narrow).manifest.policy
+    assert (facts.gated, set(facts.static_order) <= {2, 4}, facts.has_network) == ((2, 4), True, True)
+    ids = list(range(5, 25))
+    scores = [
+        DashRuntime.load(bundle, "portable").session("static", skip=[2, 4]).score(ids) for bundle in (wide, narrow)
+    ]
+    np.testing.assert_array_equal(scores[0].log_likelihoods, scores[1].log_likelihoods)
+    sessions = [DashRuntime.load(bundle, "portable").session(trade_off=0.0) for bundle in (wide, narrow)]
+    damages = [session.score(ids).damage for session in sessions]
+    np.testing.assert_array_equal(damages[0][:, [2, 4]], damages[1][:, [2, 4]])
+    assert damages[1][:, [2, 4]].all()
+    said = refused("export", model, "-o", tmp_path / "x.dash", "--policy", trained, "--gated", "1-2,5")
+    assert "knows nothing about skipping layers 1,5. Its gated layers: 2-4." in said
+
+
+@pytest.mark.parametrize("option", [("--seed", "1"), ("--width", "8")])
 def test_options_that_a_trained_policy_answers_itself(
     option: tuple[str, str], model: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -26,16 +26,18 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     card = json.loads(first.with_suffix(".json").read_text())
     assert f"Held-out text, {card['held_out']['judged']} tokens" in said.output
     assert (card["gated"], card["settings"]["trade_offs"]) == ([2, 3, 4], [0.2, 0.9])
-    said = dash("train", model, "-o", second, "--text", prose, "--from", first, "--steps", 2, "--window", 32)
+    further = ("train", model, "-o", second, "--text", prose, "--from", first, "--steps", 2, "--window", 32)
+    assert "knows nothing about skipping layers 5." in refused(*further, "--gated", "2,5")
+    said = dash(*further, "--gated", "2,4")
     assert said.exit_code == 0, said.output
-    assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name
+    card = json.loads(second.with_suffix(".json").read_text())
+    assert (card["from"]["file"], card["gated"]) == (first.name, [2, 4])
 
 
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
         (("--rank", 8), 2, "--from takes no --rank"),
-        (("--gated", "2-3"), 2, "no --gated"),
         (("--width", 8, "--compensation", "none"), 2, "no --compensation"),
         ((), 1, "no policy file"),
         (("--trade-offs", 0, 1), 2, "0"),

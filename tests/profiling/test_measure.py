@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from dash_export.profiling.bandwidth import Bandwidth
 from dash_export.profiling.breakdown import lane_profile, probe_overhead, token_parts
 from dash_export.profiling.measure import Lane, Recording
 from dash_export.profiling.probe import Probe, What, stamp_cost
+from dash_export.profiling.wording import rarely_line
 from tests.profiling.conftest import CONTEXT, ROUNDS, TOKENS, TRACED
 from tests.tiny import random_ids
 
@@ -115,6 +117,20 @@ def test_lane_profile(lanes: list[Lane]) -> None:
         np.testing.assert_allclose(profile.traffic.utilisation * STREAM.stream, profile.traffic.per_second)
         assert [row.name for row in profile.segments] == [s.name for s in dense.runtime.build.segments]
     assert found[2].traffic.cache < found[0].traffic.cache
+
+
+def test_layers_that_are_rarely_skipped(lanes: list[Lane]) -> None:
+    fused = lane_profile(lanes[2], lanes[0], lanes[3], STREAM, 1e-7, None)
+
+    def line(*skipped: float) -> str:
+        gated = iter(skipped)
+        rows = [replace(row, skipped=next(gated)) if row.layer >= 0 else row for row in fused.segments]
+        return rarely_line(replace(fused, segments=rows))
+
+    assert line(0.5, 0.099, 0.2).startswith("layers 3 were skipped for under 10%")
+    assert line(0.5, 0.099, 0.2).endswith("--gated 2,4.")
+    assert (line(0.3, 0.2, 0.1), line(0.0, 0.0, 0.0)) == ("", "")
+    assert rarely_line(lane_profile(lanes[0], lanes[0], None, STREAM, 0.0, 5)) == ""
 
 
 def test_overhead_of_a_probe_that_costs_a_tenth() -> None:

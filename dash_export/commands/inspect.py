@@ -15,6 +15,7 @@ from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, 
 from dash_export.commands.onnx_header import opsets
 from dash_export.decision import spans
 from dash_export.errors import BundleError, StaleBuildError
+from dash_export.names import PREFILL
 from dash_export.targets import WeightsRecipe, recipe_from_dict
 
 
@@ -98,6 +99,7 @@ def _describe_build(build: Build) -> dict[str, Any]:
         "context": build.cost.context,
         "dense_us": build.cost.dense_us,
         "segments": [_segment(build, recipe.weights, segment) for segment in build.segments],
+        "prefill_bytes": build.engines[PREFILL].bytes if PREFILL in build.engines else 0,
         "dial": {kind: [asdict(point) for point in points] for kind, points in build.dial.items()},
         "seconds": build.seconds,
     }
@@ -191,6 +193,8 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
     click.echo(
         "Size: what the engine maps from disk. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
     )
+    if facts["prefill_bytes"]:
+        click.echo(f"Prompts go through one engine of their own, in int8: {size(facts['prefill_bytes'])}.\n")
     columns = ("trade-off", "layers/token", "time vs dense", "KL (nats)")
     for kind, points in build.dial.items():
         table = plain_table(f"Dial of the {kind} policy (calibrated)", *columns, right=columns)

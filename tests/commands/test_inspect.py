@@ -62,6 +62,16 @@ def test_one_target(tiny_root: Path) -> None:
     assert "does not exist" in refused("inspect", tiny_root, "--target", "cpu")
 
 
+def test_an_engine_for_prompts(own_bundle: Path) -> None:
+    made = dash("build", own_bundle, "--weights", "fp32", "--prefill", "int8")
+    assert made.exit_code == 0, made.output
+    name = "cpu-fp32-prefill-int8"
+    assert "go through one engine of their own, in int8" in dash("inspect", own_bundle, "--target", name).stdout
+    builds = json.loads(dash("inspect", own_bundle, "--json").stdout)["builds"]
+    assert builds[name]["prefill_bytes"] > 0
+    assert builds["cpu-fp32"]["prefill_bytes"] == 0
+
+
 def test_builds_of_an_earlier_export(own_bundle: Path) -> None:
     """They are named, and the rest is shown."""
     manifest = own_bundle / "manifest.json"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
 from dash_export import DashRuntime, build
+from dash_export.builders import here
+from dash_export.builders.here import require_builder
+from dash_export.errors import BackendError
+from dash_export.runtime.cpus import saturates_int8
 from dash_export.runtime.dispatch import FEWEST_TOKENS
+from dash_export.targets import load_recipe, with_weights
 from tests.tiny import random_ids, tiny_bundle
 
 LENGTH = 40
@@ -27,6 +33,29 @@ def runtimes(tmp_path_factory: pytest.TempPathFactory) -> tuple[DashRuntime, Das
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max()
     return shifted - np.log(np.exp(shifted).sum())
+
+
+@pytest.mark.parametrize(
+    ("told", "overflows"),
+    [
+        ("flags\t\t: fpu avx2 avx512f\n", True),
+        ("processor: 0\nflags\t: fpu avx512_vnni sse\n", False),
+        ("flags\t: avx_vnni\n", False),
+        ("Features\t: asimd asimddp\n", False),
+    ],
+)
+def test_not_where_sums_overflow(told: str, overflows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x86 without VNNI."""
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: told)
+    assert saturates_int8() == overflows
+    monkeypatch.undo()
+    monkeypatch.setattr(here, "saturates_int8", lambda: overflows)
+    recipe = with_weights(load_recipe("cpu"), None, None, None, None, "int8")
+    if overflows:
+        with pytest.raises(BackendError, match="--prefill same"):
+            require_builder(recipe)
+    else:
+        require_builder(recipe)
 
 
 def test_what_is_in_it(runtimes: tuple[DashRuntime, DashRuntime]) -> None:

@@ -39,7 +39,7 @@ class WeightsRecipe:
     (their errors enter the cache and every later token), and the layers the policy may never skip (they are the
     sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, by what the layer is fed (GPTQ), or
     so and then with scales tuned by distillation (needs torch). `prefill` int8: prompts go through one more graph, of
-    the whole model in integers, activations too (CPU).
+    the whole model, whose layers multiply integers (CPU).
     """
 
     layers: Precision = "int4"
@@ -231,45 +231,41 @@ def _contradiction(recipe: Recipe) -> str | None:
     return None
 
 
-WEIGHT_OPTIONS = ("weights", "head", "embedding", "rounding", "prefill")
-"""The options of `build` that change a recipe's weights, as `with_weights` takes them and names the result."""
-
-
 def with_weights(
     recipe: Recipe,
-    layers: str | None,
-    head: str | None,
-    embedding: str | None,
+    weights: str | None = None,
+    head: str | None = None,
+    embedding: str | None = None,
     rounding: str | None = None,
     prefill: str | None = None,
 ) -> Recipe:
-    """The recipe at other precisions, or rounded otherwise. Its name tells, so that the builds lie side by side: `cpu`
-    at fp32 is `cpu-fp32`.
+    """The recipe with the options of `build` of these names: at other precisions, rounded otherwise. Its name tells, so
+    that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
 
     Another precision for the layers moves everything with it that is not given itself.
     """
     chosen: dict[str, Any] = asdict(recipe.weights)
-    if layers is not None and layers != recipe.weights.layers:
+    if weights is not None and weights != recipe.weights.layers:
         moved = ("layers", "qkv", "ungated", "head", "embedding", "policy")
         # On a GPU embedding and policy have no quantised form.
-        chosen |= dict.fromkeys(moved if recipe.engine is None else moved[:4], layers)
+        chosen |= dict.fromkeys(moved if recipe.engine is None else moved[:4], weights)
     given = {"head": head, "embedding": embedding}
     chosen |= {part: precision for part, precision in given.items() if precision is not None}
     chosen |= {key: value for key, value in (("rounding", rounding), ("prefill", prefill)) if value is not None}
-    weights = _parse(WeightsRecipe, chosen, "the command line")
-    if weights == recipe.weights:
+    changed = _parse(WeightsRecipe, chosen, "the command line")
+    if changed == recipe.weights:
         return recipe
-    suffix: list[str] = [weights.layers] if weights.layers != recipe.weights.layers else []
+    suffix: list[str] = [changed.layers] if changed.layers != recipe.weights.layers else []
     suffix += [f"{part}-{precision}" for part, precision in given.items() if precision is not None]
-    suffix += [weights.rounding] if weights.rounding != recipe.weights.rounding else []
-    suffix += [f"prefill-{weights.prefill}"] if weights.prefill != recipe.weights.prefill else []
-    changed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=weights)
-    wrong = _contradiction(changed)
-    if rounding not in (None, "nearest") and "int4" not in (weights.layers, weights.ungated, weights.qkv, weights.head):
+    suffix += [changed.rounding] if changed.rounding != recipe.weights.rounding else []
+    suffix += [f"prefill-{changed.prefill}"] if changed.prefill != recipe.weights.prefill else []
+    renamed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=changed)
+    wrong = _contradiction(renamed)
+    if rounding not in (None, "nearest") and "int4" not in (changed.layers, changed.ungated, changed.qkv, changed.head):
         wrong = f"rounding = {rounding!r} is how int4 codes are chosen, and nothing is 'int4'."
     if wrong:
         raise RecipeError(f"{recipe.name} at these weights: {wrong}")
-    return changed
+    return renamed
 
 
 def build_options(name: str) -> str:
@@ -280,7 +276,8 @@ def build_options(name: str) -> str:
         rf"(?:-({'|'.join(get_args(Rounding))}))?(?:-prefill-({'|'.join(get_args(Prefill))}))?",
         name,
     )
-    given = zip(("target", *WEIGHT_OPTIONS), parts.groups() if parts else (name,), strict=False)
+    names = ("target", "weights", "head", "embedding", "rounding", "prefill")
+    given = zip(names, parts.groups() if parts else (name,), strict=False)
     return " ".join(f"--{option} {value}" for option, value in given if value is not None)
 
 

@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_export.errors import RecipeError
-from dash_export.targets import (
-    WEIGHT_OPTIONS,
-    Recipe,
-    build_options,
-    load_recipe,
-    recipe_from_dict,
-    recipe_names,
-    with_weights,
-)
+from dash_export.targets import Recipe, build_options, load_recipe, recipe_from_dict, recipe_names, with_weights
 
 
 def write(path: Path, text: str) -> str:
@@ -195,22 +187,21 @@ def test_other_weights_have_another_name() -> None:
 @pytest.mark.parametrize(
     ("target", "chosen"),
     [
-        ("cpu", ()),
-        ("cpu", ("fp32",)),
-        ("cpu", (None, "int8")),
-        ("cpu-q4_0", ("int8", "fp32", "fp32")),
-        ("cpu", (None, None, "fp32", "distilled")),
-        ("cpu", (None, None, None, None, "int8")),
-        ("cpu", ("int8", None, None, None, "int8")),
-        ("jetson-agx-orin", ("int8",)),
+        ("cpu", {}),
+        ("cpu", {"weights": "fp32"}),
+        ("cpu", {"head": "int8"}),
+        ("cpu-q4_0", {"weights": "int8", "head": "fp32", "embedding": "fp32"}),
+        ("cpu", {"embedding": "fp32", "rounding": "distilled"}),
+        ("cpu", {"prefill": "int8"}),
+        ("cpu", {"weights": "int8", "prefill": "int8"}),
+        ("cpu", {"rounding": "distilled", "prefill": "int8"}),
+        ("jetson-agx-orin", {"weights": "int8"}),
     ],
 )
-def test_a_name_says_what_makes_it(target: str, chosen: tuple[str | None, ...]) -> None:
-    weights = (*chosen, *[None] * (5 - len(chosen)))
-    said = build_options(with_weights(load_recipe(target), *weights).name).split()
+def test_a_name_says_what_makes_it(target: str, chosen: dict[str, str]) -> None:
+    said = build_options(with_weights(load_recipe(target), **chosen).name).split()
     named = dict(zip(said[::2], said[1::2], strict=True))
-    again = [named.get(f"--{part}") for part in WEIGHT_OPTIONS]
-    assert (named["--target"], again) == (target, list(weights))
+    assert named == {"--target": target} | {f"--{name}": value for name, value in chosen.items()}
 
 
 def test_the_name_of_a_build_is_no_recipe() -> None:
@@ -228,4 +219,4 @@ def test_bad_weights_on_the_command_line() -> None:
         with_weights(load_recipe("portable"), None, "int8", None)
     for target, said in (("portable", "lowered graph"), ("l4", "for the CPU")):
         with pytest.raises(RecipeError, match=said):
-            with_weights(load_recipe(target), None, None, None, None, "int8")
+            with_weights(load_recipe(target), prefill="int8")

@@ -250,9 +250,10 @@ def _policy_bias(bundle: Bundle) -> dict[int, float]:
 def _workers(bundle: Bundle, recipe: Recipe) -> int:
     """As many as memory allows: lowering a segment takes about six times its largest matrix in fp32.
 
-    One for TensorRT: it times kernels on the device, and TensorRT-RTX takes as long with two (29 s and 32 s).
+    One for TensorRT: it times kernels on the device, and TensorRT-RTX takes as long with two (29 s and 32 s). And one
+    where the whole model is lowered as one graph, which takes five bytes per weight.
     """
-    if recipe.engine is not None:
+    if recipe.engine is not None or recipe.weights.prefill != "same":
         return 1
     largest = max(record.bytes for record in bundle.manifest.files)
     return max(1, min(physical_cores(), available_memory() // (6 * largest)))

@@ -16,8 +16,8 @@ JETSONS = ("8.7", "11.0")
 
 
 def require_builder(recipe: Recipe) -> None:
-    """Raises BackendError that says what to install when a package is missing, NotHereError when only another machine
-    can compile for the recipe.
+    """Raises BackendError that says what to install when a package is missing or what this processor cannot do,
+    NotHereError when only another machine can compile for the recipe.
     """
     if recipe.engine is None:
         require_backend(recipe.backend)

@@ -18,9 +18,9 @@ from dash_export.builders import kit_script
 from dash_export.builders.plan import plan_segments
 from dash_export.builders.verify import recorded, verify_graphs
 from dash_export.bundle import MANIFEST, Bundle
-from dash_export.errors import BundleError
+from dash_export.errors import BackendError, BundleError
 from dash_export.resources import PACKAGE, resource_folder
-from dash_export.targets import WEIGHT_OPTIONS, Recipe, load_recipe, with_weights
+from dash_export.targets import Recipe, load_recipe, with_weights
 
 RECORD = "kit.json"
 SCRIPT = "build.py"
@@ -39,10 +39,16 @@ def write_kit(
 ) -> Path:
     """Write the kit of `target` (name or path of a recipe) and return its folder, by default beside the bundle.
 
-    `options` are the command line's own for the precision (`--weights int4`). Raises BackendError when a lowered graph
-    is not what its portable graph says, BundleError when the bundle is damaged or something else lies at `output`.
+    `options` are the command line's own for the weights (`--weights int4`). Raises BackendError for a CPU and when a
+    lowered graph is not what its portable graph says, BundleError when the bundle is damaged or something else lies at
+    `output`.
     """
     recipe = chosen_recipe(target, options)
+    if recipe.engine is None:
+        raise BackendError(
+            f"A kit is for a GPU that is elsewhere. Engines for {recipe.name} are built on any CPU: build, and copy "
+            "the bundle."
+        )
     folder = output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit")
     if folder.exists() and not (folder / RECORD).is_file():
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
@@ -82,7 +88,7 @@ def write_kit(
 def chosen_recipe(target: str, options: Sequence[str]) -> Recipe:
     """The recipe that `--target TARGET OPTIONS` means."""
     given = dict(zip(options[::2], options[1::2], strict=True))
-    return with_weights(load_recipe(target), *(given.get(f"--{option}") for option in WEIGHT_OPTIONS))
+    return with_weights(load_recipe(target), **{name.removeprefix("--"): value for name, value in given.items()})
 
 
 def _copy_bundle(bundle: Bundle, into: Path) -> None:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from dash_export.artifacts import content_key
 from dash_export.builders.rounding import calibration_key
-from dash_export.builders.segments import Artifact, compose_segment, graph_names, graphs_key
+from dash_export.builders.segments import Artifact, compose_segment, graph_names, graphs_key, weights_key
 from dash_export.bundle import Bundle, Segment
 from dash_export.graphs.compose import absorb, load_graph, specialise_policy
 from dash_export.graphs.ort import lower
@@ -50,7 +50,7 @@ def artifacts(
     base = (
         LOWERING_REVISION,
         version("onnxruntime"),
-        recipe.as_dict()["weights"],
+        weights_key(recipe),
         gated,
         calibration_key(bundle, recipe),
     )
@@ -71,10 +71,6 @@ def artifacts(
         content_key(hashes["onnx/rope.data"]),
         lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))],
     )
-    if recipe.weights.prefill == "int8":
-        whole = Segment.whole(bundle.manifest.model.num_layers)
-        key = content_key(base, graph_key(*graph_names(whole)), "prefill")
-        yield Artifact(PREFILL, key, partial(_prefill, bundle, recipe, roundings, whole))
     for segment in segments:
         names = graph_names(segment)
         fused = has_network and segment.last + 1 in gated
@@ -92,6 +88,10 @@ def artifacts(
                 layer = segment.first
                 key = content_key(base, graph_key("policy"), layer)
                 yield Artifact(f"policy_{layer:02d}", key, partial(_policy, lowering, bundle, layer))
+    if recipe.weights.prefill == "int8":
+        whole = Segment.whole(bundle.manifest.model.num_layers)
+        key = content_key(base, graph_key(*graph_names(whole)), "prefill")
+        yield Artifact(PREFILL, key, partial(_prefill, bundle, recipe, roundings, whole))
 
 
 def lowering_for(bundle: Bundle, recipe: Recipe, roundings: Roundings = to_nearest) -> Lowering:

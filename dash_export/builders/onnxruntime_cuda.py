@@ -10,7 +10,7 @@ from typing import Any
 from dash_export import __version__
 from dash_export.artifacts import content_key
 from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_graphs
-from dash_export.builders.segments import Artifact
+from dash_export.builders.segments import Artifact, weights_key
 from dash_export.bundle import Bundle, Segment
 from dash_export.graphs.rounded import Roundings
 from dash_export.graphs.writer import save_graph
@@ -21,8 +21,7 @@ def artifacts(
     bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], _folder: Path, _roundings: Roundings
 ) -> Iterator[Artifact]:
     """Every lowered graph of this build."""
-    parts = recipe.as_dict()
-    base = content_key(LOWERING_REVISION, recipe.dialect, parts["weights"], parts["engine"])
+    base = content_key(LOWERING_REVISION, recipe.dialect, weights_key(recipe), recipe.as_dict()["engine"])
     gated = bundle.manifest.policy.gated
     for name, graph, make in lowered_graphs(bundle, recipe, segments):
         yield Artifact(name, content_key(base, gated, graph, name), partial(_write, name, make))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -12,6 +13,7 @@ from dash_export.artifacts import content_key
 from dash_export.bundle import Bundle, Segment
 from dash_export.graphs.compose import absorb, load_graph
 from dash_export.graphs.writer import GraphWriter
+from dash_export.targets import Recipe
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
     files = [bundle.manifest.graphs[name] for name in names]
     data = [file.removesuffix(".onnx") + ".data" for file in files]
     return content_key([hashes.get(name, "") for name in (*files, *data, "onnx/rope.data", "onnx/embed.data")])
+
+
+def weights_key(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe says of the weights of a layer's engine: not how prompts are run."""
+    return {name: value for name, value in recipe.as_dict()["weights"].items() if name != "prefill"}
 
 
 def compose_segment(bundle: Bundle, segment: Segment) -> tuple[GraphWriter, ir.Value]:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from dash_export.artifacts import content_key
 from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_graphs
 from dash_export.builders.here import device_here, too_old
-from dash_export.builders.segments import Artifact
+from dash_export.builders.segments import Artifact, weights_key
 from dash_export.builders.trt_api import Settings, Shapes, Toolkit, load_toolkit
 from dash_export.bundle import Bundle, Segment
 from dash_export.errors import BackendError
@@ -36,9 +36,8 @@ def artifacts(
     toolkit = load_toolkit(recipe.backend)
     if (reason := too_old(recipe, toolkit.version)) is not None:
         raise BackendError(reason)
-    parts = recipe.as_dict()
     base = (LOWERING_REVISION, toolkit.backend, toolkit.version, device(recipe), recipe.dialect)
-    base_key = content_key(*base, parts["weights"], parts["engine"], recipe.runtime.prefill_chunk)
+    base_key = content_key(*base, weights_key(recipe), recipe.as_dict()["engine"], recipe.runtime.prefill_chunk)
     gated = bundle.manifest.policy.gated
     for name, graph, make in lowered_graphs(bundle, recipe, segments):
         compile_it = partial(_compile, toolkit, recipe, name, make, folder / TIMING_CACHE)

@@ -79,7 +79,8 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option(
     "--prefill",
     type=click.Choice(["same", "int8"]),
-    help="int8: prompts go through one more graph, of the whole model in integers: faster, for as much memory again.",
+    help="int8: prompts go through one more engine, whose layers multiply integers: faster, for more than as much "
+    "memory again. Answers differ a little, and with how a prompt is cut.",
 )
 @click.option("--verify", is_flag=True, help="Compare every engine with its portable graph and keep the result.")
 @click.option(
@@ -117,11 +118,14 @@ def command(
     unchanged are reused; a build that was killed goes on where it stopped. For a GPU this machine does not have, it
     writes a build kit to copy to the one that has it.
     """
-    from dash_export.targets import WEIGHT_OPTIONS, load_recipe, with_weights
+    from dash_export.builders.here import require_builder
+    from dash_export.targets import load_recipe, with_weights
 
-    changes = dict(zip(WEIGHT_OPTIONS, (weights, head, embedding, rounding, prefill), strict=True))
+    changes = {"weights": weights, "head": head, "embedding": embedding, "rounding": rounding, "prefill": prefill}
     # What cannot be is told before minutes of export.
-    with_weights(load_recipe(target), *changes.values())
+    recipe = with_weights(load_recipe(target), **changes)
+    if recipe.engine is None and kit is None:
+        require_builder(recipe)
     if is_bundle(source):
         given = [
             name

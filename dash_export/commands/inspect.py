@@ -194,7 +194,9 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
         "Size: what the engine maps from disk. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
     )
     if facts["prefill_bytes"]:
-        click.echo(f"Prompts go through one engine of their own, in int8: {size(facts['prefill_bytes'])}.\n")
+        click.echo(
+            f"Prompts, but for their first positions, go through one engine in int8: {size(facts['prefill_bytes'])}.\n"
+        )
     columns = ("trade-off", "layers/token", "time vs dense", "KL (nats)")
     for kind, points in build.dial.items():
         table = plain_table(f"Dial of the {kind} policy (calibrated)", *columns, right=columns)

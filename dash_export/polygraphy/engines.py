@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dash_export.bundle import Build, Bundle, ModelFacts, Segment
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.graph_runs import Arrays, step_inputs
-from dash_export.names import POLICY_STATE, new_names, past_names, present_names, short_name
+from dash_export.names import POLICY_STATE, PREFILL, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Engine, Launch
 
 FUSED = ".policy"
@@ -37,10 +37,14 @@ class EngineFacts:
 
 
 def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
-    """An engine by its name in the build: a segment, a skip graph, a policy, or one of the first two with `.policy`.
+    """An engine by its name in the build: a segment, a skip graph, a policy, one of the first two with `.policy`, or
+    the engine for prompts.
 
     Raises BundleError that lists the names, or says which segment a layer was merged into.
     """
+    if name == PREFILL and name in build.engines:
+        whole = Segment.whole(bundle.manifest.model.num_layers)
+        return EngineFacts(name, whole.name, whole)
     if name in build.engines:
         portable = name.removesuffix(FUSED)
         for segment in build.segments:

@@ -8,7 +8,9 @@ from dash_export.profiling.results import Check, Course, LaneProfile, Profile
 from dash_export.profiling.statistics import Middle
 
 RARELY = 0.1
-"""On a CPU an engine of its own and its decision cost a tenth or so of what one skip saves (docs/benchmarks.md)."""
+"""On a CPU an engine of its own and its decision cost a tenth or so of what one skip saves: 10 us and 3 of 100, of
+SmolLM2-135M in int4.
+"""
 
 
 def lane_names(found: Profile) -> list[str]:
@@ -67,15 +69,15 @@ def policy_line(lane: LaneProfile) -> str:
 
 def rarely_line(lane: LaneProfile) -> str:
     """Which layers a policy skips too seldom for its own good; empty where there are none."""
-    if lane.policy.how == "none":
+    if lane.policy.how != "difference":  # where policies are engines, neighbours are merged otherwise, or not at all
         return ""
     gated = {row.layer: row.skipped for row in lane.segments if row.layer >= 0}
     rarely = {layer for layer, skipped in gated.items() if skipped < RARELY}
     if not rarely or len(rarely) == len(gated):
         return ""
     return (
-        f"layers {spans(rarely)} were skipped for under {RARELY:.0%} of the tokens, which hardly pays for engines of "
-        f"their own. For this setting try a bundle exported with --gated {spans(set(gated) - rarely)}."
+        f"skipped for under {RARELY:.0%} of the tokens: {spans(rarely)}. That hardly pays for engines of their own: "
+        f"for this setting try a bundle exported with --gated {spans(set(gated) - rarely)}."
     )
 
 

@@ -1,8 +1,9 @@
-"""How many threads pay: physical cores this process may use."""
+"""What the processor has: cores this process may use, memory, how it adds int8 products."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -35,14 +36,16 @@ def cpu_name() -> str:
 
 
 def saturates_int8() -> bool:
-    """Whether sums of int8 products overflow here: x86 without VNNI adds two of them in 16 bits. False where the kernel
-    does not tell.
+    """Whether sums of int8 products overflow here: x86 without VNNI adds two of them in 16 bits. Where nobody tells
+    what an x86 has, it is taken for one without.
     """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        return False
-    return flags is not None and not {"avx512_vnni", "avx_vnni"} & set(flags.group(1).split())
+        return True
+    return flags is None or not {"avx512_vnni", "avx_vnni"} & set(flags.group(1).split())
 
 
 def available_memory() -> int:

@@ -8,6 +8,7 @@ is one token of one sequence: many tokens of one, or one token of each of many.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, log1p
@@ -21,8 +22,11 @@ from dash_export.decision import Action
 from dash_export.names import POLICY_STATE, PREFILL, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Backend, Engine, Launch
 from dash_export.runtime.cache import KVCache
+from dash_export.runtime.cpus import cpu_name, saturates_int8
 from dash_export.runtime.plan import BoundSegment, ComparingPlan, FixedPlan, Plans
 from dash_export.runtime.rules import Counts, Damage, Rule
+
+logger = logging.getLogger(__name__)
 
 SCORES = 32 << 20
 """Bytes of attention scores of one pass: what is larger, glibc maps and clears anew for every layer."""
@@ -34,7 +38,9 @@ SCORE_ROWS = 128
 """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
 
 FEWEST_TOKENS = 8
-"""From so many tokens on a prompt goes through the engine for prompts, where there is one."""
+"""A pass of so many tokens of a prompt goes through the engine for prompts, where there is one: from 4 on it is faster
+(tools/bench/prefill.py), but its weights are other memory than the layers' engines have just warmed.
+"""
 
 LINEAR_SCORE = 30.0
 """From here on softplus(x) is x in float32, and exp(x) may overflow."""
@@ -75,9 +81,16 @@ class EngineSet:
             )
             for segment in build.segments
         ]
-        self.for_prompts = self.segments
-        if PREFILL in build.engines:
-            self.for_prompts = [SegmentEngines(Segment.whole(self.model.num_layers), load(PREFILL), None, None)]
+        self._for_prompts: list[SegmentEngines] | None = None
+        if PREFILL in build.engines and saturates_int8():
+            logger.warning(
+                "prompts go through the layers' engines: on %s sums of int8 products overflow, and the engine for "
+                "prompts would be wrong",
+                cpu_name(),
+            )
+        elif PREFILL in build.engines:
+            whole = Segment.whole(self.model.num_layers)
+            self._for_prompts = [SegmentEngines(whole, load(PREFILL), None, None)]
         engines = [
             engine for item in self.segments for engine in (item.run, item.skip, item.policy) if engine is not None
         ]
@@ -97,18 +110,19 @@ class EngineSet:
 
     def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
         """These engines bound to one session's memory, or to that of the first `batch` sequences of a batch."""
-        return BoundStep(self, self.segments, cache, sequence, teacher_forced, batch)
+        return BoundStep(self, cache, sequence, teacher_forced, batch)
 
     @property
     def prefills_apart(self) -> bool:
         """Whether there is an engine for prompts. It has one scale for all activations: not for the first positions,
         where single ones are a hundred times as large as any later.
         """
-        return self.for_prompts is not self.segments
+        return self._for_prompts is not None
 
     def prefill_step(self, cache: KVCache, sequence: int) -> BoundStep:
         """`step` for the tokens of a prompt, about which no policy is asked."""
-        return BoundStep(self, self.for_prompts if sequence >= FEWEST_TOKENS else self.segments, cache, sequence)
+        segments = self._for_prompts if sequence >= FEWEST_TOKENS else None
+        return BoundStep(self, cache, sequence, segments=segments)
 
 
 class BoundStep:
@@ -117,13 +131,15 @@ class BoundStep:
     def __init__(
         self,
         engines: EngineSet,
-        segments: Sequence[SegmentEngines],
         cache: KVCache,
         sequence: int,
         teacher_forced: bool = False,
         batch: int = 1,
+        segments: Sequence[SegmentEngines] | None = None,
     ) -> None:
-        """`teacher_forced` steps give the logits of all their tokens, others those of the last one."""
+        """`teacher_forced` steps give the logits of all their tokens, others those of the last one. `segments`: other
+        ones than those of the layers.
+        """
         model = engines.model
         shape = (batch, sequence)
         self.sequence, self.batch = sequence, batch
@@ -156,7 +172,7 @@ class BoundStep:
         }
         if self._mask is not None:
             self._inputs["attention_mask"] = self._mask
-        self.segments = self._bind(segments)
+        self.segments = self._bind(segments or engines.segments)
         # Python floats and ints through flat views: the decode loop makes no array objects.
         self._history_view: Any = self._history.reshape(-1).data
         self._damage_view: Any = self._damage.reshape(-1).data

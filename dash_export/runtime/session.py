@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from dash_export.runtime.rules import DENSE, ForcedRule, Rule, SessionRules
 from dash_export.runtime.sampling import Logits, Sampling
 from dash_export.runtime.text import Text
 from dash_export.runtime.turn import MAX_TOKENS, Turn, room
+
+StepKind = Literal["decode", "score", "prefill"]
+"""Some tokens as decode takes one; teacher-forced; a prompt's, through the engine for prompts."""
 
 
 @dataclass
@@ -35,7 +39,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._cache: Cache = self.engines.cache(self.kv_step)
-        self._steps: dict[tuple[int, str], Step] = {}
+        self._steps: dict[tuple[int, StepKind], Step] = {}
         self._cancelled = False
         self._pending: list[int] = []
         self.tokens: list[int] = []
@@ -217,7 +221,7 @@ class Session:
         first = max(0, DENSE_POSITIONS - self._cache.length) if apart else 0
         for start, stop in _chunks(len(ids), self._chunk(), first):
             part = ids[start:stop]
-            kind = "prefill" if apart and start >= first else "decode"
+            kind: StepKind = "prefill" if apart and start >= first else "decode"
             step, position = self._bound(len(part), kind), self._cache.length
             step.prefill(part, self.rules.reads_prompts)
             self.tokens.extend(part.tolist())
@@ -294,8 +298,7 @@ class Session:
             self._steps.clear()
             self.counters.cache_growths += 1
 
-    def _bound(self, sequence: int, kind: str = "decode") -> Step:
-        """`kind`: decode, score (teacher-forced) or prefill."""
+    def _bound(self, sequence: int, kind: StepKind = "decode") -> Step:
         key = (sequence, kind)
         if key not in self._steps:
             # A long step's buffers are large: keep the decode step and the last other one.

@@ -46,6 +46,11 @@ def test_no_gpu_writes_a_kit_and_says_why(own_bundle: Path) -> None:
     assert not (own_bundle / "engines" / "h100").exists()
 
 
+def test_a_cpu_needs_none(own_bundle: Path) -> None:
+    assert "built on any CPU" in refused("build", own_bundle, "--target", "cpu", "--kit", own_bundle.with_name("k"))
+    assert not own_bundle.with_name("k").exists()
+
+
 def test_the_kit_verifies_itself(kit: Path) -> None:
     done = run(kit, "--check")
     assert done.returncode == 0, done.stderr

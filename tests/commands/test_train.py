@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dash_export.models import open_checkpoint
+from dash_export.policy_file import load_policy
 from tests.commands.helpers import dash, refused
 
 QUICK = ("--rank", 4, "--window", 32, "--windows", 2, "--steps", 2, "--regression-steps", 2)
@@ -32,6 +34,9 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     card = json.loads(second.with_suffix(".json").read_text())
     assert (card["from"]["file"], card["gated"]) == (first.name, [2, 4])
+    before, after = (load_policy(path, open_checkpoint(model).spec) for path in (first, second))
+    assert after.cosine_order == tuple(layer for layer in before.cosine_order if layer != 3)
+    assert sorted(after.static_order) == [2, 4]
 
 
 @pytest.mark.parametrize(

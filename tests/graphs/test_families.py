@@ -14,6 +14,7 @@ from dash_export.builders import build
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle
+from dash_export.runtime.cpus import saturates_int8
 from tests.tiny import random_actions, random_ids, save_model, tiny_policy
 
 LLAMA3 = {
@@ -75,6 +76,7 @@ def greedy(model: Any, ids: np.ndarray, count: int) -> np.ndarray:
     return out[0, len(ids) :].numpy()
 
 
+@pytest.mark.skipif(saturates_int8(), reason="on this processor sums of int8 products overflow")
 @pytest.mark.parametrize("case", ["llama-biases", "qwen2", "qwen3"])
 def test_prompts_in_int8(case: str, tmp_path: Path) -> None:
     family, options = CASES[case]

@@ -127,7 +127,7 @@ def test_layers_that_are_rarely_skipped(lanes: list[Lane]) -> None:
         rows = [replace(row, skipped=next(gated)) if row.layer >= 0 else row for row in fused.segments]
         return rarely_line(replace(fused, segments=rows))
 
-    assert line(0.5, 0.099, 0.2).startswith("layers 3 were skipped for under 10%")
+    assert line(0.5, 0.099, 0.2).startswith("skipped for under 10% of the tokens: 3. ")
     assert line(0.5, 0.099, 0.2).endswith("--gated 2,4.")
     assert (line(0.3, 0.2, 0.1), line(0.0, 0.0, 0.0)) == ("", "")
     assert rarely_line(lane_profile(lanes[0], lanes[0], None, STREAM, 0.0, 5)) == ""

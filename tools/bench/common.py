@@ -7,6 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
@@ -22,8 +23,8 @@ from dash_export.bundle import Build, Bundle, EngineRecord, Segment
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.dispatch import EngineSet
-from dash_export.runtime.huge_pages import on_huge_pages
 from dash_export.runtime.rules import DENSE, Rule
+from dash_export.runtime.runtime import engines
 from dash_export.targets import recipe_from_dict
 
 _T = TypeVar("_T")
@@ -50,15 +51,17 @@ def in_fresh_processes(timed_once: Callable[..., _T], *arguments: object, proces
     """What `timed_once(*arguments, number)` gives in each of several processes, one after the other: where weights lie
     in memory is worth several per cent, and what a process loads again lies worse than what it loaded first.
     """
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for number in range(processes):
-            yield pool.apply(timed_once, (*arguments, number))
+    for number in range(processes):
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            yield pool.submit(timed_once, *arguments, number).result()
 
 
 def load_engines(bundle: Bundle, build: Build, dispatch: str = "plain") -> EngineSet:
     """As the runtime loads them."""
-    with on_huge_pages():
-        return EngineSet(bundle, build, backend(0), dispatch)
+    recipe = recipe_from_dict(build.recipe, build.target)
+    found = engines(bundle, build, backend(recipe.runtime.threads), recipe, dispatch)
+    assert isinstance(found, EngineSet)
+    return found
 
 
 def one_token(engines: EngineSet, context: int, rule: Rule = DENSE) -> Callable[[], object]:

@@ -1,6 +1,7 @@
-"""Prefill: an engine per layer against the same layers as one graph, and what a long prompt costs.
+"""Prefill: an engine per layer against the same layers as one graph, the engine for prompts where the build has one,
+and what a long prompt costs.
 
-python tools/bench/prefill.py BUNDLE
+python tools/bench/prefill.py BUNDLE [--target cpu-prefill-int8]
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from rich.console import Console
 from rich.table import Table
 
 from dash_export.bundle import Build, Bundle
+from dash_export.decision import DENSE_POSITIONS
 from dash_export.profiling.machine import peak_memory
+from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.dispatch import EngineSet
 from dash_export.runtime.text import Text
 
 TEXT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"
 PROMPT = 512
+JUDGED = resource_folder("calibration") / "heldout.txt"
+CONTEXT, FOLLOWING = 224, 32
+LAYERS, GRAPH, PROMPTS = "an engine per layer", "one graph", "the engine for prompts"
 
 
 @click.command()
@@ -33,20 +39,31 @@ PROMPT = 512
 @click.option("--rounds", default=6, show_default=True, help="Interleaved prompts per process.")
 @click.option("--processes", default=6, show_default=True, help="Fresh ones that load both.")
 def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
-    """512 tokens at once, interleaved; then prompts up to the model's context, in the recipe's chunks."""
+    """Prompts up to the model's context, in the recipe's chunks; then 512 tokens at once, interleaved."""
     opened = Bundle.open(bundle)
-    ratios, times = [], []
+    long = _long_prompts(bundle, target)  # first: what lowers the whole model below takes memory too
+    found: dict[str, list[list[float]]] = {}
     with whole_build(opened, target) as whole:
-        for layers, graph in in_fresh_processes(timed_once, bundle, target, whole, rounds, processes=processes):
-            ratios.append(paired_ratio(layers, graph))
-            times.append(median(layers))
-            print(f"process {len(ratios)} of {processes}: {ratios[-1]:.3f}")
-    rate, ratio = PROMPT / median(times), mean(ratios)
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f} in {processes} processes"
-    table = Table("tokens", "seconds", "tokens/s", "KV cache MB", "peak memory MB", title=f"{bundle.name}, {target}")
+        for timed in in_fresh_processes(timed_once, bundle, target, whole, rounds, processes=processes):
+            for name, times in timed.items():
+                found.setdefault(name, []).append(times)
+    result: dict[str, object] = {"target": target, "prompts": long}
+    for name, own in found.items():
+        ratios = [paired_ratio(times, graph) for times, graph in zip(own, found[GRAPH], strict=True)]
+        rate = PROMPT / median(median(times) for times in own)
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"{PROMPT} tokens, {name}: {rate:.0f} tokens/s, {mean(ratios):.3f} of one graph's time ({spread})")
+        result[name] = {"rate": round(rate, 1), "of_whole": round(mean(ratios), 4)}
+    if PROMPTS in found:
+        result["after"] = _after_a_prompt(bundle, target)
+    print_json("prefill", result)
+
+
+def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
     runtime = DashRuntime.load(bundle, target, dispatch="plain", verify=False)
     ids = _tokens(runtime.text, runtime.engines.model.max_positions)
-    long = []
+    table = Table("tokens", "seconds", "tokens/s", "KV cache MB", "peak memory MB", title=f"{bundle.name}, {target}")
+    rows = []
     for length in (PROMPT, 1024, 2048, 4096, len(ids) - 1):
         session = runtime.session()
         began = time.perf_counter()
@@ -59,24 +76,59 @@ def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
             "cache_mb": round(session.cache_bytes / 1e6, 1),
             "peak_mb": round(peak_memory() / 1e6, 1),
         }
-        long.append(row)
+        rows.append(row)
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
-    print(f"{PROMPT} tokens: {rate:.0f} tokens/s; an engine per layer takes {ratio:.3f} of one graph's time ({spread})")
-    print_json("prefill", {"target": target, "rate": round(rate, 1), "of_whole": round(ratio, 4), "prompts": long})
+    return rows
+
+
+def _after_a_prompt(bundle: Path, target: str) -> dict[str, float]:
+    """What the engine for prompts costs: KL (nats per token) and perplexity of FOLLOWING tokens after CONTEXT ones,
+    dense, against the same tokens after a prompt that went through the layers' engines.
+    """
+    runtime = DashRuntime.load(bundle, target, verify=False)
+    assert isinstance(runtime.engines, EngineSet)
+    ids = np.asarray(runtime.text.encode(JUDGED.read_text(encoding="utf-8")), np.int64)
+    passages = ids[: len(ids) // (CONTEXT + FOLLOWING) * (CONTEXT + FOLLOWING)].reshape(-1, CONTEXT + FOLLOWING)
+
+    def answers() -> npt.NDArray[np.float32]:
+        """log softmax [passages, FOLLOWING, vocab]"""
+        rows = []
+        for passage in passages:
+            session = runtime.session()
+            logits = [session.prefill(passage[:CONTEXT])]
+            logits += [session.decode_one(int(token))[0] for token in passage[CONTEXT:-1]]
+            rows.append(np.stack(logits))
+        found = np.stack(rows)
+        found -= found.max(axis=-1, keepdims=True)
+        found -= np.log(np.exp(found).sum(axis=-1, keepdims=True))
+        return found
+
+    fast = answers()
+    runtime.engines._for_prompts = None
+    exact = answers()
+    kl = float((np.exp(exact) * (exact - fast)).sum(axis=-1).mean())
+    likelihoods = [np.take_along_axis(each, passages[:, CONTEXT:, None], axis=-1).mean() for each in (exact, fast)]
+    rise = float(np.exp(likelihoods[0] - likelihoods[1]) - 1)
+    count = passages[:, CONTEXT:].size
+    print(f"{count} tokens after prompts of {CONTEXT}: KL {kl:.4f} nats, perplexity {rise:+.2%}")
+    return {"kl": round(kl, 5), "perplexity": round(rise, 5), "tokens": count}
 
 
 def timed_once(
     bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int
-) -> tuple[list[float], list[float]]:
-    """Seconds per prompt of an engine per layer and of one graph. Who is loaded first changes with `number`."""
+) -> dict[str, list[float]]:
+    """Seconds per prompt of every variant. Who is loaded first changes with `number`."""
     opened = Bundle.open(bundle)
     builds = [(opened, opened.load_build(target)), (Bundle(whole[0], opened.manifest), whole[1])]
     order = (0, 1) if number % 2 == 0 else (1, 0)
-    engines = {index: load_engines(*builds[index]) for index in order}
+    loaded = {index: load_engines(*builds[index]) for index in order}
+    layers, graph = loaded[0], loaded[1]
     ids = _tokens(Text(bundle), PROMPT)
-    layers, graph = interleaved([_prompt(engines[index], ids) for index in (0, 1)], rounds, block=1, settle=1)
-    return layers, graph
+    runs = {LAYERS: _prompt(layers, ids), GRAPH: _prompt(graph, ids)}
+    if layers.prefills_apart:
+        runs[PROMPTS] = _prompt(layers, ids, apart=True)
+    return dict(zip(runs, interleaved(list(runs.values()), rounds, block=1, settle=1), strict=True))
 
 
 def _tokens(text: Text, count: int) -> npt.NDArray[np.int64]:
@@ -84,14 +136,19 @@ def _tokens(text: Text, count: int) -> npt.NDArray[np.int64]:
     return np.resize(np.asarray(text.encode(TEXT.read_text(encoding="utf-8")), np.int64), count)
 
 
-def _prompt(engines: EngineSet, ids: npt.NDArray[np.int64]) -> Callable[[], object]:
+def _prompt(engines: EngineSet, ids: npt.NDArray[np.int64], apart: bool = False) -> Callable[[], object]:
+    """One prompt; `apart`: all but its first positions through the engine for prompts, as sessions do it."""
+    first = DENSE_POSITIONS if apart else 0
     cache = engines.cache(PROMPT)
     cache.reserve(PROMPT)
-    step = engines.step(cache, PROMPT)
+    steps = [engines.prefill_step(cache, PROMPT - first)] if apart else [engines.step(cache, PROMPT)]
+    if first:
+        steps.insert(0, engines.step(cache, first))
 
     def run() -> None:
         cache.length = 0
-        step.prefill(ids)
+        for step, tokens in zip(steps, np.split(ids, [first])[-len(steps) :], strict=True):
+            step.prefill(tokens)
 
     return run
 

@@ -40,6 +40,8 @@ class SegmentEngines:
 class DeviceEngines:
     """What `EngineSet` is on the host. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
 
+    prefills_apart = False
+
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
         """`dispatch`: `plain` (no policy), `sync` (policies in the layers' stream), `overlapped` (in their own, one
         layer ahead) or `device` (the same, recorded once, decisions and all; where a device cannot, `overlapped`).
@@ -90,8 +92,6 @@ class DeviceEngines:
 
     def cache(self, _step: int) -> DeviceCache:
         return DeviceCache(self)
-
-    prefills_apart = False
 
     def prefill_step(self, cache: DeviceCache, sequence: int) -> DeviceStep:
         return self.step(cache, sequence)

@@ -16,6 +16,7 @@ from dash_export.runtime.batch import Batch
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.device.engines import BESIDE, DeviceEngines
 from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.heap import keep_freed_memory
 from dash_export.runtime.huge_pages import on_huge_pages
 from dash_export.runtime.kinds import session_rules
 from dash_export.runtime.results import Generation, Response, Score
@@ -213,7 +214,9 @@ def engines(
     """A build's engines on what its recipe is for. Raises BackendError where device and build do not fit."""
     if recipe.engine is None:
         with on_huge_pages(recipe.runtime.huge_pages):
-            return EngineSet(bundle, build, cast("Backend", backend), dispatch)
+            loaded = EngineSet(bundle, build, cast("Backend", backend), dispatch)
+        keep_freed_memory()
+        return loaded
     device = cast("Device", backend)
     device.accept(build, bundle.build_command(build.target))
     return DeviceEngines(bundle, build, recipe, device, dispatch)

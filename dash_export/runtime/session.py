@@ -154,7 +154,7 @@ class Session:
         keep_logits: bool = False,
     ) -> Score:
         """Log-likelihood of each token after the first, as decode under the policy would see it, in one pass over a
-        fresh context.
+        fresh context, through the layers' engines even where prompts have one of their own.
 
         The first `prefix` tokens are dense, like a prompt: what a `sequence` policy decides from. `actions` int8
         [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too: mind the

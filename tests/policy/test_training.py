@@ -185,7 +185,6 @@ def test_static_kind_and_own_words(checkpoint: Checkpoint, prose: Path, tmp_path
         ({"texts": [], "prompts": [Path("a/p.jsonl"), Path("b/p.jsonl")]}, RequestError, r"called p\.jsonl"),
         ({"gated": (0, 3)}, PolicyError, "Layer 0"),
         ({"gated": (40,)}, PolicyError, "do not exist"),
-        ({"gated": (3,), "start": Path("p.safetensors")}, RequestError, "one of the two"),
         ({"start": Path("p.safetensors")}, PolicyError, "no policy file"),
     ],
 )

@@ -157,7 +157,7 @@ def main(
         f"dash-export {item}": Worker(sys.executable, "dash-export", f"{bundle}::{item}", threads) for item in ours
     }
     for peer in PEERS:
-        if only is None or only in peer.name:
+        if only is None or only.casefold() in peer.name.casefold():
             try:
                 _environment(peer)
                 workers[peer.name] = Worker(_python(peer.environment), peer.kind, peer.model(bundle, gguf), threads)

@@ -45,10 +45,7 @@ def write_kit(
     """
     recipe = chosen_recipe(target, options)
     if recipe.engine is None:
-        raise BackendError(
-            f"A kit is for a GPU that is elsewhere. Engines for {recipe.name} are built on any CPU: build, and copy "
-            "the bundle."
-        )
+        raise BackendError(f"A kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle.")
     folder = output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit")
     if folder.exists() and not (folder / RECORD).is_file():
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")

@@ -87,7 +87,7 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
     "--kit",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Write a build kit for another machine here, even where this one could build.",
+    help="Write a build kit for the GPU of another machine here, even where this one could build.",
 )
 @click.option(
     "-o",
@@ -124,7 +124,11 @@ def command(
     changes = {"weights": weights, "head": head, "embedding": embedding, "rounding": rounding, "prefill": prefill}
     # What cannot be is told before minutes of export.
     recipe = with_weights(load_recipe(target), **changes)
-    if recipe.engine is None and kit is None:
+    if recipe.engine is None:
+        if kit is not None:
+            raise click.UsageError(
+                f"--kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle."
+            )
         require_builder(recipe)
     if is_bundle(source):
         given = [

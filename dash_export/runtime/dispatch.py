@@ -38,8 +38,8 @@ SCORE_ROWS = 128
 """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
 
 FEWEST_TOKENS = 8
-"""A pass of so many tokens of a prompt goes through the engine for prompts, where there is one: from 4 on it is faster
-(tools/bench/prefill.py), but its weights are other memory than the layers' engines have just warmed.
+"""A pass of so many tokens of a prompt goes through the engine for prompts, where there is one: from 4 on it is faster,
+but its weights are other memory than the layers' engines have just warmed.
 """
 
 LINEAR_SCORE = 30.0

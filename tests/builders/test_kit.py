@@ -47,7 +47,10 @@ def test_no_gpu_writes_a_kit_and_says_why(own_bundle: Path) -> None:
 
 
 def test_a_cpu_needs_none(own_bundle: Path) -> None:
-    assert "built on any CPU" in refused("build", own_bundle, "--target", "cpu", "--kit", own_bundle.with_name("k"))
+    folder = own_bundle.with_name("k")
+    assert "copy the bundle" in refused("build", own_bundle, "--target", "cpu", "--kit", folder, code=2)
+    with pytest.raises(BackendError, match="copy the bundle"):
+        write_kit(Bundle.open(own_bundle), "cpu", [], "no reason", folder)
     assert not own_bundle.with_name("k").exists()
 
 

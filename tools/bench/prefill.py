@@ -37,9 +37,11 @@ LAYERS, GRAPH, PROMPTS = "an engine per layer", "one graph", "the engine for pro
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--rounds", default=6, show_default=True, help="Interleaved prompts per process.")
-@click.option("--processes", default=6, show_default=True, help="Fresh ones that load both.")
+@click.option("--processes", default=8, show_default=True, help="Fresh ones that load every variant.")
 def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
-    """Prompts up to the model's context, in the recipe's chunks; then 512 tokens at once, interleaved."""
+    """Prompts up to the model's context, in the recipe's chunks; 512 tokens at once, interleaved; and what follows a
+    prompt, where the build has an engine for prompts.
+    """
     opened = Bundle.open(bundle)
     long = _long_prompts(bundle, target)  # first: what lowers the whole model below takes memory too
     found: dict[str, list[list[float]]] = {}

@@ -34,6 +34,17 @@ def begin(tiny_root: Path, text: Path) -> tuple[Any, ...]:
     return ("profile", tiny_root, *TARGET, "--text", text, *SMALL)
 
 
+def test_what_is_skipped_too_seldom_is_told(
+    begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("dash_export.commands.profile_tables", "dash_export.profiling.report"):
+        monkeypatch.setattr(f"{module}.rarely_line", lambda _: "seldom indeed")
+    result = dash(*begin, "--skipped", "1", "--html", tmp_path / "report.html")
+    assert result.exit_code == 0, result.output
+    assert "seldom indeed" in result.stdout
+    assert "seldom indeed" in (tmp_path / "report.html").read_text()
+
+
 def test_json(begin: tuple[Any, ...]) -> None:
     result = dash(*begin, "--kinds", "static,token", "--skipped", "1,1.5", "--json")
     assert result.exit_code == 0, result.output

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
+from dash_export import DashRuntime
 from tests.commands.helpers import python
 
 FAULTS = """
@@ -37,6 +39,13 @@ def test_what_is_freed_is_kept() -> None:
     if not kept:
         pytest.skip("not glibc, or its refusal")
     assert after < before / 10
+
+
+def test_loading_says_so(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr("dash_export.runtime.runtime.keep_freed_memory", lambda: calls.append(True))
+    DashRuntime.load(tiny_root, "cpu-fp32")
+    assert calls
 
 
 def test_the_environment_has_the_last_word() -> None:

@@ -64,6 +64,16 @@ def load_engines(bundle: Bundle, build: Build, dispatch: str = "plain") -> Engin
     return found
 
 
+def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int) -> tuple[EngineSet, EngineSet]:
+    """The engines of a build without its policy, and `whole_build`'s one graph. Who is loaded first changes with
+    `number`.
+    """
+    opened = Bundle.open(bundle)
+    builds = [(opened, opened.load_build(target)), (Bundle(whole[0], opened.manifest), whole[1])]
+    loaded = {index: load_engines(*builds[index]) for index in ((0, 1) if number % 2 == 0 else (1, 0))}
+    return loaded[0], loaded[1]
+
+
 def one_token(engines: EngineSet, context: int, rule: Rule = DENSE) -> Callable[[], object]:
     """Decodes one token at a fixed context, again and again."""
     cache = engines.cache(context)

@@ -14,7 +14,7 @@ from statistics import mean, median
 import click
 import numpy as np
 import numpy.typing as npt
-from common import in_fresh_processes, interleaved, load_engines, paired_ratio, print_json, whole_build
+from common import in_fresh_processes, interleaved, load_both, paired_ratio, print_json, whole_build
 from rich.console import Console
 from rich.table import Table
 
@@ -121,11 +121,7 @@ def timed_once(
     bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int
 ) -> dict[str, list[float]]:
     """Seconds per prompt of every variant. Who is loaded first changes with `number`."""
-    opened = Bundle.open(bundle)
-    builds = [(opened, opened.load_build(target)), (Bundle(whole[0], opened.manifest), whole[1])]
-    order = (0, 1) if number % 2 == 0 else (1, 0)
-    loaded = {index: load_engines(*builds[index]) for index in order}
-    layers, graph = loaded[0], loaded[1]
+    layers, graph = load_both(bundle, target, whole, number)
     ids = _tokens(Text(bundle), PROMPT)
     runs = {LAYERS: _prompt(layers, ids), GRAPH: _prompt(graph, ids)}
     if layers.prefills_apart:

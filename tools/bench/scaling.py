@@ -27,6 +27,7 @@ import numpy.typing as npt
 from common import (
     in_fresh_processes,
     interleaved,
+    load_both,
     load_engines,
     one_token,
     paired_ratio,
@@ -118,12 +119,10 @@ def layers_once(bundle: Path, target: str, whole: tuple[Path, Build], rounds: in
     `number`.
     """
     opened = Bundle.open(bundle)
-    builds = [(opened, opened.load_build(target)), (Bundle(whole[0], opened.manifest), whole[1])]
-    order = (0, 1) if number % 2 == 0 else (1, 0)
-    engines = {index: load_engines(*builds[index]) for index in order}
+    layers, graph = load_both(bundle, target, whole, number)
     rules = [FixedRule(spread(opened.manifest.policy.gated, count)) for count in _skipped_counts(opened)]
-    steps = [one_token(engines[0], CONTEXT, rule) for rule in rules]
-    return interleaved([*steps, one_token(engines[1], CONTEXT)], rounds)
+    steps = [one_token(layers, CONTEXT, rule) for rule in rules]
+    return interleaved([*steps, one_token(graph, CONTEXT)], rounds)
 
 
 def _contexts(bundle: Path, target: str, rounds: int) -> dict[str, Any]:

@@ -213,10 +213,10 @@ def engines(
 ) -> EngineSet | DeviceEngines:
     """A build's engines on what its recipe is for. Raises BackendError where device and build do not fit."""
     if recipe.engine is None:
-        with on_huge_pages(recipe.runtime.huge_pages):
-            loaded = EngineSet(bundle, build, cast("Backend", backend), dispatch)
+        # First, so that weights too come from the heap: by themselves they are too small to fill a huge page.
         keep_freed_memory()
-        return loaded
+        with on_huge_pages(recipe.runtime.huge_pages):
+            return EngineSet(bundle, build, cast("Backend", backend), dispatch)
     device = cast("Device", backend)
     device.accept(build, bundle.build_command(build.target))
     return DeviceEngines(bundle, build, recipe, device, dispatch)

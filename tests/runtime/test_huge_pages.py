@@ -12,6 +12,8 @@ import pytest
 from dash_export.runtime import huge_pages
 from dash_export.runtime.huge_pages import HUGE, added, filled, on_huge_pages, private_memory, whole_pages
 
+MOVES = huge_pages._available() and tuple(map(int, platform.release().split(".")[:2])) >= (6, 1)
+
 SMAPS = """\
 55d0c0000000-55d0c0400000 rw-p 00000000 00:00 0                          [heap]
 Size:               4096 kB
@@ -79,10 +81,7 @@ def moved(wanted: str) -> tuple[int, bool]:
     return int(size), whole == "True"
 
 
-@pytest.mark.skipif(
-    not huge_pages._available() or tuple(map(int, platform.release().split(".")[:2])) < (6, 1),
-    reason="this system moves no memory onto huge pages when told to",
-)
+@pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
 def test_small_buffers_come_to_lie_on_huge_pages() -> None:
     size, whole = moved("yes")
     assert size >= 20

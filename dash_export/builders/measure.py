@@ -11,7 +11,7 @@ from dash_export.bundle import Build, Bundle, CostTable, Manifest
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.cpus import cpu_name
 from dash_export.runtime.device.base import Device
-from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.runtime import engines as load_engines
 from dash_export.targets import recipe_from_dict
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import ContextLengthError, RequestError
-from dash_export.runtime.dispatch import BoundStep, EngineSet
+from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.results import Counters, Response, TokenIds
 from dash_export.runtime.rules import DENSE, SessionRules
 from dash_export.runtime.sampling import Sampling

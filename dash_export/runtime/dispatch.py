@@ -1,6 +1,6 @@
 """The dispatcher: engines bound to fixed memory, launched conditionally, one token at a time or many.
 
-`EngineSet` is what sessions share. `BoundStep` binds it for one cache and one number of tokens: every buffer has one
+`EngineSet` is what sessions share, `BoundStep` that bound to one cache and one number of tokens: every buffer has one
 address for its life, hidden states alternate between two buffers, and each KV cache array is bound as past and present
 alike, so a write is in place; what a skip graph gives for the cache instead of writing it is written after it. A row
 is one token of one sequence: many tokens of one, or one token of each of many.
@@ -8,121 +8,30 @@ is one token of one sequence: many tokens of one, or one token of each of many.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import exp, log1p
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import Build, Bundle, Segment
+from dash_export.bundle import Segment
 from dash_export.decision import Action
-from dash_export.names import POLICY_STATE, PREFILL, new_names, past_names, present_names, short_name
-from dash_export.runtime.backends.base import Backend, Engine, Launch
+from dash_export.names import POLICY_STATE, new_names, past_names, present_names, short_name
+from dash_export.runtime.backends.base import Engine, Launch
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.cpus import cpu_name, saturates_int8
+from dash_export.runtime.engines import SegmentEngines
 from dash_export.runtime.plan import BoundSegment, ComparingPlan, FixedPlan, Plans
 from dash_export.runtime.rules import Counts, Damage, Rule
 
-logger = logging.getLogger(__name__)
-
-SCORES = 32 << 20
-"""Bytes of attention scores of one pass: what is larger, glibc maps and clears anew for every layer."""
+if TYPE_CHECKING:
+    from dash_export.runtime.engine_set import EngineSet
 
 SKIPPED = 2
 """Index of the buffer that skip graphs write in a teacher-forced step."""
 
-SCORE_ROWS = 128
-"""Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
-
-FEWEST_TOKENS = 8
-"""A pass of so many tokens of a prompt goes through the engine for prompts, where there is one: from 4 on it is faster,
-but its weights are other memory than the layers' engines have just warmed.
-"""
-
 LINEAR_SCORE = 30.0
 """From here on softplus(x) is x in float32, and exp(x) may overflow."""
-
-
-@dataclass(frozen=True)
-class SegmentEngines:
-    """The engines of one segment. `skip` for a gated one; `policy` decides this segment in `sync` dispatch."""
-
-    segment: Segment
-    run: Engine
-    skip: Engine | None
-    policy: Engine | None
-
-
-class EngineSet:
-    """All engines of a build in one dispatch mode, shared between sessions."""
-
-    def __init__(self, bundle: Bundle, build: Build, backend: Backend, dispatch: str) -> None:
-        """`dispatch`: `plain` (no policy), `fused` (policies inside the engines before) or `sync` (policies as engines
-        of their own).
-        """
-        self.model = bundle.manifest.model
-        self.build = build
-        self.dispatch = dispatch
-
-        def load(name: str, fused: bool = False) -> Engine:
-            record = build.engines.get(f"{name}.policy") if fused else None
-            return backend.load(bundle.path((record or build.engines[name]).file))
-
-        fused = dispatch == "fused"
-        self.segments = [
-            SegmentEngines(
-                segment,
-                load(segment.name, fused),
-                load(f"skip_{segment.first:02d}", fused) if segment.gated else None,
-                load(f"policy_{segment.first:02d}") if segment.gated and dispatch == "sync" else None,
-            )
-            for segment in build.segments
-        ]
-        self._for_prompts: list[SegmentEngines] | None = None
-        if PREFILL in build.engines and saturates_int8():
-            logger.warning(
-                "prompts go through the layers' engines: on %s sums of int8 products overflow, and the engine for "
-                "prompts would be wrong",
-                cpu_name(),
-            )
-        elif PREFILL in build.engines:
-            whole = Segment.whole(self.model.num_layers)
-            self._for_prompts = [SegmentEngines(whole, load(PREFILL), None, None)]
-        engines = [
-            engine for item in self.segments for engine in (item.run, item.skip, item.policy) if engine is not None
-        ]
-        self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
-        # A lowered linear policy leaves its bias and softplus to the host: cheaper than two more nodes.
-        scored = any("score" in engine.outputs for engine in engines)
-        self.score_bias = dict(build.policy_bias) if scored else {}
-        self.score_rows = SCORE_ROWS
-
-    def rows_at_once(self, capacity: int) -> int:
-        """As many tokens as one pass may hold over a cache of `capacity` rows, for their attention scores' sake."""
-        return max(1, SCORES // (4 * self.model.num_heads * capacity))
-
-    def cache(self, step: int, sequences: int = 1) -> KVCache:
-        """A cache for one session, or for a batch of `sequences`, which grows by `step` rows."""
-        return KVCache(self.model, step, sequences)
-
-    def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
-        """These engines bound to one session's memory, or to that of the first `batch` sequences of a batch."""
-        return BoundStep(self, cache, sequence, teacher_forced, batch)
-
-    @property
-    def prefills_apart(self) -> bool:
-        """Whether there is an engine for prompts. It has one scale for all activations: not for the first positions,
-        where single ones are a hundred times as large as any later.
-        """
-        return self._for_prompts is not None
-
-    def prefill_step(self, cache: KVCache, sequence: int) -> BoundStep:
-        """`step` for the tokens of a prompt, about which no policy is asked."""
-        segments = self._for_prompts if sequence >= FEWEST_TOKENS else None
-        return BoundStep(self, cache, sequence, segments=segments)
 
 
 class BoundStep:
@@ -135,7 +44,7 @@ class BoundStep:
         sequence: int,
         teacher_forced: bool = False,
         batch: int = 1,
-        segments: Sequence[SegmentEngines] | None = None,
+        segments: Sequence[SegmentEngines[Engine]] | None = None,
     ) -> None:
         """`teacher_forced` steps give the logits of all their tokens, others those of the last one. `segments`: other
         ones than those of the layers.
@@ -190,7 +99,7 @@ class BoundStep:
                 self._read_scores(layer)
         return self._damage
 
-    def _bind(self, segments: Sequence[SegmentEngines]) -> list[BoundSegment]:
+    def _bind(self, segments: Sequence[SegmentEngines[Engine]]) -> list[BoundSegment]:
         bound = []
         state = self._hidden[0]
         for index, item in enumerate(segments):

@@ -1,14 +1,27 @@
-"""What a session asks of its engines, on the host (`dispatch`) and on a device (`device`) alike."""
+"""What a session asks of its engines, on the host (`engine_set`) and on a device (`device`) alike."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import Build, ModelFacts
+from dash_export.bundle import Build, ModelFacts, Segment
 from dash_export.runtime.rules import Rule
+
+EngineT = TypeVar("EngineT")
+
+
+@dataclass(frozen=True)
+class SegmentEngines(Generic[EngineT]):
+    """The engines of one segment. `skip` and, where the dispatch asks one, `policy` for a gated one."""
+
+    segment: Segment
+    run: EngineT
+    skip: EngineT | None
+    policy: EngineT | None
 
 
 class Cache(Protocol):

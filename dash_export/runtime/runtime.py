@@ -15,7 +15,7 @@ from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.batch import Batch
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.device.engines import BESIDE, DeviceEngines
-from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.heap import keep_freed_memory
 from dash_export.runtime.huge_pages import on_huge_pages
 from dash_export.runtime.kinds import session_rules

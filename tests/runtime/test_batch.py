@@ -13,7 +13,8 @@ from dash_export import DashRuntime
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Batch, Generation, Sampling
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.dispatch import BoundStep, EngineSet
+from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.rules import DENSE
 from tests.runtime.prompts import prompts
 from tests.runtime.test_kinds import setting_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.runtime import Session, dispatch
+from dash_export.runtime import Session, engine_set
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.rules import ForcedRule
@@ -160,7 +160,7 @@ def test_over_long_caches_passes_are_shorter(tiny_runtime: LoadRuntime, monkeypa
         sound(step, tokens, ask)
 
     monkeypatch.setattr(BoundStep, "prefill", prefill)
-    monkeypatch.setattr(dispatch, "SCORES", 4 * runtime.engines.model.num_heads * 48 * 15)
+    monkeypatch.setattr(engine_set, "SCORES", 4 * runtime.engines.model.num_heads * 48 * 15)
     np.testing.assert_allclose(session(runtime, 48, 512).prefill(ids), expected, atol=2e-5)
     assert sizes == [15, 15, 10]
 

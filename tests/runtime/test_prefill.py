@@ -15,9 +15,9 @@ from dash_export.builders.here import require_builder
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.polygraphy.engines import find_engine
-from dash_export.runtime import dispatch
+from dash_export.runtime import engine_set
 from dash_export.runtime.cpus import saturates_int8
-from dash_export.runtime.dispatch import FEWEST_TOKENS
+from dash_export.runtime.engine_set import FEWEST_TOKENS
 from dash_export.targets import load_recipe, with_weights
 from tests.tiny import random_ids, tiny_bundle
 
@@ -52,7 +52,7 @@ def test_not_used_where_sums_overflow(
 ) -> None:
     """Built elsewhere: the layers' engines are there all the same."""
     exact, fast = runtimes
-    monkeypatch.setattr(dispatch, "saturates_int8", lambda: True)
+    monkeypatch.setattr(engine_set, "saturates_int8", lambda: True)
     moved = DashRuntime.load(fast.bundle.root, fast.build.target)
     assert "sums of int8 products overflow" in caplog.text
     ids = random_ids(LENGTH)

@@ -22,7 +22,7 @@ from dash_export.builders.onnxruntime import lowering_for, write_segment
 from dash_export.bundle import Build, Bundle, EngineRecord, Segment
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
-from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import engines
 from dash_export.targets import recipe_from_dict

@@ -23,7 +23,7 @@ from dash_export.decision import DENSE_POSITIONS
 from dash_export.profiling.machine import peak_memory
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.dispatch import EngineSet
+from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.text import Text
 
 TEXT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"

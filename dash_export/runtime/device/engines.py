@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dash_export.bundle import Build, Bundle, Segment
+from dash_export.bundle import Build, Bundle
 from dash_export.errors import ContextLengthError
 from dash_export.runtime.device.base import Device, DeviceEngine, Memory
 from dash_export.runtime.device.blocks import size_of
+from dash_export.runtime.engines import SegmentEngines
 from dash_export.targets import Recipe
 
 if TYPE_CHECKING:
@@ -25,16 +26,6 @@ BESIDE = ("overlapped", "device")
 """The dispatches whose policies run beside the layers."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SegmentEngines:
-    """The engines of one segment. `skip` and, where the dispatch asks one, `policy` for a gated one."""
-
-    segment: Segment
-    run: DeviceEngine
-    skip: DeviceEngine | None
-    policy: DeviceEngine | None
 
 
 class DeviceEngines:

@@ -20,8 +20,9 @@ from dash_export.names import new_names, past_names, present_names
 from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.device.base import Context, Device, DeviceEngine, Memory
 from dash_export.runtime.device.blocks import Block, size_of
-from dash_export.runtime.device.engines import BESIDE, MAIN, POLICY, DeviceCache, DeviceEngines, SegmentEngines
+from dash_export.runtime.device.engines import BESIDE, MAIN, POLICY, DeviceCache, DeviceEngines
 from dash_export.runtime.device.ranges import named
+from dash_export.runtime.engines import SegmentEngines
 from dash_export.runtime.rules import Rule
 
 ALWAYS_RUN = -1
@@ -32,7 +33,7 @@ class Part:
     memory and contexts back at once.
     """
 
-    def __init__(self, device: Device, index: int, engines: SegmentEngines, row_bytes: int) -> None:
+    def __init__(self, device: Device, index: int, engines: SegmentEngines[DeviceEngine], row_bytes: int) -> None:
         self.index, self.engines = index, engines
         segment = engines.segment
         self.layer = segment.first if segment.gated else ALWAYS_RUN

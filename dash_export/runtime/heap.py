@@ -20,11 +20,23 @@ _OWN_WISHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABL
 
 def keep_freed_memory() -> bool:
     """Whether it is kept from now on, for the whole process: with glibc, unless the environment says what malloc shall
-    do.
+    do. Buffers are then pieces of one heap, where they would be mapped one by one.
     """
-    if sys.platform != "linux" or any(name in os.environ for name in _OWN_WISHES):
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
+    libc = _glibc()
+    if libc is None or any(name in os.environ for name in _OWN_WISHES):
         return False
     return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(libc.mallopt(M_TRIM_THRESHOLD, KEPT))
+
+
+def give_back_freed_memory() -> None:
+    """To Linux, once, with glibc: pages in the midst of the heap too."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from mmap import PAGESIZE
 from pathlib import Path
+
+import numpy as np
+
+from dash_export.runtime.heap import give_back_freed_memory
 
 HUGE = 2 << 20
 """Bytes of a huge page on x86-64, and on ARM with 4 kB pages."""
 RESIDENT = 0.9
-"""Only regions in use to this share are moved: memory that is merely reserved would become real."""
-GROWN = 0.25
-"""A region that grew by less than this share of it is mostly somebody else's: only its new part is moved."""
+"""Only what is in use to this share is moved: memory that is merely reserved would become real."""
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-SMAPS = Path("/proc/self/smaps")
-_HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \S+ *(.*)")
-
-Region = tuple[int, int]
-"""Addresses [first, end)."""
+MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
+_REGION = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw.p \S+ \S+ \S+ *(?:\[heap\])?")
 
 
 @contextmanager
@@ -38,71 +38,55 @@ def on_huge_pages(wanted: bool = True) -> Iterator[None]:
     if not wanted or not _available():
         yield
         return
-    before = list(private_memory(SMAPS.read_text()))
+    # Or it would be filled without a trace: what an application freed before it loads a model, often enough to hold it.
+    give_back_freed_memory()
+    before = in_use()
     yield
-    _move(whole_pages(filled(list(private_memory(SMAPS.read_text())), before)))
+    _move(filled(in_use(), before))
 
 
 def _available() -> bool:
     try:
-        return "[never]" not in SETTING.read_text() and SMAPS.exists()
+        PAGEMAP.open("rb").close()
+        return "[never]" not in SETTING.read_text()
     except OSError:
         return False
 
 
-def private_memory(smaps: str) -> Iterator[tuple[Region, int]]:
-    """The anonymous memory that a process may write, from `/proc/<pid>/smaps`: each region, and the bytes in use."""
-    region: Region | None = None
-    for line in smaps.splitlines():
-        header = _HEADER.fullmatch(line)
-        if header is not None:
-            private = header[3].startswith("rw") and header[4] in ("", "[heap]")
-            region = (int(header[1], 16), int(header[2], 16)) if private else None
-        elif region is not None and line.startswith("Rss:"):
-            yield region, 1024 * int(line.split()[1])
-
-
-def filled(now: Sequence[tuple[Region, int]], before: Sequence[tuple[Region, int]]) -> list[Region]:
-    """Where the memory that came into use between the two lies: of regions in use, the parts that are new. What was
-    there already, most of it unused, and is now filled is taken whole: malloc fills what was freed first.
-    """
-    old = [region for region, _ in before]
-    found: list[Region] = []
-    for region, used in now:
-        first, end = region
-        if used < RESIDENT * (end - first):
-            continue
-        earlier = sum(count for (start, stop), count in before if start < end and stop > first)
-        found += [region] if used - earlier >= GROWN * (end - first) else added([region], old)
+def in_use() -> dict[int, int]:
+    """Of every huge page's worth of this process's own memory, by address, how many small pages are in use."""
+    found: dict[int, int] = {}
+    with PAGEMAP.open("rb") as file:
+        for first, end in own_memory(MAPS.read_text()):
+            first, end = -(-first // HUGE) * HUGE, end // HUGE * HUGE
+            if end > first:
+                # 8 bytes for every small page; the highest bit says that it is in memory.
+                file.seek(first // PAGESIZE * 8)
+                entries = np.frombuffer(file.read((end - first) // PAGESIZE * 8), np.uint64) >> np.uint64(63)
+                counts = entries.reshape(-1, HUGE // PAGESIZE).sum(axis=1).tolist()
+                found |= zip(range(first, end, HUGE), counts, strict=True)
     return found
 
 
-def added(now: Sequence[Region], before: Sequence[Region]) -> list[Region]:
-    """What of `now` lies in no region of `before`; both ascend."""
-    found = []
-    for first, end in now:
-        for old_first, old_end in before:
-            if old_end > first and old_first < end:
-                if old_first > first:
-                    found.append((first, old_first))
-                first = old_end
-        if end > first:
-            found.append((first, end))
-    return found
+def own_memory(maps: str) -> Iterator[tuple[int, int]]:
+    """[first, end) of the regions of anonymous memory that a process may write, from `/proc/<pid>/maps`."""
+    for line in maps.splitlines():
+        region = _REGION.fullmatch(line)
+        if region is not None:
+            yield int(region[1], 16), int(region[2], 16)
 
 
-def whole_pages(regions: Sequence[Region]) -> list[Region]:
-    """The huge pages that lie in each region whole."""
-    inner = ((-(-first // HUGE) * HUGE, end // HUGE * HUGE) for first, end in regions)
-    return [(first, end) for first, end in inner if end > first]
+def filled(now: Mapping[int, int], before: Mapping[int, int]) -> list[int]:
+    """The huge pages' worth that are in use and were less so before."""
+    enough = RESIDENT * HUGE / PAGESIZE
+    return [page for page, count in now.items() if count >= enough and count > before.get(page, 0)]
 
 
-def _move(regions: Sequence[Region]) -> None:
+def _move(pages: Iterable[int]) -> None:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for first, end in regions:
-        madvise(first, end - first, MADV_HUGEPAGE)
-        # Page by page: one that cannot be moved does not end the matter. Linux before 6.1 refuses them all and moves
-        # them by itself, in its own time.
-        for page in range(first, end, HUGE):
-            madvise(page, HUGE, MADV_COLLAPSE)
+    for page in pages:
+        madvise(page, HUGE, MADV_HUGEPAGE)
+        # One that cannot be moved does not end the matter. Linux before 6.1 refuses them all and moves them by itself,
+        # in its own time.
+        madvise(page, HUGE, MADV_COLLAPSE)

@@ -88,6 +88,8 @@ class BoundStep:
         self._score_view: Any = self._score.reshape(-1).data
         self.actions = np.zeros((batch * sequence, model.num_layers), np.int8)
         self._actions_view: Any = self.actions.reshape(-1).data
+        self._all_run = np.full(self.actions.size, Action.RUN, np.int8).data
+        self._reads_history = engines.reads_history
         self._plans = Plans(model.num_layers, self._score_bias)
 
     @property
@@ -231,18 +233,19 @@ class BoundStep:
 
     def _decode_comparing(self, plan: ComparingPlan) -> int:
         """`_decode_asking` with a rule that is a limit per layer."""
-        self.actions.fill(Action.RUN)
-        self._history.fill(0.0)
-        history, actions = self._history_view, self._actions_view
+        actions = self._actions_view
+        actions[:] = self._all_run
+        history = self._history_view if self._reads_history else None
+        if history is not None:
+            self._history.fill(0.0)
         asked, self._unread = (self._score_view, True) if self._score_bias else (self._damage_view, False)
         executed = self._model.num_layers
-        for run, skip, policy, layer, limit in plan.steps:
-            if policy is not None:
-                policy()
-            if skip is not None and asked[layer] < limit:
-                history[2 * layer + 1] = history[2 * layer + 2] = 1.0
+        for run, skip, layer, limit in plan.steps:
+            if asked[layer] < limit:
                 actions[layer] = 1
                 executed -= 1
+                if history is not None:
+                    history[2 * layer + 1] = history[2 * layer + 2] = 1.0
                 skip()
             else:
                 run()

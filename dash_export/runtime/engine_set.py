@@ -65,6 +65,7 @@ class EngineSet:
             engine for item in self.segments for engine in (item.run, item.skip, item.policy) if engine is not None
         ]
         self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
+        self.reads_history = any("actions" in engine.inputs for engine in engines)
         # A lowered linear policy leaves its bias and softplus to the host: cheaper than two more nodes.
         scored = any("score" in engine.outputs for engine in engines)
         self.score_bias = dict(build.policy_bias) if scored else {}

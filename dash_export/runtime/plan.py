@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -44,11 +45,11 @@ class FixedPlan:
 
 @dataclass(frozen=True)
 class ComparingPlan:
-    """Per segment: what runs it, what skips it, what decides it in `sync` dispatch, its layer, and the score (of a
-    linear policy, else the damage) below which it is skipped.
+    """In turn: what runs, what skips, the layer, and the score (of a linear policy, else the damage) below which it is
+    skipped; no score is below that of what always runs, which `sync` dispatch's policies are among.
     """
 
-    steps: tuple[tuple[Launch, Launch | None, Launch | None, int, float], ...]
+    steps: tuple[tuple[Launch, Launch, int, float], ...]
 
 
 Plan = FixedPlan | ComparingPlan
@@ -91,12 +92,15 @@ class Plans:
         ):
             return None
         limits = dict(enumerate(rule.limits)) | score_limits(rule.limits, self._score_bias)
-        return ComparingPlan(
-            tuple(
-                (segment.run, segment.skip, segment.policy, segment.layer, limits.get(segment.layer, 0.0))
-                for segment in segments
-            )
-        )
+        steps: list[tuple[Launch, Launch, int, float]] = []
+        for segment in segments:
+            if segment.policy is not None:
+                steps.append((segment.policy, segment.policy, 0, -inf))
+            if segment.skip is None:
+                steps.append((segment.run, segment.run, 0, -inf))
+            else:
+                steps.append((segment.run, segment.skip, segment.layer, limits[segment.layer]))
+        return ComparingPlan(tuple(steps))
 
 
 def score_limits(limits: Sequence[float], bias: Mapping[int, float]) -> dict[int, float]:

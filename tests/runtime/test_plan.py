@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,7 +97,12 @@ def test_what_is_planned() -> None:
     assert plans.plan(rule, parts) is None  # its first token
     found = plans.plan(rule, parts)
     assert isinstance(found, ComparingPlan)
-    assert [(layer, limit) for *_, layer, limit in found.steps] == [(-1, 0.0), (2, 0.05), (3, 0.1)]
+    assert [(layer, limit) for *_, layer, limit in found.steps] == [(0, -inf), (2, 0.05), (0, -inf), (3, 0.1)]
+    for way in (0, 1):
+        calls.clear()
+        for step in found.steps:
+            step[way]()
+        assert calls == [["run 0-1", "run 2", "policy 3", "run 3"], ["run 0-1", "skip 2", "policy 3", "skip 3"]][way]
     assert plans.plan(rule, parts) is found
     assert plans.plan(rule, list(parts)) is None  # other launches
 

@@ -1,4 +1,4 @@
-"""The bundle that the benchmarks measure: SmolLM2-135M-Instruct with its trained policy, at every precision.
+"""The bundle that the benchmarks measure: SmolLM2-135M-Instruct with the policy that the demo runs, at every precision.
 
 python tools/bench_bundle.py          # prints the bundle's path; reuses what is there
 """
@@ -17,7 +17,7 @@ from dash_export.models import open_checkpoint
 from dash_export.policy_file import load_policy
 from dash_export.resources import resource_folder
 
-POLICY = "smollm2-135m-instruct.safetensors"
+POLICY = "smollm2-135m-instruct-5-18.safetensors"
 RECIPES = Path(__file__).parent / "bench" / "recipes"
 
 

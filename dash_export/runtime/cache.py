@@ -1,6 +1,5 @@
 """The KV cache of one session, or of a batch: keys and values of every layer in one block of memory, written in place,
-growing in steps. One block, because numpy asks Linux for huge pages from 4 MB on: at 4,096 cached tokens a token takes
-5 to 8 % less time.
+growing in steps. One block, so that it lies on huge pages: at 4,096 cached tokens a token takes 5 to 8 % less time.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.bundle import ModelFacts
+from dash_export.runtime.huge_pages import zeros
 
 
 class KVCache:
@@ -66,12 +66,14 @@ class KVCache:
     def _empty(self, capacity: int) -> npt.NDArray[np.float32]:
         model = self._model
         shape = (model.num_layers, 2, len(self.lengths), model.num_kv_heads, capacity, model.head_dim)
-        return np.zeros(shape, np.float32)
+        return zeros(shape)
 
     def copy(self) -> KVCache:
         """Another cache with the same contents."""
         twin = KVCache(self._model, self._step, len(self.lengths))
-        twin.lengths, twin.capacity, twin._block = list(self.lengths), self.capacity, self._block.copy()
+        twin.capacity, twin._block = self.capacity, twin._empty(self.capacity)
+        for index in range(len(self.lengths)):
+            twin.take(index, self, index)
         return twin
 
     def take(self, index: int, source: KVCache, other: int = 0) -> None:

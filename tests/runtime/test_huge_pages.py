@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dash_export.runtime import huge_pages
-from dash_export.runtime.huge_pages import HUGE, filled, in_use, on_huge_pages, own_memory
+from dash_export.runtime.huge_pages import HUGE, filled, in_use, on_huge_pages, own_memory, zeros
 
 MOVES = huge_pages._available() and tuple(map(int, platform.release().split(".")[:2])) >= (6, 1)
 
@@ -99,6 +99,37 @@ def test_what_had_been_freed_and_is_filled_is_moved_too() -> None:
     """As of an application that worked before it loads a model: most of the heap is free, and still there."""
     finished = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     assert int(finished.stdout) >= 24
+
+
+CACHE = """
+import numpy as np
+from dash_export.runtime.heap import keep_freed_memory
+from dash_export.runtime.huge_pages import zeros
+def huge():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:"))
+keep_freed_memory()
+work = [bytearray(b"x" * (1 << 18)) for _ in range(256)]
+del work
+before = huge()
+made = zeros((4, 1 << 20))
+assert made.shape == (4, 1 << 20) and made.dtype == np.float32 and made.flags.writeable and not made.any()
+made[:] = 1
+print((huge() - before) >> 10)
+"""
+
+
+@pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
+def test_a_cache_lies_on_huge_pages_whatever_was_freed_before() -> None:
+    finished = subprocess.run([sys.executable, "-c", CACHE], capture_output=True, text=True, check=True)
+    assert int(finished.stdout) == 16
+
+
+def test_a_cache_that_cannot_be() -> None:
+    with pytest.raises(MemoryError):
+        zeros((1 << 24, 1 << 24))
+    assert zeros((0, 3)).shape == (0, 3)
+    assert zeros((2, 3)).sum() == 0
 
 
 def test_never_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,15 @@ one whole-model graph.
     python tools/bench/dispatch.py BUNDLE --target cpu
 
 Where weights happen to lie in memory is worth several per cent, and what a process loads again lies worse than what it
-loaded first. So several fresh processes load every variant once, in rotated order, and the mean of the ratios is given.
+loaded first. So several fresh processes load every variant once, each in an order of its own, and the mean of the ratios
+is given, with its standard error.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean, median
+from random import Random
+from statistics import mean, median, stdev
 
 import click
 from common import (
@@ -35,7 +37,13 @@ from dash_export.runtime.rules import DENSE, Rule
 @click.option("--target", default="cpu", show_default=True)
 @click.option("--context", default=256, show_default=True, help="Cached tokens.")
 @click.option("--rounds", default=20, show_default=True, help="Interleaved blocks of eight tokens per process.")
-@click.option("--processes", default=8, show_default=True, help="Fresh ones that load and time every variant.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=2),
+    default=16,
+    show_default=True,
+    help="Fresh ones that load and time every variant.",
+)
 def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -> None:
     """Time one decoded token each way, interleaved."""
     opened = Bundle.open(bundle)
@@ -65,9 +73,10 @@ def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -
     base = samples["one whole graph"]
     for name, own in samples.items():
         milliseconds = 1e3 * median(x for sample in own for x in sample)
-        ratio = mean(paired_ratio(sample, graph) for sample, graph in zip(own, base, strict=True))
-        table.add_row(name, str(counts[name]), f"{milliseconds:.3f}", f"{ratio:.3f}")
-        result[name] = {"ms": round(milliseconds, 4), "ratio": round(ratio, 4)}
+        ratios = [paired_ratio(sample, graph) for sample, graph in zip(own, base, strict=True)]
+        ratio, error = mean(ratios), stdev(ratios) / len(ratios) ** 0.5
+        table.add_row(name, str(counts[name]), f"{milliseconds:.3f}", f"{ratio:.3f} ± {error:.3f}")
+        result[name] = {"ms": round(milliseconds, 4), "ratio": round(ratio, 4), "standard_error": round(error, 4)}
     Console().print(table)
     print_json("dispatch", result)
 
@@ -75,7 +84,9 @@ def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -
 def timed_once(
     bundle: Path, target: str, whole: tuple[Path, Build], context: int, rounds: int, number: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """(seconds per token, medians of blocks; engines) of every variant. Who is loaded first changes with `number`."""
+    """(seconds per token, medians of blocks; engines) of every variant. In which order they are loaded and timed follows
+    from `number`.
+    """
     opened = Bundle.open(bundle)
     build = opened.load_build(target)
     model, policy = opened.manifest.model, opened.manifest.policy
@@ -87,12 +98,12 @@ def timed_once(
     }
     for dispatch in ("fused", "sync") if policy.has_network else ():
         variants[f"per-layer engines, {dispatch} policy, trade-off 0"] = (opened, build, dispatch, forced_dense)
-    names = list(variants)
-    first = number % len(names)
-    loaded = {name: load_engines(*variants[name][:3]) for name in names[first:] + names[:first]}
-    steps = [one_token(loaded[name], context, variants[name][3]) for name in names]
-    times = dict(zip(names, interleaved(steps, rounds), strict=True))
-    return times, {name: len(loaded[name].segments) for name in names}
+    names = Random(number).sample(list(variants), len(variants))
+    loaded = {name: load_engines(*variants[name][:3]) for name in names}
+    order = Random(~number).sample(names, len(names))
+    steps = [one_token(loaded[name], context, variants[name][3]) for name in order]
+    times = dict(zip(order, interleaved(steps, rounds), strict=True))
+    return {name: times[name] for name in variants}, {name: len(loaded[name].segments) for name in names}
 
 
 if __name__ == "__main__":

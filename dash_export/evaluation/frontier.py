@@ -75,8 +75,7 @@ class Racer:
     def copy(self, number: int) -> dict[bool, DashRuntime]:
         """The build loaded once more, to be timed: without policies (False) and, where asked, with (True).
 
-        What a process loads first runs a few per cent slower, and what it loads next may too: so the racer's own
-        engines are not timed, and every other copy is loaded in turned order.
+        Where engines lie in memory is worth a per cent or two, so every other copy is loaded in turned order.
         """
         ways = {False: "plain"} | ({True: self._deciding_dispatch} if self.deciding is not self.plain else {})
         order = ways if number % 2 == 0 else dict(reversed(ways.items()))

@@ -49,7 +49,7 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
 
 def in_fresh_processes(timed_once: Callable[..., _T], *arguments: object, processes: int) -> Iterator[_T]:
     """What `timed_once(*arguments, number)` gives in each of several processes, one after the other: where weights lie
-    in memory is worth several per cent, and what a process loads again lies worse than what it loaded first.
+    in memory is worth a per cent or two.
     """
     for number in range(processes):
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:

@@ -3,9 +3,8 @@ one whole-model graph.
 
     python tools/bench/dispatch.py BUNDLE --target cpu
 
-Where weights happen to lie in memory is worth several per cent, and what a process loads again lies worse than what it
-loaded first. So several fresh processes load every variant once, each in an order of its own, and the mean of the ratios
-is given, with its standard error.
+Where weights happen to lie in memory is worth a per cent or two. So several fresh processes load every variant once, in
+an order of their own, and the mean of the ratios is given with its standard error.
 """
 
 from __future__ import annotations
@@ -84,9 +83,7 @@ def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -
 def timed_once(
     bundle: Path, target: str, whole: tuple[Path, Build], context: int, rounds: int, number: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """(seconds per token, medians of blocks; engines) of every variant. In which order they are loaded and timed follows
-    from `number`.
-    """
+    """(seconds per token, medians of blocks; engines) of every variant, loaded and timed in an order of `number`'s."""
     opened = Bundle.open(bundle)
     build = opened.load_build(target)
     model, policy = opened.manifest.model, opened.manifest.policy

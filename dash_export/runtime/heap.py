@@ -23,20 +23,20 @@ def keep_freed_memory() -> bool:
     do. Buffers are then pieces of one heap, where they would be mapped one by one.
     """
     libc = _glibc()
-    if libc is None or any(name in os.environ for name in _OWN_WISHES):
-        return False
-    return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(libc.mallopt(M_TRIM_THRESHOLD, KEPT))
+    return libc is not None and bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST) and libc.mallopt(M_TRIM_THRESHOLD, KEPT))
 
 
 def give_back_freed_memory() -> None:
-    """To Linux, once, with glibc: pages in the midst of the heap too."""
+    """To Linux, once: pages in the midst of the heap too. With glibc, unless the environment says what malloc shall do.
+    Threads that allocate wait for it, some milliseconds.
+    """
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
+    if sys.platform != "linux" or any(name in os.environ for name in _OWN_WISHES):
         return None
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "gnu_get_libc_version") else None

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
-from mmap import PAGESIZE
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,19 @@ import numpy.typing as npt
 from dash_export.runtime.heap import give_back_freed_memory
 
 HUGE = 2 << 20
-"""Bytes of a huge page on x86-64, and on ARM with 4 kB pages."""
-RESIDENT = 0.9
+"""Bytes of a huge page on x86-64, and on ARM with 4 kB pages. Other sizes are left alone."""
+RESIDENT = 0.5
 """Only what is in use to this share is moved: memory that is merely reserved would become real."""
+RESERVED = 64 << 30
+"""A region of so many bytes is address space that somebody reserved, and is not looked through."""
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
-SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS, PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
-_REGION = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw.p \S+ \S+ \S+ *(?:\[heap\])?")
+_REGION = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw.p \S+ \S+ \S+ *(?:\[(?:heap|anon:.*)\])?")
+_PIECE = 1 << 30
+
+_moved: set[int] = set()
+"""Addresses on huge pages, of all that was loaded. Giving back freed memory breaks those that have a hole."""
 
 
 @contextmanager
@@ -46,47 +51,57 @@ def on_huge_pages(wanted: bool = True) -> Iterator[None]:
     give_back_freed_memory()
     before = in_use()
     yield
-    _move(filled(in_use(), before))
+    give_back_freed_memory()
+    now = in_use()
+    _moved.update(filled(now, before))
+    _moved.intersection_update(enough(now))
+    _move(sorted(_moved))
 
 
 def zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """float32 zeros in a mapping of their own, which Linux fills with huge pages as it is used, where it has them. From
-    malloc they could come to lie where something was before, on the small pages of that. Raises MemoryError.
+    """float32 zeros in a mapping of their own, which Linux fills with huge pages as it is written, where it has them.
+    From malloc they could come to lie where something was before, on the small pages of that. Raises MemoryError.
     """
-    count = prod(shape)
-    if sys.platform != "linux" or count * 4 < HUGE:
+    size = 4 * prod(shape)
+    if sys.platform != "linux" or size < HUGE or not _available():
         return np.zeros(shape, np.float32)
     try:
-        memory = mmap.mmap(-1, count * 4 + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE)
     except OSError as error:
-        raise MemoryError(f"no memory for {count * 4 >> 20} MB") from error
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    first = -whole.ctypes.data % HUGE
-    return whole[first : first + count * 4].view(np.float32).reshape(shape)
+        raise MemoryError(f"no memory for {size >> 20} MB") from error
+    with suppress(OSError):
+        memory.madvise(MADV_HUGEPAGE)
+    first = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE
+    made: npt.NDArray[np.float32] = np.ndarray(shape, np.float32, memory, first)
+    return made
 
 
 def _available() -> bool:
     try:
         PAGEMAP.open("rb").close()
-        return "[never]" not in SETTING.read_text()
-    except OSError:
+        size = int((SETTINGS / "hpage_pmd_size").read_text())
+        return size == HUGE and "[never]" not in (SETTINGS / "enabled").read_text()
+    except (OSError, ValueError):
         return False
 
 
 def in_use() -> dict[int, int]:
-    """Of every huge page's worth of this process's own memory, by address, how many small pages are in use."""
+    """Of every huge page's worth of this process's own memory, by address, how many small pages are in use. Empty where
+    that cannot be found out.
+    """
     found: dict[int, int] = {}
-    with PAGEMAP.open("rb") as file:
-        for first, end in own_memory(MAPS.read_text()):
+    with suppress(OSError, ValueError), PAGEMAP.open("rb", buffering=0) as file:
+        for first, end in own_memory(MAPS.read_text("ascii", "replace")):
             first, end = -(-first // HUGE) * HUGE, end // HUGE * HUGE
-            if end > first:
-                # 8 bytes for every small page; the highest bit says that it is in memory.
-                file.seek(first // PAGESIZE * 8)
-                entries = np.frombuffer(file.read((end - first) // PAGESIZE * 8), np.uint64) >> np.uint64(63)
-                counts = entries.reshape(-1, HUGE // PAGESIZE).sum(axis=1).tolist()
-                found |= zip(range(first, end, HUGE), counts, strict=True)
+            if end - first >= RESERVED:
+                continue
+            for start in range(first, end, _PIECE):
+                pages = range(start, min(start + _PIECE, end), HUGE)
+                # 8 bytes for every small page; negative is one that is in memory.
+                file.seek(start // mmap.PAGESIZE * 8)
+                entries = np.frombuffer(file.read(len(pages) * HUGE // mmap.PAGESIZE * 8), np.int64)
+                counts = (entries.reshape(len(pages), -1) < 0).sum(axis=1).tolist()
+                found |= zip(pages, counts, strict=True)
     return found
 
 
@@ -98,10 +113,14 @@ def own_memory(maps: str) -> Iterator[tuple[int, int]]:
             yield int(region[1], 16), int(region[2], 16)
 
 
+def enough(now: Mapping[int, int]) -> list[int]:
+    """The huge pages' worth that are in use."""
+    return [page for page, count in now.items() if count >= RESIDENT * HUGE / mmap.PAGESIZE]
+
+
 def filled(now: Mapping[int, int], before: Mapping[int, int]) -> list[int]:
     """The huge pages' worth that are in use and were less so before."""
-    enough = RESIDENT * HUGE / PAGESIZE
-    return [page for page, count in now.items() if count >= enough and count > before.get(page, 0)]
+    return [page for page in enough(now) if now[page] > before.get(page, 0)]
 
 
 def _move(pages: Iterable[int]) -> None:

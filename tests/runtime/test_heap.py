@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.runtime import heap
 from dash_export.runtime.backends.onnxruntime import OrtBackend, OrtEngine
 from tests.commands.helpers import python
 from tests.runtime.test_huge_pages import MOVES
@@ -41,7 +43,7 @@ def huge():
 before, kept = huge(), keep_freed_memory()
 with on_huge_pages():
     made = [(np.ones(150_000), mmap.mmap(-1, 4 << 20, prot=mmap.PROT_READ)) for _ in range(16)]
-print((huge() - before) >> 10, "kept" if kept else "")
+print((huge() - before) >> 10, kept)
 """
 
 
@@ -50,37 +52,46 @@ def measured(**variables: str) -> tuple[int, bool, int]:
     return before, bool(kept), after
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told so on Linux only")
+@pytest.mark.skipif(heap._glibc() is None, reason="not glibc, or the environment says what malloc shall do")
 def test_what_is_freed_is_kept() -> None:
     before, kept, after = measured()
-    if not kept:
-        pytest.skip("not glibc, or its refusal")
+    assert kept
     assert after < before / 10
 
 
 def test_loading_says_so_first(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr("dash_export.runtime.runtime.keep_freed_memory", lambda: calls.append("heap"))
+    """And moves what it loads, and nothing else."""
+    calls: list[object] = []
     load = OrtBackend.load
+
+    @contextmanager
+    def on_huge_pages(wanted: bool) -> Iterator[None]:
+        calls.append(wanted)
+        yield
+        calls.append("moved")
 
     def noted(self: OrtBackend, path: Path) -> OrtEngine:
         calls.append("engine")
         return load(self, path)
 
+    monkeypatch.setattr("dash_export.runtime.runtime.keep_freed_memory", lambda: calls.append("heap"))
+    monkeypatch.setattr("dash_export.runtime.runtime.on_huge_pages", on_huge_pages)
     monkeypatch.setattr(OrtBackend, "load", noted)
     DashRuntime.load(tiny_root, "cpu-fp32")
-    assert calls[0] == "heap"
-    assert calls.count("heap") == 1
-    assert "engine" in calls
+    assert calls[:2] == ["heap", True]
+    assert set(calls[2:-1]) == {"engine"}
+    assert calls[-1] == "moved"
 
 
-@pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
+@pytest.mark.skipif(
+    not MOVES or heap._glibc() is None, reason="this system moves no memory onto huge pages when told to"
+)
 def test_weights_smaller_than_a_huge_page_come_to_lie_on_them() -> None:
     """Mapped one by one they would not, whatever lies between them."""
     finished = python(SCATTERED)
-    if "kept" not in finished.stdout:
-        pytest.skip("not glibc, or its refusal")
-    assert int(finished.stdout.split()[0]) >= 8
+    huge, kept = finished.stdout.split()
+    assert kept == "True"
+    assert int(huge) >= 8
 
 
 def test_the_environment_has_the_last_word() -> None:

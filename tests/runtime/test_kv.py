@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.runtime import Session, engine_set
+from dash_export.runtime import Session, engine_set, huge_pages
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.rules import ForcedRule
@@ -179,6 +179,14 @@ def test_keys_and_values_are_one_block_that_grows(tiny_runtime: LoadRuntime) -> 
             now, before = (array[:, index, :, :length] for array in arrays)
             np.testing.assert_array_equal(now, before)
     assert not cache.keys[:, 0, :, 3:].any()
+
+
+@pytest.mark.skipif(not huge_pages._available(), reason="this system has no huge pages of this size")
+def test_a_cache_begins_with_a_huge_page(tiny_runtime: LoadRuntime) -> None:
+    cache = KVCache(tiny_runtime().engines.model, 1 << 13)
+    cache.reserve(1)
+    assert cache.nbytes >= huge_pages.HUGE
+    assert cache.keys.ctypes.data % huge_pages.HUGE == 0
 
 
 class TestBrokenOnPurpose:

@@ -95,9 +95,10 @@ def timed_once(
     }
     for dispatch in ("fused", "sync") if policy.has_network else ():
         variants[f"per-layer engines, {dispatch} policy, trade-off 0"] = (opened, build, dispatch, forced_dense)
-    names = Random(number).sample(list(variants), len(variants))
+    random = Random(number)
+    names = random.sample(list(variants), len(variants))
     loaded = {name: load_engines(*variants[name][:3]) for name in names}
-    order = Random(~number).sample(names, len(names))
+    order = random.sample(names, len(names))
     steps = [one_token(loaded[name], context, variants[name][3]) for name in order]
     times = dict(zip(order, interleaved(steps, rounds), strict=True))
     return {name: times[name] for name in variants}, {name: len(loaded[name].segments) for name in names}

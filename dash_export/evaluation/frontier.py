@@ -19,7 +19,7 @@ from dash_export.runtime import DashRuntime, Session
 
 TokenIds = npt.NDArray[np.int64]
 COPY_ROUNDS = 4
-"""Timed rounds until the engines are loaded anew: where weights lie in memory is worth several per cent."""
+"""Timed rounds until the engines are loaded anew: where weights lie in memory is worth a per cent or two."""
 
 
 @dataclass(frozen=True)

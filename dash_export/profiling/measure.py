@@ -4,7 +4,7 @@ A round is one window of text: prefill to the context, two tokens to settle, the
 on the same window, and the second has the probe on the tokens that went bare in the first: every token is seen both
 ways, so the probe's own cost is told from pairs that did the same work.
 
-Pairs also alternate between copies of the engines: where weights happen to lie in memory is worth several per cent.
+Pairs also alternate between copies of the engines: where weights happen to lie in memory is worth a per cent or two.
 """
 
 from __future__ import annotations

@@ -139,9 +139,9 @@ SECOND = """
 import numpy as np
 from dash_export.runtime import huge_pages
 from dash_export.runtime.heap import keep_freed_memory
-def load(value):
+def load(value, count=32):
     with huge_pages.on_huge_pages():
-        return [bytearray(value * (1 << 20)) for _ in range(32)]
+        return [bytearray(value * (1 << 20)) for _ in range(count)]
 def huge(model):
     pages = {int(np.frombuffer(part, np.uint8).ctypes.data) // huge_pages.HUGE for part in model}
     return sum(1 for page in pages if page * huge_pages.HUGE in huge_pages._moved)
@@ -149,7 +149,7 @@ keep_freed_memory()
 one = load(b"1")
 del one[::8]
 loaded = huge(one)
-two = load(b"2")
+two = load(b"2" * 3, 12)
 with open("/proc/self/smaps_rollup") as file:
     total = next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:"))
 print(loaded, huge(one), total >> 10)

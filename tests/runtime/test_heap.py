@@ -12,7 +12,11 @@ from dash_export import DashRuntime
 from dash_export.runtime import heap
 from dash_export.runtime.backends.onnxruntime import OrtBackend, OrtEngine
 from tests.commands.helpers import python
-from tests.runtime.test_huge_pages import MOVES
+from tests.runtime.test_huge_pages import needs_moves, printed
+
+needs_glibc = pytest.mark.skipif(
+    heap._glibc() is None, reason="not glibc, or the environment says what malloc shall do"
+)
 
 FAULTS = """
 import resource, sys
@@ -34,16 +38,10 @@ print(before, int(kept), faults())
 
 SCATTERED = """
 import mmap
-import numpy as np
-from dash_export.runtime.heap import keep_freed_memory
-from dash_export.runtime.huge_pages import on_huge_pages
-def huge():
-    with open("/proc/self/smaps_rollup") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:"))
 before, kept = huge(), keep_freed_memory()
 with on_huge_pages():
     made = [(np.ones(150_000), mmap.mmap(-1, 4 << 20, prot=mmap.PROT_READ)) for _ in range(16)]
-print((huge() - before) >> 10, kept)
+print(huge() - before, kept)
 """
 
 
@@ -52,7 +50,7 @@ def measured(**variables: str) -> tuple[int, bool, int]:
     return before, bool(kept), after
 
 
-@pytest.mark.skipif(heap._glibc() is None, reason="not glibc, or the environment says what malloc shall do")
+@needs_glibc
 def test_what_is_freed_is_kept() -> None:
     before, kept, after = measured()
     assert kept
@@ -83,13 +81,11 @@ def test_loading_says_so_first(tiny_root: Path, monkeypatch: pytest.MonkeyPatch)
     assert calls[-1] == "moved"
 
 
-@pytest.mark.skipif(
-    not MOVES or heap._glibc() is None, reason="this system moves no memory onto huge pages when told to"
-)
+@needs_moves
+@needs_glibc
 def test_weights_smaller_than_a_huge_page_come_to_lie_on_them() -> None:
     """Mapped one by one they would not, whatever lies between them."""
-    finished = python(SCATTERED)
-    huge, kept = finished.stdout.split()
+    huge, kept = printed(SCATTERED)
     assert kept == "True"
     assert int(huge) >= 8
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import mmap
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,28 @@ import pytest
 
 from dash_export.runtime import huge_pages
 from dash_export.runtime.huge_pages import HUGE, filled, in_use, on_huge_pages, own_memory, zeros
+from tests.commands.helpers import python
 
 MOVES = huge_pages._available() and tuple(map(int, platform.release().split(".")[:2])) >= (6, 1)
+needs_moves = pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
+
+PRELUDE = """
+import sys
+import numpy as np
+from dash_export.runtime.heap import keep_freed_memory
+from dash_export.runtime.huge_pages import on_huge_pages, zeros
+def huge():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:")) >> 10
+"""
+
+
+def printed(program: str, *arguments: str) -> list[str]:
+    """The words that a process of its own prints; `huge()` in it are its MiB on huge pages."""
+    finished = python(PRELUDE + program, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.split()
+
 
 MAPS = """\
 55d0c0000000-55d0c0400000 rw-p 00000000 00:00 0                          [heap]
@@ -28,25 +46,15 @@ MAPS = """\
 """
 
 PROGRAM = """
-import sys
-from dash_export.runtime.huge_pages import on_huge_pages
-def huge():
-    with open("/proc/self/smaps_rollup") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:"))
 mine = bytearray(16 << 20)
 before = huge()
 with on_huge_pages(sys.argv[1] == "yes"):
     weights = [bytearray(b"w" * (1 << 20)) for _ in range(32)]
-print((huge() - before) >> 10, all(item == b"w" * (1 << 20) for item in weights))
+print(huge() - before, all(item == b"w" * (1 << 20) for item in weights))
 """
 
 
 FREED = """
-from dash_export.runtime.heap import keep_freed_memory
-from dash_export.runtime.huge_pages import on_huge_pages
-def huge():
-    with open("/proc/self/smaps_rollup") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:"))
 keep_freed_memory()
 work = [bytearray(b"x" * (1 << 18)) for _ in range(256)]
 last = bytearray(b"x" * 1000)
@@ -54,7 +62,7 @@ del work
 before = huge()
 with on_huge_pages():
     weights = [bytearray(b"w" * (1 << 18)) for _ in range(128)]
-print((huge() - before) >> 10)
+print(huge() - before)
 """
 
 
@@ -73,7 +81,7 @@ def test_what_came_into_use_is_moved() -> None:
     assert filled(now, before) == [HUGE, 2 * HUGE, 4 * HUGE]
 
 
-@pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
+@needs_moves
 def test_use_is_counted_in_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     with mmap.mmap(-1, 3 * HUGE, flags=mmap.MAP_PRIVATE) as memory:
         memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -90,12 +98,11 @@ def test_use_is_counted_in_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def moved(wanted: str) -> tuple[int, bool]:
     """MiB that a process's 32 buffers of 1 MiB brought onto huge pages, and whether they still hold what they held."""
-    finished = subprocess.run([sys.executable, "-c", PROGRAM, wanted], capture_output=True, text=True, check=True)
-    size, whole = finished.stdout.split()
+    size, whole = printed(PROGRAM, wanted)
     return int(size), whole == "True"
 
 
-@pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
+@needs_moves
 def test_small_buffers_come_to_lie_on_huge_pages() -> None:
     size, whole = moved("yes")
     assert size >= 20
@@ -103,20 +110,13 @@ def test_small_buffers_come_to_lie_on_huge_pages() -> None:
     assert moved("no") == (0, True)
 
 
-@pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
+@needs_moves
 def test_what_had_been_freed_and_is_filled_is_moved_too() -> None:
     """As of an application that worked before it loads a model: most of the heap is free, and still there."""
-    finished = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
-    assert int(finished.stdout) >= 24
+    assert int(printed(FREED)[0]) >= 24
 
 
 CACHE = """
-import numpy as np
-from dash_export.runtime.heap import keep_freed_memory
-from dash_export.runtime.huge_pages import zeros
-def huge():
-    with open("/proc/self/smaps_rollup") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:"))
 keep_freed_memory()
 work = [bytearray(b"x" * (1 << 18)) for _ in range(256)]
 del work
@@ -124,20 +124,17 @@ before = huge()
 made = zeros((4, 1 << 20))
 assert made.shape == (4, 1 << 20) and made.dtype == np.float32
 made[:] = 1
-print((huge() - before) >> 10)
+print(huge() - before)
 assert not zeros((4, 1 << 20)).any()
 """
 
 
-@pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
+@needs_moves
 def test_a_cache_lies_on_huge_pages_whatever_was_freed_before() -> None:
-    finished = subprocess.run([sys.executable, "-c", CACHE], capture_output=True, text=True, check=True)
-    assert int(finished.stdout) >= 14
+    assert int(printed(CACHE)[0]) >= 14
 
 
 SECOND = """
-from dash_export.runtime.heap import keep_freed_memory
-from dash_export.runtime.huge_pages import on_huge_pages
 def load(size, count):
     with on_huge_pages():
         return [bytearray(b"w" * (size << 10)) for _ in range(count)]
@@ -145,17 +142,15 @@ keep_freed_memory()
 one = load(256, 128)
 del one[::8]
 two = load(3 << 10, 12)
-with open("/proc/self/smaps_rollup") as file:
-    print(next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:")) >> 10)
+print(huge())
 assert all(set(part) == {ord("w")} for part in one + two)
 """
 
 
-@pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
+@needs_moves
 def test_a_second_model_leaves_the_first_where_it_is() -> None:
     """Giving back what was freed between the first one's weights breaks the huge pages around it."""
-    finished = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, check=True)
-    assert int(finished.stdout) >= 56
+    assert int(printed(SECOND)[0]) >= 56
 
 
 def test_a_cache_that_cannot_be() -> None:

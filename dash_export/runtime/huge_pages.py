@@ -51,7 +51,6 @@ def on_huge_pages(wanted: bool = True) -> Iterator[None]:
     give_back_freed_memory()
     before = in_use()
     yield
-    give_back_freed_memory()
     now = in_use()
     _moved.update(filled(now, before))
     _moved.intersection_update(enough(now))

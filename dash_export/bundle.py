@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from dash_export.artifacts import FileRecord, sha256_file
-from dash_export.decision import DIALLED_KINDS, POLICY_KINDS, DialPoint
-from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
+from dash_export.decision import DIALLED_KINDS, POLICY_KINDS, DialPoint, check_reads, decision_points
+from dash_export.errors import BundleError, NewerBundleError, PolicyError, StaleBuildError
 from dash_export.targets import build_options
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -58,8 +58,10 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """The skip policy in the bundle: which layers it may skip, whether there is a network, what compensates a skip, and
-    in which order static policies skip layers (empty: not ranked)."""
+    """The skip policy in the bundle: which layers it may skip, whether there is a network, what compensates a skip, in
+    which order static policies skip layers (empty: not ranked), and the layer whose input each decision reads (empty:
+    one layer ahead).
+    """
 
     gated: tuple[int, ...]
     origin: str
@@ -68,6 +70,12 @@ class PolicyFacts:
     fingerprint: str
     static_order: tuple[int, ...] = ()
     cosine_order: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()
+
+    @property
+    def decision_points(self) -> dict[int, tuple[int, ...]]:
+        """The layer whose input is read -> the gated layers that are decided there; empty without a network."""
+        return decision_points(self.gated, self.reads) if self.has_network else {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -309,6 +317,10 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
         raise BundleError(f"{where}: {', '.join(wrong)} cannot be. {_DAMAGED}")
     if list(gated) != sorted({layer for layer in gated if 0 < layer < model.num_layers}):
         raise BundleError(f"{where}: a gated layer does not exist or is there twice. {_DAMAGED}")
+    try:
+        check_reads(gated, manifest.policy.reads)
+    except PolicyError as error:
+        raise BundleError(f"{where}: {error} {_DAMAGED}") from error
     for order in (manifest.policy.static_order, manifest.policy.cosine_order):
         if len(set(order)) != len(order) or not set(order) <= set(gated):
             raise BundleError(f"{where}: an order of layers lists one that is not gated, or one twice. {_DAMAGED}")

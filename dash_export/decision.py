@@ -84,6 +84,30 @@ def decision_rule(
     return DecisionRule(tuple(limits), tuple(ceilings), tuple(layer in gated_set for layer in range(num_layers)))
 
 
+def decision_points(gated: Sequence[int], reads: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Where decisions are made: the layer whose input is read -> the gated layers that are decided there, in order.
+
+    `reads` has such a layer per gated layer; empty is one layer ahead, layer l - 1 for layer l.
+    """
+    points: dict[int, tuple[int, ...]] = {}
+    for layer, read in zip(gated, reads or [layer - 1 for layer in gated], strict=True):
+        points[read] = (*points.get(read, ()), layer)
+    return points
+
+
+def check_reads(gated: Sequence[int], reads: Sequence[int]) -> None:
+    """Raises PolicyError where decisions cannot be made so: too late, or not one group of layers after the other."""
+    if reads and len(reads) != len(gated):
+        raise PolicyError(f"There are {len(reads)} layers to read for {len(gated)} gated layers.")
+    before: tuple[int, int] | None = None
+    for layer, read in zip(gated, reads, strict=False):
+        if not 0 <= read < layer:
+            raise PolicyError(f"The decision about layer {layer} cannot read the input of layer {read}.")
+        if before is not None and read != before[1] and read < before[0]:
+            raise PolicyError(f"The decision about layer {layer} reads layer {read}: not after layer {before[0]}.")
+        before = layer, read
+
+
 POLICY_KINDS = ("dense", "static", "cosine", "random", "sequence", "token")
 DIALLED_KINDS = ("sequence", "token")
 """The kinds whose amount of skipping follows from a trade-off, so that a build calibrates a dial for each."""

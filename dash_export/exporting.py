@@ -175,6 +175,7 @@ def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
         digest.hexdigest()[:32],
         policy.static_order,
         policy.cosine_order,
+        policy.reads,
     )
 
 

@@ -38,6 +38,7 @@ class PolicyFileFacts:
     origin: str
     static_order: tuple[int, ...] = ()
     cosine_order: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()
 
 
 def card_path(path: str | Path) -> Path:
@@ -65,6 +66,7 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: M
         policy.origin,
         policy.static_order,
         policy.cosine_order,
+        policy.reads,
     )
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in policy.weights().items()}
@@ -139,4 +141,5 @@ def _read(path: Path, facts: PolicyFileFacts) -> SkipPolicy:
         parts[part][rest] = weight.read_rows(0, weight.shape[0])
     compensation = Compensation(facts.compensation, parts["compensation"])
     network = parts["network"] or None
-    return SkipPolicy(facts.gated, network, compensation, facts.origin, facts.static_order, facts.cosine_order)
+    orders = facts.static_order, facts.cosine_order
+    return SkipPolicy(facts.gated, network, compensation, facts.origin, *orders, facts.reads)

@@ -1,11 +1,14 @@
 """A skip policy as data: which layers it may skip, the network that predicts damage, the compensation. No framework
 needed.
 
-The network of gated layer l+1 reads the state one layer earlier (docs/method.md: "one layer ahead"). It is linear, or
-has one hidden layer; with or without the last two actions:
+The network of a gated layer reads the state one layer earlier (docs/method.md: "one layer ahead"): r = l - 1. It is
+linear, or has one hidden layer; with or without the last two actions:
 
-    damage[l+1] = softplus(RMSNorm(h[l]) . w_state [+ [a[l-1], a[l]] . w_actions] + b)
-    damage[l+1] = softplus(w_out . relu(RMSNorm(h[l]) @ W_state [+ [a[l-1], a[l]] @ W_actions] + b) + b_out)
+    damage[l] = softplus(RMSNorm(h[r]) . w_state [+ [a[l-2], a[l-1]] . w_actions] + b)
+    damage[l] = softplus(w_out . relu(RMSNorm(h[r]) @ W_state [+ [a[l-2], a[l-1]] @ W_actions] + b) + b_out)
+
+A linear one that reads no actions may read an earlier state, the same one for several layers: then these are decided
+at once.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from dash_export.decision import spans
+from dash_export.decision import check_reads, decision_points, spans
 from dash_export.errors import PolicyError
 from dash_export.models.spec import DecoderSpec, Float32Array
 
@@ -44,7 +47,7 @@ class SkipPolicy:
     width] and `out_bias` [gated] where it has a hidden layer (without, the width is 1), all float32. `static_order` and
     `cosine_order` are gated layers in the order in which a static policy of 1, 2, 3 ... layers skips them: greedily by
     KL, and by the cosine similarity of a layer's input and output (ShortGPT, arXiv 2403.03853); empty where nobody
-    ranked them.
+    ranked them. `reads`: per gated layer the layer whose input its network reads; empty is one layer ahead.
     """
 
     gated: tuple[int, ...]
@@ -53,6 +56,12 @@ class SkipPolicy:
     origin: str = "none"
     static_order: tuple[int, ...] = ()
     cosine_order: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()
+
+    @property
+    def decision_points(self) -> dict[int, tuple[int, ...]]:
+        """The layer whose input is read -> the gated layers that are decided there."""
+        return decision_points(self.gated, self.reads)
 
     @property
     def width(self) -> int:
@@ -90,6 +99,7 @@ def narrowed(policy: SkipPolicy, gated: Iterable[int]) -> SkipPolicy:
         compensation=replace(policy.compensation, weights=kept(policy.compensation.weights)),
         static_order=tuple(layer for layer in policy.static_order if layer in layers),
         cosine_order=tuple(layer for layer in policy.cosine_order if layer in layers),
+        reads=tuple(policy.reads[row] for row in rows) if policy.reads else (),
     )
 
 
@@ -97,6 +107,11 @@ def default_gated(num_layers: int, essential: Iterable[int] = ()) -> tuple[int, 
     """All layers but the first two, the last and those calibration finds essential."""
     kept = {0, 1, num_layers - 1} | set(essential)
     return tuple(layer for layer in range(num_layers) if layer not in kept)
+
+
+def all_at_once(gated: tuple[int, ...]) -> tuple[int, ...]:
+    """`reads` of a policy that decides about all layers from one state: what enters the layer before the first."""
+    return (gated[0] - 1,) * len(gated)
 
 
 def check_gated(gated: Iterable[int], num_layers: int) -> tuple[int, ...]:
@@ -119,6 +134,9 @@ def check_policy(policy: SkipPolicy, spec: DecoderSpec) -> None:
         order = getattr(policy, name)
         if len(set(order)) != len(order) or not set(order) <= set(policy.gated):
             raise PolicyError(f"{name} must list gated layers, each at most once; got {list(order)}.")
+    check_reads(policy.gated, policy.reads)
+    if policy.reads and (policy.width or policy.reads_actions):
+        raise PolicyError("Only a linear network that reads no actions decides about several layers at once.")
     kind = policy.compensation.kind
     if kind not in COMPENSATIONS:
         raise PolicyError(f"There is no compensation {kind!r}. Known: {', '.join(COMPENSATIONS)}.")

@@ -16,7 +16,7 @@ from dash_export.errors import PolicyError
 from dash_export.models import DecoderSpec
 from dash_export.models.spec import RopeSpec
 from dash_export.policy_file import METADATA, card_path, load_policy, save_policy
-from dash_export.skip_policy import SkipPolicy, untrained_policy
+from dash_export.skip_policy import SkipPolicy, narrowed, untrained_policy
 from tests.tiny import with_compensation
 
 HIDDEN = 32
@@ -63,6 +63,21 @@ def test_a_linear_network_is_one_too(tmp_path: Path) -> None:
     wide = {"state": np.ones((3, HIDDEN, 2), np.float32), "bias": np.ones((3, 2), np.float32)}
     with pytest.raises(PolicyError, match=r"\[3, 32, 1\] was expected"):
         save_policy(tmp_path / "q.safetensors", replace(policy_of(), network=wide), SPEC, {})
+
+
+def test_where_decisions_are_made(tmp_path: Path) -> None:
+    """One state for several layers: kept in the file, and by a policy for fewer of them."""
+    network = {"state": np.ones((3, HIDDEN, 1), np.float32), "bias": np.ones((3, 1), np.float32)}
+    once = replace(policy_of(), network=network, reads=(1, 1, 3))
+    save_policy(tmp_path / "p.safetensors", once, SPEC, {})
+    back = load_policy(tmp_path / "p.safetensors", SPEC)
+    assert back.decision_points == {1: (2, 3), 3: (4,)}
+    assert narrowed(back, [3, 4]).decision_points == {1: (3,), 3: (4,)}
+    for reads, said in (((1, 1), "2 layers to read for 3"), ((1, 3, 3), "layer 3 cannot read"), ((1, 0, 3), "layer 2")):
+        with pytest.raises(PolicyError, match=said):
+            save_policy(tmp_path / "q.safetensors", replace(once, reads=reads), SPEC, {})
+    with pytest.raises(PolicyError, match="Only a linear network"):
+        save_policy(tmp_path / "q.safetensors", replace(policy_of(), reads=(1, 1, 1)), SPEC, {})
 
 
 def test_half_precision_is_read(saved: Path) -> None:
@@ -118,6 +133,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "gated-twice": (lambda _, f: f.update(gated=[2, 3, 3]), "rising"),
     "order": (lambda _, f: f.update(static_order=[2, 5]), "static_order"),
     "order-twice": (lambda _, f: f.update(cosine_order=[2, 2]), "cosine_order"),
+    "reads-itself": (lambda _, f: f.update(reads=[1, 3, 3]), "layer 3 cannot read"),
     "origin": (lambda _, f: f.update(origin="\x1b[2Jclear"), "printable"),
     "more-layers": (lambda _, f: f.update(num_layers=8), "this model is a llama of 6 layers"),
     "other-family": (lambda _, f: f.update(model_type="qwen3"), "policy of a qwen3"),

@@ -55,9 +55,10 @@ def build(
     began = time.perf_counter()
     # The portable target is the one whose graphs are their own engines.
     merge = recipe.engine is not None or recipe.dialect != "portable"
-    # On a GPU every policy is an engine of its own and reads what the engine before the last one gave.
-    overlap = recipe.engine is not None
-    segments = plan_segments(bundle.manifest.model.num_layers, bundle.manifest.policy.gated, merge, overlap)
+    facts = bundle.manifest.policy
+    # On a GPU every policy is an engine of its own and reads what an engine gave.
+    alone = facts.decision_points if recipe.engine is not None else ()
+    segments = plan_segments(bundle.manifest.model.num_layers, facts.gated, merge, alone)
     folder = bundle.path(f"engines/{recipe.name}")
     folder.mkdir(parents=True, exist_ok=True)
     bias: dict[int, float] = {}

@@ -52,4 +52,4 @@ def _load(bundle: Bundle, name: str) -> ir.Model:
 
 
 def _policy(bundle: Bundle, layer: int) -> ir.Model:
-    return specialise_policy(load_graph(bundle.graph("policy")), layer)
+    return specialise_policy(load_graph(bundle.graph("policy")), [layer])

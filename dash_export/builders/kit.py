@@ -50,7 +50,8 @@ def write_kit(
     if folder.exists() and not (folder / RECORD).is_file():
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
     bundle.verify(bundle.manifest.files)
-    segments = plan_segments(bundle.manifest.model.num_layers, bundle.manifest.policy.gated, True, True)
+    policy = bundle.manifest.policy
+    segments = plan_segments(bundle.manifest.model.num_layers, policy.gated, True, policy.decision_points)
     checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress))
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

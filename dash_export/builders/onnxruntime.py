@@ -1,7 +1,7 @@
 """Portable graphs + recipe -> ONNX Runtime engines: lowered .onnx files whose weights are mapped from disk.
 
-Every segment has a plain engine; before a gated layer also a `.policy` one that answers for that layer on the way
-(`fused` dispatch). Both map the same weights file.
+Every segment has a plain engine; where the input of one of its layers decides about later ones, also a `.policy` one
+that answers for those on the way (`fused` dispatch). Both map the same weights file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.names import POLICY_STATE, PREFILL
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 15
+LOWERING_REVISION = 16
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 Lowering = Callable[[ir.Model], ir.Model]
@@ -41,8 +41,7 @@ def artifacts(
     lie; `roundings` is asked when an engine is made.
     """
     hashes = {record.name: record.sha256 for record in bundle.manifest.files}
-    gated = bundle.manifest.policy.gated
-    has_network = bundle.manifest.policy.has_network
+    policy = bundle.manifest.policy
 
     def graph_key(*names: str) -> str:
         return graphs_key(bundle, names)
@@ -51,18 +50,18 @@ def artifacts(
         LOWERING_REVISION,
         version("onnxruntime"),
         weights_key(recipe),
-        gated,
+        policy.gated,
         calibration_key(bundle, recipe),
     )
     lowering = lowering_for(bundle, recipe, roundings)
 
-    def with_policy(part: Segment | str, key: str, layer: int) -> Artifact:
+    def with_policy(part: Segment | str, key: str, read: int) -> Artifact:
         plain = part if isinstance(part, str) else part.name
-        policy_key = content_key("fused", key, graph_key("policy"), layer)
+        policy_key = content_key("fused", key, graph_key("policy"), read, policy.decision_points[read])
         return Artifact(
             f"{plain}.policy",
             policy_key,
-            partial(_fused, lowering, bundle, part, folder / f"{plain}.onnx", layer),
+            partial(_fused, lowering, bundle, part, folder / f"{plain}.onnx", read),
             plain,
         )
 
@@ -73,18 +72,18 @@ def artifacts(
     )
     for segment in segments:
         names = graph_names(segment)
-        fused = has_network and segment.last + 1 in gated
-        key = content_key(base, graph_key(*names), fused)
-        yield Artifact(segment.name, key, partial(write_segment, lowering, bundle, segment, fused))
-        if fused:
-            yield with_policy(segment, key, segment.last + 1)
+        read = next((layer for layer in segment.layers if layer in policy.decision_points), None)
+        key = content_key(base, graph_key(*names), read)
+        yield Artifact(segment.name, key, partial(write_segment, lowering, bundle, segment, read))
+        if read is not None:
+            yield with_policy(segment, key, read)
         if segment.gated:
             skip = f"skip_{segment.first:02d}"
             key = content_key(base, graph_key(skip))
             yield Artifact(skip, key, partial(_skip, lowering, bundle, skip))
-            if fused:
-                yield with_policy(skip, key, segment.last + 1)
-            if has_network:
+            if read is not None:
+                yield with_policy(skip, key, read)
+            if policy.has_network:
                 layer = segment.first
                 key = content_key(base, graph_key("policy"), layer)
                 yield Artifact(f"policy_{layer:02d}", key, partial(_policy, lowering, bundle, layer))
@@ -99,12 +98,12 @@ def lowering_for(bundle: Bundle, recipe: Recipe, roundings: Roundings = to_neare
     return partial(lower, recipe=recipe.weights, gated=bundle.manifest.policy.gated, roundings=roundings)
 
 
-def write_segment(lowering: Lowering, bundle: Bundle, segment: Segment, keep_state: bool, out: Path) -> list[Path]:
-    """Compose and lower one segment into `out`. With `keep_state` it also gives what the next layer's policy reads,
-    where that lies inside it.
+def write_segment(lowering: Lowering, bundle: Bundle, segment: Segment, read: int | None, out: Path) -> list[Path]:
+    """Compose and lower one segment into `out`. It also gives what enters its layer `read`, for policies, where that
+    lies inside it.
     """
-    g, state = compose_segment(bundle, segment)
-    if keep_state and str(state.name) != "hidden":
+    g, state = compose_segment(bundle, segment, read)
+    if read is not None and str(state.name) != "hidden":
         state.name = POLICY_STATE
         g.graph.outputs.append(state)
     return save_graph(lowering(g.model()), out / f"{segment.name}.onnx", (ROPE_FILE,))
@@ -122,21 +121,22 @@ def _skip(lowering: Lowering, bundle: Bundle, name: str, out: Path) -> list[Path
 
 
 def _policy(lowering: Lowering, bundle: Bundle, layer: int, out: Path) -> list[Path]:
-    policy = specialise_policy(load_graph(bundle.graph("policy")), layer)
+    policy = specialise_policy(load_graph(bundle.graph("policy")), [layer])
     return save_graph(lowering(policy), out / f"policy_{layer:02d}.onnx")
 
 
-def _fused(lowering: Lowering, bundle: Bundle, part: Segment | str, plain: Path, layer: int, out: Path) -> list[Path]:
-    """A segment or skip graph with the policy for `layer` as one more output. Weights it shares with the plain engine
-    stay in that one's file.
+def _fused(lowering: Lowering, bundle: Bundle, part: Segment | str, plain: Path, read: int, out: Path) -> list[Path]:
+    """A segment or skip graph with the policy that reads the input of its layer `read` as one more output. Weights it
+    shares with the plain engine stay in that one's file.
     """
     if isinstance(part, Segment):
-        g, state = compose_segment(bundle, part)
+        g, state = compose_segment(bundle, part, read)
     else:
         g = GraphWriter(part, f"{part} of {bundle.manifest.model.name}")
         g.graph.outputs.extend(absorb(g, load_graph(bundle.graph(part)), {}).values())
         (state,) = (value for value in g.graph.inputs if value.name == "hidden")
-    policy = specialise_policy(load_graph(bundle.graph("policy")), layer)
+    layers = bundle.manifest.policy.decision_points[read]
+    policy = specialise_policy(load_graph(bundle.graph("policy")), layers)
     g.graph.outputs.extend(absorb(g, policy, {"hidden": state}).values())
     lowered = lowering(g.model())
     known = load_graph(plain).graph.initializers

@@ -186,7 +186,8 @@ class _Walk:
         rng = np.random.default_rng(0)
         self.ids = text_ids(bundle, max(start + count for start, count in (*STEPS, *PROMPT_STEPS)))
         self.states: list[npt.NDArray[Any]] = [self.ids[None, start : start + count] for start, count in STEPS]
-        self.before = self.states
+        self.points = bundle.manifest.policy.decision_points
+        self.read: list[npt.NDArray[Any]] = []
         self.actions = [rng.integers(0, 2, (1, count, 2)).astype(np.float32) for _, count in STEPS]
 
     def compare(self, segment: Segment, name: str, portable: Run, lowered: Run, moves: bool) -> dict[str, float]:
@@ -196,9 +197,9 @@ class _Walk:
         pairs: dict[str, list[_Pair]] = {}
         outputs = []
         for step, (start, count) in enumerate(STEPS):
-            # What a policy reads: the input of the layer before, or (of the first segment) any hidden state.
-            from_before = name.startswith("policy") and self.before[step].dtype == np.float32
-            state = (self.before if from_before else self.states)[step]
+            # A policy reads what entered a segment, or (of a merged one, or of the embedding's) any hidden state.
+            read = self.read[step] if name.startswith("policy") and self.read else self.states[step]
+            state = read if read.dtype == np.float32 else self.states[step]
             inputs = self._inputs(state, step) | {"layer": np.array([segment.first])}
             one, other = (
                 self._step(run, inputs | cache, cache, start, count)
@@ -213,7 +214,9 @@ class _Walk:
                 pair = _Pair(one[key] - base, other[key].astype(np.float32) - base, base)
                 pairs.setdefault("K/V" if key.startswith("row") else key, []).append(pair)
         if moves:
-            self.before, self.states = self.states, outputs
+            if any(layer in self.points for layer in segment.layers):
+                self.read = self.states
+            self.states = outputs
         return {kind: _relative(found) for kind, found in sorted(pairs.items())}
 
     def compare_prompts(self, portable: Run, lowered: Run) -> dict[str, float]:

@@ -12,7 +12,7 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.common import LayerList, plain_table, print_table, result_console
 from dash_export.commands.progress import progress_bar
 
-OF_A_POLICY = ("compensation", "rank", "width", "regression_steps")
+OF_A_POLICY = ("compensation", "rank", "width")
 """Settings that a training takes from the policy it goes on from."""
 
 
@@ -59,6 +59,12 @@ OF_A_POLICY = ("compensation", "rank", "width", "regression_steps")
 @click.option("--compensation", type=click.Choice(["none", "scale", "low_rank"]), help="What a skip adds (low_rank).")
 @click.option("--rank", type=click.IntRange(1, 4096), help="Rank of the low-rank compensation (64).")
 @click.option("--width", type=click.IntRange(0, 4096), help="Hidden units of the damage network; 0: linear (0).")
+@click.option(
+    "--decide",
+    type=click.Choice(["each", "once"]),
+    help="each: about every layer one layer ahead. once: about all of them from one state, before the first, which is "
+    "less to compute and to wait for; with --from the network is then learnt anew. (each; with --from as that does it)",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Tuning steps (900): more is slower and better.")
 @click.option("--regression-steps", type=click.IntRange(min=1), help="Steps of damage regression before them (120).")
 @click.option(
@@ -98,7 +104,8 @@ def command(
     assert set(given) <= known
     for reason, idle, names in (
         ("--from takes", start is not None, OF_A_POLICY),
-        ("--kind static trains", kind == "static", ("width", "regression_steps", "trade_offs")),
+        ("--from without --decide takes", start is not None and chosen["decide"] is None, ("regression_steps",)),
+        ("--kind static trains", kind == "static", ("width", "decide", "regression_steps", "trade_offs")),
         ("--compensation none tunes", chosen["compensation"] == "none", ("rank", "tuning_steps")),
         ("--compensation scale has", chosen["compensation"] == "scale", ("rank",)),
     ):

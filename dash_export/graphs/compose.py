@@ -1,8 +1,8 @@
-"""Graph surgery that every lowering starts with: chain graphs into one segment, specialise the policy for one layer."""
+"""Graph surgery that every lowering starts with: chain graphs into one segment, specialise the policy for layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,22 +81,35 @@ def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]
     return outputs
 
 
-def specialise_policy(model: ir.Model, layer: int) -> ir.Model:
+def specialise_policy(model: ir.Model, layers: Sequence[int]) -> ir.Model:
     """Fix the policy graph's `layer` input: gathers by layer become constants. Inputs `hidden`, `actions`; output
-    `damage`.
+    `damage` [batch, sequence]. For several layers, which a linear policy decides from one state, their columns stand
+    side by side, and `damage` is [batch, sequence, layers].
     """
     graph = model.graph
     (layer_input,) = (value for value in graph.inputs if value.name == "layer")
     graph.inputs.remove(layer_input)
-    layer_input.replace_all_uses_with(add_constant(graph, f"layer@{layer}", np.array([layer])))
+    of = f"@{layers[0]}"
+    layer_input.replace_all_uses_with(add_constant(graph, f"layer{of}", np.array(layers)))
     for node in list(graph):
         if node.op_type not in ("Gather", "Squeeze"):
             continue
         first, second = (constant_value(value) for value in node.inputs)
         if first is not None and second is not None:
-            result = np.take(first, second, axis=0) if node.op_type == "Gather" else np.squeeze(first, tuple(second))
-            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.outputs[0].name}@{layer}", result))
+            if node.op_type == "Gather":
+                result = np.take(first, second, axis=0)
+            elif len(layers) == 1:
+                result = np.squeeze(first, tuple(second))
+            else:
+                result = np.moveaxis(np.squeeze(first, -1), 0, -1)
+            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.outputs[0].name}{of}", result))
             graph.remove(node, safe=True)
+        elif len(layers) > 1 and (whole := node.inputs[0]) is not None:
+            node.outputs[0].replace_all_uses_with(whole, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+    if len(layers) > 1:
+        (damage,) = graph.outputs
+        damage.name, damage.shape = "damage", ir.Shape(["batch", "sequence", len(layers)])
     drop_unused(graph)
     return model
 

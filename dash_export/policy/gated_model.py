@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dash_export.decision import decision_points
 from dash_export.models import Checkpoint
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.skip_policy import HISTORY
@@ -86,21 +87,24 @@ class GatedModel:
             hidden = self.model.model.embed_tokens(ids)
             rotary = self.rotary(hidden)
             history = torch.zeros(*ids.shape, HISTORY, device=ids.device)
-            before = hidden
+            points = decision_points(modules.gated, modules.reads)
+            read_at = {layer: read for read, layers in points.items() for layer in layers}
+            states: dict[int, torch.Tensor] = {}
             decisions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
             rows = {layer: row for row, layer in enumerate(modules.gated)}
             for index, layer in enumerate(self.model.model.layers):
                 row = rows.get(index)
+                if index in points:
+                    states[index] = hidden
                 ran = layer(hidden, attention_mask=None, position_embeddings=rotary)
                 if row is None:
-                    before, hidden = hidden, ran
+                    hidden = ran
                     history = _shift(history, torch.zeros_like(dense))
                     continue
                 with torch.set_grad_enabled(outer):
-                    damage = self._damage(modules, row, before, history)
+                    damage = self._damage(modules, row, states[read_at[index]], history)
                 skip = decide(row, damage.detach()) & ~dense
                 taken = skip.float()
-                before = hidden
                 if soften is not None:
                     soft = soften(damage)
                     taken = (taken + soft - soft.detach()) * ~dense
@@ -123,11 +127,11 @@ class GatedModel:
         tables: tuple[torch.Tensor, torch.Tensor] = self.model.model.rotary_emb(hidden, positions)
         return tables
 
-    def _damage(self, modules: SkipModules, row: int, before: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    def _damage(self, modules: SkipModules, row: int, state: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         if not modules.network:
-            return torch.zeros(before.shape[:-1], device=before.device)
+            return torch.zeros(state.shape[:-1], device=state.device)
         # The network learns from decisions, the base's hidden states do not: they are its input as they are.
-        return modules.damage(row, self.normed(before).detach(), history)
+        return modules.damage(row, self.normed(state).detach(), history)
 
 
 def _shift(history: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,11 @@ class TrainingSettings:
     """How a policy is trained. Steps are batches of `windows` windows of `window` tokens.
 
     `rank`: of the low-rank compensation; `width`: hidden units of the damage network, 0 for a linear one; `history`:
-    whether it reads the last two actions. `trade_offs`: the range of the dial that training covers, in nats per dense
-    token time. `again`: the share of the tuning's learning rates when it goes on from a trained policy. `own_prompts`
-    continuations of the model's own, of up to `own_tokens` tokens, join the corpus. `held_out`: share of every text
-    that is only evaluated on.
+    whether it reads the last two actions; `decide`: about `each` layer one layer ahead, or about all of them at `once`,
+    from the state before the first; empty is as the policy that training goes on from, else `each`. `trade_offs`: the
+    range of the dial that training covers, in nats per dense token time. `again`: the share of the tuning's learning
+    rates when it goes on from a trained policy. `own_prompts` continuations of the model's own, of up to `own_tokens`
+    tokens, join the corpus. `held_out`: share of every text that is only evaluated on.
     """
 
     seed: int = 0
@@ -23,6 +24,7 @@ class TrainingSettings:
     rank: int = 64
     width: int = 0
     history: bool = False
+    decide: str = ""
     fit_steps: int = 40
     warm_up_steps: int = 50
     regression_steps: int = 120

@@ -23,6 +23,7 @@ class SkipModules(nn.Module):
     def __init__(self, policy: SkipPolicy) -> None:
         super().__init__()
         self.gated = policy.gated
+        self.reads = policy.reads
         self.kind = policy.compensation.kind
         self.network = nn.ParameterDict(_parameters(policy.network or {}))
         self.compensation = nn.ParameterDict(_parameters(policy.compensation.weights))
@@ -49,7 +50,11 @@ class SkipModules(nn.Module):
     def to_policy(self, origin: str) -> SkipPolicy:
         """The weights as numpy arrays (copies)."""
         return SkipPolicy(
-            self.gated, _arrays(self.network) or None, Compensation(self.kind, _arrays(self.compensation)), origin
+            self.gated,
+            _arrays(self.network) or None,
+            Compensation(self.kind, _arrays(self.compensation)),
+            origin,
+            reads=self.reads,
         )
 
 

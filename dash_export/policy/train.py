@@ -32,6 +32,7 @@ from dash_export.runtime.text import Text
 from dash_export.skip_policy import SkipPolicy, check_gated, default_gated, narrowed
 
 KINDS = ("token", "static")
+DECIDE = ("", "each", "once")
 LARGEST_STATIC_SET = 8
 OWN_WORDS = "own words"
 CONTINUATIONS = "own-words.npz"
@@ -56,7 +57,7 @@ def train(
 
     With `start`, a trained policy of this model, training goes on from there, to tune it further or for other text:
     network and compensation are as they are in it (of the `gated` layers only, where given), and only the tuning steps
-    are done.
+    are done. Where it shall `decide` in the other way, its network is learnt anew.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
     done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
@@ -65,6 +66,10 @@ def train(
     output, settings = Path(output), settings or TrainingSettings()
     if kind not in KINDS:
         raise PolicyError(f"There is no trainable policy kind {kind!r}. Known: {', '.join(KINDS)}.")
+    if settings.decide not in DECIDE:
+        raise PolicyError(f"There is no way to decide {settings.decide!r}. Known: each, once.")
+    if settings.decide == "once" and (settings.width or settings.history):
+        raise PolicyError("Only a linear network that reads no actions decides about all layers at once.")
     if not 0 < settings.trade_offs[0] < settings.trade_offs[1]:
         raise PolicyError(f"Trade-offs go from a low to a higher one, above 0; got {settings.trade_offs}.")
     if output.suffix != ".safetensors":
@@ -76,6 +81,8 @@ def train(
     policy = None if start is None else _trained(start, spec, kind)
     if policy is not None:
         policy = policy if gated is None else narrowed(policy, gated)
+        if kind == "token" and settings.decide not in ("", _decides(policy)):
+            policy = replace(policy, network=None, reads=())
         gated, settings = policy.gated, _further(settings, policy)
     layers = check_gated(default_gated(spec.num_layers) if gated is None else gated, spec.num_layers)
     if not layers:
@@ -130,19 +137,29 @@ def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
     return policy
 
 
+def _decides(policy: SkipPolicy) -> str:
+    return "once" if policy.reads else "each"
+
+
 def _further(settings: TrainingSettings, policy: SkipPolicy) -> TrainingSettings:
     """What is left to do for a trained policy, and what it says of itself."""
     down = policy.compensation.weights.get("down")
-    return replace(
+    settings = replace(
         settings,
         compensation=policy.compensation.kind,
         rank=settings.rank if down is None else int(down.shape[-1]),
+        fit_steps=0,
+        compensation_rate=settings.compensation_rate * settings.again,
+    )
+    if policy.network is None:
+        return settings
+    return replace(
+        settings,
         width=policy.width,
         history=policy.reads_actions,
-        fit_steps=0,
+        decide=_decides(policy),
         warm_up_steps=0,
         regression_steps=0,
-        compensation_rate=settings.compensation_rate * settings.again,
         refinement_rate=settings.refinement_rate * settings.again,
     )
 

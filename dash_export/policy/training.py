@@ -3,7 +3,7 @@
     1. the model's own continuations of the prompts join the corpus
     2. the compensation in closed form, and the cosine ranking (compensation.py)
     3. damage regression: the network, from forward passes (regression.py)
-       (a training that goes on from a policy takes both from it)
+       (a training that goes on from a policy takes both from it, or, where it shall decide otherwise, the first)
     4. tuning: compensation and network together, by KL (tuning.py)
     5. the greedy static order, for the static kind of the same bundle (ranking.py)
 
@@ -30,7 +30,7 @@ from dash_export.policy.regression import Regression
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.skip_modules import SkipModules, initial_network
 from dash_export.policy.tuning import StaticTuning, Tuning
-from dash_export.skip_policy import Compensation, SkipPolicy
+from dash_export.skip_policy import Compensation, SkipPolicy, all_at_once
 
 SAVE_EVERY = 20
 RANKING_BATCHES = 2
@@ -42,7 +42,7 @@ STATE = "state.pt"
 @dataclass
 class Training:
     """One training run. `folder` holds its checkpoint until it is done. `start`: the policy that it goes on from, of
-    the same gated layers; then only tuning and ranking are left to do.
+    the same gated layers, without its network where that is learnt anew; then only what comes after is left to do.
     """
 
     model: GatedModel
@@ -65,7 +65,9 @@ class Training:
                 "ranking": len(self.gated) * RANKING_BATCHES * 6,
             }
         )
-        start = self.start or replace(self._fitted(), network=self._initial_network())
+        start = self.start or self._fitted()
+        if start.network is None:
+            start = replace(start, network=self._initial_network(), reads=self._reads())
         modules = SkipModules(start).to(self.model.device)
         regression = Regression(self.model, modules, settings.trade_offs)
         learning = [(list(modules.network.values()), settings.network_rate)]
@@ -149,6 +151,9 @@ class Training:
     def _initial_network(self) -> dict[str, np.ndarray]:
         settings, hidden = self.settings, self.model.spec.hidden_size
         return initial_network(len(self.gated), hidden, settings.width, settings.history, settings.seed)
+
+    def _reads(self) -> tuple[int, ...]:
+        return all_at_once(self.gated) if self.settings.decide == "once" else ()
 
     def _fitted(self) -> SkipPolicy:
         """The compensation in closed form and the cosine order, without a network."""

@@ -24,16 +24,14 @@ _LENGTHS = ("seqlens_k", "total_length")
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """Which engine, and which portable graph says what it computes: `portable`, of `segment`."""
+    """Which engine, and which portable graph says what it computes: `portable`, of `segment`. `decides`: the layers
+    that a policy in it decides.
+    """
 
     name: str
     portable: str
     segment: Segment
-
-    @property
-    def decides(self) -> int:
-        """The layer that a policy in this engine decides."""
-        return self.segment.first if self.portable.startswith("policy") else self.segment.last + 1
+    decides: tuple[int, ...] = ()
 
 
 def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
@@ -49,8 +47,12 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
         portable = name.removesuffix(FUSED)
         for segment in build.segments:
             own = (segment.name, f"skip_{segment.first:02d}", f"policy_{segment.first:02d}")
+            if portable == own[2]:
+                return EngineFacts(name, portable, segment, (segment.first,))
             if portable == own[0] or (segment.gated and portable in own):
-                return EngineFacts(name, portable, segment)
+                points = bundle.manifest.policy.decision_points if name.endswith(FUSED) else {}
+                decides = (points[layer] for layer in segment.layers if layer in points)
+                return EngineFacts(name, portable, segment, next(decides, ()))
     merged = [item.name for item in build.segments if name in (f"layer_{layer:02d}" for layer in item.layers)]
     hint = f"{name} is part of the segment {merged[0]}. " if merged else ""
     raise BundleError(
@@ -62,12 +64,12 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
 class PortableEngine:
     """Runs one engine on the inputs of its portable graph. Memory is bound once per shape, as the runtime binds it."""
 
-    def __init__(self, engine: Engine, facts: EngineFacts, model: ModelFacts, score_bias: float | None) -> None:
-        """`score_bias` is what the host adds to a linear policy's score."""
+    def __init__(self, engine: Engine, facts: EngineFacts, model: ModelFacts, score_bias: Mapping[int, float]) -> None:
+        """`score_bias` is what the host adds to a linear policy's scores, by layer."""
         self._engine = engine
         self._name = facts.name
         self._model = model
-        self._score_bias = score_bias
+        self._score_bias = np.array([score_bias[layer] for layer in facts.decides if score_bias], np.float32)
         layers = facts.segment.layers
         portable = [name for layer in layers for name in (*past_names(layer), *present_names(layer))]
         self._portable = {short_name(name): name for name in portable} | {name: name for name in portable}
@@ -154,7 +156,7 @@ class PortableEngine:
             POLICY_STATE: (1, count, hidden),
             "logits": (1, count - first, vocab),
             "damage": (1, count),
-            "score": (1, 1, count),
+            "score": (1, len(self._score_bias), count),
         }
         shapes |= dict.fromkeys(
             [name for name, *_ in self._rows], (1, count, self._model.num_kv_heads * self._model.head_dim)
@@ -181,6 +183,7 @@ class PortableEngine:
         written = {name: present for name, _, present in self._rows}
         names = [self._portable.get(name, name) for name in self._engine.outputs if name != POLICY_STATE]
         found = {written.get(name, name): self._memory[written.get(name, name)] for name in names}
-        if "score" in found and self._score_bias is not None:
-            found["damage"] = np.logaddexp(0.0, found.pop("score")[:, 0] + np.float32(self._score_bias))
+        if "score" in found:
+            damage = np.logaddexp(0.0, found.pop("score") + self._score_bias[:, None])
+            found["damage"] = damage[:, 0] if len(self._score_bias) == 1 else damage
         return found

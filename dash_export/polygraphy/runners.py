@@ -108,7 +108,7 @@ def _load(bundle: str, target: str, name: str) -> PortableEngine:
             "whole steps, or compare graphs with `dash-export build --verify`."
         )
     engine = _own_threads(opened.path(build.engines[name].file))
-    return PortableEngine(engine, facts, opened.manifest.model, build.policy_bias.get(facts.decides))
+    return PortableEngine(engine, facts, opened.manifest.model, build.policy_bias)
 
 
 def _own_threads(path: Path) -> Engine:

@@ -58,15 +58,17 @@ class Oracle:
         damage = np.zeros((count, layers), np.float32)
         executed = np.zeros(count, np.int64)
         dense = np.arange(count) < max(prefix, DENSE_POSITIONS)
-        before = hidden  # the input of the layer before: what a decision reads
+        points = self.policy.decision_points
+        read_at = {layer: read for read, layers in points.items() for layer in layers}
+        inputs: list[torch.Tensor] = []
         for index, layer in enumerate(decoder.layers):
+            inputs.append(hidden[0])
             if self.policy.network is not None and index in self.policy.gated:
-                damage[:, index] = self.damage(before[0], taken, index)
+                damage[:, index] = self.damage(inputs[read_at[index]], taken, index)
             if actions is not None:
                 taken[:, index] = actions[:, index]
             elif rule is not None and index in self.policy.gated:
                 taken[:, index] = np.where(dense, Action.RUN, rule.decide(index, damage[:, index], executed))
-            before = hidden
             ran = layer(hidden, attention_mask=mask, position_embeddings=rotary)
             ran = ran[0] if isinstance(ran, tuple) else ran
             skip = torch.from_numpy(taken[:, index] == Action.SKIP)[None, :, None]
@@ -86,8 +88,8 @@ class Oracle:
         return ids, result
 
     def damage(self, state: torch.Tensor, actions: npt.NDArray[np.int8], layer: int) -> npt.NDArray[np.float32]:
-        """The policy network for gated `layer`: state [tokens, hidden] = input of layer - 1, actions [tokens, layers]
-        so far -> [tokens].
+        """The policy network for gated `layer`: state [tokens, hidden] = the input that it reads, actions [tokens,
+        layers] so far -> [tokens].
         """
         network = self.policy.network
         assert network is not None

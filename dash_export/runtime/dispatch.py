@@ -34,6 +34,17 @@ LINEAR_SCORE = 30.0
 """From here on softplus(x) is x in float32, and exp(x) may overflow."""
 
 
+def _in_turn(launches: Sequence[Launch]) -> Launch | None:
+    if len(launches) < 2:
+        return launches[0] if launches else None
+
+    def all_of_them() -> None:
+        for launch in launches:
+            launch()
+
+    return all_of_them
+
+
 class BoundStep:
     """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences."""
 
@@ -60,7 +71,19 @@ class BoundStep:
         self._history = np.zeros((model.num_layers + 1, *shape, 2), np.float32)
         self._damage = np.zeros((model.num_layers, batch * sequence), np.float32)
         self._unread = False
-        self._score = np.zeros((model.num_layers, batch, 1, sequence), np.float32)
+        # By the layer whose input is read, [batch, layers decided there, sequence], one after the other.
+        self._points = engines.decision_points
+        self._score = np.zeros(batch * sequence * sum(map(len, self._points.values())), np.float32)
+        ends = np.cumsum([batch * sequence * len(layers) for layers in self._points.values()], dtype=int)[:-1]
+        self._scores = {
+            read: part.reshape(batch, len(layers), sequence)
+            for (read, layers), part in zip(self._points.items(), np.split(self._score, ends), strict=False)
+        }
+        self._score_of = {
+            layer: self._scores[read][:, index]
+            for read, layers in self._points.items()
+            for index, layer in enumerate(layers)
+        }
         self._score_bias = engines.score_bias
         # Two buffers in turn; run and skip write the same one, but where rows differ skip has its own and each row
         # takes from the one or the other.
@@ -85,12 +108,14 @@ class BoundStep:
         # Python floats and ints through flat views: the decode loop makes no array objects.
         self._history_view: Any = self._history.reshape(-1).data
         self._damage_view: Any = self._damage.reshape(-1).data
-        self._score_view: Any = self._score.reshape(-1).data
+        # Of one token, in the order of the gated layers.
+        self._score_view: Any = self._score.data
+        self._score_index = {layer: index for index, layer in enumerate(self._score_of)}
         self.actions = np.zeros((batch * sequence, model.num_layers), np.int8)
         self._actions_view: Any = self.actions.reshape(-1).data
         self._all_run = np.full(self.actions.size, Action.RUN, np.int8).data
         self._reads_history = engines.reads_history
-        self._plans = Plans(model.num_layers, self._score_bias)
+        self._plans = Plans(model.num_layers, self._score_bias, self._score_index, self._points)
 
     @property
     def damage(self) -> npt.NDArray[np.float32]:
@@ -109,12 +134,11 @@ class BoundStep:
             here, there = self._hidden[index % 2], self._hidden[(index + 1) % 2]
             skip_out = self._hidden[SKIPPED] if self._rows_differ else there
             shared = self._shared(segment, here)
-            policy = None
-            if item.policy is not None:
-                layer = segment.first
+            policies = []
+            for layer, engine in item.policies.items():
                 inputs = {"hidden": state, "actions": self._history[layer - 1], "layer": np.array([layer])}
-                policy = item.policy.bind(inputs, self._decision(layer))
-            # What a policy engine of its own reads for the next gated layer: the input of this segment's last layer.
+                policies.append(engine.bind(inputs, self._decision(layer)))
+            # What policy engines of their own read: the input of this segment's layer, or of one inside it.
             state = np.zeros_like(here) if POLICY_STATE in item.run.outputs else here
             outputs = shared | self._outputs(segment) | {POLICY_STATE: state}
             bound.append(
@@ -123,7 +147,7 @@ class BoundStep:
                     len(segment.layers),
                     item.run.bind(shared, outputs | {"hidden_out": there}),
                     self._bind_skip(item.skip, segment.first, shared, outputs | {"hidden_out": skip_out}),
-                    policy,
+                    _in_turn(policies),
                     there,
                 )
             )
@@ -161,13 +185,14 @@ class BoundStep:
 
     def _outputs(self, segment: Segment) -> dict[str, npt.NDArray[Any]]:
         outputs: dict[str, npt.NDArray[Any]] = {"logits": self.logits}
-        if segment.last + 1 < self._model.num_layers:
-            outputs |= self._decision(segment.last + 1)
+        for layer in segment.layers:
+            if layer in self._points:
+                outputs |= self._decision(self._points[layer][0]) | {"score": self._scores[layer]}
         return outputs
 
     def _decision(self, layer: int) -> dict[str, npt.NDArray[np.float32]]:
-        """Where a policy answers for `layer`: with the damage, or with its score."""
-        return {"damage": self._damage[layer].reshape(self.batch, -1), "score": self._score[layer]}
+        """Where a policy answers for `layer` alone: with the damage, or with its score."""
+        return {"damage": self._damage[layer].reshape(self.batch, -1), "score": self._score_of[layer][:, None]}
 
     def launches(self) -> list[tuple[Launch, Launch | None]]:
         """Per segment what runs it and what skips it, to be timed one by one after `place`."""
@@ -213,14 +238,14 @@ class BoundStep:
         executed = 0
         for segment in self.segments:
             layer = segment.layer
+            if segment.policy is not None:
+                segment.policy()
             if layer < 0:
                 segment.run()
                 executed += segment.count
                 continue
-            if segment.policy is not None:
-                segment.policy()
             if score_bias:
-                biased = score[layer] + score_bias[layer]
+                biased = score[self._score_index[layer]] + score_bias[layer]
                 damage[layer] = log1p(exp(biased)) if biased < LINEAR_SCORE else biased
             if skips(layer, damage[layer], executed):
                 history[2 * layer + 1] = history[2 * layer + 2] = 1.0
@@ -240,21 +265,27 @@ class BoundStep:
             self._history.fill(0.0)
         asked, self._unread = (self._score_view, True) if self._score_bias else (self._damage_view, False)
         executed = self._model.num_layers
-        for run, skip, layer, limit in plan.steps:
-            if asked[layer] < limit:
-                actions[layer] = 1
-                executed -= 1
-                if history is not None:
-                    history[2 * layer + 1] = history[2 * layer + 2] = 1.0
-                skip()
-            else:
-                run()
+        for before, choices in plan.stages:
+            for launch in before:
+                launch()
+            chosen = []
+            for run, skip, layer, index, limit in choices:
+                if asked[index] < limit:
+                    actions[layer] = 1
+                    executed -= 1
+                    if history is not None:
+                        history[2 * layer + 1] = history[2 * layer + 2] = 1.0
+                    chosen.append(skip)
+                else:
+                    chosen.append(run)
+            for launch in chosen:
+                launch()
         return executed
 
     def _read_scores(self, layer: int) -> None:
         if layer in self._score_bias:
             # In float64, as `decode` does it: a tie must not fall differently.
-            score = self._score[layer].reshape(-1).astype(np.float64)
+            score = self._score_of[layer].reshape(-1).astype(np.float64)
             self._damage[layer] = np.logaddexp(0.0, score + self._score_bias[layer])
 
     def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
@@ -310,13 +341,13 @@ class BoundStep:
         ran = 0
         for segment in self.segments:
             layer = segment.layer
+            if segment.policy is not None:
+                segment.policy()
             if layer < 0 or segment.skip is None:
                 segment.run()
                 executed += segment.count
                 ran += segment.count
                 continue
-            if segment.policy is not None:
-                segment.policy()
             self._read_scores(layer)
             skipped = skipped_rows(layer, self._damage[layer], executed)
             self.actions[skipped, layer] = Action.SKIP

@@ -10,7 +10,7 @@ from dash_export.runtime.backends.base import Backend, Engine
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.cpus import cpu_name, saturates_int8
 from dash_export.runtime.dispatch import BoundStep
-from dash_export.runtime.engines import SegmentEngines
+from dash_export.runtime.engines import SegmentEngines, policies_by_segment
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +42,16 @@ class EngineSet:
             return backend.load(bundle.path((record or build.engines[name]).file))
 
         fused = dispatch == "fused"
+        self.decision_points = bundle.manifest.policy.decision_points
+        asked = self.decision_points if dispatch == "sync" else {}
         self.segments = [
             SegmentEngines(
                 segment,
                 load(segment.name, fused),
                 load(f"skip_{segment.first:02d}", fused) if segment.gated else None,
-                load(f"policy_{segment.first:02d}") if segment.gated and dispatch == "sync" else None,
+                policies,
             )
-            for segment in build.segments
+            for segment, policies in zip(build.segments, policies_by_segment(build.segments, asked, load), strict=True)
         ]
         self._for_prompts: list[SegmentEngines[Engine]] | None = None
         if PREFILL in build.engines and saturates_int8():
@@ -60,9 +62,12 @@ class EngineSet:
             )
         elif PREFILL in build.engines:
             whole = Segment.whole(self.model.num_layers)
-            self._for_prompts = [SegmentEngines(whole, load(PREFILL), None, None)]
+            self._for_prompts = [SegmentEngines(whole, load(PREFILL), None, {})]
         engines = [
-            engine for item in self.segments for engine in (item.run, item.skip, item.policy) if engine is not None
+            engine
+            for item in self.segments
+            for engine in (item.run, item.skip, *item.policies.values())
+            if engine is not None
         ]
         self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
         self.reads_history = any("actions" in engine.inputs for engine in engines)

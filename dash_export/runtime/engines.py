@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -16,12 +17,25 @@ EngineT = TypeVar("EngineT")
 
 @dataclass(frozen=True)
 class SegmentEngines(Generic[EngineT]):
-    """The engines of one segment. `skip` and, where the dispatch asks one, `policy` for a gated one."""
+    """The engines of one segment. `skip` for a gated one. `policies`, where the dispatch has them as engines: by the
+    layer they decide about, those that read a state that the segment before was the last to leave as it was.
+    """
 
     segment: Segment
     run: EngineT
     skip: EngineT | None
-    policy: EngineT | None
+    policies: Mapping[int, EngineT]
+
+
+def policies_by_segment(
+    segments: Sequence[Segment], points: Mapping[int, Sequence[int]], load: Callable[[str], EngineT]
+) -> list[dict[int, EngineT]]:
+    """Per segment the policy engines asked before it: those that read the input of a layer of the segment before."""
+    found: list[dict[int, EngineT]] = [{} for _ in segments]
+    for read, layers in points.items():
+        reader = next(index for index, segment in enumerate(segments) if read in segment.layers)
+        found[reader + 1] |= {layer: load(f"policy_{layer:02d}") for layer in layers}
+    return found
 
 
 class Cache(Protocol):

@@ -43,13 +43,18 @@ class FixedPlan:
     executed: int
 
 
+Choice = tuple[Launch, Launch, int, int, float]
+"""What runs, what skips, the layer, where its score (of a linear policy, else its damage) stands, and the limit below
+which it is skipped. No score is below that of what always runs."""
+
+
 @dataclass(frozen=True)
 class ComparingPlan:
-    """In turn: what runs, what skips, the layer, and the score (of a linear policy, else the damage) below which it is
-    skipped; no score is below that of what always runs, which `sync` dispatch's policies are among.
+    """By decision point: what is launched before its scores are there (`sync` dispatch's policies too), then what they
+    decide. All of that is compared at once, while it is in the caches, and then launched.
     """
 
-    steps: tuple[tuple[Launch, Launch, int, float], ...]
+    stages: tuple[tuple[tuple[Launch, ...], tuple[Choice, ...]], ...]
 
 
 Plan = FixedPlan | ComparingPlan
@@ -62,8 +67,16 @@ class Plans:
 
     KEPT = 64
 
-    def __init__(self, num_layers: int, score_bias: Mapping[int, float]) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        score_bias: Mapping[int, float],
+        score_index: Mapping[int, int],
+        points: Mapping[int, Sequence[int]],
+    ) -> None:
         self._num_layers, self._score_bias = num_layers, score_bias
+        self._index = score_index if score_bias else {layer: layer for layer in range(num_layers)}
+        self._firsts = {layers[0] for layers in points.values()}
         # With what they are of, so that no other object gets its id.
         self._known: dict[tuple[int, int], tuple[object, object, Plan | None]] = {}
 
@@ -92,15 +105,21 @@ class Plans:
         ):
             return None
         limits = dict(enumerate(rule.limits)) | score_limits(rule.limits, self._score_bias)
-        steps: list[tuple[Launch, Launch, int, float]] = []
+        stages: list[tuple[list[Launch], list[Choice]]] = [([], [])]
         for segment in segments:
+            if segment.layer in self._firsts or segment.policy is not None:
+                stages.append(([], []))
+            before, choices = stages[-1]
             if segment.policy is not None:
-                steps.append((segment.policy, segment.policy, 0, -inf))
-            if segment.skip is None:
-                steps.append((segment.run, segment.run, 0, -inf))
+                before.append(segment.policy)
+            if segment.skip is not None:
+                layer = segment.layer
+                choices.append((segment.run, segment.skip, layer, self._index[layer], limits[layer]))
+            elif choices:
+                choices.append((segment.run, segment.run, 0, 0, -inf))
             else:
-                steps.append((segment.run, segment.skip, segment.layer, limits[segment.layer]))
-        return ComparingPlan(tuple(steps))
+                before.append(segment.run)
+        return ComparingPlan(tuple((tuple(before), tuple(choices)) for before, choices in stages))
 
 
 def score_limits(limits: Sequence[float], bias: Mapping[int, float]) -> dict[int, float]:

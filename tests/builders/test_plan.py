@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_export.builders.plan import plan_segments
+from dash_export.decision import decision_points
 
 LAYERS = 10
 
@@ -26,20 +27,20 @@ def test_a_gated_last_layer_leaves_the_head_alone() -> None:
     assert names((9,)) == ["layers_00-08", "layer_09", "head"]
 
 
-def test_overlap_lets_what_stands_before_a_gated_layer_alone() -> None:
-    def overlapped(*gated: int) -> list[str]:
-        return [segment.name for segment in plan_segments(LAYERS, gated, overlap=True)]
+def test_layers_whose_input_is_read_are_segments_of_their_own() -> None:
+    def apart(gated: tuple[int, ...], *alone: int) -> list[str]:
+        return [segment.name for segment in plan_segments(LAYERS, gated, alone=alone)]
 
-    assert overlapped(4) == ["layers_00-02", "layer_03", "layer_04", "layers_05-09"]
-    assert overlapped(2) == ["layer_00", "layer_01", "layer_02", "layers_03-09"]
-    assert overlapped(1) == ["embed", "layer_00", "layer_01", "layers_02-09"]
-    assert overlapped() == ["layers_00-09"]
+    assert apart((4,), 3) == ["layers_00-02", "layer_03", "layer_04", "layers_05-09"]
+    assert apart((2,), 1) == ["layer_00", "layer_01", "layer_02", "layers_03-09"]
+    assert apart((1,), 0) == ["embed", "layer_00", "layer_01", "layers_02-09"]
+    assert apart((5, 6), 2) == ["layers_00-01", "layer_02", "layers_03-04", "layer_05", "layer_06", "layers_07-09"]
 
 
 @given(st.sets(st.integers(1, LAYERS - 1)))
-def test_overlap_gives_every_policy_an_engine_to_run_beside(gated: set[int]) -> None:
+def test_every_policy_has_an_engine_to_run_beside(gated: set[int]) -> None:
     """The policy for layer l reads the input of layer l - 1: the output of the engine before it."""
-    segments = plan_segments(LAYERS, sorted(gated), overlap=True)
+    segments = plan_segments(LAYERS, sorted(gated), alone=decision_points(sorted(gated), ()))
     assert [layer for segment in segments for layer in segment.layers] == list(range(LAYERS))
     for before, segment in pairwise(segments):
         if segment.gated:

@@ -26,8 +26,8 @@ lowering = import_module("dash_export.graphs.trt.lower")
 
 
 def checks(bundle: Bundle, recipe: Recipe) -> dict[str, verify.Check]:
-    model = bundle.manifest.model
-    segments = plan_segments(model.num_layers, bundle.manifest.policy.gated, True, True)
+    policy = bundle.manifest.policy
+    segments = plan_segments(bundle.manifest.model.num_layers, policy.gated, True, policy.decision_points)
     return {check.engine: check for check in verify.verify_graphs(bundle, recipe, segments, {})[0]}
 
 
@@ -163,7 +163,7 @@ def test_the_engines_that_a_policy_is_fused_into_are_compared_too(tmp_path: Path
 def test_full_precision_graphs_say_what_was_compared(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=4)
     bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint))
-    segments = plan_segments(4, bundle.manifest.policy.gated, True, True)
+    segments = plan_segments(4, bundle.manifest.policy.gated, True, bundle.manifest.policy.decision_points)
     assert "bf16 is not there" in verify.verify_graphs(bundle, load_recipe("h100"), segments, {})[1]
 
 

@@ -45,6 +45,7 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
         (("--rank", 8), 2, "--from takes no --rank"),
         (("--width", 8, "--compensation", "none"), 2, "no --compensation"),
         ((), 1, "no policy file"),
+        (("--regression-steps", 8), 2, "--from without --decide takes no --regression-steps"),
         (("--trade-offs", 0, 1), 2, "0"),
         (("--trade-offs", 0.9, 0.2), 1, "from a low to a higher"),
     ],
@@ -63,6 +64,8 @@ def test_what_does_not_go_together(
     [
         (("--kind", "static", "--width", 8), 2, "static trains no --width"),
         (("--kind", "static", "--trade-offs", 0.2, 0.9), 2, "no --trade-offs"),
+        (("--kind", "static", "--decide", "once"), 2, "static trains no --decide"),
+        (("--decide", "once", "--width", 8), 1, "Only a linear network"),
         (("--compensation", "none", "--steps", 8), 2, "none tunes no --steps"),
         (("--compensation", "scale", "--rank", 8), 2, "scale has no --rank"),
         (("--device", "abacus"), 1, "no device 'abacus'"),

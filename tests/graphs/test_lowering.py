@@ -120,7 +120,7 @@ def test_quantise_block(bits: int, allowed: float, symmetric: bool) -> None:
 
 def test_specialised_policy_needs_no_layer(tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle(tmp_path))
-    policy = specialise_policy(load_graph(bundle.graph("policy")), 3)
+    policy = specialise_policy(load_graph(bundle.graph("policy")), [3])
     assert {value.name for value in policy.graph.inputs} == {"hidden", "actions"}
     assert "Gather" not in {node.op_type for node in policy.graph}
 

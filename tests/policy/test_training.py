@@ -149,6 +149,31 @@ def test_a_trained_policy_is_tuned_further(
     assert after < before
 
 
+def test_another_way_to_decide_is_learnt_anew(
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+) -> None:
+    """The compensation stays, the network is fitted anew and both are tuned; going on from there keeps the way."""
+    path, stages = tmp_path / "once.safetensors", set()
+    once = train(
+        checkpoint,
+        path,
+        [prose],
+        start=trained[0],
+        settings=replace(SETTINGS, decide="once", compensation_rate=0.0),
+        progress=lambda name, *_: stages.add(name.split()[0]),
+    )
+    assert stages == {"reading", "regression", "further", "each", "static", "held-out"}
+    assert once.decision_points == {once.gated[0] - 1: once.gated}
+    for name, array in trained[1].compensation.weights.items():
+        np.testing.assert_array_equal(once.compensation.weights[name], array)
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert (card["settings"]["decide"], card["settings"]["refinement_rate"]) == ("once", SETTINGS.refinement_rate)
+    kept = train(checkpoint, tmp_path / "kept.safetensors", [prose], start=path, settings=SETTINGS)
+    assert kept.reads == once.reads
+    card = json.loads((tmp_path / "kept.json").read_text())
+    assert (card["settings"]["decide"], card["settings"]["regression_steps"]) == ("once", 0)
+
+
 def test_a_static_policy_goes_on_as_one(
     trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
 ) -> None:

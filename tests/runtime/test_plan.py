@@ -86,7 +86,7 @@ def segments(calls: list[str]) -> list[Any]:
 
 def test_what_is_planned() -> None:
     calls: list[str] = []
-    parts, plans = segments(calls), Plans(4, {})
+    parts, plans = segments(calls), Plans(4, {}, {}, {1: (2,), 2: (3,)})
     fixed = plans.plan(FixedRule([3]), parts)
     assert isinstance(fixed, FixedPlan)
     for launch in fixed.launches:
@@ -97,18 +97,38 @@ def test_what_is_planned() -> None:
     assert plans.plan(rule, parts) is None  # its first token
     found = plans.plan(rule, parts)
     assert isinstance(found, ComparingPlan)
-    assert [(layer, limit) for *_, layer, limit in found.steps] == [(0, -inf), (2, 0.05), (0, -inf), (3, 0.1)]
+    assert [[choice[2:] for choice in choices] for _, choices in found.stages] == [[], [(2, 2, 0.05)], [(3, 3, 0.1)]]
     for way in (0, 1):
         calls.clear()
-        for step in found.steps:
-            step[way]()
+        for before, choices in found.stages:
+            for launch in before:
+                launch()
+            for choice in choices:
+                choice[way]()
         assert calls == [["run 0-1", "run 2", "policy 3", "run 3"], ["run 0-1", "skip 2", "policy 3", "skip 3"]][way]
     assert plans.plan(rule, parts) is found
     assert plans.plan(rule, list(parts)) is None  # other launches
 
 
+def test_what_is_decided_at_once() -> None:
+    """Layer 1 always runs between two that one state decides."""
+    parts = [
+        SimpleNamespace(layer=layer, count=1, run=f"run {layer}", skip=None if layer == 1 else "skip", policy=None)
+        for layer in range(-1, 3)
+    ]
+    rule = decision_rule(4, [0, 2], {0: 0.1, 2: 0.2}, 0.5)
+    plans = Plans(4, {0: 0.0, 2: 0.0}, {0: 0, 2: 1}, {-1: (0, 2)})
+    assert [plans.plan(rule, parts) is None for _ in range(2)] == [True, False]  # type: ignore[arg-type]
+    found = plans.plan(rule, parts)  # type: ignore[arg-type]
+    assert isinstance(found, ComparingPlan)
+    (before, nothing), (more, choices) = found.stages
+    assert (before, nothing, more) == (("run -1",), (), ())
+    assert [choice[2:4] for choice in choices] == [(0, 0), (0, 0), (2, 1)]
+    assert [choice[4] == -inf for choice in choices] == [False, True, False]
+
+
 def test_what_has_to_be_asked() -> None:
-    parts, plans = segments([]), Plans(4, {})
+    parts, plans = segments([]), Plans(4, {}, {}, {})
     for rule in (decision_rule(4, [2, 3], {2: 0.1, 3: 0.2}, 0.5, max_layers=3), Asked(DENSE)):
         assert [plans.plan(rule, parts) for _ in range(3)] == [None] * 3
     for _ in range(3 * Plans.KEPT):

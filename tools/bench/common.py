@@ -42,7 +42,7 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     with tempfile.TemporaryDirectory(prefix="dash-export-bench-", dir=root) as name:
         folder = Path(name)
         (folder / "rope.data").write_bytes(bundle.path("onnx/rope.data").read_bytes())
-        path = write_segment(lowering_for(bundle, recipe), bundle, segment, False, folder)[0]
+        path = write_segment(lowering_for(bundle, recipe), bundle, segment, None, folder)[0]
         record = EngineRecord(str(path.relative_to(root)), 0, "")
         yield root, replace(build, segments=(segment,), engines={segment.name: record})
 

@@ -54,10 +54,12 @@ def _share(graph: ir.Graph, unit: ir.Node) -> None:
 
 def fuse_policy(graph: ir.Graph) -> None:
     """The rest of the policy in as few nodes as there are. With a hidden layer or actions, `damage` becomes [1, rows]
-    and `actions` [rows, 2], rows = batch * sequence; else the output is `score` [batch, 1, sequence], before the bias.
+    and `actions` [rows, 2], rows = batch * sequence; else the output is `score` [batch, layers, sequence], before the
+    bias.
     """
     nodes = {str(node.name): node for node in graph if str(node.name).startswith("policy/")}
-    projection, end = nodes["policy/state_projection"], nodes["policy/damage"]
+    projection = nodes["policy/state_projection"]
+    end = nodes.get("policy/damage", nodes["policy/softplus"])
     if {"policy/relu", "policy/sum"}.isdisjoint(nodes):
         score = _score(graph, projection)
         new, output = [score], score.outputs[0]
@@ -69,24 +71,25 @@ def fuse_policy(graph: ir.Graph) -> None:
     end.outputs[0].name = "policy/damage~replaced"
     linear = new[-1].op_type == "FusedMatMul"
     output.name, output.type = "score" if linear else "damage", ir.TensorType(ir.DataType.FLOAT)
-    output.shape = ir.Shape(["batch", 1, "sequence"] if linear else [1, "rows"])
+    rows = constant_value(new[-1].inputs[0])
+    output.shape = ir.Shape(["batch", len(rows), "sequence"] if linear and rows is not None else [1, "rows"])
     kept = ("policy/norm",) if linear else ("policy/norm", projection.name)
     graph.remove([node for name, node in nodes.items() if name not in kept], safe=True)
 
 
 def _score(graph: ir.Graph, projection: ir.Node) -> ir.Node:
-    """state [batch, sequence, hidden] @ column as row @ state^T: [batch, 1, sequence], the same numbers in the same
-    order.
+    """state [batch, sequence, hidden] @ columns as rows @ state^T: [batch, layers, sequence], the same numbers in the
+    same order.
 
     A constant right-hand matrix is packed 16 columns wide, 36 kB to be read for a column of 2; a constant left-hand one
     is read as it is.
     """
     source, weight = projection.inputs
-    column = constant_value(weight)
+    columns = constant_value(weight)
     assert weight is not None
-    assert column is not None
-    row = add_constant(graph, f"{weight.name}.row", column.T)
-    node = ir.node("FusedMatMul", [row, source], {"transB": 1}, domain=CONTRIB, name="policy/score")
+    assert columns is not None
+    rows = add_constant(graph, f"{weight.name}.rows", columns.T)
+    node = ir.node("FusedMatMul", [rows, source], {"transB": 1}, domain=CONTRIB, name="policy/score")
     node.outputs[0].name = "policy/score"
     return node
 

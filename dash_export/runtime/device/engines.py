@@ -6,6 +6,7 @@ import logging
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from dash_export.bundle import Build, Bundle
 from dash_export.errors import ContextLengthError
 from dash_export.runtime.device.base import Device, DeviceEngine, Memory
 from dash_export.runtime.device.blocks import size_of
-from dash_export.runtime.engines import SegmentEngines
+from dash_export.runtime.engines import SegmentEngines, policies_by_segment
 from dash_export.targets import Recipe
 
 if TYPE_CHECKING:
@@ -58,14 +59,13 @@ class DeviceEngines:
         def load(name: str, stream: str = MAIN) -> DeviceEngine:
             return device.engine(bundle.path(build.engines[name].file), stream)
 
+        points = bundle.manifest.policy.decision_points if dispatch != "plain" else {}
+        policies = policies_by_segment(build.segments, points, partial(load, stream=policy_stream))
         self.segments = [
             SegmentEngines(
-                segment,
-                load(segment.name),
-                load(f"skip_{segment.first:02d}") if segment.gated else None,
-                load(f"policy_{segment.first:02d}", policy_stream) if segment.gated and dispatch != "plain" else None,
+                segment, load(segment.name), load(f"skip_{segment.first:02d}") if segment.gated else None, asked
             )
-            for segment in build.segments
+            for segment, asked in zip(build.segments, policies, strict=True)
         ]
 
     @property

@@ -21,7 +21,7 @@ from dash_export.runtime.device.base import Decision, Event, Graph, Recording, S
 from dash_export.runtime.device.blocks import Block
 from dash_export.runtime.device.engines import DeviceCache, DeviceEngines
 from dash_export.runtime.device.ranges import named
-from dash_export.runtime.device.step import ALWAYS_RUN, DeviceStep, Part
+from dash_export.runtime.device.step import ALWAYS_RUN, ASKED, DeviceStep, Part
 from dash_export.runtime.rules import Rule
 
 
@@ -85,9 +85,12 @@ class GraphStep(DeviceStep):
         self.place()
         # All are made before any is launched: making one may move the memory that others work in.
         contexts = [
-            (self.policy if kind == "policy" else self.main, self.context(part, kind))
+            (self.policy if kind.startswith(ASKED) else self.main, self.context(part, kind))
             for part in self.parts
-            for kind in (("run", "skip", "policy") if part.layer != ALWAYS_RUN else ("run",))
+            for kind in (
+                *(("run", "skip") if part.layer != ALWAYS_RUN else ("run",)),
+                *(f"{ASKED}{layer}" for layer in part.engines.policies),
+            )
         ]
         for stream, context in contexts:
             stream.run(context)
@@ -100,9 +103,9 @@ class GraphStep(DeviceStep):
         self._limits.upload(self.main)
         for part, begun in zip(self.parts, self._begun, strict=True):
             decided = None
-            if part.layer != ALWAYS_RUN:
-                assert part.decided is not None
+            if part.decided is not None:
                 self.main.wait(part.decided)
+            if part.layer != ALWAYS_RUN:
                 decided = recording.decide(self.main, self._decision_about(part.layer))
             self.main.record(begun)
             self._policy_beside(part, begun)
@@ -129,11 +132,12 @@ class GraphStep(DeviceStep):
         )
 
     def _policy_beside(self, part: Part, begun: Event) -> None:
-        """The policy for the segment after `part`: it reads the input of `part`, and the decision about it."""
+        """The policies that read the input of `part`, and the decision about it."""
         following = self.parts[part.index + 1] if part.index + 1 < len(self.parts) else None
         if following is not None and following.decided is not None:
             self.policy.wait(begun)
-            self.policy.run(self.context(following, "policy"))
+            for layer in following.engines.policies:
+                self.policy.run(self.context(following, f"{ASKED}{layer}"))
             self.policy.record(following.decided)
 
     def _side(self, part: Part, kind: str, recording: Recording, stream: Stream) -> None:

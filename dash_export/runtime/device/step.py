@@ -3,7 +3,7 @@
 Hidden states alternate between two buffers, as on the host. `overlapped`: while segment i runs on the main stream, the
 policy for the gated segment after it reads the same input on the policy stream; its damage lands in pinned memory, the
 host waits for that event alone, decides, and launches the next segment before segment i has ended. `sync`: the policy
-stands in the main stream before the segment it decides about. `plain`: nothing is asked and nothing waited for.
+stands in the main stream behind the segment whose input it reads. `plain`: nothing is asked and nothing waited for.
 `device`: `graph.py`.
 """
 
@@ -26,6 +26,7 @@ from dash_export.runtime.engines import SegmentEngines
 from dash_export.runtime.rules import Rule
 
 ALWAYS_RUN = -1
+ASKED = "policy "
 
 
 class Part:
@@ -39,7 +40,7 @@ class Part:
         self.layer = segment.first if segment.gated else ALWAYS_RUN
         self.count = len(segment.layers)
         self.done = device.event(f"done {segment.name}")
-        self.decided = device.event(f"decided {segment.name}") if engines.policy is not None else None
+        self.decided = device.event(f"decided {segment.name}") if engines.policies else None
         self.contexts: dict[str, Context] = {}
         # Engines of the `trt10` dialect give the new rows of K and V; others write the cache themselves.
         self.rows = {
@@ -93,12 +94,14 @@ class DeviceStep:
         self.hidden = [self.device.memory(self._hidden_bytes) for _ in range(3 if teacher_forced else 2)]
         row_bytes = model.num_kv_heads * sequence * model.head_dim * self._item
         self.parts = [Part(self.device, index, item, row_bytes) for index, item in enumerate(engines.segments)]
+        self._asked_at = {layer: part for part in self.parts for layer in part.engines.policies}
 
     def context(self, part: Part, kind: str) -> Context:
-        """Of a part's `run`, `skip` or `policy`, bound to this step's memory; made when it is first needed."""
+        """Of a part's `run` or `skip`, or of a policy asked before it (`policy 5`, by its layer), bound to this step's
+        memory; made when it is first needed.
+        """
         if kind not in part.contexts:
-            engine: DeviceEngine | None = getattr(part.engines, kind)
-            assert engine is not None
+            engine = self._engine(part.engines, kind)
             memory = self._memory_of(part, kind)
             names = (*engine.inputs(), *engine.outputs())
             shapes = {name: self._shape(name) for name in engine.inputs()}
@@ -106,12 +109,21 @@ class DeviceStep:
             part.contexts[kind] = engine.context(profile, shapes, {name: memory[name] for name in names})
         return part.contexts[kind]
 
+    @staticmethod
+    def _engine(engines: SegmentEngines[DeviceEngine], kind: str) -> DeviceEngine:
+        if kind.startswith(ASKED):
+            return engines.policies[int(kind.removeprefix(ASKED))]
+        engine = engines.skip if kind == "skip" else engines.run
+        assert engine is not None
+        return engine
+
     def _memory_of(self, part: Part, kind: str) -> Mapping[str, Memory]:
         here, there = self.hidden[part.index % 2], self.hidden[(part.index + 1) % 2]
-        if kind == "policy":
-            # One layer ahead: the input of the segment before, which is the other buffer.
-            history = self._history.memory[str(part.layer - 1)]
-            return {"hidden": there, "actions": history, "damage": self._results.memory[f"damage {part.layer}"]}
+        if kind.startswith(ASKED):
+            # They read the input of the segment before, which is the other buffer.
+            layer = int(kind.removeprefix(ASKED))
+            history = self._history.memory[str(layer - 1)]
+            return {"hidden": there, "actions": history, "damage": self._results.memory[f"damage {layer}"]}
         out = self.hidden[2] if self._teacher_forced and kind == "skip" else there
         memory = {
             **self._inputs.memory,
@@ -260,7 +272,7 @@ class DeviceStep:
         self.main.copy_rows(target, whole, rows, new, new, model.num_kv_heads)
 
     def _look_ahead(self, part: Part, asks: bool) -> None:
-        """Enqueue the policy for the segment after `part`, which has been launched.
+        """Enqueue the policies that read the input of `part`, which has been launched.
 
         Overlapped, it waits only for what made the input of `part`, and so runs beside it.
         """
@@ -269,21 +281,27 @@ class DeviceStep:
             return
         if self.policy is not self.main:
             self.policy.wait(self.parts[part.index - 1].done)
-        context = self.context(following, "policy")
-        history = str(following.layer - 1)
-        if "actions" in following.engines.policy.inputs():  # type: ignore[union-attr]
-            self.policy.upload(self._history.memory[history], self._history.host[history])
-        with named(context.name):
-            self.policy.run(context)
-        name = f"damage {following.layer}"
-        self.policy.download(self._results.host[name], self._results.memory[name])
+        for layer, engine in following.engines.policies.items():
+            context = self.context(following, f"{ASKED}{layer}")
+            history = str(layer - 1)
+            if "actions" in engine.inputs():
+                self.policy.upload(self._history.memory[history], self._history.host[history])
+            with named(context.name):
+                self.policy.run(context)
+            name = f"damage {layer}"
+            self.policy.download(self._results.host[name], self._results.memory[name])
         self.policy.record(following.decided)
+        if self.policy is not self.main and following.layer == ALWAYS_RUN:
+            self.main.wait(following.decided)  # it writes what they read, and no host waits before it
 
     def _decision(self, part: Part) -> npt.NDArray[np.float32]:
-        """Damage [sequence] of skipping a gated part: the one thing the host waits for."""
-        assert part.decided is not None
-        with named(f"decide {part.engines.segment.name}"):
-            part.decided.wait()
+        """Damage [sequence] of skipping a gated part: the one thing the host waits for, once where layers are decided
+        together.
+        """
+        asked_at = self._asked_at[part.layer]
+        if asked_at.decided is not None and next(iter(asked_at.engines.policies)) == part.layer:
+            with named(f"decide {part.engines.segment.name}"):
+                asked_at.decided.wait()
         self.damage[part.layer] = self._results.host[f"damage {part.layer}"][0]
         found: npt.NDArray[np.float32] = self.damage[part.layer]
         return found

@@ -1,0 +1,152 @@
+"""A policy that decides about several layers at once, in every dispatch, is what the oracle says.
+
+Eight layers, of which 3, 4 and 6 are gated and decided by what enters layer 2: layer 5 runs between them. And the same
+policy for 4 and 6 alone, whose state lies inside a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.builders import build
+from dash_export.builders.verify import verification
+from dash_export.bundle import Bundle
+from dash_export.decision import DecisionRule, decision_rule
+from dash_export.exporting import export
+from dash_export.reference import Oracle
+from dash_export.skip_policy import SkipPolicy, narrowed, untrained_policy
+from tests.runtime.device.conftest import RECIPE
+from tests.runtime.device.simulated import SimulatedDevice
+from tests.tiny import tiny_checkpoint, with_compensation
+
+GATED = (3, 4, 6)
+IDS = np.random.default_rng(5).integers(0, 300, 60).astype(np.int64)
+PROMPT = 20
+HOST = [("cpu-fp32", "fused"), ("cpu-fp32", "sync"), ("portable", "sync")]
+DEVICE = [("trt10", "overlapped"), ("trt10", "sync"), ("trt10", "device")]
+TOLERANCE = 1e-4
+
+
+class Case:
+    """One policy: its oracle, its builds, and a rule that skips about half of what is gated."""
+
+    def __init__(self, folder: Path, gated: tuple[int, ...]) -> None:
+        checkpoint = tiny_checkpoint(folder / "model", num_hidden_layers=8)
+        policy = replace(untrained_policy(checkpoint.spec, GATED, width=0), reads=(2, 2, 2))
+        self.policy: SkipPolicy = narrowed(with_compensation(policy, checkpoint.spec.hidden_size, "low_rank"), gated)
+        self.oracle = Oracle(checkpoint, self.policy)
+        self.bundle: Bundle = export(checkpoint, folder / "once.dash", self.policy)
+        (folder / "trt10.toml").write_text(RECIPE.format(dialect="trt10"))
+        for target in ("cpu", "portable", str(folder / "trt10.toml")):
+            build(self.bundle, target, weights="fp32" if target == "cpu" else None)
+        damage = self.oracle.forward(IDS).damage[:, list(gated)]
+        cost = dict.fromkeys(gated, 0.1)
+        self.rule: DecisionRule = decision_rule(8, gated, cost, float(np.median(damage)) / 0.1)
+        self.expected = self.oracle.forward(IDS, self.rule, prefix=PROMPT)
+
+    @cache  # noqa: B019 - lives as long as the tests do
+    def runtime(self, target: str, dispatch: str) -> DashRuntime:
+        if target != "trt10":
+            return DashRuntime.load(self.bundle.root, target, dispatch=dispatch)
+        return DashRuntime(self.bundle, self.bundle.load_build(target), SimulatedDevice("policy"), dispatch)
+
+
+@pytest.fixture(scope="module", params=[GATED, GATED[1:]], ids=["all", "narrowed"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("once"), request.param)
+
+
+def test_the_oracle_reads_one_state(case: Case) -> None:
+    """What is decided depends on what enters layer 2, and on nothing that happens after it."""
+    everything = np.zeros((60, 8), np.int8)
+    everything[2:, list(case.policy.gated)] = 1
+    skipped, dense = (case.oracle.forward(IDS, actions=actions).damage for actions in (everything, None))
+    np.testing.assert_array_equal(skipped, dense)
+    ahead = Oracle.__new__(Oracle)
+    ahead.__dict__ |= vars(case.oracle) | {"policy": replace(case.policy, reads=())}
+    assert np.abs(ahead.forward(IDS).damage - dense)[:, 4].max() > 0.01
+
+
+@pytest.mark.parametrize(("target", "dispatch"), [*HOST, *DEVICE])
+def test_decode(target: str, dispatch: str, case: Case) -> None:
+    session = case.runtime(target, dispatch).session_under(case.rule)
+    session.prefill(IDS[:PROMPT])
+    steps = [session.decode_one(int(token)) for token in IDS[PROMPT:]]
+    actions = np.array([taken for _, taken in steps])
+    np.testing.assert_array_equal(actions, case.expected.actions[PROMPT:])
+    assert 0.2 < actions[:, list(case.policy.gated)].mean() < 0.8
+    assert np.abs(np.array([logits for logits, _ in steps]) - case.expected.logits[PROMPT:]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("target", "dispatch"), [*HOST, *DEVICE])
+def test_score(target: str, dispatch: str, case: Case) -> None:
+    found = case.runtime(target, dispatch).session_under(case.rule).score(IDS, prefix=PROMPT, keep_logits=True)
+    np.testing.assert_array_equal(found.actions, case.expected.actions)
+    np.testing.assert_allclose(found.damage, case.expected.damage, atol=1e-5)
+    assert np.abs(found.logits - case.expected.logits).max() < TOLERANCE  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("target", "dispatch"), HOST)
+def test_a_ceiling_counts_the_layers_that_ran(target: str, dispatch: str, case: Case) -> None:
+    """Such a rule is asked layer by layer, also where all scores are there at once."""
+    cost = dict.fromkeys(case.policy.gated, 0.1)
+    rule = decision_rule(8, case.policy.gated, cost, 1e-6, max_layers=9 - len(cost))
+    session = case.runtime(target, dispatch).session_under(rule)
+    session.prefill(IDS[:PROMPT])
+    assert {int((session.decode_one(int(token))[1] == 0).sum()) for token in IDS[PROMPT:]} == {9 - len(cost)}
+
+
+@pytest.mark.parametrize(("target", "dispatch"), HOST)
+def test_a_batch_as_alone(target: str, dispatch: str, case: Case) -> None:
+    runtime = case.runtime(target, dispatch)
+    amount = {"policy": "token", "trade_off": case.rule.limits[4] / runtime.cost.cost[4]}
+    prompts = [IDS[:12].tolist(), IDS[12:30].tolist(), IDS[30:37].tolist()]
+    alone = [runtime.generate(prompt, 10, **amount) for prompt in prompts]
+    together = runtime.batch(3, **amount).generate(prompts, 10)
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.actions, other.actions)
+    assert any(one.actions.any() for one in alone)
+
+
+def test_engines_agree_with_their_portable_graphs(case: Case) -> None:
+    for target in ("cpu-fp32", "trt10"):
+        verification(case.bundle, case.bundle.load_build(target))
+
+
+def test_a_device_s_host_waits_once(case: Case) -> None:
+    """One decision for all layers: one event before the end of a token."""
+    runtime = case.runtime("trt10", "overlapped")
+    session = runtime.session_under(case.rule)
+    session.prefill(IDS[:PROMPT])
+    step = session._bound(1)
+    waits: list[str] = []
+
+    def noting(part: object, wait: Callable[[], None]) -> Callable[[], None]:
+        return lambda: (waits.append(part.engines.segment.name), wait())[1]  # type: ignore[attr-defined]
+
+    for part in step.parts:  # type: ignore[attr-defined]
+        if part.decided is not None:
+            part.decided.wait = noting(part, part.decided.wait)
+    session.decode_one(int(IDS[PROMPT]))
+    assert len(waits) == 1
+
+
+def test_a_policy_stage_for_every_point(case: Case) -> None:
+    """All that one state decides is compared before any of it is launched."""
+    runtime = case.runtime("cpu-fp32", "fused")
+    session = runtime.session_under(case.rule)
+    session.prefill(IDS[:PROMPT])
+    for token in IDS[PROMPT : PROMPT + 3]:
+        session.decode_one(int(token))
+    step = session._bound(1)
+    plan = step._plans.plan(case.rule, step.segments)  # type: ignore[attr-defined]
+    decided = [[layer for _, _, layer, _, limit in choices if limit > -np.inf] for _, choices in plan.stages]
+    assert [layers for layers in decided if layers] == [list(case.policy.gated)]

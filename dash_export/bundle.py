@@ -77,6 +77,10 @@ class PolicyFacts:
         """The layer whose input is read -> the gated layers that are decided there; empty without a network."""
         return decision_points(self.gated, self.reads) if self.has_network else {}
 
+    def read_in(self, segment: Segment) -> int | None:
+        """The layer of a segment whose input decides about later ones."""
+        return next((layer for layer in segment.layers if layer in self.decision_points), None)
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The policy kinds this bundle can serve; `static` without an order takes a list of layers only."""

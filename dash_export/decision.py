@@ -95,6 +95,11 @@ def decision_points(gated: Sequence[int], reads: Sequence[int]) -> dict[int, tup
     return points
 
 
+def read_layers(gated: Sequence[int], reads: Sequence[int]) -> dict[int, int]:
+    """Per gated layer the layer whose input its decision reads."""
+    return {layer: read for read, layers in decision_points(gated, reads).items() for layer in layers}
+
+
 def check_reads(gated: Sequence[int], reads: Sequence[int]) -> None:
     """Raises PolicyError where decisions cannot be made so: too late, or not one group of layers after the other."""
     if reads and len(reads) != len(gated):
@@ -104,7 +109,10 @@ def check_reads(gated: Sequence[int], reads: Sequence[int]) -> None:
         if not 0 <= read < layer:
             raise PolicyError(f"The decision about layer {layer} cannot read the input of layer {read}.")
         if before is not None and read != before[1] and read < before[0]:
-            raise PolicyError(f"The decision about layer {layer} reads layer {read}: not after layer {before[0]}.")
+            raise PolicyError(
+                f"The decision about layer {layer} cannot read the input of layer {read}: layer {before[0]} lies "
+                f"behind it, and is decided by another state."
+            )
         before = layer, read
 
 

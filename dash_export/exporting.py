@@ -59,7 +59,9 @@ def export(
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
     check_policy(policy, checkpoint.spec)
     facts = _policy_facts(policy)
-    key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
+    # Where each decision reads one layer ahead, nothing is other than before there was a choice.
+    decided = {name: fact for name, fact in asdict(facts).items() if name != "reads" or fact}
+    key = content_key(GRAPH_REVISION, checkpoint.fingerprint, decided, sorted(checkpoint.assets.items()))
     if output.exists() and (known := _whole(output, key)):
         return known
     unfinished = output.with_name(f"{output.name}.unfinished")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 POLICY_STATE = "policy_state"
-"""Output of a merged segment: the hidden state that entered its last layer, which the next policy reads."""
+"""Output of a merged segment: the hidden state that entered one of its layers, which a policy reads."""
 
 PREFILL = "prefill"
 """The engine of the whole model that a build may have for prompts."""

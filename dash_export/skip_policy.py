@@ -135,8 +135,10 @@ def check_policy(policy: SkipPolicy, spec: DecoderSpec) -> None:
         if len(set(order)) != len(order) or not set(order) <= set(policy.gated):
             raise PolicyError(f"{name} must list gated layers, each at most once; got {list(order)}.")
     check_reads(policy.gated, policy.reads)
+    if policy.reads and policy.network is None:
+        raise PolicyError("A policy without a network reads no state.")
     if policy.reads and (policy.width or policy.reads_actions):
-        raise PolicyError("Only a linear network that reads no actions decides about several layers at once.")
+        raise PolicyError("Only a linear network that reads no actions decides by an earlier state.")
     kind = policy.compensation.kind
     if kind not in COMPENSATIONS:
         raise PolicyError(f"There is no compensation {kind!r}. Known: {', '.join(COMPENSATIONS)}.")

@@ -178,6 +178,19 @@ def test_manifest_that_is_not_text(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
+@pytest.mark.parametrize("reads", [[1], [1, 1, 4], [-1, 1, 1], [1, 0, 1], [1, 2, 1]])
+def test_decisions_read_a_state_that_is_there(reads: list[int], bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: data["policy"].update(reads=reads))
+    with pytest.raises(BundleError, match=r"The decision about layer|layers to read"):
+        Bundle.open(bundle)
+
+
+def test_a_manifest_from_before_there_was_a_choice(bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: data["policy"].pop("reads"))
+    policy = Bundle.open(bundle).manifest.policy
+    assert policy.decision_points == {layer - 1: (layer,) for layer in policy.gated if policy.has_network}
+
+
 @pytest.mark.parametrize("name", ["static_order", "cosine_order"])
 @pytest.mark.parametrize("order", [[0], [2, 2], [99]])
 def test_orders_list_gated_layers(name: str, order: list[int], bundle: Path) -> None:

@@ -28,7 +28,7 @@ from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.names import POLICY_STATE, PREFILL
 from dash_export.targets import Recipe
 
-LOWERING_REVISION = 16
+LOWERING_REVISION = 15
 """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
 
 Lowering = Callable[[ir.Model], ir.Model]
@@ -57,7 +57,7 @@ def artifacts(
 
     def with_policy(part: Segment | str, key: str, read: int) -> Artifact:
         plain = part if isinstance(part, str) else part.name
-        policy_key = content_key("fused", key, graph_key("policy"), read, policy.decision_points[read])
+        policy_key = content_key("fused", key, graph_key("policy"), *policy.decision_points[read])
         return Artifact(
             f"{plain}.policy",
             policy_key,
@@ -72,8 +72,9 @@ def artifacts(
     )
     for segment in segments:
         names = graph_names(segment)
-        read = next((layer for layer in segment.layers if layer in policy.decision_points), None)
-        key = content_key(base, graph_key(*names), read)
+        read = policy.read_in(segment)
+        # What most read is the input of the last layer: engines made when all did are these.
+        key = content_key(base, graph_key(*names), read is not None if read in (None, segment.last) else read)
         yield Artifact(segment.name, key, partial(write_segment, lowering, bundle, segment, read))
         if read is not None:
             yield with_policy(segment, key, read)
@@ -103,7 +104,7 @@ def write_segment(lowering: Lowering, bundle: Bundle, segment: Segment, read: in
     lies inside it.
     """
     g, state = compose_segment(bundle, segment, read)
-    if read is not None and str(state.name) != "hidden":
+    if state is not None and str(state.name) != "hidden":
         state.name = POLICY_STATE
         g.graph.outputs.append(state)
     return save_graph(lowering(g.model()), out / f"{segment.name}.onnx", (ROPE_FILE,))
@@ -129,12 +130,14 @@ def _fused(lowering: Lowering, bundle: Bundle, part: Segment | str, plain: Path,
     """A segment or skip graph with the policy that reads the input of its layer `read` as one more output. Weights it
     shares with the plain engine stay in that one's file.
     """
+    state: ir.Value | None
     if isinstance(part, Segment):
         g, state = compose_segment(bundle, part, read)
     else:
         g = GraphWriter(part, f"{part} of {bundle.manifest.model.name}")
         g.graph.outputs.extend(absorb(g, load_graph(bundle.graph(part)), {}).values())
         (state,) = (value for value in g.graph.inputs if value.name == "hidden")
+    assert state is not None
     layers = bundle.manifest.policy.decision_points[read]
     policy = specialise_policy(load_graph(bundle.graph("policy")), layers)
     g.graph.outputs.extend(absorb(g, policy, {"hidden": state}).values())

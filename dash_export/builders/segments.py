@@ -47,20 +47,16 @@ def weights_key(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in recipe.as_dict()["weights"].items() if name != "prefill"}
 
 
-def compose_segment(bundle: Bundle, segment: Segment, read: int | None = None) -> tuple[GraphWriter, ir.Value]:
-    """The segment's portable graphs in a row, and the value that enters its layer `read` (by default its last)."""
+def compose_segment(bundle: Bundle, segment: Segment, read: int | None = None) -> tuple[GraphWriter, ir.Value | None]:
+    """The segment's portable graphs in a row, and the value that enters its layer `read`."""
     g = GraphWriter(segment.name, f"{', '.join(graph_names(segment))} of {bundle.manifest.model.name}")
     value: ir.Value | None = None
     state: ir.Value | None = None
     end = ""
     for name in graph_names(segment):
         outputs = absorb(g, load_graph(bundle.graph(name)), {} if value is None else {"hidden": value})
-        if read is None or name == f"layer_{read:02d}":
-            state = (
-                next(item for item in g.graph.inputs if item.name == "hidden")
-                if value is None and name != "embed"
-                else value
-            )
+        if read is not None and name == f"layer_{read:02d}":
+            state = next(item for item in g.graph.inputs if item.name == "hidden") if value is None else value
         end = "logits" if name == "head" else "hidden_out"
         value = outputs.pop(end)
         value.name = f"{name}/{end}"
@@ -68,4 +64,4 @@ def compose_segment(bundle: Bundle, segment: Segment, read: int | None = None) -
     assert value is not None
     value.name = end
     g.graph.outputs.insert(0, value)
-    return g, value if state is None else state
+    return g, state

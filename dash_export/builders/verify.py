@@ -136,7 +136,7 @@ def _checks(
             else:
                 other = write_graph(lower(graphs[name](), recipe, gated), Path(folder) / "lowered.onnx")
                 _check_standard(other, name, recipe)
-            bias = policy_bias.get(segment.first)
+            bias = policy_bias.get(segment.first) if name.startswith("policy") else None
             errors = walk.compare(segment, name, graph_run(path), graph_run(other, bias), engine == segment.name)
         progress(f"verify {engine}", done, len(ordered))
         yield Check(engine, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
@@ -167,7 +167,7 @@ def _in_order(
     segments: Iterable[Segment], graphs: Mapping[str, MakeGraph], engines: Collection[str]
 ) -> Iterator[tuple[Segment, str, str]]:
     """(segment, portable graph, engine) of everything to check; a segment's own comes last, because it moves the states
-    on. One that answers for the next layer on its way must give what it gives without, too.
+    on. One that decides about later layers on its way must give what it gives without, too.
     """
     for segment in segments:
         names = (f"policy_{segment.first:02d}", f"skip_{segment.first:02d}", segment.name)
@@ -186,7 +186,7 @@ class _Walk:
         rng = np.random.default_rng(0)
         self.ids = text_ids(bundle, max(start + count for start, count in (*STEPS, *PROMPT_STEPS)))
         self.states: list[npt.NDArray[Any]] = [self.ids[None, start : start + count] for start, count in STEPS]
-        self.points = bundle.manifest.policy.decision_points
+        self.policy = bundle.manifest.policy
         self.read: list[npt.NDArray[Any]] = []
         self.actions = [rng.integers(0, 2, (1, count, 2)).astype(np.float32) for _, count in STEPS]
 
@@ -214,7 +214,7 @@ class _Walk:
                 pair = _Pair(one[key] - base, other[key].astype(np.float32) - base, base)
                 pairs.setdefault("K/V" if key.startswith("row") else key, []).append(pair)
         if moves:
-            if any(layer in self.points for layer in segment.layers):
+            if self.policy.read_in(segment) is not None:
                 self.read = self.states
             self.states = outputs
         return {kind: _relative(found) for kind, found in sorted(pairs.items())}

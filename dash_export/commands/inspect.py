@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
         ("portable size", size(facts["bytes"])),
         ("may be skipped", f"{spans(policy.gated)} ({len(policy.gated)} layers)"),
         ("policy", policy.origin),
+        ("decides", _decides(policy.decision_points)),
         ("serves", ", ".join(policy.kinds)),
         ("static order", _order(policy.static_order)),
         ("cosine order", _order(policy.cosine_order)),
@@ -161,6 +163,14 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
     console = result_console()
     print_table(console, table)
     print_table(console, graphs)
+
+
+def _decides(points: Mapping[int, Sequence[int]]) -> str:
+    if not points:
+        return "nothing"
+    if all(layers == (read + 1,) for read, layers in points.items()):
+        return "each layer one layer ahead"
+    return "; ".join(f"{spans(layers)} by what enters layer {read}" for read, layers in points.items())
 
 
 def _order(layers: tuple[int, ...]) -> str:

@@ -2,7 +2,7 @@
 
 hidden [batch, sequence, hidden], actions [batch, sequence, 2] float32 (a[l-1], a[l]; 0 run, 1 skip; only where the
 network reads them), layer [1] int64 (the gated layer l+1 to decide) -> damage [batch, sequence] float32, nats. `hidden`
-is h[l], the **input** of the layer before the one decided.
+is the **input** of the layer before the one decided, or of an earlier one where several are decided at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
     """The formula of `skip_policy`, with weights gathered by layer."""
     network = policy.network
     assert network is not None
-    g = GraphWriter("policy", f"Damage of skipping a gated layer, decided one layer ahead ({policy.origin}).")
+    g = GraphWriter("policy", f"Damage of skipping a gated layer ({policy.origin}).")
     hidden = g.input("hidden", ("batch", "sequence", spec.hidden_size))
     actions = g.input("actions", ("batch", "sequence", HISTORY)) if policy.reads_actions else None
     layer = g.input("layer", (1,), ir.DataType.INT64)

@@ -88,21 +88,20 @@ class GatedModel:
             rotary = self.rotary(hidden)
             history = torch.zeros(*ids.shape, HISTORY, device=ids.device)
             points = decision_points(modules.gated, modules.reads)
-            read_at = {layer: read for read, layers in points.items() for layer in layers}
-            states: dict[int, torch.Tensor] = {}
+            state = hidden
             decisions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
             rows = {layer: row for row, layer in enumerate(modules.gated)}
             for index, layer in enumerate(self.model.model.layers):
                 row = rows.get(index)
-                if index in points:
-                    states[index] = hidden
+                entered = hidden
                 ran = layer(hidden, attention_mask=None, position_embeddings=rotary)
                 if row is None:
                     hidden = ran
                     history = _shift(history, torch.zeros_like(dense))
+                    state = entered if index in points else state
                     continue
                 with torch.set_grad_enabled(outer):
-                    damage = self._damage(modules, row, states[read_at[index]], history)
+                    damage = self._damage(modules, row, state, history)
                 skip = decide(row, damage.detach()) & ~dense
                 taken = skip.float()
                 if soften is not None:
@@ -116,6 +115,7 @@ class GatedModel:
                 else:
                     hidden = ran
                 history = _shift(history, skip)
+                state = entered if index in points else state
                 decisions.append((skip, taken, damage))
             final = self.model.model.norm(hidden)
         skips, takens, damages = (torch.stack(column, -1) for column in zip(*decisions, strict=True))

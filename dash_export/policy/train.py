@@ -57,7 +57,7 @@ def train(
 
     With `start`, a trained policy of this model, training goes on from there, to tune it further or for other text:
     network and compensation are as they are in it (of the `gated` layers only, where given), and only the tuning steps
-    are done. Where it shall `decide` in the other way, its network is learnt anew.
+    are done. Where the settings say how to `decide`, its network is learnt anew.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
     done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
@@ -81,9 +81,10 @@ def train(
     policy = None if start is None else _trained(start, spec, kind)
     if policy is not None:
         policy = policy if gated is None else narrowed(policy, gated)
-        if kind == "token" and settings.decide not in ("", _decides(policy)):
+        if kind == "static" or settings.decide:
             policy = replace(policy, network=None, reads=())
         gated, settings = policy.gated, _further(settings, policy)
+    settings = replace(settings, decide=settings.decide or "each")
     layers = check_gated(default_gated(spec.num_layers) if gated is None else gated, spec.num_layers)
     if not layers:
         raise PolicyError("There is no layer to learn about: no layer may be skipped.")
@@ -137,10 +138,6 @@ def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
     return policy
 
 
-def _decides(policy: SkipPolicy) -> str:
-    return "once" if policy.reads else "each"
-
-
 def _further(settings: TrainingSettings, policy: SkipPolicy) -> TrainingSettings:
     """What is left to do for a trained policy, and what it says of itself."""
     down = policy.compensation.weights.get("down")
@@ -157,7 +154,7 @@ def _further(settings: TrainingSettings, policy: SkipPolicy) -> TrainingSettings
         settings,
         width=policy.width,
         history=policy.reads_actions,
-        decide=_decides(policy),
+        decide="once" if policy.reads else "each",
         warm_up_steps=0,
         regression_steps=0,
         refinement_rate=settings.refinement_rate * settings.again,

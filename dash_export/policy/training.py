@@ -3,7 +3,7 @@
     1. the model's own continuations of the prompts join the corpus
     2. the compensation in closed form, and the cosine ranking (compensation.py)
     3. damage regression: the network, from forward passes (regression.py)
-       (a training that goes on from a policy takes both from it, or, where it shall decide otherwise, the first)
+       (a training that goes on from a policy takes both from it, or the first alone)
     4. tuning: compensation and network together, by KL (tuning.py)
     5. the greedy static order, for the static kind of the same bundle (ranking.py)
 

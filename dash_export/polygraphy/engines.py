@@ -17,7 +17,7 @@ from dash_export.names import POLICY_STATE, PREFILL, new_names, past_names, pres
 from dash_export.runtime.backends.base import Engine, Launch
 
 FUSED = ".policy"
-"""Ends the name of an engine that holds the policy of the next gated layer too (`fused` dispatch)."""
+"""Ends the name of an engine that decides about later layers too (`fused` dispatch)."""
 _LENGTHS = ("seqlens_k", "total_length")
 """What engines take in place of a mask: it follows from the positions."""
 
@@ -50,9 +50,9 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
             if portable == own[2]:
                 return EngineFacts(name, portable, segment, (segment.first,))
             if portable == own[0] or (segment.gated and portable in own):
-                points = bundle.manifest.policy.decision_points if name.endswith(FUSED) else {}
-                decides = (points[layer] for layer in segment.layers if layer in points)
-                return EngineFacts(name, portable, segment, next(decides, ()))
+                policy = bundle.manifest.policy
+                read = policy.read_in(segment) if name.endswith(FUSED) else None
+                return EngineFacts(name, portable, segment, () if read is None else policy.decision_points[read])
     merged = [item.name for item in build.segments if name in (f"layer_{layer:02d}" for layer in item.layers)]
     hint = f"{name} is part of the segment {merged[0]}. " if merged else ""
     raise BundleError(
@@ -69,7 +69,7 @@ class PortableEngine:
         self._engine = engine
         self._name = facts.name
         self._model = model
-        self._score_bias = np.array([score_bias[layer] for layer in facts.decides if score_bias], np.float32)
+        self._score_bias = np.array([score_bias[layer] for layer in (facts.decides if score_bias else ())], np.float32)
         layers = facts.segment.layers
         portable = [name for layer in layers for name in (*past_names(layer), *present_names(layer))]
         self._portable = {short_name(name): name for name in portable} | {name: name for name in portable}

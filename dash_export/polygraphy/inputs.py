@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.bundle import Bundle
+from dash_export.decision import read_layers
 from dash_export.errors import RequestError
 from dash_export.graph_runs import Arrays, graph_run, step_inputs, text_ids
 from dash_export.names import past_names, present_names
@@ -64,7 +65,8 @@ class EngineInputs:
         """The hidden states [1, length, hidden] that enter the engine, and the caches of its layers."""
         segment = self._facts.segment
         policy = self._facts.portable.startswith("policy")
-        begin = _read_by(bundle, segment.first) if policy else segment.first
+        facts = bundle.manifest.policy
+        begin = read_layers(facts.gated, facts.reads)[segment.first] if policy else segment.first
         end = begin if policy else segment.last + 1
         places = step_inputs(0, self._length, self._length)
         hidden = graph_run(bundle.graph("embed"), own_threads=True)({"input_ids": self._ids})["hidden_out"]
@@ -98,12 +100,6 @@ class EngineInputs:
             "layer": np.array([self._facts.segment.first]),
         }
         return inputs | caches
-
-
-def _read_by(bundle: Bundle, layer: int) -> int:
-    """The layer whose input the policy for `layer` reads."""
-    points = bundle.manifest.policy.decision_points
-    return next(read for read, layers in points.items() if layer in layers)
 
 
 def _checked_length(bundle: Bundle, tokens: int, context: int) -> int:

@@ -10,6 +10,7 @@ from dash_export.evaluation.settings import label
 from dash_export.profiling.measure import Lane, TokenStamps
 from dash_export.profiling.probe import What
 from dash_export.profiling.traffic import EngineBytes, engine_bytes
+from dash_export.runtime.engines import policies_by_segment
 
 TRACKS = {1: "tokens", 2: "host: decisions, sampling", 3: "engines (one after another)"}
 _TOKENS, _HOST, _ENGINES = TRACKS
@@ -49,6 +50,7 @@ def _token_events(lane: Lane, token: TokenStamps, sizes: EngineBytes, process: i
         )
     ]  # fmt: skip
     segments = lane.runtime.build.segments
+    policies = policies_by_segment(segments, lane.runtime.bundle.manifest.policy.decision_points, str)
     for index, what, began, ended in token.stamps.tolist():
         segment = segments[index]
         layer = segment.first
@@ -62,7 +64,7 @@ def _token_events(lane: Lane, token: TokenStamps, sizes: EngineBytes, process: i
         name, kind, size = {
             What.RUN: (segment.name, "run", sizes.run),
             What.SKIP: (f"skip_{layer:02d}", "skip", sizes.skip),
-            What.POLICY: (f"policy_{layer:02d}", "policy", sizes.policy),
+            What.POLICY: (", ".join(policies[index].values()), "policy", sizes.policy),
         }[What(what)]
         events.append(event(_ENGINES, name, kind, began, ended, bytes=int(size[index]), action=kind))
     events.append(event(_HOST, "sampling", "sampling", token.decoded, token.ended))

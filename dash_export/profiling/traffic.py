@@ -10,6 +10,7 @@ import numpy.typing as npt
 from dash_export.bundle import ModelFacts
 from dash_export.decision import Action
 from dash_export.runtime import DashRuntime
+from dash_export.runtime.engines import policies_by_segment
 from dash_export.targets import QUANTISED, WeightsRecipe
 
 _CACHE_ITEM = 4
@@ -61,12 +62,13 @@ def engine_bytes(runtime: DashRuntime) -> EngineBytes:
         record = build.engines.get(f"{name}.policy") if fused else None
         return (record or build.engines[name]).bytes
 
-    run, skip, policy = [], [], []
+    asked = runtime.bundle.manifest.policy.decision_points if runtime.dispatch == "sync" else {}
+    policy = [sum(engines.values()) for engines in policies_by_segment(build.segments, asked, size)]
+    run, skip = [], []
     for segment in build.segments:
         table = embedding_bytes(runtime.recipe.weights, model) if segment.embed else 0
         run.append(max(0, size(segment.name) - table))
         skip.append(size(f"skip_{segment.first:02d}") if segment.gated else 0)
-        policy.append(size(f"policy_{segment.first:02d}") if segment.gated and runtime.dispatch == "sync" else 0)
     return EngineBytes(
         np.array(run, np.int64),
         np.array(skip, np.int64),

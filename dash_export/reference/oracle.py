@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_export.decision import DENSE_POSITIONS, Action, DecisionRule
+from dash_export.decision import DENSE_POSITIONS, Action, DecisionRule, read_layers
 from dash_export.models import Checkpoint
 from dash_export.skip_policy import HISTORY, SkipPolicy
 from dash_export.torch_model import torch_model
@@ -58,8 +58,7 @@ class Oracle:
         damage = np.zeros((count, layers), np.float32)
         executed = np.zeros(count, np.int64)
         dense = np.arange(count) < max(prefix, DENSE_POSITIONS)
-        points = self.policy.decision_points
-        read_at = {layer: read for read, layers in points.items() for layer in layers}
+        read_at = read_layers(self.policy.gated, self.policy.reads)
         inputs: list[torch.Tensor] = []
         for index, layer in enumerate(decoder.layers):
             inputs.append(hidden[0])

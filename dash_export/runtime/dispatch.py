@@ -71,19 +71,17 @@ class BoundStep:
         self._history = np.zeros((model.num_layers + 1, *shape, 2), np.float32)
         self._damage = np.zeros((model.num_layers, batch * sequence), np.float32)
         self._unread = False
-        # By the layer whose input is read, [batch, layers decided there, sequence], one after the other.
+        # What one engine answers is one array, [batch, layers, sequence]; of one token all of them in layers' order.
         self._points = engines.decision_points
-        self._score = np.zeros(batch * sequence * sum(map(len, self._points.values())), np.float32)
-        ends = np.cumsum([batch * sequence * len(layers) for layers in self._points.values()], dtype=int)[:-1]
-        self._scores = {
-            read: part.reshape(batch, len(layers), sequence)
-            for (read, layers), part in zip(self._points.items(), np.split(self._score, ends), strict=False)
-        }
-        self._score_of = {
-            layer: self._scores[read][:, index]
-            for read, layers in self._points.items()
-            for index, layer in enumerate(layers)
-        }
+        answers = self._points.values() if engines.dispatch == "fused" else [(layer,) for layer in engines.gated]
+        self._score = np.zeros(batch * sequence * len(engines.gated), np.float32)
+        self._answers: dict[int, npt.NDArray[np.float32]] = {}
+        self._score_of: dict[int, npt.NDArray[np.float32]] = {}
+        for layers in answers:
+            start = batch * sequence * len(self._score_of)
+            answer = self._score[start : start + batch * sequence * len(layers)].reshape(batch, len(layers), sequence)
+            self._answers[layers[0]] = answer
+            self._score_of |= {layer: answer[:, index] for index, layer in enumerate(layers)}
         self._score_bias = engines.score_bias
         # Two buffers in turn; run and skip write the same one, but where rows differ skip has its own and each row
         # takes from the one or the other.
@@ -108,14 +106,13 @@ class BoundStep:
         # Python floats and ints through flat views: the decode loop makes no array objects.
         self._history_view: Any = self._history.reshape(-1).data
         self._damage_view: Any = self._damage.reshape(-1).data
-        # Of one token, in the order of the gated layers.
         self._score_view: Any = self._score.data
         self._score_index = {layer: index for index, layer in enumerate(self._score_of)}
         self.actions = np.zeros((batch * sequence, model.num_layers), np.int8)
         self._actions_view: Any = self.actions.reshape(-1).data
         self._all_run = np.full(self.actions.size, Action.RUN, np.int8).data
         self._reads_history = engines.reads_history
-        self._plans = Plans(model.num_layers, self._score_bias, self._score_index, self._points)
+        self._plans = Plans(model.num_layers, self._score_bias, self._points)
 
     @property
     def damage(self) -> npt.NDArray[np.float32]:
@@ -187,12 +184,12 @@ class BoundStep:
         outputs: dict[str, npt.NDArray[Any]] = {"logits": self.logits}
         for layer in segment.layers:
             if layer in self._points:
-                outputs |= self._decision(self._points[layer][0]) | {"score": self._scores[layer]}
+                outputs |= self._decision(self._points[layer][0])
         return outputs
 
     def _decision(self, layer: int) -> dict[str, npt.NDArray[np.float32]]:
-        """Where a policy answers for `layer` alone: with the damage, or with its score."""
-        return {"damage": self._damage[layer].reshape(self.batch, -1), "score": self._score_of[layer][:, None]}
+        """Where a policy answers for `layer`, with the damage, or for it and those after it, with their scores."""
+        return {"damage": self._damage[layer].reshape(self.batch, -1), "score": self._answers[layer]}
 
     def launches(self) -> list[tuple[Launch, Launch | None]]:
         """Per segment what runs it and what skips it, to be timed one by one after `place`."""

@@ -42,7 +42,8 @@ class EngineSet:
             return backend.load(bundle.path((record or build.engines[name]).file))
 
         fused = dispatch == "fused"
-        self.decision_points = bundle.manifest.policy.decision_points
+        policy = bundle.manifest.policy
+        self.gated, self.decision_points = policy.gated, policy.decision_points
         asked = self.decision_points if dispatch == "sync" else {}
         self.segments = [
             SegmentEngines(

@@ -17,8 +17,8 @@ EngineT = TypeVar("EngineT")
 
 @dataclass(frozen=True)
 class SegmentEngines(Generic[EngineT]):
-    """The engines of one segment. `skip` for a gated one. `policies`, where the dispatch has them as engines: by the
-    layer they decide about, those that read a state that the segment before was the last to leave as it was.
+    """The engines of one segment. `skip` for a gated one. `policies`, where the dispatch has them as engines: those
+    asked before this segment, which overwrites what they read, by the layer they decide about.
     """
 
     segment: Segment

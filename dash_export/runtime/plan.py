@@ -1,8 +1,8 @@
 """A rule worked out ahead for the decode loop.
 
 Between engines the caches are cold, and there Python costs several times what it costs in a loop. So a rule that
-decodes more than one token is turned into what the loop does with it: launches one after the other, or one comparison
-and one launch. That was worth 1.2 % of a dense int4 token of SmolLM2-135M, and half a per cent under a policy.
+decodes more than one token is turned into what the loop does with it: launches one after the other, or comparisons and
+what they choose. That was worth 1.2 % of a dense int4 token of SmolLM2-135M, and half a per cent under a policy.
 """
 
 from __future__ import annotations
@@ -67,15 +67,11 @@ class Plans:
 
     KEPT = 64
 
-    def __init__(
-        self,
-        num_layers: int,
-        score_bias: Mapping[int, float],
-        score_index: Mapping[int, int],
-        points: Mapping[int, Sequence[int]],
-    ) -> None:
+    def __init__(self, num_layers: int, score_bias: Mapping[int, float], points: Mapping[int, Sequence[int]]) -> None:
+        """`points`: the layers that are decided together. Scores stand in their order, damages by layer."""
         self._num_layers, self._score_bias = num_layers, score_bias
-        self._index = score_index if score_bias else {layer: layer for layer in range(num_layers)}
+        decided = [layer for layers in points.values() for layer in layers]
+        self._index = {layer: place for place, layer in enumerate(decided)} if score_bias else range(num_layers)
         self._firsts = {layers[0] for layers in points.values()}
         # With what they are of, so that no other object gets its id.
         self._known: dict[tuple[int, int], tuple[object, object, Plan | None]] = {}

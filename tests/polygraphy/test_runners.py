@@ -55,7 +55,7 @@ def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tin
     build = bundle.load_build("cpu-fp32")
     facts = find_engine(bundle, build, "layer_03")
     file = bundle.path(build.engines["layer_03"].file)
-    engine = PortableEngine(load_backend("onnxruntime", 0).load(file), facts, bundle.manifest.model, None)
+    engine = PortableEngine(load_backend("onnxruntime", 0).load(file), facts, bundle.manifest.model, {})
     sizes = {name: (dtype, [size or 3 for size in shape]) for name, (dtype, shape) in engine.inputs.items()}
     feed = {name: np.zeros(shape, dtype) for name, (dtype, shape) in sizes.items()}
     feed |= {name: np.zeros((1, 2, 8, array.shape[3]), np.float32) for name, array in feed.items() if "past" in name}

@@ -1,7 +1,7 @@
 """A policy that decides about several layers at once, in every dispatch, is what the oracle says.
 
-Eight layers, of which 3, 4 and 6 are gated and decided by what enters layer 2: layer 5 runs between them. And the same
-policy for 4 and 6 alone, whose state lies inside a segment.
+Eight layers, of which 3, 4 and 6 are gated and decided by what enters layer 2: layer 5 runs between them. The same
+policy for 4 and 6 alone, whose state lies inside a segment. And one that decides about 6 by what enters layer 4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from dash_export.builders.verify import verification
 from dash_export.bundle import Bundle
 from dash_export.decision import DecisionRule, decision_rule
 from dash_export.exporting import export
+from dash_export.polygraphy.engines import PortableEngine, find_engine
 from dash_export.reference import Oracle
+from dash_export.runtime.backends import load_backend
 from dash_export.skip_policy import SkipPolicy, narrowed, untrained_policy
 from tests.runtime.device.conftest import RECIPE
 from tests.runtime.device.simulated import SimulatedDevice
@@ -37,9 +39,9 @@ TOLERANCE = 1e-4
 class Case:
     """One policy: its oracle, its builds, and a rule that skips about half of what is gated."""
 
-    def __init__(self, folder: Path, gated: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, gated: tuple[int, ...], reads: tuple[int, ...]) -> None:
         checkpoint = tiny_checkpoint(folder / "model", num_hidden_layers=8)
-        policy = replace(untrained_policy(checkpoint.spec, GATED, width=0), reads=(2, 2, 2))
+        policy = replace(untrained_policy(checkpoint.spec, GATED, width=0), reads=reads)
         self.policy: SkipPolicy = narrowed(with_compensation(policy, checkpoint.spec.hidden_size, "low_rank"), gated)
         self.oracle = Oracle(checkpoint, self.policy)
         self.bundle: Bundle = export(checkpoint, folder / "once.dash", self.policy)
@@ -58,13 +60,18 @@ class Case:
         return DashRuntime(self.bundle, self.bundle.load_build(target), SimulatedDevice("policy"), dispatch)
 
 
-@pytest.fixture(scope="module", params=[GATED, GATED[1:]], ids=["all", "narrowed"])
+CASES = {"all": (GATED, (2, 2, 2)), "narrowed": (GATED[1:], (2, 2, 2)), "two points": (GATED, (2, 2, 4))}
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("once"), request.param)
+    return Case(tmp_path_factory.mktemp("once"), *CASES[request.param])
 
 
 def test_the_oracle_reads_one_state(case: Case) -> None:
     """What is decided depends on what enters layer 2, and on nothing that happens after it."""
+    if len(case.policy.decision_points) > 1:
+        pytest.skip("two states decide here")
     everything = np.zeros((60, 8), np.int8)
     everything[2:, list(case.policy.gated)] = 1
     skipped, dense = (case.oracle.forward(IDS, actions=actions).damage for actions in (everything, None))
@@ -93,7 +100,7 @@ def test_score(target: str, dispatch: str, case: Case) -> None:
     assert np.abs(found.logits - case.expected.logits).max() < TOLERANCE  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(("target", "dispatch"), HOST)
+@pytest.mark.parametrize(("target", "dispatch"), [*HOST, *DEVICE])
 def test_a_ceiling_counts_the_layers_that_ran(target: str, dispatch: str, case: Case) -> None:
     """Such a rule is asked layer by layer, also where all scores are there at once."""
     cost = dict.fromkeys(case.policy.gated, 0.1)
@@ -109,7 +116,7 @@ def test_a_batch_as_alone(target: str, dispatch: str, case: Case) -> None:
     amount = {"policy": "token", "trade_off": case.rule.limits[4] / runtime.cost.cost[4]}
     prompts = [IDS[:12].tolist(), IDS[12:30].tolist(), IDS[30:37].tolist()]
     alone = [runtime.generate(prompt, 10, **amount) for prompt in prompts]
-    together = runtime.batch(3, **amount).generate(prompts, 10)
+    together = runtime.generate_batch(prompts, 10, size=3, **amount)
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.actions, other.actions)
@@ -121,8 +128,24 @@ def test_engines_agree_with_their_portable_graphs(case: Case) -> None:
         verification(case.bundle, case.bundle.load_build(target))
 
 
-def test_a_device_s_host_waits_once(case: Case) -> None:
-    """One decision for all layers: one event before the end of a token."""
+def test_polygraphy_sees_the_damage_of_all_that_an_engine_decides(case: Case) -> None:
+    build = case.bundle.load_build("cpu-fp32")
+    name = f"{build.segments[0].name}.policy"
+    facts = find_engine(case.bundle, build, name)
+    assert facts.decides == case.policy.decision_points[2]
+    backend = load_backend("onnxruntime", 0)
+    engine = PortableEngine(
+        backend.load(case.bundle.path(build.engines[name].file)), facts, case.bundle.manifest.model, build.policy_bias
+    )
+    caches = {key: shape for key, (_, shape) in engine.inputs.items() if key.startswith("past_")}
+    feed = {key: np.zeros([size or 12 for size in shape], np.float32) for key, shape in caches.items()}
+    found, _ = engine(feed | {"input_ids": IDS[None, :9], "position_ids": np.arange(9)[None]})
+    expected = case.oracle.forward(IDS[:9]).damage[:, list(facts.decides)].T
+    np.testing.assert_allclose(found["damage"].reshape(expected.shape), expected, atol=1e-5)
+
+
+def test_a_device_s_host_waits_once_a_point(case: Case) -> None:
+    """And for the end of the token."""
     runtime = case.runtime("trt10", "overlapped")
     session = runtime.session_under(case.rule)
     session.prefill(IDS[:PROMPT])
@@ -136,7 +159,7 @@ def test_a_device_s_host_waits_once(case: Case) -> None:
         if part.decided is not None:
             part.decided.wait = noting(part, part.decided.wait)
     session.decode_one(int(IDS[PROMPT]))
-    assert len(waits) == 1
+    assert len(waits) == len(case.policy.decision_points)
 
 
 def test_a_policy_stage_for_every_point(case: Case) -> None:
@@ -149,4 +172,4 @@ def test_a_policy_stage_for_every_point(case: Case) -> None:
     step = session._bound(1)
     plan = step._plans.plan(case.rule, step.segments)  # type: ignore[attr-defined]
     decided = [[layer for _, _, layer, _, limit in choices if limit > -np.inf] for _, choices in plan.stages]
-    assert [layers for layers in decided if layers] == [list(case.policy.gated)]
+    assert [layers for layers in decided if layers] == [list(each) for each in case.policy.decision_points.values()]

@@ -86,7 +86,7 @@ def segments(calls: list[str]) -> list[Any]:
 
 def test_what_is_planned() -> None:
     calls: list[str] = []
-    parts, plans = segments(calls), Plans(4, {}, {}, {1: (2,), 2: (3,)})
+    parts, plans = segments(calls), Plans(4, {}, {1: (2,), 2: (3,)})
     fixed = plans.plan(FixedRule([3]), parts)
     assert isinstance(fixed, FixedPlan)
     for launch in fixed.launches:
@@ -113,11 +113,11 @@ def test_what_is_planned() -> None:
 def test_what_is_decided_at_once() -> None:
     """Layer 1 always runs between two that one state decides."""
     parts = [
-        SimpleNamespace(layer=layer, count=1, run=f"run {layer}", skip=None if layer == 1 else "skip", policy=None)
+        SimpleNamespace(layer=layer, count=1, run=f"run {layer}", skip="skip" if layer in (0, 2) else None, policy=None)
         for layer in range(-1, 3)
     ]
     rule = decision_rule(4, [0, 2], {0: 0.1, 2: 0.2}, 0.5)
-    plans = Plans(4, {0: 0.0, 2: 0.0}, {0: 0, 2: 1}, {-1: (0, 2)})
+    plans = Plans(4, {0: 0.0, 2: 0.0}, {-1: (0, 2)})
     assert [plans.plan(rule, parts) is None for _ in range(2)] == [True, False]  # type: ignore[arg-type]
     found = plans.plan(rule, parts)  # type: ignore[arg-type]
     assert isinstance(found, ComparingPlan)
@@ -128,7 +128,7 @@ def test_what_is_decided_at_once() -> None:
 
 
 def test_what_has_to_be_asked() -> None:
-    parts, plans = segments([]), Plans(4, {}, {}, {})
+    parts, plans = segments([]), Plans(4, {}, {})
     for rule in (decision_rule(4, [2, 3], {2: 0.1, 3: 0.2}, 0.5, max_layers=3), Asked(DENSE)):
         assert [plans.plan(rule, parts) for _ in range(3)] == [None] * 3
     for _ in range(3 * Plans.KEPT):

@@ -43,7 +43,7 @@ def lower(
     graph = model.graph
     graph.opset_imports[CONTRIB] = 1
     share_norms(graph)
-    if any(node.name == "policy/damage" for node in graph):
+    if any(node.name == "policy/softplus" for node in graph):
         fuse_policy(graph)
     folded = _fold_scale(graph)
     _pack_projections(graph, recipe, gated)

@@ -60,6 +60,8 @@ def fuse_policy(graph: ir.Graph) -> None:
     nodes = {str(node.name): node for node in graph if str(node.name).startswith("policy/")}
     projection = nodes["policy/state_projection"]
     end = nodes.get("policy/damage", nodes["policy/softplus"])
+    layers = constant_value(projection.inputs[1])
+    assert layers is not None
     if {"policy/relu", "policy/sum"}.isdisjoint(nodes):
         score = _score(graph, projection)
         new, output = [score], score.outputs[0]
@@ -71,8 +73,7 @@ def fuse_policy(graph: ir.Graph) -> None:
     end.outputs[0].name = "policy/damage~replaced"
     linear = new[-1].op_type == "FusedMatMul"
     output.name, output.type = "score" if linear else "damage", ir.TensorType(ir.DataType.FLOAT)
-    rows = constant_value(new[-1].inputs[0])
-    output.shape = ir.Shape(["batch", len(rows), "sequence"] if linear and rows is not None else [1, "rows"])
+    output.shape = ir.Shape(["batch", layers.shape[1], "sequence"] if linear else [1, "rows"])
     kept = ("policy/norm",) if linear else ("policy/norm", projection.name)
     graph.remove([node for name, node in nodes.items() if name not in kept], safe=True)
 

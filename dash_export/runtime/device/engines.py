@@ -35,8 +35,8 @@ class DeviceEngines:
     prefills_apart = False
 
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
-        """`dispatch`: `plain` (no policy), `sync` (policies in the layers' stream), `overlapped` (in their own, one
-        layer ahead) or `device` (the same, recorded once, decisions and all; where a device cannot, `overlapped`).
+        """`dispatch`: `plain` (no policy), `sync` (policies in the layers' stream), `overlapped` (in their own, beside
+        a layer) or `device` (the same, recorded once, decisions and all; where a device cannot, `overlapped`).
         """
         assert recipe.engine is not None
         self.build = build

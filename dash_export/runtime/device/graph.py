@@ -1,9 +1,9 @@
 """`device` dispatch: a whole decode step recorded once, with a branch per gated layer, and launched again and again.
 
-Main stream: inputs up, then per segment the decision and its branch, then results down. Policy stream: the policy for
-the next segment beside this one, from the same input. It stands beside the branches and never inside one, so that it
-runs whatever is decided; both sides of a branch write one buffer, which is not the one they read. The host fills
-inputs and limits, launches, and waits once for the end of the token.
+Main stream: inputs up, then per segment the decision and its branch, then results down. Policy stream: the policies
+that read a segment's input, beside it. They stand beside the branches and never inside one, so that they run whatever
+is decided; both sides of a branch write one buffer, which is not the one they read. The host fills inputs and limits,
+launches, and waits once for the end of the token.
 
 Actions known beforehand (dense, static, forced) need no decision: `DeviceStep` launches them one by one.
 """
@@ -21,7 +21,7 @@ from dash_export.runtime.device.base import Decision, Event, Graph, Recording, S
 from dash_export.runtime.device.blocks import Block
 from dash_export.runtime.device.engines import DeviceCache, DeviceEngines
 from dash_export.runtime.device.ranges import named
-from dash_export.runtime.device.step import ALWAYS_RUN, ASKED, DeviceStep, Part
+from dash_export.runtime.device.step import ALWAYS_RUN, DeviceStep, Part
 from dash_export.runtime.rules import Rule
 
 
@@ -85,12 +85,9 @@ class GraphStep(DeviceStep):
         self.place()
         # All are made before any is launched: making one may move the memory that others work in.
         contexts = [
-            (self.policy if kind.startswith(ASKED) else self.main, self.context(part, kind))
+            (self.policy if isinstance(kind, int) else self.main, self.context(part, kind))
             for part in self.parts
-            for kind in (
-                *(("run", "skip") if part.layer != ALWAYS_RUN else ("run",)),
-                *(f"{ASKED}{layer}" for layer in part.engines.policies),
-            )
+            for kind in (*(("run", "skip") if part.layer != ALWAYS_RUN else ("run",)), *part.engines.policies)
         ]
         for stream, context in contexts:
             stream.run(context)
@@ -137,7 +134,7 @@ class GraphStep(DeviceStep):
         if following is not None and following.decided is not None:
             self.policy.wait(begun)
             for layer in following.engines.policies:
-                self.policy.run(self.context(following, f"{ASKED}{layer}"))
+                self.policy.run(self.context(following, layer))
             self.policy.record(following.decided)
 
     def _side(self, part: Part, kind: str, recording: Recording, stream: Stream) -> None:

@@ -1,8 +1,8 @@
 """One token, or many, enqueued on a device: the dispatcher where engines run later than they are launched.
 
 Hidden states alternate between two buffers, as on the host. `overlapped`: while segment i runs on the main stream, the
-policy for the gated segment after it reads the same input on the policy stream; its damage lands in pinned memory, the
-host waits for that event alone, decides, and launches the next segment before segment i has ended. `sync`: the policy
+policies that read its input do so on the policy stream; their damage lands in pinned memory, the host waits for that
+event alone, decides, and launches the next segment before segment i has ended. `sync`: the policy
 stands in the main stream behind the segment whose input it reads. `plain`: nothing is asked and nothing waited for.
 `device`: `graph.py`.
 """
@@ -26,7 +26,9 @@ from dash_export.runtime.engines import SegmentEngines
 from dash_export.runtime.rules import Rule
 
 ALWAYS_RUN = -1
-ASKED = "policy "
+
+Kind = str | int
+"""Which engine of a part: `run`, `skip`, or the policy for a layer that is asked before it."""
 
 
 class Part:
@@ -41,7 +43,7 @@ class Part:
         self.count = len(segment.layers)
         self.done = device.event(f"done {segment.name}")
         self.decided = device.event(f"decided {segment.name}") if engines.policies else None
-        self.contexts: dict[str, Context] = {}
+        self.contexts: dict[Kind, Context] = {}
         # Engines of the `trt10` dialect give the new rows of K and V; others write the cache themselves.
         self.rows = {
             name: device.memory(row_bytes)
@@ -94,14 +96,17 @@ class DeviceStep:
         self.hidden = [self.device.memory(self._hidden_bytes) for _ in range(3 if teacher_forced else 2)]
         row_bytes = model.num_kv_heads * sequence * model.head_dim * self._item
         self.parts = [Part(self.device, index, item, row_bytes) for index, item in enumerate(engines.segments)]
-        self._asked_at = {layer: part for part in self.parts for layer in part.engines.policies}
+        # A part's policies are decided together: the first of their layers waits for all.
+        self._decided = {min(part.engines.policies): part.decided for part in self.parts if part.decided is not None}
 
-    def context(self, part: Part, kind: str) -> Context:
-        """Of a part's `run` or `skip`, or of a policy asked before it (`policy 5`, by its layer), bound to this step's
-        memory; made when it is first needed.
-        """
+    def context(self, part: Part, kind: Kind) -> Context:
+        """Of an engine of a part, bound to this step's memory; made when it is first needed."""
         if kind not in part.contexts:
-            engine = self._engine(part.engines, kind)
+            engines = part.engines
+            engine = (
+                engines.policies[kind] if isinstance(kind, int) else {"run": engines.run, "skip": engines.skip}[kind]
+            )
+            assert engine is not None
             memory = self._memory_of(part, kind)
             names = (*engine.inputs(), *engine.outputs())
             shapes = {name: self._shape(name) for name in engine.inputs()}
@@ -109,21 +114,12 @@ class DeviceStep:
             part.contexts[kind] = engine.context(profile, shapes, {name: memory[name] for name in names})
         return part.contexts[kind]
 
-    @staticmethod
-    def _engine(engines: SegmentEngines[DeviceEngine], kind: str) -> DeviceEngine:
-        if kind.startswith(ASKED):
-            return engines.policies[int(kind.removeprefix(ASKED))]
-        engine = engines.skip if kind == "skip" else engines.run
-        assert engine is not None
-        return engine
-
-    def _memory_of(self, part: Part, kind: str) -> Mapping[str, Memory]:
+    def _memory_of(self, part: Part, kind: Kind) -> Mapping[str, Memory]:
         here, there = self.hidden[part.index % 2], self.hidden[(part.index + 1) % 2]
-        if kind.startswith(ASKED):
-            # They read the input of the segment before, which is the other buffer.
-            layer = int(kind.removeprefix(ASKED))
-            history = self._history.memory[str(layer - 1)]
-            return {"hidden": there, "actions": history, "damage": self._results.memory[f"damage {layer}"]}
+        if isinstance(kind, int):
+            # The input of the segment before, which is the other buffer.
+            history = self._history.memory[str(kind - 1)]
+            return {"hidden": there, "actions": history, "damage": self._results.memory[f"damage {kind}"]}
         out = self.hidden[2] if self._teacher_forced and kind == "skip" else there
         memory = {
             **self._inputs.memory,
@@ -282,7 +278,7 @@ class DeviceStep:
         if self.policy is not self.main:
             self.policy.wait(self.parts[part.index - 1].done)
         for layer, engine in following.engines.policies.items():
-            context = self.context(following, f"{ASKED}{layer}")
+            context = self.context(following, layer)
             history = str(layer - 1)
             if "actions" in engine.inputs():
                 self.policy.upload(self._history.memory[history], self._history.host[history])
@@ -298,10 +294,9 @@ class DeviceStep:
         """Damage [sequence] of skipping a gated part: the one thing the host waits for, once where layers are decided
         together.
         """
-        asked_at = self._asked_at[part.layer]
-        if asked_at.decided is not None and next(iter(asked_at.engines.policies)) == part.layer:
+        if (decided := self._decided.get(part.layer)) is not None:
             with named(f"decide {part.engines.segment.name}"):
-                asked_at.decided.wait()
+                decided.wait()
         self.damage[part.layer] = self._results.host[f"damage {part.layer}"][0]
         found: npt.NDArray[np.float32] = self.damage[part.layer]
         return found

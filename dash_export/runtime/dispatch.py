@@ -265,16 +265,17 @@ class BoundStep:
         for before, choices in plan.stages:
             for launch in before:
                 launch()
+            # Several layers are decided before any is launched, while what they compare is in the caches.
             chosen = []
             for run, skip, layer, index, limit in choices:
+                launch = run
                 if asked[index] < limit:
+                    launch = skip
                     actions[layer] = 1
                     executed -= 1
                     if history is not None:
                         history[2 * layer + 1] = history[2 * layer + 2] = 1.0
-                    chosen.append(skip)
-                else:
-                    chosen.append(run)
+                chosen.append(launch)
             for launch in chosen:
                 launch()
         return executed

@@ -69,13 +69,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_the_oracle_reads_one_state(case: Case) -> None:
-    """What is decided depends on what enters layer 2, and on nothing that happens after it."""
-    if len(case.policy.decision_points) > 1:
-        pytest.skip("two states decide here")
+    """What is decided by what enters layer 2 depends on nothing that happens after it."""
+    early = list(case.policy.decision_points[2])
     everything = np.zeros((60, 8), np.int8)
     everything[2:, list(case.policy.gated)] = 1
     skipped, dense = (case.oracle.forward(IDS, actions=actions).damage for actions in (everything, None))
-    np.testing.assert_array_equal(skipped, dense)
+    np.testing.assert_array_equal(skipped[:, early], dense[:, early])
     ahead = Oracle.__new__(Oracle)
     ahead.__dict__ |= vars(case.oracle) | {"policy": replace(case.policy, reads=())}
     assert np.abs(ahead.forward(IDS).damage - dense)[:, 4].max() > 0.01

@@ -156,7 +156,7 @@ class PortableEngine:
             POLICY_STATE: (1, count, hidden),
             "logits": (1, count - first, vocab),
             "damage": (1, count),
-            "score": (1, len(self._score_bias), count),
+            "score": (1, 1, count) if len(self._score_bias) == 1 else (1, count, len(self._score_bias)),
         }
         shapes |= dict.fromkeys(
             [name for name, *_ in self._rows], (1, count, self._model.num_kv_heads * self._model.head_dim)
@@ -184,6 +184,6 @@ class PortableEngine:
         names = [self._portable.get(name, name) for name in self._engine.outputs if name != POLICY_STATE]
         found = {written.get(name, name): self._memory[written.get(name, name)] for name in names}
         if "score" in found:
-            damage = np.logaddexp(0.0, found.pop("score") + self._score_bias[:, None])
+            damage = np.logaddexp(0.0, found.pop("score") + self._score_bias)
             found["damage"] = damage[:, 0] if len(self._score_bias) == 1 else damage
         return found

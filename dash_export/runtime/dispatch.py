@@ -71,7 +71,8 @@ class BoundStep:
         self._history = np.zeros((model.num_layers + 1, *shape, 2), np.float32)
         self._damage = np.zeros((model.num_layers, batch * sequence), np.float32)
         self._unread = False
-        # What one engine answers is one array, [batch, layers, sequence]; of one token all of them in layers' order.
+        # What one engine answers is one array: [batch, 1, sequence] about one layer, [batch, sequence, layers] about
+        # several. Of one token all of them in the order of layers.
         self._points = engines.decision_points
         answers = self._points.values() if engines.dispatch == "fused" else [(layer,) for layer in engines.gated]
         self._score = np.zeros(batch * sequence * len(engines.gated), np.float32)
@@ -79,9 +80,9 @@ class BoundStep:
         self._score_of: dict[int, npt.NDArray[np.float32]] = {}
         for layers in answers:
             start = batch * sequence * len(self._score_of)
-            answer = self._score[start : start + batch * sequence * len(layers)].reshape(batch, len(layers), sequence)
-            self._answers[layers[0]] = answer
-            self._score_of |= {layer: answer[:, index] for index, layer in enumerate(layers)}
+            answer = self._score[start : start + batch * sequence * len(layers)].reshape(batch, sequence, len(layers))
+            self._score_of |= {layer: answer[..., index] for index, layer in enumerate(layers)}
+            self._answers[layers[0]] = answer if len(layers) > 1 else answer.reshape(batch, 1, sequence)
         self._score_bias = engines.score_bias
         # Two buffers in turn; run and skip write the same one, but where rows differ skip has its own and each row
         # takes from the one or the other.

@@ -31,8 +31,10 @@ from tests.tiny import tiny_checkpoint, with_compensation
 GATED = (3, 4, 6)
 IDS = np.random.default_rng(5).integers(0, 300, 60).astype(np.int64)
 PROMPT = 20
+STREAMS = ("main", "policy")
+"""Which stream of a simulated device gets ahead where nothing orders them."""
 HOST = [("cpu-fp32", "fused"), ("cpu-fp32", "sync"), ("portable", "sync")]
-DEVICE = [("trt10", "overlapped"), ("trt10", "sync"), ("trt10", "device")]
+DEVICE = [(f"trt10, {first} first", dispatch) for first in STREAMS for dispatch in ("overlapped", "sync", "device")]
 TOLERANCE = 1e-4
 
 
@@ -55,9 +57,11 @@ class Case:
 
     @cache  # noqa: B019 - lives as long as the tests do
     def runtime(self, target: str, dispatch: str) -> DashRuntime:
-        if target != "trt10":
+        target, _, order = target.partition(", ")
+        if not order:
             return DashRuntime.load(self.bundle.root, target, dispatch=dispatch)
-        return DashRuntime(self.bundle, self.bundle.load_build(target), SimulatedDevice("policy"), dispatch)
+        device = SimulatedDevice(order.removesuffix(" first"))
+        return DashRuntime(self.bundle, self.bundle.load_build(target), device, dispatch)
 
 
 CASES = {"all": (GATED, (2, 2, 2)), "narrowed": (GATED[1:], (2, 2, 2)), "two points": (GATED, (2, 2, 4))}
@@ -145,7 +149,7 @@ def test_polygraphy_sees_the_damage_of_all_that_an_engine_decides(case: Case) ->
 
 def test_a_device_s_host_waits_once_a_point(case: Case) -> None:
     """And for the end of the token."""
-    runtime = case.runtime("trt10", "overlapped")
+    runtime = case.runtime("trt10, main first", "overlapped")
     session = runtime.session_under(case.rule)
     session.prefill(IDS[:PROMPT])
     step = session._bound(1)

@@ -84,9 +84,14 @@ def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]
 def specialise_policy(model: ir.Model, layers: Sequence[int]) -> ir.Model:
     """Fix the policy graph's `layer` input: gathers by layer become constants. Inputs `hidden`, `actions`; output
     `damage` [batch, sequence]. For several layers, which a linear policy decides from one state, their columns stand
-    side by side, and `damage` is [batch, sequence, layers].
+    side by side, and `damage` is [batch, sequence, layers]. Raises BundleError for several layers of another policy.
     """
     graph = model.graph
+    if len(layers) > 1 and any(node.name in ("policy/relu", "policy/sum") for node in graph):
+        raise BundleError(
+            "The manifest lets one state decide about several layers, and the policy graph is not linear: export the "
+            "model again."
+        )
     (layer_input,) = (value for value in graph.inputs if value.name == "layer")
     graph.inputs.remove(layer_input)
     of = f"@{layers[0]}"

@@ -12,6 +12,7 @@ import pytest
 
 from dash_export.builders import build
 from dash_export.bundle import Build, Bundle
+from dash_export.errors import BundleError
 from dash_export.exporting import export
 from dash_export.graphs.compose import load_graph, specialise_policy
 from dash_export.graphs.ort.quantize import quantize_block
@@ -123,6 +124,13 @@ def test_specialised_policy_needs_no_layer(tmp_path: Path) -> None:
     policy = specialise_policy(load_graph(bundle.graph("policy")), [3])
     assert {value.name for value in policy.graph.inputs} == {"hidden", "actions"}
     assert "Gather" not in {node.op_type for node in policy.graph}
+
+
+def test_only_a_linear_policy_decides_about_several_layers(tmp_path: Path) -> None:
+    """A manifest may say so of any."""
+    bundle = Bundle.open(tiny_bundle(tmp_path))
+    with pytest.raises(BundleError, match="not linear"):
+        specialise_policy(load_graph(bundle.graph("policy")), [2, 3])
 
 
 def test_only_matrices_of_one_precision_are_packed(tmp_path: Path) -> None:

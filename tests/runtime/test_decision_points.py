@@ -21,6 +21,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import DecisionRule, decision_rule
 from dash_export.exporting import export
 from dash_export.polygraphy.engines import PortableEngine, find_engine
+from dash_export.profiling.traffic import engine_bytes
 from dash_export.reference import Oracle
 from dash_export.runtime.backends import load_backend
 from dash_export.skip_policy import SkipPolicy, narrowed, untrained_policy
@@ -145,6 +146,18 @@ def test_polygraphy_sees_the_damage_of_all_that_an_engine_decides(case: Case) ->
     found, _ = engine(feed | {"input_ids": IDS[None, :9], "position_ids": np.arange(9)[None]})
     expected = case.oracle.forward(IDS[:9]).damage[:, list(facts.decides)]
     np.testing.assert_allclose(found["damage"].reshape(expected.shape), expected, atol=1e-5)
+
+
+def test_bytes_are_of_what_is_asked_there(case: Case) -> None:
+    """Policies that are engines count where they are asked: before the segment that follows what they read."""
+    runtime = case.runtime("cpu-fp32", "sync")
+    segments, found = runtime.build.segments, engine_bytes(runtime).policy.tolist()
+    expected = [0] * len(segments)
+    for read, layers in case.policy.decision_points.items():
+        after = next(index for index, segment in enumerate(segments) if read in segment.layers) + 1
+        expected[after] = sum(runtime.build.engines[f"policy_{layer:02d}"].bytes for layer in layers)
+    assert found == expected
+    assert not any(engine_bytes(case.runtime("cpu-fp32", "fused")).policy)
 
 
 def test_a_device_s_host_waits_once_a_point(case: Case) -> None:

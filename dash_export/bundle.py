@@ -140,6 +140,30 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Consecutive gated layers [first, last] compiled as one more engine: one launch where all of them run, or all
+    are skipped.
+    """
+
+    first: int
+    last: int
+    skips: bool
+
+    @property
+    def segment(self) -> Segment:
+        """Its layers as one segment."""
+        return Segment(self.first, self.last, False, False, True)
+
+    @property
+    def layers(self) -> range:
+        return self.segment.layers
+
+    @property
+    def name(self) -> str:
+        return f"{'skips' if self.skips else 'layers'}_{self.first:02d}-{self.last:02d}"
+
+
+@dataclass(frozen=True)
 class EngineRecord:
     """One compiled engine: its file (relative to the bundle), the size of everything it maps in bytes, and how long it
     took to make.
@@ -156,7 +180,8 @@ class CostTable:
     """Measured on the device that built: medians in microseconds at `context` cached tokens.
 
     `cost[l]` is (run - skip) of gated layer l as a fraction of `dense_us`, the dense time of one token; layers of
-    identical shape share one.
+    identical shape share one. `dispatch`: what one launch more takes, as such a fraction, where a build has stretches;
+    a dense token takes as few as can be.
     """
 
     context: int
@@ -165,6 +190,7 @@ class CostTable:
     skip_us: dict[str, float]
     cost: dict[int, float]
     device: str
+    dispatch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -187,6 +213,7 @@ class Build:
     cost: CostTable
     dial: dict[str, tuple[DialPoint, ...]] = field(default_factory=dict)
     policy_bias: dict[int, float] = field(default_factory=dict)
+    stretches: tuple[Stretch, ...] = ()
     seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -352,12 +379,19 @@ def _check_build(build: Build, manifest: Manifest, where: str) -> None:
         or ends != ([True] + [False] * (len(segments) - 1), [False] * (len(segments) - 1) + [True])
     ):
         raise BundleError(f"{where}: the segments are not the model's layers in order. {_DAMAGED}")
+    # Within a stretch nothing is decided: no layer but one that no policy reads may lie in it.
+    free = set(gated) - set(manifest.policy.decision_points)
+    if not all(item.first < item.last and all(layer in free for layer in item.layers) for item in build.stretches):
+        raise BundleError(f"{where}: a stretch is not of gated layers that are decided together. {_DAMAGED}")
     needed = {segment.name for segment in segments} | {f"skip_{layer:02d}" for layer in gated}
     needed |= {f"policy_{layer:02d}" for layer in gated if manifest.policy.has_network}
+    needed |= {stretch.name for stretch in build.stretches}
     if needed - set(build.engines):
         raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {_DAMAGED}")
     if set(build.cost.cost) != set(gated) or not all(map(isfinite, build.cost.cost.values())):
         raise BundleError(f"{where}: the cost table does not list the gated layers. {_DAMAGED}")
+    if not isfinite(build.cost.dispatch) or build.cost.dispatch < 0:
+        raise BundleError(f"{where}: the cost of a launch is not a number >= 0. {_DAMAGED}")
     if build.policy_bias and (
         set(build.policy_bias) != set(gated) or not all(map(isfinite, build.policy_bias.values()))
     ):

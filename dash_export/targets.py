@@ -26,6 +26,7 @@ Prefill = Literal["same", "int8"]
 Dispatch = Literal["fused", "sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
+BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
 
@@ -97,12 +98,15 @@ class CostRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything `build` needs to know about a target."""
+    """Everything `build` needs to know about a target. `stretches`: gated layers that are small and decided together
+    are engines of several layers too.
+    """
 
     name: str
     description: str = ""
     backend: BackendName = "onnxruntime"
     dialect: Literal["portable", "ort", "trt10"] = "ort"
+    stretches: bool = False
     weights: WeightsRecipe = field(default_factory=WeightsRecipe)
     runtime: RuntimeRecipe = field(default_factory=RuntimeRecipe)
     cost: CostRecipe = field(default_factory=CostRecipe)
@@ -175,6 +179,8 @@ def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
 def _contradiction(recipe: Recipe) -> str | None:
     """What no single key can tell: whether the parts of a recipe go together."""
     weights, engine = recipe.weights, recipe.engine
+    if recipe.stretches and recipe.dialect != "ort":
+        return f"stretches = true is for dialect 'ort'; {recipe.dialect!r} takes false."
     parts = ("layers", "qkv", "ungated", "head", "embedding", "policy")
     precisions: dict[str, str] = {part: getattr(weights, part) for part in parts}
     if recipe.backend == "onnxruntime":

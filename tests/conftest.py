@@ -128,3 +128,18 @@ def tiny_oracle(tiny_root: Path) -> Oracle:
 
     checkpoint = open_checkpoint(tiny_root.parent / "model")
     return Oracle(checkpoint, tiny_policy(checkpoint, "low_rank"))
+
+
+@pytest.fixture(scope="session")
+def stretched_runtime(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DashRuntime]:
+    """`stretched_runtime(dispatch)` over a bundle whose engines are also of several layers (`stretched_bundle`)."""
+    from dash_export import DashRuntime
+    from tests.tiny import stretched_bundle
+
+    root = stretched_bundle(tmp_path_factory.mktemp("stretched"))
+
+    @cache
+    def runtime(dispatch: str) -> DashRuntime:
+        return DashRuntime.load(root, "cpu-fp32", dispatch=dispatch)
+
+    return runtime

@@ -48,6 +48,11 @@ BAD: dict[str, tuple[str, str]] = {
         "takes 'sync'",
     ),
     "portable and int4": ("dialect = 'portable'", "layers = 'int4'.*as they are"),
+    "portable and stretches": (
+        "stretches = true\ndialect = 'portable'\n[weights]\n" + "\n".join(f"{part} = 'fp32'" for part in PARTS),
+        "stretches = true is for dialect 'ort'; 'portable' takes false",
+    ),
+    "stretches as number": ("stretches = 7", "stretches must be bool"),
     "table expected": ("weights = 'int4'", "expected a table"),
     "list as literal": ("[weights]\nlayers = ['int4']", "layers"),
     "not TOML": ("[weights", "cannot be read"),

@@ -80,6 +80,20 @@ def tiny_bundle(root: Path, *targets: str, kind: str = "none", weights: str = "f
     return bundle.root
 
 
+def stretched_bundle(root: Path, gated: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 9)) -> Path:
+    """A bundle of ten layers whose policy decides about all of `gated` by what enters layer 1, built for `cpu-fp32`:
+    neighbours are engines of several layers too. Returns it.
+    """
+    checkpoint = tiny_checkpoint(root / "model", num_hidden_layers=10)
+    policy = replace(untrained_policy(checkpoint.spec, gated, width=0), reads=(1,) * len(gated))
+    policy = replace(policy, static_order=gated[::-1], cosine_order=gated)
+    bundle = export(
+        checkpoint, root / "stretched.dash", with_compensation(policy, checkpoint.spec.hidden_size, "low_rank")
+    )
+    build(bundle, "cpu", weights="fp32")
+    return bundle.root
+
+
 def random_ids(count: int, vocab: int = 300, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, count).astype(np.int64)
 

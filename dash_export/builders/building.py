@@ -5,26 +5,29 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress, write_atomic
 from dash_export.builders.dial import calibrate_dial
 from dash_export.builders.here import require_builder, runs_here
 from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cost
-from dash_export.builders.plan import plan_segments
-from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, to_json
+from dash_export.builders.plan import plan_segments, plan_stretches
+from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, Stretch, to_json
 from dash_export.errors import BackendError, BundleError
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
-from dash_export.targets import Recipe, load_recipe, with_weights
+from dash_export.targets import BITS, Recipe, load_recipe, with_weights
+
+if TYPE_CHECKING:
+    from dash_export.builders.segments import Artifact  # which needs onnx
 
 VERIFICATION = "verification"
 """Key of a build's details."""
@@ -59,13 +62,14 @@ def build(
     # On a GPU every policy is an engine of its own and reads what an engine gave.
     alone = facts.decision_points if recipe.engine is not None else ()
     segments = plan_segments(bundle.manifest.model.num_layers, facts.gated, merge, alone)
+    stretches = _stretches(bundle, recipe)
     folder = bundle.path(f"engines/{recipe.name}")
     folder.mkdir(parents=True, exist_ok=True)
     bias: dict[int, float] = {}
     if merge:
         stop = threading.Event()
         with _roundings(bundle, recipe, folder, _until(stop, progress)) as roundings:
-            engines, files = _make_engines(bundle, recipe, segments, folder, roundings, stop, progress)
+            engines, files = _make_engines(bundle, recipe, segments, stretches, folder, roundings, stop, progress)
         bias = _policy_bias(bundle) if recipe.dialect == "ort" else {}
     else:
         engines, files = _portable_engines(bundle), ()
@@ -82,6 +86,7 @@ def build(
         files=files,
         cost=uniform_cost(bundle.manifest),
         policy_bias=bias,
+        stretches=stretches,
         details=_builder(recipe).details(recipe) if recipe.engine is not None else {},
     )
     known = _current(bundle, draft)
@@ -186,6 +191,7 @@ def _make_engines(
     bundle: Bundle,
     recipe: Recipe,
     segments: tuple[Segment, ...],
+    stretches: tuple[Stretch, ...],
     folder: Path,
     roundings: Roundings,
     stop: threading.Event,
@@ -194,6 +200,11 @@ def _make_engines(
     builder = _builder(recipe)
     store = ArtifactStore(folder)
     jobs = list(builder.artifacts(bundle, recipe, segments, folder, roundings))
+    groups = _groups(jobs)
+    joined: list[Artifact] = []
+    if stretches:
+        joined = list(builder.stretch_artifacts({job.name: job.key for job in jobs}, stretches, folder))
+    jobs += joined
     found = {job.name: store.current(job.name, job.key) for job in jobs}
     if not all(found.values()):
         # From here to the end this build says that it is unfinished.
@@ -201,7 +212,7 @@ def _make_engines(
         bundle.verify(record for record in bundle.manifest.files if record.name.startswith("onnx/"))
     done = itertools.count(1)
 
-    def make(group: list[Any]) -> None:
+    def make(group: Sequence[Artifact]) -> None:
         for job in group:
             try:
                 found[job.name] = found[job.name] or store.make(job.name, job.key, job.write)
@@ -213,15 +224,12 @@ def _make_engines(
                 ) from error
             progress(job.name, next(done), len(jobs))
 
-    groups: list[list[Any]] = []
-    for job in jobs:
-        groups.append([job]) if job.extends is None else next(
-            group for group in groups if group[0].name == job.extends
-        ).append(job)
     with ThreadPoolExecutor(_workers(bundle, recipe)) as pool:
         try:
-            for future in [pool.submit(make, group) for group in groups]:
-                future.result()
+            # What several engines make up comes after all of them.
+            for step in groups, [[job] for job in joined]:
+                for future in [pool.submit(make, group) for group in step]:
+                    future.result()
         except BaseException:
             stop.set()  # an error or Ctrl-C does not wait for a calibration, nor for the engines not yet begun
             pool.shutdown(cancel_futures=True)
@@ -233,11 +241,35 @@ def _make_engines(
     for job in jobs:
         if job.name != "rope":
             own = sum(record.bytes for record in files[job.name])
-            shared = sum(record.bytes for record in files[job.extends]) if job.extends else 0
+            shared = sum(record.bytes for name in job.extends for record in files[name])
             file = f"{prefix}/{files[job.name][0].name}"
             engines[job.name] = EngineRecord(file, own + shared, job.key, store.seconds(job.name))
     listed = [replace(record, name=f"{prefix}/{record.name}") for records in files.values() for record in records]
     return engines, tuple(listed)
+
+
+def _groups(jobs: Sequence[Artifact]) -> list[list[Artifact]]:
+    """What is made one after another: an artifact, and those that take up its weights."""
+    groups: dict[str, list[Artifact]] = {}
+    for job in jobs:
+        groups.setdefault(job.extends[0] if job.extends else job.name, []).append(job)
+    return list(groups.values())
+
+
+LARGEST_IN_STRETCH = 4 << 20
+"""Bytes of a layer's weights. Memory gives these in 200 us or so, of which a launch is 4 %."""
+
+
+def _stretches(bundle: Bundle, recipe: Recipe) -> tuple[Stretch, ...]:
+    """Those of the build: of layers so small that a launch is worth having their weights twice in memory."""
+    policy = bundle.manifest.policy
+    if not recipe.stretches or not policy.gated:
+        return ()
+    # Portable graphs hold float32.
+    data = bundle.manifest.graphs[f"layer_{policy.gated[0]:02d}"].removesuffix(".onnx") + ".data"
+    portable = next((record.bytes for record in bundle.manifest.files if record.name == data), 0)
+    small = portable * BITS[recipe.weights.layers] / 32 <= LARGEST_IN_STRETCH
+    return plan_stretches(policy.gated, policy.decision_points) if small else ()
 
 
 def _policy_bias(bundle: Bundle) -> dict[int, float]:

@@ -21,6 +21,7 @@ from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.device.base import Device
+from dash_export.stretches import TokenTime
 
 WINDOWS = 8
 TOKENS = 128
@@ -29,16 +30,15 @@ PREFIX = 32
 SHARES = (0.03, 0.08, 0.15, 0.24, 0.36, 0.55, 0.8, 0.97)
 """Trade-offs are placed where a dense pass would skip these shares of the gated layers; beside them dense and all."""
 
-Floats = npt.NDArray[np.float64]
-
 
 @dataclass
 class _Sums:
-    """Over the measured tokens of one setting: tokens, actions per layer, nats."""
+    """Over the measured tokens of one setting: how many, layers skipped, time as fractions of dense, nats."""
 
-    tokens: int
-    skipped: Floats
-    kl: float
+    tokens: int = 0
+    skipped: int = 0
+    time: float = 0.0
+    kl: float = 0.0
 
 
 def calibrate_dial(
@@ -50,20 +50,20 @@ def calibrate_dial(
     """
     runtime = DashRuntime(bundle, build, backend)
     windows = _calibration_windows(runtime)
-    cost, num_layers = build.cost.cost, bundle.manifest.model.num_layers
+    num_layers, token_time = bundle.manifest.model.num_layers, TokenTime(build)
     settings = [
         Setting(kind, trade_off=trade_off)
         for kind, trade_offs in _trade_offs(runtime, windows).items()
         for trade_off in trade_offs
     ]
-    sums = {setting: _Sums(0, np.zeros(num_layers), 0.0) for setting in settings}
+    sums = {setting: _Sums() for setting in settings}
     for done, window in enumerate(windows, 1):
-        _measure(runtime, window, sums)
+        _measure(runtime, window, sums, token_time)
         progress("calibrating the dial", done, len(windows))
     dial = {kind: [DialPoint(0.0, float(num_layers), 1.0, 0.0)] for kind in DIALLED_KINDS}
     for setting, total in sums.items():
         assert setting.trade_off is not None
-        dial[setting.kind].append(_point(setting.trade_off, total, cost))
+        dial[setting.kind].append(_point(setting.trade_off, total, num_layers))
     return {kind: tuple(points) for kind, points in dial.items()}
 
 
@@ -85,7 +85,9 @@ def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> d
     return found
 
 
-def _measure(runtime: DashRuntime, window: npt.NDArray[np.int64], sums: Mapping[Setting, _Sums]) -> None:
+def _measure(
+    runtime: DashRuntime, window: npt.NDArray[np.int64], sums: Mapping[Setting, _Sums], token_time: TokenTime
+) -> None:
     prompt = _prompt(len(window))
     dense = runtime.session("dense").score(window, prompt, keep_logits=True)
     assert dense.logits is not None
@@ -94,15 +96,14 @@ def _measure(runtime: DashRuntime, window: npt.NDArray[np.int64], sums: Mapping[
         score = runtime.session_with(setting).score(window, prompt, keep_logits=True)
         assert score.logits is not None
         total.tokens += len(window) - prompt
-        total.skipped += (score.actions[prompt:] == Action.SKIP).sum(axis=0)
+        total.skipped += int((score.actions[prompt:] == Action.SKIP).sum())
+        total.time += token_time.total(score.actions[prompt:])
         total.kl += float(reference.kl(score.logits[prompt:]).sum())
 
 
-def _point(trade_off: float, total: _Sums, cost: Mapping[int, float]) -> DialPoint:
-    skipped = total.skipped / total.tokens
-    saved = sum(float(skipped[layer]) * share for layer, share in cost.items())
-    layers = len(skipped) - float(skipped.sum())
-    return DialPoint(trade_off, round(layers, 4), round(1.0 - saved, 5), round(max(0.0, total.kl / total.tokens), 6))
+def _point(trade_off: float, total: _Sums, num_layers: int) -> DialPoint:
+    layers, time, kl = (amount / total.tokens for amount in (total.skipped, total.time, total.kl))
+    return DialPoint(trade_off, round(num_layers - layers, 4), round(time, 5), round(max(0.0, kl), 6))
 
 
 def _prompt(length: int) -> int:

@@ -8,10 +8,12 @@ from statistics import median
 from typing import Any
 
 from dash_export.bundle import Build, Bundle, CostTable, Manifest
-from dash_export.runtime.backends.base import Backend
+from dash_export.runtime.backends.base import Backend, Launch
 from dash_export.runtime.cpus import cpu_name
 from dash_export.runtime.device.base import Device
+from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
+from dash_export.runtime.plan import launches as launches_of
 from dash_export.runtime.runtime import engines as load_engines
 from dash_export.targets import recipe_from_dict
 
@@ -27,7 +29,8 @@ def uniform_cost(manifest: Manifest) -> CostTable:
 
 
 def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> CostTable:
-    """Run tokens at the recipe's context, timing every segment and skip graph where it stands in the token.
+    """Run tokens at the recipe's context, timing every segment and skip graph where it stands in the token, and a dense
+    token's launches where a build has stretches.
 
     Medians over interleaved repeats. Layers of one shape (here: all gated layers) share the median of their costs, so
     that a noisy single measurement decides nothing.
@@ -43,24 +46,38 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     cache.length = context
     run_us: dict[str, list[float]] = defaultdict(list)
     skip_us: dict[str, list[float]] = defaultdict(list)
+    dense_us: dict[int, list[float]] = defaultdict(list)
     step.place()
+    launches = step.launches()
+    stretched = launches_of(step.segments, ()) if build.stretches and isinstance(step, BoundStep) else ()
     for repeat in range(2 * (WARM_UP + recipe["repeats"])):
-        for segment, (run, skip) in zip(build.segments, step.launches(), strict=True):
+        warm = repeat >= 2 * WARM_UP
+        for segment, (run, skip) in zip(build.segments, launches, strict=True):
             # Every second gated layer in turn is skipped: a skip graph too is timed where it finds its weights cold.
-            skip = skip if segment.first % 2 == repeat % 2 else None
-            launch = run if skip is None else skip
-            began = time.perf_counter()
-            launch()
-            microseconds = 1e6 * (time.perf_counter() - began)
-            if repeat >= 2 * WARM_UP:
-                if skip is None:
-                    run_us[segment.name].append(microseconds)
-                else:
-                    skip_us[f"skip_{segment.first:02d}"].append(microseconds)
+            launch = run if skip is None or segment.first % 2 != repeat % 2 else skip
+            microseconds = _microseconds(launch)
+            if warm and launch is skip:
+                skip_us[f"skip_{segment.first:02d}"].append(microseconds)
+            elif warm:
+                run_us[segment.name].append(microseconds)
+        for place, launch in enumerate(stretched if repeat % 2 else ()):
+            microseconds = _microseconds(launch)
+            if warm:
+                dense_us[place].append(microseconds)
     runs = {name: round(median(times), 2) for name, times in run_us.items()}
     skips = {name: round(median(times), 2) for name, times in skip_us.items()}
-    dense = sum(runs.values())
+    each = sum(runs.values())
+    dense = sum(median(times) for times in dense_us.values()) if stretched else each
     saved = [runs[segment.name] - skips[f"skip_{segment.first:02d}"] for segment in build.segments if segment.gated]
     share = max(median(saved), 0.0) / dense if saved else 0.0
     device = cpu_name() if isinstance(engines, EngineSet) else engines.device.name
-    return CostTable(context, round(dense, 2), runs, skips, dict.fromkeys(bundle.manifest.policy.gated, share), device)
+    fewer = len(launches) - len(stretched)
+    dispatch = max(each - dense, 0.0) / fewer / dense if stretched else 0.0
+    cost = dict.fromkeys(bundle.manifest.policy.gated, share)
+    return CostTable(context, round(dense, 2), runs, skips, cost, device, dispatch)
+
+
+def _microseconds(launch: Launch) -> float:
+    began = time.perf_counter()
+    launch()
+    return 1e6 * (time.perf_counter() - began)

@@ -1,13 +1,13 @@
 """Portable graphs + recipe -> ONNX Runtime engines: lowered .onnx files whose weights are mapped from disk.
 
 Every segment has a plain engine; where the input of one of its layers decides about later ones, also a `.policy` one
-that answers for those on the way (`fused` dispatch). Both map the same weights file.
+that answers for those on the way (`fused` dispatch). Both map the same weights file. So do stretches of gated layers.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -18,10 +18,10 @@ import onnx_ir as ir
 
 from dash_export.artifacts import content_key
 from dash_export.builders.rounding import calibration_key
-from dash_export.builders.segments import Artifact, compose_segment, graph_names, graphs_key, weights_key
-from dash_export.bundle import Bundle, Segment
+from dash_export.builders.segments import Artifact, chain, compose_segment, graph_names, graphs_key, weights_key
+from dash_export.bundle import Bundle, Segment, Stretch
 from dash_export.graphs.compose import absorb, load_graph, specialise_policy
-from dash_export.graphs.ort import lower
+from dash_export.graphs.ort import CONTRIB, fuse_skip_norms, lower
 from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.writer import GraphWriter, save_graph
@@ -62,7 +62,7 @@ def artifacts(
             f"{plain}.policy",
             policy_key,
             partial(_fused, lowering, bundle, part, folder / f"{plain}.onnx", read),
-            plain,
+            (plain,),
         )
 
     yield Artifact(
@@ -92,6 +92,24 @@ def artifacts(
         whole = Segment.whole(bundle.manifest.model.num_layers)
         key = content_key(base, graph_key(*graph_names(whole)), "prefill")
         yield Artifact(PREFILL, key, partial(_prefill, bundle, recipe, roundings, whole))
+
+
+def stretch_artifacts(made: Mapping[str, str], stretches: Sequence[Stretch], folder: Path) -> Iterator[Artifact]:
+    """Engines of several gated layers, out of those of one layer in `folder`, whose keys are `made`; they have no
+    weights of their own.
+    """
+    for stretch in stretches:
+        parts = tuple(f"{'skip' if stretch.skips else 'layer'}_{layer:02d}" for layer in stretch.layers)
+        key = content_key("stretch", LOWERING_REVISION, *(made[name] for name in parts))
+        yield Artifact(stretch.name, key, partial(_stretch, folder, stretch.name, parts), parts)
+
+
+def _stretch(folder: Path, name: str, parts: Sequence[str], out: Path) -> list[Path]:
+    g = GraphWriter(name, ", ".join(parts))
+    chain(g, {part: load_graph(folder / f"{part}.onnx") for part in parts})
+    g.graph.opset_imports[CONTRIB] = 1
+    fuse_skip_norms(g.graph)
+    return save_graph(g.model(), out / f"{name}.onnx", (ROPE_FILE, *(f"{part}.data" for part in parts)))
 
 
 def lowering_for(bundle: Bundle, recipe: Recipe, roundings: Roundings = to_nearest) -> Lowering:

@@ -1,10 +1,19 @@
-"""How a model is cut into engines: never-gated neighbours are merged, embed and head included."""
+"""How a model is cut into engines: never-gated neighbours are merged, embed and head included; and which stretches of
+gated layers are engines once more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 
-from dash_export.bundle import Segment
+from dash_export.bundle import Segment, Stretch
+
+LONGEST_STRETCH = 7
+"""Layers. The more a stretch has, the more launches it saves, and the fewer tokens run them all. For 14 gated layers of
+which a token skips 4, the token policy of SmolLM2-135M-Instruct takes 14 launches one by one, 7.5 with one stretch of
+all that runs, 5.9 with two of 7, 6.0 with three and 7.8 with pairs, each with pairs that skip.
+"""
 
 
 def plan_segments(
@@ -32,3 +41,24 @@ def plan_segments(
             segments.append(Segment(first, layer, begins, ends, is_gated))
             first = layer + 1
     return (*segments, head) if segments[-1].gated else tuple(segments)
+
+
+def plan_stretches(gated: Sequence[int], read: Collection[int]) -> tuple[Stretch, ...]:
+    """Neighbours that are decided before any of them runs, because none of them is `read` by a policy: cut evenly into
+    stretches that run, so that each layer is in one; and any two of them as one that skips.
+    """
+    groups: list[list[int]] = []
+    for layer in gated:
+        if layer in read:
+            continue
+        if groups and groups[-1][-1] == layer - 1:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    found = []
+    for group in groups:
+        count = -(-len(group) // LONGEST_STRETCH)
+        cuts = [len(group) * cut // count for cut in range(count + 1)]
+        found += [Stretch(group[at], group[to - 1], False) for at, to in pairwise(cuts) if to - at > 1]
+        found += [Stretch(layer, layer + 1, True) for layer in group[:-1]]
+    return tuple(found)

@@ -7,17 +7,19 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dash_export.builders.gpu_graphs import portable_graphs
-from dash_export.builders.segments import graph_names
+from dash_export.builders.segments import compose_skips, graph_names
 from dash_export.bundle import Bundle, Segment
 from dash_export.graphs.writer import save_graph
 
 
 def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> Path:
     """The portable graph of engine `name` (the segment's own, its skip graph or its policy) where it lies in the
-    bundle; a merged segment and a policy made for one layer are written into `folder` first.
+    bundle; of a merged segment or a stretch, and of a policy made for one layer, it is written into `folder` first.
     """
-    if name.startswith("skip") or graph_names(segment) == [name]:
+    if name.startswith("skip_") or graph_names(segment) == [name]:
         return bundle.graph(name)
+    if name.startswith("skips_"):
+        return write_graph(compose_skips(bundle, segment.layers), folder / f"{name}.onnx")
     makers = {graph: make for graph, _, make in portable_graphs(bundle, [segment])}
     return write_graph(makers[name](), folder / f"{name}.onnx")
 

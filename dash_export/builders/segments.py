@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from dash_export.targets import Recipe
 
 @dataclass(frozen=True)
 class Artifact:
-    """One engine to make: `write(temporary folder)` returns its files, the .onnx first. `extends` names one whose
+    """One engine to make: `write(temporary folder)` returns its files, the .onnx first. `extends` names those whose
     weights it maps too.
     """
 
     name: str
     key: str
     write: Callable[[Path], list[Path]]
-    extends: str | None = None
+    extends: tuple[str, ...] = ()
 
 
 def graph_names(segment: Segment) -> list[str]:
@@ -49,19 +49,38 @@ def weights_key(recipe: Recipe) -> dict[str, Any]:
 
 def compose_segment(bundle: Bundle, segment: Segment, read: int | None = None) -> tuple[GraphWriter, ir.Value | None]:
     """The segment's portable graphs in a row, and the value that enters its layer `read`."""
-    g = GraphWriter(segment.name, f"{', '.join(graph_names(segment))} of {bundle.manifest.model.name}")
+    names = graph_names(segment)
+    g = GraphWriter(segment.name, f"{', '.join(names)} of {bundle.manifest.model.name}")
+    entering = chain(g, {name: load_graph(bundle.graph(name)) for name in names})
+    return g, None if read is None else entering[f"layer_{read:02d}"]
+
+
+def compose_skips(bundle: Bundle, layers: Iterable[int]) -> ir.Model:
+    """The portable skip graphs of these layers in a row."""
+    names = [f"skip_{layer:02d}" for layer in layers]
+    g = GraphWriter("skips", f"{', '.join(names)} of {bundle.manifest.model.name}")
+    chain(g, {name: load_graph(bundle.graph(name)) for name in names})
+    return g.model()
+
+
+def chain(g: GraphWriter, graphs: Mapping[str, ir.Model]) -> dict[str, ir.Value]:
+    """Graphs in a row, each fed with what the one before gives; the outputs of all, the last one's first. Returns the
+    value that enters each which takes `hidden`.
+    """
     value: ir.Value | None = None
-    state: ir.Value | None = None
+    entering: dict[str, ir.Value] = {}
     end = ""
-    for name in graph_names(segment):
-        outputs = absorb(g, load_graph(bundle.graph(name)), {} if value is None else {"hidden": value})
-        if read is not None and name == f"layer_{read:02d}":
-            state = next(item for item in g.graph.inputs if item.name == "hidden") if value is None else value
-        end = "logits" if name == "head" else "hidden_out"
+    for name, graph in graphs.items():
+        outputs = absorb(g, graph, {} if value is None else {"hidden": value})
+        if value is not None:
+            entering[name] = value
+        elif found := [item for item in g.graph.inputs if item.name == "hidden"]:
+            (entering[name],) = found
+        end = "logits" if "logits" in outputs else "hidden_out"
         value = outputs.pop(end)
         value.name = f"{name}/{end}"
         g.graph.outputs.extend(outputs.values())
     assert value is not None
     value.name = end
     g.graph.outputs.insert(0, value)
-    return g, state
+    return entering

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dash_export.artifacts import Progress, no_progress
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
 from dash_export.builders.portable_files import portable_file, write_graph
-from dash_export.bundle import Build, Bundle, Segment
+from dash_export.bundle import Build, Bundle, Segment, Stretch
 from dash_export.errors import BackendError
 from dash_export.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.graphs.trt import lower
@@ -65,6 +65,7 @@ def verify_graphs(
     engines: Mapping[str, Path],
     progress: Progress = no_progress,
     policy_bias: Mapping[int, float] | None = None,
+    stretches: Sequence[Stretch] = (),
 ) -> tuple[list[Check], str]:
     """Compare every engine (CPU: the files in `engines`) or the graph it is compiled from (GPU) with its portable
     graph, in ONNX Runtime on this CPU. A GPU graph must also pass the ONNX checker at its dialect's opset.
@@ -79,7 +80,7 @@ def verify_graphs(
             recipe, words = _at_float32(recipe), "lowered graphs at fp32 (bf16 is not there)"
         assert recipe.engine is not None
         recipe = replace(recipe, engine=replace(recipe.engine, kv_capacity=CAPACITY))
-    checks = list(_checks(bundle, recipe, segments, engines, progress, policy_bias or {}))
+    checks = list(_checks(bundle, recipe, segments, engines, progress, policy_bias or {}, stretches))
     return checks, f"{words} in ONNX Runtime on a CPU"
 
 
@@ -87,7 +88,7 @@ def verification(bundle: Bundle, build: Build, progress: Progress = no_progress)
     """`verify_graphs` of a build, as it is kept in its details. Raises BackendError when an engine does not agree."""
     recipe = recipe_from_dict(build.recipe, "the recipe recorded in the build")
     files = {name: bundle.path(engine.file) for name, engine in build.engines.items()}
-    return recorded(*verify_graphs(bundle, recipe, build.segments, files, progress, build.policy_bias))
+    return recorded(*verify_graphs(bundle, recipe, build.segments, files, progress, build.policy_bias, build.stretches))
 
 
 def recorded(checks: list[Check], words: str) -> dict[str, Any]:
@@ -123,11 +124,12 @@ def _checks(
     engines: Mapping[str, Path],
     progress: Progress,
     policy_bias: Mapping[int, float],
+    stretches: Sequence[Stretch],
 ) -> Iterator[Check]:
     gated = bundle.manifest.policy.gated
     graphs = {name: make for name, _, make in portable_graphs(bundle, segments)}
     walk = _Walk(bundle)
-    ordered = list(_in_order(segments, graphs, engines if recipe.engine is None else {}))
+    ordered = list(_in_order(segments, graphs, engines if recipe.engine is None else {}, stretches))
     for done, (segment, name, engine) in enumerate(ordered, 1):
         with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
             path = portable_file(bundle, segment, name, Path(folder))
@@ -137,7 +139,8 @@ def _checks(
                 other = write_graph(lower(graphs[name](), recipe, gated), Path(folder) / "lowered.onnx")
                 _check_standard(other, name, recipe)
             bias = policy_bias.get(segment.first) if name.startswith("policy") else None
-            errors = walk.compare(segment, name, graph_run(path), graph_run(other, bias), engine == segment.name)
+            moves = segment in segments and engine == segment.name
+            errors = walk.compare(segment, name, graph_run(path), graph_run(other, bias), moves)
         progress(f"verify {engine}", done, len(ordered))
         yield Check(engine, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
     if PREFILL in engines:
@@ -164,12 +167,15 @@ def _check_standard(path: Path, name: str, recipe: Recipe) -> None:
 
 
 def _in_order(
-    segments: Iterable[Segment], graphs: Mapping[str, MakeGraph], engines: Collection[str]
+    segments: Iterable[Segment], graphs: Mapping[str, MakeGraph], engines: Collection[str], stretches: Sequence[Stretch]
 ) -> Iterator[tuple[Segment, str, str]]:
     """(segment, portable graph, engine) of everything to check; a segment's own comes last, because it moves the states
     on. One that decides about later layers on its way must give what it gives without, too.
     """
     for segment in segments:
+        for stretch in stretches:
+            if stretch.first == segment.first:
+                yield stretch.segment, stretch.name, stretch.name
         names = (f"policy_{segment.first:02d}", f"skip_{segment.first:02d}", segment.name)
         for name in names if segment.gated else names[2:]:
             if f"{name}.policy" in engines:

@@ -21,6 +21,7 @@ from dash_export.commands.export import PolicyOptions, export_with_policy
 from dash_export.commands.progress import progress_bar
 from dash_export.decision import spans
 from dash_export.errors import RequestError
+from dash_export.stretches import TokenTime
 
 if TYPE_CHECKING:
     from dash_export.calibration import Damage
@@ -139,7 +140,7 @@ def _report(
 
 def _time(runtime: DashRuntime, damage: Damage) -> float:
     """Decode time as a fraction of dense, from the build's cost table."""
-    return round(1.0 - sum(runtime.cost.cost[layer] for layer in damage.skipped), 4)
+    return round(TokenTime(runtime.build).of(damage.skipped), 4)
 
 
 def _print(

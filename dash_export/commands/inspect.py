@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dash_export.bundle import Build, Bundle, Segment
+from dash_export.bundle import Build, Bundle, Segment, Stretch
 from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, result_console, size
 from dash_export.commands.onnx_header import opsets
 from dash_export.decision import spans
@@ -100,6 +100,8 @@ def _describe_build(build: Build) -> dict[str, Any]:
         "context": build.cost.context,
         "dense_us": build.cost.dense_us,
         "segments": [_segment(build, recipe.weights, segment) for segment in build.segments],
+        "stretches": [_stretch(build, stretch) for stretch in build.stretches],
+        "dispatch": build.cost.dispatch,
         "prefill_bytes": build.engines[PREFILL].bytes if PREFILL in build.engines else 0,
         "dial": {kind: [asdict(point) for point in points] for kind, points in build.dial.items()},
         "seconds": build.seconds,
@@ -119,6 +121,10 @@ def _segment(build: Build, weights: WeightsRecipe, segment: Segment) -> dict[str
         "skip_us": build.cost.skip_us.get(skip) if segment.gated else None,
         "cost": build.cost.cost.get(segment.first) if segment.gated else None,
     }
+
+
+def _stretch(build: Build, stretch: Stretch) -> dict[str, Any]:
+    return {"name": stretch.name, "skips": stretch.skips, "bytes": build.engines[stretch.name].bytes}
 
 
 def precision(weights: WeightsRecipe, segment: Segment) -> str:
@@ -203,6 +209,13 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
     click.echo(
         "Size: what the engine maps from disk. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
     )
+    if facts["stretches"]:
+        run, skip = ([row for row in facts["stretches"] if row["skips"] == skips] for skips in (False, True))
+        weights = size(sum(row["bytes"] for row in facts["stretches"]))
+        click.echo(
+            f"Layers that take the same action are one launch: {', '.join(row['name'] for row in run)} where all of "
+            f"them run, {len(skip)} pairs that are skipped. {weights} of weights once more in memory, none on disk.\n"
+        )
     if facts["prefill_bytes"]:
         click.echo(
             f"Prompts, but for their first positions, go through one engine in int8: {size(facts['prefill_bytes'])}.\n"

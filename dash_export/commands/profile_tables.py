@@ -14,6 +14,7 @@ from dash_export.profiling.wording import (
     lane_names,
     policy_line,
     rarely_line,
+    stretches_line,
     title,
 )
 
@@ -27,7 +28,7 @@ def print_profile(found: Profile) -> None:
     _print_parts(found)
     _print_segments(found)
     for name, lane in zip(lane_names(found), found.lanes, strict=True):
-        for line in (policy_line(lane), rarely_line(lane), believable(lane.check)):
+        for line in (stretches_line(lane), policy_line(lane), rarely_line(lane), believable(lane.check)):
             if line:
                 click.echo(f"{name}: {line}")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import CostTable, PolicyFacts
+from dash_export.bundle import PolicyFacts
 from dash_export.decision import POLICY_KINDS, Action, Setting, spans
 from dash_export.errors import PolicyError
 from dash_export.runtime import DashRuntime, Session
+from dash_export.stretches import TokenTime
 
 
 def asked(setting: Setting) -> str:
@@ -92,26 +93,26 @@ class Tally:
     """The actions of many tokens at positions where skipping was allowed."""
 
     layers: int
+    token_time: TokenTime
     tokens: int = 0
-    skips: npt.NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.skips = np.zeros(self.layers, np.int64)
+    skips: int = 0
+    times: float = 0.0
 
     def add(self, actions: npt.NDArray[np.int8]) -> None:
         """actions int8 [tokens, layers]."""
         self.tokens += len(actions)
-        self.skips += (actions == Action.SKIP).sum(axis=0)
+        self.skips += int((actions == Action.SKIP).sum())
+        self.times += self.token_time.total(actions)
 
     @property
     def executed(self) -> float:
         """Mean layers run per token."""
-        return self.layers - float(self.skips.sum()) / max(self.tokens, 1)
+        return self.layers - self.skips / max(self.tokens, 1)
 
-    def time(self, cost: CostTable) -> float:
+    @property
+    def time(self) -> float:
         """Mean decode time as a fraction of dense, predicted from the build's cost table."""
-        saved = sum(float(self.skips[layer]) * share for layer, share in cost.cost.items())
-        return 1.0 - saved / max(self.tokens, 1)
+        return self.times / self.tokens if self.tokens else 1.0
 
 
 class Entrant:
@@ -119,7 +120,7 @@ class Entrant:
 
     def __init__(self, runtime: DashRuntime, setting: Setting) -> None:
         self.setting = setting
-        self.tally = Tally(runtime.engines.model.num_layers)
+        self.tally = Tally(runtime.engines.model.num_layers, TokenTime(runtime.build))
         self._runtime = runtime
         self._session = runtime.session_with(setting)
 
@@ -134,4 +135,4 @@ class Entrant:
 
     def figures(self) -> tuple[Setting, int, float, float]:
         """What a `Result` begins with, but for its units: setting, tokens, layers, predicted time."""
-        return self.setting, self.tally.tokens, self.tally.executed, self.tally.time(self._runtime.cost)
+        return self.setting, self.tally.tokens, self.tally.executed, self.tally.time

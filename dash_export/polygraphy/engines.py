@@ -53,6 +53,9 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
                 policy = bundle.manifest.policy
                 read = policy.read_in(segment) if name.endswith(FUSED) else None
                 return EngineFacts(name, portable, segment, () if read is None else policy.decision_points[read])
+    for stretch in build.stretches:
+        if stretch.name == name:
+            return EngineFacts(name, name, stretch.segment)
     merged = [item.name for item in build.segments if name in (f"layer_{layer:02d}" for layer in item.layers)]
     hint = f"{name} is part of the segment {merged[0]}. " if merged else ""
     raise BundleError(

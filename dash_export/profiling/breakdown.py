@@ -11,7 +11,7 @@ from dash_export.decision import Action
 from dash_export.evaluation.timing import SETTLE
 from dash_export.profiling.bandwidth import Bandwidth
 from dash_export.profiling.measure import Lane, Recording, TokenStamps
-from dash_export.profiling.probe import What
+from dash_export.profiling.probe import Stamps, What
 from dash_export.profiling.results import PARTS, Check, LaneProfile, PolicyCost, SegmentTimes, Traffic
 from dash_export.profiling.statistics import Middle, Spread, middle, spread
 from dash_export.profiling.traffic import engine_bytes
@@ -44,8 +44,9 @@ def lane_profile(
         first_ms,
         _ratio(recording, dense.recording),
         layers,
+        _spread(launched, 1.0),
         {name: _spread(values, US) for name, values in parts.items()},
-        spread([_deciding(token) for token in lane.trace], US),
+        None if lane.runtime.build.stretches else spread([_deciding(token) for token in lane.trace], US),
         segment_times(lane, tokens),
         _policy_cost(lane, parts["policy"], replay),
         _traffic(lane, bandwidth),
@@ -60,7 +61,8 @@ def token_parts(lane: Lane, tokens: Sequence[TokenStamps]) -> dict[str, npt.NDAr
     gated = np.array([segment.gated for segment in lane.runtime.build.segments])
     parts = {name: np.zeros(len(tokens)) for name in PARTS}
     for number, token in enumerate(tokens):
-        segment, what, began, ended = token.stamps[token.stamps[:, 1] != What.DECISION].T
+        stamps = by_segment(token.stamps)
+        segment, _, what, began, ended = stamps[stamps[:, 2] != What.DECISION].T
         took = ended - began
         ran = what == What.RUN
         parts["always"][number] = took[ran & ~gated[segment]].sum()
@@ -73,13 +75,26 @@ def token_parts(lane: Lane, tokens: Sequence[TokenStamps]) -> dict[str, npt.NDAr
     return parts
 
 
+def by_segment(stamps: Stamps) -> Stamps:
+    """With the time of a stretch divided evenly among its segments: its layers are all alike."""
+    counts = stamps[:, 1]
+    found = np.repeat(stamps, counts, axis=0)
+    place = np.arange(len(found)) - np.repeat(np.cumsum(counts) - counts, counts)
+    took, count = found[:, 4] - found[:, 3], found[:, 1].copy()
+    found[:, 4] = found[:, 3] + took * (place + 1) // count
+    found[:, 3] += took * place // count
+    found[:, 0] += place
+    found[:, 1] = 1
+    return found
+
+
 def segment_times(lane: Lane, tokens: Sequence[TokenStamps]) -> list[SegmentTimes]:
     """One row per segment."""
-    stamps = np.concatenate([token.stamps for token in tokens])
-    took = stamps[:, 3] - stamps[:, 2]
+    stamps = by_segment(np.concatenate([token.stamps for token in tokens]))
+    took = stamps[:, 4] - stamps[:, 3]
 
     def times(index: int, what: What) -> Spread | None:
-        return spread(took[(stamps[:, 0] == index) & (stamps[:, 1] == what)], US)
+        return spread(took[(stamps[:, 0] == index) & (stamps[:, 2] == what)], US)
 
     return [
         SegmentTimes(
@@ -96,8 +111,8 @@ def segment_times(lane: Lane, tokens: Sequence[TokenStamps]) -> list[SegmentTime
 
 def _deciding(token: TokenStamps) -> int:
     """Nanoseconds in which the host asked the rule."""
-    rows = token.stamps[token.stamps[:, 1] == What.DECISION]
-    return int((rows[:, 3] - rows[:, 2]).sum())
+    rows = token.stamps[token.stamps[:, 2] == What.DECISION]
+    return int((rows[:, 4] - rows[:, 3]).sum())
 
 
 def _spread(values: npt.NDArray[np.float64], scale: float) -> Spread:

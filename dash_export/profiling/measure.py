@@ -33,7 +33,8 @@ TokenIds = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class TokenStamps:
     """One probed token: when its step began, when decode had returned and when the next token was chosen (ns), the
-    launches between (in a trace the decisions too), and what the policy said, damage float32 [layers].
+    launches between (in a trace the decisions too, where there are no stretches), and what the policy said, damage
+    float32 [layers].
     """
 
     token: int
@@ -161,7 +162,8 @@ def measure(
     for lane in lanes:
         block = _Block(lane, 0, parts[0], tokens, 0)
         for at in range(SETTLE + min(traced, tokens)):
-            block.decode(at, probed=at >= SETTLE, decisions=True)
+            # Whoever watches single decisions has every layer launched alone.
+            block.decode(at, probed=at >= SETTLE, decisions=not lane.runtime.build.stretches)
         lane.trace = block.stamps
 
 

@@ -34,19 +34,23 @@ class What(IntEnum):
 
 
 class Probe:
-    """One step's stamps. `take` gives those since the last time, int64 [stamps, 4]: segment, What, begin and end in
-    nanoseconds of `time.perf_counter_ns`.
+    """One step's stamps. `take` gives those since the last time, int64 [stamps, 5]: segment, how many from there on
+    were launched at once, What, begin and end in nanoseconds of `time.perf_counter_ns`.
     """
 
     def __init__(self, step: BoundStep) -> None:
         self._step = step
         # Three plain numbers a stamp in one flat list: nothing for the garbage collector to follow.
         self._flat: list[int] = []
-        push = self._flat.extend
+        self._stamped: list[tuple[int, int, What]] = []
         self._bare = step.segments
-        self._timed = [_timed(index, segment, push) for index, segment in enumerate(step.segments)]
-        gated = {segment.layer: index for index, segment in enumerate(step.segments) if segment.layer >= 0}
-        self._watch = _WatchedRule(gated, push)
+        self._timed = [self._wrapped(index, segment) for index, segment in enumerate(step.segments)]
+        gated = {
+            segment.layer: self._code(index, 1, What.DECISION)
+            for index, segment in enumerate(step.segments)
+            if segment.layer >= 0
+        }
+        self._watch = _WatchedRule(gated, self._flat.extend)
 
     @contextmanager
     def on(self, rule: Rule, decisions: bool = False) -> Iterator[Rule]:
@@ -64,16 +68,27 @@ class Probe:
         """The stamps so far, in the order in which they began; they are forgotten."""
         flat = np.array(self._flat, np.int64).reshape(-1, 3)
         self._flat.clear()
-        return np.column_stack([flat[:, 0] // len(What), flat[:, 0] % len(What), flat[:, 1:]])
+        return np.column_stack([np.array(self._stamped, np.int64)[flat[:, 0]], flat[:, 1:]])
 
+    def _code(self, index: int, count: int, what: What) -> int:
+        """The number that stands for these in a stamp."""
+        self._stamped.append((index, count, what))
+        return len(self._stamped) - 1
 
-def _timed(index: int, segment: BoundSegment, push: _Push) -> BoundSegment:
-    def wrapped(launch: Launch | None, what: What) -> Launch | None:
-        return None if launch is None else _stamped(launch, len(What) * index + what, push)
+    def _wrapped(self, index: int, segment: BoundSegment) -> BoundSegment:
+        def timed(launch: Launch, what: What, count: int = 1) -> Launch:
+            return _stamped(launch, self._code(index, count, what), self._flat.extend)
 
-    run = wrapped(segment.run, What.RUN)
-    assert run is not None
-    return replace(segment, run=run, skip=wrapped(segment.skip, What.SKIP), policy=wrapped(segment.policy, What.POLICY))
+        return replace(
+            segment,
+            run=timed(segment.run, What.RUN),
+            skip=None if segment.skip is None else timed(segment.skip, What.SKIP),
+            policy=None if segment.policy is None else timed(segment.policy, What.POLICY),
+            stretches=tuple(
+                replace(item, launch=timed(item.launch, What.SKIP if item.skips else What.RUN, item.count))
+                for item in segment.stretches
+            ),
+        )
 
 
 def _stamped(launch: Launch, code: int, push: _Push) -> Launch:
@@ -90,8 +105,9 @@ class _WatchedRule:
 
     rule: Rule
 
-    def __init__(self, segments: dict[int, int], push: _Push) -> None:
-        self._codes = {layer: len(What) * index + What.DECISION for layer, index in segments.items()}
+    def __init__(self, codes: dict[int, int], push: _Push) -> None:
+        """`codes`: by layer, what its stamps begin with."""
+        self._codes = codes
         self._push = push
 
     @property

@@ -24,6 +24,7 @@ from dash_export.profiling.wording import (
     lane_names,
     policy_line,
     rarely_line,
+    stretches_line,
     title,
 )
 
@@ -58,8 +59,9 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
         course=course_line(found.course),
         parts=PARTS,
         rows=[
-            {"name": name, "lane": lane, "policy": policy_line(lane), "rarely": rarely_line(lane),
-             "check": believable(lane.check),
+            {"name": name, "lane": lane,
+             "notes": [line for line in (policy_line(lane), rarely_line(lane), believable(lane.check)) if line],
+             "stretches": stretches_line(lane),
              "whole": sum(part.mean for part in lane.parts.values())}
             for name, lane in zip(names, found.lanes, strict=True)
         ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dash_export.bundle import Stretch
 from dash_export.decision import Action
 from dash_export.evaluation.settings import label
 from dash_export.profiling.measure import Lane, TokenStamps
@@ -51,7 +52,7 @@ def _token_events(lane: Lane, token: TokenStamps, sizes: EngineBytes, process: i
     ]  # fmt: skip
     segments = lane.runtime.build.segments
     policies = policies_by_segment(segments, lane.runtime.bundle.manifest.policy.decision_points, str)
-    for index, what, began, ended in token.stamps.tolist():
+    for index, count, what, began, ended in token.stamps.tolist():
         segment = segments[index]
         layer = segment.first
         if what == What.DECISION:
@@ -61,11 +62,14 @@ def _token_events(lane: Lane, token: TokenStamps, sizes: EngineBytes, process: i
                 event(_HOST, f"layer {layer}: {action}", "decision", began, ended, layer=layer, action=action, **facts)
             )
             continue
-        name, kind, size = {
-            What.RUN: (segment.name, "run", sizes.run),
-            What.SKIP: (f"skip_{layer:02d}", "skip", sizes.skip),
-            What.POLICY: (", ".join(policies[index].values()), "policy", sizes.policy),
-        }[What(what)]
-        events.append(event(_ENGINES, name, kind, began, ended, bytes=int(size[index]), action=kind))
+        kind = What(what).name.lower()
+        if what == What.POLICY:
+            name = ", ".join(policies[index].values())
+        elif count > 1:
+            name = Stretch(layer, segments[index + count - 1].last, what == What.SKIP).name
+        else:
+            name = segment.name if what == What.RUN else f"skip_{layer:02d}"
+        size = int(getattr(sizes, kind)[index : index + count].sum())
+        events.append(event(_ENGINES, name, kind, began, ended, bytes=size, action=kind))
     events.append(event(_HOST, "sampling", "sampling", token.decoded, token.ended))
     return events

@@ -11,7 +11,7 @@ from dash_export.bundle import ModelFacts
 from dash_export.decision import Action
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.engines import policies_by_segment
-from dash_export.targets import QUANTISED, WeightsRecipe
+from dash_export.targets import BITS, QUANTISED, WeightsRecipe
 
 _CACHE_ITEM = 4
 """The KV cache is float32."""
@@ -41,12 +41,9 @@ class EngineBytes:
         return int(engines.sum()), int(rows.sum()) * self.row
 
 
-_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
-
-
 def embedding_bytes(weights: WeightsRecipe, model: ModelFacts) -> int:
     """What the embedding table takes on disk: of it one row is read for a token."""
-    bits = float(_BITS[weights.embedding])
+    bits = float(BITS[weights.embedding])
     if weights.embedding in QUANTISED:
         # A float32 scale per block, and a zero point of the weights' own width.
         bits += (32 + (0 if weights.symmetric else bits)) / weights.block_size

@@ -67,9 +67,21 @@ def policy_line(lane: LaneProfile) -> str:
     )
 
 
+def stretches_line(lane: LaneProfile) -> str:
+    """What rows of single layers mean where several are one launch; empty where none are."""
+    if lane.launches.mean >= len(lane.segments):
+        return ""
+    return (
+        f"{lane.launches.mean:.1f} launches per token: layers that take the same action are one, and its time is "
+        "divided evenly among them."
+    )
+
+
 def rarely_line(lane: LaneProfile) -> str:
     """Which layers a policy skips too seldom for its own good; empty where there are none."""
-    if lane.policy.how != "difference":  # where policies are engines, neighbours are merged otherwise, or not at all
+    # Where policies are engines, neighbours are merged otherwise, or not at all; in stretches a layer costs next to
+    # nothing while it runs.
+    if lane.policy.how != "difference" or stretches_line(lane):
         return ""
     gated = {row.layer: row.skipped for row in lane.segments if row.layer >= 0}
     rarely = {layer for layer, skipped in gated.items() if skipped < RARELY}

@@ -58,9 +58,9 @@ class KVCache:
             self._block[:, :, index, :, :length] = old[:, :, index, :, :length]
         return True
 
-    def rows(self, layer: int, index: int) -> npt.NDArray[np.float32]:
-        """One sequence's keys and values of a layer, by row: [capacity, 2, kv_heads, head_dim]."""
-        found: npt.NDArray[np.float32] = self._block[layer, :, index].transpose(2, 0, 1, 3)
+    def rows(self, layers: range, index: int) -> npt.NDArray[np.float32]:
+        """One sequence's keys and values of consecutive layers, by row: [capacity, layers, 2, kv_heads, head_dim]."""
+        found: npt.NDArray[np.float32] = self._block[layers.start : layers.stop, :, index].transpose(3, 0, 1, 2, 4)
         return found
 
     def _empty(self, capacity: int) -> npt.NDArray[np.float32]:

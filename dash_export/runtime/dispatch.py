@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import Segment
+from dash_export.bundle import Segment, Stretch
 from dash_export.decision import Action
 from dash_export.names import POLICY_STATE, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Engine, Launch
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.engines import SegmentEngines
-from dash_export.runtime.plan import BoundSegment, ComparingPlan, FixedPlan, Plans
+from dash_export.runtime.plan import BoundSegment, BoundStretch, ComparingPlan, FixedPlan, Plans
 from dash_export.runtime.rules import Counts, Damage, Rule
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def _in_turn(launches: Sequence[Launch]) -> Launch | None:
 
 
 class BoundStep:
-    """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences."""
+    """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences. Stretches
+    of layers are for the decoding of one.
+    """
 
     def __init__(
         self,
@@ -103,7 +105,8 @@ class BoundStep:
         }
         if self._mask is not None:
             self._inputs["attention_mask"] = self._mask
-        self.segments = self._bind(segments or engines.segments)
+        decodes = sequence == batch == 1 and not teacher_forced and segments is None
+        self.segments = self._bind(segments or engines.segments, engines.stretches if decodes else ())
         # Python floats and ints through flat views: the decode loop makes no array objects.
         self._history_view: Any = self._history.reshape(-1).data
         self._damage_view: Any = self._damage.reshape(-1).data
@@ -124,14 +127,16 @@ class BoundStep:
                 self._read_scores(layer)
         return self._damage
 
-    def _bind(self, segments: Sequence[SegmentEngines[Engine]]) -> list[BoundSegment]:
+    def _bind(
+        self, segments: Sequence[SegmentEngines[Engine]], stretches: Sequence[tuple[Stretch, Engine]]
+    ) -> list[BoundSegment]:
         bound = []
         state = self._hidden[0]
         for index, item in enumerate(segments):
             segment = item.segment
             here, there = self._hidden[index % 2], self._hidden[(index + 1) % 2]
-            skip_out = self._hidden[SKIPPED] if self._rows_differ else there
-            shared = self._shared(segment, here)
+            skipped = {"hidden_out": self._hidden[SKIPPED] if self._rows_differ else there}
+            shared = self._shared(segment.layers, here)
             policies = []
             for layer, engine in item.policies.items():
                 inputs = {"hidden": state, "actions": self._history[layer - 1], "layer": np.array([layer])}
@@ -144,27 +149,45 @@ class BoundStep:
                     segment.first if segment.gated else -1,
                     len(segment.layers),
                     item.run.bind(shared, outputs | {"hidden_out": there}),
-                    self._bind_skip(item.skip, segment.first, shared, outputs | {"hidden_out": skip_out}),
+                    None
+                    if item.skip is None
+                    else self._bind_skip(item.skip, segment.layers, shared, outputs | skipped),
                     _in_turn(policies),
                     there,
+                    self._bind_stretches(index, [item for item in stretches if item[0].first == segment.first]),
                 )
             )
         return bound
 
+    def _bind_stretches(self, index: int, stretches: Sequence[tuple[Stretch, Engine]]) -> tuple[BoundStretch, ...]:
+        """Those that begin with the segment of this index. One of an even number of layers writes what it reads, which
+        all but the last node of its graph have done with.
+        """
+        found = []
+        for stretch, engine in stretches:
+            count = len(stretch.layers)
+            inputs = self._shared(stretch.layers, self._hidden[index % 2])
+            outputs = inputs | {"hidden_out": self._hidden[(index + count) % 2]}
+            if stretch.skips:
+                launch = self._bind_skip(engine, stretch.layers, inputs, outputs)
+            else:
+                launch = engine.bind(inputs, outputs)
+            found.append(BoundStretch(count, stretch.skips, launch))
+        return tuple(found)
+
     def _bind_skip(
-        self, skip: Engine | None, layer: int, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]
-    ) -> Launch | None:
+        self, skip: Engine, layers: range, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]
+    ) -> Launch:
         """With the write of what the engine leaves to be written."""
-        if skip is None:
-            return None
-        names = [short_name(name) for name in new_names(layer)]
-        if names[0] not in skip.outputs:
+        names = [[short_name(name) for name in new_names(layer)] for layer in layers]
+        if names[0][0] not in skip.outputs:
             return skip.bind(inputs, outputs)
         model, cache, sequence = self._model, self._cache, self.sequence
-        new = np.zeros((2, self.batch, sequence, model.num_kv_heads * model.head_dim), np.float32)
-        launch = skip.bind(inputs, outputs | dict(zip(names, new, strict=True)))
-        rows = new.reshape(2, self.batch, sequence, model.num_kv_heads, model.head_dim).transpose(1, 2, 0, 3, 4)
-        writes = [(cache.rows(layer, index), rows[index]) for index in range(self.batch)]
+        new = np.zeros((len(layers), 2, self.batch, sequence, model.num_kv_heads * model.head_dim), np.float32)
+        outputs = outputs | {name: new[at, which] for at, pair in enumerate(names) for which, name in enumerate(pair)}
+        launch = skip.bind(inputs, outputs)
+        rows = new.reshape(*new.shape[:4], model.num_kv_heads, model.head_dim).transpose(2, 3, 0, 1, 4, 5)
+        writes = [(cache.rows(layers, index), rows[index]) for index in range(self.batch)]
 
         def launch_and_write() -> None:
             launch()
@@ -173,9 +196,9 @@ class BoundStep:
 
         return launch_and_write
 
-    def _shared(self, segment: Segment, hidden: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
-        shared = {**self._inputs, "hidden": hidden, "actions": self._history[max(segment.last, 0)]}
-        for layer in segment.layers:
+    def _shared(self, layers: range, hidden: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
+        shared = {**self._inputs, "hidden": hidden, "actions": self._history[max(layers.stop - 1, 0)]}
+        for layer in layers:
             arrays = (self._cache.keys[layer][: self.batch], self._cache.values[layer][: self.batch])
             for name, array in zip((*past_names(layer), *present_names(layer)), arrays * 2, strict=True):
                 shared[name] = shared[short_name(name)] = array
@@ -263,21 +286,21 @@ class BoundStep:
             self._history.fill(0.0)
         asked, self._unread = (self._score_view, True) if self._score_bias else (self._damage_view, False)
         executed = self._model.num_layers
-        for before, choices in plan.stages:
+        for before, choices, answers in plan.stages:
             for launch in before:
                 launch()
             # Several layers are decided before any is launched, while what they compare is in the caches.
-            chosen = []
-            for run, skip, layer, index, limit in choices:
-                launch = run
+            mask = 0
+            for bit, index, limit in choices:
                 if asked[index] < limit:
-                    launch = skip
-                    actions[layer] = 1
-                    executed -= 1
-                    if history is not None:
-                        history[2 * layer + 1] = history[2 * layer + 2] = 1.0
-                chosen.append(launch)
-            for launch in chosen:
+                    mask |= bit
+            launches, skipped = answers[mask]
+            executed -= len(skipped)
+            for layer in skipped:
+                actions[layer] = 1
+                if history is not None:
+                    history[2 * layer + 1] = history[2 * layer + 2] = 1.0
+            for launch in launches:
                 launch()
         return executed
 

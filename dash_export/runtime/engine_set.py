@@ -54,6 +54,7 @@ class EngineSet:
             )
             for segment, policies in zip(build.segments, policies_by_segment(build.segments, asked, load), strict=True)
         ]
+        self.stretches = [(stretch, load(stretch.name)) for stretch in build.stretches]
         self._for_prompts: list[SegmentEngines[Engine]] | None = None
         if PREFILL in build.engines and saturates_int8():
             logger.warning(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from dash_export.bundle import Build, ModelFacts, PolicyFacts
 from dash_export.decision import DecisionRule, Setting, decision_rule, spans, trade_off_for
 from dash_export.errors import PolicyError
 from dash_export.runtime.rules import FixedRule, HeldRules, RandomRules, SequenceRules, SessionRules
+from dash_export.stretches import TokenTime
 
 
 def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> SessionRules:
@@ -26,7 +26,7 @@ def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, buil
         return SequenceRules(rule)
     if setting.hold:
         assert setting.budget is not None
-        return HeldRules(rule, build.cost.cost, setting.budget)
+        return HeldRules(rule, TokenTime(build), setting.budget)
     return SessionRules(rule)
 
 
@@ -56,12 +56,13 @@ def _fixed_set(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: 
 
 def _count(setting: Setting, model: ModelFacts, order: Sequence[int], build: Build) -> int:
     if setting.budget is not None:
-        saved = list(accumulate((build.cost.cost[layer] for layer in order), initial=0.0))
-        enough = [count for count, share in enumerate(saved) if 1 - share <= setting.budget + 1e-9]
+        token_time = TokenTime(build)
+        times = [token_time.of(order[:count]) for count in range(len(order) + 1)]
+        enough = [count for count, time in enumerate(times) if time <= setting.budget + 1e-9]
         if not enough:
             raise PolicyError(
                 f"A budget of {setting.budget:g} is more than the policy {setting.kind!r} can give: with all of its "
-                f"{len(order)} layers skipped a token takes {1 - max(saved):.3f} of the dense time."
+                f"{len(order)} layers skipped a token takes {min(times):.3f} of the dense time."
             )
         return enough[0]
     if setting.skipped is not None:
@@ -80,7 +81,9 @@ def _count(setting: Setting, model: ModelFacts, order: Sequence[int], build: Bui
 
 
 def _probability(setting: Setting, policy: PolicyFacts, build: Build) -> float:
-    """How likely each gated layer is skipped, so that the mean is the one asked for."""
+    """How likely each gated layer is skipped, so that the mean is the one asked for. A budget is that of the layers
+    alone: what launches a random set takes is not in it.
+    """
     most = float(len(policy.gated)) if setting.skipped is not None else sum(build.cost.cost.values())
     wanted = setting.skipped if setting.skipped is not None else 1 - (setting.budget or 1.0)
     if wanted > most:

@@ -7,9 +7,8 @@ what they choose. That was worth 1.2 % of a dense int4 token of SmolLM2-135M, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +16,28 @@ import numpy.typing as npt
 from dash_export.decision import Action, DecisionRule
 from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.rules import Actions, FixedRule, Rule
+from dash_export.stretches import cover, lengths
 
 _INFINITY = 0x7F800000
 """Of a float32, in bits."""
 
 
 @dataclass(frozen=True)
+class BoundStretch:
+    """One launch for this segment and those after it, `count` in all, where all of them run or (`skips`) are
+    skipped.
+    """
+
+    count: int
+    skips: bool
+    launch: Launch
+
+
+@dataclass(frozen=True)
 class BoundSegment:
-    """One segment's launches. `layer` is the gated layer, or -1 for a segment that always runs `count` layers."""
+    """One segment's launches. `layer` is the gated layer, or -1 for a segment that always runs `count` layers.
+    `stretches` begin with it.
+    """
 
     layer: int
     count: int
@@ -32,6 +45,7 @@ class BoundSegment:
     skip: Launch | None
     policy: Launch | None
     output: npt.NDArray[np.float32]
+    stretches: tuple[BoundStretch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,18 +57,36 @@ class FixedPlan:
     executed: int
 
 
-Choice = tuple[Launch, Launch, int, int, float]
-"""What runs, what skips, the layer, where its score (of a linear policy, else its damage) stands, and the limit below
-which it is skipped. No score is below that of what always runs."""
+Choice = tuple[int, int, float]
+"""A bit of its own in a mask, where a layer's score (of a linear policy, else its damage) stands, and the limit below
+which the layer is skipped."""
+
+
+class Answers(dict[int, tuple[tuple[Launch, ...], tuple[int, ...]]]):
+    """Mask of skipped layers -> what is launched, and those layers: of the segments that one state decides about."""
+
+    KEPT = 1024
+
+    def __init__(self, segments: Sequence[BoundSegment], layers: Sequence[int]) -> None:
+        """`layers`: those that the bits of a mask mean, from the lowest on."""
+        super().__init__()
+        self._segments, self._layers = segments, layers
+
+    def __missing__(self, mask: int) -> tuple[tuple[Launch, ...], tuple[int, ...]]:
+        skipped = tuple(layer for bit, layer in enumerate(self._layers) if mask >> bit & 1)
+        if len(self) >= self.KEPT:
+            del self[next(iter(self))]
+        self[mask] = answer = (launches(self._segments, skipped), skipped)
+        return answer
 
 
 @dataclass(frozen=True)
 class ComparingPlan:
-    """By decision point: what is launched before its scores are there (`sync` dispatch's policies too), then what they
-    decide. All of that is compared at once, while it is in the caches, and then launched.
+    """By decision point: what is launched before its scores are there (`sync` dispatch's policies too), what is
+    compared then, all of it at once, while it is in the caches, and what follows from it.
     """
 
-    stages: tuple[tuple[tuple[Launch, ...], tuple[Choice, ...]], ...]
+    stages: tuple[tuple[tuple[Launch, ...], tuple[Choice, ...], Answers], ...]
 
 
 Plan = FixedPlan | ComparingPlan
@@ -65,7 +97,7 @@ class Plans:
     without: a held budget has another one for every token.
     """
 
-    KEPT = 64
+    KEPT = 256
 
     def __init__(self, num_layers: int, score_bias: Mapping[int, float], points: Mapping[int, Sequence[int]]) -> None:
         """`points`: the layers that are decided together. Scores stand in their order, damages by layer."""
@@ -74,11 +106,11 @@ class Plans:
         self._index = {layer: place for place, layer in enumerate(decided)} if score_bias else range(num_layers)
         self._firsts = {layers[0] for layers in points.values()}
         # With what they are of, so that no other object gets its id.
-        self._known: dict[tuple[int, int], tuple[object, object, Plan | None]] = {}
+        self._known: dict[tuple[Hashable, int], tuple[object, object, Plan | None]] = {}
 
     def plan(self, rule: Rule, segments: Sequence[BoundSegment]) -> Plan | None:
         """None where the rule has to be asked."""
-        key = (id(rule), id(segments))
+        key = (rule.skipped if isinstance(rule, FixedRule) else id(rule), id(segments))
         known = self._known.get(key)
         if known is not None and known[2] is not None:
             return known[2]
@@ -93,29 +125,46 @@ class Plans:
             skipped = [segment.layer for segment in segments if segment.layer in rule.skipped]
             actions = np.full(self._num_layers, Action.RUN, np.int8)
             actions[skipped] = Action.SKIP
-            launches = [segment.skip if segment.layer in rule.skipped else segment.run for segment in segments]
-            return FixedPlan(tuple(launches), actions, self._num_layers - len(skipped))  # type: ignore[arg-type]
+            return FixedPlan(launches(segments, skipped), actions, self._num_layers - len(skipped))
         # As long as no ceiling can be reached; a layer's is above the number of layers before it.
         if not isinstance(rule, DecisionRule) or any(
             ceiling <= layer for layer, ceiling in enumerate(rule.ceilings) if rule.gated[layer]
         ):
             return None
         limits = dict(enumerate(rule.limits)) | score_limits(rule.limits, self._score_bias)
-        stages: list[tuple[list[Launch], list[Choice]]] = [([], [])]
+        decided: list[tuple[list[Launch], list[BoundSegment]]] = [([], [])]
         for segment in segments:
             if segment.layer in self._firsts or segment.policy is not None:
-                stages.append(([], []))
-            before, choices = stages[-1]
+                decided.append(([], []))
+            before, those = decided[-1]
             if segment.policy is not None:
                 before.append(segment.policy)
-            if segment.skip is not None:
-                layer = segment.layer
-                choices.append((segment.run, segment.skip, layer, self._index[layer], limits[layer]))
-            elif choices:
-                choices.append((segment.run, segment.run, 0, 0, -inf))
+            if those or segment.skip is not None:
+                those.append(segment)
             else:
                 before.append(segment.run)
-        return ComparingPlan(tuple((tuple(before), tuple(choices)) for before, choices in stages))
+        stages = []
+        for before, those in decided:
+            layers = [segment.layer for segment in those if segment.layer >= 0]
+            choices = ((1 << bit, self._index[layer], limits[layer]) for bit, layer in enumerate(layers))
+            stages.append((tuple(before), tuple(choices), Answers(those, layers)))
+        return ComparingPlan(tuple(stages))
+
+
+def launches(segments: Sequence[BoundSegment], skipped: Collection[int]) -> tuple[Launch, ...]:
+    """What a token that skips these layers launches."""
+    stretches = {
+        (segment.layer, stretch.skips, stretch.count): stretch.launch
+        for segment in segments
+        for stretch in segment.stretches
+    }
+    found = []
+    for part in cover([segment.layer for segment in segments], skipped, lengths(stretches)):
+        segment = segments[part.index]
+        launch = stretches.get((segment.layer, part.skips, part.count), segment.skip if part.skips else segment.run)
+        assert launch is not None
+        found.append(launch)
+    return tuple(found)
 
 
 def score_limits(limits: Sequence[float], bias: Mapping[int, float]) -> dict[int, float]:

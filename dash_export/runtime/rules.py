@@ -4,7 +4,7 @@ rules may change from token to token (`SessionRules`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from math import exp, log
 from typing import Protocol
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.decision import DENSE_POSITIONS, Action, DecisionRule
+from dash_export.stretches import TokenTime
 
 Damage = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
@@ -169,16 +170,15 @@ class HeldRules(SessionRules):
 
     foreseeable = False
 
-    def __init__(self, rule: DecisionRule, cost: Mapping[int, float], budget: float) -> None:
+    def __init__(self, rule: DecisionRule, token_time: TokenTime, budget: float) -> None:
         super().__init__(rule)
         self._calibrated = rule
-        self._cost = np.zeros(len(rule.limits))
-        self._cost[list(cost)] = list(cost.values())
+        self._token_time = token_time
         self._budget = budget
         self._log_scale = 0.0
 
     def decoded(self, actions: Actions) -> None:
-        time = 1.0 - float(self._cost @ actions)
+        time = self._token_time.of(np.flatnonzero(actions).tolist())
         bound = log(HOLD_RANGE)
         self._log_scale = min(bound, max(-bound, self._log_scale + HOLD_GAIN * (time - self._budget)))
         scale = exp(self._log_scale)

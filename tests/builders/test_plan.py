@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_export.builders.plan import plan_segments
+from dash_export.builders.plan import LONGEST_STRETCH, plan_segments, plan_stretches
 from dash_export.decision import decision_points
 
 LAYERS = 10
@@ -59,3 +59,34 @@ def test_every_layer_once_and_gated_ones_alone(gated: set[int], merge: bool) -> 
     assert len({segment.name for segment in segments}) == len(segments)
     if merge:
         assert not any(not a.gated and not b.gated and b.layers for a, b in pairwise(segments))
+
+
+def stretches(gated: tuple[int, ...], *read: int) -> tuple[list[str], list[str]]:
+    found = plan_stretches(gated, read)
+    return tuple([item.name for item in found if item.skips == skips] for skips in (False, True))  # type: ignore[return-value]
+
+
+def test_stretches_are_of_neighbours_that_are_decided_together() -> None:
+    run, skip = stretches(tuple(range(5, 19)), 4)
+    assert run == ["layers_05-11", "layers_12-18"]
+    assert skip == [f"skips_{layer:02d}-{layer + 1:02d}" for layer in range(5, 18)]
+    assert stretches((2, 3, 5), 1) == (["layers_02-03"], ["skips_02-03"])
+    assert stretches((2, 4, 6), 1) == ([], [])
+    # What decides about later layers is known only when its layer has run.
+    assert stretches((2, 3, 4, 5, 6), 1, 4) == (["layers_02-03", "layers_05-06"], ["skips_02-03", "skips_05-06"])
+    assert stretches((2, 3, 4), 1, 2, 3) == ([], [])
+    assert stretches(()) == ([], [])
+
+
+@given(st.sets(st.integers(1, 40)), st.sets(st.integers(0, 40)))
+def test_every_layer_in_one_stretch_that_runs(gated: set[int], read: set[int]) -> None:
+    found = plan_stretches(sorted(gated), read)
+    run = [layer for item in found if not item.skips for layer in item.layers]
+    assert len(run) == len(set(run))
+    free = gated - read
+    assert set(run) <= free
+    assert all(2 <= len(item.layers) <= LONGEST_STRETCH for item in found if not item.skips)
+    pairs = {layer for layer in free if layer + 1 in free}
+    assert {item.first for item in found if item.skips} == pairs
+    alone = free - set(run)
+    assert all(not {layer - 1, layer + 1} & free or len(pairs) >= LONGEST_STRETCH for layer in alone)

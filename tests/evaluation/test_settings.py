@@ -11,6 +11,7 @@ from dash_export import DashRuntime
 from dash_export.decision import POLICY_KINDS, Setting
 from dash_export.errors import PolicyError
 from dash_export.evaluation.settings import Entrant, Tally, asked, kinds_of, label, plan, record
+from dash_export.stretches import TokenTime
 from tests.tiny import random_ids
 
 
@@ -39,15 +40,15 @@ def test_kinds_of(runtime: DashRuntime) -> None:
 
 
 def test_tally_is_the_mean_of_what_was_taken(runtime: DashRuntime) -> None:
-    tally = Tally(6)
+    cost = replace(runtime.cost, cost={2: 0.1, 3: 0.5, 4: 0.2})
+    tally = Tally(6, TokenTime(replace(runtime.build, cost=cost)))
     actions = np.zeros((4, 6), np.int8)
     actions[0, 2] = actions[1, 2] = actions[1, 4] = 1
     tally.add(actions[:1])
     tally.add(actions[1:])
     assert tally.tokens == 4
     assert tally.executed == 6 - 3 / 4
-    cost = replace(runtime.cost, cost={2: 0.1, 3: 0.5, 4: 0.2})
-    assert tally.time(cost) == pytest.approx(1 - (2 * 0.1 + 0.2) / 4)
+    assert tally.time == pytest.approx(1 - (2 * 0.1 + 0.2) / 4)
 
 
 def test_random_draws_anew_for_every_unit(runtime: DashRuntime) -> None:

@@ -10,6 +10,7 @@ from dash_export.errors import RequestError
 from dash_export.evaluation import answers, choices, prompts
 from dash_export.evaluation.data import Answer, Prompt, Question
 from dash_export.evaluation.settings import Tally
+from dash_export.stretches import TokenTime
 from tests.evaluation.test_text import SETTINGS, TEXT, log_softmax
 
 CONTEXT = "The layers of a decoder are not equally needed, and some"
@@ -77,7 +78,7 @@ def test_the_likelihood_of_a_choice(runtime: DashRuntime) -> None:
     ids, context = choices.encode_pair(runtime, "The layers of a ", " decoder are needed")
     assert ids[:context] == runtime.text.encode("The layers of a")
     for setting in SETTINGS:
-        tally = Tally(6)
+        tally = Tally(6, TokenTime(runtime.build))
         found = choices._likelihood(runtime.session_with(setting), tally, ids, context)
         q = log_softmax(runtime.session_with(setting).logits(ids, prefix=context))
         assert found == pytest.approx(sum(q[i - 1, ids[i]] for i in range(context, len(ids))), rel=1e-4)
@@ -130,4 +131,6 @@ def test_answers_are_decoded_under_the_policy(runtime: DashRuntime) -> None:
     for setting in SETTINGS:
         logits = runtime.session_with(setting).logits(item.ids, prefix=item.dense)
         expected = runtime.text.decode([int(logits[-1].argmax())])
-        assert answers._decode(runtime.session_with(setting), Tally(6), item).startswith(expected)
+        assert answers._decode(runtime.session_with(setting), Tally(6, TokenTime(runtime.build)), item).startswith(
+            expected
+        )

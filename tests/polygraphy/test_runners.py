@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 pytest.importorskip("polygraphy")
 
 from dash_export import DashRuntime
+from dash_export.builders.portable_files import portable_file
 from dash_export.bundle import Bundle
 from dash_export.errors import RequestError
-from dash_export.graph_runs import step_inputs
+from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.polygraphy.engines import PortableEngine, find_engine
 from dash_export.polygraphy.inputs import STEPS, StepInputs
 from dash_export.polygraphy.runners import DashStepRunner
 from dash_export.runtime.backends import load_backend
+from dash_export.runtime.backends.onnxruntime import OrtBackend
 from tests.tiny import random_ids
 
 
@@ -64,3 +67,23 @@ def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tin
         engine(feed)
     fine = feed | {name: array for name, array in step_inputs(5, 3, 8).items() if name in engine.inputs}
     assert engine(fine)[0]["hidden_out"].shape[1] == 3
+
+
+@pytest.mark.parametrize("name", ["layers_02-06", "skips_04-05"])
+def test_an_engine_of_several_layers_has_a_portable_graph(
+    name: str, stretched_runtime: Callable[[str], DashRuntime], tmp_path: Path
+) -> None:
+    runtime = stretched_runtime("plain")
+    facts = find_engine(runtime.bundle, runtime.build, name)
+    file = runtime.bundle.path(runtime.build.engines[name].file)
+    engine = PortableEngine(OrtBackend(0).load(file), facts, runtime.engines.model, {})
+    graph = graph_run(portable_file(runtime.bundle, facts.segment, facts.portable, tmp_path))
+    rng = np.random.default_rng(0)
+    feed = {key: rng.standard_normal([size or 9 for size in shape]) for key, (_, shape) in engine.inputs.items()}
+    feed = {key: array.astype(np.float32) for key, array in feed.items()} | {"position_ids": np.arange(3)[None]}
+    feed["hidden"] = feed["hidden"][:, :3]
+    found, _ = engine(feed)
+    expected = graph(step_inputs(0, 3, 9) | feed)
+    assert set(found) == set(expected)
+    for key, array in expected.items():
+        np.testing.assert_allclose(found[key], array, atol=1e-4)

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import Action, Setting
+from dash_export.evaluation.text import windows
 from dash_export.profiling.bandwidth import Bandwidth
-from dash_export.profiling.breakdown import lane_profile, probe_overhead, token_parts
-from dash_export.profiling.measure import Lane, Recording
+from dash_export.profiling.breakdown import by_segment, lane_profile, probe_overhead, token_parts
+from dash_export.profiling.measure import Lane, Recording, measure, replay_of
 from dash_export.profiling.probe import Probe, What, stamp_cost
-from dash_export.profiling.wording import rarely_line
-from tests.profiling.conftest import CONTEXT, ROUNDS, TOKENS, TRACED
+from dash_export.profiling.trace import chrome_trace
+from dash_export.profiling.wording import rarely_line, stretches_line
+from tests.profiling.conftest import CONTEXT, ROUNDS, TEXT, TOKENS, TRACED
 from tests.tiny import random_ids
 
 STREAM = Bandwidth(2e9, 1e9, 1e9, 1e9, 1 << 20, 2)
@@ -48,7 +51,8 @@ def test_every_launch_and_decision_has_a_stamp(lanes: list[Lane]) -> None:
         segments = lane.runtime.build.segments
         gated = [index for index, segment in enumerate(segments) if segment.gated]
         for token in lane.recording.probed.values():
-            index, what, began, ended = token.stamps.T
+            index, count, what, began, ended = token.stamps.T
+            assert (count == 1).all()
             assert (began[1:] >= ended[:-1]).all()
             assert (ended >= began).all()
             assert token.began <= began[0]
@@ -66,7 +70,7 @@ def test_a_trace_has_the_decisions_too(lanes: list[Lane]) -> None:
     for lane in lanes:
         gated = [index for index, segment in enumerate(lane.runtime.build.segments) if segment.gated]
         for token in lane.trace:
-            index, what, *_ = token.stamps.T
+            index, _, what, *_ = token.stamps.T
             np.testing.assert_array_equal(index[what == What.DECISION], gated)
 
 
@@ -108,6 +112,8 @@ def test_lane_profile(lanes: list[Lane]) -> None:
     assert [profile.policy.how for profile in found] == ["none", "launches", "difference"]
     assert found[0].ratio.value == 1.0
     assert found[0].layers.mean == 6.0
+    assert [profile.launches.mean for profile in found] == [5, 8, 5]
+    assert not any(stretches_line(profile) for profile in found)
     assert found[1].parts["policy"].mean > 0
     assert found[2].parts["policy"].mean == 0
     for profile in found:
@@ -177,3 +183,50 @@ def test_traffic_by_hand(lanes: list[Lane]) -> None:
 def test_what_does_not_ask_costs_no_policy(lanes: list[Lane]) -> None:
     assert not Setting("static", skip=(3,)).asks_network
     assert lane_profile(lanes[0], lanes[0], None, STREAM, 0.0, 5).policy.us.value == 0
+
+
+@pytest.fixture(scope="module")
+def stretched_lanes(stretched_runtime: Callable[[str], DashRuntime]) -> list[Lane]:
+    """Dense, the token policy and its replay, where layers next to each other are one launch."""
+    plain, fused = stretched_runtime("plain"), stretched_runtime("fused")
+    token = Setting("token", skipped=3)
+    found = [
+        Lane("stretched", Setting("dense"), [plain], [plain.session("dense")]),
+        Lane("stretched", token, [fused], [fused.session_with(token)]),
+    ]
+    found.append(replay_of(found[-1], [plain]))
+    measure(found, windows(plain, TEXT, "text", 2, CONTEXT + 2 + TOKENS), TOKENS, ROUNDS, TRACED)
+    return found
+
+
+def test_a_stretch_is_one_stamp_and_every_layer_has_its_part(stretched_lanes: list[Lane]) -> None:
+    for lane in stretched_lanes:
+        segments = lane.runtime.build.segments
+        tokens = [*lane.recording.probed.values(), *lane.trace]
+        assert any((token.stamps[:, 1] > 1).any() for token in tokens)
+        for token in tokens:
+            rows = by_segment(token.stamps)
+            np.testing.assert_array_equal(rows[:, 0], range(len(segments)))
+            skipped = [segments[where].first for where in rows[rows[:, 2] == What.SKIP, 0]]
+            np.testing.assert_array_equal(np.flatnonzero(token.actions == Action.SKIP), skipped)
+            assert (rows[:, 4] - rows[:, 3]).sum() == (token.stamps[:, 4] - token.stamps[:, 3]).sum()
+            assert (rows[1:, 3] >= rows[:-1, 4]).all()
+        parts = token_parts(lane, tokens)
+        walls = [token.ended - token.began for token in tokens]
+        np.testing.assert_allclose(np.sum(list(parts.values()), axis=0), walls, rtol=0.05)
+    dense, fused, replay = stretched_lanes
+    assert len(dense.trace[0].stamps) == 5
+    profiles = [lane_profile(lane, dense, replay, STREAM, 1e-7, None) for lane in (dense, fused)]
+    assert profiles[0].launches.mean == 5 < profiles[1].launches.mean < len(fused.runtime.build.segments)
+    assert profiles[1].decision is None
+    assert stretches_line(profiles[0]).startswith("5.0 launches per token")
+    assert not rarely_line(profiles[1])
+    names = {event["name"] for event in chrome_trace(stretched_lanes[:2], "x")["traceEvents"]}
+    assert {"layers_02-06", "layers_08-09"} <= names
+    assert any(name.startswith("skips_") for name in names)
+
+
+def test_a_span_is_divided_evenly() -> None:
+    stamps = np.array([[1, 1, What.RUN, 100, 130], [2, 3, What.SKIP, 140, 150]])
+    expected = [[1, 1, 0, 100, 130], [2, 1, 1, 140, 143], [3, 1, 1, 143, 146], [4, 1, 1, 146, 150]]
+    assert by_segment(stamps).tolist() == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from dash_export import DashRuntime
 from dash_export.decision import DecisionRule, decision_rule
 from dash_export.errors import PolicyError
 from dash_export.runtime.rules import HOLD_RANGE, FixedRule, HeldRules, RandomRules, SequenceRules
+from dash_export.stretches import TokenTime
 from tests.tiny import random_ids
 
 LoadRuntime = Callable[..., DashRuntime]
@@ -190,7 +192,8 @@ def test_sequence_keeps_the_bound() -> None:
 
 
 def held(trade_off: float, budget: float) -> HeldRules:
-    return HeldRules(decision_rule(6, GATED, COST, trade_off), COST, budget)
+    build = SimpleNamespace(cost=SimpleNamespace(cost=COST, dispatch=0.0), segments=(), stretches=())
+    return HeldRules(decision_rule(6, GATED, COST, trade_off), TokenTime(build), budget)  # type: ignore[arg-type]
 
 
 COST = {2: 0.1, 3: 0.2, 4: 0.1}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from dash_export import DashRuntime
 from dash_export.builders import build
 from dash_export.decision import DecisionRule, decision_rule
 from dash_export.exporting import export
-from dash_export.runtime.plan import ComparingPlan, FixedPlan, Plans, score_limits
+from dash_export.runtime.plan import Answers, BoundStretch, ComparingPlan, FixedPlan, Plans, score_limits
 from dash_export.runtime.rules import DENSE, FixedRule, Rule
 from tests.tiny import random_ids, tiny_checkpoint, tiny_policy
 
@@ -73,15 +72,21 @@ def test_a_fixed_rule_is_its_launches(runtime: DashRuntime) -> None:
             assert set(np.flatnonzero(one[1])) == rule.skipped
 
 
-def segments(calls: list[str]) -> list[Any]:
+def segments(calls: list[str], stretches: bool = False) -> list[Any]:
     def launch(name: str) -> Callable[[], None]:
         return lambda: calls.append(name)
 
+    pairs = [BoundStretch(2, skips, launch(f"{'skip' if skips else 'run'} 2-3")) for skips in (False, True)]
+    policy = None if stretches else launch("policy 3")
     return [
-        SimpleNamespace(layer=-1, count=2, run=launch("run 0-1"), skip=None, policy=None),
-        SimpleNamespace(layer=2, count=1, run=launch("run 2"), skip=launch("skip 2"), policy=None),
-        SimpleNamespace(layer=3, count=1, run=launch("run 3"), skip=launch("skip 3"), policy=launch("policy 3")),
+        segment(-1, launch("run 0-1"), None),
+        segment(2, launch("run 2"), launch("skip 2"), stretches=tuple(pairs if stretches else ())),
+        segment(3, launch("run 3"), launch("skip 3"), policy=policy),
     ]
+
+
+def segment(layer: int, run: Any, skip: Any, policy: Any = None, stretches: tuple[BoundStretch, ...] = ()) -> Any:
+    return SimpleNamespace(layer=layer, count=1, run=run, skip=skip, policy=policy, stretches=stretches)
 
 
 def test_what_is_planned() -> None:
@@ -93,18 +98,19 @@ def test_what_is_planned() -> None:
         launch()
     assert calls == ["run 0-1", "run 2", "skip 3"]
     assert (fixed.executed, fixed.actions.tolist()) == (3, [0, 0, 0, 1])
+    assert plans.plan(FixedRule([3]), parts) is fixed, "of one set, whoever asks for it"
     rule = decision_rule(4, [2, 3], {2: 0.1, 3: 0.2}, 0.5)
     assert plans.plan(rule, parts) is None  # its first token
     found = plans.plan(rule, parts)
     assert isinstance(found, ComparingPlan)
-    assert [[choice[2:] for choice in choices] for _, choices in found.stages] == [[], [(2, 2, 0.05)], [(3, 3, 0.1)]]
+    assert [choices for _, choices, _ in found.stages] == [(), ((1, 2, 0.05),), ((1, 3, 0.1),)]
     for way in (0, 1):
         calls.clear()
-        for before, choices in found.stages:
+        for before, choices, answers in found.stages:
             for launch in before:
                 launch()
-            for choice in choices:
-                choice[way]()
+            for launch in answers[way * len(choices)][0]:
+                launch()
         assert calls == [["run 0-1", "run 2", "policy 3", "run 3"], ["run 0-1", "skip 2", "policy 3", "skip 3"]][way]
     assert plans.plan(rule, parts) is found
     assert plans.plan(rule, list(parts)) is None  # other launches
@@ -112,19 +118,41 @@ def test_what_is_planned() -> None:
 
 def test_what_is_decided_at_once() -> None:
     """Layer 1 always runs between two that one state decides."""
-    parts = [
-        SimpleNamespace(layer=layer, count=1, run=f"run {layer}", skip="skip" if layer in (0, 2) else None, policy=None)
-        for layer in range(-1, 3)
-    ]
+    parts = [segment(layer, f"run {layer}", f"skip {layer}" if layer in (0, 2) else None) for layer in range(-1, 3)]
+    parts[2].layer = -1
     rule = decision_rule(4, [0, 2], {0: 0.1, 2: 0.2}, 0.5)
     plans = Plans(4, {0: 0.0, 2: 0.0}, {-1: (0, 2)})
-    assert [plans.plan(rule, parts) is None for _ in range(2)] == [True, False]  # type: ignore[arg-type]
-    found = plans.plan(rule, parts)  # type: ignore[arg-type]
+    assert [plans.plan(rule, parts) is None for _ in range(2)] == [True, False]
+    found = plans.plan(rule, parts)
     assert isinstance(found, ComparingPlan)
-    (before, nothing), (more, choices) = found.stages
+    (before, nothing, _), (more, choices, answers) = found.stages
     assert (before, nothing, more) == (("run -1",), (), ())
-    assert [choice[2:4] for choice in choices] == [(0, 0), (0, 0), (2, 1)]
-    assert [choice[4] == -inf for choice in choices] == [False, True, False]
+    assert [choice[:2] for choice in choices] == [(1, 0), (2, 1)]
+    assert answers[2] == (("run 0", "run 1", "skip 2"), (2,))
+    assert answers[1] == (("skip 0", "run 1", "run 2"), (0,))
+
+
+def test_what_takes_one_launch() -> None:
+    calls: list[str] = []
+    parts, plans = segments(calls, stretches=True), Plans(4, {}, {1: (2, 3)})
+    rule = decision_rule(4, [2, 3], {2: 0.1, 3: 0.2}, 0.5)
+    found = [plans.plan(rule, parts) for _ in range(2)][1]
+    assert isinstance(found, ComparingPlan)
+    answers = found.stages[1][2]
+    for mask, expected in enumerate([["run 2-3"], ["skip 2", "run 3"], ["run 2", "skip 3"], ["skip 2-3"]]):
+        calls.clear()
+        for launch in answers[mask][0]:
+            launch()
+        assert calls == expected
+    assert answers[1] is answers[1]
+
+
+def test_answers_are_not_kept_for_ever() -> None:
+    layers = range(12)
+    answers = Answers([segment(layer, f"run {layer}", f"skip {layer}") for layer in layers], layers)
+    for mask in range(3 * Answers.KEPT):
+        assert sum(1 << layer for layer in answers[mask][1]) == mask
+    assert len(answers) == Answers.KEPT
 
 
 def test_what_has_to_be_asked() -> None:

@@ -44,7 +44,7 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
         (folder / "rope.data").write_bytes(bundle.path("onnx/rope.data").read_bytes())
         path = write_segment(lowering_for(bundle, recipe), bundle, segment, None, folder)[0]
         record = EngineRecord(str(path.relative_to(root)), 0, "")
-        yield root, replace(build, segments=(segment,), engines={segment.name: record})
+        yield root, replace(build, segments=(segment,), stretches=(), engines={segment.name: record})
 
 
 def in_fresh_processes(timed_once: Callable[..., _T], *arguments: object, processes: int) -> Iterator[_T]:

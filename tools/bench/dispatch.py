@@ -1,5 +1,5 @@
-"""Dispatch tax: per-layer engines with the policy evaluated at every gated layer, forced dense by trade-off 0, against
-one whole-model graph.
+"""Dispatch tax: engines with the policy evaluated for every gated layer, forced dense by trade-off 0, against one
+whole-model graph. What stretches of layers are worth, too: the engines without them launch every gated layer alone.
 
     python tools/bench/dispatch.py BUNDLE --target cpu
 
@@ -9,6 +9,7 @@ an order of their own, and the mean of the ratios is given with its standard err
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import mean, median, stdev
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from dash_export.bundle import Build, Bundle
 from dash_export.decision import decision_rule
+from dash_export.runtime.plan import launches
 from dash_export.runtime.rules import DENSE, Rule
 
 
@@ -58,7 +60,7 @@ def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -
             print(f"process {number + 1} of {processes}: {shown}")
     table = Table(
         "variant",
-        "engines",
+        "launches",
         "ms/token",
         "ratio to whole graph",
         title=f"{bundle.name}, {target}, {context} cached tokens, {len(policy.gated)} gated layers",
@@ -83,7 +85,7 @@ def main(bundle: Path, target: str, context: int, rounds: int, processes: int) -
 def timed_once(
     bundle: Path, target: str, whole: tuple[Path, Build], context: int, rounds: int, number: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """(seconds per token, medians of blocks; engines) of every variant, loaded and timed in an order of `number`'s."""
+    """(seconds per token, medians of blocks; launches) of every variant, loaded and timed in an order of `number`'s."""
     opened = Bundle.open(bundle)
     build = opened.load_build(target)
     model, policy = opened.manifest.model, opened.manifest.policy
@@ -91,17 +93,22 @@ def timed_once(
     graph = (Bundle(whole[0], opened.manifest), whole[1])
     variants: dict[str, tuple[Bundle, Build, str, Rule]] = {
         "one whole graph": (*graph, "plain", DENSE),
-        "per-layer engines, no policy": (opened, build, "plain", DENSE),
+        "engines, no policy": (opened, build, "plain", DENSE),
     }
     for dispatch in ("fused", "sync") if policy.has_network else ():
-        variants[f"per-layer engines, {dispatch} policy, trade-off 0"] = (opened, build, dispatch, forced_dense)
+        variants[f"engines, {dispatch} policy, trade-off 0"] = (opened, build, dispatch, forced_dense)
+    if build.stretches and policy.has_network:
+        alone = replace(build, stretches=())
+        variants["the same, fused, every layer alone"] = (opened, alone, "fused", forced_dense)
     random = Random(number)
     names = random.sample(list(variants), len(variants))
     loaded = {name: load_engines(*variants[name][:3]) for name in names}
     order = random.sample(names, len(names))
     steps = [one_token(loaded[name], context, variants[name][3]) for name in order]
     times = dict(zip(order, interleaved(steps, rounds), strict=True))
-    return {name: times[name] for name in variants}, {name: len(loaded[name].segments) for name in names}
+    return {name: times[name] for name in variants}, {
+        name: len(launches(loaded[name].step(loaded[name].cache(1), 1).segments, ())) for name in names
+    }
 
 
 if __name__ == "__main__":

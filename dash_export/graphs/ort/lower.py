@@ -50,7 +50,7 @@ def lower(
     _group_query_attention(graph)
     _new_rows(graph)
     _silu(graph)
-    _skip_norm(graph)
+    fuse_skip_norms(graph)
     transpose_tables(graph)
     quantize_weights(graph, recipe, gated, scaled(roundings, folded), for_prompts)
     drop_unused_inputs(graph)
@@ -321,7 +321,7 @@ def _silu(graph: ir.Graph) -> None:
             graph.remove(sigmoid, safe=True)
 
 
-def _skip_norm(graph: ir.Graph) -> None:
+def fuse_skip_norms(graph: ir.Graph) -> None:
     """Add -> RMSNormalization with the model's own gain becomes one node that also gives the sum."""
     for node in list(graph):
         added = _producer(node.inputs[0], "Add") if node.op_type == "RMSNormalization" else None

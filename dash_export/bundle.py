@@ -180,8 +180,8 @@ class CostTable:
     """Measured on the device that built: medians in microseconds at `context` cached tokens.
 
     `cost[l]` is (run - skip) of gated layer l as a fraction of `dense_us`, the dense time of one token; layers of
-    identical shape share one. `dispatch`: what one launch more takes, as such a fraction, where a build has stretches;
-    a dense token takes as few as can be.
+    identical shape share one. `launch`: what one launch more takes, as such a fraction, where a build has stretches; a
+    dense token takes as few as can be.
     """
 
     context: int
@@ -190,7 +190,7 @@ class CostTable:
     skip_us: dict[str, float]
     cost: dict[int, float]
     device: str
-    dispatch: float = 0.0
+    launch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ def _check_build(build: Build, manifest: Manifest, where: str) -> None:
         raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {_DAMAGED}")
     if set(build.cost.cost) != set(gated) or not all(map(isfinite, build.cost.cost.values())):
         raise BundleError(f"{where}: the cost table does not list the gated layers. {_DAMAGED}")
-    if not isfinite(build.cost.dispatch) or build.cost.dispatch < 0:
+    if not isfinite(build.cost.launch) or build.cost.launch < 0:
         raise BundleError(f"{where}: the cost of a launch is not a number >= 0. {_DAMAGED}")
     if build.policy_bias and (
         set(build.policy_bias) != set(gated) or not all(map(isfinite, build.policy_bias.values()))

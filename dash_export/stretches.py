@@ -57,17 +57,20 @@ class TokenTime:
     """Decode time of a token as a fraction of dense, predicted from a build's cost table."""
 
     def __init__(self, build: Build) -> None:
-        self._cost, self._dispatch = build.cost.cost, build.cost.dispatch
+        self._cost, self._launch = build.cost.cost, build.cost.launch
         self._layers = [segment.first if segment.gated else -1 for segment in build.segments]
         self._lengths = lengths((item.first, item.skips, len(item.layers)) for item in build.stretches)
         self._dense = len(cover(self._layers, (), self._lengths))
 
     def of(self, skipped: Collection[int]) -> float:
         """Of one that skips these gated layers."""
-        time = 1.0 - sum(self._cost[layer] for layer in skipped)
-        if self._dispatch:
-            time += self._dispatch * (len(cover(self._layers, skipped, self._lengths)) - self._dense)
-        return time
+        return 1.0 - sum(self._cost[layer] for layer in skipped) + self.launching(skipped)
+
+    def launching(self, skipped: Collection[int]) -> float:
+        """What is in it of launches that a dense token does not take."""
+        if not self._launch:
+            return 0.0
+        return self._launch * (len(cover(self._layers, skipped, self._lengths)) - self._dense)
 
     def total(self, actions: npt.NDArray[np.int8]) -> float:
         """The sum over tokens, actions [tokens, layers]."""

@@ -18,8 +18,8 @@ GATED = (2, 3, 4, 5, 6, 8, 9)
 STRETCHES = [(2, False, 5), (2, True, 2), (3, True, 2), (4, True, 2), (5, True, 2), (8, True, 2), (8, False, 2)]
 
 
-def build_of(gated: tuple[int, ...], dispatch: float, stretches: bool = True) -> Any:
-    cost = SimpleNamespace(cost=dict.fromkeys(gated, 0.05), dispatch=dispatch)
+def build_of(gated: tuple[int, ...], launch: float, stretches: bool = True) -> Any:
+    cost = SimpleNamespace(cost=dict.fromkeys(gated, 0.05), launch=launch)
     planned = plan_stretches(gated, (1,)) if stretches else ()
     return SimpleNamespace(cost=cost, segments=plan_segments(LAYERS, gated), stretches=planned)
 

@@ -84,7 +84,12 @@ def stretched_bundle(root: Path, gated: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 9))
     """A bundle of ten layers whose policy decides about all of `gated` by what enters layer 1, built for `cpu-fp32`:
     neighbours are engines of several layers too. Returns it.
     """
-    checkpoint = tiny_checkpoint(root / "model", num_hidden_layers=10)
+    model = save_model(root / "model", num_hidden_layers=10)
+    with torch.no_grad():
+        # Too small to be divided by: this layer's compensation has a norm of its own, beside that of K and V.
+        model.model.layers[gated[2]].input_layernorm.weight[3] = 1e-3
+    model.save_pretrained(root / "model")
+    checkpoint = open_checkpoint(root / "model")
     policy = replace(untrained_policy(checkpoint.spec, gated, width=0), reads=(1,) * len(gated))
     policy = replace(policy, static_order=gated[::-1], cosine_order=gated)
     bundle = export(

@@ -20,11 +20,11 @@ from dash_export.builders.here import require_builder, runs_here
 from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.builders.plan import plan_segments, plan_stretches
 from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, Stretch, to_json
-from dash_export.errors import BackendError, BundleError
+from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
-from dash_export.targets import BITS, Recipe, load_recipe, with_weights
+from dash_export.targets import BITS, Recipe, load_recipe, recipe_from_dict, with_weights
 
 if TYPE_CHECKING:
     from dash_export.builders.segments import Artifact  # which needs onnx
@@ -169,7 +169,13 @@ def _current(bundle: Bundle, draft: Build) -> Build | None:
     except BundleError:
         return None
     details = {key: value for key, value in known.details.items() if key != VERIFICATION}
-    same = replace(known, cost=draft.cost, dial={}, seconds=0.0, details=details) == draft
+    try:
+        recipe = recipe_from_dict(
+            known.recipe, "the build's recipe"
+        ).as_dict()  # with the keys that are younger than it
+    except RecipeError:
+        return None
+    same = replace(known, recipe=recipe, cost=draft.cost, dial={}, seconds=0.0, details=details) == draft
     return known if same else None
 
 
@@ -206,6 +212,8 @@ def _make_engines(
         joined = list(builder.stretch_artifacts({job.name: job.key for job in jobs}, stretches, folder))
     jobs += joined
     found = {job.name: store.current(job.name, job.key) for job in jobs}
+    # What is made of an engine follows it: under the same key its weights may come out different in the last bit.
+    found |= {job.name: None for job in jobs if not all(found[name] for name in job.extends)}
     if not all(found.values()):
         # From here to the end this build says that it is unfinished.
         (folder / BUILD).unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from dash_export.runtime.cpus import cpu_name
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
-from dash_export.runtime.plan import launches as launches_of
 from dash_export.runtime.runtime import engines as load_engines
 from dash_export.targets import recipe_from_dict
 
@@ -49,19 +48,19 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     dense_us: dict[int, list[float]] = defaultdict(list)
     step.place()
     launches = step.launches()
-    stretched = launches_of(step.segments, ()) if build.stretches and isinstance(step, BoundStep) else ()
+    stretched = step.dense_launches() if build.stretches and isinstance(step, BoundStep) else ()
     for repeat in range(2 * (WARM_UP + recipe["repeats"])):
         warm = repeat >= 2 * WARM_UP
         for segment, (run, skip) in zip(build.segments, launches, strict=True):
             # Every second gated layer in turn is skipped: a skip graph too is timed where it finds its weights cold.
-            launch = run if skip is None or segment.first % 2 != repeat % 2 else skip
-            microseconds = _microseconds(launch)
-            if warm and launch is skip:
+            chosen = run if skip is None or segment.first % 2 != repeat % 2 else skip
+            microseconds = _microseconds(chosen)
+            if warm and chosen is skip:
                 skip_us[f"skip_{segment.first:02d}"].append(microseconds)
             elif warm:
                 run_us[segment.name].append(microseconds)
-        for place, launch in enumerate(stretched if repeat % 2 else ()):
-            microseconds = _microseconds(launch)
+        for place, whole in enumerate(stretched if repeat % 2 else ()):
+            microseconds = _microseconds(whole)
             if warm:
                 dense_us[place].append(microseconds)
     runs = {name: round(median(times), 2) for name, times in run_us.items()}
@@ -72,9 +71,9 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     share = max(median(saved), 0.0) / dense if saved else 0.0
     device = cpu_name() if isinstance(engines, EngineSet) else engines.device.name
     fewer = len(launches) - len(stretched)
-    dispatch = max(each - dense, 0.0) / fewer / dense if stretched else 0.0
+    launch = max(each - dense, 0.0) / fewer / dense if stretched and fewer else 0.0
     cost = dict.fromkeys(bundle.manifest.policy.gated, share)
-    return CostTable(context, round(dense, 2), runs, skips, cost, device, dispatch)
+    return CostTable(context, round(dense, 2), runs, skips, cost, device, launch)
 
 
 def _microseconds(launch: Launch) -> float:

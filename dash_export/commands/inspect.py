@@ -101,7 +101,7 @@ def _describe_build(build: Build) -> dict[str, Any]:
         "dense_us": build.cost.dense_us,
         "segments": [_segment(build, recipe.weights, segment) for segment in build.segments],
         "stretches": [_stretch(build, stretch) for stretch in build.stretches],
-        "dispatch": build.cost.dispatch,
+        "launch": build.cost.launch,
         "prefill_bytes": build.engines[PREFILL].bytes if PREFILL in build.engines else 0,
         "dial": {kind: [asdict(point) for point in points] for kind, points in build.dial.items()},
         "seconds": build.seconds,
@@ -187,9 +187,10 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
     numbers = ("size", "run µs", "skip µs", "share", "cost")
     title = f"Target {build.target}: {facts['engines']} engines, {size(facts['bytes'])} on disk, {facts['backend']}"
     table = plain_table(title, "segment", "precision", *numbers, right=numbers)
+    alone = sum(build.cost.segment_us.values())
     for row in facts["segments"]:
         run, skip, cost = row["run_us"], row["skip_us"], row["cost"]
-        share = f"{100 * run / build.cost.dense_us:.1f} %" if run is not None and build.cost.dense_us else "-"
+        share = f"{100 * run / alone:.1f} %" if run is not None and alone else "-"
         table.add_row(
             row["name"],
             row["precision"],
@@ -208,13 +209,14 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
     )
     click.echo(
         "Size: what the engine maps from disk. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
+        + ("" if not build.cost.launch else f"A launch more costs {100 * build.cost.launch:.2f} % of it.\n")
     )
     if facts["stretches"]:
         run, skip = ([row for row in facts["stretches"] if row["skips"] == skips] for skips in (False, True))
         weights = size(sum(row["bytes"] for row in facts["stretches"]))
         click.echo(
             f"Layers that take the same action are one launch: {', '.join(row['name'] for row in run)} where all of "
-            f"them run, {len(skip)} pairs that are skipped. {weights} of weights once more in memory, none on disk.\n"
+            f"them run, {len(skip)} pairs that are skipped. {weights} more in memory, nothing on disk.\n"
         )
     if facts["prefill_bytes"]:
         click.echo(

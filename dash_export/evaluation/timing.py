@@ -32,7 +32,7 @@ class Timing:
     layers: float
 
     def at(self, layers: float, dense: float) -> Timing:
-        """The same with its time moved to `layers` run of `dense`: time falls linearly with every layer skipped.
+        """The same with its time moved to `layers` run of `dense`: time falls about linearly with every layer skipped.
 
         What a text makes a policy skip differs from text to text, and time and quality are measured on different ones.
         Left as it is where hardly anything was skipped.

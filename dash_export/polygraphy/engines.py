@@ -35,8 +35,8 @@ class EngineFacts:
 
 
 def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
-    """An engine by its name in the build: a segment, a skip graph, a policy, one of the first two with `.policy`, or
-    the engine for prompts.
+    """An engine by its name in the build: a segment, a skip graph, a policy, one of the first two with `.policy`, a
+    stretch of layers, or the engine for prompts.
 
     Raises BundleError that lists the names, or says which segment a layer was merged into.
     """

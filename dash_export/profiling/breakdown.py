@@ -33,8 +33,7 @@ def lane_profile(
     assert token_ms is not None
     assert first_ms is not None
     assert layers is not None
-    launched = np.array([len(token.stamps) for token in tokens])
-    stamps = float(launched.mean()) * stamp_seconds * 1e3 / token_ms.p50
+    stamps = float(np.mean([len(token.stamps) for token in tokens])) * stamp_seconds * 1e3 / token_ms.p50
     return LaneProfile(
         lane.name,
         lane.setting,
@@ -44,9 +43,9 @@ def lane_profile(
         first_ms,
         _ratio(recording, dense.recording),
         layers,
-        _spread(launched, 1.0),
+        _spread(np.array([_launches(token) for token in tokens]), 1.0),
         {name: _spread(values, US) for name, values in parts.items()},
-        None if lane.runtime.build.stretches else spread([_deciding(token) for token in lane.trace], US),
+        spread([_deciding(token) for token in lane.trace], US),
         segment_times(lane, tokens),
         _policy_cost(lane, parts["policy"], replay),
         _traffic(lane, bandwidth),
@@ -107,6 +106,11 @@ def segment_times(lane: Lane, tokens: Sequence[TokenStamps]) -> list[SegmentTime
         )
         for index, segment in enumerate(lane.runtime.build.segments)
     ]
+
+
+def _launches(token: TokenStamps) -> int:
+    """Of layers: policies that are engines of their own are not among them."""
+    return int(np.isin(token.stamps[:, 2], (What.RUN, What.SKIP)).sum())
 
 
 def _deciding(token: TokenStamps) -> int:

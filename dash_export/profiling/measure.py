@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,7 @@ TokenIds = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class TokenStamps:
     """One probed token: when its step began, when decode had returned and when the next token was chosen (ns), the
-    launches between (in a trace the decisions too, where there are no stretches), and what the policy said, damage
-    float32 [layers].
+    launches between (in a trace the decisions too), and what the policy said, damage float32 [layers].
     """
 
     token: int
@@ -90,11 +90,18 @@ class Lane:
     replays: Lane | None = None
     recording: Recording = field(init=False)
     trace: list[TokenStamps] = field(default_factory=list)
+    _probes: WeakKeyDictionary[BoundStep, Probe] = field(default_factory=WeakKeyDictionary)
 
     @property
     def runtime(self) -> DashRuntime:
         """The first copy, for the facts that all share."""
         return self.runtimes[0]
+
+    def probe(self, step: BoundStep) -> Probe:
+        """One for each step: what a step has worked out for timed launches is worked out once."""
+        if step not in self._probes:
+            self._probes[step] = Probe(step)
+        return self._probes[step]
 
 
 class Replay(SessionRules):
@@ -162,8 +169,7 @@ def measure(
     for lane in lanes:
         block = _Block(lane, 0, parts[0], tokens, 0)
         for at in range(SETTLE + min(traced, tokens)):
-            # Whoever watches single decisions has every layer launched alone.
-            block.decode(at, probed=at >= SETTLE, decisions=not lane.runtime.build.stretches)
+            block.decode(at, probed=at >= SETTLE, decisions=True)
         lane.trace = block.stamps
 
 
@@ -202,7 +208,7 @@ class _Block:
                 "profile times launches that have ended when they return: CPU targets. Of a GPU target "
                 "`polygraphy run --dash` and tools/bench/gpu.py time whole steps."
             )
-        self._probe = Probe(self._step)
+        self._probe = lane.probe(self._step)
         self.stamps: list[TokenStamps] = []
 
     def decode(self, at: int, probed: bool, decisions: bool = False) -> tuple[int, int, npt.NDArray[np.int8]]:

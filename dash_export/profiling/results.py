@@ -73,8 +73,8 @@ class Check:
 class LaneProfile:
     """One bundle at one setting. `token_ms` are tokens without a probe; `ratio` their time as a fraction of dense,
     median and quartiles of rounds; `parts` in microseconds per token of probed tokens, their means add up; `decision`
-    is the part of the host gaps in which the rule was asked, of the traced tokens (None where that would change what is
-    launched: with stretches of layers); `layers` run and `launches` taken per token.
+    is the part of the host gaps in which the rule was asked, of the traced tokens; `layers` run and `launches`
+    of them per token.
     """
 
     bundle: str

@@ -22,7 +22,7 @@ from dash_export.runtime.backends.base import Engine, Launch
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.engines import SegmentEngines
 from dash_export.runtime.plan import BoundSegment, BoundStretch, ComparingPlan, FixedPlan, Plans
-from dash_export.runtime.rules import Counts, Damage, Rule
+from dash_export.runtime.rules import DENSE, Counts, Damage, Rule
 
 if TYPE_CHECKING:
     from dash_export.runtime.engine_set import EngineSet
@@ -43,6 +43,14 @@ def _in_turn(launches: Sequence[Launch]) -> Launch | None:
             launch()
 
     return all_of_them
+
+
+def _then_copy(launch: Launch, into: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> Launch:
+    def launch_and_copy() -> None:
+        launch()
+        into[...] = found
+
+    return launch_and_copy
 
 
 class BoundStep:
@@ -160,23 +168,30 @@ class BoundStep:
         return bound
 
     def _bind_stretches(self, index: int, stretches: Sequence[tuple[Stretch, Engine]]) -> tuple[BoundStretch, ...]:
-        """Those that begin with the segment of this index. One of an even number of layers writes what it reads, which
-        all but the last node of its graph have done with.
+        """Those that begin with the segment of this index. Where one of an even number of layers runs it writes what it
+        reads: all that reads it leads to the graph's last node, which writes.
         """
         found = []
         for stretch, engine in stretches:
             count = len(stretch.layers)
-            inputs = self._shared(stretch.layers, self._hidden[index % 2])
-            outputs = inputs | {"hidden_out": self._hidden[(index + count) % 2]}
+            here, there = self._hidden[index % 2], self._hidden[(index + count) % 2]
+            inputs = self._shared(stretch.layers, here)
             if stretch.skips:
-                launch = self._bind_skip(engine, stretch.layers, inputs, outputs)
+                # Its K and V may be computed when the state has been: neither leads to the other.
+                apart = np.zeros_like(there)
+                skip = self._bind_skip(engine, stretch.layers, inputs, inputs | {"hidden_out": apart})
+                launch = _then_copy(skip, there, apart)
             else:
-                launch = engine.bind(inputs, outputs)
+                launch = engine.bind(inputs, inputs | {"hidden_out": there})
             found.append(BoundStretch(count, stretch.skips, launch))
         return tuple(found)
 
     def _bind_skip(
-        self, skip: Engine, layers: range, inputs: dict[str, npt.NDArray[Any]], outputs: dict[str, npt.NDArray[Any]]
+        self,
+        skip: Engine,
+        layers: range,
+        inputs: dict[str, npt.NDArray[Any]],
+        outputs: dict[str, npt.NDArray[Any]],
     ) -> Launch:
         """With the write of what the engine leaves to be written."""
         names = [[short_name(name) for name in new_names(layer)] for layer in layers]
@@ -219,6 +234,12 @@ class BoundStep:
         """Per segment what runs it and what skips it, to be timed one by one after `place`."""
         return [(segment.run, segment.skip) for segment in self.segments]
 
+    def dense_launches(self) -> tuple[Launch, ...]:
+        """What a token takes that skips nothing, to be timed one by one after `place`."""
+        plan = self._plans.plan(DENSE, self.segments)
+        assert isinstance(plan, FixedPlan)
+        return plan.launches
+
     def place(self) -> None:
         """Say where the new tokens go: the rows after the cached ones."""
         lengths, sequence = self._cache.lengths[: self.batch], self.sequence
@@ -257,24 +278,25 @@ class BoundStep:
         self._unread = False
         score, score_bias, skips = self._score_view, self._score_bias, rule.skips
         executed = 0
-        for segment in self.segments:
-            layer = segment.layer
-            if segment.policy is not None:
-                segment.policy()
-            if layer < 0:
-                segment.run()
-                executed += segment.count
-                continue
-            if score_bias:
-                biased = score[self._score_index[layer]] + score_bias[layer]
-                damage[layer] = log1p(exp(biased)) if biased < LINEAR_SCORE else biased
-            if skips(layer, damage[layer], executed):
-                history[2 * layer + 1] = history[2 * layer + 2] = 1.0
-                actions[layer] = Action.SKIP
-                segment.skip()  # type: ignore[misc]
-            else:
-                segment.run()
-                executed += 1
+        for stage in self._plans.stages(self.segments):
+            for launch in stage.policies + stage.before:
+                launch()
+            executed += stage.ran
+            mask = 0
+            for layer, bit, between in stage.asked:
+                executed += between
+                if score_bias:
+                    biased = score[self._score_index[layer]] + score_bias[layer]
+                    damage[layer] = log1p(exp(biased)) if biased < LINEAR_SCORE else biased
+                if skips(layer, damage[layer], executed):
+                    history[2 * layer + 1] = history[2 * layer + 2] = 1.0
+                    actions[layer] = Action.SKIP
+                    mask |= bit
+                else:
+                    executed += 1
+            executed += stage.after
+            for launch in stage.answers[mask][0]:
+                launch()
         return executed
 
     def _decode_comparing(self, plan: ComparingPlan) -> int:

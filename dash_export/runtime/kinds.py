@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
+
+import numpy as np
 
 from dash_export.bundle import Build, ModelFacts, PolicyFacts
 from dash_export.decision import DecisionRule, Setting, decision_rule, spans, trade_off_for
 from dash_export.errors import PolicyError
 from dash_export.runtime.rules import FixedRule, HeldRules, RandomRules, SequenceRules, SessionRules
 from dash_export.stretches import TokenTime
+
+DRAWS, HALVINGS = 200, 12
+"""Where a random policy's probability follows from a budget."""
 
 
 def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> SessionRules:
@@ -81,12 +87,24 @@ def _count(setting: Setting, model: ModelFacts, order: Sequence[int], build: Bui
 
 
 def _probability(setting: Setting, policy: PolicyFacts, build: Build) -> float:
-    """How likely each gated layer is skipped, so that the mean is the one asked for. A budget is that of the layers
-    alone: what launches a random set takes is not in it.
-    """
-    most = float(len(policy.gated)) if setting.skipped is not None else sum(build.cost.cost.values())
-    wanted = setting.skipped if setting.skipped is not None else 1 - (setting.budget or 1.0)
-    if wanted > most:
-        gives = f"{most:g} layers" if setting.skipped is not None else f"a budget of {1 - most:.3f}"
-        raise PolicyError(f"That is more than skipping every gated layer gives: {gives}. Ask for less.")
-    return wanted / most if most else 0.0
+    """How likely each gated layer is skipped, so that the mean is the one asked for."""
+    count = len(policy.gated)
+    if setting.skipped is not None:
+        if setting.skipped > count:
+            raise PolicyError(f"That is more than skipping every gated layer gives: {count} layers. Ask for less.")
+        return setting.skipped / count if count else 0.0
+    assert setting.budget is not None
+    token_time = TokenTime(build)
+    least = token_time.of(policy.gated)
+    if setting.budget < least:
+        raise PolicyError(f"That is more than skipping every gated layer gives: a budget of {least:.3f}. Ask for less.")
+    saved = sum(build.cost.cost.values())
+    # How many launches a token takes depends on which layers are skipped: the mean over some draws.
+    draws = np.random.Generator(np.random.Philox(key=0)).random((DRAWS, count))
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        sets = (np.array(policy.gated)[row < middle].tolist() for row in draws)
+        time = 1 - middle * saved + mean(map(token_time.launching, sets))
+        low, high = (middle, high) if time > setting.budget else (low, middle)
+    return high

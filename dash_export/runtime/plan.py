@@ -7,7 +7,7 @@ what they choose. That was worth 1.2 % of a dense int4 token of SmolLM2-135M, an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dash_export.decision import Action, DecisionRule
 from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.rules import Actions, FixedRule, Rule
-from dash_export.stretches import cover, lengths
+from dash_export.stretches import Part, cover, lengths
 
 _INFINITY = 0x7F800000
 """Of a float32, in bits."""
@@ -48,6 +48,54 @@ class BoundSegment:
     stretches: tuple[BoundStretch, ...] = ()
 
 
+class Answers(dict[int, tuple[tuple[Launch, ...], tuple[int, ...]]]):
+    """Mask of skipped layers -> what is launched, and those layers: of segments that are decided at once."""
+
+    KEPT = 1024
+
+    def __init__(self, segments: Sequence[BoundSegment], gated: Sequence[int]) -> None:
+        """`gated`: the layers that the bits of a mask mean, from the lowest on."""
+        super().__init__()
+        self._segments, self._gated = segments, gated
+        self._layers = [segment.layer for segment in segments]
+        self._stretches = {
+            (segment.layer, stretch.skips, stretch.count): stretch.launch
+            for segment in segments
+            for stretch in segment.stretches
+        }
+        self._lengths = lengths(self._stretches)
+
+    def __missing__(self, mask: int) -> tuple[tuple[Launch, ...], tuple[int, ...]]:
+        skipped = tuple(layer for bit, layer in enumerate(self._gated) if mask >> bit & 1)
+        if len(self) >= self.KEPT:
+            del self[next(iter(self))]
+        launches = tuple(self._launch(part) for part in cover(self._layers, skipped, self._lengths))
+        self[mask] = launches, skipped
+        return launches, skipped
+
+    def _launch(self, part: Part) -> Launch:
+        segment = self._segments[part.index]
+        alone = segment.skip if part.skips else segment.run
+        launch = self._stretches.get((segment.layer, part.skips, part.count), alone)
+        assert launch is not None
+        return launch
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A decision point: the policies that are engines of their own, what always runs before anything is decided, and
+    what follows from all that is decided then. `asked`: a gated layer, its bit in a mask, and how many layers always
+    run between the one before and it; `after` the last one. `ran`: layers that `before` runs.
+    """
+
+    policies: tuple[Launch, ...]
+    before: tuple[Launch, ...]
+    ran: int
+    asked: tuple[tuple[int, int, int], ...]
+    after: int
+    answers: Answers
+
+
 @dataclass(frozen=True)
 class FixedPlan:
     """What a token launches, and the actions [layers] that this means."""
@@ -58,32 +106,14 @@ class FixedPlan:
 
 
 Choice = tuple[int, int, float]
-"""A bit of its own in a mask, where a layer's score (of a linear policy, else its damage) stands, and the limit below
-which the layer is skipped."""
-
-
-class Answers(dict[int, tuple[tuple[Launch, ...], tuple[int, ...]]]):
-    """Mask of skipped layers -> what is launched, and those layers: of the segments that one state decides about."""
-
-    KEPT = 1024
-
-    def __init__(self, segments: Sequence[BoundSegment], layers: Sequence[int]) -> None:
-        """`layers`: those that the bits of a mask mean, from the lowest on."""
-        super().__init__()
-        self._segments, self._layers = segments, layers
-
-    def __missing__(self, mask: int) -> tuple[tuple[Launch, ...], tuple[int, ...]]:
-        skipped = tuple(layer for bit, layer in enumerate(self._layers) if mask >> bit & 1)
-        if len(self) >= self.KEPT:
-            del self[next(iter(self))]
-        self[mask] = answer = (launches(self._segments, skipped), skipped)
-        return answer
+"""A layer's bit in a mask, where its score (of a linear policy, else its damage) stands, and the limit below which it
+is skipped."""
 
 
 @dataclass(frozen=True)
 class ComparingPlan:
-    """By decision point: what is launched before its scores are there (`sync` dispatch's policies too), what is
-    compared then, all of it at once, while it is in the caches, and what follows from it.
+    """By stage: what is launched before its scores are there, what is compared then, all of it at once, while it is in
+    the caches, and what follows from it.
     """
 
     stages: tuple[tuple[tuple[Launch, ...], tuple[Choice, ...], Answers], ...]
@@ -106,7 +136,47 @@ class Plans:
         self._index = {layer: place for place, layer in enumerate(decided)} if score_bias else range(num_layers)
         self._firsts = {layers[0] for layers in points.values()}
         # With what they are of, so that no other object gets its id.
+        self._stages: dict[int, tuple[object, tuple[Stage, ...]]] = {}
         self._known: dict[tuple[Hashable, int], tuple[object, object, Plan | None]] = {}
+
+    def stages(self, segments: Sequence[BoundSegment]) -> tuple[Stage, ...]:
+        """What a token is made of, whatever decides."""
+        known = self._stages.get(id(segments))
+        if known is None:
+            known = self._stages[id(segments)] = segments, self._staged(segments)
+            if len(self._stages) > self.KEPT:
+                del self._stages[next(iter(self._stages))]
+        return known[1]
+
+    def _staged(self, segments: Sequence[BoundSegment]) -> tuple[Stage, ...]:
+        groups: list[list[BoundSegment]] = [[]]
+        for segment in segments:
+            if segment.layer in self._firsts or segment.policy is not None:
+                groups.append([])
+            groups[-1].append(segment)
+        stages = []
+        for group in groups:
+            first = next((at for at, segment in enumerate(group) if segment.skip is not None), len(group))
+            before, those = group[:first], group[first:]
+            asked: list[tuple[int, int, int]] = []
+            between = 0
+            for segment in those:
+                if segment.skip is None:
+                    between += segment.count
+                else:
+                    asked.append((segment.layer, 1 << len(asked), between))
+                    between = 0
+            stages.append(
+                Stage(
+                    tuple(segment.policy for segment in group[:1] if segment.policy is not None),
+                    tuple(segment.run for segment in before),
+                    sum(segment.count for segment in before),
+                    tuple(asked),
+                    between,
+                    Answers(those, [layer for layer, *_ in asked]),
+                )
+            )
+        return tuple(stages)
 
     def plan(self, rule: Rule, segments: Sequence[BoundSegment]) -> Plan | None:
         """None where the rule has to be asked."""
@@ -121,50 +191,35 @@ class Plans:
         return made
 
     def _make(self, rule: Rule, segments: Sequence[BoundSegment]) -> Plan | None:
+        stages = self.stages(segments)
         if isinstance(rule, FixedRule):
-            skipped = [segment.layer for segment in segments if segment.layer in rule.skipped]
-            actions = np.full(self._num_layers, Action.RUN, np.int8)
-            actions[skipped] = Action.SKIP
-            return FixedPlan(launches(segments, skipped), actions, self._num_layers - len(skipped))
+            return self._fixed(rule, stages)
         # As long as no ceiling can be reached; a layer's is above the number of layers before it.
         if not isinstance(rule, DecisionRule) or any(
             ceiling <= layer for layer, ceiling in enumerate(rule.ceilings) if rule.gated[layer]
         ):
             return None
         limits = dict(enumerate(rule.limits)) | score_limits(rule.limits, self._score_bias)
-        decided: list[tuple[list[Launch], list[BoundSegment]]] = [([], [])]
-        for segment in segments:
-            if segment.layer in self._firsts or segment.policy is not None:
-                decided.append(([], []))
-            before, those = decided[-1]
-            if segment.policy is not None:
-                before.append(segment.policy)
-            if those or segment.skip is not None:
-                those.append(segment)
-            else:
-                before.append(segment.run)
-        stages = []
-        for before, those in decided:
-            layers = [segment.layer for segment in those if segment.layer >= 0]
-            choices = ((1 << bit, self._index[layer], limits[layer]) for bit, layer in enumerate(layers))
-            stages.append((tuple(before), tuple(choices), Answers(those, layers)))
-        return ComparingPlan(tuple(stages))
+        return ComparingPlan(
+            tuple(
+                (
+                    stage.policies + stage.before,
+                    tuple((bit, self._index[layer], limits[layer]) for layer, bit, _ in stage.asked),
+                    stage.answers,
+                )
+                for stage in stages
+            )
+        )
 
-
-def launches(segments: Sequence[BoundSegment], skipped: Collection[int]) -> tuple[Launch, ...]:
-    """What a token that skips these layers launches."""
-    stretches = {
-        (segment.layer, stretch.skips, stretch.count): stretch.launch
-        for segment in segments
-        for stretch in segment.stretches
-    }
-    found = []
-    for part in cover([segment.layer for segment in segments], skipped, lengths(stretches)):
-        segment = segments[part.index]
-        launch = stretches.get((segment.layer, part.skips, part.count), segment.skip if part.skips else segment.run)
-        assert launch is not None
-        found.append(launch)
-    return tuple(found)
+    def _fixed(self, rule: FixedRule, stages: Sequence[Stage]) -> FixedPlan:
+        """Nobody is asked, so policies are not run."""
+        launches: list[Launch] = []
+        actions = np.full(self._num_layers, Action.RUN, np.int8)
+        for stage in stages:
+            found, skipped = stage.answers[sum(bit for layer, bit, _ in stage.asked if layer in rule.skipped)]
+            launches += [*stage.before, *found]
+            actions[list(skipped)] = Action.SKIP
+        return FixedPlan(tuple(launches), actions, self._num_layers - int((actions == Action.SKIP).sum()))
 
 
 def score_limits(limits: Sequence[float], bias: Mapping[int, float]) -> dict[int, float]:

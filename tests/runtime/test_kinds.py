@@ -192,7 +192,7 @@ def test_sequence_keeps_the_bound() -> None:
 
 
 def held(trade_off: float, budget: float) -> HeldRules:
-    build = SimpleNamespace(cost=SimpleNamespace(cost=COST, dispatch=0.0), segments=(), stretches=())
+    build = SimpleNamespace(cost=SimpleNamespace(cost=COST, launch=0.0), segments=(), stretches=())
     return HeldRules(decision_rule(6, GATED, COST, trade_off), TokenTime(build), budget)  # type: ignore[arg-type]
 
 

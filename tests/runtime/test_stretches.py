@@ -137,8 +137,19 @@ def test_fewer_launches(runtime: DashRuntime) -> None:
     skips = ["skips_02-03", "skips_04-05", "skip_06"]
     assert launched(runtime, everything) == [ends[0], *skips, ends[1], "skips_08-09", ends[2]]
     assert launched(runtime, decision_rule(10, GATED, dict.fromkeys(GATED, 0.1), 0.0)) == dense
-    # Where a ceiling may be reached, each layer is decided when the ones before it have been counted.
-    assert len(launched(runtime, decision_rule(10, GATED, dict.fromkeys(GATED, 0.1), 0.0, max_layers=7))) == 10
+    # A ceiling is one of layers: the last three are skipped.
+    ceiling = decision_rule(10, GATED, dict.fromkeys(GATED, 0.1), 0.0, max_layers=7)
+    assert launched(runtime, ceiling) == [
+        ends[0],
+        "layer_02",
+        "layer_03",
+        "layer_04",
+        "layer_05",
+        "skip_06",
+        ends[1],
+        "skips_08-09",
+        ends[2],
+    ]
 
 
 def test_many_tokens_know_no_stretches(runtime: DashRuntime) -> None:
@@ -158,7 +169,7 @@ def test_score_is_decode(stretched_runtime: Load) -> None:
 
 def test_budgets_know_what_a_launch_costs(stretched_runtime: Load) -> None:
     runtime = stretched_runtime("plain")
-    cost = replace(runtime.cost, cost=dict.fromkeys(GATED, 0.05), dispatch=0.02)
+    cost = replace(runtime.cost, cost=dict.fromkeys(GATED, 0.05), launch=0.02)
     costly = DashRuntime(runtime.bundle, replace(runtime.build, cost=cost), OrtBackend(0), "plain")
     # 9 and 8 alone: 0.95 + one launch, 0.90; with 6 the stretch 2-6 falls apart.
     skipped = [costly.session("static", budget=budget).rule.skipped for budget in (0.97, 0.9, 0.88)]  # type: ignore[attr-defined]
@@ -230,7 +241,7 @@ def test_a_launch_costs_something(cost: float, stretched_runtime: Load, tmp_path
     root = Path(shutil.copytree(stretched_runtime("plain").bundle.root, tmp_path / "own.dash"))
     file = root / "engines" / "cpu-fp32" / "build.json"
     record = json.loads(file.read_text())
-    record["cost"]["dispatch"] = cost
+    record["cost"]["launch"] = cost
     file.write_text(json.dumps(record))
     with pytest.raises(BundleError, match="the cost of a launch"):
         Bundle.open(root).load_build("cpu-fp32")

@@ -90,7 +90,14 @@ def timed_once(
         assert isinstance(step, BoundStep)
         if nothing_owed:
             step.segments = [
-                replace(segment, skip=_nothing) if segment.skip is not None else segment for segment in step.segments
+                replace(
+                    segment,
+                    skip=None if segment.skip is None else _nothing,
+                    stretches=tuple(
+                        replace(item, launch=_nothing) if item.skips else item for item in segment.stretches
+                    ),
+                )
+                for segment in step.segments
             ]
 
         def run() -> None:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.rules import FixedRule
+from dash_export.stretches import TokenTime
 
 
 @click.command()
@@ -54,7 +55,7 @@ def main(bundle: Path, target: str, context: int, most: int, moving: bool, round
 
     times = interleaved([token(skipped) for skipped in sets], rounds)
     milliseconds = [1e3 * median(sample) for sample in times]
-    segment_ms = {name: us / 1e3 for name, us in (build.cost.segment_us | build.cost.skip_us).items()}
+    token_time = TokenTime(build)
     table = Table(
         "skipped",
         "ms/token",
@@ -68,7 +69,7 @@ def main(bundle: Path, target: str, context: int, most: int, moving: bool, round
     for count, skipped, sample, ms in zip(counts, sets, times, milliseconds, strict=True):
         ratio = paired_ratio(sample, times[0])
         saved = milliseconds[0] * (1 - ratio)
-        predicted = sum(segment_ms[f"layer_{layer:02d}"] - segment_ms[f"skip_{layer:02d}"] for layer in skipped)
+        predicted = 1e-3 * build.cost.dense_us * (1 - token_time.of(skipped))
         share = saved / predicted if skipped else float("nan")
         realised.append(share)
         table.add_row(

@@ -170,9 +170,7 @@ def _current(bundle: Bundle, draft: Build) -> Build | None:
         return None
     details = {key: value for key, value in known.details.items() if key != VERIFICATION}
     try:
-        recipe = recipe_from_dict(
-            known.recipe, "the build's recipe"
-        ).as_dict()  # with the keys that are younger than it
+        recipe = recipe_from_dict(known.recipe, known.target).as_dict()  # with the keys that are younger than the build
     except RecipeError:
         return None
     same = replace(known, recipe=recipe, cost=draft.cost, dial={}, seconds=0.0, details=details) == draft

@@ -17,7 +17,18 @@ heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "safe
 heavy.add("polygraphy")
 print(sorted(heavy & set(sys.modules)), sorted(name for name in sys.modules if name.startswith("dash_export.")))
 """
-GROUND = {"artifacts", "bundle", "decision", "errors", "names", "resources", "runtime", "targets", "typed_json"}
+GROUND = {
+    "artifacts",
+    "bundle",
+    "decision",
+    "errors",
+    "names",
+    "resources",
+    "runtime",
+    "stretches",
+    "targets",
+    "typed_json",
+}
 
 
 def run(code: str, *arguments: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +89,7 @@ class Lane:
     replays: Lane | None = None
     recording: Recording = field(init=False)
     trace: list[TokenStamps] = field(default_factory=list)
-    _probes: WeakKeyDictionary[BoundStep, Probe] = field(default_factory=WeakKeyDictionary)
+    _probes: dict[BoundStep, Probe] = field(default_factory=dict)
 
     @property
     def runtime(self) -> DashRuntime:

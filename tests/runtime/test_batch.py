@@ -13,8 +13,8 @@ from dash_export import DashRuntime
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Batch, Generation, Sampling
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
+from dash_export.runtime.memory import StepMemory
 from dash_export.runtime.rules import DENSE
 from tests.runtime.prompts import prompts
 from tests.runtime.test_kinds import setting_of
@@ -305,13 +305,13 @@ class TestMistakes:
     def test_all_take_the_first_one_s_position(
         self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        expected, sound = self.tokens(tiny_runtime()), BoundStep.place
+        expected, sound = self.tokens(tiny_runtime()), StepMemory.place
 
-        def place(step: BoundStep) -> None:
-            sound(step)
-            step._seqlens_k[:] = step._seqlens_k[0]
+        def place(memory: StepMemory) -> None:
+            sound(memory)
+            memory._seqlens_k[:] = memory._seqlens_k[0]
 
-        monkeypatch.setattr(BoundStep, "place", place)
+        monkeypatch.setattr(StepMemory, "place", place)
         assert self.tokens(tiny_runtime()) != expected
 
     def test_a_row_that_moves_leaves_its_cache(

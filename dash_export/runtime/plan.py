@@ -48,37 +48,70 @@ class BoundSegment:
     stretches: tuple[BoundStretch, ...] = ()
 
 
-class Answers(dict[int, tuple[tuple[Launch, ...], tuple[int, ...]]]):
-    """Mask of skipped layers -> what is launched, and those layers: of segments that are decided at once."""
+Answer = tuple[tuple[Launch, ...], tuple[int, ...]]
+"""What is launched, and the layers that are skipped."""
+
+
+class Answers(dict[int, Answer]):
+    """Mask of skipped layers -> what follows: of segments that are decided at once.
+
+    Masks come by the thousand, and working out a new one between engines takes 100 us. So the segments are cut into
+    blocks, where stretches that run begin, whose every mask is worked out ahead.
+    """
 
     KEPT = 1024
 
-    def __init__(self, segments: Sequence[BoundSegment], gated: Sequence[int]) -> None:
-        """`gated`: the layers that the bits of a mask mean, from the lowest on."""
+    def __init__(self, segments: Sequence[BoundSegment]) -> None:
+        """The bits of a mask mean the gated layers among them, from the lowest on."""
         super().__init__()
-        self._segments, self._gated = segments, gated
-        self._layers = [segment.layer for segment in segments]
-        self._stretches = {
-            (segment.layer, stretch.skips, stretch.count): stretch.launch
-            for segment in segments
-            for stretch in segment.stretches
-        }
-        self._lengths = lengths(self._stretches)
+        blocks: list[list[BoundSegment]] = []
+        for segment in segments:
+            full = blocks and sum(other.skip is not None for other in blocks[-1]) == LARGEST_BLOCK
+            if not blocks or full or any(not stretch.skips for stretch in segment.stretches):
+                blocks.append([])
+            blocks[-1].append(segment)
+        self._tables = [_table(block) for block in blocks]
 
-    def __missing__(self, mask: int) -> tuple[tuple[Launch, ...], tuple[int, ...]]:
-        skipped = tuple(layer for bit, layer in enumerate(self._gated) if mask >> bit & 1)
+    def __missing__(self, mask: int) -> Answer:
+        launches: tuple[Launch, ...] = ()
+        skipped: tuple[int, ...] = ()
+        rest = mask
+        for table in self._tables:
+            more, layers = table[rest % len(table)]
+            launches, skipped, rest = launches + more, skipped + layers, rest // len(table)
         if len(self) >= self.KEPT:
             del self[next(iter(self))]
-        launches = tuple(self._launch(part) for part in cover(self._layers, skipped, self._lengths))
         self[mask] = launches, skipped
         return launches, skipped
 
-    def _launch(self, part: Part) -> Launch:
-        segment = self._segments[part.index]
+
+LARGEST_BLOCK = 7
+"""Gated layers: 128 masks."""
+
+
+def _table(segments: Sequence[BoundSegment]) -> list[Answer]:
+    """By mask."""
+    layers = [segment.layer for segment in segments]
+    gated = [segment.layer for segment in segments if segment.skip is not None]
+    stretches = {
+        (segment.layer, stretch.skips, stretch.count): stretch.launch
+        for segment in segments
+        for stretch in segment.stretches
+    }
+    known = lengths(stretches)
+
+    def launch(part: Part) -> Launch:
+        segment = segments[part.index]
         alone = segment.skip if part.skips else segment.run
-        launch = self._stretches.get((segment.layer, part.skips, part.count), alone)
-        assert launch is not None
-        return launch
+        found = stretches.get((segment.layer, part.skips, part.count), alone)
+        assert found is not None
+        return found
+
+    answers = []
+    for mask in range(1 << len(gated)):
+        skipped = tuple(layer for bit, layer in enumerate(gated) if mask >> bit & 1)
+        answers.append((tuple(launch(part) for part in cover(layers, skipped, known)), skipped))
+    return answers
 
 
 @dataclass(frozen=True)
@@ -173,7 +206,7 @@ class Plans:
                     sum(segment.count for segment in before),
                     tuple(asked),
                     between,
-                    Answers(those, [layer for layer, *_ in asked]),
+                    Answers(those),
                 )
             )
         return tuple(stages)

@@ -69,7 +69,7 @@ def stretches(gated: tuple[int, ...], *read: int) -> tuple[list[str], list[str]]
 def test_stretches_are_of_neighbours_that_are_decided_together() -> None:
     run, skip = stretches(tuple(range(5, 19)), 4)
     assert run == ["layers_05-11", "layers_12-18"]
-    assert skip == [f"skips_{layer:02d}-{layer + 1:02d}" for layer in range(5, 18)]
+    assert skip == [f"skips_{layer:02d}-{layer + 1:02d}" for layer in range(5, 18) if layer != 11]
     assert stretches((2, 3, 5), 1) == (["layers_02-03"], ["skips_02-03"])
     assert stretches((2, 4, 6), 1) == ([], [])
     # What decides about later layers is known only when its layer has run.
@@ -86,7 +86,7 @@ def test_every_layer_in_one_stretch_that_runs(gated: set[int], read: set[int]) -
     free = gated - read
     assert set(run) <= free
     assert all(2 <= len(item.layers) <= LONGEST_STRETCH for item in found if not item.skips)
-    pairs = {layer for layer in free if layer + 1 in free}
+    pairs = {layer for item in found if not item.skips for layer in list(item.layers)[:-1]}
     assert {item.first for item in found if item.skips} == pairs
     alone = free - set(run)
-    assert all(not {layer - 1, layer + 1} & free or len(pairs) >= LONGEST_STRETCH for layer in alone)
+    assert all(not {layer - 1, layer + 1} & free or len(pairs) >= LONGEST_STRETCH - 1 for layer in alone)

@@ -15,6 +15,12 @@ import numpy.typing as npt
 from dash_export.bundle import Build
 from dash_export.decision import Action
 
+LONGEST_STRETCH = 7
+"""Layers. The more a stretch has, the more launches it saves, and the fewer tokens run them all. For 14 gated layers of
+which a token skips 4, the token policy of SmolLM2-135M-Instruct takes 14 launches one by one, 7.5 with one stretch of
+all that runs, 6.0 with two of 7, 7.1 with five and 7.9 with seven, each with pairs that skip.
+"""
+
 
 @dataclass(frozen=True)
 class Part:

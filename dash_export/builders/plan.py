@@ -8,12 +8,7 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 from dash_export.bundle import Segment, Stretch
-
-LONGEST_STRETCH = 7
-"""Layers. The more a stretch has, the more launches it saves, and the fewer tokens run them all. For 14 gated layers of
-which a token skips 4, the token policy of SmolLM2-135M-Instruct takes 14 launches one by one, 7.5 with one stretch of
-all that runs, 6.0 with two of 7, 7.1 with five and 7.9 with seven, each with pairs that skip.
-"""
+from dash_export.stretches import LONGEST_STRETCH
 
 
 def plan_segments(

@@ -7,8 +7,9 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_export.builders.plan import LONGEST_STRETCH, plan_segments, plan_stretches
+from dash_export.builders.plan import plan_segments, plan_stretches
 from dash_export.decision import decision_points
+from dash_export.stretches import LONGEST_STRETCH
 
 LAYERS = 10
 

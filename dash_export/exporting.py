@@ -27,11 +27,12 @@ from dash_export.artifacts import (
     sha256_file,
     write_atomic,
 )
-from dash_export.bundle import MANIFEST, SCHEMA, Bundle, Manifest, ModelFacts, PolicyFacts, to_json
+from dash_export.bundle import MANIFEST, Bundle, to_json
 from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
 from dash_export.graphs.policy import policy_graph
 from dash_export.graphs.writer import save_graph, save_tables
+from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.skip_policy import SkipPolicy, check_policy, no_policy
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import Build
+from dash_export.build_record import Build
 from dash_export.decision import Action
 
 LONGEST_STRETCH = 7
@@ -66,7 +66,11 @@ class TokenTime:
         self._cost, self._launch = build.cost.cost, build.cost.launch
         self._layers = [segment.first if segment.gated else -1 for segment in build.segments]
         self._lengths = lengths((item.first, item.skips, len(item.layers)) for item in build.stretches)
-        self._dense = len(cover(self._layers, (), self._lengths))
+        self._dense = len(self.parts())
+
+    def parts(self, skipped: Collection[int] = ()) -> list[Part]:
+        """The launches of one that skips these gated layers."""
+        return cover(self._layers, skipped, self._lengths)
 
     def of(self, skipped: Collection[int]) -> float:
         """Of one that skips these gated layers."""
@@ -76,7 +80,7 @@ class TokenTime:
         """What is in it of launches that a dense token does not take."""
         if not self._launch:
             return 0.0
-        return self._launch * (len(cover(self._layers, skipped, self._lengths)) - self._dense)
+        return self._launch * (len(self.parts(skipped)) - self._dense)
 
     def total(self, actions: npt.NDArray[np.int8]) -> float:
         """The sum over tokens, actions [tokens, layers]."""

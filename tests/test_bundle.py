@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_export import DashRuntime
-from dash_export.bundle import BUILD, MANIFEST, Bundle, Manifest, Segment, from_json, safe_path, to_json
+from dash_export.build_record import Segment
+from dash_export.bundle import BUILD, MANIFEST, Bundle, from_json, safe_path, to_json
 from dash_export.errors import BundleError, DashError
+from dash_export.manifest import Manifest
 
 MUTATIONS = 250
 BUILD_JSON = f"engines/cpu-fp32/{BUILD}"

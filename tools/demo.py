@@ -18,7 +18,8 @@ from rich.console import Console
 from smollm2 import CACHE, UnavailableError, smollm2_gguf
 
 from dash_export import DashRuntime, build, export
-from dash_export.bundle import Build, Bundle
+from dash_export.build_record import Build
+from dash_export.bundle import Bundle
 from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, size
 from dash_export.commands.progress import progress_bar
 from dash_export.decision import Setting

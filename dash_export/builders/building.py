@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress, write_atomic
+from dash_export.build_record import Build, EngineRecord, Segment, Stretch
 from dash_export.builders.dial import calibrate_dial
 from dash_export.builders.here import require_builder, runs_here
 from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.builders.plan import plan_segments, plan_stretches
-from dash_export.bundle import BUILD, SCHEMA, Build, Bundle, EngineRecord, Segment, Stretch, to_json
+from dash_export.bundle import BUILD, Bundle, to_json
 from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.graphs.rounded import Roundings, to_nearest
+from dash_export.manifest import SCHEMA
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 from dash_export.targets import BITS, Recipe, load_recipe, recipe_from_dict, with_weights

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.bundle import Build, Bundle
+from dash_export.build_record import Build
+from dash_export.bundle import Bundle
 from dash_export.calibration import text_windows
 from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, Action, DialPoint, Setting
 from dash_export.divergence import DenseRows

@@ -7,8 +7,9 @@ from functools import partial
 
 import onnx_ir as ir
 
+from dash_export.build_record import Segment
 from dash_export.builders.segments import compose_segment, graph_names, graphs_key
-from dash_export.bundle import Bundle, Segment
+from dash_export.bundle import Bundle
 from dash_export.graphs.compose import load_graph, specialise_policy
 from dash_export.graphs.trt import lower
 from dash_export.targets import Recipe

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from dash_export.bundle import Build, Bundle, CostTable, Manifest
+import numpy as np
+
+from dash_export.build_record import Build, CostTable
+from dash_export.bundle import Bundle
+from dash_export.manifest import Manifest
 from dash_export.runtime.backends.base import Backend, Launch
 from dash_export.runtime.cpus import cpu_name
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.runtime import engines as load_engines
+from dash_export.stretches import TokenTime
 from dash_export.targets import recipe_from_dict
 
 WARM_UP = 10
@@ -43,40 +50,46 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     cache.reserve(context + 1)
     step = engines.step(cache, 1)
     cache.length = context
-    run_us: dict[str, list[float]] = defaultdict(list)
-    skip_us: dict[str, list[float]] = defaultdict(list)
-    dense_us: dict[int, list[float]] = defaultdict(list)
     step.place()
-    launches = step.launches()
+    passes = [
+        [
+            (segment.name, run) if skip is None or segment.first % 2 != parity else (f"skip_{segment.first:02d}", skip)
+            for segment, (run, skip) in zip(build.segments, step.launches(), strict=True)
+        ]
+        for parity in (0, 1)  # skipped in turn: a skip graph too is timed where it finds its weights cold
+    ]
     stretched = step.dense_launches() if build.stretches and isinstance(step, BoundStep) else ()
-    for repeat in range(2 * (WARM_UP + recipe["repeats"])):
-        warm = repeat >= 2 * WARM_UP
-        for segment, (run, skip) in zip(build.segments, launches, strict=True):
-            # Every second gated layer in turn is skipped: a skip graph too is timed where it finds its weights cold.
-            chosen = run if skip is None or segment.first % 2 != repeat % 2 else skip
-            microseconds = _microseconds(chosen)
-            if warm and chosen is skip:
-                skip_us[f"skip_{segment.first:02d}"].append(microseconds)
-            elif warm:
-                run_us[segment.name].append(microseconds)
-        for place, whole in enumerate(stretched if repeat % 2 else ()):
-            microseconds = _microseconds(whole)
-            if warm:
-                dense_us[place].append(microseconds)
-    runs = {name: round(median(times), 2) for name, times in run_us.items()}
-    skips = {name: round(median(times), 2) for name, times in skip_us.items()}
-    each = sum(runs.values())
-    dense = sum(median(times) for times in dense_us.values()) if stretched else each
-    saved = [runs[segment.name] - skips[f"skip_{segment.first:02d}"] for segment in build.segments if segment.gated]
+    times: dict[str, list[float]] = defaultdict(list)
+    whole: list[list[float]] = []
+    for repeat in range(WARM_UP + recipe["repeats"]):
+        if repeat == WARM_UP:
+            times.clear()
+            whole.clear()
+        for one in passes:
+            for (name, _), microseconds in zip(one, _timed(launch for _, launch in one), strict=True):
+                times[name].append(microseconds)
+        whole.append(_timed(stretched))
+    medians = {name: round(median(found), 2) for name, found in times.items()}
+    runs = {segment.name: medians.pop(segment.name) for segment in build.segments}
+    gated = [segment for segment in build.segments if segment.gated]
+    saved = [runs[segment.name] - medians[f"skip_{segment.first:02d}"] for segment in gated]
+    dense, launch = sum(runs.values()), 0.0
+    if stretched:
+        dense = float(np.median(whole, axis=0).sum())
+        # Repeat by repeat, so that a machine that changes its speed does not pass for a launch.
+        joined = [place for place, part in enumerate(TokenTime(build).parts()) if build.segments[part.index].gated]
+        fewer = np.sum([times[segment.name] for segment in gated], axis=0) - np.array(whole)[:, joined].sum(axis=1)
+        launch = max(float(np.median(fewer)), 0.0) / (len(gated) - len(joined)) / dense
     share = max(median(saved), 0.0) / dense if saved else 0.0
     device = cpu_name() if isinstance(engines, EngineSet) else engines.device.name
-    fewer = len(launches) - len(stretched)
-    launch = max(each - dense, 0.0) / fewer / dense if stretched and fewer else 0.0
     cost = dict.fromkeys(bundle.manifest.policy.gated, share)
-    return CostTable(context, round(dense, 2), runs, skips, cost, device, launch)
+    return CostTable(context, round(dense, 2), runs, medians, cost, device, launch)
 
 
-def _microseconds(launch: Launch) -> float:
-    began = time.perf_counter()
-    launch()
-    return 1e6 * (time.perf_counter() - began)
+def _timed(launches: Iterable[Launch]) -> list[float]:
+    """Microseconds of each, with what the host takes to come to it."""
+    stamps = [time.perf_counter()]
+    for launch in launches:
+        launch()
+        stamps.append(time.perf_counter())
+    return [1e6 * (end - begin) for begin, end in pairwise(stamps)]

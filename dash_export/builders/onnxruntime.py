@@ -17,9 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
+from dash_export.build_record import Segment, Stretch
 from dash_export.builders.rounding import calibration_key
 from dash_export.builders.segments import Artifact, chain, compose_segment, graph_names, graphs_key, weights_key
-from dash_export.bundle import Bundle, Segment, Stretch
+from dash_export.bundle import Bundle
 from dash_export.graphs.compose import absorb, load_graph, specialise_policy
 from dash_export.graphs.ort import CONTRIB, fuse_skip_norms, lower
 from dash_export.graphs.portable import ROPE_FILE

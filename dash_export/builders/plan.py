@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 
-from dash_export.bundle import Segment, Stretch
+from dash_export.build_record import Segment, Stretch
 from dash_export.stretches import LONGEST_STRETCH
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from dash_export.build_record import Segment
 from dash_export.builders.gpu_graphs import portable_graphs
 from dash_export.builders.segments import compose_skips, graph_names
-from dash_export.bundle import Bundle, Segment
+from dash_export.bundle import Bundle
 from dash_export.graphs.writer import save_graph
 
 

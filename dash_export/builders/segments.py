@@ -10,7 +10,8 @@ from typing import Any
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
-from dash_export.bundle import Bundle, Segment
+from dash_export.build_record import Segment
+from dash_export.bundle import Bundle
 from dash_export.graphs.compose import absorb, load_graph
 from dash_export.graphs.writer import GraphWriter
 from dash_export.targets import Recipe

@@ -15,11 +15,12 @@ from typing import Any
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
+from dash_export.build_record import Segment
 from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_graphs
 from dash_export.builders.here import device_here, too_old
 from dash_export.builders.segments import Artifact, weights_key
 from dash_export.builders.trt_api import Settings, Shapes, Toolkit, load_toolkit
-from dash_export.bundle import Bundle, Segment
+from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graphs.rounded import Roundings
 from dash_export.graphs.trt.lower import LOGIT_ROWS

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
+from dash_export.build_record import Build, Segment, Stretch
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
 from dash_export.builders.portable_files import portable_file, write_graph
-from dash_export.bundle import Build, Bundle, Segment, Stretch
+from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.graphs.trt import lower

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from dash_export.bundle import Build, Bundle
+from dash_export.build_record import Build
+from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import (
     DEFAULT_TARGET,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dash_export.bundle import MANIFEST, Build, Bundle
+from dash_export.build_record import Build
+from dash_export.bundle import MANIFEST, Bundle
 from dash_export.errors import BundleError
 
 if TYPE_CHECKING:

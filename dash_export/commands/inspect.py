@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from dash_export.bundle import Build, Bundle, Segment, Stretch
+from dash_export.build_record import Build, Segment, Stretch
+from dash_export.bundle import Bundle
 from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, result_console, size
 from dash_export.commands.onnx_header import opsets
 from dash_export.decision import spans

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dash_export.bundle import Bundle, PolicyFacts
+from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target
 from dash_export.commands.comparing import bundle_names, comparison_options_for, dial_of, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
+from dash_export.manifest import PolicyFacts
 
 if TYPE_CHECKING:
     from dash_export.evaluation.settings import Refusal

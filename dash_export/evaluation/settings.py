@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import PolicyFacts
 from dash_export.decision import POLICY_KINDS, Action, Setting, spans
 from dash_export.errors import PolicyError
+from dash_export.manifest import PolicyFacts
 from dash_export.runtime import DashRuntime, Session
 from dash_export.stretches import TokenTime
 

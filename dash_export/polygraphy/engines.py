@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import Build, Bundle, ModelFacts, Segment
+from dash_export.build_record import Build, Segment
+from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.graph_runs import Arrays, step_inputs
+from dash_export.manifest import ModelFacts
 from dash_export.names import POLICY_STATE, PREFILL, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Engine, Launch
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dash_export.bundle import Build
+from dash_export.build_record import Build
 from dash_export.evaluation.pictures import LOOKS, STYLE
 from dash_export.profiling.results import PARTS, LaneProfile
 

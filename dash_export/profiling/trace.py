@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dash_export.bundle import Stretch
+from dash_export.build_record import Stretch
 from dash_export.decision import Action
 from dash_export.evaluation.settings import label
 from dash_export.profiling.measure import Lane, TokenStamps

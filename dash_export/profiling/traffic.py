@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import ModelFacts
 from dash_export.decision import Action
+from dash_export.manifest import ModelFacts
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.engines import policies_by_segment
 from dash_export.targets import BITS, QUANTISED, WeightsRecipe

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import ModelFacts
+from dash_export.manifest import ModelFacts
 from dash_export.runtime.huge_pages import zeros
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from dash_export.bundle import Build, Bundle, Segment
+from dash_export.build_record import Build, Segment
+from dash_export.bundle import Bundle
 from dash_export.names import PREFILL
 from dash_export.runtime.backends.base import Backend, Engine
 from dash_export.runtime.cache import KVCache

@@ -9,7 +9,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import Build, ModelFacts, Segment
+from dash_export.build_record import Build, Segment
+from dash_export.manifest import ModelFacts
 from dash_export.runtime.rules import Rule
 
 EngineT = TypeVar("EngineT")

@@ -7,9 +7,10 @@ from statistics import mean
 
 import numpy as np
 
-from dash_export.bundle import Build, ModelFacts, PolicyFacts
+from dash_export.build_record import Build
 from dash_export.decision import DecisionRule, Setting, decision_rule, spans, trade_off_for
 from dash_export.errors import PolicyError
+from dash_export.manifest import ModelFacts, PolicyFacts
 from dash_export.runtime.rules import FixedRule, HeldRules, RandomRules, SequenceRules, SessionRules
 from dash_export.stretches import TokenTime
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.bundle import Segment, Stretch
+from dash_export.build_record import Segment, Stretch
 from dash_export.names import POLICY_STATE, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Engine, Launch
 from dash_export.runtime.cache import KVCache

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from dash_export.artifacts import FileRecord
-from dash_export.bundle import Build, Bundle, CostTable
+from dash_export.build_record import Build, CostTable
+from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.runtime.backends import load_backend

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from dash_export.artifacts import ArtifactStore
+from dash_export.build_record import Build
 from dash_export.builders import build, trt_api
 from dash_export.builders.measure import NOT_MEASURED
-from dash_export.bundle import Build, Bundle
+from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint

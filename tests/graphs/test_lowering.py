@@ -10,8 +10,9 @@ import onnx
 import onnxruntime
 import pytest
 
+from dash_export.build_record import Build
 from dash_export.builders import build
-from dash_export.bundle import Build, Bundle
+from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.exporting import export
 from dash_export.graphs.compose import load_graph, specialise_policy

@@ -27,7 +27,8 @@ from common import (
 from rich.console import Console
 from rich.table import Table
 
-from dash_export.bundle import Build, Bundle
+from dash_export.build_record import Build
+from dash_export.bundle import Bundle
 from dash_export.decision import decision_rule
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.rules import DENSE, Rule

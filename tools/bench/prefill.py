@@ -18,7 +18,8 @@ from common import in_fresh_processes, interleaved, load_both, paired_ratio, pri
 from rich.console import Console
 from rich.table import Table
 
-from dash_export.bundle import Build, Bundle
+from dash_export.build_record import Build
+from dash_export.bundle import Bundle
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.profiling.machine import peak_memory
 from dash_export.resources import resource_folder

@@ -41,7 +41,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from dash_export.bundle import Build, Bundle
+from dash_export.build_record import Build
+from dash_export.bundle import Bundle
 from dash_export.evaluation.pictures import DPI, STYLE
 from dash_export.runtime.rules import DENSE, FixedRule
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dash_export.bundle import Build, Bundle
+from dash_export.build_record import Build
+from dash_export.bundle import Bundle
 from dash_export.errors import ContextLengthError
 from dash_export.runtime.device.base import Device, DeviceEngine, Memory
 from dash_export.runtime.device.blocks import size_of

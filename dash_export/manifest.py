@@ -1,0 +1,123 @@
+"""`manifest.json`: what the model is, its graphs, its policy, the SHA-256 of every file; and what cannot be in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dash_export.artifacts import FileRecord
+from dash_export.decision import POLICY_KINDS, check_reads, decision_points
+from dash_export.errors import BundleError, PolicyError
+
+if TYPE_CHECKING:
+    from dash_export.build_record import Segment
+
+SCHEMA = 1
+DAMAGED = "The bundle is damaged: export or build it again."
+# Above any published model, so that an absurd manifest fails here instead of at an allocation.
+_LARGEST = {
+    "num_layers": 1 << 10,
+    "hidden_size": 1 << 17,
+    "vocab_size": 1 << 22,
+    "num_heads": 1 << 12,
+    "num_kv_heads": 1 << 12,
+    "head_dim": 1 << 10,
+    "max_positions": 1 << 24,
+}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the runtime must know of the model."""
+
+    name: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    parameters: int
+    rms_norm_eps: float
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """The skip policy in the bundle: which layers it may skip, whether there is a network, what compensates a skip, in
+    which order static policies skip layers (empty: not ranked), and the layer whose input each decision reads (empty:
+    one layer ahead).
+    """
+
+    gated: tuple[int, ...]
+    origin: str
+    has_network: bool
+    compensation: str
+    fingerprint: str
+    static_order: tuple[int, ...] = ()
+    cosine_order: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()
+
+    @property
+    def decision_points(self) -> dict[int, tuple[int, ...]]:
+        """The layer whose input is read -> the gated layers that are decided there; empty without a network."""
+        return decision_points(self.gated, self.reads) if self.has_network else {}
+
+    def read_in(self, segment: Segment) -> int | None:
+        """The layer of a segment whose input decides about later ones."""
+        return next((layer for layer in segment.layers if layer in self.decision_points), None)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The policy kinds this bundle can serve; `static` without an order takes a list of layers only."""
+        served = {
+            "dense": True,
+            "static": bool(self.gated),
+            "cosine": bool(self.cosine_order),
+            "random": bool(self.gated),
+            "sequence": self.has_network,
+            "token": self.has_network,
+        }
+        return tuple(kind for kind in POLICY_KINDS if served[kind])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`. `graphs` maps a graph's name to its .onnx file; `files` lists every file with its hash; `key`
+    changes when anything an engine is made from does.
+    """
+
+    schema: int
+    model: ModelFacts
+    policy: PolicyFacts
+    graphs: dict[str, str]
+    files: tuple[FileRecord, ...]
+    key: str
+    tools: dict[str, str] = field(default_factory=dict)
+
+
+def check_manifest(manifest: Manifest, where: str) -> None:
+    """Sizes that can be, gated layers that exist, and a graph for each."""
+    model, gated = manifest.model, manifest.policy.gated
+    sizes = {name: getattr(model, name) for name in _LARGEST}
+    wrong = [f"{name} = {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST[name]]
+    if wrong:
+        raise BundleError(f"{where}: {', '.join(wrong)} cannot be. {DAMAGED}")
+    if list(gated) != sorted({layer for layer in gated if 0 < layer < model.num_layers}):
+        raise BundleError(f"{where}: a gated layer does not exist or is there twice. {DAMAGED}")
+    try:
+        check_reads(gated, manifest.policy.reads)
+    except PolicyError as error:
+        raise BundleError(f"{where}: {error} {DAMAGED}") from error
+    for order in (manifest.policy.static_order, manifest.policy.cosine_order):
+        if len(set(order)) != len(order) or not set(order) <= set(gated):
+            raise BundleError(f"{where}: an order of layers lists one that is not gated, or one twice. {DAMAGED}")
+    needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
+    needed |= {f"skip_{layer:02d}" for layer in gated} | ({"policy"} if manifest.policy.has_network else set())
+    if needed - set(manifest.graphs):
+        raise BundleError(f"{where}: there is no graph {min(needed - set(manifest.graphs))}. {DAMAGED}")
+    listed = {record.name for record in manifest.files if record.bytes > 0}
+    unlisted = {*manifest.graphs.values(), "onnx/rope.data"} - listed
+    if unlisted:
+        raise BundleError(f"{where}: {min(unlisted)} is not among the files. {DAMAGED}")

@@ -2,20 +2,24 @@
 
 A gated layer is skipped for a token where damage < trade_off * cost: the one-step greedy policy of the Markov decision
 process (DASH, arXiv 2505.17420, with a differential reward: minus the divergence an action adds, minus
-trade_off times the time it costs). `max_layers` bounds the layers one token may run. Nothing here is random.
+trade_off times the time it costs). Layers that are one launch as long as all of them run are decided together: what
+skipping some of them saves must also pay for the launches that it adds. `max_layers` bounds the layers one token may
+run. Nothing here is random.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import PolicyError
+
+Damages = npt.NDArray[np.floating[Any]]
 
 DENSE_POSITIONS = 2
 """Positions 0 and 1 always run every layer: they carry the attention sinks that every later token reads."""
@@ -34,21 +38,42 @@ class DecisionRule:
 
     `limits[l]` is 0 for a layer that is not gated; damage is never negative, so nothing is below 0. `ceilings[l]` is
     how many layers may have run before layer l so that running it still leaves room for the layers after it that always
-    run.
+    run. `stretches`: layers that are one launch while all of them run, and what their skips must save before it pays to
+    break that (trade_off * the time of the launches).
     """
 
     asks: ClassVar[bool] = True
     limits: tuple[float, ...]
     ceilings: tuple[int, ...]
     gated: tuple[bool, ...]
+    stretches: tuple[tuple[tuple[int, ...], float], ...] = ()
+
+    def settled(self, damage: Damages) -> Damages:
+        """What `skips` and `decide` are to be asked with, of damage [layers, tokens] that is known for whole stretches:
+        infinite for the layers of those that it does not pay to break.
+        """
+        if not self.stretches:
+            return damage
+        settled = damage.astype(np.float64)
+        for layers, price in self.stretches:
+            own = settled[list(layers)]
+            limits = np.array([self.limits[layer] for layer in layers])[:, None]
+            saved = np.maximum(limits - own, 0.0).sum(axis=0)
+            settled[list(layers)] = np.where(saved > price, own, np.inf)
+        return settled
+
+    def scaled(self, factor: float) -> DecisionRule:
+        """The rule of `factor` times this one's trade-off."""
+        limits = tuple(factor * limit for limit in self.limits)
+        return replace(
+            self, limits=limits, stretches=tuple((layers, factor * price) for layers, price in self.stretches)
+        )
 
     def skips(self, layer: int, damage: float, executed: int) -> bool:
         """Whether this token skips `layer`, given the policy's damage (nats) and the layers it has run so far."""
         return damage < self.limits[layer] or executed >= self.ceilings[layer]
 
-    def decide(
-        self, layer: int, damage: npt.NDArray[np.float32], executed: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int8]:
+    def decide(self, layer: int, damage: Damages, executed: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
         """`skips` for many tokens at once: damage and executed [...] -> actions [...] (int8)."""
         # float64, as Python compares in `skips`: a limit rounded to float32 could decide a tie differently.
         skip = (damage.astype(np.float64) < self.limits[layer]) | (executed >= self.ceilings[layer])
@@ -56,13 +81,19 @@ class DecisionRule:
 
 
 def decision_rule(
-    num_layers: int, gated: Iterable[int], cost: Mapping[int, float], trade_off: float, max_layers: int | None = None
+    num_layers: int,
+    gated: Iterable[int],
+    cost: Mapping[int, float],
+    trade_off: float,
+    max_layers: int | None = None,
+    breaking: Mapping[tuple[int, ...], float] | None = None,
 ) -> DecisionRule:
     """Build the rule for one model.
 
     `cost[l]` is a fraction of the dense time of one token, per gated layer; `trade_off` is in nats per dense token
-    time. Raises PolicyError when the trade-off is negative or not finite, or when `max_layers` is below what always
-    runs.
+    time. `breaking`: layers that are one launch while all of them run, and the time of the launches that they take
+    otherwise, as such a fraction. Raises PolicyError when the trade-off is negative or not finite, or when `max_layers`
+    is below what always runs.
     """
     gated_set = set(gated)
     if not np.isfinite(trade_off) or trade_off < 0:
@@ -81,7 +112,9 @@ def decision_rule(
         always_after = sum(1 for later in range(layer + 1, num_layers) if later not in gated_set)
         limits.append(trade_off * cost[layer] if is_gated else 0.0)
         ceilings.append(max_layers - always_after if is_gated else num_layers)
-    return DecisionRule(tuple(limits), tuple(ceilings), tuple(layer in gated_set for layer in range(num_layers)))
+    stretches = tuple((layers, trade_off * price) for layers, price in (breaking or {}).items() if price > 0)
+    is_gated_at = tuple(layer in gated_set for layer in range(num_layers))
+    return DecisionRule(tuple(limits), tuple(ceilings), is_gated_at, stretches)
 
 
 def decision_points(gated: Sequence[int], reads: Sequence[int]) -> dict[int, tuple[int, ...]]:

@@ -82,6 +82,34 @@ def walk_four(rule: object, damage: float) -> list[bool]:
     return [rule.skips(layer, damage, 0) for layer in range(4)]  # type: ignore[attr-defined]
 
 
+@given(gated_sets.filter(bool), trade_offs, st.floats(0, 0.2), st.data())
+def test_a_stretch_is_broken_where_that_pays(
+    gated: set[int], trade_off: float, launches: float, data: st.DataObject
+) -> None:
+    """By what it gives: the differential reward of skipping some of it is above 0, or none of it is skipped."""
+    together = tuple(sorted(gated))
+    cost = costs(gated)
+    damage = np.array(data.draw(st.lists(damages, min_size=LAYERS, max_size=LAYERS)))
+    rule = decision_rule(LAYERS, gated, cost, trade_off, breaking={together: launches})
+    alone = walk(decision_rule(LAYERS, gated, cost, trade_off), damage.tolist())
+    skipped = walk(rule, rule.settled(damage[:, None])[:, 0].tolist())
+    reward = sum(trade_off * cost[layer] - damage[layer] for layer in gated if alone[layer]) - trade_off * launches
+    if abs(reward) > 1e-9:
+        assert skipped == (alone if reward > 0 or not launches else [False] * LAYERS)
+    scaled = decision_rule(LAYERS, gated, cost, 2 * trade_off, breaking={together: launches})
+    np.testing.assert_allclose(rule.scaled(2.0).limits, scaled.limits)
+    assert [price for _, price in rule.scaled(2.0).stretches] == pytest.approx([price for _, price in scaled.stretches])
+
+
+def test_each_stretch_for_itself() -> None:
+    """Layers outside of them, and other tokens, do not pay for one."""
+    rule = decision_rule(6, range(1, 6), dict.fromkeys(range(1, 6), 0.1), 1.0, breaking={(1, 2): 0.08, (3, 4): 0.08})
+    damage = np.array([[9, 9], [0.05, 0.0], [0.05, 0.3], [0.0, 0.09], [0.3, 0.09], [0.05, 0.05]])
+    settled = rule.settled(damage)
+    skips = np.array([rule.decide(layer, settled[layer], np.zeros(2, np.int64)) for layer in range(6)])
+    np.testing.assert_array_equal(skips, [[0, 0], [1, 1], [1, 0], [1, 0], [0, 0], [1, 1]])
+
+
 def test_a_tie_runs() -> None:
     rule = decision_rule(4, (1,), {1: 0.5}, 1.0)
     assert not rule.skips(1, 0.5, 0)

@@ -13,10 +13,11 @@ from time import perf_counter_ns
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.decision import Damages
 from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.plan import BoundSegment
-from dash_export.runtime.rules import Actions, Counts, Damage, Rule
+from dash_export.runtime.rules import Actions, Counts, Rule
 
 Stamps = npt.NDArray[np.int64]
 _Push = Callable[[tuple[int, int, int]], None]
@@ -114,13 +115,16 @@ class _WatchedRule:
     def asks(self) -> bool:
         return self.rule.asks
 
+    def settled(self, damage: Damages) -> Damages:
+        return self.rule.settled(damage)
+
     def skips(self, layer: int, damage: float, executed: int) -> bool:
         began = perf_counter_ns()
         skip = self.rule.skips(layer, damage, executed)
         self._push((self._codes[layer], began, perf_counter_ns()))
         return skip
 
-    def decide(self, layer: int, damage: Damage, executed: Counts) -> Actions:
+    def decide(self, layer: int, damage: Damages, executed: Counts) -> Actions:
         return self.rule.decide(layer, damage, executed)
 
 

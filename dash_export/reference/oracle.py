@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_export.decision import DENSE_POSITIONS, Action, DecisionRule, read_layers
+from dash_export.decision import DENSE_POSITIONS, Action, DecisionRule, decision_points
 from dash_export.models import Checkpoint
 from dash_export.skip_policy import HISTORY, SkipPolicy
 from dash_export.torch_model import torch_model
@@ -58,16 +58,19 @@ class Oracle:
         damage = np.zeros((count, layers), np.float32)
         executed = np.zeros(count, np.int64)
         dense = np.arange(count) < max(prefix, DENSE_POSITIONS)
-        read_at = read_layers(self.policy.gated, self.policy.reads)
+        points = decision_points(self.policy.gated, self.policy.reads)
+        read_at = {layers[0]: read for read, layers in points.items()}
         inputs: list[torch.Tensor] = []
         for index, layer in enumerate(decoder.layers):
             inputs.append(hidden[0])
-            if self.policy.network is not None and index in self.policy.gated:
-                damage[:, index] = self.damage(inputs[read_at[index]], taken, index)
+            if self.policy.network is not None and index in read_at:
+                for decided in points[read_at[index]]:
+                    damage[:, decided] = self.damage(inputs[read_at[index]], taken, decided)
+                settled = damage.T if rule is None else rule.settled(damage.T)
             if actions is not None:
                 taken[:, index] = actions[:, index]
             elif rule is not None and index in self.policy.gated:
-                taken[:, index] = np.where(dense, Action.RUN, rule.decide(index, damage[:, index], executed))
+                taken[:, index] = np.where(dense, Action.RUN, rule.decide(index, settled[index], executed))
             ran = layer(hidden, attention_mask=mask, position_embeddings=rotary)
             ran = ran[0] if isinstance(ran, tuple) else ran
             skip = torch.from_numpy(taken[:, index] == Action.SKIP)[None, :, None]

@@ -6,26 +6,46 @@ one token of one sequence: many tokens of one, or one token of each of many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import exp, log1p
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.decision import Action
+from dash_export.decision import Action, Damages
 from dash_export.runtime.backends.base import Engine, Launch
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.engines import SegmentEngines
 from dash_export.runtime.memory import SKIPPED, StepMemory
-from dash_export.runtime.plan import ComparingPlan, FixedPlan, Plans
-from dash_export.runtime.rules import DENSE, Counts, Damage, Rule
+from dash_export.runtime.plan import ComparingPlan, FixedPlan, Plans, Stake
+from dash_export.runtime.rules import DENSE, Actions, Counts, Rule
 
 if TYPE_CHECKING:
     from dash_export.runtime.engine_set import EngineSet
 
 LINEAR_SCORE = 30.0
 """From here on softplus(x) is x in float32, and exp(x) may overflow."""
+
+
+def _softplus(score: float) -> float:
+    return log1p(exp(score)) if score < LINEAR_SCORE else score
+
+
+class _RowRules:
+    """One rule per row."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+
+    def settled(self, damage: Damages) -> Damages:
+        rows = [damage[:, row : row + 1] for row in range(len(self._rules))]
+        found = [rule.settled(row) for rule, row in zip(self._rules, rows, strict=True)]
+        return damage if all(one is row for one, row in zip(found, rows, strict=True)) else np.hstack(found)
+
+    def decide(self, layer: int, damage: Damages, executed: Counts) -> Actions:
+        rows = zip(self._rules, damage.tolist(), executed.tolist(), strict=True)
+        return np.array([rule.skips(layer, own, count) for rule, own, count in rows], np.int8)
 
 
 class BoundStep:
@@ -64,6 +84,7 @@ class BoundStep:
         self._actions_view: Any = self.actions.reshape(-1).data
         self._all_run = np.full(self.actions.size, Action.RUN, np.int8).data
         self._reads_history = engines.reads_history
+        self._decided = {layers[0]: layers for layers in engines.decision_points.values()}
         self._plans = Plans(model.num_layers, self._score_bias, engines.decision_points)
 
     @property
@@ -118,12 +139,12 @@ class BoundStep:
                 launch()
             executed += stage.ran
             mask = 0
+            for layer, _, _ in stage.asked if score_bias else ():
+                damage[layer] = _softplus(score[self._score_index[layer]] + score_bias[layer])
+            settled = rule.settled(self._memory.damage).reshape(-1).data
             for layer, bit, between in stage.asked:
                 executed += between
-                if score_bias:
-                    biased = score[self._score_index[layer]] + score_bias[layer]
-                    damage[layer] = log1p(exp(biased)) if biased < LINEAR_SCORE else biased
-                if skips(layer, damage[layer], executed):
+                if skips(layer, settled[layer], executed):
                     history[2 * layer + 1] = history[2 * layer + 2] = 1.0
                     actions[layer] = Action.SKIP
                     mask |= bit
@@ -143,7 +164,7 @@ class BoundStep:
             self._memory.history.fill(0.0)
         asked, self._unread = (self._score_view, True) if self._score_bias else (self._damage_view, False)
         executed = self._model.num_layers
-        for before, choices, answers in plan.stages:
+        for before, choices, stretches, answers in plan.stages:
             for launch in before:
                 launch()
             # Several layers are decided before any is launched, while what they compare is in the caches.
@@ -151,6 +172,10 @@ class BoundStep:
             for bit, index, limit in choices:
                 if asked[index] < limit:
                     mask |= bit
+            for layers, price, stakes in stretches:
+                taken = mask & layers
+                if taken and not self._pays(taken, price, stakes, asked):
+                    mask ^= taken
             launches, skipped = answers[mask]
             executed -= len(skipped)
             for layer in skipped:
@@ -160,6 +185,15 @@ class BoundStep:
             for launch in launches:
                 launch()
         return executed
+
+    def _pays(self, taken: int, price: float, stakes: Sequence[Stake], asked: Any) -> bool:
+        """Whether skipping the layers `taken` of a stretch pays for breaking it, as `DecisionRule.settled` has it."""
+        for bit, index, limit, bias in stakes:
+            if taken & bit:
+                price -= limit - (_softplus(asked[index] + bias) if self._score_bias else asked[index])
+                if price < 0.0:
+                    return True
+        return False
 
     def _read_scores(self, layer: int) -> None:
         if layer in self._score_bias:
@@ -185,7 +219,7 @@ class BoundStep:
         done.
         """
         self.input_ids[0] = tokens
-        self._each_row(lambda layer, damage, executed: (rule.decide(layer, damage, executed) == Action.SKIP) & ~dense)
+        self._each_row(rule, dense)
         self._cache.length += self.sequence
 
     def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> int:
@@ -195,18 +229,13 @@ class BoundStep:
         if self.batch == 1:
             return self.decode(tokens[0], rules[0])
         self.input_ids[:, 0] = tokens
-
-        def skipped(layer: int, damage: Damage, executed: Counts) -> npt.NDArray[np.bool_]:
-            rows = zip(rules, damage.tolist(), executed.tolist(), strict=True)
-            return np.array([rule.skips(layer, own, count) for rule, own, count in rows])
-
-        ran = self._each_row(skipped)
+        ran = self._each_row(_RowRules(rules), np.zeros(self.batch, np.bool_))
         for row in range(self.batch):
             self._cache.lengths[row] += 1
         return ran
 
-    def _each_row(self, skipped_rows: Callable[[int, Damage, Counts], npt.NDArray[np.bool_]]) -> int:
-        """One pass in which every row has an action of its own; returns the layers that ran for any row.
+    def _each_row(self, rule: Rule | _RowRules, dense: npt.NDArray[np.bool_]) -> int:
+        """One pass in which every row has an action of its own, or is `dense`; returns the layers that ran for any row.
 
         A gated layer runs for all rows and its skip graph too, unless all agree; each row takes its own. Both write the
         same K and V, so what later tokens read does not depend on who ran.
@@ -218,6 +247,7 @@ class BoundStep:
         rows = len(self.actions)
         executed = np.zeros(rows, np.int64)
         ran = 0
+        settled: Damages = self._memory.damage
         for segment in self.segments:
             layer = segment.layer
             if segment.policy is not None:
@@ -227,8 +257,11 @@ class BoundStep:
                 executed += segment.count
                 ran += segment.count
                 continue
-            self._read_scores(layer)
-            skipped = skipped_rows(layer, self._memory.damage[layer], executed)
+            if layer in self._decided:
+                for other in self._decided[layer]:
+                    self._read_scores(other)
+                settled = rule.settled(self._memory.damage)
+            skipped = (rule.decide(layer, settled[layer], executed) == Action.SKIP) & ~dense
             self.actions[skipped, layer] = Action.SKIP
             history[layer, :, 1] = history[layer + 1, :, 0] = skipped
             executed += ~skipped

@@ -12,7 +12,7 @@ from dash_export.decision import DecisionRule, Setting, decision_rule, spans, tr
 from dash_export.errors import PolicyError
 from dash_export.manifest import ModelFacts, PolicyFacts
 from dash_export.runtime.rules import FixedRule, HeldRules, RandomRules, SequenceRules, SessionRules
-from dash_export.stretches import TokenTime
+from dash_export.stretches import TokenTime, breaking
 
 DRAWS, HALVINGS = 200, 12
 """Where a random policy's probability follows from a budget."""
@@ -42,7 +42,9 @@ def _decision(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: B
     if trade_off is None and setting.given != ("max_layers",):
         dial = build.dial.get(setting.kind, ())
         trade_off = trade_off_for(dial, budget=setting.budget, skipped=setting.skipped, max_kl=setting.max_kl)
-    return decision_rule(model.num_layers, policy.gated, build.cost.cost, trade_off or 0.0, setting.max_layers)
+    return decision_rule(
+        model.num_layers, policy.gated, build.cost.cost, trade_off or 0.0, setting.max_layers, breaking(build)
+    )
 
 
 def _fixed_set(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> tuple[int, ...]:

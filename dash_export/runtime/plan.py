@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -138,15 +139,28 @@ class FixedPlan:
 Choice = tuple[int, int, float]
 """A layer's bit in a mask, where its score (of a linear policy, else its damage) stands, and the limit below which it
 is skipped."""
+Stake = tuple[int, int, float, float]
+"""A layer's bit in a mask, where its score (else its damage) stands, its limit in nats, and what its score lacks."""
+Breaking = tuple[int, float, tuple[Stake, ...]]
+"""A stretch's layers as a mask, what breaking it must save, and of what that is the sum."""
+
+
+class ComparingStage(NamedTuple):
+    """What is launched before the scores are there; what is compared then, all of it at once, while it is in the
+    caches; which stretches are broken only where that pays; and what follows from it.
+    """
+
+    before: tuple[Launch, ...]
+    choices: tuple[Choice, ...]
+    stretches: tuple[Breaking, ...]
+    answers: Answers
 
 
 @dataclass(frozen=True)
 class ComparingPlan:
-    """By stage: what is launched before its scores are there, what is compared then, all of it at once, while it is in
-    the caches, and what follows from it.
-    """
+    """By stage."""
 
-    stages: tuple[tuple[tuple[Launch, ...], tuple[Choice, ...], Answers], ...]
+    stages: tuple[ComparingStage, ...]
 
 
 Plan = FixedPlan | ComparingPlan
@@ -232,13 +246,27 @@ class Plans:
         limits = dict(enumerate(rule.limits)) | score_limits(rule.limits, self._score_bias)
         return ComparingPlan(
             tuple(
-                (
+                ComparingStage(
                     stage.policies + stage.before,
                     tuple((bit, self._index[layer], limits[layer]) for layer, bit, _ in stage.asked),
+                    self._breaking(rule, {layer: bit for layer, bit, _ in stage.asked}),
                     stage.answers,
                 )
                 for stage in stages
             )
+        )
+
+    def _breaking(self, rule: DecisionRule, bits: Mapping[int, int]) -> tuple[Breaking, ...]:
+        """The rule's stretches among these layers."""
+        bias = self._score_bias
+        return tuple(
+            (
+                sum(bits[layer] for layer in layers),
+                price,
+                tuple((bits[layer], self._index[layer], rule.limits[layer], bias.get(layer, 0.0)) for layer in layers),
+            )
+            for layers, price in rule.stretches
+            if layers[0] in bits
         )
 
     def _fixed(self, rule: FixedRule, stages: Sequence[Stage]) -> FixedPlan:

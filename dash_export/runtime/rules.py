@@ -5,14 +5,13 @@ rules may change from token to token (`SessionRules`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from math import exp, log
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.decision import DENSE_POSITIONS, Action, DecisionRule
+from dash_export.decision import DENSE_POSITIONS, Action, Damages, DecisionRule
 from dash_export.stretches import TokenTime
 
 Damage = npt.NDArray[np.float32]
@@ -22,18 +21,28 @@ Actions = npt.NDArray[np.int8]
 
 class Rule(Protocol):
     """`executed` is how many layers the token has run so far. `asks`: whether damage means anything to it; on a device
-    a policy that nobody asks is not run.
+    a policy that nobody asks is not run. `settled`: damage [layers, tokens] as it is to be asked with, where layers are
+    decided together.
     """
 
     @property
     def asks(self) -> bool: ...
 
+    def settled(self, damage: Damages) -> Damages: ...
+
     def skips(self, layer: int, damage: float, executed: int) -> bool: ...
 
-    def decide(self, layer: int, damage: Damage, executed: Counts) -> Actions: ...
+    def decide(self, layer: int, damage: Damages, executed: Counts) -> Actions: ...
 
 
-class FixedRule:
+class _KnownRule:
+    """Whatever the damage."""
+
+    def settled(self, damage: Damages) -> Damages:
+        return damage
+
+
+class FixedRule(_KnownRule):
     """Actions known beforehand: `dense` (no layer), `static` (a set of layers)."""
 
     asks = False
@@ -44,11 +53,11 @@ class FixedRule:
     def skips(self, layer: int, damage: float, executed: int) -> bool:  # noqa: ARG002
         return layer in self.skipped
 
-    def decide(self, layer: int, damage: Damage, executed: Counts) -> Actions:  # noqa: ARG002
+    def decide(self, layer: int, damage: Damages, executed: Counts) -> Actions:  # noqa: ARG002
         return np.full(executed.shape, Action.SKIP if layer in self.skipped else Action.RUN, np.int8)
 
 
-class ForcedRule:
+class ForcedRule(_KnownRule):
     """Actions given per token and layer, int8 [tokens, layers]: for comparing with the oracle, damage and all."""
 
     asks = True
@@ -59,7 +68,7 @@ class ForcedRule:
     def skips(self, layer: int, damage: float, executed: int) -> bool:  # noqa: ARG002
         return bool(self._actions[0, layer] == Action.SKIP)
 
-    def decide(self, layer: int, damage: Damage, executed: Counts) -> Actions:  # noqa: ARG002
+    def decide(self, layer: int, damage: Damages, executed: Counts) -> Actions:  # noqa: ARG002
         return self._actions[:, layer]
 
 
@@ -148,7 +157,7 @@ class SequenceRules(SessionRules):
             return
         mean = np.concatenate([damage for _, damage in self._pool]).mean(axis=0, dtype=np.float64)
         skipped: list[int] = []
-        for layer, damage in enumerate(mean.tolist()):
+        for layer, damage in enumerate(self._decision.settled(mean[:, None])[:, 0].tolist()):
             if self._decision.skips(layer, damage, layer - len(skipped)):
                 skipped.append(layer)
         self.rule = FixedRule(skipped)
@@ -181,8 +190,7 @@ class HeldRules(SessionRules):
         time = self._token_time.of(np.flatnonzero(actions).tolist())
         bound = log(HOLD_RANGE)
         self._log_scale = min(bound, max(-bound, self._log_scale + HOLD_GAIN * (time - self._budget)))
-        scale = exp(self._log_scale)
-        self.rule = replace(self._calibrated, limits=tuple(scale * limit for limit in self._calibrated.limits))
+        self.rule = self._calibrated.scaled(exp(self._log_scale))
 
     def rewind(self, length: int) -> None:
         if length == 0:

@@ -24,6 +24,7 @@ from dash_export.polygraphy.engines import PortableEngine, find_engine
 from dash_export.profiling.traffic import engine_bytes
 from dash_export.reference import Oracle
 from dash_export.runtime.backends import load_backend
+from dash_export.runtime.plan import Plans
 from dash_export.skip_policy import SkipPolicy, narrowed, untrained_policy
 from tests.runtime.device.conftest import RECIPE
 from tests.runtime.device.simulated import SimulatedDevice
@@ -104,6 +105,29 @@ def test_score(target: str, dispatch: str, case: Case) -> None:
     assert np.abs(found.logits - case.expected.logits).max() < TOLERANCE  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(("target", "dispatch"), HOST)
+def test_layers_of_a_stretch_are_weighed_together(
+    target: str, dispatch: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the oracle, teacher-forced, worked out ahead and asked every time alike."""
+    together = case.policy.decision_points[2]
+    gated, limit = list(case.policy.gated), case.rule.limits[4]
+    rule = replace(case.rule, stretches=((together, 0.3 * limit),))
+    expected = case.oracle.forward(IDS, rule, prefix=PROMPT)
+    own, before = (found.actions[PROMPT:, gated].sum() for found in (expected, case.expected))
+    assert 0 < own < before, "some are no longer worth it, and some are"
+    session = case.runtime(target, dispatch).session_under(rule)
+    found = session.score(IDS, prefix=PROMPT, keep_logits=True)
+    np.testing.assert_array_equal(found.actions, expected.actions)
+    assert np.abs(found.logits - expected.logits).max() < TOLERANCE  # type: ignore[operator]
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(Plans, "plan", lambda *_: None)
+        session.restart(IDS[:PROMPT])
+        steps = [session.decode_one(int(token))[1] for token in IDS[PROMPT:]]
+        np.testing.assert_array_equal(steps, expected.actions[PROMPT:])
+
+
 @pytest.mark.parametrize(("target", "dispatch"), [*HOST, *DEVICE])
 def test_a_ceiling_counts_the_layers_that_ran(target: str, dispatch: str, case: Case) -> None:
     """Such a rule is asked layer by layer, also where all scores are there at once."""
@@ -114,9 +138,12 @@ def test_a_ceiling_counts_the_layers_that_ran(target: str, dispatch: str, case: 
     assert {int((session.decode_one(int(token))[1] == 0).sum()) for token in IDS[PROMPT:]} == {9 - len(cost)}
 
 
+@pytest.mark.parametrize("launch", [0.0, 0.01])
 @pytest.mark.parametrize(("target", "dispatch"), HOST)
-def test_a_batch_as_alone(target: str, dispatch: str, case: Case) -> None:
+def test_a_batch_as_alone(target: str, dispatch: str, launch: float, case: Case) -> None:
     runtime = case.runtime(target, dispatch)
+    build = replace(runtime.build, cost=replace(runtime.cost, launch=launch))
+    runtime = DashRuntime(runtime.bundle, build, load_backend("onnxruntime", 0), dispatch)
     amount = {"policy": "token", "trade_off": case.rule.limits[4] / runtime.cost.cost[4]}
     prompts = [IDS[:12].tolist(), IDS[12:30].tolist(), IDS[30:37].tolist()]
     alone = [runtime.generate(prompt, 10, **amount) for prompt in prompts]
@@ -187,5 +214,5 @@ def test_a_policy_stage_for_every_point(case: Case) -> None:
         session.decode_one(int(token))
     step = session._bound(1)
     plan = step._plans.plan(case.rule, step.segments)  # type: ignore[attr-defined]
-    everything = [answers[(1 << len(choices)) - 1][1] for _, choices, answers in plan.stages]
+    everything = [stage.answers[(1 << len(stage.choices)) - 1][1] for stage in plan.stages]
     assert [skipped for skipped in everything if skipped] == list(case.policy.decision_points.values())

@@ -19,9 +19,11 @@ print(sorted(heavy & set(sys.modules)), sorted(name for name in sys.modules if n
 """
 GROUND = {
     "artifacts",
+    "build_record",
     "bundle",
     "decision",
     "errors",
+    "manifest",
     "names",
     "resources",
     "runtime",

@@ -28,7 +28,7 @@ class Asked:
     asks = True
 
     def __init__(self, rule: Rule) -> None:
-        self.skips, self.decide = rule.skips, rule.decide
+        self.settled, self.skips, self.decide = rule.settled, rule.skips, rule.decide
 
 
 @pytest.fixture(params=["hidden layer", "linear", "sync"])
@@ -103,13 +103,13 @@ def test_what_is_planned() -> None:
     assert plans.plan(rule, parts) is None  # its first token
     found = plans.plan(rule, parts)
     assert isinstance(found, ComparingPlan)
-    assert [choices for _, choices, _ in found.stages] == [(), ((1, 2, 0.05),), ((1, 3, 0.1),)]
+    assert [stage.choices for stage in found.stages] == [(), ((1, 2, 0.05),), ((1, 3, 0.1),)]
     for way in (0, 1):
         calls.clear()
-        for before, choices, answers in found.stages:
-            for launch in before:
+        for stage in found.stages:
+            for launch in stage.before:
                 launch()
-            for launch in answers[way * len(choices)][0]:
+            for launch in stage.answers[way * len(stage.choices)][0]:
                 launch()
         assert calls == [["run 0-1", "run 2", "policy 3", "run 3"], ["run 0-1", "skip 2", "policy 3", "skip 3"]][way]
     assert plans.plan(rule, parts) is found
@@ -125,11 +125,11 @@ def test_what_is_decided_at_once() -> None:
     assert [plans.plan(rule, parts) is None for _ in range(2)] == [True, False]
     found = plans.plan(rule, parts)
     assert isinstance(found, ComparingPlan)
-    (before, nothing, _), (more, choices, answers) = found.stages
-    assert (before, nothing, more) == (("run -1",), (), ())
-    assert [choice[:2] for choice in choices] == [(1, 0), (2, 1)]
-    assert answers[2] == (("run 0", "run 1", "skip 2"), (2,))
-    assert answers[1] == (("skip 0", "run 1", "run 2"), (0,))
+    first, second = found.stages
+    assert (first.before, first.choices, second.before) == (("run -1",), (), ())
+    assert [choice[:2] for choice in second.choices] == [(1, 0), (2, 1)]
+    assert second.answers[2] == (("run 0", "run 1", "skip 2"), (2,))
+    assert second.answers[1] == (("skip 0", "run 1", "run 2"), (0,))
 
 
 def test_what_takes_one_launch() -> None:
@@ -138,7 +138,7 @@ def test_what_takes_one_launch() -> None:
     rule = decision_rule(4, [2, 3], {2: 0.1, 3: 0.2}, 0.5)
     found = [plans.plan(rule, parts) for _ in range(2)][1]
     assert isinstance(found, ComparingPlan)
-    answers = found.stages[1][2]
+    answers = found.stages[1].answers
     for mask, expected in enumerate([["run 2-3"], ["skip 2", "run 3"], ["run 2", "skip 3"], ["skip 2-3"]]):
         calls.clear()
         for launch in answers[mask][0]:

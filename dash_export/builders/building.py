@@ -45,12 +45,13 @@ def build(
     rounding: str | None = None,
     prefill: str | None = None,
     verify: bool = False,
+    measure: bool = False,
     progress: Progress = no_progress,
 ) -> Build:
     """Build engines for `target` (a recipe's name or path), at other precisions, rounded otherwise and with another
     way through prompts where given.
     Reuses every engine whose inputs are unchanged. With `verify` every engine is compared with its portable graph and
-    the result is kept.
+    the result is kept; with `measure` costs and dial are measured also where nothing changed.
 
     Raises BundleError, RecipeError, BackendError; NotHereError where this machine cannot compile for the target.
     """
@@ -93,7 +94,7 @@ def build(
     )
     known = _current(bundle, draft)
     # Engines for a GPU are measured where there is one, which may be later and elsewhere.
-    measures = (known is None or known.cost.device == NOT_MEASURED) and runs_here(recipe)
+    measures = (measure or known is None or known.cost.device == NOT_MEASURED) and runs_here(recipe)
     verifies = verify and (known is None or VERIFICATION not in known.details)
     if known is not None and not measures and not verifies:
         return known

@@ -84,6 +84,7 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
     "memory again. Answers differ a little, and with how a prompt is cut.",
 )
 @click.option("--verify", is_flag=True, help="Compare every engine with its portable graph and keep the result.")
+@click.option("--measure", is_flag=True, help="Measure costs and dial again: on a quieter machine, say.")
 @click.option(
     "--kit",
     type=click.Path(path_type=Path),
@@ -109,6 +110,7 @@ def command(
     rounding: str | None,
     prefill: str | None,
     verify: bool,
+    measure: bool,
     kit: Path | None,
     output: Path | None,
     options: PolicyOptions,
@@ -151,7 +153,7 @@ def command(
         if kit is not None:
             raise NotHereError("Asked for with --kit.")
         with progress_bar(f"build {target}") as progress:
-            made = build(bundle, target, **changes, verify=verify, progress=progress)
+            made = build(bundle, target, **changes, verify=verify, measure=measure, progress=progress)
     except NotHereError as reason:
         from dash_export.builders.kit import RECORD
 

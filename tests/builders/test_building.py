@@ -53,6 +53,15 @@ def test_a_second_build_changes_nothing(bundle: Bundle, made: list[str]) -> None
     assert again == bundle.load_build("cpu-fp32"), "the cost table is frozen"
 
 
+def test_measured_again_where_asked(bundle: Bundle, made: list[str]) -> None:
+    before = bundle.load_build("cpu-fp32")
+    again = build(bundle, "cpu", weights="fp32", measure=True)
+    assert made == []
+    assert again.engines == before.engines
+    assert again.cost.segment_us != before.cost.segment_us
+    assert again == bundle.load_build("cpu-fp32")
+
+
 def test_another_policy_network_makes_only_policies(bundle: Bundle, made: list[str]) -> None:
     checkpoint = open_checkpoint(bundle.root.parent / "model")
     policy = tiny_policy(checkpoint, "low_rank")

@@ -99,8 +99,9 @@ class CostTable:
 @dataclass(frozen=True)
 class Build:
     """`engines/<target>/build.json`. `dial` has one calibrated table per policy kind with a trade-off; `policy_bias` is
-    per gated layer, where the engines give a linear policy's score before its bias; `details` holds what only this kind
-    of backend has to say (compiler flags).
+    per gated layer, where the engines give a linear policy's score before its bias; `measuring`
+    is the revision of how costs and dial were measured; `details` holds what only this kind of backend has to say
+    (compiler flags).
     """
 
     schema: int
@@ -117,6 +118,7 @@ class Build:
     dial: dict[str, tuple[DialPoint, ...]] = field(default_factory=dict)
     policy_bias: dict[int, float] = field(default_factory=dict)
     stretches: tuple[Stretch, ...] = ()
+    measuring: int = 0
     seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
 

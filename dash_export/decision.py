@@ -1,4 +1,4 @@
-"""The decision rule, shared by the runtime, the oracle, training and evaluation (numpy only).
+"""The decision rule, shared by the runtime, the oracle and evaluation (numpy only).
 
 A gated layer is skipped for a token where damage < trade_off * cost: the one-step greedy policy of the Markov decision
 process (DASH, arXiv 2505.17420, with a differential reward: minus the divergence an action adds, minus
@@ -38,24 +38,24 @@ class DecisionRule:
 
     `limits[l]` is 0 for a layer that is not gated; damage is never negative, so nothing is below 0. `ceilings[l]` is
     how many layers may have run before layer l so that running it still leaves room for the layers after it that always
-    run. `stretches`: layers that are one launch while all of them run, and what their skips must save before it pays to
-    break that (trade_off * the time of the launches).
+    run. `breaking`: layers that are one launch while all of them run, and what their skips must save before it pays to
+    break that (trade_off * the time of the launches). On a device there are none.
     """
 
     asks: ClassVar[bool] = True
     limits: tuple[float, ...]
     ceilings: tuple[int, ...]
     gated: tuple[bool, ...]
-    stretches: tuple[tuple[tuple[int, ...], float], ...] = ()
+    breaking: tuple[tuple[tuple[int, ...], float], ...] = ()
 
     def settled(self, damage: Damages) -> Damages:
         """What `skips` and `decide` are to be asked with, of damage [layers, tokens] that is known for whole stretches:
         infinite for the layers of those that it does not pay to break.
         """
-        if not self.stretches:
+        if not self.breaking:
             return damage
         settled = damage.astype(np.float64)
-        for layers, price in self.stretches:
+        for layers, price in self.breaking:
             own = settled[list(layers)]
             limits = np.array([self.limits[layer] for layer in layers])[:, None]
             saved = np.maximum(limits - own, 0.0).sum(axis=0)
@@ -65,9 +65,8 @@ class DecisionRule:
     def scaled(self, factor: float) -> DecisionRule:
         """The rule of `factor` times this one's trade-off."""
         limits = tuple(factor * limit for limit in self.limits)
-        return replace(
-            self, limits=limits, stretches=tuple((layers, factor * price) for layers, price in self.stretches)
-        )
+        breaking = tuple((layers, factor * price) for layers, price in self.breaking)
+        return replace(self, limits=limits, breaking=breaking)
 
     def skips(self, layer: int, damage: float, executed: int) -> bool:
         """Whether this token skips `layer`, given the policy's damage (nats) and the layers it has run so far."""
@@ -91,9 +90,9 @@ def decision_rule(
     """Build the rule for one model.
 
     `cost[l]` is a fraction of the dense time of one token, per gated layer; `trade_off` is in nats per dense token
-    time. `breaking`: layers that are one launch while all of them run, and the time of the launches that they take
-    otherwise, as such a fraction. Raises PolicyError when the trade-off is negative or not finite, or when `max_layers`
-    is below what always runs.
+    time. `breaking`: layers that are one launch while all of them run, and the time of the launches that they take more
+    otherwise, as such a fraction; a ceiling breaks them anyway, so beside `max_layers` it counts for nothing. Raises
+    PolicyError when the trade-off is negative or not finite, or when `max_layers` is below what always runs.
     """
     gated_set = set(gated)
     if not np.isfinite(trade_off) or trade_off < 0:
@@ -112,9 +111,13 @@ def decision_rule(
         always_after = sum(1 for later in range(layer + 1, num_layers) if later not in gated_set)
         limits.append(trade_off * cost[layer] if is_gated else 0.0)
         ceilings.append(max_layers - always_after if is_gated else num_layers)
-    stretches = tuple((layers, trade_off * price) for layers, price in (breaking or {}).items() if price > 0)
-    is_gated_at = tuple(layer in gated_set for layer in range(num_layers))
-    return DecisionRule(tuple(limits), tuple(ceilings), is_gated_at, stretches)
+    prices = breaking if breaking and max_layers == num_layers else {}
+    return DecisionRule(
+        tuple(limits),
+        tuple(ceilings),
+        tuple(layer in gated_set for layer in range(num_layers)),
+        tuple((layers, trade_off * price) for layers, price in prices.items() if trade_off * price > 0),
+    )
 
 
 def decision_points(gated: Sequence[int], reads: Sequence[int]) -> dict[int, tuple[int, ...]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from dash_export.artifacts import FileRecord
 from dash_export.decision import POLICY_KINDS, check_reads, decision_points
 from dash_export.errors import BundleError, PolicyError
-
-if TYPE_CHECKING:
-    from dash_export.build_record import Segment
 
 SCHEMA = 1
 DAMAGED = "The bundle is damaged: export or build it again."
@@ -64,9 +61,9 @@ class PolicyFacts:
         """The layer whose input is read -> the gated layers that are decided there; empty without a network."""
         return decision_points(self.gated, self.reads) if self.has_network else {}
 
-    def read_in(self, segment: Segment) -> int | None:
-        """The layer of a segment whose input decides about later ones."""
-        return next((layer for layer in segment.layers if layer in self.decision_points), None)
+    def read_in(self, layers: Iterable[int]) -> int | None:
+        """The one of a segment's layers whose input decides about later ones."""
+        return next((layer for layer in layers if layer in self.decision_points), None)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -60,8 +60,8 @@ def cover(layers: Sequence[int], skipped: Collection[int], known: Lengths) -> li
 
 
 def breaking(build: Build) -> dict[tuple[int, ...], float]:
-    """The layers of every stretch that runs, and what breaking it costs: a launch for each of them, as a fraction of
-    the dense time. (Neighbours that are skipped take fewer; that is left out.)
+    """The layers of every stretch that runs, and what breaking it costs: a launch more for each but one of them, as a
+    fraction of the dense time. (Neighbours that are skipped take fewer; that is left out.)
     """
     return {
         tuple(item.layers): build.cost.launch * (len(item.layers) - 1) for item in build.stretches if not item.skips

@@ -98,7 +98,22 @@ def test_a_stretch_is_broken_where_that_pays(
         assert skipped == (alone if reward > 0 or not launches else [False] * LAYERS)
     scaled = decision_rule(LAYERS, gated, cost, 2 * trade_off, breaking={together: launches})
     np.testing.assert_allclose(rule.scaled(2.0).limits, scaled.limits)
-    assert [price for _, price in rule.scaled(2.0).stretches] == pytest.approx([price for _, price in scaled.stretches])
+    assert [price for _, price in rule.scaled(2.0).breaking] == pytest.approx([price for _, price in scaled.breaking])
+
+
+def test_a_ceiling_breaks_stretches_anyway() -> None:
+    """So it leaves the cheap skips, where it takes some."""
+    rule = decision_rule(4, (1, 2, 3), dict.fromkeys((1, 2, 3), 1.0), 1.0, 3, {(1, 2, 3): 0.3})
+    damage = np.array([[0.0], [0.9], [0.9], [5.0]])
+    assert walk_four_of(rule, rule.settled(damage)[:, 0].tolist()) == [False, True, True, False]
+
+
+def walk_four_of(rule: object, damage: list[float]) -> list[bool]:
+    executed, skipped = 0, []
+    for layer, own in enumerate(damage):
+        skipped.append(rule.skips(layer, own, executed))  # type: ignore[attr-defined]
+        executed += not skipped[-1]
+    return skipped
 
 
 def test_each_stretch_for_itself() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress, write_atomic
 from dash_export.build_record import Build, EngineRecord, Segment, Stretch
 from dash_export.builders.dial import calibrate_dial
-from dash_export.builders.here import require_builder, runs_here
+from dash_export.builders.here import require_builder, run_obstacle, runs_here
 from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.builders.plan import plan_segments, plan_stretches
 from dash_export.bundle import BUILD, Bundle, to_json
@@ -31,6 +31,8 @@ from dash_export.targets import BITS, Recipe, load_recipe, recipe_from_dict, wit
 if TYPE_CHECKING:
     from dash_export.builders.segments import Artifact  # which needs onnx
 
+MEASURING_REVISION = 1
+"""Raised whenever costs are measured otherwise, or what a trade-off means changes: an earlier dial is wrong then."""
 VERIFICATION = "verification"
 """Key of a build's details."""
 
@@ -58,6 +60,8 @@ def build(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     recipe = with_weights(load_recipe(target), weights, head, embedding, rounding, prefill)
     require_builder(recipe)
+    if measure and (obstacle := run_obstacle(recipe)) is not None:
+        raise BackendError(f"Nothing can be measured here: {obstacle}")
     began = time.perf_counter()
     # The portable target is the one whose graphs are their own engines.
     merge = recipe.engine is not None or recipe.dialect != "portable"
@@ -90,6 +94,7 @@ def build(
         cost=uniform_cost(bundle.manifest),
         policy_bias=bias,
         stretches=stretches,
+        measuring=MEASURING_REVISION,
         details=_builder(recipe).details(recipe) if recipe.engine is not None else {},
     )
     known = _current(bundle, draft)
@@ -166,7 +171,7 @@ def _device(recipe: Recipe) -> str:
 
 
 def _current(bundle: Bundle, draft: Build) -> Build | None:
-    """The build already there, when everything it was made from is unchanged: its cost table is frozen."""
+    """The build already there, when everything it was made from is unchanged: its costs are those of that time."""
     try:
         known = bundle.load_build(draft.target)
     except BundleError:

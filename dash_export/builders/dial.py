@@ -15,21 +15,26 @@ from dash_export.artifacts import Progress, no_progress
 from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.calibration import text_windows
-from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, Action, DialPoint, Setting
+from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, Action, DialPoint, Setting, decision_rule
 from dash_export.divergence import DenseRows
 from dash_export.errors import BundleError
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.device.base import Device
-from dash_export.stretches import TokenTime
+from dash_export.stretches import TokenTime, breaking
 
 WINDOWS = 8
 TOKENS = 128
 PREFIX = 32
 """Dense tokens at the beginning of a window: the prompt, from which `sequence` decides. What follows is measured."""
 SHARES = (0.03, 0.08, 0.15, 0.24, 0.36, 0.55, 0.8, 0.97)
-"""Trade-offs are placed where a dense pass would skip these shares of the gated layers; beside them dense and all."""
+"""Trade-offs are placed where the damage of a dense pass skips these shares of the gated layers; beside them dense and
+all."""
+_PLACED = 1.01
+"""Within this factor."""
+_LARGEST = 1e9
+"""Trade-off at which a build in which skipping never pays is given up on, and how far below the last one others lie."""
 
 
 @dataclass
@@ -70,18 +75,33 @@ def calibrate_dial(
 
 def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> dict[str, list[float]]:
     """Per kind rising trade-offs, from the damage of dense passes; the last one skips everything gated."""
-    gated, cost = list(runtime.bundle.manifest.policy.gated), runtime.build.cost.cost
+    gated, build = list(runtime.bundle.manifest.policy.gated), runtime.build
     # The network must be asked although nothing is skipped.
     session = runtime.session("token", trade_off=0.0)
-    costs = np.array([max(cost[layer], 1e-9) for layer in gated])
-    ratios = [session.score(window).damage[:, gated] / costs for window in windows]
-    per_token = np.concatenate([ratio[DENSE_POSITIONS:] for ratio in ratios])
-    per_prompt = np.array([ratio[DENSE_POSITIONS : _prompt(len(ratio))].mean(axis=0) for ratio in ratios])
-    # Past the largest ratio everything gated is skipped, whatever the feedback of skipping does to damage.
-    last = 4.0 * float(per_token.max()) + 1.0
+    damages = [session.score(window).damage.astype(np.float64) for window in windows]
+    per_token = np.concatenate([damage[DENSE_POSITIONS:] for damage in damages]).T
+    per_prompt = np.array([damage[DENSE_POSITIONS : _prompt(len(damage))].mean(axis=0) for damage in damages]).T
+
+    def share(damage: npt.NDArray[np.float64], trade_off: float) -> float:
+        """Of the gated layers, that is skipped at damage [layers, tokens]."""
+        rule = decision_rule(len(damage), gated, build.cost.cost, trade_off, breaking=breaking(build))
+        return float((rule.settled(damage)[gated] < np.array(rule.limits)[gated, None]).mean())
+
+    costs = np.array([max(build.cost.cost[layer], 1e-9) for layer in gated])[:, None]
+    # Past the largest ratio everything gated is skipped, whatever the feedback of skipping does to damage, and where a
+    # stretch is expensive to break, a few times past it.
+    last = 4.0 * float((per_token[gated] / costs).max()) + 1.0
+    while share(per_token, last) < 1 and last < _LARGEST:
+        last *= 4.0
     found = {}
-    for kind, values in (("sequence", per_prompt), ("token", per_token)):
-        grid = [*np.quantile(values, SHARES).tolist(), last]
+    for kind, damage in (("sequence", per_prompt), ("token", per_token)):
+        grid = [last]
+        for wanted in SHARES:
+            low, high = last / _LARGEST, last
+            while high > low * _PLACED:
+                middle = float(np.sqrt(low * high))
+                low, high = (low, middle) if share(damage, middle) >= wanted else (middle, high)
+            grid.append(high)
         found[kind] = sorted({float(f"{trade_off:.6g}") for trade_off in grid})
     return found
 

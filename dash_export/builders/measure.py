@@ -77,7 +77,9 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     if stretched:
         dense = float(np.median(whole, axis=0).sum())
         # Repeat by repeat, so that a machine that changes its speed does not pass for a launch.
-        joined = [place for place, part in enumerate(TokenTime(build).parts()) if build.segments[part.index].gated]
+        parts = TokenTime(build).parts()
+        assert len(parts) == len(stretched)
+        joined = [place for place, part in enumerate(parts) if build.segments[part.index].gated]
         fewer = np.sum([times[segment.name] for segment in gated], axis=0) - np.array(whole)[:, joined].sum(axis=1)
         launch = max(float(np.median(fewer)), 0.0) / (len(gated) - len(joined)) / dense
     share = max(median(saved), 0.0) / dense if saved else 0.0

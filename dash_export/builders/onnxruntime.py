@@ -73,7 +73,7 @@ def artifacts(
     )
     for segment in segments:
         names = graph_names(segment)
-        read = policy.read_in(segment)
+        read = policy.read_in(segment.layers)
         # What most read is the input of the last layer: engines made when all did are these.
         key = content_key(base, graph_key(*names), read is not None if read in (None, segment.last) else read)
         yield Artifact(segment.name, key, partial(write_segment, lowering, bundle, segment, read))

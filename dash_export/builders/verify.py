@@ -221,7 +221,7 @@ class _Walk:
                 pair = _Pair(one[key] - base, other[key].astype(np.float32) - base, base)
                 pairs.setdefault("K/V" if key.startswith("row") else key, []).append(pair)
         if moves:
-            if self.policy.read_in(segment) is not None:
+            if self.policy.read_in(segment.layers) is not None:
                 self.read = self.states
             self.states = outputs
         return {kind: _relative(found) for kind, found in sorted(pairs.items())}

@@ -127,6 +127,8 @@ def command(
     changes = {"weights": weights, "head": head, "embedding": embedding, "rounding": rounding, "prefill": prefill}
     # What cannot be is told before minutes of export.
     recipe = with_weights(load_recipe(target), **changes)
+    if measure and kit is not None:
+        raise click.UsageError("--measure is for the machine that runs the engines, --kit for one that does not.")
     if recipe.engine is None:
         if kit is not None:
             raise click.UsageError(

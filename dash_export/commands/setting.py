@@ -36,7 +36,10 @@ def setting_options(command: _Command) -> _Command:
             help="static: skip these layers for every token, like 10,17 or 12-14.",
         ),
         click.option(
-            "--trade-off", type=float, help="token, sequence: skip where damage < trade-off * cost (0 is dense)."
+            "--trade-off",
+            type=float,
+            help="token, sequence: skip where damage < trade-off * cost, and in a stretch where it pays for its "
+            "launches too (0 is dense).",
         ),
         click.option("--budget", type=float, help="Mean decode time wanted, as a fraction of dense, like 0.85."),
         click.option("--skipped", type=float, help="Mean number of layers skipped per token, like 4.5."),

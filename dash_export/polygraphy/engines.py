@@ -53,7 +53,7 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
                 return EngineFacts(name, portable, segment, (segment.first,))
             if portable == own[0] or (segment.gated and portable in own):
                 policy = bundle.manifest.policy
-                read = policy.read_in(segment) if name.endswith(FUSED) else None
+                read = policy.read_in(segment.layers) if name.endswith(FUSED) else None
                 return EngineFacts(name, portable, segment, () if read is None else policy.decision_points[read])
     for stretch in build.stretches:
         if stretch.name == name:

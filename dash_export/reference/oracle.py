@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_export.decision import DENSE_POSITIONS, Action, DecisionRule, decision_points
+from dash_export.decision import DENSE_POSITIONS, Action, Damages, DecisionRule, decision_points
 from dash_export.models import Checkpoint
 from dash_export.skip_policy import HISTORY, SkipPolicy
 from dash_export.torch_model import torch_model
@@ -61,12 +61,14 @@ class Oracle:
         points = decision_points(self.policy.gated, self.policy.reads)
         read_at = {layers[0]: read for read, layers in points.items()}
         inputs: list[torch.Tensor] = []
+        settled: Damages = damage.T
         for index, layer in enumerate(decoder.layers):
             inputs.append(hidden[0])
             if self.policy.network is not None and index in read_at:
                 for decided in points[read_at[index]]:
                     damage[:, decided] = self.damage(inputs[read_at[index]], taken, decided)
-                settled = damage.T if rule is None else rule.settled(damage.T)
+                if rule is not None:
+                    settled = rule.settled(damage.T)
             if actions is not None:
                 taken[:, index] = actions[:, index]
             elif rule is not None and index in self.policy.gated:

@@ -141,7 +141,7 @@ class BoundStep:
             mask = 0
             for layer, _, _ in stage.asked if score_bias else ():
                 damage[layer] = _softplus(score[self._score_index[layer]] + score_bias[layer])
-            settled = rule.settled(self._memory.damage).reshape(-1).data
+            settled = rule.settled(self._memory.damage).reshape(-1).data if stage.asked else damage
             for layer, bit, between in stage.asked:
                 executed += between
                 if skips(layer, settled[layer], executed):
@@ -164,7 +164,7 @@ class BoundStep:
             self._memory.history.fill(0.0)
         asked, self._unread = (self._score_view, True) if self._score_bias else (self._damage_view, False)
         executed = self._model.num_layers
-        for before, choices, stretches, answers in plan.stages:
+        for before, choices, breaking, answers in plan.stages:
             for launch in before:
                 launch()
             # Several layers are decided before any is launched, while what they compare is in the caches.
@@ -172,7 +172,7 @@ class BoundStep:
             for bit, index, limit in choices:
                 if asked[index] < limit:
                     mask |= bit
-            for layers, price, stakes in stretches:
+            for layers, price, stakes in breaking:
                 taken = mask & layers
                 if taken and not self._pays(taken, price, stakes, asked):
                     mask ^= taken
@@ -187,11 +187,14 @@ class BoundStep:
         return executed
 
     def _pays(self, taken: int, price: float, stakes: Sequence[Stake], asked: Any) -> bool:
-        """Whether skipping the layers `taken` of a stretch pays for breaking it, as `DecisionRule.settled` has it."""
+        """Whether skipping the layers `taken` of a stretch pays for breaking it: `DecisionRule.settled`, but for the
+        rounding of a damage.
+        """
+        saved = 0.0
         for bit, index, limit, bias in stakes:
             if taken & bit:
-                price -= limit - (_softplus(asked[index] + bias) if self._score_bias else asked[index])
-                if price < 0.0:
+                saved += limit - (_softplus(asked[index] + bias) if self._score_bias else asked[index])
+                if saved > price:
                     return True
         return False
 

@@ -152,13 +152,13 @@ class ComparingStage(NamedTuple):
 
     before: tuple[Launch, ...]
     choices: tuple[Choice, ...]
-    stretches: tuple[Breaking, ...]
+    breaking: tuple[Breaking, ...]
     answers: Answers
 
 
 @dataclass(frozen=True)
 class ComparingPlan:
-    """By stage."""
+    """A rule that is a limit per layer, stage by stage."""
 
     stages: tuple[ComparingStage, ...]
 
@@ -257,7 +257,7 @@ class Plans:
         )
 
     def _breaking(self, rule: DecisionRule, bits: Mapping[int, int]) -> tuple[Breaking, ...]:
-        """The rule's stretches among these layers."""
+        """Of the rule's stretches among these layers."""
         bias = self._score_bias
         return tuple(
             (
@@ -265,7 +265,7 @@ class Plans:
                 price,
                 tuple((bits[layer], self._index[layer], rule.limits[layer], bias.get(layer, 0.0)) for layer in layers),
             )
-            for layers, price in rule.stretches
+            for layers, price in rule.breaking
             if layers[0] in bits
         )
 

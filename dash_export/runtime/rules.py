@@ -14,7 +14,6 @@ import numpy.typing as npt
 from dash_export.decision import DENSE_POSITIONS, Action, Damages, DecisionRule
 from dash_export.stretches import TokenTime
 
-Damage = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
 Actions = npt.NDArray[np.int8]
 
@@ -93,7 +92,7 @@ class SessionRules:
         """The rule of `count` tokens from `position` on."""
         return self.rule
 
-    def read(self, position: int, damage: Damage) -> None:
+    def read(self, position: int, damage: Damages) -> None:
         """A prompt's tokens from `position` on ran densely: their damage [tokens, layers]."""
 
     def decoded(self, actions: Actions) -> None:
@@ -139,9 +138,9 @@ class SequenceRules(SessionRules):
     def __init__(self, rule: DecisionRule) -> None:
         super().__init__()
         self._decision = rule
-        self._pool: list[tuple[int, Damage]] = []
+        self._pool: list[tuple[int, Damages]] = []
 
-    def read(self, position: int, damage: Damage) -> None:
+    def read(self, position: int, damage: Damages) -> None:
         first = max(position, DENSE_POSITIONS)
         self._pool.append((first, damage[first - position :]))
         self._choose()

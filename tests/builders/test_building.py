@@ -59,6 +59,7 @@ def test_measured_again_where_asked(bundle: Bundle, made: list[str]) -> None:
     assert made == []
     assert again.engines == before.engines
     assert again.cost.segment_us != before.cost.segment_us
+    assert again.dial["token"] != before.dial["token"]
     assert again == bundle.load_build("cpu-fp32")
 
 

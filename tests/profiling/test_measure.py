@@ -17,6 +17,7 @@ from dash_export.profiling.measure import Lane, Recording, measure, replay_of
 from dash_export.profiling.probe import Probe, What, stamp_cost
 from dash_export.profiling.trace import chrome_trace
 from dash_export.profiling.wording import rarely_line, stretches_line
+from dash_export.runtime.backends.onnxruntime import OrtBackend
 from tests.profiling.conftest import CONTEXT, ROUNDS, TEXT, TOKENS, TRACED
 from tests.tiny import random_ids
 
@@ -188,8 +189,12 @@ def test_what_does_not_ask_costs_no_policy(lanes: list[Lane]) -> None:
 @pytest.fixture(scope="module")
 def stretched_lanes(stretched_runtime: Callable[[str], DashRuntime]) -> list[Lane]:
     """Dense, the token policy and its replay, where layers next to each other are one launch."""
-    plain, fused = stretched_runtime("plain"), stretched_runtime("fused")
-    token = Setting("token", skipped=3)
+    plain = stretched_runtime("plain")
+    # What a launch costs was measured, and with it the dial: here it costs nothing.
+    build = replace(plain.build, cost=replace(plain.cost, launch=0.0))
+    fused = DashRuntime(plain.bundle, build, OrtBackend(0), "fused")
+    damage = fused.session("token", trade_off=0.0).score(random_ids(60)).damage[2:, list(fused.cost.cost)]
+    token = Setting("token", trade_off=2 * float(np.median(damage)) / max(fused.cost.cost.values()))
     found = [
         Lane("stretched", Setting("dense"), [plain], [plain.session("dense")]),
         Lane("stretched", token, [fused], [fused.session_with(token)]),

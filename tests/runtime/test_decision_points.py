@@ -112,7 +112,7 @@ def test_layers_of_a_stretch_are_weighed_together(
     """By the oracle, teacher-forced, worked out ahead and asked every time alike."""
     together = case.policy.decision_points[2]
     gated, limit = list(case.policy.gated), case.rule.limits[4]
-    rule = replace(case.rule, stretches=((together, 0.3 * limit),))
+    rule = replace(case.rule, breaking=((together, 0.3 * limit),))
     expected = case.oracle.forward(IDS, rule, prefix=PROMPT)
     own, before = (found.actions[PROMPT:, gated].sum() for found in (expected, case.expected))
     assert 0 < own < before, "some are no longer worth it, and some are"

@@ -178,6 +178,26 @@ def test_budgets_know_what_a_launch_costs(stretched_runtime: Load) -> None:
         costly.session("static", budget=0.5)
 
 
+def test_so_do_decisions(stretched_runtime: Load) -> None:
+    runtime = stretched_runtime("fused")
+    damage = runtime.session("token", trade_off=0.0).score(IDS).damage[2:, list(GATED)]
+    amount = 11 * float(damage.mean(axis=0).max())
+    taken = {}
+    for launch in (0.0, 0.02):
+        cost = replace(runtime.cost, cost=dict.fromkeys(GATED, 0.1), launch=launch)
+        costly = DashRuntime(runtime.bundle, replace(runtime.build, cost=cost), OrtBackend(0), "fused")
+        token = costly.session("token", trade_off=amount)
+        prices = dict(token.rule.breaking)  # type: ignore[union-attr]
+        assert prices == ({(2, 3, 4, 5, 6): amount * 4 * launch, (8, 9): amount * launch} if launch else {})
+        held = costly.session("token", budget=0.9, hold=True).rule
+        assert bool(held.breaking) == bool(launch)  # type: ignore[union-attr]
+        sequence = costly.session("sequence", trade_off=amount)
+        sequence.prefill(IDS)
+        taken[launch] = len(sequence.rule.skipped)  # type: ignore[union-attr]
+        assert not costly.session("token", trade_off=amount, max_layers=8).rule.breaking  # type: ignore[union-attr]
+    assert taken[0.02] < taken[0.0]
+
+
 def test_the_engines_are_their_portable_graphs(stretched_runtime: Load) -> None:
     runtime = stretched_runtime("plain")
     checked = verification(runtime.bundle, runtime.build)["engines"]

@@ -90,7 +90,7 @@ def timed_once(
     opened = Bundle.open(bundle)
     build = opened.load_build(target)
     model, policy = opened.manifest.model, opened.manifest.policy
-    forced_dense = decision_rule(model.num_layers, policy.gated, build.cost.cost, 0.0)
+    forced_dense = decision_rule(model.num_layers, policy.gated, build.cost.cost, 0.0)  # no stretch is weighed at 0
     graph = (Bundle(whole[0], opened.manifest), whole[1])
     variants: dict[str, tuple[Bundle, Build, str, Rule]] = {
         "one whole graph": (*graph, "plain", DENSE),

@@ -183,7 +183,7 @@ def test_so_do_decisions(stretched_runtime: Load) -> None:
     damage = runtime.session("token", trade_off=0.0).score(IDS).damage[2:, list(GATED)]
     amount = 11 * float(damage.mean(axis=0).max())
     taken = {}
-    for launch in (0.0, 0.02):
+    for launch in (0.0, 0.2):
         cost = replace(runtime.cost, cost=dict.fromkeys(GATED, 0.1), launch=launch)
         costly = DashRuntime(runtime.bundle, replace(runtime.build, cost=cost), OrtBackend(0), "fused")
         token = costly.session("token", trade_off=amount)
@@ -195,7 +195,7 @@ def test_so_do_decisions(stretched_runtime: Load) -> None:
         sequence.prefill(IDS)
         taken[launch] = len(sequence.rule.skipped)  # type: ignore[union-attr]
         assert not costly.session("token", trade_off=amount, max_layers=8).rule.breaking  # type: ignore[union-attr]
-    assert taken[0.02] < taken[0.0]
+    assert taken[0.2] == 0 < taken[0.0]
 
 
 def test_the_engines_are_their_portable_graphs(stretched_runtime: Load) -> None:

@@ -6,7 +6,7 @@ one token of one sequence: many tokens of one, or one token of each of many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp, log1p
 from typing import TYPE_CHECKING, Any
 
@@ -186,16 +186,18 @@ class BoundStep:
                 launch()
         return executed
 
-    def _pays(self, taken: int, price: float, stakes: Sequence[Stake], asked: Any) -> bool:
+    def _pays(self, taken: int, price: float, stakes: Mapping[int, Stake], asked: Any) -> bool:
         """Whether skipping the layers `taken` of a stretch pays for breaking it: `DecisionRule.settled`, but for the
         rounding of a damage.
         """
         saved = 0.0
-        for bit, index, limit, bias in stakes:
-            if taken & bit:
-                saved += limit - (_softplus(asked[index] + bias) if self._score_bias else asked[index])
-                if saved > price:
-                    return True
+        while taken:
+            bit = taken & -taken
+            taken ^= bit
+            index, limit, bias = stakes[bit]
+            saved += limit - (_softplus(asked[index] + bias) if self._score_bias else asked[index])
+            if saved > price:
+                return True
         return False
 
     def _read_scores(self, layer: int) -> None:

@@ -139,10 +139,10 @@ class FixedPlan:
 Choice = tuple[int, int, float]
 """A layer's bit in a mask, where its score (of a linear policy, else its damage) stands, and the limit below which it
 is skipped."""
-Stake = tuple[int, int, float, float]
-"""A layer's bit in a mask, where its score (else its damage) stands, its limit in nats, and what its score lacks."""
-Breaking = tuple[int, float, tuple[Stake, ...]]
-"""A stretch's layers as a mask, what breaking it must save, and of what that is the sum."""
+Stake = tuple[int, float, float]
+"""Where a layer's score (else its damage) stands, its limit in nats, and what its score lacks."""
+Breaking = tuple[int, float, dict[int, Stake]]
+"""A stretch's layers as a mask, what breaking it must save, and by a layer's bit of what that is the sum."""
 
 
 class ComparingStage(NamedTuple):
@@ -263,7 +263,7 @@ class Plans:
             (
                 sum(bits[layer] for layer in layers),
                 price,
-                tuple((bits[layer], self._index[layer], rule.limits[layer], bias.get(layer, 0.0)) for layer in layers),
+                {bits[layer]: (self._index[layer], rule.limits[layer], bias.get(layer, 0.0)) for layer in layers},
             )
             for layers, price in rule.breaking
             if layers[0] in bits

@@ -25,8 +25,8 @@ def costs(gated: set[int], scale: float = 0.03) -> dict[int, float]:
 def walk(rule: object, damage: list[float]) -> list[bool]:
     """One token through every layer: which it skips."""
     executed, skipped = 0, []
-    for layer in range(LAYERS):
-        skip = rule.skips(layer, damage[layer], executed)  # type: ignore[attr-defined]
+    for layer, own in enumerate(damage):
+        skip = rule.skips(layer, own, executed)  # type: ignore[attr-defined]
         skipped.append(skip)
         executed += not skip
     return skipped
@@ -105,15 +105,7 @@ def test_a_ceiling_breaks_stretches_anyway() -> None:
     """So it leaves the cheap skips, where it takes some."""
     rule = decision_rule(4, (1, 2, 3), dict.fromkeys((1, 2, 3), 1.0), 1.0, 3, {(1, 2, 3): 0.3})
     damage = np.array([[0.0], [0.9], [0.9], [5.0]])
-    assert walk_four_of(rule, rule.settled(damage)[:, 0].tolist()) == [False, True, True, False]
-
-
-def walk_four_of(rule: object, damage: list[float]) -> list[bool]:
-    executed, skipped = 0, []
-    for layer, own in enumerate(damage):
-        skipped.append(rule.skips(layer, own, executed))  # type: ignore[attr-defined]
-        executed += not skipped[-1]
-    return skipped
+    assert walk(rule, rule.settled(damage)[:, 0].tolist()) == [False, True, True, False]
 
 
 def test_each_stretch_for_itself() -> None:

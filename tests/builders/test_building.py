@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from dash_export.builders import build, building, dial
 from dash_export.builders.measure import NOT_MEASURED
 from dash_export.bundle import Bundle
 from dash_export.decision import DialPoint
-from dash_export.errors import BundleError, RecipeError
+from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
+from dash_export.runtime.backends.onnxruntime import OrtBackend
 from tests.commands.helpers import python
 from tests.tiny import random_ids, tiny_policy
 
@@ -61,6 +63,41 @@ def test_measured_again_where_asked(bundle: Bundle, made: list[str]) -> None:
     assert again.cost.segment_us != before.cost.segment_us
     assert again.dial["token"] != before.dial["token"]
     assert again == bundle.load_build("cpu-fp32")
+
+
+def test_measured_again_where_a_trade_off_meant_something_else(bundle: Bundle, made: list[str]) -> None:
+    path = bundle.path("engines/cpu-fp32/build.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "measuring": 0}))
+    before = bundle.load_build("cpu-fp32")
+    again = build(bundle, "cpu", weights="fp32")
+    assert made == []
+    assert again.measuring == building.MEASURING_REVISION > 0
+    assert again.cost.segment_us != before.cost.segment_us
+
+
+def test_nothing_is_measured_where_it_cannot_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "run_obstacle", lambda _recipe: "there is no such device.")
+    with pytest.raises(BackendError, match="Nothing can be measured here: there is no such device"):
+        build(bundle, "cpu", weights="fp32", measure=True)
+
+
+def test_dial_points_lie_where_the_rule_puts_them(stretched_runtime: Callable[[str], DashRuntime]) -> None:
+    """At a cost that makes stretches dear to break: every wanted share of the gated layers, within a token's worth."""
+    runtime = stretched_runtime("fused")
+    gated = list(runtime.bundle.manifest.policy.gated)
+    for launch in (0.0, 0.02):
+        cost = replace(runtime.cost, cost=dict.fromkeys(gated, 0.1), launch=launch)
+        dear = DashRuntime(runtime.bundle, replace(runtime.build, cost=cost), OrtBackend(0), "fused")
+        windows = [random_ids(64, seed=seed) for seed in range(4)]
+        placed = dial._trade_offs(dear, windows)["token"]
+        assert len(placed) == len(dial.SHARES) + 1
+        session = dear.session("token", trade_off=0.0)
+        damage = np.concatenate([session.score(ids).damage[2:] for ids in windows]).T
+        for trade_off, wanted in zip(placed, (*dial.SHARES, 1.0), strict=True):
+            rule = dear.session("token", trade_off=trade_off).rule
+            settled = rule.settled(damage)
+            skips = [rule.decide(layer, settled[layer], np.zeros(damage.shape[1], np.int64)) for layer in gated]
+            assert np.mean(skips) == pytest.approx(wanted, abs=0.05)
 
 
 def test_another_policy_network_makes_only_policies(bundle: Bundle, made: list[str]) -> None:

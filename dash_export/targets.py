@@ -40,7 +40,8 @@ class WeightsRecipe:
     (their errors enter the cache and every later token), and the layers the policy may never skip (they are the
     sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, by what the layer is fed (GPTQ), or
     so and then with scales tuned by distillation (needs torch). `prefill` int8: prompts go through one more graph, of
-    the whole model, whose layers multiply integers (CPU).
+    the whole model, whose layers multiply integers (CPU). `prepacked`: stored once more as the kernels of the machine
+    that builds take them, and mapped from there, so that engines and processes share them (CPU).
     """
 
     layers: Precision = "int4"
@@ -53,6 +54,7 @@ class WeightsRecipe:
     symmetric: bool = False
     rounding: Rounding = "nearest"
     prefill: Prefill = "same"
+    prepacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,8 @@ def _contradiction(recipe: Recipe) -> str | None:
     weights, engine = recipe.weights, recipe.engine
     if recipe.stretches and recipe.dialect != "ort":
         return f"stretches = true is for dialect 'ort'; {recipe.dialect!r} takes false."
+    if weights.prepacked and recipe.dialect != "ort":
+        return f"prepacked = true is for dialect 'ort'; {recipe.dialect!r} takes false."
     parts = ("layers", "qkv", "ungated", "head", "embedding", "policy")
     precisions: dict[str, str] = {part: getattr(weights, part) for part in parts}
     if recipe.backend == "onnxruntime":

@@ -80,11 +80,11 @@ def tiny_bundle(root: Path, *targets: str, kind: str = "none", weights: str = "f
     return bundle.root
 
 
-def stretched_bundle(root: Path, gated: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 9)) -> Path:
+def stretched_bundle(root: Path, gated: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 9), **options: Any) -> Path:
     """A bundle of ten layers whose policy decides about all of `gated` by what enters layer 1, built for `cpu-fp32`:
     neighbours are engines of several layers too. Returns it.
     """
-    model = save_model(root / "model", num_hidden_layers=10)
+    model = save_model(root / "model", num_hidden_layers=10, **options)
     with torch.no_grad():
         # Too small to be divided by: this layer's compensation has a norm of its own, beside that of K and V.
         model.model.layers[gated[2]].input_layernorm.weight[3] = 1e-3

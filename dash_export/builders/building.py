@@ -63,6 +63,9 @@ def build(
     if measure and (obstacle := run_obstacle(recipe)) is not None:
         raise BackendError(f"Nothing can be measured here: {obstacle}")
     began = time.perf_counter()
+    if recipe.engine is None:
+        # The process's only pool has as many threads as will be measured, whoever runs something first: rounding does.
+        load_backend(recipe.backend, recipe.runtime.threads)
     # The portable target is the one whose graphs are their own engines.
     merge = recipe.engine is not None or recipe.dialect != "portable"
     facts = bundle.manifest.policy
@@ -215,7 +218,7 @@ def _make_engines(
     groups = _groups(jobs)
     joined: list[Artifact] = []
     if stretches:
-        joined = list(builder.stretch_artifacts({job.name: job.key for job in jobs}, stretches, folder))
+        joined = list(builder.stretch_artifacts({job.name: job.key for job in jobs}, recipe, stretches, folder))
     jobs += joined
     found = {job.name: store.current(job.name, job.key) for job in jobs}
     # What is made of an engine follows it: under the same key its weights may come out different in the last bit.
@@ -254,10 +257,13 @@ def _make_engines(
     engines = {}
     for job in jobs:
         if job.name != "rope":
-            own = sum(record.bytes for record in files[job.name])
-            shared = sum(record.bytes for name in job.extends for record in files[name])
-            file = f"{prefix}/{files[job.name][0].name}"
-            engines[job.name] = EngineRecord(file, own + shared, job.key, store.seconds(job.name))
+            size = sum(record.bytes for name in (job.name, *job.extends) for record in files[name])
+            file = files[job.name][0].name
+            if recipe.weights.prepacked:
+                from dash_export.builders.prepacked import prepacked_bytes  # which needs onnx
+
+                size -= prepacked_bytes(folder / file)
+            engines[job.name] = EngineRecord(f"{prefix}/{file}", size, job.key, store.seconds(job.name))
     listed = [replace(record, name=f"{prefix}/{record.name}") for records in files.values() for record in records]
     return engines, tuple(listed)
 

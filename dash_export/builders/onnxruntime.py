@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from dash_export.artifacts import content_key
 from dash_export.build_record import Segment, Stretch
+from dash_export.builders.prepacked import store_prepacked
 from dash_export.builders.rounding import calibration_key
 from dash_export.builders.segments import Artifact, chain, compose_segment, graph_names, graphs_key, weights_key
 from dash_export.bundle import Bundle
@@ -41,7 +42,29 @@ def artifacts(
     """Everything this build consists of, in an order in which each can be made. `folder` is where finished engines
     lie; `roundings` is asked when an engine is made.
     """
-    hashes = {record.name: record.sha256 for record in bundle.manifest.files}
+    yield Artifact(
+        "rope",
+        content_key({record.name: record.sha256 for record in bundle.manifest.files}["onnx/rope.data"]),
+        lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))],
+    )
+    for engine in _engines(bundle, recipe, segments, folder, roundings):
+        yield _stored(engine, recipe, folder)
+
+
+def _stored(engine: Artifact, recipe: Recipe, folder: Path) -> Artifact:
+    """With packed weights too, where the recipe says so."""
+    if not recipe.weights.prepacked:
+        return engine
+
+    def write(out: Path) -> list[Path]:
+        return store_prepacked(engine.write(out), folder)
+
+    return replace(engine, key=content_key("prepacked", engine.key), write=write)
+
+
+def _engines(
+    bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path, roundings: Roundings
+) -> Iterator[Artifact]:
     policy = bundle.manifest.policy
 
     def graph_key(*names: str) -> str:
@@ -66,11 +89,6 @@ def artifacts(
             (plain,),
         )
 
-    yield Artifact(
-        "rope",
-        content_key(hashes["onnx/rope.data"]),
-        lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))],
-    )
     for segment in segments:
         names = graph_names(segment)
         read = policy.read_in(segment.layers)
@@ -95,14 +113,17 @@ def artifacts(
         yield Artifact(PREFILL, key, partial(_prefill, bundle, recipe, roundings, whole))
 
 
-def stretch_artifacts(made: Mapping[str, str], stretches: Sequence[Stretch], folder: Path) -> Iterator[Artifact]:
+def stretch_artifacts(
+    made: Mapping[str, str], recipe: Recipe, stretches: Sequence[Stretch], folder: Path
+) -> Iterator[Artifact]:
     """Engines of several gated layers, out of those of one layer in `folder`, whose keys are `made`; they have no
     weights of their own.
     """
     for stretch in stretches:
         parts = tuple(f"{'skip' if stretch.skips else 'layer'}_{layer:02d}" for layer in stretch.layers)
         key = content_key("stretch", LOWERING_REVISION, *(made[name] for name in parts))
-        yield Artifact(stretch.name, key, partial(_stretch, folder, stretch.name, parts), parts)
+        engine = Artifact(stretch.name, key, partial(_stretch, folder, stretch.name, parts), parts)
+        yield _stored(engine, recipe, folder)
 
 
 def _stretch(folder: Path, name: str, parts: Sequence[str], out: Path) -> list[Path]:

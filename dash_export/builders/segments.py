@@ -44,8 +44,9 @@ def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
 
 
 def weights_key(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe says of the weights of a layer's engine: not how prompts are run."""
-    return {name: value for name, value in recipe.as_dict()["weights"].items() if name != "prefill"}
+    """What the recipe says of the weights of a layer's engine: not how prompts are run, nor what is stored besides."""
+    apart = ("prefill", "prepacked")
+    return {name: value for name, value in recipe.as_dict()["weights"].items() if name not in apart}
 
 
 def compose_segment(bundle: Bundle, segment: Segment, read: int | None = None) -> tuple[GraphWriter, ir.Value | None]:

@@ -9,6 +9,7 @@ from dash_export.errors import BackendError, NotHereError
 from dash_export.runtime.backends import require_backend
 from dash_export.runtime.cpus import cpu_name, saturates_int8
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
+from dash_export.runtime.device.cuda import require_bindings
 from dash_export.targets import Recipe
 
 JETSONS = ("8.7", "11.0")
@@ -83,6 +84,8 @@ def run_obstacle(recipe: Recipe) -> str | None:
         return reason
     try:
         require_backend(recipe.backend)
+        if recipe.engine is not None:
+            require_bindings()
     except BackendError as error:
         return str(error)
     return None

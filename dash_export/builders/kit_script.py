@@ -7,6 +7,7 @@ what else is missing is installed into .venv inside this folder (--no-install: i
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -20,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
 NEEDED = ("numpy", "tokenizers", "jinja2", "click", "rich", "onnx", "onnx_ir", "ml_dtypes")
 PYTHON = (3, 10)
+FIRST_CUDA_13 = 13_000
 LOG_CHARACTERS = 20_000
 
 
@@ -63,21 +65,44 @@ def sha256(path: Path) -> str:
 
 def interpreter(install: bool) -> str | None:
     """A Python that has what building needs: this one, or one in .venv that also sees the system's TensorRT."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    bindings = cuda_bindings()
+    missing = [name for name in (*NEEDED, *(["cuda.bindings"] if bindings else [])) if not importable(name)]
     if not missing:
         return sys.executable
     if not install:
-        fail(f"Missing: {', '.join(missing)}. Run: {sys.executable} -m pip install -r requirements.txt")
+        wanted = f"-r requirements.txt '{bindings}'" if bindings else "-r requirements.txt"
+        fail(f"Missing: {', '.join(missing)}. Run: {sys.executable} -m pip install {wanted}")
         return None
     python = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
     steps = [] if python.is_file() else [[sys.executable, "-m", "venv", "--system-site-packages", str(VENV)]]
     steps.append([str(python), "-m", "pip", "install", "--quiet", "-r", str(HERE / "requirements.txt")])
+    if bindings:
+        steps[-1].append(bindings)
     for step in steps:
         print("+", " ".join(step), flush=True)
         if subprocess.run(step, check=False).returncode:
             fail(f"That did not work. Install these yourself and run again: {', '.join(missing)}.")
             return None
     return str(python)
+
+
+def importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package it is in
+        return False
+
+
+def cuda_bindings() -> str:
+    """What to install to measure and run here: cuda-bindings for the CUDA that this machine's driver speaks. Nothing
+    where there is no driver.
+    """
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return ""
+    return "cuda-bindings>=12.6,<13" if version.value < FIRST_CUDA_13 else "cuda-bindings>=13"
 
 
 def build(kit: dict[str, Any], python: str) -> int:

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -112,6 +114,35 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "-m pip install -r requirements.txt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("driver", "wanted"), [(12_060, "cuda-bindings>=12.6,<13"), (13_000, "cuda-bindings>=13"), (None, "")]
+)
+def test_measuring_on_the_device_needs_its_cuda(
+    driver: int | None, wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(to: Any) -> None:
+        to._obj.value = driver
+
+    def libcuda(_name: str) -> SimpleNamespace:
+        if driver is None:
+            raise OSError
+        return SimpleNamespace(cuDriverGetVersion=version)
+
+    monkeypatch.setattr(kit_script.ctypes, "CDLL", libcuda)
+    assert kit_script.cuda_bindings() == wanted
+
+    def find(name: str) -> object:
+        if name == "cuda.bindings":
+            raise ModuleNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(kit_script.importlib.util, "find_spec", find)
+    found = kit_script.interpreter(install=False)
+    assert found == (None if wanted else sys.executable)
+    said = f"Missing: cuda.bindings. Run: {sys.executable} -m pip install -r requirements.txt '{wanted}'"
+    assert (said in capsys.readouterr().err) == bool(wanted)
+
+
 def test_own_recipe_and_precision_travel(tiny_root: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     text = (Path(__file__).parents[2] / "engines" / "l4.toml").read_text()
@@ -165,6 +196,20 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     missing.clear()
     assert here.obstacle(recipe) is None
     assert here.obstacle(load_recipe("rtx")) is None
+
+
+def test_without_cuda_bindings_it_compiles_but_does_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise BackendError("The package cuda-bindings is missing")
+
+    monkeypatch.setattr(here, "cuda_devices", lambda: [H100])
+    monkeypatch.setattr(here, "find_spec", lambda _name: object())
+    monkeypatch.setattr(here, "require_backend", lambda _name: None)
+    recipe = load_recipe("h100")
+    assert here.runs_here(recipe)
+    monkeypatch.setattr(here, "require_bindings", missing)
+    assert here.obstacle(recipe) is None
+    assert "cuda-bindings is missing" in str(here.run_obstacle(recipe))
 
 
 def test_a_missing_package_is_no_reason_for_a_kit(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

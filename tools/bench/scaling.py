@@ -44,10 +44,14 @@ from safetensors.numpy import save_file
 from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.evaluation.pictures import DPI, STYLE
+from dash_export.models import open_checkpoint
+from dash_export.policy_file import save_policy
 from dash_export.runtime.rules import DENSE, FixedRule
+from dash_export.skip_policy import Compensation, SkipPolicy, default_gated
 
 CONTEXTS = (64, 256, 1024, 2048, 4096, 8000)
 CONTEXT = 256
+RANK = 64  # of the shipped policies' compensation
 # Billions of weights -> hidden size, layers, heads, K/V heads, inner size, as SmolLM2 and Llama 3.2 have them.
 SHAPES = {
     0.1: (576, 30, 9, 3, 1536),
@@ -158,7 +162,8 @@ def _model(size: float, like: Path, rounds: int, processes: int) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="dash-export-scaling-", dir=like.parent) as name:
         root = Path(name)
         weights = _random_model(root / "model", SHAPES[size], like)
-        exported = _timed("export", root / "model", "-o", root / "m.dash")
+        _random_compensation(root / "model", root / "policy.safetensors")
+        exported = _timed("export", root / "model", "--policy", root / "policy.safetensors", "-o", root / "m.dash")
         shutil.rmtree(root / "model")
         built = _timed("build", root / "m.dash", "--target", RECIPE)
         command = [sys.executable, __file__, root / "m.dash", "--target", RECIPE.stem, "--one"]
@@ -166,9 +171,28 @@ def _model(size: float, like: Path, rounds: int, processes: int) -> dict[str, An
         finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
         decoded: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
         engines = sum(file.stat().st_size for file in (root / "m.dash" / "engines").rglob("*") if file.is_file())
+        owed = _owed(Bundle.open(root / "m.dash").load_build(RECIPE.stem))
     row = {"weights": weights, "engine_bytes": engines, "export": exported, "build": built, "decode": decoded}
-    console.print(f"{size} billion: {decoded['ms'][0]:.1f} ms/token, tax {decoded['tax']:.3f}")
+    row["owed"] = round(owed, 4)
+    console.print(f"{size} billion: {decoded['ms'][0]:.1f} ms/token, tax {decoded['tax']:.3f}, owed {owed:.3f}")
     return row
+
+
+def _owed(build: Build) -> float:
+    """What a skipped layer takes, of what it would have taken: compensation and K/V, by the build's cost table."""
+    gated = [segment for segment in build.segments if segment.gated]
+    runs = median(build.cost.segment_us[segment.name] for segment in gated)
+    return median(build.cost.skip_us.values()) / runs
+
+
+def _random_compensation(model: Path, path: Path) -> None:
+    """Of the shipped policies' form and rank, for all layers that may be skipped; no network."""
+    spec = open_checkpoint(model).spec
+    gated = default_gated(spec.num_layers)
+    rng = np.random.default_rng(1)
+    shapes = {"down": (spec.hidden_size, RANK), "up": (RANK, spec.hidden_size)}
+    weights = {name: 0.02 * rng.standard_normal((len(gated), *shape), np.float32) for name, shape in shapes.items()}
+    save_policy(path, SkipPolicy(gated, None, Compensation("low_rank", weights), "random"), spec, {})
 
 
 def _random_model(folder: Path, shape: tuple[int, ...], like: Path) -> int:
@@ -242,9 +266,8 @@ def _tables(result: dict[str, Any]) -> None:
         f"R2 {contexts['r2']:.4f}; {contexts['tokens'][0]} tokens in a cache for {contexts['tokens'][-1]} take "
         f"{contexts['shortest_in_largest_cache']:.3f} of their own cache's time."
     )
-    table = Table(
-        "weights", "engines", "ms/token", "tax", "ms per layer", "export s", "its MB", "build s", "its MB", title="Size"
-    )
+    heads = ("weights", "engines", "ms/token", "tax", "ms per layer", "owed", "export s", "its MB", "build s", "its MB")
+    table = Table(*heads, title="Size")
     for row in result["models"].values():
         table.add_row(
             f"{row['weights'] / 1e6:.0f} M",
@@ -252,6 +275,7 @@ def _tables(result: dict[str, Any]) -> None:
             f"{row['decode']['ms'][0]:.2f}",
             f"{row['decode']['tax']:.3f}",
             f"{row['decode']['ms_per_layer']:.3f}",
+            f"{row['owed']:.3f}",
             *(f"{row[part][key]:.0f}" for part in ("export", "build") for key in ("seconds", "peak_mb")),
         )
     console.print(table)

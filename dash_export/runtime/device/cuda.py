@@ -16,16 +16,21 @@ from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
 INSTALL = "pip install 'cuda-bindings>=12.6,<13' (CUDA 12, JetPack 6) or cuda-bindings (CUDA 13)"
 
 
+def require_bindings() -> Any:
+    """CUDA's runtime API. Raises BackendError that says how to install it."""
+    try:
+        return import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise BackendError(f"The package cuda-bindings is missing or does not load ({error}): {INSTALL}") from error
+
+
 class Cuda:
     """The CUDA runtime on one device. A failing call raises BackendError with CUDA's own words."""
 
     def __init__(self) -> None:
         """Asks the driver first. Raises BackendError that says what is missing: driver, device or bindings."""
         self.device: CudaDevice = cuda_devices()[0]
-        try:
-            self.rt: Any = import_module("cuda.bindings.runtime")
-        except ImportError as error:
-            raise BackendError(f"The package cuda-bindings is missing or does not load ({error}): {INSTALL}") from error
+        self.rt: Any = require_bindings()
         self(self.rt.cudaSetDevice(self.device.index))
 
     def __call__(self, result: tuple[Any, ...], what: str = "") -> Any:

@@ -67,8 +67,12 @@ def _is_ours(entry: Any) -> bool:
     """
     files = entry.get("files") if isinstance(entry, dict) else None
     listed = files if isinstance(files, list) and files else [None]
-    names = [record.get("name") if isinstance(record, dict) else None for record in listed]
-    return all(isinstance(name, str) and _is_plain(name) for name in names)
+    return all(isinstance(record, dict) and _is_record(record) for record in listed)
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    name, size = record.get("name"), record.get("bytes")
+    return isinstance(name, str) and _is_plain(name) and type(size) is int
 
 
 def _is_plain(name: str) -> bool:

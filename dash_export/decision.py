@@ -261,8 +261,9 @@ def trade_off_for(
     Setting("token", budget=budget, skipped=skipped, max_kl=max_kl).check()
     if not dial:
         raise PolicyError(
-            "This build has no calibrated dial for the policy (its bundle has no policy network). "
-            "Export with a policy and build again, or give the trade-off itself."
+            "This build has no calibrated dial: its bundle has no policy network (export with a policy and build "
+            "again), or it was not measured where it runs (run `dash-export build` on the device). Or give the "
+            "trade-off itself."
         )
     points = sorted(dial, key=lambda point: point.trade_off)
     if budget is not None:

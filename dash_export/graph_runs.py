@@ -55,13 +55,10 @@ def graph_run(path: Path, score_bias: float | None = None, *, own_threads: bool 
     """
     import onnxruntime as ort
 
-    from dash_export.runtime.backends.onnxruntime import start_thread_pool
+    from dash_export.runtime.backends.onnxruntime import shared_pool_options
 
-    options = ort.SessionOptions()
+    options = ort.SessionOptions() if own_threads else shared_pool_options()
     options.log_severity_level = 3
-    if not own_threads:
-        start_thread_pool(0)
-        options.use_per_session_threads = False
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a family of its own

@@ -166,7 +166,7 @@ def _print_next(bundle: Bundle, seconds: float) -> None:
     command = ".venv/bin/dash-export"
     console.print(f"The bundle lies in [bold]{where}[/]. All of this took {seconds:.0f} s. Next:", soft_wrap=True)
     story = f'run {where} "Tell me a story" --budget 0.85 --show-skips'
-    for line in (f"run {where} --chat --budget 0.9", story, f"inspect {where}", f"frontier {where}"):
+    for line in (f"run {where} --chat --budget 0.9", story, f"inspect {where}", f"profile {where} --budget 0.85"):
         console.print(f"  {command} {line}", soft_wrap=True, markup=False)
 
 

@@ -63,9 +63,6 @@ def build(
     if measure and (obstacle := run_obstacle(recipe)) is not None:
         raise BackendError(f"Nothing can be measured here: {obstacle}")
     began = time.perf_counter()
-    if recipe.engine is None:
-        # The process's only pool has as many threads as will be measured, whoever runs something first: rounding does.
-        load_backend(recipe.backend, recipe.runtime.threads)
     # The portable target is the one whose graphs are their own engines.
     merge = recipe.engine is not None or recipe.dialect != "portable"
     facts = bundle.manifest.policy
@@ -227,6 +224,9 @@ def _make_engines(
         # From here to the end this build says that it is unfinished.
         (folder / BUILD).unlink(missing_ok=True)
         bundle.verify(record for record in bundle.manifest.files if record.name.startswith("onnx/"))
+        if recipe.engine is None:
+            # The process's only pool has as many threads as will be measured with, whoever runs something first.
+            load_backend(recipe.backend, recipe.runtime.threads)
     done = itertools.count(1)
 
     def make(group: Sequence[Artifact]) -> None:
@@ -243,8 +243,8 @@ def _make_engines(
 
     with ThreadPoolExecutor(_workers(bundle, recipe)) as pool:
         try:
-            # What several engines make up comes after all of them.
-            for step in groups, [[job] for job in joined]:
+            # First what all may map, and what several engines make up after all of them.
+            for step in groups[:1], groups[1:], [[job] for job in joined]:
                 for future in [pool.submit(make, group) for group in step]:
                     future.result()
         except BaseException:
@@ -253,17 +253,25 @@ def _make_engines(
             raise
     store.keep_only({job.name for job in jobs})
     files = {name: records for name, records in found.items() if records}
-    prefix = f"engines/{folder.name}"
-    engines = {}
-    for job in jobs:
-        if job.name != "rope":
-            size = sum(record.bytes for name in (job.name, *job.extends) for record in files[name])
-            file = files[job.name][0].name
-            if recipe.weights.prepacked:
-                from dash_export.builders.prepacked import prepacked_bytes  # which needs onnx
+    sizes = {name: sum(record.bytes for record in records) for name, records in files.items()}
+    if recipe.weights.prepacked:
+        from dash_export.builders.prepacked import prepacked_bytes  # which needs onnx
 
-                size -= prepacked_bytes(folder / file)
-            engines[job.name] = EngineRecord(f"{prefix}/{file}", size, job.key, store.seconds(job.name))
+        sizes = {
+            name: size - prepacked_bytes(folder / files[name][0].name) if name != "rope" else size
+            for name, size in sizes.items()
+        }
+    prefix = f"engines/{folder.name}"
+    engines = {
+        job.name: EngineRecord(
+            f"{prefix}/{files[job.name][0].name}",
+            sum(sizes[name] for name in (job.name, *job.extends)),
+            job.key,
+            store.seconds(job.name),
+        )
+        for job in jobs
+        if job.name != "rope"
+    }
     listed = [replace(record, name=f"{prefix}/{record.name}") for records in files.values() for record in records]
     return engines, tuple(listed)
 

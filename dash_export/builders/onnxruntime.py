@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from dash_export.artifacts import content_key
 from dash_export.build_record import Segment, Stretch
-from dash_export.builders.prepacked import store_prepacked
+from dash_export.builders.prepacked import PACKING_REVISION, store_prepacked
 from dash_export.builders.rounding import calibration_key
 from dash_export.builders.segments import Artifact, chain, compose_segment, graph_names, graphs_key, weights_key
 from dash_export.bundle import Bundle
@@ -28,6 +28,7 @@ from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.names import POLICY_STATE, PREFILL
+from dash_export.runtime.cpus import cpu_name
 from dash_export.targets import Recipe
 
 LOWERING_REVISION = 15
@@ -52,14 +53,14 @@ def artifacts(
 
 
 def _stored(engine: Artifact, recipe: Recipe, folder: Path) -> Artifact:
-    """With packed weights too, where the recipe says so."""
+    """With packed weights too, where the recipe says so: of the CPU that is here."""
     if not recipe.weights.prepacked:
         return engine
 
     def write(out: Path) -> list[Path]:
         return store_prepacked(engine.write(out), folder)
 
-    return replace(engine, key=content_key("prepacked", engine.key), write=write)
+    return replace(engine, key=content_key("prepacked", PACKING_REVISION, cpu_name(), engine.key), write=write)
 
 
 def _engines(

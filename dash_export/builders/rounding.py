@@ -32,7 +32,7 @@ from dash_export.graphs.compose import constant_value, load_graph
 from dash_export.graphs.precision import weight_precision
 from dash_export.graphs.rounded import Rounded, Roundings
 from dash_export.resources import resource_folder
-from dash_export.runtime.backends.onnxruntime import start_thread_pool
+from dash_export.runtime.backends.onnxruntime import shared_pool_options
 from dash_export.runtime.text import Text
 from dash_export.targets import Recipe, WeightsRecipe
 
@@ -209,12 +209,8 @@ class _Probe:
         for value in graph.initializers.values():  # a graph in memory has no folder to find its data in
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
-        start_thread_pool(0)
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
-        options.log_severity_level = 3
         self._session = ort.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+            ir.to_proto(model).SerializeToString(), shared_pool_options(), providers=["CPUExecutionProvider"]
         )
         cache = np.zeros((BATCH, kv_heads, WINDOW, head_dim), np.float32)
         names = {item.name for item in self._session.get_inputs()}

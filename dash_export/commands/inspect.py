@@ -209,15 +209,16 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
         f"Measured on {build.device}: dense {dense}." if measured else f"For {build.device}; costs not measured."
     )
     click.echo(
-        "Size: what the engine maps from disk. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
+        "Size: what the engine reads of its files. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
         + ("" if not build.cost.launch else f"A launch more costs {100 * build.cost.launch:.2f} % of it.\n")
     )
     if facts["stretches"]:
         run, skip = ([row for row in facts["stretches"] if row["skips"] == skips] for skips in (False, True))
-        weights = size(sum(row["bytes"] for row in facts["stretches"]))
+        shared = build.recipe["weights"].get("prepacked", False)
+        memory = "nothing" if shared else size(sum(row["bytes"] for row in facts["stretches"]))
         click.echo(
             f"Layers that take the same action are one launch: {', '.join(row['name'] for row in run)} where all of "
-            f"them run, {len(skip)} pairs that are skipped. {weights} more in memory, nothing on disk.\n"
+            f"them run, {len(skip)} pairs that are skipped. {memory} more in memory, nothing on disk.\n"
         )
     if facts["prefill_bytes"]:
         click.echo(

@@ -54,6 +54,15 @@ def start_thread_pool(threads: int) -> int:
     return _pool_threads
 
 
+def shared_pool_options() -> ort.SessionOptions:
+    """For a session on the process-wide pool, which is created where there is none."""
+    start_thread_pool(0)
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    return options
+
+
 _BUILD_AGAIN = "The engine does not fit its bundle: build the target again."
 
 
@@ -145,9 +154,7 @@ class OrtBackend:
     def __init__(self, threads: int) -> None:
         start_thread_pool(threads)
         self._engines: dict[Path, OrtEngine] = {}
-        self._options = ort.SessionOptions()
-        self._options.use_per_session_threads = False
-        self._options.log_severity_level = 3
+        self._options = shared_pool_options()
         # An arena and its patterns are looked up at every run, and there are thirty runs a token: plain malloc is
         # faster here.
         self._options.enable_cpu_mem_arena = False

@@ -209,7 +209,7 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
         f"Measured on {build.device}: dense {dense}." if measured else f"For {build.device}; costs not measured."
     )
     click.echo(
-        "Size: what the engine reads of its files. Cost: what a skip saves of a dense token, pooled over equal layers.\n"
+        "Size: what an engine reads of its files. Cost: what a skip saves of a dense token, over equal layers.\n"
         + ("" if not build.cost.launch else f"A launch more costs {100 * build.cost.launch:.2f} % of it.\n")
     )
     if facts["stretches"]:

@@ -208,8 +208,8 @@ def _contradiction(recipe: Recipe) -> str | None:
         return None
     if engine is None:
         return f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
-    if weights.rounding != "nearest":
-        return f"rounding = {weights.rounding!r} is for the CPU so far; {recipe.backend} takes 'nearest'."
+    if weights.rounding == "distilled":
+        return f"rounding = 'distilled' is for the CPU so far; {recipe.backend} takes 'gptq' or 'nearest'."
     if weights.prefill != "same":
         return f"prefill = {weights.prefill!r} is for the CPU; {recipe.backend} takes 'same'."
     if recipe.dialect == "ort":

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cos
 from dash_export.builders.plan import plan_segments, plan_stretches
 from dash_export.bundle import BUILD, Bundle, to_json
 from dash_export.errors import BackendError, BundleError, RecipeError
-from dash_export.graphs.rounded import Roundings, to_nearest
+from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
 from dash_export.manifest import SCHEMA
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
@@ -75,7 +76,7 @@ def build(
     bias: dict[int, float] = {}
     if merge:
         stop = threading.Event()
-        with _roundings(bundle, recipe, folder, _until(stop, progress)) as roundings:
+        with roundings_of(bundle, recipe, folder, _until(stop, progress)) as roundings:
             engines, files = _make_engines(bundle, recipe, segments, stretches, folder, roundings, stop, progress)
         bias = _policy_bias(bundle) if recipe.dialect == "ort" else {}
     else:
@@ -114,15 +115,26 @@ def build(
 
 
 @contextmanager
-def _roundings(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Roundings]:
-    """How the recipe rounds each matrix."""
+def roundings_of(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Roundings]:
+    """How the recipe rounds each matrix. Calibrated, it works inside `folder` when the first one is asked for, and
+    raises BackendError then where ONNX Runtime is missing: not before, for a build kit brings what it needs.
+    """
     if recipe.weights.rounding == "nearest":
-        yield to_nearest  # what calibrates runs graphs in ONNX Runtime, which a GPU machine may do without
-        return
-    from dash_export.builders.rounding import calibrated
+        yield to_nearest
+    elif find_spec("onnxruntime") is None:
+        yield _not_here
+    else:
+        from dash_export.builders.rounding import calibrated
 
-    with calibrated(bundle, recipe, folder, progress) as roundings:
-        yield roundings
+        with calibrated(bundle, recipe, folder, progress) as roundings:
+            yield roundings
+
+
+def _not_here(_node: str) -> Rounded | None:
+    raise BackendError(
+        "Calibrated rounding runs the model's layers in ONNX Runtime, which is not installed here. Install "
+        "onnxruntime, or build from a kit that a machine with it writes (--kit), or with --rounding nearest."
+    )
 
 
 def _until(stop: threading.Event, progress: Progress) -> Progress:
@@ -270,7 +282,7 @@ def _make_engines(
             store.seconds(job.name),
         )
         for job in jobs
-        if job.name != "rope"
+        if job.engine
     }
     listed = [replace(record, name=f"{prefix}/{record.name}") for records in files.values() for record in records]
     return engines, tuple(listed)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import onnx_ir as ir
 
+from dash_export.artifacts import content_key
 from dash_export.build_record import Segment
-from dash_export.builders.segments import compose_segment, graph_names, graphs_key
+from dash_export.builders.segments import Artifact, calibration_key, compose_segment, graph_names, graphs_key
+from dash_export.builders.stored_roundings import rounding_artifact, stored_roundings
 from dash_export.bundle import Bundle
 from dash_export.graphs.compose import load_graph, specialise_policy
+from dash_export.graphs.rounded import Roundings
 from dash_export.graphs.trt import lower
 from dash_export.targets import Recipe
 
@@ -33,15 +37,30 @@ def portable_graphs(bundle: Bundle, segments: Sequence[Segment]) -> Iterator[tup
             yield name, graphs_key(bundle, ["policy"]), partial(_policy, bundle, segment.first)
 
 
-def lowered_graphs(bundle: Bundle, recipe: Recipe, segments: Sequence[Segment]) -> Iterator[tuple[str, str, MakeGraph]]:
-    """The same, lowered by the recipe."""
+def lowered_artifacts(
+    bundle: Bundle,
+    recipe: Recipe,
+    segments: Sequence[Segment],
+    folder: Path,
+    roundings: Roundings,
+    key: str,
+    write: Callable[[str, MakeGraph, Path], list[Path]],
+) -> Iterator[Artifact]:
+    """Every engine of a build, of its lowered graph by `write(name, maker, temporary folder)`; before them the
+    calibrated rounding, where the recipe asks for it. `key`: what all depend on.
+    """
     gated = bundle.manifest.policy.gated
+    calibrated = calibration_key(bundle, recipe)
+    if calibrated:
+        yield rounding_artifact(bundle, recipe, roundings)
+    known = stored_roundings(folder)
 
     def lowered(make: MakeGraph) -> ir.Model:
-        return lower(make(), recipe, gated)
+        return lower(make(), recipe, gated, known)
 
-    for name, key, make in portable_graphs(bundle, segments):
-        yield name, key, partial(lowered, make)
+    for name, graph, make in portable_graphs(bundle, segments):
+        parts = (key, gated, graph, name, *([calibrated] if calibrated else []))
+        yield Artifact(name, content_key(*parts), partial(write, name, partial(lowered, make)))
 
 
 def _segment(bundle: Bundle, segment: Segment) -> ir.Model:

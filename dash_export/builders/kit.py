@@ -13,9 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dash_export import __version__
-from dash_export.artifacts import FileRecord, Progress, no_progress, sha256_file, write_atomic
+from dash_export.artifacts import JOURNAL, FileRecord, Progress, no_progress, sha256_file, write_atomic
 from dash_export.builders import kit_script
+from dash_export.builders.building import roundings_of
 from dash_export.builders.plan import plan_segments
+from dash_export.builders.stored_roundings import keep_roundings
 from dash_export.builders.verify import recorded, verify_graphs
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.errors import BackendError, BundleError
@@ -52,11 +54,14 @@ def write_kit(
     bundle.verify(bundle.manifest.files)
     policy = bundle.manifest.policy
     segments = plan_segments(bundle.manifest.model.num_layers, policy.gated, True, policy.decision_points)
-    checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress))
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
+        engines = unfinished / bundle.root.name / "engines" / recipe.name
+        with roundings_of(bundle, recipe, unfinished, progress) as calibrated:
+            known = keep_roundings(bundle, recipe, calibrated, engines)
+        checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress, roundings=known))
         progress("copying the bundle", 0, 0)
         _copy_bundle(bundle, unfinished / bundle.root.name)
         _copy_package(unfinished / "lib" / "dash_export")
@@ -117,5 +122,6 @@ def _requirements() -> str:
 
 
 def _records(root: Path) -> list[FileRecord]:
-    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    # The journal of what is built grows on the device.
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name != JOURNAL)
     return [FileRecord(path.relative_to(root).as_posix(), sha256_file(path), path.stat().st_size) for path in paths]

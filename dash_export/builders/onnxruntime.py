@@ -19,8 +19,15 @@ import onnx_ir as ir
 from dash_export.artifacts import content_key
 from dash_export.build_record import Segment, Stretch
 from dash_export.builders.prepacked import PACKING_REVISION, store_prepacked
-from dash_export.builders.rounding import calibration_key
-from dash_export.builders.segments import Artifact, chain, compose_segment, graph_names, graphs_key, weights_key
+from dash_export.builders.segments import (
+    Artifact,
+    calibration_key,
+    chain,
+    compose_segment,
+    graph_names,
+    graphs_key,
+    weights_key,
+)
 from dash_export.bundle import Bundle
 from dash_export.graphs.compose import absorb, load_graph, specialise_policy
 from dash_export.graphs.ort import CONTRIB, fuse_skip_norms, lower
@@ -47,6 +54,7 @@ def artifacts(
         "rope",
         content_key({record.name: record.sha256 for record in bundle.manifest.files}["onnx/rope.data"]),
         lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))],
+        engine=False,
     )
     for engine in _engines(bundle, recipe, segments, folder, roundings):
         yield _stored(engine, recipe, folder)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dash_export import __version__
 from dash_export.artifacts import content_key
 from dash_export.build_record import Segment
-from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_graphs
+from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_artifacts
 from dash_export.builders.segments import Artifact, weights_key
 from dash_export.bundle import Bundle
 from dash_export.graphs.rounded import Roundings
@@ -19,13 +18,11 @@ from dash_export.targets import Recipe
 
 
 def artifacts(
-    bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], _folder: Path, _roundings: Roundings
+    bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path, roundings: Roundings
 ) -> Iterator[Artifact]:
     """Every lowered graph of this build."""
     base = content_key(LOWERING_REVISION, recipe.dialect, weights_key(recipe), recipe.as_dict()["engine"])
-    gated = bundle.manifest.policy.gated
-    for name, graph, make in lowered_graphs(bundle, recipe, segments):
-        yield Artifact(name, content_key(base, gated, graph, name), partial(_write, name, make))
+    yield from lowered_artifacts(bundle, recipe, segments, folder, roundings, base, _write)
 
 
 def version(_recipe: Recipe) -> str:

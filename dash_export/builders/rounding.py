@@ -22,22 +22,21 @@ import onnx_ir as ir
 import onnxruntime as ort
 from safetensors.numpy import load_file, save_file
 
-from dash_export.artifacts import TEMPORARY, Progress, content_key, sha256_file
+from dash_export.artifacts import TEMPORARY, Progress
 from dash_export.builders.gptq import gptq
-from dash_export.builders.segments import graphs_key
+from dash_export.builders.segments import DISTILLED_TEXTS, TEXT
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.graphs.compose import constant_value, load_graph
 from dash_export.graphs.precision import weight_precision
 from dash_export.graphs.rounded import Rounded, Roundings
+from dash_export.graphs.trt.quantize import block_of
 from dash_export.resources import resource_folder
 from dash_export.runtime.backends.onnxruntime import shared_pool_options
 from dash_export.runtime.text import Text
-from dash_export.targets import Recipe, WeightsRecipe
+from dash_export.targets import Recipe
 
-TEXT = "quantise.txt"
-DISTILLED_TEXTS = (TEXT, "distil.txt")
 WINDOW = 256
 WINDOWS = 64
 BATCH = 8
@@ -47,16 +46,6 @@ BITS = 4
 Floats = npt.NDArray[np.float32]
 
 
-def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
-    """What a calibrated engine depends on besides its own graph: the text, and the layers that feed it."""
-    if recipe.weights.rounding == "nearest":
-        return ""
-    layers = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
-    distils = recipe.weights.rounding == "distilled"
-    texts = [sha256_file(resource_folder("calibration") / name) for name in (DISTILLED_TEXTS if distils else (TEXT,))]
-    return content_key(*texts, graphs_key(bundle, ["embed", *layers, *(["head"] if distils else [])]))
-
-
 @contextmanager
 def calibrated(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Roundings]:
     """How the recipe rounds each matrix, calibrated: all are made when the first one is asked for, and lie in a
@@ -64,7 +53,7 @@ def calibrated(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress)
     """
     if recipe.weights.rounding == "distilled":
         _require_torch()  # now, and not after minutes of GPTQ
-    made = _Calibrated(bundle, recipe.weights, folder, progress)
+    made = _Calibrated(bundle, recipe, folder, progress)
     try:
         yield made
     finally:
@@ -81,8 +70,9 @@ def _require_torch() -> None:
 
 
 class _Calibrated:
-    def __init__(self, bundle: Bundle, recipe: WeightsRecipe, folder: Path, progress: Progress) -> None:
-        self._bundle, self._recipe, self._folder, self._progress = bundle, recipe, folder, progress
+    def __init__(self, bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> None:
+        self._bundle, self._recipe, self._folder, self._progress = bundle, recipe.weights, folder, progress
+        self._divides = recipe.engine is not None
         self._lock = threading.Lock()
         self._scratch: Path | None = None
         self._failure: Exception | None = None
@@ -108,7 +98,15 @@ class _Calibrated:
     def _read(self, path: Path) -> Rounded:
         # Builders read these from several threads. numpy's own files do not stand that before Python 3.11.8: their
         # headers are parsed as Python, whose parser counts its depth once for all threads (cpython gh-106905).
-        return Rounded(**load_file(path), bits=BITS, block=self._recipe.block_size)
+        arrays = load_file(path)
+        block = self._block(len(arrays["codes"]))
+        assert block is not None
+        return Rounded(**arrays, bits=BITS, block=block)
+
+    def _block(self, rows: int) -> int | None:
+        """Inputs that share a scale, of so many; None where the matrix is left as it is."""
+        wanted = self._recipe.block_size
+        return block_of(rows, wanted) if self._divides else wanted
 
     def close(self) -> None:
         if self._scratch is not None:
@@ -120,7 +118,10 @@ class _Calibrated:
         return known and weight_precision(node, self._recipe, gated) == "int4"
 
     def _round(self, file: Path, matrix: Floats, moments: npt.NDArray[np.float64]) -> Floats:
-        rounded = gptq(matrix, moments, BITS, self._recipe.block_size, self._recipe.symmetric)
+        block = self._block(len(matrix))
+        if block is None:
+            return matrix
+        rounded = gptq(matrix, moments, BITS, block, self._recipe.symmetric)
         _write(file, rounded)
         return rounded.dequantized()
 

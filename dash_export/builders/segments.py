@@ -9,24 +9,26 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dash_export.artifacts import content_key
+from dash_export.artifacts import content_key, sha256_file
 from dash_export.build_record import Segment
 from dash_export.bundle import Bundle
 from dash_export.graphs.compose import absorb, load_graph
 from dash_export.graphs.writer import GraphWriter
+from dash_export.resources import resource_folder
 from dash_export.targets import Recipe
 
 
 @dataclass(frozen=True)
 class Artifact:
     """One engine to make: `write(temporary folder)` returns its files, the .onnx first. `extends` names those whose
-    weights it maps too.
+    weights it maps too. Or (not `engine`) what engines need.
     """
 
     name: str
     key: str
     write: Callable[[Path], list[Path]]
     extends: tuple[str, ...] = ()
+    engine: bool = True
 
 
 def graph_names(segment: Segment) -> list[str]:
@@ -41,6 +43,23 @@ def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
     files = [bundle.manifest.graphs[name] for name in names]
     data = [file.removesuffix(".onnx") + ".data" for file in files]
     return content_key([hashes.get(name, "") for name in (*files, *data, "onnx/rope.data", "onnx/embed.data")])
+
+
+TEXT = "quantise.txt"
+DISTILLED_TEXTS = (TEXT, "distil.txt")
+
+
+def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
+    """What a calibrated engine depends on besides its own graph: the text, and the layers that feed it. Nothing where
+    nothing is calibrated.
+    """
+    weights = recipe.weights
+    if weights.rounding == "nearest" or "int4" not in (weights.layers, weights.qkv, weights.ungated, weights.head):
+        return ""
+    layers = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
+    distils = recipe.weights.rounding == "distilled"
+    texts = [sha256_file(resource_folder("calibration") / name) for name in (DISTILLED_TEXTS if distils else (TEXT,))]
+    return content_key(*texts, graphs_key(bundle, ["embed", *layers, *(["head"] if distils else [])]))
 
 
 def weights_key(recipe: Recipe) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from dash_export.artifacts import content_key
 from dash_export.build_record import Segment
-from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_graphs
+from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_artifacts
 from dash_export.builders.here import device_here, too_old
 from dash_export.builders.segments import Artifact, weights_key
 from dash_export.builders.trt_api import Settings, Shapes, Toolkit, load_toolkit
@@ -31,7 +31,7 @@ TIMING_CACHE = "timing.cache"
 
 
 def artifacts(
-    bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path, _roundings: Roundings
+    bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path, roundings: Roundings
 ) -> Iterator[Artifact]:
     """Every engine of this build. Raises BackendError where this machine's TensorRT cannot compile the dialect."""
     toolkit = load_toolkit(recipe.backend)
@@ -39,10 +39,8 @@ def artifacts(
         raise BackendError(reason)
     base = (LOWERING_REVISION, toolkit.backend, toolkit.version, device(recipe), recipe.dialect)
     base_key = content_key(*base, weights_key(recipe), recipe.as_dict()["engine"], recipe.runtime.prefill_chunk)
-    gated = bundle.manifest.policy.gated
-    for name, graph, make in lowered_graphs(bundle, recipe, segments):
-        compile_it = partial(_compile, toolkit, recipe, name, make, folder / TIMING_CACHE)
-        yield Artifact(name, content_key(base_key, gated, graph, name), compile_it)
+    compile_it = partial(_compile, toolkit, recipe, folder / TIMING_CACHE)
+    yield from lowered_artifacts(bundle, recipe, segments, folder, roundings, base_key, compile_it)
 
 
 def version(recipe: Recipe) -> str:
@@ -69,7 +67,7 @@ def details(recipe: Recipe) -> dict[str, Any]:
     return {"compiler": load_toolkit(recipe.backend).describe(), **told}
 
 
-def _compile(toolkit: Toolkit, recipe: Recipe, name: str, make: MakeGraph, timing: Path, out: Path) -> list[Path]:
+def _compile(toolkit: Toolkit, recipe: Recipe, timing: Path, name: str, make: MakeGraph, out: Path) -> list[Path]:
     model = make()
     settings = engine_settings(model, recipe)
     graph, path = out / f"{name}.onnx", out / f"{name}.engine"

@@ -19,9 +19,11 @@ from dash_export.artifacts import Progress, no_progress
 from dash_export.build_record import Build, Segment, Stretch
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
 from dash_export.builders.portable_files import portable_file, write_graph
+from dash_export.builders.stored_roundings import stored_roundings
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
+from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.trt import lower
 from dash_export.graphs.trt.decompose import OPSET as trt10_opset  # noqa: N811
 from dash_export.graphs.writer import OPSET as graph_opset  # noqa: N811
@@ -67,10 +69,11 @@ def verify_graphs(
     progress: Progress = no_progress,
     policy_bias: Mapping[int, float] | None = None,
     stretches: Sequence[Stretch] = (),
+    roundings: Roundings = to_nearest,
 ) -> tuple[list[Check], str]:
     """Compare every engine (CPU: the files in `engines`) or the graph it is compiled from (GPU) with its portable
     graph, in ONNX Runtime on this CPU. A GPU graph must also pass the ONNX checker at its dialect's opset.
-    `policy_bias` is the build's: what the host adds to a linear policy's score.
+    `policy_bias` is the build's: what the host adds to a linear policy's score. `roundings`: of a GPU graph's matrices.
 
     Returns the checks and what was compared, in words. ONNX Runtime has no bfloat16 on a CPU: such graphs are compared
     at float32, which shows everything but the rounding.
@@ -81,7 +84,7 @@ def verify_graphs(
             recipe, words = _at_float32(recipe), "lowered graphs at fp32 (bf16 is not there)"
         assert recipe.engine is not None
         recipe = replace(recipe, engine=replace(recipe.engine, kv_capacity=CAPACITY))
-    checks = list(_checks(bundle, recipe, segments, engines, progress, policy_bias or {}, stretches))
+    checks = list(_checks(bundle, recipe, segments, engines, progress, policy_bias or {}, stretches, roundings))
     return checks, f"{words} in ONNX Runtime on a CPU"
 
 
@@ -89,7 +92,10 @@ def verification(bundle: Bundle, build: Build, progress: Progress = no_progress)
     """`verify_graphs` of a build, as it is kept in its details. Raises BackendError when an engine does not agree."""
     recipe = recipe_from_dict(build.recipe, "the recipe recorded in the build")
     files = {name: bundle.path(engine.file) for name, engine in build.engines.items()}
-    return recorded(*verify_graphs(bundle, recipe, build.segments, files, progress, build.policy_bias, build.stretches))
+    known = stored_roundings(bundle.path(f"engines/{build.target}"))
+    return recorded(
+        *verify_graphs(bundle, recipe, build.segments, files, progress, build.policy_bias, build.stretches, known)
+    )
 
 
 def recorded(checks: list[Check], words: str) -> dict[str, Any]:
@@ -126,6 +132,7 @@ def _checks(
     progress: Progress,
     policy_bias: Mapping[int, float],
     stretches: Sequence[Stretch],
+    roundings: Roundings,
 ) -> Iterator[Check]:
     gated = bundle.manifest.policy.gated
     graphs = {name: make for name, _, make in portable_graphs(bundle, segments)}
@@ -137,7 +144,7 @@ def _checks(
             if recipe.engine is None:
                 other = engines[engine]
             else:
-                other = write_graph(lower(graphs[name](), recipe, gated), Path(folder) / "lowered.onnx")
+                other = write_graph(lower(graphs[name](), recipe, gated, roundings), Path(folder) / "lowered.onnx")
                 _check_standard(other, name, recipe)
             bias = policy_bias.get(segment.first) if name.startswith("policy") else None
             moves = segment in segments and engine == segment.name

@@ -74,8 +74,8 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option(
     "--rounding",
     type=click.Choice(["nearest", "gptq", "distilled"]),
-    help="How int4 weights are chosen. distilled: gptq, then all scales learn the unrounded model's answers (needs "
-    "dash-export[train]).",
+    help="How int4 weights are chosen. distilled: gptq, then all scales learn the unrounded model's answers (CPU "
+    "targets; needs dash-export[train]).",
 )
 @click.option(
     "--prefill",

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused, transpose_tables
+from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.trt.decompose import decompose
 from dash_export.graphs.trt.quantize import quantize_weights
 from dash_export.graphs.trt.types import set_activation_type
@@ -22,7 +23,7 @@ DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.Dat
 LOGIT_ROWS = "logit_rows"
 
 
-def lower(model: ir.Model, recipe: Recipe, gated: Collection[int]) -> ir.Model:
+def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Roundings = to_nearest) -> ir.Model:
     """A portable segment, skip graph or specialised policy -> the recipe's GPU dialect, in place.
 
     `hidden`, caches and weights get the recipe's activation type; `actions`, `logits` and `damage` stay float32.
@@ -37,7 +38,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int]) -> ir.Model:
     _sum_policy(graph)
     if recipe.dialect == "trt10":
         decompose(model)
-    quantize_weights(graph, recipe.weights, gated)
+    quantize_weights(graph, recipe.weights, gated, roundings)
     set_activation_type(graph, DTYPES[engine.activations])
     drop_unused(graph)
     return model

@@ -15,10 +15,13 @@ import onnx_ir as ir
 
 from dash_export.graphs.compose import add_constant, constant_value
 from dash_export.graphs.precision import weight_precision
+from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
 from dash_export.models.spec import Float32Array
 from dash_export.targets import QUANTISED, WeightsRecipe
 
 SMALLEST_BLOCK = 16
+MIDDLE = np.int8(8)
+"""The code of zero, of four bits on a symmetric grid."""
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Clipping a block's largest weights costs less than a coarser grid for all of them: the best of these is taken."""
 _COLUMNS = 4096
@@ -62,7 +65,9 @@ def block_of(rows: int, wanted: int) -> int | None:
     return None
 
 
-def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int]) -> None:
+def quantize_weights(
+    graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int], roundings: Roundings = to_nearest
+) -> None:
     """Quantise every projection and the head at the precision its part of the model has in the recipe.
 
     A matrix that no block divides is left as it is at int4, and so are policy and compensation: small and sensitive.
@@ -78,13 +83,18 @@ def quantize_weights(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[i
         bits = 4 if precision == "int4" else 8
         block = block_of(matrix.shape[0], recipe.block_size) if bits == 4 else matrix.shape[0]
         if block is not None:
-            _dequantize(graph, node, matrix, bits, block)
+            _dequantize(graph, node, matrix, bits, block, roundings(name) if bits == 4 else None)
 
 
-def _dequantize(graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, block: int) -> None:
+def _dequantize(
+    graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, block: int, rounded: Rounded | None
+) -> None:
     weight = node.inputs[1]
     assert weight is not None
-    values, scales = quantize_symmetric(matrix, bits, block)
+    if rounded is None:
+        values, scales = quantize_symmetric(matrix, bits, block)
+    else:
+        values, scales = rounded.codes.astype(np.int8) - MIDDLE, rounded.scales
     name = f"{weight.name}.q{bits}"
     if bits == 4:
         stored = add_constant(graph, name, values.astype(ml_dtypes.int4))

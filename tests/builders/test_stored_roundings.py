@@ -1,0 +1,151 @@
+"""Calibrated int4 on GPU targets: what the graphs hold, that it is kept, and that a build kit brings it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from dash_export.artifacts import ArtifactStore
+from dash_export.builders import build, building
+from dash_export.builders.building import roundings_of
+from dash_export.builders.kit import write_kit
+from dash_export.builders.stored_roundings import FILE, stored_roundings
+from dash_export.bundle import Bundle
+from dash_export.errors import BackendError, BundleError, RecipeError
+from dash_export.exporting import export
+from dash_export.graphs.rounded import Rounded
+from dash_export.resources import resource_folder
+from dash_export.targets import load_recipe, with_weights
+from tests.builders.test_kit import run
+from tests.tiny import tiny_checkpoint, tiny_policy
+
+DOWN = "layer_03/mlp/down_proj"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`cuda`, which every machine lowers for, all int4: 96 inputs take blocks of 32."""
+    text = (resource_folder("engines") / "cuda.toml").read_text(encoding="utf-8")
+    for part in ("layers", "qkv", "ungated", "head"):
+        text = text.replace(f'{part} = "fp16"', f'{part} = "int4"')
+    path = tmp_path_factory.mktemp("recipe") / "small.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, target: str) -> Bundle:
+    root = tmp_path_factory.mktemp("roundings")
+    checkpoint = tiny_checkpoint(root / "model")
+    made = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "low_rank"))
+    build(made, target, verify=True)
+    build(made, target, rounding="nearest")
+    return made
+
+
+def matrix(bundle: Bundle, build_name: str, engine: str, node: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales of a matrix in a lowered graph."""
+    model = onnx.load(bundle.path(bundle.load_build(build_name).engines[engine].file))
+    arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    (found,) = (item for item in model.graph.node if item.name == f"{node}/weight")
+    values, scales = (arrays[name] for name in found.input)
+    return values.astype(np.float32), scales
+
+
+def test_graphs_hold_what_was_calibrated(bundle: Bundle) -> None:
+    rounded = stored_roundings(bundle.path("engines/small"))
+    for engine, node in (
+        ("layer_03", DOWN),
+        ("layer_03", "layer_03/attention/v_proj"),
+        ("skip_03", "skip_03/attention/v_proj"),
+        (bundle.load_build("small").segments[-1].name, "head/logits"),
+    ):
+        expected = rounded(node)
+        assert expected is not None
+        values, scales = matrix(bundle, "small", engine, node)
+        np.testing.assert_array_equal(values, expected.codes.astype(np.float32) - 8)
+        np.testing.assert_array_equal(scales, expected.scales.astype(scales.dtype))
+        assert expected.block == (32 if node == DOWN else 64)
+    assert not np.array_equal(
+        matrix(bundle, "small", "layer_03", DOWN)[0], matrix(bundle, "small-nearest", "layer_03", DOWN)[0]
+    )
+    assert rounded("layer_03/input_layernorm") is None
+    assert stored_roundings(bundle.path("engines/small-nearest"))(DOWN) is None
+
+
+def test_what_is_kept_is_what_was_calibrated(bundle: Bundle, target: str, tmp_path: Path) -> None:
+    kept = stored_roundings(bundle.path("engines/small"))
+    with roundings_of(bundle, load_recipe(target), tmp_path, lambda *_: None) as roundings:
+        for node in (DOWN, "layer_00/attention/q_proj", "head/logits"):
+            one, other = roundings(node), kept(node)
+            assert one is not None
+            assert other is not None
+            np.testing.assert_array_equal(one.codes, other.codes)
+            np.testing.assert_array_equal(one.scales, other.scales)
+            np.testing.assert_array_equal(one.zeros, other.zeros)
+            assert one.block == other.block
+
+
+def refuse(_node: str) -> Rounded | None:
+    raise AssertionError("calibrated again")
+
+
+def test_an_engine_made_again_asks_nobody(
+    bundle: Bundle, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
+    monkeypatch.setattr(building, "find_spec", lambda _name: None)
+    monkeypatch.setattr(building, "_not_here", refuse)
+    file = own.path(own.load_build("small").engines["layer_03"].file)
+    file.unlink()
+    build(own, target)
+    np.testing.assert_array_equal(*(matrix(made, "small", "layer_03", DOWN)[0] for made in (own, bundle)))
+
+
+def test_without_onnx_runtime(bundle: Bundle, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
+    shutil.rmtree(own.path("engines/small"))
+    monkeypatch.setattr(building, "find_spec", lambda _name: None)
+    with pytest.raises(BackendError, match="Install onnxruntime, or build from a kit"):
+        build(own, target)
+    build(own, target, rounding="nearest")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_a_damaged_file(content: bytes | None, bundle: Bundle, tmp_path: Path) -> None:
+    whole = bundle.path(f"engines/small/{FILE}").read_bytes()
+    (tmp_path / FILE).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(BundleError, match=r"is damaged .* Delete it and build again"):
+        stored_roundings(tmp_path)(DOWN)
+
+
+def test_a_kit_brings_it(bundle: Bundle, target: str, tmp_path: Path) -> None:
+    kit = write_kit(bundle, target, [], "as a test", tmp_path / "kit")
+    engines = kit / bundle.root.name / "engines" / "small"
+    assert (engines / FILE).read_bytes() == bundle.path(f"engines/small/{FILE}").read_bytes()
+    record = json.loads((kit / "kit.json").read_text())
+    assert f"{bundle.root.name}/engines/small/{FILE}" in {item["name"] for item in record["files"]}
+    own = Bundle.open(kit / bundle.root.name)
+    assert ArtifactStore(engines).seconds("roundings") > 0
+    done = run(kit)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rounding layer" not in done.stdout
+    np.testing.assert_array_equal(*(matrix(made, "small", "layer_03", DOWN)[0] for made in (own, bundle)))
+    assert run(kit, "--check").returncode == 0, "what the build wrote is no damage"
+
+
+def test_nothing_is_calibrated_where_nothing_is_int4(bundle: Bundle, target: str, tmp_path: Path) -> None:
+    own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
+    build(own, target, weights="int8")
+    assert not own.path(f"engines/small-int8/{FILE}").exists()
+
+
+def test_distilled_is_for_a_cpu() -> None:
+    with pytest.raises(RecipeError, match="'distilled' is for the CPU so far"):
+        with_weights(load_recipe("l4"), rounding="distilled")

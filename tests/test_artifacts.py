@@ -34,7 +34,14 @@ def test_a_changed_file_is_made_again(tmp_path: Path) -> None:
     assert store.current("a", "key") is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": {"key": "key", "files": [{"name": "x"}]}}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"a": 1}', "null"),
+        '{"a": {"key": "key", "files": [{"name": "x"}]}}',
+        '{"a": {"key": "key", "files": [{"name": "a.bin", "bytes": "3"}]}}',
+    ],
+)
 def test_a_damaged_journal_makes_anew(text: str, tmp_path: Path) -> None:
     ArtifactStore(tmp_path).make("a", "key", writer("one"))
     (tmp_path / JOURNAL).write_text(text)

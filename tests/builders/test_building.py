@@ -231,6 +231,17 @@ def test_unknown_target(bundle: Bundle) -> None:
         build(bundle, "toaster")
 
 
+def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -> None:
+    """Calibrating is not to start the process's only pool with another number before."""
+    (tmp_path / "one.toml").write_text('[weights]\nrounding = "gptq"\nblock_size = 16\n[runtime]\nthreads = 1\n')
+    code = (
+        "import sys; from dash_export.builders import build; build(*sys.argv[1:])\n"
+        "from dash_export.runtime.backends.onnxruntime import start_thread_pool; print(start_thread_pool(0))"
+    )
+    ran = python(code, bundle.root, tmp_path / "one.toml")
+    assert (ran.stdout.strip(), ran.stderr) == ("1", "")
+
+
 def test_a_gpu_build_needs_no_onnxruntime(bundle: Bundle) -> None:
     """A machine with TensorRT has none, and a build kit does not bring it."""
     shutil.rmtree(bundle.root / "engines")

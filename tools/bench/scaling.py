@@ -309,7 +309,7 @@ def _figure(result: dict[str, Any], title: str) -> Figure:
     making.set(xlabel="weights, millions", ylabel="seconds, MB", ylim=(1, 10_000))
     making.xaxis.set_minor_locator(NullLocator())
     making.set_xticks(weights, [f"{each:.0f}" for each in weights])
-    making.legend(loc="center", bbox_to_anchor=(0.5, 0.47), ncols=2)
+    making.legend(loc="center", bbox_to_anchor=(0.42, 0.535), ncols=2)
     return figure
 
 

@@ -56,6 +56,11 @@ class WeightsRecipe:
     prefill: Prefill = "same"
     prepacked: bool = False
 
+    @property
+    def has_int4(self) -> bool:
+        """Whether there are matrices whose codes `rounding` chooses."""
+        return "int4" in (self.layers, self.qkv, self.ungated, self.head)
+
 
 @dataclass(frozen=True)
 class RuntimeRecipe:
@@ -271,7 +276,7 @@ def with_weights(
     suffix += [f"prefill-{changed.prefill}"] if changed.prefill != recipe.weights.prefill else []
     renamed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=changed)
     wrong = _contradiction(renamed)
-    if rounding not in (None, "nearest") and "int4" not in (changed.layers, changed.ungated, changed.qkv, changed.head):
+    if rounding not in (None, "nearest") and not changed.has_int4:
         wrong = f"rounding = {rounding!r} is how int4 codes are chosen, and nothing is 'int4'."
     if wrong:
         raise RecipeError(f"{recipe.name} at these weights: {wrong}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -105,6 +106,8 @@ def build(
     if known is not None and not measures and not verifies:
         return known
     draft = known or draft
+    if recipe.engine is None:
+        load_backend(recipe.backend, recipe.runtime.threads)  # as in _make_engines, before what verifies starts threads
     if verifies:
         draft = _verified(bundle, draft, progress)
     if measures:
@@ -119,10 +122,10 @@ def roundings_of(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progres
     """How the recipe rounds each matrix. Calibrated, it works inside `folder` when the first one is asked for, and
     raises BackendError then where ONNX Runtime is missing: not before, for a build kit brings what it needs.
     """
-    if recipe.weights.rounding == "nearest":
+    if recipe.weights.rounding == "nearest" or not recipe.weights.has_int4:
         yield to_nearest
-    elif find_spec("onnxruntime") is None:
-        yield _not_here
+    elif missing := [name for name in ("onnxruntime", "safetensors") if find_spec(name) is None]:
+        yield partial(_not_here, missing[0])
     else:
         from dash_export.builders.rounding import calibrated
 
@@ -130,10 +133,11 @@ def roundings_of(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progres
             yield roundings
 
 
-def _not_here(_node: str) -> Rounded | None:
+def _not_here(package: str, _node: str) -> Rounded | None:
     raise BackendError(
-        "Calibrated rounding runs the model's layers in ONNX Runtime, which is not installed here. Install "
-        "onnxruntime, or build from a kit that a machine with it writes (--kit), or with --rounding nearest."
+        f"Calibrated rounding runs the model's layers in ONNX Runtime, and {package} is not installed here. Run: pip "
+        "install 'dash-export[cpu,export]'; or build from a kit that a machine with it writes (--kit), or with "
+        "--rounding nearest."
     )
 
 
@@ -232,6 +236,8 @@ def _make_engines(
     found = {job.name: store.current(job.name, job.key) for job in jobs}
     # What is made of an engine follows it: under the same key its weights may come out different in the last bit.
     found |= {job.name: None for job in jobs if not all(found[name] for name in job.extends)}
+    if not all(found[job.name] for job in jobs if job.role == "aside"):
+        found = dict.fromkeys(found)
     if not all(found.values()):
         # From here to the end this build says that it is unfinished.
         (folder / BUILD).unlink(missing_ok=True)
@@ -264,15 +270,14 @@ def _make_engines(
             pool.shutdown(cancel_futures=True)
             raise
     store.keep_only({job.name for job in jobs})
-    files = {name: records for name, records in found.items() if records}
+    files = {job.name: found[job.name] or [] for job in jobs if job.role != "aside"}
     sizes = {name: sum(record.bytes for record in records) for name, records in files.items()}
     if recipe.weights.prepacked:
         from dash_export.builders.prepacked import prepacked_bytes  # which needs onnx
 
-        sizes = {
-            name: size - prepacked_bytes(folder / files[name][0].name) if name != "rope" else size
-            for name, size in sizes.items()
-        }
+        for job in jobs:
+            if job.role == "engine":
+                sizes[job.name] -= prepacked_bytes(folder / files[job.name][0].name)
     prefix = f"engines/{folder.name}"
     engines = {
         job.name: EngineRecord(
@@ -282,7 +287,7 @@ def _make_engines(
             store.seconds(job.name),
         )
         for job in jobs
-        if job.engine
+        if job.role == "engine"
     }
     listed = [replace(record, name=f"{prefix}/{record.name}") for records in files.values() for record in records]
     return engines, tuple(listed)

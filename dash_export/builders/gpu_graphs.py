@@ -14,7 +14,7 @@ from dash_export.builders.segments import Artifact, calibration_key, compose_seg
 from dash_export.builders.stored_roundings import rounding_artifact, stored_roundings
 from dash_export.bundle import Bundle
 from dash_export.graphs.compose import load_graph, specialise_policy
-from dash_export.graphs.rounded import Roundings
+from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.trt import lower
 from dash_export.targets import Recipe
 
@@ -52,8 +52,8 @@ def lowered_artifacts(
     gated = bundle.manifest.policy.gated
     calibrated = calibration_key(bundle, recipe)
     if calibrated:
-        yield rounding_artifact(bundle, recipe, roundings)
-    known = stored_roundings(folder)
+        yield rounding_artifact(bundle, recipe, folder, roundings)
+    known = stored_roundings(folder) if calibrated else to_nearest
 
     def lowered(make: MakeGraph) -> ir.Model:
         return lower(make(), recipe, gated, known)

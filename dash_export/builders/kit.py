@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dash_export import __version__
-from dash_export.artifacts import JOURNAL, FileRecord, Progress, no_progress, sha256_file, write_atomic
+from dash_export.artifacts import FileRecord, Progress, no_progress, sha256_file, write_atomic
 from dash_export.builders import kit_script
 from dash_export.builders.building import roundings_of
 from dash_export.builders.plan import plan_segments
@@ -122,6 +122,5 @@ def _requirements() -> str:
 
 
 def _records(root: Path) -> list[FileRecord]:
-    # The journal of what is built grows on the device.
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name != JOURNAL)
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
     return [FileRecord(path.relative_to(root).as_posix(), sha256_file(path), path.stat().st_size) for path in paths]

@@ -22,6 +22,7 @@ VENV = HERE / ".venv"
 NEEDED = ("numpy", "tokenizers", "jinja2", "click", "rich", "onnx", "onnx_ir", "ml_dtypes")
 PYTHON = (3, 10)
 FIRST_CUDA_13 = 13_000
+UNMEASURED = "Without cuda-bindings engines are compiled, but neither measured nor run."
 LOG_CHARACTERS = 20_000
 
 
@@ -65,24 +66,28 @@ def sha256(path: Path) -> str:
 
 def interpreter(install: bool) -> str | None:
     """A Python that has what building needs: this one, or one in .venv that also sees the system's TensorRT."""
-    bindings = cuda_bindings()
-    missing = [name for name in (*NEEDED, *(["cuda.bindings"] if bindings else [])) if not importable(name)]
-    if not missing:
+    missing = [name for name in NEEDED if not importable(name)]
+    bindings = "" if importable("cuda.bindings") else cuda_bindings()
+    if not install and bindings:
+        print(f"{UNMEASURED} Run: {sys.executable} -m pip install '{bindings}'")
+    if not missing and not (install and bindings):
         return sys.executable
     if not install:
-        wanted = f"-r requirements.txt '{bindings}'" if bindings else "-r requirements.txt"
-        fail(f"Missing: {', '.join(missing)}. Run: {sys.executable} -m pip install {wanted}")
+        fail(f"Missing: {', '.join(missing)}. Run: {sys.executable} -m pip install -r requirements.txt")
         return None
     python = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
     steps = [] if python.is_file() else [[sys.executable, "-m", "venv", "--system-site-packages", str(VENV)]]
     steps.append([str(python), "-m", "pip", "install", "--quiet", "-r", str(HERE / "requirements.txt")])
-    if bindings:
-        steps[-1].append(bindings)
     for step in steps:
         print("+", " ".join(step), flush=True)
         if subprocess.run(step, check=False).returncode:
             fail(f"That did not work. Install these yourself and run again: {', '.join(missing)}.")
             return None
+    if bindings:
+        step = [str(python), "-m", "pip", "install", "--quiet", bindings]
+        print("+", " ".join(step), flush=True)
+        if subprocess.run(step, check=False).returncode:
+            print(f"{UNMEASURED} Install {bindings} yourself to measure and to run.")
     return str(python)
 
 

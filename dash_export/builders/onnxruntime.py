@@ -54,7 +54,7 @@ def artifacts(
         "rope",
         content_key({record.name: record.sha256 for record in bundle.manifest.files}["onnx/rope.data"]),
         lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))],
-        engine=False,
+        role="shared",
     )
     for engine in _engines(bundle, recipe, segments, folder, roundings):
         yield _stored(engine, recipe, folder)

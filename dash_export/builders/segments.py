@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -21,14 +21,14 @@ from dash_export.targets import Recipe
 @dataclass(frozen=True)
 class Artifact:
     """One engine to make: `write(temporary folder)` returns its files, the .onnx first. `extends` names those whose
-    weights it maps too. Or (not `engine`) what engines need.
+    weights it maps too. Or what engines map (`shared`) or are made of (`aside`).
     """
 
     name: str
     key: str
     write: Callable[[Path], list[Path]]
     extends: tuple[str, ...] = ()
-    engine: bool = True
+    role: Literal["engine", "shared", "aside"] = "engine"
 
 
 def graph_names(segment: Segment) -> list[str]:
@@ -53,8 +53,7 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
     """What a calibrated engine depends on besides its own graph: the text, and the layers that feed it. Nothing where
     nothing is calibrated.
     """
-    weights = recipe.weights
-    if weights.rounding == "nearest" or "int4" not in (weights.layers, weights.qkv, weights.ungated, weights.head):
+    if recipe.weights.rounding == "nearest" or not recipe.weights.has_int4:
         return ""
     layers = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
     distils = recipe.weights.rounding == "distilled"

@@ -4,76 +4,85 @@ say, need not be one that can calibrate, and `--verify` makes the graphs again.
 
 from __future__ import annotations
 
-from functools import cache, partial
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dash_export.artifacts import ArtifactStore, content_key
-from dash_export.builders.segments import Artifact, calibration_key, weights_key
+from dash_export.artifacts import content_key
+from dash_export.builders.segments import Artifact, calibration_key, graphs_key, weights_key
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.graphs.compose import load_graph
-from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
+from dash_export.graphs.rounded import Rounded, Roundings, layer_node, to_nearest
 from dash_export.graphs.trt.quantize import MIDDLE
 from dash_export.targets import Recipe
 
+ROUNDING_REVISION = 1
+"""Raised whenever matrices are rounded otherwise, so that files made by an earlier version are not reused."""
 NAME = "roundings"
 FILE = f"{NAME}.npz"
-"""Of each matrix `<node>.codes` [in / 2, out] uint8, two inputs a byte, and `<node>.scales` [blocks, out] float32. In
-numpy's own form, which needs nothing that a device lacks.
+"""`key`, what it was made from; of each matrix `<node>.codes` [in / 2, out] uint8, two inputs a byte, and
+`<node>.scales` [blocks, out] float32. In numpy's own form, which needs nothing that a device lacks.
 """
 
 
-def rounding_artifact(bundle: Bundle, recipe: Recipe, roundings: Roundings) -> Artifact:
-    """The file of all matrices that the recipe rounds to int4, as `roundings` says."""
-    key = content_key(calibration_key(bundle, recipe), weights_key(recipe), bundle.manifest.policy.gated)
-    return Artifact(NAME, key, partial(_write, bundle, roundings), engine=False)
+def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, roundings: Roundings) -> Artifact:
+    """The file of all matrices that the recipe rounds to int4, as `roundings` says; the one in the build's folder where
+    it is of the same, as in a kit.
+    """
+    key = _key(bundle, recipe)
+    return Artifact(NAME, key, partial(_write, bundle, key, roundings, folder), role="aside")
 
 
 def keep_roundings(bundle: Bundle, recipe: Recipe, roundings: Roundings, folder: Path) -> Roundings:
-    """Write the file into the folder of a build that is made later, elsewhere, where the recipe asks for it."""
+    """Write the file into `folder`, of a build that is made later, elsewhere, where the recipe asks for it."""
     if not calibration_key(bundle, recipe):
         return to_nearest
-    artifact = rounding_artifact(bundle, recipe, roundings)
-    ArtifactStore(folder).make(artifact.name, artifact.key, artifact.write)
+    folder.mkdir(parents=True)
+    rounding_artifact(bundle, recipe, bundle.path(f"engines/{recipe.name}"), roundings).write(folder)
     return stored_roundings(folder)
 
 
 def stored_roundings(folder: Path) -> Roundings:
-    """What the file in a build's folder says, when a matrix is asked for: all are rounded to nearest where there is
-    none. Raises BundleError then where it is damaged.
+    """What the file in a build's folder says; all are rounded to nearest where there is none. A matrix that is asked
+    for raises BundleError where the file is damaged.
     """
-
-    @cache
-    def names() -> frozenset[str]:
-        path = folder / FILE
-        if not path.is_file():
-            return frozenset()
-        with np.load(path) as arrays:
-            return frozenset(arrays.files)
+    path = folder / FILE
 
     def rounded(node: str) -> Rounded | None:
-        node = node.replace("skip_", "layer_", 1)  # a skip graph writes the K and V that its layer writes
+        node = layer_node(node)
+        if not path.is_file():
+            return None
         try:
-            if f"{node}.codes" not in names():
-                return None
-            with np.load(folder / FILE) as arrays:
+            with np.load(path) as arrays:
+                if f"{node}.codes" not in arrays.files:
+                    return None
                 packed, scales = arrays[f"{node}.codes"], arrays[f"{node}.scales"]
+            if (packed.dtype, scales.dtype) != (np.uint8, np.float32):
+                raise ValueError(f"{node} is of {packed.dtype} and {scales.dtype}")
             codes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1])
             zeros = np.full(scales.shape, MIDDLE, np.uint8)
             return Rounded(codes, scales, zeros, bits=4, block=len(codes) // len(scales))
         except Exception as error:  # numpy and zipfile raise many kinds; the file may be from outside
-            raise BundleError(f"{folder / FILE} is damaged ({error}). Delete it and build again.") from error
+            raise BundleError(f"{path} is damaged ({error}). Delete it and build again.") from error
 
     return rounded
 
 
-def _write(bundle: Bundle, roundings: Roundings, out: Path) -> list[Path]:
+def _key(bundle: Bundle, recipe: Recipe) -> str:
+    parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), weights_key(recipe)
+    return content_key(ROUNDING_REVISION, *parts, bundle.manifest.policy.gated)
+
+
+def _write(bundle: Bundle, key: str, roundings: Roundings, folder: Path, out: Path) -> list[Path]:
+    if _key_of(folder / FILE) == key:
+        return [Path(shutil.copy(folder / FILE, out))]
     layers = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
     nodes = [str(node.name) for name in layers for node in load_graph(bundle.graph(name)).graph]
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Any] = {"key": np.array(key)}
     for node in [*(node for node in nodes if node.endswith("_proj")), "head/logits"]:
         rounded = roundings(node)
         if rounded is not None:
@@ -82,3 +91,12 @@ def _write(bundle: Bundle, roundings: Roundings, out: Path) -> list[Path]:
     path = out / FILE
     np.savez(path, **arrays)
     return [path]
+
+
+def _key_of(path: Path) -> str:
+    """What a file was made from; nothing of one that is not there or not ours."""
+    try:
+        with np.load(path) as arrays:
+            return str(arrays["key"])
+    except Exception:  # as above
+        return ""

@@ -19,6 +19,7 @@ from dash_export.artifacts import Progress, no_progress
 from dash_export.build_record import Build, Segment, Stretch
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
 from dash_export.builders.portable_files import portable_file, write_graph
+from dash_export.builders.segments import calibration_key
 from dash_export.builders.stored_roundings import stored_roundings
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
@@ -92,7 +93,8 @@ def verification(bundle: Bundle, build: Build, progress: Progress = no_progress)
     """`verify_graphs` of a build, as it is kept in its details. Raises BackendError when an engine does not agree."""
     recipe = recipe_from_dict(build.recipe, "the recipe recorded in the build")
     files = {name: bundle.path(engine.file) for name, engine in build.engines.items()}
-    known = stored_roundings(bundle.path(f"engines/{build.target}"))
+    calibrated = recipe.engine is not None and calibration_key(bundle, recipe)
+    known = stored_roundings(bundle.path(f"engines/{build.target}")) if calibrated else to_nearest
     return recorded(
         *verify_graphs(bundle, recipe, build.segments, files, progress, build.policy_bias, build.stretches, known)
     )

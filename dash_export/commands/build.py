@@ -192,7 +192,11 @@ def _summary(bundle: Bundle, build: Build) -> None:
         worst = max(error for errors in verified["engines"].values() for error in errors.values())
         click.echo(f"Verified: {len(verified['engines'])} engines, {verified['compared']}; largest error {worst:.2g}.")
     if not cost.segment_us:
-        click.echo(f"For {build.device}. Costs are not measured: that needs the device (`build` there measures them).")
+        from dash_export.builders.here import run_obstacle
+        from dash_export.targets import recipe_from_dict
+
+        obstacle = run_obstacle(recipe_from_dict(build.recipe, build.target))
+        click.echo(f"For {build.device}. Costs are not measured here: {obstacle} `build` measures them where it can.")
         return
     click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}")
     if cost.cost:

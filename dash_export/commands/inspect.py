@@ -214,7 +214,7 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
     )
     if facts["stretches"]:
         run, skip = ([row for row in facts["stretches"] if row["skips"] == skips] for skips in (False, True))
-        shared = build.recipe["weights"].get("prepacked", False)
+        shared = facts["recipe"]["weights"]["prepacked"]
         memory = "nothing" if shared else size(sum(row["bytes"] for row in facts["stretches"]))
         click.echo(
             f"Layers that take the same action are one launch: {', '.join(row['name'] for row in run)} where all of "

@@ -137,10 +137,20 @@ def test_measuring_on_the_device_needs_its_cuda(
         return object()
 
     monkeypatch.setattr(kit_script.importlib.util, "find_spec", find)
-    found = kit_script.interpreter(install=False)
-    assert found == (None if wanted else sys.executable)
-    said = f"Missing: cuda.bindings. Run: {sys.executable} -m pip install -r requirements.txt '{wanted}'"
-    assert (said in capsys.readouterr().err) == bool(wanted)
+    assert kit_script.interpreter(install=False) == sys.executable, "it compiles without"
+    said = f"neither measured nor run. Run: {sys.executable} -m pip install '{wanted}'"
+    assert (said in capsys.readouterr().out) == bool(wanted)
+    steps: list[list[str]] = []
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(kit_script, "VENV", Path(sys.prefix))
+    monkeypatch.setattr(
+        kit_script.subprocess,
+        "run",
+        lambda step, **_: failed if steps.append(step) or step[-1] == wanted else SimpleNamespace(returncode=0),
+    )
+    assert kit_script.interpreter(install=True) is not None
+    assert [step[-1] for step in steps if step[-1] == wanted] == ([wanted] if wanted else [])
+    assert ("yourself to measure" in capsys.readouterr().out) == bool(wanted)
 
 
 def test_own_recipe_and_precision_travel(tiny_root: Path, tmp_path: Path) -> None:

@@ -18,10 +18,9 @@ from onnx import numpy_helper
 from dash_export.builders import build, rounding
 from dash_export.builders.rounding import calibrated
 from dash_export.bundle import Bundle
-from dash_export.errors import RecipeError
 from dash_export.exporting import export
 from dash_export.graphs.ort.quantize import pack
-from dash_export.targets import load_recipe, recipe_from_dict
+from dash_export.targets import load_recipe
 from tests.tiny import tiny_checkpoint, tiny_policy
 
 INT4 = {"layers": "int4", "qkv": "int4", "ungated": "int4", "head": "int4", "block_size": 32}
@@ -117,12 +116,6 @@ def test_a_finished_build_calibrates_nothing(bundle: Bundle, tmp_path: Path, mon
     assert again == bundle.load_build("gptq")
 
 
-def test_gpu_recipes_round_to_nearest() -> None:
-    data = load_recipe("l4").as_dict()
-    with pytest.raises(RecipeError, match="rounding = 'gptq' is for the CPU"):
-        recipe_from_dict({**data, "weights": {**data["weights"], "rounding": "gptq"}}, "l4")
-
-
 def test_a_failed_pass_is_not_begun_again(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -150,8 +143,10 @@ def test_a_calibration_ends_with_the_build(bundle: Bundle, tmp_path: Path, monke
             started.set()
             time.sleep(0.2)
 
-    def interrupted(_future: object, *_: object) -> None:
-        assert started.wait(60)
+    def interrupted(future: Future[None], *_: object) -> None:
+        while not started.wait(0.01):
+            if future.done():  # what engines share comes first
+                return
         raise KeyboardInterrupt
 
     own = Bundle.open(shutil.copytree(bundle.root, tmp_path / "own.dash", ignore=shutil.ignore_patterns("engines")))

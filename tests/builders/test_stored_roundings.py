@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
 
-from dash_export.artifacts import ArtifactStore
 from dash_export.builders import build, building
 from dash_export.builders.building import roundings_of
 from dash_export.builders.kit import write_kit
@@ -20,10 +20,11 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.exporting import export
 from dash_export.graphs.rounded import Rounded
+from dash_export.models import open_checkpoint
 from dash_export.resources import resource_folder
 from dash_export.targets import load_recipe, with_weights
 from tests.builders.test_kit import run
-from tests.tiny import tiny_checkpoint, tiny_policy
+from tests.tiny import save_model, tiny_checkpoint, tiny_policy
 
 DOWN = "layer_03/mlp/down_proj"
 
@@ -45,7 +46,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, target: str) -> Bundle:
     checkpoint = tiny_checkpoint(root / "model")
     made = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "low_rank"))
     build(made, target, verify=True)
-    build(made, target, rounding="nearest")
+    build(made, target, rounding="nearest", verify=True)
     return made
 
 
@@ -92,7 +93,7 @@ def test_what_is_kept_is_what_was_calibrated(bundle: Bundle, target: str, tmp_pa
             assert one.block == other.block
 
 
-def refuse(_node: str) -> Rounded | None:
+def refuse(_package: str, _node: str) -> Rounded | None:
     raise AssertionError("calibrated again")
 
 
@@ -112,7 +113,7 @@ def test_without_onnx_runtime(bundle: Bundle, target: str, tmp_path: Path, monke
     own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
     shutil.rmtree(own.path("engines/small"))
     monkeypatch.setattr(building, "find_spec", lambda _name: None)
-    with pytest.raises(BackendError, match="Install onnxruntime, or build from a kit"):
+    with pytest.raises(BackendError, match=r"onnxruntime is not installed here.*or build from a kit"):
         build(own, target)
     build(own, target, rounding="nearest")
 
@@ -131,13 +132,93 @@ def test_a_kit_brings_it(bundle: Bundle, target: str, tmp_path: Path) -> None:
     assert (engines / FILE).read_bytes() == bundle.path(f"engines/small/{FILE}").read_bytes()
     record = json.loads((kit / "kit.json").read_text())
     assert f"{bundle.root.name}/engines/small/{FILE}" in {item["name"] for item in record["files"]}
+    assert record["verification"] == bundle.load_build("small").details["verification"]
     own = Bundle.open(kit / bundle.root.name)
-    assert ArtifactStore(engines).seconds("roundings") > 0
     done = run(kit)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rounding layer" not in done.stdout
     np.testing.assert_array_equal(*(matrix(made, "small", "layer_03", DOWN)[0] for made in (own, bundle)))
     assert run(kit, "--check").returncode == 0, "what the build wrote is no damage"
+
+
+def test_a_kit_takes_what_is_there(
+    bundle: Bundle, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "find_spec", lambda _name: None)
+    monkeypatch.setattr(building, "_not_here", refuse)
+    kit = write_kit(bundle, target, [], "as a test", tmp_path / "kit")
+    assert (kit / bundle.root.name / "engines" / "small" / FILE).is_file()
+    elsewhere = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
+    elsewhere.path(f"engines/small/{FILE}").unlink()
+    with pytest.raises(AssertionError, match="calibrated again"):
+        write_kit(elsewhere, target, [], "as a test", tmp_path / "other")
+
+
+def test_verified_against_what_is_built(bundle: Bundle) -> None:
+    errors = bundle.load_build("small").details["verification"]["engines"]["layer_03"]
+    nearest = bundle.load_build("small-nearest").details["verification"]["engines"]["layer_03"]
+    assert errors["hidden_out"] != nearest["hidden_out"]
+
+
+def test_another_head_is_calibrated_anew(bundle: Bundle, target: str, tmp_path: Path) -> None:
+    """Alone: layers do not depend on it."""
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    own = Path(shutil.copytree(bundle.root, tmp_path / "own.dash"))
+    save_model(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["lm_head.weight"] = -weights["lm_head.weight"][::-1].copy()
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    changed = export(open_checkpoint(tmp_path / "model"), own, tiny_policy(checkpoint, "low_rank"))
+    build(changed, target)
+    head, layer = (stored_roundings(changed.path("engines/small"))(node) for node in ("head/logits", DOWN))
+    old_head, old_layer = (stored_roundings(bundle.path("engines/small"))(node) for node in ("head/logits", DOWN))
+    assert head is not None
+    assert old_head is not None
+    assert not np.array_equal(head.codes, old_head.codes)
+    assert layer is not None
+    assert old_layer is not None
+    np.testing.assert_array_equal(layer.codes, old_layer.codes)
+
+
+def test_to_nearest_under_the_same_name(bundle: Bundle, target: str, tmp_path: Path) -> None:
+    own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
+    path = tmp_path / "small.toml"
+    path.write_text(
+        Path(target).read_text().replace('"gptq"', '"nearest"').replace("block_size = 128", "block_size = 16")
+    )
+    build(own, str(path))
+    assert matrix(own, "small", "layer_03", DOWN)[1].shape[0] == 96 // 16
+    assert not own.path(f"engines/small/{FILE}").exists()
+
+
+def test_a_matrix_that_no_block_divides(target: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", intermediate_size=104)
+    odd = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint))
+    build(odd, target, verify=True)
+    rounded = stored_roundings(odd.path("engines/small"))
+    assert rounded(DOWN) is None
+    assert rounded("layer_03/mlp/up_proj") is not None
+
+
+def test_in_bfloat16(bundle: Bundle, target: str, tmp_path: Path) -> None:
+    own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
+    path = tmp_path / "wide.toml"
+    path.write_text(Path(target).read_text().replace('"fp16"', '"bf16"').replace('"7.5", ', ""))
+    made = build(own, str(path), verify=True)
+    assert "bf16 is not there" in made.details["verification"]["compared"]
+
+
+def test_what_is_not_of_this_matrix(bundle: Bundle, target: str, tmp_path: Path) -> None:
+    own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
+    path = own.path(f"engines/small/{FILE}")
+    with np.load(path) as arrays:
+        changed = dict(arrays)
+    for name in (f"{DOWN}.codes", f"{DOWN}.scales"):
+        changed[name] = changed[name][:, :-1]
+    np.savez(path, **changed)
+    own.path("engines/small/build.json").unlink()
+    with pytest.raises(BundleError, match="not of this matrix"):
+        build(own, target)
 
 
 def test_nothing_is_calibrated_where_nothing_is_int4(bundle: Bundle, target: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dash_export.errors import BundleError
 from dash_export.graphs.compose import add_constant, constant_value
 from dash_export.graphs.precision import weight_precision
 from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
@@ -93,8 +94,10 @@ def _dequantize(
     assert weight is not None
     if rounded is None:
         values, scales = quantize_symmetric(matrix, bits, block)
-    else:
+    elif rounded.codes.shape == matrix.shape and rounded.block == block:
         values, scales = rounded.codes.astype(np.int8) - MIDDLE, rounded.scales
+    else:
+        raise BundleError(f"The rounding that is kept of {node.name} is not of this matrix. Build the target again.")
     name = f"{weight.name}.q{bits}"
     if bits == 4:
         stored = add_constant(graph, name, values.astype(ml_dtypes.int4))

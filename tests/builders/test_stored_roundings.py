@@ -109,6 +109,16 @@ def test_an_engine_made_again_asks_nobody(
     np.testing.assert_array_equal(*(matrix(made, "small", "layer_03", DOWN)[0] for made in (own, bundle)))
 
 
+def test_engines_follow_what_they_are_made_of(bundle: Bundle, target: str, tmp_path: Path) -> None:
+    own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
+    assert all(FILE not in record.name for record in own.load_build("small").files), "nobody loads it"
+    files = [own.path(engine.file) for engine in own.load_build("small").engines.values()]
+    before = [path.stat().st_mtime_ns for path in files]
+    own.path(f"engines/small/{FILE}").unlink()
+    build(own, target)
+    assert not set(before) & {path.stat().st_mtime_ns for path in files}
+
+
 def test_without_onnx_runtime(bundle: Bundle, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
     shutil.rmtree(own.path("engines/small"))

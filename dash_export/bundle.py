@@ -112,6 +112,11 @@ class Bundle:
         check_build(build, self.manifest, f"{self.root.name}/{folder}/{BUILD}")
         return build
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the portable graphs are here. A copy without them runs its engines all the same."""
+        return self.path("onnx").is_dir()
+
     def build_command(self, target: str) -> str:
         """What makes a target's engines, for messages."""
         return f"dash-export build {self.root} {build_options(target)}"

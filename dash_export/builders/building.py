@@ -64,6 +64,13 @@ def build(
     require_builder(recipe)
     if measure and (obstacle := run_obstacle(recipe)) is not None:
         raise BackendError(f"Nothing can be measured here: {obstacle}")
+    if not bundle.has_graphs:
+        if not measure:
+            raise BundleError(
+                f"{bundle.root} is a copy without portable graphs (onnx/): its engines run, and can be measured here "
+                "(--measure). New ones are built where the graphs are."
+            )
+        return _measured_again(bundle, recipe, progress)
     began = time.perf_counter()
     # The portable target is the one whose graphs are their own engines.
     merge = recipe.engine is not None or recipe.dialect != "portable"
@@ -157,6 +164,16 @@ def _verified(bundle: Bundle, draft: Build, progress: Progress) -> Build:
     from dash_export.builders.verify import verification
 
     return replace(draft, details={**draft.details, VERIFICATION: verification(bundle, draft, progress)})
+
+
+def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
+    """The build that is there, with the costs and the dial of this machine. Needs no onnx."""
+    known = bundle.load_build(recipe.name)
+    bundle.verify(known.files)
+    built = recipe_from_dict(known.recipe, "the recipe recorded in the build")
+    measured = _measured(bundle, replace(known, device=_device(built), measuring=MEASURING_REVISION), built, progress)
+    write_atomic(bundle.path(f"engines/{recipe.name}/{BUILD}"), to_json(measured))
+    return measured
 
 
 def _measured(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) -> Build:

@@ -38,7 +38,8 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
                 raise
             stale.append(str(error))
     if verify:
-        opened.verify(opened.manifest.files)
+        here = opened.has_graphs
+        opened.verify(record for record in opened.manifest.files if here or not record.name.startswith("onnx/"))
         for build in builds:
             opened.verify(build.files)
     facts = describe(opened, builds) | {"stale": stale}
@@ -65,7 +66,7 @@ def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
         "bytes": bundle_bytes(bundle),
         "model": asdict(manifest.model),
         "policy": asdict(manifest.policy) | {"kinds": manifest.policy.kinds},
-        "graphs": graph_kinds(bundle),
+        "graphs": graph_kinds(bundle) if bundle.has_graphs else [],
         "tools": manifest.tools,
         "key": manifest.key,
         "builds": {build.target: _describe_build(build) for build in builds},
@@ -169,7 +170,10 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
         graphs.add_row(row["kind"], str(row["count"]), size(row["bytes"]), opset)
     console = result_console()
     print_table(console, table)
-    print_table(console, graphs)
+    if facts["graphs"]:
+        print_table(console, graphs)
+    else:
+        click.echo("The portable graphs are not here: engines run, and new ones are built elsewhere.\n")
 
 
 def _decides(points: Mapping[int, Sequence[int]]) -> str:

@@ -21,7 +21,7 @@ from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.runtime.backends.onnxruntime import OrtBackend
-from tests.commands.helpers import python
+from tests.commands.helpers import dash, python
 from tests.tiny import random_ids, tiny_policy
 
 
@@ -229,6 +229,26 @@ def test_a_bundle_without_a_network_serves_dense_and_static(bundle: Bundle, tmp_
 def test_unknown_target(bundle: Bundle) -> None:
     with pytest.raises(RecipeError, match="Known targets"):
         build(bundle, "toaster")
+
+
+def test_a_copy_without_graphs_is_measured(bundle: Bundle) -> None:
+    """As a device has it, which has no onnx either."""
+    before = bundle.load_build("cpu-fp32")
+    shutil.rmtree(bundle.path("onnx"))
+    with pytest.raises(BundleError, match=r"without portable graphs .* can be measured here \(--measure\)"):
+        build(bundle, "cpu", weights="fp32")
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnx_ir', 'gguf', 'safetensors', 'torch'))\n"
+        "from dash_export.builders import build; build(sys.argv[1], 'cpu', weights='fp32', measure=True)"
+    )
+    ran = python(code, bundle.root)
+    assert ran.returncode == 0, ran.stderr
+    after = bundle.load_build("cpu-fp32")
+    assert after.cost.segment_us != before.cost.segment_us
+    assert after == replace(before, cost=after.cost, dial=after.dial)
+    shown = dash("inspect", bundle.root, "--verify")
+    assert shown.exit_code == 0, shown.stderr
+    assert "The portable graphs are not here" in shown.stdout
 
 
 def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -> None:

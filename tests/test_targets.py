@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from dash_export.errors import RecipeError
-from dash_export.targets import Recipe, build_options, load_recipe, recipe_from_dict, recipe_names, with_weights
+from dash_export.targets import (
+    CostRecipe,
+    EngineRecipe,
+    Recipe,
+    RuntimeRecipe,
+    WeightsRecipe,
+    build_options,
+    load_recipe,
+    recipe_from_dict,
+    recipe_names,
+    with_weights,
+)
 
 
 def write(path: Path, text: str) -> str:
@@ -225,3 +238,11 @@ def test_bad_weights_on_the_command_line() -> None:
     for target, said in (("portable", "lowered graph"), ("l4", "for the CPU")):
         with pytest.raises(RecipeError, match=said):
             with_weights(load_recipe(target), prefill="int8")
+
+
+def test_the_documentation_has_every_key() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "deploying.md").read_text(encoding="utf-8").partition("## Recipes")[2]
+    for table in (Recipe, WeightsRecipe, RuntimeRecipe, CostRecipe, EngineRecipe):
+        for item in fields(table):
+            if item.name not in ("name", "weights", "runtime", "cost", "engine"):
+                assert re.search(rf"`(\[\w+\] )?{item.name}`", text), item.name

@@ -70,6 +70,8 @@ def build(
                 f"{bundle.root} is a copy without portable graphs (onnx/): its engines run, and can be measured here "
                 "(--measure). New ones are built where the graphs are."
             )
+        if verify:
+            raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
         return _measured_again(bundle, recipe, progress)
     began = time.perf_counter()
     # The portable target is the one whose graphs are their own engines.
@@ -113,8 +115,7 @@ def build(
     if known is not None and not measures and not verifies:
         return known
     draft = known or draft
-    if recipe.engine is None:
-        load_backend(recipe.backend, recipe.runtime.threads)  # as in _make_engines, before what verifies starts threads
+    _start_threads(recipe)
     if verifies:
         draft = _verified(bundle, draft, progress)
     if measures:
@@ -166,12 +167,19 @@ def _verified(bundle: Bundle, draft: Build, progress: Progress) -> Build:
     return replace(draft, details={**draft.details, VERIFICATION: verification(bundle, draft, progress)})
 
 
+def _start_threads(recipe: Recipe) -> None:
+    """The process's only pool on a CPU, before what rounds or verifies starts it: as many as will be measured with."""
+    if recipe.engine is None:
+        load_backend(recipe.backend, recipe.runtime.threads)
+
+
 def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
     """The build that is there, with the costs and the dial of this machine. Needs no onnx."""
     known = bundle.load_build(recipe.name)
     bundle.verify(known.files)
     built = recipe_from_dict(known.recipe, "the recipe recorded in the build")
-    measured = _measured(bundle, replace(known, device=_device(built), measuring=MEASURING_REVISION), built, progress)
+    device = _device(built) if built.engine is None else known.device  # what a GPU engine was compiled for stays so
+    measured = _measured(bundle, replace(known, device=device, measuring=MEASURING_REVISION), built, progress)
     write_atomic(bundle.path(f"engines/{recipe.name}/{BUILD}"), to_json(measured))
     return measured
 
@@ -259,9 +267,7 @@ def _make_engines(
         # From here to the end this build says that it is unfinished.
         (folder / BUILD).unlink(missing_ok=True)
         bundle.verify(record for record in bundle.manifest.files if record.name.startswith("onnx/"))
-        if recipe.engine is None:
-            # The process's only pool has as many threads as will be measured with, whoever runs something first.
-            load_backend(recipe.backend, recipe.runtime.threads)
+        _start_threads(recipe)
     done = itertools.count(1)
 
     def make(group: Sequence[Artifact]) -> None:

@@ -196,7 +196,8 @@ def _summary(bundle: Bundle, build: Build) -> None:
         from dash_export.targets import recipe_from_dict
 
         obstacle = run_obstacle(recipe_from_dict(build.recipe, build.target))
-        click.echo(f"For {build.device}. Costs are not measured here: {obstacle} `build` measures them where it can.")
+        why = f": {obstacle}" if obstacle else "."
+        click.echo(f"For {build.device}. Costs are not measured here{why} `build` measures them where it can.")
         return
     click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}")
     if cost.cost:

@@ -237,6 +237,8 @@ def test_a_copy_without_graphs_is_measured(bundle: Bundle) -> None:
     shutil.rmtree(bundle.path("onnx"))
     with pytest.raises(BundleError, match=r"without portable graphs .* can be measured here \(--measure\)"):
         build(bundle, "cpu", weights="fp32")
+    with pytest.raises(BundleError, match=r"no portable graphs .* to compare"):
+        build(bundle, "cpu", weights="fp32", verify=True, measure=True)
     code = (
         "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnx_ir', 'gguf', 'safetensors', 'torch'))\n"
         "from dash_export.builders import build; build(sys.argv[1], 'cpu', weights='fp32', measure=True)"
@@ -251,15 +253,26 @@ def test_a_copy_without_graphs_is_measured(bundle: Bundle) -> None:
     assert "The portable graphs are not here" in shown.stdout
 
 
+def test_a_gpu_s_copy_without_graphs_is_measured(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(bundle, "cuda")
+    shutil.rmtree(bundle.path("onnx"))
+    measured = replace(first.cost, device="a GPU")
+    monkeypatch.setattr(building, "run_obstacle", lambda _: None)
+    monkeypatch.setattr(building, "import_module", None)  # what builds needs onnx
+    monkeypatch.setattr(building, "_measured", lambda _b, draft, *_: replace(draft, cost=measured))
+    assert build(bundle, "cuda", measure=True) == replace(first, cost=measured)
+
+
 def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -> None:
     """Calibrating is not to start the process's only pool with another number before."""
     (tmp_path / "one.toml").write_text('[weights]\nrounding = "gptq"\nblock_size = 16\n[runtime]\nthreads = 1\n')
-    code = (
-        "import sys; from dash_export.builders import build; build(*sys.argv[1:])\n"
-        "from dash_export.runtime.backends.onnxruntime import start_thread_pool; print(start_thread_pool(0))"
-    )
-    ran = python(code, bundle.root, tmp_path / "one.toml")
-    assert (ran.stdout.strip(), ran.stderr) == ("1", "")
+    for options in ("", ", verify=True, measure=True"):  # the second time only what verifies runs something before
+        code = (
+            f"import sys; from dash_export.builders import build; build(*sys.argv[1:]{options})\n"
+            "from dash_export.runtime.backends.onnxruntime import start_thread_pool; print(start_thread_pool(0))"
+        )
+        ran = python(code, bundle.root, tmp_path / "one.toml")
+        assert (ran.stdout.strip(), ran.stderr) == ("1", "")
 
 
 def test_a_gpu_build_needs_no_onnxruntime(bundle: Bundle) -> None:

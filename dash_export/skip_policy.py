@@ -37,6 +37,11 @@ class Compensation:
     kind: str = "none"
     weights: Mapping[str, Float32Array] = field(default_factory=dict)
 
+    @property
+    def rank(self) -> int:
+        """0 where it has none."""
+        return int(self.weights["down"].shape[-1]) if "down" in self.weights else 0
+
 
 @dataclass(frozen=True)
 class SkipPolicy:

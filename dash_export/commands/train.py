@@ -12,7 +12,7 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.common import LayerList, plain_table, print_table, result_console
 from dash_export.commands.progress import progress_bar
 
-OF_A_POLICY = ("compensation", "rank", "width")
+OF_A_POLICY = ("compensation", "width")
 """Settings that a training takes from the policy it goes on from."""
 
 
@@ -57,7 +57,11 @@ OF_A_POLICY = ("compensation", "rank", "width")
     help="Go on from this trained policy, to tune it further or for other text: only the tuning steps are done.",
 )
 @click.option("--compensation", type=click.Choice(["none", "scale", "low_rank"]), help="What a skip adds (low_rank).")
-@click.option("--rank", type=click.IntRange(1, 4096), help="Rank of the low-rank compensation (64).")
+@click.option(
+    "--rank",
+    type=click.IntRange(1, 4096),
+    help="Rank of the low-rank compensation (128; with --from that of the policy, which a higher one widens).",
+)
 @click.option("--width", type=click.IntRange(0, 4096), help="Hidden units of the damage network; 0: linear (0).")
 @click.option(
     "--decide",

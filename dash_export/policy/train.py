@@ -24,7 +24,7 @@ from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Corpus, Passage, TokenIds, read_corpus, read_prompts
 from dash_export.policy.figures import held_out_batches, token_figures
 from dash_export.policy.gated_model import GatedModel
-from dash_export.policy.settings import TrainingSettings
+from dash_export.policy.settings import RANK, TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.training import Training, training_key
 from dash_export.policy_file import load_policy, save_policy
@@ -57,7 +57,8 @@ def train(
 
     With `start`, a trained policy of this model, training goes on from there, to tune it further or for other text:
     network and compensation are as they are in it (of the `gated` layers only, where given), and only the tuning steps
-    are done. Where the settings say how to `decide`, its network is learnt anew.
+    are done. Where the settings say how to `decide`, its network is learnt anew; a higher `rank` widens its low-rank
+    compensation.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
     done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
@@ -78,13 +79,16 @@ def train(
         raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     spec = checkpoint.spec
+    if settings.rank > spec.hidden_size:
+        raise PolicyError(f"The hidden size of this model is {spec.hidden_size}: a higher rank than that adds nothing.")
     policy = None if start is None else _trained(start, spec, kind)
     if policy is not None:
+        _check_rank(settings.rank, policy, start)
         policy = policy if gated is None else narrowed(policy, gated)
         if kind == "static" or settings.decide:
             policy = replace(policy, network=None, reads=())
         gated, settings = policy.gated, _further(settings, policy)
-    settings = replace(settings, decide=settings.decide or "each")
+    settings = replace(settings, decide=settings.decide or "each", rank=settings.rank or min(RANK, spec.hidden_size))
     layers = check_gated(default_gated(spec.num_layers) if gated is None else gated, spec.num_layers)
     if not layers:
         raise PolicyError("There is no layer to learn about: no layer may be skipped.")
@@ -138,14 +142,22 @@ def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
     return policy
 
 
+def _check_rank(rank: int, policy: SkipPolicy, path: Path | None) -> None:
+    known = policy.compensation.rank
+    if rank and not known:
+        raise PolicyError(f"{path} has a compensation that is not low-rank: it takes no --rank.")
+    if rank and rank < known:
+        raise PolicyError(f"{path} has a compensation of rank {known}, which can become wider, not narrower.")
+
+
 def _further(settings: TrainingSettings, policy: SkipPolicy) -> TrainingSettings:
     """What is left to do for a trained policy, and what it says of itself."""
-    down = policy.compensation.weights.get("down")
+    rank = policy.compensation.rank
     settings = replace(
         settings,
         compensation=policy.compensation.kind,
-        rank=settings.rank if down is None else int(down.shape[-1]),
-        fit_steps=0,
+        rank=settings.rank or rank,
+        fit_steps=settings.fit_steps if settings.rank > rank else 0,
         compensation_rate=settings.compensation_rate * settings.again,
     )
     if policy.network is None:

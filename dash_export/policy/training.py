@@ -65,7 +65,7 @@ class Training:
                 "ranking": len(self.gated) * RANKING_BATCHES * 6,
             }
         )
-        start = self.start or self._fitted()
+        start = self._fitted()
         if start.network is None:
             start = replace(start, network=self._initial_network(), reads=self._reads())
         modules = SkipModules(start).to(self.model.device)
@@ -106,7 +106,7 @@ class Training:
                 "tuning": settings.tuning_steps * TUNING_COST * (settings.compensation != "none"),
             }
         )
-        start = replace(self.start or self._fitted(), network=None)
+        start = replace(self._fitted(), network=None)
         modules = SkipModules(start).to(self.model.device)
         order = self._ranking(modules)
         if settings.compensation != "none":
@@ -156,14 +156,19 @@ class Training:
         return all_at_once(self.gated) if self.settings.decide == "once" else ()
 
     def _fitted(self) -> SkipPolicy:
-        """The compensation in closed form and the cosine order, without a network."""
+        """The compensation in closed form and the cosine order, without a network; or what training goes on from."""
+        start, rank = self.start, self.settings.rank
+        if start is not None and start.compensation.rank in (0, rank):
+            return start
         statistics = UpdateStatistics(self.model, self.gated)
         for batch, _ in self._batches("fit", self.settings.fit_steps):
             statistics.add(batch)
             self._advance("compensation in closed form", FIT_COST)
+        if start is not None:
+            return replace(start, compensation=statistics.low_rank(rank, start.compensation))
         kind = self.settings.compensation
         fitted = (
-            statistics.low_rank(self.settings.rank)
+            statistics.low_rank(rank)
             if kind == "low_rank"
             else statistics.scale()
             if kind == "scale"

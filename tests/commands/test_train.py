@@ -30,6 +30,7 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     assert (card["gated"], card["settings"]["trade_offs"]) == ([2, 3, 4], [0.2, 0.9])
     further = ("train", model, "-o", second, "--text", prose, "--from", first, "--steps", 2, "--window", 32)
     assert "knows nothing about skipping layers 5." in refused(*further, "--gated", "2,5")
+    assert "a compensation of rank 4, which can become wider, not narrower" in refused(*further, "--rank", 2)
     said = dash(*further, "--gated", "2,4")
     assert said.exit_code == 0, said.output
     card = json.loads(second.with_suffix(".json").read_text())
@@ -42,7 +43,6 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("--rank", 8), 2, "--from takes no --rank"),
         (("--width", 8, "--compensation", "none"), 2, "no --compensation"),
         ((), 1, "no policy file"),
         (("--regression-steps", 8), 2, "--from without --decide takes no --regression-steps"),
@@ -68,6 +68,7 @@ def test_what_does_not_go_together(
         (("--decide", "once", "--width", 8), 1, "Only a linear network"),
         (("--compensation", "none", "--steps", 8), 2, "none tunes no --steps"),
         (("--compensation", "scale", "--rank", 8), 2, "scale has no --rank"),
+        (("--rank", 1000), 1, "a higher rank than that adds nothing"),
         (("--device", "abacus"), 1, "no device 'abacus'"),
         (("--device", "cuda:99"), 1, "no device 'cuda:99'"),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export.policy.compensation import UpdateStatistics
+from dash_export.policy.compensation import ADDED, UpdateStatistics
 from dash_export.policy.corpus import Batch
 from dash_export.policy.gated_model import GatedModel
 from tests.tiny import random_ids
@@ -62,6 +62,19 @@ def test_a_higher_rank_explains_more(model: GatedModel, statistics: UpdateStatis
         shares.append(1 - float(left.square().sum() / u.square().sum()))
     assert shares == sorted(shares)
     assert shares[-1] > shares[0] > 0
+
+
+def test_what_is_fitted_beside_another_explains_the_rest(model: GatedModel, statistics: UpdateStatistics) -> None:
+    """Half of it is added; with all of it the map is that of the higher rank."""
+    hidden, known = model.spec.hidden_size, statistics.low_rank(3)
+    wide = statistics.low_rank(hidden, known)
+    for row in range(len(LAYERS)):
+        down, up = wide.weights["down"][row], wide.weights["up"][row]
+        np.testing.assert_array_equal(down[:, :3], known.weights["down"][row])
+        best = statistics.low_rank(hidden).weights
+        whole = down[:, :3] @ up[:3] + down[:, 3:] @ up[3:] / ADDED
+        # The known map is not shrunk by the ridge again.
+        np.testing.assert_allclose(whole, best["down"][row] @ best["up"][row], atol=5e-3)
 
 
 def test_scale_is_least_squares(model: GatedModel, statistics: UpdateStatistics) -> None:

@@ -132,7 +132,7 @@ def test_a_trained_policy_is_tuned_further(
         path,
         [prose],
         start=trained[0],
-        settings=replace(SETTINGS, seed=1, rank=8, width=3, tuning_steps=40, compensation_rate=1e-2),
+        settings=replace(SETTINGS, seed=1, rank=0, width=3, tuning_steps=40, compensation_rate=1e-2),
         progress=lambda name, *_: stages.add(name.split()[0]),
     )
     assert stages == {"reading", "further", "each", "static", "held-out"}
@@ -147,6 +147,32 @@ def test_a_trained_policy_is_tuned_further(
         {row["setting"]: row["kl"] for row in card["held_out"]["figures"]}["random, 4 layers"] for card in cards
     )
     assert after < before
+
+
+def test_a_compensation_is_widened(
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+) -> None:
+    """Its first columns are those it had, where nothing is tuned after; the network stays."""
+    path, stages = tmp_path / "wide.safetensors", set()
+    settings = replace(SETTINGS, rank=7, compensation_rate=0.0, refinement_rate=0.0)
+    wide = train(
+        checkpoint,
+        path,
+        [prose],
+        start=trained[0],
+        settings=settings,
+        progress=lambda name, *_: stages.add(name.split()[0]),
+    )
+    assert stages == {"reading", "compensation", "further", "each", "static", "held-out"}
+    known, weights = trained[1].compensation.weights, wide.compensation.weights
+    assert weights["up"].shape == (len(wide.gated), 7, checkpoint.spec.hidden_size)
+    np.testing.assert_array_equal(weights["down"][:, :, :4], known["down"])
+    np.testing.assert_array_equal(weights["up"][:, :4], known["up"])
+    assert np.abs(weights["down"][:, :, 4:]).max() > 0
+    assert same(replace(wide, compensation=trained[1].compensation, origin=trained[1].origin), trained[1])
+    assert json.loads(path.with_suffix(".json").read_text())["settings"]["rank"] == 7
+    with pytest.raises(PolicyError, match="rank 7, which can become wider, not narrower"):
+        train(checkpoint, tmp_path / "p.safetensors", [prose], start=path, settings=SETTINGS)
 
 
 def test_another_way_to_decide_is_learnt_anew(

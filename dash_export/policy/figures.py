@@ -43,14 +43,15 @@ def token_figures(
     order: Sequence[int],
     trade_offs: tuple[float, float],
     progress: Progress = no_progress,
+    points: int = 8,
 ) -> tuple[int, list[dict[str, object]]]:
-    """(tokens judged, figures): dense, the token policy over its dial, static and random sets of SIZES with the same
-    compensation.
+    """(tokens judged, figures): dense, the token policy at `points` of its dial, static and random sets of SIZES with
+    the same compensation.
     """
     layers, gated = model.spec.num_layers, modules.gated
     runs: list[tuple[str, Decide]] = [("dense", lambda _, damage: torch.zeros_like(damage).bool())]
     if modules.network:
-        for value in np.geomspace(*trade_offs, 8):
+        for value in np.geomspace(*trade_offs, points):
             runs.append((f"token, trade-off {value:.3g}", _below(float(value) / layers)))
     for size in SIZES:
         rows = {gated.index(layer) for layer in order[:size]}

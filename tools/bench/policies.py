@@ -36,6 +36,7 @@ FILE = click.Path(exists=True, path_type=Path)
 @click.option("--text", type=FILE, multiple=True, help="Its last 8 % are judged on.")
 @click.option("--held", type=FILE, multiple=True, help="Judged on whole.")
 @click.option("--batches", default=24, show_default=True, help="Of 4 windows of 256 tokens.")
+@click.option("--points", default=8, show_default=True, help="Of the dial: what lies between two comes out too high.")
 def main(
     model: Path,
     policies: tuple[Path, ...],
@@ -43,6 +44,7 @@ def main(
     text: tuple[Path, ...],
     held: tuple[Path, ...],
     batches: int,
+    points: int,
 ) -> None:
     """KL from dense and nll at every policy's own settings, and interpolated at 2, 4, 5, 6 and 8 skipped layers."""
     settings = TrainingSettings()
@@ -60,7 +62,7 @@ def main(
     for path in policies:
         policy = load_policy(path, checkpoint.spec)
         judged, figures = token_figures(
-            gated_model, SkipModules(policy), windows, policy.static_order, settings.trade_offs
+            gated_model, SkipModules(policy), windows, policy.static_order, settings.trade_offs, points=points
         )
         result |= {"judged": judged, path.stem: figures}
         for kind in ("token", "static", "random"):

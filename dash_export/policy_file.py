@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dash_export.artifacts import write_atomic
 from dash_export.errors import CheckpointError, PolicyError
@@ -69,10 +70,17 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: M
         policy.reads,
     )
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
-    tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in policy.weights().items()}
+    tensors = {name: _stored(array) for name, array in policy.weights().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, require("safetensors.numpy").save(tensors, {METADATA: json.dumps(asdict(facts))}))
     write_atomic(card_path(path), text)
+
+
+def _stored(array: Float32Array) -> npt.NDArray[np.float16 | np.float32]:
+    """In 16 bits where they hold all of it."""
+    with np.errstate(over="ignore"):
+        half = np.ascontiguousarray(array, np.float16)
+    return half if np.array_equal(half, array) else np.ascontiguousarray(array, np.float32)
 
 
 def load_policy(path: str | Path, spec: DecoderSpec) -> SkipPolicy:

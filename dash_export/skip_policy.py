@@ -42,6 +42,12 @@ class Compensation:
         """0 where it has none."""
         return int(self.weights["down"].shape[-1]) if "down" in self.weights else 0
 
+    def in_half(self) -> Compensation:
+        """Rounded to what 16 bits hold: engines have 8, and a file of it half the size."""
+        return Compensation(
+            self.kind, {name: array.astype(np.float16).astype(np.float32) for name, array in self.weights.items()}
+        )
+
 
 @dataclass(frozen=True)
 class SkipPolicy:

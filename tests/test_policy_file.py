@@ -49,6 +49,21 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     assert sorted(file.name for file in path.parent.iterdir()) == ["p.json", "p.safetensors"]
 
 
+def test_what_half_precision_holds_is_stored_so(tmp_path: Path) -> None:
+    """The rest is not rounded."""
+    policy = policy_of("low_rank")
+    rounded = replace(policy, compensation=policy.compensation.in_half())
+    sizes = []
+    for name, made in (("whole", policy), ("half", rounded)):
+        path = tmp_path / f"{name}.safetensors"
+        save_policy(path, made, SPEC, {})
+        sizes.append(path.stat().st_size)
+        for tensor, array in load_policy(path, SPEC).weights().items():
+            np.testing.assert_array_equal(array, made.weights()[tensor])
+    saved = sum(array.nbytes for array in policy.compensation.weights.values()) / 2
+    assert sizes[0] - sizes[1] == pytest.approx(saved, abs=16)
+
+
 def test_compensation_alone(tmp_path: Path) -> None:
     """A policy that only compensates and ranks: it serves static and cosine."""
     save_policy(tmp_path / "p.safetensors", replace(policy_of(), network=None), SPEC, {})

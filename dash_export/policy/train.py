@@ -108,6 +108,7 @@ def train(
         _add_own_words(gated_model, text, prompts, settings, folder, key, (training_corpus, held), progress)
     training = Training(gated_model, training_corpus, settings, layers, folder, key, policy, progress)
     policy = training.token_policy() if kind == "token" else training.static_policy(LARGEST_STATIC_SET)
+    policy = replace(policy, compensation=policy.compensation.in_half())
     batches = held_out_batches(held, settings.windows, settings.window)
     modules = SkipModules(policy).to(place)
     judged, figures = token_figures(gated_model, modules, batches, policy.static_order, settings.trade_offs, progress)

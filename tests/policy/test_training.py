@@ -171,6 +171,7 @@ def test_a_compensation_is_widened(
     assert np.abs(weights["down"][:, :, 4:]).max() > 0
     assert same(replace(wide, compensation=trained[1].compensation, origin=trained[1].origin), trained[1])
     assert json.loads(path.with_suffix(".json").read_text())["settings"]["rank"] == 7
+    assert same(load_policy(path, checkpoint.spec), wide), "what is returned is what is stored"
     with pytest.raises(PolicyError, match="rank 7, which can become wider, not narrower"):
         train(checkpoint, tmp_path / "p.safetensors", [prose], start=path, settings=SETTINGS)
 

@@ -172,6 +172,8 @@ def test_a_compensation_is_widened(
     assert same(replace(wide, compensation=trained[1].compensation, origin=trained[1].origin), trained[1])
     assert json.loads(path.with_suffix(".json").read_text())["settings"]["rank"] == 7
     assert same(load_policy(path, checkpoint.spec), wide), "what is returned is what is stored"
+    for array in weights.values():
+        np.testing.assert_array_equal(array, array.astype(np.float16))
     with pytest.raises(PolicyError, match="rank 7, which can become wider, not narrower"):
         train(checkpoint, tmp_path / "p.safetensors", [prose], start=path, settings=SETTINGS)
 

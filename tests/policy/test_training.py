@@ -216,6 +216,10 @@ def test_a_static_policy_goes_on_as_one(
     save_policy(bare, replace(trained[1], compensation=Compensation()), checkpoint.spec, {})
     with pytest.raises(PolicyError, match="nothing to tune"):
         train(checkpoint, tmp_path / "no.safetensors", [prose], start=bare, settings=SETTINGS)
+    scale = Compensation("scale", {"factor": np.ones(len(trained[1].gated), np.float32)})
+    save_policy(bare, replace(trained[1], compensation=scale), checkpoint.spec, {})
+    with pytest.raises(PolicyError, match="not low-rank: it takes no --rank"):
+        train(checkpoint, tmp_path / "no.safetensors", [prose], start=bare, settings=SETTINGS)
 
 
 def test_static_kind_and_own_words(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The decision rule, shared by the runtime, the oracle and evaluation (numpy only).
+"""The decision rule, shared by the runtime, the oracle and evaluation (numpy only; training has it as one comparison of
+tensors, `policy.gated_model.below`, which is tested against the oracle).
 
 A gated layer is skipped for a token where damage < trade_off * cost: the one-step greedy policy of the Markov decision
 process (DASH, arXiv 2505.17420, with a differential reward: minus the divergence an action adds, minus

@@ -10,7 +10,7 @@ import torch
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.policy.corpus import Batch, Corpus
-from dash_export.policy.gated_model import Decide, GatedModel
+from dash_export.policy.gated_model import Decide, GatedModel, below
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.token_kl import divergence
 
@@ -52,7 +52,7 @@ def token_figures(
     runs: list[tuple[str, Decide]] = [("dense", lambda _, damage: torch.zeros_like(damage).bool())]
     if modules.network:
         for value in np.geomspace(*trade_offs, points):
-            runs.append((f"token, trade-off {value:.3g}", _below(float(value) / layers)))
+            runs.append((f"token, trade-off {value:.3g}", below(float(value) / layers)))
     for size in SIZES:
         rows = {gated.index(layer) for layer in order[:size]}
         runs.append((f"static, {size} layers", _always(rows)))
@@ -75,10 +75,6 @@ def token_figures(
             progress("held-out text", done * len(runs) + index + 1, len(batches) * len(runs))
     rounded = (sums / count).round(4).tolist()
     return count, [asdict(Figures(name, *means)) for (name, _), means in zip(runs, rounded, strict=True)]
-
-
-def _below(limit: float) -> Decide:
-    return lambda _, damage: damage < limit
 
 
 def _always(rows: set[int]) -> Decide:

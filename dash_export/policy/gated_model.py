@@ -134,5 +134,10 @@ class GatedModel:
         return modules.damage(row, self.normed(state).detach(), history)
 
 
+def below(limit: torch.Tensor | float) -> Decide:
+    """The rule of `decision.py` where every layer costs alike: skip where damage < limit, in nats."""
+    return lambda _, damage: damage < limit
+
+
 def _shift(history: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
     return torch.stack([history[..., 1], skip.float()], -1)

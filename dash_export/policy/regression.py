@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dash_export.policy.corpus import Batch
-from dash_export.policy.gated_model import Decide, GatedModel
+from dash_export.policy.gated_model import Decide, GatedModel, below
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.token_kl import divergence
 
@@ -61,7 +61,8 @@ class Regression:
         explored = torch.from_numpy(rng.random((gated, *shape), dtype=np.float32) < EXPLORATION)
         device = self.model.device
         random, limits, free, explored = (tensor.to(device) for tensor in (random, limits, free, explored))
-        return lambda row, damage: torch.where(random[:, None] | explored[row], free[row], damage < limits)
+        own = below(limits)
+        return lambda row, damage: torch.where(random[:, None] | explored[row], free[row], own(row, damage))
 
 
 def draw_trade_offs(rng: np.random.Generator, count: int, bounds: tuple[float, float]) -> np.ndarray:

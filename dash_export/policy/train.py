@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import platform
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -99,13 +100,14 @@ def train(
     data = {path.name: sha256_file(_existing(path)) for path in (*texts, *prompts)}
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
     key = training_key(settings, checkpoint.fingerprint, kind, layers, data, origin)
-    folder.mkdir(parents=True, exist_ok=True)
     progress("reading the text", 0, 0)
-    text = _text(checkpoint, folder)
+    text = _text(checkpoint)
     training_corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
+    chats = [messages for file in prompts for messages in read_prompts(file)]
     gated_model = GatedModel(checkpoint, place, torch.bfloat16)
-    if prompts:
-        _add_own_words(gated_model, text, prompts, settings, folder, key, (training_corpus, held), progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    if chats:
+        _add_own_words(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)
     training = Training(gated_model, training_corpus, settings, layers, folder, key, policy, progress)
     policy = training.token_policy() if kind == "token" else training.static_policy(LARGEST_STATIC_SET)
     policy = replace(policy, compensation=policy.compensation.in_half())
@@ -198,32 +200,30 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _text(checkpoint: Checkpoint, folder: Path) -> Text:
+def _text(checkpoint: Checkpoint) -> Text:
     """The model's tokenizer and chat template, as the runtime reads them from a bundle."""
-    assets = folder / "assets"
-    assets.mkdir(exist_ok=True)
-    for name, content in checkpoint.assets.items():
-        (assets / name).write_text(content, encoding="utf-8")
-    return Text(assets)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in checkpoint.assets.items():
+            Path(folder, name).write_text(content, encoding="utf-8")
+        return Text(Path(folder))
 
 
 def _add_own_words(
     model: GatedModel,
     text: Text,
-    prompts: Sequence[Path],
+    chats: Sequence[Sequence[Mapping[str, str]]],
     settings: TrainingSettings,
     folder: Path,
     key: str,
     corpora: tuple[Corpus, Corpus],
     progress: Progress,
 ) -> None:
-    """Continuations of `own_prompts` chat prompts: kept in `folder`, so that a resumed training reads the same ones.
+    """Continuations of `own_prompts` of the chats: kept in `folder`, so that a resumed training reads the same ones.
 
     A `held_out` share of the prompts is held out, and what is judged does not follow the seed.
     """
     path = folder / f"{key}-{CONTINUATIONS}"
     if not path.is_file():
-        chats = [messages for file in prompts for messages in read_prompts(file)]
         order = np.random.default_rng(JUDGED_SEED).permutation(len(chats))
         split = max(1, int(len(chats) * (1 - settings.held_out)))
         count = round(settings.own_prompts * (1 - settings.held_out))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dash_export.policy.corpus import Batch
-from dash_export.policy.gated_model import GatedModel
+from dash_export.policy.gated_model import GatedModel, below
 from dash_export.policy.regression import draw_trade_offs
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.token_kl import summed_divergence
@@ -42,7 +42,7 @@ class Tuning:
         rollout = self.model.rollout(
             ids,
             self.modules,
-            lambda _, damage: damage < limits,
+            below(limits),
             dense,
             soften=lambda damage: torch.sigmoid((limits - damage) / (SOFTNESS * limits)),
         )

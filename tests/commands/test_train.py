@@ -78,3 +78,19 @@ def test_options_that_would_do_nothing(
 ) -> None:
     assert said in refused("train", model, "-o", tmp_path / "p.safetensors", "--text", prose, *options, code=code)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "said"),
+    [
+        ("--text", "", "has 0 tokens: too short to train on"),
+        ("--text", "A few words.", "too short to train on"),
+        ("--prompts", "", "has no prompts"),
+        ("--prompts", "{}", "line 1: not a prompt"),
+    ],
+)
+def test_nothing_to_learn_from(model: Path, tmp_path: Path, option: str, content: str, said: str) -> None:
+    given = tmp_path / "given.jsonl"
+    given.write_text(content)
+    assert said in refused("train", model, "-o", tmp_path / "p.safetensors", option, given, *QUICK)
+    assert list(tmp_path.iterdir()) == [given]

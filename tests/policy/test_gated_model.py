@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from dash_export.decision import DENSE_POSITIONS, decision_rule
 from dash_export.models import Checkpoint
-from dash_export.policy.gated_model import GatedModel, Rollout
+from dash_export.policy.gated_model import GatedModel, Rollout, below
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.reference import Oracle
 from dash_export.skip_policy import SkipPolicy
@@ -17,10 +19,19 @@ from tests.tiny import random_actions, random_ids, tiny_policy
 TOKENS = 24
 
 
-@pytest.fixture(params=[(16, "low_rank"), (0, "scale"), (0, "none")], ids=["hidden layer", "linear", "bare"])
+@pytest.fixture(
+    params=[
+        (16, "low_rank", ()),
+        (0, "scale", ()),
+        (0, "none", ()),
+        (0, "low_rank", (1, 1, 1)),
+        (0, "none", (0, 0, 3)),
+    ],
+    ids=["hidden layer", "linear", "bare", "at once", "by two states"],
+)
 def policy(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> SkipPolicy:
-    width, kind = request.param
-    return tiny_policy(checkpoint, kind, width=width)
+    width, kind, reads = request.param
+    return replace(tiny_policy(checkpoint, kind, width=width), reads=reads)
 
 
 def logits(model: GatedModel, rollout: Rollout) -> np.ndarray:
@@ -55,9 +66,7 @@ def test_own_decisions(model: GatedModel, checkpoint: Checkpoint, policy: SkipPo
     expected = Oracle(checkpoint, policy).forward(ids, rule=rule)
     dense = torch.arange(TOKENS)[None] < DENSE_POSITIONS
     with torch.no_grad():
-        rollout = model.rollout(
-            torch.from_numpy(ids[None]), SkipModules(policy), lambda _, damage: damage < limit, dense
-        )
+        rollout = model.rollout(torch.from_numpy(ids[None]), SkipModules(policy), below(limit), dense)
     assert 0 < rollout.skipped.float().mean() < 1
     np.testing.assert_array_equal(rollout.skipped[0].numpy(), expected.actions[:, list(policy.gated)])
     np.testing.assert_allclose(logits(model, rollout), expected.logits, atol=1e-4)

@@ -54,6 +54,9 @@ def test_the_file_is_the_policy_and_the_card_says_how(
     settings = {row["setting"]: row for row in card["held_out"]["figures"]}
     assert settings["dense"]["kl"] == pytest.approx(0, abs=1e-4)
     assert settings["random, 2 layers"]["kl"] > 0
+    dial = [row["skipped"] for name, row in settings.items() if name.startswith("token")]
+    assert dial == sorted(dial), "a higher trade-off skips more"
+    assert dial[0] < dial[-1]
     assert sorted(policy.static_order) == sorted(policy.cosine_order) == list(policy.gated)
     assert not path.with_name(f"{path.name}.unfinished").exists()
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import DecisionRule, decision_rule
+from dash_export.decision import DecisionRule, Setting, decision_rule
 from dash_export.errors import PolicyError
+from dash_export.runtime.kinds import session_rules
 from dash_export.runtime.rules import HOLD_RANGE, FixedRule, HeldRules, RandomRules, SequenceRules
 from dash_export.stretches import TokenTime
 from tests.tiny import random_ids
@@ -61,6 +62,15 @@ def test_score_equals_decode(kind: str, target: str, dispatch: str, tiny_runtime
     assert 0 < skipped.sum() < 3
     assert not score.actions[:PROMPT].any()
     assert set(np.flatnonzero(skipped)) <= set(GATED)
+
+
+def test_each_layer_is_weighed_by_its_own_cost(runtime: DashRuntime) -> None:
+    """Of the build; the tiny model's layers all cost alike."""
+    build = replace(runtime.build, cost=replace(runtime.build.cost, cost={2: 0.3, 3: 0.1, 4: 0.02}))
+    manifest = runtime.bundle.manifest
+    rule = session_rules(Setting("token", trade_off=2.0), manifest.model, manifest.policy, build).rule
+    assert isinstance(rule, DecisionRule)
+    assert rule.limits == pytest.approx((0, 0, 0.6, 0.2, 0.04, 0))
 
 
 @pytest.mark.parametrize(("kind", "order"), [("static", STATIC), ("cosine", COSINE)])

@@ -23,6 +23,7 @@ from dash_export.builders.onnxruntime import lowering_for, write_segment
 from dash_export.bundle import Bundle
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
+from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import engines
@@ -75,17 +76,35 @@ def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int)
     return loaded[0], loaded[1]
 
 
-def one_token(engines: EngineSet, context: int, rule: Rule = DENSE) -> Callable[[], object]:
-    """Decodes one token at a fixed context, again and again."""
+def one_token(engines: EngineSet, context: int, rule: Rule = DENSE, nothing_owed: bool = False) -> Callable[[], object]:
+    """Decodes one token at a fixed context, again and again. `nothing_owed`: nothing is done for a skipped layer."""
     cache = engines.cache(context)
     cache.reserve(context + 1)
     step = engines.step(cache, 1)
+    if nothing_owed:
+        owe_nothing(step)
 
     def token() -> None:
         cache.length = context
         step.decode(1, rule)
 
     return token
+
+
+def owe_nothing(step: BoundStep) -> None:
+    """A skipped layer is left out, K/V, compensation and all: the tokens are worthless, their time is the bound."""
+
+    def nothing() -> None:
+        pass
+
+    step.segments = [
+        replace(
+            segment,
+            skip=None if segment.skip is None else nothing,
+            stretches=tuple(replace(item, launch=nothing) if item.skips else item for item in segment.stretches),
+        )
+        for segment in step.segments
+    ]
 
 
 def interleaved(

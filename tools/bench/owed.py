@@ -11,14 +11,13 @@ load both sets of engines, in turn the one and the other first, and the means ov
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import click
 import numpy as np
-from common import in_fresh_processes, interleaved, print_json
+from common import in_fresh_processes, interleaved, owe_nothing, print_json
 from rich.console import Console
 from rich.table import Table
 
@@ -89,16 +88,7 @@ def timed_once(
         step = runtime.engines.step(cache, 1)
         assert isinstance(step, BoundStep)
         if nothing_owed:
-            step.segments = [
-                replace(
-                    segment,
-                    skip=None if segment.skip is None else _nothing,
-                    stretches=tuple(
-                        replace(item, launch=_nothing) if item.skips else item for item in segment.stretches
-                    ),
-                )
-                for segment in step.segments
-            ]
+            owe_nothing(step)
 
         def run() -> None:
             cache.length = context
@@ -116,10 +106,6 @@ def timed_once(
     }
     times = dict(zip(variants, interleaved(list(variants.values()), rounds, block=2, settle=1), strict=True))
     return times, float(actions.sum(axis=1).mean())
-
-
-def _nothing() -> None:
-    pass
 
 
 if __name__ == "__main__":

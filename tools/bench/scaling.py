@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 import click
@@ -51,7 +51,9 @@ from dash_export.skip_policy import Compensation, SkipPolicy, default_gated
 
 CONTEXTS = (64, 256, 1024, 2048, 4096, 8000)
 CONTEXT = 256
-RANK = 64  # of the shipped policies' compensation
+OWED = 5
+"""Skipped layers in which what is owed for them is measured."""
+RANK = 128  # of the shipped policy's compensation
 # Billions of weights -> hidden size, layers, heads, K/V heads, inner size, as SmolLM2 and Llama 3.2 have them.
 SHAPES = {
     0.1: (576, 30, 9, 3, 1536),
@@ -102,6 +104,7 @@ def _layers(bundle: Path, target: str, rounds: int, processes: int) -> dict[str,
     with whole_build(opened, target) as whole:
         found = list(in_fresh_processes(layers_once, bundle, target, whole, rounds, processes=processes))
     milliseconds = [1e3 * mean(median(times[index]) for times in found) for index in range(len(counts))]
+    owed = [_owed(times[0], *times[len(counts) : -1]) for times in found]
     executed = [total - count for count in counts]
     slope, fixed, fit = _line(executed, milliseconds)
     return {
@@ -111,6 +114,8 @@ def _layers(bundle: Path, target: str, rounds: int, processes: int) -> dict[str,
         "ms_fixed": round(fixed, 4),
         "r2": round(fit, 4),
         "tax": round(mean(paired_ratio(times[0], times[-1]) for times in found), 4),
+        "owed": round(mean(owed), 4),
+        "owed_error": round(stdev(owed) / len(owed) ** 0.5, 4) if len(owed) > 1 else 0.0,
     }
 
 
@@ -120,13 +125,15 @@ def _skipped_counts(bundle: Bundle) -> list[int]:
 
 
 def layers_once(bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int) -> list[list[float]]:
-    """Seconds per token with ever more layers skipped, the last of one graph. Who is loaded first changes with
-    `number`.
+    """Seconds per token with ever more layers skipped; with OWED of them, as they are and with nothing done for them;
+    of one graph. Who is loaded first changes with `number`.
     """
     opened = Bundle.open(bundle)
     layers, graph = load_both(bundle, target, whole, number)
-    rules = [FixedRule(spread(opened.manifest.policy.gated, count)) for count in _skipped_counts(opened)]
+    counts = _skipped_counts(opened)
+    rules = [FixedRule(spread(opened.manifest.policy.gated, count)) for count in (*counts, OWED)]
     steps = [one_token(layers, CONTEXT, rule) for rule in rules]
+    steps.append(one_token(layers, CONTEXT, rules[-1], nothing_owed=True))
     return interleaved([*steps, one_token(graph, CONTEXT)], rounds)
 
 
@@ -171,18 +178,16 @@ def _model(size: float, like: Path, rounds: int, processes: int) -> dict[str, An
         finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
         decoded: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
         engines = sum(file.stat().st_size for file in (root / "m.dash" / "engines").rglob("*") if file.is_file())
-        owed = _owed(Bundle.open(root / "m.dash").load_build(RECIPE.stem))
     row = {"weights": weights, "engine_bytes": engines, "export": exported, "build": built, "decode": decoded}
-    row["owed"] = round(owed, 4)
-    console.print(f"{size} billion: {decoded['ms'][0]:.1f} ms/token, tax {decoded['tax']:.3f}, owed {owed:.3f}")
+    owed = f"owed {decoded['owed']:.3f} ± {decoded['owed_error']:.3f}"
+    console.print(f"{size} billion: {decoded['ms'][0]:.1f} ms/token, tax {decoded['tax']:.3f}, {owed}")
     return row
 
 
-def _owed(build: Build) -> float:
-    """What a skipped layer takes, of what it would have taken: compensation and K/V, by the build's cost table."""
-    gated = [segment for segment in build.segments if segment.gated]
-    runs = median(build.cost.segment_us[segment.name] for segment in gated)
-    return median(build.cost.skip_us.values()) / runs
+def _owed(dense: Sequence[float], skipping: Sequence[float], nothing: Sequence[float]) -> float:
+    """Compensation and K/V of skipped layers, of what these would have taken; seconds per token, round by round."""
+    rounds = list(zip(dense, skipping, nothing, strict=True))
+    return median(taken - bound for _, taken, bound in rounds) / median(base - bound for base, _, bound in rounds)
 
 
 def _random_compensation(model: Path, path: Path) -> None:
@@ -262,6 +267,7 @@ def _tables(result: dict[str, Any]) -> None:
         console.print(table)
     console.print(
         f"{layers['ms_fixed']:.3f} ms + {layers['ms_per_layer']:.4f} ms per layer, R2 {layers['r2']:.4f}; "
+        f"owed {layers['owed']:.3f} ± {layers['owed_error']:.3f}; "
         f"{contexts['ms_fixed']:.3f} ms + {contexts['ms_per_1000_tokens']:.3f} ms per 1000 cached tokens, "
         f"R2 {contexts['r2']:.4f}; {contexts['tokens'][0]} tokens in a cache for {contexts['tokens'][-1]} take "
         f"{contexts['shortest_in_largest_cache']:.3f} of their own cache's time."
@@ -275,7 +281,7 @@ def _tables(result: dict[str, Any]) -> None:
             f"{row['decode']['ms'][0]:.2f}",
             f"{row['decode']['tax']:.3f}",
             f"{row['decode']['ms_per_layer']:.3f}",
-            f"{row['owed']:.3f}",
+            f"{row['decode']['owed']:.3f} ± {row['decode']['owed_error']:.3f}",
             *(f"{row[part][key]:.0f}" for part in ("export", "build") for key in ("seconds", "peak_mb")),
         )
     console.print(table)

@@ -109,9 +109,7 @@ def _write(
         files.append(FileRecord(name, sha256_file(root / name), (root / name).stat().st_size))
     _remove_strays(root, files)
     model = ModelFacts(
-        name=Path(checkpoint.source).stem
-        if Path(checkpoint.source).suffix == ".gguf"
-        else Path(checkpoint.source).name,
+        name=checkpoint.name,
         model_type=spec.model_type,
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,

@@ -213,7 +213,9 @@ def test_smollm2_weights_are_what_the_file_holds(smollm2_gguf: Path, smollm2_bun
     checkpoint = open_checkpoint(smollm2_gguf)
     bundle = Bundle.open(smollm2_bundle)
     assert bundle.manifest.model.parameters == 134_515_008
-    assert bundle.manifest.policy.origin.startswith("token policy, trained by dash-export")
+    assert bundle.manifest.policy.origin.startswith(
+        "token policy for SmolLM2-135M-Instruct.Q4_1, trained by dash-export"
+    )
     embedding = np.memmap(bundle.path("onnx/embed.data"), np.float32, "r", shape=(49152, 576))
     weight = checkpoint.weights["model.embed_tokens.weight"]
     np.testing.assert_array_equal(embedding[1000:1010], weight.read_rows(1000, 1010))

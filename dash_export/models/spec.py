@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,6 +108,12 @@ class Checkpoint:
     weights: Mapping[str, Weight]
     assets: Mapping[str, str]
     fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """Of the folder, or of the GGUF file without its ending."""
+        path = Path(self.source)
+        return path.stem if path.suffix == ".gguf" else path.name
 
 
 def row_blocks(weight: Weight, block_bytes: int = 16 << 20) -> Iterator[Float32Array]:

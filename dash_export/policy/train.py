@@ -108,7 +108,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     if chats:
         _add_own_words(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)
-    training = Training(gated_model, training_corpus, settings, layers, folder, key, policy, progress)
+    training = Training(gated_model, training_corpus, settings, layers, folder, checkpoint.name, key, policy, progress)
     policy = training.token_policy() if kind == "token" else training.static_policy(LARGEST_STATIC_SET)
     policy = replace(policy, compensation=policy.compensation.in_half())
     batches = held_out_batches(held, settings.windows, settings.window)

@@ -37,12 +37,14 @@ RANKING_BATCHES = 2
 # What a step of each kind costs, in forward passes of a batch: for an honest estimate of the time left.
 REGRESSION_COST, TUNING_COST, FIT_COST = 3, 5, 1
 STATE = "state.pt"
+LONGEST_NAME = 100
 
 
 @dataclass
 class Training:
-    """One training run. `folder` holds its checkpoint until it is done. `start`: the policy that it goes on from, of
-    the same gated layers, without its network where that is learnt anew; then only what comes after is left to do.
+    """One training run, for the model called `name`. `folder` holds its checkpoint until it is done. `start`: the
+    policy that it goes on from, of the same gated layers, without its network where that is learnt anew; then only what
+    comes after is left to do.
     """
 
     model: GatedModel
@@ -50,6 +52,7 @@ class Training:
     settings: TrainingSettings
     gated: tuple[int, ...]
     folder: Path
+    name: str
     key: str
     start: SkipPolicy | None = None
     progress: Progress = no_progress
@@ -129,7 +132,8 @@ class Training:
 
     def origin(self, kind: str) -> str:
         """One line for the manifest."""
-        return f"{kind} policy, trained by dash-export (seed {self.settings.seed}, key {self.key[:8]})"
+        name = "".join(filter(str.isprintable, self.name))[:LONGEST_NAME]
+        return f"{kind} policy for {name}, trained by dash-export (seed {self.settings.seed}, key {self.key[:8]})"
 
     def _begin(self, work: dict[str, int]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

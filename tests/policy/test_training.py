@@ -51,6 +51,7 @@ def test_the_file_is_the_policy_and_the_card_says_how(
     card = json.loads(path.with_suffix(".json").read_text())
     assert card["data"].keys() == {prose.name}
     assert card["settings"]["seed"] == 0
+    assert policy.origin.startswith("token policy for model, trained by dash-export (seed 0, key ")
     settings = {row["setting"]: row for row in card["held_out"]["figures"]}
     assert settings["dense"]["kl"] == pytest.approx(0, abs=1e-4)
     assert settings["random, 2 layers"]["kl"] > 0

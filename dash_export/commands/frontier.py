@@ -87,13 +87,13 @@ def command(
 
 def _caption(course: Course, text: str) -> str:
     clock = (
-        f"time: median of {course.rounds} interleaved blocks of {course.tokens} decoded tokens, bars: quartiles"
+        f"time: {course.rounds} interleaved blocks of {course.tokens} decoded tokens"
         if course.rounds
         else "time: predicted from the build's cost table, without the policy network's own"
     )
     return (
-        f"quality: {text}, up to {course.limit} windows of {course.window} tokens, the first {course.prefix} dense, "
-        f"bars: 95 % bootstrap intervals; {clock}"
+        f"quality: {text}, up to {course.limit} windows of {course.window} tokens, the first {course.prefix} dense; "
+        f"{clock}; bars: 95 % bootstrap intervals"
     )
 
 

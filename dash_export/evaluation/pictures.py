@@ -49,7 +49,7 @@ DPI = 200
 
 
 def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure:
-    """KL and perplexity against decode time: one curve per kind and bundle; bars are 95 % intervals and quartiles."""
+    """KL and perplexity against decode time: one curve per kind and bundle; bars are 95 % intervals."""
     with matplotlib.rc_context(STYLE):
         bundles = list(dict.fromkeys(point.bundle for point in points))
         columns = 6 if len(bundles) == 1 else 3

@@ -1,4 +1,4 @@
-"""Decode time on the clock: settings in turn, block by block, each block against dense's of the same round."""
+"""Decode time on the clock: settings in turn, block by block, round by round."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import Action, Setting
+from dash_export.evaluation.bootstrap import CONFIDENCE, RESAMPLES
 from dash_export.runtime import Session
 
 TokenIds = npt.NDArray[np.int64]
@@ -21,8 +22,8 @@ SETTLE = 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Decode time of a setting as a fraction of dense: median over rounds, and the quartiles; `milliseconds` per token
-    (median) and `layers` run (mean).
+    """Decode time of a setting as a fraction of dense, with the bounds of its 95 % bootstrap interval over rounds;
+    `milliseconds` per token (median) and `layers` run (mean).
     """
 
     ratio: float
@@ -65,11 +66,26 @@ def measure_times(
             session = open_session(settings[index], number)
             seconds[index, number], layers[index, number] = _block(session, part, tokens)
             progress("decode time", number * len(settings) + turn + 1, len(parts) * len(settings))
-    ratios = seconds / seconds[0]
-    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75], axis=1)
     milliseconds = 1e3 * np.median(seconds, axis=1)
-    figures = np.stack([middle, low, high, milliseconds, layers.mean(axis=1)], axis=1)
+    figures = np.stack([*ratios_to_first(seconds), milliseconds, layers.mean(axis=1)], axis=1)
     return [Timing(*row) for row in figures.tolist()]
+
+
+def ratios_to_first(seconds: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+    """[settings, rounds] -> the ratio to the first setting, and the bounds of its interval, [settings] each.
+
+    What a round has more than others is the median over all settings of it: to divide by the first one's block alone
+    would put that block's own hiccups into every ratio.
+    """
+    logs = np.log(seconds)
+    logs -= np.median(logs, axis=0)
+    rounds = seconds.shape[1]
+    drawn = np.random.default_rng(0).integers(0, rounds, (RESAMPLES, rounds))
+    # As many draws of the rounds, and the rounds themselves.
+    effects = np.stack([np.median(own[np.vstack([np.arange(rounds), drawn])], axis=1) for own in logs])
+    found = np.exp(effects - effects[0])
+    edge = (1 - CONFIDENCE) / 2
+    return found[:, 0], *np.quantile(found[:, 1:], [edge, 1 - edge], axis=1)
 
 
 def _block(session: Session, part: TokenIds, tokens: int) -> tuple[float, float]:

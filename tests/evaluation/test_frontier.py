@@ -12,7 +12,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation.frontier import COPY_ROUNDS, Course, Racer
-from dash_export.evaluation.timing import SETTLE, Timing, measure_times
+from dash_export.evaluation.timing import SETTLE, Timing, measure_times, ratios_to_first
 from dash_export.runtime import Session
 from tests.evaluation.test_text import SETTINGS, TEXT
 from tests.tiny import random_ids
@@ -34,6 +34,19 @@ def test_times(runtime: DashRuntime) -> None:
     assert [time.layers for time in times[:2]] == [6, 4]
     assert all(0 < time.low <= time.ratio <= time.high for time in times)
     assert all(time.milliseconds > 0 for time in times)
+
+
+def test_what_a_round_has_in_common_is_no_ratio() -> None:
+    """A machine that slows for whole rounds changes nothing, nor does one bad block of dense in every ratio."""
+    rng = np.random.default_rng(0)
+    true = np.array([1.0, 0.9, 0.8, 0.7])
+    seconds = true[:, None] * rng.uniform(1, 3, 32) * np.exp(0.01 * rng.standard_normal((4, 32)))
+    ratio, low, high = ratios_to_first(seconds)
+    np.testing.assert_allclose(ratio, true, rtol=0.01)
+    assert ((low <= ratio) & (ratio <= high)).all()
+    assert (high - low).max() < 0.05
+    seconds[0, :10] *= 5
+    np.testing.assert_allclose(ratios_to_first(seconds)[0], true, rtol=0.02)
 
 
 def test_timed_layers_are_those_a_score_takes(runtime: DashRuntime) -> None:

@@ -2,23 +2,27 @@
 
     python tools/bench/policies.py MODEL A.safetensors B.safetensors --tokenizer BUNDLE --text novels.txt
 
-Of every --text the last 8 % count, which no training has read; a --held file is judged on whole.
+Of every --text the last 8 % count, which no training has read; a --held file is judged on whole, and --prompts on the
+model's own answers to all of them. Between two points of a dial KL is taken to be a power of the layers skipped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 import torch
 from common import print_json
 from rich.console import Console
 from rich.table import Table
 
 from dash_export.models import open_checkpoint
-from dash_export.policy.corpus import Passage, read_corpus
+from dash_export.policy.continuations import continue_prompts
+from dash_export.policy.corpus import Passage, read_corpus, read_prompts
 from dash_export.policy.figures import SIZES, held_out_batches, token_figures
 from dash_export.policy.gated_model import GatedModel
 from dash_export.policy.settings import TrainingSettings
@@ -26,6 +30,7 @@ from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy_file import load_policy
 from dash_export.runtime.text import Text
 
+SEED = 20252
 FILE = click.Path(exists=True, path_type=Path)
 
 
@@ -35,14 +40,16 @@ FILE = click.Path(exists=True, path_type=Path)
 @click.option("--tokenizer", type=FILE, required=True, help="A bundle of the model.")
 @click.option("--text", type=FILE, multiple=True, help="Its last 8 % are judged on.")
 @click.option("--held", type=FILE, multiple=True, help="Judged on whole.")
+@click.option("--prompts", type=FILE, multiple=True, help="Chat prompts (.jsonl); the model's answers are judged on.")
 @click.option("--batches", default=24, show_default=True, help="Of 4 windows of 256 tokens.")
-@click.option("--points", default=8, show_default=True, help="Of the dial: what lies between two comes out too high.")
+@click.option("--points", default=8, show_default=True, help="Of the dial.")
 def main(
     model: Path,
     policies: tuple[Path, ...],
     tokenizer: Path,
     text: tuple[Path, ...],
     held: tuple[Path, ...],
+    prompts: tuple[Path, ...],
     batches: int,
     points: int,
 ) -> None:
@@ -55,6 +62,9 @@ def main(
     for path in held:
         ids = np.array(words.encode(path.read_text(encoding="utf-8"), special=False), np.int64)
         corpus.sources[path.stem] = [Passage(ids)]
+    for path in prompts:
+        asked = [np.array(words.chat(chat)[-settings.window :], np.int64) for chat in read_prompts(path)]
+        corpus.sources[path.stem] = continue_prompts(gated_model, asked, settings.own_tokens, words.eos_ids, SEED)
     windows = held_out_batches(corpus, settings.windows, settings.window, batches)
     at = (*SIZES[:2], 5, *SIZES[2:])
     table = Table("policy", "kind", *(f"{size} skipped: KL, perplexity" for size in at))
@@ -64,19 +74,26 @@ def main(
         judged, figures = token_figures(
             gated_model, SkipModules(policy), windows, policy.static_order, settings.trade_offs, points=points
         )
-        result |= {"judged": judged, path.stem: figures}
+        result |= {"judged": judged, str(path): figures}
         for kind in ("token", "static", "random"):
             rows = [row for row in figures if str(row["setting"]).partition(",")[0] in ("dense", kind)]
             if len(rows) > 1:
                 skipped, kl, nll = (np.array([row[name] for row in rows], float) for name in ("skipped", "kl", "nll"))
-                kls, nlls = (
-                    np.where(np.array(at) < skipped.max() + 0.2, np.interp(at, skipped, values), np.nan)
-                    for values in (kl, nll)
-                )
-                shown = zip(kls, np.exp(nlls - nll[0]) - 1, strict=True)
-                table.add_row(path.stem, kind, *(f"{value:.3f}, {more:+.1%}" for value, more in shown))
+                within = np.array(at) < skipped.max() + 0.2
+                kls = np.where(within, power_at(at, skipped[1:], kl[1:]), np.nan)
+                more = np.where(within, np.exp(np.interp(at, skipped, nll) - nll[0]) - 1, np.nan)
+                shown = zip(kls, more, strict=True)
+                table.add_row(str(path), kind, *(f"{value:.3f}, {rise:+.1%}" for value, rise in shown))
     Console(width=160).print(table)
     print_json("policies", result)
+
+
+def power_at(at: Sequence[float], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """y at these x, between (and a little before) the known points, x rising: a line of their logarithms."""
+    where, known, values = np.log(at), np.log(x), np.log(y)
+    slope = (values[1] - values[0]) / (known[1] - known[0])
+    line = np.where(where < known[0], values[0] + slope * (where - known[0]), np.interp(where, known, values))
+    return np.exp(line)
 
 
 if __name__ == "__main__":

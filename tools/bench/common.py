@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any, TypeVar
 
@@ -110,18 +111,19 @@ def owe_nothing(step: BoundStep) -> None:
 def interleaved(
     runs: Sequence[Callable[[], object]], rounds: int, block: int = 8, settle: int = 2
 ) -> list[list[float]]:
-    """Time `runs` in turn, a block of calls each: seconds per call, one median per block.
+    """Time `runs` in turn, a block of calls each, in every round in another order, so that nobody always follows the
+    same one: seconds per call, one median per block.
 
     A decoder runs the same engines token after token, so a block's first `settle` calls, which find another variant's
     weights in the caches, are dropped. The first two rounds are warm-up.
     """
     times: list[list[float]] = [[] for _ in runs]
     for round_ in range(2 + rounds):
-        for index, run in enumerate(runs):
+        for index in Random(round_).sample(range(len(runs)), len(runs)):
             sample = []
             for _ in range(settle + block):
                 began = time.perf_counter()
-                run()
+                runs[index]()
                 sample.append(time.perf_counter() - began)
             if round_ >= 2:
                 times[index].append(median(sample[settle:]))

@@ -79,6 +79,11 @@ OF_A_POLICY = ("compensation", "width")
 )
 @click.option("--window", type=click.IntRange(16, 8192), help="Tokens per window (256).")
 @click.option("--windows", type=click.IntRange(min=1), help="Windows per step (4).")
+@click.option(
+    "--precision",
+    type=click.Choice(["bfloat16", "float32"]),
+    help="Of the model while it is trained on; by default bfloat16, or float32 on a CPU where that is faster.",
+)
 @click.option("--device", default="", help="cpu or cuda; by default cuda where there is one.")
 @click.pass_context
 def command(

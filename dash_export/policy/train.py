@@ -25,6 +25,7 @@ from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Corpus, Passage, TokenIds, read_corpus, read_prompts
 from dash_export.policy.figures import held_out_batches, token_figures
 from dash_export.policy.gated_model import GatedModel
+from dash_export.policy.precision import PRECISIONS, training_precision
 from dash_export.policy.settings import RANK, TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.training import Training, training_key
@@ -72,6 +73,8 @@ def train(
         raise PolicyError(f"There is no way to decide {settings.decide!r}. Known: each, once.")
     if settings.decide == "once" and (settings.width or settings.history):
         raise PolicyError("Only a linear network that reads no actions decides about all layers at once.")
+    if settings.precision and settings.precision not in PRECISIONS:
+        raise PolicyError(f"There is no precision {settings.precision!r}. Known: {', '.join(PRECISIONS)}.")
     if not 0 < settings.trade_offs[0] < settings.trade_offs[1]:
         raise PolicyError(f"Trade-offs go from a low to a higher one, above 0; got {settings.trade_offs}.")
     if output.suffix != ".safetensors":
@@ -104,8 +107,9 @@ def train(
     text = _text(checkpoint)
     training_corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
     chats = [messages for file in prompts for messages in read_prompts(file)]
-    gated_model = GatedModel(checkpoint, place, torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
+    precision = settings.precision or training_precision(place, folder)
+    gated_model = GatedModel(checkpoint, place, PRECISIONS[precision])
     if chats:
         _add_own_words(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)
     training = Training(gated_model, training_corpus, settings, layers, folder, checkpoint.name, key, policy, progress)
@@ -127,6 +131,7 @@ def train(
         "tokens": training_corpus.tokens(),
         "held_out": {"tokens": held.tokens(), "judged": judged, "figures": figures},
         "versions": {"dash-export": __version__, "torch": torch.__version__, "transformers": version("transformers")},
+        "precision": precision,
         "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
         "seconds": round(time.perf_counter() - began, 1),
     }

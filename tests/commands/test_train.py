@@ -69,6 +69,7 @@ def test_what_does_not_go_together(
         (("--compensation", "none", "--steps", 8), 2, "none tunes no --steps"),
         (("--compensation", "scale", "--rank", 8), 2, "scale has no --rank"),
         (("--rank", 1000), 1, "a higher rank than that adds nothing"),
+        (("--precision", "int4"), 2, "bfloat16"),
         (("--device", "abacus"), 1, "no device 'abacus'"),
         (("--device", "cuda:99"), 1, "no device 'cuda:99'"),
     ],

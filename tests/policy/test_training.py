@@ -25,6 +25,7 @@ SETTINGS = TrainingSettings(
     tuning_steps=6,
     own_prompts=4,
     own_tokens=24,
+    precision="bfloat16",
 )
 
 

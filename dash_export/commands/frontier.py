@@ -81,6 +81,7 @@ def command(
     picture = frontier_figure(points, title, _caption(course, path.name))
     written = save_pictures(output, picture, json.dumps(report, indent=1, ensure_ascii=False))
     _print(title, points, len(racers) > 1)
+    _print_comparison(points, len(racers) > 1)
     print_refused(refused)
     click.echo(f"Written to {', '.join(map(str, written))}")
 
@@ -112,10 +113,13 @@ def _report(
         }
         for racer in racers
     }
+    from dash_export.evaluation.comparison import compare
+
     return {
         "bundles": bundles,
         "course": {name: value for name, value in asdict(course).items() if name != "text"},
         "points": [record(point) | {"time": point.time} for point in points],
+        "token_against": [asdict(found) for found in compare(points)[1]],
         "refused": [record(item) for item in refused],
         "version": __version__,
     }
@@ -140,4 +144,24 @@ def _print(title: str, points: Sequence[Point], several: bool) -> None:
             f"{quality.perplexity.value:.2f}",
             f"{quality.perplexity_ratio.value:.3f}",
         )
+    print_table(result_console(), table)
+
+
+def _print_comparison(points: Sequence[Point], several: bool) -> None:
+    """The token policy's KL, of every other curve's."""
+    from dash_export.evaluation.comparison import compare
+
+    own, found = compare(points)
+    if not found:
+        return
+    dense = points[0].quality.layers
+    heads = [f"{dense - point.quality.layers:.1f} skipped" for point in own]
+    table = plain_table(
+        "KL of token, of the KL of ... where it skips as many layers; where it takes as long",
+        *(("bundle",) if several else ()), "kind", *heads, right=heads,
+    )  # fmt: skip
+    for other in found:
+        pairs = zip(other.layers, other.time, strict=True)
+        names = (other.bundle, other.kind) if several else (other.kind,)
+        table.add_row(*names, *("; ".join("-" if each is None else f"{each:.2f}" for each in pair) for pair in pairs))
     print_table(result_console(), table)

@@ -105,6 +105,9 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(point["time"] == point["timing"]["ratio"] for point in report["points"])
     assert report["bundles"]["tiny"]["target"] == "cpu-fp32"
+    (against,) = report["token_against"]
+    assert (against["kind"], len(against["layers"]), len(against["time"])) == ("static", 2, 2)
+    assert "KL of token, of the KL of" in result.stdout
     assert dash("frontier", tiny_root, *options, "--predicted").exit_code == 0
     report = json.loads((output.parent / "f.json").read_text())
     assert all(point["timing"] is None and point["time"] == point["quality"]["time"] for point in report["points"])
@@ -117,6 +120,7 @@ def test_frontier_of_two_bundles(tiny_root: Path, own_bundle: Path, text: Path, 
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "f.json").read_text())
     assert [point["bundle"] for point in report["points"]] == ["tiny", "tiny", "own", "own"]
+    assert "KL of token" not in result.stdout
 
 
 def test_nothing_is_written_when_it_fails(tiny_root: Path, tmp_path: Path) -> None:

@@ -8,18 +8,17 @@ model's own answers to all of them. Between two points of a dial KL is taken to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 import torch
 from common import print_json
 from rich.console import Console
 from rich.table import Table
 
+from dash_export.evaluation.comparison import power_at
 from dash_export.models import open_checkpoint
 from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Passage, read_corpus, read_prompts
@@ -86,14 +85,6 @@ def main(
                 table.add_row(str(path), kind, *(f"{value:.3f}, {rise:+.1%}" for value, rise in shown))
     Console(width=160).print(table)
     print_json("policies", result)
-
-
-def power_at(at: Sequence[float], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """y at these x, between (and a little before) the known points, x rising: a line of their logarithms."""
-    where, known, values = np.log(at), np.log(x), np.log(y)
-    slope = (values[1] - values[0]) / (known[1] - known[0])
-    line = np.where(where < known[0], values[0] + slope * (where - known[0]), np.interp(where, known, values))
-    return np.exp(line)
 
 
 if __name__ == "__main__":

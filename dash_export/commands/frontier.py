@@ -115,11 +115,12 @@ def _report(
     }
     from dash_export.evaluation.comparison import compare
 
+    own, against = compare(points)
     return {
         "bundles": bundles,
         "course": {name: value for name, value in asdict(course).items() if name != "text"},
         "points": [record(point) | {"time": point.time} for point in points],
-        "token_against": [asdict(found) for found in compare(points)[1]],
+        "token_against": {"bundle": own[0].bundle if own else None, "curves": [asdict(found) for found in against]},
         "refused": [record(item) for item in refused],
         "version": __version__,
     }
@@ -156,8 +157,9 @@ def _print_comparison(points: Sequence[Point], several: bool) -> None:
         return
     dense = points[0].quality.layers
     heads = [f"{dense - point.quality.layers:.1f} skipped" for point in own]
+    base = f"token ({own[0].bundle})" if several else "token"
     table = plain_table(
-        "KL of token, of the KL of ... where it skips as many layers; where it takes as long",
+        f"KL of {base}, of that of ... at as many layers; at as much of dense time",
         *(("bundle",) if several else ()), "kind", *heads, right=heads,
     )  # fmt: skip
     for other in found:

@@ -101,7 +101,7 @@ class Racer:
         quality = measure_text(self.deciding, settings, parts, course.prefix, named)
         timings: Sequence[Timing | None] = [None] * len(settings)
         if timed:
-            measured = measure_times(settings, self.timed_session, timed, course.tokens, named)
+            measured = measure_times(settings, self.timed_session, timed, course.tokens, named, COPY_ROUNDS)
             dense = quality[0].layers
             timings = [timing.at(result.layers, dense) for timing, result in zip(measured, quality, strict=True)]
         return [Point(self.name, result, timing) for result, timing in zip(quality, timings, strict=True)]

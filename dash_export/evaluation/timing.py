@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 import numpy as np
 import numpy.typing as npt
@@ -52,40 +53,44 @@ def measure_times(
     parts: Sequence[TokenIds],
     tokens: int = TOKENS,
     progress: Progress = no_progress,
+    together: int = 1,
 ) -> list[Timing]:
     """One round per part: every setting prefills all but its last `tokens` + 2 tokens and decodes those, as they are.
 
     Every setting sees the same text at the same cache lengths, so what differs is what it skips. The first setting is
     the one the others are divided by. A sequence policy decides anew in every round. `open_session` is told the round.
+    So many rounds have something else in common, `together`, and are drawn together where the interval is found.
     """
     seconds = np.zeros((len(settings), len(parts)))
     layers = np.zeros((len(settings), len(parts)))
     for number, part in enumerate(parts):
-        for turn in range(len(settings)):
-            index = (turn + number) % len(settings)  # nobody always follows the same one
+        # In another order every round: nobody always follows the same one.
+        for turn, index in enumerate(Random(number).sample(range(len(settings)), len(settings))):
             session = open_session(settings[index], number)
             seconds[index, number], layers[index, number] = _block(session, part, tokens)
             progress("decode time", number * len(settings) + turn + 1, len(parts) * len(settings))
     milliseconds = 1e3 * np.median(seconds, axis=1)
-    figures = np.stack([*ratios_to_first(seconds), milliseconds, layers.mean(axis=1)], axis=1)
+    figures = np.stack([*ratios_to_first(seconds, together), milliseconds, layers.mean(axis=1)], axis=1)
     return [Timing(*row) for row in figures.tolist()]
 
 
-def ratios_to_first(seconds: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
-    """[settings, rounds] -> the ratio to the first setting, and the bounds of its interval, [settings] each.
+def ratios_to_first(seconds: npt.NDArray[np.float64], together: int = 1) -> tuple[npt.NDArray[np.float64], ...]:
+    """[settings, rounds] -> the ratio to the first setting, and the bounds of its interval, [settings] each. The
+    interval is by the bootstrap over groups of `together` rounds.
 
-    What a round has more than others is the median over all settings of it: to divide by the first one's block alone
-    would put that block's own hiccups into every ratio.
+    What a round has more than others is the median over all its settings. To divide by the first one's block of it
+    would put the hiccups of that block into every setting's time of that round.
     """
     logs = np.log(seconds)
     logs -= np.median(logs, axis=0)
     rounds = seconds.shape[1]
-    drawn = np.random.default_rng(0).integers(0, rounds, (RESAMPLES, rounds))
-    # As many draws of the rounds, and the rounds themselves.
-    effects = np.stack([np.median(own[np.vstack([np.arange(rounds), drawn])], axis=1) for own in logs])
-    found = np.exp(effects - effects[0])
+    groups = -(-rounds // together)
+    drawn = np.random.default_rng(0).integers(0, groups, (RESAMPLES, groups))
+    drawn = (drawn[..., None] * together + np.arange(together)).reshape(RESAMPLES, -1).clip(max=rounds - 1)
+    effects = np.stack([np.median(own[drawn], axis=1) for own in logs])
+    middle = np.median(logs, axis=1)
     edge = (1 - CONFIDENCE) / 2
-    return found[:, 0], *np.quantile(found[:, 1:], [edge, 1 - edge], axis=1)
+    return np.exp(middle - middle[0]), *np.exp(np.quantile(effects - effects[0], [edge, 1 - edge], axis=1))
 
 
 def _block(session: Session, part: TokenIds, tokens: int) -> tuple[float, float]:

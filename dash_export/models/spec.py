@@ -112,7 +112,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """Of the folder, or of the GGUF file without its ending."""
-        path = Path(self.source)
+        path = Path(self.source).absolute()  # "." has no name; a hub's links are to stay what they are
         return path.stem if path.suffix == ".gguf" else path.name
 
 

@@ -8,23 +8,25 @@ from statistics import median
 
 import torch
 
+from dash_export.artifacts import write_atomic
+
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FASTER = 1.2
 """float32 takes twice the memory, so it has to be so many times as fast."""
 _SHAPES, _TRIALS = ((1024, 576), (1536, 576)), 9
 
 
-def training_precision(device: torch.device, folder: Path) -> str:
+def training_precision(device: torch.device, kept: Path) -> str:
     """Key of PRECISIONS. On a CPU it is tried out: with instructions for bfloat16 it is faster than float32 by half on
-    one and slower by half on another, whatever their flags say. A training that goes on in `folder` keeps what it had.
+    one and slower by half on another, whatever their flags say. What `kept` holds of a training that goes on stays.
     """
-    if device.type != "cpu":
-        return "bfloat16"
-    kept = folder / "precision"
-    if kept.is_file() and kept.read_text(errors="replace") in PRECISIONS:
-        return kept.read_text()
-    name = "float32" if _seconds(torch.bfloat16) > FASTER * _seconds(torch.float32) else "bfloat16"
-    kept.write_text(name)
+    if kept.is_file():
+        name = kept.read_text(encoding="ascii", errors="replace")
+        if name in PRECISIONS:
+            return name
+    tried = device.type == "cpu" and _seconds(torch.bfloat16) > FASTER * _seconds(torch.float32)
+    name = "float32" if tried else "bfloat16"
+    write_atomic(kept, name)
     return name
 
 

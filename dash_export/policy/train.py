@@ -108,7 +108,7 @@ def train(
     training_corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
     chats = [messages for file in prompts for messages in read_prompts(file)]
     folder.mkdir(parents=True, exist_ok=True)
-    precision = settings.precision or training_precision(place, folder)
+    precision = settings.precision or training_precision(place, folder / f"{key}-precision")
     gated_model = GatedModel(checkpoint, place, PRECISIONS[precision])
     if chats:
         _add_own_words(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 from time import perf_counter_ns
 
 import numpy as np
@@ -161,8 +162,8 @@ def measure(
             progress("warm-up", number * len(lanes) + index + 1, total)
     for number in range(rounds):
         window = number // 2 % len(parts)
-        for turn in range(len(lanes)):
-            lane = lanes[(turn + number) % len(lanes)]  # nobody always follows the same one
+        # In another order every round: nobody always follows the same one.
+        for turn, lane in enumerate(Random(number).sample(lanes, len(lanes))):
             _round(lane, parts[window], tokens, number, window)
             progress("decoding", len(lanes) * (warming + number) + turn + 1, total)
     for lane in lanes:

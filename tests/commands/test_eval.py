@@ -105,9 +105,9 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(point["time"] == point["timing"]["ratio"] for point in report["points"])
     assert report["bundles"]["tiny"]["target"] == "cpu-fp32"
-    (against,) = report["token_against"]
+    (against,) = report["token_against"]["curves"]
     assert (against["kind"], len(against["layers"]), len(against["time"])) == ("static", 2, 2)
-    assert "KL of token, of the KL of" in result.stdout
+    assert "KL of token, of that of" in result.stdout
     assert dash("frontier", tiny_root, *options, "--predicted").exit_code == 0
     report = json.loads((output.parent / "f.json").read_text())
     assert all(point["timing"] is None and point["time"] == point["quality"]["time"] for point in report["points"])

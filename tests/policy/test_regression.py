@@ -1,4 +1,4 @@
-"""The network learns what skipping costs: which layer, and for which tokens."""
+"""The network learns what skipping costs, layer by layer."""
 
 from __future__ import annotations
 

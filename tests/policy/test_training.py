@@ -72,6 +72,16 @@ def test_a_seed_makes_the_same_policy(
     assert not same(other, trained[1])
 
 
+def test_precision(trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    path = tmp_path / "full.safetensors"
+    full = train(checkpoint, path, [prose], settings=replace(SETTINGS, precision="float32"))
+    cards = [json.loads(each.with_suffix(".json").read_text()) for each in (trained[0], path)]
+    assert [card["precision"] for card in cards] == ["bfloat16", "float32"]
+    assert not same(full, trained[1])
+    with pytest.raises(PolicyError, match="no precision 'int4'"):
+        train(checkpoint, path, [prose], settings=replace(SETTINGS, precision="int4"))
+
+
 @pytest.mark.parametrize("stage", ["regression", "tuning"])
 def test_a_killed_training_goes_on_where_it_stopped(
     trained: tuple[Path, SkipPolicy],

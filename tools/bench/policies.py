@@ -1,9 +1,10 @@
-"""Policy files side by side on the same held-out windows, in training's own bf16, without quantisation.
+"""Policy files side by side on the same held-out windows, in bfloat16, without quantisation.
 
     python tools/bench/policies.py MODEL A.safetensors B.safetensors --tokenizer BUNDLE --text novels.txt
 
-Of every --text the last 8 % count, which no training has read; a --held file is judged on whole, and --prompts on the
-model's own answers to all of them. Between two points of a dial KL is taken to be a power of the layers skipped.
+Of every --text the last 8 % count, which no training has read; a --held file is judged on whole, and so are the model's
+own answers to --prompts: give files that no training has read. Between two points of a dial KL is taken to be a power
+of the layers skipped.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from dash_export.policy.figures import SIZES, held_out_batches, token_figures
 from dash_export.policy.gated_model import GatedModel
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
+from dash_export.policy.train import JUDGED_SEED
 from dash_export.policy_file import load_policy
 from dash_export.runtime.text import Text
 
-SEED = 20252
 FILE = click.Path(exists=True, path_type=Path)
 
 
@@ -63,7 +64,9 @@ def main(
         corpus.sources[path.stem] = [Passage(ids)]
     for path in prompts:
         asked = [np.array(words.chat(chat)[-settings.window :], np.int64) for chat in read_prompts(path)]
-        corpus.sources[path.stem] = continue_prompts(gated_model, asked, settings.own_tokens, words.eos_ids, SEED)
+        corpus.sources[path.stem] = continue_prompts(
+            gated_model, asked, settings.own_tokens, words.eos_ids, JUDGED_SEED
+        )
     windows = held_out_batches(corpus, settings.windows, settings.window, batches)
     at = (*SIZES[:2], 5, *SIZES[2:])
     table = Table("policy", "kind", *(f"{size} skipped: KL, perplexity" for size in at))

@@ -45,6 +45,7 @@ from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.evaluation.pictures import DPI, STYLE
 from dash_export.models import open_checkpoint
+from dash_export.policy.settings import RANK
 from dash_export.policy_file import save_policy
 from dash_export.runtime.rules import DENSE, FixedRule
 from dash_export.skip_policy import Compensation, SkipPolicy, default_gated
@@ -53,7 +54,6 @@ CONTEXTS = (64, 256, 1024, 2048, 4096, 8000)
 CONTEXT = 256
 OWED = 5
 """Skipped layers in which what is owed for them is measured."""
-RANK = 128  # of the shipped policy's compensation
 # Billions of weights -> hidden size, layers, heads, K/V heads, inner size, as SmolLM2 and Llama 3.2 have them.
 SHAPES = {
     0.1: (576, 30, 9, 3, 1536),
@@ -191,7 +191,7 @@ def _owed(dense: Sequence[float], skipping: Sequence[float], nothing: Sequence[f
 
 
 def _random_compensation(model: Path, path: Path) -> None:
-    """Of the shipped policies' form and rank, for all layers that may be skipped; no network."""
+    """Of the shipped policy's form and rank, for all layers that may be skipped; no network."""
     spec = open_checkpoint(model).spec
     gated = default_gated(spec.num_layers)
     rng = np.random.default_rng(1)

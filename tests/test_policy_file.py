@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dash_export.commands.export import command as export
 from dash_export.errors import PolicyError
-from dash_export.models import DecoderSpec
+from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import RopeSpec
 from dash_export.policy_file import METADATA, card_path, load_policy, save_policy
+from dash_export.resources import resource_folder
 from dash_export.skip_policy import SkipPolicy, narrowed, untrained_policy
 from tests.tiny import with_compensation
 
@@ -204,3 +207,21 @@ def test_nothing_unsound_is_saved(saved: Path) -> None:
         save_policy(saved, policy, SPEC, {"kl": float("nan")})
     assert (saved.read_bytes(), card_path(saved).read_bytes()) == before
     assert len(list(saved.parent.iterdir())) == 2
+
+
+@pytest.mark.model
+def test_shipped_policies(smollm2: Checkpoint) -> None:
+    """Each is for SmolLM2, as its card says it was trained, and named where one looks for it."""
+    folder = resource_folder("calibration")
+    shipped = sorted(folder.glob("*.safetensors"))
+    assert shipped
+    for path in shipped:
+        policy, card = load_policy(path, smollm2.spec), json.loads(card_path(path).read_text())
+        assert list(policy.gated) == card["gated"]
+        assert list(policy.static_order) == card["static_order"]
+        assert policy.origin.startswith(f"{card['kind']} policy for {smollm2.name}, ")
+    said = str(next(getattr(option, "help", "") for option in export.params if option.name == "policy"))
+    listed = (folder / "README.md").read_text(encoding="utf-8")
+    names = {path.stem for path in shipped}
+    assert set(re.findall(r"smollm2[\w-]+", said)) == names
+    assert set(re.findall(r"`(smollm2[\w-]+)\.safetensors`, ", listed)) == names

@@ -17,7 +17,7 @@ from dash_export.models import open_checkpoint
 from dash_export.policy_file import load_policy
 from dash_export.resources import resource_folder
 
-POLICY = "smollm2-135m-instruct-5-18.safetensors"
+POLICY = "smollm2-135m-instruct.safetensors"
 RECIPES = Path(__file__).parent / "bench" / "recipes"
 
 

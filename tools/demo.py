@@ -34,7 +34,7 @@ from dash_export.runtime import Generation
 
 BUNDLE = CACHE / "smollm2.dash"
 TARGET = "cpu"
-POLICY = "smollm2-135m-instruct-5-18.safetensors"
+POLICY = "smollm2-135m-instruct.safetensors"
 PROMPTS = (
     "What is the capital of France?",
     "Write two sentences about the sea.",

@@ -77,8 +77,8 @@ def policy_options(command: _Command) -> _Command:
             show_default=True,
             metavar="none|untrained|NAME|FILE.safetensors",
             help="none: dense, static and random skipping only. untrained: a random network, to measure and to test. "
-            "NAME: a trained policy that comes with this package: smollm2-135m-instruct, of 23 gated layers, or "
-            "smollm2-135m-instruct-5-18, tuned further for 14 of them. FILE: one of yours.",
+            "NAME: a trained policy that comes with this package: smollm2-135m-instruct, or "
+            "smollm2-135m-instruct-static, a fixed set with a compensation of its own. FILE: one of yours.",
         ),
         click.option(
             "--gated",

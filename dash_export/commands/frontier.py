@@ -17,6 +17,7 @@ from dash_export.commands.comparing import bundle_names, comparison_options, dia
 from dash_export.commands.progress import progress_bar
 
 if TYPE_CHECKING:
+    from dash_export.evaluation.comparison import Comparison
     from dash_export.evaluation.frontier import Course, Point, Racer
     from dash_export.evaluation.settings import Refusal
 
@@ -52,6 +53,7 @@ def command(
     its own tuned compensation, become further curves. Let nothing else run meanwhile.
     """
     from dash_export.commands.pictures import save_pictures
+    from dash_export.evaluation.comparison import compare
     from dash_export.evaluation.evaluate import read_text
     from dash_export.evaluation.frontier import Course, Racer, check_same_model
     from dash_export.evaluation.pictures import frontier_figure  # fails at once where matplotlib is missing
@@ -77,11 +79,13 @@ def command(
             refused += missing
     facts = racers[0].plain
     title = f"{facts.bundle.manifest.model.name}, {facts.build.target}, {facts.build.device}"
+    own, others = compare(points)
     report = _report(racers, course, points, refused)
+    report["token_against"] = {"bundle": own[0].bundle if own else None, "curves": [asdict(each) for each in others]}
     picture = frontier_figure(points, title, _caption(course, path.name))
     written = save_pictures(output, picture, json.dumps(report, indent=1, ensure_ascii=False))
     _print(title, points, len(racers) > 1)
-    _print_comparison(points, len(racers) > 1)
+    _print_comparison(own, others, points[0].quality.layers, len(racers) > 1)
     print_refused(refused)
     click.echo(f"Written to {', '.join(map(str, written))}")
 
@@ -113,14 +117,10 @@ def _report(
         }
         for racer in racers
     }
-    from dash_export.evaluation.comparison import compare
-
-    own, against = compare(points)
     return {
         "bundles": bundles,
         "course": {name: value for name, value in asdict(course).items() if name != "text"},
         "points": [record(point) | {"time": point.time} for point in points],
-        "token_against": {"bundle": own[0].bundle if own else None, "curves": [asdict(found) for found in against]},
         "refused": [record(item) for item in refused],
         "version": __version__,
     }
@@ -148,21 +148,17 @@ def _print(title: str, points: Sequence[Point], several: bool) -> None:
     print_table(result_console(), table)
 
 
-def _print_comparison(points: Sequence[Point], several: bool) -> None:
-    """The token policy's KL, of every other curve's."""
-    from dash_export.evaluation.comparison import compare
-
-    own, found = compare(points)
-    if not found:
+def _print_comparison(own: Sequence[Point], others: Sequence[Comparison], dense: float, several: bool) -> None:
+    """The token policy's KL, of every other curve's. `dense`: the layers of a token that skips nothing."""
+    if not others:
         return
-    dense = points[0].quality.layers
     heads = [f"{dense - point.quality.layers:.1f} skipped" for point in own]
     base = f"token ({own[0].bundle})" if several else "token"
     table = plain_table(
         f"KL of {base}, of that of ... at as many layers; at as much of dense time",
         *(("bundle",) if several else ()), "kind", *heads, right=heads,
     )  # fmt: skip
-    for other in found:
+    for other in others:
         pairs = zip(other.layers, other.time, strict=True)
         names = (other.bundle, other.kind) if several else (other.kind,)
         table.add_row(*names, *("; ".join("-" if each is None else f"{each:.2f}" for each in pair) for pair in pairs))

@@ -26,12 +26,12 @@ class Comparison:
     time: tuple[float | None, ...]
 
 
-def compare(points: Sequence[Point], kind: str = "token") -> tuple[list[Point], list[Comparison]]:
-    """(the first curve of `kind`, it against every other curve but dense)."""
+def compare(points: Sequence[Point]) -> tuple[list[Point], list[Comparison]]:
+    """(the first curve of `token`, it against every other curve but dense); nothing where there is none."""
     curves: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         curves.setdefault((point.bundle, point.quality.setting.kind), []).append(point)
-    first = next((name for name in curves if name[1] == kind), None)
+    first = next((name for name in curves if name[1] == "token"), None)
     if first is None:
         return [], []
     own, dense = curves.pop(first), curves.pop((first[0], "dense"))[0]

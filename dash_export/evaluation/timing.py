@@ -78,8 +78,7 @@ def ratios_to_first(seconds: npt.NDArray[np.float64], together: int = 1) -> tupl
     """[settings, rounds] -> the ratio to the first setting, and the bounds of its interval, [settings] each. The
     interval is by the bootstrap over groups of `together` rounds.
 
-    What a round has more than others is the median over all its settings. To divide by the first one's block of it
-    would put the hiccups of that block into every setting's time of that round.
+    What a round has more than others, a slow machine, is taken to be the median over all its settings and divided out.
     """
     logs = np.log(seconds)
     logs -= np.median(logs, axis=0)

@@ -37,19 +37,14 @@ def test_times(runtime: DashRuntime) -> None:
 
 
 def test_what_a_round_has_in_common_is_no_ratio() -> None:
-    """A machine that slows for whole rounds changes nothing, nor does one bad block of dense in every ratio."""
+    """A machine that is up to three times slower in whole rounds, and 5 % of noise in every block."""
     rng = np.random.default_rng(0)
-    true = np.array([1.0, 0.9, 0.8, 0.7])
-    seconds = true[:, None] * rng.uniform(1, 3, 32) * np.exp(0.01 * rng.standard_normal((4, 32)))
+    true = np.linspace(1.0, 0.6, 8)
+    seconds = true[:, None] * rng.uniform(1, 3, 200) * np.exp(0.05 * rng.standard_normal((8, 200)))
     ratio, low, high = ratios_to_first(seconds)
-    np.testing.assert_allclose(ratio, true, rtol=0.01)
+    np.testing.assert_allclose(ratio, true, rtol=0.015)
     assert ((low <= ratio) & (ratio <= high)).all()
-    assert (high - low).max() < 0.05
-    # What happens to single blocks of dense is no other setting's: their times to one another stay as they are.
-    quiet = true[:, None] * rng.uniform(1, 3, 32)
-    quiet[0] *= np.exp(0.3 * np.abs(rng.standard_normal(32)))
-    ratio, _, _ = ratios_to_first(quiet)
-    np.testing.assert_allclose(ratio[2:] / ratio[1], true[2:] / true[1], rtol=1e-6)
+    assert 0.005 < (high - low)[1:].mean() < 0.03
 
 
 def test_rounds_that_have_something_in_common_are_drawn_together() -> None:

@@ -34,7 +34,7 @@ from dash_export.graphs.policy import policy_graph
 from dash_export.graphs.writer import save_graph, save_tables
 from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts
 from dash_export.models import Checkpoint, open_checkpoint
-from dash_export.skip_policy import SkipPolicy, check_policy, no_policy
+from dash_export.skip_policy import SkipPolicy, check_model, no_policy
 
 GRAPH_REVISION = 2
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
@@ -58,7 +58,7 @@ def export(
     _check_output(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
-    check_policy(policy, checkpoint.spec)
+    check_model(policy, checkpoint)
     facts = _policy_facts(policy)
     # Where each decision reads one layer ahead, nothing is other than before there was a choice.
     decided = {name: fact for name, fact in asdict(facts).items() if name != "reads" or fact}

@@ -24,6 +24,7 @@ from dash_export.typed_json import WrongFieldError, typed
 SCHEMA = 1
 METADATA = "dash_export_policy"
 _LONGEST_ORIGIN = 200
+_FINAL_NORM = "model.final_norm"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: M
         policy.reads,
     )
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
-    tensors = {name: _stored(array) for name, array in policy.weights().items()}
+    norm = {} if policy.final_norm is None else {_FINAL_NORM: policy.final_norm}
+    tensors = {name: _stored(array) for name, array in (policy.weights() | norm).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, require("safetensors.numpy").save(tensors, {METADATA: json.dumps(asdict(facts))}))
     write_atomic(card_path(path), text)
@@ -138,10 +140,10 @@ def _check_model(path: Path, facts: PolicyFileFacts, spec: DecoderSpec) -> None:
 
 
 def _read(path: Path, facts: PolicyFileFacts) -> SkipPolicy:
-    parts: dict[str, dict[str, Float32Array]] = {"network": {}, "compensation": {}}
+    parts: dict[str, dict[str, Float32Array]] = {"network": {}, "compensation": {}, "model": {}}
     for name, weight in open_weights([path]).items():
         part, _, rest = name.partition(".")
-        if part not in parts:
+        if part not in parts or (part == "model" and name != _FINAL_NORM):
             raise PolicyError(f"it holds a tensor {name!r:.60}, which is nothing of ours")
         check_dtype(weight)
         if not weight.shape or 0 in weight.shape:
@@ -150,4 +152,5 @@ def _read(path: Path, facts: PolicyFileFacts) -> SkipPolicy:
     compensation = Compensation(facts.compensation, parts["compensation"])
     network = parts["network"] or None
     orders = facts.static_order, facts.cosine_order
-    return SkipPolicy(facts.gated, network, compensation, facts.origin, *orders, facts.reads)
+    norm = parts["model"].get("final_norm")
+    return SkipPolicy(facts.gated, network, compensation, facts.origin, *orders, facts.reads, norm)

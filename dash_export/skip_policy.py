@@ -20,7 +20,7 @@ import numpy as np
 
 from dash_export.decision import check_reads, decision_points, spans
 from dash_export.errors import PolicyError
-from dash_export.models.spec import DecoderSpec, Float32Array
+from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec, Float32Array
 
 COMPENSATIONS = ("none", "scale", "low_rank")
 HISTORY = 2
@@ -59,6 +59,8 @@ class SkipPolicy:
     `cosine_order` are gated layers in the order in which a static policy of 1, 2, 3 ... layers skips them: greedily by
     KL, and by the cosine similarity of a layer's input and output (ShortGPT, arXiv 2403.03853); empty where nobody
     ranked them. `reads`: per gated layer the layer whose input its network reads; empty is one layer ahead.
+    `final_norm` [hidden]: the gain of the final norm of the model it was trained with, by which another model of the
+    same shape is told apart; None where nobody trained it.
     """
 
     gated: tuple[int, ...]
@@ -68,6 +70,7 @@ class SkipPolicy:
     static_order: tuple[int, ...] = ()
     cosine_order: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
+    final_norm: Float32Array | None = field(default=None, compare=False)
 
     @property
     def decision_points(self) -> dict[int, tuple[int, ...]]:
@@ -165,6 +168,31 @@ def check_policy(policy: SkipPolicy, spec: DecoderSpec) -> None:
             raise PolicyError(f"The policy's {name} has shape {list(array.shape)}; {list(shape)} was expected.")
         if not np.isfinite(array).all():
             raise PolicyError(f"The policy's {name} holds NaN or infinity: the file or its training went wrong.")
+    norm = policy.final_norm
+    if norm is not None and not (norm.shape == (spec.hidden_size,) and np.isfinite(norm).all() and norm.any()):
+        raise PolicyError("The final norm by which the policy knows its model is not one of such a model.")
+
+
+OTHER_MODEL = 0.01
+"""Relative distance of two final norms, of which quantised files keep at least 16 bits."""
+
+
+def check_model(policy: SkipPolicy, checkpoint: Checkpoint) -> None:
+    """Raises PolicyError when the policy was trained with another model, of whatever shape. A fine-tune that left the
+    final norm as it was passes for the model itself.
+    """
+    check_policy(policy, checkpoint.spec)
+    known = policy.final_norm
+    if known is None:
+        return
+    found = checkpoint.weights[FINAL_NORM].read_rows(0, len(known))
+    distance = float(np.linalg.norm(found - known) / np.linalg.norm(known))
+    if distance > OTHER_MODEL:
+        raise PolicyError(
+            f"This is the policy of another model of the same shape ({policy.origin}): the final norms are "
+            f"{distance:.0%} apart. Give the model it was trained with, or adapt it to this one: "
+            "dash-export train MODEL --from POLICY.safetensors."
+        )
 
 
 def _weight_shapes(policy: SkipPolicy, hidden: int) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 
 from dash_export import exporting
 from dash_export.bundle import Bundle
-from dash_export.errors import BundleError, CheckpointError, NewerBundleError
+from dash_export.errors import BundleError, CheckpointError, NewerBundleError, PolicyError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
+from dash_export.models.spec import FINAL_NORM
 from dash_export.skip_policy import no_policy
 from tests.conftest import DATA
 from tests.tiny import save_model, tiny_checkpoint, tiny_policy
@@ -54,6 +56,18 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= on_disk
     assert bundle.manifest.model.num_layers == 6
     assert bundle.manifest.policy.gated == (2, 3, 4)
+
+
+def test_a_policy_knows_its_model(tmp_path: Path) -> None:
+    """From another one of the same shape; a fine-tune that barely moved the norm passes."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    norm = checkpoint.weights[FINAL_NORM].read_rows(0, checkpoint.spec.hidden_size)
+    policy = replace(tiny_policy(checkpoint), origin="token policy for A", final_norm=norm * np.float32(1.02))
+    with pytest.raises(PolicyError, match=r"policy of another model .*\(token policy for A\).* 2% apart.*--from"):
+        export(checkpoint, tmp_path / "a.dash", policy)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    near = np.where(np.arange(len(norm)) % 2, norm * np.float32(1.005), norm)
+    export(checkpoint, tmp_path / "a.dash", replace(policy, final_norm=near))
 
 
 def test_export_is_reproducible(tmp_path: Path) -> None:

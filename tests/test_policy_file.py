@@ -19,7 +19,7 @@ from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import RopeSpec
 from dash_export.policy_file import METADATA, card_path, load_policy, save_policy
 from dash_export.resources import resource_folder
-from dash_export.skip_policy import SkipPolicy, narrowed, untrained_policy
+from dash_export.skip_policy import SkipPolicy, check_model, narrowed, untrained_policy
 from tests.tiny import with_compensation
 
 HIDDEN = 32
@@ -28,7 +28,8 @@ SPEC = DecoderSpec("llama", 300, HIDDEN, 64, 6, 2, 1, 16, 512, 1e-5, RopeSpec(1e
 
 def policy_of(kind: str = "low_rank") -> SkipPolicy:
     made = with_compensation(untrained_policy(SPEC, width=8), HIDDEN, kind)
-    return replace(made, origin="trained, seed 3", static_order=(4, 2, 3), cosine_order=(3, 4))
+    norm = np.linspace(0.5, 2, HIDDEN, dtype=np.float32)
+    return replace(made, origin="trained, seed 3", static_order=(4, 2, 3), cosine_order=(3, 4), final_norm=norm)
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     back = load_policy(path, SPEC)
     assert replace(back, network=None, compensation=policy.compensation) == replace(policy, network=None)
     assert back.compensation.kind == kind
+    np.testing.assert_array_equal(back.final_norm, policy.final_norm)
     assert back.weights().keys() == policy.weights().keys()
     for name, array in policy.weights().items():
         assert back.weights()[name].dtype == np.float32
@@ -140,6 +142,9 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "missing-up": (lambda t, _: without(t, "compensation.up"), "lacks compensation.up"),
     "unknown-tensor": (lambda t, _: {**t, "network.extra": t["network.bias"]}, "network.extra"),
     "foreign-tensor": (lambda t, _: {**t, "model.norm": t["network.bias"]}, "model.norm"),
+    "norm-shape": (lambda t, _: {**t, "model.final_norm": np.ones(31, np.float32)}, "final norm"),
+    "norm-zero": (lambda t, _: {**t, "model.final_norm": np.zeros(HIDDEN, np.float32)}, "final norm"),
+    "norm-nan": (lambda t, _: number(t, "model.final_norm", float("nan")), "final_norm holds NaN"),
     "unknown-key": (lambda _, f: f.update(surprise=1), "unknown surprise"),
     "missing-key": (lambda _, f: f.pop("gated") and None, "missing gated"),
     "wrong-type": (lambda _, f: f.update(num_layers="6"), "num_layers must be int"),
@@ -220,6 +225,8 @@ def test_shipped_policies(smollm2: Checkpoint) -> None:
         assert list(policy.gated) == card["gated"]
         assert list(policy.static_order) == card["static_order"]
         assert policy.origin.startswith(f"{card['kind']} policy for {smollm2.name}, ")
+        assert policy.final_norm is not None
+        check_model(policy, smollm2)
     said = str(next(getattr(option, "help", "") for option in export.params if option.name == "policy"))
     listed = (folder / "README.md").read_text(encoding="utf-8")
     names = {path.stem for path in shipped}

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dash_export.graphs.compensation import add_compensation
 from dash_export.graphs.writer import GraphWriter, external, lazy_weight
-from dash_export.models.spec import Checkpoint, DecoderSpec
+from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import past_names, present_names
 from dash_export.skip_policy import SkipPolicy
 
@@ -55,7 +55,7 @@ def head_graph(checkpoint: Checkpoint) -> ir.Model:
     wanted = g.op("Slice", [hidden, first, end, axis], "head/wanted")
     normed = g.op(
         "RMSNormalization",
-        [wanted, _vector(g, checkpoint, "model.norm.weight")],
+        [wanted, _vector(g, checkpoint, FINAL_NORM)],
         "head/norm",
         epsilon=spec.rms_norm_eps,
     )

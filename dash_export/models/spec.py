@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+FINAL_NORM = "model.norm.weight"
+
 Float32Array = npt.NDArray[np.float32]
 
 
@@ -76,7 +78,7 @@ class DecoderSpec:
             if self.qk_norm:
                 layer |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-        shapes["model.norm.weight"] = (hidden,)
+        shapes[FINAL_NORM] = (hidden,)
         if not self.tie_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes

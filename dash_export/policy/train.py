@@ -20,7 +20,7 @@ from dash_export import __version__
 from dash_export.artifacts import Progress, no_progress, sha256_file, write_atomic
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint, open_checkpoint
-from dash_export.models.spec import DecoderSpec
+from dash_export.models.spec import FINAL_NORM, DecoderSpec
 from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Corpus, Passage, TokenIds, read_corpus, read_prompts
 from dash_export.policy.figures import held_out_batches, token_figures
@@ -114,7 +114,8 @@ def train(
         _add_own_words(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)
     training = Training(gated_model, training_corpus, settings, layers, folder, checkpoint.name, key, policy, progress)
     policy = training.token_policy() if kind == "token" else training.static_policy(LARGEST_STATIC_SET)
-    policy = replace(policy, compensation=policy.compensation.in_half())
+    norm = checkpoint.weights[FINAL_NORM].read_rows(0, spec.hidden_size)
+    policy = replace(policy, compensation=policy.compensation.in_half(), final_norm=norm)
     batches = held_out_batches(held, settings.windows, settings.window)
     modules = SkipModules(policy).to(place)
     judged, figures = token_figures(gated_model, modules, batches, policy.static_order, settings.trade_offs, progress)

@@ -9,11 +9,12 @@ import pytest
 
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint
+from dash_export.models.spec import FINAL_NORM
 from dash_export.policy import training as training_module
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.train import train
 from dash_export.policy_file import load_policy, save_policy
-from dash_export.skip_policy import Compensation, SkipPolicy
+from dash_export.skip_policy import Compensation, SkipPolicy, check_model
 
 SETTINGS = TrainingSettings(
     window=32,
@@ -48,7 +49,10 @@ def test_the_file_is_the_policy_and_the_card_says_how(
     trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path
 ) -> None:
     path, policy = trained
-    assert same(load_policy(path, checkpoint.spec), policy)
+    known = load_policy(path, checkpoint.spec)
+    assert same(known, policy)
+    check_model(known, checkpoint)
+    np.testing.assert_array_equal(known.final_norm, checkpoint.weights[FINAL_NORM].read_rows(0, 64))
     card = json.loads(path.with_suffix(".json").read_text())
     assert card["data"].keys() == {prose.name}
     assert card["settings"]["seed"] == 0

@@ -111,12 +111,13 @@ def command(
     known = {field.name for field in fields(TrainingSettings)}
     given = {name: value for name, value in (chosen | {"tuning_steps": steps}).items() if value is not None}
     assert set(given) <= known
+    kept = chosen["compensation"]
     for reason, idle, names in (
         ("--from takes", start is not None, OF_A_POLICY),
         ("--from without --decide takes", start is not None and chosen["decide"] is None, ("regression_steps",)),
         ("--kind static trains", kind == "static", ("width", "decide", "regression_steps", "trade_offs")),
-        ("--compensation none tunes", chosen["compensation"] == "none", ("rank", "tuning_steps")),
-        ("--compensation scale has", chosen["compensation"] == "scale", ("rank",)),
+        (f"--compensation {kept} has", kept in ("none", "scale"), ("rank",)),
+        ("--kind static without a compensation tunes", kind == "static" and kept == "none", ("tuning_steps",)),
     ):
         useless = [name for name in names if name in given]
         if idle and useless:

@@ -144,7 +144,7 @@ def train(
 def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
     """The policy that training goes on from."""
     policy = load_policy(path, spec)
-    if policy.compensation.kind == "none":
+    if kind == "static" and policy.compensation.kind == "none":
         raise PolicyError(f"{path} has no compensation, so there is nothing to tune further: train one anew.")
     if kind == "token" and policy.network is None:
         raise PolicyError(f"{path} has no network: it is a static policy, and goes on with --kind static only.")

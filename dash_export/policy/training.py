@@ -64,7 +64,7 @@ class Training:
             {
                 "fit": settings.fit_steps * FIT_COST,
                 "regression": settings.regression_steps * REGRESSION_COST,
-                "tuning": settings.tuning_steps * TUNING_COST * (settings.compensation != "none"),
+                "tuning": settings.tuning_steps * TUNING_COST,
                 "ranking": len(self.gated) * RANKING_BATCHES * 6,
             }
         )
@@ -82,20 +82,19 @@ class Training:
             learning,
             lambda batch, rng, step: regression.loss(batch, rng, step >= settings.warm_up_steps),
         )
-        if settings.compensation != "none":
-            tuning = Tuning(self.model, modules, settings.trade_offs)
-            both = [
-                (list(modules.compensation.values()), settings.compensation_rate),
-                (list(modules.network.values()), settings.refinement_rate),
-            ]
-            self._optimise(
-                self._tuning,
-                modules,
-                settings.tuning_steps,
-                TUNING_COST,
-                both,
-                lambda batch, rng, _: tuning.loss(batch, rng),
-            )
+        tuning = Tuning(self.model, modules, settings.trade_offs)
+        both = [
+            (list(modules.compensation.values()), settings.compensation_rate),
+            (list(modules.network.values()), settings.refinement_rate),
+        ]
+        self._optimise(
+            self._tuning,
+            modules,
+            settings.tuning_steps,
+            TUNING_COST,
+            [group for group in both if group[0]],
+            lambda batch, rng, _: tuning.loss(batch, rng),
+        )
         order = self._ranking(modules)
         return replace(modules.to_policy(self.origin("token")), static_order=order, cosine_order=start.cosine_order)
 

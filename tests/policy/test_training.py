@@ -222,6 +222,16 @@ def test_another_way_to_decide_is_learnt_anew(
     assert (card["settings"]["decide"], card["settings"]["regression_steps"]) == ("once", 0)
 
 
+def test_without_a_compensation_the_network_is_tuned(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    bare = replace(SETTINGS, rank=0, compensation="none")
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    one = train(checkpoint, first, [prose], settings=replace(bare, tuning_steps=1))
+    other = train(checkpoint, second, [prose], settings=bare)
+    assert other.weights().keys() == {"network.state", "network.bias"}
+    assert not same(one, other)
+    assert not same(train(checkpoint, second, [prose], start=first, settings=bare), one), "and goes on from there"
+
+
 def test_a_static_policy_goes_on_as_one(
     trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
 ) -> None:
@@ -234,7 +244,7 @@ def test_a_static_policy_goes_on_as_one(
     bare = tmp_path / "bare.safetensors"
     save_policy(bare, replace(trained[1], compensation=Compensation()), checkpoint.spec, {})
     with pytest.raises(PolicyError, match="nothing to tune"):
-        train(checkpoint, tmp_path / "no.safetensors", [prose], start=bare, settings=SETTINGS)
+        train(checkpoint, tmp_path / "no.safetensors", [prose], kind="static", start=bare, settings=SETTINGS)
     scale = Compensation("scale", {"factor": np.ones(len(trained[1].gated), np.float32)})
     save_policy(bare, replace(trained[1], compensation=scale), checkpoint.spec, {})
     with pytest.raises(PolicyError, match="not low-rank: it takes no --rank"):

@@ -41,11 +41,17 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="Part of an answer task's context that is dense; the rest is taken as if the model had written it.",
 )
+@click.option(
+    "--matched",
+    is_flag=True,
+    help="Move the trade-off of token and sequence until they take the budget, or skip as many layers, on each file "
+    "itself: up to 8 passes.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure.")
 def command(
     bundle: Path, target: str | None, kinds: tuple[str, ...] | None, seed: int, text: tuple[Path, ...],
     tasks: tuple[Path, ...], limit: int, window: int, prefix: int, new_tokens: int, dense_share: float,
-    as_json: bool, **dials: Any,
+    matched: bool, as_json: bool, **dials: Any,
 ) -> None:  # fmt: skip
     """Measure a built BUNDLE under each policy kind at equal settings, against its own dense mode.
 
@@ -57,16 +63,19 @@ def command(
              {"prompt"} or {"turns"}        how long a greedy answer agrees with dense
 
     Without either, the calibration text. Settings are budgets by default (0.9 and 0.8): the kinds then take equal
-    time on the calibration text, predicted from the build's cost table; `time` says what they take on this one.
+    time on the calibration text, predicted from the build's cost table; `time` says what they take on this one, and
+    --matched makes that equal too.
     """
     from dash_export.evaluation.evaluate import Request, evaluate
     from dash_export.resources import resource_folder
 
     dial = dial_of(dials, ("budget", BUDGETS))
+    if matched and dial[0] == "max_kl":
+        raise click.UsageError("--matched goes with --budget or --skipped, not with --max-kl.")
     if not text and not tasks:
         text = (resource_folder("calibration") / "prose.txt",)
     began = time.perf_counter()
-    request = Request(text, tasks, limit, window, prefix, new_tokens, dense_share)
+    request = Request(text, tasks, limit, window, prefix, new_tokens, dense_share, matched)
     with progress_bar("eval") as progress:
         progress("loading", 0, 0)
         runtime = load(bundle, target, kinds)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dash_export.artifacts import Progress, no_progress
+from dash_export.build_record import Build
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation import answers, choices, prompts, text
 from dash_export.evaluation.data import Answer, Item, Prompt, Question, read_items
+from dash_export.evaluation.matching import matched
 from dash_export.evaluation.results import Result
 from dash_export.runtime import DashRuntime
 
@@ -22,7 +24,8 @@ class Request:
     """What to measure on. `limit`: at most so many windows, prompts or items of each file.
 
     `window` and `prefix` are tokens of a text's windows and of their dense beginning; `new_tokens` of an answer to a
-    prompt; `dense_share` of an answer's context is dense.
+    prompt; `dense_share` of an answer's context is dense. `matched`: budgets and numbers of skipped layers are meant
+    for each file's own tokens, not for the calibration text (`matching`).
     """
 
     texts: tuple[Path, ...] = ()
@@ -32,6 +35,10 @@ class Request:
     prefix: int = text.PREFIX
     new_tokens: int = prompts.NEW_TOKENS
     dense_share: float = answers.DENSE_SHARE
+    matched: bool = False
+
+
+_Measure = Callable[[Sequence[Setting], Progress], Sequence[Result]]
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,6 @@ class FileResult:
     file: str
     form: str
     results: Sequence[Result]
-
-
-_Measure = Callable[[Sequence[Setting], Progress], Sequence[Result]]
 
 
 def evaluate(
@@ -57,14 +61,22 @@ def evaluate(
         raise RequestError("There is nothing to measure on: give a text or a task file.")
     prepared = [_text(runtime, path, request) for path in request.texts]
     prepared += [_tasks(runtime, path, request) for path in request.tasks]
-    results = []
-    for path, form, measure in prepared:
+    matching = runtime.build if request.matched else None
+    return [_measured(*file, settings, matching, progress) for file in prepared]
 
-        def named(name: str, done: int, total: int, file: str = path.name) -> None:
-            progress(f"{file}: {name}", done, total)
 
-        results.append(FileResult(path.name, form, measure(settings, named)))
-    return results
+def _measured(
+    path: Path, form: str, measure: _Measure, settings: Sequence[Setting], matching: Build | None, progress: Progress
+) -> FileResult:
+    """One file; settings are moved to save as much on it where there is a build to do it by."""
+
+    def said(name: str, done: int, total: int) -> None:
+        progress(f"{path.name}: {name}", done, total)
+
+    found = measure(settings, said)
+    if matching is not None:
+        found = matched(matching, found, lambda others: measure(others, said))
+    return FileResult(path.name, form, found)
 
 
 def read_text(path: Path) -> str:

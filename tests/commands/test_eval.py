@@ -56,6 +56,19 @@ def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
     assert report["request"]["limit"] == 2
 
 
+def test_eval_matched(tiny_root: Path, text: Path) -> None:
+    """Trade-offs that skip as many layers on this text, which the dial does not know."""
+    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--matched")
+    result = dash("eval", tiny_root, *options, "--skipped", 1, "--json")
+    assert result.exit_code == 0, result.output
+    (file,) = json.loads(result.stdout)["files"]
+    _, static, token = file["results"]
+    assert static["setting"] == {"kind": "static", "skipped": 1.0}
+    assert token["setting"].keys() == {"kind", "trade_off"}
+    assert token["layers"] == pytest.approx(5, abs=0.05)
+    assert "not with --max-kl" in refused("eval", tiny_root, *options, "--max-kl", 0.1, code=2)
+
+
 def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
     result = dash(
         "eval", tiny_root, *TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--budget", "0.95,0.01"

@@ -122,6 +122,12 @@ class Build:
     seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
 
+    def answers(self, layers: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Which of the layers that one state decides about have a policy engine together: all of them, `policy_NN` of
+        the first; or each its own (portable graphs, earlier builds).
+        """
+        return [(layer,) for layer in layers] if f"policy_{layers[-1]:02d}" in self.engines else [layers]
+
 
 def check_build(build: Build, manifest: Manifest, where: str) -> None:
     """Segments that cover every layer once, an engine for each, and a cost for every gated layer."""
@@ -142,7 +148,7 @@ def check_build(build: Build, manifest: Manifest, where: str) -> None:
     if not all(item.first < item.last and all(layer in free for layer in item.layers) for item in build.stretches):
         raise BundleError(f"{where}: a stretch is not of gated layers that are decided together. {DAMAGED}")
     needed = {segment.name for segment in segments} | {f"skip_{layer:02d}" for layer in gated}
-    needed |= {f"policy_{layer:02d}" for layer in gated if manifest.policy.has_network}
+    needed |= {f"policy_{layers[0]:02d}" for layers in manifest.policy.decision_points.values()}
     needed |= {stretch.name for stretch in build.stretches}
     if needed - set(build.engines):
         raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {DAMAGED}")

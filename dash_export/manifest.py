@@ -61,6 +61,10 @@ class PolicyFacts:
         """The layer whose input is read -> the gated layers that are decided there; empty without a network."""
         return decision_points(self.gated, self.reads) if self.has_network else {}
 
+    def decided_from(self, layer: int) -> tuple[int, ...]:
+        """The layers that one state decides about, if this is the first of them; else none."""
+        return next((layers for layers in self.decision_points.values() if layers[0] == layer), ())
+
     def read_in(self, layers: Iterable[int]) -> int | None:
         """The one of a segment's layers whose input decides about later ones."""
         return next((layer for layer in layers if layer in self.decision_points), None)

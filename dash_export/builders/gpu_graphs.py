@@ -32,9 +32,10 @@ def portable_graphs(bundle: Bundle, segments: Sequence[Segment]) -> Iterator[tup
             continue
         skip = f"skip_{segment.first:02d}"
         yield skip, graphs_key(bundle, [skip]), partial(_load, bundle, skip)
-        if bundle.manifest.policy.has_network:
+        if layers := bundle.manifest.policy.decided_from(segment.first):
+            key = graphs_key(bundle, ["policy"])
             name = f"policy_{segment.first:02d}"
-            yield name, graphs_key(bundle, ["policy"]), partial(_policy, bundle, segment.first)
+            yield name, content_key(key, *layers) if len(layers) > 1 else key, partial(_policy, bundle, layers)
 
 
 def lowered_artifacts(
@@ -71,5 +72,5 @@ def _load(bundle: Bundle, name: str) -> ir.Model:
     return load_graph(bundle.graph(name))
 
 
-def _policy(bundle: Bundle, layer: int) -> ir.Model:
-    return specialise_policy(load_graph(bundle.graph("policy")), [layer])
+def _policy(bundle: Bundle, layers: Sequence[int]) -> ir.Model:
+    return specialise_policy(load_graph(bundle.graph("policy")), layers)

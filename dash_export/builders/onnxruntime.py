@@ -112,10 +112,9 @@ def _engines(
             yield Artifact(skip, key, partial(_skip, lowering, bundle, skip))
             if read is not None:
                 yield with_policy(skip, key, read)
-            if policy.has_network:
-                layer = segment.first
-                key = content_key(base, graph_key("policy"), layer)
-                yield Artifact(f"policy_{layer:02d}", key, partial(_policy, lowering, bundle, layer))
+            if layers := policy.decided_from(segment.first):
+                key = content_key(base, graph_key("policy"), *layers)
+                yield Artifact(f"policy_{layers[0]:02d}", key, partial(_policy, lowering, bundle, layers))
     if recipe.weights.prefill == "int8":
         whole = Segment.whole(bundle.manifest.model.num_layers)
         key = content_key(base, graph_key(*graph_names(whole)), "prefill")
@@ -170,9 +169,9 @@ def _skip(lowering: Lowering, bundle: Bundle, name: str, out: Path) -> list[Path
     return save_graph(lowering(load_graph(bundle.graph(name))), out / f"{name}.onnx", (ROPE_FILE,))
 
 
-def _policy(lowering: Lowering, bundle: Bundle, layer: int, out: Path) -> list[Path]:
-    policy = specialise_policy(load_graph(bundle.graph("policy")), [layer])
-    return save_graph(lowering(policy), out / f"policy_{layer:02d}.onnx")
+def _policy(lowering: Lowering, bundle: Bundle, layers: Sequence[int], out: Path) -> list[Path]:
+    policy = specialise_policy(load_graph(bundle.graph("policy")), layers)
+    return save_graph(lowering(policy), out / f"policy_{layers[0]:02d}.onnx")
 
 
 def _fused(lowering: Lowering, bundle: Bundle, part: Segment | str, plain: Path, read: int, out: Path) -> list[Path]:

@@ -148,7 +148,8 @@ def _checks(
             else:
                 other = write_graph(lower(graphs[name](), recipe, gated, roundings), Path(folder) / "lowered.onnx")
                 _check_standard(other, name, recipe)
-            bias = policy_bias.get(segment.first) if name.startswith("policy") else None
+            decided = bundle.manifest.policy.decided_from(segment.first) if name.startswith("policy") else ()
+            bias = np.array([policy_bias[layer] for layer in decided]) if decided and policy_bias else None
             moves = segment in segments and engine == segment.name
             errors = walk.compare(segment, name, graph_run(path), graph_run(other, bias), moves)
         progress(f"verify {engine}", done, len(ordered))

@@ -133,6 +133,7 @@ def specialise_policy(model: ir.Model, layers: Sequence[int]) -> ir.Model:
     if len(layers) > 1:
         (damage,) = graph.outputs
         damage.name, damage.shape = "damage", ir.Shape(["batch", "sequence", len(layers)])
+        damage.type = ir.TensorType(ir.DataType.FLOAT)
     drop_unused(graph)
     return model
 

@@ -49,10 +49,11 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
         portable = name.removesuffix(FUSED)
         for segment in build.segments:
             own = (segment.name, f"skip_{segment.first:02d}", f"policy_{segment.first:02d}")
+            policy = bundle.manifest.policy
             if portable == own[2]:
-                return EngineFacts(name, portable, segment, (segment.first,))
+                groups = [group for layers in policy.decision_points.values() for group in build.answers(layers)]
+                return EngineFacts(name, portable, segment, next(item for item in groups if item[0] == segment.first))
             if portable == own[0] or (segment.gated and portable in own):
-                policy = bundle.manifest.policy
                 read = policy.read_in(segment.layers) if name.endswith(FUSED) else None
                 return EngineFacts(name, portable, segment, () if read is None else policy.decision_points[read])
     for stretch in build.stretches:

@@ -50,8 +50,8 @@ def _token_events(lane: Lane, token: TokenStamps, sizes: EngineBytes, process: i
             position=token.position, token=token.token, layers=executed,
         )
     ]  # fmt: skip
-    segments = lane.runtime.build.segments
-    policies = policies_by_segment(segments, lane.runtime.bundle.manifest.policy.decision_points, str)
+    build, points = lane.runtime.build, lane.runtime.bundle.manifest.policy.decision_points
+    segments, policies = build.segments, policies_by_segment(build, points, str)
     for index, count, what, began, ended in token.stamps.tolist():
         segment = segments[index]
         layer = segment.first

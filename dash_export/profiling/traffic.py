@@ -60,7 +60,7 @@ def engine_bytes(runtime: DashRuntime) -> EngineBytes:
         return (record or build.engines[name]).bytes
 
     asked = runtime.bundle.manifest.policy.decision_points if runtime.dispatch == "sync" else {}
-    policy = [sum(engines.values()) for engines in policies_by_segment(build.segments, asked, size)]
+    policy = [sum(engines.values()) for engines in policies_by_segment(build, asked, size)]
     run, skip = [], []
     for segment in build.segments:
         table = embedding_bytes(runtime.recipe.weights, model) if segment.embed else 0

@@ -53,8 +53,9 @@ class EngineSet:
                 load(f"skip_{segment.first:02d}", fused) if segment.gated else None,
                 policies,
             )
-            for segment, policies in zip(build.segments, policies_by_segment(build.segments, asked, load), strict=True)
+            for segment, policies in zip(build.segments, policies_by_segment(build, asked, load), strict=True)
         ]
+        self.answers = [group for item in self.segments for group in item.policies] or self.decision_points.values()
         self.stretches = [(stretch, load(stretch.name)) for stretch in build.stretches]
         self._for_prompts: list[SegmentEngines[Engine]] | None = None
         if PREFILL in build.engines and saturates_int8():

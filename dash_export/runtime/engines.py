@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,23 +19,23 @@ EngineT = TypeVar("EngineT")
 @dataclass(frozen=True)
 class SegmentEngines(Generic[EngineT]):
     """The engines of one segment. `skip` for a gated one. `policies`, where the dispatch has them as engines: those
-    asked before this segment, which overwrites what they read, by the layer they decide about.
+    asked before this segment, which overwrites what they read, by the layers that each decides about.
     """
 
     segment: Segment
     run: EngineT
     skip: EngineT | None
-    policies: Mapping[int, EngineT]
+    policies: Mapping[tuple[int, ...], EngineT]
 
 
 def policies_by_segment(
-    segments: Sequence[Segment], points: Mapping[int, Sequence[int]], load: Callable[[str], EngineT]
-) -> list[dict[int, EngineT]]:
+    build: Build, points: Mapping[int, tuple[int, ...]], load: Callable[[str], EngineT]
+) -> list[dict[tuple[int, ...], EngineT]]:
     """Per segment the policy engines asked before it: those that read the input of a layer of the segment before."""
-    found: list[dict[int, EngineT]] = [{} for _ in segments]
+    found: list[dict[tuple[int, ...], EngineT]] = [{} for _ in build.segments]
     for read, layers in points.items():
-        reader = next(index for index, segment in enumerate(segments) if read in segment.layers)
-        found[reader + 1] |= {layer: load(f"policy_{layer:02d}") for layer in layers}
+        reader = next(index for index, segment in enumerate(build.segments) if read in segment.layers)
+        found[reader + 1] |= {group: load(f"policy_{group[0]:02d}") for group in build.answers(layers)}
     return found
 
 

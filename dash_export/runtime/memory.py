@@ -48,11 +48,10 @@ class StepMemory:
         # What one engine answers is one array: [batch, 1, sequence] about one layer, [batch, sequence, layers] about
         # several. Of one token all of them in the order of layers.
         self._points = engines.decision_points
-        answers = self._points.values() if engines.dispatch == "fused" else [(layer,) for layer in engines.gated]
         self.score = np.zeros(batch * sequence * len(engines.gated), np.float32)
         self._answers: dict[int, npt.NDArray[np.float32]] = {}
         self.score_of: dict[int, npt.NDArray[np.float32]] = {}
-        for layers in answers:
+        for layers in engines.answers:
             start = batch * sequence * len(self.score_of)
             answer = self.score[start : start + batch * sequence * len(layers)].reshape(batch, sequence, len(layers))
             self.score_of |= {layer: answer[..., index] for index, layer in enumerate(layers)}
@@ -89,7 +88,7 @@ class StepMemory:
             skipped = {"hidden_out": self.hidden[SKIPPED] if self._rows_differ else there}
             shared = self._shared(segment.layers, here)
             policies = []
-            for layer, engine in item.policies.items():
+            for (layer, *_), engine in item.policies.items():
                 inputs = {"hidden": state, "actions": self.history[layer - 1], "layer": np.array([layer])}
                 policies.append(engine.bind(inputs, self._decision(layer)))
             # What policy engines of their own read: the input of this segment's layer, or of one inside it.

@@ -19,6 +19,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
+from dash_export.skip_policy import untrained_policy
 from dash_export.targets import load_recipe
 from tests.commands.helpers import refused
 from tests.tiny import tiny_checkpoint, tiny_policy
@@ -120,6 +121,13 @@ def test_only_what_changed_is_compiled(own: Path, made: list[str]) -> None:
     made.clear()
     build(changed, str(own / "mine.toml"))
     assert made == ["skip_03"]
+
+
+def test_what_one_state_decides_is_one_policy_engine(own: Path) -> None:
+    checkpoint = open_checkpoint(own / "model")
+    policy = replace(untrained_policy(checkpoint.spec, (2, 3), width=0), reads=(1, 1))
+    build(export(checkpoint, own / "tiny.dash", policy), str(own / "mine.toml"))
+    assert [name for name in loaded(own).engines if name.startswith("policy")] == ["policy_02"]
 
 
 @pytest.mark.parametrize("key", ["kv_capacity = 65", "profiles = 1", "optimization_level = 2"])

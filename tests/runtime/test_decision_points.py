@@ -182,7 +182,7 @@ def test_bytes_are_of_what_is_asked_there(case: Case) -> None:
     expected = [0] * len(segments)
     for read, layers in case.policy.decision_points.items():
         after = next(index for index, segment in enumerate(segments) if read in segment.layers) + 1
-        expected[after] = sum(runtime.build.engines[f"policy_{layer:02d}"].bytes for layer in layers)
+        expected[after] = runtime.build.engines[f"policy_{layers[0]:02d}"].bytes
     assert found == expected
     assert not any(engine_bytes(case.runtime("cpu-fp32", "fused")).policy)
 
@@ -201,8 +201,12 @@ def test_a_device_s_host_waits_once_a_point(case: Case) -> None:
     for part in step.parts:  # type: ignore[attr-defined]
         if part.decided is not None:
             part.decided.wait = noting(part, part.decided.wait)
+    device = runtime.engines.device  # type: ignore[union-attr]
+    before = len(device.log)
     session.decode_one(int(IDS[PROMPT]))
     assert len(waits) == len(case.policy.decision_points)
+    asked = [name for _, what, name in device.log[before:] if what == "run" and name.startswith("policy_")]
+    assert asked == [f"policy_{layers[0]:02d}" for layers in case.policy.decision_points.values()]
 
 
 def test_a_policy_stage_for_every_point(case: Case) -> None:

@@ -82,20 +82,31 @@ def _choose_logit_rows(graph: ir.Graph) -> None:
 
 
 def _sum_policy(graph: ir.Graph) -> None:
-    """The policy's product with one column, as Mul and ReduceSum: in float32, for which Turing has no MatMul."""
+    """The product of a linear policy, or the last one of another, as Mul and ReduceSum: in float32, for which Turing
+    has no MatMul.
+    """
+    linear = not any(node.name == "policy/relu" for node in graph)
     for node in list(graph):
-        column = constant_value(node.inputs[1]) if node.op_type == "MatMul" else None
-        if str(node.name).startswith("policy/") and column is not None and column.shape[-1] == 1:
-            _sum_of_products(graph, node, column[:, 0])
+        columns = constant_value(node.inputs[1]) if node.op_type == "MatMul" else None
+        if str(node.name).startswith("policy/") and columns is not None and (linear or columns.shape[-1] == 1):
+            _sum_of_products(graph, node, columns)
 
 
-def _sum_of_products(graph: ir.Graph, node: ir.Node, row: Float32Array) -> None:
-    weights = add_constant(graph, f"{node.name}/row", row)
-    product = ir.node("Mul", [node.inputs[0], weights], name=f"{node.name}/terms")
-    product.outputs[0].name = str(product.name)
+def _sum_of_products(graph: ir.Graph, node: ir.Node, columns: Float32Array) -> None:
+    """[batch, sequence, hidden] @ [hidden, columns]."""
     axis = add_constant(graph, f"{node.name}/axis", np.array([-1]))
-    total = ir.node("ReduceSum", [product.outputs[0], axis], {"keepdims": 1}, name=node.name)
-    graph.insert_before(node, [product, total])
+    source, new = node.inputs[0], []
+    several = columns.shape[1] > 1
+    if several:
+        before_last = add_constant(graph, f"{node.name}/before_last", np.array([-2]))
+        new.append(ir.node("Unsqueeze", [source, before_last], name=f"{node.name}/once_per_column"))
+        source = new[-1].outputs[0]
+    weights = add_constant(graph, f"{node.name}/rows", columns.T if several else columns[:, 0])
+    new.append(ir.node("Mul", [source, weights], name=f"{node.name}/terms"))
+    total = ir.node("ReduceSum", [new[-1].outputs[0], axis], {"keepdims": int(not several)}, name=node.name)
+    for made in new:
+        made.outputs[0].name = str(made.name)
+    graph.insert_before(node, [*new, total])
     total.outputs[0].name, node.outputs[0].name = node.outputs[0].name, f"{node.name}~replaced"
     node.outputs[0].replace_all_uses_with(total.outputs[0])
     graph.remove(node, safe=True)

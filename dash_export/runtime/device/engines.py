@@ -61,13 +61,14 @@ class DeviceEngines:
             return device.engine(bundle.path(build.engines[name].file), stream)
 
         points = bundle.manifest.policy.decision_points if dispatch != "plain" else {}
-        policies = policies_by_segment(build.segments, points, partial(load, stream=policy_stream))
+        policies = policies_by_segment(build, points, partial(load, stream=policy_stream))
         self.segments = [
             SegmentEngines(
                 segment, load(segment.name), load(f"skip_{segment.first:02d}") if segment.gated else None, asked
             )
             for segment, asked in zip(build.segments, policies, strict=True)
         ]
+        self.answers = [group for item in self.segments for group in item.policies]
 
     @property
     def dtype(self) -> np.dtype[np.generic]:

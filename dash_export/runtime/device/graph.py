@@ -62,7 +62,7 @@ class GraphStep(DeviceStep):
         self.actions[0] = self._taken.host["action"]
         for part in self.parts:
             if part.layer != ALWAYS_RUN:
-                self.damage[part.layer] = self._results.host[f"damage {part.layer}"][0]
+                self._note_damage(part.layer)
         return self.actions.shape[1] - int(self.actions.sum())
 
     def _recorded(self) -> bool:
@@ -85,7 +85,7 @@ class GraphStep(DeviceStep):
         self.place()
         # All are made before any is launched: making one may move the memory that others work in.
         contexts = [
-            (self.policy if isinstance(kind, int) else self.main, self.context(part, kind))
+            (self.policy if isinstance(kind, tuple) else self.main, self.context(part, kind))
             for part in self.parts
             for kind in (*(("run", "skip") if part.layer != ALWAYS_RUN else ("run",)), *part.engines.policies)
         ]
@@ -119,8 +119,9 @@ class GraphStep(DeviceStep):
         layers that always run stay zero, so the history is never uploaded.
         """
         limits, histories = self._limits.memory, self._history.memory
+        name, column = self._answer[layer]
         return Decision(
-            damage=self._results.memory[f"damage {layer}"],
+            damage=self._results.memory[name].part(4 * column, 4),
             limit=limits["limit"].part(8 * layer, 8),
             ceiling=limits["ceiling"].part(4 * layer, 4),
             executed=limits["executed"],
@@ -133,8 +134,8 @@ class GraphStep(DeviceStep):
         following = self.parts[part.index + 1] if part.index + 1 < len(self.parts) else None
         if following is not None and following.decided is not None:
             self.policy.wait(begun)
-            for layer in following.engines.policies:
-                self.policy.run(self.context(following, layer))
+            for layers in following.engines.policies:
+                self.policy.run(self.context(following, layers))
             self.policy.record(following.decided)
 
     def _side(self, part: Part, kind: str, recording: Recording, stream: Stream) -> None:

@@ -27,8 +27,8 @@ from dash_export.runtime.rules import Rule
 
 ALWAYS_RUN = -1
 
-Kind = str | int
-"""Which engine of a part: `run`, `skip`, or the policy for a layer that is asked before it."""
+Kind = str | tuple[int, ...]
+"""Which engine of a part: `run`, `skip`, or the policy about these layers that is asked before it."""
 
 
 class Part:
@@ -86,10 +86,14 @@ class DeviceStep:
             self.device,
             {
                 "logits": ((1, rows, model.vocab_size), np.float32),
-                **{f"damage {layer}": ((1, sequence), np.float32) for layer in range(model.num_layers)},
+                **{f"damage {layers[0]}": ((1, sequence, len(layers)), np.float32) for layers in engines.answers},
             },
         )
         self.logits, self._results = results.host["logits"], results
+        # What one policy says of several layers lies side by side.
+        self._answer = {
+            layer: (f"damage {layers[0]}", column) for layers in engines.answers for column, layer in enumerate(layers)
+        }
         self.damage = np.zeros((model.num_layers, sequence), np.float32)
         self.actions = np.zeros((sequence, model.num_layers), np.int8)
         self._hidden_bytes = sequence * model.hidden_size * self._item
@@ -97,14 +101,14 @@ class DeviceStep:
         row_bytes = model.num_kv_heads * sequence * model.head_dim * self._item
         self.parts = [Part(self.device, index, item, row_bytes) for index, item in enumerate(engines.segments)]
         # A part's policies are decided together: the first of their layers waits for all.
-        self._decided = {min(part.engines.policies): part.decided for part in self.parts if part.decided is not None}
+        self._decided = {min(part.engines.policies)[0]: part.decided for part in self.parts if part.decided is not None}
 
     def context(self, part: Part, kind: Kind) -> Context:
         """Of an engine of a part, bound to this step's memory; made when it is first needed."""
         if kind not in part.contexts:
             engines = part.engines
             engine = (
-                engines.policies[kind] if isinstance(kind, int) else {"run": engines.run, "skip": engines.skip}[kind]
+                engines.policies[kind] if isinstance(kind, tuple) else {"run": engines.run, "skip": engines.skip}[kind]
             )
             assert engine is not None
             memory = self._memory_of(part, kind)
@@ -116,10 +120,10 @@ class DeviceStep:
 
     def _memory_of(self, part: Part, kind: Kind) -> Mapping[str, Memory]:
         here, there = self.hidden[part.index % 2], self.hidden[(part.index + 1) % 2]
-        if isinstance(kind, int):
+        if isinstance(kind, tuple):
             # The input of the segment before, which is the other buffer.
-            history = self._history.memory[str(kind - 1)]
-            return {"hidden": there, "actions": history, "damage": self._results.memory[f"damage {kind}"]}
+            history = self._history.memory[str(kind[0] - 1)]
+            return {"hidden": there, "actions": history, "damage": self._results.memory[f"damage {kind[0]}"]}
         out = self.hidden[2] if self._teacher_forced and kind == "skip" else there
         memory = {
             **self._inputs.memory,
@@ -277,14 +281,14 @@ class DeviceStep:
             return
         if self.policy is not self.main:
             self.policy.wait(self.parts[part.index - 1].done)
-        for layer, engine in following.engines.policies.items():
-            context = self.context(following, layer)
-            history = str(layer - 1)
+        for layers, engine in following.engines.policies.items():
+            context = self.context(following, layers)
+            history = str(layers[0] - 1)
             if "actions" in engine.inputs():
                 self.policy.upload(self._history.memory[history], self._history.host[history])
             with named(context.name):
                 self.policy.run(context)
-            name = f"damage {layer}"
+            name = f"damage {layers[0]}"
             self.policy.download(self._results.host[name], self._results.memory[name])
         self.policy.record(following.decided)
         if self.policy is not self.main and following.layer == ALWAYS_RUN:
@@ -297,9 +301,14 @@ class DeviceStep:
         if (decided := self._decided.get(part.layer)) is not None:
             with named(f"decide {part.engines.segment.name}"):
                 decided.wait()
-        self.damage[part.layer] = self._results.host[f"damage {part.layer}"][0]
+        self._note_damage(part.layer)
         found: npt.NDArray[np.float32] = self.damage[part.layer]
         return found
+
+    def _note_damage(self, layer: int) -> None:
+        """What a policy has said of it."""
+        name, column = self._answer[layer]
+        self.damage[layer] = self._results.host[name][0, :, column]
 
     def _note_skips(self, layer: int, skipped: Any) -> None:
         self.actions[skipped, layer] = Action.SKIP

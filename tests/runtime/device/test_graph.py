@@ -209,7 +209,7 @@ class TestMistakes:
             sound(step, part, kind, recording, stream)
             following = step.parts[part.index + 1] if part.index + 1 < len(step.parts) else None
             if kind == "run" and part.layer in GATED and following is not None and following.decided is not None:
-                stream.run(step.context(following, following.layer))  # type: ignore[arg-type]
+                stream.run(step.context(following, (following.layer,)))  # type: ignore[arg-type]
 
         def policy_beside(step: GraphStep, part: Part, begun: object) -> None:
             if part.layer not in GATED:
@@ -268,7 +268,7 @@ class TestMistakes:
 
         def step(each: GraphStep, recording: Recording) -> None:
             sound(each, recording)
-            each.policy.run(each.context(each.parts[2], each.parts[2].layer))
+            each.policy.run(each.context(each.parts[2], (each.parts[2].layer,)))
 
         monkeypatch.setattr(GraphStep, "_step", step)
         with pytest.raises(AssertionError, match="nobody waits for the end of policy"):

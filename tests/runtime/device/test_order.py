@@ -13,7 +13,7 @@ from dash_export.names import past_names, present_names
 from dash_export.runtime.device import ranges
 from dash_export.runtime.device.base import Context
 from dash_export.runtime.device.engines import MAIN, POLICY, DeviceEngines
-from dash_export.runtime.device.step import DeviceStep, Part
+from dash_export.runtime.device.step import DeviceStep, Kind, Part
 from dash_export.runtime.rules import DENSE
 from tests.runtime.device.conftest import IDS, MakeSimulated, Simulated
 from tests.runtime.device.simulated import Call, SimulatedContext, SimulatedDevice, SimulatedStream
@@ -171,7 +171,7 @@ def test_a_decision_taken_without_waiting(
     simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hasty(step: DeviceStep, part: Part) -> np.ndarray:
-        return np.asarray(step._results.host[f"damage {part.layer}"][0])
+        return np.asarray(step._results.host[f"damage {part.layer}"][0, :, 0])
 
     monkeypatch.setattr(DeviceStep, "_decision", hasty)
     assert differs(simulated(), host)
@@ -193,9 +193,9 @@ def test_a_cache_that_is_not_aliased(
 ) -> None:
     sound = DeviceStep._memory_of
 
-    def apart(step: DeviceStep, part: Part, kind: str | int) -> dict[str, object]:
+    def apart(step: DeviceStep, part: Part, kind: Kind) -> dict[str, object]:
         memory = dict(sound(step, part, kind))
-        for layer in part.engines.segment.layers if not isinstance(kind, int) else ():
+        for layer in part.engines.segment.layers if isinstance(kind, str) else ():
             for name in present_names(layer):
                 memory[name] = step.device.memory(memory[name].nbytes)
         return memory  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Container
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -122,11 +123,12 @@ class Build:
     seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
 
-    def answers(self, layers: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Which of the layers that one state decides about have a policy engine together: all of them, `policy_NN` of
-        the first; or each its own (portable graphs, earlier builds).
-        """
-        return [(layer,) for layer in layers] if f"policy_{layers[-1]:02d}" in self.engines else [layers]
+
+def policy_groups(layers: tuple[int, ...], engines: Container[str]) -> list[tuple[int, ...]]:
+    """The layers that one state decides about, as policy engines answer for them: all together, by `policy_NN` of the
+    first; or each by its own (portable graphs, earlier builds).
+    """
+    return [(layer,) for layer in layers] if f"policy_{layers[-1]:02d}" in engines else [layers]
 
 
 def check_build(build: Build, manifest: Manifest, where: str) -> None:
@@ -148,7 +150,12 @@ def check_build(build: Build, manifest: Manifest, where: str) -> None:
     if not all(item.first < item.last and all(layer in free for layer in item.layers) for item in build.stretches):
         raise BundleError(f"{where}: a stretch is not of gated layers that are decided together. {DAMAGED}")
     needed = {segment.name for segment in segments} | {f"skip_{layer:02d}" for layer in gated}
-    needed |= {f"policy_{layers[0]:02d}" for layers in manifest.policy.decision_points.values()}
+    points = manifest.policy.decision_points
+    policies = {f"policy_{group[0]:02d}" for item in points.values() for group in policy_groups(item, build.engines)}
+    strange = {f"policy_{layer:02d}" for layer in gated} & set(build.engines) - policies
+    if strange:
+        raise BundleError(f"{where}: nobody asks the engine {min(strange)}. {DAMAGED}")
+    needed |= policies
     needed |= {stretch.name for stretch in build.stretches}
     if needed - set(build.engines):
         raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {DAMAGED}")

@@ -60,7 +60,7 @@ class SkipPolicy:
     KL, and by the cosine similarity of a layer's input and output (ShortGPT, arXiv 2403.03853); empty where nobody
     ranked them. `reads`: per gated layer the layer whose input its network reads; empty is one layer ahead.
     `final_norm` [hidden]: the gain of the final norm of the model it was trained with, by which another model of the
-    same shape is told apart; None where nobody trained it.
+    same shape is told apart; None in what was not trained, or by an earlier version.
     """
 
     gated: tuple[int, ...]
@@ -185,9 +185,9 @@ def check_model(policy: SkipPolicy, checkpoint: Checkpoint) -> None:
     known = policy.final_norm
     if known is None:
         return
-    found = checkpoint.weights[FINAL_NORM].read_rows(0, len(known))
-    distance = float(np.linalg.norm(found - known) / np.linalg.norm(known))
-    if distance > OTHER_MODEL:
+    found = checkpoint.weights[FINAL_NORM].read_rows(0, len(known)).astype(np.float64)
+    distance = float(np.linalg.norm(found - known) / np.linalg.norm(known.astype(np.float64)))
+    if not distance <= OTHER_MODEL:
         raise PolicyError(
             f"This is the policy of another model of the same shape ({policy.origin}): the final norms are "
             f"{distance:.0%} apart. Give the model it was trained with, or adapt it to this one: "

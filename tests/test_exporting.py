@@ -66,6 +66,9 @@ def test_a_policy_knows_its_model(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"policy of another model .*\(token policy for A\).* 2% apart.*--from"):
         export(checkpoint, tmp_path / "a.dash", policy)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    huge = replace(policy, final_norm=np.full_like(norm, 1e30))  # whose square is no float32
+    with pytest.raises(PolicyError, match="policy of another model"):
+        export(checkpoint, tmp_path / "a.dash", huge)
     near = np.where(np.arange(len(norm)) % 2, norm * np.float32(1.005), norm)
     export(checkpoint, tmp_path / "a.dash", replace(policy, final_norm=near))
 

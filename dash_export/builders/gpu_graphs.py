@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +24,21 @@ LOWERING_REVISION = 2
 MakeGraph = Callable[[], ir.Model]
 
 
-def portable_graphs(bundle: Bundle, segments: Sequence[Segment]) -> Iterator[tuple[str, str, MakeGraph]]:
-    """(name, hash of what it is made from, maker) of every engine's graph, still in the portable form."""
+def portable_graphs(
+    bundle: Bundle, segments: Sequence[Segment], policies: Iterable[tuple[int, ...]] | None = None
+) -> Iterator[tuple[str, str, MakeGraph]]:
+    """(name, hash of what it is made from, maker) of every engine's graph, still in the portable form. `policies`: the
+    layers that each policy engine answers for, by default all that one state decides about.
+    """
+    groups = bundle.manifest.policy.decision_points.values() if policies is None else policies
+    from_first = {layers[0]: layers for layers in groups}
     for segment in segments:
         yield segment.name, graphs_key(bundle, graph_names(segment)), partial(_segment, bundle, segment)
         if not segment.gated:
             continue
         skip = f"skip_{segment.first:02d}"
         yield skip, graphs_key(bundle, [skip]), partial(_load, bundle, skip)
-        if layers := bundle.manifest.policy.decided_from(segment.first):
+        if layers := from_first.get(segment.first):
             key = graphs_key(bundle, ["policy"])
             name = f"policy_{segment.first:02d}"
             yield name, content_key(key, *layers) if len(layers) > 1 else key, partial(_policy, bundle, layers)

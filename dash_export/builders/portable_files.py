@@ -13,15 +13,16 @@ from dash_export.bundle import Bundle
 from dash_export.graphs.writer import save_graph
 
 
-def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> Path:
+def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path, decides: tuple[int, ...] = ()) -> Path:
     """The portable graph of engine `name` (the segment's own, its skip graph or its policy) where it lies in the
-    bundle; of a merged segment or a stretch, and of a policy made for one layer, it is written into `folder` first.
+    bundle; of a merged segment or a stretch, and of a policy about the layers it `decides`, it is written into `folder`
+    first.
     """
     if name.startswith("skip_") or graph_names(segment) == [name]:
         return bundle.graph(name)
     if name.startswith("skips_"):
         return write_graph(compose_skips(bundle, segment.layers), folder / f"{name}.onnx")
-    makers = {graph: make for graph, _, make in portable_graphs(bundle, [segment])}
+    makers = {graph: make for graph, _, make in portable_graphs(bundle, [segment], [decides] if decides else None)}
     return write_graph(makers[name](), folder / f"{name}.onnx")
 
 

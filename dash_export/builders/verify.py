@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.build_record import Build, Segment, Stretch
+from dash_export.build_record import Build, Segment, Stretch, policy_groups
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
 from dash_export.builders.portable_files import portable_file, write_graph
 from dash_export.builders.segments import calibration_key
@@ -137,18 +137,22 @@ def _checks(
     roundings: Roundings,
 ) -> Iterator[Check]:
     gated = bundle.manifest.policy.gated
-    graphs = {name: make for name, _, make in portable_graphs(bundle, segments)}
+    groups = list(bundle.manifest.policy.decision_points.values())
+    if recipe.engine is None:
+        groups = [group for layers in groups for group in policy_groups(layers, engines)]
+    decided_from = {layers[0]: layers for layers in groups}
+    graphs = {name: make for name, _, make in portable_graphs(bundle, segments, groups)}
     walk = _Walk(bundle)
     ordered = list(_in_order(segments, graphs, engines if recipe.engine is None else {}, stretches))
     for done, (segment, name, engine) in enumerate(ordered, 1):
         with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
-            path = portable_file(bundle, segment, name, Path(folder))
+            decided = decided_from[segment.first] if name.startswith("policy") else ()
+            path = portable_file(bundle, segment, name, Path(folder), decided)
             if recipe.engine is None:
                 other = engines[engine]
             else:
                 other = write_graph(lower(graphs[name](), recipe, gated, roundings), Path(folder) / "lowered.onnx")
                 _check_standard(other, name, recipe)
-            decided = bundle.manifest.policy.decided_from(segment.first) if name.startswith("policy") else ()
             bias = np.array([policy_bias[layer] for layer in decided]) if decided and policy_bias else None
             moves = segment in segments and engine == segment.name
             errors = walk.compare(segment, name, graph_run(path), graph_run(other, bias), moves)

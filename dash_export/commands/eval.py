@@ -13,6 +13,7 @@ import click
 
 from dash_export.commands.comparing import comparison_options, dial_of, load, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
+from dash_export.decision import DIALLED_KINDS
 
 if TYPE_CHECKING:
     from dash_export.evaluation.evaluate import FileResult
@@ -64,7 +65,7 @@ def command(
 
     Without either, the calibration text. Settings are budgets by default (0.9 and 0.8): the kinds then take equal
     time on the calibration text, predicted from the build's cost table; `time` says what they take on this one, and
-    --matched makes that equal too.
+    --matched makes token and sequence take what was asked for there.
     """
     from dash_export.evaluation.evaluate import Request, evaluate
     from dash_export.resources import resource_folder
@@ -72,6 +73,8 @@ def command(
     dial = dial_of(dials, ("budget", BUDGETS))
     if matched and dial[0] == "max_kl":
         raise click.UsageError("--matched goes with --budget or --skipped, not with --max-kl.")
+    if matched and kinds is not None and not set(kinds) & set(DIALLED_KINDS):
+        raise click.UsageError(f"--matched moves a trade-off: have {' or '.join(DIALLED_KINDS)} among --kinds.")
     if not text and not tasks:
         text = (resource_folder("calibration") / "prose.txt",)
     began = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,8 @@ import click
 from dash_export.artifacts import Progress
 
 PLAIN_LINES = 10
-"""How many lines a measured step prints where there is no terminal."""
+"""How many lines a measured step prints where there is no terminal, but that a long one prints one every MINUTE."""
+MINUTE = 60.0
 
 
 @contextmanager
@@ -56,14 +58,28 @@ def _bar(title: str) -> Iterator[Progress]:
 @contextmanager
 def _lines(title: str) -> Iterator[Progress]:
     lock = threading.Lock()
-    last = (0, 0)
+    last, said = (0, 0), time.monotonic()
+    first = (0, said)
 
     def progress(name: str, done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, said, first
         with lock:
+            now = time.monotonic()
             part = (total, done * PLAIN_LINES // total if total else 0)
-            if total == 0 or (part != last and done):
-                click.echo(f"{title}: {name}" + (f" ({done}/{total})" if total else ""), err=True)
+            if total != last[0]:
+                first = (done, now)
+            if total == 0 or (done and (part != last or now - said >= MINUTE)):
+                shown = f" ({done}/{total}{_left(done, total, *first, now)})" if total else ""
+                click.echo(f"{title}: {name}{shown}", err=True)
+                said = now
             last = part
 
     yield progress
+
+
+def _left(done: int, total: int, first: int, began: float, now: float) -> str:
+    """How long it still takes, of what goes on for minutes, at the pace since it began (or was resumed)."""
+    if now - began < MINUTE or done <= first:
+        return ""
+    minutes = (now - began) / (done - first) * (total - done) / 60
+    return f", {minutes:.0f} minutes left"

@@ -54,7 +54,8 @@ OF_A_POLICY = ("compensation", "width")
     "start",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="POLICY.safetensors",
-    help="Go on from this trained policy, to tune it further or for other text: only the tuning steps are done.",
+    help="Go on from this trained policy, to tune it further, for other text or for a fine-tune of its model: only the "
+    "tuning steps are done.",
 )
 @click.option("--compensation", type=click.Choice(["none", "scale", "low_rank"]), help="What a skip adds (low_rank).")
 @click.option(
@@ -69,7 +70,7 @@ OF_A_POLICY = ("compensation", "width")
     help="each: about every layer one layer ahead. once: about all of them from one state, before the first, which is "
     "less to compute and to wait for; with --from the network is then learnt anew. (each; with --from as that does it)",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps (900): more is slower and better.")
+@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps (500).")
 @click.option("--regression-steps", type=click.IntRange(min=1), help="Steps of damage regression before them (120).")
 @click.option(
     "--trade-offs",

@@ -55,6 +55,10 @@ class _Search:
     def done(self, layers: float) -> bool:
         return abs(self.saved(self.best, layers) - self.wanted) <= TOLERANCE * self.wanted
 
+    def found(self) -> Result:
+        """The nearest, with what was asked for and the trade-off that gave it."""
+        return replace(self.best, setting=replace(self.setting, trade_off=self.best.setting.trade_off))
+
     def following(self) -> Setting:
         """The setting to try next."""
         if self.low is not None and self.high is not None:
@@ -74,15 +78,16 @@ class _Search:
 
 def matched(build: Build, results: Sequence[Result], measure: Measure) -> list[Result]:
     """`results` (dense first), where every setting with a trade-off behind its budget, or number of skipped layers, is
-    replaced by the trade-off that comes nearest to saving that much on these tokens: found by `measure`, which takes
-    settings that begin with dense, in at most `PASSES` passes. A policy that decides in steps, or that cannot give as
-    much here, stays off by what its result says.
+    at the trade-off that comes nearest to saving that much on these tokens (its setting names both): found by
+    `measure`, which takes settings that begin with dense, in at most `PASSES` passes. A policy that decides in steps,
+    or that cannot give as much here, stays off by what its result says.
     """
     dense = results[0]
     searches = {}
     for index, result in enumerate(results):
         setting = result.setting
-        if setting.kind in DIALLED_KINDS and (setting.budget is not None or setting.skipped is not None):
+        given = setting.budget is not None or setting.skipped is not None
+        if setting.kind in DIALLED_KINDS and given and result.tokens:
             trade_off = trade_off_for(build.dial[setting.kind], budget=setting.budget, skipped=setting.skipped)
             wanted = 1 - setting.budget if setting.budget is not None else setting.skipped
             if trade_off > 0 and wanted:
@@ -96,4 +101,4 @@ def matched(build: Build, results: Sequence[Result], measure: Measure) -> list[R
         found = measure([dense.setting, *(search.following() for search in missing)])
         for search, result in zip(missing, found[1:], strict=True):
             search.heed(result, dense.layers)
-    return [searches[index].best if index in searches else result for index, result in enumerate(results)]
+    return [searches[index].found() if index in searches else result for index, result in enumerate(results)]

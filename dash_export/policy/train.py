@@ -57,10 +57,10 @@ def train(
     """Train a policy of `kind` (`token` or `static`) for `model` and write it to `output` (`.safetensors`, and a JSON
     card beside it).
 
-    With `start`, a trained policy of this model, training goes on from there, to tune it further or for other text:
-    network and compensation are as they are in it (of the `gated` layers only, where given), and only the tuning steps
-    are done. Where the settings say how to `decide`, its network is learnt anew; a higher `rank` widens its low-rank
-    compensation.
+    With `start`, a trained policy of this model, training goes on from there, to tune it further, for other text, or
+    for another model of the same shape: network and compensation are as they are in it (of the `gated` layers only,
+    where given), and only the tuning steps are done. Where the settings say how to `decide`, its network is learnt
+    anew; a higher `rank` widens its low-rank compensation.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
     done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
@@ -99,7 +99,7 @@ def train(
     place = _device(device)
     began = time.perf_counter()
     folder = output.with_name(f"{output.name}.unfinished")
-    _told_apart(texts, prompts)
+    told_apart(texts, prompts)
     data = {path.name: sha256_file(_existing(path)) for path in (*texts, *prompts)}
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
     key = training_key(settings, checkpoint.fingerprint, kind, layers, data, origin)
@@ -182,7 +182,7 @@ def _further(settings: TrainingSettings, policy: SkipPolicy) -> TrainingSettings
     )
 
 
-def _told_apart(texts: Sequence[Path], prompts: Sequence[Path]) -> None:
+def told_apart(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:
     """Raises RequestError where a name on the card, or that of a source, would stand for two files."""
     names = [*(path.stem for path in texts), *(path.name for path in prompts)]
     twice = next((name for name in names if names.count(name) > 1), None)

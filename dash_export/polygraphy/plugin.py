@@ -145,7 +145,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         if not keep:
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         model = self.arg_groups[ModelArgs]
-        model.path = str(portable_file(bundle, facts.segment, facts.portable, Path(folder)))
+        model.path = str(portable_file(bundle, facts.segment, facts.portable, Path(folder), facts.decides))
         model.model_type = ModelArgs.ModelType("onnx")
 
     def _give_inputs(self) -> None:

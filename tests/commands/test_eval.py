@@ -64,9 +64,10 @@ def test_eval_matched(tiny_root: Path, text: Path) -> None:
     (file,) = json.loads(result.stdout)["files"]
     _, static, token = file["results"]
     assert static["setting"] == {"kind": "static", "skipped": 1.0}
-    assert token["setting"].keys() == {"kind", "trade_off"}
+    assert token["setting"].keys() == {"kind", "trade_off", "skipped"}
     assert token["layers"] == pytest.approx(5, abs=0.05)
     assert "not with --max-kl" in refused("eval", tiny_root, *options, "--max-kl", 0.1, code=2)
+    assert "among --kinds" in refused("eval", tiny_root, *options, "--kinds", "static,random", code=2)
 
 
 def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import floor
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_as_much_is_saved(scale: float, power: float, asked: dict[str, float], w
     found = matched(made, first, made.measure)  # type: ignore[arg-type]
     assert found[:2] == first[:2], "only what has a trade-off is moved"
     assert found[2].setting.kind == "token"
-    assert found[2].setting.given == ("trade_off",)
+    assert found[2].setting.given == ("trade_off", *asked)
     saved = 1 - found[2].time if "budget" in asked else LAYERS - found[2].layers
     assert saved == pytest.approx(wanted, rel=TOLERANCE)
     assert made.passes < PASSES
@@ -69,6 +70,14 @@ def test_what_cannot_be_met_comes_near() -> None:
         still, [still.result(DENSE, 0.0), still.result(Setting("token", budget=0.9), 0.0)], still.measure
     )
     assert found.time == 1.0
+
+
+def test_where_nothing_can_be_skipped_nothing_is_tried() -> None:
+    """Choices of one token each, say."""
+    made = Made(lambda _: 0.0)
+    results = [replace(made.result(setting, 0.0), tokens=0) for setting in (DENSE, Setting("token", budget=0.9))]
+    assert matched(made, results, made.measure) == results  # type: ignore[arg-type]
+    assert made.passes == 0
 
 
 def test_on_a_text(runtime: DashRuntime, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_an_engine_of_several_layers_has_a_portable_graph(
     facts = find_engine(runtime.bundle, runtime.build, name)
     file = runtime.bundle.path(runtime.build.engines[name].file)
     engine = PortableEngine(OrtBackend(0).load(file), facts, runtime.engines.model, {})
-    graph = graph_run(portable_file(runtime.bundle, facts.segment, facts.portable, tmp_path))
+    graph = graph_run(portable_file(runtime.bundle, facts.segment, facts.portable, tmp_path, facts.decides))
     rng = np.random.default_rng(0)
     feed = {key: rng.standard_normal([size or 9 for size in shape]) for key, (_, shape) in engine.inputs.items()}
     feed = {key: array.astype(np.float32) for key, array in feed.items()} | {"position_ids": np.arange(3)[None]}

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.builders import build
+from dash_export.build_record import check_build
+from dash_export.builders import build, gpu_graphs
 from dash_export.builders.verify import verification
 from dash_export.bundle import Bundle
 from dash_export.decision import DecisionRule, decision_rule
+from dash_export.errors import BundleError
 from dash_export.exporting import export
+from dash_export.manifest import PolicyFacts
 from dash_export.polygraphy.engines import PortableEngine, find_engine
 from dash_export.profiling.traffic import engine_bytes
 from dash_export.reference import Oracle
@@ -155,8 +158,34 @@ def test_a_batch_as_alone(target: str, dispatch: str, launch: float, case: Case)
 
 
 def test_engines_agree_with_their_portable_graphs(case: Case) -> None:
-    for target in ("cpu-fp32", "trt10"):
+    for target in ("cpu-fp32", "trt10", "portable"):
         verification(case.bundle, case.bundle.load_build(target))
+
+
+def test_a_build_with_a_policy_engine_for_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As earlier versions made them."""
+    single = [(layer,) for layer in GATED]
+    monkeypatch.setattr(PolicyFacts, "decided_from", lambda _, layer: (layer,) if layer in GATED else ())
+    monkeypatch.setattr(gpu_graphs, "portable_graphs", partial(gpu_graphs.portable_graphs, policies=single))
+    case = Case(tmp_path, GATED, (2, 2, 2))
+    for target in ("cpu-fp32", "trt10"):
+        engines = case.bundle.load_build(target).engines
+        assert {f"policy_{layer:02d}" for layer in GATED} <= set(engines)
+    for target, dispatch in (*HOST, *DEVICE):
+        test_decode(target, dispatch, case)
+        test_score(target, dispatch, case)
+
+
+@pytest.mark.parametrize("target", ["cpu-fp32", "trt10"])
+def test_a_build_with_some_of_the_policy_engines(target: str, case: Case) -> None:
+    build, layers = case.bundle.load_build(target), case.policy.decision_points[2]
+    strange = replace(build, engines=build.engines | {f"policy_{layers[1]:02d}": build.engines["skip_04"]})
+    if len(layers) > 2:
+        with pytest.raises(BundleError, match="nobody asks the engine policy_04"):
+            check_build(strange, case.bundle.manifest, "here")
+    without = {name: engine for name, engine in build.engines.items() if name != f"policy_{layers[0]:02d}"}
+    with pytest.raises(BundleError, match="no engine policy_"):
+        check_build(replace(build, engines=without), case.bundle.manifest, "here")
 
 
 def test_polygraphy_sees_the_damage_of_all_that_an_engine_decides(case: Case) -> None:

@@ -1,4 +1,4 @@
-"""Policy files side by side on the same held-out windows, in bfloat16, without quantisation.
+"""Policy files side by side on the same held-out windows, without quantisation.
 
     python tools/bench/policies.py MODEL A.safetensors B.safetensors --tokenizer BUNDLE --text novels.txt
 
@@ -25,11 +25,13 @@ from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Passage, read_corpus, read_prompts
 from dash_export.policy.figures import SIZES, held_out_batches, token_figures
 from dash_export.policy.gated_model import GatedModel
+from dash_export.policy.precision import PRECISIONS
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
-from dash_export.policy.train import JUDGED_SEED
+from dash_export.policy.train import JUDGED_SEED, told_apart
 from dash_export.policy_file import load_policy
 from dash_export.runtime.text import Text
+from dash_export.skip_policy import check_model
 
 FILE = click.Path(exists=True, path_type=Path)
 
@@ -41,6 +43,7 @@ FILE = click.Path(exists=True, path_type=Path)
 @click.option("--text", type=FILE, multiple=True, help="Its last 8 % are judged on.")
 @click.option("--held", type=FILE, multiple=True, help="Judged on whole.")
 @click.option("--prompts", type=FILE, multiple=True, help="Chat prompts (.jsonl); the model's answers are judged on.")
+@click.option("--precision", type=click.Choice(tuple(PRECISIONS)), default="bfloat16", show_default=True)
 @click.option("--batches", default=24, show_default=True, help="Of 4 windows of 256 tokens.")
 @click.option("--points", default=8, show_default=True, help="Of the dial.")
 def main(
@@ -50,13 +53,15 @@ def main(
     text: tuple[Path, ...],
     held: tuple[Path, ...],
     prompts: tuple[Path, ...],
+    precision: str,
     batches: int,
     points: int,
 ) -> None:
     """KL from dense and nll at every policy's own settings, and interpolated at 2, 4, 5, 6 and 8 skipped layers."""
+    told_apart((*text, *held, *prompts))
     settings = TrainingSettings()
     checkpoint = open_checkpoint(model)
-    gated_model = GatedModel(checkpoint, torch.device("cpu"), torch.bfloat16)
+    gated_model = GatedModel(checkpoint, torch.device("cpu"), PRECISIONS[precision])
     words = Text(tokenizer)
     _, corpus = read_corpus(text, words.tokenizer, settings.window, settings.held_out)
     for path in held:
@@ -73,6 +78,7 @@ def main(
     result: dict[str, Any] = {"tokens": corpus.tokens()}
     for path in policies:
         policy = load_policy(path, checkpoint.spec)
+        check_model(policy, checkpoint)
         judged, figures = token_figures(
             gated_model, SkipModules(policy), windows, policy.static_order, settings.trade_offs, points=points
         )

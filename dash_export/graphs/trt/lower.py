@@ -15,7 +15,7 @@ from dash_export.graphs.compose import add_constant, constant_value, drop_unused
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.trt.decompose import decompose
 from dash_export.graphs.trt.quantize import quantize_weights
-from dash_export.graphs.trt.types import set_activation_type
+from dash_export.graphs.trt.types import FLOAT32, set_activation_type
 from dash_export.models.spec import Float32Array
 from dash_export.targets import EngineRecipe, Recipe
 
@@ -35,7 +35,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     _cut_rope(graph, engine.kv_capacity)
     _choose_logit_rows(graph)
     transpose_tables(graph)
-    _sum_policy(graph)
+    _sum_policy(graph, turing="7.5" in engine.capabilities)
     if recipe.dialect == "trt10":
         decompose(model)
     quantize_weights(graph, recipe.weights, gated, roundings)
@@ -81,15 +81,19 @@ def _choose_logit_rows(graph: ir.Graph) -> None:
         logits.shape = ir.Shape([logits.shape[0], "rows", logits.shape[2]])
 
 
-def _sum_policy(graph: ir.Graph) -> None:
-    """The product of a linear policy, or the last one of another, as Mul and ReduceSum: in float32, for which Turing
-    has no MatMul.
+def _sum_policy(graph: ir.Graph, turing: bool) -> None:
+    """The policy's product with one column in float32: as Mul and ReduceSum, for Turing has no such MatMul. That of a
+    linear one with several is a MatMul elsewhere: its terms would take memory for every layer and token of a prompt.
     """
     linear = not any(node.name == "policy/relu" for node in graph)
     for node in list(graph):
         columns = constant_value(node.inputs[1]) if node.op_type == "MatMul" else None
-        if str(node.name).startswith("policy/") and columns is not None and (linear or columns.shape[-1] == 1):
+        if not str(node.name).startswith("policy/") or columns is None:
+            continue
+        if columns.shape[-1] == 1 or (linear and turing):
             _sum_of_products(graph, node, columns)
+        elif linear:
+            node.meta[FLOAT32] = True
 
 
 def _sum_of_products(graph: ir.Graph, node: ir.Node, columns: Float32Array) -> None:

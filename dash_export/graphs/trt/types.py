@@ -83,7 +83,7 @@ class _Types:
 def _stays_float32(node: ir.Node) -> bool:
     """Sums of squares overflow float16 and lose small terms in bfloat16; a damage is compared with a threshold.
 
-    Matrix products are never float32: TensorRT has none for Turing.
+    Matrix products are float32 only where somebody says so: TensorRT has none for Turing.
     """
     if FLOAT32 in node.meta or node.op_type == "RMSNormalization":
         return True

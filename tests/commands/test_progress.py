@@ -1,0 +1,37 @@
+"""What long work says where there is no terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from dash_export.commands import progress as module
+from dash_export.commands.progress import progress_bar
+
+
+def test_a_line_every_minute_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And every tenth of the work; what was done before a resumed training began does not make it look fast."""
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    with progress_bar("train") as said:
+        said("reading", 0, 0)
+        said("step 400", 400, 1000)
+        for step in range(401, 421):
+            now += 9.0
+            said(f"step {step}", step, 1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: reading",
+        "train: step 400 (400/1000)",
+        "train: step 407 (407/1000, 89 minutes left)",
+        "train: step 414 (414/1000, 88 minutes left)",
+    ]
+
+
+def test_short_work_says_a_tenth_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("export") as said:
+        for step in range(1, 41):
+            said("layer", step, 40)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "export: layer (40/40)"

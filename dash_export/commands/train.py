@@ -70,7 +70,7 @@ OF_A_POLICY = ("compensation", "width")
     help="each: about every layer one layer ahead. once: about all of them from one state, before the first, which is "
     "less to compute and to wait for; with --from the network is then learnt anew. (each; with --from as that does it)",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps (500).")
+@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps (400).")
 @click.option("--regression-steps", type=click.IntRange(min=1), help="Steps of damage regression before them (120).")
 @click.option(
     "--trade-offs",

@@ -32,7 +32,7 @@ class TrainingSettings:
     fit_steps: int = 40
     warm_up_steps: int = 50
     regression_steps: int = 120
-    tuning_steps: int = 500
+    tuning_steps: int = 400
     network_rate: float = 3e-3
     compensation_rate: float = 1e-3
     refinement_rate: float = 5e-4

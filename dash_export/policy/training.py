@@ -25,7 +25,7 @@ from dash_export.artifacts import Progress, content_key, no_progress
 from dash_export.policy.compensation import UpdateStatistics
 from dash_export.policy.corpus import Batch, Corpus
 from dash_export.policy.gated_model import GatedModel
-from dash_export.policy.ranking import greedy_order, single_damages
+from dash_export.policy.ranking import greedy_order, judged, single_damages
 from dash_export.policy.regression import Regression
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.skip_modules import SkipModules, initial_network
@@ -180,7 +180,7 @@ class Training:
         return SkipPolicy(self.gated, None, fitted, cosine_order=statistics.cosine_order())
 
     def _ranking(self, modules: SkipModules) -> tuple[int, ...]:
-        batches = [batch for batch, _ in self._batches("ranking", RANKING_BATCHES)]
+        windows = judged(self.model, (batch for batch, _ in self._batches("ranking", RANKING_BATCHES)))
         done = self._done
         share = len(self.gated) * RANKING_BATCHES * 3
 
@@ -189,8 +189,8 @@ class Training:
             self._done = done + offset + share * part // parts
             self._advance(name, 0)
 
-        singles = single_damages(self.model, modules, batches, progress)
-        order = greedy_order(self.model, modules, batches, singles, progress)
+        singles = single_damages(self.model, modules, windows, progress)
+        order = greedy_order(self.model, modules, windows, singles, progress)
         self._done = done + 2 * share
         return order
 

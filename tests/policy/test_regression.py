@@ -9,7 +9,7 @@ import torch
 from dash_export.models import open_checkpoint
 from dash_export.policy.corpus import Batch
 from dash_export.policy.gated_model import GatedModel
-from dash_export.policy.ranking import single_damages
+from dash_export.policy.ranking import judged, single_damages
 from dash_export.policy.regression import Regression
 from dash_export.policy.skip_modules import SkipModules, initial_network
 from dash_export.skip_policy import SkipPolicy
@@ -50,7 +50,7 @@ def test_an_idle_layer_costs_nothing(model: GatedModel) -> None:
         ids = torch.from_numpy(batch(1000).ids)
         damage = model.rollout(ids, modules, lambda _, known: known < 0, torch.zeros_like(ids).bool()).damage
     learnt = damage.mean((0, 1)).numpy()
-    alone = single_damages(model, modules, [batch(1000)])
+    alone = single_damages(model, modules, judged(model, [batch(1000)]))
     idle = GATED.index(IDLE)
     assert alone[idle] == pytest.approx(0, abs=1e-6)
     assert learnt[idle] < 0.1 * min(np.delete(learnt, idle))

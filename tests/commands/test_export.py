@@ -21,7 +21,8 @@ from tests.tiny import save_model, tiny_policy
 
 # An export that waits inside its second layer, so that it can be interrupted there.
 SLOW_EXPORT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
 from dash_export.graphs import portable
 original = portable.layer_graph
 def slow(checkpoint, layer):

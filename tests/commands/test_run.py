@@ -19,7 +19,8 @@ from tests.commands.helpers import dash, environment, refused
 
 # A run whose every decoded token takes 20 ms, so that it can be interrupted.
 SLOW_RUN = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
 from dash_export.runtime.dispatch import BoundStep
 decode = BoundStep.decode
 def slow(*arguments):

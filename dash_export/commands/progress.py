@@ -59,15 +59,16 @@ def _bar(title: str) -> Iterator[Progress]:
 def _lines(title: str) -> Iterator[Progress]:
     lock = threading.Lock()
     last, said = (0, 0), time.monotonic()
-    first = (0, said)
+    first, before = (0, said), 0
 
     def progress(name: str, done: int, total: int) -> None:
-        nonlocal last, said, first
+        nonlocal last, said, first, before
         with lock:
             now = time.monotonic()
             part = (total, done * PLAIN_LINES // total if total else 0)
-            if total != last[0]:
+            if total != last[0] or done < before:  # other work, or the same once more
                 first = (done, now)
+            before = done
             if total == 0 or (done and (part != last or now - said >= MINUTE)):
                 shown = f" ({done}/{total}{_left(done, total, *first, now)})" if total else ""
                 click.echo(f"{title}: {name}{shown}", err=True)

@@ -20,11 +20,17 @@ def test_a_line_every_minute_with_the_time_left(
         for step in range(401, 421):
             now += 9.0
             said(f"step {step}", step, 1000)
+        now += 600.0
+        for step in (1, 2, 100):  # the same again
+            now += 1.0
+            said(f"step {step}", step, 1000)
     assert capsys.readouterr().err.splitlines() == [
         "train: reading",
         "train: step 400 (400/1000)",
         "train: step 407 (407/1000, 89 minutes left)",
         "train: step 414 (414/1000, 88 minutes left)",
+        "train: step 1 (1/1000)",
+        "train: step 100 (100/1000)",
     ]
 
 

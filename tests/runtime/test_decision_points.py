@@ -52,8 +52,10 @@ class Case:
         self.policy: SkipPolicy = narrowed(with_compensation(policy, checkpoint.spec.hidden_size, "low_rank"), gated)
         self.oracle = Oracle(checkpoint, self.policy)
         self.bundle: Bundle = export(checkpoint, folder / "once.dash", self.policy)
-        (folder / "trt10.toml").write_text(RECIPE.format(dialect="trt10"))
-        for target in ("cpu", "portable", str(folder / "trt10.toml")):
+        recipe = RECIPE.format(dialect="trt10")
+        (folder / "trt10.toml").write_text(recipe)
+        (folder / "turing.toml").write_text(recipe.replace('["9.0"]', '["7.5"]'))
+        for target in ("cpu", "portable", str(folder / "trt10.toml"), str(folder / "turing.toml")):
             build(self.bundle, target, weights="fp32" if target == "cpu" else None)
         damage = self.oracle.forward(IDS).damage[:, list(gated)]
         cost = dict.fromkeys(gated, 0.1)
@@ -158,7 +160,7 @@ def test_a_batch_as_alone(target: str, dispatch: str, launch: float, case: Case)
 
 
 def test_engines_agree_with_their_portable_graphs(case: Case) -> None:
-    for target in ("cpu-fp32", "trt10", "portable"):
+    for target in ("cpu-fp32", "trt10", "turing", "portable"):
         verification(case.bundle, case.bundle.load_build(target))
 
 

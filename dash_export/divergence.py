@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.errors import BackendError
+
 Logits = npt.NDArray[np.float32]
 Nats = npt.NDArray[np.float64]
 
@@ -20,7 +22,7 @@ _ROWS = 16
 class DenseRows:
     """The distributions p = softmax(logits) that others are compared with: those of the dense mode of the same build.
 
-    `logits` is [rows, vocab]; it is not kept.
+    `logits` is [rows, vocab]; it is not kept. Raises BackendError where they are not numbers, like `kl`.
     """
 
     def __init__(self, logits: Logits) -> None:
@@ -33,6 +35,7 @@ class DenseRows:
             p /= mass
             self._p[rows] = p
             self._own[rows] = (p * (z - np.log(mass))).sum(axis=-1)
+        _check(self._own)
 
     def kl(self, logits: Logits) -> Nats:
         """KL(p || q) = sum p (log p - log q) of every row, [rows]; q = softmax(logits), logits [rows, vocab]."""
@@ -41,6 +44,7 @@ class DenseRows:
             z = logits[rows] - logits[rows].max(axis=-1, keepdims=True)
             log_mass = np.log(np.exp(z).sum(axis=-1))
             found[rows] = self._own[rows] - ((self._p[rows] * z).sum(axis=-1) - log_mass)
+        _check(found)
         return found
 
 
@@ -53,6 +57,15 @@ def surprise(logits: Logits, tokens: npt.NDArray[np.int64]) -> Nats:
         chosen = np.take_along_axis(z, tokens[rows][:, None], axis=-1)[:, 0]
         found[rows] = np.log(np.exp(z).sum(axis=-1)) - chosen
     return found
+
+
+def _check(found: Nats) -> None:
+    """A NaN would be the smallest of all divergences to whoever bounds it by 0."""
+    if not np.isfinite(found).all():
+        raise BackendError(
+            "The engines gave logits that are not numbers: their activations may overflow. Build with "
+            'activations = "bf16" in a recipe of your own, or with another --weights.'
+        )
 
 
 def _blocks(count: int) -> Iterator[slice]:

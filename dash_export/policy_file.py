@@ -18,6 +18,7 @@ from dash_export.errors import CheckpointError, PolicyError
 from dash_export.models.files import require
 from dash_export.models.safetensors_files import check_dtype, open_weights, read_metadata
 from dash_export.models.spec import DecoderSpec, Float32Array
+from dash_export.resources import resource_folder
 from dash_export.skip_policy import Compensation, SkipPolicy, check_policy
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -85,18 +86,27 @@ def _stored(array: Float32Array) -> npt.NDArray[np.float16 | np.float32]:
     return half if np.array_equal(half, array) else np.ascontiguousarray(array, np.float32)
 
 
+def policy_path(given: str | Path) -> Path:
+    """The file, or else the policy of that name that comes with this package. Raises PolicyError."""
+    folder, path = resource_folder("calibration"), Path(given)
+    shipped = sorted(file.stem for file in folder.glob("*.safetensors"))
+    if path.is_file():
+        return path
+    if str(given) in shipped:
+        return folder / f"{given}.safetensors"
+    raise PolicyError(
+        f"There is no policy file {path}. Give the .safetensors file that `dash-export train` wrote, or the name of "
+        f"one that comes with this package: {', '.join(shipped)}."
+    )
+
+
 def load_policy(path: str | Path, spec: DecoderSpec) -> SkipPolicy:
-    """The policy in `path`, for the model `spec` describes.
+    """The policy in `path` (or of that name, `policy_path`), for the model `spec` describes.
 
     Raises PolicyError when there is no such file, when it is damaged or no policy, when it is for another model, or
     when a weight is missing, unknown, misshapen, NaN or infinite.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise PolicyError(
-            f"There is no policy file {path}. Give the .safetensors file that `dash-export train` wrote, "
-            "or one of the words none and untrained."
-        )
+    path = policy_path(path)
     try:
         facts = _facts(path)
         _check_model(path, facts, spec)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 
 from dash_export.models.spec import Float32Array
 
@@ -21,7 +21,7 @@ def torch_model(
     """
     described = transformers.AutoConfig.for_model(**dict(config))
     described._attn_implementation = attention
-    with _no_init():
+    with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype)
     state = {name: torch.from_numpy(weight) for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -30,11 +30,3 @@ def torch_model(
         raise ValueError(f"these are not the model's weights: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
     return model.to(dtype=dtype).eval().requires_grad_(False)
-
-
-@contextmanager
-def _no_init() -> Iterator[None]:
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        yield

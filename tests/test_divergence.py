@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dash_export.divergence import DenseRows, surprise
+from dash_export.errors import BackendError
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -30,6 +31,17 @@ def test_it_has_a_direction_and_a_zero() -> None:
     assert DenseRows(dense).kl(dense) == pytest.approx(0, abs=1e-6)
     assert DenseRows(dense).kl(other)[0] == pytest.approx(0.5022, abs=1e-3)
     assert DenseRows(other).kl(dense)[0] == pytest.approx(0.8554, abs=1e-3)
+
+
+def test_what_is_no_number_is_no_divergence() -> None:
+    """max(0.0, nan) is 0.0: the best there is."""
+    logits = np.zeros((20, 8), np.float32)
+    broken = logits.copy()
+    broken[17, 3] = np.nan
+    with pytest.raises(BackendError, match="not numbers"):
+        DenseRows(broken)
+    with pytest.raises(BackendError, match="not numbers"):
+        DenseRows(logits).kl(broken)
 
 
 def test_surprise_of_fewer_tokens_than_rows() -> None:

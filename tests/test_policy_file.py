@@ -17,7 +17,7 @@ from dash_export.commands.export import command as export
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import RopeSpec
-from dash_export.policy_file import METADATA, card_path, load_policy, save_policy
+from dash_export.policy_file import METADATA, card_path, load_policy, policy_path, save_policy
 from dash_export.resources import resource_folder
 from dash_export.skip_policy import SkipPolicy, check_model, narrowed, untrained_policy
 from tests.tiny import with_compensation
@@ -181,6 +181,18 @@ def test_truncated(keep: int, saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:keep])
     with pytest.raises(PolicyError, match="not a sound safetensors file"):
         load_policy(saved, SPEC)
+
+
+def test_names_of_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = resource_folder("calibration") / "smollm2-135m-instruct.safetensors"
+    monkeypatch.chdir(tmp_path)
+    Path(shipped.stem).mkdir()  # a model's folder, say
+    assert policy_path(shipped.stem) == shipped
+    Path(shipped.stem).rmdir()
+    Path(shipped.stem).write_bytes(b"")
+    assert policy_path(shipped.stem) == Path(shipped.stem)
+    with pytest.raises(PolicyError, match="comes with this package: smollm2-135m-instruct, smollm2-135m-instruct-st"):
+        policy_path(f"../{shipped.stem}")
 
 
 def test_other_files(tmp_path: Path) -> None:

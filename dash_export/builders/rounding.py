@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from dash_export.artifacts import TEMPORARY, Progress
 from dash_export.builders.gptq import gptq
@@ -182,7 +182,8 @@ def _file(scratch: Path, node: str) -> Path:
 
 def _write(file: Path, rounded: Rounded) -> None:
     arrays = {"codes": rounded.codes, "scales": rounded.scales, "zeros": rounded.zeros}
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)
+    # Not save_file: its errors are none of Python's, and a full disk is to be told as one.
+    file.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
 class _Probe:

@@ -82,8 +82,8 @@ def command(
 
 
 def _read(text: Path | None) -> str:
-    from dash_export.evaluation.evaluate import read_text
     from dash_export.resources import resource_folder
+    from dash_export.text_files import read_text
 
     return read_text(text or resource_folder("calibration") / "prose.txt")
 

@@ -50,16 +50,8 @@ class PolicyOptions:
             return untrained_policy(
                 spec, self.gated, POLICY_WIDTH if self.width is None else self.width, self.seed or 0
             )
-        trained = load_policy(shipped_policy(self.policy) or self.policy, spec)
+        trained = load_policy(self.policy, spec)
         return trained if self.gated is None else narrowed(trained, self.gated)
-
-
-def shipped_policy(name: str) -> Path | None:
-    """The trained policy of that name that comes with this package, if there is one and no file is called so."""
-    from dash_export.resources import resource_folder
-
-    path = resource_folder("calibration") / f"{name}.safetensors"
-    return path if not Path(name).exists() and Path(name).name == name and path.is_file() else None
 
 
 def policy_options(command: _Command) -> _Command:

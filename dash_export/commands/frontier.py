@@ -52,16 +52,17 @@ def command(
     text, decode time on the clock, in turns with dense. Further BUNDLEs of the same model, like the static policy with
     its own tuned compensation, become further curves. Let nothing else run meanwhile.
     """
-    from dash_export.commands.pictures import save_pictures
+    from dash_export.commands.pictures import picture_base, save_pictures
     from dash_export.evaluation.comparison import compare
-    from dash_export.evaluation.evaluate import read_text
     from dash_export.evaluation.frontier import Course, Racer, check_same_model
     from dash_export.evaluation.pictures import frontier_figure  # fails at once where matplotlib is missing
     from dash_export.resources import resource_folder
+    from dash_export.text_files import read_text
 
     dial = dial_of(dials, ("skipped", SKIPPED))
     path = text or resource_folder("calibration") / "prose.txt"
     course = Course(read_text(path), str(path), limit, window, prefix, 0 if predicted else rounds, tokens)
+    picture_base(output)
     ctx.meta[OUTPUT] = str(output)
     points: list[Point] = []
     refused: list[Refusal] = []
@@ -83,22 +84,26 @@ def command(
     report = _report(racers, course, points, refused)
     report["token_against"] = {"bundle": own[0].bundle if own else None, "curves": [asdict(each) for each in others]}
     picture = frontier_figure(points, title, _caption(course, path.name))
-    written = save_pictures(output, picture, json.dumps(report, indent=1, ensure_ascii=False))
+    # First: what took minutes to measure is not lost where nothing can be written.
     _print(title, points, len(racers) > 1)
     _print_comparison(own, others, points[0].quality.layers, len(racers) > 1)
     print_refused(refused)
+    written = save_pictures(output, picture, json.dumps(report, indent=1, ensure_ascii=False))
     click.echo(f"Written to {', '.join(map(str, written))}")
 
 
 def _caption(course: Course, text: str) -> str:
+    from dash_export.evaluation.timing import FEWEST_GROUPS
+
     clock = (
         f"time: {course.rounds} interleaved blocks of {course.tokens} decoded tokens"
         if course.rounds
         else "time: predicted from the build's cost table, without the policy network's own"
     )
+    few = f" (of times from {FEWEST_GROUPS} blocks on)" if 0 < course.rounds < FEWEST_GROUPS else ""
     return (
         f"quality: {text}, up to {course.limit} windows of {course.window} tokens, the first {course.prefix} dense; "
-        f"{clock}; bars: 95 % bootstrap intervals"
+        f"{clock}; bars: 95 % bootstrap intervals{few}"
     )
 
 

@@ -9,12 +9,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def picture_base(output: Path) -> Path:
+    """`output` without the ending of a picture. Raises RequestError where that is no name of a file."""
+    from dash_export.errors import RequestError
+
+    base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
+    if base.name in ("", ".."):
+        raise RequestError(f"{output} is a folder: give -o a name for the pictures in it, like {output / 'NAME'}.")
+    return base
+
+
 def save_pictures(output: Path, figure: Figure, report: str | None = None) -> list[Path]:
     """`output` names the files without their endings; one given is dropped. Returns the files written."""
     from dash_export.artifacts import write_atomic
     from dash_export.evaluation.pictures import render
 
-    base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
+    base = picture_base(output)
     pictures = {kind: render(figure, kind) for kind in ("png", "svg")}
     base.parent.mkdir(parents=True, exist_ok=True)
     written = []

@@ -68,10 +68,10 @@ def command(
     0.85 unless told otherwise) and dense take turns on the same known tokens. Let nothing else run meanwhile.
     """
     from dash_export.artifacts import write_atomic
-    from dash_export.evaluation.evaluate import read_text
     from dash_export.evaluation.frontier import Racer, check_same_model
     from dash_export.profiling.run import Request, profile
     from dash_export.resources import resource_folder
+    from dash_export.text_files import read_text
 
     if html is not None:
         import dash_export.profiling.figures  # noqa: F401  fails at once where matplotlib is missing
@@ -98,15 +98,7 @@ def command(
             raise click.UsageError("--dispatch is how a network is evaluated, and none is: ask for --kinds token.")
         check_same_model(racers)
         found, lanes = profile(racers, settings, request, progress)
-        if html is not None:
-            from dash_export.profiling.report import render_report
-
-            progress("report", 0, 0)
-            write_atomic(html, render_report(found, lanes))
-        if trace is not None:
-            from dash_export.profiling.trace import chrome_trace
-
-            write_atomic(trace, json.dumps(chrome_trace(lanes, found.model), ensure_ascii=False))
+    # First: what took minutes to measure is not lost where nothing can be written.
     if as_json:
         click.echo(json.dumps(_report(found, refused), ensure_ascii=False))
     else:
@@ -114,6 +106,14 @@ def command(
 
         print_profile(found)
     print_refused(refused)
+    if html is not None:
+        from dash_export.profiling.report import render_report
+
+        write_atomic(html, render_report(found, lanes))
+    if trace is not None:
+        from dash_export.profiling.trace import chrome_trace
+
+        write_atomic(trace, json.dumps(chrome_trace(lanes, found.model), ensure_ascii=False))
     for output in (html, trace):
         if output is not None:
             click.echo(f"Written to {output}", err=as_json)

@@ -13,6 +13,7 @@ import click
 
 from dash_export.commands.run_output import printable
 from dash_export.errors import DashError, RequestError
+from dash_export.text_files import read_text
 
 if TYPE_CHECKING:
     from dash_export.runtime import Batch, Response, Sampling
@@ -23,9 +24,9 @@ STANDARD_INPUT = Path("-")
 def read_prompts(path: Path) -> list[str]:
     """One prompt per line; blank lines are left out. Raises RequestError where there is nothing to ask."""
     try:
-        text = sys.stdin.read() if path == STANDARD_INPUT else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read as UTF-8 text ({error}): give one prompt per line.") from error
+        text = sys.stdin.read() if path == STANDARD_INPUT else read_text(path)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"What comes in is not UTF-8 text ({error}): give one prompt per line.") from error
     prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise RequestError(f"{path} has no prompt: give one per line.")

@@ -42,17 +42,18 @@ def command(
     """
     import numpy as np
 
-    from dash_export.commands.pictures import save_pictures
-    from dash_export.evaluation.evaluate import read_text
+    from dash_export.commands.pictures import picture_base, save_pictures
     from dash_export.evaluation.pictures import skip_map_figure  # fails at once where matplotlib is missing
     from dash_export.evaluation.settings import label
     from dash_export.resources import resource_folder
     from dash_export.runtime import DashRuntime
+    from dash_export.text_files import read_text
 
     if text is not None and file is not None:
         raise click.UsageError("Give the text or --file, not both.")
     if setting == Setting():
         setting = DEFAULT
+    picture_base(output)
     ctx.meta[OUTPUT] = str(output)
     sample = text if text is not None else read_text(file or resource_folder("calibration") / "prose.txt")
     opened = Bundle.open(bundle)

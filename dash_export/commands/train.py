@@ -53,9 +53,9 @@ OF_A_POLICY = ("compensation", "width")
     "--from",
     "start",
     type=click.Path(path_type=Path, dir_okay=False),
-    metavar="POLICY.safetensors",
-    help="Go on from this trained policy, to tune it further, for other text or for a fine-tune of its model: only the "
-    "tuning steps are done.",
+    metavar="NAME|FILE.safetensors",
+    help="Go on from this trained policy, one of yours or one that comes with this package, to tune it further, for "
+    "other text or for a fine-tune of its model: only the tuning steps are done.",
 )
 @click.option("--compensation", type=click.Choice(["none", "scale", "low_rank"]), help="What a skip adds (low_rank).")
 @click.option(

@@ -4,7 +4,7 @@
     {"context": ..., "target": ...}                     an answer to be generated: LAMBADA's last word, exact matches
     {"prompt": ...} or {"turns": [...]}                 a prompt: how long the greedy answer agrees with dense
 
-`id` is optional; other keys are not read.
+Other keys are not read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ MAX_LINE = 1 << 20
 class Question:
     """Multiple choice; `gold` is the right choice's index."""
 
-    id: str
     line: int
     query: str
     choices: tuple[str, ...]
@@ -35,7 +34,6 @@ class Question:
 class Answer:
     """A context and the text that should follow it."""
 
-    id: str
     line: int
     context: str
     target: str
@@ -45,7 +43,6 @@ class Answer:
 class Prompt:
     """The first user message of a conversation."""
 
-    id: str
     line: int
     text: str
 
@@ -101,34 +98,34 @@ def _item(line: str, number: int, where: str) -> Item:
         raise RequestError(f"{where} is not a JSON object: expected {FORMS}.")
     for key, read in _READERS.items():
         if key in data:
-            return read(data, str(data.get("id", number)), number, where)
+            return read(data, number, where)
     raise RequestError(f"{where} has none of the known forms: expected {FORMS}.")
 
 
-def _question(data: dict[str, Any], name: str, line: int, where: str) -> Question:
+def _question(data: dict[str, Any], line: int, where: str) -> Question:
     choices, gold = data.get("choices"), data.get("gold")
     if not isinstance(choices, list) or len(choices) < 2:
         raise RequestError(f"{where}: 'choices' must be a list of two or more texts.")
     texts = tuple(_text(choice, f"choices[{index}]", where) for index, choice in enumerate(choices))
     if type(gold) is not int or not 0 <= gold < len(texts):
         raise RequestError(f"{where}: 'gold' must be the index of the right choice, 0 to {len(texts) - 1}.")
-    return Question(name, line, _text(data["query"], "query", where), texts, gold)
+    return Question(line, _text(data["query"], "query", where), texts, gold)
 
 
-def _answer(data: dict[str, Any], name: str, line: int, where: str) -> Answer:
+def _answer(data: dict[str, Any], line: int, where: str) -> Answer:
     context = _text(data["context"], "context", where)
-    return Answer(name, line, context, _text(data.get("target"), "target", where))
+    return Answer(line, context, _text(data.get("target"), "target", where))
 
 
-def _prompt(data: dict[str, Any], name: str, line: int, where: str) -> Prompt:
-    return Prompt(name, line, _text(data["prompt"], "prompt", where))
+def _prompt(data: dict[str, Any], line: int, where: str) -> Prompt:
+    return Prompt(line, _text(data["prompt"], "prompt", where))
 
 
-def _turns(data: dict[str, Any], name: str, line: int, where: str) -> Prompt:
+def _turns(data: dict[str, Any], line: int, where: str) -> Prompt:
     turns = data["turns"]
     if not isinstance(turns, list) or not turns:
         raise RequestError(f"{where}: 'turns' must be a list of one or more texts.")
-    return Prompt(name, line, _text(turns[0], "turns[0]", where))
+    return Prompt(line, _text(turns[0], "turns[0]", where))
 
 
 def _text(value: object, name: str, where: str) -> str:
@@ -141,7 +138,7 @@ def _text(value: object, name: str, where: str) -> str:
     return value
 
 
-_READERS: dict[str, Callable[[dict[str, Any], str, int, str], Item]] = {
+_READERS: dict[str, Callable[[dict[str, Any], int, str], Item]] = {
     "query": _question,
     "context": _answer,
     "prompt": _prompt,

@@ -15,6 +15,7 @@ from dash_export.evaluation.data import Answer, Item, Prompt, Question, read_ite
 from dash_export.evaluation.matching import matched
 from dash_export.evaluation.results import Result
 from dash_export.runtime import DashRuntime
+from dash_export.text_files import read_text
 
 LIMIT = 32
 
@@ -77,18 +78,6 @@ def _measured(
     if matching is not None:
         found = matched(matching, found, lambda others: measure(others, said))
     return FileResult(path.name, form, found)
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file. Raises RequestError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Give a plain text file."
-        ) from error
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise RequestError(f"There is no text file {path}.") from error
 
 
 def _text(runtime: DashRuntime, path: Path, request: Request) -> tuple[Path, str, _Measure]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,12 @@ from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation.results import TextResult
 from dash_export.evaluation.text import measure_text, windows
-from dash_export.evaluation.timing import SETTLE, Timing, measure_times
+from dash_export.evaluation.timing import FEWEST_GROUPS, SETTLE, Timing, measure_times
 from dash_export.runtime import DashRuntime, Session
 
 TokenIds = npt.NDArray[np.int64]
 COPY_ROUNDS = 4
-"""Timed rounds until the engines are loaded anew: where weights lie in memory is worth a per cent or two."""
+"""Timed rounds, at most, until the engines are loaded anew: where weights lie in memory is worth a per cent or two."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Course:
     prefix: int
     rounds: int
     tokens: int
+
+    @property
+    def copy_rounds(self) -> int:
+        """Rounds that share a copy of the engines: few enough that there are copies to draw an interval from."""
+        return max(1, min(COPY_ROUNDS, self.rounds // FEWEST_GROUPS))
 
 
 class Racer:
@@ -81,10 +87,10 @@ class Racer:
         order = ways if number % 2 == 0 else dict(reversed(ways.items()))
         return {asks: self._again(dispatch) for asks, dispatch in order.items()}
 
-    def timed_session(self, setting: Setting, number: int) -> Session:
-        """A session for the round of this number, of which every `COPY_ROUNDS` share a copy: one is held at a time."""
-        if number // COPY_ROUNDS != self._timed_number:
-            self._timed_number = number // COPY_ROUNDS
+    def timed_session(self, setting: Setting, number: int, copy_rounds: int = COPY_ROUNDS) -> Session:
+        """A session for the round of this number, of which every `copy_rounds` share a copy: one is held at a time."""
+        if number // copy_rounds != self._timed_number:
+            self._timed_number = number // copy_rounds
             self._timed_copy = self.copy(self._timed_number)  # the one before is let go after it is loaded
         # Draws follow from seed and position, and every window is as long: `random` has others in every round.
         own = replace(setting, seed=(setting.seed + number) % (1 << 63))
@@ -101,7 +107,9 @@ class Racer:
         quality = measure_text(self.deciding, settings, parts, course.prefix, named)
         timings: Sequence[Timing | None] = [None] * len(settings)
         if timed:
-            measured = measure_times(settings, self.timed_session, timed, course.tokens, named, COPY_ROUNDS)
+            together = course.copy_rounds
+            opened = partial(self.timed_session, copy_rounds=together)
+            measured = measure_times(settings, opened, timed, course.tokens, named, together)
             dense = quality[0].layers
             timings = [timing.at(result.layers, dense) for timing, result in zip(measured, quality, strict=True)]
         return [Point(self.name, result, timing) for result, timing in zip(quality, timings, strict=True)]

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
-from dash_export.runtime import DashRuntime, Sampling
+from dash_export.evaluation.settings import Entrant
+from dash_export.runtime import DashRuntime, Sampling, Session
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -54,8 +55,14 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         wanted = _setting(setting)
         dispatch = None if wanted.asks_network else "plain"
         self.runtime = DashRuntime.load(bundle, target, dispatch=dispatch, threads=threads)
-        self.session = self.runtime.session_with(wanted)
+        self._entrant = Entrant(self.runtime, wanted)
+        self._asked = 0
         self.max_length = self.runtime.engines.model.max_positions
+
+    def session(self) -> Session:
+        """An empty one for the next request: `random` draws anew for each."""
+        self._asked += 1
+        return self._entrant.session(self._asked)
 
     @property
     def eot_token_id(self) -> int:
@@ -104,7 +111,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         # What does not fit is cut from the left, as lm-eval's own models do.
         ids = np.array((context + continuation)[-self.max_length :], np.int64)
         count = min(len(continuation), len(ids) - 1)
-        score = self.session.score(ids, prefix=len(ids) - count)
+        score = self.session().score(ids, prefix=len(ids) - count)
         return float(score.log_likelihoods[-count:].sum(dtype=np.float64)), bool(score.greedy[-count:].all())
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -146,8 +153,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
             stop=tuple(stop for stop in handle_stop_sequences(wanted.get("until"), eos=None) if stop),
         )
         ids = self.tok_encode(context)[-(self.max_length - room) :] or [self.eot_token_id]
-        self.session.reset()
-        return self.session.generate(ids, room, sampling).text
+        return self.session().generate(ids, room, sampling).text
 
 
 def _setting(given: Mapping[str, Any]) -> Setting:

@@ -19,12 +19,14 @@ TokenIds = npt.NDArray[np.int64]
 TOKENS = 32
 SETTLE = 2
 """First tokens of a block, not timed: they find another setting's weights in the caches."""
+FEWEST_GROUPS = 6
+"""Of rounds, for an interval: resampling fewer says little more than how far apart two of them lay."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Decode time of a setting as a fraction of dense, with the bounds of its 95 % bootstrap interval over rounds;
-    `milliseconds` per token (median) and `layers` run (mean).
+    """Decode time of a setting as a fraction of dense, with the bounds of its 95 % bootstrap interval over rounds
+    (both the ratio itself where there are too few); `milliseconds` per token (median) and `layers` run (mean).
     """
 
     ratio: float
@@ -76,7 +78,8 @@ def measure_times(
 
 def ratios_to_first(seconds: npt.NDArray[np.float64], together: int = 1) -> tuple[npt.NDArray[np.float64], ...]:
     """[settings, rounds] -> the ratio to the first setting, and the bounds of its interval, [settings] each. The
-    interval is by the bootstrap over groups of `together` rounds.
+    interval is by the bootstrap over groups of `together` rounds (the last may have fewer); of under `FEWEST_GROUPS`
+    groups it has no width.
 
     What a round has more than others, a slow machine, is taken to be the median over all its settings and divided out.
     """
@@ -84,12 +87,16 @@ def ratios_to_first(seconds: npt.NDArray[np.float64], together: int = 1) -> tupl
     logs -= np.median(logs, axis=0)
     rounds = seconds.shape[1]
     groups = -(-rounds // together)
-    drawn = np.random.default_rng(0).integers(0, groups, (RESAMPLES, groups))
-    drawn = (drawn[..., None] * together + np.arange(together)).reshape(RESAMPLES, -1).clip(max=rounds - 1)
-    effects = np.stack([np.median(own[drawn], axis=1) for own in logs])
     middle = np.median(logs, axis=1)
+    ratio = np.exp(middle - middle[0])
+    if groups < FEWEST_GROUPS:
+        return ratio, ratio, ratio
+    padded = np.pad(logs, ((0, 0), (0, groups * together - rounds)), constant_values=np.nan)
+    drawn = np.random.default_rng(0).integers(0, groups, (RESAMPLES, groups))
+    drawn = (drawn[..., None] * together + np.arange(together)).reshape(RESAMPLES, -1)
+    effects = np.stack([np.nanmedian(own[drawn], axis=1) for own in padded])
     edge = (1 - CONFIDENCE) / 2
-    return np.exp(middle - middle[0]), *np.exp(np.quantile(effects - effects[0], [edge, 1 - edge], axis=1))
+    return ratio, *np.exp(np.quantile(effects - effects[0], [edge, 1 - edge], axis=1))
 
 
 def _block(session: Session, part: TokenIds, tokens: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
+from dash_export.text_files import read_text
 
 TokenIds = npt.NDArray[np.int64]
 SHORTEST = 16
@@ -88,7 +89,7 @@ def read_corpus(paths: Sequence[Path], tokenizer: Tokenizer, window: int, held_o
     """
     training, held = Corpus(), Corpus()
     for path in paths:
-        ids = np.array(tokenizer.encode(_read(path), add_special_tokens=False).ids, np.int64)
+        ids = np.array(tokenizer.encode(read_text(path), add_special_tokens=False).ids, np.int64)
         split = int(len(ids) * (1 - held_out))
         if min(split, len(ids) - split) < window:
             raise RequestError(
@@ -105,7 +106,7 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     taken) or `prompt`. Raises RequestError naming the line.
     """
     prompts = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
                 prompts.append(_messages(json.loads(line)))
@@ -127,12 +128,3 @@ def _messages(record: Any) -> list[dict[str, str]]:
     if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
         raise TypeError("not text")
     return messages
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error

@@ -23,13 +23,13 @@ from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM, DecoderSpec
 from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Corpus, Passage, TokenIds, read_corpus, read_prompts
-from dash_export.policy.figures import held_out_batches, token_figures
+from dash_export.policy.figures import JUDGED_SEED, held_out_batches, token_figures
 from dash_export.policy.gated_model import GatedModel
 from dash_export.policy.precision import PRECISIONS, training_precision
 from dash_export.policy.settings import RANK, TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.training import Training, training_key
-from dash_export.policy_file import load_policy, save_policy
+from dash_export.policy_file import load_policy, policy_path, save_policy
 from dash_export.runtime.text import Text
 from dash_export.skip_policy import SkipPolicy, check_gated, default_gated, narrowed
 
@@ -38,7 +38,6 @@ DECIDE = ("", "each", "once")
 LARGEST_STATIC_SET = 8
 OWN_WORDS = "own words"
 CONTINUATIONS = "own-words.npz"
-JUDGED_SEED = 20252
 
 
 def train(
@@ -85,6 +84,9 @@ def train(
     spec = checkpoint.spec
     if settings.rank > spec.hidden_size:
         raise PolicyError(f"The hidden size of this model is {spec.hidden_size}: a higher rank than that adds nothing.")
+    if settings.window > spec.max_positions:
+        raise PolicyError(f"The context of this model is {spec.max_positions} tokens: give a --window of at most that.")
+    start = start and policy_path(start)
     policy = None if start is None else _trained(start, spec, kind)
     if policy is not None:
         _check_rank(settings.rank, policy, start)

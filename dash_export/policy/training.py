@@ -12,16 +12,18 @@ Every batch is drawn from (seed, stage, step), so a resumed training is the one 
 
 from __future__ import annotations
 
+import io
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 
-from dash_export.artifacts import Progress, content_key, no_progress
+from dash_export.artifacts import Progress, content_key, no_progress, write_atomic
 from dash_export.policy.compensation import UpdateStatistics
 from dash_export.policy.corpus import Batch, Corpus
 from dash_export.policy.gated_model import GatedModel
@@ -236,9 +238,9 @@ class Training:
             "modules": modules.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        temporary = self.folder / f".tmp-{STATE}"
-        torch.save(state, temporary)
-        temporary.replace(self.folder / f"{stage}-{STATE}")
+        packed = io.BytesIO()  # torch's own error for a full disk is none of Python's
+        torch.save(state, packed)
+        write_atomic(self.folder / f"{stage}-{STATE}", packed.getvalue())
 
     def _restore(self, stage: str, modules: SkipModules, optimizer: torch.optim.Optimizer) -> int:
         """How many steps of the stage are done; what they made is loaded."""
@@ -252,7 +254,7 @@ class Training:
             modules.load_state_dict(state["modules"])
             optimizer.load_state_dict(state["optimizer"])
             return int(state["step"])
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError):
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, UnpicklingError):
             return 0  # cut short or not ours: this stage begins anew
 
 

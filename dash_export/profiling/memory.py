@@ -16,7 +16,7 @@ _SECONDS = 300
 
 def setting_memory(root: Path, target: str, dispatch: str, setting: Setting, context: int, tokens: int) -> int | None:
     """Bytes. The child loads the build, prefills `context` tokens and decodes `tokens`; None where that takes longer
-    than minutes. Raises BackendError.
+    than minutes or where it is killed. Raises BackendError.
     """
     order = {
         "root": str(root), "target": target, "dispatch": dispatch, "setting": asdict(setting), "context": context,
@@ -28,6 +28,8 @@ def setting_memory(root: Path, target: str, dispatch: str, setting: Setting, con
             command, input=json.dumps(order), capture_output=True, text=True, timeout=_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
+        return None
+    if done.returncode < 0:  # by a signal: the child's is one copy of the engines more, and memory may have ended
         return None
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()

@@ -38,12 +38,11 @@ class SegmentTimes:
 class PolicyCost:
     """What deciding takes per token, in microseconds. `how`: `none` (nobody is asked), `launches` (engines of their
     own, timed) or `difference` (fused: not separable per launch; against engines without a policy that repeat the same
-    actions; the bounds are over the copies of the engines too). `exposed` is the share that nothing else hides.
+    actions; the bounds are over the copies of the engines too).
     """
 
     how: str
     us: Middle
-    exposed: float = 1.0
 
 
 @dataclass(frozen=True)

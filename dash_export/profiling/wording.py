@@ -58,12 +58,11 @@ def policy_line(lane: LaneProfile) -> str:
     if cost.how == "none":
         return ""
     time = f"{_interval(cost.us, '.0f')} µs per token ({cost.us.value / whole:+.1%})"
-    exposed = f"{cost.exposed:.0%} of it exposed: engines run one after another on a CPU"
     if cost.how == "launches":
-        return f"policy: {time}, timed launches; {exposed}."
+        return f"policy: {time}, timed launches; none of it hidden, for engines run one after another on a CPU."
     return (
         f"policy: {time}. fused: not separable per launch; measured by difference from engines without it that repeat "
-        f"the same actions; {exposed}."
+        "the same actions."
     )
 
 

@@ -20,6 +20,7 @@ from dash_export.builders.rounding import calibrated
 from dash_export.bundle import Bundle
 from dash_export.exporting import export
 from dash_export.graphs.ort.quantize import pack
+from dash_export.graphs.rounded import Rounded
 from dash_export.targets import load_recipe
 from tests.tiny import tiny_checkpoint, tiny_policy
 
@@ -90,6 +91,14 @@ def test_nothing_is_parsed_as_python_where_threads_read(
     assert first is not None
     assert again is not None
     np.testing.assert_array_equal(again.codes, first.codes)
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    full = tmp_path / "full.safetensors"
+    full.symlink_to("/dev/full")
+    codes = np.zeros((64, 8), np.uint8)
+    with pytest.raises(OSError, match="No space left"):
+        rounding._write(full, Rounded(codes, codes[:1], codes[:1], 4, 64))
 
 
 def test_a_skip_graph_writes_the_k_and_v_of_its_layer(bundle: Bundle) -> None:

@@ -144,6 +144,30 @@ def test_nothing_is_written_when_it_fails(tiny_root: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_measured_is_printed_where_it_cannot_be_written(tiny_root: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    options = (
+        "frontier",
+        tiny_root,
+        *TARGET,
+        *SMALL,
+        "--text",
+        text,
+        "--kinds",
+        "static",
+        "--skipped",
+        "1",
+        "--predicted",
+    )
+    (tmp_path / "f.png").mkdir()
+    result = dash(*options, "-o", tmp_path / "f")
+    assert result.exit_code == 1
+    assert "static" in result.stdout
+    for nameless in (".", "..", "/", tmp_path / ".."):
+        assert "is a folder: give -o a name" in refused(*options, "-o", nameless)
+        assert "is a folder: give -o a name" in refused("skipmap", tiny_root, TEXT, *TARGET, "-o", nameless)
+
+
 def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     output = tmp_path / "map"

@@ -85,7 +85,7 @@ def test_tables(begin: tuple[Any, ...]) -> None:
         "host gaps",
         "layers_00-01",
         "policy p50",
-        "timed launches; 100% of it exposed",
+        "timed launches; none of it hidden",
         "the parts sum to",
     ):
         assert expected in result.stdout, expected

@@ -258,7 +258,7 @@ def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
         (("--prompts", "p.txt", "--chat"), "exclude each other"),
         (("--prompts", "p.txt", "--show-skips"), "exclude each other"),
         (("hi", "--batch", "2"), "--batch is for --prompts"),
-        (("--prompts", "missing.txt"), "cannot be read"),
+        (("--prompts", "missing.txt"), "no text file"),
         (("--prompts", "empty.txt"), "has no prompt"),
         (("--prompts", "bytes.txt"), "UTF-8"),
     ],

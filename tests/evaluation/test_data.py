@@ -21,12 +21,12 @@ def written(path: Path, *lines: object) -> Path:
 def test_forms(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     assert read_items(written(path, QUESTION | {"id": 7, "subject": "sums"})) == [
-        Question("7", 1, "Two and two?", ("four", "five"), 0)
+        Question(1, "Two and two?", ("four", "five"), 0)
     ]
-    assert read_items(written(path, "", {"context": "a b", "target": " c"})) == [Answer("2", 2, "a b", " c")]
+    assert read_items(written(path, "", {"context": "a b", "target": " c"})) == [Answer(2, "a b", " c")]
     assert read_items(written(path, {"prompt": "hi"}, {"turns": ["ho", "more"]})) == [
-        Prompt("1", 1, "hi"),
-        Prompt("2", 2, "ho"),
+        Prompt(1, "hi"),
+        Prompt(2, "ho"),
     ]
 
 

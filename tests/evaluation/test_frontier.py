@@ -19,7 +19,7 @@ from tests.tiny import random_ids
 
 
 def test_times(runtime: DashRuntime) -> None:
-    parts = [random_ids(40, seed=seed) for seed in range(3)]
+    parts = [random_ids(40, seed=seed) for seed in range(6)]
     seen: list[Session] = []
 
     def opened(setting: Setting, _number: int) -> Session:
@@ -53,6 +53,21 @@ def test_rounds_that_have_something_in_common_are_drawn_together() -> None:
     seconds = np.exp(np.repeat(0.05 * rng.standard_normal((3, 8)), 4, axis=1))
     alone, grouped = (np.subtract(*ratios_to_first(seconds, together)[:0:-1])[1:] for together in (1, 4))
     assert grouped.mean() > 1.3 * alone.mean()
+
+
+def test_an_interval_wants_several_groups() -> None:
+    """Of two groups the quantiles are the groups themselves; and a last one that is short counts once."""
+    rng = np.random.default_rng(2)
+    seconds = np.exp(0.05 * rng.standard_normal((3, 25)))
+    few = ratios_to_first(seconds[:, :20], 4)
+    np.testing.assert_array_equal(few[1:], [few[0], few[0]])
+    odd = seconds.copy()
+    odd[1:, 24] *= 50  # alone in its group: four times over it would be 4 of 28
+    low, high = ratios_to_first(odd, 4)[1:]
+    assert (high[1:] < 1.3).all()
+    assert (low < high)[1:].all()
+    rounds = {count: Course("", "", 1, 1, 1, count, 1).copy_rounds for count in (1, 8, 12, 24, 32)}
+    assert rounds == {1: 1, 8: 1, 12: 2, 24: 4, 32: 4}
 
 
 def test_timed_layers_are_those_a_score_takes(runtime: DashRuntime) -> None:

@@ -87,16 +87,16 @@ def test_arguments(tiny_root: Path) -> None:
         DashLM(**where, policy="token", budget="much")
     with pytest.raises(PolicyError, match="no policy kind"):
         DashLM(**where, policy="magic")
-    assert DashLM(**where).session.score([1, 2, 3]).actions.sum() == 0
+    assert DashLM(**where).session().score([1, 2, 3]).actions.sum() == 0
 
 
 def test_an_evaluation(model: Any, runtime: DashRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own multiple choice gives the accuracies that ours gives."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     asked = [
-        Question("a", 1, "The layers of a decoder", ("are not equally needed", "hardly", "at all"), 0),
-        Question("b", 2, "Some of them", ("hardly at all", "are needed"), 1),
-        Question("c", 3, "And", ("equally", "not a decoder of layers"), 1),
+        Question(1, "The layers of a decoder", ("are not equally needed", "hardly", "at all"), 0),
+        Question(2, "Some of them", ("hardly at all", "are needed"), 1),
+        Question(3, "And", ("equally", "not a decoder of layers"), 1),
     ]
     lines = [{"query": q.query, "choices": list(q.choices), "gold": q.gold} for q in asked]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

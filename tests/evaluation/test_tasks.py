@@ -31,7 +31,7 @@ def test_agreement(expected: list[int], made: list[int], found: tuple[int, float
 
 
 def test_prompts(runtime: DashRuntime) -> None:
-    asked = [Prompt("a", 1, "Hello there"), Prompt("b", 2, "What is up?")]
+    asked = [Prompt(1, "Hello there"), Prompt(2, "What is up?")]
     encoded = prompts.encode_prompts(runtime, asked, "p", 12)
     assert encoded[0] == runtime.text.chat([{"role": "user", "content": "Hello there"}])
     dense, static, *_ = prompts.measure_prompts(runtime, SETTINGS, encoded, 11)
@@ -48,9 +48,9 @@ def test_prompts(runtime: DashRuntime) -> None:
 
 def test_choices(runtime: DashRuntime) -> None:
     asked = [
-        Question("a", 1, "The layers of a decoder ", ("are not equally needed", "hardly", "at all, and some"), 0),
-        Question("b", 2, "Some of them", ("hardly at all", "are needed"), 1),
-        Question("c", 3, "And", ("equally, and hardly", "not a decoder of layers"), 0),
+        Question(1, "The layers of a decoder ", ("are not equally needed", "hardly", "at all, and some"), 0),
+        Question(2, "Some of them", ("hardly at all", "are needed"), 1),
+        Question(3, "And", ("equally, and hardly", "not a decoder of layers"), 0),
     ]
     results = choices.measure_choices(runtime, SETTINGS, choices.encode_questions(runtime, asked, "q"))
     right = {}
@@ -87,7 +87,7 @@ def test_the_likelihood_of_a_choice(runtime: DashRuntime) -> None:
 
 def test_questions_that_do_not_fit(runtime: DashRuntime) -> None:
     with pytest.raises(RequestError, match=r"q:9 has \d+ tokens"):
-        choices.encode_questions(runtime, [Question("x", 9, TEXT, ("a", "b"), 0)], "q")
+        choices.encode_questions(runtime, [Question(9, TEXT, ("a", "b"), 0)], "q")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_answers(runtime: DashRuntime) -> None:
     ids = runtime.text.encode(CONTEXT)
     target = runtime.text.decode(runtime.session("dense").generate(ids, 3).tokens.tolist())
     assert target.strip()
-    asked = [Answer("a", 1, f"{CONTEXT} ", target), Answer("b", 2, CONTEXT, "no such answer")]
+    asked = [Answer(1, f"{CONTEXT} ", target), Answer(2, CONTEXT, "no such answer")]
     whole = answers.encode_answers(runtime, asked, "a", 1.0)
     half = answers.encode_answers(runtime, asked, "a", 0.5)
     assert (whole[0].dense, half[0].dense) == (len(ids), round(len(ids) / 2))
@@ -122,12 +122,12 @@ def test_answers(runtime: DashRuntime) -> None:
     # Half of the context goes through decode: its tokens are counted, and so are those decoded after it.
     assert results[1].tokens >= 2 * (len(ids) - half[0].dense)
     with pytest.raises(RequestError, match=r"a:5 needs \d+ \+ \d+ tokens"):
-        answers.encode_answers(runtime, [Answer("x", 5, TEXT, "y")], "a", 0.5)
+        answers.encode_answers(runtime, [Answer(5, TEXT, "y")], "a", 0.5)
 
 
 def test_answers_are_decoded_under_the_policy(runtime: DashRuntime) -> None:
     """What follows a forced half is what a teacher-forced pass over the same text would choose."""
-    item = answers.encode_answers(runtime, [Answer("a", 1, CONTEXT, "x")], "a", 0.5)[0]
+    item = answers.encode_answers(runtime, [Answer(1, CONTEXT, "x")], "a", 0.5)[0]
     for setting in SETTINGS:
         logits = runtime.session_with(setting).logits(item.ids, prefix=item.dense)
         expected = runtime.text.decode([int(logits[-1].argmax())])

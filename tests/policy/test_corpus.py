@@ -50,7 +50,7 @@ def test_the_end_of_a_text_is_held_out(prose: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"too short", "too short"), (b"\xff\xfe\x00", "not UTF-8"), (None, "cannot be read")]
+    ("content", "said"), [(b"too short", "too short"), (b"\xff\xfe\x00", "not UTF-8"), (None, "no text file")]
 )
 def test_a_text_that_cannot_serve(tmp_path: Path, content: bytes | None, said: str) -> None:
     path = tmp_path / "text.txt"

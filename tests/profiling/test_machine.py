@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -57,3 +59,9 @@ def test_memory_of_a_setting(tiny_root: Path) -> None:
     assert 1 << 24 < peak < 1 << 30
     with pytest.raises(BackendError, match="There is no bundle"):
         setting_memory(tiny_root / "none", "cpu-fp32", "plain", Setting("dense"), 8, 2)
+
+
+def test_a_killed_child_costs_its_figure_only(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    assert setting_memory(tiny_root, "cpu-fp32", "plain", Setting("dense"), 8, 2) is None

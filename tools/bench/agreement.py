@@ -14,12 +14,14 @@ from pathlib import Path
 import click
 import numpy as np
 from common import print_json
-from precision import HELD_OUT, log_softmax
+from precision import HELD_OUT
 from rich.progress import track
 
 from dash_export import DashRuntime
 from dash_export.decision import Setting
+from dash_export.divergence import surprise
 from dash_export.evaluation.text import windows as windows_of
+from dash_export.text_files import read_text
 
 
 @click.command()
@@ -36,7 +38,7 @@ def main(bundle: Path, target: str, text: Path, skipped: float, windows: int, to
     session = runtime.session_with(Setting("token", skipped=skipped))
     prefix = tokens // 2
     differ, likelihoods, taken = [], [], []
-    for part in track(windows_of(runtime, text.read_text(encoding="utf-8"), text.name, windows, tokens), "windows"):
+    for part in track(windows_of(runtime, read_text(text), text.name, windows, tokens), "windows"):
         score = session.score(part, prefix=prefix)
         session.reset()
         session.prefill(part[:prefix])
@@ -44,7 +46,7 @@ def main(bundle: Path, target: str, text: Path, skipped: float, windows: int, to
         for position in range(prefix, tokens - 1):
             logits, actions = session.decode_one(int(part[position]))
             differ.append(actions[gated] != score.actions[position, gated])
-            decoded.append(log_softmax(logits)[part[position + 1]])
+            decoded.append(-surprise(logits[None], part[position + 1 : position + 2])[0])
             taken.append((actions.sum(), score.actions[position].sum()))
         likelihoods.append((np.mean(decoded), score.log_likelihoods[prefix:].mean()))
     decode, teacher = np.exp(-np.mean(likelihoods, axis=0)).tolist()

@@ -23,12 +23,12 @@ from dash_export.evaluation.comparison import power_at
 from dash_export.models import open_checkpoint
 from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Passage, read_corpus, read_prompts
-from dash_export.policy.figures import SIZES, held_out_batches, token_figures
+from dash_export.policy.figures import JUDGED_SEED, SIZES, held_out_batches, token_figures
 from dash_export.policy.gated_model import GatedModel
 from dash_export.policy.precision import PRECISIONS
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
-from dash_export.policy.train import JUDGED_SEED, told_apart
+from dash_export.policy.train import told_apart
 from dash_export.policy_file import load_policy
 from dash_export.runtime.text import Text
 from dash_export.skip_policy import check_model

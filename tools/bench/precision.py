@@ -10,13 +10,15 @@ from pathlib import Path
 
 import click
 import numpy as np
-import numpy.typing as npt
 from common import print_json
 from rich.console import Console
 from rich.table import Table
 
+from dash_export.divergence import DenseRows, surprise
+from dash_export.evaluation.text import windows as text_windows
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
+from dash_export.text_files import read_text
 
 HELD_OUT = resource_folder("calibration") / "heldout.txt"
 
@@ -31,29 +33,28 @@ HELD_OUT = resource_folder("calibration") / "heldout.txt"
 def main(bundle: Path, targets: tuple[str, ...], base: str, text: Path, windows: int, tokens: int) -> None:
     """Dense passes over windows of the text, every build on the same ones."""
     reference = DashRuntime.load(bundle, base, dispatch="plain")
-    ids = np.array(reference.text.encode(text.read_text(encoding="utf-8")), np.int64)
-    starts = np.linspace(0, max(0, len(ids) - tokens), windows).astype(int)
-    parts = [ids[start : start + tokens] for start in starts]
+    parts = text_windows(reference, read_text(text), text.name, windows, tokens)
     table = Table(
         "build",
         "KL nats/token",
         "top-1 agreement",
         "perplexity",
         "against base",
-        title=f"{bundle.name}, {text.name}, {windows} x {tokens} tokens",
+        title=f"{bundle.name}, {text.name}, {len(parts)} x {tokens} tokens",
     )
     session = reference.session()
-    expected = [log_softmax(session.logits(part)) for part in parts]
-    results: dict[str, object] = {"text": text.name, "windows": windows, "tokens": tokens}
+    logits = [session.logits(part) for part in parts]
+    expected = [(DenseRows(rows), rows.argmax(axis=-1)) for rows in logits]
+    results: dict[str, object] = {"text": text.name, "windows": len(parts), "tokens": tokens}
     base_perplexity = 0.0
     for target in (base, *targets):
         session = DashRuntime.load(bundle, target, dispatch="plain").session()
         kl, agree, nll = [], [], []
-        for part, want in zip(parts, expected, strict=True):
-            got = log_softmax(session.logits(part))
-            kl.append((np.exp(want) * (want - got)).sum(axis=-1))
-            agree.append(want.argmax(axis=-1) == got.argmax(axis=-1))
-            nll.append(-np.take_along_axis(got[:-1], part[1:, None], axis=-1))
+        for part, (want, likely) in zip(parts, expected, strict=True):
+            got = session.logits(part)
+            kl.append(want.kl(got))
+            agree.append(got.argmax(axis=-1) == likely)
+            nll.append(surprise(got, part[1:]))
         perplexity = float(np.exp(np.concatenate(nll).mean()))
         base_perplexity = base_perplexity or perplexity
         row = {
@@ -71,12 +72,6 @@ def main(bundle: Path, targets: tuple[str, ...], base: str, text: Path, windows:
         )
     Console().print(table)
     print_json("precision", results)
-
-
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: npt.NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
 
 
 if __name__ == "__main__":

@@ -45,8 +45,10 @@ def content_key(*parts: object) -> str:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Whole or not at all; text as UTF-8."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary.unlink(missing_ok=True)
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with temporary.open("xb") as file:  # a folder from a stranger may have put a link there
+            file.write(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

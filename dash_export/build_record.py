@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from dash_export.artifacts import FileRecord
 from dash_export.decision import DIALLED_KINDS, DialPoint
 from dash_export.errors import BundleError
-from dash_export.manifest import DAMAGED, Manifest
+from dash_export.manifest import DAMAGED, Manifest, check_sizes
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,23 @@ class Build:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def policy_groups(layers: tuple[int, ...], engines: Container[str]) -> list[tuple[int, ...]]:
-    """The layers that one state decides about, as policy engines answer for them: all together, by `policy_NN` of the
-    first; or each by its own (portable graphs, earlier builds).
+def policy_engines(points: Iterable[tuple[int, ...]], engines: Container[str]) -> dict[str, tuple[int, ...]]:
+    """The policy engines of a build and the layers that each answers for. `points`: layers that one state decides
+    about. `policy_NN` of the first answers for all of them; or each has its own (portable graphs, earlier builds).
     """
-    return [(layer,) for layer in layers] if f"policy_{layers[-1]:02d}" in engines else [layers]
+    found: dict[str, tuple[int, ...]] = {}
+    for layers in points:
+        alone = f"policy_{layers[-1]:02d}" in engines
+        groups = [(layer,) for layer in layers] if alone else [layers]
+        found |= {f"policy_{group[0]:02d}": group for group in groups}
+    return found
 
 
 def check_build(build: Build, manifest: Manifest, where: str) -> None:
     """Segments that cover every layer once, an engine for each, and a cost for every gated layer."""
     gated, segments = manifest.policy.gated, build.segments
+    check_sizes({record.name: record.bytes for record in build.files}, where)
+    check_sizes({name: record.bytes for name, record in build.engines.items()}, where)
     following = [*(segment.first for segment in segments[1:]), manifest.model.num_layers]
     ends = [segment.embed for segment in segments], [segment.head for segment in segments]
     if (
@@ -150,8 +157,7 @@ def check_build(build: Build, manifest: Manifest, where: str) -> None:
     if not all(item.first < item.last and all(layer in free for layer in item.layers) for item in build.stretches):
         raise BundleError(f"{where}: a stretch is not of gated layers that are decided together. {DAMAGED}")
     needed = {segment.name for segment in segments} | {f"skip_{layer:02d}" for layer in gated}
-    points = manifest.policy.decision_points
-    policies = {f"policy_{group[0]:02d}" for item in points.values() for group in policy_groups(item, build.engines)}
+    policies = set(policy_engines(manifest.policy.decision_points.values(), build.engines))
     strange = {f"policy_{layer:02d}" for layer in gated} & set(build.engines) - policies
     if strange:
         raise BundleError(f"{where}: nobody asks the engine {min(strange)}. {DAMAGED}")
@@ -159,6 +165,10 @@ def check_build(build: Build, manifest: Manifest, where: str) -> None:
     needed |= {stretch.name for stretch in build.stretches}
     if needed - set(build.engines):
         raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {DAMAGED}")
+    listed = {record.name for record in build.files or manifest.files}
+    unlisted = {record.file for record in build.engines.values()} - listed
+    if unlisted:
+        raise BundleError(f"{where}: {min(unlisted)} is not among the files. {DAMAGED}")
     if set(build.cost.cost) != set(gated) or not all(map(isfinite, build.cost.cost.values())):
         raise BundleError(f"{where}: the cost table does not list the gated layers. {DAMAGED}")
     if not isfinite(build.cost.launch) or build.cost.launch < 0:

@@ -19,11 +19,19 @@ from dash_export.artifacts import FileRecord, sha256_file
 from dash_export.build_record import Build, check_build
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Manifest, check_manifest
-from dash_export.targets import build_options
+from dash_export.targets import build_options, recipe_names
 from dash_export.typed_json import WrongFieldError, typed
 
 MANIFEST = "manifest.json"
 BUILD = "build.json"
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+"""What the runtime reads of the model's text, where it is there."""
 
 
 _T = TypeVar("_T")
@@ -119,7 +127,10 @@ class Bundle:
 
     def build_command(self, target: str) -> str:
         """What makes a target's engines, for messages."""
-        return f"dash-export build {self.root} {build_options(target)}"
+        options = build_options(target)
+        if options.split(" ")[1] not in recipe_names():
+            options = f"--target {target}.toml (the recipe file that it was built from)"
+        return f"dash-export build {self.root} {options}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> None:
         """Check that files exist with the recorded size and SHA-256. Raises BundleError naming the first that does
@@ -134,6 +145,16 @@ class Bundle:
                     f"{self.root}: {record.name} is not the file that was written (hash mismatch). "
                     f"It was changed or damaged after it was made. {self._repair(record.name)}"
                 )
+
+    def check_listed(self) -> None:
+        """Raises BundleError where a file of the tokenizer's or the template's lies here that was not exported."""
+        listed = {record.name for record in self.manifest.files}
+        added = next((name for name in TEXT_FILES if name not in listed and self.path(name).exists()), None)
+        if added is not None:
+            raise BundleError(
+                f"{self.root}: {added} was put there after the export, so that nothing says whether it is the model's. "
+                "Take it away, or put it into the model's folder and export again."
+            )
 
     def _repair(self, name: str) -> str:
         """What to do about a damaged file: engines are made from the rest, which may well be whole."""

@@ -80,6 +80,11 @@ def readable_errors(ctx: click.Context) -> Iterator[None]:
         raise  # click ends quietly: the reader has gone
     except OSError as error:
         raise click.ClickException(disk_error(error, ctx.meta.get(OUTPUT))) from error
+    except MemoryError as error:
+        raise click.ClickException(
+            f"The memory of this machine is not enough{f' ({error})' if str(error) else ''}: ask for a shorter context "
+            "or fewer sequences at a time."
+        ) from error
     except KeyboardInterrupt:
         click.echo("Interrupted", err=True)
         ctx.exit(INTERRUPTED)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.errors import BackendError
+from dash_export.errors import NOT_NUMBERS, BackendError
 
 Logits = npt.NDArray[np.float32]
 Nats = npt.NDArray[np.float64]
@@ -62,10 +62,7 @@ def surprise(logits: Logits, tokens: npt.NDArray[np.int64]) -> Nats:
 def _check(found: Nats) -> None:
     """A NaN would be the smallest of all divergences to whoever bounds it by 0."""
     if not np.isfinite(found).all():
-        raise BackendError(
-            "The engines gave logits that are not numbers: their activations may overflow. Build with "
-            'activations = "bf16" in a recipe of your own, or with another --weights.'
-        )
+        raise BackendError(NOT_NUMBERS)
 
 
 def _blocks(count: int) -> Iterator[slice]:

@@ -33,6 +33,12 @@ class BackendError(DashError):
     """The backend a target needs is not installed or refuses an engine."""
 
 
+NOT_NUMBERS = (
+    "The engines gave logits that are not numbers: activations may have overflowed. Build with "
+    'activations = "bf16" in a recipe of your own, or with other --weights.'
+)
+
+
 class NotHereError(BackendError):
     """This machine cannot compile engines for the target; another one can."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dash_export.artifacts import FileRecord
@@ -20,7 +20,9 @@ _LARGEST = {
     "num_kv_heads": 1 << 12,
     "head_dim": 1 << 10,
     "max_positions": 1 << 24,
+    "parameters": 1 << 50,
 }
+_LARGEST_FILE = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,13 @@ class Manifest:
     tools: dict[str, str] = field(default_factory=dict)
 
 
+def check_sizes(sizes: Mapping[str, int], where: str) -> None:
+    """Of files, in bytes: sizes that can be."""
+    wrong = next((name for name, size in sizes.items() if not 0 <= size <= _LARGEST_FILE), None)
+    if wrong is not None:
+        raise BundleError(f"{where}: {wrong} cannot have {sizes[wrong]!r:.40} bytes. {DAMAGED}")
+
+
 def check_manifest(manifest: Manifest, where: str) -> None:
     """Sizes that can be, gated layers that exist, and a graph for each."""
     model, gated = manifest.model, manifest.policy.gated
@@ -118,6 +127,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     needed |= {f"skip_{layer:02d}" for layer in gated} | ({"policy"} if manifest.policy.has_network else set())
     if needed - set(manifest.graphs):
         raise BundleError(f"{where}: there is no graph {min(needed - set(manifest.graphs))}. {DAMAGED}")
+    check_sizes({record.name: record.bytes for record in manifest.files}, where)
     listed = {record.name for record in manifest.files if record.bytes > 0}
     unlisted = {*manifest.graphs.values(), "onnx/rope.data"} - listed
     if unlisted:

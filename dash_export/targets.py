@@ -324,7 +324,7 @@ def _parse(kind: type[_T], data: object, where: str) -> _T:
             values[key] = tuple(value)
             continue
         if allowed is not None:
-            if value not in allowed or isinstance(value, bool):
+            if not any(type(value) is type(each) and value == each for each in allowed):
                 raise RecipeError(f"{where}: {key} = {value!r} is not one of {', '.join(map(repr, allowed))}.")
         elif type(value) is not hint:
             raise RecipeError(f"{where}: {key} must be {hint.__name__}, got {value!r}.")

@@ -29,7 +29,7 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
         missing, unknown = required - set(data), set(data) - set(hints)
         if missing or unknown:
-            what = f"missing {', '.join(sorted(missing))}" if missing else f"unknown {', '.join(sorted(unknown))}"
+            what = f"missing {', '.join(sorted(missing))}" if missing else f"unknown {sorted(unknown)!r:.80}"
             raise WrongFieldError(f"{where}: {what}.")
         return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
     if origin is tuple and isinstance(data, list):
@@ -47,6 +47,8 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
             return float(data)
         except OverflowError as error:
             raise WrongFieldError(f"{where} is too large a number.") from error
+    if kind is str and isinstance(data, str) and not data.isprintable():
+        raise WrongFieldError(f"{where} is not printable text: {data!r:.80}.")  # it would speak to a terminal
     if isinstance(kind, type) and type(data) is kind:
         return data
     raise WrongFieldError(f"{where} must be {getattr(kind, '__name__', kind)}, got {data!r:.80}.")

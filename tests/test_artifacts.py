@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_a_changed_file_is_made_again(tmp_path: Path) -> None:
     assert store.current("a", "key") is None
     (tmp_path / "a.bin").unlink()
     assert store.current("a", "key") is None
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / f".tmp-{os.getpid()}-a.json").symlink_to(outside)
+    write_atomic(folder / "a.json", "theirs")
+    assert (outside.read_text(), (folder / "a.json").read_text()) == ("mine", "theirs")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,36 @@ def test_targets(tiny_root: Path) -> None:
     assert Bundle.open(tiny_root).targets() == ["cpu-fp32", "portable"]
 
 
+def test_what_was_put_there_after_the_export(bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: data.update(files=[r for r in data["files"] if "template" not in r["name"]]))
+    with pytest.raises(BundleError, match=r"chat_template\.jinja was put there after the export"):
+        DashRuntime.load(bundle, "cpu-fp32")
+    (bundle / "chat_template.jinja").unlink()
+    assert DashRuntime.load(bundle, "cpu-fp32").text.template is None
+
+
+def test_a_build_of_a_recipe_of_ones_own_says_so(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    assert opened.build_command("cpu-int8").endswith("--target cpu --weights int8")
+    assert opened.build_command("mine").endswith("--target mine.toml (the recipe file that it was built from)")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data["model"].update(name="\x1b]0;x\x07\x1b[2J"), "model.name is not printable"),
+        (lambda data: data.update({"\x1b[2J": 1}), r"unknown \['\\x1b"),
+        (lambda data: data["model"].update(parameters=10**400), "parameters = 1000"),
+        (lambda data: data["files"][0].update(bytes=10**400), "cannot have 1000"),
+    ],
+)
+def test_a_manifest_that_would_harm_a_terminal(change: Callable[[Any], object], said: str, bundle: Path) -> None:
+    edit(bundle / MANIFEST, change)
+    with pytest.raises(BundleError, match=said) as caught:
+        Bundle.open(bundle)
+    assert "\x1b" not in str(caught.value)
+
+
 def test_segment_names() -> None:
     assert Segment(0, -1, True, False, False).name == "embed"
     assert Segment(30, 29, False, True, False).name == "head"

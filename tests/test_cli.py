@@ -107,6 +107,12 @@ def test_a_bug_keeps_its_traceback() -> None:
         assert result.exception is error
 
 
+def test_memory_that_is_not_there() -> None:
+    result = CliRunner().invoke(raising(MemoryError("24 GB for a cache")), ["build"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: The memory of this machine is not enough (24 GB for a cache): ask for")
+
+
 def test_ctrl_c() -> None:
     result = CliRunner().invoke(raising(KeyboardInterrupt()), ["build"])
     assert result.exit_code == 130

@@ -15,7 +15,8 @@ from dash_export import DashRuntime
 from dash_export.artifacts import JOURNAL, sha256_file
 from dash_export.builders import build
 from dash_export.bundle import BUILD, MANIFEST, Bundle
-from dash_export.errors import BackendError, BundleError, DashError
+from dash_export.decision import decision_rule
+from dash_export.errors import BackendError, BundleError, DashError, PolicyError
 from dash_export.graphs.compose import load_graph
 from dash_export.runtime import backends
 
@@ -153,6 +154,19 @@ def test_truncated_weights(bundle: Path) -> None:
     shutil.rmtree(bundle / "engines")
     with pytest.raises(DashError):
         build(bundle, "cpu", weights="fp32")
+
+
+def test_no_policy_is_no_damage(bundle: Path) -> None:
+    """Damage that nobody computed would be 0: always skipped."""
+    listing = bundle / "engines" / "cpu-fp32" / BUILD
+    data = json.loads(listing.read_text())
+    del data["engines"]["layer_02.policy"]
+    listing.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=r"no engine layer_02\.policy"):
+        DashRuntime.load(bundle, "cpu-fp32")
+    plain = DashRuntime.load(bundle, "cpu-fp32", dispatch="plain")
+    with pytest.raises(PolicyError, match="another dispatch than 'plain'"):
+        plain.session_under(decision_rule(6, plain.bundle.manifest.policy.gated, plain.cost.cost, 1.0))
 
 
 def test_changed_graph_is_not_built(bundle: Path) -> None:

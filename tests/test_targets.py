@@ -67,6 +67,7 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "stretches as number": ("stretches = 7", "stretches must be bool"),
     "table expected": ("weights = 'int4'", "expected a table"),
+    "number of another kind": ("[weights]\nblock_size = 32.0", "block_size = 32.0 is not one of"),
     "list as literal": ("[weights]\nlayers = ['int4']", "layers"),
     "not TOML": ("[weights", "cannot be read"),
 }

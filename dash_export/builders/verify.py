@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.build_record import Build, Segment, Stretch, policy_groups
+from dash_export.build_record import Build, Segment, Stretch, policy_engines
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
 from dash_export.builders.portable_files import portable_file, write_graph
 from dash_export.builders.segments import calibration_key
@@ -139,7 +139,7 @@ def _checks(
     gated = bundle.manifest.policy.gated
     groups = list(bundle.manifest.policy.decision_points.values())
     if recipe.engine is None:
-        groups = [group for layers in groups for group in policy_groups(layers, engines)]
+        groups = list(policy_engines(groups, engines).values())
     decided_from = {layers[0]: layers for layers in groups}
     graphs = {name: make for name, _, make in portable_graphs(bundle, segments, groups)}
     walk = _Walk(bundle)

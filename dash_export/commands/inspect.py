@@ -39,6 +39,7 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
             stale.append(str(error))
     if verify:
         here = opened.has_graphs
+        opened.check_listed()
         opened.verify(record for record in opened.manifest.files if here or not record.name.startswith("onnx/"))
         for build in builds:
             opened.verify(build.files)

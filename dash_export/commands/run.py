@@ -90,7 +90,7 @@ def command(
         return
     if many:
         answer_all(
-            runtime.batch_with(setting, batch or BATCH),
+            runtime.batch_with(setting, min(batch or BATCH, len(many))),
             many,
             [_encode(asking, each, templated) for each in many],
             max_tokens,

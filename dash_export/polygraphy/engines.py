@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.build_record import Build, Segment, policy_groups
+from dash_export.build_record import Build, Segment, policy_engines
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.graph_runs import Arrays, step_inputs
@@ -51,9 +51,8 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
             own = (segment.name, f"skip_{segment.first:02d}", f"policy_{segment.first:02d}")
             policy = bundle.manifest.policy
             if portable == own[2]:
-                points = policy.decision_points.values()
-                groups = [group for layers in points for group in policy_groups(layers, build.engines)]
-                return EngineFacts(name, portable, segment, next(item for item in groups if item[0] == segment.first))
+                answered = policy_engines(policy.decision_points.values(), build.engines)
+                return EngineFacts(name, portable, segment, answered[portable])
             if portable == own[0] or (segment.gated and portable in own):
                 read = policy.read_in(segment.layers) if name.endswith(FUSED) else None
                 return EngineFacts(name, portable, segment, () if read is None else policy.decision_points[read])

@@ -6,6 +6,8 @@ import logging
 
 from dash_export.build_record import Build, Segment
 from dash_export.bundle import Bundle
+from dash_export.errors import BundleError
+from dash_export.manifest import DAMAGED
 from dash_export.names import PREFILL
 from dash_export.runtime.backends.base import Backend, Engine
 from dash_export.runtime.cache import KVCache
@@ -38,19 +40,23 @@ class EngineSet:
         self.build = build
         self.dispatch = dispatch
 
-        def load(name: str, fused: bool = False) -> Engine:
-            record = build.engines.get(f"{name}.policy") if fused else None
-            return backend.load(bundle.path((record or build.engines[name]).file))
-
-        fused = dispatch == "fused"
         policy = bundle.manifest.policy
+
+        def load(name: str, segment: Segment | None = None) -> Engine:
+            # A missing policy is no damage, and no damage is always skipped.
+            fused = dispatch == "fused" and segment is not None and policy.read_in(segment.layers) is not None
+            name = f"{name}.policy" if fused else name
+            if name not in build.engines:
+                raise BundleError(f"{bundle.root}: the build for {build.target!r} has no engine {name}. {DAMAGED}")
+            return backend.load(bundle.path(build.engines[name].file))
+
         self.gated, self.decision_points = policy.gated, policy.decision_points
         asked = self.decision_points if dispatch == "sync" else {}
         self.segments = [
             SegmentEngines(
                 segment,
-                load(segment.name, fused),
-                load(f"skip_{segment.first:02d}", fused) if segment.gated else None,
+                load(segment.name, segment),
+                load(f"skip_{segment.first:02d}", segment) if segment.gated else None,
                 policies,
             )
             for segment, policies in zip(build.segments, policies_by_segment(build, asked, load), strict=True)
@@ -77,6 +83,8 @@ class EngineSet:
         self.reads_history = any("actions" in engine.inputs for engine in engines)
         # A lowered linear policy leaves its bias and softplus to the host: cheaper than two more nodes.
         scored = any("score" in engine.outputs for engine in engines)
+        if scored and not build.policy_bias:
+            raise BundleError(f"{bundle.root}: the build for {build.target!r} lacks the policy's biases. {DAMAGED}")
         self.score_bias = dict(build.policy_bias) if scored else {}
         self.score_rows = SCORE_ROWS
 

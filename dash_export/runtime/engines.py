@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.build_record import Build, Segment, policy_groups
+from dash_export.build_record import Build, Segment, policy_engines
 from dash_export.manifest import ModelFacts
 from dash_export.runtime.rules import Rule
 
@@ -35,7 +35,7 @@ def policies_by_segment(
     found: list[dict[tuple[int, ...], EngineT]] = [{} for _ in build.segments]
     for read, layers in points.items():
         reader = next(index for index, segment in enumerate(build.segments) if read in segment.layers)
-        found[reader + 1] |= {group: load(f"policy_{group[0]:02d}") for group in policy_groups(layers, build.engines)}
+        found[reader + 1] |= {group: load(name) for name, group in policy_engines([layers], build.engines).items()}
     return found
 
 

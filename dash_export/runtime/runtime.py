@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 from dash_export.artifacts import FileRecord
 from dash_export.build_record import Build, CostTable
 from dash_export.bundle import Bundle
-from dash_export.decision import Setting
+from dash_export.decision import DecisionRule, Setting
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
@@ -74,11 +74,13 @@ class DashRuntime:
         its own (GPU), `device` (the same in one CUDA graph, decisions and all), or `sync`; `plain` is without it (not
         for `sequence` and `token`). The recipe's by default.
         `threads` overrides the recipe's (0: one per physical core).
-        `verify` checks the SHA-256 of every file that is loaded first. Raises BundleError, BackendError or PolicyError.
+        `verify` checks the SHA-256 of every file that is loaded first. Raises BundleError, RecipeError (of the recipe
+        recorded in a build), BackendError or PolicyError.
         """
         opened = Bundle.open(bundle)
         build = opened.load_build(target)
         if verify:
+            opened.check_listed()
             opened.verify([record for record in opened.manifest.files if not record.name.startswith("onnx/")])
             opened.verify(loaded_files(opened, build))
         recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
@@ -122,12 +124,15 @@ class DashRuntime:
         """`session`, its arguments in one object."""
         facts = self.bundle.manifest
         rules = session_rules(setting, facts.model, facts.policy, self.build)
-        if setting.asks_network and self.dispatch == "plain":
-            raise PolicyError(
-                f"The policy {setting.kind!r} needs a bundle with a policy network, "
-                "loaded with dispatch 'fused' or 'sync'."
-            )
+        if setting.asks_network:
+            self._check_asked(setting.kind)
         return self.session_under(rules)
+
+    def _check_asked(self, what: str) -> None:
+        if self.dispatch == "plain":
+            raise PolicyError(
+                f"The policy {what!r} needs a bundle with a policy network, loaded with another dispatch than 'plain'."
+            )
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
         """At most `size` sequences decoded together, each under what `session` would be given. Raises PolicyError, and
@@ -152,6 +157,8 @@ class DashRuntime:
     def session_under(self, rule: Rule | SessionRules) -> Session:
         """A new conversation whose actions come from `rule`: for evaluation and for policies of your own."""
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
+        if isinstance(rules.rule, DecisionRule):
+            self._check_asked("token")
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     def generate(

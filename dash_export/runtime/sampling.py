@@ -5,12 +5,12 @@ applies them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.errors import RequestError
+from dash_export.errors import NOT_NUMBERS, BackendError, RequestError
 
 Logits = npt.NDArray[np.float32]
 
@@ -27,21 +27,25 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = field(default=())
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         checks = {
-            "temperature": (self.temperature, 0.0 <= self.temperature <= 100.0, "between 0 (greedy) and 100"),
+            "temperature": (
+                self.temperature,
+                self.temperature == 0.0 or 1e-3 <= self.temperature <= 100.0,
+                "0 (greedy) or between 0.001 and 100",
+            ),
             "top_k": (self.top_k, self.top_k >= 0, ">= 0 (0 is off)"),
             "top_p": (self.top_p, 0.0 < self.top_p <= 1.0, "in (0, 1] (1 is off)"),
             "min_p": (self.min_p, 0.0 <= self.min_p < 1.0, "in [0, 1) (0 is off)"),
             "repetition_penalty": (
                 self.repetition_penalty,
-                0.0 < self.repetition_penalty <= 100.0,
-                "in (0, 100] (1 is off)",
+                1e-2 <= self.repetition_penalty <= 100.0,
+                "between 0.01 and 100 (1 is off)",
             ),
             "seed": (self.seed, self.seed is None or self.seed >= 0, ">= 0"),
-            "stop": (self.stop, all(self.stop), "non-empty strings"),
+            "stop": (self.stop, not isinstance(self.stop, str) and all(self.stop), "a list of non-empty strings"),
         }
         for name, (value, valid, expected) in checks.items():
             if not valid:
@@ -56,16 +60,19 @@ class Sampler:
         self._rng = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits: Logits, context: Sequence[int]) -> int:
-        """logits [vocab] float32 and the tokens so far -> a token id. Does not change `logits`."""
+        """logits [vocab] float32 and the tokens so far -> a token id. Does not change `logits`. Raises BackendError
+        where they are not numbers.
+        """
         s = self._sampling
+        if not np.isfinite(logits.max()):
+            raise BackendError(NOT_NUMBERS)
         if s.repetition_penalty != 1.0 and context:
             logits = penalised(logits, context, s.repetition_penalty)
         if s.temperature == 0.0:
             return int(logits.argmax())
         candidates, probabilities = distribution(logits, s)
-        return int(
-            candidates[np.searchsorted(probabilities.cumsum(), self._rng.random() * probabilities.sum(), side="right")]
-        )
+        mass = probabilities.cumsum()
+        return int(candidates[np.searchsorted(mass, self._rng.random() * mass[-1], side="right")])
 
 
 def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:

@@ -1,33 +1,33 @@
-"""A jinja2 environment for templates from anywhere: no attribute of Python's own, and no text larger than a prompt may
+"""A jinja2 environment for templates from anywhere: no attribute of Python's own, and no value larger than a prompt may
 be.
 
 jinja2's sandbox guards attributes, not sizes: `'a'.center(10 ** 10)`, `'%9999999999d' % 1` or a doubling `~` in a loop
-would take the process down with them. (Time is not bounded: a template may loop.)
+would take the process down with them. (Neither time is bounded, for a template may loop, nor how many values it keeps.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
-from jinja2 import Environment, nodes, pass_environment
+from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
-from jinja2.filters import sync_do_sum
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_CHARACTERS = 10_000_000
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format", "format_map"})
 _BINARY = frozenset({"encode", "to_bytes"})
 """Bytes have all of these too, and nothing else that makes them is in reach."""
-_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap", "urlize", "pprint")
+_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap", "urlize", "pprint", "xmlattr", "forceescape")
 MAX_ITEMS = 1_000_000
 MAX_BITS = 4096
 
 
 def joined(pieces: Iterable[Any]) -> str:
     """`"".join` of a bounded result."""
-    texts = [str(piece) for piece in pieces]
+    texts = [str(piece) for piece in counted(list(pieces))]
     if sum(map(len, texts)) > MAX_CHARACTERS:
         raise SecurityError(f"a text of over {MAX_CHARACTERS} characters")
     return "".join(texts)
@@ -42,7 +42,7 @@ def replaced(text: str, old: str, new: str, count: int | None = None) -> str:
 
 
 def _joined_with(values: Iterable[Any], between: str = "") -> str:
-    pieces = [str(value) for value in values]
+    pieces = [str(value) for value in counted(list(values))]
     joined([*pieces, *[between] * (len(pieces) - 1)])
     return between.join(pieces)
 
@@ -73,11 +73,17 @@ class _BoundedConcat(CodeGenerator):
 
 
 def counted(value: Any) -> Any:
-    """The value, unless it is a nest of over MAX_ITEMS: shared parts are few in memory and many in text."""
-    left, found = [value], 0
+    """The value, unless it is a nest of over MAX_ITEMS, or of over MAX_CHARACTERS in all its texts: shared parts are
+    few in memory and many in text.
+    """
+    left, found, characters = [value], 0, 0
     while left:
         item = left.pop()
-        if isinstance(item, dict):
+        if isinstance(item, str):
+            characters += len(item)
+            if characters > MAX_CHARACTERS:
+                raise SecurityError(f"a value of over {MAX_CHARACTERS} characters")
+        elif isinstance(item, dict):
             left += [*item.keys(), *item.values()]
         elif isinstance(item, (list, tuple)):
             left += item
@@ -87,9 +93,14 @@ def counted(value: Any) -> Any:
     return value
 
 
-@pass_environment
-def _summed(environment: Environment, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
-    return counted(sync_do_sum(environment, values, attribute, start))
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose arguments and result are counted."""
+
+    @wraps(function)  # with what jinja2 is to pass to it
+    def call(*arguments: Any, **named: Any) -> Any:
+        return counted(function(*counted(arguments), **counted(named)))
+
+    return call
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -101,11 +112,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
     counted = staticmethod(counted)
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        for name in _FILTERS:
-            del self.filters[name]
+        super().__init__(finalize=counted, **options)
         del self.globals["lipsum"]
-        self.filters |= {"replace": replaced, "join": _joined_with, "sum": _summed}
+        kept = {name: function for name, function in self.filters.items() if name not in _FILTERS}
+        self.filters = {
+            name: _bounded(function) for name, function in (kept | {"replace": replaced, "join": _joined_with}).items()
+        }
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if (isinstance(obj, str) and attr in _PADDING) or attr in _BINARY:
@@ -120,7 +132,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("the operator * is not allowed on numbers this large")
         if operator == "+" and sum(map(len, sequences)) > MAX_CHARACTERS:
             raise SecurityError(f"a value of over {MAX_CHARACTERS} items")
-        return super().call_binop(context, operator, left, right)
+        return counted(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")

@@ -42,6 +42,7 @@ class Session:
         self._steps: dict[tuple[int, StepKind], Step] = {}
         self._cancelled = False
         self._pending: list[int] = []
+        self._streams = 0
         self.tokens: list[int] = []
 
     @property
@@ -116,9 +117,11 @@ class Session:
             raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
         self._check_room(len(ids), max_tokens)
         self._cancelled = False
-        return self._stream(ids, max_tokens, sampling)
+        self._streams += 1
+        return self._stream(self._streams, ids, max_tokens, sampling)
 
-    def _stream(self, ids: TokenIds, max_tokens: int, sampling: Sampling) -> Iterator[Response]:
+    def _stream(self, number: int, ids: TokenIds, max_tokens: int, sampling: Sampling) -> Iterator[Response]:
+        self._check_newest(number)
         turn = Turn(self.text, sampling, max_tokens, len(ids))
         logits = self._prefill(ids, min(max_tokens, self.kv_step))
         actions = np.zeros(self.engines.model.num_layers, np.int8)
@@ -129,9 +132,18 @@ class Session:
             yield response
             if response.finish_reason is not None:
                 return
+            self._check_newest(number)
             turn.begin()
             logits, actions = self._advance(response.token)
             self._pending = []
+
+    def _check_newest(self, number: int) -> None:
+        """A session is one conversation: what another stream, or a reset, has done to it since is not this one's."""
+        if number != self._streams:
+            raise RequestError(
+                "This answer was left for another one, or for a reset, of the same session: take it to its end first, "
+                "or give each conversation a session of its own."
+            )
 
     def _advance(self, token: int, rule: Rule | None = None) -> tuple[Logits, npt.NDArray[np.int8]]:
         """One known token under the session's rule, or another; its logits [vocab] until the next step, and its actions
@@ -156,9 +168,9 @@ class Session:
         """Log-likelihood of each token after the first, as decode under the policy would see it, in one pass over a
         fresh context, through the layers' engines even where prompts have one of their own.
 
-        The first `prefix` tokens are dense, like a prompt: what a `sequence` policy decides from. `actions` int8
-        [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too: mind the
-        memory. Raises PolicyError under a held budget, which is known only token by token.
+        The first `prefix` tokens, two at least, are dense, like a prompt: what a `sequence` policy decides from.
+        `actions` int8 [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too:
+        mind the memory. Raises PolicyError under a held budget, which is known only token by token.
         """
         tokens = self.checked_ids(ids, fresh=True)
         likelihoods, greedy, taken, damages, logits = [], [], [], [], []
@@ -288,6 +300,7 @@ class Session:
         self.rules.rewind(length)
         del self.tokens[length:]
         self._pending = []
+        self._streams += 1
 
     def _chunk(self) -> int:
         """Tokens of a pass over many."""

@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 
 from dash_export.bundle import safe_path
 from dash_export.errors import BundleError, RequestError
-from dash_export.runtime.sandbox import MAX_CHARACTERS, Sandbox, joined
+from dash_export.runtime.sandbox import MAX_CHARACTERS, Sandbox, counted, joined
 
 MAX_INDENT = 16
 
@@ -79,7 +79,7 @@ class ChatTemplate:
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:
-    text = json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(indent, MAX_INDENT))
+    text = json.dumps(counted(value), ensure_ascii=False, indent=None if indent is None else min(indent, MAX_INDENT))
     return joined([text])
 
 
@@ -150,7 +150,12 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text this token makes certain; sets `stopped` at a stop string, which is not given out."""
-        self._held += self._decode.step(self._tokenizer, token) or ""
+        try:
+            piece = self._decode.step(self._tokenizer, token)
+        except Exception:  # tokenizers raises plain Exception: bytes before this token are no text, and it gives up
+            self._decode = DecodeStream(skip_special_tokens=True)
+            piece = self._decode.step(self._tokenizer, token)
+        self._held += piece or ""
         found = [position for position in (self._held.find(stop) for stop in self._stop) if position >= 0]
         if found:
             self.stopped = True

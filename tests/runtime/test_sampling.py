@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from dash_export.errors import RequestError
+from dash_export.errors import BackendError, RequestError
 from dash_export.runtime.sampling import Sampler, Sampling, distribution, penalised
 
 LOGITS = np.random.default_rng(3).standard_normal(200).astype(np.float32) * 2
@@ -26,6 +26,19 @@ def probabilities(sampling: Sampling, logits: np.ndarray = LOGITS) -> np.ndarray
     candidates, chances = distribution(logits, sampling)
     full[candidates] = chances
     return full
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers(temperature: float) -> None:
+    logits = LOGITS.copy()
+    logits[7] = np.nan
+    with pytest.raises(BackendError, match="not numbers"):
+        Sampler(Sampling(temperature))(logits, [])
+
+
+def test_the_ends_of_what_may_be_asked() -> None:
+    for sampling in (Sampling(1e-3, repetition_penalty=1e-2), Sampling(100.0, repetition_penalty=100.0)):
+        assert 0 <= Sampler(sampling)(LOGITS * 100, [1, 2, 3]) < LOGITS.size
 
 
 def test_greedy_is_argmax_and_takes_the_first_of_equals() -> None:

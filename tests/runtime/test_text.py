@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Sequence
+from tokenizers.models import BPE
 
 from dash_export.errors import BundleError, DashError, RequestError
 from dash_export.runtime.text import ChatTemplate, Text, TextStream
@@ -42,6 +45,17 @@ def test_unicode_is_never_cut() -> None:
     """Four bytes, four tokens, one piece."""
     pieces, _ = stream("a☕é🙂")
     assert [piece for piece in pieces if piece] == ["a", "☕", "é", "🙂"]
+
+
+def test_bytes_that_are_no_text_end_no_answer() -> None:
+    """As SentencePiece writes them: a byte that stands alone, then one that nothing follows."""
+    tokenizer = Tokenizer(
+        BPE({"<0x0A>": 0, "<0xF0>": 1, "a": 2, "<unk>": 3}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.decoder = Sequence([ByteFallback(), Fuse()])
+    out = TextStream(tokenizer)
+    pieces = [out.push(token) for token in (2, 0, 1, 2, 2, 0, 2)]
+    assert "".join([*pieces, out.finish()]).endswith("aa\na")
 
 
 @given(st.text("ab<>é", max_size=30), st.text("ab<>é", min_size=1, max_size=5))
@@ -81,7 +95,22 @@ def doubled(expression: str) -> str:
     return "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = " + expression + " %}{% endfor %}"
 
 
+def many(use: str, count: int = 2000) -> str:
+    """A template that uses one text of five million characters very often."""
+    return (
+        "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(19) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+        + use.replace("MANY", "[" + "n.s, " * count + "]")
+    )
+
+
 HOSTILE = {
+    "many-shown": many("{{ MANY }}"),
+    "many-json": many("{{ MANY | tojson }}"),
+    "many-string": many("{% set x = MANY | string %}"),
+    "many-joined": many("{% set x = MANY | join('') %}"),
+    "many-added": many("{% set n.x = [] %}{% for i in range(2000) %}{% set n.x = n.x + [n.s] %}{% endfor %}{{ n.x }}"),
+    "attributes": many("{{ dict(a=n.s, b=n.s, c=n.s) | xmlattr }}"),
+    "escaped": doubled("n.x | forceescape"),
     "class": "{{ ''.__class__.__mro__ }}",
     "subclasses": "{{ ().__class__.__base__.__subclasses__() }}",
     "environment": "{{ self._TemplateReference__context.environment }}",

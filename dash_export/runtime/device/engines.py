@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -53,9 +52,9 @@ class DeviceEngines:
         self.needs_mask = recipe.dialect == "portable"
         self.score_rows = min(recipe.engine.logit_rows, self.chunk)
         policy_stream = POLICY if dispatch in BESIDE else MAIN
-        # What another thread gave the stream while a step is recorded would become part of it, and a graph's policies
-        # are not ordered with those on the policy stream: sessions take turns, a step at a time.
-        self.turn: AbstractContextManager[object] = threading.RLock() if dispatch == "device" else nullcontext()
+        # All sessions share the streams and a scratch block that grows, and what another thread gave a stream while a
+        # step is recorded would become part of it: they take turns, a step at a time.
+        self.turn = threading.RLock()
 
         def load(name: str, stream: str = MAIN) -> DeviceEngine:
             return device.engine(bundle.path(build.engines[name].file), stream)

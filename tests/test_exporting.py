@@ -47,6 +47,12 @@ def hashes(bundle: Bundle) -> dict[str, str]:
     return {record.name: record.sha256 for record in bundle.manifest.files}
 
 
+def test_a_name_that_a_terminal_would_obey(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "mo\x1b[2Jdel\n")
+    assert export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint)).manifest.model.name == "mo[2Jdel"
+    assert Bundle.open(tmp_path / "a.dash").manifest.model.name == "mo[2Jdel"
+
+
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     bundle = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))

@@ -113,9 +113,10 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Of the folder, or of the GGUF file without its ending."""
+        """Of the folder, or of the GGUF file without its ending; what a terminal would obey is left out."""
         path = Path(self.source).absolute()  # "." has no name; a hub's links are to stay what they are
-        return path.stem if path.suffix == ".gguf" else path.name
+        name = path.stem if path.suffix == ".gguf" else path.name
+        return "".join(filter(str.isprintable, name)) or "model"
 
 
 def row_blocks(weight: Weight, block_bytes: int = 16 << 20) -> Iterator[Float32Array]:

@@ -81,9 +81,9 @@ def readable_errors(ctx: click.Context) -> Iterator[None]:
     except OSError as error:
         raise click.ClickException(disk_error(error, ctx.meta.get(OUTPUT))) from error
     except MemoryError as error:
+        what = f" ({error})" if str(error) else ""
         raise click.ClickException(
-            f"The memory of this machine is not enough{f' ({error})' if str(error) else ''}: ask for a shorter context "
-            "or fewer sequences at a time."
+            f"The memory of this machine is not enough{what}: free some, or ask for less at a time."
         ) from error
     except KeyboardInterrupt:
         click.echo("Interrupted", err=True)

@@ -96,7 +96,7 @@ def policy_path(given: str | Path) -> Path:
         return folder / f"{given}.safetensors"
     raise PolicyError(
         f"There is no policy file {path}. Give the .safetensors file that `dash-export train` wrote, or the name of "
-        f"one that comes with this package: {', '.join(shipped)}."
+        f"one that comes with this package: {', '.join(shipped)} (`export` and `build` also take none and untrained)."
     )
 
 
@@ -136,8 +136,8 @@ def _facts(path: Path) -> PolicyFileFacts:
             "upgrade with pip install -U dash-export"
         )
     facts = typed(PolicyFileFacts, data, "its metadata")
-    if len(facts.origin) > _LONGEST_ORIGIN or not facts.origin.isprintable():
-        raise PolicyError(f"its origin must be one printable line of at most {_LONGEST_ORIGIN} letters")
+    if len(facts.origin) > _LONGEST_ORIGIN:
+        raise PolicyError(f"its origin must be one line of at most {_LONGEST_ORIGIN} letters")
     return facts
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What a terminal would obey."""
 
 
 class WrongFieldError(Exception):
@@ -29,7 +32,11 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
         missing, unknown = required - set(data), set(data) - set(hints)
         if missing or unknown:
-            what = f"missing {', '.join(sorted(missing))}" if missing else f"unknown {sorted(unknown)!r:.80}"
+            what = (
+                f"missing {', '.join(sorted(missing))}"
+                if missing
+                else f"unknown {', '.join(map(repr, sorted(unknown))):.80}"
+            )
             raise WrongFieldError(f"{where}: {what}.")
         return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
     if origin is tuple and isinstance(data, list):
@@ -37,7 +44,10 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     if origin is dict and isinstance(data, dict):
         key_kind, value_kind = args
         try:
-            return {key_kind(key): _convert(value_kind, value, f"{where}.{key}") for key, value in data.items()}
+            return {
+                key_kind(_convert(str, key, f"a key of {where}")): _convert(value_kind, value, f"{where}.{key}")
+                for key, value in data.items()
+            }
         except ValueError as error:
             raise WrongFieldError(f"{where} has a key that is not {key_kind.__name__}: {error}.") from error
     if origin in (Union, UnionType):
@@ -47,8 +57,8 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
             return float(data)
         except OverflowError as error:
             raise WrongFieldError(f"{where} is too large a number.") from error
-    if kind is str and isinstance(data, str) and not data.isprintable():
-        raise WrongFieldError(f"{where} is not printable text: {data!r:.80}.")  # it would speak to a terminal
+    if kind is str and isinstance(data, str) and _CONTROL.search(data):
+        raise WrongFieldError(f"{where} is not printable text: {data!r:.80}.")
     if isinstance(kind, type) and type(data) is kind:
         return data
     raise WrongFieldError(f"{where} must be {getattr(kind, '__name__', kind)}, got {data!r:.80}.")

@@ -62,7 +62,11 @@ def test_a_build_of_a_recipe_of_ones_own_says_so(bundle: Path) -> None:
     ("change", "said"),
     [
         (lambda data: data["model"].update(name="\x1b]0;x\x07\x1b[2J"), "model.name is not printable"),
-        (lambda data: data.update({"\x1b[2J": 1}), r"unknown \['\\x1b"),
+        (lambda data: data.update({"\x1b[2J": 1}), r"unknown '\\x1b"),
+        (
+            lambda data: data["graphs"].update({"\x1b[2J": 1}),
+            "a key of .*graphs is not printable",
+        ),
         (lambda data: data["model"].update(parameters=10**400), "parameters = 1000"),
         (lambda data: data["files"][0].update(bytes=10**400), "cannot have 1000"),
     ],

@@ -110,7 +110,7 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_memory_that_is_not_there() -> None:
     result = CliRunner().invoke(raising(MemoryError("24 GB for a cache")), ["build"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: The memory of this machine is not enough (24 GB for a cache): ask for")
+    assert result.stderr.startswith("Error: The memory of this machine is not enough (24 GB for a cache): free some")
 
 
 def test_ctrl_c() -> None:

@@ -145,7 +145,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "norm-shape": (lambda t, _: {**t, "model.final_norm": np.ones(31, np.float32)}, "final norm"),
     "norm-zero": (lambda t, _: {**t, "model.final_norm": np.zeros(HIDDEN, np.float32)}, "final norm"),
     "norm-nan": (lambda t, _: number(t, "model.final_norm", float("nan")), "final_norm holds NaN"),
-    "unknown-key": (lambda _, f: f.update(surprise=1), "unknown surprise"),
+    "unknown-key": (lambda _, f: f.update(surprise=1), "unknown 'surprise'"),
     "missing-key": (lambda _, f: f.pop("gated") and None, "missing gated"),
     "wrong-type": (lambda _, f: f.update(num_layers="6"), "num_layers must be int"),
     "newer": (lambda _, f: f.update(schema=9, new=1), "newer dash-export"),

@@ -27,10 +27,11 @@ from dash_export.errors import DashError
 from dash_export.evaluation.results import TextResult
 from dash_export.evaluation.settings import label
 from dash_export.evaluation.text import measure_text, windows
+from dash_export.evaluation.timing import Timing, measure_times
 from dash_export.models import open_checkpoint
 from dash_export.policy_file import load_policy
 from dash_export.resources import resource_folder
-from dash_export.runtime import Generation
+from dash_export.runtime import Generation, Session
 
 BUNDLE = CACHE / "smollm2.dash"
 TARGET = "cpu"
@@ -48,7 +49,7 @@ SETTINGS = (
     Setting("token", skipped=8.0),
 )
 WINDOWS = 8
-"""Windows of held-out prose that judge each setting."""
+"""Windows of held-out prose that judge and time each setting."""
 
 console = Console(highlight=False)
 if not console.is_terminal:
@@ -62,6 +63,7 @@ class Mode:
     name: str
     answers: tuple[Generation, ...]
     quality: TextResult
+    timing: Timing
 
 
 @click.command()
@@ -100,31 +102,27 @@ def _prepare() -> tuple[Bundle, Build]:
 
 def _compare(bundle: Bundle) -> list[Mode]:
     runtime = DashRuntime.load(bundle.root, TARGET)
+    plain = DashRuntime.load(bundle.root, TARGET, dispatch="plain", verify=False)
+    # Those that ask no policy run engines without one.
+    sessions = {setting: (runtime if setting.asks_network else plain).session_with(setting) for setting in SETTINGS}
+
+    def opened(setting: Setting, _round: int) -> Session:
+        sessions[setting].reset()
+        return sessions[setting]
+
     text = (resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8")
-    console.print("[bold]4.[/] Judge each way to skip on prose that no training saw")
+    console.print("[bold]4.[/] Judge and time each way to skip, in turns, on prose that no training saw")
     with progress_bar("judge") as progress:
         parts = windows(runtime, text, "heldout.txt", WINDOWS)
         quality = measure_text(runtime, SETTINGS, parts, progress=progress)
+        timed = measure_times(SETTINGS, opened, parts, progress=progress)
+    # What was timed are the ends of the windows: as much time as the layers of all their tokens take.
+    timings = [timing.at(result.layers, quality[0].layers) for timing, result in zip(timed, quality, strict=True)]
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
-    answers = _answers(bundle, runtime)
+    prompts = [runtime.text.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    answers = [tuple(opened(setting, 0).generate(ids, MAX_TOKENS) for ids in prompts) for setting in SETTINGS]
     names = [label(setting) for setting in SETTINGS]
-    return [Mode(*mode) for mode in zip(names, answers, quality, strict=True)]
-
-
-def _answers(bundle: Bundle, deciding: DashRuntime) -> list[tuple[Generation, ...]]:
-    """Every mode's answers; the modes take turns, so that a busy machine slows them alike. Those that ask no policy run
-    engines without one.
-    """
-    plain = DashRuntime.load(bundle.root, TARGET, dispatch="plain", verify=False)
-    sessions = [(deciding if setting.asks_network else plain).session_with(setting) for setting in SETTINGS]
-    for session in sessions:
-        session.generate("Warm up: the first tokens map the weights from disk.", 8)
-    answers: list[list[Generation]] = [[] for _ in sessions]
-    for prompt in PROMPTS:
-        for session, given in zip(sessions, answers, strict=True):
-            session.reset()
-            given.append(session.generate(deciding.text.chat([{"role": "user", "content": prompt}]), MAX_TOKENS))
-    return [tuple(given) for given in answers]
+    return [Mode(*mode) for mode in zip(names, answers, quality, timings, strict=True)]
 
 
 def _print_answers(modes: Sequence[Mode]) -> None:
@@ -133,7 +131,7 @@ def _print_answers(modes: Sequence[Mode]) -> None:
         for mode in modes:
             answer = mode.answers[index]
             cut = " ..." if answer.finish_reason == "length" else ""
-            console.print(f"  [cyan]{mode.name}[/]: ", end="")
+            console.print(f"  [cyan]{mode.name}[/] ({answer.statistics.layers_per_token:.1f} layers/token): ", end="")
             console.print(answer.text.strip().replace("\n", " ") + cut, markup=False)
         console.print()
 
@@ -141,20 +139,15 @@ def _print_answers(modes: Sequence[Mode]) -> None:
 def _print_modes(bundle: Bundle, made: Build, modes: Sequence[Mode]) -> None:
     numbers = ("tokens/s", "of dense time", "layers/token", "KL (nats)", "perplexity")
     table = plain_table(f"SmolLM2-135M-Instruct, {TARGET}, int4, {made.device}", "mode", *numbers, right=numbers)
-    speeds = []
     for mode in modes:
-        steps = sum(answer.statistics.decode_steps for answer in mode.answers)
-        seconds = sum(answer.statistics.decode_seconds for answer in mode.answers)
-        layers = sum(answer.statistics.layers for answer in mode.answers)
-        speeds.append(steps / seconds)
-        kl, perplexity = f"{mode.quality.kl.value:.3f}", f"{mode.quality.perplexity.value:.2f}"
-        share = f"{speeds[0] / speeds[-1]:.2f}"
-        table.add_row(mode.name, f"{speeds[-1]:.1f}", share, f"{layers / steps:.1f}", kl, perplexity)
+        quality, timing = mode.quality, mode.timing
+        speed, share = f"{1e3 / timing.milliseconds:.1f}", f"{timing.ratio:.2f}"
+        kl, perplexity = f"{quality.kl.value:.3f}", f"{quality.perplexity.value:.2f}"
+        table.add_row(mode.name, speed, share, f"{quality.layers:.1f}", kl, perplexity)
     print_table(console, table)
     console.print(
-        "KL: divergence from the dense mode of this build; it and perplexity are over held-out prose, speed and layers "
-        f"over the answers above. On disk: portable graphs {size(bundle_bytes(bundle))}, engines "
-        f"{size(build_bytes(made))}, shared by all modes.\n"
+        f"All over {WINDOWS} windows of held-out prose. KL: divergence from the dense mode of this build. On disk: "
+        f"portable graphs {size(bundle_bytes(bundle))}, engines {size(build_bytes(made))}, shared by all modes.\n"
     )
 
 

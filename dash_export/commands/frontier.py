@@ -84,11 +84,13 @@ def command(
     report = _report(racers, course, points, refused)
     report["token_against"] = {"bundle": own[0].bundle if own else None, "curves": [asdict(each) for each in others]}
     picture = frontier_figure(points, title, _caption(course, path.name))
-    # First: what took minutes to measure is not lost where nothing can be written.
-    _print(title, points, len(racers) > 1)
-    _print_comparison(own, others, points[0].quality.layers, len(racers) > 1)
-    print_refused(refused)
-    written = save_pictures(output, picture, json.dumps(report, indent=1, ensure_ascii=False))
+    # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
+    try:
+        _print(title, points, len(racers) > 1)
+        _print_comparison(own, others, points[0].quality.layers, len(racers) > 1)
+        print_refused(refused)
+    finally:
+        written = save_pictures(output, picture, json.dumps(report, indent=1, ensure_ascii=False))
     click.echo(f"Written to {', '.join(map(str, written))}")
 
 

@@ -98,22 +98,24 @@ def command(
             raise click.UsageError("--dispatch is how a network is evaluated, and none is: ask for --kinds token.")
         check_same_model(racers)
         found, lanes = profile(racers, settings, request, progress)
-    # First: what took minutes to measure is not lost where nothing can be written.
-    if as_json:
-        click.echo(json.dumps(_report(found, refused), ensure_ascii=False))
-    else:
-        from dash_export.commands.profile_tables import print_profile
+    # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
+    try:
+        if as_json:
+            click.echo(json.dumps(_report(found, refused), ensure_ascii=False))
+        else:
+            from dash_export.commands.profile_tables import print_profile
 
-        print_profile(found)
-    print_refused(refused)
-    if html is not None:
-        from dash_export.profiling.report import render_report
+            print_profile(found)
+        print_refused(refused)
+    finally:
+        if html is not None:
+            from dash_export.profiling.report import render_report
 
-        write_atomic(html, render_report(found, lanes))
-    if trace is not None:
-        from dash_export.profiling.trace import chrome_trace
+            write_atomic(html, render_report(found, lanes))
+        if trace is not None:
+            from dash_export.profiling.trace import chrome_trace
 
-        write_atomic(trace, json.dumps(chrome_trace(lanes, found.model), ensure_ascii=False))
+            write_atomic(trace, json.dumps(chrome_trace(lanes, found.model), ensure_ascii=False))
     for output in (html, trace):
         if output is not None:
             click.echo(f"Written to {output}", err=as_json)

@@ -63,7 +63,7 @@ def _kl_at_time(at: Sequence[float], curve: Sequence[Point]) -> npt.NDArray[np.f
     points = sorted(
         (1 - point.time, point.quality.kl.value)
         for point in curve
-        if (point.time if point.timing is None else point.timing.high) < 1
+        if (point.time < 1 if point.timing is None else point.timing.low < point.timing.high < 1)
     )
     saved, kl = np.array([(0.0, 0.0), *points]).T
     found: npt.NDArray[np.float64] = np.interp(1 - np.array(at), saved, kl, left=np.nan, right=np.nan)

@@ -9,6 +9,7 @@ line when it is run. From Python: import it, then `lm_eval.simple_evaluate(model
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +57,11 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         dispatch = None if wanted.asks_network else "plain"
         self.runtime = DashRuntime.load(bundle, target, dispatch=dispatch, threads=threads)
         self._entrant = Entrant(self.runtime, wanted)
-        self._asked = 0
         self.max_length = self.runtime.engines.model.max_positions
 
-    def session(self) -> Session:
-        """An empty one for the next request: `random` draws anew for each."""
-        self._asked += 1
-        return self._entrant.session(self._asked)
+    def session(self, context: Sequence[int]) -> Session:
+        """An empty one: `random` draws anew for each context, and alike for the choices of a question."""
+        return self._entrant.session(zlib.crc32(np.array(context, np.int64).tobytes()))
 
     @property
     def eot_token_id(self) -> int:
@@ -111,7 +110,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         # What does not fit is cut from the left, as lm-eval's own models do.
         ids = np.array((context + continuation)[-self.max_length :], np.int64)
         count = min(len(continuation), len(ids) - 1)
-        score = self.session().score(ids, prefix=len(ids) - count)
+        score = self.session(context).score(ids, prefix=len(ids) - count)
         return float(score.log_likelihoods[-count:].sum(dtype=np.float64)), bool(score.greedy[-count:].all())
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -153,7 +152,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
             stop=tuple(stop for stop in handle_stop_sequences(wanted.get("until"), eos=None) if stop),
         )
         ids = self.tok_encode(context)[-(self.max_length - room) :] or [self.eot_token_id]
-        return self.session().generate(ids, room, sampling).text
+        return self.session(ids).generate(ids, room, sampling).text
 
 
 def _setting(given: Mapping[str, Any]) -> Setting:

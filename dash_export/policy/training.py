@@ -133,8 +133,8 @@ class Training:
 
     def origin(self, kind: str) -> str:
         """One line for the manifest."""
-        name = "".join(filter(str.isprintable, self.name))[:LONGEST_NAME]
-        return f"{kind} policy for {name}, trained by dash-export (seed {self.settings.seed}, key {self.key[:8]})"
+        name, seed = self.name[:LONGEST_NAME], self.settings.seed
+        return f"{kind} policy for {name}, trained by dash-export (seed {seed}, key {self.key[:8]})"
 
     def _begin(self, work: dict[str, int]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -29,7 +30,7 @@ def setting_memory(root: Path, target: str, dispatch: str, setting: Setting, con
         )
     except subprocess.TimeoutExpired:
         return None
-    if done.returncode < 0:  # by a signal: the child's is one copy of the engines more, and memory may have ended
+    if done.returncode == -signal.SIGKILL:  # its engines are one copy more, and memory may have ended
         return None
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()

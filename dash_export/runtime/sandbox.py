@@ -7,7 +7,7 @@ would take the process down with them. (Neither time is bounded, for a template 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, ItemsView, Iterable, KeysView, ValuesView
 from functools import wraps
 from typing import Any
 
@@ -15,12 +15,13 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 MAX_CHARACTERS = 10_000_000
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format", "format_map"})
 _BINARY = frozenset({"encode", "to_bytes"})
 """Bytes have all of these too, and nothing else that makes them is in reach."""
-_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap", "urlize", "pprint", "xmlattr", "forceescape")
+_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap", "urlize", "pprint")
 MAX_ITEMS = 1_000_000
 MAX_BITS = 4096
 
@@ -85,8 +86,10 @@ def counted(value: Any) -> Any:
                 raise SecurityError(f"a value of over {MAX_CHARACTERS} characters")
         elif isinstance(item, dict):
             left += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple)):
+        elif isinstance(item, (list, tuple, KeysView, ValuesView, ItemsView)):
             left += item
+        elif isinstance(item, Namespace):
+            left.append(item._Namespace__attrs)
         found += 1
         if found + len(left) > MAX_ITEMS:
             raise SecurityError(f"a value of over {MAX_ITEMS} items")

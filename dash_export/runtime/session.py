@@ -247,6 +247,7 @@ class Session:
     def decode_one(self, token: int, rule: Rule | None = None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
         """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
         self._check_room(1 + len(self._pending), 0)
+        self._streams += 1
         for pending in self._pending:
             self._advance(pending)
         self._pending = []
@@ -266,6 +267,7 @@ class Session:
         """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
         tokens = self._with_pending(self.checked_ids(ids))
         self._check_room(len(tokens), 0)
+        self._streams += 1
         return np.asarray(self._prefill(tokens, 0).copy())
 
     def restart(self, ids: Sequence[int] | TokenIds) -> npt.NDArray[np.float32]:

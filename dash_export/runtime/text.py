@@ -146,6 +146,7 @@ class TextStream:
         self._decode = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._held = ""
+        self._last: int | None = None
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -154,8 +155,13 @@ class TextStream:
             piece = self._decode.step(self._tokenizer, token)
         except Exception:  # tokenizers raises plain Exception: bytes before this token are no text, and it gives up
             self._decode = DecodeStream(skip_special_tokens=True)
+            if self._last is not None:  # a first token would lose its space
+                self._decode.step(self._tokenizer, self._last)
+            self._held += "\N{REPLACEMENT CHARACTER}"
             piece = self._decode.step(self._tokenizer, token)
-        self._held += piece or ""
+        if piece:
+            self._last = token
+            self._held += piece
         found = [position for position in (self._held.find(stop) for stop in self._stop) if position >= 0]
         if found:
             self.stopped = True

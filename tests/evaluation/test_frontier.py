@@ -64,7 +64,7 @@ def test_an_interval_wants_several_groups() -> None:
     odd = seconds.copy()
     odd[1:, 24] *= 50  # alone in its group: four times over it would be 4 of 28
     low, high = ratios_to_first(odd, 4)[1:]
-    assert (high[1:] < 1.3).all()
+    assert (high[1:] < 1.05).all()
     assert (low < high)[1:].all()
     rounds = {count: Course("", "", 1, 1, 1, count, 1).copy_rounds for count in (1, 8, 12, 24, 32)}
     assert rounds == {1: 1, 8: 1, 12: 2, 24: 4, 32: 4}

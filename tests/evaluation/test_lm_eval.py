@@ -87,7 +87,7 @@ def test_arguments(tiny_root: Path) -> None:
         DashLM(**where, policy="token", budget="much")
     with pytest.raises(PolicyError, match="no policy kind"):
         DashLM(**where, policy="magic")
-    assert DashLM(**where).session().score([1, 2, 3]).actions.sum() == 0
+    assert DashLM(**where).session([1, 2]).score([1, 2, 3]).actions.sum() == 0
 
 
 def test_an_evaluation(model: Any, runtime: DashRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,3 +65,6 @@ def test_a_killed_child_costs_its_figure_only(tiny_root: Path, monkeypatch: pyte
     killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     assert setting_memory(tiny_root, "cpu-fp32", "plain", Setting("dense"), 8, 2) is None
+    killed.returncode = -signal.SIGSEGV  # that is a bug, and told
+    with pytest.raises(BackendError, match="-11"):
+        setting_memory(tiny_root, "cpu-fp32", "plain", Setting("dense"), 8, 2)

@@ -44,19 +44,23 @@ def test_an_abandoned_stream_loses_no_token(runtime: DashRuntime) -> None:
     np.testing.assert_array_equal(live.generate(second, 5).tokens, runtime.generate(whole, 5).tokens)
 
 
-@pytest.mark.parametrize("other", ["stream", "chat", "reset"])
+@pytest.mark.parametrize("other", ["stream", "chat", "reset", "prefill", "decode_one"])
 def test_an_answer_left_for_another_is_over(other: str, runtime: DashRuntime) -> None:
     """Not mixed with it in silence."""
     live = runtime.session()
     first = live.stream(random_ids(12, seed=1), 20)
     next(first)
-    if other == "reset":
-        live.reset()
-    else:
-        second = live.stream(random_ids(9, seed=2), 5) if other == "stream" else live.chat(MESSAGES, 5)
+    others: dict[str, Callable[[], Any]] = {
+        "stream": lambda: live.stream(random_ids(9, seed=2), 5),
+        "chat": lambda: live.chat(MESSAGES, 5),
+        "reset": live.reset,
+        "prefill": lambda: live.prefill(random_ids(9, seed=2)),
+        "decode_one": lambda: live.decode_one(7),
+    }
+    second = others[other]()
     with pytest.raises(RequestError, match="left for another"):
         next(first)
-    if other != "reset":
+    if other in ("stream", "chat"):
         assert len(list(second)) == 5
     unbegun = live.stream(random_ids(3, seed=3), 5)
     list(live.stream(random_ids(3, seed=4), 5))

@@ -26,9 +26,8 @@ import numpy.typing as npt
 from common import print_json
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
-from dash_export.artifacts import write_atomic
 from dash_export.bundle import Bundle
 from dash_export.models import open_checkpoint
 from dash_export.models.spec import row_blocks
@@ -64,7 +63,7 @@ def folder(bundle: Path, gguf: Path) -> str:
             if (bundle / name).exists():
                 shutil.copy(bundle / name, out / name)
         arrays = {name: np.concatenate(list(row_blocks(weight))) for name, weight in weights.items()}
-        write_atomic(out / "model.safetensors", save(arrays, {"format": "pt"}))
+        save_file(arrays, out / "model.safetensors", {"format": "pt"})
     return str(out)
 
 

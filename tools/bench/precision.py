@@ -43,8 +43,7 @@ def main(bundle: Path, targets: tuple[str, ...], base: str, text: Path, windows:
         title=f"{bundle.name}, {text.name}, {len(parts)} x {tokens} tokens",
     )
     session = reference.session()
-    logits = [session.logits(part) for part in parts]
-    expected = [(DenseRows(rows), rows.argmax(axis=-1)) for rows in logits]
+    expected = [(DenseRows(rows), rows.argmax(axis=-1)) for rows in map(session.logits, parts)]
     results: dict[str, object] = {"text": text.name, "windows": len(parts), "tokens": tokens}
     base_perplexity = 0.0
     for target in (base, *targets):

@@ -196,7 +196,7 @@ def test_ctrl_c_ends_a_single_answer(tiny_root: Path) -> None:
         (("hello", "--trade-off", -1), ">= 0"),
         (("hello", "--max-layers", 1), "out of range"),
         (("hello", "--temperature", -1), "temperature"),
-        (("hello", "--dispatch", "plain", "--trade-off", 1), "fused"),
+        (("hello", "--dispatch", "plain", "--trade-off", 1), "another dispatch than 'plain'"),
         (("hello", "--stop", ""), "stop"),
     ],
 )

@@ -109,6 +109,8 @@ HOSTILE = {
     "many-shown": many("{{ MANY }}"),
     "many-added": many("{% set n.x = [] %}{% for i in range(2000) %}{% set n.x = n.x + [n.s] %}{% endfor %}{{ n.x }}"),
     "namespaces": doubled("namespace(a=n.x, b=n.x)") + "{{ n.x }}",
+    "namespaces-filled": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set m = namespace() %}"
+    "{% set m.a = n.x %}{% set m.b = n.x %}{% set n.x = m %}{% endfor %}{{ n.x }}",
     "views": doubled("dict(a=n.x, b=n.x).items()") + "{{ n.x }}",
     "escaped": "{% set n = namespace(x='<') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x | forceescape %}"
     "{% endfor %}",

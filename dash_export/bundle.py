@@ -19,7 +19,7 @@ from dash_export.artifacts import FileRecord, sha256_file
 from dash_export.build_record import Build, check_build
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Manifest, check_manifest
-from dash_export.targets import build_options, recipe_names
+from dash_export.targets import build_options
 from dash_export.typed_json import WrongFieldError, typed
 
 MANIFEST = "manifest.json"
@@ -127,10 +127,8 @@ class Bundle:
 
     def build_command(self, target: str) -> str:
         """What makes a target's engines, for messages."""
-        options = build_options(target)
-        if options.split(" ")[1] not in recipe_names():
-            options = f"--target {target}.toml (the recipe file that it was built from)"
-        return f"dash-export build {self.root} {options}"
+        own = f"--target {target}.toml (the recipe file that it was built from)"
+        return f"dash-export build {self.root} {build_options(target) or own}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> None:
         """Check that files exist with the recorded size and SHA-256. Raises BundleError naming the first that does

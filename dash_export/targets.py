@@ -154,7 +154,7 @@ def load_recipe(target: str) -> Recipe:
     if path.suffix != ".toml":
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", target) or target not in recipe_names():
             options = build_options(target)
-            if options.split(" ")[1] in recipe_names():  # what a build is called, with what makes it
+            if options is not None:  # what a build is called, with what makes it
                 raise RecipeError(f"There is no recipe {target!r}: give {options}.")
             raise RecipeError(
                 f"There is no recipe {target!r}. Known targets: {', '.join(recipe_names())}; "
@@ -283,8 +283,10 @@ def with_weights(
     return renamed
 
 
-def build_options(name: str) -> str:
-    """The options of `build` that make the target of this name: what `with_weights` called it, read back."""
+def build_options(name: str) -> str | None:
+    """The options of `build` that make the target of this name: what `with_weights` called it, read back. None where
+    no recipe that comes with this package does.
+    """
     precision = "|".join(get_args(Precision))
     parts = re.fullmatch(
         rf"(.+?)(?:-({precision}))?(?:-head-({precision}))?(?:-embedding-({precision}))?"
@@ -292,7 +294,9 @@ def build_options(name: str) -> str:
         name,
     )
     names = ("target", "weights", "head", "embedding", "rounding", "prefill")
-    given = zip(names, parts.groups() if parts else (name,), strict=False)
+    if parts is None or parts[1] not in recipe_names():
+        return None
+    given = zip(names, parts.groups(), strict=True)
     return " ".join(f"--{option} {value}" for option, value in given if value is not None)
 
 

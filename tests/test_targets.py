@@ -218,7 +218,7 @@ def test_other_weights_have_another_name() -> None:
     ],
 )
 def test_a_name_says_what_makes_it(target: str, chosen: dict[str, str]) -> None:
-    said = build_options(with_weights(load_recipe(target), **chosen).name).split()
+    said = (build_options(with_weights(load_recipe(target), **chosen).name) or "").split()
     named = dict(zip(said[::2], said[1::2], strict=True))
     assert named == {"--target": target} | {f"--{name}": value for name, value in chosen.items()}
 

@@ -64,12 +64,13 @@ class Sampler:
         where they are not numbers.
         """
         s = self._sampling
-        if not np.isfinite(logits.max()):
-            raise BackendError(NOT_NUMBERS)
         if s.repetition_penalty != 1.0 and context:
             logits = penalised(logits, context, s.repetition_penalty)
         if s.temperature == 0.0:
-            return int(logits.argmax())
+            token = int(logits.argmax())  # of a NaN, where there is one: no pass more over the vocabulary
+            if not np.isfinite(logits[token]):
+                raise BackendError(NOT_NUMBERS)
+            return token
         candidates, probabilities = distribution(logits, s)
         mass = probabilities.cumsum()
         return int(candidates[np.searchsorted(mass, self._rng.random() * mass[-1], side="right")])
@@ -86,7 +87,7 @@ def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
 
 def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """The candidates left by top-k, top-p and min-p, most likely first, with their probabilities (float64, summing to
-    one).
+    one). Raises BackendError where logits are not numbers.
     """
     limited = 0 < s.top_k < logits.size
     candidates = np.argpartition(logits, -s.top_k)[-s.top_k :] if limited else np.arange(logits.size)
@@ -94,7 +95,10 @@ def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64], np
     order = np.argsort(-scores, kind="stable")
     candidates, scores = candidates[order], scores[order]
     probabilities = np.exp(scores - scores[0])
-    probabilities /= probabilities.sum()
+    mass = probabilities.sum()
+    if not np.isfinite(mass):
+        raise BackendError(NOT_NUMBERS)
+    probabilities /= mass
     keep = np.ones(probabilities.size, np.bool_)
     if s.top_p < 1.0:
         # A token stays while the mass before it is below top_p: the first always does.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -144,7 +146,9 @@ def test_nothing_is_written_when_it_fails(tiny_root: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_measured_is_printed_where_it_cannot_be_written(tiny_root: Path, text: Path, tmp_path: Path) -> None:
+def test_what_was_measured_is_lost_neither_way(
+    tiny_root: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     options = (
         "frontier",
@@ -163,6 +167,12 @@ def test_what_was_measured_is_printed_where_it_cannot_be_written(tiny_root: Path
     result = dash(*options, "-o", tmp_path / "f")
     assert result.exit_code == 1
     assert "static" in result.stdout
+    (tmp_path / "f.png").rmdir()
+    with monkeypatch.context() as closed:  # whoever read what is printed has gone
+        closed.setattr("dash_export.commands.frontier._print", Mock(side_effect=BrokenPipeError))
+        with suppress(BrokenPipeError):
+            dash(*options, "-o", tmp_path / "f")
+    assert (tmp_path / "f.png").is_file()
     for nameless in (".", "..", "/", tmp_path / ".."):
         assert "is a folder: give -o a name" in refused(*options, "-o", nameless)
         assert "is a folder: give -o a name" in refused("skipmap", tiny_root, TEXT, *TARGET, "-o", nameless)

@@ -90,6 +90,15 @@ def test_arguments(tiny_root: Path) -> None:
     assert DashLM(**where).session([1, 2]).score([1, 2, 3]).actions.sum() == 0
 
 
+def test_random_draws_alike_for_the_choices_of_a_question(tiny_root: Path) -> None:
+    from dash_export.evaluation.lm_eval import DashLM
+
+    drawn = DashLM(bundle=str(tiny_root), target="cpu-fp32", policy="random", skipped=1.5)
+    first, again, other = (drawn.session(context).score(np.arange(40)).actions for context in ([1, 2], [1, 2], [3]))
+    np.testing.assert_array_equal(again, first)
+    assert (other != first).any()
+
+
 def test_an_evaluation(model: Any, runtime: DashRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own multiple choice gives the accuracies that ours gives."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

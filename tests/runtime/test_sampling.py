@@ -28,12 +28,14 @@ def probabilities(sampling: Sampling, logits: np.ndarray = LOGITS) -> np.ndarray
     return full
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 2.0}])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers(temperature: float) -> None:
+def test_logits_that_are_no_numbers(temperature: float, options: dict, value: float) -> None:
     logits = LOGITS.copy()
-    logits[7] = np.nan
-    with pytest.raises(BackendError, match="not numbers"):
-        Sampler(Sampling(temperature))(logits, [])
+    logits[7] = value
+    with pytest.raises(BackendError, match="not numbers"), np.errstate(invalid="ignore"):
+        Sampler(Sampling(temperature, **options))(logits, [3])
 
 
 def test_the_ends_of_what_may_be_asked() -> None:

@@ -6,7 +6,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE := .cache/bench.dash
-BENCHES := alone dispatch skipping owed precision batch prefill load
+BENCHES := alone caches dispatch skipping owed precision batch prefill load
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 PYTEST_ARGS ?=
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -19,11 +20,18 @@ from dash_export.runtime.cpus import cpu_name
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
+from dash_export.runtime.rules import DENSE, FixedRule
 from dash_export.runtime.runtime import engines as load_engines
 from dash_export.stretches import TokenTime
 from dash_export.targets import recipe_from_dict
 
 WARM_UP = 10
+RUN = 8
+"""Tokens in a row that are timed, after as many that are not, where the caches must get used to what is skipped."""
+SHORTEST = 1000.0
+"""Microseconds of a token. Weights read in less are near, whatever is skipped, and there is more noise than token."""
+MOVING_SHARES = (1 / 8, 1 / 3)
+"""Of the gated layers, skipped in turn while it is measured what it costs that they change."""
 NOT_MEASURED = "not measured"
 """The device of a cost table that stands in until the build is measured where it runs."""
 
@@ -35,8 +43,8 @@ def uniform_cost(manifest: Manifest) -> CostTable:
 
 
 def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> CostTable:
-    """Run tokens at the recipe's context, timing every segment and skip graph where it stands in the token, and a dense
-    token's launches where a build has stretches.
+    """Run tokens at the recipe's context, timing every segment and skip graph where it stands in the token, a dense
+    token's launches where a build has stretches, and tokens that skip other layers every time.
 
     Medians over interleaved repeats. Layers of one shape (here: all gated layers) share the median of their costs, so
     that a noisy single measurement decides nothing.
@@ -58,7 +66,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
         ]
         for parity in (0, 1)  # skipped in turn: a skip graph too is timed where it finds its weights cold
     ]
-    stretched = step.dense_launches() if build.stretches and isinstance(step, BoundStep) else ()
+    stretched = step.launches_of(DENSE) if build.stretches and isinstance(step, BoundStep) else ()
     times: dict[str, list[float]] = defaultdict(list)
     whole: list[list[float]] = []
     for repeat in range(WARM_UP + recipe["repeats"]):
@@ -85,7 +93,31 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     share = max(median(saved), 0.0) / dense if saved else 0.0
     device = cpu_name() if isinstance(engines, EngineSet) else engines.device.name
     cost = dict.fromkeys(bundle.manifest.policy.gated, share)
-    return CostTable(context, round(dense, 2), runs, medians, cost, device, launch)
+    table = CostTable(context, round(dense, 2), runs, medians, cost, device, launch)
+    if not isinstance(step, BoundStep) or not gated or dense < SHORTEST:
+        return table
+    return replace(table, moving=_moving(step, TokenTime(replace(build, cost=table)), list(cost), recipe["repeats"]))
+
+
+def _moving(step: BoundStep, token_time: TokenTime, gated: list[int], repeats: int) -> float:
+    """What tokens take more, as a fraction of dense, than the cost table says where each skips other layers than the
+    one before: these read layers that have not run for some tokens, and both forms of a stretch. In turn with dense
+    ones, in runs long enough for the caches to be what they would be. Zero where a quarter of the runs show nothing.
+    """
+
+    def timed(sets: list[list[int]]) -> float:
+        launches = [step.launches_of(FixedRule(skipped)) for skipped in sets]
+        return median([sum(_timed(token)) for token in launches][-RUN:])
+
+    draws = np.random.Generator(np.random.Philox(key=0))
+    lost = []
+    for repeat in range(max(repeats // 4, 2)):
+        count = max(1, round(len(gated) * MOVING_SHARES[repeat % 2]))
+        sets = [sorted(draws.choice(gated, count, replace=False).tolist()) for _ in range(2 * RUN)]
+        dense = timed([[]] * (2 * RUN))
+        lost.append(timed(sets) / dense - median(map(token_time.of, sets[-RUN:])))
+    low, middle = np.quantile(lost, [0.25, 0.5])
+    return float(middle) if low > 0 else 0.0
 
 
 def _timed(launches: Iterable[Launch]) -> list[float]:

@@ -97,12 +97,14 @@ class Tally:
     tokens: int = 0
     skips: int = 0
     times: float = 0.0
+    before: npt.NDArray[np.int8] | None = None
 
     def add(self, actions: npt.NDArray[np.int8]) -> None:
         """actions int8 [tokens, layers]."""
         self.tokens += len(actions)
         self.skips += int((actions == Action.SKIP).sum())
-        self.times += self.token_time.total(actions)
+        self.times += self.token_time.total(actions, self.before)
+        self.before = actions[-1] if len(actions) else self.before
 
     @property
     def executed(self) -> float:

@@ -201,8 +201,8 @@ def test_sequence_keeps_the_bound() -> None:
     assert sum(rules.rule.skips(layer, 0.0, 0) for layer in range(6)) == 2
 
 
-def held(trade_off: float, budget: float) -> HeldRules:
-    build = SimpleNamespace(cost=SimpleNamespace(cost=COST, launch=0.0), segments=(), stretches=())
+def held(trade_off: float, budget: float, moving: float = 0.0) -> HeldRules:
+    build = SimpleNamespace(cost=SimpleNamespace(cost=COST, launch=0.0, moving=moving), segments=(), stretches=())
     return HeldRules(decision_rule(6, GATED, COST, trade_off), TokenTime(build), budget)  # type: ignore[arg-type]
 
 
@@ -228,6 +228,13 @@ def test_hold_reaches_the_budget_with_a_wrong_dial(wrong: float, budget: float) 
     free = run_held(held(0.0, budget), damage)
     assert free[-1] == 1.0, "nothing to scale"
     assert run_held(held(fair * wrong, budget), damage)[-1] == pytest.approx(budget, abs=0.01)
+
+
+def test_hold_counts_what_a_set_that_moves_takes() -> None:
+    """The same text within the same budget: more is skipped, by what the changes of the set take."""
+    damage = np.random.default_rng(0).lognormal(0, 1, (600, 6)).astype(np.float32)
+    assert run_held(held(8.0, 0.8), damage)[-1] == pytest.approx(0.8, abs=0.01)
+    assert 0.76 < run_held(held(8.0, 0.8, moving=0.03), damage)[-1] < 0.785
 
 
 def test_hold_stays_within_its_limits_and_recovers() -> None:

@@ -17,7 +17,7 @@ help:
 	@echo "make demo    a real model (SmolLM2-135M) to engines, answering prompts densely and with layers skipped"
 	@echo "make test    all tests (installs torch and transformers, which the reference needs)"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   the benchmarks of tools/bench (twenty minutes; nothing else should run)"
+	@echo "make bench   the benchmarks of tools/bench (half an hour; nothing else should run)"
 	@echo "make clean   remove .venv, build outputs and tool caches; .cache (the demo's model and bundle) stays"
 	@echo "make distclean   the same, and .cache too"
 	@echo "Each sets up .venv when it is missing. PYTHON=python3.12 chooses the interpreter (>= 3.11)."

@@ -85,8 +85,8 @@ class CostTable:
 
     `cost[l]` is (run - skip) of gated layer l as a fraction of `dense_us`, the dense time of one token; layers of
     identical shape share one. `launch`: what one launch more takes, as such a fraction, where a build has stretches; a
-    dense token takes as few as can be. `moving`: what a token takes more, as such a fraction, that skips other layers
-    than the one before it.
+    dense token takes as few as can be. `moving`: what a token takes beyond all that, as such a fraction, whose set
+    of skipped layers is not that of the token before it; 0 where that was not measured (on a device).
     """
 
     context: int

@@ -67,15 +67,11 @@ class Mode:
 
 
 @click.command()
-@click.option("--build-only", is_flag=True, help="Stop when the bundle is built (make bench needs no more).")
-def main(build_only: bool) -> None:
+def main() -> None:
     """Fetch, export, build, answer, compare."""
     began = time.perf_counter()
     try:
         bundle, made = _prepare()
-        if build_only:
-            print(bundle.root)
-            return
         modes = _compare(bundle)
     except (DashError, UnavailableError) as error:
         sys.exit(f"Error: {error}")

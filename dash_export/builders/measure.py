@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,10 @@ from dash_export.stretches import TokenTime
 from dash_export.targets import recipe_from_dict
 
 WARM_UP = 10
-RUN = 8
-"""Tokens in a row that are timed, after as many that are not, where the caches must get used to what is skipped."""
+SETTLE, RUN = 8, 16
+"""Tokens in a row while sets move: those that the caches get used to it in, and those that count."""
 SHORTEST = 1000.0
 """Microseconds of a token. Weights read in less are near, whatever is skipped, and there is more noise than token."""
-MOVING_SHARES = (1 / 8, 1 / 3)
-"""Of the gated layers, skipped in turn while it is measured what it costs that they change."""
 NOT_MEASURED = "not measured"
 """The device of a cost table that stands in until the build is measured where it runs."""
 
@@ -100,23 +98,26 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
 
 
 def _moving(step: BoundStep, token_time: TokenTime, gated: list[int], repeats: int) -> float:
-    """What tokens take more, as a fraction of dense, than the cost table says where each skips other layers than the
-    one before: these read layers that have not run for some tokens, and both forms of a stretch. In turn with dense
-    ones, in runs long enough for the caches to be what they would be. Zero where a quarter of the runs show nothing.
+    """What a token takes beyond the cost table, as a fraction of dense, whose set of skipped layers is not that of
+    the token before: it reads layers that have not run for some tokens, and both forms of a stretch. Timed in turn with
+    dense runs, each long enough for the caches to be what they would be. Zero where a quarter of the runs show nothing.
     """
 
     def timed(sets: list[list[int]]) -> float:
         launches = [step.launches_of(FixedRule(skipped)) for skipped in sets]
-        return median([sum(_timed(token)) for token in launches][-RUN:])
+        return mean([sum(_timed(token)) for token in launches][SETTLE:])
 
     draws = np.random.Generator(np.random.Philox(key=0))
-    lost = []
-    for repeat in range(max(repeats // 4, 2)):
-        count = max(1, round(len(gated) * MOVING_SHARES[repeat % 2]))
-        sets = [sorted(draws.choice(gated, count, replace=False).tolist()) for _ in range(2 * RUN)]
-        dense = timed([[]] * (2 * RUN))
-        lost.append(timed(sets) / dense - median(map(token_time.of, sets[-RUN:])))
-    low, middle = np.quantile(lost, [0.25, 0.5])
+    many = max(1, len(gated) // 3)
+    found = []
+    for _ in range(max(repeats // 4, 2)):
+        # As a token policy's: about every other token skips nothing.
+        counts = many * draws.integers(0, 2, SETTLE + RUN)
+        sets = [sorted(draws.choice(gated, count, replace=False).tolist()) for count in counts]
+        moved = mean(one != other for one, other in pairwise(sets[SETTLE - 1 :]))
+        beyond = timed(sets) / timed([[]] * len(sets)) - mean(map(token_time.of, sets[SETTLE:]))
+        found.append(beyond / max(moved, 1 / RUN))
+    low, middle = np.quantile(found, [0.25, 0.5])
     return float(middle) if low > 0 else 0.0
 
 

@@ -74,10 +74,14 @@ def command(
         greedy = calibrator.greedy_sets(singles, sets)
     seconds = time.perf_counter() - began
     report = _report(runtime, dense, singles, greedy, calibrator.tokens, seconds)
-    _print(runtime, report, dense, singles, greedy)
+    # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
+    try:
+        _print(runtime, report, dense, singles, greedy)
+    finally:
+        if output is not None:
+            ctx.meta[OUTPUT] = str(output)
+            _write(output, report)
     if output is not None:
-        ctx.meta[OUTPUT] = str(output)
-        _write(output, report)
         click.echo(f"Written to {output}")
 
 

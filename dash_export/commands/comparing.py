@@ -95,7 +95,11 @@ def dial_of(options: Mapping[str, Any], default: tuple[str, tuple[float, ...]]) 
 
 
 def bundle_names(opened: Sequence[Bundle]) -> list[str]:
-    """The folders' names, or where two are the same their paths."""
+    """The folders' names, or where two are the same their paths. Raises UsageError for one that is given twice."""
+    roots = [one.root.resolve() for one in opened]
+    twice = next((one.root for one, root in zip(opened, roots, strict=True) if roots.count(root) > 1), None)
+    if twice is not None:
+        raise click.UsageError(f"{twice} is given twice.")
     stems = [one.root.stem for one in opened]
     return stems if len(set(stems)) == len(stems) else [str(one.root) for one in opened]
 

@@ -74,6 +74,8 @@ def command(
             for name, bundle in zip(bundle_names(opened), opened, strict=True)
         ]
         check_same_model(racers)
+        for racer in racers:
+            racer.check(course)
         plans = [settings_for(racer.deciding, kinds, dial, seed) for racer in racers]
         for racer, (settings, missing) in zip(racers, plans, strict=True):
             points += racer.points(settings, course, progress)

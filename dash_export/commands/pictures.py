@@ -25,15 +25,11 @@ def save_pictures(output: Path, figure: Figure, report: str | None = None) -> li
     from dash_export.evaluation.pictures import render
 
     base = picture_base(output)
-    pictures = {kind: render(figure, kind) for kind in ("png", "svg")}
     base.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for kind, data in pictures.items():
-        path = base.with_name(f"{base.name}.{kind}")
-        write_atomic(path, data)
-        written.append(path)
-    if report is not None:
-        path = base.with_name(f"{base.name}.json")
-        write_atomic(path, report + "\n")
-        written.append(path)
+    written = [base.with_name(f"{base.name}.{kind}") for kind in ("png", "svg")]
+    if report is not None:  # first: it cannot be drawn anew
+        written.append(base.with_name(f"{base.name}.json"))
+        write_atomic(written[-1], report + "\n")
+    for path in written[:2]:
+        write_atomic(path, render(figure, path.suffix[1:]))
     return written

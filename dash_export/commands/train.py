@@ -12,9 +12,6 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.common import LayerList, plain_table, print_table, result_console
 from dash_export.commands.progress import progress_bar
 
-OF_A_POLICY = ("compensation", "width")
-"""Settings that a training takes from the policy it goes on from."""
-
 
 @click.command("train")
 @click.argument("model")
@@ -48,7 +45,7 @@ OF_A_POLICY = ("compensation", "width")
     help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last, with --from "
     "the policy's.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True)
 @click.option(
     "--from",
     "start",
@@ -114,8 +111,12 @@ def command(
     assert set(given) <= known
     kept = chosen["compensation"]
     for reason, idle, names in (
-        ("--from takes", start is not None, OF_A_POLICY),
-        ("--from without --decide takes", start is not None and chosen["decide"] is None, ("regression_steps",)),
+        ("--from takes", start is not None, ("compensation",)),
+        (
+            "--from without --decide takes",
+            start is not None and chosen["decide"] is None,
+            ("regression_steps", "width"),
+        ),
         ("--kind static trains", kind == "static", ("width", "decide", "regression_steps", "trade_offs")),
         (f"--compensation {kept} has", kept in ("none", "scale"), ("rank",)),
         ("--kind static without a compensation tunes", kind == "static" and kept == "none", ("tuning_steps",)),

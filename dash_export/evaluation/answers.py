@@ -32,7 +32,11 @@ class EncodedAnswer:
 
 
 def encode_answers(runtime: DashRuntime, answers: Sequence[Answer], name: str, share: float) -> list[EncodedAnswer]:
-    """`share` of each context is dense. Raises RequestError for one that does not fit the model's context."""
+    """`share` of each context, 0 to 1, is dense. Raises RequestError for another share, and for a context that does not
+    fit the model's.
+    """
+    if not 0 <= share <= 1:
+        raise RequestError(f"The share of a context that is dense is a number from 0 to 1, not {share}.")
     encoded = []
     longest = runtime.engines.model.max_positions
     for answer in answers:

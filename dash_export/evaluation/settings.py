@@ -131,8 +131,10 @@ class Entrant:
         and position, and the same masks in every window would not average out.
         """
         if self.setting.kind == "random":
-            self._session = self._runtime.session_with(replace(self.setting, seed=self.setting.seed + unit))
+            seed = (self.setting.seed + unit) % (1 << 63)
+            self._session = self._runtime.session_with(replace(self.setting, seed=seed))
         self._session.reset()
+        self.tally.before = None
         return self._session
 
     def figures(self) -> tuple[Setting, int, float, float]:

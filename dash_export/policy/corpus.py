@@ -106,7 +106,7 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     taken) or `prompt`. Raises RequestError naming the line.
     """
     prompts = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # other line ends are text in JSON
         if line.strip():
             try:
                 prompts.append(_messages(json.loads(line)))

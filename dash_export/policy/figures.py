@@ -61,9 +61,7 @@ def token_figures(
         runs.append((f"random, {size} layers", _random(size / len(gated))))
     sums, count = np.zeros((len(runs), 4)), 0
     for done, batch in enumerate(batches):
-        ids, dense, counted = (
-            torch.from_numpy(array).to(model.device) for array in (batch.ids, batch.dense, batch.counted)
-        )
+        ids, dense, counted = model.tensors(batch)
         # A token counts where the one after it is text too.
         counted = counted[:, :-1] & counted[:, 1:]
         following, final = ids[:, 1:][counted], model.dense(ids)[:, :-1][counted]

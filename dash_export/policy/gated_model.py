@@ -13,6 +13,7 @@ import torch
 
 from dash_export.decision import decision_points
 from dash_export.models import Checkpoint
+from dash_export.policy.corpus import Batch
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.skip_policy import HISTORY
 from dash_export.torch_model import torch_model
@@ -51,6 +52,11 @@ class GatedModel:
         return torch.nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.spec.rms_norm_eps).to(
             hidden.dtype
         )
+
+    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A batch's ids, dense and counted, where the model is."""
+        ids, dense, counted = (torch.from_numpy(own).to(self.device) for own in (batch.ids, batch.dense, batch.counted))
+        return ids, dense, counted
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [batch, tokens] -> normed last hidden states."""

@@ -33,9 +33,7 @@ def judged(model: GatedModel, batches: Iterable[Batch]) -> list[Judged]:
     """The dense pass over each batch, once for all the sets that are tried."""
     found = []
     for batch in batches:
-        ids, dense, counted = (
-            torch.from_numpy(array).to(model.device) for array in (batch.ids, batch.dense, batch.counted)
-        )
+        ids, dense, counted = model.tensors(batch)
         found.append(Judged(ids, dense, counted, model.dense(ids)[counted]))
     return found
 

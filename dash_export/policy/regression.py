@@ -42,8 +42,7 @@ class Regression:
 
     def loss(self, batch: Batch, rng: np.random.Generator, on_policy: bool = True) -> torch.Tensor:
         """The loss over one batch, with a gradient for the network's weights."""
-        device = self.model.device
-        ids, dense, counted = (torch.from_numpy(array).to(device) for array in (batch.ids, batch.dense, batch.counted))
+        ids, dense, counted = self.model.tensors(batch)
         final = self.model.dense(ids)[counted]
         ids, dense, counted = (tensor.repeat(MASKS, 1) for tensor in (ids, dense, counted))
         decide = self._decide(tuple(ids.shape), rng, on_policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import platform
 import shutil
 import tempfile
@@ -74,8 +75,8 @@ def train(
         raise PolicyError("Only a linear network that reads no actions decides about all layers at once.")
     if settings.precision and settings.precision not in PRECISIONS:
         raise PolicyError(f"There is no precision {settings.precision!r}. Known: {', '.join(PRECISIONS)}.")
-    if not 0 < settings.trade_offs[0] < settings.trade_offs[1]:
-        raise PolicyError(f"Trade-offs go from a low to a higher one, above 0; got {settings.trade_offs}.")
+    if not 0 < settings.trade_offs[0] < settings.trade_offs[1] < math.inf:
+        raise PolicyError(f"Trade-offs go from a low to a higher, finite one, above 0; got {settings.trade_offs}.")
     if output.suffix != ".safetensors":
         raise PolicyError(f"A policy file is called NAME.safetensors, not {output.name}.")
     if not texts and not prompts:
@@ -186,10 +187,11 @@ def _further(settings: TrainingSettings, policy: SkipPolicy) -> TrainingSettings
 
 def told_apart(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:
     """Raises RequestError where a name on the card, or that of a source, would stand for two files."""
-    names = [*(path.stem for path in texts), *(path.name for path in prompts)]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    own = [OWN_WORDS] if prompts else []
+    sources, files = [*own, *(path.stem for path in texts)], [path.name for path in (*texts, *prompts)]
+    twice = next((name for names in (sources, files) for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise RequestError(f"Two of the files are called {twice}: texts are told apart by their names, so rename one.")
+        raise RequestError(f"Two sources would be called {twice}: texts are told apart by their names, so rename one.")
 
 
 def _device(name: str) -> torch.device:

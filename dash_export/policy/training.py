@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from dash_export.artifacts import Progress, content_key, no_progress, write_atomic
+from dash_export.errors import PolicyError
 from dash_export.policy.compensation import UpdateStatistics
 from dash_export.policy.corpus import Batch, Corpus
 from dash_export.policy.gated_model import GatedModel
@@ -221,6 +222,11 @@ class Training:
                 group["lr"] = rate * factor
             optimizer.zero_grad()
             value = loss(batch, rng, step)
+            if not torch.isfinite(value):
+                raise PolicyError(
+                    f"The loss of step {step + 1} of the {stage} is not a number: nothing was saved since step "
+                    f"{step - step % SAVE_EVERY}. Try --precision float32, or other text."
+                )
             value.backward()  # type: ignore[no-untyped-call]
             for group in optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
@@ -248,11 +254,12 @@ class Training:
         if not path.is_file():
             return 0
         try:
-            state = torch.load(path, weights_only=True)  # tensors and plain values only: nothing is unpickled
+            # Tensors and plain values only: nothing is unpickled.
+            state = torch.load(path, map_location=self.model.device, weights_only=True)
             if state["key"] != self.key:
                 return 0
-            modules.load_state_dict(state["modules"])
             optimizer.load_state_dict(state["optimizer"])
+            modules.load_state_dict(state["modules"])
             return int(state["step"])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, UnpicklingError):
             return 0  # cut short or not ours: this stage begins anew

@@ -33,7 +33,7 @@ class Tuning:
     def loss(self, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
         """The loss over one batch, with gradients for the compensation and the network."""
         device, layers = self.model.device, self.model.spec.num_layers
-        ids, dense, counted = (torch.from_numpy(array).to(device) for array in (batch.ids, batch.dense, batch.counted))
+        ids, dense, counted = self.model.tensors(batch)
         drawn = torch.from_numpy(draw_trade_offs(rng, len(ids), self.trade_offs)).to(device)[:, None]
         limits = drawn / layers
         with torch.no_grad():
@@ -63,7 +63,7 @@ class StaticTuning:
     def loss(self, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
         """The loss over one batch, with gradients for the compensation."""
         device = self.model.device
-        ids, dense, counted = (torch.from_numpy(array).to(device) for array in (batch.ids, batch.dense, batch.counted))
+        ids, dense, counted = self.model.tensors(batch)
         sizes = rng.integers(1, self.largest + 1, len(ids))
         place = {layer: index for index, layer in enumerate(self.order)}
         skipped = torch.tensor([[place[layer] < size for layer in self.modules.gated] for size in sizes], device=device)

@@ -99,7 +99,10 @@ class Batch:
         """
         this = self._stream_now = object()
         self._cancelled.clear()
-        for item in self._stream(prompts, max_tokens, sampling or Sampling()):
+        return self._alone(this, self._stream(prompts, max_tokens, sampling or Sampling()))
+
+    def _alone(self, this: object, stream: Iterator[tuple[int, Response]]) -> Iterator[tuple[int, Response]]:
+        for item in stream:
             yield item
             if self._stream_now is not this:
                 raise RequestError("Another stream of this batch has begun: make a batch for each.")

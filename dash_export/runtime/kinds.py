@@ -97,6 +97,8 @@ def _probability(setting: Setting, policy: PolicyFacts, build: Build) -> float:
             raise PolicyError(f"That is more than skipping every gated layer gives: {count} layers. Ask for less.")
         return setting.skipped / count if count else 0.0
     assert setting.budget is not None
+    if setting.budget == 1:
+        return 0.0  # a little skipping may take longer than none: sets that move
     token_time = TokenTime(build)
     least = token_time.of(policy.gated)
     if setting.budget < least:

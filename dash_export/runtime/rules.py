@@ -172,8 +172,9 @@ HOLD_RANGE = 16.0
 class HeldRules(SessionRules):
     """A token policy whose running mean time is held at the budget: integral feedback on the trade-off's logarithm.
 
-    Time is that of the cost table, as a fraction of dense, so that the same text always gets the same actions. The
-    integral of (time - budget) is bounded by HOLD_RANGE: what cannot be reached is not piled up.
+    Time is that of the cost table, as a fraction of dense, so that the same text gets the same actions in a new
+    conversation; what an answer took that was rewound stays counted. The integral of (time - budget) is bounded by
+    HOLD_RANGE: what cannot be reached is not piled up.
     """
 
     foreseeable = False
@@ -183,7 +184,7 @@ class HeldRules(SessionRules):
         self._calibrated = rule
         self._token_time = token_time
         self._budget = budget
-        self._before: list[int] = []
+        self._before: list[int] | None = None
         self._log_scale = 0.0
 
     def decoded(self, actions: Actions) -> None:
@@ -195,6 +196,7 @@ class HeldRules(SessionRules):
         self.rule = self._calibrated.scaled(exp(self._log_scale))
 
     def rewind(self, length: int) -> None:
+        self._before = None
         if length == 0:
-            self._before, self._log_scale = [], 0.0
+            self._log_scale = 0.0
             self.rule = self._calibrated

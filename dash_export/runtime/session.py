@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.decision import DENSE_POSITIONS
+from dash_export.divergence import surprise
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.engines import Cache, Engines, Step
@@ -176,7 +177,7 @@ class Session:
         likelihoods, greedy, taken, damages, logits = [], [], [], [], []
         for start, step in self._forced(tokens, prefix, actions):
             following = tokens[start + 1 : start + 1 + step.sequence]
-            likelihoods.append(_log_likelihoods(step.logits[0, : len(following)], following))
+            likelihoods.append((-surprise(step.logits[0], following)).astype(np.float32))
             greedy.append(step.logits[0, : len(following)].argmax(axis=-1) == following)
             taken.append(step.actions.copy())
             damages.append(step.damage.T.copy())
@@ -364,12 +365,3 @@ def _chunks(count: int, chunk: int, prompt: int) -> Iterator[tuple[int, int]]:
             stop = prompt
         yield start, stop
         start = stop
-
-
-def _log_likelihoods(logits: npt.NDArray[np.float32], tokens: TokenIds) -> npt.NDArray[np.float32]:
-    """logits [n, vocab], the tokens that followed [n] -> log softmax at them, float32 [n]."""
-    peak = logits.max(axis=-1, keepdims=True)
-    total = np.exp(logits - peak).sum(axis=-1, dtype=np.float64)
-    chosen = np.take_along_axis(logits, tokens[:, None], axis=-1) - peak
-    likelihoods: npt.NDArray[np.float32] = (chosen[:, 0] - np.log(total)).astype(np.float32)
-    return likelihoods

@@ -54,17 +54,18 @@ def test_what_a_set_that_moves_costs(hidden: float, found: float, monkeypatch: p
     cost = SimpleNamespace(cost=dict.fromkeys(gated, 0.05), launch=0.0, moving=0.0)
     time = TokenTime(SimpleNamespace(cost=cost, segments=(), stretches=()))  # type: ignore[arg-type]
     tokens: list[frozenset[int]] = []
+    block = measure.SETTLE + measure.RUN
 
     def timed(launches: Iterable[Launch]) -> list[float]:
         (skipped,) = launches
         tokens.append(skipped)  # type: ignore[arg-type]
-        run = len(tokens) // 32
+        pair, place = divmod(len(tokens) - 1, 2 * block)
         moved = hidden if tokens[-1] != tokens[-2:][0] else 0.0
-        cold = 5.0 if len(tokens) % measure.RUN == 1 else 0.0
-        return [100 * (1 + run % 3) * (time.of(tokens[-1]) + moved) + cold]  # type: ignore[arg-type]
+        cold = 5.0 if place % block < measure.SETTLE else 0.0
+        return [100 * (1 + pair % 3) * (time.of(tokens[-1]) + moved) + cold]  # type: ignore[arg-type]
 
     monkeypatch.setattr(measure, "_timed", timed)
     step = SimpleNamespace(launches_of=lambda rule: (rule.skipped,))
     assert measure._moving(step, time, gated, 40) == pytest.approx(found, abs=1e-9)  # type: ignore[arg-type]
-    assert len(tokens) == 10 * 32
-    assert {len(skipped) for skipped in tokens} == {0, 2, 4}
+    assert len(tokens) == 10 * 2 * block
+    assert {len(skipped) for skipped in tokens} == {0, 4}

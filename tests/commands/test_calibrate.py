@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -94,3 +96,13 @@ def test_refused(tiny_root: Path, tmp_path: Path) -> None:
     assert "UTF-8" in refused("calibrate", tiny_root, *target, "--text", tmp_path / "binary")
     assert "no such model" in refused("calibrate", tmp_path / "nothing")
     refused("calibrate", tiny_root, "--tokens", 5, code=2)
+
+
+def test_what_was_measured_is_kept_where_nobody_reads(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dash_export.commands.calibrate._print", Mock(side_effect=BrokenPipeError))
+    path = tmp_path / "report.json"
+    with suppress(BrokenPipeError):
+        dash("calibrate", tiny_root, "--target", "cpu-fp32", "--tokens", 128, "--sets", 0, "-o", path)
+    assert json.loads(path.read_text())["layers"]

@@ -72,6 +72,11 @@ def test_eval_matched(tiny_root: Path, text: Path) -> None:
     assert "among --kinds" in refused("eval", tiny_root, *options, "--kinds", "static,random", code=2)
 
 
+def test_one_bundle_given_twice(tiny_root: Path) -> None:
+    again = tiny_root / ".." / tiny_root.name
+    assert "is given twice" in refused("frontier", tiny_root, again, *TARGET, "--predicted", code=2)
+
+
 def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
     result = dash(
         "eval", tiny_root, *TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--budget", "0.95,0.01"

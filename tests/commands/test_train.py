@@ -46,7 +46,11 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
         (("--width", 8, "--compensation", "none"), 2, "no --compensation"),
         ((), 1, "no policy file"),
         (("--regression-steps", 8), 2, "--from without --decide takes no --regression-steps"),
+        (("--width", 8), 2, "--from without --decide takes no --width"),
         (("--trade-offs", 0, 1), 2, "0"),
+        (("--trade-offs", 0.2, "inf"), 1, "from a low to a higher, finite one"),
+        (("--trade-offs", 0.2, "nan"), 1, "from a low to a higher, finite one"),
+        (("--seed", 1 << 63), 2, "--seed"),
         (("--trade-offs", 0.9, 0.2), 1, "from a low to a higher"),
     ],
 )

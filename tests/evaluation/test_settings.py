@@ -51,6 +51,19 @@ def test_tally_is_the_mean_of_what_was_taken(runtime: DashRuntime) -> None:
     assert tally.time == pytest.approx(1 - (2 * 0.1 + 0.2 - 2 * 0.02) / 4), "the second and the third set are others"
 
 
+def test_a_set_does_not_move_from_one_unit_to_the_next(runtime: DashRuntime) -> None:
+    """A dense prompt lies between."""
+    entrant = Entrant(runtime, Setting("static", skip=(3,)))
+    entrant.tally.add(np.eye(6, dtype=np.int8)[2:3])
+    entrant.session(1)
+    assert entrant.tally.before is None
+
+
+def test_a_seed_may_be_the_last_there_is(runtime: DashRuntime) -> None:
+    entrant = Entrant(runtime, Setting("random", skipped=1.5, seed=(1 << 63) - 1))
+    assert entrant.session(1).score(random_ids(20)).actions.shape == (20, 6)
+
+
 def test_random_draws_anew_for_every_unit(runtime: DashRuntime) -> None:
     entrant = Entrant(runtime, Setting("random", skipped=1.5, seed=3))
     ids = random_ids(80)

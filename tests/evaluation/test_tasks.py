@@ -123,6 +123,9 @@ def test_answers(runtime: DashRuntime) -> None:
     assert results[1].tokens >= 2 * (len(ids) - half[0].dense)
     with pytest.raises(RequestError, match=r"a:5 needs \d+ \+ \d+ tokens"):
         answers.encode_answers(runtime, [Answer(5, TEXT, "y")], "a", 0.5)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(RequestError, match="from 0 to 1"):
+            answers.encode_answers(runtime, asked, "a", share)
 
 
 def test_answers_are_decoded_under_the_policy(runtime: DashRuntime) -> None:

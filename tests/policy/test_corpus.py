@@ -62,8 +62,10 @@ def test_a_text_that_cannot_serve(tmp_path: Path, content: bytes | None, said: s
 
 def test_prompts_in_all_their_forms(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n{"messages": [{"role": "user", "content": "d"}]}\n')
-    assert [messages[0]["content"] for messages in read_prompts(path)] == ["a", "b", "d"]
+    path.write_text(
+        '{"prompt": "a"}\n\n{"turns": ["b", "c"]}\r\n{"messages": [{"role": "user", "content": "d\u2028"}]}\n'
+    )
+    assert [messages[0]["content"] for messages in read_prompts(path)] == ["a", "b", "d\u2028"]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", '{"turns": []}', '{"prompt": 4}', '{"messages": [{"role": "user"}]}'])

@@ -11,8 +11,9 @@ from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.models.spec import FINAL_NORM
 from dash_export.policy import training as training_module
+from dash_export.policy.regression import Regression
 from dash_export.policy.settings import TrainingSettings
-from dash_export.policy.train import train
+from dash_export.policy.train import told_apart, train
 from dash_export.policy_file import load_policy, save_policy
 from dash_export.skip_policy import Compensation, SkipPolicy, check_model
 
@@ -123,6 +124,37 @@ def test_a_state_that_is_cut_short_begins_its_stage_anew(
     (folder / "regression-state.pt").write_bytes(b"PK\x03\x04 cut short")
     (folder / "tuning-state.pt").write_bytes(bytes(1000))  # what a power cut may leave
     assert same(train(checkpoint, output, [prose], settings=SETTINGS), trained[1])
+
+
+def test_a_loss_that_is_no_number_ends_the_training(
+    checkpoint: Checkpoint, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is in every weight, and in the file that the training would go on from."""
+    loss = Regression.loss
+    monkeypatch.setattr(Regression, "loss", lambda self, *given: loss(self, *given) * float("nan"))
+    output = tmp_path / "policy.safetensors"
+    with pytest.raises(PolicyError, match="loss of step 1 of the regression is not a number"):
+        train(checkpoint, output, [prose], settings=SETTINGS)
+    assert not list(output.with_name(f"{output.name}.unfinished").glob("regression-*"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "prompts", "name"),
+    [
+        (["a/x.txt", "b/x.md"], [], "x"),
+        (["a/x.jsonl"], ["b/x.jsonl"], "x.jsonl"),
+        ([], ["a/x.jsonl", "b/x.jsonl"], "x.jsonl"),
+        (["own words.txt"], ["x.jsonl"], "own words"),
+    ],
+)
+def test_sources_are_told_apart(texts: list[str], prompts: list[str], name: str) -> None:
+    with pytest.raises(RequestError, match=f"would be called {name}:"):
+        told_apart([Path(text) for text in texts], [Path(file) for file in prompts])
+
+
+def test_a_text_may_be_called_as_a_prompt_file() -> None:
+    told_apart([Path("x.txt"), Path("own words.txt")])
+    told_apart([Path("x.txt")], [Path("x.jsonl")])
 
 
 def test_tuning_lowers_the_divergence(

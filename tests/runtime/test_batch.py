@@ -202,6 +202,15 @@ def test_cancelling_one(tiny_runtime: LoadRuntime) -> None:
     assert len(again) == 20, "a new stream counts anew"
 
 
+def test_cancelling_before_the_first_token(tiny_runtime: LoadRuntime) -> None:
+    batch = tiny_runtime().batch(2)
+    answers = batch.stream(PROMPTS[:2], 20)
+    batch.cancel(0)
+    found = [(index, response.finish_reason) for index, response in answers]
+    assert found[0] == (0, "cancelled")
+    assert len(found) == 1 + 20
+
+
 @pytest.mark.parametrize("extra", [{"hold": True}, {"max_layers": 5}])
 def test_rules_that_remember_and_bound(extra: dict[str, Any], tiny_runtime: LoadRuntime) -> None:
     runtime = tiny_runtime()

@@ -85,8 +85,7 @@ class CostTable:
 
     `cost[l]` is (run - skip) of gated layer l as a fraction of `dense_us`, the dense time of one token; layers of
     identical shape share one. `launch`: what one launch more takes, as such a fraction, where a build has stretches; a
-    dense token takes as few as can be. `moving`: what a token takes beyond all that, as such a fraction, whose set
-    of skipped layers is not that of the token before it; 0 where that was not measured (on a device).
+    dense token takes as few as can be.
     """
 
     context: int
@@ -96,7 +95,6 @@ class CostTable:
     cost: dict[int, float]
     device: str
     launch: float = 0.0
-    moving: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -173,8 +171,8 @@ def check_build(build: Build, manifest: Manifest, where: str) -> None:
         raise BundleError(f"{where}: {min(unlisted)} is not among the files. {DAMAGED}")
     if set(build.cost.cost) != set(gated) or not all(map(isfinite, build.cost.cost.values())):
         raise BundleError(f"{where}: the cost table does not list the gated layers. {DAMAGED}")
-    if not all(isfinite(cost) and cost >= 0 for cost in (build.cost.launch, build.cost.moving)):
-        raise BundleError(f"{where}: the cost of a launch, or of a set that moves, is not a number >= 0. {DAMAGED}")
+    if not isfinite(build.cost.launch) or build.cost.launch < 0:
+        raise BundleError(f"{where}: the cost of a launch is not a number >= 0. {DAMAGED}")
     if build.policy_bias and (
         set(build.policy_bias) != set(gated) or not all(map(isfinite, build.policy_bias.values()))
     ):

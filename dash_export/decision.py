@@ -156,8 +156,6 @@ def check_reads(gated: Sequence[int], reads: Sequence[int]) -> None:
 POLICY_KINDS = ("dense", "static", "cosine", "random", "sequence", "token")
 DIALLED_KINDS = ("sequence", "token")
 """The kinds whose amount of skipping follows from a trade-off, so that a build calibrates a dial for each."""
-MOVING_KINDS = ("random", "token")
-"""The kinds that skip other layers for every token."""
 _DIALLED = ("trade_off", "budget", "skipped", "max_kl", "max_layers")
 _TAKES = {
     "dense": (),

@@ -72,7 +72,7 @@ class TokenTime:
     """Decode time of a token as a fraction of dense, predicted from a build's cost table."""
 
     def __init__(self, build: Build) -> None:
-        self._cost, self._launch, self._moving = build.cost.cost, build.cost.launch, build.cost.moving
+        self._cost, self._launch = build.cost.cost, build.cost.launch
         self._layers = [segment.first if segment.gated else -1 for segment in build.segments]
         self._lengths = lengths((item.first, item.skips, len(item.layers)) for item in build.stretches)
         self._dense = len(self.parts())
@@ -81,19 +81,18 @@ class TokenTime:
         """The launches of one that skips these gated layers."""
         return cover(self._layers, skipped, self._lengths)
 
-    def of(self, skipped: Collection[int], before: Collection[int] | None = None) -> float:
-        """Of one that skips these gated layers, after one that skipped `before` (None: the same)."""
-        return 1.0 - sum(self._cost[layer] for layer in skipped) + self.beside(skipped, before)
+    def of(self, skipped: Collection[int]) -> float:
+        """Of one that skips these gated layers."""
+        return 1.0 - sum(self._cost[layer] for layer in skipped) + self.launching(skipped)
 
-    def beside(self, skipped: Collection[int], before: Collection[int] | None = None) -> float:
-        """What is in it of launches that a dense token does not take, and of another set than before."""
-        moved = 0.0 if before is None or set(skipped) == set(before) else self._moving
-        return moved + (self._launch * (len(self.parts(skipped)) - self._dense) if self._launch else 0.0)
+    def launching(self, skipped: Collection[int]) -> float:
+        """What is in it of launches that a dense token does not take."""
+        if not self._launch:
+            return 0.0
+        return self._launch * (len(self.parts(skipped)) - self._dense)
 
-    def total(self, actions: npt.NDArray[np.int8], before: npt.NDArray[np.int8] | None = None) -> float:
-        """The sum over tokens, actions [tokens, layers], after one with the actions `before` [layers]."""
+    def total(self, actions: npt.NDArray[np.int8]) -> float:
+        """The sum over tokens, actions [tokens, layers]."""
         rows, counts = np.unique(actions, axis=0, return_counts=True)
         times = [self.of(np.flatnonzero(row == Action.SKIP).tolist()) for row in rows]
-        if before is not None:
-            actions = np.vstack([before, actions])
-        return float(np.dot(times, counts)) + self._moving * int((actions[1:] != actions[:-1]).any(axis=1).sum())
+        return float(np.dot(times, counts))

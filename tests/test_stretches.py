@@ -18,8 +18,8 @@ GATED = (2, 3, 4, 5, 6, 8, 9)
 STRETCHES = [(2, False, 5), (2, True, 2), (3, True, 2), (4, True, 2), (5, True, 2), (8, True, 2), (8, False, 2)]
 
 
-def build_of(gated: tuple[int, ...], launch: float, stretches: bool = True, moving: float = 0.0) -> Any:
-    cost = SimpleNamespace(cost=dict.fromkeys(gated, 0.05), launch=launch, moving=moving)
+def build_of(gated: tuple[int, ...], launch: float, stretches: bool = True) -> Any:
+    cost = SimpleNamespace(cost=dict.fromkeys(gated, 0.05), launch=launch)
     planned = plan_stretches(gated, (1,)) if stretches else ()
     return SimpleNamespace(cost=cost, segments=plan_segments(LAYERS, gated), stretches=planned)
 
@@ -61,19 +61,6 @@ def test_time_is_that_of_layers_and_launches() -> None:
     actions = np.zeros((3, LAYERS), np.int8)
     actions[1, 4] = actions[2, [8, 9]] = 1
     assert time.total(actions) == pytest.approx(1.0 + 0.99 + 0.9)
-
-
-def test_a_set_that_moves_takes_longer() -> None:
-    time = TokenTime(build_of(GATED, 0.01, moving=0.04))
-    assert time.of((8, 9)) == time.of((8, 9), before=(9, 8)) == pytest.approx(0.9)
-    assert time.of((8, 9), before=(8,)) == pytest.approx(0.94)
-    assert time.of((), before=(8,)) == pytest.approx(1.04)
-    actions = np.zeros((5, LAYERS), np.int8)
-    actions[1:3, [8, 9]] = actions[3, [2, 3]] = 1
-    layers = 1.0 + 0.9 + 0.9 + (0.9 + 3 * 0.01) + 1.0
-    assert time.total(actions) == pytest.approx(layers + 3 * 0.04)
-    assert time.total(actions[1:], actions[0]) == pytest.approx(layers - 1 + 3 * 0.04)
-    assert time.total(actions[1:], actions[1]) == time.total(actions[1:]) == pytest.approx(layers - 1 + 2 * 0.04)
 
 
 def test_without_stretches_launches_are_all_the_same() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import pairwise
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,11 @@ from dash_export.runtime.cpus import cpu_name
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
-from dash_export.runtime.rules import DENSE, FixedRule
 from dash_export.runtime.runtime import engines as load_engines
 from dash_export.stretches import TokenTime
 from dash_export.targets import recipe_from_dict
 
 WARM_UP = 10
-SETTLE, RUN = 8, 16
-"""Tokens in a row while sets move: those that the caches get used to it in, and those that count."""
-SHORTEST = 1000.0
-"""Microseconds of a token. Weights read in less are near, whatever is skipped, and there is more noise than token."""
 NOT_MEASURED = "not measured"
 """The device of a cost table that stands in until the build is measured where it runs."""
 
@@ -41,8 +35,8 @@ def uniform_cost(manifest: Manifest) -> CostTable:
 
 
 def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> CostTable:
-    """Run tokens at the recipe's context, timing every segment and skip graph where it stands in the token, a dense
-    token's launches where a build has stretches, and tokens that skip other layers every time.
+    """Run tokens at the recipe's context, timing every segment and skip graph where it stands in the token, and a dense
+    token's launches where a build has stretches.
 
     Medians over interleaved repeats. Layers of one shape (here: all gated layers) share the median of their costs, so
     that a noisy single measurement decides nothing.
@@ -64,7 +58,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
         ]
         for parity in (0, 1)  # skipped in turn: a skip graph too is timed where it finds its weights cold
     ]
-    stretched = step.launches_of(DENSE) if build.stretches and isinstance(step, BoundStep) else ()
+    stretched = step.dense_launches() if build.stretches and isinstance(step, BoundStep) else ()
     times: dict[str, list[float]] = defaultdict(list)
     whole: list[list[float]] = []
     for repeat in range(WARM_UP + recipe["repeats"]):
@@ -91,34 +85,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     share = max(median(saved), 0.0) / dense if saved else 0.0
     device = cpu_name() if isinstance(engines, EngineSet) else engines.device.name
     cost = dict.fromkeys(bundle.manifest.policy.gated, share)
-    table = CostTable(context, round(dense, 2), runs, medians, cost, device, launch)
-    if not isinstance(step, BoundStep) or not gated or dense < SHORTEST:
-        return table
-    return replace(table, moving=_moving(step, TokenTime(replace(build, cost=table)), list(cost), recipe["repeats"]))
-
-
-def _moving(step: BoundStep, token_time: TokenTime, gated: list[int], repeats: int) -> float:
-    """What a token takes beyond the cost table, as a fraction of dense, whose set of skipped layers is not that of
-    the token before: it reads layers that have not run for some tokens, and both forms of a stretch. Timed in turn with
-    dense runs, each long enough for the caches to be what they would be. Zero where a quarter of the runs show nothing.
-    """
-
-    def timed(sets: list[list[int]]) -> float:
-        launches = [step.launches_of(FixedRule(skipped)) for skipped in sets]
-        return mean([sum(_timed(token)) for token in launches][SETTLE:])
-
-    draws = np.random.Generator(np.random.Philox(key=0))
-    many = max(1, len(gated) // 3)
-    found = []
-    for _ in range(max(repeats // 4, 2)):
-        # As a token policy's: about every other token skips nothing.
-        counts = many * draws.integers(0, 2, SETTLE + RUN)
-        sets = [sorted(draws.choice(gated, count, replace=False).tolist()) for count in counts]
-        moved = mean(one != other for one, other in pairwise(sets[SETTLE - 1 :]))
-        beyond = timed(sets) / timed([[]] * len(sets)) - mean(map(token_time.of, sets[SETTLE:]))
-        found.append(beyond / max(moved, 1 / RUN))
-    low, middle = np.quantile(found, [0.25, 0.5])
-    return float(middle) if low > 0 else 0.0
+    return CostTable(context, round(dense, 2), runs, medians, cost, device, launch)
 
 
 def _timed(launches: Iterable[Launch]) -> list[float]:

@@ -14,7 +14,6 @@ from dash_export.commands.common import (
     build_bytes,
     bundle_bytes,
     is_bundle,
-    moving_note,
     plain_table,
     print_table,
     result_console,
@@ -206,7 +205,6 @@ def _summary(bundle: Bundle, build: Build) -> None:
         saved = f"{100 * share:.1f} % of that ({share * cost.dense_us:.0f} µs)"
         launch = f", less {cost.launch * cost.dense_us:.0f} µs for every launch more" if cost.launch else ""
         click.echo(f"Skipping a layer saves {saved}{launch}; {len(cost.cost)} layers may be skipped.")
-    click.echo(moving_note(cost.moving), nl=False)
     for kind, points in build.dial.items():
         fastest = min(point.time for point in points)
         click.echo(f"Dial of the {kind} policy: budget 1.0 (dense) down to {fastest:.2f}")

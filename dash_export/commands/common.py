@@ -57,16 +57,6 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def moving_note(moving: float) -> str:
-    """What a cost table says of sets that change from token to token; empty where they cost nothing."""
-    if not moving:
-        return ""
-    return (
-        f"A token that skips other layers than the one before takes {100 * moving:.1f} % of a dense token more, which "
-        "the dial counts: layers come from further away. `dash-export frontier` shows whether a fixed set is faster.\n"
-    )
-
-
 def is_bundle(path: str) -> bool:
     """Whether a BUNDLE|MODEL argument means a bundle: it has a manifest, or is called one."""
     return (Path(path) / MANIFEST).is_file() or Path(path).suffix == ".dash"

@@ -13,15 +13,7 @@ import click
 
 from dash_export.build_record import Build, Segment, Stretch
 from dash_export.bundle import Bundle
-from dash_export.commands.common import (
-    build_bytes,
-    bundle_bytes,
-    moving_note,
-    plain_table,
-    print_table,
-    result_console,
-    size,
-)
+from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, result_console, size
 from dash_export.commands.onnx_header import opsets
 from dash_export.decision import spans
 from dash_export.errors import BundleError, StaleBuildError
@@ -113,7 +105,6 @@ def _describe_build(build: Build) -> dict[str, Any]:
         "segments": [_segment(build, recipe.weights, segment) for segment in build.segments],
         "stretches": [_stretch(build, stretch) for stretch in build.stretches],
         "launch": build.cost.launch,
-        "moving": build.cost.moving,
         "prefill_bytes": build.engines[PREFILL].bytes if PREFILL in build.engines else 0,
         "dial": {kind: [asdict(point) for point in points] for kind, points in build.dial.items()},
         "seconds": build.seconds,
@@ -225,7 +216,6 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
     click.echo(
         "Size: what an engine reads of its files. Cost: what a skip saves of a dense token, over equal layers.\n"
         + ("" if not build.cost.launch else f"A launch more costs {100 * build.cost.launch:.2f} % of it.\n")
-        + moving_note(build.cost.moving)
     )
     if facts["stretches"]:
         run, skip = ([row for row in facts["stretches"] if row["skips"] == skips] for skips in (False, True))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.bundle import Bundle
-from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, MOVING_KINDS, Setting
+from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation.results import TextResult
 from dash_export.evaluation.text import measure_text, windows
@@ -116,11 +116,8 @@ class Racer:
             together = course.copy_rounds
             opened = partial(self.timed_session, copy_rounds=together)
             measured = measure_times(settings, opened, timed, course.tokens, named, together)
-            dense, moving = quality[0].layers, self.plain.cost.moving
-            timings = [
-                timing.at(result.layers, dense, moving if result.setting.kind in MOVING_KINDS else 0.0)
-                for timing, result in zip(measured, quality, strict=True)
-            ]
+            dense = quality[0].layers
+            timings = [timing.at(result.layers, dense) for timing, result in zip(measured, quality, strict=True)]
         return [Point(self.name, result, timing) for result, timing in zip(quality, timings, strict=True)]
 
     def _timed(self, course: Course) -> list[TokenIds]:

@@ -97,14 +97,12 @@ class Tally:
     tokens: int = 0
     skips: int = 0
     times: float = 0.0
-    before: npt.NDArray[np.int8] | None = None
 
     def add(self, actions: npt.NDArray[np.int8]) -> None:
         """actions int8 [tokens, layers]."""
         self.tokens += len(actions)
         self.skips += int((actions == Action.SKIP).sum())
-        self.times += self.token_time.total(actions, self.before)
-        self.before = actions[-1] if len(actions) else self.before
+        self.times += self.token_time.total(actions)
 
     @property
     def executed(self) -> float:
@@ -134,7 +132,6 @@ class Entrant:
             seed = (self.setting.seed + unit) % (1 << 63)
             self._session = self._runtime.session_with(replace(self.setting, seed=seed))
         self._session.reset()
-        self.tally.before = None
         return self._session
 
     def figures(self) -> tuple[Setting, int, float, float]:

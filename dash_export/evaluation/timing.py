@@ -35,9 +35,8 @@ class Timing:
     milliseconds: float
     layers: float
 
-    def at(self, layers: float, dense: float, moving: float = 0.0) -> Timing:
-        """The same with its time moved to `layers` run of `dense`: time falls about linearly with every layer skipped,
-        from dense and the cost of a set that moves on (`CostTable.moving`).
+    def at(self, layers: float, dense: float) -> Timing:
+        """The same with its time moved to `layers` run of `dense`: time falls about linearly with every layer skipped.
 
         What a text makes a policy skip differs from text to text, and time and quality are measured on different ones.
         Left as it is where hardly anything was skipped.
@@ -45,8 +44,7 @@ class Timing:
         if dense - self.layers < 1:
             return self
         scale = (dense - layers) / (dense - self.layers)
-        begin = 1 + moving
-        ratio, low, high = (begin - (begin - value) * scale for value in (self.ratio, self.low, self.high))
+        ratio, low, high = (1 - (1 - value) * scale for value in (self.ratio, self.low, self.high))
         milliseconds = self.milliseconds * ratio / self.ratio
         return replace(self, ratio=ratio, low=low, high=high, milliseconds=milliseconds, layers=layers)
 

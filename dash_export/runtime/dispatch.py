@@ -19,7 +19,7 @@ from dash_export.runtime.cache import KVCache
 from dash_export.runtime.engines import SegmentEngines
 from dash_export.runtime.memory import SKIPPED, StepMemory
 from dash_export.runtime.plan import ComparingPlan, FixedPlan, Plans, Stake
-from dash_export.runtime.rules import Actions, Counts, FixedRule, Rule
+from dash_export.runtime.rules import DENSE, Actions, Counts, Rule
 
 if TYPE_CHECKING:
     from dash_export.runtime.engine_set import EngineSet
@@ -100,9 +100,9 @@ class BoundStep:
         """Per segment what runs it and what skips it, to be timed one by one after `place`."""
         return [(segment.run, segment.skip) for segment in self.segments]
 
-    def launches_of(self, rule: FixedRule) -> tuple[Launch, ...]:
-        """What a token takes under `rule`, to be timed one by one after `place`."""
-        plan = self._plans.plan(rule, self.segments)
+    def dense_launches(self) -> tuple[Launch, ...]:
+        """What a token takes that skips nothing, to be timed one by one after `place`."""
+        plan = self._plans.plan(DENSE, self.segments)
         assert isinstance(plan, FixedPlan)
         return plan.launches
 

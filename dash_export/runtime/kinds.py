@@ -97,19 +97,17 @@ def _probability(setting: Setting, policy: PolicyFacts, build: Build) -> float:
             raise PolicyError(f"That is more than skipping every gated layer gives: {count} layers. Ask for less.")
         return setting.skipped / count if count else 0.0
     assert setting.budget is not None
-    if setting.budget == 1:
-        return 0.0  # a little skipping may take longer than none: sets that move
     token_time = TokenTime(build)
     least = token_time.of(policy.gated)
     if setting.budget < least:
         raise PolicyError(f"That is more than skipping every gated layer gives: a budget of {least:.3f}. Ask for less.")
     saved = sum(build.cost.cost.values())
-    # What launches, and sets that move, take more depends on which layers are skipped: the mean over some draws.
+    # How many launches a token takes depends on which layers are skipped: the mean over some draws.
     draws = np.random.Generator(np.random.Philox(key=0)).random((DRAWS, count))
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        sets = [np.array(policy.gated)[row < middle].tolist() for row in draws]
-        time = 1 - middle * saved + mean(map(token_time.beside, sets[1:], sets))
+        sets = (np.array(policy.gated)[row < middle].tolist() for row in draws)
+        time = 1 - middle * saved + mean(map(token_time.launching, sets))
         low, high = (middle, high) if time > setting.budget else (low, middle)
     return high

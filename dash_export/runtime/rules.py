@@ -184,19 +184,15 @@ class HeldRules(SessionRules):
         self._calibrated = rule
         self._token_time = token_time
         self._budget = budget
-        self._before: list[int] | None = None
         self._log_scale = 0.0
 
     def decoded(self, actions: Actions) -> None:
-        skipped = np.flatnonzero(actions).tolist()
-        time = self._token_time.of(skipped, self._before)
-        self._before = skipped
+        time = self._token_time.of(np.flatnonzero(actions).tolist())
         bound = log(HOLD_RANGE)
         self._log_scale = min(bound, max(-bound, self._log_scale + HOLD_GAIN * (time - self._budget)))
         self.rule = self._calibrated.scaled(exp(self._log_scale))
 
     def rewind(self, length: int) -> None:
-        self._before = None
         if length == 0:
             self._log_scale = 0.0
             self.rule = self._calibrated

@@ -123,12 +123,6 @@ def test_names_are_not_markup(edit: Callable[[str, str, str], Path]) -> None:
     assert "[/red]model[bold]" in dash("inspect", bundle).stdout
 
 
-def test_what_a_set_that_moves_costs(edit: Callable[[str, str, str], Path]) -> None:
-    bundle = edit("engines/cpu-fp32/build.json", '"moving": 0.0', '"moving": 0.068')
-    assert "takes 6.8 % of a dense token more" in dash("inspect", bundle).stdout
-    assert json.loads(dash("inspect", bundle, "--json").stdout)["builds"]["cpu-fp32"]["moving"] == 0.068
-
-
 def test_no_bundle(tmp_path: Path) -> None:
     assert "There is no bundle" in refused("inspect", tmp_path / "none")
 

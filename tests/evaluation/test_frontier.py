@@ -87,13 +87,6 @@ def test_time_is_moved_to_the_layers_of_the_quality() -> None:
     assert Timing(0.99, 0.9, 1.0, 5.0, 29.5).at(26.0, 30.0).ratio == 0.99
 
 
-def test_the_time_of_a_set_that_moves_is_moved_from_where_skipping_begins() -> None:
-    """1.06 for the first change, and 0.03 less with every layer: at 2 skipped still as slow as dense."""
-    measured = Timing(1.0, 0.98, 1.02, 5.0, 28.0)
-    assert measured.at(29.0, 30.0, moving=0.06).ratio == pytest.approx(1.03)
-    assert measured.at(24.0, 30.0, moving=0.06).ratio == pytest.approx(0.88)
-
-
 def test_points(tiny_root: Path) -> None:
     racer = Racer("tiny", Bundle.open(tiny_root), "cpu-fp32", None)
     assert (racer.plain.dispatch, racer.deciding.dispatch) == ("plain", "fused")

@@ -40,7 +40,7 @@ def test_kinds_of(runtime: DashRuntime) -> None:
 
 
 def test_tally_is_the_mean_of_what_was_taken(runtime: DashRuntime) -> None:
-    cost = replace(runtime.cost, cost={2: 0.1, 3: 0.5, 4: 0.2}, moving=0.02)
+    cost = replace(runtime.cost, cost={2: 0.1, 3: 0.5, 4: 0.2})
     tally = Tally(6, TokenTime(replace(runtime.build, cost=cost)))
     actions = np.zeros((4, 6), np.int8)
     actions[0, 2] = actions[1, 2] = actions[1, 4] = 1
@@ -48,15 +48,7 @@ def test_tally_is_the_mean_of_what_was_taken(runtime: DashRuntime) -> None:
     tally.add(actions[1:])
     assert tally.tokens == 4
     assert tally.executed == 6 - 3 / 4
-    assert tally.time == pytest.approx(1 - (2 * 0.1 + 0.2 - 2 * 0.02) / 4), "the second and the third set are others"
-
-
-def test_a_set_does_not_move_from_one_unit_to_the_next(runtime: DashRuntime) -> None:
-    """A dense prompt lies between."""
-    entrant = Entrant(runtime, Setting("static", skip=(3,)))
-    entrant.tally.add(np.eye(6, dtype=np.int8)[2:3])
-    entrant.session(1)
-    assert entrant.tally.before is None
+    assert tally.time == pytest.approx(1 - (2 * 0.1 + 0.2) / 4)
 
 
 def test_a_seed_may_be_the_last_there_is(runtime: DashRuntime) -> None:

@@ -136,16 +136,6 @@ def test_random_hits_its_mean(amount: dict[str, float | None], runtime: DashRunt
     assert actions.mean() == pytest.approx(0.4, abs=0.03)
 
 
-def test_random_at_the_dense_time_is_dense(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where sets that move cost something, a token that skips most of them takes the dense time too."""
-    cost = replace(runtime.build.cost, moving=0.05)
-    monkeypatch.setattr(runtime.engines, "build", replace(runtime.build, cost=cost))
-    for budget, skipped in ((1.0, 0.0), (0.999, 0.2)):
-        session = runtime.session("random", budget=budget)
-        actions = session.rules.at(2, 2000).decide(3, np.zeros(2000, np.float32), np.zeros(2000, np.int64))
-        assert (actions.mean() > 0) == (skipped > 0)
-
-
 def test_random_draws_follow_from_seed_and_position() -> None:
     def draws(seed: int, position: int, count: int) -> np.ndarray:
         rule = RandomRules(6, GATED, 0.5, seed).at(position, count)
@@ -211,8 +201,8 @@ def test_sequence_keeps_the_bound() -> None:
     assert sum(rules.rule.skips(layer, 0.0, 0) for layer in range(6)) == 2
 
 
-def held(trade_off: float, budget: float, moving: float = 0.0) -> HeldRules:
-    build = SimpleNamespace(cost=SimpleNamespace(cost=COST, launch=0.0, moving=moving), segments=(), stretches=())
+def held(trade_off: float, budget: float) -> HeldRules:
+    build = SimpleNamespace(cost=SimpleNamespace(cost=COST, launch=0.0), segments=(), stretches=())
     return HeldRules(decision_rule(6, GATED, COST, trade_off), TokenTime(build), budget)  # type: ignore[arg-type]
 
 
@@ -238,25 +228,6 @@ def test_hold_reaches_the_budget_with_a_wrong_dial(wrong: float, budget: float) 
     free = run_held(held(0.0, budget), damage)
     assert free[-1] == 1.0, "nothing to scale"
     assert run_held(held(fair * wrong, budget), damage)[-1] == pytest.approx(budget, abs=0.01)
-
-
-def test_hold_forgets_the_set_before_a_prompt() -> None:
-    rules = held(8.0, 1.0, moving=0.5)
-    for _ in range(2):
-        rules.decoded(np.array([0, 0, 1, 0, 0, 0], np.int8))
-        rules.rewind(3)
-    rules.decoded(np.array([0, 0, 0, 1, 0, 0], np.int8))
-    assert isinstance(rules.rule, DecisionRule)
-    assert rules.rule.limits[2] < 0.8, "nothing has moved: only saved"
-    rules.decoded(np.array([0, 0, 1, 0, 0, 0], np.int8))
-    assert rules.rule.limits[2] > 0.8 * np.exp(-0.5 * 0.4) * np.exp(0.5 * 0.39)
-
-
-def test_hold_counts_what_a_set_that_moves_takes() -> None:
-    """The same text within the same budget: more is skipped, by what the changes of the set take."""
-    damage = np.random.default_rng(0).lognormal(0, 1, (600, 6)).astype(np.float32)
-    assert run_held(held(8.0, 0.8), damage)[-1] == pytest.approx(0.8, abs=0.01)
-    assert 0.76 < run_held(held(8.0, 0.8, moving=0.03), damage)[-1] < 0.785
 
 
 def test_hold_stays_within_its_limits_and_recovers() -> None:

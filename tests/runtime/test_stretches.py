@@ -256,13 +256,12 @@ def test_forged_stretches(name: str, stretched_runtime: Load, tmp_path: Path) ->
         Bundle.open(root).load_build("cpu-fp32")
 
 
-@pytest.mark.parametrize("what", ["launch", "moving"])
 @pytest.mark.parametrize("cost", [-0.1, float("nan")])
-def test_no_cost_is_less_than_nothing(what: str, cost: float, stretched_runtime: Load, tmp_path: Path) -> None:
+def test_a_launch_costs_something(cost: float, stretched_runtime: Load, tmp_path: Path) -> None:
     root = Path(shutil.copytree(stretched_runtime("plain").bundle.root, tmp_path / "own.dash"))
     file = root / "engines" / "cpu-fp32" / "build.json"
     record = json.loads(file.read_text())
-    record["cost"][what] = cost
+    record["cost"]["launch"] = cost
     file.write_text(json.dumps(record))
     with pytest.raises(BundleError, match="the cost of a launch"):
         Bundle.open(root).load_build("cpu-fp32")

@@ -114,7 +114,7 @@ def dense_launches(engines: EngineSet) -> int:
     """Of a token that skips nothing, policies that are engines of their own included."""
     step = engines.step(engines.cache(1), 1)
     policies = sum(len(item.policies) for item in engines.segments)
-    return len(step.launches_of(DENSE)) + policies
+    return len(step.dense_launches()) + policies
 
 
 if __name__ == "__main__":

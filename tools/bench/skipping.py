@@ -69,7 +69,7 @@ def main(bundle: Path, target: str, context: int, most: int, moving: bool, round
     for count, skipped, sample, ms in zip(counts, sets, times, milliseconds, strict=True):
         ratio = paired_ratio(sample, times[0])
         saved = milliseconds[0] * (1 - ratio)
-        predicted = 1e-3 * build.cost.dense_us * (1 - token_time.of(skipped, [] if moving else None))
+        predicted = 1e-3 * build.cost.dense_us * (1 - token_time.of(skipped))
         share = saved / predicted if skipped else float("nan")
         realised.append(share)
         table.add_row(

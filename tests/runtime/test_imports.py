@@ -22,6 +22,7 @@ GROUND = {
     "build_record",
     "bundle",
     "decision",
+    "divergence",
     "errors",
     "manifest",
     "names",

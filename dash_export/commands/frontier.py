@@ -74,11 +74,10 @@ def command(
             for name, bundle in zip(bundle_names(opened), opened, strict=True)
         ]
         check_same_model(racers)
-        for racer in racers:
-            racer.check(course)
+        texts = [racer.texts(course) for racer in racers]
         plans = [settings_for(racer.deciding, kinds, dial, seed) for racer in racers]
-        for racer, (settings, missing) in zip(racers, plans, strict=True):
-            points += racer.points(settings, course, progress)
+        for racer, own_texts, (settings, missing) in zip(racers, texts, plans, strict=True):
+            points += racer.points(settings, course, own_texts, progress)
             refused += missing
     facts = racers[0].plain
     title = f"{facts.bundle.manifest.model.name}, {facts.build.target}, {facts.build.device}"

@@ -96,20 +96,26 @@ class Racer:
         own = replace(setting, seed=(setting.seed + number) % (1 << 63))
         return self._timed_copy[setting.asks_network].session_with(own)
 
-    def check(self, course: Course) -> None:
-        """Raises RequestError for a text that is too short, before anything is measured."""
-        windows(self.plain, course.text, course.name, course.limit, course.window)
-        if course.rounds:
-            self._timed(course)
+    def texts(self, course: Course) -> tuple[list[TokenIds], list[TokenIds]]:
+        """The windows that quality is measured on, and those that are timed. Raises RequestError for a text that is too
+        short.
+        """
+        parts = windows(self.plain, course.text, course.name, course.limit, course.window)
+        return parts, self._timed(course) if course.rounds else []
 
-    def points(self, settings: Sequence[Setting], course: Course, progress: Progress = no_progress) -> list[Point]:
-        """One point per setting, dense (the first) included. Raises RequestError for a text that is too short."""
+    def points(
+        self,
+        settings: Sequence[Setting],
+        course: Course,
+        texts: tuple[Sequence[TokenIds], Sequence[TokenIds]],
+        progress: Progress = no_progress,
+    ) -> list[Point]:
+        """One point per setting, dense (the first) included, on what `texts` gave."""
 
         def named(name: str, done: int, total: int) -> None:
             progress(f"{self.name}: {name}", done, total)
 
-        parts = windows(self.plain, course.text, course.name, course.limit, course.window)
-        timed = self._timed(course) if course.rounds else []
+        parts, timed = texts
         quality = measure_text(self.deciding, settings, parts, course.prefix, named)
         timings: Sequence[Timing | None] = [None] * len(settings)
         if timed:

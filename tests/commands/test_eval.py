@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
+from dash_export.evaluation.frontier import Course, Racer
 from tests.commands.helpers import dash, refused
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
@@ -144,6 +147,23 @@ def test_frontier_of_two_bundles(tiny_root: Path, own_bundle: Path, text: Path, 
     assert "KL of token" not in result.stdout
 
 
+def test_a_text_too_short_for_one_is_said_before_another_is_measured(
+    tiny_root: Path, own_bundle: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_texts, measured = Racer.texts, Mock()
+
+    def texts(racer: Racer, course: Course) -> tuple[list[Any], list[Any]]:
+        return own_texts(racer, replace(course, window=10_000) if racer.name == "own" else course)
+
+    monkeypatch.setattr(Racer, "texts", texts)
+    monkeypatch.setattr(Racer, "points", measured)
+    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static", "--skipped", "1", "--predicted")
+    assert "longer than the model's context" in refused(
+        "frontier", tiny_root, own_bundle, *options, "-o", tmp_path / "f"
+    )
+    measured.assert_not_called()
+
+
 def test_nothing_is_written_when_it_fails(tiny_root: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none", "-o", tmp_path / "f")
@@ -172,6 +192,7 @@ def test_what_was_measured_is_lost_neither_way(
     result = dash(*options, "-o", tmp_path / "f")
     assert result.exit_code == 1
     assert "static" in result.stdout
+    assert json.loads((tmp_path / "f.json").read_text())["points"], "what cannot be drawn anew"
     (tmp_path / "f.png").rmdir()
     with monkeypatch.context() as closed:  # whoever read what is printed has gone
         closed.setattr("dash_export.commands.frontier._print", Mock(side_effect=BrokenPipeError))

@@ -36,6 +36,9 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     card = json.loads(second.with_suffix(".json").read_text())
     assert (card["from"]["file"], card["gated"]) == (first.name, [2, 4])
     before, after = (load_policy(path, open_checkpoint(model).spec) for path in (first, second))
+    said = dash(*further, "--decide", "each", "--width", 3, "--regression-steps", 2)
+    assert said.exit_code == 0, said.output
+    assert load_policy(second, open_checkpoint(model).spec).width == 3
     assert after.cosine_order == tuple(layer for layer in before.cosine_order if layer != 3)
     assert sorted(after.static_order) == [2, 4]
 

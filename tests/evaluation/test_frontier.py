@@ -101,15 +101,16 @@ def test_points(tiny_root: Path) -> None:
     drawn = [racer.timed_session(Setting("random", skipped=1), number).rules for number in range(12)]
     assert len({tuple(rules.at(20, 1).skipped) for rules in drawn}) > 1, "every round has draws of its own"
     course = Course(TEXT, "t", limit=2, window=48, prefix=10, rounds=2, tokens=4)
-    points = racer.points(SETTINGS, course)
+    points = racer.points(SETTINGS, course, racer.texts(course))
     assert [point.quality.setting for point in points] == list(SETTINGS)
     assert points[0].time == 1.0
     assert points[1].quality.kl.value > 0
     assert all(point.timing is not None and point.time == point.timing.ratio for point in points)
-    untimed = racer.points(SETTINGS, Course(TEXT, "t", 2, 48, 10, 0, 4))
+    course = Course(TEXT, "t", 2, 48, 10, 0, 4)
+    untimed = racer.points(SETTINGS, course, racer.texts(course))
     assert [point.time for point in untimed] == [point.quality.time for point in points]
     np.testing.assert_allclose(
         [point.quality.kl.value for point in untimed], [point.quality.kl.value for point in points]
     )
     with pytest.raises(RequestError, match="do not fit"):
-        racer.points(SETTINGS, Course(TEXT, "t", 2, 48, 10, 2, 600))
+        racer.texts(Course(TEXT, "t", 2, 48, 10, 2, 600))

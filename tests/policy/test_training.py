@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint
@@ -155,6 +156,30 @@ def test_sources_are_told_apart(texts: list[str], prompts: list[str], name: str)
 def test_a_text_may_be_called_as_a_prompt_file() -> None:
     told_apart([Path("x.txt"), Path("own words.txt")])
     told_apart([Path("x.txt")], [Path("x.jsonl")])
+
+
+def test_a_state_that_fits_in_part_leaves_nothing_of_itself(
+    trained: tuple[Path, SkipPolicy],
+    checkpoint: Checkpoint,
+    prose: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights that are ours and an optimizer's state that is not: the stage begins with the weights it began with."""
+    monkeypatch.setattr(training_module, "SAVE_EVERY", 2)
+    output = tmp_path / "policy.safetensors"
+
+    def kill(name: str, _done: int, _total: int) -> None:
+        if name.startswith("regression 5/"):
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(checkpoint, output, [prose], settings=SETTINGS, progress=kill)
+    path = output.with_name(f"{output.name}.unfinished") / "regression-state.pt"
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["param_groups"] = []
+    torch.save(state, path)
+    assert same(train(checkpoint, output, [prose], settings=SETTINGS), trained[1])
 
 
 def test_tuning_lowers_the_divergence(

@@ -4,10 +4,12 @@ journal.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +37,19 @@ def sha256_file(path: Path) -> str:
         while block := file.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file of at most `limit` bytes. Raises OSError for anything else: a FIFO would hang
+    its reader, and a sparse file of terabytes fills the memory.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123  a FIFO without a writer opens
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, and at most {limit} are read", str(path))
+        return file.read(limit)
 
 
 def content_key(*parts: object) -> str:

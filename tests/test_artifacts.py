@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_export.artifacts import JOURNAL, ArtifactStore, content_key, write_atomic
+from dash_export.artifacts import JOURNAL, ArtifactStore, content_key, read_bounded, write_atomic
 
 
 def writer(text: str, name: str = "a.bin"):
@@ -16,6 +16,23 @@ def writer(text: str, name: str = "a.bin"):
         return [folder / name]
 
     return write
+
+
+def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
+    """A FIFO would hang, a sparse file would fill the memory."""
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    (tmp_path / "small").write_bytes(b"12345")
+    assert read_bounded(tmp_path / "small", 5) == b"12345"
+    with pytest.raises(OSError, match="at most 4 are read"):
+        read_bounded(tmp_path / "small", 4)
+    with pytest.raises(OSError, match="at most"):
+        read_bounded(tmp_path / "sparse", 1 << 20)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_bounded(tmp_path / "fifo", 100)
+    with pytest.raises(IsADirectoryError):
+        read_bounded(tmp_path, 100)
 
 
 def test_made_once_per_key(tmp_path: Path) -> None:

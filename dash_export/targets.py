@@ -19,6 +19,7 @@ from typing import Literal
 
 from dash_export.errors import RecipeError
 from dash_export.resources import resource_folder
+from dash_export.text_files import bounded_text
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Rounding = Literal["nearest", "gptq", "distilled"]
@@ -27,6 +28,7 @@ Dispatch = Literal["fused", "sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
 BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
+MAX_BYTES = 1 << 20  # of a recipe file
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
 
@@ -162,8 +164,8 @@ def load_recipe(target: str) -> Recipe:
             )
         path = resource_folder("engines") / f"{target}.toml"
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        data = tomllib.loads(bounded_text(path, MAX_BYTES))
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
         raise RecipeError(
             f"The recipe {path} cannot be read: {error}. It must be a TOML file like engines/cpu.toml."
         ) from error
@@ -302,13 +304,14 @@ def build_options(name: str) -> str | None:
 
 def _parse(kind: type[_T], data: object, where: str) -> _T:
     if not isinstance(data, dict):
-        raise RecipeError(f"{where}: expected a table, got {data!r}.")
+        raise RecipeError(f"{where}: expected a table, got {_shown(data)}.")
     hints = get_type_hints(kind)
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
     for key in data:
         if key not in known:
             raise RecipeError(
-                f"{where}: unknown key {key!r}. Known keys here: {', '.join(name for name in known if name != 'name')}."
+                f"{where}: unknown key {_shown(key)}. "
+                f"Known keys here: {', '.join(name for name in known if name != 'name')}."
             )
     missing = [item.name for item in fields(kind) if item.name not in data and _is_required(item)]  # type: ignore[arg-type]
     if missing:
@@ -324,20 +327,27 @@ def _parse(kind: type[_T], data: object, where: str) -> _T:
         allowed = get_args(hint) if get_origin(hint) is Literal else None
         if get_origin(hint) is tuple:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise RecipeError(f"{where}: {key} must be a list of strings, got {value!r}.")
+                raise RecipeError(f"{where}: {key} must be a list of strings, got {_shown(value)}.")
             values[key] = tuple(value)
             continue
         if allowed is not None:
             if not any(type(value) is type(each) and value == each for each in allowed):
-                raise RecipeError(f"{where}: {key} = {value!r} is not one of {', '.join(map(repr, allowed))}.")
+                raise RecipeError(f"{where}: {key} = {_shown(value)} is not one of {', '.join(map(repr, allowed))}.")
         elif type(value) is not hint:
-            raise RecipeError(f"{where}: {key} must be {hint.__name__}, got {value!r}.")
+            raise RecipeError(f"{where}: {key} must be {hint.__name__}, got {_shown(value)}.")
         elif hint is int:
             low, high = _BOUNDS[key]
             if not low <= value <= high:
-                raise RecipeError(f"{where}: {key} = {value} is outside {low} to {high}.")
+                raise RecipeError(f"{where}: {key} = {_shown(value)} is outside {low} to {high}.")
         values[key] = value
     return kind(**values)
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.100}"
+    except (RecursionError, ValueError):  # a nest of tables, an integer of 5,000 digits
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def _without_none(hint: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dash_export.models import open_checkpoint
 from dash_export.models.spec import FINAL_NORM
 from dash_export.skip_policy import no_policy
 from tests.conftest import DATA
+from tests.models.helpers import write_gguf
 from tests.tiny import save_model, tiny_checkpoint, tiny_policy
 
 MEGABYTES = 1 << 20
@@ -172,14 +174,18 @@ def test_a_folder_that_is_no_bundle_is_not_overwritten(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"model", "photos", "file"}
 
 
-def test_nan_weights_leave_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["model", "model.gguf"])
+@pytest.mark.parametrize("name", ["model.layers.4.mlp.up_proj.weight", "model.layers.4.input_layernorm.weight"])
+def test_nan_weights_leave_nothing_behind(name: str, form: str, tmp_path: Path) -> None:
+    """The small ones too, which lie inside the graph."""
     model = save_model(tmp_path / "model")
     with torch.no_grad():
-        model.model.layers[4].mlp.up_proj.weight[3, 3] = float("nan")
+        model.get_parameter(name).view(-1)[3] = float("nan")
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"model\.layers\.4\.mlp\.up_proj\.weight holds NaN"):
-        export(tmp_path / "model", tmp_path / "deep" / "a.dash")
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    write_gguf(tmp_path / "model.gguf", model)
+    with pytest.raises(CheckpointError, match=f"^tensor {re.escape(name)} holds NaN"):
+        export(tmp_path / form, tmp_path / "deep" / "a.dash")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf"}
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from dash_export.models.spec import RopeSpec
 from dash_export.policy_file import METADATA, card_path, load_policy, policy_path, save_policy
 from dash_export.resources import resource_folder
 from dash_export.skip_policy import SkipPolicy, check_model, narrowed, untrained_policy
+from tests.models.helpers import SAFETENSORS_LAYOUTS
 from tests.tiny import with_compensation
 
 HIDDEN = 32
@@ -179,6 +180,13 @@ def test_damage_is_named(name: str, saved: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 4, 40, 600, -1])
 def test_truncated(keep: int, saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(PolicyError, match="not a sound safetensors file"):
+        load_policy(saved, SPEC)
+
+
+@pytest.mark.parametrize("name", SAFETENSORS_LAYOUTS)
+def test_tensors_that_do_not_lie_one_after_another(name: str, saved: Path) -> None:
+    saved.write_bytes(SAFETENSORS_LAYOUTS[name](saved.read_bytes()))
     with pytest.raises(PolicyError, match="not a sound safetensors file"):
         load_policy(saved, SPEC)
 

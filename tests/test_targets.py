@@ -164,6 +164,23 @@ def test_bad_recipe(name: str, tmp_path: Path) -> None:
         load_recipe(write(tmp_path / "mine.toml", text))
 
 
+NESTS = {
+    "arrays": "[" * 3000 + "]" * 3000,
+    "tables": "{a = " * 3000 + "1" + "}" * 3000,
+    "digits": "9" * 5000,
+    "hexadecimal": "0x" + "f" * 5000,
+}
+
+
+@pytest.mark.parametrize("key", ["kv_step", "layers", ".".join(["kv_step"] * 3000)])
+@pytest.mark.parametrize("name", NESTS)
+def test_a_recipe_that_is_deep_or_long(name: str, key: str, tmp_path: Path) -> None:
+    for head in ("", "[runtime]\n", "[weights]\n"):
+        with pytest.raises(RecipeError) as raised:
+            load_recipe(write(tmp_path / "mine.toml", f"{head}{key} = {NESTS[name]}"))
+        assert len(str(raised.value)) < 500
+
+
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(RecipeError, match=r"Known targets: .*cpu.*portable"):
         load_recipe("gpu9000")

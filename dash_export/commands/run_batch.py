@@ -24,7 +24,7 @@ STANDARD_INPUT = Path("-")
 def read_prompts(path: Path) -> list[str]:
     """One prompt per line; blank lines are left out. Raises RequestError where there is nothing to ask."""
     try:
-        text = sys.stdin.read() if path == STANDARD_INPUT else read_text(path)
+        text = sys.stdin.read() if path == STANDARD_INPUT else read_text(path, pipe=True)
     except UnicodeDecodeError as error:
         raise RequestError(f"What comes in is not UTF-8 text ({error}): give one prompt per line.") from error
     prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]

@@ -55,7 +55,7 @@ def command(
         setting = DEFAULT
     picture_base(output)
     ctx.meta[OUTPUT] = str(output)
-    sample = text if text is not None else read_text(file or resource_folder("calibration") / "prose.txt")
+    sample = text if text is not None else read_text(file or resource_folder("calibration") / "prose.txt", pipe=True)
     opened = Bundle.open(bundle)
     runtime = DashRuntime.load(
         bundle, choose_target(opened, target), dispatch=None if setting.asks_network else "plain"

@@ -73,6 +73,8 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    if not path.is_file():  # nor a pipe, which would be waited for
+        raise RequestError(f"There is no task file {path}.")
     try:
         with path.open(encoding="utf-8") as file:
             for number in range(1, 1 << 62):
@@ -85,8 +87,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, line
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text ({error.reason}): give a file of JSON lines.") from error
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise RequestError(f"There is no task file {path}.") from error
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _item(line: str, number: int, where: str) -> Item:

@@ -89,6 +89,11 @@ def save_graph(model: ir.Model, path: Path, shared: Collection[str] = ()) -> lis
     External tensors whose location is in `shared` are files other graphs use too: they stay references. Weights are
     aligned to pages so that a runtime maps them. The caller gives a temporary folder and renames.
     """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.LazyTensor) and tensor.nbytes <= INLINE_BYTES:
+            # Read here: what is wrong with it would come out of the serialisation as an error of onnx_ir's.
+            value.const_value = ir.Tensor(tensor.numpy(), name=tensor.name)
     own = [value for value in model.graph.initializers.values() if _is_own(value.const_value, shared)]
     files = [path]
     if own:

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from dash_export.errors import CheckpointError
 from dash_export.models.spec import DecoderSpec, Float32Array, Weight
+from dash_export.text_files import bounded_text
 
-MAX_TEXT_BYTES = 256 << 20  # the largest published tokenizer.json is about 35 MB
+MAX_TEXT_BYTES = 64 << 20  # the largest published tokenizer.json is about 35 MB
 CHUNK_BYTES = 8 << 20
 
 AnyWeight = TypeVar("AnyWeight", bound=Weight)
@@ -31,12 +32,9 @@ def require(module: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file of at most MAX_TEXT_BYTES. Raises CheckpointError naming it."""
+    """A regular UTF-8 file of at most MAX_TEXT_BYTES. Raises CheckpointError naming it."""
     try:
-        size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes; expected at most {MAX_TEXT_BYTES}")
-        return path.read_text(encoding="utf-8")
+        return bounded_text(path, MAX_TEXT_BYTES)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:

@@ -6,6 +6,7 @@ lengths and does not notice a truncated file. The constants and the dequantisati
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dash_export.errors import CheckpointError
 from dash_export.models.files import require
 
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors
-MAX_ELEMENTS = 1 << 22  # of one metadata array: no vocabulary comes near it
+MAX_ELEMENTS = 1 << 21  # of all metadata arrays: a vocabulary of 262,144 takes 1.3 million
 MAX_STRING = 16 << 20
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -34,6 +35,11 @@ class GgufTensor:
     quantization: int
     offset: int
     row_bytes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows, not wrapped around however absurd the shape."""
+        return math.prod(self.shape[:-1]) * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,16 @@ def read_gguf(path: Path) -> GgufFile:
             or alignment & (alignment - 1)
         ):
             raise cursor.damaged("general.alignment is not a power of two")
-        data_start = -(-cursor.position // alignment) * alignment
-        tensors = {name: _place(cursor, name, info, data_start) for name, info in infos.items()}
+        # As llama.cpp asks for it: in the order of the list, each at the padded end of the one before, nothing between.
+        start = end = -(-cursor.position // alignment) * alignment
+        tensors = {}
+        for name, info in infos.items():
+            tensors[name] = tensor = _place(cursor, name, info, start)
+            if tensor.offset != end:
+                raise cursor.damaged(f"tensor {name[:100]} is said to begin at byte {tensor.offset}, not at {end}")
+            end = -(-(end + tensor.size) // alignment) * alignment
+        if size > end:  # the padding of the last one may be there or not
+            raise cursor.damaged(f"{size - end} bytes after its last tensor belong to none")
     return GgufFile(path, metadata, tensors)
 
 
@@ -75,7 +89,7 @@ class _Cursor:
     """Sequential reads that know how much of the file is left."""
 
     def __init__(self, stream: BinaryIO, size: int, path: Path) -> None:
-        self._stream, self.size, self.path, self.position = stream, size, path, 0
+        self._stream, self.size, self.path, self.position, self.elements = stream, size, path, 0, 0
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is a damaged GGUF file: {what}; download or convert it again")
@@ -93,7 +107,7 @@ class _Cursor:
     def count(self, what: str, upper: int) -> int:
         number: int = self.scalar("<Q")
         if number > upper:
-            raise self.damaged(f"it announces {number} {what}, more than {upper}")
+            raise self.damaged(f"it announces {number} {what}, and there may be {upper}")
         return number
 
     def string(self) -> str:
@@ -128,7 +142,8 @@ def _value(cursor: _Cursor) -> Any:
 
 
 def _array(cursor: _Cursor) -> list[Any]:
-    kind, count = cursor.scalar("<I"), cursor.count("elements in an array", MAX_ELEMENTS)
+    kind, count = cursor.scalar("<I"), cursor.count("elements in arrays", MAX_ELEMENTS - cursor.elements)
+    cursor.elements += count
     if kind == _STRING:
         return [cursor.string() for _ in range(count)]
     if kind not in _SCALARS:
@@ -157,9 +172,8 @@ def _place(cursor: _Cursor, name: str, info: tuple[tuple[int, ...], int, int], d
     if min(shape) < 1 or shape[-1] % block:
         raise cursor.damaged(f"tensor {name[:100]} of type {quantization} cannot have shape {list(shape)}")
     row_bytes = shape[-1] // block * block_bytes
-    end = data_start + offset + row_bytes
-    for length in shape[:-1]:  # Python integers: absurd lengths do not wrap around
-        end += (end - data_start - offset) * (length - 1)
+    tensor = GgufTensor(name, shape, quantization, data_start + offset, row_bytes)
+    end = tensor.offset + tensor.size
     if end > cursor.size:
         raise cursor.damaged(f"tensor {name[:100]} ends at byte {end}, the file at {cursor.size} (truncated?)")
-    return GgufTensor(name, shape, quantization, data_start + offset, row_bytes)
+    return tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ def open_weights(files: list[Path]) -> dict[str, SafetensorsWeight]:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the index names it, so the download is incomplete")
         with _opened(path) as file:
+            _refuse_twice(path)
             for name in file.keys():  # noqa: SIM118 - not a dict
+                if name in weights:
+                    raise ValueError(f"{name!r:.100} is in {weights[name].path.name} too")
                 entry = file.get_slice(name)
                 weights[name] = SafetensorsWeight(path, name, tuple(entry.get_shape()), entry.get_dtype())
     return weights
@@ -68,6 +72,22 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The free-form part of the file's header. Raises CheckpointError when the file is not sound."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
+
+
+def _refuse_twice(path: Path) -> None:
+    """Raises ValueError for a name that is there twice in the header: the library, which finds it sound, takes the last
+    and another one maybe the first.
+    """
+
+    def check(pairs: list[tuple[str, object]]) -> None:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name!r:.100} is there twice")
+            seen.add(name)
+
+    with path.open("rb") as file:
+        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=check)
 
 
 def check_dtype(weight: SafetensorsWeight) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,50 @@ def assert_same_model(checkpoint: Checkpoint, model: Any, tied: bool = False) ->
     expected = model.model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(checkpoint.spec.rope.inverse_frequencies, expected, rtol=1e-6)
     assert checkpoint.spec.rms_norm_eps == model.config.rms_norm_eps
+
+
+def with_header(data: bytes, change: Callable[[dict[str, Any]], object], tail: bytes = b"") -> bytes:
+    """A safetensors file whose header is changed, and `tail` after its data."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[size:] + tail
+
+
+def moved(header: dict[str, Any], which: int, begin: int, end: int) -> None:
+    """Shift where the data of one tensor (in the order of the data) begins and ends."""
+    tensors = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+    offsets = sorted(tensors)[which]
+    offsets[0] += begin
+    offsets[1] += end
+
+
+def twice(data: bytes) -> bytes:
+    """The file with one tensor's name twice in its header, each time with the same place and another shape."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    name = next(name for name in header if name != "__metadata__")
+    entry = header[name] | {"shape": [*header[name]["shape"], 1]}
+    text = (json.dumps({name: entry})[:-1] + ", " + json.dumps(header)[1:]).encode()
+    return len(text).to_bytes(8, "little") + text + data[size:]
+
+
+SAFETENSORS_LAYOUTS: dict[str, Callable[[bytes], bytes]] = {
+    "overlap": lambda data: with_header(data, lambda header: moved(header, 1, -4, -4)),
+    "gap": lambda data: with_header(data, lambda header: moved(header, -1, 4, 4), bytes(4)),
+    "trailing": lambda data: data + bytes(4),
+    "beyond": lambda data: with_header(data, lambda header: moved(header, -1, 1 << 40, 1 << 40)),
+    "same": lambda data: with_header(
+        data,
+        lambda header: header.update(
+            other=header["model.final_norm"] if "model.final_norm" in header else header["model.norm.weight"]
+        ),
+    ),
+    "twice": twice,
+    "header longer than the file": lambda data: (len(data) * 4).to_bytes(8, "little") + data[8:],
+    "absurd header": lambda data: ((1 << 64) - 1).to_bytes(8, "little") + data[8:],
+}
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -2,6 +2,8 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,69 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tiny.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match="GGUF"):
         open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def with_offset(data: bytes, name: str, change: Callable[[int], int]) -> bytes:
+    """The file with another offset for one tensor."""
+    at = data.index(name.encode()) + len(name)
+    at += 4 + 8 * int.from_bytes(data[at : at + 4], "little") + 4
+    return uint64_at(data, at, change(int.from_bytes(data[at : at + 8], "little")) % (1 << 64))
+
+
+LAYOUTS: dict[str, Callable[[bytes], bytes]] = {
+    "unaligned": lambda data: with_offset(data, "blk.0.attn_v.weight", lambda offset: offset - 3),
+    "overlap": lambda data: with_offset(data, "blk.0.attn_v.weight", lambda offset: offset - 32),
+    "same place": lambda data: with_offset(data, "blk.1.attn_q.weight", lambda _: 0),
+    "gap": lambda data: with_offset(data, "output.weight", lambda offset: offset + 32) + bytes(32),
+    "wrapping": lambda data: with_offset(data, "blk.0.attn_v.weight", lambda offset: offset - (1 << 63)),
+    "trailing": lambda data: data + bytes(1),
+    "alignment": lambda data: data.replace(b"general.alignment\4\0\0\0\x20", b"general.alignment\4\0\0\0\x30"),
+    "other alignment": lambda data: data.replace(b"general.alignment\4\0\0\0\x20", b"general.alignment\4\0\0\0\x40"),
+    "two names alike": lambda data: data.replace(b"blk.0.attn_v.weight", b"blk.0.attn_k.weight"),
+    "two keys alike": lambda data: data.replace(b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eos_token_id"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tensors_that_do_not_lie_one_after_another(tmp_path: Path, model: Any, name: str) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, model, metadata={"general.alignment": 32})
+    path.write_bytes(LAYOUTS[name](path.read_bytes()))
+    with pytest.raises(CheckpointError, match="damaged GGUF file"):
+        open_checkpoint(path)
+
+
+def test_the_end_may_be_padded_or_not(tmp_path: Path) -> None:
+    model, path = tiny_model("llama", head_dim=12), tmp_path / "tiny.gguf"
+    write_gguf(path, model, extra_tensors={"rope_freqs.weight": np.ones(6, np.float32)})
+    whole = path.read_bytes()
+    for padding in (8, 3, 0):
+        path.write_bytes(whole[: len(whole) - 8 + padding])
+        assert_same_model(open_checkpoint(path), model)
+
+
+@pytest.mark.parametrize("kind", [0, 5, 8], ids=["bytes", "integers", "texts"])
+def test_metadata_takes_no_multiple_of_the_file(tmp_path: Path, tiny_bytes: bytes, kind: int) -> None:
+    """Arrays nobody reads, far more than a vocabulary has: Python's objects are larger than what they are made of."""
+    count, width = 1 << 19, {0: 1, 5: 4, 8: 10}[kind]
+    item = (2).to_bytes(8, "little") + b"ab" if kind == 8 else b"\x7f" * width
+    entries = b"".join(
+        len(key := f"a{index}".encode()).to_bytes(8, "little")
+        + key
+        + (9).to_bytes(4, "little")
+        + kind.to_bytes(4, "little")
+        + count.to_bytes(8, "little")
+        + item * count
+        for index in range(16)
+    )
+    keys = int.from_bytes(tiny_bytes[16:24], "little") + 16
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(tiny_bytes[:16] + keys.to_bytes(8, "little") + entries + tiny_bytes[24:])
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="elements in arrays"):
+        open_checkpoint(path)
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()
 
 
 def test_truncated_anywhere(tmp_path: Path, tiny_bytes: bytes) -> None:

@@ -22,6 +22,7 @@ from dash_export.models import open_checkpoint
 from dash_export.models.registry import decoder_spec
 from tests.models.helpers import (
     DIMENSIONS,
+    SAFETENSORS_LAYOUTS,
     WALK,
     assert_same_model,
     assert_same_weights,
@@ -293,6 +294,29 @@ def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
         open_checkpoint("no-such-org/no-such-model")
+
+
+@pytest.mark.parametrize("name", SAFETENSORS_LAYOUTS)
+def test_tensors_that_do_not_lie_one_after_another(folder: Path, name: str) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(SAFETENSORS_LAYOUTS[name](path.read_bytes()))
+    with pytest.raises(CheckpointError, match="not a sound safetensors file"):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama", max_shard_size="60KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    save_file(load_file(second) | load_file(first), second)
+    with pytest.raises(CheckpointError, match=f"{second.name} is not.* is in {first.name} too"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_deep_json(folder: Path, name: str) -> None:
+    (folder / name).write_text('{"rope_scaling": ' + '{"a": ' * 3000 + "1" + "}" * 3001)
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -17,9 +17,9 @@ else:
 
 from typing import Literal
 
+from dash_export.artifacts import read_bounded
 from dash_export.errors import RecipeError
 from dash_export.resources import resource_folder
-from dash_export.text_files import bounded_text
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Rounding = Literal["nearest", "gptq", "distilled"]
@@ -164,7 +164,7 @@ def load_recipe(target: str) -> Recipe:
             )
         path = resource_folder("engines") / f"{target}.toml"
     try:
-        data = tomllib.loads(bounded_text(path, MAX_BYTES))
+        data = tomllib.loads(read_bounded(path, MAX_BYTES).decode())
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
         raise RecipeError(
             f"The recipe {path} cannot be read: {error}. It must be a TOML file like engines/cpu.toml."

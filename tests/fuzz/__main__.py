@@ -1,0 +1,275 @@
+"""Feed damaged files to every parser: `python -m tests.fuzz`, or `make fuzz`. CONTRIBUTING.md says what it is for.
+
+Each input is read or refused by a DashError: within LIMIT seconds of CPU time and a bounded memory, and nothing is
+written outside the folder. Each parser runs in a process of its own, which notes the input it is about to read: one
+that crashes or hangs leaves it. The corpus is read first. What fails is kept in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+# Read when the libraries load.
+os.environ |= {"ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+sys.dont_write_bytecode = True
+
+import click  # noqa: E402
+
+from dash_export.errors import DashError  # noqa: E402
+
+CORPUS = Path(__file__).parent / "corpus"
+LIMIT = 5.0  # seconds of CPU time
+HANG = 30.0  # seconds on a clock, of a machine that may be busy
+MEMORY = 64 << 20  # bytes, beside four times the input
+ADDRESSES = 2 << 30  # bytes more than at the start: what one input may ask for at most
+ALIKE = 3  # failures of one place that are kept
+# What a worker and its watchdog share:
+COUNT, REFUSED, ACCEPTED, SLOWEST, LARGEST, BEGAN = range(6)
+CURRENT, FAILED = "current", "failed"
+
+
+@dataclass
+class Run:
+    """One parser's turn: when it ends, what its workers count, and the process at work."""
+
+    name: str
+    folder: Path
+    until: float
+    board: Any
+    process: BaseProcess
+    failures: list[str] = field(default_factory=list)
+
+
+def _peak(first: bool = False) -> int:
+    """The largest resident set since the call with `first`, in bytes."""
+    if first:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10
+
+
+def _watched(folder: Path, writes: list[str]) -> None:
+    """List in `writes` what this process changes outside of `folder`."""
+    allowed = (str(folder), "/dev/", "/proc/")
+    flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        changes = event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate")
+        if changes or (event == "open" and isinstance(arguments[2], int) and arguments[2] & flags):
+            path = arguments[0]
+            inside = isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(allowed)
+            if not inside:
+                writes.append(f"{event} {path!r}")
+        elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"):
+            writes.append(f"{event} {arguments!r:.100}")
+
+    sys.addaudithook(hook)
+
+
+def _inputs(name: str, seeds: Path, corpus: Path, seed: int, first: int) -> Iterator[bytes | None]:
+    """The corpus, then damaged seeds without end; None where the corpus ends."""
+    from tests.fuzz.mutators import damaged
+    from tests.fuzz.parsers import PARSERS
+
+    kept = [path.read_bytes() for path in sorted((corpus / name).glob("*"))]
+    yield from kept[first:]
+    yield None
+    sound = PARSERS[name].seeds(seeds)
+    number = max(0, first - len(kept))
+    while True:
+        yield damaged(random.Random(f"{name} {seed} {number}"), sound, PARSERS[name].mutator)
+        number += 1
+
+
+def _work(name: str, folder: Path, seeds: Path, corpus: Path, seed: int, until: float, board: Any) -> None:
+    """Read inputs until it is time; the number of the first is what the board has counted."""
+    from tests.fuzz.parsers import PARSERS
+
+    parser, scratch = PARSERS[name], folder / "scratch"
+    if not scratch.exists():
+        shutil.copytree(seeds, scratch)
+    tempfile.tempdir = str(scratch)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    writes: list[str] = []
+    _watched(folder, writes)
+    addresses = int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0]) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (addresses + ADDRESSES, addresses + ADDRESSES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    replaying = True
+    for data in _inputs(name, seeds, corpus, seed, int(board[COUNT])):
+        if data is None:
+            replaying = False
+            continue
+        if not replaying and time.monotonic() > until:
+            return
+        (folder / CURRENT).write_bytes(data)
+        board[BEGAN], cpu, before = time.monotonic(), time.process_time(), _peak(first=True)
+        wrong = _tried(parser, scratch, data, replaying, board)
+        seconds, memory = time.process_time() - cpu, _peak() - before
+        board[BEGAN] = 0
+        if seconds > LIMIT:
+            wrong = wrong or f"{LIMIT:g} s: took {seconds:.1f} s"
+        if memory > 4 * len(data) + MEMORY:
+            wrong = wrong or f"memory: took {memory >> 20} MiB"
+        if writes:
+            wrong = f"outside: {writes[0]}"
+            writes.clear()
+        board[SLOWEST], board[LARGEST] = max(board[SLOWEST], seconds), max(board[LARGEST], memory)
+        board[COUNT] += 1
+        if wrong:
+            with (folder / FAILED).open("a") as file:
+                file.write(json.dumps([wrong, data.hex()]) + "\n")
+
+
+def _tried(parser: Any, scratch: Path, data: bytes, always_deep: bool, board: Any) -> str:
+    """Read one input; what was wrong, or nothing."""
+    try:
+        parser.run(scratch, data)
+        board[ACCEPTED] += 1
+        if parser.deep is not None and (always_deep or zlib.crc32(data) % parser.every == 0):
+            parser.deep(scratch)
+    except (DashError, click.UsageError) as error:
+        board[REFUSED] += 1
+        # A message is for people: not a page of it, and whatever the file says it can be printed.
+        return f"message: of {len(str(error))} letters" if len(str(error)) > 4000 else ""
+    except BaseException as error:  # a Rust library panics as one
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "/dash_export/" in frame.filename] or frames
+        place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
+        return f"{type(error).__name__}: {place} {error!s:.100}"
+    return ""
+
+
+def _started(run: Run, arguments: argparse.Namespace) -> BaseProcess:
+    values = (run.name, run.folder, arguments.seeds, arguments.corpus, arguments.seed, run.until, run.board)
+    process = multiprocessing.get_context("fork").Process(target=_work, args=values)
+    process.start()
+    return process
+
+
+def _keep(run: Run, wrong: str, data: bytes, arguments: argparse.Namespace) -> None:
+    """Note a failure, and put its input into the corpus unless the like of it is there."""
+    kind = wrong.partition(" ")[0] + wrong.split(" ")[1] if wrong.split(" ")[1:] else wrong
+    alike = sum(kind in each for each in run.failures)
+    digest = hashlib.sha256(data).hexdigest()[:12]
+    run.failures.append(f"{kind} {digest} {wrong}")
+    folder = arguments.save / run.name
+    if alike < ALIKE and not (arguments.corpus / run.name / digest).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / digest).write_bytes(data)
+    if alike < ALIKE:
+        print(f"{run.name} {digest}: {wrong}", file=sys.stderr, flush=True)
+
+
+def _tended(run: Run, arguments: argparse.Namespace) -> bool:
+    """Look after a run's process: start another after a crash or a hang. Whether the run goes on."""
+    input_began = run.board[BEGAN]  # 0 between two
+    hangs = input_began and time.monotonic() - input_began > HANG
+    if run.process.is_alive() and not hangs:
+        return True
+    if hangs:
+        run.process.kill()
+    run.process.join()
+    if run.process.exitcode == 0:
+        for line in (run.folder / FAILED).read_text().splitlines() if (run.folder / FAILED).exists() else []:
+            wrong, data = json.loads(line)
+            _keep(run, wrong, bytes.fromhex(data), arguments)
+        return False
+    current = run.folder / CURRENT
+    what = f"hang: after {HANG:g} s" if hangs else f"crash: exit code {run.process.exitcode}"
+    _keep(run, what, current.read_bytes() if current.exists() else b"", arguments)
+    run.board[COUNT] += 1
+    run.board[BEGAN] = 0
+    run.process = _started(run, arguments)
+    return True
+
+
+def main() -> None:
+    """Fuzz for a time, print a table and one JSON line; exit code 1 where something failed."""
+    parse = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parse.add_argument("--seconds", type=float, default=3600, help="for all parsers together")
+    parse.add_argument("--seed", type=int, default=int(time.time()))
+    parse.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parse.add_argument("--only", nargs="+", metavar="PARSER")
+    parse.add_argument("--corpus", type=Path, default=CORPUS, help="inputs that failed once, read first")
+    parse.add_argument("--save", type=Path, default=CORPUS, help="where inputs that fail are put")
+    parse.add_argument("--seeds", type=Path, help="a folder that make_seeds wrote")
+    parse.add_argument("--make-seeds", type=Path, help="only write that folder")
+    arguments = parse.parse_args()
+    if arguments.make_seeds is not None:
+        from tests.fuzz.parsers import make_seeds
+
+        make_seeds(arguments.make_seeds)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.seeds is None:  # in a process of its own: threads do not survive a fork
+            arguments.seeds = Path(folder) / "seeds"
+            make = [sys.executable, "-m", "tests.fuzz", "--make-seeds", str(arguments.seeds)]
+            subprocess.run(make, check=True, stderr=subprocess.DEVNULL)
+        sys.exit(_fuzzed(arguments, Path(folder)))
+
+
+def _fuzzed(arguments: argparse.Namespace, folder: Path) -> int:
+    from tests.fuzz.parsers import PARSERS, preloaded
+
+    preloaded(arguments.seeds)
+    waiting = list(arguments.only or PARSERS)
+    share = arguments.seconds * arguments.jobs / len(waiting)
+    running: list[Run] = []
+    done: list[Run] = []
+    began: dict[str, float] = {}
+    while waiting or running:
+        while waiting and len(running) < arguments.jobs:
+            name = waiting.pop(0)
+            (folder / name).mkdir()
+            began[name] = time.monotonic()
+            board = multiprocessing.get_context("fork").RawArray("d", 6)
+            run = Run(name, folder / name, began[name] + share, board, None)  # type: ignore[arg-type]
+            run.process = _started(run, arguments)
+            running.append(run)
+        for run in list(running):
+            if not _tended(run, arguments):
+                running.remove(run)
+                done.append(run)
+                began[run.name] = time.monotonic() - began[run.name]
+                shutil.rmtree(run.folder)
+        time.sleep(0.05)
+    print("parser            inputs  a second  refused  accepted  slowest    memory  failed")
+    table = {}
+    for run in done:
+        count, refused, accepted, slowest, largest = (run.board[index] for index in range(BEGAN))
+        rate = count / began[run.name]
+        table[run.name] = {
+            "inputs": int(count), "per_second": round(rate, 1), "refused": int(refused), "accepted": int(accepted),
+            "slowest_s": round(slowest, 3), "memory_mib": round(largest / (1 << 20), 1), "failures": run.failures,
+        }  # fmt: skip
+        print(
+            f"{run.name:15}{count:9.0f}{rate:10.0f}{refused:9.0f}{accepted:10.0f}{slowest:7.2f} s"
+            f"{largest / (1 << 20):6.0f} MiB{len(run.failures):8}"
+        )
+    total = sum(each["inputs"] for each in table.values())
+    print(json.dumps({"seed": arguments.seed, "inputs": total, "parsers": table}))
+    return int(any(run.failures for run in done))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""What is fuzzed: every reader of something that comes from outside, each with small sound files to begin with."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+
+from dash_export import DashRuntime
+from dash_export.artifacts import sha256_file
+from dash_export.builders import build
+from dash_export.bundle import BUILD, MANIFEST, Bundle
+from dash_export.commands.common import LayerList
+from dash_export.commands.comparing import KindList, NumberList
+from dash_export.commands.run_batch import read_prompts as read_plain_prompts
+from dash_export.evaluation.data import read_items
+from dash_export.graph_runs import graph_run
+from dash_export.graphs.compose import load_graph
+from dash_export.models import open_checkpoint, row_blocks
+from dash_export.policy.corpus import read_prompts
+from dash_export.policy_file import load_policy
+from dash_export.runtime.backends.onnxruntime import OrtEngine, shared_pool_options
+from dash_export.runtime.text import Text
+from dash_export.targets import load_recipe
+from tests.fuzz import mutators
+from tests.fuzz.mutators import Mutator
+
+MESSAGES = [{"role": "user", "content": "Hello, <|im_start|> 12\n"}, {"role": "assistant", "content": "hé"}]
+MODEL, SHARDED, BUNDLE = "model", "sharded", "tiny.dash"
+BUILT = f"{BUNDLE}/engines/cpu-fp32"
+
+
+def make_seeds(folder: Path) -> None:
+    """Write a folder of sound files: a model in three forms, a policy, a bundle with its builds, lines, a template."""
+    from dash_export.policy_file import save_policy
+    from tests.models.helpers import write_gguf
+    from tests.tiny import save_model, tiny_bundle, tiny_policy
+
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small |= {"vocab_size": 260}
+    tied = small | {"num_hidden_layers": 1, "tie_word_embeddings": True}
+    model = save_model(folder / MODEL, **tied)
+    (folder / MODEL / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "chat_template": "{{ 1 }}"}')
+    save_model(folder / SHARDED, **tied)
+    model.save_pretrained(folder / SHARDED, max_shard_size="20KB")
+    (folder / SHARDED / "model.safetensors").unlink(missing_ok=True)
+    write_gguf(folder / "a.gguf", model, quantize="Q8_0")
+    qwen = save_model(folder / "qwen2", "qwen2", **tied)
+    write_gguf(folder / "b.gguf", qwen, pre="qwen2", metadata={"general.alignment": 32, "tokenizer.ggml.scores": [0.5]})
+    bundle = Bundle.open(tiny_bundle(folder / "made", "cpu", "portable", kind="low_rank", **small, num_hidden_layers=4))
+    shutil.move(bundle.root, folder / BUNDLE)
+    checkpoint = open_checkpoint(folder / "made" / "model")
+    save_policy(folder / "policy.safetensors", tiny_policy(checkpoint, "low_rank", width=4), checkpoint.spec, {})
+    shutil.copytree(Path(__file__).parents[2] / "engines", folder / "engines")
+
+
+@dataclass(frozen=True)
+class Parser:
+    """`seeds(folder)` gives sound inputs; `run(folder, data)` reads one in a folder that is its own, a copy of the
+    seeds'; `deep(folder)` follows for one in `every` that was accepted: what takes longer.
+    """
+
+    mutator: Mutator
+    seeds: Callable[[Path], Sequence[bytes]]
+    run: Callable[[Path, bytes], object]
+    deep: Callable[[Path], object] | None = None
+    every: int = 8
+
+
+def _files(*names: str) -> Callable[[Path], list[bytes]]:
+    return lambda folder: [path.read_bytes() for name in names for path in sorted(folder.glob(name))]
+
+
+def _written(name: str, read: Callable[[Path], object], *copies: str) -> Callable[[Path, bytes], object]:
+    """Put the input at `name` in the folder (and at `copies`), then `read` that file."""
+
+    def run(folder: Path, data: bytes) -> object:
+        for each in (name, *copies):
+            (folder / each).write_bytes(data)
+        return read(folder / name)
+
+    return run
+
+
+def _weights(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    for weight in checkpoint.weights.values():
+        for _ in row_blocks(weight):
+            pass
+
+
+def _text(folder: Path) -> None:
+    text = Text(folder)
+    text.decode(text.encode(MESSAGES[0]["content"]))
+    if text.template is not None:
+        text.chat(MESSAGES)
+
+
+def _model_and_text(path: Path) -> None:
+    """As export reads it, then as the runtime does."""
+    open_checkpoint(path.parent)
+    _text(path.parents[1] / BUNDLE)
+
+
+def _record(path: Path) -> None:
+    """A build's record, of this bundle whenever it was made."""
+    key = json.loads((path.parents[2] / MANIFEST).read_text())["key"].encode()
+    path.write_bytes(re.sub(rb'"bundle_key": "[0-9a-f]{32}"', b'"bundle_key": "' + key + b'"', path.read_bytes()))
+    sealed(path.parents[2])
+    _opened(path.parents[2])
+
+
+def _opened(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    for target in ("cpu-fp32", "portable"):
+        bundle.load_build(target)
+
+
+def _generated(folder: Path, verify: bool = False) -> None:
+    runtime = DashRuntime.load(folder / BUNDLE, "cpu-fp32", verify=verify)
+    runtime.generate([1, 2, 3], 2, trade_off=1.0)
+
+
+def resealed(root: Path, name: str) -> None:
+    """Note a file's hash anew wherever the bundle lists it: a forger has the whole bundle."""
+    manifest, record = (json.loads((root / listing).read_text()) for listing in (MANIFEST, f"engines/cpu-fp32/{BUILD}"))
+    for entry in [*manifest["files"], *record["files"]]:
+        if entry["name"] == name:
+            entry.update(sha256=sha256_file(root / name), bytes=(root / name).stat().st_size)
+    (root / f"engines/cpu-fp32/{BUILD}").write_text(json.dumps(record))
+    (root / MANIFEST).write_text(json.dumps(manifest))
+    sealed(root)
+
+
+def sealed(root: Path) -> None:
+    """Note the build record's hash in the manifest, where that lists it."""
+    manifest = json.loads((root / MANIFEST).read_text())
+    if "builds" in manifest:
+        manifest["builds"]["cpu-fp32"] = sha256_file(root / f"engines/cpu-fp32/{BUILD}")
+        (root / MANIFEST).write_text(json.dumps(manifest))
+
+
+def _rebuilt(folder: Path) -> None:
+    copy = folder / "rebuilt.dash"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder / BUNDLE, copy, ignore=shutil.ignore_patterns("engines"))
+    build(copy, "cpu", weights="fp32")
+
+
+def _graph(path: Path) -> None:
+    load_graph(path)
+    graph_run(path)
+
+
+def _engine(path: Path) -> None:
+    OrtEngine(path, shared_pool_options())
+
+
+def _onnx(name: str, read: Callable[[Path], object], deep: Callable[[Path], object], every: int) -> Parser:
+    """An .onnx file of the bundle."""
+
+    def after(folder: Path) -> None:
+        resealed(folder / BUNDLE, name)
+        deep(folder)
+
+    return Parser(mutators.in_onnx, _files(f"{BUNDLE}/{name}"), _written(f"{BUNDLE}/{name}", read), after, every)
+
+
+def _chosen(_: Path, data: bytes) -> None:
+    """Accepted where one of the options that take a list accepts it."""
+    refused: list[Exception] = []
+    for kind in (LayerList(), NumberList(0.0), NumberList(0.0, 1.0), KindList()):
+        try:
+            kind.convert(data.decode("utf-8", "surrogateescape"), None, None)
+        except click.UsageError as error:
+            refused.append(error)
+    if len(refused) == 4:
+        raise refused[0]
+
+
+def _policy(path: Path) -> object:
+    return load_policy(path, open_checkpoint(path.parent / "made" / "model").spec)
+
+
+def _lines(path: Path) -> None:
+    read_plain_prompts(path)
+    read_prompts(path)
+
+
+LINES = b"""{"prompt": "a"}
+{"turns": ["b", "c"]}
+{"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]}
+"""
+TASKS = [
+    b'{"query": "Two and two?", "choices": ["four", "five"], "gold": 0, "id": 7}',
+    b'{"context": "a b", "target": " c"}\n\n{"context": "d", "target": "e"}',
+    LINES[:40],
+]
+TEMPLATES = [
+    b"{% for m in messages %}{{ m['role'] + '\\n' + m.content | trim }}{% if not loop.last %}, {% endif %}{% endfor %}",
+    b"{% set ns = namespace(a=1) %}{% for i in range(3) %}{% set ns.a = ns.a * 2 ~ i %}{% endfor %}{{ ns.a | tojson }}",
+    b"{% macro f(x, y=3) %}{{ x | join('-') | replace('a', 'b') }}{% endmacro %}{{ f(messages | map('length')) }}",
+    b"{% generation %}{{ raise_exception('no') if messages | length > 9 else strftime_now('%Y') }}{% endgeneration %}",
+]
+LISTS = [b"2-5,9", b"0.9,0.85", b"static,token,dense", b"1, 3-4 ,7", b"1e-3"]
+
+PARSERS = {
+    "gguf": Parser(mutators.in_gguf, _files("*.gguf"), _written("in.gguf", _weights)),
+    "config": Parser(
+        mutators.in_json,
+        _files(f"{MODEL}/config.json"),
+        _written(f"{MODEL}/config.json", lambda path: _weights(path.parent)),
+    ),
+    "weights": Parser(
+        mutators.in_safetensors,
+        _files(f"{MODEL}/model.safetensors"),
+        _written(f"{MODEL}/model.safetensors", lambda path: _weights(path.parent)),
+    ),
+    "index": Parser(
+        mutators.in_json,
+        _files(f"{SHARDED}/*.index.json"),
+        _written(f"{SHARDED}/model.safetensors.index.json", lambda path: _weights(path.parent)),
+    ),
+    "tokenizer": Parser(
+        mutators.in_json,
+        _files(f"{MODEL}/tokenizer.json"),
+        _written(f"{MODEL}/tokenizer.json", _model_and_text, f"{BUNDLE}/tokenizer.json"),
+    ),
+    "text_config": Parser(
+        mutators.in_json,
+        _files(f"{MODEL}/tokenizer_config.json", f"{MODEL}/generation_config.json"),
+        _written(
+            f"{MODEL}/tokenizer_config.json",
+            _model_and_text,
+            f"{MODEL}/generation_config.json",
+            f"{BUNDLE}/tokenizer_config.json",
+            f"{BUNDLE}/generation_config.json",
+        ),
+    ),
+    "template": Parser(
+        mutators.in_text,
+        lambda folder: [*TEMPLATES, (folder / MODEL / "chat_template.jinja").read_bytes()],
+        _written(f"{MODEL}/chat_template.jinja", _model_and_text, f"{BUNDLE}/chat_template.jinja"),
+    ),
+    "recipe": Parser(
+        mutators.in_toml,
+        _files("engines/*.toml"),
+        _written("mine.toml", lambda path: load_recipe(str(path))),
+    ),
+    "policy": Parser(mutators.in_safetensors, _files("policy.safetensors"), _written("mine.safetensors", _policy)),
+    "manifest": Parser(
+        mutators.in_json,
+        _files(f"{BUNDLE}/{MANIFEST}"),
+        _written(f"{BUNDLE}/{MANIFEST}", lambda path: _opened(path.parent)),
+        _generated,
+    ),
+    "build": Parser(
+        mutators.in_json,
+        _files(f"{BUILT}/{BUILD}"),
+        _written(f"{BUILT}/{BUILD}", _record),
+        _generated,
+    ),
+    "graph": _onnx("onnx/skip_02.onnx", _graph, _rebuilt, 64),
+    "policy_graph": _onnx("onnx/policy.onnx", _graph, _rebuilt, 64),
+    "engine": _onnx("engines/cpu-fp32/skip_02.onnx", _engine, partial(_generated, verify=True), 8),
+    "policy_engine": _onnx("engines/cpu-fp32/policy_02.onnx", _engine, partial(_generated, verify=True), 8),
+    "prompts": Parser(mutators.in_lines, lambda _: [LINES], _written("mine.jsonl", _lines)),
+    "tasks": Parser(mutators.in_lines, lambda _: TASKS, _written("mine.jsonl", read_items)),
+    "lists": Parser(mutators.in_text, lambda _: LISTS, _chosen),
+}
+
+
+def preloaded(folder: Path) -> None:
+    """Import what parsers import late, before the workers are forked."""
+    _weights(folder / "a.gguf")
+    _weights(folder / MODEL)

@@ -9,14 +9,16 @@ BUNDLE := .cache/bench.dash
 BENCHES := alone caches dispatch skipping owed precision batch prefill load
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 PYTEST_ARGS ?=
+SECONDS ?= 3600
 
-.PHONY: help demo test lint bench clean distclean
+.PHONY: help demo test lint fuzz bench clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    a real model (SmolLM2-135M) to engines, answering prompts densely and with layers skipped"
 	@echo "make test    all tests (installs torch and transformers, which the reference needs)"
 	@echo "make lint    ruff and mypy"
+	@echo "make fuzz    damaged files for every parser, for an hour (SECONDS=60: a minute)"
 	@echo "make bench   the benchmarks of tools/bench (half an hour; nothing else should run)"
 	@echo "make clean   remove .venv, build outputs and tool caches; .cache (the demo's model and bundle) stays"
 	@echo "make distclean   the same, and .cache too"
@@ -32,6 +34,9 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.test
+	@nice -n 10 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 bench: $(VENV)/.demo
 	@$(BIN)/python tools/bench_bundle.py

@@ -38,11 +38,15 @@ class LayerList(_Layers):
         for part in str(value).replace(" ", "").split(","):
             span = _SPAN.fullmatch(part)
             if span is None:
-                self.fail(f"{part!r} is not a layer or a range of layers; expected something like 2-5,9", param, ctx)
+                self.fail(
+                    f"{part!r:.60} is not a layer or a range of layers; expected something like 2-5,9", param, ctx
+                )
             first, last = int(span[1]), int(span[2] or span[1])
             if last < first or last >= _MAX_LAYERS:
                 self.fail(
-                    f"{part!r} is not a range of layers: give the lower number first, below {_MAX_LAYERS}", param, ctx
+                    f"{part!r:.60} is not a range of layers: give the lower number first, below {_MAX_LAYERS}",
+                    param,
+                    ctx,
                 )
             layers.update(range(first, last + 1))
         return tuple(sorted(layers))

@@ -41,10 +41,10 @@ class NumberList(_Numbers):
             try:
                 number = float(part)
             except ValueError:
-                self.fail(f"{part!r} is not a number; expected numbers with commas between them", param, ctx)
+                self.fail(f"{part!r:.60} is not a number; expected numbers with commas between them", param, ctx)
             if not self.low < number <= self.high or number == float("inf"):
                 limit = f" and at most {self.high:g}" if self.high != float("inf") else ""
-                self.fail(f"{part} is out of range: give numbers above {self.low:g}{limit}", param, ctx)
+                self.fail(f"{part:.60} is out of range: give numbers above {self.low:g}{limit}", param, ctx)
             numbers.append(number)
         return tuple(dict.fromkeys(numbers))
 
@@ -58,7 +58,7 @@ class KindList(_Kinds):
         kinds = value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
         for kind in kinds:
             if kind not in POLICY_KINDS:
-                self.fail(f"{kind!r} is not a policy kind; known: {', '.join(POLICY_KINDS)}", param, ctx)
+                self.fail(f"{kind!r:.60} is not a policy kind; known: {', '.join(POLICY_KINDS)}", param, ctx)
         return kinds
 
 

@@ -15,6 +15,7 @@ from dash_export.errors import CheckpointError
 from dash_export.models.files import parse_object, read_in_chunks, read_text, require
 from dash_export.models.spec import Float32Array
 
+MAX_AXES = 4  # a policy's tensors have three
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -64,7 +65,10 @@ def open_weights(files: list[Path]) -> dict[str, SafetensorsWeight]:
                 if name in weights:
                     raise ValueError(f"{name!r:.100} is in {weights[name].path.name} too")
                 entry = file.get_slice(name)
-                weights[name] = SafetensorsWeight(path, name, tuple(entry.get_shape()), entry.get_dtype())
+                shape = tuple(entry.get_shape())
+                if len(shape) > MAX_AXES:
+                    raise ValueError(f"{name!r:.100} has {len(shape)} axes")
+                weights[name] = SafetensorsWeight(path, name, shape, entry.get_dtype())
     return weights
 
 
@@ -122,4 +126,6 @@ def _opened(path: Path) -> Iterator[Any]:
         with safetensors.safe_open(str(path), framework="np") as file:
             yield file
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a sound safetensors file (truncated or damaged?): {error}") from error
+        raise CheckpointError(
+            f"{path} is not a sound safetensors file (truncated or damaged?): {error!s:.300}"
+        ) from error

@@ -200,11 +200,11 @@ LINES = b"""{"prompt": "a"}
 TASKS = [
     b'{"query": "Two and two?", "choices": ["four", "five"], "gold": 0, "id": 7}',
     b'{"context": "a b", "target": " c"}\n\n{"context": "d", "target": "e"}',
-    LINES[:40],
+    b'{"prompt": "a"}\n{"turns": ["b", "c"]}',
 ]
 TEMPLATES = [
     b"{% for m in messages %}{{ m['role'] + '\\n' + m.content | trim }}{% if not loop.last %}, {% endif %}{% endfor %}",
-    b"{% set ns = namespace(a=1) %}{% for i in range(3) %}{% set ns.a = ns.a * 2 ~ i %}{% endfor %}{{ ns.a | tojson }}",
+    b"{% set ns = namespace(a=1) %}{% for i in range(3) %}{% set ns.a = ns.a + 2 * i %}{% endfor %}{{ ns.a | tojson }}",
     b"{% macro f(x, y=3) %}{{ x | join('-') | replace('a', 'b') }}{% endmacro %}{{ f(messages | map('length')) }}",
     b"{% generation %}{{ raise_exception('no') if messages | length > 9 else strftime_now('%Y') }}{% endgeneration %}",
 ]

@@ -71,11 +71,13 @@ def _watched(folder: Path, writes: list[str]) -> None:
     flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        changes = event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate")
-        if changes or (event == "open" and isinstance(arguments[2], int) and arguments[2] & flags):
-            path = arguments[0]
-            inside = isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(allowed)
-            if not inside:
+        opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & flags
+        if opens or event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link"):
+            path, beside = arguments[0], None if opens else arguments[-1]
+            if isinstance(path, int):
+                return
+            path = os.path.join(f"/proc/self/fd/{beside}" if (beside or 0) > 0 else ".", os.fsdecode(path))  # noqa: PTH118
+            if not os.path.realpath(path).startswith(allowed):
                 writes.append(f"{event} {path!r}")
         elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"):
             writes.append(f"{event} {arguments!r:.100}")

@@ -39,9 +39,10 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
             stale.append(str(error))
     if verify:
         here = opened.has_graphs
-        opened.check_listed()
         opened.verify(record for record in opened.manifest.files if here or not record.name.startswith("onnx/"))
+        opened.check_listed(None)
         for build in builds:
+            opened.check_listed(build)
             opened.verify(build.files)
     facts = describe(opened, builds) | {"stale": stale}
     if as_json:

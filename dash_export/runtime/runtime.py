@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 from dash_export.artifacts import FileRecord
 from dash_export.build_record import Build, CostTable
-from dash_export.bundle import Bundle
+from dash_export.bundle import Bundle, Seal
 from dash_export.decision import DecisionRule, Setting
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.runtime.backends import load_backend
@@ -74,18 +74,21 @@ class DashRuntime:
         its own (GPU), `device` (the same in one CUDA graph, decisions and all), or `sync`; `plain` is without it (not
         for `sequence` and `token`). The recipe's by default.
         `threads` overrides the recipe's (0: one per physical core).
-        `verify` checks the SHA-256 of every file that is loaded first. Raises BundleError, RecipeError (of the recipe
-        recorded in a build), BackendError or PolicyError.
+        `verify` checks the SHA-256 of every file that is loaded, and that it is still the same when all is loaded.
+        Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError or PolicyError.
         """
         opened = Bundle.open(bundle)
         build = opened.load_build(target)
+        seal: Seal = {}
         if verify:
-            opened.check_listed()
-            opened.verify([record for record in opened.manifest.files if not record.name.startswith("onnx/")])
-            opened.verify(loaded_files(opened, build))
+            opened.check_listed(build)
+            text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]
+            seal = opened.verify([*text, *loaded_files(opened, build)])
         recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
         backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
-        return cls(opened, build, backend, dispatch)
+        runtime = cls(opened, build, backend, dispatch)
+        opened.check_same(seal)
+        return runtime
 
     @property
     def dispatch(self) -> str:

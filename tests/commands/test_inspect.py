@@ -11,6 +11,7 @@ import pytest
 
 from dash_export.commands.onnx_header import opsets
 from dash_export.runtime.cpus import saturates_int8
+from tests import forged
 from tests.commands.helpers import dash, python, refused
 
 WITHOUT_ONNX = """
@@ -76,9 +77,7 @@ def test_an_engine_for_prompts(own_bundle: Path) -> None:
 
 def test_builds_of_an_earlier_export(own_bundle: Path) -> None:
     """They are named, and the rest is shown."""
-    manifest = own_bundle / "manifest.json"
-    data = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(data | {"key": "0" * 32}))
+    forged.edit(own_bundle / "manifest.json", lambda data: data.update(key="0" * 32))
     shown = dash("inspect", own_bundle)
     assert shown.exit_code == 0, shown.output
     assert "engines for 'cpu-fp32' were built from an earlier export" in shown.stdout
@@ -106,7 +105,7 @@ def test_opsets_of_garbage(content: bytes, tmp_path: Path) -> None:
 
 
 def test_newer_schema(edit: Callable[[str, str, str], Path]) -> None:
-    assert "newer dash-export" in refused("inspect", edit("manifest.json", '"schema": 1', '"schema": 99'))
+    assert "newer dash-export" in refused("inspect", edit("manifest.json", '"schema": 2', '"schema": 99'))
 
 
 def test_path_that_leaves_the_bundle(edit: Callable[[str, str, str], Path]) -> None:

@@ -11,6 +11,7 @@ import torch
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.models.spec import FINAL_NORM
+from dash_export.outputs import MARK
 from dash_export.policy import training as training_module
 from dash_export.policy.regression import Regression
 from dash_export.policy.settings import TrainingSettings
@@ -122,6 +123,7 @@ def test_a_state_that_is_cut_short_begins_its_stage_anew(
     output = tmp_path / "policy.safetensors"
     folder = output.with_name(f"{output.name}.unfinished")
     folder.mkdir()
+    (folder / MARK).touch()
     (folder / "regression-state.pt").write_bytes(b"PK\x03\x04 cut short")
     (folder / "tuning-state.pt").write_bytes(bytes(1000))  # what a power cut may leave
     assert same(train(checkpoint, output, [prose], settings=SETTINGS), trained[1])

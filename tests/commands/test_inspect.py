@@ -85,6 +85,14 @@ def test_builds_of_an_earlier_export(own_bundle: Path) -> None:
     assert "earlier export" in refused("inspect", own_bundle, "--target", "cpu-fp32")
 
 
+def test_costs_of_a_busy_machine_say_so(own_bundle: Path) -> None:
+    record = own_bundle / "engines" / "cpu-fp32" / "build.json"
+    forged.edit(record, lambda data: data["cost"].update(others=0.9, stolen=0.0))
+    assert "while 0.9 processors worked for others" in dash("inspect", own_bundle, "--target", "cpu-fp32").stdout
+    forged.edit(record, lambda data: data["cost"].update(others=0.1))
+    assert "worked for others" not in dash("inspect", own_bundle, "--target", "cpu-fp32").stdout
+
+
 def test_needs_no_onnx(tiny_root: Path) -> None:
     done = python(WITHOUT_ONNX, tiny_root)
     assert done.returncode == 0, done.stderr

@@ -71,12 +71,12 @@ class _Child:
 
     def __init__(self, source: str) -> None:
         # A frozen program is no Python: it would start itself. -I -S: the path of here comes in the first message.
-        command = ["" if getattr(sys, "frozen", False) else sys.executable, "-I", "-S", str(CHILD)]
+        python = "" if getattr(sys, "frozen", False) else sys.executable or ""
         self._socket, theirs = socket.socketpair()
         with theirs:
             try:  # in a session of its own: an interrupt from the terminal is not for it
                 self._process = subprocess.Popen(
-                    command,
+                    [python, "-I", "-S", str(CHILD)],
                     stdin=theirs.fileno(),
                     stdout=theirs.fileno(),
                     stderr=subprocess.DEVNULL,

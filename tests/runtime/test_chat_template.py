@@ -154,13 +154,20 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_template(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by an error a user can read, soon, and at no cost here; nothing of Python leaks."""
-    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
     memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with pytest.raises(DashError, match="template") as caught:
         ChatTemplate(HOSTILE[name], {}).render(MESSAGES)
     assert len(str(caught.value)) < 500
     assert time.monotonic() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 64 << 10  # KiB
+
+
+@pytest.mark.parametrize("name", ["many-shown", "double", "double-sum", "joiner", "lazy-map", "pad", "repeat-list"])
+def test_memory_is_what_ends_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 30.0)
+    with pytest.raises(RequestError, match=r"512 MB.*its process has ended"):
+        ChatTemplate(HOSTILE[name], {}).render(MESSAGES)
 
 
 def test_child_has_limits() -> None:
@@ -173,8 +180,7 @@ def test_child_has_limits() -> None:
     assert os.getsid(child(template)) == child(template)  # Ctrl-C is not for it
 
 
-def test_child_writes_no_more_than_it_may() -> None:
-    """In memory of its own; what a template keeps of one turn is not there in the next."""
+def test_memory_of_one_turn_is_not_kept_for_the_next() -> None:
     template = ChatTemplate("{% set x = 'a' * 9_000_000 %}{{ x | length }}", {})
     assert [template.render(MESSAGES) for _ in range(100)] == ["9000000"] * 100
 
@@ -294,7 +300,8 @@ def test_child_that_talks_nonsense(answers: str, tmp_path: Path, monkeypatch: py
     """As one could that broke out of the sandbox."""
     script = tmp_path / "child.py"
     script.write_text(
-        f"import os, sys, time\nprint('[true, \"\"]', flush=True)\n{answers}\nsys.stdout.flush(); time.sleep(99)"
+        "import os, sys, time\nsys.stdin.readline(); print('[true, \"\"]', flush=True); sys.stdin.readline()\n"
+        f"{answers}\nsys.stdout.flush(); time.sleep(99)"
     )
     monkeypatch.setattr(chat_template, "CHILD", script)
     monkeypatch.setattr(chat_template, "SECONDS", 0.5)
@@ -320,7 +327,8 @@ def test_messages_that_no_json_can_say() -> None:
 
 
 SHARED = (
-    "{% for m in messages %}{% if loop.index == 3 %}{% break %}{% endif %}\n    {{ m | tojson(indent=2) }}\n{% endfor %}"
+    "{% for m in messages %}{% if loop.index == 3 %}{% break %}{% endif %}\n    {{ m | tojson(indent=2) }}\n"
+    "{% endfor %}"
     "{% generation %}{{ messages | tojson(sort_keys=true, separators=(',', ':')) }}{% endgeneration %}",
     "{{ 'one two' | wordwrap(3) }}{{ messages | pprint }}{{ '&lt;b&gt;<i>x</i>' | striptags }}{{ 'é\\u00e9' | e }}"
     "{{ strftime_now('%d %b %Y') }}{{ bos_token }}{{ messages | map(attribute='role') | join(', ') }}{{ nothing }}",

@@ -93,7 +93,7 @@ def test_chat_with_another_beginning(runtime: DashRuntime) -> None:
 def test_chat_whose_template_says_nothing(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     live = runtime.session()
     live.generate(random_ids(6), 3)
-    monkeypatch.setattr(runtime.text, "chat", lambda messages: [])  # noqa: ARG005
+    monkeypatch.setattr(runtime.text, "chat", lambda *_: [])
     with pytest.raises(RequestError, match="empty"):
         live.chat(MESSAGES)
     assert live.context_left == 512

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteFallback, Fuse, Sequence
 from tokenizers.models import BPE
 
+from dash_export import DashRuntime
 from dash_export.bundle import TEXT_FILES
-from dash_export.errors import BundleError, RequestError
+from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.runtime import text as text_module
 from dash_export.runtime.text import Text, TextStream
 from tests.models.helpers import tiny_tokenizer
@@ -132,3 +134,60 @@ def test_files_that_are_no_text_or_lie_elsewhere(tiny_root: Path, tmp_path: Path
     (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
     with pytest.raises(BundleError):
         Text(folder)
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> tuple[Text, list[int]]:
+    """A text of a tokenizer for which 64 spaces are one token, and the lengths of what that has been given."""
+    spaces = [" " * 2**power for power in range(7)]
+    vocabulary = {token: index for index, token in enumerate([*spaces, "a"])}
+    Tokenizer(BPE(vocabulary, [(token, token) for token in spaces[:-1]])).save(str(tmp_path / "tokenizer.json"))
+    text, given = Text(tmp_path), []
+
+    class Counted:
+        def __init__(self, tokenizer: Tokenizer) -> None:
+            self.encode = lambda part, **options: given.append(len(part)) or tokenizer.encode(part, **options)
+
+    text.tokenizer = Counted(text.tokenizer)  # type: ignore[assignment]
+    return text, given
+
+
+def test_text_far_too_long_is_not_encoded(encoded: tuple[Text, list[int]]) -> None:
+    text, given = encoded
+    with pytest.raises(ContextLengthError, match="over 2048 prompt tokens, but 1024 positions are free"):
+        text.encode("a" * 3_000_000, limit=1024)
+    assert given == [16 * 1024]
+    del given[:]
+    with pytest.raises(ContextLengthError):  # nor where it begins with what may fit
+        text.encode(" " * 100_000 + "a" * 3_000_000, limit=1024)
+    assert sum(given) < 500_000
+    with pytest.raises(ContextLengthError):
+        text.encode("a" * 5000, limit=0)
+
+
+def test_text_that_fits_is_encoded(encoded: tuple[Text, list[int]]) -> None:
+    """However many characters it has; and without a limit (texts that are scored in windows) any is."""
+    text, _ = encoded
+    assert text.encode(" " * 64 * 1024, limit=1024) == [6] * 1024
+    assert text.encode(" " * 64 * 1000 + "a" * 24, limit=1024) == [6] * 1000 + [7] * 24
+    for length in (1, 4096, 4097, 8192):
+        assert text.encode("a" * length, limit=length) == [7] * length
+        assert text.encode(" " * length, limit=max(1, length // 64)) == text.encode(" " * length)
+    assert len(text.encode("a" * 100_000)) == 100_000
+
+
+def test_prompts_far_too_long(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """In a session and in a batch, of text and of messages: by what is free, or by the whole context."""
+    runtime = tiny_runtime()
+    session, batch, long = runtime.session(), runtime.batch(2), "x" * 3_000_000
+    session.prefill([1] * 12)
+    asked: list[tuple[Callable[[], object], int]] = [
+        (lambda: session.generate(long), 500),
+        (lambda: session.prefill(long), 500),
+        (lambda: session.chat([{"role": "user", "content": long}]), 512),
+        (lambda: session.score(long), 512),
+        (lambda: batch.checked(long), 512),
+    ]
+    for ask, limit in asked:
+        with pytest.raises(ContextLengthError, match=f"over {2 * limit} prompt tokens"):
+            ask()

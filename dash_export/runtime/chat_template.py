@@ -84,7 +84,7 @@ class _Child:
                 )
             except OSError as error:
                 raise RequestError(f"{NO_PYTHON} ({error}).") from error
-        self._end = weakref.finalize(self, _end, self._process, self._socket, os.getpid())
+        self._end = weakref.finalize(self, _end, self._process, self._socket)
         path = [entry for entry in sys.path if isinstance(entry, str)]
         self.ask(json.dumps({"path": path, "memory": MEGABYTES << 20}), starting=True)
         good, text = self.ask(json.dumps({"source": source}))
@@ -122,9 +122,8 @@ class _Child:
         return bytes(answer)
 
 
-def _end(process: subprocess.Popen[bytes], connection: socket.socket, owner: int) -> None:
-    """End a child and reap it; in a process that was forked from its owner, only the copy of the connection."""
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    """End a child and reap it. In a process that was forked from its owner Popen finds that it has no such child."""
     connection.close()
-    if os.getpid() == owner:
-        process.kill()
-        process.wait()
+    process.kill()
+    process.wait()

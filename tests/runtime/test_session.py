@@ -356,7 +356,9 @@ def test_cache_is_sized_to_the_request(runtime: DashRuntime) -> None:
 def test_a_score_does_not_depend_on_what_was_before(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that begins a context has the tokens that begin one (a BOS, for some models)."""
     plain = runtime.text.encode
-    monkeypatch.setattr(runtime.text, "encode", lambda text, special=True: [7] * special + plain(text, special=False))
+    monkeypatch.setattr(
+        runtime.text, "encode", lambda text, special=True, **_: [7] * special + plain(text, special=False)
+    )
     live = runtime.session()
     scores = [live.score("One day").log_likelihoods for _ in range(2)]
     np.testing.assert_array_equal(*scores)

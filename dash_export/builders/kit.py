@@ -39,7 +39,7 @@ from dash_export.targets import Recipe, load_recipe, with_weights
 RECORD = "kit.json"
 SCRIPT = "build.py"
 RECIPE = "recipes"
-PACKAGES = ("numpy>=1.26", "tokenizers>=0.20", "jinja2>=3.1.5", "click>=8.1", "rich>=13", "onnx>=1.20", "onnx_ir>=1.1")
+PACKAGES = ("numpy>=1.26", "tokenizers>=0.20", "jinja2>=3.1.6", "click>=8.1", "rich>=13", "onnx>=1.20", "onnx_ir>=1.1")
 """What building needs on the device, beside its TensorRT; `tomli` and `ml_dtypes` come on top."""
 
 

@@ -98,7 +98,7 @@ def command(
             _as_dict if as_json else None,
         )
         return
-    ids = _encode(asking, text, templated)
+    ids = _encode(asking, text, templated, asking.session.context_left)
     stream = asking.session.stream(ids, asking.max_tokens, asking.sampling)
     if as_json:
         click.echo(json.dumps(_as_dict(list(stream)), ensure_ascii=False))
@@ -159,9 +159,9 @@ def _sampling(options: Mapping[str, Any]) -> Sampling:
     return Sampling(**{name: options[name] for name in names})
 
 
-def _encode(asking: Asking, prompt: str, templated: bool) -> list[int]:
+def _encode(asking: Asking, prompt: str, templated: bool, limit: int = sys.maxsize) -> list[int]:
     text = asking.session.text
-    return text.chat(asking.messages(prompt)) if templated else text.encode(prompt)
+    return text.chat(asking.messages(prompt), limit) if templated else text.encode(prompt, limit=limit)
 
 
 def _as_dict(responses: Sequence[Response]) -> dict[str, object]:

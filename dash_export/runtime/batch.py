@@ -73,7 +73,7 @@ class Batch:
         do not fit the context.
         """
         text, limit = self.prompts.text, self.engines.model.max_positions
-        ids = self.prompts.checked_ids(text.encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = self.prompts.checked_ids(text.encode(prompt, limit=limit) if isinstance(prompt, str) else prompt)
         more = room(max_tokens, limit - len(ids))
         if more < 1:
             raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")

@@ -86,7 +86,7 @@ class Session:
         """Answer a conversation given as messages {role, content}. What the cache already holds of it is not computed
         again.
         """
-        ids = self.text.chat(messages)
+        ids = self.text.chat(messages, self.engines.model.max_positions)
         self._rewind_to(ids)
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
 
@@ -332,7 +332,8 @@ class Session:
         where it is empty or not what the model knows.
         """
         special = fresh or not self.tokens
-        ids = self.text.encode(prompt, special=special) if isinstance(prompt, str) else prompt
+        limit = self.engines.model.max_positions if fresh else self.context_left
+        ids = self.text.encode(prompt, special=special, limit=limit) if isinstance(prompt, str) else prompt
         array = np.asarray(ids)
         if array.size == 0:
             raise RequestError("The prompt is empty: give at least one token.")

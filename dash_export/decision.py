@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.arguments import check_fields
 from dash_export.errors import PolicyError
 
 Damages = npt.NDArray[np.floating[Any]]
@@ -176,6 +177,7 @@ class Setting:
     nats per token, on the calibration text; `max_layers` bounds the layers of every token (for `token` and `sequence`
     beside another amount too).
     `seed` is for `random`. `hold` keeps the running mean of a `token` session at its budget, whatever the text.
+    Raises PolicyError for what is no number, no list of layers, ...; `check` looks at amounts.
     """
 
     policy: str | None = None
@@ -187,6 +189,9 @@ class Setting:
     max_layers: int | None = None
     seed: int = 0
     hold: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, PolicyError)
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -221,18 +226,13 @@ class Setting:
             raise PolicyError("hold keeps a token policy at its budget: give the budget with it.")
         if not 0 <= self.seed < 1 << 63:
             raise PolicyError(f"The seed must be a number from 0 to 2^63 - 1, not {self.seed}.")
-        if self.budget is not None:
-            check_budget(self.budget)
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise PolicyError(
+                f"The budget is the wanted decode time as a fraction of dense, in (0, 1], not {self.budget!r}."
+            )
         for name in ("skipped", "max_kl"):
-            amount = getattr(self, name)
-            if amount is not None and not (np.isfinite(amount) and amount >= 0):
-                raise PolicyError(f"{name} must be a finite number >= 0 (0 is dense), not {amount!r}.")
-
-
-def check_budget(budget: float) -> None:
-    """Raises PolicyError for a budget outside (0, 1]."""
-    if not 0 < budget <= 1:
-        raise PolicyError(f"The budget is the wanted decode time as a fraction of dense, in (0, 1], not {budget!r}.")
+            if (getattr(self, name) or 0) < 0:
+                raise PolicyError(f"{name} must be a finite number >= 0 (0 is dense), not {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)

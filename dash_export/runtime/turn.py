@@ -30,7 +30,7 @@ class Turn:
     def __init__(self, text: Text, sampling: Sampling, max_tokens: int, prompt_tokens: int) -> None:
         self._text, self._max_tokens = text, max_tokens
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
-        self._statistics = Statistics(prompt_tokens=prompt_tokens)
+        self.statistics = Statistics(prompt_tokens=prompt_tokens)
         self.begin()
 
     def begin(self) -> None:
@@ -44,20 +44,20 @@ class Turn:
         token = self._sampler(logits, context)
         piece = self._stream.push(token)
         seconds = time.perf_counter() - self._began
-        if self._statistics.tokens:
-            self._statistics = replace(
-                self._statistics,
-                decode_steps=self._statistics.decode_steps + 1,
-                layers=self._statistics.layers + len(actions) - int(actions.sum()),
+        if self.statistics.tokens:
+            self.statistics = replace(
+                self.statistics,
+                decode_steps=self.statistics.decode_steps + 1,
+                layers=self.statistics.layers + len(actions) - int(actions.sum()),
             )
-        self._statistics = self._statistics.counted(seconds)
+        self.statistics = self.statistics.counted(seconds)
         reason = None
         if token in self._text.eos_ids or self._stream.stopped:
             reason = "stop"
-        elif self._statistics.tokens == self._max_tokens:
+        elif self.statistics.tokens == self._max_tokens:
             reason = "length"
         elif cancelled:
             reason = "cancelled"
         if reason is not None and not self._stream.stopped:
             piece += self._stream.finish()
-        return Response(piece, token, actions, seconds, self._statistics, reason)
+        return Response(piece, token, actions, seconds, self.statistics, reason)

@@ -18,6 +18,7 @@ heavy.add("polygraphy")
 print(sorted(heavy & set(sys.modules)), sorted(name for name in sys.modules if name.startswith("dash_export.")))
 """
 GROUND = {
+    "arguments",
     "artifacts",
     "build_record",
     "bundle",

@@ -97,7 +97,7 @@ def decision_rule(
     PolicyError when the trade-off is negative or not finite, or when `max_layers` is below what always runs.
     """
     gated_set = set(gated)
-    if not np.isfinite(trade_off) or trade_off < 0:
+    if not 0 <= trade_off < float("inf"):
         raise PolicyError(f"The trade-off must be a finite number >= 0 (0 is dense), not {trade_off!r}.")
     always = num_layers - len(gated_set)
     if max_layers is None:
@@ -211,7 +211,7 @@ class Setting:
     def check(self) -> None:
         """Raises PolicyError for an unknown kind and for amounts that do not go together."""
         if self.kind not in POLICY_KINDS:
-            raise PolicyError(f"There is no policy kind {self.kind!r}. Known: {', '.join(POLICY_KINDS)}.")
+            raise PolicyError(f"There is no policy kind {self.kind!r:.60}. Known: {', '.join(POLICY_KINDS)}.")
         takes = _TAKES[self.kind]
         wrong = [name for name in self.given if name not in takes]
         if wrong:

@@ -27,6 +27,7 @@ from dash_export.runtime.session import Session
 from dash_export.runtime.turn import MAX_TOKENS, Turn, room
 
 _END = object()
+MAX_SIZE = 1024
 PAUSE = 1e-3
 """Seconds until a generator of prompts is asked again, where nothing else is to be done."""
 
@@ -80,8 +81,6 @@ class Batch:
         text, limit = self.prompts.text, self.engines.model.max_positions
         ids = self.prompts.checked_ids(text.encode(prompt) if isinstance(prompt, str) else prompt)
         more = room(max_tokens, limit - len(ids))
-        if more < 1:
-            raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
         if len(ids) + more > limit:
             raise ContextLengthError(
                 f"The context does not hold this: {len(ids)} prompt tokens and {more} new ones, but the model has "
@@ -107,6 +106,7 @@ class Batch:
         `finish_reason` "error" and the `error`. Raises BackendError where a step for all of them fails, and
         RequestError for arguments, or in a stream that goes on after another one of this batch has begun.
         """
+        room(max_tokens, 1)  # refused for all prompts at once
         this = self._stream_now = object()
         self._cancelled.clear()
         return self._alone(this, self._stream(prompts, max_tokens, sampling or Sampling()))

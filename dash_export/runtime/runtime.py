@@ -14,7 +14,7 @@ from dash_export.decision import DecisionRule, Setting
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
-from dash_export.runtime.batch import Batch
+from dash_export.runtime.batch import MAX_SIZE, Batch
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.device.engines import BESIDE, DeviceEngines
 from dash_export.runtime.engine_set import EngineSet
@@ -43,7 +43,7 @@ class DashRuntime:
         has_network = bundle.manifest.policy.has_network
         dispatch = dispatch or (self.recipe.runtime.dispatch if has_network else "plain")
         if dispatch not in DISPATCH_MODES:
-            raise PolicyError(f"There is no dispatch mode {dispatch!r}. Known: {', '.join(DISPATCH_MODES)}.")
+            raise PolicyError(f"There is no dispatch mode {dispatch!r:.60}. Known: {', '.join(DISPATCH_MODES)}.")
         if dispatch != "plain" and not has_network:
             raise PolicyError(
                 f"Dispatch {dispatch!r} needs a token policy, and this bundle has none. Export it with --policy."
@@ -150,8 +150,8 @@ class DashRuntime:
 
     @check_arguments
     def _batch(self, session: Session, size: int) -> Batch:
-        if size < 1:
-            raise RequestError(f"size must be at least 1, how many sequences a batch holds, not {size}.")
+        if not 1 <= size <= MAX_SIZE:
+            raise RequestError(f"size, how many sequences a batch holds, must be from 1 to {MAX_SIZE}, not {size}.")
         if not isinstance(self.engines, EngineSet):
             raise BackendError(
                 f"The engines for {self.build.target!r} take one sequence at a time: use sessions, "
@@ -159,6 +159,7 @@ class DashRuntime:
             )
         return Batch(self.engines, session, size)
 
+    @check_arguments
     def session_under(self, rule: Rule | SessionRules) -> Session:
         """A new conversation whose actions come from `rule`: for evaluation and for policies of your own."""
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)

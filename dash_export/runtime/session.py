@@ -117,8 +117,6 @@ class Session:
         ids = self._with_pending(self.checked_ids(prompt))
         sampling = sampling or Sampling()
         max_tokens = room(max_tokens, self.context_left - len(ids))
-        if max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
         self._check_room(len(ids), max_tokens)
         self._cancelled = False
         self._streams += 1
@@ -256,11 +254,8 @@ class Session:
 
     def decode_one(self, token: int, rule: Rule | None = None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
         """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
-        # By hand: answers are timed by this.
-        if not isinstance(token, int | np.integer) or not 0 <= token < self.engines.model.vocab_size:
-            raise RequestError(
-                f"token must be a whole number from 0 to {self.engines.model.vocab_size - 1}; got {token!r:.60}."
-            )
+        if type(token) is not int or not 0 <= token < self.engines.model.vocab_size:  # answers are timed by this
+            (token,) = self.checked_ids([token]).tolist()
         self._check_room(1 + len(self._pending), 0)
         self._streams += 1
         for pending in self._pending:

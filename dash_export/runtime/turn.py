@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.errors import RequestError
 from dash_export.runtime.results import Response, Statistics
 from dash_export.runtime.sampling import Logits, Sampler, Sampling
 from dash_export.runtime.text import Text, TextStream
@@ -19,8 +20,10 @@ MAX_TOKENS = 256
 
 def room(max_tokens: int | None, free: int) -> int:
     """`max_tokens`; or, for None, as many as MAX_TOKENS and the `free` positions of the context allow. What does not
-    fit at all is left to whoever checks it.
+    fit at all is left to whoever checks it. Raises RequestError where it is below 1.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
     return max(1, min(MAX_TOKENS, free)) if max_tokens is None else max_tokens
 
 

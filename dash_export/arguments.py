@@ -95,7 +95,7 @@ def _taken(name: str, hint: Any, value: Any, error: type[DashError]) -> Any:
     if hint is Any or (value is None and NoneType in options):
         return value
     kind = next(option for option in options if option is not NoneType) if NoneType in options else hint
-    words, take = _KINDS.get(kind) or (f"a {getattr(kind, '__name__', kind)}", partial(_is, kind))
+    words, take = _KINDS.get(kind) or (f"a {kind.__name__}", partial(_is, kind))
     try:
         return take(value)
     except Exception:  # whatever a strange object does

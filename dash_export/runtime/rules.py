@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import exp, log
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ Counts = npt.NDArray[np.int64]
 Actions = npt.NDArray[np.int8]
 
 
-@runtime_checkable
 class Rule(Protocol):
     """`executed` is how many layers the token has run so far. `asks`: whether damage means anything to it; on a device
     a policy that nobody asks is not run. `settled`: damage [layers, tokens] as it is to be asked with, where layers are

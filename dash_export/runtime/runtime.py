@@ -159,7 +159,6 @@ class DashRuntime:
             )
         return Batch(self.engines, session, size)
 
-    @check_arguments
     def session_under(self, rule: Rule | SessionRules) -> Session:
         """A new conversation whose actions come from `rule`: for evaluation and for policies of your own."""
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)

@@ -9,15 +9,13 @@ stands in the main stream behind the segment whose input it reads. `plain`: noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.decision import Action
-from dash_export.errors import BackendError
 from dash_export.names import new_names, past_names, present_names
 from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.device.base import Context, Device, DeviceEngine, Memory
@@ -148,35 +146,21 @@ class DeviceStep:
 
     # --- one step
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """This step's turn on the device. One that fails is waited for: what it left under way reads what the next
-        step writes.
-        """
-        with self.engines.turn:
-            try:
-                yield
-            except BaseException:
-                for stream in (self.main, self.policy):
-                    with suppress(BackendError):
-                        stream.synchronize()
-                raise
-
     def decode(self, token: int, rule: Rule) -> int:
         """One token under `rule`; returns the layers it ran. Logits, damage and `actions` are this object's arrays."""
-        with self._turn():
+        with self.engines.turn:
             return self._decode(token, rule)
 
     def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
         """`sequence` tokens, every layer. `ask`: the tokens' damage is wanted too."""
-        with self._turn():
+        with self.engines.turn:
             self._prefill(tokens, ask)
 
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
         """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have
         done. Where tokens differ both graphs run, and rows are copied.
         """
-        with self._turn():
+        with self.engines.turn:
             self._teacher_force(tokens, rule, dense)
 
     def _decode(self, token: int, rule: Rule) -> int:

@@ -127,6 +127,7 @@ def test_nothing_but_our_errors(tiny_runtime: LoadRuntime) -> None:
         (lambda r: r.load(r.bundle.root, threads=-1), RequestError, "threads must be from 0"),
         (lambda r: r.stream([1], NAN), RequestError, "max_tokens must be a whole number or None; got nan"),
         (lambda r: r.stream([[1], [2, 3]]), RequestError, r"prompt must be text, or one list of integers.*\[\[1\], "),
+        (lambda r: r.score([1, True]), RequestError, r"ids must be .*; got \[1, True\]"),
         (lambda r: r.score(None), RequestError, "ids must be text, or one list of integers"),
         (lambda r: r.session().score([1, 2], 2, np.zeros((2, 5), np.int8)), PolicyError, r"must be \[2, 6\]"),
         (lambda r: r.chat("hello"), RequestError, "messages must be a list of messages {role, content}; got 'hello'"),

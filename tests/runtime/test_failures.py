@@ -89,6 +89,16 @@ def test_a_prompt_that_fails(tiny_root: Path, stop: Fail) -> None:
     np.testing.assert_array_equal(live.generate(FIRST, 5).tokens, runtime.generate(FIRST, 5).tokens)
 
 
+@pytest.mark.parametrize("engine", ["skip_03.onnx", "layer_04.onnx", "policy_03.onnx"])
+def test_a_score_that_fails(engine: str, tiny_root: Path, stop: Fail) -> None:
+    options = stop(engine)
+    live = DashRuntime.load(tiny_root, "cpu-fp32", dispatch="sync").session(trade_off=1e3)
+    options.terminate = True
+    with pytest.raises(BackendError, match=engine):
+        live.score(FIRST)
+    assert live.tokens == []
+
+
 def test_a_step_of_a_batch_that_fails_ends_all(tiny_root: Path, stop: Fail) -> None:
     options = stop("layer_04.onnx")
     runtime = DashRuntime.load(tiny_root, "cpu-fp32")

@@ -18,6 +18,7 @@ heavy |= {"polygraphy", "jinja2"}  # chat templates are rendered in a process of
 print(sorted(heavy & set(sys.modules)), sorted(name for name in sys.modules if name.startswith("dash_export.")))
 """
 GROUND = {
+    "arguments",
     "artifacts",
     "build_record",
     "bundle",

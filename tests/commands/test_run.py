@@ -18,6 +18,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import RequestError
 from dash_export.runtime.text import Text
 from tests.commands.helpers import dash, environment, refused
+from tests.forged import rehash
 
 # A run whose every decoded token takes 20 ms, so that it can be interrupted.
 SLOW_RUN = """
@@ -229,7 +230,8 @@ def test_changed_engine(own_bundle: Path) -> None:
 
 def test_hostile_template(edit: Callable[[str, str, str], Path]) -> None:
     bundle = edit("chat_template.jinja", "{%", "{{ ''.__class__.__mro__ }}{%")
-    refused("run", bundle, "hello", *FP32)
+    rehash(bundle, "chat_template.jinja")
+    assert "SecurityError: access to attribute '__class__'" in refused("run", bundle, "hello", *FP32)
 
 
 def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:

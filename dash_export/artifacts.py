@@ -16,10 +16,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+from dash_export.errors import OutputError
 
 JOURNAL = ".journal.json"
 TEMPORARY = ".tmp-"
 """Names of what is not whole yet begin with this; the next run sweeps it away."""
+_LONGEST_NAME = 200
+_LONGEST_JOURNAL = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,29 @@ def content_key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Whole or not at all; text as UTF-8."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    temporary.unlink(missing_ok=True)
+    """Write whole or not at all, and so that a loss of power leaves the old or the new content; text as UTF-8. Raises
+    OutputError for a link, which may lead anywhere.
+    """
+    if path.is_symlink():
+        raise OutputError(f"{path} is a link, which is not replaced: name the file itself, or remove the link.")
+    temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}"[:_LONGEST_NAME])
     try:
         with temporary.open("xb") as file:  # a folder from a stranger may have put a link there
             file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -106,9 +126,9 @@ class ArtifactStore:
         self._lock = threading.Lock()
         self._journal: dict[str, dict[str, Any]] = {}
         try:
-            noted = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+            noted = json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL))
             self._journal = {name: entry for name, entry in noted.items() if _is_ours(entry)}
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             pass  # no journal, or one cut short: everything is made anew
 
     def sweep(self) -> None:
@@ -137,6 +157,8 @@ class ArtifactStore:
         began = time.perf_counter()
         try:
             paths = write(temporary)
+            for path in paths:
+                sync(path)
             records = [FileRecord(path.name, sha256_file(path), path.stat().st_size) for path in paths]
             for stale in self._journal.get(name, {}).get("files", ()):
                 (self.folder / stale["name"]).unlink(missing_ok=True)
@@ -157,6 +179,8 @@ class ArtifactStore:
 
     def keep_only(self, names: set[str]) -> None:
         """Forget and delete artifacts that no longer belong."""
+        if not set(self._journal) - names:
+            return
         kept = {record["name"] for name in names if name in self._journal for record in self._journal[name]["files"]}
         for name in set(self._journal) - names:
             for record in self._journal.pop(name)["files"]:

@@ -13,6 +13,9 @@ from dash_export.decision import DIALLED_KINDS, DialPoint
 from dash_export.errors import BundleError
 from dash_export.manifest import DAMAGED, Manifest, check_sizes
 
+QUIET = 0.2
+"""Processors that other work may take while costs are measured."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -83,6 +86,7 @@ class EngineRecord:
 class CostTable:
     """Measured on the device that built: medians in microseconds at `context` cached tokens.
 
+    `others` and `stolen` say beside what it was measured: processors that other processes and the host took meanwhile.
     `cost[l]` is (run - skip) of gated layer l as a fraction of `dense_us`, the dense time of one token; layers of
     identical shape share one. `launch`: what one launch more takes, as such a fraction, where a build has stretches; a
     dense token takes as few as can be.
@@ -95,6 +99,18 @@ class CostTable:
     cost: dict[int, float]
     device: str
     launch: float = 0.0
+    others: float = 0.0
+    stolen: float = 0.0
+
+    @property
+    def disturbed(self) -> str:
+        """What to say of a table that was measured beside other load; nothing of a quiet one."""
+        if self.others + self.stolen <= QUIET:
+            return ""
+        return (
+            f"Costs were measured while {self.others:.1f} processors worked for others and {self.stolen:.1f} were "
+            "withheld by the host: they and the dial may be wrong. Measure again when the machine is quiet (--measure)."
+        )
 
 
 @dataclass(frozen=True)
@@ -171,8 +187,8 @@ def check_build(build: Build, manifest: Manifest, where: str) -> None:
         raise BundleError(f"{where}: {min(unlisted)} is not among the files. {DAMAGED}")
     if set(build.cost.cost) != set(gated) or not all(map(isfinite, build.cost.cost.values())):
         raise BundleError(f"{where}: the cost table does not list the gated layers. {DAMAGED}")
-    if not isfinite(build.cost.launch) or build.cost.launch < 0:
-        raise BundleError(f"{where}: the cost of a launch is not a number >= 0. {DAMAGED}")
+    if not all(isfinite(cost) and cost >= 0 for cost in (build.cost.launch, build.cost.others, build.cost.stolen)):
+        raise BundleError(f"{where}: the cost of a launch or the load is not a number >= 0. {DAMAGED}")
     if build.policy_bias and (
         set(build.policy_bias) != set(gated) or not all(map(isfinite, build.policy_bias.values()))
     ):

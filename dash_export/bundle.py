@@ -9,16 +9,20 @@ smollm2.dash/
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from dash_export.artifacts import FileRecord, sha256_file
+from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, read_bounded, sha256_file, write_atomic
 from dash_export.build_record import Build, check_build
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
-from dash_export.manifest import DAMAGED, SCHEMA, Manifest, check_manifest
+from dash_export.manifest import DAMAGED, SCHEMA, Manifest, check_manifest, sealed
+from dash_export.names import ROUNDINGS, TIMING_CACHE
+from dash_export.outputs import holder, lock_file, locked
 from dash_export.targets import build_options
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -32,7 +36,15 @@ TEXT_FILES = (
     "chat_template.jinja",
 )
 """What the runtime reads of the model's text, where it is there."""
-
+LARGEST_RECORD = 32 << 20
+"""Bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
+_UNREAD = re.compile(
+    "|".join(map(re.escape, (BUILD, JOURNAL, ROUNDINGS, TIMING_CACHE)))
+    + rf"|{re.escape(TEMPORARY)}\w+-{re.escape(BUILD)}"
+)
+"""Names in an engines' folder that no engine is read from; the last is a record whose writer died."""
+Seal = dict[str, tuple[int, ...]]
+"""What `Bundle.verify` has seen: a file's name -> its identity."""
 
 _T = TypeVar("_T")
 
@@ -78,10 +90,11 @@ class Bundle:
         """
         root = Path(root)
         root = root if root.name else root.absolute()  # "." has none, and messages and kits take the bundle's
-        data = _read_json(root, MANIFEST, _no_bundle(root))
-        _refuse_newer(data, root)
+        data = _json(_contents(root, MANIFEST, _no_bundle), root / MANIFEST)
+        _refuse_other_schema(data, root)
         manifest = from_json(Manifest, data, f"{root.name}/{MANIFEST}")
-        for name in [*manifest.graphs.values(), *(record.name for record in manifest.files)]:
+        records = (*manifest.files, *manifest.builds.values())
+        for name in [*manifest.graphs.values(), *(record.name for record in records)]:
             safe_path(root, name)
         check_manifest(manifest, f"{root.name}/{MANIFEST}")
         return cls(root, manifest)
@@ -94,21 +107,27 @@ class Bundle:
 
     def targets(self) -> list[str]:
         """The targets this bundle has finished builds for."""
-        return sorted(path.parent.name for path in self.root.glob(f"engines/*/{BUILD}"))
+        return sorted(target for target, record in self.manifest.builds.items() if self.path(record.name).is_file())
 
     def load_build(self, target: str) -> Build:
-        """Read `build.json` of a target. Raises BundleError when there is none or it is of an earlier export."""
+        """Read `build.json` of a target. Raises BundleError when there is none, when it is not the one that the
+        manifest lists, or when it is of an earlier export.
+        """
         folder = f"engines/{target}"
-        self.path(folder)
-        if not self.path(f"{folder}/{BUILD}").is_file():
+        name = f"{folder}/{BUILD}"
+        record = self.manifest.builds.get(target)
+        if record is None or record.name != name or not self.path(name).is_file():
             built = ", ".join(self.targets()) or "none yet"
             state = "is unfinished" if self.path(folder).is_dir() else "does not exist"
             raise BundleError(
                 f"{self.root}: the build for target {target!r} {state} (built: {built}). "
                 f"Run: {self.build_command(target)}"
             )
-        data = _read_json(self.root, f"{folder}/{BUILD}", "")
-        _refuse_newer(data, self.root)
+        contents = _contents(self.root, name, _no_bundle)
+        if hashlib.sha256(contents).hexdigest() != record.sha256:
+            raise self._changed(name)
+        data = _json(contents, self.path(name))
+        _refuse_other_schema(data, self.root)
         build = from_json(Build, data, f"{self.root.name}/{folder}/{BUILD}")
         for name in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
             self.path(name)
@@ -120,6 +139,19 @@ class Bundle:
         check_build(build, self.manifest, f"{self.root.name}/{folder}/{BUILD}")
         return build
 
+    def save_build(self, build: Build) -> None:
+        """Write `build.json` and the manifest that lists it. The caller holds the target; other targets may be built
+        at the same time.
+        """
+        name, contents = f"engines/{build.target}/{BUILD}", to_json(build).encode()
+        write_atomic(self.path(name), contents)
+        record = FileRecord(name, hashlib.sha256(contents).hexdigest(), len(contents))
+        with locked(self.root / MANIFEST, "build", wait=True):
+            known = Bundle.open(self.root).manifest
+            manifest = sealed(replace(known, builds={**known.builds, build.target: record}))
+            write_atomic(self.root / MANIFEST, to_json(manifest))
+        self.manifest = manifest
+
     @property
     def has_graphs(self) -> bool:
         """Whether the portable graphs are here. A copy without them runs its engines all the same."""
@@ -130,29 +162,50 @@ class Bundle:
         own = f"--target {target}.toml (the recipe file that it was built from)"
         return f"dash-export build {self.root} {build_options(target) or own}"
 
-    def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> None:
-        """Check that files exist with the recorded size and SHA-256. Raises BundleError naming the first that does
-        not.
+    def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> Seal:
+        """Check that files exist with the recorded size and SHA-256, and return what tells later whether they are
+        still the same. Raises BundleError naming the first that is not.
         """
+        seal: Seal = {}
         for record in records:
             path = self.path(record.name)
             if not path.is_file():
                 raise BundleError(f"{self.root}: {record.name} is missing. {self._repair(record.name)}")
+            seal[record.name] = _identity(path)
             if path.stat().st_size != record.bytes or (hashes and sha256_file(path) != record.sha256):
+                raise self._changed(record.name)
+        return seal
+
+    def check_same(self, seal: Seal) -> None:
+        """Raises BundleError where a file that was verified is another one by now."""
+        for name, identity in seal.items():
+            if _identity(self.path(name)) != identity:
                 raise BundleError(
-                    f"{self.root}: {record.name} is not the file that was written (hash mismatch). "
-                    f"It was changed or damaged after it was made. {self._repair(record.name)}"
+                    f"{self.root}: {name} was replaced while it was read. Do not write to a bundle that is being "
+                    "loaded; load it again."
                 )
 
-    def check_listed(self) -> None:
-        """Raises BundleError where a file of the tokenizer's or the template's lies here that was not exported."""
-        listed = {record.name for record in self.manifest.files}
-        added = next((name for name in TEXT_FILES if name not in listed and self.path(name).exists()), None)
-        if added is not None:
+    def check_listed(self, build: Build | None) -> None:
+        """Raises BundleError where a file lies here that nothing lists, and that tokenizer, template or engines could
+        be read from.
+        """
+        files = build.files if build is not None else ()
+        listed = {record.name for record in (*self.manifest.files, *files)}
+        folder = f"engines/{build.target}" if build is not None and files else "onnx"
+        beside = (path.relative_to(self.root).as_posix() for path in self.path(folder).rglob("*") if not path.is_dir())
+        added = [name for name in TEXT_FILES if name not in listed and self.path(name).exists()]
+        added += [name for name in beside if name not in listed and not _UNREAD.fullmatch(PurePosixPath(name).name)]
+        if added:
             raise BundleError(
-                f"{self.root}: {added} was put there after the export, so that nothing says whether it is the model's. "
-                "Take it away, or put it into the model's folder and export again."
+                f"{self.root}: {min(added)} was put there afterwards, so that nothing says whether it is the model's. "
+                f"Take it away; or put it into the model's folder, export and build again."
             )
+
+    def _changed(self, name: str) -> BundleError:
+        return BundleError(
+            f"{self.root}: {name} is not the file that was written (hash mismatch). "
+            f"It was changed or damaged after it was made. {self._repair(name)}"
+        )
 
     def _repair(self, name: str) -> str:
         """What to do about a damaged file: engines are made from the rest, which may well be whole."""
@@ -162,16 +215,29 @@ class Bundle:
         return "The bundle is damaged: export and build it again."
 
 
-def _refuse_newer(data: Any, root: Path) -> None:
+def _identity(path: Path) -> tuple[int, ...]:
+    """Changes when a file is replaced or written to."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _refuse_other_schema(data: Any, root: Path) -> None:
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise NewerBundleError(
             f"{root} was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}). "
             "Upgrade: pip install -U dash-export."
         )
+    if isinstance(schema, int) and schema < SCHEMA:
+        raise BundleError(
+            f"{root} was written by an earlier dash-export (schema {schema}, this one reads {SCHEMA}). "
+            f"Export and build it again: dash-export build MODEL -o {root}"
+        )
 
 
 def _no_bundle(root: Path) -> str:
+    if writer := holder(lock_file(root.absolute())):
+        return f"{root} is being written by {writer}. Wait for that to end."
     if not root.exists():
         return f"There is no bundle at {root}. Make one: dash-export export MODEL -o {root}"
     return (
@@ -180,11 +246,18 @@ def _no_bundle(root: Path) -> str:
     )
 
 
-def _read_json(root: Path, name: str, missing: str) -> Any:
+def _contents(root: Path, name: str, missing: Callable[[Path], str]) -> bytes:
     path = safe_path(root, name)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_bounded(path, LARGEST_RECORD)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise BundleError(missing) from error
-    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(missing(root)) from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}). {DAMAGED}") from error
+
+
+def _json(contents: bytes, path: Path) -> Any:
+    try:
+        return json.loads(contents)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error}). {DAMAGED}") from error

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.arguments import check_fields
 from dash_export.errors import PolicyError
 
 Damages = npt.NDArray[np.floating[Any]]
@@ -96,7 +97,7 @@ def decision_rule(
     PolicyError when the trade-off is negative or not finite, or when `max_layers` is below what always runs.
     """
     gated_set = set(gated)
-    if not np.isfinite(trade_off) or trade_off < 0:
+    if not 0 <= trade_off < float("inf"):
         raise PolicyError(f"The trade-off must be a finite number >= 0 (0 is dense), not {trade_off!r}.")
     always = num_layers - len(gated_set)
     if max_layers is None:
@@ -176,6 +177,7 @@ class Setting:
     nats per token, on the calibration text; `max_layers` bounds the layers of every token (for `token` and `sequence`
     beside another amount too).
     `seed` is for `random`. `hold` keeps the running mean of a `token` session at its budget, whatever the text.
+    Raises PolicyError for what is no number, no list of layers, ...; `check` looks at amounts.
     """
 
     policy: str | None = None
@@ -187,6 +189,9 @@ class Setting:
     max_layers: int | None = None
     seed: int = 0
     hold: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, PolicyError)
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -206,7 +211,7 @@ class Setting:
     def check(self) -> None:
         """Raises PolicyError for an unknown kind and for amounts that do not go together."""
         if self.kind not in POLICY_KINDS:
-            raise PolicyError(f"There is no policy kind {self.kind!r}. Known: {', '.join(POLICY_KINDS)}.")
+            raise PolicyError(f"There is no policy kind {self.kind!r:.60}. Known: {', '.join(POLICY_KINDS)}.")
         takes = _TAKES[self.kind]
         wrong = [name for name in self.given if name not in takes]
         if wrong:
@@ -221,18 +226,13 @@ class Setting:
             raise PolicyError("hold keeps a token policy at its budget: give the budget with it.")
         if not 0 <= self.seed < 1 << 63:
             raise PolicyError(f"The seed must be a number from 0 to 2^63 - 1, not {self.seed}.")
-        if self.budget is not None:
-            check_budget(self.budget)
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise PolicyError(
+                f"The budget is the wanted decode time as a fraction of dense, in (0, 1], not {self.budget!r}."
+            )
         for name in ("skipped", "max_kl"):
-            amount = getattr(self, name)
-            if amount is not None and not (np.isfinite(amount) and amount >= 0):
-                raise PolicyError(f"{name} must be a finite number >= 0 (0 is dense), not {amount!r}.")
-
-
-def check_budget(budget: float) -> None:
-    """Raises PolicyError for a budget outside (0, 1]."""
-    if not 0 < budget <= 1:
-        raise PolicyError(f"The budget is the wanted decode time as a fraction of dense, in (0, 1], not {budget!r}.")
+            if (getattr(self, name) or 0) < 0:
+                raise PolicyError(f"{name} must be a finite number >= 0 (0 is dense), not {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)

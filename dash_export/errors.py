@@ -17,6 +17,14 @@ class BundleError(DashError):
     """The bundle on disk is missing, unfinished, changed, newer than this program or unsafe to open."""
 
 
+class OutputError(DashError):
+    """Something that is not this program's lies where it would write."""
+
+
+class BusyError(OutputError):
+    """Another process or thread writes the same output."""
+
+
 class NewerBundleError(BundleError):
     """The bundle was written by a newer program."""
 

@@ -7,8 +7,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,13 +18,13 @@ import onnx_ir as ir
 from dash_export import __version__
 from dash_export.artifacts import (
     JOURNAL,
-    TEMPORARY,
     ArtifactStore,
     FileRecord,
     Progress,
     content_key,
     no_progress,
     sha256_file,
+    sync,
     write_atomic,
 )
 from dash_export.bundle import MANIFEST, Bundle, to_json
@@ -32,8 +32,21 @@ from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
 from dash_export.graphs.policy import policy_graph
 from dash_export.graphs.writer import save_graph, save_tables
-from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts
+from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts, sealed
 from dash_export.models import Checkpoint, open_checkpoint
+from dash_export.outputs import (
+    MARK,
+    folder_locked,
+    lock_file,
+    locked,
+    named,
+    own_folder,
+    put_in_place,
+    recover,
+    removed_on_error,
+    unmark,
+    work_folder,
+)
 from dash_export.skip_policy import SkipPolicy, check_model, no_policy
 
 GRAPH_REVISION = 2
@@ -50,12 +63,11 @@ def export(
 
     Until it is whole everything lies in `<output>.unfinished`; a killed export resumes there, a finished one with the
     same inputs is left alone, or made anew where it is damaged. `progress(name, done, total)` is called after each
-    graph. Raises CheckpointError for the model, PolicyError for a policy of another model and BundleError for the
-    output.
+    graph. Raises CheckpointError for the model, PolicyError for a policy of another model, BundleError or OutputError
+    for the output, BusyError where another process writes it or builds in it.
     """
-    output = Path(output)
-    output = output if output.name else output.absolute()  # "." has none, and files beside it are named after it
-    _check_output(output)
+    output = named(output)
+    _refuse_foreign(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
     check_model(policy, checkpoint)
@@ -63,15 +75,20 @@ def export(
     # Where each decision reads one layer ahead, nothing is other than before there was a choice.
     decided = {name: fact for name, fact in asdict(facts).items() if name != "reads" or fact}
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, decided, sorted(checkpoint.assets.items()))
-    if output.exists() and (known := _whole(output, key)):
-        return known
-    unfinished = output.with_name(f"{output.name}.unfinished")
-    with _clean_on_error(unfinished):
-        (unfinished / "onnx").mkdir(parents=True, exist_ok=True)
-        manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
-        write_atomic(unfinished / MANIFEST, to_json(manifest))
-        (unfinished / "onnx" / JOURNAL).unlink()
-    _swap(unfinished, output)
+    with locked(output, "export"), ExitStack() as held:
+        recover(output)
+        _refuse_foreign(output)
+        if output.exists():
+            if known := _whole(output, key):
+                unmark(output)
+                return known
+            builds = (output / "engines").glob(lock_file(Path("*")).name)
+            held.enter_context(folder_locked(output, builds, shared=False))
+        unfinished = work_folder(output)
+        with removed_on_error(unfinished):
+            own_folder(unfinished / "onnx")
+            manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
+            _finish(unfinished, output, manifest)
     return Bundle.open(output)
 
 
@@ -87,6 +104,19 @@ def _whole(output: Path, key: str) -> Bundle | None:
     except BundleError:
         return None
     return known
+
+
+def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
+    """Put the finished bundle in place. Builds of an earlier export move along: `build` reuses what is unchanged."""
+    with suppress(BundleError):
+        manifest = replace(manifest, builds=Bundle.open(output).manifest.builds)
+    if (output / "engines").is_dir():
+        shutil.rmtree(unfinished / "engines", ignore_errors=True)  # moved by a run that was killed right after
+        (output / "engines").replace(unfinished / "engines")
+    write_atomic(unfinished / MANIFEST, to_json(sealed(manifest)))
+    (unfinished / "onnx" / JOURNAL).unlink()
+    sync(unfinished / "onnx")
+    put_in_place(unfinished, output)
 
 
 def _write(
@@ -127,9 +157,9 @@ def _write(
 
 def _remove_strays(root: Path, files: Iterable[FileRecord]) -> None:
     """A killed export of another policy or model may have begun here: its files do not belong."""
-    listed = {root / record.name for record in files} | {root / "onnx" / JOURNAL}
+    listed = {root / record.name for record in files} | {root / "onnx" / JOURNAL, root / MARK}
     for path in (*root.iterdir(), *(root / "onnx").iterdir()):
-        if path.is_file() and path not in listed:
+        if path not in listed and (path.is_symlink() or not path.is_dir()):
             path.unlink()
 
 
@@ -184,48 +214,13 @@ def _parameters(checkpoint: Checkpoint) -> int:
     return sum(math.prod(shape) for shape in checkpoint.spec.weight_shapes().values())
 
 
-def _check_output(output: Path) -> None:
-    previous = _previous(output)
-    if previous.exists() and not output.exists():
-        previous.replace(output)  # a kill between the two renames of _swap
-    elif previous.exists():
-        shutil.rmtree(previous)
+def _refuse_foreign(output: Path) -> None:
     # Others have manifests too, and folders called onnx.
     ours = any((output / "onnx" / name).is_file() for name in (portable.ROPE_FILE, "layer_00.onnx"))
     if output.exists() and not (ours and (output / MANIFEST).is_file()):
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )
-
-
-def _previous(output: Path) -> Path:
-    """Where the bundle that is replaced lies until its successor is in place: no name that a person would give."""
-    return output.with_name(f"{TEMPORARY}{output.name}.previous")
-
-
-def _swap(unfinished: Path, output: Path) -> None:
-    """Put the finished bundle in place. Builds of an earlier export move along: `build` reuses what is unchanged."""
-    previous = _previous(output)
-    if output.exists():
-        if (output / "engines").is_dir():
-            shutil.rmtree(unfinished / "engines", ignore_errors=True)  # moved by a run that was killed right after
-            (output / "engines").replace(unfinished / "engines")
-        output.replace(previous)
-    unfinished.replace(output)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-@contextmanager
-def _clean_on_error(folder: Path) -> Iterator[None]:
-    """An error or Ctrl-C leaves nothing behind; a kill leaves the folder for the next run to resume."""
-    existed = folder.parent.exists()
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not existed and folder.parent.exists() and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
-        raise
 
 
 def _version(name: str) -> str:

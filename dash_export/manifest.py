@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from dash_export.artifacts import FileRecord
 from dash_export.decision import POLICY_KINDS, check_reads, decision_points
 from dash_export.errors import BundleError, PolicyError
 
-SCHEMA = 1
+SCHEMA = 2
 DAMAGED = "The bundle is damaged: export or build it again."
 # Above any published model, so that an absurd manifest fails here instead of at an allocation.
 _LARGEST = {
@@ -87,8 +89,9 @@ class PolicyFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`. `graphs` maps a graph's name to its .onnx file; `files` lists every file with its hash; `key`
-    changes when anything an engine is made from does.
+    """`manifest.json`. `graphs` maps a graph's name to its .onnx file; `files` lists every exported file with its hash,
+    `builds` every target's `build.json`, which lists its engines; `key` changes when anything an engine is made from
+    does; `sha256` is of all the rest of the manifest (`sealed`).
     """
 
     schema: int
@@ -98,6 +101,14 @@ class Manifest:
     files: tuple[FileRecord, ...]
     key: str
     tools: dict[str, str] = field(default_factory=dict)
+    builds: dict[str, FileRecord] = field(default_factory=dict)
+    sha256: str = ""
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """The manifest with the hash of its contents."""
+    contents = asdict(replace(manifest, sha256=""))
+    return replace(manifest, sha256=hashlib.sha256(json.dumps(contents).encode()).hexdigest())
 
 
 def check_sizes(sizes: Mapping[str, int], where: str) -> None:
@@ -108,8 +119,10 @@ def check_sizes(sizes: Mapping[str, int], where: str) -> None:
 
 
 def check_manifest(manifest: Manifest, where: str) -> None:
-    """Sizes that can be, gated layers that exist, and a graph for each."""
+    """Contents that are those that were written, sizes that can be, gated layers that exist, and a graph for each."""
     model, gated = manifest.model, manifest.policy.gated
+    if sealed(manifest).sha256 != manifest.sha256:
+        raise BundleError(f"{where} was changed or damaged after it was made (hash mismatch). {DAMAGED}")
     sizes = {name: getattr(model, name) for name in _LARGEST}
     wrong = [f"{name} = {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST[name]]
     if wrong:
@@ -127,7 +140,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     needed |= {f"skip_{layer:02d}" for layer in gated} | ({"policy"} if manifest.policy.has_network else set())
     if needed - set(manifest.graphs):
         raise BundleError(f"{where}: there is no graph {min(needed - set(manifest.graphs))}. {DAMAGED}")
-    check_sizes({record.name: record.bytes for record in manifest.files}, where)
+    check_sizes({record.name: record.bytes for record in (*manifest.files, *manifest.builds.values())}, where)
     listed = {record.name for record in manifest.files if record.bytes > 0}
     unlisted = {*manifest.graphs.values(), "onnx/rope.data"} - listed
     if unlisted:

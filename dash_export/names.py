@@ -1,4 +1,4 @@
-"""Names of inputs and outputs that graphs, builders and the runtime agree on."""
+"""Names of inputs, outputs and files that graphs, builders and the runtime agree on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ POLICY_STATE = "policy_state"
 
 PREFILL = "prefill"
 """The engine of the whole model that a build may have for prompts."""
+
+ROUNDINGS = "roundings.npz"
+TIMING_CACHE = "timing.cache"
+"""Files in a build's folder from which engines are made again, and which no run reads."""
 
 
 def past_names(layer: int) -> tuple[str, str]:

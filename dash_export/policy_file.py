@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.artifacts import write_atomic
+from dash_export.artifacts import read_bounded, write_atomic
 from dash_export.errors import CheckpointError, PolicyError
 from dash_export.models.files import require
 from dash_export.models.safetensors_files import check_dtype, open_weights, read_metadata
@@ -25,6 +25,7 @@ from dash_export.typed_json import WrongFieldError, typed
 SCHEMA = 1
 METADATA = "dash_export_policy"
 _LONGEST_ORIGIN = 200
+_LARGEST_CARD = 16 << 20
 _FINAL_NORM = "model.final_norm"
 
 
@@ -47,6 +48,24 @@ class PolicyFileFacts:
 def card_path(path: str | Path) -> Path:
     """`NAME.safetensors` -> `NAME.json`."""
     return Path(path).with_suffix(".json")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises PolicyError where `save_policy` would write over something that is no policy and no card."""
+    card, is_card = card_path(path), True
+    try:
+        if path.exists():
+            _facts(path)
+        if card.exists():
+            known = json.loads(read_bounded(card, _LARGEST_CARD))
+            is_card = isinstance(known, dict) and {"kind", "gated", "settings"} <= known.keys()
+    except (CheckpointError, WrongFieldError, PolicyError, OSError, ValueError, RecursionError):
+        is_card = False
+    if not is_card:
+        raise PolicyError(
+            f"{path} or {card.name} beside it exists and is no skip policy: it will not be overwritten. Choose another "
+            "output (-o) or remove it."
+        )
 
 
 def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: Mapping[str, Any]) -> None:

@@ -129,9 +129,10 @@ class Recipe:
         return data
 
 
+MAX_THREADS = 1024
 # Bounds of the integers a recipe may hold, (lowest, highest).
 _BOUNDS = {
-    "threads": (0, 1024),
+    "threads": (0, MAX_THREADS),
     "kv_step": (16, 65536),
     "prefill_chunk": (1, 65536),
     "context": (2, 65536),

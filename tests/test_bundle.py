@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from dash_export.build_record import Segment
 from dash_export.bundle import BUILD, MANIFEST, Bundle, from_json, safe_path, to_json
 from dash_export.errors import BundleError, DashError
 from dash_export.manifest import Manifest
+from tests.forged import edit, reseal
 
 MUTATIONS = 250
 BUILD_JSON = f"engines/cpu-fp32/{BUILD}"
@@ -27,12 +29,6 @@ BUILD_JSON = f"engines/cpu-fp32/{BUILD}"
 def bundle(tiny_root: Path, tmp_path: Path) -> Path:
     """A copy that may be damaged."""
     return Path(shutil.copytree(tiny_root, tmp_path / "tiny.dash", symlinks=True))
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 def test_manifest_round_trip(tiny_root: Path) -> None:
@@ -46,7 +42,7 @@ def test_targets(tiny_root: Path) -> None:
 
 def test_what_was_put_there_after_the_export(bundle: Path) -> None:
     edit(bundle / MANIFEST, lambda data: data.update(files=[r for r in data["files"] if "template" not in r["name"]]))
-    with pytest.raises(BundleError, match=r"chat_template\.jinja was put there after the export"):
+    with pytest.raises(BundleError, match=r"chat_template\.jinja was put there afterwards"):
         DashRuntime.load(bundle, "cpu-fp32")
     (bundle / "chat_template.jinja").unlink()
     assert DashRuntime.load(bundle, "cpu-fp32").text.template is None
@@ -240,6 +236,70 @@ def test_manifest_of_before_there_were_orders(bundle: Path) -> None:
     assert Bundle.open(bundle).manifest.policy.kinds == ("dense", "static", "random", "sequence", "token")
 
 
+@pytest.mark.parametrize("name", [MANIFEST, BUILD_JSON])
+def test_one_digit_of_a_record(name: str, bundle: Path) -> None:
+    """A cost, a norm's epsilon: whatever a run believes is hashed."""
+    text = (bundle / name).read_text()
+    digits = [place for place, letter in enumerate(text) if letter in "12345678"]
+    for place in digits[:: max(1, len(digits) // 20)]:
+        (bundle / name).write_text(f"{text[:place]}{int(text[place]) + 1}{text[place + 1 :]}")
+        with pytest.raises(BundleError):
+            Bundle.open(bundle).load_build("cpu-fp32")
+    (bundle / name).write_text(text)
+    Bundle.open(bundle).load_build("cpu-fp32")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, BUILD_JSON])
+def test_a_record_that_is_no_small_file(name: str, bundle: Path) -> None:
+    """A FIFO would hang its reader, a sparse file would fill the memory."""
+    (bundle / name).unlink()
+    os.mkfifo(bundle / name)
+    with pytest.raises(BundleError, match=r"not a regular file|is unfinished"):
+        Bundle.open(bundle).load_build("cpu-fp32")
+    (bundle / name).unlink()
+    with (bundle / name).open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(BundleError, match=r"at most .* are read"):
+        Bundle.open(bundle).load_build("cpu-fp32")
+
+
+def test_an_earlier_schema(bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: data.update(schema=1))
+    with pytest.raises(BundleError, match=r"earlier dash-export \(schema 1.*dash-export build MODEL -o"):
+        Bundle.open(bundle)
+
+
+def test_weights_that_no_record_lists(bundle: Path) -> None:
+    edit(bundle / BUILD_JSON, lambda data: data.update(files=[r for r in data["files"] if "_03.data" not in r["name"]]))
+    with pytest.raises(BundleError, match=r"layer_03\.data was put there afterwards"):
+        DashRuntime.load(bundle, "cpu-fp32")
+    (bundle / "onnx" / "more.data").touch()
+    with pytest.raises(BundleError, match=r"more\.data was put there afterwards"):
+        DashRuntime.load(bundle, "portable")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "engines/cpu-fp32/layer_03.data"])
+@pytest.mark.parametrize("how", ["replaced", "written to"])
+def test_a_file_that_changes_while_it_is_loaded(
+    name: str, how: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = Bundle.verify
+
+    def and_change(self: Bundle, records: Any, **options: Any) -> Any:
+        seal = verify(self, records, **options)
+        path = bundle / name
+        if how == "replaced":
+            shutil.copy2(path, bundle.parent / "other")
+            (bundle.parent / "other").replace(path)
+        else:
+            path.write_bytes(path.read_bytes())
+        return seal
+
+    monkeypatch.setattr(Bundle, "verify", and_change)
+    with pytest.raises(BundleError, match=f"{name} was replaced while it was read"):
+        DashRuntime.load(bundle, "cpu-fp32")
+
+
 POINT = {"trade_off": 0.0, "layers": 6.0, "time": 1.0, "kl": 0.0}
 NAN, NEGATIVE = POINT | {"kl": float("nan")}, POINT | {"time": -1}
 DIALS: list[Any] = [[], {"magic": [POINT]}, {"token": [NAN]}, {"sequence": [POINT, NEGATIVE]}]
@@ -291,6 +351,7 @@ def test_mutated_json_never_raises_anything_else(name: str, bundle: Path) -> Non
     for _ in range(MUTATIONS):
         text, done = mutated(sound, rng)
         (bundle / name).write_text(text)
+        reseal(bundle)
         try:
             runtime = DashRuntime.load(bundle, "cpu-fp32", verify=False)
             runtime.generate([1, 2, 3], 2, trade_off=1.0)

@@ -254,7 +254,7 @@ BAD_SETTINGS: dict[str, tuple[Setting, str]] = {
     "hold-sequence": (Setting("sequence", budget=0.9, hold=True), "token policy"),
     "seed": (Setting("random", skipped=2.0, seed=-1), "seed"),
     "budget": (Setting("static", budget=0.0), r"\(0, 1\]"),
-    "nan": (Setting("random", skipped=float("nan")), "finite"),
+    "negative": (Setting("random", skipped=-1.0), "finite"),
 }
 
 

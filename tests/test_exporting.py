@@ -111,7 +111,7 @@ def test_a_damaged_bundle_is_made_anew(file: str, tmp_path: Path) -> None:
 def test_a_newer_bundle_is_not_overwritten(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     manifest = export(checkpoint, tmp_path / "a.dash").root / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 99', 1))
+    manifest.write_text(manifest.read_text().replace('"schema": 2', '"schema": 99', 1))
     with pytest.raises(NewerBundleError, match="Upgrade"):
         export(checkpoint, tmp_path / "a.dash")
 
@@ -148,8 +148,8 @@ def test_fewer_gated_layers_leave_no_orphans(tmp_path: Path, monkeypatch: pytest
         raise Died
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "_swap", dies)
-        patch.setattr(exporting, "_clean_on_error", _nothing)
+        patch.setattr(exporting, "put_in_place", dies)
+        patch.setattr(exporting, "removed_on_error", _nothing)
         with pytest.raises(Died):
             export(checkpoint, tmp_path / "a.dash", no_policy(6, (2, 3, 4)))
     bundle = export(checkpoint, tmp_path / "a.dash", no_policy(6, (3,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,14 @@ import onnx
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.artifacts import JOURNAL, sha256_file
+from dash_export.artifacts import JOURNAL
 from dash_export.builders import build
-from dash_export.bundle import BUILD, MANIFEST, Bundle
+from dash_export.bundle import BUILD, Bundle
 from dash_export.decision import decision_rule
 from dash_export.errors import BackendError, BundleError, DashError, PolicyError
 from dash_export.graphs.compose import load_graph
 from dash_export.runtime import backends
+from tests.forged import edit, rehash
 
 ENGINE = "engines/cpu-fp32/layer_02.policy.onnx"
 
@@ -35,16 +37,7 @@ def rewritten(root: Path, name: str, change: Callable[[onnx.ModelProto], object]
     model = onnx.load(root / name, load_external_data=False)
     change(model)
     onnx.save(model, root / name)
-    rehashed(root, name)
-
-
-def rehashed(root: Path, name: str) -> None:
-    for listing in (root / MANIFEST, *root.glob(f"engines/*/{BUILD}")):
-        data = json.loads(listing.read_text())
-        for record in data["files"]:
-            if record["name"] == name:
-                record.update(sha256=sha256_file(root / name), bytes=(root / name).stat().st_size)
-        listing.write_text(json.dumps(data))
+    rehash(root, name)
 
 
 def point_outside(location: str) -> Callable[[onnx.ModelProto], object]:
@@ -99,6 +92,14 @@ def test_graph_whose_weights_are_a_link(bundle: Path) -> None:
         build(bundle, "cpu", weights="fp32")
 
 
+def test_a_hard_link_is_named(bundle: Path) -> None:
+    """onnx_ir refuses it; `cp -al` makes many."""
+    os.link(bundle / "onnx/layer_02.data", bundle.parent / "second")
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(BundleError, match=r"layer_02\.data has a second name \(a hard link\).*Copy the bundle"):
+        build(bundle, "cpu", weights="fp32")
+
+
 def test_constant_node_whose_value_lies_outside(bundle: Path) -> None:
     """External data hides in attributes too."""
 
@@ -121,7 +122,7 @@ def test_constant_node_whose_value_lies_outside(bundle: Path) -> None:
 def test_truncated_engine(share: float, bundle: Path) -> None:
     data = (bundle / ENGINE).read_bytes()
     (bundle / ENGINE).write_bytes(data[: int(share * len(data))])
-    rehashed(bundle, ENGINE)
+    rehash(bundle, ENGINE)
     with pytest.raises(BackendError, match=r"refuses layer_02\.policy\.onnx"):
         DashRuntime.load(bundle, "cpu-fp32")
 
@@ -131,7 +132,7 @@ def test_truncated_engine(share: float, bundle: Path) -> None:
 def test_truncated_graph(name: str, share: float, bundle: Path) -> None:
     data = (bundle / name).read_bytes()
     (bundle / name).write_bytes(data[: int(share * len(data))])
-    rehashed(bundle, name)
+    rehash(bundle, name)
     shutil.rmtree(bundle / "engines")
     with pytest.raises(DashError):
         build(bundle, "cpu", weights="fp32")
@@ -148,7 +149,7 @@ def test_graph_that_lacks_a_node(which: int, bundle: Path) -> None:
 def test_truncated_weights(bundle: Path) -> None:
     for name in ("engines/cpu-fp32/layer_02.data", "onnx/layer_02.data"):
         (bundle / name).write_bytes((bundle / name).read_bytes()[:5000])
-        rehashed(bundle, name)
+        rehash(bundle, name)
     with pytest.raises(DashError):
         DashRuntime.load(bundle, "cpu-fp32")
     shutil.rmtree(bundle / "engines")
@@ -159,9 +160,7 @@ def test_truncated_weights(bundle: Path) -> None:
 def test_no_policy_is_no_damage(bundle: Path) -> None:
     """Damage that nobody computed would be 0: always skipped."""
     listing = bundle / "engines" / "cpu-fp32" / BUILD
-    data = json.loads(listing.read_text())
-    del data["engines"]["layer_02.policy"]
-    listing.write_text(json.dumps(data))
+    edit(listing, lambda data: data["engines"].pop("layer_02.policy"))
     with pytest.raises(BundleError, match=r"no engine layer_02\.policy"):
         DashRuntime.load(bundle, "cpu-fp32")
     plain = DashRuntime.load(bundle, "cpu-fp32", dispatch="plain")

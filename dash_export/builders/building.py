@@ -16,16 +16,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress, write_atomic
+from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress
 from dash_export.build_record import Build, EngineRecord, Segment, Stretch
 from dash_export.builders.dial import calibrate_dial
 from dash_export.builders.here import require_builder, run_obstacle, runs_here
 from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.builders.plan import plan_segments, plan_stretches
-from dash_export.bundle import BUILD, Bundle, to_json
+from dash_export.bundle import BUILD, Bundle, Seal
 from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
 from dash_export.manifest import SCHEMA
+from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 from dash_export.targets import BITS, Recipe, load_recipe, recipe_from_dict, with_weights
@@ -57,11 +58,28 @@ def build(
     Reuses every engine whose inputs are unchanged. With `verify` every engine is compared with its portable graph and
     the result is kept; with `measure` costs and dial are measured also where nothing changed.
 
-    Raises BundleError, RecipeError, BackendError; NotHereError where this machine cannot compile for the target.
+    Raises BundleError, RecipeError, BackendError; BusyError where another process builds the same or exports the
+    bundle; NotHereError where this machine cannot compile for the target.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     recipe = with_weights(load_recipe(target), weights, head, embedding, rounding, prefill)
     require_builder(recipe)
+    with _held(bundle, recipe.name):
+        return _build(bundle, recipe, verify, measure, progress)
+
+
+@contextmanager
+def _held(bundle: Bundle, target: str) -> Iterator[None]:
+    """Hold one target alone, and the bundle against exports. Raises BusyError."""
+    root = named(bundle.root)
+    with folder_locked(root, [lock_file(root)], shared=True):
+        own_folder(bundle.path("engines"))
+        with locked(root / "engines" / target, f"build for {target}"):
+            bundle.manifest = Bundle.open(bundle.root).manifest  # as it is now
+            yield
+
+
+def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress: Progress) -> Build:
     if measure and (obstacle := run_obstacle(recipe)) is not None:
         raise BackendError(f"Nothing can be measured here: {obstacle}")
     if not bundle.has_graphs:
@@ -81,8 +99,7 @@ def build(
     alone = facts.decision_points if recipe.engine is not None else ()
     segments = plan_segments(bundle.manifest.model.num_layers, facts.gated, merge, alone)
     stretches = _stretches(bundle, recipe)
-    folder = bundle.path(f"engines/{recipe.name}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = own_folder(bundle.path(f"engines/{recipe.name}"))
     bias: dict[int, float] = {}
     if merge:
         stop = threading.Event()
@@ -121,7 +138,7 @@ def build(
     if measures:
         draft = _measured(bundle, draft, recipe, progress)
     finished = replace(draft, seconds=known.seconds if known else round(time.perf_counter() - began, 3))
-    write_atomic(folder / BUILD, to_json(finished))
+    bundle.save_build(finished)
     return finished
 
 
@@ -180,7 +197,7 @@ def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build
     built = recipe_from_dict(known.recipe, "the recipe recorded in the build")
     device = _device(built) if built.engine is None else known.device  # what a GPU engine was compiled for stays so
     measured = _measured(bundle, replace(known, device=device, measuring=MEASURING_REVISION), built, progress)
-    write_atomic(bundle.path(f"engines/{recipe.name}/{BUILD}"), to_json(measured))
+    bundle.save_build(measured)
     return measured
 
 
@@ -263,10 +280,11 @@ def _make_engines(
     found |= {job.name: None for job in jobs if not all(found[name] for name in job.extends)}
     if not all(found[job.name] for job in jobs if job.role == "aside"):
         found = dict.fromkeys(found)
+    seal: Seal = {}
     if not all(found.values()):
         # From here to the end this build says that it is unfinished.
         (folder / BUILD).unlink(missing_ok=True)
-        bundle.verify(record for record in bundle.manifest.files if record.name.startswith("onnx/"))
+        seal = bundle.verify(record for record in bundle.manifest.files if record.name.startswith("onnx/"))
         _start_threads(recipe)
     done = itertools.count(1)
 
@@ -292,6 +310,7 @@ def _make_engines(
             stop.set()  # an error or Ctrl-C does not wait for a calibration, nor for the engines not yet begun
             pool.shutdown(cancel_futures=True)
             raise
+    bundle.check_same(seal)
     store.keep_only({job.name for job in jobs})
     files = {job.name: found[job.name] or [] for job in jobs if job.role != "aside"}
     sizes = {name: sum(record.bytes for record in records) for name, records in files.items()}

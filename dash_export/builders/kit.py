@@ -21,13 +21,25 @@ from dash_export.builders.stored_roundings import keep_roundings
 from dash_export.builders.verify import recorded, verify_graphs
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.errors import BackendError, BundleError
+from dash_export.outputs import (
+    MARK,
+    folder_locked,
+    lock_file,
+    locked,
+    named,
+    put_in_place,
+    recover,
+    remove_own,
+    removed_on_error,
+    work_folder,
+)
 from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe, with_weights
 
 RECORD = "kit.json"
 SCRIPT = "build.py"
 RECIPE = "recipes"
-PACKAGES = ("numpy>=1.26", "tokenizers>=0.20", "jinja2>=3.1.5", "click>=8.1", "rich>=13", "onnx>=1.20", "onnx_ir>=1.1")
+PACKAGES = ("numpy>=1.26", "tokenizers>=0.20", "jinja2>=3.1.6", "click>=8.1", "rich>=13", "onnx>=1.20", "onnx_ir>=1.1")
 """What building needs on the device, beside its TensorRT; `tomli` and `ml_dtypes` come on top."""
 
 
@@ -48,44 +60,56 @@ def write_kit(
     recipe = chosen_recipe(target, options)
     if recipe.engine is None:
         raise BackendError(f"A kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle.")
-    folder = output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit")
-    if folder.exists() and not (folder / RECORD).is_file():
-        raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
+    folder = named(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
+    root = named(bundle.root)
+    with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
+        recover(folder)
+        if folder.exists() and not (folder / RECORD).is_file():
+            raise BundleError(
+                f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit."
+            )
+        remove_own(work_folder(folder))  # a kit is not resumed
+        unfinished = work_folder(folder)
+        with removed_on_error(unfinished):
+            _fill(unfinished, Bundle.open(bundle.root), recipe, target, options, reason, progress)
+            put_in_place(unfinished, folder)
+    return folder
+
+
+def _fill(
+    unfinished: Path,
+    bundle: Bundle,
+    recipe: Recipe,
+    target: str,
+    options: Sequence[str],
+    reason: str,
+    progress: Progress,
+) -> None:
     bundle.verify(bundle.manifest.files)
     policy = bundle.manifest.policy
     segments = plan_segments(bundle.manifest.model.num_layers, policy.gated, True, policy.decision_points)
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-        engines = unfinished / bundle.root.name / "engines" / recipe.name
-        with roundings_of(bundle, recipe, unfinished, progress) as calibrated:
-            known = keep_roundings(bundle, recipe, calibrated, engines)
-        checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress, roundings=known))
-        progress("copying the bundle", 0, 0)
-        _copy_bundle(bundle, unfinished / bundle.root.name)
-        _copy_package(unfinished / "lib" / "dash_export")
-        command = ["build", bundle.root.name, "--target", _carry_recipe(target, unfinished), *options]
-        (unfinished / SCRIPT).write_text(Path(kit_script.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-        (unfinished / "requirements.txt").write_text(_requirements(), encoding="utf-8")
-        record = {
-            "schema": 1,
-            "dash-export": __version__,
-            "target": recipe.name,
-            "backend": recipe.backend,
-            "recipe": recipe.as_dict(),
-            "reason": reason,
-            "command": command,
-            "verification": checked,
-            "files": [asdict(item) for item in _records(unfinished)],
-        }
-        write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.replace(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return folder
+    engines = unfinished / bundle.root.name / "engines" / recipe.name
+    with roundings_of(bundle, recipe, unfinished, progress) as calibrated:
+        known = keep_roundings(bundle, recipe, calibrated, engines)
+    checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress, roundings=known))
+    progress("copying the bundle", 0, 0)
+    _copy_bundle(bundle, unfinished / bundle.root.name)
+    _copy_package(unfinished / "lib" / "dash_export")
+    command = ["build", bundle.root.name, "--target", _carry_recipe(target, unfinished), *options]
+    (unfinished / SCRIPT).write_text(Path(kit_script.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    (unfinished / "requirements.txt").write_text(_requirements(), encoding="utf-8")
+    record = {
+        "schema": 1,
+        "dash-export": __version__,
+        "target": recipe.name,
+        "backend": recipe.backend,
+        "recipe": recipe.as_dict(),
+        "reason": reason,
+        "command": command,
+        "verification": checked,
+        "files": [asdict(item) for item in _records(unfinished)],
+    }
+    write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def chosen_recipe(target: str, options: Sequence[str]) -> Recipe:
@@ -122,5 +146,5 @@ def _requirements() -> str:
 
 
 def _records(root: Path) -> list[FileRecord]:
-    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name != MARK)
     return [FileRecord(path.relative_to(root).as_posix(), sha256_file(path), path.stat().st_size) for path in paths]

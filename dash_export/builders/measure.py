@@ -15,7 +15,7 @@ from dash_export.build_record import Build, CostTable
 from dash_export.bundle import Bundle
 from dash_export.manifest import Manifest
 from dash_export.runtime.backends.base import Backend, Launch
-from dash_export.runtime.cpus import cpu_name
+from dash_export.runtime.cpus import LoadMeter, cpu_name
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
@@ -60,6 +60,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     ]
     stretched = step.dense_launches() if build.stretches and isinstance(step, BoundStep) else ()
     times: dict[str, list[float]] = defaultdict(list)
+    meter = LoadMeter()
     whole: list[list[float]] = []
     for repeat in range(WARM_UP + recipe["repeats"]):
         if repeat == WARM_UP:
@@ -69,6 +70,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
             for (name, _), microseconds in zip(one, _timed(launch for _, launch in one), strict=True):
                 times[name].append(microseconds)
         whole.append(_timed(stretched))
+    load = meter.load()
     medians = {name: round(median(found), 2) for name, found in times.items()}
     runs = {segment.name: medians.pop(segment.name) for segment in build.segments}
     gated = [segment for segment in build.segments if segment.gated]
@@ -85,7 +87,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     share = max(median(saved), 0.0) / dense if saved else 0.0
     device = cpu_name() if isinstance(engines, EngineSet) else engines.device.name
     cost = dict.fromkeys(bundle.manifest.policy.gated, share)
-    return CostTable(context, round(dense, 2), runs, medians, cost, device, launch)
+    return CostTable(context, round(dense, 2), runs, medians, cost, device, launch, *load)
 
 
 def _timed(launches: Iterable[Launch]) -> list[float]:

@@ -18,12 +18,12 @@ from dash_export.errors import BundleError
 from dash_export.graphs.compose import load_graph
 from dash_export.graphs.rounded import Rounded, Roundings, layer_node, to_nearest
 from dash_export.graphs.trt.quantize import MIDDLE
+from dash_export.names import ROUNDINGS
 from dash_export.targets import Recipe
 
 ROUNDING_REVISION = 1
 """Raised whenever matrices are rounded otherwise, so that files made by an earlier version are not reused."""
-NAME = "roundings"
-FILE = f"{NAME}.npz"
+NAME, FILE = "roundings", ROUNDINGS
 """`key`, what it was made from; of each matrix `<node>.codes` [in / 2, out] uint8, two inputs a byte, and
 `<node>.scales` [blocks, out] float32. In numpy's own form, which needs nothing that a device lacks.
 """

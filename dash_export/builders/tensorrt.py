@@ -25,9 +25,8 @@ from dash_export.errors import BackendError
 from dash_export.graphs.rounded import Roundings
 from dash_export.graphs.trt.lower import LOGIT_ROWS
 from dash_export.graphs.writer import save_graph
+from dash_export.names import TIMING_CACHE
 from dash_export.targets import Recipe
-
-TIMING_CACHE = "timing.cache"
 
 
 def artifacts(

@@ -205,6 +205,8 @@ def _summary(bundle: Bundle, build: Build) -> None:
         saved = f"{100 * share:.1f} % of that ({share * cost.dense_us:.0f} µs)"
         launch = f", less {cost.launch * cost.dense_us:.0f} µs for every launch more" if cost.launch else ""
         click.echo(f"Skipping a layer saves {saved}{launch}; {len(cost.cost)} layers may be skipped.")
+    if cost.disturbed:
+        click.echo(cost.disturbed, err=True)
     for kind, points in build.dial.items():
         fastest = min(point.time for point in points)
         click.echo(f"Dial of the {kind} policy: budget 1.0 (dense) down to {fastest:.2f}")

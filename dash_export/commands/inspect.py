@@ -39,9 +39,10 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
             stale.append(str(error))
     if verify:
         here = opened.has_graphs
-        opened.check_listed()
         opened.verify(record for record in opened.manifest.files if here or not record.name.startswith("onnx/"))
+        opened.check_listed(None)
         for build in builds:
+            opened.check_listed(build)
             opened.verify(build.files)
     facts = describe(opened, builds) | {"stale": stale}
     if as_json:
@@ -105,6 +106,8 @@ def _describe_build(build: Build) -> dict[str, Any]:
         "segments": [_segment(build, recipe.weights, segment) for segment in build.segments],
         "stretches": [_stretch(build, stretch) for stretch in build.stretches],
         "launch": build.cost.launch,
+        "others": build.cost.others,
+        "stolen": build.cost.stolen,
         "prefill_bytes": build.engines[PREFILL].bytes if PREFILL in build.engines else 0,
         "dial": {kind: [asdict(point) for point in points] for kind, points in build.dial.items()},
         "seconds": build.seconds,
@@ -215,6 +218,7 @@ def _print_build(build: Build, facts: dict[str, Any]) -> None:
     )
     click.echo(
         "Size: what an engine reads of its files. Cost: what a skip saves of a dense token, over equal layers.\n"
+        + (build.cost.disturbed and f"{build.cost.disturbed}\n")
         + ("" if not build.cost.launch else f"A launch more costs {100 * build.cost.launch:.2f} % of it.\n")
     )
     if facts["stretches"]:

@@ -19,7 +19,7 @@ from dash_export.commands.run_batch import answer_all, read_prompts
 from dash_export.commands.setting import setting_options
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
-from dash_export.targets import Dispatch
+from dash_export.targets import MAX_THREADS, Dispatch
 
 if TYPE_CHECKING:
     from dash_export.runtime import DashRuntime, Response, Sampling
@@ -46,7 +46,7 @@ BATCH = 8
     type=click.Choice(["plain", *get_args(Dispatch)]),
     help="How the policy is evaluated; the target's choice by default.",
 )
-@click.option("--threads", type=click.IntRange(0, 1024), help="Of a CPU target; 0: one per physical core.")
+@click.option("--threads", type=click.IntRange(0, MAX_THREADS), help="Of a CPU target; 0: one per physical core.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="By default 256, or what the context has left.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="0 is off.")
@@ -92,13 +92,13 @@ def command(
         answer_all(
             runtime.batch_with(setting, min(batch or BATCH, len(many))),
             many,
-            [_encode(asking, each, templated) for each in many],
+            lambda each: _encode(asking, each, templated),
             max_tokens,
             asking.sampling,
             _as_dict if as_json else None,
         )
         return
-    ids = _encode(asking, text, templated)
+    ids = _encode(asking, text, templated, asking.session.context_left)
     stream = asking.session.stream(ids, asking.max_tokens, asking.sampling)
     if as_json:
         click.echo(json.dumps(_as_dict(list(stream)), ensure_ascii=False))
@@ -159,9 +159,9 @@ def _sampling(options: Mapping[str, Any]) -> Sampling:
     return Sampling(**{name: options[name] for name in names})
 
 
-def _encode(asking: Asking, prompt: str, templated: bool) -> list[int]:
+def _encode(asking: Asking, prompt: str, templated: bool, limit: int = sys.maxsize) -> list[int]:
     text = asking.session.text
-    return text.chat(asking.messages(prompt)) if templated else text.encode(prompt)
+    return text.chat(asking.messages(prompt), limit) if templated else text.encode(prompt, limit=limit)
 
 
 def _as_dict(responses: Sequence[Response]) -> dict[str, object]:

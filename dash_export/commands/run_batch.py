@@ -36,23 +36,35 @@ def read_prompts(path: Path) -> list[str]:
 def answer_all(
     batch: Batch,
     prompts: list[str],
-    encoded: list[list[int]],
+    encode: Callable[[str], list[int]],
     max_tokens: int | None,
     sampling: Sampling,
     as_json: Callable[[list[Response]], dict[str, object]] | None,
 ) -> None:
-    """Print every answer when it is whole, as text or as one JSON line; the figures of all go to stderr. A prompt that
-    cannot be answered is refused before any is begun.
+    """Print every answer when it is whole, as text or as one JSON line; the figures of all go to stderr, and so does
+    why a prompt has none. Raises RequestError at the end where there is such a prompt.
     """
-    for prompt, ids in zip(prompts, encoded, strict=True):
+    count = failed = 0
+
+    def refuse(index: int, error: DashError) -> None:
+        nonlocal failed
+        failed += 1
+        click.echo(f"{index}: the prompt {prompts[index][:40]!r} has no answer. {error}", err=True)
+
+    encoded: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
         try:
-            batch.checked(ids, max_tokens)
+            encoded[index] = encode(prompt)
         except DashError as error:
-            raise RequestError(f"The prompt {prompt[:40]!r} cannot be answered. {error}") from error
-    began = time.perf_counter()
-    count = 0
+            refuse(index, error)
+    indices, began = list(encoded), time.perf_counter()
     parts: dict[int, list[Response]] = {}
-    for index, response in batch.stream(encoded, max_tokens, sampling):
+    for position, response in batch.stream(encoded.values(), max_tokens, sampling):
+        index = indices[position]
+        if response.error is not None:
+            parts.pop(index, None)
+            refuse(index, response.error)
+            continue
         count += 1
         parts.setdefault(index, []).append(response)
         if response.finish_reason is not None:
@@ -66,7 +78,9 @@ def answer_all(
     seconds = time.perf_counter() - began
     steps = max(1, batch.counters.decode_steps)
     click.echo(
-        f"[{len(prompts)} answers, {count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s in all, up to "
-        f"{batch.size} at a time, {batch.counters.layers_run / steps:.1f} layers/step]",
+        f"[{len(prompts) - failed} answers, {count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s in all, "
+        f"up to {batch.size} at a time, {batch.counters.layers_run / steps:.1f} layers/step]",
         err=True,
     )
+    if failed:
+        raise RequestError(f"{failed} of {len(prompts)} prompts have no answer: why stands above.")

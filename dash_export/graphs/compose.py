@@ -56,6 +56,11 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
         raise BundleError(
             f"{path}: the external data of {tensor.name} ({location}) leaves the bundle. Do not use this bundle."
         )
+    if file.exists() and file.stat().st_nlink > 1:
+        raise BundleError(
+            f"{file} has a second name (a hard link), and weights that another name can change are not read. Copy the "
+            f"bundle (cp -r) and use the copy."
+        )
     if file.exists() and file.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
         raise BundleError(f"{file} is cut short: {tensor.name} is not whole. The bundle is damaged: export it again.")
 

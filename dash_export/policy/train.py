@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from dash_export.artifacts import Progress, no_progress, sha256_file, write_atom
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM, DecoderSpec
+from dash_export.outputs import locked, named, remove_own, work_folder
 from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Corpus, Passage, TokenIds, read_corpus, read_prompts
 from dash_export.policy.figures import JUDGED_SEED, held_out_batches, token_figures
@@ -30,7 +30,7 @@ from dash_export.policy.precision import PRECISIONS, training_precision
 from dash_export.policy.settings import RANK, TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.training import Training, training_key
-from dash_export.policy_file import load_policy, policy_path, save_policy
+from dash_export.policy_file import check_replaceable, load_policy, policy_path, save_policy
 from dash_export.runtime.text import Text
 from dash_export.skip_policy import SkipPolicy, check_gated, default_gated, narrowed
 
@@ -66,7 +66,7 @@ def train(
     done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
     and RequestError.
     """
-    output, settings = Path(output), settings or TrainingSettings()
+    output, settings = named(output), settings or TrainingSettings()
     if kind not in KINDS:
         raise PolicyError(f"There is no trainable policy kind {kind!r}. Known: {', '.join(KINDS)}.")
     if settings.decide not in DECIDE:
@@ -79,6 +79,7 @@ def train(
         raise PolicyError(f"Trade-offs go from a low to a higher, finite one, above 0; got {settings.trade_offs}.")
     if output.suffix != ".safetensors":
         raise PolicyError(f"A policy file is called NAME.safetensors, not {output.name}.")
+    check_replaceable(output)
     if not texts and not prompts:
         raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
@@ -101,47 +102,55 @@ def train(
         raise PolicyError("There is no layer to learn about: no layer may be skipped.")
     place = _device(device)
     began = time.perf_counter()
-    folder = output.with_name(f"{output.name}.unfinished")
     told_apart(texts, prompts)
     data = {path.name: sha256_file(_existing(path)) for path in (*texts, *prompts)}
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
     key = training_key(settings, checkpoint.fingerprint, kind, layers, data, origin)
-    progress("reading the text", 0, 0)
-    text = _text(checkpoint)
-    training_corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
-    chats = [messages for file in prompts for messages in read_prompts(file)]
-    folder.mkdir(parents=True, exist_ok=True)
-    precision = settings.precision or training_precision(place, folder / f"{key}-precision")
-    gated_model = GatedModel(checkpoint, place, PRECISIONS[precision])
-    if chats:
-        _add_own_words(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)
-    training = Training(gated_model, training_corpus, settings, layers, folder, checkpoint.name, key, policy, progress)
-    policy = training.token_policy() if kind == "token" else training.static_policy(LARGEST_STATIC_SET)
-    norm = checkpoint.weights[FINAL_NORM].read_rows(0, spec.hidden_size)
-    policy = replace(policy, compensation=policy.compensation.in_half(), final_norm=norm)
-    batches = held_out_batches(held, settings.windows, settings.window)
-    modules = SkipModules(policy).to(place)
-    judged, figures = token_figures(gated_model, modules, batches, policy.static_order, settings.trade_offs, progress)
-    card: dict[str, Any] = {
-        "model": Path(checkpoint.source).name,
-        "model_fingerprint": checkpoint.fingerprint,
-        "kind": kind,
-        "from": origin,
-        "gated": list(layers),
-        "static_order": list(policy.static_order),
-        "cosine_order": list(policy.cosine_order),
-        "settings": asdict(settings),
-        "data": {name: {"sha256": digest} for name, digest in data.items()},
-        "tokens": training_corpus.tokens(),
-        "held_out": {"tokens": held.tokens(), "judged": judged, "figures": figures},
-        "versions": {"dash-export": __version__, "torch": torch.__version__, "transformers": version("transformers")},
-        "precision": precision,
-        "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    save_policy(output, policy, spec, card)
-    shutil.rmtree(folder)
-    return policy
+    with locked(output, "train"):
+        progress("reading the text", 0, 0)
+        text = _text(checkpoint)
+        training_corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
+        chats = [messages for file in prompts for messages in read_prompts(file)]
+        folder = work_folder(output)
+        precision = settings.precision or training_precision(place, folder / f"{key}-precision")
+        gated_model = GatedModel(checkpoint, place, PRECISIONS[precision])
+        if chats:
+            _add_own_words(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)
+        training = Training(
+            gated_model, training_corpus, settings, layers, folder, checkpoint.name, key, policy, progress
+        )
+        policy = training.token_policy() if kind == "token" else training.static_policy(LARGEST_STATIC_SET)
+        norm = checkpoint.weights[FINAL_NORM].read_rows(0, spec.hidden_size)
+        policy = replace(policy, compensation=policy.compensation.in_half(), final_norm=norm)
+        batches = held_out_batches(held, settings.windows, settings.window)
+        modules = SkipModules(policy).to(place)
+        judged, figures = token_figures(
+            gated_model, modules, batches, policy.static_order, settings.trade_offs, progress
+        )
+        card: dict[str, Any] = {
+            "model": Path(checkpoint.source).name,
+            "model_fingerprint": checkpoint.fingerprint,
+            "kind": kind,
+            "from": origin,
+            "gated": list(layers),
+            "static_order": list(policy.static_order),
+            "cosine_order": list(policy.cosine_order),
+            "settings": asdict(settings),
+            "data": {name: {"sha256": digest} for name, digest in data.items()},
+            "tokens": training_corpus.tokens(),
+            "held_out": {"tokens": held.tokens(), "judged": judged, "figures": figures},
+            "versions": {
+                "dash-export": __version__,
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+            },
+            "precision": precision,
+            "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        save_policy(output, policy, spec, card)
+        remove_own(folder)
+        return policy
 
 
 def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
@@ -233,7 +242,8 @@ def _add_own_words(
     A `held_out` share of the prompts is held out, and what is judged does not follow the seed.
     """
     path = folder / f"{key}-{CONTINUATIONS}"
-    if not path.is_file():
+    kept = _kept(path)
+    if kept is None:
         order = np.random.default_rng(JUDGED_SEED).permutation(len(chats))
         split = max(1, int(len(chats) * (1 - settings.held_out)))
         count = round(settings.own_prompts * (1 - settings.held_out))
@@ -247,21 +257,29 @@ def _add_own_words(
         shares = {"training": continued(drawn, settings.seed), "held": continued(held, JUDGED_SEED)}
         if not shares["held"] and len(shares["training"]) > 1:
             shares["held"].append(shares["training"].pop())
-        arrays = {
+        kept = {
             f"{share}-{index}-{passage.prefix}": passage.ids
             for share, passages in shares.items()
             for index, passage in enumerate(passages)
         }
         packed = io.BytesIO()
-        np.savez(packed, **arrays)  # type: ignore[arg-type]
+        np.savez(packed, **kept)  # type: ignore[arg-type]
         write_atomic(path, packed.getvalue())
-    with np.load(path, allow_pickle=False) as stored:
-        for corpus, share in zip(corpora, ("training", "held"), strict=True):
-            names = [name for name in stored.files if name.startswith(share)]
-            if names:
-                corpus.sources[OWN_WORDS] = [Passage(stored[name], int(name.rpartition("-")[2])) for name in names]
+    for corpus, share in zip(corpora, ("training", "held"), strict=True):
+        names = [name for name in kept if name.startswith(share)]
+        if names:
+            corpus.sources[OWN_WORDS] = [Passage(kept[name], int(name.rpartition("-")[2])) for name in names]
     if not all(corpus.sources for corpus in corpora):
         raise RequestError(
             "The model's continuations of these prompts are too few to learn from and to be judged on: give more "
             "prompts, or text (--text)."
         )
+
+
+def _kept(path: Path) -> dict[str, TokenIds] | None:
+    """The continuations that a killed training wrote; None where there are none, or the file is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception:  # numpy and zipfile raise many kinds
+        return None

@@ -43,8 +43,7 @@ def main() -> None:
     from dash_export.runtime import DashRuntime
 
     order = json.load(sys.stdin)
-    given = order["setting"]
-    setting = Setting(**given | {"skip": None if given["skip"] is None else tuple(given["skip"])})
+    setting = Setting(**order["setting"])
     runtime = DashRuntime.load(order["root"], order["target"], dispatch=order["dispatch"], verify=False)
     session = runtime.session_with(setting)
     session.prefill([1] * order["context"])

@@ -1,4 +1,4 @@
-"""Engines -> tokens. Imports numpy, tokenizers, jinja2 and one backend; never torch, transformers or onnx."""
+"""Engines -> tokens. Imports numpy, tokenizers and one backend; never torch, transformers or onnx."""
 
 from __future__ import annotations
 

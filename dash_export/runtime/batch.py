@@ -8,24 +8,28 @@ a layer with probability p, p^n of its runs are saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DENSE_POSITIONS
-from dash_export.errors import ContextLengthError, RequestError
+from dash_export.errors import ContextLengthError, DashError, RequestError
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
-from dash_export.runtime.results import Counters, Response, TokenIds
+from dash_export.runtime.results import Counters, Response, Statistics, TokenIds
 from dash_export.runtime.rules import DENSE, SessionRules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.turn import MAX_TOKENS, Turn, room
 
-Prompt = str | Sequence[int] | TokenIds
 _END = object()
+MAX_SIZE = 1024
+PAUSE = 1e-3
+"""Seconds until a generator of prompts is asked again, where nothing else is to be done."""
 
 
 @dataclass
@@ -64,19 +68,19 @@ class Batch:
     def cache_bytes(self) -> int:
         return self._cache.nbytes + self.prompts.cache_bytes
 
+    @check_arguments
     def cancel(self, index: int) -> None:
         """End the answer to that prompt with its next token; safe to call from another thread."""
         self._cancelled.add(index)
 
+    @check_arguments
     def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
         """A prompt's token ids. Raises RequestError where it is none, and ContextLengthError where it and `max_tokens`
         do not fit the context.
         """
         text, limit = self.prompts.text, self.engines.model.max_positions
-        ids = self.prompts.checked_ids(text.encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = self.prompts.checked_ids(text.encode(prompt, limit=limit) if isinstance(prompt, str) else prompt)
         more = room(max_tokens, limit - len(ids))
-        if more < 1:
-            raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
         if len(ids) + more > limit:
             raise ContextLengthError(
                 f"The context does not hold this: {len(ids)} prompt tokens and {more} new ones, but the model has "
@@ -84,6 +88,7 @@ class Batch:
             )
         return ids
 
+    @check_arguments
     def stream(
         self,
         prompts: Iterable[Prompt | None],
@@ -94,9 +99,14 @@ class Batch:
 
         `prompts` is asked whenever there is room, so it may be a generator that takes them from somewhere. While it
         waits the sequences under way wait too: let it yield None when nothing has come (when none is under way it is
-        asked again at once). `max_tokens` None: 256, or what the context has left. Raises what `checked` raises when a
-        prompt's turn comes, and RequestError in a stream that goes on after another one of this batch has begun.
+        asked again after a millisecond). What it raises ends the stream as it is. `max_tokens` None: 256, or what the
+        context has left.
+
+        A prompt that cannot be answered (see `checked`), or whose answer fails, ends alone: its last response has
+        `finish_reason` "error" and the `error`. Raises BackendError where a step for all of them fails, and
+        RequestError for arguments, or in a stream that goes on after another one of this batch has begun.
         """
+        room(max_tokens, 1)  # refused for all prompts at once
         this = self._stream_now = object()
         self._cancelled.clear()
         return self._alone(this, self._stream(prompts, max_tokens, sampling or Sampling()))
@@ -117,14 +127,18 @@ class Batch:
             while len(rows) < self.size:
                 following = next(waiting, _END)
                 if following is None and not rows:
+                    time.sleep(PAUSE)
                     continue
                 if following is None or following is _END:
                     break
-                row, response = self._admitted(index, following, max_tokens, sampling, len(rows))  # type: ignore[arg-type]
+                try:
+                    row, response = self._admitted(index, following, max_tokens, sampling, len(rows))  # type: ignore[arg-type]
+                    if response.finish_reason is None:
+                        rows.append(row)
+                except DashError as error:
+                    response = Response.failed(error, self.engines.model.num_layers, Statistics())
+                yield index, response
                 index += 1
-                if response.finish_reason is None:
-                    rows.append(row)
-                yield row.index, response
             if not rows:
                 return
             yield from self._advance(rows)
@@ -161,7 +175,10 @@ class Batch:
         for row, logits, actions in zip(rows, step.logits, step.actions, strict=True):
             row.rules.decoded(actions)
             row.tokens.append(row.token)
-            response = row.turn.respond(logits[0], row.tokens, actions.copy(), row.index in self._cancelled)
+            try:
+                response = row.turn.respond(logits[0], row.tokens, actions.copy(), row.index in self._cancelled)
+            except DashError as error:
+                response = Response.failed(error, len(actions), row.turn.statistics)
             row.token = response.token
             responses.append((row.index, response))
         for slot in reversed(range(len(rows))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from pathlib import Path
 
 
@@ -33,6 +34,29 @@ def cpu_name() -> str:
     except OSError:
         pass
     return "unknown CPU"
+
+
+class LoadMeter:
+    """How busy the machine is with other things than this process, from its making on (on Linux)."""
+
+    def __init__(self) -> None:
+        self._begin = self._seconds()
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """Seconds on the clock, of processors working for others, and of processors that the host gave to others."""
+        try:
+            ticks = [int(number) for number in Path("/proc/stat").read_text(encoding="ascii").split()[1:9]]
+        except (OSError, ValueError):
+            return time.monotonic(), 0.0, 0.0
+        user, nice, system, _idle, _waits, hard, soft, stolen = (tick / os.sysconf("SC_CLK_TCK") for tick in ticks)
+        own = time.process_time()
+        return time.monotonic(), user + nice + system + hard + soft - own, stolen
+
+    def load(self) -> tuple[float, float]:
+        """Return processors that other processes kept busy, and processors that the host withheld, on average."""
+        clock, others, stolen = (end - begin for end, begin in zip(self._seconds(), self._begin, strict=True))
+        return max(0.0, round(others / max(clock, 1e-6), 3)), max(0.0, round(stolen / max(clock, 1e-6), 3))
 
 
 def saturates_int8() -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.decision import Action, Damages
-from dash_export.runtime.backends.base import Engine, Launch
+from dash_export.runtime.backends.base import Engine, Launch, backend_errors
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.engines import SegmentEngines
 from dash_export.runtime.memory import SKIPPED, StepMemory
@@ -110,6 +110,7 @@ class BoundStep:
         """Say where the new tokens go: the rows after the cached ones."""
         self._memory.place()
 
+    @backend_errors
     def decode(self, token: int, rule: Rule) -> int:
         """One token under `rule`; returns the layers it ran. Logits, damage and `actions` are this object's arrays."""
         self.input_ids[0, 0] = token
@@ -206,15 +207,16 @@ class BoundStep:
             score = self._memory.score_of[layer].reshape(-1).astype(np.float64)
             self._memory.damage[layer] = np.logaddexp(0.0, score + self._score_bias[layer])
 
+    @backend_errors
     def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None:
         """`sequence` tokens, every layer. `ask`: the tokens' damage is wanted too."""
         self.input_ids[0] = tokens
         self.place()
         self._memory.history.fill(0.0)
         for segment in self.segments:
-            if ask and segment.policy is not None:
-                segment.policy()
-            segment.run()
+            for launch in (segment.policy if ask else None, segment.run):
+                if launch is not None:
+                    launch()
             if ask:
                 self._read_scores(segment.layer)
         self._cache.length += self.sequence
@@ -239,6 +241,7 @@ class BoundStep:
             self._cache.lengths[row] += 1
         return ran
 
+    @backend_errors
     def _each_row(self, rule: Rule | _RowRules, dense: npt.NDArray[np.bool_]) -> int:
         """One pass in which every row has an action of its own, or is `dense`; returns the layers that ran for any row.
 
@@ -255,10 +258,12 @@ class BoundStep:
         settled: Damages = self._memory.damage
         for segment in self.segments:
             layer = segment.layer
-            if segment.policy is not None:
-                segment.policy()
+            # By one name, which `backend_errors` reads.
+            if (launch := segment.policy) is not None:
+                launch()
+            launch = segment.run
             if layer < 0 or segment.skip is None:
-                segment.run()
+                launch()
                 executed += segment.count
                 ran += segment.count
                 continue
@@ -271,9 +276,10 @@ class BoundStep:
             history[layer, :, 1] = history[layer + 1, :, 0] = skipped
             executed += ~skipped
             if not skipped.all():
-                segment.run()
+                launch()
                 ran += 1
             if skipped.any():
-                segment.skip()
+                launch = segment.skip
+                launch()
                 segment.output.reshape(rows, -1)[skipped] = self._memory.hidden[SKIPPED].reshape(rows, -1)[skipped]
         return ran

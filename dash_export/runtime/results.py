@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.errors import DashError
+
 TokenIds = npt.NDArray[np.int64]
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Response:
     """One step of a stream. `actions` is int8 [layers] (0 run, 1 skip) of the step that made `token`; the prefill's
     token is dense.
 
-    The last response of a stream has a `finish_reason`: `stop` (end of turn or a stop string), `length` or `cancelled`.
+    The last response of a stream has a `finish_reason`: `stop` (end of turn or a stop string), `length` or `cancelled`;
+    or, in a batch, `error`, with the error and no token (NO_TOKEN).
     """
 
     text: str
@@ -57,6 +61,12 @@ class Response:
     seconds: float
     statistics: Statistics
     finish_reason: str | None = None
+    error: DashError | None = None
+
+    @classmethod
+    def failed(cls, error: DashError, layers: int, statistics: Statistics) -> Response:
+        """The last one of an answer that ends by an error of its own."""
+        return cls("", NO_TOKEN, np.zeros(layers, np.int8), 0.0, statistics, "error", error)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from dash_export.arguments import Prompt, check_arguments
 from dash_export.artifacts import FileRecord
 from dash_export.build_record import Build, CostTable
-from dash_export.bundle import Bundle
+from dash_export.bundle import Bundle, Seal
 from dash_export.decision import DecisionRule, Setting
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
-from dash_export.runtime.batch import Batch
+from dash_export.runtime.batch import MAX_SIZE, Batch
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.device.engines import BESIDE, DeviceEngines
 from dash_export.runtime.engine_set import EngineSet
@@ -26,7 +27,7 @@ from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
 from dash_export.runtime.turn import MAX_TOKENS
-from dash_export.targets import Dispatch, Recipe, recipe_from_dict
+from dash_export.targets import MAX_THREADS, Dispatch, Recipe, recipe_from_dict
 
 DISPATCH_MODES = ("plain", *get_args(Dispatch))
 
@@ -42,7 +43,7 @@ class DashRuntime:
         has_network = bundle.manifest.policy.has_network
         dispatch = dispatch or (self.recipe.runtime.dispatch if has_network else "plain")
         if dispatch not in DISPATCH_MODES:
-            raise PolicyError(f"There is no dispatch mode {dispatch!r}. Known: {', '.join(DISPATCH_MODES)}.")
+            raise PolicyError(f"There is no dispatch mode {dispatch!r:.60}. Known: {', '.join(DISPATCH_MODES)}.")
         if dispatch != "plain" and not has_network:
             raise PolicyError(
                 f"Dispatch {dispatch!r} needs a token policy, and this bundle has none. Export it with --policy."
@@ -59,6 +60,7 @@ class DashRuntime:
         self.engines = engines(bundle, build, backend, self.recipe, dispatch)
 
     @classmethod
+    @check_arguments
     def load(
         cls,
         bundle: str | Path,
@@ -74,18 +76,24 @@ class DashRuntime:
         its own (GPU), `device` (the same in one CUDA graph, decisions and all), or `sync`; `plain` is without it (not
         for `sequence` and `token`). The recipe's by default.
         `threads` overrides the recipe's (0: one per physical core).
-        `verify` checks the SHA-256 of every file that is loaded first. Raises BundleError, RecipeError (of the recipe
-        recorded in a build), BackendError or PolicyError.
+        `verify` checks the SHA-256 of every file that is loaded, and that it is still the same when all is loaded.
+        Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError, PolicyError or RequestError
+        (for arguments).
         """
+        if threads is not None and not 0 <= threads <= MAX_THREADS:
+            raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
         opened = Bundle.open(bundle)
         build = opened.load_build(target)
+        seal: Seal = {}
         if verify:
-            opened.check_listed()
-            opened.verify([record for record in opened.manifest.files if not record.name.startswith("onnx/")])
-            opened.verify(loaded_files(opened, build))
+            opened.check_listed(build)
+            text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]
+            seal = opened.verify([*text, *loaded_files(opened, build)])
         recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
         backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
-        return cls(opened, build, backend, dispatch)
+        runtime = cls(opened, build, backend, dispatch)
+        opened.check_same(seal)
+        return runtime
 
     @property
     def dispatch(self) -> str:
@@ -115,11 +123,11 @@ class DashRuntime:
         `policy`: `dense` (the kill switch), `static`, `cosine`, `random`, `sequence` or `token`; without it, what is
         given decides, and nothing given is dense. How much is skipped: see `Setting`. Raises PolicyError.
         """
-        skip = None if skip is None else tuple(skip)
         return self.session_with(
-            Setting(policy, skip, trade_off, budget, skipped, max_kl, max_layers, seed=seed, hold=hold)
+            Setting(policy, skip, trade_off, budget, skipped, max_kl, max_layers, seed, hold)  # type: ignore[arg-type]
         )
 
+    @check_arguments
     def session_with(self, setting: Setting) -> Session:
         """`session`, its arguments in one object."""
         facts = self.bundle.manifest
@@ -144,9 +152,10 @@ class DashRuntime:
         """`batch`, its arguments in one object."""
         return self._batch(self.session_with(setting), size)
 
+    @check_arguments
     def _batch(self, session: Session, size: int) -> Batch:
-        if not isinstance(size, int) or size < 1:
-            raise RequestError(f"A batch holds a whole number of sequences, at least one, not {size!r}.")
+        if not 1 <= size <= MAX_SIZE:
+            raise RequestError(f"size, how many sequences a batch holds, must be from 1 to {MAX_SIZE}, not {size}.")
         if not isinstance(self.engines, EngineSet):
             raise BackendError(
                 f"The engines for {self.build.target!r} take one sequence at a time: use sessions, "
@@ -163,7 +172,7 @@ class DashRuntime:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
         **session: Any,
@@ -171,29 +180,30 @@ class DashRuntime:
         """`session(**session).generate(...)` in one call."""
         return self.session(**session).generate(prompt, max_tokens, sampling)
 
+    @check_arguments
     def generate_batch(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Iterable[Prompt],
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
         size: int = 8,
         **session: Any,
     ) -> list[Generation]:
         """What each prompt gives, in their order; up to `size` of them are decoded together. Raises what
-        `Batch.checked` raises before any is begun.
+        `Batch.checked` raises before any is begun, and the error of an answer that fails.
         """
-        if isinstance(prompts, str):
-            raise RequestError("Give a list of prompts, not one text.")
         batch = self.batch(size, **session)
         checked = [batch.checked(prompt, max_tokens) for prompt in prompts]
         responses: list[list[Response]] = [[] for _ in checked]
         for index, response in batch.stream(checked, max_tokens, sampling):
+            if response.error is not None:
+                raise response.error
             responses[index].append(response)
         return [Generation.gathered(each) for each in responses]
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
         **session: Any,
@@ -211,7 +221,7 @@ class DashRuntime:
         """`session(**session).chat(...)` in one call."""
         return self.session(**session).chat(messages, max_tokens, sampling)
 
-    def score(self, ids: str | Sequence[int], prefix: int = 2, **session: Any) -> Score:
+    def score(self, ids: Prompt, prefix: int = 2, **session: Any) -> Score:
         """`session(**session).score(...)` in one call."""
         return self.session(**session).score(ids, prefix)
 

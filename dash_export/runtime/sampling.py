@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.arguments import check_fields
 from dash_export.errors import NOT_NUMBERS, BackendError, RequestError
 
 Logits = npt.NDArray[np.float32]
@@ -18,7 +19,7 @@ Logits = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty`
-    1 are off.
+    1 are off. Raises RequestError for what is no number or out of range.
     """
 
     temperature: float = 0.0
@@ -30,6 +31,7 @@ class Sampling:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         checks = {
             "temperature": (
                 self.temperature,
@@ -45,7 +47,7 @@ class Sampling:
                 "between 0.01 and 100 (1 is off)",
             ),
             "seed": (self.seed, self.seed is None or self.seed >= 0, ">= 0"),
-            "stop": (self.stop, not isinstance(self.stop, str) and all(self.stop), "a list of non-empty strings"),
+            "stop": (self.stop, all(self.stop), "a list of non-empty strings"),
         }
         for name, (value, valid, expected) in checks.items():
             if not valid:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.divergence import surprise
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
@@ -77,6 +78,7 @@ class Session:
         twin.tokens, twin._pending = list(self.tokens), list(self._pending)
         return twin
 
+    @check_arguments
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -86,22 +88,23 @@ class Session:
         """Answer a conversation given as messages {role, content}. What the cache already holds of it is not computed
         again.
         """
-        ids = self.text.chat(messages)
+        ids = self.text.chat(messages, self.engines.model.max_positions)
         self._rewind_to(ids)
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
 
     def generate(
         self,
-        prompt: str | Sequence[int] | TokenIds,
+        prompt: Prompt,
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
     ) -> Generation:
         """`stream` to its end. `prompt` is text or token ids."""
         return Generation.gathered(list(self.stream(prompt, max_tokens, sampling)))
 
+    @check_arguments
     def stream(
         self,
-        prompt: str | Sequence[int] | TokenIds,
+        prompt: Prompt,
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
     ) -> Iterator[Response]:
@@ -114,8 +117,6 @@ class Session:
         ids = self._with_pending(self.checked_ids(prompt))
         sampling = sampling or Sampling()
         max_tokens = room(max_tokens, self.context_left - len(ids))
-        if max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
         self._check_room(len(ids), max_tokens)
         self._cancelled = False
         self._streams += 1
@@ -159,9 +160,10 @@ class Session:
         self.counters.layers_run += executed
         return step.logits[0, 0], step.actions[0].copy()
 
+    @check_arguments
     def score(
         self,
-        ids: str | Sequence[int] | TokenIds,
+        ids: Prompt,
         prefix: int = 2,
         actions: npt.NDArray[np.int8] | None = None,
         keep_logits: bool = False,
@@ -171,7 +173,8 @@ class Session:
 
         The first `prefix` tokens, two at least, are dense, like a prompt: what a `sequence` policy decides from.
         `actions` int8 [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too:
-        mind the memory. Raises PolicyError under a held budget, which is known only token by token.
+        mind the memory. Raises PolicyError under a held budget, which is known only token by token, and for actions of
+        another shape.
         """
         tokens = self.checked_ids(ids, fresh=True)
         likelihoods, greedy, taken, damages, logits = [], [], [], [], []
@@ -191,8 +194,9 @@ class Session:
             np.concatenate(logits) if keep_logits else None,
         )
 
+    @check_arguments
     def logits(
-        self, ids: str | Sequence[int] | TokenIds, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
+        self, ids: Prompt, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
     ) -> npt.NDArray[np.float32]:
         """The logits [tokens, vocab] of `score`."""
         tokens = self.checked_ids(ids, fresh=True)
@@ -203,6 +207,9 @@ class Session:
     ) -> Iterator[tuple[int, Step]]:
         if prefix < 1:
             raise RequestError(f"prefix must be at least 1, not {prefix}.")
+        shape = (len(tokens), self.engines.model.num_layers)
+        if actions is not None and actions.shape != shape:
+            raise PolicyError(f"actions must be {list(shape)}, tokens and layers, not {list(actions.shape)}.")
         if actions is None and not self.rules.foreseeable:
             raise PolicyError(
                 "A held budget (hold) adapts token by token, so one pass over a text cannot follow it: "
@@ -247,6 +254,8 @@ class Session:
 
     def decode_one(self, token: int, rule: Rule | None = None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
         """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
+        if type(token) is not int or not 0 <= token < self.engines.model.vocab_size:  # answers are timed by this
+            (token,) = self.checked_ids([token]).tolist()
         self._check_room(1 + len(self._pending), 0)
         self._streams += 1
         for pending in self._pending:
@@ -255,6 +264,7 @@ class Session:
         logits, actions = self._advance(token, rule)
         return logits.copy(), actions
 
+    @check_arguments
     def decode_step(self, tokens: int) -> Step:
         """What decodes one token, bound to memory with room for `tokens` more: for whoever times its launches.
 
@@ -264,14 +274,16 @@ class Session:
         self._reserve(tokens)
         return self._bound(1)
 
-    def prefill(self, ids: str | Sequence[int] | TokenIds) -> npt.NDArray[np.float32]:
+    @check_arguments
+    def prefill(self, ids: Prompt) -> npt.NDArray[np.float32]:
         """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
         tokens = self._with_pending(self.checked_ids(ids))
         self._check_room(len(tokens), 0)
         self._streams += 1
         return np.asarray(self._prefill(tokens, 0).copy())
 
-    def restart(self, ids: Sequence[int] | TokenIds) -> npt.NDArray[np.float32]:
+    @check_arguments
+    def restart(self, ids: Prompt) -> npt.NDArray[np.float32]:
         """The logits [vocab] after `ids` as a conversation of its own; what the cache holds of it is not computed
         again.
         """
@@ -327,12 +339,14 @@ class Session:
             )
         return self._steps[key]
 
-    def checked_ids(self, prompt: str | Sequence[int] | TokenIds, fresh: bool = False) -> TokenIds:
+    @check_arguments
+    def checked_ids(self, prompt: Prompt, fresh: bool = False) -> TokenIds:
         """Token ids [n] of a prompt, or of a text that begins a `fresh` context whatever is cached. Raises RequestError
         where it is empty or not what the model knows.
         """
         special = fresh or not self.tokens
-        ids = self.text.encode(prompt, special=special) if isinstance(prompt, str) else prompt
+        limit = self.engines.model.max_positions if fresh else self.context_left
+        ids = self.text.encode(prompt, special=special, limit=limit) if isinstance(prompt, str) else prompt
         array = np.asarray(ids)
         if array.size == 0:
             raise RequestError("The prompt is empty: give at least one token.")

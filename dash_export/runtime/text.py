@@ -1,90 +1,19 @@
-"""Text in and out: tokenizer, chat template, incremental decoding with stop strings."""
+"""Text in and out: tokenizer, incremental decoding with stop strings."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from dash_export.bundle import safe_path
-from dash_export.errors import BundleError, RequestError
-from dash_export.runtime.sandbox import MAX_CHARACTERS, Sandbox, counted, joined
-
-MAX_INDENT = 16
-
-
-class GenerationMarks(Extension):
-    """`{% generation %}...{% endgeneration %}`, which marks the assistant's words for training: here they are text."""
-
-    tags = {"generation"}  # noqa: RUF012  as jinja2 has it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class ChatTemplate:
-    """A model's `chat_template.jinja`, rendered in a sandbox."""
-
-    def __init__(self, source: str, special: Mapping[str, str]) -> None:
-        self._special = dict(special)
-        environment = Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationMarks]
-        )
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        environment.filters["tojson"] = _tojson
-        try:
-            self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
-            raise BundleError(
-                f"The bundle's chat template is not valid ({error}). "
-                "Replace chat_template.jinja of the model and export again."
-            ) from error
-
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages {role, content} -> the prompt text. Raises RequestError when the template refuses or misbehaves."""
-        for message in messages:
-            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise RequestError(
-                    f"A chat message needs a 'role' and a 'content', both text; got {dict(message)!r:.100}."
-                )
-        pieces, size = [], 0
-        try:
-            for piece in self._template.generate(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special
-            ):
-                size += len(piece)
-                if size > MAX_CHARACTERS:
-                    raise RequestError(
-                        f"The chat template makes a prompt of over {MAX_CHARACTERS} characters: do not use it."
-                    )
-                pieces.append(piece)
-        except RequestError:
-            raise
-        except Exception as error:  # a template can raise anything
-            raise RequestError(
-                f"The chat template refuses these messages ({type(error).__name__}: {error})."
-            ) from error
-        return "".join(pieces)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    text = json.dumps(counted(value), ensure_ascii=False, indent=None if indent is None else min(indent, MAX_INDENT))
-    return joined([text])
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+from dash_export.errors import BundleError, ContextLengthError, RequestError
+from dash_export.runtime.chat_template import ChatTemplate
 
 
 class Text:
@@ -112,9 +41,10 @@ class Text:
         template = _optional_text(safe_path(folder, "chat_template.jinja"))
         self.template = None if template is None else ChatTemplate(template, special)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, limit: int = sys.maxsize) -> list[int]:
         """Text -> token ids; `special` adds what the tokenizer adds to a fresh text (a BOS, for some models). Raises
-        RequestError for text that is no valid Unicode.
+        RequestError for text that is no valid Unicode and ContextLengthError, without encoding all of it, for one far
+        over `limit` tokens.
         """
         try:
             text.encode()
@@ -122,18 +52,26 @@ class Text:
             raise RequestError(
                 f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
             ) from error
+        start = 16 * max(limit, 256)  # what fits is mostly shorter, but a single token may be any number of spaces
+        while start < len(text):
+            if len(self.tokenizer.encode(text[:start], add_special_tokens=False)) > 2 * limit:
+                raise ContextLengthError(
+                    f"The context does not hold this: over {2 * limit} prompt tokens, but {limit} positions are free. "
+                    "Shorten the prompt or start a new session."
+                )
+            start *= 2
         return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Chat messages -> token ids, ending where the assistant's turn begins."""
+    def chat(self, messages: Sequence[Mapping[str, str]], limit: int = sys.maxsize) -> list[int]:
+        """Chat messages -> token ids, ending where the assistant's turn begins; `limit` as `encode` has it."""
         if self.template is None:
             raise RequestError(
                 "This model has no chat template: give it plain text (without --chat), or export a chat model."
             )
-        return self.encode(self.template.render(messages), special=False)
+        return self.encode(self.template.render(messages), special=False, limit=limit)
 
 
 class TextStream:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.errors import RequestError
 from dash_export.runtime.results import Response, Statistics
 from dash_export.runtime.sampling import Logits, Sampler, Sampling
 from dash_export.runtime.text import Text, TextStream
@@ -19,8 +20,10 @@ MAX_TOKENS = 256
 
 def room(max_tokens: int | None, free: int) -> int:
     """`max_tokens`; or, for None, as many as MAX_TOKENS and the `free` positions of the context allow. What does not
-    fit at all is left to whoever checks it.
+    fit at all is left to whoever checks it. Raises RequestError where it is below 1.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
     return max(1, min(MAX_TOKENS, free)) if max_tokens is None else max_tokens
 
 
@@ -30,7 +33,7 @@ class Turn:
     def __init__(self, text: Text, sampling: Sampling, max_tokens: int, prompt_tokens: int) -> None:
         self._text, self._max_tokens = text, max_tokens
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
-        self._statistics = Statistics(prompt_tokens=prompt_tokens)
+        self.statistics = Statistics(prompt_tokens=prompt_tokens)
         self.begin()
 
     def begin(self) -> None:
@@ -44,20 +47,20 @@ class Turn:
         token = self._sampler(logits, context)
         piece = self._stream.push(token)
         seconds = time.perf_counter() - self._began
-        if self._statistics.tokens:
-            self._statistics = replace(
-                self._statistics,
-                decode_steps=self._statistics.decode_steps + 1,
-                layers=self._statistics.layers + len(actions) - int(actions.sum()),
+        if self.statistics.tokens:
+            self.statistics = replace(
+                self.statistics,
+                decode_steps=self.statistics.decode_steps + 1,
+                layers=self.statistics.layers + len(actions) - int(actions.sum()),
             )
-        self._statistics = self._statistics.counted(seconds)
+        self.statistics = self.statistics.counted(seconds)
         reason = None
         if token in self._text.eos_ids or self._stream.stopped:
             reason = "stop"
-        elif self._statistics.tokens == self._max_tokens:
+        elif self.statistics.tokens == self._max_tokens:
             reason = "length"
         elif cancelled:
             reason = "cancelled"
         if reason is not None and not self._stream.stopped:
             piece += self._stream.finish()
-        return Response(piece, token, actions, seconds, self._statistics, reason)
+        return Response(piece, token, actions, seconds, self.statistics, reason)

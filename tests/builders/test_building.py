@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.runtime.backends.onnxruntime import OrtBackend
 from tests.commands.helpers import dash, python
+from tests.forged import edit
 from tests.tiny import random_ids, tiny_policy
 
 
@@ -55,6 +55,36 @@ def test_a_second_build_changes_nothing(bundle: Bundle, made: list[str]) -> None
     assert again == bundle.load_build("cpu-fp32"), "the cost table is frozen"
 
 
+READ_ONLY = """
+import errno, os, sys
+from pathlib import Path
+from dash_export.builders import build
+from dash_export.exporting import export
+from dash_export.models import open_checkpoint
+from tests.tiny import tiny_policy
+
+root, checkpoint = Path(sys.argv[1]), open_checkpoint(sys.argv[2])
+
+def refuse(event, given):
+    writes = event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    changes = writes or event in ("os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+    if changes and str(given[0]).startswith(str(root.parent)) and not (event == "os.mkdir" and os.path.isdir(given[0])):
+        raise OSError(errno.EROFS, "Read-only file system", str(given[0]))
+
+sys.addaudithook(refuse)
+export(checkpoint, root, tiny_policy(checkpoint, "low_rank"))
+build(root, "cpu", weights="fp32")
+build(root, "cpu", weights="int8")
+"""
+
+
+def test_nothing_is_written_where_nothing_is_to_be_done(bundle: Bundle, tmp_path: Path) -> None:
+    """A bundle on a read-only disk counts as exported and built; what is not there cannot be made."""
+    ran = python(READ_ONLY, bundle.root, tmp_path / "model")
+    assert ran.stderr.splitlines()[-1].startswith("OSError: [Errno 30] Read-only file system"), ran.stderr
+    assert "int8" in ran.stderr.splitlines()[-1]
+
+
 def test_measured_again_where_asked(bundle: Bundle, made: list[str]) -> None:
     before = bundle.load_build("cpu-fp32")
     again = build(bundle, "cpu", weights="fp32", measure=True)
@@ -67,7 +97,7 @@ def test_measured_again_where_asked(bundle: Bundle, made: list[str]) -> None:
 
 def test_measured_again_where_a_trade_off_meant_something_else(bundle: Bundle, made: list[str]) -> None:
     path = bundle.path("engines/cpu-fp32/build.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "measuring": 0}))
+    edit(path, lambda data: data.update(measuring=0))
     before = bundle.load_build("cpu-fp32")
     again = build(bundle, "cpu", weights="fp32")
     assert made == []
@@ -245,7 +275,7 @@ def test_a_copy_without_graphs_is_measured(bundle: Bundle) -> None:
     )
     ran = python(code, bundle.root)
     assert ran.returncode == 0, ran.stderr
-    after = bundle.load_build("cpu-fp32")
+    after = Bundle.open(bundle.root).load_build("cpu-fp32")
     assert after.cost.segment_us != before.cost.segment_us
     assert after == replace(before, cost=after.cost, dial=after.dial)
     shown = dash("inspect", bundle.root, "--verify")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forged import replace_text
+
 
 @pytest.fixture(scope="session")
 def model(tiny_root: Path) -> Path:
@@ -19,10 +21,7 @@ def edit(own_bundle: Path) -> Callable[[str, str, str], Path]:
     """`edit(file, old, new)` changes a file of `own_bundle`, and returns the bundle."""
 
     def change(name: str, old: str, new: str) -> Path:
-        path = own_bundle / name
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new, 1))
+        replace_text(own_bundle / name, old, new)
         return own_bundle
 
     return change

@@ -11,6 +11,7 @@ import pytest
 
 from dash_export.commands.onnx_header import opsets
 from dash_export.runtime.cpus import saturates_int8
+from tests import forged
 from tests.commands.helpers import dash, python, refused
 
 WITHOUT_ONNX = """
@@ -76,14 +77,20 @@ def test_an_engine_for_prompts(own_bundle: Path) -> None:
 
 def test_builds_of_an_earlier_export(own_bundle: Path) -> None:
     """They are named, and the rest is shown."""
-    manifest = own_bundle / "manifest.json"
-    data = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(data | {"key": "0" * 32}))
+    forged.edit(own_bundle / "manifest.json", lambda data: data.update(key="0" * 32))
     shown = dash("inspect", own_bundle)
     assert shown.exit_code == 0, shown.output
     assert "engines for 'cpu-fp32' were built from an earlier export" in shown.stdout
     assert "--target cpu --weights fp32" in shown.stdout
     assert "earlier export" in refused("inspect", own_bundle, "--target", "cpu-fp32")
+
+
+def test_costs_of_a_busy_machine_say_so(own_bundle: Path) -> None:
+    record = own_bundle / "engines" / "cpu-fp32" / "build.json"
+    forged.edit(record, lambda data: data["cost"].update(others=0.9, stolen=0.0))
+    assert "while 0.9 processors worked for others" in dash("inspect", own_bundle, "--target", "cpu-fp32").stdout
+    forged.edit(record, lambda data: data["cost"].update(others=0.1))
+    assert "worked for others" not in dash("inspect", own_bundle, "--target", "cpu-fp32").stdout
 
 
 def test_needs_no_onnx(tiny_root: Path) -> None:
@@ -106,7 +113,7 @@ def test_opsets_of_garbage(content: bytes, tmp_path: Path) -> None:
 
 
 def test_newer_schema(edit: Callable[[str, str, str], Path]) -> None:
-    assert "newer dash-export" in refused("inspect", edit("manifest.json", '"schema": 1', '"schema": 99'))
+    assert "newer dash-export" in refused("inspect", edit("manifest.json", '"schema": 2', '"schema": 99'))
 
 
 def test_path_that_leaves_the_bundle(edit: Callable[[str, str, str], Path]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.commands.helpers import dash, refused
+from tests.forged import replace_text
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
 TARGET = ("--target", "cpu-fp32")
@@ -171,10 +172,7 @@ def test_report_in_a_browser(begin: tuple[Any, ...], tmp_path: Path) -> None:
 
 def test_hostile_names_in_the_report(begin: tuple[Any, ...], own_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
-    manifest = own_bundle / "manifest.json"
-    name = '"name": "model"'
-    assert name in manifest.read_text()
-    manifest.write_text(manifest.read_text().replace(name, '"name": "<script>alert(1)</script> $x_"', 1))
+    replace_text(own_bundle / "manifest.json", '"name": "model"', '"name": "<script>alert(1)</script> $x_"')
     report = tmp_path / "r.html"
     result = dash("profile", own_bundle, *begin[2:], "--kinds", "static", "--skipped", "1", "--html", report)
     assert result.exit_code == 0, result.output

@@ -15,7 +15,10 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.bundle import Bundle
+from dash_export.errors import RequestError
+from dash_export.runtime.text import Text
 from tests.commands.helpers import dash, environment, refused
+from tests.forged import rehash
 
 # A run whose every decoded token takes 20 ms, so that it can be interrupted.
 SLOW_RUN = """
@@ -227,7 +230,8 @@ def test_changed_engine(own_bundle: Path) -> None:
 
 def test_hostile_template(edit: Callable[[str, str, str], Path]) -> None:
     bundle = edit("chat_template.jinja", "{%", "{{ ''.__class__.__mro__ }}{%")
-    refused("run", bundle, "hello", *FP32)
+    rehash(bundle, "chat_template.jinja")
+    assert "SecurityError: access to attribute '__class__'" in refused("run", bundle, "hello", *FP32)
 
 
 def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
@@ -271,3 +275,35 @@ def test_many_prompts_that_cannot_be(options: tuple[str, ...], message: str, tin
     assert result.exit_code in (1, 2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_prompt_without_an_answer_stops_no_other(options: tuple[str, ...], tiny_root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"hello\n{'a' * 600}\nbye\n")
+    result = dash("run", tiny_root, *FP32, "--max-tokens", 4, "--prompts", file, "--batch", 2, *options)
+    assert result.exit_code == 1
+    assert "1: the prompt 'aaaa" in result.stderr
+    assert "context does not hold this" in result.stderr
+    assert "[2 answers, 8 tokens" in result.stderr
+    assert "1 of 3 prompts have no answer" in result.stderr
+    assert "Traceback" not in result.stderr
+    found = [line for line in result.stdout.splitlines() if line.startswith(("{", "0: ", "1: ", "2: "))]
+    assert len(found) == 2
+
+
+def test_a_prompt_that_the_template_refuses(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Text.chat
+
+    def refusing(text: Text, messages: list[dict[str, str]]) -> list[int]:
+        if messages[-1]["content"] == "no":
+            raise RequestError("The chat template refuses these messages.")
+        return chat(text, messages)
+
+    monkeypatch.setattr(Text, "chat", refusing)
+    file = tmp_path / "prompts.txt"
+    file.write_text("no\nbye\n")
+    result = dash("run", tiny_root, *FP32, "--max-tokens", 4, "--prompts", file, "--json")
+    assert result.exit_code == 1
+    assert "0: the prompt 'no' has no answer. The chat template refuses" in result.stderr
+    assert json.loads(result.stdout)["index"] == 1

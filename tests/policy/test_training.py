@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export.errors import PolicyError, RequestError
+from dash_export.errors import OutputError, PolicyError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.models.spec import FINAL_NORM
+from dash_export.outputs import MARK
 from dash_export.policy import training as training_module
 from dash_export.policy.regression import Regression
 from dash_export.policy.settings import TrainingSettings
@@ -122,9 +123,42 @@ def test_a_state_that_is_cut_short_begins_its_stage_anew(
     output = tmp_path / "policy.safetensors"
     folder = output.with_name(f"{output.name}.unfinished")
     folder.mkdir()
+    (folder / MARK).touch()
     (folder / "regression-state.pt").write_bytes(b"PK\x03\x04 cut short")
     (folder / "tuning-state.pt").write_bytes(bytes(1000))  # what a power cut may leave
     assert same(train(checkpoint, output, [prose], settings=SETTINGS), trained[1])
+
+
+def test_continuations_that_are_cut_short_are_made_anew(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Tell me of {topic}."}) + "\n" for topic in "abcdef"))
+    output = tmp_path / "policy.safetensors"
+
+    def kill(name: str, _done: int, _total: int) -> None:
+        if name.startswith("compensation"):
+            raise StopError
+
+    def continuations() -> Path:
+        (kept,) = output.with_name(f"{output.name}.unfinished").glob("*-own-words.npz")
+        return kept
+
+    for damage in (lambda whole: whole[: len(whole) // 2], lambda whole: b"\x80\x04." + whole):
+        with pytest.raises(StopError):
+            train(checkpoint, output, [prose], [prompts], settings=SETTINGS, progress=kill)
+        whole = continuations().read_bytes()
+        continuations().write_bytes(damage(whole))
+        with pytest.raises(StopError):
+            train(checkpoint, output, [prose], [prompts], settings=SETTINGS, progress=kill)
+        assert continuations().read_bytes() == whole
+
+
+def test_a_work_folder_of_somebody_else_is_kept(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "policy.safetensors.unfinished"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="is not this program's"):
+        train(checkpoint, tmp_path / "policy.safetensors", [prose], settings=SETTINGS)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
 def test_a_loss_that_is_no_number_ends_the_training(

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forged import reseal
+
 pytest.importorskip("polygraphy")
 PLUGINS = importlib.metadata.entry_points(group="polygraphy.run.plugins")
 pytestmark = pytest.mark.skipif(
@@ -98,6 +100,7 @@ def change_record(bundle: Path, engine: str, **changed: str) -> None:
         data = (bundle / record["name"]).read_bytes()
         record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     path.write_text(json.dumps(build))
+    reseal(bundle)
 
 
 def test_an_engine_with_other_weights_fails(own_bundle: Path) -> None:

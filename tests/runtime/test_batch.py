@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.errors import ContextLengthError, PolicyError, RequestError
-from dash_export.runtime import Batch, Generation, Sampling
+from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
+from dash_export.runtime import Batch, Generation, Response, Sampling
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.memory import StepMemory
+from dash_export.runtime.results import NO_TOKEN
 from dash_export.runtime.rules import DENSE
+from dash_export.runtime.sampling import Sampler
 from tests.runtime.prompts import prompts
 from tests.runtime.test_kinds import setting_of
 from tests.tiny import random_ids, tiny_bundle
@@ -177,8 +180,13 @@ def test_a_batch_goes_on_after_an_abandoned_stream_and_an_error(tiny_runtime: Lo
     for _ in range(7):
         next(abandoned)
     abandoned.close()
-    with pytest.raises(RequestError):
-        list(batch.stream([PROMPTS[0], [300]], 20))
+
+    def failing() -> Any:
+        yield PROMPTS[0]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # the caller's own, as it is
+        list(batch.stream(failing(), 20))
     tokens: dict[int, list[int]] = {}
     for index, response in batch.stream(PROMPTS, 20):
         tokens.setdefault(index, []).append(response.token)
@@ -280,19 +288,64 @@ def test_a_bad_prompt(
     tiny_runtime: LoadRuntime,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a list of prompts all are looked at before any is begun; of a stream each when its turn comes."""
+    """Of a list of prompts all are looked at before any is begun; of a stream each when its turn comes, and those that
+    cannot be answered end alone.
+    """
     runtime = tiny_runtime()
+    answers: dict[int, list[Response]] = {}
+    for index, response in runtime.batch(2).stream([PROMPTS[0], prompt, PROMPTS[1]], 20):
+        answers.setdefault(index, []).append(response)
+    (refused,) = answers.pop(1)
+    assert (refused.finish_reason, refused.token, type(refused.error)) == ("error", NO_TOKEN, error)
     with pytest.raises(error, match=message):
-        list(runtime.batch(2).stream([PROMPTS[0], prompt], 20))
+        raise refused.error  # type: ignore[misc]
+    for index, alone in ((0, PROMPTS[0]), (2, PROMPTS[1])):
+        assert [response.token for response in answers[index]] == runtime.generate(alone, 20).tokens.tolist()
     monkeypatch.setattr(Batch, "stream", lambda *_: pytest.fail("begun"))
     with pytest.raises(error, match=message):
         runtime.generate_batch([PROMPTS[0], prompt], 20, size=2)
 
 
+def test_an_answer_that_fails_ends_alone(tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are no numbers, say: the others get what they get alone."""
+    runtime, sound = tiny_runtime(), Sampler.__call__
+    batch, length = runtime.batch(3), len(PROMPTS[2]) + 3
+
+    def failing(sampler: Sampler, logits: np.ndarray, context: list[int]) -> int:
+        return sound(sampler, logits * np.nan if len(context) == length else logits, context)
+
+    monkeypatch.setattr(Sampler, "__call__", failing)
+    answers: dict[int, list[Response]] = {}
+    for index, response in batch.stream([PROMPTS[2], PROMPTS[1], PROMPTS[3]], 12):
+        answers.setdefault(index, []).append(response)
+    assert [len(answers[index]) for index in range(3)] == [4, 12, 12]
+    assert isinstance(answers[0][-1].error, BackendError)
+    assert answers[0][-1].statistics.tokens == 3
+    with pytest.raises(BackendError, match="not numbers"):
+        runtime.generate_batch([PROMPTS[1], PROMPTS[2]], 12, size=2)
+    monkeypatch.undo()
+    for index, prompt in ((1, PROMPTS[1]), (2, PROMPTS[3])):
+        assert [response.token for response in answers[index]] == runtime.generate(prompt, 12).tokens.tolist()
+
+
+def test_a_generator_with_nothing_to_give_is_not_asked_all_the_time(tiny_runtime: LoadRuntime) -> None:
+    asked = 0
+
+    def arriving() -> Any:
+        nonlocal asked
+        until = time.monotonic() + 0.1
+        while time.monotonic() < until:
+            asked += 1
+            yield None
+
+    assert list(tiny_runtime().batch(2).stream(arriving(), 5)) == []
+    assert asked <= 101
+
+
 def test_bad_arguments(tiny_runtime: LoadRuntime) -> None:
     runtime = tiny_runtime()
     for size in (0, -1, 2.5, "4"):
-        with pytest.raises(RequestError, match="whole number of sequences"):
+        with pytest.raises(RequestError, match="size"):
             runtime.batch(size)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="a list of prompts, not one text"):
         runtime.generate_batch("hello")  # type: ignore[arg-type]

@@ -93,7 +93,7 @@ def test_chat_with_another_beginning(runtime: DashRuntime) -> None:
 def test_chat_whose_template_says_nothing(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     live = runtime.session()
     live.generate(random_ids(6), 3)
-    monkeypatch.setattr(runtime.text, "chat", lambda messages: [])  # noqa: ARG005
+    monkeypatch.setattr(runtime.text, "chat", lambda *_: [])
     with pytest.raises(RequestError, match="empty"):
         live.chat(MESSAGES)
     assert live.context_left == 512
@@ -356,7 +356,9 @@ def test_cache_is_sized_to_the_request(runtime: DashRuntime) -> None:
 def test_a_score_does_not_depend_on_what_was_before(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that begins a context has the tokens that begin one (a BOS, for some models)."""
     plain = runtime.text.encode
-    monkeypatch.setattr(runtime.text, "encode", lambda text, special=True: [7] * special + plain(text, special=False))
+    monkeypatch.setattr(
+        runtime.text, "encode", lambda text, special=True, **_: [7] * special + plain(text, special=False)
+    )
     live = runtime.session()
     scores = [live.score("One day").log_likelihoods for _ in range(2)]
     np.testing.assert_array_equal(*scores)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from dash_export.errors import BundleError, PolicyError
 from dash_export.runtime.backends.onnxruntime import OrtBackend
 from dash_export.runtime.rules import DENSE, FixedRule, Rule
 from dash_export.runtime.session import Session
+from tests.forged import edit
 from tests.tiny import random_ids
 
 Load = Callable[[str], DashRuntime]
@@ -249,9 +249,7 @@ def test_forged_stretches(name: str, stretched_runtime: Load, tmp_path: Path) ->
     changed, message = FORGED[name]
     root = Path(shutil.copytree(stretched_runtime("plain").bundle.root, tmp_path / "own.dash"))
     file = root / "engines" / "cpu-fp32" / "build.json"
-    record = json.loads(file.read_text())
-    record["stretches"][0] |= changed
-    file.write_text(json.dumps(record))
+    edit(file, lambda record: record["stretches"][0].update(changed))
     with pytest.raises(BundleError, match=message):
         Bundle.open(root).load_build("cpu-fp32")
 
@@ -260,8 +258,6 @@ def test_forged_stretches(name: str, stretched_runtime: Load, tmp_path: Path) ->
 def test_a_launch_costs_something(cost: float, stretched_runtime: Load, tmp_path: Path) -> None:
     root = Path(shutil.copytree(stretched_runtime("plain").bundle.root, tmp_path / "own.dash"))
     file = root / "engines" / "cpu-fp32" / "build.json"
-    record = json.loads(file.read_text())
-    record["cost"]["launch"] = cost
-    file.write_text(json.dumps(record))
+    edit(file, lambda record: record["cost"].update(launch=cost))
     with pytest.raises(BundleError, match="the cost of a launch"):
         Bundle.open(root).load_build("cpu-fp32")

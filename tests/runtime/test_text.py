@@ -1,10 +1,10 @@
-"""Text in and out: incremental decoding, stop strings, and chat templates that mean no good."""
+"""Text in and out: incremental decoding, stop strings, texts far too long."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,12 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteFallback, Fuse, Sequence
 from tokenizers.models import BPE
 
+from dash_export import DashRuntime
 from dash_export.bundle import TEXT_FILES
-from dash_export.errors import BundleError, DashError, RequestError
+from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.runtime import text as text_module
-from dash_export.runtime.text import ChatTemplate, Text, TextStream
+from dash_export.runtime.text import Text, TextStream
 from tests.models.helpers import tiny_tokenizer
-from tests.tiny import CHAT_TEMPLATE
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 TOKENIZER = tiny_tokenizer()
@@ -78,128 +78,6 @@ def test_the_earliest_of_two_stop_strings_wins() -> None:
     assert stream("one two three", "three", "two") == (["o", "n", "e", " ", "", "", ""], True)
 
 
-def test_template_renders_as_written() -> None:
-    rendered = ChatTemplate(CHAT_TEMPLATE, {}).render(MESSAGES)
-    assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_template_may_use_what_templates_use() -> None:
-    source = (
-        "{{ messages[0].content.replace('H', 'h') ~ '!' }}{{ ['a', 'b'] | join('-') }}{{ '-'.join(['c', 'd']) }}"
-        "{{ 'x' + 'y' }}{{ 3 % 2 }}{{ 2 * 3 }}{{ {'a': [1]} | tojson }}{{ 'Hii' | replace('i', 'o', 1) | upper }}"
-    )
-    assert ChatTemplate(source, {}).render(MESSAGES) == 'hi!a-bc-dxy16{"a": [1]}HOI'
-    assert len(ChatTemplate("{{ [1] | tojson(10000000000) }}", {}).render(MESSAGES)) < 100
-
-
-def doubled(expression: str) -> str:
-    """A template that puts the expression's value in n.x, 60 times."""
-    return "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = " + expression + " %}{% endfor %}"
-
-
-def many(use: str, count: int = 2000) -> str:
-    """A template that uses one text of five million characters very often."""
-    return (
-        "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(19) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
-        + use.replace("MANY", "[" + "n.s, " * count + "]")
-    )
-
-
-HOSTILE = {
-    "many-shown": many("{{ MANY }}"),
-    "many-added": many("{% set n.x = [] %}{% for i in range(2000) %}{% set n.x = n.x + [n.s] %}{% endfor %}{{ n.x }}"),
-    "namespaces": doubled("namespace(a=n.x, b=n.x)") + "{{ n.x }}",
-    "namespaces-filled": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set m = namespace() %}"
-    "{% set m.a = n.x %}{% set m.b = n.x %}{% set n.x = m %}{% endfor %}{{ n.x }}",
-    "views": doubled("dict(a=n.x, b=n.x).items()") + "{{ n.x }}",
-    "escaped": "{% set n = namespace(x='<') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x | forceescape %}"
-    "{% endfor %}",
-    "class": "{{ ''.__class__.__mro__ }}",
-    "subclasses": "{{ ().__class__.__base__.__subclasses__() }}",
-    "environment": "{{ self._TemplateReference__context.environment }}",
-    "import": "{% import '/etc/passwd' as x %}",
-    "include": "{% include '/etc/passwd' %}",
-    "repeat": "{{ 'a' * 10**10 }}",
-    "repeat-number-first": "{{ 9999999999 * 'a' }}",
-    "repeat-list": "{{ [0] * 10000000000 }}",
-    "power": "{{ 9 ** 999999999 }}",
-    "long": "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'aaaaaaaaaaaaaaa' }}{% endfor %}{% endfor %}",
-    "huge-range": "{% for a in range(10**12) %}a{% endfor %}",
-    "mutate": "{{ messages.append(1) }}",
-    "pad": "{{ '%9999999999d' % 1 }}",
-    "center": "{{ 'a'.center(10000000000) }}",
-    "center-filter": "{{ 'a' | center(10000000000) }}",
-    "indent-filter": "{{ 'a\\nb' | indent(10000000000) }}",
-    "double": doubled("n.x ~ n.x"),
-    "double-plus": doubled("n.x + n.x"),
-    "double-list": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "double-block": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}"
-    "{% set n.x = y %}{% endfor %}",
-    "double-replace": doubled("n.x.replace('a', n.x)"),
-    "double-filter": doubled("n.x | replace('a', n.x)"),
-    "replace-nothing": doubled("n.x.replace('', n.x)"),
-    "double-join": doubled("[n.x, n.x] | join(n.x)"),
-    "shared-list": doubled("[n.x, n.x]"),
-    "shared-tuple": doubled("(n.x, n.x)"),
-    "shared-dict": doubled("{'a': n.x, 'b': n.x}"),
-    "shared-call": doubled("dict(a=n.x, b=n.x)"),
-    "double-sum": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] | sum(start=[]) %}"
-    "{% endfor %}",
-    "double-json": doubled("n.x | tojson"),
-    "double-repr": doubled("n.x | pprint"),
-    "urlize": doubled("n.x | urlize(target=n.x)"),
-    "square": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "bytes": "{{ 'a'.encode() * 10000000000 }}",
-    "int-bytes": "{{ (1).to_bytes(10000000000, 'big') }}",
-    "nested-blocks": "{% for a in [1] %}" * 25 + "x" + "{% endfor %}" * 25,
-    "long-number": "{{ " + "1" * 5000 + " }}",
-    "lipsum": "{{ lipsum(n=1000000) }}",
-    "undefined": "{{ messages[9].role.text }}",
-    "raise": "{{ raise_exception('no system role') }}",
-    "divide": "{{ 1 / 0 }}",
-    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_template(name: str) -> None:
-    """Refused by an error a user can read, with little time and memory spent; nothing of Python leaks."""
-    with pytest.raises(DashError, match="template") as caught:
-        ChatTemplate(HOSTILE[name], {}).render(MESSAGES)
-    assert len(str(caught.value)) < 500
-
-
-def test_what_templates_really_use() -> None:
-    """Containers, sums, unpacking and the marks that training templates set around an answer."""
-    source = (
-        "{% for a, b in [(1, 2), (3, 4)] %}{{ [a, b] | sum }},{% endfor %}"
-        "{% set c, d = 5, {'e': [6]} %}{{ c }}{{ d.e[0] }}"
-        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ [1, 'x'] | tojson }}"
-        "{{ dict(a=1).a }}{{ messages[0].items() | list | length }}{{ 70000 * 70000 }}"
-    )
-    assert ChatTemplate(source, {}).render([{"role": "user", "content": "Hi"}]) == '3,7,56Hi[1, "x"]124900000000'
-
-
-@pytest.mark.parametrize("source", ["{{ raise_exception.__globals__ }}", "{{ '{0.__class__}'.format(messages) }}"])
-def test_unsafe_attribute_is_never_text(source: str) -> None:
-    with suppress(RequestError):
-        assert ChatTemplate(source, {}).render(MESSAGES) == ""
-
-
-@pytest.mark.parametrize("source", ["{% for %}", "{{ unclosed", "{% endif %}", "{{ 'x' | no_such_filter }}"])
-def test_template_with_wrong_syntax(source: str) -> None:
-    with pytest.raises(BundleError, match="template"):
-        ChatTemplate(source, {})
-
-
-@pytest.mark.parametrize(
-    "message", [{}, {"role": "user"}, {"role": 1, "content": "x"}, {"role": "user", "content": None}]
-)
-def test_messages_without_text(message: dict[str, object]) -> None:
-    with pytest.raises(RequestError, match="'role' and a 'content'"):
-        ChatTemplate(CHAT_TEMPLATE, {}).render([message])  # type: ignore[list-item]
-
-
 def test_what_is_read_is_what_a_bundle_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     read: set[str] = set()
@@ -256,3 +134,60 @@ def test_files_that_are_no_text_or_lie_elsewhere(tiny_root: Path, tmp_path: Path
     (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
     with pytest.raises(BundleError):
         Text(folder)
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> tuple[Text, list[int]]:
+    """A text of a tokenizer for which 64 spaces are one token, and the lengths of what that has been given."""
+    spaces = [" " * 2**power for power in range(7)]
+    vocabulary = {token: index for index, token in enumerate([*spaces, "a"])}
+    Tokenizer(BPE(vocabulary, [(token, token) for token in spaces[:-1]])).save(str(tmp_path / "tokenizer.json"))
+    text, given = Text(tmp_path), []
+
+    class Counted:
+        def __init__(self, tokenizer: Tokenizer) -> None:
+            self.encode = lambda part, **options: given.append(len(part)) or tokenizer.encode(part, **options)
+
+    text.tokenizer = Counted(text.tokenizer)  # type: ignore[assignment]
+    return text, given
+
+
+def test_text_far_too_long_is_not_encoded(encoded: tuple[Text, list[int]]) -> None:
+    text, given = encoded
+    with pytest.raises(ContextLengthError, match="over 2048 prompt tokens, but 1024 positions are free"):
+        text.encode("a" * 3_000_000, limit=1024)
+    assert given == [16 * 1024]
+    del given[:]
+    with pytest.raises(ContextLengthError):  # nor where it begins with what may fit
+        text.encode(" " * 100_000 + "a" * 3_000_000, limit=1024)
+    assert sum(given) < 500_000
+    with pytest.raises(ContextLengthError):
+        text.encode("a" * 5000, limit=0)
+
+
+def test_text_that_fits_is_encoded(encoded: tuple[Text, list[int]]) -> None:
+    """However many characters it has; and without a limit (texts that are scored in windows) any is."""
+    text, _ = encoded
+    assert text.encode(" " * 64 * 1024, limit=1024) == [6] * 1024
+    assert text.encode(" " * 64 * 1000 + "a" * 24, limit=1024) == [6] * 1000 + [7] * 24
+    for length in (1, 4096, 4097, 8192):
+        assert text.encode("a" * length, limit=length) == [7] * length
+        assert text.encode(" " * length, limit=max(1, length // 64)) == text.encode(" " * length)
+    assert len(text.encode("a" * 100_000)) == 100_000
+
+
+def test_prompts_far_too_long(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """In a session and in a batch, of text and of messages: by what is free, or by the whole context."""
+    runtime = tiny_runtime()
+    session, batch, long = runtime.session(), runtime.batch(2), "x" * 3_000_000
+    session.prefill([1] * 12)
+    asked: list[tuple[Callable[[], object], int]] = [
+        (lambda: session.generate(long), 500),
+        (lambda: session.prefill(long), 500),
+        (lambda: session.chat([{"role": "user", "content": long}]), 512),
+        (lambda: session.score(long), 512),
+        (lambda: batch.checked(long), 512),
+    ]
+    for ask, limit in asked:
+        with pytest.raises(ContextLengthError, match=f"over {2 * limit} prompt tokens"):
+            ask()

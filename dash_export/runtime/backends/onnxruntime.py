@@ -119,6 +119,7 @@ class OrtEngine:
                 bind(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
         launch = _Launch(self.session._sess.run_with_iobinding, binding._iobinding, _RUN_OPTIONS)
         launch.memory = (inputs, outputs, binding)
+        launch.engine = f"The engine {self._name} in ONNX Runtime {ort.__version__}"
         return launch
 
 
@@ -142,10 +143,11 @@ def _fitted(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tup
 
 class _Launch(partial[None]):
     """A bound run: a C call without a Python frame of its own. The binding holds bare addresses; `memory` keeps the
-    arrays alive.
+    arrays alive. `engine` says whose run it is (`backend_errors`).
     """
 
     memory: object = None
+    engine = ""
 
 
 class OrtBackend:

@@ -111,7 +111,12 @@ class OrtCudaEngine:
             (name, binding.bind_output) for name in self.outputs()
         ]:
             shape = [sizes[size] if isinstance(size, str) else size for size in self._shapes[name]]
-            bind(name, "cuda", index, TYPES[self._types[name]][0], shape, memory[name].address)
+            try:
+                bind(name, "cuda", index, TYPES[self._types[name]][0], shape, memory[name].address)
+            except Exception as error:  # onnxruntime raises a family of its own
+                raise BackendError(
+                    f"{self._path.name} does not take {name} {shape} ({error}): build it again."
+                ) from error
         return OrtCudaContext(self._path.stem, self._stream, session, binding, memory)
 
 
@@ -130,7 +135,10 @@ class OrtCudaContext:
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # onnxruntime raises a family of its own
-            raise BackendError(f"ONNX Runtime could not run {self.name} on CUDA: {error}") from error
+            raise BackendError(
+                f"ONNX Runtime could not run {self.name} on CUDA ({error}). Where memory ran out, free some or use a "
+                "shorter context."
+            ) from error
 
 
 def create(_threads: int) -> OrtCuda:

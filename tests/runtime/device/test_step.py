@@ -12,6 +12,7 @@ from dash_export import DashRuntime
 from dash_export.decision import DecisionRule, decision_rule
 from dash_export.errors import BackendError, ContextLengthError, PolicyError
 from tests.runtime.device.conftest import DIALECTS, IDS, MakeSimulated
+from tests.runtime.device.simulated import SimulatedContext, SimulatedStream
 from tests.tiny import random_actions
 
 ORDERS = ("main", "policy", 0, 1)
@@ -151,3 +152,33 @@ def test_modes_that_a_target_has_not(target: str, dispatch: str, simulated: Make
     else:
         with pytest.raises(PolicyError, match="needs the streams of a GPU"):
             DashRuntime.load(host.bundle.root, target, dispatch=dispatch)
+
+
+@pytest.mark.parametrize("first", ORDERS)
+@pytest.mark.parametrize("dispatch", ["overlapped", "sync"])
+def test_a_launch_that_fails(
+    dispatch: str, first: str | int, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is under way is left to end, and the session goes on from before the step."""
+    rule, runtime = rule_of(host), simulated("trt10", dispatch, first).runtime
+    live, other = runtime.session_under(rule), runtime.session_under(rule)
+    for session in (live, other):
+        session.prefill(IDS[:20])
+    sound, launched = SimulatedStream.run, 0
+    for number, token in enumerate(IDS[20:26].tolist()):
+
+        def failing(stream: SimulatedStream, context: SimulatedContext, last: int = number % 4) -> None:
+            nonlocal launched
+            launched += 1
+            if launched > last:
+                raise BackendError(f"{context.name} could not be launched")
+            sound(stream, context)
+
+        launched = 0
+        monkeypatch.setattr(SimulatedStream, "run", failing)
+        with pytest.raises(BackendError, match="could not be launched"):
+            live.decode_one(token)
+        monkeypatch.undo()
+        assert live.tokens == other.tokens
+        found, expected = (session.decode_one(token)[0] for session in (live, other))
+        np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,133 @@
+"""The arguments of the public API, checked against their own type hints before anything is computed. An amount is
+checked where it is used; here, that it is one: numpy's numbers are numbers, a bool is none, NaN and infinities are
+none.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial, wraps
+from inspect import signature
+from math import isfinite
+from pathlib import Path
+from reprlib import repr as shortened
+from types import NoneType
+from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.errors import DashError, RequestError
+
+Prompt = str | Sequence[int] | npt.NDArray[np.int64]
+"""Text or token ids [n]."""
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _is(kind: Any, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool | np.ndarray) or operator.index(value).bit_length() > 128:  # no message shows it whole
+        raise TypeError
+    return operator.index(value)
+
+
+def _number(value: Any) -> float:
+    number = float(value) if isinstance(value, float | np.floating) else _whole(value)
+    if not isfinite(number):  # or OverflowError
+        raise ValueError
+    return number
+
+
+def _several(value: Any) -> Any:
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping):
+        raise TypeError
+    iter(value)
+    return value
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if hasattr(value, "__array__"):
+        return np.asarray(value)
+    kinds = set(map(type, _several(_is(Sequence, value))))
+    if not all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
+        raise TypeError
+    return value
+
+
+def _messages(value: Any) -> Any:
+    return [_is(Mapping, message) for message in _several(_is(Sequence, value))]
+
+
+_PROMPTS = ("a list of prompts, not one text", _several)
+_KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
+    bool: ("True or False", lambda value: bool(_is(bool | np.bool_, value))),
+    int: ("a whole number", _whole),
+    float: ("a finite number", _number),
+    str: ("text", partial(_is, str)),
+    str | Path: ("a path", partial(_is, str | Path)),
+    tuple[int, ...]: ("a list of whole numbers", lambda value: tuple(map(_whole, _several(value)))),
+    Sequence[str]: ("a list of texts", lambda value: tuple(_is(str, item) for item in _several(value))),
+    Sequence[Mapping[str, str]]: ("a list of messages {role, content}", _messages),
+    npt.NDArray[np.int8]: (
+        "an array of small integers",
+        lambda value: np.asarray(value).astype(np.int8, casting="safe"),
+    ),
+    Prompt: ("text, or one list of integers (token ids)", _prompt),
+    Iterable[Prompt]: _PROMPTS,
+    Iterable[Prompt | None]: _PROMPTS,
+}
+"""By type hint what an argument must be, and what makes it that or raises."""
+
+_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+
+
+def _taken(name: str, hint: Any, value: Any, error: type[DashError]) -> Any:
+    options = get_args(hint)
+    if hint is Any or (value is None and NoneType in options):
+        return value
+    kind = next(option for option in options if option is not NoneType) if NoneType in options else hint
+    words, take = _KINDS.get(kind) or (f"a {kind.__name__}", partial(_is, kind))
+    try:
+        return take(value)
+    except Exception:  # whatever a strange object does
+        none = " or None" if NoneType in options else ""
+        raise error(f"{name} must be {words}{none}; got {_shown(value)}.") from None
+
+
+def _shown(value: Any) -> str:
+    try:
+        return " ".join(shortened(value).split())
+    except Exception:  # a number of 5,000 digits, say
+        return f"a {type(value).__name__}"
+
+
+def check_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`function`, whose arguments are what its type hints say, numbers Python's own; else it raises RequestError."""
+    names = tuple(signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: _P.args, **named: _P.kwargs) -> _T:
+        hints = _hints(function)
+
+        def taken(name: str, value: Any) -> Any:
+            return _taken(name, hints.get(name, Any), value, RequestError)
+
+        given = (*map(taken, names, args), *args[len(names) :])
+        return function(*given, **{name: taken(name, value) for name, value in named.items()})
+
+    return checked
+
+
+def check_fields(item: Any, error: type[DashError] = RequestError) -> None:
+    """Makes the fields of a dataclass what their type hints say, in place, or raises `error`."""
+    hints = _hints(type(item))
+    vars(item).update({name: _taken(name, hints[name], value, error) for name, value in vars(item).items()})

@@ -1,0 +1,252 @@
+"""An output while it is written: who may write it, where it lies until it is whole, how it takes its place.
+
+Locks are advisory (`flock`): the death of a writer releases them. The lock file says who holds it, for the message to
+the others. A folder is emptied or replaced only where it bears this program's mark.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from dash_export.artifacts import TEMPORARY, read_bounded, sync
+from dash_export.errors import BusyError, OutputError
+
+MARK = ".dash-export"
+"""A file in every folder that this program may empty: written first, removed last."""
+_OURS = b"dash-export "
+_LONGEST = 4096
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_FILE_OF_OURS = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+
+logger = logging.getLogger(__name__)
+
+
+def lock_file(output: Path) -> Path:
+    """`a.dash` -> `.a.dash.lock`, beside it."""
+    return output.with_name(f".{output.name}.lock")
+
+
+@contextmanager
+def locked(output: Path, command: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold `output` for `command`, until the end of the block or of the process. Raises BusyError that names the
+    holder where another process or thread has it (or waits, for work of milliseconds), OutputError where the lock's
+    name is taken by something else.
+    """
+    path = lock_file(output)
+    new_parent = not path.parent.exists()
+    descriptor = _acquired(path, output, wait)
+    try:
+        if descriptor is not None:
+            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            os.ftruncate(descriptor, 0)
+            os.write(
+                descriptor,
+                _OURS + f"{command} (process {os.getpid()} on {socket.gethostname()}, since {since})".encode(),
+            )
+        yield
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)  # before it is let go: who has opened it already sees that it is gone
+            os.close(descriptor)
+        if new_parent:
+            with suppress(OSError):  # not empty: the output is there
+                path.parent.rmdir()
+
+
+@contextmanager
+def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool) -> Iterator[None]:
+    """Hold a folder itself, alone or among others who hold it `shared`. Raises BusyError with what the lock files
+    `holders` say.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError as error:  # it was there: another one is just taking its place
+        raise _busy(folder, holders) from error
+    try:
+        held = _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        if not held or not _is_at(folder, descriptor):
+            raise _busy(folder, holders)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _acquired(path: Path, output: Path, wait: bool) -> int | None:
+    """Return the descriptor of the locked lock file; None where nothing can be written, and so nothing locked."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            if error.errno in _READ_ONLY:
+                return None
+            if error.errno in _NO_FILE_OF_OURS:
+                raise _taken(path) from error
+            raise
+        try:
+            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            if not regular or not _OURS.startswith(os.pread(descriptor, len(_OURS), 0)):
+                raise _taken(path)
+            if not _flock(descriptor, fcntl.LOCK_EX, wait):
+                raise _busy(output, [path])
+            if _is_at(path, descriptor):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder has removed it meanwhile: it is nobody's lock any more
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _flock(descriptor: int, operation: int, wait: bool = False) -> bool:
+    """Whether the lock is held now. Where a file system knows no locks nobody is locked out."""
+    try:
+        fcntl.flock(descriptor, operation | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("this file system has no locks (%s): let nothing else write the same output", error.strerror)
+    return True
+
+
+def _taken(path: Path) -> OutputError:
+    return OutputError(f"{path} is not a lock of this program: remove it, or choose another output.")
+
+
+def _busy(output: Path, holders: Iterable[Path]) -> BusyError:
+    found = [said for said in map(holder, holders) if said]
+    return BusyError(
+        f"{output} is being written by {', '.join(found) or 'another dash-export'}. "
+        "Wait for that to end, or end it, and run the command again."
+    )
+
+
+def holder(path: Path) -> str:
+    """Return what a lock file says of its holder; nothing where there is none."""
+    with suppress(OSError):
+        text = read_bounded(path, _LONGEST).decode(errors="replace")
+        return "".join(filter(str.isprintable, text))
+    return ""
+
+
+def named(output: str | Path) -> Path:
+    """Return the path to write at, which has a name, for files beside it are called after it: a link is what it points
+    to, `.` the current folder. Raises OutputError for `/` and for a link that points nowhere.
+    """
+    path = Path(output)
+    if path.is_symlink() or path.name in ("", ".."):
+        try:
+            path = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:  # a loop of links is either
+            raise OutputError(
+                f"{output} is a link that points nowhere: remove it, or choose another output."
+            ) from error
+    if not path.name:
+        raise OutputError(f"{output} is a whole file system: choose another output.")
+    return path
+
+
+def own_folder(path: Path) -> Path:
+    """Return the folder, made where it is missing. Raises OutputError for a link or a file: not ours to write into."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise OutputError(f"{path} is not a folder but a link or a file: nothing is written there. Remove it.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def work_folder(output: Path) -> Path:
+    """Return `<output>.unfinished`, where an output lies until it is whole: new, or as a killed run left it. Raises
+    OutputError for one that is not this program's.
+    """
+    folder = own_folder(output.with_name(f"{output.name}.unfinished"))
+    _check_ours(folder)
+    _mark(folder)
+    return folder
+
+
+def _mark(folder: Path) -> None:
+    os.close(os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+
+
+def _check_ours(folder: Path) -> None:
+    mark = folder / MARK
+    if any(folder.iterdir()) and (mark.is_symlink() or not mark.is_file()):
+        raise OutputError(
+            f"{folder} is not this program's: it has no {MARK}, so nothing in it is touched. "
+            "Move it away, or choose another output."
+        )
+
+
+def remove_own(folder: Path) -> None:
+    """Remove a folder that bears the mark, the mark last, so that a kill leaves what the next run may remove. Raises
+    OutputError for any other.
+    """
+    _check_ours(folder)
+    for path in folder.iterdir():
+        if path.name != MARK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """An error or Ctrl-C leaves nothing behind; a kill leaves the folder for the next run to resume."""
+    try:
+        yield
+    except BaseException:
+        if folder.exists():
+            remove_own(folder)
+        raise
+
+
+def put_in_place(work: Path, output: Path) -> None:
+    """Let a finished work folder take the place of the output, which is this program's if it is there. After a kill or
+    a loss of power the old one or the new one is whole: `recover` puts the rest right.
+    """
+    sync(work)
+    if output.exists():
+        _mark(output)
+        output.replace(_previous(output))
+    work.replace(output)
+    sync(output.parent)
+    recover(output)
+    unmark(output)
+
+
+def recover(output: Path) -> None:
+    """Put right what a kill in `put_in_place` leaves: the old output comes back, or goes where the new one is there."""
+    previous = _previous(output)
+    if previous.is_symlink():
+        previous.unlink()
+    elif previous.exists() and output.exists():
+        remove_own(previous)
+    elif previous.exists():
+        _check_ours(previous)
+        previous.replace(output)
+
+
+def unmark(output: Path) -> None:
+    """Take the mark off a finished output: a kill may have left it there."""
+    (output / MARK).unlink(missing_ok=True)
+
+
+def _previous(output: Path) -> Path:
+    """Where the output that is replaced lies until its successor is in place: no name that a person would give."""
+    return output.with_name(f"{TEMPORARY}{output.name}.previous")

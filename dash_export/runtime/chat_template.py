@@ -1,0 +1,129 @@
+"""Chat templates, each rendered in a process of its own (template_child.py) that is kept for the next turn.
+
+A template is a program of whoever made the model. jinja2's sandbox keeps it from Python's own attributes, the operating
+system bounds its memory and a clock its time; where it breaks something, that is a process with nothing to lose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+
+from dash_export.errors import BundleError, RequestError
+
+SECONDS = 2.0
+START_SECONDS = 60.0
+"""For a Python and its jinja2: a slow disk and a busy machine are no fault of the template."""
+MEGABYTES = 512
+MAX_BYTES = 10_000_000
+"""Of one answer, as JSON."""
+CHILD = Path(__file__).with_name("template_child.py")
+INSTEAD = "Do not use it: replace chat_template.jinja of the model and export again."
+NO_PYTHON = "Chat templates need a Python of their own: set sys.executable to one that starts and has jinja2"
+
+
+class ChatTemplate:
+    """A model's `chat_template.jinja`, and its special tokens by name. Threads may share it. Its child starts with the
+    first render and ends with it; processes that fork have one each.
+    """
+
+    def __init__(self, source: str, special: Mapping[str, str]) -> None:
+        self._source, self._special = source, dict(special)
+        self._here: dict[int, tuple[Lock, list[_Child]]] = {}
+        """By process id: a lock, and the child where there is one."""
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages {role, content} -> the prompt text. Raises RequestError when the template refuses or misbehaves, and
+        BundleError when it is none.
+        """
+        for message in messages:
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise RequestError(
+                    f"A chat message needs a 'role' and a 'content', both text; got {dict(message)!r:.100}."
+                )
+        given = {"messages": [*map(dict, messages)], "add_generation_prompt": add_generation_prompt, **self._special}
+        try:
+            request = json.dumps(given)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"Chat messages must be text, numbers, lists and mappings ({error}).") from error
+        lock, children = self._here.setdefault(os.getpid(), (Lock(), []))
+        with lock:
+            if not children or children[0].ended:
+                children[:] = [_Child(self._source)]
+            good, text = children[0].ask(request)
+        if not good:
+            raise RequestError(f"The chat template refuses these messages ({text}).")
+        return text
+
+
+class _Child:
+    """A process that has compiled a template. Raises RequestError where it or the template does not come to that, and
+    BundleError where the template is none.
+    """
+
+    def __init__(self, source: str) -> None:
+        # A frozen program is no Python: it would start itself. -I -S: the path of here comes in the first message.
+        python = "" if getattr(sys, "frozen", False) else sys.executable or ""
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            try:  # in a session of its own: an interrupt from the terminal is not for it
+                self._process = subprocess.Popen(
+                    [python, "-I", "-S", str(CHILD)],
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise RequestError(f"{NO_PYTHON} ({error}).") from error
+        self._end = weakref.finalize(self, _end, self._process, self._socket)
+        path = [entry for entry in sys.path if isinstance(entry, str)]
+        self.ask(json.dumps({"path": path, "memory": MEGABYTES << 20}), starting=True)
+        good, text = self.ask(json.dumps({"source": source}))
+        if not good:
+            self._end()
+            raise BundleError(f"The bundle's chat template is not valid ({text}). {INSTEAD}")
+
+    @property
+    def ended(self) -> bool:
+        return not self._end.alive or self._process.poll() is not None
+
+    def ask(self, request: str, starting: bool = False) -> tuple[bool, str]:
+        """A line of JSON -> (whether it went well, text). Anything else is the end of the process."""
+        seconds = START_SECONDS if starting else SECONDS
+        try:
+            good, text = json.loads(self._answer(request.encode() + b"\n", time.monotonic() + seconds))
+        except BaseException as error:  # an interrupt too: half an answer may be on its way
+            self._end()
+            if not isinstance(error, (OSError, ValueError, TypeError, RecursionError)):
+                raise
+            costly = f"The chat template takes over {SECONDS:g} s or {MEGABYTES} MB for these messages, or breaks"
+            raise RequestError(f"{NO_PYTHON} ({error})." if starting else f"{costly} ({error}). {INSTEAD}") from error
+        return bool(good), str(text)
+
+    def _answer(self, line: bytes, until: float) -> bytes:
+        answer = bytearray()
+        self._socket.settimeout(until - time.monotonic())
+        self._socket.sendall(line)
+        while not answer.endswith(b"\n"):
+            self._socket.settimeout(until - time.monotonic())
+            piece = self._socket.recv(1 << 20)
+            if not piece or len(answer) > MAX_BYTES:
+                raise ValueError(f"it writes over {MAX_BYTES} bytes" if piece else "its process has ended")
+            answer += piece
+        return bytes(answer)
+
+
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    """End a child and reap it. In a process that was forked from its owner Popen finds that it has no such child."""
+    connection.close()
+    process.kill()
+    process.wait()

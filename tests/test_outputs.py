@@ -1,0 +1,261 @@
+"""Who may write an output, and what of somebody else's lies in the way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dash_export.artifacts import write_atomic
+from dash_export.builders import build
+from dash_export.bundle import Bundle
+from dash_export.errors import BundleError, BusyError, OutputError, PolicyError
+from dash_export.exporting import export
+from dash_export.models import Checkpoint
+from dash_export.outputs import (
+    MARK,
+    folder_locked,
+    lock_file,
+    locked,
+    named,
+    put_in_place,
+    recover,
+    remove_own,
+    work_folder,
+)
+from dash_export.policy_file import check_replaceable, save_policy
+from tests.tiny import tiny_checkpoint, tiny_policy
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dash_export.outputs import locked
+with locked(Path(sys.argv[1]), "export"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("outputs") / "model")
+
+
+def tree(folder: Path) -> dict[str, bytes | str]:
+    """Every file and link below a folder, with what it holds."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def test_a_second_writer_is_told_who_holds_it(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "a.dash"
+    with locked(output, "export"):
+        said = (
+            rf"a\.dash is being written by dash-export export \(process {os.getpid()} on .*, since 20\d\d-.*\)\. Wait"
+        )
+        with pytest.raises(BusyError, match=said), locked(output, "train"):
+            pass
+        with pytest.raises(BundleError, match="is being written by dash-export export"):
+            Bundle.open(output)
+        with locked(output.with_name("b.dash"), "export"):
+            pass
+    assert not list(tmp_path.iterdir())
+    with locked(output, "export"):
+        pass
+
+
+def test_a_writer_that_dies_locks_nobody_out(tmp_path: Path) -> None:
+    output = tmp_path / "a.dash"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match=rf"process {holder.pid} on"), locked(output, "export"):
+            pass
+        holder.send_signal(signal.SIGKILL)
+    assert lock_file(output).exists()
+    with locked(output, "export"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def _count(output: Path, counter: Path, rounds: int) -> None:
+    for _ in range(rounds):
+        with locked(output, "count", wait=True):
+            counter.write_text(str(int(counter.read_text()) + 1))
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    """The lock file goes with every release, and still no two hold it."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_count, args=(tmp_path / "a", counter, 200)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert counter.read_text() == "800"
+    assert [path.name for path in tmp_path.iterdir()] == ["counter"]
+
+
+def test_builds_share_a_bundle_and_exports_do_not(tmp_path: Path) -> None:
+    holder = tmp_path / "holder"
+    holder.write_text("dash-export build for cpu")
+    with (
+        folder_locked(tmp_path, [], shared=True),
+        folder_locked(tmp_path, [], shared=True),
+        pytest.raises(BusyError, match="dash-export build for cpu"),
+        folder_locked(tmp_path, [holder], shared=False),
+    ):
+        pass
+    with (
+        folder_locked(tmp_path, [], shared=False),
+        pytest.raises(BusyError, match="another dash-export"),
+        folder_locked(tmp_path, [], shared=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("x"), lambda path: path.write_text("my notes")]
+)
+def test_what_is_no_lock_is_kept(make: Callable[[Path], object], tmp_path: Path) -> None:
+    path = lock_file(tmp_path / "a.dash")
+    make(path)
+    with pytest.raises(OutputError, match="is not a lock of this program"), locked(tmp_path / "a.dash", "export"):
+        pass
+    assert os.path.lexists(path)
+
+
+def test_what_is_not_ours_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A folder or a link that happens to have the name of the work folder."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "cv.txt").write_text("mine")
+    work = tmp_path / "a.dash.unfinished"
+    work.symlink_to(docs)
+    with pytest.raises(OutputError, match=r"a\.dash\.unfinished is not a folder but a link"):
+        export(checkpoint, tmp_path / "a.dash")
+    work.unlink()
+    docs.rename(work)
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"is not this program's: it has no \.dash-export.*Move it away"):
+        export(checkpoint, tmp_path / "a.dash")
+    (work / "onnx").mkdir()
+    with pytest.raises(OutputError, match="is not this program's"):
+        export(checkpoint, tmp_path / "a.dash")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("link", ["onnx", "engines", MARK, "config.json"])
+def test_a_link_inside_the_work_folder(link: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """One that came with the work folder of a stranger: nothing is written or deleted behind it."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "cv.txt").write_text("mine")
+    work = work_folder(tmp_path / "a.dash")
+    (work / MARK).unlink()
+    (work / link).symlink_to(docs if link in ("onnx", "engines") else docs / "cv.txt")
+    if link != MARK:
+        (work / MARK).touch()
+    try:
+        export(checkpoint, tmp_path / "a.dash")
+    except OutputError:
+        assert link != "engines"
+    assert tree(docs) == {"cv.txt": b"mine"}
+
+
+def test_an_output_that_is_a_link(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The bundle that it points to is replaced, and it stays a link."""
+    export(checkpoint, tmp_path / "v1.dash")
+    link = tmp_path / "current.dash"
+    link.symlink_to("v1.dash")
+    made = export(checkpoint, link, tiny_policy(checkpoint))
+    assert made.manifest.policy.has_network
+    assert Bundle.open(tmp_path / "v1.dash").manifest == made.manifest
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"v1.dash", "current.dash"}
+    build(link, "portable")
+    link.unlink()
+    link.symlink_to("nowhere")
+    with pytest.raises(OutputError, match="a link that points nowhere"):
+        export(checkpoint, link)
+    link.unlink()
+    (tmp_path / "photos").mkdir()
+    link.symlink_to("photos")
+    with pytest.raises(BundleError, match="photos exists and is not a bundle"):
+        export(checkpoint, link)
+
+
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert named("a.dash") == Path("a.dash")
+    assert named(".") == tmp_path
+    assert named("..") == tmp_path.parent
+    with pytest.raises(OutputError, match="is a whole file system"):
+        named("/")
+
+
+def test_a_file_that_is_a_link_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "link").symlink_to("mine")
+    with pytest.raises(OutputError, match="is a link, which is not replaced"):
+        write_atomic(tmp_path / "link", "theirs")
+    assert tree(tmp_path) == {"mine": b"mine", "link": "mine"}
+
+
+@pytest.mark.parametrize("killed_after", range(4))
+def test_recovery(killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever rename or removal is the last one, the old or the new output is there in the end, and nothing else."""
+    output = tmp_path / "a.dash"
+    output.mkdir()
+    (output / "old").touch()
+    work = work_folder(output)
+    (work / "new").touch()
+    steps = iter(range(killed_after))
+
+    class KilledError(BaseException):
+        pass
+
+    def dying(sound: Callable[..., object]) -> Callable[..., object]:
+        def step(*given: object, **named: object) -> object:
+            if next(steps, None) is None:
+                raise KilledError
+            return sound(*given, **named)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink", "rmdir"):
+            patch.setattr(Path, name, dying(getattr(Path, name)))
+        with pytest.raises(KilledError):
+            put_in_place(work, output)
+    recover(output)
+    assert (output / "new").exists() != (output / "old").exists()
+    if work.exists():
+        remove_own(work)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.dash"]
+
+
+def test_a_policy_replaces_policies_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    card = {"kind": "token", "gated": [], "settings": {}}
+    check_replaceable(path)
+    save_policy(path, tiny_policy(checkpoint), checkpoint.spec, card)
+    check_replaceable(path)
+    (tmp_path / "p.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(PolicyError, match=r"p\.json beside it exists and is no skip policy"):
+        check_replaceable(path)
+    (tmp_path / "p.json").unlink()
+    path.write_bytes(b"weights of hours")
+    with pytest.raises(PolicyError, match="will not be overwritten"):
+        check_replaceable(path)

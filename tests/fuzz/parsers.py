@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,6 @@ from pathlib import Path
 import click
 
 from dash_export import DashRuntime
-from dash_export.artifacts import sha256_file
 from dash_export.builders import build
 from dash_export.bundle import BUILD, MANIFEST, Bundle
 from dash_export.commands.common import LayerList
@@ -28,6 +28,7 @@ from dash_export.policy_file import load_policy
 from dash_export.runtime.backends.onnxruntime import OrtEngine, shared_pool_options
 from dash_export.runtime.text import Text
 from dash_export.targets import load_recipe
+from tests.forged import rehash, reseal
 from tests.fuzz import mutators
 from tests.fuzz.mutators import Mutator
 
@@ -98,8 +99,11 @@ def _weights(path: Path) -> None:
 def _text(folder: Path) -> None:
     text = Text(folder)
     text.decode(text.encode(MESSAGES[0]["content"]))
-    if text.template is not None:
-        text.chat(MESSAGES)
+
+
+def _chat(folder: Path) -> None:
+    """A process for each template."""
+    Text(folder / BUNDLE).chat(MESSAGES)
 
 
 def _model_and_text(path: Path) -> None:
@@ -112,7 +116,7 @@ def _record(path: Path) -> None:
     """A build's record, of this bundle whenever it was made."""
     key = json.loads((path.parents[2] / MANIFEST).read_text())["key"].encode()
     path.write_bytes(re.sub(rb'"bundle_key": "[0-9a-f]{32}"', b'"bundle_key": "' + key + b'"', path.read_bytes()))
-    sealed(path.parents[2])
+    reseal(path.parents[2])
     _opened(path.parents[2])
 
 
@@ -127,23 +131,11 @@ def _generated(folder: Path, verify: bool = False) -> None:
     runtime.generate([1, 2, 3], 2, trade_off=1.0)
 
 
-def resealed(root: Path, name: str) -> None:
-    """Note a file's hash anew wherever the bundle lists it: a forger has the whole bundle."""
-    manifest, record = (json.loads((root / listing).read_text()) for listing in (MANIFEST, f"engines/cpu-fp32/{BUILD}"))
-    for entry in [*manifest["files"], *record["files"]]:
-        if entry["name"] == name:
-            entry.update(sha256=sha256_file(root / name), bytes=(root / name).stat().st_size)
-    (root / f"engines/cpu-fp32/{BUILD}").write_text(json.dumps(record))
-    (root / MANIFEST).write_text(json.dumps(manifest))
-    sealed(root)
-
-
-def sealed(root: Path) -> None:
-    """Note the build record's hash in the manifest, where that lists it."""
-    manifest = json.loads((root / MANIFEST).read_text())
-    if "builds" in manifest:
-        manifest["builds"]["cpu-fp32"] = sha256_file(root / f"engines/cpu-fp32/{BUILD}")
-        (root / MANIFEST).write_text(json.dumps(manifest))
+def _manifest(path: Path) -> None:
+    """A manifest, sealed anew: a forger has the whole bundle."""
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):  # not even JSON
+        reseal(path.parent)
+    _opened(path.parent)
 
 
 def _rebuilt(folder: Path) -> None:
@@ -166,7 +158,7 @@ def _onnx(name: str, read: Callable[[Path], object], deep: Callable[[Path], obje
     """An .onnx file of the bundle."""
 
     def after(folder: Path) -> None:
-        resealed(folder / BUNDLE, name)
+        rehash(folder / BUNDLE, name)
         deep(folder)
 
     return Parser(mutators.in_onnx, _files(f"{BUNDLE}/{name}"), _written(f"{BUNDLE}/{name}", read), after, every)
@@ -231,6 +223,8 @@ PARSERS = {
         mutators.in_json,
         _files(f"{MODEL}/tokenizer.json"),
         _written(f"{MODEL}/tokenizer.json", _model_and_text, f"{BUNDLE}/tokenizer.json"),
+        _chat,
+        64,
     ),
     "text_config": Parser(
         mutators.in_json,
@@ -242,11 +236,15 @@ PARSERS = {
             f"{BUNDLE}/tokenizer_config.json",
             f"{BUNDLE}/generation_config.json",
         ),
+        _chat,
+        64,
     ),
     "template": Parser(
         mutators.in_text,
         lambda folder: [*TEMPLATES, (folder / MODEL / "chat_template.jinja").read_bytes()],
         _written(f"{MODEL}/chat_template.jinja", _model_and_text, f"{BUNDLE}/chat_template.jinja"),
+        _chat,
+        4,
     ),
     "recipe": Parser(
         mutators.in_toml,
@@ -257,7 +255,7 @@ PARSERS = {
     "manifest": Parser(
         mutators.in_json,
         _files(f"{BUNDLE}/{MANIFEST}"),
-        _written(f"{BUNDLE}/{MANIFEST}", lambda path: _opened(path.parent)),
+        _written(f"{BUNDLE}/{MANIFEST}", _manifest),
         _generated,
     ),
     "build": Parser(

@@ -143,7 +143,7 @@ def _optional_text(path: Path) -> str | None:
 def _token_text(token: object) -> str:
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else ""
+    return token.encode(errors="ignore").decode() if isinstance(token, str) else ""  # half a character is none
 
 
 def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer, eos_token: str) -> frozenset[int]:

@@ -95,12 +95,13 @@ class OrtEngine:
         try:
             with _whole_scores():
                 self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            # Here, because names may be no text.
+            self._shapes = {item.name: item.shape for item in (*self.session.get_inputs(), *self.session.get_outputs())}
+            self.inputs = tuple(item.name for item in self.session.get_inputs())
+            self.outputs = tuple(item.name for item in self.session.get_outputs())
         except Exception as error:  # onnxruntime raises a family of its own plus RuntimeError
             raise BackendError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {error}") from error
         self._name = path.name
-        self._shapes = {item.name: item.shape for item in (*self.session.get_inputs(), *self.session.get_outputs())}
-        self.inputs = tuple(item.name for item in self.session.get_inputs())
-        self.outputs = tuple(item.name for item in self.session.get_outputs())
 
     def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
         binding = self.session.io_binding()

@@ -24,6 +24,7 @@ def load_graph(path: Path) -> ir.Model:
         proto = onnx.load(path, load_external_data=False)
         _keep_prepacked(proto)
         model: ir.Model = ir.from_proto(proto)
+        ir.to_proto(model)  # names that are no text are read as bytes, and cannot be written
         ir.external_data.set_base_dir(model.graph, path.parent)
     except Exception as error:  # protobuf and onnx_ir raise many kinds; the file is from outside
         raise BundleError(

@@ -61,7 +61,7 @@ def attempt(name: str, scene: Scene, number: int, stage: Stage, report: Report) 
 
 def kill(scene: Scene, stage: Stage, folder: Path, random: Random, by_time: bool) -> int:
     """The exit code of a run that is killed at a random moment, unless it ends before."""
-    moment = 0 if by_time else random.randint(1, scene.operations)
+    moment = 0 if by_time else scene.moment(random)
     ours, theirs = FORK.Pipe()
     process = start(killable, scene.command, stage, folder, moment, theirs)
     theirs.close()

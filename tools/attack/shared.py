@@ -18,10 +18,11 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from random import Random
 from time import perf_counter
 from typing import Any
 
@@ -52,6 +53,7 @@ BUNDLE, POLICY, PICTURE = "m.dash", "p.safetensors", "picture"
 SEEDS = {"a": 0, "b": 1}
 """The two policies, by the seed that trains them."""
 TARGETS = {"fp32": "cpu-fp32", "int8": "cpu-int8"}
+LAST_OPERATIONS = 12
 PATIENCE = 120
 """Seconds after which a process hangs."""
 
@@ -130,7 +132,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     from dash_export.policy_file import load_policy
 
     torch.set_num_threads(1)  # whose sums are the same everywhere
-    dial.WINDOWS, dial.SHARES = 1, (0.5,)
+    vars(dial).update(WINDOWS=1, SHARES=(0.5,))
     if command.kind == "export":
         checkpoint = open_checkpoint(stage.model)
         path = folder / POLICY if command.variant == "trained" else stage.policy(command.variant)
@@ -138,9 +140,16 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     if command.kind == "build":
         return build(folder / BUNDLE, "cpu", weights=command.variant).bundle_key
     if command.kind == "train":
-        steps = dict.fromkeys(("fit_steps", "warm_up_steps", "regression_steps", "tuning_steps"), 1)
         settings = TrainingSettings(
-            seed=SEEDS[command.variant], window=16, windows=2, rank=4, precision="float32", **steps
+            seed=SEEDS[command.variant],
+            window=16,
+            windows=2,
+            rank=4,
+            fit_steps=1,
+            warm_up_steps=1,
+            regression_steps=1,
+            tuning_steps=1,
+            precision="float32",
         )
         train(stage.model, folder / POLICY, [stage.folder / "prose.txt"], settings=settings)
         return ""
@@ -150,7 +159,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
 def _frontier(folder: Path) -> str:
     from dash_export.cli import cli
 
-    few = "--predicted --limit 1 --window 16 --prefix 4 --skipped 1 --target cpu-fp32".split()
+    few = ["--predicted", "--limit", "1", "--window", "16", "--prefix", "4", "--skipped", "1", "--target", "cpu-fp32"]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         cli.main(["frontier", str(folder / BUNDLE), *few, "-o", str(folder / PICTURE)], standalone_mode=False)
     return ""
@@ -370,7 +379,7 @@ def watch(folder: Path, before: Callable[[], None], synced: Callable[[int], None
             if path.startswith(inside) or (event != "open" and not Path(path).is_absolute()):
                 before()
 
-    def wrapped(real: Callable[[int], None]) -> Callable[[int], None]:
+    def wrapped(real: Callable[[Any], None]) -> Callable[[Any], None]:
         def sync(file: Any) -> None:
             before()
             real(file)
@@ -378,7 +387,7 @@ def watch(folder: Path, before: Callable[[], None], synced: Callable[[int], None
 
         return sync
 
-    os.fsync, os.fdatasync = wrapped(os.fsync), wrapped(os.fdatasync)
+    vars(os).update(fsync=wrapped(os.fsync), fdatasync=wrapped(os.fdatasync))
     sys.addaudithook(hook)
 
 
@@ -421,6 +430,11 @@ class Scene:
         shutil.rmtree(folder)
         return scene
 
+    def moment(self, random: Random) -> int:
+        """The number of an operation, often one of the last: there an output takes its place."""
+        first = 1 if random.random() < 0.5 else max(1, self.operations - LAST_OPERATIONS)
+        return random.randint(first, self.operations)
+
     def start(self, stage: Stage, name: str) -> Path:
         return stage.folder / name / "start"
 
@@ -433,9 +447,7 @@ class Scene:
             return build_state(stage, folder, self.command.variant)
         if self.command.kind == "export":
             return bundle_state(stage, folder)
-        return (
-            policy_state(stage, folder) if self.command.kind == "train" else picture_state(folder, self.expected)
-        )
+        return policy_state(stage, folder) if self.command.kind == "train" else picture_state(folder, self.expected)
 
     def survived(self, stage: Stage, folder: Path) -> list[Fault]:
         """What is wrong right after a kill or a crash: an output is whole, of before or of after, or says that it is
@@ -460,10 +472,14 @@ class Scene:
 
     def finished(self, stage: Stage, folder: Path) -> list[Fault]:
         """What is wrong with what a whole run leaves."""
+        return [*self.done(stage, folder), *leftovers(folder)]
+
+    def done(self, stage: Stage, folder: Path) -> list[Fault]:
+        """What is wrong with the output of a whole run."""
         state = self.state(stage, folder)
-        wanted = "whole" if self.command.kind in ("build", "frontier") else self.command.variant
-        wrong = state if isinstance(state, Fault) else Fault(f"the next run leaves what is {state}")
-        return [*([] if state == wanted else [wrong]), *leftovers(folder)]
+        if state == ("whole" if self.command.kind in ("build", "frontier") else self.command.variant):
+            return []
+        return [state if isinstance(state, Fault) else Fault("a whole run leaves what is not", state)]
 
 
 def killable(command: Command, stage: Stage, folder: Path, moment: int, pipe: Connection) -> None:
@@ -537,7 +553,7 @@ class Report:
                 trial, fault = next(item for item in faults if item[1].kind == kind)
                 console.print(f"{what}: {count} x {kind}", markup=False)
                 console.print(f"    trial {trial}: {fault.detail.strip()[-300:]}", markup=False)
-        trials = {
+        tried = {
             what: {
                 "trials": count,
                 "seconds": round(self.seconds[what] / count, 3),
@@ -547,7 +563,7 @@ class Report:
             }
             for what, count in self.trials.items()
         }
-        print(json.dumps({"attack": self.name, "tried": trials}))
+        print(json.dumps({"attack": self.name, "tried": tried}))
         if any(self.faults.values()):
             raise SystemExit(1)
 

@@ -3,10 +3,10 @@ policy file.
 
     python tools/attack/writers.py --trials 200
 
-In each trial the processes wait for one another and then start within some milliseconds. Afterwards one of them at least
-has succeeded; each other one too, or it was refused with an error that says who is writing; what was reported as done is
-whole; nothing is left behind; and each of the commands, run alone, succeeds. A trial follows from its number: `--first`
-goes on after an earlier run, `--only` names pairings.
+In each trial the processes wait for one another and then start within some milliseconds. Afterwards one of them at
+least has succeeded; each other one too, or it was refused with an error that says who is writing; what was reported as
+done is whole; nothing is left behind; and each of the commands, run alone, succeeds. What a trial begins with follows
+from its number: `--first` goes on after an earlier run, `--only` names pairings.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ def writer(command: Command, stage: Stage, folder: Path, delay: float, barrier: 
     pipe.send(outcome(command, stage, folder))
 
 
-def at_once(
-    commands: list[Command], stage: Stage, folder: Path, random: Random
-) -> tuple[list[Outcome], list[Fault]]:
+def at_once(commands: list[Command], stage: Stage, folder: Path, random: Random) -> tuple[list[Outcome], list[Fault]]:
     """How each of the commands ended, and what of it must not be."""
     barrier = FORK.Barrier(len(commands))
     pipes, processes = [], []

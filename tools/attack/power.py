@@ -42,7 +42,7 @@ from random import Random
 from typing import Any
 
 import click
-from shared import FORK, PATIENCE, SCENES, Command, Fault, Report, Scene, Stage, chosen, perform, staged, start, watch
+from shared import FORK, PATIENCE, SCENES, Command, Report, Scene, Stage, chosen, perform, staged, start, watch
 
 POWERED = {name: scene for name, scene in SCENES.items() if name != "frontier"}
 ORDERS = ("in order", "by folder")

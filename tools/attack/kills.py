@@ -31,9 +31,9 @@ KILLED = -signal.SIGKILL
 def main(trials: int, first: int, seconds: float | None, only: tuple[str, ...]) -> None:
     """Kill the commands in turn."""
     report = Report("kills")
-    until = time.monotonic() + (seconds or float("inf"))
     with staged() as stage:
         scenes = {name: SCENES[name].rehearsed(stage, name, killable) for name in chosen(only, SCENES)}
+        until = time.monotonic() + (seconds or float("inf"))
         for number in range(first, first + trials):
             if time.monotonic() < until:
                 name = list(scenes)[number % len(scenes)]

@@ -234,12 +234,12 @@ def _content(kept: Path, synced: Path, random: Random) -> bytes:
 def main(trials: int, disks: int, first: int, seconds: float | None, only: tuple[str, ...]) -> None:
     """Crash the commands in turn."""
     report = Report("power")
-    until = time.monotonic() + (seconds or float("inf"))
     with staged() as stage:
         scenes: dict[str, Scene] = {}
         for name in chosen(only, POWERED):
             scenes[name] = POWERED[name].rehearsed(stage, name, powered)
             shutil.rmtree(stage.folder / name / "store")
+        until = time.monotonic() + (seconds or float("inf"))
         for number in range(first, first + trials):
             if time.monotonic() < until:
                 name = list(scenes)[number % len(scenes)]

@@ -42,6 +42,8 @@ from dash_export.runtime import Response, Sampling, Session
 WARM_UP = 0.2
 """Of the time."""
 FLAT = 0.02
+KEPT = 4
+"""Sessions of a thread. One of each setting would be a gigabyte of caches, and all the warm-up to fill them."""
 SETTINGS = (
     Setting("dense"),
     Setting("static", skipped=1.0),
@@ -95,10 +97,9 @@ class Soak:
         while time.monotonic() < self.until and len(self.faults) < 100:
             index = random.randrange(len(self.tasks))
             task = self.tasks[index]
-            if random.random() < 0.1:
-                sessions.pop(task.setting, None)
-            session = sessions.get(task.setting) or self.runtime.session_with(task.setting)
-            sessions[task.setting] = session
+            if task.setting not in sessions and len(sessions) == KEPT:
+                del sessions[random.choice(list(sessions))]
+            session = sessions.setdefault(task.setting, self.runtime.session_with(task.setting))
             try:
                 answer = perform(task, self.runtime, session)
                 fault = _difference(task, answer, self.expected[index])

@@ -66,9 +66,9 @@ LATEST = 0.03
 def main(trials: int, first: int, seconds: float | None, only: tuple[str, ...]) -> None:
     """Try every pairing."""
     report = Report("writers")
-    until = time.monotonic() + (seconds or float("inf"))
     names = chosen(only, PAIRINGS)
     with staged() as stage:
+        until = time.monotonic() + (seconds or float("inf"))
         for number in range(first, first + trials):
             for name in names:
                 if time.monotonic() < until:

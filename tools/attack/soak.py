@@ -97,9 +97,11 @@ class Soak:
         while time.monotonic() < self.until and len(self.faults) < 100:
             index = random.randrange(len(self.tasks))
             task = self.tasks[index]
-            if task.setting not in sessions and len(sessions) == KEPT:
-                del sessions[random.choice(list(sessions))]
-            session = sessions.setdefault(task.setting, self.runtime.session_with(task.setting))
+            if task.setting not in sessions:
+                if len(sessions) == KEPT:
+                    del sessions[random.choice(list(sessions))]
+                sessions[task.setting] = self.runtime.session_with(task.setting)
+            session = sessions[task.setting]
             try:
                 answer = perform(task, self.runtime, session)
                 fault = _difference(task, answer, self.expected[index])

@@ -5,6 +5,8 @@ journal.
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -13,9 +15,10 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 from dash_export.errors import OutputError
@@ -23,7 +26,6 @@ from dash_export.errors import OutputError
 JOURNAL = ".journal.json"
 TEMPORARY = ".tmp-"
 """Names of what is not whole yet begin with this; the next run sweeps it away."""
-_LONGEST_NAME = 200
 _LONGEST_JOURNAL = 64 << 20
 
 
@@ -77,17 +79,33 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     if path.is_symlink():
         raise OutputError(f"{path} is a link, which is not replaced: name the file itself, or remove the link.")
-    temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}"[:_LONGEST_NAME])
-    try:
-        with temporary.open("xb") as file:  # a folder from a stranger may have put a link there
+    with _temporary(path) as file:
+        temporary = Path(file.name)
+        try:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            temporary.replace(path)
+            sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _temporary(path: Path) -> BinaryIO:
+    """Open a new file beside `path`, locked while its writer lives. Those of writers that have died are removed."""
+    for stale in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
+        with suppress(OSError), os.fdopen(os.open(stale, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink()
+    while True:
+        temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}")
+        file = temporary.open("xb")  # new: a folder from a stranger may have links in it
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():  # nobody took it for a dead one's meanwhile
+            return file
+        file.close()
 
 
 Progress = Callable[[str, int, int], None]

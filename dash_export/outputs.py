@@ -46,7 +46,7 @@ def locked(output: Path, command: str, *, wait: bool = False) -> Iterator[None]:
     new_parent = not path.parent.exists()
     descriptor = _acquired(path, output, wait)
     try:
-        if descriptor is not None:
+        if descriptor is not None and os.access(path, os.W_OK):
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             os.ftruncate(descriptor, 0)
             os.write(
@@ -56,7 +56,8 @@ def locked(output: Path, command: str, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            path.unlink(missing_ok=True)  # before it is let go: who has opened it already sees that it is gone
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)  # before it is let go: who has opened it already sees that it is gone
             os.close(descriptor)
         if new_parent:
             with suppress(OSError):  # not empty: the output is there
@@ -86,13 +87,16 @@ def _acquired(path: Path, output: Path, wait: bool) -> int | None:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            descriptor = _opened(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            if error.errno in _READ_ONLY:
-                return None
             if error.errno in _NO_FILE_OF_OURS:
                 raise _taken(path) from error
-            raise
+            if error.errno not in _READ_ONLY:
+                raise
+            try:
+                descriptor = _opened(path, os.O_RDONLY)  # another user's: it cannot be written, and is a lock
+            except OSError:
+                return None
         try:
             regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
             if not regular or not _OURS.startswith(os.pread(descriptor, len(_OURS), 0)):
@@ -105,6 +109,10 @@ def _acquired(path: Path, output: Path, wait: bool) -> int | None:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its holder has removed it meanwhile: it is nobody's lock any more
+
+
+def _opened(path: Path, how: int) -> int:
+    return os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -52,12 +53,22 @@ def test_a_changed_file_is_made_again(tmp_path: Path) -> None:
     assert store.current("a", "key") is None
 
 
+def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
+    """And nothing that one still writes, or that is of another file."""
+    for name in (".tmp-0-a.json", ".tmp-1-a.json", ".tmp-1-b.json"):
+        (tmp_path / name).touch()
+    with (tmp_path / ".tmp-1-a.json").open() as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        write_atomic(tmp_path / "a.json", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".tmp-1-a.json", ".tmp-1-b.json"}
+
+
 def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("mine")
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / f".tmp-{os.getpid()}-a.json").symlink_to(outside)
+    (folder / ".tmp-1-a.json").symlink_to(outside)
     write_atomic(folder / "a.json", "theirs")
     assert (outside.read_text(), (folder / "a.json").read_text()) == ("mine", "theirs")
 

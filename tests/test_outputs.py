@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dash_export import outputs
 from dash_export.artifacts import write_atomic
 from dash_export.builders import build
 from dash_export.bundle import Bundle
@@ -85,6 +87,20 @@ def test_a_writer_that_dies_locks_nobody_out(tmp_path: Path) -> None:
     with locked(output, "export"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_another_user_s_lock_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = os.open
+
+    def without_permission(path: Path, how: int, *mode: int) -> int:
+        if how & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return sound(path, how, *mode)
+
+    with locked(tmp_path / "a", "export"):
+        monkeypatch.setattr(outputs.os, "open", without_permission)
+        with pytest.raises(BusyError, match="dash-export export"), locked(tmp_path / "a", "export"):
+            pass
 
 
 def _count(output: Path, counter: Path, rounds: int) -> None:

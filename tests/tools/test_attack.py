@@ -1,0 +1,138 @@
+"""The attacks of tools/attack, a few trials of each: that they run, find what is there to be found, and clean up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+ATTACK = Path(__file__).parents[2] / "tools" / "attack"
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[ModuleType]:
+    """What the attacks share; they set how small a build's dial is, for the whole process."""
+    from dash_export.builders import dial
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ATTACK))
+        for name in ("WINDOWS", "SHARES"):
+            patch.setattr(dial, name, getattr(dial, name))
+        yield importlib.import_module("shared")
+
+
+@pytest.fixture(scope="module")
+def stage(shared: ModuleType) -> Iterator[Any]:
+    with shared.staged() as made:
+        yield made
+
+
+def test_writers(shared: ModuleType, stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Today's faults, if any, are not this test's: they are counted, and the folder is gone."""
+    writers = importlib.import_module("writers")
+    report = shared.Report("writers")
+    for name in ("build + build, two targets", "train + build"):
+        writers.attempt(name, 0, stage, report)
+    assert not (stage.folder / "trial").exists()
+    with suppress(SystemExit):  # on faults
+        report.finish()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(counts["started"] and counts["succeeded"] for counts in line["tried"].values())
+
+
+def test_writers_see_what_is_not_whole(shared: ModuleType, stage: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    shutil.copytree(stage.folder / "a", folder)
+    assert shared.bundle_state(stage, folder) == shared.policy_state(stage, folder) == "a"
+    assert shared.build_state(stage, folder, "fp32") == "whole"
+    assert not shared.leftovers(folder)
+    shutil.copy(stage.folder / "b" / "p.json", folder)
+    assert shared.policy_state(stage, folder).kind == "a policy with the card of another"
+    (folder / "m.dash.unfinished").mkdir()
+    (folder / "m.dash" / ".tmp-1-x").touch()
+    assert {fault.kind for fault in shared.leftovers(folder)} == {
+        "left behind: an unfinished folder",
+        "left behind: a temporary name",
+    }
+    (folder / "m.dash" / "onnx" / "head.data").write_bytes(b"")
+    assert shared.bundle_state(stage, folder).kind == "a bundle that is damaged"
+
+
+def test_kills(shared: ModuleType, stage: Any) -> None:
+    kills = importlib.import_module("kills")
+    report = shared.Report("kills")
+    scene = shared.SCENES["export"].rehearsed(stage, "export", shared.killable)
+    for number in (0, len(shared.SCENES)):  # by time, and before an operation
+        kills.attempt("export", scene, number, stage, report)
+    assert report.trials["export"] == 2
+    assert not report.faults["export"]
+
+
+def test_power(shared: ModuleType, stage: Any) -> None:
+    power = importlib.import_module("power")
+    report = shared.Report("power")
+    scene = shared.SCENES["train"].rehearsed(stage, "trained", power.powered)
+    power.attempt("trained", scene, 0, 2, stage, report)
+    assert report.trials.keys() == {"trained, names in order", "trained, names by folder"}
+
+
+def test_soak(shared: ModuleType, tiny_root: Path) -> None:  # noqa: ARG001  makes it importable
+    arguments = [str(tiny_root), "--minutes", "0.05", "--threads", "3", "--tasks", "20", "--every", "0.5"]
+    result = CliRunner().invoke(importlib.import_module("soak").main, arguments)
+    line = json.loads(result.stdout.splitlines()[-1])
+    assert line["faults"] == 0
+    assert line["done"]
+
+
+@pytest.mark.parametrize("order", ["in order", "by folder"])
+@pytest.mark.usefixtures("shared")
+def test_a_crash_loses_what_was_not_synced(tmp_path: Path, order: str) -> None:
+    """A file that was synced, and its name, survive; what was not is there, in part or in whole, or not."""
+    power = importlib.import_module("power")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").write_text("as it was")
+    disk = power.Disk(folder, tmp_path / "store")
+    for name in ("synced", "loose"):
+        (folder / f".{name}").write_text(f"{name} content")
+        disk.look()
+        if name == "synced":
+            _sync(disk, folder / ".synced")
+        (folder / f".{name}").replace(folder / name)
+        disk.look()
+        if name == "synced":
+            _sync(disk, folder)
+    (folder / "old").unlink()
+    disk.look()
+    for inode in disk._held:
+        disk._copy(inode, power.LAST)
+    seen = set()
+    for seed in range(60):
+        power.crashed(tmp_path / "store", tmp_path / "after", order, Random(seed))
+        after = {path.name: path.read_bytes() for path in (tmp_path / "after").iterdir()}
+        shutil.rmtree(tmp_path / "after")
+        assert after["synced"] == b"synced content"
+        assert after.get("old", b"as it was") == b"as it was"
+        assert after.keys() <= {"synced", "old", "loose", ".loose"}
+        assert not after.keys() >= {"loose", ".loose"}
+        seen |= {(name, content) for name, content in after.items() if name != "synced"}
+    assert {("old", b"as it was"), ("loose", b""), ("loose", b"loose content"), (".loose", b"loose content")} <= seen
+
+
+def _sync(disk: object, path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    disk.synced(file)  # type: ignore[attr-defined]
+    os.close(file)

@@ -22,7 +22,7 @@ from dash_export.build_record import Build, check_build
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Manifest, check_manifest, sealed
 from dash_export.names import ROUNDINGS, TIMING_CACHE
-from dash_export.outputs import holder, lock_file, locked
+from dash_export.outputs import folder_locked, holder, lock_file
 from dash_export.targets import build_options
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -67,11 +67,13 @@ def safe_path(root: Path, relative: str) -> Path:
     path = root / pure
     try:
         inside = path != root and path.resolve().is_relative_to(root.resolve())
-    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links
+        path.exists()
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links, a name of 300 letters
         inside = False
     if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not inside:
         raise BundleError(
-            f"{root.name}: the path {relative!r} leaves the bundle. Do not use this bundle; export the model again."
+            f"{root.name}: the path {relative!r:.200} leaves the bundle. "
+            "Do not use this bundle; export the model again."
         )
     return path
 
@@ -125,7 +127,10 @@ class Bundle:
             )
         contents = _contents(self.root, name, _no_bundle)
         if hashlib.sha256(contents).hexdigest() != record.sha256:
-            raise self._changed(name)
+            raise BundleError(
+                f"{self.root}: {name} is not the one that the manifest lists (hash mismatch): the build is unfinished, "
+                f"for its writer was ended there, or the file was changed. {self._repair(name)}"
+            )
         data = _json(contents, self.path(name))
         _refuse_other_schema(data, self.root)
         build = from_json(Build, data, f"{self.root.name}/{folder}/{BUILD}")
@@ -146,7 +151,7 @@ class Bundle:
         name, contents = f"engines/{build.target}/{BUILD}", to_json(build).encode()
         write_atomic(self.path(name), contents)
         record = FileRecord(name, hashlib.sha256(contents).hexdigest(), len(contents))
-        with locked(self.root / MANIFEST, "build", wait=True):
+        with folder_locked(self.root / "engines", [], shared=False, wait=True):
             known = Bundle.open(self.root).manifest
             manifest = sealed(replace(known, builds={**known.builds, build.target: record}))
             write_atomic(self.root / MANIFEST, to_json(manifest))

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -25,6 +26,7 @@ MARK = ".dash-export"
 """A file in every folder that this program may empty: written first, removed last."""
 _OURS = b"dash-export "
 _LONGEST = 4096
+_TRIALS, _PAUSE = 3, 0.005
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_FILE_OF_OURS = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
@@ -37,14 +39,13 @@ def lock_file(output: Path) -> Path:
 
 
 @contextmanager
-def locked(output: Path, command: str, *, wait: bool = False) -> Iterator[None]:
+def locked(output: Path, command: str) -> Iterator[None]:
     """Hold `output` for `command`, until the end of the block or of the process. Raises BusyError that names the
-    holder where another process or thread has it (or waits, for work of milliseconds), OutputError where the lock's
-    name is taken by something else.
+    holder where another process or thread has it, OutputError where the lock's name is taken by something else.
     """
     path = lock_file(output)
     new_parent = not path.parent.exists()
-    descriptor = _acquired(path, output, wait)
+    descriptor = _acquired(path, output)
     try:
         if descriptor is not None and os.access(path, os.W_OK):
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -65,16 +66,16 @@ def locked(output: Path, command: str, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool) -> Iterator[None]:
+def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: bool = False) -> Iterator[None]:
     """Hold a folder itself, alone or among others who hold it `shared`. Raises BusyError with what the lock files
-    `holders` say.
+    `holders` say; or waits, for work of milliseconds.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError as error:  # it was there: another one is just taking its place
         raise _busy(folder, holders) from error
     try:
-        held = _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        held = _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
         if not held or not _is_at(folder, descriptor):
             raise _busy(folder, holders)
         yield
@@ -82,7 +83,7 @@ def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool) -> Ite
         os.close(descriptor)
 
 
-def _acquired(path: Path, output: Path, wait: bool) -> int | None:
+def _acquired(path: Path, output: Path) -> int | None:
     """Return the descriptor of the locked lock file; None where nothing can be written, and so nothing locked."""
     while True:
         try:
@@ -101,7 +102,7 @@ def _acquired(path: Path, output: Path, wait: bool) -> int | None:
             regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
             if not regular or not _OURS.startswith(os.pread(descriptor, len(_OURS), 0)):
                 raise _taken(path)
-            if not _flock(descriptor, fcntl.LOCK_EX, wait):
+            if not _flock(descriptor, fcntl.LOCK_EX):
                 raise _busy(output, [path])
             if _is_at(path, descriptor):
                 return descriptor
@@ -124,13 +125,16 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def _flock(descriptor: int, operation: int, wait: bool = False) -> bool:
     """Whether the lock is held now. Where a file system knows no locks nobody is locked out."""
-    try:
-        fcntl.flock(descriptor, operation | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        logger.warning("this file system has no locks (%s): let nothing else write the same output", error.strerror)
-    return True
+    for trial in range(_TRIALS):
+        try:
+            fcntl.flock(descriptor, operation | (0 if wait else fcntl.LOCK_NB))
+            return True
+        except BlockingIOError:  # held, or looked at by `holder`
+            time.sleep(_PAUSE if trial + 1 < _TRIALS else 0)
+        except OSError as error:
+            logger.warning("this file system has no locks (%s): let nothing else write the same output", error.strerror)
+            return True
+    return False
 
 
 def _taken(path: Path) -> OutputError:
@@ -146,10 +150,16 @@ def _busy(output: Path, holders: Iterable[Path]) -> BusyError:
 
 
 def holder(path: Path) -> str:
-    """Return what a lock file says of its holder; nothing where there is none."""
+    """Return what a lock file says of its holder; nothing where nobody holds it any more."""
     with suppress(OSError):
         text = read_bounded(path, _LONGEST).decode(errors="replace")
-        return "".join(filter(str.isprintable, text))
+        descriptor = _opened(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "".join(filter(str.isprintable, text))
+        finally:
+            os.close(descriptor)
     return ""
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,8 @@ def test_a_writer_that_dies_locks_nobody_out(tmp_path: Path) -> None:
             pass
         holder.send_signal(signal.SIGKILL)
     assert lock_file(output).exists()
+    with pytest.raises(BundleError, match="There is no bundle"):
+        Bundle.open(output)
     with locked(output, "export"):
         pass
     assert not list(tmp_path.iterdir())
@@ -104,9 +107,10 @@ def test_another_user_s_lock_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _count(output: Path, counter: Path, rounds: int) -> None:
-    for _ in range(rounds):
-        with locked(output, "count", wait=True):
+    while rounds:
+        with suppress(BusyError), locked(output, "count"):
             counter.write_text(str(int(counter.read_text()) + 1))
+            rounds -= 1
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
@@ -124,13 +128,13 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 
 
 def test_builds_share_a_bundle_and_exports_do_not(tmp_path: Path) -> None:
-    holder = tmp_path / "holder"
-    holder.write_text("dash-export build for cpu")
+    target = tmp_path / "cpu"
     with (
         folder_locked(tmp_path, [], shared=True),
         folder_locked(tmp_path, [], shared=True),
+        locked(target, "build for cpu"),
         pytest.raises(BusyError, match="dash-export build for cpu"),
-        folder_locked(tmp_path, [holder], shared=False),
+        folder_locked(tmp_path, [lock_file(target)], shared=False),
     ):
         pass
     with (

@@ -26,7 +26,7 @@ class Text:
             raise
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(
-                f"{folder / 'tokenizer.json'} cannot be read ({error}). The bundle is damaged: export it again."
+                f"{folder / 'tokenizer.json'} cannot be read ({error!s:.300}). The bundle is damaged: export it again."
             ) from error
         # As transformers has it: how training batches were cut and filled is in the file too.
         self.tokenizer.no_truncation()

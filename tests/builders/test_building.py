@@ -98,7 +98,7 @@ def test_measured_again_where_asked(bundle: Bundle, made: list[str]) -> None:
 def test_measured_again_where_a_trade_off_meant_something_else(bundle: Bundle, made: list[str]) -> None:
     path = bundle.path("engines/cpu-fp32/build.json")
     edit(path, lambda data: data.update(measuring=0))
-    before = bundle.load_build("cpu-fp32")
+    before = Bundle.open(bundle.root).load_build("cpu-fp32")
     again = build(bundle, "cpu", weights="fp32")
     assert made == []
     assert again.measuring == building.MEASURING_REVISION > 0

@@ -27,6 +27,7 @@ GROUND = {
     "errors",
     "manifest",
     "names",
+    "outputs",
     "resources",
     "runtime",
     "stretches",

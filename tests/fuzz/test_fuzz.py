@@ -13,7 +13,7 @@ import pytest
 from tests.commands.helpers import ROOT, environment
 from tests.fuzz.parsers import PARSERS, make_seeds
 
-SECONDS = 20
+SECONDS = 10
 
 
 @pytest.fixture(scope="module")

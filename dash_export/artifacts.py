@@ -8,6 +8,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import hmac
 import json
 import os
 import shutil
@@ -57,6 +58,12 @@ def read_bounded(path: Path, limit: int) -> bytes:
         if status.st_size > limit:
             raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, and at most {limit} are read", str(path))
         return file.read(limit)
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is replaced or written to."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def content_key(*parts: object) -> str:
@@ -137,15 +144,16 @@ def _is_plain(name: str) -> bool:
 class ArtifactStore:
     """Artifacts (one or more files each) of one folder, keyed by what they were made from."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, secret: bytes = b"") -> None:
+        """With a `secret` only what was made under it is known: a journal comes with the folder, whose ever that is."""
+        self.folder, self._secret = folder, secret
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep()
         self._lock = threading.Lock()
         self._journal: dict[str, dict[str, Any]] = {}
         try:
             noted = json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL))
-            self._journal = {name: entry for name, entry in noted.items() if _is_ours(entry)}
+            self._journal = {name: entry for name, entry in noted.items() if self._known(name, entry)}
         except (OSError, ValueError, AttributeError, RecursionError):
             pass  # no journal, or one cut short: everything is made anew
 
@@ -167,14 +175,19 @@ class ArtifactStore:
             pass
         return None
 
-    def make(self, name: str, key: str, write: Callable[[Path], list[Path]]) -> list[FileRecord]:
-        """`write(temporary folder)` returns the files it wrote there; they are hashed, renamed into place and noted."""
+    def make(
+        self, name: str, key: str, write: Callable[[Path], list[Path]], check: Callable[[], None] = lambda: None
+    ) -> list[FileRecord]:
+        """`write(temporary folder)` returns the files it wrote there; they are hashed, renamed into place and noted.
+        `check` raises where what they were made from has changed meanwhile.
+        """
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         began = time.perf_counter()
         try:
             paths = write(temporary)
+            check()
             for path in paths:
                 sync(path)
             records = [FileRecord(path.name, sha256_file(path), path.stat().st_size) for path in paths]
@@ -186,9 +199,19 @@ class ArtifactStore:
             shutil.rmtree(temporary, ignore_errors=True)
         with self._lock:
             seconds = round(time.perf_counter() - began, 3)
-            self._journal[name] = {"key": key, "files": [asdict(record) for record in records], "seconds": seconds}
+            entry = {"key": key, "files": [asdict(record) for record in records], "seconds": seconds}
+            self._journal[name] = entry | ({"signed": self._signature(name, entry)} if self._secret else {})
             write_atomic(self.folder / JOURNAL, json.dumps(self._journal))
         return records
+
+    def _signature(self, name: str, entry: dict[str, Any]) -> str:
+        signed = json.dumps([name, entry.get("key"), entry["files"]], sort_keys=True)
+        return hmac.new(self._secret, signed.encode(), "sha256").hexdigest()
+
+    def _known(self, name: str, entry: Any) -> bool:
+        if not _is_ours(entry):
+            return False
+        return not self._secret or hmac.compare_digest(self._signature(name, entry), str(entry.get("signed")))
 
     def seconds(self, name: str) -> float:
         """How long it took to make an artifact, whenever that was; 0 where it is not known."""

@@ -14,15 +14,16 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, read_bounded, sha256_file, write_atomic
+from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
 from dash_export.build_record import Build, check_build
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Manifest, check_manifest, sealed
 from dash_export.names import ROUNDINGS, TIMING_CACHE
-from dash_export.outputs import folder_locked, holder, lock_file
+from dash_export.outputs import folder_locked, holder, lock_file, previous_of
 from dash_export.targets import build_options
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -95,7 +96,7 @@ class Bundle:
         data = _json(_contents(root, MANIFEST, _no_bundle), root / MANIFEST)
         _refuse_other_schema(data, root)
         manifest = from_json(Manifest, data, f"{root.name}/{MANIFEST}")
-        records = (*manifest.files, *manifest.builds.values())
+        records = (*manifest.files, *chain(*manifest.builds.values()))
         for name in [*manifest.graphs.values(), *(record.name for record in records)]:
             safe_path(root, name)
         check_manifest(manifest, f"{root.name}/{MANIFEST}")
@@ -109,16 +110,17 @@ class Bundle:
 
     def targets(self) -> list[str]:
         """The targets this bundle has finished builds for."""
-        return sorted(target for target, record in self.manifest.builds.items() if self.path(record.name).is_file())
+        builds = self.manifest.builds
+        return sorted(target for target in builds if self.path(f"engines/{target}/{BUILD}").is_file())
 
     def load_build(self, target: str) -> Build:
-        """Read `build.json` of a target. Raises BundleError when there is none, when it is not the one that the
-        manifest lists, or when it is of an earlier export.
+        """Read `build.json` of a target. Raises BundleError when there is none, when the manifest does not list it, or
+        when it is of an earlier export.
         """
         folder = f"engines/{target}"
         name = f"{folder}/{BUILD}"
-        record = self.manifest.builds.get(target)
-        if record is None or record.name != name or not self.path(name).is_file():
+        listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
+        if not listed or not self.path(name).is_file():
             built = ", ".join(self.targets()) or "none yet"
             state = "is unfinished" if self.path(folder).is_dir() else "does not exist"
             raise BundleError(
@@ -126,11 +128,8 @@ class Bundle:
                 f"Run: {self.build_command(target)}"
             )
         contents = _contents(self.root, name, _no_bundle)
-        if hashlib.sha256(contents).hexdigest() != record.sha256:
-            raise BundleError(
-                f"{self.root}: {name} is not the one that the manifest lists (hash mismatch): the build is unfinished, "
-                f"for its writer was ended there, or the file was changed. {self._repair(name)}"
-            )
+        if hashlib.sha256(contents).hexdigest() not in listed:
+            raise self._changed(name)
         data = _json(contents, self.path(name))
         _refuse_other_schema(data, self.root)
         build = from_json(Build, data, f"{self.root.name}/{folder}/{BUILD}")
@@ -145,16 +144,19 @@ class Bundle:
         return build
 
     def save_build(self, build: Build) -> None:
-        """Write `build.json` and the manifest that lists it. The caller holds the target; other targets may be built
-        at the same time.
+        """Write the manifest that lists `build.json`, and that: one of the two that it lists is there whenever this
+        ends. The caller holds the target; other targets may be built at the same time.
         """
         name, contents = f"engines/{build.target}/{BUILD}", to_json(build).encode()
-        write_atomic(self.path(name), contents)
         record = FileRecord(name, hashlib.sha256(contents).hexdigest(), len(contents))
         with folder_locked(self.root / "engines", [], shared=False, wait=True):
             known = Bundle.open(self.root).manifest
-            manifest = sealed(replace(known, builds={**known.builds, build.target: record}))
+            there = self.path(name)
+            old = sha256_file(there) if there.is_file() else ""
+            before = [item for item in known.builds.get(build.target, ()) if item.sha256 == old != record.sha256]
+            manifest = sealed(replace(known, builds={**known.builds, build.target: (record, *before)}))
             write_atomic(self.root / MANIFEST, to_json(manifest))
+            write_atomic(there, contents)
         self.manifest = manifest
 
     @property
@@ -176,15 +178,15 @@ class Bundle:
             path = self.path(record.name)
             if not path.is_file():
                 raise BundleError(f"{self.root}: {record.name} is missing. {self._repair(record.name)}")
-            seal[record.name] = _identity(path)
+            seal[record.name] = identity(path)
             if path.stat().st_size != record.bytes or (hashes and sha256_file(path) != record.sha256):
                 raise self._changed(record.name)
         return seal
 
     def check_same(self, seal: Seal) -> None:
         """Raises BundleError where a file that was verified is another one by now."""
-        for name, identity in seal.items():
-            if _identity(self.path(name)) != identity:
+        for name, seen in seal.items():
+            if identity(self.path(name)) != seen:
                 raise BundleError(
                     f"{self.root}: {name} was replaced while it was read. Do not write to a bundle that is being "
                     "loaded; load it again."
@@ -220,12 +222,6 @@ class Bundle:
         return "The bundle is damaged: export and build it again."
 
 
-def _identity(path: Path) -> tuple[int, ...]:
-    """Changes when a file is replaced or written to."""
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
 def _refuse_other_schema(data: Any, root: Path) -> None:
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
@@ -243,6 +239,8 @@ def _refuse_other_schema(data: Any, root: Path) -> None:
 def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
+    if not root.exists() and previous_of(root.absolute()).is_dir():
+        return f"An export was ended while it replaced {root}. Run it again: the old or the new one is there then."
     if not root.exists():
         return f"There is no bundle at {root}. Make one: dash-export export MODEL -o {root}"
     return (

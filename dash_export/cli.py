@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
+import os
+import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -70,7 +74,7 @@ def readable_errors(ctx: click.Context) -> Iterator[None]:
     try:
         yield
     except DashError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(printable(str(error))) from error
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -79,7 +83,7 @@ def readable_errors(ctx: click.Context) -> Iterator[None]:
     except BrokenPipeError:
         raise  # click ends quietly: the reader has gone
     except OSError as error:
-        raise click.ClickException(disk_error(error, ctx.meta.get(OUTPUT))) from error
+        raise click.ClickException(printable(disk_error(error, ctx.meta.get(OUTPUT)))) from error
     except MemoryError as error:
         what = f" ({error})" if str(error) else ""
         raise click.ClickException(
@@ -88,6 +92,11 @@ def readable_errors(ctx: click.Context) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("Interrupted", err=True)
         ctx.exit(INTERRUPTED)
+
+
+def printable(text: str) -> str:
+    """The text without what would steer a terminal: models and strangers' files may hold anything."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
 
 
 def missing_package(package: str, extra: str) -> str:
@@ -129,6 +138,14 @@ def cli(verbose: int) -> None:
 
 def main() -> None:
     """The console script."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would be it
+            while os.open(os.devnull, os.O_RDWR) < descriptor:
+                pass
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode
     cli(prog_name="dash-export")
 
 

@@ -27,7 +27,7 @@ from dash_export.artifacts import (
     sync,
     write_atomic,
 )
-from dash_export.bundle import MANIFEST, Bundle, to_json
+from dash_export.bundle import MANIFEST, TEXT_FILES, Bundle, to_json
 from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
 from dash_export.graphs.policy import policy_graph
@@ -51,6 +51,8 @@ from dash_export.skip_policy import SkipPolicy, check_model, no_policy
 
 GRAPH_REVISION = 2
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
+OURS = (MANIFEST, "onnx", *TEXT_FILES)
+"""Entries of a bundle that an export replaces; all others, engines among them, stay."""
 
 
 def export(
@@ -76,7 +78,7 @@ def export(
     decided = {name: fact for name, fact in asdict(facts).items() if name != "reads" or fact}
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, decided, sorted(checkpoint.assets.items()))
     with locked(output, "export"), ExitStack() as held:
-        recover(output)
+        recover(output, OURS)
         _refuse_foreign(output)
         if output.exists():
             if known := _whole(output, key):
@@ -87,6 +89,7 @@ def export(
         unfinished = work_folder(output)
         with removed_on_error(unfinished):
             own_folder(unfinished / "onnx")
+            checkpoint.check_same()
             manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
             _finish(unfinished, output, manifest)
     return Bundle.open(output)
@@ -110,13 +113,10 @@ def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
     """Put the finished bundle in place. Builds of an earlier export move along: `build` reuses what is unchanged."""
     with suppress(BundleError):
         manifest = replace(manifest, builds=Bundle.open(output).manifest.builds)
-    if (output / "engines").is_dir():
-        shutil.rmtree(unfinished / "engines", ignore_errors=True)  # moved by a run that was killed right after
-        (output / "engines").replace(unfinished / "engines")
     write_atomic(unfinished / MANIFEST, to_json(sealed(manifest)))
     (unfinished / "onnx" / JOURNAL).unlink()
     sync(unfinished / "onnx")
-    put_in_place(unfinished, output)
+    put_in_place(unfinished, output, OURS)
 
 
 def _write(
@@ -129,7 +129,7 @@ def _write(
     jobs = list(_jobs(checkpoint, policy, facts))
     for done, (name, parts, make) in enumerate(jobs, 1):
         artifact_key = content_key(GRAPH_REVISION, checkpoint.fingerprint, parts)
-        records = store.current(name, artifact_key) or store.make(name, artifact_key, make)
+        records = store.current(name, artifact_key) or store.make(name, artifact_key, make, checkpoint.check_same)
         files += [FileRecord(f"onnx/{record.name}", record.sha256, record.bytes) for record in records]
         if records[0].name.endswith(".onnx"):
             graphs[name] = f"onnx/{records[0].name}"
@@ -156,11 +156,11 @@ def _write(
 
 
 def _remove_strays(root: Path, files: Iterable[FileRecord]) -> None:
-    """A killed export of another policy or model may have begun here: its files do not belong."""
-    listed = {root / record.name for record in files} | {root / "onnx" / JOURNAL, root / MARK}
+    """A killed export of another policy or model may have begun here: what it left does not belong."""
+    listed = {root / record.name for record in files} | {root / "onnx", root / "onnx" / JOURNAL, root / MARK}
     for path in (*root.iterdir(), *(root / "onnx").iterdir()):
-        if path not in listed and (path.is_symlink() or not path.is_dir()):
-            path.unlink()
+        if path not in listed:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _jobs(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 
 from dash_export.artifacts import FileRecord
 from dash_export.decision import POLICY_KINDS, check_reads, decision_points
@@ -90,7 +91,8 @@ class PolicyFacts:
 @dataclass(frozen=True)
 class Manifest:
     """`manifest.json`. `graphs` maps a graph's name to its .onnx file; `files` lists every exported file with its hash,
-    `builds` every target's `build.json`, which lists its engines; `key` changes when anything an engine is made from
+    `builds` every target's `build.json`, which lists its engines: the one that is being written and the one before;
+    `key` changes when anything an engine is made from
     does; `sha256` is of all the rest of the manifest (`sealed`).
     """
 
@@ -101,7 +103,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     key: str
     tools: dict[str, str] = field(default_factory=dict)
-    builds: dict[str, FileRecord] = field(default_factory=dict)
+    builds: dict[str, tuple[FileRecord, ...]] = field(default_factory=dict)
     sha256: str = ""
 
 
@@ -140,7 +142,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     needed |= {f"skip_{layer:02d}" for layer in gated} | ({"policy"} if manifest.policy.has_network else set())
     if needed - set(manifest.graphs):
         raise BundleError(f"{where}: there is no graph {min(needed - set(manifest.graphs))}. {DAMAGED}")
-    check_sizes({record.name: record.bytes for record in (*manifest.files, *manifest.builds.values())}, where)
+    check_sizes({record.name: record.bytes for record in (*manifest.files, *chain(*manifest.builds.values()))}, where)
     listed = {record.name for record in manifest.files if record.bytes > 0}
     unlisted = {*manifest.graphs.values(), "onnx/rope.data"} - listed
     if unlisted:

@@ -14,7 +14,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def lock_file(output: Path) -> Path:
     """`a.dash` -> `.a.dash.lock`, beside it."""
-    return output.with_name(f".{output.name}.lock")
+    return output.parent / f".{output.name}.lock"
 
 
 @contextmanager
@@ -47,13 +47,13 @@ def locked(output: Path, command: str) -> Iterator[None]:
     new_parent = not path.parent.exists()
     descriptor = _acquired(path, output)
     try:
-        if descriptor is not None and os.access(path, os.W_OK):
+        if descriptor is not None:
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-            os.ftruncate(descriptor, 0)
-            os.write(
-                descriptor,
-                _OURS + f"{command} (process {os.getpid()} on {socket.gethostname()}, since {since})".encode(),
-            )
+            said = f"{command} (process {os.getpid()} on {socket.gethostname()}, since {since})"
+            with suppress(OSError):  # another user's, which is not written, or a full disk
+                os.fchmod(descriptor, 0o644)  # for who asks who holds it
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, _OURS + said.encode(errors="replace"))
         yield
     finally:
         if descriptor is not None:
@@ -94,13 +94,16 @@ def _acquired(path: Path, output: Path) -> int | None:
                 raise _taken(path) from error
             if error.errno not in _READ_ONLY:
                 raise
+            if not os.path.lexists(path):
+                return None
             try:
                 descriptor = _opened(path, os.O_RDONLY)  # another user's: it cannot be written, and is a lock
-            except OSError:
-                return None
+            except OSError as unreadable:
+                raise _taken(path) from unreadable
         try:
             regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            if not regular or not _OURS.startswith(os.pread(descriptor, len(_OURS), 0)):
+            begins = os.pread(descriptor, len(_OURS), 0) if regular else b"?"
+            if any(begins) and not _OURS.startswith(begins):  # a loss of power leaves zeros, or nothing
                 raise _taken(path)
             if not _flock(descriptor, fcntl.LOCK_EX):
                 raise _busy(output, [path])
@@ -138,7 +141,7 @@ def _flock(descriptor: int, operation: int, wait: bool = False) -> bool:
 
 
 def _taken(path: Path) -> OutputError:
-    return OutputError(f"{path} is not a lock of this program: remove it, or choose another output.")
+    return OutputError(f"{path} is no lock that this program can read: remove it, or choose another output.")
 
 
 def _busy(output: Path, holders: Iterable[Path]) -> BusyError:
@@ -161,6 +164,22 @@ def holder(path: Path) -> str:
         finally:
             os.close(descriptor)
     return ""
+
+
+def own_secret() -> bytes:
+    """Return 32 bytes that only this user has, the same every time; where they cannot be kept, new ones."""
+    new = os.urandom(32)
+    try:
+        path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "dash-export" / "key"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            os.write(descriptor, new)
+            os.close(descriptor)
+        kept = read_bounded(path, len(new))
+        return kept if len(kept) == len(new) else new
+    except (OSError, RuntimeError):  # no home
+        return new
 
 
 def named(output: str | Path) -> Path:
@@ -200,6 +219,7 @@ def work_folder(output: Path) -> Path:
 
 def _mark(folder: Path) -> None:
     os.close(os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+    sync(folder)
 
 
 def _check_ours(folder: Path) -> None:
@@ -234,26 +254,39 @@ def removed_on_error(folder: Path) -> Iterator[None]:
         raise
 
 
-def put_in_place(work: Path, output: Path) -> None:
-    """Let a finished work folder take the place of the output, which is this program's if it is there. After a kill or
-    a loss of power the old one or the new one is whole: `recover` puts the rest right.
+def put_in_place(work: Path, output: Path, ours: Collection[str]) -> None:
+    """Let a finished work folder take the place of the output, which is this program's if it is there. Entries of the
+    output that are not `ours` move along. After a kill or a loss of power the old one or the new one is whole:
+    `recover` puts the rest right.
     """
     sync(work)
     if output.exists():
         _mark(output)
-        output.replace(_previous(output))
+        output.replace(previous_of(output))
     work.replace(output)
     sync(output.parent)
-    recover(output)
+    recover(output, ours)
     unmark(output)
 
 
-def recover(output: Path) -> None:
-    """Put right what a kill in `put_in_place` leaves: the old output comes back, or goes where the new one is there."""
-    previous = _previous(output)
+def recover(output: Path, ours: Collection[str]) -> None:
+    """Put right what a kill in `put_in_place` leaves: the old output comes back; or, where the new one is there, what
+    is not `ours` moves along, and the old one goes.
+    """
+    previous = previous_of(output)
     if previous.is_symlink():
         previous.unlink()
     elif previous.exists() and output.exists():
+        _check_ours(previous)
+        for path in previous.iterdir():
+            if path.name not in (MARK, *ours):
+                # What a build has made since stays, target by target.
+                there = os.path.lexists(output / path.name)
+                for entry in path.iterdir() if there and path.is_dir() and not path.is_symlink() else [path]:
+                    to = output / entry.relative_to(previous)
+                    if not os.path.lexists(to):
+                        entry.replace(to)
+        sync(output)
         remove_own(previous)
     elif previous.exists():
         _check_ours(previous)
@@ -265,6 +298,6 @@ def unmark(output: Path) -> None:
     (output / MARK).unlink(missing_ok=True)
 
 
-def _previous(output: Path) -> Path:
+def previous_of(output: Path) -> Path:
     """Where the output that is replaced lies until its successor is in place: no name that a person would give."""
-    return output.with_name(f"{TEMPORARY}{output.name}.previous")
+    return output.parent / f"{TEMPORARY}{output.name}.previous"

@@ -2,23 +2,81 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dash_export.artifacts import read_bounded
 from dash_export.errors import RequestError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 MAX_BYTES = 1 << 30
+MAX_TEXT_BYTES = 64 << 20
+"""Of a file that comes with a model: the largest published tokenizer.json is about 35 MB."""
+MAX_GROWTH = 256
+"""Of a text by a tokenizer's replacements: those of published ones make it no longer than four times."""
 
 
 def bounded_text(path: Path, limit: int) -> str:
     """A regular UTF-8 file of at most `limit` bytes, its line ends as `\\n`. Raises OSError and UnicodeDecodeError."""
-    return read_bounded(path, limit).decode().replace("\r\n", "\n").replace("\r", "\n")
+    return read_bounded(path, limit).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def load_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`. Raises ValueError for one that is none, or that makes a text so long that a
+    prompt of some letters fills the memory.
+    """
+    from tokenizers import Tokenizer  # here: not every reader of a text needs it
+
+    try:
+        tokenizer = Tokenizer.from_str(text)
+        made_of = (part for part in (tokenizer.normalizer, tokenizer.decoder) if part is not None)
+        parts = [json.loads(part.__getstate__()) for part in made_of]
+    except BaseException as error:  # tokenizers raises plain Exception, and panics that are none
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ValueError(f"{error!s:.300}") from error
+    if any(_growth(part) > MAX_GROWTH for part in parts):
+        raise ValueError(f"its normalizer or decoder can make a text over {MAX_GROWTH} times as long")
+    return tokenizer
+
+
+def _growth(part: Any) -> float:
+    """Return how many times as long a text can become."""
+    kind = part.get("type")
+    if kind == "Precompiled":  # a table that may hold anything
+        return math.inf
+    if kind == "Replace":
+        pattern, content = part["pattern"], len(part["content"])
+        return max(1.0, content / max(1, len(pattern["String"]))) if "String" in pattern else 1.0 + content
+    return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or ()))
+
+
+def read_stream(stream: TextIO, limit: int = 1 << 26) -> str:
+    """What a pipe or standard input gives, of at most `limit` characters. Raises RequestError for more, and for what is
+    no text.
+    """
+    try:
+        text = stream.read(limit + 1)
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"What comes in is not {error.encoding} text (byte {error.start}): give plain text."
+        ) from error
+    if len(text) > limit:
+        raise RequestError(f"What comes in has over {limit} characters: give less at a time, or a file.")
+    return text
 
 
 def read_text(path: Path, *, pipe: bool = False) -> str:
     """A UTF-8 text file of at most MAX_BYTES; `pipe`: or what a shell's `<(command)` says. Raises RequestError."""
     try:
-        return path.read_text(encoding="utf-8") if pipe and path.is_fifo() else bounded_text(path, MAX_BYTES)
+        if pipe and path.is_fifo():
+            with path.open(encoding="utf-8") as stream:
+                return read_stream(stream)
+        return bounded_text(path, MAX_BYTES)
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Give a plain text file."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, fields, is_dataclass
+from math import isfinite
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -59,6 +60,6 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
             raise WrongFieldError(f"{where} is too large a number.") from error
     if kind is str and isinstance(data, str) and _CONTROL.search(data):
         raise WrongFieldError(f"{where} is not printable text: {data!r:.80}.")
-    if isinstance(kind, type) and type(data) is kind:
+    if isinstance(kind, type) and type(data) is kind and (not isinstance(data, float) or isfinite(data)):
         return data
     raise WrongFieldError(f"{where} must be {getattr(kind, '__name__', kind)}, got {data!r:.80}.")

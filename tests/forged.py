@@ -36,9 +36,9 @@ def reseal(root: Path) -> None:
     """
     data = json.loads((root / MANIFEST).read_text())
     with suppress(AttributeError, TypeError, KeyError, OSError, ValueError):  # a mutation may have left anything
-        for record in data["builds"].values():
-            path = root / record["name"]
-            record.update(sha256=sha256_file(path), bytes=path.stat().st_size)
+        for records in data["builds"].values():
+            path = root / records[0]["name"]
+            records[:] = [records[0] | {"sha256": sha256_file(path), "bytes": path.stat().st_size}]
     with suppress(WrongFieldError):
         data["sha256"] = sealed(typed(Manifest, data, "")).sha256
     (root / MANIFEST).write_text(json.dumps(data))

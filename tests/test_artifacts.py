@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -51,6 +53,19 @@ def test_a_changed_file_is_made_again(tmp_path: Path) -> None:
     assert store.current("a", "key") is None
     (tmp_path / "a.bin").unlink()
     assert store.current("a", "key") is None
+
+
+def test_only_what_was_made_under_the_secret_is_known(tmp_path: Path) -> None:
+    """A stranger's compiled engine comes with a journal, and with every hash right."""
+    records = ArtifactStore(tmp_path, b"mine").make("a", "key", writer("one"))
+    assert ArtifactStore(tmp_path, b"mine").current("a", "key") == records
+    assert ArtifactStore(tmp_path, b"other").current("a", "key") is None
+    (tmp_path / "a.bin").write_text("two")
+    journal = json.loads((tmp_path / JOURNAL).read_text())
+    journal["a"]["files"][0]["sha256"] = hashlib.sha256(b"two").hexdigest()
+    (tmp_path / JOURNAL).write_text(json.dumps(journal))
+    assert ArtifactStore(tmp_path, b"mine").current("a", "key") is None
+    assert ArtifactStore(tmp_path).current("a", "key") is not None
 
 
 def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from dash_export import outputs
+from dash_export import exporting, outputs
 from dash_export.artifacts import write_atomic
 from dash_export.builders import build
 from dash_export.bundle import Bundle
-from dash_export.errors import BundleError, BusyError, OutputError, PolicyError
+from dash_export.errors import BundleError, BusyError, CheckpointError, OutputError, PolicyError
 from dash_export.exporting import export
 from dash_export.models import Checkpoint
 from dash_export.outputs import (
@@ -27,6 +28,7 @@ from dash_export.outputs import (
     lock_file,
     locked,
     named,
+    own_secret,
     put_in_place,
     recover,
     remove_own,
@@ -151,7 +153,10 @@ def test_builds_share_a_bundle_and_exports_do_not(tmp_path: Path) -> None:
 def test_what_is_no_lock_is_kept(make: Callable[[Path], object], tmp_path: Path) -> None:
     path = lock_file(tmp_path / "a.dash")
     make(path)
-    with pytest.raises(OutputError, match="is not a lock of this program"), locked(tmp_path / "a.dash", "export"):
+    with (
+        pytest.raises(OutputError, match="is no lock that this program can read"),
+        locked(tmp_path / "a.dash", "export"),
+    ):
         pass
     assert os.path.lexists(path)
 
@@ -258,8 +263,8 @@ def test_recovery(killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
         for name in ("replace", "unlink", "rmdir"):
             patch.setattr(Path, name, dying(getattr(Path, name)))
         with pytest.raises(KilledError):
-            put_in_place(work, output)
-    recover(output)
+            put_in_place(work, output, ("old",))
+    recover(output, ("old",))
     assert (output / "new").exists() != (output / "old").exists()
     if work.exists():
         remove_own(work)
@@ -279,3 +284,99 @@ def test_a_policy_replaces_policies_only(checkpoint: Checkpoint, tmp_path: Path)
     path.write_bytes(b"weights of hours")
     with pytest.raises(PolicyError, match="will not be overwritten"):
         check_replaceable(path)
+
+
+def test_what_is_not_the_bundles_stays(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Engines, and what a user keeps in there; whichever rename is the last before a kill."""
+    output = tmp_path / "a.dash"
+    build(export(checkpoint, output), "portable")
+    (output / "notes").mkdir()
+    (output / "notes" / "a.txt").write_text("mine")
+    engines = tree(output / "engines")
+    export(checkpoint, output, tiny_policy(checkpoint))
+    assert tree(output / "notes") == {"a.txt": b"mine"}
+    assert tree(output / "engines") == engines
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(exporting, "put_in_place", full)
+        with pytest.raises(OSError, match="No space"):
+            export(checkpoint, output)
+    assert tree(output / "engines") == engines
+    assert Bundle.open(output).targets() == ["portable"]
+
+
+def test_engines_that_were_built_since_stay(tmp_path: Path) -> None:
+    """The old bundle's other targets come along."""
+    output, previous = tmp_path / "a.dash", tmp_path / ".tmp-a.dash.previous"
+    for folder, text in ((output, "new"), (previous, "old")):
+        for target in ("cpu", "both") if folder is output else ("gpu", "both"):
+            (folder / "engines" / target).mkdir(parents=True)
+            (folder / "engines" / target / "engine").write_text(text)
+    (previous / MARK).touch()
+    recover(output, ())
+    expected = {"cpu": b"new", "both": b"new", "gpu": b"old"}
+    assert tree(tmp_path) == {f"a.dash/engines/{name}/engine": text for name, text in expected.items()}
+
+
+def test_a_model_that_changes_while_it_is_exported(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+
+    def change(name: str, *_: object) -> None:
+        if name == "layer_02":
+            other = bytearray(weights.read_bytes())
+            other[-1] ^= 1
+            weights.write_bytes(other)
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read"):
+        export(checkpoint, tmp_path / "a.dash", progress=change)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_graphs_that_change_while_they_are_built(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Nothing that was made of them is taken for an engine of the sound ones later."""
+    bundle = export(checkpoint, tmp_path / "a.dash")
+    path, sound = bundle.path("onnx/layer_04.data"), bundle.path("onnx/layer_04.data").read_bytes()
+    expected = {record.name: record.sha256 for record in build(bundle, "cpu", weights="fp32").files}
+    shutil.rmtree(bundle.root / "engines")
+
+    def change(name: str, *_: object) -> None:
+        if name == "layers_00-01":
+            path.write_bytes(bytes(reversed(sound)))
+
+    with pytest.raises(BundleError, match=r"layer_04\.data was replaced while it was read"):
+        build(bundle, "cpu", weights="fp32", progress=change)
+    path.write_bytes(sound)
+    assert {record.name: record.sha256 for record in build(bundle, "cpu", weights="fp32").files} == expected
+
+
+def test_a_secret_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert own_secret() == own_secret()
+    (kept,) = (tmp_path / "state").rglob("key")
+    assert kept.stat().st_mode & 0o777 == 0o600
+    kept.write_bytes(b"short")
+    assert len(own_secret()) == 32
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/nowhere")
+    assert own_secret() != own_secret()
+
+
+def test_a_zeroed_lock_is_nobodys(tmp_path: Path) -> None:
+    """As a loss of power leaves it."""
+    lock_file(tmp_path / "a").write_bytes(bytes(100))
+    with locked(tmp_path / "a", "export"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_was_ended_between_the_renames(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "a.dash")
+    (tmp_path / "a.dash" / MARK).touch()
+    (tmp_path / "a.dash").rename(tmp_path / ".tmp-a.dash.previous")
+    with pytest.raises(BundleError, match="An export was ended while it replaced"):
+        Bundle.open(tmp_path / "a.dash")
+    export(checkpoint, tmp_path / "a.dash")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.dash"}

@@ -26,7 +26,7 @@ from dash_export.bundle import BUILD, Bundle, Seal
 from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
 from dash_export.manifest import SCHEMA
-from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder
+from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 from dash_export.targets import BITS, Recipe, load_recipe, recipe_from_dict, with_weights
@@ -268,7 +268,8 @@ def _make_engines(
     progress: Progress,
 ) -> tuple[dict[str, EngineRecord], tuple[FileRecord, ...]]:
     builder = _builder(recipe)
-    store = ArtifactStore(folder)
+    # Compiled code from a stranger is not taken for what was compiled here.
+    store = ArtifactStore(folder, own_secret() if recipe.engine is not None else b"")
     jobs = list(builder.artifacts(bundle, recipe, segments, folder, roundings))
     groups = _groups(jobs)
     joined: list[Artifact] = []
@@ -286,12 +287,12 @@ def _make_engines(
         (folder / BUILD).unlink(missing_ok=True)
         seal = bundle.verify(record for record in bundle.manifest.files if record.name.startswith("onnx/"))
         _start_threads(recipe)
-    done = itertools.count(1)
+    done, check = itertools.count(1), partial(bundle.check_same, seal)
 
     def make(group: Sequence[Artifact]) -> None:
         for job in group:
             try:
-                found[job.name] = found[job.name] or store.make(job.name, job.key, job.write)
+                found[job.name] = found[job.name] or store.make(job.name, job.key, job.write, check)
             except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
                 # Whole and unchanged by its hash, yet not a graph of ours: only a forged bundle gets here.
                 raise BackendError(
@@ -310,7 +311,6 @@ def _make_engines(
             stop.set()  # an error or Ctrl-C does not wait for a calibration, nor for the engines not yet begun
             pool.shutdown(cancel_futures=True)
             raise
-    bundle.check_same(seal)
     store.keep_only({job.name for job in jobs})
     files = {job.name: found[job.name] or [] for job in jobs if job.role != "aside"}
     sizes = {name: sum(record.bytes for record in records) for name, records in files.items()}

@@ -39,6 +39,8 @@ from dash_export.targets import Recipe, load_recipe, with_weights
 RECORD = "kit.json"
 SCRIPT = "build.py"
 RECIPE = "recipes"
+LIBRARY = "lib"
+REQUIREMENTS = "requirements.txt"
 PACKAGES = ("numpy>=1.26", "tokenizers>=0.20", "jinja2>=3.1.6", "click>=8.1", "rich>=13", "onnx>=1.20", "onnx_ir>=1.1")
 """What building needs on the device, beside its TensorRT; `tomli` and `ml_dtypes` come on top."""
 
@@ -63,8 +65,9 @@ def write_kit(
     folder = named(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
     root = named(bundle.root)
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
-        recover(folder)
-        if folder.exists() and not (folder / RECORD).is_file():
+        ours = (RECORD, SCRIPT, REQUIREMENTS, RECIPE, LIBRARY, bundle.root.name)
+        recover(folder, ours)
+        if folder.exists() and not all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export")):
             raise BundleError(
                 f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit."
             )
@@ -72,7 +75,7 @@ def write_kit(
         unfinished = work_folder(folder)
         with removed_on_error(unfinished):
             _fill(unfinished, Bundle.open(bundle.root), recipe, target, options, reason, progress)
-            put_in_place(unfinished, folder)
+            put_in_place(unfinished, folder, ours)
     return folder
 
 
@@ -94,10 +97,10 @@ def _fill(
     checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress, roundings=known))
     progress("copying the bundle", 0, 0)
     _copy_bundle(bundle, unfinished / bundle.root.name)
-    _copy_package(unfinished / "lib" / "dash_export")
+    _copy_package(unfinished / LIBRARY / "dash_export")
     command = ["build", bundle.root.name, "--target", _carry_recipe(target, unfinished), *options]
     (unfinished / SCRIPT).write_text(Path(kit_script.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    (unfinished / "requirements.txt").write_text(_requirements(), encoding="utf-8")
+    (unfinished / REQUIREMENTS).write_text(_requirements(), encoding="utf-8")
     record = {
         "schema": 1,
         "dash-export": __version__,
@@ -107,7 +110,7 @@ def _fill(
         "reason": reason,
         "command": command,
         "verification": checked,
-        "files": [asdict(item) for item in _records(unfinished)],
+        "files": [asdict(item) for item in _records(unfinished, bundle.root.name)],
     }
     write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
 
@@ -145,6 +148,8 @@ def _requirements() -> str:
     return "\n".join([*PACKAGES, "ml_dtypes>=0.5", "tomli>=2; python_version < '3.11'"]) + "\n"
 
 
-def _records(root: Path) -> list[FileRecord]:
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name != MARK)
+def _records(root: Path, bundle: str) -> list[FileRecord]:
+    # The manifest changes when engines are built; it is hashed by itself.
+    apart = (root / MARK, root / bundle / MANIFEST)
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path not in apart)
     return [FileRecord(path.relative_to(root).as_posix(), sha256_file(path), path.stat().st_size) for path in paths]

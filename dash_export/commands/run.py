@@ -20,6 +20,7 @@ from dash_export.commands.setting import setting_options
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.targets import MAX_THREADS, Dispatch
+from dash_export.text_files import read_stream
 
 if TYPE_CHECKING:
     from dash_export.runtime import DashRuntime, Response, Sampling
@@ -133,10 +134,7 @@ def _check_usage(
 
 def _prompt_text(prompt: str | None) -> str:
     if prompt is None or prompt == "-":
-        try:
-            prompt = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"Standard input is not {error.encoding} text: give the prompt as text.") from error
+        prompt = read_stream(sys.stdin).removesuffix("\n")
     if not prompt.strip():
         raise RequestError("The prompt is empty: give at least one word.")
     return prompt

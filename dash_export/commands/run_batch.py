@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dash_export.commands.run_output import printable
+from dash_export.cli import printable
 from dash_export.errors import DashError, RequestError
-from dash_export.text_files import read_text
+from dash_export.text_files import read_stream, read_text
 
 if TYPE_CHECKING:
     from dash_export.runtime import Batch, Response, Sampling
@@ -23,10 +23,7 @@ STANDARD_INPUT = Path("-")
 
 def read_prompts(path: Path) -> list[str]:
     """One prompt per line; blank lines are left out. Raises RequestError where there is nothing to ask."""
-    try:
-        text = sys.stdin.read() if path == STANDARD_INPUT else read_text(path, pipe=True)
-    except UnicodeDecodeError as error:
-        raise RequestError(f"What comes in is not UTF-8 text ({error}): give one prompt per line.") from error
+    text = read_stream(sys.stdin) if path == STANDARD_INPUT else read_text(path, pipe=True)
     prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise RequestError(f"{path} has no prompt: give one per line.")
@@ -49,7 +46,7 @@ def answer_all(
     def refuse(index: int, error: DashError) -> None:
         nonlocal failed
         failed += 1
-        click.echo(f"{index}: the prompt {prompts[index][:40]!r} has no answer. {error}", err=True)
+        click.echo(printable(f"{index}: the prompt {prompts[index][:40]!r} has no answer. {error}"), err=True)
 
     encoded: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
+
+from dash_export.cli import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,8 +93,3 @@ def print_piece(console: Console, response: Response, shading: Shading | None) -
         else:
             console.file.write(f"{piece}‹{layers}›")
     console.file.flush()
-
-
-def printable(text: str) -> str:
-    """A model may write anything: what would steer the terminal is left out."""
-    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")

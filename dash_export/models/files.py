@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from dash_export.errors import CheckpointError
 from dash_export.models.spec import DecoderSpec, Float32Array, Weight
-from dash_export.text_files import bounded_text
+from dash_export.text_files import MAX_TEXT_BYTES, bounded_text
 
-MAX_TEXT_BYTES = 64 << 20  # the largest published tokenizer.json is about 35 MB
 CHUNK_BYTES = 8 << 20
 
 AnyWeight = TypeVar("AnyWeight", bound=Weight)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 from dash_export.models.decoder import MAX_HEAD_DIM
 from dash_export.models.files import check_weights, fingerprint, read_in_chunks, require
@@ -83,6 +84,7 @@ def open_gguf(path: Path) -> Checkpoint:
     Raises CheckpointError for a damaged file, an architecture, option or tokenizer that is not supported, and for
     tensors that this architecture does not use (dropping a bias in silence would give another model).
     """
+    seen = {path: identity(path)}
     file = read_gguf(path)
     factors = None
     if _ROPE_FACTORS in file.tensors:
@@ -115,6 +117,7 @@ def open_gguf(path: Path) -> Checkpoint:
         weights=weights,
         assets={"config.json": config_text} | tokenizer_assets(file.metadata, spec.vocab_size),
         fingerprint=fingerprint(config_text, tensors, [path]),
+        seen=seen,
     )
 
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 from dash_export.models.fields import shown
 from dash_export.models.files import check_weights, fingerprint, parse_object, read_text, require
 from dash_export.models.registry import decoder_spec
 from dash_export.models.safetensors_files import SafetensorsWeight, check_dtype, open_weights, weight_files
 from dash_export.models.spec import Checkpoint, DecoderSpec
+from dash_export.text_files import load_tokenizer
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 _HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' folders, Mistral's second copy of the weights
@@ -29,6 +31,7 @@ def open_folder(folder: Path) -> Checkpoint:
     spec = decoder_spec(config)
     assets = {"config.json": config_text} | _text_assets(folder)
     files = weight_files(folder)
+    seen = {path: identity(path) for path in files if path.exists()}
     stored = _with_prefix(open_weights(files))
     weights = check_weights(spec, stored, str(folder))
     _refuse_unused(spec, stored, folder)
@@ -43,6 +46,7 @@ def open_folder(folder: Path) -> Checkpoint:
         weights=weights,
         assets=assets,
         fingerprint=fingerprint(config_text, tensors, files),
+        seen=seen,
     )
 
 
@@ -101,11 +105,20 @@ def _text_assets(folder: Path) -> dict[str, str]:
         if (folder / name).is_file():
             assets[name] = read_text(folder / name)
             parsed = parse_object(assets[name], str(folder / name))
+            if name == "tokenizer.json":
+                _check_tokenizer(assets[name], folder / name)
             if name == "tokenizer_config.json" and (template := _chat_template(parsed, folder / name)):
                 assets["chat_template.jinja"] = template
     if (folder / "chat_template.jinja").is_file():
         assets["chat_template.jinja"] = read_text(folder / "chat_template.jinja")
     return assets
+
+
+def _check_tokenizer(text: str, path: Path) -> None:
+    try:
+        load_tokenizer(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a tokenizer that can be used: {error}") from error
 
 
 def _chat_template(tokenizer_config: dict[str, Any], path: Path) -> str | None:

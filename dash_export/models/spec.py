@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from dash_export.artifacts import identity
+from dash_export.errors import CheckpointError
 
 FINAL_NORM = "model.norm.weight"
 
@@ -101,7 +104,8 @@ class Checkpoint:
 
     `config` is the Hugging Face config dictionary (synthesised for a GGUF file), `assets` holds the text of
     `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (those
-    that exist), and `fingerprint` changes when the weights or the configuration do.
+    that exist), and `fingerprint` changes when the weights or the configuration do. `seen`: its weight files, and what
+    tells whether they are still the same.
     """
 
     source: str
@@ -110,6 +114,15 @@ class Checkpoint:
     weights: Mapping[str, Weight]
     assets: Mapping[str, str]
     fingerprint: str
+    seen: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+
+    def check_same(self) -> None:
+        """Raises CheckpointError where a weight file is another one than when it was opened: what has been read of it
+        would be of two models.
+        """
+        for path, known in self.seen.items():
+            if not path.exists() or identity(path) != known:
+                raise CheckpointError(f"{path} changed while it was read. Wait until it is whole, and run this again.")
 
     @property
     def name(self) -> str:

@@ -114,6 +114,7 @@ def train(
         folder = work_folder(output)
         precision = settings.precision or training_precision(place, folder / f"{key}-precision")
         gated_model = GatedModel(checkpoint, place, PRECISIONS[precision])
+        checkpoint.check_same()
         if chats:
             _add_own_words(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)
         training = Training(

@@ -137,7 +137,6 @@ class Session:
             self._check_newest(number)
             turn.begin()
             logits, actions = self._advance(response.token)
-            self._pending = []
 
     def _check_newest(self, number: int) -> None:
         """A session is one conversation: what another stream, or a reset, has done to it since is not this one's."""
@@ -155,6 +154,7 @@ class Session:
         step = self._bound(1)
         executed = step.decode(token, self._rule_here() if rule is None else rule)
         self.rules.decoded(step.actions[0])
+        self._pending = []  # in this order: an interrupt comes after a call
         self.tokens.append(token)
         self.counters.decode_steps += 1
         self.counters.layers_run += executed
@@ -244,8 +244,8 @@ class Session:
             kind: StepKind = "prefill" if apart and start >= first else "decode"
             step, position = self._bound(len(part), kind), self._cache.length
             step.prefill(part, self.rules.reads_prompts)
+            self._pending = []  # it is the first of these
             self.tokens.extend(part.tolist())
-            self._pending = []  # it was the first of these
             if self.rules.reads_prompts:
                 self.rules.read(position, step.damage.T.copy())
         self.counters.prefill_tokens += len(ids)
@@ -260,7 +260,6 @@ class Session:
         self._streams += 1
         for pending in self._pending:
             self._advance(pending)
-        self._pending = []
         logits, actions = self._advance(token, rule)
         return logits.copy(), actions
 
@@ -322,6 +321,7 @@ class Session:
         return min(self.prefill_chunk, self.engines.rows_at_once(self._cache.capacity))
 
     def _reserve(self, more: int) -> None:
+        self._cache.length = len(self.tokens)  # an interrupt may have come between a step and the end of its work
         if self._cache.reserve(self._cache.length + more):
             self._steps.clear()
             self.counters.cache_growths += 1

@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 from dash_export.bundle import safe_path
 from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.runtime.chat_template import ChatTemplate
+from dash_export.text_files import MAX_TEXT_BYTES, bounded_text, load_tokenizer
 
 
 class Text:
@@ -21,12 +22,10 @@ class Text:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.tokenizer = Tokenizer.from_file(str(safe_path(folder, "tokenizer.json")))
-        except BundleError:
-            raise
-        except Exception as error:  # tokenizers raises plain Exception
+            self.tokenizer = load_tokenizer(bounded_text(safe_path(folder, "tokenizer.json"), MAX_TEXT_BYTES))
+        except (OSError, ValueError) as error:
             raise BundleError(
-                f"{folder / 'tokenizer.json'} cannot be read ({error!s:.300}). The bundle is damaged: export it again."
+                f"{folder / 'tokenizer.json'} cannot be read ({error}). The bundle is damaged: export it again."
             ) from error
         # As transformers has it: how training batches were cut and filled is in the file too.
         self.tokenizer.no_truncation()
@@ -133,7 +132,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 def _optional_text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return bounded_text(path, MAX_TEXT_BYTES)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -234,6 +234,26 @@ def test_hostile_template(edit: Callable[[str, str, str], Path]) -> None:
     assert "SecurityError: access to attribute '__class__'" in refused("run", bundle, "hello", *FP32)
 
 
+def test_a_template_that_would_steer_the_terminal(edit: Callable[[str, str, str], Path], tmp_path: Path) -> None:
+    bundle = edit("chat_template.jinja", "{%", "{{ raise_exception('\\x1b]0;pwned\\x07') }}{%")
+    rehash(bundle, "chat_template.jinja")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\n")
+    for given in (["hello"], ["--prompts", prompts]):
+        message = refused("run", bundle, *given, *FP32)
+        assert "pwned" in message
+        assert "\x1b" not in message
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, tiny_root: Path) -> None:
+    """No traceback, and nothing of ours takes their place."""
+    command = f"{sys.executable} -m dash_export run {tiny_root} hello --max-tokens 2 --target cpu-fp32 {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment(), check=False)
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.returncode == 0, done.stderr
+
+
 def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
     """Every line as it would be answered alone, whoever ends first."""
     lines = ["hello", "what is it", "a", "one two three four"]
@@ -295,10 +315,10 @@ def test_a_prompt_without_an_answer_stops_no_other(options: tuple[str, ...], tin
 def test_a_prompt_that_the_template_refuses(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = Text.chat
 
-    def refusing(text: Text, messages: list[dict[str, str]]) -> list[int]:
+    def refusing(text: Text, messages: list[dict[str, str]], limit: int) -> list[int]:
         if messages[-1]["content"] == "no":
             raise RequestError("The chat template refuses these messages.")
-        return chat(text, messages)
+        return chat(text, messages, limit)
 
     monkeypatch.setattr(Text, "chat", refusing)
     file = tmp_path / "prompts.txt"

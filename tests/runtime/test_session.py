@@ -23,6 +23,40 @@ def runtime(tiny_runtime: LoadRuntime) -> DashRuntime:
     return tiny_runtime()
 
 
+@pytest.mark.parametrize("where", ["decode", "token"])
+def test_an_interrupt_in_a_step_leaves_a_session_that_goes_on(
+    where: str, tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C that an application catches: the next answer is what it would be without the interrupted step."""
+    session, expected = tiny_runtime().session(), tiny_runtime().session()
+    stream = session.stream([1, 2, 3, 4], 6)
+    taken = [next(stream).token, next(stream).token]
+
+    class Interrupting(list[int]):
+        def append(self, token: int) -> None:
+            super().append(token)
+            raise KeyboardInterrupt
+
+    step = session._bound(1)
+    sound = step.decode
+
+    def decode(*given: Any) -> int:
+        sound(*given)
+        raise KeyboardInterrupt
+
+    if where == "decode":
+        monkeypatch.setattr(step, "decode", decode)
+    else:
+        session.tokens = Interrupting(session.tokens)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    monkeypatch.undo()
+    session.tokens = list(session.tokens)
+    again = session.generate([7, 8], 4)
+    expected.prefill([1, 2, 3, 4, *taken])
+    assert again.tokens.tolist() == expected.generate([7, 8], 4).tokens.tolist()
+
+
 def test_a_second_prompt_continues_the_conversation(runtime: DashRuntime) -> None:
     first, second = random_ids(12, seed=1), random_ids(9, seed=2)
     live = runtime.session()

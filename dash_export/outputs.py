@@ -203,7 +203,9 @@ def own_folder(path: Path) -> Path:
     """Return the folder, made where it is missing. Raises OutputError for a link or a file: not ours to write into."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path} is not a folder but a link or a file: nothing is written there. Remove it.")
-    path.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        sync(path.parent)
     return path
 
 
@@ -239,6 +241,7 @@ def remove_own(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != MARK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    sync(folder)
     (folder / MARK).unlink(missing_ok=True)
     folder.rmdir()
 

@@ -37,9 +37,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     sound = ArtifactStore.make
 
-    def make(store: ArtifactStore, name: str, key: str, write: object) -> object:
+    def make(store: ArtifactStore, name: str, key: str, *given: object) -> object:
         names.append(name)
-        return sound(store, name, key, write)  # type: ignore[arg-type]
+        return sound(store, name, key, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ArtifactStore, "make", make)
     return names

@@ -143,9 +143,9 @@ def test_a_kit_brings_it(bundle: Bundle, target: str, tmp_path: Path) -> None:
     record = json.loads((kit / "kit.json").read_text())
     assert f"{bundle.root.name}/engines/small/{FILE}" in {item["name"] for item in record["files"]}
     assert record["verification"] == bundle.load_build("small").details["verification"]
-    own = Bundle.open(kit / bundle.root.name)
     done = run(kit)
     assert done.returncode == 0, done.stdout + done.stderr
+    own = Bundle.open(kit / bundle.root.name)
     assert "rounding layer" not in done.stdout
     np.testing.assert_array_equal(*(matrix(made, "small", "layer_03", DOWN)[0] for made in (own, bundle)))
     assert run(kit, "--check").returncode == 0, "what the build wrote is no damage"

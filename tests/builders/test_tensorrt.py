@@ -62,9 +62,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     sound = ArtifactStore.make
 
-    def make(store: ArtifactStore, name: str, key: str, write: Any) -> Any:
+    def make(store: ArtifactStore, name: str, key: str, *given: Any) -> Any:
         names.append(name)
-        return sound(store, name, key, write)
+        return sound(store, name, key, *given)
 
     monkeypatch.setattr(ArtifactStore, "make", make)
     return names

@@ -100,10 +100,10 @@ def _taken(name: str, hint: Any, value: Any, error: type[DashError]) -> Any:
         return take(value)
     except Exception:  # whatever a strange object does
         none = " or None" if NoneType in options else ""
-        raise error(f"{name} must be {words}{none}; got {_shown(value)}.") from None
+        raise error(f"{name} must be {words}{none}; got {shown(value)}.") from None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     try:
         return " ".join(shortened(value).split())
     except Exception:  # a number of 5,000 digits, say

@@ -211,7 +211,8 @@ class ArtifactStore:
     def _known(self, name: str, entry: Any) -> bool:
         if not _is_ours(entry):
             return False
-        return not self._secret or hmac.compare_digest(self._signature(name, entry), str(entry.get("signed")))
+        signed = str(entry.get("signed")).encode(errors="replace")
+        return not self._secret or hmac.compare_digest(self._signature(name, entry).encode(), signed)
 
     def seconds(self, name: str) -> float:
         """How long it took to make an artifact, whenever that was; 0 where it is not known."""

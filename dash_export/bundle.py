@@ -23,7 +23,7 @@ from dash_export.build_record import Build, check_build
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Manifest, check_manifest, sealed
 from dash_export.names import ROUNDINGS, TIMING_CACHE
-from dash_export.outputs import folder_locked, holder, lock_file, previous_of
+from dash_export.outputs import folder_locked, holder, lock_file
 from dash_export.targets import build_options
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -119,17 +119,24 @@ class Bundle:
         """
         folder = f"engines/{target}"
         name = f"{folder}/{BUILD}"
-        listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
-        if not listed or not self.path(name).is_file():
+        for manifest in (self.manifest, None):
+            if manifest is None:  # a build may have ended since this was opened
+                self.manifest = Bundle.open(self.root).manifest
+            listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
+            if not listed or not self.path(name).is_file():
+                continue
+            contents = _contents(self.root, name, _no_bundle)
+            if hashlib.sha256(contents).hexdigest() in listed:
+                break
+        else:
+            if listed and self.path(name).is_file():
+                raise self._changed(name)
             built = ", ".join(self.targets()) or "none yet"
             state = "is unfinished" if self.path(folder).is_dir() else "does not exist"
             raise BundleError(
                 f"{self.root}: the build for target {target!r} {state} (built: {built}). "
                 f"Run: {self.build_command(target)}"
             )
-        contents = _contents(self.root, name, _no_bundle)
-        if hashlib.sha256(contents).hexdigest() not in listed:
-            raise self._changed(name)
         data = _json(contents, self.path(name))
         _refuse_other_schema(data, self.root)
         build = from_json(Build, data, f"{self.root.name}/{folder}/{BUILD}")
@@ -141,6 +148,8 @@ class Bundle:
                 f"Run: {self.build_command(target)}"
             )
         check_build(build, self.manifest, f"{self.root.name}/{folder}/{BUILD}")
+        if build.target != target:
+            raise BundleError(f"{self.root.name}/{name} is of the target {build.target!r:.60}. {DAMAGED}")
         return build
 
     def save_build(self, build: Build) -> None:
@@ -239,8 +248,6 @@ def _refuse_other_schema(data: Any, root: Path) -> None:
 def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
-    if not root.exists() and previous_of(root.absolute()).is_dir():
-        return f"An export was ended while it replaced {root}. Run it again: the old or the new one is there then."
     if not root.exists():
         return f"There is no bundle at {root}. Make one: dash-export export MODEL -o {root}"
     return (

@@ -78,7 +78,7 @@ def export(
     decided = {name: fact for name, fact in asdict(facts).items() if name != "reads" or fact}
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, decided, sorted(checkpoint.assets.items()))
     with locked(output, "export"), ExitStack() as held:
-        recover(output, OURS)
+        recover(output, OURS, MANIFEST)
         _refuse_foreign(output)
         if output.exists():
             if known := _whole(output, key):
@@ -116,7 +116,7 @@ def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
     write_atomic(unfinished / MANIFEST, to_json(sealed(manifest)))
     (unfinished / "onnx" / JOURNAL).unlink()
     sync(unfinished / "onnx")
-    put_in_place(unfinished, output, OURS)
+    put_in_place(unfinished, output, OURS, MANIFEST)
 
 
 def _write(
@@ -217,7 +217,7 @@ def _parameters(checkpoint: Checkpoint) -> int:
 def _refuse_foreign(output: Path) -> None:
     # Others have manifests too, and folders called onnx.
     ours = any((output / "onnx" / name).is_file() for name in (portable.ROPE_FILE, "layer_00.onnx"))
-    if output.exists() and not (ours and (output / MANIFEST).is_file()):
+    if output.exists() and not (ours and (output / MANIFEST).is_file()) and not (output / MARK).is_file():
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )

@@ -13,17 +13,20 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from dash_export.artifacts import TEMPORARY, read_bounded, sync
+from dash_export.artifacts import read_bounded, sync, write_atomic
 from dash_export.errors import BusyError, OutputError
 
 MARK = ".dash-export"
 """A file in every folder that this program may empty: written first, removed last."""
+PLAN = ".plan"
+"""In a finished work folder, while it takes an output's place: the names that do, a line each."""
 _OURS = b"dash-export "
 _LONGEST = 4096
 _TRIALS, _PAUSE = 3, 0.005
@@ -171,15 +174,26 @@ def own_secret() -> bytes:
     new = os.urandom(32)
     try:
         path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "dash-export" / "key"
+        if kept := _kept_secret(path, len(new)):
+            return kept
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            os.write(descriptor, new)
-            os.close(descriptor)
-        kept = read_bounded(path, len(new))
-        return kept if len(kept) == len(new) else new
-    except (OSError, RuntimeError):  # no home
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # for its owner only
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).replace(path)
+        return _kept_secret(path, len(new)) or new
+    except (OSError, RuntimeError) as error:  # no home
+        logger.warning("no key can be kept in ~/.local/state (%s): engines for GPUs are compiled at every build", error)
         return new
+
+
+def _kept_secret(path: Path, size: int) -> bytes:
+    with suppress(OSError):
+        status, kept = path.lstat(), read_bounded(path, size)
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
+            return kept if len(kept) == size and any(kept) else b""
+    return b""
 
 
 def named(output: str | Path) -> Path:
@@ -209,11 +223,16 @@ def own_folder(path: Path) -> Path:
     return path
 
 
+def work_of(output: Path) -> Path:
+    """`a.dash` -> `a.dash.unfinished`."""
+    return output.with_name(f"{output.name}.unfinished")
+
+
 def work_folder(output: Path) -> Path:
     """Return `<output>.unfinished`, where an output lies until it is whole: new, or as a killed run left it. Raises
     OutputError for one that is not this program's.
     """
-    folder = own_folder(output.with_name(f"{output.name}.unfinished"))
+    folder = own_folder(work_of(output))
     _check_ours(folder)
     _mark(folder)
     return folder
@@ -239,68 +258,86 @@ def remove_own(folder: Path) -> None:
     """
     _check_ours(folder)
     for path in folder.iterdir():
-        if path.name != MARK:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.name not in (PLAN, MARK):
+            _remove(path)
     sync(folder)
-    (folder / MARK).unlink(missing_ok=True)
+    for name in (PLAN, MARK):
+        (folder / name).unlink(missing_ok=True)
     folder.rmdir()
 
 
 @contextmanager
 def removed_on_error(folder: Path) -> Iterator[None]:
-    """An error or Ctrl-C leaves nothing behind; a kill leaves the folder for the next run to resume."""
+    """An error or Ctrl-C leaves nothing behind; a kill leaves the folder for the next run to resume, and so does either
+    once the output is being replaced.
+    """
     try:
         yield
     except BaseException:
-        if folder.exists():
+        if folder.exists() and not (folder / PLAN).exists():
             remove_own(folder)
         raise
 
 
-def put_in_place(work: Path, output: Path, ours: Collection[str]) -> None:
-    """Let a finished work folder take the place of the output, which is this program's if it is there. Entries of the
-    output that are not `ours` move along. After a kill or a loss of power the old one or the new one is whole:
-    `recover` puts the rest right.
+def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str) -> None:
+    """Let a finished work folder become the output, or take the place of what is `ours` in it (paths below it); all
+    else in there stays as it is. `last`, which is ours, goes first and comes last: without it the output is unfinished,
+    and `recover` goes on. Raises OutputError where ours may not be replaced.
     """
     sync(work)
-    if output.exists():
-        _mark(output)
-        output.replace(previous_of(output))
-    work.replace(output)
-    sync(output.parent)
-    recover(output, ours)
-    unmark(output)
+    if not output.exists():
+        work.replace(output)
+        sync(output.parent)
+        unmark(output)
+        return
+    for path in (output, *(output / name for name in ours)):
+        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+            raise OutputError(f"{path} may not be written: nothing of {output} was replaced. Check its permissions.")
+    _mark(output)
+    write_atomic(work / PLAN, "\n".join(name for name in ours if os.path.lexists(work / name)))
+    recover(output, ours, last)
 
 
-def recover(output: Path, ours: Collection[str]) -> None:
-    """Put right what a kill in `put_in_place` leaves: the old output comes back; or, where the new one is there, what
-    is not `ours` moves along, and the old one goes.
-    """
-    previous = previous_of(output)
-    if previous.is_symlink():
-        previous.unlink()
-    elif previous.exists() and output.exists():
-        _check_ours(previous)
-        for path in previous.iterdir():
-            if path.name not in (MARK, *ours):
-                # What a build has made since stays, target by target.
-                there = os.path.lexists(output / path.name)
-                for entry in path.iterdir() if there and path.is_dir() and not path.is_symlink() else [path]:
-                    to = output / entry.relative_to(previous)
-                    if not os.path.lexists(to):
-                        entry.replace(to)
-        sync(output)
-        remove_own(previous)
-    elif previous.exists():
-        _check_ours(previous)
-        previous.replace(output)
+def recover(output: Path, ours: Sequence[str], last: str) -> None:
+    """Finish what a kill in `put_in_place` left; nothing where there is nothing."""
+    work = work_of(output)
+    if work.is_symlink() or not work.is_dir():
+        pass
+    elif {path.name for path in work.iterdir()} <= {MARK}:
+        remove_own(work)
+    elif all(path.is_file() for path in (work / PLAN, work / MARK, output / MARK)):
+        _go_on(work, output, ours, last)
+        remove_own(work)
+    if (output / last).exists():
+        unmark(output)
+
+
+def _go_on(work: Path, output: Path, ours: Sequence[str], last: str) -> None:
+    """Replace what the plan says; what has been replaced is not in the work folder any more."""
+    planned = read_bounded(work / PLAN, _LONGEST).decode().split("\n")
+    if not os.path.lexists(work / last):
+        return
+    (output / last).unlink(missing_ok=True)
+    sync(output)
+    for name in ours:
+        old, new = output / name, work / name
+        if name != last and (name not in planned or os.path.lexists(new)):
+            _remove(old)
+            if name in planned:
+                old.parent.mkdir(parents=True, exist_ok=True)
+                new.replace(old)
+                sync(old.parent)
+    (work / last).replace(output / last)
+    sync(output)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def unmark(output: Path) -> None:
     """Take the mark off a finished output: a kill may have left it there."""
     (output / MARK).unlink(missing_ok=True)
-
-
-def previous_of(output: Path) -> Path:
-    """Where the output that is replaced lies until its successor is in place: no name that a person would give."""
-    return output.parent / f"{TEMPORARY}{output.name}.previous"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -18,6 +19,11 @@ MAX_TEXT_BYTES = 64 << 20
 """Of a file that comes with a model: the largest published tokenizer.json is about 35 MB."""
 MAX_GROWTH = 256
 """Of a text by a tokenizer's replacements: those of published ones make it no longer than four times."""
+MAX_TOKEN = 4096
+"""Letters of a token, a replacement, a prefix: published ones have 128."""
+_LONG = re.compile(rf'"(?:[^"\\]|\\.){{{MAX_TOKEN}}}')
+_OTHER_MODEL = re.compile(r'"type"\s*:\s*"(?:Unigram|WordPiece)"')
+"""Native code of these recurses and multiplies as far as a stranger's vocabulary says."""
 
 
 def bounded_text(path: Path, limit: int) -> str:
@@ -31,28 +37,32 @@ def load_tokenizer(text: str) -> Tokenizer:
     """
     from tokenizers import Tokenizer  # here: not every reader of a text needs it
 
+    if _OTHER_MODEL.search(text):
+        raise ValueError("its model is not BPE, which is what can be read")
+    if _LONG.search(text):
+        raise ValueError(f"it has a text of over {MAX_TOKEN} letters in it")
     try:
         tokenizer = Tokenizer.from_str(text)
-        made_of = (part for part in (tokenizer.normalizer, tokenizer.decoder) if part is not None)
+        made_of = filter(None, (tokenizer.normalizer, tokenizer.decoder, tokenizer.post_processor))
         parts = [json.loads(part.__getstate__()) for part in made_of]
     except BaseException as error:  # tokenizers raises plain Exception, and panics that are none
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"{error!s:.300}") from error
     if any(_growth(part) > MAX_GROWTH for part in parts):
-        raise ValueError(f"its normalizer or decoder can make a text over {MAX_GROWTH} times as long")
+        raise ValueError(f"its normalizer, decoder or template can make a text over {MAX_GROWTH} times as long")
     return tokenizer
 
 
 def _growth(part: Any) -> float:
     """Return how many times as long a text can become."""
     kind = part.get("type")
-    if kind == "Precompiled":  # a table that may hold anything
-        return math.inf
     if kind == "Replace":
         pattern, content = part["pattern"], len(part["content"])
         return max(1.0, content / max(1, len(pattern["String"]))) if "String" in pattern else 1.0 + content
-    return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or ()))
+    if kind == "TemplateProcessing":
+        return max(1, sum("Sequence" in piece for piece in part["single"]))
+    return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or part.get("processors") or ()))
 
 
 def read_stream(stream: TextIO, limit: int = 1 << 26) -> str:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -238,15 +239,23 @@ def test_a_file_that_is_a_link_is_not_replaced(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"mine": b"mine", "link": "mine"}
 
 
-@pytest.mark.parametrize("killed_after", range(4))
-def test_recovery(killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever rename or removal is the last one, the old or the new output is there in the end, and nothing else."""
-    output = tmp_path / "a.dash"
-    output.mkdir()
-    (output / "old").touch()
-    work = work_folder(output)
-    (work / "new").touch()
-    steps = iter(range(killed_after))
+OURS = ("graphs", "old", "record")
+
+
+def folder_of(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{root.name} {name}")
+    return root
+
+
+@pytest.mark.parametrize("killed_before", range(14))
+def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever operation is the last one, the old or the new output is there in the end, and all that is not ours."""
+    output = folder_of(tmp_path / "a", "graphs/1", "old", "record", "notes", "engines/cpu/1")
+    new, mine = {"graphs/2", "record"}, {"notes": b"a notes", "engines/cpu/1": b"a engines/cpu/1"}
+    work = folder_of(work_folder(output), *new)
+    steps = iter(range(killed_before))
 
     class KilledError(BaseException):
         pass
@@ -260,15 +269,30 @@ def test_recovery(killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return step
 
     with monkeypatch.context() as patch:
-        for name in ("replace", "unlink", "rmdir"):
-            patch.setattr(Path, name, dying(getattr(Path, name)))
-        with pytest.raises(KilledError):
-            put_in_place(work, output, ("old",))
-    recover(output, ("old",))
-    assert (output / "new").exists() != (output / "old").exists()
+        for where, name in ((Path, "replace"), (Path, "unlink"), (Path, "rmdir"), (os, "rmdir"), (os, "unlink")):
+            patch.setattr(where, name, dying(getattr(where, name)))
+        with suppress(KilledError):
+            put_in_place(work, output, OURS, "record")
+    recover(output, OURS, "record")
     if work.exists():
         remove_own(work)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.dash"]
+        (output / MARK).unlink(missing_ok=True)
+    changed = {name: text for name, text in tree(output).items() if name not in mine}
+    assert changed in (
+        {name: f"a.unfinished {name}".encode() for name in new},
+        {name: f"a {name}".encode() for name in ("graphs/1", "old", "record")},
+    )
+    assert {name: text for name, text in tree(output).items() if name in mine} == mine
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_may_not_be_replaced_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = folder_of(tmp_path / "a", "graphs/1", "record")
+    before = tree(output)
+    monkeypatch.setattr(outputs.os, "access", lambda path, _: path.name != "graphs")
+    with pytest.raises(OutputError, match="graphs may not be written: nothing of"):
+        put_in_place(folder_of(work_folder(output), "graphs/2", "record"), output, OURS, "record")
+    assert tree(output) == before
 
 
 def test_a_policy_replaces_policies_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -306,19 +330,6 @@ def test_what_is_not_the_bundles_stays(checkpoint: Checkpoint, tmp_path: Path) -
             export(checkpoint, output)
     assert tree(output / "engines") == engines
     assert Bundle.open(output).targets() == ["portable"]
-
-
-def test_engines_that_were_built_since_stay(tmp_path: Path) -> None:
-    """The old bundle's other targets come along."""
-    output, previous = tmp_path / "a.dash", tmp_path / ".tmp-a.dash.previous"
-    for folder, text in ((output, "new"), (previous, "old")):
-        for target in ("cpu", "both") if folder is output else ("gpu", "both"):
-            (folder / "engines" / target).mkdir(parents=True)
-            (folder / "engines" / target / "engine").write_text(text)
-    (previous / MARK).touch()
-    recover(output, ())
-    expected = {"cpu": b"new", "both": b"new", "gpu": b"old"}
-    assert tree(tmp_path) == {f"a.dash/engines/{name}/engine": text for name, text in expected.items()}
 
 
 def test_a_model_that_changes_while_it_is_exported(tmp_path: Path) -> None:
@@ -372,11 +383,28 @@ def test_a_zeroed_lock_is_nobodys(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_that_was_ended_between_the_renames(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    export(checkpoint, tmp_path / "a.dash")
-    (tmp_path / "a.dash" / MARK).touch()
-    (tmp_path / "a.dash").rename(tmp_path / ".tmp-a.dash.previous")
-    with pytest.raises(BundleError, match="An export was ended while it replaced"):
-        Bundle.open(tmp_path / "a.dash")
-    export(checkpoint, tmp_path / "a.dash")
+def test_an_export_that_was_ended_while_it_replaced_a_bundle(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """It says so, and the next one, of whatever model, goes on from there."""
+    output = tmp_path / "a.dash"
+    build(export(checkpoint, output), "portable")
+
+    def interrupted(*given: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(outputs, "_remove", _interrupt)
+            put_in_place(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "put_in_place", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(checkpoint, output, tiny_policy(checkpoint))
+    with pytest.raises(BundleError, match="not a finished bundle"):
+        Bundle.open(output)
+    made = export(checkpoint, output, tiny_policy(checkpoint))
+    assert made.manifest.policy.has_network
+    assert made.manifest.builds.keys() == {"portable"}
     assert {path.name for path in tmp_path.iterdir()} == {"a.dash"}
+    assert (output / "engines" / "portable").is_dir()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -21,6 +21,8 @@ from dash_export.builders.stored_roundings import keep_roundings
 from dash_export.builders.verify import recorded, verify_graphs
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.errors import BackendError, BundleError
+from dash_export.exporting import OURS
+from dash_export.names import ROUNDINGS
 from dash_export.outputs import (
     MARK,
     folder_locked,
@@ -65,9 +67,13 @@ def write_kit(
     folder = named(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
     root = named(bundle.root)
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
-        ours = (RECORD, SCRIPT, REQUIREMENTS, RECIPE, LIBRARY, bundle.root.name)
-        recover(folder, ours)
-        if folder.exists() and not all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export")):
+        # Engines that were compiled in the kit, and all else that somebody put there, stay.
+        inside = (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")
+        recipes = f"{RECIPE}/{Path(target).name}"
+        ours = (SCRIPT, REQUIREMENTS, LIBRARY, recipes, *(f"{bundle.root.name}/{name}" for name in inside), RECORD)
+        recover(folder, ours, RECORD)
+        is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
+        if folder.exists() and not is_kit and not (folder / MARK).is_file():
             raise BundleError(
                 f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit."
             )
@@ -75,7 +81,7 @@ def write_kit(
         unfinished = work_folder(folder)
         with removed_on_error(unfinished):
             _fill(unfinished, Bundle.open(bundle.root), recipe, target, options, reason, progress)
-            put_in_place(unfinished, folder, ours)
+            put_in_place(unfinished, folder, ours, RECORD)
     return folder
 
 

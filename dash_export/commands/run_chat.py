@@ -38,11 +38,19 @@ def converse(asking: Asking, show_skips: bool, first: str | None) -> None:
 def _read() -> str | None:
     """One line, or None at the end of input."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        if sys.stdin.isatty():
+            return input("> ")
+        line = sys.stdin.readline(LONGEST_LINE + 1)
+        if len(line) > LONGEST_LINE:
+            raise RequestError(f"A line has over {LONGEST_LINE} letters: give less at a time.")
+        return line.removesuffix("\n") if line else None
     except EOFError:
         return None
     except UnicodeDecodeError as error:
         raise RequestError(f"What was typed is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+LONGEST_LINE = 1 << 20
 
 
 class Conversation:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_export.artifacts import identity
+from dash_export.bundle import TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.models.fields import shown
 from dash_export.models.files import check_weights, fingerprint, parse_object, read_text, require
@@ -26,12 +27,13 @@ def open_folder(folder: Path) -> Checkpoint:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face model folder")
+    files = weight_files(folder)
+    # First, and of all: what is replaced from here on is noticed.
+    seen = {path: identity(path) for path in (*files, *(folder / name for name in TEXT_FILES)) if path.exists()}
     config_text = read_text(folder / "config.json")
     config = parse_object(config_text, str(folder / "config.json"))
     spec = decoder_spec(config)
     assets = {"config.json": config_text} | _text_assets(folder)
-    files = weight_files(folder)
-    seen = {path: identity(path) for path in files if path.exists()}
     stored = _with_prefix(open_weights(files))
     weights = check_weights(spec, stored, str(folder))
     _refuse_unused(spec, stored, folder)
@@ -101,7 +103,7 @@ def _text_assets(folder: Path) -> dict[str, str]:
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     assets: dict[str, str] = {}
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in TEXT_FILES[1:-1]:
         if (folder / name).is_file():
             assets[name] = read_text(folder / name)
             parsed = parse_object(assets[name], str(folder / name))

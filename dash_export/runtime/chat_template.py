@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
+from dash_export.arguments import shown
 from dash_export.errors import BundleError, RequestError
 
 SECONDS = 2.0
@@ -46,9 +47,7 @@ class ChatTemplate:
         """
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise RequestError(
-                    f"A chat message needs a 'role' and a 'content', both text; got {dict(message)!r:.100}."
-                )
+                raise RequestError(f"A chat message needs a 'role' and a 'content', both text; got {shown(message)}.")
         given = {"messages": [*map(dict, messages)], "add_generation_prompt": add_generation_prompt, **self._special}
         try:
             request = json.dumps(given)

@@ -208,8 +208,8 @@ class Session:
         if prefix < 1:
             raise RequestError(f"prefix must be at least 1, not {prefix}.")
         shape = (len(tokens), self.engines.model.num_layers)
-        if actions is not None and actions.shape != shape:
-            raise PolicyError(f"actions must be {list(shape)}, tokens and layers, not {list(actions.shape)}.")
+        if actions is not None and (actions.shape != shape or not np.isin(actions, (0, 1)).all()):
+            raise PolicyError(f"actions must be {list(shape)}, tokens and layers, each 0 (run) or 1 (skip).")
         if actions is None and not self.rules.foreseeable:
             raise PolicyError(
                 "A held budget (hold) adapts token by token, so one pass over a text cannot follow it: "

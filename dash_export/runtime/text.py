@@ -53,13 +53,21 @@ class Text:
             ) from error
         start = 16 * max(limit, 256)  # what fits is mostly shorter, but a single token may be any number of spaces
         while start < len(text):
-            if len(self.tokenizer.encode(text[:start], add_special_tokens=False)) > 2 * limit:
+            if len(self._ids(text[:start], False)) > 2 * limit:
                 raise ContextLengthError(
                     f"The context does not hold this: over {2 * limit} prompt tokens, but {limit} positions are free. "
                     "Shorten the prompt or start a new session."
                 )
             start *= 2
-        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        return self._ids(text, special)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        except BaseException as error:  # a panic of native code is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise RequestError(f"The model's tokenizer does not read this text ({error!s:.200}).") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -32,6 +32,7 @@ GROUND = {
     "runtime",
     "stretches",
     "targets",
+    "text_files",
     "typed_json",
 }
 

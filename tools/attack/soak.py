@@ -345,7 +345,13 @@ def report(soak: Soak, samples: list[tuple[float, float]], minutes: float, threa
     flat = growth <= FLAT
     if not flat:
         console.print(f"Memory grew by more than {FLAT:.0%}.")
-    figures = {"megabytes": [round(first, 1), round(last, 1)], "growth": round(growth, 5), "mb_per_minute": slope}
+    sixths = [round(median(sizes[part])) for part in np.array_split(np.arange(len(sizes)), 6) if len(part)]
+    figures = {
+        "sixths": sixths,
+        "megabytes": [round(first, 1), round(last, 1)],
+        "growth": round(growth, 5),
+        "mb_per_minute": slope,
+    }
     done = {"done": dict(soak.counts), "faults": len(soak.faults), "first_faults": soak.faults[:3]}
     print(json.dumps({"attack": "soak", "threads": threads, "minutes": minutes, **done, **figures, "flat": flat}))
     if soak.faults or not flat:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -69,10 +70,11 @@ def main(trials: int, first: int, seconds: float | None, only: tuple[str, ...]) 
     names = chosen(only, PAIRINGS)
     with staged() as stage:
         until = time.monotonic() + (seconds or float("inf"))
-        for number in range(first, first + trials):
-            for name in names:
-                if time.monotonic() < until:
-                    attempt(name, number, stage, report)
+        with suppress(KeyboardInterrupt):  # what was tried until then is told
+            for number in range(first, first + trials):
+                for name in names:
+                    if time.monotonic() < until:
+                        attempt(name, number, stage, report)
     report.finish()
 
 

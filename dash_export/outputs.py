@@ -96,7 +96,7 @@ def _acquired(path: Path, output: Path) -> int | None:
             if error.errno in _NO_FILE_OF_OURS:
                 raise _taken(path) from error
             if error.errno not in _READ_ONLY:
-                raise
+                raise OSError(error.errno, error.strerror, str(output)) from error
             if not os.path.lexists(path):
                 return None
             try:

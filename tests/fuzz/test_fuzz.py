@@ -1,4 +1,4 @@
-"""Every parser, fed with what failed once and for a moment with new damage. For longer: `make fuzz`."""
+"""Every parser, fed with what failed once and for some seconds with new damage. For longer: `make fuzz`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.commands.helpers import ROOT, environment
 from tests.fuzz.parsers import PARSERS, make_seeds
 
-SECONDS = 10
+SECONDS = 6
 
 
 @pytest.fixture(scope="module")

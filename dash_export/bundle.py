@@ -117,29 +117,16 @@ class Bundle:
         """Read `build.json` of a target. Raises BundleError when there is none, when the manifest does not list it, or
         when it is of an earlier export.
         """
-        folder = f"engines/{target}"
-        name = f"{folder}/{BUILD}"
-        for manifest in (self.manifest, None):
-            if manifest is None:  # a build may have ended since this was opened
-                self.manifest = Bundle.open(self.root).manifest
-            listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
-            if not listed or not self.path(name).is_file():
-                continue
-            contents = _contents(self.root, name, _no_bundle)
-            if hashlib.sha256(contents).hexdigest() in listed:
-                break
-        else:
-            if listed and self.path(name).is_file():
-                raise self._changed(name)
-            built = ", ".join(self.targets()) or "none yet"
-            state = "is unfinished" if self.path(folder).is_dir() else "does not exist"
-            raise BundleError(
-                f"{self.root}: the build for target {target!r} {state} (built: {built}). "
-                f"Run: {self.build_command(target)}"
-            )
-        data = _json(contents, self.path(name))
+        where = f"{self.root.name}/engines/{target}/{BUILD}"
+        contents = self._listed_build(target)
+        if contents is None:  # a build may have ended since this was opened
+            self.manifest = Bundle.open(self.root).manifest
+            contents = self._listed_build(target)
+        if contents is None:
+            raise self._no_build(target)
+        data = _json(contents, self.path(f"engines/{target}/{BUILD}"))
         _refuse_other_schema(data, self.root)
-        build = from_json(Build, data, f"{self.root.name}/{folder}/{BUILD}")
+        build = from_json(Build, data, where)
         for name in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
             self.path(name)
         if build.bundle_key != self.manifest.key:
@@ -147,10 +134,27 @@ class Bundle:
                 f"{self.root}: the engines for {target!r} were built from an earlier export. "
                 f"Run: {self.build_command(target)}"
             )
-        check_build(build, self.manifest, f"{self.root.name}/{folder}/{BUILD}")
+        check_build(build, self.manifest, where)
         if build.target != target:
-            raise BundleError(f"{self.root.name}/{name} is of the target {build.target!r:.60}. {DAMAGED}")
+            raise BundleError(f"{where} is of the target {build.target!r:.60}. {DAMAGED}")
         return build
+
+    def _listed_build(self, target: str) -> bytes | None:
+        """The contents of a target's `build.json`; None where it is not there, or not as the manifest lists it."""
+        listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
+        if not listed or not self.path(f"engines/{target}/{BUILD}").is_file():
+            return None
+        contents = _contents(self.root, f"engines/{target}/{BUILD}", _no_bundle)
+        return contents if hashlib.sha256(contents).hexdigest() in listed else None
+
+    def _no_build(self, target: str) -> BundleError:
+        if target in self.targets():
+            return self._changed(f"engines/{target}/{BUILD}")
+        state = "is unfinished" if self.path(f"engines/{target}").is_dir() else "does not exist"
+        return BundleError(
+            f"{self.root}: the build for target {target!r} {state} (built: {', '.join(self.targets()) or 'none yet'}). "
+            f"Run: {self.build_command(target)}"
+        )
 
     def save_build(self, build: Build) -> None:
         """Write the manifest that lists `build.json`, and that: one of the two that it lists is there whenever this

@@ -35,7 +35,7 @@ def reseal(root: Path) -> None:
     stays as it is.
     """
     data = json.loads((root / MANIFEST).read_text())
-    with suppress(AttributeError, TypeError, KeyError, OSError, ValueError):  # a mutation may have left anything
+    with suppress(AttributeError, TypeError, LookupError, OSError, ValueError):  # a mutation may have left anything
         for records in data["builds"].values():
             path = root / records[0]["name"]
             records[:] = [records[0] | {"sha256": sha256_file(path), "bytes": path.stat().st_size}]

@@ -305,7 +305,11 @@ def recover(output: Path, ours: Sequence[str], last: str) -> None:
         pass
     elif {path.name for path in work.iterdir()} <= {MARK}:
         remove_own(work)
-    elif all(path.is_file() for path in (work / PLAN, work / MARK, output / MARK)):
+    elif (
+        (work / PLAN).is_file()
+        and (work / MARK).is_file()
+        and ((output / MARK).is_file() or not os.path.lexists(work / last))  # which went last: all is done
+    ):
         _go_on(work, output, ours, last)
         remove_own(work)
     if (output / last).exists():

@@ -260,8 +260,8 @@ def remove_own(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in (PLAN, MARK):
             _remove(path)
-    sync(folder)
-    for name in (PLAN, MARK):
+    for name in (PLAN, MARK):  # each after all before it
+        sync(folder)
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()
 

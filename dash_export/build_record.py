@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dash_export.artifacts import FileRecord
-from dash_export.decision import DIALLED_KINDS, DialPoint
+from dash_export.decision import DialPoint, Skips
 from dash_export.errors import BundleError
 from dash_export.manifest import DAMAGED, Manifest, check_sizes
 
@@ -19,7 +20,8 @@ QUIET = 0.2
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers [first, last] compiled as one engine; `embed` and `head` say whether it begins or ends the model.
+    """Layers [first, last] compiled as one engine, a unit if `gated`; `embed` and `head` say whether it begins or ends
+    the model.
 
     An empty range (first = last + 1) is the embedding or the head alone.
     """
@@ -40,34 +42,16 @@ class Segment:
         return range(self.first, self.last + 1)
 
     @property
+    def graphs(self) -> list[str]:
+        """Its portable graphs, in order."""
+        names = [f"layer_{layer:02d}" for layer in self.layers]
+        return ["embed"] * self.embed + names + ["head"] * self.head
+
+    @property
     def name(self) -> str:
         if self.first > self.last:
             return "embed" if self.embed else "head"
         return f"layer_{self.first:02d}" if self.first == self.last else f"layers_{self.first:02d}-{self.last:02d}"
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Consecutive gated layers [first, last] compiled as one more engine: one launch where all of them run, or all
-    are skipped.
-    """
-
-    first: int
-    last: int
-    skips: bool
-
-    @property
-    def segment(self) -> Segment:
-        """Its layers as one segment."""
-        return Segment(self.first, self.last, False, False, True)
-
-    @property
-    def layers(self) -> range:
-        return self.segment.layers
-
-    @property
-    def name(self) -> str:
-        return f"{'skips' if self.skips else 'layers'}_{self.first:02d}-{self.last:02d}"
 
 
 @dataclass(frozen=True)
@@ -87,20 +71,23 @@ class CostTable:
     """Measured on the device that built: medians in microseconds at `context` cached tokens.
 
     `others` and `stolen` say beside what it was measured: processors that other processes and the host took meanwhile.
-    `cost[l]` is (run - skip) of gated layer l as a fraction of `dense_us`, the dense time of one token; layers of
-    identical shape share one. `launch`: what one launch more takes, as such a fraction, where a build has stretches; a
-    dense token takes as few as can be.
+    `cost`: per unit what skipping it saves, (run - bypass) as a fraction of `dense_us`, the dense time of one token;
+    units of as many layers share one.
     """
 
     context: int
     dense_us: float
     segment_us: dict[str, float]
-    skip_us: dict[str, float]
-    cost: dict[int, float]
+    bypass_us: dict[str, float]
+    cost: tuple[float, ...]
     device: str
-    launch: float = 0.0
     others: float = 0.0
     stolen: float = 0.0
+
+    def token_time(self, skipped: Skips) -> npt.NDArray[np.float64]:
+        """Decode time as a fraction of dense, predicted, of tokens with these skips [units, tokens]: [tokens]."""
+        found: npt.NDArray[np.float64] = 1.0 - np.array(self.cost) @ skipped
+        return found
 
     @property
     def disturbed(self) -> str:
@@ -115,10 +102,8 @@ class CostTable:
 
 @dataclass(frozen=True)
 class Build:
-    """`engines/<target>/build.json`. `dial` has one calibrated table per policy kind with a trade-off; `policy_bias` is
-    per gated layer, where the engines give a linear policy's score before its bias; `measuring`
-    is the revision of how costs and dial were measured; `details` holds what only this kind of backend has to say
-    (compiler flags).
+    """`engines/<target>/build.json`. `dial` is the token policy's calibrated table; `measuring` is the revision of
+    how costs and dial were measured; `details` holds what only this kind of backend has to say (compiler flags).
     """
 
     schema: int
@@ -132,29 +117,21 @@ class Build:
     engines: dict[str, EngineRecord]
     files: tuple[FileRecord, ...]
     cost: CostTable
-    dial: dict[str, tuple[DialPoint, ...]] = field(default_factory=dict)
-    policy_bias: dict[int, float] = field(default_factory=dict)
-    stretches: tuple[Stretch, ...] = ()
+    dial: tuple[DialPoint, ...] = ()
     measuring: int = 0
     seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def policy_engines(points: Iterable[tuple[int, ...]], engines: Container[str]) -> dict[str, tuple[int, ...]]:
-    """The policy engines of a build and the layers that each answers for. `points`: layers that one state decides
-    about. `policy_NN` of the first answers for all of them; or each has its own (portable graphs, earlier builds).
-    """
-    found: dict[str, tuple[int, ...]] = {}
-    for layers in points:
-        alone = f"policy_{layers[-1]:02d}" in engines
-        groups = [(layer,) for layer in layers] if alone else [layers]
-        found |= {f"policy_{group[0]:02d}": group for group in groups}
-    return found
+MIXED = "mixed_"
+"""What the engine is called, before the unit's name, in which every row runs or skips as it is told."""
+POLICY = "policy"
+"""The engine of a policy that is no output of another one."""
 
 
 def check_build(build: Build, manifest: Manifest, where: str) -> None:
-    """Segments that cover every layer once, an engine for each, and a cost for every gated layer."""
-    gated, segments = manifest.policy.gated, build.segments
+    """Segments that cover every layer once, an engine for each, and a cost for every unit."""
+    units, segments = manifest.policy.units, build.segments
     check_sizes({record.name: record.bytes for record in build.files}, where)
     check_sizes({name: record.bytes for name, record in build.engines.items()}, where)
     following = [*(segment.first for segment in segments[1:]), manifest.model.num_layers]
@@ -163,39 +140,32 @@ def check_build(build: Build, manifest: Manifest, where: str) -> None:
         [segment.last + 1 for segment in segments] != following
         or not all(0 <= segment.first <= segment.last + 1 for segment in segments)
         or (segments and segments[0].first)
-        or tuple(segment.first for segment in segments if segment.gated) != gated
-        or any(segment.gated and segment.first != segment.last for segment in segments)
+        or [(segment.first, segment.last) for segment in segments if segment.gated]
+        != [(unit.first, unit.last) for unit in units]
         or ends != ([True] + [False] * (len(segments) - 1), [False] * (len(segments) - 1) + [True])
     ):
         raise BundleError(f"{where}: the segments are not the model's layers in order. {DAMAGED}")
-    # Within a stretch nothing is decided: no layer but one that no policy reads may lie in it.
-    free = set(gated) - set(manifest.policy.decision_points)
-    if not all(item.first < item.last and all(layer in free for layer in item.layers) for item in build.stretches):
-        raise BundleError(f"{where}: a stretch is not of gated layers that are decided together. {DAMAGED}")
-    needed = {segment.name for segment in segments} | {f"skip_{layer:02d}" for layer in gated}
-    policies = set(policy_engines(manifest.policy.decision_points.values(), build.engines))
-    strange = {f"policy_{layer:02d}" for layer in gated} & set(build.engines) - policies
-    if strange:
-        raise BundleError(f"{where}: nobody asks the engine {min(strange)}. {DAMAGED}")
-    needed |= policies
-    needed |= {stretch.name for stretch in build.stretches}
+    needed = {unit.bypass for unit in units}
+    for segment in segments:
+        needed |= {segment.name} if segment.name in build.engines else set(segment.graphs)
     if needed - set(build.engines):
         raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {DAMAGED}")
+    mixed = {name for name in build.engines if name.startswith(MIXED)}
+    if mixed not in (set(), {MIXED + unit.name for unit in units}):
+        raise BundleError(f"{where}: there are engines for rows that differ of some units only. {DAMAGED}")
+    if POLICY in build.engines and not manifest.policy.has_network:
+        raise BundleError(f"{where}: nobody asks the engine {POLICY}. {DAMAGED}")
     listed = {record.name for record in build.files or manifest.files}
     unlisted = {record.file for record in build.engines.values()} - listed
     if unlisted:
         raise BundleError(f"{where}: {min(unlisted)} is not among the files. {DAMAGED}")
-    if set(build.cost.cost) != set(gated) or not all(map(isfinite, build.cost.cost.values())):
-        raise BundleError(f"{where}: the cost table does not list the gated layers. {DAMAGED}")
-    if not all(isfinite(cost) and cost >= 0 for cost in (build.cost.launch, build.cost.others, build.cost.stolen)):
-        raise BundleError(f"{where}: the cost of a launch or the load is not a number >= 0. {DAMAGED}")
-    if build.policy_bias and (
-        set(build.policy_bias) != set(gated) or not all(map(isfinite, build.policy_bias.values()))
-    ):
-        raise BundleError(f"{where}: the policy's biases do not list the gated layers. {DAMAGED}")
-    if not set(build.dial) <= set(DIALLED_KINDS) or not all(
+    if len(build.cost.cost) != len(units) or not all(map(isfinite, build.cost.cost)):
+        raise BundleError(f"{where}: the cost table does not list the units. {DAMAGED}")
+    if not all(isfinite(load) and load >= 0 for load in (build.cost.others, build.cost.stolen)):
+        raise BundleError(f"{where}: the load while costs were measured is not a number >= 0. {DAMAGED}")
+    if not all(
         isfinite(number) and number >= 0
-        for point in itertools.chain(*build.dial.values())
+        for point in build.dial
         for number in (point.trade_off, point.layers, point.time, point.kl)
     ):
-        raise BundleError(f"{where}: the dial is not a table of finite numbers per policy kind. {DAMAGED}")
+        raise BundleError(f"{where}: the dial is not a table of finite numbers. {DAMAGED}")

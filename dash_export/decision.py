@@ -1,16 +1,14 @@
-"""The decision rule, shared by the runtime, the oracle and evaluation (numpy only; training has it as one comparison of
-tensors, `policy.gated_model.below`, which is tested against the oracle).
+"""Units and the rule that decides about them, shared by the runtime, the oracle, training and evaluation (numpy only).
 
-A gated layer is skipped for a token where damage < trade_off * cost: the one-step greedy policy of the Markov decision
-process (DASH, arXiv 2505.17420, with a differential reward: minus the divergence an action adds, minus
-trade_off times the time it costs). Layers that are one launch as long as all of them run are decided together: what
-skipping some of them saves must also pay for the launches that it adds. `max_layers` bounds the layers one token may
-run. Nothing here is random.
+A gated unit is skipped for a token where damage < trade_off * cost: the one-step greedy policy of the Markov decision
+process (DASH, arXiv 2505.17420, with a differential reward: minus the divergence an action adds, minus trade_off times
+the time it costs). All units are decided at once, from one state. `max_layers` bounds the layers one token may run.
+Nothing here is random.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -22,6 +20,11 @@ from dash_export.arguments import check_fields
 from dash_export.errors import PolicyError
 
 Damages = npt.NDArray[np.floating[Any]]
+"""[units, tokens], nats."""
+Skips = npt.NDArray[np.bool_]
+"""[units, tokens]: true where the unit is skipped."""
+Actions = npt.NDArray[np.int8]
+"""[tokens, layers] of `Action`: a skip map."""
 
 DENSE_POSITIONS = 2
 """Positions 0 and 1 always run every layer: they carry the attention sinks that every later token reads."""
@@ -34,136 +37,157 @@ class Action(IntEnum):
     SKIP = 1
 
 
+@dataclass(frozen=True, order=True)
+class Unit:
+    """Consecutive layers [first, last] that are run or skipped as one."""
+
+    first: int
+    last: int
+
+    @property
+    def layers(self) -> range:
+        return range(self.first, self.last + 1)
+
+    @property
+    def name(self) -> str:
+        """As in the names of graphs and engines."""
+        return f"{self.first:02d}-{self.last:02d}"
+
+    @property
+    def bypass(self) -> str:
+        """The name of the graph, and of the engine, that skips it."""
+        return f"bypass_{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}" if self.first < self.last else str(self.first)
+
+
+def units_text(units: Iterable[Unit]) -> str:
+    """ "5-7,8-10", as `parse_units` reads it; "none" when there are none."""
+    return ",".join(map(str, units)) or "none"
+
+
+def parse_units(text: str) -> tuple[Unit, ...]:
+    """ "5-7,8-10,13" -> three units. Raises PolicyError."""
+    units = []
+    for part in text.replace(" ", "").split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 9:
+            raise PolicyError(f"Units are written like 5-7,8-10,13; {text!r:.60} is not.")
+        units.append(Unit(int(first), int(last) if dash else int(first)))
+    return tuple(units)
+
+
+def check_units(units: Sequence[Unit], read: int, num_layers: int) -> None:
+    """Raises PolicyError for units that are not of the model's layers in rising order, and for a decision that comes
+    too late: `read`, the layer whose input decides, lies before the first unit.
+    """
+    before = 0
+    for unit in units:
+        if not before <= unit.first <= unit.last < num_layers:
+            raise PolicyError(
+                f"The units {units_text(units):.200} must be of layers 0 to {num_layers - 1} in rising order, each "
+                "layer in one at most."
+            )
+        before = unit.last + 1
+    if units and not 0 <= read < units[0].first:
+        raise PolicyError(
+            f"The decision reads the input of layer {read}: that must be one before the first unit ({units[0]}), so "
+            "that it is there before it is needed. Layer 0 can be in no unit."
+        )
+
+
+def layer_actions(skipped: Skips, units: Sequence[Unit], num_layers: int) -> Actions:
+    """The skip map [tokens, layers] of skipped [units, tokens]."""
+    actions = np.zeros((skipped.shape[1], num_layers), np.int8)
+    for unit, row in zip(units, skipped, strict=True):
+        actions[row, unit.first : unit.last + 1] = Action.SKIP
+    return actions
+
+
+def unit_skips(actions: Actions, units: Sequence[Unit]) -> Skips:
+    """skipped [units, tokens] of a skip map [tokens, layers]. Raises PolicyError where it skips a part of a unit, or a
+    layer of none.
+    """
+    skipped = np.array([actions[:, unit.first] == Action.SKIP for unit in units], np.bool_).reshape(-1, len(actions))
+    if not np.array_equal(layer_actions(skipped, units, actions.shape[1]), actions):
+        raise PolicyError(
+            f"These actions skip layers that cannot be skipped so: units are skipped whole. Units: {units_text(units)}."
+        )
+    return skipped
+
+
+def units_of(layers: Iterable[int], units: Sequence[Unit]) -> tuple[int, ...]:
+    """Places of the units that these layers make up. Raises PolicyError where they are not whole units."""
+    given = set(layers)
+    found = tuple(place for place, unit in enumerate(units) if given >= set(unit.layers))
+    if given != {layer for place in found for layer in units[place].layers}:
+        raise PolicyError(f"Layers {spans(given)} are not whole units. Units of this policy: {units_text(units)}.")
+    return found
+
+
 @dataclass(frozen=True)
 class DecisionRule:
-    """When to skip: per-layer damage limits (trade_off * cost) and per-layer ceilings on the layers already run.
-
-    `limits[l]` is 0 for a layer that is not gated; damage is never negative, so nothing is below 0. `ceilings[l]` is
-    how many layers may have run before layer l so that running it still leaves room for the layers after it that always
-    run. `breaking`: layers that are one launch while all of them run, and what their skips must save before it pays to
-    break that (trade_off * the time of the launches). On a device there are none.
+    """When to skip: a limit (trade_off * cost, nats) per unit; damage is never negative, so nothing is below 0.
+    `fewest`: layers that every token skips at least, of the units `sizes` layers large.
     """
 
     asks: ClassVar[bool] = True
     limits: tuple[float, ...]
-    ceilings: tuple[int, ...]
-    gated: tuple[bool, ...]
-    breaking: tuple[tuple[tuple[int, ...], float], ...] = ()
-
-    def settled(self, damage: Damages) -> Damages:
-        """What `skips` and `decide` are to be asked with, of damage [layers, tokens] that is known for whole stretches:
-        infinite for the layers of those that it does not pay to break.
-        """
-        if not self.breaking:
-            return damage
-        settled = damage.astype(np.float64)
-        for layers, price in self.breaking:
-            own = settled[list(layers)]
-            limits = np.array([self.limits[layer] for layer in layers])[:, None]
-            saved = np.maximum(limits - own, 0.0).sum(axis=0)
-            settled[list(layers)] = np.where(saved > price, own, np.inf)
-        return settled
+    sizes: tuple[int, ...]
+    fewest: int = 0
 
     def scaled(self, factor: float) -> DecisionRule:
         """The rule of `factor` times this one's trade-off."""
-        limits = tuple(factor * limit for limit in self.limits)
-        breaking = tuple((layers, factor * price) for layers, price in self.breaking)
-        return replace(self, limits=limits, breaking=breaking)
+        return replace(self, limits=tuple(factor * limit for limit in self.limits))
 
-    def skips(self, layer: int, damage: float, executed: int) -> bool:
-        """Whether this token skips `layer`, given the policy's damage (nats) and the layers it has run so far."""
-        return damage < self.limits[layer] or executed >= self.ceilings[layer]
-
-    def decide(self, layer: int, damage: Damages, executed: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
-        """`skips` for many tokens at once: damage and executed [...] -> actions [...] (int8)."""
-        # float64, as Python compares in `skips`: a limit rounded to float32 could decide a tie differently.
-        skip = (damage.astype(np.float64) < self.limits[layer]) | (executed >= self.ceilings[layer])
-        return np.where(skip, Action.SKIP, Action.RUN).astype(np.int8)
+    def skips(self, damage: Damages) -> Skips:
+        """damage [units, tokens] -> skipped [units, tokens]. Where a token has to skip more than pays, those units go
+        that do least damage per layer.
+        """
+        exact = damage.astype(np.float64)
+        below: Skips = exact < np.array(self.limits)[:, None]
+        if not self.fewest:
+            return below
+        sizes = np.array(self.sizes)[:, None]
+        ranked = np.argsort(np.where(below, -1.0, exact / sizes), axis=0, kind="stable")
+        before = np.cumsum(sizes[ranked, 0], axis=0) - sizes[ranked, 0]
+        forced = np.zeros_like(below)
+        np.put_along_axis(forced, ranked, before < self.fewest, axis=0)
+        return below | forced
 
 
 def decision_rule(
-    num_layers: int,
-    gated: Iterable[int],
-    cost: Mapping[int, float],
+    units: Sequence[Unit],
+    cost: Sequence[float],
     trade_off: float,
     max_layers: int | None = None,
-    breaking: Mapping[tuple[int, ...], float] | None = None,
+    num_layers: int = 0,
 ) -> DecisionRule:
     """Build the rule for one model.
 
-    `cost[l]` is a fraction of the dense time of one token, per gated layer; `trade_off` is in nats per dense token
-    time. `breaking`: layers that are one launch while all of them run, and the time of the launches that they take more
-    otherwise, as such a fraction; a ceiling breaks them anyway, so beside `max_layers` it counts for nothing. Raises
-    PolicyError when the trade-off is negative or not finite, or when `max_layers` is below what always runs.
+    `cost`: what skipping each unit saves, as a fraction of the dense time of one token; `trade_off` in nats per dense
+    token time. `max_layers` of the model's `num_layers` bounds what a token runs. Raises PolicyError when the trade-off
+    is negative or not finite, or when `max_layers` is below what always runs.
     """
-    gated_set = set(gated)
     if not 0 <= trade_off < float("inf"):
         raise PolicyError(f"The trade-off must be a finite number >= 0 (0 is dense), not {trade_off!r}.")
-    always = num_layers - len(gated_set)
-    if max_layers is None:
-        max_layers = num_layers
-    if not always <= max_layers <= num_layers:
+    sizes = tuple(len(unit.layers) for unit in units)
+    if max_layers is not None and not num_layers - sum(sizes) <= max_layers <= num_layers:
+        always = num_layers - sum(sizes)
         raise PolicyError(
             f"max_layers = {max_layers} is out of range: {always} of the model's {num_layers} layers always run, "
             f"so give a number from {always} to {num_layers}."
         )
-    limits, ceilings = [], []
-    for layer in range(num_layers):
-        is_gated = layer in gated_set
-        always_after = sum(1 for later in range(layer + 1, num_layers) if later not in gated_set)
-        limits.append(trade_off * cost[layer] if is_gated else 0.0)
-        ceilings.append(max_layers - always_after if is_gated else num_layers)
-    prices = breaking if breaking and max_layers == num_layers else {}
-    return DecisionRule(
-        tuple(limits),
-        tuple(ceilings),
-        tuple(layer in gated_set for layer in range(num_layers)),
-        tuple((layers, trade_off * price) for layers, price in prices.items() if trade_off * price > 0),
-    )
+    limits = tuple(trade_off * own for own in cost)
+    return DecisionRule(limits, sizes, 0 if max_layers is None else num_layers - max_layers)
 
 
-def decision_points(gated: Sequence[int], reads: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """Where decisions are made: the layer whose input is read -> the gated layers that are decided there, in order.
-
-    `reads` has such a layer per gated layer; empty is one layer ahead, layer l - 1 for layer l.
-    """
-    points: dict[int, tuple[int, ...]] = {}
-    for layer, read in zip(gated, reads or [layer - 1 for layer in gated], strict=True):
-        points[read] = (*points.get(read, ()), layer)
-    return points
-
-
-def read_layers(gated: Sequence[int], reads: Sequence[int]) -> dict[int, int]:
-    """Per gated layer the layer whose input its decision reads."""
-    return {layer: read for read, layers in decision_points(gated, reads).items() for layer in layers}
-
-
-def check_reads(gated: Sequence[int], reads: Sequence[int]) -> None:
-    """Raises PolicyError where decisions cannot be made so: too late, or not one group of layers after the other."""
-    if reads and len(reads) != len(gated):
-        raise PolicyError(f"There are {len(reads)} layers to read for {len(gated)} gated layers.")
-    before: tuple[int, int] | None = None
-    for layer, read in zip(gated, reads, strict=False):
-        if not 0 <= read < layer:
-            raise PolicyError(f"The decision about layer {layer} cannot read the input of layer {read}.")
-        if before is not None and read != before[1] and read < before[0]:
-            raise PolicyError(
-                f"The decision about layer {layer} cannot read the input of layer {read}: layer {before[0]} lies "
-                f"behind it, and is decided by another state."
-            )
-        before = layer, read
-
-
-POLICY_KINDS = ("dense", "static", "cosine", "random", "sequence", "token")
-DIALLED_KINDS = ("sequence", "token")
-"""The kinds whose amount of skipping follows from a trade-off, so that a build calibrates a dial for each."""
+POLICY_KINDS = ("dense", "static", "token")
 _DIALLED = ("trade_off", "budget", "skipped", "max_kl", "max_layers")
 _TAKES = {
     "dense": (),
     "static": ("skip", "budget", "skipped", "max_layers"),
-    "cosine": ("budget", "skipped", "max_layers"),
-    "random": ("budget", "skipped"),
-    "sequence": _DIALLED,
     "token": _DIALLED,
 }
 
@@ -172,11 +196,11 @@ _TAKES = {
 class Setting:
     """What a session's policy is and how much it skips: exactly one of these amounts (`dense` takes none).
 
-    `skip` lists the layers (static); `trade_off` is in nats per dense token time; `budget` the mean decode time as a
-    fraction of dense; `skipped` the mean number of layers skipped per token; `max_kl` the mean divergence from dense,
-    nats per token, on the calibration text; `max_layers` bounds the layers of every token (for `token` and `sequence`
-    beside another amount too).
-    `seed` is for `random`. `hold` keeps the running mean of a `token` session at its budget, whatever the text.
+    `skip` lists the layers, whole units of them (static); `trade_off` is in nats per dense token time; `budget` the
+    mean decode time as a fraction of dense; `skipped` the mean number of layers skipped per token; `max_kl` the mean divergence from dense,
+    nats per token, on the calibration text; `max_layers` bounds the layers of every token (for `token` beside another
+    amount too). A static policy skips whole units: the fewest of its order that are as much as that. `hold` keeps the
+    running mean of a `token` session at its budget, whatever the text.
     Raises PolicyError for what is no number, no list of layers, ...; `check` looks at amounts.
     """
 
@@ -187,7 +211,6 @@ class Setting:
     skipped: float | None = None
     max_kl: float | None = None
     max_layers: int | None = None
-    seed: int = 0
     hold: bool = False
 
     def __post_init__(self) -> None:
@@ -205,8 +228,8 @@ class Setting:
 
     @property
     def asks_network(self) -> bool:
-        """Whether engines must be loaded that evaluate the policy."""
-        return self.kind in DIALLED_KINDS
+        """Whether the policy network is evaluated."""
+        return self.kind == "token"
 
     def check(self) -> None:
         """Raises PolicyError for an unknown kind and for amounts that do not go together."""
@@ -217,15 +240,13 @@ class Setting:
         if wrong:
             owners = ", ".join(kind for kind in POLICY_KINDS if wrong[0] in _TAKES[kind])
             raise PolicyError(f"{wrong[0]} belongs to the policies {owners}, not to {self.kind!r}.")
-        amounts = [name for name in self.given if name != "max_layers" or self.kind not in DIALLED_KINDS]
+        amounts = [name for name in self.given if name != "max_layers" or self.kind != "token"]
         if len(amounts) > 1:
             raise PolicyError(f"Give {amounts[0]} or {amounts[1]}, not both: each says how much is skipped.")
         if takes and not self.given:
             raise PolicyError(f"Say how much the policy {self.kind!r} skips: give one of {', '.join(takes)}.")
         if self.hold and not (self.kind == "token" and self.budget is not None):
             raise PolicyError("hold keeps a token policy at its budget: give the budget with it.")
-        if not 0 <= self.seed < 1 << 63:
-            raise PolicyError(f"The seed must be a number from 0 to 2^63 - 1, not {self.seed}.")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PolicyError(
                 f"The budget is the wanted decode time as a fraction of dense, in (0, 1], not {self.budget!r}."

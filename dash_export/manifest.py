@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
 from dash_export.artifacts import FileRecord
-from dash_export.decision import POLICY_KINDS, check_reads, decision_points
+from dash_export.decision import POLICY_KINDS, Unit, check_units
 from dash_export.errors import BundleError, PolicyError
 
-SCHEMA = 2
+SCHEMA = 3
 DAMAGED = "The bundle is damaged: export or build it again."
 # Above any published model, so that an absurd manifest fails here instead of at an allocation.
 _LARGEST = {
@@ -47,44 +47,27 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """The skip policy in the bundle: which layers it may skip, whether there is a network, what compensates a skip, in
-    which order static policies skip layers (empty: not ranked), and the layer whose input each decision reads (empty:
-    one layer ahead).
+    """The skip policy in the bundle: the units it may skip, the layer whose input decides, whether there is a network,
+    the form of the bypasses, and in which order static policies skip units (places in `units`; empty: not ranked).
     """
 
-    gated: tuple[int, ...]
+    units: tuple[Unit, ...]
+    read: int
     origin: str
     has_network: bool
-    compensation: str
+    bypass: str
     fingerprint: str
     static_order: tuple[int, ...] = ()
-    cosine_order: tuple[int, ...] = ()
-    reads: tuple[int, ...] = ()
 
     @property
-    def decision_points(self) -> dict[int, tuple[int, ...]]:
-        """The layer whose input is read -> the gated layers that are decided there; empty without a network."""
-        return decision_points(self.gated, self.reads) if self.has_network else {}
-
-    def decided_from(self, layer: int) -> tuple[int, ...]:
-        """The layers that one state decides about, if this is the first of them; else none."""
-        return next((layers for layers in self.decision_points.values() if layers[0] == layer), ())
-
-    def read_in(self, layers: Iterable[int]) -> int | None:
-        """The one of a segment's layers whose input decides about later ones."""
-        return next((layer for layer in layers if layer in self.decision_points), None)
+    def layers(self) -> tuple[int, ...]:
+        """All that may be skipped."""
+        return tuple(layer for unit in self.units for layer in unit.layers)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The policy kinds this bundle can serve; `static` without an order takes a list of layers only."""
-        served = {
-            "dense": True,
-            "static": bool(self.gated),
-            "cosine": bool(self.cosine_order),
-            "random": bool(self.gated),
-            "sequence": self.has_network,
-            "token": self.has_network,
-        }
+        served = {"dense": True, "static": bool(self.units), "token": self.has_network}
         return tuple(kind for kind in POLICY_KINDS if served[kind])
 
 
@@ -121,25 +104,23 @@ def check_sizes(sizes: Mapping[str, int], where: str) -> None:
 
 
 def check_manifest(manifest: Manifest, where: str) -> None:
-    """Contents that are those that were written, sizes that can be, gated layers that exist, and a graph for each."""
-    model, gated = manifest.model, manifest.policy.gated
+    """Contents that are those that were written, sizes that can be, units that exist, and a graph for each."""
+    model, policy = manifest.model, manifest.policy
     if sealed(manifest).sha256 != manifest.sha256:
         raise BundleError(f"{where} was changed or damaged after it was made (hash mismatch). {DAMAGED}")
     sizes = {name: getattr(model, name) for name in _LARGEST}
     wrong = [f"{name} = {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST[name]]
     if wrong:
         raise BundleError(f"{where}: {', '.join(wrong)} cannot be. {DAMAGED}")
-    if list(gated) != sorted({layer for layer in gated if 0 < layer < model.num_layers}):
-        raise BundleError(f"{where}: a gated layer does not exist or is there twice. {DAMAGED}")
     try:
-        check_reads(gated, manifest.policy.reads)
+        check_units(policy.units, policy.read, model.num_layers)
     except PolicyError as error:
         raise BundleError(f"{where}: {error} {DAMAGED}") from error
-    for order in (manifest.policy.static_order, manifest.policy.cosine_order):
-        if len(set(order)) != len(order) or not set(order) <= set(gated):
-            raise BundleError(f"{where}: an order of layers lists one that is not gated, or one twice. {DAMAGED}")
+    order = policy.static_order
+    if len(set(order)) != len(order) or not set(order) <= set(range(len(policy.units))):
+        raise BundleError(f"{where}: the static order lists a unit that is not there, or one twice. {DAMAGED}")
     needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
-    needed |= {f"skip_{layer:02d}" for layer in gated} | ({"policy"} if manifest.policy.has_network else set())
+    needed |= {unit.bypass for unit in policy.units} | ({"policy"} if policy.has_network else set())
     if needed - set(manifest.graphs):
         raise BundleError(f"{where}: there is no graph {min(needed - set(manifest.graphs))}. {DAMAGED}")
     check_sizes({record.name: record.bytes for record in (*manifest.files, *chain(*manifest.builds.values()))}, where)

@@ -14,15 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import read_bounded, write_atomic
+from dash_export.decision import Unit
 from dash_export.errors import CheckpointError, PolicyError
 from dash_export.models.files import require
 from dash_export.models.safetensors_files import check_dtype, open_weights, read_metadata
 from dash_export.models.spec import DecoderSpec, Float32Array
 from dash_export.resources import resource_folder
-from dash_export.skip_policy import Compensation, SkipPolicy, check_policy
+from dash_export.skip_policy import Bypass, SkipPolicy, check_policy
 from dash_export.typed_json import WrongFieldError, typed
 
-SCHEMA = 1
+SCHEMA = 2
 METADATA = "dash_export_policy"
 _LONGEST_ORIGIN = 200
 _LARGEST_CARD = 16 << 20
@@ -37,12 +38,10 @@ class PolicyFileFacts:
     model_type: str
     num_layers: int
     hidden_size: int
-    gated: tuple[int, ...]
-    compensation: str
+    units: tuple[Unit, ...]
+    read: int
     origin: str
     static_order: tuple[int, ...] = ()
-    cosine_order: tuple[int, ...] = ()
-    reads: tuple[int, ...] = ()
 
 
 def card_path(path: str | Path) -> Path:
@@ -58,7 +57,7 @@ def check_replaceable(path: Path) -> None:
             _facts(path)
         if card.exists():
             known = json.loads(read_bounded(card, _LARGEST_CARD))
-            is_card = isinstance(known, dict) and {"kind", "gated", "settings"} <= known.keys()
+            is_card = isinstance(known, dict) and {"kind", "units", "settings"} <= known.keys()
     except (CheckpointError, WrongFieldError, PolicyError, OSError, ValueError, RecursionError):
         is_card = False
     if not is_card:
@@ -83,12 +82,10 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: M
         spec.model_type,
         spec.num_layers,
         spec.hidden_size,
-        policy.gated,
-        policy.compensation.kind,
+        policy.units,
+        policy.read,
         policy.origin,
         policy.static_order,
-        policy.cosine_order,
-        policy.reads,
     )
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     norm = {} if policy.final_norm is None else {_FINAL_NORM: policy.final_norm}
@@ -154,6 +151,8 @@ def _facts(path: Path) -> PolicyFileFacts:
             f"it was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}): "
             "upgrade with pip install -U dash-export"
         )
+    if isinstance(schema, int) and schema < SCHEMA:
+        raise PolicyError("it is of the time when layers were skipped one by one: train it anew (dash-export train)")
     facts = typed(PolicyFileFacts, data, "its metadata")
     if len(facts.origin) > _LONGEST_ORIGIN:
         raise PolicyError(f"its origin must be one line of at most {_LONGEST_ORIGIN} letters")
@@ -169,17 +168,30 @@ def _check_model(path: Path, facts: PolicyFileFacts, spec: DecoderSpec) -> None:
 
 
 def _read(path: Path, facts: PolicyFileFacts) -> SkipPolicy:
-    parts: dict[str, dict[str, Float32Array]] = {"network": {}, "compensation": {}, "model": {}}
+    network: dict[str, Float32Array] = {}
+    bypasses: dict[str, dict[str, Float32Array]] = {unit.name: {} for unit in facts.units}
+    norm: Float32Array | None = None
     for name, weight in open_weights([path]).items():
         part, _, rest = name.partition(".")
-        if part not in parts or (part == "model" and name != _FINAL_NORM):
+        unit, _, own = rest.partition(".")
+        if not (part == "network" or (part == "bypass" and unit in bypasses) or name == _FINAL_NORM):
             raise PolicyError(f"it holds a tensor {name!r:.60}, which is nothing of ours")
         check_dtype(weight)
         if not weight.shape or 0 in weight.shape:
             raise PolicyError(f"its tensor {name!r:.60} is a single number or empty")
-        parts[part][rest] = weight.read_rows(0, weight.shape[0])
-    compensation = Compensation(facts.compensation, parts["compensation"])
-    network = parts["network"] or None
-    orders = facts.static_order, facts.cosine_order
-    norm = parts["model"].get("final_norm")
-    return SkipPolicy(facts.gated, network, compensation, facts.origin, *orders, facts.reads, norm)
+        array = weight.read_rows(0, weight.shape[0])
+        if part == "network":
+            network[rest] = array
+        elif part == "bypass":
+            bypasses[unit][own] = array
+        else:
+            norm = array
+    return SkipPolicy(
+        facts.units,
+        facts.read,
+        network or None,
+        tuple(Bypass(weights) for weights in bypasses.values()),
+        facts.origin,
+        facts.static_order,
+        norm,
+    )

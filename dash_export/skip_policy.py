@@ -1,167 +1,137 @@
-"""A skip policy as data: which layers it may skip, the network that predicts damage, the compensation. No framework
-needed.
+"""A skip policy as data: the units it may skip, the network that predicts damage, the bypasses. No framework needed.
 
-The network of a gated layer reads the state one layer earlier (docs/method.md: "one layer ahead"): r = l - 1. It is
-linear, or has one hidden layer; with or without the last two actions:
+One linear network reads one state, what enters layer `read`, and answers for all units (docs/method.md):
 
-    damage[l] = softplus(RMSNorm(h[r]) . w_state [+ [a[l-2], a[l-1]] . w_actions] + b)
-    damage[l] = softplus(w_out . relu(RMSNorm(h[r]) @ W_state [+ [a[l-2], a[l-1]] @ W_actions] + b) + b_out)
+    damage[u] = softplus(RMSNorm(h[read]) . weight[:, u] + bias[u])
 
-A linear one that reads no actions may read an earlier state, the same one for several layers: then these are decided
-at once.
+A skipped unit of layers a..b is one product of x = RMSNorm(h[a]) (unit gain), its bypass:
+
+    [update | K_a | V_a | K_a+1 | V_a+1 | ... | V_b] = x @ weight + bias [+ (silu(x @ gate) * (x @ up)) @ down]
+
+K is before its per-head norm and RoPE. K_a and V_a are the model's own projections of that state, so a policy holds
+the other columns only; a bypass without weights updates nothing and takes every layer's own projections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
-from dash_export.decision import check_reads, decision_points, spans
+from dash_export.decision import Unit, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec, Float32Array
 
-COMPENSATIONS = ("none", "scale", "low_rank")
-HISTORY = 2
-"""How many earlier actions the network reads."""
+MLP = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
-class Compensation:
-    """What is added for a skipped layer: `none`; `scale`: factor * h; `low_rank`: RMSNorm(h) @ down @ up.
-
-    Weights are stacked over gated layers: `factor` [gated]; `down` [gated, hidden, rank], `up` [gated, rank, hidden].
+class Bypass:
+    """What a skipped unit does instead. `weights`: none, or `weight` [hidden, columns] and `bias` [columns], and
+    perhaps of a gated MLP beside it `gate` and `up` [hidden, width] and `down` [width, columns]. Columns: the update's
+    `hidden`, then K and V of each layer but the first.
     """
 
-    kind: str = "none"
     weights: Mapping[str, Float32Array] = field(default_factory=dict)
 
     @property
-    def rank(self) -> int:
-        """0 where it has none."""
-        return int(self.weights["down"].shape[-1]) if "down" in self.weights else 0
+    def width(self) -> int:
+        """Of the MLP; 0 where it has none."""
+        return int(self.weights["up"].shape[1]) if "up" in self.weights else 0
 
-    def in_half(self) -> Compensation:
+    @property
+    def form(self) -> str:
+        """As it is printed."""
+        return "none" if not self.weights else f"linear + MLP {self.width}" if self.width else "linear"
+
+    def in_half(self) -> Bypass:
         """Rounded to what 16 bits hold: engines have 8, and a file of it half the size."""
-        return Compensation(
-            self.kind, {name: array.astype(np.float16).astype(np.float32) for name, array in self.weights.items()}
-        )
+        return Bypass({name: array.astype(np.float16).astype(np.float32) for name, array in self.weights.items()})
 
 
 @dataclass(frozen=True)
 class SkipPolicy:
-    """Gated layers, damage network and compensation of one model.
+    """Units, damage network and bypasses of one model.
 
-    `network` is None for a bundle without a token policy; otherwise it holds, stacked over the gated layers, `state`
-    [gated, hidden, width], `bias` [gated, width], `actions` [gated, 2, width] where it reads them, and `out` [gated,
-    width] and `out_bias` [gated] where it has a hidden layer (without, the width is 1), all float32. `static_order` and
-    `cosine_order` are gated layers in the order in which a static policy of 1, 2, 3 ... layers skips them: greedily by
-    KL, and by the cosine similarity of a layer's input and output (ShortGPT, arXiv 2403.03853); empty where nobody
-    ranked them. `reads`: per gated layer the layer whose input its network reads; empty is one layer ahead.
-    `final_norm` [hidden]: the gain of the final norm of the model it was trained with, by which another model of the
-    same shape is told apart; None in what was not trained, or by an earlier version.
+    `read`: the layer whose input decides. `network` is None for a bundle without a token policy; otherwise `weight`
+    [hidden, units] and `bias` [units], float32. `bypasses`: one per unit. `static_order`: places of units in the order
+    in which a static policy skips them; empty where nobody ranked them. `final_norm` [hidden]: the gain of the final
+    norm of the model it was trained with, by which another model of the same shape is told apart; None in what was not
+    trained.
     """
 
-    gated: tuple[int, ...]
+    units: tuple[Unit, ...]
+    read: int = 0
     network: Mapping[str, Float32Array] | None = None
-    compensation: Compensation = Compensation()
+    bypasses: tuple[Bypass, ...] = ()
     origin: str = "none"
     static_order: tuple[int, ...] = ()
-    cosine_order: tuple[int, ...] = ()
-    reads: tuple[int, ...] = ()
     final_norm: Float32Array | None = field(default=None, compare=False)
 
     @property
-    def decision_points(self) -> dict[int, tuple[int, ...]]:
-        """The layer whose input is read -> the gated layers that are decided there."""
-        return decision_points(self.gated, self.reads)
+    def layers(self) -> tuple[int, ...]:
+        """All that may be skipped."""
+        return tuple(layer for unit in self.units for layer in unit.layers)
 
     @property
-    def width(self) -> int:
-        """Units of the network's hidden layer; 0 for a linear network and for none."""
-        return int(self.network["out"].shape[1]) if self.network is not None and "out" in self.network else 0
-
-    @property
-    def reads_actions(self) -> bool:
-        """Whether the network reads the last two actions."""
-        return self.network is not None and "actions" in self.network
+    def form(self) -> str:
+        """Of its bypasses, as it is printed."""
+        return ", ".join(sorted({bypass.form for bypass in self.bypasses})) or "none"
 
     def weights(self) -> dict[str, Float32Array]:
         """Every weight under one flat name, as it is hashed and stored."""
         flat = {f"network.{name}": value for name, value in (self.network or {}).items()}
-        return flat | {f"compensation.{name}": value for name, value in self.compensation.weights.items()}
+        for unit, bypass in zip(self.units, self.bypasses, strict=True):
+            flat |= {f"bypass.{unit.name}.{name}": value for name, value in bypass.weights.items()}
+        return flat
 
 
-def narrowed(policy: SkipPolicy, gated: Iterable[int]) -> SkipPolicy:
-    """The same policy with fewer layers that may be skipped. Raises PolicyError for a layer that it does not gate."""
-    layers = tuple(sorted(set(gated)))
-    wrong = sorted(set(layers) - set(policy.gated))
-    if wrong:
-        raise PolicyError(
-            f"The policy knows nothing about skipping layers {spans(wrong)}. Its gated layers: {spans(policy.gated)}."
-        )
-    rows = [policy.gated.index(layer) for layer in layers]
-
-    def kept(weights: Mapping[str, Float32Array]) -> dict[str, Float32Array]:
-        return {name: stacked[rows] for name, stacked in weights.items()}
-
+def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
+    """The same policy with fewer units that may be skipped, those of these layers. Raises PolicyError where they are
+    not whole units.
+    """
+    kept = units_of(layers, policy.units)
+    network = policy.network
+    if network is not None:
+        network = {"weight": np.ascontiguousarray(network["weight"][:, kept]), "bias": network["bias"][list(kept)]}
     return replace(
         policy,
-        gated=layers,
-        network=None if policy.network is None else kept(policy.network),
-        compensation=replace(policy.compensation, weights=kept(policy.compensation.weights)),
-        static_order=tuple(layer for layer in policy.static_order if layer in layers),
-        cosine_order=tuple(layer for layer in policy.cosine_order if layer in layers),
-        reads=tuple(policy.reads[row] for row in rows) if policy.reads else (),
+        units=tuple(policy.units[place] for place in kept),
+        network=network if kept else None,
+        bypasses=tuple(policy.bypasses[place] for place in kept),
+        static_order=tuple(kept.index(place) for place in policy.static_order if place in kept),
     )
 
 
-def default_gated(num_layers: int, essential: Iterable[int] = ()) -> tuple[int, ...]:
-    """All layers but the first two, the last and those calibration finds essential."""
-    kept = {0, 1, num_layers - 1} | set(essential)
-    return tuple(layer for layer in range(num_layers) if layer not in kept)
+UNIT = 4
+"""Layers of a unit where nobody says which."""
 
 
-def all_at_once(gated: tuple[int, ...]) -> tuple[int, ...]:
-    """`reads` of a policy that decides about all layers from one state: what enters the layer before the first."""
-    return (gated[0] - 1,) * len(gated)
-
-
-def check_gated(gated: Iterable[int], num_layers: int) -> tuple[int, ...]:
-    """Sorted, unique gated layers; raises PolicyError for a layer that does not exist or may never be skipped."""
-    layers = tuple(sorted(set(gated)))
-    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
-    if wrong:
-        raise PolicyError(f"Gated layers {wrong} do not exist: this model has layers 0 to {num_layers - 1}.")
-    if layers and layers[0] == 0:
-        # Deciding is one layer ahead: nothing has been read before layer 0.
-        raise PolicyError("Layer 0 cannot be gated: its decision would need the input of a layer before it.")
-    return layers
+def default_units(num_layers: int, size: int = UNIT) -> tuple[Unit, ...]:
+    """Units of `size` layers, or one less, out of all but the first fifth and the last two layers."""
+    first, stop = max(2, num_layers // 5), max(num_layers - 2, 3)
+    stop = min(stop, num_layers)
+    count = max(1, -(-(stop - first) // size)) if stop > first else 0
+    cuts = [first + (stop - first) * cut // count for cut in range(count + 1)] if count else []
+    return tuple(Unit(a, b - 1) for a, b in pairwise(cuts))
 
 
 def check_policy(policy: SkipPolicy, spec: DecoderSpec) -> None:
     """Raises PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
-    if policy.gated != check_gated(policy.gated, spec.num_layers):
-        raise PolicyError("Gated layers must be in rising order, each once.")
-    for name in ("static_order", "cosine_order"):
-        order = getattr(policy, name)
-        if len(set(order)) != len(order) or not set(order) <= set(policy.gated):
-            raise PolicyError(f"{name} must list gated layers, each at most once; got {list(order)}.")
-    check_reads(policy.gated, policy.reads)
-    if policy.reads and policy.network is None:
-        raise PolicyError("A policy without a network reads no state.")
-    if policy.reads and (policy.width or policy.reads_actions):
-        raise PolicyError("Only a linear network that reads no actions decides by an earlier state.")
-    kind = policy.compensation.kind
-    if kind not in COMPENSATIONS:
-        raise PolicyError(f"There is no compensation {kind!r}. Known: {', '.join(COMPENSATIONS)}.")
+    check_units(policy.units, policy.read, spec.num_layers)
+    order = policy.static_order
+    if len(set(order)) != len(order) or not set(order) <= set(range(len(policy.units))):
+        raise PolicyError(f"static_order must list places of units, each at most once; got {list(order)}.")
+    if len(policy.bypasses) != len(policy.units):
+        raise PolicyError(f"There are {len(policy.bypasses)} bypasses for {len(policy.units)} units.")
     found = policy.weights()
-    needed = _weight_shapes(policy, spec.hidden_size)
+    needed = _weight_shapes(policy, spec)
     if set(found) != set(needed):
         missing, unknown = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
         what = f"lacks {missing[0]}" if missing else f"holds {unknown[0]:.60}, which is nothing of ours"
-        raise PolicyError(f"The policy (compensation {kind!r}) {what}.")
+        raise PolicyError(f"The policy of the units {units_text(policy.units):.100} {what}.")
     for name, shape in needed.items():
         array = found[name]
         if array.shape != shape:
@@ -195,56 +165,97 @@ def check_model(policy: SkipPolicy, checkpoint: Checkpoint) -> None:
         )
 
 
-def _weight_shapes(policy: SkipPolicy, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Every weight the policy must have. Width and rank are what its own `bias` and `down` say."""
-    count, shapes = len(policy.gated), {}
+def key_value_size(spec: DecoderSpec) -> int:
+    """Columns of one layer's K, or V."""
+    return spec.num_kv_heads * spec.head_dim
+
+
+def stored_columns(unit: Unit, spec: DecoderSpec) -> int:
+    """Columns of a bypass as a policy holds it: the update's, then K and V of each layer but the first."""
+    return spec.hidden_size + 2 * key_value_size(spec) * (len(unit.layers) - 1)
+
+
+def _weight_shapes(policy: SkipPolicy, spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Every weight the policy must have. The MLP's width is what its own `up` says."""
+    hidden, shapes = spec.hidden_size, {}
     if policy.network is not None:
-        bias = policy.network.get("bias")
-        hidden_layer = "out" in policy.network or "out_bias" in policy.network
-        width = bias.shape[1] if hidden_layer and bias is not None and bias.ndim == 2 else 1
-        shapes = {"network.state": (count, hidden, width), "network.bias": (count, width)}
-        if "actions" in policy.network:
-            shapes["network.actions"] = (count, HISTORY, width)
-        if hidden_layer:
-            shapes |= {"network.out": (count, width), "network.out_bias": (count,)}
-    if policy.compensation.kind == "scale":
-        shapes |= {"compensation.factor": (count,)}
-    elif policy.compensation.kind == "low_rank":
-        down = policy.compensation.weights.get("down")
-        rank = down.shape[2] if down is not None and down.ndim == 3 else 0
-        shapes |= {"compensation.down": (count, hidden, rank), "compensation.up": (count, rank, hidden)}
+        shapes = {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
+    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
+        if not bypass.weights:
+            continue
+        columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."
+        shapes |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
+        if any(name in bypass.weights for name in MLP):
+            up = bypass.weights.get("up")
+            width = up.shape[1] if up is not None and up.ndim == 2 else 0
+            shapes |= dict(
+                zip(
+                    (f"{prefix}{name}" for name in MLP),
+                    ((hidden, width), (hidden, width), (width, columns)),
+                    strict=True,
+                )
+            )
     return shapes
 
 
-def no_policy(num_layers: int, gated: Iterable[int] | None = None) -> SkipPolicy:
-    """Skip graphs without a network: the bundle then serves `dense`, `static` and `random`."""
-    return SkipPolicy(check_gated(default_gated(num_layers) if gated is None else gated, num_layers))
+def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str, Float32Array]:
+    """The bypass with all its columns: `weight` [hidden, (hidden +) layers * 2 * kv], `bias`, and the MLP's matrices.
 
-
-def untrained_policy(
-    spec: DecoderSpec, gated: Iterable[int] | None = None, width: int = 64, seed: int = 0
-) -> SkipPolicy:
-    """A seeded random network with the shapes of a trained one: it decides by noise and is there to measure and to
-    test. Width 0 is a linear network, which does not read actions.
+    The model's own projections of x = RMSNorm(h) of unit gain are gain[:, None] * W: of the first layer, or, in a
+    bypass without weights, of every layer; that one has no columns for an update.
     """
-    layers = check_gated(default_gated(spec.num_layers) if gated is None else gated, spec.num_layers)
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape: int, scale: float) -> Float32Array:
-        return (rng.standard_normal(shape) * scale).astype(np.float32)
-
-    count, hidden = len(layers), spec.hidden_size
-    if width == 0:
-        linear = {
-            "state": normal(count, hidden, 1, scale=1.5 * hidden**-0.5),
-            "bias": np.full((count, 1), -2.0, np.float32),
+    stored, size = bypass.weights, key_value_size(checkpoint.spec)
+    own = unit.layers[:1] if stored else unit.layers
+    projected = [_projection(checkpoint, layer, which) for layer in own for which in ("k", "v")]
+    columns = [matrix for matrix, _ in projected]
+    biases = [bias for _, bias in projected]
+    if stored:
+        hidden = checkpoint.spec.hidden_size
+        columns = [stored["weight"][:, :hidden], *columns, stored["weight"][:, hidden:]]
+        biases = [stored["bias"][:hidden], *biases, stored["bias"][hidden:]]
+    full = {"weight": np.concatenate(columns, axis=1), "bias": np.concatenate(biases)}
+    if bypass.width:
+        down = stored["down"]
+        gap = np.zeros((len(down), 2 * size), np.float32)
+        hidden = checkpoint.spec.hidden_size
+        full |= {
+            "gate": stored["gate"],
+            "up": stored["up"],
+            "down": np.concatenate([down[:, :hidden], gap, down[:, hidden:]], axis=1),
         }
-        return SkipPolicy(layers, linear, Compensation(), f"untrained (seed {seed})")
-    network = {
-        "state": normal(count, hidden, width, scale=hidden**-0.5),
-        "actions": normal(count, HISTORY, width, scale=0.5),
-        "bias": np.zeros((count, width), np.float32),
-        "out": normal(count, width, scale=1.5 * width**-0.5),
-        "out_bias": np.full(count, -2.0, np.float32),
-    }
-    return SkipPolicy(layers, network, Compensation(), f"untrained (seed {seed})")
+    return {name: np.ascontiguousarray(array, np.float32) for name, array in full.items()}
+
+
+def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32Array, Float32Array]:
+    """K or V of a layer as a map of RMSNorm(h) of unit gain: matrix [hidden, kv] and bias [kv]."""
+    weights, prefix = checkpoint.weights, f"model.layers.{layer}."
+
+    def read(name: str) -> Float32Array:
+        weight = weights[prefix + name]
+        return weight.read_rows(0, weight.shape[0])
+
+    matrix = read("input_layernorm.weight")[:, None] * read(f"self_attn.{which}_proj.weight").T
+    bias = f"self_attn.{which}_proj.bias"
+    known = prefix + bias in checkpoint.spec.weight_shapes()
+    return matrix, read(bias) if known else np.zeros(matrix.shape[1], np.float32)
+
+
+def no_policy(num_layers: int, units: Sequence[Unit] | None = None) -> SkipPolicy:
+    """Bypasses without weights and no network: the bundle then serves `dense` and `static`."""
+    units = default_units(num_layers) if units is None else tuple(units)
+    read = max(units[0].first - 1, 0) if units else 0
+    check_units(units, read, num_layers)
+    return SkipPolicy(units, read, None, tuple(Bypass() for _ in units))
+
+
+def untrained_policy(spec: DecoderSpec, units: Sequence[Unit] | None = None, seed: int = 0) -> SkipPolicy:
+    """A seeded random network with the shapes of a trained one: it decides by noise and is there to measure and to
+    test.
+    """
+    policy = no_policy(spec.num_layers, units)
+    if not policy.units:
+        return policy
+    rng, hidden, count = np.random.default_rng(seed), spec.hidden_size, len(policy.units)
+    weight = (rng.standard_normal((hidden, count)) * 1.5 * hidden**-0.5).astype(np.float32)
+    network = {"weight": weight, "bias": np.full(count, -2.0, np.float32)}
+    return replace(policy, network=network, origin=f"untrained (seed {seed})")

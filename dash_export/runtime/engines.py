@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.build_record import Build, Segment, policy_engines
+from dash_export.build_record import Build
+from dash_export.decision import Skips, Unit
 from dash_export.manifest import ModelFacts
 from dash_export.runtime.rules import Rule
-
-EngineT = TypeVar("EngineT")
-
-
-@dataclass(frozen=True)
-class SegmentEngines(Generic[EngineT]):
-    """The engines of one segment. `skip` for a gated one. `policies`, where the dispatch has them as engines: those
-    asked before this segment, which overwrites what they read, by the layers that each decides about.
-    """
-
-    segment: Segment
-    run: EngineT
-    skip: EngineT | None
-    policies: Mapping[tuple[int, ...], EngineT]
-
-
-def policies_by_segment(
-    build: Build, points: Mapping[int, tuple[int, ...]], load: Callable[[str], EngineT]
-) -> list[dict[tuple[int, ...], EngineT]]:
-    """Per segment the policy engines asked before it: those that read the input of a layer of the segment before."""
-    found: list[dict[tuple[int, ...], EngineT]] = [{} for _ in build.segments]
-    for read, layers in points.items():
-        reader = next(index for index, segment in enumerate(build.segments) if read in segment.layers)
-        found[reader + 1] |= {group: load(name) for name, group in policy_engines([layers], build.engines).items()}
-    return found
 
 
 class Cache(Protocol):
@@ -59,29 +33,39 @@ class Cache(Protocol):
 
 class Step(Protocol):
     """Engines bound to one session's memory for `sequence` tokens at a time. After each call these hold its results:
-    logits [1, rows, vocab] and damage [layers, sequence] float32, actions [sequence, layers] int8.
+    logits [1, rows, vocab] and damage [units, sequence] float32, skipped [units, sequence] bool.
     """
 
     sequence: int
     logits: npt.NDArray[np.float32]
-    actions: npt.NDArray[np.int8]
+    damage: npt.NDArray[np.float32]
+    skipped: Skips
 
-    @property
-    def damage(self) -> npt.NDArray[np.float32]: ...
+    def decode(self, token: int, rule: Rule) -> None:
+        """One token under `rule`."""
+        ...
 
-    def decode(self, token: int, rule: Rule) -> int: ...
+    def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
+        """`sequence` tokens, every layer."""
+        ...
 
-    def prefill(self, tokens: npt.NDArray[np.int64], ask: bool = False) -> None: ...
-
-    def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None: ...
+    def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
+        """`sequence` known tokens in one pass under `rule`, except where `dense` is true: what decode would have done.
+        Only where the engines' `mixes` says so.
+        """
+        ...
 
 
 class Engines(Protocol):
-    """All engines of a build, shared between sessions. `score_rows`: at most so many tokens of one pass get logits."""
+    """All engines of a build, shared between sessions. `score_rows`: at most so many tokens of one pass get logits.
+    `mixes`: whether rows of one step may differ in what they skip (teacher-forced passes, batches).
+    """
 
     model: ModelFacts
+    units: tuple[Unit, ...]
     build: Build
     score_rows: int
+    mixes: bool
 
     @property
     def prefills_apart(self) -> bool:

@@ -1,6 +1,4 @@
-"""Where the actions of a token come from. A rule answers one token (`skips`) and many at once (`decide`); a session's
-rules may change from token to token (`SessionRules`).
-"""
+"""Where the actions of a token come from: a rule, which a session may change from token to token (`SessionRules`)."""
 
 from __future__ import annotations
 
@@ -9,66 +7,46 @@ from math import exp, log
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from dash_export.decision import DENSE_POSITIONS, Action, Damages, DecisionRule
-from dash_export.stretches import TokenTime
-
-Counts = npt.NDArray[np.int64]
-Actions = npt.NDArray[np.int8]
+from dash_export.build_record import CostTable
+from dash_export.decision import Damages, DecisionRule, Skips
 
 
 class Rule(Protocol):
-    """`executed` is how many layers the token has run so far. `asks`: whether damage means anything to it; on a device
-    a policy that nobody asks is not run. `settled`: damage [layers, tokens] as it is to be asked with, where layers are
-    decided together.
-    """
+    """`asks`: whether damage means anything to it; on a device a policy that nobody asks is not run."""
 
     @property
     def asks(self) -> bool: ...
 
-    def settled(self, damage: Damages) -> Damages: ...
-
-    def skips(self, layer: int, damage: float, executed: int) -> bool: ...
-
-    def decide(self, layer: int, damage: Damages, executed: Counts) -> Actions: ...
+    def skips(self, damage: Damages) -> Skips:
+        """damage [units, tokens] -> which of them are skipped."""
+        ...
 
 
-class _KnownRule:
-    """Whatever the damage."""
-
-    def settled(self, damage: Damages) -> Damages:
-        return damage
-
-
-class FixedRule(_KnownRule):
-    """Actions known beforehand: `dense` (no layer), `static` (a set of layers)."""
+class FixedRule:
+    """Actions known beforehand: `dense` (no unit), `static` (these places of units)."""
 
     asks = False
 
     def __init__(self, skipped: Iterable[int] = ()) -> None:
         self.skipped = frozenset(skipped)
 
-    def skips(self, layer: int, damage: float, executed: int) -> bool:  # noqa: ARG002
-        return layer in self.skipped
+    def skips(self, damage: Damages) -> Skips:
+        skipped = np.zeros(damage.shape, np.bool_)
+        skipped[list(self.skipped)] = True
+        return skipped
 
-    def decide(self, layer: int, damage: Damages, executed: Counts) -> Actions:  # noqa: ARG002
-        return np.full(executed.shape, Action.SKIP if layer in self.skipped else Action.RUN, np.int8)
 
-
-class ForcedRule(_KnownRule):
-    """Actions given per token and layer, int8 [tokens, layers]: for comparing with the oracle, damage and all."""
+class ForcedRule:
+    """Actions given, skipped [units, tokens]: for comparing with the oracle, damage and all."""
 
     asks = True
 
-    def __init__(self, actions: Actions) -> None:
-        self._actions = actions
+    def __init__(self, skipped: Skips) -> None:
+        self._skipped = skipped
 
-    def skips(self, layer: int, damage: float, executed: int) -> bool:  # noqa: ARG002
-        return bool(self._actions[0, layer] == Action.SKIP)
-
-    def decide(self, layer: int, damage: Damages, executed: Counts) -> Actions:  # noqa: ARG002
-        return self._actions[:, layer]
+    def skips(self, damage: Damages) -> Skips:  # noqa: ARG002
+        return self._skipped
 
 
 DENSE = FixedRule()
@@ -80,86 +58,17 @@ class SessionRules:
     The session tells what happens. Whatever it remembers is one session's, so every session needs an object of its own.
     """
 
-    reads_prompts = False
-    """Whether `read` wants the damage of prompts."""
     foreseeable = True
     """Whether a teacher-forced pass can know the rule of a token before the tokens ahead of it are decided."""
 
     def __init__(self, rule: Rule = DENSE) -> None:
         self.rule = rule
 
-    def at(self, position: int, count: int) -> Rule:  # noqa: ARG002
-        """The rule of `count` tokens from `position` on."""
-        return self.rule
-
-    def read(self, position: int, damage: Damages) -> None:
-        """A prompt's tokens from `position` on ran densely: their damage [tokens, layers]."""
-
-    def decoded(self, actions: Actions) -> None:
-        """A token was decoded with these actions [layers]."""
+    def decoded(self, skipped: Skips) -> None:
+        """A token was decoded with these skips [units, 1]."""
 
     def rewind(self, length: int) -> None:
         """Tokens from position `length` on are forgotten."""
-
-
-class RandomRules(SessionRules):
-    """Each gated layer is skipped with one probability, drawn anew at every position: what a policy must beat.
-
-    The draws follow from seed and position alone, so that decode and a teacher-forced pass agree.
-    """
-
-    def __init__(self, num_layers: int, gated: Iterable[int], probability: float, seed: int) -> None:
-        super().__init__()
-        self._limits = np.zeros(num_layers)
-        self._limits[list(gated)] = probability
-        self._seed = seed
-
-    def at(self, position: int, count: int) -> Rule:
-        draws = [
-            np.random.Generator(np.random.Philox(key=[self._seed, where])).random(len(self._limits))
-            for where in range(position, position + count)
-        ]
-        skipped = np.array(draws) < self._limits
-        if count == 1:
-            return FixedRule(np.flatnonzero(skipped[0]).tolist())
-        return ForcedRule(np.where(skipped, Action.SKIP, Action.RUN).astype(np.int8))
-
-
-class SequenceRules(SessionRules):
-    """One set of layers per prompt: the token policy's damage, averaged over the prompt, decides once for all that
-    follows.
-
-    The conversation's prompt tokens are pooled, answers and the first positions (which are never skipped, so that
-    their damage means nothing) left out. Without any, nothing is skipped.
-    """
-
-    reads_prompts = True
-
-    def __init__(self, rule: DecisionRule) -> None:
-        super().__init__()
-        self._decision = rule
-        self._pool: list[tuple[int, Damages]] = []
-
-    def read(self, position: int, damage: Damages) -> None:
-        first = max(position, DENSE_POSITIONS)
-        self._pool.append((first, damage[first - position :]))
-        self._choose()
-
-    def rewind(self, length: int) -> None:
-        self._pool = [(first, damage[: max(0, length - first)]) for first, damage in self._pool]
-        self._choose()
-
-    def _choose(self) -> None:
-        self._pool = [part for part in self._pool if len(part[1])]
-        if not self._pool:
-            self.rule = DENSE
-            return
-        mean = np.concatenate([damage for _, damage in self._pool]).mean(axis=0, dtype=np.float64)
-        skipped: list[int] = []
-        for layer, damage in enumerate(self._decision.settled(mean[:, None])[:, 0].tolist()):
-            if self._decision.skips(layer, damage, layer - len(skipped)):
-                skipped.append(layer)
-        self.rule = FixedRule(skipped)
 
 
 HOLD_GAIN = 0.5
@@ -179,15 +88,15 @@ class HeldRules(SessionRules):
 
     foreseeable = False
 
-    def __init__(self, rule: DecisionRule, token_time: TokenTime, budget: float) -> None:
+    def __init__(self, rule: DecisionRule, cost: CostTable, budget: float) -> None:
         super().__init__(rule)
         self._calibrated = rule
-        self._token_time = token_time
+        self._cost = cost
         self._budget = budget
         self._log_scale = 0.0
 
-    def decoded(self, actions: Actions) -> None:
-        time = self._token_time.of(np.flatnonzero(actions).tolist())
+    def decoded(self, skipped: Skips) -> None:
+        time = float(self._cost.token_time(skipped)[0])
         bound = log(HOLD_RANGE)
         self._log_scale = min(bound, max(-bound, self._log_scale + HOLD_GAIN * (time - self._budget)))
         self.rule = self._calibrated.scaled(exp(self._log_scale))

@@ -49,7 +49,7 @@ from dash_export.outputs import (
 )
 from dash_export.skip_policy import SkipPolicy, check_model, no_policy
 
-GRAPH_REVISION = 2
+GRAPH_REVISION = 3
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
 OURS = (MANIFEST, "onnx", *TEXT_FILES)
 """Entries of a bundle that an export replaces; all others, engines among them, stay."""
@@ -74,9 +74,7 @@ def export(
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
     check_model(policy, checkpoint)
     facts = _policy_facts(policy)
-    # Where each decision reads one layer ahead, nothing is other than before there was a choice.
-    decided = {name: fact for name, fact in asdict(facts).items() if name != "reads" or fact}
-    key = content_key(GRAPH_REVISION, checkpoint.fingerprint, decided, sorted(checkpoint.assets.items()))
+    key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
     with locked(output, "export"), ExitStack() as held:
         recover(output, OURS, MANIFEST)
         _refuse_foreign(output)
@@ -186,27 +184,26 @@ def _jobs(
     for layer in range(spec.num_layers):
         name = f"layer_{layer:02d}"
         yield name, (name,), graph(name, partial(portable.layer_graph, checkpoint, layer))
-    for layer in policy.gated:
-        name = f"skip_{layer:02d}"
-        yield name, (name, facts.fingerprint), graph(name, partial(portable.skip_graph, checkpoint, policy, layer))
+    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
+        name = unit.bypass
+        yield name, (name, facts.fingerprint), graph(name, partial(portable.bypass_graph, checkpoint, unit, bypass))
     if policy.network is not None:
         yield "policy", ("policy", facts.fingerprint), graph("policy", partial(policy_graph, spec, policy))
     yield "head", (), graph("head", partial(portable.head_graph, checkpoint))
 
 
 def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
-    digest = hashlib.sha256(json.dumps([policy.gated, policy.compensation.kind]).encode())
+    digest = hashlib.sha256(json.dumps([[asdict(unit) for unit in policy.units], policy.read]).encode())
     for name, array in sorted(policy.weights().items()):
         digest.update(name.encode() + str(array.shape).encode() + array.tobytes())
     return PolicyFacts(
-        policy.gated,
+        policy.units,
+        policy.read,
         policy.origin,
         policy.network is not None,
-        policy.compensation.kind,
+        policy.form,
         digest.hexdigest()[:32],
         policy.static_order,
-        policy.cosine_order,
-        policy.reads,
     )
 
 

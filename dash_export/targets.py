@@ -24,7 +24,7 @@ from dash_export.resources import resource_folder
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Rounding = Literal["nearest", "gptq", "distilled"]
 Prefill = Literal["same", "int8"]
-Dispatch = Literal["fused", "sync", "overlapped", "device"]
+Dispatch = Literal["sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
 BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
@@ -39,7 +39,7 @@ class WeightsRecipe:
     bytes.
 
     `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention
-    (their errors enter the cache and every later token), and the layers the policy may never skip (they are the
+    (their errors enter the cache and every later token), and the layers that are in no unit (they are the
     sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, by what the layer is fed (GPTQ), or
     so and then with scales tuned by distillation (needs torch). `prefill` int8: prompts go through one more graph, of
     the whole model, whose layers multiply integers (CPU). `prepacked`: stored once more as the kernels of the machine
@@ -51,7 +51,7 @@ class WeightsRecipe:
     ungated: Precision = "int8"
     head: Precision = "int8"
     embedding: Precision = "int8"
-    policy: Precision = "int8"
+    bypass: Precision = "int8"
     block_size: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = False
     rounding: Rounding = "nearest"
@@ -71,7 +71,7 @@ class RuntimeRecipe:
     """
 
     threads: int = 0
-    dispatch: Dispatch = "fused"
+    dispatch: Dispatch = "sync"
     kv_step: int = 256
     prefill_chunk: int = 512
     huge_pages: bool = True
@@ -107,15 +107,12 @@ class CostRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything `build` needs to know about a target. `stretches`: gated layers that are small and decided together
-    are engines of several layers too.
-    """
+    """Everything `build` needs to know about a target."""
 
     name: str
     description: str = ""
     backend: BackendName = "onnxruntime"
     dialect: Literal["portable", "ort", "trt10"] = "ort"
-    stretches: bool = False
     weights: WeightsRecipe = field(default_factory=WeightsRecipe)
     runtime: RuntimeRecipe = field(default_factory=RuntimeRecipe)
     cost: CostRecipe = field(default_factory=CostRecipe)
@@ -189,11 +186,9 @@ def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
 def _contradiction(recipe: Recipe) -> str | None:
     """What no single key can tell: whether the parts of a recipe go together."""
     weights, engine = recipe.weights, recipe.engine
-    if recipe.stretches and recipe.dialect != "ort":
-        return f"stretches = true is for dialect 'ort'; {recipe.dialect!r} takes false."
     if weights.prepacked and recipe.dialect != "ort":
         return f"prepacked = true is for dialect 'ort'; {recipe.dialect!r} takes false."
-    parts = ("layers", "qkv", "ungated", "head", "embedding", "policy")
+    parts = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
     precisions: dict[str, str] = {part: getattr(weights, part) for part in parts}
     if recipe.backend == "onnxruntime":
         if engine is not None:
@@ -206,11 +201,8 @@ def _contradiction(recipe: Recipe) -> str | None:
         finer = [part for part, value in precisions.items() if value != "fp32"]
         if recipe.dialect == "portable" and finer:
             return f"{finer[0]} = {precisions[finer[0]]!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
-        dispatch = recipe.runtime.dispatch
-        if dispatch not in ("fused", "sync"):
-            return f"dispatch {dispatch!r} needs a GPU backend."
-        if recipe.dialect == "portable" and dispatch == "fused":
-            return "dispatch 'fused' puts policies into lowered engines: dialect 'portable' takes 'sync'."
+        if recipe.runtime.dispatch != "sync":
+            return f"dispatch {recipe.runtime.dispatch!r} needs a GPU backend."
         if recipe.dialect == "portable" and weights.prefill != "same":
             return "prefill = 'int8' is a lowered graph: dialect 'portable' takes 'same'."
         return None
@@ -222,8 +214,6 @@ def _contradiction(recipe: Recipe) -> str | None:
         return f"prefill = {weights.prefill!r} is for the CPU; {recipe.backend} takes 'same'."
     if recipe.dialect == "ort":
         return f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
-    if recipe.runtime.dispatch == "fused":
-        return "dispatch 'fused' is for the CPU; a GPU takes 'sync', 'overlapped' or 'device'."
     bad = [item for item in engine.capabilities if not re.fullmatch(r"[1-9]\d?\.\d", item)]
     if bad or not engine.capabilities:
         return f'capabilities = {list(engine.capabilities)} must be compute capabilities like "8.7".'
@@ -237,7 +227,7 @@ def _contradiction(recipe: Recipe) -> str | None:
         return f"{young[0]!r} needs compute capability 8.0 or newer: take 7.5 out of `capabilities`."
     if not weights.symmetric:
         return "symmetric must be true in [weights]: GPU engines take no zero points."
-    fixed = ("embedding", "policy")
+    fixed = ("embedding",)
     for part, value in precisions.items():
         if value != engine.activations and (part in fixed or value not in QUANTISED):
             allowed = (engine.activations, *(() if part in fixed else QUANTISED))
@@ -264,9 +254,9 @@ def with_weights(
     """
     chosen: dict[str, Any] = asdict(recipe.weights)
     if weights is not None and weights != recipe.weights.layers:
-        moved = ("layers", "qkv", "ungated", "head", "embedding", "policy")
-        # On a GPU embedding and policy have no quantised form.
-        chosen |= dict.fromkeys(moved if recipe.engine is None else moved[:4], weights)
+        moved = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
+        # On a GPU the embedding has no quantised form.
+        chosen |= dict.fromkeys([part for part in moved if recipe.engine is None or part != "embedding"], weights)
     given = {"head": head, "embedding": embedding}
     chosen |= {part: precision for part, precision in given.items() if precision is not None}
     chosen |= {key: value for key, value in (("rounding", rounding), ("prefill", prefill)) if value is not None}

@@ -63,7 +63,7 @@ def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_fac
 
 @pytest.fixture(scope="session")
 def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]]:
-    """`smollm2_runtime(target, dispatch=None)`: `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built on first use."""
+    """`smollm2_runtime(target)`: `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built on first use."""
     from dash_export import DashRuntime
     from dash_export.builders import build, dial
 
@@ -79,9 +79,9 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
             build(smollm2_bundle, recipe, weights=weights or None)
 
     @cache
-    def runtime(target: str, dispatch: str | None = None) -> DashRuntime:
+    def runtime(target: str) -> DashRuntime:
         built(target)
-        return DashRuntime.load(smollm2_bundle, target, dispatch=dispatch)
+        return DashRuntime.load(smollm2_bundle, target)
 
     yield runtime
     runtime.cache_clear()
@@ -96,10 +96,10 @@ def smollm2_oracle(smollm2: Checkpoint, smollm2_policy: SkipPolicy) -> Oracle:
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama bundle with low-rank compensation, built for `cpu-fp32` and `portable`. Copy it to change it."""
+    """A tiny llama bundle with linear bypasses, built for `cpu-fp32` and `portable`. Copy it to change it."""
     from tests.tiny import tiny_bundle
 
-    return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", kind="low_rank")
+    return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", form="linear")
 
 
 @pytest.fixture
@@ -110,12 +110,12 @@ def own_bundle(tiny_root: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_runtime(tiny_root: Path) -> Callable[..., DashRuntime]:
-    """`tiny_runtime(target="cpu-fp32", dispatch=None)` over `tiny_root`."""
+    """`tiny_runtime(target="cpu-fp32")` over `tiny_root`."""
     from dash_export import DashRuntime
 
     @cache
-    def runtime(target: str = "cpu-fp32", dispatch: str | None = None) -> DashRuntime:
-        return DashRuntime.load(tiny_root, target, dispatch=dispatch)
+    def runtime(target: str = "cpu-fp32") -> DashRuntime:
+        return DashRuntime.load(tiny_root, target)
 
     return runtime
 
@@ -127,19 +127,4 @@ def tiny_oracle(tiny_root: Path) -> Oracle:
     from tests.tiny import tiny_policy
 
     checkpoint = open_checkpoint(tiny_root.parent / "model")
-    return Oracle(checkpoint, tiny_policy(checkpoint, "low_rank"))
-
-
-@pytest.fixture(scope="session")
-def stretched_runtime(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DashRuntime]:
-    """`stretched_runtime(dispatch)` over a bundle whose engines are also of several layers (`stretched_bundle`)."""
-    from dash_export import DashRuntime
-    from tests.tiny import stretched_bundle
-
-    root = stretched_bundle(tmp_path_factory.mktemp("stretched"))
-
-    @cache
-    def runtime(dispatch: str) -> DashRuntime:
-        return DashRuntime.load(root, "cpu-fp32", dispatch=dispatch)
-
-    return runtime
+    return Oracle(checkpoint, tiny_policy(checkpoint, "linear"))

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from dash_export.builders import build
+from dash_export.decision import Unit, layer_actions
 from dash_export.exporting import export
 from dash_export.models import Checkpoint, open_checkpoint
-from dash_export.skip_policy import Compensation, SkipPolicy, untrained_policy
+from dash_export.skip_policy import Bypass, SkipPolicy, stored_columns, untrained_policy
 from tests.models.helpers import DIMENSIONS, FAMILIES, tiny_tokenizer
 
 CHAT_TEMPLATE = (
@@ -45,57 +46,51 @@ def tiny_checkpoint(folder: Path, family: str = "llama", **options: Any) -> Chec
     return open_checkpoint(folder)
 
 
-def with_compensation(policy: SkipPolicy, hidden: int, kind: str, seed: int = 1) -> SkipPolicy:
-    """The policy with random compensation weights, large enough that leaving them out shows."""
-    rng = np.random.default_rng(seed)
-    count, rank = len(policy.gated), 4
+TINY_UNITS = (Unit(2, 3), Unit(4, 4))
+"""Of six layers: one unit of two, one of one."""
+
+
+def with_bypasses(policy: SkipPolicy, checkpoint: Checkpoint, width: int = 0, seed: int = 1) -> SkipPolicy:
+    """The policy with random bypasses, large enough that leaving out any part of them shows."""
+    rng, hidden = np.random.default_rng(seed), checkpoint.spec.hidden_size
 
     def normal(*shape: int, scale: float) -> np.ndarray:
         return (rng.standard_normal(shape) * scale).astype(np.float32)
 
-    weights = {
-        "none": {},
-        "scale": {"factor": normal(count, scale=0.3)},
-        "low_rank": {"down": normal(count, hidden, rank, scale=0.1), "up": normal(count, rank, hidden, scale=0.3)},
-    }[kind]
-    return replace(policy, compensation=Compensation(kind, weights))
+    bypasses = []
+    for unit in policy.units:
+        columns = stored_columns(unit, checkpoint.spec)
+        weights = {"weight": normal(hidden, columns, scale=0.1), "bias": normal(columns, scale=0.2)}
+        if width:
+            weights |= {
+                "gate": normal(hidden, width, scale=0.1),
+                "up": normal(hidden, width, scale=0.1),
+                "down": normal(width, columns, scale=0.1),
+            }
+        bypasses.append(Bypass(weights))
+    return replace(policy, bypasses=tuple(bypasses))
 
 
-def tiny_policy(checkpoint: Checkpoint, kind: str = "none", seed: int = 0, width: int = 16) -> SkipPolicy:
-    """Untrained, with orders as training would rank them."""
-    policy = untrained_policy(checkpoint.spec, width=width, seed=seed)
-    gated = policy.gated
-    ranked = replace(policy, static_order=gated[1:] + gated[:1], cosine_order=gated[::-1])
-    return with_compensation(ranked, checkpoint.spec.hidden_size, kind)
+def tiny_policy(
+    checkpoint: Checkpoint,
+    form: str = "none",
+    seed: int = 0,
+    units: tuple[Unit, ...] = TINY_UNITS,
+) -> SkipPolicy:
+    """Untrained, with an order as training would rank the units. `form`: none, linear or mlp."""
+    policy = untrained_policy(checkpoint.spec, units, seed)
+    policy = replace(policy, static_order=tuple(reversed(range(len(units)))))
+    return policy if form == "none" else with_bypasses(policy, checkpoint, 8 if form == "mlp" else 0)
 
 
-def tiny_bundle(root: Path, *targets: str, kind: str = "none", weights: str = "fp32", **options: Any) -> Path:
+def tiny_bundle(root: Path, *targets: str, form: str = "none", weights: str = "fp32", **options: Any) -> Path:
     """Export a tiny model under `root` and build it for `targets` (`cpu` at `weights`, `portable`). Returns the
     bundle.
     """
     checkpoint = tiny_checkpoint(root / "model", **options)
-    bundle = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, kind))
+    bundle = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, form))
     for target in targets:
         build(bundle, target, weights=weights if target == "cpu" else None)
-    return bundle.root
-
-
-def stretched_bundle(root: Path, gated: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 9), **options: Any) -> Path:
-    """A bundle of ten layers whose policy decides about all of `gated` by what enters layer 1, built for `cpu-fp32`:
-    neighbours are engines of several layers too. Returns it.
-    """
-    model = save_model(root / "model", num_hidden_layers=10, **options)
-    with torch.no_grad():
-        # Too small to be divided by: this layer's compensation has a norm of its own, beside that of K and V.
-        model.model.layers[gated[2]].input_layernorm.weight[3] = 1e-3
-    model.save_pretrained(root / "model")
-    checkpoint = open_checkpoint(root / "model")
-    policy = replace(untrained_policy(checkpoint.spec, gated, width=0), reads=(1,) * len(gated))
-    policy = replace(policy, static_order=gated[::-1], cosine_order=gated)
-    bundle = export(
-        checkpoint, root / "stretched.dash", with_compensation(policy, checkpoint.spec.hidden_size, "low_rank")
-    )
-    build(bundle, "cpu", weights="fp32")
     return bundle.root
 
 
@@ -103,10 +98,10 @@ def random_ids(count: int, vocab: int = 300, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, count).astype(np.int64)
 
 
-def random_actions(tokens: int, layers: int, gated: tuple[int, ...], seed: int = 0, share: float = 0.4) -> np.ndarray:
-    """Random per-token, per-layer actions as decode could take them: gated layers only, the first two positions
-    dense.
+def random_actions(tokens: int, layers: int, units: tuple[Unit, ...], seed: int = 0, share: float = 0.4) -> np.ndarray:
+    """Random per-token skips of whole units as decode could take them, as a skip map [tokens, layers]: the first two
+    positions are dense.
     """
-    actions = np.zeros((tokens, layers), np.int8)
-    actions[2:, list(gated)] = np.random.default_rng(seed).random((tokens - 2, len(gated))) < share
-    return actions
+    skipped = np.random.default_rng(seed).random((len(units), tokens)) < share
+    skipped[:, :2] = False
+    return layer_actions(skipped, units, layers)

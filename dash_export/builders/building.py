@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress
-from dash_export.build_record import Build, EngineRecord, Segment, Stretch
+from dash_export.build_record import Build, EngineRecord, Segment
 from dash_export.builders.dial import calibrate_dial
 from dash_export.builders.here import require_builder, run_obstacle, runs_here
 from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cost
-from dash_export.builders.plan import plan_segments, plan_stretches
+from dash_export.builders.plan import plan_segments
 from dash_export.bundle import BUILD, Bundle, Seal
 from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
@@ -29,12 +29,12 @@ from dash_export.manifest import SCHEMA
 from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
-from dash_export.targets import BITS, Recipe, load_recipe, recipe_from_dict, with_weights
+from dash_export.targets import Recipe, load_recipe, recipe_from_dict, with_weights
 
 if TYPE_CHECKING:
     from dash_export.builders.segments import Artifact  # which needs onnx
 
-MEASURING_REVISION = 1
+MEASURING_REVISION = 2
 """Raised whenever costs are measured otherwise, or what a trade-off means changes: an earlier dial is wrong then."""
 VERIFICATION = "verification"
 """Key of a build's details."""
@@ -92,22 +92,17 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
             raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
         return _measured_again(bundle, recipe, progress)
     began = time.perf_counter()
-    # The portable target is the one whose graphs are their own engines.
-    merge = recipe.engine is not None or recipe.dialect != "portable"
     facts = bundle.manifest.policy
-    # On a GPU every policy is an engine of its own and reads what an engine gave.
-    alone = facts.decision_points if recipe.engine is not None else ()
-    segments = plan_segments(bundle.manifest.model.num_layers, facts.gated, merge, alone)
-    stretches = _stretches(bundle, recipe)
+    # On a GPU the policy is an engine of its own and reads what an engine gave.
+    cut = (facts.read,) if recipe.engine is not None and facts.has_network else ()
+    segments = plan_segments(bundle.manifest.model.num_layers, facts.units, cut)
     folder = own_folder(bundle.path(f"engines/{recipe.name}"))
-    bias: dict[int, float] = {}
-    if merge:
+    if recipe.engine is None and recipe.dialect == "portable":  # whose graphs are their own engines
+        engines, files = _portable_engines(bundle), ()
+    else:
         stop = threading.Event()
         with roundings_of(bundle, recipe, folder, _until(stop, progress)) as roundings:
-            engines, files = _make_engines(bundle, recipe, segments, stretches, folder, roundings, stop, progress)
-        bias = _policy_bias(bundle) if recipe.dialect == "ort" else {}
-    else:
-        engines, files = _portable_engines(bundle), ()
+            engines, files = _make_engines(bundle, recipe, segments, folder, roundings, stop, progress)
     draft = Build(
         schema=SCHEMA,
         target=recipe.name,
@@ -120,8 +115,6 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
         engines=engines,
         files=files,
         cost=uniform_cost(bundle.manifest),
-        policy_bias=bias,
-        stretches=stretches,
         measuring=MEASURING_REVISION,
         details=_builder(recipe).details(recipe) if recipe.engine is not None else {},
     )
@@ -206,7 +199,7 @@ def _measured(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) 
     backend = load_backend(recipe.backend, recipe.runtime.threads)
     progress("measuring the cost of each layer", 0, 0)
     draft = replace(draft, cost=measure_cost(bundle, draft, backend))
-    if bundle.manifest.policy.has_network and bundle.manifest.policy.gated:
+    if bundle.manifest.policy.has_network and bundle.manifest.policy.units:
         progress("calibrating the dial", 0, 0)
         draft = replace(draft, dial=calibrate_dial(bundle, draft, backend, progress))
     return draft
@@ -239,29 +232,24 @@ def _current(bundle: Bundle, draft: Build) -> Build | None:
         recipe = recipe_from_dict(known.recipe, known.target).as_dict()  # with the keys that are younger than the build
     except RecipeError:
         return None
-    same = replace(known, recipe=recipe, cost=draft.cost, dial={}, seconds=0.0, details=details) == draft
+    same = replace(known, recipe=recipe, cost=draft.cost, dial=(), seconds=0.0, details=details) == draft
     return known if same else None
 
 
 def _portable_engines(bundle: Bundle) -> dict[str, EngineRecord]:
-    """The portable graphs are their own engines; one policy graph answers for every gated layer."""
+    """The portable graphs are their own engines."""
     manifest = bundle.manifest
     sizes = {record.name: record.bytes for record in manifest.files}
-
-    def record(file: str) -> EngineRecord:
-        return EngineRecord(file, sizes[file] + sizes.get(file.removesuffix(".onnx") + ".data", 0), manifest.key)
-
-    engines = {name: record(file) for name, file in manifest.graphs.items() if name != "policy"}
-    if manifest.policy.has_network:
-        engines |= {f"policy_{layer:02d}": record(manifest.graphs["policy"]) for layer in manifest.policy.gated}
-    return engines
+    return {
+        name: EngineRecord(file, sizes[file] + sizes.get(file.removesuffix(".onnx") + ".data", 0), manifest.key)
+        for name, file in manifest.graphs.items()
+    }
 
 
 def _make_engines(
     bundle: Bundle,
     recipe: Recipe,
     segments: tuple[Segment, ...],
-    stretches: tuple[Stretch, ...],
     folder: Path,
     roundings: Roundings,
     stop: threading.Event,
@@ -271,11 +259,8 @@ def _make_engines(
     # Compiled code from a stranger is not taken for what was compiled here.
     store = ArtifactStore(folder, own_secret() if recipe.engine is not None else b"")
     jobs = list(builder.artifacts(bundle, recipe, segments, folder, roundings))
-    groups = _groups(jobs)
-    joined: list[Artifact] = []
-    if stretches:
-        joined = list(builder.stretch_artifacts({job.name: job.key for job in jobs}, recipe, stretches, folder))
-    jobs += joined
+    # What may be made at once: first what all may map, and at the end what is made of several of the others.
+    steps = [jobs[:1], [job for job in jobs[1:] if not job.extends], [job for job in jobs[1:] if job.extends]]
     found = {job.name: store.current(job.name, job.key) for job in jobs}
     # What is made of an engine follows it: under the same key its weights may come out different in the last bit.
     found |= {job.name: None for job in jobs if not all(found[name] for name in job.extends)}
@@ -289,23 +274,21 @@ def _make_engines(
         _start_threads(recipe)
     done, check = itertools.count(1), partial(bundle.check_same, seal)
 
-    def make(group: Sequence[Artifact]) -> None:
-        for job in group:
-            try:
-                found[job.name] = found[job.name] or store.make(job.name, job.key, job.write, check)
-            except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
-                # Whole and unchanged by its hash, yet not a graph of ours: only a forged bundle gets here.
-                raise BackendError(
-                    f"{job.name} cannot be made: the bundle's graphs are not what this version writes "
-                    f"({type(error).__name__}: {error}). Export the model again."
-                ) from error
-            progress(job.name, next(done), len(jobs))
+    def make(job: Artifact) -> None:
+        try:
+            found[job.name] = found[job.name] or store.make(job.name, job.key, job.write, check)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+            # Whole and unchanged by its hash, yet not a graph of ours: only a forged bundle gets here.
+            raise BackendError(
+                f"{job.name} cannot be made: the bundle's graphs are not what this version writes "
+                f"({type(error).__name__}: {error}). Export the model again."
+            ) from error
+        progress(job.name, next(done), len(jobs))
 
     with ThreadPoolExecutor(_workers(bundle, recipe)) as pool:
         try:
-            # First what all may map, and what several engines make up after all of them.
-            for step in groups[:1], groups[1:], [[job] for job in joined]:
-                for future in [pool.submit(make, group) for group in step]:
+            for step in steps:
+                for future in [pool.submit(make, job) for job in step]:
                     future.result()
         except BaseException:
             stop.set()  # an error or Ctrl-C does not wait for a calibration, nor for the engines not yet begun
@@ -333,38 +316,6 @@ def _make_engines(
     }
     listed = [replace(record, name=f"{prefix}/{record.name}") for records in files.values() for record in records]
     return engines, tuple(listed)
-
-
-def _groups(jobs: Sequence[Artifact]) -> list[list[Artifact]]:
-    """What is made one after another: an artifact, and those that take up its weights."""
-    groups: dict[str, list[Artifact]] = {}
-    for job in jobs:
-        groups.setdefault(job.extends[0] if job.extends else job.name, []).append(job)
-    return list(groups.values())
-
-
-LARGEST_IN_STRETCH = 4 << 20
-"""Bytes of a layer's weights. Memory gives these in 200 us or so, of which a launch is 4 %."""
-
-
-def _stretches(bundle: Bundle, recipe: Recipe) -> tuple[Stretch, ...]:
-    """Those of the build: of layers so small that a launch is worth having their weights twice in memory."""
-    policy = bundle.manifest.policy
-    if not recipe.stretches or not policy.gated:
-        return ()
-    # Portable graphs hold float32.
-    data = bundle.manifest.graphs[f"layer_{policy.gated[0]:02d}"].removesuffix(".onnx") + ".data"
-    portable = next((record.bytes for record in bundle.manifest.files if record.name == data), 0)
-    small = portable * BITS[recipe.weights.layers] / 32 <= LARGEST_IN_STRETCH
-    return plan_stretches(policy.gated, policy.decision_points) if small else ()
-
-
-def _policy_bias(bundle: Bundle) -> dict[int, float]:
-    """What the engines leave to the host: the bias of a linear policy, per gated layer."""
-    from dash_export.graphs.ort.policy import linear_bias
-
-    manifest = bundle.manifest
-    return linear_bias(bundle.graph("policy"), manifest.policy.gated) if manifest.policy.has_network else {}
 
 
 def _workers(bundle: Bundle, recipe: Recipe) -> int:

@@ -1,4 +1,4 @@
-"""What a build measures on the device: the cost of every layer."""
+"""What a build measures on the device: the cost of every unit."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from dash_export.build_record import Build, CostTable
 from dash_export.bundle import Bundle
 from dash_export.manifest import Manifest
 from dash_export.runtime.backends.base import Backend, Launch
 from dash_export.runtime.cpus import LoadMeter, cpu_name
 from dash_export.runtime.device.base import Device
-from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.runtime import engines as load_engines
-from dash_export.stretches import TokenTime
 from dash_export.targets import recipe_from_dict
 
 WARM_UP = 10
@@ -30,64 +26,54 @@ NOT_MEASURED = "not measured"
 
 def uniform_cost(manifest: Manifest) -> CostTable:
     """A stand-in until the cost is measured: every layer the same, nothing but layers takes time."""
-    share = 1.0 / manifest.model.num_layers
-    return CostTable(0, 0.0, {}, {}, dict.fromkeys(manifest.policy.gated, share), NOT_MEASURED)
+    cost = tuple(len(unit.layers) / manifest.model.num_layers for unit in manifest.policy.units)
+    return CostTable(0, 0.0, {}, {}, cost, NOT_MEASURED)
 
 
 def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> CostTable:
-    """Run tokens at the recipe's context, timing every segment and skip graph where it stands in the token, and a dense
-    token's launches where a build has stretches.
+    """Run tokens at the recipe's context, timing every segment and bypass where it stands in the token.
 
-    Medians over interleaved repeats. Layers of one shape (here: all gated layers) share the median of their costs, so
-    that a noisy single measurement decides nothing.
+    Medians over interleaved repeats. Units of as many layers share the median of their costs, so that a noisy single
+    measurement decides nothing.
     """
-    model = bundle.manifest.model
+    model, units = bundle.manifest.model, bundle.manifest.policy.units
     recipe = build.recipe["cost"]
-    context = min(recipe["context"], model.max_positions - 1)
-    engines = load_engines(bundle, build, backend, recipe_from_dict(build.recipe, "the build's recipe"), "plain")
-    context = min(context, engines.model.max_positions - 1)
+    engines = load_engines(bundle, build, backend, recipe_from_dict(build.recipe, "the build's recipe"), "sync")
+    context = min(recipe["context"], model.max_positions - 1, engines.model.max_positions - 1)
     cache: Any = engines.cache(context)
     cache.reserve(context + 1)
     step = engines.step(cache, 1)
     cache.length = context
     step.place()
+    names = [segment.name for segment in build.segments]
+    gated = [place for place, segment in enumerate(build.segments) if segment.gated]
+    bypasses = dict(zip(gated, (unit.bypass for unit in units), strict=True))
     passes = [
+        # Skipped in turn: a bypass too is timed where it finds its weights cold.
         [
-            (segment.name, run) if skip is None or segment.first % 2 != parity else (f"skip_{segment.first:02d}", skip)
-            for segment, (run, skip) in zip(build.segments, step.launches(), strict=True)
+            (names[place], run) if bypass is None or gated.index(place) % 2 != parity else (bypasses[place], bypass)
+            for place, (run, bypass) in enumerate(step.launches())
         ]
-        for parity in (0, 1)  # skipped in turn: a skip graph too is timed where it finds its weights cold
+        for parity in (0, 1)
     ]
-    stretched = step.dense_launches() if build.stretches and isinstance(step, BoundStep) else ()
     times: dict[str, list[float]] = defaultdict(list)
     meter = LoadMeter()
-    whole: list[list[float]] = []
     for repeat in range(WARM_UP + recipe["repeats"]):
         if repeat == WARM_UP:
             times.clear()
-            whole.clear()
         for one in passes:
             for (name, _), microseconds in zip(one, _timed(launch for _, launch in one), strict=True):
                 times[name].append(microseconds)
-        whole.append(_timed(stretched))
     load = meter.load()
     medians = {name: round(median(found), 2) for name, found in times.items()}
-    runs = {segment.name: medians.pop(segment.name) for segment in build.segments}
-    gated = [segment for segment in build.segments if segment.gated]
-    saved = [runs[segment.name] - medians[f"skip_{segment.first:02d}"] for segment in gated]
-    dense, launch = sum(runs.values()), 0.0
-    if stretched:
-        dense = float(np.median(whole, axis=0).sum())
-        # Repeat by repeat, so that a machine that changes its speed does not pass for a launch.
-        parts = TokenTime(build).parts()
-        assert len(parts) == len(stretched)
-        joined = [place for place, part in enumerate(parts) if build.segments[part.index].gated]
-        fewer = np.sum([times[segment.name] for segment in gated], axis=0) - np.array(whole)[:, joined].sum(axis=1)
-        launch = max(float(np.median(fewer)), 0.0) / (len(gated) - len(joined)) / dense
-    share = max(median(saved), 0.0) / dense if saved else 0.0
+    runs = {name: medians.pop(name) for name in names}
+    dense = sum(runs.values())
+    alike: dict[int, list[float]] = defaultdict(list)
+    for place, unit in zip(gated, units, strict=True):
+        alike[len(unit.layers)].append(runs[names[place]] - medians[unit.bypass])
+    cost = tuple(max(median(alike[len(unit.layers)]), 0.0) / dense for unit in units)
     device = cpu_name() if isinstance(engines, EngineSet) else engines.device.name
-    cost = dict.fromkeys(bundle.manifest.policy.gated, share)
-    return CostTable(context, round(dense, 2), runs, medians, cost, device, launch, *load)
+    return CostTable(context, round(dense, 2), runs, medians, cost, device, *load)
 
 
 def _timed(launches: Iterable[Launch]) -> list[float]:

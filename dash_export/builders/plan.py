@@ -1,60 +1,24 @@
-"""How a model is cut into engines: never-gated neighbours are merged, embed and head included; and which stretches of
-gated layers are engines once more.
-"""
+"""How a model is cut into engines: each unit is one, and so are the layers between two, embed and head included."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 
-from dash_export.build_record import Segment, Stretch
-from dash_export.stretches import LONGEST_STRETCH
+from dash_export.build_record import Segment
+from dash_export.decision import Unit
 
 
-def plan_segments(
-    num_layers: int, gated: Sequence[int], merge: bool = True, alone: Collection[int] = ()
-) -> tuple[Segment, ...]:
-    """Cut before and after every gated layer. Without `merge` embed, head and every layer stand alone (an empty range
-    of layers marks embed and head).
-
-    `alone`: layers that are segments of their own too, so that policies that read their input run beside them: an
-    engine's outputs are usable only when all of it has ended.
+def plan_segments(num_layers: int, units: Sequence[Unit], cut: Collection[int] = ()) -> tuple[Segment, ...]:
+    """Cut before and after every unit, and before the layers in `cut`: what enters those is an engine's output, which
+    a policy of its own can read. Embed or head stand alone where nothing that always runs is next to them.
     """
-    gated_set, apart = set(gated), {*gated, *alone}
-    embed = Segment(0, -1, True, False, False)
-    head = Segment(num_layers, num_layers - 1, False, True, False)
-    if not merge:
-        return (embed, *(Segment(layer, layer, False, False, layer in gated_set) for layer in range(num_layers)), head)
-    embedded = 0 not in alone
-    segments: list[Segment] = [] if embedded else [embed]
-    first = 0
-    for layer in range(num_layers):
-        cut = layer in apart or layer + 1 in apart
-        if cut or layer == num_layers - 1:
-            is_gated = layer in gated_set
-            begins, ends = first == 0 and embedded, layer == num_layers - 1 and not is_gated
-            segments.append(Segment(first, layer, begins, ends, is_gated))
-            first = layer + 1
-    return (*segments, head) if segments[-1].gated else tuple(segments)
-
-
-def plan_stretches(gated: Sequence[int], read: Collection[int]) -> tuple[Stretch, ...]:
-    """Neighbours that are decided before any of them runs, because none of them is `read` by a policy: cut evenly into
-    stretches that run, so that each layer is in one; and any two neighbours of one as one that skips.
-    """
-    groups: list[list[int]] = []
-    for layer in gated:
-        if layer in read:
-            continue
-        if groups and groups[-1][-1] == layer - 1:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-    found = []
-    for group in groups:
-        count = -(-len(group) // LONGEST_STRETCH)
-        cuts = [len(group) * cut // count for cut in range(count + 1)]
-        parts = [group[at:to] for at, to in pairwise(cuts) if to - at > 1]
-        found += [Stretch(part[0], part[-1], False) for part in parts]
-        found += [Stretch(layer, layer + 1, True) for part in parts for layer in part[:-1]]
-    return tuple(found)
+    ends = {0, num_layers, *cut, *(unit.first for unit in units), *(unit.last + 1 for unit in units)}
+    firsts = {unit.first for unit in units}
+    segments = []
+    for first, stop in pairwise(sorted(ends)):
+        gated = first in firsts
+        segments.append(Segment(first, stop - 1, first == 0 and 0 not in cut, stop == num_layers and not gated, gated))
+    embed = [Segment(0, -1, True, False, False)] if 0 in cut else []
+    head = [Segment(num_layers, num_layers - 1, False, True, False)] if segments[-1].gated else []
+    return (*embed, *segments, *head)

@@ -7,23 +7,18 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dash_export.build_record import Segment
-from dash_export.builders.gpu_graphs import portable_graphs
-from dash_export.builders.segments import compose_skips, graph_names
+from dash_export.builders.segments import compose_segment
 from dash_export.bundle import Bundle
 from dash_export.graphs.writer import save_graph
 
 
-def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path, decides: tuple[int, ...] = ()) -> Path:
-    """The portable graph of engine `name` (the segment's own, its skip graph or its policy) where it lies in the
-    bundle; of a merged segment or a stretch, and of a policy about the layers it `decides`, it is written into `folder`
-    first.
+def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> Path:
+    """The portable graph of engine `name` (the segment's own, its bypass, the policy) where it lies in the bundle; of a
+    merged segment it is written into `folder` first.
     """
-    if name.startswith("skip_") or graph_names(segment) == [name]:
+    if name in bundle.manifest.graphs:
         return bundle.graph(name)
-    if name.startswith("skips_"):
-        return write_graph(compose_skips(bundle, segment.layers), folder / f"{name}.onnx")
-    makers = {graph: make for graph, _, make in portable_graphs(bundle, [segment], [decides] if decides else None)}
-    return write_graph(makers[name](), folder / f"{name}.onnx")
+    return write_graph(compose_segment(bundle, segment), folder / f"{name}.onnx")
 
 
 def write_graph(model: ir.Model, path: Path) -> Path:

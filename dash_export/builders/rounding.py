@@ -112,7 +112,7 @@ class _Calibrated:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _wanted(self, node: str) -> bool:
-        gated = self._bundle.manifest.policy.gated
+        gated = self._bundle.manifest.policy.layers
         known = node.endswith("_proj") or node == "head/logits"
         return known and weight_precision(node, self._recipe, gated) == "int4"
 

@@ -12,7 +12,9 @@ import onnx_ir as ir
 from dash_export.artifacts import content_key, sha256_file
 from dash_export.build_record import Segment
 from dash_export.bundle import Bundle
-from dash_export.graphs.compose import absorb, load_graph
+from dash_export.decision import Unit
+from dash_export.errors import BackendError
+from dash_export.graphs.compose import absorb, drop_dead, load_graph
 from dash_export.graphs.writer import GraphWriter
 from dash_export.resources import resource_folder
 from dash_export.targets import Recipe
@@ -29,12 +31,6 @@ class Artifact:
     write: Callable[[Path], list[Path]]
     extends: tuple[str, ...] = ()
     role: Literal["engine", "shared", "aside"] = "engine"
-
-
-def graph_names(segment: Segment) -> list[str]:
-    """The portable graphs of a segment, in order."""
-    names = [f"layer_{layer:02d}" for layer in segment.layers]
-    return ["embed"] * segment.embed + names + ["head"] * segment.head
 
 
 def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
@@ -67,20 +63,59 @@ def weights_key(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in recipe.as_dict()["weights"].items() if name not in apart}
 
 
-def compose_segment(bundle: Bundle, segment: Segment, read: int | None = None) -> tuple[GraphWriter, ir.Value | None]:
-    """The segment's portable graphs in a row, and the value that enters its layer `read`."""
-    names = graph_names(segment)
-    g = GraphWriter(segment.name, f"{', '.join(names)} of {bundle.manifest.model.name}")
-    entering = chain(g, {name: load_graph(bundle.graph(name)) for name in names})
-    return g, None if read is None else entering[f"layer_{read:02d}"]
-
-
-def compose_skips(bundle: Bundle, layers: Iterable[int]) -> ir.Model:
-    """The portable skip graphs of these layers in a row."""
-    names = [f"skip_{layer:02d}" for layer in layers]
-    g = GraphWriter("skips", f"{', '.join(names)} of {bundle.manifest.model.name}")
-    chain(g, {name: load_graph(bundle.graph(name)) for name in names})
+def compose_segment(bundle: Bundle, segment: Segment, policy: bool = False) -> ir.Model:
+    """The segment's portable graphs in a row; with the `policy`, which reads what enters one of its layers, that one's
+    damage too.
+    """
+    g = GraphWriter(segment.name, f"{', '.join(segment.graphs)} of {bundle.manifest.model.name}")
+    entering = chain(g, {name: load_graph(bundle.graph(name)) for name in segment.graphs})
+    if policy:
+        state = entering[f"layer_{bundle.manifest.policy.read:02d}"]
+        g.graph.outputs.extend(absorb(g, load_graph(bundle.graph("policy")), {"hidden": state}).values())
     return g.model()
+
+
+def compose_mixed(bundle: Bundle, unit: Unit) -> ir.Model:
+    """A unit that every row runs or skips as `skipped` [batch, sequence, 1] bool says: both are computed, and each row
+    takes its own result, the K and V that its later tokens attend to included.
+    """
+    g = GraphWriter(f"mixed_{unit.name}", f"Layers {unit} of {bundle.manifest.model.name}, run or skipped row by row.")
+    skipped = g.input("skipped", ("batch", "sequence", 1), ir.DataType.BOOL)
+    outputs = absorb(g, load_graph(bundle.graph(unit.bypass)), {})
+    bypassed = {name: _projected(value) for name, value in outputs.items() if name != "hidden_out"}
+    outputs["hidden_out"].name = "bypassed"
+    value = next(value for value in g.graph.inputs if value.name == "hidden")
+    for layer in unit.layers:
+        graph = load_graph(bundle.graph(f"layer_{layer:02d}"))
+        found = absorb(g, graph, {"hidden": value})
+        value = found.pop("hidden_out")
+        value.name = f"layer_{layer:02d}/hidden_out"
+        for name, written in found.items():
+            (own, reader), (instead, _) = _projected(written), bypassed[name]
+            node = ir.node("Where", [skipped, instead, own], name=f"{name}/chosen")
+            node.outputs[0].name = str(node.name)
+            g.graph.insert_before(reader, node)
+            reader.replace_input_with(0, node.outputs[0])
+        g.graph.outputs.extend(found.values())
+    chosen = g.op("Where", [skipped, outputs["hidden_out"], value], "hidden_chosen")
+    g.output(chosen, "hidden_out", tuple(outputs["hidden_out"].shape or ()))
+    drop_dead(g.graph)
+    g.graph.sort()
+    return g.model()
+
+
+def _projected(written: ir.Value) -> tuple[ir.Value, ir.Node]:
+    """Of K or V as written to the cache: its projection [batch, sequence, kv_heads * head_dim], and the node that
+    splits that into heads.
+    """
+    node = written.producer()
+    value: ir.Value | None = written
+    while node is not None and node.op_type != "Reshape":
+        value = node.inputs[1 if node.op_type == "TensorScatter" else 0]
+        node = value.producer() if value is not None else None
+    if node is None or node.inputs[0] is None:
+        raise BackendError(f"{written.name} is not written as this version writes it: export the model again.")
+    return node.inputs[0], node
 
 
 def chain(g: GraphWriter, graphs: Mapping[str, ir.Model]) -> dict[str, ir.Value]:

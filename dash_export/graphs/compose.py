@@ -1,8 +1,8 @@
-"""Graph surgery that every lowering starts with: chain graphs into one segment, specialise the policy for layers."""
+"""Graph surgery that every lowering starts with: chain graphs into one segment, drop what is not needed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,43 +105,13 @@ def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]
     return outputs
 
 
-def specialise_policy(model: ir.Model, layers: Sequence[int]) -> ir.Model:
-    """Fix the policy graph's `layer` input: gathers by layer become constants. Inputs `hidden`, `actions`; output
-    `damage` [batch, sequence]. For several layers, which a linear policy decides from one state, their columns stand
-    side by side, and `damage` is [batch, sequence, layers]. Raises BundleError for several layers of another policy.
-    """
-    graph = model.graph
-    if len(layers) > 1 and any(node.name in ("policy/relu", "policy/sum") for node in graph):
-        raise BundleError(
-            "The manifest lets one state decide about several layers, and the policy graph is not linear: export the "
-            "model again."
-        )
-    (layer_input,) = (value for value in graph.inputs if value.name == "layer")
-    graph.inputs.remove(layer_input)
-    of = f"@{layers[0]}"
-    layer_input.replace_all_uses_with(add_constant(graph, f"layer{of}", np.array(layers)))
-    for node in list(graph):
-        if node.op_type not in ("Gather", "Squeeze"):
-            continue
-        first, second = (constant_value(value) for value in node.inputs)
-        if first is not None and second is not None:
-            if node.op_type == "Gather":
-                result = np.take(first, second, axis=0)
-            elif len(layers) == 1:
-                result = np.squeeze(first, tuple(second))
-            else:
-                result = np.moveaxis(np.squeeze(first, -1), 0, -1)
-            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.outputs[0].name}{of}", result))
+def drop_dead(graph: ir.Graph) -> None:
+    """Remove nodes of which nobody reads anything, and what only they read."""
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value in graph.outputs for value in node.outputs):
             graph.remove(node, safe=True)
-        elif len(layers) > 1 and (whole := node.inputs[0]) is not None:
-            node.outputs[0].replace_all_uses_with(whole, replace_graph_outputs=True)
-            graph.remove(node, safe=True)
-    if len(layers) > 1:
-        (damage,) = graph.outputs
-        damage.name, damage.shape = "damage", ir.Shape(["batch", "sequence", len(layers)])
-        damage.type = ir.TensorType(ir.DataType.FLOAT)
+    drop_unused_inputs(graph)
     drop_unused(graph)
-    return model
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:

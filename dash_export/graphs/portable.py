@@ -1,4 +1,4 @@
-"""The portable graphs of a decoder: `embed`, `layer_NN`, `skip_NN`, `head`. Standard ONNX opset 24, nothing traced.
+"""The portable graphs of a decoder: `embed`, `layer_NN`, `bypass_AA-BB`, `head`. ONNX opset 24, nothing traced.
 
 Shapes, everywhere: batch x sequence x hidden for states, batch x kv_heads x capacity x head_dim for a cache. A cache
 has one row per position, a step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 1, sequence,
@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dash_export.graphs.compensation import add_compensation
+from dash_export.decision import Unit
 from dash_export.graphs.writer import GraphWriter, external, lazy_weight
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import past_names, present_names
-from dash_export.skip_policy import SkipPolicy
+from dash_export.skip_policy import Bypass, full_bypass, key_value_size
 
 ROPE_FILE = "rope.data"
 EMBED_FILE = "embed.data"
@@ -101,18 +101,44 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     return g.model()
 
 
-def skip_graph(checkpoint: Checkpoint, policy: SkipPolicy, layer: int) -> ir.Model:
-    """What a skipped layer still owes: K and V of its own input, written to the cache, and hidden + compensation."""
-    spec = checkpoint.spec
-    g = GraphWriter(
-        f"skip_{layer:02d}", f"Decoder layer {layer}, skipped: cache write and {policy.compensation.kind} compensation."
-    )
-    name = f"skip_{layer:02d}"
+def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model:
+    """What a skipped unit does: one product for its update and for K and V of all its layers, which are written to the
+    caches; hidden -> hidden + update (`skip_policy` has the formula).
+    """
+    spec, name = checkpoint.spec, unit.bypass
+    g = GraphWriter(name, f"Layers {unit}, skipped: {bypass.form} bypass.")
     hidden = g.input("hidden", (*HIDDEN_SHAPE, spec.hidden_size))
-    _, keys, values = _write_cache(g, checkpoint, layer, name, hidden, _step_inputs(g))
-    passed = add_compensation(g, spec, policy, layer, name, hidden)
+    steps = _step_inputs(g)
+    matrices = full_bypass(bypass, unit, checkpoint)
+    gain = g.initializer("unit_gain", np.ones(spec.hidden_size, np.float32))
+    state = g.op("RMSNormalization", [hidden, gain], f"{name}/norm", epsilon=spec.rms_norm_eps)
+
+    def product(value: ir.Value, which: str, node: str) -> ir.Value:
+        return g.op("MatMul", [value, g.initializer(f"{name}.{which}", matrices[which])], f"{name}/{node}")
+
+    found = product(state, "weight", "product")
+    if bypass.width:
+        gate = product(state, "gate", "mlp/gate_proj")
+        gate = g.op("Mul", [gate, g.op("Sigmoid", [gate], f"{name}/mlp/sigmoid")], f"{name}/mlp/silu")
+        inner = g.op("Mul", [gate, product(state, "up", "mlp/up_proj")], f"{name}/mlp/gated")
+        found = g.op("Add", [found, product(inner, "down", "mlp/down_proj")], f"{name}/mlp/added")
+    found = g.op("Add", [found, g.initializer(f"{name}.bias", matrices["bias"])], f"{name}/biased")
+    updates = [spec.hidden_size] if bypass.weights else []
+    sizes = np.array([*updates, *[key_value_size(spec)] * (2 * len(unit.layers))])
+    parts = g.split(found, g.initializer(f"{name}.sizes", sizes), f"{name}/parts", len(sizes))
+    passed = (
+        g.op("Add", [hidden, parts.pop(0)], f"{name}/updated")
+        if bypass.weights
+        else g.op("Identity", [hidden], f"{name}/passed")
+    )
     g.output(passed, "hidden_out", (*HIDDEN_SHAPE, spec.hidden_size))
-    _cache_outputs(g, spec, layer, keys, values)
+    for layer in unit.layers:
+        keys, values = (
+            _split_heads(g, checkpoint, layer, f"{name}/layer_{layer:02d}", parts.pop(0), which, spec.num_kv_heads)
+            for which in ("k", "v")
+        )
+        keys, values = _write_rows(g, spec, layer, f"{name}/layer_{layer:02d}", keys, values, steps)
+        _cache_outputs(g, spec, layer, keys, values)
     return g.model()
 
 
@@ -124,20 +150,30 @@ def _step_inputs(g: GraphWriter) -> tuple[ir.Value, ir.Value]:
 def _write_cache(
     g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, hidden: ir.Value, steps: tuple[ir.Value, ir.Value]
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Norm, K/V projections, RoPE, cache write: the same in a layer graph and its skip graph. Returns (normed, keys,
-    values).
-    """
+    """Norm, K/V projections, RoPE, cache write. Returns (normed, keys, values)."""
     spec = checkpoint.spec
+    normed = _norm(g, checkpoint, layer, name, hidden, "input_layernorm")
+    keys, values = (_heads(g, checkpoint, layer, name, normed, which, spec.num_kv_heads) for which in ("k", "v"))
+    return normed, *_write_rows(g, spec, layer, name, keys, values, steps)
+
+
+def _write_rows(
+    g: GraphWriter,
+    spec: DecoderSpec,
+    layer: int,
+    name: str,
+    keys: ir.Value,
+    values: ir.Value,
+    steps: tuple[ir.Value, ir.Value],
+) -> tuple[ir.Value, ir.Value]:
+    """New keys, not yet rotated, and values [batch, heads, sequence, head_dim] -> the caches with them."""
     positions, rows = steps
     shape = ("batch", spec.num_kv_heads, "capacity", spec.head_dim)
     past_key, past_value = (g.input(past, shape) for past in past_names(layer))
-    normed = _norm(g, checkpoint, layer, name, hidden, "input_layernorm")
-    keys = _heads(g, checkpoint, layer, name, normed, "k", spec.num_kv_heads)
     keys = _rotate(g, spec, keys, positions, f"{name}/attention/k_rotary")
-    values = _heads(g, checkpoint, layer, name, normed, "v", spec.num_kv_heads)
     keys = g.op("TensorScatter", [past_key, keys, rows], f"{name}/attention/write_key", axis=2)
     values = g.op("TensorScatter", [past_value, values, rows], f"{name}/attention/write_value", axis=2)
-    return normed, keys, values
+    return keys, values
 
 
 def _cache_outputs(g: GraphWriter, spec: DecoderSpec, layer: int, keys: ir.Value, values: ir.Value) -> None:
@@ -148,11 +184,18 @@ def _cache_outputs(g: GraphWriter, spec: DecoderSpec, layer: int, keys: ir.Value
 def _heads(
     g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, normed: ir.Value, which: str, heads: int
 ) -> ir.Value:
-    """Project and split: [batch, sequence, hidden] -> [batch, heads, sequence, head_dim], with Qwen3's per-head norm
-    where it has one.
+    """Project and split into heads."""
+    value = _linear(g, checkpoint, layer, name, normed, f"self_attn.{which}_proj")
+    return _split_heads(g, checkpoint, layer, name, value, which, heads)
+
+
+def _split_heads(
+    g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, value: ir.Value, which: str, heads: int
+) -> ir.Value:
+    """[batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim], with Qwen3's per-head norm where it
+    has one.
     """
     spec = checkpoint.spec
-    value = _linear(g, checkpoint, layer, name, normed, f"self_attn.{which}_proj")
     shape = g.initializer(f"shape.{which}_heads", np.array([0, 0, heads, spec.head_dim]))
     value = g.op("Reshape", [value, shape], f"{name}/attention/{which}_heads")
     if spec.qk_norm and which != "v":

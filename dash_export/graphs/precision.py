@@ -10,12 +10,14 @@ FINEST_FIRST: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Precision:
-    """The precision of a node's weights; a layer's nodes are named `layer_NN/...`, its skip graph's `skip_NN/...`."""
+    """The precision of a node's weights; a layer's nodes are named `layer_NN/...`, a unit's bypass `bypass_AA-BB/...`.
+    `gated`: the layers of all units.
+    """
     part, _, rest = node.partition("/")
     if part == "head":
         return recipe.head
-    if part == "policy" or rest.startswith("compensation"):
-        return recipe.policy
+    if part == "policy" or part.startswith("bypass"):
+        return recipe.bypass
     precision = recipe.layers if int(part.rsplit("_", 1)[1]) in gated else recipe.ungated
     if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")):
         return min(precision, recipe.qkv, key=FINEST_FIRST.index)

@@ -55,6 +55,14 @@ class GraphWriter:
         self.graph.append(node)
         return node.outputs[0]
 
+    def split(self, value: ir.Value, sizes: ir.Value, name: str, count: int) -> list[ir.Value]:
+        """The last axis of `value` in `count` parts of these sizes."""
+        node = ir.node("Split", [value, sizes], {"axis": -1}, num_outputs=count, name=name)
+        for index, output in enumerate(node.outputs):
+            output.name = f"{name}/{index}"
+        self.graph.append(node)
+        return list(node.outputs)
+
     def model(self) -> ir.Model:
         return ir.Model(self.graph, ir_version=11, producer_name="dash-export", producer_version=__version__)
 

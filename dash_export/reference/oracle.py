@@ -1,28 +1,31 @@
 """The oracle: what skipping means (docs/method.md), in plain PyTorch over the transformers model. Slow
 and obvious.
 
-One teacher-forced pass says it all: every layer sees every token's hidden state, so the K and V of a skipped token come
-from its own input, and later tokens attend to everything. A free-running generation repeats the pass for each new
-token.
+One teacher-forced pass says it all: a skipped token's K and V of a unit's layers are the bypass's, from what enters the
+unit, and later tokens attend to everything. A free-running generation repeats the pass for each new token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_export.decision import DENSE_POSITIONS, Action, Damages, DecisionRule, decision_points
+from dash_export.decision import DENSE_POSITIONS, DecisionRule, layer_actions, unit_skips
 from dash_export.models import Checkpoint
-from dash_export.skip_policy import HISTORY, SkipPolicy
+from dash_export.skip_policy import SkipPolicy, full_bypass, key_value_size
 from dash_export.torch_model import torch_model
 
 
 @dataclass(frozen=True)
 class Pass:
-    """logits [tokens, vocab] float32, actions int8 and damage float32 [tokens, layers] (damage 0 where not gated)."""
+    """logits [tokens, vocab] float32, actions int8 [tokens, layers], damage float32 [tokens, units] (0 without a
+    network).
+    """
 
     logits: npt.NDArray[np.float32]
     actions: npt.NDArray[np.int8]
@@ -37,6 +40,11 @@ class Oracle:
         self.model = torch_model(checkpoint.config, weights, torch.float32, attention="eager")
         self.policy = policy
         self.eps = checkpoint.spec.rms_norm_eps
+        self.size = key_value_size(checkpoint.spec)
+        self.bypasses = [
+            {name: torch.from_numpy(array) for name, array in full_bypass(bypass, unit, checkpoint).items()}
+            for unit, bypass in zip(policy.units, policy.bypasses, strict=True)
+        ]
 
     @torch.no_grad()
     def forward(
@@ -49,37 +57,35 @@ class Oracle:
         """One pass over ids [tokens]: dense, with `actions` [tokens, layers] forced, or decided by `rule` after
         `prefix` dense tokens.
         """
-        decoder = self.model.model
+        decoder, units = self.model.model, self.policy.units
         hidden = decoder.embed_tokens(torch.from_numpy(ids)[None])
         count, layers = len(ids), len(decoder.layers)
         rotary = decoder.rotary_emb(hidden, torch.arange(count)[None])
         mask = torch.full((count, count), float("-inf")).triu(1)[None, None]
-        taken = np.zeros((count, layers), np.int8)
-        damage = np.zeros((count, layers), np.float32)
-        executed = np.zeros(count, np.int64)
-        dense = np.arange(count) < max(prefix, DENSE_POSITIONS)
-        points = decision_points(self.policy.gated, self.policy.reads)
-        read_at = {layers[0]: read for read, layers in points.items()}
-        inputs: list[torch.Tensor] = []
-        settled: Damages = damage.T
-        for index, layer in enumerate(decoder.layers):
-            inputs.append(hidden[0])
-            if self.policy.network is not None and index in read_at:
-                for decided in points[read_at[index]]:
-                    damage[:, decided] = self.damage(inputs[read_at[index]], taken, decided)
-                if rule is not None:
-                    settled = rule.settled(damage.T)
-            if actions is not None:
-                taken[:, index] = actions[:, index]
-            elif rule is not None and index in self.policy.gated:
-                taken[:, index] = np.where(dense, Action.RUN, rule.decide(index, settled[index], executed))
-            ran = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-            ran = ran[0] if isinstance(ran, tuple) else ran
-            skip = torch.from_numpy(taken[:, index] == Action.SKIP)[None, :, None]
-            hidden = torch.where(skip, hidden + self.compensation(hidden, index), ran) if skip.any() else ran
-            executed += taken[:, index] == Action.RUN
+        damage = np.zeros((len(units), count), np.float32)
+        skipped = np.zeros((len(units), count), np.bool_) if actions is None else unit_skips(actions, units)
+        index = 0
+        while index < layers:
+            if index == self.policy.read and self.policy.network is not None:
+                damage = self.damage(hidden[0])
+                if rule is not None and actions is None:
+                    skipped = rule.skips(damage)
+                    skipped[:, : max(prefix, DENSE_POSITIONS)] = False
+            unit = next((place for place, unit in enumerate(units) if unit.first == index), None)
+            own = range(index, index + 1) if unit is None else units[unit].layers
+            skip = torch.zeros(count, dtype=torch.bool) if unit is None else torch.from_numpy(skipped[unit])
+            entered = hidden
+            update, rows = (hidden * 0, {}) if unit is None else self.bypass(entered, unit)
+            with ExitStack() as stack:
+                for name, row in rows.items():
+                    stack.enter_context(_instead(decoder.get_submodule(name), skip, row))
+                for layer in own:
+                    hidden = decoder.layers[layer](hidden, attention_mask=mask, position_embeddings=rotary)
+                    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            hidden = torch.where(skip[None, :, None], entered + update, hidden)
+            index = own.stop
         logits = self.model.lm_head(decoder.norm(hidden))[0]
-        return Pass(logits.numpy(), taken, damage)
+        return Pass(logits.numpy(), layer_actions(skipped, units, layers), damage.T)
 
     def generate(
         self, ids: npt.NDArray[np.int64], tokens: int, rule: DecisionRule | None = None
@@ -91,37 +97,36 @@ class Oracle:
             ids = np.append(ids, result.logits[-1].argmax())
         return ids, result
 
-    def damage(self, state: torch.Tensor, actions: npt.NDArray[np.int8], layer: int) -> npt.NDArray[np.float32]:
-        """The policy network for gated `layer`: state [tokens, hidden] = the input that it reads, actions [tokens,
-        layers] so far -> [tokens].
-        """
+    def damage(self, state: torch.Tensor) -> npt.NDArray[np.float32]:
+        """The policy network: state [tokens, hidden] = what enters its layer `read` -> [units, tokens]."""
         network = self.policy.network
         assert network is not None
-        row = self.policy.gated.index(layer)
-        weight = {name: torch.tensor(stacked[row]) for name, stacked in network.items()}
-        score = self.normed(state) @ weight["state"] + weight["bias"]
-        if "actions" in weight:
-            history = np.zeros((len(actions), HISTORY), np.float32)
-            for column, earlier in enumerate(range(layer - HISTORY, layer)):
-                if earlier >= 0:
-                    history[:, column] = actions[:, earlier]
-            score = score + torch.from_numpy(history) @ weight["actions"]
-        score = torch.relu(score) @ weight["out"] + weight["out_bias"] if "out" in weight else score[:, 0]
-        return torch.nn.functional.softplus(score).numpy()
+        score = self.normed(state) @ torch.tensor(network["weight"]) + torch.tensor(network["bias"])
+        return torch.nn.functional.softplus(score).T.numpy()
 
-    def compensation(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        """What is added for a skipped layer, hidden [..., hidden] -> the same shape."""
-        compensation = self.policy.compensation
-        if compensation.kind == "none":
-            return torch.zeros_like(hidden)
-        weight = {
-            name: torch.tensor(stacked[self.policy.gated.index(layer)])
-            for name, stacked in compensation.weights.items()
-        }
-        if compensation.kind == "scale":
-            return hidden * weight["factor"]
-        return self.normed(hidden) @ weight["down"] @ weight["up"]
+    def bypass(self, hidden: torch.Tensor, place: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What a skipped unit does: hidden [..., hidden] -> its update [..., hidden], and by module of the decoder what
+        that gives instead, K and V [..., kv] before norm and RoPE.
+        """
+        unit, weight, x = self.policy.units[place], self.bypasses[place], self.normed(hidden)
+        found = x @ weight["weight"] + weight["bias"]
+        if "up" in weight:
+            found = found + (torch.nn.functional.silu(x @ weight["gate"]) * (x @ weight["up"])) @ weight["down"]
+        updates = found.shape[-1] - 2 * self.size * len(unit.layers)
+        update = found[..., :updates] if updates else torch.zeros_like(hidden)
+        names = [f"layers.{layer}.self_attn.{which}_proj" for layer in unit.layers for which in ("k", "v")]
+        return update, dict(zip(names, found[..., updates:].split(self.size, -1), strict=True))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """RMSNorm of unit gain."""
         return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@contextmanager
+def _instead(module: torch.nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    """While it lasts, `module` gives `rows` [1, tokens, size] for the tokens that `skip` [tokens]."""
+    hook = module.register_forward_hook(lambda _module, _inputs, found: torch.where(skip[None, :, None], rows, found))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,9 +1,9 @@
 """Several sequences decoded together: a step reads the weights once for all of them.
 
 Each sequence has its own cache rows, rules, sampling and end, and gets what it would get alone (nearly, where prompts
-go through an engine of their own: what one shares with that before it is not computed again). A layer runs when any
+go through an engine of their own: what one shares with that before it is not computed again). A unit runs when any
 sequence runs it, and each takes its own result, so skipping saves less the more decode together: where every one skips
-a layer with probability p, p^n of its runs are saved.
+a unit with probability p, p^n of its runs are saved.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dash_export.arguments import Prompt, check_arguments
-from dash_export.decision import DENSE_POSITIONS
+from dash_export.decision import DENSE_POSITIONS, layer_actions
 from dash_export.errors import ContextLengthError, DashError, RequestError
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.engine_set import EngineSet
@@ -166,14 +166,15 @@ class Batch:
         self._reserve(max(lengths[: len(rows)]) + 1)
         step = self._bound(len(rows))
         rules = [
-            DENSE if length < DENSE_POSITIONS else row.rules.at(length, 1)
-            for row, length in zip(rows, lengths, strict=False)
+            DENSE if length < DENSE_POSITIONS else row.rules.rule for row, length in zip(rows, lengths, strict=False)
         ]
-        self.counters.layers_run += step.decode_batch([row.token for row in rows], rules)
+        step.decode_batch([row.token for row in rows], rules)
+        actions_of_rows = layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
+        self.counters.layers_run += int((~actions_of_rows.all(axis=0)).sum())
         self.counters.decode_steps += 1
         responses = []
-        for row, logits, actions in zip(rows, step.logits, step.actions, strict=True):
-            row.rules.decoded(actions)
+        for slot, (row, logits, actions) in enumerate(zip(rows, step.logits, actions_of_rows, strict=True)):
+            row.rules.decoded(step.skipped[:, slot : slot + 1])
             row.tokens.append(row.token)
             try:
                 response = row.turn.respond(logits[0], row.tokens, actions.copy(), row.index in self._cancelled)

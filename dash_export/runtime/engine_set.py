@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from dash_export.build_record import Build, Segment
+from dash_export.build_record import MIXED, POLICY, Build, Segment
 from dash_export.bundle import Bundle
+from dash_export.decision import Unit
 from dash_export.errors import BundleError
 from dash_export.manifest import DAMAGED
 from dash_export.names import PREFILL
@@ -13,7 +18,6 @@ from dash_export.runtime.backends.base import Backend, Engine
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.cpus import cpu_name, saturates_int8
 from dash_export.runtime.dispatch import BoundStep
-from dash_export.runtime.engines import SegmentEngines, policies_by_segment
 
 logger = logging.getLogger(__name__)
 
@@ -29,41 +33,37 @@ but its weights are other memory than the layers' engines have just warmed.
 """
 
 
-class EngineSet:
-    """All engines of a build in one dispatch mode, shared between sessions."""
+@dataclass(frozen=True)
+class SegmentEngines:
+    """The engines of one segment by name: what runs it, one after the other, and for a unit its bypass."""
 
-    def __init__(self, bundle: Bundle, build: Build, backend: Backend, dispatch: str) -> None:
-        """`dispatch`: `plain` (no policy), `fused` (policies inside the engines before) or `sync` (policies as engines
-        of their own).
-        """
+    segment: Segment
+    run: Sequence[tuple[str, Engine]]
+    bypass: Engine | None = None
+
+
+class EngineSet:
+    """All engines of a build, shared between sessions."""
+
+    def __init__(self, bundle: Bundle, build: Build, backend: Backend) -> None:
         self.model = bundle.manifest.model
         self.build = build
-        self.dispatch = dispatch
-
+        self._load = partial(_load, bundle, build, backend)
         policy = bundle.manifest.policy
-
-        def load(name: str, segment: Segment | None = None) -> Engine:
-            # A missing policy is no damage, and no damage is always skipped.
-            fused = dispatch == "fused" and segment is not None and policy.read_in(segment.layers) is not None
-            name = f"{name}.policy" if fused else name
-            if name not in build.engines:
-                raise BundleError(f"{bundle.root}: the build for {build.target!r} has no engine {name}. {DAMAGED}")
-            return backend.load(bundle.path(build.engines[name].file))
-
-        self.gated, self.decision_points = policy.gated, policy.decision_points
-        asked = self.decision_points if dispatch == "sync" else {}
-        self.segments = [
-            SegmentEngines(
-                segment,
-                load(segment.name, segment),
-                load(f"skip_{segment.first:02d}", segment) if segment.gated else None,
-                policies,
-            )
-            for segment, policies in zip(build.segments, policies_by_segment(build, asked, load), strict=True)
-        ]
-        self.answers = [group for item in self.segments for group in item.policies] or self.decision_points.values()
-        self.stretches = [(stretch, load(stretch.name)) for stretch in build.stretches]
-        self._for_prompts: list[SegmentEngines[Engine]] | None = None
+        self.units, self.read = policy.units, policy.read
+        self.segments = []
+        for segment in build.segments:
+            names = [segment.name] if segment.name in build.engines else segment.graphs
+            if policy.has_network and policy.read in segment.layers and POLICY in build.engines:
+                names = list(names)
+                names.insert(names.index(f"layer_{policy.read:02d}"), POLICY)
+            run = [(name, self._load(name)) for name in names]
+            unit = Unit(segment.first, segment.last) if segment.gated else None
+            self.segments.append(SegmentEngines(segment, run, self._load(unit.bypass) if unit else None))
+        self.mixes = all(MIXED + unit.name in build.engines for unit in self.units)
+        self._loading = threading.Lock()
+        self._mixed: list[Engine] | None = None
+        self._for_prompts: list[SegmentEngines] | None = None
         if PREFILL in build.engines and saturates_int8():
             logger.warning(
                 "prompts go through the layers' engines: on %s sums of int8 products overflow, and the engine for "
@@ -72,21 +72,20 @@ class EngineSet:
             )
         elif PREFILL in build.engines:
             whole = Segment.whole(self.model.num_layers)
-            self._for_prompts = [SegmentEngines(whole, load(PREFILL), None, {})]
-        engines = [
-            engine
-            for item in self.segments
-            for engine in (item.run, item.skip, *item.policies.values())
-            if engine is not None
-        ]
+            self._for_prompts = [SegmentEngines(whole, [(PREFILL, self._load(PREFILL))])]
+        engines = [engine for item in self.segments for _, engine in item.run]
+        if policy.has_network and not any("damage" in engine.outputs for engine in engines):
+            # A missing policy is no damage, and no damage is always skipped.
+            raise BundleError(f"{bundle.root}: the build for {build.target!r} has no engine of the policy. {DAMAGED}")
         self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
-        self.reads_history = any("actions" in engine.inputs for engine in engines)
-        # A lowered linear policy leaves its bias and softplus to the host: cheaper than two more nodes.
-        scored = any("score" in engine.outputs for engine in engines)
-        if scored and not build.policy_bias:
-            raise BundleError(f"{bundle.root}: the build for {build.target!r} lacks the policy's biases. {DAMAGED}")
-        self.score_bias = dict(build.policy_bias) if scored else {}
         self.score_rows = SCORE_ROWS
+
+    def mixed(self) -> Sequence[Engine]:
+        """One engine per unit for steps whose rows differ, loaded when the first such step is made."""
+        if self._mixed is None:
+            with self._loading:
+                self._mixed = self._mixed or [self._load(MIXED + unit.name) for unit in self.units]
+        return self._mixed
 
     def rows_at_once(self, capacity: int) -> int:
         """As many tokens as one pass may hold over a cache of `capacity` rows, for their attention scores' sake."""
@@ -111,3 +110,9 @@ class EngineSet:
         """`step` for the tokens of a prompt, about which no policy is asked."""
         segments = self._for_prompts if sequence >= FEWEST_TOKENS else None
         return BoundStep(self, cache, sequence, segments=segments)
+
+
+def _load(bundle: Bundle, build: Build, backend: Backend, name: str) -> Engine:
+    if name not in build.engines:
+        raise BundleError(f"{bundle.root}: the build for {build.target!r} has no engine {name}. {DAMAGED}")
+    return backend.load(bundle.path(build.engines[name].file))

@@ -96,8 +96,8 @@ class Generation:
 class Score:
     """Teacher-forced scoring of n tokens: log_likelihoods float32 [n - 1] (nats, of token i + 1 given those before),
     greedy bool [n - 1] (whether token i + 1 is the likeliest, which greedy decode would write), actions int8
-    [n, layers], damage float32 [n, layers], the policy's output per gated layer (zero where it was not asked), and,
-    where they were asked for, logits float32 [n, vocab].
+    [n, layers], damage float32 [n, units], the policy's output (zero where there is no network), and, where they were
+    asked for, logits float32 [n, vocab].
     """
 
     log_likelihoods: npt.NDArray[np.float32]

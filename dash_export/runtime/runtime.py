@@ -10,13 +10,12 @@ from dash_export.arguments import Prompt, check_arguments
 from dash_export.artifacts import FileRecord
 from dash_export.build_record import Build, CostTable
 from dash_export.bundle import Bundle, Seal
-from dash_export.decision import DecisionRule, Setting
+from dash_export.decision import Setting
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.batch import MAX_SIZE, Batch
 from dash_export.runtime.device.base import Device
-from dash_export.runtime.device.engines import BESIDE, DeviceEngines
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.heap import keep_freed_memory
 from dash_export.runtime.huge_pages import on_huge_pages
@@ -29,7 +28,7 @@ from dash_export.runtime.text import Text
 from dash_export.runtime.turn import MAX_TOKENS
 from dash_export.targets import MAX_THREADS, Dispatch, Recipe, recipe_from_dict
 
-DISPATCH_MODES = ("plain", *get_args(Dispatch))
+DISPATCH_MODES = get_args(Dispatch)
 
 
 class DashRuntime:
@@ -40,22 +39,11 @@ class DashRuntime:
         self.bundle = bundle
         self.build = build
         self.recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
-        has_network = bundle.manifest.policy.has_network
-        dispatch = dispatch or (self.recipe.runtime.dispatch if has_network else "plain")
+        dispatch = dispatch or self.recipe.runtime.dispatch
         if dispatch not in DISPATCH_MODES:
             raise PolicyError(f"There is no dispatch mode {dispatch!r:.60}. Known: {', '.join(DISPATCH_MODES)}.")
-        if dispatch != "plain" and not has_network:
-            raise PolicyError(
-                f"Dispatch {dispatch!r} needs a token policy, and this bundle has none. Export it with --policy."
-            )
-        on_device = self.recipe.engine is not None
-        if dispatch == "fused" and (on_device or self.recipe.dialect == "portable"):
-            raise PolicyError(
-                f"The target {build.target!r} has no fused policies: use dispatch "
-                f"{'overlapped' if on_device else 'sync'!r} or 'plain'."
-            )
-        if dispatch in BESIDE and not on_device:
-            raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: use 'fused' or 'sync'.")
+        if dispatch != "sync" and self.recipe.engine is None:
+            raise PolicyError(f"Dispatch {dispatch!r} needs the streams of a GPU target: leave it out.")
         self.text = Text(bundle.root)
         self.engines = engines(bundle, build, backend, self.recipe, dispatch)
 
@@ -72,9 +60,9 @@ class DashRuntime:
     ) -> DashRuntime:
         """Open a bundle that was built for `target`.
 
-        `dispatch` says how the policy is evaluated: `fused` into the engines before (CPU), `overlapped` on a stream of
-        its own (GPU), `device` (the same in one CUDA graph, decisions and all), or `sync`; `plain` is without it (not
-        for `sequence` and `token`). The recipe's by default.
+        `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (the
+        same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. On a CPU it is one more output of
+        the engine before the first unit.
         `threads` overrides the recipe's (0: one per physical core).
         `verify` checks the SHA-256 of every file that is loaded, and that it is still the same when all is loaded.
         Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError, PolicyError or RequestError
@@ -98,7 +86,7 @@ class DashRuntime:
     @property
     def dispatch(self) -> str:
         """The mode that runs: `overlapped` where `device` was wanted and cannot be."""
-        return self.engines.dispatch
+        return "sync" if isinstance(self.engines, EngineSet) else self.engines.dispatch
 
     @property
     def cost(self) -> CostTable:
@@ -115,16 +103,15 @@ class DashRuntime:
         skipped: float | None = None,
         max_kl: float | None = None,
         max_layers: int | None = None,
-        seed: int = 0,
         hold: bool = False,
     ) -> Session:
         """A new conversation.
 
-        `policy`: `dense` (the kill switch), `static`, `cosine`, `random`, `sequence` or `token`; without it, what is
-        given decides, and nothing given is dense. How much is skipped: see `Setting`. Raises PolicyError.
+        `policy`: `dense` (the kill switch), `static` or `token`; without it, what is given decides, and nothing given
+        is dense. How much is skipped: see `Setting`. Raises PolicyError.
         """
         return self.session_with(
-            Setting(policy, skip, trade_off, budget, skipped, max_kl, max_layers, seed, hold)  # type: ignore[arg-type]
+            Setting(policy, skip, trade_off, budget, skipped, max_kl, max_layers, hold)  # type: ignore[arg-type]
         )
 
     @check_arguments
@@ -132,15 +119,11 @@ class DashRuntime:
         """`session`, its arguments in one object."""
         facts = self.bundle.manifest
         rules = session_rules(setting, facts.model, facts.policy, self.build)
-        if setting.asks_network:
-            self._check_asked(setting.kind)
-        return self.session_under(rules)
-
-    def _check_asked(self, what: str) -> None:
-        if self.dispatch == "plain":
+        if setting.asks_network and not facts.policy.has_network:
             raise PolicyError(
-                f"The policy {what!r} needs a bundle with a policy network, loaded with another dispatch than 'plain'."
+                f"The policy {setting.kind!r} needs a bundle with a policy network: export with --policy."
             )
+        return self.session_under(rules)
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
         """At most `size` sequences decoded together, each under what `session` would be given. Raises PolicyError, and
@@ -156,18 +139,15 @@ class DashRuntime:
     def _batch(self, session: Session, size: int) -> Batch:
         if not 1 <= size <= MAX_SIZE:
             raise RequestError(f"size, how many sequences a batch holds, must be from 1 to {MAX_SIZE}, not {size}.")
-        if not isinstance(self.engines, EngineSet):
+        if not isinstance(self.engines, EngineSet) or not self.engines.mixes:
             raise BackendError(
-                f"The engines for {self.build.target!r} take one sequence at a time: use sessions, "
-                "or a target of ONNX Runtime on a CPU."
+                f"The engines for {self.build.target!r} take one sequence at a time: use sessions, or the target 'cpu'."
             )
         return Batch(self.engines, session, size)
 
     def session_under(self, rule: Rule | SessionRules) -> Session:
         """A new conversation whose actions come from `rule`: for evaluation and for policies of your own."""
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
-        if isinstance(rules.rule, DecisionRule):
-            self._check_asked("token")
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     def generate(
@@ -234,7 +214,9 @@ def engines(
         # First, so that weights too come from the heap: by themselves they are too small to fill a huge page.
         keep_freed_memory()
         with on_huge_pages(recipe.runtime.huge_pages):
-            return EngineSet(bundle, build, cast("Backend", backend), dispatch)
+            return EngineSet(bundle, build, cast("Backend", backend))
+    from dash_export.runtime.device.engines import DeviceEngines  # a CPU does without
+
     device = cast("Device", backend)
     device.accept(build, bundle.build_command(build.target))
     return DeviceEngines(bundle, build, recipe, device, dispatch)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.arguments import Prompt, check_arguments
-from dash_export.decision import DENSE_POSITIONS
+from dash_export.decision import DENSE_POSITIONS, Actions, layer_actions, unit_skips
 from dash_export.divergence import surprise
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime.cache import KVCache
@@ -55,7 +55,7 @@ class Session:
     @property
     def rule(self) -> Rule:
         """What decides the next token."""
-        return self.rules.at(self._cache.length, 1)
+        return self.rules.rule
 
     @property
     def cache_bytes(self) -> int:
@@ -152,13 +152,17 @@ class Session:
         """
         self._reserve(1)
         step = self._bound(1)
-        executed = step.decode(token, self._rule_here() if rule is None else rule)
-        self.rules.decoded(step.actions[0])
+        step.decode(token, self._rule_here() if rule is None else rule)
+        self.rules.decoded(step.skipped)
         self._pending = []  # in this order: an interrupt comes after a call
         self.tokens.append(token)
+        actions = self._actions(step)[0]
         self.counters.decode_steps += 1
-        self.counters.layers_run += executed
-        return step.logits[0, 0], step.actions[0].copy()
+        self.counters.layers_run += len(actions) - int(actions.sum())
+        return step.logits[0, 0], actions
+
+    def _actions(self, step: Step) -> Actions:
+        return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
 
     @check_arguments
     def score(
@@ -168,11 +172,11 @@ class Session:
         actions: npt.NDArray[np.int8] | None = None,
         keep_logits: bool = False,
     ) -> Score:
-        """Log-likelihood of each token after the first, as decode under the policy would see it, in one pass over a
-        fresh context, through the layers' engines even where prompts have one of their own.
+        """Log-likelihood of each token after the first, as decode under the policy would see it, in a fresh context: in
+        one pass where rows of the build's engines may differ (CPU), else token by token.
 
-        The first `prefix` tokens, two at least, are dense, like a prompt: what a `sequence` policy decides from.
-        `actions` int8 [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too:
+        The first `prefix` tokens, two at least, are dense, like a prompt. `actions` int8 [tokens, layers] forces every
+        action instead. `keep_logits` keeps the logits [tokens, vocab] too:
         mind the memory. Raises PolicyError under a held budget, which is known only token by token, and for actions of
         another shape.
         """
@@ -182,7 +186,7 @@ class Session:
             following = tokens[start + 1 : start + 1 + step.sequence]
             likelihoods.append((-surprise(step.logits[0], following)).astype(np.float32))
             greedy.append(step.logits[0, : len(following)].argmax(axis=-1) == following)
-            taken.append(step.actions.copy())
+            taken.append(self._actions(step))
             damages.append(step.damage.T.copy())
             if keep_logits:
                 logits.append(step.logits[0].copy())
@@ -210,26 +214,27 @@ class Session:
         shape = (len(tokens), self.engines.model.num_layers)
         if actions is not None and (actions.shape != shape or not np.isin(actions, (0, 1)).all()):
             raise PolicyError(f"actions must be {list(shape)}, tokens and layers, each 0 (run) or 1 (skip).")
-        if actions is None and not self.rules.foreseeable:
+        if actions is None and self.engines.mixes and not self.rules.foreseeable:
             raise PolicyError(
                 "A held budget (hold) adapts token by token, so one pass over a text cannot follow it: "
                 "score with the budget alone, or decode."
             )
+        forced = None if actions is None else unit_skips(actions, self.engines.units)
         self.reset()
         self._check_room(len(tokens), 0)
         self._reserve(len(tokens))
-        prompt = max(prefix, DENSE_POSITIONS) if actions is None else 0
-        reads = actions is None and self.rules.reads_prompts
-        chunk = min(self._chunk(), self.engines.score_rows)
-        for start, stop in _chunks(len(tokens), chunk, prompt if reads else 0):
-            step = self._bound(stop - start, "score")
-            rule = self.rules.at(start, stop - start) if actions is None else ForcedRule(actions[start:stop])
-            if reads and start < prompt:  # all of it is dense, and what the policy says of it is wanted
-                rule = ForcedRule(np.zeros((stop - start, self.engines.model.num_layers), np.int8))
-            step.teacher_force(tokens[start:stop], rule, np.arange(start, stop) < prompt)
-            self.tokens.extend(tokens[start:stop].tolist())
-            if reads and start < prompt:
-                self.rules.read(start, step.damage.T.copy())
+        prompt = max(prefix, DENSE_POSITIONS) if forced is None else 0
+        chunk = min(self._chunk(), self.engines.score_rows) if self.engines.mixes else 1
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            step = self._bound(len(part), "score" if self.engines.mixes else "decode")
+            rule = self.rules.rule if forced is None else ForcedRule(forced[:, start : start + chunk])
+            if self.engines.mixes:
+                step.teacher_force(part, rule, np.arange(start, start + len(part)) < prompt)
+            else:
+                step.decode(int(part[0]), DENSE if start < prompt else rule)
+                self.rules.decoded(step.skipped)
+            self.tokens.extend(part.tolist())
             yield start, step
 
     def _prefill(self, ids: TokenIds, headroom: int) -> Logits:
@@ -237,17 +242,15 @@ class Session:
         the cache holds.
         """
         self._reserve(len(ids) + headroom)
-        apart = self.engines.prefills_apart and not self.rules.reads_prompts
+        apart = self.engines.prefills_apart
         first = max(0, DENSE_POSITIONS - self._cache.length) if apart else 0
         for start, stop in _chunks(len(ids), self._chunk(), first):
             part = ids[start:stop]
             kind: StepKind = "prefill" if apart and start >= first else "decode"
-            step, position = self._bound(len(part), kind), self._cache.length
-            step.prefill(part, self.rules.reads_prompts)
+            step = self._bound(len(part), kind)
+            step.prefill(part)
             self._pending = []  # it is the first of these
             self.tokens.extend(part.tolist())
-            if self.rules.reads_prompts:
-                self.rules.read(position, step.damage.T.copy())
         self.counters.prefill_tokens += len(ids)
         last: Logits = step.logits[0, 0]
         return last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dash_export.graphs.ort.lower import fuse_skip_norms, lower
+from dash_export.graphs.ort.lower import lower
 from dash_export.graphs.ort.quantize import CONTRIB
 
-__all__ = ["CONTRIB", "fuse_skip_norms", "lower"]
+__all__ = ["CONTRIB", "lower"]

@@ -13,15 +13,14 @@ import onnx_ir as ir
 
 from dash_export.errors import BackendError
 from dash_export.graphs.compose import add_constant, constant_value, drop_unused, drop_unused_inputs, transpose_tables
-from dash_export.graphs.ort.policy import fuse_policy, share_norms
 from dash_export.graphs.ort.quantize import CONTRIB, hand_over, only_user, quantize_weights, replace
 from dash_export.graphs.precision import weight_precision
 from dash_export.graphs.rounded import Roundings, scaled, to_nearest
 from dash_export.names import new_names, short_name
 from dash_export.targets import Precision, WeightsRecipe
 
-PACK_ORDER = ("q_proj", "k_proj", "v_proj", "down", "state_projection", "gate_proj", "up_proj")
-"""GroupQueryAttention takes packed projections in this order; what reads the same norm besides comes last."""
+PACK_ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""GroupQueryAttention takes packed projections in this order."""
 ROTARY_MULTIPLE = 16
 """GroupQueryAttention rotates only heads whose size is a multiple of this."""
 
@@ -33,24 +32,21 @@ def lower(
     roundings: Roundings = to_nearest,
     for_prompts: bool = False,
 ) -> ir.Model:
-    """A portable segment or skip graph -> the `ort` dialect, in place.
+    """A portable segment, bypass or policy graph -> the `ort` dialect, in place.
 
     Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_length` [1] int32
-    replace mask, positions and write indices), the cache writes of a skip graph outputs, Add + RMSNormalization one
+    replace mask, positions and write indices), the cache writes of a bypass outputs, Add + RMSNormalization one
     node, projections that read the same value one matrix, weights are quantised, as `roundings` says where it has one
     for a matrix. `for_prompts`: what is int8 is multiplied in integers, activations and all (`quantize_weights`).
     """
     graph = model.graph
     graph.opset_imports[CONTRIB] = 1
-    share_norms(graph)
-    if any(node.name == "policy/softplus" for node in graph):
-        fuse_policy(graph)
     folded = _fold_scale(graph)
     _pack_projections(graph, recipe, gated)
     _group_query_attention(graph)
     _new_rows(graph)
     _silu(graph)
-    fuse_skip_norms(graph)
+    _fuse_skip_norms(graph)
     transpose_tables(graph)
     quantize_weights(graph, recipe, gated, scaled(roundings, folded), for_prompts)
     drop_unused_inputs(graph)
@@ -246,9 +242,8 @@ def _undivided(graph: ir.Graph, split: ir.Node, parts: int) -> ir.Value:
 
 
 def _new_rows(graph: ir.Graph) -> None:
-    """A cache write that nothing attends to, as in a skip graph, becomes an output: the new rows [batch, sequence,
-    kv_heads * head_dim], which the host writes where they go. Without two writes, turned heads and two caches in and
-    out a skip graph has seven nodes instead of thirteen.
+    """A cache write that nothing attends to, as in a bypass, becomes an output: the new rows [batch, sequence,
+    kv_heads * head_dim], which the host writes where they go: fewer nodes, and no turned heads.
     """
     for node in list(graph):
         if node.op_type != "TensorScatter":
@@ -321,7 +316,7 @@ def _silu(graph: ir.Graph) -> None:
             graph.remove(sigmoid, safe=True)
 
 
-def fuse_skip_norms(graph: ir.Graph) -> None:
+def _fuse_skip_norms(graph: ir.Graph) -> None:
     """Add -> RMSNormalization with the model's own gain becomes one node that also gives the sum."""
     for node in list(graph):
         added = _producer(node.inputs[0], "Add") if node.op_type == "RMSNormalization" else None

@@ -73,7 +73,7 @@ def quantize_weights(
 
 
 def _is_weight(matrix: npt.NDArray[Any], block: int) -> bool:
-    # Not a linear policy's single column, nor a compensation of a rank below one block.
+    # Not the policy's few columns.
     return matrix.ndim == 2 and min(matrix.shape) >= block
 
 

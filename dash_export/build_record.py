@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -46,6 +47,10 @@ class Segment:
         """Its portable graphs, in order."""
         names = [f"layer_{layer:02d}" for layer in self.layers]
         return ["embed"] * self.embed + names + ["head"] * self.head
+
+    def engines(self, known: Container[str]) -> list[str]:
+        """Which of a build's engines run it: one, or its portable graphs."""
+        return self.graphs if all(graph in known for graph in self.graphs) else [self.name]
 
     @property
     def name(self) -> str:
@@ -147,7 +152,7 @@ def check_build(build: Build, manifest: Manifest, where: str) -> None:
         raise BundleError(f"{where}: the segments are not the model's layers in order. {DAMAGED}")
     needed = {unit.bypass for unit in units}
     for segment in segments:
-        needed |= {segment.name} if segment.name in build.engines else set(segment.graphs)
+        needed |= set(segment.engines(build.engines))
     if needed - set(build.engines):
         raise BundleError(f"{where}: there is no engine {min(needed - set(build.engines))}. {DAMAGED}")
     mixed = {name for name in build.engines if name.startswith(MIXED)}

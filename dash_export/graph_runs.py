@@ -46,9 +46,8 @@ def step_inputs(start: int, count: int, capacity: int) -> Arrays:
     }
 
 
-def graph_run(path: Path, score_bias: npt.NDArray[np.float64] | None = None, *, own_threads: bool = False) -> Run:
-    """A graph in ONNX Runtime on the CPU, fed with what it takes, at the types and ranks it takes. A score becomes the
-    damage that the host makes of it: `score_bias` [layers].
+def graph_run(path: Path, *, own_threads: bool = False) -> Run:
+    """A graph in ONNX Runtime on the CPU, fed with what it takes, at the types and ranks it takes.
 
     ONNX Runtime has either one pool of threads for the process or one per session: `own_threads` where others in this
     process have their own. Raises BackendError when ONNX Runtime refuses the graph.
@@ -75,9 +74,6 @@ def graph_run(path: Path, score_bias: npt.NDArray[np.float64] | None = None, *, 
             array = array.reshape(array.shape[max(0, array.ndim - len(item.shape)) :])
             feeds[item.name] = array.astype(types.get(item.type, array.dtype), copy=False)
         found = dict(zip(outputs, session.run(None, feeds), strict=True))
-        if "score" in found and score_bias is not None:
-            damage = np.logaddexp(0.0, found.pop("score") + score_bias)
-            found["damage"] = damage[:, 0] if len(score_bias) == 1 else damage
         for past in inputs:
             if past.startswith("past_key_values."):
                 for name in ("present", "new"):

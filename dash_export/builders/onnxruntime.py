@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
-from dash_export.build_record import MIXED, Segment
+from dash_export.build_record import MIXED, POLICY, Segment
 from dash_export.builders.prepacked import PACKING_REVISION, store_prepacked
 from dash_export.builders.segments import (
     Artifact,
@@ -84,25 +84,42 @@ def _engines(
         calibration_key(bundle, recipe),
     )
 
-    def artifact(name: str, graphs: list[str], make: MakeGraph, extends: tuple[str, ...] = ()) -> Artifact:
-        files = [folder / f"{other}.onnx" for other in extends]
-        key = content_key(base, name, graphs_key(bundle, graphs))
-        return Artifact(name, key, partial(_write, lowering, name, make, files), extends)
-
     lowering = lowering_for(bundle, recipe, roundings)
-    for segment in segments:
-        decides = policy.has_network and policy.read in segment.layers
-        graphs = [*segment.graphs, "policy"] if decides else segment.graphs
-        yield artifact(segment.name, graphs, partial(compose_segment, bundle, segment, decides))
-        if segment.gated:
-            unit = Unit(segment.first, segment.last)
-            yield artifact(unit.bypass, [unit.bypass], partial(load_graph, bundle.graph(unit.bypass)))
-            graphs = [unit.bypass, *segment.graphs]
-            yield artifact(MIXED + unit.name, graphs, partial(compose_mixed, bundle, unit), (segment.name, unit.bypass))
+    for graph in engine_graphs(bundle, segments):
+        key = content_key(base, graph.name, graphs_key(bundle, graph.parts))
+        files = [folder / f"{other}.onnx" for other in graph.extends]
+        yield Artifact(graph.name, key, partial(_write, lowering, graph.name, graph.make, files), graph.extends)
     if recipe.weights.prefill == "int8":
         whole = Segment.whole(bundle.manifest.model.num_layers)
         key = content_key(base, graphs_key(bundle, whole.graphs), "prefill")
         yield Artifact(PREFILL, key, partial(_prefill, bundle, recipe, roundings, whole))
+
+
+@dataclass(frozen=True)
+class EngineGraph:
+    """An engine's graph, still in the portable form: `make` it of the bundle's graphs `parts`. `extends`: engines whose
+    weights it shares.
+    """
+
+    name: str
+    parts: list[str]
+    make: MakeGraph
+    extends: tuple[str, ...] = ()
+
+
+def engine_graphs(bundle: Bundle, segments: Sequence[Segment]) -> Iterator[EngineGraph]:
+    """Of every engine of a build."""
+    policy = bundle.manifest.policy
+    for segment in segments:
+        decides = policy.has_network and policy.read in segment.layers
+        parts = [*segment.graphs, POLICY] if decides else segment.graphs
+        yield EngineGraph(segment.name, parts, partial(compose_segment, bundle, segment, decides))
+        if segment.gated:
+            unit = Unit(segment.first, segment.last)
+            yield EngineGraph(unit.bypass, [unit.bypass], lambda name=unit.bypass: load_graph(bundle.graph(name)))
+            parts = [unit.bypass, *segment.graphs]
+            shared = segment.name, unit.bypass
+            yield EngineGraph(MIXED + unit.name, parts, partial(compose_mixed, bundle, unit), shared)
 
 
 def lowering_for(bundle: Bundle, recipe: Recipe, roundings: Roundings = to_nearest) -> Lowering:

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.build_record import Build, Segment, Stretch, policy_engines
+from dash_export.build_record import MIXED, POLICY, Build, Segment
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
-from dash_export.builders.portable_files import portable_file, write_graph
-from dash_export.builders.segments import calibration_key
+from dash_export.builders.onnxruntime import engine_graphs
+from dash_export.builders.portable_files import write_graph
+from dash_export.builders.segments import calibration_key, compose_segment
 from dash_export.builders.stored_roundings import stored_roundings
 from dash_export.bundle import Bundle
+from dash_export.decision import Unit
 from dash_export.errors import BackendError
 from dash_export.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.graphs.rounded import Roundings, to_nearest
@@ -68,13 +70,11 @@ def verify_graphs(
     segments: Sequence[Segment],
     engines: Mapping[str, Path],
     progress: Progress = no_progress,
-    policy_bias: Mapping[int, float] | None = None,
-    stretches: Sequence[Stretch] = (),
     roundings: Roundings = to_nearest,
 ) -> tuple[list[Check], str]:
     """Compare every engine (CPU: the files in `engines`) or the graph it is compiled from (GPU) with its portable
     graph, in ONNX Runtime on this CPU. A GPU graph must also pass the ONNX checker at its dialect's opset.
-    `policy_bias` is the build's: what the host adds to a linear policy's score. `roundings`: of a GPU graph's matrices.
+    `roundings`: of a GPU graph's matrices.
 
     Returns the checks and what was compared, in words. ONNX Runtime has no bfloat16 on a CPU: such graphs are compared
     at float32, which shows everything but the rounding.
@@ -85,7 +85,7 @@ def verify_graphs(
             recipe, words = _at_float32(recipe), "lowered graphs at fp32 (bf16 is not there)"
         assert recipe.engine is not None
         recipe = replace(recipe, engine=replace(recipe.engine, kv_capacity=CAPACITY))
-    checks = list(_checks(bundle, recipe, segments, engines, progress, policy_bias or {}, stretches, roundings))
+    checks = list(_checks(bundle, recipe, segments, engines, progress, roundings))
     return checks, f"{words} in ONNX Runtime on a CPU"
 
 
@@ -95,9 +95,7 @@ def verification(bundle: Bundle, build: Build, progress: Progress = no_progress)
     files = {name: bundle.path(engine.file) for name, engine in build.engines.items()}
     calibrated = recipe.engine is not None and calibration_key(bundle, recipe)
     known = stored_roundings(bundle.path(f"engines/{build.target}")) if calibrated else to_nearest
-    return recorded(
-        *verify_graphs(bundle, recipe, build.segments, files, progress, build.policy_bias, build.stretches, known)
-    )
+    return recorded(*verify_graphs(bundle, recipe, build.segments, files, progress, known))
 
 
 def recorded(checks: list[Check], words: str) -> dict[str, Any]:
@@ -132,37 +130,36 @@ def _checks(
     segments: Sequence[Segment],
     engines: Mapping[str, Path],
     progress: Progress,
-    policy_bias: Mapping[int, float],
-    stretches: Sequence[Stretch],
     roundings: Roundings,
 ) -> Iterator[Check]:
-    gated = bundle.manifest.policy.gated
-    groups = list(bundle.manifest.policy.decision_points.values())
-    if recipe.engine is None:
-        groups = list(policy_engines(groups, engines).values())
-    decided_from = {layers[0]: layers for layers in groups}
-    graphs = {name: make for name, _, make in portable_graphs(bundle, segments, groups)}
+    gated = bundle.manifest.policy.layers
+    on_cpu = recipe.engine is None
+    if on_cpu and recipe.dialect == "portable":  # the graphs are their own engines
+        return
+    graphs: dict[str, MakeGraph] = (
+        {graph.name: graph.make for graph in engine_graphs(bundle, segments)}
+        if on_cpu
+        else {name: make for name, _, make in portable_graphs(bundle, segments)}
+    )
     walk = _Walk(bundle)
-    ordered = list(_in_order(segments, graphs, engines if recipe.engine is None else {}, stretches))
-    for done, (segment, name, engine) in enumerate(ordered, 1):
+    names = set(engines) & set(graphs) if on_cpu else set(graphs)
+    ordered = list(_in_order(segments, bundle.manifest.policy.read, names))
+    for done, (segment, name) in enumerate(ordered, 1):
         with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
-            decided = decided_from[segment.first] if name.startswith("policy") else ()
-            path = portable_file(bundle, segment, name, Path(folder), decided)
-            if recipe.engine is None:
-                other = engines[engine]
+            path = write_graph(graphs[name](), Path(folder) / "portable.onnx")
+            if on_cpu:
+                other = engines[name]
             else:
                 other = write_graph(lower(graphs[name](), recipe, gated, roundings), Path(folder) / "lowered.onnx")
                 _check_standard(other, name, recipe)
-            bias = np.array([policy_bias[layer] for layer in decided]) if decided and policy_bias else None
-            moves = segment in segments and engine == segment.name
-            errors = walk.compare(segment, name, graph_run(path), graph_run(other, bias), moves)
-        progress(f"verify {engine}", done, len(ordered))
-        yield Check(engine, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
+            errors = walk.compare(segment, name, graph_run(path), graph_run(other))
+        progress(f"verify {name}", done, len(ordered))
+        yield Check(name, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
     if PREFILL in engines:
         progress(f"verify {PREFILL}", 0, 0)
         segment = Segment.whole(bundle.manifest.model.num_layers)
         with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
-            portable = graph_run(portable_file(bundle, segment, segment.name, Path(folder)))
+            portable = graph_run(write_graph(compose_segment(bundle, segment), Path(folder) / "portable.onnx"))
             yield Check(PREFILL, walk.compare_prompts(portable, graph_run(engines[PREFILL])), WHOLE_TOLERANCE)
 
 
@@ -181,22 +178,15 @@ def _check_standard(path: Path, name: str, recipe: Recipe) -> None:
         raise BackendError(f"{name} is not valid ONNX at opset {OPSETS[recipe.dialect]}: {error}") from error
 
 
-def _in_order(
-    segments: Iterable[Segment], graphs: Mapping[str, MakeGraph], engines: Collection[str], stretches: Sequence[Stretch]
-) -> Iterator[tuple[Segment, str, str]]:
-    """(segment, portable graph, engine) of everything to check; a segment's own comes last, because it moves the states
-    on. One that decides about later layers on its way must give what it gives without, too.
-    """
+def _in_order(segments: Iterable[Segment], read: int, names: Collection[str]) -> Iterator[tuple[Segment, str]]:
+    """(segment, engine) of everything to check; a segment's own comes last, because it moves the states on."""
     for segment in segments:
-        for stretch in stretches:
-            if stretch.first == segment.first:
-                yield stretch.segment, stretch.name, stretch.name
-        names = (f"policy_{segment.first:02d}", f"skip_{segment.first:02d}", segment.name)
-        for name in names if segment.gated else names[2:]:
-            if f"{name}.policy" in engines:
-                yield segment, name, f"{name}.policy"
-            if name in graphs:
-                yield segment, name, name
+        unit = Unit(segment.first, segment.last)
+        found = [POLICY] if read in segment.layers else []
+        found += [unit.bypass, MIXED + unit.name] if segment.gated else []
+        for name in (*found, segment.name):
+            if name in names:
+                yield segment, name
 
 
 class _Walk:
@@ -207,21 +197,16 @@ class _Walk:
         rng = np.random.default_rng(0)
         self.ids = text_ids(bundle, max(start + count for start, count in (*STEPS, *PROMPT_STEPS)))
         self.states: list[npt.NDArray[Any]] = [self.ids[None, start : start + count] for start, count in STEPS]
-        self.policy = bundle.manifest.policy
-        self.read: list[npt.NDArray[Any]] = []
-        self.actions = [rng.integers(0, 2, (1, count, 2)).astype(np.float32) for _, count in STEPS]
+        self.skipped = [rng.random((1, count, 1)) < 0.5 for _, count in STEPS]
 
-    def compare(self, segment: Segment, name: str, portable: Run, lowered: Run, moves: bool) -> dict[str, float]:
-        """Errors by kind over all steps; with `moves` the states are what the portable graph made of them then."""
-        layers = () if name.startswith("policy") else segment.layers
-        caches = [self._empty_cache(layers) for _ in range(2)]
+    def compare(self, segment: Segment, name: str, portable: Run, lowered: Run) -> dict[str, float]:
+        """Errors by kind over all steps; after a segment's own engine the states are what its portable graph gave."""
+        caches = [self._empty_cache(() if name == POLICY else segment.layers) for _ in range(2)]
         pairs: dict[str, list[_Pair]] = {}
         outputs = []
         for step, (start, count) in enumerate(STEPS):
-            # A policy reads what entered a segment, or (of a merged one, or of the embedding's) any hidden state.
-            read = self.read[step] if name.startswith("policy") and self.read else self.states[step]
-            state = read if read.dtype == np.float32 else self.states[step]
-            inputs = self._inputs(state, step) | {"layer": np.array([segment.first])}
+            state = self.states[step]
+            inputs = self._inputs(state, step)
             one, other = (
                 self._step(run, inputs | cache, cache, start, count)
                 for run, cache in zip((portable, lowered), caches, strict=True)
@@ -234,9 +219,7 @@ class _Walk:
                 base = state if key == "hidden_out" and state.dtype == np.float32 else np.zeros(1, np.float32)
                 pair = _Pair(one[key] - base, other[key].astype(np.float32) - base, base)
                 pairs.setdefault("K/V" if key.startswith("row") else key, []).append(pair)
-        if moves:
-            if self.policy.read_in(segment.layers) is not None:
-                self.read = self.states
+        if name == segment.name:
             self.states = outputs
         return {kind: _relative(found) for kind, found in sorted(pairs.items())}
 
@@ -265,7 +248,7 @@ class _Walk:
         start, count = STEPS[step]
         return step_inputs(start, count, CAPACITY) | {
             "input_ids" if state.dtype == np.int64 else "hidden": state,
-            "actions": self.actions[step],
+            "skipped": self.skipped[step],
         }
 
     def _step(self, run: Run, inputs: Arrays, cache: Arrays, start: int, count: int) -> Arrays:
@@ -277,7 +260,7 @@ class _Walk:
             present, new = (names(int(layer))[index] for names in (present_names, new_names))
             if new in found:
                 rows = found.pop(new)
-                # Of a skip graph in the `ort` form, all heads of a token side by side.
+                # Of a bypass in the `ort` form, all heads of a token side by side.
                 rows = rows if rows.ndim == 4 else rows.reshape(1, count, -1, self.model.head_dim).swapaxes(1, 2)
             else:
                 rows = found.pop(present)[:, :, start : start + count]
@@ -307,9 +290,9 @@ def _relative(pairs: list[_Pair]) -> float:
 def _coarsest(recipe: Recipe, segment: Segment, name: str, gated: tuple[int, ...]) -> Precision:
     """The precision of a graph's coarsest weights."""
     weights = recipe.weights
-    if name.startswith("policy"):
-        return weights.policy
-    used: list[Precision] = [weights.head] * segment.head + [weights.embedding]
+    if name.startswith(("policy", "bypass")):
+        return weights.bypass
+    used: list[Precision] = [weights.head] * segment.head + [weights.embedding] + [weights.bypass] * segment.gated
     for layer in segment.layers:
         used += [weights.layers, weights.qkv] if layer in gated else [weights.ungated]
     order = list(TOLERANCE)

@@ -53,9 +53,8 @@ class EngineSet:
         self.units, self.read = policy.units, policy.read
         self.segments = []
         for segment in build.segments:
-            names = [segment.name] if segment.name in build.engines else segment.graphs
+            names = segment.engines(build.engines)
             if policy.has_network and policy.read in segment.layers and POLICY in build.engines:
-                names = list(names)
                 names.insert(names.index(f"layer_{policy.read:02d}"), POLICY)
             run = [(name, self._load(name)) for name in names]
             unit = Unit(segment.first, segment.last) if segment.gated else None

@@ -1,4 +1,4 @@
-"""The decision rule and the budget dial, by property."""
+"""Units, the decision rule and the budget dial, by property."""
 
 from __future__ import annotations
 
@@ -9,130 +9,143 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_export.decision import Action, DialPoint, Setting, decision_rule, trade_off_for
+from dash_export.decision import (
+    DialPoint,
+    Setting,
+    Unit,
+    check_units,
+    decision_rule,
+    layer_actions,
+    parse_units,
+    trade_off_for,
+    unit_skips,
+    units_of,
+    units_text,
+)
 from dash_export.errors import PolicyError
 
 LAYERS = 12
-gated_sets = st.sets(st.integers(1, LAYERS - 1), max_size=LAYERS - 2)
+UNITS = (Unit(2, 4), Unit(5, 5), Unit(8, 9))
+COST = (0.2, 0.05, 0.15)
 trade_offs = st.floats(0, 1e6, allow_nan=False)
-damages = st.floats(0, 1e6, width=32, allow_nan=False)
+damages = st.lists(st.floats(0, 1e6, width=32), min_size=3, max_size=3).map(lambda own: np.array(own)[:, None])
 
 
-def costs(gated: set[int], scale: float = 0.03) -> dict[int, float]:
-    return {layer: scale * (1 + layer % 3) for layer in gated}
+@st.composite
+def some_units(draw: st.DrawFn) -> tuple[Unit, ...]:
+    cuts = sorted(draw(st.sets(st.integers(1, LAYERS), min_size=1)))
+    gaps = draw(st.lists(st.booleans(), min_size=len(cuts), max_size=len(cuts)))
+    ends = zip(cuts, cuts[1:], gaps, strict=False)
+    return tuple(Unit(first, stop - 1) for first, stop, taken in ends if taken)
 
 
-def walk(rule: object, damage: list[float]) -> list[bool]:
-    """One token through every layer: which it skips."""
-    executed, skipped = 0, []
-    for layer, own in enumerate(damage):
-        skip = rule.skips(layer, own, executed)  # type: ignore[attr-defined]
-        skipped.append(skip)
-        executed += not skip
-    return skipped
+@given(some_units())
+def test_units_are_written_and_read(units: tuple[Unit, ...]) -> None:
+    check_units(units, units[0].first - 1 if units else 0, LAYERS)
+    if units:
+        assert parse_units(units_text(units)) == units
 
 
-@given(gated_sets, trade_offs, st.lists(damages, min_size=LAYERS, max_size=LAYERS), st.integers(0, LAYERS))
-def test_one_token_and_many_agree(gated: set[int], trade_off: float, damage: list[float], executed: int) -> None:
-    rule = decision_rule(LAYERS, gated, costs(gated), trade_off)
-    for layer in range(LAYERS):
-        for count in (executed, 0):
-            actions = rule.decide(layer, np.array([damage[layer]], np.float32), np.array([count]))
-            assert actions.dtype == np.int8
-            assert (actions[0] == Action.SKIP) == rule.skips(layer, damage[layer], count)
+@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "1-2-3", "1;2", "9" * 30])
+def test_bad_units_are_named(text: str) -> None:
+    with pytest.raises(PolicyError, match="written like"):
+        parse_units(text)
 
 
-@given(gated_sets, st.lists(damages, min_size=LAYERS, max_size=LAYERS))
-def test_zero_is_dense(gated: set[int], damage: list[float]) -> None:
-    assert not any(walk(decision_rule(LAYERS, gated, costs(gated), 0.0), damage))
+@pytest.mark.parametrize(
+    ("text", "read", "expected"),
+    [
+        ("4-3", 1, "rising order"),
+        ("2-4,4-5", 1, "rising order"),
+        ("5-6,2-3", 1, "rising order"),
+        ("10-12", 1, "layers 0 to 11"),
+        ("2-3", 2, "before the first unit"),
+        ("0-3", 0, "Layer 0"),
+    ],
+)
+def test_units_that_cannot_be(text: str, read: int, expected: str) -> None:
+    with pytest.raises(PolicyError, match=expected):
+        check_units(parse_units(text), read, LAYERS)
 
 
-@given(gated_sets, trade_offs, st.data())
-def test_max_layers_is_respected_and_feasible(gated: set[int], trade_off: float, data: st.DataObject) -> None:
-    most = data.draw(st.integers(LAYERS - len(gated), LAYERS))
-    damage = data.draw(st.lists(damages, min_size=LAYERS, max_size=LAYERS))
-    skipped = walk(decision_rule(LAYERS, gated, costs(gated), trade_off, most), damage)
-    assert LAYERS - sum(skipped) <= most
-    assert {layer for layer, skip in enumerate(skipped) if skip} <= gated
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=5))
+def test_skip_maps_and_back(rows: list[tuple[bool, ...]]) -> None:
+    skipped = np.array(rows).T
+    actions = layer_actions(skipped, UNITS, LAYERS)
+    assert actions.shape == (len(rows), LAYERS)
+    assert actions.dtype == np.int8
+    np.testing.assert_array_equal(actions.sum(axis=1), np.array([3, 1, 2]) @ skipped)
+    np.testing.assert_array_equal(unit_skips(actions, UNITS), skipped)
 
 
-@given(gated_sets, st.data())
-def test_max_layers_alone_runs_exactly_that_many(gated: set[int], data: st.DataObject) -> None:
-    most = data.draw(st.integers(LAYERS - len(gated), LAYERS))
-    assert LAYERS - sum(walk(decision_rule(LAYERS, gated, costs(gated), 0.0, most), [1.0] * LAYERS)) == most
+@pytest.mark.parametrize("layers", [(2, 3), (6,), (2, 3, 4, 5, 8)])
+def test_parts_of_units_are_refused(layers: tuple[int, ...]) -> None:
+    actions = np.zeros((2, LAYERS), np.int8)
+    actions[1, list(layers)] = 1
+    with pytest.raises(PolicyError, match="whole"):
+        unit_skips(actions, UNITS)
+    with pytest.raises(PolicyError, match="whole units"):
+        units_of(layers, UNITS)
 
 
-@given(gated_sets.filter(bool), st.lists(damages, min_size=LAYERS, max_size=LAYERS), trade_offs, trade_offs)
-def test_a_larger_trade_off_never_skips_less(gated: set[int], damage: list[float], one: float, other: float) -> None:
-    low, high = (
-        walk(decision_rule(LAYERS, gated, costs(gated), trade_off), damage) for trade_off in sorted((one, other))
-    )
-    assert all(b or not a for a, b in zip(low, high, strict=True))
+def test_units_of_layers() -> None:
+    assert units_of((9, 8, 5), UNITS) == (1, 2)
+    assert units_of((), UNITS) == ()
 
 
-def test_uneven_costs_change_decisions() -> None:
-    """The same damage is worth it where much time is saved and not where little is."""
-    rule = decision_rule(4, (1, 2), {1: 0.5, 2: 0.01}, 1.0)
-    assert walk_four(rule, 0.1) == [False, True, False, False]
-    even = decision_rule(4, (1, 2), {1: 0.2, 2: 0.2}, 1.0)
-    assert walk_four(even, 0.1) == [False, True, True, False]
+@given(damages)
+def test_zero_is_dense(damage: np.ndarray) -> None:
+    assert not decision_rule(UNITS, COST, 0.0).skips(damage).any()
 
 
-def walk_four(rule: object, damage: float) -> list[bool]:
-    return [rule.skips(layer, damage, 0) for layer in range(4)]  # type: ignore[attr-defined]
+@given(damages, trade_offs)
+def test_skipped_where_damage_is_below_trade_off_times_cost(damage: np.ndarray, trade_off: float) -> None:
+    skips = decision_rule(UNITS, COST, trade_off).skips(damage)
+    assert skips[:, 0].tolist() == [own < trade_off * cost for own, cost in zip(damage[:, 0], COST, strict=True)]
 
 
-@given(gated_sets.filter(bool), trade_offs, st.floats(0, 0.2), st.data())
-def test_a_stretch_is_broken_where_that_pays(
-    gated: set[int], trade_off: float, launches: float, data: st.DataObject
-) -> None:
-    """By what it gives: the differential reward of skipping some of it is above 0, or none of it is skipped."""
-    together = tuple(sorted(gated))
-    cost = costs(gated)
-    damage = np.array(data.draw(st.lists(damages, min_size=LAYERS, max_size=LAYERS)))
-    rule = decision_rule(LAYERS, gated, cost, trade_off, breaking={together: launches})
-    alone = walk(decision_rule(LAYERS, gated, cost, trade_off), damage.tolist())
-    skipped = walk(rule, rule.settled(damage[:, None])[:, 0].tolist())
-    reward = sum(trade_off * cost[layer] - damage[layer] for layer in gated if alone[layer]) - trade_off * launches
-    if abs(reward) > 1e-9:
-        assert skipped == (alone if reward > 0 or not launches else [False] * LAYERS)
-    scaled = decision_rule(LAYERS, gated, cost, 2 * trade_off, breaking={together: launches})
-    np.testing.assert_allclose(rule.scaled(2.0).limits, scaled.limits)
-    assert [price for _, price in rule.scaled(2.0).breaking] == pytest.approx([price for _, price in scaled.breaking])
+@given(st.lists(damages, min_size=1, max_size=4), trade_offs, st.integers(6, LAYERS))
+def test_one_token_and_many_agree(rows: list[np.ndarray], trade_off: float, most: int) -> None:
+    rule = decision_rule(UNITS, COST, trade_off, most, LAYERS)
+    together = rule.skips(np.hstack(rows))
+    np.testing.assert_array_equal(together, np.hstack([rule.skips(row) for row in rows]))
 
 
-def test_a_ceiling_breaks_stretches_anyway() -> None:
-    """So it leaves the cheap skips, where it takes some."""
-    rule = decision_rule(4, (1, 2, 3), dict.fromkeys((1, 2, 3), 1.0), 1.0, 3, {(1, 2, 3): 0.3})
-    damage = np.array([[0.0], [0.9], [0.9], [5.0]])
-    assert walk(rule, rule.settled(damage)[:, 0].tolist()) == [False, True, True, False]
+@given(damages, trade_offs, st.integers(6, LAYERS))
+def test_max_layers_is_respected_by_the_least_damage(damage: np.ndarray, trade_off: float, most: int) -> None:
+    free = decision_rule(UNITS, COST, trade_off).skips(damage)[:, 0]
+    bound = decision_rule(UNITS, COST, trade_off, most, LAYERS).skips(damage)[:, 0]
+    sizes = np.array([3, 1, 2])
+    assert LAYERS - sizes @ bound <= most
+    assert (bound | ~free).all()
+    forced = np.flatnonzero(bound & ~free)
+    if len(forced):  # none of them is in vain, and no unit of less damage per layer runs
+        rate = damage[:, 0] / sizes
+        worst = forced[np.argmax(rate[forced])]
+        assert LAYERS - sizes @ bound + sizes[worst] > most
+        assert all(rate[forced].max() <= rate[unit] for unit in np.flatnonzero(~bound))
 
 
-def test_each_stretch_for_itself() -> None:
-    """Layers outside of them, and other tokens, do not pay for one."""
-    rule = decision_rule(6, range(1, 6), dict.fromkeys(range(1, 6), 0.1), 1.0, breaking={(1, 2): 0.08, (3, 4): 0.08})
-    damage = np.array([[9, 9], [0.05, 0.0], [0.05, 0.3], [0.0, 0.09], [0.3, 0.09], [0.05, 0.05]])
-    settled = rule.settled(damage)
-    skips = np.array([rule.decide(layer, settled[layer], np.zeros(2, np.int64)) for layer in range(6)])
-    np.testing.assert_array_equal(skips, [[0, 0], [1, 1], [1, 0], [1, 0], [0, 0], [1, 1]])
+@given(damages, trade_offs, trade_offs)
+def test_a_larger_trade_off_never_skips_less(damage: np.ndarray, one: float, other: float) -> None:
+    low, high = (decision_rule(UNITS, COST, trade_off).skips(damage) for trade_off in sorted((one, other)))
+    assert (high | ~low).all()
 
 
 def test_a_tie_runs() -> None:
-    rule = decision_rule(4, (1,), {1: 0.5}, 1.0)
-    assert not rule.skips(1, 0.5, 0)
-    assert rule.decide(1, np.array([0.5], np.float32), np.array([0]))[0] == Action.RUN
+    assert not decision_rule(UNITS[:1], (0.5,), 1.0).skips(np.array([[0.5]], np.float32)).any()
 
 
 @pytest.mark.parametrize("trade_off", [-1.0, float("nan"), float("inf")])
 def test_bad_trade_off(trade_off: float) -> None:
     with pytest.raises(PolicyError, match="trade-off"):
-        decision_rule(4, (1,), {1: 0.1}, trade_off)
+        decision_rule(UNITS, COST, trade_off)
 
 
-@pytest.mark.parametrize("most", [-1, 0, 2, 5])
+@pytest.mark.parametrize("most", [-1, 0, 5, 13])
 def test_bad_max_layers(most: int) -> None:
-    with pytest.raises(PolicyError, match="from 3 to 4"):
-        decision_rule(4, (1,), {1: 0.1}, 0.0, most)
+    with pytest.raises(PolicyError, match="from 6 to 12"):
+        decision_rule(UNITS, COST, 0.0, most, LAYERS)
 
 
 DIAL = [
@@ -237,24 +250,21 @@ def test_kinds_follow_from_what_is_given() -> None:
     assert Setting().kind == "dense"
     assert Setting(skip=()).kind == "static"
     assert Setting(skipped=2.0).kind == "token"
-    assert Setting("sequence", max_layers=20).asks_network
-    assert not Setting("random", skipped=2.0).asks_network
+    assert Setting(max_layers=20).asks_network
+    assert not Setting("static", skipped=2.0).asks_network
 
 
 BAD_SETTINGS: dict[str, tuple[Setting, str]] = {
-    "unknown": (Setting("magic"), "Known: dense, static"),
-    "dense-with-budget": (Setting("dense", budget=0.9), "budget belongs to the policies static, cosine, random"),
-    "cosine-with-list": (Setting("cosine", skip=(2,)), "skip belongs to the policies static, not"),
-    "static-with-kl": (Setting("static", max_kl=0.1), "sequence, token"),
-    "random-with-bound": (Setting("random", max_layers=20), "max_layers belongs"),
+    "unknown": (Setting("magic"), "Known: dense, static, token"),
+    "dense-with-budget": (Setting("dense", budget=0.9), "budget belongs to the policies static, token"),
+    "token-with-list": (Setting("token", skip=(2,)), "skip belongs to the policies static, not"),
+    "static-with-kl": (Setting("static", max_kl=0.1), "policies token"),
     "two": (Setting(budget=0.9, skipped=2.0), "not both"),
     "static-two": (Setting("static", skipped=2.0, max_layers=20), "not both"),
-    "none": (Setting("sequence"), "Say how much"),
+    "none": (Setting("token"), "Say how much"),
     "hold-without-budget": (Setting("token", skipped=3.0, hold=True), "give the budget"),
-    "hold-sequence": (Setting("sequence", budget=0.9, hold=True), "token policy"),
-    "seed": (Setting("random", skipped=2.0, seed=-1), "seed"),
     "budget": (Setting("static", budget=0.0), r"\(0, 1\]"),
-    "negative": (Setting("random", skipped=-1.0), "finite"),
+    "negative": (Setting("static", skipped=-1.0), "finite"),
 }
 
 
@@ -265,7 +275,6 @@ def test_bad_settings(name: str) -> None:
         setting.check()
 
 
-@pytest.mark.parametrize("kind", ["sequence", "token"])
-def test_a_bound_may_stand_beside_the_dial(kind: str) -> None:
-    Setting(kind, budget=0.9, max_layers=20).check()
-    Setting(kind, max_layers=20).check()
+def test_a_bound_may_stand_beside_the_dial() -> None:
+    Setting("token", budget=0.9, max_layers=20).check()
+    Setting("token", max_layers=20).check()

@@ -12,30 +12,20 @@ from dash_export.builders import measure
 from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.backends.onnxruntime import OrtBackend
 
-RUN, SKIP, LAUNCH, OTHER = 100.0, 30.0, 8.0, 500.0
-"""Microseconds of a gated layer, of its skip, of a launch in either, and of a segment that always runs."""
 
-
-def test_what_a_launch_costs(stretched_runtime: Callable[[str], DashRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine that takes longer and longer. Gated are 2-6 and 8-9, skipped in turn; 0-1, 7 and the head run."""
+def test_what_a_unit_costs(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that takes longer and longer. Units 2-3 and 4 are skipped in turn; 0-1 and 5 always run."""
     passes = count()
 
     def timed(launches: Iterable[Launch]) -> list[float]:
-        repeat, parity = divmod(next(passes), 3)
-        if parity == 2:
-            assert len(list(launches)) == 5
-            found = [OTHER, 5 * (RUN - LAUNCH) + LAUNCH, OTHER, 2 * (RUN - LAUNCH) + LAUNCH, OTHER]
-        else:
-            assert len(list(launches)) == 10
-            gated = {layer: SKIP if layer % 2 == parity else RUN for layer in (2, 3, 4, 5, 6, 8, 9)}
-            found = [gated.get(layer, OTHER) for layer in (0, 2, 3, 4, 5, 6, 7, 8, 9, -1)]
+        assert len(list(launches)) == 4
+        repeat, parity = divmod(next(passes), 2)
+        found = [500.0, 200.0, 30.0, 300.0] if parity else [500.0, 40.0, 100.0, 300.0]
         return [(1 + repeat / 100) * time for time in found]
 
     monkeypatch.setattr(measure, "_timed", timed)
-    runtime = stretched_runtime("plain")
-    cost = measure.measure_cost(runtime.bundle, runtime.build, OrtBackend(0))
-    dense = 3 * OTHER + 7 * RUN - 5 * LAUNCH
-    assert cost.launch == pytest.approx(LAUNCH / dense, rel=0.02)
-    assert list(cost.cost.values()) == [pytest.approx((RUN - SKIP) / dense, rel=0.02)] * 7
-    assert set(cost.skip_us) == {f"skip_{layer:02d}" for layer in (2, 3, 4, 5, 6, 8, 9)}
-    assert cost.segment_us["layer_04"] / cost.skip_us["skip_04"] == pytest.approx(RUN / SKIP, rel=0.02)
+    runtime = tiny_runtime()
+    table = measure.measure_cost(runtime.bundle, runtime.build, OrtBackend(0))
+    assert table.cost == pytest.approx((160 / 1100, 70 / 1100), rel=0.02)
+    assert set(table.bypass_us) == {"bypass_02-03", "bypass_04-04"}
+    assert table.segment_us["layers_02-03"] / table.bypass_us["bypass_02-03"] == pytest.approx(5, rel=0.02)

@@ -48,9 +48,9 @@ TOKENS = 70
 @pytest.mark.parametrize("case", CASES)
 def test_family(case: str, tmp_path: Path) -> None:
     family, options = CASES[case]
-    model = save_model(tmp_path / "model", family, **({"num_hidden_layers": 5} | options))
+    model = save_model(tmp_path / "model", family, **({"num_hidden_layers": 6} | options))
     checkpoint = open_checkpoint(tmp_path / "model")
-    policy = tiny_policy(checkpoint, "scale")
+    policy = tiny_policy(checkpoint, "linear")
     oracle = Oracle(checkpoint, policy)
     bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
     ids = random_ids(TOKENS)
@@ -58,7 +58,7 @@ def test_family(case: str, tmp_path: Path) -> None:
         expected = model(torch.from_numpy(ids)[None]).logits[0].numpy()
     assert expected.std() > 0.3, "the tiny model says too little to compare"
     np.testing.assert_allclose(oracle.forward(ids).logits, expected, atol=2e-4)
-    actions = random_actions(TOKENS, 5, policy.gated)
+    actions = random_actions(TOKENS, 6, policy.units)
     skipped = oracle.forward(ids, actions=actions).logits
     assert np.abs(skipped - expected).max() > 0.1
     for target, weights in (("cpu", "fp32"), ("portable", None)):
@@ -80,9 +80,9 @@ def greedy(model: Any, ids: np.ndarray, count: int) -> np.ndarray:
 @pytest.mark.parametrize("case", ["llama-biases", "qwen2", "qwen3"])
 def test_prompts_in_int8(case: str, tmp_path: Path) -> None:
     family, options = CASES[case]
-    save_model(tmp_path / "model", family, **({"num_hidden_layers": 5} | options))
+    save_model(tmp_path / "model", family, **({"num_hidden_layers": 6} | options))
     checkpoint = open_checkpoint(tmp_path / "model")
-    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "scale"))
+    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "linear"))
     made = build(bundle, "cpu", weights="fp32", prefill="int8", verify=True)
     errors = made.details["verification"]["engines"]["prefill"]
     assert 1e-3 < max(errors.values()) < 0.1, errors
@@ -95,7 +95,7 @@ def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
     sight.
     """
     family, options = CASES[case]
-    save_model(tmp_path / "model", family, **({"num_hidden_layers": 5} | options))
+    save_model(tmp_path / "model", family, **({"num_hidden_layers": 6} | options))
     checkpoint = open_checkpoint(tmp_path / "model")
     bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint))
     exact = Oracle(checkpoint, tiny_policy(checkpoint)).forward(random_ids(TOKENS)).logits

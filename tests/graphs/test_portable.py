@@ -15,7 +15,7 @@ from dash_export.decision import decision_rule
 from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle
 from tests.runtime.prompts import prompts
-from tests.tiny import random_actions, random_ids, tiny_bundle, tiny_policy
+from tests.tiny import TINY_UNITS, random_actions, random_ids, tiny_bundle, tiny_policy
 
 LoadRuntime = Callable[..., DashRuntime]
 STEP_INPUTS = {"hidden", "position_ids", "write_indices"}
@@ -23,12 +23,12 @@ STEP_INPUTS = {"hidden", "position_ids", "write_indices"}
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    kind = {"llama": "none", "qwen2": "scale", "qwen3": "low_rank"}[request.param]
-    return Bundle.open(tiny_bundle(tmp_path_factory.mktemp(request.param), kind=kind, family=request.param))
+    form = {"llama": "none", "qwen2": "mlp", "qwen3": "linear"}[request.param]
+    return Bundle.open(tiny_bundle(tmp_path_factory.mktemp(request.param), form=form, family=request.param))
 
 
 def test_the_graph_table(bundle: Bundle) -> None:
-    names = ["embed", *(f"layer_{n:02d}" for n in range(6)), "skip_02", "skip_03", "skip_04", "policy", "head"]
+    names = ["embed", *(f"layer_{n:02d}" for n in range(6)), "bypass_02-03", "bypass_04-04", "policy", "head"]
     assert sorted(bundle.manifest.graphs) == sorted(names)
     assert all(file == f"onnx/{name}.onnx" for name, file in bundle.manifest.graphs.items())
 
@@ -47,10 +47,10 @@ def test_every_graph_is_standard_and_readable(bundle: Bundle) -> None:
 @pytest.mark.model
 def test_smollm2_graphs(smollm2_bundle: Path) -> None:
     bundle = Bundle.open(smollm2_bundle)
-    assert len(bundle.manifest.graphs) == 30 + len(bundle.manifest.policy.gated) + 3
+    assert len(bundle.manifest.graphs) == 30 + len(bundle.manifest.policy.units) + 3
     for name in bundle.manifest.graphs:
         check_readable(onnx.load(bundle.graph(name), load_external_data=False), name)
-    for name in ("embed", "layer_00", "layer_17", "skip_17", "policy", "head"):
+    for name in ("embed", "layer_00", "layer_17", bundle.manifest.policy.units[0].bypass, "policy", "head"):
         onnx.checker.check_model(str(bundle.graph(name)), full_check=True)
 
 
@@ -84,7 +84,7 @@ def test_weights_are_named_as_in_the_checkpoint(bundle: Bundle) -> None:
     assert found == set(checkpoint.weights)
 
 
-def test_inputs_and_outputs_of_layer_and_skip(bundle: Bundle) -> None:
+def test_inputs_and_outputs_of_layer_and_bypass(bundle: Bundle) -> None:
     def names(graph: str) -> tuple[set[str], set[str]]:
         model = onnx.load(bundle.graph(graph), load_external_data=False)
         return {value.name for value in model.graph.input}, {value.name for value in model.graph.output}
@@ -92,8 +92,11 @@ def test_inputs_and_outputs_of_layer_and_skip(bundle: Bundle) -> None:
     past = {"past_key_values.3.key", "past_key_values.3.value"}
     present = {"present.3.key", "present.3.value"}
     assert names("layer_03") == (STEP_INPUTS | past | {"attention_mask"}, {"hidden_out"} | present)
-    assert names("skip_03") == (STEP_INPUTS | past, {"hidden_out"} | present)
-    assert names("policy") == ({"hidden", "actions", "layer"}, {"damage"})
+    assert names("bypass_02-03") == (
+        STEP_INPUTS | past | {name.replace("3", "2") for name in past},
+        {"hidden_out"} | present | {name.replace("3", "2") for name in present},
+    )
+    assert names("policy") == ({"hidden"}, {"damage"})
     assert names("embed") == ({"input_ids"}, {"hidden_out"})
     assert names("head") == ({"hidden", "first_logit"}, {"logits"})
 
@@ -107,32 +110,29 @@ def test_large_weights_are_external_and_aligned(bundle: Bundle) -> None:
     assert all(offset % 4096 == 0 for offset in offsets)
 
 
-@pytest.mark.parametrize("kind", ["none", "scale", "low_rank"])
+@pytest.mark.parametrize("form", ["none", "linear", "mlp"])
 @pytest.mark.parametrize("target", ["cpu", "portable"])
-def test_compensation(kind: str, target: str, tmp_path: Path) -> None:
-    """A skipped layer adds its compensation, at every kind and in both dialects; leaving it out would show."""
-    root = tiny_bundle(tmp_path, target, kind=kind)
+def test_bypass(form: str, target: str, tmp_path: Path) -> None:
+    """A skipped unit takes its bypass, of every form and in both dialects; leaving it out would show."""
+    root = tiny_bundle(tmp_path, target, form=form)
     checkpoint = open_checkpoint(tmp_path / "model")
-    ids, actions = random_ids(50), random_actions(50, 6, (2, 3, 4), share=0.6)
+    ids, actions = random_ids(50), random_actions(50, 6, TINY_UNITS, share=0.6)
     runtime = DashRuntime.load(root, "cpu-fp32" if target == "cpu" else target)
-    logits = runtime.session().logits(ids, actions=actions)
-    expected = Oracle(checkpoint, tiny_policy(checkpoint, kind)).forward(ids, actions=actions)
-    np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
-    np.testing.assert_allclose(
-        runtime.session().score(ids, actions=actions).damage, expected.damage, atol=1e-4, rtol=1e-4
-    )
-    if kind != "none":
+    found = runtime.session().score(ids, actions=actions, keep_logits=True)
+    expected = Oracle(checkpoint, tiny_policy(checkpoint, form)).forward(ids, actions=actions)
+    np.testing.assert_allclose(found.logits, expected.logits, atol=2e-4)
+    np.testing.assert_allclose(found.damage, expected.damage, atol=1e-4, rtol=1e-4)
+    if form != "none":
         without = Oracle(checkpoint, tiny_policy(checkpoint)).forward(ids, actions=actions)
-        assert np.abs(logits - without.logits).max() > 0.05
+        assert np.abs(expected.logits - without.logits).max() > 0.05
 
 
 def test_portable_generates_as_the_oracle_does(tiny_runtime: LoadRuntime, tiny_oracle: Oracle) -> None:
     """A whole generation on nothing but the portable graphs, dense and under the token policy."""
     runtime = tiny_runtime("portable")
-    assert runtime.dispatch == "sync"
     ids = random_ids(20)
-    trade_off = runtime.build.dial["token"][4].trade_off
-    rule = decision_rule(6, (2, 3, 4), runtime.cost.cost, trade_off)
+    trade_off = runtime.build.dial[4].trade_off
+    rule = decision_rule(TINY_UNITS, runtime.cost.cost, trade_off)
     for options, decided in (({"policy": "dense"}, None), ({"trade_off": trade_off}, rule)):
         generation = runtime.generate(ids, 30, **options)
         expected, last = tiny_oracle.generate(ids, 30, decided)
@@ -144,14 +144,13 @@ def test_portable_generates_as_the_oracle_does(tiny_runtime: LoadRuntime, tiny_o
 @pytest.mark.model
 def test_portable_and_lowered_smollm2_agree(smollm2_runtime: LoadRuntime) -> None:
     portable, lowered = smollm2_runtime("portable"), smollm2_runtime("cpu-fp32")
+    units = lowered.bundle.manifest.policy.units
     ids = prompts(portable)[0]
-    actions = random_actions(len(ids), 30, portable.bundle.manifest.policy.gated)
+    actions = random_actions(len(ids), 30, units)
     for forced in (None, actions):
         logits = [runtime.session().logits(ids, actions=forced) for runtime in (portable, lowered)]
         assert np.abs(logits[0] - logits[1]).max() < 1e-3
-    trade_off = lowered.build.dial["token"][1].trade_off
-    costs = lowered.cost.cost
-    rule = decision_rule(30, lowered.bundle.manifest.policy.gated, costs, trade_off)
+    rule = decision_rule(units, lowered.cost.cost, lowered.build.dial[1].trade_off)
     one, other = (runtime.session_under(rule).generate(ids, 24) for runtime in (portable, lowered))
     np.testing.assert_array_equal(one.tokens, other.tokens)
     np.testing.assert_array_equal(one.actions, other.actions)

@@ -16,15 +16,15 @@ GATED = (3, 4)
         ("layer_03/mlp/down_proj", "int4"),
         ("layer_03/attention/q_proj+k_proj+v_proj", "int8"),
         ("layer_03/attention/o_proj", "int4"),
-        ("skip_03/attention/k_proj+v_proj+down", "int8"),
-        ("skip_03/compensation/up", "int8"),
+        ("bypass_03-04/product", "int8"),
+        ("bypass_03-04/mlp/up_proj", "int8"),
         ("layer_00/mlp/up_proj", "int4"),
         ("layer_00/attention/v_proj", "int8"),
         ("head/logits", "int4"),
     ],
 )
 def test_parts(node: str, expected: str) -> None:
-    recipe = WeightsRecipe(layers="int4", qkv="int8", ungated="int4", head="int4", policy="int8")
+    recipe = WeightsRecipe(layers="int4", qkv="int8", ungated="int4", head="int4", bypass="int8")
     assert weight_precision(node, recipe, GATED) == expected
 
 

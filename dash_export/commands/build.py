@@ -18,6 +18,7 @@ from dash_export.commands.common import (
     print_table,
     result_console,
     size,
+    units_table,
 )
 from dash_export.commands.export import PolicyOptions, export_model, policy_options
 from dash_export.commands.progress import progress_bar
@@ -67,7 +68,7 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
     "--weights",
     type=PRECISION,
     help="Precision of the layers; another than the recipe's is that of all else too, but for what is given itself "
-    "and for a GPU's embedding and policy.",
+    "and for a GPU's embedding.",
 )
 @click.option("--head", type=PRECISION, help="Precision of the head.")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")
@@ -115,7 +116,7 @@ def command(
     output: Path | None,
     options: PolicyOptions,
 ) -> None:
-    """Compile the engines of a bundle for a target, and measure what each layer costs here.
+    """Compile the engines of a bundle for a target, and measure what each unit costs here.
 
     Given a MODEL it exports first (see `dash-export export` for the policy options). Engines whose inputs are
     unchanged are reused; a build that was killed goes on where it stopped. For a GPU this machine does not have, it
@@ -138,7 +139,7 @@ def command(
     if is_bundle(source):
         given = [
             name
-            for name in ("output", "policy", "gated", "seed", "width")
+            for name in ("output", "policy", "units")
             if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         ]
         if given:
@@ -201,14 +202,11 @@ def _summary(bundle: Bundle, build: Build) -> None:
         return
     click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}")
     if cost.cost:
-        share = max(cost.cost.values())
-        saved = f"{100 * share:.1f} % of that ({share * cost.dense_us:.0f} µs)"
-        launch = f", less {cost.launch * cost.dense_us:.0f} µs for every launch more" if cost.launch else ""
-        click.echo(f"Skipping a layer saves {saved}{launch}; {len(cost.cost)} layers may be skipped.")
+        print_table(result_console(), units_table(build, bundle.manifest.policy.units))
     if cost.disturbed:
         click.echo(cost.disturbed, err=True)
-    for kind, points in build.dial.items():
-        fastest = min(point.time for point in points)
-        click.echo(f"Dial of the {kind} policy: budget 1.0 (dense) down to {fastest:.2f}")
+    if build.dial:
+        fastest = min(point.time for point in build.dial)
+        click.echo(f"Dial of the token policy: budget 1.0 (dense) down to {fastest:.2f}")
     flag = "" if build.target == DEFAULT_TARGET else f" --target {build.target}"
     click.echo(f'Next: dash-export run {bundle.root}{flag} "Why is the sky blue?"')

@@ -1,4 +1,4 @@
-"""`dash-export calibrate`: which layers are essential, and what static sets cost in quality."""
+"""`dash-export calibrate`: which units are essential, and what static sets cost in quality."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target, is_bundle, plain_table, print_table, result_console
 from dash_export.commands.export import PolicyOptions, export_with_policy
 from dash_export.commands.progress import progress_bar
-from dash_export.decision import spans
+from dash_export.decision import Unit, spans
 from dash_export.errors import RequestError
-from dash_export.stretches import TokenTime
 
 if TYPE_CHECKING:
-    from dash_export.calibration import Damage
+    from dash_export.evaluation.results import TextResult
     from dash_export.runtime import DashRuntime
 
-MODEL_TARGET = "portable"
-"""What a bare model is measured with: its fp32 graphs as they are, so nothing but skipping disturbs it."""
+MODEL_TARGET = "cpu"
+"""What a bare model is measured with, in fp32, so nothing but skipping disturbs it."""
+WINDOW = 128
 
 
 @click.command("calibrate")
@@ -52,31 +52,33 @@ MODEL_TARGET = "portable"
 def command(
     ctx: click.Context, source: str, text: Path | None, tokens: int, sets: int, target: str | None, output: Path | None
 ) -> None:
-    """Measure what skipping each layer, and growing sets of layers, does to a model.
+    """Measure what skipping each unit, and growing sets of units, does to a model.
 
-    A built BUNDLE is measured through its own engines, over the layers it may skip. A MODEL is exported to a temporary
-    folder with every layer but the first free to be skipped. Divergence is the mean KL from dense, in nats per token.
-    The time grows with tokens x layers: SmolLM2-135M takes about a minute per 512 tokens on two idle cores.
+    A built BUNDLE is measured through its own engines. A MODEL is exported to a temporary folder with every layer but
+    the first as a unit of its own. Divergence is the mean KL from dense, in nats per token. The time grows with tokens
+    x units: SmolLM2-135M takes about a minute per 512 tokens and 30 units on two idle cores.
     """
-    from dash_export.calibration import Calibrator, text_windows
+    from dash_export.evaluation.sets import greedy_sets, measure_sets
+    from dash_export.evaluation.text import windows
+    from dash_export.resources import resource_folder
+    from dash_export.text_files import read_text
 
-    prose = _read(text)
+    path = text or resource_folder("calibration") / "prose.txt"
+    prose = read_text(path)
     began = time.perf_counter()
     with progress_bar("calibrate") as progress, _runtime(ctx, source, target, progress) as runtime:
-        if not runtime.bundle.manifest.policy.gated:
-            raise RequestError(
-                f"{source} has no layer that may be skipped. Export it with --gated, or give the model itself."
-            )
-        progress("loading", 0, 0)
-        calibrator = Calibrator(runtime, text_windows(runtime, prose, tokens), progress)
-        dense = calibrator.dense()
-        singles = calibrator.single_layers()
-        greedy = calibrator.greedy_sets(singles, sets)
+        units = runtime.bundle.manifest.policy.units
+        if not units:
+            raise RequestError(f"{source} has no unit. Export it with --units, or give the model itself.")
+        parts = windows(runtime, prose, str(path), tokens // WINDOW, WINDOW)
+        dense, *singles = measure_sets(runtime, [(unit,) for unit in units], parts, progress)
+        greedy = greedy_sets(runtime, singles, sets, parts, progress)
     seconds = time.perf_counter() - began
-    report = _report(runtime, dense, singles, greedy, calibrator.tokens, seconds)
+    report = _report(runtime, dense, singles, greedy, seconds)
     # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
     try:
-        _print(runtime, report, dense, singles, greedy)
+        _print(runtime, dense, singles, greedy)
+        click.echo(f"Took {seconds:.1f} s.")
     finally:
         if output is not None:
             ctx.meta[OUTPUT] = str(output)
@@ -85,20 +87,14 @@ def command(
         click.echo(f"Written to {output}")
 
 
-def _read(text: Path | None) -> str:
-    from dash_export.resources import resource_folder
-    from dash_export.text_files import read_text
-
-    return read_text(text or resource_folder("calibration") / "prose.txt")
-
-
 @contextmanager
 def _runtime(ctx: click.Context, source: str, target: str | None, progress: Progress) -> Iterator[DashRuntime]:
     """The bundle's engines, or those of a model exported for this measurement only."""
     from dash_export.runtime import DashRuntime
 
+    progress("loading", 0, 0)
     if is_bundle(source):
-        yield DashRuntime.load(source, choose_target(Bundle.open(source), target), dispatch="plain")
+        yield DashRuntime.load(source, choose_target(Bundle.open(source), target))
         return
     from dash_export.builders import build
     from dash_export.models import open_checkpoint
@@ -107,82 +103,63 @@ def _runtime(ctx: click.Context, source: str, target: str | None, progress: Prog
         ctx.meta[OUTPUT] = f"the temporary folder {folder} (TMPDIR chooses another place)"
         path = Path(folder) / "model.dash"
         checkpoint = open_checkpoint(source)
-        options = PolicyOptions("none", tuple(range(1, checkpoint.spec.num_layers)))
+        options = PolicyOptions("none", tuple(Unit(layer, layer) for layer in range(1, checkpoint.spec.num_layers)))
         made = export_with_policy(checkpoint, path, options, progress)
-        built = build(made, target or MODEL_TARGET, progress=progress)
-        yield DashRuntime.load(path, built.target, dispatch="plain", verify=False)
+        weights = None if target else "fp32"
+        built = build(made, target or MODEL_TARGET, weights=weights, progress=progress)
+        yield DashRuntime.load(path, built.target, verify=False)
 
 
 def _report(
     runtime: DashRuntime,
-    dense: Damage,
-    singles: Sequence[Damage],
-    greedy: Sequence[Damage],
-    tokens: int,
+    dense: TextResult,
+    singles: Sequence[TextResult],
+    greedy: Sequence[TextResult],
     seconds: float,
 ) -> dict[str, object]:
-    from dataclasses import asdict
+    from dash_export.evaluation.sets import essential
+    from dash_export.evaluation.settings import record
 
-    from dash_export.calibration import essential_layers
-    from dash_export.skip_policy import default_gated
-
-    essential = essential_layers(singles)
-    measured = runtime.bundle.manifest.policy.gated
-    suggested = set(default_gated(runtime.engines.model.num_layers, essential)) & set(measured)
     return {
         "model": runtime.bundle.manifest.model.name,
         "target": runtime.build.target,
-        "tokens": tokens,
         "seconds": round(seconds, 1),
-        "dense_perplexity": dense.perplexity,
-        "layers": [asdict(damage) for damage in singles],
-        "essential": list(essential),
-        "gated": spans(suggested),
-        "sets": [asdict(damage) | {"time": _time(runtime, damage)} for damage in greedy],
+        "dense": record(dense),
+        "units": [record(result) for result in singles],
+        "essential": [result.setting.skip for result in essential(singles)],
+        "sets": [record(result) for result in greedy],
     }
 
 
-def _time(runtime: DashRuntime, damage: Damage) -> float:
-    """Decode time as a fraction of dense, from the build's cost table."""
-    return round(TokenTime(runtime.build).of(damage.skipped), 4)
-
-
 def _print(
-    runtime: DashRuntime, report: dict[str, object], dense: Damage, singles: Sequence[Damage], greedy: Sequence[Damage]
+    runtime: DashRuntime, dense: TextResult, singles: Sequence[TextResult], greedy: Sequence[TextResult]
 ) -> None:
-    from dash_export.calibration import ESSENTIAL_FACTOR, essential_layers
+    from dash_export.evaluation.sets import ESSENTIAL_FACTOR, essential
 
     console = result_console()
-    essential = set(essential_layers(singles))
+    needed = essential(singles)
     numbers = ("KL (nats)", "perplexity")
-    title = f"{report['model']}, target {report['target']}: one layer skipped, {report['tokens']} tokens"
-    table = plain_table(title, "layer", *numbers, "", right=("layer", *numbers))
-    table.add_row("dense", "0", f"{dense.perplexity:.2f}", "")
-    for damage in singles:
-        mark = Text("essential", "bold red") if damage.skipped[0] in essential else ""
-        table.add_row(str(damage.skipped[0]), f"{damage.kl:.4f}", f"{damage.perplexity:.2f}", mark)
+    name = f"{runtime.bundle.manifest.model.name}, target {runtime.build.target}"
+    table = plain_table(f"{name}: one unit skipped, {dense.tokens} tokens", "unit", *numbers, "", right=numbers)
+    table.add_row("dense", "0", f"{dense.perplexity.value:.2f}", "")
+    for result in singles:
+        mark = Text("essential", "bold red") if result in needed else ""
+        table.add_row(*_cells(result), mark)
     print_table(console, table)
-    click.echo(
-        f"Essential: KL over {ESSENTIAL_FACTOR:g} times the median. By default the first two and the last never skip."
-    )
-    click.echo(f"Suggested: dash-export export MODEL --gated {report['gated']}\n")
+    click.echo(f"Essential: KL over {ESSENTIAL_FACTOR:g} times the median.\n")
     if greedy:
-        columns = ("layers", *numbers, "time vs dense")
+        columns = (*numbers, "time vs dense")
         table = plain_table("Greedy static sets", "skipped", *columns, right=columns)
-        for damage in greedy:
-            layers = str(len(damage.skipped))
-            table.add_row(
-                spans(damage.skipped),
-                layers,
-                f"{damage.kl:.4f}",
-                f"{damage.perplexity:.2f}",
-                f"{_time(runtime, damage):.3f}",
-            )
+        for result in greedy:
+            table.add_row(*_cells(result), f"{result.time:.3f}")
         print_table(console, table)
         click.echo(
             "The sets were chosen on this text: on other text they do a little worse. Time: from the cost table."
         )
-    click.echo(f"Took {report['seconds']} s.")
+
+
+def _cells(result: TextResult) -> tuple[str, str, str]:
+    return spans(result.setting.skip or ()), f"{result.kl.value:.4f}", f"{result.perplexity.value:.2f}"
 
 
 def _write(output: Path, report: dict[str, object]) -> None:

@@ -1,9 +1,9 @@
-"""What several commands share: layer lists, sizes, which target, which model."""
+"""What several commands share: lists of layers and units, sizes, which target, which model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,17 @@ import click
 
 from dash_export.build_record import Build
 from dash_export.bundle import MANIFEST, Bundle
-from dash_export.errors import BundleError
+from dash_export.decision import Unit, parse_units
+from dash_export.errors import BundleError, PolicyError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     _Layers = click.ParamType[tuple[int, ...]]
+    _Units = click.ParamType[tuple[Unit, ...]]
 else:
-    _Layers = click.ParamType  # not generic before click 8.2
+    _Layers = _Units = click.ParamType  # not generic before click 8.2
 
 DEFAULT_TARGET = "cpu"
 _SPAN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
@@ -50,6 +52,35 @@ class LayerList(_Layers):
                 )
             layers.update(range(first, last + 1))
         return tuple(sorted(layers))
+
+
+class UnitList(_Units):
+    """`5-7,8-10,13` -> three units; `none` -> ()."""
+
+    name = "units"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Unit, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return () if value == "none" else parse_units(str(value))
+        except PolicyError as error:
+            self.fail(str(error), param, ctx)
+
+
+def units_table(build: Build, units: Sequence[Unit]) -> Table:
+    """What each unit takes and what skipping it saves, by the build's cost table."""
+    numbers = ("layers", "run µs", "bypass µs", "of run", "saved")
+    table = plain_table(f"Units: skipping one saves so much of a token at {build.cost.context} cached tokens", "unit",
+                        *numbers, right=numbers)  # fmt: skip
+    runs = [build.cost.segment_us.get(segment.name) for segment in build.segments if segment.gated]
+    for unit, run, cost in zip(units, runs, build.cost.cost, strict=True):
+        bypass = build.cost.bypass_us.get(unit.bypass)
+        times = ("", "", "")
+        if run is not None and bypass is not None:
+            times = (f"{run:.0f}", f"{bypass:.0f}", f"{bypass / run:.0%}")
+        table.add_row(str(unit), str(len(unit.layers)), *times, f"{100 * cost:.2f} %")
+    return table
 
 
 def size(count: float) -> str:

@@ -1,4 +1,4 @@
-"""The options that choose policy kinds, each at several settings: of `eval`, `frontier` and `profile`."""
+"""What `eval`, `frontier` and `profile` share: which policy kinds at which settings, and which other builds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from dash_export.bundle import Bundle
 from dash_export.commands.common import choose_target
-from dash_export.decision import DIALLED_KINDS, POLICY_KINDS
+from dash_export.decision import POLICY_KINDS
 
 if TYPE_CHECKING:
     from dash_export.decision import Setting
@@ -63,24 +63,18 @@ class KindList(_Kinds):
 
 
 def comparison_options(command: _Command) -> _Command:
-    """--target, --kinds (all by default), --budget, --skipped, --max-kl and --seed."""
-    return comparison_options_for("all")(command)
-
-
-def comparison_options_for(kinds: str) -> Callable[[_Command], _Command]:
-    """The same, where `kinds` says in the help what is compared by default."""
-    return lambda command: _with_options(command, kinds)
-
-
-def _with_options(command: _Command, kinds: str) -> _Command:
+    """--target, --kinds, --budget, --skipped, --max-kl and --also."""
     options = (
         click.option("--target", help="Which build: cpu, or the only one there is."),
-        click.option("--kinds", type=KindList(), help=f"Policy kinds, like dense,static,token; by default {kinds}."),
+        click.option("--kinds", type=KindList(), help="Policy kinds, like dense,static,token; by default all."),
         click.option("--budget", type=NumberList(0, 1), help="Compare at these decode times, as fractions of dense."),
         click.option("--skipped", type=NumberList(0), help="Compare at these mean numbers of skipped layers."),
         click.option("--max-kl", type=NumberList(0), help="Compare at these divergences on the calibration text."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random kind."),
-    )
+        click.option(
+            "--also", multiple=True, metavar="BUNDLE[:TARGET]",
+            help="Another build, run dense beside: at another precision, pruned, smaller; may be given again.",
+        ),
+    )  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
@@ -94,33 +88,34 @@ def dial_of(options: Mapping[str, Any], default: tuple[str, tuple[float, ...]]) 
     return given[0] if given else default
 
 
-def bundle_names(opened: Sequence[Bundle]) -> list[str]:
-    """The folders' names, or where two are the same their paths. Raises UsageError for one that is given twice."""
-    roots = [one.root.resolve() for one in opened]
-    twice = next((one.root for one, root in zip(opened, roots, strict=True) if roots.count(root) > 1), None)
-    if twice is not None:
-        raise click.UsageError(f"{twice} is given twice.")
-    stems = [one.root.stem for one in opened]
-    return stems if len(set(stems)) == len(stems) else [str(one.root) for one in opened]
-
-
 def settings_for(
-    runtime: DashRuntime, kinds: Iterable[str] | None, dial: tuple[str, tuple[float, ...]], seed: int
+    runtime: DashRuntime, kinds: Iterable[str] | None, dial: tuple[str, tuple[float, ...]]
 ) -> tuple[list[Setting], list[Refusal]]:
     """What can be measured, dense first, and what this bundle cannot give."""
     from dash_export.evaluation.settings import kinds_of, plan
 
-    served = kinds_of(runtime.bundle.manifest.policy) if kinds is None else kinds
-    return plan(runtime, served, *dial, seed)
+    return plan(runtime, kinds_of(runtime.bundle.manifest.policy) if kinds is None else kinds, *dial)
 
 
-def load(folder: Path, target: str | None, kinds: Iterable[str] | None) -> DashRuntime:
-    """The build; without policies in its engines when no kind asks for them."""
+def load(folder: Path, target: str | None) -> DashRuntime:
+    """The build."""
     from dash_export.runtime import DashRuntime
 
-    opened = Bundle.open(folder)
-    plain = kinds is not None and not set(kinds) & set(DIALLED_KINDS)
-    return DashRuntime.load(folder, choose_target(opened, target), dispatch="plain" if plain else None)
+    return DashRuntime.load(folder, choose_target(Bundle.open(folder), target))
+
+
+def load_also(builds: Sequence[str]) -> list[tuple[str, DashRuntime]]:
+    """Each BUNDLE[:TARGET] as (name, build). Raises UsageError for one that is given twice."""
+    loaded = []
+    for given in builds:
+        folder, colon, target = given.rpartition(":")
+        runtime = load(Path(folder), target) if colon and not Path(given).exists() else load(Path(given), None)
+        loaded.append((f"{runtime.bundle.root.stem}:{runtime.build.target}", runtime))
+    names = [name for name, _ in loaded]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise click.UsageError(f"{twice} is given twice.")
+    return loaded
 
 
 def print_refused(refused: Iterable[Refusal]) -> None:

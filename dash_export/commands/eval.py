@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dash_export.commands.comparing import comparison_options, dial_of, load, print_refused, settings_for
+from dash_export.commands.comparing import comparison_options, dial_of, load, load_also, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
-from dash_export.decision import DIALLED_KINDS
 
 if TYPE_CHECKING:
     from dash_export.evaluation.evaluate import FileResult
@@ -45,16 +44,16 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--matched",
     is_flag=True,
-    help="Move the trade-off of token and sequence until they take the budget, or skip as many layers, on each file "
-    "itself: up to 8 passes.",
+    help="Move the token policy's trade-off until it takes the budget, or skips as many layers, on each file itself: "
+    "up to 8 passes.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure.")
 def command(
-    bundle: Path, target: str | None, kinds: tuple[str, ...] | None, seed: int, text: tuple[Path, ...],
+    bundle: Path, target: str | None, kinds: tuple[str, ...] | None, also: tuple[str, ...], text: tuple[Path, ...],
     tasks: tuple[Path, ...], limit: int, window: int, prefix: int, new_tokens: int, dense_share: float,
     matched: bool, as_json: bool, **dials: Any,
 ) -> None:  # fmt: skip
-    """Measure a built BUNDLE under each policy kind at equal settings, against its own dense mode.
+    """Measure a built BUNDLE under each policy kind at equal settings, and other builds, against its own dense mode.
 
     \b
     --text   perplexity, KL from dense, top-1 agreement with dense
@@ -65,25 +64,27 @@ def command(
 
     Without either, the calibration text. Settings are budgets by default (0.9 and 0.8): the kinds then take equal
     time on the calibration text, predicted from the build's cost table; `time` says what they take on this one, and
-    --matched makes token and sequence take what was asked for there.
+    --matched makes the token policy take what was asked for there.
     """
     from dash_export.evaluation.evaluate import Request, evaluate
+    from dash_export.evaluation.settings import check_same_tokens
     from dash_export.resources import resource_folder
 
     dial = dial_of(dials, ("budget", BUDGETS))
     if matched and dial[0] == "max_kl":
         raise click.UsageError("--matched goes with --budget or --skipped, not with --max-kl.")
-    if matched and kinds is not None and not set(kinds) & set(DIALLED_KINDS):
-        raise click.UsageError(f"--matched moves a trade-off: have {' or '.join(DIALLED_KINDS)} among --kinds.")
+    if matched and kinds is not None and "token" not in kinds:
+        raise click.UsageError("--matched moves a trade-off: have token among --kinds.")
     if not text and not tasks:
         text = (resource_folder("calibration") / "prose.txt",)
     began = time.perf_counter()
     request = Request(text, tasks, limit, window, prefix, new_tokens, dense_share, matched)
     with progress_bar("eval") as progress:
         progress("loading", 0, 0)
-        runtime = load(bundle, target, kinds)
-        settings, refused = settings_for(runtime, kinds, dial, seed)
-        files = evaluate(runtime, settings, request, progress)
+        runtime, others = load(bundle, target), load_also(also)
+        settings, refused = settings_for(runtime, kinds, dial)
+        check_same_tokens([runtime, *(other for _, other in others)])
+        files = evaluate(runtime, settings, request, others, progress)
     seconds = time.perf_counter() - began
     if as_json:
         click.echo(json.dumps(_report(runtime, request, files, refused, seconds), ensure_ascii=False))
@@ -110,10 +111,10 @@ def _report(
         "layers": manifest.model.num_layers,
         "target": runtime.build.target,
         "device": runtime.build.device,
-        "policy": {"origin": manifest.policy.origin, "compensation": manifest.policy.compensation},
+        "policy": {"origin": manifest.policy.origin, "bypass": manifest.policy.bypass},
         "dispatch": runtime.dispatch,
         "request": asked,
-        "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "method": "percentile, over units"},
+        "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "method": "percentile, over items"},
         "files": [record(file) for file in files],
         "refused": [record(item) for item in refused],
         "seconds": round(seconds, 1),

@@ -19,13 +19,13 @@ _Column = tuple[str, Callable[[Any], str]]
 
 
 def with_bounds(figure: Interval, digits: int) -> str:
-    """`0.123 (0.101-0.140)`."""
-    return f"{figure.value:.{digits}f} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"
+    """`0.123 (0.101 to 0.140)`."""
+    return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
 
 
 def percent(figure: Interval) -> str:
-    """`61.0% (52-70)`."""
-    return f"{100 * figure.value:.1f}% ({100 * figure.low:.0f}-{100 * figure.high:.0f})"
+    """`61.0% (52 to 70)`."""
+    return f"{100 * figure.value:.1f}% ({100 * figure.low:.0f} to {100 * figure.high:.0f})"
 
 
 COLUMNS: dict[str, tuple[_Column, ...]] = {
@@ -50,7 +50,7 @@ COLUMNS: dict[str, tuple[_Column, ...]] = {
         ("flips", lambda row: percent(row.flips)),
     ),
 }
-_UNITS = {"text": "windows", "prompts": "prompts", "choices": "questions", "answers": "contexts"}
+_ITEMS = {"text": "windows", "prompts": "prompts", "choices": "questions", "answers": "contexts"}
 
 
 def print_tables(runtime: DashRuntime, request: Request, files: Sequence[FileResult]) -> None:
@@ -65,17 +65,18 @@ def print_tables(runtime: DashRuntime, request: Request, files: Sequence[FileRes
         for row in file.results:
             # Without a token under the setting there is no mean to tell.
             means = (f"{row.layers:.2f}", f"{row.time:.3f}") if row.tokens else ("", "")
-            table.add_row(row.setting.kind, asked(row.setting), *means, *(show(row) for _, show in columns))
+            kind = row.build or row.setting.kind
+            table.add_row(kind, asked(row.setting), *means, *(show(row) for _, show in columns))
         print_table(console, table)
     click.echo(
-        "layers: mean run where skipping was allowed. time: of dense, from the build's cost table, without the policy "
-        "network's own. In brackets: 95 % bootstrap intervals."
+        "layers: mean run where skipping was allowed. time: of the build's dense, from its cost table. In brackets: "
+        "95 % bootstrap intervals."
     )
 
 
 def _described(file: FileResult, request: Request) -> str:
     first = file.results[0]
-    what = f"{first.units} {_UNITS[file.form]}"
+    what = f"{first.items} {_ITEMS[file.form]}"
     extra = {
         "text": f" of {request.window} tokens, the first {request.prefix} dense",
         "prompts": f", greedy, up to {request.new_tokens} tokens after the first",

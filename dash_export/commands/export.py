@@ -13,45 +13,37 @@ import click
 from dash_export.artifacts import Progress
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import LayerList, bundle_bytes, size
+from dash_export.commands.common import UnitList, bundle_bytes, size
 from dash_export.commands.progress import progress_bar
-from dash_export.decision import spans
+from dash_export.decision import Unit, units_text
 
 if TYPE_CHECKING:
     from dash_export.models import Checkpoint, DecoderSpec
     from dash_export.skip_policy import SkipPolicy
 
-POLICY_WIDTH = 64
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """Which skip policy goes into a new bundle: `none`, `untrained` or the path of a trained one."""
+    """Which skip policy goes into a new bundle (`none`, `untrained` or a trained one's name or path), and which units
+    of it; None: all.
+    """
 
     policy: str = "none"
-    gated: tuple[int, ...] | None = None
-    seed: int | None = None
-    width: int | None = None
-
-    def check(self) -> None:
-        """Raises UsageError for options that do not go together."""
-        if self.policy != "untrained" and not (self.seed is None and self.width is None):
-            raise click.UsageError("--seed and --width belong to --policy untrained.")
+    units: tuple[Unit, ...] | None = None
 
     def load(self, spec: DecoderSpec) -> SkipPolicy:
-        """Raises PolicyError when the file is damaged or for another model, or cannot skip what is to be gated."""
+        """Raises PolicyError when the file is damaged or for another model, or where it has no such units."""
         from dash_export.policy_file import load_policy
         from dash_export.skip_policy import narrowed, no_policy, untrained_policy
 
         if self.policy == "none":
-            return no_policy(spec.num_layers, self.gated)
+            return no_policy(spec.num_layers, self.units)
         if self.policy == "untrained":
-            return untrained_policy(
-                spec, self.gated, POLICY_WIDTH if self.width is None else self.width, self.seed or 0
-            )
+            return untrained_policy(spec, self.units)
         trained = load_policy(self.policy, spec)
-        return trained if self.gated is None else narrowed(trained, self.gated)
+        return trained if self.units is None else narrowed(trained, (n for unit in self.units for n in unit.layers))
 
 
 def policy_options(command: _Command) -> _Command:
@@ -59,8 +51,7 @@ def policy_options(command: _Command) -> _Command:
 
     @wraps(command)
     def packed(*args: Any, **given: Any) -> Any:
-        options = PolicyOptions(*(given.pop(name) for name in ("policy", "gated", "seed", "width")))
-        return command(*args, options=options, **given)
+        return command(*args, options=PolicyOptions(given.pop("policy"), given.pop("units")), **given)
 
     options = (
         click.option(
@@ -68,22 +59,15 @@ def policy_options(command: _Command) -> _Command:
             default="none",
             show_default=True,
             metavar="none|untrained|NAME|FILE.safetensors",
-            help="none: dense, static and random skipping only. untrained: a random network, to measure and to test. "
-            "NAME: a trained policy that comes with this package: smollm2-135m-instruct, or "
-            "smollm2-135m-instruct-static, a fixed set with a compensation of its own. FILE: one of yours.",
+            help="none: dense and static skipping only. untrained: a random network, to measure and to test. NAME: a "
+            "trained policy that comes with this package. FILE: one of yours.",
         ),
         click.option(
-            "--gated",
-            type=LayerList(),
-            metavar="LAYERS",
-            help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last, or "
-            "all that a trained policy can skip.",
-        ),
-        click.option("--seed", type=click.IntRange(min=0), help="Seed of the untrained policy (0)."),
-        click.option(
-            "--width",
-            type=click.IntRange(0, 65536),
-            help=f"Hidden units of the untrained policy; 0: linear ({POLICY_WIDTH}).",
+            "--units",
+            type=UnitList(),
+            metavar="UNITS",
+            help="The layers that are skipped as one, like 5-7,8-10,13, or none; by default all units of a trained "
+            "policy, else units of about four layers.",
         ),
     )
     for option in reversed(options):
@@ -103,7 +87,7 @@ def policy_options(command: _Command) -> _Command:
 @policy_options
 @click.pass_context
 def command(ctx: click.Context, model: str, output: Path | None, options: PolicyOptions) -> None:
-    """Write the ONNX graphs of MODEL, one per layer, as a bundle.
+    """Write the ONNX graphs of MODEL, one per layer and one per bypass of a unit, as a bundle.
 
     MODEL is a Hugging Face folder, a .gguf file or a hub id (org/name). An export that was killed goes on where it
     stopped; one that is already there is left alone.
@@ -112,8 +96,7 @@ def command(ctx: click.Context, model: str, output: Path | None, options: Policy
 
 
 def export_model(ctx: click.Context, model: str, output: Path | None, options: PolicyOptions) -> Bundle:
-    """Export with a progress bar; `build` calls it too. Raises UsageError and the library's errors."""
-    options.check()
+    """Export with a progress bar; `build` calls it too."""
     output = output or default_output(model)
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("export") as progress:
@@ -140,8 +123,8 @@ def default_output(model: str) -> Path:
 
 def _summary(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    policy = manifest.policy.origin if manifest.policy.has_network else "none (dense, static and random skipping)"
+    policy = manifest.policy.origin if manifest.policy.has_network else "none (dense and static skipping)"
     counts = f"{manifest.model.num_layers} layers, {len(manifest.graphs)} graphs"
     click.echo(f"{bundle.root}: {counts}, {size(bundle_bytes(bundle))}")
-    click.echo(f"Layers that may be skipped: {spans(manifest.policy.gated)}. Token policy: {policy}.")
+    click.echo(f"Units: {units_text(manifest.policy.units)}. Token policy: {policy}.")
     click.echo(f"Next: dash-export build {bundle.root} --target cpu")

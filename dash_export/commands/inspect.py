@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dash_export.build_record import Build, Segment, Stretch
+from dash_export.build_record import Build, Segment
 from dash_export.bundle import Bundle
-from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, result_console, size
+from dash_export.commands.common import (
+    build_bytes,
+    bundle_bytes,
+    plain_table,
+    print_table,
+    result_console,
+    size,
+    units_table,
+)
 from dash_export.commands.onnx_header import opsets
-from dash_export.decision import spans
+from dash_export.decision import Unit, units_text
 from dash_export.errors import BundleError, StaleBuildError
 from dash_export.names import PREFILL
 from dash_export.targets import WeightsRecipe, recipe_from_dict
@@ -50,7 +58,7 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
         return
     _print_bundle(opened, facts)
     for build in builds:
-        _print_build(build, facts["builds"][build.target])
+        _print_build(build, opened.manifest.policy.units, facts["builds"][build.target])
     for line in stale:
         click.echo(line)
     if not builds and not stale:
@@ -71,7 +79,7 @@ def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
         "graphs": graph_kinds(bundle) if bundle.has_graphs else [],
         "tools": manifest.tools,
         "key": manifest.key,
-        "builds": {build.target: _describe_build(build) for build in builds},
+        "builds": {build.target: _describe_build(build, manifest.policy.units) for build in builds},
     }
 
 
@@ -93,7 +101,7 @@ def graph_kinds(bundle: Bundle) -> list[dict[str, Any]]:
     return [{"kind": kind, **row} for kind, row in rows.items()]
 
 
-def _describe_build(build: Build) -> dict[str, Any]:
+def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
     recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
     return {
         "backend": f"{build.backend} {build.backend_version}",
@@ -104,33 +112,34 @@ def _describe_build(build: Build) -> dict[str, Any]:
         "context": build.cost.context,
         "dense_us": build.cost.dense_us,
         "segments": [_segment(build, recipe.weights, segment) for segment in build.segments],
-        "stretches": [_stretch(build, stretch) for stretch in build.stretches],
-        "launch": build.cost.launch,
+        "units": [_unit(build, place, unit) for place, unit in enumerate(units)],
         "others": build.cost.others,
         "stolen": build.cost.stolen,
         "prefill_bytes": build.engines[PREFILL].bytes if PREFILL in build.engines else 0,
-        "dial": {kind: [asdict(point) for point in points] for kind, points in build.dial.items()},
+        "dial": [asdict(point) for point in build.dial],
         "seconds": build.seconds,
     }
 
 
 def _segment(build: Build, weights: WeightsRecipe, segment: Segment) -> dict[str, Any]:
-    skip = f"skip_{segment.first:02d}"
     engine = build.engines.get(segment.name)
     return {
         "name": segment.name,
         "gated": segment.gated,
         "precision": precision(weights, segment),
         "bytes": engine.bytes if engine else 0,
-        "skip_bytes": build.engines[skip].bytes if segment.gated and skip in build.engines else 0,
         "run_us": build.cost.segment_us.get(segment.name),
-        "skip_us": build.cost.skip_us.get(skip) if segment.gated else None,
-        "cost": build.cost.cost.get(segment.first) if segment.gated else None,
     }
 
 
-def _stretch(build: Build, stretch: Stretch) -> dict[str, Any]:
-    return {"name": stretch.name, "skips": stretch.skips, "bytes": build.engines[stretch.name].bytes}
+def _unit(build: Build, place: int, unit: Unit) -> dict[str, Any]:
+    return {
+        "unit": str(unit),
+        "layers": len(unit.layers),
+        "bypass_bytes": build.engines[unit.bypass].bytes,
+        "bypass_us": build.cost.bypass_us.get(unit.bypass),
+        "cost": build.cost.cost[place],
+    }
 
 
 def precision(weights: WeightsRecipe, segment: Segment) -> str:
@@ -158,13 +167,12 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
         ("vocabulary", f"{model.vocab_size}"),
         ("context", f"{model.max_positions} positions"),
         ("portable size", size(facts["bytes"])),
-        ("may be skipped", f"{spans(policy.gated)} ({len(policy.gated)} layers)"),
+        ("units", f"{units_text(policy.units)} ({len(policy.layers)} layers)"),
+        ("bypass", policy.bypass),
         ("policy", policy.origin),
-        ("decides", _decides(policy.decision_points)),
+        ("decides", f"by what enters layer {policy.read}" if policy.has_network else "nothing"),
         ("serves", ", ".join(policy.kinds)),
-        ("static order", _order(policy.static_order)),
-        ("cosine order", _order(policy.cosine_order)),
-        ("compensation", policy.compensation),
+        ("static order", ", ".join(str(policy.units[place]) for place in policy.static_order) or "not ranked"),
         ("made with", ", ".join(f"{name} {version}" for name, version in facts["tools"].items())),
     ):
         table.add_row(name, value)
@@ -180,62 +188,35 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
         click.echo("The portable graphs are not here: engines run, and new ones are built elsewhere.\n")
 
 
-def _decides(points: Mapping[int, Sequence[int]]) -> str:
-    if not points:
-        return "nothing"
-    if all(layers == (read + 1,) for read, layers in points.items()):
-        return "each layer one layer ahead"
-    return "; ".join(f"{spans(layers)} by what enters layer {read}" for read, layers in points.items())
-
-
-def _order(layers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, layers)) or "not ranked"
-
-
-def _print_build(build: Build, facts: dict[str, Any]) -> None:
-    numbers = ("size", "run µs", "skip µs", "share", "cost")
+def _print_build(build: Build, units: Sequence[Unit], facts: dict[str, Any]) -> None:
+    numbers = ("size", "run µs", "share")
     title = f"Target {build.target}: {facts['engines']} engines, {size(facts['bytes'])} on disk, {facts['backend']}"
     table = plain_table(title, "segment", "precision", *numbers, right=numbers)
     alone = sum(build.cost.segment_us.values())
     for row in facts["segments"]:
-        run, skip, cost = row["run_us"], row["skip_us"], row["cost"]
-        share = f"{100 * run / alone:.1f} %" if run is not None and alone else "-"
-        table.add_row(
-            row["name"],
-            row["precision"],
-            size(row["bytes"]),
-            "-" if run is None else f"{run:.0f}",
-            "" if skip is None else f"{skip:.0f}",
-            share,
-            "" if cost is None else f"{100 * cost:.2f} %",
-        )
+        run = row["run_us"]
+        times = ("-", "-") if run is None or not alone else (f"{run:.0f}", f"{100 * run / alone:.1f} %")
+        table.add_row(row["name"], row["precision"], size(row["bytes"]), *times)
     console = result_console()
     print_table(console, table)
+    if units:
+        print_table(console, units_table(build, units))
     dense = f"{build.cost.dense_us / 1000:.2f} ms/token at {build.cost.context} cached tokens"
     measured = bool(build.cost.segment_us)
     click.echo(
         f"Measured on {build.device}: dense {dense}." if measured else f"For {build.device}; costs not measured."
     )
     click.echo(
-        "Size: what an engine reads of its files. Cost: what a skip saves of a dense token, over equal layers.\n"
+        "Size: what an engine reads of its files. Saved: units of as many layers share a figure.\n"
         + (build.cost.disturbed and f"{build.cost.disturbed}\n")
-        + ("" if not build.cost.launch else f"A launch more costs {100 * build.cost.launch:.2f} % of it.\n")
     )
-    if facts["stretches"]:
-        run, skip = ([row for row in facts["stretches"] if row["skips"] == skips] for skips in (False, True))
-        shared = facts["recipe"]["weights"]["prepacked"]
-        memory = "nothing" if shared else size(sum(row["bytes"] for row in facts["stretches"]))
-        click.echo(
-            f"Layers that take the same action are one launch: {', '.join(row['name'] for row in run)} where all of "
-            f"them run, {len(skip)} pairs that are skipped. {memory} more in memory, nothing on disk.\n"
-        )
     if facts["prefill_bytes"]:
         click.echo(
             f"Prompts, but for their first positions, go through one engine in int8: {size(facts['prefill_bytes'])}.\n"
         )
-    columns = ("trade-off", "layers/token", "time vs dense", "KL (nats)")
-    for kind, points in build.dial.items():
-        table = plain_table(f"Dial of the {kind} policy (calibrated)", *columns, right=columns)
-        for point in points:
+    if build.dial:
+        columns = ("trade-off", "layers/token", "time vs dense", "KL (nats)")
+        table = plain_table("Dial of the token policy (calibrated)", *columns, right=columns)
+        for point in build.dial:
             table.add_row(f"{point.trade_off:.4g}", f"{point.layers:.2f}", f"{point.time:.3f}", f"{point.kl:.4f}")
         print_table(console, table)

@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import choose_target
-from dash_export.commands.comparing import bundle_names, comparison_options_for, dial_of, print_refused, settings_for
+from dash_export.commands.comparing import comparison_options, dial_of, load, load_also, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
-from dash_export.manifest import PolicyFacts
 
 if TYPE_CHECKING:
     from dash_export.evaluation.settings import Refusal
@@ -25,12 +22,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command("profile")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--compare", type=click.Path(path_type=Path), multiple=True, metavar="OTHER.dash",
-    help="Another bundle of the same model, measured in turns with BUNDLE; may be given again.",
-)  # fmt: skip
-@comparison_options_for("dense and the token policy, or without one static")
-@click.option("--dispatch", type=click.Choice(["fused", "sync"]), help="How policies run; by default the recipe's way.")
+@comparison_options
 @click.option("--text", type=_FILE, help="Text to decode; by default the held-out text that ships with the package.")
 @click.option("--context", type=click.IntRange(min=2), help="Cached tokens before the timed ones; by default 256.")
 @click.option(
@@ -39,10 +31,6 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--repeats", type=click.IntRange(min=2), default=8, show_default=True, help="Rounds, settings interleaved."
 )
-@click.option(
-    "--copies", type=click.IntRange(min=1), default=2, show_default=True,
-    help="Times that engines are loaded and timed: where weights lie in memory matters. 1 saves memory.",
-)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure, instead of the tables.")
 @click.option("--html", type=_FILE, metavar="REPORT.html", help="Write a report: one file, nothing fetched.")
 @click.option(
@@ -57,18 +45,19 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.pass_context
 def command(
-    ctx: click.Context, /, bundle: Path, compare: tuple[Path, ...], target: str | None, kinds: tuple[str, ...] | None,
-    seed: int, dispatch: str | None, text: Path | None, context: int | None, tokens: int, repeats: int, copies: int,
-    as_json: bool, html: Path | None, trace: Path | None, trace_tokens: int, **dials: Any,
+    ctx: click.Context, /, bundle: Path, target: str | None, kinds: tuple[str, ...] | None, also: tuple[str, ...],
+    text: Path | None, context: int | None, tokens: int, repeats: int, as_json: bool, html: Path | None,
+    trace: Path | None, trace_tokens: int, **dials: Any,
 ) -> None:  # fmt: skip
     """Measure where the time of a token goes in a built BUNDLE.
 
-    Time to first token and per token; per segment and per action; policy, skip engines, sampling and the host apart;
-    layers run, bytes moved and the share of this machine's memory bandwidth that is; peak memory. Settings (a budget of
-    0.85 unless told otherwise) and dense take turns on the same known tokens. Let nothing else run meanwhile.
+    Time to first token and per token; per segment and bypass, and what a skip owes; decisions, sampling and the host
+    apart; layers run, bytes moved and the share of this machine's memory bandwidth that is; peak memory. Dense and
+    the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same known tokens. Let nothing
+    else run meanwhile.
     """
     from dash_export.artifacts import write_atomic
-    from dash_export.evaluation.frontier import Racer, check_same_model
+    from dash_export.evaluation.settings import entrants
     from dash_export.profiling.run import Request, profile
     from dash_export.resources import resource_folder
     from dash_export.text_files import read_text
@@ -77,27 +66,16 @@ def command(
         import dash_export.profiling.figures  # noqa: F401  fails at once where matplotlib is missing
     dial = dial_of(dials, ("budget", BUDGETS))
     path = text or resource_folder("calibration") / "heldout.txt"
-    request = Request(read_text(path), path.name, context, tokens, repeats, trace_tokens, copies)
+    request = Request(read_text(path), path.name, context, tokens, repeats, trace_tokens)
     for output in (html, trace):
         if output is not None:
             ctx.meta[OUTPUT] = str(output)
             output.parent.mkdir(parents=True, exist_ok=True)
-    refused: list[Refusal] = []
     with progress_bar("profile") as progress:
         progress("loading", 0, 0)
-        opened = [Bundle.open(folder) for folder in (bundle, *compare)]
-        racers, settings = [], []
-        for name, one in zip(bundle_names(opened), opened, strict=True):
-            asked = kinds or _default_kinds(one.manifest.policy)
-            racer = Racer(name, one, choose_target(one, target), asked, dispatch)
-            chosen, missing = settings_for(racer.deciding, asked, dial, seed)
-            racers.append(racer)
-            settings.append(chosen)
-            refused += missing
-        if dispatch is not None and all(racer.deciding is racer.plain for racer in racers):
-            raise click.UsageError("--dispatch is how a network is evaluated, and none is: ask for --kinds token.")
-        check_same_model(racers)
-        found, lanes = profile(racers, settings, request, progress)
+        runtime, others = load(bundle, target), load_also(also)
+        settings, refused = settings_for(runtime, kinds, dial)
+        found, lanes = profile(entrants(runtime, settings, others), request, progress)
     # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
     try:
         if as_json:
@@ -121,18 +99,11 @@ def command(
             click.echo(f"Written to {output}", err=as_json)
 
 
-def _default_kinds(policy: PolicyFacts) -> tuple[str, ...]:
-    served = policy.kinds
-    return next(
-        ((kind,) for kind, known in (("token", "token" in served), ("static", policy.static_order)) if known), ()
-    )
-
-
 def _report(found: Profile, refused: list[Refusal]) -> dict[str, object]:
     from dash_export.evaluation.settings import record
 
     return record(found) | {
         "stream_bytes_per_second": found.bandwidth.stream,
         "refused": [record(item) for item in refused],
-        "units": {"token_ms, first_ms, samples_ms": "milliseconds", "parts, segments, policy": "microseconds"},
+        "units": {"token_ms, first_ms, samples_ms": "milliseconds", "parts, segments": "microseconds"},
     }

@@ -5,18 +5,9 @@ from __future__ import annotations
 import click
 
 from dash_export.commands.common import plain_table, print_table, result_console, size
-from dash_export.profiling.results import PARTS, LaneProfile, Profile
+from dash_export.profiling.results import PARTS, Profile
 from dash_export.profiling.statistics import Spread
-from dash_export.profiling.wording import (
-    believable,
-    conditions,
-    course_line,
-    lane_names,
-    policy_line,
-    rarely_line,
-    stretches_line,
-    title,
-)
+from dash_export.profiling.wording import believable, conditions, course_line, lane_names, title
 
 
 def print_profile(found: Profile) -> None:
@@ -28,9 +19,7 @@ def print_profile(found: Profile) -> None:
     _print_parts(found)
     _print_segments(found)
     for name, lane in zip(lane_names(found), found.lanes, strict=True):
-        for line in (stretches_line(lane), policy_line(lane), rarely_line(lane), believable(lane.check)):
-            if line:
-                click.echo(f"{name}: {line}")
+        click.echo(f"{name}: {believable(lane.check)}")
 
 
 def _print_lanes(found: Profile) -> None:
@@ -58,34 +47,27 @@ def _print_lanes(found: Profile) -> None:
     print_table(result_console(), table)
 
 
-_SHORT = {"always": "always run", "run": "gated, run", "skip": "skip engines", "host": "host gaps"}
+_SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "host": "host gaps"}
 
 
 def _print_parts(found: Profile) -> None:
     columns = [_SHORT.get(part, part) for part in PARTS]
     table = plain_table("Where it goes: microseconds per token (mean) and share", "setting", *columns, right=columns)
     for name, lane in zip(lane_names(found), found.lanes, strict=True):
-        table.add_row(name, *(_part(lane, part) for part in PARTS))
+        whole = sum(times.mean for times in lane.parts.values())
+        table.add_row(name, *(f"{lane.parts[part].mean:.0f} {lane.parts[part].mean / whole:6.1%}" for part in PARTS))
     print_table(result_console(), table)
 
 
-def _part(lane: LaneProfile, part: str) -> str:
-    if part == "policy" and lane.policy.how == "difference":
-        return "in engines"
-    whole = sum(times.mean for times in lane.parts.values())
-    return f"{lane.parts[part].mean:.0f} {lane.parts[part].mean / whole:6.1%}"
-
-
 def _print_segments(found: Profile) -> None:
-    """One table a lane: its segments have their own percentiles."""
+    """One table a lane: its segments have their own percentiles. Owed: what a bypass takes of its unit's time."""
     for name, lane in zip(lane_names(found), found.lanes, strict=True):
-        synced = any(row.policy for row in lane.segments)
-        columns = ("run p50", "p90", "p99", "skip p50", "p90", "p99", *(("policy p50",) if synced else ()), "skipped")
-        table = plain_table(f"{name}: microseconds per segment and action", "segment", *columns, right=columns)
+        columns = ("run p50", "p90", "p99", "bypass p50", "p90", "p99", "owed", "skipped")
+        table = plain_table(f"{name}: microseconds per segment", "segment", *columns, right=columns)
         for row in lane.segments:
-            policy = (f"{row.policy.p50:.0f}" if row.policy else "",) if synced else ()
-            skipped = f"{row.skipped:.0%}" if row.layer >= 0 else ""
-            table.add_row(row.name, *_percentiles(row.run), *_percentiles(row.skip), *policy, skipped)
+            owed = "" if row.owed is None else f"{row.owed:.0%}"
+            skipped = f"{row.skipped:.0%}" if row.unit else ""
+            table.add_row(row.name, *_percentiles(row.run), *_percentiles(row.bypass), owed, skipped)
         print_table(result_console(), table)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -44,8 +44,8 @@ BATCH = 8
 @setting_options
 @click.option(
     "--dispatch",
-    type=click.Choice(["plain", *get_args(Dispatch)]),
-    help="How the policy is evaluated; the target's choice by default.",
+    type=click.Choice(get_args(Dispatch)),
+    help="Of a GPU target: how the policy is evaluated; the recipe's choice by default.",
 )
 @click.option("--threads", type=click.IntRange(0, MAX_THREADS), help="Of a CPU target; 0: one per physical core.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="By default 256, or what the context has left.")
@@ -73,9 +73,8 @@ def command(
     _check_usage(prompt, prompts, batch, chat, raw, as_json, show_skips, system)
     many = read_prompts(prompts) if prompts is not None else []
     text = "" if chat or many else _prompt_text(prompt)
-    setting = replace(setting, seed=options["seed"] or 0)
     setting.check()
-    runtime = _load(bundle, target, threads, dispatch, setting)
+    runtime = _load(bundle, target, threads, dispatch)
     templated = runtime.text.template is not None and not raw
     if system is not None and not templated:
         raise RequestError(
@@ -140,14 +139,12 @@ def _prompt_text(prompt: str | None) -> str:
     return prompt
 
 
-def _load(folder: Path, target: str | None, threads: int | None, dispatch: str | None, setting: Setting) -> DashRuntime:
+def _load(folder: Path, target: str | None, threads: int | None, dispatch: str | None) -> DashRuntime:
     from dash_export.bundle import Bundle
     from dash_export.runtime import DashRuntime
 
-    opened = Bundle.open(folder)
-    if dispatch is None and not setting.asks_network:
-        dispatch = "plain"  # nobody asks the policy: engines without it
-    return DashRuntime.load(folder, choose_target(opened, target), dispatch=dispatch, threads=threads)
+    target = choose_target(Bundle.open(folder), target)
+    return DashRuntime.load(folder, target, dispatch=dispatch, threads=threads)
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:

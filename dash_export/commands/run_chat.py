@@ -61,8 +61,8 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         self._console = answer_console()
         self._num_layers = asking.session.engines.model.num_layers
-        gated = sum(segment.gated for segment in asking.session.engines.build.segments)
-        self._shading = Shading(self._num_layers, gated) if show_skips else None
+        of_units = sum(len(unit.layers) for unit in asking.session.engines.units)
+        self._shading = Shading(self._num_layers, of_units) if show_skips else None
         click.echo(HINT, err=True)
         if self._shading is not None:
             self._console.print(self._shading.legend(is_coloured(self._console)))

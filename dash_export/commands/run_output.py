@@ -22,7 +22,7 @@ def print_stream(stream: Iterator[Response], runtime: DashRuntime, show_skips: b
     """Print an answer as it comes, then the figures on stderr; returns the last response."""
     console = answer_console()
     shading = (
-        Shading(runtime.engines.model.num_layers, len(runtime.bundle.manifest.policy.gated)) if show_skips else None
+        Shading(runtime.engines.model.num_layers, len(runtime.bundle.manifest.policy.layers)) if show_skips else None
     )
     last = None
     for last in stream:
@@ -38,9 +38,9 @@ def print_stream(stream: Iterator[Response], runtime: DashRuntime, show_skips: b
 class Shading:
     """Layers run by a token -> a colour, or a mark where there are no colours."""
 
-    def __init__(self, num_layers: int, gated: int) -> None:
+    def __init__(self, num_layers: int, of_units: int) -> None:
         self.num_layers = num_layers
-        self.least = num_layers - gated
+        self.least = num_layers - of_units
 
     def colour(self, layers: int) -> str:
         span = max(1, self.num_layers - self.least)

@@ -16,11 +16,11 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def setting_options(command: _Command) -> _Command:
-    """Adds the options; they arrive as one argument `setting`, its seed left to the command."""
+    """Adds the options; they arrive as one argument `setting`."""
 
     @wraps(command)
     def packed(*args: Any, **given: Any) -> Any:
-        names = [item.name for item in fields(Setting) if item.name != "seed"]
+        names = [item.name for item in fields(Setting)]
         return command(*args, setting=Setting(**{name: given.pop(name) for name in names}), **given)
 
     options = (
@@ -33,23 +33,20 @@ def setting_options(command: _Command) -> _Command:
             "--skip",
             type=LayerList(),
             metavar="LAYERS",
-            help="static: skip these layers for every token, like 10,17 or 12-14.",
+            help="static: skip these layers for every token, whole units of them, like 8-10,15-18.",
         ),
         click.option(
             "--trade-off",
             type=float,
-            help="token, sequence: skip where damage < trade-off * cost, and in a stretch where it pays for its "
-            "launches too (0 is dense).",
+            help="token: skip a unit where damage < trade-off * cost (0 is dense).",
         ),
         click.option("--budget", type=float, help="Mean decode time wanted, as a fraction of dense, like 0.85."),
         click.option("--skipped", type=float, help="Mean number of layers skipped per token, like 4.5."),
-        click.option(
-            "--max-kl", type=float, help="token, sequence: mean KL from dense allowed, nats per token, like 0.1."
-        ),
+        click.option("--max-kl", type=float, help="token: mean KL from dense allowed, nats per token, like 0.1."),
         click.option(
             "--max-layers",
             type=int,
-            help="No token runs more layers than this; token, sequence: may stand beside another.",
+            help="No token runs more layers than this; token: may stand beside another.",
         ),
         click.option("--hold", is_flag=True, help="token: hold the running mean time at the --budget on any text."),
     )

@@ -57,9 +57,7 @@ def command(
     ctx.meta[OUTPUT] = str(output)
     sample = text if text is not None else read_text(file or resource_folder("calibration") / "prose.txt", pipe=True)
     opened = Bundle.open(bundle)
-    runtime = DashRuntime.load(
-        bundle, choose_target(opened, target), dispatch=None if setting.asks_network else "plain"
-    )
+    runtime = DashRuntime.load(bundle, choose_target(opened, target))
     session = runtime.session_with(setting)
     ids = np.array(runtime.text.encode(sample)[: prefix + tokens], np.int64)
     if len(ids) <= prefix:
@@ -71,7 +69,7 @@ def command(
     pieces = [runtime.text.decode([token]) for token in ids[prefix:].tolist()]
     mean = model.num_layers - (actions != 0).sum(axis=1).mean()
     caption = f"{mean:.1f} of {model.num_layers} layers run per token, mean over {len(pieces)} tokens"
-    figure = skip_map_figure(pieces, actions, opened.manifest.policy.gated, f"{model.name}: {label(setting)}", caption)
+    figure = skip_map_figure(pieces, actions, opened.manifest.policy.units, f"{model.name}: {label(setting)}", caption)
     for path in save_pictures(output, figure):
         click.echo(f"Written to {path}")
     click.echo(caption)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import DENSE_POSITIONS, Setting
+from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
 from dash_export.evaluation.bootstrap import interval
 from dash_export.evaluation.data import Answer
 from dash_export.evaluation.results import AnswerResult
-from dash_export.evaluation.settings import Entrant, Tally
-from dash_export.runtime import DashRuntime, Session
+from dash_export.evaluation.settings import Entrant
+from dash_export.runtime import DashRuntime
 
 DENSE_SHARE = 0.5
 SPARE_TOKENS = 3
@@ -53,39 +53,35 @@ def encode_answers(runtime: DashRuntime, answers: Sequence[Answer], name: str, s
 
 
 def measure_answers(
-    runtime: DashRuntime,
-    settings: Sequence[Setting],
-    answers: Sequence[EncodedAnswer],
-    progress: Progress = no_progress,
+    entrants: Sequence[Entrant], answers: Sequence[EncodedAnswer], progress: Progress = no_progress
 ) -> list[AnswerResult]:
-    """Greedy decode under every setting; the first setting is dense, and flips are counted against it.
+    """Greedy decode by every entrant; the first is dense, and flips are counted against it.
 
     The first part of a context is dense like a prompt; the rest goes through decode one token at a time under the
     setting, as if the model had written it. Were the whole context dense, skipping could not touch the first token
     of an answer, and most of LAMBADA's last words are one token.
     """
-    entrants = [Entrant(runtime, setting) for setting in settings]
-    right = np.zeros((len(settings), len(answers)), np.bool_)
+    right = np.zeros((len(entrants), len(answers)), np.bool_)
     for number, item in enumerate(answers):
         for index, entrant in enumerate(entrants):
-            made = _decode(entrant.session(number), entrant.tally, item)
-            right[index, number] = matches(made, item.answer.target)
-            progress("answers", number * len(settings) + index + 1, len(answers) * len(settings))
+            right[index, number] = matches(_decode(entrant, item), item.answer.target)
+            progress("answers", number * len(entrants) + index + 1, len(answers) * len(entrants))
     return [
         AnswerResult(*entrant.figures(), len(answers), interval(correct), interval(correct != right[0]))
         for entrant, correct in zip(entrants, right, strict=True)
     ]
 
 
-def _decode(session: Session, tally: Tally, item: EncodedAnswer) -> str:
+def _decode(entrant: Entrant, item: EncodedAnswer) -> str:
+    session = entrant.session()
     logits = session.prefill(item.ids[: item.dense])
     for token in item.ids[item.dense :]:
         logits, actions = session.decode_one(token)
-        tally.add(actions[None])
+        entrant.took(actions[None])
     made = [int(logits.argmax())]
     while len(made) < item.new_tokens and made[-1] not in session.text.eos_ids:
         logits, actions = session.decode_one(made[-1])
-        tally.add(actions[None])
+        entrant.took(actions[None])
         made.append(int(logits.argmax()))
     return session.text.decode(made)
 

@@ -21,7 +21,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the bounds of its 95 % confidence interval; a single unit gives no width."""
+    """An estimate with the bounds of its 95 % confidence interval; a single item gives no width."""
 
     value: float
     low: float
@@ -34,10 +34,10 @@ def interval(
     transform: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]] | None = None,
     seed: int = 0,
 ) -> Interval:
-    """The ratio sum(sums) / sum(counts) over units, and its bootstrap interval over them.
+    """The ratio sum(sums) / sum(counts) over items, and its bootstrap interval over them.
 
-    `counts` is one per unit by default (a plain mean). `transform` is a monotonic function of the ratio, like `np.exp`
-    for perplexity. The same seed draws the same units, so intervals of several settings are over the same resamples.
+    `counts` is one per item by default (a plain mean). `transform` is a monotonic function of the ratio, like `np.exp`
+    for perplexity. The same seed draws the same items, so intervals of several settings are over the same resamples.
     """
     top = np.asarray(sums, np.float64)
     bottom = np.ones_like(top) if counts is None else np.asarray(counts, np.float64)
@@ -48,7 +48,7 @@ def interval(
     rows = max(1, _BLOCK // top.size)
     for start in range(0, RESAMPLES, rows):
         drawn = rng.integers(0, top.size, (min(rows, RESAMPLES - start), top.size))
-        # A resample of empty units alone says nothing.
+        # A resample of empty items alone says nothing.
         weight = bottom[drawn].sum(axis=1)
         ratios.append(top[drawn].sum(axis=1)[weight > 0] / weight[weight > 0])
     edge = (1 - CONFIDENCE) / 2

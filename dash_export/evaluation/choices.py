@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import DENSE_POSITIONS, Setting
+from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
 from dash_export.evaluation.bootstrap import interval
 from dash_export.evaluation.data import Question
 from dash_export.evaluation.results import ChoiceResult
-from dash_export.evaluation.settings import Entrant, Tally
-from dash_export.runtime import DashRuntime, Session
+from dash_export.evaluation.settings import Entrant
+from dash_export.runtime import DashRuntime
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,21 @@ def encode_questions(runtime: DashRuntime, questions: Sequence[Question], name: 
 
 
 def measure_choices(
-    runtime: DashRuntime,
-    settings: Sequence[Setting],
-    questions: Sequence[EncodedQuestion],
-    progress: Progress = no_progress,
+    entrants: Sequence[Entrant], questions: Sequence[EncodedQuestion], progress: Progress = no_progress
 ) -> list[ChoiceResult]:
-    """Every question under every setting; the first setting is dense, and flips are counted against it.
+    """Every question by every entrant; the first is dense, and flips are counted against it.
 
     The query is dense, like a prompt, so the first token of a choice is predicted densely; the rest of the choice is
     under the setting, as in decode.
     """
-    entrants = [Entrant(runtime, setting) for setting in settings]
-    right = np.zeros((len(settings), len(questions), 2), np.bool_)
+    right = np.zeros((len(entrants), len(questions), 2), np.bool_)
     for number, item in enumerate(questions):
         lengths = np.array([len(choice) for choice in item.question.choices])
         for index, entrant in enumerate(entrants):
-            session = entrant.session(number)
-            likelihoods = np.array([_likelihood(session, entrant.tally, *pair) for pair in item.sequences])
+            likelihoods = np.array([_likelihood(entrant, *pair) for pair in item.sequences])
             gold = item.question.gold
             right[index, number] = likelihoods.argmax() == gold, (likelihoods / lengths).argmax() == gold
-            progress("multiple choice", number * len(settings) + index + 1, len(questions) * len(settings))
+            progress("multiple choice", number * len(entrants) + index + 1, len(questions) * len(entrants))
     return [
         ChoiceResult(
             *entrant.figures(),
@@ -89,7 +84,7 @@ def measure_choices(
     ]
 
 
-def _likelihood(session: Session, tally: Tally, ids: list[int], context: int) -> float:
-    score = session.score(ids, prefix=context)
-    tally.add(score.actions[max(context, DENSE_POSITIONS) : -1])
+def _likelihood(entrant: Entrant, ids: list[int], context: int) -> float:
+    score = entrant.session().score(ids, prefix=context)
+    entrant.took(score.actions[max(context, DENSE_POSITIONS) : -1])
     return float(score.log_likelihoods[context - 1 :].sum(dtype=np.float64))

@@ -1,33 +1,34 @@
-"""The frontier: what each policy kind gives up for the time it saves, one point per kind and setting."""
+"""The frontier: what each policy kind, and what else there is, gives up for the time it saves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from math import hypot
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.bundle import Bundle
-from dash_export.decision import DENSE_POSITIONS, DIALLED_KINDS, Setting
+from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
+from dash_export.evaluation.alone import SETTLE
+from dash_export.evaluation.bootstrap import Interval
 from dash_export.evaluation.results import TextResult
+from dash_export.evaluation.settings import Entrant, check_same_tokens, label
 from dash_export.evaluation.text import measure_text, windows
-from dash_export.evaluation.timing import FEWEST_GROUPS, SETTLE, Timing, measure_times
-from dash_export.runtime import DashRuntime, Session
+from dash_export.evaluation.timing import Timing, measure_times
+from dash_export.runtime import DashRuntime
 
 TokenIds = npt.NDArray[np.int64]
-COPY_ROUNDS = 4
-"""Timed rounds, at most, until the engines are loaded anew: where weights lie in memory is worth a per cent or two."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One kind at one setting of one bundle. `timing` is None where only the cost table was asked for."""
+    """One setting, or another build. `timing` is None where only the cost table was asked for. Times, KL and
+    perplexities are against the dense mode of the first build.
+    """
 
-    bundle: str
     quality: TextResult
     timing: Timing | None
 
@@ -36,11 +37,38 @@ class Point:
         """Decode time as a fraction of dense: measured, or else predicted from the cost table."""
         return self.quality.time if self.timing is None else self.timing.ratio
 
+    @property
+    def name(self) -> str:
+        """The curve it belongs to: its kind, or the name of another build."""
+        return self.quality.build or self.quality.setting.kind
+
+    @property
+    def label(self) -> str:
+        return label(self.quality.setting, self.quality.build)
+
+    @property
+    def exchange_rate(self) -> Interval | None:
+        """Per cent of perplexity paid per per cent of decode time saved, both measured, with the bounds that follow
+        from theirs, which are independent. None where it is not known whether any time was saved or lost.
+        """
+        if self.timing is None or self.timing.low <= 1 <= self.timing.high:
+            return None
+        ratio, saved = self.quality.perplexity_ratio, 1 - self.timing.ratio
+        rate = (ratio.value - 1) / saved
+        dear, cheap = ratio.high - ratio.value, ratio.value - ratio.low
+        slow, fast = self.timing.high - self.timing.ratio, self.timing.ratio - self.timing.low
+        if saved < 0:
+            dear, cheap, slow, fast = cheap, dear, fast, slow
+        if rate < 0:
+            slow, fast = fast, slow
+        up, down = hypot(dear / saved, rate * slow / saved), hypot(cheap / saved, rate * fast / saved)
+        return Interval(rate, rate - down, rate + up)
+
 
 @dataclass(frozen=True)
 class Course:
     """What a frontier is measured on: `limit` windows of `text` for quality (as `measure_text`); `rounds` timed blocks
-    of `tokens` decoded tokens per setting, after as much context as the cost table has. `rounds` 0: no clock.
+    of `tokens` decoded tokens per entrant, after as much context as the cost table has. `rounds` 0: no clock.
     """
 
     text: str
@@ -51,98 +79,54 @@ class Course:
     rounds: int
     tokens: int
 
-    @property
-    def copy_rounds(self) -> int:
-        """Rounds that share a copy of the engines: few enough that there are copies to draw an interval from."""
-        return max(1, min(COPY_ROUNDS, self.rounds // FEWEST_GROUPS))
 
+def frontier(entrants: Sequence[Entrant], course: Course, progress: Progress = no_progress) -> list[Point]:
+    """One point per entrant; the first is dense, and everything is compared with it.
 
-class Racer:
-    """A bundle's build in the two ways it is run: without policies in its engines, and with.
-
-    Kinds that ask no network are timed without, as somebody who has none would run them; dense too.
+    Raises RequestError where a text or context does not fit, or where a build has other tokens than the first.
     """
-
-    def __init__(
-        self, name: str, bundle: Bundle, target: str, kinds: Sequence[str] | None, dispatch: str | None = None
-    ) -> None:
-        self.name = name
-        self.plain = DashRuntime.load(bundle.root, target, dispatch="plain")
-        network = bundle.manifest.policy.has_network
-        asks = network and (kinds is None or bool(set(kinds) & set(DIALLED_KINDS)))
-        self._deciding_dispatch = dispatch or self.plain.recipe.runtime.dispatch if asks else "plain"
-        self.deciding = self._again(self._deciding_dispatch) if asks else self.plain
-        self._timed_copy: dict[bool, DashRuntime] = {}
-        self._timed_number = -1
-
-    def _again(self, dispatch: str) -> DashRuntime:
-        return DashRuntime.load(self.plain.bundle.root, self.plain.build.target, dispatch=dispatch, verify=False)
-
-    def copy(self, number: int) -> dict[bool, DashRuntime]:
-        """The build loaded once more, to be timed: without policies (False) and, where asked, with (True).
-
-        Where engines lie in memory is worth a per cent or two, so every other copy is loaded in turned order.
-        """
-        ways = {False: "plain"} | ({True: self._deciding_dispatch} if self.deciding is not self.plain else {})
-        order = ways if number % 2 == 0 else dict(reversed(ways.items()))
-        return {asks: self._again(dispatch) for asks, dispatch in order.items()}
-
-    def timed_session(self, setting: Setting, number: int, copy_rounds: int = COPY_ROUNDS) -> Session:
-        """A session for the round of this number, of which every `copy_rounds` share a copy: one is held at a time."""
-        if number // copy_rounds != self._timed_number:
-            self._timed_number = number // copy_rounds
-            self._timed_copy = self.copy(self._timed_number)  # the one before is let go after it is loaded
-        # Draws follow from seed and position, and every window is as long: `random` has others in every round.
-        own = replace(setting, seed=(setting.seed + number) % (1 << 63))
-        return self._timed_copy[setting.asks_network].session_with(own)
-
-    def texts(self, course: Course) -> tuple[list[TokenIds], list[TokenIds]]:
-        """The windows that quality is measured on, and those that are timed. Raises RequestError for a text that is too
-        short.
-        """
-        parts = windows(self.plain, course.text, course.name, course.limit, course.window)
-        return parts, self._timed(course) if course.rounds else []
-
-    def points(
-        self,
-        settings: Sequence[Setting],
-        course: Course,
-        texts: tuple[Sequence[TokenIds], Sequence[TokenIds]],
-        progress: Progress = no_progress,
-    ) -> list[Point]:
-        """One point per setting, dense (the first) included, on what `texts` gave."""
-
-        def named(name: str, done: int, total: int) -> None:
-            progress(f"{self.name}: {name}", done, total)
-
-        parts, timed = texts
-        quality = measure_text(self.deciding, settings, parts, course.prefix, named)
-        timings: Sequence[Timing | None] = [None] * len(settings)
-        if timed:
-            together = course.copy_rounds
-            opened = partial(self.timed_session, copy_rounds=together)
-            measured = measure_times(settings, opened, timed, course.tokens, named, together)
-            dense = quality[0].layers
-            timings = [timing.at(result.layers, dense) for timing, result in zip(measured, quality, strict=True)]
-        return [Point(self.name, result, timing) for result, timing in zip(quality, timings, strict=True)]
-
-    def _timed(self, course: Course) -> list[TokenIds]:
-        longest = self.plain.engines.model.max_positions
-        length = min(self.plain.cost.context + course.tokens + SETTLE, longest)
-        if length < course.tokens + SETTLE + DENSE_POSITIONS:
-            raise RequestError(f"Blocks of {course.tokens} tokens do not fit the model's context of {longest}.")
-        parts = windows(self.plain, course.text, course.name, course.rounds, length)
-        return [parts[number % len(parts)] for number in range(course.rounds)]  # a short text is gone through again
+    first = entrants[0].runtime
+    check_same_tokens([entrant.runtime for entrant in entrants])
+    parts = windows(first, course.text, course.name, course.limit, course.window)
+    timed, context = _timed(first, course)
+    quality = measure_text(entrants, parts, course.prefix, progress)
+    if not timed:
+        return [Point(result, None) for result in quality]
+    timings = measure_times(entrants, timed, context, progress)
+    return [Point(result, timing.at(result.time)) for result, timing in zip(quality, timings, strict=True)]
 
 
-def check_same_model(racers: Sequence[Racer]) -> None:
-    """Raises RequestError when bundles hold different models: their divergences do not compare."""
-    sizes = ("num_layers", "hidden_size", "vocab_size", "parameters")
-    first = racers[0]
-    for other in racers[1:]:
-        a, b = first.plain.bundle.manifest.model, other.plain.bundle.manifest.model
-        if any(getattr(a, size) != getattr(b, size) for size in sizes):
-            raise RequestError(
-                f"{first.name} holds {a.name} and {other.name} holds {b.name}: "
-                "one frontier compares policies of one model."
-            )
+def _timed(runtime: DashRuntime, course: Course) -> tuple[list[TokenIds], int]:
+    """The windows that are timed, and how much of each is context."""
+    if not course.rounds:
+        return [], 0
+    decoded = SETTLE + course.tokens
+    context = min(runtime.cost.context, runtime.engines.model.max_positions - decoded)
+    if context < DENSE_POSITIONS:
+        raise RequestError(
+            f"{decoded} decoded tokens ({SETTLE} of them to settle) do not fit the model's context of "
+            f"{runtime.engines.model.max_positions}: give fewer --tokens."
+        )
+    parts = windows(runtime, course.text, course.name, course.rounds, context + decoded)
+    return [
+        parts[number % len(parts)] for number in range(course.rounds)
+    ], context  # a short text is gone through again
+
+
+def of_token(points: Sequence[Point]) -> list[float | None]:
+    """The token policy's KL at each point's time, as a share of that point's: along chords from dense on. None for
+    dense and the token policy itself, and where its curve does not reach.
+    """
+    curve = sorted(
+        (1 - point.time, point.quality.kl.value)
+        for point in points
+        # What may have saved nothing at all, by its interval, is no point of a curve.
+        if point.name == "token" and (point.time < 1 if point.timing is None else point.timing.high < 1)
+    )
+    saved, kl = np.array([(0.0, 0.0), *curve]).T
+    found: list[float | None] = []
+    for point in points:
+        there = np.interp(1 - point.time, saved, kl, left=np.nan, right=np.nan)
+        other = point.name not in ("token", "dense") and there > 0 and point.quality.kl.value > 0
+        found.append(float(there / point.quality.kl.value) if other else None)
+    return found

@@ -9,7 +9,6 @@ line when it is run. From Python: import it, then `lm_eval.simple_evaluate(model
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from tqdm import tqdm
 
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
-from dash_export.evaluation.settings import Entrant
 from dash_export.runtime import DashRuntime, Sampling, Session
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256
 _TEXT = ("policy",)
-_WHOLE = ("max_layers", "seed")
+_WHOLE = ("max_layers",)
 
 
 @register_model("dash")
@@ -47,21 +45,20 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         device: str | None = None,  # noqa: ARG002
         **setting: Any,
     ) -> None:
-        """`setting`: what `DashRuntime.session` takes (policy, budget, skipped, trade_off, max_kl, max_layers, seed).
+        """`setting`: what `DashRuntime.session` takes (policy, budget, skipped, trade_off, max_kl, max_layers).
 
         lm-eval always passes batch size and device: the runtime works one sequence at a time where its target is.
         Raises RequestError for another argument, PolicyError for a setting the bundle cannot give.
         """
         super().__init__()
-        wanted = _setting(setting)
-        dispatch = None if wanted.asks_network else "plain"
-        self.runtime = DashRuntime.load(bundle, target, dispatch=dispatch, threads=threads)
-        self._entrant = Entrant(self.runtime, wanted)
+        self._wanted = _setting(setting)
+        self.runtime = DashRuntime.load(bundle, target, threads=threads)
+        self.session()  # now, and not when the tasks are loaded
         self.max_length = self.runtime.engines.model.max_positions
 
-    def session(self, context: Sequence[int]) -> Session:
-        """An empty one: `random` draws anew for each context, and alike for the choices of a question."""
-        return self._entrant.session(zlib.crc32(np.array(context, np.int64).tobytes()))
+    def session(self) -> Session:
+        """An empty one."""
+        return self.runtime.session_with(self._wanted)
 
     @property
     def eot_token_id(self) -> int:
@@ -110,7 +107,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         # What does not fit is cut from the left, as lm-eval's own models do.
         ids = np.array((context + continuation)[-self.max_length :], np.int64)
         count = min(len(continuation), len(ids) - 1)
-        score = self.session(context).score(ids, prefix=len(ids) - count)
+        score = self.session().score(ids, prefix=len(ids) - count)
         return float(score.log_likelihoods[-count:].sum(dtype=np.float64)), bool(score.greedy[-count:].all())
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -152,12 +149,12 @@ class DashLM(TemplateLM):  # type: ignore[misc]
             stop=tuple(stop for stop in handle_stop_sequences(wanted.get("until"), eos=None) if stop),
         )
         ids = self.tok_encode(context)[-(self.max_length - room) :] or [self.eot_token_id]
-        return self.session(ids).generate(ids, room, sampling).text
+        return self.session().generate(ids, room, sampling).text
 
 
 def _setting(given: Mapping[str, Any]) -> Setting:
     """lm-eval's argument strings -> a Setting. Raises RequestError for a name that is none of its amounts."""
-    known = ("policy", "trade_off", "budget", "skipped", "max_kl", "max_layers", "seed")
+    known = ("policy", "trade_off", "budget", "skipped", "max_kl", "max_layers")
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise RequestError(f"There is no model argument {unknown[0]!r}. Known: bundle, target, {', '.join(known)}.")

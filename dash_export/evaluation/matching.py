@@ -1,4 +1,4 @@
-"""Settings that save as much on the very tokens they are judged on, whatever a policy skips on the calibration text."""
+"""Token settings that save as much on the very tokens they are judged on, whatever the calibration text skips."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import exp, log
 
 from dash_export.build_record import Build
-from dash_export.decision import DIALLED_KINDS, Setting, trade_off_for
+from dash_export.decision import Setting, trade_off_for
 from dash_export.evaluation.results import Result
 
 TOLERANCE = 0.02
@@ -37,7 +37,7 @@ class _Search:
         """What a result saved: time, as a fraction of dense, or layers."""
         return 1 - result.time if self.setting.budget is not None else layers - result.layers
 
-    def heed(self, result: Result, layers: float) -> None:
+    def take(self, result: Result, layers: float) -> None:
         """Take in what another trade-off gave."""
         assert result.setting.trade_off is not None
         saved = self.saved(result, layers)
@@ -77,28 +77,28 @@ class _Search:
 
 
 def matched(build: Build, results: Sequence[Result], measure: Measure) -> list[Result]:
-    """`results` (dense first), where every setting with a trade-off behind its budget, or number of skipped layers, is
-    at the trade-off that comes nearest to saving that much on these tokens (its setting names both): found by
-    `measure`, which takes settings that begin with dense, in at most `PASSES` passes. A policy that decides in steps,
-    or that cannot give as much here, stays off by what its result says.
+    """`results` (dense first), where every token setting with a budget, or a number of skipped layers, is at the
+    trade-off that comes nearest to saving that much on these tokens (its setting names both): found by `measure`,
+    which takes settings that begin with dense, in at most `PASSES` passes. What cannot be met here stays off by what
+    its result says.
     """
     dense = results[0]
     searches = {}
     for index, result in enumerate(results):
         setting = result.setting
         given = setting.budget is not None or setting.skipped is not None
-        if setting.kind in DIALLED_KINDS and given and result.tokens:
-            trade_off = trade_off_for(build.dial[setting.kind], budget=setting.budget, skipped=setting.skipped)
+        if setting.kind == "token" and given and result.tokens:
+            trade_off = trade_off_for(build.dial, budget=setting.budget, skipped=setting.skipped)
             wanted = 1 - setting.budget if setting.budget is not None else setting.skipped
             if trade_off > 0 and wanted:
                 begun = replace(result, setting=replace(setting, budget=None, skipped=None, trade_off=trade_off))
                 searches[index] = search = _Search(setting, wanted, begun)
-                search.heed(begun, dense.layers)
+                search.take(begun, dense.layers)
     for _ in range(PASSES - 1):
         missing = [search for search in searches.values() if not search.done(dense.layers)]
         if not missing:
             break
         found = measure([dense.setting, *(search.following() for search in missing)])
         for search, result in zip(missing, found[1:], strict=True):
-            search.heed(result, dense.layers)
+            search.take(result, dense.layers)
     return [searches[index].found() if index in searches else result for index, result in enumerate(results)]

@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dash_export.decision import POLICY_KINDS, Action
+from dash_export.decision import Action, Unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,34 +34,20 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "path",
 }
 # Colours that stay apart for colour-blind eyes (Okabe and Ito); the marker says it again for a printer without colours.
-LOOKS = {
-    "dense": ("#000000", "*"),
-    "static": ("#0072B2", "s"),
-    "cosine": ("#56B4E9", "D"),
-    "random": ("#999999", "v"),
-    "sequence": ("#009E73", "^"),
-    "token": ("#D55E00", "o"),
-}
-_LINES = ("-", "--", ":", "-.")
-"""One per bundle."""
+LOOKS = {"dense": ("#000000", "*"), "static": ("#0072B2", "s"), "token": ("#D55E00", "o")}
+OTHER_LOOKS = (("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P"), ("#999999", "X"))
+"""Of other builds, one after the other."""
 RUN, SKIP, ALWAYS = "#9ecae1", "#D55E00", "#e3e3e3"
 DPI = 200
 
 
 def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure:
-    """KL and perplexity against decode time: one curve per kind and bundle; bars are 95 % intervals."""
+    """KL and perplexity against decode time: a curve per kind, a mark per other build; bars are 95 % intervals."""
+    names = list(dict.fromkeys(point.name for point in points))
+    others = [name for name in names if name not in LOOKS]
+    looks = LOOKS | {name: OTHER_LOOKS[at % len(OTHER_LOOKS)] for at, name in enumerate(others)}
     with matplotlib.rc_context(STYLE):
-        bundles = list(dict.fromkeys(point.bundle for point in points))
-        columns = 6 if len(bundles) == 1 else 3
-        # Dense is the same model in every bundle: the first one's is drawn.
-        labels = {
-            (bundle, kind): kind if len(bundles) == 1 or kind == "dense" else f"{kind} ({bundle})"
-            for bundle in bundles
-            for kind in POLICY_KINDS
-            if kind != "dense" or bundle == bundles[0]
-        }
-        drawn_labels = {labels.get((point.bundle, point.quality.setting.kind)) for point in points} - {None}
-        rows = -(-len(drawn_labels) // columns)
+        rows = -(-len(names) // 4)
         figure = Figure(figsize=(9.2, 4.4 + 0.3 * rows), layout="constrained")
         axes_of: dict[str, Axes] = figure.subplot_mosaic(
             [["legend", "legend"], ["kl", "perplexity"]], height_ratios=[0.3 * rows, 4.0]
@@ -69,11 +55,10 @@ def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure
         left, right, legend = axes_of["kl"], axes_of["perplexity"], axes_of["legend"]
         legend.set_axis_off()
         handles: dict[str, Any] = {}
-        for (bundle, kind), label in labels.items():
-            curve = [point for point in points if (point.bundle, point.quality.setting.kind) == (bundle, kind)]
-            for axes, name in ((left, "kl"), (right, "perplexity")):
-                if curve:
-                    handles[label] = _curve(axes, curve, kind, name, bundles.index(bundle))
+        for name in names:
+            curve = sorted((point for point in points if point.name == name), key=lambda point: point.time)
+            for axes, figure_name in ((left, "kl"), (right, "perplexity")):
+                handles[name.replace("$", r"\$")] = _curve(axes, curve, looks[name], figure_name)
         measured = all(point.timing is not None for point in points)
         for axes, name in ((left, "KL from dense (nats per token)"), (right, "perplexity")):
             axes.set_xlabel(f"decode time per token, fraction of dense ({'measured' if measured else 'predicted'})")
@@ -82,37 +67,32 @@ def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure
         _dense_line(right, points)
         figure.suptitle(title, fontsize=10, fontweight="bold")
         # In a place of its own: no corner of the panels is sure to be empty.
-        legend.legend(
-            handles.values(), handles.keys(), loc="center", ncols=columns, fontsize=9 if len(bundles) == 1 else 8
-        )
+        legend.legend(handles.values(), handles.keys(), loc="center", ncols=4, fontsize=9)
         figure.supxlabel(caption, fontsize=7, color="#555555")
     return figure
 
 
-def _curve(axes: Axes, curve: Sequence[Point], kind: str, name: str, bundle: int) -> Any:
-    colour, marker = LOOKS[kind]
+def _curve(axes: Axes, curve: Sequence[Point], look: tuple[str, str], name: str) -> Any:
+    (colour, marker), dense = look, curve[0].name == "dense"
     figures = [getattr(point.quality, name) for point in curve]
     x, y = [point.time for point in curve], [figure.value for figure in figures]
-    across = None
-    if all(point.timing is not None for point in curve) and kind != "dense":
+    across = up = None
+    if all(point.timing is not None for point in curve) and not dense:
         sides = [(p.time - p.timing.low, p.timing.high - p.time) for p in curve if p.timing is not None]
         across = np.maximum(np.array(sides).T, 0)
     # The spread between windows is the same for every kind in perplexity: bars there would only hide the curves.
-    up = np.array([(f.value - f.low, f.high - f.value) for f in figures]).T if name == "kl" else None
-    if up is not None:
-        up = np.maximum(up, 0)
+    if name == "kl" and not dense:
+        up = np.maximum(np.array([(f.value - f.low, f.high - f.value) for f in figures]).T, 0)
     drawn = axes.errorbar(
-        x, y, yerr=None if kind == "dense" else up, xerr=across, color=colour, marker=marker,
-        linestyle=_LINES[bundle % len(_LINES)],
-        markersize=10 if kind == "dense" else 5, markerfacecolor="white" if bundle else colour, linewidth=1.4,
-        elinewidth=0.8, capsize=2, zorder=3 if kind == "token" else 2, clip_on=False,
+        x, y, yerr=up, xerr=across, color=colour, marker=marker, markersize=10 if dense else 5, linewidth=1.4,
+        elinewidth=0.8, capsize=2, zorder=3 if curve[0].name == "token" else 2, clip_on=False,
     )  # fmt: skip
     return drawn.lines[0]
 
 
 def _dense_line(axes: Axes, points: Sequence[Point]) -> None:
     """Dense perplexity and 5 % above it, the distance one reads by."""
-    dense = next((p.quality.perplexity.value for p in points if p.quality.setting.kind == "dense"), None)
+    dense = next((p.quality.perplexity.value for p in points if p.name == "dense"), None)
     if dense is None:
         return
     for value, text, side in ((dense, "dense", "top"), (1.05 * dense, "dense + 5 %", "bottom")):
@@ -124,14 +104,15 @@ def _dense_line(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def skip_map_figure(
-    tokens: Sequence[str], actions: npt.NDArray[np.int8], gated: Sequence[int], title: str, caption: str
+    tokens: Sequence[str], actions: npt.NDArray[np.int8], units: Sequence[Unit], title: str, caption: str
 ) -> Figure:
     """Tokens down with their text, layers across; actions int8 [tokens, layers]. On top the share of tokens that skip
-    each layer, at the side the layers each token runs.
+    each unit's layers, at the side the layers each token runs.
     """
     count, layers = actions.shape
     colours = {"run": RUN, "skip": SKIP, "always runs": ALWAYS}
-    shown = np.where(actions == Action.SKIP, 1, np.where(np.isin(np.arange(layers), list(gated)), 0, 2)[None])
+    gated = [layer for unit in units for layer in unit.layers]
+    shown = np.where(actions == Action.SKIP, 1, np.where(np.isin(np.arange(layers), gated), 0, 2)[None])
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         width, height = 2.6 + 0.19 * layers, 1.9 + 0.16 * count
         figure = Figure(figsize=(width, height), layout="constrained")

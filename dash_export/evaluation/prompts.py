@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation.bootstrap import interval
 from dash_export.evaluation.data import Prompt
@@ -37,25 +36,23 @@ def encode_prompts(runtime: DashRuntime, prompts: Sequence[Prompt], name: str, n
 
 
 def measure_prompts(
-    runtime: DashRuntime,
-    settings: Sequence[Setting],
+    entrants: Sequence[Entrant],
     prompts: Sequence[Sequence[int]],
     new_tokens: int = NEW_TOKENS,
     progress: Progress = no_progress,
 ) -> list[PromptResult]:
-    """Greedy answers of up to `new_tokens` + 1 tokens under every setting, compared with dense's token by token."""
-    entrants = [Entrant(runtime, setting) for setting in settings]
-    dense_session = runtime.session("dense")
-    figures = np.zeros((len(settings), len(prompts), 3))
+    """Greedy answers of up to `new_tokens` + 1 tokens by every entrant, compared token by token with those of the
+    first, which is dense.
+    """
+    figures = np.zeros((len(entrants), len(prompts), 3))
     for number, ids in enumerate(prompts):
-        dense_session.reset()
-        expected = dense_session.generate(ids, new_tokens + 1)
+        expected = None
         for index, entrant in enumerate(entrants):
-            dense = entrant.setting.kind == "dense"
-            made = expected if dense else entrant.session(number).generate(ids, new_tokens + 1)
-            entrant.tally.add(made.actions[1:])
-            figures[index, number] = compare(expected.tokens[1:], made.tokens[1:])
-            progress("prompts", number * len(settings) + index + 1, len(prompts) * len(settings))
+            made = entrant.session().generate(ids, new_tokens + 1)
+            expected = made.tokens if expected is None else expected
+            entrant.took(made.actions[1:])
+            figures[index, number] = compare(expected[1:], made.tokens[1:])
+            progress("prompts", number * len(entrants) + index + 1, len(prompts) * len(entrants))
     return [
         PromptResult(*entrant.figures(), len(prompts), *(interval(column) for column in measured.T))
         for entrant, measured in zip(entrants, figures, strict=True)

@@ -1,4 +1,4 @@
-"""What a measurement gives for one setting over one file; `units` are windows, prompts or items."""
+"""What a measurement gives for one setting over one file; `items` are windows, prompts or questions."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from dash_export.evaluation.bootstrap import Interval
 
 @dataclass(frozen=True)
 class Result:
-    """`layers`: mean layers run; `time`: decode time as a fraction of dense, predicted from the build's cost table.
-
-    Both over the `tokens` at which skipping was allowed.
+    """`build`: the name of another build than the measured one; `layers`: mean layers run; `time`: decode time as a
+    fraction of that build's dense, predicted from its cost table. Both over the `tokens` at which skipping was allowed.
     """
 
+    build: str
     setting: Setting
     tokens: int
     layers: float
     time: float
-    units: int
+    items: int
 
 
 @dataclass(frozen=True)
 class TextResult(Result):
-    """`kl`: KL(dense || setting), nats per token; `perplexity_ratio`: to dense, over the same windows; `top1`: share of
-    tokens whose most likely successor is dense's.
+    """`kl`: KL(dense || setting), nats per token; `perplexity_ratio`: to dense, window by window; `top1`: share of
+    tokens whose most likely successor is dense's. Dense is that of the measured build.
     """
 
     kl: Interval

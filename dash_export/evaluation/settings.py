@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from dash_export.decision import POLICY_KINDS, Action, Setting, spans
-from dash_export.errors import PolicyError
+from dash_export.decision import POLICY_KINDS, Actions, Setting, spans, unit_skips
+from dash_export.errors import PolicyError, RequestError
 from dash_export.manifest import PolicyFacts
 from dash_export.runtime import DashRuntime, Session
-from dash_export.stretches import TokenTime
 
 
 def asked(setting: Setting) -> str:
@@ -25,9 +21,9 @@ def asked(setting: Setting) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {shown(getattr(setting, name))}" for name in setting.given)
 
 
-def label(setting: Setting) -> str:
-    """`token, budget 0.9`."""
-    return f"{setting.kind}, {asked(setting)}" if setting.given else setting.kind
+def label(setting: Setting, build: str = "") -> str:
+    """`token, budget 0.9`; of another build its name."""
+    return build or (f"{setting.kind}, {asked(setting)}" if setting.given else setting.kind)
 
 
 def record(item: Any) -> dict[str, Any]:
@@ -38,10 +34,9 @@ def record(item: Any) -> dict[str, Any]:
             return [tidy(entry) for entry in value]
         if not isinstance(value, dict):
             return value
-        if {"policy", "trade_off", "seed"} <= set(value):
+        if {"policy", "trade_off", "hold"} <= set(value):
             setting = Setting(**value)
-            seed = {"seed": setting.seed} if setting.kind == "random" else {}
-            return {"kind": setting.kind, **{name: value[name] for name in setting.given}, **seed}
+            return {"kind": setting.kind, **{name: value[name] for name in setting.given}}
         return {name: tidy(entry) for name, entry in value.items()}
 
     return {name: tidy(value) for name, value in asdict(item).items()}
@@ -61,7 +56,7 @@ def kinds_of(policy: PolicyFacts) -> tuple[str, ...]:
 
 
 def plan(
-    runtime: DashRuntime, kinds: Iterable[str], dial: str, values: Sequence[float], seed: int = 0
+    runtime: DashRuntime, kinds: Iterable[str], dial: str, values: Sequence[float]
 ) -> tuple[list[Setting], list[Refusal]]:
     """Dense first, then every kind at every value of `dial`; and those this bundle cannot give.
 
@@ -76,7 +71,7 @@ def plan(
         if kind not in wanted or kind == "dense":
             continue
         for value in values:
-            setting = Setting(kind, **{dial: value}, seed=seed)  # type: ignore[arg-type]
+            setting = Setting(kind, **{dial: value})  # type: ignore[arg-type]
             try:
                 runtime.session_with(setting)
             except PolicyError as error:
@@ -88,52 +83,62 @@ def plan(
     return settings, refused
 
 
-@dataclass
-class Tally:
-    """The actions of many tokens at positions where skipping was allowed."""
+class Entrant:
+    """One setting in a measurement, and the actions it took at positions where skipping was allowed. `build`: the name
+    of another build than the one that is measured; empty for that.
+    """
 
-    layers: int
-    token_time: TokenTime
-    tokens: int = 0
-    skips: int = 0
-    times: float = 0.0
+    def __init__(self, runtime: DashRuntime, setting: Setting, build: str = "") -> None:
+        self.runtime, self.setting, self.build = runtime, setting, build
+        self.tokens = 0
+        self._skipped = 0
+        self._times = 0.0
 
-    def add(self, actions: npt.NDArray[np.int8]) -> None:
-        """actions int8 [tokens, layers]."""
+    def session(self) -> Session:
+        """A new one: its memory goes with it."""
+        return self.runtime.session_with(self.setting)
+
+    def took(self, actions: Actions) -> None:
+        """Count the actions [tokens, layers] of some tokens."""
         self.tokens += len(actions)
-        self.skips += int((actions == Action.SKIP).sum())
-        self.times += self.token_time.total(actions)
+        self._skipped += int(actions.sum())
+        skips = unit_skips(actions, self.runtime.bundle.manifest.policy.units)
+        self._times += float(self.runtime.cost.token_time(skips).sum())
 
     @property
-    def executed(self) -> float:
+    def layers(self) -> float:
         """Mean layers run per token."""
-        return self.layers - self.skips / max(self.tokens, 1)
+        return self.runtime.engines.model.num_layers - self._skipped / max(self.tokens, 1)
 
     @property
     def time(self) -> float:
         """Mean decode time as a fraction of dense, predicted from the build's cost table."""
-        return self.times / self.tokens if self.tokens else 1.0
+        return self._times / self.tokens if self.tokens else 1.0
+
+    def figures(self) -> tuple[str, Setting, int, float, float]:
+        """What a `Result` begins with: build, setting, tokens, layers, predicted time."""
+        return self.build, self.setting, self.tokens, self.layers, self.time
 
 
-class Entrant:
-    """One setting in a measurement: its session, and the actions it took."""
+def entrants(
+    runtime: DashRuntime, settings: Iterable[Setting], others: Iterable[tuple[str, DashRuntime]] = ()
+) -> list[Entrant]:
+    """The settings of one build, dense first, then other builds by their names, dense each."""
+    own = [Entrant(runtime, setting) for setting in settings]
+    return own + [Entrant(other, Setting("dense"), name) for name, other in others]
 
-    def __init__(self, runtime: DashRuntime, setting: Setting) -> None:
-        self.setting = setting
-        self.tally = Tally(runtime.engines.model.num_layers, TokenTime(runtime.build))
-        self._runtime = runtime
-        self._session = runtime.session_with(setting)
 
-    def session(self, unit: int) -> Session:
-        """An empty session for this window, prompt or item. `random` draws anew for each: its draws follow from seed
-        and position, and the same masks in every window would not average out.
-        """
-        if self.setting.kind == "random":
-            seed = (self.setting.seed + unit) % (1 << 63)
-            self._session = self._runtime.session_with(replace(self.setting, seed=seed))
-        self._session.reset()
-        return self._session
+def check_same_tokens(runtimes: Sequence[DashRuntime]) -> None:
+    """Raises RequestError where two builds have other tokens: what they predict does not compare."""
+    first, *others = runtimes
+    for other in others:
+        same = other.engines.model.vocab_size == first.engines.model.vocab_size
+        if not (same and other.text.encode(SAMPLE) == first.text.encode(SAMPLE)):
+            raise RequestError(
+                f"{first.bundle.root} and {other.bundle.root} have other tokens: only builds of one model, or of its "
+                "family, are compared."
+            )
 
-    def figures(self) -> tuple[Setting, int, float, float]:
-        """What a `Result` begins with, but for its units: setting, tokens, layers, predicted time."""
-        return self.setting, self.tally.tokens, self.tally.executed, self.tally.time
+
+SAMPLE = "Skipping 4 of 30 layers costs 3.5 %: naïve, or worth it?\n\tdef f(x): return {x: 'yes'}  # 漢字"
+"""Text of many kinds."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import DENSE_POSITIONS, Setting
+from dash_export.decision import DENSE_POSITIONS, Actions
 from dash_export.divergence import DenseRows, surprise
 from dash_export.errors import RequestError
 from dash_export.evaluation.bootstrap import interval
@@ -19,7 +19,7 @@ from dash_export.runtime import DashRuntime, Session
 TokenIds = npt.NDArray[np.int64]
 WINDOW = 256
 PREFIX = 64
-"""Tokens of a window that are dense, like a prompt: what a sequence policy reads, and what nobody is charged for."""
+"""Tokens of a window that are dense, like a prompt: nobody is charged for them."""
 _SUMS = 4
 """KL, -log q, dense's -log p, agreeing tokens."""
 
@@ -50,26 +50,23 @@ def check(parts: Sequence[TokenIds], prefix: int) -> int:
 
 
 def measure_text(
-    runtime: DashRuntime,
-    settings: Sequence[Setting],
+    entrants: Sequence[Entrant],
     parts: Sequence[TokenIds],
     prefix: int = PREFIX,
     progress: Progress = no_progress,
 ) -> list[TextResult]:
-    """Every setting over every window, against the dense mode of the same build.
+    """Every entrant over every window, against the first one, which is dense.
 
     Positions from `prefix` (at least 2) on are counted: their layers may be skipped, and what they predict is scored.
     Raises RequestError when a window has no such position.
     """
     prefix = check(parts, prefix)
-    entrants = [Entrant(runtime, setting) for setting in settings]
-    dense_session = runtime.session("dense")
-    sums = np.zeros((len(settings), len(parts), _SUMS))
+    sums = np.zeros((len(entrants), len(parts), _SUMS))
     for number, part in enumerate(parts):
-        reference = _Reference(dense_session, part, prefix)
+        reference = _Reference(entrants[0].session(), part, prefix)
         for index, entrant in enumerate(entrants):
-            sums[index, number] = reference.compare(entrant, number)
-            progress("text", number * len(settings) + index + 1, len(parts) * len(settings))
+            sums[index, number] = reference.compare(entrant, dense=index == 0)
+            progress("text", number * len(entrants) + index + 1, len(parts) * len(entrants))
     counts = [len(part) - 1 - prefix for part in parts]
     return [_result(entrant, measured, counts) for entrant, measured in zip(entrants, sums, strict=True)]
 
@@ -94,23 +91,25 @@ class _Reference:
         # The last position has no token after it to score.
         self._rows = slice(prefix, len(part) - 1)
         self._following = part[prefix + 1 :]
-        logits = self._logits(session)[0]
+        logits, self._actions = self._logits(session)
         self._dense, self._likely = DenseRows(logits), logits.argmax(axis=-1)
         self._surprise = float(surprise(logits, self._following).sum())
 
-    def compare(self, entrant: Entrant, number: int) -> tuple[float, float, float, int]:
-        """Sums of KL, of -log q of the tokens that followed, of the same under dense, and of agreeing tokens."""
-        if entrant.setting.kind == "dense":
-            entrant.tally.add(np.zeros((len(self._likely), entrant.tally.layers), np.int8))
+    def compare(self, entrant: Entrant, dense: bool) -> tuple[float, float, float, int]:
+        """Sums of KL, of -log q of the tokens that followed, of the same under dense, and of agreeing tokens. `dense`:
+        the entrant is the reference itself.
+        """
+        if dense:
+            entrant.took(self._actions)
             return 0.0, self._surprise, self._surprise, len(self._likely)
-        logits, actions = self._logits(entrant.session(number))
-        entrant.tally.add(actions)
+        logits, actions = self._logits(entrant.session())
+        entrant.took(actions)
         same = int((logits.argmax(axis=-1) == self._likely).sum())
         nll = float(surprise(logits, self._following).sum())
         # A divergence is never negative; where nothing was skipped, rounding can make it so.
         return max(0.0, float(self._dense.kl(logits).sum())), nll, self._surprise, same
 
-    def _logits(self, session: Session) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
+    def _logits(self, session: Session) -> tuple[npt.NDArray[np.float32], Actions]:
         score = session.score(self._part, self._prefix, keep_logits=True)
         assert score.logits is not None
         return score.logits[self._rows], score.actions[self._rows]

@@ -10,72 +10,63 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.build_record import Build, Segment, policy_engines
+from dash_export.build_record import POLICY, Build, Segment
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.graph_runs import Arrays, step_inputs
 from dash_export.manifest import ModelFacts
-from dash_export.names import POLICY_STATE, PREFILL, new_names, past_names, present_names, short_name
+from dash_export.names import PREFILL, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Engine, Launch
 
-FUSED = ".policy"
-"""Ends the name of an engine that decides about later layers too (`fused` dispatch)."""
 _LENGTHS = ("seqlens_k", "total_length")
 """What engines take in place of a mask: it follows from the positions."""
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """Which engine, and which portable graph says what it computes: `portable`, of `segment`. `decides`: the layers
-    that a policy in it decides.
+    """Which engine, of which layers (none where it only reads what enters the first), and what its portable graph is
+    called.
     """
 
     name: str
     portable: str
     segment: Segment
-    decides: tuple[int, ...] = ()
 
 
 def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
-    """An engine by its name in the build: a segment, a skip graph, a policy, one of the first two with `.policy`, a
-    stretch of layers, or the engine for prompts.
+    """An engine by its name in the build: a segment, a bypass, the policy, or the engine for prompts.
 
     Raises BundleError that lists the names, or says which segment a layer was merged into.
     """
-    if name == PREFILL and name in build.engines:
-        whole = Segment.whole(bundle.manifest.model.num_layers)
-        return EngineFacts(name, whole.name, whole)
-    if name in build.engines:
-        portable = name.removesuffix(FUSED)
-        for segment in build.segments:
-            own = (segment.name, f"skip_{segment.first:02d}", f"policy_{segment.first:02d}")
-            policy = bundle.manifest.policy
-            if portable == own[2]:
-                answered = policy_engines(policy.decision_points.values(), build.engines)
-                return EngineFacts(name, portable, segment, answered[portable])
-            if portable == own[0] or (segment.gated and portable in own):
-                read = policy.read_in(segment.layers) if name.endswith(FUSED) else None
-                return EngineFacts(name, portable, segment, () if read is None else policy.decision_points[read])
-    for stretch in build.stretches:
-        if stretch.name == name:
-            return EngineFacts(name, name, stretch.segment)
+    policy, known = bundle.manifest.policy, {}
+    for segment in build.segments:
+        known[segment.name] = EngineFacts(name, segment.name, segment)
+    for unit in policy.units:
+        segment = Segment(unit.first, unit.last, False, False, True)
+        known[unit.bypass] = EngineFacts(name, unit.bypass, segment)
+    nothing = Segment(policy.read, policy.read - 1, False, False, False)
+    known[POLICY] = EngineFacts(name, POLICY, nothing)
+    whole = Segment.whole(bundle.manifest.model.num_layers)
+    known[PREFILL] = EngineFacts(name, whole.name, whole)
+    if name in known and name in build.engines:
+        return known[name]
     merged = [item.name for item in build.segments if name in (f"layer_{layer:02d}" for layer in item.layers)]
     hint = f"{name} is part of the segment {merged[0]}. " if merged else ""
     raise BundleError(
-        f"{bundle.root}: the build for {build.target!r} has no engine {name!r}. {hint}"
-        f"Engines: {', '.join(sorted(build.engines))}."
+        f"{bundle.root}: the build for {build.target!r} has no engine {name!r} that has a portable graph. {hint}"
+        f"Engines: {', '.join(sorted(known.keys() & build.engines.keys()))}."
     )
 
 
 class PortableEngine:
     """Runs one engine on the inputs of its portable graph. Memory is bound once per shape, as the runtime binds it."""
 
-    def __init__(self, engine: Engine, facts: EngineFacts, model: ModelFacts, score_bias: Mapping[int, float]) -> None:
-        """`score_bias` is what the host adds to a linear policy's scores, by layer."""
+    def __init__(self, engine: Engine, facts: EngineFacts, model: ModelFacts, units: int) -> None:
+        """`units`: how many the policy has."""
         self._engine = engine
         self._name = facts.name
         self._model = model
-        self._score_bias = np.array([score_bias[layer] for layer in (facts.decides if score_bias else ())], np.float32)
+        self._units = units
         layers = facts.segment.layers
         portable = [name for layer in layers for name in (*past_names(layer), *present_names(layer))]
         self._portable = {short_name(name): name for name in portable} | {name: name for name in portable}
@@ -100,8 +91,6 @@ class PortableEngine:
         known: dict[str, tuple[npt.DTypeLike, tuple[int | None, ...]]] = {
             "input_ids": (np.int64, (1, None)),
             "hidden": (np.float32, (1, None, model.hidden_size)),
-            "actions": (np.float32, (1, None, 2)),
-            "layer": (np.int64, (1,)),
             "position_ids": (np.int64, (1, None)),
             "write_indices": (np.int64, (1,)),
             "attention_mask": (np.bool_, (1, 1, None, None)),
@@ -159,10 +148,8 @@ class PortableEngine:
         hidden, vocab = self._model.hidden_size, self._model.vocab_size
         shapes = {
             "hidden_out": (1, count, hidden),
-            POLICY_STATE: (1, count, hidden),
             "logits": (1, count - first, vocab),
-            "damage": (1, count),
-            "score": (1, 1, count) if len(self._score_bias) == 1 else (1, count, len(self._score_bias)),
+            "damage": (1, count, self._units),
         }
         shapes |= dict.fromkeys(
             [name for name, *_ in self._rows], (1, count, self._model.num_kv_heads * self._model.head_dim)
@@ -187,9 +174,5 @@ class PortableEngine:
 
     def _outputs(self) -> Arrays:
         written = {name: present for name, _, present in self._rows}
-        names = [self._portable.get(name, name) for name in self._engine.outputs if name != POLICY_STATE]
-        found = {written.get(name, name): self._memory[written.get(name, name)] for name in names}
-        if "score" in found:
-            damage = np.logaddexp(0.0, found.pop("score") + self._score_bias)
-            found["damage"] = damage[:, 0] if len(self._score_bias) == 1 else damage
-        return found
+        names = [self._portable.get(name, name) for name in self._engine.outputs]
+        return {written.get(name, name): self._memory[written.get(name, name)] for name in names}

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.bundle import Bundle
-from dash_export.decision import read_layers
 from dash_export.errors import RequestError
 from dash_export.graph_runs import Arrays, graph_run, step_inputs, text_ids
 from dash_export.names import past_names, present_names
@@ -56,18 +55,12 @@ class EngineInputs:
             room = (opened.manifest.model.max_positions - context) // tokens
             self._steps = min(STEPS, iterations, room)
             self._length = context + tokens * self._steps
-            actions = np.random.default_rng(0).integers(0, 2, (1, self._length, 2))
-            self._actions = actions.astype(np.float32)
             self._ids = text_ids(opened, self._length)[None]
             self._states, self._caches = self._walk(opened)
 
     def _walk(self, bundle: Bundle) -> tuple[npt.NDArray[np.float32], Arrays]:
         """The hidden states [1, length, hidden] that enter the engine, and the caches of its layers."""
-        segment = self._facts.segment
-        policy = self._facts.portable.startswith("policy")
-        facts = bundle.manifest.policy
-        begin = read_layers(facts.gated, facts.reads)[segment.first] if policy else segment.first
-        end = begin if policy else segment.last + 1
+        begin, end = self._facts.segment.first, self._facts.segment.last + 1
         places = step_inputs(0, self._length, self._length)
         hidden = graph_run(bundle.graph("embed"), own_threads=True)({"input_ids": self._ids})["hidden_out"]
         states, model = hidden, bundle.manifest.model
@@ -96,8 +89,6 @@ class EngineInputs:
         inputs = step_inputs(start, self._tokens, self._length) | {
             "input_ids": self._ids[:, step],
             "hidden": self._states[:, step],
-            "actions": self._actions[:, step],
-            "layer": np.array([self._facts.segment.first]),
         }
         return inputs | caches
 

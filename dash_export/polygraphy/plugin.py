@@ -60,8 +60,8 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         add(
             "--dash-segment",
             metavar="ENGINE",
-            help="Run one engine of the build, like layer_12, skip_12, policy_12, layers_00-04 or layer_12.policy, "
-            "with the inputs and outputs of its portable graph; --onnxrt then runs that graph.",
+            help="Run one engine of the build, like layers_05-07, bypass_05-07 or layers_00-04, with the inputs and "
+            "outputs of its portable graph; --onnxrt then runs that graph.",
         )
         add(
             "--dash-tokens",
@@ -78,9 +78,14 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
             help=f"Tokens before them, in the KV cache. Default: {DEFAULT_CONTEXT}.",
         )
         add("--dash-policy", help="Whole steps: who decides, as in `dash-export run --policy`. Default: dense.")
-        add("--dash-skip", type=_layers, metavar="LAYERS", help="Whole steps: skip these layers, like 10,17 or 12-14.")
+        add(
+            "--dash-skip",
+            type=_layers,
+            metavar="LAYERS",
+            help="Whole steps: skip these layers, whole units, like 8-10.",
+        )
         for name, kind, words in (
-            ("trade-off", float, "skip where damage < trade-off * cost"),
+            ("trade-off", float, "skip a unit where damage < trade-off * cost"),
             ("budget", float, "mean decode time wanted, as a fraction of dense"),
             ("skipped", float, "mean number of layers skipped per token"),
             ("max-kl", float, "mean KL from dense allowed, nats per token"),
@@ -107,7 +112,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
                 from dash_export.runtime.kinds import session_rules
 
                 self._check_whole_step(runners)
-                # Now, and not when thirty engines are loaded.
+                # Now, and not when all engines are loaded.
                 session_rules(Setting(**self.setting), bundle.manifest.model, bundle.manifest.policy, build)
             else:
                 from dash_export.polygraphy.engines import find_engine
@@ -145,7 +150,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         if not keep:
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         model = self.arg_groups[ModelArgs]
-        model.path = str(portable_file(bundle, facts.segment, facts.portable, Path(folder), facts.decides))
+        model.path = str(portable_file(bundle, facts.segment, facts.portable, Path(folder)))
         model.model_type = ModelArgs.ModelType("onnx")
 
     def _give_inputs(self) -> None:

@@ -70,9 +70,7 @@ class DashStepRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         with told_by_polygraphy():
-            setting = Setting(**self._setting)
-            dispatch = None if setting.asks_network else "plain"  # as anybody runs it who asks no policy
-            self.session: Session = DashRuntime.load(*self._place, dispatch=dispatch).session_with(setting)
+            self.session: Session = DashRuntime.load(*self._place).session_with(Setting(**self._setting))
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         return TensorMetadata().add("input_ids", np.dtype(np.int64), (1, None))
@@ -108,7 +106,7 @@ def _load(bundle: str, target: str, name: str) -> PortableEngine:
             "whole steps, or compare graphs with `dash-export build --verify`."
         )
     engine = _own_threads(opened.path(build.engines[name].file))
-    return PortableEngine(engine, facts, opened.manifest.model, build.policy_bias)
+    return PortableEngine(engine, facts, opened.manifest.model, len(opened.manifest.policy.units))
 
 
 def _own_threads(path: Path) -> Engine:

@@ -7,47 +7,38 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.decision import Action
-from dash_export.evaluation.timing import SETTLE
 from dash_export.profiling.bandwidth import Bandwidth
-from dash_export.profiling.measure import Lane, Recording, TokenStamps
-from dash_export.profiling.probe import Stamps, What
-from dash_export.profiling.results import PARTS, Check, LaneProfile, PolicyCost, SegmentTimes, Traffic
+from dash_export.profiling.measure import SETTLE, Lane, Recording, TokenStamps
+from dash_export.profiling.probe import What
+from dash_export.profiling.results import PARTS, Check, LaneProfile, SegmentTimes, Traffic
 from dash_export.profiling.statistics import Middle, Spread, middle, spread
 from dash_export.profiling.traffic import engine_bytes
 
 US, MS = 1e-3, 1e-6
 """From nanoseconds."""
-NOTHING = Middle(0.0, 0.0, 0.0)
 
 
 def lane_profile(
-    lane: Lane, dense: Lane, replay: Lane | None, bandwidth: Bandwidth, stamp_seconds: float, memory: int | None
+    lane: Lane, dense: Lane, bandwidth: Bandwidth, stamp_seconds: float, memory: int | None
 ) -> LaneProfile:
-    """The figures of one lane; `dense` is what its times are divided by, `replay` its repetition without a policy."""
+    """The figures of one lane; `dense` is what its times are divided by."""
     recording = lane.recording
     bare = recording.wall[recording.bare]
     tokens = list(recording.probed.values())
     parts = token_parts(lane, tokens)
-    token_ms, first_ms, layers = spread(bare, MS), spread(recording.first, MS), spread(recording.executed)
-    assert token_ms is not None
-    assert first_ms is not None
-    assert layers is not None
+    token_ms = _spread(bare, MS)
     stamps = float(np.mean([len(token.stamps) for token in tokens])) * stamp_seconds * 1e3 / token_ms.p50
     return LaneProfile(
-        lane.name,
-        lane.setting,
+        lane.entrant.build,
+        lane.entrant.setting,
         lane.runtime.build.target,
-        lane.runtime.dispatch,
         token_ms,
-        first_ms,
+        _spread(recording.first, MS),
         _ratio(recording, dense.recording),
-        layers,
-        _spread(np.array([_launches(token) for token in tokens]), 1.0),
+        _spread(recording.layers),
+        _spread([len(token.stamps) - 1 for token in tokens]),
         {name: _spread(values, US) for name, values in parts.items()},
-        spread([_deciding(token) for token in lane.trace], US),
-        segment_times(lane, tokens),
-        _policy_cost(lane, parts["policy"], replay),
+        segment_times(lane, tokens, dense),
         _traffic(lane, bandwidth),
         memory,
         _check(recording, np.sum(list(parts.values()), axis=0), stamps),
@@ -60,66 +51,49 @@ def token_parts(lane: Lane, tokens: Sequence[TokenStamps]) -> dict[str, npt.NDAr
     gated = np.array([segment.gated for segment in lane.runtime.build.segments])
     parts = {name: np.zeros(len(tokens)) for name in PARTS}
     for number, token in enumerate(tokens):
-        stamps = by_segment(token.stamps)
-        segment, _, what, began, ended = stamps[stamps[:, 2] != What.DECISION].T
+        segment, what, began, ended = token.stamps.T
         took = ended - began
         ran = what == What.RUN
         parts["always"][number] = took[ran & ~gated[segment]].sum()
         parts["run"][number] = took[ran & gated[segment]].sum()
-        for name, kind in (("skip", What.SKIP), ("policy", What.POLICY)):
-            parts[name][number] = took[what == kind].sum()
+        parts["bypass"][number] = took[what == What.BYPASS].sum()
+        parts["deciding"][number] = took[what == What.DECISION].sum()
         parts["sampling"][number] = token.ended - token.decoded
         gaps = began[1:] - ended[:-1]
         parts["host"][number] = gaps.sum() + (began[0] - token.began) + (token.decoded - ended[-1])
     return parts
 
 
-def by_segment(stamps: Stamps) -> Stamps:
-    """With the time of a stretch divided evenly among its segments: its layers are all alike."""
-    counts = stamps[:, 1]
-    found = np.repeat(stamps, counts, axis=0)
-    place = np.arange(len(found)) - np.repeat(np.cumsum(counts) - counts, counts)
-    took, count = found[:, 4] - found[:, 3], found[:, 1].copy()
-    found[:, 4] = found[:, 3] + took * (place + 1) // count
-    found[:, 3] += took * place // count
-    found[:, 0] += place
-    found[:, 1] = 1
-    return found
-
-
-def segment_times(lane: Lane, tokens: Sequence[TokenStamps]) -> list[SegmentTimes]:
+def segment_times(lane: Lane, tokens: Sequence[TokenStamps], dense: Lane) -> list[SegmentTimes]:
     """One row per segment."""
-    stamps = by_segment(np.concatenate([token.stamps for token in tokens]))
-    took = stamps[:, 4] - stamps[:, 3]
-
-    def times(index: int, what: What) -> Spread | None:
-        return spread(took[(stamps[:, 0] == index) & (stamps[:, 2] == what)], US)
-
-    return [
-        SegmentTimes(
-            segment.name,
-            segment.first if segment.gated else -1,
-            times(index, What.RUN),
-            times(index, What.SKIP),
-            times(index, What.POLICY),
-            float(np.mean([token.actions[segment.first] == Action.SKIP for token in tokens])) if segment.gated else 0.0,
+    rows = []
+    same = lane.runtime is dense.runtime
+    dense_tokens = list(dense.recording.probed.values())
+    unit = -1
+    for index, segment in enumerate(lane.runtime.build.segments):
+        run, bypass = (_times(tokens, index, what) for what in (What.RUN, What.BYPASS))
+        full = _times(dense_tokens, index, What.RUN) if same else None
+        unit += segment.gated
+        rows.append(
+            SegmentTimes(
+                segment.name,
+                str(lane.units[unit]) if segment.gated else "",
+                run,
+                bypass,
+                float(np.mean([token.skipped[unit] for token in tokens])) if segment.gated else 0.0,
+                bypass.p50 / full.p50 if bypass is not None and full is not None else None,
+            )
         )
-        for index, segment in enumerate(lane.runtime.build.segments)
-    ]
+    return rows
 
 
-def _launches(token: TokenStamps) -> int:
-    """Of layers: policies that are engines of their own are not among them."""
-    return int(np.isin(token.stamps[:, 2], (What.RUN, What.SKIP)).sum())
+def _times(tokens: Sequence[TokenStamps], segment: int, what: What) -> Spread | None:
+    stamps = np.concatenate([token.stamps for token in tokens])
+    wanted = stamps[(stamps[:, 0] == segment) & (stamps[:, 1] == what)]
+    return spread(wanted[:, 3] - wanted[:, 2], US)
 
 
-def _deciding(token: TokenStamps) -> int:
-    """Nanoseconds in which the host asked the rule."""
-    rows = token.stamps[token.stamps[:, 2] == What.DECISION]
-    return int((rows[:, 4] - rows[:, 3]).sum())
-
-
-def _spread(values: npt.NDArray[np.float64], scale: float) -> Spread:
+def _spread(values: npt.ArrayLike, scale: float = 1.0) -> Spread:
     found = spread(values, scale)
     assert found is not None
     return found
@@ -154,21 +128,6 @@ def probe_overhead(recording: Recording) -> Middle | None:
     # In even rounds the odd tokens are probed.
     found = middle((ratios[:, 1:count:2] - ratios[:, 0:count:2]) / 2)
     return None if found is None else Middle(*np.expm1([found.value, found.low, found.high]).tolist())
-
-
-def _policy_cost(lane: Lane, launches: npt.NDArray[np.float64], replay: Lane | None) -> PolicyCost:
-    if not lane.setting.asks_network:
-        return PolicyCost("none", NOTHING)
-    if replay is None:
-        return PolicyCost("launches", middle(launches * US) or NOTHING)
-    # Same tokens, same actions, same probe: what differs is the policy inside the engines.
-    recording = lane.recording
-    difference = (recording.wall - replay.recording.wall) * US
-    copies = [middle(difference[recording.copy(number)]) for number in range(recording.copies)]
-    found = [one for one in copies if one is not None]
-    # Tokens agree better than copies do: the bounds are the widest of any copy.
-    low, high = min(one.low for one in found), max(one.high for one in found)
-    return PolicyCost("difference", Middle(float(np.mean([one.value for one in found])), low, high))
 
 
 def _traffic(lane: Lane, bandwidth: Bandwidth) -> Traffic:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dash_export.build_record import Build
-from dash_export.evaluation.pictures import LOOKS, STYLE
+from dash_export.evaluation.pictures import LOOKS, OTHER_LOOKS, STYLE
 from dash_export.profiling.results import PARTS, LaneProfile
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _COLOURS = {
     "always": ("#999999", ""),
     "run": ("#0072B2", ""),
-    "skip": ("#D55E00", "//"),
-    "policy": ("#009E73", ".."),
+    "bypass": ("#D55E00", "//"),
+    "deciding": ("#009E73", ".."),
     "sampling": ("#CC79A7", "\\\\"),
     "host": ("#000000", ""),
 }
@@ -67,6 +67,12 @@ def _lane_axis(axes: Axes, names: Sequence[str]) -> None:
         label.set_parse_math(False)  # a bundle's name may hold a dollar sign
 
 
+def _look(lane: LaneProfile, lanes: Sequence[LaneProfile]) -> tuple[str, str]:
+    """Colour and marker: of a kind, or of another build."""
+    others = [other.build for other in lanes if other.build]
+    return OTHER_LOOKS[others.index(lane.build) % len(OTHER_LOOKS)] if lane.build else LOOKS[lane.setting.kind]
+
+
 def distribution_figure(lanes: Sequence[LaneProfile], names: Sequence[str]) -> Figure:
     """The share of tokens that took at most so long, one curve per lane; marks at p50, p90 and p99."""
     with matplotlib.rc_context(STYLE):
@@ -74,8 +80,8 @@ def distribution_figure(lanes: Sequence[LaneProfile], names: Sequence[str]) -> F
         axes = figure.subplots()
         handles = []
         for number, lane in enumerate(lanes):
-            colour, marker = LOOKS[lane.setting.kind]
-            again = sum(other.setting.kind == lane.setting.kind for other in lanes[:number])
+            colour, marker = _look(lane, lanes)
+            again = sum(_look(other, lanes) == (colour, marker) for other in lanes[:number])
             look: dict[str, Any] = {
                 "color": colour, "marker": marker, "markerfacecolor": "white" if again % 2 else colour, "markersize": 6,
                 "linestyle": _DASHES[again % len(_DASHES)], "linewidth": 1.3,
@@ -106,7 +112,7 @@ def distribution_figure(lanes: Sequence[LaneProfile], names: Sequence[str]) -> F
 
 
 def segments_figure(lane: LaneProfile, dense: LaneProfile) -> Figure:
-    """What each segment adds to a token (its mean times how often), run and skip; a tick is dense's."""
+    """What each segment adds to a token (its mean times how often), run and bypass; a tick is dense's."""
     with matplotlib.rc_context(STYLE | {"hatch.linewidth": 0.6}):
         figure = Figure(
             figsize=(WIDTH, 4.2 if any(row.skipped for row in lane.segments) else 3.2), layout="constrained"
@@ -115,27 +121,26 @@ def segments_figure(lane: LaneProfile, dense: LaneProfile) -> Figure:
         share, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3.2]) if skips else (None, figure.subplots())
         rows = np.arange(len(lane.segments))
         run = np.array([(1 - row.skipped) * (row.run.mean if row.run else 0.0) for row in lane.segments])
-        skip = np.array([row.skipped * (row.skip.mean if row.skip else 0.0) for row in lane.segments])
-        policy = np.array([row.policy.mean if row.policy else 0.0 for row in lane.segments])
+        bypass = np.array([row.skipped * (row.bypass.mean if row.bypass else 0.0) for row in lane.segments])
         bottom = np.zeros(len(rows))
-        for part, heights, label in (("run", run, "run"), ("skip", skip, "skip"), ("policy", policy, "policy engine")):
+        for part, heights in (("run", run), ("bypass", bypass)):
             if heights.any():
                 colour, hatch = _COLOURS[part]
                 axes.bar(
                     rows, heights, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4,
-                    label=label,
+                    label=part,
                 )  # fmt: skip
             bottom += heights
         if lane is not dense:
             full = [row.run.mean if row.run else 0.0 for row in dense.segments]
-            if len(full) == len(rows):
+            if not lane.build:
                 axes.plot(rows, full, "_", color="black", markersize=9, markeredgewidth=1.5, label="dense")
         axes.set_ylabel("µs per token, mean")
         axes.set_xticks(rows, [row.name for row in lane.segments], rotation=90, fontsize=7)
         axes.grid(False, axis="x")
         axes.set_xlim(-0.7, len(rows) - 0.3)
         if share is not None:
-            share.bar(rows, [100 * row.skipped for row in lane.segments], color=_COLOURS["skip"][0])
+            share.bar(rows, [100 * row.skipped for row in lane.segments], color=_COLOURS["bypass"][0])
             share.set_ylim(0, 100)
             share.set_ylabel("% of tokens\nskipping")
             share.grid(False, axis="x")
@@ -148,15 +153,14 @@ def dial_figure(lanes: Sequence[LaneProfile], names: Sequence[str], build: Build
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.8 + 0.1 * len(lanes)), layout="constrained")
         axes = figure.subplots()
-        for kind, points in build.dial.items():
-            colour, marker = LOOKS[kind]
-            curve = sorted(points, key=lambda point: -point.time)
-            axes.plot(
-                [point.time for point in curve], [point.kl for point in curve], color=colour, marker=marker,
-                markersize=3.5, linewidth=1, label=f"{kind}: the build's dial (predicted)",
-            )  # fmt: skip
+        colour, marker = LOOKS["token"]
+        curve = sorted(build.dial, key=lambda point: -point.time)
+        axes.plot(
+            [point.time for point in curve], [point.kl for point in curve], color=colour, marker=marker,
+            markersize=3.5, linewidth=1, label="token: the build's dial (predicted)",
+        )  # fmt: skip
         for number, (lane, name) in enumerate(zip(lanes, names, strict=True)):
-            colour, marker = LOOKS[lane.setting.kind]
+            colour, marker = _look(lane, lanes)
             where, name = lane.ratio, name.replace("$", r"\$")
             kl = _dial_kl(lane, build)
             if kl is None:
@@ -176,10 +180,10 @@ def dial_figure(lanes: Sequence[LaneProfile], names: Sequence[str], build: Build
 
 
 def _dial_kl(lane: LaneProfile, build: Build) -> float | None:
-    """What the dial says of the lane's divergence, at the layers it ran; None for a kind without a dial."""
+    """What the dial says of a token lane's divergence, at the layers it ran; None for others but dense."""
+    if lane.build or lane.setting.kind == "static":
+        return None
     if lane.setting.kind == "dense":
         return 0.0
-    points = sorted(build.dial.get(lane.setting.kind, ()), key=lambda point: point.layers)
-    if not points:
-        return None
+    points = sorted(build.dial, key=lambda point: point.layers)
     return float(np.interp(lane.layers.mean, [point.layers for point in points], [point.kl for point in points]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,16 +78,3 @@ def governor() -> str | None:
         return path.read_text(encoding="ascii").strip()
     except OSError:
         return None
-
-
-def peak_memory() -> int:
-    """Bytes this process had resident at most."""
-    try:
-        # On Linux getrusage begins with what the parent had when it forked.
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -4,66 +4,57 @@ launches are wrapped ones, and the wrapped and the bare ones run the same engine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import IntEnum
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.decision import Damages
+from dash_export.decision import Damages, Skips
 from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.dispatch import BoundStep
-from dash_export.runtime.plan import BoundSegment
-from dash_export.runtime.rules import Actions, Counts, Rule
+from dash_export.runtime.memory import BoundSegment
+from dash_export.runtime.rules import Rule
 
 Stamps = npt.NDArray[np.int64]
 _Push = Callable[[tuple[int, int, int]], None]
 
 
 class What(IntEnum):
-    """What a stamp is of: an engine that runs a segment, a skip engine, a policy engine of its own, or the host asking
-    the rule.
-    """
+    """What a stamp is of: an engine that runs a segment, a bypass, or the host asking the rule about the token."""
 
     RUN = 0
-    SKIP = 1
-    POLICY = 2
-    DECISION = 3
+    BYPASS = 1
+    DECISION = 2
 
 
 class Probe:
-    """One step's stamps. `take` gives those since the last time, int64 [stamps, 5]: segment, how many from there on
-    were launched at once, What, begin and end in nanoseconds of `time.perf_counter_ns`.
+    """One step's stamps. `take` gives those since the last time, int64 [stamps, 4]: segment (of a decision -1), What,
+    begin and end in nanoseconds of `time.perf_counter_ns`.
     """
 
     def __init__(self, step: BoundStep) -> None:
-        self._step = step
+        self.step = step
         # Three plain numbers a stamp in one flat list: nothing for the garbage collector to follow.
         self._flat: list[int] = []
-        self._stamped: list[tuple[int, int, What]] = []
-        self._bare = step.segments
-        self._timed = [self._wrapped(index, segment) for index, segment in enumerate(step.segments)]
-        gated = {
-            segment.layer: self._code(index, 1, What.DECISION)
-            for index, segment in enumerate(step.segments)
-            if segment.layer >= 0
-        }
-        self._watch = _WatchedRule(gated, self._flat.extend)
+        self._stamped: list[tuple[int, int]] = []
+        self._watch = _WatchedRule(self._code(-1, What.DECISION), self._flat.extend)
+        self._bare = arranged(step, step.segments)
+        self._timed = arranged(step, [self._wrapped(index, item) for index, item in enumerate(step.segments)])
 
     @contextmanager
-    def on(self, rule: Rule, decisions: bool = False) -> Iterator[Rule]:
-        """Inside, the step's launches are timed; with `decisions` also what the yielded rule is asked, which doubles
-        what the probe costs.
-        """
+    def on(self, rule: Rule) -> Iterator[Rule]:
+        """Inside, the step's launches are timed, and so is what the yielded rule is asked."""
         self._watch.rule = rule
-        self._step.segments = self._timed
+        vars(self.step).update(self._timed)
         try:
-            yield self._watch if decisions else rule
+            yield self._watch
         finally:
-            self._step.segments = self._bare
+            vars(self.step).update(self._bare)
 
     def take(self) -> Stamps:
         """The stamps so far, in the order in which they began; they are forgotten."""
@@ -71,25 +62,25 @@ class Probe:
         self._flat.clear()
         return np.column_stack([np.array(self._stamped, np.int64)[flat[:, 0]], flat[:, 1:]])
 
-    def _code(self, index: int, count: int, what: What) -> int:
+    def _code(self, segment: int, what: What) -> int:
         """The number that stands for these in a stamp."""
-        self._stamped.append((index, count, what))
+        self._stamped.append((segment, what))
         return len(self._stamped) - 1
 
     def _wrapped(self, index: int, segment: BoundSegment) -> BoundSegment:
-        def timed(launch: Launch, what: What, count: int = 1) -> Launch:
-            return _stamped(launch, self._code(index, count, what), self._flat.extend)
+        def timed(launch: Launch, what: What) -> Launch:
+            return _stamped(launch, self._code(index, what), self._flat.extend)
 
-        return replace(
-            segment,
-            run=timed(segment.run, What.RUN),
-            skip=None if segment.skip is None else timed(segment.skip, What.SKIP),
-            policy=None if segment.policy is None else timed(segment.policy, What.POLICY),
-            stretches=tuple(
-                replace(item, launch=timed(item.launch, What.SKIP if item.skips else What.RUN, item.count))
-                for item in segment.stretches
-            ),
-        )
+        bypass = None if segment.bypass is None else timed(segment.bypass, What.BYPASS)
+        return replace(segment, run=timed(segment.run, What.RUN), bypass=bypass)
+
+
+def arranged(step: BoundStep, segments: Sequence[BoundSegment]) -> dict[str, Any]:
+    """What `vars(step)` has where it launches these segments instead of its own."""
+    count = len(step._before)
+    after = list(segments[count:])
+    before = tuple(item.run for item in segments[:count])
+    return {"_before": before, "_after": after, "_answers": type(step._answers)(after)}
 
 
 def _stamped(launch: Launch, code: int, push: _Push) -> Launch:
@@ -102,30 +93,23 @@ def _stamped(launch: Launch, code: int, push: _Push) -> Launch:
 
 
 class _WatchedRule:
-    """A rule, and how long each answer takes."""
+    """A rule, and how long its answers take."""
 
     rule: Rule
 
-    def __init__(self, codes: dict[int, int], push: _Push) -> None:
-        """`codes`: by layer, what its stamps begin with."""
-        self._codes = codes
+    def __init__(self, code: int, push: _Push) -> None:
+        self._code = code
         self._push = push
 
     @property
     def asks(self) -> bool:
         return self.rule.asks
 
-    def settled(self, damage: Damages) -> Damages:
-        return self.rule.settled(damage)
-
-    def skips(self, layer: int, damage: float, executed: int) -> bool:
+    def skips(self, damage: Damages) -> Skips:
         began = perf_counter_ns()
-        skip = self.rule.skips(layer, damage, executed)
-        self._push((self._codes[layer], began, perf_counter_ns()))
-        return skip
-
-    def decide(self, layer: int, damage: Damages, executed: Counts) -> Actions:
-        return self.rule.decide(layer, damage, executed)
+        skipped = self.rule.skips(damage)
+        self._push((self._code, began, perf_counter_ns()))
+        return skipped
 
 
 STAMPS = 2000

@@ -13,20 +13,10 @@ import jinja2
 from dash_export.decision import Action
 from dash_export.evaluation.pictures import render, skip_map_figure
 from dash_export.evaluation.settings import label
-from dash_export.evaluation.timing import SETTLE
 from dash_export.profiling.figures import breakdown_figure, dial_figure, distribution_figure, segments_figure
-from dash_export.profiling.measure import Lane
-from dash_export.profiling.results import PARTS, LaneProfile, Profile
-from dash_export.profiling.wording import (
-    believable,
-    conditions,
-    course_line,
-    lane_names,
-    policy_line,
-    rarely_line,
-    stretches_line,
-    title,
-)
+from dash_export.profiling.measure import SETTLE, Lane
+from dash_export.profiling.results import PARTS, Profile
+from dash_export.profiling.wording import believable, conditions, course_line, lane_names, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,9 +49,7 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
         course=course_line(found.course),
         parts=PARTS,
         rows=[
-            {"name": name, "lane": lane,
-             "notes": [line for line in (policy_line(lane), rarely_line(lane), believable(lane.check)) if line],
-             "stretches": stretches_line(lane),
+            {"name": name, "lane": lane, "note": believable(lane.check),
              "whole": sum(part.mean for part in lane.parts.values())}
             for name, lane in zip(names, found.lanes, strict=True)
         ],
@@ -74,7 +62,7 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
         ),
         segments=[
             _picture(
-                segments_figure(lane, _dense(found, lane)),
+                segments_figure(lane, found.lanes[0]),
                 f"{name}: what each segment adds to a token, and how often it is skipped.",
             )
             for name, lane in zip(names, found.lanes, strict=True)
@@ -82,43 +70,31 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
         maps=[
             _picture(_skip_map(lane, found.model), f"{name}: the skip map of the first window that was decoded.", "png")
             for name, lane in zip(names, lanes, strict=True)
-            if lane.setting.kind != "dense"
+            if lane.entrant.setting.kind != "dense"
         ],
-        dials=_dials(found, lanes, names),
+        dial=_dial(found, lanes, names),
     )  # fmt: skip
-
-
-def _dense(found: Profile, lane: LaneProfile) -> LaneProfile:
-    return next(other for other in found.lanes if other.bundle == lane.bundle)
 
 
 def _skip_map(lane: Lane, model: str) -> Figure:
     start = lane.recording.actions[0][SETTLE : SETTLE + MAP_TOKENS]
     ids = lane.recording.decoded[SETTLE : SETTLE + MAP_TOKENS]
     pieces = [lane.runtime.text.decode([token]) for token in ids]
-    policy = lane.runtime.bundle.manifest.policy
     mean = (start == Action.RUN).sum(axis=1).mean()
     caption = f"{mean:.1f} of {start.shape[1]} layers run per token, mean over {len(pieces)} tokens"
-    return skip_map_figure(pieces, start, policy.gated, f"{model}: {label(lane.setting)}", caption)
+    return skip_map_figure(pieces, start, lane.units, f"{model}: {label(lane.entrant.setting)}", caption)
 
 
-def _dials(found: Profile, lanes: Sequence[Lane], names: Sequence[str]) -> list[Picture]:
-    """One per bundle that has a dial."""
-    pictures = []
-    for bundle in dict.fromkeys(lane.bundle for lane in found.lanes):
-        chosen = [number for number, lane in enumerate(found.lanes) if lane.bundle == bundle]
-        build = lanes[chosen[0]].runtime.build
-        if build.dial:
-            figure = dial_figure([found.lanes[i] for i in chosen], [names[i] for i in chosen], build)
-            pictures.append(
-                _picture(
-                    figure,
-                    f"{bundle}: the dial that the build calibrated, and where each setting came out on this clock. "
-                    "Across: measured, median and quartiles of rounds. Up: what the dial says at the number of layers "
-                    "run; the divergence on this text was not measured (dash-export frontier does).",
-                )
-            )
-    return pictures
+def _dial(found: Profile, lanes: Sequence[Lane], names: Sequence[str]) -> Picture | None:
+    build = lanes[0].runtime.build
+    if not build.dial:
+        return None
+    return _picture(
+        dial_figure(found.lanes, names, build),
+        "The dial that the build calibrated, and where each setting came out on this clock. Across: measured, median "
+        "and quartiles of rounds. Up: what the dial says at the number of layers run; the divergence on this text was "
+        "not measured (dash-export frontier does).",
+    )
 
 
 def _picture(figure: Figure, caption: str, kind: str = "svg") -> Picture:

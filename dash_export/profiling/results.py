@@ -11,38 +11,28 @@ from dash_export.profiling.statistics import Middle, Spread
 
 PARTS = {
     "always": "layers that always run, embedding, head",
-    "run": "gated layers that ran",
-    "skip": "skip engines: compensation, K and V",
-    "policy": "policy engines",
+    "run": "units that ran",
+    "bypass": "bypasses of skipped units",
+    "deciding": "decisions on the host",
     "sampling": "sampling and text",
-    "host": "host gaps, decisions included",
+    "host": "other host gaps",
 }
-"""The parts of a token's time. Where the policy is fused into engines, its time is inside theirs."""
+"""The parts of a token's time. The policy's damage is one more output of the first engine: its time is inside that."""
 
 
 @dataclass(frozen=True)
 class SegmentTimes:
-    """One segment. Times of its engines in microseconds; `layer` is the gated layer or -1; `skipped` the share of
-    tokens that skipped it.
+    """One segment. `unit`: as it is written, or empty for what always runs; `run` and `bypass` in microseconds;
+    `skipped` the share of tokens that skipped it; `owed` the bypass's median time as a share of the run's in a token
+    that skips nothing: what a skip still takes.
     """
 
     name: str
-    layer: int
+    unit: str
     run: Spread | None
-    skip: Spread | None
-    policy: Spread | None
+    bypass: Spread | None
     skipped: float
-
-
-@dataclass(frozen=True)
-class PolicyCost:
-    """What deciding takes per token, in microseconds. `how`: `none` (nobody is asked), `launches` (engines of their
-    own, timed) or `difference` (fused: not separable per launch; against engines without a policy that repeat the same
-    actions; the bounds are over the copies of the engines too).
-    """
-
-    how: str
-    us: Middle
+    owed: float | None
 
 
 @dataclass(frozen=True)
@@ -70,25 +60,21 @@ class Check:
 
 @dataclass(frozen=True)
 class LaneProfile:
-    """One bundle at one setting. `token_ms` are tokens without a probe; `ratio` their time as a fraction of dense,
-    median and quartiles of rounds; `parts` in microseconds per token of probed tokens, their means add up; `decision`
-    is the part of the host gaps in which the rule was asked, of the traced tokens; `layers` run and `launches`
-    of them per token.
+    """One setting, or another build by its name (`build`). `token_ms` are tokens without a probe; `ratio` their time
+    as a fraction of the first lane's, median and quartiles of rounds; `parts` in microseconds per token of probed
+    tokens, their means add up; `layers` run and `launches` per token.
     """
 
-    bundle: str
+    build: str
     setting: Setting
     target: str
-    dispatch: str
     token_ms: Spread
     first_ms: Spread
     ratio: Middle
     layers: Spread
     launches: Spread
     parts: dict[str, Spread]
-    decision: Spread | None
     segments: list[SegmentTimes]
-    policy: PolicyCost
     traffic: Traffic
     peak_memory: int | None
     check: Check
@@ -97,8 +83,8 @@ class LaneProfile:
 
 @dataclass(frozen=True)
 class Course:
-    """What was decoded: `windows` of text, each a context of `context` tokens and `tokens` timed ones, `rounds` in all,
-    over `copies` of the engines.
+    """What was decoded: `windows` of text, each a context of `context` tokens and `tokens` timed ones, `rounds` in
+    all.
     """
 
     text: str
@@ -106,12 +92,11 @@ class Course:
     tokens: int
     windows: int
     rounds: int
-    copies: int
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Everything. Dense is the first lane of each bundle. `after_mhz`: clocks when it was over."""
+    """Everything. Dense is the first lane. `after_mhz`: clocks when it was over."""
 
     model: str
     machine: Machine

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dash_export.build_record import Stretch
-from dash_export.decision import Action
+from dash_export.decision import Unit, units_text
 from dash_export.evaluation.settings import label
 from dash_export.profiling.measure import Lane, TokenStamps
 from dash_export.profiling.probe import What
 from dash_export.profiling.traffic import EngineBytes, engine_bytes
-from dash_export.runtime.engines import policies_by_segment
 
 TRACKS = {1: "tokens", 2: "host: decisions, sampling", 3: "engines (one after another)"}
 _TOKENS, _HOST, _ENGINES = TRACKS
@@ -23,7 +21,7 @@ def chrome_trace(lanes: Sequence[Lane], title: str) -> dict[str, Any]:
     start = min(token.began for lane in lanes for token in lane.trace)
     events: list[dict[str, Any]] = []
     for process, lane in enumerate(lanes, 1):
-        events.append(_named(process, 0, "process_name", f"{lane.name}: {label(lane.setting)}"))
+        events.append(_named(process, 0, "process_name", f"{label(lane.entrant.setting, lane.entrant.build)}"))
         events += [_named(process, track, "thread_name", name) for track, name in TRACKS.items()]
         sizes = engine_bytes(lane.runtime)
         for token in lane.trace:
@@ -43,33 +41,25 @@ def _token_events(lane: Lane, token: TokenStamps, sizes: EngineBytes, process: i
         }  # fmt: skip
 
     text = lane.runtime.text.decode([token.token])
-    executed = int((token.actions == Action.RUN).sum())
+    skipped = [unit for unit, own in zip(lane.units, token.skipped, strict=True) if own]
+    executed = lane.runtime.engines.model.num_layers - sum(len(unit.layers) for unit in skipped)
     events = [
         event(
             _TOKENS, f"{token.position}: {text!r}", "token", token.began, token.ended,
             position=token.position, token=token.token, layers=executed,
         )
     ]  # fmt: skip
-    build, points = lane.runtime.build, lane.runtime.bundle.manifest.policy.decision_points
-    segments, policies = build.segments, policies_by_segment(build, points, str)
-    for index, count, what, began, ended in token.stamps.tolist():
-        segment = segments[index]
-        layer = segment.first
+    segments = lane.runtime.build.segments
+    for index, what, began, ended in token.stamps.tolist():
         if what == What.DECISION:
-            action = Action(int(token.actions[layer])).name.lower()
-            facts = {"damage": float(token.damage[layer])} if lane.setting.asks_network else {}
-            events.append(
-                event(_HOST, f"layer {layer}: {action}", "decision", began, ended, layer=layer, action=action, **facts)
-            )
+            facts: dict[str, object] = {"skipped": units_text(skipped)}
+            if lane.entrant.setting.asks_network:
+                facts["damage"] = dict(zip(map(str, lane.units), token.damage.tolist(), strict=True))
+            events.append(event(_HOST, f"skip {units_text(skipped)}", "decision", began, ended, **facts))
             continue
-        kind = What(what).name.lower()
-        if what == What.POLICY:
-            name = ", ".join(policies[index].values())
-        elif count > 1:
-            name = Stretch(layer, segments[index + count - 1].last, what == What.SKIP).name
-        else:
-            name = segment.name if what == What.RUN else f"skip_{layer:02d}"
-        size = int(getattr(sizes, kind)[index : index + count].sum())
-        events.append(event(_ENGINES, name, kind, began, ended, bytes=size, action=kind))
+        kind, segment = What(what).name.lower(), segments[index]
+        name = segment.name if what == What.RUN else Unit(segment.first, segment.last).bypass
+        size = int(getattr(sizes, kind)[index])
+        events.append(event(_ENGINES, name, kind, began, ended, bytes=size))
     events.append(event(_HOST, "sampling", "sampling", token.decoded, token.ended))
     return events

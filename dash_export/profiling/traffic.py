@@ -10,7 +10,6 @@ import numpy.typing as npt
 from dash_export.decision import Action
 from dash_export.manifest import ModelFacts
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.engines import policies_by_segment
 from dash_export.targets import BITS, QUANTISED, WeightsRecipe
 
 _CACHE_ITEM = 4
@@ -19,25 +18,25 @@ _CACHE_ITEM = 4
 
 @dataclass(frozen=True)
 class EngineBytes:
-    """Bytes each engine reads for one token, by segment; `skip` and `policy` 0 where there is no such engine."""
+    """Bytes each engine reads for one token, by segment; `bypass` 0 for what always runs. `first` and `counts` of its
+    layers; `row`: bytes of one layer's K and V row.
+    """
 
     run: npt.NDArray[np.int64]
-    skip: npt.NDArray[np.int64]
-    policy: npt.NDArray[np.int64]
-    layers: npt.NDArray[np.int64]
-    """The gated layer of a segment, -1 for one that always runs."""
+    bypass: npt.NDArray[np.int64]
+    gated: npt.NDArray[np.bool_]
+    first: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
-    """Layers in a segment."""
     row: int
-    """Bytes of one layer's K and V row."""
 
     def moved(self, actions: npt.NDArray[np.int8], position: int) -> tuple[int, int]:
         """Of one token at `position` under `actions` [layers]: bytes of engines, bytes of the cache (rows 0 to
         `position` for a layer that runs, the one row that is written for a skipped one).
         """
-        skipped = (self.layers >= 0) & (actions[self.layers] == Action.SKIP)
-        engines = np.where(skipped, self.skip, self.run) + self.policy
-        rows = np.where(skipped, 1, self.counts * (position + 2))
+        # The head alone begins where the layers end.
+        skipped = self.gated & (actions[np.minimum(self.first, len(actions) - 1)] == Action.SKIP)
+        engines = np.where(skipped, self.bypass, self.run)
+        rows = self.counts * np.where(skipped, 1, position + 2)
         return int(engines.sum()), int(rows.sum()) * self.row
 
 
@@ -53,24 +52,18 @@ def embedding_bytes(weights: WeightsRecipe, model: ModelFacts) -> int:
 def engine_bytes(runtime: DashRuntime) -> EngineBytes:
     """From the build's engine records. Of an embedding table one row is read."""
     build, model = runtime.build, runtime.engines.model
-    fused = runtime.dispatch == "fused"
-
-    def size(name: str) -> int:
-        record = build.engines.get(f"{name}.policy") if fused else None
-        return (record or build.engines[name]).bytes
-
-    asked = runtime.bundle.manifest.policy.decision_points if runtime.dispatch == "sync" else {}
-    policy = [sum(engines.values()) for engines in policies_by_segment(build, asked, size)]
-    run, skip = [], []
+    bypasses = iter(runtime.bundle.manifest.policy.units)
+    run, bypass = [], []
     for segment in build.segments:
         table = embedding_bytes(runtime.recipe.weights, model) if segment.embed else 0
-        run.append(max(0, size(segment.name) - table))
-        skip.append(size(f"skip_{segment.first:02d}") if segment.gated else 0)
+        names = [segment.name] if segment.name in build.engines else segment.graphs
+        run.append(max(0, sum(build.engines[name].bytes for name in names) - table))
+        bypass.append(build.engines[next(bypasses).bypass].bytes if segment.gated else 0)
     return EngineBytes(
         np.array(run, np.int64),
-        np.array(skip, np.int64),
-        np.array(policy, np.int64),
-        np.array([segment.first if segment.gated else -1 for segment in build.segments], np.int64),
+        np.array(bypass, np.int64),
+        np.array([segment.gated for segment in build.segments], np.bool_),
+        np.array([segment.first for segment in build.segments], np.int64),
         np.array([len(segment.layers) for segment in build.segments], np.int64),
         2 * model.num_kv_heads * model.head_dim * _CACHE_ITEM,
     )

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from dash_export.decision import spans
 from dash_export.evaluation.settings import label
-from dash_export.profiling.results import Check, Course, LaneProfile, Profile
+from dash_export.profiling.results import Check, Course, Profile
 from dash_export.profiling.statistics import Middle
-
-RARELY = 0.1
-"""On a CPU an engine of its own and its decision cost a tenth or so of what one skip saves: 10 us and 3 of 100, of
-SmolLM2-135M in int4.
-"""
 
 
 def lane_names(found: Profile) -> list[str]:
-    """What each lane is called: its setting, with the bundle where there are several."""
-    several = len({lane.bundle for lane in found.lanes}) > 1
-    return [f"{lane.bundle}: {label(lane.setting)}" if several else label(lane.setting) for lane in found.lanes]
+    """What each lane is called."""
+    return [label(lane.setting, lane.build) for lane in found.lanes]
 
 
 def title(found: Profile) -> str:
@@ -46,49 +39,9 @@ def conditions(found: Profile) -> list[str]:
 
 def course_line(course: Course) -> str:
     return (
-        f"{course.text}: {course.rounds} rounds, settings in turn (windows of text: {course.windows}, copies of the "
-        f"engines: {course.copies}); each {course.context} tokens of prompt, then {course.tokens} known tokens decoded "
-        "one by one, every other one with timed launches"
-    )
-
-
-def policy_line(lane: LaneProfile) -> str:
-    """What deciding costs, and how that is known; empty where nobody is asked."""
-    cost, whole = lane.policy, sum(times.mean for times in lane.parts.values())
-    if cost.how == "none":
-        return ""
-    time = f"{_interval(cost.us, '.0f')} µs per token ({cost.us.value / whole:+.1%})"
-    if cost.how == "launches":
-        return f"policy: {time}, timed launches; none of it hidden, for engines run one after another on a CPU."
-    return (
-        f"policy: {time}. fused: not separable per launch; measured by difference from engines without it that repeat "
-        "the same actions."
-    )
-
-
-def stretches_line(lane: LaneProfile) -> str:
-    """What rows of single layers mean where several are one launch; empty where none are."""
-    if lane.launches.mean >= len(lane.segments):
-        return ""
-    return (
-        f"{lane.launches.mean:.1f} launches per token: layers that take the same action are one, and its time is "
-        "divided evenly among them."
-    )
-
-
-def rarely_line(lane: LaneProfile) -> str:
-    """Which layers a policy skips too seldom for its own good; empty where there are none."""
-    # Where policies are engines, neighbours are merged otherwise, or not at all; in stretches a layer costs next to
-    # nothing while it runs.
-    if lane.policy.how != "difference" or stretches_line(lane):
-        return ""
-    gated = {row.layer: row.skipped for row in lane.segments if row.layer >= 0}
-    rarely = {layer for layer, skipped in gated.items() if skipped < RARELY}
-    if not rarely or len(rarely) == len(gated):
-        return ""
-    return (
-        f"skipped for under {RARELY:.0%} of the tokens: {spans(rarely)}. That hardly pays for engines of their own: "
-        f"for this setting try a bundle exported with --gated {spans(set(gated) - rarely)}."
+        f"{course.text}: {course.rounds} rounds, settings in turn (windows of text: {course.windows}); each "
+        f"{course.context} tokens of prompt, then {course.tokens} known tokens decoded one by one, every other one "
+        "with timed launches"
     )
 
 

@@ -96,7 +96,8 @@ def _fill(
 ) -> None:
     bundle.verify(bundle.manifest.files)
     policy = bundle.manifest.policy
-    segments = plan_segments(bundle.manifest.model.num_layers, policy.gated, True, policy.decision_points)
+    cut = (policy.read,) if policy.has_network else ()
+    segments = plan_segments(bundle.manifest.model.num_layers, policy.units, cut)
     engines = unfinished / bundle.root.name / "engines" / recipe.name
     with roundings_of(bundle, recipe, unfinished, progress) as calibrated:
         known = keep_roundings(bundle, recipe, calibrated, engines)

@@ -16,7 +16,7 @@ from dash_export.builders.segments import Artifact, calibration_key, graphs_key,
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.graphs.compose import load_graph
-from dash_export.graphs.rounded import Rounded, Roundings, layer_node, to_nearest
+from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
 from dash_export.graphs.trt.quantize import MIDDLE
 from dash_export.names import ROUNDINGS
 from dash_export.targets import Recipe
@@ -53,7 +53,6 @@ def stored_roundings(folder: Path) -> Roundings:
     path = folder / FILE
 
     def rounded(node: str) -> Rounded | None:
-        node = layer_node(node)
         if not path.is_file():
             return None
         try:
@@ -74,7 +73,7 @@ def stored_roundings(folder: Path) -> Roundings:
 
 def _key(bundle: Bundle, recipe: Recipe) -> str:
     parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), weights_key(recipe)
-    return content_key(ROUNDING_REVISION, *parts, bundle.manifest.policy.gated)
+    return content_key(ROUNDING_REVISION, *parts, bundle.manifest.policy.layers)
 
 
 def _write(bundle: Bundle, key: str, roundings: Roundings, folder: Path, out: Path) -> list[Path]:

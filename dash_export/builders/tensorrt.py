@@ -1,4 +1,4 @@
-"""Portable graphs + recipe -> TensorRT engines: one per segment, skip graph and policy.
+"""Portable graphs + recipe -> TensorRT engines: one per segment and bypass, and the policy's.
 
 The lowered ONNX file is a step on the way and is not kept: `build --verify` makes it again. Engines hold their weights
 themselves, so nothing is shared between files.

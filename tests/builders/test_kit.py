@@ -63,7 +63,7 @@ def test_the_kit_verifies_itself(kit: Path) -> None:
     record = json.loads((kit / "kit.json").read_text())
     names = {path.relative_to(kit).as_posix() for path in kit.rglob("*") if path.is_file()}
     assert names == {item["name"] for item in record["files"]} | {"kit.json", "tiny.dash/manifest.json"}
-    assert record["verification"]["engines"]["layer_03"]["hidden_out"] < 1e-3
+    assert record["verification"]["engines"]["layers_02-03"]["hidden_out"] < 1e-3
 
 
 @pytest.mark.parametrize("name", ["tiny.dash/onnx/layer_03.data", "lib/dash_export/cli.py", "build.py"])
@@ -93,7 +93,7 @@ def test_the_script_runs_the_build_and_reports(tiny_root: Path, tmp_path: Path) 
     report = json.loads((kit / "report.json").read_text())
     assert report["done"]
     assert report["build"]["target"] == "cuda"
-    assert {"layer_03", "skip_03", "policy_03"} <= set(report["build"]["engines"])
+    assert {"layers_02-03", "bypass_02-03", "policy"} <= set(report["build"]["engines"])
     assert report["machine"]["system"]["python"]
     Bundle.open(kit / "tiny.dash").load_build("cuda")
 

@@ -26,7 +26,7 @@ from dash_export.targets import load_recipe, with_weights
 from tests.builders.test_kit import run
 from tests.tiny import save_model, tiny_checkpoint, tiny_policy
 
-DOWN = "layer_03/mlp/down_proj"
+UNIT, DOWN = "layers_02-03", "layer_03/mlp/down_proj"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> str:
 def bundle(tmp_path_factory: pytest.TempPathFactory, target: str) -> Bundle:
     root = tmp_path_factory.mktemp("roundings")
     checkpoint = tiny_checkpoint(root / "model")
-    made = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "low_rank"))
+    made = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "linear"))
     build(made, target, verify=True)
     build(made, target, rounding="nearest", verify=True)
     return made
@@ -62,9 +62,8 @@ def matrix(bundle: Bundle, build_name: str, engine: str, node: str) -> tuple[np.
 def test_graphs_hold_what_was_calibrated(bundle: Bundle) -> None:
     rounded = stored_roundings(bundle.path("engines/small"))
     for engine, node in (
-        ("layer_03", DOWN),
-        ("layer_03", "layer_03/attention/v_proj"),
-        ("skip_03", "skip_03/attention/v_proj"),
+        (UNIT, DOWN),
+        (UNIT, "layer_03/attention/v_proj"),
         (bundle.load_build("small").segments[-1].name, "head/logits"),
     ):
         expected = rounded(node)
@@ -73,9 +72,7 @@ def test_graphs_hold_what_was_calibrated(bundle: Bundle) -> None:
         np.testing.assert_array_equal(values, expected.codes.astype(np.float32) - 8)
         np.testing.assert_array_equal(scales, expected.scales.astype(scales.dtype))
         assert expected.block == (32 if node == DOWN else 64)
-    assert not np.array_equal(
-        matrix(bundle, "small", "layer_03", DOWN)[0], matrix(bundle, "small-nearest", "layer_03", DOWN)[0]
-    )
+    assert not np.array_equal(matrix(bundle, "small", UNIT, DOWN)[0], matrix(bundle, "small-nearest", UNIT, DOWN)[0])
     assert rounded("layer_03/input_layernorm") is None
     assert stored_roundings(bundle.path("engines/small-nearest"))(DOWN) is None
 
@@ -103,10 +100,10 @@ def test_an_engine_made_again_asks_nobody(
     own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
     monkeypatch.setattr(building, "find_spec", lambda _name: None)
     monkeypatch.setattr(building, "_not_here", refuse)
-    file = own.path(own.load_build("small").engines["layer_03"].file)
+    file = own.path(own.load_build("small").engines[UNIT].file)
     file.unlink()
     build(own, target)
-    np.testing.assert_array_equal(*(matrix(made, "small", "layer_03", DOWN)[0] for made in (own, bundle)))
+    np.testing.assert_array_equal(*(matrix(made, "small", UNIT, DOWN)[0] for made in (own, bundle)))
 
 
 def test_engines_follow_what_they_are_made_of(bundle: Bundle, target: str, tmp_path: Path) -> None:
@@ -147,7 +144,7 @@ def test_a_kit_brings_it(bundle: Bundle, target: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     own = Bundle.open(kit / bundle.root.name)
     assert "rounding layer" not in done.stdout
-    np.testing.assert_array_equal(*(matrix(made, "small", "layer_03", DOWN)[0] for made in (own, bundle)))
+    np.testing.assert_array_equal(*(matrix(made, "small", UNIT, DOWN)[0] for made in (own, bundle)))
     assert run(kit, "--check").returncode == 0, "what the build wrote is no damage"
 
 
@@ -165,8 +162,8 @@ def test_a_kit_takes_what_is_there(
 
 
 def test_verified_against_what_is_built(bundle: Bundle) -> None:
-    errors = bundle.load_build("small").details["verification"]["engines"]["layer_03"]
-    nearest = bundle.load_build("small-nearest").details["verification"]["engines"]["layer_03"]
+    errors = bundle.load_build("small").details["verification"]["engines"][UNIT]
+    nearest = bundle.load_build("small-nearest").details["verification"]["engines"][UNIT]
     assert errors["hidden_out"] != nearest["hidden_out"]
 
 
@@ -178,7 +175,7 @@ def test_another_head_is_calibrated_anew(bundle: Bundle, target: str, tmp_path: 
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["lm_head.weight"] = -weights["lm_head.weight"][::-1].copy()
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    changed = export(open_checkpoint(tmp_path / "model"), own, tiny_policy(checkpoint, "low_rank"))
+    changed = export(open_checkpoint(tmp_path / "model"), own, tiny_policy(checkpoint, "linear"))
     build(changed, target)
     head, layer = (stored_roundings(changed.path("engines/small"))(node) for node in ("head/logits", DOWN))
     old_head, old_layer = (stored_roundings(bundle.path("engines/small"))(node) for node in ("head/logits", DOWN))
@@ -197,7 +194,7 @@ def test_to_nearest_under_the_same_name(bundle: Bundle, target: str, tmp_path: P
         Path(target).read_text().replace('"gptq"', '"nearest"').replace("block_size = 128", "block_size = 16")
     )
     build(own, str(path))
-    assert matrix(own, "small", "layer_03", DOWN)[1].shape[0] == 96 // 16
+    assert matrix(own, "small", UNIT, DOWN)[1].shape[0] == 96 // 16
     assert not own.path(f"engines/small/{FILE}").exists()
 
 

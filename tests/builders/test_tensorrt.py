@@ -9,17 +9,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 import pytest
 
 from dash_export.artifacts import ArtifactStore
 from dash_export.build_record import Build
 from dash_export.builders import build, trt_api
+from dash_export.builders.gpu_graphs import portable_graphs
 from dash_export.builders.measure import NOT_MEASURED
 from dash_export.bundle import Bundle
+from dash_export.decision import Unit
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
+from dash_export.graphs.trt import lower
 from dash_export.models import open_checkpoint
-from dash_export.skip_policy import untrained_policy
 from dash_export.targets import load_recipe
 from tests.commands.helpers import refused
 from tests.tiny import tiny_checkpoint, tiny_policy
@@ -29,14 +33,14 @@ rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX builder: pip ins
 FIRST_BYTES = b"vtrt"
 
 
-def write_recipe(path: Path, weights: str = "fp16", block: int = 32, engine: str = "", more: str = "") -> str:
-    """A recipe of a small cache at `path`, everything at one precision."""
+def write_recipe(path: Path, weights: str = "fp16", engine: str = "", bypass: str = "") -> str:
+    """A recipe of a small cache at `path`, everything at one precision but perhaps the bypasses."""
     own = "bf16" if 'activations = "bf16"' in engine else "fp16"
     parts = "".join(f'{part} = "{weights}"\n' for part in ("layers", "qkv", "ungated", "head"))
     path.write_text(
-        f'backend = "tensorrt_rtx"\ndialect = "portable"\n{more}\n'
+        f'backend = "tensorrt_rtx"\ndialect = "portable"\n'
         f'[engine]\ncapabilities = ["8.9"]\nkv_capacity = 64\n{engine}\n'
-        f'[weights]\n{parts}embedding = "{own}"\npolicy = "{own}"\nblock_size = {block}\nsymmetric = true\n'
+        f'[weights]\n{parts}embedding = "{own}"\nbypass = "{bypass or own}"\nblock_size = 32\nsymmetric = true\n'
         '[runtime]\ndispatch = "overlapped"\nprefill_chunk = 32\n'
     )
     return str(path)
@@ -44,10 +48,10 @@ def write_recipe(path: Path, weights: str = "fp16", block: int = 32, engine: str
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bundle built by the RTX builder. Copy it to change it."""
+    """A tiny bundle of five layers, units 2-3 and 4, built by the RTX builder. Copy it to change it."""
     folder = tmp_path_factory.mktemp("rtx")
     checkpoint = tiny_checkpoint(folder / "model", num_hidden_layers=5)
-    bundle = export(checkpoint, folder / "tiny.dash", tiny_policy(checkpoint, "low_rank"))
+    bundle = export(checkpoint, folder / "tiny.dash", tiny_policy(checkpoint, "linear"))
     build(bundle, write_recipe(folder / "mine.toml"))
     return folder
 
@@ -74,10 +78,12 @@ def loaded(folder: Path, target: str = "mine") -> Build:
     return Bundle.open(folder / "tiny.dash").load_build(target)
 
 
-def test_one_engine_per_segment_skip_graph_and_policy(root: Path) -> None:
+def test_one_engine_per_segment_and_bypass_and_one_policy(root: Path) -> None:
     made = loaded(root)
-    layers = {f"layer_{layer:02d}" for layer in range(5)}
-    assert set(made.engines) == layers | {f"{kind}_{layer:02d}" for kind in ("skip", "policy") for layer in (2, 3)}
+    assert set(made.engines) == {
+        *("layer_00", "layer_01", "layers_02-03", "layer_04", "head"),
+        *("bypass_02-03", "bypass_04-04", "policy"),
+    }
     for name, engine in made.engines.items():
         assert engine.file == f"engines/mine/{name}.engine"
         assert engine.seconds > 0
@@ -97,7 +103,7 @@ def test_the_record_says_how_it_was_built_and_that_nothing_was_measured(root: Pa
     assert {"optimization_level", "aux_streams", "workspace_bytes", "compiler"} <= set(made.details)
     assert made.cost.device == NOT_MEASURED
     assert made.cost.segment_us == {}
-    assert set(made.cost.cost) == {2, 3}
+    assert made.cost.cost == (2 / 5, 1 / 5)
 
 
 def test_nothing_is_left_behind_but_engines(root: Path) -> None:
@@ -113,21 +119,14 @@ def test_a_second_build_compiles_nothing(own: Path, made: list[str]) -> None:
 
 def test_only_what_changed_is_compiled(own: Path, made: list[str]) -> None:
     checkpoint = open_checkpoint(own / "model")
-    changed = export(checkpoint, own / "tiny.dash", tiny_policy(checkpoint, "low_rank", seed=7))
+    changed = export(checkpoint, own / "tiny.dash", tiny_policy(checkpoint, "linear", seed=7))
     made.clear()
     build(changed, str(own / "mine.toml"))
-    assert sorted(made) == ["policy_02", "policy_03"]
-    (own / "tiny.dash" / "engines" / "mine" / "skip_03.engine").write_bytes(b"damaged")
+    assert made == ["policy"]
+    (own / "tiny.dash" / "engines" / "mine" / "bypass_02-03.engine").write_bytes(b"damaged")
     made.clear()
     build(changed, str(own / "mine.toml"))
-    assert made == ["skip_03"]
-
-
-def test_what_one_state_decides_is_one_policy_engine(own: Path) -> None:
-    checkpoint = open_checkpoint(own / "model")
-    policy = replace(untrained_policy(checkpoint.spec, (2, 3), width=0), reads=(1, 1))
-    build(export(checkpoint, own / "tiny.dash", policy), str(own / "mine.toml"))
-    assert [name for name in loaded(own).engines if name.startswith("policy")] == ["policy_02"]
+    assert made == ["bypass_02-03"]
 
 
 @pytest.mark.parametrize("key", ["kv_capacity = 65", "profiles = 1", "optimization_level = 2"])
@@ -137,26 +136,42 @@ def test_what_an_engine_fixes_is_in_its_key(key: str, own: Path, made: list[str]
     lines = [line for line in text.splitlines() if not line.startswith(setting)]
     (own / "mine.toml").write_text("\n".join(lines).replace("[engine]", f"[engine]\n{key}"))
     build(own / "tiny.dash", str(own / "mine.toml"))
-    assert len(made) == 9
+    assert len(made) == 8
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "weights", "engine"),
+    ("family", "options", "form", "recipe"),
     [
-        ("llama", {"attention_bias": True, "mlp_bias": True}, "int4", ""),
-        ("qwen2", {}, "int8", ""),
-        ("qwen3", {"tie_word_embeddings": True}, "int4", ""),
-        ("qwen3", {}, "bf16", 'activations = "bf16"\nprofiles = 1'),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, "linear", {"weights": "int4"}),
+        ("qwen2", {}, "mlp", {"weights": "int8", "bypass": "int8"}),
+        ("qwen3", {"tie_word_embeddings": True}, "mlp", {"weights": "int4", "bypass": "int4"}),
+        ("qwen3", {}, "none", {"weights": "bf16", "engine": 'activations = "bf16"\nprofiles = 1'}),
     ],
 )
 def test_families_and_precisions_compile(
-    family: str, options: dict[str, Any], weights: str, engine: str, tmp_path: Path
+    family: str, options: dict[str, Any], form: str, recipe: dict[str, str], tmp_path: Path
 ) -> None:
+    """A unit of several layers; the policy reads what the embedding gives. Graphs say what their portable ones do."""
     checkpoint = tiny_checkpoint(tmp_path / "model", family, num_hidden_layers=4, **options)
-    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "scale"))
-    made = build(bundle, write_recipe(tmp_path / "mine.toml", weights, engine=engine))
+    policy = tiny_policy(checkpoint, form, units=(Unit(1, 2),))
+    bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
+    made = build(bundle, write_recipe(tmp_path / "mine.toml", **recipe), verify=True)
     bundle.verify(made.files)
-    assert len(made.engines) == 4 + 2
+    assert list(made.engines) == ["embed", "layer_00", "layers_01-02", "layer_03", "bypass_01-02", "policy"]
+
+
+@pytest.mark.parametrize(("bypass", "tensor"), [("int8", onnx.TensorProto.INT8), ("int4", onnx.TensorProto.INT4)])
+def test_a_bypass_has_its_own_precision(bypass: str, tensor: int, own: Path, tmp_path: Path) -> None:
+    """Its product, and K and V with it; the policy stays as it is."""
+    recipe = load_recipe(write_recipe(tmp_path / "mine.toml", bypass=bypass))
+    bundle = Bundle.open(own / "tiny.dash")
+    lowered = {
+        name: ir.to_proto(lower(make(), recipe, bundle.manifest.policy.layers))
+        for name, _, make in portable_graphs(bundle, loaded(own).segments)
+    }
+    types = {name: {item.data_type for item in model.graph.initializer} for name, model in lowered.items()}
+    assert [name for name, found in types.items() if tensor in found] == ["bypass_02-03", "bypass_04-04"]
+    assert onnx.TensorProto.FLOAT16 not in types["policy"]
 
 
 def test_a_graph_that_does_not_compile_is_told_in_tensorrts_words(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +206,7 @@ def test_disk_full(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    (own / "tiny.dash" / "engines" / "mine" / "layer_03.engine").unlink()
+    (own / "tiny.dash" / "engines" / "mine" / "layer_04.engine").unlink()
     monkeypatch.setattr("dash_export.builders.tensorrt.memoryview", full, raising=False)
     assert "The disk is full" in refused("build", own / "tiny.dash", "--target", own / "mine.toml")
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.base import Decision
+from dash_export.runtime.device.base import Decisions
 from dash_export.runtime.device.blocks import Block
 from dash_export.runtime.device.cuda import CudaStream
 from dash_export.runtime.device.cuda_graph import IF, IF_ELSE, CudaRecording
@@ -84,21 +84,20 @@ def test_a_graph_decides(other: bool, device: CudaResources, monkeypatch: pytest
     layout = {
         "damage": ((2,), np.float32),
         "limit": ((2,), np.float64),
-        "ceiling": ((2,), np.int32),
-        "executed": ((1,), np.int32),
+        "handles": ((2, 2), np.uint64),
         "position": ((1,), np.int64),
         "sources": ((2, 64), np.uint8),
         "rows": ((2, 16), np.uint8),
     }
     given = Block(device, layout)
-    results = {"action": ((2,), np.int32), "chosen": ((2, 64), np.uint8), "history": ((4,), np.float32)}
-    taken = Block(device, results)
+    taken = Block(device, {"skipped": ((2,), np.bool_), "chosen": ((2, 64), np.uint8)})
     tables, back = device.memory(2 * 8 * 16), device.pinned(2 * 8 * 16)
     given.host["sources"][:] = [[1], [2]]
     given.host["rows"][:] = np.arange(32).reshape(2, 16)
-    main, beside = device.stream("main"), device.stream("policy")
+    main, beside = device.stream("main"), device.stream("beside")
     begun, done = device.event("begun"), device.event("done")
     sources = [given.memory["sources"].part(64 * which, 64) for which in range(2)]
+    memory = [given.memory["damage"], given.memory["limit"], taken.memory["skipped"], given.memory["handles"]]
 
     def step(recording: CudaRecording) -> None:
         given.upload(main)
@@ -106,19 +105,11 @@ def test_a_graph_decides(other: bool, device: CudaResources, monkeypatch: pytest
         beside.wait(begun)
         recording.write_rows(beside, tables, 8 * 16, given.memory["rows"], 16, given.memory["position"])
         beside.record(done)
-        for index in range(2):
-            decision = Decision(
-                given.memory["damage"].part(4 * index, 4),
-                given.memory["limit"].part(8 * index, 8),
-                given.memory["ceiling"].part(4 * index, 4),
-                given.memory["executed"],
-                taken.memory["action"].part(4 * index, 4),
-                (taken.memory["history"].part(8 * index, 4), taken.memory["history"].part(8 * index + 4, 4)),
-            )
-            decided = recording.decide(main, decision)
-            chosen = taken.memory["chosen"].part(64 * index, 64)
+        decided = recording.decide(main, Decisions(*memory, given.host["handles"]))
+        for unit in range(2):
+            chosen = taken.memory["chosen"].part(64 * unit, 64)
             run, skip = (partial(CudaStream.copy, to=chosen, source=source) for source in sources)
-            recording.branch(main, decided, run, skip)
+            recording.branch(main, decided[unit], run, skip)
         main.wait(done)
         taken.download(main)
         main.download(back, tables)
@@ -129,18 +120,12 @@ def test_a_graph_decides(other: bool, device: CudaResources, monkeypatch: pytest
     for position in range(8):
         given.host["damage"][:] = rng.random(2)
         given.host["limit"][:] = rng.random(2)
-        given.host["ceiling"][:] = rng.integers(0, 3, 2)
         given.host["position"][:] = position
         graph.launch(main)
         main.synchronize()
-        executed = 0
-        for index in range(2):
-            below = float(given.host["damage"][index]) < given.host["limit"][index]
-            skips = below or executed >= given.host["ceiling"][index]
-            executed += not skips
-            assert taken.host["action"][index] == skips
-            assert (taken.host["chosen"][index] == (2 if skips else 1)).all()
-            assert (taken.host["history"][2 * index : 2 * index + 2] == skips).all()
+        skips = given.host["damage"].astype(np.float64) < given.host["limit"]
+        np.testing.assert_array_equal(taken.host["skipped"], skips)
+        np.testing.assert_array_equal(taken.host["chosen"], np.where(skips, 2, 1)[:, None].repeat(64, axis=1))
         tables_expected[:, position] = given.host["rows"]
         np.testing.assert_array_equal(back.reshape(2, 8, 16), tables_expected)
 

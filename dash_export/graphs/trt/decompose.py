@@ -40,7 +40,7 @@ def decompose(model: ir.Model) -> None:
     model.ir_version = IR_VERSION
 
 
-class _Chain:
+class Chain:
     """Nodes that take one node's place."""
 
     def __init__(self, graph: ir.Graph, old: ir.Node, name: str, float32: bool = False) -> None:
@@ -67,7 +67,7 @@ class _Chain:
 
 def _norm(graph: ir.Graph, node: ir.Node) -> None:
     """x / sqrt(mean(x^2) + eps) * gain, over the last axis."""
-    c = _Chain(graph, node, str(node.name), float32=True)
+    c = Chain(graph, node, str(node.name), float32=True)
     value, gain = node.inputs[0], node.inputs[1]
     axes = c.constant("norm.axis", np.array([-1]))
     mean = c.op("ReduceMean", [c.op("Mul", [value, value], "square"), axes], "mean", keepdims=1)
@@ -79,7 +79,7 @@ def _norm(graph: ir.Graph, node: ir.Node) -> None:
 
 def _rotary(graph: ir.Graph, node: ir.Node) -> None:
     """[a cos - b sin, b cos + a sin] for the halves a, b of every head."""
-    c = _Chain(graph, node, str(node.name))
+    c = Chain(graph, node, str(node.name))
     value, cos, sin, positions = node.inputs
     axis = c.constant("rotary.head_axis", np.array([1]))
     cos, sin = (
@@ -101,8 +101,8 @@ def _attention(graph: ir.Graph, node: ir.Node) -> None:
     query, (past_key, key), (past_value, value) = node.inputs[0], *(_written(node, index) for index in (1, 2))
     assert past_key.shape is not None
     _, kv_heads, capacity, head_dim = past_key.shape.numpy()
-    c = _Chain(graph, node, str(node.name))
-    wide = _Chain(graph, node, f"{node.name}/softmax", float32=True)
+    c = Chain(graph, node, str(node.name))
+    wide = Chain(graph, node, f"{node.name}/softmax", float32=True)
     # Queries of one K/V head lie side by side, so that its keys are read once, without a copy per query head.
     grouped = c.constant(f"shape.grouped.{kv_heads}", np.array([1, kv_heads, -1, head_dim]))
     scale = c.constant(f"attention.scale.{head_dim}", np.array([node.attributes["scale"].as_float()], np.float32))
@@ -140,7 +140,7 @@ class _Masks:
 
     def __init__(self, graph: ir.Graph, node: ir.Node, capacity: int) -> None:
         self._inputs = {str(value.name): value for value in graph.inputs}
-        self._c = _Chain(graph, node, "attention_step")
+        self._c = Chain(graph, node, "attention_step")
         self._made = {str(value.name): value for item in graph for value in item.outputs}
         rows = self._c.constant("attention.rows", np.arange(capacity))
         # [capacity] against [1]: every query reads the same cached rows.

@@ -11,12 +11,11 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from dash_export.graphs.compose import add_constant, constant_value, drop_unused, transpose_tables
+from dash_export.graphs.compose import add_constant, constant_value, drop_unused, drop_unused_inputs, transpose_tables
 from dash_export.graphs.rounded import Roundings, to_nearest
-from dash_export.graphs.trt.decompose import decompose
+from dash_export.graphs.trt.decompose import Chain, decompose
 from dash_export.graphs.trt.quantize import quantize_weights
-from dash_export.graphs.trt.types import FLOAT32, set_activation_type
-from dash_export.models.spec import Float32Array
+from dash_export.graphs.trt.types import set_activation_type
 from dash_export.targets import EngineRecipe, Recipe
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -24,9 +23,9 @@ LOGIT_ROWS = "logit_rows"
 
 
 def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Roundings = to_nearest) -> ir.Model:
-    """A portable segment, skip graph or specialised policy -> the recipe's GPU dialect, in place.
+    """A portable segment, bypass or policy -> the recipe's GPU dialect, in place. `gated`: the layers of all units.
 
-    `hidden`, caches and weights get the recipe's activation type; `actions`, `logits` and `damage` stay float32.
+    `hidden`, caches and weights get the recipe's activation type; `logits` and `damage` stay float32.
     """
     engine = recipe.engine
     assert engine is not None
@@ -35,9 +34,11 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     _cut_rope(graph, engine.kv_capacity)
     _choose_logit_rows(graph)
     transpose_tables(graph)
-    _sum_policy(graph, turing="7.5" in engine.capabilities)
+    _sum_policy(graph)
     if recipe.dialect == "trt10":
         decompose(model)
+    else:
+        _make_mask(graph, engine.kv_capacity)
     quantize_weights(graph, recipe.weights, gated, roundings)
     set_activation_type(graph, DTYPES[engine.activations])
     drop_unused(graph)
@@ -64,6 +65,26 @@ def _cut_rope(graph: ir.Graph, capacity: int) -> None:
             value.replace_all_uses_with(add_constant(graph, f"{name}.{capacity}", table[:capacity]))
 
 
+def _make_mask(graph: ir.Graph, capacity: int) -> None:
+    """Which cached rows a query may read, of its position: no input, which two Attentions of one TensorRT-RTX engine
+    cannot share.
+    """
+    inputs = {value.name: value for value in graph.inputs}
+    if "attention_mask" not in inputs:
+        return
+    axes, rows = (
+        add_constant(graph, "mask.axes", np.array([1, 3])),
+        add_constant(graph, "mask.rows", np.arange(capacity)),
+    )
+    down = ir.node("Unsqueeze", [inputs["position_ids"], axes], name="mask/queries")
+    mask = ir.node("GreaterOrEqual", [down.outputs[0], rows], name="mask/readable")
+    for node in (down, mask):
+        node.outputs[0].name = str(node.name)
+    graph.insert_before(graph[0], [down, mask])
+    inputs["attention_mask"].replace_all_uses_with(mask.outputs[0])
+    drop_unused_inputs(graph)
+
+
 def _choose_logit_rows(graph: ir.Graph) -> None:
     first = next((value for value in graph.inputs if value.name == "first_logit"), None)
     node = next((node for node in graph if node.name == "head/wanted"), None)
@@ -81,36 +102,15 @@ def _choose_logit_rows(graph: ir.Graph) -> None:
         logits.shape = ir.Shape([logits.shape[0], "rows", logits.shape[2]])
 
 
-def _sum_policy(graph: ir.Graph, turing: bool) -> None:
-    """The policy's product with one column in float32: as Mul and ReduceSum, for Turing has no such MatMul. That of a
-    linear one with several is a MatMul elsewhere: its terms would take memory for every layer and token of a prompt.
+def _sum_policy(graph: ir.Graph) -> None:
+    """The policy's product, [1, sequence, hidden] @ [hidden, units], in float32 as Mul and ReduceSum: TensorRT rounds
+    the factors of a MatMul to TF32, and has none for Turing.
     """
-    linear = not any(node.name == "policy/relu" for node in graph)
-    for node in list(graph):
-        columns = constant_value(node.inputs[1]) if node.op_type == "MatMul" else None
-        if not str(node.name).startswith("policy/") or columns is None:
-            continue
-        if columns.shape[-1] == 1 or (linear and turing):
-            _sum_of_products(graph, node, columns)
-        elif linear:
-            node.meta[FLOAT32] = True
-
-
-def _sum_of_products(graph: ir.Graph, node: ir.Node, columns: Float32Array) -> None:
-    """[batch, sequence, hidden] @ [hidden, columns]."""
-    axis = add_constant(graph, f"{node.name}/axis", np.array([-1]))
-    source, new = node.inputs[0], []
-    several = columns.shape[1] > 1
-    if several:
-        before_last = add_constant(graph, f"{node.name}/before_last", np.array([-2]))
-        new.append(ir.node("Unsqueeze", [source, before_last], name=f"{node.name}/once_per_column"))
-        source = new[-1].outputs[0]
-    weights = add_constant(graph, f"{node.name}/rows", columns.T if several else columns[:, 0])
-    new.append(ir.node("Mul", [source, weights], name=f"{node.name}/terms"))
-    total = ir.node("ReduceSum", [new[-1].outputs[0], axis], {"keepdims": int(not several)}, name=node.name)
-    for made in new:
-        made.outputs[0].name = str(made.name)
-    graph.insert_before(node, [*new, total])
-    total.outputs[0].name, node.outputs[0].name = node.outputs[0].name, f"{node.name}~replaced"
-    node.outputs[0].replace_all_uses_with(total.outputs[0])
-    graph.remove(node, safe=True)
+    node = next((node for node in graph if node.name == "policy/score"), None)
+    weights = constant_value(node.inputs[1]) if node is not None else None
+    if node is None or weights is None:
+        return
+    c = Chain(graph, node, "policy")
+    spread = c.op("Unsqueeze", [node.inputs[0], c.constant("policy/before_last", np.array([-2]))], "once_per_unit")
+    terms = c.op("Mul", [spread, c.constant("policy/rows", weights.T)], "terms")
+    c.finish(c.op("ReduceSum", [terms, c.constant("policy/last", np.array([-1]))], "summed", keepdims=0))

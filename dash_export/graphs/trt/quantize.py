@@ -69,13 +69,12 @@ def block_of(rows: int, wanted: int) -> int | None:
 def quantize_weights(
     graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int], roundings: Roundings = to_nearest
 ) -> None:
-    """Quantise every projection and the head at the precision its part of the model has in the recipe.
-
-    A matrix that no block divides is left as it is at int4, and so are policy and compensation: small and sensitive.
+    """Quantise every projection, the bypasses and the head at the precision its part of the model has in the recipe. A
+    matrix that no block divides is left as it is at int4, and so is the policy: small and sensitive.
     """
     for node in list(graph):
         name = str(node.name)
-        if node.op_type != "MatMul" or not (name.endswith("_proj") or name == "head/logits"):
+        if node.op_type != "MatMul" or not name.endswith(("_proj", "/product", "head/logits")):
             continue
         precision = weight_precision(name, recipe, gated)
         matrix = constant_value(node.inputs[1])

@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from dash_export.graphs.compose import add_constant
 
-FLOAT32_INPUTS = ("actions",)
 FLOAT32_OUTPUTS = ("logits", "damage")
 FLOAT32 = "float32"
 """Key of a node's `meta` that keeps it at float32."""
@@ -19,14 +18,14 @@ _NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataT
 def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
     """float32 -> `dtype` in every node but those `_stays_float32` names; weights follow their node.
 
-    Inputs and outputs follow too, except `actions`, `logits` and `damage`, which the host reads and writes as float32.
+    Inputs and outputs follow too, except `logits` and `damage`, which the host reads as float32.
     """
     if dtype == ir.DataType.FLOAT:
         return
     types = _Types(graph)
     for value in graph.inputs:
         if value.dtype == ir.DataType.FLOAT:
-            types.set(value, ir.DataType.FLOAT if value.name in FLOAT32_INPUTS else dtype)
+            types.set(value, dtype)
     for node in list(graph):
         wanted = ir.DataType.FLOAT if _stays_float32(node) else dtype
         floats = [(index, value) for index, value in enumerate(node.inputs) if types.is_float(value)]
@@ -81,10 +80,5 @@ class _Types:
 
 
 def _stays_float32(node: ir.Node) -> bool:
-    """Sums of squares overflow float16 and lose small terms in bfloat16; a damage is compared with a threshold.
-
-    Matrix products are float32 only where somebody says so: TensorRT has none for Turing.
-    """
-    if FLOAT32 in node.meta or node.op_type == "RMSNormalization":
-        return True
-    return str(node.name).startswith("policy/") and node.op_type != "MatMul"
+    """Sums of squares overflow float16 and lose small terms in bfloat16; a damage is compared with a threshold."""
+    return FLOAT32 in node.meta or node.op_type == "RMSNormalization" or str(node.name).startswith("policy/")

@@ -75,23 +75,21 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Where a decision finds its numbers and leaves its answer, all on the device: skip where damage < limit or
-    executed >= ceiling, as `DecisionRule.skips`.
+class Decisions:
+    """Where the decisions of a step find their numbers and leave their answers, on the device, one per unit: skipped
+    where damage < limit, as `DecisionRule.skips`.
     """
 
     damage: Memory
     """float32"""
     limit: Memory
     """float64"""
-    ceiling: Memory
-    """int32"""
-    executed: Memory
-    """int32, one more when the layer runs."""
-    action: Memory
-    """int32: 0 run, 1 skip."""
-    history: tuple[Memory, Memory]
-    """float32, the action again, for policies that read it."""
+    skipped: Memory
+    """bool"""
+    handles: Memory
+    """[units, 2] uint64, the recording's own."""
+    host_handles: npt.NDArray[np.uint64]
+    """What the step uploads to `handles` before each decision."""
 
 
 class Recording(Protocol):
@@ -99,8 +97,8 @@ class Recording(Protocol):
     recorded, and have to wait for one another as ever; the host waits for nothing.
     """
 
-    def decide(self, stream: Stream, decision: Decision) -> Any:
-        """Take the decision in `stream`. Returns what `branch` wants."""
+    def decide(self, stream: Stream, decisions: Decisions) -> Sequence[Any]:
+        """Take all decisions in `stream`. Returns what `branch` wants, per unit."""
         ...
 
     def branch(

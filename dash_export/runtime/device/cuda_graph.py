@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.base import Decision
+from dash_export.runtime.device.base import Decisions
 from dash_export.runtime.device.cuda import Cuda, CudaMemory, CudaStream
 
 IF, IF_ELSE = 12040, 12080
@@ -24,17 +24,16 @@ typedef __device_builtin__ unsigned long long cudaGraphConditionalHandle;
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(
     cudaGraphConditionalHandle handle, unsigned int value);
 
-// One thread. Compares in double, as the host does. `other` is 0 where the node has an ELSE.
+// Compares in double, as the host does. A unit's second handle is 0 where its node has an ELSE.
 extern "C" __global__ void decide(
-    const float* damage, const double* limit, const int* ceiling, int* executed, int* action, float* here,
-    float* next, cudaGraphConditionalHandle run, cudaGraphConditionalHandle other)
+    const float* damage, const double* limit, bool* skipped, const cudaGraphConditionalHandle* handles, int units)
 {
-    const int skips = (double)*damage < *limit || *executed >= *ceiling;
-    *action = skips;
-    *here = *next = (float)skips;
-    *executed += !skips;
-    cudaGraphSetConditional(run, !skips);
-    if (other) cudaGraphSetConditional(other, skips);
+    for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
+        const bool skips = (double)damage[unit] < limit[unit];
+        skipped[unit] = skips;
+        cudaGraphSetConditional(handles[2 * unit], !skips);
+        if (handles[2 * unit + 1]) cudaGraphSetConditional(handles[2 * unit + 1], skips);
+    }
 }
 
 // A block per table; rows are of two-byte elements at least.
@@ -134,17 +133,19 @@ class CudaRecording:
     def __init__(self, graphs: CudaGraphs) -> None:
         self._graphs, self._cuda, self._rt = graphs, graphs.cuda, graphs.cuda.rt
 
-    def decide(self, stream: CudaStream, decision: Decision) -> list[Any]:
-        """Returns the handles of the conditional nodes to come: one with an ELSE, or one for each side."""
+    def decide(self, stream: CudaStream, decisions: Decisions) -> list[list[Any]]:
+        """Returns, per unit, the handles of the conditional nodes to come: one with an ELSE, or one for each side."""
         graph = self._state(stream)[0]
-        count = 1 if self._graphs.version >= IF_ELSE else 2
-        handles = [self._cuda(self._rt.cudaGraphConditionalHandleCreate(graph, 0, 0)) for _ in range(count)]
-        numbers = (decision.damage, decision.limit, decision.ceiling, decision.executed, decision.action)
-        memories: tuple[Any, ...] = (*numbers, *decision.history)
+        count, values = 1 if self._graphs.version >= IF_ELSE else 2, decisions.host_handles
+        units = [
+            [self._cuda(self._rt.cudaGraphConditionalHandleCreate(graph, 0, 0)) for _ in range(count)] for _ in values
+        ]
+        for value, handles in zip(values, units, strict=True):
+            value[:] = [int(handle) for handle in (*handles, 0)[:2]]
+        memories: tuple[Any, ...] = (decisions.damage, decisions.limit, decisions.skipped, decisions.handles)
         arguments: list[tuple[int, Any]] = [(each.address, ctypes.c_void_p) for each in memories]
-        arguments += [(int(handle), ctypes.c_uint64) for handle in (*handles, 0)[:2]]
-        self._graphs.launch("decide", stream.handle, 1, 1, arguments)
-        return handles
+        self._graphs.launch("decide", stream.handle, 1, 32, [*arguments, (len(units), ctypes.c_int)])
+        return units
 
     def branch(
         self,

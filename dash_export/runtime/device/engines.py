@@ -4,39 +4,51 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dash_export.build_record import Build
+from dash_export.build_record import POLICY, Build, Segment
 from dash_export.bundle import Bundle
-from dash_export.errors import ContextLengthError
+from dash_export.decision import Unit
+from dash_export.errors import BundleError, ContextLengthError
+from dash_export.manifest import DAMAGED
+from dash_export.names import past_names
 from dash_export.runtime.device.base import Device, DeviceEngine, Memory
 from dash_export.runtime.device.blocks import size_of
-from dash_export.runtime.engines import SegmentEngines, policies_by_segment
 from dash_export.targets import Recipe
 
 if TYPE_CHECKING:
     from dash_export.runtime.device.step import DeviceStep
 
-MAIN, POLICY = "main", "policy"
-"""Streams: layers run on one; in `overlapped` and `device` dispatch policies run on the other."""
-BESIDE = ("overlapped", "device")
-"""The dispatches whose policies run beside the layers."""
+MAIN, BESIDE = "main", "beside"
+"""Streams: layers run on one; in `overlapped` and `device` dispatch the policy runs on the other."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedSegment:
+    """What runs a segment and, where it is a unit, what skips it."""
+
+    segment: Segment
+    run: DeviceEngine
+    bypass: DeviceEngine | None
 
 
 class DeviceEngines:
     """What `EngineSet` is on the host. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
 
+    mixes = False
     prefills_apart = False
+    score_rows = 1
 
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
-        """`dispatch`: `plain` (no policy), `sync` (policies in the layers' stream), `overlapped` (in their own, beside
-        a layer) or `device` (the same, recorded once, decisions and all; where a device cannot, `overlapped`).
+        """`dispatch`: `sync` (the policy in the layers' stream), `overlapped` (in its own, beside the layers before the
+        first unit) or `device` (the same, recorded once, decisions and all; where a device cannot, `overlapped`).
+
+        Raises BundleError where the build has no engine of the policy, or none that gives the state that it reads.
         """
         assert recipe.engine is not None
         self.build = build
@@ -47,11 +59,9 @@ class DeviceEngines:
             self.record_no_steps(obstacle)
         self.kernel = recipe.engine
         self.chunk = recipe.runtime.prefill_chunk
-        model = bundle.manifest.model
+        model, policy = bundle.manifest.model, bundle.manifest.policy
         self.model = replace(model, max_positions=min(model.max_positions, recipe.engine.kv_capacity))
-        self.needs_mask = recipe.dialect == "portable"
-        self.score_rows = min(recipe.engine.logit_rows, self.chunk)
-        policy_stream = POLICY if dispatch in BESIDE else MAIN
+        self.units = policy.units
         # All sessions share the streams and a scratch block that grows, and what another thread gave a stream while a
         # step is recorded would become part of it: they take turns, a step at a time.
         self.turn = threading.RLock()
@@ -59,20 +69,30 @@ class DeviceEngines:
         def load(name: str, stream: str = MAIN) -> DeviceEngine:
             return device.engine(bundle.path(build.engines[name].file), stream)
 
-        points = bundle.manifest.policy.decision_points if dispatch != "plain" else {}
-        policies = policies_by_segment(build, points, partial(load, stream=policy_stream))
-        self.segments = [
-            SegmentEngines(
-                segment, load(segment.name), load(f"skip_{segment.first:02d}") if segment.gated else None, asked
-            )
-            for segment, asked in zip(build.segments, policies, strict=True)
-        ]
-        self.answers = [group for item in self.segments for group in item.policies]
+        def loaded(segment: Segment) -> LoadedSegment:
+            unit = Unit(segment.first, segment.last)
+            return LoadedSegment(segment, load(segment.name), load(unit.bypass) if segment.gated else None)
+
+        self.segments = [loaded(segment) for segment in build.segments]
+        gated = [index for index, segment in enumerate(build.segments) if segment.gated]
+        self.first = gated[0] if gated else len(self.segments)
+        """The place of the first unit's segment. The policy reads what enters the one before it."""
+        self.policy: DeviceEngine | None = None
+        if policy.has_network:
+            reader = build.segments[self.first - 1]
+            if POLICY not in build.engines or reader.embed or reader.first != policy.read:
+                raise BundleError(f"{bundle.root}: the build for {build.target!r} cannot ask its policy. {DAMAGED}")
+            self.policy = load(POLICY, self.policy_stream)
+
+    @property
+    def policy_stream(self) -> str:
+        return MAIN if self.dispatch == "sync" else BESIDE
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
         """Of hidden states and caches."""
-        return self.segments[-1].run.dtype("hidden")
+        item = next(item for item in self.segments if item.segment.layers)
+        return item.run.dtype(past_names(item.segment.first)[0])
 
     def record_no_steps(self, reason: str) -> None:
         """`device` dispatch becomes `overlapped`, for good."""
@@ -88,13 +108,12 @@ class DeviceEngines:
     def prefill_step(self, cache: DeviceCache, sequence: int) -> DeviceStep:
         return self.step(cache, sequence)
 
-    def step(self, cache: DeviceCache, sequence: int, teacher_forced: bool = False) -> DeviceStep:
+    def step(self, cache: DeviceCache, sequence: int, teacher_forced: bool = False) -> DeviceStep:  # noqa: ARG002
         from dash_export.runtime.device.graph import GraphStep
         from dash_export.runtime.device.step import DeviceStep
 
-        if self.dispatch == "device" and sequence == 1 and not teacher_forced:
-            return GraphStep(self, cache, sequence)
-        return DeviceStep(self, cache, sequence, teacher_forced)
+        kind = GraphStep if self.dispatch == "device" and sequence == 1 else DeviceStep
+        return kind(self, cache, sequence)
 
     def profile(self, sequence: int) -> int:
         """Which of an engine's profiles serves a step of `sequence` tokens."""

@@ -30,7 +30,7 @@ qkv = "fp32"
 ungated = "fp32"
 head = "fp32"
 embedding = "fp32"
-policy = "fp32"
+bypass = "fp32"
 symmetric = true
 [runtime]
 dispatch = "overlapped"

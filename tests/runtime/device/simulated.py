@@ -21,7 +21,7 @@ import onnxruntime as ort
 
 from dash_export.build_record import Build
 from dash_export.runtime.backends.onnxruntime import start_thread_pool
-from dash_export.runtime.device.base import Bytes, Decision
+from dash_export.runtime.device.base import Bytes, Decisions
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -187,31 +187,22 @@ class SimulatedRecording:
         self.works.setdefault(stream, []).append(work)
         self.log.append((self._side or stream, what, of))
 
-    def decide(self, stream: SimulatedStream, decision: Decision) -> Decision:
+    def decide(self, stream: SimulatedStream, decisions: Decisions) -> list[Callable[[], bool]]:
+        handles = 1 + np.arange(2 * len(decisions.host_handles), dtype=np.uint64)
+        decisions.host_handles[:] = handles.reshape(-1, 2)
+        skipped = _view(decisions.skipped, np.bool_)
+
         def act() -> None:
-            damage, limit, ceiling, executed, action = (
-                _view(getattr(decision, name), dtype)
-                for name, dtype in (
-                    ("damage", np.float32),
-                    ("limit", np.float64),
-                    ("ceiling", np.int32),
-                    ("executed", np.int32),
-                    ("action", np.int32),
-                )
-            )
-            skips = float(damage[0]) < limit[0] or executed[0] >= ceiling[0]
-            action[0] = skips
-            executed[0] += not skips
-            for history in decision.history:
-                _view(history, np.float32)[0] = skips
+            np.testing.assert_array_equal(_view(decisions.handles, np.uint64), handles, "not uploaded")
+            skipped[:] = _view(decisions.damage, np.float32).astype(np.float64) < _view(decisions.limit, np.float64)
 
         stream._add("decide", "", Work(act))
-        return decision
+        return [partial(skipped.__getitem__, unit) for unit in range(len(skipped))]
 
     def branch(
         self,
         stream: SimulatedStream,
-        decided: Decision,
+        decided: Callable[[], bool],
         run: Callable[[SimulatedStream], None],
         skip: Callable[[SimulatedStream], None],
     ) -> None:
@@ -224,10 +215,7 @@ class SimulatedRecording:
             assert set(side.works) == {"body"}, "a side of a branch uses streams of its own"
             sides.append(side)
 
-        def act() -> None:
-            sides[int(_view(decided.action, np.int32)[0])].launch()
-
-        stream._add("branch", "", Work(act))
+        stream._add("branch", "", Work(lambda: sides[int(decided())].launch()))
 
     def write_rows(
         self,

@@ -7,11 +7,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dash_export.errors import BackendError
 from dash_export.runtime.device import cuda_graph
-from dash_export.runtime.device.base import Decision
+from dash_export.runtime.device.base import Decisions
 from dash_export.runtime.device.cuda import Cuda, CudaMemory, CudaStream
 from dash_export.runtime.device.cuda_graph import IF, IF_ELSE, CudaGraphs, CudaRecording
 
@@ -73,18 +74,21 @@ def graphs(version: int, monkeypatch: pytest.MonkeyPatch, failing: str = "") -> 
     return CudaGraphs(cuda), noted, kernels
 
 
-def decision() -> Decision:
-    memories = [CudaMemory(16 * index, 8) for index in range(7)]
-    return Decision(*memories[:5], (memories[5], memories[6]))  # type: ignore[arg-type]
+UNITS = 2
 
 
-def record(made: CudaGraphs, fill: Any = lambda _: None) -> None:
+def record(made: CudaGraphs, fill: Any = lambda _: None) -> np.ndarray:
+    """A step with two decisions and a branch about the second; its handles."""
     main = CudaStream(made.cuda, "main")
+    memories: list[Any] = [CudaMemory(16 * index, 8) for index in range(4)]
+    handles = np.full((UNITS, 2), 7, np.uint64)
 
     def step(recording: CudaRecording) -> None:
-        recording.branch(main, recording.decide(main, decision()), fill, fill)
+        decided = recording.decide(main, Decisions(*memories, handles))
+        recording.branch(main, decided[1], fill, fill)
 
     made.record(main, step).launch(main)
+    return handles
 
 
 BODY = ["cudaStreamBeginCaptureToGraph", "cudaStreamEndCapture"]
@@ -94,11 +98,11 @@ NODE = ["cudaStreamGetCaptureInfo", "cudaGraphAddNode", "cudaStreamUpdateCapture
 def test_one_node_with_an_else(monkeypatch: pytest.MonkeyPatch) -> None:
     made, noted, kernels = graphs(IF_ELSE, monkeypatch)
     before = len(noted.calls) + 1
-    record(made)
+    handles = record(made)
     assert noted.calls[before:-2] == [
         "cudaStreamBeginCapture",
         "cudaStreamGetCaptureInfo",
-        "cudaGraphConditionalHandleCreate",
+        *["cudaGraphConditionalHandleCreate"] * UNITS,
         "decide",
         *NODE,
         *BODY,
@@ -109,16 +113,17 @@ def test_one_node_with_an_else(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert sorted(noted.calls[-2:]) == ["cudaGraphDestroy", "cudaGraphExecDestroy"], "freed with its object"
     values, types = kernels[0][-2]
-    assert len(values) == len(types) == 9
-    assert values[-1] == 0, "no handle for the other side"
+    assert len(values) == len(types) == 5
+    assert values[-1] == UNITS
+    assert handles[:, 0].all()
+    assert not handles[:, 1].any(), "no handle for the other side"
 
 
 def test_two_nodes_where_there_is_no_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, noted, kernels = graphs(IF, monkeypatch)
-    record(made)
-    assert noted.calls.count("cudaGraphConditionalHandleCreate") == 2
+    made, noted, _ = graphs(IF, monkeypatch)
+    assert len(set(record(made).ravel())) == 2 * UNITS
+    assert noted.calls.count("cudaGraphConditionalHandleCreate") == 2 * UNITS
     assert noted.calls.count("cudaGraphAddNode") == 2
-    assert kernels[0][-2][0][-1] != 0
 
 
 def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

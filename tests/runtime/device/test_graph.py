@@ -6,23 +6,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import replace
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import decision_rule
+from dash_export.decision import layer_actions
 from dash_export.errors import BackendError, PolicyError
-from dash_export.runtime.device.base import Decision, Memory, Recording
-from dash_export.runtime.device.engines import MAIN, POLICY
+from dash_export.runtime.device.base import Decisions, Memory, Recording
+from dash_export.runtime.device.engines import BESIDE, MAIN
 from dash_export.runtime.device.graph import GraphStep
-from dash_export.runtime.device.step import DeviceStep, Part
+from dash_export.runtime.device.step import ALWAYS_RUN, DeviceStep, Part
 from dash_export.runtime.rules import ForcedRule
-from tests.runtime.device.conftest import DIALECTS, IDS, MakeSimulated, Simulated
-from tests.runtime.device.simulated import Call, SimulatedDevice, SimulatedStream
-from tests.runtime.device.test_order import GATED, check_scratch, decode_step, differs, one_token
+from tests.runtime.device.conftest import DIALECTS, IDS, MakeSimulated
+from tests.runtime.device.simulated import Call, SimulatedDevice, SimulatedRecording, SimulatedStream
+from tests.runtime.device.test_order import BEFORE, SIDES, check_scratch, decode_step, differs, one_token
 from tests.runtime.device.test_step import ORDERS, TOLERANCE, decoded, rule_of
+from tests.tiny import TINY_UNITS
 
 
 @pytest.mark.parametrize("first", ORDERS)
@@ -37,29 +38,26 @@ def test_decode(dialect: str, first: str | int, simulated: MakeSimulated, host: 
     assert len(made.device.recorded) == 1, "one recording serves every token"
 
 
-def test_damage_and_ceilings(simulated: MakeSimulated, host: DashRuntime) -> None:
-    """max_layers counts the layers that always run too."""
-    cost = dict.fromkeys(GATED, 0.1)
-    runtime = simulated("trt10", "device").runtime
-    for trade_off, most in ((0.0, 4), (rule_of(host).limits[2] / 0.1, 5), (1e9, 6)):
-        rule = decision_rule(6, GATED, cost, trade_off, most)
-        sessions = [each.session_under(rule) for each in (host, runtime)]
-        for session in sessions:
-            session.prefill(IDS[:20])
-        for token in IDS[20:40].tolist():
-            (expected, actions), (found, taken) = (session.decode_one(token) for session in sessions)
-            np.testing.assert_array_equal(taken, actions)
-            assert actions.sum() >= 6 - most
-            assert np.abs(found - expected).max() < TOLERANCE
-            damages = [session._bound(1).damage[list(GATED)] for session in sessions]
-            np.testing.assert_allclose(damages[1], damages[0], atol=1e-5)
-        assert sessions[0].counters.layers_run == sessions[1].counters.layers_run
+def test_damage_at_every_trade_off(simulated: MakeSimulated, host: DashRuntime) -> None:
+    """One recording serves every rule."""
+    made = simulated("trt10", "device")
+    live = [each.session() for each in (host, made.runtime)]
+    for session in live:
+        session.prefill(IDS[:20])
+    for token, factor in zip(IDS[20:40].tolist(), np.geomspace(0.1, 10, 20), strict=True):
+        rule = rule_of(host).scaled(float(factor))
+        (expected, actions), (found, taken) = (session.decode_one(token, rule) for session in live)
+        np.testing.assert_array_equal(taken, actions)
+        assert np.abs(found - expected).max() < TOLERANCE
+        np.testing.assert_allclose(*(session._bound(1).damage for session in live), atol=1e-5)
+    assert live[0].counters.layers_run == live[1].counters.layers_run
+    assert len(made.device.recorded) == 1
 
 
 def test_every_kind(simulated: MakeSimulated, host: DashRuntime) -> None:
     """What needs no decision is launched as ever; a conversation may change between both."""
     runtime = simulated("portable", "device").runtime
-    for setting in ({}, {"skip": [2, 4]}, {"policy": "random", "skipped": 1}):
+    for setting in ({}, {"skip": [2, 3]}, {"policy": "static", "skipped": 3}):
         one, other = (each.generate(IDS[:30].tolist(), 25, **setting) for each in (host, runtime))
         np.testing.assert_array_equal(one.actions, other.actions)
         np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -67,44 +65,36 @@ def test_every_kind(simulated: MakeSimulated, host: DashRuntime) -> None:
     for ids in (IDS[:12], IDS[12:20], IDS[20:41]):
         one, other = (session.generate(ids.tolist(), 7) for session in sessions)
         np.testing.assert_array_equal(one.tokens, other.tokens)
-    np.testing.assert_allclose(
-        *(each.session_under(rule_of(host)).logits(IDS) for each in (host, runtime)), atol=TOLERANCE
-    )
 
 
 def check_recording(log: list[Call]) -> None:
-    """Per gated layer: the policy beside the segment before, decided on the main stream, then one branch."""
-    policies = [call for call in log if call[2].startswith("policy_")]
-    assert policies == [(POLICY, "run", f"policy_{layer:02d}") for layer in GATED]
-    for layer in GATED:
-        policy = log.index((POLICY, "run", f"policy_{layer:02d}"))
-        decided = log.index((MAIN, "wait", f"decided layer_{layer:02d}"))
-        before = next(
-            index for index, call in enumerate(log) if call[2].endswith(f"_{layer - 1:02d}") and index > policy
-        )
-        assert log[policy - 1][:2] == (POLICY, "wait")
-        assert log[policy + 1] == (POLICY, "record", f"decided layer_{layer:02d}")
-        # Enqueued before the segment that it runs beside; joined before the decision.
-        assert policy < before < decided
-        assert log[decided + 1] == (MAIN, "decide", "")
-        sides = [call for call in log[decided:] if call[0].endswith("side") and call[1] == "run"][:2]
-        assert sides == [("run side", "run", f"layer_{layer:02d}"), ("skip side", "run", f"skip_{layer:02d}")]
+    """The policy beside the layers before the first unit, one kernel that decides about all, then a branch per unit."""
+    ran = [(stream, of) for stream, what, of in log if what == "run"]
+    units = [(side, of) for pair in SIDES.items() for side, of in zip(("run side", "skip side"), pair, strict=True)]
+    assert ran == [*((MAIN, name) for name in BEFORE), (BESIDE, "policy"), *units, (MAIN, "layer_05")]
+    assert Counter(what for _, what, _ in log)["decide"] == 1
+    assert Counter(what for _, what, _ in log)["branch"] == len(SIDES)
+    policy = log.index((BESIDE, "run", "policy"))
+    assert log[policy - 1] == (BESIDE, "wait", "state ready")
+    assert log[policy + 1 : policy + 4] == [
+        (BESIDE, "record", "decided"),
+        (MAIN, "wait", "decided"),
+        (MAIN, "decide", ""),
+    ]
+    assert log.index((MAIN, "record", "state ready")) < log.index((MAIN, "run", BEFORE[1]))
     assert not [call for call in log if call[0] == "host"]
-
-
-def check_one_token(made: Simulated, host: DashRuntime) -> None:
-    one_token(made, host)
-    check_recording(made.device.recorded[-1].log)
 
 
 def check_sides(step: DeviceStep) -> None:
     """Both sides of a branch write one buffer, and not the one they read."""
     assert isinstance(step, GraphStep)
     for part in step.parts:
-        if part.layer in GATED:
-            run, skip = (step._memory_of(part, kind) for kind in ("run", "skip"))
-            assert run["hidden_out"] is skip["hidden_out"]
-            assert run["hidden_out"] is not run["hidden"]
+        memories = [
+            step.context(part, bypass).memory  # type: ignore[attr-defined]
+            for bypass in ((False, True) if part.unit != ALWAYS_RUN else ())
+        ]
+        assert len({id(memory["hidden_out"]) for memory in memories}) <= 1
+        assert all(memory["hidden_out"] is not memory["hidden"] for memory in memories)
 
 
 def test_sound(simulated: MakeSimulated, host: DashRuntime) -> None:
@@ -130,9 +120,8 @@ def test_recorded_again_when_memory_moved(simulated: MakeSimulated, host: DashRu
 
 
 def test_launched_steps_leave_nothing_behind(simulated: MakeSimulated, host: DashRuntime) -> None:
-    """Forced actions go through the same memory, history and all; the graph that follows does not see them."""
-    every = np.zeros((1, 6), np.int8)
-    every[0, list(GATED)] = 1
+    """Forced actions go through the same memory; the graph that follows does not see them."""
+    every = np.ones((2, 1), np.bool_)
     found = []
     for runtime in (host, simulated("trt10", "device").runtime):
         session = runtime.session_under(rule_of(host))
@@ -143,7 +132,8 @@ def test_launched_steps_leave_nothing_behind(simulated: MakeSimulated, host: Das
             taken.append(session.decode_one(int(IDS[position]), rule)[1])
         found.append(np.array(taken))
     np.testing.assert_array_equal(found[1], found[0])
-    assert 0 < found[0][::2, list(GATED)].mean() < 1
+    np.testing.assert_array_equal(found[0][1::2], np.repeat(layer_actions(every, TINY_UNITS, 6), 12, axis=0))
+    assert 0 < found[0][::2, 2:5].mean() < 1
 
 
 def test_sessions_in_threads_take_turns(simulated: MakeSimulated, host: DashRuntime) -> None:
@@ -203,23 +193,16 @@ class TestMistakes:
     def test_a_policy_inside_a_branch(
         self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        sound, beside = GraphStep._side, GraphStep._policy_beside
+        sound = DeviceStep._launch
 
-        def side(step: GraphStep, part: Part, kind: str, recording: Recording, stream: SimulatedStream) -> None:
-            sound(step, part, kind, recording, stream)
-            following = step.parts[part.index + 1] if part.index + 1 < len(step.parts) else None
-            if kind == "run" and part.layer in GATED and following is not None and following.decided is not None:
-                stream.run(step.context(following, (following.layer,)))  # type: ignore[arg-type]
+        def launch(step: DeviceStep, part: Part, bypass: bool = False, stream: SimulatedStream | None = None) -> None:
+            sound(step, part, bypass, stream)
+            if stream is not None:
+                step.policy.run(step.asked())
 
-        def policy_beside(step: GraphStep, part: Part, begun: object) -> None:
-            if part.layer not in GATED:
-                beside(step, part, begun)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(GraphStep, "_side", side)
-        monkeypatch.setattr(GraphStep, "_policy_beside", policy_beside)
-        made = simulated("trt10", "device")
-        with pytest.raises(AssertionError, match="decided layer_03 was recorded elsewhere"):
-            check_one_token(made, host)
+        monkeypatch.setattr(DeviceStep, "_launch", launch)
+        with pytest.raises(AssertionError, match="beside has no place in the recording"):
+            one_token(simulated("trt10", "device"), host)
 
     def test_a_decision_that_waits_for_no_policy(
         self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
@@ -231,7 +214,7 @@ class TestMistakes:
                 sound(stream, event)  # type: ignore[arg-type]
 
         monkeypatch.setattr(SimulatedStream, "wait", wait)
-        with pytest.raises(AssertionError, match="nobody waits for the end of policy"):
+        with pytest.raises(AssertionError, match="nobody waits for the end of beside"):
             one_token(simulated("trt10", "device", MAIN), host)
 
     def test_a_policy_that_waits_for_nothing(
@@ -240,25 +223,29 @@ class TestMistakes:
         sound = SimulatedStream.wait
 
         def wait(stream: SimulatedStream, event: object) -> None:
-            if not (stream.device.recording is not None and stream.name == POLICY):
+            if not (stream.device.recording is not None and stream.name == BESIDE):
                 sound(stream, event)  # type: ignore[arg-type]
 
         monkeypatch.setattr(SimulatedStream, "wait", wait)
-        with pytest.raises(AssertionError, match="policy has no place in the recording"):
-            one_token(simulated("trt10", "device", POLICY), host)
+        with pytest.raises(AssertionError, match="beside has no place in the recording"):
+            one_token(simulated("trt10", "device", BESIDE), host)
 
     def test_a_policy_that_starts_with_the_step(
         self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Waiting for something, but not for what made its input: a legal recording with wrong numbers."""
-        sound = GraphStep._policy_beside
+        sound = GraphStep._launch_before_units
 
-        def beside(step: GraphStep, part: Part, begun: object) -> None:
-            sound(step, part, step._begun[0])  # type: ignore[arg-type]
-            del begun
+        def before(step: GraphStep, asks: bool) -> None:
+            if step._recording is not None:
+                step.main.record(step._ready)
+                step.policy.wait(step._ready)
+                step.policy.run(step.asked())
+                asks = False
+            sound(step, asks)
 
-        monkeypatch.setattr(GraphStep, "_policy_beside", beside)
-        assert differs(simulated("trt10", "device", POLICY), host)
+        monkeypatch.setattr(GraphStep, "_launch_before_units", before)
+        assert differs(simulated("trt10", "device", BESIDE), host)
 
     def test_a_policy_that_nobody_waits_for(
         self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
@@ -268,10 +255,10 @@ class TestMistakes:
 
         def step(each: GraphStep, recording: Recording) -> None:
             sound(each, recording)
-            each.policy.run(each.context(each.parts[2], (each.parts[2].layer,)))
+            each.policy.run(each.asked())
 
         monkeypatch.setattr(GraphStep, "_step", step)
-        with pytest.raises(AssertionError, match="nobody waits for the end of policy"):
+        with pytest.raises(AssertionError, match="nobody waits for the end of beside"):
             one_token(simulated("trt10", "device"), host)
 
     def test_an_event_from_outside(
@@ -280,19 +267,34 @@ class TestMistakes:
         sound = GraphStep._step
 
         def step(each: GraphStep, recording: Recording) -> None:
-            each.main.wait(each.parts[0].done)
+            elsewhere = each.device.event("elsewhere")
+            elsewhere.mark = object()  # type: ignore[attr-defined]
+            each.main.wait(elsewhere)
             sound(each, recording)
 
         monkeypatch.setattr(GraphStep, "_step", step)
         with pytest.raises(AssertionError, match="was recorded elsewhere"):
             one_token(simulated("trt10", "device"), host)
 
+    def test_handles_that_are_not_uploaded(
+        self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sound = GraphStep._decisions
+
+        def decisions(step: GraphStep) -> Decisions:
+            found = sound(step)
+            return Decisions(
+                found.damage, found.limit, found.skipped, step.device.memory(found.handles.nbytes), found.host_handles
+            )
+
+        monkeypatch.setattr(GraphStep, "_decisions", decisions)
+        with pytest.raises(AssertionError, match="not uploaded"):
+            one_token(simulated("trt10", "device"), host)
+
     def test_rows_written_where_the_first_token_was(
         self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An address computed by the host is the same at every launch."""
-        from tests.runtime.device.simulated import SimulatedRecording
-
         sound = SimulatedRecording.write_rows
 
         def write_rows(
@@ -310,32 +312,3 @@ class TestMistakes:
 
         monkeypatch.setattr(SimulatedRecording, "write_rows", write_rows)
         assert differs(simulated("trt10", "device"), host)
-
-    def test_layers_that_always_run_are_not_counted(
-        self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sound = GraphStep.__init__
-
-        def init(step: GraphStep, *arguments: object) -> None:
-            sound(step, *arguments)  # type: ignore[arg-type]
-            step._always[:] = 0
-
-        monkeypatch.setattr(GraphStep, "__init__", init)
-        rule = decision_rule(6, GATED, dict.fromkeys(GATED, 0.1), 0.0, 4)
-        (_, taken), (_, actions) = decoded(simulated("trt10", "device").runtime, rule), decoded(host, rule)
-        assert (taken != actions).any()
-
-    def test_decisions_that_no_policy_hears_of(
-        self, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The policy of the test's model reads the last two actions."""
-        sound = GraphStep._decision_about
-
-        def decision_about(step: GraphStep, layer: int) -> Decision:
-            return replace(sound(step, layer), history=(step.device.memory(4), step.device.memory(4)))
-
-        monkeypatch.setattr(GraphStep, "_decision_about", decision_about)
-        (_, taken), (_, actions) = (
-            decoded(runtime, rule_of(host)) for runtime in (simulated("trt10", "device").runtime, host)
-        )
-        assert (taken != actions).any()

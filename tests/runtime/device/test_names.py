@@ -116,7 +116,7 @@ def test_kernels_compile_without_a_device(capability: str) -> None:
 
 def test_a_kernel_that_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.cu13", reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
-    monkeypatch.setattr(cuda_graph, "KERNELS", KERNELS.replace("const int skips", "const number skips"))
+    monkeypatch.setattr(cuda_graph, "KERNELS", KERNELS.replace("const bool skips", "const number skips"))
     with pytest.raises(BackendError, match='identifier "number" is undefined'):
         compile_kernels("9.0")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -11,15 +12,23 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.names import past_names, present_names
 from dash_export.runtime.device import ranges
-from dash_export.runtime.device.base import Context
-from dash_export.runtime.device.engines import MAIN, POLICY, DeviceEngines
-from dash_export.runtime.device.step import DeviceStep, Kind, Part
-from dash_export.runtime.rules import DENSE
+from dash_export.runtime.device.base import Memory
+from dash_export.runtime.device.engines import BESIDE, MAIN, DeviceEngines
+from dash_export.runtime.device.step import DeviceStep, Part
+from dash_export.runtime.rules import DENSE, ForcedRule
 from tests.runtime.device.conftest import IDS, MakeSimulated, Simulated
-from tests.runtime.device.simulated import Call, SimulatedContext, SimulatedDevice, SimulatedStream
+from tests.runtime.device.simulated import (
+    Call,
+    SimulatedContext,
+    SimulatedDevice,
+    SimulatedEvent,
+    SimulatedStream,
+)
 from tests.runtime.device.test_step import TOLERANCE, decoded, rule_of
 
-GATED = (2, 3, 4)
+BEFORE = ("layer_00", "layer_01")
+"""The segments before the first unit; the policy reads what enters the second."""
+SIDES = {"layers_02-03": "bypass_02-03", "layer_04": "bypass_04-04"}
 
 
 def one_token(made: Simulated, host: DashRuntime) -> list[Call]:
@@ -33,20 +42,17 @@ def one_token(made: Simulated, host: DashRuntime) -> list[Call]:
 
 
 def check_overlap(log: list[Call]) -> None:
-    """Policy l+1 is launched before anybody waits for layer l; nothing but decisions is waited for inside a token."""
-    waits = [index for index, (stream, what, _) in enumerate(log) if stream == "host"]
-    assert [log[index] for index in waits[:-1]] == [("host", "wait", f"decided layer_{layer:02d}") for layer in GATED]
-    assert log[waits[-1]] == ("host", "synchronize", MAIN)
+    """The policy is launched before anybody waits for the layers it runs beside, waits for its state and for nothing
+    else, and is the one thing that is waited for inside a token.
+    """
+    waits = [index for index, (stream, _, _) in enumerate(log) if stream == "host"]
+    assert [log[index] for index in waits] == [("host", "wait", "decided"), ("host", "synchronize", MAIN)]
     assert waits[-1] == len(log) - 1
-    for layer, wait in zip(GATED, waits, strict=False):
-        before = [call for call in log[:wait] if call[1] == "run"]
-        assert (POLICY, "run", f"policy_{layer:02d}") in before
-        # The layer before the gated one has been launched when the host begins to wait for the decision.
-        assert before[-2][0] == MAIN
-        assert before[-2][2].endswith(f"_{layer - 1:02d}")
-        # The policy waits for what made its input, the output of the layer two before, and for nothing else.
-        waited = [of for stream, what, of in log[:wait] if (stream, what) == (POLICY, "wait")]
-        assert waited == [f"done layer_{ahead - 2:02d}" for ahead in GATED if ahead <= layer]
+    runs = [(stream, of) for stream, what, of in log[: waits[0]] if what == "run"]
+    assert runs == [*((MAIN, name) for name in BEFORE), (BESIDE, "policy")]
+    assert [call for call in log if call[1] == "wait" and call[0] == BESIDE] == [(BESIDE, "wait", "state ready")]
+    (ready,) = (index for index, call in enumerate(log) if call == (MAIN, "record", "state ready"))
+    assert log.index((MAIN, "run", BEFORE[0])) < ready < log.index((MAIN, "run", BEFORE[1]))
 
 
 def check_scratch(ran: list[tuple[str, SimulatedContext]]) -> None:
@@ -60,8 +66,8 @@ def check_scratch(ran: list[tuple[str, SimulatedContext]]) -> None:
 def check_aliases(step: DeviceStep) -> None:
     """A cache is read and written under one address."""
     for part in step.parts:
-        memory = step._memory_of(part, "run")
-        for layer in part.engines.segment.layers:
+        memory = step._memory_of(part)
+        for layer in part.loaded.segment.layers:
             for past, present in zip(past_names(layer), present_names(layer), strict=True):
                 assert memory[past] is memory[present]
 
@@ -90,6 +96,29 @@ def test_sound(simulated: MakeSimulated, host: DashRuntime) -> None:
         assert not differs(made, host)
 
 
+@pytest.mark.parametrize("skipped", [[False, False], [True, False], [True, True]])
+def test_launches_of_a_token(skipped: list[bool], simulated: MakeSimulated) -> None:
+    """One per segment, whatever a unit's size, and one of the policy; new rows are two copies per layer, skipped or
+    not, of engines that leave them to the runtime.
+    """
+    for dialect, copies in (("trt10", 2 * 6), ("portable", 0)):
+        made = simulated(dialect)
+        step = decode_step(made)
+        step.decode(1, ForcedRule(np.array(skipped)[:, None]))
+        units = [pair[which] for pair, which in zip(SIDES.items(), skipped, strict=True)]
+        assert sorted(of for _, what, of in made.device.log if what == "run") == sorted(
+            [*BEFORE, "policy", *units, "layer_05"]
+        )
+        done = Counter(what for _, what, _ in made.device.log)
+        assert (done["upload"], done["copy_rows"], done["download"]) == (1, copies, 2)
+
+
+def test_sync_is_one_stream(simulated: MakeSimulated, host: DashRuntime) -> None:
+    log = one_token(simulated("trt10", "sync"), host)
+    assert {stream for stream, _, _ in log} == {MAIN, "host"}
+    assert [of for _, what, of in log if what == "run"][:3] == [*BEFORE, "policy"]
+
+
 def test_ranges_have_names(simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a timeline shows of one token: every launch and every wait, none inside another."""
     open_, seen = [], []
@@ -108,72 +137,64 @@ def test_ranges_have_names(simulated: MakeSimulated, host: DashRuntime, monkeypa
             open_.pop()
 
     monkeypatch.setattr(ranges, "_nvtx", SimpleNamespace(annotate=Annotation))
-    made = simulated("trt10")
-    log = one_token(made, host)
+    log = one_token(simulated("trt10"), host)
     ran = [of for _, what, of in log if what == "run"]
-    ours = seen[-(len(ran) + len(GATED) + 1) :]
-    assert [name for name in ours if not name.startswith(("decide", "end"))] == ran
-    assert [name for name in ours if name.startswith("decide")] == [f"decide layer_{layer:02d}" for layer in GATED]
-    assert ours[-1] == "end of step"
+    assert seen[-len(ran) - 2 :] == [*ran[:3], "decide", *ran[3:], "end of step"]
 
 
-def test_nothing_is_waited_for_without_a_policy(simulated: MakeSimulated) -> None:
-    made = simulated("trt10", "plain")
-    step = decode_step(made)
-    step.decode(1, DENSE)
+def test_nothing_is_waited_for_where_nobody_asks(simulated: MakeSimulated) -> None:
+    made = simulated("trt10")
+    decode_step(made).decode(1, DENSE)
     assert [call for call in made.device.log if call[0] == "host"] == [("host", "synchronize", MAIN)]
 
 
-def test_a_static_set_asks_no_policy(simulated: MakeSimulated) -> None:
+def test_prompts_and_static_sets_ask_no_policy(simulated: MakeSimulated, host: DashRuntime) -> None:
     made = simulated()
-    made.runtime.generate(IDS[:10].tolist(), 4, policy="static", skip=[3])
-    assert not [context for _, context in made.device.ran if context.name.startswith("policy")]
+    made.runtime.generate(IDS[:10].tolist(), 4, policy="static", skip=[2, 3])
+    made.runtime.session_under(rule_of(host)).prefill(IDS[:20])
+    assert not [context for _, context in made.device.ran if context.name == "policy"]
 
 
 # --- mistakes
 
 
-def test_layer_awaited_before_the_policy_is_launched(
+def test_layers_awaited_before_the_policy_is_launched(
     simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = DeviceStep._launch
 
-    def waiting(step: DeviceStep, part: Part, kind: str) -> None:
-        sound(step, part, kind)
-        part.done.wait()
+    def waiting(step: DeviceStep, part: Part, bypass: bool = False) -> None:
+        sound(step, part, bypass)
+        step.main.synchronize()
 
     monkeypatch.setattr(DeviceStep, "_launch", waiting)
     with pytest.raises(AssertionError):
         check_overlap(one_token(simulated(), host))
 
 
-def test_a_policy_that_waits_for_the_layer_beside_it(
+def test_a_policy_that_waits_for_the_layers_beside_it(
     simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = DeviceStep._look_ahead
+    sound = SimulatedStream.wait
 
-    def late(step: DeviceStep, part: Part, asks: bool) -> None:
-        if step.policy is not step.main:
-            step.policy.wait(part.done)
-        sound(step, part, asks)
+    def late(stream: SimulatedStream, event: SimulatedEvent) -> None:
+        stream.device.stream(MAIN).record(event)
+        sound(stream, event)
 
-    monkeypatch.setattr(DeviceStep, "_look_ahead", late)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr(SimulatedStream, "wait", late)
+    with pytest.raises(ValueError, match="too many values"):
         check_overlap(one_token(simulated(), host))
 
 
 def test_a_missing_event(simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SimulatedStream, "wait", lambda *_: None)
-    assert differs(simulated(first="policy"), host)
+    assert differs(simulated(first=BESIDE), host)
 
 
 def test_a_decision_taken_without_waiting(
     simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hasty(step: DeviceStep, part: Part) -> np.ndarray:
-        return np.asarray(step._results.host[f"damage {part.layer}"][0, :, 0])
-
-    monkeypatch.setattr(DeviceStep, "_decision", hasty)
+    monkeypatch.setattr(SimulatedEvent, "wait", lambda _: None)
     assert differs(simulated(), host)
 
 
@@ -193,12 +214,12 @@ def test_a_cache_that_is_not_aliased(
 ) -> None:
     sound = DeviceStep._memory_of
 
-    def apart(step: DeviceStep, part: Part, kind: Kind) -> dict[str, object]:
-        memory = dict(sound(step, part, kind))
-        for layer in part.engines.segment.layers if isinstance(kind, str) else ():
+    def apart(step: DeviceStep, part: Part) -> dict[str, Memory]:
+        memory = sound(step, part)
+        for layer in part.loaded.segment.layers:
             for name in present_names(layer):
                 memory[name] = step.device.memory(memory[name].nbytes)
-        return memory  # type: ignore[return-value]
+        return memory
 
     monkeypatch.setattr(DeviceStep, "_memory_of", apart)
     made = simulated("portable")
@@ -212,15 +233,22 @@ def test_new_rows_not_written(simulated: MakeSimulated, host: DashRuntime, monke
     assert differs(simulated("trt10"), host)
 
 
-def test_skip_graph_writes_over_what_the_layer_reads(
+def test_rows_of_a_unit_s_first_layer_alone(
+    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = DeviceStep._written
+    monkeypatch.setattr(DeviceStep, "_written", lambda step, part: list(sound(step, part))[:2])
+    assert differs(simulated("trt10"), host)
+
+
+def test_an_engine_writes_over_what_the_policy_reads(
     simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One hidden state buffer instead of two."""
-    sound: Callable[..., Context] = DeviceStep.context
+    sound = DeviceStep._memory_of
 
-    def single(step: DeviceStep, part: Part, kind: str) -> Context:
-        step.hidden[1] = step.hidden[0]
-        return sound(step, part, kind)
+    def single(step: DeviceStep, part: Part) -> dict[str, Memory]:
+        return sound(step, part) | {"hidden": step.hidden[0], "hidden_out": step.hidden[0]}
 
-    monkeypatch.setattr(DeviceStep, "context", single)
+    monkeypatch.setattr(DeviceStep, "_memory_of", single)
     assert differs(simulated(), host)

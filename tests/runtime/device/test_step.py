@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.builders import build
+from dash_export.bundle import Bundle
 from dash_export.decision import DecisionRule, decision_rule
-from dash_export.errors import BackendError, ContextLengthError, PolicyError
-from tests.runtime.device.conftest import DIALECTS, IDS, MakeSimulated
-from tests.runtime.device.simulated import SimulatedContext, SimulatedStream
-from tests.tiny import random_actions
+from dash_export.errors import BackendError, BundleError, ContextLengthError
+from dash_export.exporting import export
+from dash_export.skip_policy import no_policy
+from tests.runtime.device.conftest import DIALECTS, IDS, RECIPE, MakeSimulated
+from tests.runtime.device.simulated import SimulatedContext, SimulatedDevice, SimulatedStream
+from tests.tiny import TINY_UNITS, random_actions, tiny_checkpoint
 
-ORDERS = ("main", "policy", 0, 1)
+ORDERS = ("main", "beside", 0, 1)
 TOLERANCE = 1e-4
 
 
-def rule_of(host: DashRuntime) -> DecisionRule:
-    """Skips about half of what is gated."""
-    damage = host.session().score(IDS).damage[:, list(host.bundle.manifest.policy.gated)]
-    cost = dict.fromkeys(host.bundle.manifest.policy.gated, 0.1)
-    return decision_rule(6, cost, cost, float(np.median(damage)) / 0.1)
+def rule_of(host: DashRuntime, max_layers: int | None = None) -> DecisionRule:
+    """Skips about half of what may be skipped."""
+    units, cost = TINY_UNITS, (0.2, 0.1)
+    ratio = np.median(host.session().score(IDS).damage[2:] / cost)
+    return decision_rule(units, cost, float(ratio), max_layers, 6)
 
 
 def decoded(runtime: DashRuntime, rule: object) -> tuple[np.ndarray, np.ndarray]:
@@ -43,62 +49,71 @@ def test_decode(dialect: str, dispatch: str, first: str | int, simulated: MakeSi
     found, taken = decoded(simulated(dialect, dispatch, first).runtime, rule)
     np.testing.assert_array_equal(taken, actions)
     assert 0.2 < actions[:, 2:5].mean() < 0.8
+    assert (actions[:, 2] == actions[:, 3]).all(), "one unit"
     assert np.abs(found - expected).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("dispatch", ["overlapped", "sync"])
-def test_damage_is_compared_in_double(dispatch: str, simulated: MakeSimulated) -> None:
-    """A float32 of numpy would round the limit to its own precision, and decide a tie otherwise than a score does."""
-
-    seen = set()
-
-    class Noting:
-        asks = True
-
-        def skips(self, _layer: int, damage: float, _executed: int) -> bool:
-            seen.add(type(damage))
-            return False
-
-    decoded(simulated("trt10", dispatch).runtime, Noting())
-    assert seen == {float}
-
-
-@pytest.mark.parametrize("first", ORDERS)
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_score(dialect: str, first: str | int, simulated: MakeSimulated, host: DashRuntime) -> None:
-    """One pass per eight tokens, rows selected on the device, equals the host's and token-by-token decode."""
-    rule, runtime = rule_of(host), simulated(dialect, "overlapped", first).runtime
+@pytest.mark.parametrize("dispatch", ["overlapped", "sync", "device"])
+def test_score(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
+    """Token by token, it is what one pass on the host gives."""
+    rule, runtime = rule_of(host), simulated("trt10", dispatch).runtime
     expected = host.session_under(rule).score(IDS, keep_logits=True)
     found = runtime.session_under(rule).score(IDS, keep_logits=True)
     np.testing.assert_array_equal(found.actions, expected.actions)
-    np.testing.assert_allclose(found.damage, expected.damage, atol=1e-5)
+    np.testing.assert_allclose(found.damage[2:], expected.damage[2:], atol=1e-5)
+    assert not found.damage[:2].any(), "nobody asked"
     assert np.abs(found.logits - expected.logits).max() < TOLERANCE  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("dispatch", ["sync", "overlapped"])
-def test_a_prompt_s_set_is_scored_as_it_is_decoded(dispatch: str, simulated: MakeSimulated) -> None:
-    """One set per prompt, from what the policy says of it: read in one pass over a text as in a prefill."""
-    runtime = simulated("trt10", dispatch).runtime
-    damage = runtime.session("token", trade_off=0.0).score(IDS[:20]).damage[2:].mean(axis=0)
-    needed = sorted(damage[layer] / cost for layer, cost in runtime.cost.cost.items())
-    setting = {"policy": "sequence", "trade_off": float(needed[0] + needed[1]) / 2}
-    found = runtime.session(**setting).score(IDS, prefix=20).actions[20:]
-    live = runtime.session(**setting)
-    live.prefill(IDS[:20])
-    np.testing.assert_array_equal(found, [live.decode_one(int(token))[1] for token in IDS[20:]])
-    assert found.sum(axis=1).tolist() == [1] * 40
-
-
-@pytest.mark.parametrize("dispatch", ["plain", "sync", "overlapped"])
 def test_forced_and_static(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
     runtime = simulated("trt10", dispatch).runtime
-    actions = random_actions(60, 6, (2, 3, 4))
-    assert np.abs(
-        runtime.session().logits(IDS, actions=actions) - host.session().logits(IDS, actions=actions)
-    ).max() < (TOLERANCE)
-    answers = [each.generate(IDS[:30].tolist(), 20, policy="static", skip=[2, 4]) for each in (runtime, host)]
+    actions = random_actions(60, 6, TINY_UNITS)
+    (found, expected) = (each.session().score(IDS, actions=actions, keep_logits=True) for each in (runtime, host))
+    assert np.abs(found.logits - expected.logits).max() < TOLERANCE
+    np.testing.assert_allclose(found.damage, expected.damage, atol=1e-5, err_msg="forced actions ask too")
+    answers = [each.generate(IDS[:30].tolist(), 20, policy="static", skip=[2, 3]) for each in (runtime, host)]
     np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)
     np.testing.assert_array_equal(answers[0].actions, answers[1].actions)
+
+
+@pytest.mark.parametrize("dispatch", ["overlapped", "device"])
+def test_max_layers(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
+    for most in (3, 4):
+        rule = rule_of(host, most)
+        (expected, actions), (found, taken) = (
+            decoded(each, rule) for each in (host, simulated("trt10", dispatch).runtime)
+        )
+        np.testing.assert_array_equal(taken, actions)
+        assert (actions.sum(axis=1) >= 6 - most).all()
+        assert np.abs(found - expected).max() < TOLERANCE
+
+
+def test_a_model_without_units(tmp_path: Path) -> None:
+    """One engine, embedding and head included."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=2)
+    root = export(checkpoint, tmp_path / "tiny.dash", no_policy(2, ())).root
+    (tmp_path / "whole.toml").write_text(RECIPE.format(dialect="trt10"))
+    bundle = Bundle.open(root)
+    made = build(bundle, str(tmp_path / "whole.toml"))
+    assert list(made.engines) == ["layers_00-01"]
+    device = SimulatedDevice()
+    DashRuntime(bundle, made, device, "device").generate(IDS[:9].tolist(), 4)
+    assert len(device.ran) == 1 + 3, "a launch for the prompt and one for each token that is run"
+
+
+@pytest.mark.parametrize("change", ["no policy", "not cut where it reads"])
+def test_a_build_that_cannot_ask(change: str, device_bundle: Bundle) -> None:
+    """A missing policy would be no damage, and no damage is always skipped."""
+    made = device_bundle.load_build("trt10")
+    if change == "no policy":
+        made = replace(made, engines={name: each for name, each in made.engines.items() if name != "policy"})
+    else:
+        joined = replace(made.segments[0], last=1)
+        engines = made.engines | {joined.name: made.engines["layer_00"]}
+        made = replace(made, segments=(joined, *made.segments[2:]), engines=engines)
+    with pytest.raises(BundleError, match="cannot ask its policy"):
+        DashRuntime(device_bundle, made, SimulatedDevice(), "overlapped")
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -123,7 +138,7 @@ def test_a_dropped_step_gives_back_its_contexts(dispatch: str, simulated: MakeSi
     gc.disable()
     try:
         step = session._bound(7)
-        context = weakref.ref(step.context(step.parts[3], "run"))  # type: ignore[attr-defined]
+        context = weakref.ref(step.context(step.parts[3]))  # type: ignore[attr-defined]
         del step
         session.prefill(IDS[12:20])
         made.device.ran.clear()
@@ -142,16 +157,6 @@ def test_the_context_is_the_cache(simulated: MakeSimulated) -> None:
     assert runtime.session().context_left == 96
     with pytest.raises(ContextLengthError, match="96 positions"):
         runtime.generate(list(range(90)), 10)
-
-
-@pytest.mark.parametrize(("target", "dispatch"), [("trt10", "fused"), ("cpu-fp32", "overlapped")])
-def test_modes_that_a_target_has_not(target: str, dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
-    if target == "trt10":
-        with pytest.raises(PolicyError, match="no fused policies"):
-            simulated(target, dispatch)
-    else:
-        with pytest.raises(PolicyError, match="needs the streams of a GPU"):
-            DashRuntime.load(host.bundle.root, target, dispatch=dispatch)
 
 
 @pytest.mark.parametrize("first", ORDERS)

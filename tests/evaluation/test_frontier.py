@@ -1,39 +1,53 @@
-"""Decode times and frontier points from real engines."""
+"""Decode times of processes, exchange rates and frontier points from real engines."""
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.bundle import Bundle
 from dash_export.decision import Setting
-from dash_export.errors import RequestError
-from dash_export.evaluation.frontier import COPY_ROUNDS, Course, Racer
-from dash_export.evaluation.timing import SETTLE, Timing, measure_times, ratios_to_first
-from dash_export.runtime import Session
+from dash_export.errors import BackendError, RequestError
+from dash_export.evaluation.alone import SETTLE, run_alone
+from dash_export.evaluation.bootstrap import Interval
+from dash_export.evaluation.frontier import Course, Point, frontier, of_token
+from dash_export.evaluation.results import TextResult
+from dash_export.evaluation.settings import Entrant, entrants
+from dash_export.evaluation.timing import FEWEST_ROUNDS, Timing, measure_times, ratios_to_first
 from tests.evaluation.test_text import SETTINGS, TEXT
 from tests.tiny import random_ids
 
 
-def test_times(runtime: DashRuntime) -> None:
-    parts = [random_ids(40, seed=seed) for seed in range(6)]
-    seen: list[Session] = []
+def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
+    ids = random_ids(60, seed=5)
+    entrant = Entrant(runtime, SETTINGS[2])
+    alone = run_alone(entrant, ids.tolist(), 20)
+    assert alone is not None
+    assert 0 < alone.seconds < 1
+    assert 1 << 24 < alone.peak_memory < 1 << 31
+    entrant.took(entrant.session().score(ids, prefix=20).actions[20 + SETTLE :])
+    assert (alone.layers, alone.predicted) == pytest.approx((entrant.layers, entrant.time))
 
-    def opened(setting: Setting, _number: int) -> Session:
-        seen.append(runtime.session_with(setting))
-        return seen[-1]
 
-    times = measure_times(SETTINGS, opened, parts, tokens=10)
-    assert len(seen) == len(SETTINGS) * len(parts)
-    # Every setting went through the same text, to its end.
-    assert {tuple(session.tokens) for session in seen} == {tuple(part.tolist()) for part in parts}
-    assert (times[0].ratio, times[0].low, times[0].high) == (1.0, 1.0, 1.0)
-    assert [time.layers for time in times[:2]] == [6, 4]
-    assert all(0 < time.low <= time.ratio <= time.high for time in times)
-    assert all(time.milliseconds > 0 for time in times)
+def test_a_process_that_fails_or_is_killed(
+    runtime: DashRuntime, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = DashRuntime.load(own_bundle, "cpu-fp32")
+    (own_bundle / "manifest.json").unlink()
+    with pytest.raises(BackendError, match="There is no bundle"):
+        run_alone(Entrant(broken, Setting("dense")), [1, 2, 3], 2)
+    killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    assert run_alone(Entrant(runtime, Setting("dense")), [1, 2, 3], 2) is None
+    with pytest.raises(BackendError, match="was killed"):
+        measure_times(entrants(runtime, SETTINGS[:1]), [random_ids(50)], 10)
 
 
 def test_what_a_round_has_in_common_is_no_ratio() -> None:
@@ -45,72 +59,74 @@ def test_what_a_round_has_in_common_is_no_ratio() -> None:
     np.testing.assert_allclose(ratio, true, rtol=0.015)
     assert ((low <= ratio) & (ratio <= high)).all()
     assert 0.005 < (high - low)[1:].mean() < 0.03
-
-
-def test_rounds_that_have_something_in_common_are_drawn_together() -> None:
-    """Eight copies of the engines, four rounds each: 32 rounds know no more than eight."""
-    rng = np.random.default_rng(1)
-    seconds = np.exp(np.repeat(0.05 * rng.standard_normal((3, 8)), 4, axis=1))
-    alone, grouped = (np.subtract(*ratios_to_first(seconds, together)[:0:-1])[1:] for together in (1, 4))
-    assert grouped.mean() > 1.3 * alone.mean()
-
-
-def test_an_interval_wants_several_groups() -> None:
-    """Of two groups the quantiles are the groups themselves; and a last one that is short counts once."""
-    rng = np.random.default_rng(2)
-    seconds = np.exp(0.05 * rng.standard_normal((3, 25)))
-    few = ratios_to_first(seconds[:, :20], 4)
+    few = ratios_to_first(seconds[:, : FEWEST_ROUNDS - 1])
     np.testing.assert_array_equal(few[1:], [few[0], few[0]])
-    odd = seconds.copy()
-    odd[1:, 24] *= 50  # alone in its group: four times over it would be 4 of 28
-    low, high = ratios_to_first(odd, 4)[1:]
-    assert (high[1:] < 1.05).all()
-    assert (low < high)[1:].all()
-    rounds = {count: Course("", "", 1, 1, 1, count, 1).copy_rounds for count in (1, 8, 12, 24, 32)}
-    assert rounds == {1: 1, 8: 1, 12: 2, 24: 4, 32: 4}
 
 
-def test_timed_layers_are_those_a_score_takes(runtime: DashRuntime) -> None:
-    part = random_ids(40, seed=5)
-    pair = (SETTINGS[0], SETTINGS[3])
-    (dense, token) = measure_times(pair, lambda setting, _: runtime.session_with(setting), [part], tokens=12)
-    actions = runtime.session_with(SETTINGS[3]).score(part, prefix=len(part) - 12 - SETTLE).actions
-    assert dense.layers == 6
-    assert token.layers == pytest.approx(6 - actions[-12:].sum() / 12)
-
-
-def test_time_is_moved_to_the_layers_of_the_quality() -> None:
-    timing = Timing(0.9, 0.88, 0.94, 5.0, 28.0)
-    moved = timing.at(26.0, 30.0)
-    assert (moved.ratio, moved.low, moved.high, moved.layers) == pytest.approx((0.8, 0.76, 0.88, 26.0))
+def test_time_is_moved_to_the_tokens_of_the_quality() -> None:
+    timing = Timing(0.9, 0.88, 0.94, 5.0, 0.8)
+    moved = timing.at(0.6)
+    assert (moved.ratio, moved.low, moved.high, moved.predicted) == pytest.approx((0.8, 0.76, 0.88, 0.6))
     assert moved.milliseconds == pytest.approx(5.0 * 0.8 / 0.9)
-    assert Timing(0.99, 0.9, 1.0, 5.0, 29.5).at(26.0, 30.0).ratio == 0.99
+    assert Timing(0.99, 0.9, 1.0, 5.0, 0.99).at(0.6).ratio == 0.99
 
 
-def test_points(tiny_root: Path) -> None:
-    racer = Racer("tiny", Bundle.open(tiny_root), "cpu-fp32", None)
-    assert (racer.plain.dispatch, racer.deciding.dispatch) == ("plain", "fused")
-    # Timed engines are none of those loaded first, and after a few rounds they are loaded anew.
-    rounds = (0, 1, COPY_ROUNDS, COPY_ROUNDS + 1)
-    sessions = [racer.timed_session(SETTINGS[kind], number) for number in rounds for kind in (1, 3)]
-    engines = [session.engines for session in sessions]
-    assert [each.dispatch for each in engines] == ["plain", "fused"] * 4
-    assert engines[:2] == engines[2:4]
-    assert engines[4:6] == engines[6:]
-    assert len({id(each) for each in (*engines, racer.plain.engines, racer.deciding.engines)}) == 6
-    drawn = [racer.timed_session(Setting("random", skipped=1), number).rules for number in range(12)]
-    assert len({tuple(rules.at(20, 1).skipped) for rules in drawn}) > 1, "every round has draws of its own"
-    course = Course(TEXT, "t", limit=2, window=48, prefix=10, rounds=2, tokens=4)
-    points = racer.points(SETTINGS, course, racer.texts(course))
-    assert [point.quality.setting for point in points] == list(SETTINGS)
+def point(kind: str, time: float, kl: float = 0.1, more: float = 0.0, spread: float = 0.0, build: str = "") -> Point:
+    """`more` perplexity; its bounds and those of the time are as far as `spread`."""
+    around = Interval(kl, kl, kl)
+    ratio = Interval(1 + more, 1 + more - spread, 1 + more + spread)
+    quality = TextResult(build, Setting(kind), 100, 30.0, time, 4, around, around, ratio, around)
+    return Point(quality, Timing(time, time - spread / 10, time + spread / 10, 5.0, time))
+
+
+def test_exchange_rate() -> None:
+    """Paid per saved, per cent by per cent; what costs time and lowers perplexity has a rate too."""
+    rate = point("token", 0.9, more=0.025).exchange_rate
+    assert rate is not None
+    assert rate.value == pytest.approx(0.25)
+    assert (rate.low, rate.high) == pytest.approx((0.25, 0.25))
+    slower = point("dense", 1.25, more=-0.04).exchange_rate
+    assert slower is not None
+    assert slower.value == pytest.approx(0.16)
+    assert point("static", 0.99, more=0.1, spread=0.2).exchange_rate is None, "it may have saved nothing"
+    assert replace(point("token", 0.9), timing=None).exchange_rate is None
+
+
+@pytest.mark.parametrize(("time", "more"), [(0.9, 0.05), (1.2, -0.05), (0.9, -0.05), (1.2, 0.05)])
+def test_bounds_of_an_exchange_rate_cover_it(time: float, more: float) -> None:
+    """Of draws with these errors, about 95 % lie inside."""
+    rate = point("token", time, more=more, spread=0.02).exchange_rate
+    assert rate is not None
+    rng = np.random.default_rng(0)
+    drawn_more = more + 0.02 / 1.96 * rng.standard_normal(20000)
+    drawn_time = time + 0.002 / 1.96 * rng.standard_normal(20000)
+    rates = drawn_more / (1 - drawn_time)
+    assert 0.93 < ((rates > rate.low) & (rates < rate.high)).mean() < 0.97
+
+
+def test_the_token_policy_at_equal_time() -> None:
+    """Along chords from dense on; not beyond its last point, nor by what may have saved nothing."""
+    points = [point("dense", 1.0, 0.0), point("token", 0.9, 0.1), point("token", 0.8, 0.3)]
+    points += [point("static", 0.95, 0.1), point("static", 0.85, 0.4), point("static", 0.7, 0.5)]
+    points += [point("dense", 0.9, 0.2, build="pruned"), point("dense", 1.3, 0.01, build="int8")]
+    assert of_token(points) == pytest.approx([None, None, None, 0.5, 0.5, None, 0.5, None])
+    unsure = replace(points[1], timing=Timing(0.9, 0.7, 1.1, 5.0, 0.9))
+    assert of_token([points[0], unsure, points[2], points[6]])[3] == pytest.approx(0.15 / 0.2)
+    assert of_token([points[0], points[3]]) == [None, None]
+
+
+def test_points(runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]) -> None:
+    racers = entrants(runtime, (SETTINGS[0], SETTINGS[2]), [("other", tiny_runtime("portable"))])
+    course = Course(TEXT, "t", limit=2, window=48, prefix=10, rounds=1, tokens=8)
+    points = frontier(racers, course)
+    assert [point.name for point in points] == ["dense", "token", "other"]
+    assert [point.label for point in points] == ["dense", "token, skipped 1.5", "other"]
     assert points[0].time == 1.0
     assert points[1].quality.kl.value > 0
-    assert all(point.timing is not None and point.time == point.timing.ratio for point in points)
-    course = Course(TEXT, "t", 2, 48, 10, 0, 4)
-    untimed = racer.points(SETTINGS, course, racer.texts(course))
-    assert [point.time for point in untimed] == [point.quality.time for point in points]
-    np.testing.assert_allclose(
-        [point.quality.kl.value for point in untimed], [point.quality.kl.value for point in points]
-    )
+    assert all(point.timing is not None and point.time == point.timing.ratio > 0 for point in points)
+    json.dumps([point.exchange_rate is None for point in points])
+    fresh = entrants(runtime, (SETTINGS[0], SETTINGS[2]))
+    untimed = frontier(fresh, replace(course, rounds=0))
+    assert [point.time for point in untimed] == [point.quality.time for point in points[:2]]
     with pytest.raises(RequestError, match="do not fit"):
-        racer.texts(Course(TEXT, "t", 2, 48, 10, 2, 600))
+        frontier(fresh, replace(course, tokens=600))

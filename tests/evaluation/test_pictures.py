@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from dash_export.decision import Setting
+from dash_export.decision import Setting, Unit
 from dash_export.evaluation.bootstrap import Interval
 from dash_export.evaluation.frontier import Point
 from dash_export.evaluation.results import TextResult
@@ -17,17 +17,16 @@ pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profi
 from dash_export.evaluation.pictures import frontier_figure, render, skip_map_figure, visible
 
 
-def point(bundle: str, setting: Setting, time: float, kl: float, measured: bool = True) -> Point:
+def point(setting: Setting, time: float, kl: float, measured: bool = True, build: str = "") -> Point:
     around = Interval(kl, 0.9 * kl, 1.2 * kl)
     perplexity = Interval(30 + 10 * kl, 25.0, 60.0)
-    quality = TextResult(setting, 100, 28.0, time, 4, around, perplexity, Interval(1 + kl / 3, 1.0, 2.0), around)
-    return Point(bundle, quality, Timing(time, 0.98 * time, 1.03 * time, 5.0, 28.0) if measured else None)
+    quality = TextResult(build, setting, 100, 28.0, time, 4, around, perplexity, Interval(1 + kl / 3, 1, 2), around)
+    return Point(quality, Timing(time, 0.98 * time, 1.03 * time, 5.0, 28.0) if measured else None)
 
 
-def points(*bundles: str, measured: bool = True) -> list[Point]:
-    return [
-        point(bundle, setting, time, kl, measured)
-        for bundle in bundles
+def points(*builds: str, measured: bool = True) -> list[Point]:
+    own = [
+        point(setting, time, kl, measured)
         for setting, time, kl in (
             (Setting("dense"), 1.0, 0.0),
             (Setting("static", skipped=2.0), 0.95, 0.3),
@@ -36,6 +35,7 @@ def points(*bundles: str, measured: bool = True) -> list[Point]:
             (Setting("token", skipped=4.0), 0.91, 0.2),
         )
     ]
+    return own + [point(Setting("dense"), 0.8, 0.4, measured, build) for build in builds]
 
 
 def texts(figure: object) -> list[str]:
@@ -44,22 +44,22 @@ def texts(figure: object) -> list[str]:
 
 
 def test_frontier_says_what_it_shows() -> None:
-    said = texts(frontier_figure(points("a"), "Model on cpu", "how it was measured"))
+    said = texts(frontier_figure(points(), "Model on cpu", "how it was measured"))
     for expected in ("KL from dense (nats per token)", "perplexity", "dense", "static", "token", "Model on cpu"):
         assert expected in said
     assert "decode time per token, fraction of dense (measured)" in said
-    predicted = texts(frontier_figure(points("a", measured=False), "t", "c"))
+    predicted = texts(frontier_figure(points(measured=False), "t", "c"))
     assert "decode time per token, fraction of dense (predicted)" in predicted
 
 
-def test_frontier_of_several_bundles_names_them() -> None:
-    said = texts(frontier_figure(points("a", "tuned"), "t", "c"))
-    for expected in ("dense", "static (a)", "token (a)", "static (tuned)", "token (tuned)"):
+def test_frontier_names_other_builds() -> None:
+    said = texts(frontier_figure(points("pruned:cpu", "own:cpu-int8"), "t", "c"))
+    for expected in ("dense", "static", "token", "pruned:cpu", "own:cpu-int8"):
         assert said.count(expected) >= 1
 
 
 def test_divergence_begins_at_zero_and_nothing_is_cut_off() -> None:
-    figure = frontier_figure(points("a"), "t", "c")
+    figure = frontier_figure(points("other"), "t", "c")
     left = next(axes for axes in figure.axes if "KL" in axes.get_ylabel())
     low, high = left.get_ylim()
     assert low == 0
@@ -70,7 +70,7 @@ def test_divergence_begins_at_zero_and_nothing_is_cut_off() -> None:
 
 def test_bytes_are_the_same_every_time() -> None:
     for kind, begins in (("png", b"\x89PNG"), ("svg", b"<?xml")):
-        one, other = (render(frontier_figure(points("a"), "t", "c"), kind) for _ in range(2))
+        one, other = (render(frontier_figure(points("other"), "t", "c"), kind) for _ in range(2))
         assert one == other
         assert one.startswith(begins)
 
@@ -78,13 +78,13 @@ def test_bytes_are_the_same_every_time() -> None:
 def test_skip_map_of_hostile_tokens() -> None:
     tokens = ["$x_1$", " $", "\n", "\x1b[31m", "漢字", "<&>", "\\frac{", " a very long token indeed", ""]
     actions = np.zeros((len(tokens), 5), np.int8)
-    actions[::2, 2] = actions[1, 3] = 1
-    figure = skip_map_figure(tokens, actions, (2, 3), "model $y^: token", "c")
+    actions[::2, 2:4] = 1
+    figure = skip_map_figure(tokens, actions, (Unit(2, 3),), "model $y^: token", "c")
     assert render(figure, "png").startswith(b"\x89PNG")
     ET.fromstring(render(figure, "svg"))
     heat = next(axes for axes in figure.axes if axes.get_xlabel() == "layer")
     # 0 runs, 1 is skipped, 2 is never asked.
-    np.testing.assert_array_equal(heat.images[0].get_array()[0], [2, 2, 1, 0, 2])
+    np.testing.assert_array_equal(heat.images[0].get_array()[0], [2, 2, 1, 1, 2])
     labels = [label.get_text() for label in heat.get_yticklabels()]
     assert labels[:4] == ["$x_1$", "␣$", "↵", "�[31m"]
     assert "skip" in texts(figure)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import POLICY_KINDS, Setting
-from dash_export.errors import PolicyError
-from dash_export.evaluation.settings import Entrant, Tally, asked, kinds_of, label, plan, record
-from dash_export.stretches import TokenTime
-from tests.tiny import random_ids
+from dash_export.errors import PolicyError, RequestError
+from dash_export.evaluation.settings import Entrant, asked, check_same_tokens, kinds_of, label, plan, record
 
 
 def test_plan(runtime: DashRuntime) -> None:
@@ -25,7 +25,7 @@ def test_plan(runtime: DashRuntime) -> None:
         "token, skipped 2",
     ]
     assert [label(item.setting) for item in refused] == ["static, skipped 99", "token, skipped 99"]
-    assert all("99" in item.reason for item in refused)
+    assert refused[1].reason.startswith("Skipping 99 layers is more than this policy can give")
     with pytest.raises(PolicyError, match="none of the settings"):
         plan(runtime, ("token",), "skipped", (99.0,))
     with pytest.raises(PolicyError, match="no policy kind 'magic'"):
@@ -35,33 +35,32 @@ def test_plan(runtime: DashRuntime) -> None:
 def test_kinds_of(runtime: DashRuntime) -> None:
     policy = runtime.bundle.manifest.policy
     assert kinds_of(policy) == POLICY_KINDS
-    bare = replace(policy, static_order=(), cosine_order=(), has_network=False)
-    assert kinds_of(bare) == ("dense", "random")
+    assert kinds_of(replace(policy, static_order=(), has_network=False)) == ("dense",)
 
 
-def test_tally_is_the_mean_of_what_was_taken(runtime: DashRuntime) -> None:
-    cost = replace(runtime.cost, cost={2: 0.1, 3: 0.5, 4: 0.2})
-    tally = Tally(6, TokenTime(replace(runtime.build, cost=cost)))
+def test_an_entrant_tells_the_mean_of_what_was_taken(runtime: DashRuntime) -> None:
+    """Units 2-3 and 4: a unit's cost is that of all its layers."""
+    entrant = Entrant(runtime, Setting("dense"))
     actions = np.zeros((4, 6), np.int8)
-    actions[0, 2] = actions[1, 2] = actions[1, 4] = 1
-    tally.add(actions[:1])
-    tally.add(actions[1:])
-    assert tally.tokens == 4
-    assert tally.executed == 6 - 3 / 4
-    assert tally.time == pytest.approx(1 - (2 * 0.1 + 0.2) / 4)
+    actions[0, 2:4] = actions[1, 2:5] = 1
+    entrant.took(actions[:1])
+    entrant.took(actions[1:])
+    assert entrant.tokens == 4
+    assert entrant.layers == 6 - 5 / 4
+    first, second = runtime.cost.cost
+    assert entrant.time == pytest.approx(1 - (2 * first + second) / 4)
 
 
-def test_a_seed_may_be_the_last_there_is(runtime: DashRuntime) -> None:
-    entrant = Entrant(runtime, Setting("random", skipped=1.5, seed=(1 << 63) - 1))
-    assert entrant.session(1).score(random_ids(20)).actions.shape == (20, 6)
-
-
-def test_random_draws_anew_for_every_unit(runtime: DashRuntime) -> None:
-    entrant = Entrant(runtime, Setting("random", skipped=1.5, seed=3))
-    ids = random_ids(80)
-    first, second, again = (entrant.session(unit).score(ids).actions for unit in (0, 1, 0))
-    assert (first != second).any()
-    np.testing.assert_array_equal(first, again)
+def test_builds_of_other_tokens_are_not_compared(
+    runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]
+) -> None:
+    check_same_tokens([runtime, tiny_runtime("portable")])
+    other = Mock(text=Mock(encode=lambda _: [1, 2]), engines=runtime.engines)
+    with pytest.raises(RequestError, match="other tokens"):
+        check_same_tokens([runtime, other])
+    other = Mock(text=runtime.text, engines=Mock(model=replace(runtime.engines.model, vocab_size=301)))
+    with pytest.raises(RequestError, match="other tokens"):
+        check_same_tokens([runtime, other])
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ class Holder:
 
 
 def test_record_says_only_what_was_given() -> None:
-    assert record(Holder(Setting("token", budget=0.9), (Setting("random", skipped=2.0, seed=4),))) == {
+    assert record(Holder(Setting("token", budget=0.9), (Setting(skip=(3, 4)),))) == {
         "setting": {"kind": "token", "budget": 0.9},
-        "more": [{"kind": "random", "skipped": 2.0, "seed": 4}],
+        "more": [{"kind": "static", "skip": (3, 4)}],
     }
     assert asked(Setting(skip=(3, 4, 7))) == "skip 3-4,7"

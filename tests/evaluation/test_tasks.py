@@ -9,8 +9,7 @@ from dash_export import DashRuntime
 from dash_export.errors import RequestError
 from dash_export.evaluation import answers, choices, prompts
 from dash_export.evaluation.data import Answer, Prompt, Question
-from dash_export.evaluation.settings import Tally
-from dash_export.stretches import TokenTime
+from dash_export.evaluation.settings import Entrant, entrants
 from tests.evaluation.test_text import SETTINGS, TEXT, log_softmax
 
 CONTEXT = "The layers of a decoder are not equally needed, and some"
@@ -34,14 +33,14 @@ def test_prompts(runtime: DashRuntime) -> None:
     asked = [Prompt(1, "Hello there"), Prompt(2, "What is up?")]
     encoded = prompts.encode_prompts(runtime, asked, "p", 12)
     assert encoded[0] == runtime.text.chat([{"role": "user", "content": "Hello there"}])
-    dense, static, *_ = prompts.measure_prompts(runtime, SETTINGS, encoded, 11)
+    dense, static, _ = prompts.measure_prompts(entrants(runtime, SETTINGS), encoded, 11)
     assert (dense.identical.value, dense.share.value, dense.layers) == (1.0, 1.0, 6.0)
     lengths = []
     for ids in encoded:
         one, other = (runtime.session_with(s).generate(ids, 12).tokens[1:].tolist() for s in SETTINGS[:2])
         lengths.append(next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one)))
     assert static.agreement.value == np.mean(lengths)
-    assert static.layers == 4
+    assert static.layers == 3
     with pytest.raises(RequestError, match=r"p:1 .* must fit"):
         prompts.encode_prompts(runtime, asked, "p", 510)
 
@@ -52,7 +51,7 @@ def test_choices(runtime: DashRuntime) -> None:
         Question(2, "Some of them", ("hardly at all", "are needed"), 1),
         Question(3, "And", ("equally, and hardly", "not a decoder of layers"), 0),
     ]
-    results = choices.measure_choices(runtime, SETTINGS, choices.encode_questions(runtime, asked, "q"))
+    results = choices.measure_choices(entrants(runtime, SETTINGS), choices.encode_questions(runtime, asked, "q"))
     right = {}
     for setting, result in zip(SETTINGS, results, strict=True):
         raw, normalised = [], []
@@ -71,18 +70,18 @@ def test_choices(runtime: DashRuntime) -> None:
         assert result.normalised.value == np.mean(normalised)
         assert result.flips.value == np.mean(np.array(normalised) != right["dense"])
     assert results[0].layers == 6
-    assert results[1].layers == 4
+    assert results[1].layers == 3
 
 
 def test_the_likelihood_of_a_choice(runtime: DashRuntime) -> None:
     ids, context = choices.encode_pair(runtime, "The layers of a ", " decoder are needed")
     assert ids[:context] == runtime.text.encode("The layers of a")
     for setting in SETTINGS:
-        tally = Tally(6, TokenTime(runtime.build))
-        found = choices._likelihood(runtime.session_with(setting), tally, ids, context)
+        entrant = Entrant(runtime, setting)
+        found = choices._likelihood(entrant, ids, context)
         q = log_softmax(runtime.session_with(setting).logits(ids, prefix=context))
         assert found == pytest.approx(sum(q[i - 1, ids[i]] for i in range(context, len(ids))), rel=1e-4)
-        assert tally.tokens == len(ids) - 1 - context
+        assert entrant.tokens == len(ids) - 1 - context
 
 
 def test_questions_that_do_not_fit(runtime: DashRuntime) -> None:
@@ -116,9 +115,9 @@ def test_answers(runtime: DashRuntime) -> None:
     whole = answers.encode_answers(runtime, asked, "a", 1.0)
     half = answers.encode_answers(runtime, asked, "a", 0.5)
     assert (whole[0].dense, half[0].dense) == (len(ids), round(len(ids) / 2))
-    results = answers.measure_answers(runtime, SETTINGS, half)
+    results = answers.measure_answers(entrants(runtime, SETTINGS), half)
     assert results[0].exact.value == 0.5
-    assert (results[0].layers, results[1].layers) == (6, 4)
+    assert (results[0].layers, results[1].layers) == (6, 3)
     # Half of the context goes through decode: its tokens are counted, and so are those decoded after it.
     assert results[1].tokens >= 2 * (len(ids) - half[0].dense)
     with pytest.raises(RequestError, match=r"a:5 needs \d+ \+ \d+ tokens"):
@@ -134,6 +133,4 @@ def test_answers_are_decoded_under_the_policy(runtime: DashRuntime) -> None:
     for setting in SETTINGS:
         logits = runtime.session_with(setting).logits(item.ids, prefix=item.dense)
         expected = runtime.text.decode([int(logits[-1].argmax())])
-        assert answers._decode(runtime.session_with(setting), Tally(6, TokenTime(runtime.build)), item).startswith(
-            expected
-        )
+        assert answers._decode(Entrant(runtime, setting), item).startswith(expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -9,12 +11,12 @@ from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluation import text
+from dash_export.evaluation.settings import entrants
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
 SETTINGS = (
     Setting("dense"),
     Setting("static", skipped=2),
-    Setting("sequence", skipped=1.5),
     Setting("token", skipped=1.5),
 )
 PREFIX, WINDOW = 10, 48
@@ -35,7 +37,7 @@ def test_windows_do_not_overlap(runtime: DashRuntime) -> None:
 
 def test_every_figure(runtime: DashRuntime) -> None:
     parts = text.windows(runtime, TEXT, "t", 2, WINDOW)
-    results = text.measure_text(runtime, SETTINGS, parts, PREFIX)
+    results = text.measure_text(entrants(runtime, SETTINGS), parts, PREFIX)
     assert (results[0].kl.value, results[0].top1.value, results[0].layers) == (0.0, 1.0, 6.0)
     for setting, result in zip(SETTINGS, results, strict=True):
         kl, nll, dense_nll, same, skipped = [], [], [], [], []
@@ -52,9 +54,9 @@ def test_every_figure(runtime: DashRuntime) -> None:
         assert result.perplexity_ratio.value == pytest.approx(np.exp(np.mean(nll) - np.mean(dense_nll)), rel=1e-4)
         assert result.top1.value == np.mean(same)
         assert result.layers == pytest.approx(6 - np.mean(skipped))
-        assert (result.units, result.tokens) == (2, 2 * (WINDOW - 1 - PREFIX))
+        assert (result.items, result.tokens) == (2, 2 * (WINDOW - 1 - PREFIX))
         assert result.kl.low <= result.kl.value <= result.kl.high
-    assert results[1].time == pytest.approx(1 - 2 * runtime.cost.cost[3])
+    assert results[1].time == pytest.approx(1 - sum(runtime.cost.cost))
     assert results[1].kl.value > 0
 
 
@@ -64,4 +66,16 @@ def test_texts_and_windows_that_do_not_fit(runtime: DashRuntime) -> None:
     with pytest.raises(RequestError, match="context of 512"):
         text.windows(runtime, TEXT, "t", 4, 513)
     with pytest.raises(RequestError, match="dense prefix of 47"):
-        text.measure_text(runtime, SETTINGS, text.windows(runtime, TEXT, "t", 1, WINDOW), 47)
+        text.measure_text(entrants(runtime, SETTINGS), text.windows(runtime, TEXT, "t", 1, WINDOW), 47)
+
+
+def test_other_builds_are_judged_by_the_dense_of_the_first(
+    tiny_runtime: Callable[..., DashRuntime], runtime: DashRuntime
+) -> None:
+    parts = text.windows(runtime, TEXT, "t", 1, WINDOW)
+    other = tiny_runtime("portable")
+    dense, same = text.measure_text(entrants(runtime, SETTINGS[:1], [("other", other)]), parts, PREFIX)
+    assert (dense.build, same.build) == ("", "other")
+    assert same.kl.value == pytest.approx(0, abs=1e-6)
+    assert same.perplexity_ratio.value == pytest.approx(1, abs=1e-4)
+    assert same.time == 1.0

@@ -42,7 +42,7 @@ def test_a_path_is_a_recipe(tmp_path: Path) -> None:
     assert recipe.runtime == Recipe("x").runtime
 
 
-PARTS = ("layers", "qkv", "ungated", "head", "embedding", "policy")
+PARTS = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
 BAD: dict[str, tuple[str, str]] = {
     "unknown key": ("speed = 3", r"unknown key 'speed'\. Known keys here: description, backend"),
     "unknown key in a table": ("[weights]\nlayer = 'int4'", r"\[weights\]: unknown key 'layer'.*layers"),
@@ -56,16 +56,7 @@ BAD: dict[str, tuple[str, str]] = {
     "out of range": ("[runtime]\nkv_step = 1", "outside 16 to"),
     "negative": ("[runtime]\nthreads = -1", "outside 0 to"),
     "block size": ("[weights]\nblock_size = 48", "is not one of"),
-    "portable and fused": (
-        "dialect = 'portable'\n[weights]\n" + "\n".join(f"{part} = 'fp32'" for part in PARTS),
-        "takes 'sync'",
-    ),
     "portable and int4": ("dialect = 'portable'", "layers = 'int4'.*as they are"),
-    "portable and stretches": (
-        "stretches = true\ndialect = 'portable'\n[weights]\n" + "\n".join(f"{part} = 'fp32'" for part in PARTS),
-        "stretches = true is for dialect 'ort'; 'portable' takes false",
-    ),
-    "stretches as number": ("stretches = 7", "stretches must be bool"),
     "table expected": ("weights = 'int4'", "expected a table"),
     "number of another kind": ("[weights]\nblock_size = 32.0", "block_size = 32.0 is not one of"),
     "list as literal": ("[weights]\nlayers = ['int4']", "layers"),
@@ -85,7 +76,7 @@ qkv = "int8"
 ungated = "int8"
 head = "fp16"
 embedding = "fp16"
-policy = "fp16"
+bypass = "fp16"
 symmetric = true
 [runtime]
 dispatch = "overlapped"
@@ -98,7 +89,7 @@ CONTRADICTIONS: dict[str, tuple[str, str, str]] = {
     "capability as number": ('["8.9"]', "[8.9]", "must be a list of strings"),
     "capability alone": ('["8.9"]', '"8.9"', "must be a list of strings"),
     "cpu dialect": ('"portable"', '"ort"', "'ort' is for the CPU"),
-    "fused": ('"overlapped"', '"fused"', "'fused' is for the CPU"),
+    "fused": ('"overlapped"', '"fused"', "is not one of"),
     "zero points": ("symmetric = true", "", "symmetric must be true"),
     "fp32 layers": ('layers = "int4"', 'layers = "fp32"', "layers = 'fp32' is not one of 'fp16', 'int8', 'int4'"),
     "int4 embedding": ('embedding = "fp16"', 'embedding = "int4"', "embedding = 'int4' is not one of 'fp16' "),
@@ -148,11 +139,11 @@ def test_a_recorded_recipe_comes_back() -> None:
         assert recipe_from_dict(json.loads(json.dumps(recipe.as_dict())), "a record") == recipe
 
 
-def test_other_weights_on_a_gpu_leave_embedding_and_policy() -> None:
+def test_other_weights_on_a_gpu_leave_the_embedding() -> None:
     recipe = with_weights(load_recipe("rtx"), "int4", None, None)
     assert recipe.name == "rtx-int4"
     assert {recipe.weights.layers, recipe.weights.qkv, recipe.weights.ungated, recipe.weights.head} == {"int4"}
-    assert (recipe.weights.embedding, recipe.weights.policy) == ("fp16", "fp16")
+    assert (recipe.weights.embedding, recipe.weights.bypass) == ("fp16", "int4")
     with pytest.raises(RecipeError, match="rtx at these weights: embedding = 'int4'"):
         with_weights(load_recipe("rtx"), None, None, "int4")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.runtime.backends.onnxruntime import OrtBackend
+from dash_export.skip_policy import narrowed
 from tests.commands.helpers import dash, python
 from tests.forged import edit
 from tests.tiny import random_ids, tiny_policy
@@ -72,7 +73,7 @@ def refuse(event, given):
         raise OSError(errno.EROFS, "Read-only file system", str(given[0]))
 
 sys.addaudithook(refuse)
-export(checkpoint, root, tiny_policy(checkpoint, "low_rank"))
+export(checkpoint, root, tiny_policy(checkpoint, "linear"))
 build(root, "cpu", weights="fp32")
 build(root, "cpu", weights="int8")
 """
@@ -91,7 +92,7 @@ def test_measured_again_where_asked(bundle: Bundle, made: list[str]) -> None:
     assert made == []
     assert again.engines == before.engines
     assert again.cost.segment_us != before.cost.segment_us
-    assert again.dial["token"] != before.dial["token"]
+    assert again.dial != before.dial
     assert again == bundle.load_build("cpu-fp32")
 
 
@@ -111,62 +112,55 @@ def test_nothing_is_measured_where_it_cannot_run(bundle: Bundle, monkeypatch: py
         build(bundle, "cpu", weights="fp32", measure=True)
 
 
-def test_dial_points_lie_where_the_rule_puts_them(stretched_runtime: Callable[[str], DashRuntime]) -> None:
-    """At a cost that makes stretches dear to break: every wanted share of the gated layers, within a token's worth."""
-    runtime = stretched_runtime("fused")
-    gated = list(runtime.bundle.manifest.policy.gated)
-    for launch in (0.0, 0.02):
-        cost = replace(runtime.cost, cost=dict.fromkeys(gated, 0.1), launch=launch)
-        dear = DashRuntime(runtime.bundle, replace(runtime.build, cost=cost), OrtBackend(0), "fused")
-        windows = [random_ids(64, seed=seed) for seed in range(4)]
-        placed = dial._trade_offs(dear, windows)["token"]
-        assert len(placed) == len(dial.SHARES) + 1
-        session = dear.session("token", trade_off=0.0)
-        damage = np.concatenate([session.score(ids).damage[2:] for ids in windows]).T
-        for trade_off, wanted in zip(placed, (*dial.SHARES, 1.0), strict=True):
-            rule = dear.session("token", trade_off=trade_off).rule
-            settled = rule.settled(damage)
-            skips = [rule.decide(layer, settled[layer], np.zeros(damage.shape[1], np.int64)) for layer in gated]
-            assert np.mean(skips) == pytest.approx(wanted, abs=0.05)
+def test_dial_points_lie_where_the_rule_puts_them(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """At costs that differ: every wanted share of the units."""
+    runtime = tiny_runtime()
+    cost = replace(runtime.cost, cost=(0.2, 0.05))
+    uneven = DashRuntime(runtime.bundle, replace(runtime.build, cost=cost), OrtBackend(0))
+    windows = [random_ids(64, seed=seed) for seed in range(4)]
+    placed = dial._trade_offs(uneven, windows)
+    assert len(placed) == len(dial.SHARES) + 1
+    session = uneven.session("token", trade_off=0.0)
+    damage = np.concatenate([session.score(ids).damage[2:] for ids in windows]).T
+    for trade_off, wanted in zip(placed, (*dial.SHARES, 1.0), strict=True):
+        skips = uneven.session("token", trade_off=trade_off).rule.skips(damage)
+        assert skips.mean() == pytest.approx(wanted, abs=0.02)
 
 
-def test_another_policy_network_makes_only_policies(bundle: Bundle, made: list[str]) -> None:
+def test_another_policy_network_makes_only_what_gives_its_damage(bundle: Bundle, made: list[str]) -> None:
     checkpoint = open_checkpoint(bundle.root.parent / "model")
-    policy = tiny_policy(checkpoint, "low_rank")
-    other = tiny_policy(checkpoint, "low_rank", seed=7)
-    assert policy.network is not None
-    changed = export(checkpoint, bundle.root, type(policy)(policy.gated, other.network, policy.compensation, "other"))
+    other = replace(tiny_policy(checkpoint, "linear"), network=tiny_policy(checkpoint, seed=7).network, origin="other")
+    changed = export(checkpoint, bundle.root, other)
     made.clear()
     build(changed, "cpu", weights="fp32")
-    assert made
-    assert all("polic" in name for name in made), made
+    assert made == ["layers_00-01"]
     assert DashRuntime.load(bundle.root, "cpu-fp32").generate([1, 2], 3).tokens.size == 3
 
 
-def test_another_compensation_keeps_the_layers(bundle: Bundle, made: list[str]) -> None:
+def test_another_bypass_keeps_the_layers(bundle: Bundle, made: list[str]) -> None:
     checkpoint = open_checkpoint(bundle.root.parent / "model")
-    changed = export(checkpoint, bundle.root, tiny_policy(checkpoint, "scale"))
+    changed = export(checkpoint, bundle.root, tiny_policy(checkpoint, "mlp"))
     made.clear()
     build(changed, "cpu", weights="fp32")
-    assert {name.partition(".")[0] for name in made} == {"skip_02", "skip_03", "skip_04"}
+    assert set(made) == {f"{kind}_{name}" for kind in ("bypass", "mixed") for name in ("02-03", "04-04")}
 
 
 def test_a_damaged_engine_is_made_again(bundle: Bundle, made: list[str]) -> None:
-    path = bundle.path("engines/cpu-fp32/skip_03.onnx")
+    path = bundle.path("engines/cpu-fp32/bypass_02-03.onnx")
     sound = path.read_bytes()
     path.write_bytes(b"damaged")
-    with pytest.raises(BundleError, match=r"skip_03.onnx is not the file .* build \S+ --target cpu --weights fp32"):
+    with pytest.raises(
+        BundleError, match=r"bypass_02-03.onnx is not the file .* build \S+ --target cpu --weights fp32"
+    ):
         DashRuntime.load(bundle.root, "cpu-fp32")
     build(bundle, "cpu", weights="fp32")
-    assert made == ["skip_03", "skip_03.policy"], "and what takes up its weights"
+    assert made == ["bypass_02-03", "mixed_02-03"], "and what takes up its weights"
     assert path.read_bytes() == sound
 
 
-def test_fewer_gated_layers_leave_no_orphans(bundle: Bundle) -> None:
+def test_fewer_units_leave_no_orphans(bundle: Bundle) -> None:
     checkpoint = open_checkpoint(bundle.root.parent / "model")
-    policy = tiny_policy(checkpoint)
-    assert policy.network is not None
-    fewer = type(policy)((3,), {name: array[1:2] for name, array in policy.network.items()})
+    fewer = narrowed(tiny_policy(checkpoint), (4,))
     made = build(export(checkpoint, bundle.root, fewer), "cpu", weights="fp32")
     on_disk = {f"engines/cpu-fp32/{path.name}" for path in bundle.path("engines/cpu-fp32").iterdir()}
     assert on_disk == {record.name for record in made.files} | {
@@ -177,25 +171,19 @@ def test_fewer_gated_layers_leave_no_orphans(bundle: Bundle) -> None:
 
 def test_cost_and_budget_tables(bundle: Bundle) -> None:
     made = bundle.load_build("cpu-fp32")
-    assert set(made.cost.cost) == {2, 3, 4}
-    assert len(set(made.cost.cost.values())) == 1, "layers of one shape share their cost"
-    assert 0 < made.cost.cost[2] < 1
+    assert len(made.cost.cost) == 2
+    assert all(0 < cost < 1 for cost in made.cost.cost)
     assert made.cost.dense_us == pytest.approx(sum(made.cost.segment_us.values()), rel=1e-3)
-    assert set(made.dial) == {"sequence", "token"}
-    for points in made.dial.values():
-        check_dial(points)
-
-
-def check_dial(points: Sequence[DialPoint]) -> None:
+    points = made.dial
     assert [point.trade_off for point in points] == sorted(point.trade_off for point in points)
     assert points[0] == DialPoint(0.0, 6.0, 1.0, 0.0)
-    assert points[-1].layers == 3, "at last everything gated is skipped"
+    assert points[-1].layers == 3, "at last every unit is skipped"
     assert all(point.kl > 0.01 for point in points if point.layers < 5)
     assert all(0 < point.time < 1 for point in points if point.layers < 5)
 
 
 def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One setting of each kind, decoded token by token: layers, time, and KL from dense written out in float64."""
+    """One setting, decoded token by token: layers, time, and KL from dense written out in float64."""
     monkeypatch.setattr(dial, "WINDOWS", 2)
     monkeypatch.setattr(dial, "TOKENS", 48)
     monkeypatch.setattr(dial, "SHARES", (0.5,))
@@ -203,21 +191,23 @@ def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> No
     runtime = DashRuntime.load(bundle.root, made.target)
     windows = dial._calibration_windows(runtime)
     assert [len(window) for window in windows] == [48, 48]
-    for kind, points in made.dial.items():
-        skipped, divergence = [], []
-        for window in windows:
-            dense, skipping = runtime.session("dense"), runtime.session(kind, trade_off=points[1].trade_off)
-            for session in (dense, skipping):
-                session.prefill(window[:24])
-            for token in window[24:]:
-                p = log_softmax(dense.decode_one(int(token))[0])
-                logits, actions = skipping.decode_one(int(token))
-                divergence.append(float((np.exp(p) * (p - log_softmax(logits))).sum()))
-                skipped.append(actions.sum())
-        assert 0 < np.mean(skipped) < 3
-        assert points[1].layers == pytest.approx(6 - np.mean(skipped), abs=0.1)
-        assert points[1].time == pytest.approx(1 - np.mean(skipped) * made.cost.cost[2], abs=0.02)
-        assert points[1].kl == pytest.approx(np.mean(divergence), rel=0.05)
+    point = made.dial[1]
+    taken, divergence = [], []
+    for window in windows:
+        dense, skipping = runtime.session("dense"), runtime.session("token", trade_off=point.trade_off)
+        for session in (dense, skipping):
+            session.prefill(window[:24])
+        for token in window[24:]:
+            p = log_softmax(dense.decode_one(int(token))[0])
+            logits, actions = skipping.decode_one(int(token))
+            divergence.append(float((np.exp(p) * (p - log_softmax(logits))).sum()))
+            taken.append(actions)
+    skipped = np.array(taken)
+    assert 0 < skipped.mean() < 0.5
+    assert point.layers == pytest.approx(6 - skipped.sum(axis=1).mean(), abs=0.1)
+    saved = skipped[:, [2, 4]].mean(axis=0) @ made.cost.cost
+    assert point.time == pytest.approx(1 - saved, abs=0.02)
+    assert point.kl == pytest.approx(np.mean(divergence), rel=0.05)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -231,10 +221,8 @@ def test_another_target_is_calibrated_without_training(bundle: Bundle) -> None:
     other = build(bundle, "cpu", weights="int8", head="fp32")
     assert Bundle.open(bundle.root).manifest.key == before
     known = bundle.load_build("cpu-fp32")
-    assert set(other.dial) == set(known.dial)
     assert other.cost != known.cost
-    for kind, points in other.dial.items():
-        assert points != known.dial[kind]
+    assert other.dial != known.dial
     assert DashRuntime.load(bundle.root, other.target).generate(random_ids(5), 9, skipped=1.5).actions.any()
 
 
@@ -250,10 +238,10 @@ def test_precisions_lie_side_by_side(precision: str, bundle: Bundle) -> None:
 def test_a_bundle_without_a_network_serves_dense_and_static(bundle: Bundle, tmp_path: Path) -> None:
     plain = export(open_checkpoint(bundle.root.parent / "model"), tmp_path / "plain.dash")
     made = build(plain, "cpu", weights="fp32")
-    assert made.dial == {}
+    assert made.dial == ()
     runtime = DashRuntime.load(plain.root, "cpu-fp32")
-    assert runtime.dispatch == "plain"
-    assert runtime.generate(random_ids(8), 6, skip=[3]).actions[1:].sum() == 5
+    unit = plain.manifest.policy.units[0]
+    assert runtime.generate(random_ids(8), 6, skip=list(unit.layers)).actions[1:].sum() == 5 * len(unit.layers)
 
 
 def test_unknown_target(bundle: Bundle) -> None:

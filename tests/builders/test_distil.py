@@ -30,7 +30,7 @@ def silent(*_: object) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("distil")
     checkpoint = tiny_checkpoint(root / "model")
-    export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "low_rank"))
+    export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "linear"))
     return root
 
 
@@ -53,7 +53,7 @@ def rounded(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_the_exact_model_is_the_oracles(root: Path, bundle: Bundle) -> None:
     checkpoint = tiny_checkpoint(root / "again")
     ids = random_ids(20)
-    expected = Oracle(checkpoint, tiny_policy(checkpoint, "low_rank")).forward(ids).logits
+    expected = Oracle(checkpoint, tiny_policy(checkpoint, "linear")).forward(ids).logits
     found = _exact_model(bundle).float()(torch.from_numpy(ids)[None]).logits[0]
     # The weights went through bfloat16.
     assert np.abs(found.numpy() - expected).max() < 0.05 * np.abs(expected).max()
@@ -132,7 +132,7 @@ def test_a_build_by_the_command_lines_option_lies_beside(
     plain = build(bundle, str(recipe_file(tmp_path, rounding="gptq")))
     tuned = build(bundle, str(recipe_file(tmp_path, rounding="gptq")), rounding="distilled")
     assert (plain.target, tuned.target) == ("gptq", "gptq-distilled")
-    assert tuned.engines["layer_03"].key != plain.engines["layer_03"].key
+    assert tuned.engines["layer_04"].key != plain.engines["layer_04"].key
 
 
 def test_without_torch(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

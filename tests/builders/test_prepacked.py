@@ -24,7 +24,7 @@ from dash_export.resources import resource_folder
 from dash_export.runtime.cpus import saturates_int8
 from dash_export.runtime.rules import FixedRule
 from dash_export.targets import recipe_from_dict
-from tests.tiny import random_ids, stretched_bundle, tiny_checkpoint, tiny_policy
+from tests.tiny import random_ids, tiny_bundle, tiny_checkpoint, tiny_policy
 
 IDS = random_ids(20, seed=5)
 
@@ -41,14 +41,14 @@ def recipe(folder: Path, prepacked: bool, **replaced: str) -> Path:
     return path
 
 
-FP32 = dict.fromkeys(("layers", "qkv", "ungated", "head", "embedding", "policy"), "fp32")
+FP32 = dict.fromkeys(("layers", "qkv", "ungated", "head", "embedding", "bypass"), "fp32")
 
 
 @pytest.fixture(scope="module", params=[{}, FP32], ids=["int4 and int8", "fp32"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle with two builds: `shared` with packed weights on disk, and `own` without."""
     folder = tmp_path_factory.mktemp("prepacked")
-    bundle = Bundle.open(stretched_bundle(folder, hidden_size=128, intermediate_size=512))
+    bundle = Bundle.open(tiny_bundle(folder, form="linear", hidden_size=128, intermediate_size=512))
     for prepacked in (True, False):
         build(bundle, str(recipe(folder, prepacked, **request.param)), verify=prepacked)
     return bundle
@@ -70,7 +70,7 @@ def answers(bundle: Bundle, target: str, skipped: tuple[int, ...] = ()) -> list[
     return [session.decode_one(int(token), FixedRule(skipped))[0].copy() for token in IDS[8:]]
 
 
-@pytest.mark.parametrize("skipped", [(), (3, 4, 5, 9)])
+@pytest.mark.parametrize("skipped", [(), (0,), (0, 1)])
 def test_same_answers(built: Bundle, skipped: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(answers(built, "shared", skipped), answers(built, "own", skipped))
 
@@ -78,14 +78,9 @@ def test_same_answers(built: Bundle, skipped: tuple[int, ...]) -> None:
 def test_engines_with_a_weight_in_common_map_one_packed_form(built: Bundle) -> None:
     record = built.load_build("shared")
     of = {name: stored(built.path(engine.file)) for name, engine in record.engines.items()}
-    for stretch in record.stretches:
-        parts = [of[f"{'skip' if stretch.skips else 'layer'}_{layer:02d}"] for layer in stretch.layers]
-        assert of[stretch.name] == {place: told for part in parts for place, told in part.items()}
-        assert stretch.skips or of[stretch.name]
-    for segment in record.segments:
-        if f"{segment.name}.policy" in of:
-            assert of[f"{segment.name}.policy"].items() >= of[segment.name].items() != set()
-    assert stored(built.path(built.load_build("own").engines["layer_02"].file)) == {}
+    for segment, unit in (("layers_02-03", "02-03"), ("layer_04", "04-04")):
+        assert of[f"mixed_{unit}"] == of[segment] | of[f"bypass_{unit}"] != {}
+    assert stored(built.path(built.load_build("own").engines["layers_02-03"].file)) == {}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -104,7 +99,7 @@ def test_all_that_is_stored_packed_is_mapped(built: Bundle) -> None:
             start <= offset and offset + length <= start + size for start, size in mapped.get(folder / file, [])
         ), (file, entry)
     DashRuntime.load(built.root, "own")
-    assert "engines/own/layer_03.data\n" not in Path("/proc/self/maps").read_text()
+    assert "engines/own/layers_02-03.data\n" not in Path("/proc/self/maps").read_text()
 
 
 def test_an_engine_s_size_is_of_what_it_reads(built: Bundle) -> None:
@@ -136,24 +131,23 @@ def test_turned_off_and_on(built: Bundle, tmp_path: Path) -> None:
     own = Bundle.open(Path(shutil.copytree(built.root, tmp_path / "own.dash")))
     recorded = own.load_build("shared").recipe["weights"]
     replaced = {name: recorded[name] for name in FP32}
-    expected = answers(own, "shared", (3, 4))
-    engine = own.path("engines/shared/layer_03.onnx")
+    expected = answers(own, "shared", (0,))
+    engine = own.path("engines/shared/layers_02-03.onnx")
     for prepacked in (False, True):
         path = recipe(tmp_path, prepacked, **replaced).rename(tmp_path / "shared.toml")
         build(own, str(path))
         assert bool(stored(engine)) == prepacked
-        np.testing.assert_array_equal(answers(own, "shared", (3, 4)), expected)
+        np.testing.assert_array_equal(answers(own, "shared", (0,)), expected)
 
 
 @pytest.mark.skipif(saturates_int8(), reason="sums of int8 products overflow on this CPU")
-@pytest.mark.parametrize("width", [0, 16])
-def test_with_an_engine_for_prompts_and_any_network(width: int, tmp_path: Path) -> None:
+def test_with_an_engine_for_prompts(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", hidden_size=128, intermediate_size=512)
-    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "low_rank", width=width))
+    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "linear"))
     for prepacked in (True, False):
         build(bundle, str(recipe(tmp_path, prepacked)), prefill="int8")
     names = ("shared-prefill-int8", "own-prefill-int8")
-    np.testing.assert_array_equal(*(answers(bundle, name, (3,)) for name in names))
+    np.testing.assert_array_equal(*(answers(bundle, name, (1,)) for name in names))
     record = bundle.load_build(names[0])
     assert stored(bundle.path(record.engines[PREFILL].file))
     for name, engine in bundle.load_build(names[1]).engines.items():

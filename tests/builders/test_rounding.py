@@ -38,7 +38,7 @@ def recipe_file(folder: Path, **weights: Any) -> Path:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     root = tmp_path_factory.mktemp("rounding")
     checkpoint = tiny_checkpoint(root / "model")
-    made = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "low_rank"))
+    made = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "linear"))
     for kind in ("nearest", "gptq"):
         build(made, str(recipe_file(root, rounding=kind)))
     return made
@@ -63,14 +63,14 @@ def test_engines_hold_the_calibrated_codes(bundle: Bundle, tmp_path: Path) -> No
     recipe = load_recipe(str(recipe_file(tmp_path, rounding="gptq")))
     with calibrated(bundle, recipe, tmp_path, lambda *_: None) as roundings:
         for engine, part, node in (
-            ("layer_03", "down_proj", "layer_03/mlp/down_proj"),
+            ("layers_02-03", "layer_03/mlp/down_proj", "layer_03/mlp/down_proj"),
             ("layer_05", "head/logits", "head/logits"),
             ("layers_00-01", "layer_00/attention/o_proj", "layer_00/attention/o_proj"),
-            ("layer_03", "q_proj", "layer_03/attention/q_proj"),
+            ("layer_04", "q_proj", "layer_04/attention/q_proj"),
         ):
             rounded = roundings(node)
             assert rounded is not None
-            if part == "q_proj":  # packed with K, V and the policy, and scaled for attention
+            if part == "q_proj":  # packed with K and V, and scaled for attention
                 assert_scaled_part(weights_of(bundle, engine, part), pack(rounded), 16**-0.5)
                 continue
             for found, expected in zip(weights_of(bundle, engine, part), pack(rounded), strict=True):
@@ -99,13 +99,6 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
     codes = np.zeros((64, 8), np.uint8)
     with pytest.raises(OSError, match="No space left"):
         rounding._write(full, Rounded(codes, codes[:1], codes[:1], 4, 64))
-
-
-def test_a_skip_graph_writes_the_k_and_v_of_its_layer(bundle: Bundle) -> None:
-    layer, skip = (weights_of(bundle, name, part) for name, part in (("layer_03", "v_proj"), ("skip_03", "v_proj")))
-    queries = 64  # Q's columns come first in a layer; a skip graph has none
-    for whole, part in zip(layer, skip, strict=True):
-        np.testing.assert_array_equal(whole[queries:], part[: len(whole) - queries])
 
 
 def test_an_interrupted_pass_leaves_nothing(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

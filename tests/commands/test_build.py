@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from dash_export.models import open_checkpoint
 from dash_export.policy_file import save_policy
 from dash_export.targets import recipe_names
 from tests.commands.helpers import dash, refused
-from tests.tiny import tiny_policy
+from tests.tiny import TINY_UNITS, tiny_policy
 
 
 def test_bundle(own_bundle: Path) -> None:
@@ -22,28 +23,28 @@ def test_bundle(own_bundle: Path) -> None:
     assert result.exit_code == 0
     assert "own.dash/engines/cpu-int8-head-fp32:" in result.stdout
     assert "ms/token at 256 cached tokens" in result.stdout
-    assert "Skipping a layer saves" in result.stdout
+    assert "Units: skipping one saves so much of a token" in result.stdout
+    assert re.search(r"2-3 +2 +\d+ +\d+ +\d+% +\d+\.\d\d %", result.stdout)
     assert f"Next: dash-export run {own_bundle} --target cpu-int8-head-fp32" in result.stdout
     assert Bundle.open(own_bundle).load_build("cpu-int8-head-fp32").recipe["weights"]["layers"] == "int8"
 
 
 def test_model(model: Path, tmp_path: Path) -> None:
-    result = dash("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--gated", "2-3")
+    result = dash("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--units", "2-3,4")
     assert result.exit_code == 0
     assert "portable graphs, used as they are" in result.stdout
-    assert Bundle.open(tmp_path / "m.dash").manifest.policy.gated == (2, 3)
+    assert Bundle.open(tmp_path / "m.dash").manifest.policy.units == TINY_UNITS
 
 
 def test_model_with_a_trained_policy(model: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model)
-    save_policy(tmp_path / "p.safetensors", tiny_policy(checkpoint, "scale"), checkpoint.spec, {})
+    save_policy(tmp_path / "p.safetensors", tiny_policy(checkpoint, "linear"), checkpoint.spec, {})
     built = ("--target", "portable", "-o", tmp_path / "m.dash")
     result = dash("build", model, *built, "--policy", tmp_path / "p.safetensors")
     assert result.exit_code == 0, result.stderr
     assert "Dial of the token policy: budget 1.0 (dense) down to" in result.stdout
-    assert "Dial of the sequence policy" in result.stdout
     assert "calibrating the dial" in result.stderr
-    assert Bundle.open(tmp_path / "m.dash").manifest.policy.compensation == "scale"
+    assert Bundle.open(tmp_path / "m.dash").manifest.policy.bypass == "linear"
 
 
 def test_list_targets() -> None:
@@ -52,7 +53,7 @@ def test_list_targets() -> None:
     assert all(name in result.stdout for name in recipe_names())
 
 
-@pytest.mark.parametrize("option", [("-o", "x.dash"), ("--gated", "2"), ("--policy", "untrained")])
+@pytest.mark.parametrize("option", [("-o", "x.dash"), ("--units", "2"), ("--policy", "untrained")])
 def test_export_options_are_for_models(option: tuple[str, str], tiny_root: Path) -> None:
     assert "is a bundle" in refused("build", tiny_root, *option, code=2)
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from dash_export.evaluation.frontier import Course, Racer
 from tests.commands.helpers import dash, refused
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
@@ -50,7 +47,7 @@ def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
         ("own.txt", "text"),
         *((path.name, path.stem) for path in tasks),
     ]
-    kinds = ("static", "cosine", "random", "sequence", "token")
+    kinds = ("static", "token")
     for file in report["files"]:
         settings = [row["setting"] for row in file["results"]]
         assert settings[0] == {"kind": "dense"}
@@ -72,12 +69,22 @@ def test_eval_matched(tiny_root: Path, text: Path) -> None:
     assert token["setting"].keys() == {"kind", "trade_off", "skipped"}
     assert token["layers"] == pytest.approx(5, abs=0.05)
     assert "not with --max-kl" in refused("eval", tiny_root, *options, "--max-kl", 0.1, code=2)
-    assert "among --kinds" in refused("eval", tiny_root, *options, "--kinds", "static,random", code=2)
+    assert "among --kinds" in refused("eval", tiny_root, *options, "--kinds", "static", code=2)
 
 
-def test_one_bundle_given_twice(tiny_root: Path) -> None:
-    again = tiny_root / ".." / tiny_root.name
-    assert "is given twice" in refused("frontier", tiny_root, again, *TARGET, "--predicted", code=2)
+def test_other_builds(tiny_root: Path, text: Path, tmp_path: Path) -> None:
+    """Each is run dense and compared with the first one's dense."""
+    also = ("--also", f"{tiny_root}:portable")
+    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static", "--skipped", 1)
+    result = dash("eval", tiny_root, *options, *also, "--json")
+    assert result.exit_code == 0, result.output
+    (file,) = json.loads(result.stdout)["files"]
+    assert [row["build"] for row in file["results"]] == ["", "", "tiny:portable"]
+    assert file["results"][2]["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert "tiny:portable" in dash("eval", tiny_root, *options, *also).stdout
+    assert "is given twice" in refused("eval", tiny_root, *options, *also, *also, code=2)
+    assert "give --target" in refused("eval", tiny_root, *options, "--also", tiny_root)
+    assert "There is no bundle" in refused("eval", tiny_root, *options, "--also", tmp_path / "none:cpu")
 
 
 def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
@@ -118,50 +125,22 @@ def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
 def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     output = tmp_path / "deep" / "f.png"
-    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--skipped", "1,2", "-o", output)
-    result = dash("frontier", tiny_root, *options, "--rounds", 2, "--tokens", 4)
+    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--skipped", "1", "-o", output)
+    result = dash("frontier", tiny_root, *options, "--also", f"{tiny_root}:portable", "--rounds", 1, "--tokens", 8)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in output.parent.iterdir()) == ["f.json", "f.png", "f.svg"]
     assert output.read_bytes().startswith(b"\x89PNG")
     report = json.loads((output.parent / "f.json").read_text())
-    assert [point["quality"]["setting"]["kind"] for point in report["points"]] == [
-        "dense", "static", "static", "token", "token",
+    assert [(point["quality"]["build"], point["quality"]["setting"]["kind"]) for point in report["points"]] == [
+        ("", "dense"), ("", "static"), ("", "token"), ("tiny:portable", "dense"),
     ]  # fmt: skip
     assert all(point["time"] == point["timing"]["ratio"] for point in report["points"])
-    assert report["bundles"]["tiny"]["target"] == "cpu-fp32"
-    (against,) = report["token_against"]["curves"]
-    assert (against["kind"], len(against["layers"]), len(against["time"])) == ("static", 2, 2)
-    assert "KL of token, of that of" in result.stdout
+    assert [build["target"] for build in report["builds"].values()] == ["cpu-fp32", "portable"]
+    for expected in ("rate", "token's KL", "predicted", "tiny:portable", "rate: per cent of perplexity paid"):
+        assert expected in result.stdout
     assert dash("frontier", tiny_root, *options, "--predicted").exit_code == 0
     report = json.loads((output.parent / "f.json").read_text())
     assert all(point["timing"] is None and point["time"] == point["quality"]["time"] for point in report["points"])
-
-
-def test_frontier_of_two_bundles(tiny_root: Path, own_bundle: Path, text: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
-    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static", "--skipped", "1", "--predicted")
-    result = dash("frontier", tiny_root, own_bundle, *options, "-o", tmp_path / "f")
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "f.json").read_text())
-    assert [point["bundle"] for point in report["points"]] == ["tiny", "tiny", "own", "own"]
-    assert "KL of token" not in result.stdout
-
-
-def test_a_text_too_short_for_one_is_said_before_another_is_measured(
-    tiny_root: Path, own_bundle: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own_texts, measured = Racer.texts, Mock()
-
-    def texts(racer: Racer, course: Course) -> tuple[list[Any], list[Any]]:
-        return own_texts(racer, replace(course, window=10_000) if racer.name == "own" else course)
-
-    monkeypatch.setattr(Racer, "texts", texts)
-    monkeypatch.setattr(Racer, "points", measured)
-    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static", "--skipped", "1", "--predicted")
-    assert "longer than the model's context" in refused(
-        "frontier", tiny_root, own_bundle, *options, "-o", tmp_path / "f"
-    )
-    measured.assert_not_called()
 
 
 def test_nothing_is_written_when_it_fails(tiny_root: Path, tmp_path: Path) -> None:
@@ -207,7 +186,7 @@ def test_what_was_measured_is_lost_neither_way(
 def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     output = tmp_path / "map"
-    result = dash("skipmap", tiny_root, "--file", text, *TARGET, "--skip", "3,4", "--tokens", 9, "-o", output)
+    result = dash("skipmap", tiny_root, "--file", text, *TARGET, "--skip", "2-3", "--tokens", 9, "-o", output)
     assert result.exit_code == 0, result.output
     assert "4.0 of 6 layers run per token, mean over 9 tokens" in result.stdout
     assert output.with_name("map.png").read_bytes().startswith(b"\x89PNG")

@@ -13,9 +13,11 @@ import pytest
 
 from dash_export import DashRuntime, build
 from dash_export.bundle import Bundle
+from dash_export.decision import Unit
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.policy_file import save_policy
+from dash_export.skip_policy import default_units
 from tests.commands.helpers import dash, environment, refused
 from tests.tiny import save_model, tiny_policy
 
@@ -40,25 +42,26 @@ def test_summary_and_default_output(model: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     result = dash("export", model)
     assert result.exit_code == 0
-    assert "model.dash: 6 layers, 11 graphs" in result.stdout
+    assert "model.dash: 6 layers, 9 graphs" in result.stdout
+    assert "Units: 2-3." in result.stdout
     assert "Next: dash-export build model.dash --target cpu" in result.stdout
     assert "export: head" in result.stderr
-    assert Bundle.open(tmp_path / "model.dash").manifest.policy.gated == (2, 3, 4)
+    assert Bundle.open(tmp_path / "model.dash").manifest.policy.units == default_units(6) == (Unit(2, 3),)
 
 
 def test_policy_options(model: Path, tmp_path: Path) -> None:
-    chosen = ("--policy", "untrained", "--seed", 3, "--width", 8, "--gated", "1,3-4")
+    chosen = ("--policy", "untrained", "--units", "1,3-4")
     result = dash("export", model, "-o", tmp_path / "p.dash", *chosen)
     assert result.exit_code == 0
     facts = Bundle.open(tmp_path / "p.dash").manifest.policy
-    assert (facts.gated, facts.origin, facts.has_network) == ((1, 3, 4), "untrained (seed 3)", True)
+    assert (facts.units, facts.origin, facts.has_network) == ((Unit(1, 1), Unit(3, 4)), "untrained (seed 0)", True)
 
 
 @pytest.fixture
 def trained(model: Path, tmp_path: Path) -> Path:
     """A policy file for the tiny model, as training would write it."""
     checkpoint = open_checkpoint(model)
-    save_policy(tmp_path / "p.safetensors", tiny_policy(checkpoint, "low_rank", seed=5), checkpoint.spec, {"seed": 5})
+    save_policy(tmp_path / "p.safetensors", tiny_policy(checkpoint, "linear", seed=5), checkpoint.spec, {"seed": 5})
     return tmp_path / "p.safetensors"
 
 
@@ -69,10 +72,10 @@ def test_trained_policy(model: Path, trained: Path, tmp_path: Path) -> None:
     assert "Token policy: untrained (seed 5)" in result.stdout
     bundle = Bundle.open(tmp_path / "p.dash")
     checkpoint = open_checkpoint(model)
-    expected = export(checkpoint, tmp_path / "library.dash", tiny_policy(checkpoint, "low_rank", seed=5))
+    expected = export(checkpoint, tmp_path / "library.dash", tiny_policy(checkpoint, "linear", seed=5))
     assert bundle.manifest == expected.manifest
     facts = bundle.manifest.policy
-    assert (facts.compensation, facts.static_order, facts.cosine_order) == ("low_rank", (3, 4, 2), (4, 3, 2))
+    assert (facts.bypass, facts.static_order) == ("linear", (1, 0))
 
 
 def test_a_policy_that_does_not_fit_writes_nothing(trained: Path, tmp_path: Path) -> None:
@@ -96,48 +99,41 @@ def test_a_refused_policy_leaves_the_bundle(model: Path, own_bundle: Path, train
     assert {path: path.stat().st_mtime_ns for path in own_bundle.rglob("*")} == before
 
 
-def test_fewer_layers_than_a_trained_policy_gates(model: Path, trained: Path, tmp_path: Path) -> None:
+def test_fewer_units_than_a_trained_policy_has(model: Path, trained: Path, tmp_path: Path) -> None:
     """What is left of it says and does what it did."""
     wide, narrow = tmp_path / "wide.dash", tmp_path / "narrow.dash"
-    for bundle, options in ((wide, ()), (narrow, ("--gated", "2,4"))):
+    for bundle, options in ((wide, ()), (narrow, ("--units", "4"))):
         assert dash("export", model, "-o", bundle, "--policy", trained, *options).exit_code == 0
         build(bundle, "portable")
     facts = Bundle.open(narrow).manifest.policy
-    assert (facts.gated, facts.static_order, facts.cosine_order) == ((2, 4), (4, 2), (4, 2))
+    assert (facts.units, facts.static_order) == ((Unit(4, 4),), (0,))
     ids = list(range(5, 25))
-    scores = [
-        DashRuntime.load(bundle, "portable").session("static", skip=[2, 4]).score(ids) for bundle in (wide, narrow)
-    ]
+    scores = [DashRuntime.load(bundle, "portable").session("static", skip=[4]).score(ids) for bundle in (wide, narrow)]
     np.testing.assert_array_equal(scores[0].log_likelihoods, scores[1].log_likelihoods)
     sessions = [DashRuntime.load(bundle, "portable").session(trade_off=0.0) for bundle in (wide, narrow)]
     damages = [session.score(ids).damage for session in sessions]
-    np.testing.assert_array_equal(damages[0][:, [2, 4]], damages[1][:, [2, 4]])
-    assert damages[1][:, [2, 4]].all()
-    said = refused("export", model, "-o", tmp_path / "x.dash", "--policy", trained, "--gated", "1-2,5")
-    assert "knows nothing about skipping layers 1,5. Its gated layers: 2-4." in said
+    np.testing.assert_allclose(damages[0][:, [1]], damages[1], rtol=1e-5)
+    assert damages[1].all()
+    said = refused("export", model, "-o", tmp_path / "x.dash", "--policy", trained, "--units", "2,4")
+    assert "Layers 2,4 are not whole units. Units of this policy: 2-3,4." in said
 
 
-@pytest.mark.parametrize("option", [("--seed", "1"), ("--width", "8")])
-def test_options_that_a_trained_policy_answers_itself(
-    option: tuple[str, str], model: Path, trained: Path, tmp_path: Path
-) -> None:
-    assert option[0] in refused("export", model, "-o", tmp_path / "x.dash", "--policy", trained, *option, code=2)
-
-
-@pytest.mark.parametrize("gated", ["", "a", "3-2", "1,,2", "-1", "1-99999999"])
-def test_bad_layer_list(gated: str, model: Path, tmp_path: Path) -> None:
-    refused("export", model, "-o", tmp_path / "x.dash", f"--gated={gated}", code=2)
+@pytest.mark.parametrize("units", ["", "a", "1,,2", "-1", "1-99999999"])
+def test_what_are_no_units(units: str, model: Path, tmp_path: Path) -> None:
+    assert "Units are written like" in refused("export", model, "-o", tmp_path / "x.dash", f"--units={units}", code=2)
     assert not list(tmp_path.iterdir())
 
 
-def test_policy_only_options_need_the_policy(model: Path, tmp_path: Path) -> None:
-    assert "--policy untrained" in refused("export", model, "-o", tmp_path / "x.dash", "--seed", 1, code=2)
-
-
-@pytest.mark.parametrize("gated", ["0-3", "2,77"])
-def test_impossible_gated_layers(gated: str, model: Path, tmp_path: Path) -> None:
-    refused("export", model, "-o", tmp_path / "x.dash", "--gated", gated)
+@pytest.mark.parametrize("units", ["0-3", "2,77", "3-2", "2-4,3"])
+def test_impossible_units(units: str, model: Path, tmp_path: Path) -> None:
+    refused("export", model, "-o", tmp_path / "x.dash", "--units", units)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_units(model: Path, tmp_path: Path) -> None:
+    result = dash("export", model, "-o", tmp_path / "whole.dash", "--units", "none")
+    assert result.exit_code == 0, result.stderr
+    assert Bundle.open(tmp_path / "whole.dash").manifest.policy.kinds == ("dense",)
 
 
 def test_no_such_model(tmp_path: Path) -> None:

@@ -27,17 +27,19 @@ def test_tables(tiny_root: Path) -> None:
     assert result.exit_code == 0
     for expected in (
         "model (llama)",
-        "2-4 (3 layers)",
+        "2-3,4 (3 layers)",
+        "by what enters layer 1",
         "untrained (seed 0)",
-        "low_rank",
+        "linear",
         "ai.onnx 24",
         "Target cpu-fp32",
         "Target portable",
         "layers_00-01",
         "Dial of the token policy",
-        "Dial of the sequence policy",
-        "dense, static, cosine, random, sequence, token",
-        "3, 4, 2",
+        "Units: skipping one saves",
+        "bypass µs",
+        "dense, static, token",
+        "4, 2-3",
         "is what was written",
     ):
         assert expected in result.stdout, expected
@@ -49,14 +51,17 @@ def test_json(tiny_root: Path) -> None:
     assert {row["kind"]: row["count"] for row in facts["graphs"]} == {
         "embed": 1,
         "layer": 6,
-        "skip": 3,
+        "bypass": 2,
         "policy": 1,
         "head": 1,
     }
     segments = facts["builds"]["cpu-fp32"]["segments"]
-    assert [segment["name"] for segment in segments if segment["gated"]] == ["layer_02", "layer_03", "layer_04"]
+    assert [segment["name"] for segment in segments if segment["gated"]] == ["layers_02-03", "layer_04"]
     assert all(segment["run_us"] > 0 and segment["bytes"] > 0 for segment in segments)
     assert segments[0]["precision"] == "embedding fp32; fp32"
+    units = facts["builds"]["cpu-fp32"]["units"]
+    assert [(unit["unit"], unit["layers"]) for unit in units] == [("2-3", 2), ("4", 1)]
+    assert all(unit["bypass_us"] > 0 and unit["bypass_bytes"] > 0 for unit in units)
 
 
 def test_one_target(tiny_root: Path) -> None:
@@ -113,7 +118,7 @@ def test_opsets_of_garbage(content: bytes, tmp_path: Path) -> None:
 
 
 def test_newer_schema(edit: Callable[[str, str, str], Path]) -> None:
-    assert "newer dash-export" in refused("inspect", edit("manifest.json", '"schema": 2', '"schema": 99'))
+    assert "newer dash-export" in refused("inspect", edit("manifest.json", '"schema": 3', '"schema": 99'))
 
 
 def test_path_that_leaves_the_bundle(edit: Callable[[str, str, str], Path]) -> None:

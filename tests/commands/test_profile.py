@@ -16,7 +16,7 @@ from tests.forged import replace_text
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
 TARGET = ("--target", "cpu-fp32")
-SMALL = ("--context", 12, "--tokens", 4, "--repeats", 2, "--copies", 1)
+SMALL = ("--context", 12, "--tokens", 4, "--repeats", 2)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SIZES = """<script>
 document.body.dataset.sizes = [...document.images].map(i => `${i.naturalWidth}x${i.naturalHeight}`).join(" ")
@@ -35,79 +35,65 @@ def begin(tiny_root: Path, text: Path) -> tuple[Any, ...]:
     return ("profile", tiny_root, *TARGET, "--text", text, *SMALL)
 
 
-def test_what_is_skipped_too_seldom_is_told(
-    begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("dash_export.commands.profile_tables", "dash_export.profiling.report"):
-        monkeypatch.setattr(f"{module}.rarely_line", lambda _: "seldom indeed")
-    result = dash(*begin, "--skipped", "1", "--html", tmp_path / "report.html")
-    assert result.exit_code == 0, result.output
-    assert "seldom indeed" in result.stdout
-    assert "seldom indeed" in (tmp_path / "report.html").read_text()
-
-
 def test_json(begin: tuple[Any, ...]) -> None:
-    result = dash(*begin, "--kinds", "static,token", "--skipped", "1,1.5", "--json")
+    result = dash(*begin, "--kinds", "static,token", "--skipped", "1,99", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     settings = [lane["setting"]["kind"] for lane in report["lanes"]]
-    assert settings == ["dense", "static", "token", "token"]
-    assert [item["setting"]["kind"] for item in report["refused"]] == ["static"]  # no half layers
-    assert report["course"] == {
-        "text": "own.txt", "context": 12, "tokens": 4, "windows": 1, "rounds": 2, "copies": 1,
-    }  # fmt: skip
+    assert settings == ["dense", "static", "token"]
+    assert [item["setting"]["kind"] for item in report["refused"]] == ["static", "token"]
+    assert report["course"] == {"text": "own.txt", "context": 12, "tokens": 4, "windows": 1, "rounds": 2}
     assert report["machine"]["cores"] >= 1
     assert report["stream_bytes_per_second"] > 0
     for lane in report["lanes"]:
-        assert set(lane["parts"]) == {"always", "run", "skip", "policy", "sampling", "host"}
+        assert set(lane["parts"]) == {"always", "run", "bypass", "deciding", "sampling", "host"}
         assert abs(lane["check"]["parts"] - 1) < 0.03
         assert lane["token_ms"]["p50"] <= lane["token_ms"]["p90"] <= lane["token_ms"]["p99"]
         assert lane["first_ms"]["count"] == 2
-        assert lane["decision"]["count"] == 4
         assert len(lane["samples_ms"]) == lane["token_ms"]["count"] == 4
         assert lane["traffic"]["engines"] > 0
         assert lane["peak_memory"] > 1 << 24
-        assert len(lane["segments"]) == 5
-    dense, static, token, _ = report["lanes"]
+        assert len(lane["segments"]) == 4
+    dense, static, _ = report["lanes"]
     assert (dense["layers"]["mean"], static["layers"]["mean"]) == (6, 5)
-    assert dense["segments"][1]["skip"] is None
-    assert (dense["policy"]["how"], token["policy"]["how"]) == ("none", "difference")
+    assert dense["segments"][2]["bypass"] is None
+    assert (static["segments"][2]["unit"], static["segments"][2]["run"]) == ("4", None)
+    assert static["segments"][2]["owed"] > 0
 
 
 def test_tables(begin: tuple[Any, ...]) -> None:
-    result = dash(*begin, "--skipped", "1.5", "--dispatch", "sync")
+    result = dash(*begin, "--skipped", "1.5")
     assert result.exit_code == 0, result.output
     for expected in (
         "power governor",
         "GB/s",
         "dense",
         "token, skipped 1.5",
-        "skip engines",
+        "bypasses",
+        "deciding",
         "host gaps",
         "layers_00-01",
-        "policy p50",
-        "timed launches; none of it hidden",
+        "bypass p50",
+        "owed",
         "the parts sum to",
     ):
         assert expected in result.stdout, expected
-    fused = dash(*begin, "--skipped", "1.5").stdout
-    assert "fused: not separable per launch; measured by difference" in " ".join(fused.split())
 
 
 def test_trace(begin: tuple[Any, ...], tmp_path: Path) -> None:
     output = tmp_path / "deep" / "t.json"
-    result = dash(*begin, "--skipped", "1.5", "--trace", output, "--trace-tokens", 2)
+    result = dash(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", output, "--trace-tokens", 2)
     assert result.exit_code == 0, result.output
     events = json.loads(output.read_text())["traceEvents"]
     assert sum(event.get("cat") == "token" for event in events) == 2 * 2
 
 
-def test_compares_bundles(begin: tuple[Any, ...], own_bundle: Path) -> None:
-    result = dash(*begin, "--compare", own_bundle, "--kinds", "static", "--skipped", "1", "--json")
+def test_other_builds(begin: tuple[Any, ...], own_bundle: Path) -> None:
+    result = dash(*begin, "--also", f"{own_bundle}:portable", "--kinds", "static", "--skipped", "1", "--json")
     assert result.exit_code == 0, result.output
     lanes = json.loads(result.stdout)["lanes"]
-    assert [(lane["bundle"], lane["setting"]["kind"]) for lane in lanes] == [
-        ("tiny", "dense"), ("tiny", "static"), ("own", "dense"), ("own", "static"),
+    assert [(lane["build"], lane["setting"]["kind"]) for lane in lanes] == [
+        ("", "dense"), ("", "static"), ("own:portable", "dense"),
     ]  # fmt: skip
 
 
@@ -117,15 +103,14 @@ def test_refuses(begin: tuple[Any, ...], tiny_root: Path, text: Path, tmp_path: 
     assert "give --target" in refused("profile", tiny_root, "--text", text)
     assert "--context, --tokens" in refused(*begin, "--context", 100_000)
     assert "none of the settings" in refused(*begin, "--skipped", "50")
-    assert "no bundle" in refused(*begin, "--skipped", "1", "--compare", tmp_path / "none.dash")
+    assert "no bundle" in refused(*begin, "--skipped", "1", "--also", tmp_path / "none.dash")
     (tmp_path / "short.txt").write_text("Far too short.")
     assert "less than one window" in refused(*begin, "--skipped", "1", "--text", tmp_path / "short.txt")
     report = tmp_path / "r.html"
     refused(*begin, "--skipped", "50", "--html", report)
     assert not report.exists()
-    for wrong in (("--budget", "2"), ("--repeats", "1"), ("--kinds", "magic"), ("--dispatch", "plain")):
+    for wrong in (("--budget", "2"), ("--repeats", "1"), ("--kinds", "magic")):
         refused(*begin, *wrong, code=2)
-    assert "none is" in refused(*begin, "--kinds", "static", "--dispatch", "sync", code=2)
 
 
 def browse(page: Path, tmp_path: Path, *options: str) -> tuple[str, str]:

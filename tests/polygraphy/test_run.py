@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 MAIN = "import sys; from polygraphy.tools import main; sys.exit(main())"
 CLOSE = ("--atol", "1e-4", "--rtol", "1e-3")
 FP32 = ("--dash-target", "cpu-fp32")
+CACHES_2_3 = [f"present.{layer}.{kind}" for layer in (2, 3) for kind in ("key", "value")]
 
 
 def polygraphy(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -59,17 +60,17 @@ def compared(result: subprocess.CompletedProcess[str]) -> set[str]:
 @pytest.mark.parametrize(
     ("target", "engine", "outputs"),
     [
-        ("cpu-fp32", "layer_03", {"hidden_out", "present.3.key", "present.3.value"}),
-        ("cpu-fp32", "layer_03.policy", {"hidden_out", "present.3.key", "present.3.value"}),
-        ("cpu-fp32", "skip_03", {"hidden_out", "present.3.key", "present.3.value"}),
-        ("cpu-fp32", "policy_03", {"damage"}),
+        ("cpu-fp32", "layer_04", {"hidden_out", "present.4.key", "present.4.value"}),
+        ("cpu-fp32", "layers_02-03", {"hidden_out", *CACHES_2_3}),
+        ("cpu-fp32", "bypass_02-03", {"hidden_out", *CACHES_2_3}),
         (
             "cpu-fp32",
             "layers_00-01",
             {"hidden_out", *(f"present.{n}.{kind}" for n in (0, 1) for kind in ("key", "value"))},
         ),
         ("cpu-fp32", "layer_05", {"logits", "present.5.key", "present.5.value"}),
-        ("portable", "layer_03", {"hidden_out", "present.3.key", "present.3.value"}),
+        ("portable", "bypass_02-03", {"hidden_out", *CACHES_2_3}),
+        ("portable", "policy", {"damage"}),
     ],
 )
 def test_a_sound_engine_passes(target: str, engine: str, outputs: set[str], tiny_root: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_sound_engine_passes(target: str, engine: str, outputs: set[str], tiny
 
 def test_a_prefill_by_the_graphs_path(tiny_root: Path) -> None:
     """The model names bundle and engine; the runners in the other order; more steps than positions are left."""
-    graph = tiny_root / "onnx" / "layer_03.onnx"
+    graph = tiny_root / "onnx" / "layer_04.onnx"
     steps = ("--dash-tokens", "7", "--dash-context", "30", "--iterations", "20")
     result = polygraphy(graph, "--dash", *FP32, "--onnxrt", *steps, *CLOSE, *sequential())
     assert passed(result), result.stdout
@@ -104,28 +105,28 @@ def change_record(bundle: Path, engine: str, **changed: str) -> None:
 
 
 def test_an_engine_with_other_weights_fails(own_bundle: Path) -> None:
-    weights = own_bundle / "engines" / "cpu-fp32" / "layer_03.data"
+    weights = own_bundle / "engines" / "cpu-fp32" / "layer_04.data"
     weights.write_bytes(bytes(reversed(weights.read_bytes())))
-    run = (own_bundle / "onnx" / "layer_03.onnx", "--onnxrt", "--dash", *FP32)
-    assert "layer_03.data is not the file that was written" in error(polygraphy(*run))
-    change_record(own_bundle, "layer_03")
+    run = (own_bundle / "onnx" / "layer_04.onnx", "--onnxrt", "--dash", *FP32)
+    assert "layer_04.data is not the file that was written" in error(polygraphy(*run))
+    change_record(own_bundle, "layer_04")
     result = polygraphy(*run, *CLOSE)
     assert not passed(result)
     assert "Mismatched outputs" in result.stdout
 
 
-def test_a_skip_graph_in_a_layers_place_fails(own_bundle: Path) -> None:
+def test_a_bypass_in_a_layers_place_fails(own_bundle: Path) -> None:
     """K and V are right, the update is another."""
-    change_record(own_bundle, "layer_03", file="engines/cpu-fp32/skip_03.onnx")
-    result = polygraphy(own_bundle, "--onnxrt", "--dash", *FP32, "--dash-segment", "layer_03", *CLOSE)
+    change_record(own_bundle, "layer_04", file="engines/cpu-fp32/bypass_04-04.onnx")
+    result = polygraphy(own_bundle, "--onnxrt", "--dash", *FP32, "--dash-segment", "layer_04", *CLOSE)
     assert not passed(result)
     assert "Mismatched outputs: ['hidden_out']" in result.stdout
 
 
 def test_another_layers_engine_is_refused(own_bundle: Path) -> None:
-    change_record(own_bundle, "layer_03", file="engines/cpu-fp32/layer_02.onnx")
-    message = error(polygraphy(own_bundle, "--dash", *FP32, "--dash-segment", "layer_03"))
-    assert "layer_03 wants past_key_2" in message
+    change_record(own_bundle, "layer_04", file="engines/cpu-fp32/layers_02-03.onnx")
+    message = error(polygraphy(own_bundle, "--dash", *FP32, "--dash-segment", "layer_04"))
+    assert "layer_04 wants past_key_2" in message
 
 
 def test_whole_steps_are_timed(tiny_root: Path) -> None:
@@ -147,7 +148,7 @@ def test_whole_steps_of_two_builds_and_two_settings(tiny_root: Path, tmp_path: P
     same = polygraphy(tiny_root, *loaded, "--dash-target", "portable")
     assert passed(same), same.stdout
     assert compared(same) == {"logits"}
-    assert not passed(polygraphy(tiny_root, *loaded, *FP32, "--dash-skip", "3"))
+    assert not passed(polygraphy(tiny_root, *loaded, *FP32, "--dash-skip", "4"))
 
 
 def test_a_generated_script_runs(tiny_root: Path, tmp_path: Path) -> None:
@@ -167,14 +168,17 @@ def test_a_generated_script_runs(tiny_root: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "does not exist (built: cpu-fp32, portable)"),
-        ([*FP32, "--dash-segment", "layer_77"], "no engine 'layer_77'. Engines: layer_02, "),
+        (
+            [*FP32, "--dash-segment", "layer_77"],
+            "no engine 'layer_77' that has a portable graph. Engines: bypass_02-03, ",
+        ),
         ([*FP32, "--dash-segment", "layer_01"], "layer_01 is part of the segment layers_00-01."),
         ([*FP32, "--onnxrt"], "name an engine with --dash-segment"),
-        ([*FP32, "--dash-segment", "layer_03", "--dash-max-kl", "0.1"], "--dash-max-kl is for whole steps"),
+        ([*FP32, "--dash-segment", "layer_04", "--dash-max-kl", "0.1"], "--dash-max-kl is for whole steps"),
         ([*FP32, "--dash-policy", "psychic"], "no policy kind 'psychic'"),
-        ([*FP32, "--dash-skip", "0"], "Layers [0] have no skip graph"),
+        ([*FP32, "--dash-skip", "0"], "Layers 0 are not whole units"),
         ([*FP32, "--dash-context", "1000000"], "than the model's"),
-        ([*FP32, "--dash-segment", "layer_03", "--dash-tokens", "0"], "at least 1"),
+        ([*FP32, "--dash-segment", "layer_04", "--dash-tokens", "0"], "at least 1"),
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments: list[str], message: str, tiny_root: Path) -> None:

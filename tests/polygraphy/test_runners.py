@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,15 +33,6 @@ def test_a_whole_step_is_the_runtimes(tiny_root: Path) -> None:
         assert 0 < runner.last_inference_time() < 10
 
 
-@pytest.mark.parametrize(
-    ("setting", "dispatch"),
-    [({}, "plain"), ({"skip": (3,)}, "plain"), ({"policy": "token", "trade_off": 1.0}, "fused")],
-)
-def test_what_asks_no_policy_pays_for_none(setting: dict[str, Any], dispatch: str, tiny_root: Path) -> None:
-    with DashStepRunner(str(tiny_root), "cpu-fp32", **setting) as runner:
-        assert runner.session.engines.dispatch == dispatch
-
-
 def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
     windows = [feed["input_ids"] for feed in StepInputs(str(tiny_root), 2, 10, STEPS + 1)]
     assert {window.shape for window in windows} == {(1, 12)}
@@ -56,9 +45,9 @@ def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tin
     """The engine would write outside its cache, or elsewhere than it says."""
     bundle = Bundle.open(tiny_root)
     build = bundle.load_build("cpu-fp32")
-    facts = find_engine(bundle, build, "layer_03")
-    file = bundle.path(build.engines["layer_03"].file)
-    engine = PortableEngine(load_backend("onnxruntime", 0).load(file), facts, bundle.manifest.model, {})
+    facts = find_engine(bundle, build, "layer_04")
+    file = bundle.path(build.engines["layer_04"].file)
+    engine = PortableEngine(load_backend("onnxruntime", 0).load(file), facts, bundle.manifest.model, 2)
     sizes = {name: (dtype, [size or 3 for size in shape]) for name, (dtype, shape) in engine.inputs.items()}
     feed = {name: np.zeros(shape, dtype) for name, (dtype, shape) in sizes.items()}
     feed |= {name: np.zeros((1, 2, 8, array.shape[3]), np.float32) for name, array in feed.items() if "past" in name}
@@ -69,21 +58,21 @@ def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tin
     assert engine(fine)[0]["hidden_out"].shape[1] == 3
 
 
-@pytest.mark.parametrize("name", ["layers_02-06", "skips_04-05"])
-def test_an_engine_of_several_layers_has_a_portable_graph(
-    name: str, stretched_runtime: Callable[[str], DashRuntime], tmp_path: Path
-) -> None:
-    runtime = stretched_runtime("plain")
-    facts = find_engine(runtime.bundle, runtime.build, name)
-    file = runtime.bundle.path(runtime.build.engines[name].file)
-    engine = PortableEngine(OrtBackend(0).load(file), facts, runtime.engines.model, {})
-    graph = graph_run(portable_file(runtime.bundle, facts.segment, facts.portable, tmp_path, facts.decides))
+@pytest.mark.parametrize("name", ["layers_02-03", "bypass_02-03", "layers_00-01", "layer_05"])
+def test_an_engine_is_its_portable_graph(name: str, tiny_root: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_root)
+    build = bundle.load_build("cpu-fp32")
+    facts = find_engine(bundle, build, name)
+    engine = PortableEngine(OrtBackend(0).load(bundle.path(build.engines[name].file)), facts, bundle.manifest.model, 2)
+    graph = graph_run(portable_file(bundle, facts.segment, facts.portable, tmp_path))
     rng = np.random.default_rng(0)
     feed = {key: rng.standard_normal([size or 9 for size in shape]) for key, (_, shape) in engine.inputs.items()}
     feed = {key: array.astype(np.float32) for key, array in feed.items()} | {"position_ids": np.arange(3)[None]}
-    feed["hidden"] = feed["hidden"][:, :3]
+    known = {"input_ids": random_ids(3)[None], "first_logit": np.array([1])}
+    feed |= {key: array for key, array in known.items() if key in feed}
+    feed |= {"hidden": feed["hidden"][:, :3]} if "hidden" in feed else {}
     found, _ = engine(feed)
     expected = graph(step_inputs(0, 3, 9) | feed)
-    assert set(found) == set(expected)
+    assert set(found) - set(expected) == ({"damage"} if name == "layers_00-01" else set())
     for key, array in expected.items():
         np.testing.assert_allclose(found[key], array, atol=1e-4)

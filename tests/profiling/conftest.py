@@ -8,8 +8,9 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import Setting
+from dash_export.evaluation.settings import entrants
 from dash_export.evaluation.text import windows
-from dash_export.profiling.measure import Lane, measure, replay_of
+from dash_export.profiling.measure import Lane, measure
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
 CONTEXT, TOKENS, ROUNDS, TRACED = 12, 6, 4, 3
@@ -17,15 +18,9 @@ CONTEXT, TOKENS, ROUNDS, TRACED = 12, 6, 4, 3
 
 @pytest.fixture(scope="session")
 def lanes(tiny_runtime: Callable[..., DashRuntime]) -> list[Lane]:
-    """Dense, the token policy in engines of its own, the token policy fused, and the replay of that."""
-    plain, fused, sync = (tiny_runtime(dispatch=dispatch) for dispatch in ("plain", "fused", "sync"))
-    token = Setting("token", skipped=1.5)
-    found = [
-        Lane("tiny", Setting("dense"), [plain], [plain.session("dense")]),
-        Lane("tiny", token, [sync], [sync.session_with(token)]),
-        Lane("tiny", token, [fused], [fused.session_with(token)]),
-    ]
-    found.append(replay_of(found[-1], [plain]))
-    parts = windows(plain, TEXT, "text", 2, CONTEXT + 2 + TOKENS)
-    measure(found, parts, TOKENS, ROUNDS, TRACED)
+    """Dense, a static set and the token policy; and the portable build."""
+    runtime, portable = tiny_runtime(), tiny_runtime("portable")
+    settings = [Setting("dense"), Setting("static", skip=(2, 3)), Setting("token", skipped=1.5)]
+    found = [Lane(entrant) for entrant in entrants(runtime, settings, [("other", portable)])]
+    measure(found, windows(runtime, TEXT, "text", 2, CONTEXT + 2 + TOKENS), TOKENS, ROUNDS, TRACED)
     return found

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
-import pytest
 
-from dash_export.decision import Setting
-from dash_export.errors import BackendError
 from dash_export.profiling.bandwidth import measure_bandwidth
-from dash_export.profiling.machine import peak_memory, this_machine
-from dash_export.profiling.memory import setting_memory
+from dash_export.profiling.machine import this_machine
 from dash_export.profiling.statistics import middle, spread
 
 
@@ -51,20 +44,3 @@ def test_machine() -> None:
     assert replace(found, load=2.0, cores=2).busy
     assert not replace(found, load=0.2, cores=2).busy
     assert not replace(found, load=None).busy
-    assert peak_memory() > 1 << 20
-
-
-def test_memory_of_a_setting(tiny_root: Path) -> None:
-    peak = setting_memory(tiny_root, "cpu-fp32", "fused", Setting("token", skipped=1.0), 8, 2)
-    assert 1 << 24 < peak < 1 << 30
-    with pytest.raises(BackendError, match="There is no bundle"):
-        setting_memory(tiny_root / "none", "cpu-fp32", "plain", Setting("dense"), 8, 2)
-
-
-def test_a_killed_child_costs_its_figure_only(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
-    assert setting_memory(tiny_root, "cpu-fp32", "plain", Setting("dense"), 8, 2) is None
-    killed.returncode = -signal.SIGSEGV  # that is a bug, and told
-    with pytest.raises(BackendError, match="-11"):
-        setting_memory(tiny_root, "cpu-fp32", "plain", Setting("dense"), 8, 2)

@@ -12,24 +12,23 @@ from tests.profiling.conftest import TRACED
 
 
 def test_events(lanes: list[Lane]) -> None:
-    shown = [lane for lane in lanes if lane.replays is None]
-    trace = json.loads(json.dumps(chrome_trace(shown, "tiny")))
+    trace = json.loads(json.dumps(chrome_trace(lanes, "tiny")))
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     names = [event for event in trace["traceEvents"] if event["ph"] == "M"]
-    assert len(names) == len(shown) * (1 + len(TRACKS))
-    assert {event["pid"] for event in events} == {1, 2, 3}
-    for process, lane in enumerate(shown, 1):
+    assert len(names) == len(lanes) * (1 + len(TRACKS))
+    assert {event["pid"] for event in events} == {1, 2, 3, 4}
+    for process, lane in enumerate(lanes, 1):
         count = Counter(event["cat"] for event in events if event["pid"] == process)
-        segments = lane.runtime.build.segments
-        gated = sum(segment.gated for segment in segments)
-        assert count["token"] == count["sampling"] == TRACED
-        assert count["run"] + count["skip"] == TRACED * len(segments)
-        assert count["decision"] == TRACED * gated
-        assert count["policy"] == (TRACED * gated if lane.runtime.dispatch == "sync" else 0)
-        assert count["skip"] == sum(int((token.actions == 1).sum()) for token in lane.trace)
+        assert count["token"] == count["sampling"] == count["decision"] == TRACED
+        assert count["run"] + count["bypass"] == TRACED * len(lane.runtime.build.segments)
+        assert count["bypass"] == sum(int(token.skipped.sum()) for token in lane.trace)
     deciding = [event for event in events if event["cat"] == "decision" and event["pid"] > 1]
-    assert all(event["args"]["damage"] >= 0 for event in deciding)
-    assert {event["args"]["action"] for event in deciding} == {"run", "skip"}
+    damages = [event["args"]["damage"] for event in deciding if "damage" in event["args"]]
+    assert len(damages) == TRACED
+    assert all(damage.keys() == {"2-3", "4"} and min(damage.values()) >= 0 for damage in damages)
+    assert [event["args"]["skipped"] for event in deciding[:TRACED]] == ["2-3"] * TRACED
+    names = {event["name"] for event in events if event["cat"] == "bypass"}
+    assert "bypass_02-03" in names
 
 
 def test_nothing_overlaps_on_a_track(lanes: list[Lane]) -> None:

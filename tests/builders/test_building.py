@@ -149,9 +149,8 @@ def test_a_damaged_engine_is_made_again(bundle: Bundle, made: list[str]) -> None
     path = bundle.path("engines/cpu-fp32/bypass_02-03.onnx")
     sound = path.read_bytes()
     path.write_bytes(b"damaged")
-    with pytest.raises(
-        BundleError, match=r"bypass_02-03.onnx is not the file .* build \S+ --target cpu --weights fp32"
-    ):
+    message = r"bypass_02-03.onnx is not the file .* build \S+ --target cpu --weights fp32"
+    with pytest.raises(BundleError, match=message):
         DashRuntime.load(bundle.root, "cpu-fp32")
     build(bundle, "cpu", weights="fp32")
     assert made == ["bypass_02-03", "mixed_02-03"], "and what takes up its weights"

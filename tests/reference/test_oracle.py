@@ -91,7 +91,7 @@ class TestBrokenOnPurpose:
         ("broken", "least"),
         [
             (lambda update, rows: (update * 0, rows), 0.05),
-            (lambda update, rows: (update, {}), 1e-3),
+            (lambda update, _: (update, {}), 1e-3),
             (lambda update, rows: (update, {name: row for name, row in rows.items() if ".3." not in name}), 1e-3),
             (lambda update, rows: (update, dict(zip(rows, list(rows.values())[::-1], strict=True))), 1e-2),
         ],

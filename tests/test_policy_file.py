@@ -14,23 +14,38 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dash_export.commands.export import command as export
+from dash_export.decision import Unit, units_text
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import RopeSpec
 from dash_export.policy_file import METADATA, card_path, load_policy, policy_path, save_policy
 from dash_export.resources import resource_folder
-from dash_export.skip_policy import SkipPolicy, check_model, narrowed, untrained_policy
+from dash_export.skip_policy import Bypass, SkipPolicy, check_model, narrowed, stored_columns, untrained_policy
 from tests.models.helpers import SAFETENSORS_LAYOUTS
-from tests.tiny import with_compensation
 
 HIDDEN = 32
 SPEC = DecoderSpec("llama", 300, HIDDEN, 64, 6, 2, 1, 16, 512, 1e-5, RopeSpec(1e4, (1.0, 0.1)))
 
 
-def policy_of(kind: str = "low_rank") -> SkipPolicy:
-    made = with_compensation(untrained_policy(SPEC, width=8), HIDDEN, kind)
-    norm = np.linspace(0.5, 2, HIDDEN, dtype=np.float32)
-    return replace(made, origin="trained, seed 3", static_order=(4, 2, 3), cosine_order=(3, 4), final_norm=norm)
+UNITS = (Unit(2, 3), Unit(4, 4))
+
+
+def policy_of(form: str = "linear") -> SkipPolicy:
+    """`form`: none, linear or mlp."""
+    rng, bypasses = np.random.default_rng(1), []
+    for unit in UNITS:
+        columns = stored_columns(unit, SPEC)
+        shapes = {"none": {}, "linear": {"weight": (HIDDEN, columns), "bias": (columns,)}}
+        shapes["mlp"] = shapes["linear"] | {"gate": (HIDDEN, 3), "up": (HIDDEN, 3), "down": (3, columns)}
+        weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes[form].items()}
+        bypasses.append(Bypass(weights))
+    return replace(
+        untrained_policy(SPEC, UNITS),
+        bypasses=tuple(bypasses),
+        origin="trained, seed 3",
+        static_order=(1, 0),
+        final_norm=np.linspace(0.5, 2, HIDDEN, dtype=np.float32),
+    )
 
 
 @pytest.fixture
@@ -39,13 +54,13 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "p.safetensors"
 
 
-@pytest.mark.parametrize("kind", ["none", "scale", "low_rank"])
-def test_round_trip(kind: str, tmp_path: Path) -> None:
-    path, policy = tmp_path / "folder" / "p.safetensors", policy_of(kind)
+@pytest.mark.parametrize("form", ["none", "linear", "mlp"])
+def test_round_trip(form: str, tmp_path: Path) -> None:
+    path, policy = tmp_path / "folder" / "p.safetensors", policy_of(form)
     save_policy(path, policy, SPEC, {"seed": 3, "figures": {"kl": 0.1}})
     back = load_policy(path, SPEC)
-    assert replace(back, network=None, compensation=policy.compensation) == replace(policy, network=None)
-    assert back.compensation.kind == kind
+    assert replace(back, network=None, bypasses=()) == replace(policy, network=None, bypasses=())
+    assert back.form == policy.form == {"mlp": "linear + MLP 3"}.get(form, form)
     np.testing.assert_array_equal(back.final_norm, policy.final_norm)
     assert back.weights().keys() == policy.weights().keys()
     for name, array in policy.weights().items():
@@ -57,8 +72,8 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
 
 def test_what_half_precision_holds_is_stored_so(tmp_path: Path) -> None:
     """The rest is not rounded."""
-    policy = policy_of("low_rank")
-    rounded = replace(policy, compensation=policy.compensation.in_half())
+    policy = policy_of()
+    rounded = replace(policy, bypasses=tuple(bypass.in_half() for bypass in policy.bypasses))
     sizes = []
     for name, made in (("whole", policy), ("half", rounded)):
         path = tmp_path / f"{name}.safetensors"
@@ -66,46 +81,32 @@ def test_what_half_precision_holds_is_stored_so(tmp_path: Path) -> None:
         sizes.append(path.stat().st_size)
         for tensor, array in load_policy(path, SPEC).weights().items():
             np.testing.assert_array_equal(array, made.weights()[tensor])
-    saved = sum(array.nbytes for array in policy.compensation.weights.values()) / 2
+    saved = sum(array.nbytes for name, array in policy.weights().items() if name.startswith("bypass")) / 2
     assert sizes[0] - sizes[1] == pytest.approx(saved, abs=16)
 
 
-def test_compensation_alone(tmp_path: Path) -> None:
-    """A policy that only compensates and ranks: it serves static and cosine."""
+def test_bypasses_alone(tmp_path: Path) -> None:
+    """A policy without a network: it serves static."""
     save_policy(tmp_path / "p.safetensors", replace(policy_of(), network=None), SPEC, {})
     assert load_policy(tmp_path / "p.safetensors", SPEC).network is None
 
 
-def test_a_linear_network_is_one_too(tmp_path: Path) -> None:
-    """Without a hidden layer the width is 1, and actions need not be read."""
-    network = {"state": np.ones((3, HIDDEN, 1), np.float32), "bias": np.ones((3, 1), np.float32)}
-    save_policy(tmp_path / "p.safetensors", replace(policy_of(), network=network), SPEC, {})
-    assert load_policy(tmp_path / "p.safetensors", SPEC).network is not None
-    wide = {"state": np.ones((3, HIDDEN, 2), np.float32), "bias": np.ones((3, 2), np.float32)}
-    with pytest.raises(PolicyError, match=r"\[3, 32, 1\] was expected"):
-        save_policy(tmp_path / "q.safetensors", replace(policy_of(), network=wide), SPEC, {})
-
-
-def test_where_decisions_are_made(tmp_path: Path) -> None:
-    """One state for several layers: kept in the file, and by a policy for fewer of them."""
-    network = {"state": np.ones((3, HIDDEN, 1), np.float32), "bias": np.ones((3, 1), np.float32)}
-    once = replace(policy_of(), network=network, reads=(1, 1, 3))
-    save_policy(tmp_path / "p.safetensors", once, SPEC, {})
-    back = load_policy(tmp_path / "p.safetensors", SPEC)
-    assert back.decision_points == {1: (2, 3), 3: (4,)}
-    assert narrowed(back, [3, 4]).decision_points == {1: (3,), 3: (4,)}
-    for reads, said in (((1, 1), "2 layers to read for 3"), ((1, 3, 3), "layer 3 cannot read"), ((1, 0, 3), "layer 2")):
-        with pytest.raises(PolicyError, match=said):
-            save_policy(tmp_path / "q.safetensors", replace(once, reads=reads), SPEC, {})
-    with pytest.raises(PolicyError, match="Only a linear network"):
-        save_policy(tmp_path / "q.safetensors", replace(policy_of(), reads=(1, 1, 1)), SPEC, {})
+def test_a_policy_of_fewer_units() -> None:
+    policy = policy_of()
+    fewer = narrowed(policy, [4])
+    assert (fewer.units, fewer.read, fewer.static_order) == ((Unit(4, 4),), policy.read, (0,))
+    np.testing.assert_array_equal(fewer.network["weight"], policy.network["weight"][:, 1:])
+    assert fewer.bypasses == policy.bypasses[1:]
+    for layers in ([3, 4], [5]):
+        with pytest.raises(PolicyError, match="not whole units"):
+            narrowed(policy, layers)
 
 
 def test_half_precision_is_read(saved: Path) -> None:
     rewrite(saved, lambda tensors, _: {name: array.astype(np.float16) for name, array in tensors.items()})
     back = load_policy(saved, SPEC).weights()
     assert all(array.dtype == np.float32 for array in back.values())
-    np.testing.assert_allclose(back["network.state"], policy_of().weights()["network.state"], atol=2e-3)
+    np.testing.assert_allclose(back["network.weight"], policy_of().weights()["network.weight"], atol=2e-3)
 
 
 Tensors = dict[str, np.ndarray]
@@ -126,38 +127,50 @@ def number(tensors: Tensors, name: str, value: float) -> None:
     tensors[name].reshape(-1)[5] = value
 
 
+def renamed(tensors: Tensors, facts: dict[str, Any], place: int, first: int, last: int) -> Tensors:
+    """One unit is another one, in the facts and in the names."""
+    facts["units"][place] = {"first": first, "last": last}
+    old = f"bypass.{UNITS[place].name}."
+    return {name.replace(old, f"bypass.{first:02d}-{last:02d}."): array for name, array in tensors.items()}
+
+
 def without(tensors: Tensors, name: str) -> Tensors:
     return {other: array for other, array in tensors.items() if other != name}
 
 
+KV = "bypass.02-03.weight"
+
 DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
-    "nan": (lambda t, _: number(t, "network.state", float("nan")), "network.state holds NaN or infinity"),
-    "inf": (lambda t, _: number(t, "compensation.up", float("inf")), "compensation.up holds NaN or infinity"),
-    "wrong-shape": (lambda t, _: {**t, "network.out": t["network.out"][:, :-1].copy()}, "network.out has shape"),
-    "one-layer-less": (lambda t, _: {n: a[1:].copy() for n, a in t.items()}, r"\[2, 32, 8\]; \[3, 32, 8\]"),
-    "flat-bias": (lambda t, _: {**t, "network.bias": t["network.bias"][0].copy()}, "shape"),
-    "scalar": (lambda t, _: {**t, "network.out_bias": np.array(1.0, np.float32)}, "a single number"),
+    "nan": (lambda t, _: number(t, "network.weight", float("nan")), "network.weight holds NaN or infinity"),
+    "inf": (lambda t, _: number(t, KV, float("inf")), f"{KV} holds NaN or infinity"),
+    "wrong-shape": (lambda t, _: {**t, "network.weight": t["network.weight"][:, :1].copy()}, r"\[32, 1\]; \[32, 2\]"),
+    "no-second-layer": (lambda t, _: {**t, KV: t[KV][:, :HIDDEN].copy()}, r"\[32, 32\]; \[32, 64\]"),
+    "scalar": (lambda t, _: {**t, "network.bias": np.array(1.0, np.float32)}, "a single number"),
     "integers": (lambda t, _: {**t, "network.bias": t["network.bias"].astype(np.int32)}, "dtype"),
     "missing": (lambda t, _: without(t, "network.bias"), "lacks network.bias"),
-    "missing-out": (lambda t, _: without(t, "network.out"), "lacks network.out"),
-    "missing-up": (lambda t, _: without(t, "compensation.up"), "lacks compensation.up"),
+    "missing-weight": (lambda t, _: without(t, KV), f"lacks {KV}"),
+    "half-an-mlp": (
+        lambda t, _: {**t, "bypass.04-04.up": np.ones((HIDDEN, 3), np.float32)},
+        r"lacks bypass\.04-04\.down",
+    ),
     "unknown-tensor": (lambda t, _: {**t, "network.extra": t["network.bias"]}, "network.extra"),
+    "unknown-unit": (lambda t, _: {**t, "bypass.05-05.weight": t["network.bias"]}, "bypass.05-05.weight"),
     "foreign-tensor": (lambda t, _: {**t, "model.norm": t["network.bias"]}, "model.norm"),
     "norm-shape": (lambda t, _: {**t, "model.final_norm": np.ones(31, np.float32)}, "final norm"),
     "norm-zero": (lambda t, _: {**t, "model.final_norm": np.zeros(HIDDEN, np.float32)}, "final norm"),
     "norm-nan": (lambda t, _: number(t, "model.final_norm", float("nan")), "final_norm holds NaN"),
     "unknown-key": (lambda _, f: f.update(surprise=1), "unknown 'surprise'"),
-    "missing-key": (lambda _, f: f.pop("gated") and None, "missing gated"),
+    "missing-key": (lambda _, f: f.pop("units") and None, "missing units"),
     "wrong-type": (lambda _, f: f.update(num_layers="6"), "num_layers must be int"),
+    "no-unit": (lambda _, f: f.update(units=[3]), "units"),
     "newer": (lambda _, f: f.update(schema=9, new=1), "newer dash-export"),
-    "compensation": (lambda _, f: f.update(compensation="magic"), "no compensation 'magic'"),
-    "other-compensation": (lambda _, f: f.update(compensation="scale"), "lacks compensation.factor"),
-    "layer-0": (lambda _, f: f.update(gated=[0, 2, 3]), "Layer 0"),
-    "no-such-layer": (lambda _, f: f.update(gated=[2, 3, 9]), "do not exist"),
-    "gated-twice": (lambda _, f: f.update(gated=[2, 3, 3]), "rising"),
-    "order": (lambda _, f: f.update(static_order=[2, 5]), "static_order"),
-    "order-twice": (lambda _, f: f.update(cosine_order=[2, 2]), "cosine_order"),
-    "reads-itself": (lambda _, f: f.update(reads=[1, 3, 3]), "layer 3 cannot read"),
+    "older": (lambda _, f: f.update(schema=1), "layers were skipped one by one"),
+    "layer-0": (lambda t, f: renamed(t, f | {"read": -1}, 0, 0, 1), "Layer 0 can be in no unit"),
+    "no-such-layer": (lambda t, f: renamed(t, f, 1, 4, 9), "must be of layers 0 to 5"),
+    "overlap": (lambda t, f: renamed(t, f, 1, 3, 4), "each layer in one at most"),
+    "reads-itself": (lambda _, f: f.update(read=2), "must be one before the first unit"),
+    "order": (lambda _, f: f.update(static_order=[1, 2]), "static_order"),
+    "order-twice": (lambda _, f: f.update(static_order=[1, 1]), "static_order"),
     "origin": (lambda _, f: f.update(origin="\x1b[2Jclear"), "printable"),
     "more-layers": (lambda _, f: f.update(num_layers=8), "this model is a llama of 6 layers"),
     "other-family": (lambda _, f: f.update(model_type="qwen3"), "policy of a qwen3"),
@@ -221,7 +234,7 @@ def test_nothing_unsound_is_saved(saved: Path) -> None:
     before = saved.read_bytes(), card_path(saved).read_bytes()
     policy = policy_of()
     assert policy.network is not None
-    broken = replace(policy, network={**policy.network, "bias": np.full((3, 8), np.nan, np.float32)})
+    broken = replace(policy, network={**policy.network, "bias": np.full(2, np.nan, np.float32)})
     with pytest.raises(PolicyError, match="NaN"):
         save_policy(saved, broken, SPEC, {})
     with pytest.raises(PolicyError, match="shape"):
@@ -242,8 +255,8 @@ def test_shipped_policies(smollm2: Checkpoint) -> None:
     assert shipped
     for path in shipped:
         policy, card = load_policy(path, smollm2.spec), json.loads(card_path(path).read_text())
-        assert list(policy.gated) == card["gated"]
-        assert list(policy.static_order) == card["static_order"]
+        assert units_text(policy.units) == card["units"]
+        assert units_text(policy.units[place] for place in policy.static_order) == card["static_order"]
         assert policy.origin.startswith(f"{card['kind']} policy for {smollm2.name}, ")
         assert policy.final_norm is not None
         check_model(policy, smollm2)

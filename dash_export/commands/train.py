@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import click
 
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import LayerList, plain_table, print_table, result_console
+from dash_export.commands.common import plain_table, print_table, result_console
 from dash_export.commands.progress import progress_bar
+from dash_export.decision import parse_units
 
 
 @click.command("train")
@@ -36,14 +36,13 @@ from dash_export.commands.progress import progress_bar
     type=click.Choice(["token", "static"]),
     default="token",
     show_default=True,
-    help="token: a network that decides for every token. static: fixed sets with a compensation of their own.",
+    help="token: a network that decides for every token. static: fixed sets with bypasses of their own.",
 )
 @click.option(
-    "--gated",
-    type=LayerList(),
-    metavar="LAYERS",
-    help="Layers that may be skipped, like 2-28 or 3,5-9; by default all but the first two and the last, with --from "
-    "the policy's.",
+    "--units",
+    metavar="UNITS",
+    help="What is skipped as one, like 5-7,8-10,13; by default the units that gain most, which are looked for first "
+    "(minutes), with --from those of the policy.",
 )
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True)
 @click.option(
@@ -54,21 +53,8 @@ from dash_export.commands.progress import progress_bar
     help="Go on from this trained policy, one of yours or one that comes with this package, to tune it further, for "
     "other text or for a fine-tune of its model: only the tuning steps are done.",
 )
-@click.option("--compensation", type=click.Choice(["none", "scale", "low_rank"]), help="What a skip adds (low_rank).")
-@click.option(
-    "--rank",
-    type=click.IntRange(1, 4096),
-    help="Rank of the low-rank compensation (128; with --from that of the policy, which a higher one widens).",
-)
-@click.option("--width", type=click.IntRange(0, 4096), help="Hidden units of the damage network; 0: linear (0).")
-@click.option(
-    "--decide",
-    type=click.Choice(["each", "once"]),
-    help="each: about every layer one layer ahead. once: about all of them from one state, before the first, which is "
-    "less to compute and to wait for; with --from the network is then learnt anew. (each; with --from as that does it)",
-)
-@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps (400).")
-@click.option("--regression-steps", type=click.IntRange(min=1), help="Steps of damage regression before them (120).")
+@click.option("--mlp", type=click.IntRange(0, 4096), help="Width of a gated MLP in every bypass; 0: linear (0).")
+@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps; no other stage takes more (400).")
 @click.option(
     "--trade-offs",
     type=(click.FloatRange(min=0, min_open=True), click.FloatRange(min=0, min_open=True)),
@@ -92,13 +78,13 @@ def command(
     text: tuple[Path, ...],
     prompts: tuple[Path, ...],
     kind: str,
-    gated: tuple[int, ...] | None,
+    units: str | None,
     start: Path | None,
     device: str,
     steps: int | None,
     **chosen: int | str | tuple[float, float] | None,
 ) -> None:
-    """Train a skip policy for MODEL: which layers each token can do without, and what to add in their place.
+    """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
 
     The model itself stays as it is. A training that was killed goes on where it stopped when the same command is given
     again. The end of every text (8 %) is not trained on; the card's figures come from there.
@@ -106,24 +92,14 @@ def command(
     from dash_export.policy.settings import TrainingSettings
     from dash_export.policy.train import train
 
-    known = {field.name for field in fields(TrainingSettings)}
     given = {name: value for name, value in (chosen | {"tuning_steps": steps}).items() if value is not None}
-    assert set(given) <= known
-    kept = chosen["compensation"]
     for reason, idle, names in (
-        ("--from takes", start is not None, ("compensation",)),
-        (
-            "--from without --decide takes",
-            start is not None and chosen["decide"] is None,
-            ("regression_steps", "width"),
-        ),
-        ("--kind static trains", kind == "static", ("width", "decide", "regression_steps", "trade_offs")),
-        (f"--compensation {kept} has", kept in ("none", "scale"), ("rank",)),
-        ("--kind static without a compensation tunes", kind == "static" and kept == "none", ("tuning_steps",)),
+        ("--from takes", start is not None, ("units", "mlp")),
+        ("a static policy of given units takes", kind == "static" and (start or units) is not None, ("trade_offs",)),
     ):
-        useless = [name for name in names if name in given]
+        useless = [name for name in names if (given | {"units": units}).get(name) is not None]
         if idle and useless:
-            raise click.UsageError(f"{reason} no {_option(useless[0])}: leave it out.")
+            raise click.UsageError(f"{reason} no --{useless[0].replace('_', '-')}: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
     with progress_bar("train") as progress:
         train(
@@ -132,7 +108,7 @@ def command(
             text,
             prompts,
             kind=kind,
-            gated=gated,
+            units=None if units is None else parse_units(units),
             start=start,
             settings=TrainingSettings(**given),  # type: ignore[arg-type]
             device=device,
@@ -141,18 +117,22 @@ def command(
     _summary(model, output)
 
 
-def _option(setting: str) -> str:
-    return "--steps" if setting == "tuning_steps" else f"--{setting.replace('_', '-')}"
-
-
 def _summary(model: str, output: Path) -> None:
-    card = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    card, console = json.loads(output.with_suffix(".json").read_text(encoding="utf-8")), result_console()
+    if card["chosen"]:
+        columns = ("layers", "KL alone (nats)", "saved", "gain")
+        table = plain_table("Units, by what skipping each alone costs", "unit", *columns, right=columns)
+        for row in card["chosen"]:
+            layers = len(parse_units(row["unit"])[0].layers)
+            shares = (f"{row[name]:.1%}" for name in ("saved", "gain"))
+            table.add_row(row["unit"], str(layers), f"{row['damage']:.4f}", *shares)
+        print_table(console, table)
     columns = ("skipped", "KL (nats)", "top-1", "nll")
     table = plain_table(f"Held-out text, {card['held_out']['judged']} tokens", "setting", *columns, right=columns)
     for row in card["held_out"]["figures"]:
         table.add_row(
             row["setting"], f"{row['skipped']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.3f}"
         )
-    print_table(result_console(), table)
+    print_table(console, table)
     click.echo(f"{output} (card: {output.with_suffix('.json')}), {card['seconds'] / 60:.0f} minutes")
     click.echo(f"Next: dash-export build {model} --policy {output} --target cpu")

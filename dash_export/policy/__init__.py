@@ -1,1 +1,1 @@
-"""DASH's training side (torch): the Markov decision process, its networks, the compensation, and their training."""
+"""DASH's training side (torch): the Markov decision process, its network, the bypasses, and their training."""

@@ -1,4 +1,4 @@
-"""The model's own words: continuations of chat prompts, the text on which a deployed policy acts."""
+"""Self-generated text: continuations of chat prompts, on which a deployed policy acts."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def continue_prompts(
             words = row[: ends[0] + 1] if len(ends) else row
             if len(words) >= SHORTEST:
                 passages.append(Passage(np.concatenate([prompt, words]), len(prompt)))
-        progress("the model's own continuations", min(start + BATCH, len(order)), len(order))
+        progress("self-generated text", min(start + BATCH, len(order)), len(order))
     return passages

@@ -10,14 +10,15 @@ import torch
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.policy.corpus import Batch, Corpus
-from dash_export.policy.gated_model import Decide, GatedModel, below
+from dash_export.policy.gated_model import Decide, GatedModel, always, below
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.token_kl import divergence
 
 BATCHES = 8
 JUDGED_SEED = 20252
 """Of what is held out: not the training's."""
-SIZES = (2, 4, 6, 8)
+STATIC_SETS = 5
+"""Of a static order, so many first sets are judged."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def held_out_batches(corpus: Corpus, windows: int, window: int, count: int = BAT
 
 
 @torch.no_grad()
-def token_figures(
+def held_out_figures(
     model: GatedModel,
     modules: SkipModules,
     batches: Sequence[Batch],
@@ -47,18 +48,19 @@ def token_figures(
     progress: Progress = no_progress,
     points: int = 8,
 ) -> tuple[int, list[dict[str, object]]]:
-    """(tokens judged, figures): dense, the token policy at `points` of its dial, static and random sets of SIZES with
-    the same compensation.
+    """(tokens judged, figures): dense, the token policy at `points` of its dial, and the first sets of the static
+    `order` with the same bypasses.
     """
-    layers, gated = model.spec.num_layers, modules.gated
-    runs: list[tuple[str, Decide]] = [("dense", lambda _, damage: torch.zeros_like(damage).bool())]
+    units = modules.units
+    sizes = torch.tensor([len(unit.layers) for unit in units], dtype=torch.float32, device=model.device)
+    runs: list[tuple[str, Decide]] = [("dense", always(len(units), ()))]
     if modules.network:
+        cost = modules.cost(model.spec)
         for value in np.geomspace(*trade_offs, points):
-            runs.append((f"token, trade-off {value:.3g}", below(float(value) / layers)))
-    for size in (size for size in SIZES if size <= len(gated)):
-        rows = {gated.index(layer) for layer in order[:size]}
-        runs.append((f"static, {size} layers", _always(rows)))
-        runs.append((f"random, {size} layers", _random(size / len(gated))))
+            runs.append((f"token, trade-off {value:.3g}", below(float(value) * cost)))
+    for largest in range(1, min(STATIC_SETS, len(order)) + 1):
+        chosen = order[:largest]
+        runs.append((f"static, {', '.join(str(units[place]) for place in chosen)}", always(len(units), chosen)))
     sums, count = np.zeros((len(runs), 4)), 0
     for done, batch in enumerate(batches):
         ids, dense, counted = model.tensors(batch)
@@ -69,18 +71,9 @@ def token_figures(
         for index, (_, decide) in enumerate(runs):
             rollout = model.rollout(ids, modules, decide, dense)
             found = divergence(model.head, final, rollout.final[:, :-1][counted], following)
-            taken = rollout.skipped[:, :-1][counted].float().sum(-1)
-            values = (taken, found.kl, found.agree, -found.log_likelihood)
+            layers = rollout.skipped[:, :-1][counted].float() @ sizes
+            values = (layers, found.kl, found.agree, -found.log_likelihood)
             sums[index] += [float(value.double().sum()) for value in values]
             progress("held-out text", done * len(runs) + index + 1, len(batches) * len(runs))
     rounded = (sums / count).round(4).tolist()
     return count, [asdict(Figures(name, *means)) for (name, _), means in zip(runs, rounded, strict=True)]
-
-
-def _always(rows: set[int]) -> Decide:
-    return lambda row, damage: torch.full_like(damage, row in rows).bool()
-
-
-def _random(rate: float) -> Decide:
-    generator = torch.Generator().manual_seed(0)
-    return lambda _, damage: (torch.rand(damage.shape, generator=generator) < rate).to(damage.device)

@@ -1,33 +1,36 @@
 """The transition of the MDP: the frozen model with per-token actions, in one teacher-forced batched pass (torch).
 
-The same contract as the oracle, over batches, in the training dtype and differentiable. Every layer sees every token's
-hidden state, so a skipped token's K and V come from its own input.
+The same contract as the oracle, over batches, in the training dtype and differentiable. Every layer sees every token:
+one that skips a unit only gives it the K and V of its bypass, and leaves it with the bypass's hidden state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from dash_export.decision import decision_points
+from dash_export.decision import Unit
 from dash_export.models import Checkpoint
 from dash_export.policy.corpus import Batch
 from dash_export.policy.skip_modules import SkipModules
-from dash_export.skip_policy import HISTORY
+from dash_export.skip_policy import key_value_size
 from dash_export.torch_model import torch_model
 
-Decide = Callable[[int, torch.Tensor], torch.Tensor]
-"""(row of the gated layer, damage [batch, tokens]) -> skip [batch, tokens] bool."""
+Decide = Callable[[torch.Tensor], torch.Tensor]
+"""damage [batch, tokens, units] -> skip [batch, tokens, units] bool."""
 Soften = Callable[[torch.Tensor], torch.Tensor]
-"""damage [batch, tokens] -> how much of a skip it is, in (0, 1), differentiable."""
+"""damage [batch, tokens, units] -> how much of a skip each is, in (0, 1), differentiable."""
+Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """final: normed last hidden states [batch, tokens, hidden]. Per gated layer, [batch, tokens, gated]: skipped bool;
-    taken float32, the same with the gradient of its softened form; damage float32.
+    """final: normed last hidden states [batch, tokens, hidden]. Per unit, [batch, tokens, units]: skipped bool; taken
+    float32, the same with the gradient of its softened form; damage float32.
     """
 
     final: torch.Tensor
@@ -37,7 +40,9 @@ class Rollout:
 
 
 class GatedModel:
-    """A frozen checkpoint on one device, in one dtype."""
+    """A frozen checkpoint on one device, in one dtype. `recomputes`: what a layer keeps for the backward pass is its
+    input only, which a GPU's memory needs.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         weights = {name: weight.read_rows(0, weight.shape[0]) for name, weight in checkpoint.weights.items()}
@@ -46,6 +51,7 @@ class GatedModel:
         self.dtype = dtype
         self.spec = checkpoint.spec
         self.head = self.model.lm_head.weight
+        self.recomputes = device.type == "cuda"
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """RMSNorm of unit gain, computed in float32, in the dtype of `hidden`."""
@@ -65,12 +71,16 @@ class GatedModel:
 
     def dense_layers(self, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """ids [batch, tokens] -> (layer, its input, its output [batch, tokens, hidden]), layer by layer."""
-        decoder = self.model.model
-        hidden = decoder.embed_tokens(ids)
-        rotary = self.rotary(hidden)
-        for index, layer in enumerate(decoder.layers):
-            before, hidden = hidden, layer(hidden, attention_mask=None, position_embeddings=rotary)
+        hidden, rotary = self._embedded(ids)
+        for index in range(self.spec.num_layers):
+            before, hidden = hidden, self._layer(index, hidden, rotary)
             yield index, before, hidden
+
+    def keys_values(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What enters a layer -> its K and V before norm and RoPE, side by side [..., 2 * kv]."""
+        layer = self.model.model.layers[index]
+        normed = layer.input_layernorm(hidden)
+        return torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], -1)
 
     def rollout(
         self,
@@ -90,60 +100,108 @@ class GatedModel:
         """
         outer = torch.is_grad_enabled()
         with torch.set_grad_enabled(outer and not network_grad):
-            hidden = self.model.model.embed_tokens(ids)
-            rotary = self.rotary(hidden)
-            history = torch.zeros(*ids.shape, HISTORY, device=ids.device)
-            points = decision_points(modules.gated, modules.reads)
-            state = hidden
-            decisions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-            rows = {layer: row for row, layer in enumerate(modules.gated)}
-            for index, layer in enumerate(self.model.model.layers):
-                row = rows.get(index)
-                entered = hidden
-                ran = layer(hidden, attention_mask=None, position_embeddings=rotary)
-                if row is None:
-                    hidden = ran
-                    history = _shift(history, torch.zeros_like(dense))
-                    state = entered if index in points else state
-                    continue
-                with torch.set_grad_enabled(outer):
-                    damage = self._damage(modules, row, state, history)
-                skip = decide(row, damage.detach()) & ~dense
-                taken = skip.float()
-                if soften is not None:
-                    soft = soften(damage)
-                    taken = (taken + soft - soft.detach()) * ~dense
-                    update = hidden + modules.compensate(row, hidden, self.normed(hidden)) - ran
-                    hidden = ran + taken[..., None].to(ran.dtype) * update
-                elif skip.any():
-                    skipped = hidden + modules.compensate(row, hidden, self.normed(hidden))
-                    hidden = torch.where(skip[..., None], skipped, ran)
+            hidden, rotary = self._embedded(ids)
+            hidden = self._layers(range(modules.read), hidden, rotary)
+            with torch.set_grad_enabled(outer):
+                # The network learns from decisions, the base's hidden states do not: they are its input as they are.
+                damage = modules.damage(self.normed(hidden).detach())
+            skipped = decide(damage.detach()) & ~dense[..., None]
+            taken = skipped.float()
+            if soften is not None:
+                soft = soften(damage)
+                taken = taken + (soft - soft.detach()) * ~dense[..., None]
+            at = modules.read
+            for place, unit in enumerate(modules.units):
+                hidden = self._layers(range(at, unit.first), hidden, rotary)
+                if soften is not None or bool(skipped[..., place].any()):
+                    columns = modules.bypass(place, self.normed(hidden))
+                    hidden = self._unit(unit, hidden, rotary, columns, skipped[..., place], taken[..., place])
+                    at = unit.last + 1
                 else:
-                    hidden = ran
-                history = _shift(history, skip)
-                state = entered if index in points else state
-                decisions.append((skip, taken, damage))
-            final = self.model.model.norm(hidden)
-        skips, takens, damages = (torch.stack(column, -1) for column in zip(*decisions, strict=True))
-        return Rollout(final, skips, takens, damages)
+                    at = unit.first
+            final = self.model.model.norm(self._layers(range(at, self.spec.num_layers), hidden, rotary))
+        return Rollout(final, skipped, taken, damage)
 
-    def rotary(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin) of positions from 0 on."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        tables: tuple[torch.Tensor, torch.Tensor] = self.model.model.rotary_emb(hidden, positions)
-        return tables
+    def _embedded(self, ids: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
+        """What enters layer 0, and (cos, sin) of positions from 0 on."""
+        hidden = self.model.model.embed_tokens(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        return hidden, self.model.model.rotary_emb(hidden, positions)
 
-    def _damage(self, modules: SkipModules, row: int, state: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
-        if not modules.network:
-            return torch.zeros(state.shape[:-1], device=state.device)
-        # The network learns from decisions, the base's hidden states do not: they are its input as they are.
-        return modules.damage(row, self.normed(state).detach(), history)
+    def _layers(self, layers: range, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        for index in layers:
+            hidden = self._layer(index, hidden, rotary)
+        return hidden
+
+    def _unit(
+        self,
+        unit: Unit,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        columns: torch.Tensor,
+        skip: torch.Tensor,
+        taken: torch.Tensor,
+    ) -> torch.Tensor:
+        """What leaves a unit: `columns` of its bypass [batch, tokens, columns] for the rows that `skip` it, whose
+        gradient to the decision is that of `taken` [batch, tokens].
+        """
+        others = len(unit.layers) - 1
+        sizes = [self.spec.hidden_size, *[key_value_size(self.spec)] * (2 * others)]
+        update, *rows = torch.split(columns, sizes, -1)
+        ran = self._layer(unit.first, hidden, rotary)  # its K and V are the bypass's: the same projections of h
+        for index, key, value in zip(unit.layers[1:], rows[::2], rows[1::2], strict=True):
+            ran = self._layer(index, ran, rotary, skip, (key, value))
+        bypassed = hidden + update
+        chosen: torch.Tensor = torch.where(skip[..., None], bypassed, ran)
+        if not taken.requires_grad:
+            return chosen
+        return chosen + (taken - taken.detach())[..., None].to(chosen.dtype) * (bypassed - ran).detach()
+
+    def _layer(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        skip: torch.Tensor | None = None,
+        rows: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """One layer, with K and V given in `rows` for the tokens that `skip`."""
+        if self.recomputes and any(given.requires_grad for given in (hidden, *rows)):
+            ran: torch.Tensor = checkpoint(self._run, index, hidden, rotary, skip, *rows, use_reentrant=False)
+            return ran
+        return self._run(index, hidden, rotary, skip, *rows)
+
+    def _run(
+        self, index: int, hidden: torch.Tensor, rotary: Rotary, skip: torch.Tensor | None, *rows: torch.Tensor
+    ) -> torch.Tensor:
+        layer = self.model.model.layers[index]
+        with ExitStack() as stack:
+            if skip is not None:
+                for projection, own in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), rows, strict=True):
+                    stack.enter_context(_instead(projection, skip, own))
+            ran: torch.Tensor = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        return ran
 
 
-def below(limit: torch.Tensor | float) -> Decide:
-    """The rule of `decision.py` where every layer costs alike: skip where damage < limit, in nats."""
-    return lambda _, damage: damage < limit
+def below(limits: torch.Tensor) -> Decide:
+    """The rule of `decision.py`: skip where damage < limit, in nats; limits [..., units]."""
+    return lambda damage: damage < limits
 
 
-def _shift(history: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-    return torch.stack([history[..., 1], skip.float()], -1)
+def always(units: int, places: Sequence[int]) -> Decide:
+    """Of so many units, skip these."""
+    mask = torch.zeros(units, dtype=torch.bool)
+    mask[list(places)] = True
+    return lambda damage: mask.to(damage.device).expand(damage.shape)
+
+
+@contextmanager
+def _instead(projection: torch.nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    """While it lasts, `projection` gives `rows` for the tokens that `skip`."""
+    hook = projection.register_forward_hook(
+        lambda _module, _inputs, found: torch.where(skip[..., None], rows.to(found.dtype), found)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,21 +1,22 @@
-"""The order in which a static policy gives layers up: the one that hurts least, then the best one to add, and so on."""
+"""The order in which a static policy gives units up: the one that hurts least for what it saves, then the best one to
+add, and so on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.policy.corpus import Batch
-from dash_export.policy.gated_model import GatedModel
+from dash_export.policy.gated_model import GatedModel, always
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.token_kl import divergence
 
-CANDIDATES = 8
-"""A greedy step tries this many layers, the least damaging alone."""
+TRIED = 8
+"""A greedy step tries this many units, the best alone."""
 
 
 @dataclass(frozen=True)
@@ -38,47 +39,49 @@ def judged(model: GatedModel, batches: Iterable[Batch]) -> list[Judged]:
     return found
 
 
-def single_damages(
-    model: GatedModel, modules: SkipModules, windows: Sequence[Judged], progress: Progress = no_progress
-) -> np.ndarray:
-    """Mean KL (nats per token) of skipping each gated layer alone, [gated]."""
-    damages = []
-    for row in range(len(modules.gated)):
-        damages.append(static_damage(model, modules, {row}, windows))
-        progress("each layer skipped alone", row + 1, len(modules.gated))
-    return np.array(damages)
+@torch.no_grad()
+def static_damage(
+    model: GatedModel, modules: SkipModules, places: Sequence[int], windows: Sequence[Judged]
+) -> torch.Tensor:
+    """KL (nats) of every counted token where all skip these units, [tokens]."""
+    found = []
+    for each in windows:
+        rollout = model.rollout(each.ids, modules, always(len(modules.units), places), each.dense)
+        final, counted = rollout.final[each.counted], each.counted
+        found.append(divergence(model.head, each.final, final, each.ids[counted]).kl)
+    return torch.cat(found)
 
 
 def greedy_order(
-    model: GatedModel,
-    modules: SkipModules,
-    windows: Sequence[Judged],
-    singles: np.ndarray,
-    progress: Progress = no_progress,
+    model: GatedModel, modules: SkipModules, windows: Sequence[Judged], progress: Progress = no_progress
 ) -> tuple[int, ...]:
-    """All gated layers, each the best of the CANDIDATES to add to those before it."""
-    ranked = [int(row) for row in np.argsort(singles, kind="stable")]
-    chosen = [ranked.pop(0)]
-    while ranked:
-        # The last few are not worth a search: nobody skips nearly everything.
-        tried = ranked[:CANDIDATES] if len(chosen) < len(modules.gated) // 2 else ranked[:1]
-        damages = [static_damage(model, modules, {*chosen, row}, windows) for row in tried] if len(tried) > 1 else [0.0]
-        best = tried[int(np.argmin(damages))]
-        ranked.remove(best)
+    """Places of all units, each the one of TRIED that adds least damage a layer to those before it."""
+    sizes, done = [len(unit.layers) for unit in modules.units], 0
+
+    def damage(*places: int) -> float:
+        nonlocal done
+        done += 1
+        progress("static order", done, ranking_work(len(sizes)))
+        return float(static_damage(model, modules, places, windows).mean())
+
+    alone = [damage(place) for place in range(len(sizes))]
+    left = sorted(range(len(sizes)), key=lambda place: alone[place] / sizes[place])
+    chosen = [left.pop(0)]
+    known = alone[chosen[0]]
+    while len(chosen) < _searched(len(sizes)):
+        totals = {place: damage(*chosen, place) for place in left[:TRIED]}
+        best = min(totals, key=lambda place: (totals[place] - known) / sizes[place])
+        left.remove(best)
         chosen.append(best)
-        progress("static order", len(chosen), len(modules.gated))
-    return tuple(modules.gated[row] for row in chosen)
+        known = totals[best]
+    return (*chosen, *left)
 
 
-@torch.no_grad()
-def static_damage(model: GatedModel, modules: SkipModules, rows: set[int], windows: Sequence[Judged]) -> float:
-    """Mean KL of skipping these gated layers (by row) for every token past the prefix."""
-    total, count = 0.0, 0
-    for each in windows:
-        ids, counted = each.ids, each.counted
-        skipped = model.rollout(
-            ids, modules, lambda row, damage: torch.full_like(damage, row in rows).bool(), each.dense
-        )
-        kl = divergence(model.head, each.final, skipped.final[counted], ids[counted]).kl
-        total, count = total + float(kl.sum()), count + len(kl)
-    return total / count
+def ranking_work(units: int) -> int:
+    """How many sets are judged to rank so many units."""
+    return units + sum(min(TRIED, units - chosen) for chosen in range(1, _searched(units)))
+
+
+def _searched(units: int) -> int:
+    """Places of the order that are searched for: nobody skips nearly everything."""
+    return (units + 1) // 2

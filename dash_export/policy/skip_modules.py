@@ -1,4 +1,4 @@
-"""What is trained: one damage network and one compensation per gated layer, stacked, as a torch module."""
+"""What is trained: one damage network and one bypass per unit, as a torch module."""
 
 from __future__ import annotations
 
@@ -8,82 +8,76 @@ import numpy as np
 import torch
 from torch import nn
 
-from dash_export.skip_policy import HISTORY, Compensation, SkipPolicy
+from dash_export.errors import PolicyError
+from dash_export.models.spec import DecoderSpec, Float32Array
+from dash_export.policy.cost import saved
+from dash_export.skip_policy import Bypass, SkipPolicy
 
-FIRST_SCORE = -2.5
-"""softplus(-2.5) = 0.08 nats, about what skipping one compensated layer costs."""
+FIRST_SCORE = -1.5
+"""softplus(-1.5) = 0.2 nats, about what skipping a unit costs."""
 
 
 class SkipModules(nn.Module):
-    """The weights of a `SkipPolicy` as parameters (float32), with its two functions over rows of tokens.
+    """The weights of a `SkipPolicy` as parameters (float32), with its two functions over rows of tokens. Raises
+    PolicyError for bypasses without weights, of which there is nothing to train.
 
-    `row` is a gated layer's place in `gated`; states are RMSNorm(h) of unit gain, [..., hidden].
+    States are RMSNorm(h) of unit gain, [..., hidden].
     """
 
     def __init__(self, policy: SkipPolicy) -> None:
         super().__init__()
-        self.gated = policy.gated
-        self.reads = policy.reads
-        self.kind = policy.compensation.kind
+        if not all(bypass.weights for bypass in policy.bypasses):
+            raise PolicyError("A bypass of this policy has no weights, so there is nothing to train or to judge.")
+        self.units = policy.units
+        self.read = policy.read
+        self.widths = tuple(bypass.width for bypass in policy.bypasses)
         self.network = nn.ParameterDict(_parameters(policy.network or {}))
-        self.compensation = nn.ParameterDict(_parameters(policy.compensation.weights))
+        self.bypasses = nn.ModuleList(nn.ParameterDict(_parameters(bypass.weights)) for bypass in policy.bypasses)
 
-    def damage(self, row: int, state: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
-        """The formula of `skip_policy`: state [..., hidden], history [..., 2] -> damage [...] in nats."""
-        weight = self.network
-        score = state.float() @ weight["state"][row] + weight["bias"][row]
-        if "actions" in weight:
-            score = score + history @ weight["actions"][row]
-        score = score.relu() @ weight["out"][row] + weight["out_bias"][row] if "out" in weight else score[..., 0]
-        return nn.functional.softplus(score)
+    def damage(self, state: torch.Tensor) -> torch.Tensor:
+        """What enters layer `read`, normed -> damage [..., units] in nats; without a network 0."""
+        if not self.network:
+            return torch.zeros(*state.shape[:-1], len(self.units), device=state.device)
+        return nn.functional.softplus(state.float() @ self.network["weight"] + self.network["bias"])
 
-    def compensate(self, row: int, hidden: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """What is added for a skipped layer: hidden and its normed state [..., hidden] -> [..., hidden]."""
-        weight = self.compensation
-        if self.kind == "none":
-            return torch.zeros_like(hidden)
-        if self.kind == "scale":
-            return hidden * weight["factor"][row].to(hidden.dtype)  # type: ignore[no-any-return]
-        down, up = weight["down"][row].to(state.dtype), weight["up"][row].to(state.dtype)
-        return state @ down @ up  # type: ignore[no-any-return]
+    def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
+        """The columns of a unit's bypass, as `skip_policy` orders them: what enters the unit, normed -> [..., columns]
+        in the dtype of `state`.
+        """
+        weight = {name: value.to(state.dtype) for name, value in self.bypasses[place].named_parameters()}
+        columns: torch.Tensor = state @ weight["weight"] + weight["bias"]
+        if "up" in weight:
+            columns = columns + (nn.functional.silu(state @ weight["gate"]) * (state @ weight["up"])) @ weight["down"]
+        return columns
 
-    def to_policy(self, origin: str) -> SkipPolicy:
+    def cost(self, spec: DecoderSpec) -> torch.Tensor:
+        """What skipping each unit saves [units], by bytes."""
+        pairs = zip(self.units, self.widths, strict=True)
+        own = [saved(spec, len(unit.layers), width) for unit, width in pairs]
+        return torch.tensor(own, device=next(self.parameters()).device)
+
+    def to_policy(self) -> SkipPolicy:
         """The weights as numpy arrays (copies)."""
-        return SkipPolicy(
-            self.gated,
-            _arrays(self.network) or None,
-            Compensation(self.kind, _arrays(self.compensation)),
-            origin,
-            reads=self.reads,
-        )
+        bypasses = tuple(Bypass(_arrays(bypass)) for bypass in self.bypasses)
+        return SkipPolicy(self.units, self.read, _arrays(self.network) or None, bypasses)
 
 
-def initial_network(gated: int, hidden: int, width: int, history: bool, seed: int) -> dict[str, np.ndarray]:
-    """A network that begins by predicting a small damage everywhere; width 0 is linear."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape: int, scale: float) -> np.ndarray:
-        return (rng.standard_normal(shape) * scale).astype(np.float32)
-
-    if width == 0:
-        network = {"state": normal(gated, hidden, 1, scale=0.1 * hidden**-0.5), "bias": _full(FIRST_SCORE, gated, 1)}
-    else:
-        network = {
-            "state": normal(gated, hidden, width, scale=hidden**-0.5),
-            "bias": _full(0.5, gated, width),
-            "out": normal(gated, width, scale=0.5 * width**-0.5),
-            "out_bias": _full(FIRST_SCORE, gated),
-        }
-    return network | ({"actions": np.zeros((gated, HISTORY, max(width, 1)), np.float32)} if history else {})
+def initial_network(units: int, hidden: int) -> dict[str, Float32Array]:
+    """A network that begins by predicting the same damage everywhere."""
+    return {"weight": np.zeros((hidden, units), np.float32), "bias": np.full(units, FIRST_SCORE, np.float32)}
 
 
-def _full(value: float, *shape: int) -> np.ndarray:
-    return np.full(shape, value, np.float32)
+def with_mlp(bypass: Bypass, width: int, seed: int) -> Bypass:
+    """The bypass with a gated MLP beside it that adds nothing yet."""
+    hidden, columns = bypass.weights["weight"].shape
+    rng, scale = np.random.default_rng(seed), hidden**-0.5
+    gate, up = ((rng.standard_normal((hidden, width)) * scale).astype(np.float32) for _ in range(2))
+    return Bypass({**bypass.weights, "gate": gate, "up": up, "down": np.zeros((width, columns), np.float32)})
 
 
 def _parameters(arrays: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.tensor(array)) for name, array in arrays.items()}
 
 
-def _arrays(parameters: nn.ParameterDict) -> dict[str, np.ndarray]:
-    return {name: value.detach().float().cpu().numpy().copy() for name, value in parameters.items()}
+def _arrays(part: nn.Module) -> dict[str, Float32Array]:
+    return {name: value.detach().float().cpu().numpy().copy() for name, value in part.named_parameters()}

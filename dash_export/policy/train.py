@@ -18,27 +18,28 @@ import torch
 
 from dash_export import __version__
 from dash_export.artifacts import Progress, no_progress, sha256_file, write_atomic
+from dash_export.decision import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM, DecoderSpec
 from dash_export.outputs import locked, named, remove_own, work_folder
 from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Corpus, Passage, TokenIds, read_corpus, read_prompts
-from dash_export.policy.figures import JUDGED_SEED, held_out_batches, token_figures
+from dash_export.policy.cost import saved
+from dash_export.policy.figures import JUDGED_SEED, held_out_batches, held_out_figures
 from dash_export.policy.gated_model import GatedModel
 from dash_export.policy.precision import PRECISIONS, training_precision
-from dash_export.policy.settings import RANK, TrainingSettings
+from dash_export.policy.run import Run
+from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.training import Training, training_key
 from dash_export.policy_file import check_replaceable, load_policy, policy_path, save_policy
 from dash_export.runtime.text import Text
-from dash_export.skip_policy import SkipPolicy, check_gated, default_gated, narrowed
+from dash_export.skip_policy import SkipPolicy
 
 KINDS = ("token", "static")
-DECIDE = ("", "each", "once")
-LARGEST_STATIC_SET = 8
-OWN_WORDS = "own words"
-CONTINUATIONS = "own-words.npz"
+SELF_GENERATED = "self-generated"
+LONGEST_NAME = 100
 
 
 def train(
@@ -48,7 +49,7 @@ def train(
     prompts: Sequence[Path] = (),
     *,
     kind: str = "token",
-    gated: Sequence[int] | None = None,
+    units: Sequence[Unit] | None = None,
     start: Path | None = None,
     settings: TrainingSettings | None = None,
     device: str = "",
@@ -57,55 +58,35 @@ def train(
     """Train a policy of `kind` (`token` or `static`) for `model` and write it to `output` (`.safetensors`, and a JSON
     card beside it).
 
-    With `start`, a trained policy of this model, training goes on from there, to tune it further, for other text, or
-    for another model of the same shape: network and compensation are as they are in it (of the `gated` layers only,
-    where given), and only the tuning steps are done. Where the settings say how to `decide`, its network is learnt
-    anew; a higher `rank` widens its low-rank compensation.
+    Without `units` those are found that gain most. With `start`, a trained policy of this model, training goes on from
+    there, to tune it further, for other text, or for another model of the same shape: its units, network and bypasses
+    are as they are in it, and only the tuning steps are done.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
     done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
     and RequestError.
     """
     output, settings = named(output), settings or TrainingSettings()
-    if kind not in KINDS:
-        raise PolicyError(f"There is no trainable policy kind {kind!r}. Known: {', '.join(KINDS)}.")
-    if settings.decide not in DECIDE:
-        raise PolicyError(f"There is no way to decide {settings.decide!r}. Known: each, once.")
-    if settings.decide == "once" and (settings.width or settings.history):
-        raise PolicyError("Only a linear network that reads no actions decides about all layers at once.")
-    if settings.precision and settings.precision not in PRECISIONS:
-        raise PolicyError(f"There is no precision {settings.precision!r}. Known: {', '.join(PRECISIONS)}.")
-    if not 0 < settings.trade_offs[0] < settings.trade_offs[1] < math.inf:
-        raise PolicyError(f"Trade-offs go from a low to a higher, finite one, above 0; got {settings.trade_offs}.")
-    if output.suffix != ".safetensors":
-        raise PolicyError(f"A policy file is called NAME.safetensors, not {output.name}.")
-    check_replaceable(output)
-    if not texts and not prompts:
-        raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")
+    _check(output, texts, prompts, kind, settings)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     spec = checkpoint.spec
-    if settings.rank > spec.hidden_size:
-        raise PolicyError(f"The hidden size of this model is {spec.hidden_size}: a higher rank than that adds nothing.")
     if settings.window > spec.max_positions:
         raise PolicyError(f"The context of this model is {spec.max_positions} tokens: give a --window of at most that.")
     start = start and policy_path(start)
     policy = None if start is None else _trained(start, spec, kind)
     if policy is not None:
-        _check_rank(settings.rank, policy, start)
-        policy = policy if gated is None else narrowed(policy, gated)
-        if kind == "static" or settings.decide:
-            policy = replace(policy, network=None, reads=())
-        gated, settings = policy.gated, _further(settings, policy)
-    settings = replace(settings, decide=settings.decide or "each", rank=settings.rank or min(RANK, spec.hidden_size))
-    layers = check_gated(default_gated(spec.num_layers) if gated is None else gated, spec.num_layers)
-    if not layers:
-        raise PolicyError("There is no layer to learn about: no layer may be skipped.")
+        if units is not None:
+            raise PolicyError(f"{start} has its units, {units_text(policy.units)}: others are trained from nothing.")
+        units, settings = policy.units, _further(settings, policy)
+    chosen = None if units is None else _checked(units, spec, settings.mlp)
+    settings = _limited(settings)
     place = _device(device)
     began = time.perf_counter()
     told_apart(texts, prompts)
     data = {path.name: sha256_file(_existing(path)) for path in (*texts, *prompts)}
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
-    key = training_key(settings, checkpoint.fingerprint, kind, layers, data, origin)
+    asked = None if chosen is None else units_text(chosen)
+    key = training_key(settings, checkpoint.fingerprint, kind, asked, data, origin)
     with locked(output, "train"):
         progress("reading the text", 0, 0)
         text = _text(checkpoint)
@@ -116,16 +97,18 @@ def train(
         gated_model = GatedModel(checkpoint, place, PRECISIONS[precision])
         checkpoint.check_same()
         if chats:
-            _add_own_words(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)
-        training = Training(
-            gated_model, training_corpus, settings, layers, folder, checkpoint.name, key, policy, progress
+            _add_generated(gated_model, text, chats, settings, folder, key, (training_corpus, held), progress)
+        training = Training(Run(gated_model, training_corpus, settings, folder, key, progress), chosen, policy)
+        policy = training.token_policy() if kind == "token" else training.static_policy()
+        policy = replace(
+            policy,
+            bypasses=tuple(bypass.in_half() for bypass in policy.bypasses),
+            origin=_origin(kind, checkpoint.name, settings.seed, key),
+            final_norm=checkpoint.weights[FINAL_NORM].read_rows(0, spec.hidden_size),
         )
-        policy = training.token_policy() if kind == "token" else training.static_policy(LARGEST_STATIC_SET)
-        norm = checkpoint.weights[FINAL_NORM].read_rows(0, spec.hidden_size)
-        policy = replace(policy, compensation=policy.compensation.in_half(), final_norm=norm)
         batches = held_out_batches(held, settings.windows, settings.window)
         modules = SkipModules(policy).to(place)
-        judged, figures = token_figures(
+        judged, figures = held_out_figures(
             gated_model, modules, batches, policy.static_order, settings.trade_offs, progress
         )
         card: dict[str, Any] = {
@@ -133,9 +116,10 @@ def train(
             "model_fingerprint": checkpoint.fingerprint,
             "kind": kind,
             "from": origin,
-            "gated": list(layers),
-            "static_order": list(policy.static_order),
-            "cosine_order": list(policy.cosine_order),
+            "units": units_text(policy.units),
+            "read": policy.read,
+            "static_order": units_text(policy.units[place] for place in policy.static_order),
+            "chosen": [asdict(candidate) | {"unit": str(candidate.unit)} for candidate in training.chosen],
             "settings": asdict(settings),
             "data": {name: {"sha256": digest} for name, digest in data.items()},
             "tokens": training_corpus.tokens(),
@@ -154,50 +138,71 @@ def train(
         return policy
 
 
+def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: str, settings: TrainingSettings) -> None:
+    """What can be said before anything is read."""
+    if kind not in KINDS:
+        raise PolicyError(f"There is no trainable policy kind {kind!r}. Known: {', '.join(KINDS)}.")
+    if settings.precision and settings.precision not in PRECISIONS:
+        raise PolicyError(f"There is no precision {settings.precision!r}. Known: {', '.join(PRECISIONS)}.")
+    if not 0 < settings.trade_offs[0] < settings.trade_offs[1] < math.inf:
+        raise PolicyError(f"Trade-offs go from a low to a higher, finite one, above 0; got {settings.trade_offs}.")
+    if output.suffix != ".safetensors":
+        raise PolicyError(f"A policy file is called NAME.safetensors, not {output.name}.")
+    check_replaceable(output)
+    if not texts and not prompts:
+        raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")
+
+
+def _checked(units: Sequence[Unit], spec: DecoderSpec, width: int) -> tuple[Unit, ...]:
+    """The units, where they are ones of this model and pay."""
+    units = tuple(units)
+    if not units:
+        raise PolicyError("There is no unit to learn about: no layer may be skipped.")
+    check_units(units, units[0].first - 1, spec.num_layers)
+    idle = next((unit for unit in units if saved(spec, len(unit.layers), width) <= 0), None)
+    if idle is not None:
+        raise PolicyError(f"Skipping {idle} saves nothing: its bypass is larger. Give larger units or a smaller --mlp.")
+    return units
+
+
 def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
     """The policy that training goes on from."""
     policy = load_policy(path, spec)
-    if kind == "static" and policy.compensation.kind == "none":
-        raise PolicyError(f"{path} has no compensation, so there is nothing to tune further: train one anew.")
+    if not policy.units or not all(bypass.weights for bypass in policy.bypasses):
+        raise PolicyError(f"{path} has a bypass without weights, so there is nothing to tune further: train one anew.")
     if kind == "token" and policy.network is None:
         raise PolicyError(f"{path} has no network: it is a static policy, and goes on with --kind static only.")
     return policy
 
 
-def _check_rank(rank: int, policy: SkipPolicy, path: Path | None) -> None:
-    known = policy.compensation.rank
-    if rank and not known:
-        raise PolicyError(f"{path} has a compensation that is not low-rank: it takes no --rank.")
-    if rank and rank < known:
-        raise PolicyError(f"{path} has a compensation of rank {known}, which can become wider, not narrower.")
-
-
 def _further(settings: TrainingSettings, policy: SkipPolicy) -> TrainingSettings:
-    """What is left to do for a trained policy, and what it says of itself."""
-    rank = policy.compensation.rank
-    settings = replace(
-        settings,
-        compensation=policy.compensation.kind,
-        rank=settings.rank or rank,
-        fit_steps=settings.fit_steps if settings.rank > rank else 0,
-        compensation_rate=settings.compensation_rate * settings.again,
-    )
-    if policy.network is None:
-        return settings
+    """What is left to do for a trained policy."""
     return replace(
         settings,
-        width=policy.width,
-        history=policy.reads_actions,
-        decide="once" if policy.reads else "each",
+        mlp=max(bypass.width for bypass in policy.bypasses),
+        search_steps=0,
+        fit_steps=0,
         warm_up_steps=0,
         regression_steps=0,
+        bypass_rate=settings.bypass_rate * settings.again,
         refinement_rate=settings.refinement_rate * settings.again,
     )
 
 
+def _limited(settings: TrainingSettings) -> TrainingSettings:
+    """No stage takes more steps than the tuning: a trial run is one in all its parts."""
+    stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
+    return replace(settings, **{name: min(getattr(settings, name), settings.tuning_steps) for name in stages})
+
+
+def _origin(kind: str, name: str, seed: int, key: str) -> str:
+    """One line for the manifest."""
+    return f"{kind} policy for {name[:LONGEST_NAME]}, trained by dash-export (seed {seed}, key {key[:8]})"
+
+
 def told_apart(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:
     """Raises RequestError where a name on the card, or that of a source, would stand for two files."""
-    own = [OWN_WORDS] if prompts else []
+    own = [SELF_GENERATED] if prompts else []
     sources, files = [*own, *(path.stem for path in texts)], [path.name for path in (*texts, *prompts)]
     twice = next((name for names in (sources, files) for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -228,7 +233,7 @@ def _text(checkpoint: Checkpoint) -> Text:
         return Text(Path(folder))
 
 
-def _add_own_words(
+def _add_generated(
     model: GatedModel,
     text: Text,
     chats: Sequence[Sequence[Mapping[str, str]]],
@@ -242,7 +247,7 @@ def _add_own_words(
 
     A `held_out` share of the prompts is held out, and what is judged does not follow the seed.
     """
-    path = folder / f"{key}-{CONTINUATIONS}"
+    path = folder / f"{key}-{SELF_GENERATED}.npz"
     kept = _kept(path)
     if kept is None:
         order = np.random.default_rng(JUDGED_SEED).permutation(len(chats))
@@ -269,7 +274,7 @@ def _add_own_words(
     for corpus, share in zip(corpora, ("training", "held"), strict=True):
         names = [name for name in kept if name.startswith(share)]
         if names:
-            corpus.sources[OWN_WORDS] = [Passage(kept[name], int(name.rpartition("-")[2])) for name in names]
+            corpus.sources[SELF_GENERATED] = [Passage(kept[name], int(name.rpartition("-")[2])) for name in names]
     if not all(corpus.sources for corpus in corpora):
         raise RequestError(
             "The model's continuations of these prompts are too few to learn from and to be judged on: give more "

@@ -1,4 +1,4 @@
-"""The network learns what skipping costs, layer by layer."""
+"""The network learns what skipping costs, unit by unit."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export.models import open_checkpoint
+from dash_export.decision import Unit
+from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.policy.corpus import Batch
 from dash_export.policy.gated_model import GatedModel
-from dash_export.policy.ranking import judged, single_damages
+from dash_export.policy.ranking import judged, static_damage
 from dash_export.policy.regression import Regression
 from dash_export.policy.skip_modules import SkipModules, initial_network
-from dash_export.skip_policy import SkipPolicy
+from dash_export.skip_policy import Bypass, SkipPolicy, stored_columns
 from tests.tiny import random_ids, save_model
 
-GATED, IDLE = (2, 3, 4), 3
+UNITS, IDLE = (Unit(2, 2), Unit(3, 3), Unit(4, 5)), 1
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> GatedModel:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Layer 3 adds nothing to what enters it."""
     folder = tmp_path_factory.mktemp("idle") / "model"
     made = save_model(folder)
     with torch.no_grad():
-        for weight in (made.model.layers[IDLE].self_attn.o_proj.weight, made.model.layers[IDLE].mlp.down_proj.weight):
+        layer = made.model.layers[UNITS[IDLE].first]
+        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
             weight.zero_()
     made.save_pretrained(folder)
-    return GatedModel(open_checkpoint(folder), torch.device("cpu"), torch.float32)
+    return open_checkpoint(folder)
 
 
 def batch(seed: int) -> Batch:
@@ -36,11 +38,17 @@ def batch(seed: int) -> Batch:
     return Batch(ids, dense.copy(), ~dense)
 
 
-def test_an_idle_layer_costs_nothing(model: GatedModel) -> None:
-    network = initial_network(len(GATED), model.spec.hidden_size, 0, False, 0)
-    modules = SkipModules(SkipPolicy(GATED, network))
+def test_an_idle_unit_costs_nothing(checkpoint: Checkpoint) -> None:
+    model, hidden = GatedModel(checkpoint, torch.device("cpu"), torch.float32), checkpoint.spec.hidden_size
+    bypasses = []
+    for unit in UNITS:
+        columns = stored_columns(unit, checkpoint.spec)
+        bypasses.append(
+            Bypass({"weight": np.zeros((hidden, columns), np.float32), "bias": np.zeros(columns, np.float32)})
+        )
+    modules = SkipModules(SkipPolicy(UNITS, 1, initial_network(len(UNITS), hidden), tuple(bypasses)))
     regression = Regression(model, modules, (0.05, 0.5))
-    optimizer = torch.optim.Adam(modules.parameters(), 0.05)
+    optimizer = torch.optim.Adam(modules.network.parameters(), 0.05)
     rng = np.random.default_rng(0)
     for step in range(120):
         optimizer.zero_grad()
@@ -48,10 +56,10 @@ def test_an_idle_layer_costs_nothing(model: GatedModel) -> None:
         optimizer.step()
     with torch.no_grad():
         ids = torch.from_numpy(batch(1000).ids)
-        damage = model.rollout(ids, modules, lambda _, known: known < 0, torch.zeros_like(ids).bool()).damage
+        damage = model.rollout(ids, modules, lambda known: known < 0, torch.zeros_like(ids).bool()).damage
     learnt = damage.mean((0, 1)).numpy()
-    alone = single_damages(model, modules, judged(model, [batch(1000)]))
-    idle = GATED.index(IDLE)
-    assert alone[idle] == pytest.approx(0, abs=1e-6)
-    assert learnt[idle] < 0.1 * min(np.delete(learnt, idle))
-    np.testing.assert_allclose(np.delete(learnt, idle), np.delete(alone, idle), rtol=0.3)
+    windows = judged(model, [batch(1000)])
+    alone = np.array([float(static_damage(model, modules, (place,), windows).mean()) for place in range(len(UNITS))])
+    assert alone[IDLE] == pytest.approx(0, abs=1e-6)
+    assert learnt[IDLE] < 0.1 * min(np.delete(learnt, IDLE))
+    np.testing.assert_allclose(np.delete(learnt, IDLE), np.delete(alone, IDLE), rtol=0.3)

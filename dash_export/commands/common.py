@@ -121,14 +121,14 @@ def build_bytes(build: Build) -> int:
     return sum(record.bytes for record in build.files)
 
 
-def result_console() -> Console:
-    """stdout, without colours guessed into numbers and paths; wide enough for whole rows where it is no terminal."""
+def result_console(width: int = 120) -> Console:
+    """stdout, without colours guessed into numbers and paths; `width` columns or more where it is no terminal."""
     from rich.console import Console
 
     # What is printed has names from a model in it: none of it is markup.
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = max(console.width, 120)
+        console.width = max(console.width, width)
     return console
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dash_export.evaluation.settings import Entrant, Refusal
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8)
+WIDTH = 160
 
 
 @click.command("frontier")
@@ -155,7 +156,7 @@ def _print(title: str, points: Sequence[Point]) -> None:
             "" if rate is None else with_bounds(rate, 2),
             "" if share is None else f"{share:.2f}x",
         )
-    print_table(result_console(), table)
+    print_table(result_console(WIDTH), table)
     click.echo(
         "time: of dense; predicted: of the build's own dense, from its cost table. perplexity: of dense, then what is "
         "more than that. rate: per cent of perplexity paid per per cent of time saved. token's KL: at equal time, "

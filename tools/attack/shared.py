@@ -144,7 +144,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
             seed=SEEDS[command.variant],
             window=16,
             windows=2,
-            rank=4,
+            search_steps=1,
             fit_steps=1,
             warm_up_steps=1,
             regression_steps=1,
@@ -268,8 +268,8 @@ def build_state(stage: Stage, folder: Path, weights: str) -> str | Fault:
 
 
 def _tokens(runtime: Any) -> list[int]:
-    gated = runtime.bundle.manifest.policy.gated
-    return list(map(int, runtime.generate([5, 9, 250, 31, 7], 2, skip=gated).tokens))
+    layers = runtime.bundle.manifest.policy.layers
+    return list(map(int, runtime.generate([5, 9, 250, 31, 7], 2, skip=layers).tokens))
 
 
 def policy_state(stage: Stage, folder: Path) -> str | Fault:

@@ -48,14 +48,11 @@ SETTINGS = (
     Setting("dense"),
     Setting("static", skipped=1.0),
     Setting("static", skipped=4.0),
-    Setting("cosine", skipped=2.0),
-    Setting("random", skipped=2.0, seed=5),
     Setting("token", budget=0.9),
     Setting("token", budget=0.8),
     Setting("token", budget=0.85, hold=True),
     Setting("token", trade_off=0.3),
     Setting("token", trade_off=1.5),
-    Setting("sequence", trade_off=1.0),
 )
 BAD: tuple[list[int], ...] = ([-1, 5], [10**9], [])
 """Token ids that no model knows; an empty list stands for one longer than the context."""
@@ -269,7 +266,7 @@ def draw(random: Random, kinds: list[str], settings: list[Setting], runtime: Das
 def possible(runtime: DashRuntime) -> tuple[list[str], list[Setting]]:
     """The kinds of tasks and the settings that this bundle can serve."""
     facts = runtime.bundle.manifest
-    most = facts.model.num_layers - (len(facts.policy.gated) + 1) // 2
+    most = facts.model.num_layers - (len(facts.policy.layers) + 1) // 2
     settings = []
     for setting in (*SETTINGS, Setting("token", max_layers=most), Setting("token", trade_off=0.7, max_layers=most)):
         try:

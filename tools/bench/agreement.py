@@ -14,14 +14,16 @@ from pathlib import Path
 import click
 import numpy as np
 from common import print_json
-from precision import HELD_OUT
 from rich.progress import track
 
 from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.divergence import surprise
 from dash_export.evaluation.text import windows as windows_of
+from dash_export.resources import resource_folder
 from dash_export.text_files import read_text
+
+HELD_OUT = resource_folder("calibration") / "heldout.txt"
 
 
 @click.command()
@@ -34,7 +36,7 @@ from dash_export.text_files import read_text
 def main(bundle: Path, target: str, text: Path, skipped: float, windows: int, tokens: int) -> None:
     """Each window both ways."""
     runtime = DashRuntime.load(bundle, target)
-    gated = list(runtime.bundle.manifest.policy.gated)
+    firsts = [unit.first for unit in runtime.bundle.manifest.policy.units]
     session = runtime.session_with(Setting("token", skipped=skipped))
     prefix = tokens // 2
     differ, likelihoods, taken = [], [], []
@@ -45,7 +47,7 @@ def main(bundle: Path, target: str, text: Path, skipped: float, windows: int, to
         decoded = []
         for position in range(prefix, tokens - 1):
             logits, actions = session.decode_one(int(part[position]))
-            differ.append(actions[gated] != score.actions[position, gated])
+            differ.append(actions[firsts] != score.actions[position, firsts])
             decoded.append(-surprise(logits[None], part[position + 1 : position + 2])[0])
             taken.append((actions.sum(), score.actions[position].sum()))
         likelihoods.append((np.mean(decoded), score.log_likelihoods[prefix:].mean()))

@@ -40,14 +40,18 @@ class Together:
         self._rules = [batch.prompts.rule] * self.size
         self._step = batch.engines.step(self._cache, 1, batch=self.size)
         self._count = 0
-        self.ran: list[int] = []
+        self._layers = runtime.engines.model.num_layers
+        self._sizes = np.array([len(unit.layers) for unit in runtime.engines.units])
+        self.ran: list[float] = []
         self.own: list[float] = []
 
     def __call__(self) -> None:
         position = PROMPT + self._count % TOKENS
         self._cache.lengths[:] = [position] * self.size
-        self.ran.append(self._step.decode_batch([text[position] for text in self._texts], self._rules))
-        self.own.append(float((self._step.actions == 0).sum(axis=1).mean()))
+        self._step.decode_batch([text[position] for text in self._texts], self._rules)
+        ran = self._layers - self._sizes @ self._step.skipped
+        self.own.append(float(ran.mean()))
+        self.ran.append(self._layers - float(self._sizes @ self._step.skipped.all(axis=1)))
         self._count += 1
 
 
@@ -60,17 +64,12 @@ class Together:
 def main(bundle: Path, target: str, sizes: str, skipped: int, rounds: int) -> None:
     """Dense, static and under the token policy, interleaved."""
     runtime = DashRuntime.load(bundle, target, verify=False)
-    plain = DashRuntime.load(bundle, target, dispatch="plain", verify=False)  # what asks no policy has none to pay for
     counts = [int(size) for size in sizes.split(",")]
     ids = runtime.text.encode(TEXT.read_text(encoding="utf-8"))
     stride = (len(ids) - PROMPT - TOKENS) // max(counts)
     texts = [ids[start : start + PROMPT + TOKENS] for start in range(0, stride * max(counts), stride)]
-    settings: list[tuple[DashRuntime, dict[str, Any]]] = [
-        (plain, {}),
-        (plain, {"policy": "static", "skipped": skipped}),
-        (runtime, {"skipped": skipped}),
-    ]
-    variants = [Together(engines, texts[:count], setting) for count in counts for engines, setting in settings]
+    settings: list[dict[str, Any]] = [{}, {"policy": "static", "skipped": skipped}, {"skipped": skipped}]
+    variants = [Together(runtime, texts[:count], setting) for count in counts for setting in settings]
     runs: list[Callable[[], object]] = list(variants)
     times = interleaved(runs, rounds)
     title = f"{bundle.name}, {target}, {PROMPT} cached tokens, of time: dense is 1"

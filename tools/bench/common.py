@@ -22,6 +22,7 @@ from dash_export import __version__
 from dash_export.build_record import Build, EngineRecord, Segment
 from dash_export.builders.onnxruntime import lowering_for, write_segment
 from dash_export.bundle import Bundle
+from dash_export.profiling.probe import arranged
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.dispatch import BoundStep
@@ -36,7 +37,7 @@ _T = TypeVar("_T")
 @contextmanager
 def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     """(where its files are relative to, the build of) the same layers at the same precisions, lowered as one graph
-    without policy: what a per-layer runtime must not lose against. On disk only inside.
+    without policy: what engines in a row must not lose against. On disk only inside.
     """
     build = bundle.load_build(target)
     segment = Segment.whole(bundle.manifest.model.num_layers)
@@ -45,9 +46,9 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     with tempfile.TemporaryDirectory(prefix="dash-export-bench-", dir=root) as name:
         folder = Path(name)
         (folder / "rope.data").write_bytes(bundle.path("onnx/rope.data").read_bytes())
-        path = write_segment(lowering_for(bundle, recipe), bundle, segment, None, folder)[0]
+        path = write_segment(lowering_for(bundle, recipe), bundle, segment, folder)[0]
         record = EngineRecord(str(path.relative_to(root)), 0, "")
-        yield root, replace(build, segments=(segment,), stretches=(), engines={segment.name: record})
+        yield root, replace(build, segments=(segment,), engines={segment.name: record})
 
 
 def in_fresh_processes(timed_once: Callable[..., _T], *arguments: object, processes: int) -> Iterator[_T]:
@@ -59,26 +60,27 @@ def in_fresh_processes(timed_once: Callable[..., _T], *arguments: object, proces
             yield pool.submit(timed_once, *arguments, number).result()
 
 
-def load_engines(bundle: Bundle, build: Build, dispatch: str = "plain") -> EngineSet:
+def load_engines(bundle: Bundle, build: Build) -> EngineSet:
     """As the runtime loads them."""
     recipe = recipe_from_dict(build.recipe, build.target)
-    found = engines(bundle, build, backend(recipe.runtime.threads), recipe, dispatch)
+    found = engines(bundle, build, backend(recipe.runtime.threads), recipe, "sync")
     assert isinstance(found, EngineSet)
     return found
 
 
 def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int) -> tuple[EngineSet, EngineSet]:
-    """The engines of a build without its policy, and `whole_build`'s one graph. Who is loaded first changes with
-    `number`.
-    """
+    """The engines of a build, and `whole_build`'s one graph. Who is loaded first changes with `number`."""
     opened = Bundle.open(bundle)
-    builds = [(opened, opened.load_build(target)), (Bundle(whole[0], opened.manifest), whole[1])]
+    facts = opened.manifest
+    no_policy = replace(facts.policy, units=(), has_network=False)
+    graph = Bundle(whole[0], replace(facts, policy=no_policy))
+    builds = [(opened, opened.load_build(target)), (graph, whole[1])]
     loaded = {index: load_engines(*builds[index]) for index in ((0, 1) if number % 2 == 0 else (1, 0))}
     return loaded[0], loaded[1]
 
 
 def one_token(engines: EngineSet, context: int, rule: Rule = DENSE, nothing_owed: bool = False) -> Callable[[], object]:
-    """Decodes one token at a fixed context, again and again. `nothing_owed`: nothing is done for a skipped layer."""
+    """Decodes one token at a fixed context, again and again. `nothing_owed`: nothing is done for a skipped unit."""
     cache = engines.cache(context)
     cache.reserve(context + 1)
     step = engines.step(cache, 1)
@@ -93,19 +95,14 @@ def one_token(engines: EngineSet, context: int, rule: Rule = DENSE, nothing_owed
 
 
 def owe_nothing(step: BoundStep) -> None:
-    """A skipped layer is left out, K/V, compensation and all: the tokens are worthless, their time is the bound."""
+    """A skipped unit is left out, update, K and V and all: the tokens are worthless, their time is the bound."""
 
     def nothing() -> None:
         pass
 
-    step.segments = [
-        replace(
-            segment,
-            skip=None if segment.skip is None else nothing,
-            stretches=tuple(replace(item, launch=nothing) if item.skips else item for item in segment.stretches),
-        )
-        for segment in step.segments
-    ]
+    vars(step).update(
+        arranged(step, [replace(item, bypass=None if item.bypass is None else nothing) for item in step.segments])
+    )
 
 
 def interleaved(
@@ -133,11 +130,6 @@ def interleaved(
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """Median of the ratios round by round: what drifts with the machine cancels."""
     return median(x / y for x, y in zip(a, b, strict=True))
-
-
-def spread(layers: Sequence[int], count: int) -> list[int]:
-    """`count` of the layers, evenly spread."""
-    return [layers[int((index + 0.5) * len(layers) / count)] for index in range(count)]
 
 
 def print_json(name: str, result: dict[str, Any]) -> None:

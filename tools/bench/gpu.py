@@ -2,8 +2,8 @@
 
     python tools/bench/gpu.py BUNDLE --target h100 [--whole WHOLE]
 
-WHOLE is the same model exported without a policy (`dash-export export MODEL -o WHOLE`) and built for the same target:
-one engine for all layers, what per-layer engines are compared with.
+WHOLE is the same model exported without units (`dash-export export MODEL --units none -o WHOLE`) and built for the same
+target: one engine for all layers, what engines in a row are compared with.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.rules import DENSE
 
 SETTINGS = {
-    "plain": [Setting("dense"), Setting("static", skipped=4)],
-    "sync": [Setting("token", trade_off=0.0), Setting("token", skipped=5)],
+    "sync": [
+        Setting("dense"),
+        Setting("static", skipped=4),
+        Setting("token", trade_off=0.0),
+        Setting("token", skipped=5),
+    ],
     "overlapped": [Setting("token", trade_off=0.0), Setting("token", skipped=3), Setting("token", skipped=5)],
     "device": [Setting("token", trade_off=0.0), Setting("token", skipped=3), Setting("token", skipped=5)],
 }
@@ -35,7 +39,7 @@ SETTINGS = {
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", required=True)
-@click.option("--whole", type=click.Path(path_type=Path), help="The same model without a policy, built alike.")
+@click.option("--whole", type=click.Path(path_type=Path), help="The same model without units, built alike.")
 @click.option("--context", default=256, show_default=True, help="Cached tokens.")
 @click.option("--rounds", default=30, show_default=True, help="Interleaved blocks of eight tokens.")
 def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: int) -> None:
@@ -56,7 +60,7 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
             del runs[name]
         print("No row for 'device': steps cannot be recorded here, see the warning above.")
     table = Table("mode", "layers", "ms/token", "slowest tenth of blocks", "of dense", title=f"{bundle.name}, {target}")
-    base = np.median(times["plain: dense"])
+    base = np.median(times["sync: dense"])
     rows = {}
     for name, (_, layers) in runs.items():
         middle, slow = (float(value) * 1e3 for value in np.quantile(times[name], (0.5, 0.9)))
@@ -64,9 +68,9 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
         table.add_row(name, f"{np.mean(layers):.1f}", f"{middle:.3f}", f"{slow:.3f}", f"{ratio:.3f}")
         rows[name] = {"layers": float(np.mean(layers)), "ms": middle, "slow_ms": slow, "of_dense": ratio}
     Console().print(table)
-    launch = _launch_us(runtimes["plain"], context)
+    launch = _launch_us(runtimes["sync"], context)
     print(f"A launch costs the host {launch:.1f} us per segment (dense, nothing waited for).")
-    engines = runtimes["plain"].engines
+    engines = runtimes["sync"].engines
     assert isinstance(engines, DeviceEngines)
     print_json("gpu", {"device": engines.device.name, "target": target, "modes": rows, "launch_us": launch})
 
@@ -109,7 +113,7 @@ def _launch_us(runtime: DashRuntime, context: int) -> float:
         step.place()
         began = time.perf_counter()
         for part in step.parts:
-            step._launch(part, "run")
+            step._launch(part)
         times.append(time.perf_counter() - began)
         step.main.synchronize()
     return 1e6 * float(np.median(times)) / len(step.parts)

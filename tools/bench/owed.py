@@ -1,11 +1,10 @@
-"""What skipping costs: policy, compensation and K/V writes, against what the skipped layers would have taken.
+"""What skipping costs: the bypasses, K and V and all, against what the skipped units would have taken.
 
     python tools/bench/owed.py BUNDLE --skipped 5
 
-Four variants decode the same tokens, interleaved in one process: dense; the token policy; its very actions forced on
-engines without a policy; and those with nothing done for a skipped layer, whose tokens are worthless and whose time is
-the bound. Where weights happen to lie in memory is worth more than what is measured here, so several fresh processes
-load both sets of engines, in turn the one and the other first, and the means over them are given.
+Three variants decode the same tokens, interleaved in one process: dense; the token policy; and the same with nothing
+done for a skipped unit, whose tokens are worthless and whose time is the bound. Several fresh processes load the
+engines, and the means over them are given.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dash_export import DashRuntime
-from dash_export.decision import Setting
+from dash_export.decision import Setting, unit_skips
 from dash_export.resources import resource_folder
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.rules import DENSE, FixedRule, Rule
 
 TOKENS = 24
+DENSE_NAME, SKIPPING, BOUND = "dense", "its actions", "its actions, nothing owed"
 
 
 @click.command()
@@ -36,7 +36,7 @@ TOKENS = 24
 @click.option("--skipped", default=5.0, show_default=True, help="Layers skipped per token, on average.")
 @click.option("--context", default=256, show_default=True, help="Cached tokens before the first one.")
 @click.option("--rounds", default=12, show_default=True, help="Interleaved passes over the tokens, per process.")
-@click.option("--processes", default=12, show_default=True, help="Fresh ones that load both sets of engines.")
+@click.option("--processes", default=12, show_default=True, help="Fresh ones that load the engines.")
 def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, processes: int) -> None:
     """Time a window of held-out text each way."""
     saved: dict[str, list[float]] = {}
@@ -45,43 +45,35 @@ def main(bundle: Path, target: str, skipped: float, context: int, rounds: int, p
     found = in_fresh_processes(timed_once, bundle, target, skipped, context, rounds, processes=processes)
     for number, (times, count) in enumerate(found):  # noqa: B007
         for name, own in times.items():
-            pairs = zip(times["dense"], own, strict=True)
+            pairs = zip(times[DENSE_NAME], own, strict=True)
             saved.setdefault(name, []).append(median(1e6 * (base - mine) / TOKENS for base, mine in pairs))
             milliseconds.setdefault(name, []).append(1e3 * median(own) / TOKENS)
         shown = ", ".join(f"{name} {values[-1]:.0f} us" for name, values in saved.items())
         print(f"process {number + 1} of {processes}: {shown}")
     means = {name: mean(values) for name, values in saved.items()}
-    bound = means["its actions, nothing owed"]
+    bound = means[BOUND]
     table = Table("variant", "ms/token", "saved us", "of the bound", title=f"{bundle.name}, {target}")
     for name, value in means.items():
         table.add_row(name, f"{mean(milliseconds[name]):.3f}", f"{value:.0f}", f"{value / bound:.0%}")
     Console().print(table)
-    owed = bound - means["its actions, no policy"]
-    policy = means["its actions, no policy"] - means["token policy"]
-    each, asked = f"{owed / count:.0f} us a layer", f"{policy:.0f} us a token"
-    print(
-        f"{count:.2f} layers skipped per token. Of the time that they would have taken, compensation and K/V take "
-        f"{owed / bound:.0%} ({each}) and the policy {policy / bound:.0%} ({asked})."
-    )
-    result = {"skipped": count, "processes": processes, "bound_us": bound, "owed_us": owed, "policy_us": policy}
+    owed = bound - means[SKIPPING]
+    print(f"{count:.2f} layers skipped per token. Bypasses take {owed / bound:.0%} of what these would have taken.")
+    result = {"skipped": count, "processes": processes, "bound_us": bound, "owed_us": owed}
     print_json("owed", {"target": target, **{key: round(value, 3) for key, value in result.items()}})
 
 
 def timed_once(
-    bundle: Path, target: str, skipped: float, context: int, rounds: int, number: int
+    bundle: Path, target: str, skipped: float, context: int, rounds: int, _number: int
 ) -> tuple[dict[str, list[float]], float]:
-    """(seconds per pass of every variant, layers skipped per token). Who is loaded first changes with `number`."""
-    order = ("fused", "plain") if number % 2 else ("plain", "fused")
-    engines = {dispatch: DashRuntime.load(bundle, target, dispatch=dispatch, verify=False) for dispatch in order}
-    fused = engines["fused"]
+    """(seconds per pass of every variant, layers skipped per token)."""
+    runtime = DashRuntime.load(bundle, target, verify=False)
     text = (resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8")
-    ids = np.array(fused.text.encode(text)[: context + TOKENS], np.int64)
-    session = fused.session_with(Setting("token", skipped=skipped))
+    ids = np.array(runtime.text.encode(text)[: context + TOKENS], np.int64)
+    session = runtime.session_with(Setting("token", skipped=skipped))
     session.prefill(ids[:context])
     actions = np.array([session.decode_one(int(token))[1] for token in ids[context:]])
-    rule = session.rule
 
-    def passes(runtime: DashRuntime, rules: list[Rule], nothing_owed: bool = False) -> Callable[[], object]:
+    def passes(rules: list[Rule], nothing_owed: bool = False) -> Callable[[], object]:
         cache: Any = runtime.engines.cache(context)
         cache.reserve(context + TOKENS)
         runtime.engines.step(cache, context).prefill(ids[:context])
@@ -97,12 +89,12 @@ def timed_once(
 
         return run
 
-    forced: list[Rule] = [FixedRule(np.flatnonzero(each).tolist()) for each in actions]
+    skips = unit_skips(actions, runtime.engines.units)
+    forced: list[Rule] = [FixedRule(np.flatnonzero(each).tolist()) for each in skips.T]
     variants = {
-        "dense": passes(engines["plain"], [DENSE] * TOKENS),
-        "token policy": passes(fused, [rule] * TOKENS),
-        "its actions, no policy": passes(engines["plain"], forced),
-        "its actions, nothing owed": passes(engines["plain"], forced, nothing_owed=True),
+        DENSE_NAME: passes([DENSE] * TOKENS),
+        SKIPPING: passes(forced),
+        BOUND: passes(forced, nothing_owed=True),
     }
     times = dict(zip(variants, interleaved(list(variants.values()), rounds, block=2, settle=1), strict=True))
     return times, float(actions.sum(axis=1).mean())

@@ -29,7 +29,7 @@ class DashExport:
 
         bundle, target, setting = model.split("::")
         start_thread_pool(threads)
-        self.runtime = DashRuntime.load(bundle, target, dispatch="plain" if setting == "dense" else None)
+        self.runtime = DashRuntime.load(bundle, target)
         key, _, value = setting.partition("=")
         options: dict[str, Any] = {"policy": key} if not value else {"policy": "token", key: float(value)}
         self.session = self.runtime.session(**options)

@@ -1,4 +1,4 @@
-"""Prefill: an engine per layer against the same layers as one graph, the engine for prompts where the build has one,
+"""Prefill: engines per unit against the same layers as one graph, the engine for prompts where the build has one,
 and what a long prompt costs.
 
 python tools/bench/prefill.py BUNDLE [--target cpu-prefill-int8]
@@ -21,7 +21,7 @@ from rich.table import Table
 from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.decision import DENSE_POSITIONS
-from dash_export.profiling.machine import peak_memory
+from dash_export.evaluation.alone import peak_memory
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.engine_set import EngineSet
@@ -31,7 +31,7 @@ TEXT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"
 PROMPT = 512
 JUDGED = resource_folder("calibration") / "heldout.txt"
 CONTEXT, FOLLOWING = 224, 32
-LAYERS, GRAPH, PROMPTS = "an engine per layer", "one graph", "the engine for prompts"
+LAYERS, GRAPH, PROMPTS = "engines per unit", "one graph", "the engine for prompts"
 
 
 @click.command()
@@ -63,7 +63,7 @@ def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
 
 
 def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
-    runtime = DashRuntime.load(bundle, target, dispatch="plain", verify=False)
+    runtime = DashRuntime.load(bundle, target, verify=False)
     ids = _tokens(runtime.text, runtime.engines.model.max_positions)
     table = Table("tokens", "seconds", "tokens/s", "KV cache MB", "peak memory MB", title=f"{bundle.name}, {target}")
     rows = []

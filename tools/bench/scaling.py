@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -32,7 +33,6 @@ from common import (
     one_token,
     paired_ratio,
     print_json,
-    spread,
     whole_build,
 )
 from matplotlib.figure import Figure
@@ -45,15 +45,14 @@ from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.evaluation.pictures import DPI, STYLE
 from dash_export.models import open_checkpoint
-from dash_export.policy.settings import RANK
 from dash_export.policy_file import save_policy
 from dash_export.runtime.rules import DENSE, FixedRule
-from dash_export.skip_policy import Compensation, SkipPolicy, default_gated
+from dash_export.skip_policy import Bypass, no_policy, stored_columns
 
 CONTEXTS = (64, 256, 1024, 2048, 4096, 8000)
 CONTEXT = 256
-OWED = 5
-"""Skipped layers in which what is owed for them is measured."""
+OWED = 2
+"""Skipped units in which what is owed for them is measured."""
 # Billions of weights -> hidden size, layers, heads, K/V heads, inner size, as SmolLM2 and Llama 3.2 have them.
 SHAPES = {
     0.1: (576, 30, 9, 3, 1536),
@@ -65,7 +64,7 @@ RECIPE = Path(__file__).parent / "recipes" / "nearest.toml"
 COMMAND = """
 import sys
 from dash_export.cli import cli
-from dash_export.profiling.machine import peak_memory
+from dash_export.evaluation.alone import peak_memory
 cli(sys.argv[1:], standalone_mode=False)
 print(peak_memory())
 """
@@ -100,12 +99,12 @@ def main(bundle: Path, target: str, sizes: str, rounds: int, processes: int, out
 def _layers(bundle: Path, target: str, rounds: int, processes: int) -> dict[str, Any]:
     """Time per token against layers executed, and against one whole graph."""
     opened = Bundle.open(bundle)
-    total, counts = opened.manifest.model.num_layers, _skipped_counts(opened)
+    total, units, counts = opened.manifest.model.num_layers, opened.manifest.policy.units, _skipped_counts(opened)
     with whole_build(opened, target) as whole:
         found = list(in_fresh_processes(layers_once, bundle, target, whole, rounds, processes=processes))
     milliseconds = [1e3 * mean(median(times[index]) for times in found) for index in range(len(counts))]
     owed = [_owed(times[0], *times[len(counts) : -1]) for times in found]
-    executed = [total - count for count in counts]
+    executed = [total - sum(len(unit.layers) for unit in units[:count]) for count in counts]
     slope, fixed, fit = _line(executed, milliseconds)
     return {
         "executed": executed,
@@ -120,18 +119,19 @@ def _layers(bundle: Path, target: str, rounds: int, processes: int) -> dict[str,
 
 
 def _skipped_counts(bundle: Bundle) -> list[int]:
-    counts: list[int] = np.unique(np.linspace(0, len(bundle.manifest.policy.gated), 7).astype(int)).tolist()
+    """Of units, the first ones."""
+    counts: list[int] = np.unique(np.linspace(0, len(bundle.manifest.policy.units), 7).astype(int)).tolist()
     return counts
 
 
 def layers_once(bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int) -> list[list[float]]:
-    """Seconds per token with ever more layers skipped; with OWED of them, as they are and with nothing done for them;
+    """Seconds per token with ever more units skipped; with OWED of them, as they are and with nothing done for them;
     of one graph. Who is loaded first changes with `number`.
     """
     opened = Bundle.open(bundle)
     layers, graph = load_both(bundle, target, whole, number)
     counts = _skipped_counts(opened)
-    rules = [FixedRule(spread(opened.manifest.policy.gated, count)) for count in (*counts, OWED)]
+    rules = [FixedRule(range(count)) for count in (*counts, OWED)]
     steps = [one_token(layers, CONTEXT, rule) for rule in rules]
     steps.append(one_token(layers, CONTEXT, rules[-1], nothing_owed=True))
     return interleaved([*steps, one_token(graph, CONTEXT)], rounds)
@@ -169,7 +169,7 @@ def _model(size: float, like: Path, rounds: int, processes: int) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="dash-export-scaling-", dir=like.parent) as name:
         root = Path(name)
         weights = _random_model(root / "model", SHAPES[size], like)
-        _random_compensation(root / "model", root / "policy.safetensors")
+        _random_bypasses(root / "model", root / "policy.safetensors")
         exported = _timed("export", root / "model", "--policy", root / "policy.safetensors", "-o", root / "m.dash")
         shutil.rmtree(root / "model")
         built = _timed("build", root / "m.dash", "--target", RECIPE)
@@ -185,19 +185,23 @@ def _model(size: float, like: Path, rounds: int, processes: int) -> dict[str, An
 
 
 def _owed(dense: Sequence[float], skipping: Sequence[float], nothing: Sequence[float]) -> float:
-    """Compensation and K/V of skipped layers, of what these would have taken; seconds per token, round by round."""
+    """The bypasses of skipped units, of what these would have taken; seconds per token, round by round."""
     rounds = list(zip(dense, skipping, nothing, strict=True))
     return median(taken - bound for _, taken, bound in rounds) / median(base - bound for base, _, bound in rounds)
 
 
-def _random_compensation(model: Path, path: Path) -> None:
-    """Of the shipped policy's form and rank, for all layers that may be skipped; no network."""
+def _random_bypasses(model: Path, path: Path) -> None:
+    """Linear, as a trained policy has them; no network."""
     spec = open_checkpoint(model).spec
-    gated = default_gated(spec.num_layers)
+    policy = no_policy(spec.num_layers)
     rng = np.random.default_rng(1)
-    shapes = {"down": (spec.hidden_size, RANK), "up": (RANK, spec.hidden_size)}
-    weights = {name: 0.02 * rng.standard_normal((len(gated), *shape), np.float32) for name, shape in shapes.items()}
-    save_policy(path, SkipPolicy(gated, None, Compensation("low_rank", weights), "random"), spec, {})
+
+    def bypass(columns: int) -> Bypass:
+        weight = 0.02 * rng.standard_normal((spec.hidden_size, columns), np.float32)
+        return Bypass({"weight": weight, "bias": np.zeros(columns, np.float32)})
+
+    bypasses = tuple(bypass(stored_columns(unit, spec)) for unit in policy.units)
+    save_policy(path, replace(policy, bypasses=bypasses, origin="random"), spec, {})
 
 
 def _random_model(folder: Path, shape: tuple[int, ...], like: Path) -> int:

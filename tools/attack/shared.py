@@ -53,6 +53,7 @@ BUNDLE, POLICY, PICTURE = "m.dash", "p.safetensors", "picture"
 SEEDS = {"a": 0, "b": 1}
 """The two policies, by the seed that trains them."""
 TARGETS = {"fp32": "cpu-fp32", "int8": "cpu-int8"}
+LAYERS = 5
 LAST_OPERATIONS = 12
 PATIENCE = 120
 """Seconds after which a process hangs."""
@@ -108,7 +109,7 @@ def staged() -> Iterator[Stage]:
     with tempfile.TemporaryDirectory(prefix="dash-export-attack-") as name:
         stage = Stage(Path(name))
         with redirect_stderr(io.StringIO()):  # transformers' progress
-            save_model(stage.model, num_hidden_layers=5)
+            save_model(stage.model, num_hidden_layers=LAYERS)
         sentences = (f"The {index} ships sailed to port {index * 7 % 31}." for index in range(100))
         (stage.folder / "prose.txt").write_text(" ".join(sentences))
         for policy in SEEDS:
@@ -130,6 +131,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     from dash_export.policy.settings import TrainingSettings
     from dash_export.policy.train import train
     from dash_export.policy_file import load_policy
+    from dash_export.skip_policy import default_units
 
     torch.set_num_threads(1)  # whose sums are the same everywhere
     vars(dial).update(WINDOWS=1, SHARES=(0.5,))
@@ -151,7 +153,8 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
             tuning_steps=1,
             precision="float32",
         )
-        train(stage.model, folder / POLICY, [stage.folder / "prose.txt"], settings=settings)
+        texts = [stage.folder / "prose.txt"]
+        train(stage.model, folder / POLICY, texts, units=default_units(LAYERS), settings=settings)
         return ""
     return _frontier(folder)
 

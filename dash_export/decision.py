@@ -199,8 +199,8 @@ class Setting:
     `skip` lists the layers, whole units of them (static); `trade_off` is in nats per dense token time; `budget` the
     mean decode time as a fraction of dense; `skipped` the mean number of layers skipped per token; `max_kl` the mean
     divergence from dense, nats per token, on the calibration text; `max_layers` bounds the layers of every token (for
-    `token` beside another amount too). A static policy skips whole units: the fewest of its order that are as much as that. `hold` keeps the
-    running mean of a `token` session at its budget, whatever the text.
+    `token` beside another amount too). A static policy skips whole units: the fewest of its order that are as much as
+    that. `hold` keeps the running mean of a `token` session at its budget, whatever the text.
     Raises PolicyError for what is no number, no list of layers, ...; `check` looks at amounts.
     """
 

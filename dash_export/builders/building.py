@@ -97,8 +97,9 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     cut = (facts.read,) if recipe.engine is not None and facts.has_network else ()
     segments = plan_segments(bundle.manifest.model.num_layers, facts.units, cut)
     folder = own_folder(bundle.path(f"engines/{recipe.name}"))
+    files: tuple[FileRecord, ...] = ()
     if recipe.engine is None and recipe.dialect == "portable":  # whose graphs are their own engines
-        engines, files = _portable_engines(bundle), ()
+        engines = _portable_engines(bundle)
     else:
         stop = threading.Event()
         with roundings_of(bundle, recipe, folder, _until(stop, progress)) as roundings:

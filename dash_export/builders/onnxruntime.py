@@ -116,7 +116,7 @@ def engine_graphs(bundle: Bundle, segments: Sequence[Segment]) -> Iterator[Engin
         yield EngineGraph(segment.name, parts, partial(compose_segment, bundle, segment, decides))
         if segment.gated:
             unit = Unit(segment.first, segment.last)
-            yield EngineGraph(unit.bypass, [unit.bypass], lambda name=unit.bypass: load_graph(bundle.graph(name)))
+            yield EngineGraph(unit.bypass, [unit.bypass], partial(load_graph, bundle.graph(unit.bypass)))
             parts = [unit.bypass, *segment.graphs]
             shared = segment.name, unit.bypass
             yield EngineGraph(MIXED + unit.name, parts, partial(compose_mixed, bundle, unit), shared)

@@ -15,6 +15,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BackendError
 from dash_export.graphs.compose import absorb, drop_dead, load_graph
+from dash_export.graphs.portable import HIDDEN_SHAPE
 from dash_export.graphs.writer import GraphWriter
 from dash_export.resources import resource_folder
 from dash_export.targets import Recipe
@@ -98,7 +99,7 @@ def compose_mixed(bundle: Bundle, unit: Unit) -> ir.Model:
             reader.replace_input_with(0, node.outputs[0])
         g.graph.outputs.extend(found.values())
     chosen = g.op("Where", [skipped, outputs["hidden_out"], value], "hidden_chosen")
-    g.output(chosen, "hidden_out", tuple(outputs["hidden_out"].shape or ()))
+    g.output(chosen, "hidden_out", (*HIDDEN_SHAPE, bundle.manifest.model.hidden_size))
     drop_dead(g.graph)
     g.graph.sort()
     return g.model()

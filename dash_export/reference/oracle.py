@@ -115,7 +115,7 @@ class Oracle:
         updates = found.shape[-1] - 2 * self.size * len(unit.layers)
         update = found[..., :updates] if updates else torch.zeros_like(hidden)
         names = [f"layers.{layer}.self_attn.{which}_proj" for layer in unit.layers for which in ("k", "v")]
-        return update, dict(zip(names, found[..., updates:].split(self.size, -1), strict=True))
+        return update, dict(zip(names, torch.split(found[..., updates:], self.size, -1), strict=True))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """RMSNorm of unit gain."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.artifacts import FileRecord
@@ -27,6 +27,9 @@ from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
 from dash_export.runtime.turn import MAX_TOKENS
 from dash_export.targets import MAX_THREADS, Dispatch, Recipe, recipe_from_dict
+
+if TYPE_CHECKING:
+    from dash_export.runtime.device.engines import DeviceEngines
 
 DISPATCH_MODES = get_args(Dispatch)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import DENSE_POSITIONS, Unit, decision_rule
+from dash_export.decision import DENSE_POSITIONS, decision_rule
+from dash_export.errors import PolicyError
 from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle
 from dash_export.runtime.rules import ForcedRule
@@ -104,13 +104,10 @@ def test_the_first_positions_are_dense(tiny_runtime: LoadRuntime) -> None:
     assert actions[2].tolist() == [0, 0, 1, 1, 1, 0]
 
 
-def test_units_come_whole(tiny_runtime: LoadRuntime, tmp_path: Path) -> None:
-    from dash_export.errors import PolicyError
-
+def test_units_come_whole(tiny_runtime: LoadRuntime) -> None:
     with pytest.raises(PolicyError, match="2-3,4"):
         tiny_runtime().session("static", skip=(2,))
     actions = np.zeros((4, 6), np.int8)
     actions[3, 3] = 1
     with pytest.raises(PolicyError, match="units are skipped whole"):
         tiny_runtime().session().score(random_ids(4), actions=actions)
-    assert Unit(2, 3) in TINY_UNITS

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.builders import build
+from dash_export.build_record import Segment
+from dash_export.builders import build, dial
+from dash_export.builders.measure import measure_cost
 from dash_export.bundle import Bundle
-from dash_export.decision import DecisionRule, decision_rule
+from dash_export.decision import DecisionRule, Unit, decision_rule
 from dash_export.errors import BackendError, BundleError, ContextLengthError
 from dash_export.exporting import export
 from dash_export.skip_policy import no_policy
 from tests.runtime.device.conftest import DIALECTS, IDS, RECIPE, MakeSimulated
 from tests.runtime.device.simulated import SimulatedContext, SimulatedDevice, SimulatedStream
-from tests.tiny import TINY_UNITS, random_actions, tiny_checkpoint
+from tests.tiny import TINY_UNITS, random_actions, tiny_checkpoint, tiny_policy
 
 ORDERS = ("main", "beside", 0, 1)
 TOLERANCE = 1e-4
@@ -58,7 +60,9 @@ def test_score(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> No
     """Token by token, it is what one pass on the host gives."""
     rule, runtime = rule_of(host), simulated("trt10", dispatch).runtime
     expected = host.session_under(rule).score(IDS, keep_logits=True)
-    found = runtime.session_under(rule).score(IDS, keep_logits=True)
+    session = runtime.session_under(rule)
+    session.score(IDS)
+    found = session.score(IDS, keep_logits=True)
     np.testing.assert_array_equal(found.actions, expected.actions)
     np.testing.assert_allclose(found.damage[2:], expected.damage[2:], atol=1e-5)
     assert not found.damage[:2].any(), "nobody asked"
@@ -102,18 +106,55 @@ def test_a_model_without_units(tmp_path: Path) -> None:
     assert len(device.ran) == 1 + 3, "a launch for the prompt and one for each token that is run"
 
 
-@pytest.mark.parametrize("change", ["no policy", "not cut where it reads"])
+CUTS = {
+    "elsewhere": (1, [Segment(0, -1, True, False, False), Segment(0, 1, False, False, False)]),
+    "nowhere": (0, [Segment(0, 1, True, False, False)]),
+}
+"""(what the policy reads, segments before the first unit)"""
+
+
+@pytest.mark.parametrize("change", ["no policy", *CUTS])
 def test_a_build_that_cannot_ask(change: str, device_bundle: Bundle) -> None:
     """A missing policy would be no damage, and no damage is always skipped."""
-    made = device_bundle.load_build("trt10")
+    bundle = Bundle.open(device_bundle.root)
+    made = bundle.load_build("trt10")
     if change == "no policy":
         made = replace(made, engines={name: each for name, each in made.engines.items() if name != "policy"})
     else:
-        joined = replace(made.segments[0], last=1)
-        engines = made.engines | {joined.name: made.engines["layer_00"]}
-        made = replace(made, segments=(joined, *made.segments[2:]), engines=engines)
+        read, segments = CUTS[change]
+        bundle.manifest = replace(bundle.manifest, policy=replace(bundle.manifest.policy, read=read))
+        engines = made.engines | {segment.name: made.engines["layer_00"] for segment in segments}
+        made = replace(made, segments=(*segments, *made.segments[2:]), engines=engines)
     with pytest.raises(BundleError, match="cannot ask its policy"):
-        DashRuntime(device_bundle, made, SimulatedDevice(), "overlapped")
+        DashRuntime(bundle, made, SimulatedDevice(), "overlapped")
+
+
+@pytest.mark.parametrize("dispatch", ["overlapped", "device"])
+def test_a_policy_that_reads_the_embedding(dispatch: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=4)
+    policy = tiny_policy(checkpoint, "mlp", units=(Unit(1, 2),))
+    bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
+    (tmp_path / "mine.toml").write_text(RECIPE.format(dialect="portable"))
+    build(bundle, "cpu", weights="fp32")
+    host = DashRuntime.load(bundle.root, "cpu-fp32")
+    rule = decision_rule(policy.units, (1.0,), float(np.median(host.session().score(IDS).damage[20:])))
+    device = SimulatedDevice("beside")
+    runtime = DashRuntime(bundle, build(bundle, str(tmp_path / "mine.toml")), device, dispatch)
+    (found, taken), (expected, actions) = decoded(runtime, rule), decoded(host, rule)
+    np.testing.assert_array_equal(taken, actions)
+    assert 0.2 < actions[:, 1].mean() < 0.8
+    assert np.abs(found - expected).max() < TOLERANCE
+
+
+def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dial, "WINDOWS", 1)
+    monkeypatch.setattr(dial, "TOKENS", 40)
+    made = device_bundle.load_build("trt10")
+    cost = measure_cost(device_bundle, made, SimulatedDevice())
+    assert {*cost.segment_us, *cost.bypass_us, "policy"} == set(made.engines)
+    assert cost.device == "simulated"
+    points = dial.calibrate_dial(device_bundle, replace(made, cost=cost), SimulatedDevice())
+    assert [points[0].layers, points[-1].layers] == [6, 3]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -41,8 +41,7 @@ def step_inputs(start: int, count: int, capacity: int) -> Arrays:
         "attention_mask": mask[None, None],
         "seqlens_k": np.array([start + count - 1], np.int32),
         "total_length": np.array([start + count], np.int32),
-        "first_logit": np.array([0]),
-        "logit_rows": positions - start,
+        "first_logit": np.array([count - 1]),
     }
 
 

@@ -82,15 +82,14 @@ class EngineRecipe:
     """What a GPU engine fixes when it is compiled.
 
     `activations`: the type of hidden states, caches and unquantised weights. `kv_capacity`: rows of the KV cache, which
-    does not grow; attention costs follow it, not the length. `logit_rows`: at most this many positions of one pass get
-    logits. `profiles` 2: one for decode, one for prefill chunks, each tuned; 1: one for both, and weights of 16 bits
-    are stored once instead of twice. `capabilities`: compute capabilities of the device, "8.7" for Jetson Orin.
+    does not grow; attention costs follow it, not the length. `profiles` 2: one for decode, one for prefill chunks, each
+    tuned; 1: one for both, and weights of 16 bits are stored once instead of twice. `capabilities`: compute
+    capabilities of the device, "8.7" for Jetson Orin.
     """
 
     capabilities: tuple[str, ...]
     activations: Literal["fp32", "fp16", "bf16"] = "fp16"
     kv_capacity: int = 2048
-    logit_rows: int = 16
     profiles: Literal[1, 2] = 2
     optimization_level: int = 3
     aux_streams: int = 0
@@ -135,7 +134,6 @@ _BOUNDS = {
     "context": (2, 65536),
     "repeats": (3, 10000),
     "kv_capacity": (16, 1 << 20),
-    "logit_rows": (1, 4096),
     "optimization_level": (0, 5),
     "aux_streams": (0, 7),
     "workspace_mib": (16, 1 << 17),

@@ -144,7 +144,7 @@ def test_build_of_an_earlier_export(bundle: Path) -> None:
         Bundle.open(bundle).load_build("cpu-fp32")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "engines/cpu-fp32/layer_03.onnx", "engines/cpu-fp32/layer_03.data"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "engines/cpu-fp32/layer_04.onnx", "engines/cpu-fp32/layer_04.data"])
 @pytest.mark.parametrize("how", ["changed", "longer", "gone"])
 def test_changed_file(name: str, how: str, bundle: Path) -> None:
     path = bundle / name
@@ -172,7 +172,7 @@ def test_path_that_leaves_the_bundle(path: str, where: str, bundle: Path) -> Non
         if where == "graphs":
             data["graphs"]["embed"] = path
         elif where == "engines":
-            data["engines"]["layer_02.policy"]["file"] = path
+            data["engines"]["layer_04"]["file"] = path
         else:
             data["files"][0]["name"] = path
 
@@ -210,30 +210,30 @@ def test_manifest_that_is_not_text(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("reads", [[1], [1, 1, 4], [-1, 1, 1], [1, 0, 1], [1, 2, 1]])
-def test_decisions_read_a_state_that_is_there(reads: list[int], bundle: Path) -> None:
-    edit(bundle / MANIFEST, lambda data: data["policy"].update(reads=reads))
-    with pytest.raises(BundleError, match=r"The decision about layer|layers to read"):
+@pytest.mark.parametrize("read", [2, 5, -1, 99])
+def test_the_decision_reads_a_state_that_is_there(read: int, bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: data["policy"].update(read=read))
+    with pytest.raises(BundleError, match="The decision reads the input of layer"):
         Bundle.open(bundle)
 
 
-def test_a_manifest_from_before_there_was_a_choice(bundle: Path) -> None:
-    edit(bundle / MANIFEST, lambda data: data["policy"].pop("reads"))
-    policy = Bundle.open(bundle).manifest.policy
-    assert policy.decision_points == {layer - 1: (layer,) for layer in policy.gated if policy.has_network}
+UNITS: list[Any] = [[(2, 3), (3, 4)], [(4, 4), (2, 3)], [(3, 2)], [(4, 9)], [(-1, 2)], [(0, 1)], [(5, 5)]]
 
 
-@pytest.mark.parametrize("name", ["static_order", "cosine_order"])
-@pytest.mark.parametrize("order", [[0], [2, 2], [99]])
-def test_orders_list_gated_layers(name: str, order: list[int], bundle: Path) -> None:
-    edit(bundle / MANIFEST, lambda data: data["policy"].update({name: order}))
-    with pytest.raises(BundleError, match="order of layers"):
+@pytest.mark.parametrize("units", UNITS)
+def test_units_are_of_the_model_s_layers(units: list[tuple[int, int]], bundle: Path) -> None:
+    """In order, each layer in one, and each unit with its bypass."""
+    listed = [{"first": first, "last": last} for first, last in units]
+    edit(bundle / MANIFEST, lambda data: data["policy"].update(units=listed, static_order=[]))
+    with pytest.raises(BundleError, match=r"in rising order|that must be one before|there is no graph bypass_05-05"):
         Bundle.open(bundle)
 
 
-def test_manifest_of_before_there_were_orders(bundle: Path) -> None:
-    edit(bundle / MANIFEST, lambda data: [data["policy"].pop(name) for name in ("static_order", "cosine_order")])
-    assert Bundle.open(bundle).manifest.policy.kinds == ("dense", "static", "random", "sequence", "token")
+@pytest.mark.parametrize("order", [[1, 1], [2], [-1]])
+def test_the_static_order_lists_units(order: list[int], bundle: Path) -> None:
+    edit(bundle / MANIFEST, lambda data: data["policy"].update(static_order=order))
+    with pytest.raises(BundleError, match="the static order"):
+        Bundle.open(bundle)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, BUILD_JSON])
@@ -270,15 +270,15 @@ def test_an_earlier_schema(bundle: Path) -> None:
 
 
 def test_weights_that_no_record_lists(bundle: Path) -> None:
-    edit(bundle / BUILD_JSON, lambda data: data.update(files=[r for r in data["files"] if "_03.data" not in r["name"]]))
-    with pytest.raises(BundleError, match=r"layer_03\.data was put there afterwards"):
+    edit(bundle / BUILD_JSON, lambda data: data.update(files=[r for r in data["files"] if "_04.data" not in r["name"]]))
+    with pytest.raises(BundleError, match=r"layer_04\.data was put there afterwards"):
         DashRuntime.load(bundle, "cpu-fp32")
     (bundle / "onnx" / "more.data").touch()
     with pytest.raises(BundleError, match=r"more\.data was put there afterwards"):
         DashRuntime.load(bundle, "portable")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "engines/cpu-fp32/layer_03.data"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "engines/cpu-fp32/layer_04.data"])
 @pytest.mark.parametrize("how", ["replaced", "written to"])
 def test_a_file_that_changes_while_it_is_loaded(
     name: str, how: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
@@ -302,13 +302,36 @@ def test_a_file_that_changes_while_it_is_loaded(
 
 POINT = {"trade_off": 0.0, "layers": 6.0, "time": 1.0, "kl": 0.0}
 NAN, NEGATIVE = POINT | {"kl": float("nan")}, POINT | {"time": -1}
-DIALS: list[Any] = [[], {"magic": [POINT]}, {"token": [NAN]}, {"sequence": [POINT, NEGATIVE]}]
+DIALS: list[Any] = [{"token": [POINT]}, [NAN], [POINT, NEGATIVE], [[]], [POINT | {"more": 1}]]
 
 
 @pytest.mark.parametrize("dial", DIALS)
 def test_damaged_dial(dial: Any, bundle: Path) -> None:
     edit(bundle / BUILD_JSON, lambda data: data.update(dial=dial))
     with pytest.raises(BundleError, match="dial"):
+        Bundle.open(bundle).load_build("cpu-fp32")
+
+
+FORGED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a cost too few": (lambda data: data["cost"]["cost"].pop(), "does not list the units"),
+    "a cost that is no number": (lambda data: data["cost"].update(cost=[0.1, float("nan")]), "cost"),
+    "a load below 0": (lambda data: data["cost"].update(others=-1.0), "the load while costs"),
+    "no bypass": (lambda data: data["engines"].pop("bypass_04-04"), "no engine bypass_04-04"),
+    "no segment": (lambda data: data["engines"].pop("layers_02-03"), "no engine layers_02-03"),
+    "one mixed engine": (lambda data: data["engines"].pop("mixed_04-04"), "of some units only"),
+    "a layer that always runs": (lambda data: data["segments"][1].update(gated=False), "are not the model's layers"),
+    "a layer twice": (lambda data: data["segments"][2].update(first=3), "are not the model's layers"),
+    "far away": (lambda data: data["segments"][3].update(last=1 << 40), "are not the model's layers"),
+    "no head": (lambda data: data["segments"][3].update(head=False), "are not the model's layers"),
+    "another target": (lambda data: data.update(target="portable"), "of the target 'portable'"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_build(name: str, bundle: Path) -> None:
+    change, said = FORGED[name]
+    edit(bundle / BUILD_JSON, change)
+    with pytest.raises(BundleError, match=said):
         Bundle.open(bundle).load_build("cpu-fp32")
 
 

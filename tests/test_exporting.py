@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from dash_export import exporting
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, CheckpointError, NewerBundleError, PolicyError
 from dash_export.exporting import export
+from dash_export.manifest import SCHEMA
 from dash_export.models import open_checkpoint
 from dash_export.models.spec import FINAL_NORM
 from dash_export.skip_policy import no_policy
 from tests.conftest import DATA
 from tests.models.helpers import write_gguf
-from tests.tiny import save_model, tiny_checkpoint, tiny_policy
+from tests.tiny import TINY_UNITS, save_model, tiny_checkpoint, tiny_policy
 
 MEGABYTES = 1 << 20
 # Peak resident set in MB over that after the imports, of exporting argv[1] to argv[2].
@@ -31,6 +33,7 @@ import sys
 from pathlib import Path
 import numpy, gguf, safetensors, onnx_ir, tokenizers
 import dash_export.exporting, dash_export.models.gguf, dash_export.models.huggingface
+from dash_export.manifest import SCHEMA
 from dash_export.models import open_checkpoint
 from dash_export.skip_policy import untrained_policy
 
@@ -63,7 +66,7 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     bundle.verify(bundle.manifest.files)
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= on_disk
     assert bundle.manifest.model.num_layers == 6
-    assert bundle.manifest.policy.gated == (2, 3, 4)
+    assert bundle.manifest.policy.units == TINY_UNITS
 
 
 def test_a_policy_knows_its_model(tmp_path: Path) -> None:
@@ -111,7 +114,7 @@ def test_a_damaged_bundle_is_made_anew(file: str, tmp_path: Path) -> None:
 def test_a_newer_bundle_is_not_overwritten(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     manifest = export(checkpoint, tmp_path / "a.dash").root / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"schema": 2', '"schema": 99', 1))
+    manifest.write_text(manifest.read_text().replace(f'"schema": {SCHEMA}', '"schema": 99', 1))
     with pytest.raises(NewerBundleError, match="Upgrade"):
         export(checkpoint, tmp_path / "a.dash")
 
@@ -129,15 +132,15 @@ def test_a_changed_policy_keeps_the_layers(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     first = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
     one = hashes(first)
-    second = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint, "scale"))
+    second = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint, "linear"))
     two = hashes(second)
     assert first.manifest.key != second.manifest.key
     changed = {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
     assert changed
-    assert all(name.startswith(("onnx/skip_", "onnx/policy.")) for name in changed)
+    assert all(name.startswith(("onnx/bypass_", "onnx/policy.")) for name in changed)
 
 
-def test_fewer_gated_layers_leave_no_orphans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_units_leave_no_orphans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An export that died under one policy is resumed under another."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
 
@@ -149,17 +152,11 @@ def test_fewer_gated_layers_leave_no_orphans(tmp_path: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "put_in_place", dies)
-        patch.setattr(exporting, "removed_on_error", _nothing)
+        patch.setattr(exporting, "removed_on_error", lambda *_: nullcontext())
         with pytest.raises(Died):
-            export(checkpoint, tmp_path / "a.dash", no_policy(6, (2, 3, 4)))
-    bundle = export(checkpoint, tmp_path / "a.dash", no_policy(6, (3,)))
-    assert "onnx/skip_02.onnx" not in {str(path.relative_to(bundle.root)) for path in bundle.root.rglob("*.onnx")}
-
-
-class _nothing:  # noqa: N801
-    def __init__(self, *_: object) -> None: ...
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
+            export(checkpoint, tmp_path / "a.dash", no_policy(6, TINY_UNITS))
+    bundle = export(checkpoint, tmp_path / "a.dash", no_policy(6, TINY_UNITS[1:]))
+    assert [path.name for path in bundle.root.rglob("bypass_*.onnx")] == ["bypass_04-04.onnx"]
 
 
 def test_a_folder_that_is_no_bundle_is_not_overwritten(tmp_path: Path) -> None:

@@ -16,13 +16,12 @@ from dash_export import DashRuntime
 from dash_export.artifacts import JOURNAL
 from dash_export.builders import build
 from dash_export.bundle import BUILD, Bundle
-from dash_export.decision import decision_rule
-from dash_export.errors import BackendError, BundleError, DashError, PolicyError
+from dash_export.errors import BackendError, BundleError, DashError
 from dash_export.graphs.compose import load_graph
 from dash_export.runtime import backends
 from tests.forged import edit, rehash
 
-ENGINE = "engines/cpu-fp32/layer_02.policy.onnx"
+ENGINE = "engines/cpu-fp32/layer_04.onnx"
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def locations(root: Path) -> list[str]:
 @pytest.mark.parametrize("which", range(4))
 def test_engine_whose_weights_lie_outside(which: int, bundle: Path) -> None:
     rewritten(bundle, ENGINE, point_outside(locations(bundle)[which]))
-    with pytest.raises(DashError, match=r"refuses layer_02\.policy\.onnx|leaves the bundle"):
+    with pytest.raises(DashError, match=r"refuses layer_04\.onnx|leaves the bundle"):
         DashRuntime.load(bundle, "cpu-fp32").generate([1, 2, 3], 2)
 
 
@@ -123,7 +122,7 @@ def test_truncated_engine(share: float, bundle: Path) -> None:
     data = (bundle / ENGINE).read_bytes()
     (bundle / ENGINE).write_bytes(data[: int(share * len(data))])
     rehash(bundle, ENGINE)
-    with pytest.raises(BackendError, match=r"refuses layer_02\.policy\.onnx"):
+    with pytest.raises(BackendError, match=r"refuses layer_04\.onnx"):
         DashRuntime.load(bundle, "cpu-fp32")
 
 
@@ -147,7 +146,7 @@ def test_graph_that_lacks_a_node(which: int, bundle: Path) -> None:
 
 
 def test_truncated_weights(bundle: Path) -> None:
-    for name in ("engines/cpu-fp32/layer_02.data", "onnx/layer_02.data"):
+    for name in ("engines/cpu-fp32/layer_04.data", "onnx/layer_02.data"):
         (bundle / name).write_bytes((bundle / name).read_bytes()[:5000])
         rehash(bundle, name)
     with pytest.raises(DashError):
@@ -159,13 +158,13 @@ def test_truncated_weights(bundle: Path) -> None:
 
 def test_no_policy_is_no_damage(bundle: Path) -> None:
     """Damage that nobody computed would be 0: always skipped."""
-    listing = bundle / "engines" / "cpu-fp32" / BUILD
-    edit(listing, lambda data: data["engines"].pop("layer_02.policy"))
-    with pytest.raises(BundleError, match=r"no engine layer_02\.policy"):
-        DashRuntime.load(bundle, "cpu-fp32")
-    plain = DashRuntime.load(bundle, "cpu-fp32", dispatch="plain")
-    with pytest.raises(PolicyError, match="another dispatch than 'plain'"):
-        plain.session_under(decision_rule(6, plain.bundle.manifest.policy.gated, plain.cost.cost, 1.0))
+    listing = bundle / "engines" / "portable" / BUILD
+    edit(listing, lambda data: data["engines"].pop("policy"))
+    first = "engines/cpu-fp32/layers_00-01.onnx"
+    rewritten(bundle, first, lambda model: model.graph.output.pop([o.name for o in model.graph.output].index("damage")))
+    for target in ("portable", "cpu-fp32"):
+        with pytest.raises(BundleError, match="has no engine of the policy"):
+            DashRuntime.load(bundle, target)
 
 
 def test_changed_graph_is_not_built(bundle: Path) -> None:

@@ -101,7 +101,7 @@ def test_export(model: Path, tmp_path: Path) -> None:
 def test_export_over_a_bundle(model: Path, tmp_path: Path) -> None:
     """Another policy over a built bundle: the old or the new one is there, and its engines are not lost for good."""
     checkpoint = open_checkpoint(model)
-    policy, other = tiny_policy(checkpoint), tiny_policy(checkpoint, "scale")
+    policy, other = tiny_policy(checkpoint), tiny_policy(checkpoint, "linear")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dial, "SHARES", (0.5,))
         first = export(checkpoint, tmp_path / "old" / "a.dash", policy)
@@ -110,11 +110,11 @@ def test_export_over_a_bundle(model: Path, tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "old", tmp_path / "count")
         after = records(export(checkpoint, tmp_path / "new.dash", other).manifest.files)
         for moment in moments(
-            victims.export_victim, tmp_path / "counted", str(model), str(tmp_path / "count" / "a.dash"), "scale"
+            victims.export_victim, tmp_path / "counted", str(model), str(tmp_path / "count" / "a.dash"), "linear"
         ):
             output = tmp_path / f"at-{moment}" / "a.dash"
             shutil.copytree(tmp_path / "old", output.parent)
-            assert run(victims.export_victim, str(model), str(output), "scale", moment, str(tmp_path / "no")) == -9
+            assert run(victims.export_victim, str(model), str(output), "linear", moment, str(tmp_path / "no")) == -9
             assert state(output) in ("usable", "unfinished")
             if state(output) == "usable":
                 assert records(Bundle.open(output).manifest.files) in (before, after)
@@ -133,7 +133,7 @@ def test_going_back_after_a_kill(model: Path, tmp_path: Path) -> None:
     one.
     """
     checkpoint = open_checkpoint(model)
-    policy, other = tiny_policy(checkpoint), tiny_policy(checkpoint, "scale")
+    policy, other = tiny_policy(checkpoint), tiny_policy(checkpoint, "linear")
     output = tmp_path / "a.dash"
     build(export(checkpoint, output, policy), "cpu", weights="fp32")
     shutil.copytree(output / "engines", work_folder(output) / "engines")

@@ -297,7 +297,7 @@ def test_what_may_not_be_replaced_is_told_before(tmp_path: Path, monkeypatch: py
 
 def test_a_policy_replaces_policies_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
-    card = {"kind": "token", "gated": [], "settings": {}}
+    card = {"kind": "token", "units": [], "settings": {}}
     check_replaceable(path)
     save_policy(path, tiny_policy(checkpoint), checkpoint.spec, card)
     check_replaceable(path)

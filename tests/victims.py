@@ -26,13 +26,13 @@ def arm(folder: str, moment: int) -> list[int]:
     return count
 
 
-def export_victim(model: str, output: str, kind: str, moment: int, counted: str) -> None:
+def export_victim(model: str, output: str, form: str, moment: int, counted: str) -> None:
     from dash_export.exporting import export
     from dash_export.models import open_checkpoint
     from tests.tiny import tiny_policy
 
     checkpoint = open_checkpoint(model)
-    policy = tiny_policy(checkpoint, kind)
+    policy = tiny_policy(checkpoint, form)
     count = arm(str(Path(output).parent), moment)
     export(checkpoint, output, policy)
     total = count[0]

@@ -23,7 +23,6 @@ from dash_export.builders.trt_api import Settings, Shapes, Toolkit, load_toolkit
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graphs.rounded import Roundings
-from dash_export.graphs.trt.lower import LOGIT_ROWS
 from dash_export.graphs.writer import save_graph
 from dash_export.names import TIMING_CACHE
 from dash_export.targets import Recipe
@@ -90,12 +89,10 @@ def engine_settings(model: ir.Model | None, recipe: Recipe) -> Settings:
     engine = recipe.engine
     assert engine is not None
     chunk = recipe.runtime.prefill_chunk
-    rows = min(engine.logit_rows, chunk)
-    # (smallest, best, largest) number of tokens, and of rows that get logits.
-    decode, prefill, both = ((1, 1, 1), (1, 1, 1)), ((1, chunk, chunk), (1, 1, rows)), ((1, 1, chunk), (1, 1, rows))
-    sizes = (decode, prefill) if engine.profiles == 2 else (both,)
+    # (smallest, best, largest) number of tokens.
+    sizes = ((1, 1, 1), (1, chunk, chunk)) if engine.profiles == 2 else ((1, 1, chunk),)
     return Settings(
-        profiles=tuple(_shapes(model, *each) for each in sizes) if model is not None else (),
+        profiles=tuple(_shapes(model, each) for each in sizes) if model is not None else (),
         capabilities=engine.capabilities,
         optimization_level=engine.optimization_level,
         aux_streams=engine.aux_streams,
@@ -103,12 +100,11 @@ def engine_settings(model: ir.Model | None, recipe: Recipe) -> Settings:
     )
 
 
-def _shapes(model: ir.Model, tokens: tuple[int, int, int], rows: tuple[int, int, int]) -> Shapes:
+def _shapes(model: ir.Model, tokens: tuple[int, int, int]) -> Shapes:
     shapes: dict[str, Any] = {}
     for value in model.graph.inputs:
-        sizes = rows if value.name == LOGIT_ROWS else tokens
         assert value.shape is not None
         shapes[str(value.name)] = tuple(
-            tuple(size if isinstance(size, int) else wanted for size in value.shape) for wanted in sizes
+            tuple(size if isinstance(size, int) else wanted for size in value.shape) for wanted in tokens
         )
     return shapes

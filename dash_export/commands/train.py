@@ -54,7 +54,7 @@ from dash_export.decision import parse_units
     "other text or for a fine-tune of its model: only the tuning steps are done.",
 )
 @click.option("--mlp", type=click.IntRange(0, 4096), help="Width of a gated MLP in every bypass; 0: linear (0).")
-@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps; no other stage takes more (400).")
+@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps; no other stage takes more (600).")
 @click.option(
     "--trade-offs",
     type=(click.FloatRange(min=0, min_open=True), click.FloatRange(min=0, min_open=True)),

@@ -23,7 +23,9 @@ RIDGE = 1e-6
 
 
 class Sums:
-    """X'X and X'Y (float64, on the CPU) per layer at which a unit begins, over the tokens that count."""
+    """X'X and X'Y (float64, on the CPU) per layer at which a unit begins, over the tokens that count: `sums_bytes`, 10
+    MB for a unit of four layers of a 135M, 300 MB for one of an 8B.
+    """
 
     def __init__(self, model: GatedModel, units: Iterable[Unit]) -> None:
         self._model = model

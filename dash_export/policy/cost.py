@@ -7,6 +7,8 @@ with 4 bits a weight and 8 in a bypass, as engines for a CPU have them. The cost
 
 from __future__ import annotations
 
+from math import prod
+
 from dash_export.models.spec import DecoderSpec
 from dash_export.skip_policy import key_value_size
 
@@ -15,13 +17,9 @@ BITS, BYPASS_BITS = 4, 8
 
 def saved(spec: DecoderSpec, layers: int, width: int = 0) -> float:
     """Fraction of a token's time; `width`: of the bypass's MLP. Below 0 where the bypass is larger than its layers."""
-    shapes = spec.weight_shapes()
-    layer = sum(rows * columns[0] for rows, *columns in _of_layer_0(shapes) if columns)
+    weights = {name: prod(shape) for name, shape in spec.weight_shapes().items()}
+    layer = sum(count for name, count in weights.items() if name.startswith("model.layers.0."))
     hidden, columns = spec.hidden_size, spec.hidden_size + 2 * key_value_size(spec) * layers
     bypass = hidden * columns + width * (2 * hidden + columns)
     token = spec.num_layers * layer + spec.vocab_size * hidden
     return (layers * layer * BITS - bypass * BYPASS_BITS) / (token * BITS)
-
-
-def _of_layer_0(shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    return [shape for name, shape in shapes.items() if name.startswith("model.layers.0.")]

@@ -66,7 +66,7 @@ class Run:
             return 0
         try:
             # Tensors and plain values only: nothing is unpickled.
-            state = torch.load(self._path(stage), map_location=self.model.device, weights_only=True)
+            state = torch.load(self._path(stage), map_location="cpu", weights_only=True)
             if state["key"] != self.key:
                 return 0
             load(state)

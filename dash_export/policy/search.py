@@ -22,7 +22,7 @@ LARGEST_SUMS = 512 << 20
 """Bytes of the sums at once: the search goes over its text once for every group of candidates that fits into them.
 While they are saved they are in memory three times.
 """
-SUM_COST, TRIAL_COST = 2, 2
+SUM_COST, TRIAL_COST = 2, 1
 """What summing a batch up, and a trial on one, cost, in forward passes of a batch."""
 
 

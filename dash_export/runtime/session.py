@@ -233,7 +233,8 @@ class Session:
                 step.teacher_force(part, rule, np.arange(start, start + len(part)) < prompt)
             else:
                 step.decode(int(part[0]), DENSE if start < prompt else rule)
-                self.rules.decoded(step.skipped)
+                if start >= prompt:
+                    self.rules.decoded(step.skipped)
             self.tokens.extend(part.tolist())
             yield start, step
 

@@ -54,10 +54,10 @@ def make_seeds(folder: Path) -> None:
     write_gguf(folder / "a.gguf", model, quantize="Q8_0")
     qwen = save_model(folder / "qwen2", "qwen2", **tied)
     write_gguf(folder / "b.gguf", qwen, pre="qwen2", metadata={"general.alignment": 32, "tokenizer.ggml.scores": [0.5]})
-    bundle = Bundle.open(tiny_bundle(folder / "made", "cpu", "portable", kind="low_rank", **small, num_hidden_layers=4))
+    bundle = Bundle.open(tiny_bundle(folder / "made", "cpu", "portable", form="linear", **small, num_hidden_layers=5))
     shutil.move(bundle.root, folder / BUNDLE)
     checkpoint = open_checkpoint(folder / "made" / "model")
-    save_policy(folder / "policy.safetensors", tiny_policy(checkpoint, "low_rank", width=4), checkpoint.spec, {})
+    save_policy(folder / "policy.safetensors", tiny_policy(checkpoint, "mlp"), checkpoint.spec, {})
     shutil.copytree(Path(__file__).parents[2] / "engines", folder / "engines")
 
 
@@ -129,6 +129,7 @@ def _opened(folder: Path) -> None:
 def _generated(folder: Path, verify: bool = False) -> None:
     runtime = DashRuntime.load(folder / BUNDLE, "cpu-fp32", verify=verify)
     runtime.generate([1, 2, 3], 2, trade_off=1.0)
+    runtime.score([1, 2, 3, 4], trade_off=1e9)  # whose rows differ
 
 
 def _manifest(path: Path) -> None:
@@ -264,10 +265,11 @@ PARSERS = {
         _written(f"{BUILT}/{BUILD}", _record),
         _generated,
     ),
-    "graph": _onnx("onnx/skip_02.onnx", _graph, _rebuilt, 64),
+    "graph": _onnx("onnx/bypass_02-03.onnx", _graph, _rebuilt, 64),
     "policy_graph": _onnx("onnx/policy.onnx", _graph, _rebuilt, 64),
-    "engine": _onnx("engines/cpu-fp32/skip_02.onnx", _engine, partial(_generated, verify=True), 8),
-    "policy_engine": _onnx("engines/cpu-fp32/policy_02.onnx", _engine, partial(_generated, verify=True), 8),
+    "engine": _onnx("engines/cpu-fp32/bypass_02-03.onnx", _engine, partial(_generated, verify=True), 8),
+    "first_engine": _onnx("engines/cpu-fp32/layers_00-01.onnx", _engine, partial(_generated, verify=True), 8),
+    "mixed_engine": _onnx("engines/cpu-fp32/mixed_02-03.onnx", _engine, partial(_generated, verify=True), 8),
     "prompts": Parser(mutators.in_lines, lambda _: [LINES], _written("mine.jsonl", _lines)),
     "tasks": Parser(mutators.in_lines, lambda _: TASKS, _written("mine.jsonl", read_items)),
     "lists": Parser(mutators.in_text, lambda _: LISTS, _chosen),

@@ -74,4 +74,4 @@ def test_saved_is_bytes(checkpoint: Checkpoint, form: str) -> None:
         full = full_bypass(bypass, unit, checkpoint)
         owed = sum(array.size for array in full.values() if array.ndim == 2)
         layers = sum(size for name, size in sizes.items() for layer in unit.layers if f"layers.{layer}." in name) / 2
-        assert saved(spec, len(unit.layers), bypass.width) == pytest.approx((layers - owed) / token)
+        assert saved(spec, len(unit.layers), bypass.width) == pytest.approx((layers - owed) / token, rel=0.02)

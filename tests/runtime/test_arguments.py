@@ -84,8 +84,8 @@ def calls(runtime: DashRuntime, session: Session, batch: Batch) -> dict[str, Cal
     for name in Sampling.__dataclass_fields__:
         found[f"Sampling.{name}"] = lambda odd, name=name: runtime.generate(ids, 2, Sampling(**{"top_k": 9, name: odd}))
     for name in Setting.__dataclass_fields__:
-        for kind in ("token", "static", "random"):
-            given = {"policy": kind} | ({"skipped": 1} if name in ("policy", "seed", "hold") else {})
+        for kind in ("token", "static"):
+            given = {"policy": kind} | ({"skipped": 1} if name in ("policy", "hold") else {})
             found[f"session.{name}.{kind}"] = lambda odd, name=name, given=given: runtime.generate(
                 ids, 2, **given | {name: odd}
             )
@@ -120,9 +120,9 @@ def test_nothing_but_our_errors(tiny_runtime: LoadRuntime) -> None:
         (lambda _: Setting(max_kl=INF), PolicyError, "max_kl must be a finite number or None; got inf"),
         (lambda _: Setting(max_layers=3.5), PolicyError, "max_layers must be a whole number"),
         (lambda r: r.session(skip=5), PolicyError, "skip must be a list of whole numbers or None; got 5"),
-        (lambda r: r.session(seed=1.5), PolicyError, "seed must be a whole number; got 1.5"),
         (lambda r: r.batch(True), RequestError, "size must be a whole number; got True"),
         (lambda r: r.batch(1 << 40), RequestError, "size.* from 1 to 1024"),
+        (lambda r: r.batch(0), RequestError, "size.* from 1 to 1024"),
         (lambda r: r.load(r.bundle.root, threads="2"), RequestError, "threads must be a whole number or None; got '2'"),
         (lambda r: r.load(r.bundle.root, threads=-1), RequestError, "threads must be from 0"),
         (lambda r: r.stream([1], NAN), RequestError, "max_tokens must be a whole number or None; got nan"),
@@ -135,6 +135,9 @@ def test_nothing_but_our_errors(tiny_runtime: LoadRuntime) -> None:
         (lambda r: r.chat([{"role": 1}]), RequestError, "both text"),
         (lambda r: r.batch(2).stream("hello"), RequestError, "prompts must be a list of prompts, not one text"),
         (lambda r: r.batch(2).stream([[1]], 0), RequestError, "max_tokens must be at least 1"),
+        (lambda r: r.generate([1], -3), RequestError, "max_tokens must be at least 1"),
+        (lambda r: r.generate_batch([[1]], 0), RequestError, "max_tokens must be at least 1"),
+        (lambda r: r.generate_batch("hello"), RequestError, "a list of prompts, not one text"),
     ],
 )
 def test_what_was_wrong_is_named(

@@ -30,7 +30,6 @@ GROUND = {
     "outputs",
     "resources",
     "runtime",
-    "stretches",
     "targets",
     "text_files",
     "typed_json",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.decision import unit_skips
 from dash_export.runtime import Session, engine_set, huge_pages
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.dispatch import BoundStep
 from dash_export.runtime.memory import StepMemory
 from dash_export.runtime.rules import ForcedRule
 from tests.runtime.prompts import prompts
-from tests.tiny import random_actions, random_ids
+from tests.tiny import TINY_UNITS, random_actions, random_ids
 
 LoadRuntime = Callable[..., DashRuntime]
 PREFILLS = {"one-piece": (256, 512), "chunks": (256, 7), "growing": (16, 512), "both": (16, 5)}
@@ -53,17 +54,17 @@ def session(runtime: DashRuntime, kv_step: int, prefill_chunk: int, **policy: ob
 def forced_decode(live: Session, ids: np.ndarray, prompt: int, actions: np.ndarray) -> np.ndarray:
     """Logits [tokens from the prompt's last on, vocab]: prefill, then each known token with its actions."""
     rows = [live.prefill(ids[:prompt])]
+    skipped = unit_skips(actions, live.engines.units)
     for position in range(prompt, len(ids)):
-        logits, taken = live.decode_one(int(ids[position]), ForcedRule(actions[position : position + 1]))
+        logits, taken = live.decode_one(int(ids[position]), ForcedRule(skipped[:, position : position + 1]))
         np.testing.assert_array_equal(taken, actions[position])
         rows.append(logits)
     return np.stack(rows)
 
 
 def actions_of(case: Case) -> np.ndarray:
-    actions = random_actions(
-        len(case.ids), case.runtime.engines.model.num_layers, case.runtime.bundle.manifest.policy.gated
-    )
+    engines = case.runtime.engines
+    actions = random_actions(len(case.ids), engines.model.num_layers, engines.units)
     actions[: case.prompt] = 0
     return actions
 
@@ -86,13 +87,17 @@ def test_one_pass_in_chunks_equals_one_piece(case: Case) -> None:
     assert np.abs(chunked - whole).max() < case.tolerance
 
 
-def test_score_equals_decode_under_the_policy(case: Case) -> None:
-    dial = {
-        "trade_off": case.runtime.build.dial["token"][1].trade_off,
-        "max_layers": case.runtime.engines.model.num_layers - 1,
-    }
-    score = case.runtime.session(**dial).score(case.ids, prefix=case.prompt)
-    live = case.runtime.session(**dial)
+@pytest.mark.parametrize("kind", ["static", "token", "bounded"])
+def test_score_equals_decode_under_a_policy(kind: str, case: Case) -> None:
+    num_layers, units = case.runtime.engines.model.num_layers, case.runtime.engines.units
+    dial = case.runtime.build.dial
+    setting: dict[str, Any] = {
+        "static": {"skip": tuple(units[0].layers)},
+        "token": {"trade_off": dial[len(dial) // 2].trade_off},
+        "bounded": {"trade_off": dial[1].trade_off, "max_layers": num_layers - 1},
+    }[kind]
+    score = case.runtime.session(**setting).score(case.ids, prefix=case.prompt)
+    live = case.runtime.session(**setting)
     logits, likelihoods, taken = live.prefill(case.ids[: case.prompt]), [], []
     for token in case.ids[case.prompt :]:
         likelihoods.append(float(logits[token] - np.logaddexp.reduce(logits.astype(np.float64))))
@@ -101,17 +106,6 @@ def test_score_equals_decode_under_the_policy(case: Case) -> None:
     assert 0 < np.sum(taken) < np.size(taken)
     np.testing.assert_array_equal(score.actions[case.prompt :], taken)
     np.testing.assert_allclose(score.log_likelihoods[case.prompt - 1 :], likelihoods, atol=case.tolerance)
-
-
-def test_trade_off_zero_is_dense_bit_for_bit(case: Case) -> None:
-    """The same engines: a policy that never skips changes nothing."""
-    dense, zero = case.runtime.session("dense"), case.runtime.session("token", trade_off=0.0)
-    np.testing.assert_array_equal(dense.prefill(case.ids[: case.prompt]), zero.prefill(case.ids[: case.prompt]))
-    for token in case.ids[case.prompt :]:
-        expected, _ = dense.decode_one(int(token))
-        logits, actions = zero.decode_one(int(token))
-        np.testing.assert_array_equal(logits, expected)
-        assert not actions.any()
 
 
 def test_cache_step_of_one_position_is_not_read_ahead(tiny_runtime: LoadRuntime) -> None:
@@ -125,40 +119,15 @@ def test_cache_step_of_one_position_is_not_read_ahead(tiny_runtime: LoadRuntime)
     np.testing.assert_allclose(live.decode_one(int(ids[20]))[0], expected, atol=2e-5)
 
 
-def test_fused_and_sync_decide_alike(tiny_runtime: LoadRuntime) -> None:
-    _same_decisions(tiny_runtime("cpu-fp32", "fused"), tiny_runtime("cpu-fp32", "sync"), random_ids(120))
-
-
-@pytest.mark.model
-def test_fused_and_sync_decide_alike_in_smollm2(smollm2_runtime: LoadRuntime) -> None:
-    fused = smollm2_runtime("cpu-fp32", "fused")
-    _same_decisions(fused, smollm2_runtime("cpu-fp32", "sync"), np.concatenate(prompts(fused)[3:]))
-
-
-def _same_decisions(fused: DashRuntime, sync: DashRuntime, ids: np.ndarray) -> None:
-    for trade_off in {point.trade_off for point in fused.build.dial["token"][1:3]}:
-        one, other = (runtime.session("token", trade_off=trade_off).score(ids, prefix=8) for runtime in (fused, sync))
-        assert one.actions.any()
-        np.testing.assert_array_equal(one.actions, other.actions)
-        np.testing.assert_allclose(one.damage, other.damage, atol=1e-4)
-        decoded = [runtime.session("token", trade_off=trade_off) for runtime in (fused, sync)]
-        for live in decoded:
-            live.prefill(ids[:8])
-        for token in ids[8:40]:
-            (logits, actions), (sync_logits, sync_actions) = (live.decode_one(int(token)) for live in decoded)
-            np.testing.assert_array_equal(actions, sync_actions)
-            np.testing.assert_allclose(logits, sync_logits, atol=1e-3)
-
-
 def test_over_long_caches_passes_are_shorter(tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the attention scores of one stay small."""
     runtime, ids, sizes = tiny_runtime(), random_ids(40), []
     expected = runtime.session().prefill(ids)
     sound = BoundStep.prefill
 
-    def prefill(step: BoundStep, tokens: np.ndarray, ask: bool = False) -> None:
+    def prefill(step: BoundStep, tokens: np.ndarray) -> None:
         sizes.append(len(tokens))
-        sound(step, tokens, ask)
+        sound(step, tokens)
 
     monkeypatch.setattr(BoundStep, "prefill", prefill)
     monkeypatch.setattr(engine_set, "SCORES", 4 * runtime.engines.model.num_heads * 48 * 15)
@@ -195,7 +164,7 @@ class TestBrokenOnPurpose:
 
     @staticmethod
     def difference(runtime: DashRuntime) -> float:
-        ids, actions = random_ids(60), random_actions(60, 6, (2, 3, 4))
+        ids, actions = random_ids(60), random_actions(60, 6, TINY_UNITS)
         actions[:30] = 0
         whole = runtime.session().logits(ids, actions=actions)
         return float(np.abs(forced_decode(runtime.session(), ids, 30, actions) - whole[29:]).max())
@@ -235,12 +204,12 @@ class TestBrokenOnPurpose:
     def test_skipped_token_leaves_a_hole(self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
         sound = BoundStep.decode
 
-        def decode(step: BoundStep, token: int, rule: ForcedRule) -> int:
-            executed = sound(step, token, rule)
-            for layer in np.flatnonzero(step.actions[0]):
-                step._cache.keys[layer][:, :, step._cache.length - 1] = 0
-                step._cache.values[layer][:, :, step._cache.length - 1] = 0
-            return executed
+        def decode(step: BoundStep, token: int, rule: ForcedRule) -> None:
+            sound(step, token, rule)
+            for unit, skipped in zip(TINY_UNITS, step.skipped[:, 0], strict=True):
+                if skipped:
+                    step._cache.keys[unit.last][:, :, step._cache.length - 1] = 0
+                    step._cache.values[unit.last][:, :, step._cache.length - 1] = 0
 
         monkeypatch.setattr(BoundStep, "decode", decode)
         assert self.difference(tiny_runtime()) > 1e-2

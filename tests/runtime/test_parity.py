@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import Action, decision_rule, trade_off_for
+from dash_export.decision import DecisionRule, decision_rule, unit_skips
 from dash_export.reference import Oracle
 from dash_export.resources import resource_folder
 from dash_export.skip_policy import SkipPolicy
@@ -33,6 +33,13 @@ def runtime(smollm2_runtime: LoadRuntime) -> DashRuntime:
 def texts(runtime: DashRuntime) -> list[np.ndarray]:
     """Prompts with their dense continuation: the token ids that all tests here force."""
     return [np.concatenate([ids, greedy(runtime, ids)]) for ids in prompts(runtime)]
+
+
+@pytest.fixture(scope="module")
+def rule(runtime: DashRuntime, smollm2_policy: SkipPolicy) -> DecisionRule:
+    """In the middle of the dial."""
+    trade_off = runtime.build.dial[len(runtime.build.dial) // 2].trade_off
+    return decision_rule(smollm2_policy.units, runtime.cost.cost, trade_off)
 
 
 def greedy(runtime: DashRuntime, ids: np.ndarray) -> np.ndarray:
@@ -66,93 +73,69 @@ def test_random_actions(
     runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, smollm2_policy: SkipPolicy
 ) -> None:
     for seed, ids in enumerate(texts):
-        actions = random_actions(len(ids), 30, smollm2_policy.gated, seed, share=0.1 + 0.1 * seed)
+        actions = random_actions(len(ids), 30, smollm2_policy.units, seed, share=0.1 + 0.1 * seed)
         expected = smollm2_oracle.forward(ids, actions=actions)
-        logits = runtime.session().logits(ids, actions=actions)
-        assert np.abs(logits - expected.logits).max() < TOLERANCE
-        damage = runtime.session().score(ids, actions=actions).damage
-        np.testing.assert_allclose(damage, expected.damage, atol=1e-4)
+        found = runtime.session().score(ids, actions=actions, keep_logits=True)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=TOLERANCE)
+        np.testing.assert_allclose(found.damage, expected.damage, atol=TIE)
 
 
-def test_static(runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle) -> None:
-    skipped = (5, 6, 13, 20, 28)
+def test_static(
+    runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, smollm2_policy: SkipPolicy
+) -> None:
+    """Every other unit."""
+    skipped = [layer for unit in smollm2_policy.units[::2] for layer in unit.layers]
     for ids in texts:
         prompt = len(ids) - NEW_TOKENS
-        actions = np.zeros((len(ids), 30), np.int8)
-        actions[prompt:, list(skipped)] = Action.SKIP
-        expected = smollm2_oracle.forward(ids, actions=actions).logits
-        session = runtime.session("static", skip=skipped)
-        assert np.abs(session.logits(ids, prefix=prompt) - expected).max() < TOLERANCE
         generation = runtime.generate(ids[:prompt], NEW_TOKENS, policy="static", skip=skipped)
         assert generation.actions[1:].sum(axis=1).tolist() == [len(skipped)] * (len(generation.tokens) - 1)
         # The first token comes out of the dense prompt; each later one the oracle must choose too.
         free = np.concatenate([ids[:prompt], generation.tokens])
         forced = np.zeros((len(free), 30), np.int8)
-        forced[prompt:, list(skipped)] = Action.SKIP
-        chosen = smollm2_oracle.forward(free, actions=forced).logits[prompt - 1 : -1].argmax(axis=-1)
-        np.testing.assert_array_equal(generation.tokens, chosen)
+        forced[prompt:, skipped] = 1
+        expected = smollm2_oracle.forward(free, actions=forced).logits
+        np.testing.assert_array_equal(generation.tokens, expected[prompt - 1 : -1].argmax(axis=-1))
+        found = runtime.session("static", skip=skipped).logits(free, prefix=prompt)
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
-def test_token_policy_decides_as_the_oracle(
-    runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, smollm2_policy: SkipPolicy
-) -> None:
-    """Every decision, with the oracle's actions forced on what came before, but where damage touches the limit."""
-    trade_off = next(point.trade_off for point in runtime.build.dial["token"] if point.layers < 29)
-    rule = decision_rule(30, smollm2_policy.gated, runtime.cost.cost, trade_off)
-    differing, ties, skips, total = 0, 0, 0, 0
-    for ids in texts:
-        prompt = len(ids) - NEW_TOKENS
-        expected = smollm2_oracle.forward(ids, rule, prefix=prompt)
-        forced = runtime.session().score(ids, actions=expected.actions)
-        limits = np.array(rule.limits)
-        for layer in smollm2_policy.gated:
-            decided = np.where(forced.damage[prompt:, layer] < limits[layer], Action.SKIP, Action.RUN)
-            wrong = decided != expected.actions[prompt:, layer]
-            near = np.abs(expected.damage[prompt:, layer] - limits[layer]) < TIE
-            differing += int((wrong & ~near).sum())
-            ties += int((wrong & near).sum())
-        skips += int(expected.actions.sum())
-        total += NEW_TOKENS * len(smollm2_policy.gated)
-    assert 0.05 < skips / total < 0.95, "the trade-off must make the policy decide both ways"
-    assert differing == 0
-    assert ties <= 1, f"{ties} of {total} decisions were ties"
-
-
-def test_two_thousand_tokens_of_prose(runtime: DashRuntime, smollm2_oracle: Oracle, smollm2_policy: SkipPolicy) -> None:
+def test_two_thousand_tokens_of_prose(runtime: DashRuntime, smollm2_oracle: Oracle, rule: DecisionRule) -> None:
     """The oracle's actions forced: the same logits, the same damage, and so the same decisions but for ties."""
-    rule = decision_rule(
-        30, smollm2_policy.gated, runtime.cost.cost, trade_off_for(runtime.build.dial["token"], skipped=5)
-    )
-    gated, limits = list(smollm2_policy.gated), np.array(rule.limits)
+    units, limits = runtime.engines.units, np.array(rule.limits)
     text = runtime.text.encode((resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8"))
-    wrong, far, skips, tokens = 0, 0, 0, 0
+    wrong, far, skips, decisions = 0, 0, 0, 0
     for start in range(0, 8 * WINDOW, WINDOW):
         ids = np.array(text[start : start + WINDOW], np.int64)
         expected = smollm2_oracle.forward(ids, rule)
-        assert np.abs(runtime.session().logits(ids, actions=expected.actions) - expected.logits).max() < TOLERANCE
-        damage = runtime.session().score(ids, actions=expected.actions).damage[2:, gated]
-        differs = (damage < limits[gated]) != (expected.actions[2:, gated] == Action.SKIP)
+        found = runtime.session().score(ids, actions=expected.actions, keep_logits=True)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=TOLERANCE)
+        skipped = unit_skips(expected.actions, units)[:, 2:]
+        differs = rule.skips(found.damage[2:].T) != skipped
         wrong += int(differs.sum())
-        far += int((differs & (np.abs(expected.damage[2:, gated] - limits[gated]) > TIE)).sum())
-        skips += int(expected.actions.sum())
-        tokens += len(ids) - 2
-    assert tokens > 2000
-    assert 2 < skips / tokens < 9, "about the five layers asked for"
-    assert wrong < 0.005 * tokens * len(gated)
+        far += int((differs & (np.abs(expected.damage[2:] - limits).T > TIE)).sum())
+        skips += int(skipped.sum())
+        decisions += skipped.size
+    assert decisions > 2000 * len(units)
+    assert 0.05 < skips / decisions < 0.95, "the trade-off must make the policy decide both ways"
+    assert wrong < 0.005 * decisions
     assert far == 0
 
 
+@pytest.mark.parametrize("bound", [None, 1])
 def test_token_policy_free_running(
-    runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, smollm2_policy: SkipPolicy
+    bound: int | None, runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, rule: DecisionRule
 ) -> None:
-    """What the runtime generated under its policy, the oracle decides and chooses the same in one pass."""
-    trade_off = next(point.trade_off for point in runtime.build.dial["token"] if point.layers < 29)
-    rule = decision_rule(30, smollm2_policy.gated, runtime.cost.cost, trade_off, max_layers=27)
+    """What the runtime generated under its policy, also where every token must skip a unit, the oracle decides and
+    chooses the same in one pass.
+    """
+    max_layers = None if bound is None else 30 - min(rule.sizes)
+    trade_off = rule.limits[0] / runtime.cost.cost[0]
+    bounded = decision_rule(runtime.engines.units, runtime.cost.cost, trade_off, max_layers, 30)
     for prompt in [ids[:-NEW_TOKENS] for ids in texts[::2]]:
-        generation = runtime.generate(prompt, NEW_TOKENS, policy="token", trade_off=trade_off, max_layers=27)
+        generation = runtime.generate(prompt, NEW_TOKENS, policy="token", trade_off=trade_off, max_layers=max_layers)
         ids = np.concatenate([prompt, generation.tokens])
-        expected = smollm2_oracle.forward(ids, rule, prefix=len(prompt))
+        expected = smollm2_oracle.forward(ids, bounded, prefix=len(prompt))
         # The step that made token i read token i - 1; the last token was made but not read.
         np.testing.assert_array_equal(generation.actions[1:], expected.actions[len(prompt) : -1])
         np.testing.assert_array_equal(generation.tokens, expected.logits[len(prompt) - 1 : -1].argmax(axis=-1))
-        assert (30 - generation.actions[1:].sum(axis=1) <= 27).all()
+        assert (30 - generation.actions[1:].sum(axis=1) <= (max_layers or 30)).all()

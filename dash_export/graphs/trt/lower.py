@@ -1,7 +1,7 @@
 """Portable graphs -> what TensorRT compiles. Shapes, types and weights change; the operators only in `trt10`.
 
-Batch is one, a cache has a fixed capacity, the head gives logits of the rows it is asked for (`logit_rows`
-[rows] int64): a slice from `first_logit` would make a shape depend on data on the device.
+Batch is one, a cache has a fixed capacity, the head gives the logits of the last token: a slice from `first_logit` would
+make a shape depend on data on the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dash_export.graphs.trt.types import set_activation_type
 from dash_export.targets import EngineRecipe, Recipe
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-LOGIT_ROWS = "logit_rows"
 
 
 def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Roundings = to_nearest) -> ir.Model:
@@ -32,7 +31,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     graph = model.graph
     _fix_shapes(graph, engine)
     _cut_rope(graph, engine.kv_capacity)
-    _choose_logit_rows(graph)
+    _give_last_logits(graph)
     transpose_tables(graph)
     _sum_policy(graph)
     if recipe.dialect == "trt10":
@@ -85,21 +84,15 @@ def _make_mask(graph: ir.Graph, capacity: int) -> None:
     drop_unused_inputs(graph)
 
 
-def _choose_logit_rows(graph: ir.Graph) -> None:
+def _give_last_logits(graph: ir.Graph) -> None:
     first = next((value for value in graph.inputs if value.name == "first_logit"), None)
-    node = next((node for node in graph if node.name == "head/wanted"), None)
-    if first is None or node is None:
+    if first is None:
         return
-    rows = ir.Value(name=LOGIT_ROWS, shape=ir.Shape(["rows"]), type=ir.TensorType(ir.DataType.INT64))
-    gather = ir.node("Gather", [node.inputs[0], rows], {"axis": 1}, name=node.name)
-    graph.insert_before(node, gather)
-    gather.outputs[0].name, node.outputs[0].name = node.outputs[0].name, f"{node.name}~replaced"
-    node.outputs[0].replace_all_uses_with(gather.outputs[0])
-    graph.remove(node, safe=True)
-    graph.inputs[graph.inputs.index(first)] = rows
+    first.replace_all_uses_with(add_constant(graph, "head.last", np.array([-1])))
+    graph.inputs.remove(first)
     logits = next(value for value in graph.outputs if value.name == "logits")
     if logits.shape is not None:
-        logits.shape = ir.Shape([logits.shape[0], "rows", logits.shape[2]])
+        logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
 
 
 def _sum_policy(graph: ir.Graph) -> None:

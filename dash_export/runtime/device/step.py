@@ -63,11 +63,9 @@ class DeviceStep:
                 "input_ids": ((1, sequence), np.int64),
                 "position_ids": ((1, sequence), np.int64),
                 "write_indices": ((1,), np.int64),
-                "logit_rows": ((1,), np.int64),
             },
         )
         self.input_ids = self._inputs.host["input_ids"]
-        self._inputs.host["logit_rows"][0] = sequence - 1
         self._results = Block(
             self.device,
             {

@@ -23,7 +23,6 @@ dialect = "{dialect}"
 capabilities = ["9.0"]
 activations = "fp32"
 kv_capacity = 96
-logit_rows = 8
 [weights]
 layers = "fp32"
 qkv = "fp32"

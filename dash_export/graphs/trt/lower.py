@@ -1,7 +1,7 @@
 """Portable graphs -> what TensorRT compiles. Shapes, types and weights change; the operators only in `trt10`.
 
-Batch is one, a cache has a fixed capacity, the head gives the logits of the last token: a slice from `first_logit` would
-make a shape depend on data on the device.
+Batch is one, a cache has a fixed capacity, the head gives the logits of the last token: a slice from `first_logit`
+would make a shape depend on data on the device.
 """
 
 from __future__ import annotations

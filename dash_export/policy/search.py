@@ -72,21 +72,24 @@ def summed(run: Run, stage: str, name: str, units: Sequence[Unit], steps: int) -
 
 
 def _tried(run: Run, group: Sequence[Unit], windows: Sequence[Judged]) -> list[Candidate]:
-    """A group's candidates, judged now or before a kill."""
-    stage, settings, spec = f"candidates-{group[0].first}", run.settings, run.model.spec
-    found: list[Candidate] = []
-    if run.restore(stage, lambda state: found.extend(Candidate(Unit(*unit), *own) for unit, *own in state["found"])):
-        run.advance("candidates skipped alone", settings.search_steps * SUM_COST + len(group) * TRIAL_COST)
+    """A group's candidates, each skipped alone."""
+    name, settings, spec = "candidates skipped alone", run.settings, run.model.spec
+    stage, found = f"candidates-{group[0].first}", list[Candidate]()
+    run.restore(stage, lambda state: found.extend(Candidate(Unit(*unit), *own) for unit, *own in state["found"]))
+    run.advance(name, len(found) * TRIAL_COST)
+    if len(found) == len(group):
+        run.advance(name, settings.search_steps * SUM_COST)
         return found
     sums = summed(run, f"{stage}-sums", "candidates in closed form", group, settings.search_steps)
-    for unit in group:
+    for number, unit in enumerate(group[len(found) :], len(found)):
         policy = SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),))
         modules = SkipModules(policy).to(run.model.device)
         damage = static_damage(run.model, modules, (0,), windows).float().cpu().numpy()
         cost = saved(spec, len(unit.layers), settings.mlp)
         found.append(judged_candidate(unit, damage, cost, settings.trade_offs))
-        run.advance("candidates skipped alone", TRIAL_COST)
-    rows = [((own.unit.first, own.unit.last), own.damage, own.saved, own.gain) for own in found]
-    run.save(stage, len(found), found=rows)
+        run.advance(name, TRIAL_COST)
+        if run.due(number, len(group)):
+            rows = [((own.unit.first, own.unit.last), own.damage, own.saved, own.gain) for own in found]
+            run.save(stage, len(found), found=rows)
     run.forget(f"{stage}-sums")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ else:
     _Layers = _Units = click.ParamType  # not generic before click 8.2
 
 DEFAULT_TARGET = "cpu"
-_SPAN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 _MAX_LAYERS = 10_000
 
 
@@ -36,22 +34,13 @@ class LayerList(_Layers):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        layers: set[int] = set()
-        for part in str(value).replace(" ", "").split(","):
-            span = _SPAN.fullmatch(part)
-            if span is None:
-                self.fail(
-                    f"{part!r:.60} is not a layer or a range of layers; expected something like 2-5,9", param, ctx
-                )
-            first, last = int(span[1]), int(span[2] or span[1])
-            if last < first or last >= _MAX_LAYERS:
-                self.fail(
-                    f"{part!r:.60} is not a range of layers: give the lower number first, below {_MAX_LAYERS}",
-                    param,
-                    ctx,
-                )
-            layers.update(range(first, last + 1))
-        return tuple(sorted(layers))
+        try:
+            spans = parse_units(str(value))
+        except PolicyError:
+            self.fail(f"{value!r:.60} is not a list of layers; expected something like 2-5,9", param, ctx)
+        if any(not span.first <= span.last < _MAX_LAYERS for span in spans):
+            self.fail(f"{value!r:.60}: give the lower layer of a range first, below {_MAX_LAYERS}", param, ctx)
+        return tuple(sorted({layer for span in spans for layer in span.layers}))
 
 
 class UnitList(_Units):

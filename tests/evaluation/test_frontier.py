@@ -41,7 +41,7 @@ def test_a_process_that_fails_or_is_killed(
 ) -> None:
     broken = DashRuntime.load(own_bundle, "cpu-fp32")
     (own_bundle / "manifest.json").unlink()
-    with pytest.raises(BackendError, match="There is no bundle"):
+    with pytest.raises(BackendError, match="is not a finished bundle"):
         run_alone(Entrant(broken, Setting("dense")), [1, 2, 3], 2)
     killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)

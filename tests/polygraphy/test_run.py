@@ -193,4 +193,4 @@ def test_no_bundle(tmp_path: Path) -> None:
 def test_a_wrong_list_of_layers_is_wrong_usage(tiny_root: Path) -> None:
     result = polygraphy(tiny_root, "--dash", "--dash-skip", "three")
     assert result.returncode == 2
-    assert "--dash-skip: 'three' is not a layer" in result.stderr
+    assert "--dash-skip: 'three' is not a list of layers" in result.stderr

@@ -94,7 +94,8 @@ def _fill(
     reason: str,
     progress: Progress,
 ) -> None:
-    bundle.verify(bundle.manifest.files)
+    seal = bundle.verify(bundle.manifest.files)
+    bundle.check_listed(None)
     policy = bundle.manifest.policy
     segments = plan_segments(bundle.manifest.model.num_layers, policy.gated, True, policy.decision_points)
     engines = unfinished / bundle.root.name / "engines" / recipe.name
@@ -103,6 +104,7 @@ def _fill(
     checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress, roundings=known))
     progress("copying the bundle", 0, 0)
     _copy_bundle(bundle, unfinished / bundle.root.name)
+    bundle.check_same(seal)
     _copy_package(unfinished / LIBRARY / "dash_export")
     command = ["build", bundle.root.name, "--target", _carry_recipe(target, unfinished), *options]
     (unfinished / SCRIPT).write_text(Path(kit_script.__file__).read_text(encoding="utf-8"), encoding="utf-8")

@@ -44,7 +44,7 @@ class FileRecord:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file to read. Raises OSError for anything else: a FIFO would hang its reader, a device never end."""
+    """Open a regular file to read. Raises OSError for anything else: a FIFO hangs its reader, a device never ends."""
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115  a FIFO without a writer opens
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

@@ -123,6 +123,7 @@ def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
     with suppress(BundleError):
         manifest = replace(manifest, builds=Bundle.open(output).manifest.builds)
     write_atomic(unfinished / MANIFEST, to_json(sealed(manifest)))
+    Bundle.open(unfinished)  # what cannot be opened replaces nothing
     (unfinished / "onnx" / JOURNAL).unlink()
     sync(unfinished / "onnx")
     put_in_place(unfinished, output, OURS, MANIFEST)

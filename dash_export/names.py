@@ -8,6 +8,9 @@ POLICY_STATE = "policy_state"
 PREFILL = "prefill"
 """The engine of the whole model that a build may have for prompts."""
 
+REPORT = "a dash-export report"
+"""In the beginning of each file that a measuring command writes: only such a one does it write over."""
+
 ROUNDINGS = "roundings.npz"
 TIMING_CACHE = "timing.cache"
 """Files in a build's folder from which engines are made again, and which no run reads."""

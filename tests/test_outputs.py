@@ -310,7 +310,7 @@ def test_a_mount_point_is_not_replaced(mounted: str, tmp_path: Path, monkeypatch
     output = folder_of(tmp_path / "a", "graphs/1", "graphs/deep/2", "record", "a kit's/graphs/3", "mine/4")
     before, ours = tree(output), ("graphs", "a kit's/graphs", "record")
     monkeypatch.setattr(outputs, "_mount_points", lambda: {output.resolve() / mounted, Path("/"), Path("/proc")})
-    with pytest.raises(OutputError, match="is a mount point: nothing of .* was replaced"):
+    with pytest.raises(OutputError, match=r"is a mount point: nothing of .* was replaced"):
         put_in_place(folder_of(work_folder(output), "graphs/2", "record"), output, ours, "record")
     assert tree(output) == before
     monkeypatch.setattr(outputs, "_mount_points", lambda: {output.resolve() / "mine", Path("/")})

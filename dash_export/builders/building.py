@@ -107,9 +107,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     if merge:
         stop = threading.Event()
         with roundings_of(bundle, recipe, folder, _until(stop, progress)) as roundings:
-            engines, files = _make_engines(
-                bundle, recipe, segments, stretches, folder, roundings, seal, stop, progress
-            )
+            engines, files = _make_engines(bundle, recipe, segments, stretches, folder, roundings, seal, stop, progress)
         bias = _policy_bias(bundle) if recipe.dialect == "ort" else {}
     else:
         engines, files = _portable_engines(bundle), ()

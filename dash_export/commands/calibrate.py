@@ -16,11 +16,19 @@ from rich.text import Text
 from dash_export.artifacts import Progress
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import choose_target, is_bundle, plain_table, print_table, result_console
+from dash_export.commands.common import (
+    check_reports,
+    choose_target,
+    is_bundle,
+    plain_table,
+    print_table,
+    result_console,
+)
 from dash_export.commands.export import PolicyOptions, export_with_policy
 from dash_export.commands.progress import progress_bar
 from dash_export.decision import spans
 from dash_export.errors import RequestError
+from dash_export.names import REPORT
 from dash_export.stretches import TokenTime
 
 if TYPE_CHECKING:
@@ -61,6 +69,8 @@ def command(
     from dash_export.calibration import Calibrator, text_windows
 
     prose = _read(text)
+    if output is not None:
+        check_reports(output)
     began = time.perf_counter()
     with progress_bar("calibrate") as progress, _runtime(ctx, source, target, progress) as runtime:
         if not runtime.bundle.manifest.policy.gated:
@@ -130,6 +140,7 @@ def _report(
     measured = runtime.bundle.manifest.policy.gated
     suggested = set(default_gated(runtime.engines.model.num_layers, essential)) & set(measured)
     return {
+        "made_by": REPORT,
         "model": runtime.bundle.manifest.model.name,
         "target": runtime.build.target,
         "tokens": tokens,

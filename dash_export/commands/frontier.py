@@ -15,6 +15,7 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target, plain_table, print_table, result_console
 from dash_export.commands.comparing import bundle_names, comparison_options, dial_of, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
+from dash_export.names import REPORT
 
 if TYPE_CHECKING:
     from dash_export.evaluation.comparison import Comparison
@@ -52,7 +53,7 @@ def command(
     text, decode time on the clock, in turns with dense. Further BUNDLEs of the same model, like the static policy with
     its own tuned compensation, become further curves. Let nothing else run meanwhile.
     """
-    from dash_export.commands.pictures import picture_base, save_pictures
+    from dash_export.commands.pictures import check_pictures, save_pictures
     from dash_export.evaluation.comparison import compare
     from dash_export.evaluation.frontier import Course, Racer, check_same_model
     from dash_export.evaluation.pictures import frontier_figure  # fails at once where matplotlib is missing
@@ -62,7 +63,7 @@ def command(
     dial = dial_of(dials, ("skipped", SKIPPED))
     path = text or resource_folder("calibration") / "prose.txt"
     course = Course(read_text(path), str(path), limit, window, prefix, 0 if predicted else rounds, tokens)
-    picture_base(output)
+    check_pictures(output, report=True)
     ctx.meta[OUTPUT] = str(output)
     points: list[Point] = []
     refused: list[Refusal] = []
@@ -126,6 +127,7 @@ def _report(
         for racer in racers
     }
     return {
+        "made_by": REPORT,
         "bundles": bundles,
         "course": {name: value for name, value in asdict(course).items() if name != "text"},
         "points": [record(point) | {"time": point.time} for point in points],

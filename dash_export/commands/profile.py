@@ -10,7 +10,7 @@ import click
 
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import choose_target
+from dash_export.commands.common import check_reports, choose_target
 from dash_export.commands.comparing import bundle_names, comparison_options_for, dial_of, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
 from dash_export.manifest import PolicyFacts
@@ -80,6 +80,7 @@ def command(
     request = Request(read_text(path), path.name, context, tokens, repeats, trace_tokens, copies)
     for output in (html, trace):
         if output is not None:
+            check_reports(output)
             ctx.meta[OUTPUT] = str(output)
             output.parent.mkdir(parents=True, exist_ok=True)
     refused: list[Refusal] = []

@@ -106,3 +106,14 @@ def test_what_was_measured_is_kept_where_nobody_reads(
     with suppress(BrokenPipeError):
         dash("calibrate", tiny_root, "--target", "cpu-fp32", "--tokens", 128, "--sets", 0, "-o", path)
     assert json.loads(path.read_text())["layers"]
+
+
+def test_an_input_is_no_output(own_bundle: Path, tmp_path: Path) -> None:
+    prose = tmp_path / "prose.txt"
+    prose.write_text("mine")
+    manifest = (own_bundle / "manifest.json").read_bytes()
+    options = ("--target", "cpu-fp32", "--text", prose, "-o")
+    assert "is no report of ours: it will not be overwritten" in refused("calibrate", own_bundle, *options, prose)
+    refused("calibrate", own_bundle, *options, own_bundle / "manifest.json")
+    assert "would lie inside the bundle" in refused("calibrate", own_bundle, *options, own_bundle / "new.json")
+    assert (prose.read_text(), (own_bundle / "manifest.json").read_bytes()) == ("mine", manifest)

@@ -94,6 +94,8 @@ def _acquired(path: Path, output: Path) -> int | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _opened(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
+            if isinstance(error, FileExistsError | NotADirectoryError):
+                raise OutputError(f"{path.parent} is no folder to write in: choose another output.") from error
             if error.errno in _NO_FILE_OF_OURS:
                 raise _taken(path) from error
             if error.errno not in _READ_ONLY:

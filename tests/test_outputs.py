@@ -454,6 +454,13 @@ def test_a_secret_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert own_secret() != own_secret()
 
 
+@pytest.mark.parametrize("output", ["plain/x.dash", "plain/deep/x.dash"])
+def test_an_output_below_a_file(output: str, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("mine")
+    with pytest.raises(OutputError, match="is no folder to write in"), locked(tmp_path / output, "export"):
+        pass
+
+
 def test_a_zeroed_lock_is_nobodys(tmp_path: Path) -> None:
     """As a loss of power leaves it."""
     lock_file(tmp_path / "a").write_bytes(bytes(100))

@@ -10,7 +10,9 @@ import glob
 import hashlib
 import hmac
 import json
+import math
 import os
+import re
 import shutil
 import stat
 import threading
@@ -28,6 +30,8 @@ JOURNAL = ".journal.json"
 TEMPORARY = ".tmp-"
 """Names of what is not whole yet begin with this; the next run sweeps it away."""
 _LONGEST_JOURNAL = 64 << 20
+_ARTIFACT = re.compile(r"\w[\w.-]{0,200}\.(?:onnx|data|engine|npz)", re.ASCII)
+"""Names of files that are made here."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +43,32 @@ class FileRecord:
     bytes: int
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read. Raises OSError for anything else: a FIFO hangs its reader, a device never ends."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115  a FIFO without a writer opens
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file
+
+
 def sha256_file(path: Path) -> str:
+    """Of a regular file. Raises OSError for anything else."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Return the bytes of a regular file of at most `limit` bytes. Raises OSError for anything else: a FIFO would hang
-    its reader, and a sparse file of terabytes fills the memory.
+    """Return the bytes of a regular file of at most `limit` bytes. Raises OSError for anything else: a sparse file of
+    terabytes fills the memory.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123  a FIFO without a writer opens
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        if status.st_size > limit:
-            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, and at most {limit} are read", str(path))
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, and at most {limit} are read", str(path))
         return file.read(limit)
 
 
@@ -125,7 +137,7 @@ def no_progress(name: str, done: int, total: int) -> None:
 
 def _is_ours(entry: Any) -> bool:
     """Whether a journal's entry is one that `make` wrote. What it lists is deleted some day, and a journal comes with
-    the folder, maybe from a stranger: nothing but plain names inside the folder is believed.
+    the folder, maybe from a stranger: nothing is believed but names inside the folder, as artifacts have them.
     """
     files = entry.get("files") if isinstance(entry, dict) else None
     listed = files if isinstance(files, list) and files else [None]
@@ -134,11 +146,7 @@ def _is_ours(entry: Any) -> bool:
 
 def _is_record(record: dict[str, Any]) -> bool:
     name, size = record.get("name"), record.get("bytes")
-    return isinstance(name, str) and _is_plain(name) and type(size) is int
-
-
-def _is_plain(name: str) -> bool:
-    return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+    return isinstance(name, str) and _ARTIFACT.fullmatch(name) is not None and type(size) is int
 
 
 class ArtifactStore:
@@ -169,11 +177,16 @@ class ArtifactStore:
             return None
         try:
             records = [FileRecord(**record) for record in entry["files"]]
-            if all(sha256_file(self.folder / record.name) == record.sha256 for record in records):
+            if all(map(self._unchanged, records)):
                 return records
         except (KeyError, TypeError, OSError):
             pass
         return None
+
+    def _unchanged(self, record: FileRecord) -> bool:
+        path = self.folder / record.name
+        same = not path.is_symlink() and path.stat().st_size == record.bytes
+        return same and sha256_file(path) == record.sha256
 
     def make(
         self, name: str, key: str, write: Callable[[Path], list[Path]], check: Callable[[], None] = lambda: None
@@ -192,7 +205,7 @@ class ArtifactStore:
                 sync(path)
             records = [FileRecord(path.name, sha256_file(path), path.stat().st_size) for path in paths]
             for stale in self._journal.get(name, {}).get("files", ()):
-                (self.folder / stale["name"]).unlink(missing_ok=True)
+                self._delete(stale["name"])
             for path in paths:
                 path.replace(self.folder / path.name)
         finally:
@@ -217,7 +230,11 @@ class ArtifactStore:
     def seconds(self, name: str) -> float:
         """How long it took to make an artifact, whenever that was; 0 where it is not known."""
         noted = self._journal.get(name, {}).get("seconds")
-        return noted if isinstance(noted, float) else 0.0
+        return noted if isinstance(noted, float) and math.isfinite(noted) else 0.0
+
+    def _delete(self, name: str) -> None:
+        with suppress(OSError):  # a folder of that name, which no artifact is
+            (self.folder / name).unlink()
 
     def keep_only(self, names: set[str]) -> None:
         """Forget and delete artifacts that no longer belong."""
@@ -227,5 +244,5 @@ class ArtifactStore:
         for name in set(self._journal) - names:
             for record in self._journal.pop(name)["files"]:
                 if record["name"] not in kept:
-                    (self.folder / record["name"]).unlink(missing_ok=True)
+                    self._delete(record["name"])
         write_atomic(self.folder / JOURNAL, json.dumps(self._journal))

@@ -39,6 +39,8 @@ TEXT_FILES = (
 """What the runtime reads of the model's text, where it is there."""
 LARGEST_RECORD = 32 << 20
 """Bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
+_MOST_PARTS, _LONGEST_NAME = 3, 255
+"""Of the name of a file in a bundle: `engines/<target>/<file>`."""
 _UNREAD = re.compile(
     "|".join(map(re.escape, (BUILD, JOURNAL, ROUNDINGS, TIMING_CACHE)))
     + rf"|{re.escape(TEMPORARY)}\w+-{re.escape(BUILD)}"
@@ -67,6 +69,8 @@ def safe_path(root: Path, relative: str) -> Path:
     pure = PurePosixPath(relative)
     path = root / pure
     try:
+        if len(pure.parts) > _MOST_PARTS or len(relative) > _LONGEST_NAME:  # each part is looked up
+            raise ValueError(relative)
         inside = path != root and path.resolve().is_relative_to(root.resolve())
         path.exists()
     except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links, a name of 300 letters

@@ -13,7 +13,7 @@ TokenIds = npt.NDArray[np.int64]
 
 def text_windows(runtime: DashRuntime, text: str, tokens: int, window: int) -> list[TokenIds]:
     """About `tokens` tokens of `text` as windows, spread evenly over it. Raises RequestError for too short a text."""
-    ids = np.array(runtime.text.encode(text), np.int64)
+    ids = runtime.text.encode_in_pieces(text)
     window = min(window, runtime.engines.model.max_positions)
     if len(ids) < window:
         raise RequestError(

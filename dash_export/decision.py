@@ -301,7 +301,7 @@ def trade_off_for(
     if wanted > max(amounts) + _ROUNDING:
         raise PolicyError(
             f"{given} is more than this policy can give: at most, with everything skipped that it may skip, it will "
-            f"{limit} on the calibration text. Ask for less, or gate more layers."
+            f"{limit} on the calibration text. Ask for less."
         )
     after = next(index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING)
     before = max(0, after - 1)
@@ -317,7 +317,7 @@ _ROUNDING = 1e-9
 
 
 def spans(layers: Iterable[int]) -> str:
-    """(2, 3, 4, 9) -> "2-4,9", as `--gated` and `--skip` read it; "none" when there are none."""
+    """(2, 3, 4, 9) -> "2-4,9", as `--skip` reads it; "none" when there are none."""
     found: list[list[int]] = []
     for layer in sorted(layers):
         if found and found[-1][1] == layer - 1:

@@ -36,6 +36,7 @@ from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts, seal
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.outputs import (
     MARK,
+    check_place,
     folder_locked,
     lock_file,
     locked,
@@ -43,9 +44,11 @@ from dash_export.outputs import (
     own_folder,
     put_in_place,
     recover,
+    refuse_inputs,
     removed_on_error,
     unmark,
     work_folder,
+    work_of,
 )
 from dash_export.skip_policy import SkipPolicy, check_model, no_policy
 
@@ -71,6 +74,7 @@ def export(
     output = named(output)
     _refuse_foreign(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    refuse_inputs(checkpoint.seen, [work_of(output), *(output / name for name in OURS)])
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
     check_model(policy, checkpoint)
     facts = _policy_facts(policy)
@@ -84,11 +88,16 @@ def export(
                 return known
             builds = (output / "engines").glob(lock_file(Path("*")).name)
             held.enter_context(folder_locked(output, builds, shared=False))
+        check_place(output, OURS)  # now, and not after hours
         unfinished = work_folder(output)
         with removed_on_error(unfinished):
             own_folder(unfinished / "onnx")
             checkpoint.check_same()
             manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
+        # What has appeared there meanwhile stays, and so does the work of hours.
+        _refuse_foreign(output)
+        check_place(output, OURS)
+        with removed_on_error(unfinished):
             _finish(unfinished, output, manifest)
     return Bundle.open(output)
 
@@ -112,6 +121,7 @@ def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
     with suppress(BundleError):
         manifest = replace(manifest, builds=Bundle.open(output).manifest.builds)
     write_atomic(unfinished / MANIFEST, to_json(sealed(manifest)))
+    Bundle.open(unfinished)  # what cannot be opened replaces nothing
     (unfinished / "onnx" / JOURNAL).unlink()
     sync(unfinished / "onnx")
     put_in_place(unfinished, output, OURS, MANIFEST)

@@ -14,6 +14,8 @@ from dash_export.errors import BundleError, PolicyError
 
 SCHEMA = 3
 DAMAGED = "The bundle is damaged: export or build it again."
+LARGEST_CONTEXT = 1 << 24
+"""Positions; ten million are the most that are published."""
 # Above any published model, so that an absurd manifest fails here instead of at an allocation.
 _LARGEST = {
     "num_layers": 1 << 10,
@@ -22,7 +24,7 @@ _LARGEST = {
     "num_heads": 1 << 12,
     "num_kv_heads": 1 << 12,
     "head_dim": 1 << 10,
-    "max_positions": 1 << 24,
+    "max_positions": LARGEST_CONTEXT,
     "parameters": 1 << 50,
 }
 _LARGEST_FILE = 1 << 50

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-POLICY_STATE = "policy_state"
-"""Output of a merged segment: the hidden state that entered one of its layers, which a policy reads."""
-
 PREFILL = "prefill"
 """The engine of the whole model that a build may have for prompts."""
+
+REPORT = "a dash-export report"
+"""In the beginning of each file that a measuring command writes: only such a one does it write over."""
 
 ROUNDINGS = "roundings.npz"
 TIMING_CACHE = "timing.cache"

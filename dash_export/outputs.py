@@ -10,6 +10,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 import stat
@@ -93,6 +94,8 @@ def _acquired(path: Path, output: Path) -> int | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _opened(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
+            if isinstance(error, FileExistsError | NotADirectoryError):
+                raise OutputError(f"{path.parent} is no folder to write in: choose another output.") from error
             if error.errno in _NO_FILE_OF_OURS:
                 raise _taken(path) from error
             if error.errno not in _READ_ONLY:
@@ -282,7 +285,7 @@ def removed_on_error(folder: Path) -> Iterator[None]:
 def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str) -> None:
     """Let a finished work folder become the output, or take the place of what is `ours` in it (paths below it); all
     else in there stays as it is. `last`, which is ours, goes first and comes last: without it the output is unfinished,
-    and `recover` goes on. Raises OutputError where ours may not be replaced.
+    and `recover` goes on. Raises OutputError where ours may not be replaced (`check_place`).
     """
     sync(work)
     if not output.exists():
@@ -290,12 +293,54 @@ def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str) -> No
         sync(output.parent)
         unmark(output)
         return
-    for path in (output, *(output / name for name in ours)):
-        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
-            raise OutputError(f"{path} may not be written: nothing of {output} was replaced. Check its permissions.")
+    check_place(output, ours)
     _mark(output)
     write_atomic(work / PLAN, "\n".join(name for name in ours if os.path.lexists(work / name)))
     recover(output, ours, last)
+
+
+def check_place(output: Path, ours: Sequence[str]) -> None:
+    """Raises OutputError where `put_in_place` would fail halfway, or take what is not the output's: for a link on the
+    way to `ours`, a mount point (nothing is renamed across one, nor is one removed), a folder that may not be written.
+    """
+    if not output.exists():
+        return
+    untouched, root = f"nothing of {output} was replaced", output.resolve()
+    above = [path for name in ours for path in ((output / name), *(output / name).parents) if path != output]
+    link = next((path for path in above if path.is_relative_to(output) and path.is_symlink()), None)
+    if link is not None:
+        raise OutputError(f"{link} is a link, which is not replaced: {untouched}. Remove the link.")
+    mounts = {path for path in _mount_points() if path.is_relative_to(root)}
+    for name in ours:
+        entry = root / name
+        folders = [path for path in (*entry.parents, entry, *entry.rglob("*")) if path.is_relative_to(root)]
+        folders = [path for path in folders if path.is_dir() and not path.is_symlink()]
+        mounted = [path for path in mounts if path.is_relative_to(entry) or entry.is_relative_to(path)]
+        mounted += [path for path in folders if path.stat().st_dev != path.parent.stat().st_dev]
+        if mounted:
+            raise OutputError(f"{mounted[0]} is a mount point: {untouched}. Unmount it, or choose another output.")
+        for path in folders:
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                raise OutputError(f"{path} may not be written: {untouched}. Check its permissions.")
+
+
+def refuse_inputs(inputs: Iterable[Path], replaced: Iterable[Path]) -> None:
+    """Raises OutputError where an input lies in what is replaced or removed in the end."""
+    places = [place.resolve() for place in replaced]
+    for path in inputs:
+        if any(path.resolve().is_relative_to(place) for place in places):
+            raise OutputError(f"{path} is read, and lies in what is replaced: move it away, or choose another output.")
+
+
+def _mount_points() -> set[Path]:
+    """Of this machine. A folder that is bound to another place of the same disk has the same device."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return set()
+    escaped = re.compile(rb"\\([0-7]{3})")
+    named = (escaped.sub(lambda code: bytes([int(code[1], 8)]), line.split()[4]) for line in lines)
+    return {Path(os.fsdecode(name)) for name in named}
 
 
 def recover(output: Path, ours: Sequence[str], last: str) -> None:

@@ -50,7 +50,8 @@ def card_path(path: str | Path) -> Path:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises PolicyError where `save_policy` would write over something that is no policy and no card."""
+    """Raises PolicyError where `save_policy` would write over something that is no policy and no card, or a link."""
+    _refuse_links(path)
     card, is_card = card_path(path), True
     try:
         if path.exists():
@@ -65,6 +66,12 @@ def check_replaceable(path: Path) -> None:
             f"{path} or {card.name} beside it exists and is no skip policy: it will not be overwritten. Choose another "
             "output (-o) or remove it."
         )
+
+
+def _refuse_links(path: Path) -> None:
+    link = next((one for one in (path, card_path(path)) if one.is_symlink()), None)
+    if link is not None:
+        raise PolicyError(f"{link} is a link, which is not replaced: remove it, or choose another output (-o).")
 
 
 def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: Mapping[str, Any]) -> None:
@@ -91,6 +98,7 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: M
     norm = {} if policy.final_norm is None else {_FINAL_NORM: policy.final_norm}
     tensors = {name: _stored(array) for name, array in (policy.weights() | norm).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_links(path)  # both, before one is written
     write_atomic(path, require("safetensors.numpy").save(tensors, {METADATA: json.dumps(asdict(facts))}))
     write_atomic(card_path(path), text)
 

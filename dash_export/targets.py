@@ -28,7 +28,9 @@ Dispatch = Literal["sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
 BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
-MAX_BYTES = 1 << 20  # of a recipe file
+MAX_BYTES = 1 << 14  # of a recipe file
+_DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""")
+"""A key of so many parts, which a recipe has none of: the parser's memory grows with their square."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
 
@@ -160,7 +162,10 @@ def load_recipe(target: str) -> Recipe:
             )
         path = resource_folder("engines") / f"{target}.toml"
     try:
-        data = tomllib.loads(read_bounded(path, MAX_BYTES).decode())
+        text = read_bounded(path, MAX_BYTES).decode()
+        if _DOTTED.search(text):
+            raise ValueError("it has a key of over 8 parts")
+        data = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
         raise RecipeError(
             f"The recipe {path} cannot be read: {error}. It must be a TOML file like engines/cpu.toml."

@@ -21,8 +21,12 @@ MAX_GROWTH = 256
 """Of a text by a tokenizer's replacements: those of published ones make it no longer than four times."""
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
-_LONG = re.compile(rf'"(?:[^"\\]|\\.){{{MAX_TOKEN}}}')
-_OTHER_MODEL = re.compile(r'"type"\s*:\s*"(?:Unigram|WordPiece)"')
+MAX_ADDED = 1 << 20
+"""Letters of all added tokens, of which native code makes an automaton."""
+MAX_REPEATS = 256
+"""Of a pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
+_COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
+_OTHER_MODELS = ("Unigram", "WordPiece")
 """Native code of these recurses and multiplies as far as a stranger's vocabulary says."""
 
 
@@ -37,10 +41,10 @@ def load_tokenizer(text: str) -> Tokenizer:
     """
     from tokenizers import Tokenizer  # here: not every reader of a text needs it
 
-    if _OTHER_MODEL.search(text):
-        raise ValueError("its model is not BPE, which is what can be read")
-    if _LONG.search(text):
-        raise ValueError(f"it has a text of over {MAX_TOKEN} letters in it")
+    try:
+        _check_texts(json.loads(text))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
     try:
         tokenizer = Tokenizer.from_str(text)
         made_of = filter(None, (tokenizer.normalizer, tokenizer.decoder, tokenizer.post_processor))
@@ -54,6 +58,31 @@ def load_tokenizer(text: str) -> Tokenizer:
     return tokenizer
 
 
+def _check_texts(data: Any) -> None:
+    """Before native code makes anything of it. Raises ValueError."""
+    added = data.get("added_tokens") if isinstance(data, dict) else None
+    contents = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    if sum(len(content) for content in contents if isinstance(content, str)) > MAX_ADDED:
+        raise ValueError(f"its added tokens have over {MAX_ADDED} letters")
+    left = [data]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            if part.get("type") in _OTHER_MODELS:
+                raise ValueError("its model is not BPE, which is what can be read")
+            if isinstance(pattern := part.get("Regex"), str) and _repeats(pattern) > MAX_REPEATS:
+                raise ValueError(f"it has a pattern that repeats over {MAX_REPEATS} times")
+            left += (*part, *part.values())
+        elif isinstance(part, list):
+            left += part
+        elif isinstance(part, str) and len(part) > MAX_TOKEN:
+            raise ValueError(f"it has a text of over {MAX_TOKEN} letters in it")
+
+
+def _repeats(pattern: str) -> int:
+    return math.prod(max(1, *(int(count[:9] or 0) for count in counts)) for counts in _COUNTED.findall(pattern))
+
+
 def _growth(part: Any) -> float:
     """Return how many times as long a text can become."""
     kind = part.get("type")
@@ -61,7 +90,10 @@ def _growth(part: Any) -> float:
         pattern, content = part["pattern"], len(part["content"])
         return max(1.0, content / max(1, len(pattern["String"]))) if "String" in pattern else 1.0 + content
     if kind == "TemplateProcessing":
-        return max(1, sum("Sequence" in piece for piece in part["single"]))
+        made_of = {name: len(token["ids"]) for name, token in part["special_tokens"].items()}
+        pieces = [*part["single"], *part["pair"]]
+        special = sum(made_of.get(piece["SpecialToken"]["id"], 1) for piece in pieces if "SpecialToken" in piece)
+        return max(1, special, sum("Sequence" in piece for piece in part["single"]))
     return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or part.get("processors") or ()))
 
 

@@ -6,14 +6,15 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dash_export.artifacts import JOURNAL, ArtifactStore, content_key, read_bounded, write_atomic
+from dash_export.artifacts import JOURNAL, ArtifactStore, content_key, read_bounded, sha256_file, write_atomic
 
 
-def writer(text: str, name: str = "a.bin"):
+def writer(text: str, name: str = "a.data"):
     def write(folder: Path) -> list[Path]:
         (folder / name).write_text(text)
         return [folder / name]
@@ -36,6 +37,9 @@ def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
         read_bounded(tmp_path / "fifo", 100)
     with pytest.raises(IsADirectoryError):
         read_bounded(tmp_path, 100)
+    for name in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            sha256_file(name)
 
 
 def test_made_once_per_key(tmp_path: Path) -> None:
@@ -49,10 +53,48 @@ def test_made_once_per_key(tmp_path: Path) -> None:
 def test_a_changed_file_is_made_again(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     store.make("a", "key", writer("one"))
-    (tmp_path / "a.bin").write_text("two")
+    (tmp_path / "a.data").write_text("two")
     assert store.current("a", "key") is None
-    (tmp_path / "a.bin").unlink()
+    (tmp_path / "a.data").unlink()
     assert store.current("a", "key") is None
+
+
+@pytest.mark.parametrize("in_the_way", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_would_hang_its_reader_is_made_again(in_the_way: Callable[[Path], object], tmp_path: Path) -> None:
+    ArtifactStore(tmp_path).make("a", "key", writer("one"))
+    (tmp_path / "a.data").unlink()
+    in_the_way(tmp_path / "a.data")
+    store = ArtifactStore(tmp_path)
+    assert store.current("a", "key") is None
+    store.make("a", "key", writer("one"))
+    assert (tmp_path / "a.data").read_text() == "one"
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "\ud800.onnx", "folder.data", ".journal.json", "a b.onnx", "x" * 300])
+def test_a_journal_that_lists_what_no_artifact_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "folder.data").mkdir()
+    ArtifactStore(tmp_path).make("a", "key", writer("one"))
+    journal = json.loads((tmp_path / JOURNAL).read_text())
+    for forged in ("a", "b"):
+        journal[forged] = {"key": "", "files": [{"name": name, "bytes": 4, "sha256": ""}]}
+    (tmp_path / JOURNAL).write_text(json.dumps(journal))
+    store = ArtifactStore(tmp_path)
+    store.make("a", "key", writer("two"))
+    store.keep_only({"a"})
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "folder.data").is_dir()
+
+
+@pytest.mark.parametrize(("field", "value"), [("seconds", float("nan")), ("bytes", 7)])
+def test_a_journal_with_a_wrong_figure(field: str, value: float, tmp_path: Path) -> None:
+    """Believed, it would be written into a build that nobody can open."""
+    ArtifactStore(tmp_path).make("a", "key", writer("one"))
+    journal = json.loads((tmp_path / JOURNAL).read_text())
+    (journal["a"] if field == "seconds" else journal["a"]["files"][0])[field] = value
+    (tmp_path / JOURNAL).write_text(json.dumps(journal))
+    store = ArtifactStore(tmp_path)
+    assert store.seconds("a") == 0.0 or store.current("a", "key") is None
 
 
 def test_only_what_was_made_under_the_secret_is_known(tmp_path: Path) -> None:
@@ -60,7 +102,7 @@ def test_only_what_was_made_under_the_secret_is_known(tmp_path: Path) -> None:
     records = ArtifactStore(tmp_path, b"mine").make("a", "key", writer("one"))
     assert ArtifactStore(tmp_path, b"mine").current("a", "key") == records
     assert ArtifactStore(tmp_path, b"other").current("a", "key") is None
-    (tmp_path / "a.bin").write_text("two")
+    (tmp_path / "a.data").write_text("two")
     journal = json.loads((tmp_path / JOURNAL).read_text())
     journal["a"]["files"][0]["sha256"] = hashlib.sha256(b"two").hexdigest()
     (tmp_path / JOURNAL).write_text(json.dumps(journal))
@@ -93,7 +135,7 @@ def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
     [
         *("", "{", "[]", '{"a": 1}', "null"),
         '{"a": {"key": "key", "files": [{"name": "x"}]}}',
-        '{"a": {"key": "key", "files": [{"name": "a.bin", "bytes": "3"}]}}',
+        '{"a": {"key": "key", "files": [{"name": "a.data", "bytes": "3"}]}}',
     ],
 )
 def test_a_damaged_journal_makes_anew(text: str, tmp_path: Path) -> None:
@@ -126,10 +168,10 @@ def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
 
 def test_keep_only(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    store.make("a", "key", writer("a", "a.bin"))
-    store.make("b", "key", writer("b", "b.bin"))
+    store.make("a", "key", writer("a", "a.data"))
+    store.make("b", "key", writer("b", "b.data"))
     store.keep_only({"a"})
-    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", JOURNAL}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.data", JOURNAL}
     assert ArtifactStore(tmp_path).current("b", "key") is None
 
 

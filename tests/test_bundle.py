@@ -384,3 +384,10 @@ def test_mutated_json_never_raises_anything_else(name: str, bundle: Path) -> Non
         except Exception as error:
             raise AssertionError(f"{done}: {type(error).__name__}: {error}") from error
     assert 0 < opened < MUTATIONS
+
+
+@pytest.mark.parametrize("name", ["onnx/" + "a/" * 2000 + "N", "onnx/a/b/c", "onnx/" + "a" * 300])
+def test_a_name_that_takes_long_to_look_up(name: str, bundle: Path) -> None:
+    """A manifest may list a hundred thousand of them."""
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        safe_path(bundle, name)

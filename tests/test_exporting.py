@@ -18,6 +18,7 @@ from dash_export import exporting
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, CheckpointError, NewerBundleError, PolicyError
 from dash_export.exporting import export
+from dash_export.graphs import portable
 from dash_export.manifest import SCHEMA
 from dash_export.models import open_checkpoint
 from dash_export.models.spec import FINAL_NORM
@@ -33,6 +34,7 @@ import sys
 from pathlib import Path
 import numpy, gguf, safetensors, onnx_ir, tokenizers
 import dash_export.exporting, dash_export.models.gguf, dash_export.models.huggingface
+from dash_export.graphs import portable
 from dash_export.manifest import SCHEMA
 from dash_export.models import open_checkpoint
 from dash_export.skip_policy import untrained_policy
@@ -272,3 +274,26 @@ def test_the_current_folder_is_no_place_for_a_bundle(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BundleError, match="not a bundle"):
         export(tiny_checkpoint(tmp_path / "model"), ".")
+
+
+def test_a_bundle_that_could_not_be_opened_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    old = export(checkpoint, tmp_path / "a.dash")
+    monkeypatch.setattr(exporting, "_version", lambda _name: "\x1b[2J")
+    with pytest.raises(BundleError, match="is not printable text"):
+        export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+    assert Bundle.open(tmp_path / "a.dash").manifest == old.manifest
+
+
+def test_a_context_that_no_bundle_can_have(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="max_position_embeddings"):
+        tiny_checkpoint(tmp_path / "model", max_position_embeddings=(1 << 24) + 1)
+
+
+def test_rotary_tables_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny_checkpoint(tmp_path / "model").spec
+    whole = list(portable.rope_tables(spec))
+    monkeypatch.setattr(portable, "_BLOCK", 7)
+    blocks = list(portable.rope_tables(spec))
+    assert max(map(len, blocks)) == 7
+    np.testing.assert_array_equal(np.concatenate(blocks), np.concatenate(whole))

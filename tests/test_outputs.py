@@ -295,6 +295,85 @@ def test_what_may_not_be_replaced_is_told_before(tmp_path: Path, monkeypatch: py
     assert tree(output) == before
 
 
+def test_a_folder_within_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before anything is removed, not by the removal that it ends."""
+    output = folder_of(tmp_path / "a", "graphs/1", "graphs/locked/2", "record")
+    before = tree(output)
+    monkeypatch.setattr(outputs.os, "access", lambda path, _: path.name != "locked")
+    with pytest.raises(OutputError, match="graphs/locked may not be written: nothing of"):
+        put_in_place(folder_of(work_folder(output), "graphs/2", "record"), output, OURS, "record")
+    assert tree(output) == before
+
+
+@pytest.mark.parametrize("mounted", [".", "graphs", "graphs/deep", "graphs/1", "record", "a kit's", "a kit's/graphs"])
+def test_a_mount_point_is_not_replaced(mounted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = folder_of(tmp_path / "a", "graphs/1", "graphs/deep/2", "record", "a kit's/graphs/3", "mine/4")
+    before, ours = tree(output), ("graphs", "a kit's/graphs", "record")
+    monkeypatch.setattr(outputs, "_mount_points", lambda: {output.resolve() / mounted, Path("/"), Path("/proc")})
+    with pytest.raises(OutputError, match=r"is a mount point: nothing of .* was replaced"):
+        put_in_place(folder_of(work_folder(output), "graphs/2", "record"), output, ours, "record")
+    assert tree(output) == before
+    monkeypatch.setattr(outputs, "_mount_points", lambda: {output.resolve() / "mine", Path("/")})
+    put_in_place(work_folder(output), output, ours, "record")
+    assert tree(output).keys() == {"graphs/2", "record", "mine/4"}
+
+
+def test_mount_points_are_known() -> None:
+    assert Path("/proc") in outputs._mount_points()
+
+
+@pytest.mark.parametrize("name", ["onnx", "config.json"])
+def test_a_link_among_what_an_export_replaces(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """What a user keeps elsewhere is not turned into a copy; told before the work."""
+    output = export(checkpoint, tmp_path / "a.dash").root
+    (output / name).rename(tmp_path / "elsewhere")
+    (output / name).symlink_to(tmp_path / "elsewhere")
+    before, calls = tree(tmp_path), []
+    with pytest.raises(OutputError, match=f"{name} is a link, which is not replaced"):
+        export(checkpoint, output, tiny_policy(checkpoint), progress=lambda *call: calls.append(call))
+    assert (tree(tmp_path), calls) == (before, [])
+
+
+def test_what_appears_at_the_output_during_an_export_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    output, calls = tmp_path / "a.dash", []
+
+    def appear(name: str, *_: object) -> None:
+        calls.append(name)
+        if name == "head":
+            folder_of(output, "manifest.json", "config.json", "onnx/mine")
+
+    with pytest.raises(BundleError, match="is not a bundle: it will not be overwritten"):
+        export(checkpoint, output, progress=appear)
+    assert tree(output).keys() == {"manifest.json", "config.json", "onnx/mine"}
+    output.rename(tmp_path / "mine")
+    made = export(checkpoint, output)  # of the work that was kept
+    made.verify(made.manifest.files)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.dash", "mine"}
+
+
+@pytest.mark.parametrize("where", ["a.dash/onnx/model", "a.dash.unfinished/model"])
+def test_a_model_inside_its_output(where: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """It would be gone with what is replaced, before or after it is read."""
+    export(checkpoint, tmp_path / "a.dash")
+    work_folder(tmp_path / "a.dash")
+    model = shutil.copytree(checkpoint.source, tmp_path / where)
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match="is read, and lies in what is replaced: move it away"):
+        export(model, tmp_path / "a.dash")
+    assert tree(tmp_path) == before
+
+
+def test_a_card_that_is_a_link(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Told before hours of training, and before the policy beside it is written."""
+    path = tmp_path / "p.safetensors"
+    (tmp_path / "p.json").symlink_to("real.json")
+    with pytest.raises(PolicyError, match=r"p\.json is a link, which is not replaced"):
+        check_replaceable(path)
+    with pytest.raises(PolicyError, match=r"p\.json is a link, which is not replaced"):
+        save_policy(path, tiny_policy(checkpoint), checkpoint.spec, {})
+    assert not path.exists()
+
+
 def test_a_policy_replaces_policies_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     card = {"kind": "token", "units": [], "settings": {}}
@@ -373,6 +452,13 @@ def test_a_secret_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(own_secret()) == 32
     monkeypatch.setenv("XDG_STATE_HOME", "/proc/nowhere")
     assert own_secret() != own_secret()
+
+
+@pytest.mark.parametrize("output", ["plain/x.dash", "plain/deep/x.dash"])
+def test_an_output_below_a_file(output: str, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("mine")
+    with pytest.raises(OutputError, match="is no folder to write in"), locked(tmp_path / output, "export"):
+        pass
 
 
 def test_a_zeroed_lock_is_nobodys(tmp_path: Path) -> None:

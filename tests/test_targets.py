@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -255,3 +256,14 @@ def test_the_documentation_has_every_key() -> None:
         for item in fields(table):
             if item.name not in ("name", "weights", "runtime", "cost", "engine"):
                 assert re.search(rf"`(\[\w+\] )?{item.name}`", text), item.name
+
+
+@pytest.mark.parametrize(
+    "text", [".".join("a" * 2000) + "=1", '"a" . ' * 2000 + "a=1", f"x = {{{'.'.join('a' * 2000)} = 1}}", "a" * 16000]
+)
+def test_a_key_that_fills_the_memory(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(text)
+    began = time.perf_counter()
+    with pytest.raises(RecipeError, match=r"a key of over 8 parts" if "." in text else r"cannot be read"):
+        load_recipe(str(tmp_path / "a.toml"))
+    assert time.perf_counter() - began < 2

@@ -92,6 +92,9 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
             raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
         return _measured_again(bundle, recipe, progress)
     began = time.perf_counter()
+    # Whatever is reused: tokenizer and layers are read at every build.
+    seal = bundle.verify(bundle.manifest.files)
+    bundle.check_listed(None)
     facts = bundle.manifest.policy
     # On a GPU the policy is an engine of its own and reads what an engine gave.
     cut = (facts.read,) if recipe.engine is not None and facts.has_network else ()
@@ -103,7 +106,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     else:
         stop = threading.Event()
         with roundings_of(bundle, recipe, folder, _until(stop, progress)) as roundings:
-            engines, files = _make_engines(bundle, recipe, segments, folder, roundings, stop, progress)
+            engines, files = _make_engines(bundle, recipe, segments, folder, roundings, seal, stop, progress)
     draft = Build(
         schema=SCHEMA,
         target=recipe.name,
@@ -132,6 +135,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     if measures:
         draft = _measured(bundle, draft, recipe, progress)
     finished = replace(draft, seconds=known.seconds if known else round(time.perf_counter() - began, 3))
+    bundle.check_same(seal)
     bundle.save_build(finished)
     return finished
 
@@ -187,10 +191,13 @@ def _start_threads(recipe: Recipe) -> None:
 def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
     """The build that is there, with the costs and the dial of this machine. Needs no onnx."""
     known = bundle.load_build(recipe.name)
-    bundle.verify(known.files)
+    bundle.check_listed(known)
+    texts = [record for record in bundle.manifest.files if not record.name.startswith("onnx/")]
+    seal = bundle.verify([*known.files, *texts])
     built = recipe_from_dict(known.recipe, "the recipe recorded in the build")
     device = _device(built) if built.engine is None else known.device  # what a GPU engine was compiled for stays so
     measured = _measured(bundle, replace(known, device=device, measuring=MEASURING_REVISION), built, progress)
+    bundle.check_same(seal)
     bundle.save_build(measured)
     return measured
 
@@ -253,6 +260,7 @@ def _make_engines(
     segments: tuple[Segment, ...],
     folder: Path,
     roundings: Roundings,
+    seal: Seal,
     stop: threading.Event,
     progress: Progress,
 ) -> tuple[dict[str, EngineRecord], tuple[FileRecord, ...]]:
@@ -267,11 +275,9 @@ def _make_engines(
     found |= {job.name: None for job in jobs if not all(found[name] for name in job.extends)}
     if not all(found[job.name] for job in jobs if job.role == "aside"):
         found = dict.fromkeys(found)
-    seal: Seal = {}
     if not all(found.values()):
         # From here to the end this build says that it is unfinished.
         (folder / BUILD).unlink(missing_ok=True)
-        seal = bundle.verify(record for record in bundle.manifest.files if record.name.startswith("onnx/"))
         _start_threads(recipe)
     done, check = itertools.count(1), partial(bundle.check_same, seal)
 

@@ -25,6 +25,7 @@ from dash_export.exporting import OURS
 from dash_export.names import ROUNDINGS
 from dash_export.outputs import (
     MARK,
+    check_place,
     folder_locked,
     lock_file,
     locked,
@@ -72,17 +73,21 @@ def write_kit(
         recipes = f"{RECIPE}/{Path(target).name}"
         ours = (SCRIPT, REQUIREMENTS, LIBRARY, recipes, *(f"{bundle.root.name}/{name}" for name in inside), RECORD)
         recover(folder, ours, RECORD)
-        is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
-        if folder.exists() and not is_kit and not (folder / MARK).is_file():
-            raise BundleError(
-                f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit."
-            )
+        _refuse_foreign(folder)
+        check_place(folder, ours)
         remove_own(work_folder(folder))  # a kit is not resumed
         unfinished = work_folder(folder)
         with removed_on_error(unfinished):
             _fill(unfinished, Bundle.open(bundle.root), recipe, target, options, reason, progress)
+            _refuse_foreign(folder)  # what has appeared there meanwhile
             put_in_place(unfinished, folder, ours, RECORD)
     return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
+    is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
+    if folder.exists() and not is_kit and not (folder / MARK).is_file():
+        raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
 
 
 def _fill(
@@ -94,7 +99,8 @@ def _fill(
     reason: str,
     progress: Progress,
 ) -> None:
-    bundle.verify(bundle.manifest.files)
+    seal = bundle.verify(bundle.manifest.files)
+    bundle.check_listed(None)
     policy = bundle.manifest.policy
     cut = (policy.read,) if policy.has_network else ()
     segments = plan_segments(bundle.manifest.model.num_layers, policy.units, cut)
@@ -104,6 +110,7 @@ def _fill(
     checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress, roundings=known))
     progress("copying the bundle", 0, 0)
     _copy_bundle(bundle, unfinished / bundle.root.name)
+    bundle.check_same(seal)
     _copy_package(unfinished / LIBRARY / "dash_export")
     command = ["build", bundle.root.name, "--target", _carry_recipe(target, unfinished), *options]
     (unfinished / SCRIPT).write_text(Path(kit_script.__file__).read_text(encoding="utf-8"), encoding="utf-8")

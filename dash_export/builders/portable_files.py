@@ -16,7 +16,7 @@ def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> 
     """The portable graph of engine `name` (the segment's own, its bypass, the policy) where it lies in the bundle; of a
     merged segment it is written into `folder` first.
     """
-    if name in bundle.manifest.graphs:
+    if name != segment.name or segment.graphs == [name]:
         return bundle.graph(name)
     return write_graph(compose_segment(bundle, segment), folder / f"{name}.onnx")
 

@@ -8,10 +8,11 @@ import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED
 
 import numpy as np
 
-from dash_export.artifacts import content_key
+from dash_export.artifacts import content_key, open_regular
 from dash_export.builders.segments import Artifact, calibration_key, graphs_key, weights_key
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
@@ -59,7 +60,7 @@ def stored_roundings(folder: Path) -> Roundings:
             with np.load(path) as arrays:
                 if f"{node}.codes" not in arrays.files:
                     return None
-                packed, scales = arrays[f"{node}.codes"], arrays[f"{node}.scales"]
+                packed, scales = (_array(arrays, f"{node}.{part}") for part in ("codes", "scales"))
             if (packed.dtype, scales.dtype) != (np.uint8, np.float32):
                 raise ValueError(f"{node} is of {packed.dtype} and {scales.dtype}")
             codes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1])
@@ -69,6 +70,13 @@ def stored_roundings(folder: Path) -> Roundings:
             raise BundleError(f"{path} is damaged ({error}). Delete it and build again.") from error
 
     return rounded
+
+
+def _array(arrays: Any, name: str) -> Any:
+    """Raises ValueError for one that is compressed, as none of ours is: a file of nothing can fill the memory."""
+    if arrays.zip.getinfo(f"{name}.npy").compress_type != ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return arrays[name]
 
 
 def _key(bundle: Bundle, recipe: Recipe) -> str:
@@ -95,7 +103,7 @@ def _write(bundle: Bundle, key: str, roundings: Roundings, folder: Path, out: Pa
 def _key_of(path: Path) -> str:
     """What a file was made from; nothing of one that is not there or not ours."""
     try:
-        with np.load(path) as arrays:
-            return str(arrays["key"])
+        with open_regular(path) as file, np.load(file) as arrays:
+            return str(_array(arrays, "key"))
     except Exception:  # as above
         return ""

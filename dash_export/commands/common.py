@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dash_export.artifacts import open_regular
 from dash_export.build_record import Build
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.decision import Unit, parse_units
-from dash_export.errors import BundleError, PolicyError
+from dash_export.errors import BundleError, PolicyError, RequestError
+from dash_export.names import REPORT
+from dash_export.outputs import MARK
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +28,7 @@ else:
 
 DEFAULT_TARGET = "cpu"
 _MAX_LAYERS = 10_000
+_BEGINNING = 8192
 
 
 class LayerList(_Layers):
@@ -79,6 +84,27 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def check_reports(*outputs: Path) -> None:
+    """Before anything is measured: raises RequestError for a file that is not ours to write over, or lies in a bundle
+    or a work folder.
+    """
+    for path in outputs:
+        beginning = b""
+        try:
+            if os.path.lexists(path):
+                with open_regular(path) as file:
+                    beginning = file.read(_BEGINNING) or REPORT.encode()  # nothing is lost with an empty file
+            ours = not os.path.lexists(path) or (REPORT.encode() in beginning and not path.is_symlink())
+        except OSError:
+            ours = False
+        if not ours:
+            raise RequestError(f"{path} exists and is no report of ours: it will not be overwritten. Choose another.")
+        for folder in path.absolute().resolve().parents:
+            inside = (folder / MANIFEST).is_file() and any((folder / name).is_dir() for name in ("onnx", "engines"))
+            if inside or (folder / MARK).is_file():
+                raise RequestError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")
 
 
 def is_bundle(path: str) -> bool:

@@ -14,6 +14,7 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.common import plain_table, print_table, result_console
 from dash_export.commands.comparing import comparison_options, dial_of, load, load_also, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
+from dash_export.names import REPORT
 
 if TYPE_CHECKING:
     from dash_export.evaluation.frontier import Course, Point
@@ -52,7 +53,7 @@ def command(
     window by window against dense; decode time on the clock, each in processes of its own. The exchange rate is the
     per cent of perplexity paid per per cent of decode time saved. Let nothing else run meanwhile.
     """
-    from dash_export.commands.pictures import picture_base, save_pictures
+    from dash_export.commands.pictures import check_pictures, save_pictures
     from dash_export.evaluation.frontier import Course, frontier
     from dash_export.evaluation.pictures import frontier_figure  # fails at once where matplotlib is missing
     from dash_export.evaluation.settings import entrants
@@ -62,7 +63,7 @@ def command(
     dial = dial_of(dials, ("budget", BUDGETS))
     path = text or resource_folder("calibration") / "prose.txt"
     course = Course(read_text(path), str(path), limit, window, prefix, 0 if predicted else rounds, tokens)
-    picture_base(output)
+    check_pictures(output, report=True)
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("frontier") as progress:
         progress("loading", 0, 0)
@@ -124,6 +125,7 @@ def _report(
         for point, share in zip(points, of_token(points), strict=True)
     ]
     return {
+        "made_by": REPORT,
         "builds": builds,
         "course": {name: value for name, value in asdict(course).items() if name != "text"},
         "points": rows,

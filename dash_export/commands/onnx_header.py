@@ -5,8 +5,11 @@ ModelProto (onnx.proto): field 7 is the graph, field 8 a repeated OperatorSetIdP
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import BinaryIO
+
+from dash_export.artifacts import open_regular
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _OPSET_IMPORT = 8
@@ -14,10 +17,10 @@ _LONGEST = 1 << 16
 
 
 def opsets(path: Path) -> dict[str, int]:
-    """Domain ("" is ONNX's own) -> version. Raises ValueError for what is not an ONNX file."""
+    """Domain ("" is ONNX's own) -> version. Raises ValueError for what is not an ONNX file, OSError for no file."""
     found = {}
-    end = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        end = os.fstat(file.fileno()).st_size
         while file.tell() < end:
             tag = _varint(file)
             kind = tag & 7

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dash_export.commands.common import check_reports
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -17,6 +19,13 @@ def picture_base(output: Path) -> Path:
     if base.name in ("", ".."):
         raise RequestError(f"{output} is a folder: give -o a name for the pictures in it, like {output / 'NAME'}.")
     return base
+
+
+def check_pictures(output: Path, *, report: bool) -> None:
+    """Before anything is measured: raises RequestError where `save_pictures` would write over what is not ours."""
+    base = picture_base(output)
+    kinds = ("png", "svg", "json") if report else ("png", "svg")
+    check_reports(*(base.with_name(f"{base.name}.{kind}") for kind in kinds))
 
 
 def save_pictures(output: Path, figure: Figure, report: str | None = None) -> list[Path]:

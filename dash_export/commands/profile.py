@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dash_export.cli import OUTPUT
+from dash_export.commands.common import check_reports
 from dash_export.commands.comparing import comparison_options, dial_of, load, load_also, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
 
@@ -69,6 +70,7 @@ def command(
     request = Request(read_text(path), path.name, context, tokens, repeats, trace_tokens)
     for output in (html, trace):
         if output is not None:
+            check_reports(output)
             ctx.meta[OUTPUT] = str(output)
             output.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("profile") as progress:

@@ -92,7 +92,7 @@ def command(
         answer_all(
             runtime.batch_with(setting, min(batch or BATCH, len(many))),
             many,
-            lambda each: _encode(asking, each, templated),
+            lambda each: _encode(asking, each, templated, asking.session.context_left),
             max_tokens,
             asking.sampling,
             _as_dict if as_json else None,

@@ -42,7 +42,7 @@ def command(
     """
     import numpy as np
 
-    from dash_export.commands.pictures import picture_base, save_pictures
+    from dash_export.commands.pictures import check_pictures, save_pictures
     from dash_export.evaluation.pictures import skip_map_figure  # fails at once where matplotlib is missing
     from dash_export.evaluation.settings import label
     from dash_export.resources import resource_folder
@@ -53,7 +53,7 @@ def command(
         raise click.UsageError("Give the text or --file, not both.")
     if setting == Setting():
         setting = DEFAULT
-    picture_base(output)
+    check_pictures(output, report=False)
     ctx.meta[OUTPUT] = str(output)
     sample = text if text is not None else read_text(file or resource_folder("calibration") / "prose.txt", pipe=True)
     opened = Bundle.open(bundle)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from dash_export.decision import Action, Unit
+from dash_export.names import REPORT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,7 +167,7 @@ def visible(token: str, longest: int = 14) -> str:
 def render(figure: Figure, kind: str) -> bytes:
     """The figure as `png` or `svg`; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+    metadata: dict[str, Any] = {"Date": None, "Creator": REPORT} if kind == "svg" else {"Software": REPORT}
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a token of a script the font lacks
         figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, facecolor="white")

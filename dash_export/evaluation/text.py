@@ -32,7 +32,7 @@ def windows(runtime: DashRuntime, text: str, name: str, count: int, window: int 
     longest = runtime.engines.model.max_positions
     if window > longest:
         raise RequestError(f"A window of {window} tokens is longer than the model's context of {longest}.")
-    ids = np.array(runtime.text.encode(text), np.int64)
+    ids = runtime.text.encode_in_pieces(text)
     if len(ids) < window:
         raise RequestError(
             f"{name} has {len(ids)} tokens, less than one window of {window}: give a longer text or a shorter window."

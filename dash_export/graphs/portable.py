@@ -7,6 +7,8 @@ capacity] (bool) says which rows a query may read. Weights are named as in the c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -23,13 +25,19 @@ EMBED_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
 SHARED_FILES = (ROPE_FILE, EMBED_FILE)
 
+_BLOCK = 1 << 14
+"""Positions whose angles are in memory at a time."""
+
 HIDDEN_SHAPE = ("batch", "sequence")
 
 
-def rope_tables(spec: DecoderSpec) -> dict[str, npt.NDArray[np.float32]]:
-    """`cos` and `sin`, each [max_positions, head_dim / 2]: every layer's graph refers to this one file."""
-    angles = np.outer(np.arange(spec.max_positions), np.asarray(spec.rope.inverse_frequencies))
-    return {"rope.cos": np.cos(angles).astype(np.float32), "rope.sin": np.sin(angles).astype(np.float32)}
+def rope_tables(spec: DecoderSpec) -> Iterator[npt.NDArray[np.float32]]:
+    """`cos`, then `sin`, each [max_positions, head_dim / 2], in blocks: every layer's graph refers to this one file."""
+    frequencies = np.asarray(spec.rope.inverse_frequencies)
+    for turned in (np.cos, np.sin):
+        for start in range(0, spec.max_positions, _BLOCK):
+            positions = np.arange(start, min(start + _BLOCK, spec.max_positions))
+            yield turned(np.outer(positions, frequencies)).astype(np.float32)
 
 
 def embed_graph(checkpoint: Checkpoint) -> ir.Model:

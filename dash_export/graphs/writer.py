@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,8 @@ def _is_own(tensor: ir.TensorProtocol | None, shared: Collection[str]) -> bool:
     return tensor.nbytes > INLINE_BYTES
 
 
-def save_tables(path: Path, tables: Mapping[str, npt.NDArray[Any]]) -> None:
+def save_tables(path: Path, tables: Iterable[npt.NDArray[Any]]) -> None:
     """Write raw arrays one after another (see `external` for how graphs refer to them)."""
     with path.open("wb") as file:
-        for table in tables.values():
+        for table in tables:
             np.ascontiguousarray(table).tofile(file)

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import CheckpointError
+from dash_export.manifest import LARGEST_CONTEXT
 from dash_export.models.fields import positive_float, positive_int, shown
 from dash_export.models.spec import Float32Array, RopeSpec
 
 MAX_FACTOR = 1e6
-MAX_POSITIONS = 1 << 30
+MAX_POSITIONS = LARGEST_CONTEXT
 
 
 def rope_spec(config: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeSpec:

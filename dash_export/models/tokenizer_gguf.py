@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from dash_export.errors import CheckpointError
 from dash_export.models.fields import flag, shown
 from dash_export.models.gguf_config import token_id
+from dash_export.text_files import load_tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -44,8 +45,13 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
     for name, index in (("bos_token", bos), ("eos_token", eos), ("pad_token", pad)):
         if index is not None:
             tokenizer_config[name] = tokens[index]
+    text = tokenizer.to_str()
+    try:
+        load_tokenizer(text)  # as what runs the bundle will
+    except ValueError as error:
+        raise CheckpointError(f"the GGUF vocabulary cannot be used: {error}") from error
     assets = {
-        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer.json": text,
         "tokenizer_config.json": _json(tokenizer_config),
         "generation_config.json": _json(_generation_config(metadata, bos, eos, pad)),
     }

@@ -22,7 +22,7 @@ from dash_export.decision import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM, DecoderSpec
-from dash_export.outputs import locked, named, remove_own, work_folder
+from dash_export.outputs import locked, named, refuse_inputs, remove_own, work_folder, work_of
 from dash_export.policy.continuations import continue_prompts
 from dash_export.policy.corpus import Corpus, Passage, TokenIds, read_corpus, read_prompts
 from dash_export.policy.cost import saved
@@ -85,6 +85,7 @@ def train(
     told_apart(texts, prompts)
     data = {path.name: sha256_file(_existing(path)) for path in (*texts, *prompts)}
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
+    refuse_inputs([*checkpoint.seen, *texts, *prompts, *filter(None, [start])], [work_of(output)])
     asked = None if chosen is None else units_text(chosen)
     key = training_key(settings, checkpoint.fingerprint, kind, asked, data, origin)
     with locked(output, "train"):
@@ -133,6 +134,7 @@ def train(
             "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
             "seconds": round(time.perf_counter() - began, 1),
         }
+        check_replaceable(output)  # what has appeared there meanwhile stays, and so does the work of hours
         save_policy(output, policy, spec, card)
         remove_own(folder)
         return policy

@@ -13,6 +13,7 @@ import jinja2
 from dash_export.decision import Action
 from dash_export.evaluation.pictures import render, skip_map_figure
 from dash_export.evaluation.settings import label
+from dash_export.names import REPORT
 from dash_export.profiling.figures import breakdown_figure, dial_figure, distribution_figure, segments_figure
 from dash_export.profiling.measure import SETTLE, Lane
 from dash_export.profiling.results import PARTS, Profile
@@ -43,6 +44,7 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
     )  # fmt: skip
     environment.filters["mb"] = lambda count: f"{count / 1e6:.1f}"
     return environment.get_template(TEMPLATE).render(
+        made_by=REPORT,
         title=title(found),
         found=found,
         conditions=conditions(found),

@@ -7,6 +7,7 @@ from typing import Any
 
 from dash_export.decision import Unit, units_text
 from dash_export.evaluation.settings import label
+from dash_export.names import REPORT
 from dash_export.profiling.measure import Lane, TokenStamps
 from dash_export.profiling.probe import What
 from dash_export.profiling.traffic import EngineBytes, engine_bytes
@@ -26,7 +27,7 @@ def chrome_trace(lanes: Sequence[Lane], title: str) -> dict[str, Any]:
         sizes = engine_bytes(lane.runtime)
         for token in lane.trace:
             events += _token_events(lane, token, sizes, process, start)
-    return {"displayTimeUnit": "ms", "otherData": {"title": title}, "traceEvents": events}
+    return {"displayTimeUnit": "ms", "otherData": {"made_by": REPORT, "title": title}, "traceEvents": events}
 
 
 def _named(process: int, track: int, what: str, name: str) -> dict[str, Any]:

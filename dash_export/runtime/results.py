@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.errors import DashError
+from dash_export.errors import DashError, RequestError
 
 TokenIds = npt.NDArray[np.int64]
 NO_TOKEN = -1
@@ -108,6 +108,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
+        """Raises RequestError for the score of a single token, before which there is nothing to predict it from."""
+        if not len(self.log_likelihoods):
+            raise RequestError("One token has no perplexity: score two or more.")
         return float(np.exp(-self.log_likelihoods.mean(dtype=np.float64)))
 
 

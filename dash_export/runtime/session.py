@@ -273,6 +273,8 @@ class Session:
 
         Raises ContextLengthError where they do not fit.
         """
+        if tokens < 1:
+            raise RequestError(f"Room for {tokens} tokens is none: ask for one or more.")
         self._check_room(tokens, 0)
         self._reserve(tokens)
         return self._bound(1)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -15,6 +17,9 @@ from dash_export.bundle import safe_path
 from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.runtime.chat_template import ChatTemplate
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text, load_tokenizer
+
+_PIECE = 1 << 18
+"""Letters that are encoded at a time where a whole text is wanted."""
 
 
 class Text:
@@ -61,16 +66,30 @@ class Text:
             start *= 2
         return self._ids(text, special)
 
+    def encode_in_pieces(self, text: str) -> npt.NDArray[np.int64]:
+        """`encode` of a text of any length, in memory for a piece of it: cut at lines, or else at words."""
+        pieces: list[npt.NDArray[np.int64]] = []
+        start = 0
+        while start < len(text) or not pieces:
+            end = start + _PIECE
+            if end < len(text):
+                end = next((at for cut in "\n " if (at := text.rfind(cut, start + 1, end)) > 0), end)
+            pieces.append(np.array(self.encode(text[start:end], special=start == 0), np.int64))
+            start = end
+        return np.concatenate(pieces)
+
     def _ids(self, text: str, special: bool) -> list[int]:
         try:
             return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
         except BaseException as error:  # a panic of native code is no Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise RequestError(f"The model's tokenizer does not read this text ({error!s:.200}).") from error
+            raise _refused(error, "does not read this text") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Token ids -> text. Raises RequestError where the tokenizer's decoder gives up."""
+        try:
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        except BaseException as error:
+            raise _refused(error, "cannot write what these tokens say") from error
 
     def chat(self, messages: Sequence[Mapping[str, str]], limit: int = sys.maxsize) -> list[int]:
         """Chat messages -> token ids, ending where the assistant's turn begins; `limit` as `encode` has it."""
@@ -95,15 +114,20 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text this token makes certain; sets `stopped` at a stop string, which is not given out."""
+        """The text this token makes certain; sets `stopped` at a stop string, which is not given out. Raises
+        RequestError where the tokenizer's decoder gives up.
+        """
         try:
-            piece = self._decode.step(self._tokenizer, token)
-        except Exception:  # tokenizers raises plain Exception: bytes before this token are no text, and it gives up
-            self._decode = DecodeStream(skip_special_tokens=True)
-            if self._last is not None:  # a first token would lose its space
-                self._decode.step(self._tokenizer, self._last)
-            self._held += "\N{REPLACEMENT CHARACTER}"
-            piece = self._decode.step(self._tokenizer, token)
+            try:
+                piece = self._decode.step(self._tokenizer, token)
+            except Exception:  # tokenizers raises plain Exception: bytes before this token are no text, and it gives up
+                self._decode = DecodeStream(skip_special_tokens=True)
+                if self._last is not None:  # a first token would lose its space
+                    self._decode.step(self._tokenizer, self._last)
+                self._held += "\N{REPLACEMENT CHARACTER}"
+                piece = self._decode.step(self._tokenizer, token)
+        except BaseException as error:
+            raise _refused(error, "cannot write what this token says") from error
         if piece:
             self._last = token
             self._held += piece
@@ -120,6 +144,13 @@ class TextStream:
         """What was held back, when no stop string came after all."""
         piece, self._held = self._held, ""
         return piece
+
+
+def _refused(error: BaseException, what: str) -> RequestError:
+    """What an error of the tokenizer's native code is told as; its panics are no Exception."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+    return RequestError(f"The model's tokenizer {what} ({error!s:.200}).")
 
 
 def _overlap(text: str, stop: str) -> int:

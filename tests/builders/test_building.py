@@ -106,6 +106,33 @@ def test_measured_again_where_a_trade_off_meant_something_else(bundle: Bundle, m
     assert again.cost.segment_us != before.cost.segment_us
 
 
+@pytest.mark.parametrize("name", ["onnx/policy.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("measure", [False, True])
+def test_what_a_build_only_reads_is_hashed_too(name: str, measure: bool, bundle: Bundle) -> None:
+    """Of the policy it takes the bias, and by the tokenizer the dial is calibrated; no engine is made of them anew."""
+    before, damaged = bundle.load_build("cpu-fp32"), bytearray(bundle.path(name).read_bytes())
+    damaged[-20] ^= 1
+    bundle.path(name).write_bytes(damaged)
+    with pytest.raises(BundleError, match=rf"{name} is not the file that was written"):
+        build(bundle, "cpu", weights="fp32", measure=measure)
+    assert Bundle.open(bundle.root).load_build("cpu-fp32") == before
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_tokenizer_that_changes_while_the_dial_is_calibrated(graphs: bool, bundle: Bundle) -> None:
+    before, path = bundle.load_build("cpu-fp32"), bundle.path("tokenizer.json")
+    if not graphs:
+        shutil.rmtree(bundle.path("onnx"))
+
+    def change(name: str, *_: object) -> None:
+        if name == "calibrating the dial":
+            path.write_bytes(path.read_bytes())
+
+    with pytest.raises(BundleError, match=r"tokenizer\.json was replaced while it was read"):
+        build(bundle, "cpu", weights="fp32", measure=True, progress=change)
+    assert Bundle.open(bundle.root).load_build("cpu-fp32") == before
+
+
 def test_nothing_is_measured_where_it_cannot_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "run_obstacle", lambda _recipe: "there is no such device.")
     with pytest.raises(BackendError, match="Nothing can be measured here: there is no such device"):

@@ -175,6 +175,19 @@ def test_something_else_is_not_overwritten(own_bundle: Path, tmp_path: Path) -> 
     assert "is not a build kit" in message
 
 
+def test_what_appears_at_the_kit_meanwhile_is_kept(
+    own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def appear(*_args: object) -> None:
+        (tmp_path / "kit").mkdir()
+        (tmp_path / "kit" / "build.py").write_text("mine")
+
+    monkeypatch.setattr("dash_export.builders.kit._copy_package", appear)
+    with pytest.raises(BundleError, match="is not a build kit"):
+        write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "kit")
+    assert (tmp_path / "kit" / "build.py").read_text() == "mine"
+
+
 def test_an_unfinished_kit_leaves_nothing(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_args: object) -> None:
         raise OSError(28, "No space left on device")

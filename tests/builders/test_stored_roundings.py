@@ -133,6 +133,12 @@ def test_a_damaged_file(content: bytes | None, bundle: Bundle, tmp_path: Path) -
         stored_roundings(tmp_path)(DOWN)
 
 
+def test_a_file_that_fills_the_memory(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / FILE, **{f"{DOWN}.codes": np.zeros(1 << 20, np.uint8), "key": np.array("x")})
+    with pytest.raises(BundleError, match="is compressed"):
+        stored_roundings(tmp_path)(DOWN)
+
+
 def test_a_kit_brings_it(bundle: Bundle, target: str, tmp_path: Path) -> None:
     kit = write_kit(bundle, target, [], "as a test", tmp_path / "kit")
     engines = kit / bundle.root.name / "engines" / "small"

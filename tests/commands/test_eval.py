@@ -167,8 +167,10 @@ def test_what_was_measured_is_lost_neither_way(
         "1",
         "--predicted",
     )
-    (tmp_path / "f.png").mkdir()
-    result = dash(*options, "-o", tmp_path / "f")
+    with monkeypatch.context() as late:  # what is in the way has come after it was looked for
+        late.setattr("dash_export.commands.pictures.check_reports", Mock())
+        (tmp_path / "f.png").mkdir()
+        result = dash(*options, "-o", tmp_path / "f")
     assert result.exit_code == 1
     assert "static" in result.stdout
     assert json.loads((tmp_path / "f.json").read_text())["points"], "what cannot be drawn anew"
@@ -181,6 +183,24 @@ def test_what_was_measured_is_lost_neither_way(
     for nameless in (".", "..", "/", tmp_path / ".."):
         assert "is a folder: give -o a name" in refused(*options, "-o", nameless)
         assert "is a folder: give -o a name" in refused("skipmap", tiny_root, TEXT, *TARGET, "-o", nameless)
+
+
+@pytest.mark.parametrize("name", ["f.png", "f.svg", "f.json"])
+def test_what_is_no_report_of_ours_is_kept(name: str, tiny_root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    (tmp_path / name).write_text("mine")
+    commands = [("frontier", tiny_root), *([("skipmap", tiny_root, TEXT)] if name != "f.json" else [])]
+    for command in commands:
+        said = refused(*command, *TARGET, "-o", tmp_path / "f")
+        assert f"{name} exists and is no report of ours: it will not be overwritten" in said
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_no_report_lies_in_a_bundle(own_bundle: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    for output in (own_bundle / "f", own_bundle / "onnx" / "f", own_bundle / "config"):
+        assert "would lie inside the bundle" in refused("frontier", own_bundle, *TARGET, "-o", output)
+    assert not list(own_bundle.rglob("*.png"))
 
 
 def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,12 @@ def test_opsets_equal_onnx(tiny_root: Path) -> None:
 def test_opsets_of_garbage(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(ValueError, match="ONNX"):
+        opsets(tmp_path / "x.onnx")
+
+
+def test_opsets_of_what_would_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.onnx")
+    with pytest.raises(OSError, match="not a regular file"):
         opsets(tmp_path / "x.onnx")
 
 

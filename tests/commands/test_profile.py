@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dash_export.commands.common import check_reports
 from tests.commands.helpers import dash, refused
 from tests.forged import replace_text
 
@@ -84,8 +85,17 @@ def test_trace(begin: tuple[Any, ...], tmp_path: Path) -> None:
     output = tmp_path / "deep" / "t.json"
     result = dash(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", output, "--trace-tokens", 2)
     assert result.exit_code == 0, result.output
+    check_reports(output)  # it may be written over, and nothing else
     events = json.loads(output.read_text())["traceEvents"]
     assert sum(event.get("cat") == "token" for event in events) == 2 * 2
+
+
+def test_what_is_no_report_of_ours_is_kept(begin: tuple[Any, ...], tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.html"
+    thesis.write_text("<h1>mine</h1>")
+    for option in ("--html", "--trace"):
+        assert "is no report of ours: it will not be overwritten" in refused(*begin, "--skipped", "1", option, thesis)
+    assert thesis.read_text() == "<h1>mine</h1>"
 
 
 def test_other_builds(begin: tuple[Any, ...], own_bundle: Path) -> None:

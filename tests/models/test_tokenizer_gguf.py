@@ -127,6 +127,13 @@ def test_vocabularies_that_cannot_be_used(changes: dict[str, Any], message: str)
 
 
 @pytest.mark.model
+def test_a_token_that_no_run_would_take() -> None:
+    """Told when it is exported, not as damage of the bundle when that is run."""
+    tokens = [*byte_tokens()[:-1], "a" * 5000]
+    with pytest.raises(CheckpointError, match="vocabulary cannot be used: it has a text of over 4096 letters"):
+        tokenizer_assets(metadata("smollm", **{"ggml.tokens": tokens, "ggml.token_type": [1] * len(tokens)}), 400)
+
+
 def test_smollm2(smollm2_gguf: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(smollm2_gguf)
     tokenizer = Tokenizer.from_str(checkpoint.assets["tokenizer.json"])

@@ -13,7 +13,7 @@ from dash_export.decision import parse_units
 from dash_export.errors import OutputError, PolicyError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.models.spec import FINAL_NORM
-from dash_export.outputs import MARK
+from dash_export.outputs import MARK, work_folder
 from dash_export.policy import run as run_module
 from dash_export.policy import search
 from dash_export.policy.regression import Regression
@@ -165,6 +165,36 @@ def test_a_killed_training_goes_on_where_it_stopped(
     work = [(done, total) for name, done, total in seen if total and not name.startswith("held-out")]
     assert work == sorted(work)
     assert work[-1][0] == work[-1][1], "the time left ends at nothing"
+
+
+def test_what_appears_at_the_output_during_a_training_is_kept(
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "policy.safetensors"
+
+    def appear(name: str, *_: object) -> None:
+        if name.startswith("tuning 5/"):
+            output.write_bytes(b"mine")
+            output.with_suffix(".json").write_text("{}")
+
+    with pytest.raises(PolicyError, match="exists and is no skip policy: it will not be overwritten"):
+        train(checkpoint, output, [prose], settings=SETTINGS, progress=appear)
+    assert (output.read_bytes(), output.with_suffix(".json").read_text()) == (b"mine", "{}")
+    output.unlink()
+    output.with_suffix(".json").unlink()
+    steps: list[str] = []
+    kept = train(checkpoint, output, [prose], settings=SETTINGS, progress=lambda name, *_: steps.append(name))
+    assert same(kept, trained[1])
+    assert not [name for name in steps if name.startswith("regression 1/")], "the work was kept"
+
+
+def test_a_text_inside_the_work_folder(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    output = tmp_path / "policy.safetensors"
+    inside = work_folder(output) / "mine.txt"
+    inside.write_text(prose.read_text())
+    with pytest.raises(OutputError, match=r"mine\.txt is read, and lies in what is replaced"):
+        train(checkpoint, output, [inside], settings=SETTINGS)
+    assert inside.is_file()
 
 
 def test_a_state_that_is_cut_short_begins_its_stage_anew(

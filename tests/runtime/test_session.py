@@ -380,3 +380,11 @@ def test_what_an_interrupted_pass_leaves_is_known(
     assert live._cache.length == 64
     again = live.prefill(ids[64:])
     np.testing.assert_allclose(again, runtime.session().prefill(ids), atol=1e-4)
+
+
+def test_figures_of_nothing(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    session = tiny_runtime().session("dense")
+    with pytest.raises(RequestError, match="One token has no perplexity"):
+        _ = session.score([1]).perplexity
+    with pytest.raises(RequestError, match="ask for one or more"):
+        session.decode_step(-5)

@@ -191,3 +191,24 @@ def test_prompts_far_too_long(tiny_runtime: Callable[..., DashRuntime]) -> None:
     for ask, limit in asked:
         with pytest.raises(ContextLengthError, match=f"over {2 * limit} prompt tokens"):
             ask()
+
+
+def test_a_decoder_that_panics_ends_its_answer_only(tiny_root: Path, tmp_path: Path) -> None:
+    """A panic of native code is no Exception, and would end a whole batch."""
+    folder = Path(shutil.copytree(tiny_root, tmp_path / "a.dash", ignore=shutil.ignore_patterns("onnx", "engines")))
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["decoder"] = {"type": "Strip", "content": "a", "start": 5, "stop": 5}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    text = Text(folder)
+    (token,) = TOKENIZER.encode("a").ids
+    with pytest.raises(RequestError, match="cannot write what these tokens say"):
+        text.decode([token])
+    with pytest.raises(RequestError, match="cannot write what this token says"):
+        TextStream(text.tokenizer).push(token)
+
+
+@pytest.mark.parametrize("text", ["", "short", "one line\nand\nmany more\n" * 9, "a b c d e f g h " * 20, "x" * 300])
+def test_a_long_text_is_encoded_in_pieces(text: str, tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_PIECE", 40)
+    read = Text(tiny_root)
+    assert read.encode_in_pieces(text).tolist() == read.encode(text)

@@ -59,7 +59,7 @@ from dash_export.decision import parse_units
     "--trade-offs",
     type=(click.FloatRange(min=0, min_open=True), click.FloatRange(min=0, min_open=True)),
     metavar="LOW HIGH",
-    help="The part of the dial to train for, nats per dense token time (0.25 1.5).",
+    help="The part of the dial to train for, nats per dense token time (0.4 2.2).",
 )
 @click.option("--window", type=click.IntRange(16, 8192), help="Tokens per window (256).")
 @click.option("--windows", type=click.IntRange(min=1), help="Windows per step (4).")

@@ -25,12 +25,12 @@ class TrainingSettings:
     search_steps: int = 16
     fit_steps: int = 40
     warm_up_steps: int = 30
-    regression_steps: int = 80
+    regression_steps: int = 120
     tuning_steps: int = 600
     network_rate: float = 3e-3
     bypass_rate: float = 4.5e-4
     refinement_rate: float = 2.5e-4
-    trade_offs: tuple[float, float] = (0.25, 1.5)
+    trade_offs: tuple[float, float] = (0.4, 2.2)
     again: float = 0.5
     own_prompts: int = 160
     own_tokens: int = 192

@@ -59,7 +59,7 @@ def test_a_gain_is_what_tokens_save_that_can_skip() -> None:
 
 def test_candidates() -> None:
     units = candidate_units(30)
-    assert {unit.first for unit in units} == set(range(2, 30))
+    assert {unit.first for unit in units} == set(range(5, 30))
     assert max(unit.last for unit in units) == 29
     assert candidate_units(3) == (Unit(2, 2),)
     assert candidate_units(2) == ()

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dash_export.commands.export import command as export
 from dash_export.decision import Unit, units_text
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
@@ -212,7 +211,7 @@ def test_names_of_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     Path(shipped.stem).rmdir()
     Path(shipped.stem).write_bytes(b"")
     assert policy_path(shipped.stem) == Path(shipped.stem)
-    with pytest.raises(PolicyError, match="comes with this package: smollm2-135m-instruct, smollm2-135m-instruct-st"):
+    with pytest.raises(PolicyError, match="comes with this package: smollm2-135m-instruct "):
         policy_path(f"../{shipped.stem}")
 
 
@@ -260,8 +259,6 @@ def test_shipped_policies(smollm2: Checkpoint) -> None:
         assert policy.origin.startswith(f"{card['kind']} policy for {smollm2.name}, ")
         assert policy.final_norm is not None
         check_model(policy, smollm2)
-    said = str(next(getattr(option, "help", "") for option in export.params if option.name == "policy"))
     listed = (folder / "README.md").read_text(encoding="utf-8")
     names = {path.stem for path in shipped}
-    assert set(re.findall(r"smollm2[\w-]+", said)) == names
     assert set(re.findall(r"`(smollm2[\w-]+)\.safetensors`, ", listed)) == names

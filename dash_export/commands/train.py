@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import plain_table, print_table, result_console
+from dash_export.commands.common import UnitList, plain_table, print_table, result_console
 from dash_export.commands.progress import progress_bar
-from dash_export.decision import parse_units
+from dash_export.decision import Unit, parse_units
 
 
 @click.command("train")
@@ -40,6 +40,7 @@ from dash_export.decision import parse_units
 )
 @click.option(
     "--units",
+    type=UnitList(),
     metavar="UNITS",
     help="What is skipped as one, like 5-7,8-10,13; by default the units that gain most, which are looked for first "
     "(minutes), with --from those of the policy.",
@@ -78,7 +79,7 @@ def command(
     text: tuple[Path, ...],
     prompts: tuple[Path, ...],
     kind: str,
-    units: str | None,
+    units: tuple[Unit, ...] | None,
     start: Path | None,
     device: str,
     steps: int | None,
@@ -108,7 +109,7 @@ def command(
             text,
             prompts,
             kind=kind,
-            units=None if units is None else parse_units(units),
+            units=units,
             start=start,
             settings=TrainingSettings(**given),  # type: ignore[arg-type]
             device=device,

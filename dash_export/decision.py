@@ -59,7 +59,7 @@ class Unit:
         return f"bypass_{self.name}"
 
     def __str__(self) -> str:
-        return f"{self.first}-{self.last}" if self.first < self.last else str(self.first)
+        return f"{self.first}-{self.last}" if self.first != self.last else str(self.first)
 
 
 def units_text(units: Iterable[Unit]) -> str:

@@ -42,6 +42,7 @@ HANG = 30.0  # seconds on a clock, of a machine that may be busy
 MEMORY = 64 << 20  # bytes, beside four times the input
 ADDRESSES = 2 << 30  # bytes more than at the start: what one input may ask for at most
 ALIKE = 3  # failures of one place that are kept
+FEWEST = 30  # inputs of each parser, however slow the machine
 # What a worker and its watchdog share:
 COUNT, REFUSED, ACCEPTED, SLOWEST, LARGEST, BEGAN = range(6)
 CURRENT, FAILED = "current", "failed"
@@ -124,7 +125,7 @@ def _work(name: str, folder: Path, seeds: Path, corpus: Path, seed: int, until: 
         if data is None:
             replaying = False
             continue
-        if not replaying and time.monotonic() > until:
+        if not replaying and time.monotonic() > until and board[COUNT] >= FEWEST:
             return
         (folder / CURRENT).write_bytes(data)
         board[BEGAN], cpu, before = time.monotonic(), time.process_time(), _peak(first=True)

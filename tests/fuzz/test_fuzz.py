@@ -57,7 +57,7 @@ from dataclasses import replace
 from tests.fuzz import __main__ as fuzz
 from tests.fuzz.parsers import PARSERS
 
-fuzz.HANG, fuzz.LIMIT = 4, 0.2
+fuzz.HANG, fuzz.LIMIT, fuzz.FEWEST = 4, 0.2, 1
 tasks = PARSERS.pop("tasks")
 PARSERS.clear()
 for name, code in {BREAKS!r}.items():

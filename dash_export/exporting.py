@@ -74,7 +74,7 @@ def export(
     output = named(output)
     _refuse_foreign(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    refuse_inputs(checkpoint.seen, [work_of(output), *(output / name for name in OURS)])
+    check_inputs(checkpoint.seen, output)
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
     check_model(policy, checkpoint)
     facts = _policy_facts(policy)
@@ -100,6 +100,11 @@ def export(
         with removed_on_error(unfinished):
             _finish(unfinished, output, manifest)
     return Bundle.open(output)
+
+
+def check_inputs(inputs: Iterable[Path], output: Path) -> None:
+    """Raises OutputError where an input lies in what an export to `output` replaces."""
+    refuse_inputs(inputs, [work_of(output), *(output / name for name in OURS)])
 
 
 def _whole(output: Path, key: str) -> Bundle | None:

@@ -33,15 +33,19 @@ class PolicyOptions:
     policy: str = "none"
     units: tuple[Unit, ...] | None = None
 
+    @property
+    def trained(self) -> bool:
+        """Whether it is read from a file."""
+        return self.policy not in ("none", "untrained")
+
     def load(self, spec: DecoderSpec) -> SkipPolicy:
         """Raises PolicyError when the file is damaged or for another model, or where it has no such units."""
         from dash_export.policy_file import load_policy
         from dash_export.skip_policy import narrowed, no_policy, untrained_policy
 
-        if self.policy == "none":
-            return no_policy(spec.num_layers, self.units)
-        if self.policy == "untrained":
-            return untrained_policy(spec, self.units)
+        if not self.trained:
+            none = self.policy == "none"
+            return no_policy(spec.num_layers, self.units) if none else untrained_policy(spec, self.units)
         trained = load_policy(self.policy, spec)
         return trained if self.units is None else narrowed(trained, (n for unit in self.units for n in unit.layers))
 
@@ -104,9 +108,13 @@ def export_model(ctx: click.Context, model: str, output: Path | None, options: P
 
 
 def export_with_policy(model: str | Checkpoint, output: Path, options: PolicyOptions, progress: Progress) -> Bundle:
-    from dash_export.exporting import export
+    from dash_export.exporting import check_inputs, export
     from dash_export.models import open_checkpoint
+    from dash_export.outputs import named
+    from dash_export.policy_file import policy_path
 
+    if options.trained:
+        check_inputs([policy_path(options.policy)], named(output))
     if isinstance(model, str):
         progress(f"reading {model}", 0, 0)
         model = open_checkpoint(model)

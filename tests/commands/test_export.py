@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,13 @@ def test_a_refused_policy_leaves_the_bundle(model: Path, own_bundle: Path, train
     trained.write_bytes(b"")
     refused("export", model, "-o", own_bundle, "--policy", trained)
     assert {path: path.stat().st_mtime_ns for path in own_bundle.rglob("*")} == before
+
+
+def test_a_policy_inside_its_output(model: Path, own_bundle: Path, trained: Path) -> None:
+    """It would be gone with what is replaced."""
+    inside = Path(shutil.copy(trained, own_bundle / "onnx" / "mine.safetensors"))
+    assert "lies in what is replaced" in refused("export", model, "-o", own_bundle, "--policy", inside)
+    assert inside.is_file()
 
 
 def test_fewer_units_than_a_trained_policy_has(model: Path, trained: Path, tmp_path: Path) -> None:

@@ -4,19 +4,18 @@ launches are wrapped ones, and the wrapped and the bare ones run the same engine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import IntEnum
 from time import perf_counter_ns
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.decision import Damages, Skips
 from dash_export.runtime.backends.base import Launch
-from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.dispatch import Arrangement, BoundStep
 from dash_export.runtime.memory import BoundSegment
 from dash_export.runtime.rules import Rule
 
@@ -43,18 +42,18 @@ class Probe:
         self._flat: list[int] = []
         self._stamped: list[tuple[int, int]] = []
         self._watch = _WatchedRule(self._code(-1, What.DECISION), self._flat.extend)
-        self._bare = arranged(step, step.segments)
-        self._timed = arranged(step, [self._wrapped(index, item) for index, item in enumerate(step.segments)])
+        self._bare = step.arrangement
+        self._timed = Arrangement([self._wrapped(index, item) for index, item in enumerate(step.segments)])
 
     @contextmanager
     def on(self, rule: Rule) -> Iterator[Rule]:
         """Inside, the step's launches are timed, and so is what the yielded rule is asked."""
         self._watch.rule = rule
-        vars(self.step).update(self._timed)
+        self.step.arrangement = self._timed
         try:
             yield self._watch
         finally:
-            vars(self.step).update(self._bare)
+            self.step.arrangement = self._bare
 
     def take(self) -> Stamps:
         """The stamps so far, in the order in which they began; they are forgotten."""
@@ -73,14 +72,6 @@ class Probe:
 
         bypass = None if segment.bypass is None else timed(segment.bypass, What.BYPASS)
         return replace(segment, run=timed(segment.run, What.RUN), bypass=bypass)
-
-
-def arranged(step: BoundStep, segments: Sequence[BoundSegment]) -> dict[str, Any]:
-    """What `vars(step)` has where it launches these segments instead of its own."""
-    count = len(step._before)
-    after = list(segments[count:])
-    before = tuple(item.run for item in segments[:count])
-    return {"_before": before, "_after": after, "_answers": type(step._answers)(after)}
 
 
 def _stamped(launch: Launch, code: int, push: _Push) -> Launch:

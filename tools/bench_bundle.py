@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from smollm2 import CACHE, UnavailableError, smollm2_gguf
+from fetch import CACHE, SMOLLM2, UnavailableError, fetched
 
 from dash_export import build, export
 from dash_export.commands.progress import progress_bar
@@ -23,7 +23,7 @@ RECIPES = Path(__file__).parent / "bench" / "recipes"
 
 def main() -> None:
     """Export and build."""
-    checkpoint = open_checkpoint(smollm2_gguf())
+    checkpoint = open_checkpoint(fetched(SMOLLM2))
     policy = load_policy(resource_folder("calibration") / POLICY, checkpoint.spec)
     with progress_bar("export") as progress:
         bundle = export(checkpoint, CACHE / "bench.dash", policy, progress)

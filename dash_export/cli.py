@@ -23,7 +23,7 @@ COMMANDS = {
     "build": "Compile a bundle's engines for a target and measure them.",
     "run": "Answer a prompt, or chat, skipping layers as told.",
     "inspect": "What is in a bundle: graphs, engines, sizes, costs, policy.",
-    "train": "Learn a skip policy for a model: the network and the compensation.",
+    "train": "Learn a skip policy for a model: its units, network and bypasses.",
     "eval": "What skipping costs in quality, under every policy kind.",
     "frontier": "What policy kinds and other builds pay for the time they save.",
     "skipmap": "Which layers each token of a text skips, as a picture.",

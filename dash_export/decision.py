@@ -172,15 +172,20 @@ def decision_rule(
     """
     if not 0 <= trade_off < float("inf"):
         raise PolicyError(f"The trade-off must be a finite number >= 0 (0 is dense), not {trade_off!r}.")
-    sizes = tuple(len(unit.layers) for unit in units)
-    if max_layers is not None and not num_layers - sum(sizes) <= max_layers <= num_layers:
-        always = num_layers - sum(sizes)
+    if max_layers is not None:
+        check_max_layers(max_layers, units, num_layers)
+    limits, sizes = tuple(trade_off * own for own in cost), tuple(len(unit.layers) for unit in units)
+    return DecisionRule(limits, sizes, 0 if max_layers is None else num_layers - max_layers)
+
+
+def check_max_layers(max_layers: int, units: Sequence[Unit], num_layers: int) -> None:
+    """Raises PolicyError where no token can run so many of the model's layers, or so few."""
+    always = num_layers - sum(len(unit.layers) for unit in units)
+    if not always <= max_layers <= num_layers:
         raise PolicyError(
             f"max_layers = {max_layers} is out of range: {always} of the model's {num_layers} layers always run, "
             f"so give a number from {always} to {num_layers}."
         )
-    limits = tuple(trade_off * own for own in cost)
-    return DecisionRule(limits, sizes, 0 if max_layers is None else num_layers - max_layers)
 
 
 POLICY_KINDS = ("dense", "static", "token")

@@ -25,7 +25,7 @@ def present_names(layer: int) -> tuple[str, str]:
 
 def new_names(layer: int) -> tuple[str, str]:
     """Outputs of a lowered graph in their place: the new rows alone, which the runtime writes into the cache. In
-    `trt10` [1, kv_heads, sequence, head_dim], in an `ort` skip graph [batch, sequence, kv_heads * head_dim].
+    `trt10` [1, kv_heads, sequence, head_dim], in an `ort` bypass [batch, sequence, kv_heads * head_dim].
     """
     return f"new.{layer}.key", f"new.{layer}.value"
 

@@ -21,7 +21,7 @@ from dash_export.build_record import Build, EngineRecord, Segment
 from dash_export.builders.dial import calibrate_dial
 from dash_export.builders.here import require_builder, run_obstacle, runs_here
 from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cost
-from dash_export.builders.plan import plan_segments
+from dash_export.builders.plan import build_segments
 from dash_export.bundle import BUILD, Bundle, Seal
 from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
@@ -95,10 +95,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     # Whatever is reused: tokenizer and layers are read at every build.
     seal = bundle.verify(bundle.manifest.files)
     bundle.check_listed(None)
-    facts = bundle.manifest.policy
-    # On a GPU the policy is an engine of its own and reads what an engine gave.
-    cut = (facts.read,) if recipe.engine is not None and facts.has_network else ()
-    segments = plan_segments(bundle.manifest.model.num_layers, facts.units, cut)
+    segments = build_segments(bundle.manifest, recipe.engine is not None)
     folder = own_folder(bundle.path(f"engines/{recipe.name}"))
     files: tuple[FileRecord, ...] = ()
     if recipe.engine is None and recipe.dialect == "portable":  # whose graphs are their own engines

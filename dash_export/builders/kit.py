@@ -16,7 +16,7 @@ from dash_export import __version__
 from dash_export.artifacts import FileRecord, Progress, no_progress, sha256_file, write_atomic
 from dash_export.builders import kit_script
 from dash_export.builders.building import roundings_of
-from dash_export.builders.plan import plan_segments
+from dash_export.builders.plan import build_segments
 from dash_export.builders.stored_roundings import keep_roundings
 from dash_export.builders.verify import recorded, verify_graphs
 from dash_export.bundle import MANIFEST, Bundle
@@ -101,9 +101,7 @@ def _fill(
 ) -> None:
     seal = bundle.verify(bundle.manifest.files)
     bundle.check_listed(None)
-    policy = bundle.manifest.policy
-    cut = (policy.read,) if policy.has_network else ()
-    segments = plan_segments(bundle.manifest.model.num_layers, policy.units, cut)
+    segments = build_segments(bundle.manifest, on_device=True)
     engines = unfinished / bundle.root.name / "engines" / recipe.name
     with roundings_of(bundle, recipe, unfinished, progress) as calibrated:
         known = keep_roundings(bundle, recipe, calibrated, engines)

@@ -7,6 +7,14 @@ from itertools import pairwise
 
 from dash_export.build_record import Segment
 from dash_export.decision import Unit
+from dash_export.manifest import Manifest
+
+
+def build_segments(manifest: Manifest, on_device: bool) -> tuple[Segment, ...]:
+    """The segments of a build. On a device the policy is an engine of its own and reads what an engine gave."""
+    policy = manifest.policy
+    cut = (policy.read,) if on_device and policy.has_network else ()
+    return plan_segments(manifest.model.num_layers, policy.units, cut)
 
 
 def plan_segments(num_layers: int, units: Sequence[Unit], cut: Collection[int] = ()) -> tuple[Segment, ...]:

@@ -30,7 +30,7 @@ from dash_export.errors import BackendError
 from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.graphs.compose import constant_value, load_graph
 from dash_export.graphs.precision import weight_precision
-from dash_export.graphs.rounded import Rounded, Roundings, layer_node
+from dash_export.graphs.rounded import Rounded, Roundings
 from dash_export.graphs.trt.quantize import block_of
 from dash_export.resources import resource_folder
 from dash_export.runtime.backends.onnxruntime import shared_pool_options
@@ -89,7 +89,7 @@ class _Calibrated:
                 except Exception as error:
                     self._failure = error
                     raise
-        path = _file(self._scratch, layer_node(node))
+        path = _file(self._scratch, node)
         if not path.exists():
             return None
         return self._read(path)

@@ -31,11 +31,6 @@ Roundings = Callable[[str], Rounded | None]
 """By the name of a matrix's node in a layer's portable graph; None: to be rounded to nearest."""
 
 
-def layer_node(node: str) -> str:
-    """Of a skip graph's node the one in its layer's graph: they write the same K and V."""
-    return node.replace("skip_", "layer_", 1)
-
-
 def to_nearest(_node: str) -> Rounded | None:
     """No matrix has a rounding of its own."""
     return None

@@ -149,10 +149,9 @@ class BoundStep:
         for item in self.arrangement.after:
             launch = item.run
             if item.unit != ALWAYS_RUN:
+                assert item.bypass is not None
+                assert item.mixed is not None
                 own = self.skipped[item.unit]
-                if own.any():
-                    mixed = None if own.all() else item.mixed
-                    self._memory.skipped.reshape(-1)[:] = own
-                    assert item.bypass is not None
-                    launch = item.bypass if mixed is None else mixed
+                self._memory.skipped.reshape(-1)[:] = own
+                launch = item.run if not own.any() else item.bypass if own.all() else item.mixed
             launch()

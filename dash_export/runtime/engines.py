@@ -49,16 +49,11 @@ class Step(Protocol):
         """`sequence` tokens, every layer."""
         ...
 
-    def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
-        """`sequence` known tokens in one pass under `rule`, except where `dense` is true: what decode would have done.
-        Only where the engines' `mixes` says so.
-        """
-        ...
-
 
 class Engines(Protocol):
     """All engines of a build, shared between sessions. `score_rows`: at most so many tokens of one pass get logits.
-    `mixes`: whether rows of one step may differ in what they skip (teacher-forced passes, batches).
+    `mixes`: whether rows of one step may differ in what they skip (teacher-forced passes, batches); their steps are
+    `BoundStep`s.
     """
 
     model: ModelFacts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dash_export.build_record import Build
-from dash_export.decision import DecisionRule, Setting, decision_rule, trade_off_for, units_of
+from dash_export.decision import DecisionRule, Setting, check_max_layers, decision_rule, trade_off_for, units_of
 from dash_export.errors import PolicyError
 from dash_export.manifest import ModelFacts, PolicyFacts
 from dash_export.runtime.rules import FixedRule, HeldRules, SessionRules
@@ -42,6 +42,8 @@ def _fixed_set(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: 
             "The policy in this bundle has no order in which 'static' skips units: it was not trained. List the layers "
             "to skip, or export with a trained policy."
         )
+    if setting.max_layers is not None:
+        check_max_layers(setting.max_layers, policy.units, model.num_layers)
     skipped, time = 0, 1.0
     for count in range(len(order) + 1):
         if count:

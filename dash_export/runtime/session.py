@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from dash_export.runtime.rules import DENSE, ForcedRule, Rule, SessionRules
 from dash_export.runtime.sampling import Logits, Sampling
 from dash_export.runtime.text import Text
 from dash_export.runtime.turn import MAX_TOKENS, Turn, room
+
+if TYPE_CHECKING:
+    from dash_export.runtime.dispatch import BoundStep
 
 StepKind = Literal["decode", "score", "prefill"]
 """Some tokens as decode takes one; teacher-forced; a prompt's, through the engine for prompts."""
@@ -230,7 +233,7 @@ class Session:
             step = self._bound(len(part), "score" if self.engines.mixes else "decode")
             rule = self.rules.rule if forced is None else ForcedRule(forced[:, start : start + chunk])
             if self.engines.mixes:
-                step.teacher_force(part, rule, np.arange(start, start + len(part)) < prompt)
+                cast("BoundStep", step).teacher_force(part, rule, np.arange(start, start + len(part)) < prompt)
             else:
                 step.decode(int(part[0]), DENSE if start < prompt else rule)
                 if start >= prompt:

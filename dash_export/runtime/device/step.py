@@ -10,7 +10,6 @@ behind those layers. `device`: `graph.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -136,10 +135,6 @@ class DeviceStep:
         """`sequence` tokens, every layer."""
         with self.engines.turn:
             self._advance(tokens, DENSE)
-
-    def teacher_force(self, *_: Any) -> None:
-        """These engines do not mix."""
-        raise NotImplementedError
 
     def _advance(self, tokens: int | npt.NDArray[np.int64], rule: Rule) -> None:
         """All tokens do the same: they are one, or run everything."""

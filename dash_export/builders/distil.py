@@ -8,6 +8,7 @@ unrounded model's next-token distribution: KL(exact || rounded), over text that 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.graphs.compose import constant_value, load_graph
 from dash_export.graphs.rounded import Rounded
-from dash_export.models.spec import Float32Array
+from dash_export.models.spec import Float32Array, layer_weight
 from dash_export.runtime.cpus import physical_cores
 from dash_export.torch_model import torch_model
 
@@ -33,6 +34,7 @@ RATE = 2e-3
 WARM_UP = 0.1
 ROWS = 256
 """Positions whose logits are in memory at a time."""
+_MATRIX = re.compile(r"_proj\.weight|update_\d+\.weight")
 
 
 def distilled(
@@ -77,7 +79,7 @@ def _exact_model(bundle: Bundle) -> Any:
             array = constant_value(value)
             if array is not None and key.startswith(("model.", "lm_head.")):
                 # A graph multiplies from the left: [in, out].
-                weights[key] = np.array(array.T if key.endswith("_proj.weight") else array, order="C")
+                weights[key] = np.array(array.T if _MATRIX.search(key) else array, order="C")
     try:
         config = json.loads(bundle.path("config.json").read_text(encoding="utf-8"))
         return torch_model(config, weights, torch.bfloat16)
@@ -192,5 +194,6 @@ def _module_name(node: str) -> str:
     """`layer_07/attention/o_proj` -> `model.layers.7.self_attn.o_proj`, `head/logits` -> `lm_head`."""
     if node == "head/logits":
         return "lm_head"
-    layer, part, name = node.split("/")
-    return f"model.layers.{int(layer.removeprefix('layer_'))}.{part.replace('attention', 'self_attn')}.{name}"
+    layer, _, rest = node.partition("/")
+    rest = rest.replace("attention", "self_attn").replace("/", ".")
+    return layer_weight(int(layer.removeprefix("layer_")), rest)

@@ -27,11 +27,12 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 @dataclass(frozen=True)
 class PolicyOptions:
     """Which skip policy goes into a new bundle (`none`, `untrained` or a trained one's name or path), and which units
-    of it; None: all.
+    of it; None: all. `prune`: instead of that, the units of it that the model is to be without.
     """
 
     policy: str = "none"
     units: tuple[Unit, ...] | None = None
+    prune: tuple[Unit, ...] = ()
 
     @property
     def trained(self) -> bool:
@@ -55,7 +56,10 @@ def policy_options(command: _Command) -> _Command:
 
     @wraps(command)
     def packed(*args: Any, **given: Any) -> Any:
-        return command(*args, options=PolicyOptions(given.pop("policy"), given.pop("units")), **given)
+        options = PolicyOptions(given.pop("policy"), given.pop("units"), given.pop("prune"))
+        if options.prune and not (options.trained and options.units is None):
+            raise click.UsageError("--prune takes units out by a trained --policy, and leaves none for --units.")
+        return command(*args, options=options, **given)
 
     options = (
         click.option(
@@ -72,6 +76,14 @@ def policy_options(command: _Command) -> _Command:
             metavar="UNITS",
             help="The layers that are skipped as one, like 5-7,8-10,13, or none; by default all units of a trained "
             "policy, else units of about four layers.",
+        ),
+        click.option(
+            "--prune",
+            type=UnitList(),
+            default=(),
+            metavar="UNITS",
+            help="Leave these units of the trained policy out for good, their bypasses in their place: a smaller "
+            "model, without a policy.",
         ),
     )
     for option in reversed(options):
@@ -110,16 +122,21 @@ def export_model(ctx: click.Context, model: str, output: Path | None, options: P
 def export_with_policy(model: str | Checkpoint, output: Path, options: PolicyOptions, progress: Progress) -> Bundle:
     from dash_export.exporting import check_inputs, export
     from dash_export.models import open_checkpoint
+    from dash_export.models.pruning import pruned
     from dash_export.outputs import named
     from dash_export.policy_file import policy_path
+    from dash_export.skip_policy import no_policy
 
     if options.trained:
         check_inputs([policy_path(options.policy)], named(output))
     if isinstance(model, str):
         progress(f"reading {model}", 0, 0)
         model = open_checkpoint(model)
-    checkpoint = model
-    return export(checkpoint, output, options.load(checkpoint.spec), progress)
+    policy = options.load(model.spec)
+    if options.prune:
+        model = pruned(model, policy, options.prune)
+        policy = no_policy(model.spec.num_layers, ())
+    return export(model, output, policy, progress)
 
 
 def default_output(model: str) -> Path:

@@ -104,7 +104,12 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     gate = g.op("Mul", [gate, g.op("Sigmoid", [gate], f"{name}/mlp/sigmoid")], f"{name}/mlp/silu")
     up = _linear(g, checkpoint, layer, name, normed, "mlp.up_proj")
     down = _linear(g, checkpoint, layer, name, g.op("Mul", [gate, up], f"{name}/mlp/gated"), "mlp.down_proj")
-    g.output(g.op("Add", [after, down], f"{name}/after_mlp"), "hidden_out", (*HIDDEN_SHAPE, spec.hidden_size))
+    passed = g.op("Add", [after, down], f"{name}/after_mlp")
+    for number in range(spec.updates.count(layer)):
+        state = _unit_norm(g, spec, passed, f"{name}/norm_{number}")
+        update = _linear(g, checkpoint, layer, name, state, f"update_{number}")
+        passed = g.op("Add", [passed, update], f"{name}/updated_{number}")
+    g.output(passed, "hidden_out", (*HIDDEN_SHAPE, spec.hidden_size))
     _cache_outputs(g, spec, layer, keys, values)
     return g.model()
 
@@ -118,8 +123,7 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
     hidden = g.input("hidden", (*HIDDEN_SHAPE, spec.hidden_size))
     steps = _step_inputs(g)
     matrices = full_bypass(bypass, unit, checkpoint)
-    gain = g.initializer("unit_gain", np.ones(spec.hidden_size, np.float32))
-    state = g.op("RMSNormalization", [hidden, gain], f"{name}/norm", epsilon=spec.rms_norm_eps)
+    state = _unit_norm(g, spec, hidden, f"{name}/norm")
 
     def product(value: ir.Value, which: str, node: str) -> ir.Value:
         return g.op("MatMul", [value, g.initializer(f"{name}.{which}", matrices[which])], f"{name}/{node}")
@@ -236,6 +240,11 @@ def _linear(g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, value
 def _norm(g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, value: ir.Value, weight: str) -> ir.Value:
     gain = _vector(g, checkpoint, f"model.layers.{layer}.{weight}.weight")
     return g.op("RMSNormalization", [value, gain], f"{name}/{weight}", epsilon=checkpoint.spec.rms_norm_eps)
+
+
+def _unit_norm(g: GraphWriter, spec: DecoderSpec, value: ir.Value, node: str) -> ir.Value:
+    gain = g.initializer("unit_gain", np.ones(spec.hidden_size, np.float32))
+    return g.op("RMSNormalization", [value, gain], node, epsilon=spec.rms_norm_eps)
 
 
 def _vector(g: GraphWriter, checkpoint: Checkpoint, weight: str) -> ir.Value:

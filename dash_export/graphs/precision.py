@@ -16,7 +16,7 @@ def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -
     part, _, rest = node.partition("/")
     if part == "head":
         return recipe.head
-    if part == "policy" or part.startswith("bypass"):
+    if part == "policy" or part.startswith("bypass") or rest.startswith("update_"):
         return recipe.bypass
     precision = recipe.layers if int(part.rsplit("_", 1)[1]) in gated else recipe.ungated
     if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")):

@@ -18,6 +18,11 @@ FINAL_NORM = "model.norm.weight"
 Float32Array = npt.NDArray[np.float32]
 
 
+def layer_weight(layer: int | str, name: str = "") -> str:
+    """The name of a layer's weight, or what such names begin with."""
+    return f"model.layers.{layer}{'.' if layer != '' else ''}{name}"
+
+
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary position embedding in the half-split ("neox") layout.
@@ -33,7 +38,9 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated SiLU MLP."""
+    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated SiLU MLP. `updates`: the layers that
+    end with the update of a unit that was pruned behind them, each as often as there are such (pruning.py).
+    """
 
     model_type: str
     vocab_size: int
@@ -51,6 +58,7 @@ class DecoderSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    updates: tuple[int, ...] = ()
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight this decoder needs, under its Hugging Face name; matrices are [out, in]."""
@@ -80,7 +88,9 @@ class DecoderSpec:
                 layer |= {"mlp.gate_proj.bias": (inner,), "mlp.up_proj.bias": (inner,), "mlp.down_proj.bias": (hidden,)}
             if self.qk_norm:
                 layer |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
-            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+            for number in range(self.updates.count(index)):
+                layer |= {f"update_{number}.weight": (hidden, hidden), f"update_{number}.bias": (hidden,)}
+            shapes |= {layer_weight(index, name): shape for name, shape in layer.items()}
         shapes[FINAL_NORM] = (hidden,)
         if not self.tie_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)

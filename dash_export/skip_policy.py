@@ -6,7 +6,7 @@ One linear network reads one state, what enters layer `read`, and answers for al
 
 A skipped unit of layers a..b is one product of x = RMSNorm(h[a]) (unit gain), its bypass:
 
-    [update | K_a | V_a | K_a+1 | V_a+1 | ... | V_b] = x @ weight + bias [+ (silu(x @ gate) * (x @ up)) @ down]
+    [update | K_a | V_a | K_a+1 | V_a+1 | ... | V_b] = x @ weight + bias
 
 K is before its per-head norm and RoPE. K_a and V_a are the model's own projections of that state, so a policy holds
 the other columns only; a bypass without weights updates nothing and takes every layer's own projections.
@@ -24,27 +24,19 @@ from dash_export.decision import Unit, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec, Float32Array
 
-MLP = ("gate", "up", "down")
-
 
 @dataclass(frozen=True)
 class Bypass:
-    """What a skipped unit does instead. `weights`: none, or `weight` [hidden, columns] and `bias` [columns], and
-    perhaps of a gated MLP beside it `gate` and `up` [hidden, width] and `down` [width, columns]. Columns: the update's
-    `hidden`, then K and V of each layer but the first.
+    """What a skipped unit does instead. `weights`: none, or `weight` [hidden, columns] and `bias` [columns]. Columns:
+    the update's `hidden`, then K and V of each layer but the first.
     """
 
     weights: Mapping[str, Float32Array] = field(default_factory=dict)
 
     @property
-    def width(self) -> int:
-        """Of the MLP; 0 where it has none."""
-        return int(self.weights["up"].shape[1]) if "up" in self.weights else 0
-
-    @property
     def form(self) -> str:
         """As it is printed."""
-        return "none" if not self.weights else f"linear + MLP {self.width}" if self.width else "linear"
+        return "linear" if self.weights else "none"
 
     def in_half(self) -> Bypass:
         """Rounded to what 16 bits hold: engines have 8, and a file of it half the size."""
@@ -176,7 +168,7 @@ def stored_columns(unit: Unit, spec: DecoderSpec) -> int:
 
 
 def _weight_shapes(policy: SkipPolicy, spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Every weight the policy must have. The MLP's width is what its own `up` says."""
+    """Every weight the policy must have."""
     hidden, shapes = spec.hidden_size, {}
     if policy.network is not None:
         shapes = {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
@@ -185,26 +177,16 @@ def _weight_shapes(policy: SkipPolicy, spec: DecoderSpec) -> dict[str, tuple[int
             continue
         columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."
         shapes |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
-        if any(name in bypass.weights for name in MLP):
-            up = bypass.weights.get("up")
-            width = up.shape[1] if up is not None and up.ndim == 2 else 0
-            shapes |= dict(
-                zip(
-                    (f"{prefix}{name}" for name in MLP),
-                    ((hidden, width), (hidden, width), (width, columns)),
-                    strict=True,
-                )
-            )
     return shapes
 
 
 def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str, Float32Array]:
-    """The bypass with all its columns: `weight` [hidden, (hidden +) layers * 2 * kv], `bias`, and the MLP's matrices.
+    """The bypass with all its columns: `weight` [hidden, (hidden +) layers * 2 * kv], `bias`.
 
     The model's own projections of x = RMSNorm(h) of unit gain are gain[:, None] * W: of the first layer, or, in a
     bypass without weights, of every layer; that one has no columns for an update.
     """
-    stored, size = bypass.weights, key_value_size(checkpoint.spec)
+    stored = bypass.weights
     own = unit.layers[:1] if stored else unit.layers
     projected = [_projection(checkpoint, layer, which) for layer in own for which in ("k", "v")]
     columns = [matrix for matrix, _ in projected]
@@ -214,15 +196,6 @@ def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str,
         columns = [stored["weight"][:, :hidden], *columns, stored["weight"][:, hidden:]]
         biases = [stored["bias"][:hidden], *biases, stored["bias"][hidden:]]
     full = {"weight": np.concatenate(columns, axis=1), "bias": np.concatenate(biases)}
-    if bypass.width:
-        down = stored["down"]
-        gap = np.zeros((len(down), 2 * size), np.float32)
-        hidden = checkpoint.spec.hidden_size
-        full |= {
-            "gate": stored["gate"],
-            "up": stored["up"],
-            "down": np.concatenate([down[:, :hidden], gap, down[:, hidden:]], axis=1),
-        }
     return {name: np.ascontiguousarray(array, np.float32) for name, array in full.items()}
 
 

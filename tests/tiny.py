@@ -50,7 +50,7 @@ TINY_UNITS = (Unit(2, 3), Unit(4, 4))
 """Of six layers: one unit of two, one of one."""
 
 
-def with_bypasses(policy: SkipPolicy, checkpoint: Checkpoint, width: int = 0, seed: int = 1) -> SkipPolicy:
+def with_bypasses(policy: SkipPolicy, checkpoint: Checkpoint, seed: int = 1) -> SkipPolicy:
     """The policy with random bypasses, large enough that leaving out any part of them shows."""
     rng, hidden = np.random.default_rng(seed), checkpoint.spec.hidden_size
 
@@ -60,14 +60,7 @@ def with_bypasses(policy: SkipPolicy, checkpoint: Checkpoint, width: int = 0, se
     bypasses = []
     for unit in policy.units:
         columns = stored_columns(unit, checkpoint.spec)
-        weights = {"weight": normal(hidden, columns, scale=0.1), "bias": normal(columns, scale=0.2)}
-        if width:
-            weights |= {
-                "gate": normal(hidden, width, scale=0.1),
-                "up": normal(hidden, width, scale=0.1),
-                "down": normal(width, columns, scale=0.1),
-            }
-        bypasses.append(Bypass(weights))
+        bypasses.append(Bypass({"weight": normal(hidden, columns, scale=0.1), "bias": normal(columns, scale=0.2)}))
     return replace(policy, bypasses=tuple(bypasses))
 
 
@@ -77,10 +70,10 @@ def tiny_policy(
     seed: int = 0,
     units: tuple[Unit, ...] = TINY_UNITS,
 ) -> SkipPolicy:
-    """Untrained, with an order as training would rank the units. `form`: none, linear or mlp."""
+    """Untrained, with an order as training would rank the units. `form`: none or linear."""
     policy = untrained_policy(checkpoint.spec, units, seed)
     policy = replace(policy, static_order=tuple(reversed(range(len(units)))))
-    return policy if form == "none" else with_bypasses(policy, checkpoint, 8 if form == "mlp" else 0)
+    return policy if form == "none" else with_bypasses(policy, checkpoint)
 
 
 def tiny_bundle(root: Path, *targets: str, form: str = "none", weights: str = "fp32", **options: Any) -> Path:

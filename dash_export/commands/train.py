@@ -54,7 +54,6 @@ from dash_export.decision import Unit, parse_units
     help="Go on from this trained policy, one of yours or one that comes with this package, to tune it further, for "
     "other text or for a fine-tune of its model: only the tuning steps are done.",
 )
-@click.option("--mlp", type=click.IntRange(0, 4096), help="Width of a gated MLP in every bypass; 0: linear (0).")
 @click.option("--steps", type=click.IntRange(min=1), help="Tuning steps; no other stage takes more (600).")
 @click.option(
     "--trade-offs",
@@ -95,7 +94,7 @@ def command(
 
     given = {name: value for name, value in (chosen | {"tuning_steps": steps}).items() if value is not None}
     for reason, idle, names in (
-        ("--from takes", start is not None, ("units", "mlp")),
+        ("--from takes", start is not None, ("units",)),
         ("a static policy of given units takes", kind == "static" and (start or units) is not None, ("trade_offs",)),
     ):
         useless = [name for name in names if (given | {"units": units}).get(name) is not None]

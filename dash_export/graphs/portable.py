@@ -125,15 +125,7 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
     matrices = full_bypass(bypass, unit, checkpoint)
     state = _unit_norm(g, spec, hidden, f"{name}/norm")
 
-    def product(value: ir.Value, which: str, node: str) -> ir.Value:
-        return g.op("MatMul", [value, g.initializer(f"{name}.{which}", matrices[which])], f"{name}/{node}")
-
-    found = product(state, "weight", "product")
-    if bypass.width:
-        gate = product(state, "gate", "mlp/gate_proj")
-        gate = g.op("Mul", [gate, g.op("Sigmoid", [gate], f"{name}/mlp/sigmoid")], f"{name}/mlp/silu")
-        inner = g.op("Mul", [gate, product(state, "up", "mlp/up_proj")], f"{name}/mlp/gated")
-        found = g.op("Add", [found, product(inner, "down", "mlp/down_proj")], f"{name}/mlp/added")
+    found = g.op("MatMul", [state, g.initializer(f"{name}.weight", matrices["weight"])], f"{name}/product")
     found = g.op("Add", [found, g.initializer(f"{name}.bias", matrices["bias"])], f"{name}/biased")
     updates = [spec.hidden_size] if bypass.weights else []
     sizes = np.array([*updates, *[key_value_size(spec)] * (2 * len(unit.layers))])

@@ -34,14 +34,14 @@ class _Made:
 
 def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) -> Checkpoint:
     """The checkpoint without these units of its policy. Raises PolicyError where they are none of them, or where a
-    bypass of theirs is not linear.
+    bypass of theirs has no weights.
     """
     check_model(policy, checkpoint)
     places = units_of((layer for unit in units for layer in unit.layers), policy.units)
     bypasses = {policy.units[place]: policy.bypasses[place].weights for place in places}
-    other = next((unit for unit, weights in bypasses.items() if set(weights) != {"weight", "bias"}), None)
+    other = next((unit for unit, weights in bypasses.items() if not weights), None)
     if other is not None:
-        raise PolicyError(f"Unit {other} has no linear bypass, and only such a unit can be pruned.")
+        raise PolicyError(f"Unit {other} has a bypass without weights: there is nothing to put in its place.")
     hidden, digest = checkpoint.spec.hidden_size, hashlib.sha256()
     weights = {name: weight for name, weight in checkpoint.weights.items() if not name.startswith(layer_weight(""))}
     updates: list[int] = []

@@ -15,11 +15,11 @@ from dash_export.skip_policy import key_value_size
 BITS, BYPASS_BITS = 4, 8
 
 
-def saved(spec: DecoderSpec, layers: int, width: int = 0) -> float:
-    """Fraction of a token's time; `width`: of the bypass's MLP. Below 0 where the bypass is larger than its layers."""
+def saved(spec: DecoderSpec, layers: int) -> float:
+    """Fraction of a token's time, below 0 where the bypass is larger than its layers."""
     weights = {name: prod(shape) for name, shape in spec.weight_shapes().items()}
     layer = sum(count for name, count in weights.items() if name.startswith("model.layers.0."))
     hidden, columns = spec.hidden_size, spec.hidden_size + 2 * key_value_size(spec) * layers
-    bypass = hidden * columns + width * (2 * hidden + columns)
+    bypass = hidden * columns
     token = spec.num_layers * layer + spec.vocab_size * hidden
     return (layers * layer * BITS - bypass * BYPASS_BITS) / (token * BITS)

@@ -85,7 +85,7 @@ def _tried(run: Run, group: Sequence[Unit], windows: Sequence[Judged]) -> list[C
         policy = SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),))
         modules = SkipModules(policy).to(run.model.device)
         damage = static_damage(run.model, modules, (0,), windows).float().cpu().numpy()
-        cost = saved(spec, len(unit.layers), settings.mlp)
+        cost = saved(spec, len(unit.layers))
         found.append(judged_candidate(unit, damage, cost, settings.trade_offs))
         run.advance(name, TRIAL_COST)
         if run.due(number, len(group)):

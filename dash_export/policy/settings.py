@@ -10,18 +10,17 @@ class TrainingSettings:
     """How a policy is trained. Steps are batches of `windows` windows of `window` tokens; no stage takes more of them
     than the tuning.
 
-    `mlp`: width of the gated MLP in every bypass, 0 for none. `search_steps`: what the bypasses that are tried out are
-    fitted on; `fit_steps`: what the chosen ones are; of the regression, the first `warm_up_steps` skip at random only.
-    `trade_offs`: the range of the dial that training covers, in nats per dense token time. `again`: the share of the
-    tuning's learning rates when it goes on from a trained policy. `own_prompts` continuations of the model's own, of up
-    to `own_tokens` tokens, join the corpus. `held_out`: share of every text that is only evaluated on. `precision` of
-    the frozen model, bfloat16 or float32; empty is what is faster.
+    `search_steps`: what the bypasses that are tried out are fitted on; `fit_steps`: what the chosen ones are; of the
+    regression, the first `warm_up_steps` skip at random only. `trade_offs`: the range of the dial that training covers,
+    in nats per dense token time. `again`: the share of the tuning's learning rates when it goes on from a trained
+    policy. `own_prompts` continuations of the model's own, of up to `own_tokens` tokens, join the corpus. `held_out`:
+    share of every text that is only evaluated on. `precision` of the frozen model, bfloat16 or float32; empty is what
+    is faster.
     """
 
     seed: int = 0
     window: int = 256
     windows: int = 4
-    mlp: int = 0
     search_steps: int = 16
     fit_steps: int = 40
     warm_up_steps: int = 30

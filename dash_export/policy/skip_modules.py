@@ -30,7 +30,6 @@ class SkipModules(nn.Module):
             raise PolicyError("A bypass of this policy has no weights, so there is nothing to train or to judge.")
         self.units = policy.units
         self.read = policy.read
-        self.widths = tuple(bypass.width for bypass in policy.bypasses)
         self.network = nn.ParameterDict(_parameters(policy.network or {}))
         self.bypasses = nn.ModuleList(nn.ParameterDict(_parameters(bypass.weights)) for bypass in policy.bypasses)
 
@@ -45,15 +44,11 @@ class SkipModules(nn.Module):
         in the dtype of `state`.
         """
         weight = {name: value.to(state.dtype) for name, value in self.bypasses[place].named_parameters()}
-        columns: torch.Tensor = state @ weight["weight"] + weight["bias"]
-        if "up" in weight:
-            columns = columns + (nn.functional.silu(state @ weight["gate"]) * (state @ weight["up"])) @ weight["down"]
-        return columns
+        return state @ weight["weight"] + weight["bias"]
 
     def cost(self, spec: DecoderSpec) -> torch.Tensor:
         """What skipping each unit saves [units], by bytes."""
-        pairs = zip(self.units, self.widths, strict=True)
-        own = [saved(spec, len(unit.layers), width) for unit, width in pairs]
+        own = [saved(spec, len(unit.layers)) for unit in self.units]
         return torch.tensor(own, device=next(self.parameters()).device)
 
     def to_policy(self) -> SkipPolicy:
@@ -65,14 +60,6 @@ class SkipModules(nn.Module):
 def initial_network(units: int, hidden: int) -> dict[str, Float32Array]:
     """A network that begins by predicting the same damage everywhere."""
     return {"weight": np.zeros((hidden, units), np.float32), "bias": np.full(units, FIRST_SCORE, np.float32)}
-
-
-def with_mlp(bypass: Bypass, width: int, seed: int) -> Bypass:
-    """The bypass with a gated MLP beside it that adds nothing yet."""
-    hidden, columns = bypass.weights["weight"].shape
-    rng, scale = np.random.default_rng(seed), hidden**-0.5
-    gate, up = ((rng.standard_normal((hidden, width)) * scale).astype(np.float32) for _ in range(2))
-    return Bypass({**bypass.weights, "gate": gate, "up": up, "down": np.zeros((width, columns), np.float32)})
 
 
 def _parameters(arrays: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:

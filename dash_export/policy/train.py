@@ -77,8 +77,8 @@ def train(
     if policy is not None:
         if units is not None:
             raise PolicyError(f"{start} has its units, {units_text(policy.units)}: others are trained from nothing.")
-        units, settings = policy.units, _further(settings, policy)
-    chosen = None if units is None else _checked(units, spec, settings.mlp)
+        units, settings = policy.units, _further(settings)
+    chosen = None if units is None else _checked(units, spec)
     settings = _limited(settings)
     place = _device(device)
     began = time.perf_counter()
@@ -155,15 +155,15 @@ def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: s
         raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")
 
 
-def _checked(units: Sequence[Unit], spec: DecoderSpec, width: int) -> tuple[Unit, ...]:
+def _checked(units: Sequence[Unit], spec: DecoderSpec) -> tuple[Unit, ...]:
     """The units, where they are ones of this model and pay."""
     units = tuple(units)
     if not units:
         raise PolicyError("There is no unit to learn about: no layer may be skipped.")
     check_units(units, units[0].first - 1, spec.num_layers)
-    idle = next((unit for unit in units if saved(spec, len(unit.layers), width) <= 0), None)
+    idle = next((unit for unit in units if saved(spec, len(unit.layers)) <= 0), None)
     if idle is not None:
-        raise PolicyError(f"Skipping {idle} saves nothing: its bypass is larger. Give larger units or a smaller --mlp.")
+        raise PolicyError(f"Skipping {idle} saves nothing: its bypass is larger. Give larger units.")
     return units
 
 
@@ -177,11 +177,10 @@ def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
     return policy
 
 
-def _further(settings: TrainingSettings, policy: SkipPolicy) -> TrainingSettings:
+def _further(settings: TrainingSettings) -> TrainingSettings:
     """What is left to do for a trained policy."""
     return replace(
         settings,
-        mlp=max(bypass.width for bypass in policy.bypasses),
         search_steps=0,
         fit_steps=0,
         warm_up_steps=0,

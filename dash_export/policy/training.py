@@ -28,7 +28,7 @@ from dash_export.policy.regression import Regression
 from dash_export.policy.run import SAVE_EVERY, Run
 from dash_export.policy.search import SUM_COST, TRIAL_COST, search_units, search_work, summed
 from dash_export.policy.settings import TrainingSettings
-from dash_export.policy.skip_modules import SkipModules, initial_network, with_mlp
+from dash_export.policy.skip_modules import SkipModules, initial_network
 from dash_export.policy.tuning import StaticTuning, Tuning
 from dash_export.skip_policy import SkipPolicy, default_units
 
@@ -89,17 +89,14 @@ class Training:
 
     def _fitted(self) -> SkipPolicy:
         """Bypasses in closed form, without a network; or what training goes on from."""
-        run, width = self.run, self.run.settings.mlp
+        run = self.run
         if self.start is not None:
             return self.start
         if self.units is None:
             self.chosen = search_units(run)
             self.units = tuple(candidate.unit for candidate in self.chosen)
         sums = summed(run, "fit", "bypasses in closed form", self.units, run.settings.fit_steps)
-        bypasses = [sums.fit(unit) for unit in self.units]
-        if width:
-            bypasses = [with_mlp(each, width, run.settings.seed + place) for place, each in enumerate(bypasses)]
-        return SkipPolicy(self.units, self.units[0].first - 1, None, tuple(bypasses))
+        return SkipPolicy(self.units, self.units[0].first - 1, None, tuple(map(sums.fit, self.units)))
 
     def _ranking(self, modules: SkipModules) -> tuple[int, ...]:
         run, order = self.run, []

@@ -110,8 +110,6 @@ class Oracle:
         """
         unit, weight, x = self.policy.units[place], self.bypasses[place], self.normed(hidden)
         found = x @ weight["weight"] + weight["bias"]
-        if "up" in weight:
-            found = found + (torch.nn.functional.silu(x @ weight["gate"]) * (x @ weight["up"])) @ weight["down"]
         updates = found.shape[-1] - 2 * self.size * len(unit.layers)
         update = found[..., :updates] if updates else torch.zeros_like(hidden)
         names = [f"layers.{layer}.self_attn.{which}_proj" for layer in unit.layers for which in ("k", "v")]

@@ -23,7 +23,7 @@ from dash_export.runtime.backends.onnxruntime import OrtBackend
 from dash_export.skip_policy import narrowed
 from tests.commands.helpers import dash, python
 from tests.forged import edit
-from tests.tiny import random_ids, tiny_policy
+from tests.tiny import random_ids, tiny_policy, with_bypasses
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_another_policy_network_makes_only_what_gives_its_damage(bundle: Bundle,
 
 def test_another_bypass_keeps_the_layers(bundle: Bundle, made: list[str]) -> None:
     checkpoint = open_checkpoint(bundle.root.parent / "model")
-    changed = export(checkpoint, bundle.root, tiny_policy(checkpoint, "mlp"))
+    changed = export(checkpoint, bundle.root, with_bypasses(tiny_policy(checkpoint, "linear"), checkpoint, seed=2))
     made.clear()
     build(changed, "cpu", weights="fp32")
     assert set(made) == {f"{kind}_{name}" for kind in ("bypass", "mixed") for name in ("02-03", "04-04")}

@@ -143,8 +143,8 @@ def test_what_an_engine_fixes_is_in_its_key(key: str, own: Path, made: list[str]
     ("family", "options", "form", "recipe"),
     [
         ("llama", {"attention_bias": True, "mlp_bias": True}, "linear", {"weights": "int4"}),
-        ("qwen2", {}, "mlp", {"weights": "int8", "bypass": "int8"}),
-        ("qwen3", {"tie_word_embeddings": True}, "mlp", {"weights": "int4", "bypass": "int4"}),
+        ("qwen2", {}, "linear", {"weights": "int8", "bypass": "int8"}),
+        ("qwen3", {"tie_word_embeddings": True}, "linear", {"weights": "int4", "bypass": "int4"}),
         ("qwen3", {}, "none", {"weights": "bf16", "engine": 'activations = "bf16"\nprofiles = 1'}),
     ],
 )

@@ -55,7 +55,7 @@ def test_every_recipes_graphs_are_valid_and_agree(target: str, tiny_root: Path) 
     [
         ("llama", "linear", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
         ("llama", "none", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-        ("qwen2", "mlp", {"num_key_value_heads": 4}),
+        ("qwen2", "linear", {"num_key_value_heads": 4}),
         ("qwen3", "none", {"head_dim": 32}),
     ],
 )

@@ -38,7 +38,7 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
 
 def test_the_units_that_were_found_are_shown(model: Path, prose: Path, tmp_path: Path) -> None:
     output = tmp_path / "p.safetensors"
-    said = dash("train", model, "-o", output, "--text", prose, "--mlp", 4, "--trade-offs", 0.5, 8, *QUICK)
+    said = dash("train", model, "-o", output, "--text", prose, "--trade-offs", 0.5, 8, *QUICK)
     assert said.exit_code == 0, said.output
     assert "Units, by what skipping each alone costs" in said.output
     (row, *_) = json.loads(output.with_suffix(".json").read_text())["chosen"]
@@ -51,7 +51,6 @@ def test_the_units_that_were_found_are_shown(model: Path, prose: Path, tmp_path:
     ("options", "code", "said"),
     [
         (("--units", "2-3,4"), 2, "--from takes no --units"),
-        (("--mlp", 8), 2, "--from takes no --mlp"),
         (("--kind", "static", "--trade-offs", 0.2, 0.9), 2, "a static policy of given units takes no --trade-offs"),
         ((), 1, "no policy file"),
         (("--trade-offs", 0, 1), 2, "0"),
@@ -79,7 +78,6 @@ def test_what_does_not_go_together(
         (("--units", "2-6"), 1, "The units 2-6 must be"),
         (("--units", "none"), 1, "no unit to learn about"),
         (("--units", "0-1"), 1, "Layer 0 can be in no unit"),
-        (("--units", "2", "--mlp", 1000), 1, "Skipping 2 saves nothing"),
         (("--precision", "int4"), 2, "bfloat16"),
         (("--device", "abacus"), 1, "no device 'abacus'"),
         (("--device", "cuda:99"), 1, "no device 'cuda:99'"),

@@ -57,7 +57,7 @@ def make_seeds(folder: Path) -> None:
     bundle = Bundle.open(tiny_bundle(folder / "made", "cpu", "portable", form="linear", **small, num_hidden_layers=5))
     shutil.move(bundle.root, folder / BUNDLE)
     checkpoint = open_checkpoint(folder / "made" / "model")
-    save_policy(folder / "policy.safetensors", tiny_policy(checkpoint, "mlp"), checkpoint.spec, {})
+    save_policy(folder / "policy.safetensors", tiny_policy(checkpoint, "linear"), checkpoint.spec, {})
     shutil.copytree(Path(__file__).parents[2] / "engines", folder / "engines")
 
 

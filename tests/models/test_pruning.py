@@ -44,7 +44,7 @@ def test_is_the_model_that_always_skips(tmp_path: Path, family: str, places: tup
 
 def test_what_cannot_be_pruned(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
-    with pytest.raises(PolicyError, match=r"Unit 2-3 has no linear bypass"):
+    with pytest.raises(PolicyError, match=r"Unit 2-3 has a bypass without weights"):
         pruned(checkpoint, tiny_policy(checkpoint), [TINY_UNITS[0]])
     with pytest.raises(PolicyError, match=r"Layers 2 are not whole units. Units of this policy: 2-3,4"):
         pruned(checkpoint, tiny_policy(checkpoint, "linear"), [Unit(2, 2)])

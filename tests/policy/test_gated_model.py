@@ -25,9 +25,9 @@ def units(request: pytest.FixtureRequest) -> tuple[Unit, ...]:
     return parse_units(request.param)
 
 
-@pytest.fixture(params=["linear", "mlp"])
-def policy(request: pytest.FixtureRequest, checkpoint: Checkpoint, units: tuple[Unit, ...]) -> SkipPolicy:
-    return tiny_policy(checkpoint, request.param, units=units)
+@pytest.fixture
+def policy(checkpoint: Checkpoint, units: tuple[Unit, ...]) -> SkipPolicy:
+    return tiny_policy(checkpoint, "linear", units=units)
 
 
 def logits(model: GatedModel, rollout: Rollout) -> np.ndarray:
@@ -92,7 +92,7 @@ def soften(damage: torch.Tensor) -> torch.Tensor:
 
 def test_softened_decisions_go_forward_as_they_are(model: GatedModel, checkpoint: Checkpoint) -> None:
     """Straight-through: the values are those of the decisions, the gradient reaches network and bypasses."""
-    modules = SkipModules(tiny_policy(checkpoint, "mlp"))
+    modules = SkipModules(tiny_policy(checkpoint, "linear"))
     hard, soft = soft_loss(model, modules), soft_loss(model, modules, soften=soften)
     assert 0 < float(hard.skipped.float().mean()) < 1
     torch.testing.assert_close(soft.final, hard.final)

@@ -21,7 +21,7 @@ from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.train import told_apart, train
 from dash_export.policy_file import load_policy, save_policy
 from dash_export.skip_policy import SkipPolicy, check_model
-from tests.tiny import TINY_UNITS, tiny_policy
+from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy
 
 SETTINGS = TrainingSettings(
     window=32,
@@ -323,14 +323,10 @@ def test_no_stage_takes_more_steps_than_the_tuning(checkpoint: Checkpoint, prose
     assert {settings[f"{stage}_steps"] for stage in ("search", "fit", "regression", "tuning")} == {2}
 
 
-def test_an_mlp_beside_the_linear_map(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mlp.safetensors"
-    settings = replace(SETTINGS, mlp=8)
-    policy = train(checkpoint, path, [prose], units=TINY_UNITS, settings=settings)
-    assert [bypass.width for bypass in policy.bypasses] == [8, 8]
-    assert all(np.abs(bypass.weights["down"]).max() > 0 for bypass in policy.bypasses), "it is tuned"
-    further = train(checkpoint, tmp_path / "further.safetensors", [prose], start=path, settings=SETTINGS)
-    assert further.form == policy.form == "linear + MLP 8"
+def test_a_unit_whose_bypass_is_larger(prose: Path, tmp_path: Path) -> None:
+    small = tiny_checkpoint(tmp_path / "model", intermediate_size=8, num_key_value_heads=4)
+    with pytest.raises(PolicyError, match="Skipping 2 saves nothing: its bypass is larger"):
+        train(small, tmp_path / "p.safetensors", [prose], units=parse_units("2"), settings=SETTINGS)
 
 
 def test_a_trained_policy_is_tuned_further(
@@ -400,7 +396,6 @@ def test_static_kind_and_self_generated_text(checkpoint: Checkpoint, prose: Path
         ({"units": parse_units("0-3")}, PolicyError, "Layer 0"),
         ({"units": parse_units("2,4-40")}, PolicyError, r"units 2,4-40 must be of layers 0 to 5"),
         ({"units": parse_units("2-4,4-5")}, PolicyError, "each layer in one"),
-        ({"units": parse_units("2"), "settings": replace(SETTINGS, mlp=400)}, PolicyError, "Skipping 2 saves nothing"),
         ({"settings": replace(SETTINGS, trade_offs=(1e-6, 2e-6))}, PolicyError, "costs more than it saves"),
         ({"start": Path("p.safetensors")}, PolicyError, "no policy file"),
         ({"start": Path("smollm2-135m-instruct")}, PolicyError, "a llama of 6 layers"),

@@ -21,11 +21,10 @@ LoadRuntime = Callable[..., DashRuntime]
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[DashRuntime, Oracle]:
-    """Engines of a family, with an MLP in its bypasses for one of them, and its oracle."""
-    form = "mlp" if request.param == "qwen2" else "linear"
-    root = tiny_bundle(tmp_path_factory.mktemp(request.param), "cpu", form=form, family=request.param)
+    """Engines of a family and its oracle."""
+    root = tiny_bundle(tmp_path_factory.mktemp(request.param), "cpu", form="linear", family=request.param)
     checkpoint = open_checkpoint(root.parent / "model")
-    return DashRuntime.load(root, "cpu-fp32"), Oracle(checkpoint, tiny_policy(checkpoint, form))
+    return DashRuntime.load(root, "cpu-fp32"), Oracle(checkpoint, tiny_policy(checkpoint, "linear"))
 
 
 def test_forced_actions_in_one_pass(pair: tuple[DashRuntime, Oracle]) -> None:

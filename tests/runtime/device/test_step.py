@@ -132,7 +132,7 @@ def test_a_build_that_cannot_ask(change: str, device_bundle: Bundle) -> None:
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])
 def test_a_policy_that_reads_the_embedding(dispatch: str, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=4)
-    policy = tiny_policy(checkpoint, "mlp", units=(Unit(1, 2),))
+    policy = tiny_policy(checkpoint, "linear", units=(Unit(1, 2),))
     bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
     (tmp_path / "mine.toml").write_text(RECIPE.format(dialect="portable"))
     build(bundle, "cpu", weights="fp32")

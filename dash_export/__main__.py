@@ -1,4 +1,10 @@
-"""`python -m dash_export` is `dash-export`."""
+"""`python -m dash_export` is `dash-export`, and like it takes nothing from the current folder, which -m puts first."""
+
+import os
+import sys
+
+if sys.path[0] == os.getcwd() and __file__ != f"{sys.path[0]}/dash_export/__main__.py":  # noqa: PTH109  nothing imported
+    del sys.path[0]
 
 from dash_export.cli import main
 

@@ -79,7 +79,8 @@ def imported(module: str) -> Import | None:
     if find_spec(module) is None:
         return None
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    answer = ask(sys.executable, "-c", _IMPORT, json.dumps(sys.path), module)
+    # -I: Python would look for the script's own imports in the current folder first.
+    answer = ask(sys.executable, "-I", "-c", _IMPORT, json.dumps(sys.path), module)
     try:
         told = json.loads(answer.last_line)
         return Import(str(told["version"])[:40], None, tuple(str(name)[:40] for name in told["providers"]))

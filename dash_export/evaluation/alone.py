@@ -1,7 +1,5 @@
 """One setting in a process of its own, as an application has it: nothing else's weights are in the caches, and memory
-is its own.
-
-    python -m dash_export.evaluation.alone      an `Order` as JSON on stdin, an `Alone` on stdout
+is its own. That process, `main`, reads an `Order` as JSON and writes an `Alone`.
 """
 
 from __future__ import annotations
@@ -25,6 +23,13 @@ from dash_export.evaluation.settings import Entrant
 SETTLE = 32
 """First decoded tokens, not timed: a policy that skips comes late to some of its engines."""
 BLOCK = 8
+_PROCESS = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from dash_export.evaluation.alone import main
+main()
+"""
+"""Run with -I, and the path of here: with -m Python would look for each module in the current folder first."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def run_alone(entrant: Entrant, ids: list[int], context: int) -> Alone | None:
     """
     runtime = entrant.runtime
     order = Order(str(runtime.bundle.root), runtime.build.target, asdict(entrant.setting), ids, context)
-    command = [sys.executable, "-m", "dash_export.evaluation.alone"]
+    command = [sys.executable, "-I", "-c", _PROCESS, json.dumps(sys.path)]
     done = subprocess.run(command, input=json.dumps(asdict(order)), capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:
         return None
@@ -100,7 +105,3 @@ def peak_memory() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from dash_export.errors import BackendError
 from dash_export.runtime import backends
 from dash_export.runtime.cuda_devices import CudaDevice
 from dash_export.targets import recipe_names
-from tests.commands.helpers import dash
+from tests.commands.helpers import dash, environment
 
 HERE = dict.fromkeys(machine.PACKAGES, "1.0") | {"onnxruntime-gpu": None}
 NOTHING: dict[str, Any] = {"devices": [], "reason": "There is no NVIDIA driver.", "driver": None, "seen": []}
@@ -173,6 +175,19 @@ def test_missing_cuda_of_onnxruntime() -> None:
     (cuda,) = machine.problems(gpu, imports, NOTHING | {"devices": ["one"]})
     assert "CUDA libraries are missing" in cuda.problem
     assert not machine.problems(gpu, imports, NOTHING)
+
+
+def test_the_current_folder_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle may have been unpacked there."""
+    (tmp_path / "json.py").write_text("raise SystemExit('pwned')")
+    (tmp_path / "click.py").write_text("raise SystemExit('pwned')")
+    monkeypatch.chdir(tmp_path)
+    found = machine.imported("numpy")
+    assert found is not None
+    assert found.error is None
+    command = [sys.executable, "-m", "dash_export", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), check=False)
+    assert done.stdout.startswith("dash-export, version"), done.stderr
 
 
 @pytest.mark.parametrize(

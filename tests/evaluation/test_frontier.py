@@ -36,6 +36,14 @@ def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
     assert (alone.layers, alone.predicted) == pytest.approx((entrant.layers, entrant.time))
 
 
+def test_a_process_takes_no_module_from_the_current_folder(
+    runtime: DashRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dash_export.py").write_text("raise SystemExit('pwned')")
+    monkeypatch.chdir(tmp_path)
+    assert run_alone(Entrant(runtime, Setting("dense")), [1, 2, 3], 2) is not None
+
+
 def test_a_process_that_fails_or_is_killed(
     runtime: DashRuntime, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,10 +203,11 @@ class Bundle:
     def check_same(self, seal: Seal) -> None:
         """Raises BundleError where a file that was verified is another one by now."""
         for name, seen in seal.items():
-            if identity(self.path(name)) != seen:
+            path = self.path(name)
+            if not path.exists() or identity(path) != seen:
                 raise BundleError(
-                    f"{self.root}: {name} was replaced while it was read. Do not write to a bundle that is being "
-                    "loaded; load it again."
+                    f"{self.root}: {name} was replaced while it was read. Do not write to a bundle that is in use; "
+                    "load it again."
                 )
 
     def check_listed(self, build: Build | None) -> None:

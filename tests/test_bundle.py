@@ -300,6 +300,21 @@ def test_a_file_that_changes_while_it_is_loaded(
         DashRuntime.load(bundle, "cpu-fp32")
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", ["mixed_02-03.onnx", "layers_02-03.data"])
+def test_an_engine_that_is_loaded_late_is_of_the_same_build(name: str, verify: bool, bundle: Path) -> None:
+    """Of another it would make a mixture: no error, and wrong answers."""
+    runtime = DashRuntime.load(bundle, "cpu-fp32", verify=verify)
+    path = bundle / "engines/cpu-fp32" / name
+    shutil.copy2(path, bundle.parent / "other")
+    (bundle.parent / "other").replace(path)
+    with pytest.raises(BundleError, match=rf"{name} was replaced while it was read.* load it again"):
+        runtime.session(trade_off=1.0).score([1, 2, 3, 4])
+    path.unlink()
+    with pytest.raises(BundleError, match=f"{name} was replaced"):
+        runtime.generate_batch([[1, 2, 3], [4, 5]], 3)
+
+
 POINT = {"trade_off": 0.0, "layers": 6.0, "time": 1.0, "kl": 0.0}
 NAN, NEGATIVE = POINT | {"kl": float("nan")}, POINT | {"time": -1}
 DIALS: list[Any] = [{"token": [POINT]}, [NAN], [POINT, NEGATIVE], [[]], [POINT | {"more": 1}]]

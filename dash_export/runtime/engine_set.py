@@ -49,6 +49,7 @@ class EngineSet:
         self.model = bundle.manifest.model
         self.build = build
         self._load = partial(_load, bundle, build, backend)
+        self._check_same = partial(bundle.check_same, bundle.verify(build.files, hashes=False))
         policy = bundle.manifest.policy
         self.units, self.read = policy.units, policy.read
         self.segments = []
@@ -83,8 +84,15 @@ class EngineSet:
         """One engine per unit for steps whose rows differ, loaded when the first such step is made."""
         if self._mixed is None:
             with self._loading:
-                self._mixed = self._mixed or [self._load(MIXED + unit.name) for unit in self.units]
+                self._mixed = self._mixed or self._loaded_late()
         return self._mixed
+
+    def _loaded_late(self) -> list[Engine]:
+        """Raises BundleError where a file of the build is another one than when the others were loaded."""
+        self._check_same()
+        mixed = [self._load(MIXED + unit.name) for unit in self.units]
+        self._check_same()
+        return mixed
 
     def rows_at_once(self, capacity: int) -> int:
         """As many tokens as one pass may hold over a cache of `capacity` rows, for their attention scores' sake."""

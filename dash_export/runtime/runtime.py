@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.artifacts import FileRecord
 from dash_export.build_record import Build, CostTable
-from dash_export.bundle import Bundle, Seal
+from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.runtime.backends import load_backend
@@ -67,7 +67,8 @@ class DashRuntime:
         same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. On a CPU it is one more output of
         the engine before the first unit.
         `threads` overrides the recipe's (0: one per physical core).
-        `verify` checks the SHA-256 of every file that is loaded, and that it is still the same when all is loaded.
+        `verify` checks the SHA-256 of every file that is loaded; that it is still the same when all is loaded is
+        checked without it too.
         Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError, PolicyError or RequestError
         (for arguments).
         """
@@ -75,11 +76,10 @@ class DashRuntime:
             raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
         opened = Bundle.open(bundle)
         build = opened.load_build(target)
-        seal: Seal = {}
         if verify:
             opened.check_listed(build)
-            text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]
-            seal = opened.verify([*text, *loaded_files(opened, build)])
+        text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]
+        seal = opened.verify([*text, *loaded_files(opened, build)], hashes=verify)
         recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
         backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
         runtime = cls(opened, build, backend, dispatch)

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from dash_export.artifacts import content_key
 from dash_export.decision import Setting
-from dash_export.errors import BackendError
+from dash_export.errors import BackendError, BundleError
 from dash_export.evaluation.settings import Entrant
+from dash_export.runtime import DashRuntime
 
 SETTLE = 32
 """First decoded tokens, not timed: a policy that skips comes late to some of its engines."""
@@ -34,10 +36,13 @@ main()
 
 @dataclass(frozen=True)
 class Order:
-    """A build, a setting, and known tokens: the first `context` are a prompt, the others are decoded one by one."""
+    """A build, a setting, and known tokens: the first `context` are a prompt, the others are decoded one by one.
+    `build`: the key of the one whose quality is judged; another may take its place meanwhile.
+    """
 
     root: str
     target: str
+    build: str
     setting: dict[str, Any]
     ids: list[int]
     context: int
@@ -60,7 +65,8 @@ def run_alone(entrant: Entrant, ids: list[int], context: int) -> Alone | None:
     BackendError.
     """
     runtime = entrant.runtime
-    order = Order(str(runtime.bundle.root), runtime.build.target, asdict(entrant.setting), ids, context)
+    setting, key = asdict(entrant.setting), _key(runtime)
+    order = Order(str(runtime.bundle.root), runtime.build.target, key, setting, ids, context)
     command = [sys.executable, "-I", "-c", _PROCESS, json.dumps(sys.path)]
     done = subprocess.run(command, input=json.dumps(asdict(order)), capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:
@@ -75,10 +81,11 @@ def run_alone(entrant: Entrant, ids: list[int], context: int) -> Alone | None:
 
 def main() -> None:
     """The process of one order."""
-    from dash_export.runtime import DashRuntime
-
     order = Order(**json.load(sys.stdin))
-    entrant = Entrant(DashRuntime.load(order.root, order.target, verify=False), Setting(**order.setting))
+    runtime = DashRuntime.load(order.root, order.target, verify=False)
+    if _key(runtime) != order.build:
+        raise BundleError(f"{order.root} was replaced while it was measured: leave it alone, and measure again")
+    entrant = Entrant(runtime, Setting(**order.setting))
     session = entrant.session()
     session.prefill(order.ids[: order.context])
     seconds, taken = [], []
@@ -92,6 +99,11 @@ def main() -> None:
     blocks = np.array_split(seconds[settle:], max(1, (len(seconds) - settle) // BLOCK))
     middle = float(np.median([block.mean() for block in blocks]))
     print(json.dumps(asdict(Alone(middle, entrant.layers, entrant.time, peak_memory()))))
+
+
+def _key(runtime: DashRuntime) -> str:
+    """Changes with the export, the engines, the costs and the dial."""
+    return content_key(asdict(runtime.build))
 
 
 def peak_memory() -> int:

@@ -22,6 +22,7 @@ from dash_export.evaluation.results import TextResult
 from dash_export.evaluation.settings import Entrant, entrants
 from dash_export.evaluation.timing import FEWEST_ROUNDS, Timing, measure_times, ratios_to_first
 from tests.evaluation.test_text import SETTINGS, TEXT
+from tests.forged import edit
 from tests.tiny import random_ids
 
 
@@ -56,6 +57,13 @@ def test_a_process_that_fails_or_is_killed(
     assert run_alone(Entrant(runtime, Setting("dense")), [1, 2, 3], 2) is None
     with pytest.raises(BackendError, match="was killed"):
         measure_times(entrants(runtime, SETTINGS[:1]), [random_ids(50)], 10)
+
+
+def test_a_process_times_what_was_judged(own_bundle: Path) -> None:
+    judged = Entrant(DashRuntime.load(own_bundle, "cpu-fp32"), Setting("dense"))
+    edit(own_bundle / "engines/cpu-fp32/build.json", lambda data: data.update(seconds=data["seconds"] + 1))
+    with pytest.raises(BackendError, match=r"own\.dash was replaced while it was measured"):
+        run_alone(judged, [1, 2, 3], 2)
 
 
 def test_what_a_round_has_in_common_is_no_ratio() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dash_export.artifacts import open_regular
+from dash_export.artifacts import open_regular, write_atomic
 from dash_export.build_record import Build
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.decision import Unit, parse_units
@@ -105,6 +106,22 @@ def check_reports(*outputs: Path) -> None:
             inside = (folder / MANIFEST).is_file() and any((folder / name).is_dir() for name in ("onnx", "engines"))
             if inside or (folder / MARK).is_file():
                 raise RequestError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")
+
+
+def save_report(path: Path, content: str | bytes) -> Path:
+    """Write what took minutes to measure, and return where: under a free name beside `path` where something has come
+    there meanwhile that is no report of ours.
+    """
+    free = path
+    try:
+        check_reports(path)
+    except RequestError:
+        names = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+        free = next(name for name in names if not os.path.lexists(name))
+        check_reports(free)
+        click.echo(f"{path} is no report of ours any more: it is kept, and {free} is written.", err=True)
+    write_atomic(free, content)
+    return free
 
 
 def is_bundle(path: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dash_export.commands.common import check_reports
+from dash_export.commands.common import check_reports, save_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,15 +30,13 @@ def check_pictures(output: Path, *, report: bool) -> None:
 
 def save_pictures(output: Path, figure: Figure, report: str | None = None) -> list[Path]:
     """`output` names the files without their endings; one given is dropped. Returns the files written."""
-    from dash_export.artifacts import write_atomic
     from dash_export.evaluation.pictures import render
 
     base = picture_base(output)
     base.parent.mkdir(parents=True, exist_ok=True)
-    written = [base.with_name(f"{base.name}.{kind}") for kind in ("png", "svg")]
+    written = []
     if report is not None:  # first: it cannot be drawn anew
-        written.append(base.with_name(f"{base.name}.json"))
-        write_atomic(written[-1], report + "\n")
-    for path in written[:2]:
-        write_atomic(path, render(figure, path.suffix[1:]))
+        written.append(save_report(base.with_name(f"{base.name}.json"), report + "\n"))
+    for kind in ("png", "svg"):
+        written.append(save_report(base.with_name(f"{base.name}.{kind}"), render(figure, kind)))
     return written

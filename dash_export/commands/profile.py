@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import check_reports
+from dash_export.commands.common import check_reports, save_report
 from dash_export.commands.comparing import comparison_options, dial_of, load, load_also, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
 
@@ -57,7 +57,6 @@ def command(
     the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same known tokens. Let nothing
     else run meanwhile.
     """
-    from dash_export.artifacts import write_atomic
     from dash_export.evaluation.settings import entrants
     from dash_export.profiling.run import Request, profile
     from dash_export.resources import resource_folder
@@ -91,11 +90,11 @@ def command(
         if html is not None:
             from dash_export.profiling.report import render_report
 
-            write_atomic(html, render_report(found, lanes))
+            html = save_report(html, render_report(found, lanes))
         if trace is not None:
             from dash_export.profiling.trace import chrome_trace
 
-            write_atomic(trace, json.dumps(chrome_trace(lanes, found.model), ensure_ascii=False))
+            trace = save_report(trace, json.dumps(chrome_trace(lanes, found.model), ensure_ascii=False))
     for output in (html, trace):
         if output is not None:
             click.echo(f"Written to {output}", err=as_json)

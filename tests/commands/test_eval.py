@@ -170,16 +170,21 @@ def test_what_was_measured_is_lost_neither_way(
     with monkeypatch.context() as late:  # what is in the way has come after it was looked for
         late.setattr("dash_export.commands.pictures.check_reports", Mock())
         (tmp_path / "f.png").mkdir()
+        (tmp_path / "f.svg").symlink_to("own.txt")
+        (tmp_path / "f.json").write_text("mine")
+        (tmp_path / "f-2.json").write_text("mine too")
         result = dash(*options, "-o", tmp_path / "f")
-    assert result.exit_code == 1
-    assert "static" in result.stdout
-    assert json.loads((tmp_path / "f.json").read_text())["points"], "what cannot be drawn anew"
-    (tmp_path / "f.png").rmdir()
+    assert result.exit_code == 0, result.output
+    assert f"f.json is no report of ours any more: it is kept, and {tmp_path / 'f-3.json'} is written" in result.stderr
+    assert json.loads((tmp_path / "f-3.json").read_text())["points"]
+    assert (tmp_path / "f-2.png").is_file()
+    assert (tmp_path / "f-2.svg").is_file()
+    assert [(tmp_path / name).read_text() for name in ("f.json", "f-2.json", "own.txt")] == ["mine", "mine too", TEXT]
     with monkeypatch.context() as closed:  # whoever read what is printed has gone
         closed.setattr("dash_export.commands.frontier._print", Mock(side_effect=BrokenPipeError))
         with suppress(BrokenPipeError):
-            dash(*options, "-o", tmp_path / "f")
-    assert (tmp_path / "f.png").is_file()
+            dash(*options, "-o", tmp_path / "g")
+    assert (tmp_path / "g.png").is_file()
     for nameless in (".", "..", "/", tmp_path / ".."):
         assert "is a folder: give -o a name" in refused(*options, "-o", nameless)
         assert "is a folder: give -o a name" in refused("skipmap", tiny_root, TEXT, *TARGET, "-o", nameless)

@@ -81,10 +81,14 @@ def test_tables(begin: tuple[Any, ...]) -> None:
         assert expected in result.stdout, expected
 
 
-def test_trace(begin: tuple[Any, ...], tmp_path: Path) -> None:
-    output = tmp_path / "deep" / "t.json"
-    result = dash(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", output, "--trace-tokens", 2)
+def test_trace(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written beside what has come in its way meanwhile."""
+    mine, output = tmp_path / "deep" / "t.json", tmp_path / "deep" / "t-2.json"
+    monkeypatch.setattr("dash_export.commands.profile.load_also", lambda _: mine.write_text("mine") and [])
+    result = dash(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", mine, "--trace-tokens", 2)
     assert result.exit_code == 0, result.output
+    assert mine.read_text() == "mine"
+    assert f"Written to {output}" in result.output
     check_reports(output)  # it may be written over, and nothing else
     events = json.loads(output.read_text())["traceEvents"]
     assert sum(event.get("cat") == "token" for event in events) == 2 * 2

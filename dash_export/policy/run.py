@@ -5,12 +5,12 @@ Every batch is drawn from (seed, stage, step), so a resumed training is the one 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from dash_export.policy.settings import TrainingSettings
 
 SAVE_EVERY = 20
 """Steps. A kill costs as many at most."""
+_DIGEST = hashlib.sha256().digest_size
+"""Bytes of the SHA-256 that a file begins with."""
 
 
 @dataclass
@@ -58,21 +60,26 @@ class Run:
         """Keep what so many steps of a stage made: tensors and plain values."""
         packed = io.BytesIO()  # torch's own error for a full disk is none of Python's
         torch.save({"key": self.key, "step": step, **state}, packed)
-        write_atomic(self._path(stage), packed.getvalue())
+        payload = packed.getvalue()
+        write_atomic(self._path(stage), hashlib.sha256(payload).digest() + payload)
 
     def restore(self, stage: str, load: Callable[[dict[str, Any]], object]) -> int:
         """How many steps of a stage are done; `load` gets what they made, and fails for what does not fit."""
         if not self._path(stage).is_file():
             return 0
         try:
+            stored = self._path(stage).read_bytes()
+            payload = stored[_DIGEST:]  # in which torch would not notice damage
+            if hashlib.sha256(payload).digest() != stored[:_DIGEST]:
+                return 0
             # Tensors and plain values only: nothing is unpickled.
-            state = torch.load(self._path(stage), map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
             if state["key"] != self.key:
                 return 0
             load(state)
             return int(state["step"])
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, UnpicklingError):
-            return 0  # cut short or not ours: this stage begins anew
+        except Exception:  # torch raises many kinds
+            return 0  # not ours, or of another version: this stage begins anew
 
     def forget(self, stage: str) -> None:
         """Remove what a stage kept."""

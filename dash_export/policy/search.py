@@ -75,7 +75,7 @@ def _tried(run: Run, group: Sequence[Unit], windows: Sequence[Judged]) -> list[C
     """A group's candidates, each skipped alone."""
     name, settings, spec = "candidates skipped alone", run.settings, run.model.spec
     stage, found = f"candidates-{group[0].first}", list[Candidate]()
-    run.restore(stage, lambda state: found.extend(Candidate(Unit(*unit), *own) for unit, *own in state["found"]))
+    run.restore(stage, lambda state: found.extend([Candidate(Unit(*unit), *own) for unit, *own in state["found"]]))
     run.advance(name, len(found) * TRIAL_COST)
     if len(found) == len(group):
         run.advance(name, settings.search_steps * SUM_COST)

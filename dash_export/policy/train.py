@@ -83,9 +83,14 @@ def train(
     place = _device(device)
     began = time.perf_counter()
     told_apart(texts, prompts)
-    data = {path.name: sha256_file(_existing(path)) for path in (*texts, *prompts)}
+    data = {
+        path.name: {"read_as": form, "sha256": sha256_file(_existing(path))}
+        for form, paths in (("text", texts), ("prompts", prompts))
+        for path in paths
+    }
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
-    refuse_inputs([*checkpoint.seen, *texts, *prompts, *filter(None, [start])], [work_of(output)])
+    replaced = [work_of(output), output, card_path(output)]
+    refuse_inputs([*checkpoint.seen, *texts, *prompts, *filter(None, [start])], replaced)
     asked = None if chosen is None else units_text(chosen)
     key = training_key(settings, checkpoint.fingerprint, kind, asked, data, origin)
     with locked(output, "train"):
@@ -122,7 +127,7 @@ def train(
             "static_order": units_text(policy.units[place] for place in policy.static_order),
             "chosen": [asdict(candidate) | {"unit": str(candidate.unit)} for candidate in training.chosen],
             "settings": asdict(settings),
-            "data": {name: {"sha256": digest} for name, digest in data.items()},
+            "data": data,
             "tokens": training_corpus.tokens(),
             "held_out": {"tokens": held.tokens(), "judged": judged, "figures": figures},
             "versions": {

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -146,6 +147,7 @@ class Training:
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
         def load(state: dict[str, Any]) -> None:
+            copy.deepcopy(modules).load_state_dict(state["modules"])  # all or nothing: what does not fit takes a part
             optimizer.load_state_dict(state["optimizer"])
             modules.load_state_dict(state["modules"])
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from dash_export.outputs import MARK, work_folder
 from dash_export.policy import run as run_module
 from dash_export.policy import search
 from dash_export.policy.regression import Regression
+from dash_export.policy.run import Run
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.train import told_apart, train
-from dash_export.policy_file import load_policy, save_policy
+from dash_export.policy_file import check_replaceable, load_policy, save_policy
 from dash_export.skip_policy import SkipPolicy, check_model
 from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy
 
@@ -62,7 +65,7 @@ def test_the_file_is_the_policy_and_the_card_says_how(
     check_model(known, checkpoint)
     np.testing.assert_array_equal(known.final_norm, checkpoint.weights[FINAL_NORM].read_rows(0, 64))
     card = json.loads(path.with_suffix(".json").read_text())
-    assert card["data"].keys() == {prose.name}
+    assert {name: entry["read_as"] for name, entry in card["data"].items()} == {prose.name: "text"}
     assert card["settings"]["seed"] == 0
     assert policy.origin.startswith("token policy for model, trained by dash-export (seed 0, key ")
     settings = {row["setting"]: row for row in card["held_out"]["figures"]}
@@ -211,6 +214,38 @@ def test_a_state_that_is_cut_short_begins_its_stage_anew(
     assert same(train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS), trained[1])
 
 
+def test_a_damaged_state_is_not_believed(tmp_path: Path) -> None:
+    """Wherever a byte of it is another: torch looks at no checksum."""
+    run = Run(None, None, SETTINGS, tmp_path, "key")  # type: ignore[arg-type]
+    run.save("tuning", 2, values=torch.arange(64.0))
+    (path,) = tmp_path.iterdir()
+    whole, taken = path.read_bytes(), []
+    assert run.restore("tuning", taken.append) == 2
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert run.restore("tuning", taken.append) == 0
+    assert len(taken) == 1
+    path.write_bytes(whole)
+    assert run.restore("tuning", lambda _: taken[1]) == 0, "what fits not, however it fails"
+
+
+def test_a_text_is_not_taken_for_prompts(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """One file read the other way is another training."""
+    file, output, seen = tmp_path / "both.jsonl", tmp_path / "policy.safetensors", []
+    file.write_text("".join(json.dumps({"prompt": f"Tell me of {topic}."}) + "\n" for topic in range(40)))
+
+    def kill(name: str, _done: int, _total: int) -> None:
+        seen.append(name.partition(",")[0])
+        if name.startswith("regression 1/"):
+            raise StopError
+
+    for texts, prompts in (([file], []), ([], [file])):
+        seen.clear()
+        with pytest.raises(StopError):
+            train(checkpoint, output, texts, prompts, units=TINY_UNITS, settings=SETTINGS, progress=kill)
+        assert seen.count("bypasses in closed form") == SETTINGS.fit_steps + 1, "nothing of the other one's is taken"
+
+
 def test_continuations_that_are_cut_short_are_made_anew(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Tell me of {topic}."}) + "\n" for topic in "abcdef"))
@@ -274,14 +309,16 @@ def test_a_text_may_be_called_as_a_prompt_file() -> None:
     told_apart([Path("x.txt")], [Path("x.jsonl")])
 
 
+@pytest.mark.parametrize("part", ["modules", "optimizer"])
 def test_a_state_that_fits_in_part_leaves_nothing_of_itself(
+    part: str,
     trained: tuple[Path, SkipPolicy],
     checkpoint: Checkpoint,
     prose: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights that are ours and an optimizer's state that is not: the stage begins with the weights it began with."""
+    """Weights that are ours and an optimizer's state that is not, or the other way: the stage begins as it began."""
     monkeypatch.setattr(run_module, "SAVE_EVERY", 2)
     output = tmp_path / "policy.safetensors"
 
@@ -292,9 +329,9 @@ def test_a_state_that_fits_in_part_leaves_nothing_of_itself(
     with pytest.raises(StopError):
         train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS, progress=kill)
     path = output.with_name(f"{output.name}.unfinished") / "regression-state.pt"
-    state = torch.load(path, weights_only=True)
-    state["optimizer"]["param_groups"] = []
-    torch.save(state, path)
+    state = torch.load(io.BytesIO(path.read_bytes()[32:]), weights_only=True)
+    state[part].popitem()
+    Run(None, None, SETTINGS, path.parent, state.pop("key")).save("regression", state.pop("step"), **state)  # type: ignore[arg-type]
     assert same(train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS), trained[1])
 
 

@@ -19,6 +19,7 @@ from dash_export.errors import CheckpointError, PolicyError
 from dash_export.models.files import require
 from dash_export.models.safetensors_files import check_dtype, open_weights, read_metadata
 from dash_export.models.spec import DecoderSpec, Float32Array
+from dash_export.outputs import check_place
 from dash_export.resources import resource_folder
 from dash_export.skip_policy import Bypass, SkipPolicy, check_policy
 from dash_export.typed_json import WrongFieldError, typed
@@ -50,9 +51,13 @@ def card_path(path: str | Path) -> Path:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises PolicyError where `save_policy` would write over something that is no policy and no card, or a link."""
+    """Raises PolicyError where `save_policy` would write over something that is no policy and no card, or a link, and
+    OutputError for a mount point.
+    """
     _refuse_links(path)
     card, is_card = card_path(path), True
+    for one in (path, card):
+        check_place(one, [""])
     try:
         if path.exists():
             _facts(path)

@@ -33,7 +33,7 @@ from dash_export.policy.run import Run
 from dash_export.policy.settings import TrainingSettings
 from dash_export.policy.skip_modules import SkipModules
 from dash_export.policy.training import Training, training_key
-from dash_export.policy_file import check_replaceable, load_policy, policy_path, save_policy
+from dash_export.policy_file import card_path, check_replaceable, load_policy, policy_path, save_policy
 from dash_export.runtime.text import Text
 from dash_export.skip_policy import SkipPolicy
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dash_export import outputs
 from dash_export.decision import parse_units
 from dash_export.errors import OutputError, PolicyError, RequestError
 from dash_export.models import Checkpoint
@@ -193,9 +194,33 @@ def test_what_appears_at_the_output_during_a_training_is_kept(
     assert not [name for name in steps if name.startswith("regression 1/")], "the work was kept"
 
 
+@pytest.mark.parametrize("place", ["policy.safetensors", "policy.json"])
+def test_a_policy_that_cannot_be_replaced_is_told_before_the_work(
+    place: str,
+    trained: tuple[Path, SkipPolicy],
+    checkpoint: Checkpoint,
+    prose: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mount point; and what the training goes on from."""
+    output = Path(shutil.copy(trained[0], tmp_path))
+    shutil.copy(trained[0].with_suffix(".json"), tmp_path)
+    before = output.read_bytes()
+    with pytest.raises(OutputError, match="is read, and lies in what is replaced"):
+        train(checkpoint, output, [prose], start=output, settings=SETTINGS)
+    mounted = {tmp_path.resolve()}
+    monkeypatch.setattr(outputs, "_mount_points", lambda: mounted)
+    check_replaceable(output)
+    mounted.add(tmp_path.resolve() / place)
+    with pytest.raises(OutputError, match=rf"{place} is a mount point"):
+        train(checkpoint, output, [prose], settings=SETTINGS)
+    assert output.read_bytes() == before
+
+
 def test_a_text_inside_the_work_folder(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
     output = tmp_path / "policy.safetensors"
-    inside = work_folder(output) / "mine.txt"
+    inside = work_folder(output, "train") / "mine.txt"
     inside.write_text(prose.read_text())
     with pytest.raises(OutputError, match=r"mine\.txt is read, and lies in what is replaced"):
         train(checkpoint, output, [inside], settings=SETTINGS)

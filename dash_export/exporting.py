@@ -89,7 +89,7 @@ def export(
             builds = (output / "engines").glob(lock_file(Path("*")).name)
             held.enter_context(folder_locked(output, builds, shared=False))
         check_place(output, OURS)  # now, and not after hours
-        unfinished = work_folder(output)
+        unfinished = work_folder(output, "export")
         with removed_on_error(unfinished):
             own_folder(unfinished / "onnx")
             checkpoint.check_same()

@@ -231,19 +231,33 @@ def work_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.unfinished")
 
 
-def work_folder(output: Path) -> Path:
-    """Return `<output>.unfinished`, where an output lies until it is whole: new, or as a killed run left it. Raises
-    OutputError for one that is not this program's.
+def work_folder(output: Path, command: str) -> Path:
+    """Return `<output>.unfinished`, where an output lies until it is whole: new, or as a killed run of `command` left
+    it. Raises OutputError for one that is not this program's, or another command's.
     """
     folder = own_folder(work_of(output))
     _check_ours(folder)
-    _mark(folder)
+    begun = _mark(folder, command)
+    if begun != command:
+        raise OutputError(
+            f"{folder} is the work of a killed dash-export {begun!r:.40}, and is kept: run that again, remove it, or "
+            "choose another output."
+        )
     return folder
 
 
-def _mark(folder: Path) -> None:
-    os.close(os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+def _mark(folder: Path, command: str = "") -> str:
+    """Write the mark where there is none, and return whose it is."""
+    mark = os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        begun = os.read(mark, _LONGEST).decode(errors="replace").strip("\0")
+        if command.startswith(begun):  # new, or a loss of power has left a part of it, or zeros
+            os.pwrite(mark, command.encode(), 0)
+            begun = command
+    finally:
+        os.close(mark)
     sync(folder)
+    return begun
 
 
 def _check_ours(folder: Path) -> None:

@@ -136,7 +136,7 @@ def test_going_back_after_a_kill(model: Path, tmp_path: Path) -> None:
     policy, other = tiny_policy(checkpoint), tiny_policy(checkpoint, "linear")
     output = tmp_path / "a.dash"
     build(export(checkpoint, output, policy), "cpu", weights="fp32")
-    shutil.copytree(output / "engines", work_folder(output) / "engines")
+    shutil.copytree(output / "engines", work_folder(output, "export") / "engines")
     build(export(checkpoint, output, policy), "cpu", weights="fp32")
     bundle = export(checkpoint, output, other)
     bundle.verify(build(bundle, "cpu", weights="fp32").files)

@@ -182,13 +182,29 @@ def test_what_is_not_ours_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> Non
     assert tree(tmp_path) == before
 
 
+def test_the_work_of_another_command_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Hours of it, under the same name; of a mark's name a loss of power may leave zeros, or a part."""
+    output = tmp_path / "a.safetensors"
+    work = work_folder(output, "train")
+    (work / "tuning-state.pt").write_bytes(b"hours")
+    with pytest.raises(OutputError, match=r"is the work of a killed dash-export 'train', and is kept: run that again"):
+        export(checkpoint, output)
+    assert (work_folder(output, "train") / "tuning-state.pt").read_bytes() == b"hours"
+    for left in (bytes(5), b"exp", b""):
+        (work / MARK).write_bytes(left)
+        assert work_folder(output, "export") == work
+        assert (work / MARK).read_bytes() == b"export"
+    export(checkpoint, output)
+    assert not work.exists()
+
+
 @pytest.mark.parametrize("link", ["onnx", "engines", MARK, "config.json"])
 def test_a_link_inside_the_work_folder(link: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """One that came with the work folder of a stranger: nothing is written or deleted behind it."""
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "cv.txt").write_text("mine")
-    work = work_folder(tmp_path / "a.dash")
+    work = work_folder(tmp_path / "a.dash", "export")
     (work / MARK).unlink()
     (work / link).symlink_to(docs if link in ("onnx", "engines") else docs / "cv.txt")
     if link != MARK:
@@ -254,7 +270,7 @@ def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.Monkey
     """Whatever operation is the last one, the old or the new output is there in the end, and all that is not ours."""
     output = folder_of(tmp_path / "a", "graphs/1", "old", "record", "notes", "engines/cpu/1")
     new, mine = {"graphs/2", "record"}, {"notes": b"a notes", "engines/cpu/1": b"a engines/cpu/1"}
-    work = folder_of(work_folder(output), *new)
+    work = folder_of(work_folder(output, "export"), *new)
     steps = iter(range(killed_before))
 
     class KilledError(BaseException):
@@ -291,7 +307,7 @@ def test_what_may_not_be_replaced_is_told_before(tmp_path: Path, monkeypatch: py
     before = tree(output)
     monkeypatch.setattr(outputs.os, "access", lambda path, _: path.name != "graphs")
     with pytest.raises(OutputError, match="graphs may not be written: nothing of"):
-        put_in_place(folder_of(work_folder(output), "graphs/2", "record"), output, OURS, "record")
+        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, OURS, "record")
     assert tree(output) == before
 
 
@@ -301,7 +317,7 @@ def test_a_folder_within_that_may_not_be_written(tmp_path: Path, monkeypatch: py
     before = tree(output)
     monkeypatch.setattr(outputs.os, "access", lambda path, _: path.name != "locked")
     with pytest.raises(OutputError, match="graphs/locked may not be written: nothing of"):
-        put_in_place(folder_of(work_folder(output), "graphs/2", "record"), output, OURS, "record")
+        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, OURS, "record")
     assert tree(output) == before
 
 
@@ -311,10 +327,10 @@ def test_a_mount_point_is_not_replaced(mounted: str, tmp_path: Path, monkeypatch
     before, ours = tree(output), ("graphs", "a kit's/graphs", "record")
     monkeypatch.setattr(outputs, "_mount_points", lambda: {output.resolve() / mounted, Path("/"), Path("/proc")})
     with pytest.raises(OutputError, match=r"is a mount point: nothing of .* was replaced"):
-        put_in_place(folder_of(work_folder(output), "graphs/2", "record"), output, ours, "record")
+        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, ours, "record")
     assert tree(output) == before
     monkeypatch.setattr(outputs, "_mount_points", lambda: {output.resolve() / "mine", Path("/")})
-    put_in_place(work_folder(output), output, ours, "record")
+    put_in_place(work_folder(output, "export"), output, ours, "record")
     assert tree(output).keys() == {"graphs/2", "record", "mine/4"}
 
 
@@ -355,7 +371,7 @@ def test_what_appears_at_the_output_during_an_export_is_kept(checkpoint: Checkpo
 def test_a_model_inside_its_output(where: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """It would be gone with what is replaced, before or after it is read."""
     export(checkpoint, tmp_path / "a.dash")
-    work_folder(tmp_path / "a.dash")
+    work_folder(tmp_path / "a.dash", "export")
     model = shutil.copytree(checkpoint.source, tmp_path / where)
     before = tree(tmp_path)
     with pytest.raises(OutputError, match="is read, and lies in what is replaced: move it away"):

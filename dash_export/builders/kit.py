@@ -75,8 +75,8 @@ def write_kit(
         recover(folder, ours, RECORD)
         _refuse_foreign(folder)
         check_place(folder, ours)
-        remove_own(work_folder(folder))  # a kit is not resumed
-        unfinished = work_folder(folder)
+        remove_own(work_folder(folder, "build --kit"))  # a kit is not resumed
+        unfinished = work_folder(folder, "build --kit")
         with removed_on_error(unfinished):
             _fill(unfinished, Bundle.open(bundle.root), recipe, target, options, reason, progress)
             _refuse_foreign(folder)  # what has appeared there meanwhile

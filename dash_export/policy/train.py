@@ -98,7 +98,7 @@ def train(
         text = _text(checkpoint)
         training_corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
         chats = [messages for file in prompts for messages in read_prompts(file)]
-        folder = work_folder(output)
+        folder = work_folder(output, "train")
         precision = settings.precision or training_precision(place, folder / f"{key}-precision")
         gated_model = GatedModel(checkpoint, place, PRECISIONS[precision])
         checkpoint.check_same()

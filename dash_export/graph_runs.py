@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.bundle import Bundle
-from dash_export.errors import BackendError
 from dash_export.names import short_name
 from dash_export.resources import resource_folder
 from dash_export.runtime.text import Text
@@ -53,14 +52,12 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
     """
     import onnxruntime as ort
 
-    from dash_export.runtime.backends.onnxruntime import shared_pool_options
+    from dash_export.runtime.backends.onnxruntime import ort_errors, shared_pool_options
 
     options = ort.SessionOptions() if own_threads else shared_pool_options()
     options.log_severity_level = 3
-    try:
+    with ort_errors(path.name):
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a family of its own
-        raise BackendError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {error}") from error
     types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
     outputs = [item.name for item in session.get_outputs()]
 
@@ -72,7 +69,8 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
             # A lowered graph may take rows where others take [batch, sequence]: batch is one.
             array = array.reshape(array.shape[max(0, array.ndim - len(item.shape)) :])
             feeds[item.name] = array.astype(types.get(item.type, array.dtype), copy=False)
-        found = dict(zip(outputs, session.run(None, feeds), strict=True))
+        with ort_errors(path.name):
+            found = dict(zip(outputs, session.run(None, feeds), strict=True))
         for past in inputs:
             if past.startswith("past_key_values."):
                 for name in ("present", "new"):

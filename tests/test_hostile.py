@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.artifacts import JOURNAL
-from dash_export.builders import build
+from dash_export.builders import build, rounding
 from dash_export.bundle import BUILD, Bundle
 from dash_export.errors import BackendError, BundleError, DashError
 from dash_export.graphs.compose import load_graph
@@ -143,6 +144,42 @@ def test_graph_that_lacks_a_node(which: int, bundle: Path) -> None:
     shutil.rmtree(bundle / "engines")
     with pytest.raises(DashError):
         build(bundle, "cpu", weights="fp32")
+
+
+def unknown(model: onnx.ModelProto) -> None:
+    """An operator that ONNX Runtime finds when it loads the graph."""
+    model.graph.node.insert(0, onnx.helper.make_node("NoSuchOp", ["hidden"], ["nowhere"], name="layer_02/odd"))
+
+
+def misshapen(model: onnx.ModelProto) -> None:
+    """What it finds when it runs the graph: rows of 7 numbers, of which a state has no whole number."""
+    for node in model.graph.node:
+        node.input[:] = ["back" if name == "hidden" else name for name in node.input]
+    for number, (before, after, width) in enumerate((("hidden", "sevens", 7), ("sevens", "back", 64))):
+        shape = onnx.numpy_helper.from_array(np.array([1, -1, width]), f"shape_{width}")
+        model.graph.initializer.append(shape)
+        node = onnx.helper.make_node("Reshape", [before, shape.name], [after], name=f"layer_02/{after}")
+        model.graph.node.insert(number, node)
+
+
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        (unknown, {"target": "cpu"}),
+        (misshapen, {"target": "cpu"}),
+        (misshapen, {"target": "portable"}),
+        (misshapen, {"target": "cpu", "weights": "fp32", "verify": True}),
+    ],
+)
+def test_graph_that_onnx_runtime_does_not_run(
+    change: Callable[[onnx.ModelProto], object], how: dict[str, Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is rounded, measured or compared."""
+    monkeypatch.setattr(rounding, "WINDOWS", rounding.BATCH)
+    rewritten(bundle, "onnx/layer_02.onnx", change)
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(BackendError, match=r"layer_02.* failed|refuses (layer_02|portable)"):
+        build(bundle, **how)
 
 
 def test_truncated_weights(bundle: Path) -> None:

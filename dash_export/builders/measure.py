@@ -12,7 +12,7 @@ from typing import Any
 from dash_export.build_record import Build, CostTable
 from dash_export.bundle import Bundle
 from dash_export.manifest import Manifest
-from dash_export.runtime.backends.base import Backend, Launch
+from dash_export.runtime.backends.base import Backend, Launch, backend_errors
 from dash_export.runtime.cpus import LoadMeter, cpu_name
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.engine_set import EngineSet
@@ -76,6 +76,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     return CostTable(context, round(dense, 2), runs, medians, cost, device, *load)
 
 
+@backend_errors
 def _timed(launches: Iterable[Launch]) -> list[float]:
     """Microseconds of each, with what the host takes to come to it."""
     stamps = [time.perf_counter()]

@@ -33,7 +33,7 @@ from dash_export.graphs.precision import weight_precision
 from dash_export.graphs.rounded import Rounded, Roundings
 from dash_export.graphs.trt.quantize import block_of
 from dash_export.resources import resource_folder
-from dash_export.runtime.backends.onnxruntime import shared_pool_options
+from dash_export.runtime.backends.onnxruntime import ort_errors, shared_pool_options
 from dash_export.runtime.text import Text
 from dash_export.targets import Recipe
 
@@ -210,9 +210,11 @@ class _Probe:
         for value in graph.initializers.values():  # a graph in memory has no folder to find its data in
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
-        self._session = ort.InferenceSession(
-            ir.to_proto(model).SerializeToString(), shared_pool_options(), providers=["CPUExecutionProvider"]
-        )
+        self._name = str(graph.name)
+        with ort_errors(self._name):
+            self._session = ort.InferenceSession(
+                ir.to_proto(model).SerializeToString(), shared_pool_options(), providers=["CPUExecutionProvider"]
+            )
         cache = np.zeros((BATCH, kv_heads, WINDOW, head_dim), np.float32)
         names = {item.name for item in self._session.get_inputs()}
         one = step_inputs(0, WINDOW, WINDOW)
@@ -228,7 +230,8 @@ class _Probe:
             self._weights[node]: replaced[node] if node in replaced else self.matrix(node) for node in self._weights
         }
         names = ["hidden_out", *(dict.fromkeys(self.sources.values()) if extra else ())]
-        return dict(zip(names, self._session.run(names, {**self._feeds, **weights, "hidden": state}), strict=True))
+        with ort_errors(self._name):
+            return dict(zip(names, self._session.run(names, {**self._feeds, **weights, "hidden": state}), strict=True))
 
     def moments(self, states: list[Floats], nodes: set[str]) -> dict[str, npt.NDArray[np.float64]]:
         """Sum of x x^T over all tokens, for what each of the nodes reads."""

@@ -88,19 +88,28 @@ def _whole_scores() -> Iterator[None]:
             del os.environ[_NO_FLASH]
 
 
+@contextmanager
+def ort_errors(graph: str) -> Iterator[None]:
+    """What ONNX Runtime raises within, a family of its own plus RuntimeError, becomes a BackendError that names the
+    graph.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime {ort.__version__} refuses {graph}: {error}") from error
+
+
 class OrtEngine:
     """One InferenceSession."""
 
     def __init__(self, path: Path, options: ort.SessionOptions) -> None:
-        try:
+        with ort_errors(path.name):
             with _whole_scores():
                 self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             # Here, because names may be no text.
             self._shapes = {item.name: item.shape for item in (*self.session.get_inputs(), *self.session.get_outputs())}
             self.inputs = tuple(item.name for item in self.session.get_inputs())
             self.outputs = tuple(item.name for item in self.session.get_outputs())
-        except Exception as error:  # onnxruntime raises a family of its own plus RuntimeError
-            raise BackendError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {error}") from error
         self._name = path.name
 
     def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:

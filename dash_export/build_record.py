@@ -164,8 +164,8 @@ def check_build(build: Build, manifest: Manifest, where: str) -> None:
     unlisted = {record.file for record in build.engines.values()} - listed
     if unlisted:
         raise BundleError(f"{where}: {min(unlisted)} is not among the files. {DAMAGED}")
-    if len(build.cost.cost) != len(units) or not all(map(isfinite, build.cost.cost)):
-        raise BundleError(f"{where}: the cost table does not list the units. {DAMAGED}")
+    if len(build.cost.cost) != len(units) or not all(0 <= cost <= 1 for cost in build.cost.cost):
+        raise BundleError(f"{where}: the cost table does not list the units, as fractions of a token. {DAMAGED}")
     if not all(isfinite(load) and load >= 0 for load in (build.cost.others, build.cost.stolen)):
         raise BundleError(f"{where}: the load while costs were measured is not a number >= 0. {DAMAGED}")
     if not all(

@@ -330,6 +330,7 @@ def test_damaged_dial(dial: Any, bundle: Path) -> None:
 FORGED: dict[str, tuple[Callable[[Any], object], str]] = {
     "a cost too few": (lambda data: data["cost"]["cost"].pop(), "does not list the units"),
     "a cost that is no number": (lambda data: data["cost"].update(cost=[0.1, float("nan")]), "cost"),
+    "a cost beyond all": (lambda data: data["cost"].update(cost=[0.1, 1e308]), "as fractions of a token"),
     "a load below 0": (lambda data: data["cost"].update(others=-1.0), "the load while costs"),
     "no bypass": (lambda data: data["engines"].pop("bypass_04-04"), "no engine bypass_04-04"),
     "no segment": (lambda data: data["engines"].pop("layers_02-03"), "no engine layers_02-03"),

@@ -16,7 +16,7 @@ from dash_export.bundle import Bundle
 from dash_export.calibration import text_windows
 from dash_export.decision import DENSE_POSITIONS, DialPoint, unit_skips
 from dash_export.divergence import DenseRows
-from dash_export.errors import BundleError
+from dash_export.errors import BundleError, PolicyError
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.backends.base import Backend
@@ -59,6 +59,8 @@ def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> l
     session = runtime.session("token", trade_off=0.0)
     damage = np.concatenate([session.score(window).damage[DENSE_POSITIONS:] for window in windows]).astype(np.float64)
     ratios = damage / np.maximum(runtime.cost.cost, 1e-9)
+    if not np.isfinite(ratios).all():
+        raise PolicyError("The policy's network gives damages that are no numbers: train it again, or export another.")
     # Past the largest ratio everything is skipped, whatever the feedback of skipping does to damage.
     found = [*np.quantile(ratios, SHARES), 4.0 * ratios.max() + 1.0]
     return sorted({float(f"{trade_off:.6g}") for trade_off in found})

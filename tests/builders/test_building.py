@@ -16,7 +16,7 @@ from dash_export.builders import build, building, dial
 from dash_export.builders.measure import NOT_MEASURED
 from dash_export.bundle import Bundle
 from dash_export.decision import DialPoint
-from dash_export.errors import BackendError, BundleError, RecipeError
+from dash_export.errors import BackendError, BundleError, PolicyError, RecipeError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.runtime.backends.onnxruntime import OrtBackend
@@ -162,6 +162,16 @@ def test_another_policy_network_makes_only_what_gives_its_damage(bundle: Bundle,
     build(changed, "cpu", weights="fp32")
     assert made == ["layers_00-01"]
     assert DashRuntime.load(bundle.root, "cpu-fp32").generate([1, 2], 3).tokens.size == 3
+
+
+def test_a_policy_whose_damages_are_no_numbers(bundle: Bundle) -> None:
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    policy = tiny_policy(checkpoint, "linear")
+    assert policy.network is not None
+    huge = {name: np.full_like(array, 3e38) for name, array in policy.network.items()}
+    changed = export(checkpoint, bundle.root, replace(policy, network=huge))
+    with pytest.raises(PolicyError, match="damages that are no numbers: train it again"):
+        build(changed, "portable")
 
 
 def test_another_bypass_keeps_the_layers(bundle: Bundle, made: list[str]) -> None:

@@ -72,7 +72,7 @@ def units_table(build: Build, units: Sequence[Unit]) -> Table:
     for unit, run, cost in zip(units, runs, build.cost.cost, strict=True):
         bypass = build.cost.bypass_us.get(unit.bypass)
         times = ("", "", "")
-        if run is not None and bypass is not None:
+        if run and bypass is not None:
             times = (f"{run:.0f}", f"{bypass:.0f}", f"{bypass / run:.0%}")
         table.add_row(str(unit), str(len(unit.layers)), *times, f"{100 * cost:.2f} %")
     return table

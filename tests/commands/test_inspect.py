@@ -65,6 +65,12 @@ def test_json(tiny_root: Path) -> None:
     assert all(unit["bypass_us"] > 0 and unit["bypass_bytes"] > 0 for unit in units)
 
 
+def test_a_unit_that_takes_no_time(own_bundle: Path) -> None:
+    record = own_bundle / "engines/cpu-fp32/build.json"
+    forged.edit(record, lambda data: data["cost"]["segment_us"].update({"layers_02-03": 0.0}))
+    assert dash("inspect", own_bundle, "--target", "cpu-fp32").exit_code == 0
+
+
 def test_one_target(tiny_root: Path) -> None:
     assert "Target portable" not in dash("inspect", tiny_root, "--target", "cpu-fp32").stdout
     assert "does not exist" in refused("inspect", tiny_root, "--target", "cpu")

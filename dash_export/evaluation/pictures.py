@@ -31,6 +31,7 @@ STYLE: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of files, bundles and tokens may hold a dollar sign
     "svg.hashsalt": "dash-export",
     "svg.fonttype": "path",
 }
@@ -59,7 +60,7 @@ def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure
         for name in names:
             curve = sorted((point for point in points if point.name == name), key=lambda point: point.time)
             for axes, figure_name in ((left, "kl"), (right, "perplexity")):
-                handles[name.replace("$", r"\$")] = _curve(axes, curve, looks[name], figure_name)
+                handles[name] = _curve(axes, curve, looks[name], figure_name)
         measured = all(point.timing is not None for point in points)
         for axes, name in ((left, "KL from dense (nats per token)"), (right, "perplexity")):
             axes.set_xlabel(f"decode time per token, fraction of dense ({'measured' if measured else 'predicted'})")
@@ -130,8 +131,6 @@ def skip_map_figure(
         heat.tick_params(which="both", length=0)
         heat.spines[:].set_visible(False)
         heat.set_yticks(range(count), [visible(token) for token in tokens], fontsize=7, family="monospace")
-        for label in heat.get_yticklabels():
-            label.set_parse_math(False)  # a token may be a dollar sign
         step = 1 if layers <= 40 else 5
         heat.set_xticks(range(0, layers, step), [str(layer) for layer in range(0, layers, step)], fontsize=6)
         heat.set_xlabel("layer", fontsize=8)
@@ -148,8 +147,7 @@ def skip_map_figure(
         side.set_yticks([])
         side.set_xticks([0, layers], ["0", str(layers)], fontsize=6)
         side.set_xlabel("layers run", fontsize=7)
-        heading = figure.suptitle(f"{title}\n{caption}", fontsize=9)
-        heading.set_parse_math(False)
+        figure.suptitle(f"{title}\n{caption}", fontsize=9)
         legend = [Patch(color=colour, label=name) for name, colour in colours.items()]
         corner.legend(handles=legend, loc="center", fontsize=7)
     return figure

@@ -63,8 +63,6 @@ def _lane_axis(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    for label in axes.get_yticklabels():
-        label.set_parse_math(False)  # a bundle's name may hold a dollar sign
 
 
 def _look(lane: LaneProfile, lanes: Sequence[LaneProfile]) -> tuple[str, str]:
@@ -105,7 +103,7 @@ def distribution_figure(lanes: Sequence[LaneProfile], names: Sequence[str]) -> F
         axes.set_xlabel("milliseconds per token" + (f" (off the axis: {beyond} of the tokens)" if beyond else ""))
         axes.set_ylabel("% of tokens at or below")
         figure.legend(
-            handles, [name.replace("$", r"\$") for name in names], loc="outside upper center", ncols=3, fontsize=8,
+            handles, names, loc="outside upper center", ncols=3, fontsize=8,
             title="marks at p50, p90, p99", title_fontsize=7, handlelength=3.5,
         )  # fmt: skip
     return figure
@@ -161,7 +159,7 @@ def dial_figure(lanes: Sequence[LaneProfile], names: Sequence[str], build: Build
         )  # fmt: skip
         for number, (lane, name) in enumerate(zip(lanes, names, strict=True)):
             colour, marker = _look(lane, lanes)
-            where, name = lane.ratio, name.replace("$", r"\$")
+            where = lane.ratio
             kl = _dial_kl(lane, build)
             if kl is None:
                 style = _DASHES[number % len(_DASHES)]

@@ -53,9 +53,12 @@ def test_frontier_says_what_it_shows() -> None:
 
 
 def test_frontier_names_other_builds() -> None:
-    said = texts(frontier_figure(points("pruned:cpu", "own:cpu-int8"), "t", "c"))
-    for expected in ("dense", "static", "token", "pruned:cpu", "own:cpu-int8"):
+    """A dollar sign in a name begins no formula."""
+    figure = frontier_figure(points("pruned:cpu", "own$x_{:cpu$"), "$y^", "$z_{$")
+    said = texts(figure)
+    for expected in ("dense", "static", "token", "pruned:cpu", "own$x_{:cpu$"):
         assert said.count(expected) >= 1
+    assert render(figure, "png").startswith(b"\x89PNG")
 
 
 def test_divergence_begins_at_zero_and_nothing_is_cut_off() -> None:

@@ -91,7 +91,7 @@ def main(bundle: Path, target: str, sizes: str, rounds: int, processes: int, out
     result = {"layers": layers, "contexts": contexts, "models": models}
     _tables(result)
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | {"text.parse_math": True}):  # powers of ten
         _figure(result, f"{bundle.name}, {target}").savefig(output.with_suffix(".png"), dpi=DPI)
     print_json("scaling", result)
 

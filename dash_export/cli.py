@@ -94,8 +94,10 @@ def readable_errors(ctx: click.Context) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """The text without what would steer a terminal: models and strangers' files may hold anything."""
-    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
+    """The text without what would steer a terminal, and halves of characters, which no report takes: models and
+    strangers' files may hold anything.
+    """
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs"))
 
 
 def missing_package(package: str, extra: str) -> str:

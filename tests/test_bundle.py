@@ -58,6 +58,7 @@ def test_a_build_of_a_recipe_of_ones_own_says_so(bundle: Path) -> None:
     ("change", "said"),
     [
         (lambda data: data["model"].update(name="\x1b]0;x\x07\x1b[2J"), "model.name is not printable"),
+        (lambda data: data["policy"].update(origin="by \ud800"), "policy.origin is not printable"),
         (lambda data: data.update({"\x1b[2J": 1}), r"unknown '\\x1b"),
         (
             lambda data: data["graphs"].update({"\x1b[2J": 1}),

@@ -104,9 +104,9 @@ def _report(
     from dash_export.evaluation.settings import record
 
     manifest = runtime.bundle.manifest
-    asked = asdict(request) | {name: [str(path) for path in getattr(request, name)] for name in ("texts", "tasks")}
+    asked = asdict(request) | {name: [path.name for path in getattr(request, name)] for name in ("texts", "tasks")}
     return {
-        "bundle": str(runtime.bundle.root),
+        "bundle": runtime.bundle.root.name,
         "model": manifest.model.name,
         "layers": manifest.model.num_layers,
         "target": runtime.build.target,

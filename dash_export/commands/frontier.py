@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dash_export.cli import OUTPUT
+from dash_export.cli import OUTPUT, printable
 from dash_export.commands.common import plain_table, print_table, result_console
 from dash_export.commands.comparing import comparison_options, dial_of, load, load_also, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
@@ -62,7 +62,7 @@ def command(
 
     dial = dial_of(dials, ("budget", BUDGETS))
     path = text or resource_folder("calibration") / "prose.txt"
-    course = Course(read_text(path), str(path), limit, window, prefix, 0 if predicted else rounds, tokens)
+    course = Course(read_text(path), printable(path.name), limit, window, prefix, 0 if predicted else rounds, tokens)
     check_pictures(output, report=True)
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("frontier") as progress:
@@ -73,7 +73,7 @@ def command(
         points = frontier(racers, course, progress)
     title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
     report = _report(racers, course, points, refused)
-    picture = frontier_figure(points, title, _caption(course, path.name))
+    picture = frontier_figure(points, title, _caption(course))
     # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
     try:
         _print(title, points)
@@ -83,7 +83,7 @@ def command(
     click.echo(f"Written to {', '.join(map(str, written))}")
 
 
-def _caption(course: Course, text: str) -> str:
+def _caption(course: Course) -> str:
     from dash_export.evaluation.timing import FEWEST_ROUNDS
 
     clock = (
@@ -93,8 +93,8 @@ def _caption(course: Course, text: str) -> str:
     )
     few = f" (of times from {FEWEST_ROUNDS} processes on)" if 0 < course.rounds < FEWEST_ROUNDS else ""
     return (
-        f"quality: {text}, up to {course.limit} windows of {course.window} tokens, the first {course.prefix} dense; "
-        f"{clock}; bars: 95 % bootstrap intervals{few}"
+        f"quality: {course.name}, up to {course.limit} windows of {course.window} tokens, the first {course.prefix} "
+        f"dense; {clock}; bars: 95 % bootstrap intervals{few}"
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dash_export.cli import OUTPUT
+from dash_export.cli import OUTPUT, printable
 from dash_export.commands.common import check_reports, save_report
 from dash_export.commands.comparing import comparison_options, dial_of, load, load_also, print_refused, settings_for
 from dash_export.commands.progress import progress_bar
@@ -66,7 +66,7 @@ def command(
         import dash_export.profiling.figures  # noqa: F401  fails at once where matplotlib is missing
     dial = dial_of(dials, ("budget", BUDGETS))
     path = text or resource_folder("calibration") / "heldout.txt"
-    request = Request(read_text(path), path.name, context, tokens, repeats, trace_tokens)
+    request = Request(read_text(path), printable(path.name), context, tokens, repeats, trace_tokens)
     for output in (html, trace):
         if output is not None:
             check_reports(output)

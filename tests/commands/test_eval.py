@@ -55,7 +55,7 @@ def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
     dense, static = report["files"][0]["results"][:2]
     assert (dense["layers"], static["layers"]) == (6.0, 5.0)
     assert dense["perplexity"]["low"] <= dense["perplexity"]["value"] <= dense["perplexity"]["high"]
-    assert report["request"]["limit"] == 2
+    assert (report["bundle"], report["request"]["limit"], report["request"]["texts"]) == ("tiny.dash", 2, ["own.txt"])
 
 
 def test_eval_matched(tiny_root: Path, text: Path) -> None:
@@ -138,8 +138,10 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     assert [build["target"] for build in report["builds"].values()] == ["cpu-fp32", "portable"]
     for expected in ("rate", "token's KL", "predicted", "tiny:portable", "rate: per cent of perplexity paid"):
         assert expected in result.stdout
-    assert dash("frontier", tiny_root, *options, "--predicted").exit_code == 0
+    hostile = text.rename(tmp_path / "a$x_{\udcff.txt")  # bytes that are no UTF-8, and what looks like a formula
+    assert dash("frontier", tiny_root, *options, "--text", hostile, "--predicted").exit_code == 0
     report = json.loads((output.parent / "f.json").read_text())
+    assert report["course"]["name"] == "a$x_{.txt", "and nothing of the folders above"
     assert all(point["timing"] is None and point["time"] == point["quality"]["time"] for point in report["points"])
 
 

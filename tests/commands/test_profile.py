@@ -169,14 +169,17 @@ def test_report_in_a_browser(begin: tuple[Any, ...], tmp_path: Path) -> None:
     assert shot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_hostile_names_in_the_report(begin: tuple[Any, ...], own_bundle: Path, tmp_path: Path) -> None:
+def test_hostile_names_in_the_report(begin: tuple[Any, ...], own_bundle: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     replace_text(own_bundle / "manifest.json", '"name": "model"', '"name": "<script>alert(1)</script> $x_"')
     report = tmp_path / "r.html"
-    result = dash("profile", own_bundle, *begin[2:], "--kinds", "static", "--skipped", "1", "--html", report)
+    hostile = text.rename(tmp_path / "<b>\udcff.txt")  # bytes that are no UTF-8
+    options = ("--text", hostile, "--kinds", "static", "--skipped", "1", "--html", report)
+    result = dash("profile", own_bundle, *begin[2:], *options)
     assert result.exit_code == 0, result.output
     assert "<script" not in report.read_text()
     assert "&lt;script&gt;" in report.read_text()
+    assert "&lt;b&gt;.txt" in report.read_text()
 
 
 def test_a_missing_extra_is_named(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

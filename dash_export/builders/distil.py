@@ -24,7 +24,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.graphs.compose import constant_value, load_graph
 from dash_export.graphs.rounded import Rounded
-from dash_export.models.spec import Float32Array, layer_weight
+from dash_export.models.spec import Float32Array
 from dash_export.runtime.cpus import physical_cores
 from dash_export.torch_model import torch_model
 
@@ -194,6 +194,5 @@ def _module_name(node: str) -> str:
     """`layer_07/attention/o_proj` -> `model.layers.7.self_attn.o_proj`, `head/logits` -> `lm_head`."""
     if node == "head/logits":
         return "lm_head"
-    layer, _, rest = node.partition("/")
-    rest = rest.replace("attention", "self_attn").replace("/", ".")
-    return layer_weight(int(layer.removeprefix("layer_")), rest)
+    layer, part, name = node.split("/")
+    return f"model.layers.{int(layer.removeprefix('layer_'))}.{part.replace('attention', 'self_attn')}.{name}"

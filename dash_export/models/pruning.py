@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from dash_export.artifacts import content_key
 from dash_export.decision import Unit, units_of, units_text
 from dash_export.errors import PolicyError
-from dash_export.models.spec import Checkpoint, Float32Array, layer_weight
+from dash_export.models.spec import LAYERS, Checkpoint, Float32Array, layer_weight
 from dash_export.skip_policy import SkipPolicy, check_model
 
 
@@ -43,7 +43,7 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
     if other is not None:
         raise PolicyError(f"Unit {other} has a bypass without weights: there is nothing to put in its place.")
     hidden, digest = checkpoint.spec.hidden_size, hashlib.sha256()
-    weights = {name: weight for name, weight in checkpoint.weights.items() if not name.startswith(layer_weight(""))}
+    weights = {name: weight for name, weight in checkpoint.weights.items() if not name.startswith(LAYERS)}
     updates: list[int] = []
     layers = 0
     for layer in range(checkpoint.spec.num_layers):

@@ -18,9 +18,13 @@ FINAL_NORM = "model.norm.weight"
 Float32Array = npt.NDArray[np.float32]
 
 
-def layer_weight(layer: int | str, name: str = "") -> str:
-    """The name of a layer's weight, or what such names begin with."""
-    return f"model.layers.{layer}{'.' if layer != '' else ''}{name}"
+LAYERS = "model.layers."
+"""With this the names of all layers' weights begin."""
+
+
+def layer_weight(layer: int, name: str = "") -> str:
+    """Return the name of a layer's weight; without `name`, what the names of all its weights begin with."""
+    return f"{LAYERS}{layer}.{name}"
 
 
 @dataclass(frozen=True)

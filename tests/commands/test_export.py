@@ -126,6 +126,21 @@ def test_fewer_units_than_a_trained_policy_has(model: Path, trained: Path, tmp_p
     assert "Layers 2,4 are not whole units. Units of this policy: 2-3,4." in said
 
 
+def test_pruned(model: Path, tmp_path: Path) -> None:
+    """What the option makes; that it is right: tests/models/test_pruning.py."""
+    checkpoint, policy, output = open_checkpoint(model), tmp_path / "p.safetensors", tmp_path / "a.dash"
+    save_policy(policy, tiny_policy(checkpoint, "linear"), checkpoint.spec, {})
+    said = dash("export", model, "-o", output, "--policy", policy, "--prune", "2-3")
+    assert said.exit_code == 0, said.output
+    manifest = Bundle.open(output).manifest
+    assert (manifest.model.name, manifest.model.num_layers) == ("model-without-2-3", 4)
+    assert (manifest.policy.units, manifest.policy.has_network) == ((), False)
+    options = (("--prune", "2-3"), ("--policy", policy, "--prune", "2-3", "--units", "4"))
+    for given in options:
+        assert "by a trained --policy" in refused("export", model, "-o", tmp_path / "b.dash", *given, code=2)
+    assert "not whole units" in refused("export", model, "-o", tmp_path / "b.dash", "--policy", policy, "--prune", "2")
+
+
 @pytest.mark.parametrize("units", ["", "a", "1,,2", "-1", "1-99999999"])
 def test_what_are_no_units(units: str, model: Path, tmp_path: Path) -> None:
     assert "Units are written like" in refused("export", model, "-o", tmp_path / "x.dash", f"--units={units}", code=2)

@@ -17,7 +17,7 @@ GATED = (3, 4)
         ("layer_03/attention/q_proj+k_proj+v_proj", "int8"),
         ("layer_03/attention/o_proj", "int4"),
         ("bypass_03-04/product", "int8"),
-        ("bypass_03-04/mlp/up_proj", "int8"),
+        ("layer_00/update_0", "int8"),
         ("layer_00/mlp/up_proj", "int4"),
         ("layer_00/attention/v_proj", "int8"),
         ("head/logits", "int4"),

@@ -80,6 +80,8 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(f"hidden_act {shown(activation)} is not supported; supported: 'silu'")
+    if not flag(config, "is_causal", True):
+        raise CheckpointError("is_causal: false (an embedding model) is not supported; supported: causal attention")
     if flag(config, "use_sliding_window"):
         raise CheckpointError("use_sliding_window: true is not supported; supported: full attention in every layer")
     layer_types = config.get("layer_types") or []

@@ -82,29 +82,51 @@ def token_id(metadata: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
+_KNOWN = {
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout"),
+    *(f"attention.{name}" for name in ("head_count", "head_count_kv", "key_length", "value_length")),
+    *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scale_linear"),
+    *(f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")),
+}
+"""Keys of an architecture that are read, or that change nothing."""
+
+
 def _refuse_unsupported(metadata: Mapping[str, Any], model_type: str) -> None:
+    if metadata.get("general.type", "model") != "model":
+        raise CheckpointError(f"the GGUF file is a {shown(metadata['general.type'])}; expected a model")
     if metadata.get(f"{model_type}.expert_count"):
         raise CheckpointError("mixture-of-experts models (expert_count) are not supported; supported: dense decoders")
     if metadata.get(f"{model_type}.attention.sliding_window"):
         raise CheckpointError("attention.sliding_window is not supported; supported: full attention in every layer")
+    if not metadata.get(f"{model_type}.attention.causal", True):
+        raise CheckpointError("attention.causal = false is not supported; supported: causal attention")
     shards = metadata.get("split.count", 0)
-    if isinstance(shards, int) and shards > 1:
-        raise CheckpointError(f"the GGUF file is one of {shards} shards; join them first: llama-gguf-split --merge")
+    if not isinstance(shards, int) or shards > 1:
+        raise CheckpointError(
+            f"the GGUF file is one of {shown(shards)} shards; join them first: llama-gguf-split --merge"
+        )
+    # A key that we do not know may make it another model: a scale, soft-capping, a misspelled base.
+    own = {key: value for key, value in metadata.items() if key.startswith(f"{model_type}.")}
+    unknown = [key for key, value in own.items() if key.partition(".")[2] not in _KNOWN and value not in (0, "")]
+    unknown = [key for key in unknown if key != f"{model_type}.attention.causal"]
+    if unknown:
+        raise CheckpointError(
+            f"the GGUF file sets {unknown[0][:100]!r}, which is not supported here: the model would be another one"
+        )
 
 
 def _rope(metadata: Mapping[str, Any], model_type: str, head_dim: int, factors: Float32Array | None) -> dict[str, Any]:
     theta = positive_float(metadata, f"{model_type}.rope.freq_base", 1e12, 10_000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    scaling = metadata.get(f"{model_type}.rope.scaling.type", "none")
-    old_linear = metadata.get(f"{model_type}.rope.scale_linear")
+    # As llama.cpp: a factor without a type is linear, and a factor of 0 is none.
+    factor = metadata.get(f"{model_type}.rope.scaling.factor", metadata.get(f"{model_type}.rope.scale_linear"))
+    factor = None if factor == 0 else factor
+    scaling = metadata.get(f"{model_type}.rope.scaling.type", "none" if factor is None else "linear")
     if factors is not None:
         if scaling not in ("none", "llama3"):
             raise CheckpointError(f"rope scaling {shown(scaling)} together with rope_freqs.weight is not supported")
         return rope | _factors(theta, head_dim, factors)
-    if scaling == "none" and old_linear is not None:
-        scaling = "linear"
     if scaling != "none":
-        factor = metadata.get(f"{model_type}.rope.scaling.factor", old_linear)
         return rope | {"rope_type": scaling, "factor": factor}
     return rope
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dash_export.artifacts import identity
 from dash_export.bundle import TEXT_FILES
@@ -16,6 +19,8 @@ from dash_export.models.safetensors_files import SafetensorsWeight, check_dtype,
 from dash_export.models.spec import Checkpoint, DecoderSpec
 from dash_export.text_files import load_tokenizer
 
+ROWS = 4096
+"""Of a matrix, in memory at a time."""
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 _HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' folders, Mistral's second copy of the weights
 
@@ -33,10 +38,11 @@ def open_folder(folder: Path) -> Checkpoint:
     config_text = read_text(folder / "config.json")
     config = parse_object(config_text, str(folder / "config.json"))
     spec = decoder_spec(config)
-    assets = {"config.json": config_text} | _text_assets(folder)
+    assets = {"config.json": config_text} | _text_assets(folder, spec.vocab_size)
     stored = _with_prefix(open_weights(files))
     weights = check_weights(spec, stored, str(folder))
     _refuse_unused(spec, stored, folder)
+    _refuse_second_head(spec, stored, folder)
     tensors = []
     for name, weight in weights.items():
         check_dtype(weight)
@@ -96,7 +102,25 @@ def _refuse_unused(spec: DecoderSpec, stored: dict[str, SafetensorsWeight], fold
         )
 
 
-def _text_assets(folder: Path) -> dict[str, str]:
+def _refuse_second_head(spec: DecoderSpec, stored: dict[str, SafetensorsWeight], folder: Path) -> None:
+    """A head that is stored beside a tied embedding must be the same: transformers 5 takes it, we the embedding."""
+    head = stored.get("lm_head.weight")
+    if head is None or not spec.tie_embeddings:
+        return
+    check_dtype(head)
+    table = stored["model.embed_tokens.weight"]
+    same = head.shape == table.shape and all(
+        np.array_equal(head.read_rows(start, stop), table.read_rows(start, stop))
+        for start, stop in pairwise([*range(0, spec.vocab_size, ROWS), spec.vocab_size])
+    )
+    if not same:
+        raise CheckpointError(
+            f"{folder} ties the head to the embedding (tie_word_embeddings) and holds another lm_head.weight: set "
+            '"tie_word_embeddings": false in config.json to use it, or remove that tensor'
+        )
+
+
+def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{folder} has no tokenizer.json; make one from the older tokenizer files with "
@@ -108,7 +132,7 @@ def _text_assets(folder: Path) -> dict[str, str]:
             assets[name] = read_text(folder / name)
             parsed = parse_object(assets[name], str(folder / name))
             if name == "tokenizer.json":
-                _check_tokenizer(assets[name], folder / name)
+                _check_tokenizer(assets[name], folder / name, vocab_size)
             if name == "tokenizer_config.json" and (template := _chat_template(parsed, folder / name)):
                 assets["chat_template.jinja"] = template
     if (folder / "chat_template.jinja").is_file():
@@ -116,11 +140,16 @@ def _text_assets(folder: Path) -> dict[str, str]:
     return assets
 
 
-def _check_tokenizer(text: str, path: Path) -> None:
+def _check_tokenizer(text: str, path: Path, vocab_size: int) -> None:
     try:
-        load_tokenizer(text)
+        tokens = load_tokenizer(text).get_vocab(with_added_tokens=True)
     except ValueError as error:
         raise CheckpointError(f"{path} is not a tokenizer that can be used: {error}") from error
+    if (largest := max(tokens.values(), default=0)) >= vocab_size:
+        raise CheckpointError(
+            f"{path} has tokens up to {largest}, and the embedding has {vocab_size} rows: take the tokenizer that the "
+            "model was trained with"
+        )
 
 
 def _chat_template(tokenizer_config: dict[str, Any], path: Path) -> str | None:

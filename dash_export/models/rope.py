@@ -28,6 +28,9 @@ def rope_spec(config: Mapping[str, Any], head_dim: int, max_positions: int) -> R
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in _SCALINGS:
         raise CheckpointError(f"rope type {shown(rope_type)} is not supported; supported: {', '.join(_SCALINGS)}")
+    # transformers lets this key of the config win over that of the scaling.
+    if (original := config.get("original_max_position_embeddings")) is not None:
+        parameters = {**parameters, "original_max_position_embeddings": original}
     partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial is not None and (isinstance(partial, bool) or partial != 1):
         raise CheckpointError(f"partial_rotary_factor {shown(partial)} is not supported; supported: 1 (whole heads)")

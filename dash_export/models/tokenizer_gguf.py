@@ -115,8 +115,9 @@ def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], pre: str, bos: in
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = _merges(metadata)
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
-        raise CheckpointError(f"tokenizer.ggml.token_type is {shown(kinds)}; expected one integer per token")
+    sound = isinstance(kinds, list) and all(type(kind) is int and 1 <= kind <= 6 for kind in kinds)
+    if not sound or len(kinds) != len(tokens):
+        raise CheckpointError(f"tokenizer.ggml.token_type is {shown(kinds)}; expected an integer of 1 to 6 per token")
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORES_MERGES))
         special = [
@@ -137,6 +138,8 @@ def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], pre: str, bos: in
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     if bos is not None:
+        if tokens[bos].startswith("$") or ":" in tokens[bos]:  # marks of the template's own language
+            raise CheckpointError(f"texts begin with the token {shown(tokens[bos])}, which is not supported")
         template = processors.TemplateProcessing(
             single=[tokens[bos], "$A"],
             pair=[tokens[bos], "$A", f"{tokens[bos]}:1", "$B:1"],

@@ -178,8 +178,8 @@ class Session:
         """Log-likelihood of each token after the first, as decode under the policy would see it, in a fresh context: in
         one pass where rows of the build's engines may differ (CPU), else token by token.
 
-        The first `prefix` tokens, two at least, are dense, like a prompt. `actions` int8 [tokens, layers] forces every
-        action instead. `keep_logits` keeps the logits [tokens, vocab] too:
+        It ends the conversation of this session. The first `prefix` tokens, two at least, are dense, like a prompt.
+        `actions` int8 [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too:
         mind the memory. Raises PolicyError under a held budget, which is known only token by token, and for actions of
         another shape.
         """
@@ -228,18 +228,21 @@ class Session:
         self._reserve(len(tokens))
         prompt = max(prefix, DENSE_POSITIONS) if forced is None else 0
         chunk = min(self._chunk(), self.engines.score_rows) if self.engines.mixes else 1
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
-            step = self._bound(len(part), "score" if self.engines.mixes else "decode")
-            rule = self.rules.rule if forced is None else ForcedRule(forced[:, start : start + chunk])
-            if self.engines.mixes:
-                cast("BoundStep", step).teacher_force(part, rule, np.arange(start, start + len(part)) < prompt)
-            else:
-                step.decode(int(part[0]), DENSE if start < prompt else rule)
-                if start >= prompt:
-                    self.rules.decoded(step.skipped)
-            self.tokens.extend(part.tolist())
-            yield start, step
+        try:
+            for start in range(0, len(tokens), chunk):
+                part = tokens[start : start + chunk]
+                step = self._bound(len(part), "score" if self.engines.mixes else "decode")
+                rule = self.rules.rule if forced is None else ForcedRule(forced[:, start : start + chunk])
+                if self.engines.mixes:
+                    cast("BoundStep", step).teacher_force(part, rule, np.arange(start, start + len(part)) < prompt)
+                else:
+                    step.decode(int(part[0]), DENSE if start < prompt else rule)
+                    if start >= prompt:
+                        self.rules.decoded(step.skipped)
+                self.tokens.extend(part.tolist())
+                yield start, step
+        finally:
+            self.reset()  # its K and V are those of skips: no prompt may go on behind them as if they were dense
 
     def _prefill(self, ids: TokenIds, headroom: int) -> Logits:
         """Dense, in chunks; returns the logits [vocab] after the last token. Whatever ends it early, `tokens` are what

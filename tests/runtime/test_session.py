@@ -388,3 +388,13 @@ def test_figures_of_nothing(tiny_runtime: Callable[..., DashRuntime]) -> None:
         _ = session.score([1]).perplexity
     with pytest.raises(RequestError, match="ask for one or more"):
         session.decode_step(-5)
+
+
+def test_a_score_leaves_nothing_to_go_on_from(tiny_runtime: LoadRuntime) -> None:
+    """Its K and V are those of skips, and a prompt is dense."""
+    runtime, ids = tiny_runtime(), random_ids(20)
+    static = {"policy": "static", "skip": [2, 3, 4]}
+    used = runtime.session(**static)
+    used.score(ids)
+    assert used.tokens == []
+    np.testing.assert_array_equal(used.restart(ids), runtime.session(**static).restart(ids))

@@ -357,10 +357,7 @@ def test_a_cache_that_cannot_grow_stays_as_it_was(runtime: DashRuntime, monkeypa
     assert cache.keys.shape[3] == cache.capacity > capacity
 
 
-@pytest.mark.parametrize("ask", ["prefill", "score"])
-def test_what_an_interrupted_pass_leaves_is_known(
-    ask: str, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_an_interrupted_pass_leaves_is_known(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """`tokens` are what the cache holds, so that the next prompt continues from there and not from less."""
     ids = random_ids(70)
     live = runtime.session()
@@ -375,7 +372,7 @@ def test_what_an_interrupted_pass_leaves_is_known(
 
     monkeypatch.setattr(live, "_bound", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        getattr(live, ask)(ids)
+        live.prefill(ids)
     assert live.tokens == ids[:64].tolist()
     assert live._cache.length == 64
     again = live.prefill(ids[64:])

@@ -21,7 +21,7 @@ from dash_export.errors import RequestError
 from dash_export.evaluation.settings import Entrant
 from dash_export.profiling.probe import Probe, Stamps
 from dash_export.runtime import DashRuntime, Session
-from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.sampling import Sampler, Sampling
 from dash_export.runtime.text import TextStream
 

@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from dash_export.decision import Damages, Skips
 from dash_export.runtime.backends.base import Launch
-from dash_export.runtime.dispatch import Arrangement, BoundStep
-from dash_export.runtime.memory import BoundSegment
+from dash_export.runtime.decode import BoundSegment, BoundStep
 from dash_export.runtime.rules import Rule
 
 Stamps = npt.NDArray[np.int64]
@@ -42,18 +41,18 @@ class Probe:
         self._flat: list[int] = []
         self._stamped: list[tuple[int, int]] = []
         self._watch = _WatchedRule(self._code(-1, What.DECISION), self._flat.extend)
-        self._bare = step.arrangement
-        self._timed = Arrangement([self._wrapped(index, item) for index, item in enumerate(step.segments)])
+        self._bare = step.segments
+        self._timed = [self._wrapped(index, item) for index, item in enumerate(step.segments)]
 
     @contextmanager
     def on(self, rule: Rule) -> Iterator[Rule]:
         """Inside, the step's launches are timed, and so is what the yielded rule is asked."""
         self._watch.rule = rule
-        self.step.arrangement = self._timed
+        self.step.segments = self._timed
         try:
             yield self._watch
         finally:
-            self.step.arrangement = self._bare
+            self.step.segments = self._bare
 
     def take(self) -> Stamps:
         """The stamps so far, in the order in which they began; they are forgotten."""

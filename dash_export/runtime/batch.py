@@ -18,7 +18,7 @@ import numpy as np
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DENSE_POSITIONS, layer_actions
 from dash_export.errors import ContextLengthError, DashError, RequestError
-from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.results import Counters, Response, Statistics, TokenIds
 from dash_export.runtime.rules import DENSE, SessionRules

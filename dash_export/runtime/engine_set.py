@@ -17,7 +17,7 @@ from dash_export.names import PREFILL
 from dash_export.runtime.backends.base import Backend, Engine
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.cpus import cpu_name, saturates_int8
-from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.decode import BoundStep
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from dash_export.runtime.text import Text
 from dash_export.runtime.turn import MAX_TOKENS, Turn, room
 
 if TYPE_CHECKING:
-    from dash_export.runtime.dispatch import BoundStep
+    from dash_export.runtime.decode import BoundStep
 
 StepKind = Literal["decode", "score", "prefill"]
 """Some tokens as decode takes one; teacher-forced; a prompt's, through the engine for prompts."""

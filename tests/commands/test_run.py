@@ -24,7 +24,7 @@ from tests.forged import rehash
 SLOW_RUN = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
-from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.decode import BoundStep
 decode = BoundStep.decode
 def slow(*arguments):
     time.sleep(0.02)

@@ -13,7 +13,7 @@ from dash_export.profiling.breakdown import lane_profile, probe_overhead, token_
 from dash_export.profiling.measure import Lane, Recording
 from dash_export.profiling.probe import Probe, What, stamp_cost
 from dash_export.profiling.traffic import embedding_bytes, engine_bytes
-from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.decode import BoundStep
 from tests.profiling.conftest import CONTEXT, ROUNDS, TOKENS, TRACED
 from tests.tiny import random_ids
 

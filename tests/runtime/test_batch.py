@@ -14,8 +14,8 @@ from dash_export import DashRuntime
 from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Batch, Generation, Response, Sampling
 from dash_export.runtime.cache import KVCache
+from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.engine_set import EngineSet
-from dash_export.runtime.memory import StepMemory
 from dash_export.runtime.results import NO_TOKEN
 from dash_export.runtime.rules import DENSE
 from dash_export.runtime.sampling import Sampler
@@ -338,13 +338,13 @@ class TestMistakes:
     def test_all_take_the_first_one_s_position(
         self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        expected, sound = self.tokens(tiny_runtime()), StepMemory.place
+        expected, sound = self.tokens(tiny_runtime()), BoundStep.place
 
-        def place(memory: StepMemory) -> None:
-            sound(memory)
-            memory._seqlens_k[:] = memory._seqlens_k[0]
+        def place(step: BoundStep) -> None:
+            sound(step)
+            step._seqlens_k[:] = step._seqlens_k[0]
 
-        monkeypatch.setattr(StepMemory, "place", place)
+        monkeypatch.setattr(BoundStep, "place", place)
         assert self.tokens(tiny_runtime()) != expected
 
     def test_a_row_that_moves_leaves_its_cache(

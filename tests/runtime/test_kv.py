@@ -12,8 +12,7 @@ from dash_export import DashRuntime
 from dash_export.decision import unit_skips
 from dash_export.runtime import Session, engine_set, huge_pages
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.dispatch import BoundStep
-from dash_export.runtime.memory import StepMemory
+from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.rules import ForcedRule
 from tests.runtime.prompts import prompts
 from tests.tiny import TINY_UNITS, random_actions, random_ids
@@ -173,15 +172,15 @@ class TestBrokenOnPurpose:
         assert self.difference(tiny_runtime()) < 2e-5
 
     def test_position_off_by_one(self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-        sound = StepMemory.place
+        sound = BoundStep.place
 
-        def place(memory: StepMemory) -> None:
-            sound(memory)
-            if memory.sequence == 1:
-                memory._seqlens_k += 1
-                memory._total += 1
+        def place(step: BoundStep) -> None:
+            sound(step)
+            if step.sequence == 1:
+                step._seqlens_k += 1
+                step._total += 1
 
-        monkeypatch.setattr(StepMemory, "place", place)
+        monkeypatch.setattr(BoundStep, "place", place)
         assert self.difference(tiny_runtime()) > 1e-2
 
     def test_cache_lost_when_growing(self, tiny_runtime: LoadRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from dash_export.builders.onnxruntime import lowering_for, write_segment
 from dash_export.bundle import Bundle
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
-from dash_export.runtime.dispatch import Arrangement, BoundStep
+from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import engines
@@ -99,8 +99,7 @@ def owe_nothing(step: BoundStep) -> None:
     def nothing() -> None:
         pass
 
-    bare = [replace(item, bypass=None if item.bypass is None else nothing) for item in step.segments]
-    step.arrangement = Arrangement(bare)
+    step.segments = [replace(item, bypass=None if item.bypass is None else nothing) for item in step.segments]
 
 
 def interleaved(

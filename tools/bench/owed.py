@@ -23,7 +23,7 @@ from rich.table import Table
 from dash_export import DashRuntime
 from dash_export.decision import Setting, unit_skips
 from dash_export.resources import resource_folder
-from dash_export.runtime.dispatch import BoundStep
+from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.rules import DENSE, FixedRule, Rule
 
 TOKENS = 24

@@ -21,7 +21,6 @@ from dash_export.errors import BackendError
 from dash_export.runtime.device.base import Decisions, Graph, Memory, Recording, Stream
 from dash_export.runtime.device.blocks import Block
 from dash_export.runtime.device.engines import DeviceCache, DeviceEngines
-from dash_export.runtime.device.ranges import named
 from dash_export.runtime.device.step import ALWAYS_RUN, DeviceStep
 from dash_export.runtime.rules import Rule
 
@@ -47,10 +46,8 @@ class GraphStep(DeviceStep):
         self.input_ids[0] = tokens
         self._note_positions()
         self._limits.host["limit"][:] = rule.limits
-        with named("graph of a step"):
-            self._graph.launch(self.main)
-        with named("end of step"):
-            self.main.synchronize()
+        self._graph.launch(self.main)
+        self.main.synchronize()
         self._cache.length += 1
 
     def _recorded(self) -> bool:

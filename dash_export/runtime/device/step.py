@@ -20,7 +20,6 @@ from dash_export.runtime.backends.base import Launch
 from dash_export.runtime.device.base import Context, Device, DeviceEngine, Memory, Stream
 from dash_export.runtime.device.blocks import Block
 from dash_export.runtime.device.engines import MAIN, DeviceCache, DeviceEngines, LoadedSegment
-from dash_export.runtime.device.ranges import named
 from dash_export.runtime.rules import DENSE, Rule
 
 ALWAYS_RUN = -1
@@ -146,14 +145,12 @@ class DeviceStep:
         if asks:
             self.policy.download(self._results.host["damage"], self._results.memory["damage"])
             self.policy.record(self._decided)
-            with named("decide"):
-                self._decided.wait()
+            self._decided.wait()
         self.skipped[:] = rule.skips(self.damage)
         for part in self.parts[self.engines.first :]:
             self._launch(part, part.unit != ALWAYS_RUN and bool(self.skipped[part.unit, 0]))
         self.main.download(self.logits, self._results.memory["logits"])
-        with named("end of step"):
-            self.main.synchronize()
+        self.main.synchronize()
         self._cache.length += self.sequence
 
     def launches(self) -> list[tuple[Launch, Launch | None]]:
@@ -190,15 +187,12 @@ class DeviceStep:
         if asks:
             if self.policy is not self.main:
                 self.policy.wait(self._ready)
-            with named("policy"):
-                self.policy.run(self.asked())
+            self.policy.run(self.asked())
 
     def _launch(self, part: Part, bypass: bool = False, stream: Stream | None = None) -> None:
         """Enqueue a segment or its bypass, and the cache writes that its engine leaves to the runtime."""
         stream = stream or self.main
-        context = self.context(part, bypass)
-        with named(context.name):
-            stream.run(context)
+        stream.run(self.context(part, bypass))
         for cache, rows in self._written(part):
             self._write_rows(stream, cache, rows)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
 from dash_export.names import past_names, present_names
-from dash_export.runtime.device import ranges
 from dash_export.runtime.device.base import Memory
 from dash_export.runtime.device.engines import BESIDE, MAIN, DeviceEngines
 from dash_export.runtime.device.step import DeviceStep, Part
@@ -117,29 +115,6 @@ def test_sync_is_one_stream(simulated: MakeSimulated, host: DashRuntime) -> None
     log = one_token(simulated("trt10", "sync"), host)
     assert {stream for stream, _, _ in log} == {MAIN, "host"}
     assert [of for _, what, of in log if what == "run"][:3] == [*BEFORE, "policy"]
-
-
-def test_ranges_have_names(simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a timeline shows of one token: every launch and every wait, none inside another."""
-    open_, seen = [], []
-
-    class Annotation:
-        def __init__(self, name: str, domain: str) -> None:
-            assert domain == "dash-export"
-            self.name = name
-
-        def __enter__(self) -> None:
-            assert not open_
-            open_.append(self.name)
-            seen.append(self.name)
-
-        def __exit__(self, *_: object) -> None:
-            open_.pop()
-
-    monkeypatch.setattr(ranges, "_nvtx", SimpleNamespace(annotate=Annotation))
-    log = one_token(simulated("trt10"), host)
-    ran = [of for _, what, of in log if what == "run"]
-    assert seen[-len(ran) - 2 :] == [*ran[:3], "decide", *ran[3:], "end of step"]
 
 
 def test_nothing_is_waited_for_where_nobody_asks(simulated: MakeSimulated) -> None:

@@ -14,8 +14,7 @@ from dash_export.builders import build
 from dash_export.decision import Unit, decision_rule
 from dash_export.exporting import export
 from dash_export.reference import Oracle
-from dash_export.runtime.dispatch import Arrangement, BoundStep, _Answers
-from dash_export.runtime.memory import BoundSegment
+from dash_export.runtime.decode import BoundSegment, BoundStep
 from dash_export.runtime.rules import DENSE, FixedRule, ForcedRule
 from tests.tiny import random_actions, random_ids, tiny_checkpoint, tiny_policy
 
@@ -69,7 +68,7 @@ def step_of(runtime: DashRuntime, sequence: int, batch: int = 1) -> tuple[BoundS
         bypass, mixed = (note(how) if part.bypass else None for how in ("bypass", "mixed"))
         return replace(part, run=note("run"), bypass=bypass, mixed=mixed)
 
-    step.arrangement = Arrangement([noting(part, index) for index, part in enumerate(step.segments)])
+    step.segments = [noting(part, index) for index, part in enumerate(step.segments)]
     return step, launched
 
 
@@ -94,22 +93,13 @@ def test_rows_that_agree_are_launched_as_one(how: str, tiny_runtime: LoadRuntime
     else:
         step.teacher_force(np.array([1, 2, 3]), ForcedRule(skipped), np.zeros(3, np.bool_))
     assert launched == ["run 0", "bypass 1", "mixed 2", "run 3"]
-    assert step._memory.skipped.ravel().tolist() == skipped[1].tolist()
+    assert step._row_skips.ravel().tolist() == skipped[1].tolist()
     launched.clear()
     if how == "batch":
         step.decode_batch([1, 2, 3], [DENSE] * 3)
     else:
         step.teacher_force(np.array([1, 2, 3]), ForcedRule(skipped), np.ones(3, np.bool_))
     assert launched == ["run 0", "run 1", "run 2", "run 3"]
-
-
-def test_answers_are_not_kept_for_ever() -> None:
-    segments = [BoundSegment(unit, f"run {unit}", f"bypass {unit}") for unit in range(12)]  # type: ignore[arg-type]
-    answers = _Answers(segments)
-    for mask in range(3 * _Answers.KEPT):
-        skipped = bytes(mask >> unit & 1 for unit in range(12))
-        assert answers[skipped] == tuple(f"{('run', 'bypass')[each]} {unit}" for unit, each in enumerate(skipped))
-    assert len(answers) == _Answers.KEPT
 
 
 def test_rows_take_their_own_caches(tiny_runtime: LoadRuntime) -> None:

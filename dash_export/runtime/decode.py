@@ -1,0 +1,222 @@
+"""The decode loop of the host: engines bound to memory, launched conditionally, one token at a time or many.
+
+Every buffer has one address for its life. Hidden states alternate between two buffers, and each KV cache array is bound
+as past and present alike, so a write is in place. A row is one token of one sequence: many tokens of one, or one token
+of each of many. The device's loop is `device/step.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.decision import Damages, Skips
+from dash_export.names import new_names, past_names, present_names, short_name
+from dash_export.runtime.backends.base import Engine, Launch, backend_errors
+from dash_export.runtime.cache import KVCache
+from dash_export.runtime.rules import DENSE, Rule
+
+if TYPE_CHECKING:
+    from dash_export.runtime.engine_set import EngineSet, SegmentEngines
+
+ALWAYS_RUN = -1
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class BoundSegment:
+    """One segment's launches. `unit`: its place among the units, or ALWAYS_RUN. `mixed`, where rows may differ, runs or
+    skips each row as the step's `skipped` input says.
+    """
+
+    unit: int
+    run: Launch
+    bypass: Launch | None = None
+    mixed: Launch | None = None
+
+
+class BoundStep:
+    """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences.
+
+    These arrays are this object's and hold the last step's results: `logits` [batch, rows, vocab] float32, `damage`
+    [units, rows] float32 and `skipped` [units, rows] bool. Who times launches replaces `segments` by wrapped ones.
+    """
+
+    def __init__(
+        self,
+        engines: EngineSet,
+        cache: KVCache,
+        sequence: int,
+        teacher_forced: bool = False,
+        batch: int = 1,
+        segments: Sequence[SegmentEngines] | None = None,
+    ) -> None:
+        """`teacher_forced` steps give the logits of all their tokens, others those of the last one. `segments`: other
+        ones than those of the layers.
+        """
+        self.sequence, self.batch = sequence, batch
+        self._cache, self._model = cache, engines.model
+        shape, units = (batch, sequence), len(engines.units)
+        damage = np.zeros((*shape, units), np.float32)
+        self.input_ids = np.zeros(shape, np.int64)
+        self.logits = np.zeros((batch, sequence if teacher_forced else 1, engines.model.vocab_size), np.float32)
+        self.damage: npt.NDArray[np.float32] = damage.reshape(batch * sequence, units).T
+        self.skipped: Skips = np.zeros(self.damage.shape, np.bool_)
+        self._hidden = [np.zeros((*shape, engines.model.hidden_size), np.float32) for _ in range(2)]
+        self._position_ids = np.zeros(shape, np.int64)
+        self._write_indices = np.zeros(batch, np.int64)
+        self._seqlens_k = np.zeros(batch, np.int32)
+        self._total = np.zeros(1, np.int32)
+        self._row_skips = np.zeros((*shape, 1), np.bool_)
+        self._arrays: dict[str, npt.NDArray[Any]] = {
+            "input_ids": self.input_ids,
+            "position_ids": self._position_ids,
+            "write_indices": self._write_indices,
+            "seqlens_k": self._seqlens_k,
+            "total_length": self._total,
+            "first_logit": np.array([0 if teacher_forced else sequence - 1], np.int64),
+            "skipped": self._row_skips,
+            "logits": self.logits,
+            "damage": damage,
+        }
+        self._mask = np.zeros((batch, 1, sequence, cache.capacity), np.bool_) if engines.needs_mask else None
+        if self._mask is not None:
+            self._arrays["attention_mask"] = self._mask
+        for layer in range(engines.model.num_layers):
+            pair = (cache.keys[layer][:batch], cache.values[layer][:batch])
+            for name, array in zip((*past_names(layer), *present_names(layer)), pair * 2, strict=True):
+                self._arrays[name] = self._arrays[short_name(name)] = array
+        mixed = engines.mixed() if teacher_forced or batch > 1 else ()
+        self.segments: Sequence[BoundSegment] = self._bound(engines.segments if segments is None else segments, mixed)
+        gated = (place for place, item in enumerate(self.segments) if item.unit != ALWAYS_RUN)
+        self._first = next(gated, len(self.segments))
+
+    # --- one step
+
+    def decode(self, token: int, rule: Rule) -> None:
+        """One token under `rule`."""
+        self.input_ids[0, 0] = token
+        self._advance(rule.skips)
+
+    def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
+        """`sequence` tokens, every layer."""
+        self.input_ids[0] = tokens
+        self._advance(DENSE.skips)
+
+    def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
+        """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have
+        done.
+        """
+        self.input_ids[0] = tokens
+        self._advance(lambda damage: rule.skips(damage) & ~dense)
+
+    def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
+        """One token of every sequence, each under a rule of its own."""
+        self.input_ids[:, 0] = tokens
+
+        def decide(damage: Damages) -> Skips:
+            return np.hstack([rule.skips(damage[:, row : row + 1]) for row, rule in enumerate(rules)])
+
+        self._advance(decide)
+
+    @backend_errors
+    def _advance(self, decide: Callable[[Damages], Skips]) -> None:
+        """All rows. Damage is known when the segments before the first unit have run. A unit whose rows agree is run or
+        skipped, else its mixed engine does both.
+        """
+        self.place()
+        for segment in self.segments[: self._first]:
+            launch = segment.run
+            launch()
+        self.skipped[:] = decide(self.damage)
+        some: list[bool] = self.skipped.any(axis=1).tolist()
+        every: list[bool] = self.skipped.all(axis=1).tolist()
+        for segment in self.segments[self._first :]:
+            unit, launch = segment.unit, segment.run
+            if unit != ALWAYS_RUN and some[unit]:
+                self._row_skips.reshape(-1)[:] = self.skipped[unit]
+                launch = segment.bypass if every[unit] else segment.mixed  # type: ignore[assignment]  # a unit has both
+            launch()
+        for row in range(self.batch):
+            self._cache.lengths[row] += self.sequence
+
+    def place(self) -> None:
+        """Say where the new tokens go: the rows after the cached ones."""
+        lengths, sequence = self._cache.lengths[: self.batch], self.sequence
+        for row, start in enumerate(lengths):
+            self._position_ids[row] = start if sequence == 1 else np.arange(start, start + sequence)
+            self._write_indices[row] = start
+            self._seqlens_k[row] = start + sequence - 1
+        self._total[0] = max(lengths) + sequence
+        if self._mask is not None:
+            self._mask[:, 0] = np.arange(self._mask.shape[-1]) <= self._position_ids[..., None]
+
+    def launches(self) -> list[tuple[Launch, Launch | None]]:
+        """Per segment what runs it and what skips it, to be timed one by one after `place`."""
+        return [(item.run, item.bypass) for item in self.segments]
+
+    # --- binding
+
+    def _bound(self, segments: Iterable[SegmentEngines], mixed: Sequence[Engine]) -> list[BoundSegment]:
+        """`mixed`: one engine per unit where rows may differ, else none."""
+        bound, unit = [], 0
+        for index, item in enumerate(segments):
+            before, after = self._hidden[index % 2], self._hidden[(index + 1) % 2]
+            run = self._bind_run(item.run, before, after)
+            if item.bypass is None:
+                bound.append(BoundSegment(ALWAYS_RUN, run))
+                continue
+            bypass = self._bind_bypass(item.bypass, item.segment.layers, before, after)
+            bound.append(BoundSegment(unit, run, bypass, self._bind(mixed[unit], before, after) if mixed else None))
+            unit += 1
+        return bound
+
+    def _bind(
+        self, engine: Engine, before: npt.NDArray[Any], after: npt.NDArray[Any], outputs: Arrays | None = None
+    ) -> Launch:
+        outputs = self._arrays | dict(outputs or {}) | {"hidden_out": after}
+        return engine.bind(self._arrays | {"hidden": before}, outputs)
+
+    def _bind_run(
+        self, engines: Sequence[tuple[str, Engine]], before: npt.NDArray[np.float32], after: npt.NDArray[np.float32]
+    ) -> Launch:
+        """Engines in a row (portable graphs are several), the policy beside the state that it reads."""
+        launches, state = [], before
+        for name, engine in engines:
+            following = after if name == "policy" or (name, engine) == engines[-1] else np.zeros_like(before)
+            launches.append(self._bind(engine, state, following))
+            state = state if name == "policy" else following
+        return launches[0] if len(launches) == 1 else _in_turn(launches)
+
+    def _bind_bypass(
+        self, engine: Engine, layers: range, before: npt.NDArray[np.float32], after: npt.NDArray[np.float32]
+    ) -> Launch:
+        """A unit's bypass, and the write of the K and V of all its layers where its engine leaves that to the host."""
+        names = [[short_name(name) for name in new_names(layer)] for layer in layers]
+        if names[0][0] not in engine.outputs:
+            return self._bind(engine, before, after)
+        cache, sequence, heads = self._cache, self.sequence, (self._model.num_kv_heads, self._model.head_dim)
+        new = np.zeros((len(layers), 2, self.batch, sequence, heads[0] * heads[1]), np.float32)
+        outputs = {name: new[at, which] for at, pair in enumerate(names) for which, name in enumerate(pair)}
+        launch = self._bind(engine, before, after, outputs)
+        rows = new.reshape(*new.shape[:4], *heads).transpose(2, 3, 0, 1, 4, 5)
+        writes = [(cache.rows(layers, index), rows[index]) for index in range(self.batch)]
+
+        def launch_and_write() -> None:
+            launch()
+            for (into, found), start in zip(writes, cache.lengths, strict=False):
+                into[start : start + sequence] = found
+
+        return launch_and_write
+
+
+def _in_turn(launches: Sequence[Launch]) -> Launch:
+    def all_of_them() -> None:
+        for launch in launches:
+            launch()
+
+    return all_of_them

@@ -1,0 +1,51 @@
+"""Every script of examples/ runs on a tiny bundle."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_bundle
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("examples"), "cpu", form="linear")
+
+
+def printed(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("embed", ["--tokens", "5"], "layers a token"),
+        ("stream", ["--trade-off", "1e6"], "3 layers"),
+        ("batch", [], "'My dear friend': "),
+        ("compare_budgets", ["1.0", "--tokens", "5"], "budget 1.0: 6.0 layers"),
+    ],
+)
+def test_scripts(
+    name: str,
+    arguments: list[str],
+    expected: str,
+    bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert expected in printed(name, capsys, monkeypatch, str(bundle), *arguments, "--target", "cpu-fp32")
+
+
+def test_own_model(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(bundle.parent / "model"), str(tmp_path / "own.dash"), "--weights", "fp32"]
+    assert "built as cpu-fp32; perplexity" in printed("own_model", capsys, monkeypatch, *arguments)

@@ -19,9 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
-from dash_export.build_record import Build, check_build
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
-from dash_export.manifest import DAMAGED, SCHEMA, Manifest, check_manifest, sealed
+from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, check_build, check_manifest, sealed
 from dash_export.names import ROUNDINGS, TIMING_CACHE
 from dash_export.outputs import folder_locked, holder, lock_file
 from dash_export.targets import build_options
@@ -36,18 +35,18 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-"""What the runtime reads of the model's text, where it is there."""
+"""Files of the model's text that the runtime reads, where they are there."""
 LARGEST_RECORD = 32 << 20
 """Bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
 _MOST_PARTS, _LONGEST_NAME = 3, 255
-"""Of the name of a file in a bundle: `engines/<target>/<file>`."""
+"""Bounds of the name of a file in a bundle: `engines/<target>/<file>`."""
 _UNREAD = re.compile(
     "|".join(map(re.escape, (BUILD, JOURNAL, ROUNDINGS, TIMING_CACHE)))
     + rf"|{re.escape(TEMPORARY)}\w+-{re.escape(BUILD)}"
 )
 """Names in an engines' folder that no engine is read from; the last is a record whose writer died."""
 Seal = dict[str, tuple[int, ...]]
-"""What `Bundle.verify` has seen: a file's name -> its identity."""
+"""The files that `Bundle.verify` has seen: name -> identity."""
 
 _T = TypeVar("_T")
 
@@ -182,7 +181,7 @@ class Bundle:
         return self.path("onnx").is_dir()
 
     def build_command(self, target: str) -> str:
-        """What makes a target's engines, for messages."""
+        """The command that makes a target's engines, for messages."""
         own = f"--target {target}.toml (the recipe file that it was built from)"
         return f"dash-export build {self.root} {build_options(target) or own}"
 
@@ -233,7 +232,7 @@ class Bundle:
         )
 
     def _repair(self, name: str) -> str:
-        """What to do about a damaged file: engines are made from the rest, which may well be whole."""
+        """Advice about a damaged file: engines are made from the rest, which may well be whole."""
         folder, _, rest = name.partition("/")
         if folder == "engines":
             return f"Run: {self.build_command(rest.partition('/')[0])}"

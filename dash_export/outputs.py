@@ -347,7 +347,7 @@ def refuse_inputs(inputs: Iterable[Path], replaced: Iterable[Path]) -> None:
 
 
 def _mount_points() -> set[Path]:
-    """Of this machine. A folder that is bound to another place of the same disk has the same device."""
+    """Mount points of this machine. A folder that is bound to another place of the same disk has the same device."""
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:

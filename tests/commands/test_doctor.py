@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dash_export.builders import here
-from dash_export.commands import asking, jetson, machine, readiness
+from dash_export.commands import doctor, jetson, machine
 from dash_export.errors import BackendError
 from dash_export.runtime import backends
 from dash_export.runtime.cuda_devices import CudaDevice
@@ -68,7 +68,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the machine's files are looked for."""
-    monkeypatch.setattr(asking, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(machine, "ROOT", tmp_path / "root")
     return tmp_path / "root"
 
 
@@ -83,7 +83,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     def find(name: str) -> Any:
         return None if not packages or name in packages else importlib.util.find_spec(name)
 
-    for module in (here, readiness, backends, machine):
+    for module in (here, doctor, backends, machine):
         monkeypatch.setattr(module, "find_spec", find)
 
 
@@ -174,7 +174,7 @@ def test_missing_cuda_of_onnxruntime() -> None:
     imports = dict.fromkeys(machine.LOADED) | {"onnxruntime": machine.Import("1.0", None, ("CPUExecutionProvider",))}
     (cuda,) = machine.problems(gpu, imports, NOTHING | {"devices": ["one"]})
     assert "CUDA libraries are missing" in cuda.problem
-    assert not machine.problems(gpu, imports, NOTHING)
+    assert not list(machine.problems(gpu, imports, NOTHING))
 
 
 def test_the_current_folder_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_the_current_folder_runs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 def test_half_an_install(
     code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr(asking, "SECONDS", 1.0)
+    monkeypatch.setattr(machine, "SECONDS", 1.0)
     devices(monkeypatch, ORIN)
     package(tmp_path, monkeypatch, "tensorrt", code)
     told = report(code=1)
@@ -271,7 +271,7 @@ def test_orin_without_root(root: Path, tool: Tool) -> None:
 
 @pytest.mark.parametrize("script", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_programs(script: str, root: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "SECONDS", 0.3)
+    monkeypatch.setattr(machine, "SECONDS", 0.3)
     monkeypatch.setattr(machine, "problems", lambda *_facts: [])
     monkeypatch.setattr(machine, "imported", lambda _module: None)
     devices(monkeypatch, AttributeError("undefined symbol: cuDeviceTotalMem_v2"))

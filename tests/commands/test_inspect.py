@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from dash_export.commands.onnx_header import opsets
+from dash_export.commands.inspect import opsets
 from dash_export.runtime.cpus import saturates_int8
 from tests import forged
 from tests.commands.helpers import dash, python, refused

@@ -9,13 +9,14 @@ import pytest
 
 pytest.importorskip("polygraphy")
 
+from dash_export.polygraphy.engines import PortableEngine, find_engine
+from dash_export.polygraphy.inputs import STEPS, StepInputs
+
 from dash_export import DashRuntime
 from dash_export.builders.portable_files import portable_file
 from dash_export.bundle import Bundle
 from dash_export.errors import RequestError
 from dash_export.graph_runs import graph_run, step_inputs
-from dash_export.polygraphy.engines import PortableEngine, find_engine
-from dash_export.polygraphy.inputs import STEPS, StepInputs
 from dash_export.polygraphy.runners import DashStepRunner
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.onnxruntime import OrtBackend

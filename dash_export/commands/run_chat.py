@@ -1,4 +1,4 @@
-"""Answers of `dash-export run` on a terminal: an answer as it comes, tokens coloured by the layers they ran, a conversation."""
+"""Answers of `dash-export run` on a terminal: streamed, coloured by the layers run; a conversation."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 30
 MAX_TEXT_BYTES = 64 << 20
 """Bytes of a file that comes with a model: the largest published tokenizer.json is about 35 MB."""
 MAX_GROWTH = 256
-"""Times as long as a text may become by a tokenizer's replacements: those of published ones make it four times as long."""
+"""Bound of how much longer a tokenizer's replacements make a text: those of published ones, four times."""
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
 MAX_ADDED = 1 << 20
@@ -98,9 +98,7 @@ def _growth(part: Any) -> float:
 
 
 def read_stream(stream: TextIO, limit: int = 1 << 26) -> str:
-    """Read what a pipe or standard input gives, of at most `limit` characters. Raises RequestError for more, and for what is
-    no text.
-    """
+    """Read at most `limit` characters of a pipe or standard input. Raises RequestError for more, and for no text."""
     try:
         text = stream.read(limit + 1)
     except UnicodeDecodeError as error:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_export import __version__
+from dash_export.cli import EXTRAS
 from dash_export.errors import BackendError
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 from dash_export.runtime.cuda_devices import cuda_devices
@@ -40,8 +41,7 @@ PACKAGES = {
     "onnxruntime-gpu": "gpu",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "rtx",
-    **dict.fromkeys(("onnx", "onnx_ir", "gguf", "safetensors", "huggingface_hub", "ml_dtypes"), "export"),
-    **dict.fromkeys(("torch", "transformers"), "train"),
+    **{package: extra for package, extra in EXTRAS.items() if extra in ("export", "train")},
 }
 LOADED = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 """Modules that are also imported, because half an install of them is common."""

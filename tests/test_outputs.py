@@ -379,27 +379,23 @@ def test_a_model_inside_its_output(where: str, checkpoint: Checkpoint, tmp_path:
     assert tree(tmp_path) == before
 
 
-def test_a_card_that_is_a_link(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Told before hours of training, and before the policy beside it is written."""
-    path = tmp_path / "p.safetensors"
-    (tmp_path / "p.json").symlink_to("real.json")
-    with pytest.raises(PolicyError, match=r"p\.json is a link, which is not replaced"):
-        check_replaceable(path)
-    with pytest.raises(PolicyError, match=r"p\.json is a link, which is not replaced"):
-        save_policy(path, tiny_policy(checkpoint), checkpoint.spec, {})
-    assert not path.exists()
-
-
 def test_a_policy_replaces_policies_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    path = tmp_path / "p.safetensors"
-    card = {"kind": "token", "units": [], "settings": {}}
+    """Told before hours of training, and before the policy beside a card is written."""
+    path, beside = tmp_path / "p.safetensors", tmp_path / "p.json"
+    policy, card = tiny_policy(checkpoint), {"kind": "token", "units": [], "settings": {}}
+    beside.symlink_to("real.json")
+    for writing in (lambda: check_replaceable(path), lambda: save_policy(path, policy, checkpoint.spec, card)):
+        with pytest.raises(PolicyError, match=r"p\.json is a link, which is not replaced"):
+            writing()
+    assert not path.exists()
+    beside.unlink()
     check_replaceable(path)
-    save_policy(path, tiny_policy(checkpoint), checkpoint.spec, card)
+    save_policy(path, policy, checkpoint.spec, card)
     check_replaceable(path)
-    (tmp_path / "p.json").write_text('{"model_type": "llama"}')
+    beside.write_text('{"model_type": "llama"}')
     with pytest.raises(PolicyError, match=r"p\.json beside it exists and is no skip policy"):
         check_replaceable(path)
-    (tmp_path / "p.json").unlink()
+    beside.unlink()
     path.write_bytes(b"weights of hours")
     with pytest.raises(PolicyError, match="will not be overwritten"):
         check_replaceable(path)

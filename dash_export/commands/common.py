@@ -17,7 +17,7 @@ from dash_export.bundle import MANIFEST, Bundle
 from dash_export.decision import POLICY_KINDS, Setting, Unit, parse_layers, parse_units
 from dash_export.errors import BundleError, PolicyError, RequestError
 from dash_export.manifest import Build
-from dash_export.names import REPORT
+from dash_export.names import DEFAULT_TARGET, REPORT
 from dash_export.outputs import MARK
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-DEFAULT_TARGET = "cpu"
 _BEGINNING = 8192
 
 

@@ -20,12 +20,12 @@ from polygraphy.tools.script import make_invocable
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.decision import Setting, parse_layers
 from dash_export.errors import BackendError, PolicyError
+from dash_export.names import DEFAULT_TARGET
 from dash_export.polygraphy import polygraphy_errors
 
 if TYPE_CHECKING:
     from dash_export.polygraphy.runners import EngineFacts
 
-DEFAULT_TARGET = "cpu"
 DEFAULT_CONTEXT = 64
 
 
@@ -73,7 +73,11 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
 
     def add_parser_args_impl(self) -> None:
         add = self.group.add_argument
-        add("--dash-target", help="The build to run, like cpu or cpu-fp32. Default: cpu.", default=DEFAULT_TARGET)
+        add(
+            "--dash-target",
+            help=f"The build to run, like cpu or cpu-fp32. Default: {DEFAULT_TARGET}.",
+            default=DEFAULT_TARGET,
+        )
         add(
             "--dash-segment",
             metavar="ENGINE",

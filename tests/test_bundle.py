@@ -16,10 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_export import DashRuntime
-from dash_export.build_record import Segment
 from dash_export.bundle import BUILD, MANIFEST, Bundle, from_json, safe_path, to_json
 from dash_export.errors import BundleError, DashError
-from dash_export.manifest import Manifest
+from dash_export.manifest import Manifest, Segment
 from tests.forged import edit, reseal
 from tests.fuzz.mutators import in_json
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dash_export.builders.here import how_to_install, needs_another_machine, obstacle, run_obstacle, too_old
 from dash_export.builders.trt_api import EXTRAS
-from dash_export.commands import machine
+from dash_export.commands import hardware
 from dash_export.commands.common import plain_table, print_table, result_console, size
 from dash_export.commands.jetson import jetson
 from dash_export.errors import RecipeError
@@ -56,11 +56,11 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything `doctor` prints, as plain data."""
-    packages = {name: machine.installed(name) for name in machine.PACKAGES}
-    imports = {name: machine.imported(name) for name in machine.LOADED}
-    devices, ort = machine.cuda(), imports["onnxruntime"]
+    packages = {name: hardware.installed(name) for name in hardware.PACKAGES}
+    imports = {name: hardware.imported(name) for name in hardware.LOADED}
+    devices, ort = hardware.cuda(), imports["onnxruntime"]
     return {
-        "system": machine.system(),
+        "system": hardware.system(),
         "jetson": jetson(),
         "cuda": devices,
         "packages": packages,
@@ -68,13 +68,13 @@ def examine() -> dict[str, Any]:
         "providers": list(ort.providers) if ort is not None else [],
         "targets": [_target(name, imports) for name in recipe_names()],
         "missing_for_export": [
-            name for name, extra in machine.PACKAGES.items() if extra == "export" and not packages[name]
+            name for name, extra in hardware.PACKAGES.items() if extra == "export" and not packages[name]
         ],
-        "problems": [asdict(finding) for finding in machine.problems(packages, imports, devices)],
+        "problems": [asdict(finding) for finding in hardware.problems(packages, imports, devices)],
     }
 
 
-def _target(name: str, imports: dict[str, machine.Import | None]) -> dict[str, Any]:
+def _target(name: str, imports: dict[str, hardware.Import | None]) -> dict[str, Any]:
     """A shipped target: `build` and `run` here, `kit` where `build` writes a build kit instead, why not, and the
     install line for what is missing. `imports`: how importing each backend's package went.
     """
@@ -87,7 +87,7 @@ def _target(name: str, imports: dict[str, machine.Import | None]) -> dict[str, A
     except RecipeError as error:
         reasons = (str(error), str(error))
     except Exception as error:  # this machine is odd in a way nobody thought of: say so, go on with the others
-        reasons = (f"{type(error).__name__}: {error}"[: machine.LINE],) * 2
+        reasons = (f"{type(error).__name__}: {error}"[: hardware.LINE],) * 2
     # The first sentence of each: what else they say (no driver at all, the known backends) is told elsewhere.
     said = dict.fromkeys(reason.partition(". ")[0].rstrip(".") for reason in reasons if reason is not None)
     return {
@@ -100,7 +100,7 @@ def _target(name: str, imports: dict[str, machine.Import | None]) -> dict[str, A
     }
 
 
-def _obstacles(recipe: Recipe, imports: dict[str, machine.Import | None]) -> tuple[str | None, str | None]:
+def _obstacles(recipe: Recipe, imports: dict[str, hardware.Import | None]) -> tuple[str | None, str | None]:
     """Why the recipe can neither be built nor run here: both None where it can."""
     build, run = obstacle(recipe), run_obstacle(recipe)
     package = BACKENDS[recipe.backend][1] if recipe.backend in BACKENDS else recipe.backend
@@ -143,7 +143,7 @@ def _print(report: dict[str, Any]) -> None:
     _print_machine(console, report)
     packages = plain_table("Packages", "package", "version", "extra", "for")
     for name, version in report["packages"].items():
-        extra = machine.PACKAGES[name]
+        extra = hardware.PACKAGES[name]
         told = report["imports"].get(name) or {}
         label = f"[{extra}]" if extra else "always"
         packages.add_row(name, version or told.get("version") or "not installed", label, _PURPOSE[extra])

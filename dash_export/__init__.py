@@ -11,12 +11,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dash_export.builders import build
+    from dash_export.errors import DashError
     from dash_export.exporting import export
-    from dash_export.runtime import DashRuntime
+    from dash_export.runtime import DashRuntime, Sampling
 
-_LAZY = {"DashRuntime": "dash_export.runtime", "build": "dash_export.builders", "export": "dash_export.exporting"}
+_LAZY = {
+    **dict.fromkeys(("DashRuntime", "Sampling"), "dash_export.runtime"),
+    "DashError": "dash_export.errors",
+    "build": "dash_export.builders",
+    "export": "dash_export.exporting",
+}
 
-__all__ = ["DashRuntime", "__version__", "build", "export"]
+__all__ = ["DashError", "DashRuntime", "Sampling", "__version__", "build", "export"]
 
 
 def __getattr__(name: str) -> Any:

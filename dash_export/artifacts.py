@@ -10,14 +10,13 @@ import glob
 import hashlib
 import hmac
 import json
-import math
 import os
 import re
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 from dash_export.errors import OutputError
+from dash_export.typed_json import WrongFieldError, typed
 
 JOURNAL = ".journal.json"
 TEMPORARY = ".tmp-"
@@ -53,7 +53,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def sha256_file(path: Path) -> str:
-    """Of a regular file. Raises OSError for anything else."""
+    """Hash a regular file. Raises OSError for anything else."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(8 << 20):
@@ -135,18 +135,13 @@ def no_progress(name: str, done: int, total: int) -> None:
     """Say nothing."""
 
 
-def _is_ours(entry: Any) -> bool:
-    """Whether a journal's entry is one that `make` wrote. What it lists is deleted some day, and a journal comes with
-    the folder, maybe from a stranger: nothing is believed but names inside the folder, as artifacts have them.
-    """
-    files = entry.get("files") if isinstance(entry, dict) else None
-    listed = files if isinstance(files, list) and files else [None]
-    return all(isinstance(record, dict) and _is_record(record) for record in listed)
+@dataclass(frozen=True)
+class _Entry:
+    """An artifact in the journal. `key` is that of what it was made from and of its files, under the store's secret."""
 
-
-def _is_record(record: dict[str, Any]) -> bool:
-    name, size = record.get("name"), record.get("bytes")
-    return isinstance(name, str) and _ARTIFACT.fullmatch(name) is not None and type(size) is int
+    key: str
+    files: tuple[FileRecord, ...]
+    seconds: float
 
 
 class ArtifactStore:
@@ -158,12 +153,10 @@ class ArtifactStore:
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep()
         self._lock = threading.Lock()
-        self._journal: dict[str, dict[str, Any]] = {}
-        try:
+        self._journal: dict[str, _Entry] = {}
+        with suppress(OSError, ValueError, AttributeError, RecursionError):  # none, or cut short: all is made anew
             noted = json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL))
-            self._journal = {name: entry for name, entry in noted.items() if self._known(name, entry)}
-        except (OSError, ValueError, AttributeError, RecursionError):
-            pass  # no journal, or one cut short: everything is made anew
+            self._journal = {name: entry for name, item in noted.items() if (entry := _journal_entry(item)) is not None}
 
     def sweep(self) -> None:
         """Remove what an interrupted run left under temporary names."""
@@ -173,14 +166,11 @@ class ArtifactStore:
     def current(self, name: str, key: str) -> list[FileRecord] | None:
         """The records of an artifact made earlier under the same key and unchanged on disk, or None."""
         entry = self._journal.get(name)
-        if entry is None or entry.get("key") != key:
+        if entry is None or not hmac.compare_digest(entry.key.encode(), self._sealed(name, key, entry.files).encode()):
             return None
-        try:
-            records = [FileRecord(**record) for record in entry["files"]]
-            if all(map(self._unchanged, records)):
-                return records
-        except (KeyError, TypeError, OSError):
-            pass
+        with suppress(OSError):
+            if all(map(self._unchanged, entry.files)):
+                return list(entry.files)
         return None
 
     def _unchanged(self, record: FileRecord) -> bool:
@@ -204,45 +194,51 @@ class ArtifactStore:
             for path in paths:
                 sync(path)
             records = [FileRecord(path.name, sha256_file(path), path.stat().st_size) for path in paths]
-            for stale in self._journal.get(name, {}).get("files", ()):
-                self._delete(stale["name"])
+            if name in self._journal:
+                self._delete(self._journal[name].files)
             for path in paths:
                 path.replace(self.folder / path.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         with self._lock:
             seconds = round(time.perf_counter() - began, 3)
-            entry = {"key": key, "files": [asdict(record) for record in records], "seconds": seconds}
-            self._journal[name] = entry | ({"signed": self._signature(name, entry)} if self._secret else {})
-            write_atomic(self.folder / JOURNAL, json.dumps(self._journal))
+            self._journal[name] = _Entry(self._sealed(name, key, records), tuple(records), seconds)
+            self._write_journal()
         return records
 
-    def _signature(self, name: str, entry: dict[str, Any]) -> str:
-        signed = json.dumps([name, entry.get("key"), entry["files"]], sort_keys=True)
-        return hmac.new(self._secret, signed.encode(), "sha256").hexdigest()
+    def _sealed(self, name: str, key: str, records: Sequence[FileRecord]) -> str:
+        contents = json.dumps([name, key, [asdict(record) for record in records]])
+        return hmac.new(self._secret, contents.encode(errors="replace"), "sha256").hexdigest()
 
-    def _known(self, name: str, entry: Any) -> bool:
-        if not _is_ours(entry):
-            return False
-        signed = str(entry.get("signed")).encode(errors="replace")
-        return not self._secret or hmac.compare_digest(self._signature(name, entry).encode(), signed)
+    def _write_journal(self) -> None:
+        entries = {name: asdict(entry) for name, entry in self._journal.items()}
+        write_atomic(self.folder / JOURNAL, json.dumps(entries))
 
     def seconds(self, name: str) -> float:
-        """How long it took to make an artifact, whenever that was; 0 where it is not known."""
-        noted = self._journal.get(name, {}).get("seconds")
-        return noted if isinstance(noted, float) and math.isfinite(noted) else 0.0
+        """Seconds it took to make an artifact, whenever that was; 0 where it is not known."""
+        return self._journal[name].seconds if name in self._journal else 0.0
 
-    def _delete(self, name: str) -> None:
-        with suppress(OSError):  # a folder of that name, which no artifact is
-            (self.folder / name).unlink()
+    def _delete(self, records: Iterable[FileRecord]) -> None:
+        for record in records:
+            with suppress(OSError):  # a folder of that name, which no artifact is
+                (self.folder / record.name).unlink()
 
     def keep_only(self, names: set[str]) -> None:
         """Forget and delete artifacts that no longer belong."""
-        if not set(self._journal) - names:
+        dropped = [self._journal.pop(name) for name in set(self._journal) - names]
+        if not dropped:
             return
-        kept = {record["name"] for name in names if name in self._journal for record in self._journal[name]["files"]}
-        for name in set(self._journal) - names:
-            for record in self._journal.pop(name)["files"]:
-                if record["name"] not in kept:
-                    self._delete(record["name"])
-        write_atomic(self.folder / JOURNAL, json.dumps(self._journal))
+        kept = {record.name for entry in self._journal.values() for record in entry.files}
+        self._delete(record for entry in dropped for record in entry.files if record.name not in kept)
+        self._write_journal()
+
+
+def _journal_entry(data: Any) -> _Entry | None:
+    """An entry that `make` wrote; None for any other. What it lists is deleted some day, and a journal comes with the
+    folder, maybe from a stranger: nothing is believed but names inside the folder, as artifacts have them.
+    """
+    try:
+        entry = typed(_Entry, data, "entry")
+    except WrongFieldError:
+        return None
+    return entry if all(_ARTIFACT.fullmatch(record.name) for record in entry.files) else None

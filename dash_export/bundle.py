@@ -12,16 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
-from dash_export.build_record import Build, check_build
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
-from dash_export.manifest import DAMAGED, SCHEMA, Manifest, check_manifest, sealed
+from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, check_build, check_manifest, sealed
 from dash_export.names import ROUNDINGS, TIMING_CACHE
 from dash_export.outputs import folder_locked, holder, lock_file
 from dash_export.targets import build_options
@@ -36,18 +35,18 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-"""What the runtime reads of the model's text, where it is there."""
+"""Files of the model's text that the runtime reads, where they are there."""
 LARGEST_RECORD = 32 << 20
 """Bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
 _MOST_PARTS, _LONGEST_NAME = 3, 255
-"""Of the name of a file in a bundle: `engines/<target>/<file>`."""
+"""Bounds of the name of a file in a bundle: `engines/<target>/<file>`."""
 _UNREAD = re.compile(
     "|".join(map(re.escape, (BUILD, JOURNAL, ROUNDINGS, TIMING_CACHE)))
     + rf"|{re.escape(TEMPORARY)}\w+-{re.escape(BUILD)}"
 )
 """Names in an engines' folder that no engine is read from; the last is a record whose writer died."""
 Seal = dict[str, tuple[int, ...]]
-"""What `Bundle.verify` has seen: a file's name -> its identity."""
+"""The files that `Bundle.verify` has seen: name -> identity."""
 
 _T = TypeVar("_T")
 
@@ -97,9 +96,7 @@ class Bundle:
         """
         root = Path(root)
         root = root if root.name else root.absolute()  # "." has none, and messages and kits take the bundle's
-        data = _json(_contents(root, MANIFEST, _no_bundle), root / MANIFEST)
-        _refuse_other_schema(data, root)
-        manifest = from_json(Manifest, data, f"{root.name}/{MANIFEST}")
+        manifest = _record(Manifest, _contents(root, MANIFEST), root, MANIFEST)
         records = (*manifest.files, *chain(*manifest.builds.values()))
         for name in [*manifest.graphs.values(), *(record.name for record in records)]:
             safe_path(root, name)
@@ -128,9 +125,7 @@ class Bundle:
             contents = self._listed_build(target)
         if contents is None:
             raise self._no_build(target)
-        data = _json(contents, self.path(f"engines/{target}/{BUILD}"))
-        _refuse_other_schema(data, self.root)
-        build = from_json(Build, data, where)
+        build = _record(Build, contents, self.root, f"engines/{target}/{BUILD}")
         for name in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
             self.path(name)
         if build.bundle_key != self.manifest.key:
@@ -148,7 +143,7 @@ class Bundle:
         listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
         if not listed or not self.path(f"engines/{target}/{BUILD}").is_file():
             return None
-        contents = _contents(self.root, f"engines/{target}/{BUILD}", _no_bundle)
+        contents = _contents(self.root, f"engines/{target}/{BUILD}")
         return contents if hashlib.sha256(contents).hexdigest() in listed else None
 
     def _no_build(self, target: str) -> BundleError:
@@ -182,7 +177,7 @@ class Bundle:
         return self.path("onnx").is_dir()
 
     def build_command(self, target: str) -> str:
-        """What makes a target's engines, for messages."""
+        """The command that makes a target's engines, for messages."""
         own = f"--target {target}.toml (the recipe file that it was built from)"
         return f"dash-export build {self.root} {build_options(target) or own}"
 
@@ -233,14 +228,19 @@ class Bundle:
         )
 
     def _repair(self, name: str) -> str:
-        """What to do about a damaged file: engines are made from the rest, which may well be whole."""
+        """Advice about a damaged file: engines are made from the rest, which may well be whole."""
         folder, _, rest = name.partition("/")
         if folder == "engines":
             return f"Run: {self.build_command(rest.partition('/')[0])}"
         return "The bundle is damaged: export and build it again."
 
 
-def _refuse_other_schema(data: Any, root: Path) -> None:
+def _record(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
+    """The record in a JSON file of the bundle. Raises BundleError, NewerBundleError."""
+    try:
+        data = json.loads(contents)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{root / name} cannot be read ({error}). {DAMAGED}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise NewerBundleError(
@@ -252,6 +252,7 @@ def _refuse_other_schema(data: Any, root: Path) -> None:
             f"{root} was written by an earlier dash-export (schema {schema}, this one reads {SCHEMA}). "
             f"Export and build it again: dash-export build MODEL -o {root}"
         )
+    return from_json(kind, data, f"{root.name}/{name}")
 
 
 def _no_bundle(root: Path) -> str:
@@ -265,18 +266,11 @@ def _no_bundle(root: Path) -> str:
     )
 
 
-def _contents(root: Path, name: str, missing: Callable[[Path], str]) -> bytes:
+def _contents(root: Path, name: str) -> bytes:
     path = safe_path(root, name)
     try:
         return read_bounded(path, LARGEST_RECORD)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise BundleError(missing(root)) from error
+        raise BundleError(_no_bundle(root)) from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}). {DAMAGED}") from error
-
-
-def _json(contents: bytes, path: Path) -> Any:
-    try:
-        return json.loads(contents)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read ({error}). {DAMAGED}") from error

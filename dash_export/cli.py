@@ -29,7 +29,6 @@ COMMANDS = {
     "skipmap": "Which layers each token of a text skips, as a picture.",
     "profile": "Where the time of a token goes: segments, actions, policy, host; table, report, trace.",
     "doctor": "What this machine has, and the install line for what is missing.",
-    "completion": "Print the shell completion script.",
 }
 # Package that may be missing -> the extra that brings it.
 EXTRAS = {
@@ -69,7 +68,7 @@ class LazyGroup(click.Group):
 
 @contextmanager
 def readable_errors(ctx: click.Context) -> Iterator[None]:
-    """What can go wrong without a bug in this program, as one paragraph; the rest keeps its traceback."""
+    """Tell what can go wrong without a bug in this program as one paragraph; the rest keeps its traceback."""
     try:
         yield
     except DashError as error:
@@ -105,7 +104,7 @@ def missing_package(package: str, extra: str) -> str:
 
 
 def disk_error(error: OSError, output: object = None) -> str:
-    """What a failed read or write means and what to do; `output` stands in where the error names no file."""
+    """Say what a failed read or write means and what to do; `output` stands in where the error names no file."""
     where = error.filename or output or "the output"
     reason = error.strerror or str(error)
     if error.errno in _NO_SPACE or "requested and" in reason:  # numpy's short write: "100 requested and 0 written"
@@ -121,7 +120,8 @@ def disk_error(error: OSError, output: object = None) -> str:
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done; 1 an error, told on stderr; 2 wrong usage; 130 interrupted with Ctrl-C.",
+    epilog="Exit codes: 0 done; 1 an error, told on stderr; 2 wrong usage; 130 interrupted with Ctrl-C. Completion: "
+    'eval "$(_DASH_EXPORT_COMPLETE=bash_source dash-export)", with zsh_source or fish_source for these shells.',
 )
 @click.version_option(__version__, prog_name="dash-export")
 @click.option("-v", "--verbose", count=True, help="Tell more on stderr: -v what is done, -vv everything.")

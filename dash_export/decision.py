@@ -26,12 +26,16 @@ Skips = npt.NDArray[np.bool_]
 Actions = npt.NDArray[np.int8]
 """[tokens, layers] of `Action`: a skip map."""
 
+_ROUNDING = 1e-9
+"""A setting read off the dial must be reachable although 1 - time is rounded."""
+_MAX_LAYERS = 10_000
+"""Layers that a list may name; no model has as many."""
 DENSE_POSITIONS = 2
 """Positions 0 and 1 always run every layer: they carry the attention sinks that every later token reads."""
 
 
 class Action(IntEnum):
-    """What is done with a layer for one token. Zero is `run`, so an array of zeros is a dense pass."""
+    """The code of what a layer does for one token. Zero is `run`, so an array of zeros is a dense pass."""
 
     RUN = 0
     SKIP = 1
@@ -76,6 +80,26 @@ def parse_units(text: str) -> tuple[Unit, ...]:
             raise PolicyError(f"Units are written like 5-7,8-10,13; {text!r:.60} is not.")
         units.append(Unit(int(first), int(last) if dash else int(first)))
     return tuple(units)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """ "2-5,9" -> (2, 3, 4, 5, 9). Raises PolicyError."""
+    try:
+        given = parse_units(text)
+    except PolicyError as error:
+        raise PolicyError(f"{text!r:.60} is not a list of layers; expected something like 2-5,9") from error
+    if any(not unit.first <= unit.last < _MAX_LAYERS for unit in given):
+        raise PolicyError(f"{text!r:.60}: give the lower layer of a range first, below {_MAX_LAYERS}")
+    return tuple(sorted({layer for unit in given for layer in unit.layers}))
+
+
+def spans(layers: Iterable[int]) -> str:
+    """(2, 3, 4, 9) -> "2-4,9", as `parse_layers` reads it; "none" when there are none."""
+    found: list[Unit] = []
+    for layer in sorted(layers):
+        follows = found and found[-1].last == layer - 1
+        found.append(Unit(found.pop().first if follows else layer, layer))
+    return units_text(found)
 
 
 def check_units(units: Sequence[Unit], read: int, num_layers: int) -> None:
@@ -188,18 +212,17 @@ def check_max_layers(max_layers: int, units: Sequence[Unit], num_layers: int) ->
         )
 
 
-POLICY_KINDS = ("dense", "static", "token")
-_DIALLED = ("trade_off", "budget", "skipped", "max_kl", "max_layers")
 _TAKES = {
     "dense": (),
     "static": ("skip", "budget", "skipped", "max_layers"),
-    "token": _DIALLED,
+    "token": ("trade_off", "budget", "skipped", "max_kl", "max_layers"),
 }
+POLICY_KINDS = tuple(_TAKES)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a session's policy is and how much it skips: exactly one of these amounts (`dense` takes none).
+    """A session's policy and how much it skips: exactly one of these amounts (`dense` takes none).
 
     `skip` lists the layers, whole units of them (static); `trade_off` is in nats per dense token time; `budget` the
     mean decode time as a fraction of dense; `skipped` the mean number of layers skipped per token; `max_kl` the mean
@@ -224,7 +247,7 @@ class Setting:
     @property
     def given(self) -> tuple[str, ...]:
         """The amounts that were given."""
-        return tuple(name for name in ("skip", *_DIALLED) if getattr(self, name) is not None)
+        return tuple(name for name in ("skip", *_TAKES["token"]) if getattr(self, name) is not None)
 
     @property
     def kind(self) -> str:
@@ -315,18 +338,3 @@ def trade_off_for(
     low, high = points[before].trade_off, points[after].trade_off
     # Skipping follows the ratio of trade-offs, and the last one, where everything is skipped, lies far away.
     return low * (high / low) ** share if low > 0 else share * high
-
-
-_ROUNDING = 1e-9
-"""A setting read off the table must be reachable although 1 - time is rounded."""
-
-
-def spans(layers: Iterable[int]) -> str:
-    """(2, 3, 4, 9) -> "2-4,9", as `--skip` reads it; "none" when there are none."""
-    found: list[list[int]] = []
-    for layer in sorted(layers):
-        if found and found[-1][1] == layer - 1:
-            found[-1][1] = layer
-        else:
-            found.append([layer, layer])
-    return ",".join(f"{first}-{last}" if first != last else str(first) for first, last in found) or "none"

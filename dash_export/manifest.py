@@ -1,15 +1,21 @@
-"""`manifest.json`: what the model is, its graphs, its policy, the SHA-256 of every file; and what cannot be in it."""
+"""The records of a bundle: `manifest.json` (the model, its graphs, its policy, the SHA-256 of every file) and
+`build.json` (the engines for a target and how long each takes there); and what cannot be in them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from dash_export.artifacts import FileRecord
-from dash_export.decision import POLICY_KINDS, Unit, check_units
+from dash_export.decision import POLICY_KINDS, DialPoint, Skips, Unit, check_units
 from dash_export.errors import BundleError, PolicyError
 
 SCHEMA = 3
@@ -28,11 +34,17 @@ _LARGEST = {
     "parameters": 1 << 50,
 }
 _LARGEST_FILE = 1 << 50
+QUIET = 0.2
+"""Processors that other work may take while costs are measured."""
+MIXED = "mixed_"
+"""Prefix, before the unit's name, of the engine in which every row runs or skips as it is told."""
+POLICY = "policy"
+"""The engine of a policy that is no output of another one."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the runtime must know of the model."""
+    """The model as the runtime knows it."""
 
     name: str
     model_type: str
@@ -77,8 +89,7 @@ class PolicyFacts:
 class Manifest:
     """`manifest.json`. `graphs` maps a graph's name to its .onnx file; `files` lists every exported file with its hash,
     `builds` every target's `build.json`, which lists its engines: the one that is being written and the one before;
-    `key` changes when anything an engine is made from
-    does; `sha256` is of all the rest of the manifest (`sealed`).
+    `key` changes when anything an engine is made from does; `sha256` is of all the rest of the manifest (`sealed`).
     """
 
     schema: int
@@ -92,41 +103,200 @@ class Manifest:
     sha256: str = ""
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Layers [first, last] compiled as one engine, a unit if `gated`; `embed` and `head` say whether it begins or ends
+    the model.
+
+    An empty range (first = last + 1) is the embedding or the head alone.
+    """
+
+    first: int
+    last: int
+    embed: bool
+    head: bool
+    gated: bool
+
+    @classmethod
+    def whole(cls, num_layers: int) -> Segment:
+        """The model as one engine."""
+        return cls(0, num_layers - 1, True, True, False)
+
+    @property
+    def layers(self) -> range:
+        return range(self.first, self.last + 1)
+
+    @property
+    def graphs(self) -> list[str]:
+        """Its portable graphs, in order."""
+        names = [f"layer_{layer:02d}" for layer in self.layers]
+        return ["embed"] * self.embed + names + ["head"] * self.head
+
+    def engines(self, known: Container[str]) -> list[str]:
+        """Those of a build's engines that run it: one, or its portable graphs."""
+        return self.graphs if all(graph in known for graph in self.graphs) else [self.name]
+
+    @property
+    def name(self) -> str:
+        if self.first > self.last:
+            return "embed" if self.embed else "head"
+        return f"layer_{self.first:02d}" if self.first == self.last else f"layers_{self.first:02d}-{self.last:02d}"
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One compiled engine: its file (relative to the bundle), the size of everything it maps in bytes (weights that are
+    also stored packed once), and how long it took to make.
+    """
+
+    file: str
+    bytes: int
+    key: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Measured on the device that built: medians in microseconds at `context` cached tokens.
+
+    `others` and `stolen` say beside what it was measured: processors that other processes and the host took meanwhile.
+    `cost`: per unit what skipping it saves, (run - bypass) as a fraction of `dense_us`, the dense time of one token;
+    units of as many layers share one.
+    """
+
+    context: int
+    dense_us: float
+    segment_us: dict[str, float]
+    bypass_us: dict[str, float]
+    cost: tuple[float, ...]
+    device: str
+    others: float = 0.0
+    stolen: float = 0.0
+
+    def token_time(self, skipped: Skips) -> npt.NDArray[np.float64]:
+        """Decode time as a fraction of dense, predicted, of tokens with these skips [units, tokens]: [tokens]."""
+        found: npt.NDArray[np.float64] = 1.0 - np.array(self.cost) @ skipped
+        return found
+
+    @property
+    def disturbed(self) -> str:
+        """A warning about a table that was measured beside other load; nothing about a quiet one."""
+        if self.others + self.stolen <= QUIET:
+            return ""
+        return (
+            f"Costs were measured while {self.others:.1f} processors worked for others and {self.stolen:.1f} were "
+            "withheld by the host: they and the dial may be wrong. Measure again when the machine is quiet (--measure)."
+        )
+
+
+@dataclass(frozen=True)
+class Build:
+    """`engines/<target>/build.json`. `dial` is the token policy's calibrated table; `measuring` is the revision of
+    how costs and dial were measured; `details` holds what only this kind of backend has to say (compiler flags).
+    """
+
+    schema: int
+    target: str
+    bundle_key: str
+    recipe: dict[str, Any]
+    backend: str
+    backend_version: str
+    device: str
+    segments: tuple[Segment, ...]
+    engines: dict[str, EngineRecord]
+    files: tuple[FileRecord, ...]
+    cost: CostTable
+    dial: tuple[DialPoint, ...] = ()
+    measuring: int = 0
+    seconds: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
 def sealed(manifest: Manifest) -> Manifest:
-    """The manifest with the hash of its contents."""
+    """Return the manifest with the hash of its contents."""
     contents = asdict(replace(manifest, sha256=""))
     return replace(manifest, sha256=hashlib.sha256(json.dumps(contents).encode()).hexdigest())
 
 
-def check_sizes(sizes: Mapping[str, int], where: str) -> None:
-    """Of files, in bytes: sizes that can be."""
-    wrong = next((name for name, size in sizes.items() if not 0 <= size <= _LARGEST_FILE), None)
-    if wrong is not None:
-        raise BundleError(f"{where}: {wrong} cannot have {sizes[wrong]!r:.40} bytes. {DAMAGED}")
-
-
 def check_manifest(manifest: Manifest, where: str) -> None:
-    """Contents that are those that were written, sizes that can be, units that exist, and a graph for each."""
+    """Raises BundleError unless the contents are those that were written, sizes can be, units exist, and every one has
+    its graph.
+    """
+    for fault in _manifest_faults(manifest):
+        raise BundleError(f"{where}: {fault} {DAMAGED}")
+
+
+def check_build(build: Build, manifest: Manifest, where: str) -> None:
+    """Raises BundleError unless segments cover every layer once, each has an engine, and each unit a cost."""
+    for fault in _build_faults(build, manifest):
+        raise BundleError(f"{where}: {fault} {DAMAGED}")
+
+
+def _manifest_faults(manifest: Manifest) -> Iterator[str]:
     model, policy = manifest.model, manifest.policy
     if sealed(manifest).sha256 != manifest.sha256:
-        raise BundleError(f"{where} was changed or damaged after it was made (hash mismatch). {DAMAGED}")
+        yield "it was changed or damaged after it was made (hash mismatch)."
     sizes = {name: getattr(model, name) for name in _LARGEST}
-    wrong = [f"{name} = {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST[name]]
-    if wrong:
-        raise BundleError(f"{where}: {', '.join(wrong)} cannot be. {DAMAGED}")
+    if wrong := [f"{name} = {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST[name]]:
+        yield f"{', '.join(wrong)} cannot be."
     try:
         check_units(policy.units, policy.read, model.num_layers)
     except PolicyError as error:
-        raise BundleError(f"{where}: {error} {DAMAGED}") from error
+        yield str(error)
     order = policy.static_order
     if len(set(order)) != len(order) or not set(order) <= set(range(len(policy.units))):
-        raise BundleError(f"{where}: the static order lists a unit that is not there, or one twice. {DAMAGED}")
+        yield "the static order lists a unit that is not there, or one twice."
     needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
     needed |= {unit.bypass for unit in policy.units} | ({"policy"} if policy.has_network else set())
-    if needed - set(manifest.graphs):
-        raise BundleError(f"{where}: there is no graph {min(needed - set(manifest.graphs))}. {DAMAGED}")
-    check_sizes({record.name: record.bytes for record in (*manifest.files, *chain(*manifest.builds.values()))}, where)
+    if missing := needed - set(manifest.graphs):
+        yield f"there is no graph {min(missing)}."
+    yield from _size_faults(
+        (record.name, record.bytes) for record in (*manifest.files, *chain(*manifest.builds.values()))
+    )
     listed = {record.name for record in manifest.files if record.bytes > 0}
-    unlisted = {*manifest.graphs.values(), "onnx/rope.data"} - listed
-    if unlisted:
-        raise BundleError(f"{where}: {min(unlisted)} is not among the files. {DAMAGED}")
+    if unlisted := {*manifest.graphs.values(), "onnx/rope.data"} - listed:
+        yield f"{min(unlisted)} is not among the files."
+
+
+def _size_faults(sizes: Iterable[tuple[str, int]]) -> Iterator[str]:
+    return (f"{name} cannot have {size!r:.40} bytes." for name, size in sizes if not 0 <= size <= _LARGEST_FILE)
+
+
+def _build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
+    units, segments, engines = manifest.policy.units, build.segments, build.engines
+    yield from _size_faults((record.name, record.bytes) for record in build.files)
+    yield from _size_faults((name, record.bytes) for name, record in engines.items())
+    if not _in_order(segments, units, manifest.model.num_layers):
+        yield "the segments are not the model's layers in order."
+    needed = {unit.bypass for unit in units} | {name for segment in segments for name in segment.engines(engines)}
+    if missing := needed - set(engines):
+        yield f"there is no engine {min(missing)}."
+    if {name for name in engines if name.startswith(MIXED)} not in (set(), {MIXED + unit.name for unit in units}):
+        yield "there are engines for rows that differ of some units only."
+    if POLICY in engines and not manifest.policy.has_network:
+        yield f"nobody asks the engine {POLICY}."
+    if unlisted := {record.file for record in engines.values()} - {
+        record.name for record in build.files or manifest.files
+    }:
+        yield f"{min(unlisted)} is not among the files."
+    if len(build.cost.cost) != len(units) or not all(0 <= cost <= 1 for cost in build.cost.cost):
+        yield "the cost table does not list the units, as fractions of a token."
+    if min(build.cost.others, build.cost.stolen) < 0:
+        yield "the load while costs were measured is not a number >= 0."
+    if any(min(point.trade_off, point.layers, point.time, point.kl) < 0 for point in build.dial):
+        yield "the dial is not a table of finite numbers."
+
+
+def _in_order(segments: tuple[Segment, ...], units: tuple[Unit, ...], num_layers: int) -> bool:
+    """Whether the segments are the model from its embedding to its head, every layer once, the gated ones its units."""
+    following = [segment.first for segment in segments[1:]] + [num_layers]
+    inner = [False] * (len(segments) - 1)
+    return (
+        len(segments) > 0
+        and segments[0].first == 0
+        and [segment.last + 1 for segment in segments] == following
+        and all(0 <= segment.first <= segment.last + 1 for segment in segments)
+        and [Unit(segment.first, segment.last) for segment in segments if segment.gated] == list(units)
+        and [segment.embed for segment in segments] == [True, *inner]
+        and [segment.head for segment in segments] == [*inner, True]
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+DEFAULT_TARGET = "cpu"
+"""The target of every command that is given none."""
+
 PREFILL = "prefill"
 """The engine of the whole model that a build may have for prompts."""
 

@@ -320,16 +320,14 @@ def check_place(output: Path, ours: Sequence[str]) -> None:
     if not output.exists():
         return
     untouched, root = f"nothing of {output} was replaced", output.resolve()
-    above = [path for name in ours for path in ((output / name), *(output / name).parents) if path != output]
-    link = next((path for path in above if path.is_relative_to(output) and path.is_symlink()), None)
-    if link is not None:
-        raise OutputError(f"{link} is a link, which is not replaced: {untouched}. Remove the link.")
     mounts = {path for path in _mount_points() if path.is_relative_to(root)}
     for name in ours:
-        entry = root / name
-        folders = [path for path in (*entry.parents, entry, *entry.rglob("*")) if path.is_relative_to(root)]
-        folders = [path for path in folders if path.is_dir() and not path.is_symlink()]
-        mounted = [path for path in mounts if path.is_relative_to(entry) or entry.is_relative_to(path)]
+        way = [root / name, *(root / part for part in Path(name).parents if part.name)]
+        if link := next(filter(Path.is_symlink, way), None):
+            raise OutputError(f"{link} is a link, which is not replaced: {untouched}. Remove the link.")
+        inside = [path for path in way[0].rglob("*") if path.is_dir() and not path.is_symlink()]
+        folders = [path for path in (root, *way, *inside) if path.is_dir()]
+        mounted = [path for path in mounts if path.is_relative_to(way[0]) or way[0].is_relative_to(path)]
         mounted += [path for path in folders if path.stat().st_dev != path.parent.stat().st_dev]
         if mounted:
             raise OutputError(f"{mounted[0]} is a mount point: {untouched}. Unmount it, or choose another output.")
@@ -347,7 +345,7 @@ def refuse_inputs(inputs: Iterable[Path], replaced: Iterable[Path]) -> None:
 
 
 def _mount_points() -> set[Path]:
-    """Of this machine. A folder that is bound to another place of the same disk has the same device."""
+    """Mount points of this machine. A folder that is bound to another place of the same disk has the same device."""
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1 << 30
 MAX_TEXT_BYTES = 64 << 20
-"""Of a file that comes with a model: the largest published tokenizer.json is about 35 MB."""
+"""Bytes of a file that comes with a model: the largest published tokenizer.json is about 35 MB."""
 MAX_GROWTH = 256
-"""Of a text by a tokenizer's replacements: those of published ones make it no longer than four times."""
+"""Bound of how much longer a tokenizer's replacements make a text: those of published ones, four times."""
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
 MAX_ADDED = 1 << 20
 """Letters of all added tokens, of which native code makes an automaton."""
 MAX_REPEATS = 256
-"""Of a pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
+"""A pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
 _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 _OTHER_MODELS = ("Unigram", "WordPiece")
 """Native code of these recurses and multiplies as far as a stranger's vocabulary says."""
@@ -98,9 +98,7 @@ def _growth(part: Any) -> float:
 
 
 def read_stream(stream: TextIO, limit: int = 1 << 26) -> str:
-    """What a pipe or standard input gives, of at most `limit` characters. Raises RequestError for more, and for what is
-    no text.
-    """
+    """Read at most `limit` characters of a pipe or standard input. Raises RequestError for more, and for no text."""
     try:
         text = stream.read(limit + 1)
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""JSON -> frozen dataclasses, checked field by field: unknown and missing fields and wrong types are named."""
+"""JSON and TOML -> frozen dataclasses, checked field by field: unknown and missing fields and wrong types are named."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from dataclasses import MISSING, fields, is_dataclass
 from math import isfinite
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""What a terminal would obey, and halves of characters, which no file takes."""
+"""Characters that a terminal would obey, and halves of characters, which no file takes."""
 
 
 class WrongFieldError(Exception):
@@ -33,12 +33,11 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
         missing, unknown = required - set(data), set(data) - set(hints)
         if missing or unknown:
-            what = (
-                f"missing {', '.join(sorted(missing))}"
-                if missing
-                else f"unknown {', '.join(map(repr, sorted(unknown))):.80}"
+            if missing:
+                raise WrongFieldError(f"{where}: missing {', '.join(sorted(missing))}.")
+            raise WrongFieldError(
+                f"{where}: unknown {', '.join(map(repr, sorted(unknown))):.80}. Known: {', '.join(hints)}."
             )
-            raise WrongFieldError(f"{where}: {what}.")
         return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
     if origin is tuple and isinstance(data, list):
         return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(data))
@@ -51,6 +50,10 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
             }
         except ValueError as error:
             raise WrongFieldError(f"{where} has a key that is not {key_kind.__name__}: {error}.") from error
+    if origin is Literal:
+        if not any(type(data) is type(value) and data == value for value in args):
+            raise WrongFieldError(f"{where} = {data!r:.80} is not one of {', '.join(map(repr, args))}.")
+        return data
     if origin in (Union, UnionType):
         return None if data is None and NoneType in args else _convert(args[0], data, where)
     if kind is float and type(data) is int:

@@ -77,24 +77,13 @@ def test_a_journal_that_lists_what_no_artifact_is(name: str, tmp_path: Path) -> 
     ArtifactStore(tmp_path).make("a", "key", writer("one"))
     journal = json.loads((tmp_path / JOURNAL).read_text())
     for forged in ("a", "b"):
-        journal[forged] = {"key": "", "files": [{"name": name, "bytes": 4, "sha256": ""}]}
+        journal[forged] = {"key": "", "files": [{"name": name, "bytes": 4, "sha256": ""}], "seconds": 0.0}
     (tmp_path / JOURNAL).write_text(json.dumps(journal))
     store = ArtifactStore(tmp_path)
     store.make("a", "key", writer("two"))
     store.keep_only({"a"})
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     assert (tmp_path / "folder.data").is_dir()
-
-
-@pytest.mark.parametrize(("field", "value"), [("seconds", float("nan")), ("bytes", 7)])
-def test_a_journal_with_a_wrong_figure(field: str, value: float, tmp_path: Path) -> None:
-    """Believed, it would be written into a build that nobody can open."""
-    ArtifactStore(tmp_path).make("a", "key", writer("one"))
-    journal = json.loads((tmp_path / JOURNAL).read_text())
-    (journal["a"] if field == "seconds" else journal["a"]["files"][0])[field] = value
-    (tmp_path / JOURNAL).write_text(json.dumps(journal))
-    store = ArtifactStore(tmp_path)
-    assert store.seconds("a") == 0.0 or store.current("a", "key") is None
 
 
 def test_only_what_was_made_under_the_secret_is_known(tmp_path: Path) -> None:
@@ -107,7 +96,6 @@ def test_only_what_was_made_under_the_secret_is_known(tmp_path: Path) -> None:
     journal["a"]["files"][0]["sha256"] = hashlib.sha256(b"two").hexdigest()
     (tmp_path / JOURNAL).write_text(json.dumps(journal))
     assert ArtifactStore(tmp_path, b"mine").current("a", "key") is None
-    assert ArtifactStore(tmp_path).current("a", "key") is not None
 
 
 def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
@@ -130,15 +118,14 @@ def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
     assert (outside.read_text(), (folder / "a.json").read_text()) == ("mine", "theirs")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "{", "[]", '{"a": 1}', "null"),
-        '{"a": {"key": "key", "files": [{"name": "x"}]}}',
-        '{"a": {"key": "key", "files": [{"name": "a.data", "bytes": "3"}]}}',
-    ],
-)
+ENTRY = {"key": "key", "files": [{"name": "a.data", "bytes": 3, "sha256": "0"}], "seconds": 1.0}
+WRONG: list[object] = [[], {"a": 1}, None, {"a": {"key": "key", "files": [{"name": "x"}]}}, {"a": ENTRY}]
+WRONG += [{"a": ENTRY | {"seconds": float("nan")}}, {"a": ENTRY | {"files": [{"name": "a.data", "bytes": "3"}]}}]
+
+
+@pytest.mark.parametrize("text", ["", "{", *map(json.dumps, WRONG)])
 def test_a_damaged_journal_makes_anew(text: str, tmp_path: Path) -> None:
+    """A figure of it that was believed would be written into a build that nobody can open."""
     ArtifactStore(tmp_path).make("a", "key", writer("one"))
     (tmp_path / JOURNAL).write_text(text)
     store = ArtifactStore(tmp_path)

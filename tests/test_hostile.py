@@ -22,7 +22,7 @@ from dash_export.graphs.compose import load_graph
 from dash_export.runtime import backends
 from tests.forged import edit, rehash
 
-ENGINE = "engines/cpu-fp32/layer_04.onnx"
+ENGINE, GRAPH = "engines/cpu-fp32/layer_04.onnx", "onnx/layer_02.onnx"
 
 
 @pytest.fixture
@@ -60,33 +60,26 @@ def locations(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_engine_whose_weights_lie_outside(which: int, bundle: Path) -> None:
-    rewritten(bundle, ENGINE, point_outside(locations(bundle)[which]))
+def test_weights_outside(which: int, bundle: Path) -> None:
+    location = locations(bundle)[which]
+    rewritten(bundle, ENGINE, point_outside(location))
+    rewritten(bundle, GRAPH, point_outside(location))
     with pytest.raises(DashError, match=r"refuses layer_04\.onnx|leaves the bundle"):
         DashRuntime.load(bundle, "cpu-fp32").generate([1, 2, 3], 2)
-
-
-@pytest.mark.parametrize("which", range(4))
-def test_graph_whose_weights_lie_outside(which: int, bundle: Path) -> None:
-    rewritten(bundle, "onnx/layer_02.onnx", point_outside(locations(bundle)[which]))
     with pytest.raises(BundleError, match="leaves the bundle"):
-        load_graph(bundle / "onnx/layer_02.onnx")
+        load_graph(bundle / GRAPH)
     shutil.rmtree(bundle / "engines")
     with pytest.raises(BundleError, match="leaves the bundle"):
         build(bundle, "cpu", weights="fp32")
 
 
-def test_engine_whose_weights_are_a_link(bundle: Path) -> None:
+def test_weights_that_are_a_link(bundle: Path) -> None:
     """The link is not in the manifest, so no hash speaks against it."""
-    (bundle / "engines/cpu-fp32/leak.data").symlink_to(bundle.parent / "secret.data")
-    rewritten(bundle, ENGINE, point_outside("leak.data"))
+    for name in (ENGINE, GRAPH):
+        (bundle / name).with_name("leak.data").symlink_to(bundle.parent / "secret.data")
+        rewritten(bundle, name, point_outside("leak.data"))
     with pytest.raises(DashError):
         DashRuntime.load(bundle, "cpu-fp32")
-
-
-def test_graph_whose_weights_are_a_link(bundle: Path) -> None:
-    (bundle / "onnx/leak.data").symlink_to(bundle.parent / "secret.data")
-    rewritten(bundle, "onnx/layer_02.onnx", point_outside("leak.data"))
     shutil.rmtree(bundle / "engines")
     with pytest.raises(BundleError):
         build(bundle, "cpu", weights="fp32")
@@ -112,27 +105,26 @@ def test_constant_node_whose_value_lies_outside(bundle: Path) -> None:
         node = onnx.helper.make_node("Constant", [], [tensor.name], name="layer_02/constant", value=tensor)
         model.graph.node.insert(0, node)
 
-    rewritten(bundle, "onnx/layer_02.onnx", change)
+    rewritten(bundle, GRAPH, change)
     shutil.rmtree(bundle / "engines")
     with pytest.raises(DashError):
         build(bundle, "cpu", weights="fp32")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [ENGINE, "engines/cpu-fp32/layer_04.data", GRAPH, "onnx/layer_02.data", "onnx/policy.onnx", "onnx/embed.onnx"],
+)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_truncated_engine(share: float, bundle: Path) -> None:
-    data = (bundle / ENGINE).read_bytes()
-    (bundle / ENGINE).write_bytes(data[: int(share * len(data))])
-    rehash(bundle, ENGINE)
-    with pytest.raises(BackendError, match=r"refuses layer_04\.onnx"):
-        DashRuntime.load(bundle, "cpu-fp32")
-
-
-@pytest.mark.parametrize("name", ["onnx/layer_02.onnx", "onnx/policy.onnx", "onnx/embed.onnx"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_truncated_graph(name: str, share: float, bundle: Path) -> None:
+def test_truncated(name: str, share: float, bundle: Path) -> None:
+    """And hashed again."""
     data = (bundle / name).read_bytes()
     (bundle / name).write_bytes(data[: int(share * len(data))])
     rehash(bundle, name)
+    if name.startswith("engines"):
+        with pytest.raises(BackendError, match=r"refuses layer_04\.onnx"):
+            DashRuntime.load(bundle, "cpu-fp32")
+        return
     shutil.rmtree(bundle / "engines")
     with pytest.raises(DashError):
         build(bundle, "cpu", weights="fp32")
@@ -140,7 +132,7 @@ def test_truncated_graph(name: str, share: float, bundle: Path) -> None:
 
 @pytest.mark.parametrize("which", range(0, 20, 3))
 def test_graph_that_lacks_a_node(which: int, bundle: Path) -> None:
-    rewritten(bundle, "onnx/layer_02.onnx", lambda model: model.graph.node.pop(which))
+    rewritten(bundle, GRAPH, lambda model: model.graph.node.pop(which))
     shutil.rmtree(bundle / "engines")
     with pytest.raises(DashError):
         build(bundle, "cpu", weights="fp32")
@@ -176,21 +168,10 @@ def test_graph_that_onnx_runtime_does_not_run(
 ) -> None:
     """While it is rounded, measured or compared."""
     monkeypatch.setattr(rounding, "WINDOWS", rounding.BATCH)
-    rewritten(bundle, "onnx/layer_02.onnx", change)
+    rewritten(bundle, GRAPH, change)
     shutil.rmtree(bundle / "engines")
     with pytest.raises(BackendError, match=r"layer_02.* failed|refuses (layer_02|portable)"):
         build(bundle, **how)
-
-
-def test_truncated_weights(bundle: Path) -> None:
-    for name in ("engines/cpu-fp32/layer_04.data", "onnx/layer_02.data"):
-        (bundle / name).write_bytes((bundle / name).read_bytes()[:5000])
-        rehash(bundle, name)
-    with pytest.raises(DashError):
-        DashRuntime.load(bundle, "cpu-fp32")
-    shutil.rmtree(bundle / "engines")
-    with pytest.raises(DashError):
-        build(bundle, "cpu", weights="fp32")
 
 
 def test_no_policy_is_no_damage(bundle: Path) -> None:
@@ -232,10 +213,6 @@ def test_missing_backend_names_the_extra(bundle: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(backends, "find_spec", lambda name: None)  # noqa: ARG005
     with pytest.raises(BackendError, match=r"pip install 'dash-export\[cpu\]'"):
         DashRuntime.load(bundle, "cpu-fp32")
-
-
-def test_build_without_its_backend_names_the_extra(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)  # noqa: ARG005
     shutil.rmtree(bundle / "engines")
     with pytest.raises(BackendError, match=r"pip install 'dash-export\[cpu\]'"):
         build(bundle, "cpu", weights="fp32")

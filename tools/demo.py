@@ -18,7 +18,6 @@ from fetch import CACHE, SMOLLM2, UnavailableError, fetched
 from rich.console import Console
 
 from dash_export import DashRuntime, build, export
-from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, size
 from dash_export.commands.progress import progress_bar
@@ -27,6 +26,7 @@ from dash_export.errors import DashError
 from dash_export.evaluation.frontier import Course, Point, frontier
 from dash_export.evaluation.settings import entrants
 from dash_export.evaluation.text import PREFIX, WINDOW
+from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
 from dash_export.policy_file import load_policy
 from dash_export.resources import resource_folder

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress
-from dash_export.build_record import Build, EngineRecord, Segment
 from dash_export.builders.dial import calibrate_dial
 from dash_export.builders.here import require_builder, run_obstacle, runs_here
 from dash_export.builders.measure import NOT_MEASURED, measure_cost, uniform_cost
@@ -25,7 +24,7 @@ from dash_export.builders.plan import build_segments
 from dash_export.bundle import BUILD, Bundle, Seal
 from dash_export.errors import BackendError, BundleError, RecipeError
 from dash_export.graphs.rounded import Rounded, Roundings, to_nearest
-from dash_export.manifest import SCHEMA
+from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
 from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.calibration import text_windows
 from dash_export.decision import DENSE_POSITIONS, DialPoint, unit_skips
 from dash_export.divergence import DenseRows
 from dash_export.errors import BundleError, PolicyError
+from dash_export.manifest import Build
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.backends.base import Backend

@@ -9,13 +9,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
-from dash_export.build_record import POLICY, Segment
 from dash_export.builders.segments import Artifact, calibration_key, compose_segment, graphs_key
 from dash_export.builders.stored_roundings import rounding_artifact, stored_roundings
 from dash_export.bundle import Bundle
 from dash_export.graphs.compose import load_graph
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.trt import lower
+from dash_export.manifest import POLICY, Segment
 from dash_export.targets import Recipe
 
 LOWERING_REVISION = 3

@@ -9,9 +9,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from dash_export.build_record import Build, CostTable
 from dash_export.bundle import Bundle
-from dash_export.manifest import Manifest
+from dash_export.manifest import Build, CostTable, Manifest
 from dash_export.runtime.backends.base import Backend, Launch, backend_errors
 from dash_export.runtime.cpus import LoadMeter, cpu_name
 from dash_export.runtime.device.base import Device

@@ -17,7 +17,6 @@ import numpy as np
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
-from dash_export.build_record import MIXED, POLICY, Segment
 from dash_export.builders.prepacked import PACKING_REVISION, store_prepacked
 from dash_export.builders.segments import (
     Artifact,
@@ -34,6 +33,7 @@ from dash_export.graphs.ort import lower
 from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.writer import save_graph
+from dash_export.manifest import MIXED, POLICY, Segment
 from dash_export.names import PREFILL
 from dash_export.runtime.cpus import cpu_name
 from dash_export.targets import Recipe

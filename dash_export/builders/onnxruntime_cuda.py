@@ -8,12 +8,12 @@ from typing import Any
 
 from dash_export import __version__
 from dash_export.artifacts import content_key
-from dash_export.build_record import Segment
 from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_artifacts
 from dash_export.builders.segments import Artifact, weights_key
 from dash_export.bundle import Bundle
 from dash_export.graphs.rounded import Roundings
 from dash_export.graphs.writer import save_graph
+from dash_export.manifest import Segment
 from dash_export.targets import Recipe
 
 

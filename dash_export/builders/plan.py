@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 
-from dash_export.build_record import Segment
 from dash_export.decision import Unit
-from dash_export.manifest import Manifest
+from dash_export.manifest import Manifest, Segment
 
 
 def build_segments(manifest: Manifest, on_device: bool) -> tuple[Segment, ...]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dash_export.build_record import Segment
 from dash_export.builders.segments import compose_segment
 from dash_export.bundle import Bundle
 from dash_export.graphs.writer import save_graph
+from dash_export.manifest import Segment
 
 
 def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> Path:

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key, sha256_file
-from dash_export.build_record import Segment
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BackendError
 from dash_export.graphs.compose import absorb, drop_dead, load_graph
 from dash_export.graphs.portable import HIDDEN_SHAPE
 from dash_export.graphs.writer import GraphWriter
+from dash_export.manifest import Segment
 from dash_export.resources import resource_folder
 from dash_export.targets import Recipe
 

@@ -15,7 +15,6 @@ from typing import Any
 import onnx_ir as ir
 
 from dash_export.artifacts import content_key
-from dash_export.build_record import Segment
 from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_artifacts
 from dash_export.builders.here import device_here, too_old
 from dash_export.builders.segments import Artifact, weights_key
@@ -24,6 +23,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graphs.rounded import Roundings
 from dash_export.graphs.writer import save_graph
+from dash_export.manifest import Segment
 from dash_export.names import TIMING_CACHE
 from dash_export.targets import Recipe
 

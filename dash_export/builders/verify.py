@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.build_record import MIXED, POLICY, Build, Segment
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
 from dash_export.builders.onnxruntime import engine_graphs
 from dash_export.builders.portable_files import write_graph
@@ -30,6 +29,7 @@ from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.trt import lower
 from dash_export.graphs.trt.decompose import OPSET as trt10_opset  # noqa: N811
 from dash_export.graphs.writer import OPSET as graph_opset  # noqa: N811
+from dash_export.manifest import MIXED, POLICY, Build, Segment
 from dash_export.names import PREFILL, new_names, past_names, present_names
 from dash_export.targets import Precision, Recipe, recipe_from_dict
 

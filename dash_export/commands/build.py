@@ -6,11 +6,9 @@ from pathlib import Path
 
 import click
 
-from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import (
-    DEFAULT_TARGET,
     build_bytes,
     bundle_bytes,
     is_bundle,
@@ -23,6 +21,8 @@ from dash_export.commands.common import (
 from dash_export.commands.export import PolicyOptions, export_model, policy_options
 from dash_export.commands.progress import progress_bar
 from dash_export.errors import NotHereError
+from dash_export.manifest import Build
+from dash_export.names import DEFAULT_TARGET
 
 PRECISION = click.Choice(["fp32", "fp16", "bf16", "int8", "int4"])
 

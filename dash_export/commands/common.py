@@ -1,70 +1,90 @@
-"""What several commands share: lists of layers and units, sizes, which target, which model."""
+"""Shared by several commands: options, lists of layers and units, sizes, which target, which model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import wraps
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from dash_export.artifacts import open_regular, write_atomic
-from dash_export.build_record import Build
 from dash_export.bundle import MANIFEST, Bundle
-from dash_export.decision import Unit, parse_units
+from dash_export.decision import POLICY_KINDS, Setting, Unit, parse_layers, parse_units
 from dash_export.errors import BundleError, PolicyError, RequestError
-from dash_export.names import REPORT
+from dash_export.manifest import Build
+from dash_export.names import DEFAULT_TARGET, REPORT
 from dash_export.outputs import MARK
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    _Layers = click.ParamType[tuple[int, ...]]
-    _Units = click.ParamType[tuple[Unit, ...]]
-else:
-    _Layers = _Units = click.ParamType  # not generic before click 8.2
 
-DEFAULT_TARGET = "cpu"
-_MAX_LAYERS = 10_000
 _BEGINNING = 8192
 
 
-class LayerList(_Layers):
-    """`2-5,9` -> (2, 3, 4, 5, 9)."""
+class _Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.2
+    """A list that `parse` reads of the option's text."""
 
-    name = "layers"
+    parse: Callable[[str], tuple[Any, ...]]
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            spans = parse_units(str(value))
-        except PolicyError:
-            self.fail(f"{value!r:.60} is not a list of layers; expected something like 2-5,9", param, ctx)
-        if any(not span.first <= span.last < _MAX_LAYERS for span in spans):
-            self.fail(f"{value!r:.60}: give the lower layer of a range first, below {_MAX_LAYERS}", param, ctx)
-        return tuple(sorted({layer for span in spans for layer in span.layers}))
-
-
-class UnitList(_Units):
-    """`5-7,8-10,13` -> three units; `none` -> ()."""
-
-    name = "units"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Unit, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return () if value == "none" else parse_units(str(value))
+            return self.parse(str(value))
         except PolicyError as error:
             self.fail(str(error), param, ctx)
 
 
+class LayerList(_Parsed):
+    """`2-5,9` -> (2, 3, 4, 5, 9)."""
+
+    name = "layers"
+    parse = staticmethod(parse_layers)
+
+
+class UnitList(_Parsed):
+    """`5-7,8-10,13` -> three units; `none` -> ()."""
+
+    name = "units"
+    parse = staticmethod(lambda text: () if text == "none" else parse_units(text))
+
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def setting_options(command: _Command) -> _Command:
+    """Add the options that say how a session decides; they arrive as one argument `setting`."""
+
+    @wraps(command)
+    def packed(*args: Any, **given: Any) -> Any:
+        names = [item.name for item in fields(Setting)]
+        return command(*args, setting=Setting(**{name: given.pop(name) for name in names}), **given)
+
+    kinds, skip = click.Choice(POLICY_KINDS), {"type": LayerList(), "metavar": "LAYERS"}
+    options: tuple[tuple[str, dict[str, Any], str], ...] = (
+        ("--policy", {"type": kinds}, "Who decides; by default what the next options imply."),
+        ("--skip", skip, "static: skip these layers for every token, whole units of them, like 8-10,15-18."),
+        ("--trade-off", {"type": float}, "token: skip a unit where damage < trade-off * cost (0 is dense)."),
+        ("--budget", {"type": float}, "Mean decode time wanted, as a fraction of dense, like 0.85."),
+        ("--skipped", {"type": float}, "Mean number of layers skipped per token, like 4.5."),
+        ("--max-kl", {"type": float}, "token: mean KL from dense allowed, nats per token, like 0.1."),
+        ("--max-layers", {"type": int}, "No token runs more layers than this; token: may stand beside another."),
+        ("--hold", {"is_flag": True}, "token: hold the running mean time at the --budget on any text."),
+    )
+    for name, how, words in reversed(options):
+        packed = click.option(name, **how, help=words)(packed)
+    return cast(_Command, packed)
+
+
 def units_table(build: Build, units: Sequence[Unit]) -> Table:
-    """What each unit takes and what skipping it saves, by the build's cost table."""
+    """The time of each unit and what skipping it saves, by the build's cost table."""
     numbers = ("layers", "run µs", "bypass µs", "of run", "saved")
     table = plain_table(f"Units: skipping one saves so much of a token at {build.cost.context} cached tokens", "unit",
                         *numbers, right=numbers)  # fmt: skip
@@ -149,7 +169,7 @@ def bundle_bytes(bundle: Bundle) -> int:
 
 
 def build_bytes(build: Build) -> int:
-    """What the engines of one target take on disk (none of their own for `portable`)."""
+    """The bytes of one target's engines on disk (none of their own for `portable`)."""
     return sum(record.bytes for record in build.files)
 
 

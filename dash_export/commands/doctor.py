@@ -1,22 +1,39 @@
-"""`dash-export doctor`: what this machine has, what conflicts, what to install."""
+"""`dash-export doctor`: what this machine has, what conflicts, which targets it can build and run, what to install."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.text import Text
 
-from dash_export.commands import machine
+from dash_export.builders.here import how_to_install, needs_another_machine, obstacle, run_obstacle, too_old
+from dash_export.builders.trt_api import EXTRAS
+from dash_export.commands import hardware
 from dash_export.commands.common import plain_table, print_table, result_console, size
 from dash_export.commands.jetson import jetson
-from dash_export.commands.readiness import targets
+from dash_export.errors import RecipeError
+from dash_export.runtime.backends import BACKENDS
+from dash_export.targets import Recipe, load_recipe, recipe_names
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+LOWERING = ("onnx", "onnx_ir", "ml_dtypes")
+"""Packages that building (not running) a lowered target needs beside its backend."""
+_PURPOSE = {
+    "": "the runtime",
+    "cpu": "run and build on a CPU",
+    "gpu": "ONNX Runtime on CUDA",
+    "tensorrt": "compile and run for Jetson, H100, L4",
+    "rtx": "compile for RTX cards anywhere, run there",
+    "export": "read models, write graphs",
+    "train": "train policies, PyTorch oracle",
+}
 
 
 @click.command("doctor")
@@ -39,22 +56,86 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything `doctor` prints, as plain data."""
-    packages = {name: machine.installed(name) for name in machine.PACKAGES}
-    imports = {name: machine.imported(name) for name in machine.LOADED}
-    devices = machine.cuda()
-    found = machine.problems(packages, imports, devices)
-    ort = imports["onnxruntime"]
+    packages = {name: hardware.installed(name) for name in hardware.PACKAGES}
+    imports = {name: hardware.imported(name) for name in hardware.LOADED}
+    devices, ort = hardware.cuda(), imports["onnxruntime"]
     return {
-        "system": machine.system(),
+        "system": hardware.system(),
         "jetson": jetson(),
         "cuda": devices,
         "packages": packages,
         "imports": {name: result and asdict(result) for name, result in imports.items()},
         "providers": list(ort.providers) if ort is not None else [],
-        "targets": targets(imports),
-        "missing_for_export": machine.can_export(packages),
-        "problems": [asdict(finding) for finding in found],
+        "targets": [_target(name, imports) for name in recipe_names()],
+        "missing_for_export": [
+            name for name, extra in hardware.PACKAGES.items() if extra == "export" and not packages[name]
+        ],
+        "problems": [asdict(finding) for finding in hardware.problems(packages, imports, devices)],
     }
+
+
+def _target(name: str, imports: dict[str, hardware.Import | None]) -> dict[str, Any]:
+    """A shipped target: `build` and `run` here, `kit` where `build` writes a build kit instead, why not, and the
+    install line for what is missing. `imports`: how importing each backend's package went.
+    """
+    kit, install = False, ""
+    try:
+        recipe = load_recipe(name)
+        reasons = build, run = _obstacles(recipe, imports)
+        kit = needs_another_machine(recipe) and not _missing(recipe) and find_spec("onnxruntime") is not None
+        install = _install(recipe, build, run)
+    except RecipeError as error:
+        reasons = (str(error), str(error))
+    except Exception as error:  # this machine is odd in a way nobody thought of: say so, go on with the others
+        reasons = (f"{type(error).__name__}: {error}"[: hardware.LINE],) * 2
+    # The first sentence of each: what else they say (no driver at all, the known backends) is told elsewhere.
+    said = dict.fromkeys(reason.partition(". ")[0].rstrip(".") for reason in reasons if reason is not None)
+    return {
+        "target": name,
+        "build": reasons[0] is None,
+        "run": reasons[1] is None,
+        "kit": kit,
+        "reason": "; ".join(said),
+        "install": install,
+    }
+
+
+def _obstacles(recipe: Recipe, imports: dict[str, hardware.Import | None]) -> tuple[str | None, str | None]:
+    """Why the recipe can neither be built nor run here: both None where it can."""
+    build, run = obstacle(recipe), run_obstacle(recipe)
+    package = BACKENDS[recipe.backend][1] if recipe.backend in BACKENDS else recipe.backend
+    found = imports.get(package)
+    if found is not None and found.error is not None:
+        broken = f"the package {package} cannot be imported."
+        compiles = recipe.backend != "onnxruntime_cuda"
+        build, run = build or (broken if compiles else None), run or broken
+    elif found is not None and recipe.backend == "tensorrt" and found.version is not None:
+        build = build or too_old(recipe, found.version)
+    elif found is not None and recipe.backend == "onnxruntime_cuda" and "CUDAExecutionProvider" not in found.providers:
+        run = run or "this ONNX Runtime does not offer CUDA."
+    if build is None and (missing := _missing(recipe)):
+        build = f"{', '.join(missing)} not installed."
+    return build, run
+
+
+def _missing(recipe: Recipe) -> list[str]:
+    """Packages of the `export` extra that lowering needs. The target `portable` takes graphs as they are."""
+    lowered = recipe.engine is not None or recipe.dialect != "portable"
+    return [package for package in LOWERING if find_spec(package) is None] if lowered else []
+
+
+def _install(recipe: Recipe, build: str | None, run: str | None) -> str:
+    """One line for everything that installing can put right; "" where nothing can. What a reason says to install is
+    what is missing: for a device that is not here no reason says anything.
+    """
+    extras = {"export"} if _missing(recipe) else set()
+    if build is not None and recipe.backend in EXTRAS and how_to_install(recipe) in build:
+        if not how_to_install(recipe).startswith("pip"):
+            return how_to_install(recipe)
+        extras.add(EXTRAS[recipe.backend])
+    if run is not None and recipe.backend in BACKENDS and f"[{BACKENDS[recipe.backend][2]}]" in run:
+        extras.add(BACKENDS[recipe.backend][2])
+    return f"pip install 'dash-export[{','.join(sorted(extras))}]'" if extras else ""
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -62,7 +143,7 @@ def _print(report: dict[str, Any]) -> None:
     _print_machine(console, report)
     packages = plain_table("Packages", "package", "version", "extra", "for")
     for name, version in report["packages"].items():
-        extra = machine.PACKAGES[name]
+        extra = hardware.PACKAGES[name]
         told = report["imports"].get(name) or {}
         label = f"[{extra}]" if extra else "always"
         packages.add_row(name, version or told.get("version") or "not installed", label, _PURPOSE[extra])
@@ -87,6 +168,10 @@ def _print(report: dict[str, Any]) -> None:
         click.secho("No conflicts found.", fg="green")
 
 
+def _yes(value: bool) -> Text:
+    return Text("yes", "green") if value else Text("no", "yellow")
+
+
 def _print_machine(console: Console, report: dict[str, Any]) -> None:
     system, cuda = report["system"], report["cuda"]
     table = plain_table("This machine", "", "")
@@ -103,9 +188,8 @@ def _print_machine(console: Console, report: dict[str, Any]) -> None:
         table.add_row("driver", f"{cuda['driver'] or 'unknown'}, speaks CUDA {cuda['devices'][0]['driver']}")
     else:
         table.add_row("CUDA", f"no device. {cuda['reason'] or ''}")
-    if report["jetson"]:
-        for name, value in _about_jetson(report["jetson"]):
-            table.add_row(name, value)
+    for name, value in _about_jetson(report["jetson"]) if report["jetson"] else ():
+        table.add_row(name, value)
     print_table(console, table)
 
 
@@ -127,18 +211,3 @@ def _about_clock(name: str, clock: dict[str, Any]) -> str:
     if clock["fixed"]:
         return f"{name} fixed at {clock['now']} MHz"
     return f"{name} {clock['lowest']} to {clock['highest']} MHz, now {clock['now']}"
-
-
-_PURPOSE = {
-    "": "the runtime",
-    "cpu": "run and build on a CPU",
-    "gpu": "ONNX Runtime on CUDA",
-    "tensorrt": "compile and run for Jetson, H100, L4",
-    "rtx": "compile for RTX cards anywhere, run there",
-    "export": "read models, write graphs",
-    "train": "train policies, PyTorch oracle",
-}
-
-
-def _yes(value: bool) -> Text:
-    return Text("yes", "green") if value else Text("no", "yellow")

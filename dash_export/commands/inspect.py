@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
-from dash_export.build_record import Build, Segment
+from dash_export.artifacts import open_regular
 from dash_export.bundle import Bundle
 from dash_export.commands.common import (
     build_bytes,
@@ -22,11 +23,15 @@ from dash_export.commands.common import (
     size,
     units_table,
 )
-from dash_export.commands.onnx_header import opsets
 from dash_export.decision import Unit, units_text
 from dash_export.errors import BundleError, StaleBuildError
+from dash_export.manifest import Build, Segment
 from dash_export.names import PREFILL
 from dash_export.targets import WeightsRecipe, recipe_from_dict
+
+_OPSET_IMPORT = 8
+_LONGEST_FIELD = 1 << 16
+"""Bytes of a protobuf field that are read; longer ones are passed over."""
 
 
 @click.command("inspect")
@@ -46,12 +51,7 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
                 raise
             stale.append(str(error))
     if verify:
-        here = opened.has_graphs
-        opened.verify(record for record in opened.manifest.files if here or not record.name.startswith("onnx/"))
-        opened.check_listed(None)
-        for build in builds:
-            opened.check_listed(build)
-            opened.verify(build.files)
+        _verify(opened, builds)
     facts = describe(opened, builds) | {"stale": stale}
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
@@ -66,6 +66,15 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
     if verify:
         but = ", but for the builds above, which were not looked at" if stale else ""
         click.echo(f"Every file is what was written (SHA-256){but}.")
+
+
+def _verify(bundle: Bundle, builds: list[Build]) -> None:
+    files = bundle.manifest.files
+    bundle.verify(record for record in files if bundle.has_graphs or not record.name.startswith("onnx/"))
+    bundle.check_listed(None)
+    for build in builds:
+        bundle.check_listed(build)
+        bundle.verify(build.files)
 
 
 def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
@@ -86,64 +95,110 @@ def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
 def graph_kinds(bundle: Bundle) -> list[dict[str, Any]]:
     """The graphs by kind: layer_00 .. layer_29 are one row."""
     sizes = {record.name: record.bytes for record in bundle.manifest.files}
-    rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"count": 0, "bytes": 0, "opset": {}})
+    rows: dict[str, dict[str, Any]] = {}
     for name, file in bundle.manifest.graphs.items():
-        row = rows[name.partition("_")[0]]
-        row["count"] += 1
-        row["bytes"] += sizes.get(file, 0) + sizes.get(file.removesuffix(".onnx") + ".data", 0)
-        if not row["opset"]:
+        kind = name.partition("_")[0]
+        if kind not in rows:
             try:
-                row["opset"] = {domain or "ai.onnx": version for domain, version in opsets(bundle.path(file)).items()}
+                found = opsets(bundle.path(file))
             except (OSError, ValueError) as error:
                 raise BundleError(
                     f"{bundle.root}: {file} cannot be read ({error}). The bundle is damaged: export it again."
                 ) from error
-    return [{"kind": kind, **row} for kind, row in rows.items()]
+            opset = {domain or "ai.onnx": version for domain, version in found.items()}
+            rows[kind] = {"kind": kind, "count": 0, "bytes": 0, "opset": opset}
+        rows[kind]["count"] += 1
+        rows[kind]["bytes"] += sizes.get(file, 0) + sizes.get(file.removesuffix(".onnx") + ".data", 0)
+    return list(rows.values())
+
+
+def opsets(path: Path) -> dict[str, int]:
+    """Domain ("" is ONNX's own) -> version of an .onnx file, without the onnx package: in ModelProto (onnx.proto) field
+    8 is a repeated OperatorSetIdProto {1: domain, 2: version}. Raises ValueError for what is not an ONNX file, OSError
+    for no file.
+    """
+    found = {}
+    with open_regular(path) as file:
+        for number, value in _fields(file, os.fstat(file.fileno()).st_size):
+            if number == _OPSET_IMPORT and isinstance(value, bytes):
+                entry = dict(_fields(io.BytesIO(value), len(value)))
+                domain, version = entry.get(1, b""), entry.get(2, 0)
+                if not isinstance(domain, bytes) or not isinstance(version, int):
+                    raise ValueError("not an ONNX opset")
+                found[domain.decode("utf-8")] = version
+    return found
+
+
+def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of the integer and bytes fields of a protobuf message; long ones are passed over."""
+    while file.tell() < end:
+        tag = _varint(file)
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            yield number, _varint(file)
+        elif kind in (1, 5):
+            file.seek(8 if kind == 1 else 4, os.SEEK_CUR)
+        elif kind == 2 and (length := _varint(file)) < _LONGEST_FIELD:
+            yield number, file.read(length)
+        elif kind == 2:
+            file.seek(length, os.SEEK_CUR)
+        else:
+            raise ValueError("not an ONNX file")
+
+
+def _varint(file: BinaryIO) -> int:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)
+        if not byte:
+            break
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+    raise ValueError("not an ONNX file: cut short")
 
 
 def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
     recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
+    engines, cost = build.engines, build.cost
     return {
         "backend": f"{build.backend} {build.backend_version}",
         "device": build.device,
         "recipe": recipe.as_dict(),
         "bytes": build_bytes(build),
-        "engines": len(build.engines),
-        "context": build.cost.context,
-        "dense_us": build.cost.dense_us,
-        "segments": [_segment(build, recipe.weights, segment) for segment in build.segments],
-        "units": [_unit(build, place, unit) for place, unit in enumerate(units)],
-        "others": build.cost.others,
-        "stolen": build.cost.stolen,
-        "prefill_bytes": build.engines[PREFILL].bytes if PREFILL in build.engines else 0,
+        "engines": len(engines),
+        "context": cost.context,
+        "dense_us": cost.dense_us,
+        "segments": [
+            {
+                "name": segment.name,
+                "gated": segment.gated,
+                "precision": precision(recipe.weights, segment),
+                "bytes": engines[segment.name].bytes if segment.name in engines else 0,
+                "run_us": cost.segment_us.get(segment.name),
+            }
+            for segment in build.segments
+        ],
+        "units": [
+            {
+                "unit": str(unit),
+                "layers": len(unit.layers),
+                "bypass_bytes": engines[unit.bypass].bytes,
+                "bypass_us": cost.bypass_us.get(unit.bypass),
+                "cost": saved,
+            }
+            for unit, saved in zip(units, cost.cost, strict=True)
+        ],
+        "others": cost.others,
+        "stolen": cost.stolen,
+        "prefill_bytes": engines[PREFILL].bytes if PREFILL in engines else 0,
         "dial": [asdict(point) for point in build.dial],
         "seconds": build.seconds,
     }
 
 
-def _segment(build: Build, weights: WeightsRecipe, segment: Segment) -> dict[str, Any]:
-    engine = build.engines.get(segment.name)
-    return {
-        "name": segment.name,
-        "gated": segment.gated,
-        "precision": precision(weights, segment),
-        "bytes": engine.bytes if engine else 0,
-        "run_us": build.cost.segment_us.get(segment.name),
-    }
-
-
-def _unit(build: Build, place: int, unit: Unit) -> dict[str, Any]:
-    return {
-        "unit": str(unit),
-        "layers": len(unit.layers),
-        "bypass_bytes": build.engines[unit.bypass].bytes,
-        "bypass_us": build.cost.bypass_us.get(unit.bypass),
-        "cost": build.cost.cost[place],
-    }
-
-
 def precision(weights: WeightsRecipe, segment: Segment) -> str:
-    """What the recipe says of a segment's weights: "int4, qkv int8", "embedding int8; int8"."""
+    """The weights of a segment as the recipe has them: "int4, qkv int8", "embedding int8; int8"."""
     parts = []
     if segment.embed:
         parts.append(f"embedding {weights.embedding}")
@@ -202,14 +257,10 @@ def _print_build(build: Build, units: Sequence[Unit], facts: dict[str, Any]) -> 
     if units:
         print_table(console, units_table(build, units))
     dense = f"{build.cost.dense_us / 1000:.2f} ms/token at {build.cost.context} cached tokens"
-    measured = bool(build.cost.segment_us)
-    click.echo(
-        f"Measured on {build.device}: dense {dense}." if measured else f"For {build.device}; costs not measured."
-    )
-    click.echo(
-        "Size: what an engine reads of its files. Saved: units of as many layers share a figure.\n"
-        + (build.cost.disturbed and f"{build.cost.disturbed}\n")
-    )
+    measured = f"Measured on {build.device}: dense {dense}."
+    click.echo(measured if build.cost.segment_us else f"For {build.device}; costs not measured.")
+    click.echo("Size: what an engine reads of its files. Saved: units of as many layers share a figure.")
+    click.echo(build.cost.disturbed and f"{build.cost.disturbed}\n")
     if facts["prefill_bytes"]:
         click.echo(
             f"Prompts, but for their first positions, go through one engine in int8: {size(facts['prefill_bytes'])}.\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dash_export.commands import asking
-from dash_export.commands.asking import LINE, ask, read
+from dash_export.commands import hardware
+from dash_export.commands.hardware import LINE, ask, read
 
 # Jetson Linux (L4T) release -> JetPack.
 JETPACK = {
@@ -96,9 +96,9 @@ def _clocks() -> dict[str, dict[str, Any]]:
     if "GPU" in clocks:
         return clocks
     # 17000000.gpu and 17000000.ga10b on Orin, gpu-gpc-0 on Thor
-    folder = asking.ROOT / "sys/class/devfreq"
+    folder = hardware.ROOT / "sys/class/devfreq"
     gpus = sorted(path for pattern in ("*.gpu", "*.ga10b", "gpu-gpc-*") for path in folder.glob(pattern))
-    places = [("CPU", asking.ROOT / "sys/devices/system/cpu/cpu0/cpufreq", "scaling_{}_freq", 1000)]
+    places = [("CPU", hardware.ROOT / "sys/devices/system/cpu/cpu0/cpufreq", "scaling_{}_freq", 1000)]
     places += [("GPU", path, "{}_freq", 1_000_000) for path in gpus[:1]]
     for name, path, file, unit in places:
         low, high, now = (read(path / file.format(which)) for which in ("min", "max", "cur"))

@@ -13,7 +13,7 @@ import click
 from dash_export.artifacts import Progress
 
 PLAIN_LINES = 10
-"""How many lines a measured step prints where there is no terminal, but that a long one prints one every MINUTE."""
+"""Lines that a measured step prints where there is no terminal; but a long one prints one every MINUTE."""
 MINUTE = 60.0
 
 
@@ -79,7 +79,7 @@ def _lines(title: str) -> Iterator[Progress]:
 
 
 def _left(done: int, total: int, first: int, began: float, now: float) -> str:
-    """How long it still takes, of what goes on for minutes, at the pace since it began (or was resumed)."""
+    """Minutes left, of what goes on for minutes, at the pace since it began (or was resumed)."""
     if now - began < MINUTE or done <= first:
         return ""
     minutes = (now - began) / (done - first) * (total - done) / 60

@@ -6,26 +6,47 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from dash_export.commands.common import choose_target
-from dash_export.commands.run_asking import Asking
-from dash_export.commands.run_batch import answer_all, read_prompts
-from dash_export.commands.setting import setting_options
+from dash_export.cli import printable
+from dash_export.commands.common import choose_target, setting_options
 from dash_export.decision import Setting
-from dash_export.errors import RequestError
+from dash_export.errors import DashError, RequestError
 from dash_export.targets import MAX_THREADS, Dispatch
-from dash_export.text_files import read_stream
+from dash_export.text_files import read_stream, read_text
 
 if TYPE_CHECKING:
-    from dash_export.runtime import DashRuntime, Response, Sampling
+    from dash_export.runtime import Batch, Response, Sampling, Session
 
 BATCH = 8
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options for every prompt of this call. `max_tokens` None: the library's default; `templated`: prompts are put
+    into the model's chat template.
+    """
+
+    session: Session
+    sampling: Sampling
+    max_tokens: int | None
+    system: str | None
+    templated: bool
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """A conversation's beginning."""
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return [*system, {"role": "user", "content": prompt}]
+
+    def encode(self, prompt: str) -> list[int]:
+        text, limit = self.session.text, self.session.context_left
+        return text.chat(self.messages(prompt), limit) if self.templated else text.encode(prompt, limit=limit)
 
 
 @click.command("run")
@@ -63,100 +84,65 @@ BATCH = 8
 def command(
     bundle: Path, prompt: str | None, prompts: Path | None, batch: int | None, raw: bool, chat: bool,
     system: str | None, target: str | None, threads: int | None, dispatch: str | None, max_tokens: int | None,
-    show_skips: bool, as_json: bool,
-    setting: Setting, **options: Any,
+    show_skips: bool, as_json: bool, setting: Setting, **sampling: Any,
 ) -> None:  # fmt: skip
     """Answer PROMPT (or standard input, or every line of --prompts) with a built bundle; figures go to stderr.
 
     The prompt is put into the model's chat template when it has one; --raw gives plain text.
     """
-    _check_usage(prompt, prompts, batch, chat, raw, as_json, show_skips, system)
-    many = read_prompts(prompts) if prompts is not None else []
-    text = "" if chat or many else _prompt_text(prompt)
+    given = {
+        "PROMPT": prompt is not None, "--prompts": prompts is not None, "--chat": chat, "--json": as_json,
+        "--raw": raw, "--show-skips": show_skips, "--system": system is not None, "--batch": batch is not None,
+    }  # fmt: skip
+    _check_usage({name for name, there in given.items() if there})
+    if chat:
+        many, text = [], prompt
+    elif prompts is not None:
+        many, text = read_prompts(prompts), None
+    else:
+        many, text = [], read_stream(sys.stdin).removesuffix("\n") if prompt in (None, "-") else prompt
+    if text is not None and not text.strip():
+        raise RequestError("The prompt is empty: give at least one word.")
     setting.check()
-    runtime = _load(bundle, target, threads, dispatch)
+
+    from dash_export.bundle import Bundle
+    from dash_export.commands.run_chat import converse, print_answer
+    from dash_export.runtime import DashRuntime, Sampling
+
+    target = choose_target(Bundle.open(bundle), target)
+    runtime = DashRuntime.load(bundle, target, dispatch=dispatch, threads=threads)
     templated = runtime.text.template is not None and not raw
     if system is not None and not templated:
         raise RequestError(
             "This model has no chat template, so there is no place for --system: put it into the prompt."
         )
-    asking = Asking(runtime.session_with(setting), _sampling(options), max_tokens, system)
+    options = RunOptions(runtime.session_with(setting), Sampling(**sampling), max_tokens, system, templated)
     if chat:
-        from dash_export.commands.run_chat import converse
-
-        if prompt is not None and not prompt.strip():
-            raise RequestError("The prompt is empty: give at least one word.")
-        converse(asking, show_skips, prompt)
-        return
-    if many:
-        answer_all(
-            runtime.batch_with(setting, min(batch or BATCH, len(many))),
-            many,
-            lambda each: _encode(asking, each, templated, asking.session.context_left),
-            max_tokens,
-            asking.sampling,
-            _as_dict if as_json else None,
-        )
-        return
-    ids = _encode(asking, text, templated, asking.session.context_left)
-    stream = asking.session.stream(ids, asking.max_tokens, asking.sampling)
-    if as_json:
-        click.echo(json.dumps(_as_dict(list(stream)), ensure_ascii=False))
-        return
-    from dash_export.commands.run_output import print_stream
-
-    print_stream(stream, runtime, show_skips)
+        converse(options, show_skips, text)
+    elif many:
+        answer_all(runtime.batch_with(setting, min(batch or BATCH, len(many))), many, options, as_json)
+    else:
+        stream = options.session.stream(options.encode(text or ""), max_tokens, options.sampling)
+        if as_json:
+            click.echo(json.dumps(_as_dict(list(stream)), ensure_ascii=False))
+        else:
+            print_answer(stream, options.session, show_skips)
 
 
-def _check_usage(
-    prompt: str | None, prompts: Path | None, batch: int | None, chat: bool, raw: bool, as_json: bool,
-    show_skips: bool, system: str | None,
-) -> None:  # fmt: skip
-    many = ("--prompts", prompts is not None)
-    pairs = (
-        (*many, "PROMPT", prompt is not None),
-        (*many, "--chat", chat),
-        (*many, "--show-skips", show_skips),
-        ("--chat", chat, "--json", as_json),
-        ("--chat", chat, "--raw", raw),
-        ("--json", as_json, "--show-skips", show_skips),
-        ("--raw", raw, "--system", system is not None),
-    )
-    for first, has_first, second, has_second in pairs:
-        if has_first and has_second:
-            raise click.UsageError(f"{first} and {second} exclude each other.")
-    if batch is not None and prompts is None:
+def _check_usage(given: set[str]) -> None:
+    for first, others in (
+        ("--prompts", ("PROMPT", "--chat", "--show-skips")),
+        ("--chat", ("--json", "--raw")),
+        ("--json", ("--show-skips",)),
+        ("--raw", ("--system",)),
+    ):
+        for second in others:
+            if {first, second} <= given:
+                raise click.UsageError(f"{first} and {second} exclude each other.")
+    if "--batch" in given and "--prompts" not in given:
         raise click.UsageError("--batch is for --prompts.")
-    if prompt is None and prompts is None and not chat and sys.stdin.isatty():
+    if not {"PROMPT", "--prompts", "--chat"} & given and sys.stdin.isatty():
         raise click.UsageError("Give a prompt, pipe one in, or start a conversation with --chat.")
-
-
-def _prompt_text(prompt: str | None) -> str:
-    if prompt is None or prompt == "-":
-        prompt = read_stream(sys.stdin).removesuffix("\n")
-    if not prompt.strip():
-        raise RequestError("The prompt is empty: give at least one word.")
-    return prompt
-
-
-def _load(folder: Path, target: str | None, threads: int | None, dispatch: str | None) -> DashRuntime:
-    from dash_export.bundle import Bundle
-    from dash_export.runtime import DashRuntime
-
-    target = choose_target(Bundle.open(folder), target)
-    return DashRuntime.load(folder, target, dispatch=dispatch, threads=threads)
-
-
-def _sampling(options: Mapping[str, Any]) -> Sampling:
-    from dash_export.runtime import Sampling
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-    return Sampling(**{name: options[name] for name in names})
-
-
-def _encode(asking: Asking, prompt: str, templated: bool, limit: int = sys.maxsize) -> list[int]:
-    text = asking.session.text
-    return text.chat(asking.messages(prompt), limit) if templated else text.encode(prompt, limit=limit)
 
 
 def _as_dict(responses: Sequence[Response]) -> dict[str, object]:
@@ -172,3 +158,66 @@ def _as_dict(responses: Sequence[Response]) -> dict[str, object]:
         "statistics": figures,
         "actions": [response.actions.nonzero()[0].tolist() for response in responses],
     }
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read one prompt per line; blank lines are left out. Raises RequestError where there is nothing to ask."""
+    text = read_stream(sys.stdin) if path == Path("-") else read_text(path, pipe=True)
+    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise RequestError(f"{path} has no prompt: give one per line.")
+    return prompts
+
+
+def answer_all(batch: Batch, prompts: list[str], options: RunOptions, as_json: bool) -> None:
+    """Print every answer when it is whole, as text or as one JSON line; the figures of all go to stderr, and so does
+    why a prompt has none. Raises RequestError at the end where there is such a prompt.
+    """
+    failed: set[int] = set()
+
+    def refuse(index: int, error: DashError) -> None:
+        failed.add(index)
+        click.echo(printable(f"{index}: the prompt {prompts[index][:40]!r} has no answer. {error}"), err=True)
+
+    encoded = _encode_all(prompts, options, refuse)
+    indices, began, count = list(encoded), time.perf_counter(), 0
+    answers: dict[int, list[Response]] = {index: [] for index in indices}
+    for position, response in batch.stream(encoded.values(), options.max_tokens, options.sampling):
+        index = indices[position]
+        if response.error is not None:
+            refuse(index, response.error)
+            continue
+        count += 1
+        answers[index].append(response)
+        if response.finish_reason is not None:
+            _print_one(index, prompts[index], answers.pop(index), as_json)
+    seconds = time.perf_counter() - began
+    steps = max(1, batch.counters.decode_steps)
+    click.echo(
+        f"[{len(prompts) - len(failed)} answers, {count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s in "
+        f"all, up to {batch.size} at a time, {batch.counters.layers_run / steps:.1f} layers/step]",
+        err=True,
+    )
+    if failed:
+        raise RequestError(f"{len(failed)} of {len(prompts)} prompts have no answer: why stands above.")
+
+
+def _encode_all(
+    prompts: list[str], options: RunOptions, refuse: Callable[[int, DashError], None]
+) -> dict[int, list[int]]:
+    encoded = {}
+    for index, prompt in enumerate(prompts):
+        try:
+            encoded[index] = options.encode(prompt)
+        except DashError as error:
+            refuse(index, error)
+    return encoded
+
+
+def _print_one(index: int, prompt: str, responses: list[Response], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"index": index, **_as_dict(responses)}, ensure_ascii=False))
+        return
+    answer = "".join(piece.text for piece in responses)
+    click.secho(f"{index}: {prompt}", bold=True)
+    click.echo((printable(answer) if sys.stdout.isatty() else answer) + "\n")

@@ -1,4 +1,4 @@
-"""`dash-export run --chat`: the conversation loop. Ctrl-C stops the answer, not the program."""
+"""Answers of `dash-export run` on a terminal: streamed, coloured by the layers run; a conversation."""
 
 from __future__ import annotations
 
@@ -9,28 +9,96 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
+from rich.text import Text
 
-from dash_export.commands.run_output import Shading, answer_console, figures, is_coloured, print_piece
+from dash_export.cli import printable
 from dash_export.errors import DashError, RequestError
 
 if TYPE_CHECKING:
-    from dash_export.commands.run_asking import Asking
-    from dash_export.runtime import Session
+    from dash_export.commands.run import RunOptions
+    from dash_export.runtime import Response, Session
 
 HINT = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
+LONGEST_LINE = 1 << 20
+HEAT = ("blue", "cyan", "green", "yellow", "red")
+"""Cold to hot: from the layers that always run to all of them."""
 
 
-def converse(asking: Asking, show_skips: bool, first: str | None) -> None:
-    """Read, answer, repeat, until /quit or the end of input."""
-    conversation = Conversation(asking, show_skips)
-    said = first
+class AnswerPrinter:
+    """Prints streamed pieces on stdout as they are: no wrapping, no colours guessed into text. With `show_skips` each
+    token has a colour by the layers it ran, or a mark where there are no colours (no terminal, NO_COLOR).
+    """
+
+    def __init__(self, session: Session, show_skips: bool) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._coloured = self._console.is_terminal and not self._console.no_color
+        self._show_skips = show_skips
+        self._num_layers = session.engines.model.num_layers
+        self._gated = sum(len(unit.layers) for unit in session.engines.units)
+
+    def print(self, stream: Iterator[Response]) -> str:
+        """Print an answer and, on stderr, the line of its figures. Returns the answer."""
+        pieces = []
+        for response in stream:
+            self._print_piece(response)
+            pieces.append(response.text)
+        self._console.print()
+        click.echo(self._figures(response), err=True)
+        return "".join(pieces)
+
+    def _print_piece(self, response: Response) -> None:
+        piece = printable(response.text) if self._console.is_terminal else response.text
+        skipped = int(response.actions.sum())
+        if not self._show_skips:
+            self._console.file.write(piece)
+        elif self._coloured:
+            hottest = len(HEAT) - 1
+            heat = (self._gated - skipped) * hottest // max(1, self._gated)
+            self._console.print(Text(piece, HEAT[min(hottest, heat)]), end="")
+        else:
+            self._console.file.write(f"{piece}‹{self._num_layers - skipped}›")
+        self._console.file.flush()
+
+    def print_legend(self) -> None:
+        """Say what the colours or marks mean, where there are any."""
+        if self._show_skips and self._coloured:
+            least, steps = self._num_layers - self._gated, len(HEAT) - 1
+            parts = [f"[{name}]{least - (-place * self._gated // steps)}[/]" for place, name in enumerate(HEAT)]
+            self._console.print("[dim]layers run, from:[/] " + " ".join(parts))
+        elif self._show_skips:
+            self._console.print(f"(‹n›: the token before ran n of {self._num_layers} layers)")
+
+    def _figures(self, last: Response) -> str:
+        """One line: speed, layers, prefill, why it ended."""
+        statistics = last.statistics
+        parts = [f"{statistics.tokens} tokens"]
+        if statistics.decode_steps:
+            parts.append(f"{statistics.tokens_per_second:.1f} tokens/s")
+            parts.append(f"{statistics.layers_per_token:.1f} of {self._num_layers} layers/token")
+        parts.append(f"prefill {1000 * statistics.prefill_seconds:.0f} ms for {statistics.prompt_tokens} tokens")
+        return f"[{', '.join(parts)}; ended by {last.finish_reason}]"
+
+
+def print_answer(stream: Iterator[Response], session: Session, show_skips: bool) -> None:
+    """Print one answer as it comes, then its figures on stderr."""
+    printer = AnswerPrinter(session, show_skips)
+    printer.print(stream)
+    printer.print_legend()
+
+
+def converse(options: RunOptions, show_skips: bool, first: str | None) -> None:
+    """Read, answer, repeat, until /quit or the end of input. Ctrl-C stops the answer, not the program."""
+    click.echo(HINT, err=True)
+    conversation = Conversation(options, show_skips)
+    line = first
     while True:
         try:
-            line = said if said is not None else _read()
-            said = None
+            line = line if line is not None else _read()
             if line is None or line.strip() == "/quit":
                 return
-            conversation.hear(line.strip())
+            said, line = line, None
+            conversation.hear(said.strip())
         except KeyboardInterrupt:  # nothing to stop: not answering
             click.echo(f"\n{HINT}", err=True)
 
@@ -41,61 +109,45 @@ def _read() -> str | None:
         if sys.stdin.isatty():
             return input("> ")
         line = sys.stdin.readline(LONGEST_LINE + 1)
-        if len(line) > LONGEST_LINE:
-            raise RequestError(f"A line has over {LONGEST_LINE} letters: give less at a time.")
-        return line.removesuffix("\n") if line else None
     except EOFError:
         return None
     except UnicodeDecodeError as error:
         raise RequestError(f"What was typed is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-
-
-LONGEST_LINE = 1 << 20
+    if len(line) > LONGEST_LINE:
+        raise RequestError(f"A line has over {LONGEST_LINE} letters: give less at a time.")
+    return line.removesuffix("\n") if line else None
 
 
 class Conversation:
-    """The messages so far, and how an answer is shown."""
+    """The messages so far."""
 
-    def __init__(self, asking: Asking, show_skips: bool) -> None:
-        self._asking = asking
+    def __init__(self, options: RunOptions, show_skips: bool) -> None:
+        self._options = options
         self._messages: list[dict[str, str]] = []
-        self._console = answer_console()
-        self._num_layers = asking.session.engines.model.num_layers
-        of_units = sum(len(unit.layers) for unit in asking.session.engines.units)
-        self._shading = Shading(self._num_layers, of_units) if show_skips else None
-        click.echo(HINT, err=True)
-        if self._shading is not None:
-            self._console.print(self._shading.legend(is_coloured(self._console)))
+        self._printer = AnswerPrinter(options.session, show_skips)
+        self._printer.print_legend()
 
     def hear(self, line: str) -> None:
-        """A command or a message. A turn that fails (no room left in the context) is told and taken back."""
+        """Obey a command or answer a message. A turn that fails (no room left in the context) is told and taken
+        back.
+        """
+        options = self._options
         if line == "/reset":
-            self._asking.session.reset()
+            options.session.reset()
             self._messages = []
             click.echo("Forgotten.", err=True)
         elif line.startswith("/"):
             click.echo(f"There is no command {line.split()[0]!r}. {HINT}", err=True)
         elif line:
-            asked = (
-                [*self._messages, {"role": "user", "content": line}] if self._messages else self._asking.messages(line)
-            )
+            follows = [*self._messages, {"role": "user", "content": line}]
+            asked = follows if self._messages else options.messages(line)
             try:
-                answer = self._answer(asked)
+                with _stopping(options.session):
+                    answer = self._printer.print(options.session.chat(asked, options.max_tokens, options.sampling))
             except DashError as error:
                 click.echo(f"Error: {error}\nStart again with /reset.", err=True)
                 return
             self._messages = [*asked, {"role": "assistant", "content": answer}]
-
-    def _answer(self, messages: list[dict[str, str]]) -> str:
-        session = self._asking.session
-        pieces: list[str] = []
-        with _stopping(session):
-            for response in session.chat(messages, self._asking.max_tokens, self._asking.sampling):
-                print_piece(self._console, response, self._shading)
-                pieces.append(response.text)
-        self._console.print()
-        click.echo(figures(response.statistics, self._num_layers, response.finish_reason), err=True)
-        return "".join(pieces)
 
 
 @contextmanager

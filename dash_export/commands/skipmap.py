@@ -8,8 +8,7 @@ import click
 
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import choose_target
-from dash_export.commands.setting import setting_options
+from dash_export.commands.common import choose_target, setting_options
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 
-from dash_export.build_record import Build
 from dash_export.decision import Setting, trade_off_for
 from dash_export.evaluation.results import Result
+from dash_export.manifest import Build
 
 TOLERANCE = 0.02
 """Of what is to be saved."""

@@ -1,6 +1,6 @@
 """The plug-in of `polygraphy run` (entry point group `polygraphy.run.plugins`): options, and the code they stand for.
 
-Polygraphy loads this at every `polygraphy run`, of whatever: what runs a bundle is imported by the generated code.
+Polygraphy loads this at every `polygraphy run`, of whatever: what runs a bundle is imported when `--dash` is there.
 """
 
 from __future__ import annotations
@@ -18,21 +18,38 @@ from polygraphy.tools.args.base import BaseArgs, BaseRunnerArgs
 from polygraphy.tools.script import make_invocable
 
 from dash_export.bundle import MANIFEST, Bundle
-from dash_export.decision import Setting
-from dash_export.errors import BackendError
-from dash_export.polygraphy.errors import told_by_polygraphy
+from dash_export.decision import Setting, parse_layers
+from dash_export.errors import BackendError, PolicyError
+from dash_export.names import DEFAULT_TARGET
+from dash_export.polygraphy import polygraphy_errors
 
 if TYPE_CHECKING:
-    from dash_export.polygraphy.engines import EngineFacts
+    from dash_export.polygraphy.runners import EngineFacts
 
-DEFAULT_TARGET = "cpu"
 DEFAULT_CONTEXT = 64
-_SETTING = ("policy", "skip", "trade_off", "budget", "skipped", "max_kl", "max_layers")
 
 
 def arg_groups() -> list[BaseArgs]:
-    """What Polygraphy asks a plug-in for."""
+    """Return the groups of options, as Polygraphy asks for them."""
     return [DashRunnerArgs()]
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return parse_layers(text)
+    except PolicyError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+_SETTING: dict[str, tuple[Any, str]] = {
+    "policy": (str, "who decides, as in `dash-export run --policy`. Default: dense"),
+    "skip": (_layers, "skip these layers, whole units, like 8-10"),
+    "trade_off": (float, "skip a unit where damage < trade-off * cost"),
+    "budget": (float, "mean decode time wanted, as a fraction of dense"),
+    "skipped": (float, "mean number of layers skipped per token"),
+    "max_kl": (float, "mean KL from dense allowed, nats per token"),
+    "max_layers": (int, "no token runs more layers than this"),
+}
 
 
 class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
@@ -56,48 +73,30 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
 
     def add_parser_args_impl(self) -> None:
         add = self.group.add_argument
-        add("--dash-target", help="The build to run, like cpu or cpu-fp32. Default: cpu.", default=DEFAULT_TARGET)
+        add(
+            "--dash-target",
+            help=f"The build to run, like cpu or cpu-fp32. Default: {DEFAULT_TARGET}.",
+            default=DEFAULT_TARGET,
+        )
         add(
             "--dash-segment",
             metavar="ENGINE",
             help="Run one engine of the build, like layers_05-07, bypass_05-07 or layers_00-04, with the inputs and "
             "outputs of its portable graph; --onnxrt then runs that graph.",
         )
-        add(
-            "--dash-tokens",
-            type=int,
-            default=1,
-            metavar="N",
-            help="New tokens: one step of an engine, or as many whole steps, timed together. Default: 1.",
-        )
-        add(
-            "--dash-context",
-            type=int,
-            default=DEFAULT_CONTEXT,
-            metavar="N",
-            help=f"Tokens before them, in the KV cache. Default: {DEFAULT_CONTEXT}.",
-        )
-        add("--dash-policy", help="Whole steps: who decides, as in `dash-export run --policy`. Default: dense.")
-        add(
-            "--dash-skip",
-            type=_layers,
-            metavar="LAYERS",
-            help="Whole steps: skip these layers, whole units, like 8-10.",
-        )
-        for name, kind, words in (
-            ("trade-off", float, "skip a unit where damage < trade-off * cost"),
-            ("budget", float, "mean decode time wanted, as a fraction of dense"),
-            ("skipped", float, "mean number of layers skipped per token"),
-            ("max-kl", float, "mean KL from dense allowed, nats per token"),
-            ("max-layers", int, "no token runs more layers than this"),
+        for name, default, words in (
+            ("tokens", 1, "New tokens: one step of an engine, or as many whole steps, timed together."),
+            ("context", DEFAULT_CONTEXT, "Tokens before them, in the KV cache."),
         ):
-            add(f"--dash-{name}", type=kind, help=f"Whole steps: {words}.")
+            add(f"--dash-{name}", type=int, default=default, metavar="N", help=f"{words} Default: {default}.")
+        for name, (kind, words) in _SETTING.items():
+            add(f"--dash-{name.replace('_', '-')}", type=kind, help=f"Whole steps: {words}.")
 
     def parse_impl(self, args: argparse.Namespace) -> None:
         """Attributes: bundle and target (str), engine (its name, or None for whole steps), tokens, context, setting
         (what is not None of `Setting`).
         """
-        runners = list(self.arg_groups[RunnerSelectArgs].runners.keys())
+        runners = set(self.arg_groups[RunnerSelectArgs].runners.keys())
         if "dash" not in runners:
             return
         self.target, self.tokens, self.context = args.dash_target, args.dash_tokens, args.dash_context
@@ -105,39 +104,39 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         self.setting = {name: value for name, value in given.items() if value is not None}
         root, graph = _bundle_of(self.arg_groups[ModelArgs].path)
         self.bundle, self.engine = str(root), args.dash_segment or graph
-        with told_by_polygraphy():
+        with polygraphy_errors():
             bundle = Bundle.open(root)
-            build = bundle.load_build(self.target)
             if self.engine is None:
-                from dash_export.runtime.kinds import session_rules
-
-                self._check_whole_step(runners)
-                # Now, and not when all engines are loaded.
-                session_rules(Setting(**self.setting), bundle.manifest.model, bundle.manifest.policy, build)
+                self._check_whole_steps(bundle, runners - {"dash"})
             else:
-                from dash_export.polygraphy.engines import find_engine
-
-                self._check_engine()
-                facts = find_engine(bundle, build, self.engine)
-                if set(runners) != {"dash"}:
-                    self._give_portable_graph(bundle, facts, keep=bool(args.gen_script))
+                self._check_engine(bundle, self.engine, runners - {"dash"}, keep=bool(args.gen_script))
         self._give_inputs()
 
-    def _check_whole_step(self, runners: list[str]) -> None:
-        others = [name for name in runners if name != "dash"]
+    def _check_whole_steps(self, bundle: Bundle, others: set[str]) -> None:
+        """Now, and not when all engines are loaded."""
+        from dash_export.runtime.kinds import session_rules
+
         if others:
             G_LOGGER.critical(
-                f"A whole step is no one graph that --{others[0]} could run: name an engine with --dash-segment, or "
+                f"A whole step is no one graph that --{min(others)} could run: name an engine with --dash-segment, or "
                 "save one run with --save-outputs and compare another with --load-outputs."
             )
+        build, manifest = bundle.load_build(self.target), bundle.manifest
+        session_rules(Setting(**self.setting), manifest.model, manifest.policy, build)
 
-    def _check_engine(self) -> None:
-        if self.setting:
-            wrong = next(iter(self.setting)).replace("_", "-")
-            G_LOGGER.critical(f"--dash-{wrong} is for whole steps: leave out --dash-segment, and give the bundle.")
+    def _check_engine(self, bundle: Bundle, engine: str, others: set[str], keep: bool) -> None:
+        from dash_export.polygraphy.runners import find_engine
+
+        for name in self.setting:
+            G_LOGGER.critical(
+                f"--dash-{name.replace('_', '-')} is for whole steps: leave out --dash-segment, and give the bundle."
+            )
+        facts = find_engine(bundle, bundle.load_build(self.target), engine)
+        if others:
+            self._give_portable_graph(bundle, facts, keep)
 
     def _give_portable_graph(self, bundle: Bundle, facts: EngineFacts, keep: bool) -> None:
-        """What the other runners run. A merged segment's graph is written to a temporary folder first, which a
+        """Let the other runners run it. A merged segment's graph is written to a temporary folder first, which a
         generated script (`keep`) goes on to need.
         """
         try:
@@ -154,16 +153,15 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         model.model_type = ModelArgs.ModelType("onnx")
 
     def _give_inputs(self) -> None:
-        """Ours in place of random numbers, where no others were asked for."""
+        """Put ours in the place of random numbers, where no others were asked for."""
         loader = self.arg_groups[DataLoaderArgs]
         if not loader.is_using_random_data():
             return
         if loader.val_range is not None or self.arg_groups[ModelArgs].input_shapes:
             G_LOGGER.warning("--val-range and --input-shapes have no effect on --dash: its inputs are a real text's.")
-        iterations = loader.iterations or 1
-        place = [self.bundle, *([] if self.engine is None else [self.target, self.engine])]
-        kind = "StepInputs" if self.engine is None else "EngineInputs"
-        self.arg_groups[DataLoaderArgs] = DashInputArgs(loader, kind, [*place, self.tokens, self.context, iterations])
+        kind, place = ("StepInputs", []) if self.engine is None else ("EngineInputs", [self.target, self.engine])
+        steps = [self.tokens, self.context, loader.iterations or 1]
+        self.arg_groups[DataLoaderArgs] = DashInputArgs(loader, kind, [self.bundle, *place, *steps])
 
     def add_to_script_impl(self, script: Any) -> None:
         if self.engine is None:
@@ -187,7 +185,7 @@ class DashInputArgs(DataLoaderArgs):  # type: ignore[misc]
         self._kind, self._arguments = kind, arguments
 
     def add_to_script_impl(self, script: Any, user_input_metadata_str: Any = None) -> Any:  # noqa: ARG002
-        script.add_import(imports=[self._kind], frm="dash_export.polygraphy.inputs")
+        script.add_import(imports=[self._kind], frm="dash_export.polygraphy.runners")
         return script.set_data_loader(make_invocable(self._kind, *self._arguments))
 
     def is_using_random_data(self) -> bool:
@@ -195,21 +193,10 @@ class DashInputArgs(DataLoaderArgs):  # type: ignore[misc]
 
 
 def _bundle_of(model: str | None) -> tuple[Path, str | None]:
-    """The bundle, and the graph's name where the model is a portable graph of it."""
+    """Return the bundle, and the graph's name where the model is a portable graph of it."""
     if model is None:
         G_LOGGER.critical("--dash needs a bundle: polygraphy run my.dash --dash")
     path = Path(str(model))
     if path.suffix == ".onnx" and (path.parent.parent / MANIFEST).is_file():
         return path.parent.parent, path.stem
     return path, None
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    import click
-
-    from dash_export.commands.common import LayerList
-
-    try:
-        return LayerList().convert(text, None, None)
-    except click.BadParameter as error:
-        raise argparse.ArgumentTypeError(error.message) from error

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dash_export.build_record import Build
 from dash_export.evaluation.pictures import LOOKS, OTHER_LOOKS, STYLE
+from dash_export.manifest import Build
 from dash_export.profiling.results import PARTS, LaneProfile
 
 if TYPE_CHECKING:

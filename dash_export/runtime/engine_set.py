@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from dash_export.build_record import MIXED, POLICY, Build, Segment
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BundleError
-from dash_export.manifest import DAMAGED
+from dash_export.manifest import DAMAGED, MIXED, POLICY, Build, Segment
 from dash_export.names import PREFILL
 from dash_export.runtime.backends.base import Backend, Engine
 from dash_export.runtime.cache import KVCache

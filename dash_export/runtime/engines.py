@@ -7,9 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.build_record import Build
 from dash_export.decision import Skips, Unit
-from dash_export.manifest import ModelFacts
+from dash_export.manifest import Build, ModelFacts
 from dash_export.runtime.rules import Rule
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dash_export.build_record import Build
 from dash_export.decision import DecisionRule, Setting, check_max_layers, decision_rule, trade_off_for, units_of
 from dash_export.errors import PolicyError
-from dash_export.manifest import ModelFacts, PolicyFacts
+from dash_export.manifest import Build, ModelFacts, PolicyFacts
 from dash_export.runtime.rules import FixedRule, HeldRules, SessionRules
 
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from dash_export.build_record import CostTable
 from dash_export.decision import Damages, DecisionRule, Skips
+from dash_export.manifest import CostTable
 
 
 class Rule(Protocol):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.artifacts import FileRecord
-from dash_export.build_record import Build, CostTable
 from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, PolicyError, RequestError
+from dash_export.manifest import Build, CostTable
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.batch import MAX_SIZE, Batch

@@ -14,7 +14,6 @@ import onnx_ir as ir
 import pytest
 
 from dash_export.artifacts import ArtifactStore
-from dash_export.build_record import Build
 from dash_export.builders import build, trt_api
 from dash_export.builders.gpu_graphs import portable_graphs
 from dash_export.builders.measure import NOT_MEASURED
@@ -23,6 +22,7 @@ from dash_export.decision import Unit
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
 from dash_export.graphs.trt import lower
+from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
 from dash_export.targets import load_recipe
 from tests.commands.helpers import refused

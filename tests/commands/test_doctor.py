@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from dash_export.builders import here
-from dash_export.commands import asking, jetson, machine, readiness
+from dash_export.commands import doctor, hardware, jetson
 from dash_export.errors import BackendError
 from dash_export.runtime import backends
 from dash_export.runtime.cuda_devices import CudaDevice
 from dash_export.targets import recipe_names
 from tests.commands.helpers import dash, environment
 
-HERE = dict.fromkeys(machine.PACKAGES, "1.0") | {"onnxruntime-gpu": None}
+HERE = dict.fromkeys(hardware.PACKAGES, "1.0") | {"onnxruntime-gpu": None}
 NOTHING: dict[str, Any] = {"devices": [], "reason": "There is no NVIDIA driver.", "driver": None, "seen": []}
 H100 = CudaDevice(0, "NVIDIA H100", "9.0", 80 << 30, False, "13.0")
 ORIN = CudaDevice(0, "Orin", "8.7", 7_990_000_000, True, "12.6")
@@ -68,7 +68,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the machine's files are looked for."""
-    monkeypatch.setattr(asking, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(hardware, "ROOT", tmp_path / "root")
     return tmp_path / "root"
 
 
@@ -83,7 +83,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     def find(name: str) -> Any:
         return None if not packages or name in packages else importlib.util.find_spec(name)
 
-    for module in (here, readiness, backends, machine):
+    for module in (here, doctor, backends, hardware):
         monkeypatch.setattr(module, "find_spec", find)
 
 
@@ -93,7 +93,7 @@ def devices(monkeypatch: pytest.MonkeyPatch, answer: CudaDevice | Exception) -> 
             raise answer
         return [answer]
 
-    for module in (here, machine):
+    for module in (here, hardware):
         monkeypatch.setattr(module, "cuda_devices", asked)
 
 
@@ -146,7 +146,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_runtimes_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "installed", lambda _name: "1.0")
+    monkeypatch.setattr(hardware, "installed", lambda _name: "1.0")
     result = dash("doctor")
     assert result.exit_code == 1
     assert "overwrite each other's files" in result.stdout
@@ -154,7 +154,7 @@ def test_both_runtimes_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "installed", lambda _name: None)
+    monkeypatch.setattr(hardware, "installed", lambda _name: None)
     lacking(monkeypatch)
     printed = dash("doctor").stdout
     assert "pip install 'dash-export[cpu,export]'" in printed
@@ -171,10 +171,10 @@ def test_runs_but_cannot_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_cuda_of_onnxruntime() -> None:
     gpu = HERE | {"onnxruntime": None, "onnxruntime-gpu": "1.0"}
-    imports = dict.fromkeys(machine.LOADED) | {"onnxruntime": machine.Import("1.0", None, ("CPUExecutionProvider",))}
-    (cuda,) = machine.problems(gpu, imports, NOTHING | {"devices": ["one"]})
+    imports = dict.fromkeys(hardware.LOADED) | {"onnxruntime": hardware.Import("1.0", None, ("CPUExecutionProvider",))}
+    (cuda,) = hardware.problems(gpu, imports, NOTHING | {"devices": ["one"]})
     assert "CUDA libraries are missing" in cuda.problem
-    assert not machine.problems(gpu, imports, NOTHING)
+    assert not list(hardware.problems(gpu, imports, NOTHING))
 
 
 def test_the_current_folder_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_the_current_folder_runs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "json.py").write_text("raise SystemExit('pwned')")
     (tmp_path / "click.py").write_text("raise SystemExit('pwned')")
     monkeypatch.chdir(tmp_path)
-    found = machine.imported("numpy")
+    found = hardware.imported("numpy")
     assert found is not None
     assert found.error is None
     command = [sys.executable, "-m", "dash_export", "--version"]
@@ -203,7 +203,7 @@ def test_the_current_folder_runs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 def test_half_an_install(
     code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr(asking, "SECONDS", 1.0)
+    monkeypatch.setattr(hardware, "SECONDS", 1.0)
     devices(monkeypatch, ORIN)
     package(tmp_path, monkeypatch, "tensorrt", code)
     told = report(code=1)
@@ -271,9 +271,9 @@ def test_orin_without_root(root: Path, tool: Tool) -> None:
 
 @pytest.mark.parametrize("script", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_programs(script: str, root: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "SECONDS", 0.3)
-    monkeypatch.setattr(machine, "problems", lambda *_facts: [])
-    monkeypatch.setattr(machine, "imported", lambda _module: None)
+    monkeypatch.setattr(hardware, "SECONDS", 0.3)
+    monkeypatch.setattr(hardware, "problems", lambda *_facts: [])
+    monkeypatch.setattr(hardware, "imported", lambda _module: None)
     devices(monkeypatch, AttributeError("undefined symbol: cuDeviceTotalMem_v2"))
     write(root / "etc/nv_tegra_release", "# R99 (release), REVISION: \x1b[2J")
     write(root / "proc/device-tree/model", "\x1b]0;mine\x07" * 100)

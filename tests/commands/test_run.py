@@ -67,36 +67,17 @@ def test_raw_prompt_from_stdin(tiny_root: Path, tiny_runtime: Callable[..., Dash
     assert run_json(tiny_root, "-", *FP32, "--raw", "--max-tokens", 4, input="hello")["tokens"] == expected
 
 
-def test_static_and_token_policies(tiny_root: Path) -> None:
-    static = run_json(tiny_root, "hello", *FP32, "--skip", "2-3", "--max-tokens", 4)
-    assert static["actions"] == [[], [2, 3], [2, 3], [2, 3]]
-    bounded = run_json(tiny_root, "hello", *FP32, "--trade-off", 0, "--max-layers", 4, "--max-tokens", 4)
-    assert all(len(skipped) >= 2 for skipped in bounded["actions"][1:])  # type: ignore[index]
-    zero = run_json(tiny_root, "hello", *FP32, "--policy", "token", "--trade-off", 0, "--max-tokens", 3)
-    assert zero["actions"] == [[], [], []]
+def test_policies(tiny_root: Path) -> None:
+    def actions(*options: object, tokens: int = 30) -> list[list[int]]:
+        return run_json(tiny_root, "hello", *FP32, *options, "--max-tokens", tokens)["actions"]  # type: ignore[return-value]
 
-
-@pytest.mark.parametrize(("kind", "layers"), [("static", [2, 3, 4]), ("token", None)])
-def test_every_kind_by_number_of_layers(kind: str, layers: list[int] | None, tiny_root: Path) -> None:
-    options = (tiny_root, "hello", *FP32, "--policy", kind, "--skipped", 2, "--max-tokens", 30)
-    actions = run_json(*options)["actions"]
-    assert run_json(*options)["actions"] == actions
-    assert any(actions)  # type: ignore[arg-type]
-    if layers is not None:
-        assert actions[1:] == [layers] * 29  # type: ignore[index]
-
-
-def test_divergence_and_a_held_budget(tiny_root: Path) -> None:
     point = Bundle.open(tiny_root).load_build("cpu-fp32").dial[4]
-    loose = run_json(tiny_root, "hello", *FP32, "--max-kl", point.kl, "--max-tokens", 20)
-    assert any(loose["actions"])  # type: ignore[arg-type]
-    held = run_json(tiny_root, "hello", *FP32, "--budget", point.time, "--hold", "--max-tokens", 20)
-    assert any(held["actions"])  # type: ignore[arg-type]
-
-
-def test_sampling_is_seeded(tiny_root: Path) -> None:
-    options = (tiny_root, "hello", *FP32, "--temperature", 2, "--top-k", 50, "--max-tokens", 8, "--seed", 7)
-    assert run_json(*options)["tokens"] == run_json(*options)["tokens"]
+    assert actions("--skip", "2-3", tokens=4) == [[], [2, 3], [2, 3], [2, 3]]
+    assert actions("--policy", "static", "--skipped", 2)[1:] == [[2, 3, 4]] * 29
+    assert actions("--policy", "token", "--trade-off", 0, tokens=3) == [[], [], []]
+    assert all(len(skipped) >= 2 for skipped in actions("--trade-off", 0, "--max-layers", 4, tokens=4)[1:])
+    for options in (("--skipped", 2), ("--max-kl", point.kl), ("--budget", point.time, "--hold")):
+        assert any(actions(*options)), options
 
 
 def test_default_length_fits_the_context(tiny_root: Path) -> None:
@@ -145,55 +126,40 @@ def test_conversation_survives_a_full_context(tiny_root: Path) -> None:
     assert result.stderr.count("[3 tokens") == 1
 
 
-def test_ctrl_c_stops_the_answer_only(tiny_root: Path) -> None:
-    command = [sys.executable, "-c", SLOW_RUN, str(tiny_root), "--chat", *FP32, "--max-tokens", "400", "--show-skips"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as chat:
-        assert chat.stdin is not None
-        assert chat.stdout is not None
-        chat.stdin.write("hello\n")
-        chat.stdin.flush()
-        chat.stdout.readline()  # the legend
-        while chat.stdout.read(1) != "‹":
-            pass
-        chat.send_signal(signal.SIGINT)
-        _, errors = chat.communicate("/reset\n/quit\n", timeout=60)
-    assert chat.returncode == 0, errors
-    assert "ended by cancelled" in errors
-    assert "Forgotten." in errors
-
-
-def test_ctrl_c_ends_a_single_answer(tiny_root: Path) -> None:
-    command = [sys.executable, "-c", SLOW_RUN, str(tiny_root), "hello", *FP32, "--max-tokens", "400", "--show-skips"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as run:
+@pytest.mark.parametrize("chat", [True, False])
+def test_ctrl_c(chat: bool, tiny_root: Path) -> None:
+    """It stops the answer of a conversation only, and ends a single one."""
+    options = ["--chat"] if chat else ["hello"]
+    command = [sys.executable, "-c", SLOW_RUN, str(tiny_root), *options, *FP32, "--max-tokens", "400", "--show-skips"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment(), **pipes) as run:
+        assert run.stdin is not None
         assert run.stdout is not None
-        run.stdout.read(1)
+        if chat:
+            run.stdin.write("hello\n")
+            run.stdin.flush()
+            run.stdout.readline()  # the legend
+        while run.stdout.read(1) != "‹":
+            pass
         run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130
-    assert errors.strip() == "Interrupted"
+        _, errors = run.communicate("/reset\n/quit\n" if chat else "", timeout=60)
+    if chat:
+        assert run.returncode == 0, errors
+        assert "ended by cancelled" in errors
+        assert "Forgotten." in errors
+    else:
+        assert run.returncode == 130
+        assert errors.strip() == "Interrupted"
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("",), "prompt is empty"),
         (("  ",), "prompt is empty"),
         (("hello", "--max-tokens", 600), "does not hold"),
         (("a" * 600,), "does not hold"),
         (("hello", "--skip", "0"), "not whole units"),
-        (("hello", "--skip", "2"), "not whole units"),
-        (("hello", "--policy", "dense", "--budget", 0.9), "belong"),
-        (("hello", "--policy", "dense", "--skip", "4"), "belongs"),
-        (("hello", "--budget", 7), "(0, 1]"),
         (("hello", "--budget", 0.01), "more than this policy can give"),
-        (("hello", "--policy", "token"), "Say how much"),
-        (("hello", "--skipped", 2, "--budget", 0.9), "not both"),
-        (("hello", "--skipped", 2, "--hold"), "budget"),
-        (("hello", "--max-kl", "nan"), "finite"),
-        (("hello", "--trade-off", -1), ">= 0"),
-        (("hello", "--max-layers", 1), "out of range"),
         (("hello", "--temperature", -1), "temperature"),
         (("hello", "--dispatch", "overlapped"), "GPU target"),
         (("hello", "--stop", ""), "stop"),
@@ -203,31 +169,12 @@ def test_refused(arguments: tuple[object, ...], expected: str, tiny_root: Path) 
     assert expected in refused("run", tiny_root, *arguments, *FP32)
 
 
-@pytest.mark.parametrize(
-    "pair", [("--chat", "--json"), ("--chat", "--raw"), ("--json", "--show-skips"), ("--raw", "--system=be kind")]
-)
-def test_options_that_exclude_each_other(pair: tuple[str, str], tiny_root: Path) -> None:
-    refused("run", tiny_root, "hello", *pair, code=2)
-
-
 def test_targets(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:
     assert "--target" in refused("run", tiny_root, "hello")  # two builds, none of them cpu
     assert "does not exist" in refused("run", tiny_root, "hello", "--target", "cpu")
     (own_bundle / "engines" / "portable" / "build.json").unlink()
     assert dash("run", own_bundle, "hello", "--max-tokens", 1).exit_code == 0
     assert "There is no bundle" in refused("run", tmp_path / "none.dash", "hello")
-
-
-def test_changed_engine(own_bundle: Path) -> None:
-    engine = next(path for path in (own_bundle / "engines" / "cpu-fp32").glob("*.onnx"))
-    engine.write_bytes(engine.read_bytes() + b"\0")
-    assert "hash mismatch" in refused("run", own_bundle, "hello", *FP32)
-
-
-def test_hostile_template(edit: Callable[[str, str, str], Path]) -> None:
-    bundle = edit("chat_template.jinja", "{%", "{{ ''.__class__.__mro__ }}{%")
-    rehash(bundle, "chat_template.jinja")
-    assert "SecurityError: access to attribute '__class__'" in refused("run", bundle, "hello", *FP32)
 
 
 def test_a_template_that_would_steer_the_terminal(edit: Callable[[str, str, str], Path], tmp_path: Path) -> None:
@@ -274,6 +221,10 @@ def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("hi", "--chat", "--json"), "exclude each other"),
+        (("hi", "--chat", "--raw"), "exclude each other"),
+        (("hi", "--json", "--show-skips"), "exclude each other"),
+        (("hi", "--raw", "--system=be kind"), "exclude each other"),
         (("hi", "--prompts", "p.txt"), "exclude each other"),
         (("--prompts", "p.txt", "--chat"), "exclude each other"),
         (("--prompts", "p.txt", "--show-skips"), "exclude each other"),
@@ -283,7 +234,7 @@ def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
         (("--prompts", "bytes.txt"), "UTF-8"),
     ],
 )
-def test_many_prompts_that_cannot_be(options: tuple[str, ...], message: str, tiny_root: Path, tmp_path: Path) -> None:
+def test_options_that_cannot_be(options: tuple[str, ...], message: str, tiny_root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     paths = [str(tmp_path / option) if option.endswith(".txt") else option for option in options]

@@ -22,8 +22,6 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +44,7 @@ FEWEST = 30  # inputs of each parser, however slow the machine
 # What a worker and its watchdog share:
 COUNT, REFUSED, ACCEPTED, SLOWEST, LARGEST, BEGAN = range(6)
 CURRENT, FAILED = "current", "failed"
-
-
-@dataclass
-class Run:
-    """One parser's turn: when it ends, what its workers count, and the process at work."""
-
-    name: str
-    folder: Path
-    until: float
-    board: Any
-    process: BaseProcess
-    failures: list[str] = field(default_factory=list)
+COLUMNS = ("inputs", "per_second", "refused", "accepted", "slowest_s", "memory_mib")
 
 
 def _peak(first: bool = False) -> int:
@@ -163,48 +150,67 @@ def _tried(parser: Any, scratch: Path, data: bytes, always_deep: bool, board: An
     return ""
 
 
-def _started(run: Run, arguments: argparse.Namespace) -> BaseProcess:
-    values = (run.name, run.folder, arguments.seeds, arguments.corpus, arguments.seed, run.until, run.board)
-    process = multiprocessing.get_context("fork").Process(target=_work, args=values)
-    process.start()
-    return process
+class Run:
+    """One parser's turn: when it ends, what its workers count, and the process at work."""
 
+    def __init__(self, name: str, folder: Path, share: float, arguments: argparse.Namespace) -> None:
+        self.name, self.folder, self.arguments = name, folder, arguments
+        self.began = time.monotonic()
+        self.until = self.began + share
+        self.board = multiprocessing.get_context("fork").RawArray("d", 6)
+        self.failures: list[str] = []
+        folder.mkdir()
+        self.start()
 
-def _keep(run: Run, wrong: str, data: bytes, arguments: argparse.Namespace) -> None:
-    """Note a failure, and put its input into the corpus unless the like of it is there."""
-    kind = wrong.partition(" ")[0] + wrong.split(" ")[1] if wrong.split(" ")[1:] else wrong
-    alike = sum(kind in each for each in run.failures)
-    digest = hashlib.sha256(data).hexdigest()[:12]
-    run.failures.append(f"{kind} {digest} {wrong}")
-    folder = arguments.save / run.name
-    if alike < ALIKE and not (arguments.corpus / run.name / digest).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / digest).write_bytes(data)
-    if alike < ALIKE:
-        print(f"{run.name} {digest}: {wrong}", file=sys.stderr, flush=True)
+    def start(self) -> None:
+        given = self.arguments
+        values = (self.name, self.folder, given.seeds, given.corpus, given.seed, self.until, self.board)
+        self.process = multiprocessing.get_context("fork").Process(target=_work, args=values)
+        self.process.start()
 
-
-def _tended(run: Run, arguments: argparse.Namespace) -> bool:
-    """Look after a run's process: start another after a crash or a hang. Whether the run goes on."""
-    input_began = run.board[BEGAN]  # 0 between two
-    hangs = input_began and time.monotonic() - input_began > HANG
-    if run.process.is_alive() and not hangs:
+    def goes_on(self) -> bool:
+        """Look after the process: start another after a crash or a hang. Whether the run goes on."""
+        input_began = self.board[BEGAN]  # 0 between two
+        hangs = input_began and time.monotonic() - input_began > HANG
+        if self.process.is_alive() and not hangs:
+            return True
+        if hangs:
+            self.process.kill()
+        self.process.join()
+        if self.process.exitcode == 0:
+            for line in (self.folder / FAILED).read_text().splitlines() if (self.folder / FAILED).exists() else []:
+                wrong, data = json.loads(line)
+                self.keep(wrong, bytes.fromhex(data))
+            self.seconds = time.monotonic() - self.began
+            shutil.rmtree(self.folder)
+            return False
+        current = self.folder / CURRENT
+        what = f"hang: after {HANG:g} s" if hangs else f"crash: exit code {self.process.exitcode}"
+        self.keep(what, current.read_bytes() if current.exists() else b"")
+        self.board[COUNT] += 1
+        self.board[BEGAN] = 0
+        self.start()
         return True
-    if hangs:
-        run.process.kill()
-    run.process.join()
-    if run.process.exitcode == 0:
-        for line in (run.folder / FAILED).read_text().splitlines() if (run.folder / FAILED).exists() else []:
-            wrong, data = json.loads(line)
-            _keep(run, wrong, bytes.fromhex(data), arguments)
-        return False
-    current = run.folder / CURRENT
-    what = f"hang: after {HANG:g} s" if hangs else f"crash: exit code {run.process.exitcode}"
-    _keep(run, what, current.read_bytes() if current.exists() else b"", arguments)
-    run.board[COUNT] += 1
-    run.board[BEGAN] = 0
-    run.process = _started(run, arguments)
-    return True
+
+    def keep(self, wrong: str, data: bytes) -> None:
+        """Note a failure, and put its input into the corpus unless the like of it is there."""
+        kind, digest = "".join(wrong.split(" ")[:2]), hashlib.sha256(data).hexdigest()[:12]
+        alike = sum(kind in each for each in self.failures)
+        self.failures.append(f"{kind} {digest} {wrong}")
+        if alike >= ALIKE:
+            return
+        print(f"{self.name} {digest}: {wrong}", file=sys.stderr, flush=True)
+        if not (self.arguments.corpus / self.name / digest).exists():
+            (self.arguments.save / self.name).mkdir(parents=True, exist_ok=True)
+            (self.arguments.save / self.name / digest).write_bytes(data)
+
+    def row(self) -> dict[str, Any]:
+        count, refused, accepted, slowest, largest = (self.board[index] for index in range(BEGAN))
+        return {
+            "inputs": int(count), "per_second": round(count / self.seconds, 1), "refused": int(refused),
+            "accepted": int(accepted), "slowest_s": round(slowest, 3), "memory_mib": round(largest / (1 << 20), 1),
+            "failures": self.failures,
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -212,23 +218,16 @@ def main() -> None:
     parse = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parse.add_argument("--seconds", type=float, default=3600, help="for all parsers together")
     parse.add_argument("--seed", type=int, default=int(time.time()))
-    parse.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parse.add_argument("--only", nargs="+", metavar="PARSER")
     parse.add_argument("--corpus", type=Path, default=CORPUS, help="inputs that failed once, read first")
     parse.add_argument("--save", type=Path, default=CORPUS, help="where inputs that fail are put")
     parse.add_argument("--seeds", type=Path, help="a folder that make_seeds wrote")
-    parse.add_argument("--make-seeds", type=Path, help="only write that folder")
     arguments = parse.parse_args()
-    if arguments.make_seeds is not None:
-        from tests.fuzz.parsers import make_seeds
-
-        make_seeds(arguments.make_seeds)
-        return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.seeds is None:  # in a process of its own: threads do not survive a fork
             arguments.seeds = Path(folder) / "seeds"
-            make = [sys.executable, "-m", "tests.fuzz", "--make-seeds", str(arguments.seeds)]
-            subprocess.run(make, check=True, stderr=subprocess.DEVNULL)
+            make = "import sys, pathlib, tests.fuzz.parsers as p; p.make_seeds(pathlib.Path(sys.argv[1]))"
+            subprocess.run([sys.executable, "-c", make, arguments.seeds], check=True, stderr=subprocess.DEVNULL)
         sys.exit(_fuzzed(arguments, Path(folder)))
 
 
@@ -236,43 +235,23 @@ def _fuzzed(arguments: argparse.Namespace, folder: Path) -> int:
     from tests.fuzz.parsers import PARSERS, preloaded
 
     preloaded(arguments.seeds)
-    waiting = list(arguments.only or PARSERS)
-    share = arguments.seconds * arguments.jobs / len(waiting)
+    waiting, jobs = list(arguments.only or PARSERS), len(os.sched_getaffinity(0))
+    share = arguments.seconds * jobs / len(waiting)
     running: list[Run] = []
-    done: list[Run] = []
-    began: dict[str, float] = {}
+    table: dict[str, dict[str, Any]] = {}
+    print(f"{'parser':15}", *(f"{name:>10}" for name in COLUMNS))
     while waiting or running:
-        while waiting and len(running) < arguments.jobs:
+        while waiting and len(running) < jobs:
             name = waiting.pop(0)
-            (folder / name).mkdir()
-            began[name] = time.monotonic()
-            board = multiprocessing.get_context("fork").RawArray("d", 6)
-            run = Run(name, folder / name, began[name] + share, board, None)  # type: ignore[arg-type]
-            run.process = _started(run, arguments)
-            running.append(run)
-        for run in list(running):
-            if not _tended(run, arguments):
-                running.remove(run)
-                done.append(run)
-                began[run.name] = time.monotonic() - began[run.name]
-                shutil.rmtree(run.folder)
+            running.append(Run(name, folder / name, share, arguments))
+        for run in [each for each in running if not each.goes_on()]:
+            running.remove(run)
+            table[run.name] = row = run.row()
+            print(f"{run.name:15}", *(f"{row[name]:>10}" for name in COLUMNS), f"{len(row['failures'])} failed")
         time.sleep(0.05)
-    print("parser            inputs  a second  refused  accepted  slowest    memory  failed")
-    table = {}
-    for run in done:
-        count, refused, accepted, slowest, largest = (run.board[index] for index in range(BEGAN))
-        rate = count / began[run.name]
-        table[run.name] = {
-            "inputs": int(count), "per_second": round(rate, 1), "refused": int(refused), "accepted": int(accepted),
-            "slowest_s": round(slowest, 3), "memory_mib": round(largest / (1 << 20), 1), "failures": run.failures,
-        }  # fmt: skip
-        print(
-            f"{run.name:15}{count:9.0f}{rate:10.0f}{refused:9.0f}{accepted:10.0f}{slowest:7.2f} s"
-            f"{largest / (1 << 20):6.0f} MiB{len(run.failures):8}"
-        )
-    total = sum(each["inputs"] for each in table.values())
+    total = sum(row["inputs"] for row in table.values())
     print(json.dumps({"seed": arguments.seed, "inputs": total, "parsers": table}))
-    return int(any(run.failures for run in done))
+    return int(any(row["failures"] for row in table.values()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dash_export.builders import build
 from dash_export.bundle import BUILD, MANIFEST, Bundle
 from dash_export.commands.common import LayerList
 from dash_export.commands.comparing import KindList, NumberList
-from dash_export.commands.run_batch import read_prompts as read_plain_prompts
+from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.evaluation.data import read_items
 from dash_export.graph_runs import graph_run
 from dash_export.graphs.compose import load_graph
@@ -203,73 +203,50 @@ TEMPLATES = [
 ]
 LISTS = [b"2-5,9", b"0.9,0.85", b"static,token,dense", b"1, 3-4 ,7", b"1e-3"]
 
+
+def _model_file(mutator: Mutator, name: str) -> Parser:
+    """A file of the model's folder, read with its weights."""
+    return Parser(mutator, _files(name), _written(name, lambda path: _weights(path.parent)))
+
+
+def _text_file(mutator: Mutator, every: int, seeds: Callable[[Path], Sequence[bytes]], *names: str) -> Parser:
+    """A file of the model's text, as export reads it and as the runtime does."""
+    copies = [f"{folder}/{name}" for folder in (MODEL, BUNDLE) for name in names]
+    return Parser(mutator, seeds, _written(copies[0], _model_and_text, *copies[1:]), _chat, every)
+
+
+_run_verified = partial(_generated, verify=True)
 PARSERS = {
     "gguf": Parser(mutators.in_gguf, _files("*.gguf"), _written("in.gguf", _weights)),
-    "config": Parser(
+    "config": _model_file(mutators.in_json, f"{MODEL}/config.json"),
+    "weights": _model_file(mutators.in_safetensors, f"{MODEL}/model.safetensors"),
+    "index": _model_file(mutators.in_json, f"{SHARDED}/model.safetensors.index.json"),
+    "tokenizer": _text_file(mutators.in_json, 64, _files(f"{MODEL}/tokenizer.json"), "tokenizer.json"),
+    "text_config": _text_file(
         mutators.in_json,
-        _files(f"{MODEL}/config.json"),
-        _written(f"{MODEL}/config.json", lambda path: _weights(path.parent)),
-    ),
-    "weights": Parser(
-        mutators.in_safetensors,
-        _files(f"{MODEL}/model.safetensors"),
-        _written(f"{MODEL}/model.safetensors", lambda path: _weights(path.parent)),
-    ),
-    "index": Parser(
-        mutators.in_json,
-        _files(f"{SHARDED}/*.index.json"),
-        _written(f"{SHARDED}/model.safetensors.index.json", lambda path: _weights(path.parent)),
-    ),
-    "tokenizer": Parser(
-        mutators.in_json,
-        _files(f"{MODEL}/tokenizer.json"),
-        _written(f"{MODEL}/tokenizer.json", _model_and_text, f"{BUNDLE}/tokenizer.json"),
-        _chat,
         64,
-    ),
-    "text_config": Parser(
-        mutators.in_json,
         _files(f"{MODEL}/tokenizer_config.json", f"{MODEL}/generation_config.json"),
-        _written(
-            f"{MODEL}/tokenizer_config.json",
-            _model_and_text,
-            f"{MODEL}/generation_config.json",
-            f"{BUNDLE}/tokenizer_config.json",
-            f"{BUNDLE}/generation_config.json",
-        ),
-        _chat,
-        64,
+        *("tokenizer_config.json", "generation_config.json"),
     ),
-    "template": Parser(
+    "template": _text_file(
         mutators.in_text,
-        lambda folder: [*TEMPLATES, (folder / MODEL / "chat_template.jinja").read_bytes()],
-        _written(f"{MODEL}/chat_template.jinja", _model_and_text, f"{BUNDLE}/chat_template.jinja"),
-        _chat,
         4,
+        lambda folder: [*TEMPLATES, (folder / MODEL / "chat_template.jinja").read_bytes()],
+        "chat_template.jinja",
     ),
     "recipe": Parser(
-        mutators.in_toml,
-        _files("engines/*.toml"),
-        _written("mine.toml", lambda path: load_recipe(str(path))),
+        mutators.in_toml, _files("engines/*.toml"), _written("mine.toml", lambda path: load_recipe(str(path)))
     ),
     "policy": Parser(mutators.in_safetensors, _files("policy.safetensors"), _written("mine.safetensors", _policy)),
     "manifest": Parser(
-        mutators.in_json,
-        _files(f"{BUNDLE}/{MANIFEST}"),
-        _written(f"{BUNDLE}/{MANIFEST}", _manifest),
-        _generated,
+        mutators.in_json, _files(f"{BUNDLE}/{MANIFEST}"), _written(f"{BUNDLE}/{MANIFEST}", _manifest), _generated
     ),
-    "build": Parser(
-        mutators.in_json,
-        _files(f"{BUILT}/{BUILD}"),
-        _written(f"{BUILT}/{BUILD}", _record),
-        _generated,
-    ),
+    "build": Parser(mutators.in_json, _files(f"{BUILT}/{BUILD}"), _written(f"{BUILT}/{BUILD}", _record), _generated),
     "graph": _onnx("onnx/bypass_02-03.onnx", _graph, _rebuilt, 64),
     "policy_graph": _onnx("onnx/policy.onnx", _graph, _rebuilt, 64),
-    "engine": _onnx("engines/cpu-fp32/bypass_02-03.onnx", _engine, partial(_generated, verify=True), 8),
-    "first_engine": _onnx("engines/cpu-fp32/layers_00-01.onnx", _engine, partial(_generated, verify=True), 8),
-    "mixed_engine": _onnx("engines/cpu-fp32/mixed_02-03.onnx", _engine, partial(_generated, verify=True), 8),
+    "engine": _onnx("engines/cpu-fp32/bypass_02-03.onnx", _engine, _run_verified, 8),
+    "first_engine": _onnx("engines/cpu-fp32/layers_00-01.onnx", _engine, _run_verified, 8),
+    "mixed_engine": _onnx("engines/cpu-fp32/mixed_02-03.onnx", _engine, _run_verified, 8),
     "prompts": Parser(mutators.in_lines, lambda _: [LINES], _written("mine.jsonl", _lines)),
     "tasks": Parser(mutators.in_lines, lambda _: TASKS, _written("mine.jsonl", read_items)),
     "lists": Parser(mutators.in_text, lambda _: LISTS, _chosen),

@@ -59,19 +59,7 @@ def compared(result: subprocess.CompletedProcess[str]) -> set[str]:
 
 @pytest.mark.parametrize(
     ("target", "engine", "outputs"),
-    [
-        ("cpu-fp32", "layer_04", {"hidden_out", "present.4.key", "present.4.value"}),
-        ("cpu-fp32", "layers_02-03", {"hidden_out", *CACHES_2_3}),
-        ("cpu-fp32", "bypass_02-03", {"hidden_out", *CACHES_2_3}),
-        (
-            "cpu-fp32",
-            "layers_00-01",
-            {"hidden_out", *(f"present.{n}.{kind}" for n in (0, 1) for kind in ("key", "value"))},
-        ),
-        ("cpu-fp32", "layer_05", {"logits", "present.5.key", "present.5.value"}),
-        ("portable", "bypass_02-03", {"hidden_out", *CACHES_2_3}),
-        ("portable", "policy", {"damage"}),
-    ],
+    [("cpu-fp32", "layers_02-03", {"hidden_out", *CACHES_2_3}), ("portable", "policy", {"damage"})],
 )
 def test_a_sound_engine_passes(target: str, engine: str, outputs: set[str], tiny_root: Path) -> None:
     segment = ("--dash-target", target, "--dash-segment", engine)
@@ -185,12 +173,9 @@ def test_mistakes_are_told_in_a_line(arguments: list[str], message: str, tiny_ro
     assert message in error(polygraphy(tiny_root, "--dash", *arguments))
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_mistakes_without_a_bundle(tiny_root: Path, tmp_path: Path) -> None:
     assert "has no manifest.json" in error(polygraphy(tmp_path, "--dash"))
     assert "--dash needs a bundle" in error(polygraphy("--dash"))
-
-
-def test_a_wrong_list_of_layers_is_wrong_usage(tiny_root: Path) -> None:
-    result = polygraphy(tiny_root, "--dash", "--dash-skip", "three")
-    assert result.returncode == 2
-    assert "--dash-skip: 'three' is not a list of layers" in result.stderr
+    wrong = polygraphy(tiny_root, "--dash", "--dash-skip", "three")
+    assert wrong.returncode == 2
+    assert "--dash-skip: 'three' is not a list of layers" in wrong.stderr

@@ -9,16 +9,14 @@ import pytest
 
 pytest.importorskip("polygraphy")
 
+
 from dash_export import DashRuntime
 from dash_export.builders.portable_files import portable_file
 from dash_export.bundle import Bundle
 from dash_export.errors import RequestError
 from dash_export.graph_runs import graph_run, step_inputs
-from dash_export.polygraphy.engines import PortableEngine, find_engine
-from dash_export.polygraphy.inputs import STEPS, StepInputs
-from dash_export.polygraphy.runners import DashStepRunner
+from dash_export.polygraphy.runners import STEPS, DashStepRunner, EngineFacts, PortableEngine, StepInputs, find_engine
 from dash_export.runtime.backends import load_backend
-from dash_export.runtime.backends.onnxruntime import OrtBackend
 from tests.tiny import random_ids
 
 
@@ -40,14 +38,18 @@ def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
     np.testing.assert_array_equal(windows[0], windows[STEPS])
 
 
+def loaded(root: Path, target: str, name: str) -> tuple[Bundle, EngineFacts, PortableEngine]:
+    bundle = Bundle.open(root)
+    build = bundle.load_build(target)
+    facts = find_engine(bundle, build, name)
+    engine = load_backend("onnxruntime", 0).load(bundle.path(build.engines[name].file))
+    return bundle, facts, PortableEngine(engine, facts, bundle.manifest.model, 2)
+
+
 @pytest.mark.parametrize(("start", "stride"), [(8, 1), (2, 2), (-1, 1)])
 def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tiny_root: Path) -> None:
     """The engine would write outside its cache, or elsewhere than it says."""
-    bundle = Bundle.open(tiny_root)
-    build = bundle.load_build("cpu-fp32")
-    facts = find_engine(bundle, build, "layer_04")
-    file = bundle.path(build.engines["layer_04"].file)
-    engine = PortableEngine(load_backend("onnxruntime", 0).load(file), facts, bundle.manifest.model, 2)
+    _, _, engine = loaded(tiny_root, "cpu-fp32", "layer_04")
     sizes = {name: (dtype, [size or 3 for size in shape]) for name, (dtype, shape) in engine.inputs.items()}
     feed = {name: np.zeros(shape, dtype) for name, (dtype, shape) in sizes.items()}
     feed |= {name: np.zeros((1, 2, 8, array.shape[3]), np.float32) for name, array in feed.items() if "past" in name}
@@ -58,17 +60,20 @@ def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tin
     assert engine(fine)[0]["hidden_out"].shape[1] == 3
 
 
-@pytest.mark.parametrize("name", ["layers_02-03", "bypass_02-03", "layers_00-01", "layer_05"])
-def test_an_engine_is_its_portable_graph(name: str, tiny_root: Path, tmp_path: Path) -> None:
-    bundle = Bundle.open(tiny_root)
-    build = bundle.load_build("cpu-fp32")
-    facts = find_engine(bundle, build, name)
-    engine = PortableEngine(OrtBackend(0).load(bundle.path(build.engines[name].file)), facts, bundle.manifest.model, 2)
+ENGINES = ["layer_04", "layers_02-03", "bypass_02-03", "layers_00-01", "layer_05"]
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [*(("cpu-fp32", name) for name in ENGINES), ("portable", "bypass_02-03"), ("portable", "policy")],
+)
+def test_an_engine_is_its_portable_graph(target: str, name: str, tiny_root: Path, tmp_path: Path) -> None:
+    bundle, facts, engine = loaded(tiny_root, target, name)
     graph = graph_run(portable_file(bundle, facts.segment, facts.portable, tmp_path))
     rng = np.random.default_rng(0)
     feed = {key: rng.standard_normal([size or 9 for size in shape]) for key, (_, shape) in engine.inputs.items()}
     feed = {key: array.astype(np.float32) for key, array in feed.items()} | {"position_ids": np.arange(3)[None]}
-    known = {"input_ids": random_ids(3)[None], "first_logit": np.array([1])}
+    known = step_inputs(0, 3, 9) | {"input_ids": random_ids(3)[None], "first_logit": np.array([1])}
     feed |= {key: array for key, array in known.items() if key in feed}
     feed |= {"hidden": feed["hidden"][:, :3]} if "hidden" in feed else {}
     found, _ = engine(feed)

@@ -20,7 +20,6 @@ print(sorted(heavy & set(sys.modules)), sorted(name for name in sys.modules if n
 GROUND = {
     "arguments",
     "artifacts",
-    "build_record",
     "bundle",
     "decision",
     "divergence",

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.build_record import CostTable
 from dash_export.decision import DecisionRule, Setting, decision_rule
 from dash_export.errors import PolicyError
+from dash_export.manifest import CostTable
 from dash_export.runtime.kinds import session_rules
 from dash_export.runtime.rules import HOLD_RANGE, HeldRules
 from tests.tiny import TINY_UNITS, random_ids

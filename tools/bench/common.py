@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import onnxruntime
 
 from dash_export import __version__
-from dash_export.build_record import Build, EngineRecord, Segment
 from dash_export.builders.onnxruntime import lowering_for, write_segment
 from dash_export.bundle import Bundle
+from dash_export.manifest import Build, EngineRecord, Segment
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.decode import BoundStep

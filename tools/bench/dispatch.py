@@ -17,9 +17,9 @@ from common import in_fresh_processes, interleaved, load_both, one_token, paired
 from rich.console import Console
 from rich.table import Table
 
-from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.decision import decision_rule
+from dash_export.manifest import Build
 
 WHOLE, ENGINES, ASKED = "one whole graph", "engines, nobody asked", "engines, token policy at trade-off 0"
 

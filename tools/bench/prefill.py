@@ -18,10 +18,10 @@ from common import in_fresh_processes, interleaved, load_both, paired_ratio, pri
 from rich.console import Console
 from rich.table import Table
 
-from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.evaluation.alone import peak_memory
+from dash_export.manifest import Build
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.engine_set import EngineSet

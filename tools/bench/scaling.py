@@ -41,9 +41,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.evaluation.pictures import DPI, STYLE
+from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
 from dash_export.policy_file import save_policy
 from dash_export.runtime.rules import DENSE, FixedRule

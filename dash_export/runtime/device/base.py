@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.build_record import Build
+from dash_export.manifest import Build
 
 Bytes = npt.NDArray[np.uint8]
 ALIGNMENT = 256

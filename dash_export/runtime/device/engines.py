@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dash_export.build_record import POLICY, Build, Segment
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BundleError, ContextLengthError
-from dash_export.manifest import DAMAGED
+from dash_export.manifest import DAMAGED, POLICY, Build, Segment
 from dash_export.names import past_names
 from dash_export.runtime.device.base import Device, DeviceEngine, Memory
 from dash_export.runtime.device.blocks import size_of

@@ -12,8 +12,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import numpy as np
 import onnxruntime as ort
 
-from dash_export.build_record import Build
 from dash_export.errors import BackendError
+from dash_export.manifest import Build
 from dash_export.runtime.device.cuda import CudaMemory
 from dash_export.runtime.device.cuda_resources import CudaResources
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dash_export.build_record import Build
 from dash_export.errors import BackendError
+from dash_export.manifest import Build
 from dash_export.runtime.device.cuda import CudaMemory
 from dash_export.runtime.device.cuda_resources import CudaResources
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from dash_export.build_record import Build
+from dash_export.manifest import Build
 from dash_export.runtime.backends.onnxruntime import start_thread_pool
 from dash_export.runtime.device.base import Bytes, Decisions
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dash_export.build_record import Build
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
+from dash_export.manifest import Build
 from dash_export.runtime.device.tensorrt import TensorRT
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.build_record import Segment
 from dash_export.builders import build, dial
 from dash_export.builders.measure import measure_cost
 from dash_export.bundle import Bundle
 from dash_export.decision import DecisionRule, Unit, decision_rule
 from dash_export.errors import BackendError, BundleError, ContextLengthError
 from dash_export.exporting import export
+from dash_export.manifest import Segment
 from dash_export.skip_policy import no_policy
 from tests.runtime.device.conftest import DIALECTS, IDS, RECIPE, MakeSimulated
 from tests.runtime.device.simulated import SimulatedContext, SimulatedDevice, SimulatedStream

@@ -89,8 +89,8 @@ def command(
     The model itself stays as it is. A training that was killed goes on where it stopped when the same command is given
     again. The end of every text (8 %) is not trained on; the card's figures come from there.
     """
-    from dash_export.policy.settings import TrainingSettings
-    from dash_export.policy.train import train
+    from dash_export.train.settings import TrainingSettings
+    from dash_export.train.train import train
 
     given = {name: value for name, value in (chosen | {"tuning_steps": steps}).items() if value is not None}
     for reason, idle, names in (

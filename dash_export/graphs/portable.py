@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from dash_export.decision import Unit
 from dash_export.graphs.writer import GraphWriter, external, lazy_weight
+from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import past_names, present_names
-from dash_export.skip_policy import Bypass, full_bypass, key_value_size
+from dash_export.policy import Bypass, key_value_size
 
 ROPE_FILE = "rope.data"
 EMBED_FILE = "embed.data"

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 from dash_export.models.decoder import MAX_HEAD_DIM
-from dash_export.models.files import check_weights, fingerprint, read_in_chunks, require
 from dash_export.models.gguf_config import config_from_gguf
 from dash_export.models.gguf_file import GgufTensor, read_gguf
 from dash_export.models.registry import decoder_spec
 from dash_export.models.spec import Checkpoint, DecoderSpec, Float32Array
 from dash_export.models.tokenizer_gguf import tokenizer_assets
+from dash_export.models.weights import check_weights, fingerprint, read_in_chunks, require
 
 _ROPE_FACTORS = "rope_freqs.weight"
 

@@ -130,6 +130,11 @@ class Checkpoint:
     fingerprint: str
     seen: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
+    def read(self, name: str) -> Float32Array:
+        """A whole weight. Raises CheckpointError where it holds what is not finite."""
+        weight = self.weights[name]
+        return weight.read_rows(0, weight.shape[0])
+
     def check_same(self) -> None:
         """Raises CheckpointError where a weight file is another one than when it was opened: what has been read of it
         would be of two models.

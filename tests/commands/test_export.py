@@ -17,8 +17,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
-from dash_export.policy_file import save_policy
-from dash_export.skip_policy import default_units
+from dash_export.policy import default_units, save_policy
 from tests.commands.helpers import dash, environment, refused
 from tests.tiny import save_model, tiny_policy
 

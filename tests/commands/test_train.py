@@ -9,7 +9,7 @@ import pytest
 
 from dash_export.decision import Unit, parse_units
 from dash_export.models import open_checkpoint
-from dash_export.policy_file import load_policy
+from dash_export.policy import load_policy
 from tests.commands.helpers import dash, refused
 
 QUICK = ("--window", 32, "--windows", 2, "--steps", 2)

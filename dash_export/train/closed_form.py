@@ -7,8 +7,7 @@ several units that begin at one layer share X'X and their K and V.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -16,7 +15,7 @@ from dash_export.decision import Unit
 from dash_export.models.spec import DecoderSpec
 from dash_export.policy import Bypass, key_value_size
 from dash_export.train.corpus import Batch
-from dash_export.train.gated_model import GatedModel
+from dash_export.train.model import GatedModel
 
 RIDGE = 1e-6
 """Per token and unit of x, whose mean square is 1."""
@@ -73,14 +72,6 @@ class Sums:
         solved = torch.linalg.solve(xx, torch.cat(chosen, 1).to(device)).float().cpu().numpy()
         return Bypass({"weight": solved[:-1].copy(), "bias": solved[-1].copy()})
 
-    def state(self) -> dict[str, Any]:
-        """All that was summed up, as tensors and plain values."""
-        return {"count": self.count, "xx": self._xx, "xy": self._xy}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from the `state` of sums for the same units."""
-        self.count, self._xx, self._xy = state["count"], state["xx"], state["xy"]
-
     def _sum(self, first: int, columns: slice, x: torch.Tensor, y: torch.Tensor) -> None:
         self._xy[first][:, columns] += (x.T @ y).cpu()
 
@@ -97,7 +88,7 @@ class Sums:
 
 
 def sums_bytes(spec: DecoderSpec, units: Iterable[Unit]) -> int:
-    """What the sums of these units take."""
+    """Memory that the sums of these units take."""
     rows = spec.hidden_size + 1
     return sum(8 * rows * (rows + _columns(spec, first, lasts)) for first, lasts in _lasts(units).items())
 

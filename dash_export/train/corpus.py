@@ -1,28 +1,37 @@
 """Text to learn from: windows of token ids with a dense prefix each, as decode will see them.
 
 A policy acts after a prompt: the prompt is dense, what follows is skipped. So every window says how many of its first
-tokens are dense: the prompt of a chat, or a random few of a passage of prose.
+tokens are dense: the prompt of a chat, or a random few of a passage of prose. Self-generated text, continuations of
+chat prompts, is what a deployed policy acts on.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tokenizers import Tokenizer
 
+from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
+from dash_export.runtime.text import Text
 from dash_export.text_files import read_text
+from dash_export.train.defaults import TrainingSettings
 
 TokenIds = npt.NDArray[np.int64]
 SHORTEST = 16
 """Fewer continuation tokens than this are not worth a row of a batch."""
+GENERATED_BATCH, TEMPERATURE = 32, 0.7
+SELF_GENERATED = "self-generated"
+JUDGED_SEED = 20252
+"""Of what is held out: not the training's, so that trainings compare."""
 
 
 @dataclass(frozen=True)
@@ -128,3 +137,69 @@ def _messages(record: Any) -> list[dict[str, str]]:
     if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
         raise TypeError("not text")
     return messages
+
+
+def self_generated(
+    model: Any,
+    text: Text,
+    chats: Sequence[Sequence[Mapping[str, str]]],
+    settings: TrainingSettings,
+    progress: Progress = no_progress,
+) -> tuple[list[Passage], list[Passage]]:
+    """Continuations by `model` (transformers) of `own_prompts` of the chats, (training, held out): a `held_out` share
+    of the prompts is held out, and what is judged does not follow the seed.
+    """
+    order = np.random.default_rng(JUDGED_SEED).permutation(len(chats))
+    split = max(1, int(len(chats) * (1 - settings.held_out)))
+    count = round(settings.own_prompts * (1 - settings.held_out))
+    drawn = np.random.default_rng(settings.seed).permutation(order[:split])[:count]
+
+    def continued(chosen: TokenIds, seed: int) -> list[Passage]:
+        ids = [np.array(text.chat(chats[index])[-settings.window :], np.int64) for index in chosen]
+        return continue_prompts(model, ids, settings.own_tokens, text.eos_ids, seed, progress)
+
+    training = continued(drawn, settings.seed)
+    held = continued(order[split:][: settings.own_prompts - count], JUDGED_SEED)
+    if not held and len(training) > 1:
+        held.append(training.pop())
+    return training, held
+
+
+def continue_prompts(
+    model: Any,
+    prompts: Sequence[TokenIds],
+    tokens: int,
+    eos_ids: frozenset[int],
+    seed: int,
+    progress: Progress = no_progress,
+) -> list[Passage]:
+    """Sample up to `tokens` tokens after each prompt, densely; prompts of like length share a batch. Continuations
+    shorter than SHORTEST tokens are left out.
+    """
+    torch.manual_seed(seed)
+    passages = []
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), GENERATED_BATCH):
+        chosen = [prompts[index] for index in order[start : start + GENERATED_BATCH]]
+        width = max(map(len, chosen))
+        ids, mask = (np.zeros((len(chosen), width), np.int64) for _ in range(2))
+        for row, prompt in enumerate(chosen):  # padded on the left, as generation wants it
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        made = model.generate(
+            input_ids=torch.from_numpy(ids).to(model.device),
+            attention_mask=torch.from_numpy(mask).to(model.device),
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_k=0,
+            eos_token_id=sorted(eos_ids) or None,
+            pad_token_id=0,
+        ).cpu()
+        for prompt, row in zip(chosen, made[:, width:].numpy(), strict=True):
+            ends = np.flatnonzero(np.isin(row, list(eos_ids)))
+            words = row[: ends[0] + 1] if len(ends) else row
+            if len(words) >= SHORTEST:
+                passages.append(Passage(np.concatenate([prompt, words]), len(prompt)))
+        progress("self-generated text", min(start + GENERATED_BATCH, len(order)), len(order))
+    return passages

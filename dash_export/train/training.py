@@ -1,181 +1,219 @@
-"""From a frozen model and text to a trained policy, in stages that can be killed and resumed.
-
-1. the model's own continuations of the prompts join the corpus
-2. the units, where they are not given (search.py), and their bypasses in closed form (closed_form.py)
-3. damage regression: the network, from forward passes (regression.py)
-   (a training that goes on from a policy takes all that from it)
-4. tuning: bypasses and network together, by KL (tuning.py)
-5. the greedy static order, for the static kind of the same bundle (ranking.py)
-"""
+"""`train`: a model and text -> a policy file with its card."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 
-import numpy as np
 import torch
 
-from dash_export.artifacts import content_key
-from dash_export.decision import Unit
-from dash_export.errors import PolicyError
-from dash_export.policy import SkipPolicy, default_units
-from dash_export.train.corpus import Batch
-from dash_export.train.partition import Candidate
-from dash_export.train.ranking import greedy_order, judged, ranking_work
-from dash_export.train.regression import Regression
-from dash_export.train.run import SAVE_EVERY, Run
-from dash_export.train.search import SUM_COST, TRIAL_COST, search_units, search_work, summed
-from dash_export.train.settings import TrainingSettings
-from dash_export.train.skip_modules import SkipModules, initial_network
-from dash_export.train.tuning import StaticTuning, Tuning
+from dash_export.artifacts import Progress, content_key, no_progress, sha256_file
+from dash_export.decision import Unit, check_units, units_text
+from dash_export.errors import PolicyError, RequestError
+from dash_export.models import Checkpoint, open_checkpoint
+from dash_export.models.spec import FINAL_NORM, DecoderSpec
+from dash_export.outputs import locked, named, refuse_inputs, remove_own, work_folder, work_of
+from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, policy_path, save_policy
+from dash_export.runtime.text import Text
+from dash_export.train.card import policy_card
+from dash_export.train.corpus import SELF_GENERATED, Corpus, Passage, read_corpus, read_prompts, self_generated
+from dash_export.train.defaults import KINDS, TrainingSettings
+from dash_export.train.model import PRECISIONS, GatedModel, faster_precision, saved
+from dash_export.train.stages import Run, Work, fitted_policy, search_units, static_policy, token_policy
 
-RANKING_BATCHES = 2
-REGRESSION_COST, TUNING_COST = 3, 3
-"""What a step costs, in forward passes of a batch: for an honest estimate of the time left."""
+LONGEST_NAME = 100
 
 
-@dataclass
-class Training:
-    """A run that trains `units`, or without them those of a search, which leaves what it chose them by in `chosen`.
-    `start`: the policy that it goes on from; then only what comes after the regression is left to do.
+def train(
+    model: str | Path | Checkpoint,
+    output: str | Path,
+    texts: Sequence[Path],
+    prompts: Sequence[Path] = (),
+    *,
+    kind: str = "token",
+    units: Sequence[Unit] | None = None,
+    start: Path | None = None,
+    settings: TrainingSettings | None = None,
+    device: str = "",
+    progress: Progress = no_progress,
+) -> SkipPolicy:
+    """Train a policy of `kind` (`token` or `static`) for `model` and write it to `output` (`.safetensors`, and a JSON
+    card beside it).
+
+    Without `units` those are found that gain most. With `start`, a trained policy of this model, training goes on from
+    there, to tune it further, for other text, or for another model of the same shape: its units, network and bypasses
+    are as they are in it, and only the tuning steps are done.
+
+    `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
+    done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
+    and RequestError.
     """
-
-    run: Run
-    units: tuple[Unit, ...] | None
-    start: SkipPolicy | None = None
-    chosen: tuple[Candidate, ...] = ()
-
-    def token_policy(self) -> SkipPolicy:
-        """Train network and bypasses: stages 2 to 5."""
-        model, settings = self.run.model, self.run.settings
-        self._begin(settings.regression_steps)
-        policy = self._fitted()
-        if policy.network is None:
-            policy = replace(policy, network=initial_network(len(policy.units), model.spec.hidden_size))
-        modules = SkipModules(policy).to(model.device)
-        regression = Regression(model, modules, settings.trade_offs)
-        self._optimise(
-            "regression",
-            modules,
-            settings.regression_steps,
-            REGRESSION_COST,
-            [(modules.network, settings.network_rate)],
-            lambda batch, rng, step: regression.loss(batch, rng, step >= settings.warm_up_steps),
+    output, settings = named(output), settings or TrainingSettings()
+    _check(output, texts, prompts, kind, settings)
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    spec, began = checkpoint.spec, time.perf_counter()
+    if settings.window > spec.max_positions:
+        raise PolicyError(f"The context of this model is {spec.max_positions} tokens: give a --window of at most that.")
+    start = start and policy_path(start)
+    before = None if start is None else _trained(start, spec, kind)
+    if before is not None:
+        if units is not None:
+            raise PolicyError(f"{start} has its units, {units_text(before.units)}: others are trained from nothing.")
+        units, settings = before.units, _further(settings)
+    given = None if units is None else _checked(units, spec)
+    settings = _limited(settings)
+    place = _device(device)
+    check_unique_names(texts, prompts)
+    data = {
+        path.name: {"read_as": form, "sha256": sha256_file(_existing(path))}
+        for form, paths in (("text", texts), ("prompts", prompts))
+        for path in paths
+    }
+    origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
+    replaced = [work_of(output), output, card_path(output)]
+    refuse_inputs([*checkpoint.seen, *texts, *prompts, *filter(None, [start])], replaced)
+    key = _key(settings, checkpoint.fingerprint, kind, None if given is None else units_text(given), data, origin)
+    with locked(output, "train"):
+        progress("reading the text", 0, 0)
+        text = _text(checkpoint)
+        corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
+        chats = [messages for file in prompts for messages in read_prompts(file)]
+        work = Work(work_folder(output, "train"), key)
+        precision = settings.precision or work.once("precision", lambda: faster_precision(place))
+        run = Run(GatedModel(checkpoint, place, PRECISIONS[precision]), corpus, settings, work, progress)
+        checkpoint.check_same()
+        if chats:
+            _add_generated(run, held, text, chats)
+        chosen = () if given is not None else search_units(run)
+        units = given or tuple(candidate.unit for candidate in chosen)
+        training = token_policy if kind == "token" else static_policy
+        policy = training(run, before or fitted_policy(run, units), before is not None)
+        policy = replace(
+            policy,
+            bypasses=tuple(bypass.in_half() for bypass in policy.bypasses),
+            origin=f"{kind} policy for {checkpoint.name[:LONGEST_NAME]}, trained by dash-export "
+            f"(seed {settings.seed}, key {key[:8]})",
+            final_norm=checkpoint.read(FINAL_NORM),
         )
-        self._tune(modules, Tuning(model, modules, settings.trade_offs))
-        return replace(modules.to_policy(), static_order=self._ranking(modules))
+        facts = {"kind": kind, "from": origin, "data": data, "precision": precision}
+        card = policy_card(checkpoint, policy, run, held, chosen, facts)
+        card["seconds"] = round(time.perf_counter() - began, 1)
+        check_replaceable(output)  # what has appeared there meanwhile stays, and so does the work of hours
+        save_policy(output, policy, spec, card)
+        remove_own(work.folder)
+        return policy
 
-    def static_policy(self) -> SkipPolicy:
-        """A policy without a network: the greedy order and bypasses tuned for its first sets."""
-        self._begin(0)
-        modules = SkipModules(replace(self._fitted(), network=None)).to(self.run.model.device)
-        order = self._ranking(modules)
-        self._tune(modules, StaticTuning(self.run.model, modules, order))
-        return replace(modules.to_policy(), static_order=order)
 
-    def _begin(self, regression_steps: int) -> None:
-        run, settings, spec = self.run, self.run.settings, self.run.model.spec
-        run.folder.mkdir(parents=True, exist_ok=True)
-        work = regression_steps * REGRESSION_COST + settings.tuning_steps * TUNING_COST
-        if self.start is None:
-            work += settings.fit_steps * SUM_COST
-            work += 0 if self.units else search_work(spec, settings.search_steps)
-        expected = len(self.units or default_units(spec.num_layers))  # how many a search finds is not known
-        self._ranking_work = ranking_work(expected) * RANKING_BATCHES * TRIAL_COST
-        run.total, run.done = work + self._ranking_work, 0
+def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: str, settings: TrainingSettings) -> None:
+    """What can be said before anything is read."""
+    if kind not in KINDS:
+        raise PolicyError(f"There is no trainable policy kind {kind!r}. Known: {', '.join(KINDS)}.")
+    if settings.precision and settings.precision not in PRECISIONS:
+        raise PolicyError(f"There is no precision {settings.precision!r}. Known: {', '.join(PRECISIONS)}.")
+    if not 0 < settings.trade_offs[0] < settings.trade_offs[1] < math.inf:
+        raise PolicyError(f"Trade-offs go from a low to a higher, finite one, above 0; got {settings.trade_offs}.")
+    if output.suffix != ".safetensors":
+        raise PolicyError(f"A policy file is called NAME.safetensors, not {output.name}.")
+    check_replaceable(output)
+    if not texts and not prompts:
+        raise RequestError("There is nothing to learn from: give text files (--text) or chat prompts (--prompts).")
 
-    def _fitted(self) -> SkipPolicy:
-        """Bypasses in closed form, without a network; or what training goes on from."""
-        run = self.run
-        if self.start is not None:
-            return self.start
-        if self.units is None:
-            self.chosen = search_units(run)
-            self.units = tuple(candidate.unit for candidate in self.chosen)
-        sums = summed(run, "fit", "bypasses in closed form", self.units, run.settings.fit_steps)
-        return SkipPolicy(self.units, self.units[0].first - 1, None, tuple(map(sums.fit, self.units)))
 
-    def _ranking(self, modules: SkipModules) -> tuple[int, ...]:
-        run, order = self.run, []
-        if run.restore("ranking", lambda state: order.extend(state["order"])):
-            run.advance("static order", self._ranking_work)
-            return tuple(order)
-        windows = judged(run.model, (run.batch("ranking", step)[0] for step in range(RANKING_BATCHES)))
-        before = run.done
+def _checked(units: Sequence[Unit], spec: DecoderSpec) -> tuple[Unit, ...]:
+    """The units, where they are ones of this model and pay."""
+    units = tuple(units)
+    if not units:
+        raise PolicyError("There is no unit to learn about: no layer may be skipped.")
+    check_units(units, units[0].first - 1, spec.num_layers)
+    idle = next((unit for unit in units if saved(spec, len(unit.layers)) <= 0), None)
+    if idle is not None:
+        raise PolicyError(f"Skipping {idle} saves nothing: its bypass is larger. Give larger units.")
+    return units
 
-        def progress(name: str, part: int, parts: int) -> None:
-            run.done = before + self._ranking_work * part // parts
-            run.advance(name, 0)
 
-        order = list(greedy_order(run.model, modules, windows, progress))
-        run.save("ranking", len(order), order=order)
-        return tuple(order)
+def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
+    """The policy that training goes on from."""
+    policy = load_policy(path, spec)
+    if not policy.units or not all(bypass.weights for bypass in policy.bypasses):
+        raise PolicyError(f"{path} has a bypass without weights, so there is nothing to tune further: train one anew.")
+    if kind == "token" and policy.network is None:
+        raise PolicyError(f"{path} has no network: it is a static policy, and goes on with --kind static only.")
+    return policy
 
-    def _tune(self, modules: SkipModules, tuning: Tuning | StaticTuning) -> None:
-        """A run that goes on from a policy sees other batches than that did: they are drawn by the stage's name."""
-        settings = self.run.settings
-        stage = "tuning" if self.start is None else "further tuning"
-        learning = [(modules.bypasses, settings.bypass_rate), (modules.network, settings.refinement_rate)]
-        self._optimise(
-            stage,
-            modules,
-            settings.tuning_steps,
-            TUNING_COST,
-            learning,
-            lambda batch, rng, _: tuning.loss(batch, rng),
+
+def _further(settings: TrainingSettings) -> TrainingSettings:
+    """What is left to do for a trained policy."""
+    return replace(
+        settings,
+        search_steps=0,
+        fit_steps=0,
+        warm_up_steps=0,
+        regression_steps=0,
+        bypass_rate=settings.bypass_rate * settings.again,
+        refinement_rate=settings.refinement_rate * settings.again,
+    )
+
+
+def _limited(settings: TrainingSettings) -> TrainingSettings:
+    """No stage takes more steps than the tuning: a trial run is one in all its parts."""
+    stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
+    return replace(settings, **{name: min(getattr(settings, name), settings.tuning_steps) for name in stages})
+
+
+def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:
+    """Raises RequestError where a name on the card, or that of a source, would stand for two files."""
+    own = [SELF_GENERATED] if prompts else []
+    sources, files = [*own, *(path.stem for path in texts)], [path.name for path in (*texts, *prompts)]
+    twice = next((name for names in (sources, files) for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RequestError(f"Two sources would be called {twice}: texts are told apart by their names, so rename one.")
+
+
+def _device(name: str) -> torch.device:
+    """Raises RequestError for one that this torch does not know or cannot use."""
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return place
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise RequestError(f"There is no file {path}.")
+    return path
+
+
+def _text(checkpoint: Checkpoint) -> Text:
+    """The model's tokenizer and chat template, as the runtime reads them from a bundle."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in checkpoint.assets.items():
+            Path(folder, name).write_text(content, encoding="utf-8")
+        return Text(Path(folder))
+
+
+def _add_generated(run: Run, held: Corpus, text: Text, chats: Sequence[Sequence[Mapping[str, str]]]) -> None:
+    """Continuations of the chats join both corpora: kept, so that a resumed training reads the same ones."""
+
+    def continued() -> list[list[tuple[int | None, torch.Tensor]]]:
+        shares = self_generated(run.model.model, text, chats, run.settings, run.progress)
+        return [[(passage.prefix, torch.from_numpy(passage.ids)) for passage in share] for share in shares]
+
+    for corpus, share in zip((run.corpus, held), run.work.once(SELF_GENERATED, continued), strict=True):
+        if share:
+            corpus.sources[SELF_GENERATED] = [Passage(ids.numpy(), prefix) for prefix, ids in share]
+    if not (run.corpus.sources and held.sources):
+        raise RequestError(
+            "The model's continuations of these prompts are too few to learn from and to be judged on: give more "
+            "prompts, or text (--text)."
         )
 
-    def _optimise(
-        self,
-        stage: str,
-        modules: SkipModules,
-        steps: int,
-        cost: int,
-        learning: Sequence[tuple[torch.nn.Module, float]],
-        loss: Callable[[Batch, np.random.Generator, int], torch.Tensor],
-    ) -> None:
-        """AdamW with a short warm-up and a cosine to a twentieth, clipped per group; saves every SAVE_EVERY steps."""
-        if not steps:
-            return
-        run = self.run
-        learning = [(part, rate) for part, rate in learning if len([*part.parameters()])]
-        groups = [{"params": [*part.parameters()], "lr": rate} for part, rate in learning]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
-        def load(state: dict[str, Any]) -> None:
-            copy.deepcopy(modules).load_state_dict(state["modules"])  # all or nothing: what does not fit takes a part
-            optimizer.load_state_dict(state["optimizer"])
-            modules.load_state_dict(state["modules"])
-
-        first = run.restore(stage, load)
-        run.advance(stage, first * cost)
-        recent: list[float] = []
-        for step in range(first, steps):
-            batch, rng = run.batch(stage, step)
-            factor = min(1.0, (step + 1) / 10) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-            for group, (_, rate) in zip(optimizer.param_groups, learning, strict=True):
-                group["lr"] = rate * factor
-            optimizer.zero_grad()
-            value = loss(batch, rng, step)
-            if not torch.isfinite(value):
-                raise PolicyError(
-                    f"The loss of step {step + 1} of the {stage} is not a number: nothing was saved since step "
-                    f"{step - step % SAVE_EVERY}. Try --precision float32, or other text."
-                )
-            value.backward()  # type: ignore[no-untyped-call]
-            for group in optimizer.param_groups:
-                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-            optimizer.step()
-            recent = [*recent[-19:], float(value.detach())]
-            run.advance(f"{stage} {step + 1}/{steps}, loss {np.mean(recent):.3f}", cost)
-            if run.due(step, steps):
-                run.save(stage, step + 1, modules=modules.state_dict(), optimizer=optimizer.state_dict())
-
-
-def training_key(settings: TrainingSettings, *parts: object) -> str:
-    """Changes with anything a training depends on."""
+def _key(settings: TrainingSettings, *parts: object) -> str:
+    """Change with anything a training depends on."""
     return content_key(2, asdict(settings), torch.__version__, *parts)

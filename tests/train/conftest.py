@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dash_export.models import Checkpoint
-from dash_export.train.gated_model import GatedModel
+from dash_export.train.model import GatedModel
 from tests.tiny import tiny_checkpoint
 
 

@@ -9,19 +9,11 @@ from dash_export.models import Checkpoint
 from dash_export.policy import no_policy, stored_columns
 from dash_export.reference import Oracle
 from dash_export.train.closed_form import RIDGE, Sums, sums_bytes
-from dash_export.train.corpus import Batch
-from dash_export.train.gated_model import GatedModel
-from tests.tiny import random_ids
+from dash_export.train.model import GatedModel
+from tests.train.helpers import batch
 
 UNITS = (Unit(1, 1), Unit(1, 3), Unit(2, 3), Unit(4, 5))
 BATCHES = 12
-
-
-def batch(seed: int) -> Batch:
-    ids = random_ids(4 * 32, seed=seed).reshape(4, 32)
-    counted = np.ones(ids.shape, bool)
-    counted[:, :2] = False
-    return Batch(ids, ~counted, counted)
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +65,6 @@ def test_a_bypass_is_ridge_regression(checkpoint: Checkpoint, sums: Sums, unit: 
     np.testing.assert_allclose(weights["bias"], expected[-1], atol=1e-3)
 
 
-def test_sums_that_go_on_are_the_same(model: GatedModel, sums: Sums) -> None:
-    first, second = Sums(model, UNITS), Sums(model, UNITS)
-    for seed in range(BATCHES // 2):
-        first.add(batch(seed))
-    second.load(first.state())
-    for seed in range(BATCHES // 2, BATCHES):
-        second.add(batch(seed))
-    for unit in UNITS:
-        np.testing.assert_array_equal(second.fit(unit).weights["weight"], sums.fit(unit).weights["weight"])
-
-
 def test_bytes(model: GatedModel, sums: Sums) -> None:
-    state = sums.state()
-    held = [*state["xx"].values(), *state["xy"].values()]
+    held = [*sums._xx.values(), *sums._xy.values()]
     assert sums_bytes(model.spec, UNITS) == sum(tensor.nbytes for tensor in held)

@@ -1,15 +1,25 @@
-"""Which units a made-up table asks for."""
+"""Which units and which order made-up damages ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
+import torch
 
-from dash_export.decision import Unit
+from dash_export.decision import Unit, parse_units
 from dash_export.models import Checkpoint
-from dash_export.models.bypasses import full_bypass
-from dash_export.train.cost import saved
-from dash_export.train.partition import LAUNCH, Candidate, best_partition, candidate_units, judged_candidate
+from dash_export.train import partition
+from dash_export.train.model import GatedModel, SkipModules
+from dash_export.train.partition import (
+    LAUNCH,
+    Candidate,
+    best_partition,
+    candidate_units,
+    greedy_order,
+    judged_candidate,
+)
 from tests.tiny import tiny_policy
 
 
@@ -65,12 +75,19 @@ def test_candidates() -> None:
     assert candidate_units(2) == ()
 
 
-def test_saved_is_bytes(checkpoint: Checkpoint) -> None:
-    spec, policy = checkpoint.spec, tiny_policy(checkpoint, "linear")
-    sizes = {name: np.prod(shape) for name, shape in spec.weight_shapes().items() if len(shape) == 2}
-    token = sum(size for name, size in sizes.items() if "embed_tokens" not in name) / 2
-    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
-        full = full_bypass(bypass, unit, checkpoint)
-        owed = sum(array.size for array in full.values() if array.ndim == 2)
-        layers = sum(size for name, size in sizes.items() for layer in unit.layers if f"layers.{layer}." in name) / 2
-        assert saved(spec, len(unit.layers)) == pytest.approx((layers - owed) / token, rel=0.02)
+def test_each_adds_least_for_its_size(
+    model: GatedModel, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2-3 costs more than 1 alone but less a layer; after it 4 is dearer than alone."""
+    alone = (0.2, 0.3, 0.16, 0.4)
+
+    def damage(_model: object, _modules: object, places: Sequence[int], _windows: object) -> torch.Tensor:
+        together = sum(alone[place] for place in places) + (1.0 if {1, 2} <= set(places) else 0.0)
+        return torch.tensor([together, together])
+
+    monkeypatch.setattr(partition, "static_damage", damage)
+    policy = tiny_policy(checkpoint, "linear", units=parse_units("1,2-3,4,5"))
+    calls: list[tuple[int, int]] = []
+    order = greedy_order(model, SkipModules(policy), [], lambda _, done, total: calls.append((done, total)))
+    assert order == (1, 0, 2, 3)
+    assert calls == [(number, 7) for number in range(1, 8)], "four alone, and three beside the first"

@@ -1,8 +1,10 @@
-"""The one home of every default of training."""
+"""How a policy is trained: the one home of every default of training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+KINDS = ("token", "static")
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,31 @@
-"""What a trained policy does on held-out text: the figures on its card."""
+"""The card of a policy: how it was trained, and what it does on held-out text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from dash_export import __version__
 from dash_export.artifacts import Progress, no_progress
-from dash_export.train.corpus import Batch, Corpus
-from dash_export.train.gated_model import Decide, GatedModel, always, below
-from dash_export.train.skip_modules import SkipModules
-from dash_export.train.token_kl import divergence
+from dash_export.decision import units_text
+from dash_export.models import Checkpoint
+from dash_export.policy import SkipPolicy
+from dash_export.train.corpus import JUDGED_SEED, Batch, Corpus
+from dash_export.train.losses import divergence
+from dash_export.train.model import Decide, GatedModel, SkipModules, always, below
+from dash_export.train.partition import Candidate
+from dash_export.train.stages import Run
 
 BATCHES = 8
-JUDGED_SEED = 20252
-"""Of what is held out: not the training's."""
+POINTS = 8
+"""Of the dial, so many trade-offs are judged."""
 STATIC_SETS = 5
 """Of a static order, so many first sets are judged."""
 
@@ -32,10 +41,40 @@ class Figures:
     nll: float
 
 
-def held_out_batches(corpus: Corpus, windows: int, window: int, count: int = BATCHES) -> list[Batch]:
-    """The same windows whatever the training's seed, so that trainings compare."""
+def policy_card(
+    checkpoint: Checkpoint,
+    policy: SkipPolicy,
+    run: Run,
+    held: Corpus,
+    chosen: Sequence[Candidate],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The card of a policy that was trained in `run`; `facts` of the training are on it as they are given."""
+    settings, place = run.settings, run.model.device
     rng = np.random.default_rng(JUDGED_SEED)
-    return [corpus.batch(rng, windows, window) for _ in range(count)]
+    batches = [held.batch(rng, settings.windows, settings.window) for _ in range(BATCHES)]
+    modules = SkipModules(policy).to(place)
+    judged, figures = held_out_figures(
+        run.model, modules, batches, policy.static_order, settings.trade_offs, run.progress
+    )
+    return {
+        "model": Path(checkpoint.source).name,
+        "model_fingerprint": checkpoint.fingerprint,
+        **facts,
+        "units": units_text(policy.units),
+        "read": policy.read,
+        "static_order": units_text(policy.units[place] for place in policy.static_order),
+        "chosen": [asdict(candidate) | {"unit": str(candidate.unit)} for candidate in chosen],
+        "settings": asdict(settings),
+        "tokens": run.corpus.tokens(),
+        "held_out": {"tokens": held.tokens(), "judged": judged, "figures": figures},
+        "versions": {
+            "dash-export": __version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+        "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
+    }
 
 
 @torch.no_grad()
@@ -46,9 +85,8 @@ def held_out_figures(
     order: Sequence[int],
     trade_offs: tuple[float, float],
     progress: Progress = no_progress,
-    points: int = 8,
 ) -> tuple[int, list[dict[str, object]]]:
-    """(tokens judged, figures): dense, the token policy at `points` of its dial, and the first sets of the static
+    """(tokens judged, figures): dense, the token policy at POINTS of its dial, and the first sets of the static
     `order` with the same bypasses.
     """
     units = modules.units
@@ -56,7 +94,7 @@ def held_out_figures(
     runs: list[tuple[str, Decide]] = [("dense", always(len(units), ()))]
     if modules.network:
         cost = modules.cost(model.spec)
-        for value in np.geomspace(*trade_offs, points):
+        for value in np.geomspace(*trade_offs, POINTS):
             runs.append((f"token, trade-off {value:.3g}", below(float(value) * cost)))
     for largest in range(1, min(STATIC_SETS, len(order)) + 1):
         chosen = order[:largest]

@@ -11,10 +11,11 @@ import torch
 from dash_export.decision import DENSE_POSITIONS, DecisionRule, Unit, parse_units, unit_skips
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint
+from dash_export.models.bypasses import full_bypass
 from dash_export.policy import SkipPolicy
 from dash_export.reference import Oracle
-from dash_export.train.gated_model import GatedModel, Rollout, below
-from dash_export.train.skip_modules import SkipModules
+from dash_export.train import model as model_module
+from dash_export.train.model import GatedModel, Rollout, SkipModules, below, faster_precision, saved
 from tests.tiny import random_actions, random_ids, tiny_checkpoint, tiny_policy
 
 TOKENS = 24
@@ -160,15 +161,6 @@ def test_recomputed_layers_have_the_same_gradients(checkpoint: Checkpoint) -> No
         torch.testing.assert_close(kept, recomputed)
 
 
-def test_network_grad_keeps_no_graph_of_the_pass(model: GatedModel, checkpoint: Checkpoint) -> None:
-    modules = SkipModules(tiny_policy(checkpoint, "linear"))
-    rollout = soft_loss(model, modules, network_grad=True)
-    assert not rollout.final.requires_grad
-    rollout.damage.sum().backward()
-    assert modules.network["weight"].grad is not None
-    assert all(parameter.grad is None for parameter in modules.bypasses.parameters())
-
-
 def test_the_model_is_as_it_was(model: GatedModel, checkpoint: Checkpoint) -> None:
     """Nothing of a rollout stays in it, not even of one that fails."""
     ids = torch.from_numpy(random_ids(TOKENS)[None])
@@ -181,3 +173,24 @@ def test_the_model_is_as_it_was(model: GatedModel, checkpoint: Checkpoint) -> No
 def test_bypasses_without_weights_are_not_trained(checkpoint: Checkpoint) -> None:
     with pytest.raises(PolicyError, match="has no weights"):
         SkipModules(tiny_policy(checkpoint, "none"))
+
+
+def test_saved_is_bytes(checkpoint: Checkpoint) -> None:
+    spec, policy = checkpoint.spec, tiny_policy(checkpoint, "linear")
+    sizes = {name: np.prod(shape) for name, shape in spec.weight_shapes().items() if len(shape) == 2}
+    token = sum(size for name, size in sizes.items() if "embed_tokens" not in name) / 2
+    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
+        full = full_bypass(bypass, unit, checkpoint)
+        owed = sum(array.size for array in full.values() if array.ndim == 2)
+        layers = sum(size for name, size in sizes.items() for layer in unit.layers if f"layers.{layer}." in name) / 2
+        assert saved(spec, len(unit.layers)) == pytest.approx((layers - owed) / token, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("half", "full", "chosen"), [(1.0, 2.0, "bfloat16"), (1.1, 1.0, "bfloat16"), (2.0, 1.0, "float32")]
+)
+def test_the_faster_precision(half: float, full: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert faster_precision(torch.device("cpu")) in ("bfloat16", "float32")
+    monkeypatch.setattr(model_module, "_seconds", {torch.bfloat16: half, torch.float32: full}.__getitem__)
+    assert faster_precision(torch.device("cpu")) == chosen
+    assert faster_precision(torch.device("cuda")) == "bfloat16"

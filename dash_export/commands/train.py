@@ -81,7 +81,6 @@ DEFAULTS = TrainingSettings()
 @click.option(
     "--precision",
     type=click.Choice(["bfloat16", "float32"]),
-    default=DEFAULTS.precision,
     help="Of the model while it is trained on; by default bfloat16, or float32 on a CPU where that is faster.",
 )
 @click.option("--device", default="", help="cpu or cuda; by default cuda where there is one.")
@@ -97,6 +96,7 @@ def command(
     units: tuple[Unit, ...] | None,
     start: Path | None,
     device: str,
+    precision: str | None,
     **settings: Any,
 ) -> None:
     """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
@@ -111,7 +111,7 @@ def command(
         raise click.UsageError("a static policy of given units takes no --trade-offs: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
     with progress_bar("train") as progress:
-        chosen = TrainingSettings(**settings)
+        chosen = TrainingSettings(**settings, precision=precision or DEFAULTS.precision)
         train(
             model, output, text, prompts,
             kind=kind, units=units, start=start, settings=chosen, device=device, progress=progress,

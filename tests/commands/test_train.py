@@ -33,7 +33,7 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name
     message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "4")
-    assert "has its units, 2-3,4: others are trained from nothing" in message
+    assert "has its units, 2-3,4: others are trained from nothing" in " ".join(message.split())
     policies = [load_policy(path, open_checkpoint(model).spec) for path in (first, second)]
     assert policies[0].units == policies[1].units == (Unit(2, 3), Unit(4, 4))
 

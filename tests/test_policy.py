@@ -17,7 +17,6 @@ from dash_export.decision import Unit, units_text
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.bypasses import check_model
-from dash_export.models.spec import RopeSpec
 from dash_export.policy import (
     METADATA,
     Bypass,
@@ -34,7 +33,7 @@ from dash_export.resources import resource_folder
 from tests.models.helpers import SAFETENSORS_LAYOUTS
 
 HIDDEN = 32
-SPEC = DecoderSpec("llama", 300, HIDDEN, 64, 6, 2, 1, 16, 512, 1e-5, RopeSpec(1e4, (1.0, 0.1)))
+SPEC = DecoderSpec("llama", 300, HIDDEN, 64, 6, 2, 1, 16, 512, 1e-5, (1.0, 0.1))
 
 
 UNITS = (Unit(2, 3), Unit(4, 4))

@@ -34,7 +34,7 @@ HIDDEN_SHAPE = ("batch", "sequence")
 
 def rope_tables(spec: DecoderSpec) -> Iterator[npt.NDArray[np.float32]]:
     """`cos`, then `sin`, each [max_positions, head_dim / 2], in blocks: every layer's graph refers to this one file."""
-    frequencies = np.asarray(spec.rope.inverse_frequencies)
+    frequencies = np.asarray(spec.rope_frequencies)
     for turned in (np.cos, np.sin):
         for start in range(0, spec.max_positions, _BLOCK):
             positions = np.arange(start, min(start + _BLOCK, spec.max_positions))

@@ -18,8 +18,8 @@ import torch
 from dash_export.decision import DENSE_POSITIONS, DecisionRule, layer_actions, unit_skips
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import full_bypass
+from dash_export.models.torch_model import torch_model
 from dash_export.policy import SkipPolicy, key_value_size
-from dash_export.torch_model import torch_model
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from dash_export.decision import Unit
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
+from dash_export.models.torch_model import torch_model
 from dash_export.policy import Bypass, SkipPolicy, key_value_size
-from dash_export.torch_model import torch_model
 from dash_export.train.corpus import Batch
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -126,7 +126,7 @@ def test_fewer_units_than_a_trained_policy_has(model: Path, trained: Path, tmp_p
 
 
 def test_pruned(model: Path, tmp_path: Path) -> None:
-    """What the option makes; that it is right: tests/models/test_pruning.py."""
+    """What the option makes; that it is right: tests/models/test_bypasses.py."""
     checkpoint, policy, output = open_checkpoint(model), tmp_path / "p.safetensors", tmp_path / "a.dash"
     save_policy(policy, tiny_policy(checkpoint, "linear"), checkpoint.spec, {})
     said = dash("export", model, "-o", output, "--policy", policy, "--prune", "2-3")

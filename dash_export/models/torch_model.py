@@ -38,7 +38,7 @@ def torch_model(
 
 
 def _add_update(layer: torch.nn.Module, name: str, config: Any, dtype: torch.dtype) -> None:
-    """What a pruned unit left to this layer (dash_export/models/pruning.py)."""
+    """What a pruned unit left to this layer (bypasses.py)."""
     size, eps = config.hidden_size, config.rms_norm_eps
     layer.add_module(name, torch.nn.Linear(size, size, dtype=dtype))
 

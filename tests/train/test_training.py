@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,24 +82,14 @@ def test_the_file_is_the_policy_and_the_card_says_how(
     assert not path.with_name(f"{path.name}.unfinished").exists()
 
 
-def test_a_seed_makes_the_same_policy(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+@pytest.mark.parametrize("change", [{}, {"seed": 1}, {"precision": "float32"}], ids=["same", "seed", "precision"])
+def test_the_same_settings_make_the_same_policy(
+    change: dict[str, Any], trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
 ) -> None:
-    again = train(checkpoint, tmp_path / "again.safetensors", [prose], units=TINY_UNITS, settings=SETTINGS)
-    other = replace(SETTINGS, seed=1)
-    other = train(checkpoint, tmp_path / "other.safetensors", [prose], units=TINY_UNITS, settings=other)
-    assert same(again, trained[1])
-    assert not same(other, trained[1])
-
-
-def test_precision(trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
-    path = tmp_path / "full.safetensors"
-    full = train(checkpoint, path, [prose], units=TINY_UNITS, settings=replace(SETTINGS, precision="float32"))
-    cards = [json.loads(each.with_suffix(".json").read_text()) for each in (trained[0], path)]
-    assert [card["precision"] for card in cards] == ["bfloat16", "float32"]
-    assert not same(full, trained[1])
-    with pytest.raises(PolicyError, match="no precision 'int4'"):
-        train(checkpoint, path, [prose], settings=replace(SETTINGS, precision="int4"))
+    path, settings = tmp_path / "again.safetensors", replace(SETTINGS, **change)
+    again = train(checkpoint, path, [prose], units=TINY_UNITS, settings=settings)
+    assert same(again, trained[1]) == (not change)
+    assert json.loads(path.with_suffix(".json").read_text())["precision"] == settings.precision
 
 
 @pytest.fixture(scope="module")
@@ -303,23 +294,6 @@ def test_a_state_that_fits_in_part_leaves_nothing_of_itself(
     assert same(train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS), trained[1])
 
 
-ALL = "static, 4, 2-3"
-
-
-def figures(path: Path) -> dict[str, float]:
-    card = json.loads(path.with_suffix(".json").read_text())
-    return {row["setting"]: row["kl"] for row in card["held_out"]["figures"]}
-
-
-def test_tuning_lowers_the_divergence(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "longer.safetensors"
-    settings = replace(SETTINGS, tuning_steps=60, bypass_rate=5e-3)
-    train(checkpoint, path, [prose], units=TINY_UNITS, settings=settings)
-    assert figures(path)[ALL] < figures(trained[0])[ALL]
-
-
 def test_no_stage_takes_more_steps_than_the_tuning(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
     """Or else a trial run would take as long as a training."""
     path = tmp_path / "short.safetensors"
@@ -332,6 +306,12 @@ def test_a_unit_whose_bypass_is_larger(prose: Path, tmp_path: Path) -> None:
     small = tiny_checkpoint(tmp_path / "model", intermediate_size=8, num_key_value_heads=4)
     with pytest.raises(PolicyError, match="Skipping 2 saves nothing: its bypass is larger"):
         train(small, tmp_path / "p.safetensors", [prose], units=parse_units("2"), settings=SETTINGS)
+
+
+def last_kl(path: Path) -> float:
+    """KL where both units are skipped."""
+    figures = json.loads(path.with_suffix(".json").read_text())["held_out"]["figures"]
+    return next(row["kl"] for row in figures if row["setting"] == "static, 4, 2-3")
 
 
 def test_a_trained_policy_is_tuned_further(
@@ -355,7 +335,7 @@ def test_a_trained_policy_is_tuned_further(
     assert card["from"]["file"] == "policy.safetensors"
     assert (card["settings"]["regression_steps"], card["settings"]["fit_steps"]) == (0, 0)
     assert card["settings"]["bypass_rate"] == 1e-2 * SETTINGS.again
-    assert figures(path)[ALL] < figures(trained[0])[ALL]
+    assert last_kl(path) < last_kl(trained[0]), "tuning lowers the divergence"
 
 
 def test_a_static_policy_goes_on_as_one(
@@ -404,6 +384,7 @@ def test_static_kind_and_self_generated_text(checkpoint: Checkpoint, prose: Path
         ({"units": parse_units("2,4-40")}, PolicyError, r"units 2,4-40 must be of layers 0 to 5"),
         ({"units": parse_units("2-4,4-5")}, PolicyError, "each layer in one"),
         ({"settings": replace(SETTINGS, trade_offs=(1e-6, 2e-6))}, PolicyError, "costs more than it saves"),
+        ({"settings": replace(SETTINGS, precision="int4")}, PolicyError, "no precision 'int4'"),
         ({"start": Path("p.safetensors")}, PolicyError, "no policy file"),
         ({"start": Path("smollm2-135m-instruct")}, PolicyError, "a llama of 6 layers"),
         ({"settings": replace(SETTINGS, window=2000)}, PolicyError, "context of this model is"),

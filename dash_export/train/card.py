@@ -73,6 +73,7 @@ def policy_card(
             "torch": torch.__version__,
             "transformers": version("transformers"),
         },
+        "precision": str(run.model.dtype).removeprefix("torch."),
         "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
     }
 

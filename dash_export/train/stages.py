@@ -111,6 +111,18 @@ class Run:
         return self.corpus.batch(rng, self.settings.windows, self.settings.window), rng
 
 
+def trained_policy(
+    run: Run, kind: str, units: tuple[Unit, ...] | None, start: SkipPolicy | None
+) -> tuple[SkipPolicy, tuple[Candidate, ...]]:
+    """The policy of `kind`, of these units or of those of a search, and what that chose them by. `start`: the trained
+    policy that it goes on from.
+    """
+    chosen = search_units(run) if units is None else ()
+    policy = start or fitted_policy(run, units or tuple(candidate.unit for candidate in chosen))
+    stages = token_policy if kind == "token" else static_policy
+    return stages(run, policy, start is not None), chosen
+
+
 def token_policy(run: Run, policy: SkipPolicy, further: bool) -> SkipPolicy:
     """Train network and bypasses. `further`: the policy is a trained one, whose regression is done."""
     model, settings = run.model, run.settings

@@ -23,7 +23,7 @@ from dash_export.train.card import policy_card
 from dash_export.train.corpus import SELF_GENERATED, Corpus, Passage, read_corpus, read_prompts, self_generated
 from dash_export.train.defaults import KINDS, TrainingSettings
 from dash_export.train.model import PRECISIONS, GatedModel, faster_precision, saved
-from dash_export.train.stages import Run, Work, fitted_policy, search_units, static_policy, token_policy
+from dash_export.train.stages import Run, Work, trained_policy
 
 LONGEST_NAME = 100
 
@@ -78,20 +78,8 @@ def train(
     refuse_inputs([*checkpoint.seen, *texts, *prompts, *filter(None, [start])], replaced)
     key = _key(settings, checkpoint.fingerprint, kind, None if given is None else units_text(given), data, origin)
     with locked(output, "train"):
-        progress("reading the text", 0, 0)
-        text = _text(checkpoint)
-        corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
-        chats = [messages for file in prompts for messages in read_prompts(file)]
-        work = Work(work_folder(output, "train"), key)
-        precision = settings.precision or work.once("precision", lambda: faster_precision(place))
-        run = Run(GatedModel(checkpoint, place, PRECISIONS[precision]), corpus, settings, work, progress)
-        checkpoint.check_same()
-        if chats:
-            _add_generated(run, held, text, chats)
-        chosen = () if given is not None else search_units(run)
-        units = given or tuple(candidate.unit for candidate in chosen)
-        training = token_policy if kind == "token" else static_policy
-        policy = training(run, before or fitted_policy(run, units), before is not None)
+        run, held = _run(checkpoint, texts, prompts, settings, place, output, key, progress)
+        policy, chosen = trained_policy(run, kind, given, before)
         policy = replace(
             policy,
             bypasses=tuple(bypass.in_half() for bypass in policy.bypasses),
@@ -99,13 +87,36 @@ def train(
             f"(seed {settings.seed}, key {key[:8]})",
             final_norm=checkpoint.read(FINAL_NORM),
         )
-        facts = {"kind": kind, "from": origin, "data": data, "precision": precision}
-        card = policy_card(checkpoint, policy, run, held, chosen, facts)
+        card = policy_card(checkpoint, policy, run, held, chosen, {"kind": kind, "from": origin, "data": data})
         card["seconds"] = round(time.perf_counter() - began, 1)
         check_replaceable(output)  # what has appeared there meanwhile stays, and so does the work of hours
         save_policy(output, policy, spec, card)
-        remove_own(work.folder)
+        remove_own(run.work.folder)
         return policy
+
+
+def _run(
+    checkpoint: Checkpoint,
+    texts: Sequence[Path],
+    prompts: Sequence[Path],
+    settings: TrainingSettings,
+    place: torch.device,
+    output: Path,
+    key: str,
+    progress: Progress,
+) -> tuple[Run, Corpus]:
+    """The run over the texts and the model's continuations of the prompts, and what is held out of them."""
+    progress("reading the text", 0, 0)
+    text = _text(checkpoint)
+    corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
+    chats = [messages for file in prompts for messages in read_prompts(file)]
+    work = Work(work_folder(output, "train"), key)
+    precision = settings.precision or work.once("precision", lambda: faster_precision(place))
+    run = Run(GatedModel(checkpoint, place, PRECISIONS[precision]), corpus, settings, work, progress)
+    checkpoint.check_same()
+    if chats:
+        _add_generated(run, held, text, chats)
+    return run, held
 
 
 def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: str, settings: TrainingSettings) -> None:

@@ -34,6 +34,7 @@ from dash_export.graphs.policy import policy_graph
 from dash_export.graphs.writer import save_graph, save_tables
 from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts, sealed
 from dash_export.models import Checkpoint, open_checkpoint
+from dash_export.models.bypasses import check_model
 from dash_export.outputs import (
     MARK,
     check_place,
@@ -50,7 +51,7 @@ from dash_export.outputs import (
     work_folder,
     work_of,
 )
-from dash_export.skip_policy import SkipPolicy, check_model, no_policy
+from dash_export.policy import SkipPolicy, no_policy
 
 GRAPH_REVISION = 3
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""

@@ -18,8 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if TYPE_CHECKING:
     from dash_export import DashRuntime
     from dash_export.models import Checkpoint
+    from dash_export.policy import SkipPolicy
     from dash_export.reference import Oracle
-    from dash_export.skip_policy import SkipPolicy
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -47,7 +47,7 @@ def smollm2(smollm2_gguf: Path) -> Checkpoint:
 @pytest.fixture(scope="session")
 def smollm2_policy(smollm2: Checkpoint) -> SkipPolicy:
     """The trained one that is shipped."""
-    from dash_export.policy_file import load_policy
+    from dash_export.policy import load_policy
     from dash_export.resources import resource_folder
 
     return load_policy(resource_folder("calibration") / "smollm2-135m-instruct.safetensors", smollm2.spec)

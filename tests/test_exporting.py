@@ -22,7 +22,7 @@ from dash_export.graphs import portable
 from dash_export.manifest import SCHEMA
 from dash_export.models import open_checkpoint
 from dash_export.models.spec import FINAL_NORM
-from dash_export.skip_policy import no_policy
+from dash_export.policy import no_policy
 from tests.conftest import DATA
 from tests.models.helpers import write_gguf
 from tests.tiny import TINY_UNITS, save_model, tiny_checkpoint, tiny_policy
@@ -37,7 +37,7 @@ import dash_export.exporting, dash_export.models.gguf, dash_export.models.huggin
 from dash_export.graphs import portable
 from dash_export.manifest import SCHEMA
 from dash_export.models import open_checkpoint
-from dash_export.skip_policy import untrained_policy
+from dash_export.policy import untrained_policy
 
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024

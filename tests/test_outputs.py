@@ -35,7 +35,7 @@ from dash_export.outputs import (
     remove_own,
     work_folder,
 )
-from dash_export.policy_file import check_replaceable, save_policy
+from dash_export.policy import check_replaceable, save_policy
 from tests.tiny import tiny_checkpoint, tiny_policy
 
 HOLD = """

@@ -13,7 +13,7 @@ from dash_export.builders import build
 from dash_export.decision import Unit, layer_actions
 from dash_export.exporting import export
 from dash_export.models import Checkpoint, open_checkpoint
-from dash_export.skip_policy import Bypass, SkipPolicy, stored_columns, untrained_policy
+from dash_export.policy import Bypass, SkipPolicy, stored_columns, untrained_policy
 from tests.models.helpers import DIMENSIONS, FAMILIES, tiny_tokenizer
 
 CHAT_TEMPLATE = (

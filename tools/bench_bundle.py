@@ -14,7 +14,7 @@ from dash_export import build, export
 from dash_export.commands.progress import progress_bar
 from dash_export.errors import DashError
 from dash_export.models import open_checkpoint
-from dash_export.policy_file import load_policy
+from dash_export.policy import load_policy
 from dash_export.resources import resource_folder
 
 POLICY = "smollm2-135m-instruct.safetensors"

@@ -28,7 +28,7 @@ from dash_export.evaluation.settings import entrants
 from dash_export.evaluation.text import PREFIX, WINDOW
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
-from dash_export.policy_file import load_policy
+from dash_export.policy import load_policy
 from dash_export.resources import resource_folder
 from dash_export.runtime import Generation
 from dash_export.text_files import read_text

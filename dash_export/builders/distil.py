@@ -25,8 +25,8 @@ from dash_export.errors import BundleError
 from dash_export.graphs.compose import constant_value, load_graph
 from dash_export.graphs.rounded import Rounded
 from dash_export.models.spec import Float32Array
+from dash_export.models.torch_model import torch_model
 from dash_export.runtime.cpus import physical_cores
-from dash_export.torch_model import torch_model
 
 WINDOWS_AT_ONCE = 4
 RATE = 2e-3

@@ -19,7 +19,7 @@ from dash_export.decision import Unit, units_text
 
 if TYPE_CHECKING:
     from dash_export.models import Checkpoint, DecoderSpec
-    from dash_export.skip_policy import SkipPolicy
+    from dash_export.policy import SkipPolicy
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -41,8 +41,7 @@ class PolicyOptions:
 
     def load(self, spec: DecoderSpec) -> SkipPolicy:
         """Raises PolicyError when the file is damaged or for another model, or where it has no such units."""
-        from dash_export.policy_file import load_policy
-        from dash_export.skip_policy import narrowed, no_policy, untrained_policy
+        from dash_export.policy import load_policy, narrowed, no_policy, untrained_policy
 
         if not self.trained:
             none = self.policy == "none"
@@ -122,10 +121,9 @@ def export_model(ctx: click.Context, model: str, output: Path | None, options: P
 def export_with_policy(model: str | Checkpoint, output: Path, options: PolicyOptions, progress: Progress) -> Bundle:
     from dash_export.exporting import check_inputs, export
     from dash_export.models import open_checkpoint
-    from dash_export.models.pruning import pruned
+    from dash_export.models.bypasses import pruned
     from dash_export.outputs import named
-    from dash_export.policy_file import policy_path
-    from dash_export.skip_policy import no_policy
+    from dash_export.policy import no_policy, policy_path
 
     if options.trained:
         check_inputs([policy_path(options.policy)], named(output))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import UnitList, plain_table, print_table, result_console
 from dash_export.commands.progress import progress_bar
 from dash_export.decision import Unit, parse_units
+from dash_export.train.defaults import KINDS, TrainingSettings
+
+DEFAULTS = TrainingSettings()
 
 
 @click.command("train")
@@ -33,8 +38,8 @@ from dash_export.decision import Unit, parse_units
 )
 @click.option(
     "--kind",
-    type=click.Choice(["token", "static"]),
-    default="token",
+    type=click.Choice(KINDS),
+    default=KINDS[0],
     show_default=True,
     help="token: a network that decides for every token. static: fixed sets with bypasses of their own.",
 )
@@ -45,7 +50,6 @@ from dash_export.decision import Unit, parse_units
     help="What is skipped as one, like 5-7,8-10,13; by default the units that gain most, which are looked for first "
     "(minutes), with --from those of the policy.",
 )
-@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True)
 @click.option(
     "--from",
     "start",
@@ -54,15 +58,26 @@ from dash_export.decision import Unit, parse_units
     help="Go on from this trained policy, one of yours or one that comes with this package, to tune it further, for "
     "other text or for a fine-tune of its model: only the tuning steps are done.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Tuning steps; no other stage takes more (600).")
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=DEFAULTS.seed, show_default=True)
+@click.option(
+    "--steps",
+    "tuning_steps",
+    type=click.IntRange(min=1),
+    default=DEFAULTS.tuning_steps,
+    show_default=True,
+    help="Tuning steps; no other stage takes more.",
+)
 @click.option(
     "--trade-offs",
     type=(click.FloatRange(min=0, min_open=True), click.FloatRange(min=0, min_open=True)),
+    default=DEFAULTS.trade_offs,
+    show_default=True,
     metavar="LOW HIGH",
-    help="The part of the dial to train for, nats per dense token time (0.4 2.2).",
+    help="The part of the dial to train for, nats per dense token time.",
 )
-@click.option("--window", type=click.IntRange(16, 8192), help="Tokens per window (256).")
-@click.option("--windows", type=click.IntRange(min=1), help="Windows per step (4).")
+@click.option(
+    "--window", type=click.IntRange(16, 8192), default=DEFAULTS.window, show_default=True, help="Tokens per window."
+)
 @click.option(
     "--precision",
     type=click.Choice(["bfloat16", "float32"]),
@@ -81,39 +96,26 @@ def command(
     units: tuple[Unit, ...] | None,
     start: Path | None,
     device: str,
-    steps: int | None,
-    **chosen: int | str | tuple[float, float] | None,
+    precision: str | None,
+    **settings: Any,
 ) -> None:
     """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
 
     The model itself stays as it is. A training that was killed goes on where it stopped when the same command is given
     again. The end of every text (8 %) is not trained on; the card's figures come from there.
     """
-    from dash_export.policy.settings import TrainingSettings
-    from dash_export.policy.train import train
+    from dash_export.train.training import train
 
-    given = {name: value for name, value in (chosen | {"tuning_steps": steps}).items() if value is not None}
-    for reason, idle, names in (
-        ("--from takes", start is not None, ("units",)),
-        ("a static policy of given units takes", kind == "static" and (start or units) is not None, ("trade_offs",)),
-    ):
-        useless = [name for name in names if (given | {"units": units}).get(name) is not None]
-        if idle and useless:
-            raise click.UsageError(f"{reason} no --{useless[0].replace('_', '-')}: leave it out.")
+    given = ctx.get_parameter_source("trade_offs") is not ParameterSource.DEFAULT
+    if given and kind == "static" and (start or units) is not None:
+        raise click.UsageError("a static policy of given units takes no --trade-offs: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
     with progress_bar("train") as progress:
+        chosen = TrainingSettings(**settings, precision=precision or DEFAULTS.precision)
         train(
-            model,
-            output,
-            text,
-            prompts,
-            kind=kind,
-            units=units,
-            start=start,
-            settings=TrainingSettings(**given),  # type: ignore[arg-type]
-            device=device,
-            progress=progress,
-        )
+            model, output, text, prompts,
+            kind=kind, units=units, start=start, settings=chosen, device=device, progress=progress,
+        )  # fmt: skip
     _summary(model, output)
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from dash_export.graphs.writer import GraphWriter
 from dash_export.models.spec import DecoderSpec
-from dash_export.skip_policy import SkipPolicy
+from dash_export.policy import SkipPolicy
 
 
 def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:

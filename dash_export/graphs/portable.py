@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from dash_export.decision import Unit
 from dash_export.graphs.writer import GraphWriter, external, lazy_weight
+from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import past_names, present_names
-from dash_export.skip_policy import Bypass, full_bypass, key_value_size
+from dash_export.policy import Bypass, key_value_size
 
 ROPE_FILE = "rope.data"
 EMBED_FILE = "embed.data"
@@ -33,7 +34,7 @@ HIDDEN_SHAPE = ("batch", "sequence")
 
 def rope_tables(spec: DecoderSpec) -> Iterator[npt.NDArray[np.float32]]:
     """`cos`, then `sin`, each [max_positions, head_dim / 2], in blocks: every layer's graph refers to this one file."""
-    frequencies = np.asarray(spec.rope.inverse_frequencies)
+    frequencies = np.asarray(spec.rope_frequencies)
     for turned in (np.cos, np.sin):
         for start in range(0, spec.max_positions, _BLOCK):
             positions = np.arange(start, min(start + _BLOCK, spec.max_positions))

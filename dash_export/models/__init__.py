@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from dash_export.errors import CheckpointError
-from dash_export.models.spec import Checkpoint, DecoderSpec, RopeSpec, Weight, row_blocks
+from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, row_blocks
 
-__all__ = ["Checkpoint", "DecoderSpec", "RopeSpec", "Weight", "open_checkpoint", "row_blocks"]
+__all__ = ["Checkpoint", "DecoderSpec", "Weight", "open_checkpoint", "row_blocks"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

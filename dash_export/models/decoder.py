@@ -1,4 +1,4 @@
-"""What the supported families share: the dimensions, and the options no family may use."""
+"""The dimensions that the supported families share, and the options no family may use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from dash_export.errors import CheckpointError
 from dash_export.models.fields import flag, positive_float, positive_int, shown
-from dash_export.models.rope import MAX_POSITIONS, rope_spec
+from dash_export.models.rope import MAX_POSITIONS, rope_frequencies
 from dash_export.models.spec import DecoderSpec
 
 # Far above any published model, and low enough that an absurd config fails here instead of at an allocation.
@@ -62,7 +62,7 @@ def gated_decoder(
         head_dim=head_dim,
         max_positions=max_positions,
         rms_norm_eps=positive_float(config, "rms_norm_eps", 1.0, 1e-6),
-        rope=rope_spec(config, head_dim, max_positions),
+        rope_frequencies=rope_frequencies(config, head_dim, max_positions),
         tie_embeddings=flag(config, "tie_word_embeddings"),
         qkv_bias=qkv_bias,
         output_bias=output_bias,

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dash_export.errors import CheckpointError
-from dash_export.models.files import require
+from dash_export.models.weights import require
 
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors
 MAX_ELEMENTS = 1 << 21  # of all metadata arrays: a vocabulary of 262,144 takes 1.3 million

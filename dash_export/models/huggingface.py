@@ -13,10 +13,19 @@ from dash_export.artifacts import identity
 from dash_export.bundle import TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.models.fields import shown
-from dash_export.models.files import check_weights, fingerprint, parse_object, read_text, require
 from dash_export.models.registry import decoder_spec
-from dash_export.models.safetensors_files import SafetensorsWeight, check_dtype, open_weights, weight_files
 from dash_export.models.spec import Checkpoint, DecoderSpec
+from dash_export.models.weights import (
+    SafetensorsWeight,
+    check_dtype,
+    check_weights,
+    fingerprint,
+    open_weights,
+    parse_object,
+    read_text,
+    require,
+    weight_files,
+)
 from dash_export.text_files import load_tokenizer
 
 ROWS = 4096

@@ -16,14 +16,14 @@ import numpy.typing as npt
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST_CONTEXT
 from dash_export.models.fields import positive_float, positive_int, shown
-from dash_export.models.spec import Float32Array, RopeSpec
+from dash_export.models.spec import Float32Array
 
 MAX_FACTOR = 1e6
 MAX_POSITIONS = LARGEST_CONTEXT
 
 
-def rope_spec(config: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
-    """The rotary embedding of `head_dim` dimensions. Raises CheckpointError for any other scaling."""
+def rope_frequencies(config: Mapping[str, Any], head_dim: int, max_positions: int) -> tuple[float, ...]:
+    """Inverse frequencies of `head_dim` dimensions, as in `DecoderSpec`. Raises CheckpointError for another scaling."""
     parameters = _parameters(config)
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in _SCALINGS:
@@ -39,8 +39,7 @@ def rope_spec(config: Mapping[str, Any], head_dim: int, max_positions: int) -> R
         scaled = _SCALINGS[rope_type](base_frequencies(theta, head_dim), parameters, max_positions)
     if not np.isfinite(scaled).all():
         raise CheckpointError(f"the rope parameters give frequencies that are not finite (rope_theta {theta:g})")
-    scaling = "none" if rope_type == "default" else rope_type
-    return RopeSpec(theta=theta, inverse_frequencies=tuple(scaled.tolist()), scaling=scaling)
+    return tuple(scaled.tolist())
 
 
 def base_frequencies(theta: float, head_dim: int) -> Float32Array:
@@ -49,7 +48,7 @@ def base_frequencies(theta: float, head_dim: int) -> Float32Array:
     return _divided(np.ones_like(exponents), np.power(np.float32(theta), exponents))
 
 
-def llama3_frequencies(plain: Float32Array, factor: float, low: float, high: float, original: int) -> Float32Array:
+def llama3_frequencies(plain: Float32Array, factor: float, low: float, high: float, original: float) -> Float32Array:
     """Llama 3.1's scaling of float32 [n] frequencies: long waves divided by `factor`, short kept, a ramp between."""
     wavelengths = np.float32(2 * math.pi) / plain
     smooth = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
@@ -91,15 +90,6 @@ def _llama3(plain: Float32Array, parameters: Mapping[str, Any], max_positions: i
     return llama3_frequencies(plain, factor, low, high, original)
 
 
-def _gguf_factors(plain: Float32Array, parameters: Mapping[str, Any], _max_positions: int) -> Float32Array:
-    """GGUF stores a scaling as one divisor per frequency; ours alone, for factors that no named scaling reproduces."""
-    factors = parameters.get("factors")
-    if not isinstance(factors, list) or len(factors) != len(plain):
-        raise CheckpointError(f"rope 'factors' is {shown(factors)}; expected {len(plain)} numbers, one per frequency")
-    checked = [positive_float({"rope factors": factor}, "rope factors", MAX_FACTOR) for factor in factors]
-    return _divided(plain, np.array(checked, dtype=np.float32))
-
-
 def _divided(frequencies: Float32Array, divisors: npt.ArrayLike) -> Float32Array:
     quotients: Float32Array = np.divide(frequencies, divisors, dtype=np.float32)
     return quotients
@@ -109,5 +99,4 @@ _SCALINGS: dict[str, Callable[[Float32Array, Mapping[str, Any], int], Float32Arr
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
-    "gguf_factors": _gguf_factors,
 }

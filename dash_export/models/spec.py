@@ -1,4 +1,4 @@
-"""What a decoder is, for everything downstream: a frozen description and named weights, free of any framework."""
+"""A decoder, for everything downstream: a frozen description and named weights, free of any framework."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ import numpy.typing as npt
 from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 
-FINAL_NORM = "model.norm.weight"
-
 Float32Array = npt.NDArray[np.float32]
 
-
+FINAL_NORM = "model.norm.weight"
 LAYERS = "model.layers."
-"""With this the names of all layers' weights begin."""
+"""The beginning of the names of all layers' weights."""
 
 
 def layer_weight(layer: int, name: str = "") -> str:
@@ -28,22 +26,12 @@ def layer_weight(layer: int, name: str = "") -> str:
 
 
 @dataclass(frozen=True)
-class RopeSpec:
-    """Rotary position embedding in the half-split ("neox") layout.
-
-    `inverse_frequencies` is float32 [rotary_dim / 2] with every scaling (`linear`, `llama3`) already applied:
-    position p turns pair i by p * inverse_frequencies[i] radians.
-    """
-
-    theta: float
-    inverse_frequencies: tuple[float, ...]
-    scaling: str = "none"
-
-
-@dataclass(frozen=True)
 class DecoderSpec:
-    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated SiLU MLP. `updates`: the layers that
-    end with the update of a unit that was pruned behind them, each as often as there are such (pruning.py).
+    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated SiLU MLP.
+
+    `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [head_dim / 2] with every
+    scaling already applied: position p turns pair i by p * rope_frequencies[i] radians. `updates`: the layers that end
+    with the update of a unit that was pruned behind them, each as often as there are such (bypasses.py).
     """
 
     model_type: str
@@ -56,7 +44,7 @@ class DecoderSpec:
     head_dim: int
     max_positions: int
     rms_norm_eps: float
-    rope: RopeSpec
+    rope_frequencies: tuple[float, ...]
     tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
@@ -129,6 +117,11 @@ class Checkpoint:
     assets: Mapping[str, str]
     fingerprint: str
     seen: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+
+    def read(self, name: str) -> Float32Array:
+        """A whole weight. Raises CheckpointError where it holds what is not finite."""
+        weight = self.weights[name]
+        return weight.read_rows(0, weight.shape[0])
 
     def check_same(self) -> None:
         """Raises CheckpointError where a weight file is another one than when it was opened: what has been read of it

@@ -14,7 +14,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from dash_export.errors import CheckpointError
 from dash_export.models.fields import flag, shown
-from dash_export.models.gguf_config import token_id
 from dash_export.text_files import load_tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -61,6 +60,18 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
             raise CheckpointError(f"tokenizer.chat_template is {shown(template)}; expected a string")
         assets["chat_template.jinja"] = template
     return assets
+
+
+def token_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    """`tokenizer.ggml.<name>_token_id`, checked against the vocabulary, or None. Raises CheckpointError."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    value, tokens = metadata.get(key), metadata.get("tokenizer.ggml.tokens")
+    if value is None:
+        return None
+    count = len(tokens) if isinstance(tokens, list) else 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+        raise CheckpointError(f"{key} is {shown(value)}; expected the index of one of the {count} tokens")
+    return value
 
 
 def _generation_config(

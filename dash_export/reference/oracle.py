@@ -17,8 +17,9 @@ import torch
 
 from dash_export.decision import DENSE_POSITIONS, DecisionRule, layer_actions, unit_skips
 from dash_export.models import Checkpoint
-from dash_export.skip_policy import SkipPolicy, full_bypass, key_value_size
-from dash_export.torch_model import torch_model
+from dash_export.models.bypasses import full_bypass
+from dash_export.models.torch_model import torch_model
+from dash_export.policy import SkipPolicy, key_value_size
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Oracle:
     """A checkpoint and its skip policy in float32."""
 
     def __init__(self, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
-        weights = {name: weight.read_rows(0, weight.shape[0]) for name, weight in checkpoint.weights.items()}
+        weights = {name: checkpoint.read(name) for name in checkpoint.weights}
         self.model = torch_model(checkpoint.config, weights, torch.float32, attention="eager")
         self.policy = policy
         self.eps = checkpoint.spec.rms_norm_eps

@@ -19,8 +19,8 @@ from dash_export.decision import DialPoint
 from dash_export.errors import BackendError, BundleError, PolicyError, RecipeError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
+from dash_export.policy import narrowed
 from dash_export.runtime.backends.onnxruntime import OrtBackend
-from dash_export.skip_policy import narrowed
 from tests.commands.helpers import dash, python
 from tests.forged import edit
 from tests.tiny import random_ids, tiny_policy, with_bypasses

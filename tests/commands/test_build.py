@@ -12,7 +12,7 @@ import pytest
 
 from dash_export.bundle import Bundle
 from dash_export.models import open_checkpoint
-from dash_export.policy_file import save_policy
+from dash_export.policy import save_policy
 from dash_export.targets import recipe_names
 from tests.commands.helpers import dash, refused
 from tests.tiny import TINY_UNITS, tiny_policy

@@ -17,8 +17,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
-from dash_export.policy_file import save_policy
-from dash_export.skip_policy import default_units
+from dash_export.policy import default_units, save_policy
 from tests.commands.helpers import dash, environment, refused
 from tests.tiny import save_model, tiny_policy
 
@@ -127,7 +126,7 @@ def test_fewer_units_than_a_trained_policy_has(model: Path, trained: Path, tmp_p
 
 
 def test_pruned(model: Path, tmp_path: Path) -> None:
-    """What the option makes; that it is right: tests/models/test_pruning.py."""
+    """What the option makes; that it is right: tests/models/test_bypasses.py."""
     checkpoint, policy, output = open_checkpoint(model), tmp_path / "p.safetensors", tmp_path / "a.dash"
     save_policy(policy, tiny_policy(checkpoint, "linear"), checkpoint.spec, {})
     said = dash("export", model, "-o", output, "--policy", policy, "--prune", "2-3")

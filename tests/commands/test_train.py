@@ -1,4 +1,4 @@
-"""`train`: the command line around the library, which tests/policy tests."""
+"""`train`: the command line around the library, which tests/train tests."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 from dash_export.decision import Unit, parse_units
 from dash_export.models import open_checkpoint
-from dash_export.policy_file import load_policy
+from dash_export.policy import load_policy
 from tests.commands.helpers import dash, refused
 
-QUICK = ("--window", 32, "--windows", 2, "--steps", 2)
+QUICK = ("--window", 32, "--steps", 2)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,8 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     said = dash("train", model, "-o", second, "--text", prose, "--from", first, *QUICK)
     assert said.exit_code == 0, said.output
     assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name
+    message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "4")
+    assert "has its units, 2-3,4: others are trained from nothing" in " ".join(message.split())
     policies = [load_policy(path, open_checkpoint(model).spec) for path in (first, second)]
     assert policies[0].units == policies[1].units == (Unit(2, 3), Unit(4, 4))
 
@@ -50,7 +52,6 @@ def test_the_units_that_were_found_are_shown(model: Path, prose: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("--units", "2-3,4"), 2, "--from takes no --units"),
         (("--kind", "static", "--trade-offs", 0.2, 0.9), 2, "a static policy of given units takes no --trade-offs"),
         ((), 1, "no policy file"),
         (("--trade-offs", 0, 1), 2, "0"),

@@ -23,11 +23,11 @@ from dash_export.evaluation.data import read_items
 from dash_export.graph_runs import graph_run
 from dash_export.graphs.compose import load_graph
 from dash_export.models import open_checkpoint, row_blocks
-from dash_export.policy.corpus import read_prompts
-from dash_export.policy_file import load_policy
+from dash_export.policy import load_policy
 from dash_export.runtime.backends.onnxruntime import OrtEngine, shared_pool_options
 from dash_export.runtime.text import Text
 from dash_export.targets import load_recipe
+from dash_export.train.corpus import read_prompts
 from tests.forged import rehash, reseal
 from tests.fuzz import mutators
 from tests.fuzz.mutators import Mutator
@@ -39,7 +39,7 @@ BUILT = f"{BUNDLE}/engines/cpu-fp32"
 
 def make_seeds(folder: Path) -> None:
     """Write a folder of sound files: a model in three forms, a policy, a bundle with its builds, lines, a template."""
-    from dash_export.policy_file import save_policy
+    from dash_export.policy import save_policy
     from tests.models.helpers import write_gguf
     from tests.tiny import save_model, tiny_bundle, tiny_policy
 

@@ -106,7 +106,7 @@ def assert_same_model(checkpoint: Checkpoint, model: Any, tied: bool = False) ->
     assert set(checkpoint.weights) == set(state)
     assert_same_weights(checkpoint, state)
     expected = model.model.rotary_emb.inv_freq.numpy()
-    np.testing.assert_allclose(checkpoint.spec.rope.inverse_frequencies, expected, rtol=1e-6)
+    np.testing.assert_allclose(checkpoint.spec.rope_frequencies, expected, rtol=1e-6)
     assert checkpoint.spec.rms_norm_eps == model.config.rms_norm_eps
 
 

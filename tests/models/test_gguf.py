@@ -1,4 +1,3 @@
-import random
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
-from dash_export.models.gguf_file import read_gguf
 from tests.models.helpers import WALK, assert_same_model, assert_same_weights, tiny_model, write_gguf
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -104,19 +102,12 @@ def test_llama3_rope_factors_become_the_named_scaling(tmp_path: Path) -> None:
     assert checkpoint.config["rope_parameters"] == LLAMA3
 
 
-def test_other_rope_factors_divide_the_frequencies(tmp_path: Path, model: Any) -> None:
-    factors = np.linspace(1, 3, 8, dtype=np.float32)
-    write_gguf(tmp_path / "tiny.gguf", model, extra_tensors={"rope_freqs.weight": factors})
-    rope = open_checkpoint(tmp_path / "tiny.gguf").spec.rope
-    expected = model.model.rotary_emb.inv_freq.numpy() / factors
-    np.testing.assert_allclose(rope.inverse_frequencies, expected, rtol=1e-6)
-    assert rope.scaling == "gguf_factors"
-
-
-@pytest.mark.parametrize("factors", [np.ones(7), np.zeros(8), np.full(8, np.nan), np.ones((2, 4))])
-def test_wrong_rope_factors(tmp_path: Path, model: Any, factors: np.ndarray) -> None:
+@pytest.mark.parametrize(
+    "factors", [np.ones(7), np.zeros(8), np.full(8, np.nan), np.ones((2, 4)), np.linspace(1, 3, 8)]
+)
+def test_other_rope_factors(tmp_path: Path, model: Any, factors: np.ndarray) -> None:
     write_gguf(tmp_path / "tiny.gguf", model, extra_tensors={"rope_freqs.weight": factors.astype(np.float32)})
-    with pytest.raises(CheckpointError, match="rope"):
+    with pytest.raises(CheckpointError, match="rope_freqs"):
         open_checkpoint(tmp_path / "tiny.gguf")
 
 
@@ -157,18 +148,15 @@ def test_metadata_that_is_wrong_or_not_supported(
         ({"remove": ("model.norm.weight",)}, r"model\.norm\.weight"),
         ({"remove": ("model.embed_tokens.weight",)}, "token_embd"),
         ({"extra_tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, "attn_q_norm"),
+        (
+            {"remove": ("model.norm.weight",), "extra_tensors": {"output_norm.weight": np.ones(64, np.int32)}},
+            r"model\.norm\.weight.*I32",
+        ),
     ],
 )
-def test_missing_and_unused_parts(tmp_path: Path, model: Any, options: dict[str, Any], message: str) -> None:
+def test_missing_unused_and_integer_parts(tmp_path: Path, model: Any, options: dict[str, Any], message: str) -> None:
     write_gguf(tmp_path / "tiny.gguf", model, **options)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path / "tiny.gguf")
-
-
-def test_integer_weights_are_refused(tmp_path: Path, model: Any) -> None:
-    integers = {"output_norm.weight": np.ones(64, np.int32)}
-    write_gguf(tmp_path / "tiny.gguf", model, remove=("model.norm.weight",), extra_tensors=integers)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*I32"):
         open_checkpoint(tmp_path / "tiny.gguf")
 
 
@@ -283,24 +271,6 @@ def test_truncated_anywhere(tmp_path: Path, tiny_bytes: bytes) -> None:
             open_checkpoint(path)
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_damaged_header_opens_or_says_so(tmp_path: Path, tiny_bytes: bytes, seed: int) -> None:
-    path, generator, data = tmp_path / "tiny.gguf", random.Random(seed), bytearray(tiny_bytes)
-    path.write_bytes(tiny_bytes)
-    header = min(tensor.offset for tensor in read_gguf(path).tensors.values())
-    for _ in range(3):
-        data[generator.randrange(header)] ^= 1 << generator.randrange(8)
-    path.write_bytes(data)
-    started = time.monotonic()
-    try:
-        checkpoint = open_checkpoint(path)
-        for weight in checkpoint.weights.values():
-            weight.read_rows(0, weight.shape[0])
-    except CheckpointError:
-        pass
-    assert time.monotonic() - started < 2
-
-
 def test_fingerprint_follows_content(tmp_path: Path, tiny_bytes: bytes) -> None:
     for name, data in (("a", tiny_bytes), ("b", tiny_bytes), ("c", tiny_bytes[:-9] + b"\1" + tiny_bytes[-8:])):
         (tmp_path / f"{name}.gguf").write_bytes(data)
@@ -319,7 +289,7 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path) -> None:
     assert set(checkpoint.weights) == set(state)
     assert_same_weights(checkpoint, state, block_bytes=1 << 20)
     inverse_frequencies = type(model.model.rotary_emb)(expected_config).inv_freq.numpy()
-    np.testing.assert_allclose(checkpoint.spec.rope.inverse_frequencies, inverse_frequencies, rtol=1e-6)
+    np.testing.assert_allclose(checkpoint.spec.rope_frequencies, inverse_frequencies, rtol=1e-6)
     assert checkpoint.config["rms_norm_eps"] == 1e-5
     config = transformers.LlamaConfig(**checkpoint.config)
     for key in ("hidden_size", "num_hidden_layers", "head_dim", "eos_token_id", "tie_word_embeddings"):

@@ -1,10 +1,8 @@
 import json
-import random
 import shutil
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -158,17 +156,12 @@ def test_missing_and_broken_files(folder: Path, name: str, content: bytes | None
 
 
 def test_truncated_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        open_checkpoint(folder)
-
-
-def test_weights_truncated_after_opening(folder: Path) -> None:
+    """Before they are opened, and after."""
     checkpoint, path = open_checkpoint(folder), folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        checkpoint.weights["model.norm.weight"].read_rows(0, 1)
+    for read in (lambda: open_checkpoint(folder), lambda: checkpoint.read("model.norm.weight")):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            read()
 
 
 @pytest.mark.parametrize(
@@ -211,29 +204,21 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", "", 3, None]
+    ("index", "message"),
+    [
+        *(
+            ({"weight_map": {"model.norm.weight": name}}, "same folder")
+            for name in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", "", 3, None)
+        ),
+        *((index, "weight_map") for index in ({}, {"weight_map": []}, {"weight_map": {}})),
+        ({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}, "model-00001-of-00002"),
+    ],
 )
-def test_index_must_stay_in_its_folder(folder: Path, name: Any) -> None:
-    shutil.copy(folder / "model.safetensors", folder.parent / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    with pytest.raises(CheckpointError, match="same folder"):
-        open_checkpoint(folder)
-
-
-@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}])
-def test_index_without_weight_map(folder: Path, index: Any) -> None:
-    (folder / "model.safetensors").unlink()
+def test_an_index_that_is_wrong(folder: Path, index: Any, message: str) -> None:
+    """It must stay in its folder, too."""
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="weight_map"):
-        open_checkpoint(folder)
-
-
-def test_missing_shard(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="model-00001-of-00002"):
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
 
 
@@ -317,27 +302,6 @@ def test_deep_json(folder: Path, name: str) -> None:
     (folder / name).write_text('{"rope_scaling": ' + '{"a": ' * 3000 + "1" + "}" * 3001)
     with pytest.raises(CheckpointError, match="not valid JSON"):
         open_checkpoint(folder)
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_damaged_safetensors_open_or_say_so(folder: Path, seed: int) -> None:
-    path, generator = folder / "model.safetensors", random.Random(seed)
-    data = bytearray(path.read_bytes())
-    header = 8 + struct.unpack("<Q", data[:8])[0]
-    place = generator.randrange(header)
-    if seed % 3 == 0:
-        del data[place:]
-    else:
-        data[place] ^= 1 << generator.randrange(8)
-    path.write_bytes(data)
-    started = time.monotonic()
-    try:
-        checkpoint = open_checkpoint(folder)
-        for weight in checkpoint.weights.values():
-            weight.read_rows(0, weight.shape[0])
-    except CheckpointError:
-        pass
-    assert time.monotonic() - started < 2
 
 
 def test_walking_all_weights_stays_small(tmp_path: Path) -> None:

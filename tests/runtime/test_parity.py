@@ -9,9 +9,9 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import DecisionRule, decision_rule, unit_skips
+from dash_export.policy import SkipPolicy
 from dash_export.reference import Oracle
 from dash_export.resources import resource_folder
-from dash_export.skip_policy import SkipPolicy
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions
 

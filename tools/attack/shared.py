@@ -46,7 +46,7 @@ FORK.set_forkserver_preload(
         "dash_export.commands.frontier",
         "dash_export.commands.pictures",
         "dash_export.evaluation.pictures",
-        "dash_export.policy.train",
+        "dash_export.train.train",
     ]
 )
 BUNDLE, POLICY, PICTURE = "m.dash", "p.safetensors", "picture"
@@ -128,10 +128,9 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     from dash_export.builders import build, dial
     from dash_export.exporting import export
     from dash_export.models import open_checkpoint
-    from dash_export.policy.settings import TrainingSettings
-    from dash_export.policy.train import train
-    from dash_export.policy_file import load_policy
-    from dash_export.skip_policy import default_units
+    from dash_export.policy import default_units, load_policy
+    from dash_export.train.defaults import TrainingSettings
+    from dash_export.train.training import train
 
     torch.set_num_threads(1)  # whose sums are the same everywhere
     vars(dial).update(WINDOWS=1, SHARES=(0.5,))
@@ -281,7 +280,7 @@ def policy_state(stage: Stage, folder: Path) -> str | Fault:
     """
     from dash_export.errors import DashError
     from dash_export.models import open_checkpoint
-    from dash_export.policy_file import card_path, load_policy
+    from dash_export.policy import card_path, load_policy
 
     path = folder / POLICY
     unfinished = path.with_name(f"{POLICY}.unfinished").exists()
@@ -304,7 +303,7 @@ def policy_state(stage: Stage, folder: Path) -> str | Fault:
 
 
 def _card(policy: Path) -> dict[str, Any]:
-    from dash_export.policy_file import card_path
+    from dash_export.policy import card_path
 
     card: dict[str, Any] = json.loads(card_path(policy).read_text())
     return {name: value for name, value in card.items() if name != "seconds"}

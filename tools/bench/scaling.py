@@ -45,9 +45,8 @@ from dash_export.bundle import Bundle
 from dash_export.evaluation.pictures import DPI, STYLE
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
-from dash_export.policy_file import save_policy
+from dash_export.policy import Bypass, no_policy, save_policy, stored_columns
 from dash_export.runtime.rules import DENSE, FixedRule
-from dash_export.skip_policy import Bypass, no_policy, stored_columns
 
 CONTEXTS = (64, 256, 1024, 2048, 4096, 8000)
 CONTEXT = 256

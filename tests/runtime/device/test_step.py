@@ -18,7 +18,7 @@ from dash_export.decision import DecisionRule, Unit, decision_rule
 from dash_export.errors import BackendError, BundleError, ContextLengthError
 from dash_export.exporting import export
 from dash_export.manifest import Segment
-from dash_export.skip_policy import no_policy
+from dash_export.policy import no_policy
 from tests.runtime.device.conftest import DIALECTS, IDS, RECIPE, MakeSimulated
 from tests.runtime.device.simulated import SimulatedContext, SimulatedDevice, SimulatedStream
 from tests.tiny import TINY_UNITS, random_actions, tiny_checkpoint, tiny_policy

@@ -1,0 +1,123 @@
+"""A policy's bypasses and the model they are for: whole bypasses, and the model without some units.
+
+A pruned model is what a static policy is at its best, where no token may decide otherwise. A pruned unit leaves the
+update of its bypass to the layer before it, h + RMSNorm(h) @ weight + bias (unit gain). Its K and V are gone: nothing
+attends to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dash_export.artifacts import content_key
+from dash_export.decision import Unit, units_of, units_text
+from dash_export.errors import PolicyError
+from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, layer_weight
+from dash_export.policy import Bypass, SkipPolicy, check_policy
+
+OTHER_MODEL = 0.01
+"""Relative distance of two final norms, of which quantised files keep at least 16 bits."""
+
+
+def check_model(policy: SkipPolicy, checkpoint: Checkpoint) -> None:
+    """Raises PolicyError when the policy was trained with another model, of whatever shape. A fine-tune that left the
+    final norm as it was passes for the model itself.
+    """
+    check_policy(policy, checkpoint.spec)
+    known = policy.final_norm
+    if known is None:
+        return
+    found = checkpoint.read(FINAL_NORM).astype(np.float64)
+    distance = float(np.linalg.norm(found - known) / np.linalg.norm(known.astype(np.float64)))
+    if not distance <= OTHER_MODEL:
+        raise PolicyError(
+            f"This is the policy of another model of the same shape ({policy.origin}): the final norms are "
+            f"{distance:.0%} apart. Give the model it was trained with, or adapt it to this one: "
+            "dash-export train MODEL --from POLICY.safetensors."
+        )
+
+
+def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str, Float32Array]:
+    """The bypass with all its columns: `weight` [hidden, (hidden +) layers * 2 * kv], `bias`.
+
+    The model's own projections of x = RMSNorm(h) of unit gain are gain[:, None] * W: of the first layer, or, in a
+    bypass without weights, of every layer; that one has no columns for an update.
+    """
+    stored = bypass.weights
+    own = unit.layers[:1] if stored else unit.layers
+    projected = [_projection(checkpoint, layer, which) for layer in own for which in ("k", "v")]
+    columns, biases = map(list, zip(*projected, strict=True))
+    if stored:
+        hidden = checkpoint.spec.hidden_size
+        columns = [stored["weight"][:, :hidden], *columns, stored["weight"][:, hidden:]]
+        biases = [stored["bias"][:hidden], *biases, stored["bias"][hidden:]]
+    full = {"weight": np.concatenate(columns, axis=1), "bias": np.concatenate(biases)}
+    return {name: np.ascontiguousarray(array, np.float32) for name, array in full.items()}
+
+
+def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32Array, Float32Array]:
+    """K or V of a layer as a map of RMSNorm(h) of unit gain: matrix [hidden, kv] and bias [kv]."""
+    gain = checkpoint.read(layer_weight(layer, "input_layernorm.weight"))
+    matrix = gain[:, None] * checkpoint.read(layer_weight(layer, f"self_attn.{which}_proj.weight")).T
+    bias = layer_weight(layer, f"self_attn.{which}_proj.bias")
+    return matrix, checkpoint.read(bias) if bias in checkpoint.weights else np.zeros(matrix.shape[1], np.float32)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor that is not on disk."""
+
+    array: Float32Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def read_rows(self, start: int, stop: int) -> Float32Array:
+        return self.array[start:stop]
+
+
+def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) -> Checkpoint:
+    """The checkpoint without these units of its policy. Raises PolicyError where they are none of them, or where a
+    bypass of theirs has no weights.
+    """
+    check_model(policy, checkpoint)
+    places = units_of((layer for unit in units for layer in unit.layers), policy.units)
+    bypasses = {policy.units[place]: policy.bypasses[place].weights for place in places}
+    other = next((unit for unit, weights in bypasses.items() if not weights), None)
+    if other is not None:
+        raise PolicyError(f"Unit {other} has a bypass without weights: there is nothing to put in its place.")
+    hidden, digest = checkpoint.spec.hidden_size, hashlib.sha256()
+    weights = {name: weight for name, weight in checkpoint.weights.items() if not name.startswith(LAYERS)}
+    updates: list[int] = []
+    layers = 0
+    for layer in range(checkpoint.spec.num_layers):
+        unit = next((unit for unit in bypasses if layer in unit.layers), None)
+        if unit is None:
+            old = layer_weight(layer)
+            for name in filter(lambda name: name.startswith(old), checkpoint.weights):
+                weights[layer_weight(layers, name.removeprefix(old))] = checkpoint.weights[name]
+            layers += 1
+        elif layer == unit.first:
+            matrix, bias = bypasses[unit]["weight"][:, :hidden].T.copy(), bypasses[unit]["bias"][:hidden]
+            own = layer_weight(layers - 1, f"update_{updates.count(layers - 1)}.")
+            weights |= {f"{own}weight": _Made(matrix), f"{own}bias": _Made(bias)}
+            digest.update(matrix.tobytes() + bias.tobytes())
+            updates.append(layers - 1)
+    config = {**checkpoint.config, "num_hidden_layers": layers}
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:layers]  # all are alike
+    return replace(
+        checkpoint,
+        source=f"{checkpoint.name}-without-{units_text(bypasses)}",
+        spec=replace(checkpoint.spec, num_layers=layers, updates=tuple(updates)),
+        config=config,
+        weights=weights,
+        assets={**checkpoint.assets, "config.json": json.dumps(config, indent=2)},
+        fingerprint=content_key(checkpoint.fingerprint, units_text(bypasses), digest.hexdigest()),
+    )

@@ -1,0 +1,341 @@
+"""A skip policy: the units it may skip, the network that predicts damage, the bypasses; as a record and as a file.
+
+One linear network reads one state, what enters layer `read`, and answers for all units (docs/method.md):
+
+    damage[u] = softplus(RMSNorm(h[read]) . weight[:, u] + bias[u])
+
+A skipped unit of layers a..b is one product of x = RMSNorm(h[a]) (unit gain), its bypass:
+
+    [update | K_a | V_a | K_a+1 | V_a+1 | ... | V_b] = x @ weight + bias
+
+K is before its per-head norm and RoPE. K_a and V_a are the model's own projections of that state, so a policy holds
+the other columns only; a bypass without weights updates nothing and takes every layer's own projections.
+
+On disk a policy is one `.safetensors` file (weights, and facts as JSON in its metadata), with a JSON card beside it
+that says how it was made. Reading trusts nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.artifacts import read_bounded, write_atomic
+from dash_export.decision import Unit, check_units, units_of, units_text
+from dash_export.errors import CheckpointError, PolicyError
+from dash_export.models.spec import DecoderSpec, Float32Array
+from dash_export.models.weights import check_dtype, open_weights, read_metadata, require
+from dash_export.outputs import check_place
+from dash_export.resources import resource_folder
+from dash_export.typed_json import WrongFieldError, typed
+
+UNIT = 4
+"""Layers of a unit where nobody says which."""
+SCHEMA = 2
+METADATA = "dash_export_policy"
+_LONGEST_ORIGIN = 200
+_LARGEST_CARD = 16 << 20
+_FINAL_NORM = "model.final_norm"
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """What a skipped unit does instead. `weights`: none, or `weight` [hidden, columns] and `bias` [columns]. Columns:
+    the update's `hidden`, then K and V of each layer but the first.
+    """
+
+    weights: Mapping[str, Float32Array] = field(default_factory=dict)
+
+    @property
+    def form(self) -> str:
+        """Its name in print: linear or none."""
+        return "linear" if self.weights else "none"
+
+    def in_half(self) -> Bypass:
+        """Round to what 16 bits hold: engines have 8, and a file of it half the size."""
+        return Bypass({name: array.astype(np.float16).astype(np.float32) for name, array in self.weights.items()})
+
+
+@dataclass(frozen=True)
+class SkipPolicy:
+    """Units, damage network and bypasses of one model.
+
+    `read`: the layer whose input decides. `network` is None for a bundle without a token policy; otherwise `weight`
+    [hidden, units] and `bias` [units], float32. `bypasses`: one per unit. `static_order`: places of units in the order
+    in which a static policy skips them; empty where nobody ranked them. `final_norm` [hidden]: the gain of the final
+    norm of the model it was trained with, by which another model of the same shape is told apart; None in what was not
+    trained.
+    """
+
+    units: tuple[Unit, ...]
+    read: int = 0
+    network: Mapping[str, Float32Array] | None = None
+    bypasses: tuple[Bypass, ...] = ()
+    origin: str = "none"
+    static_order: tuple[int, ...] = ()
+    final_norm: Float32Array | None = field(default=None, compare=False)
+
+    @property
+    def form(self) -> str:
+        """The forms of its bypasses, as they are printed."""
+        return ", ".join(sorted({bypass.form for bypass in self.bypasses})) or "none"
+
+    def weights(self) -> dict[str, Float32Array]:
+        """Every weight under one flat name, as it is hashed and stored."""
+        flat = {f"network.{name}": value for name, value in (self.network or {}).items()}
+        for unit, bypass in zip(self.units, self.bypasses, strict=True):
+            flat |= {f"bypass.{unit.name}.{name}": value for name, value in bypass.weights.items()}
+        return flat
+
+
+def no_policy(num_layers: int, units: Sequence[Unit] | None = None) -> SkipPolicy:
+    """Bypasses without weights and no network: the bundle then serves `dense` and `static`."""
+    units = default_units(num_layers) if units is None else tuple(units)
+    read = max(units[0].first - 1, 0) if units else 0
+    check_units(units, read, num_layers)
+    return SkipPolicy(units, read, None, tuple(Bypass() for _ in units))
+
+
+def untrained_policy(spec: DecoderSpec, units: Sequence[Unit] | None = None, seed: int = 0) -> SkipPolicy:
+    """A seeded random network with the shapes of a trained one: it decides by noise, to measure and to test with."""
+    policy = no_policy(spec.num_layers, units)
+    if not policy.units:
+        return policy
+    rng, hidden, count = np.random.default_rng(seed), spec.hidden_size, len(policy.units)
+    weight = (rng.standard_normal((hidden, count)) * 1.5 * hidden**-0.5).astype(np.float32)
+    network = {"weight": weight, "bias": np.full(count, -2.0, np.float32)}
+    return replace(policy, network=network, origin=f"untrained (seed {seed})")
+
+
+def default_units(num_layers: int) -> tuple[Unit, ...]:
+    """Units of UNIT layers, or one less, out of all but the first fifth and the last two layers."""
+    first, stop = max(2, num_layers // 5), min(max(num_layers - 2, 3), num_layers)
+    count = max(1, -(-(stop - first) // UNIT)) if stop > first else 0
+    cuts = [first + (stop - first) * cut // count for cut in range(count + 1)] if count else []
+    return tuple(Unit(a, b - 1) for a, b in pairwise(cuts))
+
+
+def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
+    """The same policy with fewer units that may be skipped, those of these layers. Raises PolicyError where they are
+    not whole units.
+    """
+    kept = units_of(layers, policy.units)
+    network = policy.network
+    if network is not None:
+        network = {"weight": np.ascontiguousarray(network["weight"][:, kept]), "bias": network["bias"][list(kept)]}
+    return replace(
+        policy,
+        units=tuple(policy.units[place] for place in kept),
+        network=network if kept else None,
+        bypasses=tuple(policy.bypasses[place] for place in kept),
+        static_order=tuple(kept.index(place) for place in policy.static_order if place in kept),
+    )
+
+
+def key_value_size(spec: DecoderSpec) -> int:
+    """Columns of one layer's K, or V."""
+    return spec.num_kv_heads * spec.head_dim
+
+
+def stored_columns(unit: Unit, spec: DecoderSpec) -> int:
+    """Columns of a bypass as a policy holds it: the update's, then K and V of each layer but the first."""
+    return spec.hidden_size + 2 * key_value_size(spec) * (len(unit.layers) - 1)
+
+
+def check_policy(policy: SkipPolicy, spec: DecoderSpec) -> None:
+    """Raises PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
+    check_units(policy.units, policy.read, spec.num_layers)
+    order = policy.static_order
+    if len(set(order)) != len(order) or not set(order) <= set(range(len(policy.units))):
+        raise PolicyError(f"static_order must list places of units, each at most once; got {list(order)}.")
+    if len(policy.bypasses) != len(policy.units):
+        raise PolicyError(f"There are {len(policy.bypasses)} bypasses for {len(policy.units)} units.")
+    found, needed = policy.weights(), _weight_shapes(policy, spec)
+    if set(found) != set(needed):
+        missing, unknown = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
+        what = f"lacks {missing[0]}" if missing else f"holds {unknown[0]:.60}, which is nothing of ours"
+        raise PolicyError(f"The policy of the units {units_text(policy.units):.100} {what}.")
+    for name, shape in needed.items():
+        array = found[name]
+        if array.shape != shape:
+            raise PolicyError(f"The policy's {name} has shape {list(array.shape)}; {list(shape)} was expected.")
+        if not np.isfinite(array).all():
+            raise PolicyError(f"The policy's {name} holds NaN or infinity: the file or its training went wrong.")
+    norm = policy.final_norm
+    if norm is not None and not (norm.shape == (spec.hidden_size,) and np.isfinite(norm).all() and norm.any()):
+        raise PolicyError("The final norm by which the policy knows its model is not one of such a model.")
+
+
+def _weight_shapes(policy: SkipPolicy, spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Every weight the policy must have."""
+    hidden, shapes = spec.hidden_size, {}
+    if policy.network is not None:
+        shapes = {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
+    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
+        if bypass.weights:
+            columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."
+            shapes |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
+    return shapes
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The metadata of a file: for which model the policy is, and all of it that is not a tensor."""
+
+    schema: int
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    units: tuple[Unit, ...]
+    read: int
+    origin: str
+    static_order: tuple[int, ...] = ()
+
+
+def card_path(path: str | Path) -> Path:
+    """`NAME.safetensors` -> `NAME.json`."""
+    return Path(path).with_suffix(".json")
+
+
+def policy_path(given: str | Path) -> Path:
+    """The file, or else the policy of that name that comes with this package. Raises PolicyError."""
+    folder, path = resource_folder("calibration"), Path(given)
+    shipped = sorted(file.stem for file in folder.glob("*.safetensors"))
+    if path.is_file():
+        return path
+    if str(given) in shipped:
+        return folder / f"{given}.safetensors"
+    raise PolicyError(
+        f"There is no policy file {path}. Give the .safetensors file that `dash-export train` wrote, or the name of "
+        f"one that comes with this package: {', '.join(shipped)} (`export` and `build` also take none and untrained)."
+    )
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises PolicyError where `save_policy` would write over something that is no policy and no card, or a link, and
+    OutputError for a mount point.
+    """
+    _refuse_links(path)
+    card, is_card = card_path(path), True
+    for one in (path, card):
+        check_place(one, [""])
+    try:
+        if path.exists():
+            _read_facts(path)
+        if card.exists():
+            known = json.loads(read_bounded(card, _LARGEST_CARD))
+            is_card = isinstance(known, dict) and {"kind", "units", "settings"} <= known.keys()
+    except (CheckpointError, WrongFieldError, PolicyError, OSError, ValueError, RecursionError):
+        is_card = False
+    if not is_card:
+        raise PolicyError(
+            f"{path} or {card.name} beside it exists and is no skip policy: it will not be overwritten. Choose another "
+            "output (-o) or remove it."
+        )
+
+
+def _refuse_links(path: Path) -> None:
+    link = next((one for one in (path, card_path(path)) if one.is_symlink()), None)
+    if link is not None:
+        raise PolicyError(f"{link} is a link, which is not replaced: remove it, or choose another output (-o).")
+
+
+def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: Mapping[str, Any]) -> None:
+    """Write the policy to `path` (`.safetensors`) and its card beside it, each whole or not at all.
+
+    `card` is JSON: data, seed, versions, figures. Raises PolicyError for a policy that does not fit `spec` or a name
+    that is not `.safetensors`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise PolicyError(f"A policy file is called NAME.safetensors, not {path.name}.")
+    check_policy(policy, spec)
+    model = (spec.model_type, spec.num_layers, spec.hidden_size)
+    facts = _Facts(SCHEMA, *model, policy.units, policy.read, policy.origin, policy.static_order)
+    text = json.dumps(card, indent=1, allow_nan=False) + "\n"
+    norm = {} if policy.final_norm is None else {_FINAL_NORM: policy.final_norm}
+    tensors = {name: _stored(array) for name, array in (policy.weights() | norm).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_links(path)  # both, before one is written
+    write_atomic(path, require("safetensors.numpy").save(tensors, {METADATA: json.dumps(asdict(facts))}))
+    write_atomic(card_path(path), text)
+
+
+def _stored(array: Float32Array) -> npt.NDArray[np.float16 | np.float32]:
+    """In 16 bits where they hold all of it."""
+    with np.errstate(over="ignore"):
+        half = np.ascontiguousarray(array, np.float16)
+    return half if np.array_equal(half, array) else np.ascontiguousarray(array, np.float32)
+
+
+def load_policy(path: str | Path, spec: DecoderSpec) -> SkipPolicy:
+    """The policy in `path` (or of that name, `policy_path`), for the model `spec` describes.
+
+    Raises PolicyError when there is no such file, when it is damaged or no policy, when it is for another model, or
+    when a weight is missing, unknown, misshapen, NaN or infinite.
+    """
+    path = policy_path(path)
+    try:
+        facts = _read_facts(path)
+        known, given = (f"a {of.model_type:.40} of {of.num_layers} layers and hidden size {of.hidden_size}"
+                        for of in (facts, spec))  # fmt: skip
+        if known != given:
+            raise PolicyError(f"{path} is the policy of {known}; this model is {given}")
+        policy = _read(path, facts)
+        check_policy(policy, spec)
+    except (CheckpointError, WrongFieldError, PolicyError) as error:
+        message = str(error)
+        where = "" if str(path) in message else f"{path}: "
+        raise PolicyError(
+            f"{where}{message.rstrip('.')}. Use the file as `dash-export train` wrote it, or train one for this model."
+        ) from error
+    return policy
+
+
+def _read_facts(path: Path) -> _Facts:
+    text = read_metadata(path).get(METADATA)
+    if text is None:
+        raise PolicyError("this safetensors file holds no skip policy (its metadata does not say so)")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"the facts in its metadata are not JSON ({error})") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise PolicyError(
+            f"it was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}): "
+            "upgrade with pip install -U dash-export"
+        )
+    if isinstance(schema, int) and schema < SCHEMA:
+        raise PolicyError("it is of the time when layers were skipped one by one: train it anew (dash-export train)")
+    facts = typed(_Facts, data, "its metadata")
+    if len(facts.origin) > _LONGEST_ORIGIN:
+        raise PolicyError(f"its origin must be one line of at most {_LONGEST_ORIGIN} letters")
+    return facts
+
+
+def _read(path: Path, facts: _Facts) -> SkipPolicy:
+    """The tensors under the names of `SkipPolicy.weights`; `check_policy` looks at their shapes."""
+    network: dict[str, Float32Array] = {}
+    bypasses: dict[str, dict[str, Float32Array]] = {unit.name: {} for unit in facts.units}
+    norm: dict[str, Float32Array] = {}
+    homes = {"network": network, "model": norm} | {f"bypass.{unit}": weights for unit, weights in bypasses.items()}
+    for name, weight in open_weights([path]).items():
+        home, _, own = name.rpartition(".")
+        if home not in homes or (home == "model" and name != _FINAL_NORM):
+            raise PolicyError(f"it holds a tensor {name!r:.60}, which is nothing of ours")
+        check_dtype(weight)
+        if not weight.shape or 0 in weight.shape:
+            raise PolicyError(f"its tensor {name!r:.60} is a single number or empty")
+        homes[home][own] = weight.read_rows(0, weight.shape[0])
+    made = tuple(map(Bypass, bypasses.values()))
+    return SkipPolicy(
+        facts.units, facts.read, network or None, made, facts.origin, facts.static_order, norm.get("final_norm")
+    )

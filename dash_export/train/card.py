@@ -1,0 +1,118 @@
+"""The card of a policy: how it was trained, and what it does on held-out text."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dash_export import __version__
+from dash_export.artifacts import Progress, no_progress
+from dash_export.decision import units_text
+from dash_export.models import Checkpoint
+from dash_export.policy import SkipPolicy
+from dash_export.train.corpus import JUDGED_SEED, Batch, Corpus
+from dash_export.train.losses import divergence
+from dash_export.train.model import Decide, GatedModel, SkipModules, always, below
+from dash_export.train.partition import Candidate
+from dash_export.train.stages import Run
+
+BATCHES = 8
+POINTS = 8
+"""Of the dial, so many trade-offs are judged."""
+STATIC_SETS = 5
+"""Of a static order, so many first sets are judged."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Means over the tokens past the prefix: layers skipped, KL from dense (nats), top-1 agreement, nll (nats)."""
+
+    setting: str
+    skipped: float
+    kl: float
+    top1: float
+    nll: float
+
+
+def policy_card(
+    checkpoint: Checkpoint,
+    policy: SkipPolicy,
+    run: Run,
+    held: Corpus,
+    chosen: Sequence[Candidate],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The card of a policy that was trained in `run`; `facts` of the training are on it as they are given."""
+    settings, place = run.settings, run.model.device
+    rng = np.random.default_rng(JUDGED_SEED)
+    batches = [held.batch(rng, settings.windows, settings.window) for _ in range(BATCHES)]
+    modules = SkipModules(policy).to(place)
+    judged, figures = held_out_figures(
+        run.model, modules, batches, policy.static_order, settings.trade_offs, run.progress
+    )
+    return {
+        "model": Path(checkpoint.source).name,
+        "model_fingerprint": checkpoint.fingerprint,
+        **facts,
+        "units": units_text(policy.units),
+        "read": policy.read,
+        "static_order": units_text(policy.units[place] for place in policy.static_order),
+        "chosen": [asdict(candidate) | {"unit": str(candidate.unit)} for candidate in chosen],
+        "settings": asdict(settings),
+        "tokens": run.corpus.tokens(),
+        "held_out": {"tokens": held.tokens(), "judged": judged, "figures": figures},
+        "versions": {
+            "dash-export": __version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+        "precision": str(run.model.dtype).removeprefix("torch."),
+        "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+@torch.no_grad()
+def held_out_figures(
+    model: GatedModel,
+    modules: SkipModules,
+    batches: Sequence[Batch],
+    order: Sequence[int],
+    trade_offs: tuple[float, float],
+    progress: Progress = no_progress,
+) -> tuple[int, list[dict[str, object]]]:
+    """(tokens judged, figures): dense, the token policy at POINTS of its dial, and the first sets of the static
+    `order` with the same bypasses.
+    """
+    units = modules.units
+    sizes = torch.tensor([len(unit.layers) for unit in units], dtype=torch.float32, device=model.device)
+    runs: list[tuple[str, Decide]] = [("dense", always(len(units), ()))]
+    if modules.network:
+        cost = modules.cost(model.spec)
+        for value in np.geomspace(*trade_offs, POINTS):
+            runs.append((f"token, trade-off {value:.3g}", below(float(value) * cost)))
+    for largest in range(1, min(STATIC_SETS, len(order)) + 1):
+        chosen = order[:largest]
+        runs.append((f"static, {', '.join(str(units[place]) for place in chosen)}", always(len(units), chosen)))
+    sums, count = np.zeros((len(runs), 4)), 0
+    for done, batch in enumerate(batches):
+        ids, dense, counted = model.tensors(batch)
+        # A token counts where the one after it is text too.
+        counted = counted[:, :-1] & counted[:, 1:]
+        following, final = ids[:, 1:][counted], model.dense(ids)[:, :-1][counted]
+        count += len(following)
+        for index, (_, decide) in enumerate(runs):
+            rollout = model.rollout(ids, modules, decide, dense)
+            found = divergence(model.head, final, rollout.final[:, :-1][counted], following)
+            layers = rollout.skipped[:, :-1][counted].float() @ sizes
+            values = (layers, found.kl, found.agree, -found.log_likelihood)
+            sums[index] += [float(value.double().sum()) for value in values]
+            progress("held-out text", done * len(runs) + index + 1, len(batches) * len(runs))
+    rounded = (sums / count).round(4).tolist()
+    return count, [asdict(Figures(name, *means)) for (name, _), means in zip(runs, rounded, strict=True)]

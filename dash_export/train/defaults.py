@@ -1,0 +1,39 @@
+"""How a policy is trained: the one home of every default of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("token", "static")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a policy is trained. Steps are batches of `windows` windows of `window` tokens; no stage takes more of them
+    than the tuning.
+
+    `search_steps`: what the bypasses that are tried out are fitted on; `fit_steps`: what the chosen ones are; of the
+    regression, the first `warm_up_steps` skip at random only. `trade_offs`: the range of the dial that training covers,
+    in nats per dense token time. `again`: the share of the tuning's learning rates when it goes on from a trained
+    policy. `own_prompts` continuations of the model's own, of up to `own_tokens` tokens, join the corpus. `held_out`:
+    share of every text that is only evaluated on. `precision` of the frozen model, bfloat16 or float32; empty is what
+    is faster.
+    """
+
+    seed: int = 0
+    window: int = 256
+    windows: int = 4
+    search_steps: int = 16
+    fit_steps: int = 40
+    warm_up_steps: int = 30
+    regression_steps: int = 120
+    tuning_steps: int = 600
+    network_rate: float = 3e-3
+    bypass_rate: float = 4.5e-4
+    refinement_rate: float = 2.5e-4
+    trade_offs: tuple[float, float] = (0.4, 2.2)
+    again: float = 0.5
+    own_prompts: int = 160
+    own_tokens: int = 192
+    held_out: float = 0.08
+    precision: str = ""

@@ -1,0 +1,191 @@
+"""What is learnt from: divergence from the dense model, damage regression, and the two tunings.
+
+Damage regression teaches the network what skipping costs, from forward passes alone. The target is the divergence of a
+skipped pass from the dense one, per token; the prediction is the sum of the damages of the units that token skipped:
+
+    loss = (sqrt(sum of damages + SOFTENING) - sqrt(KL + SOFTENING))^2
+
+Thresholding the result is the one-step greedy policy of the Markov decision process (docs/method.md). Tuning then moves
+bypasses and network together: for a window at trade-off λ a rollout costs KL + λ * time. The bypasses follow the
+gradient of the KL. A decision has no gradient; the network follows the straight-through one (Bengio et al. 2013, arXiv
+1308.3432): forward takes the decision, backward its softened form, sigmoid((limit - damage) / (SOFTNESS * limit)), so
+that every decision of a token hears what it did to this token and, through the KV cache, to later ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dash_export.train.corpus import Batch
+from dash_export.train.model import Decide, GatedModel, SkipModules, below
+
+ROWS = 64
+"""Tokens of which two vocabularies' worth of logits are held at once."""
+SOFTENING = 0.02
+"""Nats. The square root evens out errors of small and large divergences; this keeps its slope finite at zero."""
+LARGEST_RATE, EXPLORATION, MASKS = 0.6, 0.1, 2
+"""Of the regression: the largest rate of random skips, the share of decisions that are replaced by random ones, and the
+skipped passes that are compared with each dense one.
+"""
+SOFTNESS = 0.3
+
+_Block = tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per token [n]: KL in nats, whether the likeliest token agrees, the skipped model's log-likelihood of a target."""
+
+    kl: torch.Tensor
+    agree: torch.Tensor
+    log_likelihood: torch.Tensor
+
+
+@torch.no_grad()
+def divergence(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, targets: torch.Tensor) -> Divergence:
+    """head [vocab, hidden]; dense and skipped final states [n, hidden]; targets [n] (the tokens that follow)."""
+    parts = []
+    for rows, p, q, lse_p, lse_q in _logits(head, dense, skipped):
+        chosen = q.gather(-1, targets[rows, None])[:, 0] - lse_q
+        agree = p.argmax(-1) == q.argmax(-1)
+        q.neg_().add_(p)
+        kl = (p.sub_(lse_p[:, None]).exp_() * q).sum(-1) - lse_p + lse_q
+        parts.append((kl, agree, chosen))
+    return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def summed_divergence(
+    head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: head [vocab, hidden], states
+    [n, hidden], weight [n] -> scalar.
+    """
+    total: torch.Tensor = _SummedDivergence.apply(head, dense, skipped, weight)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SummedDivergence(torch.autograd.Function):
+    """The gradient for `skipped` is made on the way forward, d KL / d logits = q - p, so no logits are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=skipped.device)
+        gradient = torch.empty_like(skipped)
+        for rows, p, q, lse_p, lse_q in _logits(head, dense, skipped):
+            difference = p - q
+            p.sub_(lse_p[:, None]).exp_()
+            total += (((p * difference).sum(-1) - lse_p + lse_q) * weight[rows]).sum()
+            q.sub_(lse_q[:, None]).exp_().sub_(p).mul_(weight[rows, None])
+            gradient[rows] = q.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[None, None, torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, None, gradient * upstream[0].to(gradient.dtype), None
+
+
+def _logits(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor) -> Iterator[_Block]:
+    """(rows, logits of both [rows, vocab], their logsumexp [rows]) of ROWS tokens at a time."""
+    for start in range(0, len(dense), ROWS):
+        rows = slice(start, start + ROWS)
+        p, q = (dense[rows] @ head.T).float(), (skipped[rows] @ head.T).float()
+        yield rows, p, q, p.logsumexp(-1), q.logsumexp(-1)
+
+
+def regression_loss(
+    model: GatedModel,
+    modules: SkipModules,
+    trade_offs: tuple[float, float],
+    batch: Batch,
+    rng: np.random.Generator,
+    on_policy: bool = True,
+) -> torch.Tensor:
+    """The loss of the damage regression over one batch, with a gradient for the network's weights.
+
+    Half of the windows skip at random, independently per token and unit, at a rate drawn per window: the exploration
+    that tells units apart. The other half, if `on_policy`, follow the network as it is, at a trade-off drawn per window
+    (nats per dense token time), with EXPLORATION: what the policy will meet, over the whole dial.
+    """
+    ids, dense, counted = model.tensors(batch)
+    with torch.no_grad():
+        final = model.dense(ids)[counted]
+        ids, dense, counted = (tensor.repeat(MASKS, 1) for tensor in (ids, dense, counted))
+        decide = _explored(model, modules, trade_offs, tuple(ids.shape), rng, on_policy)
+        rollout = model.rollout(ids, modules, decide, dense)
+        kl = divergence(model.head, final.repeat(MASKS, 1), rollout.final[counted], ids[counted]).kl
+    predicted = (modules.damage(rollout.state) * rollout.skipped).sum(-1)[counted]
+    return ((predicted + SOFTENING).sqrt() - (kl.clamp_min(0) + SOFTENING).sqrt()).pow(2).mean()
+
+
+def _explored(
+    model: GatedModel,
+    modules: SkipModules,
+    trade_offs: tuple[float, float],
+    shape: tuple[int, ...],
+    rng: np.random.Generator,
+    on_policy: bool,
+) -> Decide:
+    windows = shape[0]
+    rates = rng.random((windows, 1, 1), dtype=np.float32) * LARGEST_RATE
+    drawn_trade_offs = _drawn(rng, windows, trade_offs).to(model.device)
+    drawn = rng.random((2, *shape, len(modules.units)), dtype=np.float32)
+    random = (np.arange(windows) % 2 == 0)[:, None, None] | (not on_policy)
+    free = torch.from_numpy(drawn[0] < rates).to(model.device)
+    replaced = torch.from_numpy((drawn[1] < EXPLORATION) | random).to(model.device)
+    limits = drawn_trade_offs[:, None, None] * modules.cost(model.spec)
+    return lambda damage: torch.where(replaced, free, damage < limits)
+
+
+def tuning_loss(
+    model: GatedModel, modules: SkipModules, trade_offs: tuple[float, float], batch: Batch, rng: np.random.Generator
+) -> torch.Tensor:
+    """(KL + λ * time) / λ over one batch, so that every trade-off of the range weighs alike; with gradients for the
+    bypasses and the network.
+    """
+    ids, dense, counted = model.tensors(batch)
+    drawn = _drawn(rng, len(ids), trade_offs).to(model.device)[:, None]
+    cost = modules.cost(model.spec)
+    limits = drawn[..., None] * cost
+    with torch.no_grad():
+        final = model.dense(ids)[counted]
+
+    def soften(damage: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid((limits - damage) / (SOFTNESS * limits))
+
+    rollout = model.rollout(ids, modules, below(limits), dense, soften)
+    weight = (1 / drawn).expand(ids.shape)[counted] / counted.sum()
+    loss = summed_divergence(model.head, final, rollout.final[counted], weight)
+    return loss - (rollout.taken[counted] @ cost).mean()
+
+
+def static_loss(
+    model: GatedModel, modules: SkipModules, order: Sequence[int], batch: Batch, rng: np.random.Generator
+) -> torch.Tensor:
+    """KL under the first units of a static `order`, how many drawn per window up to those of half of the model's
+    layers; with gradients for the bypasses.
+    """
+    ids, dense, counted = model.tensors(batch)
+    sizes = [len(modules.units[place].layers) for place in order]
+    largest = max(1, int((np.cumsum(sizes) <= model.spec.num_layers / 2).sum()))
+    counts = rng.integers(1, largest + 1, len(ids))
+    skipped = torch.from_numpy(np.argsort(order) < counts[:, None]).to(model.device)[:, None]
+    with torch.no_grad():
+        final = model.dense(ids)[counted]
+    rollout = model.rollout(ids, modules, lambda damage: skipped.expand(damage.shape), dense)
+    weight = torch.full((len(final),), 1 / len(final), device=model.device)
+    return summed_divergence(model.head, final, rollout.final[counted], weight)
+
+
+def _drawn(rng: np.random.Generator, count: int, bounds: tuple[float, float]) -> torch.Tensor:
+    """Log-uniform trade-offs, float32 [count]."""
+    low, high = np.log(bounds)
+    return torch.from_numpy(np.exp(rng.uniform(low, high, count)).astype(np.float32))

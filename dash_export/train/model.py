@@ -1,0 +1,301 @@
+"""What a policy is trained in and what of it is trained (torch).
+
+`GatedModel` is the transition of the MDP: the frozen model with per-token actions, in one teacher-forced batched pass.
+The same contract as the oracle, over batches, in the training dtype and differentiable. Every layer sees every token:
+one that skips a unit only gives it the K and V of its bypass, and leaves it with the bypass's hidden state.
+`SkipModules` are the damage network and the bypasses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from statistics import median
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dash_export.decision import Unit
+from dash_export.errors import PolicyError
+from dash_export.models import Checkpoint, DecoderSpec
+from dash_export.models.spec import Float32Array, layer_weight
+from dash_export.models.torch_model import torch_model
+from dash_export.policy import Bypass, SkipPolicy, key_value_size
+from dash_export.train.corpus import Batch
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+FASTER = 1.2
+"""float32 takes twice the memory, so it has to be so many times as fast."""
+BITS, BYPASS_BITS = 4, 8
+"""Of a weight of the model and of a bypass, as engines for a CPU have them."""
+FIRST_SCORE = -1.5
+"""softplus(-1.5) = 0.2 nats, about what skipping a unit costs."""
+
+Decide = Callable[[torch.Tensor], torch.Tensor]
+"""damage [batch, tokens, units] -> skip [batch, tokens, units] bool."""
+Soften = Callable[[torch.Tensor], torch.Tensor]
+"""damage [batch, tokens, units] -> how much of a skip each is, in (0, 1), differentiable."""
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class SkipModules(nn.Module):
+    """The weights of a `SkipPolicy` as parameters (float32), with its two functions over rows of tokens. Raises
+    PolicyError for bypasses without weights, of which there is nothing to train.
+
+    States are RMSNorm(h) of unit gain, [..., hidden].
+    """
+
+    def __init__(self, policy: SkipPolicy) -> None:
+        super().__init__()
+        if not all(bypass.weights for bypass in policy.bypasses):
+            raise PolicyError("A bypass of this policy has no weights, so there is nothing to train or to judge.")
+        self.units = policy.units
+        self.read = policy.read
+        self.network = nn.ParameterDict(_parameters(policy.network or {}))
+        self.bypasses = nn.ModuleList(nn.ParameterDict(_parameters(bypass.weights)) for bypass in policy.bypasses)
+
+    def damage(self, state: torch.Tensor) -> torch.Tensor:
+        """What enters layer `read`, normed -> damage [..., units] in nats; without a network 0."""
+        if not self.network:
+            return torch.zeros(*state.shape[:-1], len(self.units), device=state.device)
+        return nn.functional.softplus(state.float() @ self.network["weight"] + self.network["bias"])
+
+    def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
+        """The columns of a unit's bypass, as `policy.py` orders them: what enters the unit, normed -> [..., columns]
+        in the dtype of `state`.
+        """
+        weight = {name: value.to(state.dtype) for name, value in self.bypasses[place].named_parameters()}
+        return state @ weight["weight"] + weight["bias"]
+
+    def cost(self, spec: DecoderSpec) -> torch.Tensor:
+        """What skipping each unit saves [units], by bytes."""
+        own = [saved(spec, len(unit.layers)) for unit in self.units]
+        return torch.tensor(own, device=next(self.parameters()).device)
+
+    def to_policy(self) -> SkipPolicy:
+        """The weights as numpy arrays (copies)."""
+        bypasses = tuple(Bypass(_arrays(bypass)) for bypass in self.bypasses)
+        return SkipPolicy(self.units, self.read, _arrays(self.network) or None, bypasses)
+
+
+def initial_network(units: int, hidden: int) -> dict[str, Float32Array]:
+    """A network that begins by predicting the same damage everywhere."""
+    return {"weight": np.zeros((hidden, units), np.float32), "bias": np.full(units, FIRST_SCORE, np.float32)}
+
+
+def _parameters(arrays: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.tensor(array)) for name, array in arrays.items()}
+
+
+def _arrays(part: nn.Module) -> dict[str, Float32Array]:
+    return {name: value.detach().float().cpu().numpy().copy() for name, value in part.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """final: normed last hidden states [batch, tokens, hidden]; state: what the network read, in the same shape. Per
+    unit, [batch, tokens, units]: skipped bool; taken float32, the same with the gradient of its softened form; damage
+    float32.
+    """
+
+    final: torch.Tensor
+    state: torch.Tensor
+    skipped: torch.Tensor
+    taken: torch.Tensor
+    damage: torch.Tensor
+
+
+class GatedModel:
+    """A frozen checkpoint on one device, in one dtype. `recomputes`: what a layer keeps for the backward pass is its
+    input only, which a GPU's memory needs.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        weights = {name: checkpoint.read(name) for name in checkpoint.weights}
+        self.model = torch_model(checkpoint.config, weights, dtype).to(device=device)
+        self.device = device
+        self.dtype = dtype
+        self.spec = checkpoint.spec
+        self.head = self.model.lm_head.weight
+        self.recomputes = device.type == "cuda"
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of unit gain, computed in float32, in the dtype of `hidden`."""
+        return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.spec.rms_norm_eps).to(hidden.dtype)
+
+    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A batch's ids, dense and counted, where the model is."""
+        ids, dense, counted = (torch.from_numpy(own).to(self.device) for own in (batch.ids, batch.dense, batch.counted))
+        return ids, dense, counted
+
+    def dense(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [batch, tokens] -> normed last hidden states."""
+        final: torch.Tensor = self.model.model(ids, use_cache=False).last_hidden_state
+        return final
+
+    def dense_layers(self, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """ids [batch, tokens] -> (layer, its input, its output [batch, tokens, hidden]), layer by layer."""
+        hidden, rotary = self._embedded(ids)
+        for index in range(self.spec.num_layers):
+            before, hidden = hidden, self._layer(index, hidden, rotary)
+            yield index, before, hidden
+
+    def keys_values(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What enters a layer -> its K and V before norm and RoPE, side by side [..., 2 * kv]."""
+        layer = self.model.model.layers[index]
+        normed = layer.input_layernorm(hidden)
+        return torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], -1)
+
+    def rollout(
+        self,
+        ids: torch.Tensor,
+        modules: SkipModules,
+        decide: Decide,
+        dense: torch.Tensor,
+        soften: Soften | None = None,
+    ) -> Rollout:
+        """One pass over ids [batch, tokens]; rows where `dense` [batch, tokens] is true run every layer.
+
+        Gradients flow as torch's mode says; with `soften` decisions have that of their softened form
+        (straight-through).
+        """
+        hidden, rotary = self._embedded(ids)
+        hidden = self._layers(range(modules.read), hidden, rotary)
+        # The network learns from decisions, the base's hidden states do not: they are its input as they are.
+        state = self.normed(hidden).detach()
+        damage = modules.damage(state)
+        skipped = decide(damage.detach()) & ~dense[..., None]
+        taken = skipped.float()
+        if soften is not None:
+            soft = soften(damage)
+            taken = taken + (soft - soft.detach()) * ~dense[..., None]
+        at = modules.read
+        for place, unit in enumerate(modules.units):
+            hidden = self._layers(range(at, unit.first), hidden, rotary)
+            at = unit.first
+            if soften is not None or bool(skipped[..., place].any()):
+                columns = modules.bypass(place, self.normed(hidden))
+                hidden = self._unit(unit, hidden, rotary, columns, skipped[..., place], taken[..., place])
+                at = unit.last + 1
+        final = self.model.model.norm(self._layers(range(at, self.spec.num_layers), hidden, rotary))
+        return Rollout(final, state, skipped, taken, damage)
+
+    def _embedded(self, ids: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
+        """What enters layer 0, and (cos, sin) of positions from 0 on."""
+        hidden = self.model.model.embed_tokens(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        return hidden, self.model.model.rotary_emb(hidden, positions)
+
+    def _layers(self, layers: range, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        for index in layers:
+            hidden = self._layer(index, hidden, rotary)
+        return hidden
+
+    def _unit(
+        self,
+        unit: Unit,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        columns: torch.Tensor,
+        skip: torch.Tensor,
+        taken: torch.Tensor,
+    ) -> torch.Tensor:
+        """What leaves a unit: `columns` of its bypass [batch, tokens, columns] for the rows that `skip` it, whose
+        gradient to the decision is that of `taken` [batch, tokens].
+        """
+        others = len(unit.layers) - 1
+        sizes = [self.spec.hidden_size, *[key_value_size(self.spec)] * (2 * others)]
+        update, *rows = torch.split(columns, sizes, -1)
+        ran = self._layer(unit.first, hidden, rotary)  # its K and V are the bypass's: the same projections of h
+        for index, key, value in zip(unit.layers[1:], rows[::2], rows[1::2], strict=True):
+            ran = self._layer(index, ran, rotary, skip, (key, value))
+        bypassed = hidden + update
+        chosen: torch.Tensor = torch.where(skip[..., None], bypassed, ran)
+        if not taken.requires_grad:
+            return chosen
+        return chosen + (taken - taken.detach())[..., None].to(chosen.dtype) * (bypassed - ran).detach()
+
+    def _layer(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        skip: torch.Tensor | None = None,
+        rows: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """One layer, with K and V given in `rows` for the tokens that `skip`."""
+        if self.recomputes and any(given.requires_grad for given in (hidden, *rows)):
+            ran: torch.Tensor = checkpoint(self._run, index, hidden, rotary, skip, *rows, use_reentrant=False)
+            return ran
+        return self._run(index, hidden, rotary, skip, *rows)
+
+    def _run(
+        self, index: int, hidden: torch.Tensor, rotary: Rotary, skip: torch.Tensor | None, *rows: torch.Tensor
+    ) -> torch.Tensor:
+        layer = self.model.model.layers[index]
+        with ExitStack() as stack:
+            if skip is not None:
+                for projection, own in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), rows, strict=True):
+                    stack.enter_context(_instead(projection, skip, own))
+            ran: torch.Tensor = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        return ran
+
+
+def below(limits: torch.Tensor) -> Decide:
+    """The rule of `decision.py`: skip where damage < limit, in nats; limits [..., units]."""
+    return lambda damage: damage < limits
+
+
+def always(units: int, places: Sequence[int]) -> Decide:
+    """Of so many units, skip these."""
+    mask = torch.zeros(units, dtype=torch.bool)
+    mask[list(places)] = True
+    return lambda damage: mask.to(damage.device).expand(damage.shape)
+
+
+@contextmanager
+def _instead(projection: nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    """While it lasts, `projection` gives `rows` for the tokens that `skip`."""
+    hook = projection.register_forward_hook(
+        lambda _module, _inputs, found: torch.where(skip[..., None], rows.to(found.dtype), found)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def saved(spec: DecoderSpec, layers: int) -> float:
+    """Fraction of a token's time that skipping a unit saves before any engine is built; below 0 where its bypass is
+    larger. Decode is bound by memory traffic, so it is that of bytes: (layers * a layer's - the bypass's) / (all
+    layers' + the head's). The cost table of a build measures it.
+    """
+    weights = {name: prod(shape) for name, shape in spec.weight_shapes().items()}
+    layer = sum(count for name, count in weights.items() if name.startswith(layer_weight(0)))
+    bypass = spec.hidden_size * (spec.hidden_size + 2 * key_value_size(spec) * layers)
+    token = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
+    return (layers * layer * BITS - bypass * BYPASS_BITS) / (token * BITS)
+
+
+def faster_precision(device: torch.device) -> str:
+    """Key of PRECISIONS in which to run the frozen model. On a CPU it is tried out: with instructions for bfloat16 it
+    is faster than float32 by half on one and slower by half on another, whatever their flags say.
+    """
+    tried = device.type == "cpu" and _seconds(torch.bfloat16) > FASTER * _seconds(torch.float32)
+    return "float32" if tried else "bfloat16"
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Of one product of a small model's size."""
+    left, right = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    taken = []
+    for _ in range(9):
+        began = time.perf_counter()
+        nn.functional.linear(left, right)
+        taken.append(time.perf_counter() - began)
+    return median(taken)

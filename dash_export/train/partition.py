@@ -1,0 +1,171 @@
+"""Which units to train, and in which order a static policy skips them: both by skipping them and measuring the damage.
+
+The units are the partition of the layers that gains most, from what skipping each candidate alone costs and saves. At
+trade-off λ a token that can skip a unit gains max(0, λ * saved - damage), in nats; over λ that is time, and the mean
+over tokens and the range of the dial is the unit's gain. Gains are taken to add up. That they do not quite, and that
+the damage of a token is not known before, hits every partition alike: it is there to choose by, not to predict with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dash_export.artifacts import Progress, no_progress
+from dash_export.decision import Unit
+from dash_export.models.spec import DecoderSpec
+from dash_export.policy import SkipPolicy
+from dash_export.train.closed_form import Sums, sums_bytes
+from dash_export.train.corpus import Batch
+from dash_export.train.losses import divergence
+from dash_export.train.model import GatedModel, SkipModules, always, saved
+
+LENGTHS = (1, 2, 3, 4, 6)
+"""Layers of a candidate."""
+LAUNCH = 0.001
+"""What one more engine takes, whether its unit is skipped or not: of a small model's token 0.002, and gains are judged
+before the tuning, which about halves damages.
+"""
+GRID = 8
+"""Trade-offs at which a gain is judged."""
+LARGEST_SUMS = 512 << 20
+"""Bytes of the sums at once: the search goes over its text once for every group of candidates that fits into them."""
+TRIED = 8
+"""A greedy step tries this many units, the best alone."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A unit; the mean damage of skipping it alone (nats per token), and as fractions of a token's time what a skip of
+    it saves and what it gains.
+    """
+
+    unit: Unit
+    damage: float
+    saved: float
+    gain: float
+
+
+def candidate_units(num_layers: int) -> tuple[Unit, ...]:
+    """All units that are tried. The first sixth of the layers is in none, nor are 0 and 1: all decisions are made by
+    what enters the layer before the first unit, which says too little that early.
+    """
+    firsts = range(max(2, num_layers // 6), num_layers)
+    return tuple(Unit(a, a + size - 1) for a in firsts for size in LENGTHS if a + size <= num_layers)
+
+
+def judged_candidate(
+    unit: Unit, damage: npt.NDArray[np.floating], saved: float, trade_offs: tuple[float, float]
+) -> Candidate:
+    """A candidate by the damage [tokens] of skipping it alone."""
+    grid = np.geomspace(*trade_offs, GRID)
+    gain = np.maximum(saved - damage[:, None] / grid, 0).mean()
+    return Candidate(unit, float(damage.mean()), saved, float(gain))
+
+
+def best_partition(candidates: Iterable[Candidate], num_layers: int) -> tuple[Candidate, ...]:
+    """The candidates without a layer in common whose gains, less LAUNCH each, are the most together; none where none
+    gains.
+    """
+    ending: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        ending.setdefault(candidate.unit.last, []).append(candidate)
+    best: list[tuple[float, tuple[Candidate, ...]]] = [(0.0, ())]  # of the first layers, by how many
+    for layer in range(num_layers):
+        options = [best[layer]]
+        for candidate in ending.get(layer, ()):
+            gain, before = best[candidate.unit.first]
+            options.append((gain + candidate.gain - LAUNCH, (*before, candidate)))
+        best.append(max(options, key=lambda option: option[0]))
+    return best[num_layers][1]
+
+
+def candidate_groups(spec: DecoderSpec) -> list[list[Unit]]:
+    """All candidates, in groups whose sums are in memory at once; those that begin at one layer share theirs."""
+    groups: list[list[Unit]] = [[]]
+    for _, units in groupby(candidate_units(spec.num_layers), key=lambda unit: unit.first):
+        together = [*units]
+        if groups[-1] and sums_bytes(spec, groups[-1] + together) > LARGEST_SUMS:
+            groups.append([])
+        groups[-1] += together
+    return groups
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Windows, and what the dense model makes of them: its normed last states at the counted positions."""
+
+    ids: torch.Tensor
+    dense: torch.Tensor
+    counted: torch.Tensor
+    final: torch.Tensor
+
+
+@torch.no_grad()
+def judged(model: GatedModel, batches: Iterable[Batch]) -> list[Judged]:
+    """The dense pass over each batch, once for all the sets that are tried."""
+    found = []
+    for batch in batches:
+        ids, dense, counted = model.tensors(batch)
+        found.append(Judged(ids, dense, counted, model.dense(ids)[counted]))
+    return found
+
+
+@torch.no_grad()
+def static_damage(
+    model: GatedModel, modules: SkipModules, places: Sequence[int], windows: Sequence[Judged]
+) -> torch.Tensor:
+    """KL (nats) of every counted token where all skip these units, [tokens]."""
+    found = []
+    for each in windows:
+        rollout = model.rollout(each.ids, modules, always(len(modules.units), places), each.dense)
+        final, counted = rollout.final[each.counted], each.counted
+        found.append(divergence(model.head, each.final, final, each.ids[counted]).kl)
+    return torch.cat(found)
+
+
+def skipped_alone(
+    model: GatedModel, sums: Sums, windows: Sequence[Judged], trade_offs: tuple[float, float], progress: Progress
+) -> list[Candidate]:
+    """The units of the sums as candidates: each fitted in closed form and skipped alone."""
+    found = []
+    for unit in sums.units:
+        modules = SkipModules(SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),))).to(model.device)
+        damage = static_damage(model, modules, (0,), windows).float().cpu().numpy()
+        found.append(judged_candidate(unit, damage, saved(model.spec, len(unit.layers)), trade_offs))
+        progress("candidates skipped alone", len(found), len(sums.units))
+    return found
+
+
+def greedy_order(
+    model: GatedModel, modules: SkipModules, windows: Sequence[Judged], progress: Progress = no_progress
+) -> tuple[int, ...]:
+    """Places of all units in the order in which a static policy skips them: the one that hurts least a layer, then the
+    one of TRIED that adds least, and so on. The last half is not searched for: nobody skips nearly everything.
+    """
+    sizes, done = [len(unit.layers) for unit in modules.units], 0
+    count, searched = len(sizes), (len(sizes) + 1) // 2
+    trials = count + sum(min(TRIED, count - chosen) for chosen in range(1, searched))
+
+    def damage(*places: int) -> float:
+        nonlocal done
+        done += 1
+        progress("static order", done, trials)
+        return float(static_damage(model, modules, places, windows).mean())
+
+    alone = [damage(place) for place in range(count)]
+    left = sorted(range(count), key=lambda place: alone[place] / sizes[place])
+    chosen = [left.pop(0)]
+    known = alone[chosen[0]]
+    while len(chosen) < searched:
+        totals = {place: damage(*chosen, place) for place in left[:TRIED]}
+        best = min(totals, key=lambda place: (totals[place] - known) / sizes[place])
+        left.remove(best)
+        chosen.append(best)
+        known = totals[best]
+    return (*chosen, *left)

@@ -1,0 +1,65 @@
+"""A pruned model against the oracle of the whole one, which skips the same units at every token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.builders import build
+from dash_export.decision import Unit, layer_actions
+from dash_export.errors import PolicyError
+from dash_export.exporting import export
+from dash_export.models.bypasses import pruned
+from dash_export.policy import no_policy
+from dash_export.reference import Oracle
+from tests.tiny import TINY_UNITS, random_ids, tiny_checkpoint, tiny_policy
+
+
+@pytest.mark.parametrize(
+    ("family", "places"),
+    [("llama", (0, 1)), ("qwen3", (0,))],
+    ids=["two units behind one layer", "two layers"],
+)
+def test_is_the_model_that_always_skips(tmp_path: Path, family: str, places: tuple[int, ...]) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", family)
+    policy, ids = tiny_policy(checkpoint, "linear"), random_ids(24)
+    skipped = np.zeros((len(TINY_UNITS), len(ids)), np.bool_)
+    skipped[list(places)] = True
+    expected = Oracle(checkpoint, policy).forward(ids, actions=layer_actions(skipped, TINY_UNITS, 6)).logits
+    smaller = pruned(checkpoint, policy, [TINY_UNITS[place] for place in places])
+    layers = smaller.spec.num_layers
+    assert layers == 6 - sum(len(TINY_UNITS[place].layers) for place in places)
+    none = no_policy(layers, ())
+    np.testing.assert_allclose(Oracle(smaller, none).forward(ids).logits, expected, atol=1e-4)
+    bundle = export(smaller, tmp_path / "a.dash", none)
+    build(bundle, "cpu", weights="fp32")
+    runtime = DashRuntime.load(bundle.root, "cpu-fp32")
+    np.testing.assert_allclose(runtime.session().logits(ids), expected, atol=1e-3)
+    assert json.loads((bundle.root / "config.json").read_text())["num_hidden_layers"] == layers
+
+
+def test_what_cannot_be_pruned(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    with pytest.raises(PolicyError, match=r"Unit 2-3 has a bypass without weights"):
+        pruned(checkpoint, tiny_policy(checkpoint), [TINY_UNITS[0]])
+    with pytest.raises(PolicyError, match=r"Layers 2 are not whole units. Units of this policy: 2-3,4"):
+        pruned(checkpoint, tiny_policy(checkpoint, "linear"), [Unit(2, 2)])
+
+
+def test_int4_scales_are_tuned_with_the_updates(tmp_path: Path) -> None:
+    """The torch model of the calibration has them too."""
+    from dash_export.builders.distil import _exact_model
+
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    smaller = pruned(checkpoint, tiny_policy(checkpoint, "linear"), TINY_UNITS)
+    bundle = export(smaller, tmp_path / "a.dash", no_policy(3, ()))
+    import torch
+
+    ids = random_ids(16)
+    expected = Oracle(smaller, no_policy(3, ())).forward(ids).logits
+    found = _exact_model(bundle).float()(torch.from_numpy(ids)[None]).logits[0].numpy()
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()  # its weights are bfloat16

@@ -1,0 +1,152 @@
+"""Configs of every family, in the forms that transformers writes and wrote, and what is wrong with one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dash_export.errors import CheckpointError
+from dash_export.models import open_checkpoint
+from dash_export.models.registry import decoder_spec, register, supported_model_types
+from tests.models.helpers import DIMENSIONS, assert_same_model, edit_config, save_tiny
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIG: dict[str, Any] = {"model_type": "llama", **DIMENSIONS}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "traits"),
+    [
+        ("llama", {}, set()),
+        ("llama", {"tie_word_embeddings": True}, {"tie_embeddings"}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, {"qkv_bias", "output_bias", "mlp_bias"}),
+        ("llama", {"head_dim": 32, "num_hidden_layers": 3, "rms_norm_eps": 1e-5}, set()),
+        ("llama", {"num_key_value_heads": 4}, set()),
+        ("llama", {"rope_parameters": LLAMA3}, set()),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}, set()),
+        ("qwen2", {"num_hidden_layers": 3}, {"qkv_bias"}),
+        ("qwen2", {"tie_word_embeddings": True}, {"qkv_bias", "tie_embeddings"}),
+        ("qwen3", {"head_dim": 16}, {"qk_norm"}),
+        ("qwen3", {"head_dim": 32, "attention_bias": True}, {"qk_norm", "qkv_bias", "output_bias"}),
+        ("qwen3", {"tie_word_embeddings": True}, {"qk_norm", "tie_embeddings"}),
+    ],
+)
+def test_equals_transformers(tmp_path: Path, family: str, options: dict[str, Any], traits: set[str]) -> None:
+    model = save_tiny(tmp_path, family, **options)
+    checkpoint = open_checkpoint(tmp_path)
+    assert_same_model(checkpoint, model, "tie_word_embeddings" in options)
+    known = ("tie_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm")
+    assert {trait for trait in known if getattr(checkpoint.spec, trait)} == traits
+    assert checkpoint.spec.head_dim == options.get("head_dim", 128 if family == "qwen3" else 16)
+
+
+OLDER = {name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "removed", "written"),
+    [
+        *(
+            (
+                "llama",
+                {"rope_parameters": LLAMA3 | {"rope_type": kind}},
+                ("rope_parameters",),
+                {"rope_theta": 500_000, "rope_scaling": {key: kind, **OLDER}},
+            )
+            for key in ("type", "rope_type")
+            for kind in ("llama3", "linear")
+        ),
+        (
+            "qwen2",
+            {},
+            ("rope_parameters", "layer_types"),
+            {"rope_theta": 10_000.0, "sliding_window": 131_072, "head_dim": None},
+        ),
+        ("qwen3", {}, ("head_dim",), {}),
+    ],
+    ids=["type llama3", "type linear", "llama3", "linear", "a window not in use", "no head_dim"],
+)
+def test_older_spellings(
+    tmp_path: Path, family: str, options: dict[str, Any], removed: tuple[str, ...], written: dict[str, Any]
+) -> None:
+    model = save_tiny(tmp_path, family, **options)
+    edit_config(tmp_path, removed, **written)
+    assert_same_model(open_checkpoint(tmp_path), model)
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    needed = {key: value for key, value in CONFIG.items() if key.endswith("_size") or key == "model_type"}
+    spec = decoder_spec({**needed, "num_hidden_layers": 2, "num_attention_heads": 4})
+    assert (spec.num_kv_heads, spec.head_dim, spec.max_positions, spec.rms_norm_eps) == (4, 16, 2048, 1e-6)
+    np.testing.assert_allclose(spec.rope_frequencies, 10_000.0 ** -(np.arange(8) / 8), rtol=1e-6)
+    assert not spec.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn.*supported: default, linear, llama3"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": ["linear"]}}, "rope type"),
+        ({"rope_parameters": "linear"}, "rope_parameters"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "layer type"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": True}}, "factor"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta"),
+        ({"rope_theta": 1e-300}, "not finite"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act.*silu"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": -64}, "hidden_size"),
+        ({"hidden_size": 64.0}, "hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": 10**5000}, "hidden_size.*huge"),
+        ({"hidden_size": 66}, "multiple"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+        ({"attention_bias": "yes"}, "attention_bias"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+    ],
+)
+def test_unsupported_or_invalid_options_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        decoder_spec(CONFIG | change)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        *((name, "not supported; supported: llama, qwen2, qwen3") for name in ("gpt2", "mixtral", "x" * 10_000)),
+        *((value, "no model_type string; supported: llama, qwen2, qwen3") for value in (None, 3, ["llama"], {})),
+    ],
+)
+def test_unknown_families(model_type: object, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as raised:
+        decoder_spec({"model_type": model_type})
+    assert len(str(raised.value)) < 300
+
+
+def test_a_family_is_registered_once() -> None:
+    assert supported_model_types() == ["llama", "qwen2", "qwen3"]
+    with pytest.raises(ValueError, match="twice"):
+        register("llama")(decoder_spec)

@@ -1,0 +1,269 @@
+"""Policies on disk: what was saved comes back, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dash_export.decision import Unit, units_text
+from dash_export.errors import PolicyError
+from dash_export.models import Checkpoint, DecoderSpec
+from dash_export.models.bypasses import check_model
+from dash_export.policy import (
+    METADATA,
+    Bypass,
+    SkipPolicy,
+    card_path,
+    load_policy,
+    narrowed,
+    policy_path,
+    save_policy,
+    stored_columns,
+    untrained_policy,
+)
+from dash_export.resources import resource_folder
+from tests.models.helpers import SAFETENSORS_LAYOUTS
+
+HIDDEN = 32
+SPEC = DecoderSpec("llama", 300, HIDDEN, 64, 6, 2, 1, 16, 512, 1e-5, (1.0, 0.1))
+
+
+UNITS = (Unit(2, 3), Unit(4, 4))
+
+
+def policy_of(form: str = "linear") -> SkipPolicy:
+    """`form`: none or linear."""
+    rng, bypasses = np.random.default_rng(1), []
+    for unit in UNITS:
+        columns = stored_columns(unit, SPEC)
+        shapes = {"none": {}, "linear": {"weight": (HIDDEN, columns), "bias": (columns,)}}
+        weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes[form].items()}
+        bypasses.append(Bypass(weights))
+    return replace(
+        untrained_policy(SPEC, UNITS),
+        bypasses=tuple(bypasses),
+        origin="trained, seed 3",
+        static_order=(1, 0),
+        final_norm=np.linspace(0.5, 2, HIDDEN, dtype=np.float32),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_policy(tmp_path / "p.safetensors", policy_of(), SPEC, {"seed": 3})
+    return tmp_path / "p.safetensors"
+
+
+@pytest.mark.parametrize("form", ["none", "linear"])
+def test_round_trip(form: str, tmp_path: Path) -> None:
+    path, policy = tmp_path / "folder" / "p.safetensors", policy_of(form)
+    save_policy(path, policy, SPEC, {"seed": 3, "figures": {"kl": 0.1}})
+    back = load_policy(path, SPEC)
+    assert replace(back, network=None, bypasses=()) == replace(policy, network=None, bypasses=())
+    assert back.form == policy.form == form
+    np.testing.assert_array_equal(back.final_norm, policy.final_norm)
+    assert back.weights().keys() == policy.weights().keys()
+    for name, array in policy.weights().items():
+        assert back.weights()[name].dtype == np.float32
+        np.testing.assert_array_equal(back.weights()[name], array)
+    assert json.loads(card_path(path).read_text()) == {"seed": 3, "figures": {"kl": 0.1}}
+    assert sorted(file.name for file in path.parent.iterdir()) == ["p.json", "p.safetensors"]
+
+
+def test_what_half_precision_holds_is_stored_so(tmp_path: Path) -> None:
+    """The rest is not rounded."""
+    policy = policy_of()
+    rounded = replace(policy, bypasses=tuple(bypass.in_half() for bypass in policy.bypasses))
+    sizes = []
+    for name, made in (("whole", policy), ("half", rounded)):
+        path = tmp_path / f"{name}.safetensors"
+        save_policy(path, made, SPEC, {})
+        sizes.append(path.stat().st_size)
+        for tensor, array in load_policy(path, SPEC).weights().items():
+            np.testing.assert_array_equal(array, made.weights()[tensor])
+    saved = sum(array.nbytes for name, array in policy.weights().items() if name.startswith("bypass")) / 2
+    assert sizes[0] - sizes[1] == pytest.approx(saved, abs=16)
+
+
+def test_bypasses_alone(tmp_path: Path) -> None:
+    """A policy without a network: it serves static."""
+    save_policy(tmp_path / "p.safetensors", replace(policy_of(), network=None), SPEC, {})
+    assert load_policy(tmp_path / "p.safetensors", SPEC).network is None
+
+
+def test_a_policy_of_fewer_units() -> None:
+    policy = policy_of()
+    fewer = narrowed(policy, [4])
+    assert (fewer.units, fewer.read, fewer.static_order) == ((Unit(4, 4),), policy.read, (0,))
+    np.testing.assert_array_equal(fewer.network["weight"], policy.network["weight"][:, 1:])
+    assert fewer.bypasses == policy.bypasses[1:]
+    for layers in ([3, 4], [5]):
+        with pytest.raises(PolicyError, match="not whole units"):
+            narrowed(policy, layers)
+
+
+def test_half_precision_is_read(saved: Path) -> None:
+    rewrite(saved, lambda tensors, _: {name: array.astype(np.float16) for name, array in tensors.items()})
+    back = load_policy(saved, SPEC).weights()
+    assert all(array.dtype == np.float32 for array in back.values())
+    np.testing.assert_allclose(back["network.weight"], policy_of().weights()["network.weight"], atol=2e-3)
+
+
+Tensors = dict[str, np.ndarray]
+
+
+def rewrite(path: Path, change: Callable[[Tensors, dict[str, Any]], Tensors | None]) -> None:
+    """The file with other tensors or facts."""
+    import safetensors
+
+    tensors = load_file(path)
+    with safetensors.safe_open(str(path), "np") as file:
+        facts = json.loads(file.metadata()[METADATA])
+    tensors = change(tensors, facts) or tensors
+    save_file(tensors, path, {METADATA: json.dumps(facts)})
+
+
+def number(tensors: Tensors, name: str, value: float) -> None:
+    tensors[name].reshape(-1)[5] = value
+
+
+def renamed(tensors: Tensors, facts: dict[str, Any], place: int, first: int, last: int) -> Tensors:
+    """One unit is another one, in the facts and in the names."""
+    facts["units"][place] = {"first": first, "last": last}
+    old = f"bypass.{UNITS[place].name}."
+    return {name.replace(old, f"bypass.{first:02d}-{last:02d}."): array for name, array in tensors.items()}
+
+
+def without(tensors: Tensors, name: str) -> Tensors:
+    return {other: array for other, array in tensors.items() if other != name}
+
+
+KV = "bypass.02-03.weight"
+
+DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
+    "nan": (lambda t, _: number(t, "network.weight", float("nan")), "network.weight holds NaN or infinity"),
+    "inf": (lambda t, _: number(t, KV, float("inf")), f"{KV} holds NaN or infinity"),
+    "wrong-shape": (lambda t, _: {**t, "network.weight": t["network.weight"][:, :1].copy()}, r"\[32, 1\]; \[32, 2\]"),
+    "no-second-layer": (lambda t, _: {**t, KV: t[KV][:, :HIDDEN].copy()}, r"\[32, 32\]; \[32, 64\]"),
+    "scalar": (lambda t, _: {**t, "network.bias": np.array(1.0, np.float32)}, "a single number"),
+    "integers": (lambda t, _: {**t, "network.bias": t["network.bias"].astype(np.int32)}, "dtype"),
+    "missing": (lambda t, _: without(t, "network.bias"), "lacks network.bias"),
+    "missing-weight": (lambda t, _: without(t, KV), f"lacks {KV}"),
+    "unknown-tensor": (lambda t, _: {**t, "network.extra": t["network.bias"]}, "network.extra"),
+    "unknown-unit": (lambda t, _: {**t, "bypass.05-05.weight": t["network.bias"]}, "bypass.05-05.weight"),
+    "foreign-tensor": (lambda t, _: {**t, "model.norm": t["network.bias"]}, "model.norm"),
+    "norm-shape": (lambda t, _: {**t, "model.final_norm": np.ones(31, np.float32)}, "final norm"),
+    "norm-zero": (lambda t, _: {**t, "model.final_norm": np.zeros(HIDDEN, np.float32)}, "final norm"),
+    "norm-nan": (lambda t, _: number(t, "model.final_norm", float("nan")), "final_norm holds NaN"),
+    "unknown-key": (lambda _, f: f.update(surprise=1), "unknown 'surprise'"),
+    "missing-key": (lambda _, f: f.pop("units") and None, "missing units"),
+    "wrong-type": (lambda _, f: f.update(num_layers="6"), "num_layers must be int"),
+    "no-unit": (lambda _, f: f.update(units=[3]), "units"),
+    "newer": (lambda _, f: f.update(schema=9, new=1), "newer dash-export"),
+    "older": (lambda _, f: f.update(schema=1), "layers were skipped one by one"),
+    "layer-0": (lambda t, f: renamed(t, f | {"read": -1}, 0, 0, 1), "Layer 0 can be in no unit"),
+    "no-such-layer": (lambda t, f: renamed(t, f, 1, 4, 9), "must be of layers 0 to 5"),
+    "overlap": (lambda t, f: renamed(t, f, 1, 3, 4), "each layer in one at most"),
+    "reads-itself": (lambda _, f: f.update(read=2), "must be one before the first unit"),
+    "order": (lambda _, f: f.update(static_order=[1, 2]), "static_order"),
+    "order-twice": (lambda _, f: f.update(static_order=[1, 1]), "static_order"),
+    "origin": (lambda _, f: f.update(origin="\x1b[2Jclear"), "printable"),
+    "more-layers": (lambda _, f: f.update(num_layers=8), "this model is a llama of 6 layers"),
+    "other-family": (lambda _, f: f.update(model_type="qwen3"), "policy of a qwen3"),
+    "other-size": (lambda _, f: f.update(hidden_size=64), "hidden size 64"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(name: str, saved: Path) -> None:
+    change, expected = DAMAGE[name]
+    rewrite(saved, change)
+    with pytest.raises(PolicyError, match=expected) as raised:
+        load_policy(saved, SPEC)
+    message = str(raised.value)
+    assert str(saved) in message
+    assert "train" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, 600, -1])
+def test_truncated(keep: int, saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(PolicyError, match="not a sound safetensors file"):
+        load_policy(saved, SPEC)
+
+
+@pytest.mark.parametrize("name", SAFETENSORS_LAYOUTS)
+def test_tensors_that_do_not_lie_one_after_another(name: str, saved: Path) -> None:
+    saved.write_bytes(SAFETENSORS_LAYOUTS[name](saved.read_bytes()))
+    with pytest.raises(PolicyError, match="not a sound safetensors file"):
+        load_policy(saved, SPEC)
+
+
+def test_names_of_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = resource_folder("calibration") / "smollm2-135m-instruct.safetensors"
+    monkeypatch.chdir(tmp_path)
+    Path(shipped.stem).mkdir()  # a model's folder, say
+    assert policy_path(shipped.stem) == shipped
+    Path(shipped.stem).rmdir()
+    Path(shipped.stem).write_bytes(b"")
+    assert policy_path(shipped.stem) == Path(shipped.stem)
+    with pytest.raises(PolicyError, match="comes with this package: smollm2-135m-instruct "):
+        policy_path(f"../{shipped.stem}")
+
+
+def test_other_files(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="There is no policy file"):
+        load_policy(tmp_path / "none.safetensors", SPEC)
+    (tmp_path / "text.safetensors").write_text("not one")
+    with pytest.raises(PolicyError, match="not a sound safetensors file"):
+        load_policy(tmp_path / "text.safetensors", SPEC)
+    save_file({"network.state": np.zeros((1, 2), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(PolicyError, match="holds no skip policy"):
+        load_policy(tmp_path / "model.safetensors", SPEC)
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "b.safetensors", {METADATA: "{"})
+    with pytest.raises(PolicyError, match="not JSON"):
+        load_policy(tmp_path / "b.safetensors", SPEC)
+
+
+def test_nothing_unsound_is_saved(saved: Path) -> None:
+    before = saved.read_bytes(), card_path(saved).read_bytes()
+    policy = policy_of()
+    assert policy.network is not None
+    broken = replace(policy, network={**policy.network, "bias": np.full(2, np.nan, np.float32)})
+    with pytest.raises(PolicyError, match="NaN"):
+        save_policy(saved, broken, SPEC, {})
+    with pytest.raises(PolicyError, match="shape"):
+        save_policy(saved, policy, replace(SPEC, hidden_size=64), {})
+    with pytest.raises(PolicyError, match=r"NAME\.safetensors"):
+        save_policy(saved.with_suffix(".bin"), policy, SPEC, {})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        save_policy(saved, policy, SPEC, {"kl": float("nan")})
+    assert (saved.read_bytes(), card_path(saved).read_bytes()) == before
+    assert len(list(saved.parent.iterdir())) == 2
+
+
+@pytest.mark.model
+def test_shipped_policies(smollm2: Checkpoint) -> None:
+    """Each is for SmolLM2, as its card says it was trained, and named where one looks for it."""
+    folder = resource_folder("calibration")
+    shipped = sorted(folder.glob("*.safetensors"))
+    assert shipped
+    for path in shipped:
+        policy, card = load_policy(path, smollm2.spec), json.loads(card_path(path).read_text())
+        assert units_text(policy.units) == card["units"]
+        assert units_text(policy.units[place] for place in policy.static_order) == card["static_order"]
+        assert policy.origin.startswith(f"{card['kind']} policy for {smollm2.name}, ")
+        assert policy.final_norm is not None
+        check_model(policy, smollm2)
+    listed = (folder / "README.md").read_text(encoding="utf-8")
+    names = {path.stem for path in shipped}
+    assert set(re.findall(r"`(smollm2[\w-]+)\.safetensors`, ", listed)) == names

@@ -1,0 +1,196 @@
+"""Training sees the contract that the oracle states: same logits, same damage, same decisions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dash_export.decision import DENSE_POSITIONS, DecisionRule, Unit, parse_units, unit_skips
+from dash_export.errors import PolicyError
+from dash_export.models import Checkpoint
+from dash_export.models.bypasses import full_bypass
+from dash_export.policy import SkipPolicy
+from dash_export.reference import Oracle
+from dash_export.train import model as model_module
+from dash_export.train.model import GatedModel, Rollout, SkipModules, below, faster_precision, saved
+from tests.tiny import random_actions, random_ids, tiny_checkpoint, tiny_policy
+
+TOKENS = 24
+
+
+@pytest.fixture(params=["2-3,4", "1,3-5", "2-5"])
+def units(request: pytest.FixtureRequest) -> tuple[Unit, ...]:
+    return parse_units(request.param)
+
+
+@pytest.fixture
+def policy(checkpoint: Checkpoint, units: tuple[Unit, ...]) -> SkipPolicy:
+    return tiny_policy(checkpoint, "linear", units=units)
+
+
+def logits(model: GatedModel, rollout: Rollout) -> np.ndarray:
+    return (rollout.final[0] @ model.head.T).numpy()
+
+
+@torch.no_grad()
+def forced(model: GatedModel, policy: SkipPolicy, ids: np.ndarray, actions: np.ndarray) -> Rollout:
+    skips = torch.from_numpy(unit_skips(actions, policy.units).T[None])
+    return model.rollout(
+        torch.from_numpy(ids[None]), SkipModules(policy), lambda _: skips, torch.zeros(1, len(ids), dtype=torch.bool)
+    )
+
+
+def test_forced_actions(model: GatedModel, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
+    ids = random_ids(TOKENS)
+    actions = random_actions(TOKENS, checkpoint.spec.num_layers, policy.units)
+    expected = Oracle(checkpoint, policy).forward(ids, actions=actions)
+    rollout = forced(model, policy, ids, actions)
+    np.testing.assert_allclose(logits(model, rollout), expected.logits, atol=1e-4)
+    np.testing.assert_allclose(rollout.damage[0].numpy(), expected.damage, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_biases_and_norms_of_keys(family: str, tmp_path: Path) -> None:
+    """A bypass's K is what the projection gives, its bias among it, and is normed after."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", family)
+    policy, ids = tiny_policy(checkpoint, "linear"), random_ids(TOKENS)
+    actions = random_actions(TOKENS, checkpoint.spec.num_layers, policy.units)
+    expected = Oracle(checkpoint, policy).forward(ids, actions=actions)
+    model = GatedModel(checkpoint, torch.device("cpu"), torch.float32)
+    np.testing.assert_allclose(logits(model, forced(model, policy, ids, actions)), expected.logits, atol=1e-4)
+
+
+def test_own_decisions(model: GatedModel, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
+    ids = random_ids(TOKENS, seed=3)
+    limits = np.median(Oracle(checkpoint, policy).forward(ids).damage, axis=0)
+    rule = DecisionRule(tuple(limits.tolist()), tuple(len(unit.layers) for unit in policy.units))
+    expected = Oracle(checkpoint, policy).forward(ids, rule=rule)
+    dense = torch.arange(TOKENS)[None] < DENSE_POSITIONS
+    with torch.no_grad():
+        rollout = model.rollout(
+            torch.from_numpy(ids[None]), SkipModules(policy), below(torch.from_numpy(limits)), dense
+        )
+    assert 0 < rollout.skipped.float().mean() < 1
+    np.testing.assert_array_equal(rollout.skipped[0].numpy().T, unit_skips(expected.actions, policy.units))
+    np.testing.assert_allclose(logits(model, rollout), expected.logits, atol=1e-4)
+
+
+LIMIT = 0.15
+
+
+def soft_loss(model: GatedModel, modules: SkipModules, **options: object) -> Rollout:
+    ids = torch.from_numpy(random_ids(TOKENS)[None])
+    dense = torch.arange(TOKENS)[None] < DENSE_POSITIONS
+    return model.rollout(ids, modules, lambda damage: damage < LIMIT, dense, **options)
+
+
+def soften(damage: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid((LIMIT - damage) / 0.05)
+
+
+def test_softened_decisions_go_forward_as_they_are(model: GatedModel, checkpoint: Checkpoint) -> None:
+    """Straight-through: the values are those of the decisions, the gradient reaches network and bypasses."""
+    modules = SkipModules(tiny_policy(checkpoint, "linear"))
+    hard, soft = soft_loss(model, modules), soft_loss(model, modules, soften=soften)
+    assert 0 < float(hard.skipped.float().mean()) < 1
+    torch.testing.assert_close(soft.final, hard.final)
+    torch.testing.assert_close(soft.taken, hard.skipped.float())
+    soft.final.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in modules.parameters())
+
+
+def test_gradient_of_a_decision(model: GatedModel, checkpoint: Checkpoint) -> None:
+    """What the last token skips of the last unit changes its own state only: by the difference of what is bypassed and
+    what runs.
+    """
+    policy = tiny_policy(checkpoint, "linear", units=(Unit(2, 3), Unit(4, 5)))
+    modules = SkipModules(policy)
+    direction = torch.randn(model.spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    ids = torch.from_numpy(random_ids(TOKENS)[None])
+    share = torch.zeros(1, TOKENS, 2, requires_grad=True)
+
+    def last(skips: bool, **options: object) -> torch.Tensor:
+        chosen = torch.zeros(1, TOKENS, 2, dtype=torch.bool)
+        chosen[0, -1, 1] = skips
+        dense = torch.zeros(1, TOKENS, dtype=torch.bool)
+        return model.rollout(ids, modules, lambda _: chosen, dense, **options).final[0, -1]
+
+    norm = model.model.model.norm
+    entered = {}
+    hook = norm.register_forward_hook(lambda _module, given, _found: entered.update(state=given[0][0, -1].detach()))
+    (last(False, soften=lambda _: share) @ direction).backward()
+    ran = entered["state"]
+    last(True)
+    bypassed = entered["state"]
+    hook.remove()
+    state = ran.clone().requires_grad_()
+    (norm(state) @ direction).backward()
+    expected = float(state.grad @ (bypassed - ran))
+    assert float(share.grad[0, -1, 1]) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("token", "heard"), [(3, True), (TOKENS - 1, False)])
+def test_keys_and_values_hear_of_later_tokens(
+    model: GatedModel, checkpoint: Checkpoint, token: int, heard: bool
+) -> None:
+    """The columns of a bypass for K and V of a unit's second layer have their gradient from what attends to them."""
+    modules = SkipModules(tiny_policy(checkpoint, "linear"))
+    skips = torch.zeros(1, TOKENS, 2, dtype=torch.bool)
+    skips[0, token, 0] = True
+    ids = torch.from_numpy(random_ids(TOKENS)[None])
+    model.rollout(ids, modules, lambda _: skips, torch.zeros_like(ids).bool()).final.square().sum().backward()
+    gradient = modules.bypasses[0]["weight"].grad.split(model.spec.hidden_size, 1)
+    assert gradient[0].abs().sum() > 0
+    # A token's own attention reads its K and V too, but what runs is not what it goes on with.
+    assert bool(gradient[1].abs().sum() > 0) == heard
+
+
+def test_recomputed_layers_have_the_same_gradients(checkpoint: Checkpoint) -> None:
+    """As on a GPU: the K and V of a bypass are there again when a layer is recomputed."""
+    found = []
+    for recomputes in (False, True):
+        model = GatedModel(checkpoint, torch.device("cpu"), torch.float32)
+        model.recomputes = recomputes
+        modules = SkipModules(tiny_policy(checkpoint, "linear"))
+        soft_loss(model, modules, soften=soften).final.square().sum().backward()
+        found.append([parameter.grad for parameter in modules.parameters()])
+    for kept, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(kept, recomputed)
+
+
+def test_the_model_is_as_it_was(model: GatedModel, checkpoint: Checkpoint) -> None:
+    """Nothing of a rollout stays in it, not even of one that fails."""
+    ids = torch.from_numpy(random_ids(TOKENS)[None])
+    before = model.dense(ids)
+    soft_loss(model, SkipModules(tiny_policy(checkpoint, "linear")), soften=soften)
+    torch.testing.assert_close(model.dense(ids), before, atol=0, rtol=0)
+    assert not any(module._forward_hooks for module in model.model.modules())
+
+
+def test_bypasses_without_weights_are_not_trained(checkpoint: Checkpoint) -> None:
+    with pytest.raises(PolicyError, match="has no weights"):
+        SkipModules(tiny_policy(checkpoint, "none"))
+
+
+def test_saved_is_bytes(checkpoint: Checkpoint) -> None:
+    spec, policy = checkpoint.spec, tiny_policy(checkpoint, "linear")
+    sizes = {name: np.prod(shape) for name, shape in spec.weight_shapes().items() if len(shape) == 2}
+    token = sum(size for name, size in sizes.items() if "embed_tokens" not in name) / 2
+    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
+        full = full_bypass(bypass, unit, checkpoint)
+        owed = sum(array.size for array in full.values() if array.ndim == 2)
+        layers = sum(size for name, size in sizes.items() for layer in unit.layers if f"layers.{layer}." in name) / 2
+        assert saved(spec, len(unit.layers)) == pytest.approx((layers - owed) / token, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("half", "full", "chosen"), [(1.0, 2.0, "bfloat16"), (1.1, 1.0, "bfloat16"), (2.0, 1.0, "float32")]
+)
+def test_the_faster_precision(half: float, full: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert faster_precision(torch.device("cpu")) in ("bfloat16", "float32")
+    monkeypatch.setattr(model_module, "_seconds", {torch.bfloat16: half, torch.float32: full}.__getitem__)
+    assert faster_precision(torch.device("cpu")) == chosen
+    assert faster_precision(torch.device("cuda")) == "bfloat16"

@@ -1,0 +1,93 @@
+"""Which units and which order made-up damages ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from dash_export.decision import Unit, parse_units
+from dash_export.models import Checkpoint
+from dash_export.train import partition
+from dash_export.train.model import GatedModel, SkipModules
+from dash_export.train.partition import (
+    LAUNCH,
+    Candidate,
+    best_partition,
+    candidate_units,
+    greedy_order,
+    judged_candidate,
+)
+from tests.tiny import tiny_policy
+
+
+def table(**gains: float) -> list[Candidate]:
+    """By "first_last"."""
+    spans = [(Unit(*map(int, name.strip("u").split("_"))), gain) for name, gain in gains.items()]
+    return [Candidate(unit, 0.1, 0.1, gain) for unit, gain in spans]
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ({"u2_3": 0.05, "u3_4": 0.08, "u4_5": 0.05}, "2-3 4-5"),
+        ({"u2_3": 0.05, "u3_4": 0.12, "u4_5": 0.05}, "3-4"),
+        ({"u2_2": 0.03, "u3_3": 0.03, "u2_3": 0.06 - LAUNCH / 2}, "2-3"),
+        ({"u2_2": 0.03, "u3_3": 0.03, "u2_3": 0.06 - 2 * LAUNCH}, "2 3"),
+        ({"u2_3": 0.05, "u5_5": LAUNCH / 2}, "2-3"),
+        ({"u2_3": 0.05, "u5_5": LAUNCH * 2}, "2-3 5"),
+        ({"u2_5": 0.0}, ""),
+    ],
+)
+def test_best_partition(gains: dict[str, float], expected: str) -> None:
+    assert " ".join(str(found.unit) for found in best_partition(table(**gains), 6)) == expected
+
+
+def test_best_partition_is_that_of_all() -> None:
+    rng = np.random.default_rng(0)
+    made = [Candidate(unit, 0.1, 0.1, float(rng.random() * len(unit.layers))) for unit in candidate_units(8)]
+
+    def most(layer: int) -> float:
+        if layer == 8:
+            return 0.0
+        own = [own.gain - LAUNCH + most(own.unit.last + 1) for own in made if own.unit.first == layer]
+        return max([most(layer + 1), *own])
+
+    assert sum(found.gain - LAUNCH for found in best_partition(made, 8)) == pytest.approx(most(0))
+
+
+def test_a_gain_is_what_tokens_save_that_can_skip() -> None:
+    """At trade-offs of 1 only: of two tokens one skips, and saves 0.1 for a damage of 0.02."""
+    found = judged_candidate(Unit(2, 3), np.array([0.02, 0.5]), 0.1, (1.0, 1.0))
+    assert found.gain == pytest.approx((0.1 - 0.02) / 2)
+    assert found.damage == pytest.approx(0.26)
+    assert judged_candidate(Unit(2, 3), np.zeros(4), 0.1, (0.25, 1.5)).gain == pytest.approx(0.1)
+    assert judged_candidate(Unit(2, 3), np.zeros(4), -0.1, (0.25, 1.5)).gain == 0
+
+
+def test_candidates() -> None:
+    units = candidate_units(30)
+    assert {unit.first for unit in units} == set(range(5, 30))
+    assert max(unit.last for unit in units) == 29
+    assert candidate_units(3) == (Unit(2, 2),)
+    assert candidate_units(2) == ()
+
+
+def test_each_adds_least_for_its_size(
+    model: GatedModel, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2-3 costs more than 1 alone but less a layer; after it 4 is dearer than alone."""
+    alone = (0.2, 0.3, 0.16, 0.4)
+
+    def damage(_model: object, _modules: object, places: Sequence[int], _windows: object) -> torch.Tensor:
+        together = sum(alone[place] for place in places) + (1.0 if {1, 2} <= set(places) else 0.0)
+        return torch.tensor([together, together])
+
+    monkeypatch.setattr(partition, "static_damage", damage)
+    policy = tiny_policy(checkpoint, "linear", units=parse_units("1,2-3,4,5"))
+    calls: list[tuple[int, int]] = []
+    order = greedy_order(model, SkipModules(policy), [], lambda _, done, total: calls.append((done, total)))
+    assert order == (1, 0, 2, 3)
+    assert calls == [(number, 7) for number in range(1, 8)], "four alone, and three beside the first"

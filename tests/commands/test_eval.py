@@ -58,20 +58,6 @@ def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
     assert (report["bundle"], report["request"]["limit"], report["request"]["texts"]) == ("tiny.dash", 2, ["own.txt"])
 
 
-def test_eval_matched(tiny_root: Path, text: Path) -> None:
-    """Trade-offs that skip as many layers on this text, which the dial does not know."""
-    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--matched")
-    result = dash("eval", tiny_root, *options, "--skipped", 1, "--json")
-    assert result.exit_code == 0, result.output
-    (file,) = json.loads(result.stdout)["files"]
-    _, static, token = file["results"]
-    assert static["setting"] == {"kind": "static", "skipped": 1.0}
-    assert token["setting"].keys() == {"kind", "trade_off", "skipped"}
-    assert token["layers"] == pytest.approx(5, abs=0.05)
-    assert "not with --max-kl" in refused("eval", tiny_root, *options, "--max-kl", 0.1, code=2)
-    assert "among --kinds" in refused("eval", tiny_root, *options, "--kinds", "static", code=2)
-
-
 def test_other_builds(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     """Each is run dense and compared with the first one's dense."""
     also = ("--also", f"{tiny_root}:portable")
@@ -170,7 +156,7 @@ def test_what_was_measured_is_lost_neither_way(
         "--predicted",
     )
     with monkeypatch.context() as late:  # what is in the way has come after it was looked for
-        late.setattr("dash_export.commands.pictures.check_reports", Mock())
+        late.setattr("dash_export.commands.reports.check_reports", Mock())
         (tmp_path / "f.png").mkdir()
         (tmp_path / "f.svg").symlink_to("own.txt")
         (tmp_path / "f.json").write_text("mine")
@@ -225,6 +211,6 @@ def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
 
 def test_a_missing_extra_is_named(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "dash_export.evaluation.pictures", raising=False)
+    monkeypatch.delitem(sys.modules, "dash_export.evaluate.pictures", raising=False)
     for command in (("frontier", tiny_root), ("skipmap", tiny_root)):
         assert "pip install 'dash-export[profile]'" in refused(*command, *TARGET)

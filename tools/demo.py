@@ -24,9 +24,9 @@ from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, 
 from dash_export.commands.progress import progress_bar
 from dash_export.decision import Setting
 from dash_export.errors import DashError
+from dash_export.evaluate import PREFIX, WINDOW
 from dash_export.evaluate.candidates import candidates
 from dash_export.evaluate.frontier import Plan, Point, frontier
-from dash_export.evaluate.texts import PREFIX, WINDOW
 from dash_export.models import open_checkpoint
 from dash_export.policy_file import load_policy
 from dash_export.resources import resource_folder

@@ -13,6 +13,7 @@ import click
 from dash_export.bundle import Bundle
 from dash_export.commands.common import choose_target
 from dash_export.decision import POLICY_KINDS
+from dash_export.evaluate import LIMIT, PREFIX, WINDOW
 
 if TYPE_CHECKING:
     from dash_export.decision import Setting
@@ -76,7 +77,7 @@ class Comparison:
 
     def load(self) -> Loaded:
         """Raises UsageError for a build that is given twice."""
-        from dash_export.evaluate.candidates import check_same_tokens, settings_at
+        from dash_export.evaluate.candidates import settings_at
 
         runtime = _load(self.bundle, self.target)
         others: list[tuple[str, DashRuntime]] = []
@@ -88,7 +89,6 @@ class Comparison:
                 raise click.UsageError(f"{name} is given twice.")
             others.append((name, other))
         settings, refused = settings_at(runtime, self.kinds, self.dial, self.values)
-        check_same_tokens([runtime, *(other for _, other in others)])
         return Loaded(runtime, settings, others, refused)
 
 
@@ -161,11 +161,22 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 
 
+def counted(name: str, default: int, text: str, least: int = 1) -> Callable[[Any], Any]:
+    """An option that is a whole number."""
+    return click.option(name, type=click.IntRange(min=least), default=default, show_default=True, help=text)
+
+
+def window_options(command: Any) -> Any:
+    """--limit, --window and --prefix: what texts are scored on."""
+    for option in (
+        counted("--prefix", PREFIX, "How many of them are dense.", least=2),
+        counted("--window", WINDOW, "Tokens of a window.", least=4),
+        counted("--limit", LIMIT, "Windows of a text, or items of a task file."),
+    ):
+        command = option(command)
+    return command
+
+
 def with_bounds(figure: Interval, digits: int) -> str:
     """`0.123 (0.101 to 0.140)`."""
     return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
-
-
-def percent(figure: Interval) -> str:
-    """`61.0% (52 to 70)`."""
-    return f"{100 * figure.value:.1f}% ({100 * figure.low:.0f} to {100 * figure.high:.0f})"

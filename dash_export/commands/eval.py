@@ -13,11 +13,20 @@ import click
 
 from dash_export import __version__
 from dash_export.commands.common import plain_table, print_table, result_console
-from dash_export.commands.comparison import Comparison, Loaded, comparison_options, percent, with_bounds
+from dash_export.commands.comparison import (
+    Comparison,
+    Loaded,
+    comparison_options,
+    counted,
+    window_options,
+    with_bounds,
+)
 from dash_export.commands.progress import progress_bar
+from dash_export.evaluate import DENSE_SHARE, NEW_TOKENS
 
 if TYPE_CHECKING:
     from dash_export.evaluate.evaluate import FileResult, Request
+    from dash_export.evaluate.intervals import Interval
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -26,14 +35,10 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @comparison_options(budgets=(0.9, 0.8))
 @click.option("--text", "texts", type=_FILE, multiple=True, help="A text for KL and perplexity; may be given again.")
 @click.option("--tasks", type=_FILE, multiple=True, metavar="FILE.jsonl", help="A task file; may be given again.")
-@click.option("--limit", type=click.IntRange(min=1), default=32, show_default=True, help="Windows or items per file.")
-@click.option("--window", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens of a text window.")
-@click.option("--prefix", type=click.IntRange(min=2), default=64, show_default=True, help="How many of them are dense.")
+@window_options
+@counted("--new-tokens", NEW_TOKENS, "Length of an answer to a prompt.")
 @click.option(
-    "--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Length of an answer to a prompt."
-)
-@click.option(
-    "--dense-share", type=click.FloatRange(0, 1), default=0.5, show_default=True,
+    "--dense-share", type=click.FloatRange(0, 1), default=DENSE_SHARE, show_default=True,
     help="Part of an answer task's context that is dense; the rest is taken as if the model had written it.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure.")
@@ -91,6 +96,11 @@ def _report(loaded: Loaded, request: Request, files: Sequence[FileResult], secon
         "seconds": round(seconds, 1),
         "version": __version__,
     }  # fmt: skip
+
+
+def percent(figure: Interval) -> str:
+    """`61.0% (52 to 70)`."""
+    return f"{100 * figure.value:.1f}% ({100 * figure.low:.0f} to {100 * figure.high:.0f})"
 
 
 # Form -> its items, what is to know about them, and its columns.

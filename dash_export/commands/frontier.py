@@ -13,9 +13,10 @@ import click
 from dash_export import __version__
 from dash_export.cli import OUTPUT, printable
 from dash_export.commands.common import plain_table, print_table, result_console
-from dash_export.commands.comparison import Comparison, comparison_options, with_bounds
+from dash_export.commands.comparison import Comparison, comparison_options, counted, window_options, with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.reports import check_pictures, save_pictures
+from dash_export.evaluate import ROUNDS, TOKENS
 from dash_export.names import REPORT
 
 if TYPE_CHECKING:
@@ -25,15 +26,10 @@ if TYPE_CHECKING:
 @click.command("frontier")
 @comparison_options(budgets=(0.95, 0.9, 0.85, 0.8))
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on; by default the calibration text.")
-@click.option("--limit", type=click.IntRange(min=1), default=32, show_default=True, help="Windows of it.")
-@click.option("--window", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens of a window.")
-@click.option("--prefix", type=click.IntRange(min=2), default=64, show_default=True, help="How many of them are dense.")
+@window_options
 @click.option("--predicted", is_flag=True, help="Decode times from the build's cost table, not from the clock.")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=10, show_default=True,
-    help="Processes that decode under each setting, in turns.",
-)  # fmt: skip
-@click.option("--tokens", type=click.IntRange(min=8), default=128, show_default=True, help="Timed tokens of a process.")
+@counted("--rounds", ROUNDS, "Processes that decode under each setting, in turns.")
+@counted("--tokens", TOKENS, "Timed tokens of a process.", least=8)
 @click.option(
     "-o", "--output", default="frontier", show_default=True, metavar="NAME", type=click.Path(path_type=Path),
     help="Writes NAME.png, NAME.svg and NAME.json.",

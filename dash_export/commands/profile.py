@@ -10,8 +10,9 @@ import click
 
 from dash_export.cli import OUTPUT, printable
 from dash_export.commands.common import check_reports, plain_table, print_table, result_console, save_report, size
-from dash_export.commands.comparison import Comparison, Loaded, comparison_options
+from dash_export.commands.comparison import Comparison, Loaded, comparison_options, counted
 from dash_export.commands.progress import progress_bar
+from dash_export.evaluate import PROFILE_ROUNDS, PROFILE_TOKENS, TRACE_TOKENS
 
 if TYPE_CHECKING:
     from dash_export.evaluate.profile import Profile, Spread
@@ -24,19 +25,14 @@ _SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "ho
 @comparison_options(budgets=(0.85,))
 @click.option("--text", type=_FILE, help="Text to decode; by default the held-out text that ships with the package.")
 @click.option("--context", type=click.IntRange(min=2), help="Cached tokens before the timed ones; by default 256.")
-@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Timed tokens of a round.")
-@click.option(
-    "--repeats", type=click.IntRange(min=2), default=8, show_default=True, help="Rounds, settings interleaved."
-)
+@counted("--tokens", PROFILE_TOKENS, "Timed tokens of a round.", least=2)
+@counted("--repeats", PROFILE_ROUNDS, "Rounds, settings interleaved.", least=2)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure, instead of the tables.")
 @click.option("--html", type=_FILE, metavar="REPORT.html", help="Write a report: one file, nothing fetched.")
 @click.option(
     "--trace", type=_FILE, metavar="TRACE.json", help="Write a trace for ui.perfetto.dev or chrome://tracing."
 )
-@click.option(
-    "--trace-tokens", type=click.IntRange(min=1), default=8, show_default=True,
-    help="Tokens per setting in the trace, at most --tokens.",
-)  # fmt: skip
+@counted("--trace-tokens", TRACE_TOKENS, "Tokens per setting in the trace, at most --tokens.")
 @click.pass_context
 def command(
     ctx: click.Context, /, comparison: Comparison, text: Path | None, context: int | None, tokens: int, repeats: int,
@@ -49,14 +45,14 @@ def command(
     the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same known tokens. Let nothing
     else run meanwhile.
     """
-    from dash_export.evaluate.profile import Request, profile
+    from dash_export.evaluate.profile import profile
     from dash_export.resources import resource_folder
     from dash_export.text_files import read_text
 
     if html is not None:
         import dash_export.evaluate.pictures  # noqa: F401  fails at once where matplotlib is missing
     path = text or resource_folder("calibration") / "heldout.txt"
-    request = Request(read_text(path), printable(path.name), context, tokens, repeats)
+    content, name = read_text(path), printable(path.name)
     for output in (html, trace):
         if output is not None:
             check_reports(output)
@@ -65,7 +61,7 @@ def command(
     with progress_bar("profile") as progress:
         progress("loading", 0, 0)
         loaded = comparison.load()
-        found, lanes = profile(loaded.candidates(), request, progress)
+        found, lanes = profile(loaded.candidates(), content, name, context, tokens, repeats, progress)
     # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
     try:
         if as_json:
@@ -100,7 +96,7 @@ def _report(found: Profile, loaded: Loaded) -> dict[str, Any]:
 
 def _print(found: Profile) -> None:
     from dash_export.evaluate.profile import PARTS
-    from dash_export.evaluate.report import believable, conditions, lane_names, title
+    from dash_export.evaluate.report import conditions, lane_names, title
 
     console, names = result_console(), lane_names(found)
     click.echo("\n".join([title(found), *conditions(found), ""]))
@@ -135,8 +131,6 @@ def _print(found: Profile) -> None:
             skipped = f"{row.skipped:.0%}" if row.unit else ""
             table.add_row(row.name, *_percentiles(row.run), *_percentiles(row.bypass), share, skipped)
         print_table(console, table)
-    for name, lane in zip(names, found.lanes, strict=True):
-        click.echo(f"{name}: {believable(lane.check)}")
 
 
 def _percentiles(times: Spread | None, digits: int = 0) -> tuple[str, ...]:

@@ -117,9 +117,12 @@ class Candidate:
 
 
 def candidates(
-    runtime: DashRuntime, settings: Iterable[Setting], others: Iterable[tuple[str, DashRuntime]] = ()
+    runtime: DashRuntime, settings: Iterable[Setting], others: Sequence[tuple[str, DashRuntime]] = ()
 ) -> list[Candidate]:
-    """The settings of one build, dense first, then other builds by their names, dense each."""
+    """The settings of one build, dense first, then other builds by their names, dense each. Raises RequestError for a
+    build that has other tokens.
+    """
+    check_same_tokens(runtime, [other for _, other in others])
     own = [Candidate(runtime, setting) for setting in settings]
     return own + [Candidate(other, Setting("dense"), name) for name, other in others]
 
@@ -139,9 +142,8 @@ class Result:
     items: int
 
 
-def check_same_tokens(runtimes: Sequence[DashRuntime]) -> None:
+def check_same_tokens(first: DashRuntime, others: Iterable[DashRuntime]) -> None:
     """Raises RequestError where two builds have other tokens: what they predict does not compare."""
-    first, *others = runtimes
     for other in others:
         same = other.engines.model.vocab_size == first.engines.model.vocab_size
         if not (same and other.text.encode(SAMPLE) == first.text.encode(SAMPLE)):

@@ -10,17 +10,11 @@ from typing import Any
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
+from dash_export.evaluate import DENSE_SHARE, LIMIT, NEW_TOKENS, PREFIX, WINDOW
 from dash_export.evaluate.candidates import Result, candidates
 from dash_export.evaluate.task_files import Answer, Question, read_items
-from dash_export.evaluate.tasks import (
-    DENSE_SHARE,
-    NEW_TOKENS,
-    Score,
-    prepare_answers,
-    prepare_choices,
-    prepare_prompts,
-)
-from dash_export.evaluate.texts import LIMIT, PREFIX, WINDOW, score_text, windows
+from dash_export.evaluate.tasks import Score, prepare_answers, prepare_choices, prepare_prompts
+from dash_export.evaluate.texts import score_text, windows
 from dash_export.runtime import DashRuntime
 from dash_export.text_files import read_text
 

@@ -9,13 +9,10 @@ from math import hypot
 import numpy as np
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import DENSE_POSITIONS
-from dash_export.errors import RequestError
-from dash_export.evaluate.candidates import Candidate, check_same_tokens, label
+from dash_export.evaluate.candidates import Candidate, label
 from dash_export.evaluate.intervals import Interval
 from dash_export.evaluate.texts import TextResult, score_text, windows
-from dash_export.evaluate.timing import SETTLE, Timing, decode_times
-from dash_export.runtime import DashRuntime
+from dash_export.evaluate.timing import SETTLE, Timing, decode_times, fitting_context
 
 
 @dataclass(frozen=True)
@@ -74,29 +71,17 @@ class Plan:
     rounds: int
     tokens: int
 
-    def context(self, runtime: DashRuntime) -> int:
-        """Cached tokens before the timed ones. Raises RequestError where they do not fit."""
-        decoded, longest = SETTLE + self.tokens, runtime.engines.model.max_positions
-        context = min(runtime.cost.context, longest - decoded)
-        if context < DENSE_POSITIONS:
-            raise RequestError(
-                f"{decoded} decoded tokens ({SETTLE} of them to settle) do not fit the model's context of "
-                f"{longest}: give fewer --tokens."
-            )
-        return context
-
 
 def frontier(candidates: Sequence[Candidate], plan: Plan, progress: Progress = no_progress) -> list[Point]:
     """One point per candidate; the first is dense, and everything is compared with it.
 
-    Raises RequestError where a text or context does not fit, or where a build has other tokens than the first.
+    Raises RequestError where a text or context does not fit.
     """
     first = candidates[0].runtime
-    check_same_tokens([candidate.runtime for candidate in candidates])
     parts = windows(first, plan.text, plan.name, plan.limit, plan.window, plan.prefix)
     if not plan.rounds:
         return [Point(result, None) for result in score_text(candidates, parts, plan.prefix, progress)]
-    context = plan.context(first)
+    context = fitting_context(candidates, None, SETTLE + plan.tokens)
     timed = windows(first, plan.text, plan.name, plan.rounds, context + SETTLE + plan.tokens)
     # A short text is gone through again.
     timed = [timed[number % len(timed)] for number in range(plan.rounds)]

@@ -83,27 +83,6 @@ def _stamped(launch: Launch, segment: int, what: What, push: Callable[[tuple[int
     return stamped
 
 
-def stamp_cost(stamps: int = 2000, goes: int = 7) -> float:
-    """Nanoseconds that one stamp adds: a wrapped call of nothing against a bare one, each the best of several goes."""
-
-    def nothing() -> None: ...
-
-    sink: list[int] = []
-    wrapped = _stamped(nothing, 0, What.RUN, sink.extend)
-
-    def took(call: Launch) -> float:
-        began = perf_counter_ns()
-        for _ in range(stamps):
-            call()
-        ended = perf_counter_ns()
-        sink.clear()
-        return (ended - began) / stamps
-
-    # In turns: a machine that changes its clock changes it for both.
-    bare, own = zip(*[(took(nothing), took(wrapped)) for _ in range(goes)], strict=True)
-    return max(0.0, float(min(own) - min(bare)))
-
-
 @dataclass(frozen=True)
 class TokenStamps:
     """One token: when its step began, when decode had returned and when the next token was chosen (ns), what lay

@@ -1,6 +1,6 @@
 """Where the time of a token goes: the figures of lanes whose tokens were stamped (`probe.py`).
 
-All stamps of a token cost about a microsecond, 0.02 % of one that takes 5 ms; the profile says it (`Check.stamps`).
+All stamps of a token cost about a microsecond, 0.02 % of one that takes 5 ms.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import DENSE_POSITIONS, Setting
-from dash_export.errors import RequestError
-from dash_export.evaluate.candidates import Candidate, check_same_tokens
+from dash_export.decision import Setting
+from dash_export.evaluate.candidates import Candidate
 from dash_export.evaluate.hardware import Bandwidth, Machine, clocks, measure_bandwidth, this_machine
 from dash_export.evaluate.intervals import Interval, median_ratios
-from dash_export.evaluate.probe import SETTLE, Lane, TokenStamps, What, measure, stamp_cost
+from dash_export.evaluate.probe import SETTLE, Lane, TokenStamps, What, measure
 from dash_export.evaluate.texts import windows
-from dash_export.evaluate.timing import run_alone
+from dash_export.evaluate.timing import fitting_context, run_alone
 from dash_export.runtime import DashRuntime
 from dash_export.targets import BITS, QUANTISED
 
@@ -80,16 +79,6 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Check:
-    """Whether the profile may be believed. `parts`: the parts' sum over the wall time; `stamps`: what the stamps add to
-    a token, as a fraction of its time.
-    """
-
-    parts: float
-    stamps: float
-
-
-@dataclass(frozen=True)
 class LaneProfile:
     """One setting, or another build by its name (`build`). `ratio`: its time as a fraction of the first lane's, over
     rounds; `parts` in microseconds per token, their means add up; `layers` run and `launches` per token.
@@ -107,19 +96,15 @@ class LaneProfile:
     segments: list[SegmentTimes]
     traffic: Traffic
     peak_memory: int | None
-    check: Check
     samples_ms: list[float]
 
 
-def lane_profile(
-    lane: Lane, dense: Lane, ratio: Interval, bandwidth: Bandwidth, stamp_ns: float, memory: int | None
-) -> LaneProfile:
+def lane_profile(lane: Lane, dense: Lane, ratio: Interval, bandwidth: Bandwidth, memory: int | None) -> LaneProfile:
     """The figures of one lane; `dense` is what its bypasses are compared with."""
     tokens, wall = lane.tokens, lane.wall
     parts = token_parts(lane)
     engines, cache = moved_bytes(lane).mean(axis=0).tolist()
     per_second = (engines + cache) / (wall.mean() * 1e-9)
-    stamps = float(np.mean([len(token.stamps) for token in tokens])) * stamp_ns
     return LaneProfile(
         lane.candidate.build,
         lane.candidate.setting,
@@ -133,7 +118,6 @@ def lane_profile(
         segment_times(lane, dense),
         Traffic(engines, cache, per_second, per_second / bandwidth.stream),
         memory,
-        Check(float(sum(values.sum() for values in parts.values()) / wall.sum()), stamps / float(np.median(wall))),
         [round(value, 4) for value in (wall.ravel() * 1e-6).tolist()],
     )
 
@@ -234,35 +218,28 @@ class Profile:
     lanes: list[LaneProfile]
 
 
-@dataclass(frozen=True)
-class Request:
-    """`text` to decode, called `name`; `context` cached tokens (None: those of the build's cost table), `tokens` timed
-    in each of `rounds` rounds.
-    """
-
-    text: str
-    name: str
-    context: int | None
-    tokens: int
-    rounds: int
-
-
 def profile(
-    candidates: Sequence[Candidate], request: Request, progress: Progress = no_progress
+    candidates: Sequence[Candidate],
+    text: str,
+    name: str,
+    context: int | None,
+    tokens: int,
+    rounds: int,
+    progress: Progress = no_progress,
 ) -> tuple[Profile, list[Lane]]:
-    """Every candidate, the first of which is dense, all in turn. Also the lanes, with what they did. Raises
-    RequestError for a text or context that does not fit.
+    """Every candidate, the first of which is dense, all in turn, over windows of `text`, called `name`: `context`
+    cached tokens (None: those of the build's cost table), then `tokens` timed ones in each of `rounds` rounds. Also the
+    lanes, with what they did. Raises RequestError for a text or context that does not fit.
     """
     first = candidates[0].runtime
-    check_same_tokens([candidate.runtime for candidate in candidates])
-    context = _context(candidates, request)
-    parts = windows(first, request.text, request.name, request.rounds, context + SETTLE + request.tokens)
+    context = fitting_context(candidates, context, SETTLE + tokens)
+    parts = windows(first, text, name, rounds, context + SETTLE + tokens)
     machine = this_machine()
     progress("memory bandwidth", 0, 0)
     bandwidth = measure_bandwidth()
     lanes = [Lane(candidate) for candidate in candidates]
-    measure(lanes, parts, request.tokens, request.rounds, progress)
-    after, stamp = clocks(), stamp_cost()
+    measure(lanes, parts, tokens, rounds, progress)
+    after = clocks()
     ratios = median_ratios(np.array([lane.wall.mean(axis=1) for lane in lanes]))
     profiles = []
     for number, (lane, ratio) in enumerate(zip(lanes, ratios, strict=True)):
@@ -270,20 +247,6 @@ def profile(
         # What a process that only decodes has resident at most; None where it was killed.
         alone = run_alone(lane.candidate, parts[0].tolist(), context)
         memory = None if alone is None else alone.peak_memory
-        profiles.append(lane_profile(lane, lanes[0], ratio, bandwidth, stamp, memory))
-    plan = Plan(request.name, context, request.tokens, len(parts), request.rounds)
+        profiles.append(lane_profile(lane, lanes[0], ratio, bandwidth, memory))
+    plan = Plan(name, context, tokens, len(parts), rounds)
     return Profile(first.bundle.manifest.model.name, machine, after, bandwidth, plan, profiles), lanes
-
-
-def _context(candidates: Sequence[Candidate], request: Request) -> int:
-    more = request.tokens + SETTLE
-    longest = min(candidate.runtime.engines.model.max_positions for candidate in candidates)
-    context = request.context
-    if context is None:
-        context = min(candidates[0].runtime.cost.context, longest - more)
-    if context < DENSE_POSITIONS or context + more > longest:
-        raise RequestError(
-            f"A context of {context} tokens and {more} decoded ones ({SETTLE} of them to settle) do not fit: give at "
-            f"least {DENSE_POSITIONS} tokens of context and at most {longest} in all (--context, --tokens)."
-        )
-    return context

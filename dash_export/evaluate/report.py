@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dash_export.evaluate.candidates import label
 from dash_export.evaluate.probe import Lane
-from dash_export.evaluate.profile import PARTS, Check, Profile
+from dash_export.evaluate.profile import PARTS, Profile
 from dash_export.names import REPORT
 
 if TYPE_CHECKING:
@@ -53,11 +53,6 @@ def conditions(found: Profile) -> list[str]:
     return lines
 
 
-def believable(check: Check) -> str:
-    """How far the profile may be trusted."""
-    return f"the parts sum to {check.parts:.2%} of the wall time; its stamps add {check.stamps:.3%} to a token."
-
-
 @dataclass(frozen=True)
 class Picture:
     """A figure as a data URI, with what it shows in words."""
@@ -85,8 +80,7 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
         conditions=conditions(found),
         parts=PARTS,
         rows=[
-            {"name": name, "lane": lane, "note": believable(lane.check),
-             "whole": sum(part.mean for part in lane.parts.values())}
+            {"name": name, "lane": lane, "whole": sum(part.mean for part in lane.parts.values())}
             for name, lane in zip(names, found.lanes, strict=True)
         ],
         breakdown=_picture(

@@ -21,8 +21,6 @@ from dash_export.evaluate.intervals import Interval, interval
 from dash_export.evaluate.task_files import Answer, Prompt, Question
 from dash_export.runtime import DashRuntime
 
-NEW_TOKENS = 64
-DENSE_SHARE = 0.5
 SPARE_TOKENS = 3
 """Tokens decoded beyond the target's own: a word may be cut otherwise, and its end must be seen."""
 

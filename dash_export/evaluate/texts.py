@@ -17,11 +17,6 @@ from dash_export.evaluate.intervals import Interval, interval
 from dash_export.runtime import DashRuntime, Session
 
 TokenIds = npt.NDArray[np.int64]
-LIMIT = 32
-"""Windows of a text, or items of a task file."""
-WINDOW = 256
-PREFIX = 64
-"""Tokens of a window that are dense, like a prompt: nobody is charged for them."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ def windows(
 def score_text(
     candidates: Sequence[Candidate],
     parts: Sequence[TokenIds],
-    prefix: int = PREFIX,
+    prefix: int,
     progress: Progress = no_progress,
 ) -> list[TextResult]:
     """Every candidate over every window, against the first one, which is dense.

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, content_key, no_progress
-from dash_export.decision import Setting
-from dash_export.errors import BackendError, BundleError
+from dash_export.decision import DENSE_POSITIONS, Setting
+from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.evaluate.candidates import Candidate
 from dash_export.runtime import DashRuntime
 
@@ -66,6 +66,21 @@ def interleaved(
             sample.append(time.perf_counter() - began)
         times[index, number] = median(sample[settle:])
     return times[:, 2:]
+
+
+def fitting_context(candidates: Sequence[Candidate], context: int | None, decoded: int) -> int:
+    """The cached tokens before `decoded` ones; None: those of the build's cost table. Raises RequestError where they do
+    not fit.
+    """
+    longest = min(candidate.runtime.engines.model.max_positions for candidate in candidates)
+    if context is None:
+        context = max(DENSE_POSITIONS, min(candidates[0].runtime.cost.context, longest - decoded))
+    if context < DENSE_POSITIONS or context + decoded > longest:
+        raise RequestError(
+            f"A context of {context} tokens and {decoded} decoded ones, the first to settle, do not fit: give at least "
+            f"{DENSE_POSITIONS} tokens of context and at most {longest} in all (--context, --tokens)."
+        )
+    return context
 
 
 @dataclass(frozen=True)

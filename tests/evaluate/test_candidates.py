@@ -57,13 +57,13 @@ def test_a_candidate_tells_the_mean_of_what_was_taken(runtime: DashRuntime) -> N
 def test_builds_of_other_tokens_are_not_compared(
     runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]
 ) -> None:
-    check_same_tokens([runtime, tiny_runtime("portable")])
+    check_same_tokens(runtime, [tiny_runtime("portable")])
     other = Mock(text=Mock(encode=lambda _: [1, 2]), engines=runtime.engines)
     with pytest.raises(RequestError, match="other tokens"):
-        check_same_tokens([runtime, other])
+        check_same_tokens(runtime, [other])
     other = Mock(text=runtime.text, engines=Mock(model=replace(runtime.engines.model, vocab_size=301)))
     with pytest.raises(RequestError, match="other tokens"):
-        check_same_tokens([runtime, other])
+        check_same_tokens(runtime, [other])
 
 
 @dataclass(frozen=True)

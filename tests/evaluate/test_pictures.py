@@ -87,7 +87,7 @@ def test_skip_map_of_hostile_tokens() -> None:
     ET.fromstring(render(figure, "svg"))
     heat = next(axes for axes in figure.axes if axes.get_xlabel() == "layer")
     # 0 runs, 1 is skipped, 2 is never asked.
-    np.testing.assert_array_equal(heat.images[0].get_array()[0], [2, 2, 1, 1, 2])
+    np.testing.assert_array_equal(heat.collections[0].get_array()[0], [2, 2, 1, 1, 2])
     labels = [label.get_text() for label in heat.get_yticklabels()]
     assert labels[:4] == ["$x_1$", "␣$", "↵", "�[31m"]
     assert "skip" in texts(figure)

@@ -6,7 +6,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE := .cache/bench.dash
-BENCHES := dispatch owed batch prefill load agreement
+BENCHES := dispatch bypass batch prefill load
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 PYTEST_ARGS ?=
 SECONDS ?= 3600
@@ -57,8 +57,8 @@ $(BIN)/python:
 
 # A stamp per purpose, so that the demo does not wait for torch.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	@echo "Installing dash-export[cpu,export] into $(VENV)"
-	@$(PIP) -e '.[cpu,export]'
+	@echo "Installing dash-export[cpu,export,eval] into $(VENV)"
+	@$(PIP) -e '.[cpu,export,eval]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python

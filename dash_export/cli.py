@@ -36,7 +36,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnx_ir", "gguf", "safetensors", "huggingface_hub", "ml_dtypes"), "export"),
     **dict.fromkeys(("torch", "transformers"), "train"),
     "matplotlib": "profile",
-    "lm_eval": "eval",
+    "scipy": "eval",
 }
 INTERRUPTED = 130
 OUTPUT = "dash_export.output"

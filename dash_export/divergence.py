@@ -1,7 +1,6 @@
-"""How far one next-token distribution is from another, row by row over the whole vocabulary (numpy only).
+"""Divergence of one next-token distribution from another, row by row over the whole vocabulary (numpy only).
 
-Everything is in nats. Rows are taken a few at a time, so that temporaries stay in the processor's cache and beside the
-logits only one float32 copy of them is held.
+Everything is in nats. Rows are taken a few at a time: beside the logits only one float32 copy of them is held.
 """
 
 from __future__ import annotations
@@ -29,34 +28,33 @@ class DenseRows:
         self._p = np.empty(logits.shape, np.float32)
         self._own = np.zeros(len(logits))  # sum p log p
         for rows in _blocks(len(logits)):
-            z = logits[rows] - logits[rows].max(axis=-1, keepdims=True)
-            p = np.exp(z)
-            mass = p.sum(axis=-1, keepdims=True)
-            p /= mass
-            self._p[rows] = p
-            self._own[rows] = (p * (z - np.log(mass))).sum(axis=-1)
+            log_p = _log_softmax(logits[rows])
+            self._p[rows] = p = np.exp(log_p)
+            self._own[rows] = (p * log_p).sum(axis=-1)
         _check(self._own)
 
     def kl(self, logits: Logits) -> Nats:
         """KL(p || q) = sum p (log p - log q) of every row, [rows]; q = softmax(logits), logits [rows, vocab]."""
         found = np.zeros(len(logits))
         for rows in _blocks(len(logits)):
-            z = logits[rows] - logits[rows].max(axis=-1, keepdims=True)
-            log_mass = np.log(np.exp(z).sum(axis=-1))
-            found[rows] = self._own[rows] - ((self._p[rows] * z).sum(axis=-1) - log_mass)
+            found[rows] = self._own[rows] - (self._p[rows] * _log_softmax(logits[rows])).sum(axis=-1)
         _check(found)
         return found
 
 
-def surprise(logits: Logits, tokens: npt.NDArray[np.int64]) -> Nats:
+def nll(logits: Logits, tokens: npt.NDArray[np.int64]) -> Nats:
     """-log softmax(logits) at the tokens that followed, [n]; logits [n or more, vocab], further rows are not read."""
     found = np.zeros(len(tokens))
     for rows in _blocks(len(tokens)):
-        z = logits[rows.start : rows.stop]
-        z = z - z.max(axis=-1, keepdims=True)
-        chosen = np.take_along_axis(z, tokens[rows][:, None], axis=-1)[:, 0]
-        found[rows] = np.log(np.exp(z).sum(axis=-1)) - chosen
+        log_q = _log_softmax(logits[rows.start : rows.stop])
+        found[rows] = -np.take_along_axis(log_q, tokens[rows][:, None], axis=-1)[:, 0]
     return found
+
+
+def _log_softmax(logits: Logits) -> Logits:
+    z: Logits = logits - logits.max(axis=-1, keepdims=True)
+    z -= np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return z
 
 
 def _check(found: Nats) -> None:

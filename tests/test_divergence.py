@@ -1,11 +1,11 @@
-"""KL and surprise against float64 written out."""
+"""KL and negative log-likelihood against float64 written out."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from dash_export.divergence import DenseRows, surprise
+from dash_export.divergence import DenseRows, nll
 from dash_export.errors import BackendError
 
 
@@ -23,7 +23,7 @@ def test_against_float64(rows: int, scale: float) -> None:
     p, q = log_softmax(dense), log_softmax(other)
     np.testing.assert_allclose(DenseRows(dense).kl(other), (np.exp(p) * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
     tokens = rng.integers(0, 500, rows)
-    np.testing.assert_allclose(surprise(other, tokens), -q[np.arange(rows), tokens], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(nll(other, tokens), -q[np.arange(rows), tokens], rtol=1e-5, atol=1e-4)
 
 
 def test_it_has_a_direction_and_a_zero() -> None:
@@ -44,7 +44,7 @@ def test_what_is_no_number_is_no_divergence() -> None:
         DenseRows(logits).kl(broken)
 
 
-def test_surprise_of_fewer_tokens_than_rows() -> None:
+def test_nll_of_fewer_tokens_than_rows() -> None:
     """The last row of a window has no follower."""
     logits = np.zeros((20, 8), np.float32)
-    np.testing.assert_allclose(surprise(logits, np.arange(7)), np.log(8), rtol=1e-6)
+    np.testing.assert_allclose(nll(logits, np.arange(7)), np.log(8), rtol=1e-6)

@@ -23,9 +23,9 @@ from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, 
 from dash_export.commands.progress import progress_bar
 from dash_export.decision import Setting
 from dash_export.errors import DashError
-from dash_export.evaluation.frontier import Course, Point, frontier
-from dash_export.evaluation.settings import entrants
-from dash_export.evaluation.text import PREFIX, WINDOW
+from dash_export.evaluate import PREFIX, WINDOW
+from dash_export.evaluate.candidates import candidates
+from dash_export.evaluate.frontier import Plan, Point, frontier
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
 from dash_export.policy import load_policy
@@ -100,12 +100,12 @@ def _prepare() -> tuple[Bundle, Build]:
 def _compare(bundle: Bundle) -> list[Mode]:
     runtime = DashRuntime.load(bundle.root, TARGET)
     path = resource_folder("calibration") / "heldout.txt"
-    course = Course(read_text(path), path.name, WINDOWS, WINDOW, PREFIX, ROUNDS, TOKENS)
+    plan = Plan(read_text(path), path.name, WINDOWS, WINDOW, PREFIX, ROUNDS, TOKENS)
     console.print(
         "[bold]4.[/] Judge each way to skip on prose that no training saw, and time it in processes of its own"
     )
     with progress_bar("judge") as progress:
-        points = frontier(entrants(runtime, SETTINGS), course, progress)
+        points = frontier(candidates(runtime, SETTINGS), plan, progress)
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
     prompts = [runtime.text.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     answers = [

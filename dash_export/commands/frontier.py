@@ -10,42 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dash_export import __version__
 from dash_export.cli import OUTPUT, printable
 from dash_export.commands.common import plain_table, print_table, result_console
-from dash_export.commands.comparing import comparison_options, dial_of, load, load_also, print_refused, settings_for
+from dash_export.commands.comparison import Comparison, comparison_options, counted, window_options, with_bounds
 from dash_export.commands.progress import progress_bar
+from dash_export.commands.reports import check_pictures, save_pictures
+from dash_export.evaluate import ROUNDS, TOKENS
 from dash_export.names import REPORT
 
 if TYPE_CHECKING:
-    from dash_export.evaluation.frontier import Course, Point
-    from dash_export.evaluation.settings import Entrant, Refusal
-
-BUDGETS = (0.95, 0.9, 0.85, 0.8)
-WIDTH = 160
+    from dash_export.evaluate.frontier import Plan, Point
 
 
 @click.command("frontier")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@comparison_options
+@comparison_options(budgets=(0.95, 0.9, 0.85, 0.8))
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on; by default the calibration text.")
-@click.option("--limit", type=click.IntRange(min=1), default=32, show_default=True, help="Windows of it.")
-@click.option("--window", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens of a window.")
-@click.option("--prefix", type=click.IntRange(min=2), default=64, show_default=True, help="How many of them are dense.")
+@window_options
 @click.option("--predicted", is_flag=True, help="Decode times from the build's cost table, not from the clock.")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=10, show_default=True,
-    help="Processes that decode under each setting, in turns.",
-)  # fmt: skip
-@click.option("--tokens", type=click.IntRange(min=8), default=128, show_default=True, help="Timed tokens of a process.")
+@counted("--rounds", ROUNDS, "Processes that decode under each setting, in turns.")
+@counted("--tokens", TOKENS, "Timed tokens of a process.", least=8)
 @click.option(
     "-o", "--output", default="frontier", show_default=True, metavar="NAME", type=click.Path(path_type=Path),
     help="Writes NAME.png, NAME.svg and NAME.json.",
 )  # fmt: skip
 @click.pass_context
 def command(
-    ctx: click.Context, /, bundle: Path, target: str | None, kinds: tuple[str, ...] | None, also: tuple[str, ...],
-    text: Path | None, limit: int, window: int, prefix: int, predicted: bool, rounds: int, tokens: int, output: Path,
-    **dials: Any,
+    ctx: click.Context, /, comparison: Comparison, text: Path | None, predicted: bool, rounds: int, output: Path,
+    **measure: Any,
 ) -> None:  # fmt: skip
     """Draw what a built BUNDLE gives up under each policy kind for the time it saves, and what other builds do.
 
@@ -53,68 +45,64 @@ def command(
     window by window against dense; decode time on the clock, each in processes of its own. The exchange rate is the
     per cent of perplexity paid per per cent of decode time saved. Let nothing else run meanwhile.
     """
-    from dash_export.commands.pictures import check_pictures, save_pictures
-    from dash_export.evaluation.frontier import Course, frontier
-    from dash_export.evaluation.pictures import frontier_figure  # fails at once where matplotlib is missing
-    from dash_export.evaluation.settings import entrants
+    from dash_export.evaluate.frontier import Plan, frontier
+    from dash_export.evaluate.pictures import frontier_figure  # fails at once where matplotlib is missing
     from dash_export.resources import resource_folder
     from dash_export.text_files import read_text
 
-    dial = dial_of(dials, ("budget", BUDGETS))
     path = text or resource_folder("calibration") / "prose.txt"
-    course = Course(read_text(path), printable(path.name), limit, window, prefix, 0 if predicted else rounds, tokens)
+    plan = Plan(read_text(path), printable(path.name), rounds=0 if predicted else rounds, **measure)
     check_pictures(output, report=True)
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("frontier") as progress:
         progress("loading", 0, 0)
-        runtime, others = load(bundle, target), load_also(also)
-        settings, refused = settings_for(runtime, kinds, dial)
-        racers = entrants(runtime, settings, others)
-        points = frontier(racers, course, progress)
+        loaded = comparison.load()
+        points = frontier(loaded.candidates(), plan, progress)
+    runtime = loaded.runtime
     title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
-    report = _report(racers, course, points, refused)
-    picture = frontier_figure(points, title, _caption(course))
+    builds = {name: _build(build) for name, build in [("", runtime), *loaded.others]}
     # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
     try:
         _print(title, points)
-        print_refused(refused)
+        loaded.print_refused()
     finally:
-        written = save_pictures(output, picture, json.dumps(report, indent=1, ensure_ascii=False))
+        report = _report(plan, points, builds, loaded.refused)
+        written = save_pictures(
+            output,
+            frontier_figure(points, title, _caption(plan)),
+            json.dumps(report, indent=1, ensure_ascii=False),
+        )
     click.echo(f"Written to {', '.join(map(str, written))}")
 
 
-def _caption(course: Course) -> str:
-    from dash_export.evaluation.timing import FEWEST_ROUNDS
+def _caption(plan: Plan) -> str:
+    from dash_export.evaluate.intervals import FEWEST
 
-    clock = (
-        f"time: {course.rounds} processes of {course.tokens} decoded tokens each"
-        if course.rounds
-        else "time: predicted from the build's cost table"
-    )
-    few = f" (of times from {FEWEST_ROUNDS} processes on)" if 0 < course.rounds < FEWEST_ROUNDS else ""
+    clock = "predicted from the build's cost table"
+    if plan.rounds:
+        clock = f"{plan.rounds} processes of {plan.tokens} decoded tokens each"
+    few = f" (of times from {FEWEST} processes on)" if 0 < plan.rounds < FEWEST else ""
     return (
-        f"quality: {course.name}, up to {course.limit} windows of {course.window} tokens, the first {course.prefix} "
-        f"dense; {clock}; bars: 95 % bootstrap intervals{few}"
+        f"quality: {plan.name}, up to {plan.limit} windows of {plan.window} tokens, the first {plan.prefix} "
+        f"dense; time: {clock}; bars: 95 % bootstrap intervals{few}"
     )
 
 
-def _report(
-    racers: Sequence[Entrant], course: Course, points: Sequence[Point], refused: Sequence[Refusal]
-) -> dict[str, object]:
-    from dash_export import __version__
-    from dash_export.evaluation.frontier import of_token
-    from dash_export.evaluation.settings import record
-
-    builds = {
-        racer.build: {
-            "bundle": racer.runtime.bundle.root.name,
-            "model": racer.runtime.bundle.manifest.model.name,
-            "target": racer.runtime.build.target,
-            "device": racer.runtime.build.device,
-            "policy": asdict(racer.runtime.bundle.manifest.policy),
-        }
-        for racer in racers
+def _build(runtime: Any) -> dict[str, object]:
+    manifest = runtime.bundle.manifest
+    return {
+        "bundle": runtime.bundle.root.name,
+        "model": manifest.model.name,
+        "target": runtime.build.target,
+        "device": runtime.build.device,
+        "policy": asdict(manifest.policy),
     }
+
+
+def _report(plan: Plan, points: Sequence[Point], builds: dict[str, Any], refused: Sequence[Any]) -> dict[str, object]:
+    from dash_export.evaluate.candidates import record
+    from dash_export.evaluate.frontier import of_token
+
     rows = [
         record(point)
         | {
@@ -127,7 +115,7 @@ def _report(
     return {
         "made_by": REPORT,
         "builds": builds,
-        "course": {name: value for name, value in asdict(course).items() if name != "text"},
+        "course": {name: value for name, value in asdict(plan).items() if name != "text"},
         "points": rows,
         "refused": [record(item) for item in refused],
         "version": __version__,
@@ -135,10 +123,9 @@ def _report(
 
 
 def _print(title: str, points: Sequence[Point]) -> None:
-    from dash_export.commands.eval_tables import with_bounds
-    from dash_export.evaluation.bootstrap import Interval
-    from dash_export.evaluation.frontier import of_token
-    from dash_export.evaluation.settings import asked
+    from dash_export.evaluate.candidates import amount
+    from dash_export.evaluate.frontier import of_token
+    from dash_export.evaluate.intervals import Interval
 
     numbers = ("skipped", "time", "predicted", "KL (nats)", "perplexity", "rate", "token's KL")
     table = plain_table(title, "kind", "asked for", *numbers, right=numbers)
@@ -149,7 +136,7 @@ def _print(title: str, points: Sequence[Point]) -> None:
         more = Interval(*(100 * (value - 1) for value in (ratio.value, ratio.low, ratio.high)))
         table.add_row(
             point.name,
-            asked(quality.setting),
+            amount(quality.setting),
             f"{dense - quality.layers:.2f}",
             "" if timing is None else with_bounds(Interval(timing.ratio, timing.low, timing.high), 3),
             f"{quality.time:.3f}",
@@ -158,7 +145,7 @@ def _print(title: str, points: Sequence[Point]) -> None:
             "" if rate is None else with_bounds(rate, 2),
             "" if share is None else f"{share:.2f}x",
         )
-    print_table(result_console(WIDTH), table)
+    print_table(result_console(160), table)
     click.echo(
         "time: of dense; predicted: of the build's own dense, from its cost table. perplexity: of dense, then what is "
         "more than that. rate: per cent of perplexity paid per per cent of time saved. token's KL: at equal time, "

@@ -9,6 +9,7 @@ import click
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target, setting_options
+from dash_export.commands.reports import check_pictures, save_pictures
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 
@@ -41,9 +42,8 @@ def command(
     """
     import numpy as np
 
-    from dash_export.commands.pictures import check_pictures, save_pictures
-    from dash_export.evaluation.pictures import skip_map_figure  # fails at once where matplotlib is missing
-    from dash_export.evaluation.settings import label
+    from dash_export.evaluate.candidates import label
+    from dash_export.evaluate.pictures import layers_run, skip_map_figure  # fails at once where matplotlib is missing
     from dash_export.resources import resource_folder
     from dash_export.runtime import DashRuntime
     from dash_export.text_files import read_text
@@ -66,8 +66,7 @@ def command(
     actions = session.score(ids, prefix=prefix).actions[prefix:]
     model = opened.manifest.model
     pieces = [runtime.text.decode([token]) for token in ids[prefix:].tolist()]
-    mean = model.num_layers - (actions != 0).sum(axis=1).mean()
-    caption = f"{mean:.1f} of {model.num_layers} layers run per token, mean over {len(pieces)} tokens"
+    caption = layers_run(actions)
     figure = skip_map_figure(pieces, actions, opened.manifest.policy.units, f"{model.name}: {label(setting)}", caption)
     for path in save_pictures(output, figure):
         click.echo(f"Written to {path}")

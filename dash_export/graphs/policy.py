@@ -13,7 +13,7 @@ from dash_export.policy import SkipPolicy
 
 
 def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
-    """The formula of `skip_policy`."""
+    """The formula of `dash_export/policy.py`."""
     network = policy.network
     assert network is not None
     g = GraphWriter("policy", f"Damage of skipping each unit ({policy.origin}).")

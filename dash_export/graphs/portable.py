@@ -117,7 +117,7 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
 
 def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model:
     """What a skipped unit does: one product for its update and for K and V of all its layers, which are written to the
-    caches; hidden -> hidden + update (`skip_policy` has the formula).
+    caches; hidden -> hidden + update (`dash_export/policy.py` has the formula).
     """
     spec, name = checkpoint.spec, unit.bypass
     g = GraphWriter(name, f"Layers {unit}, skipped: {bypass.form} bypass.")

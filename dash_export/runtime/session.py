@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DENSE_POSITIONS, Actions, layer_actions, unit_skips
-from dash_export.divergence import surprise
+from dash_export.divergence import nll
 from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.engines import Cache, Engines, Step
@@ -187,7 +187,7 @@ class Session:
         likelihoods, greedy, taken, damages, logits = [], [], [], [], []
         for start, step in self._forced(tokens, prefix, actions):
             following = tokens[start + 1 : start + 1 + step.sequence]
-            likelihoods.append((-surprise(step.logits[0], following)).astype(np.float32))
+            likelihoods.append((-nll(step.logits[0], following)).astype(np.float32))
             greedy.append(step.logits[0, : len(following)].argmax(axis=-1) == following)
             taken.append(self._actions(step))
             damages.append(step.damage.T.copy())

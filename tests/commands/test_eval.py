@@ -38,9 +38,8 @@ def tasks(tmp_path: Path) -> list[Path]:
 
 def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
     options = [option for path in tasks for option in ("--tasks", path)]
-    result = dash(
-        "eval", tiny_root, *TARGET, *SMALL, "--text", text, *options, "--skipped", "1,2", "--new-tokens", 5, "--json"
-    )
+    options += ["--also", f"{tiny_root}:portable", "--skipped", "1,2", "--new-tokens", 5]
+    result = dash("eval", tiny_root, *TARGET, *SMALL, "--text", text, *options, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert [(file["file"], file["form"]) for file in report["files"]] == [
@@ -50,51 +49,30 @@ def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
     kinds = ("static", "token")
     for file in report["files"]:
         settings = [row["setting"] for row in file["results"]]
-        assert settings[0] == {"kind": "dense"}
-        assert [(s["kind"], s["skipped"]) for s in settings[1:]] == [(kind, k) for kind in kinds for k in (1.0, 2.0)]
-    dense, static = report["files"][0]["results"][:2]
+        assert settings[0] == settings[-1] == {"kind": "dense"}
+        assert [(s["kind"], s["skipped"]) for s in settings[1:-1]] == [(kind, k) for kind in kinds for k in (1.0, 2.0)]
+        assert [row["build"] for row in file["results"]] == [*[""] * 5, "tiny:portable"]
+    dense, static, *_, other = report["files"][0]["results"]
+    assert other["kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert (dense["layers"], static["layers"]) == (6.0, 5.0)
     assert dense["perplexity"]["low"] <= dense["perplexity"]["value"] <= dense["perplexity"]["high"]
     assert (report["bundle"], report["request"]["limit"], report["request"]["texts"]) == ("tiny.dash", 2, ["own.txt"])
 
 
-def test_eval_matched(tiny_root: Path, text: Path) -> None:
-    """Trade-offs that skip as many layers on this text, which the dial does not know."""
-    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--matched")
-    result = dash("eval", tiny_root, *options, "--skipped", 1, "--json")
-    assert result.exit_code == 0, result.output
-    (file,) = json.loads(result.stdout)["files"]
-    _, static, token = file["results"]
-    assert static["setting"] == {"kind": "static", "skipped": 1.0}
-    assert token["setting"].keys() == {"kind", "trade_off", "skipped"}
-    assert token["layers"] == pytest.approx(5, abs=0.05)
-    assert "not with --max-kl" in refused("eval", tiny_root, *options, "--max-kl", 0.1, code=2)
-    assert "among --kinds" in refused("eval", tiny_root, *options, "--kinds", "static", code=2)
-
-
-def test_other_builds(tiny_root: Path, text: Path, tmp_path: Path) -> None:
-    """Each is run dense and compared with the first one's dense."""
-    also = ("--also", f"{tiny_root}:portable")
-    options = (*TARGET, *SMALL, "--text", text, "--kinds", "static", "--skipped", 1)
-    result = dash("eval", tiny_root, *options, *also, "--json")
-    assert result.exit_code == 0, result.output
-    (file,) = json.loads(result.stdout)["files"]
-    assert [row["build"] for row in file["results"]] == ["", "", "tiny:portable"]
-    assert file["results"][2]["kl"]["value"] == pytest.approx(0, abs=1e-6)
-    assert "tiny:portable" in dash("eval", tiny_root, *options, *also).stdout
-    assert "is given twice" in refused("eval", tiny_root, *options, *also, *also, code=2)
-    assert "give --target" in refused("eval", tiny_root, *options, "--also", tiny_root)
-    assert "There is no bundle" in refused("eval", tiny_root, *options, "--also", tmp_path / "none:cpu")
-
-
 def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
     result = dash(
-        "eval", tiny_root, *TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--budget", "0.95,0.01"
+        "eval", tiny_root, *TARGET, *SMALL, "--text", text, "--also", f"{tiny_root}:portable", "--budget", "0.95,0.01"
     )
     assert result.exit_code == 0, result.output
-    for expected in ("own.txt: 2 windows of 48 tokens, the first 10 dense", "static", "budget 0.95", "KL (nats)"):
+    for expected in (
+        "own.txt: 2 windows of 48 tokens, the first 10 dense",
+        "static",
+        "budget 0.95",
+        "KL (nats)",
+        "tiny:portable",
+    ):
         assert expected in result.stdout
-    assert "0.01" not in result.stdout
+    assert "budget 0.01" not in result.stdout
     assert "Not measured: static, budget 0.01." in result.stderr
     assert "Not measured: token, budget 0.01." in result.stderr
 
@@ -110,6 +88,10 @@ def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Far too short.")
     assert "less than one window" in refused(*begin, "--text", tmp_path / "short.txt")
     assert "no bundle" in refused("eval", tmp_path / "none.dash")
+    also = ("--also", f"{tiny_root}:portable")
+    assert "is given twice" in refused(*begin, "--text", text, *also, *also, code=2)
+    assert "give --target" in refused(*begin, "--text", text, "--also", tiny_root)
+    assert "There is no bundle" in refused(*begin, "--text", text, "--also", tmp_path / "none:cpu")
     for wrong in (
         ("--budget", "1.5"),
         ("--budget", "0"),
@@ -145,32 +127,14 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     assert all(point["timing"] is None and point["time"] == point["quality"]["time"] for point in report["points"])
 
 
-def test_nothing_is_written_when_it_fails(tiny_root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
-    refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none", "-o", tmp_path / "f")
-    refused("skipmap", tiny_root, "a few words", *TARGET, "--skipped", "90", "-o", tmp_path / "f")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_was_measured_is_lost_neither_way(
     tiny_root: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
-    options = (
-        "frontier",
-        tiny_root,
-        *TARGET,
-        *SMALL,
-        "--text",
-        text,
-        "--kinds",
-        "static",
-        "--skipped",
-        "1",
-        "--predicted",
-    )
+    begin = ("frontier", tiny_root, *TARGET, *SMALL, "--text", text)
+    options = (*begin, "--kinds", "static", "--skipped", "1", "--predicted")
     with monkeypatch.context() as late:  # what is in the way has come after it was looked for
-        late.setattr("dash_export.commands.pictures.check_reports", Mock())
+        late.setattr("dash_export.commands.reports.check_reports", Mock())
         (tmp_path / "f.png").mkdir()
         (tmp_path / "f.svg").symlink_to("own.txt")
         (tmp_path / "f.json").write_text("mine")
@@ -192,22 +156,25 @@ def test_what_was_measured_is_lost_neither_way(
         assert "is a folder: give -o a name" in refused("skipmap", tiny_root, TEXT, *TARGET, "-o", nameless)
 
 
-@pytest.mark.parametrize("name", ["f.png", "f.svg", "f.json"])
-def test_what_is_no_report_of_ours_is_kept(name: str, tiny_root: Path, tmp_path: Path) -> None:
+def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:
+    """Nor does a picture lie in a bundle, and nothing is written when a command fails."""
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
-    (tmp_path / name).write_text("mine")
-    commands = [("frontier", tiny_root), *([("skipmap", tiny_root, TEXT)] if name != "f.json" else [])]
-    for command in commands:
-        said = refused(*command, *TARGET, "-o", tmp_path / "f")
-        assert f"{name} exists and is no report of ours: it will not be overwritten" in said
-    assert (tmp_path / name).read_text() == "mine"
-
-
-def test_no_report_lies_in_a_bundle(own_bundle: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    for number, name in enumerate(("f.png", "f.svg", "f.json")):
+        base = tmp_path / str(number) / "f"
+        base.parent.mkdir()
+        base.with_name(name).write_text("mine")
+        commands = [("frontier", tiny_root), *([("skipmap", tiny_root, TEXT)] if name != "f.json" else [])]
+        for command in commands:
+            said = refused(*command, *TARGET, "-o", base)
+            assert f"{name} exists and is no report of ours: it will not be overwritten" in said
+        assert base.with_name(name).read_text() == "mine"
     for output in (own_bundle / "f", own_bundle / "onnx" / "f", own_bundle / "config"):
         assert "would lie inside the bundle" in refused("frontier", own_bundle, *TARGET, "-o", output)
     assert not list(own_bundle.rglob("*.png"))
+    base = tmp_path / "none" / "f"
+    refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none.txt", "-o", base)
+    refused("skipmap", tiny_root, "a few words", *TARGET, "--skipped", "90", "-o", base)
+    assert not base.parent.exists()
 
 
 def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
@@ -225,6 +192,6 @@ def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
 
 def test_a_missing_extra_is_named(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "dash_export.evaluation.pictures", raising=False)
+    monkeypatch.delitem(sys.modules, "dash_export.evaluate.pictures", raising=False)
     for command in (("frontier", tiny_root), ("skipmap", tiny_root)):
         assert "pip install 'dash-export[profile]'" in refused(*command, *TARGET)

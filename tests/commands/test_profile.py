@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dash_export.commands.common import check_reports
+from dash_export.commands.comparison import Comparison
 from tests.commands.helpers import dash, refused
 from tests.forged import replace_text
 
@@ -37,56 +39,43 @@ def begin(tiny_root: Path, text: Path) -> tuple[Any, ...]:
 
 
 def test_json(begin: tuple[Any, ...]) -> None:
-    result = dash(*begin, "--kinds", "static,token", "--skipped", "1,99", "--json")
+    also = ("--also", f"{begin[1]}:portable")
+    result = dash(*begin, "--kinds", "static,token", "--skipped", "1,99", *also, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    settings = [lane["setting"]["kind"] for lane in report["lanes"]]
-    assert settings == ["dense", "static", "token"]
+    lanes = [(lane["build"], lane["setting"]["kind"]) for lane in report["lanes"]]
+    assert lanes == [("", "dense"), ("", "static"), ("", "token"), ("tiny:portable", "dense")]
     assert [item["setting"]["kind"] for item in report["refused"]] == ["static", "token"]
-    assert report["course"] == {"text": "own.txt", "context": 12, "tokens": 4, "windows": 1, "rounds": 2}
+    assert report["course"] == {"text": "own.txt", "context": 12, "tokens": 4, "windows": 2, "rounds": 2}
     assert report["machine"]["cores"] >= 1
     assert report["stream_bytes_per_second"] > 0
     for lane in report["lanes"]:
         assert set(lane["parts"]) == {"always", "run", "bypass", "deciding", "sampling", "host"}
-        assert abs(lane["check"]["parts"] - 1) < 0.03
+        parts = sum(part["mean"] for part in lane["parts"].values())
+        assert parts == pytest.approx(1e3 * lane["token_ms"]["mean"])
         assert lane["token_ms"]["p50"] <= lane["token_ms"]["p90"] <= lane["token_ms"]["p99"]
         assert lane["first_ms"]["count"] == 2
-        assert len(lane["samples_ms"]) == lane["token_ms"]["count"] == 4
+        assert len(lane["samples_ms"]) == lane["token_ms"]["count"] == 8
         assert lane["traffic"]["engines"] > 0
         assert lane["peak_memory"] > 1 << 24
         assert len(lane["segments"]) == 4
-    dense, static, _ = report["lanes"]
+    dense, static, *_ = report["lanes"]
     assert (dense["layers"]["mean"], static["layers"]["mean"]) == (6, 5)
     assert dense["segments"][2]["bypass"] is None
     assert (static["segments"][2]["unit"], static["segments"][2]["run"]) == ("4", None)
     assert static["segments"][2]["owed"] > 0
 
 
-def test_tables(begin: tuple[Any, ...]) -> None:
-    result = dash(*begin, "--skipped", "1.5")
-    assert result.exit_code == 0, result.output
-    for expected in (
-        "power governor",
-        "GB/s",
-        "dense",
-        "token, skipped 1.5",
-        "bypasses",
-        "deciding",
-        "host gaps",
-        "layers_00-01",
-        "bypass p50",
-        "owed",
-        "the parts sum to",
-    ):
-        assert expected in result.stdout, expected
-
-
-def test_trace(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written beside what has come in its way meanwhile."""
+def test_tables_and_trace(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace is written beside what has come in its way meanwhile."""
     mine, output = tmp_path / "deep" / "t.json", tmp_path / "deep" / "t-2.json"
-    monkeypatch.setattr("dash_export.commands.profile.load_also", lambda _: mine.write_text("mine") and [])
+    loaded = Comparison.load
+    monkeypatch.setattr(Comparison, "load", lambda self: (mine.write_text("mine"), loaded(self))[1])
     result = dash(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", mine, "--trace-tokens", 2)
     assert result.exit_code == 0, result.output
+    for expected in ("power governor", "GB/s", "dense", "token, skipped 1.5", "bypasses", "deciding", "host gaps",
+                     "layers_00-01", "bypass p50", "of run"):  # fmt: skip
+        assert expected in result.stdout, expected
     assert mine.read_text() == "mine"
     assert f"Written to {output}" in result.output
     check_reports(output)  # it may be written over, and nothing else
@@ -94,37 +83,20 @@ def test_trace(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.Monke
     assert sum(event.get("cat") == "token" for event in events) == 2 * 2
 
 
-def test_what_is_no_report_of_ours_is_kept(begin: tuple[Any, ...], tmp_path: Path) -> None:
-    thesis = tmp_path / "thesis.html"
+def test_refuses(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is `profile`'s own; settings and builds are refused as in `eval`."""
+    assert "--context, --tokens" in refused(*begin, "--context", 100_000)
+    report, thesis = tmp_path / "r.html", tmp_path / "thesis.html"
+    assert "none of the settings" in refused(*begin, "--skipped", "50", "--html", report)
+    assert not report.exists()
+    refused(*begin, "--repeats", "1", code=2)
     thesis.write_text("<h1>mine</h1>")
     for option in ("--html", "--trace"):
         assert "is no report of ours: it will not be overwritten" in refused(*begin, "--skipped", "1", option, thesis)
     assert thesis.read_text() == "<h1>mine</h1>"
-
-
-def test_other_builds(begin: tuple[Any, ...], own_bundle: Path) -> None:
-    result = dash(*begin, "--also", f"{own_bundle}:portable", "--kinds", "static", "--skipped", "1", "--json")
-    assert result.exit_code == 0, result.output
-    lanes = json.loads(result.stdout)["lanes"]
-    assert [(lane["build"], lane["setting"]["kind"]) for lane in lanes] == [
-        ("", "dense"), ("", "static"), ("own:portable", "dense"),
-    ]  # fmt: skip
-
-
-def test_refuses(begin: tuple[Any, ...], tiny_root: Path, text: Path, tmp_path: Path) -> None:
-    assert "no bundle" in refused("profile", tmp_path / "none.dash")
-    assert "no text file" in refused(*begin, "--text", tmp_path / "none.txt")
-    assert "give --target" in refused("profile", tiny_root, "--text", text)
-    assert "--context, --tokens" in refused(*begin, "--context", 100_000)
-    assert "none of the settings" in refused(*begin, "--skipped", "50")
-    assert "no bundle" in refused(*begin, "--skipped", "1", "--also", tmp_path / "none.dash")
-    (tmp_path / "short.txt").write_text("Far too short.")
-    assert "less than one window" in refused(*begin, "--skipped", "1", "--text", tmp_path / "short.txt")
-    report = tmp_path / "r.html"
-    refused(*begin, "--skipped", "50", "--html", report)
-    assert not report.exists()
-    for wrong in (("--budget", "2"), ("--repeats", "1"), ("--kinds", "magic")):
-        refused(*begin, *wrong, code=2)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "dash_export.evaluate.pictures", raising=False)
+    assert "pip install 'dash-export[profile]'" in refused(*begin, "--html", report)
 
 
 def browse(page: Path, tmp_path: Path, *options: str) -> tuple[str, str]:
@@ -141,17 +113,23 @@ def browse(page: Path, tmp_path: Path, *options: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def test_report_in_a_browser(begin: tuple[Any, ...], tmp_path: Path) -> None:
+def test_report_in_a_browser(begin: tuple[Any, ...], own_bundle: Path, text: Path, tmp_path: Path) -> None:
+    """Of a model and a text with hostile names."""
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    replace_text(own_bundle / "manifest.json", '"name": "model"', '"name": "<script>alert(1)</script> $x_"')
     report = tmp_path / "r.html"
-    result = dash(*begin, "--kinds", "static,token", "--skipped", "1", "--html", report)
+    hostile = text.rename(tmp_path / "<b>\udcff.txt")  # bytes that are no UTF-8
+    options = ("--text", hostile, "--kinds", "static,token", "--skipped", "1", "--html", report)
+    result = dash("profile", own_bundle, *begin[2:], *options)
     assert result.exit_code == 0, result.output
     html = report.read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", html)
     assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert "&lt;b&gt;.txt" in html
     document, log = browse(report, tmp_path, "--dump-dom")
     assert "CONSOLE" not in log
-    for heading in ("Time per token", "Where it goes", "Segments", "Position on the dial", "Skip map"):
+    for heading in ("Time per token", "Where it goes", "Segments", "Skip map"):
         assert f"<h2>{heading}</h2>" in document
     # A copy that tells how large its pictures came out: the report itself may run no script.
     copy = tmp_path / "copy.html"
@@ -161,31 +139,6 @@ def test_report_in_a_browser(begin: tuple[Any, ...], tmp_path: Path) -> None:
     found = re.search(r'data-sizes="([^"]*)"', document)
     assert found is not None
     sizes = [tuple(map(int, size.split("x"))) for size in found[1].split()]
-    # Distribution, breakdown, three lanes' segments, the dial, two skip maps.
-    assert len(sizes) == document.count("<figure>") == 8
+    # Distribution, breakdown, three lanes' segments, two skip maps.
+    assert len(sizes) == document.count("<figure>") == 7
     assert all(width > 300 and height > 100 for width, height in sizes), sizes
-    shot = tmp_path / "shot.png"
-    browse(report, tmp_path, f"--screenshot={shot}", "--window-size=1100,1600")
-    assert shot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_hostile_names_in_the_report(begin: tuple[Any, ...], own_bundle: Path, text: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
-    replace_text(own_bundle / "manifest.json", '"name": "model"', '"name": "<script>alert(1)</script> $x_"')
-    report = tmp_path / "r.html"
-    hostile = text.rename(tmp_path / "<b>\udcff.txt")  # bytes that are no UTF-8
-    options = ("--text", hostile, "--kinds", "static", "--skipped", "1", "--html", report)
-    result = dash("profile", own_bundle, *begin[2:], *options)
-    assert result.exit_code == 0, result.output
-    assert "<script" not in report.read_text()
-    assert "&lt;script&gt;" in report.read_text()
-    assert "&lt;b&gt;.txt" in report.read_text()
-
-
-def test_a_missing_extra_is_named(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for module in ("dash_export.evaluation.pictures", "dash_export.profiling.figures"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    assert "pip install 'dash-export[profile]'" in refused(*begin, "--html", tmp_path / "r.html")

@@ -29,7 +29,7 @@ def printed(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     [
         ("embed", ["--tokens", "5"], "layers a token"),
         ("stream", ["--trade-off", "1e6"], "3 layers"),
-        ("batch", [], "'My dear friend': "),
+        ("several", [], "'My dear friend': "),
         ("compare_budgets", ["1.0", "--tokens", "5"], "budget 1.0: 6.0 layers"),
     ],
 )

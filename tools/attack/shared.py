@@ -44,9 +44,9 @@ FORK.set_forkserver_preload(
         "dash_export.builders.onnxruntime",
         "dash_export.builders.prepacked",
         "dash_export.commands.frontier",
-        "dash_export.commands.pictures",
-        "dash_export.evaluation.pictures",
-        "dash_export.train.train",
+        "dash_export.commands.reports",
+        "dash_export.evaluate.pictures",
+        "dash_export.train.training",
     ]
 )
 BUNDLE, POLICY, PICTURE = "m.dash", "p.safetensors", "picture"

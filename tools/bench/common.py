@@ -1,27 +1,34 @@
-"""What the benchmarks share: one whole-model graph to compare with, interleaved timing, one JSON line at the end."""
+"""What the benchmarks share: one whole-model graph to compare with, fresh processes, one table, one JSON line.
+
+Times are taken by the package's own timing core (`dash_export/evaluate/timing.py`).
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
-from random import Random
-from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime
+from rich.console import Console
+from rich.table import Table
 
 from dash_export import __version__
 from dash_export.builders.onnxruntime import lowering_for, write_segment
 from dash_export.bundle import Bundle
+from dash_export.evaluate.intervals import Interval, median_ratios
+from dash_export.evaluate.timing import interleaved
 from dash_export.manifest import Build, EngineRecord, Segment
+from dash_export.resources import resource_folder
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.decode import BoundStep
@@ -30,7 +37,59 @@ from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import engines
 from dash_export.targets import recipe_from_dict
 
-_T = TypeVar("_T")
+HELD_OUT = resource_folder("calibration") / "heldout.txt"
+"""No policy was trained on it."""
+console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 120
+
+Times = dict[str, list[float]]
+"""Variant -> seconds, one per round or per process."""
+
+
+def timed(variants: dict[str, Callable[[], object]], rounds: int, block: int = 8, settle: int = 2) -> Times:
+    """Seconds per call of each variant, in turns."""
+    found = interleaved(list(variants.values()), rounds, block, settle)
+    return dict(zip(variants, found.tolist(), strict=True))
+
+
+def in_fresh_processes(timed_once: Callable[..., Times], *arguments: object, processes: int) -> Times:
+    """The medians of what `timed_once(*arguments, number)` gives in each of several processes, one after the other:
+    where weights lie in memory is worth a per cent or two.
+    """
+    found: Times = {}
+    for number in range(processes):
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            times = pool.submit(timed_once, *arguments, number).result()
+        for name, own in times.items():
+            found.setdefault(name, []).append(float(np.median(own)))
+        shown = ", ".join(f"{name} {1e3 * own[-1]:.3f} ms" for name, own in found.items())
+        print(f"process {number + 1} of {processes}: {shown}")
+    return found
+
+
+def ratios(times: Times) -> dict[str, Interval]:
+    """Of each variant's time to the first one's."""
+    return dict(zip(times, median_ratios(np.array(list(times.values()))), strict=True))
+
+
+def report(title: str, unit: str, times: Times) -> dict[str, dict[str, float]]:
+    """Print medians and ratios to the first variant as a table; and return them."""
+    table = Table("variant", f"ms per {unit}", "ratio (95 %)", title=title)
+    rows = {}
+    for name, ratio in ratios(times).items():
+        milliseconds = 1e3 * float(np.median(times[name]))
+        table.add_row(name, f"{milliseconds:.3f}", f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+        rows[name] = {"ms": round(milliseconds, 4)} | {key: round(value, 4) for key, value in asdict(ratio).items()}
+    console.print(table)
+    return rows
+
+
+def print_json(name: str, result: dict[str, Any]) -> None:
+    """One line for machines, with where it ran."""
+    machine = {"processor": cpu_name(), "cores": physical_cores(), "python": platform.python_version()}
+    versions = {"dash-export": __version__, "onnxruntime": onnxruntime.__version__}
+    print(json.dumps({"benchmark": name, **result, "machine": machine | versions}))
 
 
 @contextmanager
@@ -50,41 +109,29 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
         yield root, replace(build, segments=(segment,), engines={segment.name: record})
 
 
-def in_fresh_processes(timed_once: Callable[..., _T], *arguments: object, processes: int) -> Iterator[_T]:
-    """What `timed_once(*arguments, number)` gives in each of several processes, one after the other: where weights lie
-    in memory is worth a per cent or two.
-    """
-    for number in range(processes):
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            yield pool.submit(timed_once, *arguments, number).result()
-
-
-def load_engines(bundle: Bundle, build: Build) -> EngineSet:
-    """As the runtime loads them."""
-    recipe = recipe_from_dict(build.recipe, build.target)
-    found = engines(bundle, build, backend(recipe.runtime.threads), recipe, "sync")
-    assert isinstance(found, EngineSet)
-    return found
-
-
 def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int) -> tuple[EngineSet, EngineSet]:
-    """The engines of a build, and `whole_build`'s one graph. Who is loaded first changes with `number`."""
+    """The engines of a build, and `whole_build`'s one graph, as the runtime loads them. Who is loaded first changes
+    with `number`.
+    """
     opened = Bundle.open(bundle)
     facts = opened.manifest
     no_policy = replace(facts.policy, units=(), has_network=False)
-    graph = Bundle(whole[0], replace(facts, policy=no_policy))
-    builds = [(opened, opened.load_build(target)), (graph, whole[1])]
-    loaded = {index: load_engines(*builds[index]) for index in ((0, 1) if number % 2 == 0 else (1, 0))}
+    builds = [(opened, opened.load_build(target)), (Bundle(whole[0], replace(facts, policy=no_policy)), whole[1])]
+    loaded: dict[int, EngineSet] = {}
+    for index in (0, 1) if number % 2 == 0 else (1, 0):
+        own, build = builds[index]
+        recipe = recipe_from_dict(build.recipe, build.target)
+        found = engines(own, build, backend(recipe.runtime.threads), recipe, "sync")
+        assert isinstance(found, EngineSet)
+        loaded[index] = found
     return loaded[0], loaded[1]
 
 
-def one_token(engines: EngineSet, context: int, rule: Rule = DENSE, nothing_owed: bool = False) -> Callable[[], object]:
-    """Decodes one token at a fixed context, again and again. `nothing_owed`: nothing is done for a skipped unit."""
+def one_token(engines: EngineSet, context: int, rule: Rule = DENSE) -> Callable[[], object]:
+    """Decodes one token at a fixed context, again and again."""
     cache = engines.cache(context)
     cache.reserve(context + 1)
     step = engines.step(cache, 1)
-    if nothing_owed:
-        owe_nothing(step)
 
     def token() -> None:
         cache.length = context
@@ -93,7 +140,7 @@ def one_token(engines: EngineSet, context: int, rule: Rule = DENSE, nothing_owed
     return token
 
 
-def owe_nothing(step: BoundStep) -> None:
+def without_bypasses(step: BoundStep) -> None:
     """A skipped unit is left out, update, K and V and all: the tokens are worthless, their time is the bound."""
 
     def nothing() -> None:
@@ -102,35 +149,6 @@ def owe_nothing(step: BoundStep) -> None:
     step.segments = [replace(item, bypass=None if item.bypass is None else nothing) for item in step.segments]
 
 
-def interleaved(
-    runs: Sequence[Callable[[], object]], rounds: int, block: int = 8, settle: int = 2
-) -> list[list[float]]:
-    """Time `runs` in turn, a block of calls each, in every round in another order, so that nobody always follows the
-    same one: seconds per call, one median per block.
-
-    A decoder runs the same engines token after token, so a block's first `settle` calls, which find another variant's
-    weights in the caches, are dropped. The first two rounds are warm-up.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for round_ in range(2 + rounds):
-        for index in Random(round_).sample(range(len(runs)), len(runs)):
-            sample = []
-            for _ in range(settle + block):
-                began = time.perf_counter()
-                runs[index]()
-                sample.append(time.perf_counter() - began)
-            if round_ >= 2:
-                times[index].append(median(sample[settle:]))
-    return times
-
-
-def paired_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Median of the ratios round by round: what drifts with the machine cancels."""
-    return median(x / y for x, y in zip(a, b, strict=True))
-
-
-def print_json(name: str, result: dict[str, Any]) -> None:
-    """One line for machines, with where it ran."""
-    machine = {"processor": cpu_name(), "cores": physical_cores(), "python": platform.python_version()}
-    versions = {"dash-export": __version__, "onnxruntime": onnxruntime.__version__}
-    print(json.dumps({"benchmark": name, **result, "machine": machine | versions}))
+def held_out(encode: Callable[[str], Sequence[int]], count: int) -> npt.NDArray[np.int64]:
+    """That many tokens of the held-out text, gone through again where it is shorter."""
+    return np.resize(np.asarray(encode(HELD_OUT.read_text(encoding="utf-8")), np.int64), count)

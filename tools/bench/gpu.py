@@ -14,13 +14,12 @@ from pathlib import Path
 
 import click
 import numpy as np
-from common import interleaved, print_json
-from rich.console import Console
+from common import console, held_out, print_json, timed
 from rich.table import Table
 
 from dash_export import DashRuntime
 from dash_export.decision import Setting
-from dash_export.resources import resource_folder
+from dash_export.evaluate.candidates import label
 from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.rules import DENSE
 
@@ -48,13 +47,13 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
     """
     runtimes = {mode: DashRuntime.load(bundle, target, dispatch=mode) for mode in SETTINGS}
     runs = {
-        f"{mode}: {_words(setting)}": _token(runtimes[mode], setting, context)
+        f"{mode}: {label(setting)}": _token(runtimes[mode], setting, context)
         for mode, settings in SETTINGS.items()
         for setting in settings
     }
     if whole is not None:
         runs["one engine for all layers"] = _token(DashRuntime.load(whole, target), Setting("dense"), context)
-    times = dict(zip(runs, interleaved([run for run, _ in runs.values()], rounds), strict=True))
+    times = timed({name: run for name, (run, _) in runs.items()}, rounds)
     if runtimes["device"].dispatch != "device":
         for name in [name for name in runs if name.startswith("device")]:
             del runs[name]
@@ -67,7 +66,7 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
         ratio = float(np.median(np.array(times[name]) / base))
         table.add_row(name, f"{np.mean(layers):.1f}", f"{middle:.3f}", f"{slow:.3f}", f"{ratio:.3f}")
         rows[name] = {"layers": float(np.mean(layers)), "ms": middle, "slow_ms": slow, "of_dense": ratio}
-    Console().print(table)
+    console.print(table)
     launch = _launch_us(runtimes["sync"], context)
     print(f"A launch costs the host {launch:.1f} us per segment (dense, nothing waited for).")
     engines = runtimes["sync"].engines
@@ -75,15 +74,9 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
     print_json("gpu", {"device": engines.device.name, "target": target, "modes": rows, "launch_us": launch})
 
 
-def _words(setting: Setting) -> str:
-    amount = next((f" {name} {getattr(setting, name):g}" for name in setting.given), "")
-    return f"{setting.kind}{amount}"
-
-
 def _token(runtime: DashRuntime, setting: Setting, context: int) -> tuple[Callable[[], object], list[int]]:
     """Decode the next token of the held-out text, starting over when the cache is full; and the layers each ran."""
-    text = (resource_folder("calibration") / "heldout.txt").read_text(encoding="utf-8")
-    ids = runtime.text.encode(text)
+    ids = held_out(runtime.text.encode, 4096).tolist()
     session = runtime.session_with(setting)
     layers: list[int] = []
     session.prefill(ids[:context])

@@ -12,8 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import click
-from common import print_json
-from rich.console import Console
+from common import console, print_json
 from rich.table import Table
 
 PROCESS = """
@@ -52,7 +51,7 @@ def main(bundle: Path, target: str, rounds: int) -> None:
     for name, row in rows.items():
         memory = (f"{row[key] / 1e3:.0f}" for key in ("Rss", "Pss"))
         table.add_row(name, *(f"{row[key]:.2f}" for key in ("import", "load", "first")), *memory)
-    Console().print(table)
+    console.print(table)
     print_json("load", {"target": target, "engine_mb": round(engines, 1), "rows": rows})
 
 

@@ -3,8 +3,8 @@
     python peer.py NAME MODEL THREADS
 
 {"prompt": [ids], "tokens": n} -> {"prefill": seconds, "decode": seconds}: the prompt up to its first new token, then
-n - 1 more, greedily. {"score": [ids]} -> {"nll": [...]}, the surprise of every token after the first, in nats; null
-where the runtime shows no logits. Everything else it prints goes to stderr.
+n - 1 more, greedily. {"score": [ids]} -> {"nll": [...]}, nats of every token after the first; null where the runtime
+shows no logits. Everything else it prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -20,7 +20,33 @@ from typing import Any
 import numpy as np
 
 
-class DashExport:
+class Peer:
+    """A runtime that shows the logits of the last token: `first` begins anew with a prompt, `then` takes a token."""
+
+    def first(self, prompt: list[int]) -> Any:
+        """Logits [vocab] after the prompt."""
+        raise NotImplementedError
+
+    def then(self, token: int) -> Any:
+        """Logits [vocab] after one more token."""
+        raise NotImplementedError
+
+    def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
+        """Seconds of the prompt and of the tokens after its first one."""
+        began = time.perf_counter()
+        token = int(np.argmax(self.first(prompt)))
+        first = time.perf_counter()
+        for _ in range(tokens - 1):
+            token = int(np.argmax(self.then(token)))
+        return first - began, time.perf_counter() - first
+
+    def nll(self, ids: list[int]) -> list[float] | None:
+        """One token at a time: some runtimes show nothing of a prompt's other positions."""
+        found = [_nll(self.first(ids[:1]), ids[1])]
+        return found + [_nll(self.then(token), following) for token, following in pairwise(ids[1:])]
+
+
+class DashExport(Peer):
     """MODEL is BUNDLE, TARGET and setting: `my.dash::cpu::dense`, `my.dash::cpu::skipped=4`."""
 
     def __init__(self, model: str, threads: int) -> None:
@@ -29,26 +55,22 @@ class DashExport:
 
         bundle, target, setting = model.split("::")
         start_thread_pool(threads)
-        self.runtime = DashRuntime.load(bundle, target)
         key, _, value = setting.partition("=")
         options: dict[str, Any] = {"policy": key} if not value else {"policy": "token", key: float(value)}
-        self.session = self.runtime.session(**options)
+        self.session = DashRuntime.load(bundle, target).session(**options)
 
-    def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
-        session = self.session
-        session.reset()
-        began = time.perf_counter()
-        token = int(np.argmax(session.prefill(np.array(prompt, np.int64))))
-        first = time.perf_counter()
-        for _ in range(tokens - 1):
-            token = int(np.argmax(session.decode_one(token)[0]))
-        return first - began, time.perf_counter() - first
+    def first(self, prompt: list[int]) -> Any:
+        self.session.reset()
+        return self.session.prefill(np.array(prompt, np.int64))
+
+    def then(self, token: int) -> Any:
+        return self.session.decode_one(token)[0]
 
     def nll(self, ids: list[int]) -> list[float]:
         return [float(-x) for x in self.session.score(ids).log_likelihoods]
 
 
-class OnnxRuntimeGenai:
+class OnnxRuntimeGenai(Peer):
     def __init__(self, model: str, threads: int) -> None:
         import onnxruntime_genai as og
 
@@ -73,17 +95,17 @@ class OnnxRuntimeGenai:
             generator.generate_next_token()
         return first - began, time.perf_counter() - first
 
-    def nll(self, ids: list[int]) -> list[float] | None:
-        generator = self._generator(len(ids) + 1)
-        found = []
-        # One token at a time: what the prompt's other positions gave is not shown.
-        for token, following in pairwise(ids):
-            generator.append_tokens(np.array([token], np.int32))
-            found.append(_surprise(np.asarray(generator.get_logits()).reshape(-1), following))
-        return found
+    def first(self, prompt: list[int]) -> Any:
+        self.generator = self._generator(1024)
+        self.generator.append_tokens(np.array(prompt, np.int32))
+        return np.asarray(self.generator.get_logits()).reshape(-1)
+
+    def then(self, token: int) -> Any:
+        self.generator.append_tokens(np.array([token], np.int32))
+        return np.asarray(self.generator.get_logits()).reshape(-1)
 
 
-class OpenVinoGenai:
+class OpenVinoGenai(Peer):
     def __init__(self, model: str, threads: int) -> None:
         import openvino as ov
         import openvino_genai as genai
@@ -103,7 +125,7 @@ class OpenVinoGenai:
         return None
 
 
-class LlamaCpp:
+class LlamaCpp(Peer):
     def __init__(self, model: str, threads: int) -> None:
         from llama_cpp import Llama
 
@@ -111,54 +133,40 @@ class LlamaCpp:
             model, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False
         )
 
-    def _last(self) -> Any:
-        size = self.llama.n_vocab()
-        return np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(size,))
-
-    def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
+    def first(self, prompt: list[int]) -> Any:
         self.llama.reset()
-        began = time.perf_counter()
-        self.llama.eval(prompt)
-        token = int(np.argmax(self._last()))
-        first = time.perf_counter()
-        for _ in range(tokens - 1):
-            self.llama.eval([token])
-            token = int(np.argmax(self._last()))
-        return first - began, time.perf_counter() - first
+        return self._after(prompt)
 
-    def nll(self, ids: list[int]) -> list[float]:
-        self.llama.reset()
-        found = []
-        for token, following in pairwise(ids):
-            self.llama.eval([token])
-            found.append(_surprise(self._last(), following))
-        return found
+    def then(self, token: int) -> Any:
+        return self._after([token])
+
+    def _after(self, tokens: list[int]) -> Any:
+        self.llama.eval(tokens)
+        return np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(self.llama.n_vocab(),))
 
 
-class Transformers:
+class Transformers(Peer):
     def __init__(self, model: str, threads: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
-    def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
-        with self.torch.inference_mode():
-            began = time.perf_counter()
-            out = self.model(self.torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-            token = out.logits[0, -1].argmax()
-            first = time.perf_counter()
-            for _ in range(tokens - 1):
-                out = self.model(token[None, None], past_key_values=out.past_key_values, use_cache=True)
-                token = out.logits[0, -1].argmax()
-            return first - began, time.perf_counter() - first
+    def first(self, prompt: list[int]) -> Any:
+        self.past = None
+        return self._after(prompt)
 
-    def nll(self, ids: list[int]) -> list[float]:
-        with self.torch.inference_mode():
-            logits = self.model(self.torch.tensor([ids])).logits[0].numpy()
-        return [_surprise(row, following) for row, following in zip(logits, ids[1:], strict=False)]
+    def then(self, token: int) -> Any:
+        return self._after([token])
+
+    def _after(self, tokens: list[int]) -> Any:
+        ids = self.torch.tensor([tokens])
+        out = self.model(ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        self.past = out.past_key_values
+        return out.logits[0, -1].numpy()
 
 
 PEERS: dict[str, Any] = {
@@ -170,25 +178,23 @@ PEERS: dict[str, Any] = {
 }
 
 
-def _surprise(logits: Any, token: int) -> float:
+def _nll(logits: Any, token: int) -> float:
     row = logits.astype(np.float64)
-    top = row.max()
-    return float(top + np.log(np.exp(row - top).sum()) - row[token])
+    return float(np.log(np.exp(row - row.max()).sum()) + row.max() - row[token])
 
 
 def main() -> None:
     """Answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not an answer
-    peer = PEERS[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    peer: Peer = PEERS[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "score" in request:
             answer: dict[str, Any] = {"nll": peer.nll(request["score"])}
         else:
-            prefill, decode = peer.run(request["prompt"], request["tokens"])
-            answer = {"prefill": prefill, "decode": decode}
+            answer = dict(zip(("prefill", "decode"), peer.run(request["prompt"], request["tokens"]), strict=True))
         print(json.dumps(answer), file=answers, flush=True)
 
 

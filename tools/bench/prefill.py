@@ -9,29 +9,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
 
 import click
 import numpy as np
 import numpy.typing as npt
-from common import in_fresh_processes, interleaved, load_both, paired_ratio, print_json, whole_build
-from rich.console import Console
+from common import Times, console, held_out, in_fresh_processes, load_both, print_json, report, timed, whole_build
 from rich.table import Table
 
 from dash_export.bundle import Bundle
 from dash_export.decision import DENSE_POSITIONS
-from dash_export.evaluation.alone import peak_memory
+from dash_export.divergence import DenseRows, nll
+from dash_export.evaluate.timing import peak_memory
 from dash_export.manifest import Build
-from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.text import Text
 
-TEXT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"
 PROMPT = 512
-JUDGED = resource_folder("calibration") / "heldout.txt"
 CONTEXT, FOLLOWING = 224, 32
-LAYERS, GRAPH, PROMPTS = "engines per unit", "one graph", "the engine for prompts"
+PROMPTS = "the engine for prompts"
 
 
 @click.command()
@@ -45,26 +41,18 @@ def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
     """
     opened = Bundle.open(bundle)
     long = _long_prompts(bundle, target)  # first: what lowers the whole model below takes memory too
-    found: dict[str, list[list[float]]] = {}
     with whole_build(opened, target) as whole:
-        for timed in in_fresh_processes(timed_once, bundle, target, whole, rounds, processes=processes):
-            for name, times in timed.items():
-                found.setdefault(name, []).append(times)
-    result: dict[str, object] = {"target": target, "prompts": long}
-    for name, own in found.items():
-        ratios = [paired_ratio(times, graph) for times, graph in zip(own, found[GRAPH], strict=True)]
-        rate = PROMPT / median(median(times) for times in own)
-        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        print(f"{PROMPT} tokens, {name}: {rate:.0f} tokens/s, {mean(ratios):.3f} of one graph's time ({spread})")
-        result[name] = {"rate": round(rate, 1), "of_whole": round(mean(ratios), 4)}
-    if PROMPTS in found:
+        times = in_fresh_processes(timed_once, bundle, target, whole, rounds, processes=processes)
+    rows = report(f"{bundle.name}, {target}, {PROMPT} tokens", "prompt", times)
+    result: dict[str, object] = {"target": target, "prompts": long, **rows}
+    if PROMPTS in times:
         result["after"] = _after_a_prompt(bundle, target)
     print_json("prefill", result)
 
 
 def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
     runtime = DashRuntime.load(bundle, target, verify=False)
-    ids = _tokens(runtime.text, runtime.engines.model.max_positions)
+    ids = held_out(runtime.text.encode, runtime.engines.model.max_positions)
     table = Table("tokens", "seconds", "tokens/s", "KV cache MB", "peak memory MB", title=f"{bundle.name}, {target}")
     rows = []
     for length in (PROMPT, 1024, 2048, 4096, len(ids) - 1):
@@ -81,7 +69,7 @@ def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
         }
         rows.append(row)
         table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    console.print(table)
     return rows
 
 
@@ -91,48 +79,34 @@ def _after_a_prompt(bundle: Path, target: str) -> dict[str, float]:
     """
     runtime = DashRuntime.load(bundle, target, verify=False)
     assert isinstance(runtime.engines, EngineSet)
-    ids = np.asarray(runtime.text.encode(JUDGED.read_text(encoding="utf-8")), np.int64)
-    passages = ids[: len(ids) // (CONTEXT + FOLLOWING) * (CONTEXT + FOLLOWING)].reshape(-1, CONTEXT + FOLLOWING)
+    passages = held_out(runtime.text.encode, 17 * (CONTEXT + FOLLOWING)).reshape(17, -1)
 
-    def answers() -> npt.NDArray[np.float32]:
-        """log softmax [passages, FOLLOWING, vocab]"""
-        rows = []
-        for passage in passages:
-            session = runtime.session()
-            logits = [session.prefill(passage[:CONTEXT])]
-            logits += [session.decode_one(int(token))[0] for token in passage[CONTEXT:-1]]
-            rows.append(np.stack(logits))
-        found = np.stack(rows)
-        found -= found.max(axis=-1, keepdims=True)
-        found -= np.log(np.exp(found).sum(axis=-1, keepdims=True))
-        return found
+    def following(passage: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Logits [FOLLOWING, vocab]."""
+        session = runtime.session()
+        logits = [session.prefill(passage[:CONTEXT])]
+        return np.stack(logits + [session.decode_one(int(token))[0] for token in passage[CONTEXT:-1]])
 
-    fast = answers()
+    fast = [following(passage) for passage in passages]
     runtime.engines._for_prompts = None
-    exact = answers()
-    kl = float((np.exp(exact) * (exact - fast)).sum(axis=-1).mean())
-    likelihoods = [np.take_along_axis(each, passages[:, CONTEXT:, None], axis=-1).mean() for each in (exact, fast)]
-    rise = float(np.exp(likelihoods[0] - likelihoods[1]) - 1)
-    count = passages[:, CONTEXT:].size
-    print(f"{count} tokens after prompts of {CONTEXT}: KL {kl:.4f} nats, perplexity {rise:+.2%}")
-    return {"kl": round(kl, 5), "perplexity": round(rise, 5), "tokens": count}
+    kl, rise = [], []
+    for passage, other in zip(passages, fast, strict=True):
+        exact = following(passage)
+        kl.append(DenseRows(exact).kl(other).mean())
+        rise.append((nll(other, passage[CONTEXT:]) - nll(exact, passage[CONTEXT:])).mean())
+    found = {"kl": float(np.mean(kl)), "perplexity": float(np.expm1(np.mean(rise))), "tokens": 17 * FOLLOWING}
+    print("{tokens} tokens after prompts: KL {kl:.4f} nats, perplexity {perplexity:+.2%}".format(**found))
+    return found
 
 
-def timed_once(
-    bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int
-) -> dict[str, list[float]]:
-    """Seconds per prompt of every variant. Who is loaded first changes with `number`."""
+def timed_once(bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int) -> Times:
+    """Seconds per prompt of every variant."""
     layers, graph = load_both(bundle, target, whole, number)
-    ids = _tokens(Text(bundle), PROMPT)
-    runs = {LAYERS: _prompt(layers, ids), GRAPH: _prompt(graph, ids)}
+    ids = held_out(Text(bundle).encode, PROMPT)
+    runs = {"one graph": _prompt(graph, ids), "engines per unit": _prompt(layers, ids)}
     if layers.prefills_apart:
         runs[PROMPTS] = _prompt(layers, ids, apart=True)
-    return dict(zip(runs, interleaved(list(runs.values()), rounds, block=1, settle=1), strict=True))
-
-
-def _tokens(text: Text, count: int) -> npt.NDArray[np.int64]:
-    """That many of some text."""
-    return np.resize(np.asarray(text.encode(TEXT.read_text(encoding="utf-8")), np.int64), count)
+    return timed(runs, rounds, block=1, settle=1)
 
 
 def _prompt(engines: EngineSet, ids: npt.NDArray[np.int64], apart: bool = False) -> Callable[[], object]:

@@ -1,1 +1,1 @@
-"""Engines on a device with streams: the same steps as `runtime.dispatch`, enqueued instead of run."""
+"""Engines on a device with streams: the same steps as `runtime.decode`, enqueued instead of run."""

@@ -1,0 +1,109 @@
+"""The frontier: what each policy kind, and what else there is, gives up for the time it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import hypot
+
+import numpy as np
+
+from dash_export.artifacts import Progress, no_progress
+from dash_export.evaluate.candidates import Candidate, label
+from dash_export.evaluate.intervals import Interval
+from dash_export.evaluate.texts import TextResult, score_text, windows
+from dash_export.evaluate.timing import SETTLE, Timing, decode_times, fitting_context
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting, or another build. `timing` is None where only the cost table was asked for. Times, KL and
+    perplexities are against the dense mode of the first build.
+    """
+
+    quality: TextResult
+    timing: Timing | None
+
+    @property
+    def time(self) -> float:
+        """Decode time as a fraction of dense: measured, or else predicted from the cost table."""
+        return self.quality.time if self.timing is None else self.timing.ratio
+
+    @property
+    def name(self) -> str:
+        """The curve it belongs to: its kind, or the name of another build."""
+        return self.quality.build or self.quality.setting.kind
+
+    @property
+    def label(self) -> str:
+        return label(self.quality.setting, self.quality.build)
+
+    @property
+    def exchange_rate(self) -> Interval | None:
+        """Per cent of perplexity paid per per cent of decode time saved, both measured, with the bounds that follow
+        from theirs, which are independent. None where it is not known whether any time was saved or lost.
+        """
+        if self.timing is None or self.timing.low <= 1 <= self.timing.high:
+            return None
+        ratio, saved = self.quality.perplexity_ratio, 1 - self.timing.ratio
+        rate = (ratio.value - 1) / saved
+        dear, cheap = ratio.high - ratio.value, ratio.value - ratio.low
+        slow, fast = self.timing.high - self.timing.ratio, self.timing.ratio - self.timing.low
+        if saved < 0:
+            dear, cheap, slow, fast = cheap, dear, fast, slow
+        if rate < 0:
+            slow, fast = fast, slow
+        up, down = hypot(dear / saved, rate * slow / saved), hypot(cheap / saved, rate * fast / saved)
+        return Interval(rate, rate - down, rate + up)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a frontier is measured on: `limit` windows of `text` for quality (as `score_text`); `rounds` timed blocks of
+    `tokens` decoded tokens per candidate, after as much context as the cost table has. `rounds` 0: no clock.
+    """
+
+    text: str
+    name: str
+    limit: int
+    window: int
+    prefix: int
+    rounds: int
+    tokens: int
+
+
+def frontier(candidates: Sequence[Candidate], plan: Plan, progress: Progress = no_progress) -> list[Point]:
+    """One point per candidate; the first is dense, and everything is compared with it.
+
+    Raises RequestError where a text or context does not fit.
+    """
+    first = candidates[0].runtime
+    parts = windows(first, plan.text, plan.name, plan.limit, plan.window, plan.prefix)
+    if not plan.rounds:
+        return [Point(result, None) for result in score_text(candidates, parts, plan.prefix, progress)]
+    context = fitting_context(candidates, None, SETTLE + plan.tokens)
+    timed = windows(first, plan.text, plan.name, plan.rounds, context + SETTLE + plan.tokens)
+    # A short text is gone through again.
+    timed = [timed[number % len(timed)] for number in range(plan.rounds)]
+    quality = score_text(candidates, parts, plan.prefix, progress)
+    timings = decode_times(candidates, timed, context, progress)
+    return [Point(result, timing.at(result.time)) for result, timing in zip(quality, timings, strict=True)]
+
+
+def of_token(points: Sequence[Point]) -> list[float | None]:
+    """The token policy's KL at each point's time, as a share of that point's: along chords from dense on. None for
+    dense and the token policy itself, and where its curve does not reach.
+    """
+    curve = sorted(
+        (1 - point.time, point.quality.kl.value)
+        for point in points
+        # What may have saved nothing at all, by its interval, is no point of a curve.
+        if point.name == "token" and (point.time < 1 if point.timing is None else point.timing.high < 1)
+    )
+    saved, kl = np.array([(0.0, 0.0), *curve]).T
+    found: list[float | None] = []
+    for point in points:
+        there = np.interp(1 - point.time, saved, kl, left=np.nan, right=np.nan)
+        other = point.name not in ("token", "dense") and there > 0 and point.quality.kl.value > 0
+        found.append(float(there / point.quality.kl.value) if other else None)
+    return found

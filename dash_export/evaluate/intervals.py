@@ -1,0 +1,79 @@
+"""Estimates with 95 % confidence intervals, all by one method: the percentile bootstrap of scipy (extra `eval`).
+
+What is drawn again are whole windows, prompts, items or rounds, for tokens of one window depend on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import bootstrap
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+FEWEST = 6
+"""Rounds for an interval of their median: fewer say little more than how far apart two of them lay."""
+_BATCH = 200
+"""Resamples at a time: memory stays small however many items there are."""
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the bounds of its 95 % confidence interval; a single item gives no width."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interval(
+    sums: npt.ArrayLike, counts: npt.ArrayLike | None = None, transform: Callable[[Floats], Floats] | None = None
+) -> Interval:
+    """Return the ratio sum(sums) / sum(counts) over items, and its interval.
+
+    `counts` is one per item by default (a plain mean). `transform` is a function of the ratio, like `np.exp` for
+    perplexity. Intervals of several settings over the same items are over the same resamples. Raises ValueError without
+    items.
+    """
+    top = np.asarray(sums, np.float64)
+    bottom = np.ones_like(top) if counts is None else np.asarray(counts, np.float64)
+
+    def ratio(top: Floats, bottom: Floats, axis: int = -1) -> Any:
+        found = top.sum(axis) / bottom.sum(axis)
+        return found if transform is None else transform(found)
+
+    return _bootstrapped(ratio, (top, bottom), fewest=2)
+
+
+def median_ratios(seconds: Floats) -> list[Interval]:
+    """seconds [variants, rounds] -> the ratio of each variant's time to the first one's, over rounds.
+
+    What a round has more than others, a slow machine, is taken to be the median over all variants and divided out. With
+    fewer rounds than `FEWEST` there is no width.
+    """
+    logs = np.log(seconds)
+    logs -= np.median(logs, axis=0)
+
+    def ratio(own: Floats, first: Floats, axis: int = -1) -> Any:
+        return np.exp(np.median(own, axis=axis) - np.median(first, axis=axis))
+
+    return [_bootstrapped(ratio, (own, logs[0]), FEWEST) for own in logs]
+
+
+def _bootstrapped(statistic: Callable[..., Any], samples: tuple[Floats, ...], fewest: int) -> Interval:
+    if samples[0].size == 0:
+        raise ValueError("There is nothing to average.")
+    value = float(statistic(*samples))
+    if samples[0].size < fewest:
+        return Interval(value, value, value)
+    found = bootstrap(
+        samples, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=_BATCH,
+        confidence_level=CONFIDENCE, method="percentile", random_state=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return Interval(value, float(found.low), float(found.high))

@@ -1,0 +1,214 @@
+"""Time on the clock: variants take turns, round by round, each in a process of its own where weights matter.
+
+A process of its own is what an application has: nothing else's weights are in the caches, and memory is its own. That
+process, `main`, reads an `Order` as JSON and writes what it `Took`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.artifacts import Progress, content_key, no_progress
+from dash_export.decision import DENSE_POSITIONS, Setting
+from dash_export.errors import BackendError, BundleError, RequestError
+from dash_export.evaluate.candidates import Candidate
+from dash_export.runtime import DashRuntime
+
+TokenIds = npt.NDArray[np.int64]
+SETTLE = 32
+"""First decoded tokens of a process, not timed: a policy that skips comes late to some of its engines."""
+BLOCK = 8
+_PROCESS = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from dash_export.evaluate.timing import main
+main()
+"""
+"""Run with -I, and this process's path: with -m Python would look for each module in the current folder first."""
+
+
+def in_turns(variants: int, rounds: int, progress: Progress = no_progress, name: str = "") -> Iterator[tuple[int, int]]:
+    """(round, variant): in another order every round, so that nobody always follows the same one."""
+    for number in range(rounds):
+        for turn, index in enumerate(Random(number).sample(range(variants), variants)):
+            yield number, index
+            progress(name, number * variants + turn + 1, rounds * variants)
+
+
+def interleaved(
+    runs: Sequence[Callable[[], object]], rounds: int, block: int = BLOCK, settle: int = 2
+) -> npt.NDArray[np.float64]:
+    """Time `runs` in turn in this process, a block of calls each: seconds per call [runs, rounds], a block's median.
+
+    A decoder runs the same engines token after token, so a block's first `settle` calls, which find another variant's
+    weights in the caches, are dropped. Two rounds before the first are warm-up.
+    """
+    times = np.zeros((len(runs), 2 + rounds))
+    for number, index in in_turns(len(runs), 2 + rounds):
+        sample = []
+        for _ in range(settle + block):
+            began = time.perf_counter()
+            runs[index]()
+            sample.append(time.perf_counter() - began)
+        times[index, number] = median(sample[settle:])
+    return times[:, 2:]
+
+
+def fitting_context(candidates: Sequence[Candidate], context: int | None, decoded: int) -> int:
+    """The cached tokens before `decoded` ones; None: those of the build's cost table. Raises RequestError where they do
+    not fit.
+    """
+    longest = min(candidate.runtime.engines.model.max_positions for candidate in candidates)
+    if context is None:
+        context = max(DENSE_POSITIONS, min(candidates[0].runtime.cost.context, longest - decoded))
+    if context < DENSE_POSITIONS or context + decoded > longest:
+        raise RequestError(
+            f"A context of {context} tokens and {decoded} decoded ones, the first to settle, do not fit: give at least "
+            f"{DENSE_POSITIONS} tokens of context and at most {longest} in all (--context, --tokens)."
+        )
+    return context
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Decode time of a candidate as a fraction of the first one's, with the bounds of its interval over rounds (both
+    the ratio itself where there are too few); `milliseconds` per token (median), and what the cost table of its build
+    `predicted` for the same tokens, as a fraction of its dense.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    milliseconds: float
+    predicted: float
+
+    def at(self, predicted: float) -> Timing:
+        """The same, moved to tokens for which `predicted` is predicted: what a text makes a policy skip differs from
+        text to text, and more tokens are judged than timed. Left as it is where hardly anything was skipped.
+        """
+        if 1 - self.predicted < 0.02:
+            return self
+        scale = (1 - predicted) / (1 - self.predicted)
+        ratio, low, high = (1 - (1 - value) * scale for value in (self.ratio, self.low, self.high))
+        milliseconds = self.milliseconds * ratio / self.ratio
+        return replace(self, ratio=ratio, low=low, high=high, milliseconds=milliseconds, predicted=predicted)
+
+
+def decode_times(
+    candidates: Sequence[Candidate], parts: Sequence[TokenIds], context: int, progress: Progress = no_progress
+) -> list[Timing]:
+    """One round per part, each candidate in a process of its own: the part's first `context` tokens are a prompt, the
+    others are decoded, the same known text for all. The first candidate is the one the others are divided by.
+
+    Raises BackendError where a process fails or is killed.
+    """
+    from dash_export.evaluate.intervals import median_ratios  # here: a process that only decodes needs no scipy
+
+    seconds, predicted = np.zeros((2, len(candidates), len(parts)))
+    for number, index in in_turns(len(candidates), len(parts), progress, "decode time"):
+        took = run_alone(candidates[index], parts[number].tolist(), context)
+        if took is None:
+            raise BackendError("A process that decodes alone was killed: free memory, or give fewer builds.")
+        seconds[index, number], predicted[index, number] = took.seconds, took.predicted
+    rows = zip(median_ratios(seconds), np.median(seconds, axis=1), predicted.mean(axis=1), strict=True)
+    return [Timing(own.value, own.low, own.high, 1e3 * float(each), float(said)) for own, each, said in rows]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A build, a setting, and known tokens: the first `context` are a prompt, the others are decoded one by one.
+    `build`: the key of the one whose quality is judged; another may take its place meanwhile.
+    """
+
+    root: str
+    target: str
+    build: str
+    setting: dict[str, Any]
+    ids: list[int]
+    context: int
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds per token (median of blocks) and mean layers run, past the first `SETTLE` of more tokens; the time that
+    the cost table predicts for them; and the most memory that was resident, bytes.
+    """
+
+    seconds: float
+    layers: float
+    predicted: float
+    peak_memory: int
+
+
+def run_alone(candidate: Candidate, ids: list[int], context: int) -> Took | None:
+    """The figures of one candidate over these tokens; None where its process was killed (memory may have ended). Raises
+    BackendError.
+    """
+    runtime = candidate.runtime
+    order = Order(
+        str(runtime.bundle.root), runtime.build.target, _key(runtime), asdict(candidate.setting), ids, context
+    )
+    command = [sys.executable, "-I", "-c", _PROCESS, json.dumps(sys.path)]
+    done = subprocess.run(command, input=json.dumps(asdict(order)), capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGKILL:
+        return None
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        raise BackendError(
+            f"The process that runs {order.target} alone failed: {said[-1] if said else done.returncode}."
+        )
+    return Took(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """The process of one order."""
+    order = Order(**json.load(sys.stdin))
+    runtime = DashRuntime.load(order.root, order.target, verify=False)
+    if _key(runtime) != order.build:
+        raise BundleError(f"{order.root} was replaced while it was measured: leave it alone, and measure again")
+    candidate = Candidate(runtime, Setting(**order.setting))
+    session = candidate.session()
+    session.prefill(order.ids[: order.context])
+    seconds, taken = [], []
+    for token in order.ids[order.context :]:
+        began = time.perf_counter()
+        actions = session.decode_one(token)[1]
+        seconds.append(time.perf_counter() - began)
+        taken.append(actions)
+    settle = SETTLE if len(taken) > SETTLE else 0
+    candidate.took(np.array(taken[settle:]))
+    blocks = np.array_split(seconds[settle:], max(1, (len(seconds) - settle) // BLOCK))
+    middle = float(np.median([block.mean() for block in blocks]))
+    print(json.dumps(asdict(Took(middle, candidate.layers, candidate.time, peak_memory()))))
+
+
+def _key(runtime: DashRuntime) -> str:
+    """Changes with the export, the engines, the costs and the dial."""
+    return content_key(asdict(runtime.build))
+
+
+def peak_memory() -> int:
+    """Bytes this process had resident at most."""
+    try:
+        # On Linux getrusage begins with what the parent had when it forked.
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

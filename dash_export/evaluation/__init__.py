@@ -1,1 +1,0 @@
-"""What skipping costs in quality: divergence, perplexity and tasks under every policy kind, on real engines."""

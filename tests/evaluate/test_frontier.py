@@ -1,0 +1,81 @@
+"""Exchange rates and frontier points from real engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.decision import Setting
+from dash_export.errors import RequestError
+from dash_export.evaluate.candidates import candidates
+from dash_export.evaluate.frontier import Plan, Point, frontier, of_token
+from dash_export.evaluate.intervals import Interval
+from dash_export.evaluate.texts import TextResult
+from dash_export.evaluate.timing import Timing
+from tests.evaluate.test_texts import SETTINGS, TEXT
+
+
+def point(kind: str, time: float, kl: float = 0.1, more: float = 0.0, spread: float = 0.0, build: str = "") -> Point:
+    """`more` perplexity; its bounds and those of the time are as far as `spread`."""
+    around = Interval(kl, kl, kl)
+    ratio = Interval(1 + more, 1 + more - spread, 1 + more + spread)
+    quality = TextResult(build, Setting(kind), 100, 30.0, time, 4, around, around, ratio, around)
+    return Point(quality, Timing(time, time - spread / 10, time + spread / 10, 5.0, time))
+
+
+def test_exchange_rate() -> None:
+    """Paid per saved, per cent by per cent; what costs time and lowers perplexity has a rate too."""
+    rate = point("token", 0.9, more=0.025).exchange_rate
+    assert rate is not None
+    assert rate.value == pytest.approx(0.25)
+    assert (rate.low, rate.high) == pytest.approx((0.25, 0.25))
+    slower = point("dense", 1.25, more=-0.04).exchange_rate
+    assert slower is not None
+    assert slower.value == pytest.approx(0.16)
+    assert point("static", 0.99, more=0.1, spread=0.2).exchange_rate is None, "it may have saved nothing"
+    assert replace(point("token", 0.9), timing=None).exchange_rate is None
+
+
+@pytest.mark.parametrize(("time", "more"), [(0.9, 0.05), (1.2, -0.05), (0.9, -0.05), (1.2, 0.05)])
+def test_bounds_of_an_exchange_rate_cover_it(time: float, more: float) -> None:
+    """Of draws with these errors, about 95 % lie inside."""
+    rate = point("token", time, more=more, spread=0.02).exchange_rate
+    assert rate is not None
+    rng = np.random.default_rng(0)
+    drawn_more = more + 0.02 / 1.96 * rng.standard_normal(20000)
+    drawn_time = time + 0.002 / 1.96 * rng.standard_normal(20000)
+    rates = drawn_more / (1 - drawn_time)
+    assert 0.93 < ((rates > rate.low) & (rates < rate.high)).mean() < 0.97
+
+
+def test_the_token_policy_at_equal_time() -> None:
+    """Along chords from dense on; not beyond its last point, nor by what may have saved nothing."""
+    points = [point("dense", 1.0, 0.0), point("token", 0.9, 0.1), point("token", 0.8, 0.3)]
+    points += [point("static", 0.95, 0.1), point("static", 0.85, 0.4), point("static", 0.7, 0.5)]
+    points += [point("dense", 0.9, 0.2, build="pruned"), point("dense", 1.3, 0.01, build="int8")]
+    assert of_token(points) == pytest.approx([None, None, None, 0.5, 0.5, None, 0.5, None])
+    unsure = replace(points[1], timing=Timing(0.9, 0.7, 1.1, 5.0, 0.9))
+    assert of_token([points[0], unsure, points[2], points[6]])[3] == pytest.approx(0.15 / 0.2)
+    assert of_token([points[0], points[3]]) == [None, None]
+
+
+def test_points(runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]) -> None:
+    compared = candidates(runtime, (SETTINGS[0], SETTINGS[2]), [("other", tiny_runtime("portable"))])
+    plan = Plan(TEXT, "t", limit=2, window=48, prefix=10, rounds=1, tokens=8)
+    points = frontier(compared, plan)
+    assert [point.name for point in points] == ["dense", "token", "other"]
+    assert [point.label for point in points] == ["dense", "token, skipped 1.5", "other"]
+    assert points[0].time == 1.0
+    assert points[1].quality.kl.value > 0
+    assert all(point.timing is not None and point.time == point.timing.ratio > 0 for point in points)
+    json.dumps([point.exchange_rate is None for point in points])
+    fresh = candidates(runtime, (SETTINGS[0], SETTINGS[2]))
+    untimed = frontier(fresh, replace(plan, rounds=0))
+    assert [point.time for point in untimed] == [point.quality.time for point in points[:2]]
+    with pytest.raises(RequestError, match="do not fit"):
+        frontier(fresh, replace(plan, tokens=600))

@@ -1,0 +1,42 @@
+"""Bootstrap intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dash_export.evaluate.intervals import FEWEST, interval, median_ratios
+
+
+def test_ratio_of_sums_not_mean_of_ratios() -> None:
+    found = interval([1.0, 9.0], [1.0, 3.0])
+    assert found.value == pytest.approx(10 / 4)
+    assert (found.low, found.high) == pytest.approx((1.0, 3.0))
+    raised = interval([1.0, 9.0], [1.0, 3.0], transform=np.exp)
+    assert (raised.value, raised.low, raised.high) == pytest.approx(np.exp([found.value, found.low, found.high]))
+    assert found == interval([1.0, 9.0], [1.0, 3.0]), "the same resamples every time"
+
+
+def test_intervals_cover_the_mean() -> None:
+    rng = np.random.default_rng(0)
+    found = [interval(rng.exponential(2.0, 60)) for _ in range(200)]
+    assert 0.88 < np.mean([one.low <= 2.0 <= one.high for one in found]) < 0.99
+
+
+def test_one_item_has_no_width_and_none_no_mean() -> None:
+    found = interval([0.25])
+    assert found.low == found.value == found.high == 0.25
+    with pytest.raises(ValueError, match="nothing"):
+        interval([])
+
+
+def test_what_a_round_has_in_common_is_no_ratio() -> None:
+    """A machine that is up to three times slower in whole rounds, and 5 % of noise in every block."""
+    rng = np.random.default_rng(0)
+    true = np.linspace(1.0, 0.6, 8)
+    seconds = true[:, None] * rng.uniform(1, 3, 200) * np.exp(0.05 * rng.standard_normal((8, 200)))
+    found = median_ratios(seconds)
+    np.testing.assert_allclose([one.value for one in found], true, rtol=0.015)
+    assert all(one.low <= one.value <= one.high for one in found)
+    assert 0.005 < np.mean([one.high - one.low for one in found[1:]]) < 0.03
+    assert all(one.low == one.value == one.high for one in median_ratios(seconds[:, : FEWEST - 1]))

@@ -1,0 +1,99 @@
+"""Pictures: drawn without a display, the same bytes every time, whatever a token says."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from dash_export.decision import Setting, Unit
+from dash_export.evaluate.frontier import Point
+from dash_export.evaluate.intervals import Interval
+from dash_export.evaluate.texts import TextResult
+from dash_export.evaluate.timing import Timing
+
+pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+from dash_export.evaluate.pictures import frontier_figure, render, skip_map_figure, visible
+
+
+def point(setting: Setting, time: float, kl: float, measured: bool = True, build: str = "") -> Point:
+    around = Interval(kl, 0.9 * kl, 1.2 * kl)
+    perplexity = Interval(30 + 10 * kl, 25.0, 60.0)
+    quality = TextResult(build, setting, 100, 28.0, time, 4, around, perplexity, Interval(1 + kl / 3, 1, 2), around)
+    return Point(quality, Timing(time, 0.98 * time, 1.03 * time, 5.0, 28.0) if measured else None)
+
+
+def points(*builds: str, measured: bool = True) -> list[Point]:
+    own = [
+        point(setting, time, kl, measured)
+        for setting, time, kl in (
+            (Setting("dense"), 1.0, 0.0),
+            (Setting("static", skipped=2.0), 0.95, 0.3),
+            (Setting("static", skipped=4.0), 0.9, 0.5),
+            (Setting("token", skipped=2.0), 0.96, 0.1),
+            (Setting("token", skipped=4.0), 0.91, 0.2),
+        )
+    ]
+    return own + [point(Setting("dense"), 0.8, 0.4, measured, build) for build in builds]
+
+
+def texts(figure: object) -> list[str]:
+    """Every text of a figure."""
+    return [text.get_text() for text in figure.findobj(lambda item: hasattr(item, "get_text"))]  # type: ignore[attr-defined]
+
+
+def test_frontier_says_what_it_shows() -> None:
+    said = texts(frontier_figure(points(), "Model on cpu", "how it was measured"))
+    for expected in ("KL from dense (nats per token)", "perplexity", "dense", "static", "token", "Model on cpu"):
+        assert expected in said
+    assert "decode time per token, fraction of dense (measured)" in said
+    predicted = texts(frontier_figure(points(measured=False), "t", "c"))
+    assert "decode time per token, fraction of dense (predicted)" in predicted
+
+
+def test_frontier_names_other_builds() -> None:
+    """A dollar sign in a name begins no formula."""
+    figure = frontier_figure(points("pruned:cpu", "own$x_{:cpu$"), "$y^", "$z_{$")
+    said = texts(figure)
+    for expected in ("dense", "static", "token", "pruned:cpu", "own$x_{:cpu$"):
+        assert said.count(expected) >= 1
+    assert render(figure, "png").startswith(b"\x89PNG")
+
+
+def test_divergence_begins_at_zero_and_nothing_is_cut_off() -> None:
+    figure = frontier_figure(points("other"), "t", "c")
+    left = next(axes for axes in figure.axes if "KL" in axes.get_ylabel())
+    low, high = left.get_ylim()
+    assert low == 0
+    assert high > 1.2 * 0.5
+    assert left.get_xlim()[0] < 0.88
+    assert left.get_xlim()[1] > 1.0
+
+
+def test_bytes_are_the_same_every_time() -> None:
+    for kind, begins in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        one, other = (render(frontier_figure(points("other"), "t", "c"), kind) for _ in range(2))
+        assert one == other
+        assert one.startswith(begins)
+
+
+def test_skip_map_of_hostile_tokens() -> None:
+    tokens = ["$x_1$", " $", "\n", "\x1b[31m", "漢字", "<&>", "\\frac{", " a very long token indeed", ""]
+    actions = np.zeros((len(tokens), 5), np.int8)
+    actions[::2, 2:4] = 1
+    figure = skip_map_figure(tokens, actions, (Unit(2, 3),), "model $y^: token", "c")
+    assert render(figure, "png").startswith(b"\x89PNG")
+    ET.fromstring(render(figure, "svg"))
+    heat = next(axes for axes in figure.axes if axes.get_xlabel() == "layer")
+    # 0 runs, 1 is skipped, 2 is never asked.
+    np.testing.assert_array_equal(heat.collections[0].get_array()[0], [2, 2, 1, 1, 2])
+    labels = [label.get_text() for label in heat.get_yticklabels()]
+    assert labels[:4] == ["$x_1$", "␣$", "↵", "�[31m"]
+    assert "skip" in texts(figure)
+
+
+def test_visible() -> None:
+    assert visible(" a") == "␣a"
+    assert visible("a\nb\tc") == "a↵b→c"
+    assert visible("x" * 40) == f"{'x' * 13}…"

@@ -1,0 +1,77 @@
+"""Task files: the forms that are read, and the line every error names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dash_export.errors import RequestError
+from dash_export.evaluate.task_files import Answer, Prompt, Question, read_items
+
+QUESTION = {"query": "Two and two?", "choices": ["four", "five"], "gold": 0}
+
+
+def written(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_forms(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    assert read_items(written(path, QUESTION | {"id": 7, "subject": "sums"})) == [
+        Question(1, "Two and two?", ("four", "five"), 0)
+    ]
+    assert read_items(written(path, "", {"context": "a b", "target": " c"})) == [Answer(2, "a b", " c")]
+    assert read_items(written(path, {"prompt": "hi"}, {"turns": ["ho", "more"]})) == [
+        Prompt(1, "hi"),
+        Prompt(2, "ho"),
+    ]
+
+
+def test_limit_reads_no_further(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.jsonl", QUESTION, QUESTION, "not JSON")
+    assert len(read_items(path, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("nonsense", "is not JSON"),
+        ("[1]", "not a JSON object"),
+        ("[" * 100_000, "is not JSON"),
+        ({"question": "?"}, "none of the known forms"),
+        (QUESTION | {"gold": 2}, "0 to 1"),
+        (QUESTION | {"gold": True}, "'gold'"),
+        (QUESTION | {"gold": "0"}, "'gold'"),
+        (QUESTION | {"choices": ["one"]}, "two or more"),
+        (QUESTION | {"choices": ["one", 2]}, r"choices\[1\]"),
+        (QUESTION | {"query": " "}, "'query'"),
+        ({"context": "a"}, "'target'"),
+        ({"context": None, "target": "b"}, "'context'"),
+        ({"turns": []}, "'turns'"),
+        ({"turns": [3]}, r"turns\[0\]"),
+        ('{"prompt": "\\ud800"}', "half a character"),
+        ({"prompt": "another form"}, "another form than line 1"),
+        ("x" * (1 << 20), "characters long"),
+    ],
+)
+def test_errors_name_the_line(tmp_path: Path, line: object, says: str) -> None:
+    path = written(tmp_path / "t.jsonl", QUESTION, line)
+    with pytest.raises(RequestError, match=says) as caught:
+        read_items(path)
+    assert f"{path}:2" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no task file"):
+        read_items(tmp_path / "none.jsonl")
+    with pytest.raises(RequestError, match="no task file"):
+        read_items(tmp_path)
+    with pytest.raises(RequestError, match="empty"):
+        read_items(written(tmp_path / "e.jsonl", ""))
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(RequestError, match="UTF-8"):
+        read_items(tmp_path / "b.jsonl")

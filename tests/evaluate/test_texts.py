@@ -1,0 +1,70 @@
+"""Divergence and perplexity against plain numpy over the runtime's own logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.decision import Setting
+from dash_export.errors import RequestError
+from dash_export.evaluate.candidates import candidates
+from dash_export.evaluate.texts import score_text, windows
+
+TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
+SETTINGS = (
+    Setting("dense"),
+    Setting("static", skipped=2),
+    Setting("token", skipped=1.5),
+)
+PREFIX, WINDOW = 10, 48
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_windows(runtime: DashRuntime) -> None:
+    ids = runtime.text.encode(TEXT)
+    parts = windows(runtime, TEXT, "t", 3, WINDOW)
+    assert parts[0].tolist() == ids[:WINDOW]
+    assert parts[-1].tolist() == ids[-WINDOW:]
+    assert len(windows(runtime, TEXT, "t", 10**6, WINDOW)) == len(ids) // WINDOW, "they do not overlap"
+    with pytest.raises(RequestError, match="less than one window of 256"):
+        windows(runtime, "too short", "t", 4, 256)
+    with pytest.raises(RequestError, match="context of 512"):
+        windows(runtime, TEXT, "t", 4, 513)
+    with pytest.raises(RequestError, match="dense prefix of 47"):
+        windows(runtime, TEXT, "t", 1, WINDOW, 47)
+
+
+def test_every_figure(runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """And another build, whose reference is the dense of the first."""
+    parts = windows(runtime, TEXT, "t", 2, WINDOW, PREFIX)
+    *results, other = score_text(candidates(runtime, SETTINGS, [("other", tiny_runtime("portable"))]), parts, PREFIX)
+    assert (results[0].kl.value, results[0].top1.value, results[0].layers) == (0.0, 1.0, 6.0)
+    for setting, result in zip(SETTINGS, results, strict=True):
+        kl, nll, dense_nll, same, skipped = [], [], [], [], []
+        for part in parts:
+            score = runtime.session_with(setting).score(part, PREFIX, keep_logits=True)
+            p, q = (log_softmax(x)[PREFIX:-1] for x in (runtime.session("dense").logits(part), score.logits))
+            kl.append((np.exp(p) * (p - q)).sum(-1))
+            nll.append(-q[np.arange(len(q)), part[PREFIX + 1 :]])
+            dense_nll.append(-p[np.arange(len(p)), part[PREFIX + 1 :]])
+            same.append(p.argmax(-1) == q.argmax(-1))
+            skipped.append(score.actions[PREFIX:-1].sum(1))
+        assert result.kl.value == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-6)
+        assert result.perplexity.value == pytest.approx(np.exp(np.mean(nll)), rel=1e-4)
+        assert result.perplexity_ratio.value == pytest.approx(np.exp(np.mean(nll) - np.mean(dense_nll)), rel=1e-4)
+        assert result.top1.value == np.mean(same)
+        assert result.layers == pytest.approx(6 - np.mean(skipped))
+        assert (result.items, result.tokens) == (2, 2 * (WINDOW - 1 - PREFIX))
+        assert result.kl.low <= result.kl.value <= result.kl.high
+    assert results[1].time == pytest.approx(1 - sum(runtime.cost.cost))
+    assert results[1].kl.value > 0
+    assert (other.build, other.time) == ("other", 1.0)
+    assert other.kl.value == pytest.approx(0, abs=1e-6)
+    assert other.perplexity_ratio.value == pytest.approx(1, abs=1e-4)

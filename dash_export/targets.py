@@ -22,7 +22,7 @@ from dash_export.errors import RecipeError
 from dash_export.resources import resource_folder
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-Rounding = Literal["nearest", "gptq", "distilled"]
+Rounding = Literal["nearest", "gptq"]
 Prefill = Literal["same", "int8"]
 Dispatch = Literal["sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
@@ -42,8 +42,8 @@ class WeightsRecipe:
 
     `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention
     (their errors enter the cache and every later token), and the layers that are in no unit (they are the
-    sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, by what the layer is fed (GPTQ), or
-    so and then with scales tuned by distillation (needs torch). `prefill` int8: prompts go through one more graph, of
+    sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, or by what the layer is fed
+    (GPTQ). `prefill` int8: prompts go through one more graph, of
     the whole model, whose layers multiply integers (CPU). `prepacked`: stored once more as the kernels of the machine
     that builds take them, and mapped from there, so that engines and processes share them (CPU).
     """
@@ -211,8 +211,6 @@ def _contradiction(recipe: Recipe) -> str | None:
         return None
     if engine is None:
         return f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
-    if weights.rounding == "distilled":
-        return f"rounding = 'distilled' is for the CPU so far; {recipe.backend} takes 'gptq' or 'nearest'."
     if weights.prefill != "same":
         return f"prefill = {weights.prefill!r} is for the CPU; {recipe.backend} takes 'same'."
     if recipe.dialect == "ort":

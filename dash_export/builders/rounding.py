@@ -1,8 +1,7 @@
 """Calibrated rounding of a bundle's int4 matrices: what they are really fed, layer by layer, and GPTQ on it.
 
 A layer is fed by the rounded layers before it, so later ones make up for earlier ones' errors. In memory at a time: one
-layer's weights and moments, and the hidden states of the calibration text. What is distilled afterwards is in memory
-whole.
+layer's weights and moments, and the hidden states of the calibration text.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,8 @@ from safetensors.numpy import load_file, save
 
 from dash_export.artifacts import TEMPORARY, Progress
 from dash_export.builders.gptq import gptq
-from dash_export.builders.segments import DISTILLED_TEXTS, TEXT
+from dash_export.builders.segments import TEXT
 from dash_export.bundle import Bundle
-from dash_export.errors import BackendError
 from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.graphs.compose import constant_value, load_graph
 from dash_export.graphs.precision import weight_precision
@@ -49,24 +46,13 @@ Floats = npt.NDArray[np.float32]
 @contextmanager
 def calibrated(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Roundings]:
     """How the recipe rounds each matrix, calibrated: all are made when the first one is asked for, and lie in a
-    temporary folder inside `folder` until the end. Raises BackendError where a recipe that distils has no torch.
+    temporary folder inside `folder` until the end.
     """
-    if recipe.weights.rounding == "distilled":
-        _require_torch()  # now, and not after minutes of GPTQ
     made = _Calibrated(bundle, recipe, folder, progress)
     try:
         yield made
     finally:
         made.close()
-
-
-def _require_torch() -> None:
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        raise BackendError(
-            f"rounding = 'distilled' needs {missing[0]}. Run: pip install 'dash-export[train]' "
-            "(or build with --rounding gptq, which does without)."
-        )
 
 
 class _Calibrated:
@@ -129,8 +115,6 @@ class _Calibrated:
         scratch = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self._folder))
         try:
             self._round_all(scratch)
-            if self._recipe.rounding == "distilled":
-                self._distil(scratch)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -139,7 +123,7 @@ class _Calibrated:
     def _round_all(self, scratch: Path) -> None:
         bundle, model = self._bundle, self._bundle.manifest.model
         embed = graph_run(bundle.graph("embed"))
-        batches = _windows(bundle, TEXT, WINDOWS).reshape(-1, BATCH, WINDOW)
+        batches = _windows(bundle).reshape(-1, BATCH, WINDOW)
         states = [embed({"input_ids": windows})["hidden_out"] for windows in batches]
         for layer in range(model.num_layers):
             probe = _Probe(load_graph(bundle.graph(f"layer_{layer:02d}")), model.num_kv_heads, model.head_dim)
@@ -153,15 +137,6 @@ class _Calibrated:
             self._progress(f"rounding layer {layer}", layer + 1, model.num_layers)
         if self._wanted("head/logits"):
             self._round_head(_file(scratch, "head/logits"), states)
-
-    def _distil(self, scratch: Path) -> None:
-        from dash_export.builders.distil import distilled
-
-        files = {file.stem.replace(".", "/"): file for file in scratch.iterdir()}
-        windows = np.concatenate([_windows(self._bundle, name) for name in DISTILLED_TEXTS])
-        rounded = {node: self._read(file) for node, file in files.items()}
-        for node, tuned in distilled(self._bundle, rounded, windows, self._progress).items():
-            _write(files[node], tuned)
 
     def _round_head(self, file: Path, states: list[Floats]) -> None:
         graph = load_graph(self._bundle.graph("head")).graph
@@ -252,10 +227,10 @@ def _moments(vectors: Floats) -> npt.NDArray[np.float64]:
     return product
 
 
-def _windows(bundle: Bundle, name: str, count: int | None = None) -> npt.NDArray[np.int64]:
-    """Windows [windows, WINDOW] spread over a shipped text: `count`, or as many as it has without overlap."""
-    text = (resource_folder("calibration") / name).read_text(encoding="utf-8")
+def _windows(bundle: Bundle) -> npt.NDArray[np.int64]:
+    """Token ids [WINDOWS, WINDOW], spread over the shipped text."""
+    text = (resource_folder("calibration") / TEXT).read_text(encoding="utf-8")
     ids = np.array(Text(bundle.root).encode(text), np.int64)
     ids = np.resize(ids, max(len(ids), WINDOW))
-    starts = np.linspace(0, len(ids) - WINDOW, count or len(ids) // WINDOW).astype(int)
+    starts = np.linspace(0, len(ids) - WINDOW, WINDOWS).astype(int)
     return ids[starts[:, None] + np.arange(WINDOW)]

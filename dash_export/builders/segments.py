@@ -43,7 +43,7 @@ def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
 
 
 TEXT = "quantise.txt"
-DISTILLED_TEXTS = (TEXT, "distil.txt")
+"""Shipped text that int4 weights are calibrated on."""
 
 
 def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
@@ -53,9 +53,8 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
     if recipe.weights.rounding == "nearest" or not recipe.weights.has_int4:
         return ""
     layers = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
-    distils = recipe.weights.rounding == "distilled"
-    texts = [sha256_file(resource_folder("calibration") / name) for name in (DISTILLED_TEXTS if distils else (TEXT,))]
-    return content_key(*texts, graphs_key(bundle, ["embed", *layers, *(["head"] if distils else [])]))
+    text = sha256_file(resource_folder("calibration") / TEXT)
+    return content_key(text, graphs_key(bundle, ["embed", *layers]))
 
 
 def weights_key(recipe: Recipe) -> dict[str, Any]:

@@ -74,9 +74,8 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")
 @click.option(
     "--rounding",
-    type=click.Choice(["nearest", "gptq", "distilled"]),
-    help="How int4 weights are chosen. distilled: gptq, then all scales learn the unrounded model's answers (CPU "
-    "targets; needs dash-export[train]).",
+    type=click.Choice(["nearest", "gptq"]),
+    help="How int4 weights are chosen: each the nearest, or calibrated.",
 )
 @click.option(
     "--prefill",

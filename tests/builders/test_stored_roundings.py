@@ -17,12 +17,12 @@ from dash_export.builders.building import roundings_of
 from dash_export.builders.kit import write_kit
 from dash_export.builders.stored_roundings import FILE, stored_roundings
 from dash_export.bundle import Bundle
-from dash_export.errors import BackendError, BundleError, RecipeError
+from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
 from dash_export.graphs.rounded import Rounded
 from dash_export.models import open_checkpoint
 from dash_export.resources import resource_folder
-from dash_export.targets import load_recipe, with_weights
+from dash_export.targets import load_recipe
 from tests.builders.test_kit import run
 from tests.tiny import save_model, tiny_checkpoint, tiny_policy
 
@@ -238,8 +238,3 @@ def test_nothing_is_calibrated_where_nothing_is_int4(bundle: Bundle, target: str
     own = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "own.dash")))
     build(own, target, weights="int8")
     assert not own.path(f"engines/small-int8/{FILE}").exists()
-
-
-def test_distilled_is_for_a_cpu() -> None:
-    with pytest.raises(RecipeError, match="'distilled' is for the CPU so far"):
-        with_weights(load_recipe("l4"), rounding="distilled")

@@ -61,8 +61,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One compiled engine: its file (relative to the bundle), the size of everything it maps in bytes (weights that are
-    also stored packed once), and how long it took to make.
+    """One compiled engine: its file (relative to the bundle), the size of everything it maps in bytes, and how long it
+    took to make.
     """
 
     file: str

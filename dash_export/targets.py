@@ -44,8 +44,7 @@ class WeightsRecipe:
     (their errors enter the cache and every later token), and the layers that are in no unit (they are the
     sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, or by what the layer is fed
     (GPTQ). `prefill` int8: prompts go through one more graph, of
-    the whole model, whose layers multiply integers (CPU). `prepacked`: stored once more as the kernels of the machine
-    that builds take them, and mapped from there, so that engines and processes share them (CPU).
+    the whole model, whose layers multiply integers (CPU).
     """
 
     layers: Precision = "int4"
@@ -58,7 +57,6 @@ class WeightsRecipe:
     symmetric: bool = False
     rounding: Rounding = "nearest"
     prefill: Prefill = "same"
-    prepacked: bool = False
 
     @property
     def has_int4(self) -> bool:
@@ -140,6 +138,8 @@ _BOUNDS = {
     "aux_streams": (0, 7),
     "workspace_mib": (16, 1 << 17),
 }
+_RETIRED = [("prepacked", False)]
+"""Keys of [weights] in the records of earlier builds, at the values that did nothing."""
 _T = TypeVar("_T")
 
 
@@ -179,6 +179,9 @@ def load_recipe(target: str) -> Recipe:
 
 def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe's keys and values; `where` names it in errors."""
+    weights = data.get("weights")
+    if isinstance(weights, dict):
+        data = data | {"weights": {key: value for key, value in weights.items() if (key, value) not in _RETIRED}}
     recipe = _parse(Recipe, data, where)
     wrong = _contradiction(recipe)
     if wrong:
@@ -189,8 +192,6 @@ def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
 def _contradiction(recipe: Recipe) -> str | None:
     """What no single key can tell: whether the parts of a recipe go together."""
     weights, engine = recipe.weights, recipe.engine
-    if weights.prepacked and recipe.dialect != "ort":
-        return f"prepacked = true is for dialect 'ort'; {recipe.dialect!r} takes false."
     parts = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
     precisions: dict[str, str] = {part: getattr(weights, part) for part in parts}
     if recipe.backend == "onnxruntime":

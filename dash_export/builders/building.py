@@ -301,12 +301,6 @@ def _make_engines(
     store.keep_only({job.name for job in jobs})
     files = {job.name: found[job.name] or [] for job in jobs if job.role != "aside"}
     sizes = {name: sum(record.bytes for record in records) for name, records in files.items()}
-    if recipe.weights.prepacked:
-        from dash_export.builders.prepacked import prepacked_bytes  # which needs onnx
-
-        for job in jobs:
-            if job.role == "engine":
-                sizes[job.name] -= prepacked_bytes(folder / files[job.name][0].name)
     prefix = f"engines/{folder.name}"
     engines = {
         job.name: EngineRecord(

@@ -18,7 +18,6 @@ import onnx_ir as ir
 
 from dash_export.artifacts import content_key
 from dash_export.build_record import MIXED, POLICY, Segment
-from dash_export.builders.prepacked import PACKING_REVISION, store_prepacked
 from dash_export.builders.segments import (
     Artifact,
     calibration_key,
@@ -35,7 +34,6 @@ from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.writer import save_graph
 from dash_export.names import PREFILL
-from dash_export.runtime.cpus import cpu_name
 from dash_export.targets import Recipe
 
 LOWERING_REVISION = 16
@@ -57,24 +55,6 @@ def artifacts(
         lambda out: [Path(shutil.copy(bundle.path("onnx/rope.data"), out))],
         role="shared",
     )
-    for engine in _engines(bundle, recipe, segments, folder, roundings):
-        yield _stored(engine, recipe, folder)
-
-
-def _stored(engine: Artifact, recipe: Recipe, folder: Path) -> Artifact:
-    """With packed weights too, where the recipe says so: of the CPU that is here."""
-    if not recipe.weights.prepacked:
-        return engine
-
-    def write(out: Path) -> list[Path]:
-        return store_prepacked(engine.write(out), folder)
-
-    return replace(engine, key=content_key("prepacked", PACKING_REVISION, cpu_name(), engine.key), write=write)
-
-
-def _engines(
-    bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path, roundings: Roundings
-) -> Iterator[Artifact]:
     policy = bundle.manifest.policy
     base = (
         LOWERING_REVISION,

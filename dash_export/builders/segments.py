@@ -58,9 +58,8 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
 
 
 def weights_key(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe says of the weights of a layer's engine: not how prompts are run, nor what is stored besides."""
-    apart = ("prefill", "prepacked")
-    return {name: value for name, value in recipe.as_dict()["weights"].items() if name not in apart}
+    """What the recipe says of the weights of a layer's engine: not how prompts are run."""
+    return {name: value for name, value in recipe.as_dict()["weights"].items() if name != "prefill"}
 
 
 def compose_segment(bundle: Bundle, segment: Segment, policy: bool = False) -> ir.Model:

@@ -14,15 +14,11 @@ import onnx_ir as ir
 from dash_export.errors import BundleError
 from dash_export.graphs.writer import GraphWriter
 
-PREPACKED = "prepacked_"
-"""Keys of external data that say where packed weights lie begin with this: `kernel+hash|offset;length;0|...`."""
-
 
 def load_graph(path: Path) -> ir.Model:
     """Read a graph whose external data is known to lie in its own folder. Raises BundleError otherwise."""
     try:
         proto = onnx.load(path, load_external_data=False)
-        _keep_prepacked(proto)
         model: ir.Model = ir.from_proto(proto)
         ir.to_proto(model)  # names that are no text are read as bytes, and cannot be written
         ir.external_data.set_base_dir(model.graph, path.parent)
@@ -36,17 +32,6 @@ def load_graph(path: Path) -> ir.Model:
         if isinstance(value.const_value, ir.ExternalTensor):
             _check_external(path, value.const_value)
     return model
-
-
-def _keep_prepacked(model: onnx.ModelProto) -> None:
-    """What ONNX Runtime knows of a tensor's file and nobody else does, as the tensor's metadata, which an engine keeps
-    that takes the tensor up.
-    """
-    for tensor in model.graph.initializer:
-        kept = [entry for entry in tensor.external_data if entry.key.startswith(PREPACKED)]
-        for entry in kept:
-            tensor.metadata_props.add(key=entry.key, value=entry.value)
-            tensor.external_data.remove(entry)
 
 
 def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:

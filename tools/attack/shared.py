@@ -42,7 +42,6 @@ FORK.set_forkserver_preload(
         "shared",
         "onnxruntime",
         "dash_export.builders.onnxruntime",
-        "dash_export.builders.prepacked",
         "dash_export.commands.frontier",
         "dash_export.commands.pictures",
         "dash_export.evaluation.pictures",

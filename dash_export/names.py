@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-PREFILL = "prefill"
-"""The engine of the whole model that a build may have for prompts."""
-
 REPORT = "a dash-export report"
 """In the beginning of each file that a measuring command writes: only such a one does it write over."""
 

@@ -48,13 +48,11 @@ def build(
     head: str | None = None,
     embedding: str | None = None,
     rounding: str | None = None,
-    prefill: str | None = None,
     verify: bool = False,
     measure: bool = False,
     progress: Progress = no_progress,
 ) -> Build:
-    """Build engines for `target` (a recipe's name or path), at other precisions, rounded otherwise and with another
-    way through prompts where given.
+    """Build engines for `target` (a recipe's name or path), at other precisions and rounded otherwise where given.
     Reuses every engine whose inputs are unchanged. With `verify` every engine is compared with its portable graph and
     the result is kept; with `measure` costs and dial are measured also where nothing changed.
 
@@ -62,7 +60,7 @@ def build(
     bundle; NotHereError where this machine cannot compile for the target.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    recipe = with_weights(load_recipe(target), weights, head, embedding, rounding, prefill)
+    recipe = with_weights(load_recipe(target), weights, head, embedding, rounding)
     require_builder(recipe)
     with _held(bundle, recipe.name):
         return _build(bundle, recipe, verify, measure, progress)
@@ -319,10 +317,9 @@ def _make_engines(
 def _workers(bundle: Bundle, recipe: Recipe) -> int:
     """As many as memory allows: lowering a segment takes about six times its largest matrix in fp32.
 
-    One for TensorRT: it times kernels on the device, and TensorRT-RTX takes as long with two (29 s and 32 s). And one
-    where the whole model is lowered as one graph, which takes five bytes per weight.
+    One for TensorRT: it times kernels on the device, and TensorRT-RTX takes as long with two (29 s and 32 s).
     """
-    if recipe.engine is not None or recipe.weights.prefill != "same":
+    if recipe.engine is not None:
         return 1
     largest = max(record.bytes for record in bundle.manifest.files)
     return max(1, min(physical_cores(), available_memory() // (6 * largest)))

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from dash_export.builders.trt_api import EXTRAS, PORTABLE_SINCE
 from dash_export.errors import BackendError, NotHereError
 from dash_export.runtime.backends import require_backend
-from dash_export.runtime.cpus import cpu_name, saturates_int8
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
 from dash_export.runtime.device.cuda import require_bindings
 from dash_export.targets import Recipe
@@ -22,11 +21,6 @@ def require_builder(recipe: Recipe) -> None:
     """
     if recipe.engine is None:
         require_backend(recipe.backend)
-        if recipe.weights.prefill == "int8" and saturates_int8():
-            raise BackendError(
-                f"prefill = 'int8' needs a processor with AVX-VNNI or AVX512-VNNI, or an ARM one: on {cpu_name()} sums "
-                "of int8 products overflow. Build with --prefill same."
-            )
         return
     reason = obstacle(recipe)
     if reason is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,6 @@ from dash_export.builders.segments import (
     compose_mixed,
     compose_segment,
     graphs_key,
-    weights_key,
 )
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
@@ -33,7 +32,6 @@ from dash_export.graphs.ort import lower
 from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.writer import save_graph
-from dash_export.names import PREFILL
 from dash_export.targets import Recipe
 
 LOWERING_REVISION = 16
@@ -59,7 +57,7 @@ def artifacts(
     base = (
         LOWERING_REVISION,
         version("onnxruntime"),
-        weights_key(recipe),
+        recipe.as_dict()["weights"],
         policy.layers,
         calibration_key(bundle, recipe),
     )
@@ -69,10 +67,6 @@ def artifacts(
         key = content_key(base, graph.name, graphs_key(bundle, graph.parts))
         files = [folder / f"{other}.onnx" for other in graph.extends]
         yield Artifact(graph.name, key, partial(_write, lowering, graph.name, graph.make, files), graph.extends)
-    if recipe.weights.prefill == "int8":
-        whole = Segment.whole(bundle.manifest.model.num_layers)
-        key = content_key(base, graphs_key(bundle, whole.graphs), "prefill")
-        yield Artifact(PREFILL, key, partial(_prefill, bundle, recipe, roundings, whole))
 
 
 @dataclass(frozen=True)
@@ -125,10 +119,3 @@ def _write(lowering: Lowering, name: str, make: MakeGraph, extended: Sequence[Pa
 def write_segment(lowering: Lowering, bundle: Bundle, segment: Segment, out: Path) -> list[Path]:
     """Compose and lower one segment into `out`."""
     return _write(lowering, segment.name, partial(compose_segment, bundle, segment), (), out)
-
-
-def _prefill(bundle: Bundle, recipe: Recipe, roundings: Roundings, whole: Segment, out: Path) -> list[Path]:
-    """All layers, in integers; embedding and head as in the other engines."""
-    weights = replace(recipe.weights, layers="int8", qkv="int8", ungated="int8")
-    lowered = lower(compose_segment(bundle, whole), weights, (), roundings, for_prompts=True)
-    return save_graph(lowered, out / f"{PREFILL}.onnx", (ROPE_FILE,))

@@ -10,7 +10,7 @@ from dash_export import __version__
 from dash_export.artifacts import content_key
 from dash_export.build_record import Segment
 from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_artifacts
-from dash_export.builders.segments import Artifact, weights_key
+from dash_export.builders.segments import Artifact
 from dash_export.bundle import Bundle
 from dash_export.graphs.rounded import Roundings
 from dash_export.graphs.writer import save_graph
@@ -21,7 +21,7 @@ def artifacts(
     bundle: Bundle, recipe: Recipe, segments: Sequence[Segment], folder: Path, roundings: Roundings
 ) -> Iterator[Artifact]:
     """Every lowered graph of this build."""
-    base = content_key(LOWERING_REVISION, recipe.dialect, weights_key(recipe), recipe.as_dict()["engine"])
+    base = content_key(LOWERING_REVISION, recipe.dialect, recipe.as_dict()["weights"], recipe.as_dict()["engine"])
     yield from lowered_artifacts(bundle, recipe, segments, folder, roundings, base, _write)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -55,11 +55,6 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
     layers = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
     text = sha256_file(resource_folder("calibration") / TEXT)
     return content_key(text, graphs_key(bundle, ["embed", *layers]))
-
-
-def weights_key(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe says of the weights of a layer's engine: not how prompts are run."""
-    return {name: value for name, value in recipe.as_dict()["weights"].items() if name != "prefill"}
 
 
 def compose_segment(bundle: Bundle, segment: Segment, policy: bool = False) -> ir.Model:

@@ -13,7 +13,7 @@ from zipfile import ZIP_STORED
 import numpy as np
 
 from dash_export.artifacts import content_key, open_regular
-from dash_export.builders.segments import Artifact, calibration_key, graphs_key, weights_key
+from dash_export.builders.segments import Artifact, calibration_key, graphs_key
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.graphs.compose import load_graph
@@ -80,7 +80,7 @@ def _array(arrays: Any, name: str) -> Any:
 
 
 def _key(bundle: Bundle, recipe: Recipe) -> str:
-    parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), weights_key(recipe)
+    parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), recipe.as_dict()["weights"]
     return content_key(ROUNDING_REVISION, *parts, bundle.manifest.policy.layers)
 
 

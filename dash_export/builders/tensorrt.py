@@ -18,7 +18,7 @@ from dash_export.artifacts import content_key
 from dash_export.build_record import Segment
 from dash_export.builders.gpu_graphs import LOWERING_REVISION, MakeGraph, lowered_artifacts
 from dash_export.builders.here import device_here, too_old
-from dash_export.builders.segments import Artifact, weights_key
+from dash_export.builders.segments import Artifact
 from dash_export.builders.trt_api import Settings, Shapes, Toolkit, load_toolkit
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
@@ -36,7 +36,7 @@ def artifacts(
     if (reason := too_old(recipe, toolkit.version)) is not None:
         raise BackendError(reason)
     base = (LOWERING_REVISION, toolkit.backend, toolkit.version, device(recipe), recipe.dialect)
-    base_key = content_key(*base, weights_key(recipe), recipe.as_dict()["engine"], recipe.runtime.prefill_chunk)
+    base_key = content_key(*base, recipe.as_dict()["weights"], recipe.as_dict()["engine"], recipe.runtime.prefill_chunk)
     compile_it = partial(_compile, toolkit, recipe, folder / TIMING_CACHE)
     yield from lowered_artifacts(bundle, recipe, segments, folder, roundings, base_key, compile_it)
 

@@ -20,7 +20,7 @@ from dash_export.build_record import MIXED, POLICY, Build, Segment
 from dash_export.builders.gpu_graphs import MakeGraph, portable_graphs
 from dash_export.builders.onnxruntime import engine_graphs
 from dash_export.builders.portable_files import write_graph
-from dash_export.builders.segments import calibration_key, compose_segment
+from dash_export.builders.segments import calibration_key
 from dash_export.builders.stored_roundings import stored_roundings
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
@@ -30,7 +30,7 @@ from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.trt import lower
 from dash_export.graphs.trt.decompose import OPSET as trt10_opset  # noqa: N811
 from dash_export.graphs.writer import OPSET as graph_opset  # noqa: N811
-from dash_export.names import PREFILL, new_names, past_names, present_names
+from dash_export.names import new_names, past_names, present_names
 from dash_export.targets import Precision, Recipe, recipe_from_dict
 
 OPSETS = {"portable": graph_opset, "trt10": trt10_opset}
@@ -41,11 +41,6 @@ CAPACITY = 48
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.05, "int8": 0.06, "int4": 0.35}
 """Allowed error of what a segment adds to the hidden state (of logits, new K/V rows, damage), by its coarsest weights:
 root mean square, relative to the portable graph's. SmolLM2's worst: fp16 0.0099, int8 0.037, int4 0.17."""
-WHOLE_TOLERANCE = 0.35
-"""The same for the engine for prompts, in which the errors of all layers add up."""
-PROMPT_STEPS = ((0, 2), (2, 22), (24, 8))
-"""Like STEPS, for the engine for prompts: it never sees the first positions, and no short passes."""
-
 SMALLEST_UPDATE = 0.05
 """An update that is a smaller part of the state than this drowns in the state's own 16-bit rounding: a few channels of
 a few tokens are a thousand times larger than the rest."""
@@ -155,12 +150,6 @@ def _checks(
             errors = walk.compare(segment, name, graph_run(path), graph_run(other))
         progress(f"verify {name}", done, len(ordered))
         yield Check(name, errors, TOLERANCE[_coarsest(recipe, segment, name, gated)])
-    if PREFILL in engines:
-        progress(f"verify {PREFILL}", 0, 0)
-        segment = Segment.whole(bundle.manifest.model.num_layers)
-        with tempfile.TemporaryDirectory(prefix="dash-verify-") as folder:
-            portable = graph_run(write_graph(compose_segment(bundle, segment), Path(folder) / "portable.onnx"))
-            yield Check(PREFILL, walk.compare_prompts(portable, graph_run(engines[PREFILL])), WHOLE_TOLERANCE)
 
 
 def _check_standard(path: Path, name: str, recipe: Recipe) -> None:
@@ -195,7 +184,7 @@ class _Walk:
     def __init__(self, bundle: Bundle) -> None:
         self.model = bundle.manifest.model
         rng = np.random.default_rng(0)
-        self.ids = text_ids(bundle, max(start + count for start, count in (*STEPS, *PROMPT_STEPS)))
+        self.ids = text_ids(bundle, max(start + count for start, count in STEPS))
         self.states: list[npt.NDArray[Any]] = [self.ids[None, start : start + count] for start, count in STEPS]
         self.skipped = [rng.random((1, count, 1)) < 0.5 for _, count in STEPS]
 
@@ -221,22 +210,6 @@ class _Walk:
                 pairs.setdefault("K/V" if key.startswith("row") else key, []).append(pair)
         if name == segment.name:
             self.states = outputs
-        return {kind: _relative(found) for kind, found in sorted(pairs.items())}
-
-    def compare_prompts(self, portable: Run, lowered: Run) -> dict[str, float]:
-        """Errors of an engine of the whole model, from ids to logits, over PROMPT_STEPS but the first."""
-        caches = [self._empty_cache(range(self.model.num_layers)) for _ in range(2)]
-        pairs: dict[str, list[_Pair]] = {}
-        for start, count in PROMPT_STEPS:
-            inputs = step_inputs(start, count, CAPACITY) | {"input_ids": self.ids[None, start : start + count]}
-            one = self._step(portable, inputs | caches[0], caches[0], start, count)
-            if start == 0:
-                caches[1] = {name: array.copy() for name, array in caches[0].items()}
-                continue
-            other = self._step(lowered, inputs | caches[1], caches[1], start, count)
-            for key, expected in one.items():
-                pair = _Pair(expected, other[key], np.zeros(1, np.float32))
-                pairs.setdefault("K/V" if key.startswith("row") else key, []).append(pair)
         return {kind: _relative(found) for kind, found in sorted(pairs.items())}
 
     def _empty_cache(self, layers: Iterable[int]) -> Arrays:

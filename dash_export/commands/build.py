@@ -77,12 +77,6 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
     type=click.Choice(["nearest", "gptq"]),
     help="How int4 weights are chosen: each the nearest, or calibrated.",
 )
-@click.option(
-    "--prefill",
-    type=click.Choice(["same", "int8"]),
-    help="int8: prompts go through one more engine, whose layers multiply integers: faster, for more than as much "
-    "memory again. Answers differ a little, and with how a prompt is cut.",
-)
 @click.option("--verify", is_flag=True, help="Compare every engine with its portable graph and keep the result.")
 @click.option("--measure", is_flag=True, help="Measure costs and dial again: on a quieter machine, say.")
 @click.option(
@@ -108,7 +102,6 @@ def command(
     head: str | None,
     embedding: str | None,
     rounding: str | None,
-    prefill: str | None,
     verify: bool,
     measure: bool,
     kit: Path | None,
@@ -124,7 +117,7 @@ def command(
     from dash_export.builders.here import require_builder
     from dash_export.targets import load_recipe, with_weights
 
-    changes = {"weights": weights, "head": head, "embedding": embedding, "rounding": rounding, "prefill": prefill}
+    changes = {"weights": weights, "head": head, "embedding": embedding, "rounding": rounding}
     # What cannot be is told before minutes of export.
     recipe = with_weights(load_recipe(target), **changes)
     if measure and kit is not None:

@@ -25,7 +25,6 @@ from dash_export.commands.common import (
 from dash_export.commands.onnx_header import opsets
 from dash_export.decision import Unit, units_text
 from dash_export.errors import BundleError, StaleBuildError
-from dash_export.names import PREFILL
 from dash_export.targets import WeightsRecipe, recipe_from_dict
 
 
@@ -115,7 +114,6 @@ def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
         "units": [_unit(build, place, unit) for place, unit in enumerate(units)],
         "others": build.cost.others,
         "stolen": build.cost.stolen,
-        "prefill_bytes": build.engines[PREFILL].bytes if PREFILL in build.engines else 0,
         "dial": [asdict(point) for point in build.dial],
         "seconds": build.seconds,
     }
@@ -210,10 +208,6 @@ def _print_build(build: Build, units: Sequence[Unit], facts: dict[str, Any]) -> 
         "Size: what an engine reads of its files. Saved: units of as many layers share a figure.\n"
         + (build.cost.disturbed and f"{build.cost.disturbed}\n")
     )
-    if facts["prefill_bytes"]:
-        click.echo(
-            f"Prompts, but for their first positions, go through one engine in int8: {size(facts['prefill_bytes'])}.\n"
-        )
     if build.dial:
         columns = ("trade-off", "layers/token", "time vs dense", "KL (nats)")
         table = plain_table("Dial of the token policy (calibrated)", *columns, right=columns)

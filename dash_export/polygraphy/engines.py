@@ -15,7 +15,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.graph_runs import Arrays, step_inputs
 from dash_export.manifest import ModelFacts
-from dash_export.names import PREFILL, new_names, past_names, present_names, short_name
+from dash_export.names import new_names, past_names, present_names, short_name
 from dash_export.runtime.backends.base import Engine, Launch
 
 _LENGTHS = ("seqlens_k", "total_length")
@@ -34,7 +34,7 @@ class EngineFacts:
 
 
 def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
-    """An engine by its name in the build: a segment, a bypass, the policy, or the engine for prompts.
+    """An engine by its name in the build: a segment, a bypass or the policy.
 
     Raises BundleError that lists the names, or says which segment a layer was merged into.
     """
@@ -46,8 +46,6 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
         known[unit.bypass] = EngineFacts(name, unit.bypass, segment)
     nothing = Segment(policy.read, policy.read - 1, False, False, False)
     known[POLICY] = EngineFacts(name, POLICY, nothing)
-    whole = Segment.whole(bundle.manifest.model.num_layers)
-    known[PREFILL] = EngineFacts(name, whole.name, whole)
     if name in known and name in build.engines:
         return known[name]
     merged = [item.name for item in build.segments if name in (f"layer_{layer:02d}" for layer in item.layers)]

@@ -19,7 +19,7 @@ from dash_export.runtime.memory import ALWAYS_RUN, BoundSegment, StepMemory
 from dash_export.runtime.rules import Rule
 
 if TYPE_CHECKING:
-    from dash_export.runtime.engine_set import EngineSet, SegmentEngines
+    from dash_export.runtime.engine_set import EngineSet
 
 
 class _Answers(dict[bytes, tuple[Launch, ...]]):
@@ -68,11 +68,8 @@ class BoundStep:
         sequence: int,
         teacher_forced: bool = False,
         batch: int = 1,
-        segments: Sequence[SegmentEngines] | None = None,
     ) -> None:
-        """`teacher_forced` steps give the logits of all their tokens, others those of the last one. `segments`: other
-        ones than those of the layers.
-        """
+        """`teacher_forced` steps give the logits of all their tokens, others those of the last one."""
         self.sequence, self.batch = sequence, batch
         self._cache = cache
         self._memory = memory = StepMemory(engines, cache, sequence, batch, teacher_forced)
@@ -80,7 +77,7 @@ class BoundStep:
         self.damage: npt.NDArray[np.float32] = memory.damage.reshape(batch * sequence, len(engines.units)).T
         self.skipped: Skips = np.zeros(self.damage.shape, np.bool_)
         mixed = engines.mixed() if teacher_forced or batch > 1 else ()
-        self.segments = memory.bind(engines.segments if segments is None else segments, mixed)
+        self.segments = memory.bind(engines.segments, mixed)
         self.arrangement = Arrangement(self.segments)
 
     def launches(self) -> list[tuple[Launch, Launch | None]]:

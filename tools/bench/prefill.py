@@ -1,7 +1,6 @@
-"""Prefill: engines per unit against the same layers as one graph, the engine for prompts where the build has one,
-and what a long prompt costs.
+"""Prefill: engines per unit against the same layers as one graph, and what a long prompt costs.
 
-python tools/bench/prefill.py BUNDLE [--target cpu-prefill-int8]
+python tools/bench/prefill.py BUNDLE [--target cpu]
 """
 
 from __future__ import annotations
@@ -20,18 +19,14 @@ from rich.table import Table
 
 from dash_export.build_record import Build
 from dash_export.bundle import Bundle
-from dash_export.decision import DENSE_POSITIONS
 from dash_export.evaluation.alone import peak_memory
-from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.text import Text
 
 TEXT = Path(__file__).parents[2] / "tests" / "data" / "heldout.txt"
 PROMPT = 512
-JUDGED = resource_folder("calibration") / "heldout.txt"
-CONTEXT, FOLLOWING = 224, 32
-LAYERS, GRAPH, PROMPTS = "engines per unit", "one graph", "the engine for prompts"
+LAYERS, GRAPH = "engines per unit", "one graph"
 
 
 @click.command()
@@ -40,9 +35,7 @@ LAYERS, GRAPH, PROMPTS = "engines per unit", "one graph", "the engine for prompt
 @click.option("--rounds", default=6, show_default=True, help="Interleaved prompts per process.")
 @click.option("--processes", default=8, show_default=True, help="Fresh ones that load every variant.")
 def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
-    """Prompts up to the model's context, in the recipe's chunks; 512 tokens at once, interleaved; and what follows a
-    prompt, where the build has an engine for prompts.
-    """
+    """Prompts up to the model's context, in the recipe's chunks, and 512 tokens at once, interleaved."""
     opened = Bundle.open(bundle)
     long = _long_prompts(bundle, target)  # first: what lowers the whole model below takes memory too
     found: dict[str, list[list[float]]] = {}
@@ -57,8 +50,6 @@ def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{PROMPT} tokens, {name}: {rate:.0f} tokens/s, {mean(ratios):.3f} of one graph's time ({spread})")
         result[name] = {"rate": round(rate, 1), "of_whole": round(mean(ratios), 4)}
-    if PROMPTS in found:
-        result["after"] = _after_a_prompt(bundle, target)
     print_json("prefill", result)
 
 
@@ -85,39 +76,6 @@ def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
     return rows
 
 
-def _after_a_prompt(bundle: Path, target: str) -> dict[str, float]:
-    """What the engine for prompts costs: KL (nats per token) and perplexity of FOLLOWING tokens after CONTEXT ones,
-    dense, against the same tokens after a prompt that went through the layers' engines.
-    """
-    runtime = DashRuntime.load(bundle, target, verify=False)
-    assert isinstance(runtime.engines, EngineSet)
-    ids = np.asarray(runtime.text.encode(JUDGED.read_text(encoding="utf-8")), np.int64)
-    passages = ids[: len(ids) // (CONTEXT + FOLLOWING) * (CONTEXT + FOLLOWING)].reshape(-1, CONTEXT + FOLLOWING)
-
-    def answers() -> npt.NDArray[np.float32]:
-        """log softmax [passages, FOLLOWING, vocab]"""
-        rows = []
-        for passage in passages:
-            session = runtime.session()
-            logits = [session.prefill(passage[:CONTEXT])]
-            logits += [session.decode_one(int(token))[0] for token in passage[CONTEXT:-1]]
-            rows.append(np.stack(logits))
-        found = np.stack(rows)
-        found -= found.max(axis=-1, keepdims=True)
-        found -= np.log(np.exp(found).sum(axis=-1, keepdims=True))
-        return found
-
-    fast = answers()
-    runtime.engines._for_prompts = None
-    exact = answers()
-    kl = float((np.exp(exact) * (exact - fast)).sum(axis=-1).mean())
-    likelihoods = [np.take_along_axis(each, passages[:, CONTEXT:, None], axis=-1).mean() for each in (exact, fast)]
-    rise = float(np.exp(likelihoods[0] - likelihoods[1]) - 1)
-    count = passages[:, CONTEXT:].size
-    print(f"{count} tokens after prompts of {CONTEXT}: KL {kl:.4f} nats, perplexity {rise:+.2%}")
-    return {"kl": round(kl, 5), "perplexity": round(rise, 5), "tokens": count}
-
-
 def timed_once(
     bundle: Path, target: str, whole: tuple[Path, Build], rounds: int, number: int
 ) -> dict[str, list[float]]:
@@ -125,8 +83,6 @@ def timed_once(
     layers, graph = load_both(bundle, target, whole, number)
     ids = _tokens(Text(bundle), PROMPT)
     runs = {LAYERS: _prompt(layers, ids), GRAPH: _prompt(graph, ids)}
-    if layers.prefills_apart:
-        runs[PROMPTS] = _prompt(layers, ids, apart=True)
     return dict(zip(runs, interleaved(list(runs.values()), rounds, block=1, settle=1), strict=True))
 
 
@@ -135,19 +91,14 @@ def _tokens(text: Text, count: int) -> npt.NDArray[np.int64]:
     return np.resize(np.asarray(text.encode(TEXT.read_text(encoding="utf-8")), np.int64), count)
 
 
-def _prompt(engines: EngineSet, ids: npt.NDArray[np.int64], apart: bool = False) -> Callable[[], object]:
-    """One prompt; `apart`: all but its first positions through the engine for prompts, as sessions do it."""
-    first = DENSE_POSITIONS if apart else 0
+def _prompt(engines: EngineSet, ids: npt.NDArray[np.int64]) -> Callable[[], object]:
     cache = engines.cache(PROMPT)
     cache.reserve(PROMPT)
-    steps = [engines.prefill_step(cache, PROMPT - first)] if apart else [engines.step(cache, PROMPT)]
-    if first:
-        steps.insert(0, engines.step(cache, first))
+    step = engines.step(cache, PROMPT)
 
     def run() -> None:
         cache.length = 0
-        for step, tokens in zip(steps, np.split(ids, [first])[-len(steps) :], strict=True):
-            step.prefill(tokens)
+        step.prefill(ids)
 
     return run
 

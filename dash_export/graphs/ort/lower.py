@@ -30,14 +30,13 @@ def lower(
     recipe: WeightsRecipe,
     gated: Collection[int],
     roundings: Roundings = to_nearest,
-    for_prompts: bool = False,
 ) -> ir.Model:
     """A portable segment, bypass or policy graph -> the `ort` dialect, in place.
 
     Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_length` [1] int32
     replace mask, positions and write indices), the cache writes of a bypass outputs, Add + RMSNormalization one
     node, projections that read the same value one matrix, weights are quantised, as `roundings` says where it has one
-    for a matrix. `for_prompts`: what is int8 is multiplied in integers, activations and all (`quantize_weights`).
+    for a matrix.
     """
     graph = model.graph
     graph.opset_imports[CONTRIB] = 1
@@ -48,7 +47,7 @@ def lower(
     _silu(graph)
     _fuse_skip_norms(graph)
     transpose_tables(graph)
-    quantize_weights(graph, recipe, gated, scaled(roundings, folded), for_prompts)
+    quantize_weights(graph, recipe, gated, scaled(roundings, folded))
     drop_unused_inputs(graph)
     drop_unused(graph)
     for value in (*graph.inputs, *graph.outputs):

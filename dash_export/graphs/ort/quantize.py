@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from itertools import takewhile
 from typing import Any
 
@@ -50,23 +50,14 @@ def quantize_weights(
     recipe: WeightsRecipe,
     gated: Collection[int],
     roundings: Roundings = to_nearest,
-    for_prompts: bool = False,
 ) -> None:
-    """Quantise every weight matrix at the precision its part of the model has in the recipe.
-
-    `for_prompts`: int8 weights of layers have one scale per column and meet activations with one scale for all of them,
-    which for many tokens at once is three times as fast as blocks. Not where single activations tower over the rest:
-    the MLP's last matrix, whose input is a product.
-    """
+    """Quantise every weight matrix at the precision its part of the model has in the recipe."""
     for node in list(graph):
         if node.op_type == "MatMul":
             precision = weight_precision(str(node.name), recipe, gated)
             matrix = constant_value(node.inputs[1])
             if precision in BITS and matrix is not None and _is_weight(matrix, recipe.block_size):
-                if for_prompts and str(node.name).startswith("layer_") and not str(node.name).endswith("down_proj"):
-                    _dynamic_matmul(graph, node, matrix)
-                else:
-                    _matmul(graph, node, matrix, BITS[precision], recipe, roundings)
+                _matmul(graph, node, matrix, BITS[precision], recipe, roundings)
         elif node.op_type == "Gather" and node.name == "embed" and recipe.embedding in BITS:
             _embedding(graph, node, BITS[recipe.embedding], recipe)
     drop_unused(graph)
@@ -96,7 +87,7 @@ def _quantized(
 def _matmul(
     graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, recipe: WeightsRecipe, roundings: Roundings
 ) -> None:
-    """MatMul, with the constant added to it if there is one, -> MatMulNBits."""
+    """MatMul -> MatMulNBits, which takes over a constant that is added to it if there is one."""
     source, weight = node.inputs
     assert weight is not None
     packed, scales, zeros = _quantized(str(node.name), matrix, bits, recipe, roundings)
@@ -113,33 +104,11 @@ def _matmul(
         "block_size": recipe.block_size,
         "accuracy_level": ACCURACY_LEVEL,
     }
-    _replace_product(graph, node, "MatMulNBits", inputs, attributes)
-
-
-def _dynamic_matmul(graph: ir.Graph, node: ir.Node, matrix: Float32Array) -> None:
-    """MatMul, with the constant added to it if there is one, -> DynamicQuantizeMatMul."""
-    source, weight = node.inputs
-    assert weight is not None
-    scales = np.abs(matrix).max(axis=0) / np.float32(127)
-    scales[scales == 0] = 1
-    codes = np.rint(matrix / scales).astype(np.int8)
-    inputs = [
-        source,
-        add_constant(graph, f"{weight.name}.columns", codes),
-        add_constant(graph, f"{weight.name}.columns.scales", scales),
-    ]
-    _replace_product(graph, node, "DynamicQuantizeMatMul", inputs, {})
-
-
-def _replace_product(
-    graph: ir.Graph, node: ir.Node, operator: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
-) -> None:
-    """MatMul -> another product, which takes over a constant that is added to it: as its input after next."""
     add = only_user(node)
     constant = add is not None and add.op_type == "Add" and constant_value(add.inputs[1]) is not None
     bias = add.inputs[1] if add is not None and constant else None
     with_bias = inputs if bias is None else [*inputs, None, bias]
-    new = ir.node(operator, with_bias, attributes, domain=CONTRIB, name=node.name)
+    new = ir.node("MatMulNBits", with_bias, attributes, domain=CONTRIB, name=node.name)
     if add is not None and bias is not None:
         replace(graph, add, new)
         graph.remove(node, safe=True)

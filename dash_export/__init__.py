@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dash_export.builders import build
+    from dash_export.building import build
     from dash_export.exporting import export
     from dash_export.runtime import DashRuntime
 
-_LAZY = {"DashRuntime": "dash_export.runtime", "build": "dash_export.builders", "export": "dash_export.exporting"}
+_LAZY = {"DashRuntime": "dash_export.runtime", "build": "dash_export.building", "export": "dash_export.exporting"}
 
 __all__ = ["DashRuntime", "__version__", "build", "export"]
 

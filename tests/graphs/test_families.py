@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dash_export import DashRuntime
-from dash_export.builders import build
+from dash_export.building import build
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle

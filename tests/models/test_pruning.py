@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.builders import build
+from dash_export.building import build
 from dash_export.decision import Unit, layer_actions
 from dash_export.errors import PolicyError
 from dash_export.exporting import export

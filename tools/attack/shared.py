@@ -41,7 +41,8 @@ FORK.set_forkserver_preload(
         "tests.tiny",
         "shared",
         "onnxruntime",
-        "dash_export.builders.onnxruntime",
+        "dash_export.building.engine_graphs",
+        "dash_export.graphs.ort",
         "dash_export.commands.frontier",
         "dash_export.commands.pictures",
         "dash_export.evaluation.pictures",
@@ -124,7 +125,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     """
     import torch
 
-    from dash_export.builders import build, dial
+    from dash_export.building import build, dial
     from dash_export.exporting import export
     from dash_export.models import open_checkpoint
     from dash_export.policy.settings import TrainingSettings

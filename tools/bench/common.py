@@ -20,7 +20,7 @@ import onnxruntime
 
 from dash_export import __version__
 from dash_export.build_record import Build, EngineRecord, Segment
-from dash_export.builders.onnxruntime import lowering_for, write_segment
+from dash_export.building.engine_graphs import compose_segment, lower, save_extending
 from dash_export.bundle import Bundle
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
@@ -45,7 +45,8 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     with tempfile.TemporaryDirectory(prefix="dash-export-bench-", dir=root) as name:
         folder = Path(name)
         (folder / "rope.data").write_bytes(bundle.path("onnx/rope.data").read_bytes())
-        path = write_segment(lowering_for(bundle, recipe), bundle, segment, folder)[0]
+        lowered = lower(compose_segment(bundle, segment), recipe, bundle.manifest.policy.layers)
+        path = save_extending(lowered, folder / f"{segment.name}.onnx")[0]
         record = EngineRecord(str(path.relative_to(root)), 0, "")
         yield root, replace(build, segments=(segment,), engines={segment.name: record})
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dash_export.builders import build
+    from dash_export.building import build
     from dash_export.errors import DashError
     from dash_export.exporting import export
     from dash_export.runtime import DashRuntime, Sampling
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _LAZY = {
     **dict.fromkeys(("DashRuntime", "Sampling"), "dash_export.runtime"),
     "DashError": "dash_export.errors",
-    "build": "dash_export.builders",
+    "build": "dash_export.building",
     "export": "dash_export.exporting",
 }
 

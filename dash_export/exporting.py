@@ -30,7 +30,6 @@ from dash_export.artifacts import (
 from dash_export.bundle import MANIFEST, TEXT_FILES, Bundle, to_json
 from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
-from dash_export.graphs.policy import policy_graph
 from dash_export.graphs.writer import save_graph, save_tables
 from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts, sealed
 from dash_export.models import Checkpoint, open_checkpoint
@@ -204,7 +203,7 @@ def _jobs(
         name = unit.bypass
         yield name, (name, facts.fingerprint), graph(name, partial(portable.bypass_graph, checkpoint, unit, bypass))
     if policy.network is not None:
-        yield "policy", ("policy", facts.fingerprint), graph("policy", partial(policy_graph, spec, policy))
+        yield "policy", ("policy", facts.fingerprint), graph("policy", partial(portable.policy_graph, spec, policy))
     yield "head", (), graph("head", partial(portable.head_graph, checkpoint))
 
 

@@ -1,12 +1,9 @@
-"""Names of inputs, outputs and files that graphs, builders and the runtime agree on."""
+"""Names of inputs, outputs and files that graphs, builds and the runtime agree on."""
 
 from __future__ import annotations
 
 DEFAULT_TARGET = "cpu"
 """The target of every command that is given none."""
-
-PREFILL = "prefill"
-"""The engine of the whole model that a build may have for prompts."""
 
 REPORT = "a dash-export report"
 """In the beginning of each file that a measuring command writes: only such a one does it write over."""

@@ -22,8 +22,7 @@ from dash_export.errors import RecipeError
 from dash_export.resources import resource_folder
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-Rounding = Literal["nearest", "gptq", "distilled"]
-Prefill = Literal["same", "int8"]
+Rounding = Literal["nearest", "gptq"]
 Dispatch = Literal["sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
@@ -42,10 +41,8 @@ class WeightsRecipe:
 
     `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention
     (their errors enter the cache and every later token), and the layers that are in no unit (they are the
-    sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, by what the layer is fed (GPTQ), or
-    so and then with scales tuned by distillation (needs torch). `prefill` int8: prompts go through one more graph, of
-    the whole model, whose layers multiply integers (CPU). `prepacked`: stored once more as the kernels of the machine
-    that builds take them, and mapped from there, so that engines and processes share them (CPU).
+    sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, or by what the layer is fed
+    (GPTQ).
     """
 
     layers: Precision = "int4"
@@ -57,8 +54,6 @@ class WeightsRecipe:
     block_size: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = False
     rounding: Rounding = "nearest"
-    prefill: Prefill = "same"
-    prepacked: bool = False
 
     @property
     def has_int4(self) -> bool:
@@ -140,6 +135,8 @@ _BOUNDS = {
     "aux_streams": (0, 7),
     "workspace_mib": (16, 1 << 17),
 }
+_RETIRED = [("prepacked", False), ("prefill", "same")]
+"""Keys of [weights] in the records of earlier builds, at the values that did nothing."""
 _T = TypeVar("_T")
 
 
@@ -179,6 +176,9 @@ def load_recipe(target: str) -> Recipe:
 
 def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe's keys and values; `where` names it in errors."""
+    weights = data.get("weights")
+    if isinstance(weights, dict):
+        data = data | {"weights": {key: value for key, value in weights.items() if (key, value) not in _RETIRED}}
     recipe = _parse(Recipe, data, where)
     wrong = _contradiction(recipe)
     if wrong:
@@ -189,8 +189,6 @@ def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
 def _contradiction(recipe: Recipe) -> str | None:
     """What no single key can tell: whether the parts of a recipe go together."""
     weights, engine = recipe.weights, recipe.engine
-    if weights.prepacked and recipe.dialect != "ort":
-        return f"prepacked = true is for dialect 'ort'; {recipe.dialect!r} takes false."
     parts = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
     precisions: dict[str, str] = {part: getattr(weights, part) for part in parts}
     if recipe.backend == "onnxruntime":
@@ -206,15 +204,9 @@ def _contradiction(recipe: Recipe) -> str | None:
             return f"{finer[0]} = {precisions[finer[0]]!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
         if recipe.runtime.dispatch != "sync":
             return f"dispatch {recipe.runtime.dispatch!r} needs a GPU backend."
-        if recipe.dialect == "portable" and weights.prefill != "same":
-            return "prefill = 'int8' is a lowered graph: dialect 'portable' takes 'same'."
         return None
     if engine is None:
         return f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
-    if weights.rounding == "distilled":
-        return f"rounding = 'distilled' is for the CPU so far; {recipe.backend} takes 'gptq' or 'nearest'."
-    if weights.prefill != "same":
-        return f"prefill = {weights.prefill!r} is for the CPU; {recipe.backend} takes 'same'."
     if recipe.dialect == "ort":
         return f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
     bad = [item for item in engine.capabilities if not re.fullmatch(r"[1-9]\d?\.\d", item)]
@@ -248,7 +240,6 @@ def with_weights(
     head: str | None = None,
     embedding: str | None = None,
     rounding: str | None = None,
-    prefill: str | None = None,
 ) -> Recipe:
     """The recipe with the options of `build` of these names: at other precisions, rounded otherwise. Its name tells, so
     that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
@@ -262,14 +253,13 @@ def with_weights(
         chosen |= dict.fromkeys([part for part in moved if recipe.engine is None or part != "embedding"], weights)
     given = {"head": head, "embedding": embedding}
     chosen |= {part: precision for part, precision in given.items() if precision is not None}
-    chosen |= {key: value for key, value in (("rounding", rounding), ("prefill", prefill)) if value is not None}
+    chosen |= {} if rounding is None else {"rounding": rounding}
     changed = _parse(WeightsRecipe, chosen, "the command line")
     if changed == recipe.weights:
         return recipe
     suffix: list[str] = [changed.layers] if changed.layers != recipe.weights.layers else []
     suffix += [f"{part}-{precision}" for part, precision in given.items() if precision is not None]
     suffix += [changed.rounding] if changed.rounding != recipe.weights.rounding else []
-    suffix += [f"prefill-{changed.prefill}"] if changed.prefill != recipe.weights.prefill else []
     renamed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=changed)
     wrong = _contradiction(renamed)
     if rounding not in (None, "nearest") and not changed.has_int4:
@@ -286,10 +276,10 @@ def build_options(name: str) -> str | None:
     precision = "|".join(get_args(Precision))
     parts = re.fullmatch(
         rf"(.+?)(?:-({precision}))?(?:-head-({precision}))?(?:-embedding-({precision}))?"
-        rf"(?:-({'|'.join(get_args(Rounding))}))?(?:-prefill-({'|'.join(get_args(Prefill))}))?",
+        rf"(?:-({'|'.join(get_args(Rounding))}))?",
         name,
     )
-    names = ("target", "weights", "head", "embedding", "rounding", "prefill")
+    names = ("target", "weights", "head", "embedding", "rounding")
     if parts is None or parts[1] not in recipe_names():
         return None
     given = zip(names, parts.groups(), strict=True)

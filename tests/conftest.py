@@ -65,7 +65,7 @@ def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_fac
 def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]]:
     """`smollm2_runtime(target)`: `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built on first use."""
     from dash_export import DashRuntime
-    from dash_export.builders import build, dial
+    from dash_export.building import build, dial
 
     @cache
     def built(target: str) -> None:

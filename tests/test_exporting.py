@@ -253,7 +253,7 @@ def test_heldout_text_is_not_calibration_text() -> None:
     from dash_export.resources import resource_folder
 
     folder = resource_folder("calibration")
-    seen = "\n".join((folder / f"{name}.txt").read_text(encoding="utf-8") for name in ("prose", "quantise", "distil"))
+    seen = "\n".join((folder / f"{name}.txt").read_text(encoding="utf-8") for name in ("prose", "quantise"))
     held_out = [DATA / "heldout.txt", folder / "heldout.txt"]
     paragraphs = [part.strip() for path in held_out for part in path.read_text(encoding="utf-8").split("\n\n")]
     assert len(paragraphs) > 60

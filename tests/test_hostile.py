@@ -15,10 +15,10 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.artifacts import JOURNAL
-from dash_export.builders import build, rounding
+from dash_export.building import build, calibrate
 from dash_export.bundle import BUILD, Bundle
 from dash_export.errors import BackendError, BundleError, DashError
-from dash_export.graphs.compose import load_graph
+from dash_export.graphs.surgery import load_graph
 from dash_export.runtime import backends
 from tests.forged import edit, rehash
 
@@ -167,7 +167,7 @@ def test_graph_that_onnx_runtime_does_not_run(
     change: Callable[[onnx.ModelProto], object], how: dict[str, Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it is rounded, measured or compared."""
-    monkeypatch.setattr(rounding, "WINDOWS", rounding.BATCH)
+    monkeypatch.setattr(calibrate, "WINDOWS", calibrate.BATCH)
     rewritten(bundle, GRAPH, change)
     shutil.rmtree(bundle / "engines")
     with pytest.raises(BackendError, match=r"layer_02.* failed|refuses (layer_02|portable)"):

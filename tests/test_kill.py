@@ -19,7 +19,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.artifacts import FileRecord
-from dash_export.builders import build, dial
+from dash_export.building import build, dial
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.exporting import export
@@ -30,7 +30,7 @@ from tests.tiny import random_ids, save_model, tiny_policy
 
 MOMENTS = 20
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["tests.tiny", "tests.victims", "dash_export.builders.onnxruntime"])
+FORK.set_forkserver_preload(["tests.tiny", "tests.victims", "dash_export.building.calibrate", "dash_export.graphs.ort"])
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 

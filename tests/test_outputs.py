@@ -18,7 +18,7 @@ import pytest
 
 from dash_export import exporting, outputs
 from dash_export.artifacts import write_atomic
-from dash_export.builders import build
+from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, BusyError, CheckpointError, OutputError, PolicyError
 from dash_export.exporting import export

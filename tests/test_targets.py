@@ -219,10 +219,7 @@ def test_other_weights_have_another_name() -> None:
         ("cpu", {"weights": "fp32"}),
         ("cpu", {"head": "int8"}),
         ("cpu-q4_0", {"weights": "int8", "head": "fp32", "embedding": "fp32"}),
-        ("cpu", {"embedding": "fp32", "rounding": "distilled"}),
-        ("cpu", {"prefill": "int8"}),
-        ("cpu", {"weights": "int8", "prefill": "int8"}),
-        ("cpu", {"rounding": "distilled", "prefill": "int8"}),
+        ("cpu", {"embedding": "fp32", "rounding": "nearest"}),
         ("jetson-agx-orin", {"weights": "int8"}),
     ],
 )
@@ -241,13 +238,10 @@ def test_bad_weights_on_the_command_line() -> None:
     with pytest.raises(RecipeError, match="int3"):
         with_weights(load_recipe("cpu"), "int3", None, None)
     with pytest.raises(RecipeError, match="nothing is 'int4'"):
-        with_weights(load_recipe("cpu"), "fp32", None, None, "distilled")
-    assert with_weights(load_recipe("cpu"), "fp32", "int4", None, "distilled").name == "cpu-fp32-head-int4-distilled"
+        with_weights(load_recipe("cpu"), "fp32", None, None, "gptq")
+    assert with_weights(load_recipe("cpu"), "fp32", "int4", None, "nearest").name == "cpu-fp32-head-int4-nearest"
     with pytest.raises(RecipeError, match="as they are"):
         with_weights(load_recipe("portable"), None, "int8", None)
-    for target, said in (("portable", "lowered graph"), ("l4", "for the CPU")):
-        with pytest.raises(RecipeError, match=said):
-            with_weights(load_recipe(target), prefill="int8")
 
 
 def test_the_documentation_has_every_key() -> None:

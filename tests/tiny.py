@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dash_export.builders import build
+from dash_export.building import build
 from dash_export.decision import Unit, layer_actions
 from dash_export.exporting import export
 from dash_export.models import Checkpoint, open_checkpoint

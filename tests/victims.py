@@ -40,7 +40,7 @@ def export_victim(model: str, output: str, form: str, moment: int, counted: str)
 
 
 def build_victim(bundle: str, moment: int, counted: str) -> None:
-    from dash_export.builders import build, dial
+    from dash_export.building import build, dial
 
     dial.WINDOWS, dial.SHARES = 1, (0.5,)
     count = arm(bundle, moment)

@@ -74,15 +74,8 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")
 @click.option(
     "--rounding",
-    type=click.Choice(["nearest", "gptq", "distilled"]),
-    help="How int4 weights are chosen. distilled: gptq, then all scales learn the unrounded model's answers (CPU "
-    "targets; needs dash-export[train]).",
-)
-@click.option(
-    "--prefill",
-    type=click.Choice(["same", "int8"]),
-    help="int8: prompts go through one more engine, whose layers multiply integers: faster, for more than as much "
-    "memory again. Answers differ a little, and with how a prompt is cut.",
+    type=click.Choice(["nearest", "gptq"]),
+    help="How int4 weights are chosen: each the nearest, or calibrated.",
 )
 @click.option("--verify", is_flag=True, help="Compare every engine with its portable graph and keep the result.")
 @click.option("--measure", is_flag=True, help="Measure costs and dial again: on a quieter machine, say.")
@@ -109,7 +102,6 @@ def command(
     head: str | None,
     embedding: str | None,
     rounding: str | None,
-    prefill: str | None,
     verify: bool,
     measure: bool,
     kit: Path | None,
@@ -122,20 +114,21 @@ def command(
     unchanged are reused; a build that was killed goes on where it stopped. For a GPU this machine does not have, it
     writes a build kit to copy to the one that has it.
     """
-    from dash_export.builders.here import require_builder
+    from dash_export.building.backend import backend_of
     from dash_export.targets import load_recipe, with_weights
 
-    changes = {"weights": weights, "head": head, "embedding": embedding, "rounding": rounding, "prefill": prefill}
+    changes = {"weights": weights, "head": head, "embedding": embedding, "rounding": rounding}
     # What cannot be is told before minutes of export.
     recipe = with_weights(load_recipe(target), **changes)
     if measure and kit is not None:
         raise click.UsageError("--measure is for the machine that runs the engines, --kit for one that does not.")
-    if recipe.engine is None:
+    backend = backend_of(recipe)
+    if not backend.on_device:
         if kit is not None:
             raise click.UsageError(
                 f"--kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle."
             )
-        require_builder(recipe)
+        backend.require()
     if is_bundle(source):
         given = [
             name
@@ -149,7 +142,7 @@ def command(
         bundle = Bundle.open(source)
     else:
         bundle = export_model(ctx, source, output, options)
-    from dash_export.builders import build
+    from dash_export.building import build
 
     ctx.meta[OUTPUT] = str(bundle.root)
     try:
@@ -158,7 +151,7 @@ def command(
         with progress_bar(f"build {target}") as progress:
             made = build(bundle, target, **changes, verify=verify, measure=measure, progress=progress)
     except NotHereError as reason:
-        from dash_export.builders.kit import RECORD
+        from dash_export.building.kit import RECORD
 
         if kit is None and (bundle.root.parent / RECORD).is_file():
             raise  # this is the kit already, on a machine that is not the target
@@ -169,7 +162,7 @@ def command(
 
 def _kit(bundle: Bundle, target: str, changes: dict[str, str | None], reason: str, output: Path | None) -> None:
     """A folder to copy to a machine that can build for the target."""
-    from dash_export.builders.kit import SCRIPT, write_kit
+    from dash_export.building.kit import SCRIPT, write_kit
 
     click.echo(reason, err=True)
     options = [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
@@ -193,10 +186,10 @@ def _summary(bundle: Bundle, build: Build) -> None:
         worst = max(error for errors in verified["engines"].values() for error in errors.values())
         click.echo(f"Verified: {len(verified['engines'])} engines, {verified['compared']}; largest error {worst:.2g}.")
     if not cost.segment_us:
-        from dash_export.builders.here import run_obstacle
+        from dash_export.building.backend import backend_of
         from dash_export.targets import recipe_from_dict
 
-        obstacle = run_obstacle(recipe_from_dict(build.recipe, build.target))
+        obstacle = backend_of(recipe_from_dict(build.recipe, build.target)).run_obstacle()
         why = f": {obstacle}" if obstacle else "."
         click.echo(f"For {build.device}. Costs are not measured here{why} `build` measures them where it can.")
         return

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from dash_export.builders.here import how_to_install, needs_another_machine, obstacle, run_obstacle, too_old
-from dash_export.builders.trt_api import EXTRAS
+from dash_export.building.backend import Backend, backend_of
 from dash_export.commands import hardware
 from dash_export.commands.common import plain_table, print_table, result_console, size
 from dash_export.commands.jetson import jetson
 from dash_export.errors import RecipeError
 from dash_export.runtime.backends import BACKENDS
-from dash_export.targets import Recipe, load_recipe, recipe_names
+from dash_export.targets import load_recipe, recipe_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,10 +79,10 @@ def _target(name: str, imports: dict[str, hardware.Import | None]) -> dict[str, 
     """
     kit, install = False, ""
     try:
-        recipe = load_recipe(name)
-        reasons = build, run = _obstacles(recipe, imports)
-        kit = needs_another_machine(recipe) and not _missing(recipe) and find_spec("onnxruntime") is not None
-        install = _install(recipe, build, run)
+        backend = backend_of(load_recipe(name))
+        reasons = build, run = _obstacles(backend, imports)
+        kit = backend.needs_another_machine() and not _missing(backend) and find_spec("onnxruntime") is not None
+        install = _install(backend, build, run)
     except RecipeError as error:
         reasons = (str(error), str(error))
     except Exception as error:  # this machine is odd in a way nobody thought of: say so, go on with the others
@@ -100,41 +99,41 @@ def _target(name: str, imports: dict[str, hardware.Import | None]) -> dict[str, 
     }
 
 
-def _obstacles(recipe: Recipe, imports: dict[str, hardware.Import | None]) -> tuple[str | None, str | None]:
+def _obstacles(backend: Backend, imports: dict[str, hardware.Import | None]) -> tuple[str | None, str | None]:
     """Why the recipe can neither be built nor run here: both None where it can."""
-    build, run = obstacle(recipe), run_obstacle(recipe)
-    package = BACKENDS[recipe.backend][1] if recipe.backend in BACKENDS else recipe.backend
+    recipe, build, run = backend.recipe, backend.build_obstacle(), backend.run_obstacle()
+    package = BACKENDS[recipe.backend][1]
     found = imports.get(package)
     if found is not None and found.error is not None:
         broken = f"the package {package} cannot be imported."
         compiles = recipe.backend != "onnxruntime_cuda"
         build, run = build or (broken if compiles else None), run or broken
-    elif found is not None and recipe.backend == "tensorrt" and found.version is not None:
-        build = build or too_old(recipe, found.version)
     elif found is not None and recipe.backend == "onnxruntime_cuda" and "CUDAExecutionProvider" not in found.providers:
         run = run or "this ONNX Runtime does not offer CUDA."
-    if build is None and (missing := _missing(recipe)):
+    elif found is not None and found.version is not None:
+        build = build or backend.refused_version(found.version)
+    if build is None and (missing := _missing(backend)):
         build = f"{', '.join(missing)} not installed."
     return build, run
 
 
-def _missing(recipe: Recipe) -> list[str]:
+def _missing(backend: Backend) -> list[str]:
     """Packages of the `export` extra that lowering needs. The target `portable` takes graphs as they are."""
-    lowered = recipe.engine is not None or recipe.dialect != "portable"
+    lowered = backend.on_device or backend.recipe.dialect != "portable"
     return [package for package in LOWERING if find_spec(package) is None] if lowered else []
 
 
-def _install(recipe: Recipe, build: str | None, run: str | None) -> str:
+def _install(backend: Backend, build: str | None, run: str | None) -> str:
     """One line for everything that installing can put right; "" where nothing can. What a reason says to install is
     what is missing: for a device that is not here no reason says anything.
     """
-    extras = {"export"} if _missing(recipe) else set()
-    if build is not None and recipe.backend in EXTRAS and how_to_install(recipe) in build:
-        if not how_to_install(recipe).startswith("pip"):
-            return how_to_install(recipe)
-        extras.add(EXTRAS[recipe.backend])
-    if run is not None and recipe.backend in BACKENDS and f"[{BACKENDS[recipe.backend][2]}]" in run:
-        extras.add(BACKENDS[recipe.backend][2])
+    extras = {"export"} if _missing(backend) else set()
+    if build is not None and (command := backend.how_to_install()) in build:
+        if not command.startswith("pip"):
+            return command
+        extras.add(backend.extra)
+    if run is not None and f"[{backend.extra}]" in run:
+        extras.add(backend.extra)
     return f"pip install 'dash-export[{','.join(sorted(extras))}]'" if extras else ""
 
 

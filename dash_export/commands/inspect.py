@@ -26,7 +26,6 @@ from dash_export.commands.common import (
 from dash_export.decision import Unit, units_text
 from dash_export.errors import BundleError, StaleBuildError
 from dash_export.manifest import Build, Segment
-from dash_export.names import PREFILL
 from dash_export.targets import WeightsRecipe, recipe_from_dict
 
 _OPSET_IMPORT = 8
@@ -191,7 +190,6 @@ def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
         ],
         "others": cost.others,
         "stolen": cost.stolen,
-        "prefill_bytes": engines[PREFILL].bytes if PREFILL in engines else 0,
         "dial": [asdict(point) for point in build.dial],
         "seconds": build.seconds,
     }
@@ -261,10 +259,6 @@ def _print_build(build: Build, units: Sequence[Unit], facts: dict[str, Any]) -> 
     click.echo(measured if build.cost.segment_us else f"For {build.device}; costs not measured.")
     click.echo("Size: what an engine reads of its files. Saved: units of as many layers share a figure.")
     click.echo(build.cost.disturbed and f"{build.cost.disturbed}\n")
-    if facts["prefill_bytes"]:
-        click.echo(
-            f"Prompts, but for their first positions, go through one engine in int8: {size(facts['prefill_bytes'])}.\n"
-        )
     if build.dial:
         columns = ("trade-off", "layers/token", "time vs dense", "KL (nats)")
         table = plain_table("Dial of the token policy (calibrated)", *columns, right=columns)

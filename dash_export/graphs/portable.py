@@ -1,4 +1,5 @@
-"""The portable graphs of a decoder: `embed`, `layer_NN`, `bypass_AA-BB`, `head`. ONNX opset 24, nothing traced.
+"""The portable graphs of a decoder: `embed`, `layer_NN`, `bypass_AA-BB`, `policy`, `head`. ONNX
+opset 24, nothing traced.
 
 Shapes, everywhere: batch x sequence x hidden for states, batch x kv_heads x capacity x head_dim for a cache. A cache
 has one row per position, a step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 1, sequence,
@@ -18,7 +19,7 @@ from dash_export.graphs.writer import GraphWriter, external, lazy_weight
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import past_names, present_names
-from dash_export.policy import Bypass, key_value_size
+from dash_export.policy import Bypass, SkipPolicy, key_value_size
 
 ROPE_FILE = "rope.data"
 EMBED_FILE = "embed.data"
@@ -144,6 +145,21 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
         )
         keys, values = _write_rows(g, spec, layer, f"{name}/layer_{layer:02d}", keys, values, steps)
         _cache_outputs(g, spec, layer, keys, values)
+    return g.model()
+
+
+def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
+    """What enters the policy's layer `read`, hidden [batch, sequence, hidden], -> damage [batch, sequence, units]
+    float32, nats: the formula of `dash_export/policy.py`.
+    """
+    network = policy.network
+    assert network is not None
+    g = GraphWriter("policy", f"Damage of skipping each unit ({policy.origin}).")
+    hidden = g.input("hidden", (*HIDDEN_SHAPE, spec.hidden_size))
+    state = _unit_norm(g, spec, hidden, "policy/norm")
+    score = g.op("MatMul", [state, g.initializer("policy.weight", network["weight"])], "policy/score")
+    score = g.op("Add", [score, g.initializer("policy.bias", network["bias"])], "policy/biased")
+    g.output(g.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, len(policy.units)))
     return g.model()
 
 

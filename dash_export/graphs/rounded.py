@@ -1,12 +1,50 @@
-"""A matrix as integers on a grid, decided elsewhere: what a lowering takes instead of rounding by itself."""
+"""How a weight matrix is stored: its precision by the recipe, the same for every backend; its blocks; and, of int4, a
+rounding decided elsewhere, which a lowering takes instead of its own. A build keeps all of these in one file, so that
+the machine that lowers need not be one that can calibrate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import numpy.typing as npt
+
+from dash_export.artifacts import open_regular
+from dash_export.errors import BundleError
+from dash_export.targets import Precision, WeightsRecipe
+
+FINEST_FIRST: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
+SMALLEST_BLOCK = 16
+
+
+def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Precision:
+    """The precision of a node's weights; a layer's nodes are named `layer_NN/...`, a unit's bypass `bypass_AA-BB/...`.
+    `gated`: the layers of all units.
+    """
+    part, _, rest = node.partition("/")
+    if part == "head":
+        return recipe.head
+    if part == "policy" or part.startswith("bypass") or rest.startswith("update_"):
+        return recipe.bypass
+    precision = recipe.layers if int(part.rsplit("_", 1)[1]) in gated else recipe.ungated
+    if rest.startswith(("attention/q_proj", "attention/k_proj", "attention/v_proj")):
+        return min(precision, recipe.qkv, key=FINEST_FIRST.index)
+    return precision
+
+
+def block_of(rows: int, wanted: int) -> int | None:
+    """`wanted` halved until it divides the matrix's input size (576 takes 64), None where nothing down to 16 does."""
+    while wanted >= SMALLEST_BLOCK:
+        if rows % wanted == 0:
+            return wanted
+        wanted //= 2
+    return None
 
 
 @dataclass(frozen=True)
@@ -25,6 +63,11 @@ class Rounded:
         """[in, out] float32."""
         rows = np.arange(len(self.codes)) // self.block
         return (self.codes - self.zeros[rows].astype(np.float32)) * self.scales[rows]
+
+    def check(self, node: str, shape: tuple[int, ...], block: int) -> None:
+        """Raises BundleError where this is not of a matrix of that `shape` [in, out], in such blocks."""
+        if self.codes.shape != shape or self.block != block:
+            raise BundleError(f"The rounding that is kept of {node} is not of this matrix. Build the target again.")
 
 
 Roundings = Callable[[str], Rounded | None]
@@ -46,3 +89,77 @@ def scaled(roundings: Roundings, factors: Mapping[str, float]) -> Roundings:
         return replace(rounded, scales=rounded.scales * np.float32(factors[node]))
 
     return stretched
+
+
+BITS = 4
+_PARTS = {"codes": np.uint8, "scales": np.float32, "zeros": np.uint8, "form": np.int64}
+"""Of each matrix `<node>.<part>`: codes [in / 2, out], two inputs a byte; `form`: inputs, and inputs of a block. In
+numpy's own form, which needs nothing that a device lacks.
+"""
+_parsing = threading.Lock()
+"""Headers are parsed as Python, whose parser counts depth once for all threads before 3.11.8 (cpython gh-106905)."""
+
+
+def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded]]) -> None:
+    """Write int4 matrices given as (node, rounding), one after the other, and the `key` of what they follow from."""
+    with ZipFile(path, "w", ZIP_STORED) as file:
+
+        def add(name: str, array: npt.NDArray[Any]) -> None:
+            with file.open(f"{name}.npy", "w", force_zip64=True) as out:
+                np.lib.format.write_array(out, np.ascontiguousarray(array), allow_pickle=False)
+
+        add("key", np.array(key))
+        for node, rounded in roundings:
+            codes = np.pad(rounded.codes, ((0, len(rounded.codes) % 2), (0, 0)))
+            form = np.array([len(rounded.codes), rounded.block])
+            packed = codes[::2] | codes[1::2] << 4
+            parts: tuple[npt.NDArray[Any], ...] = packed, rounded.scales, rounded.zeros, form
+            for part, array in zip(_PARTS, parts, strict=True):
+                add(f"{node}.{part}", array)
+
+
+def stored_roundings(path: Path) -> Roundings:
+    """What a file says; all are rounded to nearest where there is none. A matrix that is asked for raises BundleError
+    where the file is damaged.
+    """
+
+    def rounded(node: str) -> Rounded | None:
+        if not path.is_file():
+            return None
+        try:
+            with _parsing, np.load(path) as arrays:
+                if f"{node}.codes" not in arrays.files:
+                    return None
+                found = {part: _array(arrays, f"{node}.{part}") for part in _PARTS}
+            return _matrix(node, found)
+        except Exception as error:  # numpy and zipfile raise many kinds; the file may be from outside
+            raise BundleError(f"{path} is damaged ({error}). Delete it and build again.") from error
+
+    return rounded
+
+
+def _matrix(node: str, parts: dict[str, Any]) -> Rounded:
+    """Raises ValueError where its parts do not go together."""
+    packed, scales, zeros = parts["codes"], parts["scales"], parts["zeros"]
+    rows, block = map(int, parts["form"])
+    fits = block > 0 and scales.shape == zeros.shape == (-(-rows // block), packed.shape[1])
+    if any(parts[part].dtype != dtype for part, dtype in _PARTS.items()) or len(packed) != -(-rows // 2) or not fits:
+        raise ValueError(f"the parts of {node} do not go together")
+    codes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1])[:rows]
+    return Rounded(codes, scales, zeros, BITS, block)
+
+
+def roundings_key(path: Path) -> str:
+    """What a file was made from; nothing of one that is not there or not ours."""
+    try:
+        with open_regular(path) as file, np.load(file) as arrays:
+            return str(_array(arrays, "key"))
+    except Exception:  # as above
+        return ""
+
+
+def _array(arrays: Any, name: str) -> Any:
+    """Raises ValueError for one that is compressed, as none of ours is: a file of nothing can fill the memory."""
+    if arrays.zip.getinfo(f"{name}.npy").compress_type != ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return arrays[name]

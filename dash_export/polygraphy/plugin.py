@@ -140,7 +140,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         generated script (`keep`) goes on to need.
         """
         try:
-            from dash_export.builders.portable_files import portable_file
+            from dash_export.building.engine_graphs import portable_file
         except ModuleNotFoundError as error:
             raise BackendError(
                 f"Comparing with the portable graph needs {error.name}. Run: pip install 'dash-export[export]'"

@@ -20,7 +20,7 @@ from dash_export.decision import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.graph_runs import Arrays, graph_run, step_inputs, text_ids
 from dash_export.manifest import POLICY, Build, ModelFacts, Segment
-from dash_export.names import PREFILL, new_names, past_names, present_names, short_name
+from dash_export.names import new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session
 from dash_export.runtime.backends.base import Engine
@@ -43,15 +43,14 @@ class EngineFacts:
 
 
 def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
-    """Find an engine by its name in the build: a segment, a bypass, the policy, or the engine for prompts.
+    """Find an engine by its name in the build: a segment, a bypass or the policy.
 
     Raises BundleError that lists the names, or says which segment a layer was merged into.
     """
-    policy, whole = bundle.manifest.policy, Segment.whole(bundle.manifest.model.num_layers)
+    policy = bundle.manifest.policy
     known = {segment.name: (segment.name, segment) for segment in build.segments}
     known |= {unit.bypass: (unit.bypass, Segment(unit.first, unit.last, False, False, True)) for unit in policy.units}
     known[POLICY] = POLICY, Segment(policy.read, policy.read - 1, False, False, False)
-    known[PREFILL] = whole.name, whole
     if name in known and name in build.engines:
         return EngineFacts(name, *known[name])
     merged = [item.name for item in build.segments if name in (f"layer_{layer:02d}" for layer in item.layers)]

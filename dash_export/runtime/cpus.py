@@ -1,10 +1,8 @@
-"""What the processor has: cores this process may use, memory, how it adds int8 products."""
+"""What the processor has: cores this process may use, memory, load."""
 
 from __future__ import annotations
 
 import os
-import platform
-import re
 import time
 from pathlib import Path
 
@@ -57,19 +55,6 @@ class LoadMeter:
         """Return processors that other processes kept busy, and processors that the host withheld, on average."""
         clock, others, stolen = (end - begin for end, begin in zip(self._seconds(), self._begin, strict=True))
         return max(0.0, round(others / max(clock, 1e-6), 3)), max(0.0, round(stolen / max(clock, 1e-6), 3))
-
-
-def saturates_int8() -> bool:
-    """Whether sums of int8 products overflow here: x86 without VNNI adds two of them in 16 bits. Where nobody tells
-    what an x86 has, it is taken for one without.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        return True
-    return flags is None or not {"avx512_vnni", "avx_vnni"} & set(flags.group(1).split())
 
 
 def available_memory() -> int:

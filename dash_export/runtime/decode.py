@@ -53,11 +53,8 @@ class BoundStep:
         sequence: int,
         teacher_forced: bool = False,
         batch: int = 1,
-        segments: Sequence[SegmentEngines] | None = None,
     ) -> None:
-        """`teacher_forced` steps give the logits of all their tokens, others those of the last one. `segments`: other
-        ones than those of the layers.
-        """
+        """`teacher_forced` steps give the logits of all their tokens, others those of the last one."""
         self.sequence, self.batch = sequence, batch
         self._cache, self._model = cache, engines.model
         shape, units = (batch, sequence), len(engines.units)
@@ -91,7 +88,7 @@ class BoundStep:
             for name, array in zip((*past_names(layer), *present_names(layer)), pair * 2, strict=True):
                 self._arrays[name] = self._arrays[short_name(name)] = array
         mixed = engines.mixed() if teacher_forced or batch > 1 else ()
-        self.segments: Sequence[BoundSegment] = self._bound(engines.segments if segments is None else segments, mixed)
+        self.segments: Sequence[BoundSegment] = self._bound(engines.segments, mixed)
         gated = (place for place, item in enumerate(self.segments) if item.unit != ALWAYS_RUN)
         self._first = next(gated, len(self.segments))
 
@@ -133,8 +130,8 @@ class BoundStep:
             launch = segment.run
             launch()
         self.skipped[:] = decide(self.damage)
-        some: list[bool] = self.skipped.any(axis=1).tolist()
-        every: list[bool] = self.skipped.all(axis=1).tolist()
+        some: Any = self.skipped.any(axis=1)
+        every: Any = self.skipped.all(axis=1)
         for segment in self.segments[self._first :]:
             unit, launch = segment.unit, segment.run
             if unit != ALWAYS_RUN and some[unit]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +11,15 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BundleError
 from dash_export.manifest import DAMAGED, MIXED, POLICY, Build, Segment
-from dash_export.names import PREFILL
 from dash_export.runtime.backends.base import Backend, Engine
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.cpus import cpu_name, saturates_int8
 from dash_export.runtime.decode import BoundStep
-
-logger = logging.getLogger(__name__)
 
 SCORES = 32 << 20
 """Bytes of attention scores of one pass: what is larger, glibc maps and clears anew for every layer."""
 
 SCORE_ROWS = 128
 """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
-
-FEWEST_TOKENS = 8
-"""A pass of so many tokens of a prompt goes through the engine for prompts, where there is one: from 4 on it is faster,
-but its weights are other memory than the layers' engines have just warmed.
-"""
 
 
 @dataclass(frozen=True)
@@ -62,16 +52,6 @@ class EngineSet:
         self.mixes = all(MIXED + unit.name in build.engines for unit in self.units)
         self._loading = threading.Lock()
         self._mixed: list[Engine] | None = None
-        self._for_prompts: list[SegmentEngines] | None = None
-        if PREFILL in build.engines and saturates_int8():
-            logger.warning(
-                "prompts go through the layers' engines: on %s sums of int8 products overflow, and the engine for "
-                "prompts would be wrong",
-                cpu_name(),
-            )
-        elif PREFILL in build.engines:
-            whole = Segment.whole(self.model.num_layers)
-            self._for_prompts = [SegmentEngines(whole, [(PREFILL, self._load(PREFILL))])]
         engines = [engine for item in self.segments for _, engine in item.run]
         if policy.has_network and not any("damage" in engine.outputs for engine in engines):
             # A missing policy is no damage, and no damage is always skipped.
@@ -104,18 +84,6 @@ class EngineSet:
     def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
         """These engines bound to one session's memory, or to that of the first `batch` sequences of a batch."""
         return BoundStep(self, cache, sequence, teacher_forced, batch)
-
-    @property
-    def prefills_apart(self) -> bool:
-        """Whether there is an engine for prompts. It has one scale for all activations: not for the first positions,
-        where single ones are a hundred times as large as any later.
-        """
-        return self._for_prompts is not None
-
-    def prefill_step(self, cache: KVCache, sequence: int) -> BoundStep:
-        """`step` for the tokens of a prompt, about which no policy is asked."""
-        segments = self._for_prompts if sequence >= FEWEST_TOKENS else None
-        return BoundStep(self, cache, sequence, segments=segments)
 
 
 def _load(bundle: Bundle, build: Build, backend: Backend, name: str) -> Engine:

@@ -61,11 +61,6 @@ class Engines(Protocol):
     score_rows: int
     mixes: bool
 
-    @property
-    def prefills_apart(self) -> bool:
-        """Whether `prefill_step` has engines of its own, which are not for the first positions."""
-        ...
-
     def cache(self, step: int) -> Any: ...
 
     def rows_at_once(self, capacity: int) -> int:
@@ -73,7 +68,3 @@ class Engines(Protocol):
         ...
 
     def step(self, cache: Any, sequence: int, teacher_forced: bool = False) -> Step: ...
-
-    def prefill_step(self, cache: Any, sequence: int) -> Step:
-        """`step` for the tokens of a prompt, about which no policy is asked."""
-        ...

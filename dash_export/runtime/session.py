@@ -27,8 +27,8 @@ from dash_export.runtime.turn import MAX_TOKENS, Turn, room
 if TYPE_CHECKING:
     from dash_export.runtime.decode import BoundStep
 
-StepKind = Literal["decode", "score", "prefill"]
-"""Some tokens as decode takes one; teacher-forced; a prompt's, through the engine for prompts."""
+StepKind = Literal["decode", "score"]
+"""Some tokens as decode takes one; teacher-forced."""
 
 
 @dataclass
@@ -249,12 +249,10 @@ class Session:
         the cache holds.
         """
         self._reserve(len(ids) + headroom)
-        apart = self.engines.prefills_apart
-        first = max(0, DENSE_POSITIONS - self._cache.length) if apart else 0
-        for start, stop in _chunks(len(ids), self._chunk(), first):
-            part = ids[start:stop]
-            kind: StepKind = "prefill" if apart and start >= first else "decode"
-            step = self._bound(len(part), kind)
+        chunk = self._chunk()
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
+            step = self._bound(len(part))
             step.prefill(part)
             self._pending = []  # it is the first of these
             self.tokens.extend(part.tolist())
@@ -344,11 +342,7 @@ class Session:
             # A long step's buffers are large: keep the decode step and the last other one.
             for other in [other for other in self._steps if other != (1, "decode")]:
                 del self._steps[other]
-            self._steps[key] = (
-                self.engines.prefill_step(self._cache, sequence)
-                if kind == "prefill"
-                else self.engines.step(self._cache, sequence, kind == "score")
-            )
+            self._steps[key] = self.engines.step(self._cache, sequence, kind == "score")
         return self._steps[key]
 
     @check_arguments
@@ -380,14 +374,3 @@ class Session:
                 f"of the model's {self.engines.model.max_positions} positions are free. "
                 "Shorten the prompt, ask for fewer tokens or start a new session."
             )
-
-
-def _chunks(count: int, chunk: int, prompt: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the passes over `count` tokens; one ends where the `prompt` does."""
-    start = 0
-    while start < count:
-        stop = min(start + chunk, count)
-        if start < prompt < stop:
-            stop = prompt
-        yield start, stop
-        start = stop

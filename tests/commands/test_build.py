@@ -94,7 +94,7 @@ def test_disk_full(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dash_export.builders.onnxruntime.save_graph", full)
+    monkeypatch.setattr("dash_export.building.engine_graphs.save_graph", full)
     message = refused("build", own_bundle)
     assert "The disk is full" in message
     assert str(own_bundle) in message
@@ -110,6 +110,6 @@ def test_an_error_does_not_wait_for_the_rest(own_bundle: Path, monkeypatch: pyte
         time.sleep(0.2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dash_export.builders.onnxruntime.save_graph", slow)
+    monkeypatch.setattr("dash_export.building.engine_graphs.save_graph", slow)
     assert dash("build", own_bundle).exit_code == 130
     assert len(began) <= 4

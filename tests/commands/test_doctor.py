@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dash_export.builders import here
+from dash_export.building import gpu_backends
 from dash_export.commands import doctor, hardware, jetson
 from dash_export.errors import BackendError
 from dash_export.runtime import backends
@@ -83,7 +83,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     def find(name: str) -> Any:
         return None if not packages or name in packages else importlib.util.find_spec(name)
 
-    for module in (here, doctor, backends, hardware):
+    for module in (gpu_backends, doctor, backends, hardware):
         monkeypatch.setattr(module, "find_spec", find)
 
 
@@ -93,7 +93,7 @@ def devices(monkeypatch: pytest.MonkeyPatch, answer: CudaDevice | Exception) -> 
             raise answer
         return [answer]
 
-    for module in (here, hardware):
+    for module in (gpu_backends, hardware):
         monkeypatch.setattr(module, "cuda_devices", asked)
 
 

@@ -11,7 +11,6 @@ import onnx
 import pytest
 
 from dash_export.commands.inspect import opsets
-from dash_export.runtime.cpus import saturates_int8
 from tests import forged
 from tests.commands.helpers import dash, python, refused
 
@@ -74,17 +73,6 @@ def test_a_unit_that_takes_no_time(own_bundle: Path) -> None:
 def test_one_target(tiny_root: Path) -> None:
     assert "Target portable" not in dash("inspect", tiny_root, "--target", "cpu-fp32").stdout
     assert "does not exist" in refused("inspect", tiny_root, "--target", "cpu")
-
-
-@pytest.mark.skipif(saturates_int8(), reason="on this processor sums of int8 products overflow")
-def test_an_engine_for_prompts(own_bundle: Path) -> None:
-    made = dash("build", own_bundle, "--weights", "fp32", "--prefill", "int8")
-    assert made.exit_code == 0, made.output
-    name = "cpu-fp32-prefill-int8"
-    assert "go through one engine in int8" in dash("inspect", own_bundle, "--target", name).stdout
-    builds = json.loads(dash("inspect", own_bundle, "--json").stdout)["builds"]
-    assert builds[name]["prefill_bytes"] > 0
-    assert builds["cpu-fp32"]["prefill_bytes"] == 0
 
 
 def test_builds_of_an_earlier_export(own_bundle: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.builders import build
-from dash_export.builders.here import obstacle, runs_here
+from dash_export.building import build
+from dash_export.building.backend import backend_of
 from dash_export.errors import BackendError
 from dash_export.runtime.cuda_devices import cuda_devices
 from dash_export.targets import Recipe, load_recipe, recipe_names
@@ -31,15 +31,15 @@ def gpu_target() -> str:
     recipes = [recipe for recipe in map(load_recipe, recipe_names()) if recipe.engine is not None]
     # TensorRT before ONNX Runtime.
     recipes.sort(key=lambda recipe: recipe.backend == "onnxruntime_cuda")
-    fitting = [recipe for recipe in recipes if obstacle(recipe) is None and runs_here(recipe)]
+    fitting = [recipe for recipe in recipes if _reason(recipe) is None]
     if not fitting:
         reasons = "; ".join(f"{recipe.name}: {_reason(recipe)}" for recipe in recipes)
         pytest.skip(f"no target can be built and run on {device.name} ({device.capability}): {reasons}")
     return fitting[0].name
 
 
-def _reason(recipe: Recipe) -> str:
-    return obstacle(recipe) or "its backend is not installed"
+def _reason(recipe: Recipe) -> str | None:
+    return backend_of(recipe).build_obstacle() or backend_of(recipe).run_obstacle()
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from dash_export.builders import build
+from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.exporting import export
-from dash_export.graphs.ort.quantize import quantize_block
+from dash_export.graphs.ort_quantize import quantize_block
 from dash_export.manifest import Build
 from dash_export.runtime.backends.onnxruntime import start_thread_pool
 from tests.tiny import tiny_checkpoint, tiny_policy

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dash_export import DashRuntime
-from dash_export.builders import build
+from dash_export.building import build
 from dash_export.exporting import export
 from tests.tiny import random_ids, tiny_checkpoint, tiny_policy
 

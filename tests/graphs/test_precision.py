@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dash_export.graphs.precision import weight_precision
+from dash_export.graphs.rounded import weight_precision
 from dash_export.targets import WeightsRecipe
 
 GATED = (3, 4)

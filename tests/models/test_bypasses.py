@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.builders import build
+from dash_export.building import build
 from dash_export.decision import Unit, layer_actions
 from dash_export.errors import PolicyError
 from dash_export.exporting import export
@@ -48,18 +48,3 @@ def test_what_cannot_be_pruned(tmp_path: Path) -> None:
         pruned(checkpoint, tiny_policy(checkpoint), [TINY_UNITS[0]])
     with pytest.raises(PolicyError, match=r"Layers 2 are not whole units. Units of this policy: 2-3,4"):
         pruned(checkpoint, tiny_policy(checkpoint, "linear"), [Unit(2, 2)])
-
-
-def test_int4_scales_are_tuned_with_the_updates(tmp_path: Path) -> None:
-    """The torch model of the calibration has them too."""
-    from dash_export.builders.distil import _exact_model
-
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    smaller = pruned(checkpoint, tiny_policy(checkpoint, "linear"), TINY_UNITS)
-    bundle = export(smaller, tmp_path / "a.dash", no_policy(3, ()))
-    import torch
-
-    ids = random_ids(16)
-    expected = Oracle(smaller, no_policy(3, ())).forward(ids).logits
-    found = _exact_model(bundle).float()(torch.from_numpy(ids)[None]).logits[0].numpy()
-    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()  # its weights are bfloat16

@@ -11,7 +11,7 @@ pytest.importorskip("polygraphy")
 
 
 from dash_export import DashRuntime
-from dash_export.builders.portable_files import portable_file
+from dash_export.building.engine_graphs import portable_file
 from dash_export.bundle import Bundle
 from dash_export.errors import RequestError
 from dash_export.graph_runs import graph_run, step_inputs

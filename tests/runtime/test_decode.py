@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.builders import build
+from dash_export.building import build
 from dash_export.decision import Unit, decision_rule
 from dash_export.exporting import export
 from dash_export.reference import Oracle

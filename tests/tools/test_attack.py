@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SI
 @pytest.fixture(scope="module")
 def shared() -> Iterator[ModuleType]:
     """What the attacks share; they set how small a build's dial is, for the whole process."""
-    from dash_export.builders import dial
+    from dash_export.building import dial
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ATTACK))

@@ -41,8 +41,8 @@ FORK.set_forkserver_preload(
         "tests.tiny",
         "shared",
         "onnxruntime",
-        "dash_export.builders.onnxruntime",
-        "dash_export.builders.prepacked",
+        "dash_export.building.engine_graphs",
+        "dash_export.graphs.ort",
         "dash_export.commands.frontier",
         "dash_export.commands.reports",
         "dash_export.evaluate.pictures",
@@ -125,7 +125,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
     """
     import torch
 
-    from dash_export.builders import build, dial
+    from dash_export.building import build, dial
     from dash_export.exporting import export
     from dash_export.models import open_checkpoint
     from dash_export.policy import default_units, load_policy

@@ -40,7 +40,6 @@ class DeviceEngines:
     """What `EngineSet` is on the host. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
 
     mixes = False
-    prefills_apart = False
     score_rows = 1
 
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
@@ -103,9 +102,6 @@ class DeviceEngines:
 
     def cache(self, _step: int) -> DeviceCache:
         return DeviceCache(self)
-
-    def prefill_step(self, cache: DeviceCache, sequence: int) -> DeviceStep:
-        return self.step(cache, sequence)
 
     def step(self, cache: DeviceCache, sequence: int, teacher_forced: bool = False) -> DeviceStep:  # noqa: ARG002
         from dash_export.runtime.device.graph import GraphStep

@@ -26,7 +26,7 @@ class TensorRT(CudaResources):
 
     def __init__(self, backend: str) -> None:
         super().__init__()  # asks the driver first: TensorRT's Runtime may crash where there is no device
-        from dash_export.builders.trt_api import load_toolkit
+        from dash_export.runtime.device.trt_api import load_toolkit
 
         self.backend = backend
         self.toolkit = load_toolkit(backend)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.builders import build
+from dash_export.building import build
 from dash_export.bundle import Bundle
 from tests.runtime.device.simulated import SimulatedDevice
 

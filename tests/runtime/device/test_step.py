@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.builders import build, dial
-from dash_export.builders.measure import measure_cost
+from dash_export.building import build, dial
+from dash_export.building.cost_table import measure_cost
 from dash_export.bundle import Bundle
 from dash_export.decision import DecisionRule, Unit, decision_rule
 from dash_export.errors import BackendError, BundleError, ContextLengthError

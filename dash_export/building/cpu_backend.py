@@ -1,0 +1,70 @@
+"""ONNX Runtime on a CPU: lowered .onnx files whose weights are mapped from disk, or the portable graphs as they are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dash_export.artifacts import content_key
+from dash_export.building.backend import Backend
+from dash_export.bundle import Bundle
+from dash_export.manifest import EngineRecord
+from dash_export.runtime.backends import load_backend, require_backend
+from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
+
+if TYPE_CHECKING:
+    from dash_export.building.engine_graphs import Artifact
+
+
+class CpuBackend(Backend):
+    """Engines that share the tables of RoPE. What is packed for this machine's kernels is packed at loading."""
+
+    on_device = False
+    revision = 16
+
+    def require(self) -> None:
+        require_backend(self.recipe.backend)
+
+    def build_obstacle(self) -> str | None:
+        return self.run_obstacle()
+
+    def version(self) -> str:
+        return version("onnxruntime")
+
+    def device(self) -> str:
+        return f"{cpu_name()}, {physical_cores()} cores"
+
+    def start(self) -> None:
+        """The process's only pool, with as many threads as will be measured with."""
+        load_backend(self.recipe.backend, self.recipe.runtime.threads)
+
+    def workers(self, bundle: Bundle) -> int:
+        """As many as memory allows: lowering a segment takes about six times its largest matrix in fp32."""
+        largest = max(record.bytes for record in bundle.manifest.files)
+        return max(1, min(physical_cores(), available_memory() // (6 * largest)))
+
+    def ready_engines(self, bundle: Bundle) -> dict[str, EngineRecord] | None:
+        """The portable graphs are their own engines."""
+        if self.recipe.dialect != "portable":
+            return None
+        manifest = bundle.manifest
+        sizes = {record.name: record.bytes for record in manifest.files}
+        return {
+            name: EngineRecord(file, sizes[file] + sizes.get(file.removesuffix(".onnx") + ".data", 0), manifest.key)
+            for name, file in manifest.graphs.items()
+        }
+
+    def key(self) -> Any:
+        return self.version()
+
+    def shared(self, bundle: Bundle) -> Iterator[Artifact]:
+        from dash_export.building.engine_graphs import Artifact
+
+        def write(out: Path) -> list[Path]:
+            return [Path(shutil.copy(bundle.path("onnx/rope.data"), out))]
+
+        hashes = {record.name: record.sha256 for record in bundle.manifest.files}
+        yield Artifact("rope", content_key(hashes["onnx/rope.data"]), write, role="shared")

@@ -1,0 +1,100 @@
+"""Where each trade-off lands on the calibration text: layers, time on this target and divergence.
+
+Needs the cost table and no training: a policy trained once is calibrated anew by every build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.artifacts import Progress, no_progress
+from dash_export.bundle import Bundle
+from dash_export.decision import DENSE_POSITIONS, DialPoint, unit_skips
+from dash_export.divergence import DenseRows
+from dash_export.errors import BundleError, PolicyError
+from dash_export.manifest import Build
+from dash_export.resources import resource_folder
+from dash_export.runtime import DashRuntime
+from dash_export.runtime.backends.base import Backend
+from dash_export.runtime.device.base import Device
+
+WINDOWS = 8
+TOKENS = 128
+PREFIX = 32
+"""Dense tokens at the beginning of a window, as after a prompt. What follows is measured."""
+SHARES = (0.03, 0.08, 0.15, 0.24, 0.36, 0.55, 0.8, 0.97)
+"""Trade-offs are placed where the damage of a dense pass skips these shares of the units; beside them dense and all."""
+
+
+def calibrate_dial(
+    bundle: Bundle, build: Build, backend: Backend | Device, progress: Progress = no_progress
+) -> tuple[DialPoint, ...]:
+    """The token policy from dense to everything skipped, each trade-off run for real under its own decisions.
+
+    KL is measured against the dense mode of the same build.
+    """
+    runtime = DashRuntime(bundle, build, backend)
+    windows = _calibration_windows(runtime)
+    num_layers = bundle.manifest.model.num_layers
+    trade_offs = _trade_offs(runtime, windows)
+    sums = np.zeros((len(trade_offs), 3))  # layers skipped, time, nats
+    tokens = 0
+    for done, window in enumerate(windows, 1):
+        sums += _measured(runtime, window, trade_offs)
+        tokens += len(window) - _prompt(len(window))
+        progress("calibrating the dial", done, len(windows))
+    points = [DialPoint(0.0, float(num_layers), 1.0, 0.0)]
+    for trade_off, (skipped, time, kl) in zip(trade_offs, sums / tokens, strict=True):
+        points.append(DialPoint(trade_off, round(num_layers - skipped, 4), round(time, 5), round(max(0.0, kl), 6)))
+    return tuple(points)
+
+
+def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> list[float]:
+    """Rising, from the damage of dense passes; the last one skips everything."""
+    # The network must be asked although nothing is skipped.
+    session = runtime.session("token", trade_off=0.0)
+    damage = np.concatenate([session.score(window).damage[DENSE_POSITIONS:] for window in windows]).astype(np.float64)
+    ratios = damage / np.maximum(runtime.cost.cost, 1e-9)
+    if not np.isfinite(ratios).all():
+        raise PolicyError("The policy's network gives damages that are no numbers: train it again, or export another.")
+    # Past the largest ratio everything is skipped, whatever the feedback of skipping does to damage.
+    found = [*np.quantile(ratios, SHARES), 4.0 * ratios.max() + 1.0]
+    return sorted({float(f"{trade_off:.6g}") for trade_off in found})
+
+
+def _measured(
+    runtime: DashRuntime, window: npt.NDArray[np.int64], trade_offs: Sequence[float]
+) -> npt.NDArray[np.float64]:
+    """Per trade-off, over the measured tokens of a window: layers skipped, time as fractions of dense, nats."""
+    prompt = _prompt(len(window))
+    dense = runtime.session("dense").score(window, prompt, keep_logits=True)
+    assert dense.logits is not None
+    reference = DenseRows(dense.logits[prompt:])
+    found = []
+    for trade_off in trade_offs:
+        score = runtime.session("token", trade_off=trade_off).score(window, prompt, keep_logits=True)
+        assert score.logits is not None
+        actions = score.actions[prompt:]
+        time = runtime.cost.token_time(unit_skips(actions, runtime.bundle.manifest.policy.units)).sum()
+        found.append((actions.sum(), time, reference.kl(score.logits[prompt:]).sum()))
+    return np.array(found, np.float64)
+
+
+def _prompt(length: int) -> int:
+    """PREFIX, or less where a model's context is hardly longer."""
+    return min(PREFIX, length // 2)
+
+
+def _calibration_windows(runtime: DashRuntime) -> list[npt.NDArray[np.int64]]:
+    """About WINDOWS windows of TOKENS tokens, spread evenly over the shipped text."""
+    path = resource_folder("calibration") / "prose.txt"
+    if not path.is_file():
+        raise BundleError(f"The calibration text {path} is missing: install dash-export again.")
+    ids = runtime.text.encode_in_pieces(path.read_text(encoding="utf-8"))
+    window = min(TOKENS, runtime.engines.model.max_positions)
+    count = max(1, min(WINDOWS * TOKENS // window, len(ids) // window))
+    starts = np.linspace(0, len(ids) - window, count).astype(int)
+    return [ids[start : start + window] for start in starts]

@@ -1,0 +1,177 @@
+"""GPU backends: graphs for ONNX Runtime on CUDA, which any machine lowers, and engines that TensorRT compiles.
+
+TensorRT compiles only for the device it runs on, TensorRT-RTX ahead of time anywhere. The lowered ONNX file is a step
+on the way and is not kept: `build --verify` makes it again. Engines hold their weights themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dash_export import __version__
+from dash_export.building.backend import Backend
+from dash_export.errors import BackendError
+from dash_export.names import TIMING_CACHE
+from dash_export.runtime.cuda_devices import cuda_devices
+from dash_export.runtime.device.cuda import require_bindings
+from dash_export.runtime.device.trt_api import PORTABLE_SINCE, Settings, Shapes, load_toolkit
+from dash_export.targets import EngineRecipe
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+JETSONS = ("8.7", "11.0")
+"""Compute capabilities of Orin and Thor, whose TensorRT comes with JetPack and not from PyPI."""
+
+
+class GpuBackend(Backend):
+    """What the GPU backends have in common."""
+
+    revision = 4
+
+    @property
+    def engine(self) -> EngineRecipe:
+        """The recipe's [engine] table."""
+        assert self.recipe.engine is not None
+        return self.recipe.engine
+
+    def run_obstacle(self) -> str | None:
+        return self.no_such_device() or super().run_obstacle() or _no_bindings()
+
+    def no_such_device(self) -> str | None:
+        """Why this machine's first CUDA device is not one of the recipe's; None where it is."""
+        wanted = ", ".join(self.engine.capabilities)
+        try:
+            device = cuda_devices()[0]
+        except BackendError as error:
+            return f"it needs a device of compute capability {wanted}. {error}"
+        if device.capability not in self.engine.capabilities:
+            return f"it needs compute capability {wanted}, and {device.name} has {device.capability}."
+        return None
+
+
+class CudaBackend(GpuBackend):
+    """Graphs that ONNX Runtime takes as they are: they do not depend on the one that will run them."""
+
+    def version(self) -> str:
+        return f"dash-export {__version__}"
+
+    def device(self) -> str:
+        return "any CUDA device"
+
+    def key(self) -> Any:
+        return self.recipe.dialect, self.recipe.as_dict()["engine"]
+
+
+class RtxBackend(GpuBackend):
+    """TensorRT-RTX, which compiles for the recipe's capabilities."""
+
+    def build_obstacle(self) -> str | None:
+        package = self.recipe.backend
+        return None if find_spec(package) else f"the package {package} is not installed ({self.how_to_install()})."
+
+    def version(self) -> str:
+        return load_toolkit(self.recipe.backend).version
+
+    def device(self) -> str:
+        return f"any device of compute capability {', '.join(self.engine.capabilities)}"
+
+    def details(self) -> dict[str, Any]:
+        """The compiler, and everything it was told beside the graphs."""
+        told = asdict(self.settings(None)) | {
+            "capabilities": list(self.engine.capabilities),
+            "profiles": ["decode", "prefill"] if self.engine.profiles == 2 else ["both"],
+            "strongly_typed": True,
+        }
+        return {"compiler": load_toolkit(self.recipe.backend).describe(), **told}
+
+    def key(self) -> Any:
+        """Raises BackendError where this machine's TensorRT cannot compile the dialect."""
+        if (reason := self.refused_version(self.version())) is not None:
+            raise BackendError(reason)
+        recipe = self.recipe
+        told = recipe.dialect, recipe.as_dict()["engine"], recipe.runtime.prefill_chunk
+        return recipe.backend, self.version(), self.device(), *told
+
+    def save(self, lowered: ir.Model, name: str, folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
+        """Compile. What TensorRT learns of the device's kernels is kept in `folder`."""
+        toolkit, timing = load_toolkit(self.recipe.backend), folder / TIMING_CACHE
+        settings = self.settings(lowered)
+        graph, path = super().save(lowered, name, folder, out, extended)[0], out / f"{name}.engine"
+        known = b"" if toolkit.is_rtx or not timing.is_file() else timing.read_bytes()
+        engine, learnt = toolkit.compile(graph, settings, known)
+        with path.open("wb") as file:
+            file.write(memoryview(engine))
+        if learnt and learnt != known:
+            (out / timing.name).write_bytes(learnt)
+            (out / timing.name).replace(timing)
+        return [path]
+
+    def settings(self, model: ir.Model | None) -> Settings:
+        """The compiler's settings for a lowered graph: a profile for decode and one for prefill chunks, or one for
+        both. Without a graph: the settings that all of them share.
+        """
+        engine, chunk = self.engine, self.recipe.runtime.prefill_chunk
+        # (smallest, best, largest) number of tokens.
+        sizes = ((1, 1, 1), (1, chunk, chunk)) if engine.profiles == 2 else ((1, 1, chunk),)
+        return Settings(
+            profiles=tuple(_shapes(model, each) for each in sizes) if model is not None else (),
+            capabilities=engine.capabilities,
+            optimization_level=engine.optimization_level,
+            aux_streams=engine.aux_streams,
+            workspace_bytes=engine.workspace_mib << 20,
+        )
+
+
+class TensorRTBackend(RtxBackend):
+    """TensorRT, which compiles for the device that is here."""
+
+    def build_obstacle(self) -> str | None:
+        return self.no_such_device() or super().build_obstacle()
+
+    def needs_another_machine(self) -> bool:
+        return self.no_such_device() is not None
+
+    def how_to_install(self) -> str:
+        if set(JETSONS) & set(self.engine.capabilities):
+            return "sudo apt install python3-libnvinfer, and in a virtual environment --system-site-packages"
+        return super().how_to_install()
+
+    def refused_version(self, version: str) -> str | None:
+        young = tuple(int(part) for part in version.split(".")[:2]) >= PORTABLE_SINCE
+        if self.recipe.dialect != "portable" or young:
+            return None
+        return (
+            f"TensorRT {version} has no KV cache update: the portable dialect needs "
+            f"{'.'.join(map(str, PORTABLE_SINCE))} or newer. Copy engines/{self.recipe.name}.toml and set dialect = "
+            "'trt10'."
+        )
+
+    def device(self) -> str:
+        try:
+            here = cuda_devices()[0]
+        except BackendError:
+            return "unknown"
+        return f"{here.name} (compute capability {here.capability})"
+
+
+def _no_bindings() -> str | None:
+    try:
+        require_bindings()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def _shapes(model: ir.Model, tokens: tuple[int, int, int]) -> Shapes:
+    shapes: dict[str, Any] = {}
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        shapes[str(value.name)] = tuple(
+            tuple(size if isinstance(size, int) else wanted for size in value.shape) for wanted in tokens
+        )
+    return shapes

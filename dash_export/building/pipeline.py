@@ -1,0 +1,225 @@
+"""`build`: a bundle and a recipe -> engines, cost table and dial under `engines/<target>/`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress
+from dash_export.building.backend import Backend, backend_of
+from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
+from dash_export.building.dial import calibrate_dial
+from dash_export.bundle import BUILD, Bundle, Seal
+from dash_export.errors import BackendError, BundleError, RecipeError
+from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
+from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder, own_secret
+from dash_export.runtime.backends import load_backend
+from dash_export.targets import Recipe, load_recipe, recipe_from_dict, with_weights
+
+if TYPE_CHECKING:
+    from dash_export.building.engine_graphs import Artifact  # which needs onnx
+
+MEASURING_REVISION = 2
+"""Raised whenever costs are measured otherwise, or what a trade-off means changes: an earlier dial is wrong then."""
+VERIFICATION = "verification"
+"""Key of a build's details."""
+
+
+def build(
+    bundle: str | Path | Bundle,
+    target: str = "cpu",
+    *,
+    weights: str | None = None,
+    head: str | None = None,
+    embedding: str | None = None,
+    rounding: str | None = None,
+    verify: bool = False,
+    measure: bool = False,
+    progress: Progress = no_progress,
+) -> Build:
+    """Build engines for `target` (a recipe's name or path), at other precisions and rounded otherwise where given.
+    Reuses every engine whose inputs are unchanged. With `verify` every engine is compared with its portable graph and
+    the result is kept; with `measure` costs and dial are measured also where nothing changed.
+
+    Raises BundleError, RecipeError, BackendError; BusyError where another process builds the same or exports the
+    bundle; NotHereError where this machine cannot compile for the target.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    recipe = with_weights(load_recipe(target), weights, head, embedding, rounding)
+    backend_of(recipe).require()
+    with _held(bundle, recipe.name):
+        return _build(bundle, recipe, verify, measure, progress)
+
+
+@contextmanager
+def _held(bundle: Bundle, target: str) -> Iterator[None]:
+    """Hold one target alone, and the bundle against exports. Raises BusyError."""
+    root = named(bundle.root)
+    with folder_locked(root, [lock_file(root)], shared=True):
+        own_folder(bundle.path("engines"))
+        with locked(root / "engines" / target, f"build for {target}"):
+            bundle.manifest = Bundle.open(bundle.root).manifest  # as it is now
+            yield
+
+
+def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress: Progress) -> Build:
+    backend = backend_of(recipe)
+    if measure and (obstacle := backend.run_obstacle()) is not None:
+        raise BackendError(f"Nothing can be measured here: {obstacle}")
+    if not bundle.has_graphs:
+        if not measure:
+            raise BundleError(
+                f"{bundle.root} is a copy without portable graphs (onnx/): its engines run, and can be measured here "
+                "(--measure). New ones are built where the graphs are."
+            )
+        if verify:
+            raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
+        return _measured_again(bundle, recipe, progress)
+    began = time.perf_counter()
+    # Whatever is reused: tokenizer and layers are read at every build.
+    seal = bundle.verify(bundle.manifest.files)
+    bundle.check_listed(None)
+    segments = backend.segments(bundle.manifest)
+    folder = own_folder(bundle.path(f"engines/{recipe.name}"))
+    ready = backend.ready_engines(bundle)
+    engines, files = _make_engines(bundle, backend, segments, folder, seal, progress) if ready is None else (ready, ())
+    draft = Build(
+        schema=SCHEMA,
+        target=recipe.name,
+        bundle_key=bundle.manifest.key,
+        recipe=recipe.as_dict(),
+        backend=recipe.backend,
+        backend_version=backend.version(),
+        device=backend.device(),
+        segments=segments,
+        engines=engines,
+        files=files,
+        cost=uniform_cost(bundle.manifest),
+        measuring=MEASURING_REVISION,
+        details=backend.details(),
+    )
+    known = _current(bundle, draft)
+    # Engines for a GPU are measured where there is one, which may be later and elsewhere.
+    measures = (measure or known is None or known.cost.device == NOT_MEASURED) and backend.run_obstacle() is None
+    verifies = verify and (known is None or VERIFICATION not in known.details)
+    if known is not None and not measures and not verifies:
+        return known
+    draft = known or draft
+    backend.start()
+    if verifies:
+        from dash_export.building.verify import verification
+
+        draft = replace(draft, details={**draft.details, VERIFICATION: verification(bundle, draft, progress)})
+    if measures:
+        draft = _measured(bundle, draft, recipe, progress)
+    finished = replace(draft, seconds=known.seconds if known else round(time.perf_counter() - began, 3))
+    bundle.check_same(seal)
+    bundle.save_build(finished)
+    return finished
+
+
+def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
+    """The build that is there, with the costs and the dial of this machine. Needs no onnx."""
+    known = bundle.load_build(recipe.name)
+    bundle.check_listed(known)
+    texts = [record for record in bundle.manifest.files if not record.name.startswith("onnx/")]
+    seal = bundle.verify([*known.files, *texts])
+    built = recipe_from_dict(known.recipe, "the recipe recorded in the build")
+    backend = backend_of(built)
+    device = known.device if backend.on_device else backend.device()  # what a GPU engine was compiled for stays so
+    measured = _measured(bundle, replace(known, device=device, measuring=MEASURING_REVISION), built, progress)
+    bundle.check_same(seal)
+    bundle.save_build(measured)
+    return measured
+
+
+def _measured(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) -> Build:
+    """The build with its cost table and its dial, run on this machine."""
+    backend = load_backend(recipe.backend, recipe.runtime.threads)
+    progress("measuring the cost of each layer", 0, 0)
+    draft = replace(draft, cost=measure_cost(bundle, draft, backend))
+    if bundle.manifest.policy.has_network and bundle.manifest.policy.units:
+        progress("calibrating the dial", 0, 0)
+        draft = replace(draft, dial=calibrate_dial(bundle, draft, backend, progress))
+    return draft
+
+
+def _current(bundle: Bundle, draft: Build) -> Build | None:
+    """The build already there, when everything it was made from is unchanged: its costs are those of that time."""
+    try:
+        known = bundle.load_build(draft.target)
+    except BundleError:
+        return None
+    details = {key: value for key, value in known.details.items() if key != VERIFICATION}
+    try:
+        recipe = recipe_from_dict(known.recipe, known.target).as_dict()  # with the keys that are younger than the build
+    except RecipeError:
+        return None
+    same = replace(known, recipe=recipe, cost=draft.cost, dial=(), seconds=0.0, details=details) == draft
+    return known if same else None
+
+
+def _make_engines(
+    bundle: Bundle, backend: Backend, segments: tuple[Segment, ...], folder: Path, seal: Seal, progress: Progress
+) -> tuple[dict[str, EngineRecord], tuple[FileRecord, ...]]:
+    """Make what is not there yet. Returns the engines by name and all files, both relative to the bundle."""
+    # Compiled code from a stranger is not taken for what was compiled here.
+    store = ArtifactStore(folder, own_secret() if backend.on_device else b"")
+    jobs = list(backend.artifacts(bundle, segments, folder, progress))
+    found = {job.name: store.current(job.name, job.key) for job in jobs}
+    # What is made of an engine follows it: under the same key its weights may come out different in the last bit.
+    found |= {job.name: None for job in jobs if not all(found[name] for name in job.extends)}
+    if not all(found[job.name] for job in jobs if job.role == "aside"):
+        found = dict.fromkeys(found)
+    if not all(found.values()):
+        # From here to the end this build says that it is unfinished.
+        (folder / BUILD).unlink(missing_ok=True)
+        backend.start()
+    done, check = itertools.count(1), partial(bundle.check_same, seal)
+
+    def make(job: Artifact) -> None:
+        try:
+            found[job.name] = found[job.name] or store.make(job.name, job.key, job.write, check)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+            # Whole and unchanged by its hash, yet not a graph of ours: only a forged bundle gets here.
+            raise BackendError(
+                f"{job.name} cannot be made: the bundle's graphs are not what this version writes "
+                f"({type(error).__name__}: {error}). Export the model again."
+            ) from error
+        progress(job.name, next(done), len(jobs))
+
+    engines = [job for job in jobs if job.role == "engine"]
+    for job in jobs:
+        if job.role != "engine":  # what engines are made of: it takes minutes, and Ctrl-C comes to this thread
+            make(job)
+    with ThreadPoolExecutor(backend.workers(bundle)) as pool:
+        try:
+            # At the end what is made of several of the others.
+            for step in ([job for job in engines if not job.extends], [job for job in engines if job.extends]):
+                for future in [pool.submit(make, job) for job in step]:
+                    future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the engines not yet begun
+            raise
+    store.keep_only({job.name for job in jobs})
+    files = {job.name: found[job.name] or [] for job in jobs if job.role != "aside"}
+    sizes = {name: sum(record.bytes for record in records) for name, records in files.items()}
+    prefix = f"engines/{folder.name}"
+    records = {
+        job.name: EngineRecord(
+            f"{prefix}/{files[job.name][0].name}",
+            sum(sizes[name] for name in (job.name, *job.extends)),
+            job.key,
+            store.seconds(job.name),
+        )
+        for job in engines
+    }
+    listed = [replace(record, name=f"{prefix}/{record.name}") for group in files.values() for record in group]
+    return records, tuple(listed)

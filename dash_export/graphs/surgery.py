@@ -1,0 +1,158 @@
+"""Graph surgery that every lowering starts with: chain graphs into one segment, drop what is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from dash_export.errors import BundleError
+from dash_export.graphs.writer import GraphWriter
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph whose external data is known to lie in its own folder. Raises BundleError otherwise."""
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        model: ir.Model = ir.from_proto(proto)
+        ir.to_proto(model)  # names that are no text are read as bytes, and cannot be written
+        ir.external_data.set_base_dir(model.graph, path.parent)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds; the file is from outside
+        raise BundleError(
+            f"{path} is not a readable ONNX graph ({error}). The bundle is damaged: export it again."
+        ) from error
+    if not len(model.graph):
+        raise BundleError(f"{path} holds no graph. The bundle is damaged: export it again.")
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _check_external(path, value.const_value)
+    return model
+
+
+def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
+    """The tensor lies in a file beside its graph (not behind a link that leads away), and that file is long enough."""
+    location = str(tensor.location)
+    file = path.parent / location
+    if location in (".", "..") or Path(location).name != location or not _stays(file):
+        raise BundleError(
+            f"{path}: the external data of {tensor.name} ({location}) leaves the bundle. Do not use this bundle."
+        )
+    if file.exists() and file.stat().st_nlink > 1:
+        raise BundleError(
+            f"{file} has a second name (a hard link), and weights that another name can change are not read. Copy the "
+            f"bundle (cp -r) and use the copy."
+        )
+    if file.exists() and file.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
+        raise BundleError(f"{file} is cut short: {tensor.name} is not whole. The bundle is damaged: export it again.")
+
+
+def _stays(file: Path) -> bool:
+    try:
+        return file.resolve().parent == file.parent.resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links
+        return False
+
+
+def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+    """Move all of `source` into `target` and return its outputs by name.
+
+    `wiring` gives the value for an input of `source`; any other input joins the target's input of that name or becomes
+    one. Initializers of one name are one (shared tables, shape constants).
+    """
+    graph, into = source.graph, target.graph
+    outputs = {str(value.name): value for value in graph.outputs}
+    inputs = {str(value.name): value for value in into.inputs}
+    graph.outputs.clear()
+    for value in list(graph.inputs):
+        graph.inputs.remove(value)
+        name = str(value.name)
+        if name in wiring:
+            value.replace_all_uses_with(wiring[name])
+        elif name in inputs:
+            value.replace_all_uses_with(inputs[name])
+        else:
+            into.inputs.append(value)
+    for name, value in list(graph.initializers.items()):
+        del graph.initializers[name]
+        known = into.initializers.get(name)
+        if known is None:
+            into.register_initializer(value)
+        else:
+            value.replace_all_uses_with(known)
+    nodes = list(graph)
+    graph.remove(nodes)
+    into.extend(nodes)
+    return outputs
+
+
+def drop_dead(graph: ir.Graph) -> None:
+    """Remove nodes of which nobody reads anything, and what only they read."""
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value in graph.outputs for value in node.outputs):
+            graph.remove(node, safe=True)
+    drop_unused_inputs(graph)
+    drop_unused(graph)
+
+
+def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """Register a new initializer."""
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def constant_value(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """The array of an initializer, None for anything computed."""
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Remove initializers that no node reads any more."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in graph.outputs:
+            del graph.initializers[name]
+
+
+def drop_unused_inputs(graph: ir.Graph) -> None:
+    """Remove inputs that no node reads any more and that are no output."""
+    for value in list(graph.inputs):
+        if not value.uses() and value not in graph.outputs:
+            graph.inputs.remove(value)
+
+
+def transpose_tables(graph: ir.Graph) -> None:
+    """Transpose constants (the head's [vocab, hidden] table) here, once."""
+    for node in list(graph):
+        table = constant_value(node.inputs[0]) if node.op_type == "Transpose" else None
+        if table is not None:
+            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.name}.transposed", table.T))
+            graph.remove(node, safe=True)
+
+
+def only_user(node: ir.Node | None) -> ir.Node | None:
+    """The node that alone reads `node`'s first output, or None."""
+    users = [usage.node for usage in node.outputs[0].uses()] if node is not None else []
+    return users[0] if len(users) == 1 else None
+
+
+def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    """Put `new` where `old` was; its first outputs take over the names, users and graph-output places of `old`'s."""
+    graph.insert_before(old, new)
+    for before, after in zip(old.outputs, new.outputs, strict=False):
+        hand_over(before, after)
+    graph.remove(old, safe=True)
+
+
+def hand_over(before: ir.Value, after: ir.Value) -> None:
+    """Everything that read `before` reads `after`, which also takes its name and type."""
+    after.name, after.shape, after.type = before.name, before.shape, before.type
+    before.name = f"{before.name}~replaced"
+    before.replace_all_uses_with(after, replace_graph_outputs=True)

@@ -1,0 +1,192 @@
+"""The build kit: what a machine without the target's GPU writes, and what its script does on the other one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dash_export.building import kit_script
+from dash_export.building.kit import write_kit
+from dash_export.bundle import Bundle
+from dash_export.errors import BackendError, BundleError
+from tests.commands.helpers import dash, environment, refused
+
+
+@pytest.fixture(scope="module")
+def kit(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kit") / "kit"
+    return write_kit(Bundle.open(tiny_root), "h100", [], "no GPU here", folder)
+
+
+def run(kit: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(kit / "build.py"), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment(PYTHONPATH=""), check=False
+    )
+
+
+def test_no_gpu_writes_a_kit_and_says_why(own_bundle: Path) -> None:
+    result = dash("build", own_bundle, "--target", "h100")
+    assert result.exit_code == 0
+    assert "Engines for h100 cannot be compiled on this machine" in result.stderr
+    folder = own_bundle.with_name("own-h100-kit")
+    assert f"python3 {folder.name}/build.py" in result.stdout
+    assert (folder / "own.dash" / "manifest.json").is_file()
+    assert not (folder / "own.dash" / "engines").exists()
+    assert not (own_bundle / "engines" / "h100").exists()
+
+
+def test_a_cpu_needs_none(own_bundle: Path) -> None:
+    folder = own_bundle.with_name("k")
+    assert "copy the bundle" in refused("build", own_bundle, "--target", "cpu", "--kit", folder, code=2)
+    with pytest.raises(BackendError, match="copy the bundle"):
+        write_kit(Bundle.open(own_bundle), "cpu", [], "no reason", folder)
+    assert not own_bundle.with_name("k").exists()
+
+
+def test_the_kit_verifies_itself(kit: Path) -> None:
+    done = run(kit, "--check")
+    assert done.returncode == 0, done.stderr
+    assert "files are whole. Target: h100." in done.stdout
+    record = json.loads((kit / "kit.json").read_text())
+    names = {path.relative_to(kit).as_posix() for path in kit.rglob("*") if path.is_file()}
+    assert names == {item["name"] for item in record["files"]} | {"kit.json", "tiny.dash/manifest.json"}
+    assert record["verification"]["engines"]["layers_02-03"]["hidden_out"] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["tiny.dash/onnx/layer_03.data", "lib/dash_export/cli.py", "build.py"])
+def test_a_damaged_kit_is_refused(name: str, kit: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(kit, tmp_path / "own"))
+    (own / name).write_bytes((own / name).read_bytes() + b"\n#")
+    done = run(own, "--check")
+    assert done.returncode == 1
+    assert f"the first: {name}. Copy the kit again." in done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [{}]}'])
+def test_a_damaged_record(content: str, kit: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(kit, tmp_path / "own"))
+    (own / "kit.json").write_text(content)
+    done = run(own)
+    assert done.returncode == 1
+    assert "Copy the kit again" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_script_runs_the_build_and_reports(tiny_root: Path, tmp_path: Path) -> None:
+    """A kit for a target that this machine can build after all: its own package, its own bundle, a report."""
+    kit = write_kit(Bundle.open(tiny_root), "cuda", [], "as a test", tmp_path / "kit")
+    done = run(kit)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((kit / "report.json").read_text())
+    assert report["done"]
+    assert report["build"]["target"] == "cuda"
+    assert {"layers_02-03", "bypass_02-03", "policy"} <= set(report["build"]["engines"])
+    assert report["machine"]["system"]["python"]
+    Bundle.open(kit / "tiny.dash").load_build("cuda")
+
+
+def test_a_build_that_fails_is_reported(kit: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(kit, tmp_path / "own"))
+    done = run(own)
+    assert done.returncode == 1
+    report = json.loads((own / "report.json").read_text())
+    assert not report["done"]
+    assert "cannot be compiled on this machine" in report["log"]
+    assert not list(own.glob("*kit*/")), "a kit in the kit"
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(kit_script.importlib.util, "find_spec", lambda _name: None)
+    assert kit_script.interpreter(install=False) is None
+    assert "-m pip install -r requirements.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("driver", "wanted"), [(12_060, "cuda-bindings>=12.6,<13"), (13_000, "cuda-bindings>=13"), (None, "")]
+)
+def test_measuring_on_the_device_needs_its_cuda(
+    driver: int | None, wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(to: Any) -> None:
+        to._obj.value = driver
+
+    def libcuda(_name: str) -> SimpleNamespace:
+        if driver is None:
+            raise OSError
+        return SimpleNamespace(cuDriverGetVersion=version)
+
+    monkeypatch.setattr(kit_script.ctypes, "CDLL", libcuda)
+    assert kit_script.cuda_bindings() == wanted
+
+    def find(name: str) -> object:
+        if name == "cuda.bindings":
+            raise ModuleNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(kit_script.importlib.util, "find_spec", find)
+    assert kit_script.interpreter(install=False) == sys.executable, "it compiles without"
+    said = f"neither measured nor run. Run: {sys.executable} -m pip install '{wanted}'"
+    assert (said in capsys.readouterr().out) == bool(wanted)
+    steps: list[list[str]] = []
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(kit_script, "VENV", Path(sys.prefix))
+    monkeypatch.setattr(
+        kit_script.subprocess,
+        "run",
+        lambda step, **_: failed if steps.append(step) or step[-1] == wanted else SimpleNamespace(returncode=0),
+    )
+    assert kit_script.interpreter(install=True) is not None
+    assert [step[-1] for step in steps if step[-1] == wanted] == ([wanted] if wanted else [])
+    assert ("yourself to measure" in capsys.readouterr().out) == bool(wanted)
+
+
+def test_own_recipe_and_precision_travel(tiny_root: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    text = (Path(__file__).parents[2] / "engines" / "l4.toml").read_text()
+    recipe.write_text(text.replace('"8.9"', '"9.9"'))
+    kit = write_kit(Bundle.open(tiny_root), str(recipe), ["--weights", "int8"], "", tmp_path / "kit")
+    record = json.loads((kit / "kit.json").read_text())
+    assert record["command"] == ["build", "tiny.dash", "--target", "recipes/mine.toml", "--weights", "int8"]
+    assert record["target"] == "mine-int8"
+    assert (kit / "recipes" / "mine.toml").is_file()
+
+
+def test_something_else_is_not_overwritten(own_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    for _ in range(2):  # the second time with a file that something else calls so too
+        with pytest.raises(BundleError, match="is not a build kit"):
+            write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "precious")
+        (tmp_path / "precious" / "kit.json").write_text("{}")
+    message = refused("build", own_bundle, "--target", "h100", "--kit", tmp_path / "precious")
+    assert "is not a build kit" in message
+
+
+def test_what_appears_at_the_kit_meanwhile_is_kept(
+    own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def appear(*_args: object) -> None:
+        (tmp_path / "kit").mkdir()
+        (tmp_path / "kit" / "build.py").write_text("mine")
+
+    monkeypatch.setattr("dash_export.building.kit._copy_package", appear)
+    with pytest.raises(BundleError, match="is not a build kit"):
+        write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "kit")
+    assert (tmp_path / "kit" / "build.py").read_text() == "mine"
+
+
+def test_an_unfinished_kit_leaves_nothing(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dash_export.building.kit._copy_package", full)
+    assert "disk is full" in refused("build", own_bundle, "--target", "h100", "--kit", tmp_path / "kit")
+    assert not list(tmp_path.glob("kit*"))

@@ -1,0 +1,375 @@
+"""Builds: incremental, exact about what depends on what, with a cost table and a budget table."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.artifacts import ArtifactStore
+from dash_export.building import build, cost_table, dial, pipeline
+from dash_export.building.backend import Backend
+from dash_export.building.cost_table import NOT_MEASURED, measure_cost
+from dash_export.building.gpu_backends import CudaBackend
+from dash_export.bundle import Bundle
+from dash_export.decision import DialPoint
+from dash_export.errors import BackendError, BundleError, PolicyError, RecipeError
+from dash_export.exporting import export
+from dash_export.models import open_checkpoint
+from dash_export.policy import narrowed
+from dash_export.runtime.backends.base import Launch
+from dash_export.runtime.backends.onnxruntime import OrtBackend
+from tests.commands.helpers import dash, python
+from tests.forged import edit
+from tests.tiny import random_ids, tiny_policy, with_bypasses
+
+
+@pytest.fixture
+def bundle(tiny_root: Path, tmp_path: Path) -> Bundle:
+    shutil.copytree(tiny_root.parent / "model", tmp_path / "model")
+    return Bundle.open(shutil.copytree(tiny_root, tmp_path / "tiny.dash"))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The artifacts that were really made, by name."""
+    names: list[str] = []
+    sound = ArtifactStore.make
+
+    def make(store: ArtifactStore, name: str, key: str, *given: object) -> object:
+        names.append(name)
+        return sound(store, name, key, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ArtifactStore, "make", make)
+    return names
+
+
+def test_a_second_build_changes_nothing(bundle: Bundle, made: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*") if path.is_file()}
+    again = build(bundle, "cpu", weights="fp32")
+    assert made == []
+    assert {path: path.stat().st_mtime_ns for path in before} == {
+        path: stamp for path, stamp in before.items() if path.name != ".journal.json"
+    } | {path: path.stat().st_mtime_ns for path in before if path.name == ".journal.json"}
+    assert again == bundle.load_build("cpu-fp32"), "the cost table is frozen"
+
+
+READ_ONLY = """
+import errno, os, sys
+from pathlib import Path
+from dash_export.building import build
+from dash_export.exporting import export
+from dash_export.models import open_checkpoint
+from tests.tiny import tiny_policy
+
+root, checkpoint = Path(sys.argv[1]), open_checkpoint(sys.argv[2])
+
+def refuse(event, given):
+    writes = event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    changes = writes or event in ("os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+    if changes and str(given[0]).startswith(str(root.parent)) and not (event == "os.mkdir" and os.path.isdir(given[0])):
+        raise OSError(errno.EROFS, "Read-only file system", str(given[0]))
+
+sys.addaudithook(refuse)
+export(checkpoint, root, tiny_policy(checkpoint, "linear"))
+build(root, "cpu", weights="fp32")
+build(root, "cpu", weights="int8")
+"""
+
+
+def test_nothing_is_written_where_nothing_is_to_be_done(bundle: Bundle, tmp_path: Path) -> None:
+    """A bundle on a read-only disk counts as exported and built; what is not there cannot be made."""
+    ran = python(READ_ONLY, bundle.root, tmp_path / "model")
+    assert ran.stderr.splitlines()[-1].startswith("OSError: [Errno 30] Read-only file system"), ran.stderr
+    assert "int8" in ran.stderr.splitlines()[-1]
+
+
+def test_measured_again_where_asked(bundle: Bundle, made: list[str]) -> None:
+    before = bundle.load_build("cpu-fp32")
+    again = build(bundle, "cpu", weights="fp32", measure=True)
+    assert made == []
+    assert again.engines == before.engines
+    assert again.cost.segment_us != before.cost.segment_us
+    assert again.dial != before.dial
+    assert again == bundle.load_build("cpu-fp32")
+
+
+def test_measured_again_where_a_trade_off_meant_something_else(bundle: Bundle, made: list[str]) -> None:
+    path = bundle.path("engines/cpu-fp32/build.json")
+    edit(path, lambda data: data.update(measuring=0))
+    before = Bundle.open(bundle.root).load_build("cpu-fp32")
+    again = build(bundle, "cpu", weights="fp32")
+    assert made == []
+    assert again.measuring == pipeline.MEASURING_REVISION > 0
+    assert again.cost.segment_us != before.cost.segment_us
+
+
+@pytest.mark.parametrize("name", ["onnx/policy.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("measure", [False, True])
+def test_what_a_build_only_reads_is_hashed_too(name: str, measure: bool, bundle: Bundle) -> None:
+    """Of the policy it takes the bias, and by the tokenizer the dial is calibrated; no engine is made of them anew."""
+    before, damaged = bundle.load_build("cpu-fp32"), bytearray(bundle.path(name).read_bytes())
+    damaged[-20] ^= 1
+    bundle.path(name).write_bytes(damaged)
+    with pytest.raises(BundleError, match=rf"{name} is not the file that was written"):
+        build(bundle, "cpu", weights="fp32", measure=measure)
+    assert Bundle.open(bundle.root).load_build("cpu-fp32") == before
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_tokenizer_that_changes_while_the_dial_is_calibrated(graphs: bool, bundle: Bundle) -> None:
+    before, path = bundle.load_build("cpu-fp32"), bundle.path("tokenizer.json")
+    if not graphs:
+        shutil.rmtree(bundle.path("onnx"))
+
+    def change(name: str, *_: object) -> None:
+        if name == "calibrating the dial":
+            path.write_bytes(path.read_bytes())
+
+    with pytest.raises(BundleError, match=r"tokenizer\.json was replaced while it was read"):
+        build(bundle, "cpu", weights="fp32", measure=True, progress=change)
+    assert Bundle.open(bundle.root).load_build("cpu-fp32") == before
+
+
+def test_nothing_is_measured_where_it_cannot_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backend, "run_obstacle", lambda _: "there is no such device.")
+    with pytest.raises(BackendError, match="Nothing can be measured here: there is no such device"):
+        build(bundle, "cpu", weights="fp32", measure=True)
+
+
+def test_dial_points_lie_where_the_rule_puts_them(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """At costs that differ: every wanted share of the units."""
+    runtime = tiny_runtime()
+    cost = replace(runtime.cost, cost=(0.2, 0.05))
+    uneven = DashRuntime(runtime.bundle, replace(runtime.build, cost=cost), OrtBackend(0))
+    windows = [random_ids(64, seed=seed) for seed in range(4)]
+    placed = dial._trade_offs(uneven, windows)
+    assert len(placed) == len(dial.SHARES) + 1
+    session = uneven.session("token", trade_off=0.0)
+    damage = np.concatenate([session.score(ids).damage[2:] for ids in windows]).T
+    for trade_off, wanted in zip(placed, (*dial.SHARES, 1.0), strict=True):
+        skips = uneven.session("token", trade_off=trade_off).rule.skips(damage)
+        assert skips.mean() == pytest.approx(wanted, abs=0.02)
+
+
+def test_another_policy_network_makes_only_what_gives_its_damage(bundle: Bundle, made: list[str]) -> None:
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    other = replace(tiny_policy(checkpoint, "linear"), network=tiny_policy(checkpoint, seed=7).network, origin="other")
+    changed = export(checkpoint, bundle.root, other)
+    made.clear()
+    build(changed, "cpu", weights="fp32")
+    assert made == ["layers_00-01"]
+    assert DashRuntime.load(bundle.root, "cpu-fp32").generate([1, 2], 3).tokens.size == 3
+
+
+def test_a_policy_whose_damages_are_no_numbers(bundle: Bundle) -> None:
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    policy = tiny_policy(checkpoint, "linear")
+    assert policy.network is not None
+    huge = {name: np.full_like(array, 3e38) for name, array in policy.network.items()}
+    changed = export(checkpoint, bundle.root, replace(policy, network=huge))
+    with pytest.raises(PolicyError, match="damages that are no numbers: train it again"):
+        build(changed, "portable")
+
+
+def test_another_bypass_keeps_the_layers(bundle: Bundle, made: list[str]) -> None:
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    changed = export(checkpoint, bundle.root, with_bypasses(tiny_policy(checkpoint, "linear"), checkpoint, seed=2))
+    made.clear()
+    build(changed, "cpu", weights="fp32")
+    assert set(made) == {f"{kind}_{name}" for kind in ("bypass", "mixed") for name in ("02-03", "04-04")}
+
+
+def test_a_damaged_engine_is_made_again(bundle: Bundle, made: list[str]) -> None:
+    path = bundle.path("engines/cpu-fp32/bypass_02-03.onnx")
+    sound = path.read_bytes()
+    path.write_bytes(b"damaged")
+    message = r"bypass_02-03.onnx is not the file .* build \S+ --target cpu --weights fp32"
+    with pytest.raises(BundleError, match=message):
+        DashRuntime.load(bundle.root, "cpu-fp32")
+    build(bundle, "cpu", weights="fp32")
+    assert made == ["bypass_02-03", "mixed_02-03"], "and what takes up its weights"
+    assert path.read_bytes() == sound
+
+
+def test_fewer_units_leave_no_orphans(bundle: Bundle) -> None:
+    checkpoint = open_checkpoint(bundle.root.parent / "model")
+    fewer = narrowed(tiny_policy(checkpoint), (4,))
+    made = build(export(checkpoint, bundle.root, fewer), "cpu", weights="fp32")
+    on_disk = {f"engines/cpu-fp32/{path.name}" for path in bundle.path("engines/cpu-fp32").iterdir()}
+    assert on_disk == {record.name for record in made.files} | {
+        "engines/cpu-fp32/build.json",
+        "engines/cpu-fp32/.journal.json",
+    }
+
+
+def test_cost_and_budget_tables(bundle: Bundle) -> None:
+    made = bundle.load_build("cpu-fp32")
+    assert len(made.cost.cost) == 2
+    assert all(0 < cost < 1 for cost in made.cost.cost)
+    assert made.cost.dense_us == pytest.approx(sum(made.cost.segment_us.values()), rel=1e-3)
+    points = made.dial
+    assert [point.trade_off for point in points] == sorted(point.trade_off for point in points)
+    assert points[0] == DialPoint(0.0, 6.0, 1.0, 0.0)
+    assert points[-1].layers == 3, "at last every unit is skipped"
+    assert all(point.kl > 0.01 for point in points if point.layers < 5)
+    assert all(0 < point.time < 1 for point in points if point.layers < 5)
+
+
+def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One setting, decoded token by token: layers, time, and KL from dense written out in float64."""
+    monkeypatch.setattr(dial, "WINDOWS", 2)
+    monkeypatch.setattr(dial, "TOKENS", 48)
+    monkeypatch.setattr(dial, "SHARES", (0.5,))
+    made = build(bundle, "cpu", weights="int8")
+    runtime = DashRuntime.load(bundle.root, made.target)
+    windows = dial._calibration_windows(runtime)
+    assert [len(window) for window in windows] == [48, 48]
+    point = made.dial[1]
+    taken, divergence = [], []
+    for window in windows:
+        dense, skipping = runtime.session("dense"), runtime.session("token", trade_off=point.trade_off)
+        for session in (dense, skipping):
+            session.prefill(window[:24])
+        for token in window[24:]:
+            p = log_softmax(dense.decode_one(int(token))[0])
+            logits, actions = skipping.decode_one(int(token))
+            divergence.append(float((np.exp(p) * (p - log_softmax(logits))).sum()))
+            taken.append(actions)
+    skipped = np.array(taken)
+    assert 0 < skipped.mean() < 0.5
+    assert point.layers == pytest.approx(6 - skipped.sum(axis=1).mean(), abs=0.1)
+    saved = skipped[:, [2, 4]].mean(axis=0) @ made.cost.cost
+    assert point.time == pytest.approx(1 - saved, abs=0.02)
+    assert point.kl == pytest.approx(np.mean(divergence), rel=0.05)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    z = logits.astype(np.float64) - logits.max()
+    return z - np.log(np.exp(z).sum())
+
+
+def test_another_target_is_calibrated_without_training(bundle: Bundle) -> None:
+    """The exported policy is enough: the same export, built again, has a cost table and dials of its own."""
+    before = bundle.manifest.key
+    other = build(bundle, "cpu", weights="int8", head="fp32")
+    assert Bundle.open(bundle.root).manifest.key == before
+    known = bundle.load_build("cpu-fp32")
+    assert other.cost != known.cost
+    assert other.dial != known.dial
+    assert DashRuntime.load(bundle.root, other.target).generate(random_ids(5), 9, skipped=1.5).actions.any()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_precisions_lie_side_by_side(precision: str, bundle: Bundle) -> None:
+    made = build(bundle, "cpu", weights=precision)
+    assert made.target in ("cpu", f"cpu-{precision}")
+    assert DashRuntime.load(bundle.root, "cpu-fp32").generate(random_ids(5), 3).tokens.size == 3
+    sizes = {target: sum(r.bytes for r in bundle.load_build(target).files) for target in ("cpu-fp32", made.target)}
+    assert sizes[made.target] < sizes["cpu-fp32"]
+
+
+def test_a_bundle_without_a_network_serves_dense_and_static(bundle: Bundle, tmp_path: Path) -> None:
+    plain = export(open_checkpoint(bundle.root.parent / "model"), tmp_path / "plain.dash")
+    made = build(plain, "cpu", weights="fp32")
+    assert made.dial == ()
+    runtime = DashRuntime.load(plain.root, "cpu-fp32")
+    unit = plain.manifest.policy.units[0]
+    assert runtime.generate(random_ids(8), 6, skip=list(unit.layers)).actions[1:].sum() == 5 * len(unit.layers)
+
+
+def test_unknown_target(bundle: Bundle) -> None:
+    with pytest.raises(RecipeError, match="Known targets"):
+        build(bundle, "toaster")
+
+
+def test_a_copy_without_graphs_is_measured(bundle: Bundle) -> None:
+    """As a device has it, which has no onnx either."""
+    before = bundle.load_build("cpu-fp32")
+    shutil.rmtree(bundle.path("onnx"))
+    with pytest.raises(BundleError, match=r"without portable graphs .* can be measured here \(--measure\)"):
+        build(bundle, "cpu", weights="fp32")
+    with pytest.raises(BundleError, match=r"no portable graphs .* to compare"):
+        build(bundle, "cpu", weights="fp32", verify=True, measure=True)
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnx_ir', 'gguf', 'safetensors', 'torch'))\n"
+        "from dash_export.building import build; build(sys.argv[1], 'cpu', weights='fp32', measure=True)"
+    )
+    ran = python(code, bundle.root)
+    assert ran.returncode == 0, ran.stderr
+    after = Bundle.open(bundle.root).load_build("cpu-fp32")
+    assert after.cost.segment_us != before.cost.segment_us
+    assert after == replace(before, cost=after.cost, dial=after.dial)
+    shown = dash("inspect", bundle.root, "--verify")
+    assert shown.exit_code == 0, shown.stderr
+    assert "The portable graphs are not here" in shown.stdout
+
+
+def test_a_gpu_s_copy_without_graphs_is_measured(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(bundle, "cuda")
+    shutil.rmtree(bundle.path("onnx"))
+    measured = replace(first.cost, device="a GPU")
+    monkeypatch.setattr(CudaBackend, "run_obstacle", lambda _: None)
+    monkeypatch.setattr(CudaBackend, "artifacts", None)  # what builds needs onnx
+    monkeypatch.setattr(pipeline, "_measured", lambda _b, draft, *_: replace(draft, cost=measured))
+    assert build(bundle, "cuda", measure=True) == replace(first, cost=measured)
+
+
+def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -> None:
+    """Calibrating is not to start the process's only pool with another number before."""
+    (tmp_path / "one.toml").write_text('[weights]\nrounding = "gptq"\nblock_size = 16\n[runtime]\nthreads = 1\n')
+    for options in ("", ", verify=True, measure=True"):  # the second time only what verifies runs something before
+        code = (
+            f"import sys; from dash_export.building import build; build(*sys.argv[1:]{options})\n"
+            "from dash_export.runtime.backends.onnxruntime import start_thread_pool; print(start_thread_pool(0))"
+        )
+        ran = python(code, bundle.root, tmp_path / "one.toml")
+        assert (ran.stdout.strip(), ran.stderr) == ("1", "")
+
+
+def test_a_gpu_build_needs_no_onnxruntime(bundle: Bundle) -> None:
+    """A machine with TensorRT has none, and a build kit does not bring it."""
+    shutil.rmtree(bundle.root / "engines")
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from dash_export.building import build; print(build(sys.argv[1], 'cuda').target)"
+    )
+    ran = python(code, bundle.root)
+    assert ran.stdout.strip() == "cuda", ran.stderr
+
+
+def test_what_could_not_be_measured_is_measured_later(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are compiled on one machine and built again on the one with the GPU."""
+    first = build(bundle, "cuda")
+    assert first.cost.device == NOT_MEASURED
+    measured = replace(first.cost, device="a GPU")
+    monkeypatch.setattr(CudaBackend, "run_obstacle", lambda _: None)
+    monkeypatch.setattr(pipeline, "_measured", lambda _b, draft, *_: replace(draft, cost=measured))
+    second = build(bundle, "cuda")
+    assert second == replace(first, cost=measured)
+    monkeypatch.setattr(pipeline, "_measured", None)
+    assert build(bundle, "cuda") == second
+
+
+def test_what_a_unit_costs(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that takes longer and longer. Units 2-3 and 4 are skipped in turn; 0-1 and 5 always run."""
+    passes = count()
+
+    def timed(launches: Iterable[Launch]) -> list[float]:
+        assert len(list(launches)) == 4
+        repeat, parity = divmod(next(passes), 2)
+        found = [500.0, 200.0, 30.0, 300.0] if parity else [500.0, 40.0, 100.0, 300.0]
+        return [(1 + repeat / 100) * time for time in found]
+
+    monkeypatch.setattr(cost_table, "_timed", timed)
+    runtime = tiny_runtime()
+    table = measure_cost(runtime.bundle, runtime.build, OrtBackend(0))
+    assert table.cost == pytest.approx((160 / 1100, 70 / 1100), rel=0.02)
+    assert set(table.bypass_us) == {"bypass_02-03", "bypass_04-04"}
+    assert table.segment_us["layers_02-03"] / table.bypass_us["bypass_02-03"] == pytest.approx(5, rel=0.02)

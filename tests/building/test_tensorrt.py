@@ -1,0 +1,219 @@
+"""TensorRT-RTX for real, on a machine without a GPU: what is compiled, from what, and what happens when it fails."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from dash_export.artifacts import ArtifactStore
+from dash_export.building import build
+from dash_export.building.cost_table import NOT_MEASURED
+from dash_export.building.engine_graphs import engine_graphs, lower
+from dash_export.bundle import Bundle
+from dash_export.decision import Unit
+from dash_export.errors import BackendError, BundleError
+from dash_export.exporting import export
+from dash_export.graphs import trt
+from dash_export.manifest import Build
+from dash_export.models import open_checkpoint
+from dash_export.runtime.device import trt_api
+from dash_export.targets import load_recipe
+from tests.commands.helpers import refused
+from tests.tiny import tiny_checkpoint, tiny_policy
+
+rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX builder: pip install 'dash-export[rtx]' (Linux x86-64)")
+
+FIRST_BYTES = b"vtrt"
+
+
+def write_recipe(path: Path, weights: str = "fp16", engine: str = "", bypass: str = "") -> str:
+    """A recipe of a small cache at `path`, everything at one precision but perhaps the bypasses."""
+    own = "bf16" if 'activations = "bf16"' in engine else "fp16"
+    parts = "".join(f'{part} = "{weights}"\n' for part in ("layers", "qkv", "ungated", "head"))
+    path.write_text(
+        f'backend = "tensorrt_rtx"\ndialect = "portable"\n'
+        f'[engine]\ncapabilities = ["8.9"]\nkv_capacity = 64\n{engine}\n'
+        f'[weights]\n{parts}embedding = "{own}"\nbypass = "{bypass or own}"\nblock_size = 32\nsymmetric = true\n'
+        '[runtime]\ndispatch = "overlapped"\nprefill_chunk = 32\n'
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle of five layers, units 2-3 and 4, built by the RTX builder. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("rtx")
+    checkpoint = tiny_checkpoint(folder / "model", num_hidden_layers=5)
+    bundle = export(checkpoint, folder / "tiny.dash", tiny_policy(checkpoint, "linear"))
+    build(bundle, write_recipe(folder / "mine.toml"))
+    return folder
+
+
+@pytest.fixture
+def own(root: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(root, tmp_path / "own"))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    sound = ArtifactStore.make
+
+    def make(store: ArtifactStore, name: str, key: str, *given: Any) -> Any:
+        names.append(name)
+        return sound(store, name, key, *given)
+
+    monkeypatch.setattr(ArtifactStore, "make", make)
+    return names
+
+
+def loaded(folder: Path, target: str = "mine") -> Build:
+    return Bundle.open(folder / "tiny.dash").load_build(target)
+
+
+def test_one_engine_per_segment_and_bypass_and_one_policy(root: Path) -> None:
+    made = loaded(root)
+    assert set(made.engines) == {
+        *("layer_00", "layer_01", "layers_02-03", "layer_04", "head"),
+        *("bypass_02-03", "bypass_04-04", "policy"),
+    }
+    for name, engine in made.engines.items():
+        assert engine.file == f"engines/mine/{name}.engine"
+        assert engine.seconds > 0
+        path = root / "tiny.dash" / engine.file
+        assert path.stat().st_size == engine.bytes
+        with path.open("rb") as file:
+            assert file.read(4) == FIRST_BYTES
+
+
+def test_the_record_says_how_it_was_built_and_that_nothing_was_measured(root: Path) -> None:
+    made = loaded(root)
+    assert made.backend_version == rtx.__version__
+    assert made.device == "any device of compute capability 8.9"
+    assert made.details["capabilities"] == ["8.9"]
+    assert made.details["profiles"] == ["decode", "prefill"]
+    assert made.details["strongly_typed"] is True
+    assert {"optimization_level", "aux_streams", "workspace_bytes", "compiler"} <= set(made.details)
+    assert made.cost.device == NOT_MEASURED
+    assert made.cost.segment_us == {}
+    assert made.cost.cost == (2 / 5, 1 / 5)
+
+
+def test_nothing_is_left_behind_but_engines(root: Path) -> None:
+    names = {path.name for path in (root / "tiny.dash" / "engines" / "mine").iterdir()}
+    assert names == {f"{name}.engine" for name in loaded(root).engines} | {"build.json", ".journal.json"}
+
+
+def test_a_second_build_compiles_nothing(own: Path, made: list[str]) -> None:
+    before = loaded(own)
+    assert build(own / "tiny.dash", str(own / "mine.toml")) == before
+    assert made == []
+
+
+def test_only_what_changed_is_compiled(own: Path, made: list[str]) -> None:
+    checkpoint = open_checkpoint(own / "model")
+    changed = export(checkpoint, own / "tiny.dash", tiny_policy(checkpoint, "linear", seed=7))
+    made.clear()
+    build(changed, str(own / "mine.toml"))
+    assert made == ["policy"]
+    (own / "tiny.dash" / "engines" / "mine" / "bypass_02-03.engine").write_bytes(b"damaged")
+    made.clear()
+    build(changed, str(own / "mine.toml"))
+    assert made == ["bypass_02-03"]
+
+
+@pytest.mark.parametrize("key", ["kv_capacity = 65", "profiles = 1", "optimization_level = 2"])
+def test_what_an_engine_fixes_is_in_its_key(key: str, own: Path, made: list[str]) -> None:
+    text = (own / "mine.toml").read_text()
+    setting = key.partition(" ")[0]
+    lines = [line for line in text.splitlines() if not line.startswith(setting)]
+    (own / "mine.toml").write_text("\n".join(lines).replace("[engine]", f"[engine]\n{key}"))
+    build(own / "tiny.dash", str(own / "mine.toml"))
+    assert len(made) == 8
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "form", "recipe"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}, "linear", {"weights": "int4"}),
+        ("qwen2", {}, "linear", {"weights": "int8", "bypass": "int8"}),
+        ("qwen3", {"tie_word_embeddings": True}, "linear", {"weights": "int4", "bypass": "int4"}),
+        ("qwen3", {}, "none", {"weights": "bf16", "engine": 'activations = "bf16"\nprofiles = 1'}),
+    ],
+)
+def test_families_and_precisions_compile(
+    family: str, options: dict[str, Any], form: str, recipe: dict[str, str], tmp_path: Path
+) -> None:
+    """A unit of several layers; the policy reads what the embedding gives. Graphs say what their portable ones do."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, num_hidden_layers=4, **options)
+    policy = tiny_policy(checkpoint, form, units=(Unit(1, 2),))
+    bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
+    made = build(bundle, write_recipe(tmp_path / "mine.toml", **recipe), verify=True)
+    bundle.verify(made.files)
+    assert set(made.engines) == {"embed", "layer_00", "layers_01-02", "layer_03", "bypass_01-02", "policy"}
+
+
+@pytest.mark.parametrize(("bypass", "tensor"), [("int8", onnx.TensorProto.INT8), ("int4", onnx.TensorProto.INT4)])
+def test_a_bypass_has_its_own_precision(bypass: str, tensor: int, own: Path, tmp_path: Path) -> None:
+    """Its product, and K and V with it; the policy stays as it is."""
+    recipe = load_recipe(write_recipe(tmp_path / "mine.toml", bypass=bypass))
+    bundle = Bundle.open(own / "tiny.dash")
+    lowered = {
+        graph.name: ir.to_proto(lower(graph.make(), recipe, bundle.manifest.policy.layers))
+        for graph in engine_graphs(bundle, loaded(own).segments, on_device=True)
+    }
+    types = {name: {item.data_type for item in model.graph.initializer} for name, model in lowered.items()}
+    assert [name for name, found in types.items() if tensor in found] == ["bypass_02-03", "bypass_04-04"]
+    assert onnx.TensorProto.FLOAT16 not in types["policy"]
+
+
+def test_a_graph_that_does_not_compile_is_told_in_tensorrts_words(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 attention, which TensorRT does not have: what went wrong is in the message and no record is left."""
+    monkeypatch.setattr(trt, "set_activation_type", lambda *_args: None)
+    text = (own / "mine.toml").read_text().replace("kv_capacity = 64", "kv_capacity = 48")
+    (own / "mine.toml").write_text(text)
+    with pytest.raises(BackendError, match=r"TensorRT-RTX 1\..* cannot compile layer_00: .*\w+"):
+        build(own / "tiny.dash", str(own / "mine.toml"))
+    with pytest.raises(BundleError, match="is unfinished"):
+        loaded(own)
+    assert not list((own / "tiny.dash" / "engines" / "mine").glob(".tmp-*"))
+
+
+def test_a_graph_that_does_not_parse(tmp_path: Path) -> None:
+    (tmp_path / "odd.onnx").write_bytes(b"this is no graph")
+    settings = trt_api.Settings((), ("8.9",), 3, 0, 1 << 20)
+    with pytest.raises(BackendError, match=r"cannot (read|compile) odd"):
+        trt_api.load_toolkit("tensorrt_rtx").compile(tmp_path / "odd.onnx", settings)
+
+
+def test_a_capability_rtx_does_not_know(tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dash_export.targets.RTX_CAPABILITIES", ("9.0",))
+    recipe = write_recipe(tmp_path / "odd.toml").replace("8.9", "9.0")
+    Path(recipe).write_text(Path(recipe).read_text().replace("8.9", "9.0"))
+    with pytest.raises(BackendError, match=r"does not compile for compute capability 9\.0"):
+        build(own / "tiny.dash", recipe)
+
+
+def test_disk_full(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (own / "tiny.dash" / "engines" / "mine" / "layer_04.engine").unlink()
+    monkeypatch.setattr("dash_export.building.gpu_backends.memoryview", full, raising=False)
+    assert "The disk is full" in refused("build", own / "tiny.dash", "--target", own / "mine.toml")
+    monkeypatch.undo()
+    assert set(build(own / "tiny.dash", str(own / "mine.toml")).engines) == set(loaded(own).engines)
+
+
+def test_the_rtx_recipe_asks_for_what_the_installed_bindings_know() -> None:
+    for recipe in (load_recipe("rtx"), replace(load_recipe("rtx"), name="other")):
+        assert recipe.engine is not None
+        for capability in recipe.engine.capabilities:
+            assert hasattr(rtx.ComputeCapability, f"SM{capability.replace('.', '')}")

@@ -77,6 +77,9 @@ def write_kit(
         raise BackendError(f"A kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle.")
     folder = named(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
     root = named(bundle.root)
+    taken = (SCRIPT, REQUIREMENTS, LIBRARY, RECIPE, RECORD, MARK, ".venv", "report.json")
+    if root.name in taken:
+        raise BackendError(f"A kit has a {root.name} of its own beside the bundle: rename the bundle first.")
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
         # Engines that were compiled in the kit, and all else that somebody put there, stay.
         inside = (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")

@@ -34,12 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         kit = json.loads((HERE / "kit.json").read_text(encoding="utf-8"))
-        damaged = damaged_files(kit)
+        damaged, target = damaged_files(kit), kit["target"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return fail(f"kit.json cannot be read ({error}). Copy the kit again.")
     if damaged:
         return fail(f"{len(damaged)} files did not arrive whole, the first: {damaged[0]}. Copy the kit again.")
-    print(f"{len(kit['files'])} files are whole. Target: {kit['target']}.")
+    print(f"{len(kit['files'])} files are whole. Target: {target}.")
     if options.check:
         return 0
     if sys.version_info < PYTHON:

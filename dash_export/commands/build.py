@@ -132,7 +132,7 @@ def command(
     if is_bundle(source):
         given = [
             name
-            for name in ("output", "policy", "units")
+            for name in ("output", "policy", "units", "prune")
             if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         ]
         if given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -56,8 +56,6 @@ def policy_options(command: _Command) -> _Command:
     @wraps(command)
     def packed(*args: Any, **given: Any) -> Any:
         options = PolicyOptions(given.pop("policy"), given.pop("units"), given.pop("prune"))
-        if options.prune and not (options.trained and options.units is None):
-            raise click.UsageError("--prune takes units out by a trained --policy, and leaves none for --units.")
         return command(*args, options=options, **given)
 
     options = (
@@ -112,7 +110,9 @@ def command(ctx: click.Context, model: str, output: Path | None, options: Policy
 
 def export_model(ctx: click.Context, model: str, output: Path | None, options: PolicyOptions) -> Bundle:
     """Export with a progress bar; `build` calls it too."""
-    output = output or default_output(model)
+    if options.prune and not (options.trained and options.units is None):
+        raise click.UsageError("--prune takes units out by a trained --policy, and leaves none for --units.")
+    output = output or default_output(model, options.prune)
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("export") as progress:
         return export_with_policy(model, output, options, progress)
@@ -137,11 +137,12 @@ def export_with_policy(model: str | Checkpoint, output: Path, options: PolicyOpt
     return export(model, output, policy, progress)
 
 
-def default_output(model: str) -> Path:
-    """`org/SmolLM2`, `models/SmolLM2/`, `SmolLM2.gguf` -> `SmolLM2.dash`."""
+def default_output(model: str, prune: Sequence[Unit] = ()) -> Path:
+    """`org/SmolLM2`, `models/SmolLM2/`, `SmolLM2.gguf` -> `SmolLM2.dash`; pruned `SmolLM2-without-13-18.dash`."""
     path = Path(model)
     name = path.resolve().name if path.exists() else path.name
-    return Path(f"{name.removesuffix('.gguf')}.dash")
+    without = f"-without-{units_text(prune)}" if prune else ""
+    return Path(f"{name.removesuffix('.gguf')}{without}.dash")
 
 
 def _summary(bundle: Bundle) -> None:

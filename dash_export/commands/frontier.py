@@ -15,7 +15,7 @@ from dash_export.cli import OUTPUT, printable
 from dash_export.commands.common import plain_table, print_table, result_console
 from dash_export.commands.comparison import Comparison, comparison_options, counted, window_options, with_bounds
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.reports import check_pictures, save_pictures
+from dash_export.commands.reports import check_pictures, save_pictures, sole_writer
 from dash_export.evaluate import ROUNDS, TOKENS
 from dash_export.names import REPORT
 
@@ -52,27 +52,28 @@ def command(
 
     path = text or resource_folder("calibration") / "prose.txt"
     plan = Plan(read_text(path), printable(path.name), rounds=0 if predicted else rounds, **measure)
-    check_pictures(output, report=True)
-    ctx.meta[OUTPUT] = str(output)
-    with progress_bar("frontier") as progress:
-        progress("loading", 0, 0)
-        loaded = comparison.load()
-        points = frontier(loaded.candidates(), plan, progress)
-    runtime = loaded.runtime
-    title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
-    builds = {name: _build(build) for name, build in [("", runtime), *loaded.others]}
-    # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
-    try:
-        _print(title, points)
-        loaded.print_refused()
-    finally:
-        report = _report(plan, points, builds, loaded.refused)
-        written = save_pictures(
-            output,
-            frontier_figure(points, title, _caption(plan)),
-            json.dumps(report, indent=1, ensure_ascii=False),
-        )
-    click.echo(f"Written to {', '.join(map(str, written))}")
+    with sole_writer("frontier", output):
+        check_pictures(output, report=True)
+        ctx.meta[OUTPUT] = str(output)
+        with progress_bar("frontier") as progress:
+            progress("loading", 0, 0)
+            loaded = comparison.load()
+            points = frontier(loaded.candidates(), plan, progress)
+        runtime = loaded.runtime
+        title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
+        builds = {name: _build(build) for name, build in [("", runtime), *loaded.others]}
+        # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
+        try:
+            _print(title, points)
+            loaded.print_refused()
+        finally:
+            report = _report(plan, points, builds, loaded.refused)
+            written = save_pictures(
+                output,
+                frontier_figure(points, title, _caption(plan)),
+                json.dumps(report, indent=1, ensure_ascii=False),
+            )
+        click.echo(f"Written to {', '.join(map(str, written))}")
 
 
 def _caption(plan: Plan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,35 +54,42 @@ def command(
         import dash_export.evaluate.pictures  # noqa: F401  fails at once where matplotlib is missing
     path = text or resource_folder("calibration") / "heldout.txt"
     content, name = read_text(path), printable(path.name)
-    for output in (html, trace):
-        if output is not None:
-            check_reports(output)
-            ctx.meta[OUTPUT] = str(output)
-            output.parent.mkdir(parents=True, exist_ok=True)
-    with progress_bar("profile") as progress:
-        progress("loading", 0, 0)
-        loaded = comparison.load()
-        found, lanes = profile(loaded.candidates(), content, name, context, tokens, repeats, progress)
-    # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
-    try:
-        if as_json:
-            click.echo(json.dumps(_report(found, loaded), ensure_ascii=False))
-        else:
-            _print(found)
-        loaded.print_refused()
-    finally:
-        if html is not None:
-            from dash_export.evaluate.report import render_report
+    if html is not None and trace is not None and html.resolve() == trace.resolve():
+        raise click.UsageError("--html and --trace are the same file: give each a name of its own.")
+    from dash_export.outputs import locked
 
-            html = save_report(html, render_report(found, lanes))
-        if trace is not None:
-            from dash_export.evaluate.trace import chrome_trace
+    with ExitStack() as held:
+        for own in filter(None, (html, trace)):
+            held.enter_context(locked(own, "profile"))
+        for output in (html, trace):
+            if output is not None:
+                check_reports(output)
+                ctx.meta[OUTPUT] = str(output)
+                output.parent.mkdir(parents=True, exist_ok=True)
+        with progress_bar("profile") as progress:
+            progress("loading", 0, 0)
+            loaded = comparison.load()
+            found, lanes = profile(loaded.candidates(), content, name, context, tokens, repeats, progress)
+        # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
+        try:
+            if as_json:
+                click.echo(json.dumps(_report(found, loaded), ensure_ascii=False))
+            else:
+                _print(found)
+            loaded.print_refused()
+        finally:
+            if html is not None:
+                from dash_export.evaluate.report import render_report
 
-            events = chrome_trace(lanes, found.model, trace_tokens)
-            trace = save_report(trace, json.dumps(events, ensure_ascii=False))
-    for output in (html, trace):
-        if output is not None:
-            click.echo(f"Written to {output}", err=as_json)
+                html = save_report(html, render_report(found, lanes))
+            if trace is not None:
+                from dash_export.evaluate.trace import chrome_trace
+
+                events = chrome_trace(lanes, found.model, trace_tokens)
+                trace = save_report(trace, json.dumps(events, ensure_ascii=False))
+        for output in (html, trace):
+            if output is not None:
+                click.echo(f"Written to {output}", err=as_json)
 
 
 def _report(found: Profile, loaded: Loaded) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,17 @@ def picture_base(output: Path) -> Path:
     if base.name in ("", ".."):
         raise RequestError(f"{output} is a folder: give -o a name for the pictures in it, like {output / 'NAME'}.")
     return base
+
+
+@contextmanager
+def sole_writer(command: str, *outputs: Path | None) -> Iterator[None]:
+    """Hold the outputs for one command, from before it measures to what it writes at the end. Raises BusyError."""
+    from dash_export.outputs import locked
+
+    with ExitStack() as stack:
+        for output in filter(None, outputs):
+            stack.enter_context(locked(picture_base(output), command))
+        yield
 
 
 def check_pictures(output: Path, *, report: bool) -> None:

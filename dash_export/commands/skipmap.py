@@ -9,7 +9,7 @@ import click
 from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.common import choose_target, setting_options
-from dash_export.commands.reports import check_pictures, save_pictures
+from dash_export.commands.reports import check_pictures, save_pictures, sole_writer
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 
@@ -52,22 +52,28 @@ def command(
         raise click.UsageError("Give the text or --file, not both.")
     if setting == Setting():
         setting = DEFAULT
-    check_pictures(output, report=False)
-    ctx.meta[OUTPUT] = str(output)
-    sample = text if text is not None else read_text(file or resource_folder("calibration") / "prose.txt", pipe=True)
-    opened = Bundle.open(bundle)
-    runtime = DashRuntime.load(bundle, choose_target(opened, target))
-    session = runtime.session_with(setting)
-    ids = np.array(runtime.text.encode(sample)[: prefix + tokens], np.int64)
-    if len(ids) <= prefix:
-        raise RequestError(
-            f"The text has {len(ids)} tokens, and the first {prefix} are dense: give more text or a smaller --prefix."
+    with sole_writer("skipmap", output):
+        check_pictures(output, report=False)
+        ctx.meta[OUTPUT] = str(output)
+        sample = (
+            text if text is not None else read_text(file or resource_folder("calibration") / "prose.txt", pipe=True)
         )
-    actions = session.score(ids, prefix=prefix).actions[prefix:]
-    model = opened.manifest.model
-    pieces = [runtime.text.decode([token]) for token in ids[prefix:].tolist()]
-    caption = layers_run(actions)
-    figure = skip_map_figure(pieces, actions, opened.manifest.policy.units, f"{model.name}: {label(setting)}", caption)
-    for path in save_pictures(output, figure):
-        click.echo(f"Written to {path}")
-    click.echo(caption)
+        opened = Bundle.open(bundle)
+        runtime = DashRuntime.load(bundle, choose_target(opened, target))
+        session = runtime.session_with(setting)
+        ids = np.array(runtime.text.encode(sample)[: prefix + tokens], np.int64)
+        if len(ids) <= prefix:
+            raise RequestError(
+                f"The text has {len(ids)} tokens, and the first {prefix} are dense: give more text or a smaller "
+                "--prefix."
+            )
+        actions = session.score(ids, prefix=prefix).actions[prefix:]
+        model = opened.manifest.model
+        pieces = [runtime.text.decode([token]) for token in ids[prefix:].tolist()]
+        caption = layers_run(actions)
+        figure = skip_map_figure(
+            pieces, actions, opened.manifest.policy.units, f"{model.name}: {label(setting)}", caption
+        )
+        for path in save_pictures(output, figure):
+            click.echo(f"Written to {path}")
+        click.echo(caption)

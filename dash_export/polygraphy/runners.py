@@ -196,7 +196,7 @@ def _load(root: str, target: str, name: str) -> PortableEngine:
     bundle = Bundle.open(root)
     build = bundle.load_build(target)
     facts = find_engine(bundle, build, name)
-    bundle.verify(loaded_files(bundle, build))
+    seal = bundle.verify(loaded_files(bundle, build))
     recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
     if recipe.engine is not None:
         raise BackendError(
@@ -206,6 +206,7 @@ def _load(root: str, target: str, name: str) -> PortableEngine:
     # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session cannot
     # have the shared pool of the runtime.
     engine = OrtEngine(bundle.path(build.engines[name].file), ort.SessionOptions())
+    bundle.check_same(seal)
     return PortableEngine(engine, facts, bundle.manifest.model, len(bundle.manifest.policy.units))
 
 

@@ -76,7 +76,8 @@ def train(
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
     replaced = [work_of(output), output, card_path(output)]
     refuse_inputs([*checkpoint.seen, *texts, *prompts, *filter(None, [start])], replaced)
-    key = _key(settings, checkpoint.fingerprint, kind, None if given is None else units_text(given), data, origin)
+    read = (checkpoint.fingerprint, sorted(checkpoint.assets.items()))  # tokenizer and chat template make other text
+    key = _key(settings, read, kind, None if given is None else units_text(given), data, origin)
     with locked(output, "train"):
         run, held = _run(checkpoint, texts, prompts, settings, place, output, key, progress)
         policy, chosen = trained_policy(run, kind, given, before)

@@ -70,7 +70,7 @@ def test_a_damaged_kit_is_refused(name: str, kit: Path, tmp_path: Path) -> None:
     assert f"the first: {name}. Copy the kit again." in done.stderr
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [{}]}'])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [{}]}', '{"files": []}'])
 def test_a_damaged_record(content: str, kit: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(kit, tmp_path / "own"))
     (own / "kit.json").write_text(content)
@@ -157,6 +157,14 @@ def test_own_recipe_and_precision_travel(tiny_root: Path, tmp_path: Path) -> Non
     assert record["command"] == ["build", "tiny.dash", "--target", "recipes/mine.toml", "--weights", "int8"]
     assert record["target"] == "mine-int8"
     assert (kit / "recipes" / "mine.toml").is_file()
+
+
+@pytest.mark.parametrize("name", ["lib", "kit.json"])
+def test_a_bundle_called_as_a_part_of_the_kit(name: str, own_bundle: Path, tmp_path: Path) -> None:
+    bundle = own_bundle.rename(tmp_path / name)
+    with pytest.raises(BackendError, match="rename the bundle"):
+        write_kit(Bundle.open(bundle), "h100", [], "", tmp_path / "kit")
+    assert not (tmp_path / "kit").exists()
 
 
 def test_something_else_is_not_overwritten(own_bundle: Path, tmp_path: Path) -> None:

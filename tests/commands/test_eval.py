@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from dash_export.outputs import locked
 from tests.commands.helpers import dash, refused
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
@@ -120,6 +121,8 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     assert [build["target"] for build in report["builds"].values()] == ["cpu-fp32", "portable"]
     for expected in ("rate", "token's KL", "predicted", "tiny:portable", "rate: per cent of perplexity paid"):
         assert expected in result.stdout
+    with locked(output.with_suffix(""), "another one"):
+        assert "is being written by dash-export another one" in refused("frontier", tiny_root, *options, "--predicted")
     hostile = text.rename(tmp_path / "a$x_{\udcff.txt")  # bytes that are no UTF-8, and what looks like a formula
     assert dash("frontier", tiny_root, *options, "--text", hostile, "--predicted").exit_code == 0
     report = json.loads((output.parent / "f.json").read_text())

@@ -14,6 +14,7 @@ import pytest
 
 from dash_export import DashRuntime, build
 from dash_export.bundle import Bundle
+from dash_export.commands.export import default_output
 from dash_export.decision import Unit
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
@@ -138,6 +139,8 @@ def test_pruned(model: Path, tmp_path: Path) -> None:
     for given in options:
         assert "by a trained --policy" in refused("export", model, "-o", tmp_path / "b.dash", *given, code=2)
     assert "not whole units" in refused("export", model, "-o", tmp_path / "b.dash", "--policy", policy, "--prune", "2")
+    assert "--prune belongs to a MODEL" in refused("build", output, "--target", "cpu", "--prune", "2-3", code=2)
+    assert default_output("org/m", [Unit(2, 3)]) == Path("m-without-2-3.dash")
 
 
 @pytest.mark.parametrize("units", ["", "a", "1,,2", "-1", "1-99999999"])

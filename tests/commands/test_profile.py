@@ -90,6 +90,7 @@ def test_refuses(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.Mon
     assert "none of the settings" in refused(*begin, "--skipped", "50", "--html", report)
     assert not report.exists()
     refused(*begin, "--repeats", "1", code=2)
+    assert "are the same file" in refused(*begin, "--html", report, "--trace", report, code=2)
     thesis.write_text("<h1>mine</h1>")
     for option in ("--html", "--trace"):
         assert "is no report of ours: it will not be overwritten" in refused(*begin, "--skipped", "1", option, thesis)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ pytest.importorskip("polygraphy")
 from dash_export import DashRuntime
 from dash_export.building.engine_graphs import portable_file
 from dash_export.bundle import Bundle
-from dash_export.errors import RequestError
+from dash_export.errors import BundleError, RequestError
 from dash_export.graph_runs import graph_run, step_inputs
+from dash_export.polygraphy import runners
 from dash_export.polygraphy.runners import STEPS, DashStepRunner, EngineFacts, PortableEngine, StepInputs, find_engine
-from dash_export.runtime.backends import load_backend
+from dash_export.runtime.backends import load_backend, onnxruntime
 from tests.tiny import random_ids
 
 
@@ -81,3 +84,18 @@ def test_an_engine_is_its_portable_graph(target: str, name: str, tiny_root: Path
     assert set(found) - set(expected) == ({"damage"} if name == "layers_00-01" else set())
     for key, array in expected.items():
         np.testing.assert_allclose(found[key], array, atol=1e-4)
+
+
+def test_an_engine_that_is_swapped_after_its_hash_is_refused(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines, sound = own_bundle / "engines" / "cpu-fp32", Bundle.verify
+
+    def verify(bundle: Bundle, *arguments: Any) -> Any:
+        seal = sound(bundle, *arguments)
+        shutil.copy(engines / "bypass_04-04.onnx", engines / "swapped")
+        (engines / "swapped").replace(engines / "bypass_02-03.onnx")
+        return seal
+
+    monkeypatch.setattr(Bundle, "verify", verify)
+    monkeypatch.setattr(onnxruntime, "OrtEngine", lambda *_: None)  # one process cannot have both kinds of pool
+    with pytest.raises(BundleError, match="was replaced while it was read"):
+        runners._load(str(own_bundle), "cpu-fp32", "bypass_02-03")

@@ -244,6 +244,21 @@ def test_a_text_is_not_taken_for_prompts(checkpoint: Checkpoint, tmp_path: Path)
             )
 
 
+def test_another_tokenizer_is_another_training(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    """The same weights read other text."""
+    template = {"chat_template.jinja": "{% for message in messages %}{{ message.content }}{% endfor %}"}
+    for assets in (checkpoint.assets, checkpoint.assets | template):
+        with pytest.raises(StopError):  # in the first stage, of which nothing is taken from the other
+            train(
+                replace(checkpoint, assets=assets),
+                tmp_path / "policy.safetensors",
+                [prose],
+                units=TINY_UNITS,
+                settings=SETTINGS,
+                progress=kill_at("bypasses", 3),
+            )
+
+
 def test_a_loss_that_is_no_number_ends_the_training(
     checkpoint: Checkpoint, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,7 +216,7 @@ def test_names_of_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     Path(shipped.stem).rmdir()
     Path(shipped.stem).write_bytes(b"")
     assert policy_path(shipped.stem) == Path(shipped.stem)
-    with pytest.raises(PolicyError, match="comes with this package: smollm2-135m-instruct "):
+    with pytest.raises(PolicyError, match="comes with this package: .*, smollm2-135m-instruct "):
         policy_path(f"../{shipped.stem}")
 
 

@@ -106,7 +106,7 @@ def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded
 
         def add(name: str, array: npt.NDArray[Any]) -> None:
             with file.open(f"{name}.npy", "w", force_zip64=True) as out:
-                np.lib.format.write_array(out, np.ascontiguousarray(array), allow_pickle=False)
+                np.lib.format.write_array(out, np.asarray(array, order="C"), allow_pickle=False)
 
         add("key", np.array(key))
         for node, rounded in roundings:

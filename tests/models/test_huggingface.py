@@ -78,11 +78,6 @@ def test_buffers_and_surplus_layers_are_ignored(folder: Path, saved: tuple[Path,
     assert_same_model(open_checkpoint(folder), saved[1])
 
 
-def test_head_of_a_tied_model_is_ignored(folder: Path) -> None:
-    edit_config(folder, tie_word_embeddings=True)
-    assert "lm_head.weight" not in open_checkpoint(folder).weights
-
-
 def test_rows(folder: Path, saved: tuple[Path, Any]) -> None:
     weight = open_checkpoint(folder).weights["model.layers.0.mlp.gate_proj.weight"]
     expected = saved[1].state_dict()["model.layers.0.mlp.gate_proj.weight"].numpy()

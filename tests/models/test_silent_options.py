@@ -50,7 +50,7 @@ def test_the_original_context_of_the_config_wins(tmp_path: Path) -> None:
     outer = edited(tmp_path / "outer", original_max_position_embeddings=64, rope_parameters=inner)
     alone = edited(tmp_path / "alone", rope_parameters=LLAMA3 | {"original_max_position_embeddings": 64})
     other = edited(tmp_path / "other", rope_parameters=inner)
-    found = [open_checkpoint(folder).spec.rope.inverse_frequencies for folder in (outer, alone, other)]
+    found = [open_checkpoint(folder).spec.rope_frequencies for folder in (outer, alone, other)]
     assert found[0] == found[1] != found[2]
 
 
@@ -93,5 +93,5 @@ def test_gguf_scaling_as_llama_cpp_reads_it(metadata: dict[str, Any], divisor: f
     model = save_model(tmp_path / "model")
     write_gguf(tmp_path / "plain.gguf", model)
     write_gguf(tmp_path / "scaled.gguf", model, metadata=metadata)
-    plain, scaled = (open_checkpoint(tmp_path / f"{name}.gguf").spec.rope for name in ("plain", "scaled"))
-    np.testing.assert_allclose(np.array(plain.inverse_frequencies) / divisor, scaled.inverse_frequencies, rtol=1e-6)
+    plain, scaled = (open_checkpoint(tmp_path / f"{name}.gguf").spec.rope_frequencies for name in ("plain", "scaled"))
+    np.testing.assert_allclose(np.array(plain) / divisor, scaled, rtol=1e-6)

@@ -107,7 +107,7 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
         lowered = lower(compose_segment(bundle, segment), recipe, bundle.manifest.policy.layers)
         path = save_extending(lowered, folder / f"{segment.name}.onnx")[0]
         record = EngineRecord(str(path.relative_to(root)), 0, "")
-        yield root, replace(build, segments=(segment,), engines={segment.name: record})
+        yield root, replace(build, segments=(segment,), engines={segment.name: record}, files=())
 
 
 def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int) -> tuple[EngineSet, EngineSet]:

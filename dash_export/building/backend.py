@@ -6,6 +6,7 @@ A new backend is one class here or in a module of its own, one line in `_BACKEND
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -41,7 +42,7 @@ def backend_of(recipe: Recipe) -> Backend:
     return made
 
 
-class Backend:
+class Backend(ABC):
     """Engines of one recipe. A subclass says what differs; by default it lowers, compiles nothing and runs anywhere."""
 
     on_device = True
@@ -91,19 +92,19 @@ class Backend:
         """What to type for the package that makes the engines."""
         return f"pip install 'dash-export[{self.extra}]'"
 
+    @abstractmethod
     def version(self) -> str:
         """What makes the engines, for the build's record."""
-        raise NotImplementedError
 
+    @abstractmethod
     def device(self) -> str:
         """What the engines are for, in words."""
-        raise NotImplementedError
 
     def details(self) -> dict[str, Any]:
         """Further facts for the build's record."""
         return {}
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027  most have nothing to begin
         """Begin what must begin before anything else in this process runs a graph."""
 
     def workers(self, bundle: Bundle) -> int:
@@ -148,9 +149,9 @@ class Backend:
             key = content_key(base, graph.name, graphs_key(bundle, graph.parts))
             yield Artifact(graph.name, key, write, graph.extends)
 
+    @abstractmethod
     def key(self) -> Any:
         """What all engines depend on besides their graphs and weights."""
-        raise NotImplementedError
 
     def shared(self, bundle: Bundle) -> Iterator[Artifact]:
         """Files that engines have in common."""

@@ -134,9 +134,11 @@ class BoundStep:
         every: Any = self.skipped.all(axis=1)
         for segment in self.segments[self._first :]:
             unit, launch = segment.unit, segment.run
-            if unit != ALWAYS_RUN and some[unit]:
+            if unit != ALWAYS_RUN and every[unit]:
+                launch = segment.bypass  # type: ignore[assignment]  # a unit has one
+            elif unit != ALWAYS_RUN and some[unit]:
                 self._row_skips.reshape(-1)[:] = self.skipped[unit]
-                launch = segment.bypass if every[unit] else segment.mixed  # type: ignore[assignment]  # a unit has both
+                launch = segment.mixed  # type: ignore[assignment]  # and steps of several rows have these
             launch()
         for row in range(self.batch):
             self._cache.lengths[row] += self.sequence

@@ -10,7 +10,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.decision import Action, decision_rule
 from dash_export.resources import resource_folder
-from dash_export.runtime.device.graph import GraphStep
+from dash_export.runtime.device.step import DeviceStep
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions
 
@@ -66,7 +66,7 @@ def test_a_step_is_one_graph(gpu_runtime: LoadGpu) -> None:
     session.generate(list(range(5, 25)), 8)
     assert runtime.dispatch == "device", "see the log for what cannot be recorded here"
     step = session._bound(1)
-    assert isinstance(step, GraphStep)
+    assert isinstance(step, DeviceStep)
     assert step._graph is not None
 
 

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dash_export import DashRuntime
 from dash_export.names import past_names, present_names
-from dash_export.runtime.device.base import Memory
-from dash_export.runtime.device.engines import BESIDE, MAIN, DeviceEngines
-from dash_export.runtime.device.step import DeviceStep, Part
+from dash_export.runtime.device.base import BESIDE, MAIN, Graph
+from dash_export.runtime.device.engines import DeviceEngines
+from dash_export.runtime.device.step import READY, DeviceStep, Part
 from dash_export.runtime.rules import DENSE, ForcedRule
-from tests.runtime.device.conftest import IDS, MakeSimulated, Simulated
+from tests.runtime.device.conftest import DIALECTS, IDS, Host, MakeSimulated, Simulated
 from tests.runtime.device.simulated import (
     Call,
-    SimulatedContext,
+    Mark,
     SimulatedDevice,
-    SimulatedEvent,
-    SimulatedStream,
+    SimulatedEngine,
+    SimulatedGraph,
+    SimulatedLaunch,
+    SimulatedMemory,
 )
-from tests.runtime.device.test_step import TOLERANCE, decoded, rule_of
 
 BEFORE = ("layer_00", "layer_01")
 """The segments before the first unit; the policy reads what enters the second."""
 SIDES = {"layers_02-03": "bypass_02-03", "layer_04": "bypass_04-04"}
 
 
-def one_token(made: Simulated, host: DashRuntime) -> list[Call]:
+def one_token(made: Simulated, host: Host) -> list[Call]:
     """What the host did for one decoded token under a policy."""
-    session = made.runtime.session_under(rule_of(host))
+    session = made.runtime.session_under(host.rule)
     session.prefill(IDS[:20])
     session.decode_one(int(IDS[20]))
     made.device.log.clear()
@@ -48,33 +50,45 @@ def check_overlap(log: list[Call]) -> None:
     assert waits[-1] == len(log) - 1
     runs = [(stream, of) for stream, what, of in log[: waits[0]] if what == "run"]
     assert runs == [*((MAIN, name) for name in BEFORE), (BESIDE, "policy")]
-    assert [call for call in log if call[1] == "wait" and call[0] == BESIDE] == [(BESIDE, "wait", "state ready")]
-    (ready,) = (index for index, call in enumerate(log) if call == (MAIN, "record", "state ready"))
+    assert [call for call in log if call[1] == "wait" and call[0] == BESIDE] == [(BESIDE, "wait", READY)]
+    assert log.count((MAIN, "record", READY)) == 1, "recorded once"
+    ready = log.index((MAIN, "record", READY))
     assert log.index((MAIN, "run", BEFORE[0])) < ready < log.index((MAIN, "run", BEFORE[1]))
 
 
-def check_scratch(ran: list[tuple[str, SimulatedContext]]) -> None:
-    """No two streams share scratch memory."""
-    streams: dict[str, set[str]] = {}
-    for stream, context in ran:
-        streams.setdefault(context.scratch, set()).add(stream)
-    assert all(len(names) == 1 for names in streams.values()), streams
+def check_recording(log: list[Call]) -> None:
+    """The policy beside the layers before the first unit, one kernel that decides about all, then a branch per unit."""
+    ran = [(stream, of) for stream, what, of in log if what == "run"]
+    units = [(side, of) for pair in SIDES.items() for side, of in zip(("run side", "skip side"), pair, strict=True)]
+    assert ran == [*((MAIN, name) for name in BEFORE), (BESIDE, "policy"), *units, (MAIN, "layer_05")]
+    done = Counter(what for _, what, _ in log)
+    assert (done["decide"], done["branch"]) == (1, len(SIDES))
+    policy = log.index((BESIDE, "run", "policy"))
+    assert log[policy - 1] == (BESIDE, "wait", READY)
+    decided = [(BESIDE, "record", "decided"), (MAIN, "wait", "decided"), (MAIN, "decide", "")]
+    assert log[policy + 1 : policy + 4] == decided
+    assert log.index((MAIN, "record", READY)) < log.index((MAIN, "run", BEFORE[1]))
+    assert not [call for call in log if call[0] == "host"]
 
 
-def check_aliases(step: DeviceStep) -> None:
-    """A cache is read and written under one address."""
-    for part in step.parts:
-        memory = step._memory_of(part)
-        for layer in part.loaded.segment.layers:
+def check_scratch(ran: list[tuple[str, SimulatedLaunch]]) -> None:
+    """Engines that share scratch memory run on one stream."""
+    streams = {(launch.engine.stream, stream.replace("body", MAIN)) for stream, launch in ran}
+    assert len({scratch for scratch, _ in streams}) == len(streams), streams
+
+
+def check_memory(ran: list[tuple[str, SimulatedLaunch]]) -> None:
+    """A cache is read and written under one address, a hidden state is not; both sides of a unit write one buffer."""
+    outputs: dict[str, int] = {}
+    for _, launch in ran:
+        memory = launch.memory
+        for layer in range(6):
             for past, present in zip(past_names(layer), present_names(layer), strict=True):
-                assert memory[past] is memory[present]
-
-
-def differs(made: Simulated, host: DashRuntime) -> bool:
-    """Whether decode gives other logits or actions than the CPU."""
-    rule = rule_of(host)
-    (found, taken), (expected, actions) = decoded(made.runtime, rule), decoded(host, rule)
-    return bool((taken != actions).any() or not np.abs(found - expected).max() < TOLERANCE)
+                assert past not in memory or present not in memory or memory[past] is memory[present]
+        if "hidden_out" in memory and launch.shapes["position_ids"] == (1, 1):
+            assert memory["hidden_out"] is not memory.get("hidden")
+            outputs[launch.name] = id(memory["hidden_out"])
+    assert all(outputs.get(bypass, outputs[run]) == outputs[run] for run, bypass in SIDES.items() if run in outputs)
 
 
 def decode_step(made: Simulated) -> DeviceStep:
@@ -85,13 +99,19 @@ def decode_step(made: Simulated) -> DeviceStep:
     return engines.step(cache, 1)
 
 
-def test_sound(simulated: MakeSimulated, host: DashRuntime) -> None:
-    for dialect in ("trt10", "portable"):
-        made = simulated(dialect)
-        check_overlap(one_token(made, host))
-        check_scratch(made.device.ran)
-        check_aliases(decode_step(made))
-        assert not differs(made, host)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_sound(dialect: str, simulated: MakeSimulated, host: Host) -> None:
+    made = simulated(dialect)
+    check_overlap(one_token(made, host))
+    recorded = simulated(dialect, "device")
+    assert one_token(recorded, host) == [(MAIN, "launch", "graph"), ("host", "synchronize", MAIN)]
+    check_recording(recorded.device.recorded[-1].log)
+    for ran in (made.device.ran, recorded.device.ran):
+        check_scratch(ran)
+        check_memory(ran)
+    in_turn = one_token(simulated(dialect, "sync"), host)
+    assert {stream for stream, _, _ in in_turn} == {MAIN, "host"}
+    assert [of for _, what, of in in_turn if what == "run"][:3] == [*BEFORE, "policy"]
 
 
 @pytest.mark.parametrize("skipped", [[False, False], [True, False], [True, True]])
@@ -101,129 +121,205 @@ def test_launches_of_a_token(skipped: list[bool], simulated: MakeSimulated) -> N
     """
     for dialect, copies in (("trt10", 2 * 6), ("portable", 0)):
         made = simulated(dialect)
-        step = decode_step(made)
-        step.decode(1, ForcedRule(np.array(skipped)[:, None]))
+        decode_step(made).decode(1, ForcedRule(np.array(skipped)[:, None]))
         units = [pair[which] for pair, which in zip(SIDES.items(), skipped, strict=True)]
         assert sorted(of for _, what, of in made.device.log if what == "run") == sorted(
             [*BEFORE, "policy", *units, "layer_05"]
         )
         done = Counter(what for _, what, _ in made.device.log)
-        assert (done["upload"], done["copy_rows"], done["download"]) == (1, copies, 2)
+        assert (done["upload"], done["copy_rows"], done["download"]) == (2, copies, 2)
 
 
-def test_sync_is_one_stream(simulated: MakeSimulated, host: DashRuntime) -> None:
-    log = one_token(simulated("trt10", "sync"), host)
-    assert {stream for stream, _, _ in log} == {MAIN, "host"}
-    assert [of for _, what, of in log if what == "run"][:3] == [*BEFORE, "policy"]
-
-
-def test_nothing_is_waited_for_where_nobody_asks(simulated: MakeSimulated) -> None:
+def test_nobody_asks_a_policy_whose_answer_is_not_wanted(simulated: MakeSimulated, host: Host) -> None:
     made = simulated("trt10")
     decode_step(made).decode(1, DENSE)
     assert [call for call in made.device.log if call[0] == "host"] == [("host", "synchronize", MAIN)]
-
-
-def test_prompts_and_static_sets_ask_no_policy(simulated: MakeSimulated, host: DashRuntime) -> None:
-    made = simulated()
     made.runtime.generate(IDS[:10].tolist(), 4, policy="static", skip=[2, 3])
-    made.runtime.session_under(rule_of(host)).prefill(IDS[:20])
-    assert not [context for _, context in made.device.ran if context.name == "policy"]
+    made.runtime.session_under(host.rule).prefill(IDS[:20])
+    assert not [launch for _, launch in made.device.ran if launch.name == "policy"]
 
 
-# --- mistakes
+# --- mistakes: (who makes it, dispatch, stream ahead, dialect, what sees it)
+
+Patch = pytest.MonkeyPatch
 
 
-def test_layers_awaited_before_the_policy_is_launched(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sound = DeviceStep._launch
-
-    def waiting(step: DeviceStep, part: Part, bypass: bool = False) -> None:
-        sound(step, part, bypass)
-        step.main.synchronize()
-
-    monkeypatch.setattr(DeviceStep, "_launch", waiting)
-    with pytest.raises(AssertionError):
-        check_overlap(one_token(simulated(), host))
+def wrap(patch: Patch, kind: type, name: str, wrapped: Callable[..., Any]) -> None:
+    """Let `wrapped` be called with the sound method, then its arguments."""
+    sound = getattr(kind, name)
+    patch.setattr(kind, name, lambda *given, **named: wrapped(sound, *given, **named))
 
 
-def test_a_policy_that_waits_for_the_layers_beside_it(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sound = SimulatedStream.wait
+def without_wait(patch: Patch, stream: str) -> None:
+    """No wait of that stream within a recording."""
 
-    def late(stream: SimulatedStream, event: SimulatedEvent) -> None:
-        stream.device.stream(MAIN).record(event)
-        sound(stream, event)
+    def wait(sound: Any, device: SimulatedDevice, on: str, event: str) -> None:
+        if device.recording is None or on != stream:
+            sound(device, on, event)
 
-    monkeypatch.setattr(SimulatedStream, "wait", late)
-    with pytest.raises(ValueError, match="too many values"):
-        check_overlap(one_token(simulated(), host))
+    wrap(patch, SimulatedDevice, "wait", wait)
 
 
-def test_a_missing_event(simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SimulatedStream, "wait", lambda *_: None)
-    assert differs(simulated(first=BESIDE), host)
+def layers_awaited_before_the_policy(patch: Patch) -> None:
+    def launch(sound: Any, step: DeviceStep, *given: Any, **named: Any) -> None:
+        sound(step, *given, **named)
+        step.device.synchronize(MAIN)
+
+    wrap(patch, DeviceStep, "launch", launch)
 
 
-def test_a_decision_taken_without_waiting(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SimulatedEvent, "wait", lambda _: None)
-    assert differs(simulated(), host)
+def policy_waits_for_the_layers_beside_it(patch: Patch) -> None:
+    def wait(sound: Any, device: SimulatedDevice, stream: str, event: str) -> None:
+        device.record(MAIN, event)
+        sound(device, stream, event)
+
+    wrap(patch, SimulatedDevice, "wait", wait)
 
 
-def test_scratch_shared_between_streams(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sound: Callable[..., object] = SimulatedDevice.engine
-    monkeypatch.setattr(SimulatedDevice, "engine", lambda device, path, _stream: sound(device, path, MAIN))
-    made = simulated()
-    one_token(made, host)
-    with pytest.raises(AssertionError):
-        check_scratch(made.device.ran)
+def missing_event(patch: Patch) -> None:
+    patch.setattr(SimulatedDevice, "wait", lambda *_: None)
 
 
-def test_a_cache_that_is_not_aliased(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sound = DeviceStep._memory_of
-
-    def apart(step: DeviceStep, part: Part) -> dict[str, Memory]:
-        memory = sound(step, part)
-        for layer in part.loaded.segment.layers:
-            for name in present_names(layer):
-                memory[name] = step.device.memory(memory[name].nbytes)
-        return memory
-
-    monkeypatch.setattr(DeviceStep, "_memory_of", apart)
-    made = simulated("portable")
-    assert differs(made, host)
-    with pytest.raises(AssertionError):
-        check_aliases(decode_step(made))
+def decision_without_waiting(patch: Patch) -> None:
+    patch.setattr(SimulatedDevice, "wait_for_event", lambda *_: None)
 
 
-def test_new_rows_not_written(simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeviceStep, "_write_rows", lambda *_: None)
-    assert differs(simulated("trt10"), host)
+def scratch_shared_between_streams(patch: Patch) -> None:
+    wrap(patch, SimulatedDevice, "engine", lambda sound, device, path, _stream: sound(device, path, MAIN))
 
 
-def test_rows_of_a_unit_s_first_layer_alone(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sound = DeviceStep._written
-    monkeypatch.setattr(DeviceStep, "_written", lambda step, part: list(sound(step, part))[:2])
-    assert differs(simulated("trt10"), host)
+def cache_that_is_not_aliased(patch: Patch) -> None:
+    def bind(sound: Any, engine: SimulatedEngine, profile: int, shapes: Any, memory: Any) -> Any:
+        apart = {
+            name: engine.device.memory(place.nbytes) for name, place in memory.items() if name.startswith("present")
+        }
+        return sound(engine, profile, shapes, memory | apart)
+
+    wrap(patch, SimulatedEngine, "bind", bind)
 
 
-def test_an_engine_writes_over_what_the_policy_reads(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One hidden state buffer instead of two."""
-    sound = DeviceStep._memory_of
+def rows_of(patch: Patch, kept: int) -> None:
+    """Only so many of a segment's new rows are written."""
 
-    def single(step: DeviceStep, part: Part) -> dict[str, Memory]:
-        return sound(step, part) | {"hidden": step.hidden[0], "hidden_out": step.hidden[0]}
+    def bind_part(sound: Any, *given: Any) -> Any:
+        part = sound(*given)
+        return replace(part, new_rows=part.new_rows[:kept])
 
-    monkeypatch.setattr(DeviceStep, "_memory_of", single)
-    assert differs(simulated(), host)
+    wrap(patch, DeviceStep, "_bind_part", bind_part)
+
+
+def rows_written_late(patch: Patch) -> None:
+    """On a stream that the next token does not wait for."""
+    wrap(patch, SimulatedDevice, "copy_rows", lambda sound, device, _stream, *given: sound(device, "late", *given))
+
+
+def one_hidden_state_buffer(patch: Patch) -> None:
+    def bind(sound: Any, step: DeviceStep, engine: Any, memory: dict[str, Any]) -> Any:
+        return sound(step, engine, memory | dict.fromkeys(("hidden", "hidden_out"), step._hidden[0]))
+
+    wrap(patch, DeviceStep, "_bind", bind)
+
+
+def policy_inside_a_branch(patch: Patch) -> None:
+    def launch(sound: Any, step: Any, part: Part, bypass: bool = False, graph: Any = None, stream: str = MAIN) -> None:
+        sound(step, part, bypass, graph, stream)
+        if stream != MAIN:
+            step._policy(BESIDE)
+
+    wrap(patch, DeviceStep, "launch", launch)
+
+
+def policy_starts_with_the_step(patch: Patch) -> None:
+    """Waiting for something, but not for what made its input: a legal recording with wrong numbers."""
+
+    def before(sound: Any, step: Any, asks: bool, graph: Graph | None = None) -> None:
+        if graph is not None:
+            step.device.record(MAIN, READY)
+            step.device.wait(BESIDE, READY)
+            step._policy(BESIDE)
+        sound(step, asks and graph is None, graph)
+
+    wrap(patch, DeviceStep, "_launch_before_units", before)
+
+
+def policy_that_nobody_waits_for(patch: Patch) -> None:
+    def record(sound: Any, step: Any, graph: Graph) -> None:
+        sound(step, graph)
+        step._policy(BESIDE)
+
+    wrap(patch, DeviceStep, "_record", record)
+
+
+def event_from_outside(patch: Patch) -> None:
+    def record(sound: Any, step: Any, graph: Graph) -> None:
+        step.device.events["elsewhere"] = Mark()
+        step.device.wait(MAIN, "elsewhere")
+        sound(step, graph)
+
+    wrap(patch, DeviceStep, "_record", record)
+
+
+def limits_not_uploaded(patch: Patch) -> None:
+    def decide(sound: Any, graph: SimulatedGraph, stream: str, damage: Any, limits: Any, skipped: Any) -> None:
+        sound(graph, stream, damage, graph._device.memory(limits.nbytes), skipped)
+
+    wrap(patch, SimulatedGraph, "decide", decide)
+
+
+def rows_written_where_the_first_token_was(patch: Patch) -> None:
+    """An address computed by the host is the same at every launch."""
+
+    def write_rows(sound: Any, *given: Any) -> None:
+        *others, position = given
+        sound(*others, SimulatedMemory(position.data.copy()))
+
+    wrap(patch, SimulatedGraph, "write_rows", write_rows)
+
+
+NUMBERS = "numbers"
+MISTAKES: dict[str, tuple[Callable[[Patch], None], str, str, str, Any]] = {
+    "layers awaited first": (layers_awaited_before_the_policy, "overlapped", MAIN, "trt10", check_overlap),
+    "policy waits too long": (policy_waits_for_the_layers_beside_it, "overlapped", MAIN, "trt10", check_overlap),
+    "shared scratch": (scratch_shared_between_streams, "overlapped", MAIN, "trt10", check_scratch),
+    "missing event": (missing_event, "overlapped", BESIDE, "trt10", NUMBERS),
+    "decision without waiting": (decision_without_waiting, "overlapped", MAIN, "trt10", NUMBERS),
+    "decision without waiting, sync": (decision_without_waiting, "sync", MAIN, "trt10", NUMBERS),
+    "no alias": (cache_that_is_not_aliased, "overlapped", MAIN, "portable", NUMBERS),
+    "no alias, seen in memory": (cache_that_is_not_aliased, "overlapped", MAIN, "portable", check_memory),
+    "no rows": (lambda patch: rows_of(patch, 0), "overlapped", MAIN, "trt10", NUMBERS),
+    "rows of a unit's first layer": (lambda patch: rows_of(patch, 2), "overlapped", MAIN, "trt10", NUMBERS),
+    "no rows, recorded": (lambda patch: rows_of(patch, 0), "device", MAIN, "trt10", NUMBERS),
+    "late rows": (rows_written_late, "overlapped", MAIN, "trt10", NUMBERS),
+    "one hidden buffer": (one_hidden_state_buffer, "overlapped", MAIN, "trt10", NUMBERS),
+    "policy inside a branch": (policy_inside_a_branch, "device", MAIN, "trt10", "beside has no place in the recording"),
+    "decision waits for no policy": (
+        lambda patch: without_wait(patch, MAIN), "device", MAIN, "trt10", "nobody waits for the end of beside"
+    ),
+    "policy waits for nothing": (
+        lambda patch: without_wait(patch, BESIDE), "device", BESIDE, "trt10", "beside has no place in the recording"
+    ),
+    "policy starts with the step": (policy_starts_with_the_step, "device", BESIDE, "trt10", NUMBERS),
+    "nobody waits for the policy": (
+        policy_that_nobody_waits_for, "device", MAIN, "trt10", "nobody waits for the end of beside"
+    ),
+    "event from outside": (event_from_outside, "device", MAIN, "trt10", "was recorded elsewhere"),
+    "limits not uploaded": (limits_not_uploaded, "device", MAIN, "trt10", NUMBERS),
+    "rows where the first token was": (rows_written_where_the_first_token_was, "device", MAIN, "trt10", NUMBERS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake(name: str, simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is seen by what checks it when all is well."""
+    make, dispatch, first, dialect, seen_by = MISTAKES[name]
+    make(monkeypatch)
+    made = simulated(dialect, dispatch, first)
+    if seen_by == NUMBERS:
+        assert host.differs(made)
+    elif isinstance(seen_by, str):
+        with pytest.raises(AssertionError, match=seen_by):
+            one_token(made, host)
+    else:
+        log = one_token(made, host)
+        with pytest.raises(AssertionError):
+            seen_by(log if seen_by is check_overlap else made.device.ran)

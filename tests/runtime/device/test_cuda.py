@@ -1,0 +1,342 @@
+"""The drivers of real devices, as far as they go without one; `tests/gpu` has the rest."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dash_export.errors import BackendError
+from dash_export.runtime.backends import BACKENDS, load_backend
+from dash_export.runtime.cuda_devices import cuda_devices
+from dash_export.runtime.device import cuda, cuda_graph, tensorrt
+from dash_export.runtime.device.cuda import Cuda, CudaMemory
+from dash_export.runtime.device.cuda_graph import IF, IF_ELSE, KERNELS, CudaGraph, compile_kernels
+
+rt = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+OK = rt.cudaError_t.cudaSuccess
+
+# --- no name is guessed
+
+
+def held() -> dict[str, Any]:
+    """Variable in the source -> what it holds."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX bindings: pip install 'dash-export[rtx]'")
+    return {
+        "rt": rt,
+        "nvrtc": import_module("cuda.bindings.nvrtc"),
+        "driver": import_module("cuda.bindings.driver"),
+        "trt": rtx,
+        "engine": rtx.ICudaEngine,
+        "_engine": rtx.ICudaEngine,
+        "context": rtx.IExecutionContext,
+        "runtime": rtx.Runtime,
+    }
+
+
+def syntax(module: Any) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(Path(module.__file__).read_text())))
+
+
+def test_every_name_is_in_the_installed_bindings() -> None:
+    known, seen = held(), set()
+    for module in (cuda, cuda_graph, tensorrt):
+        for node in syntax(module):
+            chain: list[str] = []
+            while isinstance(node, ast.Attribute):
+                chain.insert(0, node.attr)
+                node = node.value
+            if isinstance(node, ast.Name):
+                chain.insert(0, node.id)
+            at = next((index for index, name in enumerate(chain[:-1]) if name in known), None)
+            if at is None or chain[0] in ("toolkit", "cuda_graph"):
+                continue
+            value = known[chain[at]]
+            for name in chain[at + 1 :]:
+                assert hasattr(value, name), ".".join(chain)
+                value = getattr(value, name)
+            seen.add(".".join(chain[at:]))
+    assert {"rt.cudaMemcpy2DAsync", "context.set_input_shape", "context.execute_async_v3"} <= seen
+    assert {name.partition(".")[0] for name in seen} == set(known)
+
+
+def argument_count(function: Any) -> int:
+    """cuda-bindings are compiled; the first line of a docstring is the signature."""
+    inside, depth, count = function.__doc__.splitlines()[0].partition("(")[2].rpartition(")")[0], 0, 0
+    for letter in inside:
+        depth += (letter in "[(") - (letter in "])")
+        count += letter == "," and depth == 0
+    return count + bool(inside.strip())
+
+
+@pytest.mark.parametrize(("module", "least"), [(cuda, 10), (cuda_graph, 12)])
+def test_calls_have_as_many_arguments_as_the_bindings_take(module: Any, least: int) -> None:
+    chosen = {"add": "cudaGraphAddNode", "follow": "cudaStreamUpdateCaptureDependencies"}  # by version
+    libraries, checked = held().values(), 0
+    for node in syntax(module):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else chosen.get(getattr(node.func, "id", ""), "")
+        named = next((getattr(each, name) for each in libraries if name and hasattr(each, name)), None)
+        if named is None or not name.startswith(("cuda", "cu", "nvrtc")) or isinstance(named, type):
+            continue
+        if name in chosen.values():
+            named = getattr(rt, f"{name}_v2", named)
+        assert len(node.args) == argument_count(named), name
+        checked += 1
+    assert checked >= least
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.7", "9.0", "12.0"])
+def test_kernels_compile_without_a_device(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvidia.cu13", reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+    code = compile_kernels(capability)
+    assert code.startswith(b"\x7fELF")
+    assert all(name in code for name in (b"decide", b"write_rows"))
+    monkeypatch.setattr(cuda_graph, "KERNELS", KERNELS.replace("const bool skips", "const number skips"))
+    with pytest.raises(BackendError, match='identifier "number" is undefined'):
+        compile_kernels(capability)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "onnxruntime"])
+def test_without_a_device_every_backend_says_what_is_missing(name: str) -> None:
+    assert callable(import_module(BACKENDS[name][0]).create)
+    try:
+        cuda_devices()
+    except BackendError:
+        with pytest.raises(BackendError, match=r"driver|not installed|lists no device"):
+            load_backend(name, 0)
+    else:
+        pytest.skip("this machine has a device")
+
+
+# --- the order of CUDA's calls while a step is recorded, with a runtime that only notes them
+
+
+class Noted:
+    """`cuda.bindings.runtime` whose functions note that they were called and give the next number."""
+
+    def __init__(self, version: int, failing: str = "") -> None:
+        self.version, self.failing = version, failing
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda") or not callable(getattr(rt, name)) or isinstance(getattr(rt, name), type):
+            return getattr(rt, name)
+        if name.endswith(("_v2", "_v3")):
+            raise AttributeError(name)  # as in CUDA 13
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append(name)
+            if name == self.failing:
+                return (rt.cudaError_t.cudaErrorStreamCaptureUnsupported, None)
+            if name == "cudaStreamGetCaptureInfo":
+                active = rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive
+                return (OK, active, 7, "graph", ["node"], [], 1)
+            if name == "cudaGraphAddNode":
+                arguments[-1].conditional.phGraph_out = ["run body", "skip body"]
+            return (OK, self.version if name == "cudaDriverGetVersion" else len(self.calls))
+
+        return call
+
+    def cudaGraphNodeParams(self) -> Any:  # noqa: N802
+        return SimpleNamespace(conditional=SimpleNamespace())
+
+
+UNITS = 2
+
+
+class Recorder:
+    """A card of that CUDA version, and the kernels that were launched on it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, version: int, failing: str = "") -> None:
+        self.noted = Noted(version, failing)
+        self.kernels: list[Any] = []
+        self.cuda = Cuda.__new__(Cuda)
+        self.cuda.rt, self.cuda._streams, self.cuda._events = self.noted, {}, {}
+        self.cuda.device = SimpleNamespace(name="a card", capability="9.0")  # type: ignore[assignment]
+
+        def launch(name: str, *arguments: Any) -> tuple[Any]:
+            self.noted.calls.append(name)
+            self.kernels.append(arguments)
+            return (rt.cudaError_t(0),)
+
+        monkeypatch.setattr(cuda_graph, "load_kernels", lambda _: {"decide": "decide"})
+        monkeypatch.setattr(cuda_graph, "import_module", lambda _: SimpleNamespace(cuLaunchKernel=launch))
+
+    def record(self, fill: Any = lambda _: None) -> list[list[int]]:
+        """A step with two decisions and a branch about the second; its handles."""
+
+        def step(graph: CudaGraph) -> None:
+            self.noted.calls.clear()
+            graph.decide("main", *(CudaMemory(16 * index, 8) for index in range(3)))
+            graph.branch("main", 1, fill, fill)
+
+        made = CudaGraph(self.cuda, "main", UNITS, step)
+        made.launch("main")
+        handles: list[list[int]] = made._handles.tolist()
+        return handles
+
+
+BODY = ["cudaStreamBeginCaptureToGraph", "cudaStreamEndCapture"]
+NODE = ["cudaStreamGetCaptureInfo", "cudaGraphAddNode", "cudaStreamUpdateCaptureDependencies"]
+HANDLES = ["cudaMemcpyAsync", "cudaStreamSynchronize"]
+
+
+def test_one_node_with_an_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Recorder(monkeypatch, IF_ELSE)
+    (first, none), (second, other) = made.record()
+    create, end = ["cudaGraphConditionalHandleCreate"] * UNITS, ["cudaStreamEndCapture", "cudaGraphInstantiate"]
+    calls = ["cudaStreamGetCaptureInfo", *create, "decide", *NODE, *BODY, *BODY, *end, *HANDLES, "cudaGraphLaunch"]
+    assert made.noted.calls[: len(calls)] == calls
+    freed = {"cudaGraphDestroy", "cudaGraphExecDestroy", "cudaFree"}
+    assert set(made.noted.calls[len(calls) :]) == freed, "with its object"
+    values, types = made.kernels[0][-2]
+    assert len(values) == len(types) == 5
+    assert values[-1] == UNITS
+    assert 0 != first != second != 0
+    assert none == other == 0, "no handle for the other side"
+
+
+def test_two_nodes_where_there_is_no_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Recorder(monkeypatch, IF)
+    assert len({handle for handles in made.record() for handle in handles}) == 2 * UNITS
+    assert made.noted.calls.count("cudaGraphAddNode") == 2
+    with pytest.raises(BackendError, match=r"the driver has CUDA 12\.2, and graphs with decisions need 12\.4"):
+        Recorder(monkeypatch, 12020).record()
+
+
+def test_what_fails_leaves_no_capture_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the body nor of the step."""
+    made = Recorder(monkeypatch, IF_ELSE)
+
+    def refuse(_: str) -> None:
+        raise BackendError("TensorRT could not launch layer_05.")
+
+    with pytest.raises(BackendError, match="layer_05"):
+        made.record(refuse)
+    assert made.noted.calls[-4:-1] == ["cudaStreamEndCapture", "cudaStreamEndCapture", "cudaGraphDestroy"]
+
+
+@pytest.mark.parametrize(
+    "name", ["cudaStreamBeginCapture", "cudaGraphAddNode", "cudaGraphInstantiate", "cudaGraphLaunch"]
+)
+def test_a_call_that_fails_says_which_and_where(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"CUDA on a card failed (begin|adding|making|launching).*\(900\)"):
+        Recorder(monkeypatch, IF_ELSE, name).record()
+
+
+# --- TensorRT
+
+
+def test_engines_of_another_version_or_card_are_refused() -> None:
+    build = SimpleNamespace(
+        target="mine", backend_version="10.3.0", recipe={"engine": {"capabilities": ["9.0", "9.1"]}}
+    )
+
+    def accept(version: str, capability: str) -> None:
+        device: Any = object.__new__(tensorrt.TensorRT)
+        device.toolkit = SimpleNamespace(backend="tensorrt", version=version)
+        device.device = SimpleNamespace(name="a card", capability=capability)
+        device.accept(build, "rebuild me")
+
+    accept("10.3.0", "9.0")
+    with pytest.raises(BackendError, match=r"by tensorrt 10\.3\.0 and this machine has 11\.4\.1.*rebuild me"):
+        accept("11.4.1", "9.0")
+    with pytest.raises(BackendError, match=r"for compute capability 9\.0, 9\.1, and a card has 8\.7"):
+        accept("10.3.0", "8.7")
+
+
+class Context:
+    """TensorRT's own, of which only this is asked."""
+
+    def __init__(self, fits: bool = True) -> None:
+        self.scratch, self.fits = (0, 0), fits
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        return (profile, stream) == (1, 7)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return self.fits
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        return name == "hidden" and address > 0
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.scratch = (address, size)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        return stream != 7
+
+
+@pytest.fixture
+def device() -> Any:
+    """A device whose addresses count up, with engines of two profiles that want as much scratch memory as their file
+    name says.
+    """
+    made: Any = object.__new__(tensorrt.TensorRT)
+    made.engines, made._scratch, made.contexts, made._streams = {}, {}, [], {"main": 7, "beside": 8}
+    strategies = SimpleNamespace(USER_MANAGED=2)
+    modes = SimpleNamespace(INPUT=1)
+    made.trt = SimpleNamespace(ExecutionContextAllocationStrategy=strategies, TensorIOMode=modes)
+    made.memory = lambda nbytes: CudaMemory(4096 * (1 + len(made._scratch)), nbytes)
+
+    def load(path: Path, stream: str) -> tensorrt.TensorRTEngine:
+        engine = object.__new__(tensorrt.TensorRTEngine)
+        engine.__dict__.update(
+            _device=made, _name=path.name, _stream=stream, scratch_bytes=int(path.stem), _free=defaultdict(list)
+        )
+
+        def create(_strategy: int) -> Any:
+            made.contexts.append(Context())
+            return made.contexts[-1]
+
+        engine._engine = SimpleNamespace(create_execution_context=create)
+        return engine
+
+    made.load = load
+    return made
+
+
+def bound(engine: tensorrt.TensorRTEngine, length: int) -> Any:
+    return engine.bind(1, {"hidden": (1, length, 8)}, {"hidden": CudaMemory(4096, 64)})
+
+
+def test_engines_of_one_stream_share_one_block_of_the_largest_size(device: Any) -> None:
+    engines = [device.engine(Path(f"{size}.engine"), "main") for size in (100, 300, 200)]
+    beside = device.engine(Path("50.engine"), "beside")
+    assert device.engine(Path("100.engine"), "main") is engines[0], "loaded once"
+    launches = [bound(engine, 5) for engine in engines]
+    assert {context.scratch for context in device.contexts} == {(4096, 300)}
+    beside._device._streams["beside"] = 7
+    launches.append(bound(beside, 5))
+    assert device.contexts[-1].scratch == (8192, 50)
+    later = bound(device.engine(Path("400.engine"), "main"), 5)
+    assert device.contexts[-1].scratch[1] == 400
+    assert launches[0].memory[1].nbytes == 300, "who is bound to the smaller one keeps it"
+    with pytest.raises(BackendError, match=r"TensorRT could not launch 400\.engine"):
+        later("main")
+
+
+def test_a_dropped_context_is_bound_anew(device: Any) -> None:
+    """Making one takes TensorRT milliseconds, and every length of prompt wants its own binding."""
+    engine = device.engine(Path("100.engine"), "main")
+    first, second = bound(engine, 5), bound(engine, 6)
+    assert len(device.contexts) == 2
+    del first
+    third = bound(engine, 9)
+    assert len(device.contexts) == 2
+    assert device.contexts[0].shapes["hidden"] == (1, 9, 8)
+    fourth = bound(engine, 3)
+    assert len(device.contexts) == 3, "two are in use"
+    del second, third, fourth
+    device.contexts[-1].fits = False
+    with pytest.raises(BackendError, match=r"does not take hidden \[1, 4, 8\]: build it again"):
+        bound(engine, 4)

@@ -112,7 +112,7 @@ def test_full_tensorrt_keeps_a_timing_cache() -> None:
     toolkit = trt_api.Toolkit("tensorrt_rtx")
     config = FakeConfig()
     assert toolkit._timing_cache(config, b"old") is None, "RTX times nothing"
-    toolkit.backend = "tensorrt"
+    toolkit.is_rtx = False
     cache = toolkit._timing_cache(config, b"old")
     assert config.told == [b"old", (cache, False)]
 

@@ -133,15 +133,17 @@ class SimulatedGraph:
                 assert any(works[-1].mark is mark for mark in self._waited), f"nobody waits for the end of {stream}"
 
     def decide(self, stream: str, damage: SimulatedMemory, limits: SimulatedMemory, skipped: SimulatedMemory) -> None:
+        conditions = self._conditions  # and not `self`: no circle, as CUDA has none
+
         def act() -> None:
             skips = damage.data.view(np.float32).astype(np.float64) < limits.data.view(np.float64)
             skipped.data.view(np.bool_)[:] = skips
-            self._conditions.update(enumerate(skips.tolist()))
+            conditions.update(enumerate(skips.tolist()))
 
         self._device.enqueue(stream, "decide", "", Work(act))
 
     def branch(self, stream: str, unit: int, run: Callable[[str], None], skip: Callable[[str], None]) -> None:
-        sides = []
+        sides, conditions = [], self._conditions
         for name, fill in (("run side", run), ("skip side", skip)):
             side = self._device.recording = SimulatedGraph(self._device, "body", name)
             fill("body")
@@ -149,7 +151,7 @@ class SimulatedGraph:
             self.log += side.log
             assert set(side._works) == {"body"}, "a side of a branch uses streams of its own"
             sides.append(side)
-        self._device.enqueue(stream, "branch", "", Work(lambda: sides[self._conditions[unit]].replay()))
+        self._device.enqueue(stream, "branch", "", Work(lambda: sides[conditions[unit]].replay()))
 
     def write_rows(
         self,

@@ -11,14 +11,13 @@ import pytest
 
 pytest.importorskip("polygraphy")
 
-
 from dash_export import DashRuntime
 from dash_export.building.engine_graphs import portable_file
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, RequestError
 from dash_export.graph_runs import graph_run, step_inputs
-from dash_export.polygraphy import runners
-from dash_export.polygraphy.runners import STEPS, DashStepRunner, EngineFacts, PortableEngine, StepInputs, find_engine
+from dash_export.manifest import Segment
+from dash_export.polygraphy.runners import STEPS, DashStepRunner, PortableEngine, find_engine, load_engine, token_feeds
 from dash_export.runtime.backends import load_backend, onnxruntime
 from tests.tiny import random_ids
 
@@ -35,32 +34,29 @@ def test_a_whole_step_is_the_runtimes(tiny_root: Path) -> None:
 
 
 def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
-    windows = [feed["input_ids"] for feed in StepInputs(str(tiny_root), 2, 10, STEPS + 1)]
+    windows = [feed["input_ids"] for feed in token_feeds(str(tiny_root), 2, 10, STEPS + 1)]
     assert {window.shape for window in windows} == {(1, 12)}
     np.testing.assert_array_equal(windows[0][0, 2:], windows[1][0, :-2])
     np.testing.assert_array_equal(windows[0], windows[STEPS])
 
 
-def loaded(root: Path, target: str, name: str) -> tuple[Bundle, EngineFacts, PortableEngine]:
+def loaded(root: Path, target: str, name: str) -> tuple[Bundle, Segment, PortableEngine]:
+    """On the process's own pool of threads, as other tests have one."""
     bundle = Bundle.open(root)
     build = bundle.load_build(target)
-    facts = find_engine(bundle, build, name)
-    engine = load_backend("onnxruntime", 0).load(bundle.path(build.engines[name].file))
-    return bundle, facts, PortableEngine(engine, facts, bundle.manifest.model, 2)
+    segment = find_engine(bundle, build, name)
+    engine: Any = load_backend("onnxruntime", 0).load(bundle.path(build.engines[name].file))  # type: ignore[union-attr]
+    return bundle, segment, PortableEngine(engine, segment, bundle.manifest)
 
 
-@pytest.mark.parametrize(("start", "stride"), [(8, 1), (2, 2), (-1, 1)])
-def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tiny_root: Path) -> None:
-    """The engine would write outside its cache, or elsewhere than it says."""
-    _, _, engine = loaded(tiny_root, "cpu-fp32", "layer_04")
-    sizes = {name: (dtype, [size or 3 for size in shape]) for name, (dtype, shape) in engine.inputs.items()}
-    feed = {name: np.zeros(shape, dtype) for name, (dtype, shape) in sizes.items()}
-    feed |= {name: np.zeros((1, 2, 8, array.shape[3]), np.float32) for name, array in feed.items() if "past" in name}
-    feed["position_ids"] = (start + stride * np.arange(3))[None]
-    with pytest.raises(RequestError, match="must be consecutive and inside a cache of 8 rows"):
-        engine(feed)
-    fine = feed | {name: array for name, array in step_inputs(5, 3, 8).items() if name in engine.inputs}
-    assert engine(fine)[0]["hidden_out"].shape[1] == 3
+def feed_of(engine: PortableEngine, count: int, capacity: int) -> dict[str, np.ndarray]:
+    rng, sizes = np.random.default_rng(0), {1: count, 2: capacity}
+    feed = {
+        name: rng.standard_normal([size or sizes[axis] for axis, size in enumerate(shape)]).astype(np.float32)
+        for name, (_, shape) in engine.inputs.items()
+    }
+    known = step_inputs(0, count, capacity) | {"input_ids": random_ids(count)[None]}
+    return feed | {name: array for name, array in known.items() if name in feed}
 
 
 ENGINES = ["layer_04", "layers_02-03", "bypass_02-03", "layers_00-01", "layer_05"]
@@ -71,19 +67,23 @@ ENGINES = ["layer_04", "layers_02-03", "bypass_02-03", "layers_00-01", "layer_05
     [*(("cpu-fp32", name) for name in ENGINES), ("portable", "bypass_02-03"), ("portable", "policy")],
 )
 def test_an_engine_is_its_portable_graph(target: str, name: str, tiny_root: Path, tmp_path: Path) -> None:
-    bundle, facts, engine = loaded(tiny_root, target, name)
-    graph = graph_run(portable_file(bundle, facts.segment, facts.portable, tmp_path))
-    rng = np.random.default_rng(0)
-    feed = {key: rng.standard_normal([size or 9 for size in shape]) for key, (_, shape) in engine.inputs.items()}
-    feed = {key: array.astype(np.float32) for key, array in feed.items()} | {"position_ids": np.arange(3)[None]}
-    known = step_inputs(0, 3, 9) | {"input_ids": random_ids(3)[None], "first_logit": np.array([1])}
-    feed |= {key: array for key, array in known.items() if key in feed}
-    feed |= {"hidden": feed["hidden"][:, :3]} if "hidden" in feed else {}
+    bundle, segment, engine = loaded(tiny_root, target, name)
+    graph, feed = graph_run(portable_file(bundle, segment, name, tmp_path)), feed_of(engine, 3, 9)
     found, _ = engine(feed)
     expected = graph(step_inputs(0, 3, 9) | feed)
     assert set(found) - set(expected) == ({"damage"} if name == "layers_00-01" else set())
     for key, array in expected.items():
         np.testing.assert_allclose(found[key], array, atol=1e-4)
+
+
+@pytest.mark.parametrize(("start", "stride"), [(8, 1), (2, 2), (-1, 1)])
+def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tiny_root: Path) -> None:
+    """The engine would write outside its cache, or elsewhere than it says."""
+    _, _, engine = loaded(tiny_root, "cpu-fp32", "layer_04")
+    feed = feed_of(engine, 3, 8)
+    with pytest.raises(RequestError, match="must be consecutive and inside a cache of 8 rows"):
+        engine(feed | {"position_ids": (start + stride * np.arange(3))[None]})
+    assert engine(feed | {"position_ids": np.arange(5, 8)[None]})[0]["hidden_out"].shape[1] == 3
 
 
 def test_an_engine_that_is_swapped_after_its_hash_is_refused(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,4 +98,4 @@ def test_an_engine_that_is_swapped_after_its_hash_is_refused(own_bundle: Path, m
     monkeypatch.setattr(Bundle, "verify", verify)
     monkeypatch.setattr(onnxruntime, "OrtEngine", lambda *_: None)  # one process cannot have both kinds of pool
     with pytest.raises(BundleError, match="was replaced while it was read"):
-        runners._load(str(own_bundle), "cpu-fp32", "bypass_02-03")
+        load_engine(str(own_bundle), "cpu-fp32", "bypass_02-03")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device import cuda_graph
 from dash_export.runtime.device.base import BESIDE, MAIN
 from dash_export.runtime.device.cuda import Cuda
 from dash_export.runtime.device.cuda_graph import CudaGraph
@@ -68,13 +67,8 @@ def test_events_order_streams(device: Cuda) -> None:
         assert (back == value).all()
 
 
-@pytest.mark.parametrize("with_else", [True, False])
-def test_a_graph_decides(with_else: bool, device: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_decides(device: Cuda) -> None:
     """A recorded step decides anew at every launch: branches, the kernel's arithmetic, rows at a place that moves."""
-    if not with_else:
-        monkeypatch.setattr(cuda_graph, "IF_ELSE", 1 << 30)
-    elif device(device.rt.cudaDriverGetVersion()) < cuda_graph.IF_ELSE:
-        pytest.skip("IF with ELSE needs CUDA 12.8")
     damage, limits = Mirror(device, (2,), np.float32), Mirror(device, (2,), np.float64)
     position, rows = Mirror(device, (1,), np.int64), Mirror(device, (2, 16), np.uint8)
     skipped, chosen = Mirror(device, (2,), np.bool_), Mirror(device, (2, 64), np.uint8)

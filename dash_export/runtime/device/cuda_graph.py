@@ -1,7 +1,7 @@
 """CUDA graphs with decisions in them: capture, conditional nodes, and the two kernels that no engine has.
 
-Conditional nodes need CUDA 12.4 (IF) or 12.8 (IF with ELSE). Their predicate is set by a kernel, which NVRTC compiles
-when it is first wanted. Not yet run on a GPU.
+A unit is two IF nodes, one for each side, which need CUDA 12.4. Their predicates are set by a kernel, which NVRTC
+compiles when it is first wanted. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from dash_export.errors import BackendError
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
 
-IF, IF_ELSE = 12040, 12080
-"""The first versions of CUDA with such nodes, as the driver gives its own."""
+IF_NODES = 12040
+"""The first version of CUDA with such nodes, as the driver gives its own."""
 BODY = "body"
 """The stream on which the sides of branches are recorded."""
 
@@ -28,7 +28,7 @@ typedef __device_builtin__ unsigned long long cudaGraphConditionalHandle;
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(
     cudaGraphConditionalHandle handle, unsigned int value);
 
-// Compares in double, as the host does. A unit's second handle is 0 where its node has an ELSE.
+// Compares in double, as the host does. A unit's handles: run, skip.
 extern "C" __global__ void decide(
     const float* damage, const double* limit, bool* skipped, const cudaGraphConditionalHandle* handles, int units)
 {
@@ -36,7 +36,7 @@ extern "C" __global__ void decide(
         const bool skips = (double)damage[unit] < limit[unit];
         skipped[unit] = skips;
         cudaGraphSetConditional(handles[2 * unit], !skips);
-        if (handles[2 * unit + 1]) cudaGraphSetConditional(handles[2 * unit + 1], skips);
+        cudaGraphSetConditional(handles[2 * unit + 1], skips);
     }
 }
 
@@ -98,14 +98,13 @@ class CudaGraph:
     def __init__(self, cuda: Cuda, stream: str, units: int, step: Callable[[CudaGraph], None]) -> None:
         """Raises BackendError that says what is missing, or what in `step` cannot be recorded."""
         self._cuda, rt = cuda, cuda.rt
-        self.version: int = cuda(rt.cudaDriverGetVersion())
-        if self.version < IF:
+        version = cuda(rt.cudaDriverGetVersion())
+        if version < IF_NODES:
             raise BackendError(
-                f"the driver has CUDA {self.version // 1000}.{self.version % 1000 // 10}, and graphs with decisions "
-                "need 12.4"
+                f"the driver has CUDA {version // 1000}.{version % 1000 // 10}, and graphs with decisions need 12.4"
             )
         self._kernels = load_kernels(cuda.device.capability)
-        # Of every unit the conditional nodes to come: one with an ELSE (and 0), or one for each side.
+        # Of the conditional nodes to come: for every unit, what runs it and what skips it.
         self._handles = np.zeros((units, 2), np.uint64)
         self._device_handles = cuda.memory(self._handles.nbytes)
         # Relaxed: Python may free some memory meanwhile, which stricter modes take for a mistake.
@@ -135,18 +134,14 @@ class CudaGraph:
 
     def decide(self, stream: str, damage: CudaMemory, limits: CudaMemory, skipped: CudaMemory) -> None:
         rt, graph = self._cuda.rt, self._recorded(stream)[0]
-        for handles in self._handles:
-            for side in range(1 if self.version >= IF_ELSE else 2):
-                handles[side] = int(self._cuda(rt.cudaGraphConditionalHandleCreate(graph, 0, 0)))
+        for index in np.ndindex(self._handles.shape):
+            self._handles[index] = int(self._cuda(rt.cudaGraphConditionalHandleCreate(graph, 0, 0)))
         memories = (damage, limits, skipped, self._device_handles)
         self._run("decide", stream, 1, 32, memories, [(len(self._handles), ctypes.c_int)])
 
     def branch(self, stream: str, unit: int, run: Callable[[str], None], skip: Callable[[str], None]) -> None:
-        if self.version >= IF_ELSE:
-            self._node(stream, self._handles[unit, 0], [run, skip])
-        else:
-            self._node(stream, self._handles[unit, 0], [run])
-            self._node(stream, self._handles[unit, 1], [skip])
+        for side, fill in enumerate((run, skip)):
+            self._node(stream, int(self._handles[unit, side]), fill)
 
     def write_rows(
         self, stream: str, to: CudaMemory, pitch: int, rows: CudaMemory, width: int, position: CudaMemory
@@ -181,15 +176,15 @@ class CudaGraph:
             raise BackendError(f"The stream {stream} is not being recorded: something in the step ended it.")
         return graph, nodes
 
-    def _node(self, stream: str, condition: np.uint64, bodies: list[Callable[[str], None]]) -> None:
-        """A conditional node after what is in `stream`, and its bodies."""
+    def _node(self, stream: str, condition: int, fill: Callable[[str], None]) -> None:
+        """A conditional node after what is in `stream`, and its body."""
         rt, cuda = self._cuda.rt, self._cuda
         graph, before = self._recorded(stream)
         params = rt.cudaGraphNodeParams()
         params.type = rt.cudaGraphNodeType.cudaGraphNodeTypeConditional
-        params.conditional.handle = int(condition)
+        params.conditional.handle = condition
         params.conditional.type = rt.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
-        params.conditional.size = len(bodies)
+        params.conditional.size = 1
         # Bindings of CUDA 12 call these forms, which know of edges with data, _v2; those of CUDA 13 have no others.
         # A plain edge's data is all zero; CUDA 12 takes no None for it.
         add = getattr(rt, "cudaGraphAddNode_v2", rt.cudaGraphAddNode)
@@ -199,10 +194,10 @@ class CudaGraph:
         flags = rt.cudaStreamUpdateCaptureDependenciesFlags.cudaStreamSetCaptureDependencies
         cuda(follow(cuda.stream(stream), [node], [rt.cudaGraphEdgeData()], 1, flags), " after a branch")
         mode, body = rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed, cuda.stream(BODY)
-        for made, fill in zip(params.conditional.phGraph_out[: len(bodies)], bodies, strict=True):
-            cuda(rt.cudaStreamBeginCaptureToGraph(body, made, None, None, 0, mode), " beginning a branch")
-            try:
-                fill(BODY)
-            finally:
-                ended = rt.cudaStreamEndCapture(body)
-            cuda(ended, " at the end of a branch")
+        (made,) = params.conditional.phGraph_out[:1]
+        cuda(rt.cudaStreamBeginCaptureToGraph(body, made, None, None, 0, mode), " beginning a branch")
+        try:
+            fill(BODY)
+        finally:
+            ended = rt.cudaStreamEndCapture(body)
+        cuda(ended, " at the end of a branch")

@@ -16,7 +16,7 @@ from dash_export.runtime.backends import BACKENDS, load_backend
 from dash_export.runtime.cuda_devices import cuda_devices
 from dash_export.runtime.device import cuda, cuda_graph, tensorrt
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
-from dash_export.runtime.device.cuda_graph import IF, IF_ELSE, KERNELS, CudaGraph, compile_kernels
+from dash_export.runtime.device.cuda_graph import IF_NODES, KERNELS, CudaGraph, compile_kernels
 
 rt = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 OK = rt.cudaError_t.cudaSuccess
@@ -139,7 +139,7 @@ class Noted:
                 active = rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive
                 return (OK, active, 7, "graph", ["node"], [], 1)
             if name == "cudaGraphAddNode":
-                arguments[-1].conditional.phGraph_out = ["run body", "skip body"]
+                arguments[-1].conditional.phGraph_out = ["body"]
             return (OK, self.version if name == "cudaDriverGetVersion" else len(self.calls))
 
         return call
@@ -154,7 +154,7 @@ UNITS = 2
 class Recorder:
     """A card of that CUDA version, and the kernels that were launched on it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, version: int, failing: str = "") -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: str = "", version: int = IF_NODES) -> None:
         self.noted = Noted(version, failing)
         self.kernels: list[Any] = []
         self.cuda = Cuda.__new__(Cuda)
@@ -183,37 +183,32 @@ class Recorder:
         return handles
 
 
-BODY = ["cudaStreamBeginCaptureToGraph", "cudaStreamEndCapture"]
-NODE = ["cudaStreamGetCaptureInfo", "cudaGraphAddNode", "cudaStreamUpdateCaptureDependencies"]
+NODE = [
+    *("cudaStreamGetCaptureInfo", "cudaGraphAddNode", "cudaStreamUpdateCaptureDependencies"),
+    *("cudaStreamBeginCaptureToGraph", "cudaStreamEndCapture"),
+]
 HANDLES = ["cudaMemcpyAsync", "cudaStreamSynchronize"]
 
 
-def test_one_node_with_an_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Recorder(monkeypatch, IF_ELSE)
-    (first, none), (second, other) = made.record()
-    create, end = ["cudaGraphConditionalHandleCreate"] * UNITS, ["cudaStreamEndCapture", "cudaGraphInstantiate"]
-    calls = ["cudaStreamGetCaptureInfo", *create, "decide", *NODE, *BODY, *BODY, *end, *HANDLES, "cudaGraphLaunch"]
+def test_two_nodes_for_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Recorder(monkeypatch)
+    handles = made.record()
+    assert len({0, *(handle for pair in handles for handle in pair)}) == 1 + 2 * UNITS
+    create, end = ["cudaGraphConditionalHandleCreate"] * 2 * UNITS, ["cudaStreamEndCapture", "cudaGraphInstantiate"]
+    calls = ["cudaStreamGetCaptureInfo", *create, "decide", *NODE, *NODE, *end, *HANDLES, "cudaGraphLaunch"]
     assert made.noted.calls[: len(calls)] == calls
     freed = {"cudaGraphDestroy", "cudaGraphExecDestroy", "cudaFree"}
     assert set(made.noted.calls[len(calls) :]) == freed, "with its object"
     values, types = made.kernels[0][-2]
     assert len(values) == len(types) == 5
     assert values[-1] == UNITS
-    assert 0 != first != second != 0
-    assert none == other == 0, "no handle for the other side"
-
-
-def test_two_nodes_where_there_is_no_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Recorder(monkeypatch, IF)
-    assert len({handle for handles in made.record() for handle in handles}) == 2 * UNITS
-    assert made.noted.calls.count("cudaGraphAddNode") == 2
     with pytest.raises(BackendError, match=r"the driver has CUDA 12\.2, and graphs with decisions need 12\.4"):
-        Recorder(monkeypatch, 12020).record()
+        Recorder(monkeypatch, version=12020).record()
 
 
 def test_what_fails_leaves_no_capture_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the body nor of the step."""
-    made = Recorder(monkeypatch, IF_ELSE)
+    made = Recorder(monkeypatch)
 
     def refuse(_: str) -> None:
         raise BackendError("TensorRT could not launch layer_05.")
@@ -228,7 +223,7 @@ def test_what_fails_leaves_no_capture_open(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_a_call_that_fails_says_which_and_where(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"CUDA on a card failed (begin|adding|making|launching).*\(900\)"):
-        Recorder(monkeypatch, IF_ELSE, name).record()
+        Recorder(monkeypatch, name).record()
 
 
 # --- TensorRT

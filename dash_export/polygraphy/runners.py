@@ -18,13 +18,13 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.graph_runs import Arrays, graph_run, step_inputs, text_ids
-from dash_export.manifest import POLICY, Build, Manifest, Segment
+from dash_export.manifest import POLICY, Build, Segment
 from dash_export.names import new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session
+from dash_export.runtime.backends import onnxruntime
 from dash_export.runtime.backends.base import Engine
 from dash_export.runtime.runtime import loaded_files
-from dash_export.targets import recipe_from_dict
 
 STEPS = 16
 """Different steps of a text; with more iterations they come again."""
@@ -49,74 +49,10 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> Segment:
     )
 
 
-class PortableEngine:
-    """Runs one engine on the inputs of its portable graph. What follows from positions (lengths, masks) needs not be
-    given.
-
-    `inputs`: name -> type and shape of what `__call__` wants; None where a size is free.
-    """
-
-    def __init__(self, engine: Engine, segment: Segment, manifest: Manifest) -> None:
-        self._engine, self._layers, self._model = engine, segment.layers, manifest.model
-        self._units, model = len(manifest.policy.units), manifest.model
-        cache = (np.float32, (1, model.num_kv_heads, None, model.head_dim))
-        self.inputs: dict[str, tuple[Any, tuple[int | None, ...]]] = {}
-        if segment.embed:
-            self.inputs["input_ids"] = (np.int64, (1, None))
-        else:
-            self.inputs["hidden"] = (np.float32, (1, None, model.hidden_size))
-        for layer in self._layers:
-            self.inputs |= {"position_ids": (np.int64, (1, None)), **dict.fromkeys(past_names(layer), cache)}
-
-    def __call__(self, feed: Mapping[str, npt.NDArray[Any]]) -> tuple[Arrays, float]:
-        """Portable inputs -> portable outputs and the seconds the engine took, without copies. Raises RequestError for
-        positions that are not consecutive or leave the cache.
-        """
-        arrays = {name: np.array(feed[name]) for name in self.inputs}
-        count, model = arrays[next(iter(self.inputs))].shape[1], self._model
-        arrays["hidden_out"] = np.zeros((1, count, model.hidden_size), np.float32)
-        arrays["logits"] = np.zeros((1, 1, model.vocab_size), np.float32)
-        arrays["damage"] = np.zeros((1, count, self._units), np.float32)
-        if self._layers:
-            arrays |= self._step(arrays, count)
-        for layer in self._layers:
-            for past, present, new in zip(past_names(layer), present_names(layer), new_names(layer), strict=True):
-                # Past and present share their memory, as in a session: the write is in place.
-                for name in (past, present):
-                    arrays[name] = arrays[short_name(name)] = arrays[past]
-                arrays[short_name(new)] = np.zeros((1, count, model.num_kv_heads * model.head_dim), np.float32)
-        launch = self._engine.bind(arrays, arrays)
-        began = time.perf_counter()
-        launch()
-        self._write_rows(arrays)
-        seconds = time.perf_counter() - began
-        names: list[str] = [name for name in ("hidden_out", "logits", "damage") if name in self._engine.outputs]
-        names += [name for layer in self._layers for name in present_names(layer)]
-        return {name: arrays[name] for name in names}, seconds
-
-    def _step(self, arrays: Arrays, count: int) -> Arrays:
-        positions, capacity = arrays["position_ids"][0], arrays[past_names(self._layers[0])[0]].shape[2]
-        start = int(positions[0])
-        if not np.array_equal(positions, np.arange(start, start + count)) or not 0 <= start <= capacity - count:
-            raise RequestError(
-                f"position_ids must be consecutive and inside a cache of {capacity} rows; got {start} to "
-                f"{int(positions[-1])}. Leave the inputs to the --dash runner, or give real ones with --load-inputs."
-            )
-        return step_inputs(start, count, capacity)
-
-    def _write_rows(self, arrays: Arrays) -> None:
-        """Into the cache, where the engine leaves that to the host."""
-        for layer in self._layers:
-            for past, new in zip(past_names(layer), map(short_name, new_names(layer)), strict=True):
-                if new in self._engine.outputs:
-                    start, count = int(arrays["position_ids"][0, 0]), arrays[new].shape[1]
-                    rows = arrays[new].reshape(1, count, -1, self._model.head_dim).swapaxes(1, 2)
-                    arrays[past][:, :, start : start + count] = rows
-
-
 class DashEngineRunner(BaseRunner):  # type: ignore[misc]
-    """One engine of a build, fed and answering as its portable graph does. `last_inference_time` is the engine's own:
-    bound memory, no copies of caches.
+    """One engine of a build, fed and answering as its portable graph does; `damage` more, where it holds a policy. What
+    follows from positions (lengths, masks) needs not be given. `last_inference_time` is the engine's own: bound memory,
+    no copies of caches.
     """
 
     def __init__(self, bundle: str, target: str, engine: str, name: str | None = None) -> None:
@@ -125,46 +61,80 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         """Verify the build's files and load the engine."""
+        from onnxruntime import SessionOptions
+
+        root, target, name = self._place
         with polygraphy_errors():
-            self.engine = load_engine(*self._place)
+            self.bundle = Bundle.open(root)
+            build = self.bundle.load_build(target)
+            self.layers = find_engine(self.bundle, build, name).layers
+            seal = self.bundle.verify(loaded_files(self.bundle, build))
+            if build.recipe.get("engine") is not None:
+                raise BackendError(
+                    f"Single engines of GPU targets ({target}) do not run in Polygraphy yet: leave --dash-segment out "
+                    "to run whole steps, or compare graphs with `dash-export build --verify`."
+                )
+            # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session
+            # cannot have the shared pool of the runtime.
+            path = self.bundle.path(build.engines[name].file)
+            self.engine: Engine = onnxruntime.OrtEngine(path, SessionOptions())
+            self.bundle.check_same(seal)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        metadata = TensorMetadata()
-        for name, (dtype, shape) in self.engine.inputs.items():
-            metadata.add(name, np.dtype(dtype), shape)
+        model, metadata = self.bundle.manifest.model, TensorMetadata()
+        if "input_ids" in self.engine.inputs:
+            metadata.add("input_ids", np.dtype(np.int64), (1, None))
+        else:
+            metadata.add("hidden", np.dtype(np.float32), (1, None, model.hidden_size))
+        for layer in self.layers:
+            metadata.add("position_ids", np.dtype(np.int64), (1, None))
+            for name in past_names(layer):
+                metadata.add(name, np.dtype(np.float32), (1, model.num_kv_heads, None, model.head_dim))
         return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """The portable graph's outputs; `damage` more for an engine that holds a policy."""
+        """Raises RequestError for positions that are not consecutive or leave the cache."""
+        arrays = {name: np.array(array) for name, array in feed_dict.items()}
+        model, units = self.bundle.manifest.model, len(self.bundle.manifest.policy.units)
+        count = arrays["input_ids" if "input_ids" in arrays else "hidden"].shape[1]
+        arrays["hidden_out"] = np.zeros((1, count, model.hidden_size), np.float32)
+        arrays["logits"] = np.zeros((1, 1, model.vocab_size), np.float32)
+        arrays["damage"] = np.zeros((1, count, units), np.float32)
         with polygraphy_errors():
-            outputs, self.inference_time = self.engine(feed_dict)
-        return outputs
+            if self.layers:
+                arrays |= _places(arrays["position_ids"][0], arrays[past_names(self.layers[0])[0]].shape[2])
+            written = []
+            for layer in self.layers:
+                for past, present, new in zip(past_names(layer), present_names(layer), new_names(layer), strict=True):
+                    # Past and present share their memory, as in a session: the write is in place.
+                    cache = arrays[present] = arrays[short_name(past)] = arrays[short_name(present)] = arrays[past]
+                    rows = arrays[short_name(new)] = np.zeros((1, count, cache.shape[1] * cache.shape[3]), np.float32)
+                    if short_name(new) in self.engine.outputs:  # the engine leaves the writing to the host
+                        rows = rows.reshape(1, count, -1, model.head_dim).swapaxes(1, 2)
+                        start = int(arrays["position_ids"][0, 0])
+                        written.append((cache[:, :, start : start + count], rows))
+            launch = self.engine.bind(arrays, arrays)
+        began = time.perf_counter()
+        launch()
+        for place, rows in written:
+            place[:] = rows
+        self.inference_time = time.perf_counter() - began
+        names: list[str] = [name for name in ("hidden_out", "logits", "damage") if name in self.engine.outputs]
+        names += [name for layer in self.layers for name in present_names(layer)]
+        return {name: arrays[name] for name in names}
 
     def deactivate_impl(self) -> None:
         del self.engine
 
 
-def load_engine(root: str, target: str, name: str) -> PortableEngine:
-    """Verify a build's files and load one of its engines. Raises BackendError for a GPU target."""
-    import onnxruntime as ort
-
-    from dash_export.runtime.backends.onnxruntime import OrtEngine
-
-    bundle = Bundle.open(root)
-    build = bundle.load_build(target)
-    segment = find_engine(bundle, build, name)
-    seal = bundle.verify(loaded_files(bundle, build))
-    recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
-    if recipe.engine is not None:
-        raise BackendError(
-            f"Single engines of GPU targets ({target}) do not run in Polygraphy yet: leave --dash-segment out to run "
-            "whole steps, or compare graphs with `dash-export build --verify`."
+def _places(positions: npt.NDArray[np.int64], capacity: int) -> Arrays:
+    start, count = int(positions[0]), len(positions)
+    if not np.array_equal(positions, np.arange(start, start + count)) or not 0 <= start <= capacity - count:
+        raise RequestError(
+            f"position_ids must be consecutive and inside a cache of {capacity} rows; got {start} to "
+            f"{int(positions[-1])}. Leave the inputs to the --dash runner, or give real ones with --load-inputs."
         )
-    # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session cannot
-    # have the shared pool of the runtime.
-    engine = OrtEngine(bundle.path(build.engines[name].file), ort.SessionOptions())
-    bundle.check_same(seal)
-    return PortableEngine(engine, segment, bundle.manifest)
+    return step_inputs(start, count, capacity)
 
 
 class DashStepRunner(BaseRunner):  # type: ignore[misc]

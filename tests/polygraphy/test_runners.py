@@ -11,14 +11,14 @@ import pytest
 
 pytest.importorskip("polygraphy")
 
+from polygraphy.exception import PolygraphyException
+
 from dash_export import DashRuntime
 from dash_export.building.engine_graphs import portable_file
 from dash_export.bundle import Bundle
-from dash_export.errors import BundleError, RequestError
 from dash_export.graph_runs import graph_run, step_inputs
-from dash_export.manifest import Segment
-from dash_export.polygraphy.runners import STEPS, DashStepRunner, PortableEngine, find_engine, load_engine, token_feeds
-from dash_export.runtime.backends import load_backend, onnxruntime
+from dash_export.polygraphy.runners import STEPS, DashEngineRunner, DashStepRunner, find_engine, token_feeds
+from dash_export.runtime.backends import onnxruntime
 from tests.tiny import random_ids
 
 
@@ -40,20 +40,18 @@ def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
     np.testing.assert_array_equal(windows[0], windows[STEPS])
 
 
-def loaded(root: Path, target: str, name: str) -> tuple[Bundle, Segment, PortableEngine]:
-    """On the process's own pool of threads, as other tests have one."""
-    bundle = Bundle.open(root)
-    build = bundle.load_build(target)
-    segment = find_engine(bundle, build, name)
-    engine: Any = load_backend("onnxruntime", 0).load(bundle.path(build.engines[name].file))  # type: ignore[union-attr]
-    return bundle, segment, PortableEngine(engine, segment, bundle.manifest)
+@pytest.fixture
+def shared_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process cannot have both kinds, and other tests have the runtime's."""
+    sound = onnxruntime.OrtEngine
+    monkeypatch.setattr(onnxruntime, "OrtEngine", lambda path, _: sound(path, onnxruntime.shared_pool_options()))
 
 
-def feed_of(engine: PortableEngine, count: int, capacity: int) -> dict[str, np.ndarray]:
+def feed_of(runner: DashEngineRunner, count: int, capacity: int) -> dict[str, np.ndarray]:
     rng, sizes = np.random.default_rng(0), {1: count, 2: capacity}
     feed = {
-        name: rng.standard_normal([size or sizes[axis] for axis, size in enumerate(shape)]).astype(np.float32)
-        for name, (_, shape) in engine.inputs.items()
+        name: rng.standard_normal([size or sizes[axis] for axis, size in enumerate(item.shape)]).astype(np.float32)
+        for name, item in runner.get_input_metadata().items()
     }
     known = step_inputs(0, count, capacity) | {"input_ids": random_ids(count)[None]}
     return feed | {name: array for name, array in known.items() if name in feed}
@@ -66,26 +64,32 @@ ENGINES = ["layer_04", "layers_02-03", "bypass_02-03", "layers_00-01", "layer_05
     ("target", "name"),
     [*(("cpu-fp32", name) for name in ENGINES), ("portable", "bypass_02-03"), ("portable", "policy")],
 )
+@pytest.mark.usefixtures("shared_pool")
 def test_an_engine_is_its_portable_graph(target: str, name: str, tiny_root: Path, tmp_path: Path) -> None:
-    bundle, segment, engine = loaded(tiny_root, target, name)
-    graph, feed = graph_run(portable_file(bundle, segment, name, tmp_path)), feed_of(engine, 3, 9)
-    found, _ = engine(feed)
+    bundle = Bundle.open(tiny_root)
+    segment = find_engine(bundle, bundle.load_build(target), name)
+    graph = graph_run(portable_file(bundle, segment, name, tmp_path))
+    with DashEngineRunner(str(tiny_root), target, name) as runner:
+        feed = feed_of(runner, 3, 9)
+        found = runner.infer(feed)
     expected = graph(step_inputs(0, 3, 9) | feed)
     assert set(found) - set(expected) == ({"damage"} if name == "layers_00-01" else set())
     for key, array in expected.items():
         np.testing.assert_allclose(found[key], array, atol=1e-4)
 
 
+@pytest.mark.usefixtures("shared_pool")
 @pytest.mark.parametrize(("start", "stride"), [(8, 1), (2, 2), (-1, 1)])
 def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tiny_root: Path) -> None:
     """The engine would write outside its cache, or elsewhere than it says."""
-    _, _, engine = loaded(tiny_root, "cpu-fp32", "layer_04")
-    feed = feed_of(engine, 3, 8)
-    with pytest.raises(RequestError, match="must be consecutive and inside a cache of 8 rows"):
-        engine(feed | {"position_ids": (start + stride * np.arange(3))[None]})
-    assert engine(feed | {"position_ids": np.arange(5, 8)[None]})[0]["hidden_out"].shape[1] == 3
+    with DashEngineRunner(str(tiny_root), "cpu-fp32", "layer_04") as runner:
+        feed = feed_of(runner, 3, 8)
+        with pytest.raises(PolygraphyException, match="must be consecutive and inside a cache of 8 rows"):
+            runner.infer(feed | {"position_ids": (start + stride * np.arange(3))[None]})
+        assert runner.infer(feed | {"position_ids": np.arange(5, 8)[None]})["hidden_out"].shape[1] == 3
 
 
+@pytest.mark.usefixtures("shared_pool")
 def test_an_engine_that_is_swapped_after_its_hash_is_refused(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engines, sound = own_bundle / "engines" / "cpu-fp32", Bundle.verify
 
@@ -96,6 +100,5 @@ def test_an_engine_that_is_swapped_after_its_hash_is_refused(own_bundle: Path, m
         return seal
 
     monkeypatch.setattr(Bundle, "verify", verify)
-    monkeypatch.setattr(onnxruntime, "OrtEngine", lambda *_: None)  # one process cannot have both kinds of pool
-    with pytest.raises(BundleError, match="was replaced while it was read"):
-        load_engine(str(own_bundle), "cpu-fp32", "bypass_02-03")
+    with pytest.raises(PolygraphyException, match="was replaced while it was read"):
+        DashEngineRunner(str(own_bundle), "cpu-fp32", "bypass_02-03").activate()

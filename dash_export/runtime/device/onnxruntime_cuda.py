@@ -12,6 +12,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from dash_export.errors import BackendError
+from dash_export.runtime.backends.onnxruntime import ort_errors
 from dash_export.runtime.device.base import Launch
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
 
@@ -53,37 +54,31 @@ class OrtCudaEngine:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         cuda = {"device_id": device, "user_compute_stream": str(stream)}
-        try:
-            session = ort.InferenceSession(str(path), options, providers=[(PROVIDER, cuda), "CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a family of its own
-            raise BackendError(f"ONNX Runtime {ort.__version__} refuses {path.name}: {error}") from error
-        if session.get_providers()[0] != PROVIDER:
+        with ort_errors(path.name):
+            self._session = ort.InferenceSession(
+                str(path), options, providers=[(PROVIDER, cuda), "CPUExecutionProvider"]
+            )
+        if self._session.get_providers()[0] != PROVIDER:
             raise BackendError(f"ONNX Runtime {ort.__version__} did not start CUDA; see its own message above.")
-        self._name, self._device, self._session = path.name, device, session
-        self._tensors = {item.name: item for item in (*session.get_inputs(), *session.get_outputs())}
-        self.inputs = tuple(item.name for item in session.get_inputs())
-        self.outputs = tuple(item.name for item in session.get_outputs())
+        self._name, self._device = path.name, device
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self._tensors = {item.name: item for item in (*inputs, *outputs)}
+        self.inputs, self.outputs = (tuple(item.name for item in items) for items in (inputs, outputs))
 
     def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]) -> Launch:
         del profile  # one session serves all shapes
         session, binding, options = self._session, self._session.io_binding(), ort.RunOptions()
         # Only launch: the stream is waited for by events, once a token.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        sizes = {
-            symbol: size
-            for name, shape in shapes.items()
-            for symbol, size in zip(self._tensors[name].shape, shape, strict=True)
-        }
+        sizes: dict[int | str, int] = {}
+        for name, shape in shapes.items():
+            sizes |= zip(self._tensors[name].shape, shape, strict=True)
         for names, bind in ((self.inputs, binding.bind_input), (self.outputs, binding.bind_output)):
             for name in names:
                 tensor = self._tensors[name]
-                shape = [sizes.get(size, size) if isinstance(size, str) else size for size in tensor.shape]
-                try:
-                    bind(name, "cuda", self._device, TYPES[tensor.type], shape, memory[name].address)
-                except Exception as error:  # onnxruntime raises a family of its own
-                    raise BackendError(
-                        f"{self._name} does not take {name} {shape} ({error}): build it again."
-                    ) from error
+                fixed = [sizes.get(size, size) if isinstance(size, str) else size for size in tensor.shape]
+                with ort_errors(f"{name} {fixed} of {self._name}"):
+                    bind(name, "cuda", self._device, TYPES[tensor.type], fixed, memory[name].address)
 
         def launch(stream: str) -> None:
             del stream  # fixed when the session was made

@@ -5,17 +5,14 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BundleError, ContextLengthError
 from dash_export.manifest import DAMAGED, POLICY, Build, Segment
 from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Memory
+from dash_export.runtime.device.step import DeviceStep
 from dash_export.targets import Recipe
-
-if TYPE_CHECKING:
-    from dash_export.runtime.device.step import DeviceStep
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,6 @@ class DeviceEngines:
         return DeviceCache(self)
 
     def step(self, cache: DeviceCache, sequence: int, teacher_forced: bool = False) -> DeviceStep:  # noqa: ARG002
-        from dash_export.runtime.device.step import DeviceStep
-
         return DeviceStep(self, cache, sequence)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,10 @@ from dash_export.errors import BackendError
 from dash_export.names import new_names, past_names, present_names
 from dash_export.runtime.backends.base import Launch as HostLaunch
 from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Graph, Launch, Memory
-from dash_export.runtime.device.engines import DeviceCache, DeviceEngines, LoadedSegment
 from dash_export.runtime.rules import DENSE, Rule
+
+if TYPE_CHECKING:
+    from dash_export.runtime.device.engines import DeviceCache, DeviceEngines, LoadedSegment
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,8 @@ class Mirror:
 
 @dataclass(frozen=True)
 class Part:
-    """One segment, bound to a step's memory. `unit`: its place among the units. `new_rows`: (cache,
-    rows) where its engines leave the writing of K and V to the runtime.
+    """One segment, bound to a step's memory. `unit`: its place among the units. `new_rows`: (cache, rows) where
+    its engines leave the writing of K and V to the runtime.
 
     It does not know the step: without a circle a step that is dropped gives its memory and contexts back at once.
     """
@@ -102,18 +104,14 @@ class DeviceStep:
         memory = {"hidden": self._hidden[index % 2], "hidden_out": self._hidden[(index + 1) % 2]}
         new_rows = []
         for layer in loaded.segment.layers:
-            caches = self._cache.keys[layer], self._cache.values[layer]
-            for past, present, new, cache in zip(
-                past_names(layer), present_names(layer), new_names(layer), caches, strict=True
-            ):
-                memory[past] = memory[present] = cache
+            names = zip(past_names(layer), present_names(layer), new_names(layer), strict=True)
+            for (past, present, new), caches in zip(names, (self._cache.keys, self._cache.values), strict=True):
+                memory[past] = memory[present] = caches[layer]
                 if new in loaded.run.outputs:
-                    rows = self.engines.model.num_kv_heads * self.sequence * self._row_bytes
-                    memory[new] = self.device.memory(rows)
-                    new_rows.append((cache, memory[new]))
-        run = self._bind(loaded.run, memory)
+                    memory[new] = self.device.memory(caches[layer].nbytes // self._cache.capacity * self.sequence)
+                    new_rows.append((caches[layer], memory[new]))
         bypass = self._bind(loaded.bypass, memory) if loaded.bypass is not None and self.sequence == 1 else None
-        return Part(loaded.unit, run, bypass, new_rows)
+        return Part(loaded.unit, self._bind(loaded.run, memory), bypass, new_rows)
 
     def _bind(self, engine: DeviceEngine, memory: dict[str, Memory]) -> Launch:
         memory = self._memory | memory
@@ -229,8 +227,7 @@ class DeviceStep:
         launch = part.bypass if bypass else part.run
         assert launch is not None
         launch(stream)
-        width = self._row_bytes
-        pitch = self._cache.capacity * width
+        width, pitch = self._row_bytes, self._cache.capacity * self._row_bytes
         for cache, rows in part.new_rows:
             if graph is not None:
                 graph.write_rows(stream, cache, pitch, rows, width, self._positions.memory)

@@ -73,7 +73,10 @@ class Toolkit:
                     if -1 in tuple(tensor.shape):
                         profile.set_shape(tensor.name, *shapes[tensor.name])
                 config.add_optimization_profile(profile)
-            cached = self._timing_cache(config, timing)
+            cached = None
+            if not self.is_rtx:  # which times nothing: its cache is a deprecated no-op
+                cached = config.create_timing_cache(timing)
+                config.set_timing_cache(cached, ignore_mismatch=False)
             engine = builder.build_serialized_network(network, config)
             if engine is None:
                 raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last(complaints)}")
@@ -91,14 +94,6 @@ class Toolkit:
                 known = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}", None)
                 if known is None or not config.set_compute_capability(known, index):
                     raise BackendError(f"{self.describe()} does not compile for compute capability {capability}.")
-
-    def _timing_cache(self, config: Any, timing: bytes) -> Any:
-        """RTX times nothing when it compiles: its cache is a deprecated no-op."""
-        if self.is_rtx:
-            return None
-        cached = config.create_timing_cache(timing)
-        config.set_timing_cache(cached, ignore_mismatch=False)
-        return cached
 
 
 def last(complaints: Sequence[str]) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dash_export.names import past_names, present_names
-from dash_export.runtime.device.base import BESIDE, MAIN, Graph
+from dash_export.runtime.device.base import BESIDE, MAIN
 from dash_export.runtime.device.engines import DeviceEngines
-from dash_export.runtime.device.step import READY, DeviceStep, Part
+from dash_export.runtime.device.step import READY, DeviceStep
 from dash_export.runtime.rules import DENSE, ForcedRule
 from tests.runtime.device.conftest import DIALECTS, IDS, Host, MakeSimulated, Simulated
 from tests.runtime.device.simulated import (
@@ -139,181 +140,141 @@ def test_nobody_asks_a_policy_whose_answer_is_not_wanted(simulated: MakeSimulate
     assert not [launch for _, launch in made.device.ran if launch.name == "policy"]
 
 
-# --- mistakes: (who makes it, dispatch, stream ahead, dialect, what sees it)
-
-Patch = pytest.MonkeyPatch
+# --- mistakes: each wraps a sound method, which it is given first, then that one's arguments
 
 
-def wrap(patch: Patch, kind: type, name: str, wrapped: Callable[..., Any]) -> None:
-    """Let `wrapped` be called with the sound method, then its arguments."""
-    sound = getattr(kind, name)
-    patch.setattr(kind, name, lambda *given, **named: wrapped(sound, *given, **named))
+def launch_and_wait(sound: Any, step: DeviceStep, *given: Any, **named: Any) -> None:
+    sound(step, *given, **named)
+    step.device.synchronize(MAIN)
 
 
-def without_wait(patch: Patch, stream: str) -> None:
-    """No wait of that stream within a recording."""
+def wait_for_the_layers_beside(sound: Any, device: SimulatedDevice, stream: str, event: str) -> None:
+    device.record(MAIN, event)
+    sound(device, stream, event)
 
+
+def wait_except(stream: str, recorded: bool = True) -> Callable[..., None]:
     def wait(sound: Any, device: SimulatedDevice, on: str, event: str) -> None:
-        if device.recording is None or on != stream:
+        if (device.recording is not None) != recorded or on != stream:
             sound(device, on, event)
 
-    wrap(patch, SimulatedDevice, "wait", wait)
+    return wait
 
 
-def layers_awaited_before_the_policy(patch: Patch) -> None:
-    def launch(sound: Any, step: DeviceStep, *given: Any, **named: Any) -> None:
-        sound(step, *given, **named)
-        step.device.synchronize(MAIN)
-
-    wrap(patch, DeviceStep, "launch", launch)
+def nothing(sound: Any, *given: Any) -> None:
+    pass
 
 
-def policy_waits_for_the_layers_beside_it(patch: Patch) -> None:
-    def wait(sound: Any, device: SimulatedDevice, stream: str, event: str) -> None:
-        device.record(MAIN, event)
-        sound(device, stream, event)
-
-    wrap(patch, SimulatedDevice, "wait", wait)
+def engine_with_the_layers_scratch(sound: Any, device: SimulatedDevice, path: Any, _stream: str) -> Any:
+    return sound(device, path, MAIN)
 
 
-def missing_event(patch: Patch) -> None:
-    patch.setattr(SimulatedDevice, "wait", lambda *_: None)
+def bind_apart(sound: Any, engine: SimulatedEngine, profile: int, shapes: Any, memory: Any) -> Any:
+    """A cache that is not aliased."""
+    apart = {name: engine.device.memory(place.nbytes) for name, place in memory.items() if name.startswith("present")}
+    return sound(engine, profile, shapes, memory | apart)
 
 
-def decision_without_waiting(patch: Patch) -> None:
-    patch.setattr(SimulatedDevice, "wait_for_event", lambda *_: None)
+def bind_to_one_buffer(sound: Any, step: DeviceStep, engine: Any, memory: dict[str, Any]) -> Any:
+    return sound(step, engine, memory | dict.fromkeys(("hidden", "hidden_out"), step._hidden[0]))
 
 
-def scratch_shared_between_streams(patch: Patch) -> None:
-    wrap(patch, SimulatedDevice, "engine", lambda sound, device, path, _stream: sound(device, path, MAIN))
-
-
-def cache_that_is_not_aliased(patch: Patch) -> None:
-    def bind(sound: Any, engine: SimulatedEngine, profile: int, shapes: Any, memory: Any) -> Any:
-        apart = {
-            name: engine.device.memory(place.nbytes) for name, place in memory.items() if name.startswith("present")
-        }
-        return sound(engine, profile, shapes, memory | apart)
-
-    wrap(patch, SimulatedEngine, "bind", bind)
-
-
-def rows_of(patch: Patch, kept: int) -> None:
-    """Only so many of a segment's new rows are written."""
+def new_rows(kept: int) -> Callable[..., Any]:
+    """Only so many of a segment's are written."""
 
     def bind_part(sound: Any, *given: Any) -> Any:
         part = sound(*given)
         return replace(part, new_rows=part.new_rows[:kept])
 
-    wrap(patch, DeviceStep, "_bind_part", bind_part)
+    return bind_part
 
 
-def rows_written_late(patch: Patch) -> None:
+def copy_late(sound: Any, device: SimulatedDevice, _stream: str, *given: Any) -> None:
     """On a stream that the next token does not wait for."""
-    wrap(patch, SimulatedDevice, "copy_rows", lambda sound, device, _stream, *given: sound(device, "late", *given))
+    sound(device, "late", *given)
 
 
-def one_hidden_state_buffer(patch: Patch) -> None:
-    def bind(sound: Any, step: DeviceStep, engine: Any, memory: dict[str, Any]) -> Any:
-        return sound(step, engine, memory | dict.fromkeys(("hidden", "hidden_out"), step._hidden[0]))
-
-    wrap(patch, DeviceStep, "_bind", bind)
-
-
-def policy_inside_a_branch(patch: Patch) -> None:
-    def launch(sound: Any, step: Any, part: Part, bypass: bool = False, graph: Any = None, stream: str = MAIN) -> None:
-        sound(step, part, bypass, graph, stream)
-        if stream != MAIN:
-            step._policy(BESIDE)
-
-    wrap(patch, DeviceStep, "launch", launch)
-
-
-def policy_starts_with_the_step(patch: Patch) -> None:
-    """Waiting for something, but not for what made its input: a legal recording with wrong numbers."""
-
-    def before(sound: Any, step: Any, asks: bool, graph: Graph | None = None) -> None:
-        if graph is not None:
-            step.device.record(MAIN, READY)
-            step.device.wait(BESIDE, READY)
-            step._policy(BESIDE)
-        sound(step, asks and graph is None, graph)
-
-    wrap(patch, DeviceStep, "_launch_before_units", before)
-
-
-def policy_that_nobody_waits_for(patch: Patch) -> None:
-    def record(sound: Any, step: Any, graph: Graph) -> None:
-        sound(step, graph)
+def policy_inside_a_branch(
+    sound: Any, step: Any, part: Any, bypass: bool = False, graph: Any = None, stream: str = MAIN
+) -> None:
+    sound(step, part, bypass, graph, stream)
+    if stream != MAIN:
         step._policy(BESIDE)
 
-    wrap(patch, DeviceStep, "_record", record)
+
+def policy_starts_with_the_step(sound: Any, step: Any, asks: bool, graph: Any = None) -> None:
+    """Waiting for something, but not for what made its input: a legal recording with wrong numbers."""
+    if graph is not None:
+        step.device.record(MAIN, READY)
+        step.device.wait(BESIDE, READY)
+        step._policy(BESIDE)
+    sound(step, asks and graph is None, graph)
 
 
-def event_from_outside(patch: Patch) -> None:
-    def record(sound: Any, step: Any, graph: Graph) -> None:
-        step.device.events["elsewhere"] = Mark()
-        step.device.wait(MAIN, "elsewhere")
-        sound(step, graph)
-
-    wrap(patch, DeviceStep, "_record", record)
+def policy_that_nobody_waits_for(sound: Any, step: Any, graph: Any) -> None:
+    sound(step, graph)
+    step._policy(BESIDE)
 
 
-def limits_not_uploaded(patch: Patch) -> None:
-    def decide(sound: Any, graph: SimulatedGraph, stream: str, damage: Any, limits: Any, skipped: Any) -> None:
-        sound(graph, stream, damage, graph._device.memory(limits.nbytes), skipped)
+def event_from_outside(sound: Any, step: Any, graph: Any) -> None:
+    step.device.events["elsewhere"] = Mark()
+    step.device.wait(MAIN, "elsewhere")
+    sound(step, graph)
 
-    wrap(patch, SimulatedGraph, "decide", decide)
+
+def decide_by_other_limits(sound: Any, graph: Any, stream: str, damage: Any, limits: Any, skipped: Any) -> None:
+    sound(graph, stream, damage, graph._device.memory(limits.nbytes), skipped)
 
 
-def rows_written_where_the_first_token_was(patch: Patch) -> None:
+def write_where_the_first_token_was(sound: Any, *given: Any) -> None:
     """An address computed by the host is the same at every launch."""
-
-    def write_rows(sound: Any, *given: Any) -> None:
-        *others, position = given
-        sound(*others, SimulatedMemory(position.data.copy()))
-
-    wrap(patch, SimulatedGraph, "write_rows", write_rows)
+    *others, position = given
+    sound(*others, SimulatedMemory(position.data.copy()))
 
 
 NUMBERS = "numbers"
-MISTAKES: dict[str, tuple[Callable[[Patch], None], str, str, str, Any]] = {
-    "layers awaited first": (layers_awaited_before_the_policy, "overlapped", MAIN, "trt10", check_overlap),
-    "policy waits too long": (policy_waits_for_the_layers_beside_it, "overlapped", MAIN, "trt10", check_overlap),
-    "shared scratch": (scratch_shared_between_streams, "overlapped", MAIN, "trt10", check_scratch),
-    "missing event": (missing_event, "overlapped", BESIDE, "trt10", NUMBERS),
-    "decision without waiting": (decision_without_waiting, "overlapped", MAIN, "trt10", NUMBERS),
-    "decision without waiting, sync": (decision_without_waiting, "sync", MAIN, "trt10", NUMBERS),
-    "no alias": (cache_that_is_not_aliased, "overlapped", MAIN, "portable", NUMBERS),
-    "no alias, seen in memory": (cache_that_is_not_aliased, "overlapped", MAIN, "portable", check_memory),
-    "no rows": (lambda patch: rows_of(patch, 0), "overlapped", MAIN, "trt10", NUMBERS),
-    "rows of a unit's first layer": (lambda patch: rows_of(patch, 2), "overlapped", MAIN, "trt10", NUMBERS),
-    "no rows, recorded": (lambda patch: rows_of(patch, 0), "device", MAIN, "trt10", NUMBERS),
-    "late rows": (rows_written_late, "overlapped", MAIN, "trt10", NUMBERS),
-    "one hidden buffer": (one_hidden_state_buffer, "overlapped", MAIN, "trt10", NUMBERS),
-    "policy inside a branch": (policy_inside_a_branch, "device", MAIN, "trt10", "beside has no place in the recording"),
-    "decision waits for no policy": (
-        lambda patch: without_wait(patch, MAIN), "device", MAIN, "trt10", "nobody waits for the end of beside"
-    ),
-    "policy waits for nothing": (
-        lambda patch: without_wait(patch, BESIDE), "device", BESIDE, "trt10", "beside has no place in the recording"
-    ),
-    "policy starts with the step": (policy_starts_with_the_step, "device", BESIDE, "trt10", NUMBERS),
-    "nobody waits for the policy": (
-        policy_that_nobody_waits_for, "device", MAIN, "trt10", "nobody waits for the end of beside"
-    ),
-    "event from outside": (event_from_outside, "device", MAIN, "trt10", "was recorded elsewhere"),
-    "limits not uploaded": (limits_not_uploaded, "device", MAIN, "trt10", NUMBERS),
-    "rows where the first token was": (rows_written_where_the_first_token_was, "device", MAIN, "trt10", NUMBERS),
-}  # fmt: skip
+LOST, UNJOINED = "nobody waits for the end of beside", "beside has no place in the recording"
+MISTAKES: list[tuple[Any, str, Callable[..., Any], str, Any]] = [
+    (DeviceStep, "launch", launch_and_wait, "overlapped", check_overlap),
+    (SimulatedDevice, "wait", wait_for_the_layers_beside, "overlapped", check_overlap),
+    (SimulatedDevice, "wait", wait_except(BESIDE, recorded=False), "overlapped, beside first", NUMBERS),
+    (SimulatedDevice, "wait", wait_except(MAIN), "device", LOST),
+    (SimulatedDevice, "wait", wait_except(BESIDE), "device, beside first", UNJOINED),
+    (SimulatedDevice, "wait_for_event", nothing, "overlapped", NUMBERS),
+    (SimulatedDevice, "wait_for_event", nothing, "sync", NUMBERS),
+    (SimulatedDevice, "engine", engine_with_the_layers_scratch, "overlapped", check_scratch),
+    (SimulatedEngine, "bind", bind_apart, "overlapped, portable", NUMBERS),
+    (SimulatedEngine, "bind", bind_apart, "overlapped, portable", check_memory),
+    (DeviceStep, "_bind", bind_to_one_buffer, "overlapped", NUMBERS),
+    (DeviceStep, "_bind_part", new_rows(0), "overlapped", NUMBERS),
+    (DeviceStep, "_bind_part", new_rows(2), "overlapped", NUMBERS),
+    (DeviceStep, "_bind_part", new_rows(0), "device", NUMBERS),
+    (SimulatedDevice, "copy_rows", copy_late, "overlapped", NUMBERS),
+    (DeviceStep, "launch", policy_inside_a_branch, "device", UNJOINED),
+    (DeviceStep, "_launch_before_units", policy_starts_with_the_step, "device, beside first", NUMBERS),
+    (DeviceStep, "_record", policy_that_nobody_waits_for, "device", LOST),
+    (DeviceStep, "_record", event_from_outside, "device", "was recorded elsewhere"),
+    (SimulatedGraph, "decide", decide_by_other_limits, "device", NUMBERS),
+    (SimulatedGraph, "write_rows", write_where_the_first_token_was, "device", NUMBERS),
+]
+"""(whose method, its name, what it does instead, where, what sees it)"""
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistake(name: str, simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "method", "mistake", "where", "seen_by"), MISTAKES)
+def test_mistake(
+    kind: Any,
+    method: str,
+    mistake: Callable[..., Any],
+    where: str,
+    seen_by: Any,
+    simulated: MakeSimulated,
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each is seen by what checks it when all is well."""
-    make, dispatch, first, dialect, seen_by = MISTAKES[name]
-    make(monkeypatch)
-    made = simulated(dialect, dispatch, first)
+    monkeypatch.setattr(kind, method, partialmethod(mistake_of, mistake, getattr(kind, method)))
+    dialect, first = "portable" if "portable" in where else "trt10", BESIDE if "beside" in where else MAIN
+    made = simulated(dialect, where.partition(",")[0], first)
     if seen_by == NUMBERS:
         assert host.differs(made)
     elif isinstance(seen_by, str):
@@ -323,3 +284,7 @@ def test_mistake(name: str, simulated: MakeSimulated, host: Host, monkeypatch: p
         log = one_token(made, host)
         with pytest.raises(AssertionError):
             seen_by(log if seen_by is check_overlap else made.device.ran)
+
+
+def mistake_of(instance: Any, mistake: Callable[..., Any], sound: Any, *given: Any, **named: Any) -> Any:
+    return mistake(sound, instance, *given, **named)

@@ -136,8 +136,7 @@ class Noted:
             if name == self.failing:
                 return (rt.cudaError_t.cudaErrorStreamCaptureUnsupported, None)
             if name == "cudaStreamGetCaptureInfo":
-                active = rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive
-                return (OK, active, 7, "graph", ["node"], [], 1)
+                return (OK, "active", 7, "graph", ["node"], [], 1)
             if name == "cudaGraphAddNode":
                 arguments[-1].conditional.phGraph_out = ["body"]
             return (OK, self.version if name == "cudaDriverGetVersion" else len(self.calls))

@@ -109,7 +109,6 @@ def test_one_recording_serves_every_rule(simulated: MakeSimulated, host: Host) -
             one, other = (session._bound(1).damage for session in live)
             np.testing.assert_allclose(one, other, atol=1e-5)
         np.testing.assert_array_equal(taken, layer_actions(every, TINY_UNITS, 6)[0])
-    assert live[0].counters.layers_run == live[1].counters.layers_run
     assert len(made.device.recorded) == 1
 
 

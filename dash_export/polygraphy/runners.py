@@ -86,8 +86,9 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
             metadata.add("input_ids", np.dtype(np.int64), (1, None))
         else:
             metadata.add("hidden", np.dtype(np.float32), (1, None, model.hidden_size))
-        for layer in self.layers:
+        if self.layers:
             metadata.add("position_ids", np.dtype(np.int64), (1, None))
+        for layer in self.layers:
             for name in past_names(layer):
                 metadata.add(name, np.dtype(np.float32), (1, model.num_kv_heads, None, model.head_dim))
         return metadata

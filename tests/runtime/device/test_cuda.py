@@ -124,6 +124,7 @@ class Noted:
     def __init__(self, version: int, failing: str = "") -> None:
         self.version, self.failing = version, failing
         self.calls: list[str] = []
+        self.conditions: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cuda") or not callable(getattr(rt, name)) or isinstance(getattr(rt, name), type):
@@ -139,6 +140,7 @@ class Noted:
                 return (OK, "active", 7, "graph", ["node"], [], 1)
             if name == "cudaGraphAddNode":
                 arguments[-1].conditional.phGraph_out = ["body"]
+                self.conditions.append(arguments[-1].conditional.handle)
             return (OK, self.version if name == "cudaDriverGetVersion" else len(self.calls))
 
         return call
@@ -168,13 +170,14 @@ class Recorder:
         monkeypatch.setattr(cuda_graph, "load_kernels", lambda _: {"decide": "decide"})
         monkeypatch.setattr(cuda_graph, "import_module", lambda _: SimpleNamespace(cuLaunchKernel=launch))
 
-    def record(self, fill: Any = lambda _: None) -> list[list[int]]:
+    def record(self, fill: Any = None) -> list[list[int]]:
         """A step with two decisions and a branch about the second; its handles."""
 
         def step(graph: CudaGraph) -> None:
             self.noted.calls.clear()
             graph.decide("main", *(CudaMemory(16 * index, 8) for index in range(3)))
-            graph.branch("main", 1, fill, fill)
+            run, skip = (lambda _, side=side: self.noted.calls.append(side) for side in ("run", "skip"))
+            graph.branch("main", 1, fill or run, skip)
 
         made = CudaGraph(self.cuda, "main", UNITS, step)
         made.launch("main")
@@ -184,20 +187,25 @@ class Recorder:
 
 NODE = [
     *("cudaStreamGetCaptureInfo", "cudaGraphAddNode", "cudaStreamUpdateCaptureDependencies"),
-    *("cudaStreamBeginCaptureToGraph", "cudaStreamEndCapture"),
+    "cudaStreamBeginCaptureToGraph",
 ]
 HANDLES = ["cudaMemcpyAsync", "cudaStreamSynchronize"]
+
+
+def body(side: str) -> list[str]:
+    return [*NODE, side, "cudaStreamEndCapture"]
 
 
 def test_two_nodes_for_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Recorder(monkeypatch)
     handles = made.record()
+    assert made.noted.conditions == handles[1], "to run, and to skip"
     assert len({0, *(handle for pair in handles for handle in pair)}) == 1 + 2 * UNITS
     create, end = ["cudaGraphConditionalHandleCreate"] * 2 * UNITS, ["cudaStreamEndCapture", "cudaGraphInstantiate"]
-    calls = ["cudaStreamGetCaptureInfo", *create, "decide", *NODE, *NODE, *end, *HANDLES, "cudaGraphLaunch"]
+    calls = ["cudaStreamGetCaptureInfo", *create, "decide", *body("run"), *body("skip"), *end, *HANDLES]
     assert made.noted.calls[: len(calls)] == calls
-    freed = {"cudaGraphDestroy", "cudaGraphExecDestroy", "cudaFree"}
-    assert set(made.noted.calls[len(calls) :]) == freed, "with its object"
+    freed = {"cudaGraphLaunch", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaFree"}
+    assert set(made.noted.calls[len(calls) :]) == freed
     values, types = made.kernels[0][-2]
     assert len(values) == len(types) == 5
     assert values[-1] == UNITS

@@ -55,10 +55,12 @@ def test_decode(dialect: str, dispatch: str, first: str | int, simulated: MakeSi
 def test_score(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
     """Token by token, it is what one pass on the host gives; under forced actions too."""
     runtime, actions = simulated("trt10", dispatch).runtime, random_actions(60, 6, TINY_UNITS)
+    session = runtime.session_under(host.rule)
+    session.score(IDS[:5])
     for forced in (None, actions):
         found, expected = (
-            each.session_under(host.rule).score(IDS, actions=forced, keep_logits=True)
-            for each in (runtime, host.runtime)
+            each.score(IDS, actions=forced, keep_logits=True)
+            for each in (session, host.runtime.session_under(host.rule))
         )
         np.testing.assert_array_equal(found.actions, expected.actions)
         asked = slice(2 if forced is None else 0, None)
@@ -112,21 +114,23 @@ def test_one_recording_serves_every_rule(simulated: MakeSimulated, host: Host) -
     assert len(made.device.recorded) == 1
 
 
-def test_sessions_in_threads_take_turns(simulated: MakeSimulated, host: Host) -> None:
+def test_sessions_in_threads_take_turns(simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one thread enqueued while another records would become part of the recording."""
-    made, found = simulated("trt10", "device"), {}
-    expected = [host.runtime.session_under(host.rule).generate(IDS[:length].tolist(), 20).tokens for length in (10, 17)]
+    made, sound, tokens = simulated("trt10", "device"), SimulatedDevice.graph, []
+    other = made.runtime.session_under(host.rule)
+    thread = threading.Thread(target=lambda: tokens.extend(other.generate(IDS[:17].tolist(), 9).tokens))
 
-    def work(which: int, length: int) -> None:
-        found[which] = made.runtime.session_under(host.rule).generate(IDS[:length].tolist(), 20).tokens
+    def graph(*given: Any) -> Any:
+        if thread.ident is None:
+            thread.start()
+            thread.join(0.3)
+            assert not other.tokens, "a step of another session during a recording"
+        return sound(*given)
 
-    threads = [threading.Thread(target=work, args=(which, length)) for which, length in enumerate((10, 17))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for which, tokens in enumerate(expected):
-        np.testing.assert_array_equal(found[which], tokens)
+    monkeypatch.setattr(SimulatedDevice, "graph", graph)
+    assert not host.differs(made)
+    thread.join()
+    np.testing.assert_array_equal(tokens, host.runtime.session_under(host.rule).generate(IDS[:17].tolist(), 9).tokens)
 
 
 def test_a_step_that_cannot_be_recorded(simulated: MakeSimulated, host: Host, caplog: pytest.LogCaptureFixture) -> None:

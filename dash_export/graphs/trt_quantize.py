@@ -20,40 +20,23 @@ from dash_export.targets import QUANTISED, WeightsRecipe
 
 MIDDLE = np.int8(8)
 """The code of zero, of four bits on a symmetric grid."""
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Clipping a block's largest weights costs less than a coarser grid for all of them: the best of these is taken."""
 _COLUMNS = 4096
 
 
 def quantize_symmetric(
     matrix: Float32Array, bits: int, block: int
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """[in, out] float32 -> values [in, out] int8 in [-2^(bits-1), 2^(bits-1)) and scales [in / block, out] float32 > 0.
-
-    weight = value * scale; of `SHRINK` times the largest magnitude, the scale with the smallest squared error.
+    """[in, out] float32 -> values [in, out] int8 in [-2^(bits-1), 2^(bits-1)) and scales [in / block, out] float32 > 0:
+    weight = value * scale, where a block's largest weight is just within.
     """
-    rows, columns = matrix.shape
-    # The head of a large vocabulary would need gigabytes at once.
-    parts = [_quantized(matrix[:, start : start + _COLUMNS], bits, block) for start in range(0, columns, _COLUMNS)]
-    values, scales = zip(*parts, strict=True)
-    return np.concatenate(values, axis=-1).reshape(rows, columns), np.concatenate(scales, axis=-1)
-
-
-def _quantized(matrix: Float32Array, bits: int, block: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Values [blocks, block, out], scales [blocks, out]."""
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    blocks = np.ascontiguousarray(matrix).reshape(-1, block, matrix.shape[1])
-    largest = np.maximum(blocks.max(axis=1) / high, blocks.min(axis=1) / low)
-    largest = np.where(largest > 0, largest, 1.0).astype(np.float32)
-    best = np.full(largest.shape, np.inf, np.float32)
-    values, scales = np.empty(blocks.shape, np.int8), largest.copy()
-    for shrink in SHRINK:
-        scale = largest * np.float32(shrink)
-        rounded = np.clip(np.rint(blocks / scale[:, None]), low, high)
-        error = np.square(rounded * scale[:, None] - blocks).sum(axis=1)
-        better = error < best
-        best, scales = np.where(better, error, best), np.where(better, scale, scales)
-        np.copyto(values, rounded.astype(np.int8), where=better[:, None])
+    (rows, columns), high = matrix.shape, (1 << (bits - 1)) - 1
+    values, scales = np.empty((rows, columns), np.int8), np.empty((rows // block, columns), np.float32)
+    for start in range(0, columns, _COLUMNS):  # the head of a large vocabulary would need gigabytes at once
+        part = slice(start, start + _COLUMNS)
+        blocks = matrix[:, part].reshape(rows // block, block, -1)
+        largest = np.maximum(blocks.max(axis=1) / high, blocks.min(axis=1) / -(high + 1))
+        scales[:, part] = scale = np.where(largest > 0, largest, 1.0)
+        values[:, part] = np.clip(np.rint(blocks / scale[:, None]), -(high + 1), high).reshape(rows, -1)
     return values, scales
 
 

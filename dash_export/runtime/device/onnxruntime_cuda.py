@@ -17,15 +17,8 @@ from dash_export.runtime.device.base import Launch
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
 
 PROVIDER = "CUDAExecutionProvider"
-# ONNX element types (TensorProto.DataType) of ONNX Runtime's type names.
-TYPES = {
-    "tensor(float)": 1,
-    "tensor(int32)": 6,
-    "tensor(int64)": 7,
-    "tensor(bool)": 9,
-    "tensor(float16)": 10,
-    "tensor(bfloat16)": 16,
-}
+TYPES = {"tensor(float)": 1, "tensor(int64)": 7, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+"""ONNX element types (TensorProto.DataType) of ONNX Runtime's type names."""
 
 
 class OrtCuda(Cuda):

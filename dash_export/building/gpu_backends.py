@@ -31,7 +31,7 @@ JETSONS = ("8.7", "11.0")
 class GpuBackend(Backend):
     """What the GPU backends have in common."""
 
-    revision = 4
+    revision = 5
 
     @property
     def engine(self) -> EngineRecipe:

@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dash_export.errors import BackendError
-from dash_export.graphs.surgery import add_constant, drop_unused_inputs
-from dash_export.names import new_names, present_names
+from dash_export.graphs.surgery import add_constant, constant_value, drop_unused_inputs
+from dash_export.names import new_names
 
 OPSET = 21
 IR_VERSION = 10
@@ -26,7 +25,7 @@ MASKED = -1e30
 """A score that softmax turns into zero; finite, so that a row without any readable score is no NaN."""
 
 
-def decompose(model: ir.Model) -> None:
+def decompose(model: ir.Model, capacity: int) -> None:
     """The portable operators of opset 23 and 24 in operators of opset 21, in place. Shapes are fixed already."""
     graph = model.graph
     for node in list(graph):
@@ -34,15 +33,18 @@ def decompose(model: ir.Model) -> None:
             _norm(graph, node)
         elif node.op_type == "RotaryEmbedding":
             _rotary(graph, node)
-    for node in [node for node in graph if node.op_type == "Attention"]:
-        _attention(graph, node)
-    _new_rows(graph)
-    graph.opset_imports[""] = OPSET
-    model.ir_version = IR_VERSION
+    if attentions := [node for node in graph if node.op_type == "Attention"]:
+        step = _Step(graph, attentions[0], capacity)
+        for node in attentions:
+            _attention(graph, node, step)
+    for node in [node for node in graph if node.op_type == "TensorScatter"]:
+        _new_rows(graph, node)
+    drop_unused_inputs(graph)
+    graph.opset_imports[""], model.ir_version = OPSET, IR_VERSION
 
 
 class Chain:
-    """Nodes that take one node's place."""
+    """Nodes before one node, or in its place."""
 
     def __init__(self, graph: ir.Graph, old: ir.Node, name: str, float32: bool = False) -> None:
         self.graph, self.old, self.name, self.float32 = graph, old, name, float32
@@ -55,8 +57,8 @@ class Chain:
         self.graph.insert_before(self.old, node)
         return node.outputs[0]
 
-    def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        return self.graph.initializers.get(name) or add_constant(self.graph, name, array)
+    def constant(self, name: str, array: npt.NDArray[Any] | list[Any]) -> ir.Value:
+        return self.graph.initializers.get(name) or add_constant(self.graph, name, np.asarray(array))
 
     def finish(self, result: ir.Value) -> None:
         before = self.old.outputs[0]
@@ -70,10 +72,11 @@ def _norm(graph: ir.Graph, node: ir.Node) -> None:
     """x / sqrt(mean(x^2) + eps) * gain, over the last axis."""
     c = Chain(graph, node, str(node.name), float32=True)
     value, gain = node.inputs[0], node.inputs[1]
-    axes = c.constant("norm.axis", np.array([-1]))
-    mean = c.op("ReduceMean", [c.op("Mul", [value, value], "square"), axes], "mean", keepdims=1)
-    epsilon = node.attributes["epsilon"].as_float()
-    shifted = c.op("Add", [mean, c.constant(f"norm.epsilon.{epsilon:g}", np.array([epsilon], np.float32))], "shifted")
+    mean = c.op(
+        "ReduceMean", [c.op("Mul", [value, value], "square"), c.constant("norm.axis", [-1])], "mean", keepdims=1
+    )
+    epsilon = np.array([node.attributes["epsilon"].as_float()], np.float32)
+    shifted = c.op("Add", [mean, c.constant(f"norm.epsilon.{epsilon[0]:g}", epsilon)], "shifted")
     scaled = c.op("Div", [value, c.op("Sqrt", [shifted], "root")], "scaled")
     c.finish(c.op("Mul", [scaled, gain], "gained"))
 
@@ -82,133 +85,96 @@ def _rotary(graph: ir.Graph, node: ir.Node) -> None:
     """[a cos - b sin, b cos + a sin] for the halves a, b of every head."""
     c = Chain(graph, node, str(node.name))
     value, cos, sin, positions = node.inputs
-    axis = c.constant("rotary.head_axis", np.array([1]))
+    axis = c.constant("rotary.head_axis", [1])
     cos, sin = (
         c.op("Unsqueeze", [c.op("Gather", [table, positions], f"{name}/rows", axis=0), axis], name)
         for name, table in (("cos", cos), ("sin", sin))
     )
     split = ir.node("Split", [value], {"axis": -1, "num_outputs": 2}, num_outputs=2, name=f"{node.name}/halves")
-    for output, half in zip(split.outputs, "ab", strict=True):
-        output.name = f"{node.name}/halves/{half}"
-    graph.insert_before(node, split)
     a, b = split.outputs
+    a.name, b.name = f"{node.name}/halves/a", f"{node.name}/halves/b"
+    graph.insert_before(node, split)
     first = c.op("Sub", [c.op("Mul", [a, cos], "a_cos"), c.op("Mul", [b, sin], "b_sin")], "first")
     second = c.op("Add", [c.op("Mul", [b, cos], "b_cos"), c.op("Mul", [a, sin], "a_sin")], "second")
     c.finish(c.op("Concat", [first, second], "turned", axis=-1))
 
 
-def _attention(graph: ir.Graph, node: ir.Node) -> None:
+class _Step:
+    """What all layers of a graph share: its sizes, which cached (`past`) and which new (`new`) rows a query may read,
+    and the shape [1, heads, -1, number of new rows] for query heads and for K/V heads.
+    """
+
+    def __init__(self, graph: ir.Graph, first: ir.Node, capacity: int) -> None:
+        self.capacity = capacity
+        inputs = {str(value.name): value for value in graph.inputs}
+        (*_, self.heads, self.head_dim), (*_, self.kv_heads, _) = (
+            constant_value(graph.initializers[f"shape.{which}_heads"]).tolist()  # type: ignore[union-attr]
+            for which in "qk"
+        )
+        c = Chain(graph, first, "attention_step")
+        rows, positions = c.constant("attention.rows", np.arange(capacity)), inputs["position_ids"]
+        # [capacity] against [1]: every query reads the same cached rows.
+        self.past = c.op("Less", [rows, inputs["write_indices"]], "past")
+        across = c.op("Unsqueeze", [positions, c.constant("attention.across", [1, 2])], "across")
+        down = c.op("Unsqueeze", [positions, c.constant("attention.down", [1, 3])], "down")
+        self.new = c.op("GreaterOrEqual", [down, across], "new")
+        count = c.op("Shape", [positions], "count", start=1, end=2)
+        self.square: dict[int, ir.Value] = {}
+        for heads in {self.heads, self.kv_heads}:
+            front = c.constant(f"shape.front.{heads}", [1, heads, -1])
+            self.square[heads] = c.op("Concat", [front, count], f"square_{heads}", axis=0)
+
+
+def _attention(graph: ir.Graph, node: ir.Node, step: _Step) -> None:
     """[1, heads, sequence, head_dim] queries over a cache [1, kv_heads, capacity, head_dim] and the new rows."""
-    query, (past_key, key), (past_value, value) = node.inputs[0], *(_written(node, index) for index in (1, 2))
-    assert past_key.shape is not None
-    _, kv_heads, capacity, head_dim = past_key.shape.numpy()
+    (past_key, key), (past_value, value) = (_written(node, index) for index in (1, 2))
+    heads, kv_heads, capacity, head_dim = step.heads, step.kv_heads, step.capacity, step.head_dim
     c = Chain(graph, node, str(node.name))
     wide = Chain(graph, node, f"{node.name}/softmax", float32=True)
     # Queries of one K/V head lie side by side, so that its keys are read once, without a copy per query head.
-    grouped = c.constant(f"shape.grouped.{kv_heads}", np.array([1, kv_heads, -1, head_dim]))
-    scale = c.constant(f"attention.scale.{head_dim}", np.array([node.attributes["scale"].as_float()], np.float32))
-    query = c.op("Reshape", [c.op("Mul", [query, scale], "scaled"), grouped], "grouped")
+    scale = np.array([node.attributes["scale"].as_float()], np.float32)
+    scaled = c.op("Mul", [node.inputs[0], c.constant(f"attention.scale.{head_dim}", scale)], "scaled")
+    grouped = c.constant(f"shape.grouped.{kv_heads}", [1, kv_heads, -1, head_dim])
+    query = c.op("Reshape", [scaled, grouped], "grouped")
+    over_past = {each: c.constant(f"shape.past.{each}", [1, each, -1, capacity]) for each in (heads, kv_heads)}
 
-    def scores(keys: ir.Value, columns: ir.Value, readable: ir.Value, name: str) -> ir.Value:
+    def scores(keys: ir.Value | None, columns: ir.Value, readable: ir.Value, name: str) -> ir.Value:
         turned = c.op("Transpose", [keys], f"{name}/keys", perm=[0, 1, 3, 2])
         found = c.op("Reshape", [c.op("MatMul", [query, turned], f"{name}/grouped"), columns], name)
         masked = wide.constant("attention.masked", np.array([MASKED], np.float32))
         return wide.op("Where", [readable, found, masked], f"{name}_masked")
 
-    heads = _heads_of(node)
-    step = _Masks(graph, node, capacity)
-    past = scores(past_key, c.constant(f"shape.past.{heads}", np.array([1, heads, -1, capacity])), step.past, "past")
-    fresh = scores(key, step.square(heads), step.new, "new")
-    shares = wide.op("Softmax", [wide.op("Concat", [past, fresh], "scores", axis=-1)], "shares", axis=-1)
-    axis = c.constant("attention.last_axis", np.array([-1]))
-    zero, edge = c.constant("attention.zero", np.array([0])), c.constant("attention.capacity", np.array([capacity]))
-    end = c.constant("attention.end", np.array([np.iinfo(np.int64).max]))
+    past, new = scores(past_key, over_past[heads], step.past, "past"), scores(key, step.square[heads], step.new, "new")
+    shares = wide.op("Softmax", [wide.op("Concat", [past, new], "scores", axis=-1)], "shares", axis=-1)
+    axis, zero = c.constant("attention.last_axis", [-1]), c.constant("attention.zero", [0])
+    edge, end = c.constant("attention.capacity", [capacity]), c.constant("attention.end", [np.iinfo(np.int64).max])
 
-    def mixed(start: ir.Value, stop: ir.Value, columns: ir.Value, rows: ir.Value, name: str) -> ir.Value:
+    def mixed(start: ir.Value, stop: ir.Value, columns: ir.Value, rows: ir.Value | None, name: str) -> ir.Value:
         part = c.op("Slice", [shares, start, stop, axis], f"{name}/shares")
         return c.op("MatMul", [c.op("Reshape", [part, columns], f"{name}/grouped_shares"), rows], f"{name}/mixed")
 
-    old = mixed(
-        zero, edge, c.constant(f"shape.past.{kv_heads}", np.array([1, kv_heads, -1, capacity])), past_value, "past"
-    )
-    new = mixed(edge, end, step.square(kv_heads), value, "new")
-    spread = c.constant(f"shape.heads.{heads}", np.array([1, heads, -1, head_dim]))
-    c.finish(c.op("Reshape", [c.op("Add", [old, new], "sum"), spread], "spread"))
+    old = mixed(zero, edge, over_past[kv_heads], past_value, "past")
+    fresh = mixed(edge, end, step.square[kv_heads], value, "new")
+    spread = c.constant(f"shape.heads.{heads}", [1, heads, -1, head_dim])
+    c.finish(c.op("Reshape", [c.op("Add", [old, fresh], "sum"), spread], "spread"))
 
 
-class _Masks:
-    """Which cached and which new rows a query may read, and the shape of a square of new rows; made once a graph."""
-
-    def __init__(self, graph: ir.Graph, node: ir.Node, capacity: int) -> None:
-        self._inputs = {str(value.name): value for value in graph.inputs}
-        self._c = Chain(graph, node, "attention_step")
-        self._made = {str(value.name): value for item in graph for value in item.outputs}
-        rows = self._c.constant("attention.rows", np.arange(capacity))
-        # [capacity] against [1]: every query reads the same cached rows.
-        self.past = self._op("Less", [rows, self._input("write_indices")], "past")
-        positions = self._input("position_ids")
-        across = self._op("Unsqueeze", [positions, self._c.constant("attention.across", np.array([1, 2]))], "across")
-        down = self._op("Unsqueeze", [positions, self._c.constant("attention.down", np.array([1, 3]))], "down")
-        self.new = self._op("GreaterOrEqual", [down, across], "new")
-        self._count = self._op("Shape", [positions], "count", start=1, end=2)
-
-    def square(self, heads: int) -> ir.Value:
-        """[1, heads, -1, number of new rows] as a shape."""
-        front = self._c.constant(f"shape.front.{heads}", np.array([1, heads, -1]))
-        return self._op("Concat", [front, self._count], f"square_{heads}", axis=0)
-
-    def _op(self, op_type: str, inputs: list[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        full = f"attention_step/{name}"
-        if full not in self._made:
-            self._made[full] = self._c.op(op_type, inputs, name, **attributes)
-        return self._made[full]
-
-    def _input(self, name: str) -> ir.Value:
-        if name not in self._inputs:
-            raise BackendError(f"The portable graph has no input {name}: it is not what this version writes.")
-        return self._inputs[name]
-
-
-def _written(attention: ir.Node, index: int) -> tuple[ir.Value, ir.Value]:
+def _written(attention: ir.Node, index: int) -> tuple[ir.Value | None, ir.Value | None]:
     """(cache, new rows) of the TensorScatter that feeds an input of Attention."""
-    value = attention.inputs[index]
-    scatter = value.producer() if value is not None else None
-    if scatter is None or scatter.op_type != "TensorScatter" or None in scatter.inputs[:2]:
-        raise BackendError("The portable graph is not what this version writes (a cache write before Attention).")
-    cache, rows = scatter.inputs[0], scatter.inputs[1]
-    assert cache is not None
-    assert rows is not None
+    scatter = attention.inputs[index].producer()  # type: ignore[union-attr]
+    cache, rows, _ = scatter.inputs  # type: ignore[union-attr]
     return cache, rows
 
 
-def _heads_of(attention: ir.Node) -> int:
-    """Query heads, from the Reshape that split them."""
-    value = attention.inputs[0]
-    while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type == "Reshape" and str(producer.name).endswith("q_heads"):
-            shape = producer.inputs[1]
-            assert shape is not None
-            assert shape.const_value is not None
-            return int(shape.const_value.numpy()[2])
-        value = producer.inputs[0]
-    raise BackendError("The portable graph is not what this version writes (no query heads before Attention).")
-
-
-def _new_rows(graph: ir.Graph) -> None:
-    """A cache output becomes the rows that were to be written; caches that nothing reads are no inputs any more."""
-    for node in [node for node in graph if node.op_type == "TensorScatter"]:
-        layer, which = str(node.outputs[0].name).split(".")[1:]
-        present, new = (names(int(layer))[("key", "value").index(which)] for names in (present_names, new_names))
-        rows, cache = node.inputs[1], node.inputs[0]
-        assert rows is not None
-        assert cache is not None
-        assert node.outputs[0].name == present
-        written = ir.node("Identity", [rows], name=f"{node.name}/rows")
-        graph.insert_before(node, written)
-        output = written.outputs[0]
-        output.name, output.type = new, ir.TensorType(ir.DataType.FLOAT)
-        assert cache.shape is not None
-        output.shape = ir.Shape([cache.shape[0], cache.shape[1], "sequence", cache.shape[3]])
-        node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-    drop_unused_inputs(graph)
+def _new_rows(graph: ir.Graph, scatter: ir.Node) -> None:
+    """A cache output becomes the rows that were to be written."""
+    present, (cache, rows, _) = scatter.outputs[0], scatter.inputs
+    _, layer, which = str(present.name).split(".")
+    node = ir.node("Identity", [rows], name=f"{scatter.name}/rows")
+    graph.insert_before(scatter, node)
+    output = node.outputs[0]
+    output.name = new_names(int(layer))[("key", "value").index(which)]
+    batch, heads, _, head_dim = cache.shape  # type: ignore[union-attr,misc]
+    output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([batch, heads, "sequence", head_dim])
+    present.replace_all_uses_with(output, replace_graph_outputs=True)
+    graph.remove(scatter, safe=True)

@@ -13,44 +13,30 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dash_export.graphs.rounded import Rounded, Roundings, block_of, to_nearest, weight_precision
+from dash_export.graphs.rounded import Roundings, block_of, to_nearest, weight_precision
 from dash_export.graphs.surgery import add_constant, constant_value
 from dash_export.models.spec import Float32Array
 from dash_export.targets import QUANTISED, WeightsRecipe
 
 MIDDLE = np.int8(8)
 """The code of zero, of four bits on a symmetric grid."""
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Clipping a block's largest weights costs less than a coarser grid for all of them: the best of these is taken."""
 _COLUMNS = 4096
 
 
 def quantize_symmetric(
     matrix: Float32Array, bits: int, block: int
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """[in, out] float32 -> values [in, out] int8 in [-2^(bits-1), 2^(bits-1)) and scales [in / block, out] float32 > 0.
-
-    weight = value * scale; of `SHRINK` times the largest magnitude, the scale with the smallest squared error.
+    """[in, out] float32 -> values [in, out] int8 in [-2^(bits-1), 2^(bits-1)) and scales [in / block, out] float32 > 0:
+    weight = value * scale, where a block's largest weight is just within.
     """
-    rows, columns = matrix.shape
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    values = np.empty((rows, columns), np.int8)
-    scales = np.empty((rows // block, columns), np.float32)
+    (rows, columns), high = matrix.shape, (1 << (bits - 1)) - 1
+    values, scales = np.empty((rows, columns), np.int8), np.empty((rows // block, columns), np.float32)
     for start in range(0, columns, _COLUMNS):  # the head of a large vocabulary would need gigabytes at once
-        stop = min(columns, start + _COLUMNS)
-        blocks = np.ascontiguousarray(matrix[:, start:stop]).reshape(rows // block, block, stop - start)
-        largest = np.maximum(blocks.max(axis=1) / high, blocks.min(axis=1) / low)
-        largest = np.where(largest > 0, largest, 1.0).astype(np.float32)
-        best = np.full(largest.shape, np.inf, np.float32)
-        chosen, scale_of = np.empty(blocks.shape, np.int8), largest.copy()
-        for shrink in SHRINK:
-            scale = largest * np.float32(shrink)
-            rounded = np.clip(np.rint(blocks / scale[:, None]), low, high)
-            error = np.square(rounded * scale[:, None] - blocks).sum(axis=1)
-            better = error < best
-            best, scale_of = np.where(better, error, best), np.where(better, scale, scale_of)
-            np.copyto(chosen, rounded.astype(np.int8), where=better[:, None])
-        values[:, start:stop], scales[:, start:stop] = chosen.reshape(rows, stop - start), scale_of
+        part = slice(start, start + _COLUMNS)
+        blocks = matrix[:, part].reshape(rows // block, block, -1)
+        largest = np.maximum(blocks.max(axis=1) / high, blocks.min(axis=1) / -(high + 1))
+        scales[:, part] = scale = np.where(largest > 0, largest, 1.0)
+        values[:, part] = np.clip(np.rint(blocks / scale[:, None]), -(high + 1), high).reshape(rows, -1)
     return values, scales
 
 
@@ -61,37 +47,29 @@ def quantize_weights(
     matrix that no block divides is left as it is at int4, and so is the policy: small and sensitive.
     """
     for node in list(graph):
-        name = str(node.name)
-        if node.op_type != "MatMul" or not name.endswith(("_proj", "/product", "head/logits")):
+        name, weight = str(node.name), node.inputs[1] if len(node.inputs) > 1 else None
+        matrix = constant_value(weight)
+        if node.op_type != "MatMul" or not name.endswith(("_proj", "/product", "head/logits")) or matrix is None:
             continue
         precision = weight_precision(name, recipe, gated)
-        matrix = constant_value(node.inputs[1])
-        if precision not in QUANTISED or matrix is None:
+        block = block_of(matrix.shape[0], recipe.block_size) if precision == "int4" else matrix.shape[0]
+        if precision not in QUANTISED or block is None or weight is None:
             continue
-        bits = 4 if precision == "int4" else 8
-        block = block_of(matrix.shape[0], recipe.block_size) if bits == 4 else matrix.shape[0]
-        if block is not None:
-            _dequantize(graph, node, matrix, bits, block, roundings(name) if bits == 4 else None)
-
-
-def _dequantize(
-    graph: ir.Graph, node: ir.Node, matrix: Float32Array, bits: int, block: int, rounded: Rounded | None
-) -> None:
-    weight = node.inputs[1]
-    assert weight is not None
-    if rounded is None:
-        values, scales = quantize_symmetric(matrix, bits, block)
-    else:
-        rounded.check(str(node.name), matrix.shape, block)
-        values, scales = rounded.codes.astype(np.int8) - MIDDLE, rounded.scales
-    name = f"{weight.name}.q{bits}"
-    if bits == 4:
-        stored = add_constant(graph, name, values.astype(ml_dtypes.int4))
-        scale, attributes = add_constant(graph, f"{name}.scales", scales), {"axis": 0, "block_size": block}
-    else:
-        stored = add_constant(graph, name, values)
-        scale, attributes = add_constant(graph, f"{name}.scales", scales[0]), {"axis": 1}
-    new = ir.node("DequantizeLinear", [stored, scale], attributes, name=f"{node.name}/weight")
-    new.outputs[0].name = str(new.name)
-    graph.insert_before(node, new)
-    node.replace_input_with(1, new.outputs[0])
+        if precision == "int8":
+            values, scales = quantize_symmetric(matrix, 8, block)
+            stored, scales, attributes = values, scales[0], {"axis": 1}
+        else:
+            if (rounded := roundings(name)) is not None:
+                rounded.check(name, matrix.shape, block)
+                values, scales = rounded.codes.astype(np.int8) - MIDDLE, rounded.scales
+            else:
+                values, scales = quantize_symmetric(matrix, 4, block)
+            stored, attributes = values.astype(ml_dtypes.int4), {"axis": 0, "block_size": block}
+        constants = [
+            add_constant(graph, f"{weight.name}.{precision}", stored),
+            add_constant(graph, f"{weight.name}.{precision}.scales", scales),
+        ]
+        new = ir.node("DequantizeLinear", constants, attributes, name=f"{name}/weight")
+        new.outputs[0].name = str(new.name)
+        graph.insert_before(node, new)
+        node.replace_input_with(1, new.outputs[0])

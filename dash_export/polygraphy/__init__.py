@@ -20,3 +20,5 @@ def polygraphy_errors() -> Iterator[None]:
         yield
     except DashError as error:
         G_LOGGER.critical(str(error))
+    except ModuleNotFoundError as error:
+        G_LOGGER.critical(f"This needs {error.name}. Run: pip install 'dash-export[export]'")

@@ -10,7 +10,7 @@ import atexit
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from polygraphy.logger import G_LOGGER
 from polygraphy.tools.args import DataLoaderArgs, ModelArgs, RunnerSelectArgs
@@ -18,14 +18,12 @@ from polygraphy.tools.args.base import BaseArgs, BaseRunnerArgs
 from polygraphy.tools.script import make_invocable
 
 from dash_export.bundle import MANIFEST, Bundle
-from dash_export.decision import Setting, parse_layers
-from dash_export.errors import BackendError, PolicyError
+from dash_export.decision import parse_layers
+from dash_export.errors import PolicyError
 from dash_export.names import DEFAULT_TARGET
 from dash_export.polygraphy import polygraphy_errors
 
-if TYPE_CHECKING:
-    from dash_export.polygraphy.runners import EngineFacts
-
+RUNNERS = "dash_export.polygraphy.runners"
 DEFAULT_CONTEXT = 64
 
 
@@ -72,104 +70,77 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         return "The model is a bundle (whole decode steps, or a --dash-segment) or a portable graph in one."
 
     def add_parser_args_impl(self) -> None:
-        add = self.group.add_argument
-        add(
-            "--dash-target",
-            help=f"The build to run, like cpu or cpu-fp32. Default: {DEFAULT_TARGET}.",
-            default=DEFAULT_TARGET,
+        def add(name: str, **options: Any) -> None:
+            self.group.add_argument(f"--dash-{name}", **options)
+
+        target = f"The build to run, like cpu or cpu-fp32. Default: {DEFAULT_TARGET}."
+        add("target", help=target, default=DEFAULT_TARGET)
+        segment = (
+            "Run one engine of the build, like layers_05-07, bypass_05-07 or layers_00-04, with the inputs and outputs "
+            "of its portable graph; --onnxrt then runs that graph."
         )
-        add(
-            "--dash-segment",
-            metavar="ENGINE",
-            help="Run one engine of the build, like layers_05-07, bypass_05-07 or layers_00-04, with the inputs and "
-            "outputs of its portable graph; --onnxrt then runs that graph.",
-        )
-        for name, default, words in (
-            ("tokens", 1, "New tokens: one step of an engine, or as many whole steps, timed together."),
-            ("context", DEFAULT_CONTEXT, "Tokens before them, in the KV cache."),
-        ):
-            add(f"--dash-{name}", type=int, default=default, metavar="N", help=f"{words} Default: {default}.")
+        add("segment", metavar="ENGINE", help=segment)
+        tokens = "New tokens: one step of an engine, or as many whole steps, timed together. Default: 1."
+        add("tokens", type=int, default=1, metavar="N", help=tokens)
+        context = f"Tokens before them, in the KV cache. Default: {DEFAULT_CONTEXT}."
+        add("context", type=int, default=DEFAULT_CONTEXT, metavar="N", help=context)
         for name, (kind, words) in _SETTING.items():
-            add(f"--dash-{name.replace('_', '-')}", type=kind, help=f"Whole steps: {words}.")
+            add(name.replace("_", "-"), type=kind, help=f"Whole steps: {words}.")
 
     def parse_impl(self, args: argparse.Namespace) -> None:
-        """Attributes: bundle and target (str), engine (its name, or None for whole steps), tokens, context, setting
-        (what is not None of `Setting`).
-        """
+        """Attributes: kind, place and options (the runner's class and arguments)."""
         runners = set(self.arg_groups[RunnerSelectArgs].runners.keys())
         if "dash" not in runners:
             return
-        self.target, self.tokens, self.context = args.dash_target, args.dash_tokens, args.dash_context
-        given = {name: getattr(args, f"dash_{name}") for name in _SETTING}
-        self.setting = {name: value for name, value in given.items() if value is not None}
+        others, target = runners - {"dash"}, args.dash_target
+        self.options = {name: value for name in _SETTING if (value := getattr(args, f"dash_{name}")) is not None}
         root, graph = _bundle_of(self.arg_groups[ModelArgs].path)
-        self.bundle, self.engine = str(root), args.dash_segment or graph
-        with polygraphy_errors():
-            bundle = Bundle.open(root)
-            if self.engine is None:
-                self._check_whole_steps(bundle, runners - {"dash"})
-            else:
-                self._check_engine(bundle, self.engine, runners - {"dash"}, keep=bool(args.gen_script))
-        self._give_inputs()
+        engine, steps = args.dash_segment or graph, [args.dash_tokens, args.dash_context]
+        if engine is not None:
+            self.kind, self.place = "DashEngineRunner", [str(root), target, engine]
+            for name in self.options:
+                option = f"--dash-{name.replace('_', '-')}"
+                G_LOGGER.critical(f"{option} is for whole steps: leave out --dash-segment, and give the bundle.")
+            if others:
+                with polygraphy_errors():
+                    self._give_portable_graph(Bundle.open(root), target, engine, keep=bool(args.gen_script))
+            self._give_inputs("engine_feeds", [*self.place, *steps])
+        else:
+            self.kind, self.place = "DashStepRunner", [str(root), target, args.dash_tokens]
+            if others:
+                G_LOGGER.critical(
+                    f"A whole step is no one graph that --{min(others)} could run: name an engine with --dash-segment, "
+                    "or save one run with --save-outputs and compare another with --load-outputs."
+                )
+            self._give_inputs("token_feeds", [str(root), *steps])
 
-    def _check_whole_steps(self, bundle: Bundle, others: set[str]) -> None:
-        """Now, and not when all engines are loaded."""
-        from dash_export.runtime.kinds import session_rules
-
-        if others:
-            G_LOGGER.critical(
-                f"A whole step is no one graph that --{min(others)} could run: name an engine with --dash-segment, or "
-                "save one run with --save-outputs and compare another with --load-outputs."
-            )
-        build, manifest = bundle.load_build(self.target), bundle.manifest
-        session_rules(Setting(**self.setting), manifest.model, manifest.policy, build)
-
-    def _check_engine(self, bundle: Bundle, engine: str, others: set[str], keep: bool) -> None:
-        from dash_export.polygraphy.runners import find_engine
-
-        for name in self.setting:
-            G_LOGGER.critical(
-                f"--dash-{name.replace('_', '-')} is for whole steps: leave out --dash-segment, and give the bundle."
-            )
-        facts = find_engine(bundle, bundle.load_build(self.target), engine)
-        if others:
-            self._give_portable_graph(bundle, facts, keep)
-
-    def _give_portable_graph(self, bundle: Bundle, facts: EngineFacts, keep: bool) -> None:
+    def _give_portable_graph(self, bundle: Bundle, target: str, engine: str, keep: bool) -> None:
         """Let the other runners run it. A merged segment's graph is written to a temporary folder first, which a
         generated script (`keep`) goes on to need.
         """
-        try:
-            from dash_export.building.engine_graphs import portable_file
-        except ModuleNotFoundError as error:
-            raise BackendError(
-                f"Comparing with the portable graph needs {error.name}. Run: pip install 'dash-export[export]'"
-            ) from error
+        from dash_export.building.engine_graphs import portable_file
+        from dash_export.polygraphy.runners import find_engine
+
+        segment = find_engine(bundle, bundle.load_build(target), engine)
         folder = tempfile.mkdtemp(prefix="dash-polygraphy-")
         if not keep:
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         model = self.arg_groups[ModelArgs]
-        model.path = str(portable_file(bundle, facts.segment, facts.portable, Path(folder)))
+        model.path = str(portable_file(bundle, segment, engine, Path(folder)))
         model.model_type = ModelArgs.ModelType("onnx")
 
-    def _give_inputs(self) -> None:
+    def _give_inputs(self, kind: str, arguments: list[Any]) -> None:
         """Put ours in the place of random numbers, where no others were asked for."""
         loader = self.arg_groups[DataLoaderArgs]
         if not loader.is_using_random_data():
             return
         if loader.val_range is not None or self.arg_groups[ModelArgs].input_shapes:
             G_LOGGER.warning("--val-range and --input-shapes have no effect on --dash: its inputs are a real text's.")
-        kind, place = ("StepInputs", []) if self.engine is None else ("EngineInputs", [self.target, self.engine])
-        steps = [self.tokens, self.context, loader.iterations or 1]
-        self.arg_groups[DataLoaderArgs] = DashInputArgs(loader, kind, [self.bundle, *place, *steps])
+        self.arg_groups[DataLoaderArgs] = DashInputArgs(loader, kind, [*arguments, loader.iterations or 1])
 
     def add_to_script_impl(self, script: Any) -> None:
-        if self.engine is None:
-            kind, place, options = "DashStepRunner", [self.bundle, self.target, self.tokens], self.setting
-        else:
-            kind, place, options = "DashEngineRunner", [self.bundle, self.target, self.engine], {}
-        script.add_import(imports=[kind], frm="dash_export.polygraphy.runners")
-        script.add_runner(make_invocable(kind, *place, **options))
+        script.add_import(imports=[self.kind], frm=RUNNERS)
+        script.add_runner(make_invocable(self.kind, *self.place, **self.options))
 
 
 class DashInputArgs(DataLoaderArgs):  # type: ignore[misc]
@@ -185,7 +156,7 @@ class DashInputArgs(DataLoaderArgs):  # type: ignore[misc]
         self._kind, self._arguments = kind, arguments
 
     def add_to_script_impl(self, script: Any, user_input_metadata_str: Any = None) -> Any:  # noqa: ARG002
-        script.add_import(imports=[self._kind], frm="dash_export.polygraphy.runners")
+        script.add_import(imports=[self._kind], frm=RUNNERS)
         return script.set_data_loader(make_invocable(self._kind, *self._arguments))
 
     def is_using_random_data(self) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,40 +18,29 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.graph_runs import Arrays, graph_run, step_inputs, text_ids
-from dash_export.manifest import POLICY, Build, ModelFacts, Segment
+from dash_export.manifest import POLICY, Build, Segment
 from dash_export.names import new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session
+from dash_export.runtime.backends import onnxruntime
 from dash_export.runtime.backends.base import Engine
 from dash_export.runtime.runtime import loaded_files
-from dash_export.targets import recipe_from_dict
 
 STEPS = 16
 """Different steps of a text; with more iterations they come again."""
-_LENGTHS = ("seqlens_k", "total_length")
-"""Inputs that engines have in place of a mask: they follow from the positions."""
 
 
-@dataclass(frozen=True)
-class EngineFacts:
-    """An engine's name, that of its portable graph, and its layers (none where it only reads what enters the first)."""
-
-    name: str
-    portable: str
-    segment: Segment
-
-
-def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
-    """Find an engine by its name in the build: a segment, a bypass or the policy.
+def find_engine(bundle: Bundle, build: Build, name: str) -> Segment:
+    """The layers of an engine of the build: a segment, a bypass, or the policy (none, at the one it reads).
 
     Raises BundleError that lists the names, or says which segment a layer was merged into.
     """
     policy = bundle.manifest.policy
-    known = {segment.name: (segment.name, segment) for segment in build.segments}
-    known |= {unit.bypass: (unit.bypass, Segment(unit.first, unit.last, False, False, True)) for unit in policy.units}
-    known[POLICY] = POLICY, Segment(policy.read, policy.read - 1, False, False, False)
+    known = {segment.name: segment for segment in build.segments}
+    known |= {unit.bypass: Segment(unit.first, unit.last, False, False, True) for unit in policy.units}
+    known[POLICY] = Segment(policy.read, policy.read - 1, False, False, False)
     if name in known and name in build.engines:
-        return EngineFacts(name, *known[name])
+        return known[name]
     merged = [item.name for item in build.segments if name in (f"layer_{layer:02d}" for layer in item.layers)]
     hint = f"{name} is part of the segment {merged[0]}. " if merged else ""
     raise BundleError(
@@ -61,105 +49,10 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> EngineFacts:
     )
 
 
-class PortableEngine:
-    """Runs one engine on the inputs of its portable graph."""
-
-    def __init__(self, engine: Engine, facts: EngineFacts, model: ModelFacts, units: int) -> None:
-        """`units`: how many the policy has."""
-        self._engine, self._name, self._model, self._units = engine, facts.name, model, units
-        layers = facts.segment.layers
-        self._portable = {
-            short_name(name): name for layer in layers for name in (*past_names(layer), *present_names(layer))
-        }
-        # What the host writes into a cache: the engine's output -> the cache before and after.
-        rows = {
-            short_name(new): cache
-            for layer in layers
-            for new, *cache in zip(new_names(layer), past_names(layer), present_names(layer), strict=True)
-        }
-        self._rows = {name: cache for name, cache in rows.items() if name in engine.outputs}
-
-    @property
-    def inputs(self) -> dict[str, tuple[npt.DTypeLike, tuple[int | None, ...]]]:
-        """Name -> type and shape of what `__call__` wants, in the portable form; None where a size is free.
-
-        Raises BackendError when the engine is another one.
-        """
-        model = self._model
-        cache = (np.float32, (1, model.num_kv_heads, None, model.head_dim))
-        known: dict[str, tuple[npt.DTypeLike, tuple[int | None, ...]]] = {
-            "input_ids": (np.int64, (1, None)),
-            "hidden": (np.float32, (1, None, model.hidden_size)),
-            "position_ids": (np.int64, (1, None)),
-            "write_indices": (np.int64, (1,)),
-            "attention_mask": (np.bool_, (1, 1, None, None)),
-            "first_logit": (np.int64, (1,)),
-            **{name: cache for name in self._portable.values() if name.startswith("past_")},
-        }
-        names = [self._portable.get(name, name) for name in self._engine.inputs]
-        names += [past for past, _ in self._rows.values()]
-        names = ["position_ids" if name in _LENGTHS else name for name in names]
-        if strange := sorted(set(names) - set(known)):
-            raise BackendError(f"{self._name} wants {strange[0]}, which its portable graph does not. Build it again.")
-        return {name: known[name] for name in dict.fromkeys(names)}
-
-    def __call__(self, feed: Mapping[str, npt.NDArray[Any]]) -> tuple[Arrays, float]:
-        """Portable inputs -> portable outputs and the seconds the engine took, without copies. Raises RequestError for
-        positions that are not consecutive or leave the cache.
-        """
-        memory = {name: np.array(array) for name, array in {**feed, **self._lengths(feed)}.items()}
-        outputs: Arrays = {}
-        for name in self._engine.outputs:
-            portable = self._portable.get(name, name)
-            # Past and present share their memory, as in a session: the write is in place.
-            past = memory.get(portable.replace("present.", "past_key_values."))
-            outputs[name] = np.full(self._shape(name, memory), 0, np.float32) if past is None else past
-            memory[portable] = outputs[name]
-        launch = self._engine.bind(
-            {name: memory[self._portable.get(name, name)] for name in self._engine.inputs}, outputs
-        )
-        began = time.perf_counter()
-        launch()
-        for name, (past_name, _) in self._rows.items():
-            self._write(memory[name], memory[past_name], int(memory["position_ids"][0, 0]))
-        seconds = time.perf_counter() - began
-        written = {name: (present, memory[past]) for name, (past, present) in self._rows.items()}
-        found = [written.get(name, (self._portable.get(name, name), array)) for name, array in outputs.items()]
-        return dict(found), seconds
-
-    def _lengths(self, feed: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """Inputs that follow from the positions of a feed."""
-        if "position_ids" not in feed:
-            return {}
-        positions = feed["position_ids"][0]
-        start, count = int(positions[0]), len(positions)
-        caches = [array.shape[2] for name, array in feed.items() if name.startswith("past_")]
-        capacity = min(caches, default=start + count)
-        if not np.array_equal(positions, np.arange(start, start + count)) or not 0 <= start <= capacity - count:
-            raise RequestError(
-                f"position_ids must be consecutive and inside a cache of {capacity} rows; got {start} to "
-                f"{int(positions[-1])}. Leave the inputs to the --dash runner, or give real ones with --load-inputs."
-            )
-        return {name: array for name, array in step_inputs(start, count, 0).items() if name in _LENGTHS}
-
-    def _shape(self, name: str, memory: Arrays) -> tuple[int, ...]:
-        """The shape of an output that is no cache."""
-        count, model = memory["hidden" if "hidden" in memory else "input_ids"].shape[1], self._model
-        first = memory["first_logit"].item() if "first_logit" in memory else 0
-        return {
-            "hidden_out": (1, count, model.hidden_size),
-            "logits": (1, count - first, model.vocab_size),
-            "damage": (1, count, self._units),
-        }.get(name, (1, count, model.num_kv_heads * model.head_dim))
-
-    def _write(self, rows: npt.NDArray[Any], cache: npt.NDArray[Any], start: int) -> None:
-        heads = rows.reshape(1, rows.shape[1], -1, self._model.head_dim)
-        cache[:, :, start : start + rows.shape[1]] = heads.swapaxes(1, 2)
-
-
 class DashEngineRunner(BaseRunner):  # type: ignore[misc]
-    """One engine of a build, fed and answering as its portable graph does. `last_inference_time` is the engine's own:
-    bound memory, no copies of caches.
+    """One engine of a build, fed and answering as its portable graph does; `damage` more, where it holds a policy. What
+    follows from positions (lengths, masks) needs not be given. `last_inference_time` is the engine's own: bound memory,
+    no copies of caches.
     """
 
     def __init__(self, bundle: str, target: str, engine: str, name: str | None = None) -> None:
@@ -168,46 +61,81 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         """Verify the build's files and load the engine."""
+        from onnxruntime import SessionOptions
+
+        root, target, name = self._place
         with polygraphy_errors():
-            self.engine = _load(*self._place)
+            self.bundle = Bundle.open(root)
+            build = self.bundle.load_build(target)
+            self.layers = find_engine(self.bundle, build, name).layers
+            seal = self.bundle.verify(loaded_files(self.bundle, build))
+            if build.recipe.get("engine") is not None:
+                raise BackendError(
+                    f"Single engines of GPU targets ({target}) do not run in Polygraphy yet: leave --dash-segment out "
+                    "to run whole steps, or compare graphs with `dash-export build --verify`."
+                )
+            # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session
+            # cannot have the shared pool of the runtime.
+            path = self.bundle.path(build.engines[name].file)
+            self.engine: Engine = onnxruntime.OrtEngine(path, SessionOptions())
+            self.bundle.check_same(seal)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        metadata = TensorMetadata()
-        with polygraphy_errors():
-            for name, (dtype, shape) in self.engine.inputs.items():
-                metadata.add(name, np.dtype(dtype), shape)
+        model, metadata = self.bundle.manifest.model, TensorMetadata()
+        if "input_ids" in self.engine.inputs:
+            metadata.add("input_ids", np.dtype(np.int64), (1, None))
+        else:
+            metadata.add("hidden", np.dtype(np.float32), (1, None, model.hidden_size))
+        if self.layers:
+            metadata.add("position_ids", np.dtype(np.int64), (1, None))
+        for layer in self.layers:
+            for name in past_names(layer):
+                metadata.add(name, np.dtype(np.float32), (1, model.num_kv_heads, None, model.head_dim))
         return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """The portable graph's outputs; `damage` more for an engine that holds a policy."""
+        """Raises RequestError for positions that are not consecutive or leave the cache."""
+        arrays = {name: np.array(array) for name, array in feed_dict.items()}
+        model, units = self.bundle.manifest.model, len(self.bundle.manifest.policy.units)
+        count = arrays["input_ids" if "input_ids" in arrays else "hidden"].shape[1]
+        arrays["hidden_out"] = np.zeros((1, count, model.hidden_size), np.float32)
+        arrays["logits"] = np.zeros((1, 1, model.vocab_size), np.float32)
+        arrays["damage"] = np.zeros((1, count, units), np.float32)
         with polygraphy_errors():
-            outputs, self.inference_time = self.engine(feed_dict)
-        return outputs
+            if self.layers:
+                arrays |= _places(arrays["position_ids"][0], arrays[past_names(self.layers[0])[0]].shape[2])
+            written = []
+            for layer in self.layers:
+                for past, present, new in zip(past_names(layer), present_names(layer), new_names(layer), strict=True):
+                    # Past and present share their memory, as in a session: the write is in place.
+                    cache = arrays[present] = arrays[short_name(past)] = arrays[short_name(present)] = arrays[past]
+                    rows = arrays[short_name(new)] = np.zeros((1, count, cache.shape[1] * cache.shape[3]), np.float32)
+                    if short_name(new) in self.engine.outputs:  # the engine leaves the writing to the host
+                        rows = rows.reshape(1, count, -1, model.head_dim).swapaxes(1, 2)
+                        start = int(arrays["position_ids"][0, 0])
+                        written.append((cache[:, :, start : start + count], rows))
+            launch = self.engine.bind(arrays, arrays)
+        began = time.perf_counter()
+        launch()
+        for place, rows in written:
+            place[:] = rows
+        self.inference_time = time.perf_counter() - began
+        names: list[str] = [name for name in ("hidden_out", "logits", "damage") if name in self.engine.outputs]
+        names += [name for layer in self.layers for name in present_names(layer)]
+        return {name: arrays[name] for name in names}
 
     def deactivate_impl(self) -> None:
         del self.engine
 
 
-def _load(root: str, target: str, name: str) -> PortableEngine:
-    import onnxruntime as ort
-
-    from dash_export.runtime.backends.onnxruntime import OrtEngine
-
-    bundle = Bundle.open(root)
-    build = bundle.load_build(target)
-    facts = find_engine(bundle, build, name)
-    seal = bundle.verify(loaded_files(bundle, build))
-    recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
-    if recipe.engine is not None:
-        raise BackendError(
-            f"Single engines of GPU targets ({target}) do not run in Polygraphy yet: leave --dash-segment out to run "
-            "whole steps, or compare graphs with `dash-export build --verify`."
+def _places(positions: npt.NDArray[np.int64], capacity: int) -> Arrays:
+    start, count = int(positions[0]), len(positions)
+    if not np.array_equal(positions, np.arange(start, start + count)) or not 0 <= start <= capacity - count:
+        raise RequestError(
+            f"position_ids must be consecutive and inside a cache of {capacity} rows; got {start} to "
+            f"{int(positions[-1])}. Leave the inputs to the --dash runner, or give real ones with --load-inputs."
         )
-    # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session cannot
-    # have the shared pool of the runtime.
-    engine = OrtEngine(bundle.path(build.engines[name].file), ort.SessionOptions())
-    bundle.check_same(seal)
-    return PortableEngine(engine, facts, bundle.manifest.model, len(bundle.manifest.policy.units))
+    return step_inputs(start, count, capacity)
 
 
 class DashStepRunner(BaseRunner):  # type: ignore[misc]
@@ -247,80 +175,61 @@ class DashStepRunner(BaseRunner):  # type: ignore[misc]
         del self.session
 
 
-class StepInputs:
+def token_feeds(root: str, tokens: int, context: int, iterations: int) -> list[Arrays]:
     """`input_ids` [1, context + tokens] for whole steps: windows of a text, one per iteration."""
-
-    def __init__(self, bundle: str, tokens: int, context: int, iterations: int) -> None:
-        with polygraphy_errors():
-            opened = Bundle.open(bundle)
-            _check_length(opened, tokens, context)
-            ids = text_ids(opened, context + STEPS * tokens)
-        starts = [index % STEPS * tokens for index in range(iterations)]
-        self._steps = [{"input_ids": ids[None, start : start + context + tokens]} for start in starts]
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __getitem__(self, index: int) -> Arrays:
-        return dict(self._steps[index])
+    with polygraphy_errors():
+        bundle = _open(root, tokens, context)
+        ids = text_ids(bundle, context + STEPS * tokens)
+    starts = [index % STEPS * tokens for index in range(iterations)]
+    return [{"input_ids": ids[None, start : start + context + tokens]} for start in starts]
 
 
-class EngineInputs:
+def engine_feeds(root: str, target: str, engine: str, tokens: int, context: int, iterations: int) -> list[Arrays]:
     """The steps of a text as one engine and its portable graph see them: the same text, one step further per
     iteration, over a cache of one capacity. A dictionary has what any of the two may want.
-
-    States and caches come from the portable graphs of the layers before, run once over the whole text.
     """
-
-    def __init__(self, bundle: str, target: str, engine: str, tokens: int, context: int, iterations: int) -> None:
-        self._tokens, self._iterations = tokens, iterations
-        with polygraphy_errors():
-            opened = Bundle.open(bundle)
-            segment = find_engine(opened, opened.load_build(target), engine).segment
-            _check_length(opened, tokens, context)
-            steps = min(STEPS, iterations, (opened.manifest.model.max_positions - context) // tokens)
-            self._starts = range(context, context + tokens * steps, tokens)
-            self._length = context + tokens * steps
-            self._ids = text_ids(opened, self._length)[None]
-            self._states, self._caches = self._walk(opened, segment)
-
-    def _walk(self, bundle: Bundle, segment: Segment) -> tuple[npt.NDArray[np.float32], Arrays]:
-        """The hidden states [1, length, hidden] that enter the segment, and the caches of its layers."""
-        model, places = bundle.manifest.model, step_inputs(0, self._length, self._length)
-        hidden = graph_run(bundle.graph("embed"), own_threads=True)({"input_ids": self._ids})["hidden_out"]
-        states = hidden
-        caches: Arrays = {}
-        empty = np.zeros((1, model.num_kv_heads, self._length, model.head_dim), np.float32)
-        for layer in range(segment.last + 1):
-            run = graph_run(bundle.graph(f"layer_{layer:02d}"), own_threads=True)
-            found = run(places | {"hidden": hidden} | dict.fromkeys(past_names(layer), empty))
-            hidden = found["hidden_out"]
-            if layer < segment.first:
-                states = hidden
-            else:
-                caches |= dict(zip(past_names(layer), (found[name] for name in present_names(layer)), strict=True))
-        return states, caches
-
-    def __len__(self) -> int:
-        return self._iterations
-
-    def __getitem__(self, index: int) -> Arrays:
-        if not 0 <= index < self._iterations:
-            raise IndexError(index)
-        start = self._starts[index % len(self._starts)]
-        step = slice(start, start + self._tokens)
-        caches = {name: array.copy() for name, array in self._caches.items()}
-        for array in caches.values():
-            array[:, :, start:] = 0
-        inputs = step_inputs(start, self._tokens, self._length)
-        return inputs | {"input_ids": self._ids[:, step], "hidden": self._states[:, step]} | caches
+    with polygraphy_errors():
+        bundle = _open(root, tokens, context)
+        segment = find_engine(bundle, bundle.load_build(target), engine)
+        steps = min(STEPS, iterations, (bundle.manifest.model.max_positions - context) // tokens)
+        length = context + tokens * steps
+        ids = text_ids(bundle, length)[None]
+        states, full = _states(bundle, segment, ids)
+    feeds: list[Arrays] = []
+    for start in range(context, length, tokens):
+        step = slice(start, start + tokens)
+        caches = {name: np.where(np.arange(length)[:, None] < start, cache, 0) for name, cache in full.items()}
+        own: Arrays = {"input_ids": ids[:, step], "hidden": states[:, step]}
+        feeds.append(step_inputs(start, tokens, length) | own | caches)
+    return [feeds[index % steps] for index in range(iterations)]
 
 
-def _check_length(bundle: Bundle, tokens: int, context: int) -> None:
+def _states(bundle: Bundle, segment: Segment, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], Arrays]:
+    """The hidden states [1, length, hidden] that enter a segment and the caches of its layers, of the portable graphs
+    up to its end.
+    """
+    model, length, caches = bundle.manifest.model, ids.shape[1], Arrays()
+    places = step_inputs(0, length, length)
+    empty = np.zeros((1, model.num_kv_heads, length, model.head_dim), np.float32)
+    hidden = states = graph_run(bundle.graph("embed"), own_threads=True)({"input_ids": ids})["hidden_out"]
+    for layer in range(segment.last + 1):
+        run = graph_run(bundle.graph(f"layer_{layer:02d}"), own_threads=True)
+        found = run(places | {"hidden": hidden} | dict.fromkeys(past_names(layer), empty))
+        hidden = found["hidden_out"]
+        if layer < segment.first:
+            states = hidden
+        else:
+            caches |= dict(zip(past_names(layer), (found[name] for name in present_names(layer)), strict=True))
+    return states, caches
+
+
+def _open(root: str, tokens: int, context: int) -> Bundle:
     """Raises RequestError when the model has not as many positions as a step and its context take."""
+    bundle = Bundle.open(root)
     positions = bundle.manifest.model.max_positions
     if tokens < 1 or context < 0 or context + tokens > positions:
         raise RequestError(
             f"--dash-tokens {tokens} after --dash-context {context} cannot be: at least 1 and 0, and together no more "
             f"than the model's {positions} positions."
         )
+    return bundle

@@ -88,35 +88,6 @@ def test_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> Non
         trt_api.Toolkit("tensorrt")
 
 
-class FakeCache:
-    def serialize(self) -> bytes:
-        return b"timings"
-
-
-class FakeConfig:
-    """The part of IBuilderConfig that full TensorRT has and RTX does not use."""
-
-    def __init__(self) -> None:
-        self.told: list[Any] = []
-
-    def create_timing_cache(self, known: bytes) -> FakeCache:
-        self.told.append(known)
-        return FakeCache()
-
-    def set_timing_cache(self, cache: FakeCache, ignore_mismatch: bool) -> None:
-        self.told.append((cache, ignore_mismatch))
-
-
-def test_full_tensorrt_keeps_a_timing_cache() -> None:
-    """A fake only where hardware is missing: tests/gpu runs the same with the real one."""
-    toolkit = trt_api.Toolkit("tensorrt_rtx")
-    config = FakeConfig()
-    assert toolkit._timing_cache(config, b"old") is None, "RTX times nothing"
-    toolkit.backend = "tensorrt"
-    cache = toolkit._timing_cache(config, b"old")
-    assert config.told == [b"old", (cache, False)]
-
-
 def test_errors_of_one_compilation_do_not_stay() -> None:
     toolkit = trt_api.load_toolkit("tensorrt_rtx")
     with toolkit.logger.collected() as outer, toolkit.logger.collected() as inner:

@@ -14,13 +14,14 @@ from dash_export.building import build
 from dash_export.building.backend import backend_of
 from dash_export.errors import BackendError
 from dash_export.runtime.cuda_devices import cuda_devices
-from dash_export.targets import Recipe, load_recipe, recipe_names
+from dash_export.targets import load_recipe, recipe_names
 
 TARGET = "DASH_EXPORT_GPU_TARGET"
 """Environment variable: the target to test; by default the first of the device's own that this machine can build."""
 
 
-def gpu_target() -> str:
+@pytest.fixture(scope="session")
+def target() -> str:
     """Skips, with the reason, where there is none."""
     try:
         device = cuda_devices()[0]
@@ -29,22 +30,14 @@ def gpu_target() -> str:
     if os.environ.get(TARGET):
         return os.environ[TARGET]
     recipes = [recipe for recipe in map(load_recipe, recipe_names()) if recipe.engine is not None]
-    # TensorRT before ONNX Runtime.
-    recipes.sort(key=lambda recipe: recipe.backend == "onnxruntime_cuda")
-    fitting = [recipe for recipe in recipes if _reason(recipe) is None]
+    obstacles = {
+        recipe.name: backend_of(recipe).build_obstacle() or backend_of(recipe).run_obstacle()
+        for recipe in sorted(recipes, key=lambda recipe: recipe.backend == "onnxruntime_cuda")  # TensorRT before it
+    }
+    fitting = [name for name, obstacle in obstacles.items() if obstacle is None]
     if not fitting:
-        reasons = "; ".join(f"{recipe.name}: {_reason(recipe)}" for recipe in recipes)
-        pytest.skip(f"no target can be built and run on {device.name} ({device.capability}): {reasons}")
-    return fitting[0].name
-
-
-def _reason(recipe: Recipe) -> str | None:
-    return backend_of(recipe).build_obstacle() or backend_of(recipe).run_obstacle()
-
-
-@pytest.fixture(scope="session")
-def target() -> str:
-    return gpu_target()
+        pytest.skip(f"no target can be built and run on {device.name} ({device.capability}): {obstacles}")
+    return fitting[0]
 
 
 @pytest.fixture(scope="session")

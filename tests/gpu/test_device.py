@@ -1,136 +1,94 @@
-"""Memory, copies, streams and events of CUDA itself."""
+"""Memory, copies, streams, events and graphs of a driver: what the simulated one promises, CUDA keeps."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.base import Decisions
-from dash_export.runtime.device.blocks import Block
-from dash_export.runtime.device.cuda import CudaStream
-from dash_export.runtime.device.cuda_graph import IF, IF_ELSE, CudaRecording
-from dash_export.runtime.device.cuda_resources import CudaResources
-
-pytestmark = pytest.mark.gpu
+from dash_export.runtime.device.base import BESIDE, MAIN
+from dash_export.runtime.device.cuda import Cuda
+from dash_export.runtime.device.step import Mirror
+from tests.runtime.device.simulated import SimulatedDevice
 
 
-@pytest.fixture
-def device() -> CudaResources:
+@pytest.fixture(params=["simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Any:
     try:
-        return CudaResources()
+        return SimulatedDevice(0) if request.param == "simulated" else Cuda()
     except BackendError as error:
         pytest.skip(f"no GPU here: {error}")
 
 
-def test_memory_begins_at_zero_and_copies_are_exact(device: CudaResources) -> None:
-    stream, memory = device.stream("main"), device.memory(4096)
-    host, back = device.pinned(4096), device.pinned(4096)
-    back[:] = 7
-    stream.download(back, memory)
-    stream.synchronize()
-    assert not back.any()
-    host[:] = np.random.default_rng(0).integers(0, 256, 4096)
-    stream.upload(memory, host)
-    other = device.memory(4096)
-    stream.copy(other.part(1024, 2048), memory.part(0, 2048))
-    stream.download(back, other)
-    stream.synchronize()
-    np.testing.assert_array_equal(back[1024:3072], host[:2048])
-    assert not back[:1024].any()
-    assert not back[3072:].any()
+def test_memory_begins_at_zero_and_copies_are_exact(device: Any) -> None:
+    """Whole, from a place on, and rows at their pitch, over an event that orders two streams."""
+    source, target = Mirror(device, (192,), np.uint8), Mirror(device, (3, 256), np.uint8)
+    source.host[:], target.host[:] = np.arange(192), 7
+    device.copy(BESIDE, source.memory, source.host)
+    device.record(BESIDE, "made")
+    device.wait(MAIN, "made")
+    device.copy_rows(MAIN, target.memory.part(128), 256, source.memory, 64)
+    device.copy(MAIN, target.host, target.memory)
+    device.synchronize(MAIN)
+    np.testing.assert_array_equal(target.host[:, 128:192].reshape(-1), source.host)
+    assert not target.host[:, :128].any()
+    assert not target.host[:, 192:].any()
 
 
-def test_rows_land_at_their_pitch(device: CudaResources) -> None:
-    stream, source, target = device.stream("main"), device.memory(3 * 64), device.memory(3 * 256)
-    host, back = device.pinned(3 * 64), device.pinned(3 * 256)
-    host[:] = np.arange(192)
-    stream.upload(source, host)
-    stream.copy_rows(target.part(128, 3 * 256 - 128), 256, source, 64, 64, 3)
-    stream.download(back, target)
-    stream.synchronize()
-    np.testing.assert_array_equal(back.reshape(3, 256)[:, 128:192].reshape(-1), host)
-
-
-def test_events_order_streams(device: CudaResources) -> None:
-    """A large copy on one stream, waited for by the other."""
-    size = 64 << 20
-    one, two, made = device.stream("one"), device.stream("two"), device.event("made")
-    source, middle, end = device.pinned(size), device.memory(size), device.memory(size)
-    back = device.pinned(size)
-    for value in range(1, 6):
-        source[:] = value
-        one.upload(middle, source)
-        one.record(made)
-        two.wait(made)
-        two.copy(end, middle)
-        two.download(back, end)
-        two.synchronize()
-        assert (back == value).all()
-
-
-@pytest.mark.parametrize("other", [False, True], ids=["if-else", "two-ifs"])
-def test_a_graph_decides(other: bool, device: CudaResources, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_decides(device: Any) -> None:
     """A recorded step decides anew at every launch: branches, the kernel's arithmetic, rows at a place that moves."""
-    if (obstacle := device.graph_obstacle()) is not None:
-        pytest.skip(f"no graphs with decisions here: {obstacle}")
-    assert device._graphs is not None
-    if other:
-        monkeypatch.setattr(device._graphs, "version", IF)
-    elif device._graphs.version < IF_ELSE:
-        pytest.skip("IF with ELSE needs CUDA 12.8")
-    layout = {
-        "damage": ((2,), np.float32),
-        "limit": ((2,), np.float64),
-        "handles": ((2, 2), np.uint64),
-        "position": ((1,), np.int64),
-        "sources": ((2, 64), np.uint8),
-        "rows": ((2, 16), np.uint8),
-    }
-    given = Block(device, layout)
-    taken = Block(device, {"skipped": ((2,), np.bool_), "chosen": ((2, 64), np.uint8)})
-    tables, back = device.memory(2 * 8 * 16), device.pinned(2 * 8 * 16)
-    given.host["sources"][:] = [[1], [2]]
-    given.host["rows"][:] = np.arange(32).reshape(2, 16)
-    main, beside = device.stream("main"), device.stream("beside")
-    begun, done = device.event("begun"), device.event("done")
-    sources = [given.memory["sources"].part(64 * which, 64) for which in range(2)]
-    memory = [given.memory["damage"], given.memory["limit"], taken.memory["skipped"], given.memory["handles"]]
+    damage, limits = Mirror(device, (2,), np.float32), Mirror(device, (2,), np.float64)
+    position, rows = Mirror(device, (1,), np.int64), Mirror(device, (2, 16), np.uint8)
+    skipped, chosen = Mirror(device, (2,), np.bool_), Mirror(device, (2, 64), np.uint8)
+    tables = Mirror(device, (2, 8, 16), np.uint8)
+    half = [Mirror(device, (64,), np.uint8) for _ in range(2)]
+    for value, each in enumerate(half):
+        each.host[:] = value + 1
+        device.copy(MAIN, each.memory, each.host)
+    rows.host[:] = np.arange(32).reshape(2, 16)
+    device.copy(MAIN, rows.memory, rows.host)
 
-    def step(recording: CudaRecording) -> None:
-        given.upload(main)
-        main.record(begun)
-        beside.wait(begun)
-        recording.write_rows(beside, tables, 8 * 16, given.memory["rows"], 16, given.memory["position"])
-        beside.record(done)
-        decided = recording.decide(main, Decisions(*memory, given.host["handles"]))
+    def step(graph: Any) -> None:
+        for each in (damage, limits, position):
+            device.copy(MAIN, each.memory, each.host)
+        device.record(MAIN, "begun")
+        device.wait(BESIDE, "begun")
+        graph.write_rows(BESIDE, tables.memory, 8 * 16, rows.memory, 16, position.memory)
+        device.record(BESIDE, "done")
+        graph.decide(MAIN, damage.memory, limits.memory, skipped.memory)
         for unit in range(2):
-            chosen = taken.memory["chosen"].part(64 * unit, 64)
-            run, skip = (partial(CudaStream.copy, to=chosen, source=source) for source in sources)
-            recording.branch(main, decided[unit], run, skip)
-        main.wait(done)
-        taken.download(main)
-        main.download(back, tables)
+            to = chosen.memory.part(64 * unit)
+            run, skip = (partial(device.copy, to=to, source=each.memory) for each in half)
+            graph.branch(MAIN, unit, run, skip)
+        device.wait(MAIN, "done")
+        for each in (skipped, chosen, tables):
+            device.copy(MAIN, each.host, each.memory)
 
-    graph = device.record(main, step)
-    rng = np.random.default_rng(0)
-    tables_expected = np.zeros((2, 8, 16), np.uint8)
-    for position in range(8):
-        given.host["damage"][:] = rng.random(2)
-        given.host["limit"][:] = rng.random(2)
-        given.host["position"][:] = position
-        graph.launch(main)
-        main.synchronize()
-        skips = given.host["damage"].astype(np.float64) < given.host["limit"]
-        np.testing.assert_array_equal(taken.host["skipped"], skips)
-        np.testing.assert_array_equal(taken.host["chosen"], np.where(skips, 2, 1)[:, None].repeat(64, axis=1))
-        tables_expected[:, position] = given.host["rows"]
-        np.testing.assert_array_equal(back.reshape(2, 8, 16), tables_expected)
+    try:
+        graph = device.graph(MAIN, 2, step)
+    except BackendError as error:
+        pytest.skip(f"no graphs with decisions here: {error}")
+    rng, expected = np.random.default_rng(0), np.zeros((2, 8, 16), np.uint8)
+    for place in range(8):
+        damage.host[:], limits.host[:], position.host[:] = rng.random(2), rng.random(2), place
+        graph.launch(MAIN)
+        device.synchronize(MAIN)
+        skips = damage.host.astype(np.float64) < limits.host
+        np.testing.assert_array_equal(skipped.host, skips)
+        np.testing.assert_array_equal(chosen.host, np.where(skips, 2, 1)[:, None].repeat(64, axis=1))
+        expected[:, place] = rows.host
+        np.testing.assert_array_equal(tables.host, expected)
 
 
-def test_out_of_memory_says_what_is_free(device: CudaResources) -> None:
+@pytest.mark.gpu
+def test_out_of_memory_says_what_is_free() -> None:
+    try:
+        device = Cuda()
+    except BackendError as error:
+        pytest.skip(f"no GPU here: {error}")
     with pytest.raises(BackendError, match=r"were asked for and .* MB are free"):
         device.memory(1 << 50)
     device.memory(1024)  # and the device goes on

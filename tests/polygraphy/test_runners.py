@@ -11,15 +11,14 @@ import pytest
 
 pytest.importorskip("polygraphy")
 
+from polygraphy.exception import PolygraphyException
 
 from dash_export import DashRuntime
 from dash_export.building.engine_graphs import portable_file
 from dash_export.bundle import Bundle
-from dash_export.errors import BundleError, RequestError
 from dash_export.graph_runs import graph_run, step_inputs
-from dash_export.polygraphy import runners
-from dash_export.polygraphy.runners import STEPS, DashStepRunner, EngineFacts, PortableEngine, StepInputs, find_engine
-from dash_export.runtime.backends import load_backend, onnxruntime
+from dash_export.polygraphy.runners import STEPS, DashEngineRunner, DashStepRunner, find_engine, token_feeds
+from dash_export.runtime.backends import onnxruntime
 from tests.tiny import random_ids
 
 
@@ -35,32 +34,27 @@ def test_a_whole_step_is_the_runtimes(tiny_root: Path) -> None:
 
 
 def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
-    windows = [feed["input_ids"] for feed in StepInputs(str(tiny_root), 2, 10, STEPS + 1)]
+    windows = [feed["input_ids"] for feed in token_feeds(str(tiny_root), 2, 10, STEPS + 1)]
     assert {window.shape for window in windows} == {(1, 12)}
     np.testing.assert_array_equal(windows[0][0, 2:], windows[1][0, :-2])
     np.testing.assert_array_equal(windows[0], windows[STEPS])
 
 
-def loaded(root: Path, target: str, name: str) -> tuple[Bundle, EngineFacts, PortableEngine]:
-    bundle = Bundle.open(root)
-    build = bundle.load_build(target)
-    facts = find_engine(bundle, build, name)
-    engine = load_backend("onnxruntime", 0).load(bundle.path(build.engines[name].file))
-    return bundle, facts, PortableEngine(engine, facts, bundle.manifest.model, 2)
+@pytest.fixture
+def shared_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process cannot have both kinds, and other tests have the runtime's."""
+    sound = onnxruntime.OrtEngine
+    monkeypatch.setattr(onnxruntime, "OrtEngine", lambda path, _: sound(path, onnxruntime.shared_pool_options()))
 
 
-@pytest.mark.parametrize(("start", "stride"), [(8, 1), (2, 2), (-1, 1)])
-def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tiny_root: Path) -> None:
-    """The engine would write outside its cache, or elsewhere than it says."""
-    _, _, engine = loaded(tiny_root, "cpu-fp32", "layer_04")
-    sizes = {name: (dtype, [size or 3 for size in shape]) for name, (dtype, shape) in engine.inputs.items()}
-    feed = {name: np.zeros(shape, dtype) for name, (dtype, shape) in sizes.items()}
-    feed |= {name: np.zeros((1, 2, 8, array.shape[3]), np.float32) for name, array in feed.items() if "past" in name}
-    feed["position_ids"] = (start + stride * np.arange(3))[None]
-    with pytest.raises(RequestError, match="must be consecutive and inside a cache of 8 rows"):
-        engine(feed)
-    fine = feed | {name: array for name, array in step_inputs(5, 3, 8).items() if name in engine.inputs}
-    assert engine(fine)[0]["hidden_out"].shape[1] == 3
+def feed_of(runner: DashEngineRunner, count: int, capacity: int) -> dict[str, np.ndarray]:
+    rng, sizes = np.random.default_rng(0), {1: count, 2: capacity}
+    feed = {
+        name: rng.standard_normal([size or sizes[axis] for axis, size in enumerate(item.shape)]).astype(np.float32)
+        for name, item in runner.get_input_metadata().items()
+    }
+    known = step_inputs(0, count, capacity) | {"input_ids": random_ids(count)[None]}
+    return feed | {name: array for name, array in known.items() if name in feed}
 
 
 ENGINES = ["layer_04", "layers_02-03", "bypass_02-03", "layers_00-01", "layer_05"]
@@ -70,22 +64,32 @@ ENGINES = ["layer_04", "layers_02-03", "bypass_02-03", "layers_00-01", "layer_05
     ("target", "name"),
     [*(("cpu-fp32", name) for name in ENGINES), ("portable", "bypass_02-03"), ("portable", "policy")],
 )
+@pytest.mark.usefixtures("shared_pool")
 def test_an_engine_is_its_portable_graph(target: str, name: str, tiny_root: Path, tmp_path: Path) -> None:
-    bundle, facts, engine = loaded(tiny_root, target, name)
-    graph = graph_run(portable_file(bundle, facts.segment, facts.portable, tmp_path))
-    rng = np.random.default_rng(0)
-    feed = {key: rng.standard_normal([size or 9 for size in shape]) for key, (_, shape) in engine.inputs.items()}
-    feed = {key: array.astype(np.float32) for key, array in feed.items()} | {"position_ids": np.arange(3)[None]}
-    known = step_inputs(0, 3, 9) | {"input_ids": random_ids(3)[None], "first_logit": np.array([1])}
-    feed |= {key: array for key, array in known.items() if key in feed}
-    feed |= {"hidden": feed["hidden"][:, :3]} if "hidden" in feed else {}
-    found, _ = engine(feed)
+    bundle = Bundle.open(tiny_root)
+    segment = find_engine(bundle, bundle.load_build(target), name)
+    graph = graph_run(portable_file(bundle, segment, name, tmp_path))
+    with DashEngineRunner(str(tiny_root), target, name) as runner:
+        feed = feed_of(runner, 3, 9)
+        found = runner.infer(feed)
     expected = graph(step_inputs(0, 3, 9) | feed)
     assert set(found) - set(expected) == ({"damage"} if name == "layers_00-01" else set())
     for key, array in expected.items():
         np.testing.assert_allclose(found[key], array, atol=1e-4)
 
 
+@pytest.mark.usefixtures("shared_pool")
+@pytest.mark.parametrize(("start", "stride"), [(8, 1), (2, 2), (-1, 1)])
+def test_positions_that_leave_the_cache_are_refused(start: int, stride: int, tiny_root: Path) -> None:
+    """The engine would write outside its cache, or elsewhere than it says."""
+    with DashEngineRunner(str(tiny_root), "cpu-fp32", "layer_04") as runner:
+        feed = feed_of(runner, 3, 8)
+        with pytest.raises(PolygraphyException, match="must be consecutive and inside a cache of 8 rows"):
+            runner.infer(feed | {"position_ids": (start + stride * np.arange(3))[None]})
+        assert runner.infer(feed | {"position_ids": np.arange(5, 8)[None]})["hidden_out"].shape[1] == 3
+
+
+@pytest.mark.usefixtures("shared_pool")
 def test_an_engine_that_is_swapped_after_its_hash_is_refused(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engines, sound = own_bundle / "engines" / "cpu-fp32", Bundle.verify
 
@@ -96,6 +100,5 @@ def test_an_engine_that_is_swapped_after_its_hash_is_refused(own_bundle: Path, m
         return seal
 
     monkeypatch.setattr(Bundle, "verify", verify)
-    monkeypatch.setattr(onnxruntime, "OrtEngine", lambda *_: None)  # one process cannot have both kinds of pool
-    with pytest.raises(BundleError, match="was replaced while it was read"):
-        runners._load(str(own_bundle), "cpu-fp32", "bypass_02-03")
+    with pytest.raises(PolygraphyException, match="was replaced while it was read"):
+        DashEngineRunner(str(own_bundle), "cpu-fp32", "bypass_02-03").activate()

@@ -20,6 +20,7 @@ from rich.table import Table
 from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.evaluate.candidates import label
+from dash_export.runtime.device.base import MAIN
 from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.rules import DENSE
 
@@ -106,9 +107,9 @@ def _launch_us(runtime: DashRuntime, context: int) -> float:
         step.place()
         began = time.perf_counter()
         for part in step.parts:
-            step._launch(part)
+            step.launch(part)
         times.append(time.perf_counter() - began)
-        step.main.synchronize()
+        engines.device.synchronize(MAIN)
     return 1e6 * float(np.median(times)) / len(step.parts)
 
 

@@ -1,17 +1,25 @@
-"""Memory, streams and events on CUDA, through `cuda-bindings` alone. Only non-blocking streams are used: nothing waits
-for the legacy default stream.
+"""The driver on CUDA, through `cuda-bindings` alone. Only non-blocking streams are used: nothing waits for the legacy
+default stream. Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
+import ctypes
 import weakref
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import BackendError
+from dash_export.manifest import Build
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
+
+if TYPE_CHECKING:
+    from dash_export.runtime.device.cuda_graph import CudaGraph
 
 INSTALL = "pip install 'cuda-bindings>=12.6,<13' (CUDA 12, JetPack 6) or cuda-bindings (CUDA 13)"
 
@@ -24,17 +32,31 @@ def require_bindings() -> Any:
         raise BackendError(f"The package cuda-bindings is missing or does not load ({error}): {INSTALL}") from error
 
 
+class CudaMemory:
+    """Bytes on the device, or a view of some; freed when the last view is gone."""
+
+    def __init__(self, address: int, nbytes: int, whole: CudaMemory | None = None) -> None:
+        self.address, self.nbytes, self._whole = address, nbytes, whole
+
+    def part(self, offset: int) -> CudaMemory:
+        return CudaMemory(self.address + offset, self.nbytes - offset, self)
+
+
 class Cuda:
-    """The CUDA runtime on one device. A failing call raises BackendError with CUDA's own words."""
+    """The CUDA runtime on the first device: what every backend on it has in common."""
 
     def __init__(self) -> None:
         """Asks the driver first. Raises BackendError that says what is missing: driver, device or bindings."""
         self.device: CudaDevice = cuda_devices()[0]
+        self.name = f"{self.device.name} (compute capability {self.device.capability})"
         self.rt: Any = require_bindings()
         self(self.rt.cudaSetDevice(self.device.index))
+        self.engines: dict[tuple[Path, str], Any] = {}
+        self._streams: dict[str, int] = {}
+        self._events: dict[str, Any] = {}
 
     def __call__(self, result: tuple[Any, ...], what: str = "") -> Any:
-        """The value of a call (code, *values). Raises BackendError when it failed."""
+        """The value of a call (code, *values). Raises BackendError with CUDA's own words when it failed."""
         code, *values = result
         if code != self.rt.cudaError_t.cudaSuccess:
             name = self.rt.cudaGetErrorString(code)[1]
@@ -42,90 +64,88 @@ class Cuda:
             raise BackendError(f"CUDA on {self.device.name} failed{what}: {text} ({int(code)}).")
         return values[0] if values else None
 
-    def allocate(self, nbytes: int) -> int:
-        """An address. Raises BackendError that says what was asked and what is free."""
-        code, address = self.rt.cudaMalloc(nbytes)
-        if code == self.rt.cudaError_t.cudaErrorMemoryAllocation:
-            self.rt.cudaGetLastError()  # a failed allocation is not sticky
-            free, total = self.rt.cudaMemGetInfo()[1:]
+    def accept(self, build: Build, rebuild: str) -> None:
+        """Every build."""
+
+    def engine(self, path: Path, stream: str) -> Any:
+        key = (path, stream)
+        if key not in self.engines:
+            self.engines[key] = self.load(path, stream)
+        return self.engines[key]
+
+    def load(self, path: Path, stream: str) -> Any:
+        """An engine of the backend. Raises BackendError when that refuses the file."""
+        raise NotImplementedError
+
+    # --- memory
+
+    def memory(self, nbytes: int) -> CudaMemory:
+        rt, size = self.rt, max(nbytes, 1)
+        code, address = rt.cudaMalloc(size)
+        if code == rt.cudaError_t.cudaErrorMemoryAllocation:
+            rt.cudaGetLastError()  # a failed allocation is not sticky
+            free, total = rt.cudaMemGetInfo()[1:]
             raise BackendError(
-                f"{self.device.name} is out of memory: {nbytes / 1e6:.1f} MB were asked for and {free / 1e6:.1f} of "
+                f"{self.device.name} is out of memory: {size / 1e6:.1f} MB were asked for and {free / 1e6:.1f} of "
                 f"{total / 1e6:.0f} MB are free. Use a smaller kv_capacity or prefill_chunk in the recipe, int4 "
                 "weights, or fewer sessions."
             )
-        return int(self((code, address)))
+        memory = CudaMemory(int(self((code, address))), nbytes)
+        weakref.finalize(memory, rt.cudaFree, memory.address)
+        self(rt.cudaMemsetAsync(memory.address, 0, size, self.stream("setup")))
+        self.synchronize("setup")
+        return memory
+
+    def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        rt = self.rt
+        address = int(self(rt.cudaHostAlloc(max(nbytes, 1), rt.cudaHostAllocDefault)))
+        buffer = (ctypes.c_uint8 * nbytes).from_address(address)
+        array: npt.NDArray[np.uint8] = np.ctypeslib.as_array(buffer)
+        array[:] = 0
+        # Views keep the ctypes object alive, and with it the memory.
+        weakref.finalize(buffer, rt.cudaFreeHost, address)
+        return array
+
+    def copy(self, stream: str, to: Any, source: Any) -> None:
+        rt = self.rt
+        kind = rt.cudaMemcpyKind.cudaMemcpyDefault
+        self(rt.cudaMemcpyAsync(_address(to), _address(source), source.nbytes, kind, self.stream(stream)))
+
+    def copy_rows(self, stream: str, to: CudaMemory, pitch: int, source: CudaMemory, width: int) -> None:
+        rt, rows = self.rt, source.nbytes // width
+        kind, handle = rt.cudaMemcpyKind.cudaMemcpyDefault, self.stream(stream)
+        self(rt.cudaMemcpy2DAsync(to.address, pitch, source.address, width, width, rows, kind, handle))
+
+    # --- order
+
+    def stream(self, name: str) -> int:
+        """The handle of the stream of that name, made at first."""
+        if name not in self._streams:
+            self._streams[name] = int(self(self.rt.cudaStreamCreateWithFlags(self.rt.cudaStreamNonBlocking)))
+        return self._streams[name]
+
+    def _event(self, name: str) -> Any:
+        if name not in self._events:
+            self._events[name] = self(self.rt.cudaEventCreateWithFlags(self.rt.cudaEventDisableTiming))
+        return self._events[name]
+
+    def record(self, stream: str, event: str) -> None:
+        self(self.rt.cudaEventRecord(self._event(event), self.stream(stream)))
+
+    def wait(self, stream: str, event: str) -> None:
+        self(self.rt.cudaStreamWaitEvent(self.stream(stream), self._event(event), 0))
+
+    def wait_for_event(self, event: str) -> None:
+        self(self.rt.cudaEventSynchronize(self._event(event)), f" before {event}")
+
+    def synchronize(self, stream: str) -> None:
+        self(self.rt.cudaStreamSynchronize(self.stream(stream)), f" on the stream {stream}")
+
+    def graph(self, stream: str, units: int, step: Callable[[CudaGraph], None]) -> CudaGraph:
+        from dash_export.runtime.device.cuda_graph import CudaGraph
+
+        return CudaGraph(self, stream, units, step)
 
 
-class CudaMemory:
-    """Bytes on the device, or a view of some; freed when the last view is gone."""
-
-    def __init__(self, address: int, nbytes: int, whole: CudaMemory | None = None) -> None:
-        self.address, self.nbytes, self._whole = address, nbytes, whole
-
-    def part(self, offset: int, nbytes: int) -> CudaMemory:
-        if not 0 <= offset <= offset + nbytes <= self.nbytes:
-            raise ValueError(f"{nbytes} bytes at {offset} are not inside {self.nbytes}")
-        return CudaMemory(self.address + offset, nbytes, self)
-
-
-class CudaEvent:
-    def __init__(self, cuda: Cuda, name: str) -> None:
-        self._cuda, self.name = cuda, name
-        self.handle = cuda(cuda.rt.cudaEventCreateWithFlags(cuda.rt.cudaEventDisableTiming))
-        weakref.finalize(self, cuda.rt.cudaEventDestroy, self.handle)
-
-    def wait(self) -> None:
-        self._cuda(self._cuda.rt.cudaEventSynchronize(self.handle), f" before {self.name}")
-
-
-class Enqueues(Protocol):
-    """A context as CUDA's streams want it."""
-
-    name: str
-
-    def enqueue(self, stream: int) -> None:
-        """Launch on the stream of that handle. Raises BackendError."""
-        ...
-
-
-class CudaStream:
-    def __init__(self, cuda: Cuda, name: str) -> None:
-        self._cuda, self.name = cuda, name
-        self._kind = cuda.rt.cudaMemcpyKind.cudaMemcpyDefault
-        self._stream = cuda(cuda.rt.cudaStreamCreateWithFlags(cuda.rt.cudaStreamNonBlocking))
-        self.handle = int(self._stream)
-
-    def run(self, context: Enqueues) -> None:
-        context.enqueue(self.handle)
-
-    def upload(self, to: CudaMemory, source: npt.NDArray[Any]) -> None:
-        self._copy(to.address, source.ctypes.data, source.nbytes)
-
-    def download(self, to: npt.NDArray[Any], source: CudaMemory) -> None:
-        self._copy(to.ctypes.data, source.address, to.nbytes)
-
-    def copy(self, to: CudaMemory, source: CudaMemory) -> None:
-        self._copy(to.address, source.address, source.nbytes)
-
-    def _copy(self, to: int, source: int, nbytes: int) -> None:
-        self._cuda(self._cuda.rt.cudaMemcpyAsync(to, source, nbytes, self._kind, self._stream))
-
-    def copy_rows(
-        self, to: CudaMemory, pitch: int, source: CudaMemory, source_pitch: int, width: int, rows: int
-    ) -> None:
-        rt = self._cuda.rt
-        self._cuda(
-            rt.cudaMemcpy2DAsync(to.address, pitch, source.address, source_pitch, width, rows, self._kind, self._stream)
-        )
-
-    def clear(self, memory: CudaMemory) -> None:
-        self._cuda(self._cuda.rt.cudaMemsetAsync(memory.address, 0, memory.nbytes, self._stream))
-
-    def record(self, event: CudaEvent) -> None:
-        self._cuda(self._cuda.rt.cudaEventRecord(event.handle, self._stream))
-
-    def wait(self, event: CudaEvent) -> None:
-        self._cuda(self._cuda.rt.cudaStreamWaitEvent(self._stream, event.handle, 0))
-
-    def synchronize(self) -> None:
-        self._cuda(self._cuda.rt.cudaStreamSynchronize(self._stream), f" on the stream {self.name}")
+def _address(place: Any) -> int:
+    return int(place.address if isinstance(place, CudaMemory) else place.ctypes.data)

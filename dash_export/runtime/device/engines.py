@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-import numpy as np
+from math import prod
 
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BundleError, ContextLengthError
 from dash_export.manifest import DAMAGED, POLICY, Build, Segment
-from dash_export.names import past_names
-from dash_export.runtime.device.base import Device, DeviceEngine, Memory
-from dash_export.runtime.device.blocks import size_of
+from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Memory
+from dash_export.runtime.device.step import DeviceStep
 from dash_export.targets import Recipe
-
-if TYPE_CHECKING:
-    from dash_export.runtime.device.step import DeviceStep
-
-MAIN, BESIDE = "main", "beside"
-"""Streams: layers run on one; in `overlapped` and `device` dispatch the policy runs on the other."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedSegment:
-    """What runs a segment and, where it is a unit, what skips it."""
+    """What runs a segment and, where it is a unit, what skips it. `unit`: its place among the units."""
 
     segment: Segment
     run: DeviceEngine
-    bypass: DeviceEngine | None
+    bypass: DeviceEngine | None = None
+    unit: int | None = None
 
 
 class DeviceEngines:
@@ -43,36 +32,36 @@ class DeviceEngines:
     score_rows = 1
 
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
-        """`dispatch`: `sync` (the policy in the layers' stream), `overlapped` (in its own, beside the layers before the
-        first unit) or `device` (the same, recorded once, decisions and all; where a device cannot, `overlapped`).
+        """`dispatch`: `sync`, `overlapped` or `device` (`step`), which becomes `overlapped` where steps cannot be
+        recorded.
 
         Raises BundleError where the build has no engine of the policy, or none that gives the state that it reads.
         """
         assert recipe.engine is not None
-        self.build = build
-        self.device = device
-        self.dispatch = dispatch
-        obstacle = device.graph_obstacle() if dispatch == "device" else None
-        if obstacle is not None:
-            self.record_no_steps(obstacle)
-        self.kernel = recipe.engine
-        self.chunk = recipe.runtime.prefill_chunk
+        self.build, self.device, self.dispatch, self.recipe = build, device, dispatch, recipe.engine
+        self.policy_stream = MAIN if dispatch == "sync" else BESIDE
+        self.itemsize = 4 if recipe.engine.activations == "fp32" else 2
+        """Bytes of a number in hidden states and caches."""
+        self._chunk = recipe.runtime.prefill_chunk
         model, policy = bundle.manifest.model, bundle.manifest.policy
         self.model = replace(model, max_positions=min(model.max_positions, recipe.engine.kv_capacity))
         self.units = policy.units
-        # All sessions share the streams and a scratch block that grows, and what another thread gave a stream while a
-        # step is recorded would become part of it: they take turns, a step at a time.
+        # All sessions share the streams and their scratch memory, and what another thread gave a stream while a step is
+        # recorded would become part of it: they take turns, a step at a time.
         self.turn = threading.RLock()
 
         def load(name: str, stream: str = MAIN) -> DeviceEngine:
             return device.engine(bundle.path(build.engines[name].file), stream)
 
-        def loaded(segment: Segment) -> LoadedSegment:
-            unit = Unit(segment.first, segment.last)
-            return LoadedSegment(segment, load(segment.name), load(unit.bypass) if segment.gated else None)
-
-        self.segments = [loaded(segment) for segment in build.segments]
-        gated = [index for index, segment in enumerate(build.segments) if segment.gated]
+        self.segments: list[LoadedSegment] = []
+        gated = [place for place, segment in enumerate(build.segments) if segment.gated]
+        for place, segment in enumerate(build.segments):
+            run = load(segment.name)
+            if segment.gated:
+                bypass = load(Unit(segment.first, segment.last).bypass)
+                self.segments.append(LoadedSegment(segment, run, bypass, gated.index(place)))
+            else:
+                self.segments.append(LoadedSegment(segment, run))
         self.first = gated[0] if gated else len(self.segments)
         """The place of the first unit's segment. The policy reads what enters the one before it."""
         self.policy: DeviceEngine | None = None
@@ -82,37 +71,14 @@ class DeviceEngines:
                 raise BundleError(f"{bundle.root}: the build for {build.target!r} cannot ask its policy. {DAMAGED}")
             self.policy = load(POLICY, self.policy_stream)
 
-    @property
-    def policy_stream(self) -> str:
-        return MAIN if self.dispatch == "sync" else BESIDE
-
-    @property
-    def dtype(self) -> np.dtype[np.generic]:
-        """Of hidden states and caches."""
-        item = next(item for item in self.segments if item.segment.layers)
-        return item.run.dtype(past_names(item.segment.first)[0])
-
-    def record_no_steps(self, reason: str) -> None:
-        """`device` dispatch becomes `overlapped`, for good."""
-        logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", reason)
-        self.dispatch = "overlapped"
-
     def rows_at_once(self, _capacity: int) -> int:
-        return self.chunk
+        return self._chunk
 
     def cache(self, _step: int) -> DeviceCache:
         return DeviceCache(self)
 
     def step(self, cache: DeviceCache, sequence: int, teacher_forced: bool = False) -> DeviceStep:  # noqa: ARG002
-        from dash_export.runtime.device.graph import GraphStep
-        from dash_export.runtime.device.step import DeviceStep
-
-        kind = GraphStep if self.dispatch == "device" and sequence == 1 else DeviceStep
-        return kind(self, cache, sequence)
-
-    def profile(self, sequence: int) -> int:
-        """Which of an engine's profiles serves a step of `sequence` tokens."""
-        return 0 if sequence == 1 or self.kernel.profiles == 1 else 1
+        return DeviceStep(self, cache, sequence)
 
 
 class DeviceCache:
@@ -121,10 +87,8 @@ class DeviceCache:
     """
 
     def __init__(self, engines: DeviceEngines) -> None:
-        self._engines = engines
-        self.length = 0
-        self.capacity = engines.kernel.kv_capacity
-        model = engines.model
+        self._engines, model = engines, engines.model
+        self.length, self.capacity = 0, engines.recipe.kv_capacity
         self.shape = (1, model.num_kv_heads, self.capacity, model.head_dim)
         self.keys: list[Memory] = []
         self.values: list[Memory] = []
@@ -138,9 +102,8 @@ class DeviceCache:
             )
         if self.keys:
             return False
-        nbytes = size_of(self.shape, self._engines.dtype)
-        layers, device = self._engines.model.num_layers, self._engines.device
-        memories = [device.memory(nbytes) for _ in range(2 * layers)]  # out of memory, nothing is kept
+        nbytes, layers = prod(self.shape) * self._engines.itemsize, self._engines.model.num_layers
+        memories = [self._engines.device.memory(nbytes) for _ in range(2 * layers)]  # out of memory, nothing is kept
         self.keys, self.values = memories[:layers], memories[layers:]
         return True
 
@@ -150,11 +113,10 @@ class DeviceCache:
         twin.length = self.length
         if self.keys:
             twin.reserve(0)
-        stream = self._engines.device.stream(MAIN)
         with self._engines.turn:
             for into, source in zip((*twin.keys, *twin.values), (*self.keys, *self.values), strict=True):
-                stream.copy(into, source)
-            stream.synchronize()
+                self._engines.device.copy(MAIN, into, source)
+            self._engines.device.synchronize(MAIN)
         return twin
 
     @property

@@ -1,127 +1,123 @@
-"""One token, or many, enqueued on a device: the dispatcher where engines run later than they are launched.
+"""One token, or many, enqueued on a device: `decode.BoundStep` where engines run later than they are launched.
 
 A token is one launch per segment, and one of the policy where it is asked. Hidden states alternate between two buffers,
-as on the host. `overlapped`: while the layers before the first unit run on the main stream, the policy, which reads
-what entered them, does so on its own; damage lands in pinned memory, the host waits for that event alone, decides about
-all units, and launches the first before the layers ahead of it have ended. `sync`: the policy stands in the main stream
-behind those layers. `device`: `graph.py`.
+as on the host. The modes differ in who waits for the policy:
+
+- `sync`: the policy stands in the layers' stream; the host waits for its damage, decides and launches on.
+- `overlapped`: while the layers before the first unit run on the main stream, the policy, which reads what entered
+  them, does so on its own. The host waits for its damage alone, and launches the first unit before the layers ahead of
+  it have ended.
+- `device`: the same, recorded once as a graph: a kernel takes all decisions, and every unit is a branch. The host fills
+  inputs and limits, launches, and waits once for the end of the token. Actions known beforehand (dense, static,
+  forced) need no decision, and `max_layers` ranks units by damage: these are launched one by one, as in `overlapped`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.decision import Skips
+from dash_export.decision import DecisionRule, Skips
+from dash_export.errors import BackendError
 from dash_export.names import new_names, past_names, present_names
-from dash_export.runtime.backends.base import Launch
-from dash_export.runtime.device.base import Context, Device, DeviceEngine, Memory, Stream
-from dash_export.runtime.device.blocks import Block
-from dash_export.runtime.device.engines import MAIN, DeviceCache, DeviceEngines, LoadedSegment
+from dash_export.runtime.backends.base import Launch as HostLaunch
+from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Graph, Launch, Memory
 from dash_export.runtime.rules import DENSE, Rule
 
-ALWAYS_RUN = -1
+if TYPE_CHECKING:
+    from dash_export.runtime.device.engines import DeviceCache, DeviceEngines, LoadedSegment
+
+logger = logging.getLogger(__name__)
+
+READY, DECIDED = "state ready", "decided"
+"""Events: what the policy reads is there; its damage is."""
 
 
+class Mirror:
+    """An array in pinned memory (`host`) and on the device (`memory`)."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self.host: npt.NDArray[Any] = device.pinned(nbytes).view(dtype).reshape(shape)
+        self.memory: Any = device.memory(nbytes)
+
+
+@dataclass(frozen=True)
 class Part:
-    """One segment of a step. It does not know the step: without a circle between them a step that is dropped gives its
-    memory and contexts back at once. `unit`: its place among the units, or ALWAYS_RUN.
+    """One segment, bound to a step's memory. `unit`: its place among the units. `new_rows`: (cache, rows) where
+    its engines leave the writing of K and V to the runtime.
+
+    It does not know the step: without a circle a step that is dropped gives its memory and contexts back at once.
     """
 
-    def __init__(self, device: Device, index: int, loaded: LoadedSegment, unit: int, row_bytes: int) -> None:
-        self.index, self.loaded, self.unit = index, loaded, unit
-        self.contexts: dict[bool, Context] = {}
-        # Engines of the `trt10` dialect give the new rows of K and V; others write the cache themselves.
-        self.rows = {
-            name: device.memory(row_bytes)
-            for layer in loaded.segment.layers
-            for name in new_names(layer)
-            if name in loaded.run.outputs()
-        }
+    unit: int | None
+    run: Launch
+    bypass: Launch | None
+    new_rows: list[tuple[Memory, Memory]]
 
 
 class DeviceStep:
-    """Engines bound to one session's memory for steps of `sequence` tokens, with the logits of the last one. The face
-    is that of the host's `BoundStep`; damage is zero where nobody asked.
+    """Engines bound to one session's memory for steps of `sequence` tokens. `logits` [1, 1, vocab] are those of the
+    last one; `damage` [units, sequence] is zero where nobody asked.
     """
 
     def __init__(self, engines: DeviceEngines, cache: DeviceCache, sequence: int) -> None:
-        model, units = engines.model, len(engines.units)
         self.engines, self.device, self.sequence = engines, engines.device, sequence
         self._cache = cache
-        self.main, self.policy = self.device.stream(MAIN), self.device.stream(engines.policy_stream)
-        self._ready, self._decided = self.device.event("state ready"), self.device.event("decided")
-        self._asked: Context | None = None
-        self._item = engines.dtype.itemsize
-        self._inputs = Block(
-            self.device,
-            {
-                "input_ids": ((1, sequence), np.int64),
-                "position_ids": ((1, sequence), np.int64),
-                "write_indices": ((1,), np.int64),
-            },
-        )
-        self.input_ids = self._inputs.host["input_ids"]
-        self._results = Block(
-            self.device,
-            {
-                "logits": ((1, 1, model.vocab_size), np.float32),
-                "damage": ((1, sequence, units), np.float32),
-                "skipped": ((units, sequence), np.bool_),
-            },
-        )
-        self.logits: npt.NDArray[np.float32] = self._results.host["logits"]
-        self.damage: npt.NDArray[np.float32] = self._results.host["damage"][0].T
-        self.skipped: Skips = self._results.host["skipped"]
-        self._hidden_bytes = sequence * model.hidden_size * self._item
-        self.hidden = [self.device.memory(self._hidden_bytes) for _ in range(2)]
-        row_bytes = model.num_kv_heads * sequence * model.head_dim * self._item
-        self.parts: list[Part] = []
-        for index, item in enumerate(engines.segments):
-            unit = sum(part.unit != ALWAYS_RUN for part in self.parts) if item.segment.gated else ALWAYS_RUN
-            self.parts.append(Part(self.device, index, item, unit, row_bytes))
-
-    def context(self, part: Part, bypass: bool = False) -> Context:
-        """Of the engine that runs or skips a part, bound to this step's memory; made when it is first needed."""
-        if bypass not in part.contexts:
-            engine = part.loaded.bypass if bypass else part.loaded.run
-            assert engine is not None
-            part.contexts[bypass] = self._bound(engine, self._memory_of(part))
-        return part.contexts[bypass]
-
-    def asked(self) -> Context:
-        """The policy, bound likewise."""
-        if self._asked is None:
-            assert self.engines.policy is not None
-            state = self.hidden[(self.engines.first - 1) % 2]
-            memory = {"hidden": state, "damage": self._results.memory["damage"]}
-            self._asked = self._bound(self.engines.policy, memory)
-        return self._asked
-
-    def _bound(self, engine: DeviceEngine, memory: Mapping[str, Memory]) -> Context:
-        shapes = {name: self._shape(name) for name in engine.inputs()}
-        bound = {name: memory[name] for name in (*engine.inputs(), *engine.outputs())}
-        return engine.context(self.engines.profile(self.sequence), shapes, bound)
-
-    def _memory_of(self, part: Part) -> dict[str, Memory]:
-        memory = {
-            **self._inputs.memory,
-            **part.rows,
-            "hidden": self.hidden[part.index % 2],
-            "hidden_out": self.hidden[(part.index + 1) % 2],
-            "logits": self._results.memory["logits"],
+        self._graph: Graph | None = None
+        model, units, item = engines.model, len(engines.units), engines.itemsize
+        self._row_bytes = model.head_dim * item
+        self._ids = Mirror(self.device, (1, sequence), np.int64)
+        self._positions = Mirror(self.device, (1, sequence), np.int64)
+        self._limits = Mirror(self.device, (units,), np.float64)
+        self._logits = Mirror(self.device, (1, 1, model.vocab_size), np.float32)
+        self._damage = Mirror(self.device, (1, sequence, units), np.float32)
+        self._skipped = Mirror(self.device, (units, sequence), np.bool_)
+        self.logits: npt.NDArray[np.float32] = self._logits.host
+        self.damage: npt.NDArray[np.float32] = self._damage.host[0].T
+        self.skipped: Skips = self._skipped.host
+        self._shapes = {
+            "input_ids": (1, sequence),
+            "position_ids": (1, sequence),
+            "write_indices": (1,),
+            "hidden": (1, sequence, model.hidden_size),
         }
-        for layer in part.loaded.segment.layers:
-            caches = (self._cache.keys[layer], self._cache.values[layer])
-            memory |= dict(zip((*past_names(layer), *present_names(layer)), caches * 2, strict=True))
-        return memory
+        self._memory = {
+            "input_ids": self._ids.memory,
+            "position_ids": self._positions.memory,
+            "write_indices": self._positions.memory,  # that of the first token
+            "logits": self._logits.memory,
+            "damage": self._damage.memory,
+        }
+        self._hidden = [self.device.memory(sequence * model.hidden_size * item) for _ in range(2)]
+        self.parts = [self._bind_part(index, segment) for index, segment in enumerate(engines.segments)]
+        self._policy: Launch | None = None
+        if engines.policy is not None and sequence == 1:  # prompts are dense
+            self._policy = self._bind(engines.policy, {"hidden": self._hidden[(engines.first - 1) % 2]})
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if name in self._inputs.host:
-            return self._inputs.host[name].shape
-        return (1, self.sequence, self.engines.model.hidden_size) if name == "hidden" else self._cache.shape
+    def _bind_part(self, index: int, loaded: LoadedSegment) -> Part:
+        memory = {"hidden": self._hidden[index % 2], "hidden_out": self._hidden[(index + 1) % 2]}
+        new_rows = []
+        for layer in loaded.segment.layers:
+            names = zip(past_names(layer), present_names(layer), new_names(layer), strict=True)
+            for (past, present, new), caches in zip(names, (self._cache.keys, self._cache.values), strict=True):
+                memory[past] = memory[present] = caches[layer]
+                if new in loaded.run.outputs:
+                    memory[new] = self.device.memory(caches[layer].nbytes // self._cache.capacity * self.sequence)
+                    new_rows.append((caches[layer], memory[new]))
+        bypass = self._bind(loaded.bypass, memory) if loaded.bypass is not None and self.sequence == 1 else None
+        return Part(loaded.unit, self._bind(loaded.run, memory), bypass, new_rows)
+
+    def _bind(self, engine: DeviceEngine, memory: dict[str, Memory]) -> Launch:
+        memory = self._memory | memory
+        shapes = {name: self._shapes.get(name, self._cache.shape) for name in engine.inputs}
+        profile = 0 if self.sequence == 1 or self.engines.recipe.profiles == 1 else 1
+        return engine.bind(profile, shapes, {name: memory[name] for name in (*engine.inputs, *engine.outputs)})
 
     # --- one step
 
@@ -136,75 +132,130 @@ class DeviceStep:
             self._advance(tokens, DENSE)
 
     def _advance(self, tokens: int | npt.NDArray[np.int64], rule: Rule) -> None:
-        """All tokens do the same: they are one, or run everything."""
-        self.input_ids[0] = tokens
-        self.place()
-        self.damage.fill(0.0)
-        asks = rule.asks and self.engines.policy is not None
-        self._launch_before_units(asks)
-        if asks:
-            self.policy.download(self._results.host["damage"], self._results.memory["damage"])
-            self.policy.record(self._decided)
-            self._decided.wait()
-        self.skipped[:] = rule.skips(self.damage)
-        for part in self.parts[self.engines.first :]:
-            self._launch(part, part.unit != ALWAYS_RUN and bool(self.skipped[part.unit, 0]))
-        self.main.download(self.logits, self._results.memory["logits"])
-        self.main.synchronize()
+        self._ids.host[0] = tokens
+        self._note_positions()
+        graph = self._graph_for(rule)
+        if graph is None:
+            self._launch_all(rule)
+        else:
+            graph.launch(MAIN)
+        self.device.synchronize(MAIN)
         self._cache.length += self.sequence
 
-    def launches(self) -> list[tuple[Launch, Launch | None]]:
-        """Per segment what runs it and what skips it, to its end, to be timed one by one after `place`."""
+    def _launch_all(self, rule: Rule) -> None:
+        """`sync` and `overlapped`. All tokens do the same: they are one, or run everything."""
+        asks = rule.asks and self._policy is not None
+        self._upload_inputs()
+        self._launch_before_units(asks)
+        self.damage.fill(0.0)
+        if asks:
+            stream = self.engines.policy_stream
+            self.device.copy(stream, self._damage.host, self._damage.memory)
+            self.device.record(stream, DECIDED)
+            self.device.wait_for_event(DECIDED)
+        self.skipped[:] = rule.skips(self.damage)
+        for part in self.parts[self.engines.first :]:
+            self.launch(part, part.unit is not None and bool(self.skipped[part.unit, 0]))
+        self.device.copy(MAIN, self.logits, self._logits.memory)
 
-        def timed(part: Part, bypass: bool) -> Launch:
-            def launch() -> None:
-                self._launch(part, bypass)
-                self.main.synchronize()
+    def _graph_for(self, rule: Rule) -> Graph | None:
+        """The recorded step, its limits noted: in `device` dispatch, under a rule that its kernel knows."""
+        engines = self.engines
+        if engines.dispatch != "device" or self._policy is None or not isinstance(rule, DecisionRule) or rule.fewest:
+            return None
+        if self._graph is None:
+            self._warm_up()
+            try:
+                self._graph = self.device.graph(MAIN, len(engines.units), self._record)
+            except BackendError as error:
+                logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", error)
+                engines.dispatch = "overlapped"
+                return None
+        self._limits.host[:] = rule.limits
+        return self._graph
 
-            return launch
+    def _warm_up(self) -> None:
+        """Launch everything once: what an engine does at its first launch cannot be recorded. The row that this writes
+        to the caches is the one that the token is about to write.
+        """
+        assert self._policy is not None
+        self._upload_inputs()
+        for part in self.parts:
+            for launch in filter(None, (part.run, part.bypass)):
+                launch(MAIN)
+        self._policy(BESIDE)
+        for stream in (MAIN, BESIDE):
+            self.device.synchronize(stream)
 
-        return [(timed(part, False), timed(part, True) if part.unit != ALWAYS_RUN else None) for part in self.parts]
+    def _record(self, graph: Graph) -> None:
+        """`device`: what one token is, whatever its decisions."""
+        self._upload_inputs()
+        self.device.copy(MAIN, self._limits.memory, self._limits.host)
+        self._launch_before_units(True, graph)
+        self.device.record(BESIDE, DECIDED)
+        self.device.wait(MAIN, DECIDED)
+        graph.decide(MAIN, self._damage.memory, self._limits.memory, self._skipped.memory)
+        for part in self.parts[self.engines.first :]:
+            if part.unit is None:
+                self.launch(part, graph=graph)
+            else:
+                run, skip = (partial(self.launch, part, bypass, graph) for bypass in (False, True))
+                graph.branch(MAIN, part.unit, run, skip)
+        for result in (self._logits, self._damage, self._skipped):
+            self.device.copy(MAIN, result.host, result.memory)
 
-    def place(self) -> None:
-        """Say where the new tokens go: the rows after the cached ones."""
-        self._note_positions()
-        self._inputs.upload(self.main)
-
-    def _note_positions(self) -> None:
-        start, host = self._cache.length, self._inputs.host
-        host["position_ids"][0] = np.arange(start, start + self.sequence)
-        host["write_indices"][0] = start
-
-    def _launch_before_units(self, asks: bool) -> None:
+    def _launch_before_units(self, asks: bool, graph: Graph | None = None) -> None:
         """Enqueue what comes before the first unit, and the policy where it is asked. Beside, it waits only for the
         state that it reads, and so runs beside the last of that. Nothing writes there until all is decided: the first
         unit is what follows.
         """
-        for part in self.parts[: self.engines.first]:
-            if asks and part.index == self.engines.first - 1:
-                self.main.record(self._ready)
-            self._launch(part)
+        stream = self.engines.policy_stream
+        for index, part in enumerate(self.parts[: self.engines.first]):
+            if asks and index == self.engines.first - 1:
+                self.device.record(MAIN, READY)
+            self.launch(part, graph=graph)
         if asks:
-            if self.policy is not self.main:
-                self.policy.wait(self._ready)
-            self.policy.run(self.asked())
+            assert self._policy is not None
+            if stream != MAIN:
+                self.device.wait(stream, READY)
+            self._policy(stream)
 
-    def _launch(self, part: Part, bypass: bool = False, stream: Stream | None = None) -> None:
-        """Enqueue a segment or its bypass, and the cache writes that its engine leaves to the runtime."""
-        stream = stream or self.main
-        stream.run(self.context(part, bypass))
-        for cache, rows in self._written(part):
-            self._write_rows(stream, cache, rows)
+    def launch(self, part: Part, bypass: bool = False, graph: Graph | None = None, stream: str = MAIN) -> None:
+        """Enqueue a segment or its bypass, and the cache writes that its engine leaves to the runtime: at the rows
+        after the cached ones or, where the step is recorded in `graph`, at a position that is read when it runs.
+        """
+        launch = part.bypass if bypass else part.run
+        assert launch is not None
+        launch(stream)
+        width, pitch = self._row_bytes, self._cache.capacity * self._row_bytes
+        for cache, rows in part.new_rows:
+            if graph is not None:
+                graph.write_rows(stream, cache, pitch, rows, width, self._positions.memory)
+            else:
+                free = cache.part(self._cache.length * width)
+                self.device.copy_rows(stream, free, pitch, rows, self.sequence * width)
 
-    def _written(self, part: Part) -> Iterator[tuple[Memory, Memory]]:
-        """(cache, new rows)"""
-        for layer in part.loaded.segment.layers if part.rows else ():
-            for name, cache in zip(new_names(layer), (self._cache.keys[layer], self._cache.values[layer]), strict=True):
-                yield cache, part.rows[name]
+    def _note_positions(self) -> None:
+        self._positions.host[0] = np.arange(self._cache.length, self._cache.length + self.sequence)
 
-    def _write_rows(self, stream: Stream, cache: Memory, rows: Memory) -> None:
-        model = self.engines.model
-        head = model.head_dim * self._item
-        start, whole, new = self._cache.length * head, self._cache.capacity * head, self.sequence * head
-        target = cache.part(start, cache.nbytes - start)
-        stream.copy_rows(target, whole, rows, new, new, model.num_kv_heads)
+    def _upload_inputs(self) -> None:
+        for item in (self._ids, self._positions):
+            self.device.copy(MAIN, item.memory, item.host)
+
+    # --- for who times launches
+
+    def place(self) -> None:
+        """Say where the new tokens go: the rows after the cached ones."""
+        self._note_positions()
+        self._upload_inputs()
+
+    def launches(self) -> list[tuple[HostLaunch, HostLaunch | None]]:
+        """Per segment what runs it and what skips it, to its end, to be timed one by one after `place`."""
+
+        def launch(part: Part, bypass: bool) -> None:
+            self.launch(part, bypass)
+            self.device.synchronize(MAIN)
+
+        return [
+            (partial(launch, part, False), partial(launch, part, True) if part.bypass else None) for part in self.parts
+        ]

@@ -5,7 +5,6 @@ Nothing here needs a device but `tensorrt` itself, which compiles for the one it
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dash_export.errors import BackendError
+from dash_export.runtime.backends import BACKENDS
 
-EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
 PORTABLE_SINCE = (10, 15)
 """TensorRT before this one has no KVCacheUpdate: the `trt10` dialect is for it."""
 
@@ -45,40 +44,43 @@ class Toolkit:
         except ImportError as error:
             raise BackendError(
                 f"{backend} is not installed on this machine or does not load ({error}). "
-                f"Run: pip install 'dash-export[{EXTRAS[backend]}]'"
+                f"Run: pip install 'dash-export[{BACKENDS[backend][2]}]'"
             ) from error
-        self.backend = backend
+        self.backend, self.is_rtx = backend, backend == "tensorrt_rtx"
         self.version = str(self.trt.__version__)
         self.logger = _logger(self.trt)
 
-    @property
-    def is_rtx(self) -> bool:
-        return self.backend == "tensorrt_rtx"
+    def describe(self) -> str:
+        return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
 
     def compile(self, graph: Path, settings: Settings, timing: bytes = b"") -> tuple[Any, bytes]:
         """ONNX file -> (serialized engine as a buffer, timing cache). Raises BackendError with TensorRT's own words."""
         trt = self.trt
         with self.logger.collected() as complaints:
             builder = trt.Builder(self.logger)
-            network = builder.create_network(self._network_flags())
+            # 11.x is always strongly typed and keeps the flag as a name without a meaning.
+            flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+            network = builder.create_network(0 if flag is None else 1 << int(flag))
             parser = trt.OnnxParser(network, self.logger)
             if not parser.parse_from_file(str(graph)):
-                errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-                raise BackendError(f"{self.describe()} cannot read {graph.stem}: {errors or self._last(complaints)}")
+                complaints += [parser.get_error(index).desc() for index in range(parser.num_errors)]
+                raise BackendError(f"{self.describe()} cannot read {graph.stem}: {last(complaints)}")
             config = builder.create_builder_config()
             self._configure(config, settings)
             for shapes in settings.profiles:
-                config.add_optimization_profile(self._profile(builder, network, shapes))
-            cached = self._timing_cache(config, timing)
+                profile = builder.create_optimization_profile()
+                for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+                    if -1 in tuple(tensor.shape):
+                        profile.set_shape(tensor.name, *shapes[tensor.name])
+                config.add_optimization_profile(profile)
+            cached = None
+            if not self.is_rtx:  # which times nothing: its cache is a deprecated no-op
+                cached = config.create_timing_cache(timing)
+                config.set_timing_cache(cached, ignore_mismatch=False)
             engine = builder.build_serialized_network(network, config)
             if engine is None:
-                raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {self._last(complaints)}")
+                raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last(complaints)}")
             return engine, bytes(cached.serialize()) if cached is not None else b""
-
-    def _network_flags(self) -> int:
-        # 11.x is always strongly typed and keeps the flag as a name without a meaning.
-        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-        return 0 if flag is None else 1 << int(flag)
 
     def _configure(self, config: Any, settings: Settings) -> None:
         trt = self.trt
@@ -93,27 +95,10 @@ class Toolkit:
                 if known is None or not config.set_compute_capability(known, index):
                     raise BackendError(f"{self.describe()} does not compile for compute capability {capability}.")
 
-    def _profile(self, builder: Any, network: Any, shapes: Shapes) -> Any:
-        profile = builder.create_optimization_profile()
-        for index in range(network.num_inputs):
-            tensor = network.get_input(index)
-            if -1 in tuple(tensor.shape):
-                profile.set_shape(tensor.name, *shapes[tensor.name])
-        return profile
 
-    def _timing_cache(self, config: Any, timing: bytes) -> Any:
-        """RTX times nothing when it compiles: its cache is a deprecated no-op."""
-        if self.is_rtx:
-            return None
-        cached = config.create_timing_cache(timing)
-        config.set_timing_cache(cached, ignore_mismatch=False)
-        return cached
-
-    def describe(self) -> str:
-        return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
-
-    def _last(self, complaints: Sequence[str]) -> str:
-        return complaints[-1] if complaints else "it gave no reason"
+def last(complaints: Sequence[str]) -> str:
+    """The reason to tell."""
+    return complaints[-1] if complaints else "it gave no reason"
 
 
 @cache
@@ -129,24 +114,20 @@ def _logger(trt: Any) -> Any:
     class Collector(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self._lists: list[list[str]] = []
-            self._lock = threading.Lock()
+            self._open: dict[int, list[str]] = {}  # builders log from threads of their own
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                with self._lock:
-                    for complaints in self._lists:
-                        complaints.append(message)
+                for complaints in list(self._open.values()):
+                    complaints.append(message)
 
         @contextmanager
         def collected(self) -> Iterator[list[str]]:
             complaints: list[str] = []
-            with self._lock:
-                self._lists.append(complaints)
+            self._open[id(complaints)] = complaints
             try:
                 yield complaints
             finally:
-                with self._lock:
-                    self._lists = [known for known in self._lists if known is not complaints]
+                del self._open[id(complaints)]
 
     return Collector()

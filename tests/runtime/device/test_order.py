@@ -4,34 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partialmethod
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dash_export import DashRuntime
 from dash_export.names import past_names, present_names
-from dash_export.runtime.device.base import Memory
-from dash_export.runtime.device.engines import BESIDE, MAIN, DeviceEngines
-from dash_export.runtime.device.step import DeviceStep, Part
+from dash_export.runtime.device.base import BESIDE, MAIN
+from dash_export.runtime.device.engines import DeviceEngines
+from dash_export.runtime.device.step import READY, DeviceStep
 from dash_export.runtime.rules import DENSE, ForcedRule
-from tests.runtime.device.conftest import IDS, MakeSimulated, Simulated
+from tests.runtime.device.conftest import DIALECTS, IDS, Host, MakeSimulated, Simulated
 from tests.runtime.device.simulated import (
     Call,
-    SimulatedContext,
+    Mark,
     SimulatedDevice,
-    SimulatedEvent,
-    SimulatedStream,
+    SimulatedEngine,
+    SimulatedGraph,
+    SimulatedLaunch,
+    SimulatedMemory,
 )
-from tests.runtime.device.test_step import TOLERANCE, decoded, rule_of
 
 BEFORE = ("layer_00", "layer_01")
 """The segments before the first unit; the policy reads what enters the second."""
 SIDES = {"layers_02-03": "bypass_02-03", "layer_04": "bypass_04-04"}
 
 
-def one_token(made: Simulated, host: DashRuntime) -> list[Call]:
+def one_token(made: Simulated, host: Host) -> list[Call]:
     """What the host did for one decoded token under a policy."""
-    session = made.runtime.session_under(rule_of(host))
+    session = made.runtime.session_under(host.rule)
     session.prefill(IDS[:20])
     session.decode_one(int(IDS[20]))
     made.device.log.clear()
@@ -48,33 +51,45 @@ def check_overlap(log: list[Call]) -> None:
     assert waits[-1] == len(log) - 1
     runs = [(stream, of) for stream, what, of in log[: waits[0]] if what == "run"]
     assert runs == [*((MAIN, name) for name in BEFORE), (BESIDE, "policy")]
-    assert [call for call in log if call[1] == "wait" and call[0] == BESIDE] == [(BESIDE, "wait", "state ready")]
-    (ready,) = (index for index, call in enumerate(log) if call == (MAIN, "record", "state ready"))
+    assert [call for call in log if call[1] == "wait" and call[0] == BESIDE] == [(BESIDE, "wait", READY)]
+    assert log.count((MAIN, "record", READY)) == 1, "recorded once"
+    ready = log.index((MAIN, "record", READY))
     assert log.index((MAIN, "run", BEFORE[0])) < ready < log.index((MAIN, "run", BEFORE[1]))
 
 
-def check_scratch(ran: list[tuple[str, SimulatedContext]]) -> None:
-    """No two streams share scratch memory."""
-    streams: dict[str, set[str]] = {}
-    for stream, context in ran:
-        streams.setdefault(context.scratch, set()).add(stream)
-    assert all(len(names) == 1 for names in streams.values()), streams
+def check_recording(log: list[Call]) -> None:
+    """The policy beside the layers before the first unit, one kernel that decides about all, then a branch per unit."""
+    ran = [(stream, of) for stream, what, of in log if what == "run"]
+    units = [(side, of) for pair in SIDES.items() for side, of in zip(("run side", "skip side"), pair, strict=True)]
+    assert ran == [*((MAIN, name) for name in BEFORE), (BESIDE, "policy"), *units, (MAIN, "layer_05")]
+    done = Counter(what for _, what, _ in log)
+    assert (done["decide"], done["branch"]) == (1, len(SIDES))
+    policy = log.index((BESIDE, "run", "policy"))
+    assert log[policy - 1] == (BESIDE, "wait", READY)
+    decided = [(BESIDE, "record", "decided"), (MAIN, "wait", "decided"), (MAIN, "decide", "")]
+    assert log[policy + 1 : policy + 4] == decided
+    assert log.index((MAIN, "record", READY)) < log.index((MAIN, "run", BEFORE[1]))
+    assert not [call for call in log if call[0] == "host"]
 
 
-def check_aliases(step: DeviceStep) -> None:
-    """A cache is read and written under one address."""
-    for part in step.parts:
-        memory = step._memory_of(part)
-        for layer in part.loaded.segment.layers:
+def check_scratch(ran: list[tuple[str, SimulatedLaunch]]) -> None:
+    """Engines that share scratch memory run on one stream."""
+    streams = {(launch.engine.stream, stream.replace("body", MAIN)) for stream, launch in ran}
+    assert len({scratch for scratch, _ in streams}) == len(streams), streams
+
+
+def check_memory(ran: list[tuple[str, SimulatedLaunch]]) -> None:
+    """A cache is read and written under one address, a hidden state is not; both sides of a unit write one buffer."""
+    outputs: dict[str, int] = {}
+    for _, launch in ran:
+        memory = launch.memory
+        for layer in range(6):
             for past, present in zip(past_names(layer), present_names(layer), strict=True):
-                assert memory[past] is memory[present]
-
-
-def differs(made: Simulated, host: DashRuntime) -> bool:
-    """Whether decode gives other logits or actions than the CPU."""
-    rule = rule_of(host)
-    (found, taken), (expected, actions) = decoded(made.runtime, rule), decoded(host, rule)
-    return bool((taken != actions).any() or not np.abs(found - expected).max() < TOLERANCE)
+                assert past not in memory or present not in memory or memory[past] is memory[present]
+        if "hidden_out" in memory and launch.shapes["position_ids"] == (1, 1):
+            assert memory["hidden_out"] is not memory.get("hidden")
+            outputs[launch.name] = id(memory["hidden_out"])
+    assert all(outputs.get(bypass, outputs[run]) == outputs[run] for run, bypass in SIDES.items() if run in outputs)
 
 
 def decode_step(made: Simulated) -> DeviceStep:
@@ -85,13 +100,19 @@ def decode_step(made: Simulated) -> DeviceStep:
     return engines.step(cache, 1)
 
 
-def test_sound(simulated: MakeSimulated, host: DashRuntime) -> None:
-    for dialect in ("trt10", "portable"):
-        made = simulated(dialect)
-        check_overlap(one_token(made, host))
-        check_scratch(made.device.ran)
-        check_aliases(decode_step(made))
-        assert not differs(made, host)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_sound(dialect: str, simulated: MakeSimulated, host: Host) -> None:
+    made = simulated(dialect)
+    check_overlap(one_token(made, host))
+    recorded = simulated(dialect, "device")
+    assert one_token(recorded, host) == [(MAIN, "launch", "graph"), ("host", "synchronize", MAIN)]
+    check_recording(recorded.device.recorded[-1].log)
+    for ran in (made.device.ran, recorded.device.ran):
+        check_scratch(ran)
+        check_memory(ran)
+    in_turn = one_token(simulated(dialect, "sync"), host)
+    assert {stream for stream, _, _ in in_turn} == {MAIN, "host"}
+    assert [of for _, what, of in in_turn if what == "run"][:3] == [*BEFORE, "policy"]
 
 
 @pytest.mark.parametrize("skipped", [[False, False], [True, False], [True, True]])
@@ -101,129 +122,169 @@ def test_launches_of_a_token(skipped: list[bool], simulated: MakeSimulated) -> N
     """
     for dialect, copies in (("trt10", 2 * 6), ("portable", 0)):
         made = simulated(dialect)
-        step = decode_step(made)
-        step.decode(1, ForcedRule(np.array(skipped)[:, None]))
+        decode_step(made).decode(1, ForcedRule(np.array(skipped)[:, None]))
         units = [pair[which] for pair, which in zip(SIDES.items(), skipped, strict=True)]
         assert sorted(of for _, what, of in made.device.log if what == "run") == sorted(
             [*BEFORE, "policy", *units, "layer_05"]
         )
         done = Counter(what for _, what, _ in made.device.log)
-        assert (done["upload"], done["copy_rows"], done["download"]) == (1, copies, 2)
+        assert (done["upload"], done["copy_rows"], done["download"]) == (2, copies, 2)
 
 
-def test_sync_is_one_stream(simulated: MakeSimulated, host: DashRuntime) -> None:
-    log = one_token(simulated("trt10", "sync"), host)
-    assert {stream for stream, _, _ in log} == {MAIN, "host"}
-    assert [of for _, what, of in log if what == "run"][:3] == [*BEFORE, "policy"]
-
-
-def test_nothing_is_waited_for_where_nobody_asks(simulated: MakeSimulated) -> None:
+def test_nobody_asks_a_policy_whose_answer_is_not_wanted(simulated: MakeSimulated, host: Host) -> None:
     made = simulated("trt10")
     decode_step(made).decode(1, DENSE)
     assert [call for call in made.device.log if call[0] == "host"] == [("host", "synchronize", MAIN)]
-
-
-def test_prompts_and_static_sets_ask_no_policy(simulated: MakeSimulated, host: DashRuntime) -> None:
-    made = simulated()
     made.runtime.generate(IDS[:10].tolist(), 4, policy="static", skip=[2, 3])
-    made.runtime.session_under(rule_of(host)).prefill(IDS[:20])
-    assert not [context for _, context in made.device.ran if context.name == "policy"]
+    made.runtime.session_under(host.rule).prefill(IDS[:20])
+    assert not [launch for _, launch in made.device.ran if launch.name == "policy"]
 
 
-# --- mistakes
+# --- mistakes: each wraps a sound method, which it is given first, then that one's arguments
 
 
-def test_layers_awaited_before_the_policy_is_launched(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
+def launch_and_wait(sound: Any, step: DeviceStep, *given: Any, **named: Any) -> None:
+    sound(step, *given, **named)
+    step.device.synchronize(MAIN)
+
+
+def wait_for_the_layers_beside(sound: Any, device: SimulatedDevice, stream: str, event: str) -> None:
+    device.record(MAIN, event)
+    sound(device, stream, event)
+
+
+def wait_except(stream: str, recorded: bool = True) -> Callable[..., None]:
+    def wait(sound: Any, device: SimulatedDevice, on: str, event: str) -> None:
+        if (device.recording is not None) != recorded or on != stream:
+            sound(device, on, event)
+
+    return wait
+
+
+def nothing(sound: Any, *given: Any) -> None:
+    pass
+
+
+def engine_with_the_layers_scratch(sound: Any, device: SimulatedDevice, path: Any, _stream: str) -> Any:
+    return sound(device, path, MAIN)
+
+
+def bind_apart(sound: Any, engine: SimulatedEngine, profile: int, shapes: Any, memory: Any) -> Any:
+    """A cache that is not aliased."""
+    apart = {name: engine.device.memory(place.nbytes) for name, place in memory.items() if name.startswith("present")}
+    return sound(engine, profile, shapes, memory | apart)
+
+
+def bind_to_one_buffer(sound: Any, step: DeviceStep, engine: Any, memory: dict[str, Any]) -> Any:
+    return sound(step, engine, memory | dict.fromkeys(("hidden", "hidden_out"), step._hidden[0]))
+
+
+def new_rows(kept: int) -> Callable[..., Any]:
+    """Only so many of a segment's are written."""
+
+    def bind_part(sound: Any, *given: Any) -> Any:
+        part = sound(*given)
+        return replace(part, new_rows=part.new_rows[:kept])
+
+    return bind_part
+
+
+def copy_late(sound: Any, device: SimulatedDevice, _stream: str, *given: Any) -> None:
+    """On a stream that the next token does not wait for."""
+    sound(device, "late", *given)
+
+
+def policy_inside_a_branch(
+    sound: Any, step: Any, part: Any, bypass: bool = False, graph: Any = None, stream: str = MAIN
 ) -> None:
-    sound = DeviceStep._launch
-
-    def waiting(step: DeviceStep, part: Part, bypass: bool = False) -> None:
-        sound(step, part, bypass)
-        step.main.synchronize()
-
-    monkeypatch.setattr(DeviceStep, "_launch", waiting)
-    with pytest.raises(AssertionError):
-        check_overlap(one_token(simulated(), host))
+    sound(step, part, bypass, graph, stream)
+    if stream != MAIN:
+        step._policy(BESIDE)
 
 
-def test_a_policy_that_waits_for_the_layers_beside_it(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
+def policy_starts_with_the_step(sound: Any, step: Any, asks: bool, graph: Any = None) -> None:
+    """Waiting for something, but not for what made its input: a legal recording with wrong numbers."""
+    if graph is not None:
+        step.device.record(MAIN, READY)
+        step.device.wait(BESIDE, READY)
+        step._policy(BESIDE)
+    sound(step, asks and graph is None, graph)
+
+
+def policy_that_nobody_waits_for(sound: Any, step: Any, graph: Any) -> None:
+    sound(step, graph)
+    step._policy(BESIDE)
+
+
+def event_from_outside(sound: Any, step: Any, graph: Any) -> None:
+    step.device.events["elsewhere"] = Mark()
+    step.device.wait(MAIN, "elsewhere")
+    sound(step, graph)
+
+
+def decide_by_other_limits(sound: Any, graph: Any, stream: str, damage: Any, limits: Any, skipped: Any) -> None:
+    sound(graph, stream, damage, graph._device.memory(limits.nbytes), skipped)
+
+
+def write_where_the_first_token_was(sound: Any, *given: Any) -> None:
+    """An address computed by the host is the same at every launch."""
+    *others, position = given
+    sound(*others, SimulatedMemory(position.data.copy()))
+
+
+NUMBERS = "numbers"
+LOST, UNJOINED = "nobody waits for the end of beside", "beside has no place in the recording"
+MISTAKES: list[tuple[Any, str, Callable[..., Any], str, Any]] = [
+    (DeviceStep, "launch", launch_and_wait, "overlapped", check_overlap),
+    (SimulatedDevice, "wait", wait_for_the_layers_beside, "overlapped", check_overlap),
+    (SimulatedDevice, "wait", wait_except(BESIDE, recorded=False), "overlapped, beside first", NUMBERS),
+    (SimulatedDevice, "wait", wait_except(MAIN), "device", LOST),
+    (SimulatedDevice, "wait", wait_except(BESIDE), "device, beside first", UNJOINED),
+    (SimulatedDevice, "wait_for_event", nothing, "overlapped", NUMBERS),
+    (SimulatedDevice, "wait_for_event", nothing, "sync", NUMBERS),
+    (SimulatedDevice, "engine", engine_with_the_layers_scratch, "overlapped", check_scratch),
+    (SimulatedEngine, "bind", bind_apart, "overlapped, portable", NUMBERS),
+    (SimulatedEngine, "bind", bind_apart, "overlapped, portable", check_memory),
+    (DeviceStep, "_bind", bind_to_one_buffer, "overlapped", NUMBERS),
+    (DeviceStep, "_bind_part", new_rows(0), "overlapped", NUMBERS),
+    (DeviceStep, "_bind_part", new_rows(2), "overlapped", NUMBERS),
+    (DeviceStep, "_bind_part", new_rows(0), "device", NUMBERS),
+    (SimulatedDevice, "copy_rows", copy_late, "overlapped", NUMBERS),
+    (DeviceStep, "launch", policy_inside_a_branch, "device", UNJOINED),
+    (DeviceStep, "_launch_before_units", policy_starts_with_the_step, "device, beside first", NUMBERS),
+    (DeviceStep, "_record", policy_that_nobody_waits_for, "device", LOST),
+    (DeviceStep, "_record", event_from_outside, "device", "was recorded elsewhere"),
+    (SimulatedGraph, "decide", decide_by_other_limits, "device", NUMBERS),
+    (SimulatedGraph, "write_rows", write_where_the_first_token_was, "device", NUMBERS),
+]
+"""(whose method, its name, what it does instead, where, what sees it)"""
+
+
+@pytest.mark.parametrize(("kind", "method", "mistake", "where", "seen_by"), MISTAKES)
+def test_mistake(
+    kind: Any,
+    method: str,
+    mistake: Callable[..., Any],
+    where: str,
+    seen_by: Any,
+    simulated: MakeSimulated,
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sound = SimulatedStream.wait
-
-    def late(stream: SimulatedStream, event: SimulatedEvent) -> None:
-        stream.device.stream(MAIN).record(event)
-        sound(stream, event)
-
-    monkeypatch.setattr(SimulatedStream, "wait", late)
-    with pytest.raises(ValueError, match="too many values"):
-        check_overlap(one_token(simulated(), host))
-
-
-def test_a_missing_event(simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SimulatedStream, "wait", lambda *_: None)
-    assert differs(simulated(first=BESIDE), host)
-
-
-def test_a_decision_taken_without_waiting(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SimulatedEvent, "wait", lambda _: None)
-    assert differs(simulated(), host)
+    """Each is seen by what checks it when all is well."""
+    monkeypatch.setattr(kind, method, partialmethod(mistake_of, mistake, getattr(kind, method)))
+    dialect, first = "portable" if "portable" in where else "trt10", BESIDE if "beside" in where else MAIN
+    made = simulated(dialect, where.partition(",")[0], first)
+    if seen_by == NUMBERS:
+        assert host.differs(made)
+    elif isinstance(seen_by, str):
+        with pytest.raises(AssertionError, match=seen_by):
+            one_token(made, host)
+    else:
+        log = one_token(made, host)
+        with pytest.raises(AssertionError):
+            seen_by(log if seen_by is check_overlap else made.device.ran)
 
 
-def test_scratch_shared_between_streams(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sound: Callable[..., object] = SimulatedDevice.engine
-    monkeypatch.setattr(SimulatedDevice, "engine", lambda device, path, _stream: sound(device, path, MAIN))
-    made = simulated()
-    one_token(made, host)
-    with pytest.raises(AssertionError):
-        check_scratch(made.device.ran)
-
-
-def test_a_cache_that_is_not_aliased(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sound = DeviceStep._memory_of
-
-    def apart(step: DeviceStep, part: Part) -> dict[str, Memory]:
-        memory = sound(step, part)
-        for layer in part.loaded.segment.layers:
-            for name in present_names(layer):
-                memory[name] = step.device.memory(memory[name].nbytes)
-        return memory
-
-    monkeypatch.setattr(DeviceStep, "_memory_of", apart)
-    made = simulated("portable")
-    assert differs(made, host)
-    with pytest.raises(AssertionError):
-        check_aliases(decode_step(made))
-
-
-def test_new_rows_not_written(simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeviceStep, "_write_rows", lambda *_: None)
-    assert differs(simulated("trt10"), host)
-
-
-def test_rows_of_a_unit_s_first_layer_alone(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sound = DeviceStep._written
-    monkeypatch.setattr(DeviceStep, "_written", lambda step, part: list(sound(step, part))[:2])
-    assert differs(simulated("trt10"), host)
-
-
-def test_an_engine_writes_over_what_the_policy_reads(
-    simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One hidden state buffer instead of two."""
-    sound = DeviceStep._memory_of
-
-    def single(step: DeviceStep, part: Part) -> dict[str, Memory]:
-        return sound(step, part) | {"hidden": step.hidden[0], "hidden_out": step.hidden[0]}
-
-    monkeypatch.setattr(DeviceStep, "_memory_of", single)
-    assert differs(simulated(), host)
+def mistake_of(instance: Any, mistake: Callable[..., Any], sound: Any, *given: Any, **named: Any) -> Any:
+    return mistake(sound, instance, *given, **named)

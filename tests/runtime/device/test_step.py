@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,83 +17,134 @@ from dash_export import DashRuntime
 from dash_export.building import build, dial
 from dash_export.building.cost_table import measure_cost
 from dash_export.bundle import Bundle
-from dash_export.decision import DecisionRule, Unit, decision_rule
-from dash_export.errors import BackendError, BundleError, ContextLengthError
+from dash_export.decision import Unit, decision_rule, layer_actions
+from dash_export.errors import BackendError, BundleError, ContextLengthError, PolicyError
 from dash_export.exporting import export
 from dash_export.manifest import Segment
 from dash_export.policy import no_policy
-from tests.runtime.device.conftest import DIALECTS, IDS, RECIPE, MakeSimulated
-from tests.runtime.device.simulated import SimulatedContext, SimulatedDevice, SimulatedStream
+from dash_export.runtime.device.step import DeviceStep
+from dash_export.runtime.rules import ForcedRule
+from tests.runtime.device.conftest import (
+    DIALECTS,
+    DISPATCH,
+    IDS,
+    ORDERS,
+    RECIPE,
+    TOLERANCE,
+    Host,
+    MakeSimulated,
+    decoded,
+)
+from tests.runtime.device.simulated import SimulatedDevice, SimulatedLaunch
 from tests.tiny import TINY_UNITS, random_actions, tiny_checkpoint, tiny_policy
-
-ORDERS = ("main", "beside", 0, 1)
-TOLERANCE = 1e-4
-
-
-def rule_of(host: DashRuntime, max_layers: int | None = None) -> DecisionRule:
-    """Skips about half of what may be skipped."""
-    units, cost = TINY_UNITS, (0.2, 0.1)
-    ratio = np.median(host.session().score(IDS).damage[2:] / cost)
-    return decision_rule(units, cost, float(ratio), max_layers, 6)
-
-
-def decoded(runtime: DashRuntime, rule: object) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and actions of 40 tokens decoded one by one after a prompt of 20."""
-    session = runtime.session_under(rule)  # type: ignore[arg-type]
-    session.prefill(IDS[:20])
-    steps = [session.decode_one(int(token)) for token in IDS[20:]]
-    return np.array([logits for logits, _ in steps]), np.array([actions for _, actions in steps])
 
 
 @pytest.mark.parametrize("first", ORDERS)
-@pytest.mark.parametrize("dispatch", ["overlapped", "sync"])
+@pytest.mark.parametrize("dispatch", DISPATCH)
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_decode(dialect: str, dispatch: str, first: str | int, simulated: MakeSimulated, host: DashRuntime) -> None:
-    rule = rule_of(host)
-    expected, actions = decoded(host, rule)
-    found, taken = decoded(simulated(dialect, dispatch, first).runtime, rule)
-    np.testing.assert_array_equal(taken, actions)
+def test_decode(dialect: str, dispatch: str, first: str | int, simulated: MakeSimulated, host: Host) -> None:
+    made = simulated(dialect, dispatch, first)
+    actions = host.decoded[1]
     assert 0.2 < actions[:, 2:5].mean() < 0.8
     assert (actions[:, 2] == actions[:, 3]).all(), "one unit"
-    assert np.abs(found - expected).max() < TOLERANCE
+    assert not host.differs(made)
+    assert len(made.device.recorded) == (dispatch == "device"), "one recording serves every token"
 
 
-@pytest.mark.parametrize("dispatch", ["overlapped", "sync", "device"])
-def test_score(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
-    """Token by token, it is what one pass on the host gives."""
-    rule, runtime = rule_of(host), simulated("trt10", dispatch).runtime
-    expected = host.session_under(rule).score(IDS, keep_logits=True)
-    session = runtime.session_under(rule)
-    session.score(IDS)
-    found = session.score(IDS, keep_logits=True)
-    np.testing.assert_array_equal(found.actions, expected.actions)
-    np.testing.assert_allclose(found.damage[2:], expected.damage[2:], atol=1e-5)
-    assert not found.damage[:2].any(), "nobody asked"
-    assert np.abs(found.logits - expected.logits).max() < TOLERANCE  # type: ignore[operator]
+@pytest.mark.parametrize("dispatch", DISPATCH)
+def test_score(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
+    """Token by token, it is what one pass on the host gives; under forced actions too."""
+    runtime, actions = simulated("trt10", dispatch).runtime, random_actions(60, 6, TINY_UNITS)
+    session = runtime.session_under(host.rule)
+    session.score(IDS[:5])
+    for forced in (None, actions):
+        found, expected = (
+            each.score(IDS, actions=forced, keep_logits=True)
+            for each in (session, host.runtime.session_under(host.rule))
+        )
+        np.testing.assert_array_equal(found.actions, expected.actions)
+        asked = slice(2 if forced is None else 0, None)
+        np.testing.assert_allclose(found.damage[asked], expected.damage[asked], atol=1e-5)
+        assert found.damage[:2].any() == (forced is not None), "nobody asked about a prompt"
+        assert np.abs(found.logits - expected.logits).max() < TOLERANCE  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("dispatch", ["sync", "overlapped"])
-def test_forced_and_static(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
-    runtime = simulated("trt10", dispatch).runtime
-    actions = random_actions(60, 6, TINY_UNITS)
-    (found, expected) = (each.session().score(IDS, actions=actions, keep_logits=True) for each in (runtime, host))
-    assert np.abs(found.logits - expected.logits).max() < TOLERANCE
-    np.testing.assert_allclose(found.damage, expected.damage, atol=1e-5, err_msg="forced actions ask too")
-    answers = [each.generate(IDS[:30].tolist(), 20, policy="static", skip=[2, 3]) for each in (runtime, host)]
-    np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)
-    np.testing.assert_array_equal(answers[0].actions, answers[1].actions)
+@pytest.mark.parametrize("dispatch", DISPATCH)
+def test_every_kind_of_policy(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
+    """What needs no decision is launched one by one; a conversation may change between both."""
+    runtime = simulated("portable", dispatch).runtime
+    settings: list[dict[str, Any]] = [{}, {"policy": "static", "skip": [2, 3]}]
+    for setting in settings:
+        one, other = (each.generate(IDS[:30].tolist(), 20, **setting) for each in (host.runtime, runtime))
+        np.testing.assert_array_equal(one.actions, other.actions)
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+    sessions = [each.session_under(host.rule) for each in (host.runtime, runtime)]
+    for ids in (IDS[:12], IDS[12:20], IDS[20:41]):
+        one, other = (session.generate(ids.tolist(), 7) for session in sessions)
+        np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])
-def test_max_layers(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
+def test_max_layers(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
     for most in (3, 4):
-        rule = rule_of(host, most)
+        rule = host.limited(most)
         (expected, actions), (found, taken) = (
-            decoded(each, rule) for each in (host, simulated("trt10", dispatch).runtime)
+            decoded(each, rule) for each in (host.runtime, simulated("trt10", dispatch).runtime)
         )
         np.testing.assert_array_equal(taken, actions)
         assert (actions.sum(axis=1) >= 6 - most).all()
         assert np.abs(found - expected).max() < TOLERANCE
+
+
+def test_one_recording_serves_every_rule(simulated: MakeSimulated, host: Host) -> None:
+    """Launched steps between go through the same memory; the graph that follows does not see them."""
+    made = simulated("trt10", "device")
+    live = [each.session() for each in (host.runtime, made.runtime)]
+    for session in live:
+        session.prefill(IDS[:20])
+    every = np.ones((2, 1), np.bool_)
+    for token, factor in zip(IDS[20:40].tolist(), np.geomspace(0.1, 10, 20), strict=True):
+        for rule in (host.rule.scaled(float(factor)), ForcedRule(every)):
+            (expected, actions), (found, taken) = (session.decode_one(token, rule) for session in live)
+            np.testing.assert_array_equal(taken, actions)
+            assert np.abs(found - expected).max() < TOLERANCE
+            one, other = (session._bound(1).damage for session in live)
+            np.testing.assert_allclose(one, other, atol=1e-5)
+        np.testing.assert_array_equal(taken, layer_actions(every, TINY_UNITS, 6)[0])
+    assert len(made.device.recorded) == 1
+
+
+def test_sessions_in_threads_take_turns(simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one thread enqueued while another records would become part of the recording."""
+    made, sound, tokens = simulated("trt10", "device"), SimulatedDevice.graph, []
+    other = made.runtime.session_under(host.rule)
+    thread = threading.Thread(target=lambda: tokens.extend(other.generate(IDS[:17].tolist(), 9).tokens))
+
+    def graph(*given: Any) -> Any:
+        if thread.ident is None:
+            thread.start()
+            thread.join(0.3)
+            assert not other.tokens, "a step of another session during a recording"
+        return sound(*given)
+
+    monkeypatch.setattr(SimulatedDevice, "graph", graph)
+    assert not host.differs(made)
+    thread.join()
+    np.testing.assert_array_equal(tokens, host.runtime.session_under(host.rule).generate(IDS[:17].tolist(), 9).tokens)
+
+
+def test_a_step_that_cannot_be_recorded(simulated: MakeSimulated, host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """One line that says why, not one a session, and `overlapped`."""
+    made = simulated("trt10", "device", obstacle="it is too old")
+    with caplog.at_level(logging.WARNING):
+        assert not host.differs(made)
+        assert not host.differs(made)
+    assert [record.message for record in caplog.records] == [
+        "dispatch 'device' is not possible here (it is too old): this is 'overlapped'"
+    ]
+    assert made.runtime.dispatch == "overlapped"
+    with pytest.raises(PolicyError, match="'device' needs the streams of a GPU"):
+        DashRuntime.load(host.runtime.bundle.root, "cpu-fp32", dispatch="device")
 
 
 def test_a_model_without_units(tmp_path: Path) -> None:
@@ -104,6 +158,22 @@ def test_a_model_without_units(tmp_path: Path) -> None:
     device = SimulatedDevice()
     DashRuntime(bundle, made, device, "device").generate(IDS[:9].tolist(), 4)
     assert len(device.ran) == 1 + 3, "a launch for the prompt and one for each token that is run"
+
+
+@pytest.mark.parametrize("dispatch", ["overlapped", "device"])
+def test_a_policy_that_reads_the_embedding(dispatch: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=4)
+    policy = tiny_policy(checkpoint, "linear", units=(Unit(1, 2),))
+    bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
+    (tmp_path / "mine.toml").write_text(RECIPE.format(dialect="portable"))
+    build(bundle, "cpu", weights="fp32")
+    host = DashRuntime.load(bundle.root, "cpu-fp32")
+    rule = decision_rule(policy.units, (1.0,), float(np.median(host.session().score(IDS).damage[20:])))
+    runtime = DashRuntime(bundle, build(bundle, str(tmp_path / "mine.toml")), SimulatedDevice("beside"), dispatch)
+    (found, taken), (expected, actions) = decoded(runtime, rule), decoded(host, rule)
+    np.testing.assert_array_equal(taken, actions)
+    assert 0.2 < actions[:, 1].mean() < 0.8
+    assert np.abs(found - expected).max() < TOLERANCE
 
 
 CUTS = {
@@ -129,23 +199,6 @@ def test_a_build_that_cannot_ask(change: str, device_bundle: Bundle) -> None:
         DashRuntime(bundle, made, SimulatedDevice(), "overlapped")
 
 
-@pytest.mark.parametrize("dispatch", ["overlapped", "device"])
-def test_a_policy_that_reads_the_embedding(dispatch: str, tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=4)
-    policy = tiny_policy(checkpoint, "linear", units=(Unit(1, 2),))
-    bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
-    (tmp_path / "mine.toml").write_text(RECIPE.format(dialect="portable"))
-    build(bundle, "cpu", weights="fp32")
-    host = DashRuntime.load(bundle.root, "cpu-fp32")
-    rule = decision_rule(policy.units, (1.0,), float(np.median(host.session().score(IDS).damage[20:])))
-    device = SimulatedDevice("beside")
-    runtime = DashRuntime(bundle, build(bundle, str(tmp_path / "mine.toml")), device, dispatch)
-    (found, taken), (expected, actions) = decoded(runtime, rule), decoded(host, rule)
-    np.testing.assert_array_equal(taken, actions)
-    assert 0.2 < actions[:, 1].mean() < 0.8
-    assert np.abs(found - expected).max() < TOLERANCE
-
-
 def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dial, "WINDOWS", 1)
     monkeypatch.setattr(dial, "TOKENS", 40)
@@ -158,44 +211,42 @@ def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_fork_has_memory_of_its_own(dialect: str, simulated: MakeSimulated, host: DashRuntime) -> None:
-    runtime = simulated(dialect).runtime
-    live = runtime.session()
+def test_a_fork_has_memory_of_its_own(dialect: str, simulated: MakeSimulated, host: Host) -> None:
+    live = simulated(dialect).runtime.session()
     assert live.fork().tokens == []
     live.prefill(IDS[:20])
     twin = live.fork()
-    expected = [host.generate(np.concatenate([IDS[:20], ids]), 9).tokens for ids in (IDS[20:30], IDS[40:50])]
-    for session, ids, tokens in zip((live, twin), (IDS[20:30], IDS[40:50]), expected, strict=True):
-        np.testing.assert_array_equal(session.generate(ids, 9).tokens, tokens)
+    for session, ids in ((live, IDS[20:30]), (twin, IDS[40:50])):
+        expected = host.runtime.generate(np.concatenate([IDS[:20], ids]), 9).tokens
+        np.testing.assert_array_equal(session.generate(ids, 9).tokens, expected)
 
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])
-def test_a_dropped_step_gives_back_its_contexts(dispatch: str, simulated: MakeSimulated, host: DashRuntime) -> None:
+def test_a_dropped_step_gives_back_its_contexts(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
     """At once, not when Python looks for circles: nothing tells it how much of a device's memory they hold."""
     made = simulated("trt10", dispatch)
-    session = made.runtime.session_under(rule_of(host))
+    session = made.runtime.session_under(host.rule)
     session.generate(IDS[:12].tolist(), 3)
     gc.collect()
     gc.disable()
     try:
-        step = session._bound(7)
-        context = weakref.ref(step.context(step.parts[3]))  # type: ignore[attr-defined]
-        del step
-        session.prefill(IDS[12:20])
+        steps = [session._bound(1), session._bound(7)]
+        assert all(isinstance(step, DeviceStep) for step in steps)
+        contexts = [weakref.ref(step.parts[3].run) for step in steps]  # type: ignore[attr-defined]
+        del steps
+        session._steps.clear()
         made.device.ran.clear()
-        assert context() is None
+        made.device.recorded.clear()
+        assert [context() for context in contexts] == [None, None]
     finally:
         gc.enable()
 
 
-def test_a_device_takes_one_sequence(simulated: MakeSimulated) -> None:
-    with pytest.raises(BackendError, match="one sequence at a time"):
-        simulated().runtime.batch(2)
-
-
-def test_the_context_is_the_cache(simulated: MakeSimulated) -> None:
+def test_what_a_device_does_not_do(simulated: MakeSimulated) -> None:
     runtime = simulated().runtime
-    assert runtime.session().context_left == 96
+    with pytest.raises(BackendError, match="one sequence at a time"):
+        runtime.batch(2)
+    assert runtime.session().context_left == 96, "the context is the cache"
     with pytest.raises(ContextLengthError, match="96 positions"):
         runtime.generate(list(range(90)), 10)
 
@@ -203,25 +254,25 @@ def test_the_context_is_the_cache(simulated: MakeSimulated) -> None:
 @pytest.mark.parametrize("first", ORDERS)
 @pytest.mark.parametrize("dispatch", ["overlapped", "sync"])
 def test_a_launch_that_fails(
-    dispatch: str, first: str | int, simulated: MakeSimulated, host: DashRuntime, monkeypatch: pytest.MonkeyPatch
+    dispatch: str, first: str | int, simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is under way is left to end, and the session goes on from before the step."""
-    rule, runtime = rule_of(host), simulated("trt10", dispatch, first).runtime
-    live, other = runtime.session_under(rule), runtime.session_under(rule)
+    runtime = simulated("trt10", dispatch, first).runtime
+    live, other = runtime.session_under(host.rule), runtime.session_under(host.rule)
     for session in (live, other):
         session.prefill(IDS[:20])
-    sound, launched = SimulatedStream.run, 0
+    sound, launched = SimulatedLaunch.__call__, 0
     for number, token in enumerate(IDS[20:26].tolist()):
 
-        def failing(stream: SimulatedStream, context: SimulatedContext, last: int = number % 4) -> None:
+        def failing(launch: SimulatedLaunch, stream: str, last: int = number % 4) -> None:
             nonlocal launched
             launched += 1
             if launched > last:
-                raise BackendError(f"{context.name} could not be launched")
-            sound(stream, context)
+                raise BackendError(f"{launch.name} could not be launched")
+            sound(launch, stream)
 
         launched = 0
-        monkeypatch.setattr(SimulatedStream, "run", failing)
+        monkeypatch.setattr(SimulatedLaunch, "__call__", failing)
         with pytest.raises(BackendError, match="could not be launched"):
             live.decode_one(token)
         monkeypatch.undo()

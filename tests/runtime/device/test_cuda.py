@@ -1,0 +1,328 @@
+"""The drivers of real devices, as far as they go without one; `tests/gpu` has the rest."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dash_export.errors import BackendError
+from dash_export.runtime.backends import BACKENDS, load_backend
+from dash_export.runtime.cuda_devices import cuda_devices
+from dash_export.runtime.device import cuda, cuda_graph, tensorrt
+from dash_export.runtime.device.cuda import Cuda, CudaMemory
+from dash_export.runtime.device.cuda_graph import IF_NODES, KERNELS, CudaGraph, compile_kernels
+
+rt = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+OK = rt.cudaError_t.cudaSuccess
+
+# --- no name is guessed
+
+
+def held() -> dict[str, Any]:
+    """Variable in the source -> what it holds."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX bindings: pip install 'dash-export[rtx]'")
+    return {
+        "rt": rt,
+        "nvrtc": import_module("cuda.bindings.nvrtc"),
+        "driver": import_module("cuda.bindings.driver"),
+        "trt": rtx,
+        "engine": rtx.ICudaEngine,
+        "_engine": rtx.ICudaEngine,
+        "context": rtx.IExecutionContext,
+        "runtime": rtx.Runtime,
+    }
+
+
+def syntax(module: Any) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(Path(module.__file__).read_text())))
+
+
+def test_every_name_is_in_the_installed_bindings() -> None:
+    known, seen = held(), set()
+    for module in (cuda, cuda_graph, tensorrt):
+        for node in syntax(module):
+            chain: list[str] = []
+            while isinstance(node, ast.Attribute):
+                chain.insert(0, node.attr)
+                node = node.value
+            if isinstance(node, ast.Name):
+                chain.insert(0, node.id)
+            at = next((index for index, name in enumerate(chain[:-1]) if name in known), None)
+            if at is None or chain[0] in ("toolkit", "cuda_graph"):
+                continue
+            value = known[chain[at]]
+            for name in chain[at + 1 :]:
+                assert hasattr(value, name), ".".join(chain)
+                value = getattr(value, name)
+            seen.add(".".join(chain[at:]))
+    assert {"rt.cudaMemcpy2DAsync", "context.set_input_shape", "context.execute_async_v3"} <= seen
+    assert {name.partition(".")[0] for name in seen} == set(known)
+
+
+def argument_count(function: Any) -> int:
+    """cuda-bindings are compiled; the first line of a docstring is the signature."""
+    inside, depth, count = function.__doc__.splitlines()[0].partition("(")[2].rpartition(")")[0], 0, 0
+    for letter in inside:
+        depth += (letter in "[(") - (letter in "])")
+        count += letter == "," and depth == 0
+    return count + bool(inside.strip())
+
+
+@pytest.mark.parametrize(("module", "least"), [(cuda, 10), (cuda_graph, 12)])
+def test_calls_have_as_many_arguments_as_the_bindings_take(module: Any, least: int) -> None:
+    chosen = {"add": "cudaGraphAddNode", "follow": "cudaStreamUpdateCaptureDependencies"}  # by version
+    libraries, checked = held().values(), 0
+    for node in syntax(module):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else chosen.get(getattr(node.func, "id", ""), "")
+        named = next((getattr(each, name) for each in libraries if name and hasattr(each, name)), None)
+        if named is None or not name.startswith(("cuda", "cu", "nvrtc")) or isinstance(named, type):
+            continue
+        if name in chosen.values():
+            named = getattr(rt, f"{name}_v2", named)
+        assert len(node.args) == argument_count(named), name
+        checked += 1
+    assert checked >= least
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.7", "9.0", "12.0"])
+def test_kernels_compile_without_a_device(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvidia.cu13", reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+    code = compile_kernels(capability)
+    assert code.startswith(b"\x7fELF")
+    assert all(name in code for name in (b"decide", b"write_rows"))
+    monkeypatch.setattr(cuda_graph, "KERNELS", KERNELS.replace("const bool skips", "const number skips"))
+    with pytest.raises(BackendError, match='identifier "number" is undefined'):
+        compile_kernels(capability)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "onnxruntime"])
+def test_without_a_device_every_backend_says_what_is_missing(name: str) -> None:
+    assert callable(import_module(BACKENDS[name][0]).create)
+    try:
+        cuda_devices()
+    except BackendError:
+        with pytest.raises(BackendError, match=r"driver|not installed|lists no device"):
+            load_backend(name, 0)
+    else:
+        pytest.skip("this machine has a device")
+
+
+# --- the order of CUDA's calls while a step is recorded, with a runtime that only notes them
+
+
+class Noted:
+    """`cuda.bindings.runtime` whose functions note that they were called and give the next number."""
+
+    def __init__(self, version: int, failing: str = "") -> None:
+        self.version, self.failing = version, failing
+        self.calls: list[str] = []
+        self.conditions: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda") or not callable(getattr(rt, name)) or isinstance(getattr(rt, name), type):
+            return getattr(rt, name)
+        if name.endswith(("_v2", "_v3")):
+            raise AttributeError(name)  # as in CUDA 13
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append(name)
+            if name == self.failing:
+                return (rt.cudaError_t.cudaErrorStreamCaptureUnsupported, None)
+            if name == "cudaStreamGetCaptureInfo":
+                return (OK, "active", 7, "graph", ["node"], [], 1)
+            if name == "cudaGraphAddNode":
+                arguments[-1].conditional.phGraph_out = ["body"]
+                self.conditions.append(arguments[-1].conditional.handle)
+            return (OK, self.version if name == "cudaDriverGetVersion" else len(self.calls))
+
+        return call
+
+    def cudaGraphNodeParams(self) -> Any:  # noqa: N802
+        return SimpleNamespace(conditional=SimpleNamespace())
+
+
+UNITS = 2
+
+
+class Recorder:
+    """A card of that CUDA version, and the kernels that were launched on it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: str = "", version: int = IF_NODES) -> None:
+        self.noted = Noted(version, failing)
+        self.kernels: list[Any] = []
+        self.cuda = Cuda.__new__(Cuda)
+        self.cuda.rt, self.cuda._streams, self.cuda._events = self.noted, {}, {}
+        self.cuda.device = SimpleNamespace(name="a card", capability="9.0")  # type: ignore[assignment]
+
+        def launch(name: str, *arguments: Any) -> tuple[Any]:
+            self.noted.calls.append(name)
+            self.kernels.append(arguments)
+            return (rt.cudaError_t(0),)
+
+        monkeypatch.setattr(cuda_graph, "load_kernels", lambda _: {"decide": "decide"})
+        monkeypatch.setattr(cuda_graph, "import_module", lambda _: SimpleNamespace(cuLaunchKernel=launch))
+
+    def record(self, fill: Any = None) -> list[list[int]]:
+        """A step with two decisions and a branch about the second; its handles."""
+
+        def step(graph: CudaGraph) -> None:
+            self.noted.calls.clear()
+            graph.decide("main", *(CudaMemory(16 * index, 8) for index in range(3)))
+            run, skip = (lambda _, side=side: self.noted.calls.append(side) for side in ("run", "skip"))
+            graph.branch("main", 1, fill or run, skip)
+
+        made = CudaGraph(self.cuda, "main", UNITS, step)
+        made.launch("main")
+        handles: list[list[int]] = made._handles.tolist()
+        return handles
+
+
+NODE = [
+    *("cudaStreamGetCaptureInfo", "cudaGraphAddNode", "cudaStreamUpdateCaptureDependencies"),
+    "cudaStreamBeginCaptureToGraph",
+]
+HANDLES = ["cudaMemcpyAsync", "cudaStreamSynchronize"]
+
+
+def body(side: str) -> list[str]:
+    return [*NODE, side, "cudaStreamEndCapture"]
+
+
+def test_two_nodes_for_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Recorder(monkeypatch)
+    handles = made.record()
+    assert made.noted.conditions == handles[1], "to run, and to skip"
+    assert len({0, *(handle for pair in handles for handle in pair)}) == 1 + 2 * UNITS
+    create, end = ["cudaGraphConditionalHandleCreate"] * 2 * UNITS, ["cudaStreamEndCapture", "cudaGraphInstantiate"]
+    calls = ["cudaStreamGetCaptureInfo", *create, "decide", *body("run"), *body("skip"), *end, *HANDLES]
+    assert made.noted.calls[: len(calls)] == calls
+    freed = {"cudaGraphLaunch", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaFree"}
+    assert set(made.noted.calls[len(calls) :]) == freed
+    values, types = made.kernels[0][-2]
+    assert len(values) == len(types) == 5
+    assert values[-1] == UNITS
+    with pytest.raises(BackendError, match=r"the driver has CUDA 12\.2, and graphs with decisions need 12\.4"):
+        Recorder(monkeypatch, version=12020).record()
+
+
+def test_what_fails_leaves_no_capture_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the body nor of the step."""
+    made = Recorder(monkeypatch)
+
+    def refuse(_: str) -> None:
+        raise BackendError("TensorRT could not launch layer_05.")
+
+    with pytest.raises(BackendError, match="layer_05"):
+        made.record(refuse)
+    assert made.noted.calls[-4:-1] == ["cudaStreamEndCapture", "cudaStreamEndCapture", "cudaGraphDestroy"]
+
+
+@pytest.mark.parametrize(
+    "name", ["cudaStreamBeginCapture", "cudaGraphAddNode", "cudaGraphInstantiate", "cudaGraphLaunch"]
+)
+def test_a_call_that_fails_says_which_and_where(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"CUDA on a card failed (begin|adding|making|launching).*\(900\)"):
+        Recorder(monkeypatch, name).record()
+
+
+# --- TensorRT
+
+
+def test_engines_of_another_version_or_card_are_refused() -> None:
+    build: Any = SimpleNamespace(
+        target="mine", backend_version="10.3.0", recipe={"engine": {"capabilities": ["9.0", "9.1"]}}
+    )
+
+    def accept(version: str, capability: str) -> None:
+        device: Any = object.__new__(tensorrt.TensorRT)
+        device.toolkit = SimpleNamespace(backend="tensorrt", version=version)
+        device.device = SimpleNamespace(name="a card", capability=capability)
+        device.accept(build, "rebuild me")
+
+    accept("10.3.0", "9.0")
+    with pytest.raises(BackendError, match=r"by tensorrt 10\.3\.0 and this machine has 11\.4\.1.*rebuild me"):
+        accept("11.4.1", "9.0")
+    with pytest.raises(BackendError, match=r"for compute capability 9\.0, 9\.1, and a card has 8\.7"):
+        accept("10.3.0", "8.7")
+
+
+class Context:
+    """TensorRT's own, of which only this is asked."""
+
+    def __init__(self) -> None:
+        self.scratch, self.shapes = (0, 0), {"hidden": (0,)}
+
+    def set_optimization_profile_async(self, *_: int) -> bool:
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return shape[1] < 10
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        return name == "hidden" and address > 0
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.scratch = (address, size)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        return stream != 7
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A device whose addresses count up, and engines that want as much scratch memory as their file's name says."""
+    made: Any = object.__new__(tensorrt.TensorRT)
+    made.engines, made._scratch, made.contexts, made._streams = {}, {}, [], {"main": 7, "beside": 8}
+    made.trt = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2))
+    made.memory = lambda nbytes: CudaMemory(4096 * (1 + len(made._scratch)), nbytes)
+
+    def load(engine: Any, device: Any, path: Path, stream: str) -> None:
+        engine._device, engine._name, engine._stream, engine._free = device, path.name, stream, defaultdict(list)
+        engine.scratch_bytes = int(path.stem)
+        engine._engine = SimpleNamespace()
+        engine._engine.create_execution_context = lambda _: device.contexts.append(Context()) or device.contexts[-1]
+
+    monkeypatch.setattr(tensorrt.TensorRTEngine, "__init__", load)
+    return made
+
+
+def bound(device: Any, scratch: int, length: int = 5, stream: str = "main") -> Any:
+    engine = device.engine(Path(f"{scratch}.engine"), stream)
+    return engine.bind(1, {"hidden": (1, length, 8)}, {"hidden": CudaMemory(4096, 64)})
+
+
+def test_engines_of_one_stream_share_one_block_of_the_largest_size(device: Any) -> None:
+    for size in (100, 300, 200):
+        device.engine(Path(f"{size}.engine"), "main")
+    launches = [bound(device, size) for size in (100, 300, 200)]
+    assert {context.scratch for context in device.contexts} == {(4096, 300)}
+    bound(device, 50, stream="beside")
+    assert device.contexts[-1].scratch == (8192, 50)
+    later = bound(device, 400)
+    assert device.contexts[-1].scratch[1] == 400
+    assert launches[0].memory[1].nbytes == 300, "who is bound to the smaller one keeps it"
+    with pytest.raises(BackendError, match=r"TensorRT could not launch 400\.engine"):
+        later("main")
+
+
+def test_a_dropped_context_is_bound_anew(device: Any) -> None:
+    """Making one takes TensorRT milliseconds, and every length of prompt wants its own binding."""
+    first, second = bound(device, 100, 5), bound(device, 100, 6)
+    assert len(device.contexts) == 2
+    del first
+    third = bound(device, 100, 9)
+    assert len(device.contexts) == 2
+    assert device.contexts[0].shapes["hidden"] == (1, 9, 8)
+    with pytest.raises(BackendError, match=r"does not take hidden \[1, 10, 8\]: build it again"):
+        bound(device, 100, 10)
+    assert len(device.contexts) == 3, "two are in use"
+    del second, third

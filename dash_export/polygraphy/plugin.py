@@ -114,7 +114,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
 
     def _check_whole_steps(self, bundle: Bundle, others: set[str]) -> None:
         """Now, and not when all engines are loaded."""
-        from dash_export.runtime.kinds import session_rules
+        from dash_export.runtime.rules import session_rules
 
         if others:
             G_LOGGER.critical(

@@ -7,7 +7,7 @@ of each of many. The device's loop is `device/step.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,10 @@ from dash_export.runtime.cache import KVCache
 from dash_export.runtime.rules import DENSE, Rule
 
 if TYPE_CHECKING:
-    from dash_export.runtime.engine_set import EngineSet, SegmentEngines
+    from dash_export.runtime.engine_set import EngineSet
 
 ALWAYS_RUN = -1
-Arrays = Mapping[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,16 @@ class BoundStep:
     """
 
     def __init__(
-        self,
-        engines: EngineSet,
-        cache: KVCache,
-        sequence: int,
-        teacher_forced: bool = False,
-        batch: int = 1,
+        self, engines: EngineSet, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1
     ) -> None:
         """`teacher_forced` steps give the logits of all their tokens, others those of the last one."""
-        self.sequence, self.batch = sequence, batch
-        self._cache, self._model = cache, engines.model
+        self.sequence, self.batch, self._cache = sequence, batch, cache
         shape, units = (batch, sequence), len(engines.units)
         damage = np.zeros((*shape, units), np.float32)
         self.input_ids = np.zeros(shape, np.int64)
         self.logits = np.zeros((batch, sequence if teacher_forced else 1, engines.model.vocab_size), np.float32)
-        self.damage: npt.NDArray[np.float32] = damage.reshape(batch * sequence, units).T
+        self.damage: Floats = damage.reshape(batch * sequence, units).T
         self.skipped: Skips = np.zeros(self.damage.shape, np.bool_)
-        self._hidden = [np.zeros((*shape, engines.model.hidden_size), np.float32) for _ in range(2)]
         self._position_ids = np.zeros(shape, np.int64)
         self._write_indices = np.zeros(batch, np.int64)
         self._seqlens_k = np.zeros(batch, np.int32)
@@ -87,8 +80,8 @@ class BoundStep:
             pair = (cache.keys[layer][:batch], cache.values[layer][:batch])
             for name, array in zip((*past_names(layer), *present_names(layer)), pair * 2, strict=True):
                 self._arrays[name] = self._arrays[short_name(name)] = array
-        mixed = engines.mixed() if teacher_forced or batch > 1 else ()
-        self.segments: Sequence[BoundSegment] = self._bound(engines.segments, mixed)
+        mixed = engines.mixed if teacher_forced or batch > 1 else ()
+        self.segments: Sequence[BoundSegment] = [*self._bound(engines, mixed)]
         gated = (place for place, item in enumerate(self.segments) if item.unit != ALWAYS_RUN)
         self._first = next(gated, len(self.segments))
 
@@ -114,11 +107,9 @@ class BoundStep:
     def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
         """One token of every sequence, each under a rule of its own."""
         self.input_ids[:, 0] = tokens
-
-        def decide(damage: Damages) -> Skips:
-            return np.hstack([rule.skips(damage[:, row : row + 1]) for row, rule in enumerate(rules)])
-
-        self._advance(decide)
+        self._advance(
+            lambda damage: np.hstack([rule.skips(damage[:, row : row + 1]) for row, rule in enumerate(rules)])
+        )
 
     @backend_errors
     def _advance(self, decide: Callable[[Damages], Skips]) -> None:
@@ -160,49 +151,52 @@ class BoundStep:
 
     # --- binding
 
-    def _bound(self, segments: Iterable[SegmentEngines], mixed: Sequence[Engine]) -> list[BoundSegment]:
+    def _bound(self, engines: EngineSet, mixed: Sequence[Engine]) -> Iterator[BoundSegment]:
         """`mixed`: one engine per unit where rows may differ, else none."""
-        bound, unit = [], 0
-        for index, item in enumerate(segments):
-            before, after = self._hidden[index % 2], self._hidden[(index + 1) % 2]
+        hidden = [np.zeros((*self.input_ids.shape, engines.model.hidden_size), np.float32) for _ in range(2)]
+        unit = 0
+        for index, item in enumerate(engines.segments):
+            before, after = hidden[index % 2], hidden[(index + 1) % 2]
             run = self._bind_run(item.run, before, after)
             if item.bypass is None:
-                bound.append(BoundSegment(ALWAYS_RUN, run))
+                yield BoundSegment(ALWAYS_RUN, run)
                 continue
             bypass = self._bind_bypass(item.bypass, item.segment.layers, before, after)
-            bound.append(BoundSegment(unit, run, bypass, self._bind(mixed[unit], before, after) if mixed else None))
+            yield BoundSegment(unit, run, bypass, self._bind(mixed[unit], before, after) if mixed else None)
             unit += 1
-        return bound
 
     def _bind(
-        self, engine: Engine, before: npt.NDArray[Any], after: npt.NDArray[Any], outputs: Arrays | None = None
+        self, engine: Engine, before: Floats, after: Floats, outputs: Mapping[str, Floats] | None = None
     ) -> Launch:
-        outputs = self._arrays | dict(outputs or {}) | {"hidden_out": after}
-        return engine.bind(self._arrays | {"hidden": before}, outputs)
+        return engine.bind({**self._arrays, "hidden": before}, {**self._arrays, **(outputs or {}), "hidden_out": after})
 
-    def _bind_run(
-        self, engines: Sequence[tuple[str, Engine]], before: npt.NDArray[np.float32], after: npt.NDArray[np.float32]
-    ) -> Launch:
+    def _bind_run(self, engines: Sequence[tuple[str, Engine]], before: Floats, after: Floats) -> Launch:
         """Engines in a row (portable graphs are several), the policy beside the state that it reads."""
         launches, state = [], before
         for name, engine in engines:
             following = after if name == "policy" or (name, engine) == engines[-1] else np.zeros_like(before)
             launches.append(self._bind(engine, state, following))
             state = state if name == "policy" else following
-        return launches[0] if len(launches) == 1 else _in_turn(launches)
+        if len(launches) == 1:
+            return launches[0]
 
-    def _bind_bypass(
-        self, engine: Engine, layers: range, before: npt.NDArray[np.float32], after: npt.NDArray[np.float32]
-    ) -> Launch:
+        def launch_all() -> None:
+            for launch in launches:
+                launch()
+
+        return launch_all
+
+    def _bind_bypass(self, engine: Engine, layers: range, before: Floats, after: Floats) -> Launch:
         """A unit's bypass, and the write of the K and V of all its layers where its engine leaves that to the host."""
         names = [[short_name(name) for name in new_names(layer)] for layer in layers]
         if names[0][0] not in engine.outputs:
             return self._bind(engine, before, after)
-        cache, sequence, heads = self._cache, self.sequence, (self._model.num_kv_heads, self._model.head_dim)
-        new = np.zeros((len(layers), 2, self.batch, sequence, heads[0] * heads[1]), np.float32)
+        cache, sequence = self._cache, self.sequence
+        kv_heads, head_dim = cache.keys.shape[2], cache.keys.shape[4]
+        new = np.zeros((len(layers), 2, self.batch, sequence, kv_heads * head_dim), np.float32)
         outputs = {name: new[at, which] for at, pair in enumerate(names) for which, name in enumerate(pair)}
         launch = self._bind(engine, before, after, outputs)
-        rows = new.reshape(*new.shape[:4], *heads).transpose(2, 3, 0, 1, 4, 5)
+        rows = new.reshape(*new.shape[:4], kv_heads, head_dim).transpose(2, 3, 0, 1, 4, 5)
         writes = [(cache.rows(layers, index), rows[index]) for index in range(self.batch)]
 
         def launch_and_write() -> None:
@@ -211,11 +205,3 @@ class BoundStep:
                 into[start : start + sequence] = found
 
         return launch_and_write
-
-
-def _in_turn(launches: Sequence[Launch]) -> Launch:
-    def all_of_them() -> None:
-        for launch in launches:
-            launch()
-
-    return all_of_them

@@ -111,8 +111,8 @@ def test_rows_take_their_own_caches(tiny_runtime: LoadRuntime) -> None:
     for token, row in zip(ids.tolist(), actions, strict=True):
         one.decode_one(token, ForcedRule(np.array([[bool(row[unit.first])] for unit in runtime.engines.units])))
     for found, expected in zip(
-        (whole._cache.keys, whole._cache.values),  # type: ignore[attr-defined]
-        (one._cache.keys, one._cache.values),  # type: ignore[attr-defined]
+        (whole.cache.keys, whole.cache.values),
+        (one.cache.keys, one.cache.values),
         strict=True,
     ):
         np.testing.assert_allclose(found[..., :24, :], expected[..., :24, :], atol=2e-5)

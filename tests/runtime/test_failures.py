@@ -14,7 +14,6 @@ from dash_export import DashRuntime
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import onnxruntime as backend
 from dash_export.runtime.backends.base import Launch
-from tests.runtime.test_kinds import setting_of
 from tests.tiny import random_ids
 
 Fail = Callable[[str], ort.RunOptions]
@@ -50,11 +49,13 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Fail:
         ("token", "bypass_04-04.onnx"),
     ],
 )
-def test_a_session_goes_on(kind: str, engine: str, tiny_root: Path, stop: Fail) -> None:
+def test_a_session_goes_on(
+    kind: str, engine: str, tiny_root: Path, stop: Fail, setting_of: Callable[[str], dict[str, Any]]
+) -> None:
     """Wherever it fails, nothing is lost."""
     options = stop(engine)
     runtime = DashRuntime.load(tiny_root, "cpu-fp32")
-    setting = setting_of(runtime, kind)
+    setting = setting_of(kind)
     for failing in range(1, 5):
         live = runtime.session(**setting)
         stream, made = live.stream(FIRST, 40), []

@@ -72,9 +72,10 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
     @cache
     def runtime(target: str) -> DashRuntime:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dial, "WINDOWS", 3 if target == "cpu" else 1)  # whose dial is tested
-            patch.setattr(dial, "TOKENS", 64)
-            patch.setattr(dial, "SHARES", (0.1, 0.4))
+            tested = target == "cpu"  # the others only need a dial
+            patch.setattr(dial, "WINDOWS", 3 if tested else 1)
+            patch.setattr(dial, "TOKENS", 128 if tested else 64)
+            patch.setattr(dial, "SHARES", (0.1, 0.25, 0.4, 0.6) if tested else (0.1, 0.4))
             patch.setattr(calibrate, "WINDOWS", 8)
             patch.setattr(calibrate, "REFINEMENTS", 0)
             patch.setattr(calibrate, "SHRINK", (1.0, 0.91, 0.82, 0.73))

@@ -11,19 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DENSE_POSITIONS, layer_actions
 from dash_export.errors import DashError, RequestError
-from dash_export.runtime.decode import BoundStep
-from dash_export.runtime.engine_set import EngineSet
+from dash_export.runtime.decode import BoundStep, EngineSet
 from dash_export.runtime.results import (
     MAX_TOKENS,
     NO_TOKEN,
-    Counters,
     Response,
     Statistics,
     TokenIds,
@@ -62,13 +60,14 @@ class Batch:
     engines: EngineSet
     prompts: Session
     size: int
-    counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
         self.cache = self.engines.cache(self.prompts.kv_step, self.size)
         self._steps: dict[int, BoundStep] = {}
         self._cancelled: set[int] = set()
         self._stream_now: object = None
+        self.decode_steps = self.layers_run = 0
+        """Of all sequences together: a layer counts that ran for any of them."""
 
     @check_arguments
     def cancel(self, index: int) -> None:
@@ -172,8 +171,8 @@ class Batch:
         ]
         step.decode_batch([row.token for row in rows], rules)
         actions_of_rows = layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
-        self.counters.layers_run += int((~actions_of_rows.all(axis=0)).sum())
-        self.counters.decode_steps += 1
+        self.layers_run += int((~actions_of_rows.all(axis=0)).sum())
+        self.decode_steps += 1
         responses = []
         for slot, (row, logits, actions) in enumerate(zip(rows, step.logits, actions_of_rows, strict=True)):
             row.rules.decoded(step.skipped[:, slot : slot + 1])

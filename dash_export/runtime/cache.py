@@ -11,8 +11,8 @@ from dash_export.manifest import ModelFacts
 
 
 class KVCache:
-    """`keys[l]` and `values[l]` are float32 [sequences, kv_heads, capacity, head_dim] of one block [layers, 2, ...];
-    rows of a sequence from its length on are free (zero or stale, never read).
+    """`keys` and `values`, float32 [layers, sequences, kv_heads, capacity, head_dim], are views of one block. Rows of a
+    sequence from its length on are free (zero or stale, never read).
     """
 
     def __init__(self, model: ModelFacts, step: int, sequences: int = 1, capacity: int = 0) -> None:
@@ -21,16 +21,8 @@ class KVCache:
         self.capacity = capacity
         shape = (model.num_layers, 2, sequences, model.num_kv_heads, capacity, model.head_dim)
         self._block: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
-
-    @property
-    def keys(self) -> npt.NDArray[np.float32]:
-        """[layers, sequences, kv_heads, capacity, head_dim]"""
-        return self._block[:, 0]
-
-    @property
-    def values(self) -> npt.NDArray[np.float32]:
-        """[layers, sequences, kv_heads, capacity, head_dim]"""
-        return self._block[:, 1]
+        self.keys, self.values = self._block[:, 0], self._block[:, 1]
+        self.nbytes = self._block.nbytes
 
     @property
     def length(self) -> int:
@@ -41,10 +33,6 @@ class KVCache:
     def length(self, rows: int) -> None:
         self.lengths[0] = rows
 
-    @property
-    def nbytes(self) -> int:
-        return self._block.nbytes
-
     def reserve(self, rows: int) -> bool:
         """Make room for `rows` tokens of every sequence, rounded up to a step. True when the arrays moved and must be
         bound again. Raises MemoryError, and then all is as it was.
@@ -53,8 +41,7 @@ class KVCache:
             return False
         # Half as much again beyond what is there: the copies of a long generation stay linear in its length.
         wanted = min(max(rows, self.capacity + self.capacity // 2), max(rows, self._model.max_positions))
-        grown = self.copy(-(-wanted // self._step) * self._step)
-        self.capacity, self._block = grown.capacity, grown._block
+        vars(self).update(vars(self.copy(-(-wanted // self._step) * self._step)))
         return True
 
     def copy(self, capacity: int | None = None) -> KVCache:
@@ -72,5 +59,4 @@ class KVCache:
 
     def rows(self, layers: range, index: int) -> npt.NDArray[np.float32]:
         """One sequence's keys and values of consecutive layers, by row: [capacity, layers, 2, kv_heads, head_dim]."""
-        found: npt.NDArray[np.float32] = self._block[layers.start : layers.stop, :, index].transpose(3, 0, 1, 2, 4)
-        return found
+        return np.moveaxis(self._block[layers.start : layers.stop, :, index], 3, 0)

@@ -109,24 +109,16 @@ class Score:
         return float(np.exp(-self.log_likelihoods.mean(dtype=np.float64)))
 
 
-@dataclass
-class Counters:
-    """What a session has done since it was made; in a batch `layers_run` counts a layer that ran for any sequence."""
-
-    prefill_tokens: int = 0
-    decode_steps: int = 0
-    layers_run: int = 0
-
-
 def answer_length(prompt: int, max_tokens: int | None, free: int) -> int:
     """Tokens that an answer to `prompt` tokens may have; None is MAX_TOKENS, or what the `free` positions allow. Raises
     RequestError where it is below 1, and ContextLengthError where both together do not fit.
     """
-    if max_tokens is not None and max_tokens < 1:
+    if max_tokens is None:
+        max_tokens = max(1, min(MAX_TOKENS, free - prompt))
+    if max_tokens < 1:
         raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
-    wanted = max(1, min(MAX_TOKENS, free - prompt)) if max_tokens is None else max_tokens
-    check_room(prompt, wanted, free)
-    return wanted
+    check_room(prompt, max_tokens, free)
+    return max_tokens
 
 
 def check_room(tokens: int, more: int, free: int) -> None:

@@ -62,22 +62,6 @@ class ForcedRule:
 DENSE = FixedRule()
 
 
-class SessionRules:
-    """The rule of one session's next token: always the same one, or one that is held at a budget."""
-
-    held = False
-    """Whether the rule of a token is known only when the tokens ahead of it are decided."""
-
-    def __init__(self, rule: Rule = DENSE) -> None:
-        self.rule = rule
-
-    def decoded(self, skipped: Skips) -> None:
-        """A token was decoded with these skips [units, 1]."""
-
-    def restart(self) -> None:
-        """A new conversation begins."""
-
-
 HOLD_GAIN = 0.5
 """How much the logarithm of the trade-off moves per dense token time that was spent too much or too little: settles
 within some tens of tokens, and moves a few per cent per token."""
@@ -85,27 +69,31 @@ HOLD_RANGE = 16.0
 """The trade-off stays within this factor of the calibrated one, whatever the text."""
 
 
-class HeldRules(SessionRules):
-    """A token policy whose running mean time is held at the budget: integral feedback on the trade-off's logarithm.
+class SessionRules:
+    """The rule of one session's next token: `rule`, or with a `budget` a `DecisionRule` whose running mean time is held
+    there by integral feedback on the trade-off's logarithm.
 
     Time is that of the cost table, as a fraction of dense, so that the same text gets the same actions in a new
     conversation; what an answer took that was rewound stays counted. What cannot be reached is not piled up.
     """
 
-    held = True
+    def __init__(self, rule: Rule = DENSE, cost: CostTable | None = None, budget: float | None = None) -> None:
+        self._calibrated, self._cost, self.budget = rule, cost, budget
+        self.restart()
 
-    def __init__(self, rule: DecisionRule, cost: CostTable, budget: float) -> None:
-        super().__init__(rule)
-        self._calibrated, self._cost, self._budget, self._log_scale = rule, cost, budget, 0.0
+    def restart(self) -> None:
+        """A new conversation begins."""
+        self.rule: Rule = self._calibrated
+        self._log_scale = 0.0
 
     def decoded(self, skipped: Skips) -> None:
-        excess = float(self._cost.token_time(skipped)[0]) - self._budget
+        """A token was decoded with these skips [units, 1]."""
+        if self.budget is None or self._cost is None or not isinstance(self._calibrated, DecisionRule):
+            return
+        excess = float(self._cost.token_time(skipped)[0]) - self.budget
         bound = log(HOLD_RANGE)
         self._log_scale = min(bound, max(-bound, self._log_scale + HOLD_GAIN * excess))
         self.rule = self._calibrated.scaled(exp(self._log_scale))
-
-    def restart(self) -> None:
-        self._log_scale, self.rule = 0.0, self._calibrated
 
 
 def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> SessionRules:
@@ -121,9 +109,7 @@ def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, buil
     if trade_off is None and setting.given != ("max_layers",):
         trade_off = trade_off_for(build.dial, budget=setting.budget, skipped=setting.skipped, max_kl=setting.max_kl)
     rule = decision_rule(policy.units, build.cost.cost, trade_off or 0.0, setting.max_layers, model.num_layers)
-    if setting.hold and setting.budget is not None:
-        return HeldRules(rule, build.cost, setting.budget)
-    return SessionRules(rule)
+    return SessionRules(rule, build.cost, setting.budget if setting.hold else None)
 
 
 def _static_places(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from dash_export.manifest import Build, CostTable
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.batch import MAX_SIZE, Batch
+from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device
-from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.huge_pages import keep_freed_memory, move_to_huge_pages
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
 from dash_export.runtime.rules import Rule, SessionRules, session_rules
@@ -60,13 +60,10 @@ class DashRuntime:
         """Open a bundle that was built for `target`.
 
         `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (the
-        same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. On a CPU it is one more output of
-        the engine before the first unit.
-        `threads` overrides the recipe's (0: one per physical core).
-        `verify` checks the SHA-256 of every file that is loaded; that it is still the same when all is loaded is
-        checked without it too.
-        Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError, PolicyError or RequestError
-        (for arguments).
+        same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. `threads` overrides the recipe's
+        (0: one per physical core). `verify` checks the SHA-256 of every file that is loaded; that it is still the same
+        when all is loaded is checked without it too.
+        Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError, PolicyError or RequestError.
         """
         if threads is not None and not 0 <= threads <= MAX_THREADS:
             raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
@@ -136,12 +133,6 @@ class DashRuntime:
     ) -> Generation:
         """`session(**session).generate(...)`."""
         return self.session(**session).generate(prompt, max_tokens, sampling)
-
-    def stream(
-        self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None, **session: Any
-    ) -> Iterator[Response]:
-        """`session(**session).stream(...)`."""
-        return self.session(**session).stream(prompt, max_tokens, sampling)
 
     def chat(
         self,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,7 +18,6 @@ from dash_export.divergence import nll
 from dash_export.errors import PolicyError, RequestError
 from dash_export.runtime.results import (
     MAX_TOKENS,
-    Counters,
     Generation,
     Response,
     Score,
@@ -32,10 +31,9 @@ from dash_export.runtime.sampling import Logits, Sampling
 from dash_export.runtime.text import Text
 
 if TYPE_CHECKING:
-    from dash_export.runtime.decode import BoundStep
+    from dash_export.runtime.decode import BoundStep, EngineSet
     from dash_export.runtime.device.engines import DeviceEngines
     from dash_export.runtime.device.step import DeviceStep
-    from dash_export.runtime.engine_set import EngineSet
 
 
 @dataclass
@@ -47,7 +45,6 @@ class Session:
     rules: SessionRules
     kv_step: int
     prefill_chunk: int
-    counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
         self.cache: Any = self.engines.cache(self.kv_step)
@@ -58,6 +55,8 @@ class Session:
         self._streams = 0
         self.tokens: list[int] = []
         """What the cache holds."""
+        self.prefilled = 0
+        """Tokens that went through prefill so far."""
 
     @property
     def context_left(self) -> int:
@@ -101,9 +100,7 @@ class Session:
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
     ) -> Iterator[Response]:
-        """Answer a conversation given as messages {role, content}. What the cache already holds of it is not computed
-        again.
-        """
+        """Answer messages {role, content}. What the cache already holds of them is not computed again."""
         ids = self.text.chat(messages, self.engines.model.max_positions)
         self._rewind_to(ids)
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
@@ -113,10 +110,8 @@ class Session:
         self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None
     ) -> Iterator[Response]:
         """Prefill `prompt` densely over the cache as it is, then decode under the policy, one Response per token.
-        `max_tokens` None: as many as there is room for, 256 at most.
-
-        Raises RequestError for an empty prompt and ContextLengthError when prompt and `max_tokens` do not fit the
-        context.
+        `max_tokens` None: as many as there is room for, 256 at most. Raises RequestError for an empty prompt and
+        ContextLengthError when prompt and `max_tokens` do not fit the context.
         """
         ids = self._continued(prompt)
         max_tokens = answer_length(len(ids), max_tokens, self.context_left)
@@ -159,9 +154,7 @@ class Session:
 
     @check_arguments
     def restart(self, ids: Prompt) -> Logits:
-        """The logits [vocab] after `ids` as a conversation of its own; what the cache holds of it is not computed
-        again.
-        """
+        """The logits [vocab] after `ids` as a conversation of its own; what is cached of it is not computed again."""
         known = self.checked_ids(ids)
         self._rewind_to(known)
         return self.prefill(known[len(self.tokens) :])
@@ -179,11 +172,7 @@ class Session:
 
     @check_arguments
     def decode_step(self, tokens: int) -> Any:
-        """What decodes one token, bound to memory with room for `tokens` more: for whoever times its launches. Raises
-        ContextLengthError where they do not fit.
-        """
-        if tokens < 1:
-            raise RequestError(f"Room for {tokens} tokens is none: ask for one or more.")
+        """What decodes one token, bound to memory with room for `tokens` more: for whoever times its launches."""
         check_room(tokens, 0, self.context_left)
         self._reserve(tokens)
         return self._bound(1)
@@ -204,7 +193,7 @@ class Session:
         shape = (len(tokens), self.engines.model.num_layers)
         if actions is not None and (actions.shape != shape or not np.isin(actions, (0, 1)).all()):
             raise PolicyError(f"actions must be {list(shape)}, tokens and layers, each 0 (run) or 1 (skip).")
-        if actions is None and mixes and self.rules.held:
+        if actions is None and mixes and self.rules.budget is not None:
             raise PolicyError(
                 "A held budget (hold) adapts token by token, so one pass over a text cannot follow it: "
                 "score with the budget alone, or decode."
@@ -257,7 +246,7 @@ class Session:
             step.prefill(part)
             self._pending = []  # it is the first of these
             self.tokens.extend(part.tolist())
-        self.counters.prefill_tokens += len(ids)
+        self.prefilled += len(ids)
         last: Logits = step.logits[0, 0]
         return last
 
@@ -273,10 +262,7 @@ class Session:
         self.rules.decoded(step.skipped)
         self._pending = []  # in this order: an interrupt comes after a call
         self.tokens.append(token)
-        actions = self._actions(step)[0]
-        self.counters.decode_steps += 1
-        self.counters.layers_run += len(actions) - int(actions.sum())
-        return step.logits[0, 0], actions
+        return step.logits[0, 0], self._actions(step)[0]
 
     def _actions(self, step: BoundStep | DeviceStep) -> Actions:
         return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)

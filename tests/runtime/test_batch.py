@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.divergence import DenseRows
 from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
-from dash_export.runtime import Batch, Generation, Response, Sampling
+from dash_export.runtime import Batch, Response, Sampling
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.results import NO_TOKEN
@@ -93,7 +94,7 @@ def test_a_common_beginning_is_computed_once(runtime: DashRuntime, setting_of: S
     setting = setting_of("token")
     batch = runtime.batch(4, **setting)
     assert answers(batch, asked, 10) == alone(runtime, asked, 10, **setting)
-    assert batch.prompts.counters.prefill_tokens <= 50 + 4 * 5
+    assert batch.prompts.prefilled <= 50 + 4 * 5
 
 
 def test_prompts_are_taken_when_there_is_room(runtime: DashRuntime) -> None:
@@ -186,10 +187,10 @@ def test_skipping_together_saves_what_all_skip(runtime: DashRuntime, setting_of:
     responses = list(batch.stream(PROMPTS[:3], 60))
     own = np.mean([6 - response.actions.sum() for _, response in responses[3:]])
     assert own < 5.5
-    assert own < batch.counters.layers_run / batch.counters.decode_steps < 6
+    assert own < batch.layers_run / batch.decode_steps < 6
     same = runtime.batch(3, **setting_of("static"))
     answers(same, PROMPTS[2:5], 10)
-    assert same.counters.layers_run == 4 * same.counters.decode_steps
+    assert same.layers_run == 4 * same.decode_steps
 
 
 BAD_PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
@@ -273,13 +274,12 @@ def test_broken_on_purpose(
 @pytest.mark.model
 def test_a_real_model_as_alone(smollm2_runtime: LoadRuntime) -> None:
     runtime = smollm2_runtime("cpu-fp32")
-    asked = prompts(runtime)[:5]
-    for setting in ({}, {"skipped": 4}):
-        together: list[Generation] = runtime.generate_batch(asked, 24, size=4, **setting)
-        for prompt, generation in zip(asked, together, strict=True):
-            expected = runtime.generate(prompt, 24, **setting)
-            np.testing.assert_array_equal(generation.tokens, expected.tokens)
-            np.testing.assert_array_equal(generation.actions, expected.actions)
+    asked = prompts(runtime)[1:5]
+    together = runtime.generate_batch(asked, 16, size=3, skipped=4)
+    for prompt, generation in zip(asked, together, strict=True):
+        expected = runtime.generate(prompt, 16, skipped=4)
+        np.testing.assert_array_equal(generation.tokens, expected.tokens)
+        np.testing.assert_array_equal(generation.actions, expected.actions)
 
 
 @pytest.mark.model
@@ -300,11 +300,5 @@ def test_quantised_rows_are_near_one_alone(smollm2_runtime: LoadRuntime) -> None
     for token in ids[20:].tolist():
         step.decode_batch([token] * 3, [DENSE] * 3)
         one, _ = live.decode_one(token)
-        divergences += [divergence(one, row) for row in step.logits[:, 0]]
+        divergences.append(DenseRows(one[None].repeat(3, axis=0)).kl(step.logits[:, 0]))
     assert np.mean(divergences) < 0.02
-
-
-def divergence(logits: np.ndarray, other: np.ndarray) -> float:
-    """KL, nats."""
-    log_p, log_q = (each - np.logaddexp.reduce(each) for each in (logits.astype(float), other.astype(float)))
-    return float((np.exp(log_p) * (log_p - log_q)).sum())

@@ -47,73 +47,37 @@ def is_gone(pid: int, seconds: float = 5) -> bool:
     return False
 
 
-def test_template_may_use_what_templates_use() -> None:
-    source = (
-        "{{ messages[0].content.replace('H', 'h') ~ '!' }}{{ ['a', 'b'] | join('-') }}{{ '-'.join(['c', 'd']) }}"
-        "{{ 'x' + 'y' }}{{ 3 % 2 }}{{ 2 * 3 }}{{ {'a': [1]} | tojson }}{{ 'Hii' | replace('i', 'o', 1) | upper }}"
-    )
-    assert ChatTemplate(source, {}).render(MESSAGES) == 'hi!a-bc-dxy16{"a": [1]}HOI'
-    assert len(ChatTemplate("{{ [1] | tojson(10000000000) }}", {}).render(MESSAGES)) < 100
-
-
 def doubled(expression: str) -> str:
     """A template that puts the expression's value in n.x, 60 times."""
     return "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = " + expression + " %}{% endfor %}"
 
 
-def many(use: str, count: int = 2000) -> str:
-    """A template that uses one text of five million characters very often."""
-    return (
-        "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(19) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
-        + use.replace("MANY", "[" + "n.s, " * count + "]")
-    )
-
-
-def kept(value: str) -> str:
-    """A template that keeps very many values, each of MORE, a new megabyte."""
-    return (
-        "{% set n = namespace(x=[]) %}{% for i in range(99999) %}{% set n.x = n.x + ["
-        + value.replace("MORE", "'a' * 1_000_000 ~ i")
-        + "] %}{% endfor %}"
-    )
-
-
+FIVE_MILLION = "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(19) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
 HOSTILE = {
-    "many-shown": many("{{ MANY }}"),
-    "namespaces": doubled("namespace(a=n.x, b=n.x)") + "{{ n.x }}",
-    "escaped": "{% set n = namespace(x='<') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x | forceescape %}"
-    "{% endfor %}",
-    "class": "{{ ''.__class__.__mro__ }}",
-    "subclasses": "{{ ().__class__.__base__.__subclasses__() }}",
-    "repeat": "{{ 'a' * 10**10 }}",
-    "repeat-list": "{{ [0] * 10000000000 }}",
-    "power": "{{ 9 ** 999999999 }}",
+    "attributes": "{{ ().__class__.__base__.__subclasses__() }}",
     "mutate": "{{ messages.append(1) }}",
-    "pad": "{{ '%9999999999d' % 1 }}",
-    "center-filter": "{{ 'a' | center(10000000000) }}",
-    "indent-filter": "{{ 'a\\nb' | indent(10000000000) }}",
-    "double": doubled("n.x ~ n.x"),
-    "double-block": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}"
-    "{% set n.x = y %}{% endfor %}",
-    "double-replace": doubled("n.x.replace('a', n.x)"),
-    "double-join": doubled("[n.x, n.x] | join(n.x)"),
-    "shared-list": doubled("[n.x, n.x]") + "{{ n.x }}",
-    "double-sum": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] | sum(start=[]) %}"
-    "{% endfor %}",
-    "double-repr": doubled("n.x | pprint"),
-    "urlize": doubled("'http://a.de ' | urlize(target=n.x) ~ n.x"),
-    "square": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "nested-blocks": "{% for a in [1] %}" * 25 + "x" + "{% endfor %}" * 25,
-    "long-number": "{{ " + "1" * 5000 + " }}",
     "raise": "{{ raise_exception('no system role') }}",
     "loops": LOOP,
-    "joiner": kept("joiner(MORE)"),
-    "lazy-map": kept("[MORE] | map('upper')") + "{{ n.x | map('list') | list }}",
+    "power": "{{ 9 ** 999999999 }}",
     "folded-power": "{{ 9 ** (9 ** 9) }}",
-    "deep-list": "{{ " + "[" * 50_000 + "]" * 50_000 + " }}",
-    "five-megabytes": "{{ messages }}" * (5_000_000 // 14),
-    "writes-at-once": "{{ 'a' * 20_000_000 }}",
+    "square": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "repeat": "{{ [0] * 10000000000 }}",
+    "pad": "{{ '%9999999999d' % 1 }}",
+    "filter": "{{ 'a' | center(10000000000) }}",
+    "double": doubled("n.x ~ n.x"),
+    "double-replace": doubled("n.x.replace('a', n.x)"),
+    "shared": doubled("[n.x, n.x]") + "{{ n.x }}",
+    "namespaces": doubled("namespace(a=n.x, b=n.x)") + "{{ n.x }}",
+    "urlize": doubled("'http://a.de ' | urlize(target=n.x) ~ n.x"),
+    "shown": FIVE_MILLION + "{{ [" + "n.s, " * 2000 + "] }}",
+    "kept": "{% set n = namespace(x=[]) %}{% for i in range(99999) %}"
+    "{% set n.x = n.x + [joiner('a' * 1_000_000 ~ i)] %}{% endfor %}",
+    "writes": "{{ 'a' * 20_000_000 }}",
+    "long-number": "{{ " + "1" * 5000 + " }}",
+    "deep": "{{ " + "[" * 50_000 + "]" * 50_000 + " }}",
+    "nested-blocks": "{% for a in [1] %}" * 25 + "x" + "{% endfor %}" * 25,
+    "five-megabytes": "{{ messages }}" * (5_000_000 // 14),
 }
 
 
@@ -129,7 +93,7 @@ def test_hostile_template(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 64 << 10  # KiB
 
 
-@pytest.mark.parametrize("name", ["many-shown", "double", "joiner", "pad"])
+@pytest.mark.parametrize("name", ["shown", "double", "kept", "pad"])
 def test_memory_is_what_ends_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "SECONDS", 30.0)
     with pytest.raises(RequestError, match=r"512 MB.*its process has ended"):
@@ -174,16 +138,6 @@ def test_interrupted_render() -> None:
     assert template.render(MESSAGES) == "Hi"
 
 
-def test_a_refusal_does_not_end_the_child() -> None:
-    template = ChatTemplate("{{ raise_exception('no') if messages[0].content == 'loop' else 'yes' }}", {})
-    template.render(MESSAGES)
-    first = child(template)
-    with pytest.raises(RequestError, match="TemplateError: no"):
-        template.render(ASKED)
-    assert template.render(MESSAGES) == "yes"
-    assert child(template) == first
-
-
 def test_threads_share_a_child() -> None:
     template = ChatTemplate("{{ messages[0].content * 1000 }}", {})
 
@@ -210,15 +164,6 @@ def test_forked_process_has_a_child_of_its_own() -> None:
     assert child(template) == first
 
 
-def test_child_ends_with_its_template() -> None:
-    template = ChatTemplate(CHAT_TEMPLATE, {})
-    template.render(MESSAGES)
-    pid = child(template)
-    del template
-    gc.collect()
-    assert not Path(f"/proc/{pid}").exists()
-
-
 @pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), 9)"])
 def test_child_ends_with_its_parent(end: str) -> None:
     code = (
@@ -228,14 +173,6 @@ def test_child_ends_with_its_parent(end: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert is_gone(int(result.stdout))
     assert not result.stderr
-
-
-def test_a_template_is_read_when_it_is_needed() -> None:
-    code = (
-        "import sys; from dash_export.runtime.text import ChatTemplate; t = ChatTemplate('{% for %}', {})\n"
-        "print('jinja2' in sys.modules, t._child)"
-    )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "False None\n"
 
 
 @pytest.mark.parametrize(
@@ -284,6 +221,9 @@ SHARED = (
     "{% for m in messages %}{% if loop.index == 3 %}{% break %}{% endif %}\n    {{ m | tojson(indent=2) }}\n"
     "{% endfor %}"
     "{% generation %}{{ messages | tojson(sort_keys=true, separators=(',', ':')) }}{% endgeneration %}",
+    "{{ messages[0].content.replace('H', 'h') }}{{ ['a', 'b'] | join('-') }}{{ 'Hii' | replace('i', 'o', 1) | upper }}"
+    "{% for a, b in [(1, 2), (3, 4)] %}{{ [a, b] | sum }}{% endfor %}{{ dict(a=1).a }}{{ 70000 * 70000 }}"
+    "{{ messages[0].items() | list | length }}{{ '{0.__class__}'.format(messages) if false else '-'.join(['c']) }}",
     "{{ 'one two' | wordwrap(3) }}{{ messages | pprint }}{{ '&lt;b&gt;<i>x</i>' | striptags }}{{ 'é\\u00e9' | e }}"
     "{{ strftime_now('%d %b %Y') }}{{ bos_token }}{{ messages | map(attribute='role') | join(', ') }}{{ nothing }}",
     "{%- set ns = namespace(found=false) %}\n{%- for m in messages[::-1] %}{% set ns.found = m.role %}{% endfor %}\n"
@@ -294,16 +234,15 @@ SHARED = (
 @pytest.mark.parametrize("source", SHARED)
 def test_as_transformers_renders_it(source: str) -> None:
     messages = [{"role": role, "content": f"Hi «{role}» <&> ☕"} for role in ("user", "assistant", "user")]
+    template = ChatTemplate(source, {"bos_token": "<s>"})
     (expected,), _ = render_jinja_template(
         [messages], chat_template=source, add_generation_prompt=True, bos_token="<s>"
     )
-    assert ChatTemplate(source, {"bos_token": "<s>"}).render(messages) == expected
-
-
-@pytest.mark.parametrize("source", ["{{ raise_exception.__globals__ }}", "{{ '{0.__class__}'.format(messages) }}"])
-def test_unsafe_attribute_is_never_text(source: str) -> None:
-    with suppress(RequestError):
-        assert ChatTemplate(source, {}).render(MESSAGES) == ""
+    assert template.render(messages) == expected
+    pid = child(template)
+    del template
+    gc.collect()
+    assert not Path(f"/proc/{pid}").exists(), "a child ends with its template"
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ 'x' | no_such_filter }}"])

@@ -10,7 +10,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import unit_skips
-from dash_export.runtime import Session, engine_set
+from dash_export.runtime import Session, decode
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.rules import ForcedRule
@@ -118,7 +118,7 @@ def test_over_long_caches_passes_are_shorter(runtime: DashRuntime, monkeypatch: 
         sound(step, tokens)
 
     monkeypatch.setattr(BoundStep, "prefill", prefill)
-    monkeypatch.setattr(engine_set, "SCORES", 4 * runtime.engines.model.num_heads * 48 * 15)
+    monkeypatch.setattr(decode, "SCORES", 4 * runtime.engines.model.num_heads * 48 * 15)
     np.testing.assert_allclose(session(runtime, 48, 512).prefill(ids), expected, atol=2e-5)
     assert sizes == [15, 15, 10]
 

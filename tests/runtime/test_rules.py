@@ -13,7 +13,7 @@ from dash_export import DashRuntime
 from dash_export.decision import DecisionRule, Setting, decision_rule
 from dash_export.errors import PolicyError
 from dash_export.manifest import CostTable
-from dash_export.runtime.rules import HOLD_RANGE, HeldRules, session_rules
+from dash_export.runtime.rules import HOLD_RANGE, SessionRules, session_rules
 from tests.tiny import TINY_UNITS, random_ids
 
 LoadRuntime = Callable[..., DashRuntime]
@@ -97,11 +97,11 @@ def test_max_layers_holds_for_every_token(runtime: DashRuntime) -> None:
 COST = CostTable(0, 0.0, {}, {}, (0.2, 0.1), "")
 
 
-def held(trade_off: float, budget: float) -> HeldRules:
-    return HeldRules(decision_rule(TINY_UNITS, COST.cost, trade_off), COST, budget)
+def held(trade_off: float, budget: float) -> SessionRules:
+    return SessionRules(decision_rule(TINY_UNITS, COST.cost, trade_off), COST, budget)
 
 
-def run_held(rules: HeldRules, damage: np.ndarray) -> float:
+def run_held(rules: SessionRules, damage: np.ndarray) -> float:
     """Mean time of tokens with this damage [tokens, units]."""
     times = []
     for row in damage:

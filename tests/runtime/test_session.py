@@ -131,15 +131,15 @@ def test_chat_reuses_what_the_cache_holds(runtime: DashRuntime, monkeypatch: pyt
     answer = "".join(response.text for response in live.chat(MESSAGES, 8))
     follow_up = [*MESSAGES, {"role": "assistant", "content": answer}, {"role": "user", "content": "More."}]
     expected = [response.token for response in runtime.chat(follow_up, 8)]
-    prefilled = live.counters.prefill_tokens
+    prefilled = live.prefilled
     assert [response.token for response in live.chat(follow_up, 8)] == expected
-    assert live.counters.prefill_tokens - prefilled < len(runtime.text.chat(follow_up)) - len(
-        runtime.text.chat(MESSAGES)
-    ) + len(answer)
+    assert live.prefilled - prefilled < len(runtime.text.chat(follow_up)) - len(runtime.text.chat(MESSAGES)) + len(
+        answer
+    )
     # The same conversation once more: one token is computed for its logits.
-    before = live.counters.prefill_tokens
+    before = live.prefilled
     assert [response.token for response in live.chat(follow_up, 8)] == expected
-    assert live.counters.prefill_tokens == before + 1
+    assert live.prefilled == before + 1
     other = [{"role": "user", "content": "Something else"}]
     assert [r.token for r in live.chat(other, 8)] == [r.token for r in runtime.chat(other, 8)]
     monkeypatch.setattr(runtime.text, "chat", lambda *_: [])
@@ -155,7 +155,7 @@ def test_a_fork_continues_from_there(runtime: DashRuntime, setting_of: SettingOf
     twins = [live.fork(), live.fork()]
     for twin, ids in zip((*twins, live), (FIRST, SECOND, FIRST), strict=True):
         assert twin.generate(ids, 12).tokens.tolist() == tokens_of(runtime, beginning, ids, count=12, **setting)
-    assert [twin.counters.prefill_tokens for twin in twins] == [12, 9]
+    assert [twin.prefilled for twin in twins] == [12, 9]
 
 
 def test_restart_keeps_what_it_cannot_replace(runtime: DashRuntime) -> None:
@@ -165,7 +165,7 @@ def test_restart_keeps_what_it_cannot_replace(runtime: DashRuntime) -> None:
         live.restart(np.zeros((2, 3), np.int64))
     assert len(live.tokens) == 12
     np.testing.assert_allclose(live.restart(FIRST), runtime.session().prefill(FIRST), atol=1e-5)
-    assert live.counters.prefill_tokens == 13
+    assert live.prefilled == 13
     live.reset()
     assert (live.tokens, live.context_left) == ([], 512)
     assert live.generate(SECOND, 10).tokens.tolist() == tokens_of(runtime, SECOND)

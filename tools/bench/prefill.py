@@ -19,7 +19,7 @@ from dash_export.bundle import Bundle
 from dash_export.evaluate.timing import peak_memory
 from dash_export.manifest import Build
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.engine_set import EngineSet
+from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.text import Text
 
 PROMPT = 512

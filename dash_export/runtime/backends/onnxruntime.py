@@ -19,7 +19,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if platform.machine().lower() in ("x86_64", "amd64"):
     # A token's attention scores whole, by products of one row with many, instead of tile by tile: a decoded token takes
     # 3 % less time at 512 cached tokens and 13 % less at 4,096, and prefill no more while the scores are few
-    # (`engine_set.SCORES`). Read by each session as it is made. Elsewhere nobody has measured.
+    # (`decode.SCORES`). Read by each session as it is made. Elsewhere nobody has measured.
     os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
 import numpy.typing as npt

@@ -192,10 +192,10 @@ def answer_all(batch: Batch, prompts: list[str], options: RunOptions, as_json: b
         if response.finish_reason is not None:
             _print_one(index, prompts[index], answers.pop(index), as_json)
     seconds = time.perf_counter() - began
-    steps = max(1, batch.decode_steps)
+    steps = max(1, batch.counters.decode_steps)
     click.echo(
         f"[{len(prompts) - len(failed)} answers, {count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s in "
-        f"all, up to {batch.size} at a time, {batch.layers_run / steps:.1f} layers/step]",
+        f"all, up to {batch.size} at a time, {batch.counters.layers_run / steps:.1f} layers/step]",
         err=True,
     )
     if failed:

@@ -1,7 +1,6 @@
 """Several sequences decoded together: a step reads the weights once for all of them.
 
-Each sequence has its own cache rows, rules, sampling and end, and gets what it would get alone (nearly, where prompts
-go through an engine of their own: what one shares with that before it is not computed again). A unit runs when any
+Each sequence has its own cache rows, rules, sampling and end, and gets what it would get alone. A unit runs when any
 sequence runs it, and each takes its own result, so skipping saves less the more decode together: where every one skips
 a unit with probability p, p^n of its runs are saved.
 """
@@ -49,6 +48,14 @@ class Row:
 
 
 @dataclass
+class Counters:
+    """Steps of all sequences together, and layers that ran in them for any."""
+
+    decode_steps: int = 0
+    layers_run: int = 0
+
+
+@dataclass
 class Batch:
     """Made by `DashRuntime.batch()`: at most `size` sequences at a time; the next prompt takes the place of one that
     ended. It belongs to one thread and serves one stream at a time.
@@ -64,15 +71,8 @@ class Batch:
     def __post_init__(self) -> None:
         self.cache = self.engines.cache(self.prompts.kv_step, self.size)
         self._steps: dict[int, BoundStep] = {}
-        self._cancelled: set[int] = set()
         self._stream_now: object = None
-        self.decode_steps = self.layers_run = 0
-        """Of all sequences together: a layer counts that ran for any of them."""
-
-    @check_arguments
-    def cancel(self, index: int) -> None:
-        """End the answer to that prompt with its next token; safe to call from another thread."""
-        self._cancelled.add(index)
+        self.counters = Counters()
 
     @check_arguments
     def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
@@ -92,10 +92,9 @@ class Batch:
     ) -> Iterator[tuple[int, Response]]:
         """(index of the prompt, its next response), as they come.
 
-        `prompts` is asked whenever there is room, so it may be a generator that takes them from somewhere. While it
-        waits the sequences under way wait too: let it yield None when nothing has come (when none is under way it is
-        asked again after a millisecond). What it raises ends the stream as it is. `max_tokens` None: 256, or what the
-        context has left.
+        `prompts` is asked whenever there is room, so it may be a generator that takes them from somewhere; let it yield
+        None when nothing has come, for while it waits the sequences under way wait too. What it raises ends the stream
+        as it is. `max_tokens` None: 256, or what the context has left.
 
         A prompt that cannot be answered (see `checked`), or whose answer fails, ends alone: its last response has
         `finish_reason` "error" and the `error`. Raises BackendError where a step for all of them fails, and
@@ -104,7 +103,6 @@ class Batch:
         if max_tokens is not None:  # refused for all prompts at once
             answer_length(0, max_tokens, self.engines.model.max_positions)
         this = self._stream_now = object()
-        self._cancelled.clear()
         return self._alone(this, self._stream(iter(prompts), max_tokens, sampling or Sampling()))
 
     def _alone(self, this: object, stream: Iterator[tuple[int, Response]]) -> Iterator[tuple[int, Response]]:
@@ -148,7 +146,7 @@ class Batch:
             self._reserve(len(ids) + min(max_tokens, session.kv_step))
             self.cache.take(slot, session.cache)
             actions = np.zeros(self.engines.model.num_layers, np.int8)
-            response = turn.respond(logits, session.tokens, actions, index in self._cancelled)
+            response = turn.respond(logits, session.tokens, actions)
         except DashError as error:
             return self._failed(error, Statistics())
         if response.finish_reason is None:
@@ -171,14 +169,14 @@ class Batch:
         ]
         step.decode_batch([row.token for row in rows], rules)
         actions_of_rows = layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
-        self.layers_run += int((~actions_of_rows.all(axis=0)).sum())
-        self.decode_steps += 1
+        self.counters.layers_run += int((~actions_of_rows.all(axis=0)).sum())
+        self.counters.decode_steps += 1
         responses = []
         for slot, (row, logits, actions) in enumerate(zip(rows, step.logits, actions_of_rows, strict=True)):
             row.rules.decoded(step.skipped[:, slot : slot + 1])
             row.tokens.append(row.token)
             try:
-                response = row.turn.respond(logits[0], row.tokens, actions.copy(), row.index in self._cancelled)
+                response = row.turn.respond(logits[0], row.tokens, actions.copy())
             except DashError as error:
                 response = self._failed(error, row.turn.statistics)
             row.token = response.token

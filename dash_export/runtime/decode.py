@@ -1,5 +1,4 @@
-"""The decode loop of the host: engines loaded, bound to memory, and launched conditionally, one token at a time or
-many.
+"""The decode loop of the host: engines loaded, bound to memory and launched conditionally, for one token or many.
 
 Every buffer has one address for its life. Hidden states alternate between two buffers, and each KV cache array is bound
 as past and present alike, so a write is in place. A row is one token of one sequence: many tokens of one, or one token
@@ -27,8 +26,6 @@ from dash_export.runtime.rules import DENSE, Rule
 
 ALWAYS_RUN = -1
 Floats = npt.NDArray[np.float32]
-
-
 SCORES = 32 << 20
 """Bytes of attention scores of one pass: what is larger, glibc maps and clears anew for every layer."""
 
@@ -55,7 +52,7 @@ class EngineSet:
         self._bundle, self._backend, self.build = bundle, backend, build
         self._seal = bundle.verify(build.files, hashes=False)
         self.model, policy = bundle.manifest.model, bundle.manifest.policy
-        self.units, self.read = policy.units, policy.read
+        self.units = policy.units
         self.segments = []
         for segment in build.segments:
             names = segment.engines(build.engines)

@@ -65,9 +65,8 @@ def move_to_huge_pages() -> None:
 
 
 def available() -> bool:
-    """Whether this system has huge pages of 2 MiB and says what is in use."""
+    """Whether this system has huge pages of 2 MiB, and its administrator lets them be used."""
     try:
-        PAGEMAP.open("rb").close()
         size = int((SETTINGS / "hpage_pmd_size").read_text())
         return size == HUGE and "[never]" not in (SETTINGS / "enabled").read_text()
     except (OSError, ValueError):

@@ -21,9 +21,7 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Statistics:
-    """Running figures of one generation. Times in seconds; the first token comes out of the prefill. `layers`: run in
-    all decode steps together.
-    """
+    """Running figures of one generation. The first token comes out of the prefill; `layers` ran in all decode steps."""
 
     prompt_tokens: int = 0
     tokens: int = 0
@@ -103,7 +101,6 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Raises RequestError for the score of a single token, before which there is nothing to predict it from."""
         if not len(self.log_likelihoods):
             raise RequestError("One token has no perplexity: score two or more.")
         return float(np.exp(-self.log_likelihoods.mean(dtype=np.float64)))

@@ -63,8 +63,7 @@ DENSE = FixedRule()
 
 
 HOLD_GAIN = 0.5
-"""How much the logarithm of the trade-off moves per dense token time that was spent too much or too little: settles
-within some tens of tokens, and moves a few per cent per token."""
+"""How much the trade-off's logarithm moves per dense token time too much: a few per cent per token."""
 HOLD_RANGE = 16.0
 """The trade-off stays within this factor of the calibrated one, whatever the text."""
 

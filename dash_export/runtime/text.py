@@ -47,9 +47,8 @@ class Text:
         self.template = None if template is None else ChatTemplate(template, special)
 
     def encode(self, text: str, *, special: bool = True, limit: int = sys.maxsize) -> list[int]:
-        """Text -> token ids; `special` adds what the tokenizer adds to a fresh text (a BOS, for some models). Raises
-        RequestError for text that is no valid Unicode and ContextLengthError, without encoding it, for one far over
-        `limit` tokens.
+        """Text -> token ids; `special` adds what begins a fresh text (a BOS, for some models). Raises RequestError for
+        text that is no valid Unicode and ContextLengthError, without encoding it, for one far over `limit` tokens.
         """
         if len(text) > _LETTERS * max(limit, 256):
             raise ContextLengthError(

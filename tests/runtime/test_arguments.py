@@ -78,7 +78,6 @@ def calls(runtime: DashRuntime, session: Session, batch: Batch) -> dict[str, Cal
         "batch.stream.max_tokens": lambda odd: batch.stream([ids], odd),
         "batch.stream.sampling": lambda odd: list(batch.stream([ids], 1, odd)),
         "batch.checked": batch.checked,
-        "batch.cancel": batch.cancel,
     }
     for name in Sampling.__dataclass_fields__:
         found[f"Sampling.{name}"] = lambda odd, name=name: runtime.generate(ids, 2, Sampling(**{"top_k": 9, name: odd}))

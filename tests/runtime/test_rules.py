@@ -30,13 +30,10 @@ def test_each_unit_is_weighed_by_its_own_cost(runtime: DashRuntime) -> None:
 @pytest.mark.parametrize(
     ("amount", "expected"),
     [
-        ({"skipped": 0}, []),
         ({"skipped": 1}, [4]),
         ({"skipped": 1.5}, [2, 3, 4]),
-        ({"max_layers": 6}, []),
         ({"max_layers": 5}, [4]),
         ({"max_layers": 4}, [2, 3, 4]),
-        ({"budget": 1.0}, []),
         ({"budget": 0.9}, [4]),
         ({"budget": 0.89}, [2, 3, 4]),
         ({"skip": (2, 3)}, [2, 3]),
@@ -52,19 +49,11 @@ def test_static_skips_the_fewest_units_that_are_as_much(
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"policy": "magic"}, "Known: dense, static, token"),
-    "nothing-said": ({"policy": "token"}, "Say how much"),
-    "dense-with-skip": ({"policy": "dense", "skip": [2]}, "skip belongs to the policies static"),
-    "both-dials": ({"trade_off": 1.0, "budget": 0.9}, "not both"),
-    "negative": ({"trade_off": -1.0}, "trade-off"),
     "no-unit": ({"skip": [0]}, r"Layers 0 are not whole units\. Units of this policy: 2-3,4"),
-    "half-a-unit": ({"skip": [3, 4]}, "not whole units"),
     "static-too-many": ({"policy": "static", "skipped": 4}, "more than the policy 'static' can give.* 3 of 6 layers"),
     "static-too-fast": ({"policy": "static", "budget": 0.01}, "more than the policy 'static' can give"),
     "static-bound": ({"policy": "static", "max_layers": 2}, "from 3 to 6"),
     "token-too-many": ({"skipped": 3.5}, r"skip 3\.00 layers"),
-    "token-too-fast": ({"budget": 0.01}, "more than this policy can give"),
-    "token-too-far": ({"max_kl": 1e6}, "diverge by"),
     "token-bound": ({"max_layers": 1}, "from 3 to 6"),
 }
 
@@ -86,12 +75,6 @@ def test_without_a_network_and_an_order(runtime: DashRuntime, monkeypatch: pytes
     with pytest.raises(PolicyError, match="was not trained"):
         runtime.session("static", skipped=1)
     assert runtime.generate([1, 2, 3], 3, skip=[4]).actions[1:, 4].all()
-
-
-def test_max_layers_holds_for_every_token(runtime: DashRuntime) -> None:
-    ran = 6 - runtime.generate(random_ids(10), 40, max_layers=4).actions.sum(axis=1)
-    assert ran[0] == 6, "the prompt's token is dense"
-    assert (ran[1:] <= 4).all()
 
 
 COST = CostTable(0, 0.0, {}, {}, (0.2, 0.1), "")

@@ -106,24 +106,16 @@ def test_what_an_interrupted_pass_leaves_is_known(runtime: DashRuntime, monkeypa
 def test_an_answer_left_for_another_is_over(other: str, runtime: DashRuntime) -> None:
     """Not mixed with it in silence."""
     live = runtime.session()
-    first, unbegun = live.stream(FIRST, 20), None
+    unbegun = live.stream(FIRST, 5)
+    first = live.stream(FIRST, 20)
     next(first)
-    others: dict[str, Callable[[], Any]] = {
-        "stream": lambda: live.stream(SECOND, 5),
-        "chat": lambda: live.chat(MESSAGES, 5),
-        "reset": live.reset,
-        "prefill": lambda: live.prefill(SECOND),
-        "decode_one": lambda: live.decode_one(7),
-    }
-    second = others[other]()
-    with pytest.raises(RequestError, match="left for another"):
-        next(first)
+    given = {"stream": (SECOND, 5), "chat": (MESSAGES, 5), "reset": (), "prefill": (SECOND,), "decode_one": (7,)}
+    second = getattr(live, other)(*given[other])
+    for left in (first, unbegun):
+        with pytest.raises(RequestError, match="left for another"):
+            next(left)
     if other in ("stream", "chat"):
         assert len(list(second)) == 5
-    unbegun = live.stream(FIRST, 5)
-    list(live.stream(SECOND, 5))
-    with pytest.raises(RequestError, match="left for another"):
-        list(unbegun)
 
 
 def test_chat_reuses_what_the_cache_holds(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

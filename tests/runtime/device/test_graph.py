@@ -50,7 +50,6 @@ def test_damage_at_every_trade_off(simulated: MakeSimulated, host: DashRuntime) 
         np.testing.assert_array_equal(taken, actions)
         assert np.abs(found - expected).max() < TOLERANCE
         np.testing.assert_allclose(*(session._bound(1).damage for session in live), atol=1e-5)
-    assert live[0].counters.layers_run == live[1].counters.layers_run
     assert len(made.device.recorded) == 1
 
 

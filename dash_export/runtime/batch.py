@@ -57,11 +57,9 @@ class Counters:
 
 @dataclass
 class Batch:
-    """Made by `DashRuntime.batch()`: at most `size` sequences at a time; the next prompt takes the place of one that
-    ended. It belongs to one thread and serves one stream at a time.
-
-    Prompts are prefilled one by one, in `prompts`, a session that keeps the last one: what the next has in common with
-    it (a system prompt) is not computed again.
+    """Made by `DashRuntime.batch()`, for one thread and one stream at a time: at most `size` sequences; the next prompt
+    takes the place of one that ended. Prompts are prefilled one by one, in `prompts`, a session that keeps the last
+    one: what the next has in common with it (a system prompt) is not computed again.
     """
 
     engines: EngineSet
@@ -76,9 +74,7 @@ class Batch:
 
     @check_arguments
     def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
-        """A prompt's token ids. Raises RequestError where it is none, and ContextLengthError where it and `max_tokens`
-        do not fit the context.
-        """
+        """A prompt's token ids. Raises RequestError, and ContextLengthError where it and `max_tokens` do not fit."""
         ids = self.prompts.checked_ids(prompt, fresh=True)
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)
         return ids
@@ -98,7 +94,7 @@ class Batch:
 
         A prompt that cannot be answered (see `checked`), or whose answer fails, ends alone: its last response has
         `finish_reason` "error" and the `error`. Raises BackendError where a step for all of them fails, and
-        RequestError for arguments, or in a stream that goes on after another one of this batch has begun.
+        RequestError in a stream that goes on after another one of this batch has begun.
         """
         if max_tokens is not None:  # refused for all prompts at once
             answer_length(0, max_tokens, self.engines.model.max_positions)

@@ -40,9 +40,7 @@ class SegmentEngines:
 
 
 class EngineSet:
-    """All engines of a build, shared between sessions. `mixes`: whether rows of one step may differ in what they skip
-    (teacher-forced passes, batches).
-    """
+    """All engines of a build, shared between sessions. `mixes`: whether rows of one step may skip differently."""
 
     score_rows = 128
     """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
@@ -77,8 +75,8 @@ class EngineSet:
 
     @cached_property
     def mixed(self) -> Sequence[Engine]:
-        """One engine per unit for steps whose rows differ, loaded when the first such step is made: a unit's weights
-        once more. Raises BundleError where a file of the build is another one than when the others were loaded.
+        """One engine per unit for steps whose rows differ, a unit's weights once more: loaded when first needed. Raises
+        BundleError where a file of the build is another one than when the others were loaded.
         """
         self._bundle.check_same(self._seal)
         mixed = [self._load(MIXED + unit.name) for unit in self.units]
@@ -100,9 +98,7 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class BoundSegment:
-    """One segment's launches. `unit`: its place among the units, or ALWAYS_RUN. `mixed`, where rows may differ, runs or
-    skips each row as the step's `skipped` input says.
-    """
+    """One segment's launches. `unit`: its place among the units, or ALWAYS_RUN. `mixed` does each row as it is told."""
 
     unit: int
     run: Launch
@@ -169,9 +165,7 @@ class BoundStep:
         self._advance(DENSE.skips)
 
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
-        """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have
-        done.
-        """
+        """`sequence` known tokens in one pass as decode would do them under `rule`, or densely where `dense`."""
         self.input_ids[0] = tokens
         self._advance(lambda damage: rule.skips(damage) & ~dense)
 

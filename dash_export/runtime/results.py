@@ -108,7 +108,7 @@ class Score:
 
 def answer_length(prompt: int, max_tokens: int | None, free: int) -> int:
     """Tokens that an answer to `prompt` tokens may have; None is MAX_TOKENS, or what the `free` positions allow. Raises
-    RequestError where it is below 1, and ContextLengthError where both together do not fit.
+    RequestError, and ContextLengthError where both together do not fit.
     """
     if max_tokens is None:
         max_tokens = max(1, min(MAX_TOKENS, free - prompt))
@@ -122,8 +122,8 @@ def check_room(tokens: int, more: int, free: int) -> None:
     """Raises ContextLengthError."""
     if tokens + more > free:
         raise ContextLengthError(
-            f"The context does not hold this: {tokens} prompt tokens and {more} new ones, but {free} of the model's "
-            "positions are free. Shorten the prompt, ask for fewer tokens or start a new session."
+            f"The context does not hold this: {tokens} prompt tokens and {more} new ones, but {free} positions "
+            "are free. Shorten the prompt, ask for fewer tokens or start a new session."
         )
 
 

@@ -112,9 +112,7 @@ def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, buil
 
 
 def _static_places(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> tuple[int, ...]:
-    """Places of the units a static policy skips: those of the layers listed, or the first of its order, as many as it
-    takes to be as fast, or to skip as much, as is wanted.
-    """
+    """Places of the units that a static policy skips: of the layers listed, or of its order as many as do."""
     if setting.skip is not None:
         return units_of(setting.skip, policy.units)
     if setting.max_layers is not None:

@@ -93,8 +93,7 @@ class DashRuntime:
 
     def session(self, policy: str | None = None, **amounts: Any) -> Session:
         """A new conversation. `policy`: `dense` (the kill switch), `static` or `token`; without it, what is given
-        decides, and nothing given is dense. `amounts`, the fields of `Setting`, say how much is skipped. Raises
-        PolicyError.
+        decides, and nothing is dense. `amounts`: the fields of `Setting`, how much is skipped. Raises PolicyError.
         """
         return self.session_with(Setting(policy, **amounts))
 
@@ -110,8 +109,8 @@ class DashRuntime:
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
-        """At most `size` sequences decoded together, each under what `session` would be given. Raises PolicyError, and
-        BackendError on a GPU target, whose engines take one sequence.
+        """At most `size` sequences decoded together, each as a `session`. Raises PolicyError, and BackendError on a GPU
+        target, whose engines take one sequence.
         """
         return self.batch_with(Setting(policy, **amounts), size)
 
@@ -157,8 +156,8 @@ class DashRuntime:
         size: int = 8,
         **session: Any,
     ) -> list[Generation]:
-        """What each prompt gives, in their order; up to `size` of them are decoded together. Raises what
-        `Batch.checked` raises before any is begun, and the error of an answer that fails.
+        """What each prompt gives, up to `size` of them decoded together. Raises what `Batch.checked` raises before any
+        is begun, and the error of an answer that fails.
         """
         batch = self.batch(size, **session)
         checked = [batch.checked(prompt, max_tokens) for prompt in prompts]

@@ -1,6 +1,4 @@
-"""One conversation: a KV cache, a policy, a budget, and the loop from prompt to tokens. A session belongs to one
-thread.
-"""
+"""One conversation: a KV cache, a policy, a budget, and the loop from prompt to tokens; it belongs to one thread."""
 
 from __future__ import annotations
 
@@ -77,9 +75,7 @@ class Session:
         self._rewind(0)
 
     def fork(self) -> Session:
-        """Another session that continues from here, with memory of its own: for many conversations after one system
-        prompt, which is then computed once. Fork between answers, not within one.
-        """
+        """Another session that continues from here, with memory of its own. Fork between answers, not within one."""
         twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
         twin.cache = self.cache.copy()
         twin.tokens, twin._pending = list(self.tokens), list(self._pending)
@@ -110,8 +106,7 @@ class Session:
         self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None
     ) -> Iterator[Response]:
         """Prefill `prompt` densely over the cache as it is, then decode under the policy, one Response per token.
-        `max_tokens` None: as many as there is room for, 256 at most. Raises RequestError for an empty prompt and
-        ContextLengthError when prompt and `max_tokens` do not fit the context.
+        `max_tokens` None: as many as there is room for, 256 at most. Raises RequestError and ContextLengthError.
         """
         ids = self._continued(prompt)
         max_tokens = answer_length(len(ids), max_tokens, self.context_left)
@@ -179,13 +174,11 @@ class Session:
 
     @check_arguments
     def score(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None, keep_logits: bool = False) -> Score:
-        """Log-likelihood of each token after the first, as decode under the policy would see it, in a fresh context: in
-        one pass where rows of the build's engines may differ (CPU), else token by token.
+        """Score a text as decode under the policy would see it: in one pass where rows of the build's engines may
+        differ (CPU), else token by token. It ends the conversation of this session.
 
-        It ends the conversation of this session. The first `prefix` tokens, two at least, are dense, like a prompt.
-        `actions` int8 [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too:
-        mind the memory. Raises PolicyError under a held budget, which is known only token by token, and for actions of
-        another shape.
+        The first `prefix` tokens, two at least, are dense, like a prompt; `actions` int8 [tokens, layers] forces every
+        action instead. Raises PolicyError under a held budget, and for actions of another shape.
         """
         tokens, mixes = self.checked_ids(ids, fresh=True), self.engines.mixes
         if prefix < 1:
@@ -235,9 +228,7 @@ class Session:
     # --- steps
 
     def _prefill(self, ids: TokenIds, headroom: int) -> Logits:
-        """Dense, in chunks; returns the logits [vocab] after the last token. Whatever ends it early, `tokens` are what
-        the cache holds.
-        """
+        """Dense, in chunks; the logits [vocab] after the last. Whatever ends it, `tokens` are what the cache holds."""
         self._reserve(len(ids) + headroom)
         chunk = self._chunk()
         for start in range(0, len(ids), chunk):
@@ -251,13 +242,11 @@ class Session:
         return last
 
     def _advance(self, token: int, rule: Rule | None = None) -> tuple[Logits, Actions]:
-        """One known token under the session's rule, or another; the first positions are never skipped. Its logits
-        [vocab] until the next step, and its actions [layers].
-        """
+        """One known token under the session's rule, or another: its logits [vocab] until the next step, its actions."""
         self._reserve(1)
         step = self._bound(1)
         if rule is None:
-            rule = DENSE if self.cache.length < DENSE_POSITIONS else self.rule
+            rule = DENSE if self.cache.length < DENSE_POSITIONS else self.rules.rule
         step.decode(token, rule)
         self.rules.decoded(step.skipped)
         self._pending = []  # in this order: an interrupt comes after a call
@@ -268,9 +257,7 @@ class Session:
         return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
 
     def _rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
-        """Keep what the cache holds of a conversation that begins with `ids`, but for one token at least: somebody
-        wants its logits.
-        """
+        """Keep what is cached of a conversation that begins with `ids`, but for one token, whose logits are wanted."""
         pairs = enumerate(zip(ids, self.tokens, strict=False))
         known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
         self._rewind(max(0, min(known, len(ids) - 1)))
@@ -304,9 +291,7 @@ class Session:
 
     @check_arguments
     def checked_ids(self, prompt: Prompt, fresh: bool = False) -> TokenIds:
-        """Token ids [n] of a prompt, or of a text that begins a `fresh` context whatever is cached. Raises RequestError
-        where it is empty or not what the model knows.
-        """
+        """Token ids [n] of a prompt, or of a text that begins a `fresh` context whatever is cached."""
         special = fresh or not self.tokens
         limit = self.engines.model.max_positions if fresh else self.context_left
         ids = self.text.encode(prompt, special=special, limit=limit) if isinstance(prompt, str) else prompt

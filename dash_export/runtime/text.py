@@ -89,9 +89,7 @@ class Text:
 
 
 class TextStream:
-    """Token ids -> text pieces as they become certain: whole characters only, and nothing that may be the start of a
-    stop string.
-    """
+    """Token ids -> text pieces as they become certain: whole characters, and nothing that may begin a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -102,9 +100,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text this token makes certain; sets `stopped` at a stop string, which is not given out. Raises
-        RequestError where the tokenizer's decoder gives up.
-        """
+        """The text this token makes certain; sets `stopped` at a stop string, which is not given out."""
         if piece := _native("cannot write this token", lambda: self._step(token)):
             self._last = token
             self._held += piece

@@ -99,15 +99,6 @@ def test_score_equals_decode_under_a_policy(kind: str, case: Case) -> None:
     np.testing.assert_allclose(score.log_likelihoods[case.prompt - 1 :], likelihoods, atol=case.tolerance)
 
 
-def test_stale_rows_are_never_attended_to(runtime: DashRuntime) -> None:
-    live, ids = runtime.session(), random_ids(50)
-    live.prefill(ids)
-    live.reset()
-    np.testing.assert_array_equal(live.prefill(ids[:20]), runtime.session().prefill(ids[:20]))
-    expected = runtime.session().logits(ids[:21])[-1]
-    np.testing.assert_allclose(live.decode_one(int(ids[20]))[0], expected, atol=2e-5)
-
-
 def test_over_long_caches_passes_are_shorter(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the attention scores of one stay small."""
     ids, sizes, sound = random_ids(40), [], BoundStep.prefill
@@ -121,21 +112,6 @@ def test_over_long_caches_passes_are_shorter(runtime: DashRuntime, monkeypatch: 
     monkeypatch.setattr(decode, "SCORES", 4 * runtime.engines.model.num_heads * 48 * 15)
     np.testing.assert_allclose(session(runtime, 48, 512).prefill(ids), expected, atol=2e-5)
     assert sizes == [15, 15, 10]
-
-
-def test_keys_and_values_are_one_block_that_grows(runtime: DashRuntime) -> None:
-    cache = KVCache(runtime.engines.model, 8, 2)
-    cache.reserve(5)
-    cache.lengths = [3, 5]
-    cache.keys[:] = np.arange(8)[:, None]
-    cache.values[:] = -1
-    twin = cache.copy()
-    assert cache.reserve(9)
-    assert cache.keys.base is cache.values.base
-    for now, before in ((cache.keys, twin.keys), (cache.values, twin.values)):
-        for index, length in enumerate(cache.lengths):
-            np.testing.assert_array_equal(now[:, index, :, :length], before[:, index, :, :length])
-    assert not cache.keys[:, 0, :, 3:].any()
 
 
 def off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,4 @@
-"""ONNX Runtime on a CPU. One thread pool for the whole process: thirty sessions with a pool each are seven times
-slower.
-"""
+"""ONNX Runtime on a CPU. One thread pool for the process: thirty sessions with one each are seven times slower."""
 
 from __future__ import annotations
 
@@ -66,9 +64,7 @@ def shared_pool_options() -> ort.SessionOptions:
 
 @contextmanager
 def ort_errors(graph: str) -> Iterator[None]:
-    """What ONNX Runtime raises within, a family of its own plus RuntimeError, becomes a BackendError that names the
-    graph.
-    """
+    """What ONNX Runtime raises within, a family of its own, becomes a BackendError that names the graph."""
     try:
         yield
     except Exception as error:
@@ -110,9 +106,7 @@ class OrtEngine:
 
 
 def fitted(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
-    """An array's shape as a graph wants it, or None. A lowered graph may take rows where others take [batch,
-    sequence]: the same memory.
-    """
+    """An array's shape as a graph wants it, or None. A lowered graph may take rows for [batch, sequence]."""
     if len(shape) == len(expected) and all(
         type(size) is not int or size == given for size, given in zip(expected, shape, strict=True)
     ):

@@ -7,7 +7,6 @@ system bounds its memory and a clock its time; where it breaks something, that i
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import weakref
@@ -53,7 +52,7 @@ class ChatTemplate:
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"Chat messages must be text, numbers, lists and mappings ({error}).") from error
         with self._lock:
-            if self._child is None or not self._child.alive:
+            if self._child is None or self._child.process.poll() is not None:  # or it is not this process's: a fork's
                 self._child = _Child(self._source)
             good, text = self._child.ask(request)
         if not good:
@@ -70,7 +69,7 @@ class _Child:
         # A frozen program is no Python: it would start itself. -I -S: the path of here comes in the first message.
         python = "" if getattr(sys, "frozen", False) else sys.executable or ""
         try:  # in a session of its own: an interrupt from the terminal is not for it
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [python, "-I", "-S", str(CHILD)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -79,10 +78,9 @@ class _Child:
             )
         except OSError as error:
             raise RequestError(f"{NO_PYTHON} ({error}).") from error
-        assert self._process.stdin and self._process.stdout  # noqa: PT018
-        self._to, self._from = self._process.stdin, self._process.stdout
-        self._owner = os.getpid()
-        self._end = weakref.finalize(self, _end, self._process)
+        assert self.process.stdin and self.process.stdout  # noqa: PT018
+        self._to, self._from = self.process.stdin, self.process.stdout
+        self._end = weakref.finalize(self, _end, self.process)
         path = [entry for entry in sys.path if isinstance(entry, str)]
         self.ask(json.dumps({"path": path, "memory": MEGABYTES << 20}), starting=True)
         good, text = self.ask(json.dumps({"source": source}))
@@ -90,16 +88,12 @@ class _Child:
             self._end()
             raise BundleError(f"The bundle's chat template is not valid ({text}). {INSTEAD}")
 
-    @property
-    def alive(self) -> bool:
-        """Whether it answers this process: one that was forked since needs a child of its own."""
-        return self._owner == os.getpid() and self._end.alive and self._process.poll() is None
-
     def ask(self, request: str, starting: bool = False) -> tuple[bool, str]:
         """A line of JSON -> (whether it went well, text). Anything else is the end of the process, and so is its time:
         that ends the pipes, and whoever reads them.
         """
-        clock = Timer(START_SECONDS if starting else SECONDS, self._process.kill)
+        clock = Timer(START_SECONDS if starting else SECONDS, self.process.kill)
+        clock.daemon = True
         clock.start()
         try:
             self._to.write(request.encode() + b"\n")

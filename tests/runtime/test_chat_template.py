@@ -31,7 +31,7 @@ ASKED = [{"role": "user", "content": "loop"}]
 def child(template: ChatTemplate) -> int:
     """The process id of this process's child."""
     assert template._child is not None
-    return template._child._process.pid
+    return template._child.process.pid
 
 
 def is_gone(pid: int, seconds: float = 5) -> bool:
@@ -168,7 +168,7 @@ def test_forked_process_has_a_child_of_its_own() -> None:
 def test_child_ends_with_its_parent(end: str) -> None:
     code = (
         "import os, sys; from dash_export.runtime.chat_template import ChatTemplate; t = ChatTemplate('x', {})\n"
-        f"t.render([]); print(t._child._process.pid, flush=True); {end}"
+        f"t.render([]); print(t._child.process.pid, flush=True); {end}"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert is_gone(int(result.stdout))

@@ -73,7 +73,7 @@ def test_static(
 ) -> None:
     """Every other unit."""
     skipped = [layer for unit in smollm2_policy.units[::2] for layer in unit.layers]
-    for ids in texts:
+    for ids in texts[1::2]:
         prompt = len(ids) - NEW_TOKENS
         generation = runtime.generate(ids[:prompt], NEW_TOKENS, policy="static", skip=skipped)
         assert generation.actions[1:].sum(axis=1).tolist() == [len(skipped)] * (len(generation.tokens) - 1)

@@ -13,8 +13,8 @@ from dash_export.bundle import Bundle
 from dash_export.manifest import Build, CostTable, Manifest
 from dash_export.runtime.backends.base import Backend, Launch, backend_errors
 from dash_export.runtime.cpus import LoadMeter, cpu_name
+from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device
-from dash_export.runtime.engine_set import EngineSet
 from dash_export.runtime.runtime import engines as load_engines
 from dash_export.targets import recipe_from_dict
 

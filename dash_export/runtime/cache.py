@@ -8,30 +8,21 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.manifest import ModelFacts
-from dash_export.runtime.huge_pages import zeros
 
 
 class KVCache:
-    """`keys[l]` and `values[l]` are float32 [sequences, kv_heads, capacity, head_dim] of one block [layers, 2, ...];
-    rows of a sequence from its length on are free (zero or stale, never read).
+    """`keys` and `values`, float32 [layers, sequences, kv_heads, capacity, head_dim], are views of one block. Rows of a
+    sequence from its length on are free (zero or stale, never read).
     """
 
-    def __init__(self, model: ModelFacts, step: int, sequences: int = 1) -> None:
-        self._model = model
-        self._step = step
+    def __init__(self, model: ModelFacts, step: int, sequences: int = 1, capacity: int = 0) -> None:
+        self._model, self._step = model, step
         self.lengths = [0] * sequences
-        self.capacity = 0
-        self._block = self._empty(0)
-
-    @property
-    def keys(self) -> npt.NDArray[np.float32]:
-        """[layers, sequences, kv_heads, capacity, head_dim]"""
-        return self._block[:, 0]
-
-    @property
-    def values(self) -> npt.NDArray[np.float32]:
-        """[layers, sequences, kv_heads, capacity, head_dim]"""
-        return self._block[:, 1]
+        self.capacity = capacity
+        shape = (model.num_layers, 2, sequences, model.num_kv_heads, capacity, model.head_dim)
+        self._block: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
+        self.keys, self.values = self._block[:, 0], self._block[:, 1]
+        self.nbytes = self._block.nbytes
 
     @property
     def length(self) -> int:
@@ -44,34 +35,18 @@ class KVCache:
 
     def reserve(self, rows: int) -> bool:
         """Make room for `rows` tokens of every sequence, rounded up to a step. True when the arrays moved and must be
-        bound again.
+        bound again. Raises MemoryError, and then all is as it was.
         """
         if rows <= self.capacity:
             return False
         # Half as much again beyond what is there: the copies of a long generation stay linear in its length.
-        wanted = max(rows, self.capacity + self.capacity // 2)
-        limit = -(-self._model.max_positions // self._step) * self._step
-        capacity = min(-(-wanted // self._step) * self._step, max(limit, rows))
-        old, self._block = self._block, self._empty(capacity)  # out of memory, all is as it was
-        self.capacity = capacity
-        for index, length in enumerate(self.lengths):
-            self._block[:, :, index, :, :length] = old[:, :, index, :, :length]
+        wanted = min(max(rows, self.capacity + self.capacity // 2), max(rows, self._model.max_positions))
+        vars(self).update(vars(self.copy(-(-wanted // self._step) * self._step)))
         return True
 
-    def rows(self, layers: range, index: int) -> npt.NDArray[np.float32]:
-        """One sequence's keys and values of consecutive layers, by row: [capacity, layers, 2, kv_heads, head_dim]."""
-        found: npt.NDArray[np.float32] = self._block[layers.start : layers.stop, :, index].transpose(3, 0, 1, 2, 4)
-        return found
-
-    def _empty(self, capacity: int) -> npt.NDArray[np.float32]:
-        model = self._model
-        shape = (model.num_layers, 2, len(self.lengths), model.num_kv_heads, capacity, model.head_dim)
-        return zeros(shape)
-
-    def copy(self) -> KVCache:
+    def copy(self, capacity: int | None = None) -> KVCache:
         """Another cache with the same contents."""
-        twin = KVCache(self._model, self._step, len(self.lengths))
-        twin.capacity, twin._block = self.capacity, twin._empty(self.capacity)
+        twin = KVCache(self._model, self._step, len(self.lengths), self.capacity if capacity is None else capacity)
         for index in range(len(self.lengths)):
             twin.take(index, self, index)
         return twin
@@ -82,6 +57,6 @@ class KVCache:
         self._block[:, :, index, :, :length] = source._block[:, :, other, :, :length]
         self.lengths[index] = length
 
-    @property
-    def nbytes(self) -> int:
-        return self._block.nbytes
+    def rows(self, layers: range, index: int) -> npt.NDArray[np.float32]:
+        """One sequence's keys and values of consecutive layers, by row: [capacity, layers, 2, kv_heads, head_dim]."""
+        return np.moveaxis(self._block[layers.start : layers.stop, :, index], 3, 0)

@@ -7,15 +7,13 @@ system bounds its memory and a clock its time; where it breaks something, that i
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Timer
 
 from dash_export.arguments import shown
 from dash_export.errors import BundleError, RequestError
@@ -33,13 +31,13 @@ NO_PYTHON = "Chat templates need a Python of their own: set sys.executable to on
 
 class ChatTemplate:
     """A model's `chat_template.jinja`, and its special tokens by name. Threads may share it. Its child starts with the
-    first render and ends with it; processes that fork have one each.
+    first render and ends with it.
     """
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         self._source, self._special = source, dict(special)
-        self._here: dict[int, tuple[Lock, list[_Child]]] = {}
-        """By process id: a lock, and the child where there is one."""
+        self._lock = Lock()
+        self._child: _Child | None = None
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages {role, content} -> the prompt text. Raises RequestError when the template refuses or misbehaves, and
@@ -53,11 +51,10 @@ class ChatTemplate:
             request = json.dumps(given)
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"Chat messages must be text, numbers, lists and mappings ({error}).") from error
-        lock, children = self._here.setdefault(os.getpid(), (Lock(), []))
-        with lock:
-            if not children or children[0].ended:
-                children[:] = [_Child(self._source)]
-            good, text = children[0].ask(request)
+        with self._lock:
+            if self._child is None or self._child.process.poll() is not None:  # or it is not this process's: a fork's
+                self._child = _Child(self._source)
+            good, text = self._child.ask(request)
         if not good:
             raise RequestError(f"The chat template refuses these messages ({text}).")
         return text
@@ -71,19 +68,19 @@ class _Child:
     def __init__(self, source: str) -> None:
         # A frozen program is no Python: it would start itself. -I -S: the path of here comes in the first message.
         python = "" if getattr(sys, "frozen", False) else sys.executable or ""
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            try:  # in a session of its own: an interrupt from the terminal is not for it
-                self._process = subprocess.Popen(
-                    [python, "-I", "-S", str(CHILD)],
-                    stdin=theirs.fileno(),
-                    stdout=theirs.fileno(),
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise RequestError(f"{NO_PYTHON} ({error}).") from error
-        self._end = weakref.finalize(self, _end, self._process, self._socket)
+        try:  # in a session of its own: an interrupt from the terminal is not for it
+            self.process = subprocess.Popen(
+                [python, "-I", "-S", str(CHILD)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise RequestError(f"{NO_PYTHON} ({error}).") from error
+        assert self.process.stdin and self.process.stdout  # noqa: PT018
+        self._to, self._from = self.process.stdin, self.process.stdout
+        self._end = weakref.finalize(self, _end, self.process)
         path = [entry for entry in sys.path if isinstance(entry, str)]
         self.ask(json.dumps({"path": path, "memory": MEGABYTES << 20}), starting=True)
         good, text = self.ask(json.dumps({"source": source}))
@@ -91,38 +88,34 @@ class _Child:
             self._end()
             raise BundleError(f"The bundle's chat template is not valid ({text}). {INSTEAD}")
 
-    @property
-    def ended(self) -> bool:
-        return not self._end.alive or self._process.poll() is not None
-
     def ask(self, request: str, starting: bool = False) -> tuple[bool, str]:
-        """A line of JSON -> (whether it went well, text). Anything else is the end of the process."""
-        seconds = START_SECONDS if starting else SECONDS
+        """A line of JSON -> (whether it went well, text). Anything else is the end of the process, and so is its time:
+        that ends the pipes, and whoever reads them.
+        """
+        clock = Timer(START_SECONDS if starting else SECONDS, self.process.kill)
+        clock.daemon = True
+        clock.start()
         try:
-            good, text = json.loads(self._answer(request.encode() + b"\n", time.monotonic() + seconds))
+            self._to.write(request.encode() + b"\n")
+            self._to.flush()
+            answer = self._from.readline(MAX_BYTES)
+            if not answer.endswith(b"\n"):
+                over = len(answer) == MAX_BYTES
+                raise ValueError(f"it writes over {MAX_BYTES} bytes" if over else "its process has ended")
+            good, text = json.loads(answer)
         except BaseException as error:  # an interrupt too: half an answer may be on its way
             self._end()
             if not isinstance(error, (OSError, ValueError, TypeError, RecursionError)):
                 raise
             costly = f"The chat template takes over {SECONDS:g} s or {MEGABYTES} MB for these messages, or breaks"
             raise RequestError(f"{NO_PYTHON} ({error})." if starting else f"{costly} ({error}). {INSTEAD}") from error
+        finally:
+            clock.cancel()
         return bool(good), str(text)
 
-    def _answer(self, line: bytes, until: float) -> bytes:
-        answer = bytearray()
-        self._socket.settimeout(until - time.monotonic())
-        self._socket.sendall(line)
-        while not answer.endswith(b"\n"):
-            self._socket.settimeout(until - time.monotonic())
-            piece = self._socket.recv(1 << 20)
-            if not piece or len(answer) > MAX_BYTES:
-                raise ValueError(f"it writes over {MAX_BYTES} bytes" if piece else "its process has ended")
-            answer += piece
-        return bytes(answer)
 
-
-def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """End a child and reap it. In a process that was forked from its owner Popen finds that it has no such child."""
-    connection.close()
     process.kill()
-    process.wait()
+    with suppress(OSError), process:  # closes its pipes, in one of which may be what it has not read
+        pass

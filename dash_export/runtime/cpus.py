@@ -22,16 +22,25 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
+def _proc(name: str, *keys: str) -> str | None:
+    """What a file of `/proc` says behind the first of `keys` (on Linux)."""
+    try:
+        lines = (Path("/proc") / name).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in pairs if key.strip() in keys), None)
+
+
 def cpu_name() -> str:
     """The processor's name as the kernel tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model", "Hardware"):
-                return value.strip()
-    except OSError:
-        pass
-    return "unknown CPU"
+    return _proc("cpuinfo", "model name", "Model", "Hardware") or "unknown CPU"
+
+
+def available_memory() -> int:
+    """Bytes this machine can still give without swapping (Linux; elsewhere one GiB is assumed)."""
+    found = _proc("meminfo", "MemAvailable")
+    return int(found.split()[0]) * 1024 if found else 1 << 30
 
 
 class LoadMeter:
@@ -55,14 +64,3 @@ class LoadMeter:
         """Return processors that other processes kept busy, and processors that the host withheld, on average."""
         clock, others, stolen = (end - begin for end, begin in zip(self._seconds(), self._begin, strict=True))
         return max(0.0, round(others / max(clock, 1e-6), 3)), max(0.0, round(stolen / max(clock, 1e-6), 3))
-
-
-def available_memory() -> int:
-    """Bytes this machine can still give without swapping (Linux; elsewhere one GiB is assumed)."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 1 << 30

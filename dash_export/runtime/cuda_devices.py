@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dash_export.errors import BackendError
@@ -30,55 +31,27 @@ class CudaDevice:
 
 def cuda_devices() -> list[CudaDevice]:
     """Every CUDA device of this machine. Raises BackendError that says what is missing: driver or device."""
-    driver = _driver()
-    if (code := _function(driver, "cuInit")(0)) != 0:
-        raise BackendError(
-            f"The NVIDIA driver is installed but CUDA does not start ({_explain(driver, code)}). "
-            "Check nvidia-smi, and that this process (container, user) may use the GPU."
-        )
+    ask = partial(_ask, _driver())
+    ask("cuInit", 0)
     count, version = ctypes.c_int(), ctypes.c_int()
-    _ask(driver, "cuDeviceGetCount", ctypes.byref(count))
-    _ask(driver, "cuDriverGetVersion", ctypes.byref(version))
+    ask("cuDeviceGetCount", ctypes.byref(count))
+    ask("cuDriverGetVersion", ctypes.byref(version))
     if count.value == 0:
         raise BackendError("The NVIDIA driver is installed but it lists no device. Check CUDA_VISIBLE_DEVICES.")
-    spoken = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return [_device(driver, index, spoken) for index in range(count.value)]
-
-
-def _device(driver: ctypes.CDLL, index: int, spoken: str) -> CudaDevice:
-    handle, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
-    _ask(driver, "cuDeviceGet", ctypes.byref(handle), index)
-    _ask(driver, "cuDeviceGetName", name, len(name), handle)
-    _ask(driver, "cuDeviceTotalMem_v2", ctypes.byref(memory), handle)
-
-    def attribute(which: int) -> int:
-        value = ctypes.c_int()
-        _ask(driver, "cuDeviceGetAttribute", ctypes.byref(value), which, handle)
-        return value.value
-
-    return CudaDevice(
-        index,
-        name.value.decode(errors="replace"),
-        f"{attribute(_MAJOR)}.{attribute(_MINOR)}",
-        memory.value,
-        bool(attribute(_INTEGRATED)),
-        spoken,
-    )
-
-
-def _ask(driver: ctypes.CDLL, name: str, *arguments: Any) -> None:
-    """Call one function of the driver. Raises BackendError when it fails or is not there."""
-    if (code := _function(driver, name)(*arguments)) != 0:
-        raise BackendError(f"The NVIDIA driver could not answer {name} ({_explain(driver, code)}). Check nvidia-smi.")
-
-
-def _function(driver: ctypes.CDLL, name: str) -> Any:
-    try:
-        return getattr(driver, name)
-    except AttributeError:
-        raise BackendError(
-            f"This machine's libcuda has no {name}: it is damaged, or too old. Install the NVIDIA driver again."
-        ) from None
+    found = []
+    for index in range(count.value):
+        handle, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+        ask("cuDeviceGet", ctypes.byref(handle), index)
+        ask("cuDeviceGetName", name, len(name), handle)
+        ask("cuDeviceTotalMem_v2", ctypes.byref(memory), handle)
+        values = [ctypes.c_int() for _ in range(3)]
+        for value, which in zip(values, (_MAJOR, _MINOR, _INTEGRATED), strict=True):
+            ask("cuDeviceGetAttribute", ctypes.byref(value), which, handle)
+        major, minor, integrated = (value.value for value in values)
+        driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
+        text = name.value.decode(errors="replace")
+        found.append(CudaDevice(index, text, f"{major}.{minor}", memory.value, bool(integrated), driver))
+    return found
 
 
 def _driver() -> ctypes.CDLL:
@@ -90,7 +63,17 @@ def _driver() -> ctypes.CDLL:
     raise BackendError("There is no NVIDIA driver on this machine (libcuda was not found).")
 
 
-def _explain(driver: ctypes.CDLL, code: int) -> str:
-    text = ctypes.c_char_p()
-    known = _function(driver, "cuGetErrorString")(code, ctypes.byref(text)) == 0 and text.value is not None
-    return f"error {code}: {text.value.decode(errors='replace')}" if known and text.value else f"error {code}"
+def _ask(driver: ctypes.CDLL, name: str, *arguments: Any) -> None:
+    """Call one function of the driver. Raises BackendError when it fails or is not there."""
+    try:
+        code, text = getattr(driver, name)(*arguments), ctypes.c_char_p()
+        if code:
+            driver.cuGetErrorString(code, ctypes.byref(text))
+    except AttributeError as error:
+        raise BackendError(f"The NVIDIA driver is damaged or too old ({error}): install it again.") from None
+    if code:
+        said = (text.value or b"unknown").decode(errors="replace")
+        raise BackendError(
+            f"The NVIDIA driver could not answer {name} (error {code}: {said}). Check nvidia-smi, and that this "
+            "process (container, user) may use the GPU."
+        )

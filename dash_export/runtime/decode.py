@@ -1,4 +1,4 @@
-"""The decode loop of the host: engines bound to memory, launched conditionally, one token at a time or many.
+"""The decode loop of the host: engines loaded, bound to memory and launched conditionally, for one token or many.
 
 Every buffer has one address for its life. Hidden states alternate between two buffers, and each KV cache array is bound
 as past and present alike, so a write is in place. A row is one token of one sequence: many tokens of one, or one token
@@ -7,31 +7,98 @@ of each of many. The device's loop is `device/step.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.decision import Damages, Skips
+from dash_export.bundle import Bundle
+from dash_export.decision import Damages, Skips, Unit
+from dash_export.errors import BundleError
+from dash_export.manifest import DAMAGED, MIXED, POLICY, Build, Segment
 from dash_export.names import new_names, past_names, present_names, short_name
-from dash_export.runtime.backends.base import Engine, Launch, backend_errors
+from dash_export.runtime.backends.base import Backend, Engine, Launch, backend_errors
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.rules import DENSE, Rule
 
-if TYPE_CHECKING:
-    from dash_export.runtime.engine_set import EngineSet, SegmentEngines
-
 ALWAYS_RUN = -1
-Arrays = Mapping[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.float32]
+SCORES = 32 << 20
+"""Bytes of attention scores of one pass: what is larger, glibc maps and clears anew for every layer."""
+
+
+@dataclass(frozen=True)
+class SegmentEngines:
+    """The engines of one segment by name: what runs it, one after the other, and for a unit its bypass."""
+
+    segment: Segment
+    run: Sequence[tuple[str, Engine]]
+    bypass: Engine | None = None
+
+
+class EngineSet:
+    """All engines of a build, shared between sessions. `mixes`: whether rows of one step may skip differently."""
+
+    score_rows = 128
+    """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
+
+    def __init__(self, bundle: Bundle, build: Build, backend: Backend) -> None:
+        """Raises BundleError where an engine is missing."""
+        self._bundle, self._backend, self.build = bundle, backend, build
+        self._seal = bundle.verify(build.files, hashes=False)
+        self.model, policy = bundle.manifest.model, bundle.manifest.policy
+        self.units = policy.units
+        self.segments = []
+        for segment in build.segments:
+            names = segment.engines(build.engines)
+            if policy.has_network and policy.read in segment.layers and POLICY in build.engines:
+                names.insert(names.index(f"layer_{policy.read:02d}"), POLICY)
+            run = [(name, self._load(name)) for name in names]
+            bypass = self._load(Unit(segment.first, segment.last).bypass) if segment.gated else None
+            self.segments.append(SegmentEngines(segment, run, bypass))
+        self.mixes = all(MIXED + unit.name in build.engines for unit in self.units)
+        engines = [engine for item in self.segments for _, engine in item.run]
+        if policy.has_network and not any("damage" in engine.outputs for engine in engines):
+            # A missing policy is no damage, and no damage is always skipped.
+            raise BundleError(f"{bundle.root}: the build for {build.target!r} has no engine of the policy. {DAMAGED}")
+        self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
+
+    def _load(self, name: str) -> Engine:
+        if name not in self.build.engines:
+            raise BundleError(
+                f"{self._bundle.root}: the build for {self.build.target!r} has no engine {name}. {DAMAGED}"
+            )
+        return self._backend.load(self._bundle.path(self.build.engines[name].file))
+
+    @cached_property
+    def mixed(self) -> Sequence[Engine]:
+        """One engine per unit for steps whose rows differ, a unit's weights once more: loaded when first needed. Raises
+        BundleError where a file of the build is another one than when the others were loaded.
+        """
+        self._bundle.check_same(self._seal)
+        mixed = [self._load(MIXED + unit.name) for unit in self.units]
+        self._bundle.check_same(self._seal)
+        return mixed
+
+    def rows_at_once(self, capacity: int) -> int:
+        """As many tokens as one pass may hold over a cache of `capacity` rows, for their attention scores' sake."""
+        return max(1, SCORES // (4 * self.model.num_heads * capacity))
+
+    def cache(self, step: int, sequences: int = 1) -> KVCache:
+        """A cache for one session, or for a batch of `sequences`, which grows by `step` rows."""
+        return KVCache(self.model, step, sequences)
+
+    def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
+        """These engines bound to one session's memory, or to that of the first `batch` sequences of a batch."""
+        return BoundStep(self, cache, sequence, teacher_forced, batch)
 
 
 @dataclass(frozen=True)
 class BoundSegment:
-    """One segment's launches. `unit`: its place among the units, or ALWAYS_RUN. `mixed`, where rows may differ, runs or
-    skips each row as the step's `skipped` input says.
-    """
+    """One segment's launches. `unit`: its place among the units, or ALWAYS_RUN. `mixed` does each row as it is told."""
 
     unit: int
     run: Launch
@@ -47,23 +114,16 @@ class BoundStep:
     """
 
     def __init__(
-        self,
-        engines: EngineSet,
-        cache: KVCache,
-        sequence: int,
-        teacher_forced: bool = False,
-        batch: int = 1,
+        self, engines: EngineSet, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1
     ) -> None:
         """`teacher_forced` steps give the logits of all their tokens, others those of the last one."""
-        self.sequence, self.batch = sequence, batch
-        self._cache, self._model = cache, engines.model
+        self.sequence, self.batch, self._cache = sequence, batch, cache
         shape, units = (batch, sequence), len(engines.units)
         damage = np.zeros((*shape, units), np.float32)
         self.input_ids = np.zeros(shape, np.int64)
         self.logits = np.zeros((batch, sequence if teacher_forced else 1, engines.model.vocab_size), np.float32)
-        self.damage: npt.NDArray[np.float32] = damage.reshape(batch * sequence, units).T
+        self.damage: Floats = damage.reshape(batch * sequence, units).T
         self.skipped: Skips = np.zeros(self.damage.shape, np.bool_)
-        self._hidden = [np.zeros((*shape, engines.model.hidden_size), np.float32) for _ in range(2)]
         self._position_ids = np.zeros(shape, np.int64)
         self._write_indices = np.zeros(batch, np.int64)
         self._seqlens_k = np.zeros(batch, np.int32)
@@ -87,8 +147,8 @@ class BoundStep:
             pair = (cache.keys[layer][:batch], cache.values[layer][:batch])
             for name, array in zip((*past_names(layer), *present_names(layer)), pair * 2, strict=True):
                 self._arrays[name] = self._arrays[short_name(name)] = array
-        mixed = engines.mixed() if teacher_forced or batch > 1 else ()
-        self.segments: Sequence[BoundSegment] = self._bound(engines.segments, mixed)
+        mixed = engines.mixed if teacher_forced or batch > 1 else ()
+        self.segments: Sequence[BoundSegment] = [*self._bound(engines, mixed)]
         gated = (place for place, item in enumerate(self.segments) if item.unit != ALWAYS_RUN)
         self._first = next(gated, len(self.segments))
 
@@ -105,20 +165,16 @@ class BoundStep:
         self._advance(DENSE.skips)
 
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
-        """`sequence` known tokens in one pass under `rule`, except rows where `dense` is true: what decode would have
-        done.
-        """
+        """`sequence` known tokens in one pass as decode would do them under `rule`, or densely where `dense`."""
         self.input_ids[0] = tokens
         self._advance(lambda damage: rule.skips(damage) & ~dense)
 
     def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
         """One token of every sequence, each under a rule of its own."""
         self.input_ids[:, 0] = tokens
-
-        def decide(damage: Damages) -> Skips:
-            return np.hstack([rule.skips(damage[:, row : row + 1]) for row, rule in enumerate(rules)])
-
-        self._advance(decide)
+        self._advance(
+            lambda damage: np.hstack([rule.skips(damage[:, row : row + 1]) for row, rule in enumerate(rules)])
+        )
 
     @backend_errors
     def _advance(self, decide: Callable[[Damages], Skips]) -> None:
@@ -160,49 +216,52 @@ class BoundStep:
 
     # --- binding
 
-    def _bound(self, segments: Iterable[SegmentEngines], mixed: Sequence[Engine]) -> list[BoundSegment]:
+    def _bound(self, engines: EngineSet, mixed: Sequence[Engine]) -> Iterator[BoundSegment]:
         """`mixed`: one engine per unit where rows may differ, else none."""
-        bound, unit = [], 0
-        for index, item in enumerate(segments):
-            before, after = self._hidden[index % 2], self._hidden[(index + 1) % 2]
+        hidden = [np.zeros((*self.input_ids.shape, engines.model.hidden_size), np.float32) for _ in range(2)]
+        unit = 0
+        for index, item in enumerate(engines.segments):
+            before, after = hidden[index % 2], hidden[(index + 1) % 2]
             run = self._bind_run(item.run, before, after)
             if item.bypass is None:
-                bound.append(BoundSegment(ALWAYS_RUN, run))
+                yield BoundSegment(ALWAYS_RUN, run)
                 continue
             bypass = self._bind_bypass(item.bypass, item.segment.layers, before, after)
-            bound.append(BoundSegment(unit, run, bypass, self._bind(mixed[unit], before, after) if mixed else None))
+            yield BoundSegment(unit, run, bypass, self._bind(mixed[unit], before, after) if mixed else None)
             unit += 1
-        return bound
 
     def _bind(
-        self, engine: Engine, before: npt.NDArray[Any], after: npt.NDArray[Any], outputs: Arrays | None = None
+        self, engine: Engine, before: Floats, after: Floats, outputs: Mapping[str, Floats] | None = None
     ) -> Launch:
-        outputs = self._arrays | dict(outputs or {}) | {"hidden_out": after}
-        return engine.bind(self._arrays | {"hidden": before}, outputs)
+        return engine.bind({**self._arrays, "hidden": before}, {**self._arrays, **(outputs or {}), "hidden_out": after})
 
-    def _bind_run(
-        self, engines: Sequence[tuple[str, Engine]], before: npt.NDArray[np.float32], after: npt.NDArray[np.float32]
-    ) -> Launch:
+    def _bind_run(self, engines: Sequence[tuple[str, Engine]], before: Floats, after: Floats) -> Launch:
         """Engines in a row (portable graphs are several), the policy beside the state that it reads."""
         launches, state = [], before
         for name, engine in engines:
             following = after if name == "policy" or (name, engine) == engines[-1] else np.zeros_like(before)
             launches.append(self._bind(engine, state, following))
             state = state if name == "policy" else following
-        return launches[0] if len(launches) == 1 else _in_turn(launches)
+        if len(launches) == 1:
+            return launches[0]
 
-    def _bind_bypass(
-        self, engine: Engine, layers: range, before: npt.NDArray[np.float32], after: npt.NDArray[np.float32]
-    ) -> Launch:
+        def launch_all() -> None:
+            for launch in launches:
+                launch()
+
+        return launch_all
+
+    def _bind_bypass(self, engine: Engine, layers: range, before: Floats, after: Floats) -> Launch:
         """A unit's bypass, and the write of the K and V of all its layers where its engine leaves that to the host."""
         names = [[short_name(name) for name in new_names(layer)] for layer in layers]
         if names[0][0] not in engine.outputs:
             return self._bind(engine, before, after)
-        cache, sequence, heads = self._cache, self.sequence, (self._model.num_kv_heads, self._model.head_dim)
-        new = np.zeros((len(layers), 2, self.batch, sequence, heads[0] * heads[1]), np.float32)
+        cache, sequence = self._cache, self.sequence
+        kv_heads, head_dim = cache.keys.shape[2], cache.keys.shape[4]
+        new = np.zeros((len(layers), 2, self.batch, sequence, kv_heads * head_dim), np.float32)
         outputs = {name: new[at, which] for at, pair in enumerate(names) for which, name in enumerate(pair)}
         launch = self._bind(engine, before, after, outputs)
-        rows = new.reshape(*new.shape[:4], *heads).transpose(2, 3, 0, 1, 4, 5)
+        rows = new.reshape(*new.shape[:4], kv_heads, head_dim).transpose(2, 3, 0, 1, 4, 5)
         writes = [(cache.rows(layers, index), rows[index]) for index in range(self.batch)]
 
         def launch_and_write() -> None:
@@ -211,11 +270,3 @@ class BoundStep:
                 into[start : start + sequence] = found
 
         return launch_and_write
-
-
-def _in_turn(launches: Sequence[Launch]) -> Launch:
-    def all_of_them() -> None:
-        for launch in launches:
-            launch()
-
-    return all_of_them

@@ -1,39 +1,37 @@
-"""What a session gives back: one response per token, finished generations, scores, and their figures."""
+"""What a session gives back: one response per token, finished generations, scores; and how an answer is made."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.errors import DashError, RequestError
+from dash_export.errors import ContextLengthError, DashError, RequestError
+from dash_export.runtime.sampling import Logits, Sampler, Sampling
+from dash_export.runtime.text import Text, TextStream
 
 TokenIds = npt.NDArray[np.int64]
 NO_TOKEN = -1
+MAX_TOKENS = 256
+"""How many tokens an answer has at most where nobody says it."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Running figures of one generation. Times in seconds; the first token comes out of the prefill."""
+    """Running figures of one generation. The first token comes out of the prefill; `layers` ran in all decode steps."""
 
     prompt_tokens: int = 0
     tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    decode_steps: int = 0
     layers: int = 0
 
-    def counted(self, seconds: float) -> Statistics:
-        """One more token, `seconds` after the step began; the first token's time is the prefill's."""
-        first = self.tokens == 0
-        return replace(
-            self,
-            tokens=self.tokens + 1,
-            prefill_seconds=seconds if first else self.prefill_seconds,
-            decode_seconds=0.0 if first else self.decode_seconds + seconds,
-        )
+    @property
+    def decode_steps(self) -> int:
+        return max(0, self.tokens - 1)
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,11 +60,6 @@ class Response:
     statistics: Statistics
     finish_reason: str | None = None
     error: DashError | None = None
-
-    @classmethod
-    def failed(cls, error: DashError, layers: int, statistics: Statistics) -> Response:
-        """The last one of an answer that ends by an error of its own."""
-        return cls("", NO_TOKEN, np.zeros(layers, np.int8), 0.0, statistics, "error", error)
 
 
 @dataclass(frozen=True)
@@ -108,17 +101,66 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Raises RequestError for the score of a single token, before which there is nothing to predict it from."""
         if not len(self.log_likelihoods):
             raise RequestError("One token has no perplexity: score two or more.")
         return float(np.exp(-self.log_likelihoods.mean(dtype=np.float64)))
 
 
-@dataclass
-class Counters:
-    """What a session has done since it was made."""
+def answer_length(prompt: int, max_tokens: int | None, free: int) -> int:
+    """Tokens that an answer to `prompt` tokens may have; None is MAX_TOKENS, or what the `free` positions allow. Raises
+    RequestError, and ContextLengthError where both together do not fit.
+    """
+    if max_tokens is None:
+        max_tokens = max(1, min(MAX_TOKENS, free - prompt))
+    if max_tokens < 1:
+        raise RequestError(f"max_tokens must be at least 1, not {max_tokens}.")
+    check_room(prompt, max_tokens, free)
+    return max_tokens
 
-    prefill_tokens: int = 0
-    decode_steps: int = 0
-    layers_run: int = 0
-    cache_growths: int = 0
+
+def check_room(tokens: int, more: int, free: int) -> None:
+    """Raises ContextLengthError."""
+    if tokens + more > free:
+        raise ContextLengthError(
+            f"The context does not hold this: {tokens} prompt tokens and {more} new ones, but {free} positions "
+            "are free. Shorten the prompt, ask for fewer tokens or start a new session."
+        )
+
+
+class Turn:
+    """The sampler, the text and the figures of one answer; its clock starts now."""
+
+    def __init__(self, text: Text, sampling: Sampling, max_tokens: int, prompt_tokens: int) -> None:
+        self._text, self._max_tokens = text, max_tokens
+        self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
+        self.statistics = Statistics(prompt_tokens=prompt_tokens)
+        self.begin()
+
+    def begin(self) -> None:
+        """A step starts: its time is counted from here."""
+        self._began = time.perf_counter()
+
+    def respond(
+        self, logits: Logits, context: Sequence[int], actions: npt.NDArray[np.int8], cancelled: bool = False
+    ) -> Response:
+        """The next token, from the logits [vocab] that a step with `actions` [layers] gave, and the tokens so far."""
+        token = self._sampler(logits, context)
+        piece = self._stream.push(token)
+        seconds, before = time.perf_counter() - self._began, self.statistics
+        tokens = before.tokens + 1
+        if tokens == 1:
+            self.statistics = Statistics(before.prompt_tokens, tokens, seconds)
+        else:
+            layers = before.layers + len(actions) - int(actions.sum())
+            decoding = before.decode_seconds + seconds
+            self.statistics = Statistics(before.prompt_tokens, tokens, before.prefill_seconds, decoding, layers)
+        reason = None
+        if token in self._text.eos_ids or self._stream.stopped:
+            reason = "stop"
+        elif tokens == self._max_tokens:
+            reason = "length"
+        elif cancelled:
+            reason = "cancelled"
+        if reason is not None and not self._stream.stopped:
+            piece += self._stream.finish()
+        return Response(piece, token, actions, seconds, self.statistics, reason)

@@ -1,4 +1,4 @@
-"""Where the actions of a token come from: a rule, which a session may change from token to token (`SessionRules`)."""
+"""Where the actions of a token come from: a rule, and how the rule of a session comes from its setting."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from typing import Protocol
 
 import numpy as np
 
-from dash_export.decision import Damages, DecisionRule, Skips
-from dash_export.manifest import CostTable
+from dash_export.decision import (
+    Damages,
+    DecisionRule,
+    Setting,
+    Skips,
+    check_max_layers,
+    decision_rule,
+    trade_off_for,
+    units_of,
+)
+from dash_export.errors import PolicyError
+from dash_export.manifest import Build, CostTable, ModelFacts, PolicyFacts
 
 
 class Rule(Protocol):
@@ -52,56 +62,79 @@ class ForcedRule:
 DENSE = FixedRule()
 
 
-class SessionRules:
-    """The rule of every token of one session; here it is always the same one.
-
-    The session tells what happens. Whatever it remembers is one session's, so every session needs an object of its own.
-    """
-
-    foreseeable = True
-    """Whether a teacher-forced pass can know the rule of a token before the tokens ahead of it are decided."""
-
-    def __init__(self, rule: Rule = DENSE) -> None:
-        self.rule = rule
-
-    def decoded(self, skipped: Skips) -> None:
-        """A token was decoded with these skips [units, 1]."""
-
-    def rewind(self, length: int) -> None:
-        """Tokens from position `length` on are forgotten."""
-
-
 HOLD_GAIN = 0.5
-"""How much the logarithm of the trade-off moves per dense token time that was spent too much or too little: settles
-within some tens of tokens, and moves a few per cent per token."""
+"""How much the trade-off's logarithm moves per dense token time too much: a few per cent per token."""
 HOLD_RANGE = 16.0
 """The trade-off stays within this factor of the calibrated one, whatever the text."""
 
 
-class HeldRules(SessionRules):
-    """A token policy whose running mean time is held at the budget: integral feedback on the trade-off's logarithm.
+class SessionRules:
+    """The rule of one session's next token: `rule`, or with a `budget` a `DecisionRule` whose running mean time is held
+    there by integral feedback on the trade-off's logarithm.
 
     Time is that of the cost table, as a fraction of dense, so that the same text gets the same actions in a new
-    conversation; what an answer took that was rewound stays counted. The integral of (time - budget) is bounded by
-    HOLD_RANGE: what cannot be reached is not piled up.
+    conversation; what an answer took that was rewound stays counted. What cannot be reached is not piled up.
     """
 
-    foreseeable = False
+    def __init__(self, rule: Rule = DENSE, cost: CostTable | None = None, budget: float | None = None) -> None:
+        self._calibrated, self._cost, self.budget = rule, cost, budget
+        self.restart()
 
-    def __init__(self, rule: DecisionRule, cost: CostTable, budget: float) -> None:
-        super().__init__(rule)
-        self._calibrated = rule
-        self._cost = cost
-        self._budget = budget
+    def restart(self) -> None:
+        """A new conversation begins."""
+        self.rule: Rule = self._calibrated
         self._log_scale = 0.0
 
     def decoded(self, skipped: Skips) -> None:
-        time = float(self._cost.token_time(skipped)[0])
+        """A token was decoded with these skips [units, 1]."""
+        if self.budget is None or self._cost is None or not isinstance(self._calibrated, DecisionRule):
+            return
+        excess = float(self._cost.token_time(skipped)[0]) - self.budget
         bound = log(HOLD_RANGE)
-        self._log_scale = min(bound, max(-bound, self._log_scale + HOLD_GAIN * (time - self._budget)))
+        self._log_scale = min(bound, max(-bound, self._log_scale + HOLD_GAIN * excess))
         self.rule = self._calibrated.scaled(exp(self._log_scale))
 
-    def rewind(self, length: int) -> None:
-        if length == 0:
-            self._log_scale = 0.0
-            self.rule = self._calibrated
+
+def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> SessionRules:
+    """What a new session decides by. Raises PolicyError for a setting unsound or more than the policy can give."""
+    setting.check()
+    if setting.kind == "dense":
+        return SessionRules()
+    if setting.kind == "static":
+        return SessionRules(FixedRule(_static_places(setting, model, policy, build)))
+    if not policy.has_network:
+        raise PolicyError(f"The policy {setting.kind!r} needs a bundle with a policy network: export with --policy.")
+    trade_off = setting.trade_off
+    if trade_off is None and setting.given != ("max_layers",):
+        trade_off = trade_off_for(build.dial, budget=setting.budget, skipped=setting.skipped, max_kl=setting.max_kl)
+    rule = decision_rule(policy.units, build.cost.cost, trade_off or 0.0, setting.max_layers, model.num_layers)
+    return SessionRules(rule, build.cost, setting.budget if setting.hold else None)
+
+
+def _static_places(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> tuple[int, ...]:
+    """Places of the units that a static policy skips: of the layers listed, or of its order as many as do."""
+    if setting.skip is not None:
+        return units_of(setting.skip, policy.units)
+    if setting.max_layers is not None:
+        check_max_layers(setting.max_layers, policy.units, model.num_layers)
+    order = policy.static_order
+    if not order:
+        raise PolicyError(
+            "The policy in this bundle has no order in which 'static' skips units: it was not trained. List the layers "
+            "to skip, or export with a trained policy."
+        )
+    skipped, time = 0, 1.0
+    for count in range(len(order) + 1):
+        if count:
+            skipped += len(policy.units[order[count - 1]].layers)
+            time -= build.cost.cost[order[count - 1]]
+        if (
+            (setting.budget is not None and time <= setting.budget + 1e-9)
+            or (setting.skipped is not None and skipped >= setting.skipped)
+            or (setting.max_layers is not None and model.num_layers - skipped <= setting.max_layers)
+        ):
+            return order[:count]
+    raise PolicyError(
+        f"That is more than the policy 'static' can give: with all of its units skipped a token runs "
+        f"{model.num_layers - skipped} of {model.num_layers} layers and takes {time:.3f} of the dense time."
+    )

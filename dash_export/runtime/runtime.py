@@ -15,17 +15,14 @@ from dash_export.manifest import Build, CostTable
 from dash_export.runtime.backends import load_backend
 from dash_export.runtime.backends.base import Backend
 from dash_export.runtime.batch import MAX_SIZE, Batch
+from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device
-from dash_export.runtime.engine_set import EngineSet
-from dash_export.runtime.heap import keep_freed_memory
-from dash_export.runtime.huge_pages import on_huge_pages
-from dash_export.runtime.kinds import session_rules
-from dash_export.runtime.results import Generation, Response, Score
-from dash_export.runtime.rules import Rule, SessionRules
+from dash_export.runtime.huge_pages import keep_freed_memory, move_to_huge_pages
+from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
+from dash_export.runtime.rules import Rule, SessionRules, session_rules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
-from dash_export.runtime.turn import MAX_TOKENS
 from dash_export.targets import MAX_THREADS, Dispatch, Recipe, recipe_from_dict
 
 if TYPE_CHECKING:
@@ -39,8 +36,7 @@ class DashRuntime:
 
     def __init__(self, bundle: Bundle, build: Build, backend: Backend | Device, dispatch: str | None = None) -> None:
         """Most callers want `load`. Raises PolicyError for a dispatch mode that this build does not have."""
-        self.bundle = bundle
-        self.build = build
+        self.bundle, self.build = bundle, build
         self.recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
         dispatch = dispatch or self.recipe.runtime.dispatch
         if dispatch not in DISPATCH_MODES:
@@ -64,13 +60,10 @@ class DashRuntime:
         """Open a bundle that was built for `target`.
 
         `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (the
-        same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. On a CPU it is one more output of
-        the engine before the first unit.
-        `threads` overrides the recipe's (0: one per physical core).
-        `verify` checks the SHA-256 of every file that is loaded; that it is still the same when all is loaded is
-        checked without it too.
-        Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError, PolicyError or RequestError
-        (for arguments).
+        same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. `threads` overrides the recipe's
+        (0: one per physical core). `verify` checks the SHA-256 of every file that is loaded; that it is still the same
+        when all is loaded is checked without it too.
+        Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError, PolicyError or RequestError.
         """
         if threads is not None and not 0 <= threads <= MAX_THREADS:
             raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
@@ -96,72 +89,63 @@ class DashRuntime:
         """The measured cost table the decisions use."""
         return self.build.cost
 
-    def session(
-        self,
-        policy: str | None = None,
-        *,
-        skip: Sequence[int] | None = None,
-        trade_off: float | None = None,
-        budget: float | None = None,
-        skipped: float | None = None,
-        max_kl: float | None = None,
-        max_layers: int | None = None,
-        hold: bool = False,
-    ) -> Session:
-        """A new conversation.
+    # --- sessions
 
-        `policy`: `dense` (the kill switch), `static` or `token`; without it, what is given decides, and nothing given
-        is dense. How much is skipped: see `Setting`. Raises PolicyError.
+    def session(self, policy: str | None = None, **amounts: Any) -> Session:
+        """A new conversation. `policy`: `dense` (the kill switch), `static` or `token`; without it, what is given
+        decides, and nothing is dense. `amounts`: the fields of `Setting`, how much is skipped. Raises PolicyError.
         """
-        return self.session_with(
-            Setting(policy, skip, trade_off, budget, skipped, max_kl, max_layers, hold)  # type: ignore[arg-type]
-        )
+        return self.session_with(Setting(policy, **amounts))
 
     @check_arguments
     def session_with(self, setting: Setting) -> Session:
         """`session`, its arguments in one object."""
-        facts = self.bundle.manifest
-        rules = session_rules(setting, facts.model, facts.policy, self.build)
-        if setting.asks_network and not facts.policy.has_network:
-            raise PolicyError(
-                f"The policy {setting.kind!r} needs a bundle with a policy network: export with --policy."
-            )
-        return self.session_under(rules)
-
-    def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
-        """At most `size` sequences decoded together, each under what `session` would be given. Raises PolicyError, and
-        BackendError on a GPU target, whose engines take one sequence.
-        """
-        return self._batch(self.session(policy, **amounts), size)
-
-    def batch_with(self, setting: Setting, size: int = 8) -> Batch:
-        """`batch`, its arguments in one object."""
-        return self._batch(self.session_with(setting), size)
-
-    @check_arguments
-    def _batch(self, session: Session, size: int) -> Batch:
-        if not 1 <= size <= MAX_SIZE:
-            raise RequestError(f"size, how many sequences a batch holds, must be from 1 to {MAX_SIZE}, not {size}.")
-        if not isinstance(self.engines, EngineSet) or not self.engines.mixes:
-            raise BackendError(
-                f"The engines for {self.build.target!r} take one sequence at a time: use sessions, or the target 'cpu'."
-            )
-        return Batch(self.engines, session, size)
+        manifest = self.bundle.manifest
+        return self.session_under(session_rules(setting, manifest.model, manifest.policy, self.build))
 
     def session_under(self, rule: Rule | SessionRules) -> Session:
         """A new conversation whose actions come from `rule`: for evaluation and for policies of your own."""
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
+    def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
+        """At most `size` sequences decoded together, each as a `session`. Raises PolicyError, and BackendError on a GPU
+        target, whose engines take one sequence.
+        """
+        return self.batch_with(Setting(policy, **amounts), size)
+
+    @check_arguments
+    def batch_with(self, setting: Setting, size: int = 8) -> Batch:
+        """`batch`, its arguments in one object."""
+        if not 1 <= size <= MAX_SIZE:
+            raise RequestError(f"size, how many sequences a batch holds, must be from 1 to {MAX_SIZE}, not {size}.")
+        if not isinstance(self.engines, EngineSet) or not self.engines.mixes:
+            raise BackendError(
+                f"The engines for {self.build.target!r} take one sequence at a time: use sessions, or the target 'cpu'."
+            )
+        return Batch(self.engines, self.session_with(setting), size)
+
+    # --- what a new session or batch does, in one call
+
     def generate(
+        self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None, **session: Any
+    ) -> Generation:
+        """`session(**session).generate(...)`."""
+        return self.session(**session).generate(prompt, max_tokens, sampling)
+
+    def chat(
         self,
-        prompt: Prompt,
+        messages: Sequence[Mapping[str, str]],
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
         **session: Any,
-    ) -> Generation:
-        """`session(**session).generate(...)` in one call."""
-        return self.session(**session).generate(prompt, max_tokens, sampling)
+    ) -> Iterator[Response]:
+        """`session(**session).chat(...)`."""
+        return self.session(**session).chat(messages, max_tokens, sampling)
+
+    def score(self, ids: Prompt, prefix: int = 2, **session: Any) -> Score:
+        """`session(**session).score(...)`."""
+        return self.session(**session).score(ids, prefix)
 
     @check_arguments
     def generate_batch(
@@ -172,8 +156,8 @@ class DashRuntime:
         size: int = 8,
         **session: Any,
     ) -> list[Generation]:
-        """What each prompt gives, in their order; up to `size` of them are decoded together. Raises what
-        `Batch.checked` raises before any is begun, and the error of an answer that fails.
+        """What each prompt gives, up to `size` of them decoded together. Raises what `Batch.checked` raises before any
+        is begun, and the error of an answer that fails.
         """
         batch = self.batch(size, **session)
         checked = [batch.checked(prompt, max_tokens) for prompt in prompts]
@@ -184,40 +168,17 @@ class DashRuntime:
             responses[index].append(response)
         return [Generation.gathered(each) for each in responses]
 
-    def stream(
-        self,
-        prompt: Prompt,
-        max_tokens: int | None = MAX_TOKENS,
-        sampling: Sampling | None = None,
-        **session: Any,
-    ) -> Iterator[Response]:
-        """`session(**session).stream(...)` in one call."""
-        return self.session(**session).stream(prompt, max_tokens, sampling)
-
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        max_tokens: int | None = MAX_TOKENS,
-        sampling: Sampling | None = None,
-        **session: Any,
-    ) -> Iterator[Response]:
-        """`session(**session).chat(...)` in one call."""
-        return self.session(**session).chat(messages, max_tokens, sampling)
-
-    def score(self, ids: Prompt, prefix: int = 2, **session: Any) -> Score:
-        """`session(**session).score(...)` in one call."""
-        return self.session(**session).score(ids, prefix)
-
 
 def engines(
     bundle: Bundle, build: Build, backend: Backend | Device, recipe: Recipe, dispatch: str
 ) -> EngineSet | DeviceEngines:
     """A build's engines on what its recipe is for. Raises BackendError where device and build do not fit."""
     if recipe.engine is None:
-        # First, so that weights too come from the heap: by themselves they are too small to fill a huge page.
         keep_freed_memory()
-        with on_huge_pages(recipe.runtime.huge_pages):
-            return EngineSet(bundle, build, cast("Backend", backend))
+        loaded = EngineSet(bundle, build, cast("Backend", backend))
+        if recipe.runtime.huge_pages:
+            move_to_huge_pages()
+        return loaded
     from dash_export.runtime.device.engines import DeviceEngines  # a CPU does without
 
     device = cast("Device", backend)

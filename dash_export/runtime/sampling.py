@@ -32,26 +32,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        checks = {
-            "temperature": (
-                self.temperature,
-                self.temperature == 0.0 or 1e-3 <= self.temperature <= 100.0,
-                "0 (greedy) or between 0.001 and 100",
-            ),
-            "top_k": (self.top_k, self.top_k >= 0, ">= 0 (0 is off)"),
-            "top_p": (self.top_p, 0.0 < self.top_p <= 1.0, "in (0, 1] (1 is off)"),
-            "min_p": (self.min_p, 0.0 <= self.min_p < 1.0, "in [0, 1) (0 is off)"),
-            "repetition_penalty": (
-                self.repetition_penalty,
-                1e-2 <= self.repetition_penalty <= 100.0,
-                "between 0.01 and 100 (1 is off)",
-            ),
-            "seed": (self.seed, self.seed is None or self.seed >= 0, ">= 0"),
-            "stop": (self.stop, all(self.stop), "a list of non-empty strings"),
-        }
-        for name, (value, valid, expected) in checks.items():
+        greedy, penalty = self.temperature == 0.0, self.repetition_penalty
+        for name, valid, expected in (
+            ("temperature", greedy or 1e-3 <= self.temperature <= 100.0, "0 (greedy) or between 0.001 and 100"),
+            ("top_k", self.top_k >= 0, ">= 0 (0 is off)"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1] (1 is off)"),
+            ("min_p", 0.0 <= self.min_p < 1.0, "in [0, 1) (0 is off)"),
+            ("repetition_penalty", 1e-2 <= penalty <= 100.0, "between 0.01 and 100 (1 is off)"),
+            ("seed", self.seed is None or self.seed >= 0, ">= 0"),
+            ("stop", all(self.stop), "a list of non-empty strings"),
+        ):
             if not valid:
-                raise RequestError(f"{name} must be {expected}, not {value!r}.")
+                raise RequestError(f"{name} must be {expected}, not {getattr(self, name)!r}.")
 
 
 class Sampler:
@@ -101,11 +93,8 @@ def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64], np
     if not np.isfinite(mass):
         raise BackendError(NOT_NUMBERS)
     probabilities /= mass
-    keep = np.ones(probabilities.size, np.bool_)
-    if s.top_p < 1.0:
-        # A token stays while the mass before it is below top_p: the first always does.
-        keep &= np.concatenate(([0.0], probabilities.cumsum()[:-1])) < s.top_p
-    if s.min_p > 0.0:
-        keep &= probabilities >= s.min_p * probabilities[0]
+    # A token stays while the mass before it is below top_p: the first always does.
+    before = np.concatenate(([0.0], probabilities.cumsum()[:-1]))
+    keep = ((before < s.top_p) | (s.top_p == 1.0)) & (probabilities >= s.min_p * probabilities[0])
     kept = probabilities[keep]
     return candidates[keep], kept / kept.sum()

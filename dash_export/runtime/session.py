@@ -1,13 +1,11 @@
-"""One conversation: a KV cache, a policy, a budget, and the loop from prompt to tokens. A session belongs to one
-thread.
-"""
+"""One conversation: a KV cache, a policy, a budget, and the loop from prompt to tokens; it belongs to one thread."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,54 +13,58 @@ import numpy.typing as npt
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DENSE_POSITIONS, Actions, layer_actions, unit_skips
 from dash_export.divergence import nll
-from dash_export.errors import ContextLengthError, PolicyError, RequestError
-from dash_export.runtime.cache import KVCache
-from dash_export.runtime.engines import Cache, Engines, Step
-from dash_export.runtime.results import Counters, Generation, Response, Score, TokenIds
+from dash_export.errors import PolicyError, RequestError
+from dash_export.runtime.results import (
+    MAX_TOKENS,
+    Generation,
+    Response,
+    Score,
+    TokenIds,
+    Turn,
+    answer_length,
+    check_room,
+)
 from dash_export.runtime.rules import DENSE, ForcedRule, Rule, SessionRules
 from dash_export.runtime.sampling import Logits, Sampling
 from dash_export.runtime.text import Text
-from dash_export.runtime.turn import MAX_TOKENS, Turn, room
 
 if TYPE_CHECKING:
-    from dash_export.runtime.decode import BoundStep
-
-StepKind = Literal["decode", "score"]
-"""Some tokens as decode takes one; teacher-forced."""
+    from dash_export.runtime.decode import BoundStep, EngineSet
+    from dash_export.runtime.device.engines import DeviceEngines
+    from dash_export.runtime.device.step import DeviceStep
 
 
 @dataclass
 class Session:
     """Made by `DashRuntime.session()`. Tokens stay in the cache: a further prompt continues the conversation."""
 
-    engines: Engines
+    engines: EngineSet | DeviceEngines
     text: Text
     rules: SessionRules
     kv_step: int
     prefill_chunk: int
-    counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
-        self._cache: Cache = self.engines.cache(self.kv_step)
-        self._steps: dict[tuple[int, StepKind], Step] = {}
+        self.cache: Any = self.engines.cache(self.kv_step)
+        self._steps: dict[tuple[int, bool], BoundStep | DeviceStep] = {}
         self._cancelled = False
         self._pending: list[int] = []
+        """The last token of an answer: given out, but not yet in the cache. It comes before what follows."""
         self._streams = 0
         self.tokens: list[int] = []
+        """What the cache holds."""
+        self.prefilled = 0
+        """Tokens that went through prefill so far."""
 
     @property
     def context_left(self) -> int:
         """Positions of the model's context that are still free."""
-        return self.engines.model.max_positions - self._cache.length
+        return self.engines.model.max_positions - int(self.cache.length)
 
     @property
     def rule(self) -> Rule:
         """What decides the next token."""
         return self.rules.rule
-
-    @property
-    def cache_bytes(self) -> int:
-        return self._cache.nbytes
 
     def cancel(self) -> None:
         """Stop the running stream before its next token; safe to call from another thread or a signal handler."""
@@ -73,13 +75,19 @@ class Session:
         self._rewind(0)
 
     def fork(self) -> Session:
-        """Another session that continues from here, with memory of its own: for many conversations after one system
-        prompt, which is then computed once. Fork between answers, not within one.
-        """
+        """Another session that continues from here, with memory of its own. Fork between answers, not within one."""
         twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
-        twin._cache = self._cache.copy()
+        twin.cache = self.cache.copy()
         twin.tokens, twin._pending = list(self.tokens), list(self._pending)
         return twin
+
+    # --- answers
+
+    def generate(
+        self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None
+    ) -> Generation:
+        """`stream` to its end. `prompt` is text or token ids."""
+        return Generation.gathered(list(self.stream(prompt, max_tokens, sampling)))
 
     @check_arguments
     def chat(
@@ -88,42 +96,23 @@ class Session:
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
     ) -> Iterator[Response]:
-        """Answer a conversation given as messages {role, content}. What the cache already holds of it is not computed
-        again.
-        """
+        """Answer messages {role, content}. What the cache already holds of them is not computed again."""
         ids = self.text.chat(messages, self.engines.model.max_positions)
         self._rewind_to(ids)
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        max_tokens: int | None = MAX_TOKENS,
-        sampling: Sampling | None = None,
-    ) -> Generation:
-        """`stream` to its end. `prompt` is text or token ids."""
-        return Generation.gathered(list(self.stream(prompt, max_tokens, sampling)))
-
     @check_arguments
     def stream(
-        self,
-        prompt: Prompt,
-        max_tokens: int | None = MAX_TOKENS,
-        sampling: Sampling | None = None,
+        self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None
     ) -> Iterator[Response]:
         """Prefill `prompt` densely over the cache as it is, then decode under the policy, one Response per token.
-        `max_tokens` None: as many as there is room for, 256 at most.
-
-        Raises RequestError for an empty prompt and ContextLengthError when prompt and `max_tokens` do not fit the
-        context.
+        `max_tokens` None: as many as there is room for, 256 at most. Raises RequestError and ContextLengthError.
         """
-        ids = self._with_pending(self.checked_ids(prompt))
-        sampling = sampling or Sampling()
-        max_tokens = room(max_tokens, self.context_left - len(ids))
-        self._check_room(len(ids), max_tokens)
+        ids = self._continued(prompt)
+        max_tokens = answer_length(len(ids), max_tokens, self.context_left)
         self._cancelled = False
         self._streams += 1
-        return self._stream(self._streams, ids, max_tokens, sampling)
+        return self._stream(self._streams, ids, max_tokens, sampling or Sampling())
 
     def _stream(self, number: int, ids: TokenIds, max_tokens: int, sampling: Sampling) -> Iterator[Response]:
         self._check_newest(number)
@@ -132,7 +121,6 @@ class Session:
         actions = np.zeros(self.engines.model.num_layers, np.int8)
         while True:
             response = turn.respond(logits, self.tokens, actions, self._cancelled)
-            # Given out but not yet in the cache: should the caller stop here, the next prompt brings it along.
             self._pending = [response.token]
             yield response
             if response.finish_reason is not None:
@@ -149,105 +137,98 @@ class Session:
                 "or give each conversation a session of its own."
             )
 
-    def _advance(self, token: int, rule: Rule | None = None) -> tuple[Logits, npt.NDArray[np.int8]]:
-        """One known token under the session's rule, or another; its logits [vocab] until the next step, and its actions
-        [layers].
-        """
-        self._reserve(1)
-        step = self._bound(1)
-        step.decode(token, self._rule_here() if rule is None else rule)
-        self.rules.decoded(step.skipped)
-        self._pending = []  # in this order: an interrupt comes after a call
-        self.tokens.append(token)
-        actions = self._actions(step)[0]
-        self.counters.decode_steps += 1
-        self.counters.layers_run += len(actions) - int(actions.sum())
-        return step.logits[0, 0], actions
-
-    def _actions(self, step: Step) -> Actions:
-        return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
+    # --- known tokens
 
     @check_arguments
-    def score(
-        self,
-        ids: Prompt,
-        prefix: int = 2,
-        actions: npt.NDArray[np.int8] | None = None,
-        keep_logits: bool = False,
-    ) -> Score:
-        """Log-likelihood of each token after the first, as decode under the policy would see it, in a fresh context: in
-        one pass where rows of the build's engines may differ (CPU), else token by token.
-
-        It ends the conversation of this session. The first `prefix` tokens, two at least, are dense, like a prompt.
-        `actions` int8 [tokens, layers] forces every action instead. `keep_logits` keeps the logits [tokens, vocab] too:
-        mind the memory. Raises PolicyError under a held budget, which is known only token by token, and for actions of
-        another shape.
-        """
-        tokens = self.checked_ids(ids, fresh=True)
-        likelihoods, greedy, taken, damages, logits = [], [], [], [], []
-        for start, step in self._forced(tokens, prefix, actions):
-            following = tokens[start + 1 : start + 1 + step.sequence]
-            likelihoods.append((-nll(step.logits[0], following)).astype(np.float32))
-            greedy.append(step.logits[0, : len(following)].argmax(axis=-1) == following)
-            taken.append(self._actions(step))
-            damages.append(step.damage.T.copy())
-            if keep_logits:
-                logits.append(step.logits[0].copy())
-        return Score(
-            np.concatenate(likelihoods),
-            np.concatenate(greedy),
-            np.concatenate(taken),
-            np.concatenate(damages),
-            np.concatenate(logits) if keep_logits else None,
-        )
+    def prefill(self, ids: Prompt) -> Logits:
+        """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
+        tokens = self._continued(ids)
+        check_room(len(tokens), 0, self.context_left)
+        self._streams += 1
+        return np.asarray(self._prefill(tokens, 0).copy())
 
     @check_arguments
-    def logits(
-        self, ids: Prompt, prefix: int = 2, actions: npt.NDArray[np.int8] | None = None
-    ) -> npt.NDArray[np.float32]:
-        """The logits [tokens, vocab] of `score`."""
-        tokens = self.checked_ids(ids, fresh=True)
-        return np.concatenate([step.logits[0].copy() for _, step in self._forced(tokens, prefix, actions)])
+    def restart(self, ids: Prompt) -> Logits:
+        """The logits [vocab] after `ids` as a conversation of its own; what is cached of it is not computed again."""
+        known = self.checked_ids(ids)
+        self._rewind_to(known)
+        return self.prefill(known[len(self.tokens) :])
 
-    def _forced(
-        self, tokens: TokenIds, prefix: int, actions: npt.NDArray[np.int8] | None
-    ) -> Iterator[tuple[int, Step]]:
+    def decode_one(self, token: int, rule: Rule | None = None) -> tuple[Logits, Actions]:
+        """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
+        if type(token) is not int or not 0 <= token < self.engines.model.vocab_size:  # answers are timed by this
+            (token,) = self.checked_ids([token]).tolist()
+        check_room(1 + len(self._pending), 0, self.context_left)
+        self._streams += 1
+        for pending in self._pending:
+            self._advance(pending)
+        logits, actions = self._advance(token, rule)
+        return logits.copy(), actions
+
+    @check_arguments
+    def decode_step(self, tokens: int) -> Any:
+        """What decodes one token, bound to memory with room for `tokens` more: for whoever times its launches."""
+        check_room(tokens, 0, self.context_left)
+        self._reserve(tokens)
+        return self._bound(1)
+
+    @check_arguments
+    def score(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None, keep_logits: bool = False) -> Score:
+        """Score a text as decode under the policy would see it: in one pass where rows of the build's engines may
+        differ (CPU), else token by token. It ends the conversation of this session.
+
+        The first `prefix` tokens, two at least, are dense, like a prompt; `actions` int8 [tokens, layers] forces every
+        action instead. Raises PolicyError under a held budget, and for actions of another shape.
+        """
+        tokens, mixes = self.checked_ids(ids, fresh=True), self.engines.mixes
         if prefix < 1:
             raise RequestError(f"prefix must be at least 1, not {prefix}.")
         shape = (len(tokens), self.engines.model.num_layers)
         if actions is not None and (actions.shape != shape or not np.isin(actions, (0, 1)).all()):
             raise PolicyError(f"actions must be {list(shape)}, tokens and layers, each 0 (run) or 1 (skip).")
-        if actions is None and self.engines.mixes and not self.rules.foreseeable:
+        if actions is None and mixes and self.rules.budget is not None:
             raise PolicyError(
                 "A held budget (hold) adapts token by token, so one pass over a text cannot follow it: "
                 "score with the budget alone, or decode."
             )
         forced = None if actions is None else unit_skips(actions, self.engines.units)
         self.reset()
-        self._check_room(len(tokens), 0)
+        check_room(len(tokens), 0, self.context_left)
         self._reserve(len(tokens))
         prompt = max(prefix, DENSE_POSITIONS) if forced is None else 0
-        chunk = min(self._chunk(), self.engines.score_rows) if self.engines.mixes else 1
+        chunk = min(self._chunk(), self.engines.score_rows) if mixes else 1
+        parts, logits = [], []
         try:
             for start in range(0, len(tokens), chunk):
-                part = tokens[start : start + chunk]
-                step = self._bound(len(part), "score" if self.engines.mixes else "decode")
-                rule = self.rules.rule if forced is None else ForcedRule(forced[:, start : start + chunk])
-                if self.engines.mixes:
-                    cast("BoundStep", step).teacher_force(part, rule, np.arange(start, start + len(part)) < prompt)
+                part, following = tokens[start : start + chunk], tokens[start + 1 : start + 1 + chunk]
+                rule = self.rule if forced is None else ForcedRule(forced[:, start : start + chunk])
+                dense = np.arange(start, start + len(part)) < prompt
+                step = self._bound(len(part), mixes)
+                if mixes:
+                    cast("BoundStep", step).teacher_force(part, rule, dense)
                 else:
-                    step.decode(int(part[0]), DENSE if start < prompt else rule)
-                    if start >= prompt:
+                    step.decode(int(part[0]), DENSE if dense[0] else rule)
+                    if not dense[0]:
                         self.rules.decoded(step.skipped)
                 self.tokens.extend(part.tolist())
-                yield start, step
+                likelihoods = (-nll(step.logits[0], following)).astype(np.float32)
+                greedy = step.logits[0, : len(following)].argmax(axis=-1) == following
+                parts.append((likelihoods, greedy, self._actions(step), step.damage.T.copy()))
+                if keep_logits:
+                    logits.append(step.logits[0].copy())
         finally:
             self.reset()  # its K and V are those of skips: no prompt may go on behind them as if they were dense
+        likelihoods, greedy, taken, damages = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return Score(likelihoods, greedy, taken, damages, np.concatenate(logits) if keep_logits else None)
+
+    def logits(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None) -> npt.NDArray[np.float32]:
+        """The logits [tokens, vocab] of `score`."""
+        return cast("npt.NDArray[np.float32]", self.score(ids, prefix, actions, keep_logits=True).logits)
+
+    # --- steps
 
     def _prefill(self, ids: TokenIds, headroom: int) -> Logits:
-        """Dense, in chunks; returns the logits [vocab] after the last token. Whatever ends it early, `tokens` are what
-        the cache holds.
-        """
+        """Dense, in chunks; the logits [vocab] after the last. Whatever ends it, `tokens` are what the cache holds."""
         self._reserve(len(ids) + headroom)
         chunk = self._chunk()
         for start in range(0, len(ids), chunk):
@@ -256,100 +237,61 @@ class Session:
             step.prefill(part)
             self._pending = []  # it is the first of these
             self.tokens.extend(part.tolist())
-        self.counters.prefill_tokens += len(ids)
+        self.prefilled += len(ids)
         last: Logits = step.logits[0, 0]
         return last
 
-    def decode_one(self, token: int, rule: Rule | None = None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
-        """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
-        if type(token) is not int or not 0 <= token < self.engines.model.vocab_size:  # answers are timed by this
-            (token,) = self.checked_ids([token]).tolist()
-        self._check_room(1 + len(self._pending), 0)
-        self._streams += 1
-        for pending in self._pending:
-            self._advance(pending)
-        logits, actions = self._advance(token, rule)
-        return logits.copy(), actions
+    def _advance(self, token: int, rule: Rule | None = None) -> tuple[Logits, Actions]:
+        """One known token under the session's rule, or another: its logits [vocab] until the next step, its actions."""
+        self._reserve(1)
+        step = self._bound(1)
+        if rule is None:
+            rule = DENSE if self.cache.length < DENSE_POSITIONS else self.rules.rule
+        step.decode(token, rule)
+        self.rules.decoded(step.skipped)
+        self._pending = []  # in this order: an interrupt comes after a call
+        self.tokens.append(token)
+        return step.logits[0, 0], self._actions(step)[0]
 
-    @check_arguments
-    def decode_step(self, tokens: int) -> Step:
-        """What decodes one token, bound to memory with room for `tokens` more: for whoever times its launches.
-
-        Raises ContextLengthError where they do not fit.
-        """
-        if tokens < 1:
-            raise RequestError(f"Room for {tokens} tokens is none: ask for one or more.")
-        self._check_room(tokens, 0)
-        self._reserve(tokens)
-        return self._bound(1)
-
-    @check_arguments
-    def prefill(self, ids: Prompt) -> npt.NDArray[np.float32]:
-        """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
-        tokens = self._with_pending(self.checked_ids(ids))
-        self._check_room(len(tokens), 0)
-        self._streams += 1
-        return np.asarray(self._prefill(tokens, 0).copy())
-
-    @check_arguments
-    def restart(self, ids: Prompt) -> npt.NDArray[np.float32]:
-        """The logits [vocab] after `ids` as a conversation of its own; what the cache holds of it is not computed
-        again.
-        """
-        known = self.checked_ids(ids)
-        self._rewind_to(known)
-        return self.prefill(known[len(self.tokens) :])
-
-    def copy_cache(self, into: KVCache, sequence: int) -> None:
-        """Copy this conversation's keys and values into one sequence of a batch's cache, in which there is room."""
-        assert isinstance(self._cache, KVCache)
-        into.take(sequence, self._cache)
-
-    def _rule_here(self) -> Rule:
-        """The session's rule, except at the first positions, which are never skipped."""
-        return DENSE if self._cache.length < DENSE_POSITIONS else self.rule
+    def _actions(self, step: BoundStep | DeviceStep) -> Actions:
+        return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
 
     def _rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
-        """Keep what the cache holds of a conversation that begins with `ids`, but for one token at least: somebody
-        wants its logits.
-        """
-        known = next(
-            (i for i, (a, b) in enumerate(zip(ids, self.tokens, strict=False)) if a != b),
-            min(len(ids), len(self.tokens)),
-        )
+        """Keep what is cached of a conversation that begins with `ids`, but for one token, whose logits are wanted."""
+        pairs = enumerate(zip(ids, self.tokens, strict=False))
+        known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
         self._rewind(max(0, min(known, len(ids) - 1)))
 
     def _rewind(self, length: int) -> None:
-        self._cache.length = length
-        self.rules.rewind(length)
+        self.cache.length = length
+        if length == 0:
+            self.rules.restart()
         del self.tokens[length:]
         self._pending = []
         self._streams += 1
 
     def _chunk(self) -> int:
         """Tokens of a pass over many."""
-        return min(self.prefill_chunk, self.engines.rows_at_once(self._cache.capacity))
+        return min(self.prefill_chunk, self.engines.rows_at_once(self.cache.capacity))
 
     def _reserve(self, more: int) -> None:
-        self._cache.length = len(self.tokens)  # an interrupt may have come between a step and the end of its work
-        if self._cache.reserve(self._cache.length + more):
+        self.cache.length = len(self.tokens)  # an interrupt may have come between a step and the end of its work
+        if self.cache.reserve(self.cache.length + more):
             self._steps.clear()
-            self.counters.cache_growths += 1
 
-    def _bound(self, sequence: int, kind: StepKind = "decode") -> Step:
-        key = (sequence, kind)
+    def _bound(self, sequence: int, teacher_forced: bool = False) -> BoundStep | DeviceStep:
+        key = (sequence, teacher_forced)
         if key not in self._steps:
             # A long step's buffers are large: keep the decode step and the last other one.
-            for other in [other for other in self._steps if other != (1, "decode")]:
-                del self._steps[other]
-            self._steps[key] = self.engines.step(self._cache, sequence, kind == "score")
+            self._steps = {other: step for other, step in self._steps.items() if other == (1, False)}
+            self._steps[key] = self.engines.step(self.cache, sequence, teacher_forced)
         return self._steps[key]
+
+    # --- checks
 
     @check_arguments
     def checked_ids(self, prompt: Prompt, fresh: bool = False) -> TokenIds:
-        """Token ids [n] of a prompt, or of a text that begins a `fresh` context whatever is cached. Raises RequestError
-        where it is empty or not what the model knows.
-        """
+        """Token ids [n] of a prompt, or of a text that begins a `fresh` context whatever is cached."""
         special = fresh or not self.tokens
         limit = self.engines.model.max_positions if fresh else self.context_left
         ids = self.text.encode(prompt, special=special, limit=limit) if isinstance(prompt, str) else prompt
@@ -363,14 +305,6 @@ class Session:
             raise RequestError(f"Token ids must be from 0 to {vocab - 1}; got {array.min()} to {array.max()}.")
         return array.astype(np.int64)
 
-    def _with_pending(self, ids: TokenIds) -> TokenIds:
-        """The last token of an answer was given out but is not in the cache: it comes before `ids`."""
-        return np.concatenate([np.array(self._pending, np.int64), ids])
-
-    def _check_room(self, tokens: int, more: int) -> None:
-        if tokens + more > self.context_left:
-            raise ContextLengthError(
-                f"The context does not hold this: {tokens} prompt tokens and {more} new ones, but {self.context_left} "
-                f"of the model's {self.engines.model.max_positions} positions are free. "
-                "Shorten the prompt, ask for fewer tokens or start a new session."
-            )
+    def _continued(self, prompt: Prompt) -> TokenIds:
+        """A prompt's ids, behind the token that is pending."""
+        return np.concatenate([np.array(self._pending, np.int64), self.checked_ids(prompt)])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,53 +18,50 @@ from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.runtime.chat_template import ChatTemplate
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text, load_tokenizer
 
+_T = TypeVar("_T")
 _PIECE = 1 << 18
 """Letters that are encoded at a time where a whole text is wanted."""
+_LETTERS = 64
+"""A text of more letters per free token is refused unread: one token may be 64 spaces, but no text is all spaces."""
 
 
 class Text:
     """Tokenizer and chat template of a bundle."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            self.tokenizer = load_tokenizer(bounded_text(safe_path(folder, "tokenizer.json"), MAX_TEXT_BYTES))
-        except (OSError, ValueError) as error:
-            raise BundleError(
-                f"{folder / 'tokenizer.json'} cannot be read ({error}). The bundle is damaged: export it again."
-            ) from error
+        """Raises BundleError for files that are none."""
+        tokenizer = _read(folder, "tokenizer.json", load_tokenizer)
+        if tokenizer is None:
+            raise BundleError(f"{folder} has no tokenizer.json. The bundle is damaged: export it again.")
+        self.tokenizer = tokenizer
         # As transformers has it: how training batches were cut and filled is in the file too.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         config, generation, model = (
-            _optional_json(safe_path(folder, f"{name}.json"))
+            _read(folder, f"{name}.json", _mapping) or {}
             for name in ("tokenizer_config", "generation_config", "config")
         )
-        generation = generation or model
         special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self.eos_ids = _eos_ids(generation, self.tokenizer, special["eos_token"])
-        template = _optional_text(safe_path(folder, "chat_template.jinja"))
+        self.eos_ids = _eos_ids(generation or model, self.tokenizer, special["eos_token"])
+        template = _read(folder, "chat_template.jinja", str)
         self.template = None if template is None else ChatTemplate(template, special)
 
     def encode(self, text: str, *, special: bool = True, limit: int = sys.maxsize) -> list[int]:
-        """Text -> token ids; `special` adds what the tokenizer adds to a fresh text (a BOS, for some models). Raises
-        RequestError for text that is no valid Unicode and ContextLengthError, without encoding all of it, for one far
-        over `limit` tokens.
+        """Text -> token ids; `special` adds what begins a fresh text (a BOS, for some models). Raises RequestError for
+        text that is no valid Unicode and ContextLengthError, without encoding it, for one far over `limit` tokens.
         """
+        if len(text) > _LETTERS * max(limit, 256):
+            raise ContextLengthError(
+                f"The context does not hold this: {len(text)} letters are far over the {limit} tokens that are free. "
+                "Shorten the prompt or start a new session."
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
                 f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
             ) from error
-        start = 16 * max(limit, 256)  # what fits is mostly shorter, but a single token may be any number of spaces
-        while start < len(text):
-            if len(self._ids(text[:start], False)) > 2 * limit:
-                raise ContextLengthError(
-                    f"The context does not hold this: over {2 * limit} prompt tokens, but {limit} positions are free. "
-                    "Shorten the prompt or start a new session."
-                )
-            start *= 2
-        return self._ids(text, special)
+        return _native("does not read this text", lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
 
     def encode_in_pieces(self, text: str) -> npt.NDArray[np.int64]:
         """`encode` of a text of any length, in memory for a piece of it: cut at lines, or else at words."""
@@ -78,18 +75,9 @@ class Text:
             start = end
         return np.concatenate(pieces)
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        try:
-            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
-        except BaseException as error:  # a panic of native code is no Exception
-            raise _refused(error, "does not read this text") from error
-
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids -> text. Raises RequestError where the tokenizer's decoder gives up."""
-        try:
-            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        except BaseException as error:
-            raise _refused(error, "cannot write what these tokens say") from error
+        return _native("cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def chat(self, messages: Sequence[Mapping[str, str]], limit: int = sys.maxsize) -> list[int]:
         """Chat messages -> token ids, ending where the assistant's turn begins; `limit` as `encode` has it."""
@@ -101,9 +89,7 @@ class Text:
 
 
 class TextStream:
-    """Token ids -> text pieces as they become certain: whole characters only, and nothing that may be the start of a
-    stop string.
-    """
+    """Token ids -> text pieces as they become certain: whole characters, and nothing that may begin a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -114,31 +100,28 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text this token makes certain; sets `stopped` at a stop string, which is not given out. Raises
-        RequestError where the tokenizer's decoder gives up.
-        """
-        try:
-            try:
-                piece = self._decode.step(self._tokenizer, token)
-            except Exception:  # tokenizers raises plain Exception: bytes before this token are no text, and it gives up
-                self._decode = DecodeStream(skip_special_tokens=True)
-                if self._last is not None:  # a first token would lose its space
-                    self._decode.step(self._tokenizer, self._last)
-                self._held += "\N{REPLACEMENT CHARACTER}"
-                piece = self._decode.step(self._tokenizer, token)
-        except BaseException as error:
-            raise _refused(error, "cannot write what this token says") from error
-        if piece:
+        """The text this token makes certain; sets `stopped` at a stop string, which is not given out."""
+        if piece := _native("cannot write this token", lambda: self._step(token)):
             self._last = token
             self._held += piece
-        found = [position for position in (self._held.find(stop) for stop in self._stop) if position >= 0]
+        found = [position for position in map(self._held.find, self._stop) if position >= 0]
         if found:
             self.stopped = True
             piece, self._held = self._held[: min(found)], ""
             return piece
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        certain = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        piece, self._held = self._held[:certain], self._held[certain:]
         return piece
+
+    def _step(self, token: int) -> str | None:
+        try:
+            return self._decode.step(self._tokenizer, token)
+        except Exception:  # tokenizers raises plain Exception: bytes before this token are no text, and it gives up
+            self._decode = DecodeStream(skip_special_tokens=True)
+            if self._last is not None:  # a first token would lose its space
+                self._decode.step(self._tokenizer, self._last)
+            self._held += "\N{REPLACEMENT CHARACTER}"
+            return self._decode.step(self._tokenizer, token)
 
     def finish(self) -> str:
         """What was held back, when no stop string came after all."""
@@ -146,36 +129,36 @@ class TextStream:
         return piece
 
 
-def _refused(error: BaseException, what: str) -> RequestError:
-    """What an error of the tokenizer's native code is told as; its panics are no Exception."""
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        raise error
-    return RequestError(f"The model's tokenizer {what} ({error!s:.200}).")
+def _native(what: str, call: Callable[[], _T]) -> _T:
+    """`call` of the tokenizer's native code, whose panics are no Exception. Raises RequestError."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise RequestError(f"The model's tokenizer {what} ({error!s:.200}).") from error
 
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next(
-        (length for length in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-length:])), 0
-    )
+    most = min(len(text), len(stop) - 1)
+    return next((length for length in range(most, 0, -1) if stop.startswith(text[-length:])), 0)
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    text = _optional_text(path)
+def _read(folder: Path, name: str, parse: Callable[[str], _T]) -> _T | None:
+    """What a file of the bundle says; None where there is none."""
+    path = safe_path(folder, name)
     try:
-        data = {} if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read ({error}). The bundle is damaged: export it again.") from error
-    return data if isinstance(data, dict) else {}
-
-
-def _optional_text(path: Path) -> str | None:
-    try:
-        return bounded_text(path, MAX_TEXT_BYTES)
+        return parse(bounded_text(path, MAX_TEXT_BYTES))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error}). The bundle is damaged: export it again.") from error
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    data = json.loads(text)
+    return data if isinstance(data, dict) else {}
 
 
 def _token_text(token: object) -> str:
@@ -186,7 +169,6 @@ def _token_text(token: object) -> str:
 
 def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer, eos_token: str) -> frozenset[int]:
     given = config.get("eos_token_id")
-    ids = given if isinstance(given, list) else [given]
-    found = {token for token in ids if type(token) is int}
+    found = {token for token in (given if isinstance(given, list) else [given]) if type(token) is int}
     named = tokenizer.token_to_id(eos_token) if eos_token else None
     return frozenset(found or ({named} if named is not None else set()))

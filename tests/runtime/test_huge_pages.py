@@ -1,37 +1,42 @@
-"""What is moved onto huge pages, and what is not."""
+"""What is moved onto huge pages and what is not, and that freed memory that is used again costs no page faults."""
 
 from __future__ import annotations
 
-import mmap
 import platform
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from dash_export import DashRuntime
 from dash_export.runtime import huge_pages
-from dash_export.runtime.huge_pages import HUGE, filled, in_use, on_huge_pages, own_memory, zeros
+from dash_export.runtime.huge_pages import own_memory
 from tests.commands.helpers import python
 
-MOVES = huge_pages._available() and tuple(map(int, platform.release().split(".")[:2])) >= (6, 1)
+MOVES = huge_pages.available() and tuple(map(int, platform.release().split(".")[:2])) >= (6, 1)
 needs_moves = pytest.mark.skipif(not MOVES, reason="this system moves no memory onto huge pages when told to")
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 
 PRELUDE = """
-import sys
+import mmap, resource
 import numpy as np
-from dash_export.runtime.heap import keep_freed_memory
-from dash_export.runtime.huge_pages import on_huge_pages, zeros
+from dash_export.runtime.huge_pages import HUGE, keep_freed_memory, move_to_huge_pages, pages_in_use
 def huge():
     with open("/proc/self/smaps_rollup") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:")) >> 10
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        buffers = [np.ones(size << 18, np.float32) for size in (6, 12, 3)]
+        del buffers
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 """
 
 
-def printed(program: str, *arguments: str) -> list[str]:
-    """The words that a process of its own prints; `huge()` in it are its MiB on huge pages."""
-    finished = python(PRELUDE + program, *arguments)
+def printed(program: str, **variables: str) -> list[int]:
+    """The numbers that a process of its own prints; `huge()` in it are its MiB on huge pages."""
+    finished = python(PRELUDE + program, **variables)
     assert finished.returncode == 0, finished.stderr
-    return finished.stdout.split()
+    return [int(word) for word in finished.stdout.split()]
 
 
 MAPS = """\
@@ -42,31 +47,13 @@ MAPS = """\
 7f0000a00000-7f0000c00000 rw-s 00000000 00:01 77
 7f0001000000-7f0001400000 r--p 00000000 08:01 1234                       /usr/lib/libonnx.so
 7f0002000000-7f0002400000 r-xp 00000000 00:00 0
+600000000000-602000000000 rw-p 00000000 00:00 0
 7ffc00000000-7ffc00200000 rw-p 00000000 00:00 0                          [stack]
-"""
-
-PROGRAM = """
-mine = bytearray(16 << 20)
-before = huge()
-with on_huge_pages(sys.argv[1] == "yes"):
-    weights = [bytearray(b"w" * (1 << 20)) for _ in range(32)]
-print(huge() - before, all(item == b"w" * (1 << 20) for item in weights))
-"""
-
-
-FREED = """
-keep_freed_memory()
-work = [bytearray(b"x" * (1 << 18)) for _ in range(256)]
-last = bytearray(b"x" * 1000)
-del work
-before = huge()
-with on_huge_pages():
-    weights = [bytearray(b"w" * (1 << 18)) for _ in range(128)]
-print(huge() - before)
 """
 
 
 def test_only_private_memory_that_may_be_written_counts() -> None:
+    """And not what somebody has only reserved."""
     assert list(own_memory(MAPS)) == [
         (0x55D0C0000000, 0x55D0C0400000),
         (0x7F0000000000, 0x7F0000800000),
@@ -74,103 +61,74 @@ def test_only_private_memory_that_may_be_written_counts() -> None:
     ]
 
 
-def test_what_came_into_use_is_moved() -> None:
-    """What was there before is left alone, and so is what is merely reserved."""
-    before = {0: 512, HUGE: 0, 2 * HUGE: 100, 3 * HUGE: 0, 5 * HUGE: 500}
-    now = {0: 512, HUGE: 512, 2 * HUGE: 500, 3 * HUGE: 200, 4 * HUGE: 300, 5 * HUGE: 480}
-    assert filled(now, before) == [HUGE, 2 * HUGE, 4 * HUGE]
-
-
 @needs_moves
-def test_use_is_counted_in_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    with mmap.mmap(-1, 3 * HUGE, flags=mmap.MAP_PRIVATE) as memory:
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-        view = np.frombuffer(memory, np.uint8)
-        start = -view.ctypes.data % HUGE
-        view[start : start + 10 * mmap.PAGESIZE : mmap.PAGESIZE] = 1
-        page = view.ctypes.data + start
-        count = in_use().get(page)
-        monkeypatch.setattr(huge_pages, "RESERVED", HUGE)
-        assert page not in in_use()
-        del view
-    assert count == 10
-
-
-def moved(wanted: str) -> tuple[int, bool]:
-    """MiB that a process's 32 buffers of 1 MiB brought onto huge pages, and whether they still hold what they held."""
-    size, whole = printed(PROGRAM, wanted)
-    return int(size), whole == "True"
-
-
-@needs_moves
-def test_small_buffers_come_to_lie_on_huge_pages() -> None:
-    size, whole = moved("yes")
-    assert size >= 20
-    assert whole
-    assert moved("no") == (0, True)
-
-
-@needs_moves
-def test_what_had_been_freed_and_is_filled_is_moved_too() -> None:
-    """As of an application that worked before it loads a model: most of the heap is free, and still there."""
-    assert int(printed(FREED)[0]) >= 24
-
-
-CACHE = """
-keep_freed_memory()
-work = [bytearray(b"x" * (1 << 18)) for _ in range(256)]
-del work
-before = huge()
-made = zeros((4, 1 << 20))
-assert made.shape == (4, 1 << 20) and made.dtype == np.float32
-made[:] = 1
-print(huge() - before)
-assert not zeros((4, 1 << 20)).any()
+def test_only_what_is_half_in_use_counts() -> None:
+    program = """
+memory = mmap.mmap(-1, 4 * HUGE, flags=mmap.MAP_PRIVATE)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+view = np.frombuffer(memory, np.uint8)
+start = -view.ctypes.data % HUGE
+for page, share in enumerate((0.4, 0.6)):
+    view[start + page * HUGE : start + int((page + share) * HUGE) : mmap.PAGESIZE] = 1
+found = set(pages_in_use())
+print(*(int(view.ctypes.data + start + page * HUGE in found) for page in range(3)))
 """
+    assert printed(program) == [0, 1, 0]
+
+
+LOADS = {
+    # Weights smaller than a huge page: mapped one by one they would not lie on any, whatever lies between them.
+    "small": ("", "[(np.ones(150_000), mmap.mmap(-1, 4 << 20, prot=mmap.PROT_READ)) for _ in range(16)]", 8),
+    # As of an application that worked before it loads a model: most of the heap is free, and still there.
+    "freed": (
+        "work = [bytearray(b'x' * (1 << 18)) for _ in range(256)]; last = bytearray(b'x' * 1000); del work",
+        "[bytearray(b'w' * (1 << 18)) for _ in range(128)]",
+        24,
+    ),
+    # And what was freed between a first model's weights does not break the huge pages around it.
+    "second": (
+        "one = [bytearray(b'w' * (1 << 18)) for _ in range(128)]; move_to_huge_pages(); del one[::8]",
+        "[bytearray(b'w' * (3 << 20)) for _ in range(12)]",
+        56,
+    ),
+}
 
 
 @needs_moves
-def test_a_cache_lies_on_huge_pages_whatever_was_freed_before() -> None:
-    assert int(printed(CACHE)[0]) >= 14
+@needs_glibc
+@pytest.mark.parametrize("name", LOADS)
+def test_weights_come_to_lie_on_huge_pages(name: str) -> None:
+    before, load, least = LOADS[name]
+    program = f"keep_freed_memory(); {before}\nweights = {load}\nmove_to_huge_pages()\nprint(huge())"
+    assert printed(program)[0] >= least
 
 
-SECOND = """
-def load(size, count):
-    with on_huge_pages():
-        return [bytearray(b"w" * (size << 10)) for _ in range(count)]
-keep_freed_memory()
-one = load(256, 128)
-del one[::8]
-two = load(3 << 10, 12)
-print(huge())
-assert all(set(part) == {ord("w")} for part in one + two)
-"""
+@needs_glibc
+def test_what_is_freed_is_kept() -> None:
+    """Unless the environment says what malloc shall do."""
+    program = "before, kept = faults(), keep_freed_memory(); faults(); print(before, int(kept), faults())"
+    before, kept, after = printed(program)
+    assert kept
+    assert after < before / 10
+    assert printed(program, MALLOC_TRIM_THRESHOLD_="131072")[1] == 0
 
 
-@needs_moves
-def test_a_second_model_leaves_the_first_where_it_is() -> None:
-    """Giving back what was freed between the first one's weights breaks the huge pages around it."""
-    assert int(printed(SECOND)[0]) >= 56
+def test_loading_a_runtime_does_both(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("keep_freed_memory", "move_to_huge_pages"):
+        monkeypatch.setattr(f"dash_export.runtime.runtime.{name}", lambda name=name: calls.append(name))
+    DashRuntime.load(tiny_root, "cpu-fp32")
+    assert calls == ["keep_freed_memory", "move_to_huge_pages"]
 
 
-def test_a_cache_that_cannot_be() -> None:
-    with pytest.raises(MemoryError):
-        zeros((1 << 24, 1 << 24))
-    assert zeros((0, 3)).shape == (0, 3)
-    assert zeros((2, 3)).sum() == 0
-
-
-def test_never_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "enabled").write_text("always madvise [never]\n")
-    (tmp_path / "hpage_pmd_size").write_text(f"{HUGE}\n")
+@pytest.mark.parametrize("enabled", ["always madvise [never]\n", None])
+def test_where_there_are_none_nothing_happens(
+    enabled: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the administrator's wish, or on other systems than Linux."""
+    if enabled is not None:
+        (tmp_path / "enabled").write_text(enabled)
+        (tmp_path / "hpage_pmd_size").write_text(f"{huge_pages.HUGE}\n")
     monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
-    monkeypatch.setattr(huge_pages, "_move", None)
-    with on_huge_pages():
-        pass
-
-
-def test_without_linux_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path / "missing")
-    monkeypatch.setattr(huge_pages, "_move", None)
-    with on_huge_pages():
-        pass
+    monkeypatch.setattr(huge_pages, "pages_in_use", lambda: pytest.fail("looked for"))
+    huge_pages.move_to_huge_pages()

@@ -53,31 +53,19 @@ def greedy(runtime: DashRuntime, ids: np.ndarray) -> np.ndarray:
     return np.array(tokens)
 
 
-def test_dense(runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle) -> None:
-    for ids in texts:
-        expected = smollm2_oracle.forward(ids).logits
-        chosen = expected[-NEW_TOKENS - 1 : -1].argmax(axis=-1)
-        np.testing.assert_array_equal(ids[-NEW_TOKENS:], chosen)
-        assert np.abs(runtime.session().logits(ids) - expected).max() < TOLERANCE
-
-
-def test_generate_stops_where_the_oracle_ends_its_turn(runtime: DashRuntime, texts: list[np.ndarray]) -> None:
-    for ids in texts:
-        generation = runtime.generate(ids[:-NEW_TOKENS], NEW_TOKENS, policy="dense")
-        np.testing.assert_array_equal(generation.tokens, ids[len(ids) - NEW_TOKENS :][: len(generation.tokens)])
-        stopped = generation.tokens[-1] in runtime.text.eos_ids
-        assert generation.finish_reason == ("stop" if stopped else "length")
-
-
-def test_random_actions(
+def test_forced_actions(
     runtime: DashRuntime, texts: list[np.ndarray], smollm2_oracle: Oracle, smollm2_policy: SkipPolicy
 ) -> None:
+    """From dense to half of all units."""
     for seed, ids in enumerate(texts):
-        actions = random_actions(len(ids), 30, smollm2_policy.units, seed, share=0.1 + 0.1 * seed)
+        actions = random_actions(len(ids), 30, smollm2_policy.units, seed, share=0.1 * seed)
         expected = smollm2_oracle.forward(ids, actions=actions)
         found = runtime.session().score(ids, actions=actions, keep_logits=True)
         np.testing.assert_allclose(found.logits, expected.logits, atol=TOLERANCE)
         np.testing.assert_allclose(found.damage, expected.damage, atol=TIE)
+        if not seed:
+            chosen = expected.logits[-NEW_TOKENS - 1 : -1].argmax(axis=-1)
+            np.testing.assert_array_equal(ids[-NEW_TOKENS:], chosen)
 
 
 def test_static(
@@ -85,7 +73,7 @@ def test_static(
 ) -> None:
     """Every other unit."""
     skipped = [layer for unit in smollm2_policy.units[::2] for layer in unit.layers]
-    for ids in texts:
+    for ids in texts[1::2]:
         prompt = len(ids) - NEW_TOKENS
         generation = runtime.generate(ids[:prompt], NEW_TOKENS, policy="static", skip=skipped)
         assert generation.actions[1:].sum(axis=1).tolist() == [len(skipped)] * (len(generation.tokens) - 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,22 +14,50 @@ from dash_export.errors import ContextLengthError, RequestError
 from dash_export.runtime import Sampling, Session
 from tests.tiny import random_ids
 
-LoadRuntime = Callable[..., DashRuntime]
+SettingOf = Callable[[str], dict[str, Any]]
 MESSAGES = [{"role": "user", "content": "Hi there, what is up?"}]
+FIRST, SECOND = random_ids(12, seed=1), random_ids(9, seed=2)
 
 
-@pytest.fixture
-def runtime(tiny_runtime: LoadRuntime) -> DashRuntime:
-    return tiny_runtime()
+def tokens_of(runtime: DashRuntime, *parts: Any, count: int = 10, **setting: Any) -> list[int]:
+    """What a new session answers to all parts as one prompt."""
+    return runtime.generate(np.concatenate(parts), count, **setting).tokens.tolist()
+
+
+@pytest.mark.parametrize("how", ["generate", "prefill", "decode_one"])
+def test_a_second_prompt_continues_the_conversation(how: str, runtime: DashRuntime) -> None:
+    """The last token of an answer is not in the cache yet: it comes before what follows, whatever that is."""
+    live = runtime.session()
+    made = live.generate(FIRST, 10).tokens
+    if how == "generate":
+        assert live.generate(SECOND, 10).tokens.tolist() == tokens_of(runtime, FIRST, made, SECOND)
+        return
+    if how == "prefill":
+        logits = live.prefill(SECOND)
+    else:
+        for token in SECOND.tolist():
+            logits, _ = live.decode_one(token)
+    whole = np.concatenate([FIRST, made, SECOND])
+    assert live.tokens == whole.tolist()
+    np.testing.assert_allclose(logits, runtime.session().prefill(whole), atol=1e-4)
+
+
+def test_an_abandoned_stream_loses_no_token(runtime: DashRuntime) -> None:
+    live, seen = runtime.session(), []
+    for response in live.stream(FIRST, 20):
+        seen.append(response.token)
+        if len(seen) == 4:
+            break
+    assert live.generate(SECOND, 10).tokens.tolist() == tokens_of(runtime, FIRST, seen, SECOND)
 
 
 @pytest.mark.parametrize("where", ["decode", "token"])
 def test_an_interrupt_in_a_step_leaves_a_session_that_goes_on(
-    where: str, tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch
+    where: str, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C that an application catches: the next answer is what it would be without the interrupted step."""
-    session, expected = tiny_runtime().session(), tiny_runtime().session()
-    stream = session.stream([1, 2, 3, 4], 6)
+    session = runtime.session()
+    stream = session.stream(FIRST, 6)
     taken = [next(stream).token, next(stream).token]
 
     class Interrupting(list[int]):
@@ -52,139 +80,86 @@ def test_an_interrupt_in_a_step_leaves_a_session_that_goes_on(
         next(stream)
     monkeypatch.undo()
     session.tokens = list(session.tokens)
-    again = session.generate([7, 8], 4)
-    expected.prefill([1, 2, 3, 4, *taken])
-    assert again.tokens.tolist() == expected.generate([7, 8], 4).tokens.tolist()
+    assert session.generate(SECOND, 10).tokens.tolist() == tokens_of(runtime, FIRST, taken, SECOND)
 
 
-def test_a_second_prompt_continues_the_conversation(runtime: DashRuntime) -> None:
-    first, second = random_ids(12, seed=1), random_ids(9, seed=2)
-    live = runtime.session()
-    made = live.generate(first, 10).tokens
-    again = live.generate(second, 10).tokens
-    whole = np.concatenate([first, made, second])
-    np.testing.assert_array_equal(again, runtime.session().generate(whole, 10).tokens)
-    assert live.tokens == [*whole, *again[:-1]]
+def test_what_an_interrupted_pass_leaves_is_known(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tokens` are what the cache holds, so that the next prompt continues from there and not from less."""
+    ids, live, passes = random_ids(70), runtime.session(), []
+    monkeypatch.setattr(live, "_chunk", lambda: 32)
+    bound = live._bound
 
+    def interrupted(*args: Any) -> Any:
+        passes.append(1)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return bound(*args)
 
-def test_an_abandoned_stream_loses_no_token(runtime: DashRuntime) -> None:
-    first, second = random_ids(12, seed=1), random_ids(9, seed=2)
-    live, seen = runtime.session(), []
-    for response in live.stream(first, 20):
-        seen.append(response.token)
-        if len(seen) == 4:
-            break
-    whole = np.concatenate([first, seen, second])
-    np.testing.assert_array_equal(live.generate(second, 5).tokens, runtime.generate(whole, 5).tokens)
+    monkeypatch.setattr(live, "_bound", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        live.prefill(ids)
+    assert live.tokens == ids[:64].tolist()
+    np.testing.assert_allclose(live.prefill(ids[64:]), runtime.session().prefill(ids), atol=1e-4)
 
 
 @pytest.mark.parametrize("other", ["stream", "chat", "reset", "prefill", "decode_one"])
 def test_an_answer_left_for_another_is_over(other: str, runtime: DashRuntime) -> None:
     """Not mixed with it in silence."""
     live = runtime.session()
-    first = live.stream(random_ids(12, seed=1), 20)
+    unbegun = live.stream(FIRST, 5)
+    first = live.stream(FIRST, 20)
     next(first)
-    others: dict[str, Callable[[], Any]] = {
-        "stream": lambda: live.stream(random_ids(9, seed=2), 5),
-        "chat": lambda: live.chat(MESSAGES, 5),
-        "reset": live.reset,
-        "prefill": lambda: live.prefill(random_ids(9, seed=2)),
-        "decode_one": lambda: live.decode_one(7),
-    }
-    second = others[other]()
-    with pytest.raises(RequestError, match="left for another"):
-        next(first)
+    given = {"stream": (SECOND, 5), "chat": (MESSAGES, 5), "reset": (), "prefill": (SECOND,), "decode_one": (7,)}
+    second = getattr(live, other)(*given[other])
+    for left in (first, unbegun):
+        with pytest.raises(RequestError, match="left for another"):
+            next(left)
     if other in ("stream", "chat"):
         assert len(list(second)) == 5
-    unbegun = live.stream(random_ids(3, seed=3), 5)
-    list(live.stream(random_ids(3, seed=4), 5))
-    with pytest.raises(RequestError, match="left for another"):
-        list(unbegun)
 
 
-def test_chat_reuses_what_the_cache_holds(runtime: DashRuntime) -> None:
+def test_chat_reuses_what_the_cache_holds(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     live = runtime.session()
     answer = "".join(response.text for response in live.chat(MESSAGES, 8))
-    prefilled = live.counters.prefill_tokens
     follow_up = [*MESSAGES, {"role": "assistant", "content": answer}, {"role": "user", "content": "More."}]
-    again = [response.token for response in live.chat(follow_up, 8)]
-    ids = runtime.text.chat(follow_up)
-    assert live.counters.prefill_tokens - prefilled < len(ids) - len(runtime.text.chat(MESSAGES)) + 9
-    assert again == [response.token for response in runtime.chat(follow_up, 8)]
+    expected = [response.token for response in runtime.chat(follow_up, 8)]
+    prefilled = live.prefilled
+    assert [response.token for response in live.chat(follow_up, 8)] == expected
+    new = len(runtime.text.chat(follow_up)) - len(runtime.text.chat(MESSAGES))
+    assert live.prefilled - prefilled < new + 9
     # The same conversation once more: one token is computed for its logits.
-    before = live.counters.prefill_tokens
-    assert [response.token for response in live.chat(follow_up, 8)] == again
-    assert live.counters.prefill_tokens == before + 1
-
-
-def test_chat_with_another_beginning(runtime: DashRuntime) -> None:
-    live = runtime.session()
-    list(live.chat(MESSAGES, 8))
+    before = live.prefilled
+    assert [response.token for response in live.chat(follow_up, 8)] == expected
+    assert live.prefilled == before + 1
     other = [{"role": "user", "content": "Something else"}]
     assert [r.token for r in live.chat(other, 8)] == [r.token for r in runtime.chat(other, 8)]
-
-
-def test_chat_whose_template_says_nothing(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    live = runtime.session()
-    live.generate(random_ids(6), 3)
     monkeypatch.setattr(runtime.text, "chat", lambda *_: [])
-    with pytest.raises(RequestError, match="empty"):
+    with pytest.raises(RequestError, match="empty"):  # a template that says nothing
         live.chat(MESSAGES)
-    assert live.context_left == 512
-    monkeypatch.undo()
-    assert [r.token for r in live.chat(MESSAGES, 5)] == [r.token for r in runtime.chat(MESSAGES, 5)]
 
 
-def test_a_fork_continues_from_there(runtime: DashRuntime) -> None:
+def test_a_fork_continues_from_there(runtime: DashRuntime, setting_of: SettingOf) -> None:
     """One system prompt, many conversations; neither sees the other."""
-    beginning, first, second = random_ids(30, seed=3), random_ids(9, seed=1), random_ids(9, seed=2)
-    live = runtime.session(trade_off=runtime.build.dial[5].trade_off)
+    beginning, setting = random_ids(30, seed=3), setting_of("token")
+    live = runtime.session(**setting)
     live.prefill(beginning)
     twins = [live.fork(), live.fork()]
-    found = [twin.generate(ids, 12).tokens for twin, ids in zip(twins, (first, second), strict=True)]
-    assert [twin.counters.prefill_tokens for twin in twins] == [9, 9]
-    for ids, tokens in zip((first, second), found, strict=True):
-        other = runtime.session(trade_off=runtime.build.dial[5].trade_off)
-        np.testing.assert_array_equal(tokens, other.generate(np.concatenate([beginning, ids]), 12).tokens)
-    np.testing.assert_array_equal(live.generate(first, 12).tokens, found[0])
-
-
-@pytest.mark.parametrize("how", ["prefill", "decode_one"])
-def test_a_token_given_out_comes_before_what_follows(how: str, runtime: DashRuntime) -> None:
-    """The last token of an answer is not in the cache yet, whatever continues the conversation."""
-    first, more = random_ids(12, seed=1), random_ids(6, seed=2)
-    live = runtime.session()
-    made = live.generate(first, 5).tokens
-    if how == "prefill":
-        logits = live.prefill(more)
-    else:
-        for token in more:
-            logits, _ = live.decode_one(int(token))
-    whole = np.concatenate([first, made, more])
-    assert live.tokens == whole.tolist()
-    np.testing.assert_allclose(logits, runtime.session().prefill(whole), atol=1e-4)
+    for twin, ids in zip((*twins, live), (FIRST, SECOND, FIRST), strict=True):
+        assert twin.generate(ids, 12).tokens.tolist() == tokens_of(runtime, beginning, ids, count=12, **setting)
+    assert [twin.prefilled for twin in twins] == [12, 9]
 
 
 def test_restart_keeps_what_it_cannot_replace(runtime: DashRuntime) -> None:
     live = runtime.session()
-    live.restart(random_ids(12))
+    live.restart(FIRST)
     with pytest.raises(RequestError, match="one list"):
         live.restart(np.zeros((2, 3), np.int64))
-    with pytest.raises(RequestError, match="from 0 to 299"):
-        live.restart([1, 300])
     assert len(live.tokens) == 12
-    expected = runtime.session().prefill(random_ids(12))
-    np.testing.assert_allclose(live.restart(random_ids(12)), expected, atol=1e-5)
-    assert live.counters.prefill_tokens == 13
-
-
-def test_reset(runtime: DashRuntime) -> None:
-    live = runtime.session()
-    live.generate(random_ids(20, seed=4), 10)
+    np.testing.assert_allclose(live.restart(FIRST), runtime.session().prefill(FIRST), atol=1e-5)
+    assert live.prefilled == 13
     live.reset()
-    assert live.tokens == []
-    assert live.context_left == 512
-    np.testing.assert_array_equal(live.generate(random_ids(7), 9).tokens, runtime.generate(random_ids(7), 9).tokens)
+    assert (live.tokens, live.context_left) == ([], 512)
+    assert live.generate(SECOND, 10).tokens.tolist() == tokens_of(runtime, SECOND)
 
 
 def test_cancel(runtime: DashRuntime) -> None:
@@ -198,57 +173,48 @@ def test_cancel(runtime: DashRuntime) -> None:
     assert live.generate(random_ids(5), 4).finish_reason == "length"
 
 
-def test_max_tokens_and_statistics(runtime: DashRuntime) -> None:
-    generation = runtime.generate(random_ids(11), 6)
-    assert (generation.finish_reason, len(generation.tokens)) == ("length", 6)
-    assert generation.actions.shape == (6, 6)
-    figures = generation.statistics
-    assert (figures.prompt_tokens, figures.tokens, figures.decode_steps) == (11, 6, 5)
-    assert figures.layers_per_token == 6
-    assert figures.tokens_per_second > 0
-
-
-def test_end_of_turn(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = runtime.generate(random_ids(8), 12).tokens
-    monkeypatch.setattr(runtime.text, "eos_ids", frozenset({int(tokens[4])}))
-    generation = runtime.generate(random_ids(8), 12)
-    assert generation.finish_reason == "stop"
-    stop = tokens.tolist().index(tokens[4])
-    np.testing.assert_array_equal(generation.tokens, tokens[: stop + 1])
-
-
-def test_stop_string(runtime: DashRuntime) -> None:
+def test_where_an_answer_ends(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its length, at a stop string, at an end of turn; and its figures."""
     plain = runtime.generate(random_ids(8), 40)
+    assert (plain.finish_reason, plain.actions.shape) == ("length", (40, 6))
+    figures = plain.statistics
+    assert (figures.prompt_tokens, figures.tokens, figures.decode_steps) == (8, 40, 39)
+    assert figures.layers_per_token == 6
+    assert min(figures.tokens_per_second, figures.prefill_seconds) > 0
     stop = plain.text[4:7]
-    generation = runtime.generate(random_ids(8), 40, Sampling(stop=(stop,)))
-    assert generation.finish_reason == "stop"
-    assert generation.text == plain.text.partition(stop)[0]
-    assert len(generation.tokens) < 40
+    stopped = runtime.generate(random_ids(8), 40, Sampling(stop=(stop,)))
+    assert (stopped.finish_reason, stopped.text) == ("stop", plain.text.partition(stop)[0])
+    end = int(plain.tokens[4])
+    monkeypatch.setattr(runtime.text, "eos_ids", frozenset({end}))
+    ended = runtime.generate(random_ids(8), 40)
+    assert ended.finish_reason == "stop"
+    assert ended.tokens.tolist() == plain.tokens.tolist()[: plain.tokens.tolist().index(end) + 1]
 
 
-def test_context_limit_is_met_before_it_overflows(runtime: DashRuntime) -> None:
-    live = runtime.session()
-    with pytest.raises(ContextLengthError, match=r"600 prompt tokens and 1 new ones, but 512"):
-        live.generate(random_ids(600), 1)
-    with pytest.raises(ContextLengthError, match="512 positions"):
-        live.generate(random_ids(500), 13)
-    with pytest.raises(ContextLengthError):
-        live.score(random_ids(513))
+def test_sampling_reaches_the_tokens(runtime: DashRuntime) -> None:
+    one, same, other = (runtime.generate([1, 2], 30, Sampling(1.0, seed=seed)).tokens.tolist() for seed in (1, 1, 2))
+    assert one == same != other
+    assert runtime.generate([1, 2], 30, Sampling(1.0, top_k=1)).tokens.tolist() == tokens_of(runtime, [1, 2], count=30)
+
+
+def test_the_whole_context_is_usable_and_no_more(runtime: DashRuntime) -> None:
+    ids, live = random_ids(512), runtime.session()
+    for ask, message in (
+        (lambda: live.generate(random_ids(600), 1), r"600 prompt tokens and 1 new ones, but 512"),
+        (lambda: live.generate(random_ids(500), 13), "512 positions"),
+        (lambda: live.score(random_ids(513)), "513 prompt tokens"),
+    ):
+        with pytest.raises(ContextLengthError, match=message):
+            ask()
     assert live.tokens == []
-    generation = live.generate(random_ids(500), 12)
-    assert len(generation.tokens) == 12
-    with pytest.raises(ContextLengthError):
-        live.generate(random_ids(1), 1)
-
-
-def test_the_last_position_is_usable(runtime: DashRuntime) -> None:
-    ids = random_ids(512)
-    live = runtime.session()
+    assert len(live.generate(random_ids(500), None).tokens) == 12
+    live.reset()
     live.prefill(ids[:511])
     logits, _ = live.decode_one(int(ids[511]))
     np.testing.assert_allclose(logits, runtime.session().logits(ids)[-1], atol=1e-4)
-    with pytest.raises(ContextLengthError):
-        live.decode_one(1)
+    for ask in (lambda: live.decode_one(1), lambda: live.generate([1], 1), lambda: live.decode_step(1)):
+        with pytest.raises(ContextLengthError):
+            ask()
 
 
 BAD_PROMPTS: dict[str, tuple[Any, str]] = {
@@ -259,7 +225,6 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "negative": ([-1], "from 0 to 299"),
     "floats": ([1.5], "integers"),
     "nested": ([[1, 2]], "one list"),
-    "words": (["a"], "integers"),
 }
 
 
@@ -272,78 +237,29 @@ def test_bad_prompt(name: str, runtime: DashRuntime) -> None:
             ask(prompt)
 
 
-def tokens_of(session: Session, seed: int) -> list[int]:
-    return session.generate(random_ids(10, seed=seed), 40).tokens.tolist()
+@pytest.mark.parametrize("how", ["in turns", "in threads"])
+def test_sessions_do_not_mix(how: str, runtime: DashRuntime, setting_of: SettingOf) -> None:
+    settings = [setting_of(kind) for kind in ("dense", "token", "static", "token")]
+    expected = [tokens_of(runtime, random_ids(10, seed=i), count=40, **each) for i, each in enumerate(settings)]
+
+    def answer(place: int) -> list[int]:
+        return tokens_of(runtime, random_ids(10, seed=place), count=40, **settings[place])
+
+    if how == "in threads":
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(answer, [0, 1, 2, 3] * 3)) == expected * 3
+        return
+    streams = [runtime.session(**each).stream(random_ids(10, seed=i), 40) for i, each in enumerate(settings)]
+    together = [[response.token for response in responses] for responses in zip(*streams, strict=True)]
+    assert [list(each) for each in zip(*together, strict=True)] == expected
 
 
-def test_interleaved_sessions_do_not_mix(runtime: DashRuntime) -> None:
-    trade_off = runtime.build.dial[5].trade_off
-    kinds: list[dict[str, Any]] = [{}, {"trade_off": trade_off}, {"skip": (2, 3)}]
-    alone = [tokens_of(runtime.session(**kind), seed) for seed, kind in enumerate(kinds)]
-    streams = [runtime.session(**kind).stream(random_ids(10, seed=seed), 40) for seed, kind in enumerate(kinds)]
-    together: list[list[int]] = [[] for _ in kinds]
-    for responses in zip(*streams, strict=True):
-        for tokens, response in zip(together, responses, strict=True):
-            tokens.append(response.token)
-    assert together == alone
-
-
-def test_one_session_per_thread(runtime: DashRuntime) -> None:
-    trade_off = runtime.build.dial[5].trade_off
-    alone = [tokens_of(runtime.session(trade_off=trade_off), seed) for seed in range(2)]
-    found: dict[int, list[list[int]]] = {0: [], 1: []}
-
-    def work(seed: int) -> None:
-        for _ in range(5):
-            found[seed].append(tokens_of(runtime.session(trade_off=trade_off), seed))
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, results in found.items():
-        assert results == [alone[seed]] * 5
-
-
-def test_sampling_reaches_the_tokens(runtime: DashRuntime) -> None:
-    one, same, other = (runtime.generate([1, 2], 30, Sampling(1.0, seed=seed)).tokens.tolist() for seed in (1, 1, 2))
-    assert one == same
-    assert one != other
-    assert (
-        runtime.generate([1, 2], 30, Sampling(1.0, top_k=1, seed=0)).tokens.tolist()
-        == runtime.generate([1, 2], 30).tokens.tolist()
-    )
-
-
-def test_cache_is_sized_to_the_request(runtime: DashRuntime) -> None:
+def test_cache_is_sized_to_the_request(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays as it was where it cannot grow."""
     live = runtime.session()
-    assert live.cache_bytes == 0
+    assert live.cache.nbytes == 0
     live.generate(random_ids(10), 20)
-    assert live.cache_bytes == 2 * 6 * 2 * 256 * 16 * 4
-    live.generate(random_ids(300), 20)
-    assert live.cache_bytes == 2 * 6 * 2 * 512 * 16 * 4
-    assert live.counters.cache_growths == 2
-
-
-def test_a_score_does_not_depend_on_what_was_before(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text that begins a context has the tokens that begin one (a BOS, for some models)."""
-    plain = runtime.text.encode
-    monkeypatch.setattr(
-        runtime.text, "encode", lambda text, special=True, **_: [7] * special + plain(text, special=False)
-    )
-    live = runtime.session()
-    scores = [live.score("One day").log_likelihoods for _ in range(2)]
-    np.testing.assert_array_equal(*scores)
-    np.testing.assert_array_equal(*(live.logits("One day") for _ in range(2)))
-    assert len(live.logits("One day")) == 1 + len(plain("One day", special=False))
-
-
-def test_a_cache_that_cannot_grow_stays_as_it_was(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    live = runtime.session()
-    live.prefill(random_ids(20))
-    cache = live._cache
-    capacity = cache.capacity
+    assert live.cache.nbytes == 2 * 6 * 2 * 256 * 16 * 4
 
     def full(*_: object) -> None:
         raise MemoryError
@@ -351,47 +267,27 @@ def test_a_cache_that_cannot_grow_stays_as_it_was(runtime: DashRuntime, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(np, "zeros", full)
         with pytest.raises(MemoryError):
-            cache.reserve(capacity + 1)
-    assert cache.capacity == capacity
-    assert cache.reserve(capacity + 1)
-    assert cache.keys.shape[3] == cache.capacity > capacity
+            live.cache.reserve(257)
+    assert live.cache.capacity == 256
+    live.generate(random_ids(300), 20)
+    assert live.cache.nbytes == 2 * 6 * 2 * 512 * 16 * 4
 
 
-def test_what_an_interrupted_pass_leaves_is_known(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tokens` are what the cache holds, so that the next prompt continues from there and not from less."""
-    ids = random_ids(70)
-    live = runtime.session()
-    monkeypatch.setattr(live, "_chunk", lambda: 32)
-    bound, passes = live._bound, []
-
-    def interrupted(*args: Any, **options: Any) -> Any:
-        passes.append(1)
-        if len(passes) == 3:
-            raise KeyboardInterrupt
-        return bound(*args, **options)
-
-    monkeypatch.setattr(live, "_bound", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        live.prefill(ids)
-    assert live.tokens == ids[:64].tolist()
-    assert live._cache.length == 64
-    again = live.prefill(ids[64:])
-    np.testing.assert_allclose(again, runtime.session().prefill(ids), atol=1e-4)
-
-
-def test_figures_of_nothing(tiny_runtime: Callable[..., DashRuntime]) -> None:
-    session = tiny_runtime().session("dense")
-    with pytest.raises(RequestError, match="One token has no perplexity"):
-        _ = session.score([1]).perplexity
-    with pytest.raises(RequestError, match="ask for one or more"):
-        session.decode_step(-5)
-
-
-def test_a_score_leaves_nothing_to_go_on_from(tiny_runtime: LoadRuntime) -> None:
-    """Its K and V are those of skips, and a prompt is dense."""
-    runtime, ids = tiny_runtime(), random_ids(20)
+def test_a_score_is_of_a_text_that_begins_a_context(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the tokens that begin one (a BOS, for some models), whatever was before, and leaves nothing to go on from:
+    its K and V are those of skips, and a prompt is dense.
+    """
+    plain = runtime.text.encode
+    monkeypatch.setattr(
+        runtime.text, "encode", lambda text, special=True, **_: [7] * special + plain(text, special=False)
+    )
     static = {"policy": "static", "skip": [2, 3, 4]}
-    used = runtime.session(**static)
-    used.score(ids)
-    assert used.tokens == []
-    np.testing.assert_array_equal(used.restart(ids), runtime.session(**static).restart(ids))
+    live: Session = runtime.session(**static)
+    scores = [live.score("One day").log_likelihoods for _ in range(2)]
+    np.testing.assert_array_equal(*scores)
+    assert len(live.logits("One day")) == 1 + len(plain("One day", special=False))
+    live.score(FIRST)
+    assert live.tokens == []
+    np.testing.assert_array_equal(live.restart(FIRST), runtime.session(**static).restart(FIRST))
+    with pytest.raises(RequestError, match="One token has no perplexity"):
+        _ = live.score([1]).perplexity

@@ -29,11 +29,11 @@ class Together:
 
     def __init__(self, runtime: DashRuntime, texts: list[list[int]], setting: dict[str, Any]) -> None:
         batch = runtime.batch(len(texts), **setting)
-        self._cache, self._texts = batch._cache, texts
+        self._cache, self._texts = batch.cache, texts
         self._cache.reserve(PROMPT + TOKENS)
         for slot, text in enumerate(texts):
             batch.prompts.restart(text[:PROMPT])
-            batch.prompts.copy_cache(self._cache, slot)
+            self._cache.take(slot, batch.prompts.cache)
         self._rules = [batch.prompts.rule] * len(texts)
         self._step = batch.engines.step(self._cache, 1, batch=len(texts))
         self._layers = runtime.engines.model.num_layers

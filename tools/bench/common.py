@@ -31,8 +31,7 @@ from dash_export.manifest import Build, EngineRecord, Segment
 from dash_export.resources import resource_folder
 from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
-from dash_export.runtime.decode import BoundStep
-from dash_export.runtime.engine_set import EngineSet
+from dash_export.runtime.decode import BoundStep, EngineSet
 from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import engines
 from dash_export.targets import recipe_from_dict

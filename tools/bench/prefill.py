@@ -19,7 +19,7 @@ from dash_export.bundle import Bundle
 from dash_export.evaluate.timing import peak_memory
 from dash_export.manifest import Build
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.engine_set import EngineSet
+from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.text import Text
 
 PROMPT = 512
@@ -56,7 +56,7 @@ def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
             "tokens": length,
             "seconds": round(seconds, 3),
             "rate": round(length / seconds, 1),
-            "cache_mb": round(session.cache_bytes / 1e6, 1),
+            "cache_mb": round(session.cache.nbytes / 1e6, 1),
             "peak_mb": round(peak_memory() / 1e6, 1),
         }
         rows.append(row)

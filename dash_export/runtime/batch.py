@@ -102,10 +102,15 @@ class Batch:
         return self._alone(this, self._stream(iter(prompts), max_tokens, sampling or Sampling()))
 
     def _alone(self, this: object, stream: Iterator[tuple[int, Response]]) -> Iterator[tuple[int, Response]]:
+        self._check_newest(this)
         for item in stream:
+            self._check_newest(this)  # the generator of prompts may have begun another
             yield item
-            if self._stream_now is not this:
-                raise RequestError("Another stream of this batch has begun: make a batch for each.")
+            self._check_newest(this)
+
+    def _check_newest(self, this: object) -> None:
+        if self._stream_now is not this:
+            raise RequestError("Another stream of this batch has begun: make a batch for each.")
 
     def _stream(
         self, prompts: Iterator[Prompt | None], max_tokens: int | None, sampling: Sampling

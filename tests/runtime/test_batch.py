@@ -118,14 +118,19 @@ def test_prompts_are_taken_when_there_is_room(runtime: DashRuntime) -> None:
     assert found == alone(runtime, PROMPTS[:3], 8)
 
 
-def test_one_stream_at_a_time(runtime: DashRuntime) -> None:
-    """A second one takes the rows over, and the first says so instead of giving wrong tokens."""
+@pytest.mark.parametrize("begun", [True, False])
+def test_one_stream_at_a_time(begun: bool, runtime: DashRuntime) -> None:
+    """A second one takes the rows over. The first, begun already or not, says so and leaves the second alone."""
     batch = runtime.batch(2)
     first = batch.stream(PROMPTS[:2], 20)
-    next(first), next(first)
-    assert answers(batch, PROMPTS[2:4]) == alone(runtime, PROMPTS[2:4])
+    if begun:
+        next(first), next(first)
+    second = batch.stream(PROMPTS[2:3], 8)
+    tokens = [next(second)[1].token]
     with pytest.raises(RequestError, match="Another stream of this batch"):
         next(first)
+    tokens += [response.token for _, response in second]
+    assert tokens == alone(runtime, PROMPTS[2:3], 8)[0]
 
 
 def test_a_batch_goes_on_after_an_abandoned_stream_and_an_error(runtime: DashRuntime, setting_of: SettingOf) -> None:

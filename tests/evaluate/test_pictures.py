@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dash_export.decision import Setting, Unit
-from dash_export.evaluate.frontier import Point
+from dash_export.evaluate.exchange import Point
 from dash_export.evaluate.intervals import Interval
-from dash_export.evaluate.texts import TextResult
+from dash_export.evaluate.score import Result
 from dash_export.evaluate.timing import Timing
 
 pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
@@ -20,7 +20,7 @@ from dash_export.evaluate.pictures import frontier_figure, render, skip_map_figu
 def point(setting: Setting, time: float, kl: float, measured: bool = True, build: str = "") -> Point:
     around = Interval(kl, 0.9 * kl, 1.2 * kl)
     perplexity = Interval(30 + 10 * kl, 25.0, 60.0)
-    quality = TextResult(build, setting, 100, 28.0, time, 4, around, perplexity, Interval(1 + kl / 3, 1, 2), around)
+    quality = Result(build, setting, 100, 28.0, time, 4, {"kl": around, "perplexity": perplexity})
     return Point(quality, Timing(time, 0.98 * time, 1.03 * time, 5.0, 28.0) if measured else None)
 
 
@@ -82,7 +82,7 @@ def test_skip_map_of_hostile_tokens() -> None:
     tokens = ["$x_1$", " $", "\n", "\x1b[31m", "漢字", "<&>", "\\frac{", " a very long token indeed", ""]
     actions = np.zeros((len(tokens), 5), np.int8)
     actions[::2, 2:4] = 1
-    figure = skip_map_figure(tokens, actions, (Unit(2, 3),), "model $y^: token", "c")
+    figure = skip_map_figure(tokens, actions, (Unit(2, 3),), "model $y^: token")
     assert render(figure, "png").startswith(b"\x89PNG")
     ET.fromstring(render(figure, "svg"))
     heat = next(axes for axes in figure.axes if axes.get_xlabel() == "layer")

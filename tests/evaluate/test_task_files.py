@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_export.errors import RequestError
-from dash_export.evaluate.task_files import Answer, Prompt, Question, read_items
+from dash_export.evaluate.task_files import Answer, Question, read_items
 
 QUESTION = {"query": "Two and two?", "choices": ["four", "five"], "gold": 0}
 
@@ -24,10 +24,6 @@ def test_forms(tmp_path: Path) -> None:
         Question(1, "Two and two?", ("four", "five"), 0)
     ]
     assert read_items(written(path, "", {"context": "a b", "target": " c"})) == [Answer(2, "a b", " c")]
-    assert read_items(written(path, {"prompt": "hi"}, {"turns": ["ho", "more"]})) == [
-        Prompt(1, "hi"),
-        Prompt(2, "ho"),
-    ]
 
 
 def test_limit_reads_no_further(tmp_path: Path) -> None:
@@ -50,11 +46,9 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         (QUESTION | {"query": " "}, "'query'"),
         ({"context": "a"}, "'target'"),
         ({"context": None, "target": "b"}, "'context'"),
-        ({"turns": []}, "'turns'"),
-        ({"turns": [3]}, r"turns\[0\]"),
-        ('{"prompt": "\\ud800"}', "half a character"),
-        ({"prompt": "another form"}, "another form than line 1"),
-        ("x" * (1 << 20), "characters long"),
+        ('{"context": "\\ud800", "target": "b"}', "half a character"),
+        ({"context": "another", "target": "form"}, "another form than line 1"),
+        ("x" * (1 << 20 | 1), "characters long"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, line: object, says: str) -> None:
@@ -66,9 +60,9 @@ def test_errors_name_the_line(tmp_path: Path, line: object, says: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no task file"):
+    with pytest.raises(RequestError, match="no text file"):
         read_items(tmp_path / "none.jsonl")
-    with pytest.raises(RequestError, match="no task file"):
+    with pytest.raises(RequestError, match="no text file"):
         read_items(tmp_path)
     with pytest.raises(RequestError, match="empty"):
         read_items(written(tmp_path / "e.jsonl", ""))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,19 +12,27 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import Setting
+from dash_export.evaluate.breakdown import (
+    Profile,
+    engine_bytes,
+    lane_profile,
+    moved_bytes,
+    spread,
+    stream_bandwidth,
+    this_machine,
+    token_parts,
+)  # fmt: skip
 from dash_export.evaluate.candidates import candidates
-from dash_export.evaluate.hardware import Bandwidth, measure_bandwidth, this_machine
 from dash_export.evaluate.intervals import Interval
-from dash_export.evaluate.probe import Lane, Probe, What, measure
-from dash_export.evaluate.profile import engine_bytes, lane_profile, moved_bytes, spread, token_parts
-from dash_export.evaluate.texts import windows
+from dash_export.evaluate.probe import DECISION, SAMPLING, WHOLE, Lane, Probe, measure
+from dash_export.evaluate.score import windows
 from dash_export.evaluate.trace import TRACKS, chrome_trace
 from dash_export.runtime.decode import BoundStep
-from tests.evaluate.test_texts import TEXT
+from tests.evaluate.test_score import TEXT
 from tests.tiny import random_ids
 
 CONTEXT, TOKENS, ROUNDS, TRACED = 12, 6, 2, 3
-STREAM = Bandwidth(2e9, 1e9, 1 << 20, 2)
+STREAM = 2e9
 ONE = Interval(1.0, 1.0, 1.0)
 
 
@@ -34,9 +41,8 @@ def lanes(tiny_runtime: Callable[..., DashRuntime]) -> list[Lane]:
     """Dense, a static set and the token policy; and the portable build."""
     runtime, portable = tiny_runtime(), tiny_runtime("portable")
     settings = [Setting("dense"), Setting("static", skip=(2, 3)), Setting("token", skipped=1.5)]
-    found = [Lane(candidate) for candidate in candidates(runtime, settings, [("other", portable)])]
-    measure(found, windows(runtime, TEXT, "text", 2, CONTEXT + 2 + TOKENS), TOKENS, ROUNDS)
-    return found
+    compared = candidates(runtime, settings, [("other", portable)])
+    return measure(compared, windows(runtime, TEXT, "text", 2, CONTEXT + 2 + TOKENS), TOKENS, ROUNDS)
 
 
 def test_a_probe_changes_nothing(runtime: DashRuntime) -> None:
@@ -51,66 +57,56 @@ def test_a_probe_changes_nothing(runtime: DashRuntime) -> None:
         for token in ids[4:].tolist():
             step.decode(token, rule)
             logits.append(step.logits.copy())
-            if isinstance(rule, Probe):
-                assert len(rule.take())
-                assert len(rule.take()) == 0
     np.testing.assert_array_equal(logits[:8], logits[8:])
 
 
 def test_every_launch_has_a_stamp_and_so_has_the_decision(lanes: list[Lane]) -> None:
+    """In the order of the segments, one after the other; the decision before the first unit, which is the second."""
     for lane in lanes:
-        segments = lane.runtime.build.segments
-        assert len(lane.tokens) == ROUNDS * TOKENS
-        assert len(lane.first) == ROUNDS
-        for token in lane.tokens:
-            index, what, began, ended = token.stamps.T
-            assert (began[1:] >= ended[:-1]).all()
-            assert (ended >= began).all()
-            assert token.began <= began[0]
-            assert ended[-1] <= token.decoded <= token.ended
-            np.testing.assert_array_equal(index[what != What.DECISION], range(len(segments)))
-            # Asked once, before the first unit.
-            assert index.tolist().index(-1) == [segment.gated for segment in segments].index(True)
-            gated = [index for index, segment in enumerate(segments) if segment.gated]
-            np.testing.assert_array_equal(index[what == What.BYPASS], np.array(gated)[token.skipped])
+        assert lane.ids.shape == (ROUNDS * TOKENS,)
+        assert lane.first.shape == (ROUNDS,)
+        order = [WHOLE, 0, DECISION, *range(1, len(lane.segments)), SAMPLING]
+        begins, ends = lane.stamps[:, order, 0], lane.stamps[:, order[1:], 1]
+        assert (begins[:, 1:-1] <= ends[:, :-1]).all()
+        assert (ends[:, :-1] <= begins[:, 2:]).all()
+        assert (begins[:, 0] <= begins[:, 1]).all()
+        assert (ends[:, -1] <= lane.stamps[:, WHOLE, 1]).all()
         parts = token_parts(lane)
         assert all((values >= 0).all() for values in parts.values())
-        np.testing.assert_allclose(np.sum(list(parts.values()), axis=0), lane.wall.ravel())
+        np.testing.assert_array_equal(np.sum(list(parts.values()), axis=0), lane.wall.ravel())
 
 
 def test_figures(lanes: list[Lane]) -> None:
     dense = lanes[0]
-    found = [lane_profile(lane, dense, ONE, STREAM, None) for lane in lanes]
-    assert [profile.build for profile in found] == ["", "", "", "other"]
-    assert [profile.layers.mean for profile in found[:2]] == [6.0, 4.0]
-    assert [profile.launches.mean for profile in found] == [4] * 4
+    found = [lane_profile(lane, dense, ONE, STREAM, 0) for lane in lanes]
+    assert [profile.label for profile in found] == ["dense", "static, skip 2-3", "token, skipped 1.5", "other"]
+    assert [profile.layers["mean"] for profile in found[:2]] == [6.0, 4.0]
     for profile in found:
-        assert profile.token_ms.count == ROUNDS * TOKENS
-        np.testing.assert_allclose(profile.traffic.utilisation * STREAM.stream, profile.traffic.per_second)
-        assert [row.name for row in profile.segments] == [s.name for s in dense.runtime.build.segments]
-        assert [row.unit for row in profile.segments] == ["", "2-3", "4", ""]
-        assert profile.parts["deciding"].mean > 0
-    assert found[1].traffic.cache < found[0].traffic.cache
+        assert profile.token_ms["count"] == ROUNDS * TOKENS
+        np.testing.assert_allclose(profile.traffic["utilisation"] * STREAM, profile.traffic["per_second"])
+        assert [row["name"] for row in profile.segments] == [segment.name for segment in dense.segments]
+        assert [row["unit"] for row in profile.segments] == ["", "2-3", "4", ""]
+        assert profile.parts["deciding"]["mean"] > 0
+        assert sum(share for _, share in profile.shares().values()) == pytest.approx(1)
+    assert found[1].traffic["cache"] < found[0].traffic["cache"]
     full, skipped = found[0].segments[1], found[1].segments[1]
-    assert (full.skipped, full.bypass, full.owed) == (0.0, None, None)
-    assert (skipped.skipped, skipped.run) == (1.0, None)
-    assert full.run is not None
-    assert skipped.bypass is not None
-    assert skipped.owed == skipped.bypass.p50 / full.run.p50
+    assert (full["skipped"], full["bypass"], full["owed"]) == (0.0, None, None)
+    assert (skipped["skipped"], skipped["run"]) == (1.0, None)
+    assert skipped["owed"] == skipped["bypass"]["p50"] / full["run"]["p50"]
 
 
 def test_traffic_by_hand(lanes: list[Lane]) -> None:
     dense, static = lanes[:2]
-    runtime = dense.runtime
+    runtime = dense.candidate.runtime
     model, engines = runtime.engines.model, runtime.build.engines
     row = 2 * model.num_kv_heads * model.head_dim * 4
     table = model.vocab_size * model.hidden_size * 4
     everything = sum(engines[segment.name].bytes for segment in runtime.build.segments) - table
-    position = dense.tokens[0].position
+    position = dense.positions[0]
     assert moved_bytes(dense)[0].tolist() == [everything, 6 * (position + 2) * row]
     less = engines["layers_02-03"].bytes - engines["bypass_02-03"].bytes
     assert moved_bytes(static)[0].tolist() == [everything - less, (4 * (position + 2) + 2) * row]
-    assert engine_bytes(runtime)[What.BYPASS, 1] == engines["bypass_02-03"].bytes
+    assert engine_bytes(runtime)[1, 1] == engines["bypass_02-03"].bytes
 
 
 def test_trace(lanes: list[Lane]) -> None:
@@ -123,8 +119,8 @@ def test_trace(lanes: list[Lane]) -> None:
     for process, lane in enumerate(lanes, 1):
         count = Counter(event["cat"] for event in events if event["pid"] == process)
         assert count["token"] == count["sampling"] == count["decision"] == TRACED
-        assert count["run"] + count["bypass"] == TRACED * len(lane.runtime.build.segments)
-        assert count["bypass"] == sum(int(token.skipped.sum()) for token in lane.rounds[0][:TRACED])
+        assert count["run"] + count["bypass"] == TRACED * len(lane.segments)
+        assert count["bypass"] == lane.skipped[:TRACED].sum()
     deciding = [event for event in events if event["cat"] == "decision" and event["pid"] > 1]
     damages = [event["args"]["damage"] for event in deciding if "damage" in event["args"]]
     assert len(damages) == TRACED
@@ -143,18 +139,12 @@ def test_trace(lanes: list[Lane]) -> None:
 
 
 def test_spread() -> None:
-    found = spread(np.arange(101) * 1000, 1e-3)
-    assert (found.mean, found.p50, found.p90, found.p99, found.count) == (50, 50, 90, 99, 101)
+    assert spread(np.arange(101) * 1000, 1e-3) == {"mean": 50, "p50": 50, "p90": 90, "p99": 99, "count": 101}
 
 
 def test_machine() -> None:
-    found = this_machine()
-    assert found.cores >= 1
-    assert json.loads(json.dumps(asdict(found)))["cpu"] == found.cpu
-    assert replace(found, load=2.0, cores=2).busy
-    assert not replace(found, load=0.2, cores=2).busy
-    assert not replace(found, load=None).busy
-    memory = measure_bandwidth(8 << 20)
-    assert 0 < memory.read <= memory.stream
-    assert 0 < memory.copy <= memory.stream
-    assert 0 < memory.bytes <= 8 << 20
+    machine = this_machine() | {"cores": 2, "load": 2.0}
+    course = {"text": "t", "context": 1, "tokens": 1, "windows": 1, "rounds": 1}
+    assert "WARNING: other work" in Profile("m", machine, 1e9, course, []).conditions[-1]
+    assert len(Profile("m", machine | {"load": 0.2}, 1e9, course, []).conditions) == 2
+    assert stream_bandwidth(8 << 20) > 0

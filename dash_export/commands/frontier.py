@@ -57,7 +57,7 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
 
     path = text or resource_folder("calibration") / "prose.txt"
     content, name = read_text(path), printable(path.name)
-    base, *files = picture_files(output, "json", "png", "svg")
+    base, *files = picture_files(output, "png", "svg", "json")
     with sole_writer(ctx, base, files=files):
         with progress_bar("frontier") as progress:
             progress("loading", 0, 0)
@@ -73,7 +73,7 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
             course = {"name": name, **measure}
             report = _report(course, points, candidates) | {"refused": refused_records(refused)}
             # First what cannot be drawn anew.
-            written = [save_report(files[0], json.dumps(report, indent=1, ensure_ascii=False) + "\n")]
+            written = [save_report(files[-1], json.dumps(report, indent=1, ensure_ascii=False) + "\n")]
             written += save_pictures(files, frontier_figure(points, title, _caption(**course)))
         click.echo(f"Written to {', '.join(map(str, written))}")
 

@@ -16,7 +16,7 @@ _TOKENS, _HOST, _ENGINES = TRACKS
 
 def chrome_trace(lanes: Sequence[Lane], title: str, tokens: int) -> dict[str, Any]:
     """JSON object format of the Trace Event Format: complete events, times in microseconds since the first of each
-    lane's `tokens` tokens.
+    lane's `tokens` tokens, of the first round.
     """
     start = min(lane.stamps[0, WHOLE, 0] for lane in lanes)
     events = [event for process, lane in enumerate(lanes, 1) for event in _lane_events(lane, process, start, tokens)]
@@ -38,7 +38,7 @@ def _lane_events(lane: Lane, process: int, start: int, tokens: int) -> Iterator[
         }  # fmt: skip
 
     sizes, layers = engine_bytes(lane.candidate.runtime), (lane.actions == 0).sum(axis=1).tolist()
-    for at, stamps in enumerate(lane.stamps[:tokens]):
+    for at, stamps in enumerate(lane.stamps[: min(tokens, lane.wall.shape[1])]):
         token, position = int(lane.ids[at]), int(lane.positions[at])
         skipped = [unit for unit, own in zip(lane.units, lane.skipped[at], strict=True) if own]
         facts = {"position": position, "token": token, "layers": layers[at]}

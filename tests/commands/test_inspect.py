@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
-import pytest
-
-from dash_export.commands.inspect import opsets
 from tests import forged
 from tests.commands.helpers import dash, python, refused
 
@@ -31,7 +26,6 @@ def test_tables(tiny_root: Path) -> None:
         "by what enters layer 1",
         "untrained (seed 0)",
         "linear",
-        "ai.onnx 24",
         "Target cpu-fp32",
         "Target portable",
         "layers_00-01",
@@ -96,24 +90,7 @@ def test_costs_of_a_busy_machine_say_so(own_bundle: Path) -> None:
 def test_needs_no_onnx(tiny_root: Path) -> None:
     done = python(WITHOUT_ONNX, tiny_root)
     assert done.returncode == 0, done.stderr
-    assert "ai.onnx 24" in done.stdout
-
-
-def test_opsets_equal_onnx(tiny_root: Path) -> None:
-    for path in [*tiny_root.glob("onnx/*.onnx"), *tiny_root.glob("engines/cpu-fp32/*.onnx")]:
-        model = onnx.load(path, load_external_data=False)
-        assert opsets(path) == {entry.domain: entry.version for entry in model.opset_import}
-
-
-@pytest.mark.parametrize("content", [b"\xff" * 40, b"\x0f", b"\x42\x04\x0a\xff", b"\x42\x02\x08\x01", None])
-def test_opsets_of_garbage(content: bytes | None, tmp_path: Path) -> None:
-    """None: a FIFO, which would hang its reader."""
-    if content is None:
-        os.mkfifo(tmp_path / "x.onnx")
-    else:
-        (tmp_path / "x.onnx").write_bytes(content)
-    with pytest.raises((ValueError, OSError), match=r"ONNX|not a regular file"):
-        opsets(tmp_path / "x.onnx")
+    assert "Portable graphs" in done.stdout
 
 
 def test_changed_file(edit: Callable[[str, str, str], Path]) -> None:

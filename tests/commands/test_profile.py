@@ -6,14 +6,14 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dash_export.commands.common import check_reports
-from dash_export.commands.comparison import Comparison
+from dash_export import DashRuntime
+from dash_export.commands import options
+from dash_export.commands.reports import check_reports
 from tests.commands.helpers import dash, refused
 from tests.forged import replace_text
 
@@ -69,21 +69,27 @@ def test_json(begin: tuple[Any, ...]) -> None:
 def test_tables_and_trace(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trace is written beside what has come in its way meanwhile."""
     mine, output = tmp_path / "deep" / "t.json", tmp_path / "deep" / "t-2.json"
-    loaded = Comparison.load
-    monkeypatch.setattr(Comparison, "load", lambda self: (mine.write_text("mine"), loaded(self))[1])
-    result = dash(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", mine, "--trace-tokens", 2)
+    load = options.load_runtime
+
+    def late(*where: Any) -> DashRuntime:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        return load(*where)
+
+    monkeypatch.setattr(options, "load_runtime", late)
+    result = dash(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", mine)
     assert result.exit_code == 0, result.output
-    for expected in ("power governor", "GB/s", "dense", "token, skipped 1.5", "bypasses", "deciding", "host gaps",
+    for expected in ("load before", "GB/s", "dense", "token, skipped 1.5", "bypasses", "deciding", "host gaps",
                      "layers_00-01", "bypass p50", "of run"):  # fmt: skip
         assert expected in result.stdout, expected
     assert mine.read_text() == "mine"
     assert f"Written to {output}" in result.output
     check_reports(output)  # it may be written over, and nothing else
     events = json.loads(output.read_text())["traceEvents"]
-    assert sum(event.get("cat") == "token" for event in events) == 2 * 2
+    assert sum(event.get("cat") == "token" for event in events) == 2 * 4
 
 
-def test_refuses(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses(begin: tuple[Any, ...], tmp_path: Path) -> None:
     """What is `profile`'s own; settings and builds are refused as in `eval`."""
     assert "--context, --tokens" in refused(*begin, "--context", 100_000)
     report, thesis = tmp_path / "r.html", tmp_path / "thesis.html"
@@ -95,9 +101,6 @@ def test_refuses(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.Mon
     for option in ("--html", "--trace"):
         assert "is no report of ours: it will not be overwritten" in refused(*begin, "--skipped", "1", option, thesis)
     assert thesis.read_text() == "<h1>mine</h1>"
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "dash_export.evaluate.pictures", raising=False)
-    assert "pip install 'dash-export[profile]'" in refused(*begin, "--html", report)
 
 
 def browse(page: Path, tmp_path: Path, *options: str) -> tuple[str, str]:
@@ -140,6 +143,6 @@ def test_report_in_a_browser(begin: tuple[Any, ...], own_bundle: Path, text: Pat
     found = re.search(r'data-sizes="([^"]*)"', document)
     assert found is not None
     sizes = [tuple(map(int, size.split("x"))) for size in found[1].split()]
-    # Distribution, breakdown, three lanes' segments, two skip maps.
-    assert len(sizes) == document.count("<figure>") == 7
+    # Distribution, breakdown, two skip maps.
+    assert len(sizes) == document.count("<figure>") == 4
     assert all(width > 300 and height > 100 for width, height in sizes), sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from dash_export.commands.tables import print_table
 from dash_export.evaluate import DENSE_SHARE
 
 if TYPE_CHECKING:
-    from dash_export.evaluate.intervals import Interval
     from dash_export.evaluate.score import Result
     from dash_export.runtime import DashRuntime
 
@@ -93,31 +92,11 @@ def _report(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File
     }
 
 
-def percent(figure: Interval) -> str:
-    """`61.0% (52 to 70)`."""
-    return f"{100 * figure.value:.1f}% ({100 * figure.low:.0f} to {100 * figure.high:.0f})"
-
-
-# Form -> its items, what is to know about them, and its columns: heading -> (figure, how it is shown).
-_FORMS: dict[str, tuple[str, str, dict[str, tuple[str, Callable[[Interval], str]]]]] = {
-    "text": (
-        "windows", " of {window} tokens, the first {prefix} dense",
-        {
-            "KL (nats)": ("kl", lambda kl: with_bounds(kl, 3)),
-            "perplexity": ("perplexity", lambda own: with_bounds(own, 2)),
-            "of dense": ("perplexity_ratio", lambda ratio: f"{ratio.value:.3f}"),
-            "top-1": ("top1", lambda share: f"{100 * share.value:.1f}%"),
-        },
-    ),
-    "choices": (
-        "questions", ", the query dense; flips: right with dense, wrong here, or back",
-        {name: (name, percent) for name in ("accuracy", "normalised", "flips")},
-    ),
-    "answers": (
-        "contexts", f", {DENSE_SHARE:.0%} of each dense; flips: right with dense, wrong here, or back",
-        {"exact match": ("exact", percent), "flips": ("flips", percent)},
-    ),
-}  # fmt: skip
+_FORMS = {
+    "text": "windows of {window} tokens, the first {prefix} dense",
+    "choices": "questions, the query dense",
+    "answers": f"contexts, {DENSE_SHARE:.0%} of each dense",
+}
 
 
 def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]) -> None:
@@ -127,21 +106,20 @@ def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]
     model = runtime.bundle.manifest.model
     click.echo(f"{model.name}, target {runtime.build.target}, {model.num_layers} layers\n")
     for name, form, results in files:
-        items, more, columns = _FORMS[form]
         print_table(
-            f"{name}: {results[0].items} {items}{more.format(**measure)}",
-            ("kind", "asked for"), ("layers", "time", *columns),
+            f"{name}: {results[0].items} {_FORMS[form].format(**measure)}",
+            ("kind", "asked for"), ("layers", "time", *results[0].figures),
             (
                 (
                     row.build or row.setting.kind, amount(row.setting),
                     # Without a token under the setting there is no mean to tell.
                     *((f"{row.layers:.2f}", f"{row.time:.3f}") if row.tokens else ("", "")),
-                    *(show(row.figures[name]) for name, show in columns.values()),
+                    *(with_bounds(figure, 3) for figure in row.figures.values()),
                 )
                 for row in results
             ),
         )  # fmt: skip
     click.echo(
-        "layers: mean run where skipping was allowed. time: of the build's dense, from its cost table. In brackets: "
-        "95 % bootstrap intervals."
+        "layers: mean run where skipping was allowed. time: of the build's dense, from its cost table. kl: nats per "
+        "token. flips: right with dense and wrong here, or back. In brackets: 95 % bootstrap intervals."
     )

@@ -48,9 +48,8 @@ def command(
     """Measure where the time of a token goes in a built BUNDLE.
 
     Time to first token and per token; per segment and bypass, and what a skip takes; decisions, sampling and the host
-    apart; layers run, bytes moved and the share of this machine's memory bandwidth that is; peak memory. Dense and
-    the policy kinds (all, at a budget of 0.85, unless told otherwise) take turns on the same known tokens. Let nothing
-    else run meanwhile.
+    apart; layers run; peak memory. Dense and the policy kinds (all, at a budget of 0.85, unless told otherwise) take
+    turns on the same known tokens. Let nothing else run meanwhile.
     """
     from dash_export.evaluate.breakdown import profile
     from dash_export.resources import resource_folder
@@ -92,14 +91,13 @@ def _print(found: Profile) -> None:
 
     click.echo("\n".join([found.title, *found.conditions, ""]))
     print_table(
-        "Milliseconds per token and to the first one (median); bytes per token, and their share of memory bandwidth",
+        "Milliseconds per token and to the first one (median)",
         ("setting",),
-        ("layers", "p50", "p90", "p99", "of dense", "1st token", "moved", "of stream", "peak RSS"),
+        ("layers", "p50", "p90", "p99", "of dense", "1st token", "peak RSS"),
         (
             (
                 lane.label, f"{lane.layers['mean']:.2f}", *_percentiles(lane.token_ms, 3), f"{lane.ratio.value:.3f}",
-                f"{lane.first_ms['p50']:.1f}", size(lane.traffic["engines"] + lane.traffic["cache"]),
-                f"{lane.traffic['utilisation']:.0%}", size(lane.peak_memory),
+                f"{lane.first_ms['p50']:.1f}", size(lane.peak_memory),
             )
             for lane in found.lanes
         ),

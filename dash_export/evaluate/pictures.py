@@ -50,7 +50,6 @@ PART_LOOKS = {
     "sampling": ("#CC79A7", "\\\\"),
     "host": ("#000000", ""),
 }
-DASHES = ("-", "--", ":", "-.")
 WIDTH = 9.2
 
 
@@ -183,23 +182,4 @@ def breakdown_figure(lanes: Sequence[LaneProfile], meanings: dict[str, str]) -> 
     axes.set_xlim(0, 1.12 * left.max())
     axes.set_xlabel("milliseconds per token, mean")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def distribution_figure(lanes: Sequence[LaneProfile]) -> Figure:
-    """The share of tokens that took at most so long, one curve per lane. The axis ends a little beyond the slowest
-    lane's p99.
-    """
-    figure = Figure(figsize=(WIDTH, 3.4 + 0.1 * len(lanes)), layout="constrained")
-    axes, curves = figure.subplots(), [lane.build or lane.setting.kind for lane in lanes]
-    looks = _looks(curves)
-    for number, (lane, curve) in enumerate(zip(lanes, curves, strict=True)):
-        dashes = DASHES[number % len(DASHES)]
-        axes.ecdf(lane.samples_ms, color=looks[curve][0], linestyle=dashes, linewidth=1.3, label=lane.label)
-    axes.set_xlim(0, 1.15 * max(lane.token_ms["p99"] for lane in lanes))
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], ["0", "25", "50", "75", "90", "99", ""])
-    axes.set_xlabel("milliseconds per token")
-    axes.set_ylabel("% of tokens at or below")
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8, handlelength=3.5)
     return figure

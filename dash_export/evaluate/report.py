@@ -10,7 +10,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from dash_export.evaluate.breakdown import PARTS, Profile
-from dash_export.evaluate.pictures import breakdown_figure, distribution_figure, render, skip_map_figure
+from dash_export.evaluate.pictures import breakdown_figure, render, skip_map_figure
 from dash_export.evaluate.probe import Lane
 from dash_export.names import REPORT
 
@@ -31,7 +31,6 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
         found=found,
         parts=PARTS,
         breakdown=_source(breakdown_figure(found.lanes, PARTS)),
-        distribution=_source(distribution_figure(found.lanes)),
         maps={
             lane.candidate.label: _source(_skip_map(lane, found.model), "png")
             for lane in lanes

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dash_export.decision import units_text
-from dash_export.evaluate.breakdown import engine_bytes
 from dash_export.evaluate.probe import DECISION, SAMPLING, WHOLE, Lane
 from dash_export.names import REPORT
 
@@ -37,7 +36,7 @@ def _lane_events(lane: Lane, process: int, start: int, tokens: int) -> Iterator[
             "ph": "X", "pid": process, "tid": track, "name": name, "cat": kind, "ts": began, "dur": took, "args": facts,
         }  # fmt: skip
 
-    sizes, layers = engine_bytes(lane.candidate.runtime), (lane.actions == 0).sum(axis=1).tolist()
+    layers = (lane.actions == 0).sum(axis=1).tolist()
     for at, stamps in enumerate(lane.stamps[: min(tokens, lane.wall.shape[1])]):
         token, position = int(lane.ids[at]), int(lane.positions[at])
         skipped = [unit for unit, own in zip(lane.units, lane.skipped[at], strict=True) if own]
@@ -51,6 +50,6 @@ def _lane_events(lane: Lane, process: int, start: int, tokens: int) -> Iterator[
         yield event(_HOST, "sampling", "sampling", stamps[SAMPLING])
         bypasses = iter(skipped)
         for index, segment in enumerate(lane.segments):
-            bypassed = bool(lane.bypassed[at, index])
+            bypassed = lane.bypassed[at, index]
             name, kind = (next(bypasses).bypass, "bypass") if bypassed else (segment.name, "run")
-            yield event(_ENGINES, name, kind, stamps[index], bytes=int(sizes[int(bypassed), index]))
+            yield event(_ENGINES, name, kind, stamps[index])

@@ -48,15 +48,13 @@ def test_json(begin: tuple[Any, ...]) -> None:
     assert [item["setting"]["kind"] for item in report["refused"]] == ["static", "token"]
     assert report["course"] == {"text": "own.txt", "context": 12, "tokens": 4, "windows": 2, "rounds": 2}
     assert report["machine"]["cores"] >= 1
-    assert report["stream_bytes_per_second"] > 0
     for lane in report["lanes"]:
         assert set(lane["parts"]) == {"always", "run", "bypass", "deciding", "sampling", "host"}
         parts = sum(part["mean"] for part in lane["parts"].values())
         assert parts == pytest.approx(1e3 * lane["token_ms"]["mean"])
         assert lane["token_ms"]["p50"] <= lane["token_ms"]["p90"] <= lane["token_ms"]["p99"]
         assert lane["first_ms"]["count"] == 2
-        assert len(lane["samples_ms"]) == lane["token_ms"]["count"] == 8
-        assert lane["traffic"]["engines"] > 0
+        assert lane["token_ms"]["count"] == 8
         assert lane["peak_memory"] > 1 << 24
         assert len(lane["segments"]) == 4
     dense, static, *_ = report["lanes"]
@@ -79,7 +77,7 @@ def test_tables_and_trace(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(options, "load_runtime", late)
     result = dash(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", mine)
     assert result.exit_code == 0, result.output
-    for expected in ("load before", "GB/s", "dense", "token, skipped 1.5", "bypasses", "deciding", "host gaps",
+    for expected in ("load before", "dense", "token, skipped 1.5", "bypasses", "deciding", "host gaps",
                      "layers_00-01", "bypass p50", "of run"):  # fmt: skip
         assert expected in result.stdout, expected
     assert mine.read_text() == "mine"
@@ -143,6 +141,6 @@ def test_report_in_a_browser(begin: tuple[Any, ...], own_bundle: Path, text: Pat
     found = re.search(r'data-sizes="([^"]*)"', document)
     assert found is not None
     sizes = [tuple(map(int, size.split("x"))) for size in found[1].split()]
-    # Distribution, breakdown, two skip maps.
-    assert len(sizes) == document.count("<figure>") == 4
+    # Breakdown, two skip maps.
+    assert len(sizes) == document.count("<figure>") == 3
     assert all(width > 300 and height > 100 for width, height in sizes), sizes

@@ -50,7 +50,7 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
     window by window against dense; decode time on the clock, each in processes of its own. The exchange rate is the
     per cent of perplexity paid per per cent of decode time saved. Let nothing else run meanwhile.
     """
-    from dash_export.evaluate.exchange import frontier
+    from dash_export.evaluate.exchange import frontier, of_token
     from dash_export.evaluate.pictures import frontier_figure  # fails at once where matplotlib is missing
     from dash_export.resources import resource_folder
     from dash_export.text_files import read_text
@@ -64,14 +64,15 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
             candidates, refused = load()
             points = frontier(candidates, content, name, **measure, progress=progress)
         runtime = candidates[0].runtime
+        shares = of_token(points)
         title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
         # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
         try:
-            _print(title, points)
+            _print(title, points, shares)
             print_refused(refused)
         finally:
             course = {"name": name, **measure}
-            report = _report(course, points, candidates) | {"refused": refused_records(refused)}
+            report = _report(course, points, shares, candidates) | {"refused": refused_records(refused)}
             # First what cannot be drawn anew.
             written = [save_report(files[-1], json.dumps(report, indent=1, ensure_ascii=False) + "\n")]
             written += save_pictures(files, frontier_figure(points, title, _caption(**course)))
@@ -89,9 +90,9 @@ def _caption(name: str, limit: int, window: int, prefix: int, rounds: int, token
     )
 
 
-def _report(course: dict[str, Any], points: Sequence[Point], candidates: Sequence[Candidate]) -> dict[str, object]:
-    from dash_export.evaluate.exchange import of_token
-
+def _report(
+    course: dict[str, Any], points: Sequence[Point], shares: Sequence[float | None], candidates: Sequence[Candidate]
+) -> dict[str, object]:
     runtimes = {candidate.build: candidate.runtime for candidate in candidates}
     return {
         "made_by": REPORT,
@@ -114,19 +115,18 @@ def _report(course: dict[str, Any], points: Sequence[Point], candidates: Sequenc
                 "exchange_rate": point.exchange_rate and asdict(point.exchange_rate),
                 "kl_of_token_there": share,
             }
-            for point, share in zip(points, of_token(points), strict=True)
+            for point, share in zip(points, shares, strict=True)
         ],
         "version": __version__,
     }
 
 
-def _print(title: str, points: Sequence[Point]) -> None:
+def _print(title: str, points: Sequence[Point], shares: Sequence[float | None]) -> None:
     from dash_export.evaluate.candidates import amount
-    from dash_export.evaluate.exchange import of_token
     from dash_export.evaluate.intervals import Interval
 
     def rows() -> Iterator[tuple[str, ...]]:
-        for point, share in zip(points, of_token(points), strict=True):
+        for point, share in zip(points, shares, strict=True):
             quality, timing, rate = point.quality, point.timing, point.exchange_rate
             ratio = quality.figures["perplexity_ratio"]
             more = Interval(*(100 * (value - 1) for value in (ratio.value, ratio.low, ratio.high)))

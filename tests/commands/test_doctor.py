@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from dash_export.building import gpu_backends
-from dash_export.commands import doctor, installation
+from dash_export.commands import doctor
 from dash_export.errors import BackendError
 from dash_export.runtime import backends
 from dash_export.runtime.cuda_devices import CudaDevice
 from dash_export.targets import recipe_names
 from tests.commands.helpers import dash, environment
 
-HERE = dict.fromkeys(installation.PACKAGES, "1.0") | {"onnxruntime-gpu": None}
+HERE = dict.fromkeys(doctor.PACKAGES, "1.0") | {"onnxruntime-gpu": None}
 NOTHING: dict[str, Any] = {"devices": [], "reason": "There is no NVIDIA driver.", "driver": None, "seen": []}
 NO_DRIVER = BackendError("There is no NVIDIA driver on this machine (libcuda was not found).")
 H100 = CudaDevice(0, "NVIDIA H100", "9.0", 80 << 30, False, "13.0")
@@ -32,7 +32,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     def find(name: str) -> Any:
         return None if not packages or name in packages else importlib.util.find_spec(name)
 
-    for module in (gpu_backends, doctor, backends, installation):
+    for module in (gpu_backends, doctor, backends):
         monkeypatch.setattr(module, "find_spec", find)
 
 
@@ -42,7 +42,7 @@ def devices(monkeypatch: pytest.MonkeyPatch, answer: CudaDevice | Exception) -> 
             raise answer
         return [answer]
 
-    for module in (gpu_backends, installation):
+    for module in (gpu_backends, doctor):
         monkeypatch.setattr(module, "cuda_devices", asked)
 
 
@@ -90,7 +90,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_runtimes_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "installed", lambda _name: "1.0")
+    monkeypatch.setattr(doctor, "installed", lambda _name: "1.0")
     result = dash("doctor")
     assert result.exit_code == 1
     assert "overwrite each other's files" in result.stdout
@@ -104,7 +104,7 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found["cpu"]["build"], found["cpu"]["run"]) == (False, True)
         assert found["cpu"]["install"] == "pip install 'dash-export[export]'"
         assert found["portable"]["build"]
-    monkeypatch.setattr(installation, "installed", lambda _name: None)
+    monkeypatch.setattr(doctor, "installed", lambda _name: None)
     lacking(monkeypatch)
     printed = dash("doctor").stdout
     assert "pip install 'dash-export[cpu,export]'" in printed
@@ -113,11 +113,11 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_cuda_of_onnxruntime() -> None:
     gpu = HERE | {"onnxruntime": None, "onnxruntime-gpu": "1.0"}
-    ort = installation.Import("1.0", None, ("CPUExecutionProvider",))
-    imports = dict.fromkeys(installation.LOADED) | {"onnxruntime": ort}
-    (cuda,) = installation.problems(gpu, imports, NOTHING | {"devices": ["one"]})
+    ort = doctor.Import("1.0", None, ("CPUExecutionProvider",))
+    imports = dict.fromkeys(doctor.LOADED) | {"onnxruntime": ort}
+    (cuda,) = doctor.problems(gpu, imports, NOTHING | {"devices": ["one"]})
     assert "CUDA libraries are missing" in cuda["problem"]
-    assert not list(installation.problems(gpu, imports, NOTHING))
+    assert not list(doctor.problems(gpu, imports, NOTHING))
 
 
 def test_the_current_folder_runs_nothing(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_half_an_install(code: str, said: str, tmp_path: Path, monkeypatch: pyte
 
 def test_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Jetson Orin Nano with JetPack 6.2; and the same where CUDA does not start."""
-    monkeypatch.setattr(installation, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
     for path, text in {
         "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n",
         "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",

@@ -15,7 +15,6 @@ from dash_export.commands.options import (
     Load,
     comparison_options,
     print_refused,
-    refused_records,
     window_options,
     with_bounds,
 )  # fmt: skip
@@ -62,7 +61,7 @@ def command(load: Load, as_json: bool, **measure: Any) -> None:
         files = evaluate(candidates, **measure, progress=progress)
     seconds, runtime = time.perf_counter() - began, candidates[0].runtime
     if as_json:
-        report = _report(runtime, measure, files) | {"refused": refused_records(refused)}
+        report = _report(runtime, measure, files) | {"refused": refused}
         click.echo(json.dumps(report | {"seconds": round(seconds, 1)}, ensure_ascii=False))
         return
     _print(runtime, measure, files)
@@ -108,7 +107,7 @@ def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]
     for name, form, results in files:
         print_table(
             f"{name}: {results[0].items} {_FORMS[form].format(**measure)}",
-            ("kind", "asked for"), ("layers", "time", *results[0].figures),
+            ("kind", "asked for"), ("layers", "time", *(figure.replace("_", " ") for figure in results[0].figures)),
             (
                 (
                     row.build or row.setting.kind, amount(row.setting),
@@ -118,6 +117,7 @@ def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]
                 )
                 for row in results
             ),
+            width=160,
         )  # fmt: skip
     click.echo(
         "layers: mean run where skipping was allowed. time: of the build's dense, from its cost table. kl: nats per "

@@ -17,7 +17,6 @@ from dash_export.commands.options import (
     comparison_options,
     counted,
     print_refused,
-    refused_records,
     window_options,
     with_bounds,
 )  # fmt: skip
@@ -72,7 +71,7 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
             print_refused(refused)
         finally:
             course = {"name": name, **measure}
-            report = _report(course, points, shares, candidates) | {"refused": refused_records(refused)}
+            report = _report(course, points, shares, candidates) | {"refused": refused}
             # First what cannot be drawn anew.
             written = [save_report(files[-1], json.dumps(report, indent=1, ensure_ascii=False) + "\n")]
             written += save_pictures(files, frontier_figure(points, title, _caption(**course)))

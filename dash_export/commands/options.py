@@ -100,7 +100,7 @@ def load_runtime(folder: Path, target: str | None, **options: Any) -> DashRuntim
     return DashRuntime.load(folder, target, **options)
 
 
-Load = Callable[[], tuple[list["Candidate"], dict[Setting, str]]]
+Load = Callable[[], tuple[list["Candidate"], list[dict[str, Any]]]]
 
 
 def load_candidates(
@@ -110,7 +110,7 @@ def load_candidates(
     also: tuple[str, ...],
     dial: str,
     values: tuple[float, ...],
-) -> tuple[list[Candidate], dict[Setting, str]]:
+) -> tuple[list[Candidate], list[dict[str, Any]]]:
     """What is compared, dense first: `kinds` (None: all there are) at each of `values` of `dial`, and the builds
     `also`; and what this bundle cannot give. Raises UsageError for a build that is given twice.
     """
@@ -129,19 +129,10 @@ def load_candidates(
     return candidates(runtime, settings, others), refused
 
 
-def print_refused(refused: dict[Setting, str]) -> None:
+def print_refused(refused: list[dict[str, Any]]) -> None:
     """Settings that are not in the table, and why, on stderr."""
-    from dash_export.evaluate.candidates import label
-
-    for setting, reason in refused.items():
-        click.echo(f"Not measured: {label(setting)}. {reason}", err=True)
-
-
-def refused_records(refused: dict[Setting, str]) -> list[dict[str, Any]]:
-    """The same in JSON."""
-    from dash_export.evaluate.candidates import setting_record
-
-    return [{"setting": setting_record(setting), "reason": reason} for setting, reason in refused.items()]
+    for told in refused:
+        click.echo(f"Not measured: {told['label']}. {told['reason']}", err=True)
 
 
 def comparison_options(budgets: Sequence[float]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,15 +14,11 @@ from dash_export.commands.options import (
     comparison_options,
     counted,
     print_refused,
-    refused_records,
 )  # fmt: skip
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.reports import save_report, sole_writer
 from dash_export.commands.tables import print_table, size
 from dash_export.evaluate import PROFILE_ROUNDS, PROFILE_TOKENS, TRACE_TOKENS
-
-if TYPE_CHECKING:
-    from dash_export.evaluate.breakdown import Profile
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "host": "host gaps"}
@@ -69,7 +65,7 @@ def command(
         # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
         try:
             if as_json:
-                click.echo(json.dumps(found.record() | {"refused": refused_records(refused)}, ensure_ascii=False))
+                click.echo(json.dumps(found | {"refused": refused}, ensure_ascii=False))
             else:
                 _print(found)
             print_refused(refused)
@@ -80,37 +76,38 @@ def command(
             if trace is not None:
                 from dash_export.evaluate.trace import chrome_trace
 
-                events = chrome_trace(lanes, found.model, TRACE_TOKENS)
+                events = chrome_trace(lanes, found["model"], TRACE_TOKENS)
                 written.append(save_report(trace, json.dumps(events, ensure_ascii=False)))
         for output in written:
             click.echo(f"Written to {output}", err=as_json)
 
 
-def _print(found: Profile) -> None:
-    from dash_export.evaluate.breakdown import PARTS
+def _print(found: dict[str, Any]) -> None:
+    from dash_export.evaluate.breakdown import PARTS, conditions, shares
 
-    click.echo("\n".join([found.title, *found.conditions, ""]))
+    click.echo("\n".join([*conditions(found), ""]))
     print_table(
         "Milliseconds per token and to the first one (median)",
         ("setting",),
         ("layers", "p50", "p90", "p99", "of dense", "1st token", "peak RSS"),
         (
             (
-                lane.label, f"{lane.layers['mean']:.2f}", *_percentiles(lane.token_ms, 3), f"{lane.ratio.value:.3f}",
-                f"{lane.first_ms['p50']:.1f}", size(lane.peak_memory),
+                lane["label"], f"{lane['layers']['mean']:.2f}", *_percentiles(lane["token_ms"], 3),
+                f"{lane['ratio']['value']:.3f}", f"{lane['first_ms']['p50']:.1f}", size(lane["peak_memory"]),
             )
-            for lane in found.lanes
+            for lane in found["lanes"]
         ),
     )  # fmt: skip
     print_table(
         "Where it goes: microseconds per token (mean) and share",
         ("setting",),
         [_SHORT.get(part, part) for part in PARTS],
-        ((lane.label, *(f"{mean:.0f} {share:6.1%}" for mean, share in lane.shares().values())) for lane in found.lanes),
-    )
-    for lane in found.lanes:
+        ((lane["label"], *(f"{mean:.0f} {share:6.1%}" for mean, share in shares(lane).values()))
+         for lane in found["lanes"]),
+    )  # fmt: skip
+    for lane in found["lanes"]:
         print_table(
-            f"{lane.label}: microseconds per segment",
+            f"{lane['label']}: microseconds per segment",
             ("segment",),
             ("run p50", "p90", "p99", "bypass p50", "p90", "p99", "of run", "skipped"),
             (
@@ -118,7 +115,7 @@ def _print(found: Profile) -> None:
                     row["name"], *_percentiles(row["run"]), *_percentiles(row["bypass"]),
                     "" if row["owed"] is None else f"{row['owed']:.0%}", f"{row['skipped']:.0%}" if row["unit"] else "",
                 )
-                for row in lane.segments
+                for row in lane["segments"]
             ),
         )  # fmt: skip
 

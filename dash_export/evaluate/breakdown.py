@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,7 @@ import onnxruntime
 
 from dash_export import __version__
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import Setting
-from dash_export.evaluate.candidates import Candidate, label, setting_record
+from dash_export.evaluate.candidates import Candidate, setting_record
 from dash_export.evaluate.intervals import Interval, median_ratios
 from dash_export.evaluate.probe import DECISION, SAMPLING, SETTLE, WHOLE, Lane, measure
 from dash_export.evaluate.score import windows
@@ -46,49 +45,31 @@ def spread(values: npt.ArrayLike, scale: float = 1.0) -> Spread:
     return {"mean": float(array.mean()), "p50": p50, "p90": p90, "p99": p99, "count": array.size}
 
 
-@dataclass(frozen=True)
-class LaneProfile:
-    """One setting, or another build by its name (`build`). `ratio`: its time as a fraction of the first lane's, over
-    rounds; `layers` run per token; `parts` in microseconds per token, their means add up; `segments` as `segment_times`
-    gives them; `peak_memory` in bytes.
+def lane_profile(lane: Lane, dense: Lane, ratio: Interval, peak_memory: int) -> dict[str, Any]:
+    """The figures of one lane as they stand in JSON; `dense` is what its bypasses are compared with. `ratio`: its time
+    as a fraction of the first lane's, over rounds; `layers` run per token; `parts` in microseconds per token, their
+    means add up; `peak_memory` in bytes.
     """
-
-    build: str
-    setting: Setting
-    target: str
-    token_ms: Spread
-    first_ms: Spread
-    ratio: Interval
-    layers: Spread
-    parts: dict[str, Spread]
-    segments: list[dict[str, Any]]
-    peak_memory: int
-
-    @property
-    def label(self) -> str:
-        return label(self.setting, self.build)
-
-    def shares(self) -> dict[str, tuple[float, float]]:
-        """Part -> mean microseconds per token, and their share of all."""
-        whole = sum(part["mean"] for part in self.parts.values())
-        return {name: (part["mean"], part["mean"] / whole) for name, part in self.parts.items()}
-
-
-def lane_profile(lane: Lane, dense: Lane, ratio: Interval, peak_memory: int) -> LaneProfile:
-    """The figures of one lane; `dense` is what its bypasses are compared with."""
     candidate = lane.candidate
-    return LaneProfile(
-        candidate.build,
-        candidate.setting,
-        candidate.runtime.build.target,
-        spread(lane.wall, 1e-6),
-        spread(lane.first, 1e-6),
-        ratio,
-        spread((lane.actions == 0).sum(axis=1)),
-        {name: spread(values, 1e-3) for name, values in token_parts(lane).items()},
-        segment_times(lane, dense),
-        peak_memory,
-    )
+    return {
+        "label": candidate.label,
+        "build": candidate.build,
+        "setting": setting_record(candidate.setting),
+        "target": candidate.runtime.build.target,
+        "token_ms": spread(lane.wall, 1e-6),
+        "first_ms": spread(lane.first, 1e-6),
+        "ratio": asdict(ratio),
+        "layers": spread((lane.actions == 0).sum(axis=1)),
+        "parts": {name: spread(values, 1e-3) for name, values in token_parts(lane).items()},
+        "segments": segment_times(lane, dense),
+        "peak_memory": peak_memory,
+    }
+
+
+def shares(lane: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """PARTS -> mean microseconds per token of a lane's profile, and their share of all."""
+    whole = sum(part["mean"] for part in lane["parts"].values())
+    return {name: (part["mean"], part["mean"] / whole) for name, part in lane["parts"].items()}
 
 
 def token_parts(lane: Lane) -> dict[str, npt.NDArray[np.int64]]:
@@ -128,42 +109,21 @@ def segment_times(lane: Lane, dense: Lane) -> list[dict[str, Any]]:
     return rows
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Everything. Dense is the first lane. `course`: `windows` of `text`, each a `context` and the timed `tokens`, in
-    so many `rounds`.
+def conditions(found: dict[str, Any]) -> list[str]:
+    """A profile's model, targets and machine on a line; its state, what was decoded, and a warning where something
+    disturbed.
     """
-
-    model: str
-    machine: dict[str, Any]
-    course: dict[str, Any]
-    lanes: list[LaneProfile]
-
-    @property
-    def title(self) -> str:
-        """Model, targets and machine on a line."""
-        targets = ", ".join(dict.fromkeys(lane.target for lane in self.lanes))
-        return f"{self.model}, {targets}, {self.machine['cpu']}, {self.machine['cores']} cores"
-
-    @property
-    def conditions(self) -> list[str]:
-        """The machine's state, what was decoded, and a warning where something disturbed."""
-        load = self.machine["load"]
-        lines = [
-            f"load before: {load:g}",
-            "{text}: {rounds} rounds, settings in turn (windows of text: {windows}); each {context} tokens of prompt, "
-            "then {tokens} known tokens decoded one by one".format(**self.course),
-        ]
-        if load > BUSY * self.machine["cores"]:
-            lines.append("WARNING: other work ran just before. Its share of the processor is in every figure below.")
-        return lines
-
-    def record(self) -> dict[str, Any]:
-        """As it stands in JSON."""
-        return asdict(self) | {
-            "lanes": [asdict(lane) | {"setting": setting_record(lane.setting)} for lane in self.lanes],
-            "units": {"token_ms, first_ms": "milliseconds", "parts, segments": "microseconds"},
-        }
+    machine = found["machine"]
+    targets = ", ".join(dict.fromkeys(lane["target"] for lane in found["lanes"]))
+    lines = [
+        f"{found['model']}, {targets}, {machine['cpu']}, {machine['cores']} cores",
+        f"load before: {machine['load']:g}",
+        "{text}: {rounds} rounds, settings in turn (windows of text: {windows}); each {context} tokens of prompt, then "
+        "{tokens} known tokens decoded one by one".format(**found["course"]),
+    ]
+    if machine["load"] > BUSY * machine["cores"]:
+        lines.append("WARNING: other work ran just before. Its share of the processor is in every figure below.")
+    return lines
 
 
 def profile(
@@ -174,10 +134,11 @@ def profile(
     tokens: int,
     rounds: int,
     progress: Progress = no_progress,
-) -> tuple[Profile, list[Lane]]:
+) -> tuple[dict[str, Any], list[Lane]]:
     """Every candidate, the first of which is dense, all in turn, over windows of `text`, called `name`: `context`
-    cached tokens (None: those of the build's cost table), then `tokens` timed ones in each of `rounds` rounds. Also the
-    lanes, with what they did. Raises RequestError for a text or context that does not fit.
+    cached tokens (None: those of the build's cost table), then `tokens` timed ones in each of `rounds` rounds. What is
+    found, as it stands in JSON; and the lanes, with what they did. Raises RequestError for a text or context that does
+    not fit.
     """
     first = candidates[0].runtime
     context = fitting_context(candidates, context, SETTLE + tokens)
@@ -191,8 +152,13 @@ def profile(
     profiles = [
         lane_profile(lane, lanes[0], ratio, peak) for lane, ratio, peak in zip(lanes, ratios, memory, strict=True)
     ]
-    course = {"text": name, "context": context, "tokens": tokens, "windows": len(parts), "rounds": rounds}
-    return Profile(first.bundle.manifest.model.name, machine, course, profiles), lanes
+    return {
+        "model": first.bundle.manifest.model.name,
+        "machine": machine,
+        "course": {"text": name, "context": context, "tokens": tokens, "windows": len(parts), "rounds": rounds},
+        "lanes": profiles,
+        "units": {"token_ms, first_ms": "milliseconds", "parts, segments": "microseconds"},
+    }, lanes
 
 
 def this_machine() -> dict[str, Any]:

@@ -61,13 +61,13 @@ def setting_record(setting: Setting) -> dict[str, Any]:
 
 def settings_at(
     runtime: DashRuntime, kinds: Iterable[str] | None, dial: str, values: Sequence[float]
-) -> tuple[list[Setting], dict[Setting, str]]:
-    """Dense first, then every kind at every value of `dial`; and those this bundle cannot give, with the reason.
+) -> tuple[list[Setting], list[dict[str, Any]]]:
+    """Dense first, then every kind at every value of `dial`; and what this bundle cannot give, as it stands in JSON.
     `kinds` None: all it has an order or a network for. Raises PolicyError when nothing but dense is left.
     """
     policy = runtime.bundle.manifest.policy
     wanted = [kind for kind in policy.kinds if kind != "static" or policy.static_order] if kinds is None else [*kinds]
-    settings, refused = [Setting("dense")], dict[Setting, str]()
+    settings, refused = [Setting("dense")], list[dict[str, Any]]()
     for kind in POLICY_KINDS:
         for value in values if kind in wanted and kind != "dense" else ():
             setting = Setting(kind, **{dial: value})  # type: ignore[arg-type]
@@ -75,9 +75,10 @@ def settings_at(
                 runtime.session_with(setting)
                 settings.append(setting)
             except PolicyError as error:
-                refused[setting] = str(error)
+                told = {"label": label(setting), "setting": setting_record(setting), "reason": str(error)}
+                refused.append(told)
     if len(settings) == 1 and refused:
-        raise PolicyError(f"This bundle gives none of the settings asked for. {next(iter(refused.values()))}")
+        raise PolicyError(f"This bundle gives none of the settings asked for. {refused[0]['reason']}")
     return settings, refused
 
 

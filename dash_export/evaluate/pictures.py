@@ -22,7 +22,6 @@ from dash_export.names import REPORT
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from dash_export.evaluate.breakdown import LaneProfile
     from dash_export.evaluate.exchange import Point
 
 STYLE: dict[str, Any] = {
@@ -166,12 +165,12 @@ def visible(token: str, longest: int = 14) -> str:
 
 
 @matplotlib.rc_context(STYLE)
-def breakdown_figure(lanes: Sequence[LaneProfile], meanings: dict[str, str]) -> Figure:
+def breakdown_figure(lanes: Sequence[dict[str, Any]], meanings: dict[str, str]) -> Figure:
     """One bar per lane: mean milliseconds per token, part by part (`meanings`)."""
     figure = Figure(figsize=(WIDTH, 1.7 + 0.45 * len(lanes)), layout="constrained")
-    axes, names, left = figure.subplots(), [lane.label for lane in lanes], np.zeros(len(lanes))
+    axes, names, left = figure.subplots(), [lane["label"] for lane in lanes], np.zeros(len(lanes))
     for part, meaning in meanings.items():
-        widths = np.array([lane.parts[part]["mean"] for lane in lanes]) / 1e3
+        widths = np.array([lane["parts"][part]["mean"] for lane in lanes]) / 1e3
         colour, hatch = PART_LOOKS[part]
         axes.barh(names, widths, left=left, height=0.62, color=colour, hatch=hatch, label=meaning, edgecolor="white")
         left += widths

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
 
-from dash_export.evaluate.breakdown import PARTS, Profile
+from dash_export.evaluate.breakdown import PARTS, conditions, shares
 from dash_export.evaluate.pictures import breakdown_figure, render, skip_map_figure
 from dash_export.evaluate.probe import Lane
 from dash_export.names import REPORT
@@ -19,7 +20,7 @@ MAP_TOKENS = 64
 """Rows of a skip map: what fits a printed page."""
 
 
-def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
+def render_report(found: dict[str, Any], lanes: Sequence[Lane]) -> str:
     """HTML. `lanes` are those of the profile, in its order."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -29,10 +30,12 @@ def render_report(found: Profile, lanes: Sequence[Lane]) -> str:
     return environment.get_template(TEMPLATE).render(
         made_by=REPORT,
         found=found,
+        conditions=conditions(found),
+        shares=shares,
         parts=PARTS,
-        breakdown=_source(breakdown_figure(found.lanes, PARTS)),
+        breakdown=_source(breakdown_figure(found["lanes"], PARTS)),
         maps={
-            lane.candidate.label: _source(_skip_map(lane, found.model), "png")
+            lane.candidate.label: _source(_skip_map(lane, found["model"]), "png")
             for lane in lanes
             if lane.candidate.setting.kind != "dense"
         },

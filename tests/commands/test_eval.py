@@ -68,7 +68,7 @@ def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
         "own.txt: 2 windows of 48 tokens, the first 10 dense",
         "static",
         "budget 0.95",
-        "perplexity_ratio",
+        "perplexity ratio",
         "tiny:portable",
     ):
         assert expected in result.stdout

@@ -12,7 +12,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import Setting
-from dash_export.evaluate.breakdown import Profile, lane_profile, spread, this_machine, token_parts
+from dash_export.evaluate.breakdown import conditions, lane_profile, shares, spread, this_machine, token_parts
 from dash_export.evaluate.candidates import candidates
 from dash_export.evaluate.intervals import Interval
 from dash_export.evaluate.probe import DECISION, SAMPLING, WHOLE, Lane, Probe, measure
@@ -69,15 +69,15 @@ def test_every_launch_has_a_stamp_and_so_has_the_decision(lanes: list[Lane]) -> 
 def test_figures(lanes: list[Lane]) -> None:
     dense = lanes[0]
     found = [lane_profile(lane, dense, ONE, 0) for lane in lanes]
-    assert [profile.label for profile in found] == ["dense", "static, skip 2-3", "token, skipped 1.5", "other"]
-    assert [profile.layers["mean"] for profile in found[:2]] == [6.0, 4.0]
+    assert [profile["label"] for profile in found] == ["dense", "static, skip 2-3", "token, skipped 1.5", "other"]
+    assert [profile["layers"]["mean"] for profile in found[:2]] == [6.0, 4.0]
     for profile in found:
-        assert profile.token_ms["count"] == ROUNDS * TOKENS
-        assert [row["name"] for row in profile.segments] == [segment.name for segment in dense.segments]
-        assert [row["unit"] for row in profile.segments] == ["", "2-3", "4", ""]
-        assert profile.parts["deciding"]["mean"] > 0
-        assert sum(share for _, share in profile.shares().values()) == pytest.approx(1)
-    full, skipped = found[0].segments[1], found[1].segments[1]
+        assert profile["token_ms"]["count"] == ROUNDS * TOKENS
+        assert [row["name"] for row in profile["segments"]] == [segment.name for segment in dense.segments]
+        assert [row["unit"] for row in profile["segments"]] == ["", "2-3", "4", ""]
+        assert profile["parts"]["deciding"]["mean"] > 0
+        assert sum(share for _, share in shares(profile).values()) == pytest.approx(1)
+    full, skipped = found[0]["segments"][1], found[1]["segments"][1]
     assert (full["skipped"], full["bypass"], full["owed"]) == (0.0, None, None)
     assert (skipped["skipped"], skipped["run"]) == (1.0, None)
     assert skipped["owed"] == skipped["bypass"]["p50"] / full["run"]["p50"]
@@ -116,8 +116,8 @@ def test_spread() -> None:
     assert spread(np.arange(101) * 1000, 1e-3) == {"mean": 50, "p50": 50, "p90": 90, "p99": 99, "count": 101}
 
 
-def test_machine() -> None:
-    machine = this_machine() | {"cores": 2, "load": 2.0}
+def test_a_busy_machine_is_told() -> None:
     course = {"text": "t", "context": 1, "tokens": 1, "windows": 1, "rounds": 1}
-    assert "WARNING: other work" in Profile("m", machine, course, []).conditions[-1]
-    assert len(Profile("m", machine | {"load": 0.2}, course, []).conditions) == 2
+    for load, lines in ((0.2, 3), (2.0, 4)):
+        machine = this_machine() | {"cores": 2, "load": load}
+        assert len(conditions({"model": "m", "machine": machine, "course": course, "lanes": []})) == lines

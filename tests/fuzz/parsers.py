@@ -192,7 +192,6 @@ LINES = b"""{"prompt": "a"}
 TASKS = [
     b'{"query": "Two and two?", "choices": ["four", "five"], "gold": 0, "id": 7}',
     b'{"context": "a b", "target": " c"}\n\n{"context": "d", "target": "e"}',
-    b'{"prompt": "a"}\n{"turns": ["b", "c"]}',
 ]
 TEMPLATES = [
     b"{% for m in messages %}{{ m['role'] + '\\n' + m.content | trim }}{% if not loop.last %}, {% endif %}{% endfor %}",

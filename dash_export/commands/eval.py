@@ -113,13 +113,15 @@ def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]
                     row.build or row.setting.kind, amount(row.setting),
                     # Without a token under the setting there is no mean to tell.
                     *((f"{row.layers:.2f}", f"{row.time:.3f}") if row.tokens else ("", "")),
-                    *(with_bounds(figure, 3) for figure in row.figures.values()),
+                    # The first with its bounds: more do not fit a terminal.
+                    *(f"{figure.value:.3f}" if at else with_bounds(figure, 3)
+                      for at, figure in enumerate(row.figures.values())),
                 )
                 for row in results
             ),
-            width=160,
         )  # fmt: skip
     click.echo(
         "layers: mean run where skipping was allowed. time: of the build's dense, from its cost table. kl: nats per "
-        "token. flips: right with dense and wrong here, or back. In brackets: 95 % bootstrap intervals."
+        "token. flips: right with dense and wrong here, or back. In brackets: 95 % bootstrap intervals; "
+        "--json has those of all."
     )

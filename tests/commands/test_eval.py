@@ -10,6 +10,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 
+from dash_export.names import REPORT
 from dash_export.outputs import locked
 from tests.commands.helpers import dash, refused
 
@@ -137,7 +138,8 @@ def test_what_was_measured_is_lost_neither_way(
     with monkeypatch.context() as late:  # what is in the way has come after it was looked for
         late.setattr("dash_export.commands.frontier.sole_writer", MagicMock())
         (tmp_path / "f.png").mkdir()
-        (tmp_path / "f.svg").symlink_to("own.txt")
+        (tmp_path / "old.svg").write_text(REPORT)
+        (tmp_path / "f.svg").symlink_to("old.svg")
         (tmp_path / "f.json").write_text("mine")
         (tmp_path / "f-2.json").write_text("mine too")
         result = dash(*options, "-o", tmp_path / "f")
@@ -146,7 +148,7 @@ def test_what_was_measured_is_lost_neither_way(
     assert json.loads((tmp_path / "f-3.json").read_text())["points"]
     assert (tmp_path / "f-2.png").is_file()
     assert (tmp_path / "f-2.svg").is_file()
-    assert [(tmp_path / name).read_text() for name in ("f.json", "f-2.json", "own.txt")] == ["mine", "mine too", TEXT]
+    assert [(tmp_path / name).read_text() for name in ("f.json", "f-2.json", "f.svg")] == ["mine", "mine too", REPORT]
     with monkeypatch.context() as closed:  # whoever read what is printed has gone
         closed.setattr("dash_export.commands.frontier._print", Mock(side_effect=BrokenPipeError))
         with suppress(BrokenPipeError):

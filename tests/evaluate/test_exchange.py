@@ -37,6 +37,10 @@ def test_exchange_rate() -> None:
     slower = point("dense", 1.25, more=-0.04).exchange_rate
     assert slower is not None
     assert slower.value == pytest.approx(0.16)
+    ratio = {"perplexity_ratio": Interval(0.95, 0.9, 0.96)}
+    lopsided = replace(point("dense", 1.2), quality=replace(point("dense", 1.2).quality, figures=ratio)).exchange_rate
+    assert lopsided is not None
+    assert (lopsided.value, lopsided.low, lopsided.high) == pytest.approx((0.25, 0.2, 0.5))
     assert point("static", 0.99, more=0.1, spread=0.2).exchange_rate is None, "it may have saved nothing"
     assert replace(point("token", 0.9), timing=None).exchange_rate is None
 

@@ -31,7 +31,8 @@ def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
 def test_a_process_takes_no_module_from_the_current_folder(
     runtime: DashRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "dash_export.py").write_text("raise SystemExit('pwned')")
+    for name in ("dash_export.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('pwned')")
     monkeypatch.chdir(tmp_path)
     assert run_alone(Candidate(runtime, Setting("dense")), [1, 2, 3], 2).layers == 6
 

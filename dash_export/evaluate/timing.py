@@ -106,12 +106,11 @@ def decode_times(
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds per token (median of blocks) and mean layers run, past the first `SETTLE` of more tokens; the time that
-    the cost table predicts for them; and the most memory that was resident, bytes.
+    """Seconds per token (median of blocks), past the first `SETTLE` of more tokens; the time that the cost table
+    predicts for them; and the most memory that was resident, bytes.
     """
 
     seconds: float
-    layers: float
     predicted: float
     peak_memory: int
 
@@ -152,8 +151,8 @@ def main() -> None:
     settle = SETTLE if len(taken) > SETTLE else 0
     blocks = np.array_split(seconds[settle:], max(1, (len(seconds) - settle) // BLOCK))
     middle = float(np.median([block.mean() for block in blocks]))
-    _, layers, predicted = candidate.taken(np.array(taken[settle:]))
-    print(json.dumps(asdict(Took(middle, layers, predicted, peak_memory()))))
+    predicted = candidate.taken(np.array(taken[settle:]))[2]
+    print(json.dumps(asdict(Took(middle, predicted, peak_memory()))))
 
 
 def peak_memory() -> int:

@@ -20,12 +20,6 @@ def test_ratio_of_sums_not_mean_of_ratios() -> None:
         interval([])
 
 
-def test_intervals_cover_the_mean() -> None:
-    rng = np.random.default_rng(0)
-    found = [interval(rng.exponential(2.0, 60)) for _ in range(200)]
-    assert 0.88 < np.mean([one.low <= 2.0 <= one.high for one in found]) < 0.99
-
-
 def test_what_a_round_has_in_common_is_no_ratio() -> None:
     """A machine that is up to three times slower in whole rounds, and 5 % of noise in every block."""
     rng = np.random.default_rng(0)

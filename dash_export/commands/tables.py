@@ -11,7 +11,7 @@ from dash_export.manifest import Build
 
 
 def print_table(
-    title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 120
+    title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Iterable[Any]], width: int = 120
 ) -> None:
     """Columns aligned to the left, then those of numbers. `width`: columns of the page, or more, where stdout is no
     terminal.

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from rich.console import Console
-from rich.table import Table
 
 from dash_export import __version__
 from dash_export.building.engine_graphs import compose_segment, lower, save_extending
 from dash_export.bundle import Bundle
+from dash_export.commands.options import with_bounds
+from dash_export.commands.tables import print_table
 from dash_export.evaluate.intervals import Interval, median_ratios
 from dash_export.evaluate.timing import in_turns
 from dash_export.manifest import Build, EngineRecord, Segment
@@ -41,9 +41,6 @@ from dash_export.targets import recipe_from_dict
 
 HELD_OUT = resource_folder("calibration") / "heldout.txt"
 """No policy was trained on it."""
-console = Console(highlight=False)
-if not console.is_terminal:
-    console.width = 120
 
 Times = dict[str, list[float]]
 """Variant -> seconds, one per round or per process."""
@@ -90,13 +87,12 @@ def ratios(times: Times) -> dict[str, Interval]:
 
 def report(title: str, unit: str, times: Times) -> dict[str, dict[str, float]]:
     """Print medians and ratios to the first variant as a table; and return them."""
-    table = Table("variant", f"ms per {unit}", "ratio (95 %)", title=title)
-    rows = {}
+    rows, shown = {}, []
     for name, ratio in ratios(times).items():
         milliseconds = 1e3 * float(np.median(times[name]))
-        table.add_row(name, f"{milliseconds:.3f}", f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+        shown.append((name, f"{milliseconds:.3f}", with_bounds(ratio, 3)))
         rows[name] = {"ms": round(milliseconds, 4)} | {key: round(value, 4) for key, value in asdict(ratio).items()}
-    console.print(table)
+    print_table(title, ("variant",), (f"ms per {unit}", "ratio (95 %)"), shown)
     return rows
 
 

@@ -19,13 +19,12 @@ from rich.console import Console
 
 from dash_export import DashRuntime, build, export
 from dash_export.bundle import Bundle
-from dash_export.commands.common import build_bytes, bundle_bytes, plain_table, print_table, size
 from dash_export.commands.progress import progress_bar
+from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, size
 from dash_export.decision import Setting
 from dash_export.errors import DashError
-from dash_export.evaluate import PREFIX, WINDOW
 from dash_export.evaluate.candidates import candidates
-from dash_export.evaluate.frontier import Plan, Point, frontier
+from dash_export.evaluate.exchange import Point, frontier
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
 from dash_export.policy import load_policy
@@ -100,12 +99,14 @@ def _prepare() -> tuple[Bundle, Build]:
 def _compare(bundle: Bundle) -> list[Mode]:
     runtime = DashRuntime.load(bundle.root, TARGET)
     path = resource_folder("calibration") / "heldout.txt"
-    plan = Plan(read_text(path), path.name, WINDOWS, WINDOW, PREFIX, ROUNDS, TOKENS)
     console.print(
         "[bold]4.[/] Judge each way to skip on prose that no training saw, and time it in processes of its own"
     )
     with progress_bar("judge") as progress:
-        points = frontier(candidates(runtime, SETTINGS), plan, progress)
+        points = frontier(
+            candidates(runtime, SETTINGS), read_text(path), path.name, WINDOWS, rounds=ROUNDS, tokens=TOKENS,
+            progress=progress,
+        )  # fmt: skip
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
     prompts = [runtime.text.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     answers = [
@@ -127,14 +128,14 @@ def _print_answers(modes: Sequence[Mode]) -> None:
 
 def _print_modes(bundle: Bundle, made: Build, modes: Sequence[Mode]) -> None:
     numbers = ("tokens/s", "of dense time", "layers/token", "KL (nats)", "perplexity")
-    table = plain_table(f"SmolLM2-135M-Instruct, {TARGET}, int4, {made.device}", "mode", *numbers, right=numbers)
+    rows = []
     for mode in modes:
         quality, timing = mode.point.quality, mode.point.timing
         assert timing is not None
         speed, share = f"{1e3 / timing.milliseconds:.1f}", f"{timing.ratio:.2f}"
-        kl, perplexity = f"{quality.kl.value:.3f}", f"{quality.perplexity.value:.2f}"
-        table.add_row(mode.name, speed, share, f"{quality.layers:.1f}", kl, perplexity)
-    print_table(console, table)
+        kl, perplexity = f"{mode.point.kl.value:.3f}", f"{quality.figures['perplexity'].value:.2f}"
+        rows.append((mode.name, speed, share, f"{quality.layers:.1f}", kl, perplexity))
+    print_table(f"SmolLM2-135M-Instruct, {TARGET}, int4, {made.device}", ("mode",), numbers, rows)
     console.print(
         f"All over {WINDOWS} windows of held-out prose. KL: divergence from the dense mode of this build. On disk: "
         f"portable graphs {size(bundle_bytes(bundle))}, engines {size(build_bytes(made))}, shared by all modes.\n"

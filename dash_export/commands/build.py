@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from dash_export.bundle import Bundle
+from dash_export.bundle import MANIFEST, Bundle
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import (
-    build_bytes,
-    bundle_bytes,
-    is_bundle,
-    plain_table,
-    print_table,
-    result_console,
-    size,
-    units_table,
-)
-from dash_export.commands.export import PolicyOptions, export_model, policy_options
+from dash_export.commands.export import export_model, policy_options
 from dash_export.commands.progress import progress_bar
+from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, print_units, size
+from dash_export.decision import Unit
 from dash_export.errors import NotHereError
 from dash_export.manifest import Build
 from dash_export.names import DEFAULT_TARGET
@@ -32,15 +25,13 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
         return
     from dash_export.targets import load_recipe, recipe_names
 
-    table = plain_table("Targets", "target", "backend", "layers", "qkv", "head", "embedding", "what it is")
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        weights = recipe.weights
-        table.add_row(
-            name, recipe.backend, weights.layers, weights.qkv, weights.head, weights.embedding, recipe.description
-        )
-    console = result_console()
-    print_table(console, table)
+    columns = ("target", "backend", "layers", "qkv", "head", "embedding", "what it is")
+    recipes = ((name, load_recipe(name)) for name in recipe_names())
+    rows = (
+        (name, own.backend, *(getattr(own.weights, part) for part in columns[2:6]), own.description)
+        for name, own in recipes
+    )
+    print_table("Targets", columns, (), rows)
     click.echo(
         "`dash-export doctor` says which of them work here. The path of a .toml file of your own is a target too."
     )
@@ -50,64 +41,40 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.command("build")
 @click.argument("source", metavar="BUNDLE|MODEL")
 @click.option(
-    "--target",
-    default=DEFAULT_TARGET,
-    show_default=True,
-    metavar="NAME|FILE.toml",
+    "--target", default=DEFAULT_TARGET, show_default=True, metavar="NAME|FILE.toml",
     help="A shipped recipe or the path of one.",
-)
+)  # fmt: skip
 @click.option(
-    "--list-targets",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_list_targets,
+    "--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets,
     help="Show the shipped recipes and exit.",
-)
+)  # fmt: skip
 @click.option(
-    "--weights",
-    type=PRECISION,
+    "--weights", type=PRECISION,
     help="Precision of the layers; another than the recipe's is that of all else too, but for what is given itself "
     "and for a GPU's embedding.",
-)
+)  # fmt: skip
 @click.option("--head", type=PRECISION, help="Precision of the head.")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")
 @click.option(
-    "--rounding",
-    type=click.Choice(["nearest", "gptq"]),
+    "--rounding", type=click.Choice(["nearest", "gptq"]),
     help="How int4 weights are chosen: each the nearest, or calibrated.",
-)
+)  # fmt: skip
 @click.option("--verify", is_flag=True, help="Compare every engine with its portable graph and keep the result.")
 @click.option("--measure", is_flag=True, help="Measure costs and dial again: on a quieter machine, say.")
 @click.option(
-    "--kit",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
+    "--kit", type=click.Path(path_type=Path), metavar="FOLDER",
     help="Write a build kit for the GPU of another machine here, even where this one could build.",
-)
+)  # fmt: skip
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="BUNDLE",
+    "-o", "--output", type=click.Path(path_type=Path), metavar="BUNDLE",
     help="For a MODEL: the bundle to write; by default NAME.dash here.",
-)
+)  # fmt: skip
 @policy_options
 @click.pass_context
 def command(
-    ctx: click.Context,
-    source: str,
-    target: str,
-    weights: str | None,
-    head: str | None,
-    embedding: str | None,
-    rounding: str | None,
-    verify: bool,
-    measure: bool,
-    kit: Path | None,
-    output: Path | None,
-    options: PolicyOptions,
-) -> None:
+    ctx: click.Context, /, source: str, target: str, verify: bool, measure: bool, kit: Path | None, output: Path | None,
+    policy: str, units: tuple[Unit, ...] | None, prune: tuple[Unit, ...], **changes: Any,
+) -> None:  # fmt: skip
     """Compile the engines of a bundle for a target, and measure what each unit costs here.
 
     Given a MODEL it exports first (see `dash-export export` for the policy options). Engines whose inputs are
@@ -117,7 +84,6 @@ def command(
     from dash_export.building.backend import backend_of
     from dash_export.targets import load_recipe, with_weights
 
-    changes = {"weights": weights, "head": head, "embedding": embedding, "rounding": rounding}
     # What cannot be is told before minutes of export.
     recipe = with_weights(load_recipe(target), **changes)
     if measure and kit is not None:
@@ -129,19 +95,18 @@ def command(
                 f"--kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle."
             )
         backend.require()
-    if is_bundle(source):
-        given = [
-            name
-            for name in ("output", "policy", "units", "prune")
-            if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-        ]
-        if given:
-            raise click.UsageError(
-                f"--{given[0]} belongs to a MODEL: {source} is a bundle, its engines are built inside it."
-            )
+    if (Path(source) / MANIFEST).is_file() or Path(source).suffix == ".dash":
+        given = {
+            name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        }
+        for name in ("output", "policy", "units", "prune"):
+            if name in given:
+                raise click.UsageError(
+                    f"--{name} belongs to a MODEL: {source} is a bundle, its engines are built inside it."
+                )
         bundle = Bundle.open(source)
     else:
-        bundle = export_model(ctx, source, output, options)
+        bundle = export_model(ctx, source, output, policy, units, prune)
     from dash_export.building import build
 
     ctx.meta[OUTPUT] = str(bundle.root)
@@ -195,7 +160,7 @@ def _summary(bundle: Bundle, build: Build) -> None:
         return
     click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}")
     if cost.cost:
-        print_table(result_console(), units_table(build, bundle.manifest.policy.units))
+        print_units(build, bundle.manifest.policy.units)
     if cost.disturbed:
         click.echo(cost.disturbed, err=True)
     if build.dial:

@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import click
 from rich.text import Text
 
+from dash_export import __version__
 from dash_export.building.backend import Backend, backend_of
-from dash_export.commands import hardware
-from dash_export.commands.common import plain_table, print_table, result_console, size
-from dash_export.commands.jetson import jetson
-from dash_export.errors import RecipeError
+from dash_export.cli import EXTRAS, printable
+from dash_export.commands.tables import print_table, size
+from dash_export.errors import BackendError
 from dash_export.runtime.backends import BACKENDS
+from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
+from dash_export.runtime.cuda_devices import cuda_devices
 from dash_export.targets import load_recipe, recipe_names
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
+ROOT = Path("/")
+"""Where the machine's files are."""
+LINE = 200
+"""Characters shown of an answer."""
+# package -> the extra of dash-export that installs it; "" is always there
+PACKAGES = {
+    **dict.fromkeys(("numpy", "tokenizers"), ""),
+    "onnxruntime": "cpu",
+    "onnxruntime-gpu": "gpu",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+    **{package: extra for package, extra in EXTRAS.items() if extra in ("export", "train")},
+}
+LOADED = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+"""Modules that are also imported, because half an install of them is common."""
 LOWERING = ("onnx", "onnx_ir", "ml_dtypes")
 """Packages that building (not running) a lowered target needs beside its backend."""
-_PURPOSE = {
-    "": "the runtime",
-    "cpu": "run and build on a CPU",
-    "gpu": "ONNX Runtime on CUDA",
-    "tensorrt": "compile and run for Jetson, H100, L4",
-    "rtx": "compile for RTX cards anywhere, run there",
-    "export": "read models, write graphs",
-    "train": "train policies, PyTorch oracle",
-}
 
 
 @click.command("doctor")
@@ -55,60 +67,156 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything `doctor` prints, as plain data."""
-    packages = {name: hardware.installed(name) for name in hardware.PACKAGES}
-    imports = {name: hardware.imported(name) for name in hardware.LOADED}
-    devices, ort = hardware.cuda(), imports["onnxruntime"]
+    packages = {name: installed(name) for name in PACKAGES}
+    imports = {name: imported(name) for name in LOADED}
+    devices, ort = cuda(), imports["onnxruntime"]
     return {
-        "system": hardware.system(),
-        "jetson": jetson(),
+        "system": system(),
         "cuda": devices,
         "packages": packages,
         "imports": {name: result and asdict(result) for name, result in imports.items()},
         "providers": list(ort.providers) if ort is not None else [],
         "targets": [_target(name, imports) for name in recipe_names()],
-        "missing_for_export": [
-            name for name, extra in hardware.PACKAGES.items() if extra == "export" and not packages[name]
-        ],
-        "problems": [asdict(finding) for finding in hardware.problems(packages, imports, devices)],
+        "missing_for_export": [name for name, extra in PACKAGES.items() if extra == "export" and not packages[name]],
+        "problems": list(problems(packages, imports, devices)),
     }
 
 
-def _target(name: str, imports: dict[str, hardware.Import | None]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Import:
+    """The result of importing a module. `error` is None where it did."""
+
+    version: str | None
+    error: str | None
+    providers: tuple[str, ...] = ()
+
+
+def installed(package: str) -> str | None:
+    """A package's version; TensorRT's wheels are also named after their CUDA."""
+    for name in (package, f"{package}_cu13", f"{package}_cu12"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
+
+
+def imported(module: str) -> Import | None:
+    """Import a module; None where it is not installed."""
+    if find_spec(module) is None:
+        return None
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        found = import_module(module)
+        return Import(str(found.__version__), None, tuple(getattr(found, "get_available_providers", tuple)()))
+    except Exception as error:  # half an install fails in any way
+        return Import(None, printable(f"{type(error).__name__}: {error}")[:LINE])
+
+
+def system() -> dict[str, Any]:
+    """Interpreter, operating system, board, processor, memory in bytes."""
+    return {
+        "dash-export": __version__,
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "board": _read("proc/device-tree/model").strip("\0"),
+        "l4t": _read("etc/nv_tegra_release").partition(", GCID")[0].removeprefix("# "),
+        "cpu": cpu_name(),
+        "physical_cores": physical_cores(),
+        "logical_cores": os.cpu_count() or 1,
+        "memory_available": available_memory(),
+    }
+
+
+def _read(path: str) -> str:
+    """The beginning of a file of the system; "" where there is none."""
+    try:
+        with (ROOT / path).open(encoding="utf-8", errors="replace") as file:
+            return printable(file.readline(LINE).strip())
+    except OSError:
+        return ""
+
+
+def cuda() -> dict[str, Any]:
+    """CUDA's devices as the driver itself lists them, or why there is none; the driver's version; and the devices that
+    the kernel sees, which may be more than CUDA can use.
+    """
+    devices, reason = [], None
+    try:
+        devices = [asdict(device) for device in cuda_devices()]
+    except BackendError as error:
+        reason = str(error)
+    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed Aug ..."
+    driver = re.search(r"Module.*?  (\d[\d.]*)", _read("proc/driver/nvidia/version"))
+    seen = [path.name for path in sorted(ROOT.glob("dev/nvidia[0-9]*"))]
+    return {"devices": devices, "reason": reason, "driver": driver and driver[1], "seen": seen}
+
+
+def problems(
+    packages: dict[str, str | None], imports: dict[str, Import | None], devices: dict[str, Any]
+) -> Iterator[dict[str, str]]:
+    """Conflicts that make things fail or run slowly in silence: the problem, and the fix to type. `devices` is
+    `cuda()`.
+    """
+    has_gpu, gpu_package = bool(devices["devices"]), packages["onnxruntime-gpu"]
+    if devices["seen"] and not has_gpu:
+        yield {
+            "problem": f"There is a GPU ({', '.join(devices['seen'][:4])}), but CUDA cannot use it: "
+            f"{devices['reason']}",
+            "fix": "install the whole NVIDIA driver again; in a container: docker run --gpus all "
+            "(on a Jetson: --runtime nvidia)",
+        }
+    both = packages["onnxruntime"] and gpu_package
+    if both:
+        yield {
+            "problem": "onnxruntime and onnxruntime-gpu are both installed: they overwrite each other's files.",
+            "fix": "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime" + "-gpu" * has_gpu,
+        }
+    for module, result in imports.items():
+        if result is not None and result.error is not None and not (both and module == "onnxruntime"):
+            name = {"tensorrt_rtx": "tensorrt-rtx-cu13"}.get(module, module)
+            name += "-gpu" if packages.get(f"{module}-gpu") else ""
+            apt = "; on a Jetson: sudo apt install --reinstall python3-libnvinfer" * (module == "tensorrt")
+            yield {
+                "problem": f"{module} is installed but cannot be imported ({result.error}).",
+                "fix": f"pip install --force-reinstall {name}{apt}",
+            }
+    ort = imports["onnxruntime"]
+    offers = ort.providers if ort is not None and ort.error is None else ("CUDAExecutionProvider",)
+    if gpu_package and not both and has_gpu and "CUDAExecutionProvider" not in offers:
+        yield {
+            "problem": "onnxruntime-gpu does not offer CUDA here: its CUDA libraries are missing.",
+            "fix": "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+        }
+
+
+def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:
     """A shipped target: `build` and `run` here, `kit` where `build` writes a build kit instead, why not, and the
     install line for what is missing. `imports`: how importing each backend's package went.
     """
-    kit, install = False, ""
-    try:
-        backend = backend_of(load_recipe(name))
-        reasons = build, run = _obstacles(backend, imports)
-        kit = backend.needs_another_machine() and not _missing(backend) and find_spec("onnxruntime") is not None
-        install = _install(backend, build, run)
-    except RecipeError as error:
-        reasons = (str(error), str(error))
-    except Exception as error:  # this machine is odd in a way nobody thought of: say so, go on with the others
-        reasons = (f"{type(error).__name__}: {error}"[: hardware.LINE],) * 2
+    backend = backend_of(load_recipe(name))
+    reasons = _obstacles(backend, imports)
+    lowers = not _missing(backend) and find_spec("onnxruntime") is not None
     # The first sentence of each: what else they say (no driver at all, the known backends) is told elsewhere.
     said = dict.fromkeys(reason.partition(". ")[0].rstrip(".") for reason in reasons if reason is not None)
     return {
         "target": name,
         "build": reasons[0] is None,
         "run": reasons[1] is None,
-        "kit": kit,
+        "kit": backend.needs_another_machine() and lowers,
         "reason": "; ".join(said),
-        "install": install,
+        "install": _install(backend, *reasons),
     }
 
 
-def _obstacles(backend: Backend, imports: dict[str, hardware.Import | None]) -> tuple[str | None, str | None]:
+def _obstacles(backend: Backend, imports: dict[str, Import | None]) -> tuple[str | None, str | None]:
     """Why the recipe can neither be built nor run here: both None where it can."""
     recipe, build, run = backend.recipe, backend.build_obstacle(), backend.run_obstacle()
     package = BACKENDS[recipe.backend][1]
-    found = imports.get(package)
+    found, on_cuda = imports.get(package), recipe.backend == "onnxruntime_cuda"
     if found is not None and found.error is not None:
         broken = f"the package {package} cannot be imported."
-        compiles = recipe.backend != "onnxruntime_cuda"
-        build, run = build or (broken if compiles else None), run or broken
-    elif found is not None and recipe.backend == "onnxruntime_cuda" and "CUDAExecutionProvider" not in found.providers:
+        build, run = build or (None if on_cuda else broken), run or broken
+    elif found is not None and on_cuda and "CUDAExecutionProvider" not in found.providers:
         run = run or "this ONNX Runtime does not offer CUDA."
     elif found is not None and found.version is not None:
         build = build or backend.refused_version(found.version)
@@ -138,23 +246,39 @@ def _install(backend: Backend, build: str | None, run: str | None) -> str:
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = result_console()
-    _print_machine(console, report)
-    packages = plain_table("Packages", "package", "version", "extra", "for")
-    for name, version in report["packages"].items():
-        extra = hardware.PACKAGES[name]
-        told = report["imports"].get(name) or {}
-        label = f"[{extra}]" if extra else "always"
-        packages.add_row(name, version or told.get("version") or "not installed", label, _PURPOSE[extra])
-    print_table(console, packages)
+    system, cuda, told = report["system"], report["cuda"], report["imports"]
+    machine = [
+        ("dash-export", system["dash-export"]),
+        ("Python", system["python"]),
+        ("system", f"{system['os']}, {system['architecture']}"),
+        ("board", ", ".join(filter(None, (system["board"], system["l4t"])))),
+        ("processor", f"{system['cpu']}, {system['physical_cores']} cores ({system['logical_cores']} threads)"),
+        ("free memory", size(system["memory_available"])),
+    ]
+    for device in cuda["devices"]:
+        memory = f"{size(device['memory'])}{' shared with the CPU' if device['integrated'] else ''}"
+        machine.append(("CUDA", f"{device['name']}, compute capability {device['capability']}, {memory}"))
+        machine.append(("driver", f"{cuda['driver'] or 'unknown'}, speaks CUDA {device['driver']}"))
+    if not cuda["devices"]:
+        machine.append(("CUDA", f"no device. {cuda['reason']}"))
+    print_table("This machine", ("", ""), (), (row for row in machine if row[1]))
+    packages = (
+        (
+            name, version or (told.get(name) or {}).get("version") or "not installed",
+            f"[{PACKAGES[name]}]" if PACKAGES[name] else "always",
+        )
+        for name, version in report["packages"].items()
+    )  # fmt: skip
+    print_table("Packages", ("package", "version", "extra"), (), packages)
     if report["providers"]:
-        console.print(f"ONNX Runtime offers: {', '.join(report['providers'])}\n")
-
-    table = plain_table("Targets", "target", "build here", "run here", "why not, or what to install")
-    for row in report["targets"]:
-        build = Text("a kit", "yellow") if row["kit"] else _yes(row["build"])
-        table.add_row(row["target"], build, _yes(row["run"]), row["install"] or row["reason"])
-    print_table(console, table)
+        click.echo(f"ONNX Runtime offers: {', '.join(report['providers'])}\n")
+    answers = {True: Text("yes", "green"), False: Text("no", "yellow")}
+    targets = (
+        (row["target"], Text("a kit", "yellow") if row["kit"] else answers[row["build"]], answers[row["run"]],
+         row["install"] or row["reason"])
+        for row in report["targets"]
+    )  # fmt: skip
+    print_table("Targets", ("target", "build here", "run here", "why not, or what to install"), (), targets)
     if any(row["kit"] for row in report["targets"]):
         click.echo("A kit: `dash-export build` writes a folder here that builds the engines on the device.")
     if report["missing_for_export"]:
@@ -165,48 +289,3 @@ def _print(report: dict[str, Any]) -> None:
         click.echo(f"  Fix: {finding['fix']}")
     if not report["problems"]:
         click.secho("No conflicts found.", fg="green")
-
-
-def _yes(value: bool) -> Text:
-    return Text("yes", "green") if value else Text("no", "yellow")
-
-
-def _print_machine(console: Console, report: dict[str, Any]) -> None:
-    system, cuda = report["system"], report["cuda"]
-    table = plain_table("This machine", "", "")
-    table.show_header = False
-    table.add_row("dash-export", system["dash-export"])
-    table.add_row("Python", system["python"])
-    table.add_row("system", f"{system['os']}, {system['architecture']}")
-    table.add_row("processor", f"{system['cpu']}, {system['physical_cores']} cores ({system['logical_cores']} threads)")
-    table.add_row("free memory", size(system["memory_available"]))
-    for device in cuda["devices"]:
-        memory = f"{size(device['memory'])}{' shared with the CPU' if device['integrated'] else ''}"
-        table.add_row("CUDA", f"{device['name']}, compute capability {device['capability']}, {memory}")
-    if cuda["devices"]:
-        table.add_row("driver", f"{cuda['driver'] or 'unknown'}, speaks CUDA {cuda['devices'][0]['driver']}")
-    else:
-        table.add_row("CUDA", f"no device. {cuda['reason'] or ''}")
-    for name, value in _about_jetson(report["jetson"]) if report["jetson"] else ():
-        table.add_row(name, value)
-    print_table(console, table)
-
-
-def _about_jetson(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "Jetson", facts["model"]
-    yield "JetPack", f"{facts['jetpack'] or 'unknown'} (Jetson Linux {facts['l4t'] or 'unknown'})"
-    yield "power mode", facts["power_mode"] or "unknown: run `nvpmodel -q`"
-    if not facts["clocks"]:
-        yield "clocks", "unknown: run `sudo jetson_clocks --show`"
-        return
-    yield "clocks", "; ".join(_about_clock(name, clock) for name, clock in facts["clocks"].items())
-    if "EMC" not in facts["clocks"]:
-        yield "", "the memory's clock (EMC) is told to root only: sudo jetson_clocks --show"
-    if not facts["clocks_fixed"]:
-        yield "", "they move: run `sudo jetson_clocks` before you measure"
-
-
-def _about_clock(name: str, clock: dict[str, Any]) -> str:
-    if clock["fixed"]:
-        return f"{name} fixed at {clock['now']} MHz"
-    return f"{name} {clock['lowest']} to {clock['highest']} MHz, now {clock['now']}"

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
-from dash_export.artifacts import open_regular
 from dash_export.bundle import Bundle
-from dash_export.commands.common import (
-    build_bytes,
-    bundle_bytes,
-    plain_table,
-    print_table,
-    result_console,
-    size,
-    units_table,
-)
+from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, print_units, size
 from dash_export.decision import Unit, units_text
-from dash_export.errors import BundleError, StaleBuildError
+from dash_export.errors import StaleBuildError
 from dash_export.manifest import Build, Segment
 from dash_export.targets import WeightsRecipe, recipe_from_dict
-
-_OPSET_IMPORT = 8
-_LONGEST_FIELD = 1 << 16
-"""Bytes of a protobuf field that are read; longer ones are passed over."""
 
 
 @click.command("inspect")
@@ -96,65 +81,10 @@ def graph_kinds(bundle: Bundle) -> list[dict[str, Any]]:
     sizes = {record.name: record.bytes for record in bundle.manifest.files}
     rows: dict[str, dict[str, Any]] = {}
     for name, file in bundle.manifest.graphs.items():
-        kind = name.partition("_")[0]
-        if kind not in rows:
-            try:
-                found = opsets(bundle.path(file))
-            except (OSError, ValueError) as error:
-                raise BundleError(
-                    f"{bundle.root}: {file} cannot be read ({error}). The bundle is damaged: export it again."
-                ) from error
-            opset = {domain or "ai.onnx": version for domain, version in found.items()}
-            rows[kind] = {"kind": kind, "count": 0, "bytes": 0, "opset": opset}
-        rows[kind]["count"] += 1
-        rows[kind]["bytes"] += sizes.get(file, 0) + sizes.get(file.removesuffix(".onnx") + ".data", 0)
+        row = rows.setdefault(kind := name.partition("_")[0], {"kind": kind, "count": 0, "bytes": 0})
+        row["count"] += 1
+        row["bytes"] += sizes.get(file, 0) + sizes.get(file.removesuffix(".onnx") + ".data", 0)
     return list(rows.values())
-
-
-def opsets(path: Path) -> dict[str, int]:
-    """Domain ("" is ONNX's own) -> version of an .onnx file, without the onnx package: in ModelProto (onnx.proto) field
-    8 is a repeated OperatorSetIdProto {1: domain, 2: version}. Raises ValueError for what is not an ONNX file, OSError
-    for no file.
-    """
-    found = {}
-    with open_regular(path) as file:
-        for number, value in _fields(file, os.fstat(file.fileno()).st_size):
-            if number == _OPSET_IMPORT and isinstance(value, bytes):
-                entry = dict(_fields(io.BytesIO(value), len(value)))
-                domain, version = entry.get(1, b""), entry.get(2, 0)
-                if not isinstance(domain, bytes) or not isinstance(version, int):
-                    raise ValueError("not an ONNX opset")
-                found[domain.decode("utf-8")] = version
-    return found
-
-
-def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of the integer and bytes fields of a protobuf message; long ones are passed over."""
-    while file.tell() < end:
-        tag = _varint(file)
-        number, kind = tag >> 3, tag & 7
-        if kind == 0:
-            yield number, _varint(file)
-        elif kind in (1, 5):
-            file.seek(8 if kind == 1 else 4, os.SEEK_CUR)
-        elif kind == 2 and (length := _varint(file)) < _LONGEST_FIELD:
-            yield number, file.read(length)
-        elif kind == 2:
-            file.seek(length, os.SEEK_CUR)
-        else:
-            raise ValueError("not an ONNX file")
-
-
-def _varint(file: BinaryIO) -> int:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = file.read(1)
-        if not byte:
-            break
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-    raise ValueError("not an ONNX file: cut short")
 
 
 def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
@@ -197,71 +127,59 @@ def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
 
 def precision(weights: WeightsRecipe, segment: Segment) -> str:
     """The weights of a segment as the recipe has them: "int4, qkv int8", "embedding int8; int8"."""
-    parts = []
-    if segment.embed:
-        parts.append(f"embedding {weights.embedding}")
+    parts = [f"embedding {weights.embedding}"] if segment.embed else []
     if len(segment.layers):
         layers = weights.layers if segment.gated else weights.ungated
         parts.append(layers if layers == weights.qkv or not segment.gated else f"{layers}, qkv {weights.qkv}")
-    if segment.head:
-        parts.append(f"head {weights.head}")
-    return "; ".join(parts)
+    return "; ".join(parts + [f"head {weights.head}"] * segment.head)
 
 
 def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
     model, policy = bundle.manifest.model, bundle.manifest.policy
-    table = plain_table(f"{bundle.root}", "", "")
-    table.show_header = False
-    for name, value in (
-        ("model", f"{model.name} ({model.model_type})"),
-        ("parameters", f"{model.parameters / 1e6:.1f} M"),
-        ("layers", f"{model.num_layers} of hidden size {model.hidden_size}"),
-        ("attention", f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for K and V"),
-        ("vocabulary", f"{model.vocab_size}"),
-        ("context", f"{model.max_positions} positions"),
-        ("portable size", size(facts["bytes"])),
-        ("units", f"{units_text(policy.units)} ({len(policy.layers)} layers)"),
-        ("bypass", policy.bypass),
-        ("policy", policy.origin),
-        ("decides", f"by what enters layer {policy.read}" if policy.has_network else "nothing"),
-        ("serves", ", ".join(policy.kinds)),
-        ("static order", ", ".join(str(policy.units[place]) for place in policy.static_order) or "not ranked"),
-        ("made with", ", ".join(f"{name} {version}" for name, version in facts["tools"].items())),
-    ):
-        table.add_row(name, value)
-    graphs = plain_table("Portable graphs", "kind", "count", "size", "opset", right=("count", "size"))
-    for row in facts["graphs"]:
-        opset = ", ".join(f"{domain} {version}" for domain, version in row["opset"].items())
-        graphs.add_row(row["kind"], str(row["count"]), size(row["bytes"]), opset)
-    console = result_console()
-    print_table(console, table)
+    rows = {
+        "model": f"{model.name} ({model.model_type})",
+        "parameters": f"{model.parameters / 1e6:.1f} M",
+        "layers": f"{model.num_layers} of hidden size {model.hidden_size}",
+        "attention": f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for K and V",
+        "vocabulary": model.vocab_size,
+        "context": f"{model.max_positions} positions",
+        "portable size": size(facts["bytes"]),
+        "units": f"{units_text(policy.units)} ({len(policy.layers)} layers)",
+        "bypass": policy.bypass,
+        "policy": policy.origin,
+        "decides": f"by what enters layer {policy.read}" if policy.has_network else "nothing",
+        "serves": ", ".join(policy.kinds),
+        "static order": ", ".join(str(policy.units[place]) for place in policy.static_order) or "not ranked",
+        "made with": ", ".join(f"{name} {version}" for name, version in facts["tools"].items()),
+    }
+    print_table(str(bundle.root), ("", ""), (), rows.items())
     if facts["graphs"]:
-        print_table(console, graphs)
+        graphs = ((row["kind"], row["count"], size(row["bytes"])) for row in facts["graphs"])
+        print_table("Portable graphs", ("kind",), ("count", "size"), graphs)
     else:
         click.echo("The portable graphs are not here: engines run, and new ones are built elsewhere.\n")
 
 
 def _print_build(build: Build, units: Sequence[Unit], facts: dict[str, Any]) -> None:
-    numbers = ("size", "run µs", "share")
-    title = f"Target {build.target}: {facts['engines']} engines, {size(facts['bytes'])} on disk, {facts['backend']}"
-    table = plain_table(title, "segment", "precision", *numbers, right=numbers)
     alone = sum(build.cost.segment_us.values())
-    for row in facts["segments"]:
-        run = row["run_us"]
-        times = ("-", "-") if run is None or not alone else (f"{run:.0f}", f"{100 * run / alone:.1f} %")
-        table.add_row(row["name"], row["precision"], size(row["bytes"]), *times)
-    console = result_console()
-    print_table(console, table)
+
+    def times(run: float | None) -> tuple[str, str]:
+        return ("-", "-") if run is None or not alone else (f"{run:.0f}", f"{100 * run / alone:.1f} %")
+
+    print_table(
+        f"Target {build.target}: {facts['engines']} engines, {size(facts['bytes'])} on disk, {facts['backend']}",
+        ("segment", "precision"), ("size", "run µs", "share"),
+        ((row["name"], row["precision"], size(row["bytes"]), *times(row["run_us"])) for row in facts["segments"]),
+    )  # fmt: skip
     if units:
-        print_table(console, units_table(build, units))
+        print_units(build, units)
     dense = f"{build.cost.dense_us / 1000:.2f} ms/token at {build.cost.context} cached tokens"
     measured = f"Measured on {build.device}: dense {dense}."
     click.echo(measured if build.cost.segment_us else f"For {build.device}; costs not measured.")
     click.echo("Size: what an engine reads of its files. Saved: units of as many layers share a figure.")
     click.echo(build.cost.disturbed and f"{build.cost.disturbed}\n")
     if build.dial:
-        columns = ("trade-off", "layers/token", "time vs dense", "KL (nats)")
-        table = plain_table("Dial of the token policy (calibrated)", *columns, right=columns)
-        for point in build.dial:
-            table.add_row(f"{point.trade_off:.4g}", f"{point.layers:.2f}", f"{point.time:.3f}", f"{point.kl:.4f}")
-        print_table(console, table)
+        print_table(
+            "Dial of the token policy (calibrated)", (), ("trade-off", "layers/token", "time vs dense", "KL (nats)"),
+            ((f"{at.trade_off:.4g}", f"{at.layers:.2f}", f"{at.time:.3f}", f"{at.kl:.4f}") for at in build.dial),
+        )  # fmt: skip

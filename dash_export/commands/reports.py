@@ -1,55 +1,92 @@
-"""A picture on disk: PNG and SVG (and the figures behind them), written whole or not at all."""
+"""Reports on disk: pictures, figures, traces; written whole or not at all, and never over what is not ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dash_export.commands.common import check_reports, save_report
+import click
+
+from dash_export.artifacts import open_regular, write_atomic
+from dash_export.bundle import MANIFEST
+from dash_export.cli import OUTPUT
+from dash_export.errors import RequestError
+from dash_export.names import REPORT
+from dash_export.outputs import MARK, locked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_BEGINNING = 8192
 
-def picture_base(output: Path) -> Path:
-    """`output` without the ending of a picture. Raises RequestError where that is no name of a file."""
-    from dash_export.errors import RequestError
 
-    base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
-    if base.name in ("", ".."):
-        raise RequestError(f"{output} is a folder: give -o a name for the pictures in it, like {output / 'NAME'}.")
-    return base
+def check_reports(*outputs: Path) -> None:
+    """Before anything is measured: raises RequestError for a file that is not ours to write over, or lies in a bundle
+    or a work folder.
+    """
+    for path in outputs:
+        ours = not os.path.lexists(path)
+        if not ours and not path.is_symlink():
+            try:
+                with open_regular(path) as file:
+                    beginning = file.read(_BEGINNING)
+                ours = REPORT.encode() in beginning or not beginning  # nothing is lost with an empty file
+            except OSError:
+                pass
+        if not ours:
+            raise RequestError(f"{path} exists and is no report of ours: it will not be overwritten. Choose another.")
+        for folder in path.absolute().resolve().parents:
+            inside = (folder / MANIFEST).is_file() and any((folder / name).is_dir() for name in ("onnx", "engines"))
+            if inside or (folder / MARK).is_file():
+                raise RequestError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")
+
+
+def save_report(path: Path, content: str | bytes) -> Path:
+    """Write what took minutes to measure, and return where: under a free name beside `path` where something has come
+    there meanwhile that is no report of ours.
+    """
+    free = path
+    try:
+        check_reports(path)
+    except RequestError:
+        names = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+        free = next(name for name in names if not os.path.lexists(name))
+        check_reports(free)
+        click.echo(f"{path} is no report of ours any more: it is kept, and {free} is written.", err=True)
+    free.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(free, content)
+    return free
 
 
 @contextmanager
-def sole_writer(command: str, *outputs: Path | None) -> Iterator[None]:
-    """Hold the outputs for one command, from before it measures to what it writes at the end. Raises BusyError."""
-    from dash_export.outputs import locked
-
+def sole_writer(ctx: click.Context, *outputs: Path, files: Sequence[Path] = ()) -> Iterator[None]:
+    """Hold the outputs for this command, from before it measures to what it writes in the end; `files`: what that is,
+    where it is not the outputs themselves. Raises BusyError, and RequestError like `check_reports`.
+    """
     with ExitStack() as stack:
-        for output in filter(None, outputs):
-            stack.enter_context(locked(picture_base(output), command))
+        for output in outputs:
+            stack.enter_context(locked(output, str(ctx.info_name)))
+        check_reports(*(files or outputs))
+        ctx.meta[OUTPUT] = ", ".join(map(str, outputs))
         yield
 
 
-def check_pictures(output: Path, *, report: bool) -> None:
-    """Before anything is measured: raises RequestError where `save_pictures` would write over what is not ours."""
-    base = picture_base(output)
-    kinds = ("png", "svg", "json") if report else ("png", "svg")
-    check_reports(*(base.with_name(f"{base.name}.{kind}") for kind in kinds))
+def picture_files(output: Path, *kinds: str) -> tuple[Path, ...]:
+    """NAME.png and so on for an output NAME, which may have one of the endings. Raises RequestError where that is no
+    name of a file.
+    """
+    base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
+    if base.name in ("", ".."):
+        raise RequestError(f"{output} is a folder: give -o a name for the pictures in it, like {output / 'NAME'}.")
+    return (base, *(base.with_name(f"{base.name}.{kind}") for kind in kinds))
 
 
-def save_pictures(output: Path, figure: Figure, report: str | None = None) -> list[Path]:
-    """`output` names the files without their endings; one given is dropped. Returns the files written."""
+def save_pictures(files: Sequence[Path], figure: Figure) -> list[Path]:
+    """Write the files that are pictures by their endings; returns those written."""
     from dash_export.evaluate.pictures import render
 
-    base = picture_base(output)
-    base.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    if report is not None:  # first: it cannot be drawn anew
-        written.append(save_report(base.with_name(f"{base.name}.json"), report + "\n"))
-    for kind in ("png", "svg"):
-        written.append(save_report(base.with_name(f"{base.name}.{kind}"), render(figure, kind)))
-    return written
+    return [save_report(path, render(figure, path.suffix[1:])) for path in files if path.suffix in (".png", ".svg")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from dash_export.cli import printable
-from dash_export.commands.common import choose_target, setting_options
+from dash_export.commands.options import TARGET, load_runtime, setting_options
 from dash_export.decision import Setting
 from dash_export.errors import DashError, RequestError
 from dash_export.targets import MAX_THREADS, Dispatch
@@ -61,13 +61,12 @@ class RunOptions:
     "--chat", is_flag=True, help="A conversation: /reset forgets it, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 )
 @click.option("--system", help="System message of the chat template.")
-@click.option("--target", help="Which build: cpu, or the only one there is.")
+@TARGET
 @setting_options
 @click.option(
-    "--dispatch",
-    type=click.Choice(get_args(Dispatch)),
+    "--dispatch", type=click.Choice(get_args(Dispatch)),
     help="Of a GPU target: how the policy is evaluated; the recipe's choice by default.",
-)
+)  # fmt: skip
 @click.option("--threads", type=click.IntRange(0, MAX_THREADS), help="Of a CPU target; 0: one per physical core.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="By default 256, or what the context has left.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
@@ -81,36 +80,28 @@ class RunOptions:
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object: text, tokens, finish_reason, statistics, actions."
 )
+@click.pass_context
 def command(
-    bundle: Path, prompt: str | None, prompts: Path | None, batch: int | None, raw: bool, chat: bool,
-    system: str | None, target: str | None, threads: int | None, dispatch: str | None, max_tokens: int | None,
-    show_skips: bool, as_json: bool, setting: Setting, **sampling: Any,
+    ctx: click.Context, /, bundle: Path, prompt: str | None, prompts: Path | None, batch: int | None, raw: bool,
+    chat: bool, system: str | None, target: str | None, threads: int | None, dispatch: str | None,
+    max_tokens: int | None, show_skips: bool, as_json: bool, setting: Setting, **sampling: Any,
 ) -> None:  # fmt: skip
     """Answer PROMPT (or standard input, or every line of --prompts) with a built bundle; figures go to stderr.
 
     The prompt is put into the model's chat template when it has one; --raw gives plain text.
     """
-    given = {
-        "PROMPT": prompt is not None, "--prompts": prompts is not None, "--chat": chat, "--json": as_json,
-        "--raw": raw, "--show-skips": show_skips, "--system": system is not None, "--batch": batch is not None,
-    }  # fmt: skip
-    _check_usage({name for name, there in given.items() if there})
-    if chat:
-        many, text = [], prompt
-    elif prompts is not None:
-        many, text = read_prompts(prompts), None
-    else:
-        many, text = [], read_stream(sys.stdin).removesuffix("\n") if prompt in (None, "-") else prompt
-    if text is not None and not text.strip():
+    _check_usage(ctx)
+    many = read_prompts(prompts) if prompts is not None else []
+    if prompt in (None, "-") and not many and not chat:
+        prompt = read_stream(sys.stdin).removesuffix("\n")
+    if prompt is not None and not prompt.strip():
         raise RequestError("The prompt is empty: give at least one word.")
     setting.check()
 
-    from dash_export.bundle import Bundle
-    from dash_export.commands.run_chat import converse, print_answer
-    from dash_export.runtime import DashRuntime, Sampling
+    from dash_export.commands.chat import AnswerPrinter, converse
+    from dash_export.runtime import Sampling
 
-    target = choose_target(Bundle.open(bundle), target)
-    runtime = DashRuntime.load(bundle, target, dispatch=dispatch, threads=threads)
+    runtime = load_runtime(bundle, target, dispatch=dispatch, threads=threads)
     templated = runtime.text.template is not None and not raw
     if system is not None and not templated:
         raise RequestError(
@@ -118,18 +109,23 @@ def command(
         )
     options = RunOptions(runtime.session_with(setting), Sampling(**sampling), max_tokens, system, templated)
     if chat:
-        converse(options, show_skips, text)
+        converse(options, show_skips, prompt)
     elif many:
         answer_all(runtime.batch_with(setting, min(batch or BATCH, len(many))), many, options, as_json)
     else:
-        stream = options.session.stream(options.encode(text or ""), max_tokens, options.sampling)
+        stream = options.session.stream(options.encode(prompt or ""), max_tokens, options.sampling)
         if as_json:
             click.echo(json.dumps(_as_dict(list(stream)), ensure_ascii=False))
         else:
-            print_answer(stream, options.session, show_skips)
+            printer = AnswerPrinter(options.session, show_skips)
+            printer.print(stream)
+            printer.print_legend()
 
 
-def _check_usage(given: set[str]) -> None:
+def _check_usage(ctx: click.Context) -> None:
+    names = {"PROMPT" if name == "prompt" else f"--{name.removeprefix('as_').replace('_', '-')}": value
+             for name, value in ctx.params.items()}  # fmt: skip
+    given = {name for name, value in names.items() if value is not None and value is not False}
     for first, others in (
         ("--prompts", ("PROMPT", "--chat", "--show-skips")),
         ("--chat", ("--json", "--raw")),
@@ -173,45 +169,36 @@ def answer_all(batch: Batch, prompts: list[str], options: RunOptions, as_json: b
     """Print every answer when it is whole, as text or as one JSON line; the figures of all go to stderr, and so does
     why a prompt has none. Raises RequestError at the end where there is such a prompt.
     """
-    failed: set[int] = set()
+    answers: dict[int, list[Response]] = {}
+    encoded: dict[int, list[int]] = {}
 
     def refuse(index: int, error: DashError) -> None:
-        failed.add(index)
         click.echo(printable(f"{index}: the prompt {prompts[index][:40]!r} has no answer. {error}"), err=True)
 
-    encoded = _encode_all(prompts, options, refuse)
-    indices, began, count = list(encoded), time.perf_counter(), 0
-    answers: dict[int, list[Response]] = {index: [] for index in indices}
+    for index, prompt in enumerate(prompts):
+        try:
+            encoded[index] = options.encode(prompt)
+        except DashError as error:
+            refuse(index, error)
+    indices, began, count, answered = list(encoded), time.perf_counter(), 0, 0
     for position, response in batch.stream(encoded.values(), options.max_tokens, options.sampling):
         index = indices[position]
         if response.error is not None:
             refuse(index, response.error)
             continue
         count += 1
-        answers[index].append(response)
+        answers.setdefault(index, []).append(response)
         if response.finish_reason is not None:
+            answered += 1
             _print_one(index, prompts[index], answers.pop(index), as_json)
-    seconds = time.perf_counter() - began
-    steps = max(1, batch.counters.decode_steps)
+    seconds, steps = time.perf_counter() - began, max(1, batch.counters.decode_steps)
     click.echo(
-        f"[{len(prompts) - len(failed)} answers, {count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s in "
-        f"all, up to {batch.size} at a time, {batch.counters.layers_run / steps:.1f} layers/step]",
+        f"[{answered} answers, {count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s in all, up to "
+        f"{batch.size} at a time, {batch.counters.layers_run / steps:.1f} layers/step]",
         err=True,
     )
-    if failed:
-        raise RequestError(f"{len(failed)} of {len(prompts)} prompts have no answer: why stands above.")
-
-
-def _encode_all(
-    prompts: list[str], options: RunOptions, refuse: Callable[[int, DashError], None]
-) -> dict[int, list[int]]:
-    encoded = {}
-    for index, prompt in enumerate(prompts):
-        try:
-            encoded[index] = options.encode(prompt)
-        except DashError as error:
-            refuse(index, error)
-    return encoded
+    if answered < len(prompts):
+        raise RequestError(f"{len(prompts) - answered} of {len(prompts)} prompts have no answer: why stands above.")
 
 
 def _print_one(index: int, prompt: str, responses: list[Response], as_json: bool) -> None:

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import click
 
-from dash_export.bundle import Bundle
-from dash_export.cli import OUTPUT
-from dash_export.commands.common import choose_target, setting_options
-from dash_export.commands.reports import check_pictures, save_pictures, sole_writer
+from dash_export.commands.options import TARGET, load_runtime, setting_options
+from dash_export.commands.reports import picture_files, save_pictures, sole_writer
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 
@@ -20,12 +18,10 @@ DEFAULT = Setting("token", budget=0.85)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="Take the text from a file.")
-@click.option("--target", help="Which build: cpu, or the only one there is.")
+@TARGET
 @setting_options
 @click.option("--prefix", type=click.IntRange(min=2), default=16, show_default=True, help="Dense tokens; not drawn.")
-@click.option(
-    "--tokens", type=click.IntRange(min=1, max=400), default=64, show_default=True, help="Rows: tokens after those."
-)
+@click.option("--tokens", type=click.IntRange(1, 400), default=64, show_default=True, help="Rows: tokens after those.")
 @click.option(
     "-o", "--output", default="skipmap", show_default=True, metavar="NAME", type=click.Path(path_type=Path),
     help="Writes NAME.png and NAME.svg.",
@@ -45,35 +41,27 @@ def command(
     from dash_export.evaluate.candidates import label
     from dash_export.evaluate.pictures import layers_run, skip_map_figure  # fails at once where matplotlib is missing
     from dash_export.resources import resource_folder
-    from dash_export.runtime import DashRuntime
     from dash_export.text_files import read_text
 
     if text is not None and file is not None:
         raise click.UsageError("Give the text or --file, not both.")
-    if setting == Setting():
-        setting = DEFAULT
-    with sole_writer("skipmap", output):
-        check_pictures(output, report=False)
-        ctx.meta[OUTPUT] = str(output)
-        sample = (
-            text if text is not None else read_text(file or resource_folder("calibration") / "prose.txt", pipe=True)
-        )
-        opened = Bundle.open(bundle)
-        runtime = DashRuntime.load(bundle, choose_target(opened, target))
+    setting = DEFAULT if setting == Setting() else setting
+    base, *files = picture_files(output, "png", "svg")
+    with sole_writer(ctx, base, files=files):
+        if text is None:
+            text = read_text(file or resource_folder("calibration") / "prose.txt", pipe=True)
+        runtime = load_runtime(bundle, target)
         session = runtime.session_with(setting)
-        ids = np.array(runtime.text.encode(sample)[: prefix + tokens], np.int64)
+        ids = np.array(runtime.text.encode(text)[: prefix + tokens], np.int64)
         if len(ids) <= prefix:
             raise RequestError(
                 f"The text has {len(ids)} tokens, and the first {prefix} are dense: give more text or a smaller "
                 "--prefix."
             )
         actions = session.score(ids, prefix=prefix).actions[prefix:]
-        model = opened.manifest.model
         pieces = [runtime.text.decode([token]) for token in ids[prefix:].tolist()]
-        caption = layers_run(actions)
-        figure = skip_map_figure(
-            pieces, actions, opened.manifest.policy.units, f"{model.name}: {label(setting)}", caption
-        )
-        for path in save_pictures(output, figure):
+        manifest = runtime.bundle.manifest
+        figure = skip_map_figure(pieces, actions, manifest.policy.units, f"{manifest.model.name}: {label(setting)}")
+        for path in save_pictures(files, figure):
             click.echo(f"Written to {path}")
-        click.echo(caption)
+        click.echo(layers_run(actions))

@@ -10,95 +10,64 @@ import click
 from click.core import ParameterSource
 
 from dash_export.cli import OUTPUT
-from dash_export.commands.common import UnitList, plain_table, print_table, result_console
+from dash_export.commands.options import UNITS
 from dash_export.commands.progress import progress_bar
+from dash_export.commands.tables import print_table
 from dash_export.decision import Unit, parse_units
 from dash_export.train.defaults import KINDS, TrainingSettings
 
 DEFAULTS = TrainingSettings()
+_POLICY = click.Path(path_type=Path, dir_okay=False)
+_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command("train")
 @click.argument("model")
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    metavar="NAME.safetensors",
+    "-o", "--output", type=_POLICY, required=True, metavar="NAME.safetensors",
     help="The policy file to write; its card, NAME.json, lies beside it.",
-)
+)  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path), multiple=True, help="Plain text to learn from; repeatable.")
 @click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    metavar="FILE.jsonl",
+    "--prompts", type=click.Path(path_type=Path), multiple=True, metavar="FILE.jsonl",
     help='Chat prompts ({"prompt": ...} a line) that the model continues itself, to learn from; repeatable.',
-)
+)  # fmt: skip
 @click.option(
-    "--kind",
-    type=click.Choice(KINDS),
-    default=KINDS[0],
-    show_default=True,
+    "--kind", type=click.Choice(KINDS), default=KINDS[0], show_default=True,
     help="token: a network that decides for every token. static: fixed sets with bypasses of their own.",
-)
+)  # fmt: skip
 @click.option(
-    "--units",
-    type=UnitList(),
-    metavar="UNITS",
+    "--units", type=UNITS, metavar="UNITS",
     help="What is skipped as one, like 5-7,8-10,13; by default the units that gain most, which are looked for first "
     "(minutes), with --from those of the policy.",
-)
+)  # fmt: skip
 @click.option(
-    "--from",
-    "start",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="NAME|FILE.safetensors",
+    "--from", "start", type=_POLICY, metavar="NAME|FILE.safetensors",
     help="Go on from this trained policy, one of yours or one that comes with this package, to tune it further, for "
     "other text or for a fine-tune of its model: only the tuning steps are done.",
-)
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=DEFAULTS.seed, show_default=True)
 @click.option(
-    "--steps",
-    "tuning_steps",
-    type=click.IntRange(min=1),
-    default=DEFAULTS.tuning_steps,
-    show_default=True,
+    "--steps", "tuning_steps", type=click.IntRange(min=1), default=DEFAULTS.tuning_steps, show_default=True,
     help="Tuning steps; no other stage takes more.",
-)
+)  # fmt: skip
 @click.option(
-    "--trade-offs",
-    type=(click.FloatRange(min=0, min_open=True), click.FloatRange(min=0, min_open=True)),
-    default=DEFAULTS.trade_offs,
-    show_default=True,
-    metavar="LOW HIGH",
+    "--trade-offs", type=(_POSITIVE, _POSITIVE), default=DEFAULTS.trade_offs, show_default=True, metavar="LOW HIGH",
     help="The part of the dial to train for, nats per dense token time.",
-)
+)  # fmt: skip
 @click.option(
     "--window", type=click.IntRange(16, 8192), default=DEFAULTS.window, show_default=True, help="Tokens per window."
 )
 @click.option(
-    "--precision",
-    type=click.Choice(["bfloat16", "float32"]),
+    "--precision", type=click.Choice(["bfloat16", "float32"]),
     help="Of the model while it is trained on; by default bfloat16, or float32 on a CPU where that is faster.",
-)
+)  # fmt: skip
 @click.option("--device", default="", help="cpu or cuda; by default cuda where there is one.")
 @click.pass_context
 def command(
-    ctx: click.Context,
-    /,
-    model: str,
-    output: Path,
-    text: tuple[Path, ...],
-    prompts: tuple[Path, ...],
-    kind: str,
-    units: tuple[Unit, ...] | None,
-    start: Path | None,
-    device: str,
-    precision: str | None,
-    **settings: Any,
-) -> None:
+    ctx: click.Context, /, model: str, output: Path, text: tuple[Path, ...], prompts: tuple[Path, ...], kind: str,
+    units: tuple[Unit, ...] | None, start: Path | None, device: str, precision: str | None, **settings: Any,
+) -> None:  # fmt: skip
     """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
 
     The model itself stays as it is. A training that was killed goes on where it stopped when the same command is given
@@ -120,21 +89,22 @@ def command(
 
 
 def _summary(model: str, output: Path) -> None:
-    card, console = json.loads(output.with_suffix(".json").read_text(encoding="utf-8")), result_console()
+    card = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
     if card["chosen"]:
-        columns = ("layers", "KL alone (nats)", "saved", "gain")
-        table = plain_table("Units, by what skipping each alone costs", "unit", *columns, right=columns)
-        for row in card["chosen"]:
-            layers = len(parse_units(row["unit"])[0].layers)
-            shares = (f"{row[name]:.1%}" for name in ("saved", "gain"))
-            table.add_row(row["unit"], str(layers), f"{row['damage']:.4f}", *shares)
-        print_table(console, table)
-    columns = ("skipped", "KL (nats)", "top-1", "nll")
-    table = plain_table(f"Held-out text, {card['held_out']['judged']} tokens", "setting", *columns, right=columns)
-    for row in card["held_out"]["figures"]:
-        table.add_row(
-            row["setting"], f"{row['skipped']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.3f}"
-        )
-    print_table(console, table)
+        print_table(
+            "Units, by what skipping each alone costs", ("unit",), ("layers", "KL alone (nats)", "saved", "gain"),
+            (
+                (row["unit"], len(parse_units(row["unit"])[0].layers), f"{row['damage']:.4f}", f"{row['saved']:.1%}",
+                 f"{row['gain']:.1%}")
+                for row in card["chosen"]
+            ),
+        )  # fmt: skip
+    print_table(
+        f"Held-out text, {card['held_out']['judged']} tokens", ("setting",), ("skipped", "KL (nats)", "top-1", "nll"),
+        (
+            (row["setting"], f"{row['skipped']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.3f}", f"{row['nll']:.3f}")
+            for row in card["held_out"]["figures"]
+        ),
+    )  # fmt: skip
     click.echo(f"{output} (card: {output.with_suffix('.json')}), {card['seconds'] / 60:.0f} minutes")
     click.echo(f"Next: dash-export build {model} --policy {output} --target cpu")

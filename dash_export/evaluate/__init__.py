@@ -8,8 +8,6 @@ LIMIT = 32
 WINDOW = 256
 PREFIX = 64
 """Tokens of a window that are dense, like a prompt: nobody is charged for them."""
-NEW_TOKENS = 64
-"""Of an answer to a prompt."""
 DENSE_SHARE = 0.5
 """Part of an answer task's context that is dense."""
 ROUNDS, TOKENS = 10, 128

@@ -17,8 +17,6 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 FEWEST = 6
 """Rounds for an interval of their median: fewer say little more than how far apart two of them lay."""
-_BATCH = 200
-"""Resamples at a time: memory stays small however many items there are."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,11 +33,8 @@ class Interval:
 def interval(
     sums: npt.ArrayLike, counts: npt.ArrayLike | None = None, transform: Callable[[Floats], Floats] | None = None
 ) -> Interval:
-    """Return the ratio sum(sums) / sum(counts) over items, and its interval.
-
-    `counts` is one per item by default (a plain mean). `transform` is a function of the ratio, like `np.exp` for
-    perplexity. Intervals of several settings over the same items are over the same resamples. Raises ValueError without
-    items.
+    """The ratio sum(sums) / sum(counts) over items. `counts` is one per item by default (a plain mean); `transform` a
+    function of the ratio, like `np.exp` for perplexity. Raises ValueError without items.
     """
     top = np.asarray(sums, np.float64)
     bottom = np.ones_like(top) if counts is None else np.asarray(counts, np.float64)
@@ -67,13 +62,14 @@ def median_ratios(seconds: Floats) -> list[Interval]:
 
 
 def _bootstrapped(statistic: Callable[..., Any], samples: tuple[Floats, ...], fewest: int) -> Interval:
+    """Every call draws the same resamples."""
     if samples[0].size == 0:
         raise ValueError("There is nothing to average.")
     value = float(statistic(*samples))
     if samples[0].size < fewest:
         return Interval(value, value, value)
     found = bootstrap(
-        samples, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=_BATCH,
+        samples, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=200,
         confidence_level=CONFIDENCE, method="percentile", random_state=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     return Interval(value, float(found.low), float(found.high))

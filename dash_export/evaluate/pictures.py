@@ -1,4 +1,4 @@
-"""Frontier, skip map and the figures of a profile (matplotlib, extra `profile`).
+"""Pictures of a frontier, a skip map and a profile (matplotlib, extra `profile`).
 
 White paper, Okabe-Ito colours, readable without colour, no pyplot state.
 """
@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dash_export.decision import Action, Unit
+from dash_export.decision import Action, Actions, Unit
 from dash_export.names import REPORT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from dash_export.evaluate.frontier import Point
-    from dash_export.evaluate.profile import LaneProfile
+    from dash_export.evaluate.exchange import Point
 
 STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -32,8 +30,6 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "hatch.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
     "text.parse_math": False,  # names of files, bundles and tokens may hold a dollar sign
@@ -53,9 +49,7 @@ PART_LOOKS = {
     "sampling": ("#CC79A7", "\\\\"),
     "host": ("#000000", ""),
 }
-DASHES = ("-", "--", ":", "-.")
 WIDTH = 9.2
-DPI = 200
 
 
 def render(figure: Figure, kind: str) -> bytes:
@@ -64,11 +58,11 @@ def render(figure: Figure, kind: str) -> bytes:
     metadata: dict[str, Any] = {"Date": None, "Creator": REPORT} if kind == "svg" else {"Software": REPORT}
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a token of a script the font lacks
-        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, facecolor="white")
+        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata, facecolor="white")
     return buffer.getvalue()
 
 
-def _looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of policy kinds and of other builds."""
     others = dict.fromkeys(name for name in names if name not in LOOKS)
     return LOOKS | {name: OTHER_LOOKS[at % len(OTHER_LOOKS)] for at, name in enumerate(others)}
@@ -78,37 +72,38 @@ def _looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure:
     """KL and perplexity against decode time: a curve per kind, a mark per other build; bars are 95 % intervals."""
     names = list(dict.fromkeys(point.name for point in points))
-    looks, measured = _looks(names), all(point.timing is not None for point in points)
+    how = "measured" if all(point.timing for point in points) else "predicted"
     figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
-    for axes, figure_name in zip(figure.subplots(1, 2), ("kl", "perplexity"), strict=True):
-        for name in names:
+    left, right = figure.subplots(1, 2)
+    for axes, measure in ((left, "kl"), (right, "perplexity")):
+        for name, look in _looks(names).items():
             curve = sorted((point for point in points if point.name == name), key=lambda point: point.time)
-            _curve(axes, curve, looks[name], figure_name)
-        axes.set_xlabel(f"decode time per token, fraction of dense ({'measured' if measured else 'predicted'})")
-        axes.set_ylabel({"kl": "KL from dense (nats per token)"}.get(figure_name, figure_name))
-        if figure_name == "kl":
-            axes.set_ylim(bottom=0)
-        else:
-            dense = points[0].quality.perplexity.value
-            axes.axhline(1.05 * dense, color="#777777", linewidth=0.8, linestyle="--", label="dense + 5 %", zorder=1)
-        handles = axes.get_legend_handles_labels()
+            if curve:
+                _curve(axes, curve, look, measure)
+        axes.set_xlabel(f"decode time per token, fraction of dense ({how})")
+    left.set_ylim(bottom=0)
+    left.set_ylabel("KL from dense (nats per token)")
+    dense = points[0].quality.figures["perplexity"].value
+    right.axhline(1.05 * dense, color="#777777", linewidth=0.8, linestyle="--", label="dense + 5 %", zorder=1)
+    right.set_ylabel("perplexity")
     # Outside: no corner of the panels is sure to be empty.
-    figure.legend(*handles, loc="outside upper center", ncols=4, title=title, title_fontsize=10)
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside upper center", ncols=4, title=title, title_fontsize=10
+    )
     figure.supxlabel(caption, fontsize=7, color="#555555")
     return figure
 
 
-def _curve(axes: Axes, curve: Sequence[Point], look: tuple[str, str], figure_name: str) -> None:
-    figures = [getattr(point.quality, figure_name) for point in curve]
+def _curve(axes: Axes, curve: Sequence[Point], look: tuple[str, str], measure: str) -> None:
+    figures = [point.quality.figures[measure] for point in curve]
     bars: dict[str, Any] = {}
     dense = curve[0].name == "dense"
-    if not dense:
-        timings = [point.timing for point in curve if point.timing is not None]
-        if timings:
-            bars["xerr"] = np.maximum([(t.ratio - t.low, t.high - t.ratio) for t in timings], 0).T
-        # The spread between windows is the same for every kind in perplexity: bars there would only hide the curves.
-        if figure_name == "kl":
-            bars["yerr"] = np.maximum([(f.value - f.low, f.high - f.value) for f in figures], 0).T
+    timings = [point.timing for point in curve if point.timing is not None]
+    if timings and not dense:
+        bars["xerr"] = np.maximum([(t.ratio - t.low, t.high - t.ratio) for t in timings], 0).T
+    # The spread between windows is the same for every kind in perplexity: bars there would only hide the curves.
+    if measure == "kl" and not dense:
+        bars["yerr"] = np.maximum([(f.value - f.low, f.high - f.value) for f in figures], 0).T
     axes.errorbar(
         [point.time for point in curve], [figure.value for figure in figures], **bars, color=look[0], marker=look[1],
         markersize=10 if dense else 5, linewidth=1.4, elinewidth=0.8, capsize=2, clip_on=False, label=curve[0].name,
@@ -117,10 +112,8 @@ def _curve(axes: Axes, curve: Sequence[Point], look: tuple[str, str], figure_nam
 
 
 @matplotlib.rc_context(STYLE | {"axes.grid": False})
-def skip_map_figure(
-    tokens: Sequence[str], actions: npt.NDArray[np.int8], units: Sequence[Unit], title: str, caption: str
-) -> Figure:
-    """Tokens down with their text, layers across; actions int8 [tokens, layers]. On top the share of tokens that skip
+def skip_map_figure(tokens: Sequence[str], actions: Actions, units: Sequence[Unit], title: str) -> Figure:
+    """Tokens down with their text, layers across; actions [tokens, layers]. On top the share of tokens that skip
     each unit's layers, at the side the layers each token runs.
     """
     count, layers = actions.shape
@@ -149,14 +142,14 @@ def skip_map_figure(
     side.set(xlim=(0, layers), ylim=(count - 0.5, -0.5), yticks=[])
     side.set_xticks([0, layers], ["0", str(layers)], fontsize=6)
     side.set_xlabel("layers run", fontsize=7)
-    figure.suptitle(f"{title}\n{caption}", fontsize=9)
+    figure.suptitle(f"{title}\n{layers_run(actions)}", fontsize=9)
     legend = [Patch(color=colour, label=name) for name, colour in colours.items()]
     corner.legend(handles=legend, loc="center", fontsize=7)
     return figure
 
 
-def layers_run(actions: npt.NDArray[np.int8]) -> str:
-    """The caption of a skip map; actions int8 [tokens, layers]."""
+def layers_run(actions: Actions) -> str:
+    """A skip map in a sentence."""
     count, layers = actions.shape
     mean = (actions == Action.RUN).sum(axis=1).mean()
     return f"{mean:.1f} of {layers} layers run per token, mean over {count} tokens"
@@ -172,13 +165,12 @@ def visible(token: str, longest: int = 14) -> str:
 
 
 @matplotlib.rc_context(STYLE)
-def breakdown_figure(lanes: Sequence[LaneProfile], names: Sequence[str], meanings: dict[str, str]) -> Figure:
+def breakdown_figure(lanes: Sequence[dict[str, Any]], meanings: dict[str, str]) -> Figure:
     """One bar per lane: mean milliseconds per token, part by part (`meanings`)."""
     figure = Figure(figsize=(WIDTH, 1.7 + 0.45 * len(lanes)), layout="constrained")
-    axes = figure.subplots()
-    left = np.zeros(len(lanes))
+    axes, names, left = figure.subplots(), [lane["label"] for lane in lanes], np.zeros(len(lanes))
     for part, meaning in meanings.items():
-        widths = np.array([lane.parts[part].mean for lane in lanes]) / 1e3
+        widths = np.array([lane["parts"][part]["mean"] for lane in lanes]) / 1e3
         colour, hatch = PART_LOOKS[part]
         axes.barh(names, widths, left=left, height=0.62, color=colour, hatch=hatch, label=meaning, edgecolor="white")
         left += widths
@@ -189,50 +181,4 @@ def breakdown_figure(lanes: Sequence[LaneProfile], names: Sequence[str], meaning
     axes.set_xlim(0, 1.12 * left.max())
     axes.set_xlabel("milliseconds per token, mean")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def distribution_figure(lanes: Sequence[LaneProfile], names: Sequence[str]) -> Figure:
-    """The share of tokens that took at most so long, one curve per lane. The axis ends a little beyond the slowest
-    lane's p99.
-    """
-    figure = Figure(figsize=(WIDTH, 3.4 + 0.1 * len(lanes)), layout="constrained")
-    axes = figure.subplots()
-    looks = _looks(lane.build or lane.setting.kind for lane in lanes)
-    for number, (lane, name) in enumerate(zip(lanes, names, strict=True)):
-        colour, _ = looks[lane.build or lane.setting.kind]
-        axes.ecdf(lane.samples_ms, color=colour, linestyle=DASHES[number % len(DASHES)], linewidth=1.3, label=name)
-    axes.set_xlim(0, 1.15 * max(lane.token_ms.p99 for lane in lanes))
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], ["0", "25", "50", "75", "90", "99", ""])
-    axes.set_xlabel("milliseconds per token")
-    axes.set_ylabel("% of tokens at or below")
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8, handlelength=3.5)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def segments_figure(lane: LaneProfile, dense: LaneProfile) -> Figure:
-    """What each segment adds to a token (its mean times how often), run and bypass; a tick is what it takes in `dense`
-    of the same build.
-    """
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    axes = figure.subplots()
-    names = [row.name for row in lane.segments]
-    run = np.array([(1 - row.skipped) * (row.run.mean if row.run else 0.0) for row in lane.segments])
-    bypass = np.array([row.skipped * (row.bypass.mean if row.bypass else 0.0) for row in lane.segments])
-    for part, heights, bottom in (("run", run, 0.0), ("bypass", bypass, run)):
-        colour, hatch = PART_LOOKS[part]
-        axes.bar(names, heights, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=part)
-    if lane is not dense and not lane.build:
-        full = [row.run.mean if row.run else 0.0 for row in dense.segments]
-        axes.plot(names, full, "_", color="black", markersize=9, markeredgewidth=1.5, label="dense")
-    for place, row in enumerate(lane.segments):
-        if row.skipped:
-            top = (run[place] + bypass[place], f"{row.skipped:.0%}")
-            axes.annotate(top[1], (place, top[0]), ha="center", va="bottom", fontsize=7)
-    axes.tick_params(axis="x", rotation=90, labelsize=7)
-    axes.set_ylabel("µs per token, mean;\nabove: tokens skipping")
-    axes.grid(False, axis="x")
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     return figure

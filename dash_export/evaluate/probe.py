@@ -1,5 +1,4 @@
-"""Stamps around everything that a decoded token launches and asks: lanes (a build at a setting) decode the same known
-tokens in turn.
+"""Stamps around everything that a decoded token launches and asks: candidates decode the same known tokens in turn.
 
 A round is one window of text: prefill to the context, some tokens to settle, then the timed ones.
 """
@@ -7,154 +6,112 @@ A round is one window of text: prefill to the context, some tokens to settle, th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from dataclasses import dataclass, replace
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import Damages, Skips, Unit, layer_actions
+from dash_export.decision import layer_actions
 from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import Candidate
-from dash_export.evaluate.timing import in_turns
-from dash_export.runtime import DashRuntime, Session
-from dash_export.runtime.backends.base import Launch
-from dash_export.runtime.decode import BoundSegment, BoundStep
+from dash_export.evaluate.timing import TokenIds, in_turns
+from dash_export.runtime import Session
+from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.sampling import Sampler, Sampling
 from dash_export.runtime.text import TextStream
 
-TokenIds = npt.NDArray[np.int64]
-Stamps = npt.NDArray[np.int64]
 SETTLE = 2
-"""First tokens of a block, not timed: they find another lane's weights in the caches."""
-
-
-class What(IntEnum):
-    """What a stamp is of: an engine that runs a segment, a bypass, or the host asking the rule about the token."""
-
-    RUN = 0
-    BYPASS = 1
-    DECISION = 2
+"""First tokens of a block, not timed: they find another candidate's weights in the caches."""
+DECISION, SAMPLING, WHOLE = -3, -2, -1
+"""Where a token's other stamps stand, behind those of its segments."""
 
 
 class Probe:
-    """Stamps around what a step does from now on. The decode loop itself is untouched: the step's launches are wrapped
-    ones, which run the same engines on the same memory, and it is given this object for its rule: the session's, timed.
+    """Stamps what a step does from now on. The decode loop itself is untouched: the step's launches are wrapped ones,
+    which run the same engines on the same memory, and it is given this object for its rule: the session's, timed.
     """
 
     def __init__(self, step: BoundStep, session: Session) -> None:
         self.step, self._session = step, session
-        # Four plain numbers a stamp in one flat list: nothing for the garbage collector to follow.
-        self._flat: list[int] = []
-        step.segments = [self._wrapped(index, item) for index, item in enumerate(step.segments)]
+        # Begin and end of each, plain numbers in one flat list: nothing for the garbage collector to follow.
+        self.stamps = [0] * 2 * (len(step.segments) + 3)
+        self.skips = self._timed(len(step.segments), lambda damage: session.rule.skips(damage))
+        step.segments = [
+            replace(item, run=self._timed(index, item.run), bypass=item.bypass and self._timed(index, item.bypass))
+            for index, item in enumerate(step.segments)
+        ]
 
     @property
     def asks(self) -> bool:
         return self._session.rule.asks
 
-    def skips(self, damage: Damages) -> Skips:
-        began = perf_counter_ns()
-        skipped = self._session.rule.skips(damage)
-        self._flat.extend((-1, What.DECISION, began, perf_counter_ns()))
-        return skipped
+    def _timed(self, place: int, work: Callable[..., Any]) -> Callable[..., Any]:
+        stamps, here = self.stamps, slice(2 * place, 2 * place + 2)
 
-    def take(self) -> Stamps:
-        """The stamps since the last time, in the order in which they began, int64 [stamps, 4]: segment (of a decision
-        -1), What, begin and end in nanoseconds of `time.perf_counter_ns`.
-        """
-        found = np.array(self._flat, np.int64).reshape(-1, 4)
-        self._flat.clear()
-        return found
+        def timed(*arguments: Any) -> Any:
+            began = perf_counter_ns()
+            found = work(*arguments)
+            stamps[here] = began, perf_counter_ns()
+            return found
 
-    def _wrapped(self, index: int, segment: BoundSegment) -> BoundSegment:
-        bypass = None if segment.bypass is None else _stamped(segment.bypass, index, What.BYPASS, self._flat.extend)
-        return replace(segment, run=_stamped(segment.run, index, What.RUN, self._flat.extend), bypass=bypass)
-
-
-def _stamped(launch: Launch, segment: int, what: What, push: Callable[[tuple[int, int, int, int]], None]) -> Launch:
-    def stamped() -> None:
-        began = perf_counter_ns()
-        launch()
-        push((segment, what, began, perf_counter_ns()))
-
-    return stamped
-
-
-@dataclass(frozen=True)
-class TokenStamps:
-    """One token: when its step began, when decode had returned and when the next token was chosen (ns), what lay
-    between, and what the policy said: damage float32 [units], skipped bool [units].
-    """
-
-    token: int
-    position: int
-    began: int
-    decoded: int
-    ended: int
-    stamps: Stamps
-    damage: npt.NDArray[np.float32]
-    skipped: npt.NDArray[np.bool_]
-
-    @property
-    def parts(self) -> tuple[int, ...]:
-        """Nanoseconds of the stamps by What, of sampling, and of the gaps: measured between stamps, not what is left of
-        the wall time.
-        """
-        _, what, began, ended = self.stamps.T
-        gaps = (began[1:] - ended[:-1]).sum() + (began[0] - self.began) + (self.decoded - ended[-1])
-        return (*((ended - began)[what == each].sum() for each in What), self.ended - self.decoded, gaps)
+        return timed
 
 
 @dataclass
 class Lane:
-    """A candidate and what it did: `first` ns from the prompt to its first token, a round each; `rounds` of tokens."""
+    """A candidate and what it did. `first`: ns from the prompt to its first token [rounds]. Of the timed tokens of all
+    rounds: `ids` and `positions` [tokens]; `stamps` int64 [tokens, segments + 3, 2], begin and end in nanoseconds of
+    `time.perf_counter_ns`, of the engine that ran or bypassed each segment, the decision, sampling and the whole token;
+    `skipped` bool and `damage` float32 [tokens, units].
+    """
 
     candidate: Candidate
-    first: list[int] = field(default_factory=list)
-    rounds: list[list[TokenStamps]] = field(default_factory=list)
+    first: npt.NDArray[np.int64]
+    ids: TokenIds
+    positions: npt.NDArray[np.int64]
+    stamps: npt.NDArray[np.int64]
+    skipped: npt.NDArray[np.bool_]
+    damage: npt.NDArray[np.float32]
 
-    @property
-    def runtime(self) -> DashRuntime:
-        return self.candidate.runtime
-
-    @property
-    def units(self) -> Sequence[Unit]:
-        return self.runtime.bundle.manifest.policy.units
-
-    @property
-    def tokens(self) -> list[TokenStamps]:
-        """Of all rounds."""
-        return [token for round_ in self.rounds for token in round_]
-
-    @property
-    def wall(self) -> npt.NDArray[np.float64]:
-        """Nanoseconds [rounds, tokens]."""
-        return np.array([[token.ended - token.began for token in round_] for round_ in self.rounds], np.float64)
-
-    def actions(self, tokens: Sequence[TokenStamps]) -> npt.NDArray[np.int8]:
-        """[tokens, layers]."""
-        skipped = np.array([token.skipped for token in tokens], np.bool_).T
-        return layer_actions(skipped, self.units, self.runtime.engines.model.num_layers)
+    def __post_init__(self) -> None:
+        """`gated` bool [segments]; `bypassed` bool [tokens, segments]; nanoseconds that each stamp `took` [tokens,
+        segments + 3], and `wall` of whole tokens [rounds, tokens of a round]; `actions` [tokens, layers].
+        """
+        runtime = self.candidate.runtime
+        self.segments, self.units = runtime.build.segments, runtime.bundle.manifest.policy.units
+        self.gated = np.array([segment.gated for segment in self.segments])
+        self.bypassed = np.zeros((len(self.ids), len(self.segments)), np.bool_)
+        self.bypassed[:, self.gated] = self.skipped
+        self.took: npt.NDArray[np.int64] = self.stamps[..., 1] - self.stamps[..., 0]
+        self.wall = self.took[:, WHOLE].reshape(len(self.first), -1)
+        self.actions = layer_actions(self.skipped.T, self.units, runtime.engines.model.num_layers)
 
 
 def measure(
-    lanes: Sequence[Lane], parts: Sequence[TokenIds], tokens: int, rounds: int, progress: Progress = no_progress
-) -> None:
-    """Fill every lane's rounds. `parts`: windows of equal length, a context, SETTLE tokens and the `tokens` timed ones.
-    The first round is for warm engines and bindings, and is forgotten.
+    candidates: Sequence[Candidate],
+    parts: Sequence[TokenIds],
+    tokens: int,
+    rounds: int,
+    progress: Progress = no_progress,
+) -> list[Lane]:
+    """A lane each. `parts`: windows of equal length, a context, SETTLE tokens and the `tokens` timed ones. The first
+    round is for warm engines and bindings, and is forgotten. Raises RequestError for a GPU target.
     """
-    sessions = [lane.candidate.session() for lane in lanes]
+    sessions = [candidate.session() for candidate in candidates]
     probes: dict[int, Probe] = {}
-    for number, index in in_turns(len(lanes), 1 + rounds, progress, "decoding"):
+    first: list[list[int]] = [[] for _ in candidates]
+    rows: list[list[tuple[Any, ...]]] = [[] for _ in candidates]
+    for number, index in in_turns(len(candidates), 1 + rounds, progress, "decoding"):
         session, ids = sessions[index], parts[number % len(parts)]
         start = len(ids) - SETTLE - tokens
         session.reset()
         sampler, text = Sampler(Sampling()), TextStream(session.text.tokenizer)
         began = perf_counter_ns()
         text.push(sampler(session.prefill(ids[:start]), session.tokens))
-        first = perf_counter_ns() - began
+        prefilled = perf_counter_ns() - began
         step = session.decode_step(SETTLE + tokens)
         if not isinstance(step, BoundStep):
             raise RequestError(
@@ -163,7 +120,7 @@ def measure(
             )
         if index not in probes or probes[index].step is not step:
             probes[index] = Probe(step, session)
-        stamped = []
+        found = []
         for position, token in enumerate(ids[start:].tolist(), start):
             began = perf_counter_ns()
             step.decode(token, probes[index])
@@ -172,9 +129,14 @@ def measure(
             decoded = perf_counter_ns()
             # What the session would choose is chosen, and then the known token is taken instead.
             text.push(sampler(step.logits[0, 0], session.tokens))
-            ended, stamps = perf_counter_ns(), probes[index].take()
-            damage, skipped = step.damage[:, 0].copy(), step.skipped[:, 0].copy()
-            stamped.append(TokenStamps(token, position, began, decoded, ended, stamps, damage, skipped))
+            ended = perf_counter_ns()
+            probes[index].stamps[-4:] = decoded, ended, began, ended
+            stamps = np.array(probes[index].stamps, np.int64).reshape(-1, 2)
+            found.append((token, position, stamps, step.skipped[:, 0].copy(), step.damage[:, 0].copy()))
         if number:
-            lanes[index].first.append(first)
-            lanes[index].rounds.append(stamped[SETTLE:])
+            first[index].append(prefilled)
+            rows[index] += found[SETTLE:]
+    return [
+        Lane(candidate, np.array(own), *(np.array(column) for column in zip(*row, strict=True)))
+        for candidate, own, row in zip(candidates, first, rows, strict=True)
+    ]

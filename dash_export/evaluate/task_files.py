@@ -1,8 +1,7 @@
-"""Task files: one JSON object a line, in one of three forms. Everything in them is checked before anything is measured.
+"""Task files: one JSON object a line, in one of two forms. Everything in them is checked before anything is measured.
 
     {"query": ..., "choices": [..., ...], "gold": 0}    multiple choice: log P(" " + choice | query)
     {"context": ..., "target": ...}                     an answer to be generated: LAMBADA's last word, exact matches
-    {"prompt": ...} or {"turns": [...]}                 a prompt: how long the greedy answer agrees with dense
 
 Other keys are not read.
 """
@@ -10,14 +9,14 @@ Other keys are not read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dash_export.errors import RequestError
+from dash_export.text_files import read_text
 
 MAX_LINE = 1 << 20
-FORMS = '{"query", "choices", "gold"}, {"context", "target"}, {"prompt"} or {"turns"}'
+FORMS = '{"query", "choices", "gold"} or {"context", "target"}'
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,7 @@ class Answer:
     target: str
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """The first user message of a conversation."""
-
-    line: int
-    text: str
-
-
-Item = Question | Answer | Prompt
+Item = Question | Answer
 
 
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
@@ -57,37 +48,25 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     another form.
     """
     items: list[Item] = []
-    for number, line in _lines(path):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if len(items) == limit:
+            break
+        if not line.strip():
+            continue
         item = _item(line, number, f"{path}:{number}")
         if items and type(item) is not type(items[0]):
             raise RequestError(
                 f"{path}:{number} is of another form than line {items[0].line}: keep one form to a file ({FORMS})."
             )
         items.append(item)
-        if len(items) == limit:
-            break
     if not items:
         raise RequestError(f"{path} is empty: it needs one JSON object a line, as {FORMS}.")
     return items
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    if not path.is_file():  # nor a pipe, which would be waited for
-        raise RequestError(f"There is no task file {path}.")
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), 1):
-                if len(line) == MAX_LINE:
-                    raise RequestError(f"{path}:{number} is over {MAX_LINE} characters long: one item a line.")
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text ({error.reason}): give a file of JSON lines.") from error
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
-
-
 def _item(line: str, number: int, where: str) -> Item:
+    if len(line) > MAX_LINE:
+        raise RequestError(f"{where} is over {MAX_LINE} characters long: one item a line.")
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -108,17 +87,10 @@ def _item(line: str, number: int, where: str) -> Item:
         choices, gold = data.get("choices"), data.get("gold")
         if not isinstance(choices, list) or len(choices) < 2:
             raise RequestError(f"{where}: 'choices' must be a list of two or more texts.")
+        if type(gold) is not int or not 0 <= gold < len(choices):
+            raise RequestError(f"{where}: 'gold' must be the index of the right choice, 0 to {len(choices) - 1}.")
         texts = tuple(text(choice, f"choices[{index}]") for index, choice in enumerate(choices))
-        if type(gold) is not int or not 0 <= gold < len(texts):
-            raise RequestError(f"{where}: 'gold' must be the index of the right choice, 0 to {len(texts) - 1}.")
         return Question(number, text(data["query"], "query"), texts, gold)
     if "context" in data:
         return Answer(number, text(data["context"], "context"), text(data.get("target"), "target"))
-    if "prompt" in data:
-        return Prompt(number, text(data["prompt"], "prompt"))
-    if "turns" in data:
-        turns = data["turns"]
-        if not isinstance(turns, list) or not turns:
-            raise RequestError(f"{where}: 'turns' must be a list of one or more texts.")
-        return Prompt(number, text(turns[0], "turns[0]"))
     raise RequestError(f"{where} has none of the known forms: expected {FORMS}.")

@@ -1,23 +1,20 @@
 """Time on the clock: variants take turns, round by round, each in a process of its own where weights matter.
 
 A process of its own is what an application has: nothing else's weights are in the caches, and memory is its own. That
-process, `main`, reads an `Order` as JSON and writes what it `Took`.
+process is `main`.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
-from statistics import median
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,25 +44,6 @@ def in_turns(variants: int, rounds: int, progress: Progress = no_progress, name:
         for turn, index in enumerate(Random(number).sample(range(variants), variants)):
             yield number, index
             progress(name, number * variants + turn + 1, rounds * variants)
-
-
-def interleaved(
-    runs: Sequence[Callable[[], object]], rounds: int, block: int = BLOCK, settle: int = 2
-) -> npt.NDArray[np.float64]:
-    """Time `runs` in turn in this process, a block of calls each: seconds per call [runs, rounds], a block's median.
-
-    A decoder runs the same engines token after token, so a block's first `settle` calls, which find another variant's
-    weights in the caches, are dropped. Two rounds before the first are warm-up.
-    """
-    times = np.zeros((len(runs), 2 + rounds))
-    for number, index in in_turns(len(runs), 2 + rounds):
-        sample = []
-        for _ in range(settle + block):
-            began = time.perf_counter()
-            runs[index]()
-            sample.append(time.perf_counter() - began)
-        times[index, number] = median(sample[settle:])
-    return times[:, 2:]
 
 
 def fitting_context(candidates: Sequence[Candidate], context: int | None, decoded: int) -> int:
@@ -114,101 +92,75 @@ def decode_times(
     """One round per part, each candidate in a process of its own: the part's first `context` tokens are a prompt, the
     others are decoded, the same known text for all. The first candidate is the one the others are divided by.
 
-    Raises BackendError where a process fails or is killed.
+    Raises BackendError like `run_alone`.
     """
     from dash_export.evaluate.intervals import median_ratios  # here: a process that only decodes needs no scipy
 
     seconds, predicted = np.zeros((2, len(candidates), len(parts)))
     for number, index in in_turns(len(candidates), len(parts), progress, "decode time"):
         took = run_alone(candidates[index], parts[number].tolist(), context)
-        if took is None:
-            raise BackendError("A process that decodes alone was killed: free memory, or give fewer builds.")
         seconds[index, number], predicted[index, number] = took.seconds, took.predicted
     rows = zip(median_ratios(seconds), np.median(seconds, axis=1), predicted.mean(axis=1), strict=True)
     return [Timing(own.value, own.low, own.high, 1e3 * float(each), float(said)) for own, each, said in rows]
 
 
 @dataclass(frozen=True)
-class Order:
-    """A build, a setting, and known tokens: the first `context` are a prompt, the others are decoded one by one.
-    `build`: the key of the one whose quality is judged; another may take its place meanwhile.
-    """
-
-    root: str
-    target: str
-    build: str
-    setting: dict[str, Any]
-    ids: list[int]
-    context: int
-
-
-@dataclass(frozen=True)
 class Took:
-    """Seconds per token (median of blocks) and mean layers run, past the first `SETTLE` of more tokens; the time that
-    the cost table predicts for them; and the most memory that was resident, bytes.
+    """Seconds per token (median of blocks), past the first `SETTLE` of more tokens; the time that the cost table
+    predicts for them; and the most memory that was resident, bytes.
     """
 
     seconds: float
-    layers: float
     predicted: float
     peak_memory: int
 
 
-def run_alone(candidate: Candidate, ids: list[int], context: int) -> Took | None:
-    """The figures of one candidate over these tokens; None where its process was killed (memory may have ended). Raises
-    BackendError.
+def run_alone(candidate: Candidate, ids: list[int], context: int) -> Took:
+    """The figures of one candidate over known tokens: the first `context` are a prompt, the others are decoded one by
+    one. Raises BackendError where its process fails or is killed (memory may have ended).
     """
     runtime = candidate.runtime
-    order = Order(
-        str(runtime.bundle.root), runtime.build.target, _key(runtime), asdict(candidate.setting), ids, context
-    )
+    build = str(runtime.bundle.root), runtime.build.target, content_key(asdict(runtime.build))
+    order = json.dumps([*build, asdict(candidate.setting), ids, context])
     command = [sys.executable, "-I", "-c", _PROCESS, json.dumps(sys.path)]
-    done = subprocess.run(command, input=json.dumps(asdict(order)), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=order, capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:
-        return None
+        raise BackendError("A process that decodes alone was killed: free memory, or give fewer builds.")
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        raise BackendError(
-            f"The process that runs {order.target} alone failed: {said[-1] if said else done.returncode}."
-        )
+        raise BackendError(f"The process that runs {build[1]} alone failed: {said[-1] if said else done.returncode}.")
     return Took(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
-    """The process of one order."""
-    order = Order(**json.load(sys.stdin))
-    runtime = DashRuntime.load(order.root, order.target, verify=False)
-    if _key(runtime) != order.build:
-        raise BundleError(f"{order.root} was replaced while it was measured: leave it alone, and measure again")
-    candidate = Candidate(runtime, Setting(**order.setting))
+    """The process of one candidate, as `run_alone` orders it on standard input."""
+    root, target, key, setting, ids, context = json.load(sys.stdin)
+    runtime = DashRuntime.load(root, target, verify=False)
+    # It changes with the export, the engines, the costs and the dial.
+    if content_key(asdict(runtime.build)) != key:
+        raise BundleError(f"{root} was replaced while it was measured: leave it alone, and measure again")
+    candidate = Candidate(runtime, Setting(**setting))
     session = candidate.session()
-    session.prefill(order.ids[: order.context])
+    session.prefill(ids[:context])
     seconds, taken = [], []
-    for token in order.ids[order.context :]:
+    for token in ids[context:]:
         began = time.perf_counter()
         actions = session.decode_one(token)[1]
         seconds.append(time.perf_counter() - began)
         taken.append(actions)
     settle = SETTLE if len(taken) > SETTLE else 0
-    candidate.took(np.array(taken[settle:]))
     blocks = np.array_split(seconds[settle:], max(1, (len(seconds) - settle) // BLOCK))
     middle = float(np.median([block.mean() for block in blocks]))
-    print(json.dumps(asdict(Took(middle, candidate.layers, candidate.time, peak_memory()))))
-
-
-def _key(runtime: DashRuntime) -> str:
-    """Changes with the export, the engines, the costs and the dial."""
-    return content_key(asdict(runtime.build))
+    predicted = candidate.taken(np.array(taken[settle:]))[2]
+    print(json.dumps(asdict(Took(middle, predicted, peak_memory()))))
 
 
 def peak_memory() -> int:
-    """Bytes this process had resident at most."""
+    """Bytes this process had resident at most; 0 where there is no Linux to ask. (getrusage begins with what the parent
+    had when it forked.)
+    """
     try:
-        # On Linux getrusage begins with what the parent had when it forked.
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -2,70 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from dash_export.decision import Unit, units_text
-from dash_export.evaluate.candidates import label
-from dash_export.evaluate.probe import Lane, TokenStamps, What
-from dash_export.evaluate.profile import engine_bytes
+from dash_export.decision import units_text
+from dash_export.evaluate.probe import DECISION, SAMPLING, WHOLE, Lane
 from dash_export.names import REPORT
 
 TRACKS = {1: "tokens", 2: "host: decisions, sampling", 3: "engines (one after another)"}
 _TOKENS, _HOST, _ENGINES = TRACKS
-_US = 1e-3
 
 
 def chrome_trace(lanes: Sequence[Lane], title: str, tokens: int) -> dict[str, Any]:
     """JSON object format of the Trace Event Format: complete events, times in microseconds since the first of each
-    lane's `tokens` tokens.
+    lane's `tokens` tokens, of the first round.
     """
-    start = min(lane.rounds[0][0].began for lane in lanes)
-    events: list[dict[str, Any]] = []
-    for process, lane in enumerate(lanes, 1):
-        events.append(_named(process, 0, "process_name", label(lane.candidate.setting, lane.candidate.build)))
-        events += [_named(process, track, "thread_name", name) for track, name in TRACKS.items()]
-        sizes = engine_bytes(lane.runtime)
-        for token in lane.rounds[0][:tokens]:
-            events += _token_events(lane, token, sizes, process, start)
+    start = min(lane.stamps[0, WHOLE, 0] for lane in lanes)
+    events = [event for process, lane in enumerate(lanes, 1) for event in _lane_events(lane, process, start, tokens)]
     return {"displayTimeUnit": "ms", "otherData": {"made_by": REPORT, "title": title}, "traceEvents": events}
 
 
-def _named(process: int, track: int, what: str, name: str) -> dict[str, Any]:
-    return {"ph": "M", "pid": process, "tid": track, "name": what, "args": {"name": name}}
+def _lane_events(lane: Lane, process: int, start: int, tokens: int) -> Iterator[dict[str, Any]]:
+    names = [
+        (0, "process_name", lane.candidate.label),
+        *((track, "thread_name", name) for track, name in TRACKS.items()),
+    ]
+    for track, kind, name in names:
+        yield {"ph": "M", "pid": process, "tid": track, "name": kind, "args": {"name": name}}
 
-
-def _token_events(
-    lane: Lane, token: TokenStamps, sizes: npt.NDArray[np.int64], process: int, start: int
-) -> list[dict[str, Any]]:
-    def event(track: int, name: str, kind: str, began: int, ended: int, **facts: object) -> dict[str, Any]:
+    def event(track: int, name: str, kind: str, stamps: Any, **facts: object) -> dict[str, Any]:
+        began, took = ((stamps - (start, stamps[0])) * 1e-3).round(3).tolist()
         return {
-            "ph": "X", "pid": process, "tid": track, "name": name, "cat": kind,
-            "ts": round((began - start) * _US, 3), "dur": round((ended - began) * _US, 3), "args": facts,
+            "ph": "X", "pid": process, "tid": track, "name": name, "cat": kind, "ts": began, "dur": took, "args": facts,
         }  # fmt: skip
 
-    text = lane.runtime.text.decode([token.token])
-    skipped = [unit for unit, own in zip(lane.units, token.skipped, strict=True) if own]
-    executed = lane.runtime.engines.model.num_layers - sum(len(unit.layers) for unit in skipped)
-    events = [
-        event(
-            _TOKENS, f"{token.position}: {text!r}", "token", token.began, token.ended,
-            position=token.position, token=token.token, layers=executed,
-        )
-    ]  # fmt: skip
-    segments = lane.runtime.build.segments
-    for index, what, began, ended in token.stamps.tolist():
-        if what == What.DECISION:
-            facts: dict[str, object] = {"skipped": units_text(skipped)}
-            if lane.candidate.setting.asks_network:
-                facts["damage"] = dict(zip(map(str, lane.units), token.damage.tolist(), strict=True))
-            events.append(event(_HOST, f"skip {units_text(skipped)}", "decision", began, ended, **facts))
-            continue
-        kind, segment = What(what).name.lower(), segments[index]
-        name = segment.name if what == What.RUN else Unit(segment.first, segment.last).bypass
-        events.append(event(_ENGINES, name, kind, began, ended, bytes=int(sizes[what, index])))
-    events.append(event(_HOST, "sampling", "sampling", token.decoded, token.ended))
-    return events
+    layers = (lane.actions == 0).sum(axis=1).tolist()
+    for at, stamps in enumerate(lane.stamps[: min(tokens, lane.wall.shape[1])]):
+        token, position = int(lane.ids[at]), int(lane.positions[at])
+        skipped = [unit for unit, own in zip(lane.units, lane.skipped[at], strict=True) if own]
+        facts = {"position": position, "token": token, "layers": layers[at]}
+        text = lane.candidate.runtime.text.decode([token])
+        yield event(_TOKENS, f"{position}: {text!r}", "token", stamps[WHOLE], **facts)
+        decision: dict[str, object] = {"skipped": units_text(skipped)}
+        if lane.candidate.setting.asks_network:
+            decision["damage"] = dict(zip(map(str, lane.units), lane.damage[at].tolist(), strict=True))
+        yield event(_HOST, f"skip {units_text(skipped)}", "decision", stamps[DECISION], **decision)
+        yield event(_HOST, "sampling", "sampling", stamps[SAMPLING])
+        bypasses = iter(skipped)
+        for index, segment in enumerate(lane.segments):
+            bypassed = lane.bypassed[at, index]
+            name, kind = (next(bypasses).bypass, "bypass") if bypassed else (segment.name, "run")
+            yield event(_ENGINES, name, kind, stamps[index])

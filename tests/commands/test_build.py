@@ -73,20 +73,15 @@ def test_what_cannot_be_built_is_told_before_the_export(
     assert not list(tmp_path.iterdir())
 
 
-def test_measuring_is_for_where_it_runs(tiny_root: Path, tmp_path: Path) -> None:
-    result = dash("build", tiny_root, "--target", "rtx", "--kit", tmp_path / "kit", "--measure")
-    assert result.exit_code == 2
-    assert "--measure is for the machine that runs the engines" in result.stderr
+def test_refused(own_bundle: Path, tmp_path: Path) -> None:
+    kit = ("--kit", tmp_path / "kit")
+    said = refused("build", own_bundle, "--target", "rtx", *kit, "--measure", code=2)
+    assert "--measure is for the machine that runs the engines" in said
+    assert "for a GPU that is elsewhere" in refused("build", own_bundle, *kit, code=2)
     assert not (tmp_path / "kit").exists()
-
-
-def test_unknown_recipe_key(own_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "odd.toml").write_text("[weights]\nlayer = 'int4'\n")
     assert "'layer'" in refused("build", own_bundle, "--target", tmp_path / "odd.toml")
     assert not (own_bundle / "engines" / "odd").exists()
-
-
-def test_no_bundle(tmp_path: Path) -> None:
     assert "There is no bundle" in refused("build", tmp_path / "none.dash")
 
 

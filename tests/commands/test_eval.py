@@ -6,10 +6,11 @@ import json
 import sys
 from contextlib import suppress
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
+from dash_export.names import REPORT
 from dash_export.outputs import locked
 from tests.commands.helpers import dash, refused
 
@@ -30,7 +31,6 @@ def tasks(tmp_path: Path) -> list[Path]:
     lines = {
         "choices": {"query": "Some of them", "choices": ["hardly at all", "are needed"], "gold": 0},
         "answers": {"context": "The layers of a decoder are", "target": " not"},
-        "prompts": {"turns": ["Hello there"]},
     }
     for name, line in lines.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
@@ -39,7 +39,7 @@ def tasks(tmp_path: Path) -> list[Path]:
 
 def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
     options = [option for path in tasks for option in ("--tasks", path)]
-    options += ["--also", f"{tiny_root}:portable", "--skipped", "1,2", "--new-tokens", 5]
+    options += ["--also", f"{tiny_root}:portable", "--skipped", "1,2"]
     result = dash("eval", tiny_root, *TARGET, *SMALL, "--text", text, *options, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -69,7 +69,7 @@ def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
         "own.txt: 2 windows of 48 tokens, the first 10 dense",
         "static",
         "budget 0.95",
-        "KL (nats)",
+        "perplexity ratio",
         "tiny:portable",
     ):
         assert expected in result.stdout
@@ -83,7 +83,7 @@ def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     begin = ("eval", tiny_root, *TARGET)
     assert "bad.jsonl:1: 'gold'" in refused(*begin, "--tasks", tmp_path / "bad.jsonl")
     assert "no text file" in refused(*begin, "--text", tmp_path / "none.txt")
-    assert "no task file" in refused(*begin, "--tasks", tmp_path / "none.jsonl")
+    assert "no text file" in refused(*begin, "--tasks", tmp_path / "none.jsonl")
     assert "none of the settings" in refused(*begin, "--text", text, "--skipped", "50")
     assert "longer than the model's context" in refused(*begin, "--text", text, "--window", 50_000)
     (tmp_path / "short.txt").write_text("Far too short.")
@@ -96,9 +96,8 @@ def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     for wrong in (
         ("--budget", "1.5"),
         ("--budget", "0"),
-        ("--budget", "nan"),
         ("--budget", "much"),
-        ("--skipped", "inf"),
+        ("--skipped", "0"),
         ("--kinds", "magic"),
         ("--budget", "0.9", "--skipped", "2"),
     ):
@@ -122,9 +121,9 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     for expected in ("rate", "token's KL", "predicted", "tiny:portable", "rate: per cent of perplexity paid"):
         assert expected in result.stdout
     with locked(output.with_suffix(""), "another one"):
-        assert "is being written by dash-export another one" in refused("frontier", tiny_root, *options, "--predicted")
+        assert "is being written by dash-export another one" in refused("frontier", tiny_root, *options, "--rounds", 0)
     hostile = text.rename(tmp_path / "a$x_{\udcff.txt")  # bytes that are no UTF-8, and what looks like a formula
-    assert dash("frontier", tiny_root, *options, "--text", hostile, "--predicted").exit_code == 0
+    assert dash("frontier", tiny_root, *options, "--text", hostile, "--rounds", 0).exit_code == 0
     report = json.loads((output.parent / "f.json").read_text())
     assert report["course"]["name"] == "a$x_{.txt", "and nothing of the folders above"
     assert all(point["timing"] is None and point["time"] == point["quality"]["time"] for point in report["points"])
@@ -135,11 +134,12 @@ def test_what_was_measured_is_lost_neither_way(
 ) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     begin = ("frontier", tiny_root, *TARGET, *SMALL, "--text", text)
-    options = (*begin, "--kinds", "static", "--skipped", "1", "--predicted")
+    options = (*begin, "--kinds", "static", "--skipped", "1", "--rounds", 0)
     with monkeypatch.context() as late:  # what is in the way has come after it was looked for
-        late.setattr("dash_export.commands.reports.check_reports", Mock())
+        late.setattr("dash_export.commands.frontier.sole_writer", MagicMock())
         (tmp_path / "f.png").mkdir()
-        (tmp_path / "f.svg").symlink_to("own.txt")
+        (tmp_path / "old.svg").write_text(REPORT)
+        (tmp_path / "f.svg").symlink_to("old.svg")
         (tmp_path / "f.json").write_text("mine")
         (tmp_path / "f-2.json").write_text("mine too")
         result = dash(*options, "-o", tmp_path / "f")
@@ -148,7 +148,7 @@ def test_what_was_measured_is_lost_neither_way(
     assert json.loads((tmp_path / "f-3.json").read_text())["points"]
     assert (tmp_path / "f-2.png").is_file()
     assert (tmp_path / "f-2.svg").is_file()
-    assert [(tmp_path / name).read_text() for name in ("f.json", "f-2.json", "own.txt")] == ["mine", "mine too", TEXT]
+    assert [(tmp_path / name).read_text() for name in ("f.json", "f-2.json", "f.svg")] == ["mine", "mine too", REPORT]
     with monkeypatch.context() as closed:  # whoever read what is printed has gone
         closed.setattr("dash_export.commands.frontier._print", Mock(side_effect=BrokenPipeError))
         with suppress(BrokenPipeError):
@@ -195,6 +195,7 @@ def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
 
 def test_a_missing_extra_is_named(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "dash_export.evaluate.pictures", raising=False)
-    for command in (("frontier", tiny_root), ("skipmap", tiny_root)):
+    for name in ("pictures", "report"):
+        monkeypatch.delitem(sys.modules, f"dash_export.evaluate.{name}", raising=False)
+    for command in (("frontier", tiny_root), ("skipmap", tiny_root), ("profile", tiny_root, "--html", "r.html")):
         assert "pip install 'dash-export[profile]'" in refused(*command, *TARGET)

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
-import pytest
-
-from dash_export.commands.inspect import opsets
 from tests import forged
 from tests.commands.helpers import dash, python, refused
 
@@ -31,7 +26,6 @@ def test_tables(tiny_root: Path) -> None:
         "by what enters layer 1",
         "untrained (seed 0)",
         "linear",
-        "ai.onnx 24",
         "Target cpu-fp32",
         "Target portable",
         "layers_00-01",
@@ -64,12 +58,6 @@ def test_json(tiny_root: Path) -> None:
     assert all(unit["bypass_us"] > 0 and unit["bypass_bytes"] > 0 for unit in units)
 
 
-def test_a_unit_that_takes_no_time(own_bundle: Path) -> None:
-    record = own_bundle / "engines/cpu-fp32/build.json"
-    forged.edit(record, lambda data: data["cost"]["segment_us"].update({"layers_02-03": 0.0}))
-    assert dash("inspect", own_bundle, "--target", "cpu-fp32").exit_code == 0
-
-
 def test_one_target(tiny_root: Path) -> None:
     assert "Target portable" not in dash("inspect", tiny_root, "--target", "cpu-fp32").stdout
     assert "does not exist" in refused("inspect", tiny_root, "--target", "cpu")
@@ -86,8 +74,10 @@ def test_builds_of_an_earlier_export(own_bundle: Path) -> None:
 
 
 def test_costs_of_a_busy_machine_say_so(own_bundle: Path) -> None:
+    """Nor does a unit that takes no time stop it."""
     record = own_bundle / "engines" / "cpu-fp32" / "build.json"
     forged.edit(record, lambda data: data["cost"].update(others=0.9, stolen=0.0))
+    forged.edit(record, lambda data: data["cost"]["segment_us"].update({"layers_02-03": 0.0}))
     assert "while 0.9 processors worked for others" in dash("inspect", own_bundle, "--target", "cpu-fp32").stdout
     forged.edit(record, lambda data: data["cost"].update(others=0.1))
     assert "worked for others" not in dash("inspect", own_bundle, "--target", "cpu-fp32").stdout
@@ -96,36 +86,14 @@ def test_costs_of_a_busy_machine_say_so(own_bundle: Path) -> None:
 def test_needs_no_onnx(tiny_root: Path) -> None:
     done = python(WITHOUT_ONNX, tiny_root)
     assert done.returncode == 0, done.stderr
-    assert "ai.onnx 24" in done.stdout
+    assert "Portable graphs" in done.stdout
 
 
-def test_opsets_equal_onnx(tiny_root: Path) -> None:
-    for path in [*tiny_root.glob("onnx/*.onnx"), *tiny_root.glob("engines/cpu-fp32/*.onnx")]:
-        model = onnx.load(path, load_external_data=False)
-        assert opsets(path) == {entry.domain: entry.version for entry in model.opset_import}
-
-
-@pytest.mark.parametrize("content", [b"\xff" * 40, b"\x0f", b"\x42\x04\x0a\xff", b"\x42\x02\x08\x01", None])
-def test_opsets_of_garbage(content: bytes | None, tmp_path: Path) -> None:
-    """None: a FIFO, which would hang its reader."""
-    if content is None:
-        os.mkfifo(tmp_path / "x.onnx")
-    else:
-        (tmp_path / "x.onnx").write_bytes(content)
-    with pytest.raises((ValueError, OSError), match=r"ONNX|not a regular file"):
-        opsets(tmp_path / "x.onnx")
-
-
-def test_changed_file(edit: Callable[[str, str, str], Path]) -> None:
-    bundle = edit("config.json", "llama", "LLAMA")
-    assert "hash mismatch" in refused("inspect", bundle, "--verify")
-
-
-def test_names_are_not_markup(edit: Callable[[str, str, str], Path]) -> None:
+def test_changed_files(edit: Callable[[str, str, str], Path]) -> None:
+    """Names are not markup."""
     bundle = edit("manifest.json", '"name": "model"', '"name": "[/red]model[bold]"')
     assert "[/red]model[bold]" in dash("inspect", bundle).stdout
-
-
-def test_unknown_recipe_key_in_a_build(edit: Callable[[str, str, str], Path]) -> None:
-    bundle = edit("engines/cpu-fp32/build.json", '"layers": "fp32"', '"layer": "fp32"')
+    edit("config.json", "llama", "LLAMA")
+    assert "hash mismatch" in refused("inspect", bundle, "--verify")
+    edit("engines/cpu-fp32/build.json", '"layers": "fp32"', '"layer": "fp32"')
     assert "unknown key 'layer'" in refused("inspect", bundle)

@@ -110,20 +110,14 @@ def test_show_skips_on_a_terminal(no_color: str, coloured: bool, tiny_root: Path
 
 
 def test_conversation(tiny_root: Path) -> None:
-    said = "hello\n/reset\n/what\n\nhow are you\n/quit\nnever\n"
+    """What is said and refused; a full context ends a turn, not the conversation."""
+    said = f"hello\n/reset\n/what\n\nhow are you\n{'a' * 600}\nhello\n/quit\nnever\n"
     result = dash("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input=said)
     assert result.exit_code == 0
-    assert result.stderr.count("[3 tokens") == 2
+    assert result.stderr.count("[3 tokens") == 3
     assert "Forgotten." in result.stderr
     assert "no command '/what'" in result.stderr
-
-
-def test_conversation_survives_a_full_context(tiny_root: Path) -> None:
-    said = f"{'a' * 600}\nhello\n"
-    result = dash("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input=said)
-    assert result.exit_code == 0
     assert "/reset" in result.stderr.partition("Error: ")[2]
-    assert result.stderr.count("[3 tokens") == 1
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -150,23 +144,6 @@ def test_ctrl_c(chat: bool, tiny_root: Path) -> None:
     else:
         assert run.returncode == 130
         assert errors.strip() == "Interrupted"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("  ",), "prompt is empty"),
-        (("hello", "--max-tokens", 600), "does not hold"),
-        (("a" * 600,), "does not hold"),
-        (("hello", "--skip", "0"), "not whole units"),
-        (("hello", "--budget", 0.01), "more than this policy can give"),
-        (("hello", "--temperature", -1), "temperature"),
-        (("hello", "--dispatch", "overlapped"), "GPU target"),
-        (("hello", "--stop", ""), "stop"),
-    ],
-)
-def test_refused(arguments: tuple[object, ...], expected: str, tiny_root: Path) -> None:
-    assert expected in refused("run", tiny_root, *arguments, *FP32)
 
 
 def test_targets(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:
@@ -221,23 +198,28 @@ def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("  ",), "prompt is empty"),
+        (("hello", "--max-tokens", 600), "does not hold"),
+        (("a" * 600,), "does not hold"),
+        (("hello", "--skip", "0"), "not whole units"),
+        (("hello", "--budget", 0.01), "more than this policy can give"),
+        (("hello", "--temperature", -1), "temperature"),
+        (("hello", "--dispatch", "overlapped"), "GPU target"),
+        (("hello", "--stop", ""), "stop"),
         (("hi", "--chat", "--json"), "exclude each other"),
-        (("hi", "--chat", "--raw"), "exclude each other"),
         (("hi", "--json", "--show-skips"), "exclude each other"),
         (("hi", "--raw", "--system=be kind"), "exclude each other"),
         (("hi", "--prompts", "p.txt"), "exclude each other"),
-        (("--prompts", "p.txt", "--chat"), "exclude each other"),
-        (("--prompts", "p.txt", "--show-skips"), "exclude each other"),
         (("hi", "--batch", "2"), "--batch is for --prompts"),
         (("--prompts", "missing.txt"), "no text file"),
         (("--prompts", "empty.txt"), "has no prompt"),
         (("--prompts", "bytes.txt"), "UTF-8"),
     ],
 )
-def test_options_that_cannot_be(options: tuple[str, ...], message: str, tiny_root: Path, tmp_path: Path) -> None:
+def test_what_cannot_be(options: tuple[object, ...], message: str, tiny_root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    paths = [str(tmp_path / option) if option.endswith(".txt") else option for option in options]
+    paths = [tmp_path / option if str(option).endswith(".txt") else option for option in options]
     result = dash("run", tiny_root, *paths, *FP32)
     assert result.exit_code in (1, 2)
     assert message in result.stderr
@@ -245,21 +227,10 @@ def test_options_that_cannot_be(options: tuple[str, ...], message: str, tiny_roo
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_prompt_without_an_answer_stops_no_other(options: tuple[str, ...], tiny_root: Path, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text(f"hello\n{'a' * 600}\nbye\n")
-    result = dash("run", tiny_root, *FP32, "--max-tokens", 4, "--prompts", file, "--batch", 2, *options)
-    assert result.exit_code == 1
-    assert "1: the prompt 'aaaa" in result.stderr
-    assert "context does not hold this" in result.stderr
-    assert "[2 answers, 8 tokens" in result.stderr
-    assert "1 of 3 prompts have no answer" in result.stderr
-    assert "Traceback" not in result.stderr
-    found = [line for line in result.stdout.splitlines() if line.startswith(("{", "0: ", "1: ", "2: "))]
-    assert len(found) == 2
-
-
-def test_a_prompt_that_the_template_refuses(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_without_an_answer_stops_no_other(
+    options: tuple[str, ...], tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is too long, and one the template refuses."""
     chat = Text.chat
 
     def refusing(text: Text, messages: list[dict[str, str]], limit: int) -> list[int]:
@@ -269,8 +240,17 @@ def test_a_prompt_that_the_template_refuses(tiny_root: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(Text, "chat", refusing)
     file = tmp_path / "prompts.txt"
-    file.write_text("no\nbye\n")
-    result = dash("run", tiny_root, *FP32, "--max-tokens", 4, "--prompts", file, "--json")
+    file.write_text(f"hello\n{'a' * 600}\nno\nbye\n")
+    result = dash("run", tiny_root, *FP32, "--max-tokens", 4, "--prompts", file, "--batch", 2, *options)
     assert result.exit_code == 1
-    assert "0: the prompt 'no' has no answer. The chat template refuses" in result.stderr
-    assert json.loads(result.stdout)["index"] == 1
+    for expected in (
+        "1: the prompt 'aaaa",
+        "context does not hold this",
+        "2: the prompt 'no' has no answer. The chat template refuses",
+        "[2 answers, 8 tokens",
+        "2 of 4 prompts have no answer",
+    ):
+        assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    found = [line for line in result.stdout.splitlines() if line.startswith(("{", "0: ", "1: ", "2: ", "3: "))]
+    assert len(found) == 2

@@ -52,30 +52,15 @@ def test_the_units_that_were_found_are_shown(model: Path, prose: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("--kind", "static", "--trade-offs", 0.2, 0.9), 2, "a static policy of given units takes no --trade-offs"),
-        ((), 1, "no policy file"),
+        (("--from", "none", "--kind", "static", "--trade-offs", 0.2, 0.9), 2, "of given units takes no --trade-offs"),
+        (("--from", "none"), 1, "no policy file"),
         (("--trade-offs", 0, 1), 2, "0"),
         (("--trade-offs", 0.2, "inf"), 1, "from a low to a higher, finite one"),
         (("--trade-offs", 0.2, "nan"), 1, "from a low to a higher, finite one"),
-        (("--seed", 1 << 63), 2, "--seed"),
         (("--trade-offs", 0.9, 0.2), 1, "from a low to a higher"),
-    ],
-)
-def test_what_does_not_go_together(
-    model: Path, prose: Path, tmp_path: Path, options: tuple[object, ...], code: int, said: str
-) -> None:
-    output = tmp_path / "p.safetensors"
-    message = refused("train", model, "-o", output, "--text", prose, "--from", tmp_path / "none", *options, code=code)
-    assert said in message
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "said"),
-    [
+        (("--seed", 1 << 63), 2, "--seed"),
         (("--units", "2-3,x"), 2, "Units are written like 5-7,8-10,13; '2-3,x' is not"),
         (("--units", "3-2"), 1, "must be of layers 0 to 5 in rising order"),
-        (("--units", "2-3,3-4"), 1, "The units 2-3,3-4 must be"),
         (("--units", "2-6"), 1, "The units 2-6 must be"),
         (("--units", "none"), 1, "no unit to learn about"),
         (("--units", "0-1"), 1, "Layer 0 can be in no unit"),

@@ -10,22 +10,12 @@ from dash_export.evaluate.intervals import FEWEST, interval, median_ratios
 
 def test_ratio_of_sums_not_mean_of_ratios() -> None:
     found = interval([1.0, 9.0], [1.0, 3.0])
-    assert found.value == pytest.approx(10 / 4)
-    assert (found.low, found.high) == pytest.approx((1.0, 3.0))
+    assert (found.value, found.low, found.high) == pytest.approx((10 / 4, 1.0, 3.0))
     raised = interval([1.0, 9.0], [1.0, 3.0], transform=np.exp)
     assert (raised.value, raised.low, raised.high) == pytest.approx(np.exp([found.value, found.low, found.high]))
     assert found == interval([1.0, 9.0], [1.0, 3.0]), "the same resamples every time"
-
-
-def test_intervals_cover_the_mean() -> None:
-    rng = np.random.default_rng(0)
-    found = [interval(rng.exponential(2.0, 60)) for _ in range(200)]
-    assert 0.88 < np.mean([one.low <= 2.0 <= one.high for one in found]) < 0.99
-
-
-def test_one_item_has_no_width_and_none_no_mean() -> None:
-    found = interval([0.25])
-    assert found.low == found.value == found.high == 0.25
+    one = interval([0.25])
+    assert one.low == one.value == one.high == 0.25
     with pytest.raises(ValueError, match="nothing"):
         interval([])
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dash_export.decision import Setting, Unit
-from dash_export.evaluate.frontier import Point
+from dash_export.evaluate.exchange import Point
 from dash_export.evaluate.intervals import Interval
-from dash_export.evaluate.texts import TextResult
+from dash_export.evaluate.score import Result
 from dash_export.evaluate.timing import Timing
 
 pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
@@ -20,7 +20,7 @@ from dash_export.evaluate.pictures import frontier_figure, render, skip_map_figu
 def point(setting: Setting, time: float, kl: float, measured: bool = True, build: str = "") -> Point:
     around = Interval(kl, 0.9 * kl, 1.2 * kl)
     perplexity = Interval(30 + 10 * kl, 25.0, 60.0)
-    quality = TextResult(build, setting, 100, 28.0, time, 4, around, perplexity, Interval(1 + kl / 3, 1, 2), around)
+    quality = Result(build, setting, 100, 28.0, time, 4, {"kl": around, "perplexity": perplexity})
     return Point(quality, Timing(time, 0.98 * time, 1.03 * time, 5.0, 28.0) if measured else None)
 
 
@@ -44,31 +44,17 @@ def texts(figure: object) -> list[str]:
 
 
 def test_frontier_says_what_it_shows() -> None:
-    said = texts(frontier_figure(points(), "Model on cpu", "how it was measured"))
-    for expected in ("KL from dense (nats per token)", "perplexity", "dense", "static", "token", "Model on cpu"):
-        assert expected in said
-    assert "decode time per token, fraction of dense (measured)" in said
-    predicted = texts(frontier_figure(points(measured=False), "t", "c"))
-    assert "decode time per token, fraction of dense (predicted)" in predicted
-
-
-def test_frontier_names_other_builds() -> None:
-    """A dollar sign in a name begins no formula."""
+    """Other builds by their names, in which a dollar sign begins no formula; divergence from zero, nothing cut off."""
     figure = frontier_figure(points("pruned:cpu", "own$x_{:cpu$"), "$y^", "$z_{$")
     said = texts(figure)
-    for expected in ("dense", "static", "token", "pruned:cpu", "own$x_{:cpu$"):
-        assert said.count(expected) >= 1
-    assert render(figure, "png").startswith(b"\x89PNG")
-
-
-def test_divergence_begins_at_zero_and_nothing_is_cut_off() -> None:
-    figure = frontier_figure(points("other"), "t", "c")
+    for expected in ("KL from dense (nats per token)", "perplexity", "dense", "static", "token", "pruned:cpu",
+                     "own$x_{:cpu$", "$y^", "decode time per token, fraction of dense (measured)"):  # fmt: skip
+        assert expected in said, expected
+    predicted = texts(frontier_figure(points(measured=False), "t", "c"))
+    assert "decode time per token, fraction of dense (predicted)" in predicted
     left = next(axes for axes in figure.axes if "KL" in axes.get_ylabel())
-    low, high = left.get_ylim()
-    assert low == 0
-    assert high > 1.2 * 0.5
-    assert left.get_xlim()[0] < 0.88
-    assert left.get_xlim()[1] > 1.0
+    (low, high), (fast, slow) = left.get_ylim(), left.get_xlim()
+    assert (low, high > 1.2 * 0.5, fast < 0.88, slow > 1.0) == (0, True, True, True)
 
 
 def test_bytes_are_the_same_every_time() -> None:
@@ -82,7 +68,7 @@ def test_skip_map_of_hostile_tokens() -> None:
     tokens = ["$x_1$", " $", "\n", "\x1b[31m", "漢字", "<&>", "\\frac{", " a very long token indeed", ""]
     actions = np.zeros((len(tokens), 5), np.int8)
     actions[::2, 2:4] = 1
-    figure = skip_map_figure(tokens, actions, (Unit(2, 3),), "model $y^: token", "c")
+    figure = skip_map_figure(tokens, actions, (Unit(2, 3),), "model $y^: token")
     assert render(figure, "png").startswith(b"\x89PNG")
     ET.fromstring(render(figure, "svg"))
     heat = next(axes for axes in figure.axes if axes.get_xlabel() == "layer")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_export.errors import RequestError
-from dash_export.evaluate.task_files import Answer, Prompt, Question, read_items
+from dash_export.evaluate.task_files import Answer, Question, read_items
 
 QUESTION = {"query": "Two and two?", "choices": ["four", "five"], "gold": 0}
 
@@ -23,16 +23,8 @@ def test_forms(tmp_path: Path) -> None:
     assert read_items(written(path, QUESTION | {"id": 7, "subject": "sums"})) == [
         Question(1, "Two and two?", ("four", "five"), 0)
     ]
+    assert len(read_items(written(path, QUESTION, QUESTION, "not JSON"), 2)) == 2
     assert read_items(written(path, "", {"context": "a b", "target": " c"})) == [Answer(2, "a b", " c")]
-    assert read_items(written(path, {"prompt": "hi"}, {"turns": ["ho", "more"]})) == [
-        Prompt(1, "hi"),
-        Prompt(2, "ho"),
-    ]
-
-
-def test_limit_reads_no_further(tmp_path: Path) -> None:
-    path = written(tmp_path / "t.jsonl", QUESTION, QUESTION, "not JSON")
-    assert len(read_items(path, 2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -50,11 +42,9 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         (QUESTION | {"query": " "}, "'query'"),
         ({"context": "a"}, "'target'"),
         ({"context": None, "target": "b"}, "'context'"),
-        ({"turns": []}, "'turns'"),
-        ({"turns": [3]}, r"turns\[0\]"),
-        ('{"prompt": "\\ud800"}', "half a character"),
-        ({"prompt": "another form"}, "another form than line 1"),
-        ("x" * (1 << 20), "characters long"),
+        ('{"context": "\\ud800", "target": "b"}', "half a character"),
+        ({"context": "another", "target": "form"}, "another form than line 1"),
+        ("x" * (1 << 20 | 1), "characters long"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, line: object, says: str) -> None:
@@ -66,12 +56,8 @@ def test_errors_name_the_line(tmp_path: Path, line: object, says: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no task file"):
-        read_items(tmp_path / "none.jsonl")
-    with pytest.raises(RequestError, match="no task file"):
-        read_items(tmp_path)
-    with pytest.raises(RequestError, match="empty"):
-        read_items(written(tmp_path / "e.jsonl", ""))
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(RequestError, match="UTF-8"):
-        read_items(tmp_path / "b.jsonl")
+    written(tmp_path / "e.jsonl", "")
+    for name, says in (("none.jsonl", "no text file"), (".", "no text file"), ("e.jsonl", "empty"), ("b.jsonl", "UTF")):
+        with pytest.raises(RequestError, match=says):
+            read_items(tmp_path / name)

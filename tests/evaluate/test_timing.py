@@ -12,8 +12,8 @@ from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.errors import BackendError
 from dash_export.evaluate.candidates import Candidate
-from dash_export.evaluate.timing import SETTLE, Timing, decode_times, in_turns, interleaved, run_alone
-from tests.evaluate.test_texts import SETTINGS
+from dash_export.evaluate.timing import SETTLE, Timing, in_turns, run_alone
+from tests.evaluate.test_score import SETTINGS
 from tests.forged import edit
 from tests.tiny import random_ids
 
@@ -22,19 +22,19 @@ def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
     ids = random_ids(60, seed=5)
     candidate = Candidate(runtime, SETTINGS[2])
     alone = run_alone(candidate, ids.tolist(), 20)
-    assert alone is not None
     assert 0 < alone.seconds < 1
     assert 1 << 24 < alone.peak_memory < 1 << 31
-    candidate.took(candidate.session().score(ids, prefix=20).actions[20 + SETTLE :])
-    assert (alone.layers, alone.predicted) == pytest.approx((candidate.layers, candidate.time))
+    taken = candidate.taken(candidate.session().score(ids, prefix=20).actions[20 + SETTLE :])
+    assert alone.predicted == pytest.approx(taken[2])
 
 
 def test_a_process_takes_no_module_from_the_current_folder(
     runtime: DashRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "dash_export.py").write_text("raise SystemExit('pwned')")
+    for name in ("dash_export.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('pwned')")
     monkeypatch.chdir(tmp_path)
-    assert run_alone(Candidate(runtime, Setting("dense")), [1, 2, 3], 2) is not None
+    assert run_alone(Candidate(runtime, Setting("dense")), [1, 2, 3], 2).predicted == 1
 
 
 def test_a_process_that_fails_or_is_killed(
@@ -46,9 +46,8 @@ def test_a_process_that_fails_or_is_killed(
         run_alone(Candidate(broken, Setting("dense")), [1, 2, 3], 2)
     killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
-    assert run_alone(Candidate(runtime, Setting("dense")), [1, 2, 3], 2) is None
     with pytest.raises(BackendError, match="was killed"):
-        decode_times([Candidate(runtime, Setting("dense"))], [random_ids(50)], 10)
+        run_alone(Candidate(runtime, Setting("dense")), [1, 2, 3], 2)
 
 
 def test_a_process_times_what_was_judged(own_bundle: Path) -> None:
@@ -72,7 +71,3 @@ def test_turns() -> None:
     rounds = [[variant for number, variant in turns if number == at] for at in range(20)]
     assert all(sorted(each) == [0, 1, 2] for each in rounds)
     assert len({tuple(each) for each in rounds}) > 3
-    calls: list[int] = []
-    times = interleaved([lambda: calls.append(0), lambda: calls.append(1)], rounds=3, block=2, settle=1)
-    assert times.shape == (2, 3)
-    assert len(calls) == 2 * (2 + 3) * 3

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.artifacts import no_progress
 from dash_export.decision import Setting
 from dash_export.errors import PolicyError, RequestError
 from dash_export.evaluate.candidates import candidates
+from dash_export.evaluate.score import score
 from dash_export.evaluate.task_files import Question
-from dash_export.evaluate.tasks import encode_pair, prepare_choices
-from tests.evaluate.test_texts import log_softmax
+from dash_export.evaluate.tasks import ChoiceScore, encode_pair
+from tests.evaluate.test_score import log_softmax
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
 SETTING = Setting("token", skipped=1.5)
@@ -120,7 +120,7 @@ def test_an_evaluation(model: Any, runtime: DashRuntime, tmp_path: Path, monkeyp
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     results = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)["results"]["own"]
-    score = prepare_choices(runtime, asked, "q")
-    ours: Any = score(candidates(runtime, (Setting("dense"), SETTING)), no_progress)[1]
-    assert results["acc,none"] == pytest.approx(ours.accuracy.value)
-    assert results["acc_norm,none"] == pytest.approx(ours.normalised.value)
+    compared = candidates(runtime, (Setting("dense"), SETTING))
+    ours = score(ChoiceScore(runtime, asked, "q"), compared)[1].figures
+    assert results["acc,none"] == pytest.approx(ours["accuracy"].value)
+    assert results["acc_norm,none"] == pytest.approx(ours["normalised"].value)

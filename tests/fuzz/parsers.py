@@ -16,8 +16,7 @@ import click
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.bundle import BUILD, MANIFEST, Bundle
-from dash_export.commands.common import LayerList
-from dash_export.commands.comparison import KindList, NumberList
+from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS
 from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.evaluate.task_files import read_items
 from dash_export.graph_runs import graph_run
@@ -168,7 +167,7 @@ def _onnx(name: str, read: Callable[[Path], object], deep: Callable[[Path], obje
 def _chosen(_: Path, data: bytes) -> None:
     """Accepted where one of the options that take a list accepts it."""
     refused: list[Exception] = []
-    for kind in (LayerList(), NumberList(0.0), NumberList(0.0, 1.0), KindList()):
+    for kind in (LAYERS, AMOUNTS, BUDGETS, KINDS):
         try:
             kind.convert(data.decode("utf-8", "surrogateescape"), None, None)
         except click.UsageError as error:
@@ -193,7 +192,6 @@ LINES = b"""{"prompt": "a"}
 TASKS = [
     b'{"query": "Two and two?", "choices": ["four", "five"], "gold": 0, "id": 7}',
     b'{"context": "a b", "target": " c"}\n\n{"context": "d", "target": "e"}',
-    b'{"prompt": "a"}\n{"turns": ["b", "c"]}',
 ]
 TEMPLATES = [
     b"{% for m in messages %}{{ m['role'] + '\\n' + m.content | trim }}{% if not loop.last %}, {% endif %}{% endfor %}",

@@ -161,7 +161,7 @@ def perform(command: Command, stage: Stage, folder: Path) -> str:
 def _frontier(folder: Path) -> str:
     from dash_export.cli import cli
 
-    few = ["--predicted", "--limit", "1", "--window", "16", "--prefix", "4", "--skipped", "1", "--target", "cpu-fp32"]
+    few = ["--rounds", "0", "--limit", "1", "--window", "16", "--prefix", "4", "--skipped", "1", "--target", "cpu-fp32"]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         cli.main(["frontier", str(folder / BUNDLE), *few, "-o", str(folder / PICTURE)], standalone_mode=False)
     return ""

@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 import numpy as np
-from common import console, held_out, print_json, ratios, timed
-from rich.table import Table
+from common import held_out, print_json, ratios, timed
 
+from dash_export.commands.tables import print_table
 from dash_export.runtime import DashRuntime
 
 PROMPT = 256
@@ -67,7 +67,6 @@ def main(bundle: Path, target: str, sizes: str, skipped: int, rounds: int) -> No
     }
     times = timed(dict(variants), rounds)
     heads = ("sequences", "dense ms/step", "tokens/s in all", "of one", "static", "token", "token: own layers", "run")
-    table = Table(*heads, title=f"{bundle.name}, {target}, {PROMPT} cached tokens, of time: dense is 1")
     rows = []
     for count in counts:
         of_dense = ratios({kind: times[f"{kind} {count}"] for kind in KINDS})
@@ -84,8 +83,8 @@ def main(bundle: Path, target: str, sizes: str, skipped: int, rounds: int) -> No
                 "layers_run": round(float(np.mean(token.ran)), 2),
             }
         )
-        table.add_row(*(str(value) for value in rows[-1].values()))
-    console.print(table)
+    title = f"{bundle.name}, {target}, {PROMPT} cached tokens, of time: dense is 1"
+    print_table(title, (), heads, (row.values() for row in rows))
     print_json("batch", {"target": target, "skipped": skipped, "rows": rows})
 
 

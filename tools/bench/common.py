@@ -1,6 +1,6 @@
 """What the benchmarks share: one whole-model graph to compare with, fresh processes, one table, one JSON line.
 
-Times are taken by the package's own timing core (`dash_export/evaluate/timing.py`).
+Turns and intervals are those of the package (`dash_export/evaluate/timing.py`, `intervals.py`).
 """
 
 from __future__ import annotations
@@ -8,25 +8,27 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from rich.console import Console
-from rich.table import Table
 
 from dash_export import __version__
 from dash_export.building.engine_graphs import compose_segment, lower, save_extending
 from dash_export.bundle import Bundle
+from dash_export.commands.options import with_bounds
+from dash_export.commands.tables import print_table
 from dash_export.evaluate.intervals import Interval, median_ratios
-from dash_export.evaluate.timing import interleaved
+from dash_export.evaluate.timing import in_turns
 from dash_export.manifest import Build, EngineRecord, Segment
 from dash_export.resources import resource_folder
 from dash_export.runtime.backends.onnxruntime import create as backend
@@ -38,18 +40,28 @@ from dash_export.targets import recipe_from_dict
 
 HELD_OUT = resource_folder("calibration") / "heldout.txt"
 """No policy was trained on it."""
-console = Console(highlight=False)
-if not console.is_terminal:
-    console.width = 120
 
 Times = dict[str, list[float]]
 """Variant -> seconds, one per round or per process."""
 
 
 def timed(variants: dict[str, Callable[[], object]], rounds: int, block: int = 8, settle: int = 2) -> Times:
-    """Seconds per call of each variant, in turns."""
-    found = interleaved(list(variants.values()), rounds, block, settle)
-    return dict(zip(variants, found.tolist(), strict=True))
+    """Time the variants in turn in this process, a block of calls each: seconds per call, a block's median, by round.
+
+    A decoder runs the same engines token after token, so a block's first `settle` calls, which find another variant's
+    weights in the caches, are dropped. Two rounds before the first are warm-up.
+    """
+    times: Times = {name: [] for name in variants}
+    for number, index in in_turns(len(variants), 2 + rounds):
+        name, run = list(variants.items())[index]
+        sample = []
+        for _ in range(settle + block):
+            began = time.perf_counter()
+            run()
+            sample.append(time.perf_counter() - began)
+        if number >= 2:
+            times[name].append(median(sample[settle:]))
+    return times
 
 
 def in_fresh_processes(timed_once: Callable[..., Times], *arguments: object, processes: int) -> Times:
@@ -74,13 +86,12 @@ def ratios(times: Times) -> dict[str, Interval]:
 
 def report(title: str, unit: str, times: Times) -> dict[str, dict[str, float]]:
     """Print medians and ratios to the first variant as a table; and return them."""
-    table = Table("variant", f"ms per {unit}", "ratio (95 %)", title=title)
-    rows = {}
+    rows, shown = {}, []
     for name, ratio in ratios(times).items():
         milliseconds = 1e3 * float(np.median(times[name]))
-        table.add_row(name, f"{milliseconds:.3f}", f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+        shown.append((name, f"{milliseconds:.3f}", with_bounds(ratio, 3)))
         rows[name] = {"ms": round(milliseconds, 4)} | {key: round(value, 4) for key, value in asdict(ratio).items()}
-    console.print(table)
+    print_table(title, ("variant",), (f"ms per {unit}", "ratio (95 %)"), shown)
     return rows
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import click
 import numpy as np
-from common import console, held_out, print_json, timed
-from rich.table import Table
+from common import held_out, print_json, timed
 
 from dash_export import DashRuntime
+from dash_export.commands.tables import print_table
 from dash_export.decision import Setting
 from dash_export.evaluate.candidates import label
 from dash_export.runtime.device.base import MAIN
@@ -59,15 +59,16 @@ def main(bundle: Path, target: str, whole: Path | None, context: int, rounds: in
         for name in [name for name in runs if name.startswith("device")]:
             del runs[name]
         print("No row for 'device': steps cannot be recorded here, see the warning above.")
-    table = Table("mode", "layers", "ms/token", "slowest tenth of blocks", "of dense", title=f"{bundle.name}, {target}")
+    shown = []
     base = np.median(times["sync: dense"])
     rows = {}
     for name, (_, layers) in runs.items():
         middle, slow = (float(value) * 1e3 for value in np.quantile(times[name], (0.5, 0.9)))
         ratio = float(np.median(np.array(times[name]) / base))
-        table.add_row(name, f"{np.mean(layers):.1f}", f"{middle:.3f}", f"{slow:.3f}", f"{ratio:.3f}")
+        shown.append((name, f"{np.mean(layers):.1f}", f"{middle:.3f}", f"{slow:.3f}", f"{ratio:.3f}"))
         rows[name] = {"layers": float(np.mean(layers)), "ms": middle, "slow_ms": slow, "of_dense": ratio}
-    console.print(table)
+    heads = ("layers", "ms/token", "slowest tenth of blocks", "of dense")
+    print_table(f"{bundle.name}, {target}", ("mode",), heads, shown)
     launch = _launch_us(runtimes["sync"], context)
     print(f"A launch costs the host {launch:.1f} us per segment (dense, nothing waited for).")
     engines = runtimes["sync"].engines

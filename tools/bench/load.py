@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import median
 
 import click
-from common import console, print_json
-from rich.table import Table
+from common import print_json
+
+from dash_export.commands.tables import print_table
 
 PROCESS = """
 import json, sys, time
@@ -47,11 +48,12 @@ def main(bundle: Path, target: str, rounds: int) -> None:
     for process in pair:
         process.communicate()
     rows["each of two at once"] = _median(found)
-    table = Table("", "import s", "load s", "first token s", "RSS MB", "PSS MB", title=f"engines {engines:.0f} MB")
+    shown = []
     for name, row in rows.items():
         memory = (f"{row[key] / 1e3:.0f}" for key in ("Rss", "Pss"))
-        table.add_row(name, *(f"{row[key]:.2f}" for key in ("import", "load", "first")), *memory)
-    console.print(table)
+        shown.append((name, *(f"{row[key]:.2f}" for key in ("import", "load", "first")), *memory))
+    heads = ("import s", "load s", "first token s", "RSS MB", "PSS MB")
+    print_table(f"engines {engines:.0f} MB", ("process",), heads, shown)
     print_json("load", {"target": target, "engine_mb": round(engines, 1), "rows": rows})
 
 

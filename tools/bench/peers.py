@@ -20,10 +20,10 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
-from common import HELD_OUT, console, print_json, ratios
-from rich.table import Table
+from common import HELD_OUT, print_json, ratios
 from safetensors.numpy import save_file
 
+from dash_export.commands.tables import print_table
 from dash_export.evaluate.timing import in_turns
 from dash_export.models import open_checkpoint
 from dash_export.models.spec import row_blocks
@@ -126,7 +126,7 @@ def main(
                 _install(kind)
                 workers[name] = Worker(_python(kind), kind, model_for(form, bundle, gguf), threads)
             except click.ClickException as error:
-                console.print(f"{name} is left out: {error.message}")
+                click.echo(f"{name} is left out: {error.message}")
     names = list(workers)
     perplexities = {name: worker.perplexity(ids, windows) for name, worker in workers.items()}
     seconds: dict[str, dict[str, list[float]]] = {part: {name: [] for name in names} for part in ("prefill", "decode")}
@@ -145,9 +145,9 @@ def _report(
     counts: dict[str, int],
     rounds: int,
 ) -> None:
-    console.print(f"Ratios: what {next(iter(perplexities))} does against the row's runtime, round by round.")
+    click.echo(f"Ratios: what {next(iter(perplexities))} does against the row's runtime, round by round.")
     title = f"{counts['prefill']} prompt tokens, {counts['decode'] + 1} new ones, medians of {rounds} rounds in turns"
-    table = Table("runtime", "decode tok/s", "ratio", "prefill tok/s", "ratio", "perplexity", title=title)
+    shown = []
     times = {part: ratios(own) for part, own in seconds.items()}
     result = {}
     for name, perplexity in perplexities.items():
@@ -155,9 +155,9 @@ def _report(
         for part in ("decode", "prefill"):
             row[part] = round(counts[part] / float(np.median(seconds[part][name])), 2)
             cells += [f"{row[part]:.1f}", f"{times[part][name].value:.2f}x"]
-        table.add_row(*cells, "not shown" if perplexity is None else f"{perplexity:.2f}")
+        shown.append((*cells, "not shown" if perplexity is None else f"{perplexity:.2f}"))
         result[name] = {**row, "perplexity": perplexity}
-    console.print(table)
+    print_table(title, ("runtime",), ("decode tok/s", "ratio", "prefill tok/s", "ratio", "perplexity"), shown)
     print_json("peers", {"prompt": counts["prefill"], "tokens": counts["decode"] + 1, "runtimes": result})
 
 
@@ -168,7 +168,7 @@ def _python(kind: str) -> str:
 def _install(kind: str) -> None:
     place, done = CACHE / kind, CACHE / kind / "installed"
     if not done.exists():
-        console.print(f"installing {', '.join(PACKAGES[kind])} into {place}")
+        click.echo(f"installing {', '.join(PACKAGES[kind])} into {place}")
         venv.create(place, with_pip=True, clear=True)
         _checked([_python(kind), "-m", "pip", "install", "-q", *PACKAGES[kind]])
         done.touch()

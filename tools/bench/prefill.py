@@ -12,10 +12,10 @@ from pathlib import Path
 import click
 import numpy as np
 import numpy.typing as npt
-from common import Times, console, held_out, in_fresh_processes, load_both, print_json, report, timed, whole_build
-from rich.table import Table
+from common import Times, held_out, in_fresh_processes, load_both, print_json, report, timed, whole_build
 
 from dash_export.bundle import Bundle
+from dash_export.commands.tables import print_table
 from dash_export.evaluate.timing import peak_memory
 from dash_export.manifest import Build
 from dash_export.runtime import DashRuntime
@@ -45,7 +45,6 @@ def main(bundle: Path, target: str, rounds: int, processes: int) -> None:
 def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
     runtime = DashRuntime.load(bundle, target, verify=False)
     ids = held_out(runtime.text.encode, runtime.engines.model.max_positions)
-    table = Table("tokens", "seconds", "tokens/s", "KV cache MB", "peak memory MB", title=f"{bundle.name}, {target}")
     rows = []
     for length in (PROMPT, 1024, 2048, 4096, len(ids) - 1):
         session = runtime.session()
@@ -60,8 +59,8 @@ def _long_prompts(bundle: Path, target: str) -> list[dict[str, float]]:
             "peak_mb": round(peak_memory() / 1e6, 1),
         }
         rows.append(row)
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
+    heads = ("tokens", "seconds", "tokens/s", "KV cache MB", "peak memory MB")
+    print_table(f"{bundle.name}, {target}", (), heads, (row.values() for row in rows))
     return rows
 
 

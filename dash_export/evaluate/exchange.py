@@ -9,9 +9,10 @@ from math import hypot
 import numpy as np
 
 from dash_export.artifacts import Progress, no_progress
+from dash_export.evaluate import LIMIT, PREFIX, ROUNDS, TOKENS, WINDOW
 from dash_export.evaluate.candidates import Candidate, label
 from dash_export.evaluate.intervals import Interval
-from dash_export.evaluate.texts import TextResult, score_text, windows
+from dash_export.evaluate.score import Result, TextScore, score, windows
 from dash_export.evaluate.timing import SETTLE, Timing, decode_times, fitting_context
 
 
@@ -21,13 +22,17 @@ class Point:
     perplexities are against the dense mode of the first build.
     """
 
-    quality: TextResult
+    quality: Result
     timing: Timing | None
 
     @property
     def time(self) -> float:
         """Decode time as a fraction of dense: measured, or else predicted from the cost table."""
         return self.quality.time if self.timing is None else self.timing.ratio
+
+    @property
+    def kl(self) -> Interval:
+        return self.quality.figures["kl"]
 
     @property
     def name(self) -> str:
@@ -45,7 +50,7 @@ class Point:
         """
         if self.timing is None or self.timing.low <= 1 <= self.timing.high:
             return None
-        ratio, saved = self.quality.perplexity_ratio, 1 - self.timing.ratio
+        ratio, saved = self.quality.figures["perplexity_ratio"], 1 - self.timing.ratio
         rate = (ratio.value - 1) / saved
         dear, cheap = ratio.high - ratio.value, ratio.value - ratio.low
         slow, fast = self.timing.high - self.timing.ratio, self.timing.ratio - self.timing.low
@@ -57,35 +62,31 @@ class Point:
         return Interval(rate, rate - down, rate + up)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a frontier is measured on: `limit` windows of `text` for quality (as `score_text`); `rounds` timed blocks of
-    `tokens` decoded tokens per candidate, after as much context as the cost table has. `rounds` 0: no clock.
-    """
-
-    text: str
-    name: str
-    limit: int
-    window: int
-    prefix: int
-    rounds: int
-    tokens: int
-
-
-def frontier(candidates: Sequence[Candidate], plan: Plan, progress: Progress = no_progress) -> list[Point]:
+def frontier(
+    candidates: Sequence[Candidate],
+    text: str,
+    name: str,
+    limit: int = LIMIT,
+    window: int = WINDOW,
+    prefix: int = PREFIX,
+    rounds: int = ROUNDS,
+    tokens: int = TOKENS,
+    progress: Progress = no_progress,
+) -> list[Point]:
     """One point per candidate; the first is dense, and everything is compared with it.
 
-    Raises RequestError where a text or context does not fit.
+    Quality is measured on `limit` windows of `text`, called `name` (`TextScore`); time over `rounds` blocks of `tokens`
+    decoded tokens per candidate, after as much context as the cost table has. `rounds` 0: no clock. Raises RequestError
+    where a text or context does not fit.
     """
     first = candidates[0].runtime
-    parts = windows(first, plan.text, plan.name, plan.limit, plan.window, plan.prefix)
-    if not plan.rounds:
-        return [Point(result, None) for result in score_text(candidates, parts, plan.prefix, progress)]
-    context = fitting_context(candidates, None, SETTLE + plan.tokens)
-    timed = windows(first, plan.text, plan.name, plan.rounds, context + SETTLE + plan.tokens)
-    # A short text is gone through again.
-    timed = [timed[number % len(timed)] for number in range(plan.rounds)]
-    quality = score_text(candidates, parts, plan.prefix, progress)
+    measure = TextScore(first, text, name, limit, window, prefix)
+    if not rounds:
+        return [Point(result, None) for result in score(measure, candidates, progress)]
+    context = fitting_context(candidates, None, SETTLE + tokens)
+    parts = windows(first, text, name, rounds, context + SETTLE + tokens)
+    timed = [parts[number % len(parts)] for number in range(rounds)]  # a short text is gone through again
+    quality = score(measure, candidates, progress)
     timings = decode_times(candidates, timed, context, progress)
     return [Point(result, timing.at(result.time)) for result, timing in zip(quality, timings, strict=True)]
 
@@ -95,7 +96,7 @@ def of_token(points: Sequence[Point]) -> list[float | None]:
     dense and the token policy itself, and where its curve does not reach.
     """
     curve = sorted(
-        (1 - point.time, point.quality.kl.value)
+        (1 - point.time, point.kl.value)
         for point in points
         # What may have saved nothing at all, by its interval, is no point of a curve.
         if point.name == "token" and (point.time < 1 if point.timing is None else point.timing.high < 1)
@@ -104,6 +105,6 @@ def of_token(points: Sequence[Point]) -> list[float | None]:
     found: list[float | None] = []
     for point in points:
         there = np.interp(1 - point.time, saved, kl, left=np.nan, right=np.nan)
-        other = point.name not in ("token", "dense") and there > 0 and point.quality.kl.value > 0
-        found.append(float(there / point.quality.kl.value) if other else None)
+        other = point.name not in ("token", "dense") and there > 0 and point.kl.value > 0
+        found.append(float(there / point.kl.value) if other else None)
     return found

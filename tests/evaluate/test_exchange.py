@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,18 +13,18 @@ from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import candidates
-from dash_export.evaluate.frontier import Plan, Point, frontier, of_token
+from dash_export.evaluate.exchange import Point, frontier, of_token
 from dash_export.evaluate.intervals import Interval
-from dash_export.evaluate.texts import TextResult
+from dash_export.evaluate.score import Result
 from dash_export.evaluate.timing import Timing
-from tests.evaluate.test_texts import SETTINGS, TEXT
+from tests.evaluate.test_score import SETTINGS, TEXT
 
 
 def point(kind: str, time: float, kl: float = 0.1, more: float = 0.0, spread: float = 0.0, build: str = "") -> Point:
     """`more` perplexity; its bounds and those of the time are as far as `spread`."""
     around = Interval(kl, kl, kl)
     ratio = Interval(1 + more, 1 + more - spread, 1 + more + spread)
-    quality = TextResult(build, Setting(kind), 100, 30.0, time, 4, around, around, ratio, around)
+    quality = Result(build, Setting(kind), 100, 30.0, time, 4, {"kl": around, "perplexity_ratio": ratio})
     return Point(quality, Timing(time, time - spread / 10, time + spread / 10, 5.0, time))
 
 
@@ -37,6 +37,10 @@ def test_exchange_rate() -> None:
     slower = point("dense", 1.25, more=-0.04).exchange_rate
     assert slower is not None
     assert slower.value == pytest.approx(0.16)
+    ratio = {"perplexity_ratio": Interval(0.95, 0.9, 0.96)}
+    lopsided = replace(point("dense", 1.2), quality=replace(point("dense", 1.2).quality, figures=ratio)).exchange_rate
+    assert lopsided is not None
+    assert (lopsided.value, lopsided.low, lopsided.high) == pytest.approx((0.25, 0.2, 0.5))
     assert point("static", 0.99, more=0.1, spread=0.2).exchange_rate is None, "it may have saved nothing"
     assert replace(point("token", 0.9), timing=None).exchange_rate is None
 
@@ -66,16 +70,13 @@ def test_the_token_policy_at_equal_time() -> None:
 
 def test_points(runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]) -> None:
     compared = candidates(runtime, (SETTINGS[0], SETTINGS[2]), [("other", tiny_runtime("portable"))])
-    plan = Plan(TEXT, "t", limit=2, window=48, prefix=10, rounds=1, tokens=8)
-    points = frontier(compared, plan)
+    measured = partial(frontier, compared, TEXT, "t", limit=2, window=48, prefix=10)
+    points = measured(rounds=1, tokens=8)
     assert [point.name for point in points] == ["dense", "token", "other"]
     assert [point.label for point in points] == ["dense", "token, skipped 1.5", "other"]
     assert points[0].time == 1.0
-    assert points[1].quality.kl.value > 0
+    assert points[1].kl.value > 0
     assert all(point.timing is not None and point.time == point.timing.ratio > 0 for point in points)
-    json.dumps([point.exchange_rate is None for point in points])
-    fresh = candidates(runtime, (SETTINGS[0], SETTINGS[2]))
-    untimed = frontier(fresh, replace(plan, rounds=0))
-    assert [point.time for point in untimed] == [point.quality.time for point in points[:2]]
+    assert [point.time for point in measured(rounds=0)] == [point.quality.time for point in points]
     with pytest.raises(RequestError, match="do not fit"):
-        frontier(fresh, replace(plan, tokens=600))
+        measured(rounds=1, tokens=600)

@@ -50,14 +50,12 @@ class AnswerPrinter:
     def _print_piece(self, response: Response) -> None:
         piece = printable(response.text) if self._console.is_terminal else response.text
         skipped = int(response.actions.sum())
-        if not self._show_skips:
-            self._console.file.write(piece)
-        elif self._coloured:
-            hottest = len(HEAT) - 1
-            heat = (self._gated - skipped) * hottest // max(1, self._gated)
-            self._console.print(Text(piece, HEAT[min(hottest, heat)]), end="")
+        if self._show_skips and self._coloured:
+            heat = (self._gated - skipped) * (len(HEAT) - 1) // max(1, self._gated)
+            self._console.print(Text(piece, HEAT[min(len(HEAT) - 1, heat)]), end="")
         else:
-            self._console.file.write(f"{piece}‹{self._num_layers - skipped}›")
+            mark = f"‹{self._num_layers - skipped}›" if self._show_skips else ""
+            self._console.file.write(piece + mark)
         self._console.file.flush()
 
     def print_legend(self) -> None:
@@ -80,27 +78,46 @@ class AnswerPrinter:
         return f"[{', '.join(parts)}; ended by {last.finish_reason}]"
 
 
-def print_answer(stream: Iterator[Response], session: Session, show_skips: bool) -> None:
-    """Print one answer as it comes, then its figures on stderr."""
-    printer = AnswerPrinter(session, show_skips)
-    printer.print(stream)
-    printer.print_legend()
-
-
-def converse(options: RunOptions, show_skips: bool, first: str | None) -> None:
-    """Read, answer, repeat, until /quit or the end of input. Ctrl-C stops the answer, not the program."""
+def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
+    """Read, answer, repeat, until /quit or the end of input; `line` is said first. Ctrl-C stops the answer, not the
+    program.
+    """
     click.echo(HINT, err=True)
-    conversation = Conversation(options, show_skips)
-    line = first
+    printer, messages = AnswerPrinter(options.session, show_skips), list[dict[str, str]]()
+    printer.print_legend()
     while True:
         try:
-            line = line if line is not None else _read()
-            if line is None or line.strip() == "/quit":
+            said = _read() if line is None else line
+            line = None
+            if said is None or said.strip() == "/quit":
                 return
-            said, line = line, None
-            conversation.hear(said.strip())
+            messages = _turn(options, printer, messages, said.strip())
         except KeyboardInterrupt:  # nothing to stop: not answering
             click.echo(f"\n{HINT}", err=True)
+
+
+def _turn(
+    options: RunOptions, printer: AnswerPrinter, messages: list[dict[str, str]], said: str
+) -> list[dict[str, str]]:
+    """Obey a command or answer a message; returns the messages so far. A turn that fails (no room left in the context)
+    is told and taken back.
+    """
+    session = options.session
+    if said == "/reset":
+        session.reset()
+        click.echo("Forgotten.", err=True)
+        return []
+    if said.startswith("/"):
+        click.echo(f"There is no command {said.split()[0]!r}. {HINT}", err=True)
+    elif said:
+        asked = [*messages, {"role": "user", "content": said}] if messages else options.messages(said)
+        try:
+            with _stopping(session):
+                answer = printer.print(session.chat(asked, options.max_tokens, options.sampling))
+            return [*asked, {"role": "assistant", "content": answer}]
+        except DashError as error:
+            click.echo(f"Error: {error}\nStart again with /reset.", err=True)
+    return messages
 
 
 def _read() -> str | None:
@@ -116,38 +133,6 @@ def _read() -> str | None:
     if len(line) > LONGEST_LINE:
         raise RequestError(f"A line has over {LONGEST_LINE} letters: give less at a time.")
     return line.removesuffix("\n") if line else None
-
-
-class Conversation:
-    """The messages so far."""
-
-    def __init__(self, options: RunOptions, show_skips: bool) -> None:
-        self._options = options
-        self._messages: list[dict[str, str]] = []
-        self._printer = AnswerPrinter(options.session, show_skips)
-        self._printer.print_legend()
-
-    def hear(self, line: str) -> None:
-        """Obey a command or answer a message. A turn that fails (no room left in the context) is told and taken
-        back.
-        """
-        options = self._options
-        if line == "/reset":
-            options.session.reset()
-            self._messages = []
-            click.echo("Forgotten.", err=True)
-        elif line.startswith("/"):
-            click.echo(f"There is no command {line.split()[0]!r}. {HINT}", err=True)
-        elif line:
-            follows = [*self._messages, {"role": "user", "content": line}]
-            asked = follows if self._messages else options.messages(line)
-            try:
-                with _stopping(options.session):
-                    answer = self._printer.print(options.session.chat(asked, options.max_tokens, options.sampling))
-            except DashError as error:
-                click.echo(f"Error: {error}\nStart again with /reset.", err=True)
-                return
-            self._messages = [*asked, {"role": "assistant", "content": answer}]
 
 
 @contextmanager

@@ -1,0 +1,187 @@
+"""Options that several commands share: lists, settings, which build, what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from dash_export.bundle import Bundle
+from dash_export.decision import POLICY_KINDS, Setting, parse_layers, parse_units
+from dash_export.errors import BundleError, PolicyError
+from dash_export.evaluate import LIMIT, PREFIX, WINDOW
+from dash_export.names import DEFAULT_TARGET
+
+if TYPE_CHECKING:
+    from dash_export.evaluate.candidates import Candidate
+    from dash_export.evaluate.intervals import Interval
+    from dash_export.runtime import DashRuntime
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+TARGET = click.option("--target", help="Which build: cpu, or the only one there is.")
+
+
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.2
+    """A list that `parse` reads of the option's text; it raises PolicyError."""
+
+    def __init__(self, name: str, parse: Callable[[str], tuple[Any, ...]]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        try:
+            return value if isinstance(value, tuple) else self._parse(str(value))
+        except PolicyError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Several(click.ParamType):  # type: ignore[type-arg]
+    """`0.9,0.85` -> (0.9, 0.85), each as another type reads it."""
+
+    def __init__(self, item: Any) -> None:
+        self.name, self._item = f"{item.name}s", item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        parts = value if isinstance(value, tuple) else str(value).split(",")
+        return tuple(dict.fromkeys(self._item.convert(part, param, ctx) for part in parts))
+
+
+LAYERS = Parsed("layers", parse_layers)
+"""`2-5,9` -> (2, 3, 4, 5, 9)."""
+UNITS = Parsed("units", lambda text: () if text == "none" else parse_units(text))
+"""`5-7,8-10,13` -> three units; `none` -> ()."""
+BUDGETS, AMOUNTS = Several(click.FloatRange(0, 1, min_open=True)), Several(click.FloatRange(0, min_open=True))
+KINDS = Several(click.Choice(POLICY_KINDS))
+
+
+def with_options(command: _Command, *options: Callable[[Any], Any]) -> _Command:
+    """Add options, which come to stand in this order in the help."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def setting_options(command: _Command) -> _Command:
+    """Add the options that say how a session decides; they arrive as one argument `setting`."""
+
+    @wraps(command)
+    def packed(*args: Any, **given: Any) -> Any:
+        names = [item.name for item in fields(Setting)]
+        return command(*args, setting=Setting(**{name: given.pop(name) for name in names}), **given)
+
+    kinds, skip = click.Choice(POLICY_KINDS), {"type": LAYERS, "metavar": "LAYERS"}
+    options: tuple[tuple[str, dict[str, Any], str], ...] = (
+        ("--policy", {"type": kinds}, "Who decides; by default what the next options imply."),
+        ("--skip", skip, "static: skip these layers for every token, whole units of them, like 8-10,15-18."),
+        ("--trade-off", {"type": float}, "token: skip a unit where damage < trade-off * cost (0 is dense)."),
+        ("--budget", {"type": float}, "Mean decode time wanted, as a fraction of dense, like 0.85."),
+        ("--skipped", {"type": float}, "Mean number of layers skipped per token, like 4.5."),
+        ("--max-kl", {"type": float}, "token: mean KL from dense allowed, nats per token, like 0.1."),
+        ("--max-layers", {"type": int}, "No token runs more layers than this; token: may stand beside another."),
+        ("--hold", {"is_flag": True}, "token: hold the running mean time at the --budget on any text."),
+    )
+    return cast(_Command, with_options(packed, *(click.option(name, **how, help=text) for name, how, text in options)))
+
+
+def load_runtime(folder: Path, target: str | None, **options: Any) -> DashRuntime:
+    """The build asked for, else `cpu`, else the only one. Raises BundleError that lists what is built."""
+    from dash_export.runtime import DashRuntime
+
+    if target is None:
+        built = Bundle.open(folder).targets()
+        if len(built) > 1 and DEFAULT_TARGET not in built:
+            raise BundleError(
+                f"{folder} has several builds and none is {DEFAULT_TARGET!r}: give --target, one of {', '.join(built)}."
+            )
+        target = built[0] if len(built) == 1 else DEFAULT_TARGET
+    return DashRuntime.load(folder, target, **options)
+
+
+Load = Callable[[], tuple[list["Candidate"], list[dict[str, Any]]]]
+
+
+def load_candidates(
+    bundle: Path,
+    target: str | None,
+    kinds: tuple[str, ...] | None,
+    also: tuple[str, ...],
+    dial: str,
+    values: tuple[float, ...],
+) -> tuple[list[Candidate], list[dict[str, Any]]]:
+    """What is compared, dense first: `kinds` (None: all there are) at each of `values` of `dial`, and the builds
+    `also`; and what this bundle cannot give. Raises UsageError for a build that is given twice.
+    """
+    from dash_export.evaluate.candidates import candidates, settings_at
+
+    runtime = load_runtime(bundle, target)
+    others = []
+    for given in also:
+        folder, colon, named = given.rpartition(":")
+        by_name = colon and not Path(given).exists()
+        other = load_runtime(Path(folder if by_name else given), named if by_name else None)
+        others.append((f"{other.bundle.root.stem}:{other.build.target}", other))
+        if len(dict(others)) < len(others):
+            raise click.UsageError(f"{others[-1][0]} is given twice.")
+    settings, refused = settings_at(runtime, kinds, dial, values)
+    return candidates(runtime, settings, others), refused
+
+
+def print_refused(refused: list[dict[str, Any]]) -> None:
+    """Settings that are not in the table, and why, on stderr."""
+    for told in refused:
+        click.echo(f"Not measured: {told['label']}. {told['reason']}", err=True)
+
+
+def comparison_options(budgets: Sequence[float]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """BUNDLE, --target, --kinds, --also and one of --budget (`budgets` by default) and --skipped; they arrive as one
+    argument `load`, which calls `load_candidates`.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def packed(*args: Any, **options: Any) -> Any:
+            budget, skipped = options.pop("budget"), options.pop("skipped")
+            if budget and skipped:
+                raise click.UsageError("Give one of --budget and --skipped: kinds are compared at equal settings.")
+            own = {name: options.pop(name) for name in ("bundle", "target", "kinds", "also")}
+            dial, values = ("skipped", skipped) if skipped else ("budget", budget or tuple(budgets))
+            return command(*args, load=partial(load_candidates, **own, dial=dial, values=values), **options)
+
+        return with_options(
+            packed,
+            click.argument("bundle", type=click.Path(path_type=Path)),
+            TARGET,
+            click.option("--kinds", type=KINDS,
+                         help="Policy kinds, like dense,static,token; by default all."),
+            click.option("--budget", type=BUDGETS,
+                         help="Compare at these decode times, as fractions of dense."),
+            click.option("--skipped", type=AMOUNTS,
+                         help="Compare at these mean numbers of skipped layers."),
+            click.option("--also", multiple=True, metavar="BUNDLE[:TARGET]",
+                         help="Another build, run dense beside: another precision, pruned, smaller; repeatable."),
+        )  # fmt: skip
+
+    return decorate
+
+
+def counted(name: str, default: int, text: str, least: int = 1) -> Callable[[Any], Any]:
+    """An option that is a whole number."""
+    return click.option(name, type=click.IntRange(min=least), default=default, show_default=True, help=text)
+
+
+def window_options(command: Any) -> Any:
+    """--limit, --window and --prefix: what texts are scored on."""
+    return with_options(
+        command,
+        counted("--limit", LIMIT, "Windows of a text, or items of a task file."),
+        counted("--window", WINDOW, "Tokens of a window.", least=4),
+        counted("--prefix", PREFIX, "How many of them are dense.", least=2),
+    )
+
+
+def with_bounds(figure: Interval, digits: int) -> str:
+    """`0.123 (0.101 to 0.140)`."""
+    return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"

@@ -1,0 +1,70 @@
+"""Tables on stdout, all of one look (rich), and sizes for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dash_export.bundle import Bundle
+from dash_export.decision import Unit
+from dash_export.manifest import Build
+
+
+def print_table(
+    title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Iterable[Any]], width: int = 120
+) -> None:
+    """Columns aligned to the left, then those of numbers. `width`: columns of the page, or more, where stdout is no
+    terminal.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # What is printed has names from a model in it: none of it is markup.
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, width)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any((*left, *right)))
+    for columns, justify in ((left, "left"), (right, "right")):
+        for column in columns:
+            table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
+    console.print(Text(title, "bold"), soft_wrap=True)
+    console.print(table)
+
+
+def print_units(build: Build, units: Sequence[Unit]) -> None:
+    """The time of each unit and what skipping it saves, by the build's cost table."""
+    cost = build.cost
+
+    def row(unit: Unit, run: float | None, saved: float) -> tuple[object, ...]:
+        bypass = cost.bypass_us.get(unit.bypass)
+        times = (f"{run:.0f}", f"{bypass:.0f}", f"{bypass / run:.0%}") if run and bypass is not None else ("", "", "")
+        return (unit, len(unit.layers), *times, f"{100 * saved:.2f} %")
+
+    runs = [cost.segment_us.get(segment.name) for segment in build.segments if segment.gated]
+    print_table(
+        f"Units: skipping one saves so much of a token at {cost.context} cached tokens",
+        ("unit",), ("layers", "run µs", "bypass µs", "of run", "saved"), map(row, units, runs, cost.cost),
+    )  # fmt: skip
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten like disks and `ls -h --si`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def bundle_bytes(bundle: Bundle) -> int:
+    """The portable part: graphs, weights, tokenizer."""
+    return sum(record.bytes for record in bundle.manifest.files)
+
+
+def build_bytes(build: Build) -> int:
+    """The bytes of one target's engines on disk (none of their own for `portable`)."""
+    return sum(record.bytes for record in build.files)

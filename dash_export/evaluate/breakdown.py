@@ -1,0 +1,174 @@
+"""Where the time of a token goes: the figures of lanes whose tokens were stamped (`probe.py`).
+
+All stamps of a token cost about a microsecond, 0.02 % of one that takes 5 ms.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from dash_export import __version__
+from dash_export.artifacts import Progress, no_progress
+from dash_export.evaluate.candidates import Candidate, setting_record
+from dash_export.evaluate.intervals import Interval, median_ratios
+from dash_export.evaluate.probe import DECISION, SAMPLING, SETTLE, WHOLE, Lane, measure
+from dash_export.evaluate.score import windows
+from dash_export.evaluate.timing import fitting_context, run_alone
+from dash_export.runtime.cpus import cpu_name, physical_cores
+
+PARTS = {
+    "always": "layers that always run, embedding, head",
+    "run": "units that ran",
+    "bypass": "bypasses of skipped units",
+    "deciding": "decisions on the host",
+    "sampling": "sampling and text",
+    "host": "other host gaps",
+}
+"""The parts of a token's time. The policy's damage is one more output of the first engine: its time is inside that."""
+BUSY = 0.5
+"""From this load per core before we begin on, other work disturbs the timings."""
+Spread = dict[str, float]
+
+
+def spread(values: npt.ArrayLike, scale: float = 1.0) -> Spread:
+    """Mean, percentiles and count of `values * scale`, one or more."""
+    array = np.asarray(values, np.float64).ravel() * scale
+    p50, p90, p99 = np.percentile(array, [50, 90, 99]).tolist()
+    return {"mean": float(array.mean()), "p50": p50, "p90": p90, "p99": p99, "count": array.size}
+
+
+def lane_profile(lane: Lane, dense: Lane, ratio: Interval, peak_memory: int) -> dict[str, Any]:
+    """The figures of one lane as they stand in JSON; `dense` is what its bypasses are compared with. `ratio`: its time
+    as a fraction of the first lane's, over rounds; `layers` run per token; `parts` in microseconds per token, their
+    means add up; `peak_memory` in bytes.
+    """
+    candidate = lane.candidate
+    return {
+        "label": candidate.label,
+        "build": candidate.build,
+        "setting": setting_record(candidate.setting),
+        "target": candidate.runtime.build.target,
+        "token_ms": spread(lane.wall, 1e-6),
+        "first_ms": spread(lane.first, 1e-6),
+        "ratio": asdict(ratio),
+        "layers": spread((lane.actions == 0).sum(axis=1)),
+        "parts": {name: spread(values, 1e-3) for name, values in token_parts(lane).items()},
+        "segments": segment_times(lane, dense),
+        "peak_memory": peak_memory,
+    }
+
+
+def shares(lane: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """PARTS -> mean microseconds per token of a lane's profile, and their share of all."""
+    whole = sum(part["mean"] for part in lane["parts"].values())
+    return {name: (part["mean"], part["mean"] / whole) for name, part in lane["parts"].items()}
+
+
+def token_parts(lane: Lane) -> dict[str, npt.NDArray[np.int64]]:
+    """PARTS -> nanoseconds per token [tokens]."""
+    took = lane.took
+    segments, deciding, sampling = took[:, :DECISION], took[:, DECISION], took[:, SAMPLING]
+    bypass = (segments * lane.bypassed).sum(axis=1)
+    always = segments[:, ~lane.gated].sum(axis=1)
+    run = segments.sum(axis=1) - bypass - always
+    host = took[:, WHOLE] - segments.sum(axis=1) - deciding - sampling
+    return dict(zip(PARTS, (always, run, bypass, deciding, sampling, host), strict=True))
+
+
+def segment_times(lane: Lane, dense: Lane) -> list[dict[str, Any]]:
+    """A row per segment. `unit`: as it is written, or empty for what always runs; `run` and `bypass` in microseconds or
+    None; `skipped` the share of tokens that skipped it; `owed` the bypass's median time as a share of the run's in a
+    token that skips nothing: what a skip still takes.
+    """
+
+    def times(lane: Lane, segment: int, bypassed: bool) -> Spread | None:
+        found = lane.took[lane.bypassed[:, segment] == bypassed, segment]
+        return spread(found, 1e-3) if found.size else None
+
+    rows, units, same = [], iter(map(str, lane.units)), lane.candidate.runtime is dense.candidate.runtime
+    for index, segment in enumerate(lane.segments):
+        bypass, full = times(lane, index, True), times(dense, index, False)
+        rows.append(
+            {
+                "name": segment.name,
+                "unit": next(units) if segment.gated else "",
+                "run": times(lane, index, False),
+                "bypass": bypass,
+                "skipped": float(lane.bypassed[:, index].mean()),
+                "owed": bypass["p50"] / full["p50"] if bypass and full and same else None,
+            }
+        )
+    return rows
+
+
+def conditions(found: dict[str, Any]) -> list[str]:
+    """A profile's model, targets and machine on a line; its state, what was decoded, and a warning where something
+    disturbed.
+    """
+    machine = found["machine"]
+    targets = ", ".join(dict.fromkeys(lane["target"] for lane in found["lanes"]))
+    lines = [
+        f"{found['model']}, {targets}, {machine['cpu']}, {machine['cores']} cores",
+        f"load before: {machine['load']:g}",
+        "{text}: {rounds} rounds, settings in turn (windows of text: {windows}); each {context} tokens of prompt, then "
+        "{tokens} known tokens decoded one by one".format(**found["course"]),
+    ]
+    if machine["load"] > BUSY * machine["cores"]:
+        lines.append("WARNING: other work ran just before. Its share of the processor is in every figure below.")
+    return lines
+
+
+def profile(
+    candidates: Sequence[Candidate],
+    text: str,
+    name: str,
+    context: int | None,
+    tokens: int,
+    rounds: int,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, Any], list[Lane]]:
+    """Every candidate, the first of which is dense, all in turn, over windows of `text`, called `name`: `context`
+    cached tokens (None: those of the build's cost table), then `tokens` timed ones in each of `rounds` rounds. What is
+    found, as it stands in JSON; and the lanes, with what they did. Raises RequestError for a text or context that does
+    not fit.
+    """
+    first = candidates[0].runtime
+    context = fitting_context(candidates, context, SETTLE + tokens)
+    parts = windows(first, text, name, rounds, context + SETTLE + tokens)
+    machine, memory = this_machine(), []
+    for number, candidate in enumerate(candidates):
+        progress("peak memory", number, len(candidates))  # of a process that only decodes
+        memory.append(run_alone(candidate, parts[0].tolist(), context).peak_memory)
+    lanes = measure(candidates, parts, tokens, rounds, progress)
+    ratios = median_ratios(np.array([lane.wall.mean(axis=1) for lane in lanes]))
+    profiles = [
+        lane_profile(lane, lanes[0], ratio, peak) for lane, ratio, peak in zip(lanes, ratios, memory, strict=True)
+    ]
+    return {
+        "model": first.bundle.manifest.model.name,
+        "machine": machine,
+        "course": {"text": name, "context": context, "tokens": tokens, "windows": len(parts), "rounds": rounds},
+        "lanes": profiles,
+        "units": {"token_ms, first_ms": "milliseconds", "parts, segments": "microseconds"},
+    }, lanes
+
+
+def this_machine() -> dict[str, Any]:
+    """The machine as it is now; `load`: processes that ran or waited over the last minute."""
+    return {
+        "cpu": cpu_name(),
+        "cores": physical_cores(),
+        "load": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+        "dash_export": __version__,
+    }

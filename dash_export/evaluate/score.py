@@ -1,0 +1,144 @@
+"""Scores: every item of a file by every candidate in turn; the measure of a text (those of tasks: `tasks.py`).
+
+The first candidate is dense, and the others are compared with it, item by item. A measure checks and encodes all its
+items when it is made: nothing is measured where one cannot be used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.artifacts import Progress, no_progress
+from dash_export.decision import DENSE_POSITIONS, Actions, Setting
+from dash_export.divergence import DenseRows, nll
+from dash_export.errors import RequestError
+from dash_export.evaluate.candidates import Candidate, setting_record
+from dash_export.evaluate.intervals import Floats, Interval, interval
+from dash_export.runtime import DashRuntime
+
+TokenIds = npt.NDArray[np.int64]
+Figures = dict[str, Interval]
+Row = tuple[tuple[float, ...], Actions, Any]
+"""One item by one candidate: its numbers, the skip map where skipping was allowed, and what the dense candidate gave
+for the others to be compared with.
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measurement of one candidate over one file. `layers`: mean layers run; `time`: decode time as a fraction of the
+    build's own dense, predicted from its cost table; both over the `tokens` at which skipping was allowed. `items` are
+    windows, prompts or questions; `figures` are named by their measure.
+    """
+
+    build: str
+    setting: Setting
+    tokens: int
+    layers: float
+    time: float
+    items: int
+    figures: Figures
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in JSON."""
+        found = asdict(self)
+        figures: dict[str, Any] = found.pop("figures")
+        return found | {"setting": setting_record(self.setting)} | figures
+
+
+class Measure(ABC):
+    """One file. `items` are encoded; a row of numbers is made of each, and `figures` of all rows."""
+
+    form: ClassVar[str]
+    items: Sequence[Any]
+
+    @abstractmethod
+    def row(self, candidate: Candidate, item: Any, dense: Any) -> Row:
+        """Run an item. `dense` is what the first candidate's row gave last; None for that one itself."""
+
+    @abstractmethod
+    def figures(self, own: Floats, dense: Floats) -> Figures:
+        """Numbers [numbers, items] of a candidate, and of dense."""
+
+
+def score(measure: Measure, candidates: Sequence[Candidate], progress: Progress = no_progress) -> list[Result]:
+    """One result per candidate, the first of which is dense."""
+    rows: list[list[tuple[float, ...]]] = [[] for _ in candidates]
+    actions: list[list[Actions]] = [[] for _ in candidates]
+    for number, item in enumerate(measure.items):
+        dense = None
+        for index, candidate in enumerate(candidates):
+            numbers, taken, dense = measure.row(candidate, item, dense)
+            rows[index].append(numbers)
+            actions[index].append(taken)
+            progress(measure.form, number * len(candidates) + index + 1, len(measure.items) * len(candidates))
+    table = np.array(rows, np.float64).transpose(0, 2, 1)
+    return [
+        Result(one.build, one.setting, *one.taken(np.concatenate(taken)), len(measure.items),
+               measure.figures(own, table[0]))
+        for one, taken, own in zip(candidates, actions, table, strict=True)
+    ]  # fmt: skip
+
+
+def windows(
+    runtime: DashRuntime, text: str, name: str, count: int, window: int, prefix: int = DENSE_POSITIONS
+) -> list[TokenIds]:
+    """At most `count` windows of `window` tokens without overlap, spread evenly over the text.
+
+    Raises RequestError for a text of less than one window, and for a window that is longer than the model's context or
+    that its dense prefix leaves nothing of.
+    """
+    longest = runtime.engines.model.max_positions
+    if window < prefix + 2:
+        raise RequestError(f"A window must be longer than its dense prefix of {prefix} tokens by two or more.")
+    if window > longest:
+        raise RequestError(f"A window of {window} tokens is longer than the model's context of {longest}.")
+    ids = runtime.text.encode_in_pieces(text)
+    if len(ids) < window:
+        raise RequestError(
+            f"{name} has {len(ids)} tokens, less than one window of {window}: give a longer text or a shorter window."
+        )
+    starts = np.linspace(0, len(ids) - window, min(count, len(ids) // window)).astype(int)
+    return [ids[start : start + window] for start in starts]
+
+
+class TextScore(Measure):
+    """Teacher-forced windows of a text. `kl`: KL(dense || candidate), nats per token; `perplexity`, and its ratio to
+    dense's, window by window; `top1`: share of tokens whose most likely successor is dense's.
+
+    Positions from `prefix` (2 or more) on are counted: their layers may be skipped, and what they predict is scored.
+    """
+
+    form = "text"
+
+    def __init__(self, runtime: DashRuntime, text: str, name: str, limit: int, window: int, prefix: int) -> None:
+        self.items = windows(runtime, text, name, limit, window, prefix)
+        self.prefix = prefix
+
+    def row(self, candidate: Candidate, item: TokenIds, dense: tuple[DenseRows, TokenIds] | None) -> Row:
+        found = candidate.session().score(item, self.prefix, keep_logits=True)
+        counted = slice(self.prefix, len(item) - 1)  # nothing follows the last one
+        assert found.logits is not None
+        logits = found.logits[counted]
+        likely, kl = logits.argmax(axis=-1), 0.0
+        if dense is None:
+            dense = DenseRows(logits), likely
+        else:  # never negative; where nothing was skipped, rounding can make it so
+            kl = max(0.0, float(dense[0].kl(logits).sum()))
+        surprise = float(nll(logits, item[self.prefix + 1 :]).sum())
+        return (kl, surprise, float((likely == dense[1]).sum())), found.actions[counted], dense
+
+    def figures(self, own: Floats, dense: Floats) -> Figures:
+        counts = [len(part) - 1 - self.prefix for part in self.items]
+        return {
+            "kl": interval(own[0], counts),
+            "perplexity": interval(own[1], counts, np.exp),
+            "perplexity_ratio": interval(own[1] - dense[1], counts, np.exp),
+            "top1": interval(own[2], counts),
+        }

@@ -56,8 +56,8 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
 
     path = text or resource_folder("calibration") / "prose.txt"
     content, name = read_text(path), printable(path.name)
-    base, *files = picture_files(output, "png", "svg", "json")
-    with sole_writer(ctx, base, files=files):
+    files = picture_files(output, "png", "svg", "json")
+    with sole_writer(ctx, *files):
         with progress_bar("frontier") as progress:
             progress("loading", 0, 0)
             candidates, refused = load()

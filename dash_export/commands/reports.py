@@ -63,15 +63,15 @@ def save_report(path: Path, content: str | bytes) -> Path:
 
 
 @contextmanager
-def sole_writer(ctx: click.Context, *outputs: Path, files: Sequence[Path] = ()) -> Iterator[None]:
-    """Hold the outputs for this command, from before it measures to what it writes in the end; `files`: what that is,
-    where it is not the outputs themselves. Raises BusyError, and RequestError like `check_reports`.
+def sole_writer(ctx: click.Context, *files: Path) -> Iterator[None]:
+    """Hold the files for this command, from before it measures to when it writes them in the end. Raises BusyError, and
+    RequestError like `check_reports`, before anything is made beside them.
     """
+    check_reports(*files)
     with ExitStack() as stack:
-        for output in outputs:
-            stack.enter_context(locked(output, str(ctx.info_name)))
-        check_reports(*(files or outputs))
-        ctx.meta[OUTPUT] = ", ".join(map(str, outputs))
+        for path in files:
+            stack.enter_context(locked(path, str(ctx.info_name)))
+        ctx.meta[OUTPUT] = ", ".join(map(str, files))
         yield
 
 
@@ -82,7 +82,7 @@ def picture_files(output: Path, *kinds: str) -> tuple[Path, ...]:
     base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
     if base.name in ("", ".."):
         raise RequestError(f"{output} is a folder: give -o a name for the pictures in it, like {output / 'NAME'}.")
-    return (base, *(base.with_name(f"{base.name}.{kind}") for kind in kinds))
+    return tuple(base.with_name(f"{base.name}.{kind}") for kind in kinds)
 
 
 def save_pictures(files: Sequence[Path], figure: Figure) -> list[Path]:

@@ -46,8 +46,8 @@ def command(
     if text is not None and file is not None:
         raise click.UsageError("Give the text or --file, not both.")
     setting = DEFAULT if setting == Setting() else setting
-    base, *files = picture_files(output, "png", "svg")
-    with sole_writer(ctx, base, files=files):
+    files = picture_files(output, "png", "svg")
+    with sole_writer(ctx, *files):
         if text is None:
             text = read_text(file or resource_folder("calibration") / "prose.txt", pipe=True)
         runtime = load_runtime(bundle, target)

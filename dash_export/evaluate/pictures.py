@@ -6,9 +6,12 @@ White paper, Okabe-Ito colours, readable without colour, no pyplot state.
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's, which is not installed here, would end the import
 
 import matplotlib
 import numpy as np

@@ -120,7 +120,7 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     assert [build["target"] for build in report["builds"].values()] == ["cpu-fp32", "portable"]
     for expected in ("rate", "token's KL", "predicted", "tiny:portable", "rate: per cent of perplexity paid"):
         assert expected in result.stdout
-    with locked(output.with_suffix(""), "another one"):
+    with locked(output.with_suffix(".json"), "another one"):
         assert "is being written by dash-export another one" in refused("frontier", tiny_root, *options, "--rounds", 0)
     hostile = text.rename(tmp_path / "a$x_{\udcff.txt")  # bytes that are no UTF-8, and what looks like a formula
     assert dash("frontier", tiny_root, *options, "--text", hostile, "--rounds", 0).exit_code == 0
@@ -173,6 +173,8 @@ def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tm
         assert base.with_name(name).read_text() == "mine"
     for output in (own_bundle / "f", own_bundle / "onnx" / "f", own_bundle / "config"):
         assert "would lie inside the bundle" in refused("frontier", own_bundle, *TARGET, "-o", output)
+    refused("frontier", own_bundle, *TARGET, "-o", own_bundle / "onnx" / "new" / "f")
+    assert not (own_bundle / "onnx" / "new").exists(), "a lock's folder is made in no place that is refused"
     assert not list(own_bundle.rglob("*.png"))
     base = tmp_path / "none" / "f"
     refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none.txt", "-o", base)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -83,3 +86,9 @@ def test_visible() -> None:
     assert visible(" a") == "␣a"
     assert visible("a\nb\tc") == "a↵b→c"
     assert visible("x" * 40) == f"{'x' * 13}…"
+
+
+def test_a_backend_of_another_environment() -> None:
+    """Notebooks set MPLBACKEND for the commands in their cells, to one that need not be installed where we are."""
+    environment = os.environ | {"MPLBACKEND": "module://not_installed_here"}
+    subprocess.run([sys.executable, "-c", "import dash_export.evaluate.pictures"], env=environment, check=True)

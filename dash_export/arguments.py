@@ -11,7 +11,6 @@ from functools import cache, partial, wraps
 from inspect import signature
 from math import isfinite
 from pathlib import Path
-from reprlib import repr as shortened
 from types import NoneType
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import DashError, RequestError
+from dash_export.typed_json import shown
 
 Prompt = str | Sequence[int] | npt.NDArray[np.int64]
 """Text or token ids [n]."""
@@ -101,13 +101,6 @@ def _taken(name: str, hint: Any, value: Any, error: type[DashError]) -> Any:
     except Exception:  # whatever a strange object does
         none = " or None" if NoneType in options else ""
         raise error(f"{name} must be {words}{none}; got {shown(value)}.") from None
-
-
-def shown(value: Any) -> str:
-    try:
-        return " ".join(shortened(value).split())
-    except Exception:  # a number of 5,000 digits, say
-        return f"a {type(value).__name__}"
 
 
 def check_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from uuid import uuid4
 
 from dash_export.errors import OutputError
-from dash_export.typed_json import WrongFieldError, typed
+from dash_export.typed_json import Bytes, WrongFieldError, typed
 
 JOURNAL = ".journal.json"
 TEMPORARY = ".tmp-"
@@ -40,7 +40,7 @@ class FileRecord:
 
     name: str
     sha256: str
-    bytes: int
+    bytes: Bytes
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -155,8 +155,12 @@ class ArtifactStore:
         self._lock = threading.Lock()
         self._journal: dict[str, _Entry] = {}
         with suppress(OSError, ValueError, AttributeError, RecursionError):  # none, or cut short: all is made anew
-            noted = json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL))
-            self._journal = {name: entry for name, item in noted.items() if (entry := _journal_entry(item)) is not None}
+            for name, item in json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL)).items():
+                with suppress(WrongFieldError):
+                    entry = typed(_Entry, item, name)
+                    # What it lists is deleted some day, and a journal comes with the folder, maybe from a stranger.
+                    if all(_ARTIFACT.fullmatch(record.name) for record in entry.files):
+                        self._journal[name] = entry
 
     def sweep(self) -> None:
         """Remove what an interrupted run left under temporary names."""
@@ -231,14 +235,3 @@ class ArtifactStore:
         kept = {record.name for entry in self._journal.values() for record in entry.files}
         self._delete(record for entry in dropped for record in entry.files if record.name not in kept)
         self._write_journal()
-
-
-def _journal_entry(data: Any) -> _Entry | None:
-    """An entry that `make` wrote; None for any other. What it lists is deleted some day, and a journal comes with the
-    folder, maybe from a stranger: nothing is believed but names inside the folder, as artifacts have them.
-    """
-    try:
-        entry = typed(_Entry, data, "entry")
-    except WrongFieldError:
-        return None
-    return entry if all(_ARTIFACT.fullmatch(record.name) for record in entry.files) else None

@@ -16,14 +16,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, check_build, check_manifest, sealed
 from dash_export.names import ROUNDINGS, TIMING_CACHE
 from dash_export.outputs import folder_locked, holder, lock_file
-from dash_export.targets import build_options
 from dash_export.typed_json import WrongFieldError, typed
 
 MANIFEST = "manifest.json"
@@ -51,16 +50,8 @@ Seal = dict[str, tuple[int, ...]]
 _T = TypeVar("_T")
 
 
-def from_json(kind: type[_T], data: Any, where: str) -> _T:
-    """JSON -> frozen dataclass, checked field by field. Raises BundleError that names the field."""
-    try:
-        return typed(kind, data, where)
-    except WrongFieldError as error:
-        raise BundleError(f"{error} {DAMAGED}") from error
-
-
-def to_json(record: Any) -> str:
-    return json.dumps(asdict(record), indent=1, sort_keys=False) + "\n"
+def to_json(record: Manifest | Build) -> str:
+    return json.dumps(asdict(record), indent=1) + "\n"
 
 
 def safe_path(root: Path, relative: str) -> Path:
@@ -118,32 +109,30 @@ class Bundle:
         """Read `build.json` of a target. Raises BundleError when there is none, when the manifest does not list it, or
         when it is of an earlier export.
         """
-        where = f"{self.root.name}/engines/{target}/{BUILD}"
-        contents = self._listed_build(target)
+        name = f"engines/{target}/{BUILD}"
+        contents = self._listed(target, name)
         if contents is None:  # a build may have ended since this was opened
             self.manifest = Bundle.open(self.root).manifest
-            contents = self._listed_build(target)
+            contents = self._listed(target, name)
         if contents is None:
             raise self._no_build(target)
-        build = _record(Build, contents, self.root, f"engines/{target}/{BUILD}")
-        for name in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
-            self.path(name)
+        build = _record(Build, contents, self.root, name)
+        for file in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
+            self.path(file)
         if build.bundle_key != self.manifest.key:
             raise StaleBuildError(
                 f"{self.root}: the engines for {target!r} were built from an earlier export. "
                 f"Run: {self.build_command(target)}"
             )
-        check_build(build, self.manifest, where)
+        check_build(build, self.manifest, f"{self.root.name}/{name}")
         if build.target != target:
-            raise BundleError(f"{where} is of the target {build.target!r:.60}. {DAMAGED}")
+            raise BundleError(f"{self.root.name}/{name} is of the target {build.target!r:.60}. {DAMAGED}")
         return build
 
-    def _listed_build(self, target: str) -> bytes | None:
+    def _listed(self, target: str, name: str) -> bytes | None:
         """The contents of a target's `build.json`; None where it is not there, or not as the manifest lists it."""
         listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
-        if not listed or not self.path(f"engines/{target}/{BUILD}").is_file():
-            return None
-        contents = _contents(self.root, f"engines/{target}/{BUILD}")
+        contents = _contents(self.root, name) if listed and self.path(name).is_file() else b""
         return contents if hashlib.sha256(contents).hexdigest() in listed else None
 
     def _no_build(self, target: str) -> BundleError:
@@ -178,8 +167,7 @@ class Bundle:
 
     def build_command(self, target: str) -> str:
         """The command that makes a target's engines, for messages."""
-        own = f"--target {target}.toml (the recipe file that it was built from)"
-        return f"dash-export build {self.root} {build_options(target) or own}"
+        return f"dash-export build {self.root} --target {target}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> Seal:
         """Check that files exist with the recorded size and SHA-256, and return what tells later whether they are
@@ -229,10 +217,8 @@ class Bundle:
 
     def _repair(self, name: str) -> str:
         """Advice about a damaged file: engines are made from the rest, which may well be whole."""
-        folder, _, rest = name.partition("/")
-        if folder == "engines":
-            return f"Run: {self.build_command(rest.partition('/')[0])}"
-        return "The bundle is damaged: export and build it again."
+        folder, *inside = name.split("/")
+        return f"Run: {self.build_command(inside[0])}" if folder == "engines" else DAMAGED
 
 
 def _record(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
@@ -252,18 +238,19 @@ def _record(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
             f"{root} was written by an earlier dash-export (schema {schema}, this one reads {SCHEMA}). "
             f"Export and build it again: dash-export build MODEL -o {root}"
         )
-    return from_json(kind, data, f"{root.name}/{name}")
+    try:
+        return typed(kind, data, f"{root.name}/{name}")
+    except WrongFieldError as error:
+        raise BundleError(f"{error} {DAMAGED}") from error
 
 
 def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
+    export = f"dash-export export MODEL -o {root}"
     if not root.exists():
-        return f"There is no bundle at {root}. Make one: dash-export export MODEL -o {root}"
-    return (
-        f"{root} is not a finished bundle: it has no {MANIFEST}. "
-        f"Run the export again to complete it: dash-export export MODEL -o {root}"
-    )
+        return f"There is no bundle at {root}. Make one: {export}"
+    return f"{root} is not a finished bundle: it has no {MANIFEST}. Run the export again to complete it: {export}"
 
 
 def _contents(root: Path, name: str) -> bytes:

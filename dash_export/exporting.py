@@ -36,21 +36,18 @@ from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.bypasses import check_model
 from dash_export.outputs import (
     MARK,
-    check_place,
     folder_locked,
     lock_file,
     locked,
     named,
     own_folder,
-    put_in_place,
-    recover,
-    refuse_inputs,
     removed_on_error,
     unmark,
     work_folder,
     work_of,
 )
 from dash_export.policy import SkipPolicy, no_policy
+from dash_export.replacing import check_place, put_in_place, recover, refuse_inputs
 
 GRAPH_REVISION = 3
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""

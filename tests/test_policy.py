@@ -154,14 +154,14 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "inf": (lambda t, _: number(t, KV, float("inf")), f"{KV} holds NaN or infinity"),
     "wrong-shape": (lambda t, _: {**t, "network.weight": t["network.weight"][:, :1].copy()}, r"\[32, 1\]; \[32, 2\]"),
     "no-second-layer": (lambda t, _: {**t, KV: t[KV][:, :HIDDEN].copy()}, r"\[32, 32\]; \[32, 64\]"),
-    "scalar": (lambda t, _: {**t, "network.bias": np.array(1.0, np.float32)}, "a single number"),
+    "scalar": (lambda t, _: {**t, "network.bias": np.array(1.0, np.float32)}, r"has shape \[\]"),
     "integers": (lambda t, _: {**t, "network.bias": t["network.bias"].astype(np.int32)}, "dtype"),
     "missing": (lambda t, _: without(t, "network.bias"), "lacks network.bias"),
     "missing-weight": (lambda t, _: without(t, KV), f"lacks {KV}"),
     "unknown-tensor": (lambda t, _: {**t, "network.extra": t["network.bias"]}, "network.extra"),
     "unknown-unit": (lambda t, _: {**t, "bypass.05-05.weight": t["network.bias"]}, "bypass.05-05.weight"),
     "foreign-tensor": (lambda t, _: {**t, "model.norm": t["network.bias"]}, "model.norm"),
-    "norm-shape": (lambda t, _: {**t, "model.final_norm": np.ones(31, np.float32)}, "final norm"),
+    "norm-shape": (lambda t, _: {**t, "model.final_norm": np.ones(31, np.float32)}, "final_norm has shape"),
     "norm-zero": (lambda t, _: {**t, "model.final_norm": np.zeros(HIDDEN, np.float32)}, "final norm"),
     "norm-nan": (lambda t, _: number(t, "model.final_norm", float("nan")), "final_norm holds NaN"),
     "unknown-key": (lambda _, f: f.update(surprise=1), "unknown 'surprise'"),
@@ -174,8 +174,8 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "no-such-layer": (lambda t, f: renamed(t, f, 1, 4, 9), "must be of layers 0 to 5"),
     "overlap": (lambda t, f: renamed(t, f, 1, 3, 4), "each layer in one at most"),
     "reads-itself": (lambda _, f: f.update(read=2), "must be one before the first unit"),
-    "order": (lambda _, f: f.update(static_order=[1, 2]), "static_order"),
-    "order-twice": (lambda _, f: f.update(static_order=[1, 1]), "static_order"),
+    "order": (lambda _, f: f.update(static_order=[1, 2]), "static order"),
+    "order-twice": (lambda _, f: f.update(static_order=[1, 1]), "static order"),
     "origin": (lambda _, f: f.update(origin="\x1b[2Jclear"), "printable"),
     "more-layers": (lambda _, f: f.update(num_layers=8), "this model is a llama of 6 layers"),
     "other-family": (lambda _, f: f.update(model_type="qwen3"), "policy of a qwen3"),
@@ -202,7 +202,7 @@ def test_truncated(keep: int, saved: Path) -> None:
         load_policy(saved, SPEC)
 
 
-@pytest.mark.parametrize("name", SAFETENSORS_LAYOUTS)
+@pytest.mark.parametrize("name", SAFETENSORS_LAYOUTS.keys() - {"twice"})  # of which the only reader takes one
 def test_tensors_that_do_not_lie_one_after_another(name: str, saved: Path) -> None:
     saved.write_bytes(SAFETENSORS_LAYOUTS[name](saved.read_bytes()))
     with pytest.raises(PolicyError, match="not a sound safetensors file"):

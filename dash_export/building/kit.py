@@ -25,17 +25,15 @@ from dash_export.graphs.rounded import stored_roundings
 from dash_export.names import ROUNDINGS
 from dash_export.outputs import (
     MARK,
-    check_place,
     folder_locked,
     lock_file,
     locked,
     named,
-    put_in_place,
-    recover,
     remove_own,
     removed_on_error,
     work_folder,
 )
+from dash_export.replacing import check_place, put_in_place, recover
 from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe, with_weights
 
@@ -133,7 +131,7 @@ def _fill(
         "dash-export": __version__,
         "target": recipe.name,
         "backend": recipe.backend,
-        "recipe": recipe.as_dict(),
+        "recipe": asdict(recipe),
         "reason": reason,
         "command": command,
         "verification": checked,

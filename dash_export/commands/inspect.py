@@ -26,7 +26,7 @@ from dash_export.commands.common import (
 from dash_export.decision import Unit, units_text
 from dash_export.errors import BundleError, StaleBuildError
 from dash_export.manifest import Build, Segment
-from dash_export.targets import WeightsRecipe, recipe_from_dict
+from dash_export.targets import WeightsRecipe
 
 _OPSET_IMPORT = 8
 _LONGEST_FIELD = 1 << 16
@@ -158,12 +158,11 @@ def _varint(file: BinaryIO) -> int:
 
 
 def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
-    recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
     engines, cost = build.engines, build.cost
     return {
         "backend": f"{build.backend} {build.backend_version}",
         "device": build.device,
-        "recipe": recipe.as_dict(),
+        "recipe": asdict(build.recipe),
         "bytes": build_bytes(build),
         "engines": len(engines),
         "context": cost.context,
@@ -172,7 +171,7 @@ def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
             {
                 "name": segment.name,
                 "gated": segment.gated,
-                "precision": precision(recipe.weights, segment),
+                "precision": precision(build.recipe.weights, segment),
                 "bytes": engines[segment.name].bytes if segment.name in engines else 0,
                 "run_us": cost.segment_us.get(segment.name),
             }

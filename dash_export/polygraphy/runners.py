@@ -25,7 +25,6 @@ from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session
 from dash_export.runtime.backends.base import Engine
 from dash_export.runtime.runtime import loaded_files
-from dash_export.targets import recipe_from_dict
 
 STEPS = 16
 """Different steps of a text; with more iterations they come again."""
@@ -197,8 +196,7 @@ def _load(root: str, target: str, name: str) -> PortableEngine:
     build = bundle.load_build(target)
     facts = find_engine(bundle, build, name)
     seal = bundle.verify(loaded_files(bundle, build))
-    recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
-    if recipe.engine is not None:
+    if build.recipe.engine is not None:
         raise BackendError(
             f"Single engines of GPU targets ({target}) do not run in Polygraphy yet: leave --dash-segment out to run "
             "whole steps, or compare graphs with `dash-export build --verify`."

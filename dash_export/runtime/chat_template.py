@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
-from dash_export.arguments import shown
 from dash_export.errors import BundleError, RequestError
+from dash_export.typed_json import shown
 
 SECONDS = 2.0
 START_SECONDS = 60.0

@@ -26,7 +26,7 @@ from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
 from dash_export.runtime.turn import MAX_TOKENS
-from dash_export.targets import MAX_THREADS, Dispatch, Recipe, recipe_from_dict
+from dash_export.targets import MAX_THREADS, Dispatch, Recipe
 
 if TYPE_CHECKING:
     from dash_export.runtime.device.engines import DeviceEngines
@@ -41,7 +41,7 @@ class DashRuntime:
         """Most callers want `load`. Raises PolicyError for a dispatch mode that this build does not have."""
         self.bundle = bundle
         self.build = build
-        self.recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
+        self.recipe = build.recipe
         dispatch = dispatch or self.recipe.runtime.dispatch
         if dispatch not in DISPATCH_MODES:
             raise PolicyError(f"There is no dispatch mode {dispatch!r:.60}. Known: {', '.join(DISPATCH_MODES)}.")
@@ -69,8 +69,7 @@ class DashRuntime:
         `threads` overrides the recipe's (0: one per physical core).
         `verify` checks the SHA-256 of every file that is loaded; that it is still the same when all is loaded is
         checked without it too.
-        Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError, PolicyError or RequestError
-        (for arguments).
+        Raises BundleError, BackendError, PolicyError or RequestError (for arguments).
         """
         if threads is not None and not 0 <= threads <= MAX_THREADS:
             raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
@@ -80,7 +79,7 @@ class DashRuntime:
             opened.check_listed(build)
         text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]
         seal = opened.verify([*text, *loaded_files(opened, build)], hashes=verify)
-        recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
+        recipe = build.recipe
         backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
         runtime = cls(opened, build, backend, dispatch)
         opened.check_same(seal)

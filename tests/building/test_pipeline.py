@@ -190,7 +190,7 @@ def test_a_damaged_engine_is_made_again(bundle: Bundle, made: list[str]) -> None
     path = bundle.path("engines/cpu-fp32/bypass_02-03.onnx")
     sound = path.read_bytes()
     path.write_bytes(b"damaged")
-    message = r"bypass_02-03.onnx is not the file .* build \S+ --target cpu --weights fp32"
+    message = r"bypass_02-03.onnx is not the file .* build \S+ --target cpu-fp32"
     with pytest.raises(BundleError, match=message):
         DashRuntime.load(bundle.root, "cpu-fp32")
     build(bundle, "cpu", weights="fp32")

@@ -81,7 +81,7 @@ def test_builds_of_an_earlier_export(own_bundle: Path) -> None:
     shown = dash("inspect", own_bundle)
     assert shown.exit_code == 0, shown.output
     assert "engines for 'cpu-fp32' were built from an earlier export" in shown.stdout
-    assert "--target cpu --weights fp32" in shown.stdout
+    assert "--target cpu-fp32" in shown.stdout
     assert "earlier export" in refused("inspect", own_bundle, "--target", "cpu-fp32")
 
 

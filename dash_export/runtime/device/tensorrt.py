@@ -36,7 +36,8 @@ class TensorRT(CudaResources):
         self._scratch: dict[str, Scratch] = {}
 
     def accept(self, build: Build, rebuild: str) -> None:
-        wanted, here = build.recipe["engine"]["capabilities"], self.cuda.device.capability
+        assert build.recipe.engine is not None
+        wanted, here = build.recipe.engine.capabilities, self.cuda.device.capability
         if build.backend_version != self.toolkit.version:
             raise BackendError(
                 f"The engines for {build.target!r} were compiled by {self.backend} {build.backend_version} and this "

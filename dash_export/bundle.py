@@ -179,7 +179,7 @@ class Bundle:
             if not path.is_file():
                 raise BundleError(f"{self.root}: {record.name} is missing. {self._repair(record.name)}")
             seal[record.name] = identity(path)
-            if path.stat().st_size != record.bytes or (hashes and sha256_file(path) != record.sha256):
+            if not record.matches(path, hashes):
                 raise self._changed(record.name)
         return seal
 

@@ -27,9 +27,9 @@ import onnx_ir as ir
 
 from dash_export.artifacts import Progress, content_key, sha256_file
 from dash_export.building.engine_graphs import Artifact, graphs_key
+from dash_export.building.graph_runs import graph_run, step_inputs
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
-from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.graphs.rounded import BITS, Rounded, block_of, roundings_key, weight_precision, write_roundings
 from dash_export.graphs.surgery import constant_value, load_graph
 from dash_export.names import ROUNDINGS

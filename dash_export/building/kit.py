@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dash_export import __version__
-from dash_export.artifacts import FileRecord, Progress, no_progress, sha256_file, write_atomic
+from dash_export.artifacts import FileRecord, Progress, no_progress, record_of, write_atomic
 from dash_export.building import kit_script
 from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibration_key, rounding_artifact
@@ -167,4 +167,4 @@ def _records(root: Path, bundle: str) -> list[FileRecord]:
     # The manifest changes when engines are built; it is hashed by itself.
     apart = (root / MARK, root / bundle / MANIFEST)
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path not in apart)
-    return [FileRecord(path.relative_to(root).as_posix(), sha256_file(path), path.stat().st_size) for path in paths]
+    return [record_of(root, path.relative_to(root).as_posix()) for path in paths]

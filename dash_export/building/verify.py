@@ -19,9 +19,9 @@ import numpy.typing as npt
 from dash_export.artifacts import Progress, no_progress
 from dash_export.building.backend import backend_of
 from dash_export.building.engine_graphs import EngineGraph, engine_graphs, lower, write_whole
+from dash_export.building.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
-from dash_export.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.graphs.rounded import Roundings, stored_roundings, to_nearest
 from dash_export.graphs.trt_decompose import OPSET as trt10_opset  # noqa: N811
 from dash_export.graphs.writer import OPSET as graph_opset  # noqa: N811

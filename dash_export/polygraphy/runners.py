@@ -15,10 +15,10 @@ import numpy.typing as npt
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from dash_export.building.graph_runs import Arrays, graph_run, step_inputs, text_ids
 from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
-from dash_export.graph_runs import Arrays, graph_run, step_inputs, text_ids
 from dash_export.manifest import POLICY, Build, ModelFacts, Segment
 from dash_export.names import new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors

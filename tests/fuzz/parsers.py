@@ -15,12 +15,12 @@ import click
 
 from dash_export import DashRuntime
 from dash_export.building import build
+from dash_export.building.graph_runs import graph_run
 from dash_export.bundle import BUILD, MANIFEST, Bundle
 from dash_export.commands.common import LayerList
 from dash_export.commands.comparison import KindList, NumberList
 from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.evaluate.task_files import read_items
-from dash_export.graph_runs import graph_run
 from dash_export.graphs.surgery import load_graph
 from dash_export.models import open_checkpoint, row_blocks
 from dash_export.policy import load_policy

@@ -14,9 +14,9 @@ pytest.importorskip("polygraphy")
 
 from dash_export import DashRuntime
 from dash_export.building.engine_graphs import portable_file
+from dash_export.building.graph_runs import graph_run, step_inputs
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, RequestError
-from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.polygraphy import runners
 from dash_export.polygraphy.runners import STEPS, DashStepRunner, EngineFacts, PortableEngine, StepInputs, find_engine
 from dash_export.runtime.backends import load_backend, onnxruntime

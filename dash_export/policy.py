@@ -40,7 +40,6 @@ UNIT = 4
 """Layers of a unit where nobody says which."""
 SCHEMA = 2
 METADATA = "dash_export_policy"
-_LONGEST_ORIGIN = 200
 _LARGEST_CARD = 16 << 20
 _FINAL_NORM = "model.final_norm"
 
@@ -170,33 +169,27 @@ def check_policy(policy: SkipPolicy, spec: ModelShape) -> None:
     check_places(policy.static_order, policy.units)
     if len(policy.bypasses) != len(policy.units):
         raise PolicyError(f"There are {len(policy.bypasses)} bypasses for {len(policy.units)} units.")
-    found, needed = policy.weights(), _weight_shapes(policy, spec)
-    if policy.final_norm is not None:
-        found[_FINAL_NORM], needed[_FINAL_NORM] = policy.final_norm, (spec.hidden_size,)
-    if set(found) != set(needed):
-        missing, unknown = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
-        what = f"lacks {missing[0]}" if missing else f"holds {unknown[0]:.60}, which is nothing of ours"
-        raise PolicyError(f"The policy of the units {units_text(policy.units):.100} {what}.")
-    for name, shape in needed.items():
-        array = found[name]
-        if array.shape != shape:
-            raise PolicyError(f"The policy's {name} has shape {list(array.shape)}; {list(shape)} was expected.")
-        if not np.isfinite(array).all():
-            raise PolicyError(f"The policy's {name} holds NaN or infinity: the file or its training went wrong.")
-    if policy.final_norm is not None and not policy.final_norm.any():
-        raise PolicyError("The final norm by which the policy knows its model is zero.")
-
-
-def _weight_shapes(policy: SkipPolicy, spec: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every weight the policy must have."""
-    hidden, shapes = spec.hidden_size, {}
+    hidden, found = spec.hidden_size, policy.weights()
+    needed: dict[str, tuple[int, ...]] = {}
     if policy.network is not None:
-        shapes = {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
+        needed |= {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
     for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
         if bypass.weights:
             columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."
-            shapes |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
-    return shapes
+            needed |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
+    if policy.final_norm is not None:
+        found[_FINAL_NORM], needed[_FINAL_NORM] = policy.final_norm, (hidden,)
+        if not policy.final_norm.any():
+            raise PolicyError("The final norm by which the policy knows its model is zero.")
+    if missing := needed.keys() - found.keys():
+        raise PolicyError(f"The policy of the units {units_text(policy.units):.100} lacks {min(missing)}.")
+    if unknown := found.keys() - needed.keys():
+        raise PolicyError(f"The policy holds {min(unknown):.60}, which is nothing of ours.")
+    for name, shape in needed.items():
+        if found[name].shape != shape:
+            raise PolicyError(f"The policy's {name} has shape {list(found[name].shape)}; {list(shape)} was expected.")
+        if not np.isfinite(found[name]).all():
+            raise PolicyError(f"The policy's {name} holds NaN or infinity: the file or its training went wrong.")
 
 
 @dataclass(frozen=True)
@@ -286,10 +279,8 @@ def _stored(array: Float32Array) -> npt.NDArray[np.float16 | np.float32]:
 
 
 def load_policy(path: str | Path, spec: ModelShape) -> SkipPolicy:
-    """The policy in `path` (or of that name, `policy_path`), for the model `spec` describes.
-
-    Raises PolicyError when there is no such file, when it is damaged or no policy, when it is for another model, or
-    when a weight is missing, unknown, misshapen, NaN or infinite.
+    """The policy in `path` (or of that name, `policy_path`), for the model `spec` describes. Raises PolicyError when
+    there is no such file, when it is damaged or no policy, or when it is for another model.
     """
     path = policy_path(path)
     try:
@@ -306,10 +297,9 @@ def load_policy(path: str | Path, spec: ModelShape) -> SkipPolicy:
         policy = SkipPolicy(facts.units, facts.read, network or None, bypasses, facts.origin, facts.static_order, norm)
         check_policy(policy, spec)
     except PolicyError as error:
-        raise PolicyError(
-            f"{path}: {str(error).rstrip('.')}. Use the file as `dash-export train` wrote it, or train one for this "
-            "model."
-        ) from error
+        wrong = str(error).rstrip(".")
+        advice = "Use the file as `dash-export train` wrote it, or train one for this model."
+        raise PolicyError(f"{path}: {wrong}. {advice}") from error
     return policy
 
 
@@ -333,21 +323,14 @@ def _facts(metadata: Mapping[str, str]) -> _Facts:
     try:
         data = json.loads(metadata[METADATA])
         schema = data.get("schema") if isinstance(data, dict) else None
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise PolicyError(
-                f"it was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}): "
-                "upgrade with pip install -U dash-export"
-            )
-        if isinstance(schema, int) and schema < SCHEMA:
-            raise PolicyError("it is of the time when layers were skipped one by one: train it anew")
-        facts = typed(_Facts, data, "its metadata")
+        if isinstance(schema, int) and schema != SCHEMA:
+            remedy = "upgrade: pip install -U dash-export" if schema > SCHEMA else "train it anew: dash-export train"
+            raise PolicyError(f"it is of schema {schema}, and this dash-export reads {SCHEMA}: {remedy}")
+        return typed(_Facts, data, "its metadata")
     except WrongFieldError as error:
         raise PolicyError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"the facts in its metadata are not JSON ({error})") from error
-    if len(facts.origin) > _LONGEST_ORIGIN:
-        raise PolicyError(f"its origin must be one line of at most {_LONGEST_ORIGIN} letters")
-    return facts
 
 
 def _taken(tensors: dict[str, Float32Array], home: str) -> dict[str, Float32Array]:

@@ -63,9 +63,11 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "p.safetensors"
 
 
-@pytest.mark.parametrize("form", ["none", "linear"])
+@pytest.mark.parametrize("form", ["none", "linear", "linear, no network"])
 def test_round_trip(form: str, tmp_path: Path) -> None:
+    form, _, alone = form.partition(", ")
     path, policy = tmp_path / "folder" / "p.safetensors", policy_of(form)
+    policy = replace(policy, network=None) if alone else policy  # it serves static
     save_policy(path, policy, SPEC, {"seed": 3, "figures": {"kl": 0.1}})
     back = load_policy(path, SPEC)
     assert replace(back, network=None, bypasses=()) == replace(policy, network=None, bypasses=())
@@ -94,12 +96,6 @@ def test_what_half_precision_holds_is_stored_so(tmp_path: Path) -> None:
     assert sizes[0] - sizes[1] == pytest.approx(saved, abs=16)
 
 
-def test_bypasses_alone(tmp_path: Path) -> None:
-    """A policy without a network: it serves static."""
-    save_policy(tmp_path / "p.safetensors", replace(policy_of(), network=None), SPEC, {})
-    assert load_policy(tmp_path / "p.safetensors", SPEC).network is None
-
-
 def test_a_policy_of_fewer_units() -> None:
     policy = policy_of()
     fewer = narrowed(policy, [4])
@@ -109,13 +105,6 @@ def test_a_policy_of_fewer_units() -> None:
     for layers in ([3, 4], [5]):
         with pytest.raises(PolicyError, match="not whole units"):
             narrowed(policy, layers)
-
-
-def test_half_precision_is_read(saved: Path) -> None:
-    rewrite(saved, lambda tensors, _: {name: array.astype(np.float16) for name, array in tensors.items()})
-    back = load_policy(saved, SPEC).weights()
-    assert all(array.dtype == np.float32 for array in back.values())
-    np.testing.assert_allclose(back["network.weight"], policy_of().weights()["network.weight"], atol=2e-3)
 
 
 Tensors = dict[str, np.ndarray]
@@ -168,8 +157,8 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "missing-key": (lambda _, f: f.pop("units") and None, "missing units"),
     "wrong-type": (lambda _, f: f.update(num_layers="6"), "num_layers must be int"),
     "no-unit": (lambda _, f: f.update(units=[3]), "units"),
-    "newer": (lambda _, f: f.update(schema=9, new=1), "newer dash-export"),
-    "older": (lambda _, f: f.update(schema=1), "layers were skipped one by one"),
+    "newer": (lambda _, f: f.update(schema=9, new=1), "of schema 9.* pip install -U"),
+    "older": (lambda _, f: f.update(schema=1), "of schema 1.*train it anew"),
     "layer-0": (lambda t, f: renamed(t, f | {"read": -1}, 0, 0, 1), "Layer 0 can be in no unit"),
     "no-such-layer": (lambda t, f: renamed(t, f, 1, 4, 9), "must be of layers 0 to 5"),
     "overlap": (lambda t, f: renamed(t, f, 1, 3, 4), "each layer in one at most"),
@@ -195,16 +184,15 @@ def test_damage_is_named(name: str, saved: Path) -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("keep", [0, 4, 40, 600, -1])
-def test_truncated(keep: int, saved: Path) -> None:
-    saved.write_bytes(saved.read_bytes()[:keep])
-    with pytest.raises(PolicyError, match="not a sound safetensors file"):
-        load_policy(saved, SPEC)
+BROKEN: dict[str, Callable[[bytes], bytes]] = {
+    **{f"cut at {keep}": lambda data, keep=keep: data[:keep] for keep in (0, 4, 40, 600, -1)},
+    **{name: change for name, change in SAFETENSORS_LAYOUTS.items() if name != "twice"},  # the only reader takes one
+}
 
 
-@pytest.mark.parametrize("name", SAFETENSORS_LAYOUTS.keys() - {"twice"})  # of which the only reader takes one
-def test_tensors_that_do_not_lie_one_after_another(name: str, saved: Path) -> None:
-    saved.write_bytes(SAFETENSORS_LAYOUTS[name](saved.read_bytes()))
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_not_sound(name: str, saved: Path) -> None:
+    saved.write_bytes(BROKEN[name](saved.read_bytes()))
     with pytest.raises(PolicyError, match="not a sound safetensors file"):
         load_policy(saved, SPEC)
 
@@ -224,9 +212,6 @@ def test_names_of_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_other_files(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="There is no policy file"):
         load_policy(tmp_path / "none.safetensors", SPEC)
-    (tmp_path / "text.safetensors").write_text("not one")
-    with pytest.raises(PolicyError, match="not a sound safetensors file"):
-        load_policy(tmp_path / "text.safetensors", SPEC)
     save_file({"network.state": np.zeros((1, 2), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(PolicyError, match="holds no skip policy"):
         load_policy(tmp_path / "model.safetensors", SPEC)

@@ -182,84 +182,18 @@ def in_safetensors(rng: random.Random, data: bytes, _: Sequence[bytes]) -> bytes
     return length.to_bytes(8, "little") + text + rest
 
 
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-
-
-def _gguf_parts(data: bytes) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]], int]:
-    """Where the numbers of each key and of each tensor's description stand, (position, bytes); and the header's end."""
-    at, fields = 24, []
-
-    def number(width: int) -> int:
-        nonlocal at
-        if at + width > len(data):
-            raise ValueError("an earlier damage announces more than there is")
-        fields.append((at, width))
-        at += width
-        return int.from_bytes(data[at - width : at], "little")
-
-    def text() -> None:
-        nonlocal at
-        at += number(8)
-
-    def value(kind: int) -> None:
-        nonlocal at
-        if kind == 8:
-            text()
-        elif kind == 9:
-            inner, count = number(4), number(8)
-            for _ in range(count if inner == 8 else 0):
-                text()
-            at += 0 if inner == 8 else _WIDTHS[inner] * count
-        else:
-            number(_WIDTHS[kind])
-
-    def key() -> None:
-        text()
-        value(number(4))
-
-    def tensor() -> None:
-        text()
-        for _ in range(number(4)):
-            number(8)
-        number(4)
-        number(8)
-
-    groups: list[list[list[tuple[int, int]]]] = []
-    for count, read in ((data[16:24], key), (data[8:16], tensor)):
-        groups.append([])
-        for _ in range(int.from_bytes(count, "little")):
-            fields = []
-            read()
-            groups[-1].append(fields)
-    return groups[0], groups[1], at
-
-
 def in_gguf(rng: random.Random, data: bytes, _: Sequence[bytes]) -> bytes:
-    """A count, a length, a type, a size, an offset or a value of the header; a whole key or tensor there twice or not
-    at all; or as much more or less of data.
+    """A count, length, type, size or offset of the header, known by the zeros it ends with; or as much more or less of
+    data.
     """
-    keys, tensors, end = _gguf_parts(data)
     changed = bytearray(data)
-    which = rng.choice([0, 1])
-    group = (keys, tensors)[which]
-    index = rng.randrange(len(group))
-    match rng.randrange(6):
-        case 0:
-            begin = group[index][0][0]
-            stop = group[index + 1][0][0] if index + 1 < len(group) else (tensors[0][0][0] if which == 0 else end)
-            twice = rng.random() < 0.5
-            changed[begin:stop] = data[begin:stop] * (2 if twice else 0)
-            count = len(group) + (rng.choice([0, 1]) if twice else -1)
-            changed[16 - 8 * which : 24 - 8 * which] = count.to_bytes(8, "little")
-        case 1:
-            del changed[len(changed) - rng.choice([1, 4, 32, 100]) :]
-        case 2:
-            changed += bytes(rng.choice([1, 16, 32, 64]))
-        case _:
-            at, width = rng.choice([(4, 4), (8, 8), (16, 8), *group[index] * 2])
-            old = int.from_bytes(data[at : at + width], "little")
-            new = rng.choice([rng.choice(NUMBERS), old + rng.choice([1, -1, 3, 32, -32]), rng.randrange(40)])
-            changed[at : at + width] = (new % (1 << 8 * width)).to_bytes(width, "little")
+    if rng.random() < 0.2:
+        return bytes(changed[: -rng.choice([1, 4, 32, 100])] if rng.random() < 0.5 else changed + bytes(32))
+    numbers = list(re.finditer(rb"[^\0][\0-\xff]?\0{2}", data[: data.rindex(b".weight") + 64]))
+    at, width = rng.choice(numbers).start(), rng.choice([4, 8])
+    old = int.from_bytes(data[at : at + width], "little")
+    new = rng.choice([rng.choice(NUMBERS), old + rng.choice([1, -1, 3, 32, -32]), rng.randrange(40)])
+    changed[at : at + width] = (new % (1 << 8 * width)).to_bytes(width, "little")
     return bytes(changed)
 
 

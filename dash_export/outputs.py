@@ -76,8 +76,7 @@ def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: 
     except FileNotFoundError as error:  # it was there: another one is just taking its place
         raise _busy(folder, holders) from error
     try:
-        held = _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
-        if not held or not _is_at(folder, descriptor):
+        if not _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait) or not _is_at(folder, descriptor):
             raise _busy(folder, holders)
         yield
     finally:
@@ -91,8 +90,7 @@ def _acquired(path: Path, output: Path) -> int | None:
         if descriptor is None:
             return None
         try:
-            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            begins = os.pread(descriptor, len(_OURS), 0) if regular else b"?"
+            begins = os.pread(descriptor, len(_OURS), 0) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"?"
             if any(begins) and not _OURS.startswith(begins):  # a loss of power leaves zeros, or nothing
                 raise _taken(path)
             if not _flock(descriptor, fcntl.LOCK_EX):
@@ -193,8 +191,8 @@ def _kept_secret(path: Path) -> bytes:
 
 
 def named(output: str | Path) -> Path:
-    """Return the path to write at, which has a name, for files beside it are called after it: a link is what it points
-    to, `.` the current folder. Raises OutputError for `/` and for a link that points nowhere.
+    """Return the path to write at, which has a name (files beside it are called after it): what a link points to, the
+    current folder for `.`. Raises OutputError for `/` and for a link that points nowhere.
     """
     path = Path(output)
     try:

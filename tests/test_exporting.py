@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dash_export import exporting
+from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, CheckpointError, NewerBundleError, PolicyError
 from dash_export.exporting import export
@@ -48,11 +49,6 @@ print(peak() - before)
 """
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return tiny_checkpoint(tmp_path_factory.mktemp("exporting") / "mo\x1b[2Jdel\n")
-
-
 def hashes(bundle: Bundle) -> dict[str, str]:
     return {record.name: record.sha256 for record in bundle.manifest.files}
 
@@ -61,64 +57,65 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_manifest_lists_every_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_manifest_lists_every_file(tiny_model: Checkpoint, tmp_path: Path) -> None:
     """It is the same every time, and its name is none that a terminal would obey."""
-    bundle = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+    tiny_model = replace(tiny_model, source="mo\x1b[2Jdel\n")
+    bundle = export(tiny_model, tmp_path / "a.dash", tiny_policy(tiny_model))
     on_disk = {str(path.relative_to(bundle.root)) for path in bundle.root.rglob("*") if path.is_file()}
     assert on_disk == hashes(bundle).keys() | {"manifest.json"}
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= on_disk
     bundle.verify(bundle.manifest.files)
     assert (bundle.manifest.model.num_layers, bundle.manifest.model.name) == (6, "mo[2Jdel")
     assert bundle.manifest.policy.units == TINY_UNITS
-    again = export(checkpoint, tmp_path / "b.dash", tiny_policy(checkpoint))
+    again = export(tiny_model, tmp_path / "b.dash", tiny_policy(tiny_model))
     assert (hashes(again), again.manifest.key) == (hashes(bundle), bundle.manifest.key)
 
 
-def test_a_policy_knows_its_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_policy_knows_its_model(tiny_model: Checkpoint, tmp_path: Path) -> None:
     """From another one of the same shape; a fine-tune that barely moved the norm passes."""
-    norm = checkpoint.weights[FINAL_NORM].read_rows(0, checkpoint.spec.hidden_size)
-    policy = replace(tiny_policy(checkpoint), origin="token policy for A", final_norm=norm * np.float32(1.02))
+    norm = tiny_model.weights[FINAL_NORM].read_rows(0, tiny_model.spec.hidden_size)
+    policy = replace(tiny_policy(tiny_model), origin="token policy for A", final_norm=norm * np.float32(1.02))
     with pytest.raises(PolicyError, match=r"policy of another model .*\(token policy for A\).* 2% apart.*--from"):
-        export(checkpoint, tmp_path / "a.dash", policy)
+        export(tiny_model, tmp_path / "a.dash", policy)
     huge = replace(policy, final_norm=np.full_like(norm, 1e30))  # whose square is no float32
     with pytest.raises(PolicyError, match="policy of another model"):
-        export(checkpoint, tmp_path / "a.dash", huge)
+        export(tiny_model, tmp_path / "a.dash", huge)
     assert not names(tmp_path)
     near = np.where(np.arange(len(norm)) % 2, norm * np.float32(1.005), norm)
-    export(checkpoint, tmp_path / "a.dash", replace(policy, final_norm=near))
+    export(tiny_model, tmp_path / "a.dash", replace(policy, final_norm=near))
 
 
-def test_an_unchanged_export_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    root = export(checkpoint, tmp_path / "a.dash").root
+def test_an_unchanged_export_is_left_alone(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    root = export(tiny_model, tmp_path / "a.dash").root
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    export(checkpoint.source, tmp_path / "a.dash")
+    export(tiny_model.source, tmp_path / "a.dash")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
 @pytest.mark.parametrize("file", ["onnx/layer_03.data", "manifest.json"])
-def test_a_damaged_bundle_is_made_anew(file: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_damaged_bundle_is_made_anew(file: str, tiny_model: Checkpoint, tmp_path: Path) -> None:
     """The same command repairs it, as the error that names the damage says."""
-    bundle = export(checkpoint, tmp_path / "a.dash")
+    bundle = export(tiny_model, tmp_path / "a.dash")
     whole = (bundle.root / file).read_bytes()
     (bundle.root / file).write_bytes(whole[: len(whole) // 2])
-    again = export(checkpoint, tmp_path / "a.dash")
+    again = export(tiny_model, tmp_path / "a.dash")
     again.verify(again.manifest.files)
     assert (bundle.root / file).read_bytes() == whole
 
 
-def test_a_newer_bundle_is_not_overwritten(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    manifest = export(checkpoint, tmp_path / "a.dash").root / "manifest.json"
+def test_a_newer_bundle_is_not_overwritten(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    manifest = export(tiny_model, tmp_path / "a.dash").root / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"schema": {SCHEMA}', '"schema": 99', 1))
     with pytest.raises(NewerBundleError, match="Upgrade"):
-        export(checkpoint, tmp_path / "a.dash")
+        export(tiny_model, tmp_path / "a.dash")
 
 
-def test_a_changed_policy_keeps_the_layers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_changed_policy_keeps_the_layers(tiny_model: Checkpoint, tmp_path: Path) -> None:
     """And a backup beside it is nobody's leftover."""
-    first = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+    first = export(tiny_model, tmp_path / "a.dash", tiny_policy(tiny_model))
     backup = Path(shutil.copytree(first.root, tmp_path / "a.dash.previous"))
     one = hashes(first)
-    second = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint, "linear"))
+    second = export(tiny_model, tmp_path / "a.dash", tiny_policy(tiny_model, "linear"))
     two = hashes(second)
     assert first.manifest.key != second.manifest.key
     changed = {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
@@ -128,7 +125,7 @@ def test_a_changed_policy_keeps_the_layers(checkpoint: Checkpoint, tmp_path: Pat
     assert names(tmp_path) == {"a.dash", "a.dash.previous"}
 
 
-def test_fewer_units_leave_no_orphans(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_units_leave_no_orphans(tiny_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An export that died under one policy is resumed under another."""
 
     class Died(BaseException):
@@ -141,14 +138,14 @@ def test_fewer_units_leave_no_orphans(checkpoint: Checkpoint, tmp_path: Path, mo
         patch.setattr(exporting, "put_in_place", dies)
         patch.setattr(exporting, "removed_on_error", lambda *_: nullcontext())
         with pytest.raises(Died):
-            export(checkpoint, tmp_path / "a.dash", no_policy(6, TINY_UNITS))
-    bundle = export(checkpoint, tmp_path / "a.dash", no_policy(6, TINY_UNITS[1:]))
+            export(tiny_model, tmp_path / "a.dash", no_policy(6, TINY_UNITS))
+    bundle = export(tiny_model, tmp_path / "a.dash", no_policy(6, TINY_UNITS[1:]))
     assert [path.name for path in bundle.root.rglob("bypass_*.onnx")] == ["bypass_04-04.onnx"]
 
 
 @pytest.mark.parametrize("where", ["photos", "extension", "file", "."])
 def test_what_is_no_bundle_is_not_overwritten(
-    where: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, tiny_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in (("photos/cat.jpg", "meow"), ("extension/manifest.json", "{}"), ("file", "text")):
@@ -156,7 +153,7 @@ def test_what_is_no_bundle_is_not_overwritten(
         Path(name).write_text(text)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BundleError, match="is not a bundle: it will not be overwritten"):
-        export(checkpoint, where)
+        export(tiny_model, where)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -176,10 +173,10 @@ def test_nan_weights_leave_nothing_behind(name: str, form: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("how", ["a full disk", "a bundle that could not be opened"])
 def test_a_failed_export_leaves_nothing_behind(
-    how: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, tiny_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the old bundle as it was."""
-    old = hashes(export(checkpoint, tmp_path / "a.dash"))
+    old = hashes(export(tiny_model, tmp_path / "a.dash"))
     sound, calls = exporting.save_graph, []
 
     def full(*args: object, **options: object) -> list[Path]:
@@ -195,16 +192,16 @@ def test_a_failed_export_leaves_nothing_behind(
     for name in ("a.dash", "b.dash"):
         calls.clear()
         with pytest.raises((OSError, BundleError), match=r"No space left|is not printable text"):
-            export(checkpoint, tmp_path / name, tiny_policy(checkpoint))
+            export(tiny_model, tmp_path / name, tiny_policy(tiny_model))
     bundle = Bundle.open(tmp_path / "a.dash")
     assert hashes(bundle) == old
     bundle.verify(bundle.manifest.files)
     assert names(tmp_path) == {"a.dash"}
 
 
-def test_progress_is_told(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_progress_is_told(tiny_model: Checkpoint, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    export(checkpoint, tmp_path / "a.dash", progress=lambda *step: told.append(step))
+    export(tiny_model, tmp_path / "a.dash", progress=lambda *step: told.append(step))
     assert [done for _, done, _ in told] == list(range(1, told[0][2] + 1))
 
 
@@ -246,9 +243,41 @@ def test_a_context_that_no_bundle_can_have(tmp_path: Path) -> None:
         tiny_checkpoint(tmp_path / "model", max_position_embeddings=(1 << 24) + 1)
 
 
-def test_rotary_tables_come_in_blocks(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = list(portable.rope_tables(checkpoint.spec))
+def test_rotary_tables_come_in_blocks(tiny_model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(portable.rope_tables(tiny_model.spec))
     monkeypatch.setattr(portable, "_BLOCK", 7)
-    blocks = list(portable.rope_tables(checkpoint.spec))
+    blocks = list(portable.rope_tables(tiny_model.spec))
     assert max(map(len, blocks)) == 7
     np.testing.assert_array_equal(np.concatenate(blocks), np.concatenate(whole))
+
+
+def test_a_model_that_changes_while_it_is_exported(tmp_path: Path) -> None:
+    tiny_model = tiny_checkpoint(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+
+    def change(name: str, *_: object) -> None:
+        if name == "layer_02":
+            other = bytearray(weights.read_bytes())
+            other[-1] ^= 1
+            weights.write_bytes(other)
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read"):
+        export(tiny_model, tmp_path / "a.dash", progress=change)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_graphs_that_change_while_they_are_built(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    """Nothing that was made of them is taken for an engine of the sound ones later."""
+    bundle = export(tiny_model, tmp_path / "a.dash")
+    path, sound = bundle.path("onnx/layer_04.data"), bundle.path("onnx/layer_04.data").read_bytes()
+    expected = {record.name: record.sha256 for record in build(bundle, "cpu", weights="fp32").files}
+    shutil.rmtree(bundle.root / "engines")
+
+    def change(name: str, *_: object) -> None:
+        if name == "layers_00-01":
+            path.write_bytes(bytes(reversed(sound)))
+
+    with pytest.raises(BundleError, match=r"layer_04\.data was replaced while it was read"):
+        build(bundle, "cpu", weights="fp32", progress=change)
+    path.write_bytes(sound)
+    assert {record.name: record.sha256 for record in build(bundle, "cpu", weights="fp32").files} == expected

@@ -63,10 +63,6 @@ def _prompt(value: Any) -> Any:
     return value
 
 
-def _messages(value: Any) -> Any:
-    return [_is(Mapping, message) for message in _several(_is(Sequence, value))]
-
-
 _PROMPTS = ("a list of prompts, not one text", _several)
 _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     bool: ("True or False", lambda value: bool(_is(bool | np.bool_, value))),
@@ -76,7 +72,10 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     str | Path: ("a path", partial(_is, str | Path)),
     tuple[int, ...]: ("a list of whole numbers", lambda value: tuple(map(_whole, _several(value)))),
     Sequence[str]: ("a list of texts", lambda value: tuple(_is(str, item) for item in _several(value))),
-    Sequence[Mapping[str, str]]: ("a list of messages {role, content}", _messages),
+    Sequence[Mapping[str, str]]: (
+        "a list of messages {role, content}",
+        lambda value: [_is(Mapping, message) for message in _several(_is(Sequence, value))],
+    ),
     npt.NDArray[np.int8]: (
         "an array of small integers",
         lambda value: np.asarray(value).astype(np.int8, casting="safe"),

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
-from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, check_build, check_manifest, sealed
+from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
 from dash_export.names import ROUNDINGS, TIMING_CACHE
 from dash_export.outputs import folder_locked, holder, lock_file
 from dash_export.typed_json import WrongFieldError, typed
@@ -91,7 +91,8 @@ class Bundle:
         records = (*manifest.files, *chain(*manifest.builds.values()))
         for name in [*manifest.graphs.values(), *(record.name for record in records)]:
             safe_path(root, name)
-        check_manifest(manifest, f"{root.name}/{MANIFEST}")
+        for fault in manifest_faults(manifest):
+            raise BundleError(f"{root.name}/{MANIFEST}: {fault} {DAMAGED}")
         return cls(root, manifest)
 
     def path(self, relative: str) -> Path:
@@ -124,7 +125,8 @@ class Bundle:
                 f"{self.root}: the engines for {target!r} were built from an earlier export. "
                 f"Run: {self.build_command(target)}"
             )
-        check_build(build, self.manifest, f"{self.root.name}/{name}")
+        for fault in build_faults(build, self.manifest):
+            raise BundleError(f"{self.root.name}/{name}: {fault} {DAMAGED}")
         if build.target != target:
             raise BundleError(f"{self.root.name}/{name} is of the target {build.target!r:.60}. {DAMAGED}")
         return build

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dash_export.artifacts import FileRecord
 from dash_export.decision import POLICY_KINDS, DialPoint, Skips, Unit, check_places, check_units
-from dash_export.errors import BundleError, PolicyError
+from dash_export.errors import PolicyError
 from dash_export.targets import Recipe, recipe_faults
 from dash_export.typed_json import Bytes, NotNegative, Within
 
@@ -52,9 +52,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """The skip policy in the bundle: the units it may skip, the layer whose input decides, whether there is a network,
-    the form of the bypasses, and in which order static policies skip units (places in `units`; empty: not ranked).
-    """
+    """The skip policy in the bundle, as in a SkipPolicy; `bypass` is the form of its bypasses."""
 
     units: tuple[Unit, ...]
     read: int
@@ -96,9 +94,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers [first, last] compiled as one engine, a unit if `gated`; `embed` and `head` say whether it begins or ends
-    the model.
-
+    """Layers [first, last] compiled as one engine, a unit if `gated`; `embed` and `head`: it begins or ends the model.
     An empty range (first = last + 1) is the embedding or the head alone.
     """
 
@@ -209,19 +205,8 @@ def sealed(manifest: Manifest) -> Manifest:
     return replace(manifest, sha256=hashlib.sha256(json.dumps(contents).encode()).hexdigest())
 
 
-def check_manifest(manifest: Manifest, where: str) -> None:
-    """Raises BundleError unless the contents are those that were written, units exist, and every one has its graph."""
-    for fault in _manifest_faults(manifest):
-        raise BundleError(f"{where}: {fault} {DAMAGED}")
-
-
-def check_build(build: Build, manifest: Manifest, where: str) -> None:
-    """Raises BundleError unless segments cover every layer once, each has an engine, and each unit a cost."""
-    for fault in _build_faults(build, manifest):
-        raise BundleError(f"{where}: {fault} {DAMAGED}")
-
-
-def _manifest_faults(manifest: Manifest) -> Iterator[str]:
+def manifest_faults(manifest: Manifest) -> Iterator[str]:
+    """What cannot be: contents that are not those that were written, units that do not exist or have no graph."""
     model, policy = manifest.model, manifest.policy
     if sealed(manifest).sha256 != manifest.sha256:
         yield "it was changed or damaged after it was made (hash mismatch)."
@@ -239,7 +224,8 @@ def _manifest_faults(manifest: Manifest) -> Iterator[str]:
         yield f"{min(unlisted)} is not among the files."
 
 
-def _build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
+def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
+    """What cannot be: layers that no segment covers, or two, a segment without its engine, a unit without its cost."""
     units, engines = manifest.policy.units, build.engines
     yield from recipe_faults(build.recipe)
     if not _in_order(build.segments, units, manifest.model.num_layers):

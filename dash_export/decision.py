@@ -182,17 +182,11 @@ class DecisionRule:
 
 
 def decision_rule(
-    units: Sequence[Unit],
-    cost: Sequence[float],
-    trade_off: float,
-    max_layers: int | None = None,
-    num_layers: int = 0,
+    units: Sequence[Unit], cost: Sequence[float], trade_off: float, max_layers: int | None = None, num_layers: int = 0
 ) -> DecisionRule:
-    """Build the rule for one model.
-
-    `cost`: what skipping each unit saves, as a fraction of the dense time of one token; `trade_off` in nats per dense
-    token time. `max_layers` of the model's `num_layers` bounds what a token runs. Raises PolicyError when the trade-off
-    is negative or not finite, or when `max_layers` is below what always runs.
+    """Build the rule for one model. `cost`: what skipping each unit saves, as a fraction of the dense time of one
+    token; `trade_off` in nats per dense token time; `max_layers` of `num_layers` bounds what a token runs. Raises
+    PolicyError for what cannot be.
     """
     if not 0 <= trade_off < float("inf"):
         raise PolicyError(f"The trade-off must be a finite number >= 0 (0 is dense), not {trade_off!r}.")
@@ -224,12 +218,11 @@ POLICY_KINDS = tuple(_TAKES)
 class Setting:
     """A session's policy and how much it skips: exactly one of these amounts (`dense` takes none).
 
-    `skip` lists the layers, whole units of them (static); `trade_off` is in nats per dense token time; `budget` the
-    mean decode time as a fraction of dense; `skipped` the mean number of layers skipped per token; `max_kl` the mean
-    divergence from dense, nats per token, on the calibration text; `max_layers` bounds the layers of every token (for
-    `token` beside another amount too). A static policy skips whole units: the fewest of its order that are as much as
-    that. `hold` keeps the running mean of a `token` session at its budget, whatever the text.
-    Raises PolicyError for what is no number, no list of layers, ...; `check` looks at amounts.
+    `skip`: these layers, whole units (static); `trade_off`: nats per dense token time; `budget`: mean decode time as a
+    fraction of dense; `skipped`: mean layers skipped per token; `max_kl`: mean divergence from dense, nats per token,
+    on the calibration text; `max_layers`: a bound for every token (for `token` beside another amount too). A static
+    policy skips the fewest units of its order that are as much as that. `hold` keeps the running mean of a `token`
+    session at its budget, whatever the text. Raises PolicyError for wrong types; `check` looks at amounts.
     """
 
     policy: str | None = None
@@ -275,9 +268,7 @@ class Setting:
         if self.hold and not (self.kind == "token" and self.budget is not None):
             raise PolicyError("hold keeps a token policy at its budget: give the budget with it.")
         if self.budget is not None and not 0 < self.budget <= 1:
-            raise PolicyError(
-                f"The budget is the wanted decode time as a fraction of dense, in (0, 1], not {self.budget!r}."
-            )
+            raise PolicyError(f"The budget is a decode time as a fraction of dense, in (0, 1], not {self.budget!r}.")
         for name in ("skipped", "max_kl"):
             if (getattr(self, name) or 0) < 0:
                 raise PolicyError(f"{name} must be a finite number >= 0 (0 is dense), not {getattr(self, name)!r}.")
@@ -299,9 +290,8 @@ def trade_off_for(
     dial: Sequence[DialPoint], *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
 ) -> float:
     """The smallest trade-off, interpolated in the calibrated table (geometrically), that is as fast as `budget`, or
-    skips `skipped` layers, or diverges by `max_kl`: exactly one of them, checked by `Setting`.
-
-    Raises PolicyError when there is no table, or when it is more than the policy can give.
+    skips `skipped` layers, or diverges by `max_kl`: one of them, checked by `Setting`. Raises PolicyError when there is
+    no table, or when it is more than the policy can give.
     """
     if not dial:
         raise PolicyError(

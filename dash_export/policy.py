@@ -81,11 +81,10 @@ class Bypass:
 class SkipPolicy:
     """Units, damage network and bypasses of one model.
 
-    `read`: the layer whose input decides. `network` is None for a bundle without a token policy; otherwise `weight`
-    [hidden, units] and `bias` [units], float32. `bypasses`: one per unit. `static_order`: places of units in the order
-    in which a static policy skips them; empty where nobody ranked them. `final_norm` [hidden]: the gain of the final
-    norm of the model it was trained with, by which another model of the same shape is told apart; None in what was not
-    trained.
+    `read`: the layer whose input decides. `network`: `weight` [hidden, units] and `bias` [units], float32; None without
+    a token policy. `bypasses`: one per unit. `static_order`: places of units in the order in which a static policy
+    skips them; empty where nobody ranked them. `final_norm` [hidden]: the gain of the final norm of the model it was
+    trained with, by which another model of the same shape is told apart.
     """
 
     units: tuple[Unit, ...]
@@ -137,9 +136,7 @@ def default_units(num_layers: int) -> tuple[Unit, ...]:
 
 
 def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
-    """The same policy with fewer units that may be skipped, those of these layers. Raises PolicyError where they are
-    not whole units.
-    """
+    """The policy with the units of these layers only. Raises PolicyError where they are not whole units."""
     kept = units_of(layers, policy.units)
     network = policy.network
     if network is not None:
@@ -248,10 +245,8 @@ def check_replaceable(path: Path) -> None:
 
 
 def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelShape, card: Mapping[str, Any]) -> None:
-    """Write the policy to `path` (`.safetensors`) and its card beside it, each whole or not at all.
-
-    `card` is JSON: data, seed, versions, figures. Raises PolicyError for a policy that does not fit `spec` or a name
-    that is not `.safetensors`, OutputError for a link.
+    """Write the policy to `path` (`.safetensors`) and its card (JSON) beside it, each whole or not at all. Raises
+    PolicyError for a policy that does not fit `spec` or a name that is not `.safetensors`, OutputError for a link.
     """
     import safetensors.numpy
 

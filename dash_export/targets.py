@@ -38,13 +38,11 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 @dataclass(frozen=True)
 class WeightsRecipe:
-    """Weight precision. Layers, head and embedding are chosen apart: the head of a small model is a third of a token's
-    bytes.
+    """Weight precision by part: the head of a small model is a third of a token's bytes.
 
-    `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention
-    (their errors enter the cache and every later token), and the layers that are in no unit (they are the
-    sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, or by what the layer is fed
-    (GPTQ).
+    `qkv` and `ungated` keep what 4 bits hurt most finer than `layers`: the projections into attention (their errors
+    enter the cache and every later token), and the layers in no unit (the sensitive ones). `rounding` is how int4 codes
+    are chosen: each weight's nearest, or by what the layer is fed (GPTQ).
     """
 
     layers: Precision = "int4"

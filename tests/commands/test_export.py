@@ -143,13 +143,13 @@ def test_pruned(model: Path, tmp_path: Path) -> None:
     assert default_output("org/m", [Unit(2, 3)]) == Path("m-without-2-3.dash")
 
 
-@pytest.mark.parametrize("units", ["", "a", "1,,2", "-1", "1-99999999"])
+@pytest.mark.parametrize("units", ["", "a", "1,,2", "-1", "3-2", "1-99999999"])
 def test_what_are_no_units(units: str, model: Path, tmp_path: Path) -> None:
     assert "Units are written like" in refused("export", model, "-o", tmp_path / "x.dash", f"--units={units}", code=2)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("units", ["0-3", "2,77", "3-2", "2-4,3"])
+@pytest.mark.parametrize("units", ["0-3", "2,77", "2-4,3"])
 def test_impossible_units(units: str, model: Path, tmp_path: Path) -> None:
     refused("export", model, "-o", tmp_path / "x.dash", "--units", units)
     assert not list(tmp_path.iterdir())

@@ -128,4 +128,4 @@ def test_names_are_not_markup(edit: Callable[[str, str, str], Path]) -> None:
 
 def test_unknown_recipe_key_in_a_build(edit: Callable[[str, str, str], Path]) -> None:
     bundle = edit("engines/cpu-fp32/build.json", '"layers": "fp32"', '"layer": "fp32"')
-    assert "unknown key 'layer'" in refused("inspect", bundle)
+    assert "unknown 'layer'" in refused("inspect", bundle)

@@ -22,7 +22,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -137,69 +137,56 @@ def _tried(parser: Any, scratch: Path, data: bytes, always_deep: bool) -> tuple[
         return f"{type(error).__name__}: {place} {error!s:.100}", False
 
 
-class Run:
-    """One parser's turn: the process at work and what it has told."""
-
-    def __init__(self, name: str, folder: Path, share: float, given: argparse.Namespace) -> None:
-        self.name, self.folder, self.given = name, folder, given
-        self.began = time.monotonic()
-        self.until = self.began + share
-        self.input = b""
-        self.row: dict[str, Any] = dict.fromkeys(COLUMNS, 0) | {"failures": []}
-        folder.mkdir()
-        self.start()
-
-    def start(self) -> None:
-        self.told, telling = FORK.Pipe(duplex=False)
-        arguments = (self.name, self.folder, self.given, self.until, self.row["inputs"], telling)
-        self.process = FORK.Process(target=_work, args=arguments)
-        self.process.start()
+def _fuzz(name: str, folder: Path, given: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """One parser's turn: what its workers tell, another one after a crash or a hang."""
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, 0) | {"failures": []}
+    began, data = time.monotonic(), b""
+    folder.mkdir()
+    while True:
+        told, telling = FORK.Pipe(duplex=False)
+        arguments = (name, folder, given, began + seconds, row["inputs"], telling)
+        worker = FORK.Process(target=_work, args=arguments)
+        worker.start()
         telling.close()
-        self.heard = time.monotonic()
-
-    def goes_on(self) -> bool:
-        """Listen to the process; start another after a crash or a hang. Whether the run goes on."""
+        wrong = f"hang: after {HANG:g} s"
         try:
-            while self.told.poll():
-                self.hear(self.told.recv())
-            if time.monotonic() - self.heard < HANG:
-                return True
-            self.process.kill()
-            wrong = f"hang: after {HANG:g} s"
+            while told.poll(HANG):
+                message = told.recv()
+                if isinstance(message, bytes):
+                    data = message
+                else:
+                    _note(name, data, row, given, *message)
+            worker.kill()
         except EOFError:
-            self.process.join()
-            wrong = f"crash: exit code {self.process.exitcode}"
-        self.process.join()
-        if self.process.exitcode == 0:
-            self.row["per_second"] = round(self.row["inputs"] / (time.monotonic() - self.began), 1)
-            shutil.rmtree(self.folder)
-            return False
-        self.hear((wrong, False, 0.0, 0))
-        self.start()
-        return True
+            worker.join()
+            wrong = f"crash: exit code {worker.exitcode}"
+        worker.join()
+        if worker.exitcode == 0:
+            shutil.rmtree(folder)
+            return row | {"per_second": round(row["inputs"] / (time.monotonic() - began), 1)}
+        _note(name, data, row, given, wrong, False, 0.0, 0)
 
-    def hear(self, message: Any) -> None:
-        """Count what the process has told, and put an input that failed into the corpus unless its like is there."""
-        self.heard = time.monotonic()
-        if isinstance(message, bytes):
-            self.input = message
-            return
-        (wrong, accepted, seconds, memory), row = message, self.row
-        row["inputs"] += 1
-        row["accepted"] += bool(accepted)
-        row["refused"] += not (accepted or wrong)
-        row["slowest_s"] = max(row["slowest_s"], round(seconds, 3))
-        row["memory_mib"] = max(row["memory_mib"], round(memory / (1 << 20), 1))
-        if not wrong:
-            return
-        kind, digest = "".join(wrong.split(" ")[:2]), hashlib.sha256(self.input).hexdigest()[:12]
-        alike = sum(kind in each for each in row["failures"])
-        row["failures"].append(f"{kind} {digest} {wrong}")
-        if alike < ALIKE:
-            print(f"{self.name} {digest}: {wrong}", file=sys.stderr, flush=True)
-            if not (self.given.corpus / self.name / digest).exists():
-                (self.given.save / self.name).mkdir(parents=True, exist_ok=True)
-                (self.given.save / self.name / digest).write_bytes(self.input)
+
+def _note(
+    name: str, data: bytes, row: dict[str, Any], given: argparse.Namespace,
+    wrong: str, accepted: bool, seconds: float, memory: int,
+) -> None:  # fmt: skip
+    """Count an input, and put one that failed into the corpus unless its like is there."""
+    row["inputs"] += 1
+    row["accepted"] += bool(accepted)
+    row["refused"] += not (accepted or wrong)
+    row["slowest_s"] = max(row["slowest_s"], round(seconds, 3))
+    row["memory_mib"] = max(row["memory_mib"], round(memory / (1 << 20), 1))
+    if not wrong:
+        return
+    kind, digest = "".join(wrong.split(" ")[:2]), hashlib.sha256(data).hexdigest()[:12]
+    alike = sum(kind in each for each in row["failures"])
+    row["failures"].append(f"{kind} {digest} {wrong}")
+    if alike < ALIKE:
+        print(f"{name} {digest}: {wrong}", file=sys.stderr, flush=True)
+        if not (given.corpus / name / digest).exists():
+            (given.save / name).mkdir(parents=True, exist_ok=True)
+            (given.save / name / digest).write_bytes(data)
 
 
 def main() -> None:
@@ -224,20 +211,11 @@ def _fuzzed(given: argparse.Namespace, folder: Path) -> int:
     from tests.fuzz.parsers import PARSERS, preloaded
 
     preloaded(given.seeds)
-    waiting, jobs = list(given.only or PARSERS), len(os.sched_getaffinity(0))
-    share = given.seconds * jobs / len(waiting)
-    running: list[Run] = []
-    table: dict[str, dict[str, Any]] = {}
-    print(f"{'parser':15}", *(f"{name:>10}" for name in COLUMNS))
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop(0)
-            running.append(Run(name, folder / name, share, given))
-        wait([run.told for run in running], timeout=1)
-        for run in [each for each in running if not each.goes_on()]:
-            running.remove(run)
-            table[run.name] = row = run.row
-            print(f"{run.name:15}", *(f"{row[name]:>10}" for name in COLUMNS), f"{len(row['failures'])} failed")
+    names, table = given.only or list(PARSERS), dict[str, dict[str, Any]]()
+    print(f"{'parser':15}", *(f"{column:>10}" for column in COLUMNS))
+    for name in names:
+        table[name] = row = _fuzz(name, folder / name, given, given.seconds / len(names))
+        print(f"{name:15}", *(f"{row[column]:>10}" for column in COLUMNS), f"{len(row['failures'])} failed", flush=True)
     total = sum(row["inputs"] for row in table.values())
     print(json.dumps({"seed": given.seed, "inputs": total, "parsers": table}))
     return int(any(row["failures"] for row in table.values()))

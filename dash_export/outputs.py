@@ -13,7 +13,6 @@ import os
 import shutil
 import socket
 import stat
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -166,28 +165,21 @@ def holder(path: Path) -> str:
 
 def own_secret() -> bytes:
     """Return 32 bytes that only this user has, the same every time; where they cannot be kept, new ones."""
-    new = os.urandom(32)
     try:
         path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "dash-export" / "key"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _kept_secret(path):
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # for its owner only
-                file.write(new)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        return _kept_secret(path) or new
-    except (OSError, RuntimeError) as error:  # no home
-        logger.warning("no key can be kept in ~/.local/state (%s): engines for GPUs are compiled at every build", error)
-        return new
-
-
-def _kept_secret(path: Path) -> bytes:
-    with suppress(OSError):
+        with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123
+            file.write(os.urandom(32))
+            file.flush()
+            os.fsync(file.fileno())
         status, kept = path.lstat(), read_bounded(path, 32)
         own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
-        return kept if own and len(kept) == 32 and any(kept) else b""
-    return b""
+        if own and len(kept) == 32 and any(kept):
+            return kept
+        raise OSError(errno.EINVAL, f"remove {path}, which is no key of yours")
+    except (OSError, RuntimeError) as error:  # no home
+        logger.warning("no key is kept in ~/.local/state (%s): engines for GPUs are compiled at every build", error)
+        return os.urandom(32)
 
 
 def named(output: str | Path) -> Path:

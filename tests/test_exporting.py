@@ -19,7 +19,6 @@ from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, CheckpointError, NewerBundleError, PolicyError
 from dash_export.exporting import export
-from dash_export.graphs import portable
 from dash_export.manifest import SCHEMA
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM
@@ -241,14 +240,6 @@ def test_heldout_text_is_not_calibration_text() -> None:
 def test_a_context_that_no_bundle_can_have(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="max_position_embeddings"):
         tiny_checkpoint(tmp_path / "model", max_position_embeddings=(1 << 24) + 1)
-
-
-def test_rotary_tables_come_in_blocks(tiny_model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = list(portable.rope_tables(tiny_model.spec))
-    monkeypatch.setattr(portable, "_BLOCK", 7)
-    blocks = list(portable.rope_tables(tiny_model.spec))
-    assert max(map(len, blocks)) == 7
-    np.testing.assert_array_equal(np.concatenate(blocks), np.concatenate(whole))
 
 
 def test_a_model_that_changes_while_it_is_exported(tmp_path: Path) -> None:

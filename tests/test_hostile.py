@@ -186,15 +186,6 @@ def test_a_journal_that_lists_what_lies_outside(name: object, bundle: Path) -> N
     assert "x" not in json.loads(journal.read_text())
 
 
-def test_missing_backend_names_the_extra(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)  # noqa: ARG005
-    with pytest.raises(BackendError, match=r"pip install 'dash-export\[cpu\]'"):
-        DashRuntime.load(bundle, "cpu-fp32")
-    shutil.rmtree(bundle / "engines")
-    with pytest.raises(BackendError, match=r"pip install 'dash-export\[cpu\]'"):
-        build(bundle, "cpu", weights="fp32")
-
-
 def test_nothing_is_unpickled() -> None:
     """No module of the package reaches for a loader that runs what it reads."""
     package = Path(backends.__file__).parents[2]

@@ -66,10 +66,7 @@ def safe_path(root: Path, relative: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links, a name of 300 letters
         inside = False
     if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not inside:
-        raise BundleError(
-            f"{root.name}: the path {relative!r:.200} leaves the bundle. "
-            "Do not use this bundle; export the model again."
-        )
+        raise BundleError(f"{root.name}: the path {relative!r:.200} leaves the bundle. Export the model again.")
     return path
 
 
@@ -121,10 +118,8 @@ class Bundle:
         for file in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
             self.path(file)
         if build.bundle_key != self.manifest.key:
-            raise StaleBuildError(
-                f"{self.root}: the engines for {target!r} were built from an earlier export. "
-                f"Run: {self.build_command(target)}"
-            )
+            stale = f"the engines for {target!r} were built from an earlier export"
+            raise StaleBuildError(f"{self.root}: {stale}. Run: {self.build_command(target)}")
         for fault in build_faults(build, self.manifest):
             raise BundleError(f"{self.root.name}/{name}: {fault} {DAMAGED}")
         if build.target != target:
@@ -141,10 +136,8 @@ class Bundle:
         if target in self.targets():
             return self._changed(f"engines/{target}/{BUILD}")
         state = "is unfinished" if self.path(f"engines/{target}").is_dir() else "does not exist"
-        return BundleError(
-            f"{self.root}: the build for target {target!r} {state} (built: {', '.join(self.targets()) or 'none yet'}). "
-            f"Run: {self.build_command(target)}"
-        )
+        built, run = ", ".join(self.targets()) or "none yet", self.build_command(target)
+        return BundleError(f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: {run}")
 
     def save_build(self, build: Build) -> None:
         """Write the manifest that lists `build.json`, and that: one of the two that it lists is there whenever this
@@ -190,10 +183,8 @@ class Bundle:
         for name, seen in seal.items():
             path = self.path(name)
             if not path.exists() or identity(path) != seen:
-                raise BundleError(
-                    f"{self.root}: {name} was replaced while it was read. Do not write to a bundle that is in use; "
-                    "load it again."
-                )
+                advice = "Do not write to a bundle that is in use; load it again."
+                raise BundleError(f"{self.root}: {name} was replaced while it was read. {advice}")
 
     def check_listed(self, build: Build | None) -> None:
         """Raises BundleError where a file lies here that nothing lists, and that tokenizer, template or engines could
@@ -212,10 +203,8 @@ class Bundle:
             )
 
     def _changed(self, name: str) -> BundleError:
-        return BundleError(
-            f"{self.root}: {name} is not the file that was written (hash mismatch). "
-            f"It was changed or damaged after it was made. {self._repair(name)}"
-        )
+        wrong = f"{name} is not the file that was written (hash mismatch): it was changed or damaged afterwards."
+        return BundleError(f"{self.root}: {wrong} {self._repair(name)}")
 
     def _repair(self, name: str) -> str:
         """Advice about a damaged file: engines are made from the rest, which may well be whole."""
@@ -230,16 +219,11 @@ def _record(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{root / name} cannot be read ({error}). {DAMAGED}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise NewerBundleError(
-            f"{root} was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}). "
-            "Upgrade: pip install -U dash-export."
-        )
-    if isinstance(schema, int) and schema < SCHEMA:
-        raise BundleError(
-            f"{root} was written by an earlier dash-export (schema {schema}, this one reads {SCHEMA}). "
-            f"Export and build it again: dash-export build MODEL -o {root}"
-        )
+    if isinstance(schema, int) and schema != SCHEMA:
+        writer = f"dash-export (schema {schema}, this one reads {SCHEMA})"
+        if schema > SCHEMA:
+            raise NewerBundleError(f"{root} was written by a newer {writer}. Upgrade: pip install -U dash-export.")
+        raise BundleError(f"{root} was written by an earlier {writer}. Make it anew: dash-export build MODEL -o {root}")
     try:
         return typed(kind, data, f"{root.name}/{name}")
     except WrongFieldError as error:

@@ -103,16 +103,12 @@ def check_units(units: Sequence[Unit], read: int, num_layers: int) -> None:
     before = 0
     for unit in units:
         if not before <= unit.first <= unit.last < num_layers:
-            raise PolicyError(
-                f"The units {units_text(units):.200} must be of layers 0 to {num_layers - 1} in rising order, each "
-                "layer in one at most."
-            )
+            must = f"must be of layers 0 to {num_layers - 1} in rising order, each layer in one at most."
+            raise PolicyError(f"The units {units_text(units):.200} {must}")
         before = unit.last + 1
     if units and not 0 <= read < units[0].first:
-        raise PolicyError(
-            f"The decision reads the input of layer {read}: that must be one before the first unit ({units[0]}), so "
-            "that it is there before it is needed. Layer 0 can be in no unit."
-        )
+        must = f"that must be one before the first unit ({units[0]}). Layer 0 can be in no unit."
+        raise PolicyError(f"The decision reads the input of layer {read}: {must}")
 
 
 def check_places(order: Sequence[int], units: Sequence[Unit]) -> None:
@@ -135,9 +131,7 @@ def unit_skips(actions: Actions, units: Sequence[Unit]) -> Skips:
     """
     skipped = np.array([actions[:, unit.first] == Action.SKIP for unit in units], np.bool_).reshape(-1, len(actions))
     if not np.array_equal(layer_actions(skipped, units, actions.shape[1]), actions):
-        raise PolicyError(
-            f"These actions skip layers that cannot be skipped so: units are skipped whole. Units: {units_text(units)}."
-        )
+        raise PolicyError(f"These actions skip parts: units are skipped whole. Units: {units_text(units)}.")
     return skipped
 
 
@@ -200,10 +194,8 @@ def check_max_layers(max_layers: int, units: Sequence[Unit], num_layers: int) ->
     """Raises PolicyError where no token can run so many of the model's layers, or so few."""
     always = num_layers - sum(len(unit.layers) for unit in units)
     if not always <= max_layers <= num_layers:
-        raise PolicyError(
-            f"max_layers = {max_layers} is out of range: {always} of the model's {num_layers} layers always run, "
-            f"so give a number from {always} to {num_layers}."
-        )
+        why = f"{always} of the model's {num_layers} layers always run"
+        raise PolicyError(f"max_layers = {max_layers}: {why}, so give a number from {always} to {num_layers}.")
 
 
 _TAKES = {
@@ -295,9 +287,8 @@ def trade_off_for(
     """
     if not dial:
         raise PolicyError(
-            "This build has no calibrated dial: its bundle has no policy network (export with a policy and build "
-            "again), or it was not measured where it runs (run `dash-export build` on the device). Or give the "
-            "trade-off itself."
+            "This build has no calibrated dial: export with a policy and build again, or, where that is done, run "
+            "`dash-export build` on the device; or give the trade-off itself."
         )
     points = sorted(dial, key=lambda point: point.trade_off)
     if budget is not None:
@@ -312,10 +303,8 @@ def trade_off_for(
         given, limit = f"A KL of {max_kl:g}", f"diverge by {max(amounts):.4f} nats per token"
     after = next((index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING), None)
     if after is None:
-        raise PolicyError(
-            f"{given} is more than this policy can give: at most, with everything skipped that it may skip, it will "
-            f"{limit} on the calibration text. Ask for less."
-        )
+        most = f"with all units skipped it will {limit} on the calibration text. Ask for less."
+        raise PolicyError(f"{given} is more than this policy can give: {most}")
     before = max(0, after - 1)
     rise = amounts[after] - amounts[before]
     share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0

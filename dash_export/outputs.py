@@ -143,10 +143,8 @@ def _taken(path: Path) -> OutputError:
 
 def _busy(output: Path, holders: Iterable[Path]) -> BusyError:
     found = [said for said in map(holder, holders) if said]
-    return BusyError(
-        f"{output} is being written by {', '.join(found) or 'another dash-export'}. "
-        "Wait for that to end, or end it, and run the command again."
-    )
+    writer = ", ".join(found) or "another dash-export"
+    return BusyError(f"{output} is being written by {writer}. Wait for that to end, or end it, and run this again.")
 
 
 def holder(path: Path) -> str:
@@ -219,10 +217,8 @@ def work_folder(output: Path, command: str) -> Path:
     _check_ours(folder)
     begun = mark(folder, command)
     if begun != command:
-        raise OutputError(
-            f"{folder} is the work of a killed dash-export {begun!r:.40}, and is kept: run that again, remove it, or "
-            "choose another output."
-        )
+        advice = "run that again, remove it, or choose another output."
+        raise OutputError(f"{folder} is the work of a killed dash-export {begun!r:.40}, and is kept: {advice}")
     return folder
 
 
@@ -246,10 +242,7 @@ def unmark(output: Path) -> None:
 def _check_ours(folder: Path) -> None:
     mark = folder / MARK
     if any(folder.iterdir()) and (mark.is_symlink() or not mark.is_file()):
-        raise OutputError(
-            f"{folder} is not this program's: it has no {MARK}, so nothing in it is touched. "
-            "Move it away, or choose another output."
-        )
+        raise OutputError(f"{folder} is not this program's: it has no {MARK}. Move it away, or choose another output.")
 
 
 def remove_own(folder: Path) -> None:

@@ -36,13 +36,13 @@ def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str) -> No
 def recover(output: Path, ours: Sequence[str], last: str) -> None:
     """Finish what a kill in `put_in_place` left; nothing where there is nothing."""
     work = work_of(output)
-    names = {path.name for path in work.iterdir()} if work.is_dir() and not work.is_symlink() else None
-    if names is not None and names <= {MARK}:
-        remove_own(work)
-    elif names and {MARK, PLAN} <= names and ((output / MARK).is_file() or not os.path.lexists(work / last)):
-        if os.path.lexists(work / last):  # which goes last
+    if work.is_dir() and not work.is_symlink():
+        left = os.path.lexists(work / last)  # which goes last
+        begun = (work / PLAN).is_file() and (work / MARK).is_file() and ((output / MARK).is_file() or not left)
+        if begun and left:
             _replace(work, output, ours, last)
-        remove_own(work)
+        if begun or {path.name for path in work.iterdir()} <= {MARK}:
+            remove_own(work)
     if (output / last).exists():
         unmark(output)
 

@@ -134,10 +134,8 @@ def load_recipe(target: str) -> Recipe:
     name = rf"(.+?)(?:-({kinds}))?(?:-head-({kinds}))?(?:-embedding-({kinds}))?(?:-({roundings}))?"
     parts = re.fullmatch(name, target)
     if parts is None or parts[1] not in recipe_names():
-        raise RecipeError(
-            f"There is no recipe {target!r:.100}. Known targets: {', '.join(recipe_names())}; "
-            "or give the path of a recipe file (.toml)."
-        )
+        known = f"Known targets: {', '.join(recipe_names())}; or give the path of a recipe file (.toml)."
+        raise RecipeError(f"There is no recipe {target!r:.100}. {known}")
     return with_weights(_read(resource_folder("engines") / f"{parts[1]}.toml"), *parts.groups()[1:])
 
 
@@ -149,12 +147,10 @@ def _read(path: Path) -> Recipe:
         data = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
         raise RecipeError(
-            f"The recipe {path} cannot be read: {error}. It must be a TOML file like engines/cpu.toml."
+            f"The recipe {path} cannot be read: {error}. Give a TOML file like engines/cpu.toml."
         ) from error
     if not _FOLDER.fullmatch(path.stem):
-        raise RecipeError(
-            f"A recipe's file name becomes a folder: {path.stem!r} may only have letters, digits, - and _."
-        )
+        raise RecipeError(f"The name of a recipe's file may only have letters, digits, - and _, not {path.stem!r}.")
     try:
         recipe = typed(Recipe, data | {"name": path.stem}, str(path))
     except WrongFieldError as error:

@@ -24,7 +24,6 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
-from dash_export.outputs import work_folder
 from tests import victims
 from tests.tiny import random_ids, save_model, tiny_policy
 
@@ -113,20 +112,6 @@ def test_export(over: str, model: Path, tmp_path: Path, monkeypatch: pytest.Monk
         if before and moment % 3 == 0:
             bundle.verify(build(bundle, "cpu", weights="fp32").files)
         shutil.rmtree(output.parent)
-
-
-def test_going_back_after_a_kill(model: Path, tmp_path: Path) -> None:
-    """Killed while the engines were on their way into the new bundle, then the old policy again, a build, and the new
-    one.
-    """
-    checkpoint = open_checkpoint(model)
-    policy, other = tiny_policy(checkpoint), tiny_policy(checkpoint, "linear")
-    output = tmp_path / "a.dash"
-    build(export(checkpoint, output, policy), "cpu", weights="fp32")
-    shutil.copytree(output / "engines", work_folder(output, "export") / "engines")
-    build(export(checkpoint, output, policy), "cpu", weights="fp32")
-    bundle = export(checkpoint, output, other)
-    bundle.verify(build(bundle, "cpu", weights="fp32").files)
 
 
 def test_build(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

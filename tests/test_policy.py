@@ -20,41 +20,27 @@ from dash_export.models.bypasses import check_model
 from dash_export.models.registry import decoder_spec
 from dash_export.policy import (
     METADATA,
-    Bypass,
     SkipPolicy,
     card_path,
     load_policy,
     narrowed,
     policy_path,
     save_policy,
-    stored_columns,
     untrained_policy,
 )
 from dash_export.resources import resource_folder
 from tests.models.helpers import SAFETENSORS_LAYOUTS
+from tests.tiny import TINY_UNITS, with_bypasses
 
 HIDDEN = 32
 SPEC = DecoderSpec("llama", 300, HIDDEN, 64, 6, 2, 1, 16, 512, 1e-5, (1.0, 0.1))
 
 
-UNITS = (Unit(2, 3), Unit(4, 4))
-
-
 def policy_of(form: str = "linear") -> SkipPolicy:
     """`form`: none or linear."""
-    rng, bypasses = np.random.default_rng(1), []
-    for unit in UNITS:
-        columns = stored_columns(unit, SPEC)
-        shapes = {"none": {}, "linear": {"weight": (HIDDEN, columns), "bias": (columns,)}}
-        weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes[form].items()}
-        bypasses.append(Bypass(weights))
-    return replace(
-        untrained_policy(SPEC, UNITS),
-        bypasses=tuple(bypasses),
-        origin="trained, seed 3",
-        static_order=(1, 0),
-        final_norm=np.linspace(0.5, 2, HIDDEN, dtype=np.float32),
-    )
+    norm = np.linspace(0.5, 2, HIDDEN, dtype=np.float32)
+    policy = replace(untrained_policy(SPEC, TINY_UNITS), origin="trained", static_order=(1, 0), final_norm=norm)
+    return policy if form == "none" else with_bypasses(policy, SPEC)
 
 
 @pytest.fixture
@@ -128,7 +114,7 @@ def number(tensors: Tensors, name: str, value: float) -> None:
 def renamed(tensors: Tensors, facts: dict[str, Any], place: int, first: int, last: int) -> Tensors:
     """One unit is another one, in the facts and in the names."""
     facts["units"][place] = {"first": first, "last": last}
-    old = f"bypass.{UNITS[place].name}."
+    old = f"bypass.{TINY_UNITS[place].name}."
     return {name.replace(old, f"bypass.{first:02d}-{last:02d}."): array for name, array in tensors.items()}
 
 

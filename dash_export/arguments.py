@@ -11,7 +11,6 @@ from functools import cache, partial, wraps
 from inspect import signature
 from math import isfinite
 from pathlib import Path
-from reprlib import repr as shortened
 from types import NoneType
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import DashError, RequestError
+from dash_export.typed_json import shown
 
 Prompt = str | Sequence[int] | npt.NDArray[np.int64]
 """Text or token ids [n]."""
@@ -63,10 +63,6 @@ def _prompt(value: Any) -> Any:
     return value
 
 
-def _messages(value: Any) -> Any:
-    return [_is(Mapping, message) for message in _several(_is(Sequence, value))]
-
-
 _PROMPTS = ("a list of prompts, not one text", _several)
 _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     bool: ("True or False", lambda value: bool(_is(bool | np.bool_, value))),
@@ -76,7 +72,10 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     str | Path: ("a path", partial(_is, str | Path)),
     tuple[int, ...]: ("a list of whole numbers", lambda value: tuple(map(_whole, _several(value)))),
     Sequence[str]: ("a list of texts", lambda value: tuple(_is(str, item) for item in _several(value))),
-    Sequence[Mapping[str, str]]: ("a list of messages {role, content}", _messages),
+    Sequence[Mapping[str, str]]: (
+        "a list of messages {role, content}",
+        lambda value: [_is(Mapping, message) for message in _several(_is(Sequence, value))],
+    ),
     npt.NDArray[np.int8]: (
         "an array of small integers",
         lambda value: np.asarray(value).astype(np.int8, casting="safe"),
@@ -101,13 +100,6 @@ def _taken(name: str, hint: Any, value: Any, error: type[DashError]) -> Any:
     except Exception:  # whatever a strange object does
         none = " or None" if NoneType in options else ""
         raise error(f"{name} must be {words}{none}; got {shown(value)}.") from None
-
-
-def shown(value: Any) -> str:
-    try:
-        return " ".join(shortened(value).split())
-    except Exception:  # a number of 5,000 digits, say
-        return f"a {type(value).__name__}"
 
 
 def check_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:

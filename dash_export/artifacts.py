@@ -16,15 +16,15 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from uuid import uuid4
 
 from dash_export.errors import OutputError
-from dash_export.typed_json import WrongFieldError, typed
+from dash_export.typed_json import Bytes, WrongFieldError, typed
 
 JOURNAL = ".journal.json"
 TEMPORARY = ".tmp-"
@@ -40,7 +40,11 @@ class FileRecord:
 
     name: str
     sha256: str
-    bytes: int
+    bytes: Bytes
+
+    def matches(self, path: Path, hashes: bool = True) -> bool:
+        """Whether the file at `path` is the recorded one, by its size and its hash. Raises OSError."""
+        return path.stat().st_size == self.bytes and (not hashes or sha256_file(path) == self.sha256)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -59,6 +63,12 @@ def sha256_file(path: Path) -> str:
         while block := file.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def record_of(folder: Path, name: str) -> FileRecord:
+    """The record of a file as it is now. Raises OSError."""
+    path = folder / name
+    return FileRecord(name, sha256_file(path), path.stat().st_size)
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -151,17 +161,17 @@ class ArtifactStore:
         """With a `secret` only what was made under it is known: a journal comes with the folder, whose ever that is."""
         self.folder, self._secret = folder, secret
         folder.mkdir(parents=True, exist_ok=True)
-        self.sweep()
+        for path in folder.glob(f"{TEMPORARY}*"):  # what an interrupted run left
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         self._lock = threading.Lock()
         self._journal: dict[str, _Entry] = {}
         with suppress(OSError, ValueError, AttributeError, RecursionError):  # none, or cut short: all is made anew
-            noted = json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL))
-            self._journal = {name: entry for name, item in noted.items() if (entry := _journal_entry(item)) is not None}
-
-    def sweep(self) -> None:
-        """Remove what an interrupted run left under temporary names."""
-        for path in self.folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            for name, item in json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL)).items():
+                with suppress(WrongFieldError):
+                    entry = typed(_Entry, item, name)
+                    # What it lists is deleted some day, and a journal comes with the folder, maybe from a stranger.
+                    if all(_ARTIFACT.fullmatch(record.name) for record in entry.files):
+                        self._journal[name] = entry
 
     def current(self, name: str, key: str) -> list[FileRecord] | None:
         """The records of an artifact made earlier under the same key and unchanged on disk, or None."""
@@ -169,14 +179,12 @@ class ArtifactStore:
         if entry is None or not hmac.compare_digest(entry.key.encode(), self._sealed(name, key, entry.files).encode()):
             return None
         with suppress(OSError):
-            if all(map(self._unchanged, entry.files)):
+            paths = [self.folder / record.name for record in entry.files]
+            if all(
+                not path.is_symlink() and record.matches(path) for path, record in zip(paths, entry.files, strict=True)
+            ):
                 return list(entry.files)
         return None
-
-    def _unchanged(self, record: FileRecord) -> bool:
-        path = self.folder / record.name
-        same = not path.is_symlink() and path.stat().st_size == record.bytes
-        return same and sha256_file(path) == record.sha256
 
     def make(
         self, name: str, key: str, write: Callable[[Path], list[Path]], check: Callable[[], None] = lambda: None
@@ -193,7 +201,7 @@ class ArtifactStore:
             check()
             for path in paths:
                 sync(path)
-            records = [FileRecord(path.name, sha256_file(path), path.stat().st_size) for path in paths]
+            records = [record_of(temporary, path.name) for path in paths]
             if name in self._journal:
                 self._delete(self._journal[name].files)
             for path in paths:
@@ -206,39 +214,26 @@ class ArtifactStore:
             self._write_journal()
         return records
 
-    def _sealed(self, name: str, key: str, records: Sequence[FileRecord]) -> str:
-        contents = json.dumps([name, key, [asdict(record) for record in records]])
-        return hmac.new(self._secret, contents.encode(errors="replace"), "sha256").hexdigest()
-
-    def _write_journal(self) -> None:
-        entries = {name: asdict(entry) for name, entry in self._journal.items()}
-        write_atomic(self.folder / JOURNAL, json.dumps(entries))
+    def keep_only(self, names: set[str]) -> None:
+        """Forget and delete artifacts that no longer belong."""
+        dropped = [self._journal.pop(name) for name in set(self._journal) - names]
+        if dropped:
+            kept = {record.name for entry in self._journal.values() for record in entry.files}
+            self._delete(record for entry in dropped for record in entry.files if record.name not in kept)
+            self._write_journal()
 
     def seconds(self, name: str) -> float:
         """Seconds it took to make an artifact, whenever that was; 0 where it is not known."""
         return self._journal[name].seconds if name in self._journal else 0.0
+
+    def _sealed(self, name: str, key: str, records: Iterable[FileRecord]) -> str:
+        contents = json.dumps([name, key, [asdict(record) for record in records]])
+        return hmac.new(self._secret, contents.encode(errors="replace"), "sha256").hexdigest()
 
     def _delete(self, records: Iterable[FileRecord]) -> None:
         for record in records:
             with suppress(OSError):  # a folder of that name, which no artifact is
                 (self.folder / record.name).unlink()
 
-    def keep_only(self, names: set[str]) -> None:
-        """Forget and delete artifacts that no longer belong."""
-        dropped = [self._journal.pop(name) for name in set(self._journal) - names]
-        if not dropped:
-            return
-        kept = {record.name for entry in self._journal.values() for record in entry.files}
-        self._delete(record for entry in dropped for record in entry.files if record.name not in kept)
-        self._write_journal()
-
-
-def _journal_entry(data: Any) -> _Entry | None:
-    """An entry that `make` wrote; None for any other. What it lists is deleted some day, and a journal comes with the
-    folder, maybe from a stranger: nothing is believed but names inside the folder, as artifacts have them.
-    """
-    try:
-        entry = typed(_Entry, data, "entry")
-    except WrongFieldError:
-        return None
-    return entry if all(_ARTIFACT.fullmatch(record.name) for record in entry.files) else None
+    def _write_journal(self) -> None:
+        write_atomic(self.folder / JOURNAL, json.dumps({name: asdict(entry) for name, entry in self._journal.items()}))

@@ -16,14 +16,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
-from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, check_build, check_manifest, sealed
+from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
 from dash_export.names import ROUNDINGS, TIMING_CACHE
 from dash_export.outputs import folder_locked, holder, lock_file
-from dash_export.targets import build_options
 from dash_export.typed_json import WrongFieldError, typed
 
 MANIFEST = "manifest.json"
@@ -51,16 +50,8 @@ Seal = dict[str, tuple[int, ...]]
 _T = TypeVar("_T")
 
 
-def from_json(kind: type[_T], data: Any, where: str) -> _T:
-    """JSON -> frozen dataclass, checked field by field. Raises BundleError that names the field."""
-    try:
-        return typed(kind, data, where)
-    except WrongFieldError as error:
-        raise BundleError(f"{error} {DAMAGED}") from error
-
-
-def to_json(record: Any) -> str:
-    return json.dumps(asdict(record), indent=1, sort_keys=False) + "\n"
+def to_json(record: Manifest | Build) -> str:
+    return json.dumps(asdict(record), indent=1) + "\n"
 
 
 def safe_path(root: Path, relative: str) -> Path:
@@ -75,10 +66,7 @@ def safe_path(root: Path, relative: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links, a name of 300 letters
         inside = False
     if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not inside:
-        raise BundleError(
-            f"{root.name}: the path {relative!r:.200} leaves the bundle. "
-            "Do not use this bundle; export the model again."
-        )
+        raise BundleError(f"{root.name}: the path {relative!r:.200} leaves the bundle. Export the model again.")
     return path
 
 
@@ -100,7 +88,8 @@ class Bundle:
         records = (*manifest.files, *chain(*manifest.builds.values()))
         for name in [*manifest.graphs.values(), *(record.name for record in records)]:
             safe_path(root, name)
-        check_manifest(manifest, f"{root.name}/{MANIFEST}")
+        for fault in manifest_faults(manifest):
+            raise BundleError(f"{root.name}/{MANIFEST}: {fault} {DAMAGED}")
         return cls(root, manifest)
 
     def path(self, relative: str) -> Path:
@@ -118,42 +107,37 @@ class Bundle:
         """Read `build.json` of a target. Raises BundleError when there is none, when the manifest does not list it, or
         when it is of an earlier export.
         """
-        where = f"{self.root.name}/engines/{target}/{BUILD}"
-        contents = self._listed_build(target)
+        name = f"engines/{target}/{BUILD}"
+        contents = self._listed(target, name)
         if contents is None:  # a build may have ended since this was opened
             self.manifest = Bundle.open(self.root).manifest
-            contents = self._listed_build(target)
+            contents = self._listed(target, name)
         if contents is None:
             raise self._no_build(target)
-        build = _record(Build, contents, self.root, f"engines/{target}/{BUILD}")
-        for name in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
-            self.path(name)
+        build = _record(Build, contents, self.root, name)
+        for file in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
+            self.path(file)
         if build.bundle_key != self.manifest.key:
-            raise StaleBuildError(
-                f"{self.root}: the engines for {target!r} were built from an earlier export. "
-                f"Run: {self.build_command(target)}"
-            )
-        check_build(build, self.manifest, where)
+            stale = f"the engines for {target!r} were built from an earlier export"
+            raise StaleBuildError(f"{self.root}: {stale}. Run: {self.build_command(target)}")
+        for fault in build_faults(build, self.manifest):
+            raise BundleError(f"{self.root.name}/{name}: {fault} {DAMAGED}")
         if build.target != target:
-            raise BundleError(f"{where} is of the target {build.target!r:.60}. {DAMAGED}")
+            raise BundleError(f"{self.root.name}/{name} is of the target {build.target!r:.60}. {DAMAGED}")
         return build
 
-    def _listed_build(self, target: str) -> bytes | None:
+    def _listed(self, target: str, name: str) -> bytes | None:
         """The contents of a target's `build.json`; None where it is not there, or not as the manifest lists it."""
         listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
-        if not listed or not self.path(f"engines/{target}/{BUILD}").is_file():
-            return None
-        contents = _contents(self.root, f"engines/{target}/{BUILD}")
+        contents = _contents(self.root, name) if listed and self.path(name).is_file() else b""
         return contents if hashlib.sha256(contents).hexdigest() in listed else None
 
     def _no_build(self, target: str) -> BundleError:
         if target in self.targets():
             return self._changed(f"engines/{target}/{BUILD}")
         state = "is unfinished" if self.path(f"engines/{target}").is_dir() else "does not exist"
-        return BundleError(
-            f"{self.root}: the build for target {target!r} {state} (built: {', '.join(self.targets()) or 'none yet'}). "
-            f"Run: {self.build_command(target)}"
-        )
+        built, run = ", ".join(self.targets()) or "none yet", self.build_command(target)
+        return BundleError(f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: {run}")
 
     def save_build(self, build: Build) -> None:
         """Write the manifest that lists `build.json`, and that: one of the two that it lists is there whenever this
@@ -178,8 +162,7 @@ class Bundle:
 
     def build_command(self, target: str) -> str:
         """The command that makes a target's engines, for messages."""
-        own = f"--target {target}.toml (the recipe file that it was built from)"
-        return f"dash-export build {self.root} {build_options(target) or own}"
+        return f"dash-export build {self.root} --target {target}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> Seal:
         """Check that files exist with the recorded size and SHA-256, and return what tells later whether they are
@@ -191,7 +174,7 @@ class Bundle:
             if not path.is_file():
                 raise BundleError(f"{self.root}: {record.name} is missing. {self._repair(record.name)}")
             seal[record.name] = identity(path)
-            if path.stat().st_size != record.bytes or (hashes and sha256_file(path) != record.sha256):
+            if not record.matches(path, hashes):
                 raise self._changed(record.name)
         return seal
 
@@ -200,10 +183,8 @@ class Bundle:
         for name, seen in seal.items():
             path = self.path(name)
             if not path.exists() or identity(path) != seen:
-                raise BundleError(
-                    f"{self.root}: {name} was replaced while it was read. Do not write to a bundle that is in use; "
-                    "load it again."
-                )
+                advice = "Do not write to a bundle that is in use; load it again."
+                raise BundleError(f"{self.root}: {name} was replaced while it was read. {advice}")
 
     def check_listed(self, build: Build | None) -> None:
         """Raises BundleError where a file lies here that nothing lists, and that tokenizer, template or engines could
@@ -222,17 +203,13 @@ class Bundle:
             )
 
     def _changed(self, name: str) -> BundleError:
-        return BundleError(
-            f"{self.root}: {name} is not the file that was written (hash mismatch). "
-            f"It was changed or damaged after it was made. {self._repair(name)}"
-        )
+        wrong = f"{name} is not the file that was written (hash mismatch): it was changed or damaged afterwards."
+        return BundleError(f"{self.root}: {wrong} {self._repair(name)}")
 
     def _repair(self, name: str) -> str:
         """Advice about a damaged file: engines are made from the rest, which may well be whole."""
-        folder, _, rest = name.partition("/")
-        if folder == "engines":
-            return f"Run: {self.build_command(rest.partition('/')[0])}"
-        return "The bundle is damaged: export and build it again."
+        folder, *inside = name.split("/")
+        return f"Run: {self.build_command(inside[0])}" if folder == "engines" else DAMAGED
 
 
 def _record(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
@@ -242,28 +219,24 @@ def _record(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{root / name} cannot be read ({error}). {DAMAGED}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise NewerBundleError(
-            f"{root} was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}). "
-            "Upgrade: pip install -U dash-export."
-        )
-    if isinstance(schema, int) and schema < SCHEMA:
-        raise BundleError(
-            f"{root} was written by an earlier dash-export (schema {schema}, this one reads {SCHEMA}). "
-            f"Export and build it again: dash-export build MODEL -o {root}"
-        )
-    return from_json(kind, data, f"{root.name}/{name}")
+    if isinstance(schema, int) and schema != SCHEMA:
+        writer = f"dash-export (schema {schema}, this one reads {SCHEMA})"
+        if schema > SCHEMA:
+            raise NewerBundleError(f"{root} was written by a newer {writer}. Upgrade: pip install -U dash-export.")
+        raise BundleError(f"{root} was written by an earlier {writer}. Make it anew: dash-export build MODEL -o {root}")
+    try:
+        return typed(kind, data, f"{root.name}/{name}")
+    except WrongFieldError as error:
+        raise BundleError(f"{error} {DAMAGED}") from error
 
 
 def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
+    export = f"dash-export export MODEL -o {root}"
     if not root.exists():
-        return f"There is no bundle at {root}. Make one: dash-export export MODEL -o {root}"
-    return (
-        f"{root} is not a finished bundle: it has no {MANIFEST}. "
-        f"Run the export again to complete it: dash-export export MODEL -o {root}"
-    )
+        return f"There is no bundle at {root}. Make one: {export}"
+    return f"{root} is not a finished bundle: it has no {MANIFEST}. Run the export again to complete it: {export}"
 
 
 def _contents(root: Path, name: str) -> bytes:

@@ -8,8 +8,6 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 
 import click
@@ -41,8 +39,6 @@ EXTRAS = {
 INTERRUPTED = 130
 OUTPUT = "dash_export.output"
 """Key of `click.Context.meta`: where the running command writes, for errors of the disk that do not say."""
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NO_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class LazyGroup(click.Group):
@@ -62,34 +58,42 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
-        with readable_errors(ctx):
+        try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except Exception as error:
+            if (said := explained(error, ctx.meta.get(OUTPUT))) is None:
+                raise
+            raise click.ClickException(printable(said)) from error
 
 
-@contextmanager
-def readable_errors(ctx: click.Context) -> Iterator[None]:
-    """Tell what can go wrong without a bug in this program as one paragraph; the rest keeps its traceback."""
-    try:
-        yield
-    except DashError as error:
-        raise click.ClickException(printable(str(error))) from error
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        raise click.ClickException(missing_package(error.name or "", extra)) from error
-    except BrokenPipeError:
-        raise  # click ends quietly: the reader has gone
-    except OSError as error:
-        raise click.ClickException(printable(disk_error(error, ctx.meta.get(OUTPUT)))) from error
-    except MemoryError as error:
+def explained(error: Exception, output: object = None) -> str | None:
+    """What went wrong and what to do, in one paragraph; None for a bug in this program, which keeps its traceback.
+    `output` stands in where an error of the disk names no file.
+    """
+    if isinstance(error, DashError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        install = f"Run: pip install 'dash-export[{EXTRAS.get(package)}]'"
+        return f"This command needs the package {package!r}. {install}" if package in EXTRAS else None
+    if isinstance(error, MemoryError):
         what = f" ({error})" if str(error) else ""
-        raise click.ClickException(
-            f"The memory of this machine is not enough{what}: free some, or ask for less at a time."
-        ) from error
-    except KeyboardInterrupt:
-        click.echo("Interrupted", err=True)
-        ctx.exit(INTERRUPTED)
+        return f"The memory of this machine is not enough{what}: free some, or ask for less at a time."
+    if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):  # click ends quietly: the reader has gone
+        return None
+    where = error.filename or output or "the output"
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in reason:  # numpy's
+        return (
+            f"The disk is full: {where} could not be written ({reason}). "
+            "Free some space, or choose an output on another disk, and run the command again."
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{where} may not be read or written ({reason}). Check its permissions, or choose another output folder."
+    return f"{where} could not be read or written ({reason}). Check the path and the disk, and run the command again."
 
 
 def printable(text: str) -> str:
@@ -97,24 +101,6 @@ def printable(text: str) -> str:
     strangers' files may hold anything.
     """
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs"))
-
-
-def missing_package(package: str, extra: str) -> str:
-    return f"This command needs the package {package.partition('.')[0]!r}. Run: pip install 'dash-export[{extra}]'"
-
-
-def disk_error(error: OSError, output: object = None) -> str:
-    """Say what a failed read or write means and what to do; `output` stands in where the error names no file."""
-    where = error.filename or output or "the output"
-    reason = error.strerror or str(error)
-    if error.errno in _NO_SPACE or "requested and" in reason:  # numpy's short write: "100 requested and 0 written"
-        return (
-            f"The disk is full: {where} could not be written ({reason}). "
-            "Free some space, or choose an output on another disk, and run the command again."
-        )
-    if error.errno in _NO_WRITE:
-        return f"{where} may not be read or written ({reason}). Check its permissions, or choose another output folder."
-    return f"{where} could not be read or written ({reason}). Check the path and the disk, and run the command again."
 
 
 @click.group(

@@ -8,6 +8,7 @@ Nothing here is random.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from dash_export.arguments import check_fields
 from dash_export.errors import PolicyError
+from dash_export.typed_json import NotNegative
 
 Damages = npt.NDArray[np.floating[Any]]
 """[units, tokens], nats."""
@@ -28,8 +30,6 @@ Actions = npt.NDArray[np.int8]
 
 _ROUNDING = 1e-9
 """A setting read off the dial must be reachable although 1 - time is rounded."""
-_MAX_LAYERS = 10_000
-"""Layers that a list may name; no model has as many."""
 DENSE_POSITIONS = 2
 """Positions 0 and 1 always run every layer: they carry the attention sinks that every later token reads."""
 
@@ -75,22 +75,16 @@ def parse_units(text: str) -> tuple[Unit, ...]:
     """ "5-7,8-10,13" -> three units. Raises PolicyError."""
     units = []
     for part in text.replace(" ", "").split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 9:
-            raise PolicyError(f"Units are written like 5-7,8-10,13; {text!r:.60} is not.")
-        units.append(Unit(int(first), int(last) if dash else int(first)))
+        ends = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
+        if ends is None or int(ends[1]) > int(ends[2] or ends[1]):
+            raise PolicyError(f"Units are written like 5-7,8-10,13; {text!r:.60} is not a list of layers like that.")
+        units.append(Unit(int(ends[1]), int(ends[2] or ends[1])))
     return tuple(units)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
     """ "2-5,9" -> (2, 3, 4, 5, 9). Raises PolicyError."""
-    try:
-        given = parse_units(text)
-    except PolicyError as error:
-        raise PolicyError(f"{text!r:.60} is not a list of layers; expected something like 2-5,9") from error
-    if any(not unit.first <= unit.last < _MAX_LAYERS for unit in given):
-        raise PolicyError(f"{text!r:.60}: give the lower layer of a range first, below {_MAX_LAYERS}")
-    return tuple(sorted({layer for unit in given for layer in unit.layers}))
+    return tuple(sorted({layer for unit in parse_units(text) for layer in unit.layers}))
 
 
 def spans(layers: Iterable[int]) -> str:
@@ -109,16 +103,18 @@ def check_units(units: Sequence[Unit], read: int, num_layers: int) -> None:
     before = 0
     for unit in units:
         if not before <= unit.first <= unit.last < num_layers:
-            raise PolicyError(
-                f"The units {units_text(units):.200} must be of layers 0 to {num_layers - 1} in rising order, each "
-                "layer in one at most."
-            )
+            must = f"must be of layers 0 to {num_layers - 1} in rising order, each layer in one at most."
+            raise PolicyError(f"The units {units_text(units):.200} {must}")
         before = unit.last + 1
     if units and not 0 <= read < units[0].first:
-        raise PolicyError(
-            f"The decision reads the input of layer {read}: that must be one before the first unit ({units[0]}), so "
-            "that it is there before it is needed. Layer 0 can be in no unit."
-        )
+        must = f"that must be one before the first unit ({units[0]}). Layer 0 can be in no unit."
+        raise PolicyError(f"The decision reads the input of layer {read}: {must}")
+
+
+def check_places(order: Sequence[int], units: Sequence[Unit]) -> None:
+    """Raises PolicyError where a static policy's order has a unit that is not there, or one twice."""
+    if len(set(order)) != len(order) or not set(order) <= set(range(len(units))):
+        raise PolicyError(f"The static order must list places of units, each at most once; got {list(order)}.")
 
 
 def layer_actions(skipped: Skips, units: Sequence[Unit], num_layers: int) -> Actions:
@@ -135,9 +131,7 @@ def unit_skips(actions: Actions, units: Sequence[Unit]) -> Skips:
     """
     skipped = np.array([actions[:, unit.first] == Action.SKIP for unit in units], np.bool_).reshape(-1, len(actions))
     if not np.array_equal(layer_actions(skipped, units, actions.shape[1]), actions):
-        raise PolicyError(
-            f"These actions skip layers that cannot be skipped so: units are skipped whole. Units: {units_text(units)}."
-        )
+        raise PolicyError(f"These actions skip parts: units are skipped whole. Units: {units_text(units)}.")
     return skipped
 
 
@@ -182,34 +176,26 @@ class DecisionRule:
 
 
 def decision_rule(
-    units: Sequence[Unit],
-    cost: Sequence[float],
-    trade_off: float,
-    max_layers: int | None = None,
-    num_layers: int = 0,
+    units: Sequence[Unit], cost: Sequence[float], trade_off: float, max_layers: int | None = None, num_layers: int = 0
 ) -> DecisionRule:
-    """Build the rule for one model.
-
-    `cost`: what skipping each unit saves, as a fraction of the dense time of one token; `trade_off` in nats per dense
-    token time. `max_layers` of the model's `num_layers` bounds what a token runs. Raises PolicyError when the trade-off
-    is negative or not finite, or when `max_layers` is below what always runs.
+    """Build the rule for one model. `cost`: what skipping each unit saves, as a fraction of the dense time of one
+    token; `trade_off` in nats per dense token time; `max_layers` of `num_layers` bounds what a token runs. Raises
+    PolicyError for what cannot be.
     """
     if not 0 <= trade_off < float("inf"):
         raise PolicyError(f"The trade-off must be a finite number >= 0 (0 is dense), not {trade_off!r}.")
     if max_layers is not None:
         check_max_layers(max_layers, units, num_layers)
-    limits, sizes = tuple(trade_off * own for own in cost), tuple(len(unit.layers) for unit in units)
-    return DecisionRule(limits, sizes, 0 if max_layers is None else num_layers - max_layers)
+    fewest = 0 if max_layers is None else num_layers - max_layers
+    return DecisionRule(tuple(trade_off * own for own in cost), tuple(len(unit.layers) for unit in units), fewest)
 
 
 def check_max_layers(max_layers: int, units: Sequence[Unit], num_layers: int) -> None:
     """Raises PolicyError where no token can run so many of the model's layers, or so few."""
     always = num_layers - sum(len(unit.layers) for unit in units)
     if not always <= max_layers <= num_layers:
-        raise PolicyError(
-            f"max_layers = {max_layers} is out of range: {always} of the model's {num_layers} layers always run, "
-            f"so give a number from {always} to {num_layers}."
-        )
+        why = f"{always} of the model's {num_layers} layers always run"
+        raise PolicyError(f"max_layers = {max_layers}: {why}, so give a number from {always} to {num_layers}.")
 
 
 _TAKES = {
@@ -224,12 +210,11 @@ POLICY_KINDS = tuple(_TAKES)
 class Setting:
     """A session's policy and how much it skips: exactly one of these amounts (`dense` takes none).
 
-    `skip` lists the layers, whole units of them (static); `trade_off` is in nats per dense token time; `budget` the
-    mean decode time as a fraction of dense; `skipped` the mean number of layers skipped per token; `max_kl` the mean
-    divergence from dense, nats per token, on the calibration text; `max_layers` bounds the layers of every token (for
-    `token` beside another amount too). A static policy skips whole units: the fewest of its order that are as much as
-    that. `hold` keeps the running mean of a `token` session at its budget, whatever the text.
-    Raises PolicyError for what is no number, no list of layers, ...; `check` looks at amounts.
+    `skip`: these layers, whole units (static); `trade_off`: nats per dense token time; `budget`: mean decode time as a
+    fraction of dense; `skipped`: mean layers skipped per token; `max_kl`: mean divergence from dense, nats per token,
+    on the calibration text; `max_layers`: a bound for every token (for `token` beside another amount too). A static
+    policy skips the fewest units of its order that are as much as that. `hold` keeps the running mean of a `token`
+    session at its budget, whatever the text. Raises PolicyError for wrong types; `check` looks at amounts.
     """
 
     policy: str | None = None
@@ -264,8 +249,7 @@ class Setting:
         if self.kind not in POLICY_KINDS:
             raise PolicyError(f"There is no policy kind {self.kind!r:.60}. Known: {', '.join(POLICY_KINDS)}.")
         takes = _TAKES[self.kind]
-        wrong = [name for name in self.given if name not in takes]
-        if wrong:
+        if wrong := [name for name in self.given if name not in takes]:
             owners = ", ".join(kind for kind in POLICY_KINDS if wrong[0] in _TAKES[kind])
             raise PolicyError(f"{wrong[0]} belongs to the policies {owners}, not to {self.kind!r}.")
         amounts = [name for name in self.given if name != "max_layers" or self.kind != "token"]
@@ -276,9 +260,7 @@ class Setting:
         if self.hold and not (self.kind == "token" and self.budget is not None):
             raise PolicyError("hold keeps a token policy at its budget: give the budget with it.")
         if self.budget is not None and not 0 < self.budget <= 1:
-            raise PolicyError(
-                f"The budget is the wanted decode time as a fraction of dense, in (0, 1], not {self.budget!r}."
-            )
+            raise PolicyError(f"The budget is a decode time as a fraction of dense, in (0, 1], not {self.budget!r}.")
         for name in ("skipped", "max_kl"):
             if (getattr(self, name) or 0) < 0:
                 raise PolicyError(f"{name} must be a finite number >= 0 (0 is dense), not {getattr(self, name)!r}.")
@@ -290,48 +272,39 @@ class DialPoint:
     as a fraction of dense, and mean KL from the dense mode of the same build (nats).
     """
 
-    trade_off: float
-    layers: float
-    time: float
-    kl: float
+    trade_off: NotNegative
+    layers: NotNegative
+    time: NotNegative
+    kl: NotNegative
 
 
 def trade_off_for(
-    dial: Sequence[DialPoint],
-    *,
-    budget: float | None = None,
-    skipped: float | None = None,
-    max_kl: float | None = None,
+    dial: Sequence[DialPoint], *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
 ) -> float:
     """The smallest trade-off, interpolated in the calibrated table (geometrically), that is as fast as `budget`, or
-    skips `skipped` layers, or diverges by `max_kl`: exactly one of them.
-
-    Raises PolicyError when it is out of range, when there is no table, or when it is more than the policy can give.
+    skips `skipped` layers, or diverges by `max_kl`: one of them, checked by `Setting`. Raises PolicyError when there is
+    no table, or when it is more than the policy can give.
     """
-    Setting("token", budget=budget, skipped=skipped, max_kl=max_kl).check()
     if not dial:
         raise PolicyError(
-            "This build has no calibrated dial: its bundle has no policy network (export with a policy and build "
-            "again), or it was not measured where it runs (run `dash-export build` on the device). Or give the "
-            "trade-off itself."
+            "This build has no calibrated dial: export with a policy and build again, or, where that is done, run "
+            "`dash-export build` on the device; or give the trade-off itself."
         )
     points = sorted(dial, key=lambda point: point.trade_off)
     if budget is not None:
-        amounts, wanted = [1 - point.time for point in points], 1 - budget
-        given, limit = f"A budget of {budget:g}", f"take {min(point.time for point in points):.3f} of the dense time"
+        wanted, amounts = 1 - budget, [1 - point.time for point in points]
+        given, limit = f"A budget of {budget:g}", f"take {1 - max(amounts):.3f} of the dense time"
     elif skipped is not None:
-        amounts, wanted = [points[0].layers - point.layers for point in points], skipped
+        wanted, amounts = skipped, [points[0].layers - point.layers for point in points]
         given, limit = f"Skipping {skipped:g} layers", f"skip {max(amounts):.2f} layers per token"
     else:
         assert max_kl is not None
-        amounts, wanted = [point.kl for point in points], max_kl
+        wanted, amounts = max_kl, [point.kl for point in points]
         given, limit = f"A KL of {max_kl:g}", f"diverge by {max(amounts):.4f} nats per token"
-    if wanted > max(amounts) + _ROUNDING:
-        raise PolicyError(
-            f"{given} is more than this policy can give: at most, with everything skipped that it may skip, it will "
-            f"{limit} on the calibration text. Ask for less."
-        )
-    after = next(index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING)
+    after = next((index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING), None)
+    if after is None:
+        most = f"with all units skipped it will {limit} on the calibration text. Ask for less."
+        raise PolicyError(f"{given} is more than this policy can give: {most}")
     before = max(0, after - 1)
     rise = amounts[after] - amounts[before]
     share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
@@ -23,7 +22,7 @@ from dash_export.artifacts import (
     Progress,
     content_key,
     no_progress,
-    sha256_file,
+    record_of,
     sync,
     write_atomic,
 )
@@ -36,21 +35,19 @@ from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.bypasses import check_model
 from dash_export.outputs import (
     MARK,
-    check_place,
     folder_locked,
     lock_file,
     locked,
     named,
     own_folder,
-    put_in_place,
-    recover,
-    refuse_inputs,
+    remove,
     removed_on_error,
     unmark,
     work_folder,
     work_of,
 )
 from dash_export.policy import SkipPolicy, no_policy
+from dash_export.replacing import check_place, put_in_place, recover, refuse_inputs
 
 GRAPH_REVISION = 3
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
@@ -107,104 +104,27 @@ def check_inputs(inputs: Iterable[Path], output: Path) -> None:
     refuse_inputs(inputs, [work_of(output), *(output / name for name in OURS)])
 
 
+def _refuse_foreign(output: Path) -> None:
+    # Others have manifests too, and folders called onnx.
+    ours = any((output / "onnx" / name).is_file() for name in (portable.ROPE_FILE, "layer_00.onnx"))
+    if output.exists() and not (ours and (output / MANIFEST).is_file()) and not (output / MARK).is_file():
+        raise BundleError(
+            f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
+        )
+
+
 def _whole(output: Path, key: str) -> Bundle | None:
     """The bundle already there, if it is of this key and undamaged. Raises BundleError for one of a newer program."""
     try:
         known = Bundle.open(output)
-        if known.manifest.key != key:
-            return None
-        known.verify(known.manifest.files)
+        if known.manifest.key == key:
+            known.verify(known.manifest.files)
+            return known
     except NewerBundleError:
         raise
     except BundleError:
-        return None
-    return known
-
-
-def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
-    """Put the finished bundle in place. Builds of an earlier export move along: `build` reuses what is unchanged."""
-    with suppress(BundleError):
-        manifest = replace(manifest, builds=Bundle.open(output).manifest.builds)
-    write_atomic(unfinished / MANIFEST, to_json(sealed(manifest)))
-    Bundle.open(unfinished)  # what cannot be opened replaces nothing
-    (unfinished / "onnx" / JOURNAL).unlink()
-    sync(unfinished / "onnx")
-    put_in_place(unfinished, output, OURS, MANIFEST)
-
-
-def _write(
-    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts, key: str, root: Path, progress: Progress
-) -> Manifest:
-    spec = checkpoint.spec
-    store = ArtifactStore(root / "onnx")
-    graphs: dict[str, str] = {}
-    files: list[FileRecord] = []
-    jobs = list(_jobs(checkpoint, policy, facts))
-    for done, (name, parts, make) in enumerate(jobs, 1):
-        artifact_key = content_key(GRAPH_REVISION, checkpoint.fingerprint, parts)
-        records = store.current(name, artifact_key) or store.make(name, artifact_key, make, checkpoint.check_same)
-        files += [FileRecord(f"onnx/{record.name}", record.sha256, record.bytes) for record in records]
-        if records[0].name.endswith(".onnx"):
-            graphs[name] = f"onnx/{records[0].name}"
-        progress(name, done, len(jobs))
-    for name, text in checkpoint.assets.items():
-        write_atomic(root / name, text)
-        files.append(FileRecord(name, sha256_file(root / name), (root / name).stat().st_size))
-    _remove_strays(root, files)
-    model = ModelFacts(
-        name=checkpoint.name,
-        model_type=spec.model_type,
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        vocab_size=spec.vocab_size,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        max_positions=spec.max_positions,
-        parameters=_parameters(checkpoint),
-        rms_norm_eps=spec.rms_norm_eps,
-    )
-    tools = {"dash-export": __version__} | {name: _version(name) for name in ("onnx", "onnx_ir", "numpy")}
-    return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, tools)
-
-
-def _remove_strays(root: Path, files: Iterable[FileRecord]) -> None:
-    """A killed export of another policy or model may have begun here: what it left does not belong."""
-    listed = {root / record.name for record in files} | {root / "onnx", root / "onnx" / JOURNAL, root / MARK}
-    for path in (*root.iterdir(), *(root / "onnx").iterdir()):
-        if path not in listed:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _jobs(
-    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts
-) -> Iterator[tuple[str, tuple[str, ...], Callable[[Path], list[Path]]]]:
-    """(name, what its key depends on beside the checkpoint, writer) of every artifact in `onnx/`."""
-    spec = checkpoint.spec
-
-    def graph(name: str, make: Callable[[], ir.Model]) -> Callable[[Path], list[Path]]:
-        return lambda folder: save_graph(make(), folder / f"{name}.onnx", portable.SHARED_FILES)
-
-    def rope(folder: Path) -> list[Path]:
-        path = folder / portable.ROPE_FILE
-        save_tables(path, portable.rope_tables(spec))
-        return [path]
-
-    def embed(folder: Path) -> list[Path]:
-        # The one writer of the shared embedding file: here it is not a reference.
-        return save_graph(portable.embed_graph(checkpoint), folder / "embed.onnx")
-
-    yield "rope", (), rope
-    yield "embed", (), embed
-    for layer in range(spec.num_layers):
-        name = f"layer_{layer:02d}"
-        yield name, (name,), graph(name, partial(portable.layer_graph, checkpoint, layer))
-    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
-        name = unit.bypass
-        yield name, (name, facts.fingerprint), graph(name, partial(portable.bypass_graph, checkpoint, unit, bypass))
-    if policy.network is not None:
-        yield "policy", ("policy", facts.fingerprint), graph("policy", partial(portable.policy_graph, spec, policy))
-    yield "head", (), graph("head", partial(portable.head_graph, checkpoint))
+        pass
+    return None
 
 
 def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
@@ -222,21 +142,67 @@ def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
     )
 
 
-def _parameters(checkpoint: Checkpoint) -> int:
-    return sum(math.prod(shape) for shape in checkpoint.spec.weight_shapes().values())
+def _write(
+    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts, key: str, root: Path, progress: Progress
+) -> Manifest:
+    store, graphs, files = ArtifactStore(root / "onnx"), dict[str, str](), list[FileRecord]()
+    jobs = list(_jobs(checkpoint, policy, facts))
+    for done, (name, parts, make) in enumerate(jobs, 1):
+        artifact_key = content_key(GRAPH_REVISION, checkpoint.fingerprint, parts)
+        records = store.current(name, artifact_key) or store.make(name, artifact_key, make, checkpoint.check_same)
+        records = [replace(record, name=f"onnx/{record.name}") for record in records]
+        files += records
+        if records[0].name.endswith(".onnx"):
+            graphs[name] = records[0].name
+        progress(name, done, len(jobs))
+    for name, text in checkpoint.assets.items():
+        write_atomic(root / name, text)
+        files.append(record_of(root, name))
+    # A killed export of another policy or model may have begun here: what it left does not belong.
+    listed = {root / record.name for record in files} | {root / "onnx", root / "onnx" / JOURNAL, root / MARK}
+    for path in {*root.iterdir(), *(root / "onnx").iterdir()} - listed:
+        remove(path)
+    spec = checkpoint.spec
+    shape = {item.name: getattr(spec, item.name) for item in fields(ModelFacts) if hasattr(spec, item.name)}
+    model = ModelFacts(name=checkpoint.name, parameters=sum(map(math.prod, spec.weight_shapes().values())), **shape)
+    tools = {"dash-export": __version__} | {name: version(name) for name in ("onnx", "onnx_ir", "numpy")}
+    return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, tools)
 
 
-def _refuse_foreign(output: Path) -> None:
-    # Others have manifests too, and folders called onnx.
-    ours = any((output / "onnx" / name).is_file() for name in (portable.ROPE_FILE, "layer_00.onnx"))
-    if output.exists() and not (ours and (output / MANIFEST).is_file()) and not (output / MARK).is_file():
-        raise BundleError(
-            f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
-        )
+def _jobs(
+    checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts
+) -> Iterator[tuple[str, tuple[str, ...], Callable[[Path], list[Path]]]]:
+    """(name, what its key depends on beside the checkpoint, writer) of every artifact in `onnx/`."""
+    spec = checkpoint.spec
+
+    def graph(name: str, make: Callable[[], ir.Model]) -> Callable[[Path], list[Path]]:
+        return lambda folder: save_graph(make(), folder / f"{name}.onnx", portable.SHARED_FILES)
+
+    def rope(folder: Path) -> list[Path]:
+        path = folder / portable.ROPE_FILE
+        save_tables(path, portable.rope_tables(spec))
+        return [path]
+
+    yield "rope", (), rope
+    # The one writer of the shared embedding file: for the others it is a reference.
+    yield "embed", (), lambda folder: save_graph(portable.embed_graph(checkpoint), folder / "embed.onnx")
+    for layer in range(spec.num_layers):
+        name = f"layer_{layer:02d}"
+        yield name, (name,), graph(name, partial(portable.layer_graph, checkpoint, layer))
+    for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
+        name = unit.bypass
+        yield name, (name, facts.fingerprint), graph(name, partial(portable.bypass_graph, checkpoint, unit, bypass))
+    if policy.network is not None:
+        yield "policy", ("policy", facts.fingerprint), graph("policy", partial(portable.policy_graph, spec, policy))
+    yield "head", (), graph("head", partial(portable.head_graph, checkpoint))
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
+    """Put the finished bundle in place. Builds of an earlier export move along: `build` reuses what is unchanged."""
+    with suppress(BundleError):
+        manifest = replace(manifest, builds=Bundle.open(output).manifest.builds)
+    write_atomic(unfinished / MANIFEST, to_json(sealed(manifest)))
+    Bundle.open(unfinished)  # what cannot be opened replaces nothing
+    (unfinished / "onnx" / JOURNAL).unlink()
+    sync(unfinished / "onnx")
+    put_in_place(unfinished, output, OURS, MANIFEST)

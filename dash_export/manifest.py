@@ -6,34 +6,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import FileRecord
-from dash_export.decision import POLICY_KINDS, DialPoint, Skips, Unit, check_units
-from dash_export.errors import BundleError, PolicyError
+from dash_export.decision import POLICY_KINDS, DialPoint, Skips, Unit, check_places, check_units
+from dash_export.errors import PolicyError
+from dash_export.targets import Recipe, recipe_faults
+from dash_export.typed_json import Bytes, NotNegative, Within
 
 SCHEMA = 3
 DAMAGED = "The bundle is damaged: export or build it again."
 LARGEST_CONTEXT = 1 << 24
 """Positions; ten million are the most that are published."""
-# Above any published model, so that an absurd manifest fails here instead of at an allocation.
-_LARGEST = {
-    "num_layers": 1 << 10,
-    "hidden_size": 1 << 17,
-    "vocab_size": 1 << 22,
-    "num_heads": 1 << 12,
-    "num_kv_heads": 1 << 12,
-    "head_dim": 1 << 10,
-    "max_positions": LARGEST_CONTEXT,
-    "parameters": 1 << 50,
-}
-_LARGEST_FILE = 1 << 50
 QUIET = 0.2
 """Processors that other work may take while costs are measured."""
 MIXED = "mixed_"
@@ -44,26 +33,26 @@ POLICY = "policy"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model as the runtime knows it."""
+    """The model as the runtime knows it. Bounds lie above any published model, so that an absurd manifest fails where
+    it is read instead of at an allocation.
+    """
 
     name: str
     model_type: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    parameters: int
+    num_layers: Annotated[int, Within(1, 1 << 10)]
+    hidden_size: Annotated[int, Within(1, 1 << 17)]
+    vocab_size: Annotated[int, Within(1, 1 << 22)]
+    num_heads: Annotated[int, Within(1, 1 << 12)]
+    num_kv_heads: Annotated[int, Within(1, 1 << 12)]
+    head_dim: Annotated[int, Within(1, 1 << 10)]
+    max_positions: Annotated[int, Within(1, LARGEST_CONTEXT)]
+    parameters: Annotated[int, Within(1, 1 << 50)]
     rms_norm_eps: float
 
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """The skip policy in the bundle: the units it may skip, the layer whose input decides, whether there is a network,
-    the form of the bypasses, and in which order static policies skip units (places in `units`; empty: not ranked).
-    """
+    """The skip policy in the bundle, as in a SkipPolicy; `bypass` is the form of its bypasses."""
 
     units: tuple[Unit, ...]
     read: int
@@ -105,9 +94,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers [first, last] compiled as one engine, a unit if `gated`; `embed` and `head` say whether it begins or ends
-    the model.
-
+    """Layers [first, last] compiled as one engine, a unit if `gated`; `embed` and `head`: it begins or ends the model.
     An empty range (first = last + 1) is the embedding or the head alone.
     """
 
@@ -150,7 +137,7 @@ class EngineRecord:
     """
 
     file: str
-    bytes: int
+    bytes: Bytes
     key: str
     seconds: float = 0.0
 
@@ -168,10 +155,10 @@ class CostTable:
     dense_us: float
     segment_us: dict[str, float]
     bypass_us: dict[str, float]
-    cost: tuple[float, ...]
+    cost: tuple[Annotated[float, Within(0, 1)], ...]
     device: str
-    others: float = 0.0
-    stolen: float = 0.0
+    others: NotNegative = 0.0
+    stolen: NotNegative = 0.0
 
     def token_time(self, skipped: Skips) -> npt.NDArray[np.float64]:
         """Decode time as a fraction of dense, predicted, of tokens with these skips [units, tokens]: [tokens]."""
@@ -198,7 +185,7 @@ class Build:
     schema: int
     target: str
     bundle_key: str
-    recipe: dict[str, Any]
+    recipe: Recipe
     backend: str
     backend_version: str
     device: str
@@ -218,85 +205,54 @@ def sealed(manifest: Manifest) -> Manifest:
     return replace(manifest, sha256=hashlib.sha256(json.dumps(contents).encode()).hexdigest())
 
 
-def check_manifest(manifest: Manifest, where: str) -> None:
-    """Raises BundleError unless the contents are those that were written, sizes can be, units exist, and every one has
-    its graph.
-    """
-    for fault in _manifest_faults(manifest):
-        raise BundleError(f"{where}: {fault} {DAMAGED}")
-
-
-def check_build(build: Build, manifest: Manifest, where: str) -> None:
-    """Raises BundleError unless segments cover every layer once, each has an engine, and each unit a cost."""
-    for fault in _build_faults(build, manifest):
-        raise BundleError(f"{where}: {fault} {DAMAGED}")
-
-
-def _manifest_faults(manifest: Manifest) -> Iterator[str]:
+def manifest_faults(manifest: Manifest) -> Iterator[str]:
+    """What cannot be: contents that are not those that were written, units that do not exist or have no graph."""
     model, policy = manifest.model, manifest.policy
     if sealed(manifest).sha256 != manifest.sha256:
         yield "it was changed or damaged after it was made (hash mismatch)."
-    sizes = {name: getattr(model, name) for name in _LARGEST}
-    if wrong := [f"{name} = {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST[name]]:
-        yield f"{', '.join(wrong)} cannot be."
     try:
         check_units(policy.units, policy.read, model.num_layers)
+        check_places(policy.static_order, policy.units)
     except PolicyError as error:
         yield str(error)
-    order = policy.static_order
-    if len(set(order)) != len(order) or not set(order) <= set(range(len(policy.units))):
-        yield "the static order lists a unit that is not there, or one twice."
     needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
-    needed |= {unit.bypass for unit in policy.units} | ({"policy"} if policy.has_network else set())
+    needed |= {unit.bypass for unit in policy.units} | ({POLICY} if policy.has_network else set())
     if missing := needed - set(manifest.graphs):
         yield f"there is no graph {min(missing)}."
-    yield from _size_faults(
-        (record.name, record.bytes) for record in (*manifest.files, *chain(*manifest.builds.values()))
-    )
     listed = {record.name for record in manifest.files if record.bytes > 0}
     if unlisted := {*manifest.graphs.values(), "onnx/rope.data"} - listed:
         yield f"{min(unlisted)} is not among the files."
 
 
-def _size_faults(sizes: Iterable[tuple[str, int]]) -> Iterator[str]:
-    return (f"{name} cannot have {size!r:.40} bytes." for name, size in sizes if not 0 <= size <= _LARGEST_FILE)
-
-
-def _build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
-    units, segments, engines = manifest.policy.units, build.segments, build.engines
-    yield from _size_faults((record.name, record.bytes) for record in build.files)
-    yield from _size_faults((name, record.bytes) for name, record in engines.items())
-    if not _in_order(segments, units, manifest.model.num_layers):
+def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
+    """What cannot be: layers that no segment covers, or two, a segment without its engine, a unit without its cost."""
+    units, engines = manifest.policy.units, build.engines
+    yield from recipe_faults(build.recipe)
+    if not _in_order(build.segments, units, manifest.model.num_layers):
         yield "the segments are not the model's layers in order."
-    needed = {unit.bypass for unit in units} | {name for segment in segments for name in segment.engines(engines)}
+    needed = {unit.bypass for unit in units} | {name for segment in build.segments for name in segment.engines(engines)}
     if missing := needed - set(engines):
         yield f"there is no engine {min(missing)}."
     if {name for name in engines if name.startswith(MIXED)} not in (set(), {MIXED + unit.name for unit in units}):
         yield "there are engines for rows that differ of some units only."
     if POLICY in engines and not manifest.policy.has_network:
         yield f"nobody asks the engine {POLICY}."
-    if unlisted := {record.file for record in engines.values()} - {
-        record.name for record in build.files or manifest.files
-    }:
+    listed = {record.name for record in build.files or manifest.files}
+    if unlisted := {record.file for record in engines.values()} - listed:
         yield f"{min(unlisted)} is not among the files."
-    if len(build.cost.cost) != len(units) or not all(0 <= cost <= 1 for cost in build.cost.cost):
-        yield "the cost table does not list the units, as fractions of a token."
-    if min(build.cost.others, build.cost.stolen) < 0:
-        yield "the load while costs were measured is not a number >= 0."
-    if any(min(point.trade_off, point.layers, point.time, point.kl) < 0 for point in build.dial):
-        yield "the dial is not a table of finite numbers."
+    if len(build.cost.cost) != len(units):
+        yield "the cost table does not list the units."
 
 
 def _in_order(segments: tuple[Segment, ...], units: tuple[Unit, ...], num_layers: int) -> bool:
     """Whether the segments are the model from its embedding to its head, every layer once, the gated ones its units."""
-    following = [segment.first for segment in segments[1:]] + [num_layers]
-    inner = [False] * (len(segments) - 1)
+    firsts = [0, *(segment.last + 1 for segment in segments)]
+    last = len(segments) - 1
     return (
-        len(segments) > 0
-        and segments[0].first == 0
-        and [segment.last + 1 for segment in segments] == following
-        and all(0 <= segment.first <= segment.last + 1 for segment in segments)
+        last >= 0
+        and firsts == [*(segment.first for segment in segments), num_layers]
+        and all(segment.first <= segment.last + 1 for segment in segments)
         and [Unit(segment.first, segment.last) for segment in segments if segment.gated] == list(units)
-        and [segment.embed for segment in segments] == [True, *inner]
-        and [segment.head for segment in segments] == [*inner, True]
+        and all(segment.embed == (place == 0) for place, segment in enumerate(segments))
+        and all(segment.head == (place == last) for place, segment in enumerate(segments))
     )

@@ -10,18 +10,16 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import shutil
 import socket
 import stat
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from dash_export.artifacts import read_bounded, sync, write_atomic
+from dash_export.artifacts import read_bounded, sync
 from dash_export.errors import BusyError, OutputError
 
 MARK = ".dash-export"
@@ -31,8 +29,6 @@ PLAN = ".plan"
 _OURS = b"dash-export "
 _LONGEST = 4096
 _TRIALS, _PAUSE = 3, 0.005
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_NO_FILE_OF_OURS = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +75,7 @@ def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: 
     except FileNotFoundError as error:  # it was there: another one is just taking its place
         raise _busy(folder, holders) from error
     try:
-        held = _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
-        if not held or not _is_at(folder, descriptor):
+        if not _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait) or not _is_at(folder, descriptor):
             raise _busy(folder, holders)
         yield
     finally:
@@ -90,25 +85,11 @@ def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: 
 def _acquired(path: Path, output: Path) -> int | None:
     """Return the descriptor of the locked lock file; None where nothing can be written, and so nothing locked."""
     while True:
+        descriptor = _opened(path, output)
+        if descriptor is None:
+            return None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _opened(path, os.O_RDWR | os.O_CREAT)
-        except OSError as error:
-            if isinstance(error, FileExistsError | NotADirectoryError):
-                raise OutputError(f"{path.parent} is no folder to write in: choose another output.") from error
-            if error.errno in _NO_FILE_OF_OURS:
-                raise _taken(path) from error
-            if error.errno not in _READ_ONLY:
-                raise OSError(error.errno, error.strerror, str(output)) from error
-            if not os.path.lexists(path):
-                return None
-            try:
-                descriptor = _opened(path, os.O_RDONLY)  # another user's: it cannot be written, and is a lock
-            except OSError as unreadable:
-                raise _taken(path) from unreadable
-        try:
-            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            begins = os.pread(descriptor, len(_OURS), 0) if regular else b"?"
+            begins = os.pread(descriptor, len(_OURS), 0) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"?"
             if any(begins) and not _OURS.startswith(begins):  # a loss of power leaves zeros, or nothing
                 raise _taken(path)
             if not _flock(descriptor, fcntl.LOCK_EX):
@@ -121,8 +102,18 @@ def _acquired(path: Path, output: Path) -> int | None:
         os.close(descriptor)  # its holder has removed it meanwhile: it is nobody's lock any more
 
 
-def _opened(path: Path, how: int) -> int:
-    return os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+def _opened(path: Path, output: Path) -> int | None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise OutputError(f"{path.parent} is no folder to write in: choose another output.") from error
+        if os.path.lexists(path):  # another user's, or a link, a folder, a pipe
+            raise (_busy(output, [path]) if holder(path) else _taken(path)) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return None
+        raise OSError(error.errno, error.strerror, str(output)) from error
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -152,17 +143,15 @@ def _taken(path: Path) -> OutputError:
 
 def _busy(output: Path, holders: Iterable[Path]) -> BusyError:
     found = [said for said in map(holder, holders) if said]
-    return BusyError(
-        f"{output} is being written by {', '.join(found) or 'another dash-export'}. "
-        "Wait for that to end, or end it, and run the command again."
-    )
+    writer = ", ".join(found) or "another dash-export"
+    return BusyError(f"{output} is being written by {writer}. Wait for that to end, or end it, and run this again.")
 
 
 def holder(path: Path) -> str:
     """Return what a lock file says of its holder; nothing where nobody holds it any more."""
     with suppress(OSError):
         text = read_bounded(path, _LONGEST).decode(errors="replace")
-        descriptor = _opened(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,43 +163,32 @@ def holder(path: Path) -> str:
 
 def own_secret() -> bytes:
     """Return 32 bytes that only this user has, the same every time; where they cannot be kept, new ones."""
-    new = os.urandom(32)
     try:
         path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "dash-export" / "key"
-        if kept := _kept_secret(path, len(new)):
-            return kept
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # for its owner only
-            file.write(new)
+        with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123
+            file.write(os.urandom(32))
             file.flush()
             os.fsync(file.fileno())
-        Path(file.name).replace(path)
-        return _kept_secret(path, len(new)) or new
+        status, kept = path.lstat(), read_bounded(path, 32)
+        own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+        if own and len(kept) == 32 and any(kept):
+            return kept
+        raise OSError(errno.EINVAL, f"remove {path}, which is no key of yours")
     except (OSError, RuntimeError) as error:  # no home
-        logger.warning("no key can be kept in ~/.local/state (%s): engines for GPUs are compiled at every build", error)
-        return new
-
-
-def _kept_secret(path: Path, size: int) -> bytes:
-    with suppress(OSError):
-        status, kept = path.lstat(), read_bounded(path, size)
-        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
-            return kept if len(kept) == size and any(kept) else b""
-    return b""
+        logger.warning("no key is kept in ~/.local/state (%s): engines for GPUs are compiled at every build", error)
+        return os.urandom(32)
 
 
 def named(output: str | Path) -> Path:
-    """Return the path to write at, which has a name, for files beside it are called after it: a link is what it points
-    to, `.` the current folder. Raises OutputError for `/` and for a link that points nowhere.
+    """Return the path to write at, which has a name (files beside it are called after it): what a link points to, the
+    current folder for `.`. Raises OutputError for `/` and for a link that points nowhere.
     """
     path = Path(output)
-    if path.is_symlink() or path.name in ("", ".."):
-        try:
-            path = path.resolve(strict=True)
-        except (OSError, RuntimeError) as error:  # a loop of links is either
-            raise OutputError(
-                f"{output} is a link that points nowhere: remove it, or choose another output."
-            ) from error
+    try:
+        path = path.resolve(strict=True) if path.is_symlink() or path.name in ("", "..") else path
+    except (OSError, RuntimeError) as error:  # a loop of links is either
+        raise OutputError(f"{output} is a link that points nowhere: remove it, or choose another output.") from error
     if not path.name:
         raise OutputError(f"{output} is a whole file system: choose another output.")
     return path
@@ -237,36 +215,34 @@ def work_folder(output: Path, command: str) -> Path:
     """
     folder = own_folder(work_of(output))
     _check_ours(folder)
-    begun = _mark(folder, command)
+    begun = mark(folder, command)
     if begun != command:
-        raise OutputError(
-            f"{folder} is the work of a killed dash-export {begun!r:.40}, and is kept: run that again, remove it, or "
-            "choose another output."
-        )
+        advice = "run that again, remove it, or choose another output."
+        raise OutputError(f"{folder} is the work of a killed dash-export {begun!r:.40}, and is kept: {advice}")
     return folder
 
 
-def _mark(folder: Path, command: str = "") -> str:
+def mark(folder: Path, command: str = "") -> str:
     """Write the mark where there is none, and return whose it is."""
-    mark = os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        begun = os.read(mark, _LONGEST).decode(errors="replace").strip("\0")
+    with open(os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:  # noqa: PTH123
+        begun = file.read(_LONGEST).decode(errors="replace").strip("\0")
         if command.startswith(begun):  # new, or a loss of power has left a part of it, or zeros
-            os.pwrite(mark, command.encode(), 0)
+            file.seek(0)
+            file.write(command.encode())
             begun = command
-    finally:
-        os.close(mark)
     sync(folder)
     return begun
+
+
+def unmark(output: Path) -> None:
+    """Take the mark off a finished output: a kill may have left it there."""
+    (output / MARK).unlink(missing_ok=True)
 
 
 def _check_ours(folder: Path) -> None:
     mark = folder / MARK
     if any(folder.iterdir()) and (mark.is_symlink() or not mark.is_file()):
-        raise OutputError(
-            f"{folder} is not this program's: it has no {MARK}, so nothing in it is touched. "
-            "Move it away, or choose another output."
-        )
+        raise OutputError(f"{folder} is not this program's: it has no {MARK}. Move it away, or choose another output.")
 
 
 def remove_own(folder: Path) -> None:
@@ -276,11 +252,19 @@ def remove_own(folder: Path) -> None:
     _check_ours(folder)
     for path in folder.iterdir():
         if path.name not in (PLAN, MARK):
-            _remove(path)
+            remove(path)
     for name in (PLAN, MARK):  # each after all before it
         sync(folder)
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -294,111 +278,3 @@ def removed_on_error(folder: Path) -> Iterator[None]:
         if folder.exists() and not (folder / PLAN).exists():
             remove_own(folder)
         raise
-
-
-def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str) -> None:
-    """Let a finished work folder become the output, or take the place of what is `ours` in it (paths below it); all
-    else in there stays as it is. `last`, which is ours, goes first and comes last: without it the output is unfinished,
-    and `recover` goes on. Raises OutputError where ours may not be replaced (`check_place`).
-    """
-    sync(work)
-    if not output.exists():
-        work.replace(output)
-        sync(output.parent)
-        unmark(output)
-        return
-    check_place(output, ours)
-    _mark(output)
-    write_atomic(work / PLAN, "\n".join(name for name in ours if os.path.lexists(work / name)))
-    recover(output, ours, last)
-
-
-def check_place(output: Path, ours: Sequence[str]) -> None:
-    """Raises OutputError where `put_in_place` would fail halfway, or take what is not the output's: for a link on the
-    way to `ours`, a mount point (nothing is renamed across one, nor is one removed), a folder that may not be written.
-    """
-    if not output.exists():
-        return
-    untouched, root = f"nothing of {output} was replaced", output.resolve()
-    mounts = {path for path in _mount_points() if path.is_relative_to(root)}
-    for name in ours:
-        way = [root / name, *(root / part for part in Path(name).parents if part.name)]
-        if link := next(filter(Path.is_symlink, way), None):
-            raise OutputError(f"{link} is a link, which is not replaced: {untouched}. Remove the link.")
-        inside = [path for path in way[0].rglob("*") if path.is_dir() and not path.is_symlink()]
-        folders = [path for path in (root, *way, *inside) if path.is_dir()]
-        mounted = [path for path in mounts if path.is_relative_to(way[0]) or way[0].is_relative_to(path)]
-        mounted += [path for path in folders if path.stat().st_dev != path.parent.stat().st_dev]
-        if mounted:
-            raise OutputError(f"{mounted[0]} is a mount point: {untouched}. Unmount it, or choose another output.")
-        for path in folders:
-            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-                raise OutputError(f"{path} may not be written: {untouched}. Check its permissions.")
-
-
-def refuse_inputs(inputs: Iterable[Path], replaced: Iterable[Path]) -> None:
-    """Raises OutputError where an input lies in what is replaced or removed in the end."""
-    places = [place.resolve() for place in replaced]
-    for path in inputs:
-        if any(path.resolve().is_relative_to(place) for place in places):
-            raise OutputError(f"{path} is read, and lies in what is replaced: move it away, or choose another output.")
-
-
-def _mount_points() -> set[Path]:
-    """Mount points of this machine. A folder that is bound to another place of the same disk has the same device."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return set()
-    escaped = re.compile(rb"\\([0-7]{3})")
-    named = (escaped.sub(lambda code: bytes([int(code[1], 8)]), line.split()[4]) for line in lines)
-    return {Path(os.fsdecode(name)) for name in named}
-
-
-def recover(output: Path, ours: Sequence[str], last: str) -> None:
-    """Finish what a kill in `put_in_place` left; nothing where there is nothing."""
-    work = work_of(output)
-    if work.is_symlink() or not work.is_dir():
-        pass
-    elif {path.name for path in work.iterdir()} <= {MARK}:
-        remove_own(work)
-    elif (
-        (work / PLAN).is_file()
-        and (work / MARK).is_file()
-        and ((output / MARK).is_file() or not os.path.lexists(work / last))  # which went last: all is done
-    ):
-        _go_on(work, output, ours, last)
-        remove_own(work)
-    if (output / last).exists():
-        unmark(output)
-
-
-def _go_on(work: Path, output: Path, ours: Sequence[str], last: str) -> None:
-    """Replace what the plan says; what has been replaced is not in the work folder any more."""
-    planned = read_bounded(work / PLAN, _LONGEST).decode().split("\n")
-    if not os.path.lexists(work / last):
-        return
-    (output / last).unlink(missing_ok=True)
-    sync(output)
-    for name in ours:
-        old, new = output / name, work / name
-        if name != last and (name not in planned or os.path.lexists(new)):
-            _remove(old)
-            if name in planned:
-                old.parent.mkdir(parents=True, exist_ok=True)
-                new.replace(old)
-                sync(old.parent)
-    (work / last).replace(output / last)
-    sync(output)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def unmark(output: Path) -> None:
-    """Take the mark off a finished output: a kill may have left it there."""
-    (output / MARK).unlink(missing_ok=True)

@@ -22,27 +22,41 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import read_bounded, write_atomic
-from dash_export.decision import Unit, check_units, units_of, units_text
-from dash_export.errors import CheckpointError, PolicyError
-from dash_export.models.spec import DecoderSpec, Float32Array
-from dash_export.models.weights import check_dtype, open_weights, read_metadata, require
-from dash_export.outputs import check_place
+from dash_export.decision import Unit, check_places, check_units, units_of, units_text
+from dash_export.errors import PolicyError
+from dash_export.replacing import check_place
 from dash_export.resources import resource_folder
 from dash_export.typed_json import WrongFieldError, typed
+
+Float32Array = npt.NDArray[np.float32]
 
 UNIT = 4
 """Layers of a unit where nobody says which."""
 SCHEMA = 2
 METADATA = "dash_export_policy"
-_LONGEST_ORIGIN = 200
 _LARGEST_CARD = 16 << 20
 _FINAL_NORM = "model.final_norm"
+
+
+class ModelShape(Protocol):
+    """What a policy has to know of its model; a DecoderSpec is one."""
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -67,11 +81,10 @@ class Bypass:
 class SkipPolicy:
     """Units, damage network and bypasses of one model.
 
-    `read`: the layer whose input decides. `network` is None for a bundle without a token policy; otherwise `weight`
-    [hidden, units] and `bias` [units], float32. `bypasses`: one per unit. `static_order`: places of units in the order
-    in which a static policy skips them; empty where nobody ranked them. `final_norm` [hidden]: the gain of the final
-    norm of the model it was trained with, by which another model of the same shape is told apart; None in what was not
-    trained.
+    `read`: the layer whose input decides. `network`: `weight` [hidden, units] and `bias` [units], float32; None without
+    a token policy. `bypasses`: one per unit. `static_order`: places of units in the order in which a static policy
+    skips them; empty where nobody ranked them. `final_norm` [hidden]: the gain of the final norm of the model it was
+    trained with, by which another model of the same shape is told apart.
     """
 
     units: tuple[Unit, ...]
@@ -103,7 +116,7 @@ def no_policy(num_layers: int, units: Sequence[Unit] | None = None) -> SkipPolic
     return SkipPolicy(units, read, None, tuple(Bypass() for _ in units))
 
 
-def untrained_policy(spec: DecoderSpec, units: Sequence[Unit] | None = None, seed: int = 0) -> SkipPolicy:
+def untrained_policy(spec: ModelShape, units: Sequence[Unit] | None = None, seed: int = 0) -> SkipPolicy:
     """A seeded random network with the shapes of a trained one: it decides by noise, to measure and to test with."""
     policy = no_policy(spec.num_layers, units)
     if not policy.units:
@@ -123,9 +136,7 @@ def default_units(num_layers: int) -> tuple[Unit, ...]:
 
 
 def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
-    """The same policy with fewer units that may be skipped, those of these layers. Raises PolicyError where they are
-    not whole units.
-    """
+    """The policy with the units of these layers only. Raises PolicyError where they are not whole units."""
     kept = units_of(layers, policy.units)
     network = policy.network
     if network is not None:
@@ -139,50 +150,43 @@ def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
     )
 
 
-def key_value_size(spec: DecoderSpec) -> int:
+def key_value_size(spec: ModelShape) -> int:
     """Columns of one layer's K, or V."""
     return spec.num_kv_heads * spec.head_dim
 
 
-def stored_columns(unit: Unit, spec: DecoderSpec) -> int:
+def stored_columns(unit: Unit, spec: ModelShape) -> int:
     """Columns of a bypass as a policy holds it: the update's, then K and V of each layer but the first."""
     return spec.hidden_size + 2 * key_value_size(spec) * (len(unit.layers) - 1)
 
 
-def check_policy(policy: SkipPolicy, spec: DecoderSpec) -> None:
+def check_policy(policy: SkipPolicy, spec: ModelShape) -> None:
     """Raises PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
     check_units(policy.units, policy.read, spec.num_layers)
-    order = policy.static_order
-    if len(set(order)) != len(order) or not set(order) <= set(range(len(policy.units))):
-        raise PolicyError(f"static_order must list places of units, each at most once; got {list(order)}.")
+    check_places(policy.static_order, policy.units)
     if len(policy.bypasses) != len(policy.units):
         raise PolicyError(f"There are {len(policy.bypasses)} bypasses for {len(policy.units)} units.")
-    found, needed = policy.weights(), _weight_shapes(policy, spec)
-    if set(found) != set(needed):
-        missing, unknown = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
-        what = f"lacks {missing[0]}" if missing else f"holds {unknown[0]:.60}, which is nothing of ours"
-        raise PolicyError(f"The policy of the units {units_text(policy.units):.100} {what}.")
-    for name, shape in needed.items():
-        array = found[name]
-        if array.shape != shape:
-            raise PolicyError(f"The policy's {name} has shape {list(array.shape)}; {list(shape)} was expected.")
-        if not np.isfinite(array).all():
-            raise PolicyError(f"The policy's {name} holds NaN or infinity: the file or its training went wrong.")
-    norm = policy.final_norm
-    if norm is not None and not (norm.shape == (spec.hidden_size,) and np.isfinite(norm).all() and norm.any()):
-        raise PolicyError("The final norm by which the policy knows its model is not one of such a model.")
-
-
-def _weight_shapes(policy: SkipPolicy, spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Every weight the policy must have."""
-    hidden, shapes = spec.hidden_size, {}
+    hidden, found = spec.hidden_size, policy.weights()
+    needed: dict[str, tuple[int, ...]] = {}
     if policy.network is not None:
-        shapes = {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
+        needed |= {"network.weight": (hidden, len(policy.units)), "network.bias": (len(policy.units),)}
     for unit, bypass in zip(policy.units, policy.bypasses, strict=True):
         if bypass.weights:
             columns, prefix = stored_columns(unit, spec), f"bypass.{unit.name}."
-            shapes |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
-    return shapes
+            needed |= {f"{prefix}weight": (hidden, columns), f"{prefix}bias": (columns,)}
+    if policy.final_norm is not None:
+        found[_FINAL_NORM], needed[_FINAL_NORM] = policy.final_norm, (hidden,)
+        if not policy.final_norm.any():
+            raise PolicyError("The final norm by which the policy knows its model is zero.")
+    if missing := needed.keys() - found.keys():
+        raise PolicyError(f"The policy of the units {units_text(policy.units):.100} lacks {min(missing)}.")
+    if unknown := found.keys() - needed.keys():
+        raise PolicyError(f"The policy holds {min(unknown):.60}, which is nothing of ours.")
+    for name, shape in needed.items():
+        if found[name].shape != shape:
+            raise PolicyError(f"The policy's {name} has shape {list(found[name].shape)}; {list(shape)} was expected.")
+        if not np.isfinite(found[name]).all():
+            raise PolicyError(f"The policy's {name} holds NaN or infinity: the file or its training went wrong.")
 
 
 @dataclass(frozen=True)
@@ -219,40 +223,33 @@ def policy_path(given: str | Path) -> Path:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises PolicyError where `save_policy` would write over something that is no policy and no card, or a link, and
-    OutputError for a mount point.
+    """Raises PolicyError where `save_policy` would write over something that is no policy and no card, and OutputError
+    for a link or a mount point.
     """
-    _refuse_links(path)
-    card, is_card = card_path(path), True
+    card, is_ours = card_path(path), True
     for one in (path, card):
-        check_place(one, [""])
+        check_place(one)
     try:
         if path.exists():
-            _read_facts(path)
+            _facts(_opened(path)[0])
         if card.exists():
             known = json.loads(read_bounded(card, _LARGEST_CARD))
-            is_card = isinstance(known, dict) and {"kind", "units", "settings"} <= known.keys()
-    except (CheckpointError, WrongFieldError, PolicyError, OSError, ValueError, RecursionError):
-        is_card = False
-    if not is_card:
+            is_ours = isinstance(known, dict) and {"kind", "units", "settings"} <= known.keys()
+    except (PolicyError, OSError, ValueError, RecursionError):
+        is_ours = False
+    if not is_ours:
         raise PolicyError(
             f"{path} or {card.name} beside it exists and is no skip policy: it will not be overwritten. Choose another "
             "output (-o) or remove it."
         )
 
 
-def _refuse_links(path: Path) -> None:
-    link = next((one for one in (path, card_path(path)) if one.is_symlink()), None)
-    if link is not None:
-        raise PolicyError(f"{link} is a link, which is not replaced: remove it, or choose another output (-o).")
-
-
-def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: Mapping[str, Any]) -> None:
-    """Write the policy to `path` (`.safetensors`) and its card beside it, each whole or not at all.
-
-    `card` is JSON: data, seed, versions, figures. Raises PolicyError for a policy that does not fit `spec` or a name
-    that is not `.safetensors`.
+def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelShape, card: Mapping[str, Any]) -> None:
+    """Write the policy to `path` (`.safetensors`) and its card (JSON) beside it, each whole or not at all. Raises
+    PolicyError for a policy that does not fit `spec` or a name that is not `.safetensors`, OutputError for a link.
     """
+    import safetensors.numpy
+
     path = Path(path)
     if path.suffix != ".safetensors":
         raise PolicyError(f"A policy file is called NAME.safetensors, not {path.name}.")
@@ -263,8 +260,9 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: DecoderSpec, card: M
     norm = {} if policy.final_norm is None else {_FINAL_NORM: policy.final_norm}
     tensors = {name: _stored(array) for name, array in (policy.weights() | norm).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_links(path)  # both, before one is written
-    write_atomic(path, require("safetensors.numpy").save(tensors, {METADATA: json.dumps(asdict(facts))}))
+    for one in (path, card_path(path)):  # both, before one is written
+        check_place(one)
+    write_atomic(path, safetensors.numpy.save(tensors, {METADATA: json.dumps(asdict(facts))}))
     write_atomic(card_path(path), text)
 
 
@@ -275,67 +273,61 @@ def _stored(array: Float32Array) -> npt.NDArray[np.float16 | np.float32]:
     return half if np.array_equal(half, array) else np.ascontiguousarray(array, np.float32)
 
 
-def load_policy(path: str | Path, spec: DecoderSpec) -> SkipPolicy:
-    """The policy in `path` (or of that name, `policy_path`), for the model `spec` describes.
-
-    Raises PolicyError when there is no such file, when it is damaged or no policy, when it is for another model, or
-    when a weight is missing, unknown, misshapen, NaN or infinite.
+def load_policy(path: str | Path, spec: ModelShape) -> SkipPolicy:
+    """The policy in `path` (or of that name, `policy_path`), for the model `spec` describes. Raises PolicyError when
+    there is no such file, when it is damaged or no policy, or when it is for another model.
     """
     path = policy_path(path)
     try:
-        facts = _read_facts(path)
+        metadata, tensors = _opened(path)
+        facts = _facts(metadata)
         known, given = (f"a {of.model_type:.40} of {of.num_layers} layers and hidden size {of.hidden_size}"
                         for of in (facts, spec))  # fmt: skip
         if known != given:
-            raise PolicyError(f"{path} is the policy of {known}; this model is {given}")
-        policy = _read(path, facts)
+            raise PolicyError(f"it is the policy of {known}; this model is {given}")
+        network, *made = (_taken(tensors, name) for name in ("network", *(f"bypass.{u.name}" for u in facts.units)))
+        norm, bypasses = tensors.pop(_FINAL_NORM, None), tuple(map(Bypass, made))
+        if tensors:
+            raise PolicyError(f"it holds a tensor {min(tensors)!r:.60}, which is nothing of ours")
+        policy = SkipPolicy(facts.units, facts.read, network or None, bypasses, facts.origin, facts.static_order, norm)
         check_policy(policy, spec)
-    except (CheckpointError, WrongFieldError, PolicyError) as error:
-        message = str(error)
-        where = "" if str(path) in message else f"{path}: "
-        raise PolicyError(
-            f"{where}{message.rstrip('.')}. Use the file as `dash-export train` wrote it, or train one for this model."
-        ) from error
+    except PolicyError as error:
+        wrong = str(error).rstrip(".")
+        advice = "Use the file as `dash-export train` wrote it, or train one for this model."
+        raise PolicyError(f"{path}: {wrong}. {advice}") from error
     return policy
 
 
-def _read_facts(path: Path) -> _Facts:
-    text = read_metadata(path).get(METADATA)
-    if text is None:
+def _opened(path: Path) -> tuple[dict[str, str], dict[str, Float32Array]]:
+    """A file's metadata and tensors. Raises PolicyError."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(str(path), framework="np") as file, np.errstate(all="ignore"):
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            if odd := [name for name, array in found.items() if array.dtype not in (np.float16, np.float32)]:
+                raise ValueError(f"{odd[0]!r:.60} has the dtype {found[odd[0]].dtype}; float16 or float32 is expected")
+            return dict(file.metadata() or {}), {name: array.astype(np.float32) for name, array in found.items()}
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise PolicyError(f"it is not a sound safetensors file (truncated or damaged?): {error!s:.300}") from error
+
+
+def _facts(metadata: Mapping[str, str]) -> _Facts:
+    if METADATA not in metadata:
         raise PolicyError("this safetensors file holds no skip policy (its metadata does not say so)")
     try:
-        data = json.loads(text)
+        data = json.loads(metadata[METADATA])
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if isinstance(schema, int) and schema != SCHEMA:
+            remedy = "upgrade: pip install -U dash-export" if schema > SCHEMA else "train it anew: dash-export train"
+            raise PolicyError(f"it is of schema {schema}, and this dash-export reads {SCHEMA}: {remedy}")
+        return typed(_Facts, data, "its metadata")
+    except WrongFieldError as error:
+        raise PolicyError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"the facts in its metadata are not JSON ({error})") from error
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise PolicyError(
-            f"it was written by a newer dash-export (schema {schema}, this one reads {SCHEMA}): "
-            "upgrade with pip install -U dash-export"
-        )
-    if isinstance(schema, int) and schema < SCHEMA:
-        raise PolicyError("it is of the time when layers were skipped one by one: train it anew (dash-export train)")
-    facts = typed(_Facts, data, "its metadata")
-    if len(facts.origin) > _LONGEST_ORIGIN:
-        raise PolicyError(f"its origin must be one line of at most {_LONGEST_ORIGIN} letters")
-    return facts
 
 
-def _read(path: Path, facts: _Facts) -> SkipPolicy:
-    """The tensors under the names of `SkipPolicy.weights`; `check_policy` looks at their shapes."""
-    network: dict[str, Float32Array] = {}
-    bypasses: dict[str, dict[str, Float32Array]] = {unit.name: {} for unit in facts.units}
-    norm: dict[str, Float32Array] = {}
-    homes = {"network": network, "model": norm} | {f"bypass.{unit}": weights for unit, weights in bypasses.items()}
-    for name, weight in open_weights([path]).items():
-        home, _, own = name.rpartition(".")
-        if home not in homes or (home == "model" and name != _FINAL_NORM):
-            raise PolicyError(f"it holds a tensor {name!r:.60}, which is nothing of ours")
-        check_dtype(weight)
-        if not weight.shape or 0 in weight.shape:
-            raise PolicyError(f"its tensor {name!r:.60} is a single number or empty")
-        homes[home][own] = weight.read_rows(0, weight.shape[0])
-    made = tuple(map(Bypass, bypasses.values()))
-    return SkipPolicy(
-        facts.units, facts.read, network or None, made, facts.origin, facts.static_order, norm.get("final_norm")
-    )
+def _taken(tensors: dict[str, Float32Array], home: str) -> dict[str, Float32Array]:
+    """The tensors called `home.NAME`, taken out, under their own names."""
+    return {name.removeprefix(f"{home}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{home}.")}

@@ -6,20 +6,20 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-from typing import Literal
-
 from dash_export.artifacts import read_bounded
 from dash_export.errors import RecipeError
 from dash_export.resources import resource_folder
+from dash_export.typed_json import Within, WrongFieldError, typed
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Rounding = Literal["nearest", "gptq"]
@@ -27,7 +27,9 @@ Dispatch = Literal["sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
 BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
-MAX_BYTES = 1 << 14  # of a recipe file
+MAX_THREADS = 1024
+_MAX_BYTES = 1 << 14  # of a recipe file
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""")
 """A key of so many parts, which a recipe has none of: the parser's memory grows with their square."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -36,13 +38,11 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 @dataclass(frozen=True)
 class WeightsRecipe:
-    """Weight precision. Layers, head and embedding are chosen apart: the head of a small model is a third of a token's
-    bytes.
+    """Weight precision by part: the head of a small model is a third of a token's bytes.
 
-    `qkv` and `ungated` keep what 4 bits hurt most at a finer precision than `layers`: the projections into attention
-    (their errors enter the cache and every later token), and the layers that are in no unit (they are the
-    sensitive ones). `rounding` is how int4 codes are chosen: each weight's nearest, or by what the layer is fed
-    (GPTQ).
+    `qkv` and `ungated` keep what 4 bits hurt most finer than `layers`: the projections into attention (their errors
+    enter the cache and every later token), and the layers in no unit (the sensitive ones). `rounding` is how int4 codes
+    are chosen: each weight's nearest, or by what the layer is fed (GPTQ).
     """
 
     layers: Precision = "int4"
@@ -67,10 +67,10 @@ class RuntimeRecipe:
     them when a CPU target is loaded.
     """
 
-    threads: int = 0
+    threads: Annotated[int, Within(0, MAX_THREADS)] = 0
     dispatch: Dispatch = "sync"
-    kv_step: int = 256
-    prefill_chunk: int = 512
+    kv_step: Annotated[int, Within(16, 65536)] = 256
+    prefill_chunk: Annotated[int, Within(1, 65536)] = 512
     huge_pages: bool = True
 
 
@@ -86,19 +86,19 @@ class EngineRecipe:
 
     capabilities: tuple[str, ...]
     activations: Literal["fp32", "fp16", "bf16"] = "fp16"
-    kv_capacity: int = 2048
+    kv_capacity: Annotated[int, Within(16, 1 << 20)] = 2048
     profiles: Literal[1, 2] = 2
-    optimization_level: int = 3
-    aux_streams: int = 0
-    workspace_mib: int = 1024
+    optimization_level: Annotated[int, Within(0, 5)] = 3
+    aux_streams: Annotated[int, Within(0, 7)] = 0
+    workspace_mib: Annotated[int, Within(16, 1 << 17)] = 1024
 
 
 @dataclass(frozen=True)
 class CostRecipe:
     """How the cost table is measured: at this many cached tokens, median of this many interleaved repeats."""
 
-    context: int = 256
-    repeats: int = 60
+    context: Annotated[int, Within(2, 65536)] = 256
+    repeats: Annotated[int, Within(3, 10000)] = 60
 
 
 @dataclass(frozen=True)
@@ -114,30 +114,9 @@ class Recipe:
     cost: CostRecipe = field(default_factory=CostRecipe)
     engine: EngineRecipe | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON gives it back: lists for tuples."""
-        data = asdict(self)
-        if self.engine is not None:
-            data["engine"]["capabilities"] = list(self.engine.capabilities)
-        return data
 
-
-MAX_THREADS = 1024
-# Bounds of the integers a recipe may hold, (lowest, highest).
-_BOUNDS = {
-    "threads": (0, MAX_THREADS),
-    "kv_step": (16, 65536),
-    "prefill_chunk": (1, 65536),
-    "context": (2, 65536),
-    "repeats": (3, 10000),
-    "kv_capacity": (16, 1 << 20),
-    "optimization_level": (0, 5),
-    "aux_streams": (0, 7),
-    "workspace_mib": (16, 1 << 17),
-}
-_RETIRED = [("prepacked", False), ("prefill", "same")]
-"""Keys of [weights] in the records of earlier builds, at the values that did nothing."""
-_T = TypeVar("_T")
+_PARTS = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
+"""Fields of WeightsRecipe that are precisions."""
 
 
 def recipe_names() -> list[str]:
@@ -146,92 +125,87 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(target: str) -> Recipe:
-    """Read a recipe by name or by the path of a .toml file. Raises RecipeError."""
-    path = Path(target)
-    if path.suffix != ".toml":
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", target) or target not in recipe_names():
-            options = build_options(target)
-            if options is not None:  # what a build is called, with what makes it
-                raise RecipeError(f"There is no recipe {target!r}: give {options}.")
-            raise RecipeError(
-                f"There is no recipe {target!r}. Known targets: {', '.join(recipe_names())}; "
-                "or give the path of a recipe file (.toml)."
-            )
-        path = resource_folder("engines") / f"{target}.toml"
+    """Read a recipe by the path of a .toml file, by its name, or by what a build of it is called: `cpu-int8` is `cpu`
+    at these weights (`with_weights`). Raises RecipeError.
+    """
+    if Path(target).suffix == ".toml":
+        return _read(Path(target))
+    kinds, roundings = "|".join(get_args(Precision)), "|".join(get_args(Rounding))
+    name = rf"(.+?)(?:-({kinds}))?(?:-head-({kinds}))?(?:-embedding-({kinds}))?(?:-({roundings}))?"
+    parts = re.fullmatch(name, target)
+    if parts is None or parts[1] not in recipe_names():
+        known = f"Known targets: {', '.join(recipe_names())}; or give the path of a recipe file (.toml)."
+        raise RecipeError(f"There is no recipe {target!r:.100}. {known}")
+    return with_weights(_read(resource_folder("engines") / f"{parts[1]}.toml"), *parts.groups()[1:])
+
+
+def _read(path: Path) -> Recipe:
     try:
-        text = read_bounded(path, MAX_BYTES).decode()
+        text = read_bounded(path, _MAX_BYTES).decode()
         if _DOTTED.search(text):
             raise ValueError("it has a key of over 8 parts")
         data = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits
         raise RecipeError(
-            f"The recipe {path} cannot be read: {error}. It must be a TOML file like engines/cpu.toml."
+            f"The recipe {path} cannot be read: {error}. Give a TOML file like engines/cpu.toml."
         ) from error
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", path.stem):
-        raise RecipeError(
-            f"A recipe's file name becomes a folder: {path.stem!r} may only have letters, digits, - and _."
-        )
-    return recipe_from_dict({**data, "name": path.stem}, str(path))
+    if not _FOLDER.fullmatch(path.stem):
+        raise RecipeError(f"The name of a recipe's file may only have letters, digits, - and _, not {path.stem!r}.")
+    try:
+        recipe = typed(Recipe, data | {"name": path.stem}, str(path))
+    except WrongFieldError as error:
+        raise RecipeError(str(error)) from error
+    return _sound(recipe, str(path))
 
 
-def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
-    """Validate a recipe's keys and values; `where` names it in errors."""
-    weights = data.get("weights")
-    if isinstance(weights, dict):
-        data = data | {"weights": {key: value for key, value in weights.items() if (key, value) not in _RETIRED}}
-    recipe = _parse(Recipe, data, where)
-    wrong = _contradiction(recipe)
-    if wrong:
-        raise RecipeError(f"{where}: {wrong}")
+def _sound(recipe: Recipe, where: str) -> Recipe:
+    for fault in recipe_faults(recipe):
+        raise RecipeError(f"{where}: {fault}")
     return recipe
 
 
-def _contradiction(recipe: Recipe) -> str | None:
+def recipe_faults(recipe: Recipe) -> Iterator[str]:
     """What no single key can tell: whether the parts of a recipe go together."""
     weights, engine = recipe.weights, recipe.engine
-    parts = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
-    precisions: dict[str, str] = {part: getattr(weights, part) for part in parts}
+    precisions: dict[str, str] = {part: getattr(weights, part) for part in _PARTS}
     if recipe.backend == "onnxruntime":
         if engine is not None:
-            return "an [engine] table is for GPU backends; onnxruntime has none."
+            yield "an [engine] table is for GPU backends; onnxruntime has none."
         if recipe.dialect == "trt10":
-            return "dialect 'trt10' is for GPU backends; onnxruntime takes 'ort' or 'portable'."
-        wide = [part for part, value in precisions.items() if value in ("fp16", "bf16")]
-        if wide:
-            return f"{wide[0]} = {precisions[wide[0]]!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
-        finer = [part for part, value in precisions.items() if value != "fp32"]
-        if recipe.dialect == "portable" and finer:
-            return f"{finer[0]} = {precisions[finer[0]]!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
+            yield "dialect 'trt10' is for GPU backends; onnxruntime takes 'ort' or 'portable'."
+        for part, value in precisions.items():
+            if value in ("fp16", "bf16"):
+                yield f"{part} = {value!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
+            if recipe.dialect == "portable" and value != "fp32":
+                yield f"{part} = {value!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
         if recipe.runtime.dispatch != "sync":
-            return f"dispatch {recipe.runtime.dispatch!r} needs a GPU backend."
-        return None
+            yield f"dispatch {recipe.runtime.dispatch!r} needs a GPU backend."
+        return
     if engine is None:
-        return f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
+        yield f"backend {recipe.backend!r} needs an [engine] table with at least `capabilities`."
+        return
     if recipe.dialect == "ort":
-        return f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
-    bad = [item for item in engine.capabilities if not re.fullmatch(r"[1-9]\d?\.\d", item)]
-    if bad or not engine.capabilities:
-        return f'capabilities = {list(engine.capabilities)} must be compute capabilities like "8.7".'
-    foreign = sorted(set(engine.capabilities) - set(RTX_CAPABILITIES))
+        yield f"dialect 'ort' is for the CPU; {recipe.backend} takes 'portable' or 'trt10'."
+    capabilities = engine.capabilities
+    if not capabilities or not all(re.fullmatch(r"[1-9]\d?\.\d", item) for item in capabilities):
+        yield f'capabilities = {list(capabilities)} must be compute capabilities like "8.7".'
+    foreign = sorted(set(capabilities) - set(RTX_CAPABILITIES))
     if recipe.backend == "tensorrt_rtx" and foreign:
-        return f"TensorRT-RTX does not compile for {foreign[0]}; it knows {', '.join(RTX_CAPABILITIES)}."
+        yield f"TensorRT-RTX does not compile for {foreign[0]}; it knows {', '.join(RTX_CAPABILITIES)}."
     if recipe.backend.startswith("tensorrt") and engine.activations == "fp32":
-        return "activations = 'fp32': TensorRT has no fp32 attention; take 'fp16' or 'bf16'."
+        yield "activations = 'fp32': TensorRT has no fp32 attention; take 'fp16' or 'bf16'."
     young = [value for value in ("bf16", "int4") if value in (*precisions.values(), engine.activations)]
-    if young and "7.5" in engine.capabilities:
-        return f"{young[0]!r} needs compute capability 8.0 or newer: take 7.5 out of `capabilities`."
+    if young and "7.5" in capabilities:
+        yield f"{young[0]!r} needs compute capability 8.0 or newer: take 7.5 out of `capabilities`."
     if not weights.symmetric:
-        return "symmetric must be true in [weights]: GPU engines take no zero points."
-    fixed = ("embedding",)
+        yield "symmetric must be true in [weights]: GPU engines take no zero points."
     for part, value in precisions.items():
-        if value != engine.activations and (part in fixed or value not in QUANTISED):
-            allowed = (engine.activations, *(() if part in fixed else QUANTISED))
-            return (
-                f"{part} = {value!r} is not one of {', '.join(map(repr, allowed))} (activations are fixed in [engine])."
-            )
+        allowed = (engine.activations, *(() if part == "embedding" else QUANTISED))
+        if value not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            yield f"{part} = {value!r} is not one of {listed} (activations are fixed in [engine])."
     if recipe.runtime.prefill_chunk > engine.kv_capacity:
-        return f"prefill_chunk = {recipe.runtime.prefill_chunk} is more than kv_capacity = {engine.kv_capacity}."
-    return None
+        yield f"prefill_chunk = {recipe.runtime.prefill_chunk} is more than kv_capacity = {engine.kv_capacity}."
 
 
 def with_weights(
@@ -244,101 +218,23 @@ def with_weights(
     """The recipe with the options of `build` of these names: at other precisions, rounded otherwise. Its name tells, so
     that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
 
-    Another precision for the layers moves everything with it that is not given itself.
+    Another precision for the layers moves everything with it that is not given itself, but for a GPU's embedding, which
+    has no quantised form. Raises RecipeError.
     """
-    chosen: dict[str, Any] = asdict(recipe.weights)
-    if weights is not None and weights != recipe.weights.layers:
-        moved = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
-        # On a GPU the embedding has no quantised form.
-        chosen |= dict.fromkeys([part for part in moved if recipe.engine is None or part != "embedding"], weights)
-    given = {"head": head, "embedding": embedding}
-    chosen |= {part: precision for part, precision in given.items() if precision is not None}
-    chosen |= {} if rounding is None else {"rounding": rounding}
-    changed = _parse(WeightsRecipe, chosen, "the command line")
+    moved = () if weights in (None, recipe.weights.layers) else _PARTS
+    chosen = {part: weights for part in moved if part != "embedding" or recipe.engine is None}
+    given = {"head": head, "embedding": embedding, "rounding": rounding}
+    chosen |= {name: value for name, value in given.items() if value is not None}
+    try:
+        changed = typed(WeightsRecipe, asdict(recipe.weights) | chosen, "the command line")
+    except WrongFieldError as error:
+        raise RecipeError(str(error)) from error
     if changed == recipe.weights:
         return recipe
     suffix: list[str] = [changed.layers] if changed.layers != recipe.weights.layers else []
-    suffix += [f"{part}-{precision}" for part, precision in given.items() if precision is not None]
+    suffix += [f"{part}-{given[part]}" for part in ("head", "embedding") if given[part] is not None]
     suffix += [changed.rounding] if changed.rounding != recipe.weights.rounding else []
-    renamed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=changed)
-    wrong = _contradiction(renamed)
     if rounding not in (None, "nearest") and not changed.has_int4:
-        wrong = f"rounding = {rounding!r} is how int4 codes are chosen, and nothing is 'int4'."
-    if wrong:
-        raise RecipeError(f"{recipe.name} at these weights: {wrong}")
-    return renamed
-
-
-def build_options(name: str) -> str | None:
-    """The options of `build` that make the target of this name: what `with_weights` called it, read back. None where
-    no recipe that comes with this package does.
-    """
-    precision = "|".join(get_args(Precision))
-    parts = re.fullmatch(
-        rf"(.+?)(?:-({precision}))?(?:-head-({precision}))?(?:-embedding-({precision}))?"
-        rf"(?:-({'|'.join(get_args(Rounding))}))?",
-        name,
-    )
-    names = ("target", "weights", "head", "embedding", "rounding")
-    if parts is None or parts[1] not in recipe_names():
-        return None
-    given = zip(names, parts.groups(), strict=True)
-    return " ".join(f"--{option} {value}" for option, value in given if value is not None)
-
-
-def _parse(kind: type[_T], data: object, where: str) -> _T:
-    if not isinstance(data, dict):
-        raise RecipeError(f"{where}: expected a table, got {_shown(data)}.")
-    hints = get_type_hints(kind)
-    known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
-    for key in data:
-        if key not in known:
-            raise RecipeError(
-                f"{where}: unknown key {_shown(key)}. "
-                f"Known keys here: {', '.join(name for name in known if name != 'name')}."
-            )
-    missing = [item.name for item in fields(kind) if item.name not in data and _is_required(item)]  # type: ignore[arg-type]
-    if missing:
-        raise RecipeError(f"{where}: {', '.join(missing)} is missing.")
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        hint = _without_none(hints[key])
-        if value is None and hint is not hints[key]:
-            continue  # a table that may be absent, as a record of this recipe says it
-        if is_dataclass(hint):
-            values[key] = _parse(hint, value, f"{where}, [{key}]")  # type: ignore[arg-type]
-            continue
-        allowed = get_args(hint) if get_origin(hint) is Literal else None
-        if get_origin(hint) is tuple:
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise RecipeError(f"{where}: {key} must be a list of strings, got {_shown(value)}.")
-            values[key] = tuple(value)
-            continue
-        if allowed is not None:
-            if not any(type(value) is type(each) and value == each for each in allowed):
-                raise RecipeError(f"{where}: {key} = {_shown(value)} is not one of {', '.join(map(repr, allowed))}.")
-        elif type(value) is not hint:
-            raise RecipeError(f"{where}: {key} must be {hint.__name__}, got {_shown(value)}.")
-        elif hint is int:
-            low, high = _BOUNDS[key]
-            if not low <= value <= high:
-                raise RecipeError(f"{where}: {key} = {_shown(value)} is outside {low} to {high}.")
-        values[key] = value
-    return kind(**values)
-
-
-def _shown(value: object) -> str:
-    try:
-        return f"{value!r:.100}"
-    except (RecursionError, ValueError):  # a nest of tables, an integer of 5,000 digits
-        return f"a {type(value).__name__} that cannot be shown"
-
-
-def _without_none(hint: Any) -> Any:
-    """`Table | None` -> `Table`."""
-    kinds = [kind for kind in get_args(hint) if is_dataclass(kind)]
-    return kinds[0] if kinds else hint
-
-
-def _is_required(item: Field[Any]) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
+        raise RecipeError(f"rounding = {rounding!r} is how int4 codes are chosen, and nothing is 'int4'.")
+    renamed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=changed)
+    return _sound(renamed, f"{recipe.name} at these weights")

@@ -102,9 +102,7 @@ def read_stream(stream: TextIO, limit: int = 1 << 26) -> str:
     try:
         text = stream.read(limit + 1)
     except UnicodeDecodeError as error:
-        raise RequestError(
-            f"What comes in is not {error.encoding} text (byte {error.start}): give plain text."
-        ) from error
+        raise RequestError(f"What comes in is not {error.encoding} text (byte {error.start}).") from error
     if len(text) > limit:
         raise RequestError(f"What comes in has over {limit} characters: give less at a time, or a file.")
     return text
@@ -118,9 +116,7 @@ def read_text(path: Path, *, pipe: bool = False) -> str:
                 return read_stream(stream)
         return bounded_text(path, MAX_BYTES)
     except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Give a plain text file."
-        ) from error
+        raise RequestError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RequestError(f"There is no text file {path}.") from error
     except (OSError, ValueError) as error:  # a NUL byte in the name

@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, fields, is_dataclass
-from math import isfinite
+from math import inf, isfinite
+from reprlib import Repr
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Characters that a terminal would obey, and halves of characters, which no file takes."""
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60
 
 
 class WrongFieldError(Exception):
-    """The JSON is not what the dataclass asks for: a sentence that names the field."""
+    """The data is not what the dataclass asks for: a sentence that names the field."""
+
+
+class Within(NamedTuple):
+    """Bounds of a number: `Annotated[int, Within(1, 64)]`."""
+
+    low: float
+    high: float = inf
+
+
+Bytes = Annotated[int, Within(0, 1 << 50)]
+"""The size of a file: absurd ones fail where they are read, not where memory is taken."""
+NotNegative = Annotated[float, Within(0)]
+
+
+def shown(value: object) -> str:
+    """A value in a message: one line, short, whatever it is."""
+    try:
+        return " ".join(_REPR.repr(value).split())
+    except Exception:  # a number of 5,000 digits, say
+        return f"a {type(value).__name__}"
 
 
 def typed(kind: type[_T], data: Any, where: str) -> _T:
@@ -26,33 +49,20 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return data
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(data, dict):
-            raise WrongFieldError(f"{where} must be an object.")
-        hints = get_type_hints(kind)
-        required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
-        missing, unknown = required - set(data), set(data) - set(hints)
-        if missing or unknown:
-            if missing:
-                raise WrongFieldError(f"{where}: missing {', '.join(sorted(missing))}.")
-            raise WrongFieldError(
-                f"{where}: unknown {', '.join(map(repr, sorted(unknown))):.80}. Known: {', '.join(hints)}."
-            )
-        return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+    if is_dataclass(kind):
+        return _record(kind, data, where)
+    if origin is Annotated:
+        value, (low, high) = _convert(args[0], data, where), args[1]
+        if not low <= value <= high:
+            raise WrongFieldError(f"{where} = {shown(value)} is outside {low} to {high}.")
+        return value
     if origin is tuple and isinstance(data, list):
         return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(data))
     if origin is dict and isinstance(data, dict):
-        key_kind, value_kind = args
-        try:
-            return {
-                key_kind(_convert(str, key, f"a key of {where}")): _convert(value_kind, value, f"{where}.{key}")
-                for key, value in data.items()
-            }
-        except ValueError as error:
-            raise WrongFieldError(f"{where} has a key that is not {key_kind.__name__}: {error}.") from error
+        return {_convert(str, key, f"a key of {where}"): _convert(args[1], data[key], f"{where}.{key}") for key in data}
     if origin is Literal:
         if not any(type(data) is type(value) and data == value for value in args):
-            raise WrongFieldError(f"{where} = {data!r:.80} is not one of {', '.join(map(repr, args))}.")
+            raise WrongFieldError(f"{where} = {shown(data)} is not one of {', '.join(map(repr, args))}.")
         return data
     if origin in (Union, UnionType):
         return None if data is None and NoneType in args else _convert(args[0], data, where)
@@ -62,7 +72,23 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         except OverflowError as error:
             raise WrongFieldError(f"{where} is too large a number.") from error
     if kind is str and isinstance(data, str) and _CONTROL.search(data):
-        raise WrongFieldError(f"{where} is not printable text: {data!r:.80}.")
+        raise WrongFieldError(f"{where} is not printable text: {shown(data)}.")
     if isinstance(kind, type) and type(data) is kind and (not isinstance(data, float) or isfinite(data)):
         return data
-    raise WrongFieldError(f"{where} must be {getattr(kind, '__name__', kind)}, got {data!r:.80}.")
+    raise WrongFieldError(f"{where} must be {_name(kind)}, got {shown(data)}.")
+
+
+def _record(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise WrongFieldError(f"{where} must be an object (a table), got {shown(data)}.")
+    hints = get_type_hints(kind, include_extras=True)
+    required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
+    if missing := required - set(data):
+        raise WrongFieldError(f"{where}: missing {', '.join(sorted(missing))}.")
+    if unknown := set(data) - set(hints):
+        raise WrongFieldError(f"{where}: unknown {shown(min(unknown))}. Known: {', '.join(hints)}.")
+    return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _name(kind: Any) -> str:
+    return {tuple: "a list", dict: "an object"}.get(get_origin(kind)) or str(getattr(kind, "__name__", kind))

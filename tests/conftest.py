@@ -102,6 +102,14 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", form="linear")
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tiny_root: Path) -> Checkpoint:
+    """The model of `tiny_root`."""
+    from dash_export.models import open_checkpoint
+
+    return open_checkpoint(tiny_root.parent / "model")
+
+
 @pytest.fixture
 def own_bundle(tiny_root: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle to change. Its builds: cpu-fp32 and portable."""
@@ -121,10 +129,8 @@ def tiny_runtime(tiny_root: Path) -> Callable[..., DashRuntime]:
 
 
 @pytest.fixture(scope="session")
-def tiny_oracle(tiny_root: Path) -> Oracle:
-    from dash_export.models import open_checkpoint
+def tiny_oracle(tiny_model: Checkpoint) -> Oracle:
     from dash_export.reference import Oracle
     from tests.tiny import tiny_policy
 
-    checkpoint = open_checkpoint(tiny_root.parent / "model")
-    return Oracle(checkpoint, tiny_policy(checkpoint, "linear"))
+    return Oracle(tiny_model, tiny_policy(tiny_model, "linear"))

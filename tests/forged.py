@@ -1,4 +1,4 @@
-"""A forger has the whole bundle: what he changes he hashes again."""
+"""Files and folders in the tests' hands. A forger has the whole bundle: what he changes he hashes again."""
 
 from __future__ import annotations
 
@@ -53,3 +53,19 @@ def rehash(root: Path, name: str) -> None:
                 record.update(sha256=sha256_file(root / name), bytes=(root / name).stat().st_size)
         listing.write_text(json.dumps(data))
     reseal(root)
+
+
+def tree(folder: Path) -> dict[str, bytes | str]:
+    """Every file and link below a folder, with what it holds."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def folder_of(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{root.name} {name}")
+    return root

@@ -14,7 +14,7 @@ import pytest
 from dash_export.artifacts import JOURNAL, ArtifactStore, content_key, read_bounded, sha256_file, write_atomic
 
 
-def writer(text: str, name: str = "a.data"):
+def writer(text: str, name: str = "a.data") -> Callable[[Path], list[Path]]:
     def write(folder: Path) -> list[Path]:
         (folder / name).write_text(text)
         return [folder / name]
@@ -29,42 +29,25 @@ def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     (tmp_path / "small").write_bytes(b"12345")
     assert read_bounded(tmp_path / "small", 5) == b"12345"
-    with pytest.raises(OSError, match="at most 4 are read"):
-        read_bounded(tmp_path / "small", 4)
-    with pytest.raises(OSError, match="at most"):
-        read_bounded(tmp_path / "sparse", 1 << 20)
-    with pytest.raises(OSError, match="not a regular file"):
-        read_bounded(tmp_path / "fifo", 100)
+    for name, limit in (("small", 4), ("sparse", 1 << 20)):
+        with pytest.raises(OSError, match=f"at most {limit} are read"):
+            read_bounded(tmp_path / name, limit)
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            sha256_file(path)
     with pytest.raises(IsADirectoryError):
         read_bounded(tmp_path, 100)
-    for name in (tmp_path / "fifo", Path("/dev/zero")):
-        with pytest.raises(OSError, match="not a regular file"):
-            sha256_file(name)
 
 
-def test_made_once_per_key(tmp_path: Path) -> None:
-    records = ArtifactStore(tmp_path).make("a", "key", writer("one"))
-    again = ArtifactStore(tmp_path)
-    assert again.current("a", "key") == records
-    assert again.current("a", "other key") is None
-    assert again.current("b", "key") is None
-
-
-def test_a_changed_file_is_made_again(tmp_path: Path) -> None:
+def test_made_once_per_key_and_again_where_it_changed(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    store.make("a", "key", writer("one"))
+    records = store.make("a", "key", writer("one"))
+    assert ArtifactStore(tmp_path).current("a", "key") == records
+    assert store.current("a", "other key") is None
+    assert store.current("b", "key") is None
     (tmp_path / "a.data").write_text("two")
     assert store.current("a", "key") is None
     (tmp_path / "a.data").unlink()
-    assert store.current("a", "key") is None
-
-
-@pytest.mark.parametrize("in_the_way", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-def test_what_would_hang_its_reader_is_made_again(in_the_way: Callable[[Path], object], tmp_path: Path) -> None:
-    ArtifactStore(tmp_path).make("a", "key", writer("one"))
-    (tmp_path / "a.data").unlink()
-    in_the_way(tmp_path / "a.data")
-    store = ArtifactStore(tmp_path)
     assert store.current("a", "key") is None
     store.make("a", "key", writer("one"))
     assert (tmp_path / "a.data").read_text() == "one"
@@ -98,26 +81,6 @@ def test_only_what_was_made_under_the_secret_is_known(tmp_path: Path) -> None:
     assert ArtifactStore(tmp_path, b"mine").current("a", "key") is None
 
 
-def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
-    """And nothing that one still writes, or that is of another file."""
-    for name in (".tmp-0-a.json", ".tmp-1-a.json", ".tmp-1-b.json"):
-        (tmp_path / name).touch()
-    with (tmp_path / ".tmp-1-a.json").open() as living:
-        fcntl.flock(living, fcntl.LOCK_EX)
-        write_atomic(tmp_path / "a.json", "new")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".tmp-1-a.json", ".tmp-1-b.json"}
-
-
-def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.write_text("mine")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / ".tmp-1-a.json").symlink_to(outside)
-    write_atomic(folder / "a.json", "theirs")
-    assert (outside.read_text(), (folder / "a.json").read_text()) == ("mine", "theirs")
-
-
 ENTRY = {"key": "key", "files": [{"name": "a.data", "bytes": 3, "sha256": "0"}], "seconds": 1.0}
 WRONG: list[object] = [[], {"a": 1}, None, {"a": {"key": "key", "files": [{"name": "x"}]}}, {"a": ENTRY}]
 WRONG += [{"a": ENTRY | {"seconds": float("nan")}}, {"a": ENTRY | {"files": [{"name": "a.data", "bytes": "3"}]}}]
@@ -134,39 +97,41 @@ def test_a_damaged_journal_makes_anew(text: str, tmp_path: Path) -> None:
     assert ArtifactStore(tmp_path).current("a", "key")
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_or_a_kill_leaves_nothing(tmp_path: Path) -> None:
     def fails(folder: Path) -> list[Path]:
         (folder / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
+    (tmp_path / ".tmp-1-a").mkdir()
+    (tmp_path / ".tmp-1-a" / "half").write_text("half")
+    (tmp_path / ".tmp-journal").write_text("half")
     store = ArtifactStore(tmp_path)
     with pytest.raises(OSError, match="No space"):
         store.make("a", "key", fails)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-1-a").mkdir()
-    (tmp_path / ".tmp-1-a" / "half").write_text("half")
-    (tmp_path / ".tmp-journal").write_text("half")
-    ArtifactStore(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_keep_only(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    store.make("a", "key", writer("a", "a.data"))
-    store.make("b", "key", writer("b", "b.data"))
+    for name in "ab":
+        store.make(name, "key", writer(name, f"{name}.data"))
     store.keep_only({"a"})
     assert {path.name for path in tmp_path.iterdir()} == {"a.data", JOURNAL}
     assert ArtifactStore(tmp_path).current("b", "key") is None
 
 
-def test_write_atomic_replaces(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "a", "one")
-    write_atomic(tmp_path / "a", "two")
-    assert (tmp_path / "a").read_text() == "two"
-    assert len(list(tmp_path.iterdir())) == 1
+def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
+    """And nothing that one still writes, or that is of another file; a link in the way is not followed."""
+    for name in (".tmp-0-a.json", ".tmp-1-a.json", ".tmp-1-b.json", "mine"):
+        (tmp_path / name).touch()
+    (tmp_path / ".tmp-2-a.json").symlink_to("mine")
+    (tmp_path / "a.json").write_text("old")
+    with (tmp_path / ".tmp-1-a.json").open() as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        write_atomic(tmp_path / "a.json", "new")
+    names = {path.name for path in tmp_path.iterdir()} - {".tmp-2-a.json"}
+    assert names == {"a.json", ".tmp-1-a.json", ".tmp-1-b.json", "mine"}
+    assert [(tmp_path / name).read_text() for name in ("a.json", "mine")] == ["new", ""]
 
 
 def test_content_key_tells_parts_apart() -> None:

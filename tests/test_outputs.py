@@ -1,4 +1,4 @@
-"""Who may write an output, and what of somebody else's lies in the way."""
+"""Who may write an output, and what of somebody else's has the name of a work folder."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dash_export import exporting, outputs
-from dash_export.artifacts import write_atomic
+from dash_export import outputs
 from dash_export.building import build
 from dash_export.bundle import Bundle
-from dash_export.errors import BundleError, BusyError, CheckpointError, OutputError, PolicyError
+from dash_export.errors import BundleError, BusyError, OutputError
 from dash_export.exporting import export
 from dash_export.models import Checkpoint
 from dash_export.outputs import (
@@ -30,13 +28,10 @@ from dash_export.outputs import (
     locked,
     named,
     own_secret,
-    put_in_place,
-    recover,
-    remove_own,
     work_folder,
 )
-from dash_export.policy import check_replaceable, save_policy
-from tests.tiny import tiny_checkpoint, tiny_policy
+from tests.forged import folder_of, tree
+from tests.tiny import tiny_policy
 
 HOLD = """
 import sys, time
@@ -46,20 +41,6 @@ with locked(Path(sys.argv[1]), "export"):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return tiny_checkpoint(tmp_path_factory.mktemp("outputs") / "model")
-
-
-def tree(folder: Path) -> dict[str, bytes | str]:
-    """Every file and link below a folder, with what it holds."""
-    return {
-        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_symlink() or path.is_file()
-    }
 
 
 def test_a_second_writer_is_told_who_holds_it(tmp_path: Path) -> None:
@@ -155,81 +136,65 @@ def test_builds_share_a_bundle_and_exports_do_not(tmp_path: Path) -> None:
 def test_what_is_no_lock_is_kept(make: Callable[[Path], object], tmp_path: Path) -> None:
     path = lock_file(tmp_path / "a.dash")
     make(path)
-    with (
-        pytest.raises(OutputError, match="is no lock that this program can read"),
-        locked(tmp_path / "a.dash", "export"),
-    ):
+    with pytest.raises(OutputError, match="is no lock that this program can"), locked(tmp_path / "a.dash", "export"):
         pass
     assert os.path.lexists(path)
-
-
-@pytest.mark.parametrize("output", ["plain/x.dash", "plain/deep/x.dash"])
-def test_an_output_below_a_file(output: str, tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("mine")
-    with pytest.raises(OutputError, match="is no folder to write in"), locked(tmp_path / output, "export"):
+    with pytest.raises(OutputError, match="is no folder to write in"), locked(tmp_path / "plain/x.dash", "export"):
         pass
 
 
-def test_what_is_not_ours_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A folder or a link that happens to have the name of the work folder."""
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    (docs / "cv.txt").write_text("mine")
-    work = tmp_path / "a.dash.unfinished"
+def test_what_is_not_ours_is_kept(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    """A link, a folder or another command's hours of work that happen to have the name of the work folder."""
+    output = tmp_path / "a.safetensors"
+    docs = folder_of(tmp_path / "docs", "cv.txt", "onnx/1")
+    work = tmp_path / "a.safetensors.unfinished"
     work.symlink_to(docs)
-    with pytest.raises(OutputError, match=r"a\.dash\.unfinished is not a folder but a link"):
-        export(checkpoint, tmp_path / "a.dash")
+    with pytest.raises(OutputError, match=r"\.unfinished is not a folder but a link"):
+        export(tiny_model, output)
     work.unlink()
     docs.rename(work)
     before = tree(tmp_path)
     with pytest.raises(OutputError, match=r"is not this program's: it has no \.dash-export.*Move it away"):
-        export(checkpoint, tmp_path / "a.dash")
-    (work / "onnx").mkdir()
-    with pytest.raises(OutputError, match="is not this program's"):
-        export(checkpoint, tmp_path / "a.dash")
+        export(tiny_model, output)
     assert tree(tmp_path) == before
-
-
-def test_the_work_of_another_command_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Hours of it, under the same name; of a mark's name a loss of power may leave zeros, or a part."""
-    output = tmp_path / "a.safetensors"
-    work = work_folder(output, "train")
-    (work / "tuning-state.pt").write_bytes(b"hours")
+    shutil.rmtree(work)
+    folder_of(work_folder(output, "train"), "tuning-state.pt")
+    before = tree(tmp_path)
     with pytest.raises(OutputError, match=r"is the work of a killed dash-export 'train', and is kept: run that again"):
-        export(checkpoint, output)
-    assert (work_folder(output, "train") / "tuning-state.pt").read_bytes() == b"hours"
-    for left in (bytes(5), b"exp", b""):
+        export(tiny_model, output)
+    assert tree(tmp_path) == before
+    assert work_folder(output, "train") == work
+    for left in (bytes(5), b"exp", b""):  # a loss of power leaves zeros, or a part of the name
         (work / MARK).write_bytes(left)
         assert work_folder(output, "export") == work
         assert (work / MARK).read_bytes() == b"export"
-    export(checkpoint, output)
+    export(tiny_model, output)
     assert not work.exists()
 
 
 @pytest.mark.parametrize("link", ["onnx", "engines", MARK, "config.json"])
-def test_a_link_inside_the_work_folder(link: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_link_inside_the_work_folder(link: str, tiny_model: Checkpoint, tmp_path: Path) -> None:
     """One that came with the work folder of a stranger: nothing is written or deleted behind it."""
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    (docs / "cv.txt").write_text("mine")
+    docs = folder_of(tmp_path / "docs", "cv.txt")
     work = work_folder(tmp_path / "a.dash", "export")
     (work / MARK).unlink()
     (work / link).symlink_to(docs if link in ("onnx", "engines") else docs / "cv.txt")
     if link != MARK:
         (work / MARK).touch()
     try:
-        export(checkpoint, tmp_path / "a.dash")
+        export(tiny_model, tmp_path / "a.dash")
     except OutputError:
         assert link != "engines"
-    assert tree(docs) == {"cv.txt": b"mine"}
+    assert tree(docs) == {"cv.txt": b"docs cv.txt"}
 
 
-def test_an_output_that_is_a_link(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_an_output_that_is_a_link(tiny_model: Checkpoint, tmp_path: Path) -> None:
     """The bundle that it points to is replaced, and it stays a link."""
-    export(checkpoint, tmp_path / "v1.dash")
+    export(tiny_model, tmp_path / "v1.dash")
     link = tmp_path / "current.dash"
     link.symlink_to("v1.dash")
-    made = export(checkpoint, link, tiny_policy(checkpoint))
+    made = export(tiny_model, link, tiny_policy(tiny_model))
     assert made.manifest.policy.has_network
     assert Bundle.open(tmp_path / "v1.dash").manifest == made.manifest
     assert link.is_symlink()
@@ -238,12 +203,12 @@ def test_an_output_that_is_a_link(checkpoint: Checkpoint, tmp_path: Path) -> Non
     link.unlink()
     link.symlink_to("nowhere")
     with pytest.raises(OutputError, match="a link that points nowhere"):
-        export(checkpoint, link)
+        export(tiny_model, link)
     link.unlink()
     (tmp_path / "photos").mkdir()
     link.symlink_to("photos")
     with pytest.raises(BundleError, match="photos exists and is not a bundle"):
-        export(checkpoint, link)
+        export(tiny_model, link)
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,239 +220,12 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         named("/")
 
 
-def test_a_file_that_is_a_link_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("mine")
-    (tmp_path / "link").symlink_to("mine")
-    with pytest.raises(OutputError, match="is a link, which is not replaced"):
-        write_atomic(tmp_path / "link", "theirs")
-    assert tree(tmp_path) == {"mine": b"mine", "link": "mine"}
-
-
-OURS = ("graphs", "old", "record")
-
-
-def folder_of(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(f"{root.name} {name}")
-    return root
-
-
-@pytest.mark.parametrize("killed_before", range(14))
-def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever operation is the last one, the old or the new output is there in the end, and all that is not ours."""
-    output = folder_of(tmp_path / "a", "graphs/1", "old", "record", "notes", "engines/cpu/1")
-    new, mine = {"graphs/2", "record"}, {"notes": b"a notes", "engines/cpu/1": b"a engines/cpu/1"}
-    work = folder_of(work_folder(output, "export"), *new)
-    steps = iter(range(killed_before))
-
-    class KilledError(BaseException):
-        pass
-
-    def dying(sound: Callable[..., object]) -> Callable[..., object]:
-        def step(*given: object, **named: object) -> object:
-            if next(steps, None) is None:
-                raise KilledError
-            return sound(*given, **named)
-
-        return step
-
-    with monkeypatch.context() as patch:
-        for where, name in ((Path, "replace"), (Path, "unlink"), (Path, "rmdir"), (os, "rmdir"), (os, "unlink")):
-            patch.setattr(where, name, dying(getattr(where, name)))
-        with suppress(KilledError):
-            put_in_place(work, output, OURS, "record")
-    recover(output, OURS, "record")
-    if work.exists():
-        remove_own(work)
-        (output / MARK).unlink(missing_ok=True)
-    changed = {name: text for name, text in tree(output).items() if name not in mine}
-    assert changed in (
-        {name: f"a.unfinished {name}".encode() for name in new},
-        {name: f"a {name}".encode() for name in ("graphs/1", "old", "record")},
-    )
-    assert {name: text for name, text in tree(output).items() if name in mine} == mine
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-@pytest.mark.parametrize("locked_folder", ["graphs", "locked"])
-def test_what_may_not_be_written_is_told_before(
-    locked_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At any depth: not by the removal that it would end."""
-    output = folder_of(tmp_path / "a", "graphs/1", "graphs/locked/2", "record")
-    before = tree(output)
-    monkeypatch.setattr(outputs.os, "access", lambda path, _: path.name != locked_folder)
-    with pytest.raises(OutputError, match=f"{locked_folder} may not be written: nothing of"):
-        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, OURS, "record")
-    assert tree(output) == before
-
-
-@pytest.mark.parametrize("mounted", [".", "graphs", "graphs/deep", "graphs/1", "record", "a kit's", "a kit's/graphs"])
-def test_a_mount_point_is_not_replaced(mounted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = folder_of(tmp_path / "a", "graphs/1", "graphs/deep/2", "record", "a kit's/graphs/3", "mine/4")
-    before, ours = tree(output), ("graphs", "a kit's/graphs", "record")
-    monkeypatch.setattr(outputs, "_mount_points", lambda: {output.resolve() / mounted, Path("/"), Path("/proc")})
-    with pytest.raises(OutputError, match=r"is a mount point: nothing of .* was replaced"):
-        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, ours, "record")
-    assert tree(output) == before
-    monkeypatch.setattr(outputs, "_mount_points", lambda: {output.resolve() / "mine", Path("/")})
-    put_in_place(work_folder(output, "export"), output, ours, "record")
-    assert tree(output).keys() == {"graphs/2", "record", "mine/4"}
-    monkeypatch.undo()
-    assert Path("/proc") in outputs._mount_points()
-
-
-@pytest.mark.parametrize("name", ["onnx", "config.json"])
-def test_a_link_among_what_an_export_replaces(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """What a user keeps elsewhere is not turned into a copy; told before the work."""
-    output = export(checkpoint, tmp_path / "a.dash").root
-    (output / name).rename(tmp_path / "elsewhere")
-    (output / name).symlink_to(tmp_path / "elsewhere")
-    before, calls = tree(tmp_path), []
-    with pytest.raises(OutputError, match=f"{name} is a link, which is not replaced"):
-        export(checkpoint, output, tiny_policy(checkpoint), progress=lambda *call: calls.append(call))
-    assert (tree(tmp_path), calls) == (before, [])
-
-
-def test_what_appears_at_the_output_during_an_export_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    output, calls = tmp_path / "a.dash", []
-
-    def appear(name: str, *_: object) -> None:
-        calls.append(name)
-        if name == "head":
-            folder_of(output, "manifest.json", "config.json", "onnx/mine")
-
-    with pytest.raises(BundleError, match="is not a bundle: it will not be overwritten"):
-        export(checkpoint, output, progress=appear)
-    assert tree(output).keys() == {"manifest.json", "config.json", "onnx/mine"}
-    output.rename(tmp_path / "mine")
-    made = export(checkpoint, output)  # of the work that was kept
-    made.verify(made.manifest.files)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.dash", "mine"}
-
-
-@pytest.mark.parametrize("where", ["a.dash/onnx/model", "a.dash.unfinished/model"])
-def test_a_model_inside_its_output(where: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """It would be gone with what is replaced, before or after it is read."""
-    export(checkpoint, tmp_path / "a.dash")
-    work_folder(tmp_path / "a.dash", "export")
-    model = shutil.copytree(checkpoint.source, tmp_path / where)
-    before = tree(tmp_path)
-    with pytest.raises(OutputError, match="is read, and lies in what is replaced: move it away"):
-        export(model, tmp_path / "a.dash")
-    assert tree(tmp_path) == before
-
-
-def test_a_policy_replaces_policies_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Told before hours of training, and before the policy beside a card is written."""
-    path, beside = tmp_path / "p.safetensors", tmp_path / "p.json"
-    policy, card = tiny_policy(checkpoint), {"kind": "token", "units": [], "settings": {}}
-    beside.symlink_to("real.json")
-    for writing in (lambda: check_replaceable(path), lambda: save_policy(path, policy, checkpoint.spec, card)):
-        with pytest.raises(PolicyError, match=r"p\.json is a link, which is not replaced"):
-            writing()
-    assert not path.exists()
-    beside.unlink()
-    check_replaceable(path)
-    save_policy(path, policy, checkpoint.spec, card)
-    check_replaceable(path)
-    beside.write_text('{"model_type": "llama"}')
-    with pytest.raises(PolicyError, match=r"p\.json beside it exists and is no skip policy"):
-        check_replaceable(path)
-    beside.unlink()
-    path.write_bytes(b"weights of hours")
-    with pytest.raises(PolicyError, match="will not be overwritten"):
-        check_replaceable(path)
-
-
-def test_what_is_not_the_bundles_stays(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Engines, and what a user keeps in there; whichever rename is the last before a kill."""
-    output = tmp_path / "a.dash"
-    build(export(checkpoint, output), "portable")
-    (output / "notes").mkdir()
-    (output / "notes" / "a.txt").write_text("mine")
-    engines = tree(output / "engines")
-    export(checkpoint, output, tiny_policy(checkpoint))
-    assert tree(output / "notes") == {"a.txt": b"mine"}
-    assert tree(output / "engines") == engines
-    with pytest.MonkeyPatch.context() as patch:
-
-        def full(*_: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        patch.setattr(exporting, "put_in_place", full)
-        with pytest.raises(OSError, match="No space"):
-            export(checkpoint, output)
-    assert tree(output / "engines") == engines
-    assert Bundle.open(output).targets() == ["portable"]
-
-
-def test_a_model_that_changes_while_it_is_exported(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    weights = tmp_path / "model" / "model.safetensors"
-
-    def change(name: str, *_: object) -> None:
-        if name == "layer_02":
-            other = bytearray(weights.read_bytes())
-            other[-1] ^= 1
-            weights.write_bytes(other)
-
-    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read"):
-        export(checkpoint, tmp_path / "a.dash", progress=change)
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
-
-
-def test_graphs_that_change_while_they_are_built(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Nothing that was made of them is taken for an engine of the sound ones later."""
-    bundle = export(checkpoint, tmp_path / "a.dash")
-    path, sound = bundle.path("onnx/layer_04.data"), bundle.path("onnx/layer_04.data").read_bytes()
-    expected = {record.name: record.sha256 for record in build(bundle, "cpu", weights="fp32").files}
-    shutil.rmtree(bundle.root / "engines")
-
-    def change(name: str, *_: object) -> None:
-        if name == "layers_00-01":
-            path.write_bytes(bytes(reversed(sound)))
-
-    with pytest.raises(BundleError, match=r"layer_04\.data was replaced while it was read"):
-        build(bundle, "cpu", weights="fp32", progress=change)
-    path.write_bytes(sound)
-    assert {record.name: record.sha256 for record in build(bundle, "cpu", weights="fp32").files} == expected
-
-
 def test_a_secret_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert own_secret() == own_secret()
     (kept,) = (tmp_path / "state").rglob("key")
     assert kept.stat().st_mode & 0o777 == 0o600
     kept.write_bytes(b"short")
-    assert len(own_secret()) == 32
+    assert own_secret() != own_secret()
     monkeypatch.setenv("XDG_STATE_HOME", "/proc/nowhere")
     assert own_secret() != own_secret()
-
-
-def test_an_export_that_was_ended_while_it_replaced_a_bundle(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """It says so, and the next one, of whatever model, goes on from there."""
-    output = tmp_path / "a.dash"
-    build(export(checkpoint, output), "portable")
-
-    def interrupted(*given: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(outputs, "_remove", _interrupt)
-            put_in_place(*given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "put_in_place", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            export(checkpoint, output, tiny_policy(checkpoint))
-    with pytest.raises(BundleError, match="not a finished bundle"):
-        Bundle.open(output)
-    made = export(checkpoint, output, tiny_policy(checkpoint))
-    assert made.manifest.policy.has_network
-    assert made.manifest.builds.keys() == {"portable"}
-    assert {path.name for path in tmp_path.iterdir()} == {"a.dash"}
-    assert (output / "engines" / "portable").is_dir()
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

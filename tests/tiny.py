@@ -12,7 +12,7 @@ import torch
 from dash_export.building import build
 from dash_export.decision import Unit, layer_actions
 from dash_export.exporting import export
-from dash_export.models import Checkpoint, open_checkpoint
+from dash_export.models import Checkpoint, DecoderSpec, open_checkpoint
 from dash_export.policy import Bypass, SkipPolicy, stored_columns, untrained_policy
 from tests.models.helpers import DIMENSIONS, FAMILIES, tiny_tokenizer
 
@@ -50,17 +50,13 @@ TINY_UNITS = (Unit(2, 3), Unit(4, 4))
 """Of six layers: one unit of two, one of one."""
 
 
-def with_bypasses(policy: SkipPolicy, checkpoint: Checkpoint, seed: int = 1) -> SkipPolicy:
+def with_bypasses(policy: SkipPolicy, spec: DecoderSpec, seed: int = 1) -> SkipPolicy:
     """The policy with random bypasses, large enough that leaving out any part of them shows."""
-    rng, hidden = np.random.default_rng(seed), checkpoint.spec.hidden_size
-
-    def normal(*shape: int, scale: float) -> np.ndarray:
-        return (rng.standard_normal(shape) * scale).astype(np.float32)
-
-    bypasses = []
+    rng, bypasses = np.random.default_rng(seed), []
     for unit in policy.units:
-        columns = stored_columns(unit, checkpoint.spec)
-        bypasses.append(Bypass({"weight": normal(hidden, columns, scale=0.1), "bias": normal(columns, scale=0.2)}))
+        columns = stored_columns(unit, spec)
+        weight, bias = 0.1 * rng.standard_normal((spec.hidden_size, columns)), 0.2 * rng.standard_normal(columns)
+        bypasses.append(Bypass({"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}))
     return replace(policy, bypasses=tuple(bypasses))
 
 
@@ -73,7 +69,7 @@ def tiny_policy(
     """Untrained, with an order as training would rank the units. `form`: none or linear."""
     policy = untrained_policy(checkpoint.spec, units, seed)
     policy = replace(policy, static_order=tuple(reversed(range(len(units)))))
-    return policy if form == "none" else with_bypasses(policy, checkpoint)
+    return policy if form == "none" else with_bypasses(policy, checkpoint.spec)
 
 
 def tiny_bundle(root: Path, *targets: str, form: str = "none", weights: str = "fp32", **options: Any) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -134,7 +135,7 @@ class Backend(ABC):
         from dash_export.graphs.rounded import stored_roundings, to_nearest
 
         gated, calibrated = bundle.manifest.policy.layers, calibration_key(bundle, self.recipe)
-        base = content_key(self.revision, self.key(), self.recipe.as_dict()["weights"], gated, calibrated)
+        base = content_key(self.revision, self.key(), asdict(self.recipe.weights), gated, calibrated)
         if calibrated:
             yield rounding_artifact(bundle, self.recipe, folder, progress)
         yield from self.shared(bundle)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +27,9 @@ import onnx_ir as ir
 
 from dash_export.artifacts import Progress, content_key, sha256_file
 from dash_export.building.engine_graphs import Artifact, graphs_key
+from dash_export.building.graph_runs import graph_run, step_inputs
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
-from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.graphs.rounded import BITS, Rounded, block_of, roundings_key, weight_precision, write_roundings
 from dash_export.graphs.surgery import constant_value, load_graph
 from dash_export.names import ROUNDINGS
@@ -62,7 +63,7 @@ def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, progress: Pr
     """The file of all matrices that the recipe rounds to int4; the one in the build's `folder` where it is of the same,
     as in a kit. Writing it raises BackendError where ONNX Runtime is missing: not before, for a build kit brings it.
     """
-    parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), recipe.as_dict()["weights"]
+    parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), asdict(recipe.weights)
     key = content_key(ROUNDING_REVISION, *parts, bundle.manifest.policy.layers)
 
     def write(out: Path) -> list[Path]:

@@ -16,7 +16,6 @@ from dash_export.runtime.cpus import LoadMeter, cpu_name
 from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.runtime import engines as load_engines
-from dash_export.targets import recipe_from_dict
 
 WARM_UP = 10
 NOT_MEASURED = "not measured"
@@ -36,9 +35,9 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     measurement decides nothing.
     """
     model, units = bundle.manifest.model, bundle.manifest.policy.units
-    recipe = build.recipe["cost"]
-    engines = load_engines(bundle, build, backend, recipe_from_dict(build.recipe, "the build's recipe"), "sync")
-    context = min(recipe["context"], model.max_positions - 1, engines.model.max_positions - 1)
+    recipe = build.recipe.cost
+    engines = load_engines(bundle, build, backend, build.recipe, "sync")
+    context = min(recipe.context, model.max_positions - 1, engines.model.max_positions - 1)
     cache: Any = engines.cache(context)
     cache.reserve(context + 1)
     step = engines.step(cache, 1)
@@ -57,7 +56,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     ]
     times: dict[str, list[float]] = defaultdict(list)
     meter = LoadMeter()
-    for repeat in range(WARM_UP + recipe["repeats"]):
+    for repeat in range(WARM_UP + recipe.repeats):
         if repeat == WARM_UP:
             times.clear()
         for one in passes:

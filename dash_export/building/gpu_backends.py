@@ -64,7 +64,7 @@ class CudaBackend(GpuBackend):
         return "any CUDA device"
 
     def key(self) -> Any:
-        return self.recipe.dialect, self.recipe.as_dict()["engine"]
+        return self.recipe.dialect, asdict(self.engine)
 
 
 class RtxBackend(GpuBackend):
@@ -94,7 +94,7 @@ class RtxBackend(GpuBackend):
         if (reason := self.refused_version(self.version())) is not None:
             raise BackendError(reason)
         recipe = self.recipe
-        told = recipe.dialect, recipe.as_dict()["engine"], recipe.runtime.prefill_chunk
+        told = recipe.dialect, asdict(self.engine), recipe.runtime.prefill_chunk
         return recipe.backend, self.version(), self.device(), *told
 
     def save(self, lowered: ir.Model, name: str, folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:

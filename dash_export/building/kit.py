@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dash_export import __version__
-from dash_export.artifacts import FileRecord, Progress, no_progress, sha256_file, write_atomic
+from dash_export.artifacts import FileRecord, Progress, no_progress, record_of, write_atomic
 from dash_export.building import kit_script
 from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibration_key, rounding_artifact
@@ -25,17 +25,15 @@ from dash_export.graphs.rounded import stored_roundings
 from dash_export.names import ROUNDINGS
 from dash_export.outputs import (
     MARK,
-    check_place,
     folder_locked,
     lock_file,
     locked,
     named,
-    put_in_place,
-    recover,
     remove_own,
     removed_on_error,
     work_folder,
 )
+from dash_export.replacing import check_place, put_in_place, recover
 from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe, with_weights
 
@@ -133,7 +131,7 @@ def _fill(
         "dash-export": __version__,
         "target": recipe.name,
         "backend": recipe.backend,
-        "recipe": recipe.as_dict(),
+        "recipe": asdict(recipe),
         "reason": reason,
         "command": command,
         "verification": checked,
@@ -169,4 +167,4 @@ def _records(root: Path, bundle: str) -> list[FileRecord]:
     # The manifest changes when engines are built; it is hashed by itself.
     apart = (root / MARK, root / bundle / MANIFEST)
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path not in apart)
-    return [FileRecord(path.relative_to(root).as_posix(), sha256_file(path), path.stat().st_size) for path in paths]
+    return [record_of(root, path.relative_to(root).as_posix()) for path in paths]

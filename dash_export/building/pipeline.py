@@ -17,11 +17,11 @@ from dash_export.building.backend import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial import calibrate_dial
 from dash_export.bundle import BUILD, Bundle, Seal
-from dash_export.errors import BackendError, BundleError, RecipeError
+from dash_export.errors import BackendError, BundleError
 from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
 from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
-from dash_export.targets import Recipe, load_recipe, recipe_from_dict, with_weights
+from dash_export.targets import Recipe, load_recipe, with_weights
 
 if TYPE_CHECKING:
     from dash_export.building.engine_graphs import Artifact  # which needs onnx
@@ -94,7 +94,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
         schema=SCHEMA,
         target=recipe.name,
         bundle_key=bundle.manifest.key,
-        recipe=recipe.as_dict(),
+        recipe=recipe,
         backend=recipe.backend,
         backend_version=backend.version(),
         device=backend.device(),
@@ -131,10 +131,9 @@ def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build
     bundle.check_listed(known)
     texts = [record for record in bundle.manifest.files if not record.name.startswith("onnx/")]
     seal = bundle.verify([*known.files, *texts])
-    built = recipe_from_dict(known.recipe, "the recipe recorded in the build")
-    backend = backend_of(built)
+    backend = backend_of(known.recipe)
     device = known.device if backend.on_device else backend.device()  # what a GPU engine was compiled for stays so
-    measured = _measured(bundle, replace(known, device=device, measuring=MEASURING_REVISION), built, progress)
+    measured = _measured(bundle, replace(known, device=device, measuring=MEASURING_REVISION), known.recipe, progress)
     bundle.check_same(seal)
     bundle.save_build(measured)
     return measured
@@ -158,11 +157,7 @@ def _current(bundle: Bundle, draft: Build) -> Build | None:
     except BundleError:
         return None
     details = {key: value for key, value in known.details.items() if key != VERIFICATION}
-    try:
-        recipe = recipe_from_dict(known.recipe, known.target).as_dict()  # with the keys that are younger than the build
-    except RecipeError:
-        return None
-    same = replace(known, recipe=recipe, cost=draft.cost, dial=(), seconds=0.0, details=details) == draft
+    same = replace(known, cost=draft.cost, dial=(), seconds=0.0, details=details) == draft
     return known if same else None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ import numpy.typing as npt
 from dash_export.artifacts import Progress, no_progress
 from dash_export.building.backend import backend_of
 from dash_export.building.engine_graphs import EngineGraph, engine_graphs, lower, write_whole
+from dash_export.building.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
-from dash_export.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.graphs.rounded import Roundings, stored_roundings, to_nearest
 from dash_export.graphs.trt_decompose import OPSET as trt10_opset  # noqa: N811
 from dash_export.graphs.writer import OPSET as graph_opset  # noqa: N811
 from dash_export.manifest import POLICY, Build, Segment
 from dash_export.names import ROUNDINGS, new_names, past_names, present_names
-from dash_export.targets import Precision, Recipe, recipe_from_dict
+from dash_export.targets import Precision, Recipe
 
 OPSETS = {"portable": graph_opset, "trt10": trt10_opset}
 STEPS = ((0, 24), (24, 1), (25, 6))
@@ -85,10 +85,9 @@ def verify_graphs(
 
 def verification(bundle: Bundle, build: Build, progress: Progress = no_progress) -> dict[str, Any]:
     """`verify_graphs` of a build, as it is kept in its details. Raises BackendError when an engine does not agree."""
-    recipe = recipe_from_dict(build.recipe, "the recipe recorded in the build")
     files = {name: bundle.path(engine.file) for name, engine in build.engines.items()}
     roundings = stored_roundings(bundle.path(f"engines/{build.target}") / ROUNDINGS)
-    return recorded(*verify_graphs(bundle, recipe, build.segments, files, progress, roundings))
+    return recorded(*verify_graphs(bundle, build.recipe, build.segments, files, progress, roundings))
 
 
 def recorded(checks: list[Check], words: str) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def require_passed(checks: list[Check], words: str) -> None:
 
 def _at_float32(recipe: Recipe) -> Recipe:
     assert recipe.engine is not None
-    wide: dict[str, Any] = {part: "fp32" for part, value in recipe.as_dict()["weights"].items() if value == "bf16"}
+    wide: dict[str, Any] = {part: "fp32" for part, value in asdict(recipe.weights).items() if value == "bf16"}
     weights = replace(recipe.weights, **wide)
     return replace(recipe, weights=weights, engine=replace(recipe.engine, activations="fp32"))
 

@@ -152,9 +152,8 @@ def _summary(bundle: Bundle, build: Build) -> None:
         click.echo(f"Verified: {len(verified['engines'])} engines, {verified['compared']}; largest error {worst:.2g}.")
     if not cost.segment_us:
         from dash_export.building.backend import backend_of
-        from dash_export.targets import recipe_from_dict
 
-        obstacle = backend_of(recipe_from_dict(build.recipe, build.target)).run_obstacle()
+        obstacle = backend_of(build.recipe).run_obstacle()
         why = f": {obstacle}" if obstacle else "."
         click.echo(f"For {build.device}. Costs are not measured here{why} `build` measures them where it can.")
         return

@@ -15,7 +15,7 @@ from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, 
 from dash_export.decision import Unit, units_text
 from dash_export.errors import StaleBuildError
 from dash_export.manifest import Build, Segment
-from dash_export.targets import WeightsRecipe, recipe_from_dict
+from dash_export.targets import WeightsRecipe
 
 
 @click.command("inspect")
@@ -88,12 +88,11 @@ def graph_kinds(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
-    recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
     engines, cost = build.engines, build.cost
     return {
         "backend": f"{build.backend} {build.backend_version}",
         "device": build.device,
-        "recipe": recipe.as_dict(),
+        "recipe": asdict(build.recipe),
         "bytes": build_bytes(build),
         "engines": len(engines),
         "context": cost.context,
@@ -102,7 +101,7 @@ def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
             {
                 "name": segment.name,
                 "gated": segment.gated,
-                "precision": precision(recipe.weights, segment),
+                "precision": precision(build.recipe.weights, segment),
                 "bytes": engines[segment.name].bytes if segment.name in engines else 0,
                 "run_us": cost.segment_us.get(segment.name),
             }

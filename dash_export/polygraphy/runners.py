@@ -14,10 +14,10 @@ import numpy.typing as npt
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from dash_export.building.graph_runs import Arrays, graph_run, step_inputs, text_ids
 from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
-from dash_export.graph_runs import Arrays, graph_run, step_inputs, text_ids
 from dash_export.manifest import POLICY, Build, Segment
 from dash_export.names import new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors
@@ -69,7 +69,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
             build = self.bundle.load_build(target)
             self.layers = find_engine(self.bundle, build, name).layers
             seal = self.bundle.verify(loaded_files(self.bundle, build))
-            if build.recipe.get("engine") is not None:
+            if build.recipe.engine is not None:
                 raise BackendError(
                     f"Single engines of GPU targets ({target}) do not run in Polygraphy yet: leave --dash-segment out "
                     "to run whole steps, or compare graphs with `dash-export build --verify`."

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Timer
 
-from dash_export.arguments import shown
 from dash_export.errors import BundleError, RequestError
+from dash_export.typed_json import shown
 
 SECONDS = 2.0
 START_SECONDS = 60.0

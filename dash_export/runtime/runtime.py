@@ -23,7 +23,7 @@ from dash_export.runtime.rules import Rule, SessionRules, session_rules
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 from dash_export.runtime.text import Text
-from dash_export.targets import MAX_THREADS, Dispatch, Recipe, recipe_from_dict
+from dash_export.targets import MAX_THREADS, Dispatch, Recipe
 
 if TYPE_CHECKING:
     from dash_export.runtime.device.engines import DeviceEngines
@@ -37,7 +37,7 @@ class DashRuntime:
     def __init__(self, bundle: Bundle, build: Build, backend: Backend | Device, dispatch: str | None = None) -> None:
         """Most callers want `load`. Raises PolicyError for a dispatch mode that this build does not have."""
         self.bundle, self.build = bundle, build
-        self.recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {build.target}")
+        self.recipe = build.recipe
         dispatch = dispatch or self.recipe.runtime.dispatch
         if dispatch not in DISPATCH_MODES:
             raise PolicyError(f"There is no dispatch mode {dispatch!r:.60}. Known: {', '.join(DISPATCH_MODES)}.")
@@ -63,7 +63,7 @@ class DashRuntime:
         same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. `threads` overrides the recipe's
         (0: one per physical core). `verify` checks the SHA-256 of every file that is loaded; that it is still the same
         when all is loaded is checked without it too.
-        Raises BundleError, RecipeError (of the recipe recorded in a build), BackendError, PolicyError or RequestError.
+        Raises BundleError, BackendError, PolicyError or RequestError.
         """
         if threads is not None and not 0 <= threads <= MAX_THREADS:
             raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
@@ -73,7 +73,7 @@ class DashRuntime:
             opened.check_listed(build)
         text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]
         seal = opened.verify([*text, *loaded_files(opened, build)], hashes=verify)
-        recipe = recipe_from_dict(build.recipe, f"the recipe recorded in the build for {target}")
+        recipe = build.recipe
         backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
         runtime = cls(opened, build, backend, dispatch)
         opened.check_same(seal)

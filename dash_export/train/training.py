@@ -16,8 +16,9 @@ from dash_export.decision import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM, DecoderSpec
-from dash_export.outputs import locked, named, refuse_inputs, remove_own, work_folder, work_of
+from dash_export.outputs import locked, named, remove_own, work_folder, work_of
 from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, policy_path, save_policy
+from dash_export.replacing import refuse_inputs
 from dash_export.runtime.text import Text
 from dash_export.train.card import policy_card
 from dash_export.train.corpus import SELF_GENERATED, Corpus, Passage, read_corpus, read_prompts, self_generated

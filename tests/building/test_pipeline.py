@@ -180,7 +180,7 @@ def test_a_policy_whose_damages_are_no_numbers(bundle: Bundle) -> None:
 
 def test_another_bypass_keeps_the_layers(bundle: Bundle, made: list[str]) -> None:
     checkpoint = open_checkpoint(bundle.root.parent / "model")
-    changed = export(checkpoint, bundle.root, with_bypasses(tiny_policy(checkpoint, "linear"), checkpoint, seed=2))
+    changed = export(checkpoint, bundle.root, with_bypasses(tiny_policy(checkpoint, "linear"), checkpoint.spec, seed=2))
     made.clear()
     build(changed, "cpu", weights="fp32")
     assert set(made) == {f"{kind}_{name}" for kind in ("bypass", "mixed") for name in ("02-03", "04-04")}
@@ -190,7 +190,7 @@ def test_a_damaged_engine_is_made_again(bundle: Bundle, made: list[str]) -> None
     path = bundle.path("engines/cpu-fp32/bypass_02-03.onnx")
     sound = path.read_bytes()
     path.write_bytes(b"damaged")
-    message = r"bypass_02-03.onnx is not the file .* build \S+ --target cpu --weights fp32"
+    message = r"bypass_02-03.onnx is not the file .* build \S+ --target cpu-fp32"
     with pytest.raises(BundleError, match=message):
         DashRuntime.load(bundle.root, "cpu-fp32")
     build(bundle, "cpu", weights="fp32")

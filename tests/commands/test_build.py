@@ -26,7 +26,7 @@ def test_bundle(own_bundle: Path) -> None:
     assert "Units: skipping one saves so much of a token" in result.stdout
     assert re.search(r"2-3 +2 +\d+ +\d+ +\d+% +\d+\.\d\d %", result.stdout)
     assert f"Next: dash-export run {own_bundle} --target cpu-int8-head-fp32" in result.stdout
-    assert Bundle.open(own_bundle).load_build("cpu-int8-head-fp32").recipe["weights"]["layers"] == "int8"
+    assert Bundle.open(own_bundle).load_build("cpu-int8-head-fp32").recipe.weights.layers == "int8"
 
 
 def test_model(model: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Feed damaged files to every parser: `python -m tests.fuzz`, or `make fuzz`. CONTRIBUTING.md says what it is for.
 
 Each input is read or refused by a DashError: within LIMIT seconds of CPU time and a bounded memory, and nothing is
-written outside the folder. Each parser runs in a process of its own, which notes the input it is about to read: one
-that crashes or hangs leaves it. The corpus is read first. What fails is kept in it.
+written outside the folder. Each parser runs in a process of its own, which tells the input that it is about to read: a
+crash or a hang is known by it. The corpus is read first. What fails is kept in it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,8 @@ MEMORY = 64 << 20  # bytes, beside four times the input
 ADDRESSES = 2 << 30  # bytes more than at the start: what one input may ask for at most
 ALIKE = 3  # failures of one place that are kept
 FEWEST = 30  # inputs of each parser, however slow the machine
-# What a worker and its watchdog share:
-COUNT, REFUSED, ACCEPTED, SLOWEST, LARGEST, BEGAN = range(6)
-CURRENT, FAILED = "current", "failed"
 COLUMNS = ("inputs", "per_second", "refused", "accepted", "slowest_s", "memory_mib")
+FORK = multiprocessing.get_context("fork")
 
 
 def _peak(first: bool = False) -> int:
@@ -76,28 +75,26 @@ def _watched(folder: Path, writes: list[str]) -> None:
     sys.addaudithook(hook)
 
 
-def _inputs(name: str, seeds: Path, corpus: Path, seed: int, first: int) -> Iterator[bytes | None]:
-    """The corpus, then damaged seeds without end; None where the corpus ends."""
+def _inputs(name: str, given: argparse.Namespace, first: int) -> Iterator[tuple[bool, bytes]]:
+    """(whether it is of the corpus, input): the corpus, then damaged seeds without end."""
     from tests.fuzz.mutators import damaged
     from tests.fuzz.parsers import PARSERS
 
-    kept = [path.read_bytes() for path in sorted((corpus / name).glob("*"))]
-    yield from kept[first:]
-    yield None
-    sound = PARSERS[name].seeds(seeds)
-    number = max(0, first - len(kept))
+    kept = [path.read_bytes() for path in sorted((given.corpus / name).glob("*"))]
+    yield from ((True, data) for data in kept[first:])
+    sound, number = PARSERS[name].seeds(given.seeds), max(0, first - len(kept))
     while True:
-        yield damaged(random.Random(f"{name} {seed} {number}"), sound, PARSERS[name].mutator)
+        yield False, damaged(random.Random(f"{name} {given.seed} {number}"), sound, PARSERS[name].mutator)
         number += 1
 
 
-def _work(name: str, folder: Path, seeds: Path, corpus: Path, seed: int, until: float, board: Any) -> None:
-    """Read inputs until it is time; the number of the first is what the board has counted."""
+def _work(name: str, folder: Path, given: argparse.Namespace, until: float, first: int, told: Connection) -> None:
+    """Read inputs until it is time. Tells each input, then (what was wrong, if it was accepted, seconds, bytes)."""
     from tests.fuzz.parsers import PARSERS
 
-    parser, scratch = PARSERS[name], folder / "scratch"
+    scratch = folder / "scratch"
     if not scratch.exists():
-        shutil.copytree(seeds, scratch)
+        shutil.copytree(given.seeds, scratch)
     tempfile.tempdir = str(scratch)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -107,18 +104,13 @@ def _work(name: str, folder: Path, seeds: Path, corpus: Path, seed: int, until: 
     addresses = int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0]) << 10
     resource.setrlimit(resource.RLIMIT_AS, (addresses + ADDRESSES, addresses + ADDRESSES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    replaying = True
-    for data in _inputs(name, seeds, corpus, seed, int(board[COUNT])):
-        if data is None:
-            replaying = False
-            continue
-        if not replaying and time.monotonic() > until and board[COUNT] >= FEWEST:
+    for number, (known, data) in enumerate(_inputs(name, given, first), first):
+        if not known and time.monotonic() > until and number >= FEWEST:
             return
-        (folder / CURRENT).write_bytes(data)
-        board[BEGAN], cpu, before = time.monotonic(), time.process_time(), _peak(first=True)
-        wrong = _tried(parser, scratch, data, replaying, board)
+        told.send(data)
+        cpu, before = time.process_time(), _peak(first=True)
+        wrong, accepted = _tried(PARSERS[name], scratch, data, known)
         seconds, memory = time.process_time() - cpu, _peak() - before
-        board[BEGAN] = 0
         if seconds > LIMIT:
             wrong = wrong or f"{LIMIT:g} s: took {seconds:.1f} s"
         if memory > 4 * len(data) + MEMORY:
@@ -126,91 +118,75 @@ def _work(name: str, folder: Path, seeds: Path, corpus: Path, seed: int, until: 
         if writes:
             wrong = f"outside: {writes[0]}"
             writes.clear()
-        board[SLOWEST], board[LARGEST] = max(board[SLOWEST], seconds), max(board[LARGEST], memory)
-        board[COUNT] += 1
-        if wrong:
-            with (folder / FAILED).open("a") as file:
-                file.write(json.dumps([wrong, data.hex()]) + "\n")
+        told.send((wrong, accepted, seconds, memory))
 
 
-def _tried(parser: Any, scratch: Path, data: bytes, always_deep: bool, board: Any) -> str:
-    """Read one input; what was wrong, or nothing."""
+def _tried(parser: Any, scratch: Path, data: bytes, always_deep: bool) -> tuple[str, bool]:
+    """Read one input; what was wrong, or nothing, and whether it was accepted."""
     try:
         parser.run(scratch, data)
         if parser.deep is not None and (always_deep or zlib.crc32(data) % parser.every == 0):
             parser.deep(scratch)
-        board[ACCEPTED] += 1
+        return "", True
     except (DashError, click.UsageError):
-        board[REFUSED] += 1
+        return "", False
     except BaseException as error:  # a Rust library panics as one
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if "/dash_export/" in frame.filename] or frames
         place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
-        return f"{type(error).__name__}: {place} {error!s:.100}"
-    return ""
+        return f"{type(error).__name__}: {place} {error!s:.100}", False
 
 
-class Run:
-    """One parser's turn: when it ends, what its workers count, and the process at work."""
+def _fuzz(name: str, folder: Path, given: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """One parser's turn: what its workers tell, another one after a crash or a hang."""
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, 0) | {"failures": []}
+    began, data = time.monotonic(), b""
+    folder.mkdir()
+    while True:
+        told, telling = FORK.Pipe(duplex=False)
+        arguments = (name, folder, given, began + seconds, row["inputs"], telling)
+        worker = FORK.Process(target=_work, args=arguments)
+        worker.start()
+        telling.close()
+        wrong = f"hang: after {HANG:g} s"
+        try:
+            while told.poll(HANG):
+                message = told.recv()
+                if isinstance(message, bytes):
+                    data = message
+                else:
+                    _note(name, data, row, given, *message)
+            worker.kill()
+        except EOFError:
+            worker.join()
+            wrong = f"crash: exit code {worker.exitcode}"
+        worker.join()
+        if worker.exitcode == 0:
+            shutil.rmtree(folder)
+            return row | {"per_second": round(row["inputs"] / (time.monotonic() - began), 1)}
+        _note(name, data, row, given, wrong, False, 0.0, 0)
 
-    def __init__(self, name: str, folder: Path, share: float, arguments: argparse.Namespace) -> None:
-        self.name, self.folder, self.arguments = name, folder, arguments
-        self.began = time.monotonic()
-        self.until = self.began + share
-        self.board = multiprocessing.get_context("fork").RawArray("d", 6)
-        self.failures: list[str] = []
-        folder.mkdir()
-        self.start()
 
-    def start(self) -> None:
-        given = self.arguments
-        values = (self.name, self.folder, given.seeds, given.corpus, given.seed, self.until, self.board)
-        self.process = multiprocessing.get_context("fork").Process(target=_work, args=values)
-        self.process.start()
-
-    def goes_on(self) -> bool:
-        """Look after the process: start another after a crash or a hang. Whether the run goes on."""
-        input_began = self.board[BEGAN]  # 0 between two
-        hangs = input_began and time.monotonic() - input_began > HANG
-        if self.process.is_alive() and not hangs:
-            return True
-        if hangs:
-            self.process.kill()
-        self.process.join()
-        if self.process.exitcode == 0:
-            for line in (self.folder / FAILED).read_text().splitlines() if (self.folder / FAILED).exists() else []:
-                wrong, data = json.loads(line)
-                self.keep(wrong, bytes.fromhex(data))
-            self.seconds = time.monotonic() - self.began
-            shutil.rmtree(self.folder)
-            return False
-        current = self.folder / CURRENT
-        what = f"hang: after {HANG:g} s" if hangs else f"crash: exit code {self.process.exitcode}"
-        self.keep(what, current.read_bytes() if current.exists() else b"")
-        self.board[COUNT] += 1
-        self.board[BEGAN] = 0
-        self.start()
-        return True
-
-    def keep(self, wrong: str, data: bytes) -> None:
-        """Note a failure, and put its input into the corpus unless the like of it is there."""
-        kind, digest = "".join(wrong.split(" ")[:2]), hashlib.sha256(data).hexdigest()[:12]
-        alike = sum(kind in each for each in self.failures)
-        self.failures.append(f"{kind} {digest} {wrong}")
-        if alike >= ALIKE:
-            return
-        print(f"{self.name} {digest}: {wrong}", file=sys.stderr, flush=True)
-        if not (self.arguments.corpus / self.name / digest).exists():
-            (self.arguments.save / self.name).mkdir(parents=True, exist_ok=True)
-            (self.arguments.save / self.name / digest).write_bytes(data)
-
-    def row(self) -> dict[str, Any]:
-        count, refused, accepted, slowest, largest = (self.board[index] for index in range(BEGAN))
-        return {
-            "inputs": int(count), "per_second": round(count / self.seconds, 1), "refused": int(refused),
-            "accepted": int(accepted), "slowest_s": round(slowest, 3), "memory_mib": round(largest / (1 << 20), 1),
-            "failures": self.failures,
-        }  # fmt: skip
+def _note(
+    name: str, data: bytes, row: dict[str, Any], given: argparse.Namespace,
+    wrong: str, accepted: bool, seconds: float, memory: int,
+) -> None:  # fmt: skip
+    """Count an input, and put one that failed into the corpus unless its like is there."""
+    row["inputs"] += 1
+    row["accepted"] += bool(accepted)
+    row["refused"] += not (accepted or wrong)
+    row["slowest_s"] = max(row["slowest_s"], round(seconds, 3))
+    row["memory_mib"] = max(row["memory_mib"], round(memory / (1 << 20), 1))
+    if not wrong:
+        return
+    kind, digest = "".join(wrong.split(" ")[:2]), hashlib.sha256(data).hexdigest()[:12]
+    alike = sum(kind in each for each in row["failures"])
+    row["failures"].append(f"{kind} {digest} {wrong}")
+    if alike < ALIKE:
+        print(f"{name} {digest}: {wrong}", file=sys.stderr, flush=True)
+        if not (given.corpus / name / digest).exists():
+            (given.save / name).mkdir(parents=True, exist_ok=True)
+            (given.save / name / digest).write_bytes(data)
 
 
 def main() -> None:
@@ -222,35 +198,26 @@ def main() -> None:
     parse.add_argument("--corpus", type=Path, default=CORPUS, help="inputs that failed once, read first")
     parse.add_argument("--save", type=Path, default=CORPUS, help="where inputs that fail are put")
     parse.add_argument("--seeds", type=Path, help="a folder that make_seeds wrote")
-    arguments = parse.parse_args()
+    given = parse.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.seeds is None:  # in a process of its own: threads do not survive a fork
-            arguments.seeds = Path(folder) / "seeds"
+        if given.seeds is None:  # in a process of its own: threads do not survive a fork
+            given.seeds = Path(folder) / "seeds"
             make = "import sys, pathlib, tests.fuzz.parsers as p; p.make_seeds(pathlib.Path(sys.argv[1]))"
-            subprocess.run([sys.executable, "-c", make, arguments.seeds], check=True, stderr=subprocess.DEVNULL)
-        sys.exit(_fuzzed(arguments, Path(folder)))
+            subprocess.run([sys.executable, "-c", make, given.seeds], check=True, stderr=subprocess.DEVNULL)
+        sys.exit(_fuzzed(given, Path(folder)))
 
 
-def _fuzzed(arguments: argparse.Namespace, folder: Path) -> int:
+def _fuzzed(given: argparse.Namespace, folder: Path) -> int:
     from tests.fuzz.parsers import PARSERS, preloaded
 
-    preloaded(arguments.seeds)
-    waiting, jobs = list(arguments.only or PARSERS), len(os.sched_getaffinity(0))
-    share = arguments.seconds * jobs / len(waiting)
-    running: list[Run] = []
-    table: dict[str, dict[str, Any]] = {}
-    print(f"{'parser':15}", *(f"{name:>10}" for name in COLUMNS))
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop(0)
-            running.append(Run(name, folder / name, share, arguments))
-        for run in [each for each in running if not each.goes_on()]:
-            running.remove(run)
-            table[run.name] = row = run.row()
-            print(f"{run.name:15}", *(f"{row[name]:>10}" for name in COLUMNS), f"{len(row['failures'])} failed")
-        time.sleep(0.05)
+    preloaded(given.seeds)
+    names, table = given.only or list(PARSERS), dict[str, dict[str, Any]]()
+    print(f"{'parser':15}", *(f"{column:>10}" for column in COLUMNS))
+    for name in names:
+        table[name] = row = _fuzz(name, folder / name, given, given.seconds / len(names))
+        print(f"{name:15}", *(f"{row[column]:>10}" for column in COLUMNS), f"{len(row['failures'])} failed", flush=True)
     total = sum(row["inputs"] for row in table.values())
-    print(json.dumps({"seed": arguments.seed, "inputs": total, "parsers": table}))
+    print(json.dumps({"seed": given.seed, "inputs": total, "parsers": table}))
     return int(any(row["failures"] for row in table.values()))
 
 

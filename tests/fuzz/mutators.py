@@ -113,50 +113,18 @@ def in_json(rng: random.Random, data: bytes, _: Sequence[bytes]) -> bytes:
     return _dumped(changed_json(rng, json.loads(data)))
 
 
-def in_lines(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
-    """JSON lines: one line's values, or the lines themselves."""
-    lines = data.split(b"\n")
-    at = rng.randrange(len(lines))
-    if rng.random() < 0.3:
-        lines[at:at] = [rng.choice([b"", b"\r", b"null", b"[]", b"\xff", lines[at], rng.choice(seeds)])] * rng.choice(
-            [1, 2, 50]
-        )
-    else:
-        lines[at] = in_json(rng, lines[at], seeds)
-    return b"\n".join(lines)
+WORDS = ["9" * 5000, "0x" + "f" * 5000, "[" * 3000 + "]" * 3000, "{a = " * 3000 + "1" + "}" * 3000, "a." * 3000, "\n"]
+WORDS += ["true", "null", "nan", "1e999", "1979-05-27", "''", '"int4"', "[1, 'a', [2]]", "[[weights]]", "[engine]"]
+WORDS += list(map(str, NUMBERS))
 
 
 def in_text(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
-    """Words of the seeds removed, repeated or put elsewhere."""
+    """Words of a text (a template, a recipe, lines of JSON) removed, repeated, put elsewhere or replaced."""
     words = re.findall(rb"\w+|\s+|[^\w\s]+", data) or [b""]
     at = rng.randrange(len(words))
     other = re.findall(rb"\w+|\s+|[^\w\s]+", rng.choice(seeds)) or [b""]
-    words[at : at + rng.randrange(3)] = [
-        rng.choice([rng.choice(other), b"", str(rng.choice(NUMBERS)).encode(), b"9" * 99])
-    ]
+    words[at : at + rng.randrange(3)] = [rng.choice([rng.choice(other), b"", rng.choice(WORDS).encode()])]
     return b"".join(words)
-
-
-TOML = ["true", "-1", "0", "9" * 5000, "0x" + "f" * 5000, "1e999", "nan", "''", '"int4"', '"fp16"', "[]", '["8.7"]']
-TOML += ["1979-05-27", "[" * 3000 + "]" * 3000, "{a = " * 3000 + "1" + "}" * 3000, '"""\n\n"""', '"\\u0000"', "1_0"]
-TOML += ["[1, 'a', [2]]", "{}"]
-
-
-def in_toml(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
-    """A value, a line, a table's name."""
-    lines = data.decode().split("\n")
-    at = rng.randrange(len(lines))
-    key, equals, _ = lines[at].partition("=")
-    match rng.randrange(5):
-        case 0:
-            lines[at:at] = [rng.choice(rng.choice(seeds).decode().split("\n"))]
-        case 1:
-            del lines[at]
-        case 2:
-            lines[at] = rng.choice(["[engine]", "[[weights]]", "[runtime.x]", f"{'a.' * 3000}b = 1", '"" = 1', "x"])
-        case _ if equals:
-            lines[at] = f"{key}= {rng.choice(TOML)}"
-    return "\n".join(lines).encode()
 
 
 def in_safetensors(rng: random.Random, data: bytes, _: Sequence[bytes]) -> bytes:
@@ -182,84 +150,18 @@ def in_safetensors(rng: random.Random, data: bytes, _: Sequence[bytes]) -> bytes
     return length.to_bytes(8, "little") + text + rest
 
 
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-
-
-def _gguf_parts(data: bytes) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]], int]:
-    """Where the numbers of each key and of each tensor's description stand, (position, bytes); and the header's end."""
-    at, fields = 24, []
-
-    def number(width: int) -> int:
-        nonlocal at
-        if at + width > len(data):
-            raise ValueError("an earlier damage announces more than there is")
-        fields.append((at, width))
-        at += width
-        return int.from_bytes(data[at - width : at], "little")
-
-    def text() -> None:
-        nonlocal at
-        at += number(8)
-
-    def value(kind: int) -> None:
-        nonlocal at
-        if kind == 8:
-            text()
-        elif kind == 9:
-            inner, count = number(4), number(8)
-            for _ in range(count if inner == 8 else 0):
-                text()
-            at += 0 if inner == 8 else _WIDTHS[inner] * count
-        else:
-            number(_WIDTHS[kind])
-
-    def key() -> None:
-        text()
-        value(number(4))
-
-    def tensor() -> None:
-        text()
-        for _ in range(number(4)):
-            number(8)
-        number(4)
-        number(8)
-
-    groups: list[list[list[tuple[int, int]]]] = []
-    for count, read in ((data[16:24], key), (data[8:16], tensor)):
-        groups.append([])
-        for _ in range(int.from_bytes(count, "little")):
-            fields = []
-            read()
-            groups[-1].append(fields)
-    return groups[0], groups[1], at
-
-
 def in_gguf(rng: random.Random, data: bytes, _: Sequence[bytes]) -> bytes:
-    """A count, a length, a type, a size, an offset or a value of the header; a whole key or tensor there twice or not
-    at all; or as much more or less of data.
+    """A count, length, type, size or offset of the header, known by the zeros it ends with; or as much more or less of
+    data.
     """
-    keys, tensors, end = _gguf_parts(data)
     changed = bytearray(data)
-    which = rng.choice([0, 1])
-    group = (keys, tensors)[which]
-    index = rng.randrange(len(group))
-    match rng.randrange(6):
-        case 0:
-            begin = group[index][0][0]
-            stop = group[index + 1][0][0] if index + 1 < len(group) else (tensors[0][0][0] if which == 0 else end)
-            twice = rng.random() < 0.5
-            changed[begin:stop] = data[begin:stop] * (2 if twice else 0)
-            count = len(group) + (rng.choice([0, 1]) if twice else -1)
-            changed[16 - 8 * which : 24 - 8 * which] = count.to_bytes(8, "little")
-        case 1:
-            del changed[len(changed) - rng.choice([1, 4, 32, 100]) :]
-        case 2:
-            changed += bytes(rng.choice([1, 16, 32, 64]))
-        case _:
-            at, width = rng.choice([(4, 4), (8, 8), (16, 8), *group[index] * 2])
-            old = int.from_bytes(data[at : at + width], "little")
-            new = rng.choice([rng.choice(NUMBERS), old + rng.choice([1, -1, 3, 32, -32]), rng.randrange(40)])
-            changed[at : at + width] = (new % (1 << 8 * width)).to_bytes(width, "little")
+    if rng.random() < 0.2:
+        return bytes(changed[: -rng.choice([1, 4, 32, 100])] if rng.random() < 0.5 else changed + bytes(32))
+    numbers = list(re.finditer(rb"[^\0][\0-\xff]?\0{2}", data[: data.rindex(b".weight") + 64]))
+    at, width = rng.choice(numbers).start(), rng.choice([4, 8])
+    old = int.from_bytes(data[at : at + width], "little")
+    new = rng.choice([rng.choice(NUMBERS), old + rng.choice([1, -1, 3, 32, -32]), rng.randrange(40)])
+    changed[at : at + width] = (new % (1 << 8 * width)).to_bytes(width, "little")
     return bytes(changed)
 
 

@@ -15,11 +15,11 @@ import click
 
 from dash_export import DashRuntime
 from dash_export.building import build
+from dash_export.building.graph_runs import graph_run
 from dash_export.bundle import BUILD, MANIFEST, Bundle
 from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS
 from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.evaluate.task_files import read_items
-from dash_export.graph_runs import graph_run
 from dash_export.graphs.surgery import load_graph
 from dash_export.models import open_checkpoint, row_blocks
 from dash_export.policy import load_policy
@@ -233,7 +233,7 @@ PARSERS = {
         "chat_template.jinja",
     ),
     "recipe": Parser(
-        mutators.in_toml, _files("engines/*.toml"), _written("mine.toml", lambda path: load_recipe(str(path)))
+        mutators.in_text, _files("engines/*.toml"), _written("mine.toml", lambda path: load_recipe(str(path)))
     ),
     "policy": Parser(mutators.in_safetensors, _files("policy.safetensors"), _written("mine.safetensors", _policy)),
     "manifest": Parser(
@@ -245,8 +245,8 @@ PARSERS = {
     "engine": _onnx("engines/cpu-fp32/bypass_02-03.onnx", _engine, _run_verified, 8),
     "first_engine": _onnx("engines/cpu-fp32/layers_00-01.onnx", _engine, _run_verified, 8),
     "mixed_engine": _onnx("engines/cpu-fp32/mixed_02-03.onnx", _engine, _run_verified, 8),
-    "prompts": Parser(mutators.in_lines, lambda _: [LINES], _written("mine.jsonl", _lines)),
-    "tasks": Parser(mutators.in_lines, lambda _: TASKS, _written("mine.jsonl", read_items)),
+    "prompts": Parser(mutators.in_text, lambda _: [LINES], _written("mine.jsonl", _lines)),
+    "tasks": Parser(mutators.in_text, lambda _: TASKS, _written("mine.jsonl", read_items)),
     "lists": Parser(mutators.in_text, lambda _: LISTS, _chosen),
 }
 

@@ -48,7 +48,7 @@ def test_attention_is_one_node_and_weights_are_quantised(built: tuple[Bundle, Bu
     assert layer["GroupQueryAttention"] == 1
     assert not {"Attention", "TensorScatter", "RotaryEmbedding"} & set(layer)
     assert layer["SkipSimplifiedLayerNormalization"] == 1
-    quantised = made.recipe["weights"]["layers"] != "fp32"
+    quantised = made.recipe.weights.layers != "fp32"
     assert (layer["MatMulNBits"] > 0) == quantised
     assert (layer["MatMul"] > 0) != quantised
     merged = operators(bundle.path(made.engines["layers_00-01"].file))

@@ -15,8 +15,8 @@ from polygraphy.exception import PolygraphyException
 
 from dash_export import DashRuntime
 from dash_export.building.engine_graphs import portable_file
+from dash_export.building.graph_runs import graph_run, step_inputs
 from dash_export.bundle import Bundle
-from dash_export.graph_runs import graph_run, step_inputs
 from dash_export.polygraphy.runners import STEPS, DashEngineRunner, DashStepRunner, find_engine, token_feeds
 from dash_export.runtime.backends import onnxruntime
 from tests.tiny import random_ids

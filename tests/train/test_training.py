@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dash_export import outputs
+from dash_export import replacing
 from dash_export.decision import parse_units
 from dash_export.errors import OutputError, PolicyError, RequestError
 from dash_export.models import Checkpoint
@@ -197,7 +197,7 @@ def test_a_policy_that_cannot_be_replaced_is_told_before_the_work(
     with pytest.raises(OutputError, match="is read, and lies in what is replaced"):
         train(checkpoint, output, [prose], start=output, settings=SETTINGS)
     mounted = {tmp_path.resolve()}
-    monkeypatch.setattr(outputs, "_mount_points", lambda: mounted)
+    monkeypatch.setattr(replacing, "_mount_points", lambda: mounted)
     check_replaceable(output)
     mounted.add(tmp_path.resolve() / place)
     with pytest.raises(OutputError, match=rf"{place} is a mount point"):

@@ -36,7 +36,6 @@ from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.decode import BoundStep, EngineSet
 from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import engines
-from dash_export.targets import recipe_from_dict
 
 HELD_OUT = resource_folder("calibration") / "heldout.txt"
 """No policy was trained on it."""
@@ -109,12 +108,11 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     """
     build = bundle.load_build(target)
     segment = Segment.whole(bundle.manifest.model.num_layers)
-    recipe = recipe_from_dict(build.recipe, target)
     root = bundle.root.absolute().parent
     with tempfile.TemporaryDirectory(prefix="dash-export-bench-", dir=root) as name:
         folder = Path(name)
         (folder / "rope.data").write_bytes(bundle.path("onnx/rope.data").read_bytes())
-        lowered = lower(compose_segment(bundle, segment), recipe, bundle.manifest.policy.layers)
+        lowered = lower(compose_segment(bundle, segment), build.recipe, bundle.manifest.policy.layers)
         path = save_extending(lowered, folder / f"{segment.name}.onnx")[0]
         record = EngineRecord(str(path.relative_to(root)), 0, "")
         yield root, replace(build, segments=(segment,), engines={segment.name: record}, files=())
@@ -131,8 +129,7 @@ def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int)
     loaded: dict[int, EngineSet] = {}
     for index in (0, 1) if number % 2 == 0 else (1, 0):
         own, build = builds[index]
-        recipe = recipe_from_dict(build.recipe, build.target)
-        found = engines(own, build, backend(recipe.runtime.threads), recipe, "sync")
+        found = engines(own, build, backend(build.recipe.runtime.threads), build.recipe, "sync")
         assert isinstance(found, EngineSet)
         loaded[index] = found
     return loaded[0], loaded[1]

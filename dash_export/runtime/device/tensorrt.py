@@ -29,7 +29,8 @@ class TensorRT(Cuda):
         self._scratch: dict[str, CudaMemory] = {}
 
     def accept(self, build: Build, rebuild: str) -> None:
-        wanted, here = build.recipe["engine"]["capabilities"], self.device.capability
+        assert build.recipe.engine is not None
+        wanted, here = build.recipe.engine.capabilities, self.device.capability
         if build.backend_version != self.toolkit.version:
             raise BackendError(
                 f"The engines for {build.target!r} were compiled by {self.toolkit.backend} {build.backend_version} and "

@@ -1,0 +1,104 @@
+"""How a finished work folder takes an output's place: what is ours in there is replaced, all else stays. A kill in
+between is gone on from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dash_export.artifacts import read_bounded, sync, write_atomic
+from dash_export.errors import OutputError
+from dash_export.outputs import MARK, PLAN, mark, remove, remove_own, unmark, work_of
+
+_LONGEST_PLAN = 1 << 16
+
+
+def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str) -> None:
+    """Let a finished work folder become the output, or take the place of what is `ours` in it (paths below it); all
+    else in there stays as it is. `last`, which is ours, goes first and comes last: without it the output is unfinished,
+    and `recover` goes on. Raises OutputError where ours may not be replaced (`check_place`).
+    """
+    sync(work)
+    if not output.exists():
+        work.replace(output)
+        sync(output.parent)
+        unmark(output)
+        return
+    check_place(output, ours)
+    mark(output)
+    write_atomic(work / PLAN, "\n".join(name for name in ours if os.path.lexists(work / name)))
+    recover(output, ours, last)
+
+
+def recover(output: Path, ours: Sequence[str], last: str) -> None:
+    """Finish what a kill in `put_in_place` left; nothing where there is nothing."""
+    work = work_of(output)
+    if work.is_dir() and not work.is_symlink():
+        left = os.path.lexists(work / last)  # which goes last
+        begun = (work / PLAN).is_file() and (work / MARK).is_file() and ((output / MARK).is_file() or not left)
+        if begun and left:
+            _replace(work, output, ours, last)
+        if begun or {path.name for path in work.iterdir()} <= {MARK}:
+            remove_own(work)
+    if (output / last).exists():
+        unmark(output)
+
+
+def _replace(work: Path, output: Path, ours: Sequence[str], last: str) -> None:
+    """Replace what the plan says; what has been replaced is not in the work folder any more."""
+    planned = read_bounded(work / PLAN, _LONGEST_PLAN).decode().split("\n")
+    (output / last).unlink(missing_ok=True)
+    sync(output)
+    for name in ours:
+        old, new = output / name, work / name
+        if name != last and (name not in planned or os.path.lexists(new)):
+            remove(old)
+            if name in planned:
+                old.parent.mkdir(parents=True, exist_ok=True)
+                new.replace(old)
+                sync(old.parent)
+    (work / last).replace(output / last)
+    sync(output)
+
+
+def check_place(output: Path, ours: Sequence[str] = ("",)) -> None:
+    """Raises OutputError where `put_in_place` would fail halfway, or take what is not the output's: for a link on the
+    way to `ours` (by default the output itself), a mount point (nothing is renamed across one, nor is one removed), a
+    folder that may not be written.
+    """
+    if not os.path.lexists(output):
+        return
+    untouched = f"nothing of {output} was replaced"
+    root = output.parent.resolve() / output.name
+    mounts = {path for path in _mount_points() if path.is_relative_to(root)}
+    for name in ours:
+        way = [root / name, *(root / part for part in Path(name).parents if part.name)]
+        if link := next(filter(Path.is_symlink, way), None):
+            raise OutputError(f"{link} is a link, which is not replaced: {untouched}. Remove the link.")
+        if mounted := [path for path in mounts if path.is_relative_to(way[0]) or way[0].is_relative_to(path)]:
+            raise OutputError(f"{mounted[0]} is a mount point: {untouched}. Unmount it, or choose another output.")
+        inside = (path for path in way[0].rglob("*") if not path.is_symlink())
+        for path in filter(Path.is_dir, (root, *way, *inside)):
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                raise OutputError(f"{path} may not be written: {untouched}. Check its permissions.")
+
+
+def _mount_points() -> set[Path]:
+    """Mount points of this machine. A folder that is bound to another place of the same disk has the same device."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return set()
+    names = (re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), line.split()[4]) for line in lines)
+    return {Path(os.fsdecode(name)) for name in names}
+
+
+def refuse_inputs(inputs: Iterable[Path], replaced: Iterable[Path]) -> None:
+    """Raises OutputError where an input lies in what is replaced or removed in the end."""
+    places = [place.resolve() for place in replaced]
+    for path in inputs:
+        if any(path.resolve().is_relative_to(place) for place in places):
+            raise OutputError(f"{path} is read, and lies in what is replaced: move it away, or choose another output.")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -151,19 +150,7 @@ def _write(
         write_atomic(root / name, text)
         files.append(FileRecord(name, sha256_file(root / name), (root / name).stat().st_size))
     _remove_strays(root, files)
-    model = ModelFacts(
-        name=checkpoint.name,
-        model_type=spec.model_type,
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        vocab_size=spec.vocab_size,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        max_positions=spec.max_positions,
-        parameters=_parameters(checkpoint),
-        rms_norm_eps=spec.rms_norm_eps,
-    )
+    model = ModelFacts(**{each.name: getattr(spec, each.name) for each in fields(ModelFacts)})
     tools = {"dash-export": __version__} | {name: _version(name) for name in ("onnx", "onnx_ir", "numpy")}
     return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, tools)
 
@@ -220,10 +207,6 @@ def _policy_facts(policy: SkipPolicy) -> PolicyFacts:
         digest.hexdigest()[:32],
         policy.static_order,
     )
-
-
-def _parameters(checkpoint: Checkpoint) -> int:
-    return sum(math.prod(shape) for shape in checkpoint.spec.weight_shapes().values())
 
 
 def _refuse_foreign(output: Path) -> None:

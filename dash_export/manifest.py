@@ -23,7 +23,7 @@ DAMAGED = "The bundle is damaged: export or build it again."
 LARGEST_CONTEXT = 1 << 24
 """Positions; ten million are the most that are published."""
 # Above any published model, so that an absurd manifest fails here instead of at an allocation.
-_LARGEST = {
+LARGEST = {
     "num_layers": 1 << 10,
     "hidden_size": 1 << 17,
     "vocab_size": 1 << 22,
@@ -236,8 +236,8 @@ def _manifest_faults(manifest: Manifest) -> Iterator[str]:
     model, policy = manifest.model, manifest.policy
     if sealed(manifest).sha256 != manifest.sha256:
         yield "it was changed or damaged after it was made (hash mismatch)."
-    sizes = {name: getattr(model, name) for name in _LARGEST}
-    if wrong := [f"{name} = {size}" for name, size in sizes.items() if not 1 <= size <= _LARGEST[name]]:
+    sizes = {name: getattr(model, name) for name in LARGEST}
+    if wrong := [f"{name} = {size}" for name, size in sizes.items() if not 1 <= size <= LARGEST[name]]:
         yield f"{', '.join(wrong)} cannot be."
     try:
         check_units(policy.units, policy.read, model.num_layers)

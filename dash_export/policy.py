@@ -31,7 +31,7 @@ from dash_export.artifacts import read_bounded, write_atomic
 from dash_export.decision import Unit, check_units, units_of, units_text
 from dash_export.errors import CheckpointError, PolicyError
 from dash_export.models.spec import DecoderSpec, Float32Array
-from dash_export.models.weights import check_dtype, open_weights, read_metadata, require
+from dash_export.models.weights import open_weights, read_metadata, require
 from dash_export.outputs import check_place
 from dash_export.resources import resource_folder
 from dash_export.typed_json import WrongFieldError, typed
@@ -331,7 +331,6 @@ def _read(path: Path, facts: _Facts) -> SkipPolicy:
         home, _, own = name.rpartition(".")
         if home not in homes or (home == "model" and name != _FINAL_NORM):
             raise PolicyError(f"it holds a tensor {name!r:.60}, which is nothing of ours")
-        check_dtype(weight)
         if not weight.shape or 0 in weight.shape:
             raise PolicyError(f"its tensor {name!r:.60} is a single number or empty")
         homes[home][own] = weight.read_rows(0, weight.shape[0])

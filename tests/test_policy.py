@@ -34,7 +34,10 @@ from dash_export.resources import resource_folder
 from tests.models.helpers import SAFETENSORS_LAYOUTS
 
 HIDDEN = 32
-SPEC = DecoderSpec("llama", 300, HIDDEN, 64, 6, 2, 1, 16, 512, 1e-5, (1.0, 0.1))
+SPEC = DecoderSpec(
+    model_type="llama", vocab_size=300, hidden_size=HIDDEN, intermediate_size=64, num_layers=6, num_heads=2,
+    num_kv_heads=1, head_dim=16, max_positions=512, rms_norm_eps=1e-5, rope_frequencies=(1.0, 0.1),
+)  # fmt: skip
 
 
 UNITS = (Unit(2, 3), Unit(4, 4))

@@ -73,6 +73,7 @@ class _Made:
     """A tensor that is not on disk."""
 
     array: Float32Array
+    dtype: str = "F32"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,10 +113,11 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
     config = {**checkpoint.config, "num_hidden_layers": layers}
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:layers]  # all are alike
+    name = f"{checkpoint.spec.name}-without-{units_text(bypasses)}"
     return replace(
         checkpoint,
-        source=f"{checkpoint.name}-without-{units_text(bypasses)}",
-        spec=replace(checkpoint.spec, num_layers=layers, updates=tuple(updates)),
+        source=name,
+        spec=replace(checkpoint.spec, name=name, num_layers=layers, updates=tuple(updates)),
         config=config,
         weights=weights,
         assets={**checkpoint.assets, "config.json": json.dumps(config, indent=2)},

@@ -19,28 +19,27 @@ def shown(value: object) -> str:
 
 
 def positive_int(config: Mapping[str, Any], key: str, upper: int, default: int | None = None) -> int:
-    """`config[key]` as an integer in [1, upper]; a missing or null key takes `default`, without one it is an error."""
-    value = config.get(key)
-    if value is None:
-        if default is None:
-            raise CheckpointError(f"the config lacks {key!r}, a positive integer")
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= upper:
-        raise CheckpointError(f"config {key!r} is {shown(value)}; expected an integer from 1 to {upper}")
-    return value
+    """`config[key]`, an integer in [1, upper]; a missing or null key takes `default`, without one it is an error."""
+    return int(_positive(config, key, upper, default, (int,)))
 
 
 def positive_float(config: Mapping[str, Any], key: str, upper: float, default: float | None = None) -> float:
-    """`config[key]` as a number in (0, upper]; a missing or null key takes `default`, without one it is an error."""
+    """`config[key]`, a number in (0, upper]; a missing or null key takes `default`, without one it is an error."""
+    return float(_positive(config, key, upper, default, (int, float)))
+
+
+def _positive(
+    config: Mapping[str, Any], key: str, upper: float, default: float | None, kinds: tuple[type, ...]
+) -> float:
     value = config.get(key)
+    value = default if value is None else value
+    what = "a positive integer" if kinds == (int,) else "a positive number"
     if value is None:
-        if default is None:
-            raise CheckpointError(f"the config lacks {key!r}, a positive number")
-        return default
-    # The comparison comes first: float() of a huge integer overflows, and NaN compares false.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= upper:
-        raise CheckpointError(f"config {key!r} is {shown(value)}; expected a number above 0 and at most {upper:g}")
-    return float(value)
+        raise CheckpointError(f"the config lacks {key!r}, {what}")
+    # bool is not among the kinds; NaN compares false; float() of a huge integer would overflow.
+    if type(value) not in kinds or not 0 < value <= upper:
+        raise CheckpointError(f"config {key!r} is {shown(value)}; expected {what} of at most {upper:g}")
+    return value
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:

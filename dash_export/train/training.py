@@ -84,7 +84,7 @@ def train(
         policy = replace(
             policy,
             bypasses=tuple(bypass.in_half() for bypass in policy.bypasses),
-            origin=f"{kind} policy for {checkpoint.name[:LONGEST_NAME]}, trained by dash-export "
+            origin=f"{kind} policy for {spec.name[:LONGEST_NAME]}, trained by dash-export "
             f"(seed {settings.seed}, key {key[:8]})",
             final_norm=checkpoint.read(FINAL_NORM),
         )

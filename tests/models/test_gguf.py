@@ -37,10 +37,8 @@ def tiny_bytes(model: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     [
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "num_hidden_layers": 3}),
-        ("llama", {"attention_bias": True}),
-        ("llama", {"head_dim": 32}),
+        ("llama", {"attention_bias": True, "head_dim": 32}),
         ("qwen2", {}),
-        ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {"head_dim": 32}),
     ],
 )
@@ -79,16 +77,23 @@ def test_quantised_matrices(tmp_path: Path, model: Any) -> None:
     assert_same_weights(open_checkpoint(tmp_path / "tiny.gguf"), state)
 
 
-def test_linear_rope_scaling(tmp_path: Path) -> None:
-    scaled = tiny_model("llama", rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0})
-    for keys in (
-        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
-        {"llama.rope.scale_linear": 4.0},
-    ):
-        write_gguf(tmp_path / "tiny.gguf", scaled, metadata=keys)
-        checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
-        assert_same_model(checkpoint, scaled)
-        assert checkpoint.config["rope_parameters"]["rope_type"] == "linear"
+@pytest.mark.parametrize(
+    ("metadata", "divisor"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scale_linear": 4.0}, 4.0),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 0.0}, 1.0),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, 1.0),
+        ({"llama.attention.causal": True, "llama.pooling_type": 0}, 1.0),
+    ],
+)
+def test_linear_scaling_as_llama_cpp_reads_it(
+    tmp_path: Path, model: Any, metadata: dict[str, Any], divisor: float
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", model, metadata=metadata)
+    expected = model.model.rotary_emb.inv_freq.numpy() / divisor
+    np.testing.assert_allclose(open_checkpoint(tmp_path / "tiny.gguf").spec.rope_frequencies, expected, rtol=1e-6)
 
 
 def test_llama3_rope_factors_become_the_named_scaling(tmp_path: Path) -> None:
@@ -115,22 +120,27 @@ def test_other_rope_factors(tmp_path: Path, model: Any, factors: np.ndarray) -> 
     ("metadata", "message"),
     [
         ({"general.architecture": "gpt2"}, "gpt2.*llama, qwen2, qwen3"),
-        ({"llama.block_count": "two"}, "block_count"),
+        ({"llama.block_count": "two"}, "num_hidden_layers"),
         ({"llama.block_count": 3}, "lacks"),
-        ({"llama.block_count": 4_000_000_000}, "block_count"),
+        ({"llama.block_count": 4_000_000_000}, "num_hidden_layers"),
         ({"llama.embedding_length": 128}, "shape"),
-        ({"llama.attention.head_count_kv": [2, 2]}, "head_count_kv"),
+        ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
         ({"llama.attention.value_length": 8}, "length"),
-        ({"llama.rope.dimension_count": 8}, "partial_rotary_factor"),
+        ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "yarn"),
         ({"llama.rope.scaling.type": "linear"}, "factor"),
-        ({"llama.rope.freq_base": -1.0}, "rope.freq_base"),
+        ({"llama.rope.freq_base": -1.0}, "rope_theta"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon"),
         ({"llama.expert_count": 8}, "expert"),
         ({"llama.attention.sliding_window": 4096}, "sliding"),
+        ({"llama.rope.freq_bast": 500000.0}, "freq_bast"),
+        ({"llama.attn_logit_softcapping": 50.0}, "softcapping"),
+        ({"llama.attention.causal": False}, "causal"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor"),
+        ({"general.type": "adapter"}, "adapter"),
+        ({"split.count": "two"}, "shards"),
         ({"split.count": 3}, "llama-gguf-split"),
         ({"tokenizer.ggml.eos_token_id": 259}, "eos_token_id"),
-        ({"tokenizer.chat_template": 3}, "chat_template"),
     ],
 )
 def test_metadata_that_is_wrong_or_not_supported(

@@ -1,6 +1,5 @@
 import json
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +128,9 @@ def test_fingerprint_follows_content_not_place(folder: Path, saved: tuple[Path, 
         ("config.json", None, "no config.json"),
         ("config.json", b"[]", "JSON list; expected an object"),
         ("config.json", b"{", "not valid JSON"),
-        ("config.json", b"\xff\xfe", "UTF-8"),
+        ("config.json", b"\xff\xfe", r"config\.json.*UTF-8"),
+        ("chat_template.jinja", b"\xff\xfe", r"chat_template\.jinja.*UTF-8"),
+        ("tokenizer.json", b'{"a": ' * 100_000, r"tokenizer\.json is not"),
         ("config.json", b"[" * 100_000, "not valid JSON"),
         ("config.json", b"{}", "model_type"),
         ("tokenizer.json", None, "save_pretrained"),
@@ -138,7 +139,6 @@ def test_fingerprint_follows_content_not_place(folder: Path, saved: tuple[Path, 
         ("tokenizer_config.json", b"{]", "tokenizer_config.json"),
         ("model.safetensors", None, "neither model.safetensors nor"),
         ("model.safetensors", b"", "safetensors"),
-        ("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}", "safetensors"),
     ],
 )
 def test_missing_and_broken_files(folder: Path, name: str, content: bytes | None, message: str) -> None:
@@ -181,10 +181,10 @@ def test_wrong_tensors(folder: Path, tensor: str, value: torch.Tensor | None, me
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_weights_that_are_not_finite(folder: Path, value: str) -> None:
     norm = torch.ones(64)
-    norm[63] = value
+    norm[63] = float(value)
     rewrite(folder, model__norm__weight=norm)
     weight = open_checkpoint(folder).weights["model.norm.weight"]
     weight.read_rows(0, 63)
@@ -203,7 +203,7 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
     [
         *(
             ({"weight_map": {"model.norm.weight": name}}, "same folder")
-            for name in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", "", 3, None)
+            for name in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", 3)
         ),
         *((index, "weight_map") for index in ({}, {"weight_map": []}, {"weight_map": {}})),
         ({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}, "model-00001-of-00002"),
@@ -251,7 +251,7 @@ def test_hub_download(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RepositoryNotFoundError, "hub has no model 'org/name'"),
+        (RepositoryNotFoundError, "'org/name' is not there"),
         (GatedRepoError, "gated"),
         (ConnectionError, "cannot be reached"),
     ],
@@ -292,11 +292,20 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_deep_json(folder: Path, name: str) -> None:
-    (folder / name).write_text('{"rope_scaling": ' + '{"a": ' * 3000 + "1" + "}" * 3001)
-    with pytest.raises(CheckpointError, match="not valid JSON"):
+def test_a_head_beside_a_tied_embedding(folder: Path) -> None:
+    """The same one is one; another one would be dropped in silence."""
+    edit_config(folder, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="holds another lm_head"):
         open_checkpoint(folder)
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(folder, lm_head__weight=table.clone())
+    assert open_checkpoint(folder).spec.tie_embeddings
+
+
+def test_a_tokenizer_of_a_larger_model(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama", vocab_size=200)
+    with pytest.raises(CheckpointError, match="the embedding has 200 rows"):
+        open_checkpoint(tmp_path)
 
 
 def test_walking_all_weights_stays_small(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,3 +49,15 @@ def _add_update(layer: torch.nn.Module, name: str, config: Any, dtype: torch.dty
         return hidden + update
 
     layer.register_forward_hook(updated)
+
+
+@contextmanager
+def instead(module: torch.nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    """While it lasts, `module` gives `rows` [batch, tokens, size] for the tokens that `skip` [batch, tokens]."""
+    hook = module.register_forward_hook(
+        lambda _module, _inputs, found: torch.where(skip[..., None], rows.to(found.dtype), found)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()

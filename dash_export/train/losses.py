@@ -115,7 +115,7 @@ def regression_loss(
     that tells units apart. The other half, if `on_policy`, follow the network as it is, at a trade-off drawn per window
     (nats per dense token time), with EXPLORATION: what the policy will meet, over the whole dial.
     """
-    ids, dense, counted = model.tensors(batch)
+    ids, dense, counted = batch
     with torch.no_grad():
         final = model.dense(ids)[counted]
         ids, dense, counted = (tensor.repeat(MASKS, 1) for tensor in (ids, dense, counted))
@@ -151,7 +151,7 @@ def tuning_loss(
     """(KL + λ * time) / λ over one batch, so that every trade-off of the range weighs alike; with gradients for the
     bypasses and the network.
     """
-    ids, dense, counted = model.tensors(batch)
+    ids, dense, counted = batch
     drawn = _drawn(rng, len(ids), trade_offs).to(model.device)[:, None]
     cost = modules.cost(model.spec)
     limits = drawn[..., None] * cost
@@ -173,7 +173,7 @@ def static_loss(
     """KL under the first units of a static `order`, how many drawn per window up to those of half of the model's
     layers; with gradients for the bypasses.
     """
-    ids, dense, counted = model.tensors(batch)
+    ids, dense, counted = batch
     sizes = [len(modules.units[place].layers) for place in order]
     largest = max(1, int((np.cumsum(sizes) <= model.spec.num_layers / 2).sum()))
     counts = rng.integers(1, largest + 1, len(ids))

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from dash_export.artifacts import content_key
 from dash_export.decision import Unit, units_of, units_text
 from dash_export.errors import PolicyError
-from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, layer_weight
+from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, Weight, layer_weight
 from dash_export.policy import Bypass, SkipPolicy, check_policy
 
 OTHER_MODEL = 0.01
@@ -68,19 +68,9 @@ def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32
     return matrix, checkpoint.read(bias) if bias in checkpoint.weights else np.zeros(matrix.shape[1], np.float32)
 
 
-@dataclass(frozen=True)
-class _Made:
+def _made(name: str, array: Float32Array) -> Weight:
     """A tensor that is not on disk."""
-
-    array: Float32Array
-    dtype: str = "F32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def read_rows(self, start: int, stop: int) -> Float32Array:
-        return self.array[start:stop]
+    return Weight(name, array.shape, "F32", lambda start, stop: array[start:stop])
 
 
 def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) -> Checkpoint:
@@ -107,7 +97,7 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
         elif layer == unit.first:
             matrix, bias = bypasses[unit]["weight"][:, :hidden].T.copy(), bypasses[unit]["bias"][:hidden]
             own = layer_weight(layers - 1, f"update_{updates.count(layers - 1)}.")
-            weights |= {f"{own}weight": _Made(matrix), f"{own}bias": _Made(bias)}
+            weights |= {name: _made(name, array) for name, array in ((f"{own}weight", matrix), (f"{own}bias", bias))}
             digest.update(matrix.tobytes() + bias.tobytes())
             updates.append(layers - 1)
     config = {**checkpoint.config, "num_hidden_layers": layers}

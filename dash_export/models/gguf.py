@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST_CONTEXT
 from dash_export.models.fields import positive_float, positive_int, shown
-from dash_export.models.gguf_file import GgufWeight, read_gguf
+from dash_export.models.gguf_file import GgufTensor, read_gguf
 from dash_export.models.registry import FAMILIES, decoder_spec
 from dash_export.models.rope import base_frequencies, llama3_frequencies
 from dash_export.models.spec import Checkpoint
@@ -95,7 +94,7 @@ def open_gguf(path: Path) -> Checkpoint:
             "variant is not supported"
         )
     weights = {
-        name: replace(tensors[known], name=name, interleaved_heads=heads.get(name.split(".")[-2], 0))
+        name: tensors[known].weight(name, heads.get(name.split(".")[-2], 0))
         for name, known in stored.items()
         if known in tensors
     }
@@ -127,7 +126,7 @@ def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return family, own
 
 
-def _rope(own: Mapping[str, Any], divisors: GgufWeight | None, head_dim: int) -> dict[str, Any]:
+def _rope(own: Mapping[str, Any], divisors: GgufTensor | None, head_dim: int) -> dict[str, Any]:
     """The scaling, as llama.cpp has it: a factor without a type is linear, and a factor of 0 is none."""
     rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10_000.0)}
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or None
@@ -139,12 +138,12 @@ def _rope(own: Mapping[str, Any], divisors: GgufWeight | None, head_dim: int) ->
     return rope | _llama3(divisors, positive_float(rope, "rope_theta", 1e12), head_dim)
 
 
-def _llama3(weight: GgufWeight, theta: float, head_dim: int) -> dict[str, Any]:
+def _llama3(tensor: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
     """Llama 3's scaling by its name, from the divisors [head_dim / 2] that a converter made of it; where all are 1,
     none. Raises CheckpointError for others.
     """
-    if weight.shape == (head_dim // 2,):
-        factors, plain = weight.read_rows(0, head_dim // 2), base_frequencies(theta, head_dim)
+    if tensor.shape == (head_dim // 2,):
+        factors, plain = tensor.rows(0, head_dim // 2), base_frequencies(theta, head_dim)
         if (factors == 1).all():
             return {}
         factor = float(factors.max())
@@ -153,6 +152,6 @@ def _llama3(weight: GgufWeight, theta: float, head_dim: int) -> dict[str, Any]:
             if factor > 1 and np.allclose(plain / factors, named, rtol=1e-5, atol=0):
                 return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
     raise CheckpointError(
-        f"{weight.name} in {weight.path}, {list(weight.shape)}, are not the divisors of Llama 3's rope scaling; "
+        f"{tensor.name} in {tensor.path}, {list(tensor.shape)}, are not the divisors of Llama 3's rope scaling; "
         "no other scaling of this kind is supported. Export from the model's Hugging Face folder instead"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import CheckpointError
-from dash_export.models.spec import Float32Array
-from dash_export.models.weights import read_in_chunks, require
+from dash_export.models.spec import Weight
+from dash_export.models.weights import require
 
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors
 MAX_ELEMENTS = 1 << 21  # of all metadata arrays: a vocabulary of 262,144 takes 1.3 million
@@ -29,10 +30,8 @@ _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 
 
 @dataclass(frozen=True)
-class GgufWeight:
-    """One tensor of a GGUF file: `shape` is [out, in] as in Hugging Face, a row takes `row_bytes` from `offset` on.
-    `interleaved_heads` > 0: so many heads whose rotary pairs lie side by side in it.
-    """
+class GgufTensor:
+    """Where a tensor lies: `shape` is [out, in] as in Hugging Face, a row takes `row_bytes` from `offset` on."""
 
     path: Path
     name: str
@@ -40,40 +39,33 @@ class GgufWeight:
     quantization: int
     offset: int
     row_bytes: int
-    interleaved_heads: int = 0
 
-    @property
-    def dtype(self) -> str:
-        return str(self.quantization)
+    def weight(self, name: str, interleaved_heads: int = 0) -> Weight:
+        """It as a model's weight; `interleaved_heads` > 0: so many heads, whose rotary pairs lie side by side in it."""
+        rows = partial(self._head_rows, interleaved_heads) if interleaved_heads else self.rows
+        return Weight(name, self.shape, str(self.quantization), rows)
 
-    def read_rows(self, start: int, stop: int) -> Float32Array:
-        """Rows [start, stop) as float32, dequantised. Raises CheckpointError naming the tensor."""
-        read = self._read_heads if self.interleaved_heads else self._read
-        return read_in_chunks(self.name, self.shape, start, stop, read)
-
-    def _read_heads(self, start: int, stop: int) -> npt.NDArray[Any]:
+    def _head_rows(self, heads: int, start: int, stop: int) -> npt.NDArray[Any]:
         """Undo the converter's permutation: row 2i + j of a GGUF head is row j * head_dim / 2 + i in Hugging Face's."""
-        head_dim = self.shape[0] // self.interleaved_heads
+        head_dim = self.shape[0] // heads
         first, last = start // head_dim, -(-stop // head_dim)
-        rows = self._read(first * head_dim, last * head_dim)
+        rows = self.rows(first * head_dim, last * head_dim)
         split = rows.reshape(last - first, head_dim // 2, 2, *self.shape[1:]).swapaxes(1, 2)
         permuted: npt.NDArray[Any] = split.reshape(rows.shape)
         return permuted[start - first * head_dim : stop - first * head_dim]
 
-    def _read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        if len(self.shape) == 1:  # one row, as it is stored
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop), dequantised; a vector is stored as one row."""
+        if len(self.shape) == 1:
             return self._dequantized(0, 1)[0, start:stop]
         return self._dequantized(start, stop)
 
     def _dequantized(self, start: int, stop: int) -> npt.NDArray[Any]:
         # Read, not mapped: the resident set does not grow with the part of the model read so far.
         gguf = require("gguf")
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset + start * self.row_bytes)
-                data = file.read((stop - start) * self.row_bytes)
-        except OSError as error:
-            raise CheckpointError(f"cannot read tensor {self.name} in {self.path}: {error.strerror}") from error
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start * self.row_bytes)
+            data = file.read((stop - start) * self.row_bytes)
         if len(data) != (stop - start) * self.row_bytes:
             raise CheckpointError(f"{self.path} ends inside tensor {self.name}: the file changed while it was read")
         rows = np.frombuffer(data, dtype=np.uint8).reshape(stop - start, self.row_bytes)
@@ -87,7 +79,7 @@ class GgufWeight:
             ) from None
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufWeight]]:
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """(metadata, tensors by their names there). Raises CheckpointError, quickly, for a file that is corrupt, truncated
     or of another kind.
     """
@@ -109,7 +101,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufWeight]]:
         for name, (shape, quantization, row_bytes, offset) in infos.items():
             if start + offset != end:
                 raise header.damaged(f"tensor {name:.100} is said to begin at byte {start + offset}, not at {end}")
-            tensors[name] = GgufWeight(path, name, shape, quantization, end, row_bytes)
+            tensors[name] = GgufTensor(path, name, shape, quantization, end, row_bytes)
             end += prod(shape[:-1]) * row_bytes  # of Python's integers: it does not wrap around
             if end > header.size:
                 raise header.damaged(f"tensor {name:.100} ends at byte {end}, the file at {header.size} (truncated?)")

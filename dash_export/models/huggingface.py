@@ -33,7 +33,7 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
     config_text, config = read_json(folder / "config.json")
     spec = decoder_spec(config, Path(source).absolute().name)  # "." has no name
     assets = {"config.json": config_text} | _text_assets(folder, spec.vocab_size)
-    stored: dict[str, Weight] = {**open_weights(files)}
+    stored = open_weights(files)
     if "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored:  # a base model, saved alone
         stored = {name if name.startswith("lm_head.") else f"model.{name}": stored[name] for name in stored}
     checkpoint = checked(source, spec, config, stored, assets, files, seen)

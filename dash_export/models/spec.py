@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,18 +88,31 @@ class DecoderSpec(ModelFacts):
         return shapes
 
 
-class Weight(Protocol):
-    """One tensor of a checkpoint, still on disk. `dtype`: how it is stored, for the fingerprint."""
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint, still on disk: `rows(start, stop)` reads rows of its first axis, in any float type.
+    `dtype`: how it is stored, for the fingerprint.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> str: ...
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rows: Callable[[int, int], npt.NDArray[Any]]
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
-        """Rows [start, stop) of the first axis as float32, checked finite. Raises CheckpointError naming the tensor."""
-        ...
+        """Rows [start, stop) as float32. Raises CheckpointError naming the tensor where they cannot be read, or hold NaN
+        or infinity.
+        """
+        try:
+            with np.errstate(all="ignore"):
+                found = np.asarray(self.rows(start, stop), np.float32)
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {self.name}: {error}") from error
+        if not np.isfinite(found).all():
+            raise CheckpointError(
+                f"tensor {self.name} holds NaN or infinity in rows {start} to {stop - 1}; the weights are damaged"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -122,8 +135,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Float32Array:
         """A whole weight. Raises CheckpointError where it holds what is not finite."""
-        weight = self.weights[name]
-        return weight.read_rows(0, weight.shape[0])
+        return np.concatenate([*row_blocks(self.weights[name])])
 
     def check_same(self) -> None:
         """Raises CheckpointError where a weight file is another one than when it was opened: what has been read of it

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
-from dash_export.models.spec import Checkpoint, DecoderSpec, Float32Array, Weight
+from dash_export.models.spec import Checkpoint, DecoderSpec, Weight
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text
 
 CHUNK_BYTES = 8 << 20
 MAX_AXES = 4  # a policy's tensors have three
 _FLOATS = ("F64", "F32", "F16", "BF16")
-
-AnyWeight = TypeVar("AnyWeight", bound=Weight)
 
 
 def require(module: str) -> Any:
@@ -54,29 +50,6 @@ def read_json(path: Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return text, value
-
-
-def read_in_chunks(
-    name: str, shape: tuple[int, ...], start: int, stop: int, read: Callable[[int, int], npt.NDArray[Any]]
-) -> Float32Array:
-    """Rows [start, stop) of tensor `name` as float32, through `read(start, stop)` on chunks: small temporaries.
-
-    Raises CheckpointError when a value is NaN or infinite, IndexError when the rows do not exist.
-    """
-    if not 0 <= start <= stop <= shape[0]:
-        raise IndexError(f"rows {start}:{stop} of {name}, which has {shape[0]}")
-    rows = np.empty((stop - start, *shape[1:]), dtype=np.float32)
-    step = max(1, CHUNK_BYTES // (4 * prod(shape[1:])))
-    for begin in range(start, stop, step):
-        end = min(stop, begin + step)
-        target = rows[begin - start : end - start]
-        with np.errstate(all="ignore"):  # overflow and NaN are found below, with the tensor's name
-            target[...] = read(begin, end)
-        if not np.isfinite(target).all():
-            raise CheckpointError(
-                f"tensor {name} holds NaN or infinity in rows {begin} to {end - 1}; the weights are damaged"
-            )
-    return rows
 
 
 def seen_now(*paths: Path) -> dict[Path, tuple[int, ...]]:
@@ -123,32 +96,9 @@ def checked(
     return Checkpoint(source, spec, config, weights, assets, digest.hexdigest(), seen)
 
 
-@dataclass(frozen=True)
-class SafetensorsWeight:
-    """One tensor of a safetensors file."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read_rows(self, start: int, stop: int) -> Float32Array:
-        """Rows [start, stop) as float32. Raises CheckpointError naming the tensor."""
-        if self.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"tensor {self.name:.100} in {self.path} has dtype {self.dtype}; supported: {', '.join(_FLOATS)}"
-            )
-        return read_in_chunks(self.name, self.shape, start, stop, self._read)
-
-    def _read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        # Opened anew each time: closing it unmaps the file, and the pages read so far stop counting as ours.
-        with _opened(self.path) as file:
-            return file.get_slice(self.name)[start:stop]  # type: ignore[no-any-return]
-
-
-def open_weights(files: list[Path]) -> dict[str, SafetensorsWeight]:
+def open_weights(files: list[Path]) -> dict[str, Weight]:
     """Every tensor of the files by name, headers checked. Raises CheckpointError naming a file that is not sound."""
-    weights: dict[str, SafetensorsWeight] = {}
+    weights: dict[str, Weight] = {}
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the index names it, so the download is incomplete")
@@ -156,13 +106,21 @@ def open_weights(files: list[Path]) -> dict[str, SafetensorsWeight]:
             _refuse_twice(path)
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if name in weights:
-                    raise ValueError(f"{name!r:.100} is in {weights[name].path.name} too")
+                    raise ValueError(f"{name!r:.100} is in another file of the model too")
                 entry = file.get_slice(name)
-                shape = tuple(entry.get_shape())
+                shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
                 if len(shape) > MAX_AXES:
                     raise ValueError(f"{name!r:.100} has {len(shape)} axes")
-                weights[name] = SafetensorsWeight(path, name, shape, entry.get_dtype())
+                weights[name] = Weight(name, shape, dtype, partial(_rows, path, name, dtype))
     return weights
+
+
+def _rows(path: Path, name: str, dtype: str, start: int, stop: int) -> npt.NDArray[Any]:
+    if dtype not in _FLOATS:
+        raise CheckpointError(f"tensor {name:.100} in {path} has dtype {dtype}; supported: {', '.join(_FLOATS)}")
+    # Opened anew each time: closing it unmaps the file, and the pages read so far stop counting as ours.
+    with _opened(path) as file:
+        return file.get_slice(name)[start:stop]  # type: ignore[no-any-return]
 
 
 def read_metadata(path: Path) -> dict[str, str]:

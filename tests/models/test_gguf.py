@@ -160,7 +160,7 @@ def test_metadata_that_is_wrong_or_not_supported(
         ({"extra_tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, "attn_q_norm"),
         (
             {"remove": ("model.norm.weight",), "extra_tensors": {"output_norm.weight": np.ones(64, np.int32)}},
-            r"model\.norm\.weight.*I32",
+            r"output_norm\.weight.*I32",
         ),
     ],
 )

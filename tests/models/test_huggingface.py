@@ -82,9 +82,6 @@ def test_rows(folder: Path, saved: tuple[Path, Any]) -> None:
     expected = saved[1].state_dict()["model.layers.0.mlp.gate_proj.weight"].numpy()
     np.testing.assert_array_equal(weight.read_rows(5, 9), expected[5:9])
     assert weight.read_rows(4, 4).shape == (0, 64)
-    for start, stop in [(-1, 2), (3, 2), (0, 97)]:
-        with pytest.raises(IndexError):
-            weight.read_rows(start, stop)
 
 
 def test_assets(folder: Path) -> None:
@@ -288,7 +285,7 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama", max_shard_size="60KB")
     first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
     save_file(load_file(second) | load_file(first), second)
-    with pytest.raises(CheckpointError, match=f"{second.name} is not.* is in {first.name} too"):
+    with pytest.raises(CheckpointError, match=f"{second.name} is not.* is in another file"):
         open_checkpoint(tmp_path)
 
 

@@ -22,7 +22,7 @@ from dash_export.train.losses import (
     tuning_loss,
 )
 from dash_export.train.model import GatedModel, SkipModules, always, below, initial_network
-from dash_export.train.partition import judged, static_damage
+from dash_export.train.partition import static_damage, with_dense
 from tests.tiny import save_model, tiny_policy
 from tests.train.helpers import batch
 
@@ -83,7 +83,7 @@ def test_what_is_dear_decides(
     optimizer = torch.optim.Adam([modules.network["bias"]], 0.05)
 
     def skipped() -> float:
-        ids = torch.from_numpy(batch(1000).ids)
+        ids = batch(1000).ids
         with torch.no_grad():
             rollout = model.rollout(ids, modules, below(limits), torch.zeros_like(ids).bool())
         return float(rollout.skipped.float().mean())
@@ -104,7 +104,7 @@ def test_time_is_what_a_unit_saves(model: GatedModel, policy: SkipPolicy) -> Non
     }
     modules = SkipModules(replace(policy, network=network))
     given = batch(0)
-    ids, dense, counted = model.tensors(given)
+    ids, dense, counted = given
     with torch.no_grad():
         final = model.rollout(ids, modules, always(2, (0, 1)), dense).final[counted]
         p = torch.log_softmax(model.dense(ids)[counted] @ model.head.T, -1)
@@ -162,10 +162,10 @@ def test_an_idle_unit_costs_nothing(idle: Checkpoint) -> None:
         regression_loss(model, modules, (0.05, 0.5), batch(step), rng, on_policy=step > 50).backward()
         optimizer.step()
     with torch.no_grad():
-        ids = torch.from_numpy(batch(1000).ids)
+        ids = batch(1000).ids
         damage = model.rollout(ids, modules, lambda known: known < 0, torch.zeros_like(ids).bool()).damage
     learnt = damage.mean((0, 1)).numpy()
-    windows = judged(model, [batch(1000)])
+    windows = with_dense(model, [batch(1000)])
     alone = np.array([float(static_damage(model, modules, (place,), windows).mean()) for place in range(len(UNITS))])
     assert alone[IDLE] == pytest.approx(0, abs=1e-6)
     assert learnt[IDLE] < 0.1 * min(np.delete(learnt, IDLE))

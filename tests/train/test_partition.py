@@ -16,7 +16,7 @@ from dash_export.train.partition import (
     LAUNCH,
     Candidate,
     best_partition,
-    candidate_units,
+    candidate_groups,
     greedy_order,
     judged_candidate,
 )
@@ -47,7 +47,11 @@ def test_best_partition(gains: dict[str, float], expected: str) -> None:
 
 def test_best_partition_is_that_of_all() -> None:
     rng = np.random.default_rng(0)
-    made = [Candidate(unit, 0.1, 0.1, float(rng.random() * len(unit.layers))) for unit in candidate_units(8)]
+    made = [
+        Candidate(unit, 0.1, 0.1, float(rng.random() * len(unit.layers)))
+        for group in candidate_groups(8)
+        for unit in group
+    ]
 
     def most(layer: int) -> float:
         if layer == 8:
@@ -68,11 +72,12 @@ def test_a_gain_is_what_tokens_save_that_can_skip() -> None:
 
 
 def test_candidates() -> None:
-    units = candidate_units(30)
-    assert {unit.first for unit in units} == set(range(5, 30))
-    assert max(unit.last for unit in units) == 29
-    assert candidate_units(3) == (Unit(2, 2),)
-    assert candidate_units(2) == ()
+    """In groups of four layers at which they begin: their sums are in memory at once."""
+    groups = candidate_groups(30)
+    assert [sorted({unit.first for unit in group}) for group in groups[:2]] == [[5, 6, 7, 8], [9, 10, 11, 12]]
+    assert max(unit.last for group in groups for unit in group) == 29
+    assert candidate_groups(3) == [[Unit(2, 2)]]
+    assert candidate_groups(2) == []
 
 
 def test_each_adds_least_for_its_size(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -122,20 +121,21 @@ def kill_at(stage: str, times: int = 1) -> Callable[[str, int, int], None]:
     return progress
 
 
-FULL = {"candidates in": 12, "candidates skipped": 10, "bypasses": 3, "regression": 6, "tuning": 6, "static": 1}
+FULL = {"candidates, in": 12, "candidates, skipped": 10, "bypasses": 3, "regression": 6, "tuning": 6, "static": 1}
 """How often a whole training speaks of its stages, where each layer's candidates are a group."""
+DONE = dict.fromkeys(FULL, 0)
 
 
 @pytest.mark.parametrize(
     ("stage", "killed_at", "left"),
     [
-        ("candidates in", 4, {"candidates in": 9, "candidates skipped": 6}),
-        ("candidates skipped", 6, {"candidates in": 9, "candidates skipped": 6}),
-        ("bypasses", 2, {"candidates in": 0, "candidates skipped": 0}),
-        ("regression", 4, {"candidates in": 0, "candidates skipped": 0, "bypasses": 0, "regression": 4}),
-        ("tuning", 5, {"candidates in": 0, "candidates skipped": 0, "bypasses": 0, "regression": 0, "tuning": 2}),
-        ("static", 1, dict.fromkeys(FULL, 0) | {"static": 1}),
-        ("held-out", 1, dict.fromkeys(FULL, 0)),
+        ("candidates, in", 4, FULL | {"candidates, in": 9, "candidates, skipped": 6}),
+        ("candidates, skipped", 6, FULL | {"candidates, in": 9, "candidates, skipped": 6}),
+        ("bypasses", 2, FULL | {"candidates, in": 0, "candidates, skipped": 0}),
+        ("regression", 4, DONE | {"regression": 4, "tuning": 6, "static": 1}),
+        ("tuning", 5, DONE | {"tuning": 2, "static": 1}),
+        ("static", 1, DONE | {"static": 1}),
+        ("held-out", 1, DONE),
     ],
 )
 def test_a_killed_training_goes_on_where_it_stopped(
@@ -148,16 +148,19 @@ def test_a_killed_training_goes_on_where_it_stopped(
     killed_at: int,
     left: dict[str, int],
 ) -> None:
-    """At every stage: what is done is not done again, and the file is the same."""
+    """At every stage: what is done is not done again, and the file is the same. Progress is that of the whole."""
     monkeypatch.setattr(stages, "SAVE_EVERY", 2)
-    monkeypatch.setattr(partition, "LARGEST_SUMS", 1)
+    monkeypatch.setattr(partition, "GROUP", 1)
     output, seen = tmp_path / "policy.safetensors", []
     with pytest.raises(StopError):
         train(checkpoint, output, [prose], settings=SETTINGS, progress=kill_at(stage, killed_at))
     assert not output.exists()
-    resumed = train(checkpoint, output, [prose], settings=SETTINGS, progress=lambda name, *_: seen.append(name))
+    resumed = train(checkpoint, output, [prose], settings=SETTINGS, progress=lambda *told: seen.append(told))
     assert same(resumed, searched[1])
-    assert {own: sum(name.startswith(own) for name in seen) for own in FULL} == FULL | left
+    assert {own: sum(name.startswith(own) for name, _, _ in seen) for own in FULL} == left
+    (_, *dones), (_, *totals) = zip(*(told[1:] for told in seen), strict=True)  # after "reading the text"
+    assert dones == sorted(dones)
+    assert set(totals) == {dones[-1]}
 
 
 def test_what_appears_at_the_output_during_a_training_is_kept(
@@ -219,18 +222,16 @@ def test_the_work_folder_holds_nothing_of_others(checkpoint: Checkpoint, prose: 
 
 def test_a_damaged_state_is_not_believed(tmp_path: Path) -> None:
     """Wherever a byte of it is another, and where it is cut short: torch looks at no checksum."""
-    work, taken = Work(tmp_path, "key"), []
+    work = Work(tmp_path, "key")
     assert work.once("tuning", lambda: [1, torch.arange(64.0)])[0] == 1
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     damaged = [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in range(0, len(whole), 5)]
     for content in (*damaged, b"", b"PK\x03\x04 cut short", bytes(1000), whole[:-1]):
         path.write_bytes(content)
-        assert work.restore("tuning", taken.append) is None
-    assert not taken
+        assert work.kept("tuning") is None
     path.write_bytes(whole)
-    assert work.restore("tuning", lambda _: taken[1]) is None, "what fits not, however it fails"
-    assert Work(tmp_path, "other key").restore("tuning", lambda state: state) is None
+    assert Work(tmp_path, "other key").kept("tuning") is None
     assert work.once("tuning", lambda: [2])[0] == 1
 
 
@@ -248,19 +249,15 @@ def fitted_before_a_kill(checkpoint: Checkpoint, output: Path, texts: list[Path]
     return sum(name.startswith("bypasses") for name in heard)
 
 
-def test_a_text_is_not_taken_for_prompts(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """One file read the other way is another training, in which nothing of the other one's is taken."""
+def test_another_reading_is_another_training(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    """In which nothing of the other one's is taken: a file as text and as prompts, a chat template."""
     file, output = prompts_at(tmp_path / "both.jsonl", 40), tmp_path / "policy.safetensors"
-    fits = [fitted_before_a_kill(checkpoint, output, *read) for read in (([file], []), ([], [file]), ([], [file]))]
-    assert fits == [SETTINGS.fit_steps, SETTINGS.fit_steps, 0]
-
-
-def test_another_tokenizer_is_another_training(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
-    """The same weights read other text."""
     template = {"chat_template.jinja": "{% for message in messages %}{{ message.content }}{% endfor %}"}
-    other, output = replace(checkpoint, assets=checkpoint.assets | template), tmp_path / "policy.safetensors"
-    fits = [fitted_before_a_kill(each, output, [prose], []) for each in (checkpoint, other, other)]
-    assert fits == [SETTINGS.fit_steps, SETTINGS.fit_steps, 0]
+    other = replace(checkpoint, assets=checkpoint.assets | template)
+    readings = [(checkpoint, [file], []), (checkpoint, [], [file]), (checkpoint, [], [file])]
+    readings += [(checkpoint, [prose], []), (other, [prose], []), (other, [prose], [])]
+    fits = [fitted_before_a_kill(each, output, texts, prompts) for each, texts, prompts in readings]
+    assert fits == [SETTINGS.fit_steps, SETTINGS.fit_steps, 0] * 2
 
 
 def test_a_loss_that_is_no_number_ends_the_training(
@@ -290,27 +287,6 @@ def test_sources_have_names_of_their_own(texts: list[str], prompts: list[str], n
     expected = pytest.raises(RequestError, match=f"would be called {name}:") if name else nullcontext()
     with expected:
         check_unique_names([Path(text) for text in texts], [Path(file) for file in prompts])
-
-
-@pytest.mark.parametrize("part", ["modules", "optimizer"])
-def test_a_state_that_fits_in_part_leaves_nothing_of_itself(
-    part: str,
-    trained: tuple[Path, SkipPolicy],
-    checkpoint: Checkpoint,
-    prose: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Weights that are ours and an optimizer's state that is not, or the other way: the stage begins as it began."""
-    monkeypatch.setattr(stages, "SAVE_EVERY", 2)
-    output = tmp_path / "policy.safetensors"
-    with pytest.raises(StopError):
-        train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS, progress=kill_at("regression", 5))
-    path = output.with_name(f"{output.name}.unfinished") / "regression-state.pt"
-    state = torch.load(io.BytesIO(path.read_bytes()[32:]), weights_only=True)
-    state[part].popitem()
-    Work(path.parent, state.pop("key")).save("regression", **state)
-    assert same(train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS), trained[1])
 
 
 def test_no_stage_takes_more_steps_than_the_tuning(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:

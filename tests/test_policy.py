@@ -17,7 +17,7 @@ from dash_export.decision import Unit, units_text
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.bypasses import check_model
-from dash_export.models.registry import decoder_spec
+from dash_export.models.config import decoder_spec
 from dash_export.policy import (
     METADATA,
     Bypass,

@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST_CONTEXT
-from dash_export.models.fields import positive_float, positive_int, shown
+from dash_export.models.config import FAMILIES, base_frequencies, decoder_spec, llama3_frequencies, positive, shown
 from dash_export.models.gguf_file import GgufTensor, read_gguf
-from dash_export.models.registry import FAMILIES, decoder_spec
-from dash_export.models.rope import base_frequencies, llama3_frequencies
 from dash_export.models.spec import Checkpoint
 from dash_export.models.tokenizer_gguf import token_id, tokenizer_assets
-from dash_export.models.weights import checked, require, seen_now
+from dash_export.models.weights import checked, require
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _INTERLEAVED = ("llama",)
@@ -53,7 +52,7 @@ def open_gguf(path: Path) -> Checkpoint:
     Raises CheckpointError for a damaged file, an architecture, option or tokenizer that is not supported, and for
     tensors that this architecture does not use (dropping a bias in silence would give another model).
     """
-    seen = seen_now(path)
+    seen = {path: identity(path)}
     metadata, tensors = read_gguf(path)
     family, own = _architecture(metadata)
     if "token_embd.weight" not in tensors:
@@ -64,8 +63,8 @@ def open_gguf(path: Path) -> Checkpoint:
         "vocab_size": tensors["token_embd.weight"].shape[0],
         **{name: own.get(key) for name, key in _SIZES.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": positive_int(own, _CONTEXT, LARGEST_CONTEXT),
-        "rms_norm_eps": positive_float(own, _EPSILON, 1.0),
+        "max_position_embeddings": positive(own, _CONTEXT, LARGEST_CONTEXT),
+        "rms_norm_eps": positive(own, _EPSILON, 1.0),
         "rope_parameters": {},
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": family != "qwen2" and "blk.0.attn_q.bias" in tensors,
@@ -135,7 +134,7 @@ def _rope(own: Mapping[str, Any], divisors: GgufTensor | None, head_dim: int) ->
         return rope if kind == "none" else rope | {"rope_type": kind, "factor": factor}
     if kind not in ("none", "llama3"):
         raise CheckpointError(f"rope scaling {shown(kind)} together with {_ROPE_FACTORS} is not supported")
-    return rope | _llama3(divisors, positive_float(rope, "rope_theta", 1e12), head_dim)
+    return rope | _llama3(divisors, positive(rope, "rope_theta", 1e12), head_dim)
 
 
 def _llama3(tensor: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from dash_export.artifacts import identity
 from dash_export.bundle import TEXT_FILES
 from dash_export.errors import CheckpointError
-from dash_export.models.fields import shown
-from dash_export.models.registry import decoder_spec
+from dash_export.models.config import decoder_spec, shown
 from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, layer_weight, row_blocks
-from dash_export.models.weights import checked, open_weights, read_json, read_text, require, seen_now
+from dash_export.models.weights import checked, open_weights, read_json, read_text, require
 from dash_export.text_files import load_tokenizer
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
@@ -29,7 +29,7 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
         raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face model folder")
     files = _weight_files(folder)
     # First, and of all: what is replaced from here on is noticed.
-    seen = seen_now(*files, *(folder / name for name in TEXT_FILES))
+    seen = {path: identity(path) for path in (*files, *(folder / name for name in TEXT_FILES)) if path.exists()}
     config_text, config = read_json(folder / "config.json")
     spec = decoder_spec(config, Path(source).absolute().name)  # "." has no name
     assets = {"config.json": config_text} | _text_assets(folder, spec.vocab_size)

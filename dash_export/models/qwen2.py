@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dash_export.models.decoder import gated_decoder
+from dash_export.models.config import gated_decoder
 from dash_export.models.spec import DecoderSpec
 
 

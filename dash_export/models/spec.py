@@ -100,8 +100,8 @@ class Weight:
     rows: Callable[[int, int], npt.NDArray[Any]]
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
-        """Rows [start, stop) as float32. Raises CheckpointError naming the tensor where they cannot be read, or hold NaN
-        or infinity.
+        """Rows [start, stop) as float32. Raises CheckpointError naming the tensor where they cannot be read, or are not
+        finite.
         """
         try:
             with np.errstate(all="ignore"):

@@ -7,15 +7,15 @@ gives SmolLM wrong ids for digits, as in "\\n\\n1.") `default` is llama.cpp's fa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
 from dash_export.errors import CheckpointError
-from dash_export.models.fields import flag, shown
+from dash_export.models.config import flag, shown
 from dash_export.text_files import load_tokenizer
 
+_CONTROL, _USER_DEFINED = 3, 4  # token types; there are 1 to 6
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
@@ -23,29 +23,18 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _LLAMA_CPP_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 
-_CONTROL, _USER_DEFINED = 3, 4  # token types; there are 1 to 6
+def _split(*patterns: str) -> dict[str, Any]:
+    splits = [{"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False} for one in patterns]
+    return {"type": "Sequence", "pretokenizers": [*splits, _BYTES | {"use_regex": False}]}
 
 
-def _split_then_bytes(*patterns: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
-    def made() -> pre_tokenizers.PreTokenizer:
-        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-        return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-    return made
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
-
-
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": _smollm,
-    "qwen2": _split_then_bytes(_QWEN2),
-    "llama-bpe": _split_then_bytes(_LLAMA3),
-    "llama3": _split_then_bytes(_LLAMA3),
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    "default": _split_then_bytes(*_LLAMA_CPP_DEFAULT),
+_PRE_TOKENIZERS = {
+    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTES]},
+    "qwen2": _split(_QWEN2),
+    "llama-bpe": _split(_LLAMA3),
+    "llama3": _split(_LLAMA3),
+    "gpt-2": _BYTES,
+    "default": _split(*_LLAMA_CPP_DEFAULT),
 }
 # As llama.cpp does for these names: a word that is a token is that token, and a text begins with bos.
 _IGNORES_MERGES = _ADDS_BOS = ("llama-bpe", "llama3")
@@ -75,9 +64,9 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
         raise CheckpointError(f"tokenizer.chat_template is {shown(template)}; expected a string")
     bos, eos, pad, eot = (token_id(metadata, name) for name in ("bos", "eos", "padding", "eot"))
     add_bos = flag(metadata, "tokenizer.ggml.add_bos_token", pre in _ADDS_BOS) and bos is not None
-    text = _tokenizer(metadata, tokens, pre, bos if add_bos else None).to_str()
+    made = _tokenizer(metadata, tokens, pre, bos if add_bos else None)
     try:
-        load_tokenizer(text)  # as what runs the bundle will
+        text = load_tokenizer(json.dumps(made, ensure_ascii=False)).to_str()  # as what runs the bundle will
     except ValueError as error:
         raise CheckpointError(f"the GGUF vocabulary cannot be used: {error}") from error
     ids = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
@@ -115,39 +104,49 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     return values
 
 
-def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], pre: str, bos: int | None) -> Tokenizer:
-    halves = [merge.partition(" ") for merge in _strings(metadata, "tokenizer.ggml.merges")]
-    if not all(left and right and " " not in right for left, _, right in halves):
+def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], pre: str, bos: int | None) -> dict[str, Any]:
+    """A tokenizer.json; texts begin with the token `bos`, where there is one."""
+    merges = [merge.split(" ") for merge in _strings(metadata, "tokenizer.ggml.merges")]
+    if not all(len(merge) == 2 and all(merge) for merge in merges):
         raise CheckpointError("tokenizer.ggml.merges holds a merge that is not two tokens; the file is damaged")
-    merges = [(left, right) for left, _, right in halves]
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     sound = isinstance(kinds, list) and all(type(kind) is int and 1 <= kind <= 6 for kind in kinds)
     if not sound or len(kinds) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.token_type is {shown(kinds)}; expected an integer of 1 to 6 per token")
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    of_kind = {kind: [token for token, own in zip(tokens, kinds, strict=True) if own == kind] for kind in set(kinds)}
-    try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _IGNORES_MERGES))
-        special = [AddedToken(token, normalized=False, special=True) for token in of_kind.get(_CONTROL, ())]
-        tokenizer.add_special_tokens(special)
-        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in of_kind.get(_USER_DEFINED, ())])
-    except Exception as error:
-        raise CheckpointError(f"the GGUF vocabulary is not consistent: {error}") from error
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    post_processor: dict[str, Any] = _BYTES | {"add_prefix_space": True, "trim_offsets": False}
     if bos is not None:
-        if tokens[bos].startswith("$") or ":" in tokens[bos]:  # marks of the template's own language
-            raise CheckpointError(f"texts begin with the token {shown(tokens[bos])}, which is not supported")
-        template = processors.TemplateProcessing(
-            single=[tokens[bos], "$A"],
-            pair=[tokens[bos], "$A", f"{tokens[bos]}:1", "$B:1"],
-            special_tokens=[(tokens[bos], bos)],
+        first, text, pair = (
+            tokens[bos],
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
         )
-        tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, template])
-    return tokenizer
+        begins = [{"SpecialToken": {"id": first, "type_id": number}} for number in (0, 1)]
+        template = {
+            "type": "TemplateProcessing",
+            "single": [begins[0], text],
+            "pair": [begins[0], text, begins[1], pair],
+            "special_tokens": {first: {"id": first, "ids": [bos], "tokens": [first]}},
+        }
+        post_processor = {"type": "Sequence", "processors": [post_processor, template]}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": index, "content": token, **flags, "special": kind == _CONTROL}
+            for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+            if kind in (_CONTROL, _USER_DEFINED)
+        ],
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "pre_tokenizer": _PRE_TOKENIZERS[pre],
+        "post_processor": post_processor,
+        "decoder": _BYTES | {"add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": merges,
+            "ignore_merges": pre in _IGNORES_MERGES,
+        },
+    }
 
 
 def _json(value: dict[str, Any]) -> str:

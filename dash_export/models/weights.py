@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy.typing as npt
 
-from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 from dash_export.models.spec import Checkpoint, DecoderSpec, Weight
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text
@@ -50,11 +49,6 @@ def read_json(path: Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return text, value
-
-
-def seen_now(*paths: Path) -> dict[Path, tuple[int, ...]]:
-    """What tells these files from what may replace them, of those that exist: `Checkpoint.seen`."""
-    return {path: identity(path) for path in paths if path.exists()}
 
 
 def checked(

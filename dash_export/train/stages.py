@@ -27,7 +27,7 @@ import torch
 from dash_export.artifacts import Progress, no_progress, write_atomic
 from dash_export.decision import Unit
 from dash_export.errors import PolicyError
-from dash_export.policy import Bypass, SkipPolicy
+from dash_export.policy import SkipPolicy
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import SELF_GENERATED, Batch, Corpus
 from dash_export.train.defaults import TrainingSettings
@@ -44,8 +44,8 @@ from dash_export.train.partition import (
 )
 
 SAVE_EVERY = 20
-"""Steps of regression and tuning: a kill costs as many at most. What else a kill interrupts begins anew: the sums and
-trials of one group of candidates, the bypasses in closed form, the static order.
+"""Steps of regression and tuning: a kill costs as many at most, and the closed form. What else it interrupts
+begins anew: the sums and trials of one group of candidates, the static order.
 """
 RANKING_BATCHES = 2
 _DIGEST = hashlib.sha256().digest_size
@@ -119,7 +119,12 @@ def trained_policy(
     """
     model, settings = run.model, run.settings
     chosen = search_units(run) if units is None else ()
-    policy = start or fitted_policy(run, units or tuple(candidate.unit for candidate in chosen))
+    units = units or tuple(candidate.unit for candidate in chosen)
+    if start is None:
+        sums = _summed(run, units, settings.fit_steps, "bypasses in closed form")
+        policy = SkipPolicy(units, units[0].first - 1, None, tuple(map(sums.fit, units)))
+    else:
+        policy = start
     if kind == "static":
         policy = replace(policy, network=None)
     elif policy.network is None:
@@ -151,22 +156,18 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
     model, settings = run.model, run.settings
     windows = with_dense(model, [run.batch("trials", 0)[0]])
     groups = candidate_groups(model.spec.num_layers)
-    total = sum(settings.search_steps + len(group) for group in groups)
     tried: list[Candidate] = []
     for number, group in enumerate(groups, 1):
-        before = sum(settings.search_steps + len(group) for group in groups[: number - 1])
 
-        def trials(group: Sequence[Unit] = group, before: int = before) -> torch.Tensor:
-            sums = _summed(run, "candidates, in closed form", group, settings.search_steps, before, total)
-            damages = []
-            for done, unit in enumerate(group, before + settings.search_steps + 1):
-                policy = SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),))
-                modules = SkipModules(policy).to(model.device)
-                damages.append(static_damage(model, modules, (0,), windows).float().cpu())
-                run.progress("candidates, skipped alone", done, total)
-            return torch.stack(damages)
+        def damages(group: Sequence[Unit] = group) -> torch.Tensor:
+            sums, found = _summed(run, group, settings.search_steps), list[torch.Tensor]()
+            for unit in group:
+                modules = SkipModules(SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),))).to(model.device)
+                found.append(static_damage(model, modules, (0,), windows).float().cpu())
+                run.progress("candidates", len(tried) + len(found), sum(map(len, groups)))
+            return torch.stack(found)
 
-        for unit, damage in zip(group, run.work.once(f"candidates-{number}", trials), strict=True):
+        for unit, damage in zip(group, run.work.once(f"candidates-{number}", damages), strict=True):
             share = saved(model.spec, len(unit.layers))
             tried.append(judged_candidate(unit, damage.numpy(), share, settings.trade_offs))
     best = best_partition(tried, model.spec.num_layers)
@@ -178,25 +179,12 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
     return best
 
 
-def fitted_policy(run: Run, units: tuple[Unit, ...]) -> SkipPolicy:
-    """Bypasses in closed form, without a network."""
-
-    def fit() -> list[dict[str, torch.Tensor]]:
-        sums = _summed(run, "bypasses in closed form", units, run.settings.fit_steps)
-        return [
-            {name: torch.from_numpy(array) for name, array in sums.fit(unit).weights.items()} for unit in sums.units
-        ]
-
-    kept = run.work.once("fit", fit)
-    bypasses = tuple(Bypass({name: tensor.numpy() for name, tensor in weights.items()}) for weights in kept)
-    return SkipPolicy(units, units[0].first - 1, None, bypasses)
-
-
-def _summed(run: Run, name: str, units: Sequence[Unit], steps: int, before: int = 0, total: int = 0) -> Sums:
+def _summed(run: Run, units: Sequence[Unit], steps: int, name: str = "") -> Sums:
     sums = Sums(run.model, units)
     for step in range(steps):
         sums.add(run.batch("sums", step)[0])
-        run.progress(name, before + step + 1, total or steps)
+        if name:
+            run.progress(name, step + 1, steps)
     return sums
 
 
@@ -208,14 +196,7 @@ def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
     return tuple(run.work.once("ranking", order))
 
 
-def _optimise(
-    run: Run,
-    stage: str,
-    modules: SkipModules,
-    steps: int,
-    rates: Rates,
-    loss: Loss,
-) -> None:
+def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss) -> None:
     """AdamW with a short warm-up and a cosine to a twentieth, clipped per group; saves every SAVE_EVERY steps."""
     if not steps:
         return

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
-from dash_export.models.registry import decoder_spec
+from dash_export.models.config import decoder_spec
 from tests.models.helpers import (
     DIMENSIONS,
     SAFETENSORS_LAYOUTS,

@@ -8,7 +8,7 @@ import pytest
 
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
-from dash_export.models.registry import decoder_spec
+from dash_export.models.config import decoder_spec
 from tests.models.helpers import DIMENSIONS, assert_same_model, edit_config, save_tiny
 
 LLAMA3 = {

@@ -56,11 +56,7 @@ def policy_card(
         "settings": asdict(settings),
         "tokens": run.corpus.tokens(),
         "held_out": {"tokens": held.tokens(), "judged": judged, "figures": figures},
-        "versions": {
-            "dash-export": __version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
+        "versions": {"dash-export": __version__} | {name: version(name) for name in ("torch", "transformers")},
         "precision": str(run.model.dtype).removeprefix("torch."),
         "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
     }
@@ -102,8 +98,5 @@ def held_out_figures(
             values = (layers, found.kl, found.agree, -found.log_likelihood)
             sums[index] += [float(value.double().sum()) for value in values]
             progress("held-out text", done * len(runs) + index + 1, len(batches) * len(runs))
-    columns = ("skipped", "kl", "top1", "nll")
-    means = (sums / count).round(4).tolist()
-    return count, [
-        {"setting": name} | dict(zip(columns, row, strict=True)) for (name, _), row in zip(runs, means, strict=True)
-    ]
+    rows = zip((name for name, _ in runs), *(sums / count).round(4).T.tolist(), strict=True)
+    return count, [dict(zip(("setting", "skipped", "kl", "top1", "nll"), row, strict=True)) for row in rows]

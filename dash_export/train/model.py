@@ -50,8 +50,8 @@ class SkipModules(nn.Module):
             raise PolicyError("A bypass of this policy has no weights, so there is nothing to train or to judge.")
         self.units = policy.units
         self.read = policy.read
-        self.network = nn.ParameterDict(_parameters(policy.network or {}))
-        self.bypasses = nn.ModuleList(nn.ParameterDict(_parameters(bypass.weights)) for bypass in policy.bypasses)
+        self.network = _parameters(policy.network or {})
+        self.bypasses = nn.ModuleList(_parameters(bypass.weights) for bypass in policy.bypasses)
 
     def damage(self, state: torch.Tensor) -> torch.Tensor:
         """What enters layer `read`, normed -> damage [..., units] in nats; without a network 0."""
@@ -63,8 +63,8 @@ class SkipModules(nn.Module):
         """The columns of a unit's bypass, as `policy.py` orders them: what enters the unit, normed -> [..., columns]
         in the dtype of `state`.
         """
-        weight = {name: value.to(state.dtype) for name, value in self.bypasses[place].named_parameters()}
-        return state @ weight["weight"] + weight["bias"]
+        weight, bias = (self.bypasses[place].get_parameter(name).to(state.dtype) for name in ("weight", "bias"))
+        return state @ weight + bias
 
     def cost(self, spec: DecoderSpec) -> torch.Tensor:
         """What skipping each unit saves [units], by bytes."""
@@ -82,8 +82,8 @@ def initial_network(units: int, hidden: int) -> dict[str, Float32Array]:
     return {"weight": np.zeros((hidden, units), np.float32), "bias": np.full(units, FIRST_SCORE, np.float32)}
 
 
-def _parameters(arrays: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(torch.tensor(array)) for name, array in arrays.items()}
+def _parameters(arrays: Mapping[str, np.ndarray]) -> nn.ParameterDict:
+    return nn.ParameterDict({name: nn.Parameter(torch.tensor(array)) for name, array in arrays.items()})
 
 
 def _arrays(part: nn.Module) -> dict[str, Float32Array]:
@@ -222,9 +222,9 @@ class GatedModel:
 
         def run(hidden: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
             with ExitStack() as stack:
-                if skip is not None:
-                    for projection, own in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), rows, strict=True):
-                        stack.enter_context(instead(projection, skip, own))
+                for projection, own in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), rows, strict=False):
+                    assert skip is not None
+                    stack.enter_context(instead(projection, skip, own))
                 ran: torch.Tensor = layer(hidden, attention_mask=None, position_embeddings=rotary)
             return ran
 

@@ -33,8 +33,6 @@ GROUP = 4
 """Layers at which candidates begin whose sums are in memory at once: 0.1 GB of a 135M, 4.6 GB of an 8B. The search goes
 over its text once for each such group.
 """
-TRIED = 8
-"""A greedy step tries this many units, the best alone."""
 
 Windows = Sequence[tuple[Batch, torch.Tensor]]
 """Batches, and what the dense model makes of each: its normed last states at the counted positions."""
@@ -106,27 +104,19 @@ def static_damage(model: GatedModel, modules: SkipModules, places: Sequence[int]
 def greedy_order(
     model: GatedModel, modules: SkipModules, windows: Windows, progress: Progress = no_progress
 ) -> tuple[int, ...]:
-    """Places of all units in the order in which a static policy skips them: the one that hurts least a layer, then the
-    one of TRIED that adds least, and so on. The last half is not searched for: nobody skips nearly everything.
+    """Places of all units in the order in which a static policy skips them: each time the one that adds least damage a
+    layer. The last half is not searched for, and as the last step ranks it: nobody skips nearly everything.
     """
-    sizes, done = [len(unit.layers) for unit in modules.units], 0
-    count, searched = len(sizes), (len(sizes) + 1) // 2
-    trials = count + sum(min(TRIED, count - chosen) for chosen in range(1, searched))
-
-    def damage(*places: int) -> float:
-        nonlocal done
-        done += 1
-        progress("static order", done, trials)
-        return float(static_damage(model, modules, places, windows).mean())
-
-    alone = [damage(place) for place in range(count)]
-    left = sorted(range(count), key=lambda place: alone[place] / sizes[place])
-    chosen = [left.pop(0)]
-    known = alone[chosen[0]]
+    sizes, chosen, known, done = [len(unit.layers) for unit in modules.units], list[int](), 0.0, 0
+    left, searched = list(range(len(sizes))), (len(sizes) + 1) // 2
+    trials = sum(len(sizes) - step for step in range(searched))
     while len(chosen) < searched:
-        totals = {place: damage(*chosen, place) for place in left[:TRIED]}
-        best = min(totals, key=lambda place: (totals[place] - known) / sizes[place])
-        left.remove(best)
+        totals = {}
+        for place in left:
+            totals[place] = float(static_damage(model, modules, (*chosen, place), windows).mean())
+            done += 1
+            progress("static order", done, trials)
+        best, *left = sorted(left, key=lambda place: (totals[place] - known) / sizes[place])
         chosen.append(best)
         known = totals[best]
     return (*chosen, *left)

@@ -36,8 +36,7 @@ class Oracle:
     """A checkpoint and its skip policy in float32."""
 
     def __init__(self, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
-        weights = {name: checkpoint.read(name) for name in checkpoint.weights}
-        self.model = torch_model(checkpoint.config, weights, torch.float32, attention="eager")
+        self.model = torch_model(checkpoint, torch.float32, attention="eager")
         self.policy = policy
         self.eps = checkpoint.spec.rms_norm_eps
         self.size = key_value_size(checkpoint.spec)

@@ -110,8 +110,7 @@ class GatedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        weights = {name: checkpoint.read(name) for name in checkpoint.weights}
-        self.model = torch_model(checkpoint.config, weights, dtype).to(device=device)
+        self.model = torch_model(checkpoint, dtype).to(device=device)
         self.device = device
         self.dtype = dtype
         self.spec = checkpoint.spec

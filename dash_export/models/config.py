@@ -49,7 +49,8 @@ def gated_decoder(
     config: Mapping[str, Any], *, max_positions: int, head_dim: int | None = None, **traits: Any
 ) -> DecoderSpec:
     """The spec of a config: `traits` are the family's fields of `DecoderSpec`, the other keywords its defaults for keys
-    that the config leaves out. Raises CheckpointError naming the key that is missing, out of range or not supported.
+    that the config leaves out. A family that takes an option which is refused here reads it and passes the config on
+    without it. Raises CheckpointError naming the key that is missing, out of range or not supported.
     """
     for key, (only, supported) in _ONLY.items():
         if (value := config.get(key)) is not None and value != only:

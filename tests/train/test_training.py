@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def same(one: SkipPolicy, other: SkipPolicy) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
+Learn = Callable[..., SkipPolicy]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "policy.safetensors"
+
+
+@pytest.fixture
+def learn(checkpoint: Checkpoint, output: Path, prose: Path) -> Learn:
+    """`learn(**options)`: a training into `output`, of the tiny model's units unless told otherwise."""
+    return partial(train, checkpoint, output, texts=[prose], settings=SETTINGS, units=TINY_UNITS)
+
+
 @pytest.fixture(scope="module")
 def trained(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SkipPolicy]:
     path = tmp_path_factory.mktemp("trained") / "policy.safetensors"
@@ -81,12 +96,11 @@ def test_the_file_is_the_policy_and_the_card_says_how(
 
 @pytest.mark.parametrize("change", [{}, {"seed": 1}, {"precision": "float32"}], ids=["same", "seed", "precision"])
 def test_the_same_settings_make_the_same_policy(
-    change: dict[str, Any], trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+    change: dict[str, Any], trained: tuple[Path, SkipPolicy], learn: Learn, output: Path
 ) -> None:
-    path, settings = tmp_path / "again.safetensors", replace(SETTINGS, **change)
-    again = train(checkpoint, path, [prose], units=TINY_UNITS, settings=settings)
-    assert same(again, trained[1]) == (not change)
-    assert json.loads(path.with_suffix(".json").read_text())["precision"] == settings.precision
+    settings = replace(SETTINGS, **change)
+    assert same(learn(settings=settings), trained[1]) == (not change)
+    assert json.loads(output.with_suffix(".json").read_text())["precision"] == settings.precision
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +120,13 @@ def test_units_are_those_that_gain_most(searched: tuple[Path, SkipPolicy], check
         assert row["damage"] > 0
 
 
-def kill_at(stage: str, times: int = 1) -> Callable[[str, int, int], None]:
+def kill_at(stage: str, times: int = 1, heard: list[str] | None = None) -> Callable[[str, int, int], None]:
     """A progress that raises StopError the nth time that it hears of the stage."""
-    heard = 0
+    heard = [] if heard is None else heard
 
     def progress(name: str, _done: int, _total: int) -> None:
-        nonlocal heard
-        heard += name.startswith(stage)
-        if heard == times:
+        heard.append(name)
+        if sum(name.startswith(stage) for name in heard) == times:
             raise StopError
 
     return progress
@@ -137,9 +150,8 @@ DONE = dict.fromkeys(FULL, 0)
 )
 def test_a_killed_training_goes_on_where_it_stopped(
     searched: tuple[Path, SkipPolicy],
-    checkpoint: Checkpoint,
-    prose: Path,
-    tmp_path: Path,
+    learn: Learn,
+    output: Path,
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
     killed_at: int,
@@ -148,11 +160,11 @@ def test_a_killed_training_goes_on_where_it_stopped(
     """At every stage: what is done is not done again, and the file is the same. Progress is that of the whole."""
     monkeypatch.setattr(stages, "SAVE_EVERY", 2)
     monkeypatch.setattr(partition, "GROUP", 1)
-    output, seen = tmp_path / "policy.safetensors", []
+    seen: list[tuple[str, int, int]] = []
     with pytest.raises(StopError):
-        train(checkpoint, output, [prose], settings=SETTINGS, progress=kill_at(stage, killed_at))
+        learn(units=None, progress=kill_at(stage, killed_at))
     assert not output.exists()
-    resumed = train(checkpoint, output, [prose], settings=SETTINGS, progress=lambda *told: seen.append(told))
+    resumed = learn(units=None, progress=lambda *told: seen.append(told))
     assert same(resumed, searched[1])
     assert {own: sum(name.startswith(own) for name, _, _ in seen) for own in FULL} == left
     (_, *dones), (_, *totals) = zip(*(told[1:] for told in seen), strict=True)  # after "reading the text"
@@ -161,58 +173,50 @@ def test_a_killed_training_goes_on_where_it_stopped(
 
 
 def test_what_appears_at_the_output_during_a_training_is_kept(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+    trained: tuple[Path, SkipPolicy], learn: Learn, output: Path
 ) -> None:
-    output = tmp_path / "policy.safetensors"
+    card = output.with_suffix(".json")
 
     def appear(name: str, *_: object) -> None:
         if name.startswith("tuning"):
             output.write_bytes(b"mine")
-            output.with_suffix(".json").write_text("{}")
+            card.write_text("{}")
 
     with pytest.raises(PolicyError, match="exists and is no skip policy: it will not be overwritten"):
-        train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS, progress=appear)
-    assert (output.read_bytes(), output.with_suffix(".json").read_text()) == (b"mine", "{}")
-    for path in (output, output.with_suffix(".json")):
-        path.unlink()
-    # the work was kept
-    again = train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS, progress=kill_at("tuning"))
-    assert same(again, trained[1])
+        learn(progress=appear)
+    assert (output.read_bytes(), card.read_text()) == (b"mine", "{}")
+    output.unlink()
+    card.unlink()
+    assert same(learn(progress=kill_at("tuning")), trained[1]), "the work was kept"
 
 
 @pytest.mark.parametrize("place", ["policy.safetensors", "policy.json"])
 def test_a_policy_that_cannot_be_replaced_is_told_before_the_work(
-    place: str,
-    trained: tuple[Path, SkipPolicy],
-    checkpoint: Checkpoint,
-    prose: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    place: str, trained: tuple[Path, SkipPolicy], learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mount point; and what the training goes on from."""
-    output = Path(shutil.copy(trained[0], tmp_path))
-    shutil.copy(trained[0].with_suffix(".json"), tmp_path)
+    for path in (trained[0], trained[0].with_suffix(".json")):
+        shutil.copy(path, output.parent)
     before = output.read_bytes()
     with pytest.raises(OutputError, match="is read, and lies in what is replaced"):
-        train(checkpoint, output, [prose], start=output, settings=SETTINGS)
-    mounted = {tmp_path.resolve()}
+        learn(start=output, units=None)
+    mounted = {output.parent.resolve()}
     monkeypatch.setattr(outputs, "_mount_points", lambda: mounted)
     check_replaceable(output)
-    mounted.add(tmp_path.resolve() / place)
+    mounted.add(output.parent.resolve() / place)
     with pytest.raises(OutputError, match=rf"{place} is a mount point"):
-        train(checkpoint, output, [prose], settings=SETTINGS)
+        learn()
     assert output.read_bytes() == before
 
 
-def test_the_work_folder_holds_nothing_of_others(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
-    output = tmp_path / "policy.safetensors"
+def test_the_work_folder_holds_nothing_of_others(learn: Learn, output: Path, prose: Path) -> None:
     inside = work_folder(output, "train") / "mine.txt"
     inside.write_text(prose.read_text())
     with pytest.raises(OutputError, match=r"mine\.txt is read, and lies in what is replaced"):
-        train(checkpoint, output, [inside], settings=SETTINGS)
+        learn(texts=[inside])
     (inside.parent / MARK).unlink()
     with pytest.raises(OutputError, match="is not this program's"):
-        train(checkpoint, output, [prose], settings=SETTINGS)
+        learn()
     assert [path.name for path in inside.parent.iterdir()] == ["mine.txt"]
 
 
@@ -231,40 +235,36 @@ def test_a_damaged_state_is_not_believed(tmp_path: Path) -> None:
     assert work.once("tuning", lambda: [2])[0] == 1
 
 
-def regressed_before_a_kill(checkpoint: Checkpoint, output: Path, texts: list[Path], prompts: list[Path]) -> int:
-    """Steps of the regression in a training that is killed in the tuning: none where it finds them done."""
-    heard: list[str] = []
-
-    def progress(name: str, _done: int, _total: int) -> None:
-        heard.append(name)
-        if name.startswith("tuning"):
-            raise StopError
-
-    with pytest.raises(StopError):
-        train(checkpoint, output, texts, prompts, units=TINY_UNITS, settings=SETTINGS, progress=progress)
-    return sum(name.startswith("regression") for name in heard)
-
-
-def test_another_reading_is_another_training(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+def test_another_reading_is_another_training(
+    checkpoint: Checkpoint, prose: Path, output: Path, learn: Learn, tmp_path: Path
+) -> None:
     """In which nothing of the other one's is taken: a file as text and as prompts, a chat template."""
-    file, output = prompts_at(tmp_path / "both.jsonl", 40), tmp_path / "policy.safetensors"
+    file = prompts_at(tmp_path / "both.jsonl", 40)
     template = {"chat_template.jinja": "{% for message in messages %}{{ message.content }}{% endfor %}"}
-    other = replace(checkpoint, assets=checkpoint.assets | template)
-    readings = [(checkpoint, [file], []), (checkpoint, [], [file]), (checkpoint, [], [file])]
-    readings += [(checkpoint, [prose], []), (other, [prose], []), (other, [prose], [])]
-    steps = [regressed_before_a_kill(each, output, texts, prompts) for each, texts, prompts in readings]
-    assert steps == [SETTINGS.regression_steps, SETTINGS.regression_steps, 0] * 2
+    other = partial(train, replace(checkpoint, assets=checkpoint.assets | template), output, **learn.keywords)
+    asked = {"texts": [], "prompts": [file]}
+    for training, reading, steps in (
+        (learn, {"texts": [file]}, SETTINGS.regression_steps),
+        (learn, asked, SETTINGS.regression_steps),
+        (learn, asked, 0),
+        (learn, {"texts": [prose]}, SETTINGS.regression_steps),
+        (other, {"texts": [prose]}, SETTINGS.regression_steps),
+        (other, {"texts": [prose]}, 0),
+    ):
+        heard: list[str] = []
+        with pytest.raises(StopError):
+            training(**reading, progress=kill_at("tuning", 1, heard))
+        assert sum(name.startswith("regression") for name in heard) == steps
 
 
 def test_a_loss_that_is_no_number_ends_the_training(
-    checkpoint: Checkpoint, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before it is in every weight, and in the file that the training would go on from."""
     loss = stages.regression_loss
     monkeypatch.setattr(stages, "regression_loss", lambda *given: loss(*given) * float("nan"))
-    output = tmp_path / "policy.safetensors"
     with pytest.raises(PolicyError, match="loss of step 1 of the regression is not a number"):
-        train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS)
+        learn()
     assert not list(output.with_name(f"{output.name}.unfinished").glob("regression-*"))
 
 
@@ -283,11 +283,10 @@ def test_sources_have_names_of_their_own() -> None:
         check_unique_names([Path("self-generated.txt")], [Path("x.jsonl")])
 
 
-def test_no_stage_takes_more_steps_than_the_tuning(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+def test_no_stage_takes_more_steps_than_the_tuning(learn: Learn, output: Path) -> None:
     """Or else a trial run would take as long as a training."""
-    path = tmp_path / "short.safetensors"
-    train(checkpoint, path, [prose], settings=TrainingSettings(window=32, tuning_steps=2, trade_offs=(0.5, 8.0)))
-    settings = json.loads(path.with_suffix(".json").read_text())["settings"]
+    learn(settings=TrainingSettings(window=32, tuning_steps=2, trade_offs=(0.5, 8.0)))
+    settings = json.loads(output.with_suffix(".json").read_text())["settings"]
     assert {settings[f"{stage}_steps"] for stage in ("search", "fit", "regression", "tuning")} == {2}
 
 
@@ -303,14 +302,14 @@ def last_kl(path: Path) -> float:
     return next(row["kl"] for row in figures if row["setting"] == "static, 4, 2-3")
 
 
-def test_a_trained_policy_is_tuned_further(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
-) -> None:
+def test_a_trained_policy_is_tuned_further(trained: tuple[Path, SkipPolicy], learn: Learn, tmp_path: Path) -> None:
     """Units and shapes are those it begins with; only tuning and ranking are done."""
     path, heard = tmp_path / "further.safetensors", set()
     settings = replace(SETTINGS, seed=1, tuning_steps=40, bypass_rate=1e-2)
-    heard_by = {"progress": lambda name, *_: heard.add(name.split()[0])}
-    further = train(checkpoint, path, [prose], start=trained[0], settings=settings, **heard_by)
+    further = train(
+        learn.args[0], path, **learn.keywords | {"units": None, "start": trained[0], "settings": settings},
+        progress=lambda name, *_: heard.add(name.split()[0]),
+    )  # fmt: skip
     assert heard == {"reading", "further", "static", "held-out"}
     assert (further.units, further.read) == (trained[1].units, trained[1].read)
     assert further.weights().keys() == trained[1].weights().keys()
@@ -322,17 +321,17 @@ def test_a_trained_policy_is_tuned_further(
 
 
 def test_a_static_policy_goes_on_as_one(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, learn: Learn, output: Path, tmp_path: Path
 ) -> None:
-    static = tmp_path / "static.safetensors"
-    policy = train(checkpoint, static, [prose], kind="static", start=trained[0], settings=SETTINGS)
+    policy = learn(kind="static", start=trained[0], units=None)
     assert (policy.network, policy.units) == (None, TINY_UNITS)
+    static = output.rename(tmp_path / "static.safetensors")
     with pytest.raises(PolicyError, match="--kind static"):
-        train(checkpoint, tmp_path / "no.safetensors", [prose], start=static, settings=SETTINGS)
+        learn(start=static, units=None)
     bare = tmp_path / "bare.safetensors"
     save_policy(bare, tiny_policy(checkpoint), checkpoint.spec, {})
     with pytest.raises(PolicyError, match=r"bare\.safetensors has a bypass without weights"):
-        train(checkpoint, tmp_path / "no.safetensors", [prose], start=bare, settings=SETTINGS)
+        learn(start=bare, units=None)
 
 
 def prompts_at(path: Path, count: int) -> Path:
@@ -340,27 +339,25 @@ def prompts_at(path: Path, count: int) -> Path:
     return path
 
 
-def test_static_kind_and_self_generated_text(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+def test_static_kind_and_self_generated_text(learn: Learn, output: Path, tmp_path: Path) -> None:
     """A training that goes on reads the continuations that it began with."""
-    prompts, path, seen = prompts_at(tmp_path / "prompts.jsonl", 6), tmp_path / "static.safetensors", set()
-    options = {"kind": "static", "units": TINY_UNITS, "settings": SETTINGS}
+    options = {"kind": "static", "prompts": [prompts_at(tmp_path / "prompts.jsonl", 6)]}
+    seen: set[str] = set()
     with pytest.raises(StopError):
-        train(checkpoint, path, [prose], [prompts], **options, progress=kill_at("bypasses"))
-    policy = train(checkpoint, path, [prose], [prompts], **options, progress=lambda name, *_: seen.add(name))
+        learn(**options, progress=kill_at("bypasses"))
+    policy = learn(**options, progress=lambda name, *_: seen.add(name.partition(",")[0]))
     assert "self-generated text" not in seen
-    assert policy.network is None
-    assert sorted(policy.static_order) == [0, 1]
-    assert json.loads(path.with_suffix(".json").read_text())["tokens"].keys() == {"prose", "self-generated"}
+    assert (policy.network, sorted(policy.static_order)) == (None, [0, 1])
+    assert json.loads(output.with_suffix(".json").read_text())["tokens"].keys() == {"prose", "self-generated"}
 
 
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"output": "policy.pt"}, PolicyError, "NAME.safetensors"),
         ({"kind": "cosine"}, PolicyError, "token, static"),
         ({"texts": []}, RequestError, "nothing to learn from"),
-        ({"texts": ["missing.txt"]}, RequestError, "no file"),
-        ({"texts": ["a/prose.txt", "b/prose.md"]}, RequestError, "called prose"),
+        ({"texts": [Path("missing.txt")]}, RequestError, "no file"),
+        ({"texts": [Path("a/prose.txt"), Path("b/prose.md")]}, RequestError, "called prose"),
         ({"units": ()}, PolicyError, "no unit to learn about"),
         ({"units": parse_units("0-3")}, PolicyError, "Layer 0"),
         ({"units": parse_units("2,4-40")}, PolicyError, r"units 2,4-40 must be of layers 0 to 5"),
@@ -373,11 +370,13 @@ def test_static_kind_and_self_generated_text(checkpoint: Checkpoint, prose: Path
     ],
 )
 def test_what_cannot_be_trained(
-    checkpoint: Checkpoint, prose: Path, tmp_path: Path, change: dict, error: type[Exception], said: str
+    learn: Learn, output: Path, change: dict[str, Any], error: type[Exception], said: str
 ) -> None:
-    given = {"output": "policy.safetensors", "texts": [prose]} | change
-    output = tmp_path / given.pop("output")
-    texts = [Path(text) for text in given.pop("texts")]
     with pytest.raises(error, match=said):
-        train(checkpoint, output, texts, **{"settings": SETTINGS} | given)
+        learn(**{"units": None} | change)
     assert not output.exists()
+
+
+def test_another_name(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"NAME\.safetensors"):
+        train(checkpoint, tmp_path / "policy.pt", [prose])

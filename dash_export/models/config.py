@@ -148,7 +148,8 @@ def positive(config: Mapping[str, Any], key: str, upper: Number, default: Number
         raise CheckpointError(f"the config lacks {key!r}, {what}")
     # A bool is neither; NaN compares false; float() of a huge integer would overflow.
     if type(value) not in ((int,) if whole else (int, float)) or not 0 < value <= upper:
-        raise CheckpointError(f"config {key!r} is {shown(value)}; expected {what} of at most {upper:g}")
+        limit = str(upper) if whole else f"{upper:g}"
+        raise CheckpointError(f"config {key!r} is {shown(value)}; expected {what} of at most {limit}")
     return type(upper)(value)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST_CONTEXT
-from dash_export.models.config import FAMILIES, base_frequencies, decoder_spec, llama3_frequencies, positive, shown
+from dash_export.models.config import base_frequencies, decoder_spec, llama3_frequencies, positive, shown
 from dash_export.models.gguf_file import GgufTensor, read_gguf
 from dash_export.models.spec import Checkpoint
 from dash_export.models.tokenizer_gguf import token_id, tokenizer_assets
@@ -105,7 +105,9 @@ def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The family, and its keys without their prefix. Raises CheckpointError where a key would make it another model."""
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in _ARCHITECTURES:
-        raise CheckpointError(f"GGUF architecture {shown(family)} is not supported; supported: {', '.join(FAMILIES)}")
+        raise CheckpointError(
+            f"GGUF architecture {shown(family)} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+        )
     if metadata.get("general.type", "model") != "model":
         raise CheckpointError(f"the GGUF file is a {shown(metadata['general.type'])}; expected a model")
     shards = metadata.get("split.count", 0)

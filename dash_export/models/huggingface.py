@@ -36,9 +36,8 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
     stored = open_weights(files)
     if "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored:  # a base model, saved alone
         stored = {name if name.startswith("lm_head.") else f"model.{name}": stored[name] for name in stored}
-    checkpoint = checked(source, spec, config, stored, assets, files, seen)
     _refuse_unused(spec, stored, folder)
-    return checkpoint
+    return checked(source, spec, config, stored, assets, files, seen)
 
 
 def open_hub(model_id: str) -> Checkpoint:
@@ -99,8 +98,8 @@ def _refuse_unused(spec: DecoderSpec, stored: dict[str, Weight], folder: Path) -
             f"{folder} holds {len(unused)} tensors that its config does not use, the first is {unused[0][:100]!r}; "
             'set the option in config.json (such as "attention_bias": true) or this variant is not supported'
         )
-    head, table = stored.get("lm_head.weight"), stored["model.embed_tokens.weight"]
-    if spec.tie_embeddings and head is not None:
+    head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if spec.tie_embeddings and head is not None and table is not None:
         blocks = zip(row_blocks(head), row_blocks(table), strict=False)
         if head.shape != table.shape or not all(np.array_equal(one, other) for one, other in blocks):
             raise CheckpointError(

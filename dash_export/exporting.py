@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields, replace
@@ -163,8 +162,7 @@ def _write(
     for path in {*root.iterdir(), *(root / "onnx").iterdir()} - listed:
         remove(path)
     spec = checkpoint.spec
-    shape = {item.name: getattr(spec, item.name) for item in fields(ModelFacts) if hasattr(spec, item.name)}
-    model = ModelFacts(name=checkpoint.name, parameters=sum(map(math.prod, spec.weight_shapes().values())), **shape)
+    model = ModelFacts(**{item.name: getattr(spec, item.name) for item in fields(ModelFacts)})
     tools = {"dash-export": __version__} | {name: version(name) for name in ("onnx", "onnx_ir", "numpy")}
     return Manifest(SCHEMA, model, facts, graphs, tuple(files), key, tools)
 

@@ -23,6 +23,17 @@ SCHEMA = 3
 DAMAGED = "The bundle is damaged: export or build it again."
 LARGEST_CONTEXT = 1 << 24
 """Positions; ten million are the most that are published."""
+# Above any published model, so that an absurd manifest or config fails where it is read instead of at an allocation.
+LARGEST = {
+    "num_layers": 1 << 10,
+    "hidden_size": 1 << 17,
+    "vocab_size": 1 << 22,
+    "num_heads": 1 << 12,
+    "num_kv_heads": 1 << 12,
+    "head_dim": 1 << 10,
+    "max_positions": LARGEST_CONTEXT,
+    "parameters": 1 << 50,
+}
 QUIET = 0.2
 """Processors that other work may take while costs are measured."""
 MIXED = "mixed_"
@@ -33,20 +44,18 @@ POLICY = "policy"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model as the runtime knows it. Bounds lie above any published model, so that an absurd manifest fails where
-    it is read instead of at an allocation.
-    """
+    """The model as the runtime knows it."""
 
     name: str
     model_type: str
-    num_layers: Annotated[int, Within(1, 1 << 10)]
-    hidden_size: Annotated[int, Within(1, 1 << 17)]
-    vocab_size: Annotated[int, Within(1, 1 << 22)]
-    num_heads: Annotated[int, Within(1, 1 << 12)]
-    num_kv_heads: Annotated[int, Within(1, 1 << 12)]
-    head_dim: Annotated[int, Within(1, 1 << 10)]
-    max_positions: Annotated[int, Within(1, LARGEST_CONTEXT)]
-    parameters: Annotated[int, Within(1, 1 << 50)]
+    num_layers: Annotated[int, Within(1, LARGEST["num_layers"])]
+    hidden_size: Annotated[int, Within(1, LARGEST["hidden_size"])]
+    vocab_size: Annotated[int, Within(1, LARGEST["vocab_size"])]
+    num_heads: Annotated[int, Within(1, LARGEST["num_heads"])]
+    num_kv_heads: Annotated[int, Within(1, LARGEST["num_kv_heads"])]
+    head_dim: Annotated[int, Within(1, LARGEST["head_dim"])]
+    max_positions: Annotated[int, Within(1, LARGEST["max_positions"])]
+    parameters: Annotated[int, Within(1, LARGEST["parameters"])]
     rms_norm_eps: float
 
 

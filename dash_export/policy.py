@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ import numpy.typing as npt
 from dash_export.artifacts import read_bounded, write_atomic
 from dash_export.decision import Unit, check_places, check_units, units_of, units_text
 from dash_export.errors import PolicyError
+from dash_export.manifest import ModelFacts
 from dash_export.replacing import check_place
 from dash_export.resources import resource_folder
 from dash_export.typed_json import WrongFieldError, typed
@@ -42,21 +43,6 @@ SCHEMA = 2
 METADATA = "dash_export_policy"
 _LARGEST_CARD = 16 << 20
 _FINAL_NORM = "model.final_norm"
-
-
-class ModelShape(Protocol):
-    """What a policy has to know of its model; a DecoderSpec is one."""
-
-    @property
-    def model_type(self) -> str: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +102,7 @@ def no_policy(num_layers: int, units: Sequence[Unit] | None = None) -> SkipPolic
     return SkipPolicy(units, read, None, tuple(Bypass() for _ in units))
 
 
-def untrained_policy(spec: ModelShape, units: Sequence[Unit] | None = None, seed: int = 0) -> SkipPolicy:
+def untrained_policy(spec: ModelFacts, units: Sequence[Unit] | None = None, seed: int = 0) -> SkipPolicy:
     """A seeded random network with the shapes of a trained one: it decides by noise, to measure and to test with."""
     policy = no_policy(spec.num_layers, units)
     if not policy.units:
@@ -150,17 +136,17 @@ def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
     )
 
 
-def key_value_size(spec: ModelShape) -> int:
+def key_value_size(spec: ModelFacts) -> int:
     """Columns of one layer's K, or V."""
     return spec.num_kv_heads * spec.head_dim
 
 
-def stored_columns(unit: Unit, spec: ModelShape) -> int:
+def stored_columns(unit: Unit, spec: ModelFacts) -> int:
     """Columns of a bypass as a policy holds it: the update's, then K and V of each layer but the first."""
     return spec.hidden_size + 2 * key_value_size(spec) * (len(unit.layers) - 1)
 
 
-def check_policy(policy: SkipPolicy, spec: ModelShape) -> None:
+def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
     """Raises PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
     check_units(policy.units, policy.read, spec.num_layers)
     check_places(policy.static_order, policy.units)
@@ -244,7 +230,7 @@ def check_replaceable(path: Path) -> None:
         )
 
 
-def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelShape, card: Mapping[str, Any]) -> None:
+def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Mapping[str, Any]) -> None:
     """Write the policy to `path` (`.safetensors`) and its card (JSON) beside it, each whole or not at all. Raises
     PolicyError for a policy that does not fit `spec` or a name that is not `.safetensors`, OutputError for a link.
     """
@@ -273,7 +259,7 @@ def _stored(array: Float32Array) -> npt.NDArray[np.float16 | np.float32]:
     return half if np.array_equal(half, array) else np.ascontiguousarray(array, np.float32)
 
 
-def load_policy(path: str | Path, spec: ModelShape) -> SkipPolicy:
+def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
     """The policy in `path` (or of that name, `policy_path`), for the model `spec` describes. Raises PolicyError when
     there is no such file, when it is damaged or no policy, or when it is for another model.
     """

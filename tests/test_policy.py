@@ -17,7 +17,7 @@ from dash_export.decision import Unit, units_text
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.bypasses import check_model
-from dash_export.models.registry import decoder_spec
+from dash_export.models.config import decoder_spec
 from dash_export.policy import (
     METADATA,
     SkipPolicy,
@@ -33,7 +33,10 @@ from tests.models.helpers import SAFETENSORS_LAYOUTS
 from tests.tiny import TINY_UNITS, with_bypasses
 
 HIDDEN = 32
-SPEC = DecoderSpec("llama", 300, HIDDEN, 64, 6, 2, 1, 16, 512, 1e-5, (1.0, 0.1))
+SPEC = DecoderSpec(
+    model_type="llama", vocab_size=300, hidden_size=HIDDEN, intermediate_size=64, num_layers=6, num_heads=2,
+    num_kv_heads=1, head_dim=16, max_positions=512, rms_norm_eps=1e-5, rope_frequencies=(1.0, 0.1),
+)  # fmt: skip
 
 
 def policy_of(form: str = "linear") -> SkipPolicy:

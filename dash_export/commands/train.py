@@ -14,7 +14,7 @@ from dash_export.commands.options import UNITS
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
 from dash_export.decision import Unit, parse_units
-from dash_export.train.defaults import KINDS, TrainingSettings
+from dash_export.train.defaults import KINDS, PRECISIONS, TrainingSettings
 
 DEFAULTS = TrainingSettings()
 _POLICY = click.Path(path_type=Path, dir_okay=False)
@@ -59,14 +59,14 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "--window", type=click.IntRange(16, 8192), default=DEFAULTS.window, show_default=True, help="Tokens per window."
 )
 @click.option(
-    "--precision", type=click.Choice(["bfloat16", "float32"]),
-    help="Of the model while it is trained on; by default bfloat16, or float32 on a CPU where that is faster.",
+    "--precision", type=click.Choice(PRECISIONS), default=DEFAULTS.precision, show_default=True,
+    help="Of the model while it is trained on: float32 takes twice the memory, and is faster on an older CPU.",
 )  # fmt: skip
 @click.option("--device", default="", help="cpu or cuda; by default cuda where there is one.")
 @click.pass_context
 def command(
     ctx: click.Context, /, model: str, output: Path, text: tuple[Path, ...], prompts: tuple[Path, ...], kind: str,
-    units: tuple[Unit, ...] | None, start: Path | None, device: str, precision: str | None, **settings: Any,
+    units: tuple[Unit, ...] | None, start: Path | None, device: str, **settings: Any,
 ) -> None:  # fmt: skip
     """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
 
@@ -80,7 +80,7 @@ def command(
         raise click.UsageError("a static policy of given units takes no --trade-offs: leave it out.")
     ctx.meta[OUTPUT] = f"{output}.unfinished"
     with progress_bar("train") as progress:
-        chosen = TrainingSettings(**settings, precision=precision or DEFAULTS.precision)
+        chosen = TrainingSettings(**settings)
         train(
             model, output, text, prompts,
             kind=kind, units=units, start=start, settings=chosen, device=device, progress=progress,

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from dash_export.artifacts import content_key
 from dash_export.decision import Unit, units_of, units_text
 from dash_export.errors import PolicyError
-from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, layer_weight
+from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, Weight, layer_weight
 from dash_export.policy import Bypass, SkipPolicy, check_policy
 
 OTHER_MODEL = 0.01
@@ -68,18 +68,9 @@ def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32
     return matrix, checkpoint.read(bias) if bias in checkpoint.weights else np.zeros(matrix.shape[1], np.float32)
 
 
-@dataclass(frozen=True)
-class _Made:
+def _made(name: str, array: Float32Array) -> Weight:
     """A tensor that is not on disk."""
-
-    array: Float32Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def read_rows(self, start: int, stop: int) -> Float32Array:
-        return self.array[start:stop]
+    return Weight(name, array.shape, "F32", lambda start, stop: array[start:stop])
 
 
 def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) -> Checkpoint:
@@ -106,16 +97,17 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
         elif layer == unit.first:
             matrix, bias = bypasses[unit]["weight"][:, :hidden].T.copy(), bypasses[unit]["bias"][:hidden]
             own = layer_weight(layers - 1, f"update_{updates.count(layers - 1)}.")
-            weights |= {f"{own}weight": _Made(matrix), f"{own}bias": _Made(bias)}
+            weights |= {name: _made(name, array) for name, array in ((f"{own}weight", matrix), (f"{own}bias", bias))}
             digest.update(matrix.tobytes() + bias.tobytes())
             updates.append(layers - 1)
     config = {**checkpoint.config, "num_hidden_layers": layers}
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:layers]  # all are alike
+    name = f"{checkpoint.spec.name}-without-{units_text(bypasses)}"
     return replace(
         checkpoint,
-        source=f"{checkpoint.name}-without-{units_text(bypasses)}",
-        spec=replace(checkpoint.spec, num_layers=layers, updates=tuple(updates)),
+        source=name,
+        spec=replace(checkpoint.spec, name=name, num_layers=layers, updates=tuple(updates)),
         config=config,
         weights=weights,
         assets={**checkpoint.assets, "config.json": json.dumps(config, indent=2)},

@@ -1,4 +1,4 @@
-"""The structure of a GGUF file (spec: ggml/docs/gguf.md): metadata and where each tensor lies, every length checked.
+"""A GGUF file (spec: ggml/docs/gguf.md): its metadata, and its tensors by rows, every length checked.
 
 Not `gguf.GGUFReader`: it keeps two array views per string (160 MB and 1.7 s for a 49k vocabulary), loops over absurd
 lengths and does not notice a truncated file. The constants and the dequantisation still come from that library.
@@ -6,16 +6,19 @@ lengths and does not notice a truncated file. The constants and the dequantisati
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from dash_export.errors import CheckpointError
+from dash_export.models.spec import Weight
 from dash_export.models.weights import require
 
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors
@@ -28,84 +31,107 @@ _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: `shape` is [out, in] as in Hugging Face, `row_bytes` the size of one row."""
+    """Where a tensor lies: `shape` is [out, in] as in Hugging Face, a row takes `row_bytes` from `offset` on."""
 
+    path: Path
     name: str
     shape: tuple[int, ...]
     quantization: int
     offset: int
     row_bytes: int
 
-    @property
-    def size(self) -> int:
-        """Bytes of all rows, not wrapped around however absurd the shape."""
-        return math.prod(self.shape[:-1]) * self.row_bytes
+    def weight(self, name: str, interleaved_heads: int = 0) -> Weight:
+        """It as a model's weight; `interleaved_heads` > 0: so many heads, whose rotary pairs lie side by side in it."""
+        rows = partial(self._head_rows, interleaved_heads) if interleaved_heads else self.rows
+        return Weight(name, self.shape, str(self.quantization), rows)
+
+    def _head_rows(self, heads: int, start: int, stop: int) -> npt.NDArray[Any]:
+        """Undo the converter's permutation: row 2i + j of a GGUF head is row j * head_dim / 2 + i in Hugging Face's."""
+        head_dim = self.shape[0] // heads
+        first, last = start // head_dim, -(-stop // head_dim)
+        rows = self.rows(first * head_dim, last * head_dim)
+        split = rows.reshape(last - first, head_dim // 2, 2, *self.shape[1:]).swapaxes(1, 2)
+        permuted: npt.NDArray[Any] = split.reshape(rows.shape)
+        return permuted[start - first * head_dim : stop - first * head_dim]
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop), dequantised; a vector is stored as one row."""
+        if len(self.shape) == 1:
+            return self._dequantized(0, 1)[0, start:stop]
+        return self._dequantized(start, stop)
+
+    def _dequantized(self, start: int, stop: int) -> npt.NDArray[Any]:
+        # Read, not mapped: the resident set does not grow with the part of the model read so far.
+        gguf = require("gguf")
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start * self.row_bytes)
+            data = file.read((stop - start) * self.row_bytes)
+        if len(data) != (stop - start) * self.row_bytes:
+            raise CheckpointError(f"{self.path} ends inside tensor {self.name}: the file changed while it was read")
+        rows = np.frombuffer(data, dtype=np.uint8).reshape(stop - start, self.row_bytes)
+        quantization = gguf.GGMLQuantizationType(self.quantization)
+        try:
+            return gguf.dequantize(rows, quantization)  # type: ignore[no-any-return]
+        except NotImplementedError:
+            raise CheckpointError(
+                f"tensor {self.name} in {self.path} has type {quantization.name}, which cannot be dequantised; "
+                "supported: F32, F16, BF16, Q4_0 to Q8_0, the K- and IQ-quants"
+            ) from None
 
 
-@dataclass(frozen=True)
-class GgufFile:
-    """A GGUF file whose structure has been checked against its size."""
-
-    path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, GgufTensor]
-
-
-def read_gguf(path: Path) -> GgufFile:
-    """Parse the header. Raises CheckpointError, quickly, for a file that is corrupt, truncated or of another kind."""
-    size = path.stat().st_size
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """(metadata, tensors by their names there). Raises CheckpointError, quickly, for a file that is corrupt, truncated
+    or of another kind.
+    """
     with path.open("rb") as stream:
-        cursor = _Cursor(stream, size, path)
-        if cursor.read(4) != b"GGUF":
+        header = _Header(path, stream)
+        if stream.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file; give a .gguf file or a Hugging Face folder")
-        version = cursor.scalar("<I")
-        if version not in (2, 3):
+        if (version := header.number("<I")) not in (2, 3):
             raise CheckpointError(f"{path} is GGUF version {version}; supported: 2 and 3, little-endian")
-        tensor_count = cursor.count("tensors", MAX_ENTRIES)
-        metadata = _named(cursor, cursor.count("metadata keys", MAX_ENTRIES), _value)
-        infos = _named(cursor, tensor_count, _tensor_info)
+        tensor_count = header.count("tensors", MAX_ENTRIES)
+        metadata = header.named(header.count("metadata keys", MAX_ENTRIES), header.value)
+        infos = header.named(tensor_count, header.tensor)
         alignment = metadata.get("general.alignment", 32)
-        if (
-            isinstance(alignment, bool)
-            or not isinstance(alignment, int)
-            or alignment <= 0
-            or alignment & (alignment - 1)
-        ):
-            raise cursor.damaged("general.alignment is not a power of two")
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+            raise header.damaged("general.alignment is not a power of two")
         # As llama.cpp asks for it: in the order of the list, each at the padded end of the one before, nothing between.
-        start = end = -(-cursor.position // alignment) * alignment
+        start = end = -(-stream.tell() // alignment) * alignment
         tensors = {}
-        for name, info in infos.items():
-            tensors[name] = tensor = _place(cursor, name, info, start)
-            if tensor.offset != end:
-                raise cursor.damaged(f"tensor {name[:100]} is said to begin at byte {tensor.offset}, not at {end}")
-            end = -(-(end + tensor.size) // alignment) * alignment
-        if size > end:  # the padding of the last one may be there or not
-            raise cursor.damaged(f"{size - end} bytes after its last tensor belong to none")
-    return GgufFile(path, metadata, tensors)
+        for name, (shape, quantization, row_bytes, offset) in infos.items():
+            if start + offset != end:
+                raise header.damaged(f"tensor {name:.100} is said to begin at byte {start + offset}, not at {end}")
+            tensors[name] = GgufTensor(path, name, shape, quantization, end, row_bytes)
+            end += prod(shape[:-1]) * row_bytes  # of Python's integers: it does not wrap around
+            if end > header.size:
+                raise header.damaged(f"tensor {name:.100} ends at byte {end}, the file at {header.size} (truncated?)")
+            end = -(-end // alignment) * alignment
+        if header.size > end:  # the padding of the last one may be there or not
+            raise header.damaged(f"{header.size - end} bytes after its last tensor belong to none")
+    return metadata, tensors
 
 
-class _Cursor:
+class _Header:
     """Sequential reads that know how much of the file is left."""
 
-    def __init__(self, stream: BinaryIO, size: int, path: Path) -> None:
-        self._stream, self.size, self.path, self.position, self.elements = stream, size, path, 0, 0
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self.path, self.stream, self.size, self.elements = path, stream, path.stat().st_size, 0
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is a damaged GGUF file: {what}; download or convert it again")
 
     def read(self, count: int) -> bytes:
-        data = self._stream.read(count) if count <= self.size - self.position else b""
+        at = self.stream.tell()
+        data = self.stream.read(count) if count <= self.size - at else b""
         if len(data) != count:
-            raise self.damaged(f"it ends at byte {self.size}, {count} more bytes were announced at {self.position}")
-        self.position += count
+            raise self.damaged(f"it ends at byte {self.size}, {count} more bytes were announced at {at}")
         return data
 
-    def scalar(self, code: str) -> Any:
+    def number(self, code: str) -> Any:
         return struct.unpack(code, self.read(struct.calcsize(code)))[0]
 
     def count(self, what: str, upper: int) -> int:
-        number: int = self.scalar("<Q")
+        number: int = self.number("<Q")
         if number > upper:
             raise self.damaged(f"it announces {number} {what}, and there may be {upper}")
         return number
@@ -114,66 +140,48 @@ class _Cursor:
         try:
             return self.read(self.count("characters in a string", MAX_STRING)).decode("utf-8")
         except UnicodeDecodeError:
-            raise self.damaged(f"a string before byte {self.position} is not UTF-8") from None
+            raise self.damaged(f"a string before byte {self.stream.tell()} is not UTF-8") from None
 
+    def named(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for _ in range(count):
+            name = self.string()
+            if name in entries:
+                raise self.damaged(f"{name[:100]!r} occurs twice")
+            entries[name] = read()
+        return entries
 
-def _named(cursor: _Cursor, count: int, read: Callable[[_Cursor], Any]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for _ in range(count):
-        name = cursor.string()
-        if name in entries:
-            raise cursor.damaged(f"{name[:100]!r} occurs twice")
-        entries[name] = read(cursor)
-    return entries
-
-
-def _value(cursor: _Cursor) -> Any:
-    kind = cursor.scalar("<I")
-    if kind == _STRING:
-        return cursor.string()
-    if kind == _ARRAY:
-        return _array(cursor)
-    if kind == _FLOAT32:
+    def value(self) -> Any:
+        kind = self.number("<I")
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array()
+        if kind not in _SCALARS:
+            raise self.damaged(f"metadata of unknown type {kind}")
+        value = self.number(_SCALARS[kind])
         # The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06.
-        return float(str(np.float32(cursor.scalar("<f"))))
-    if kind in _SCALARS:
-        return cursor.scalar(_SCALARS[kind])
-    raise cursor.damaged(f"metadata of unknown type {kind}")
+        return float(str(np.float32(value))) if kind == _FLOAT32 else value
 
+    def array(self) -> list[Any]:
+        kind, count = self.number("<I"), self.count("elements in arrays", MAX_ELEMENTS - self.elements)
+        self.elements += count
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in _SCALARS:
+            raise self.damaged(f"an array with elements of type {kind}")
+        dtype = np.dtype(_SCALARS[kind])
+        values: list[Any] = np.frombuffer(self.read(count * dtype.itemsize), dtype=dtype).tolist()
+        return values
 
-def _array(cursor: _Cursor) -> list[Any]:
-    kind, count = cursor.scalar("<I"), cursor.count("elements in arrays", MAX_ELEMENTS - cursor.elements)
-    cursor.elements += count
-    if kind == _STRING:
-        return [cursor.string() for _ in range(count)]
-    if kind not in _SCALARS:
-        raise cursor.damaged(f"an array with elements of type {kind}")
-    dtype = np.dtype(_SCALARS[kind])
-    values: list[Any] = np.frombuffer(cursor.read(count * dtype.itemsize), dtype=dtype).tolist()
-    return values
-
-
-def _tensor_info(cursor: _Cursor) -> tuple[tuple[int, ...], int, int]:
-    """(shape, quantisation, offset) with the shape turned to Hugging Face's order."""
-    axes = cursor.scalar("<I")
-    if not 1 <= axes <= 4:
-        raise cursor.damaged(f"a tensor with {axes} dimensions")
-    shape = tuple(cursor.scalar("<Q") for _ in range(axes))
-    return shape[::-1], cursor.scalar("<I"), cursor.scalar("<Q")
-
-
-def _place(cursor: _Cursor, name: str, info: tuple[tuple[int, ...], int, int], data_start: int) -> GgufTensor:
-    gguf = require("gguf")
-    shape, quantization, offset = info
-    sizes = gguf.GGML_QUANT_SIZES.get(quantization)
-    if sizes is None:
-        raise cursor.damaged(f"tensor {name[:100]} has unknown type {quantization}")
-    block, block_bytes = sizes
-    if min(shape) < 1 or shape[-1] % block:
-        raise cursor.damaged(f"tensor {name[:100]} of type {quantization} cannot have shape {list(shape)}")
-    row_bytes = shape[-1] // block * block_bytes
-    tensor = GgufTensor(name, shape, quantization, data_start + offset, row_bytes)
-    end = tensor.offset + tensor.size
-    if end > cursor.size:
-        raise cursor.damaged(f"tensor {name[:100]} ends at byte {end}, the file at {cursor.size} (truncated?)")
-    return tensor
+    def tensor(self) -> tuple[tuple[int, ...], int, int, int]:
+        """(shape in Hugging Face's order, quantisation, bytes of a row, offset from the first tensor's place)."""
+        axes = self.number("<I")
+        if not 1 <= axes <= 4:
+            raise self.damaged(f"a tensor with {axes} dimensions")
+        shape = tuple(self.number("<Q") for _ in range(axes))[::-1]
+        quantization, offset = self.number("<I"), self.number("<Q")
+        block, block_bytes = require("gguf").GGML_QUANT_SIZES.get(quantization, (0, 0))
+        if not block or min(shape) < 1 or shape[-1] % block:
+            raise self.damaged(f"a tensor of type {quantization} and of shape {list(shape)}, which cannot be")
+        return shape, quantization, shape[-1] // block * block_bytes, offset

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,96 +10,87 @@ import numpy as np
 from dash_export.artifacts import identity
 from dash_export.bundle import TEXT_FILES
 from dash_export.errors import CheckpointError
-from dash_export.models.fields import shown
-from dash_export.models.registry import decoder_spec
-from dash_export.models.spec import Checkpoint, DecoderSpec
-from dash_export.models.weights import (
-    SafetensorsWeight,
-    check_dtype,
-    check_weights,
-    fingerprint,
-    open_weights,
-    parse_object,
-    read_text,
-    require,
-    weight_files,
-)
+from dash_export.models.config import decoder_spec, shown
+from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, layer_weight, row_blocks
+from dash_export.models.weights import checked, open_weights, read_json, read_text, require
 from dash_export.text_files import load_tokenizer
 
-ROWS = 4096
-"""Of a matrix, in memory at a time."""
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 _HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' folders, Mistral's second copy of the weights
 
 
-def open_folder(folder: Path) -> Checkpoint:
-    """The model in a folder with config.json, safetensors weights and tokenizer.json.
+def open_folder(folder: Path, source: str = "") -> Checkpoint:
+    """The model in a folder with config.json, safetensors weights and tokenizer.json; `source`: what a user calls it.
 
     Raises CheckpointError naming the file, option or tensor that is missing, unsupported or damaged.
     """
+    source = source or str(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face model folder")
-    files = weight_files(folder)
+    files = _weight_files(folder)
     # First, and of all: what is replaced from here on is noticed.
     seen = {path: identity(path) for path in (*files, *(folder / name for name in TEXT_FILES)) if path.exists()}
-    config_text = read_text(folder / "config.json")
-    config = parse_object(config_text, str(folder / "config.json"))
-    spec = decoder_spec(config)
+    config_text, config = read_json(folder / "config.json")
+    spec = decoder_spec(config, Path(source).absolute().name)  # "." has no name
     assets = {"config.json": config_text} | _text_assets(folder, spec.vocab_size)
-    stored = _with_prefix(open_weights(files))
-    weights = check_weights(spec, stored, str(folder))
+    stored = open_weights(files)
+    if "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored:  # a base model, saved alone
+        stored = {name if name.startswith("lm_head.") else f"model.{name}": stored[name] for name in stored}
     _refuse_unused(spec, stored, folder)
-    _refuse_second_head(spec, stored, folder)
-    tensors = []
-    for name, weight in weights.items():
-        check_dtype(weight)
-        tensors.append(f"{name} {list(weight.shape)} {weight.dtype}")
-    return Checkpoint(
-        source=str(folder),
-        spec=spec,
-        config=config,
-        weights=weights,
-        assets=assets,
-        fingerprint=fingerprint(config_text, tensors, files),
-        seen=seen,
-    )
+    return checked(source, spec, config, stored, assets, files, seen)
 
 
 def open_hub(model_id: str) -> Checkpoint:
     """The model `org/name` of the hub, downloaded into (or found in) the usual cache. Raises CheckpointError."""
     hub = require("huggingface_hub")
     errors = require("huggingface_hub.errors")
+    known = {
+        errors.GatedRepoError: "is gated: accept its terms on its page, then log in with `hf auth login`",
+        errors.RepositoryNotFoundError: "is not there, or you may not read it: check the spelling, or `hf auth login`",
+        errors.HFValidationError: "is neither a path that exists nor a valid hub id (org/name)",
+    }
     try:
         folder = hub.snapshot_download(model_id, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
-    # `from None` and no text of theirs: requests and responses can carry the access token.
-    except errors.GatedRepoError:
-        raise CheckpointError(
-            f"the hub model {model_id!r} is gated: accept its terms on its page, then log in with `hf auth login`"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise CheckpointError(
-            f"the hub has no model {model_id!r} that you may read; check the spelling, or `hf auth login` if private"
-        ) from None
-    except errors.HFValidationError:
-        raise CheckpointError(f"{model_id!r} is neither a path that exists nor a valid hub id (org/name)") from None
     except Exception as error:
-        raise CheckpointError(
-            f"cannot download {model_id!r} ({type(error).__name__}): the hub cannot be reached (or is switched off by "
+        fault = next((text for kind, text in known.items() if isinstance(error, kind)), "") or (
+            f"cannot be downloaded ({type(error).__name__}): the hub cannot be reached (or is switched off by "
             "HF_HUB_OFFLINE) and the model is not in the local cache; connect, or give the path of a local folder"
-        ) from None
-    return replace(open_folder(Path(folder)), source=model_id)
+        )
+        # `from None` and no text of theirs: requests and responses can carry the access token.
+        raise CheckpointError(f"the hub model {model_id!r} {fault}") from None
+    return open_folder(Path(folder), model_id)
 
 
-def _with_prefix(weights: dict[str, SafetensorsWeight]) -> dict[str, SafetensorsWeight]:
-    """`weights` under the names of a model with a head: a base model saved alone lacks the `model.` prefix."""
-    if "model.embed_tokens.weight" in weights or "embed_tokens.weight" not in weights:
-        return weights
-    return {name if name.startswith("lm_head.") else f"model.{name}": weight for name, weight in weights.items()}
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files. Raises CheckpointError when there are none or the index is not sound."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        if any(path.suffix in {".bin", ".pt", ".pth"} for path in folder.iterdir()):
+            raise CheckpointError(
+                f"{folder} has its weights as pickle (.bin, .pt) only, which can run code and is never opened; convert "
+                "them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
+            )
+        raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    weight_map = read_json(index)[1].get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no 'weight_map' object from tensor names to files")
+    for tensor, name in weight_map.items():
+        # A plain file name only: the index is untrusted and must not point out of its folder.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} places tensor {tensor[:100]!r} in {str(name)[:100]!r}; "
+                "expected the name of a .safetensors file in the same folder"
+            )
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def _refuse_unused(spec: DecoderSpec, stored: dict[str, SafetensorsWeight], folder: Path) -> None:
-    """A layer's tensor that the spec does not know (a bias, a scale) would be dropped in silence: another model."""
-    layers = tuple(f"model.layers.{index}." for index in range(spec.num_layers))
+def _refuse_unused(spec: DecoderSpec, stored: dict[str, Weight], folder: Path) -> None:
+    """What would be dropped in silence and make it another model: a layer's tensor that the spec does not know (a bias,
+    a scale); a head beside a tied embedding that is another one (transformers 5 takes it, we the embedding).
+    """
+    layers = tuple(layer_weight(index) for index in range(spec.num_layers))
     extra = (name for name in stored.keys() - spec.weight_shapes().keys() if name.startswith(layers))
     unused = sorted(name for name in extra if not name.endswith("rotary_emb.inv_freq"))  # old files carry those buffers
     if unused:
@@ -109,24 +98,14 @@ def _refuse_unused(spec: DecoderSpec, stored: dict[str, SafetensorsWeight], fold
             f"{folder} holds {len(unused)} tensors that its config does not use, the first is {unused[0][:100]!r}; "
             'set the option in config.json (such as "attention_bias": true) or this variant is not supported'
         )
-
-
-def _refuse_second_head(spec: DecoderSpec, stored: dict[str, SafetensorsWeight], folder: Path) -> None:
-    """A head that is stored beside a tied embedding must be the same: transformers 5 takes it, we the embedding."""
-    head = stored.get("lm_head.weight")
-    if head is None or not spec.tie_embeddings:
-        return
-    check_dtype(head)
-    table = stored["model.embed_tokens.weight"]
-    same = head.shape == table.shape and all(
-        np.array_equal(head.read_rows(start, stop), table.read_rows(start, stop))
-        for start, stop in pairwise([*range(0, spec.vocab_size, ROWS), spec.vocab_size])
-    )
-    if not same:
-        raise CheckpointError(
-            f"{folder} ties the head to the embedding (tie_word_embeddings) and holds another lm_head.weight: set "
-            '"tie_word_embeddings": false in config.json to use it, or remove that tensor'
-        )
+    head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if spec.tie_embeddings and head is not None and table is not None:
+        blocks = zip(row_blocks(head), row_blocks(table), strict=False)
+        if head.shape != table.shape or not all(np.array_equal(one, other) for one, other in blocks):
+            raise CheckpointError(
+                f"{folder} ties the head to the embedding (tie_word_embeddings) and holds another lm_head.weight: set "
+                '"tie_word_embeddings": false in config.json to use it, or remove that tensor'
+            )
 
 
 def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
@@ -136,16 +115,15 @@ def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     assets: dict[str, str] = {}
-    for name in TEXT_FILES[1:-1]:
-        if (folder / name).is_file():
-            assets[name] = read_text(folder / name)
-            parsed = parse_object(assets[name], str(folder / name))
-            if name == "tokenizer.json":
-                _check_tokenizer(assets[name], folder / name, vocab_size)
-            if name == "tokenizer_config.json" and (template := _chat_template(parsed, folder / name)):
+    for path in (folder / name for name in TEXT_FILES[1:-1]):
+        if path.is_file():
+            assets[path.name], parsed = read_json(path)
+            if path.name == "tokenizer.json":
+                _check_tokenizer(assets[path.name], path, vocab_size)
+            if path.name == "tokenizer_config.json" and (template := _chat_template(parsed, path)):
                 assets["chat_template.jinja"] = template
-    if (folder / "chat_template.jinja").is_file():
-        assets["chat_template.jinja"] = read_text(folder / "chat_template.jinja")
+    if (path := folder / "chat_template.jinja").is_file():
+        assets[path.name] = read_text(path)
     return assets
 
 

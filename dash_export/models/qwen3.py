@@ -5,21 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dash_export.models.decoder import gated_decoder
-from dash_export.models.fields import flag
-from dash_export.models.registry import register
+from dash_export.models.config import flag, gated_decoder
 from dash_export.models.spec import DecoderSpec
 
 
-@register("qwen3")
-def qwen3(config: Mapping[str, Any]) -> DecoderSpec:
-    """Qwen3ForCausalLM: RMSNorm on each query and key head; heads of 128 by default. Raises CheckpointError."""
-    attention_bias = flag(config, "attention_bias")
-    return gated_decoder(
-        config,
-        max_positions=32_768,
-        head_dim=128,
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        qk_norm=True,
-    )
+def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+    """Qwen3ForCausalLM: RMSNorm on each query and key head; heads of 128 by default."""
+    bias = flag(config, "attention_bias")
+    return gated_decoder(config, max_positions=32_768, head_dim=128, qkv_bias=bias, output_bias=bias, qk_norm=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
+from dash_export.manifest import ModelFacts
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -25,25 +27,21 @@ def layer_weight(layer: int, name: str = "") -> str:
     return f"{LAYERS}{layer}.{name}"
 
 
-@dataclass(frozen=True)
-class DecoderSpec:
-    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated SiLU MLP.
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec(ModelFacts):
+    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated SiLU MLP: what a runtime knows of it,
+    and what its graphs are made by.
 
     `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [head_dim / 2] with every
     scaling already applied: position p turns pair i by p * rope_frequencies[i] radians. `updates`: the layers that end
-    with the update of a unit that was pruned behind them, each as often as there are such (bypasses.py).
+    with the update of a unit that was pruned behind them, each as often as there are such (bypasses.py). `parameters`
+    are counted. What a family adds is a field with a default here, its weights below, and its nodes in
+    graphs/portable.py.
     """
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
+    name: str = "model"
+    parameters: int = field(init=False)
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    rms_norm_eps: float
     rope_frequencies: tuple[float, ...]
     tie_embeddings: bool = False
     qkv_bias: bool = False
@@ -52,52 +50,69 @@ class DecoderSpec:
     qk_norm: bool = False
     updates: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", sum(map(prod, self.weight_shapes().values())))
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight this decoder needs, under its Hugging Face name; matrices are [out, in]."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for index in range(self.num_layers):
+            shapes |= {layer_weight(index, name): shape for name, shape in self._layer_shapes(index).items()}
+        shapes[FINAL_NORM] = (self.hidden_size,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def _layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for index in range(self.num_layers):
-            layer = {
-                "input_layernorm.weight": (hidden,),
-                "self_attn.q_proj.weight": (queries, hidden),
-                "self_attn.k_proj.weight": (keys, hidden),
-                "self_attn.v_proj.weight": (keys, hidden),
-                "self_attn.o_proj.weight": (hidden, queries),
-                "post_attention_layernorm.weight": (hidden,),
-                "mlp.gate_proj.weight": (inner, hidden),
-                "mlp.up_proj.weight": (inner, hidden),
-                "mlp.down_proj.weight": (hidden, inner),
-            }
-            if self.qkv_bias:
-                layer |= {
-                    f"self_attn.{name}_proj.bias": (rows,)
-                    for name, rows in zip("qkv", (queries, keys, keys), strict=True)
-                }
-            if self.output_bias:
-                layer["self_attn.o_proj.bias"] = (hidden,)
-            if self.mlp_bias:
-                layer |= {"mlp.gate_proj.bias": (inner,), "mlp.up_proj.bias": (inner,), "mlp.down_proj.bias": (hidden,)}
-            if self.qk_norm:
-                layer |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
-            for number in range(self.updates.count(index)):
-                layer |= {f"update_{number}.weight": (hidden, hidden), f"update_{number}.bias": (hidden,)}
-            shapes |= {layer_weight(index, name): shape for name, shape in layer.items()}
-        shapes[FINAL_NORM] = (hidden,)
-        if not self.tie_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (queries, hidden),
+            "self_attn.k_proj.weight": (keys, hidden),
+            "self_attn.v_proj.weight": (keys, hidden),
+            "self_attn.o_proj.weight": (hidden, queries),
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+        }
+        biased = [f"self_attn.{name}_proj" for name in "qkv"] if self.qkv_bias else []
+        biased += ["self_attn.o_proj"] if self.output_bias else []
+        biased += [f"mlp.{name}_proj" for name in ("gate", "up", "down")] if self.mlp_bias else []
+        shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in biased}
+        if self.qk_norm:
+            shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+        for number in range(self.updates.count(index)):
+            shapes |= {f"update_{number}.weight": (hidden, hidden), f"update_{number}.bias": (hidden,)}
         return shapes
 
 
-class Weight(Protocol):
-    """One tensor of a checkpoint, still on disk."""
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint, still on disk: `rows(start, stop)` reads rows of its first axis, in any float type.
+    `dtype`: how it is stored, for the fingerprint.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rows: Callable[[int, int], npt.NDArray[Any]]
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
-        """Rows [start, stop) of the first axis as float32, checked finite. Raises CheckpointError naming the tensor."""
-        ...
+        """Rows [start, stop) as float32. Raises CheckpointError naming the tensor where they cannot be read, or are not
+        finite.
+        """
+        try:
+            with np.errstate(all="ignore"):
+                found = np.asarray(self.rows(start, stop), np.float32)
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {self.name}: {error}") from error
+        if not np.isfinite(found).all():
+            raise CheckpointError(
+                f"tensor {self.name} holds NaN or infinity in rows {start} to {stop - 1}; the weights are damaged"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -120,8 +135,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Float32Array:
         """A whole weight. Raises CheckpointError where it holds what is not finite."""
-        weight = self.weights[name]
-        return weight.read_rows(0, weight.shape[0])
+        return np.concatenate([*row_blocks(self.weights[name])])
 
     def check_same(self) -> None:
         """Raises CheckpointError where a weight file is another one than when it was opened: what has been read of it
@@ -131,18 +145,10 @@ class Checkpoint:
             if not path.exists() or identity(path) != known:
                 raise CheckpointError(f"{path} changed while it was read. Wait until it is whole, and run this again.")
 
-    @property
-    def name(self) -> str:
-        """Of the folder, or of the GGUF file without its ending; what a terminal would obey is left out."""
-        path = Path(self.source).absolute()  # "." has no name; a hub's links are to stay what they are
-        name = path.stem if path.suffix == ".gguf" else path.name
-        return "".join(filter(str.isprintable, name)) or "model"
-
 
 def row_blocks(weight: Weight, block_bytes: int = 16 << 20) -> Iterator[Float32Array]:
     """The tensor as consecutive blocks of rows of about `block_bytes`, so that a caller never holds more than one."""
     rows = weight.shape[0]
-    row_bytes = 4 * int(np.prod(weight.shape[1:], dtype=np.int64))
-    step = max(1, block_bytes // max(1, row_bytes))
+    step = max(1, block_bytes // max(1, 4 * prod(weight.shape[1:])))
     for start in range(0, rows, step):
         yield weight.read_rows(start, min(rows, start + step))

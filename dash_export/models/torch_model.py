@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from dash_export.models.spec import Float32Array
-
-_UPDATE = re.compile(r"model\.layers\.\d+\.update_\d+\.weight")
+from dash_export.models.spec import Checkpoint, DecoderSpec
 
 
-def torch_model(
-    config: Mapping[str, Any], weights: Mapping[str, Float32Array], dtype: torch.dtype, attention: str = "sdpa"
-) -> Any:
-    """The causal LM of a Hugging Face `config` with `weights` by their names there, frozen, on the CPU.
-
-    Raises ValueError when the weights are not those of the model.
-    """
-    described = transformers.AutoConfig.for_model(**dict(config))
-    described._attn_implementation = attention
+def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+    """The causal LM of a checkpoint, frozen, on the CPU."""
+    spec = checkpoint.spec
+    config = transformers.AutoConfig.for_model(**checkpoint.config)
+    config._attn_implementation = attention
     with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype)
-    for name in filter(_UPDATE.fullmatch, weights):
-        _add_update(model.model.layers[int(name.split(".")[2])], name.split(".")[3], described, dtype)
-    state = {name: torch.from_numpy(weight) for name, weight in weights.items()}
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for place, layer in enumerate(spec.updates):
+        _add_update(model.model.layers[layer], f"update_{spec.updates[:place].count(layer)}", spec)
+    state = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.weights}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if getattr(described, "tie_word_embeddings", False) else set()
-    if unexpected or set(missing) - tied:
-        raise ValueError(f"these are not the model's weights: missing {missing}, unexpected {unexpected}")
+    assert not unexpected, f"{unexpected} are not of such a model"
+    assert not missing or (missing == ["lm_head.weight"] and spec.tie_embeddings), f"{missing} are missing"
     model.tie_weights()
     return model.to(dtype=dtype).eval().requires_grad_(False)
 
 
-def _add_update(layer: torch.nn.Module, name: str, config: Any, dtype: torch.dtype) -> None:
+def _add_update(layer: torch.nn.Module, name: str, spec: DecoderSpec) -> None:
     """What a pruned unit left to this layer (bypasses.py)."""
-    size, eps = config.hidden_size, config.rms_norm_eps
-    layer.add_module(name, torch.nn.Linear(size, size, dtype=dtype))
+    size, eps = spec.hidden_size, spec.rms_norm_eps
+    layer.add_module(name, torch.nn.Linear(size, size))
 
     def updated(module: torch.nn.Module, _inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
         normed = torch.nn.functional.rms_norm(hidden.float(), (size,), eps=eps).to(hidden.dtype)
@@ -48,3 +41,15 @@ def _add_update(layer: torch.nn.Module, name: str, config: Any, dtype: torch.dty
         return hidden + update
 
     layer.register_forward_hook(updated)
+
+
+@contextmanager
+def instead(module: torch.nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    """While it lasts, `module` gives `rows` [batch, tokens, size] for the tokens that `skip` [batch, tokens]."""
+    hook = module.register_forward_hook(
+        lambda _module, _inputs, found: torch.where(skip[..., None], rows.to(found.dtype), found)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()

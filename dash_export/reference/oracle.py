@@ -7,8 +7,7 @@ unit, and later tokens attend to everything. A free-running generation repeats t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from dash_export.decision import DENSE_POSITIONS, DecisionRule, layer_actions, unit_skips
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import full_bypass
-from dash_export.models.torch_model import torch_model
+from dash_export.models.torch_model import instead, torch_model
 from dash_export.policy import SkipPolicy, key_value_size
 
 
@@ -37,8 +36,7 @@ class Oracle:
     """A checkpoint and its skip policy in float32."""
 
     def __init__(self, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
-        weights = {name: checkpoint.read(name) for name in checkpoint.weights}
-        self.model = torch_model(checkpoint.config, weights, torch.float32, attention="eager")
+        self.model = torch_model(checkpoint, torch.float32, attention="eager")
         self.policy = policy
         self.eps = checkpoint.spec.rms_norm_eps
         self.size = key_value_size(checkpoint.spec)
@@ -79,7 +77,7 @@ class Oracle:
             update, rows = (hidden * 0, {}) if unit is None else self.bypass(entered, unit)
             with ExitStack() as stack:
                 for name, row in rows.items():
-                    stack.enter_context(_instead(decoder.get_submodule(name), skip, row))
+                    stack.enter_context(instead(decoder.get_submodule(name), skip[None], row))
                 for layer in own:
                     hidden = decoder.layers[layer](hidden, attention_mask=mask, position_embeddings=rotary)
                     hidden = hidden[0] if isinstance(hidden, tuple) else hidden
@@ -119,13 +117,3 @@ class Oracle:
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """RMSNorm of unit gain."""
         return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
-
-
-@contextmanager
-def _instead(module: torch.nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
-    """While it lasts, `module` gives `rows` [1, tokens, size] for the tokens that `skip` [tokens]."""
-    hook = module.register_forward_hook(lambda _module, _inputs, found: torch.where(skip[None, :, None], rows, found))
-    try:
-        yield
-    finally:
-        hook.remove()

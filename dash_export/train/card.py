@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,6 @@ STATIC_SETS = 5
 """Of a static order, so many first sets are judged."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Means over the tokens past the prefix: layers skipped, KL from dense (nats), top-1 agreement, nll (nats)."""
-
-    setting: str
-    skipped: float
-    kl: float
-    top1: float
-    nll: float
-
-
 def policy_card(
     checkpoint: Checkpoint,
     policy: SkipPolicy,
@@ -52,10 +41,9 @@ def policy_card(
     """The card of a policy that was trained in `run`; `facts` of the training are on it as they are given."""
     settings, place = run.settings, run.model.device
     rng = np.random.default_rng(JUDGED_SEED)
-    batches = [held.batch(rng, settings.windows, settings.window) for _ in range(BATCHES)]
-    modules = SkipModules(policy).to(place)
+    batches = [held.batch(rng, settings.windows, settings.window, place) for _ in range(BATCHES)]
     judged, figures = held_out_figures(
-        run.model, modules, batches, policy.static_order, settings.trade_offs, run.progress
+        run.model, SkipModules(policy).to(place), batches, policy.static_order, settings.trade_offs, run.progress
     )
     return {
         "model": Path(checkpoint.source).name,
@@ -68,11 +56,7 @@ def policy_card(
         "settings": asdict(settings),
         "tokens": run.corpus.tokens(),
         "held_out": {"tokens": held.tokens(), "judged": judged, "figures": figures},
-        "versions": {
-            "dash-export": __version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
+        "versions": {"dash-export": __version__} | {name: version(name) for name in ("torch", "transformers")},
         "precision": str(run.model.dtype).removeprefix("torch."),
         "device": f"{place.type}, {platform.machine()}, {torch.get_num_threads()} threads",
     }
@@ -87,7 +71,8 @@ def held_out_figures(
     trade_offs: tuple[float, float],
     progress: Progress = no_progress,
 ) -> tuple[int, list[dict[str, object]]]:
-    """(tokens judged, figures): dense, the token policy at POINTS of its dial, and the first sets of the static
+    """(tokens judged, figures: means over the tokens past the prefix of layers skipped, KL from dense (nats), top-1
+    agreement, nll (nats)): dense, the token policy at POINTS of its dial, and the first sets of the static
     `order` with the same bypasses.
     """
     units = modules.units
@@ -101,18 +86,17 @@ def held_out_figures(
         chosen = order[:largest]
         runs.append((f"static, {', '.join(str(units[place]) for place in chosen)}", always(len(units), chosen)))
     sums, count = np.zeros((len(runs), 4)), 0
-    for done, batch in enumerate(batches):
-        ids, dense, counted = model.tensors(batch)
+    for done, (ids, dense, counted) in enumerate(batches):
         # A token counts where the one after it is text too.
-        counted = counted[:, :-1] & counted[:, 1:]
-        following, final = ids[:, 1:][counted], model.dense(ids)[:, :-1][counted]
+        judged = counted[:, :-1] & counted[:, 1:]
+        following, final = ids[:, 1:][judged], model.dense(ids)[:, :-1][judged]
         count += len(following)
         for index, (_, decide) in enumerate(runs):
             rollout = model.rollout(ids, modules, decide, dense)
-            found = divergence(model.head, final, rollout.final[:, :-1][counted], following)
-            layers = rollout.skipped[:, :-1][counted].float() @ sizes
+            found = divergence(model.head, final, rollout.final[:, :-1][judged], following)
+            layers = rollout.skipped[:, :-1][judged].float() @ sizes
             values = (layers, found.kl, found.agree, -found.log_likelihood)
             sums[index] += [float(value.double().sum()) for value in values]
             progress("held-out text", done * len(runs) + index + 1, len(batches) * len(runs))
-    rounded = (sums / count).round(4).tolist()
-    return count, [asdict(Figures(name, *means)) for (name, _), means in zip(runs, rounded, strict=True)]
+    rows = zip((name for name, _ in runs), *(sums / count).round(4).T.tolist(), strict=True)
+    return count, [dict(zip(("setting", "skipped", "kl", "top1", "nll"), row, strict=True)) for row in rows]

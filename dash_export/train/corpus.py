@@ -11,10 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
@@ -25,7 +24,6 @@ from dash_export.runtime.text import Text
 from dash_export.text_files import read_text
 from dash_export.train.defaults import TrainingSettings
 
-TokenIds = npt.NDArray[np.int64]
 SHORTEST = 16
 """Fewer continuation tokens than this are not worth a row of a batch."""
 GENERATED_BATCH, TEMPERATURE = 32, 0.7
@@ -34,22 +32,20 @@ JUDGED_SEED = 20252
 """Of what is held out: not the training's, so that trainings compare."""
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """ids int64 [batch, tokens]; dense and counted bool [batch, tokens]: rows every layer runs for, and rows that are
     text and not padding, past the prefix, so that their divergence counts.
     """
 
-    ids: TokenIds
-    dense: npt.NDArray[np.bool_]
-    counted: npt.NDArray[np.bool_]
+    ids: torch.Tensor
+    dense: torch.Tensor
+    counted: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Passage:
-    """One piece of text as token ids; `prefix` is its prompt's length, or None for prose without one."""
+class Passage(NamedTuple):
+    """One piece of text as token ids int64 [tokens]; `prefix` is its prompt's length, or None for prose without one."""
 
-    ids: TokenIds
+    ids: torch.Tensor
     prefix: int | None = None
 
 
@@ -63,33 +59,31 @@ class Corpus:
         """Tokens per source."""
         return {name: sum(len(passage.ids) for passage in passages) for name, passages in self.sources.items()}
 
-    def batch(self, rng: np.random.Generator, size: int, window: int) -> Batch:
+    def batch(self, rng: np.random.Generator, size: int, window: int, device: torch.device | None = None) -> Batch:
         """`size` random windows of `window` tokens."""
-        ids = np.zeros((size, window), np.int64)
-        dense = np.zeros((size, window), np.bool_)
-        counted = np.zeros((size, window), np.bool_)
+        ids = torch.zeros(size, window, dtype=torch.int64)
+        dense, counted = (torch.zeros(size, window, dtype=torch.bool) for _ in range(2))
         names = sorted(self.sources)
         for row in range(size):
             passages = self.sources[names[rng.integers(len(names))]]
             lengths = np.array([len(passage.ids) for passage in passages], np.float64)
-            passage = passages[rng.choice(len(passages), p=lengths / lengths.sum())]
-            piece, prefix = _window(passage, rng, window)
+            piece, prefix = _window(passages[rng.choice(len(passages), p=lengths / lengths.sum())], rng, window)
             ids[row, : len(piece)] = piece
             dense[row, :prefix] = True
             counted[row, prefix : len(piece)] = True
-        return Batch(ids, dense, counted)
+        return Batch(*(part.to(device) for part in (ids, dense, counted)))
 
 
-def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[TokenIds, int]:
+def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[torch.Tensor, int]:
     if passage.prefix is None:
         start = int(rng.integers(len(passage.ids) - window + 1))
         # Half of the windows show what a short prompt leaves, half what a longer one does.
         prefix = DENSE_POSITIONS if rng.random() < 0.5 else int(rng.integers(DENSE_POSITIONS, window // 2))
-        return passage.ids[start : start + window], prefix
-    # A prompt longer than the window keeps its end, as much as leaves half of the window to what follows.
-    start = max(0, passage.prefix - window // 2)
-    piece = passage.ids[start : start + window]
-    return piece, max(passage.prefix - start, DENSE_POSITIONS)
+    else:
+        # A prompt longer than the window keeps its end, as much as leaves half of the window to what follows.
+        start = max(0, passage.prefix - window // 2)
+        prefix = max(passage.prefix - start, DENSE_POSITIONS)
+    return passage.ids[start : start + window], prefix
 
 
 def read_corpus(paths: Sequence[Path], tokenizer: Tokenizer, window: int, held_out: float) -> tuple[Corpus, Corpus]:
@@ -98,7 +92,7 @@ def read_corpus(paths: Sequence[Path], tokenizer: Tokenizer, window: int, held_o
     """
     training, held = Corpus(), Corpus()
     for path in paths:
-        ids = np.array(tokenizer.encode(read_text(path), add_special_tokens=False).ids, np.int64)
+        ids = torch.tensor(tokenizer.encode(read_text(path), add_special_tokens=False).ids)
         split = int(len(ids) * (1 - held_out))
         if min(split, len(ids) - split) < window:
             raise RequestError(
@@ -152,54 +146,45 @@ def self_generated(
     order = np.random.default_rng(JUDGED_SEED).permutation(len(chats))
     split = max(1, int(len(chats) * (1 - settings.held_out)))
     count = round(settings.own_prompts * (1 - settings.held_out))
-    drawn = np.random.default_rng(settings.seed).permutation(order[:split])[:count]
-
-    def continued(chosen: TokenIds, seed: int) -> list[Passage]:
-        ids = [np.array(text.chat(chats[index])[-settings.window :], np.int64) for index in chosen]
-        return continue_prompts(model, ids, settings.own_tokens, text.eos_ids, seed, progress)
-
-    training = continued(drawn, settings.seed)
-    held = continued(order[split:][: settings.own_prompts - count], JUDGED_SEED)
+    chosen = [*np.random.default_rng(settings.seed).permutation(order[:split])[:count]]
+    judged = [*order[split:][: settings.own_prompts - count]]
+    made: list[list[Passage]] = []
+    for places, seed in ((chosen, settings.seed), (judged, JUDGED_SEED)):
+        torch.manual_seed(seed)
+        # Prompts of like length share a batch.
+        prompts = sorted((text.chat(chats[place])[-settings.window :] for place in places), key=len)
+        made.append([])
+        for start in range(0, len(prompts), GENERATED_BATCH):
+            batch = prompts[start : start + GENERATED_BATCH]
+            made[-1] += _continued(model, batch, settings.own_tokens, text.eos_ids)
+            done = len(chosen) * (len(made) - 1) + start + len(batch)
+            progress(f"{SELF_GENERATED} text", done, len(chosen) + len(judged))
+    training, held = made
     if not held and len(training) > 1:
         held.append(training.pop())
     return training, held
 
 
-def continue_prompts(
-    model: Any,
-    prompts: Sequence[TokenIds],
-    tokens: int,
-    eos_ids: frozenset[int],
-    seed: int,
-    progress: Progress = no_progress,
-) -> list[Passage]:
-    """Sample up to `tokens` tokens after each prompt, densely; prompts of like length share a batch. Continuations
-    shorter than SHORTEST tokens are left out.
-    """
-    torch.manual_seed(seed)
+def _continued(model: Any, prompts: Sequence[Sequence[int]], tokens: int, ends: frozenset[int]) -> list[Passage]:
+    """Sample up to `tokens` tokens after each prompt, densely; what is shorter than SHORTEST is left out."""
+    width = max(map(len, prompts))
+    ids, mask = (torch.zeros(len(prompts), width, dtype=torch.int64) for _ in range(2))
+    for row, prompt in enumerate(prompts):  # padded on the left, as generation wants it
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    made = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=TEMPERATURE,
+        top_k=0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=0,
+    ).cpu()
     passages = []
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), GENERATED_BATCH):
-        chosen = [prompts[index] for index in order[start : start + GENERATED_BATCH]]
-        width = max(map(len, chosen))
-        ids, mask = (np.zeros((len(chosen), width), np.int64) for _ in range(2))
-        for row, prompt in enumerate(chosen):  # padded on the left, as generation wants it
-            ids[row, width - len(prompt) :] = prompt
-            mask[row, width - len(prompt) :] = 1
-        made = model.generate(
-            input_ids=torch.from_numpy(ids).to(model.device),
-            attention_mask=torch.from_numpy(mask).to(model.device),
-            max_new_tokens=tokens,
-            do_sample=True,
-            temperature=TEMPERATURE,
-            top_k=0,
-            eos_token_id=sorted(eos_ids) or None,
-            pad_token_id=0,
-        ).cpu()
-        for prompt, row in zip(chosen, made[:, width:].numpy(), strict=True):
-            ends = np.flatnonzero(np.isin(row, list(eos_ids)))
-            words = row[: ends[0] + 1] if len(ends) else row
-            if len(words) >= SHORTEST:
-                passages.append(Passage(np.concatenate([prompt, words]), len(prompt)))
-        progress("self-generated text", min(start + GENERATED_BATCH, len(order)), len(order))
+    for prompt, row in zip(prompts, made[:, width:], strict=True):
+        end = next((place + 1 for place, token in enumerate(row.tolist()) if token in ends), len(row))
+        if end >= SHORTEST:
+            passages.append(Passage(torch.cat([torch.tensor(prompt), row[:end]]), len(prompt)))
     return passages

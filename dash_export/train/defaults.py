@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KINDS = ("token", "static")
+PRECISIONS = ("bfloat16", "float32")
+"""Names of torch's types."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,7 @@ class TrainingSettings:
     regression, the first `warm_up_steps` skip at random only. `trade_offs`: the range of the dial that training covers,
     in nats per dense token time. `again`: the share of the tuning's learning rates when it goes on from a trained
     policy. `own_prompts` continuations of the model's own, of up to `own_tokens` tokens, join the corpus. `held_out`:
-    share of every text that is only evaluated on. `precision` of the frozen model, bfloat16 or float32; empty is what
-    is faster.
+    share of every text that is only evaluated on. `precision` of the frozen model, bfloat16 or float32.
     """
 
     seed: int = 0
@@ -36,4 +37,4 @@ class TrainingSettings:
     own_prompts: int = 160
     own_tokens: int = 192
     held_out: float = 0.08
-    precision: str = ""
+    precision: str = PRECISIONS[0]

@@ -15,14 +15,13 @@ that every decision of a token hears what it did to this token and, through the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dash_export.train.corpus import Batch
-from dash_export.train.model import Decide, GatedModel, SkipModules, below
+from dash_export.train.model import GatedModel, SkipModules, below
 
 ROWS = 64
 """Tokens of which two vocabularies' worth of logits are held at once."""
@@ -37,8 +36,7 @@ SOFTNESS = 0.3
 _Block = tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(NamedTuple):
     """Per token [n]: KL in nats, whether the likeliest token agrees, the skipped model's log-likelihood of a target."""
 
     kl: torch.Tensor
@@ -115,34 +113,20 @@ def regression_loss(
     that tells units apart. The other half, if `on_policy`, follow the network as it is, at a trade-off drawn per window
     (nats per dense token time), with EXPLORATION: what the policy will meet, over the whole dial.
     """
-    ids, dense, counted = model.tensors(batch)
+    ids, dense, counted = (part.repeat(MASKS, 1) for part in batch)
+    windows = len(ids)
+    rates = rng.random((windows, 1, 1), dtype=np.float32) * LARGEST_RATE
+    limits = _drawn(rng, windows, trade_offs).to(model.device)[:, None, None] * modules.cost(model.spec)
+    drawn = rng.random((2, *ids.shape, len(modules.units)), dtype=np.float32)
+    at_random = (np.arange(windows) % 2 == 0)[:, None, None] | (not on_policy)
+    free = torch.from_numpy(drawn[0] < rates).to(model.device)
+    replaced = torch.from_numpy((drawn[1] < EXPLORATION) | at_random).to(model.device)
     with torch.no_grad():
-        final = model.dense(ids)[counted]
-        ids, dense, counted = (tensor.repeat(MASKS, 1) for tensor in (ids, dense, counted))
-        decide = _explored(model, modules, trade_offs, tuple(ids.shape), rng, on_policy)
-        rollout = model.rollout(ids, modules, decide, dense)
+        final = model.dense(batch.ids)[batch.counted]
+        rollout = model.rollout(ids, modules, lambda damage: torch.where(replaced, free, damage < limits), dense)
         kl = divergence(model.head, final.repeat(MASKS, 1), rollout.final[counted], ids[counted]).kl
     predicted = (modules.damage(rollout.state) * rollout.skipped).sum(-1)[counted]
     return ((predicted + SOFTENING).sqrt() - (kl.clamp_min(0) + SOFTENING).sqrt()).pow(2).mean()
-
-
-def _explored(
-    model: GatedModel,
-    modules: SkipModules,
-    trade_offs: tuple[float, float],
-    shape: tuple[int, ...],
-    rng: np.random.Generator,
-    on_policy: bool,
-) -> Decide:
-    windows = shape[0]
-    rates = rng.random((windows, 1, 1), dtype=np.float32) * LARGEST_RATE
-    drawn_trade_offs = _drawn(rng, windows, trade_offs).to(model.device)
-    drawn = rng.random((2, *shape, len(modules.units)), dtype=np.float32)
-    random = (np.arange(windows) % 2 == 0)[:, None, None] | (not on_policy)
-    free = torch.from_numpy(drawn[0] < rates).to(model.device)
-    replaced = torch.from_numpy((drawn[1] < EXPLORATION) | random).to(model.device)
-    limits = drawn_trade_offs[:, None, None] * modules.cost(model.spec)
-    return lambda damage: torch.where(replaced, free, damage < limits)
 
 
 def tuning_loss(
@@ -151,7 +135,7 @@ def tuning_loss(
     """(KL + λ * time) / λ over one batch, so that every trade-off of the range weighs alike; with gradients for the
     bypasses and the network.
     """
-    ids, dense, counted = model.tensors(batch)
+    ids, dense, counted = batch
     drawn = _drawn(rng, len(ids), trade_offs).to(model.device)[:, None]
     cost = modules.cost(model.spec)
     limits = drawn[..., None] * cost
@@ -173,7 +157,7 @@ def static_loss(
     """KL under the first units of a static `order`, how many drawn per window up to those of half of the model's
     layers; with gradients for the bypasses.
     """
-    ids, dense, counted = model.tensors(batch)
+    ids, dense, counted = batch
     sizes = [len(modules.units[place].layers) for place in order]
     largest = max(1, int((np.cumsum(sizes) <= model.spec.num_layers / 2).sum()))
     counts = rng.integers(1, largest + 1, len(ids))

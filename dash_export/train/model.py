@@ -8,12 +8,10 @@ one that skips a unit only gives it the K and V of its bypass, and leaves it wit
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
-from statistics import median
 
 import numpy as np
 import torch
@@ -24,13 +22,9 @@ from dash_export.decision import Unit
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
-from dash_export.models.torch_model import torch_model
+from dash_export.models.torch_model import instead, torch_model
 from dash_export.policy import Bypass, SkipPolicy, key_value_size
-from dash_export.train.corpus import Batch
 
-PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-FASTER = 1.2
-"""float32 takes twice the memory, so it has to be so many times as fast."""
 BITS, BYPASS_BITS = 4, 8
 """Of a weight of the model and of a bypass, as engines for a CPU have them."""
 FIRST_SCORE = -1.5
@@ -56,8 +50,8 @@ class SkipModules(nn.Module):
             raise PolicyError("A bypass of this policy has no weights, so there is nothing to train or to judge.")
         self.units = policy.units
         self.read = policy.read
-        self.network = nn.ParameterDict(_parameters(policy.network or {}))
-        self.bypasses = nn.ModuleList(nn.ParameterDict(_parameters(bypass.weights)) for bypass in policy.bypasses)
+        self.network = _parameters(policy.network or {})
+        self.bypasses = nn.ModuleList(_parameters(bypass.weights) for bypass in policy.bypasses)
 
     def damage(self, state: torch.Tensor) -> torch.Tensor:
         """What enters layer `read`, normed -> damage [..., units] in nats; without a network 0."""
@@ -69,8 +63,8 @@ class SkipModules(nn.Module):
         """The columns of a unit's bypass, as `policy.py` orders them: what enters the unit, normed -> [..., columns]
         in the dtype of `state`.
         """
-        weight = {name: value.to(state.dtype) for name, value in self.bypasses[place].named_parameters()}
-        return state @ weight["weight"] + weight["bias"]
+        weight, bias = (self.bypasses[place].get_parameter(name).to(state.dtype) for name in ("weight", "bias"))
+        return state @ weight + bias
 
     def cost(self, spec: DecoderSpec) -> torch.Tensor:
         """What skipping each unit saves [units], by bytes."""
@@ -88,8 +82,8 @@ def initial_network(units: int, hidden: int) -> dict[str, Float32Array]:
     return {"weight": np.zeros((hidden, units), np.float32), "bias": np.full(units, FIRST_SCORE, np.float32)}
 
 
-def _parameters(arrays: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(torch.tensor(array)) for name, array in arrays.items()}
+def _parameters(arrays: Mapping[str, np.ndarray]) -> nn.ParameterDict:
+    return nn.ParameterDict({name: nn.Parameter(torch.tensor(array)) for name, array in arrays.items()})
 
 
 def _arrays(part: nn.Module) -> dict[str, Float32Array]:
@@ -116,8 +110,7 @@ class GatedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        weights = {name: checkpoint.read(name) for name in checkpoint.weights}
-        self.model = torch_model(checkpoint.config, weights, dtype).to(device=device)
+        self.model = torch_model(checkpoint, dtype).to(device=device)
         self.device = device
         self.dtype = dtype
         self.spec = checkpoint.spec
@@ -127,11 +120,6 @@ class GatedModel:
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """RMSNorm of unit gain, computed in float32, in the dtype of `hidden`."""
         return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.spec.rms_norm_eps).to(hidden.dtype)
-
-    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A batch's ids, dense and counted, where the model is."""
-        ids, dense, counted = (torch.from_numpy(own).to(self.device) for own in (batch.ids, batch.dense, batch.counted))
-        return ids, dense, counted
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [batch, tokens] -> normed last hidden states."""
@@ -229,21 +217,20 @@ class GatedModel:
         rows: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """One layer, with K and V given in `rows` for the tokens that `skip`."""
-        if self.recomputes and any(given.requires_grad for given in (hidden, *rows)):
-            ran: torch.Tensor = checkpoint(self._run, index, hidden, rotary, skip, *rows, use_reentrant=False)
-            return ran
-        return self._run(index, hidden, rotary, skip, *rows)
-
-    def _run(
-        self, index: int, hidden: torch.Tensor, rotary: Rotary, skip: torch.Tensor | None, *rows: torch.Tensor
-    ) -> torch.Tensor:
         layer = self.model.model.layers[index]
-        with ExitStack() as stack:
-            if skip is not None:
-                for projection, own in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), rows, strict=True):
-                    stack.enter_context(_instead(projection, skip, own))
-            ran: torch.Tensor = layer(hidden, attention_mask=None, position_embeddings=rotary)
-        return ran
+
+        def run(hidden: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+            with ExitStack() as stack:
+                for projection, own in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), rows, strict=False):
+                    assert skip is not None
+                    stack.enter_context(instead(projection, skip, own))
+                ran: torch.Tensor = layer(hidden, attention_mask=None, position_embeddings=rotary)
+            return ran
+
+        if self.recomputes and any(given.requires_grad for given in (hidden, *rows)):
+            again: torch.Tensor = checkpoint(run, hidden, *rows, use_reentrant=False)
+            return again
+        return run(hidden, *rows)
 
 
 def below(limits: torch.Tensor) -> Decide:
@@ -258,18 +245,6 @@ def always(units: int, places: Sequence[int]) -> Decide:
     return lambda damage: mask.to(damage.device).expand(damage.shape)
 
 
-@contextmanager
-def _instead(projection: nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
-    """While it lasts, `projection` gives `rows` for the tokens that `skip`."""
-    hook = projection.register_forward_hook(
-        lambda _module, _inputs, found: torch.where(skip[..., None], rows.to(found.dtype), found)
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def saved(spec: DecoderSpec, layers: int) -> float:
     """Fraction of a token's time that skipping a unit saves before any engine is built; below 0 where its bypass is
     larger. Decode is bound by memory traffic, so it is that of bytes: (layers * a layer's - the bypass's) / (all
@@ -280,22 +255,3 @@ def saved(spec: DecoderSpec, layers: int) -> float:
     bypass = spec.hidden_size * (spec.hidden_size + 2 * key_value_size(spec) * layers)
     token = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
     return (layers * layer * BITS - bypass * BYPASS_BITS) / (token * BITS)
-
-
-def faster_precision(device: torch.device) -> str:
-    """Key of PRECISIONS in which to run the frozen model. On a CPU it is tried out: with instructions for bfloat16 it
-    is faster than float32 by half on one and slower by half on another, whatever their flags say.
-    """
-    tried = device.type == "cpu" and _seconds(torch.bfloat16) > FASTER * _seconds(torch.float32)
-    return "float32" if tried else "bfloat16"
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    """Of one product of a small model's size."""
-    left, right = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    taken = []
-    for _ in range(9):
-        began = time.perf_counter()
-        nn.functional.linear(left, right)
-        taken.append(time.perf_counter() - began)
-    return median(taken)

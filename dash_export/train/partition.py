@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +17,9 @@ import torch
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import Unit
-from dash_export.models.spec import DecoderSpec
-from dash_export.policy import SkipPolicy
-from dash_export.train.closed_form import Sums, sums_bytes
 from dash_export.train.corpus import Batch
 from dash_export.train.losses import divergence
-from dash_export.train.model import GatedModel, SkipModules, always, saved
+from dash_export.train.model import GatedModel, SkipModules, always
 
 LENGTHS = (1, 2, 3, 4, 6)
 """Layers of a candidate."""
@@ -33,10 +29,13 @@ before the tuning, which about halves damages.
 """
 GRID = 8
 """Trade-offs at which a gain is judged."""
-LARGEST_SUMS = 512 << 20
-"""Bytes of the sums at once: the search goes over its text once for every group of candidates that fits into them."""
-TRIED = 8
-"""A greedy step tries this many units, the best alone."""
+GROUP = 4
+"""Layers at which candidates begin whose sums are in memory at once: 0.1 GB of a 135M, 4.6 GB of an 8B. The search goes
+over its text once for each such group.
+"""
+
+Windows = Sequence[tuple[Batch, torch.Tensor]]
+"""Batches, and what the dense model makes of each: its normed last states at the counted positions."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,13 @@ class Candidate:
     gain: float
 
 
-def candidate_units(num_layers: int) -> tuple[Unit, ...]:
-    """All units that are tried. The first sixth of the layers is in none, nor are 0 and 1: all decisions are made by
-    what enters the layer before the first unit, which says too little that early.
+def candidate_groups(num_layers: int) -> list[list[Unit]]:
+    """All units that are tried, by GROUP. The first sixth of the layers is in none, nor are 0 and 1: all decisions are
+    made by what enters the layer before the first unit, which says too little that early.
     """
     firsts = range(max(2, num_layers // 6), num_layers)
-    return tuple(Unit(a, a + size - 1) for a in firsts for size in LENGTHS if a + size <= num_layers)
+    groups = (firsts[start : start + GROUP] for start in range(0, len(firsts), GROUP))
+    return [[Unit(a, a + size - 1) for a in group for size in LENGTHS if a + size <= num_layers] for group in groups]
 
 
 def judged_candidate(
@@ -85,87 +85,38 @@ def best_partition(candidates: Iterable[Candidate], num_layers: int) -> tuple[Ca
     return best[num_layers][1]
 
 
-def candidate_groups(spec: DecoderSpec) -> list[list[Unit]]:
-    """All candidates, in groups whose sums are in memory at once; those that begin at one layer share theirs."""
-    groups: list[list[Unit]] = [[]]
-    for _, units in groupby(candidate_units(spec.num_layers), key=lambda unit: unit.first):
-        together = [*units]
-        if groups[-1] and sums_bytes(spec, groups[-1] + together) > LARGEST_SUMS:
-            groups.append([])
-        groups[-1] += together
-    return groups
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Windows, and what the dense model makes of them: its normed last states at the counted positions."""
-
-    ids: torch.Tensor
-    dense: torch.Tensor
-    counted: torch.Tensor
-    final: torch.Tensor
-
-
 @torch.no_grad()
-def judged(model: GatedModel, batches: Iterable[Batch]) -> list[Judged]:
+def with_dense(model: GatedModel, batches: Iterable[Batch]) -> Windows:
     """The dense pass over each batch, once for all the sets that are tried."""
-    found = []
-    for batch in batches:
-        ids, dense, counted = model.tensors(batch)
-        found.append(Judged(ids, dense, counted, model.dense(ids)[counted]))
-    return found
+    return [(batch, model.dense(batch.ids)[batch.counted]) for batch in batches]
 
 
 @torch.no_grad()
-def static_damage(
-    model: GatedModel, modules: SkipModules, places: Sequence[int], windows: Sequence[Judged]
-) -> torch.Tensor:
+def static_damage(model: GatedModel, modules: SkipModules, places: Sequence[int], windows: Windows) -> torch.Tensor:
     """KL (nats) of every counted token where all skip these units, [tokens]."""
     found = []
-    for each in windows:
-        rollout = model.rollout(each.ids, modules, always(len(modules.units), places), each.dense)
-        final, counted = rollout.final[each.counted], each.counted
-        found.append(divergence(model.head, each.final, final, each.ids[counted]).kl)
+    for (ids, dense, counted), final in windows:
+        rollout = model.rollout(ids, modules, always(len(modules.units), places), dense)
+        found.append(divergence(model.head, final, rollout.final[counted], ids[counted]).kl)
     return torch.cat(found)
 
 
-def skipped_alone(
-    model: GatedModel, sums: Sums, windows: Sequence[Judged], trade_offs: tuple[float, float], progress: Progress
-) -> list[Candidate]:
-    """The units of the sums as candidates: each fitted in closed form and skipped alone."""
-    found = []
-    for unit in sums.units:
-        modules = SkipModules(SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),))).to(model.device)
-        damage = static_damage(model, modules, (0,), windows).float().cpu().numpy()
-        found.append(judged_candidate(unit, damage, saved(model.spec, len(unit.layers)), trade_offs))
-        progress("candidates skipped alone", len(found), len(sums.units))
-    return found
-
-
 def greedy_order(
-    model: GatedModel, modules: SkipModules, windows: Sequence[Judged], progress: Progress = no_progress
+    model: GatedModel, modules: SkipModules, windows: Windows, progress: Progress = no_progress
 ) -> tuple[int, ...]:
-    """Places of all units in the order in which a static policy skips them: the one that hurts least a layer, then the
-    one of TRIED that adds least, and so on. The last half is not searched for: nobody skips nearly everything.
+    """Places of all units in the order in which a static policy skips them: each time the one that adds least damage a
+    layer. The last half is not searched for, and as the last step ranks it: nobody skips nearly everything.
     """
-    sizes, done = [len(unit.layers) for unit in modules.units], 0
-    count, searched = len(sizes), (len(sizes) + 1) // 2
-    trials = count + sum(min(TRIED, count - chosen) for chosen in range(1, searched))
-
-    def damage(*places: int) -> float:
-        nonlocal done
-        done += 1
-        progress("static order", done, trials)
-        return float(static_damage(model, modules, places, windows).mean())
-
-    alone = [damage(place) for place in range(count)]
-    left = sorted(range(count), key=lambda place: alone[place] / sizes[place])
-    chosen = [left.pop(0)]
-    known = alone[chosen[0]]
+    sizes, chosen, known, done = [len(unit.layers) for unit in modules.units], list[int](), 0.0, 0
+    left, searched = list(range(len(sizes))), (len(sizes) + 1) // 2
+    trials = sum(len(sizes) - step for step in range(searched))
     while len(chosen) < searched:
-        totals = {place: damage(*chosen, place) for place in left[:TRIED]}
-        best = min(totals, key=lambda place: (totals[place] - known) / sizes[place])
-        left.remove(best)
+        totals = {}
+        for place in left:
+            totals[place] = float(static_damage(model, modules, (*chosen, place), windows).mean())
+            done += 1
+            progress("static order", done, trials)
+        best, *left = sorted(left, key=lambda place: (totals[place] - known) / sizes[place])
         chosen.append(best)
         known = totals[best]
     return (*chosen, *left)

@@ -5,19 +5,18 @@
 3. damage regression: the network, from forward passes
    (a training that goes on from a policy takes all that from it)
 4. tuning: bypasses and network together, by KL (losses.py)
-5. the greedy static order, for the static kind of the same bundle (partition.py)
+5. the greedy static order, for the static kind of the same bundle (partition.py); a static policy has it before 4
 
 Every batch is drawn from (seed, stage, step), so a resumed training is the one that was killed.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,68 +27,69 @@ import torch
 from dash_export.artifacts import Progress, no_progress, write_atomic
 from dash_export.decision import Unit
 from dash_export.errors import PolicyError
-from dash_export.policy import Bypass, SkipPolicy
+from dash_export.policy import SkipPolicy
 from dash_export.train.closed_form import Sums
-from dash_export.train.corpus import Batch, Corpus
+from dash_export.train.corpus import SELF_GENERATED, Batch, Corpus
 from dash_export.train.defaults import TrainingSettings
 from dash_export.train.losses import regression_loss, static_loss, tuning_loss
-from dash_export.train.model import GatedModel, SkipModules, initial_network
+from dash_export.train.model import GatedModel, SkipModules, initial_network, saved
 from dash_export.train.partition import (
     Candidate,
     best_partition,
     candidate_groups,
     greedy_order,
-    judged,
-    skipped_alone,
+    judged_candidate,
+    static_damage,
+    with_dense,
 )
 
 SAVE_EVERY = 20
-"""Steps of regression and tuning: a kill costs as many at most. What else a kill interrupts begins anew: the sums and
-trials of one group of candidates, the bypasses in closed form, the static order.
+"""Steps of regression and tuning: a kill costs as many at most, and the closed form. What else it interrupts
+begins anew: the sums and trials of one group of candidates, the static order.
 """
 RANKING_BATCHES = 2
 _DIGEST = hashlib.sha256().digest_size
-"""Bytes of the SHA-256 that a file begins with."""
 _T = TypeVar("_T")
+Rates = Sequence[tuple[torch.nn.Module, float]]
 Loss = Callable[[Batch, np.random.Generator, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Work:
-    """The states that stages keep in `folder`. `key` changes with anything the training depends on: what another one
-    left there is not taken.
+    """What stages keep in `folder`, tensors and plain values. `key` changes with anything the training depends on: what
+    another one left there is not taken, nor what is damaged, which torch would not notice.
     """
 
     folder: Path
     key: str
 
-    def save(self, stage: str, **state: Any) -> None:
-        """Keep what a stage made: tensors and plain values."""
+    def save(self, stage: str, state: Any) -> None:
+        """Keep what a stage made, or how far it is."""
         packed = io.BytesIO()  # torch's own error for a full disk is none of Python's
-        torch.save({"key": self.key, **state}, packed)
-        payload = packed.getvalue()
-        write_atomic(self._path(stage), hashlib.sha256(payload).digest() + payload)
+        torch.save(state, packed)
+        write_atomic(self._path(stage), self._digest(packed.getvalue()) + packed.getvalue())
 
-    def restore(self, stage: str, load: Callable[[dict[str, Any]], _T]) -> _T | None:
-        """`load` of what a stage kept; None where that is nothing, damaged, or fails to load."""
+    def kept(self, stage: str) -> Any:
+        """What a stage kept, or None."""
         try:
             stored = self._path(stage).read_bytes()
-            payload = stored[_DIGEST:]  # in which torch would not notice damage
-            if hashlib.sha256(payload).digest() != stored[:_DIGEST]:
-                return None
-            # Tensors and plain values only: nothing is unpickled.
-            state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-            return load(state) if state["key"] == self.key else None
-        except Exception:  # torch raises many kinds
-            return None  # not ours, or of another version: this stage begins anew
+        except OSError:
+            return None
+        if stored[:_DIGEST] != self._digest(stored[_DIGEST:]):
+            return None
+        # Tensors and plain values only: nothing is unpickled.
+        return torch.load(io.BytesIO(stored[_DIGEST:]), map_location="cpu", weights_only=True)
 
     def once(self, stage: str, make: Callable[[], _T]) -> _T:
-        """What a stage made, tensors and plain values; made now where it is not kept."""
-        kept = self.restore(stage, lambda state: (state["made"],))
-        if kept is None:
-            kept = (make(),)
-            self.save(stage, made=kept[0])
-        return kept[0]
+        """What a stage made; made now where it is not kept."""
+        made: _T | None = self.kept(stage)
+        if made is None:
+            made = make()
+            self.save(stage, made)
+        return made
+
+    def _digest(self, payload: bytes) -> bytes:
+        return hashlib.sha256(self.key.encode() + payload).digest()
 
     def _path(self, stage: str) -> Path:
         return self.folder / f"{stage}-state.pt"
@@ -108,7 +108,7 @@ class Run:
     def batch(self, stage: str, step: int) -> tuple[Batch, np.random.Generator]:
         """A step's windows, and the generator that what else is random in it comes from."""
         rng = np.random.default_rng([self.settings.seed, zlib.crc32(stage.encode()), step])
-        return self.corpus.batch(rng, self.settings.windows, self.settings.window), rng
+        return self.corpus.batch(rng, self.settings.windows, self.settings.window, self.model.device), rng
 
 
 def trained_policy(
@@ -117,59 +117,60 @@ def trained_policy(
     """The policy of `kind`, of these units or of those of a search, and what that chose them by. `start`: the trained
     policy that it goes on from.
     """
-    chosen = search_units(run) if units is None else ()
-    policy = start or fitted_policy(run, units or tuple(candidate.unit for candidate in chosen))
-    stages = token_policy if kind == "token" else static_policy
-    return stages(run, policy, start is not None), chosen
-
-
-def token_policy(run: Run, policy: SkipPolicy, further: bool) -> SkipPolicy:
-    """Train network and bypasses. `further`: the policy is a trained one, whose regression is done."""
     model, settings = run.model, run.settings
-    if policy.network is None:
+    chosen = search_units(run) if units is None else ()
+    units = units or tuple(candidate.unit for candidate in chosen)
+    if start is None:
+        sums = _summed(run, units, settings.fit_steps, "bypasses in closed form")
+        policy = SkipPolicy(units, units[0].first - 1, None, tuple(map(sums.fit, units)))
+    else:
+        policy = start
+    if kind == "static":
+        policy = replace(policy, network=None)
+    elif policy.network is None:
         policy = replace(policy, network=initial_network(len(policy.units), model.spec.hidden_size))
     modules = SkipModules(policy).to(model.device)
+    order = _static_order(run, modules) if kind == "static" else ()
 
     def regression(batch: Batch, rng: np.random.Generator, step: int) -> torch.Tensor:
         return regression_loss(model, modules, settings.trade_offs, batch, rng, step >= settings.warm_up_steps)
 
     def tuning(batch: Batch, rng: np.random.Generator, _step: int) -> torch.Tensor:
+        if kind == "static":
+            return static_loss(model, modules, order, batch, rng)
         return tuning_loss(model, modules, settings.trade_offs, batch, rng)
 
-    learning = [(modules.network, settings.network_rate)]
-    _optimise(run, "regression", modules, settings.regression_steps, learning, regression)
-    _tune(run, modules, tuning, further)
-    return replace(modules.to_policy(), static_order=_static_order(run, modules))
-
-
-def static_policy(run: Run, policy: SkipPolicy, further: bool) -> SkipPolicy:
-    """A policy without a network: the greedy order, and bypasses tuned for its first sets."""
-    modules = SkipModules(replace(policy, network=None)).to(run.model.device)
-    order = _static_order(run, modules)
-
-    def tuning(batch: Batch, rng: np.random.Generator, _step: int) -> torch.Tensor:
-        return static_loss(run.model, modules, order, batch, rng)
-
-    _tune(run, modules, tuning, further)
-    return replace(modules.to_policy(), static_order=order)
+    if kind == "token":
+        rates: Rates = [(modules.network, settings.network_rate)]
+        _optimise(run, "regression", modules, settings.regression_steps, rates, regression)
+    rates = [(modules.bypasses, settings.bypass_rate), (modules.network, settings.refinement_rate)]
+    # By another name where it goes on from a policy, which saw the batches that are drawn by this one.
+    _optimise(run, "further tuning" if start else "tuning", modules, settings.tuning_steps, rates, tuning)
+    return replace(modules.to_policy(), static_order=order or _static_order(run, modules)), chosen
 
 
 def search_units(run: Run) -> tuple[Candidate, ...]:
-    """The units to train, with what they were chosen by. Raises PolicyError where none pays."""
-    windows = judged(run.model, [run.batch("trials", 0)[0]])
-    settings, spec = run.settings, run.model.spec
+    """The units to train, with what they were chosen by: each candidate is fitted in closed form and skipped alone.
+    Raises PolicyError where none pays.
+    """
+    model, settings = run.model, run.settings
+    windows = with_dense(model, [run.batch("trials", 0)[0]])
+    groups = candidate_groups(model.spec.num_layers)
     tried: list[Candidate] = []
-    groups = candidate_groups(spec)
     for number, group in enumerate(groups, 1):
 
-        def trials(group: Sequence[Unit] = group, name: str = f"{number}/{len(groups)}") -> list[tuple[float, ...]]:
-            sums = _summed(run, f"candidates in closed form {name}", group, settings.search_steps)
-            found = skipped_alone(run.model, sums, windows, settings.trade_offs, run.progress)
-            return [(own.damage, own.saved, own.gain) for own in found]
+        def damages(group: Sequence[Unit] = group) -> torch.Tensor:
+            sums, found = _summed(run, group, settings.search_steps), list[torch.Tensor]()
+            for unit in group:
+                modules = SkipModules(SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),))).to(model.device)
+                found.append(static_damage(model, modules, (0,), windows).float().cpu())
+                run.progress("candidates", len(tried) + len(found), sum(map(len, groups)))
+            return torch.stack(found)
 
-        rows = run.work.once(f"candidates-{number}", trials)
-        tried += [Candidate(unit, *row) for unit, row in zip(group, rows, strict=True)]
-    best = best_partition(tried, spec.num_layers)
+        for unit, damage in zip(group, run.work.once(f"candidates-{number}", damages), strict=True):
+            share = saved(model.spec, len(unit.layers))
+            tried.append(judged_candidate(unit, damage.numpy(), share, settings.trade_offs))
+    best = best_partition(tried, model.spec.num_layers)
     if not best:
         raise PolicyError(
             "Skipping any unit of this model costs more than it saves over these trade-offs: give higher ones "
@@ -178,71 +179,39 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
     return best
 
 
-def fitted_policy(run: Run, units: tuple[Unit, ...]) -> SkipPolicy:
-    """Bypasses in closed form, without a network."""
-
-    def fit() -> list[dict[str, torch.Tensor]]:
-        sums = _summed(run, "bypasses in closed form", units, run.settings.fit_steps)
-        return [
-            {name: torch.from_numpy(array) for name, array in sums.fit(unit).weights.items()} for unit in sums.units
-        ]
-
-    kept = run.work.once("fit", fit)
-    bypasses = tuple(Bypass({name: tensor.numpy() for name, tensor in weights.items()}) for weights in kept)
-    return SkipPolicy(units, units[0].first - 1, None, bypasses)
-
-
-def _summed(run: Run, name: str, units: Sequence[Unit], steps: int) -> Sums:
+def _summed(run: Run, units: Sequence[Unit], steps: int, name: str = "") -> Sums:
     sums = Sums(run.model, units)
     for step in range(steps):
         sums.add(run.batch("sums", step)[0])
-        run.progress(name, step + 1, steps)
+        if name:
+            run.progress(name, step + 1, steps)
     return sums
 
 
 def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
     def order() -> list[int]:
-        windows = judged(run.model, (run.batch("ranking", step)[0] for step in range(RANKING_BATCHES)))
+        windows = with_dense(run.model, (run.batch("ranking", step)[0] for step in range(RANKING_BATCHES)))
         return [*greedy_order(run.model, modules, windows, run.progress)]
 
     return tuple(run.work.once("ranking", order))
 
 
-def _tune(run: Run, modules: SkipModules, loss: Loss, further: bool) -> None:
-    """Tune bypasses and network. A run that goes on from a policy sees other batches than that did: they are drawn by
-    the stage's name.
-    """
-    stage, settings = "further tuning" if further else "tuning", run.settings
-    learning = [(modules.bypasses, settings.bypass_rate), (modules.network, settings.refinement_rate)]
-    _optimise(run, stage, modules, settings.tuning_steps, learning, loss)
-
-
-def _optimise(
-    run: Run,
-    stage: str,
-    modules: SkipModules,
-    steps: int,
-    learning: Sequence[tuple[torch.nn.Module, float]],
-    loss: Loss,
-) -> None:
+def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss) -> None:
     """AdamW with a short warm-up and a cosine to a twentieth, clipped per group; saves every SAVE_EVERY steps."""
     if not steps:
         return
-    learning = [(part, rate) for part, rate in learning if len([*part.parameters()])]
-    groups = [{"params": [*part.parameters()], "lr": rate} for part, rate in learning]
+    rates = [(part, rate) for part, rate in rates if len([*part.parameters()])]
+    groups = [{"params": [*part.parameters()], "lr": rate} for part, rate in rates]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-
-    def load(state: dict[str, Any]) -> int:
-        copy.deepcopy(modules).load_state_dict(state["modules"])  # all or nothing: what does not fit takes a part
-        optimizer.load_state_dict(state["optimizer"])
+    done, recent = 0, list[float]()
+    if state := run.work.kept(stage):
+        done = state["step"]
         modules.load_state_dict(state["modules"])
-        return int(state["step"])
-
-    recent: list[float] = []
-    for step in range(run.work.restore(stage, load) or 0, steps):
+        optimizer.load_state_dict(state["optimizer"])
+    for step in range(done, steps):
         batch, rng = run.batch(stage, step)
         factor = min(1.0, (step + 1) / 10) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group, (_, rate) in zip(optimizer.param_groups, learning, strict=True):
+        for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         optimizer.zero_grad()
         value = loss(batch, rng, step)
@@ -258,4 +227,38 @@ def _optimise(
         recent = [*recent[-19:], float(value.detach())]
         run.progress(f"{stage}, loss {np.mean(recent):.3f}", step + 1, steps)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            run.work.save(stage, step=step + 1, modules=modules.state_dict(), optimizer=optimizer.state_dict())
+            state = {"step": step + 1, "modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
+            run.work.save(stage, state)
+
+
+def forward_passes(
+    settings: TrainingSettings, kind: str, num_layers: int, search: bool, prompts: int
+) -> dict[str, float]:
+    """About how many forward passes over a batch each stage takes, in their order: by the seconds of a step of each and
+    of a pass, of SmolLM2-135M in bfloat16 on 2 cores. A KL takes 3.5 there, over a large vocabulary.
+    """
+    groups = candidate_groups(num_layers) if search else []
+    last = {"tuning": (15.0 if kind == "token" else 20.0) * settings.tuning_steps, "static order": 140.0}
+    return {
+        f"{SELF_GENERATED} text": 7.0 * min(prompts, settings.own_prompts),
+        "candidates": sum(1.7 * settings.search_steps + 4.5 * len(group) for group in groups),
+        "bypasses in closed form": 1.6 * settings.fit_steps,
+        "regression": 10.0 * settings.regression_steps if kind == "token" else 0.0,
+        **(last if kind == "token" else dict(reversed(last.items()))),
+        "held-out text": 560.0,
+    }
+
+
+def of_all(progress: Progress, passes: Mapping[str, float]) -> Progress:
+    """The progress of stages told as that of the whole training, in `passes` of each: its pace says what is left."""
+    total = round(sum(passes.values()))
+
+    def told(name: str, done: int, steps: int) -> None:
+        stage = name.partition(",")[0].removeprefix("further ")
+        if stage in passes and steps:
+            before = sum(list(passes.values())[: list(passes).index(stage)])
+            progress(f"{name}, {done} of {steps}", round(before + passes[stage] * done / steps), total)
+        else:
+            progress(name, 0, 0)
+
+    return told

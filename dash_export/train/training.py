@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from dash_export import __version__
 from dash_export.artifacts import Progress, content_key, no_progress, sha256_file
 from dash_export.decision import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
@@ -22,9 +23,9 @@ from dash_export.replacing import refuse_inputs
 from dash_export.runtime.text import Text
 from dash_export.train.card import policy_card
 from dash_export.train.corpus import SELF_GENERATED, Corpus, Passage, read_corpus, read_prompts, self_generated
-from dash_export.train.defaults import KINDS, TrainingSettings
-from dash_export.train.model import PRECISIONS, GatedModel, faster_precision, saved
-from dash_export.train.stages import Run, Work, trained_policy
+from dash_export.train.defaults import KINDS, PRECISIONS, TrainingSettings
+from dash_export.train.model import GatedModel, saved
+from dash_export.train.stages import Run, Work, forward_passes, of_all, trained_policy
 
 LONGEST_NAME = 100
 
@@ -50,8 +51,8 @@ def train(
     are as they are in it, and only the tuning steps are done.
 
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
-    done the work lies in `<output>.unfinished`; a killed training goes on there. Raises CheckpointError, PolicyError
-    and RequestError.
+    done the work lies in `<output>.unfinished`; a killed training goes on there. `progress(name, done, total)` counts
+    forward passes over all stages. Raises CheckpointError, PolicyError and RequestError.
     """
     output, settings = named(output), settings or TrainingSettings()
     _check(output, texts, prompts, kind, settings)
@@ -66,26 +67,45 @@ def train(
             raise PolicyError(f"{start} has its units, {units_text(before.units)}: others are trained from nothing.")
         units, settings = before.units, _further(settings)
     given = None if units is None else _checked(units, spec)
-    settings = _limited(settings)
-    place = _device(device)
+    # No stage takes more steps than the tuning: a trial run is one in all its parts.
+    stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
+    settings = replace(settings, **{name: min(getattr(settings, name), settings.tuning_steps) for name in stages})
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"There is no device {device!r} here: {str(error).splitlines()[0]}") from error
     check_unique_names(texts, prompts)
+    if missing := [path for path in (*texts, *prompts) if not path.is_file()]:
+        raise RequestError(f"There is no file {missing[0]}.")
     data = {
-        path.name: {"read_as": form, "sha256": sha256_file(_existing(path))}
+        path.name: {"read_as": form, "sha256": sha256_file(path)}
         for form, paths in (("text", texts), ("prompts", prompts))
         for path in paths
     }
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
     replaced = [work_of(output), output, card_path(output)]
     refuse_inputs([*checkpoint.seen, *texts, *prompts, *filter(None, [start])], replaced)
-    read = (checkpoint.fingerprint, sorted(checkpoint.assets.items()))  # tokenizer and chat template make other text
-    key = _key(settings, read, kind, None if given is None else units_text(given), data, origin)
+    # Anything the training depends on; tokenizer and chat template make other text of the same file.
+    read = (checkpoint.fingerprint, sorted(checkpoint.assets.items()), data, origin, __version__, torch.__version__)
+    key = content_key(asdict(settings), kind, None if given is None else units_text(given), *read)
     with locked(output, "train"):
-        run, held = _run(checkpoint, texts, prompts, settings, place, output, key, progress)
+        progress("reading the text", 0, 0)
+        text = _text(checkpoint)
+        corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
+        chats = [messages for file in prompts for messages in read_prompts(file)]
+        work = Work(work_folder(output, "train"), key)
+        gated = GatedModel(checkpoint, place, getattr(torch, settings.precision))
+        checkpoint.check_same()
+        passes = forward_passes(settings, kind, spec.num_layers, given is None, len(chats))
+        run = Run(gated, corpus, settings, work, of_all(progress, passes))
+        if chats:
+            _add_generated(run, held, text, chats)
         policy, chosen = trained_policy(run, kind, given, before)
         policy = replace(
             policy,
             bypasses=tuple(bypass.in_half() for bypass in policy.bypasses),
-            origin=f"{kind} policy for {checkpoint.name[:LONGEST_NAME]}, trained by dash-export "
+            origin=f"{kind} policy for {spec.name[:LONGEST_NAME]}, trained by dash-export "
             f"(seed {settings.seed}, key {key[:8]})",
             final_norm=checkpoint.read(FINAL_NORM),
         )
@@ -93,40 +113,15 @@ def train(
         card["seconds"] = round(time.perf_counter() - began, 1)
         check_replaceable(output)  # what has appeared there meanwhile stays, and so does the work of hours
         save_policy(output, policy, spec, card)
-        remove_own(run.work.folder)
+        remove_own(work.folder)
         return policy
-
-
-def _run(
-    checkpoint: Checkpoint,
-    texts: Sequence[Path],
-    prompts: Sequence[Path],
-    settings: TrainingSettings,
-    place: torch.device,
-    output: Path,
-    key: str,
-    progress: Progress,
-) -> tuple[Run, Corpus]:
-    """The run over the texts and the model's continuations of the prompts, and what is held out of them."""
-    progress("reading the text", 0, 0)
-    text = _text(checkpoint)
-    corpus, held = read_corpus(texts, text.tokenizer, settings.window, settings.held_out)
-    chats = [messages for file in prompts for messages in read_prompts(file)]
-    work = Work(work_folder(output, "train"), key)
-    precision = settings.precision or work.once("precision", lambda: faster_precision(place))
-    run = Run(GatedModel(checkpoint, place, PRECISIONS[precision]), corpus, settings, work, progress)
-    checkpoint.check_same()
-    if chats:
-        _add_generated(run, held, text, chats)
-    return run, held
 
 
 def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: str, settings: TrainingSettings) -> None:
     """What can be said before anything is read."""
-    if kind not in KINDS:
-        raise PolicyError(f"There is no trainable policy kind {kind!r}. Known: {', '.join(KINDS)}.")
-    if settings.precision and settings.precision not in PRECISIONS:
-        raise PolicyError(f"There is no precision {settings.precision!r}. Known: {', '.join(PRECISIONS)}.")
+    for name, value, known in (("policy kind", kind, KINDS), ("precision", settings.precision, PRECISIONS)):
+        if value not in known:
+            raise PolicyError(f"There is no {name} {value!r} to train with. Known: {', '.join(known)}.")
     if not 0 < settings.trade_offs[0] < settings.trade_offs[1] < math.inf:
         raise PolicyError(f"Trade-offs go from a low to a higher, finite one, above 0; got {settings.trade_offs}.")
     if output.suffix != ".safetensors":
@@ -138,14 +133,13 @@ def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: s
 
 def _checked(units: Sequence[Unit], spec: DecoderSpec) -> tuple[Unit, ...]:
     """The units, where they are ones of this model and pay."""
-    units = tuple(units)
     if not units:
         raise PolicyError("There is no unit to learn about: no layer may be skipped.")
-    check_units(units, units[0].first - 1, spec.num_layers)
+    check_units(tuple(units), units[0].first - 1, spec.num_layers)
     idle = next((unit for unit in units if saved(spec, len(unit.layers)) <= 0), None)
     if idle is not None:
         raise PolicyError(f"Skipping {idle} saves nothing: its bypass is larger. Give larger units.")
-    return units
+    return tuple(units)
 
 
 def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
@@ -159,22 +153,9 @@ def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
 
 
 def _further(settings: TrainingSettings) -> TrainingSettings:
-    """What is left to do for a trained policy."""
-    return replace(
-        settings,
-        search_steps=0,
-        fit_steps=0,
-        warm_up_steps=0,
-        regression_steps=0,
-        bypass_rate=settings.bypass_rate * settings.again,
-        refinement_rate=settings.refinement_rate * settings.again,
-    )
-
-
-def _limited(settings: TrainingSettings) -> TrainingSettings:
-    """No stage takes more steps than the tuning: a trial run is one in all its parts."""
-    stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
-    return replace(settings, **{name: min(getattr(settings, name), settings.tuning_steps) for name in stages})
+    """What is left to do for a trained policy: tuning, at lower rates."""
+    rates = {name: getattr(settings, name) * settings.again for name in ("bypass_rate", "refinement_rate")}
+    return replace(settings, search_steps=0, fit_steps=0, warm_up_steps=0, regression_steps=0, **rates)
 
 
 def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:
@@ -186,22 +167,6 @@ def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> N
         raise RequestError(f"Two sources would be called {twice}: texts are told apart by their names, so rename one.")
 
 
-def _device(name: str) -> torch.device:
-    """Raises RequestError for one that this torch does not know or cannot use."""
-    try:
-        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise RequestError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return place
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise RequestError(f"There is no file {path}.")
-    return path
-
-
 def _text(checkpoint: Checkpoint) -> Text:
     """The model's tokenizer and chat template, as the runtime reads them from a bundle."""
     with tempfile.TemporaryDirectory() as folder:
@@ -210,23 +175,18 @@ def _text(checkpoint: Checkpoint) -> Text:
         return Text(Path(folder))
 
 
-def _add_generated(run: Run, held: Corpus, text: Text, chats: Sequence[Sequence[Mapping[str, str]]]) -> None:
+def _add_generated(run: Run, held: Corpus, text: Text, chats: Sequence[list[dict[str, str]]]) -> None:
     """Continuations of the chats join both corpora: kept, so that a resumed training reads the same ones."""
 
-    def continued() -> list[list[tuple[int | None, torch.Tensor]]]:
+    def continued() -> list[list[tuple[torch.Tensor, int | None]]]:
         shares = self_generated(run.model.model, text, chats, run.settings, run.progress)
-        return [[(passage.prefix, torch.from_numpy(passage.ids)) for passage in share] for share in shares]
+        return [[(passage.ids, passage.prefix) for passage in share] for share in shares]
 
     for corpus, share in zip((run.corpus, held), run.work.once(SELF_GENERATED, continued), strict=True):
         if share:
-            corpus.sources[SELF_GENERATED] = [Passage(ids.numpy(), prefix) for prefix, ids in share]
+            corpus.sources[SELF_GENERATED] = [Passage(*passage) for passage in share]
     if not (run.corpus.sources and held.sources):
         raise RequestError(
             "The model's continuations of these prompts are too few to learn from and to be judged on: give more "
             "prompts, or text (--text)."
         )
-
-
-def _key(settings: TrainingSettings, *parts: object) -> str:
-    """Change with anything a training depends on."""
-    return content_key(2, asdict(settings), torch.__version__, *parts)

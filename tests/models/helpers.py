@@ -196,29 +196,17 @@ def write_gguf(
     }
     if family == "llama":
         values["llama.rope.dimension_count"] = head_dim
-    values |= metadata or {}
-    writer = gguf.GGUFWriter(path, str(values.pop("general.architecture", family)))
-    for key, value in values.items():
-        if key in remove:
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, value)
-    lists = {
+    values |= {
         "tokenizer.ggml.tokens": byte_tokens(),
         "tokenizer.ggml.token_type": [1] * 257 + [3, 3],
         "tokenizer.ggml.merges": ["h e"],
+        **(metadata or {}),
     }
-    for key, items in lists.items():
-        if key not in remove and key not in values:
-            writer.add_array(key, items)
+    writer = gguf.GGUFWriter(path, str(values.pop("general.architecture", family)))
+    add = {bool: writer.add_bool, str: writer.add_string, list: writer.add_array, float: writer.add_float32}
+    for key, value in values.items():
+        if key not in remove:
+            add.get(type(value), writer.add_uint32)(key, value)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name in remove or (name == "lm_head.weight" and config.tie_word_embeddings):

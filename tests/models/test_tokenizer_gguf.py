@@ -40,16 +40,12 @@ def build(pre: str, **changes: Any) -> Tokenizer:
     return Tokenizer.from_str(tokenizer_assets(metadata(pre, **changes), 400)["tokenizer.json"])
 
 
-def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
-    return [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-
-
 @pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "llama3", "gpt-2", "default"])
-@pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(pre: str, text: str) -> None:
+def test_round_trip(pre: str) -> None:
     tokenizer = build(pre)
-    expected = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
-    assert tokenizer.decode(tokenizer.encode(text).ids) == expected
+    for text in TEXTS:
+        expected = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
+        assert tokenizer.decode(tokenizer.encode(text).ids) == expected
 
 
 @pytest.mark.parametrize(
@@ -63,7 +59,9 @@ def test_round_trip(pre: str, text: str) -> None:
     ],
 )
 def test_words_split_as_the_model_was_trained(pre: str, expected: list[str]) -> None:
-    assert pieces(build(pre), "It's 1234.\n\n1") == expected
+    text = "It's 1234.\n\n1"
+    found = build(pre).pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in found] == expected
 
 
 def test_qwen2_splits_as_transformers_does() -> None:
@@ -104,21 +102,19 @@ def test_other_assets() -> None:
     [
         ({"ggml.model": "llama"}, "'llama' is not supported.*gpt2.*Hugging Face folder"),
         ({"ggml.pre": "tekken"}, "'tekken' is not supported.*smollm, qwen2.*Hugging Face folder"),
-        ({"ggml.pre": None}, "None is not supported"),
-        ({"ggml.tokens": None}, "tokens"),
         ({"ggml.tokens": [1, 2]}, "tokens"),
         ({"ggml.tokens": ["a"] * 259}, "twice"),
         ({"ggml.tokens": [str(index) for index in range(401)]}, "401 tokens; expected 1 to 400"),
         ({"ggml.token_type": [1]}, "token_type"),
-        ({"ggml.token_type": 3}, "token_type"),
         ({"ggml.merges": ["h e x"]}, "merges"),
-        ({"ggml.merges": [" e"]}, "merges"),
-        ({"ggml.merges": ["h nothing"]}, "not consistent"),
+        ({"ggml.merges": ["h nothing"]}, "cannot be used: .*nothing"),
         ({"ggml.merges": "h e"}, "merges"),
         ({"ggml.bos_token_id": 259}, "bos_token_id"),
-        ({"ggml.bos_token_id": True}, "bos_token_id"),
         ({"ggml.add_bos_token": "yes"}, "add_bos_token"),
         ({"chat_template": ["a"]}, "chat_template"),
+        ({"ggml.token_type": [7] * 259}, "1 to 6"),
+        # told when it is exported, not as damage of the bundle when that is run
+        ({"ggml.tokens": [*byte_tokens()[:-1], "a" * 5000]}, "cannot be used: it has a text of over 4096 letters"),
     ],
 )
 def test_vocabularies_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:
@@ -127,13 +123,6 @@ def test_vocabularies_that_cannot_be_used(changes: dict[str, Any], message: str)
 
 
 @pytest.mark.model
-def test_a_token_that_no_run_would_take() -> None:
-    """Told when it is exported, not as damage of the bundle when that is run."""
-    tokens = [*byte_tokens()[:-1], "a" * 5000]
-    with pytest.raises(CheckpointError, match="vocabulary cannot be used: it has a text of over 4096 letters"):
-        tokenizer_assets(metadata("smollm", **{"ggml.tokens": tokens, "ggml.token_type": [1] * len(tokens)}), 400)
-
-
 def test_smollm2(smollm2_gguf: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(smollm2_gguf)
     tokenizer = Tokenizer.from_str(checkpoint.assets["tokenizer.json"])

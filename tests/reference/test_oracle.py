@@ -113,14 +113,14 @@ class TestBrokenOnPurpose:
         self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """They are put in before the rotation; put in after it, they would miss it."""
-        sound = oracle_module._instead
+        sound = oracle_module.instead
 
         @contextmanager
         def after(module: torch.nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
             with sound(module, skip, rows.roll(1, dims=1)):  # as if of another position
                 yield
 
-        monkeypatch.setattr(oracle_module, "_instead", after)
+        monkeypatch.setattr(oracle_module, "instead", after)
         assert self.differences(tiny_runtime(), tiny_oracle)[0] > 0.01
 
     def test_damage_of_a_neighbour(

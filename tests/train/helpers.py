@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+import torch
 
 from dash_export.train.corpus import Batch
 from tests.tiny import random_ids
@@ -10,6 +10,6 @@ from tests.tiny import random_ids
 
 def batch(seed: int) -> Batch:
     """Four windows of 32 tokens, of which the first two are dense."""
-    ids = random_ids(4 * 32, seed=seed).reshape(4, 32)
-    dense = np.broadcast_to(np.arange(32) < 2, ids.shape)
-    return Batch(ids, dense.copy(), ~dense)
+    ids = torch.from_numpy(random_ids(4 * 32, seed=seed).reshape(4, 32))
+    dense = (torch.arange(32) < 2).expand(4, 32)
+    return Batch(ids, dense, ~dense)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dash_export.errors import RequestError
 from dash_export.train.corpus import Corpus, Passage, read_corpus, read_prompts
@@ -11,34 +12,29 @@ from tests.models.helpers import tiny_tokenizer
 
 
 def test_prose_is_dense_for_a_prefix_and_counted_after_it() -> None:
-    corpus = Corpus({"prose": [Passage(np.arange(500))]})
-    batch = corpus.batch(np.random.default_rng(0), 32, 64)
-    prefixes = batch.dense.sum(axis=1)
-    assert (batch.dense ^ batch.counted).all()
-    assert (np.diff(batch.dense.astype(int), axis=1) <= 0).all()
+    corpus = Corpus({"prose": [Passage(torch.arange(500))]})
+    ids, dense, counted = (part.numpy() for part in corpus.batch(np.random.default_rng(0), 32, 64))
+    prefixes = dense.sum(axis=1)
+    assert (dense ^ counted).all()
+    assert (np.diff(dense.astype(int), axis=1) <= 0).all()
     assert prefixes.min() == 2
     assert prefixes.max() > 8
-    assert (np.diff(batch.ids, axis=1) == 1).all()
+    assert (np.diff(ids, axis=1) == 1).all()
 
 
-def test_a_prompt_is_dense_and_padding_does_not_count() -> None:
-    corpus = Corpus({"chat": [Passage(np.arange(1, 31), prefix=20)]})
-    batch = corpus.batch(np.random.default_rng(0), 2, 64)
-    assert batch.dense[0].sum() == 20
-    np.testing.assert_array_equal(np.flatnonzero(batch.counted[0]), np.arange(20, 30))
-
-
-def test_a_long_prompt_keeps_its_end() -> None:
-    corpus = Corpus({"chat": [Passage(np.arange(100), prefix=80)]})
-    batch = corpus.batch(np.random.default_rng(0), 1, 32)
-    assert batch.ids[0, 0] == 64
-    assert batch.dense[0].sum() == 16
+@pytest.mark.parametrize(("length", "prompt", "first", "prefix", "last"), [(30, 20, 0, 20, 30), (100, 80, 64, 16, 32)])
+def test_a_prompt_is_dense(length: int, prompt: int, first: int, prefix: int, last: int) -> None:
+    """One that is longer than the window keeps its end; padding does not count."""
+    corpus = Corpus({"chat": [Passage(torch.arange(length), prompt)]})
+    ids, dense, counted = (part[0] for part in corpus.batch(np.random.default_rng(0), 1, 64 if length < 64 else 32))
+    assert (ids[0], dense.sum()) == (first, prefix)
+    np.testing.assert_array_equal(np.flatnonzero(counted), np.arange(prefix, last))
 
 
 def test_small_sources_are_drawn_as_often_as_large_ones() -> None:
-    corpus = Corpus({"large": [Passage(np.zeros(10_000, np.int64))], "small": [Passage(np.ones(100, np.int64))]})
-    drawn = corpus.batch(np.random.default_rng(0), 400, 16).ids[:, 0].mean()
-    assert 0.4 < drawn < 0.6
+    sources = {"large": torch.zeros(10_000, dtype=torch.int64), "small": torch.ones(100, dtype=torch.int64)}
+    corpus = Corpus({name: [Passage(ids)] for name, ids in sources.items()})
+    assert 0.4 < corpus.batch(np.random.default_rng(0), 400, 16).ids[:, 0].float().mean() < 0.6
 
 
 def test_the_end_of_a_text_is_held_out(prose: Path) -> None:

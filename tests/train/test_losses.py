@@ -22,7 +22,7 @@ from dash_export.train.losses import (
     tuning_loss,
 )
 from dash_export.train.model import GatedModel, SkipModules, always, below, initial_network
-from dash_export.train.partition import judged, static_damage
+from dash_export.train.partition import static_damage, with_dense
 from tests.tiny import save_model, tiny_policy
 from tests.train.helpers import batch
 
@@ -63,9 +63,15 @@ NEAR = 0.03
 """How far the logarithm of a damage lies from that of the limit, at first."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy(checkpoint: Checkpoint) -> SkipPolicy:
     return tiny_policy(checkpoint, "linear")
+
+
+def constant(policy: SkipPolicy, hidden: int, bias: np.ndarray) -> SkipModules:
+    """Of one damage for every state."""
+    network = {"weight": np.zeros((hidden, len(bias)), np.float32), "bias": bias.astype(np.float32)}
+    return SkipModules(replace(policy, network=network))
 
 
 @pytest.mark.parametrize(("trade_off", "first", "last"), [(60.0, 0.0, 1.0), (0.06, 1.0, 0.0)], ids=["time", "KL"])
@@ -75,15 +81,11 @@ def test_what_is_dear_decides(
     """From all damages just above the limit to all below it, or the other way round."""
     limits = trade_off * SkipModules(policy).cost(model.spec)
     damage = limits.numpy() * np.exp(NEAR if first == 0 else -NEAR)
-    network = {
-        "weight": np.zeros((model.spec.hidden_size, len(policy.units)), np.float32),
-        "bias": np.log(np.expm1(damage)).astype(np.float32),
-    }
-    modules = SkipModules(replace(policy, network=network))
+    modules = constant(policy, model.spec.hidden_size, np.log(np.expm1(damage)))
     optimizer = torch.optim.Adam([modules.network["bias"]], 0.05)
 
     def skipped() -> float:
-        ids = torch.from_numpy(batch(1000).ids)
+        ids = batch(1000).ids
         with torch.no_grad():
             rollout = model.rollout(ids, modules, below(limits), torch.zeros_like(ids).bool())
         return float(rollout.skipped.float().mean())
@@ -98,13 +100,8 @@ def test_what_is_dear_decides(
 
 def test_time_is_what_a_unit_saves(model: GatedModel, policy: SkipPolicy) -> None:
     """Where all of both units is skipped, a unit of two layers counts as what it saves, not as one of two."""
-    network = {
-        "weight": np.zeros((model.spec.hidden_size, len(policy.units)), np.float32),
-        "bias": np.full(len(policy.units), -40, np.float32),
-    }
-    modules = SkipModules(replace(policy, network=network))
-    given = batch(0)
-    ids, dense, counted = model.tensors(given)
+    modules = constant(policy, model.spec.hidden_size, np.full(len(policy.units), -40.0))
+    ids, dense, counted = given = batch(0)
     with torch.no_grad():
         final = model.rollout(ids, modules, always(2, (0, 1)), dense).final[counted]
         p = torch.log_softmax(model.dense(ids)[counted] @ model.head.T, -1)
@@ -148,12 +145,8 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def test_an_idle_unit_costs_nothing(idle: Checkpoint) -> None:
     model, hidden = GatedModel(idle, torch.device("cpu"), torch.float32), idle.spec.hidden_size
-    bypasses = []
-    for unit in UNITS:
-        columns = stored_columns(unit, idle.spec)
-        bypasses.append(
-            Bypass({"weight": np.zeros((hidden, columns), np.float32), "bias": np.zeros(columns, np.float32)})
-        )
+    columns = [stored_columns(unit, idle.spec) for unit in UNITS]
+    bypasses = (Bypass({"weight": np.zeros((hidden, n), np.float32), "bias": np.zeros(n, np.float32)}) for n in columns)
     modules = SkipModules(SkipPolicy(UNITS, 1, initial_network(len(UNITS), hidden), tuple(bypasses)))
     optimizer = torch.optim.Adam(modules.network.parameters(), 0.05)
     rng = np.random.default_rng(0)
@@ -161,19 +154,13 @@ def test_an_idle_unit_costs_nothing(idle: Checkpoint) -> None:
         optimizer.zero_grad()
         regression_loss(model, modules, (0.05, 0.5), batch(step), rng, on_policy=step > 50).backward()
         optimizer.step()
+    assert all(parameter.grad is None for parameter in modules.bypasses.parameters()), "it teaches the network only"
     with torch.no_grad():
-        ids = torch.from_numpy(batch(1000).ids)
+        ids = batch(1000).ids
         damage = model.rollout(ids, modules, lambda known: known < 0, torch.zeros_like(ids).bool()).damage
     learnt = damage.mean((0, 1)).numpy()
-    windows = judged(model, [batch(1000)])
+    windows = with_dense(model, [batch(1000)])
     alone = np.array([float(static_damage(model, modules, (place,), windows).mean()) for place in range(len(UNITS))])
     assert alone[IDLE] == pytest.approx(0, abs=1e-6)
     assert learnt[IDLE] < 0.1 * min(np.delete(learnt, IDLE))
     np.testing.assert_allclose(np.delete(learnt, IDLE), np.delete(alone, IDLE), rtol=0.3)
-
-
-def test_the_regression_teaches_the_network_only(model: GatedModel, policy: SkipPolicy) -> None:
-    modules = SkipModules(policy)
-    regression_loss(model, modules, (0.05, 0.5), batch(0), np.random.default_rng(0)).backward()
-    assert modules.network["weight"].grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in modules.bypasses.parameters())

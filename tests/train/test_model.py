@@ -9,26 +9,19 @@ import pytest
 import torch
 
 from dash_export.decision import DENSE_POSITIONS, DecisionRule, Unit, parse_units, unit_skips
-from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import full_bypass
 from dash_export.policy import SkipPolicy
 from dash_export.reference import Oracle
-from dash_export.train import model as model_module
-from dash_export.train.model import GatedModel, Rollout, SkipModules, below, faster_precision, saved
+from dash_export.train.model import GatedModel, Rollout, SkipModules, below, saved
 from tests.tiny import random_actions, random_ids, tiny_checkpoint, tiny_policy
 
 TOKENS = 24
 
 
 @pytest.fixture(params=["2-3,4", "1,3-5", "2-5"])
-def units(request: pytest.FixtureRequest) -> tuple[Unit, ...]:
-    return parse_units(request.param)
-
-
-@pytest.fixture
-def policy(checkpoint: Checkpoint, units: tuple[Unit, ...]) -> SkipPolicy:
-    return tiny_policy(checkpoint, "linear", units=units)
+def policy(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> SkipPolicy:
+    return tiny_policy(checkpoint, "linear", units=parse_units(request.param))
 
 
 def logits(model: GatedModel, rollout: Rollout) -> np.ndarray:
@@ -56,11 +49,8 @@ def test_forced_actions(model: GatedModel, checkpoint: Checkpoint, policy: SkipP
 def test_biases_and_norms_of_keys(family: str, tmp_path: Path) -> None:
     """A bypass's K is what the projection gives, its bias among it, and is normed after."""
     checkpoint = tiny_checkpoint(tmp_path / "model", family)
-    policy, ids = tiny_policy(checkpoint, "linear"), random_ids(TOKENS)
-    actions = random_actions(TOKENS, checkpoint.spec.num_layers, policy.units)
-    expected = Oracle(checkpoint, policy).forward(ids, actions=actions)
     model = GatedModel(checkpoint, torch.device("cpu"), torch.float32)
-    np.testing.assert_allclose(logits(model, forced(model, policy, ids, actions)), expected.logits, atol=1e-4)
+    test_forced_actions(model, checkpoint, tiny_policy(checkpoint, "linear"))
 
 
 def test_own_decisions(model: GatedModel, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
@@ -92,7 +82,9 @@ def soften(damage: torch.Tensor) -> torch.Tensor:
 
 
 def test_softened_decisions_go_forward_as_they_are(model: GatedModel, checkpoint: Checkpoint) -> None:
-    """Straight-through: the values are those of the decisions, the gradient reaches network and bypasses."""
+    """Straight-through: the values are those of the decisions, the gradient reaches network and bypasses. Nothing of a
+    rollout stays in the model.
+    """
     modules = SkipModules(tiny_policy(checkpoint, "linear"))
     hard, soft = soft_loss(model, modules), soft_loss(model, modules, soften=soften)
     assert 0 < float(hard.skipped.float().mean()) < 1
@@ -100,6 +92,7 @@ def test_softened_decisions_go_forward_as_they_are(model: GatedModel, checkpoint
     torch.testing.assert_close(soft.taken, hard.skipped.float())
     soft.final.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in modules.parameters())
+    assert not any(module._forward_hooks for module in model.model.modules())
 
 
 def test_gradient_of_a_decision(model: GatedModel, checkpoint: Checkpoint) -> None:
@@ -161,20 +154,6 @@ def test_recomputed_layers_have_the_same_gradients(checkpoint: Checkpoint) -> No
         torch.testing.assert_close(kept, recomputed)
 
 
-def test_the_model_is_as_it_was(model: GatedModel, checkpoint: Checkpoint) -> None:
-    """Nothing of a rollout stays in it, not even of one that fails."""
-    ids = torch.from_numpy(random_ids(TOKENS)[None])
-    before = model.dense(ids)
-    soft_loss(model, SkipModules(tiny_policy(checkpoint, "linear")), soften=soften)
-    torch.testing.assert_close(model.dense(ids), before, atol=0, rtol=0)
-    assert not any(module._forward_hooks for module in model.model.modules())
-
-
-def test_bypasses_without_weights_are_not_trained(checkpoint: Checkpoint) -> None:
-    with pytest.raises(PolicyError, match="has no weights"):
-        SkipModules(tiny_policy(checkpoint, "none"))
-
-
 def test_saved_is_bytes(checkpoint: Checkpoint) -> None:
     spec, policy = checkpoint.spec, tiny_policy(checkpoint, "linear")
     sizes = {name: np.prod(shape) for name, shape in spec.weight_shapes().items() if len(shape) == 2}
@@ -184,13 +163,3 @@ def test_saved_is_bytes(checkpoint: Checkpoint) -> None:
         owed = sum(array.size for array in full.values() if array.ndim == 2)
         layers = sum(size for name, size in sizes.items() for layer in unit.layers if f"layers.{layer}." in name) / 2
         assert saved(spec, len(unit.layers)) == pytest.approx((layers - owed) / token, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("half", "full", "chosen"), [(1.0, 2.0, "bfloat16"), (1.1, 1.0, "bfloat16"), (2.0, 1.0, "float32")]
-)
-def test_the_faster_precision(half: float, full: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert faster_precision(torch.device("cpu")) in ("bfloat16", "float32")
-    monkeypatch.setattr(model_module, "_seconds", {torch.bfloat16: half, torch.float32: full}.__getitem__)
-    assert faster_precision(torch.device("cpu")) == chosen
-    assert faster_precision(torch.device("cuda")) == "bfloat16"

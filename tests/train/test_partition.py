@@ -16,38 +16,20 @@ from dash_export.train.partition import (
     LAUNCH,
     Candidate,
     best_partition,
-    candidate_units,
+    candidate_groups,
     greedy_order,
     judged_candidate,
 )
 from tests.tiny import tiny_policy
 
 
-def table(**gains: float) -> list[Candidate]:
-    """By "first_last"."""
-    spans = [(Unit(*map(int, name.strip("u").split("_"))), gain) for name, gain in gains.items()]
-    return [Candidate(unit, 0.1, 0.1, gain) for unit, gain in spans]
-
-
-@pytest.mark.parametrize(
-    ("gains", "expected"),
-    [
-        ({"u2_3": 0.05, "u3_4": 0.08, "u4_5": 0.05}, "2-3 4-5"),
-        ({"u2_3": 0.05, "u3_4": 0.12, "u4_5": 0.05}, "3-4"),
-        ({"u2_2": 0.03, "u3_3": 0.03, "u2_3": 0.06 - LAUNCH / 2}, "2-3"),
-        ({"u2_2": 0.03, "u3_3": 0.03, "u2_3": 0.06 - 2 * LAUNCH}, "2 3"),
-        ({"u2_3": 0.05, "u5_5": LAUNCH / 2}, "2-3"),
-        ({"u2_3": 0.05, "u5_5": LAUNCH * 2}, "2-3 5"),
-        ({"u2_5": 0.0}, ""),
-    ],
-)
-def test_best_partition(gains: dict[str, float], expected: str) -> None:
-    assert " ".join(str(found.unit) for found in best_partition(table(**gains), 6)) == expected
-
-
 def test_best_partition_is_that_of_all() -> None:
     rng = np.random.default_rng(0)
-    made = [Candidate(unit, 0.1, 0.1, float(rng.random() * len(unit.layers))) for unit in candidate_units(8)]
+    made = [
+        Candidate(unit, 0.1, 0.1, float(rng.random() * len(unit.layers)))
+        for group in candidate_groups(8)
+        for unit in group
+    ]
 
     def most(layer: int) -> float:
         if layer == 8:
@@ -56,6 +38,7 @@ def test_best_partition_is_that_of_all() -> None:
         return max([most(layer + 1), *own])
 
     assert sum(found.gain - LAUNCH for found in best_partition(made, 8)) == pytest.approx(most(0))
+    assert best_partition([Candidate(Unit(2, 3), 0.1, 0.1, LAUNCH / 2)], 8) == (), "a launch costs more"
 
 
 def test_a_gain_is_what_tokens_save_that_can_skip() -> None:
@@ -68,11 +51,12 @@ def test_a_gain_is_what_tokens_save_that_can_skip() -> None:
 
 
 def test_candidates() -> None:
-    units = candidate_units(30)
-    assert {unit.first for unit in units} == set(range(5, 30))
-    assert max(unit.last for unit in units) == 29
-    assert candidate_units(3) == (Unit(2, 2),)
-    assert candidate_units(2) == ()
+    """In groups of four layers at which they begin: their sums are in memory at once."""
+    groups = candidate_groups(30)
+    assert [sorted({unit.first for unit in group}) for group in groups[:2]] == [[5, 6, 7, 8], [9, 10, 11, 12]]
+    assert max(unit.last for group in groups for unit in group) == 29
+    assert candidate_groups(3) == [[Unit(2, 2)]]
+    assert candidate_groups(2) == []
 
 
 def test_each_adds_least_for_its_size(
@@ -89,5 +73,5 @@ def test_each_adds_least_for_its_size(
     policy = tiny_policy(checkpoint, "linear", units=parse_units("1,2-3,4,5"))
     calls: list[tuple[int, int]] = []
     order = greedy_order(model, SkipModules(policy), [], lambda _, done, total: calls.append((done, total)))
-    assert order == (1, 0, 2, 3)
-    assert calls == [(number, 7) for number in range(1, 8)], "four alone, and three beside the first"
+    assert order == (1, 0, 3, 2)
+    assert calls == [(number, 7) for number in range(1, 8)], "four alone, three beside the first"

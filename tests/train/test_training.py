@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,20 @@ def same(one: SkipPolicy, other: SkipPolicy) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
+Learn = Callable[..., SkipPolicy]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "policy.safetensors"
+
+
+@pytest.fixture
+def learn(checkpoint: Checkpoint, output: Path, prose: Path) -> Learn:
+    """`learn(**options)`: a training into `output`, of the tiny model's units unless told otherwise."""
+    return partial(train, checkpoint, output, texts=[prose], settings=SETTINGS, units=TINY_UNITS)
+
+
 @pytest.fixture(scope="module")
 def trained(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SkipPolicy]:
     path = tmp_path_factory.mktemp("trained") / "policy.safetensors"
@@ -67,29 +80,27 @@ def test_the_file_is_the_policy_and_the_card_says_how(
     np.testing.assert_array_equal(known.final_norm, checkpoint.weights[FINAL_NORM].read_rows(0, 64))
     card = json.loads(path.with_suffix(".json").read_text())
     assert {name: entry["read_as"] for name, entry in card["data"].items()} == {prose.name: "text"}
-    assert card["settings"]["seed"] == 0
+    assert (card["settings"]["seed"], card["chosen"]) == (0, [])
     assert policy.origin.startswith("token policy for model, trained by dash-export (seed 0, key ")
-    settings = {row["setting"]: row for row in card["held_out"]["figures"]}
-    assert settings["dense"]["kl"] == pytest.approx(0, abs=1e-4)
-    assert settings["static, 4, 2-3"]["kl"] > settings["static, 4"]["kl"] > 0
-    assert (settings["static, 4"]["skipped"], settings["static, 4, 2-3"]["skipped"]) == (1, 3)
-    dial = [row["skipped"] for name, row in settings.items() if name.startswith("token")]
+    rows = {row["setting"]: row for row in card["held_out"]["figures"]}
+    assert rows["dense"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert rows["static, 4, 2-3"]["kl"] > rows["static, 4"]["kl"] > 0
+    assert (rows["static, 4"]["skipped"], rows["static, 4, 2-3"]["skipped"]) == (1, 3)
+    dial = [row["skipped"] for name, row in rows.items() if name.startswith("token")]
     assert dial == sorted(dial), "a higher trade-off skips more"
     assert dial[0] < dial[-1]
     assert (card["units"], card["static_order"], card["read"]) == ("2-3,4", "4,2-3", 1)
     assert (policy.units, policy.static_order, policy.read) == (TINY_UNITS, (1, 0), 1)
-    assert card["chosen"] == []
     assert not path.with_name(f"{path.name}.unfinished").exists()
 
 
 @pytest.mark.parametrize("change", [{}, {"seed": 1}, {"precision": "float32"}], ids=["same", "seed", "precision"])
 def test_the_same_settings_make_the_same_policy(
-    change: dict[str, Any], trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+    change: dict[str, Any], trained: tuple[Path, SkipPolicy], learn: Learn, output: Path
 ) -> None:
-    path, settings = tmp_path / "again.safetensors", replace(SETTINGS, **change)
-    again = train(checkpoint, path, [prose], units=TINY_UNITS, settings=settings)
-    assert same(again, trained[1]) == (not change)
-    assert json.loads(path.with_suffix(".json").read_text())["precision"] == settings.precision
+    settings = replace(SETTINGS, **change)
+    assert same(learn(settings=settings), trained[1]) == (not change)
+    assert json.loads(output.with_suffix(".json").read_text())["precision"] == settings.precision
 
 
 @pytest.fixture(scope="module")
@@ -109,215 +120,173 @@ def test_units_are_those_that_gain_most(searched: tuple[Path, SkipPolicy], check
         assert row["damage"] > 0
 
 
-def kill_at(stage: str, times: int = 1) -> Callable[[str, int, int], None]:
+def kill_at(stage: str, times: int = 1, heard: list[str] | None = None) -> Callable[[str, int, int], None]:
     """A progress that raises StopError the nth time that it hears of the stage."""
-    heard = 0
+    heard = [] if heard is None else heard
 
     def progress(name: str, _done: int, _total: int) -> None:
-        nonlocal heard
-        heard += name.startswith(stage)
-        if heard == times:
+        heard.append(name)
+        if sum(name.startswith(stage) for name in heard) == times:
             raise StopError
 
     return progress
 
 
-FULL = {"candidates in": 12, "candidates skipped": 10, "bypasses": 3, "regression": 6, "tuning": 6, "static": 1}
+FULL = {"candidates": 10, "bypasses": 3, "regression": 6, "tuning": 6, "static": 1}
 """How often a whole training speaks of its stages, where each layer's candidates are a group."""
+DONE = dict.fromkeys(FULL, 0)
 
 
 @pytest.mark.parametrize(
     ("stage", "killed_at", "left"),
     [
-        ("candidates in", 4, {"candidates in": 9, "candidates skipped": 6}),
-        ("candidates skipped", 6, {"candidates in": 9, "candidates skipped": 6}),
-        ("bypasses", 2, {"candidates in": 0, "candidates skipped": 0}),
-        ("regression", 4, {"candidates in": 0, "candidates skipped": 0, "bypasses": 0, "regression": 4}),
-        ("tuning", 5, {"candidates in": 0, "candidates skipped": 0, "bypasses": 0, "regression": 0, "tuning": 2}),
-        ("static", 1, dict.fromkeys(FULL, 0) | {"static": 1}),
-        ("held-out", 1, dict.fromkeys(FULL, 0)),
+        ("candidates", 6, FULL | {"candidates": 6}),
+        ("bypasses", 2, FULL | {"candidates": 0}),
+        ("regression", 4, DONE | {"bypasses": 3, "regression": 4, "tuning": 6, "static": 1}),
+        ("tuning", 5, DONE | {"bypasses": 3, "tuning": 2, "static": 1}),
+        ("static", 1, DONE | {"bypasses": 3, "static": 1}),
+        ("held-out", 1, DONE | {"bypasses": 3}),
     ],
 )
 def test_a_killed_training_goes_on_where_it_stopped(
     searched: tuple[Path, SkipPolicy],
-    checkpoint: Checkpoint,
-    prose: Path,
-    tmp_path: Path,
+    learn: Learn,
+    output: Path,
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
     killed_at: int,
     left: dict[str, int],
 ) -> None:
-    """At every stage: what is done is not done again, and the file is the same."""
+    """At every stage: what is done is not done again, and the file is the same. Progress is that of the whole."""
     monkeypatch.setattr(stages, "SAVE_EVERY", 2)
-    monkeypatch.setattr(partition, "LARGEST_SUMS", 1)
-    output, seen = tmp_path / "policy.safetensors", []
+    monkeypatch.setattr(partition, "GROUP", 1)
+    seen: list[tuple[str, int, int]] = []
     with pytest.raises(StopError):
-        train(checkpoint, output, [prose], settings=SETTINGS, progress=kill_at(stage, killed_at))
+        learn(units=None, progress=kill_at(stage, killed_at))
     assert not output.exists()
-    resumed = train(checkpoint, output, [prose], settings=SETTINGS, progress=lambda name, *_: seen.append(name))
+    resumed = learn(units=None, progress=lambda *told: seen.append(told))
     assert same(resumed, searched[1])
-    assert {own: sum(name.startswith(own) for name in seen) for own in FULL} == FULL | left
+    assert {own: sum(name.startswith(own) for name, _, _ in seen) for own in FULL} == left
+    (_, *dones), (_, *totals) = zip(*(told[1:] for told in seen), strict=True)  # after "reading the text"
+    assert dones == sorted(dones)
+    assert set(totals) == {dones[-1]}
 
 
 def test_what_appears_at_the_output_during_a_training_is_kept(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+    trained: tuple[Path, SkipPolicy], learn: Learn, output: Path
 ) -> None:
-    output = tmp_path / "policy.safetensors"
+    card = output.with_suffix(".json")
 
     def appear(name: str, *_: object) -> None:
         if name.startswith("tuning"):
             output.write_bytes(b"mine")
-            output.with_suffix(".json").write_text("{}")
+            card.write_text("{}")
 
     with pytest.raises(PolicyError, match="exists and is no skip policy: it will not be overwritten"):
-        train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS, progress=appear)
-    assert (output.read_bytes(), output.with_suffix(".json").read_text()) == (b"mine", "{}")
+        learn(progress=appear)
+    assert (output.read_bytes(), card.read_text()) == (b"mine", "{}")
     output.unlink()
-    output.with_suffix(".json").unlink()
-    kept = train(
-        checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS, progress=kill_at("tuning")
-    )  # the work was kept
-    assert same(kept, trained[1])
+    card.unlink()
+    assert same(learn(progress=kill_at("tuning")), trained[1]), "the work was kept"
 
 
 @pytest.mark.parametrize("place", ["policy.safetensors", "policy.json"])
 def test_a_policy_that_cannot_be_replaced_is_told_before_the_work(
-    place: str,
-    trained: tuple[Path, SkipPolicy],
-    checkpoint: Checkpoint,
-    prose: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    place: str, trained: tuple[Path, SkipPolicy], learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mount point; and what the training goes on from."""
-    output = Path(shutil.copy(trained[0], tmp_path))
-    shutil.copy(trained[0].with_suffix(".json"), tmp_path)
+    for path in (trained[0], trained[0].with_suffix(".json")):
+        shutil.copy(path, output.parent)
     before = output.read_bytes()
     with pytest.raises(OutputError, match="is read, and lies in what is replaced"):
-        train(checkpoint, output, [prose], start=output, settings=SETTINGS)
-    mounted = {tmp_path.resolve()}
+        learn(start=output, units=None)
+    mounted = {output.parent.resolve()}
     monkeypatch.setattr(replacing, "_mount_points", lambda: mounted)
     check_replaceable(output)
-    mounted.add(tmp_path.resolve() / place)
+    mounted.add(output.parent.resolve() / place)
     with pytest.raises(OutputError, match=rf"{place} is a mount point"):
-        train(checkpoint, output, [prose], settings=SETTINGS)
+        learn()
     assert output.read_bytes() == before
 
 
-def test_the_work_folder_holds_nothing_of_others(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
-    output = tmp_path / "policy.safetensors"
+def test_the_work_folder_holds_nothing_of_others(learn: Learn, output: Path, prose: Path) -> None:
     inside = work_folder(output, "train") / "mine.txt"
     inside.write_text(prose.read_text())
     with pytest.raises(OutputError, match=r"mine\.txt is read, and lies in what is replaced"):
-        train(checkpoint, output, [inside], settings=SETTINGS)
+        learn(texts=[inside])
     (inside.parent / MARK).unlink()
     with pytest.raises(OutputError, match="is not this program's"):
-        train(checkpoint, output, [prose], settings=SETTINGS)
+        learn()
     assert [path.name for path in inside.parent.iterdir()] == ["mine.txt"]
 
 
 def test_a_damaged_state_is_not_believed(tmp_path: Path) -> None:
     """Wherever a byte of it is another, and where it is cut short: torch looks at no checksum."""
-    work, taken = Work(tmp_path, "key"), []
+    work = Work(tmp_path, "key")
     assert work.once("tuning", lambda: [1, torch.arange(64.0)])[0] == 1
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     damaged = [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in range(0, len(whole), 5)]
     for content in (*damaged, b"", b"PK\x03\x04 cut short", bytes(1000), whole[:-1]):
         path.write_bytes(content)
-        assert work.restore("tuning", taken.append) is None
-    assert not taken
+        assert work.kept("tuning") is None
     path.write_bytes(whole)
-    assert work.restore("tuning", lambda _: taken[1]) is None, "what fits not, however it fails"
-    assert Work(tmp_path, "other key").restore("tuning", lambda state: state) is None
+    assert Work(tmp_path, "other key").kept("tuning") is None
     assert work.once("tuning", lambda: [2])[0] == 1
 
 
-def fitted_before_a_kill(checkpoint: Checkpoint, output: Path, texts: list[Path], prompts: list[Path]) -> int:
-    """How often a training that is killed in the regression speaks of fitting bypasses: never where it finds them."""
-    heard: list[str] = []
-
-    def progress(name: str, _done: int, _total: int) -> None:
-        heard.append(name)
-        if name.startswith("regression"):
-            raise StopError
-
-    with pytest.raises(StopError):
-        train(checkpoint, output, texts, prompts, units=TINY_UNITS, settings=SETTINGS, progress=progress)
-    return sum(name.startswith("bypasses") for name in heard)
-
-
-def test_a_text_is_not_taken_for_prompts(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """One file read the other way is another training, in which nothing of the other one's is taken."""
-    file, output = prompts_at(tmp_path / "both.jsonl", 40), tmp_path / "policy.safetensors"
-    fits = [fitted_before_a_kill(checkpoint, output, *read) for read in (([file], []), ([], [file]), ([], [file]))]
-    assert fits == [SETTINGS.fit_steps, SETTINGS.fit_steps, 0]
-
-
-def test_another_tokenizer_is_another_training(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
-    """The same weights read other text."""
+def test_another_reading_is_another_training(
+    checkpoint: Checkpoint, prose: Path, output: Path, learn: Learn, tmp_path: Path
+) -> None:
+    """In which nothing of the other one's is taken: a file as text and as prompts, a chat template."""
+    file = prompts_at(tmp_path / "both.jsonl", 40)
     template = {"chat_template.jinja": "{% for message in messages %}{{ message.content }}{% endfor %}"}
-    other, output = replace(checkpoint, assets=checkpoint.assets | template), tmp_path / "policy.safetensors"
-    fits = [fitted_before_a_kill(each, output, [prose], []) for each in (checkpoint, other, other)]
-    assert fits == [SETTINGS.fit_steps, SETTINGS.fit_steps, 0]
+    other = partial(train, replace(checkpoint, assets=checkpoint.assets | template), output, **learn.keywords)
+    asked = {"texts": [], "prompts": [file]}
+    for training, reading, steps in (
+        (learn, {"texts": [file]}, SETTINGS.regression_steps),
+        (learn, asked, SETTINGS.regression_steps),
+        (learn, asked, 0),
+        (learn, {"texts": [prose]}, SETTINGS.regression_steps),
+        (other, {"texts": [prose]}, SETTINGS.regression_steps),
+        (other, {"texts": [prose]}, 0),
+    ):
+        heard: list[str] = []
+        with pytest.raises(StopError):
+            training(**reading, progress=kill_at("tuning", 1, heard))
+        assert sum(name.startswith("regression") for name in heard) == steps
 
 
 def test_a_loss_that_is_no_number_ends_the_training(
-    checkpoint: Checkpoint, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learn: Learn, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before it is in every weight, and in the file that the training would go on from."""
     loss = stages.regression_loss
     monkeypatch.setattr(stages, "regression_loss", lambda *given: loss(*given) * float("nan"))
-    output = tmp_path / "policy.safetensors"
     with pytest.raises(PolicyError, match="loss of step 1 of the regression is not a number"):
-        train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS)
+        learn()
     assert not list(output.with_name(f"{output.name}.unfinished").glob("regression-*"))
 
 
-@pytest.mark.parametrize(
-    ("texts", "prompts", "name"),
-    [
-        (["a/x.txt", "b/x.md"], [], "x"),
-        (["a/x.jsonl"], ["b/x.jsonl"], "x.jsonl"),
-        ([], ["a/x.jsonl", "b/x.jsonl"], "x.jsonl"),
-        (["self-generated.txt"], ["x.jsonl"], "self-generated"),
-        (["x.txt", "self-generated.txt"], [], ""),
-        (["x.txt"], ["x.jsonl"], ""),
-    ],
-)
-def test_sources_have_names_of_their_own(texts: list[str], prompts: list[str], name: str) -> None:
-    expected = pytest.raises(RequestError, match=f"would be called {name}:") if name else nullcontext()
-    with expected:
-        check_unique_names([Path(text) for text in texts], [Path(file) for file in prompts])
+def test_sources_have_names_of_their_own() -> None:
+    """A text may be called as the model's own answers are where there are none."""
+    check_unique_names([Path("x.txt"), Path("self-generated.txt")])
+    check_unique_names([Path("x.txt")], [Path("x.jsonl")])
+    for texts, prompts in (
+        (["a/x.txt", "b/x.md"], []),
+        (["a/x.jsonl"], ["b/x.jsonl"]),
+        ([], ["a/x.jsonl", "b/x.jsonl"]),
+    ):
+        with pytest.raises(RequestError, match="would be called x"):
+            check_unique_names([Path(text) for text in texts], [Path(file) for file in prompts])
+    with pytest.raises(RequestError, match="would be called self-generated"):
+        check_unique_names([Path("self-generated.txt")], [Path("x.jsonl")])
 
 
-@pytest.mark.parametrize("part", ["modules", "optimizer"])
-def test_a_state_that_fits_in_part_leaves_nothing_of_itself(
-    part: str,
-    trained: tuple[Path, SkipPolicy],
-    checkpoint: Checkpoint,
-    prose: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Weights that are ours and an optimizer's state that is not, or the other way: the stage begins as it began."""
-    monkeypatch.setattr(stages, "SAVE_EVERY", 2)
-    output = tmp_path / "policy.safetensors"
-    with pytest.raises(StopError):
-        train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS, progress=kill_at("regression", 5))
-    path = output.with_name(f"{output.name}.unfinished") / "regression-state.pt"
-    state = torch.load(io.BytesIO(path.read_bytes()[32:]), weights_only=True)
-    state[part].popitem()
-    Work(path.parent, state.pop("key")).save("regression", **state)
-    assert same(train(checkpoint, output, [prose], units=TINY_UNITS, settings=SETTINGS), trained[1])
-
-
-def test_no_stage_takes_more_steps_than_the_tuning(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+def test_no_stage_takes_more_steps_than_the_tuning(learn: Learn, output: Path) -> None:
     """Or else a trial run would take as long as a training."""
-    path = tmp_path / "short.safetensors"
-    train(checkpoint, path, [prose], settings=TrainingSettings(window=32, tuning_steps=2, trade_offs=(0.5, 8.0)))
-    settings = json.loads(path.with_suffix(".json").read_text())["settings"]
+    learn(settings=TrainingSettings(window=32, tuning_steps=2, trade_offs=(0.5, 8.0)))
+    settings = json.loads(output.with_suffix(".json").read_text())["settings"]
     assert {settings[f"{stage}_steps"] for stage in ("search", "fit", "regression", "tuning")} == {2}
 
 
@@ -333,23 +302,17 @@ def last_kl(path: Path) -> float:
     return next(row["kl"] for row in figures if row["setting"] == "static, 4, 2-3")
 
 
-def test_a_trained_policy_is_tuned_further(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
-) -> None:
+def test_a_trained_policy_is_tuned_further(trained: tuple[Path, SkipPolicy], learn: Learn, tmp_path: Path) -> None:
     """Units and shapes are those it begins with; only tuning and ranking are done."""
     path, heard = tmp_path / "further.safetensors", set()
+    settings = replace(SETTINGS, seed=1, tuning_steps=40, bypass_rate=1e-2)
     further = train(
-        checkpoint,
-        path,
-        [prose],
-        start=trained[0],
-        settings=replace(SETTINGS, seed=1, tuning_steps=40, bypass_rate=1e-2),
+        learn.args[0], path, **learn.keywords | {"units": None, "start": trained[0], "settings": settings},
         progress=lambda name, *_: heard.add(name.split()[0]),
-    )
+    )  # fmt: skip
     assert heard == {"reading", "further", "static", "held-out"}
     assert (further.units, further.read) == (trained[1].units, trained[1].read)
-    shapes = [{name: array.shape for name, array in policy.weights().items()} for policy in (trained[1], further)]
-    assert shapes[0] == shapes[1]
+    assert further.weights().keys() == trained[1].weights().keys()
     card = json.loads(path.with_suffix(".json").read_text())
     assert card["from"]["file"] == "policy.safetensors"
     assert (card["settings"]["regression_steps"], card["settings"]["fit_steps"]) == (0, 0)
@@ -358,17 +321,17 @@ def test_a_trained_policy_is_tuned_further(
 
 
 def test_a_static_policy_goes_on_as_one(
-    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, prose: Path, tmp_path: Path
+    trained: tuple[Path, SkipPolicy], checkpoint: Checkpoint, learn: Learn, output: Path, tmp_path: Path
 ) -> None:
-    static = tmp_path / "static.safetensors"
-    policy = train(checkpoint, static, [prose], kind="static", start=trained[0], settings=SETTINGS)
+    policy = learn(kind="static", start=trained[0], units=None)
     assert (policy.network, policy.units) == (None, TINY_UNITS)
+    static = output.rename(tmp_path / "static.safetensors")
     with pytest.raises(PolicyError, match="--kind static"):
-        train(checkpoint, tmp_path / "no.safetensors", [prose], start=static, settings=SETTINGS)
+        learn(start=static, units=None)
     bare = tmp_path / "bare.safetensors"
     save_policy(bare, tiny_policy(checkpoint), checkpoint.spec, {})
     with pytest.raises(PolicyError, match=r"bare\.safetensors has a bypass without weights"):
-        train(checkpoint, tmp_path / "no.safetensors", [prose], start=bare, settings=SETTINGS)
+        learn(start=bare, units=None)
 
 
 def prompts_at(path: Path, count: int) -> Path:
@@ -376,28 +339,25 @@ def prompts_at(path: Path, count: int) -> Path:
     return path
 
 
-def test_static_kind_and_self_generated_text(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+def test_static_kind_and_self_generated_text(learn: Learn, output: Path, tmp_path: Path) -> None:
     """A training that goes on reads the continuations that it began with."""
-    prompts, path, seen = prompts_at(tmp_path / "prompts.jsonl", 6), tmp_path / "static.safetensors", set()
-    options = {"kind": "static", "units": TINY_UNITS, "settings": SETTINGS}
+    options = {"kind": "static", "prompts": [prompts_at(tmp_path / "prompts.jsonl", 6)]}
+    seen: set[str] = set()
     with pytest.raises(StopError):
-        train(checkpoint, path, [prose], [prompts], **options, progress=kill_at("bypasses"))
-    policy = train(checkpoint, path, [prose], [prompts], **options, progress=lambda name, *_: seen.add(name))
+        learn(**options, progress=kill_at("bypasses"))
+    policy = learn(**options, progress=lambda name, *_: seen.add(name.partition(",")[0]))
     assert "self-generated text" not in seen
-    assert policy.network is None
-    assert sorted(policy.static_order) == [0, 1]
-    assert json.loads(path.with_suffix(".json").read_text())["tokens"].keys() == {"prose", "self-generated"}
+    assert (policy.network, sorted(policy.static_order)) == (None, [0, 1])
+    assert json.loads(output.with_suffix(".json").read_text())["tokens"].keys() == {"prose", "self-generated"}
 
 
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"output": "policy.pt"}, PolicyError, "NAME.safetensors"),
         ({"kind": "cosine"}, PolicyError, "token, static"),
         ({"texts": []}, RequestError, "nothing to learn from"),
-        ({"texts": ["missing.txt"]}, RequestError, "no file"),
-        ({"texts": ["a/prose.txt", "b/prose.md"]}, RequestError, "called prose"),
-        ({"texts": [], "prompts": [Path("a/p.jsonl"), Path("b/p.jsonl")]}, RequestError, r"called p\.jsonl"),
+        ({"texts": [Path("missing.txt")]}, RequestError, "no file"),
+        ({"texts": [Path("a/prose.txt"), Path("b/prose.md")]}, RequestError, "called prose"),
         ({"units": ()}, PolicyError, "no unit to learn about"),
         ({"units": parse_units("0-3")}, PolicyError, "Layer 0"),
         ({"units": parse_units("2,4-40")}, PolicyError, r"units 2,4-40 must be of layers 0 to 5"),
@@ -410,11 +370,13 @@ def test_static_kind_and_self_generated_text(checkpoint: Checkpoint, prose: Path
     ],
 )
 def test_what_cannot_be_trained(
-    checkpoint: Checkpoint, prose: Path, tmp_path: Path, change: dict, error: type[Exception], said: str
+    learn: Learn, output: Path, change: dict[str, Any], error: type[Exception], said: str
 ) -> None:
-    given = {"output": "policy.safetensors", "texts": [prose]} | change
-    output = tmp_path / given.pop("output")
-    texts = [Path(text) for text in given.pop("texts")]
     with pytest.raises(error, match=said):
-        train(checkpoint, output, texts, **{"settings": SETTINGS} | given)
+        learn(**{"units": None} | change)
     assert not output.exists()
+
+
+def test_another_name(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"NAME\.safetensors"):
+        train(checkpoint, tmp_path / "policy.pt", [prose])

@@ -35,7 +35,7 @@ TEXT_FILES = (
     "chat_template.jinja",
 )
 """Files of the model's text that the runtime reads, where they are there."""
-LARGEST_RECORD = 32 << 20
+LARGEST_RECORD = 4 << 20
 """Bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
 _MOST_PARTS, _LONGEST_NAME = 3, 255
 """Bounds of the name of a file in a bundle: `engines/<target>/<file>`."""
@@ -85,11 +85,11 @@ class Bundle:
         root = Path(root)
         root = root if root.name else root.absolute()  # "." has none, and messages and kits take the bundle's
         manifest = _record(Manifest, _contents(root, MANIFEST), root, MANIFEST)
-        records = (*manifest.files, *chain(*manifest.builds.values()))
-        for name in [*manifest.graphs.values(), *(record.name for record in records)]:
-            safe_path(root, name)
         for fault in manifest_faults(manifest):
             raise BundleError(f"{root.name}/{MANIFEST}: {fault} {DAMAGED}")
+        records = (*manifest.files, *chain(*manifest.builds.values()))
+        for name in {*manifest.graphs.values(), *(record.name for record in records)}:
+            safe_path(root, name)
         return cls(root, manifest)
 
     def path(self, relative: str) -> Path:
@@ -115,13 +115,13 @@ class Bundle:
         if contents is None:
             raise self._no_build(target)
         build = _record(Build, contents, self.root, name)
-        for file in [*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)]:
-            self.path(file)
         if build.bundle_key != self.manifest.key:
             stale = f"the engines for {target!r} were built from an earlier export"
             raise StaleBuildError(f"{self.root}: {stale}. Run: {self.build_command(target)}")
         for fault in build_faults(build, self.manifest):
             raise BundleError(f"{self.root.name}/{name}: {fault} {DAMAGED}")
+        for file in {*(engine.file for engine in build.engines.values()), *(record.name for record in build.files)}:
+            self.path(file)
         if build.target != target:
             raise BundleError(f"{self.root.name}/{name} is of the target {build.target!r:.60}. {DAMAGED}")
         return build

@@ -36,6 +36,8 @@ LARGEST = {
 }
 QUIET = 0.2
 """Processors that other work may take while costs are measured."""
+_MOST_OTHERS = 1000
+"""Bound of what a record lists beside graphs and engines, so that no list costs more time than its bytes explain."""
 MIXED = "mixed_"
 """Prefix, before the unit's name, of the engine in which every row runs or skips as it is told."""
 POLICY = "policy"
@@ -228,6 +230,11 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
     needed |= {unit.bypass for unit in policy.units} | ({POLICY} if policy.has_network else set())
     if missing := needed - set(manifest.graphs):
         yield f"there is no graph {min(missing)}."
+    if unknown := set(manifest.graphs) - needed:
+        yield f"there is a graph {min(unknown)!r:.60}, which nobody needs."
+    records = sum(map(len, manifest.builds.values())) + len(manifest.files) + len(manifest.tools)
+    if records > 3 * len(needed) + _MOST_OTHERS:
+        yield f"it lists {records} files and tools."
     listed = {record.name for record in manifest.files if record.bytes > 0}
     if unlisted := {*manifest.graphs.values(), "onnx/rope.data"} - listed:
         yield f"{min(unlisted)} is not among the files."
@@ -242,6 +249,10 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
     needed = {unit.bypass for unit in units} | {name for segment in build.segments for name in segment.engines(engines)}
     if missing := needed - set(engines):
         yield f"there is no engine {min(missing)}."
+    if unknown := set(engines) - needed - {POLICY, *(MIXED + unit.name for unit in units)}:
+        yield f"there is an engine {min(unknown)!r:.60}, which nobody needs."
+    if len(build.files) > 3 * len(engines) + _MOST_OTHERS or len(build.dial) > _MOST_OTHERS:
+        yield f"it lists {len(build.files)} files, and {len(build.dial)} points of the dial."
     if {name for name in engines if name.startswith(MIXED)} not in (set(), {MIXED + unit.name for unit in units}):
         yield "there are engines for rows that differ of some units only."
     if POLICY in engines and not manifest.policy.has_network:
@@ -251,6 +262,8 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
         yield f"{min(unlisted)} is not among the files."
     if len(build.cost.cost) != len(units):
         yield "the cost table does not list the units."
+    if sum(build.cost.cost) >= 1:
+        yield "by its cost table the units take more than a whole token."
 
 
 def _in_order(segments: tuple[Segment, ...], units: tuple[Unit, ...], num_layers: int) -> bool:

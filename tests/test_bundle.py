@@ -242,6 +242,8 @@ FORGED_MANIFESTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a unit beyond the model": (units((4, 9)), ORDER),
     "a unit before the model": (units((-1, 2)), ORDER),
     "the first layer in a unit": (units((0, 1)), LATE),
+    "a graph too many": (lambda data: data["graphs"].update(more="onnx/embed.onnx"), "'more', which nobody needs"),
+    "too many tools": (lambda data: data["tools"].update({f"t{i}": "1" for i in range(2000)}), "files and tools"),
     "a unit without a bypass": (units((5, 5)), "there is no graph bypass_05-05"),
     **{
         f"static order {order}": (lambda data, order=order: data["policy"].update(static_order=order), "static order")
@@ -271,6 +273,12 @@ FORGED_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a cost beyond all": (lambda data: data["cost"].update(cost=[0.1, 1e308]), "is outside 0 to 1"),
     "a load below 0": (lambda data: data["cost"].update(others=-1.0), "others = -1.0 is outside"),
     "no bypass": (lambda data: data["engines"].pop("bypass_04-04"), "no engine bypass_04-04"),
+    "costs above 1": (lambda data: data["cost"].update(cost=[0.6, 0.6]), "more than a whole token"),
+    "an engine too many": (
+        lambda data: data["engines"].update(more=data["engines"]["bypass_04-04"]),
+        "'more', which nobody",
+    ),
+    "a long dial": (lambda data: data.update(dial=[POINT] * 2000), "2000 points of the dial"),
     "no segment": (lambda data: data["engines"].pop("layers_02-03"), "no engine layers_02-03"),
     "one mixed engine": (lambda data: data["engines"].pop("mixed_04-04"), "of some units only"),
     "a layer that always runs": (lambda data: data["segments"][1].update(gated=False), "are not the model's layers"),

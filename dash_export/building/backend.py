@@ -130,7 +130,7 @@ class Backend(ABC):
         `folder` is where finished files lie.
         """
         from dash_export.building.calibrate import calibration_key, rounding_artifact
-        from dash_export.building.engine_graphs import Artifact, engine_graphs, graphs_key, lower
+        from dash_export.building.engine_graphs import Artifact, engine_graphs, graphs_key, lowered
         from dash_export.graphs.rounded import stored_roundings, to_nearest
 
         gated, calibrated = bundle.manifest.policy.layers, calibration_key(bundle, self.recipe)
@@ -143,8 +143,7 @@ class Backend(ABC):
             extended = [folder / f"{name}.onnx" for name in graph.extends]
 
             def write(out: Path, graph: Any = graph, extended: Sequence[Path] = extended) -> list[Path]:
-                lowered = lower(graph.make(), self.recipe, gated, roundings)
-                return self.save(lowered, graph.name, folder, out, extended)
+                return self.save(lowered(bundle, graph, self.recipe, roundings), graph.name, folder, out, extended)
 
             key = content_key(base, graph.name, graphs_key(bundle, graph.parts))
             yield Artifact(graph.name, key, write, graph.extends)

@@ -116,7 +116,9 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     if verifies:
         from dash_export.building.verify import verification
 
-        draft = replace(draft, details={**draft.details, VERIFICATION: verification(bundle, draft, progress)})
+        made = {} if backend.on_device else {name: bundle.path(engine.file) for name, engine in draft.engines.items()}
+        checked = verification(bundle, recipe, segments, made, folder, progress)
+        draft = replace(draft, details={**draft.details, VERIFICATION: checked})
     if measures:
         draft = _measured(bundle, draft, recipe, progress)
     finished = replace(draft, seconds=known.seconds if known else round(time.perf_counter() - began, 3))

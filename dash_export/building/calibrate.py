@@ -202,7 +202,7 @@ def gptq(matrix: Floats, moments: Moments, bits: int, block: int, symmetric: boo
     order = np.argsort(-squares, kind="stable")
     damped = moments[np.ix_(order, order)] + np.eye(rows) * (DAMPING * mean)
     curvature = damped.astype(np.float32)
-    diagonal: Floats = np.diag(curvature)
+    felt = (curvature / np.diag(curvature)).astype(np.float32)
     # The Cholesky factor of the inverse holds, row by row, how an error is shared out among what is left.
     shares = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
     shares /= np.diag(shares)[:, None].copy()
@@ -220,9 +220,8 @@ def gptq(matrix: Floats, moments: Moments, bits: int, block: int, symmetric: boo
         found = _sweep(wanted, np.zeros_like(wanted), shares, scale, zero, bits, free=True)
         scales[:, part] = _refit(found - zero, scales[:, part], grid, wanted, curvature)
         scale = scales[grid, part]
-        values = ((found - zero) * scale).astype(np.float32)
-        pull: Floats = curvature @ (values - wanted) / diagonal[:, None]
-        codes[order, part] = _sweep(values, pull, curvature / diagonal, scale, zero, bits, free=False)
+        values: Floats = (found.astype(np.float32) - zero) * scale
+        codes[order, part] = _sweep(values, felt.T @ (values - wanted), felt, scale, zero, bits, free=False)
     return Rounded(codes, scales, zeros, bits, block)
 
 
@@ -237,14 +236,14 @@ def _sweep(
     codes = np.empty(values.shape, np.uint8)
     for start in range(0, rows, _STRIDE):
         stop = min(start + _STRIDE, rows)
-        felt = np.empty((stop - start, columns), np.float32)
+        moved = np.empty((stop - start, columns), np.float32)
         for row in range(start, stop):
             wanted = values[row] - pull[row]
             codes[row] = np.clip(np.rint(wanted / scales[row]) + zeros[row], 0, (1 << bits) - 1)
             found = (codes[row] - zeros[row]) * scales[row]
-            felt[row - start] = wanted - found if free else found - values[row]
-            pull[row + 1 : stop] += spread[row, row + 1 : stop, None] * felt[row - start]
-        pull[stop:] += spread[start:stop, stop:].T @ felt
+            moved[row - start] = wanted - found if free else found - values[row]
+            pull[row + 1 : stop] += spread[row, row + 1 : stop, None] * moved[row - start]
+        pull[stop:] += spread[start:stop, stop:].T @ moved
     return codes
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dash_export.decision import Unit
 from dash_export.graphs.ort_quantize import ACCURACY_LEVEL, BITS, CONTRIB, quantize_block, quantized
 from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_WEIGHT, HIDDEN_SHAPE
 from dash_export.graphs.rounded import Roundings, to_nearest, weight_precision
@@ -28,7 +29,10 @@ from dash_export.targets import Recipe
 ROTARY_MULTIPLE = 16
 """GroupQueryAttention rotates only heads whose size is a multiple of this."""
 
+UNIT_GAIN = "unit_gain"
+
 Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,15 @@ class Sum:
 
 
 State = ir.Value | Sum
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`skipped` [batch, sequence, 1] bool: the rows that take K and V of a layer from the bypass."""
+
+    skipped: ir.Value
+    key: ir.Value
+    value: ir.Value
 
 
 def write(
@@ -57,32 +70,33 @@ def write(
     """
     g = OrtWriter(name, doc, parts, manifest, recipe, roundings)
     entering = g.embed() if "embed" in parts else g.input("hidden", (*HIDDEN_SHAPE, manifest.model.hidden_size))
-    chosen: dict[int, tuple[ir.Value, ir.Value]] = {}
-    bypass = next((part for part in parts if part.startswith("bypass")), None)
     layers = [int(part.removeprefix("layer_")) for part in parts if part.startswith("layer_")]
-    if bypass is not None:
-        bypassed, chosen = g.bypass(bypass, entering)
+    unit = next((unit for unit in manifest.policy.units if unit.bypass in parts), None)
+    state: State = entering
+    if unit is not None:
+        bypassed, projected = g.bypass(unit, entering)
         if not layers:
+            g.new_rows(unit, projected)
             g.state_output(bypassed)
-            g.new_rows(bypass, chosen)
             return g.model()
         skipped = g.input("skipped", ("batch", "sequence", 1), ir.DataType.BOOL)
-    state: State = entering
+        for layer, key, value in zip(unit.layers, projected[::2], projected[1::2], strict=True):
+            state = g.layer(layer, state, Choice(skipped, key, value))
+        g.state_output(g.op("Where", [skipped, bypassed, g.computed(state)], "hidden_chosen"))
+        return g.model()
     for layer in layers:
-        state = g.layer(layer, state, (skipped, *chosen[layer]) if bypass is not None else None)
+        state = g.layer(layer, state, None)
     if "policy" in parts:
         g.policy(manifest.policy.read)
     if "head" in parts:
         g.head(state)
-    elif bypass is not None:
-        g.state_output(g.op("Where", [skipped, bypassed, g.computed(state)], "hidden_chosen"))
     else:
         g.state_output(g.computed(state))
     return g.model()
 
 
 class OrtWriter(GraphWriter):
-    """An engine in the making; one method per part."""
+    """An engine in the making: a method per part of the model, then the pieces of these."""
 
     def __init__(
         self,
@@ -106,19 +120,6 @@ class OrtWriter(GraphWriter):
         self.entering: dict[int, ir.Value] = {}
         """What enters each layer."""
 
-    def array(self, weight: str) -> Floats:
-        array: Floats = self.weights[weight].numpy()
-        return array
-
-    def stored(self, weight: str) -> ir.Value:
-        """A portable graph's constant as it is."""
-        return self.initializer(weight, self.weights[weight])
-
-    def state_output(self, state: ir.Value) -> None:
-        self.output(state, "hidden_out", (*HIDDEN_SHAPE, self.facts.hidden_size))
-
-    # Parts of a model
-
     def embed(self) -> ir.Value:
         ids = self.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
         bits, block = BITS.get(self.recipe.embedding), self.recipe.block_size
@@ -127,120 +128,124 @@ class OrtWriter(GraphWriter):
         table = self.array(EMBED_WEIGHT)
         # The quantiser blocks the first axis of [in, out]: rows of the table are columns there.
         codes, scales, zeros = quantize_block(np.ascontiguousarray(table.T), bits, block, self.recipe.symmetric)
-        packed, scale, zero = self.blocks(EMBED_WEIGHT, bits, codes.reshape(len(table), -1), scales, zeros)
-        inputs = [packed, ids, scale, *([] if zero is None else [zero])]
-        return self.contrib(
-            "GatherBlockQuantized", inputs, "embed", bits=bits, block_size=block, gather_axis=0, quantize_axis=1
-        )
+        packed, *grid = self.blocks("embed.weight", bits, codes.reshape(len(table), -1), scales, zeros)
+        options = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+        return self.contrib("GatherBlockQuantized", [packed, ids, *grid], "embed", **options)
 
-    def layer(self, layer: int, state: State, choice: tuple[ir.Value, ir.Value, ir.Value] | None) -> State:
-        """`choice`: which rows are skipped, and K and V of these."""
-        name, weights = f"layer_{layer:02d}", f"model.layers.{layer}."
-        normed, hidden = self.norm(state, f"{weights}input_layernorm.weight", f"{name}/input_layernorm")
+    def layer(self, layer: int, state: State, choice: Choice | None) -> State:
+        name, weights = f"layer_{layer:02d}", f"model.layers.{layer}"
+        normed, hidden = self.norm(state, f"{weights}.input_layernorm.weight", f"{name}/input_layernorm")
         self.entering[layer] = hidden
-        mixed = self.attention(layer, normed, choice)
-        mixed = self.projections(mixed, f"{name}/attention", f"{weights}self_attn", ("o_proj",))
+        mixed = self.projected(layer, self.attention(layer, normed, choice), "attention", "o_proj")
         state = Sum(hidden, mixed, f"{name}/after_attention")
-        normed, hidden = self.norm(
-            state, f"{weights}post_attention_layernorm.weight", f"{name}/post_attention_layernorm"
-        )
-        wide = self.projections(normed, f"{name}/mlp", f"{weights}mlp", ("gate_proj", "up_proj"))
+        normed, hidden = self.norm(state, f"{weights}.post_attention_layernorm.weight", f"{name}/after_attention/norm")
+        wide = self.projected(layer, normed, "mlp", "gate_proj", "up_proj")
         gate, up = self.parts(
-            wide, [self.array(f"{weights}mlp.{which}_proj.weight").shape[1] for which in ("gate", "up")]
+            wide, [self.array(f"{weights}.mlp.{which}_proj.weight").shape[1] for which in ("gate", "up")]
         )
-        silu = self.contrib("QuickGelu", [gate], f"{name}/mlp/silu", alpha=1.0)
-        gated = self.op("Mul", [silu, up], f"{name}/mlp/gated")
-        state = Sum(hidden, self.projections(gated, f"{name}/mlp", f"{weights}mlp", ("down_proj",)), f"{name}/hidden")
-        updates = sum(weight.startswith(f"{weights}update_") and weight.endswith(".weight") for weight in self.weights)
-        for number in range(updates):  # of units that were pruned
-            normed, hidden = self.unit_norm(state, f"{name}/norm_{number}")
-            update = self.projections(normed, name, weights.rstrip("."), (f"update_{number}",))
-            state = Sum(hidden, update, f"{name}/updated_{number}")
+        gate = self.contrib("QuickGelu", [gate], f"{name}/mlp/silu", alpha=1.0)
+        down = self.projected(layer, self.op("Mul", [gate, up], f"{name}/mlp/gated"), "mlp", "down_proj")
+        state, number = Sum(hidden, down, f"{name}/after_mlp"), 0
+        while (update := f"{weights}.update_{number}.weight") in self.weights:  # of units that were pruned
+            normed, hidden = self.norm(state, UNIT_GAIN, f"{name}/norm_{number}")
+            state = Sum(hidden, self.linear(normed, f"{name}/update_{number}", [update]), f"{name}/updated_{number}")
+            number += 1
         return state
 
-    def attention(self, layer: int, normed: ir.Value, choice: tuple[ir.Value, ir.Value, ir.Value] | None) -> ir.Value:
-        """Heads of all tokens side by side, from the normed state; the cache is written."""
-        facts, name, weights = self.facts, f"layer_{layer:02d}/attention", f"model.layers.{layer}.self_attn"
-        heads, kv_heads, size = facts.num_heads, facts.num_kv_heads, facts.head_dim
+    def attention(self, layer: int, normed: ir.Value, choice: Choice | None) -> ir.Value:
+        """Heads of all tokens side by side; the cache is written."""
+        name, norms = f"layer_{layer:02d}/attention", f"model.layers.{layer}.self_attn"
+        heads, kv_heads, size = self.facts.num_heads, self.facts.num_kv_heads, self.facts.head_dim
         # Queries come scaled: the product of one row with many is twice as fast where it has no factor to apply.
-        scale, head_norms = size**-0.5, f"{weights}.q_norm.weight" in self.weights
-        packed = self.projections(
-            normed, name, weights, ("q_proj", "k_proj", "v_proj"), first_times=1.0 if head_norms else scale
-        )
+        head_norms, scale = f"{norms}.q_norm.weight" in self.weights, size**-0.5
+        times = 1.0 if head_norms else scale
+        packed = self.projected(layer, normed, "attention", "q_proj", "k_proj", "v_proj", times=times)
         rotates = size % ROTARY_MULTIPLE == 0
         inputs: list[ir.Value | None] = [packed, None, None]
         if choice is not None or head_norms or not rotates:
             query, key, value = self.parts(packed, [size * count for count in (heads, kv_heads, kv_heads)])
             if choice is not None:
-                skipped, other_key, other_value = choice
-                key = self.op("Where", [skipped, other_key, key], f"{name}/key_chosen")
-                value = self.op("Where", [skipped, other_value, value], f"{name}/value_chosen")
+                key = self.op("Where", [choice.skipped, choice.key, key], f"{name}/key_chosen")
+                value = self.op("Where", [choice.skipped, choice.value, value], f"{name}/value_chosen")
             if head_norms:
-                query = self.head_norm(query, heads, f"{weights}.q_norm.weight", f"{name}/q_norm", scale)
-                key = self.head_norm(key, kv_heads, f"{weights}.k_norm.weight", f"{name}/k_norm")
+                query = self.head_norm(query, heads, f"{norms}.q_norm.weight", f"{name}/q_norm", scale)
+                key = self.head_norm(key, kv_heads, f"{norms}.k_norm.weight", f"{name}/k_norm")
             if not rotates:
                 query = self.rotated(query, heads, f"{name}/q_rotary")
                 key = self.rotated(key, kv_heads, f"{name}/k_rotary")
             inputs = [query, key, value]
         shape = ("batch", kv_heads, "capacity", size)
         inputs += [self.input(short_name(past), shape) for past in past_names(layer)]
-        inputs += [self.input("seqlens_k", ("batch",), ir.DataType.INT32)]
-        inputs += [self.input("total_length", (1,), ir.DataType.INT32)]
+        inputs.append(self.input("seqlens_k", ("batch",), ir.DataType.INT32))
+        inputs.append(self.input("total_length", (1,), ir.DataType.INT32))
         inputs += [self.stored("rope.cos"), self.stored("rope.sin")] if rotates else []
-        attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotates), "scale": 1.0}
-        found, *presents = self.node("GroupQueryAttention", inputs, f"{name}/attention", 3, CONTRIB, **attributes)
+        options = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotates), "scale": 1.0}
+        found, *presents = self.node("GroupQueryAttention", inputs, f"{name}/attention", 3, CONTRIB, **options)
         for present, output in zip(present_names(layer), presents, strict=True):
             self.output(output, short_name(present), shape)
         return found
 
-    def bypass(self, name: str, hidden: ir.Value) -> tuple[ir.Value, dict[int, tuple[ir.Value, ir.Value]]]:
-        """(state after the skipped unit, K and V by layer as they are projected)."""
-        normed, hidden = self.unit_norm(hidden, f"{name}/norm")
-        found = self.linear(
-            normed, f"{name}/product", f"{name}.weight", [self.array(f"{name}.weight")], [self.array(f"{name}.bias")]
-        )
+    def bypass(self, unit: Unit, hidden: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
+        """The state after the skipped unit; K and V of each layer as they are projected."""
+        name = unit.bypass
+        normed, _ = self.norm(hidden, UNIT_GAIN, f"{name}/norm")
+        found = self.linear(normed, f"{name}/product", [f"{name}.weight"])
         parts = self.parts(found, self.array(f"{name}.sizes").tolist())
-        passed = (
-            self.op("Add", [hidden, parts.pop(0)], f"{name}/updated")
-            if len(parts) % 2
-            else self.op("Identity", [hidden], f"{name}/passed")
-        )
-        first, last = map(int, name.removeprefix("bypass_").split("-"))
-        rows = zip(parts[::2], parts[1::2], strict=True)
-        return passed, dict(zip(range(first, last + 1), rows, strict=True))
+        if len(parts) == 2 * len(unit.layers):
+            return self.op("Identity", [hidden], f"{name}/passed"), parts
+        return self.op("Add", [hidden, parts.pop(0)], f"{name}/updated"), parts
 
-    def new_rows(self, name: str, rows: Mapping[int, tuple[ir.Value, ir.Value]]) -> None:
-        """K and V of a bypass alone become outputs [batch, sequence, kv_heads * head_dim], which the host writes where
-        they go: fewer nodes, and no turned heads.
+    def new_rows(self, unit: Unit, projected: Sequence[ir.Value]) -> None:
+        """K and V become outputs [batch, sequence, kv_heads * head_dim], which the host writes where they go: fewer
+        nodes than a cache in the graph, and no turned heads.
         """
         heads = self.facts.num_kv_heads
-        for layer, (key, value) in rows.items():
-            node = f"{name}/layer_{layer:02d}"
+        for layer, key, value in zip(unit.layers, projected[::2], projected[1::2], strict=True):
+            name = f"{unit.bypass}/layer_{layer:02d}"
             if (gain := f"model.layers.{layer}.self_attn.k_norm.weight") in self.weights:
-                key = self.head_norm(key, heads, gain, f"{node}/k_norm")
-            key = self.rotated(key, heads, f"{node}/k_rotary")
-            for output, new in zip((key, value), new_names(layer), strict=True):
+                key = self.head_norm(key, heads, gain, f"{name}/k_norm")
+            for output, new in zip(
+                (self.rotated(key, heads, f"{name}/k_rotary"), value), new_names(layer), strict=True
+            ):
                 self.output(output, short_name(new), (*HIDDEN_SHAPE, heads * self.facts.head_dim))
 
     def policy(self, read: int) -> None:
-        state, _ = self.unit_norm(self.entering[read], "policy/norm")
+        state, _ = self.norm(self.entering[read], UNIT_GAIN, "policy/norm")
         score = self.op("MatMul", [state, self.stored("policy.weight")], "policy/score")
         score = self.op("Add", [score, self.stored("policy.bias")], "policy/biased")
-        self.output(
-            self.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, len(self.array("policy.bias")))
-        )
+        units = len(self.array("policy.bias"))
+        self.output(self.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, units))
 
     def head(self, state: State) -> None:
-        """Of the tokens from `first_logit` on."""
+        """Logits of the tokens from `first_logit` on."""
         first = self.input("first_logit", (1,), ir.DataType.INT64)
         bounds = [first, self.stored("head.end"), self.stored("head.axis")]
         wanted = self.op("Slice", [self.computed(state), *bounds], "head/wanted")
         normed, _ = self.norm(wanted, FINAL_NORM, "head/norm")
-        table = self.array(HEAD_WEIGHT if HEAD_WEIGHT in self.weights else EMBED_WEIGHT)
-        logits = self.linear(normed, "head/logits", "head.weight", [np.ascontiguousarray(table.T)])
-        self.output(logits, "logits", ("batch", "logits", len(table)))
+        logits = self.linear(normed, "head/logits", [HEAD_WEIGHT if HEAD_WEIGHT in self.weights else EMBED_WEIGHT])
+        self.output(logits, "logits", ("batch", "logits", self.facts.vocab_size))
 
-    # Pieces of these
+    def state_output(self, state: ir.Value) -> None:
+        self.output(state, "hidden_out", (*HIDDEN_SHAPE, self.facts.hidden_size))
+
+    def array(self, weight: str) -> Floats:
+        array: Floats = self.weights[weight].numpy()
+        return array
+
+    def stored(self, weight: str) -> ir.Value:
+        """A portable graph's constant as it is."""
+        return self.initializer(weight, self.weights[weight])
+
+    def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        return self.initializer(name, np.ascontiguousarray(array))
+
+    def contrib(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **options: Any) -> ir.Value:
+        return self.node(op_type, inputs, name, 1, CONTRIB, **options)[0]
+
+    def parts(self, value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
+        return self.split(
+            value, self.constant(f"{value.name}/sizes", np.array(sizes)), f"{value.name}/split", len(sizes)
+        )
 
     def computed(self, state: State) -> ir.Value:
         return self.op("Add", [state.left, state.right], state.name) if isinstance(state, Sum) else state
@@ -256,17 +261,12 @@ class OrtWriter(GraphWriter):
         )
         for value in unused:
             value.name = ""
-        total.name = state.name
         return normed, total
 
-    def unit_norm(self, state: State, node: str) -> tuple[ir.Value, ir.Value]:
-        return self.norm(state, "unit_gain", node)
-
-    def head_norm(self, value: ir.Value, heads: int, gain: str, node: str, scale: float = 1.0) -> ir.Value:
+    def head_norm(self, value: ir.Value, heads: int, gain: str, node: str, times: float = 1.0) -> ir.Value:
         """The norm of each head of [batch, sequence, heads * head_dim], which the kernel of attention does not have."""
-        size = self.facts.head_dim
-        split = self.constant(f"{node}/heads", np.array([0, 0, heads, size]))
-        weight = self.constant(f"{node}/gain", self.array(gain) * np.float32(scale))
+        split = self.constant(f"{node}/heads", np.array([0, 0, heads, self.facts.head_dim]))
+        weight = self.constant(f"{node}/gain", self.array(gain) * np.float32(times))
         value = self.op("Reshape", [value, split], f"{node}/split")
         value = self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)
         return self.op("Reshape", [value, self.constant("shape.merge_heads", np.array([0, 0, -1]))], f"{node}/merged")
@@ -277,63 +277,42 @@ class OrtWriter(GraphWriter):
         tables = [self.stored("rope.cos"), self.stored("rope.sin")]
         return self.op("RotaryEmbedding", [value, *tables, positions], node, num_heads=heads)
 
-    def parts(self, value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
-        return self.split(
-            value, self.constant(f"{value.name}/sizes", np.array(sizes)), f"{value.name}/split", len(sizes)
-        )
+    def projected(self, layer: int, source: ir.Value, part: str, *names: str, times: float = 1.0) -> ir.Value:
+        """Projections of one value side by side."""
+        weights = [f"model.layers.{layer}.{part.replace('attention', 'self_attn')}.{name}.weight" for name in names]
+        return self.linear(source, f"layer_{layer:02d}/{part}/{'+'.join(names)}", weights, times)
 
-    def projections(
-        self, source: ir.Value, node: str, weights: str, names: Sequence[str], first_times: float = 1.0
-    ) -> ir.Value:
-        """Projections of one value side by side, `{weights}.{name}`, as nodes of a portable graph `{node}/{name}`."""
-        matrices = [self.array(f"{weights}.{name}.weight") for name in names]
-        biases = [
-            self.array(key)
-            if (key := f"{weights}.{name}.bias") in self.weights
-            else np.zeros(len(matrix.T), np.float32)
-            for name, matrix in zip(names, matrices, strict=True)
-        ]
-        if not any(f"{weights}.{name}.bias" in self.weights for name in names):
-            biases = []
-        together = "+".join(names)
-        return self.linear(source, f"{node}/{together}", f"{weights}.{together}.weight", matrices, biases, first_times)
-
-    def linear(
-        self,
-        source: ir.Value,
-        node: str,
-        weight: str,
-        matrices: Sequence[Floats],
-        biases: Sequence[Floats] = (),
-        first_times: float = 1.0,
-    ) -> ir.Value:
-        """source @ matrices + biases, the matrices [in, out] side by side and quantised where the recipe says so; the
-        first one and its bias times a factor.
+    def linear(self, source: ir.Value, node: str, weights: Sequence[str], times: float = 1.0) -> ir.Value:
+        """source @ weights + biases, the matrices [in, out] side by side and quantised where the recipe says so; the
+        first one and its bias `times` a factor.
         """
-        block, bits = self.recipe.block_size, BITS.get(weight_precision(node, self.recipe, self.gated))
-        if first_times != 1:
-            matrices = [matrices[0] * np.float32(first_times), *matrices[1:]]
-            biases = [biases[0] * np.float32(first_times), *biases[1:]] if biases else []
-        bias = self.constant(f"{node}.bias", np.concatenate(biases)) if biases else None
+        matrices = [self.array(weight) for weight in weights]
+        if weights[0] in (HEAD_WEIGHT, EMBED_WEIGHT):
+            matrices = [np.ascontiguousarray(matrices[0].T)]
+        factors = [np.float32(times), *[np.float32(1)] * (len(weights) - 1)]
+        if times != 1:
+            matrices[0] = matrices[0] * factors[0]
+        given = [self.weights.get(weight.removesuffix("weight") + "bias") for weight in weights]
+        bias = None
+        if any(each is not None for each in given):
+            biases = [
+                np.zeros(matrix.shape[1], np.float32) if each is None else each.numpy() * factor
+                for each, matrix, factor in zip(given, matrices, factors, strict=True)
+            ]
+            bias = self.constant(f"{node}.bias", np.concatenate(biases))
+        bits, block = BITS.get(weight_precision(node, self.recipe, self.gated)), self.recipe.block_size
         rows, columns = len(matrices[0]), sum(matrix.shape[1] for matrix in matrices)
         if bits is None or min(rows, columns) < block:  # not a matrix of a few columns
             wide = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1)
-            value = self.op("MatMul", [source, self.constant(weight, wide)], node)
+            value = self.op("MatMul", [source, self.constant(f"{node}.weight", wide)], node)
             return value if bias is None else self.op("Add", [value, bias], f"{node}/bias")
-        found = quantized(node, matrices, bits, self.recipe, self.roundings, first_times)
-        inputs = [source, *self.blocks(weight, bits, *found), *([] if bias is None else [None, bias])]
-        return self.contrib(
-            "MatMulNBits", inputs, node, K=rows, N=columns, bits=bits, block_size=block, accuracy_level=ACCURACY_LEVEL
-        )
+        found = quantized(node, matrices, bits, self.recipe, self.roundings, times)
+        packed, *grid = self.blocks(f"{node}.weight", bits, *found)
+        inputs = [source, packed, *grid] if bias is None else [source, packed, *grid, *[None] * (3 - len(grid)), bias]
+        options = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
+        return self.contrib("MatMulNBits", inputs, node, **options)
 
-    def blocks(
-        self, weight: str, bits: int, codes: npt.NDArray[Any], scales: Floats, zeros: npt.NDArray[Any]
-    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        zero = None if self.recipe.symmetric else self.constant(f"{weight}.zero_points", zeros)
-        return self.constant(f"{weight}.q{bits}", codes), self.constant(f"{weight}.scales", scales), zero
-
-    def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        return self.initializer(name, np.ascontiguousarray(array))
-
-    def contrib(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        return self.node(op_type, inputs, name, 1, CONTRIB, **attributes)[0]
+    def blocks(self, weight: str, bits: int, codes: Codes, scales: Floats, zeros: Codes) -> list[ir.Value]:
+        """Codes, scales, and zero points where there are any."""
+        found = [self.constant(f"{weight}.q{bits}", codes), self.constant(f"{weight}.scales", scales)]
+        return found if self.recipe.symmetric else [*found, self.constant(f"{weight}.zero_points", zeros)]

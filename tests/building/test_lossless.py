@@ -19,10 +19,10 @@ from tests.tiny import tiny_policy
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 PROJECTIONS = {
-    "self_attn.q_proj+k_proj+v_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_proj+up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
+    "attention/q_proj+k_proj+v_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention/o_proj": ("self_attn.o_proj",),
+    "mlp/gate_proj+up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp/down_proj": ("mlp.down_proj",),
 }
 
 
@@ -57,10 +57,10 @@ def test_engines_hold_the_file_s_weights(layer: int, tmp_path: Path) -> None:
     record = bundle.load_build("cpu-q4_0")
     name = next(segment.name for segment in record.segments if layer in segment.layers)
     held = initializers(bundle.path(record.engines[name].file))
-    for weight, projections in PROJECTIONS.items():
-        packed, scales = (held[f"model.layers.{layer}.{weight}.weight.{part}"] for part in ("q4", "scales"))
+    for node, projections in PROJECTIONS.items():
+        packed, scales = (held[f"layer_{layer:02d}/{node}.weight.{part}"] for part in ("q4", "scales"))
         parts = [checkpoint.weights[f"model.layers.{layer}.{part}.weight"] for part in projections]
         expected = np.concatenate([part.read_rows(0, part.shape[0]) for part in parts])
-        if "q_proj" in weight:  # queries come out scaled for attention, by a power of two here
+        if "q_proj" in node:  # queries come out scaled for attention, by a power of two here
             expected[: parts[0].shape[0]] *= np.float32(checkpoint.spec.head_dim**-0.5)
         np.testing.assert_array_equal(values(packed, scales)[: len(expected)], expected)

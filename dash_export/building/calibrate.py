@@ -30,7 +30,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graph_runs import Arrays, graph_run, step_inputs
 from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_WEIGHT
-from dash_export.graphs.rounded import BITS, Rounded, block_of, roundings_key, weight_precision, write_roundings
+from dash_export.graphs.rounded import Rounded, block_of, roundings_key, weight_precision, write_roundings
 from dash_export.graphs.surgery import constant_value, load_graph
 from dash_export.models.spec import FINAL_NORM
 from dash_export.names import ROUNDINGS, past_names
@@ -157,11 +157,11 @@ def _rounded(recipe: Recipe, matrices: list[Floats], moments: Moments) -> Iterat
     weights = recipe.weights
     block = weights.block_size if recipe.dialect == "ort" else block_of(len(matrices[0]), weights.block_size)
     if block is not None:
-        rounded = gptq(np.concatenate(matrices, axis=1), moments, BITS, block, weights.symmetric)
+        rounded = gptq(np.concatenate(matrices, axis=1), moments, block, weights.symmetric)
         ends = np.cumsum([matrix.shape[1] for matrix in matrices])
         for end, matrix in zip(ends, matrices, strict=True):
             own = slice(end - matrix.shape[1], end)
-            yield Rounded(rounded.codes[:, own], rounded.scales[:, own], rounded.zeros[:, own], BITS, block)
+            yield Rounded(rounded.codes[:, own], rounded.scales[:, own], rounded.zeros[:, own], block)
 
 
 def _moments(vectors: Floats) -> Moments:
@@ -184,12 +184,14 @@ SHRINK = tuple(1 - 0.03 * step for step in range(12))
 """A grid that leaves out a block's extremes is finer for everything else: shares of the range that are tried."""
 DAMPING = 0.01
 """Share of the mean squared input that is added to every input's own: what the data have never seen stays bounded."""
+TOP, MIDDLE = 15, 8
+"""The largest code of 4 bits, and that of zero on a symmetric grid."""
 _COLUMNS = 4096
 _STRIDE = 32
 
 
-def gptq(matrix: Floats, moments: Moments, bits: int, block: int, symmetric: bool) -> Rounded:
-    """Round `matrix` [in, out] to `bits` with one scale and zero point per block of `block` inputs and column.
+def gptq(matrix: Floats, moments: Moments, block: int, symmetric: bool) -> Rounded:
+    """Round `matrix` [in, out] to 4 bits with one scale and zero point per block of `block` inputs and column.
 
     `moments` [in, in]: sum over calibration tokens of x x^T, x the matrix's input. Grids are fixed first, each block's
     by the squared error weighted with the inputs' mean squares; inputs are then rounded in the order of these, largest
@@ -214,19 +216,19 @@ def gptq(matrix: Floats, moments: Moments, bits: int, block: int, symmetric: boo
         part = slice(start, start + _COLUMNS)
         for index in range(blocks):
             inside = slice(index * block, (index + 1) * block)
-            scales[index, part], zeros[index, part] = _grid(matrix[inside, part], weights[inside], bits, symmetric)
+            scales[index, part], zeros[index, part] = _grid(matrix[inside, part], weights[inside], symmetric)
         wanted, grid = matrix[order, part], order // block
         scale, zero = scales[grid, part], zeros[grid, part].astype(np.float32)
-        found = _sweep(wanted, np.zeros_like(wanted), shares, scale, zero, bits, free=True)
+        found = _sweep(wanted, np.zeros_like(wanted), shares, scale, zero, free=True)
         scales[:, part] = _refit(found - zero, scales[:, part], grid, wanted, curvature)
         scale = scales[grid, part]
         values: Floats = (found.astype(np.float32) - zero) * scale
-        codes[order, part] = _sweep(values, felt.T @ (values - wanted), felt, scale, zero, bits, free=False)
-    return Rounded(codes, scales, zeros, bits, block)
+        codes[order, part] = _sweep(values, felt.T @ (values - wanted), felt, scale, zero, free=False)
+    return Rounded(codes, scales, zeros, block)
 
 
 def _sweep(
-    values: Floats, pull: Floats, spread: Floats, scales: Floats, zeros: Floats, bits: int, *, free: bool
+    values: Floats, pull: Floats, spread: Floats, scales: Floats, zeros: Floats, *, free: bool
 ) -> npt.NDArray[np.uint8]:
     """Codes of rows in the order given: each the nearest to its value less what the others pull at it, which changes as
     they are rounded, by `spread` [from, to]. `free` (GPTQ): the rows to come make up for what rounding missed. Else
@@ -239,7 +241,7 @@ def _sweep(
         moved = np.empty((stop - start, columns), np.float32)
         for row in range(start, stop):
             wanted = values[row] - pull[row]
-            codes[row] = np.clip(np.rint(wanted / scales[row]) + zeros[row], 0, (1 << bits) - 1)
+            codes[row] = np.clip(np.rint(wanted / scales[row]) + zeros[row], 0, TOP)
             found = (codes[row] - zeros[row]) * scales[row]
             moved[row - start] = wanted - found if free else found - values[row]
             pull[row + 1 : stop] += spread[row, row + 1 : stop, None] * moved[row - start]
@@ -247,19 +249,18 @@ def _sweep(
     return codes
 
 
-def _grid(values: Floats, weights: Floats, bits: int, symmetric: bool) -> tuple[Floats, npt.NDArray[np.uint8]]:
+def _grid(values: Floats, weights: Floats, symmetric: bool) -> tuple[Floats, npt.NDArray[np.uint8]]:
     """Scale and zero point of one block [block, columns], per column."""
-    top, middle = (1 << bits) - 1, 1 << (bits - 1)
     low, high = np.minimum(values.min(axis=0), 0), np.maximum(values.max(axis=0), 0)
-    whole = 2 * np.maximum(-low, high * middle / (middle - 1)) if symmetric else high - low
+    whole = 2 * np.maximum(-low, high * MIDDLE / (MIDDLE - 1)) if symmetric else high - low
     best = np.full(values.shape[1], np.inf, np.float32)
-    scale, zero = np.ones_like(best), np.full_like(best, middle)
+    scale, zero = np.ones_like(best), np.full_like(best, MIDDLE)
     for share in SHRINK:
-        step = np.where(whole > 0, whole * np.float32(share) / top, 1).astype(np.float32)
-        nearest = np.full_like(best, middle) if symmetric else np.rint(-low * np.float32((1 + share) / 2) / step)
+        step = np.where(whole > 0, whole * np.float32(share) / TOP, 1).astype(np.float32)
+        nearest = np.full_like(best, MIDDLE) if symmetric else np.rint(-low * np.float32((1 + share) / 2) / step)
         for shift in (0,) if symmetric else (-1, 0, 1):
-            offset = np.clip(nearest + np.float32(shift), 0, top)
-            error = (np.clip(np.rint(values / step) + offset, 0, top) - offset) * step - values
+            offset = np.clip(nearest + np.float32(shift), 0, TOP)
+            error = (np.clip(np.rint(values / step) + offset, 0, TOP) - offset) * step - values
             squared = weights @ np.square(error)
             better = squared < best
             best = np.where(better, squared, best)

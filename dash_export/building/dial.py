@@ -14,7 +14,7 @@ from dash_export.artifacts import Progress, no_progress
 from dash_export.bundle import Bundle
 from dash_export.decision import DENSE_POSITIONS, DialPoint, unit_skips
 from dash_export.divergence import DenseRows
-from dash_export.errors import BundleError, PolicyError
+from dash_export.errors import PolicyError
 from dash_export.manifest import Build
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
@@ -90,10 +90,8 @@ def _prompt(length: int) -> int:
 
 def _calibration_windows(runtime: DashRuntime) -> list[npt.NDArray[np.int64]]:
     """About WINDOWS windows of TOKENS tokens, spread evenly over the shipped text."""
-    path = resource_folder("calibration") / "prose.txt"
-    if not path.is_file():
-        raise BundleError(f"The calibration text {path} is missing: install dash-export again.")
-    ids = runtime.text.encode_in_pieces(path.read_text(encoding="utf-8"))
+    text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
+    ids = runtime.text.encode_in_pieces(text)
     window = min(TOKENS, runtime.engines.model.max_positions)
     count = max(1, min(WINDOWS * TOKENS // window, len(ids) // window))
     starts = np.linspace(0, len(ids) - window, count).astype(int)

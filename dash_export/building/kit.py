@@ -1,7 +1,7 @@
 """The build kit: for a target this machine cannot compile for, a folder to copy to one that can.
 
 It holds the bundle, this package and one command. What can be proved here is proved before it is written: every lowered
-graph passes the ONNX checker and agrees with its portable graph.
+graph agrees with its portable graph.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,19 +46,12 @@ def build(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     recipe = with_weights(load_recipe(target), weights, head, embedding, rounding)
     backend_of(recipe).require()
-    with _held(bundle, recipe.name):
-        return _build(bundle, recipe, verify, measure, progress)
-
-
-@contextmanager
-def _held(bundle: Bundle, target: str) -> Iterator[None]:
-    """Hold one target alone, and the bundle against exports. Raises BusyError."""
     root = named(bundle.root)
-    with folder_locked(root, [lock_file(root)], shared=True):
+    with folder_locked(root, [lock_file(root)], shared=True):  # against exports
         own_folder(bundle.path("engines"))
-        with locked(root / "engines" / target, f"build for {target}"):
+        with locked(root / "engines" / recipe.name, f"build for {recipe.name}"):
             bundle.manifest = Bundle.open(bundle.root).manifest  # as it is now
-            yield
+            return _build(bundle, recipe, verify, measure, progress)
 
 
 def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress: Progress) -> Build:

@@ -17,14 +17,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.decision import Unit
-from dash_export.graphs.ort_quantize import ACCURACY_LEVEL, BITS, CONTRIB, quantize_block, quantized
+from dash_export.graphs.ort_quantize import ACCURACY_LEVEL, CONTRIB, quantize_block, quantized
 from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_WEIGHT, HIDDEN_SHAPE
 from dash_export.graphs.rounded import Roundings, to_nearest, weight_precision
 from dash_export.graphs.writer import GraphWriter
 from dash_export.manifest import Manifest
 from dash_export.models.spec import FINAL_NORM
 from dash_export.names import new_names, past_names, present_names, short_name
-from dash_export.targets import Recipe
+from dash_export.targets import BITS, QUANTISED, Recipe
 
 ROTARY_MULTIPLE = 16
 """GroupQueryAttention rotates only heads whose size is a multiple of this."""
@@ -122,8 +122,8 @@ class OrtWriter(GraphWriter):
 
     def embed(self) -> ir.Value:
         ids = self.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-        bits, block = BITS.get(self.recipe.embedding), self.recipe.block_size
-        if bits is None:
+        bits, block = BITS[self.recipe.embedding], self.recipe.block_size
+        if self.recipe.embedding not in QUANTISED:
             return self.op("Gather", [self.stored(EMBED_WEIGHT), ids], "embed")
         table = self.array(EMBED_WEIGHT)
         # The quantiser blocks the first axis of [in, out]: rows of the table are columns there.
@@ -300,12 +300,13 @@ class OrtWriter(GraphWriter):
                 for each, matrix, factor in zip(given, matrices, factors, strict=True)
             ]
             bias = self.constant(f"{node}.bias", np.concatenate(biases))
-        bits, block = BITS.get(weight_precision(node, self.recipe, self.gated)), self.recipe.block_size
+        precision, block = weight_precision(node, self.recipe, self.gated), self.recipe.block_size
         rows, columns = len(matrices[0]), sum(matrix.shape[1] for matrix in matrices)
-        if bits is None or min(rows, columns) < block:  # not a matrix of a few columns
+        if precision not in QUANTISED or min(rows, columns) < block:  # not a matrix of a few columns
             wide = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1)
             value = self.op("MatMul", [source, self.constant(f"{node}.weight", wide)], node)
             return value if bias is None else self.op("Add", [value, bias], f"{node}/bias")
+        bits = BITS[precision]
         found = quantized(node, matrices, bits, self.recipe, self.roundings, times)
         packed, *grid = self.blocks(f"{node}.weight", bits, *found)
         inputs = [source, packed, *grid] if bias is None else [source, packed, *grid, *[None] * (3 - len(grid)), bias]

@@ -14,7 +14,6 @@ from dash_export.models.spec import Float32Array
 from dash_export.targets import WeightsRecipe
 
 CONTRIB = "com.microsoft"
-BITS = {"int8": 8, "int4": 4}
 ACCURACY_LEVEL = 4
 """Activations are quantised to int8 per block: the fast kernels on AVX2, AVX-512-VNNI and NEON."""
 

@@ -55,7 +55,6 @@ class Rounded:
     codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.float32]
     zeros: npt.NDArray[np.uint8]
-    bits: int
     block: int
 
     def dequantized(self) -> npt.NDArray[np.float32]:
@@ -78,7 +77,6 @@ def to_nearest(_node: str) -> Rounded | None:
     return None
 
 
-BITS = 4
 _PARTS = {"codes": np.uint8, "scales": np.float32, "zeros": np.uint8, "form": np.int64}
 """Of each matrix `<node>.<part>`: codes [in / 2, out], two inputs a byte; `form`: inputs, and inputs of a block. In
 numpy's own form, which needs nothing that a device lacks.
@@ -119,7 +117,7 @@ def stored_roundings(path: Path) -> Roundings:
             if len(packed) != -(-rows // 2) or not scales.shape == zeros.shape == (-(-rows // block), packed.shape[1]):
                 raise ValueError(f"the parts of {node} do not go together")
             codes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1])[:rows]
-            return Rounded(codes, scales, zeros, BITS, block)
+            return Rounded(codes, scales, zeros, block)
         except Exception as error:  # numpy and zipfile raise many kinds; the file may be from outside
             raise BundleError(f"{path} is damaged ({error}). Delete it and build again.") from error
 

@@ -48,9 +48,8 @@ def test_every_recipes_graphs_are_valid_and_agree(target: str, tiny_root: Path, 
     assert len(found["engines"]) == 5 + 2 + 1, "segments, bypasses and the policy"
     assert recipe.engine is not None
     for graph in engine_graphs(bundle, segments(bundle), on_device=True):
-        model = onnx.load(
-            write_whole(lowered(bundle, graph, recipe), tmp_path / "lowered.onnx"), load_external_data=False
-        )
+        path = write_whole(lowered(bundle, graph, recipe), tmp_path / "lowered.onnx")
+        model = onnx.load(path, load_external_data=False)
         promised = {"portable": 24, "trt10": 21}[recipe.dialect]
         assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", promised)]
         onnx.checker.check_model(str(path), full_check=True)

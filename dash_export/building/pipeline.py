@@ -12,7 +12,7 @@ from dash_export.building.backend import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial import calibrate_dial
 from dash_export.bundle import BUILD, Bundle, Seal
-from dash_export.errors import BackendError, BundleError, RecipeError
+from dash_export.errors import BackendError, BundleError
 from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
 from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
@@ -145,11 +145,7 @@ def _current(bundle: Bundle, draft: Build) -> Build | None:
     except BundleError:
         return None
     details = {key: value for key, value in known.details.items() if key != VERIFICATION}
-    try:
-        recipe = recipe_from_dict(known.recipe, known.target).as_dict()  # with the keys that are younger than the build
-    except RecipeError:
-        return None
-    same = replace(known, recipe=recipe, cost=draft.cost, dial=(), seconds=0.0, details=details) == draft
+    same = replace(known, cost=draft.cost, dial=(), seconds=0.0, details=details) == draft
     return known if same else None
 
 

@@ -29,10 +29,8 @@ from dash_export.building.engine_graphs import Artifact, graphs_key, write_whole
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graph_runs import Arrays, graph_run, step_inputs
-from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_WEIGHT
 from dash_export.graphs.rounded import Rounded, block_of, roundings_key, weight_precision, write_roundings
 from dash_export.graphs.surgery import constant_value, load_graph
-from dash_export.models.spec import FINAL_NORM
 from dash_export.names import ROUNDINGS, past_names
 from dash_export.resources import resource_folder
 from dash_export.runtime.text import Text
@@ -94,16 +92,15 @@ def calibrated(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[t
     for layer, name in enumerate(_layers(bundle)):
         graph = load_graph(bundle.graph(name))
         known = [node for node in graph.graph if node.op_type == "MatMul" and str(node.name).endswith("_proj")]
-        nodes = [node for node in known if weight_precision(str(node.name), recipe.weights, gated) == "int4"]
+        rounded_nodes = [node for node in known if weight_precision(str(node.name), recipe.weights, gated) == "int4"]
         own_feeds = feeds | dict.fromkeys(past_names(layer), empty)
-        for fed, rounded in _round_layer(graph, nodes, recipe, states, own_feeds):
+        for fed, rounded in _round_layer(graph, name, rounded_nodes, recipe, states, own_feeds):
             yield fed, rounded
-        states = [found["hidden_out"] for found in _outputs(graph, states, own_feeds)]
+        states = [found["hidden_out"] for found in _outputs(graph, name, states, own_feeds)]
         progress(f"rounding layer {layer}", layer + 1, model.num_layers)
     if recipe.weights.head == "int4":
-        weights = load_graph(bundle.graph("head")).graph.initializers
-        gain = constant_value(weights[FINAL_NORM])
-        table = constant_value(weights[HEAD_WEIGHT if HEAD_WEIGHT in weights else EMBED_WEIGHT])
+        nodes = {node.name: node for node in load_graph(bundle.graph("head")).graph}
+        gain, table = constant_value(nodes["head/norm"].inputs[1]), constant_value(nodes["head/weight"].inputs[0])
         assert gain is not None
         assert table is not None
         scales = (np.sqrt(np.square(state).mean(axis=-1, keepdims=True) + model.rms_norm_eps) for state in states)
@@ -118,7 +115,7 @@ def _layers(bundle: Bundle) -> list[str]:
 
 
 def _round_layer(
-    model: ir.Model, nodes: list[ir.Node], recipe: Recipe, states: list[Floats], feeds: Arrays
+    model: ir.Model, name: str, nodes: list[ir.Node], recipe: Recipe, states: list[Floats], feeds: Arrays
 ) -> Iterator[tuple[str, Rounded]]:
     """Round the matrices of `nodes`, in the layer's graph too. What is fed to them are outputs meanwhile."""
     readers: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
@@ -129,7 +126,7 @@ def _round_layer(
     for source in readers:
         source.type = ir.TensorType(ir.DataType.FLOAT)
     model.graph.outputs.extend(readers)
-    for found in _outputs(model, states, feeds) if nodes else ():
+    for found in _outputs(model, name, states, feeds) if nodes else ():
         for source in readers:
             moments[source] += _moments(found[str(source.name)])
     for source, group in readers.items():
@@ -142,10 +139,10 @@ def _round_layer(
             yield str(node.name), rounded
 
 
-def _outputs(model: ir.Model, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
+def _outputs(model: ir.Model, name: str, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
     """What a layer gives for each batch of states."""
     with tempfile.TemporaryDirectory(prefix="dash-calibrate-") as folder:
-        run = graph_run(write_whole(model.clone(), Path(folder) / "layer.onnx"))
+        run = graph_run(write_whole(model.clone(), Path(folder) / f"{name}.onnx"))
         for state in states:
             yield run(feeds | {"hidden": state})
 

@@ -28,9 +28,14 @@ def load_graph(path: Path) -> ir.Model:
         ) from error
     if not len(model.graph):
         raise BundleError(f"{path} holds no graph. The bundle is damaged: export it again.")
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            _check_external(path, value.const_value)
+    attributes = [
+        item for node in ir.traversal.RecursiveGraphIterator(model.graph) for item in node.attributes.values()
+    ]
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    tensors += [item.value for item in attributes if item.type == ir.AttributeType.TENSOR]
+    for tensor in tensors:
+        if isinstance(tensor, ir.ExternalTensor):
+            _check_external(path, tensor)
     return model
 
 

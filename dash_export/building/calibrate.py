@@ -117,7 +117,8 @@ def _layers(bundle: Bundle) -> list[str]:
 def _round_layer(
     model: ir.Model, name: str, nodes: list[ir.Node], recipe: Recipe, states: list[Floats], feeds: Arrays
 ) -> Iterator[tuple[str, Rounded]]:
-    """Round the matrices of `nodes`, in the layer's graph too. What is fed to them are outputs meanwhile."""
+    """Round the matrices of `nodes`, in the layer's graph too. Meanwhile it gives what they are fed, and
+    nothing else."""
     readers: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node in nodes:
         assert node.inputs[0] is not None
@@ -125,12 +126,13 @@ def _round_layer(
     moments: dict[ir.Value, Any] = dict.fromkeys(readers, 0.0)
     for source in readers:
         source.type = ir.TensorType(ir.DataType.FLOAT)
-    model.graph.outputs.extend(readers)
+    outputs = list(model.graph.outputs)
+    model.graph.outputs[:] = list(readers)
     for found in _outputs(model, name, states, feeds) if nodes else ():
         for source in readers:
             moments[source] += _moments(found[str(source.name)])
+    model.graph.outputs[:] = outputs
     for source, group in readers.items():
-        model.graph.outputs.remove(source)
         weights = [node.inputs[1] for node in group]
         matrices = [array for weight in weights if (array := constant_value(weight)) is not None]
         for node, weight, rounded in zip(group, weights, _rounded(recipe, matrices, moments[source]), strict=False):

@@ -44,7 +44,7 @@ def calibrate_dial(
     tokens = 0
     for done, window in enumerate(windows, 1):
         sums += _measured(runtime, window, trade_offs)
-        tokens += len(window) - _prompt(len(window))
+        tokens += len(window) - min(PREFIX, len(window) // 2)
         progress("calibrating the dial", done, len(windows))
     points = [DialPoint(0.0, float(num_layers), 1.0, 0.0)]
     for trade_off, (skipped, time, kl) in zip(trade_offs, sums / tokens, strict=True):
@@ -69,7 +69,7 @@ def _measured(
     runtime: DashRuntime, window: npt.NDArray[np.int64], trade_offs: Sequence[float]
 ) -> npt.NDArray[np.float64]:
     """Per trade-off, over the measured tokens of a window: layers skipped, time as fractions of dense, nats."""
-    prompt = _prompt(len(window))
+    prompt = min(PREFIX, len(window) // 2)  # less where a model's context is hardly longer
     dense = runtime.session("dense").score(window, prompt, keep_logits=True)
     assert dense.logits is not None
     reference = DenseRows(dense.logits[prompt:])
@@ -81,11 +81,6 @@ def _measured(
         time = runtime.cost.token_time(unit_skips(actions, runtime.bundle.manifest.policy.units)).sum()
         found.append((actions.sum(), time, reference.kl(score.logits[prompt:]).sum()))
     return np.array(found, np.float64)
-
-
-def _prompt(length: int) -> int:
-    """PREFIX, or less where a model's context is hardly longer."""
-    return min(PREFIX, length // 2)
 
 
 def _calibration_windows(runtime: DashRuntime) -> list[npt.NDArray[np.int64]]:

@@ -92,7 +92,7 @@ def test_a_graph_that_is_none_of_ours(which: int | str, bundle: Path) -> None:
     change = constant_outside if isinstance(which, str) else lambda model: model.graph.node.pop(which)
     rewritten(bundle, GRAPH, change)
     shutil.rmtree(bundle / "engines")
-    with pytest.raises(DashError):
+    with pytest.raises(BundleError, match="leaves the bundle"):
         build(bundle, "cpu", weights="fp32")
 
 
@@ -113,6 +113,15 @@ def test_truncated(name: str, share: float, bundle: Path) -> None:
     shutil.rmtree(bundle / "engines")
     with pytest.raises(DashError):
         build(bundle, "cpu", weights="fp32")
+
+
+@pytest.mark.parametrize("which", range(0, 20, 3))
+def test_graph_that_lacks_a_node(which: int, bundle: Path) -> None:
+    """An engine is made of a graph's weights: it is sound, and the graph is not what it is compared with."""
+    rewritten(bundle, GRAPH, lambda model: model.graph.node.pop(which))
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(DashError):
+        build(bundle, "cpu", weights="fp32", verify=True)
 
 
 def unknown(model: onnx.ModelProto) -> None:

@@ -18,7 +18,7 @@ from dash_export.artifacts import Progress, content_key
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BackendError, NotHereError
-from dash_export.manifest import EngineRecord, Manifest, Segment
+from dash_export.manifest import POLICY, EngineRecord, Manifest, Segment
 from dash_export.names import ROUNDINGS
 from dash_export.runtime.backends import BACKENDS, require_backend
 from dash_export.targets import Recipe
@@ -26,7 +26,7 @@ from dash_export.targets import Recipe
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from dash_export.building.engine_graphs import Artifact
+    from dash_export.building.engine_graphs import Artifact, EngineGraph
 
 _BACKENDS = {
     "onnxruntime": "dash_export.building.cpu_backend:CpuBackend",
@@ -63,8 +63,7 @@ class Backend(ABC):
         """Raises BackendError that says what to install when something is missing, NotHereError when only another
         machine can compile for the recipe.
         """
-        reason = self.build_obstacle()
-        if reason is not None:
+        if (reason := self.build_obstacle()) is not None:
             kind = NotHereError if self.needs_another_machine() else BackendError
             raise kind(f"Engines for {self.recipe.name} cannot be compiled on this machine: {reason}")
 
@@ -84,9 +83,8 @@ class Backend(ABC):
         """Whether nothing that could be installed here helps, so that `build` writes a kit."""
         return False
 
-    def refused_version(self, version: str) -> str | None:
+    def refused_version(self, _version: str) -> str | None:
         """Why the backend's package of this version cannot compile the recipe's dialect; None where it can."""
-        del version
         return None
 
     def how_to_install(self) -> str:
@@ -101,6 +99,10 @@ class Backend(ABC):
     def device(self) -> str:
         """What the engines are for, in words."""
 
+    @abstractmethod
+    def key(self) -> Any:
+        """What all engines depend on besides their graphs and weights."""
+
     def details(self) -> dict[str, Any]:
         """Further facts for the build's record."""
         return {}
@@ -108,14 +110,8 @@ class Backend(ABC):
     def start(self) -> None:  # noqa: B027  most have nothing to begin
         """Begin what must begin before anything else in this process runs a graph."""
 
-    def workers(self, bundle: Bundle) -> int:
-        """How many engines are made at once."""
-        del bundle
-        return 1
-
-    def ready_engines(self, bundle: Bundle) -> dict[str, EngineRecord] | None:
+    def ready_engines(self, _bundle: Bundle) -> dict[str, EngineRecord] | None:
         """The engines where nothing has to be made; else None."""
-        del bundle
         return None
 
     def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
@@ -127,44 +123,38 @@ class Backend(ABC):
     def artifacts(
         self, bundle: Bundle, segments: Sequence[Segment], folder: Path, progress: Progress
     ) -> Iterator[Artifact]:
-        """Everything a build consists of, in an order in which it can be made: first what is shared or set aside.
-        `folder` is where finished files lie.
-        """
+        """Everything a build consists of, in the order in which it is made. `folder` is where finished files lie."""
         from dash_export.building.calibrate import calibration_key, rounding_artifact
-        from dash_export.building.engine_graphs import Artifact, engine_graphs, graphs_key, lower
+        from dash_export.building.engine_graphs import Artifact, engine_graphs, graphs_key, lowered
         from dash_export.graphs.rounded import stored_roundings, to_nearest
 
-        gated, calibrated = bundle.manifest.policy.layers, calibration_key(bundle, self.recipe)
-        base = content_key(self.revision, self.key(), asdict(self.recipe.weights), gated, calibrated)
+        policy, calibrated = bundle.manifest.policy, calibration_key(bundle, self.recipe)
+        base = content_key(self.revision, self.key(), asdict(self.recipe.weights), policy.layers, calibrated)
         if calibrated:
             yield rounding_artifact(bundle, self.recipe, folder, progress)
         yield from self.shared(bundle)
         roundings = stored_roundings(folder / ROUNDINGS) if calibrated else to_nearest
         for graph in engine_graphs(bundle, segments, self.on_device):
-            extended = [folder / f"{name}.onnx" for name in graph.extends]
 
-            def write(out: Path, graph: Any = graph, extended: Sequence[Path] = extended) -> list[Path]:
-                lowered = lower(graph.make(), self.recipe, gated, roundings)
-                return self.save(lowered, graph.name, folder, out, extended)
+            def write(out: Path, graph: EngineGraph = graph) -> list[Path]:
+                extended = [folder / f"{name}.onnx" for name in graph.extends]
+                return self.save(lowered(bundle, graph, self.recipe, roundings), folder, out / graph.name, extended)
 
-            key = content_key(base, graph.name, graphs_key(bundle, graph.parts))
+            read = policy.read if POLICY in graph.parts else None
+            key = content_key(base, graph.name, graphs_key(bundle, graph.parts), read)
             yield Artifact(graph.name, key, write, graph.extends)
 
-    @abstractmethod
-    def key(self) -> Any:
-        """What all engines depend on besides their graphs and weights."""
-
-    def shared(self, bundle: Bundle) -> Iterator[Artifact]:
+    def shared(self, _bundle: Bundle) -> Iterator[Artifact]:
         """Files that engines have in common."""
-        del bundle
         return iter(())
 
-    def save(self, lowered: ir.Model, name: str, folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
-        """Write one engine of its lowered graph into `out`; `extended`: finished ones whose weights it shares."""
+    def save(self, model: ir.Model, _folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
+        """Write one engine of its lowered graph as `out` with a suffix; `extended`: finished ones whose weights it
+        shares. `_folder` is where finished files lie.
+        """
         from dash_export.building.engine_graphs import save_extending
 
-        del folder
-        return save_extending(lowered, out / f"{name}.onnx", extended)
+        return save_extending(model, out.with_name(f"{out.name}.onnx"), extended)
 
 
 def plan_segments(num_layers: int, units: Sequence[Unit], cut: Collection[int] = ()) -> tuple[Segment, ...]:

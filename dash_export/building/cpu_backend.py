@@ -13,7 +13,7 @@ from dash_export.building.backend import Backend
 from dash_export.bundle import Bundle
 from dash_export.manifest import EngineRecord
 from dash_export.runtime.backends import load_backend, require_backend
-from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
+from dash_export.runtime.cpus import cpu_name, physical_cores
 
 if TYPE_CHECKING:
     from dash_export.building.engine_graphs import Artifact
@@ -23,7 +23,7 @@ class CpuBackend(Backend):
     """Engines that share the tables of RoPE. What is packed for this machine's kernels is packed at loading."""
 
     on_device = False
-    revision = 16
+    revision = 17
 
     def require(self) -> None:
         require_backend(self.recipe.backend)
@@ -41,20 +41,14 @@ class CpuBackend(Backend):
         """The process's only pool, with as many threads as will be measured with."""
         load_backend(self.recipe.backend, self.recipe.runtime.threads)
 
-    def workers(self, bundle: Bundle) -> int:
-        """As many as memory allows: lowering a segment takes about six times its largest matrix in fp32."""
-        largest = max(record.bytes for record in bundle.manifest.files)
-        return max(1, min(physical_cores(), available_memory() // (6 * largest)))
-
     def ready_engines(self, bundle: Bundle) -> dict[str, EngineRecord] | None:
         """The portable graphs are their own engines."""
         if self.recipe.dialect != "portable":
             return None
-        manifest = bundle.manifest
-        sizes = {record.name: record.bytes for record in manifest.files}
+        sizes = {record.name: record.bytes for record in bundle.manifest.files}
         return {
-            name: EngineRecord(file, sizes[file] + sizes.get(file.removesuffix(".onnx") + ".data", 0), manifest.key)
-            for name, file in manifest.graphs.items()
+            name: EngineRecord(file, sizes[file] + sizes.get(f"onnx/{name}.data", 0), bundle.manifest.key)
+            for name, file in bundle.manifest.graphs.items()
         }
 
     def key(self) -> Any:

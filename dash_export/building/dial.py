@@ -14,7 +14,7 @@ from dash_export.artifacts import Progress, no_progress
 from dash_export.bundle import Bundle
 from dash_export.decision import DENSE_POSITIONS, DialPoint, unit_skips
 from dash_export.divergence import DenseRows
-from dash_export.errors import BundleError, PolicyError
+from dash_export.errors import PolicyError
 from dash_export.manifest import Build
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
@@ -44,7 +44,7 @@ def calibrate_dial(
     tokens = 0
     for done, window in enumerate(windows, 1):
         sums += _measured(runtime, window, trade_offs)
-        tokens += len(window) - _prompt(len(window))
+        tokens += len(window) - min(PREFIX, len(window) // 2)
         progress("calibrating the dial", done, len(windows))
     points = [DialPoint(0.0, float(num_layers), 1.0, 0.0)]
     for trade_off, (skipped, time, kl) in zip(trade_offs, sums / tokens, strict=True):
@@ -69,7 +69,7 @@ def _measured(
     runtime: DashRuntime, window: npt.NDArray[np.int64], trade_offs: Sequence[float]
 ) -> npt.NDArray[np.float64]:
     """Per trade-off, over the measured tokens of a window: layers skipped, time as fractions of dense, nats."""
-    prompt = _prompt(len(window))
+    prompt = min(PREFIX, len(window) // 2)  # less where a model's context is hardly longer
     dense = runtime.session("dense").score(window, prompt, keep_logits=True)
     assert dense.logits is not None
     reference = DenseRows(dense.logits[prompt:])
@@ -83,17 +83,10 @@ def _measured(
     return np.array(found, np.float64)
 
 
-def _prompt(length: int) -> int:
-    """PREFIX, or less where a model's context is hardly longer."""
-    return min(PREFIX, length // 2)
-
-
 def _calibration_windows(runtime: DashRuntime) -> list[npt.NDArray[np.int64]]:
     """About WINDOWS windows of TOKENS tokens, spread evenly over the shipped text."""
-    path = resource_folder("calibration") / "prose.txt"
-    if not path.is_file():
-        raise BundleError(f"The calibration text {path} is missing: install dash-export again.")
-    ids = runtime.text.encode_in_pieces(path.read_text(encoding="utf-8"))
+    text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
+    ids = runtime.text.encode_in_pieces(text)
     window = min(TOKENS, runtime.engines.model.max_positions)
     count = max(1, min(WINDOWS * TOKENS // window, len(ids) // window))
     starts = np.linspace(0, len(ids) - window, count).astype(int)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +13,10 @@ import onnx_ir as ir
 from dash_export.artifacts import content_key
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
-from dash_export.errors import BackendError
 from dash_export.graphs import trt
-from dash_export.graphs.portable import HIDDEN_SHAPE, ROPE_FILE
+from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.rounded import Roundings, to_nearest
-from dash_export.graphs.surgery import absorb, drop_dead, load_graph
+from dash_export.graphs.surgery import absorb, load_graph
 from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.manifest import MIXED, POLICY, Segment
 from dash_export.targets import Recipe
@@ -39,14 +37,13 @@ class Artifact:
 
 @dataclass(frozen=True)
 class EngineGraph:
-    """An engine's graph, still in the portable form: `make` it of the bundle's graphs `parts`, for `segment`, or for
-    skipping it. `extends`: engines whose weights it shares.
+    """An engine's graph: the bundle's graphs it is made of, for `segment` or for skipping it. `extends`: engines whose
+    weights it shares.
     """
 
     name: str
     segment: Segment
     parts: list[str]
-    make: Callable[[], ir.Model]
     extends: tuple[str, ...] = ()
 
 
@@ -61,16 +58,16 @@ def engine_graphs(bundle: Bundle, segments: Sequence[Segment], on_device: bool) 
     for segment in segments:
         reads = policy.has_network and policy.read in segment.layers
         if reads and on_device:
-            yield EngineGraph(POLICY, segment, [POLICY], partial(load_graph, bundle.graph(POLICY)))
+            yield EngineGraph(POLICY, segment, [POLICY])
+        yield EngineGraph(
+            segment.name, segment, [*segment.graphs, POLICY] if reads and not on_device else segment.graphs
+        )
         if segment.gated:
             unit = Unit(segment.first, segment.last)
-            yield EngineGraph(unit.bypass, segment, [unit.bypass], partial(load_graph, bundle.graph(unit.bypass)))
+            yield EngineGraph(unit.bypass, segment, [unit.bypass])
             if not on_device:
-                parts, shared = [unit.bypass, *segment.graphs], (segment.name, unit.bypass)
-                yield EngineGraph(MIXED + unit.name, segment, parts, partial(compose_mixed, bundle, unit), shared)
-        gives = reads and not on_device
-        parts = [*segment.graphs, POLICY] if gives else segment.graphs
-        yield EngineGraph(segment.name, segment, parts, partial(compose_segment, bundle, segment, gives))
+                both = (segment.name, unit.bypass)
+                yield EngineGraph(MIXED + unit.name, segment, [unit.bypass, *segment.graphs], both)
 
 
 def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
@@ -81,13 +78,15 @@ def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
     return content_key([hashes.get(name, "") for name in (*files, *data, "onnx/rope.data", "onnx/embed.data")])
 
 
-def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Roundings = to_nearest) -> ir.Model:
-    """A portable segment, bypass or policy -> the recipe's dialect, in place. `gated`: the layers of all units."""
+def lowered(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Roundings = to_nearest) -> ir.Model:
+    """An engine's graph in the recipe's dialect."""
     if recipe.dialect != "ort":
-        return trt.lower(model, recipe, gated, roundings)
+        return trt.lower(portable(bundle, graph), recipe, bundle.manifest.policy.layers, roundings)
     from dash_export.graphs import ort  # its quantiser is ONNX Runtime's, which a machine with TensorRT may lack
 
-    return ort.lower(model, recipe, gated, roundings)
+    parts = {name: load_graph(bundle.graph(name)) for name in graph.parts}
+    doc = f"{', '.join(graph.parts)} of {bundle.manifest.model.name}"
+    return ort.write(graph.name, doc, parts, bundle.manifest, recipe, roundings)
 
 
 def save_extending(lowered: ir.Model, path: Path, extended: Sequence[Path] = ()) -> list[Path]:
@@ -110,7 +109,7 @@ def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> 
     """
     if name != segment.name or segment.graphs == [name]:
         return bundle.graph(name)
-    return write_whole(compose_segment(bundle, segment), folder / f"{name}.onnx")
+    return write_whole(portable(bundle, EngineGraph(name, segment, segment.graphs)), folder / f"{name}.onnx")
 
 
 def write_whole(model: ir.Model, path: Path) -> Path:
@@ -122,79 +121,26 @@ def write_whole(model: ir.Model, path: Path) -> Path:
     return path
 
 
-def compose_segment(bundle: Bundle, segment: Segment, policy: bool = False) -> ir.Model:
-    """The segment's portable graphs in a row; with the `policy`, which reads what enters one of its layers, that one's
-    damage too.
+def portable(bundle: Bundle, graph: EngineGraph) -> ir.Model:
+    """An engine's portable graphs in a row, each fed with what the one before gives; the policy with what enters the
+    layer that it reads. The outputs of all, the last one's first. Not for mixed engines.
     """
-    g = GraphWriter(segment.name, f"{', '.join(segment.graphs)} of {bundle.manifest.model.name}")
-    entering = chain(g, {name: load_graph(bundle.graph(name)) for name in segment.graphs})
-    if policy:
-        state = entering[f"layer_{bundle.manifest.policy.read:02d}"]
-        g.graph.outputs.extend(absorb(g, load_graph(bundle.graph("policy")), {"hidden": state}).values())
-    return g.model()
-
-
-def compose_mixed(bundle: Bundle, unit: Unit) -> ir.Model:
-    """A unit that every row runs or skips as `skipped` [batch, sequence, 1] bool says: both are computed, and each row
-    takes its own result, the K and V that its later tokens attend to included.
-    """
-    g = GraphWriter(f"mixed_{unit.name}", f"Layers {unit} of {bundle.manifest.model.name}, run or skipped row by row.")
-    skipped = g.input("skipped", ("batch", "sequence", 1), ir.DataType.BOOL)
-    outputs = absorb(g, load_graph(bundle.graph(unit.bypass)), {})
-    bypassed = {name: _projected(value) for name, value in outputs.items() if name != "hidden_out"}
-    outputs["hidden_out"].name = "bypassed"
-    value = next(value for value in g.graph.inputs if value.name == "hidden")
-    for layer in unit.layers:
-        graph = load_graph(bundle.graph(f"layer_{layer:02d}"))
-        found = absorb(g, graph, {"hidden": value})
-        value = found.pop("hidden_out")
-        value.name = f"layer_{layer:02d}/hidden_out"
-        for name, written in found.items():
-            (own, reader), (instead, _) = _projected(written), bypassed[name]
-            node = ir.node("Where", [skipped, instead, own], name=f"{name}/chosen")
-            node.outputs[0].name = str(node.name)
-            g.graph.insert_before(reader, node)
-            reader.replace_input_with(0, node.outputs[0])
-        g.graph.outputs.extend(found.values())
-    chosen = g.op("Where", [skipped, outputs["hidden_out"], value], "hidden_chosen")
-    g.output(chosen, "hidden_out", (*HIDDEN_SHAPE, bundle.manifest.model.hidden_size))
-    drop_dead(g.graph)
-    g.graph.sort()
-    return g.model()
-
-
-def _projected(written: ir.Value) -> tuple[ir.Value, ir.Node]:
-    """Of K or V as written to the cache: its projection [batch, sequence, kv_heads * head_dim], and the node that
-    splits that into heads.
-    """
-    node = written.producer()
-    value: ir.Value | None = written
-    while node is not None and node.op_type != "Reshape":
-        value = node.inputs[1 if node.op_type == "TensorScatter" else 0]
-        node = value.producer() if value is not None else None
-    if node is None or node.inputs[0] is None:
-        raise BackendError(f"{written.name} is not written as this version writes it: export the model again.")
-    return node.inputs[0], node
-
-
-def chain(g: GraphWriter, graphs: Mapping[str, ir.Model]) -> dict[str, ir.Value]:
-    """Graphs in a row, each fed with what the one before gives; the outputs of all, the last one's first. Returns the
-    value that enters each which takes `hidden`.
-    """
-    value: ir.Value | None = None
-    entering: dict[str, ir.Value] = {}
-    end = ""
-    for name, graph in graphs.items():
-        outputs = absorb(g, graph, {} if value is None else {"hidden": value})
-        if value is not None:
-            entering[name] = value
-        elif found := [item for item in g.graph.inputs if item.name == "hidden"]:
-            (entering[name],) = found
+    if graph.name != graph.segment.name:  # a bypass, or the policy
+        return load_graph(bundle.graph(graph.parts[0]))
+    g = GraphWriter(graph.name, f"{', '.join(graph.segment.graphs)} of {bundle.manifest.model.name}")
+    state: ir.Value | None = None
+    end = "hidden_out"
+    for name in graph.segment.graphs:
+        outputs = absorb(g, load_graph(bundle.graph(name)), {} if state is None else {"hidden": state})
+        if name == f"layer_{bundle.manifest.policy.read:02d}":
+            read = state if state is not None else next(item for item in g.graph.inputs if item.name == "hidden")
         end = "logits" if "logits" in outputs else "hidden_out"
-        value = outputs.pop(end)
-        value.name = f"{name}/{end}"
+        state = outputs.pop(end)
+        state.name = f"{name}/{end}"
         g.graph.outputs.extend(outputs.values())
-    assert value is not None
-    value.name = end
-    g.graph.outputs.insert(0, value)
-    return entering
+    assert state is not None
+    state.name = end
+    g.graph.outputs.insert(0, state)
+    if POLICY in graph.parts:
+        g.graph.outputs.extend(absorb(g, load_graph(bundle.graph(POLICY)), {"hidden": read}).values())
+    return g.model()

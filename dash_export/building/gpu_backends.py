@@ -40,7 +40,12 @@ class GpuBackend(Backend):
         return self.recipe.engine
 
     def run_obstacle(self) -> str | None:
-        return self.no_such_device() or super().run_obstacle() or _no_bindings()
+        if (reason := self.no_such_device() or super().run_obstacle()) is None:
+            try:
+                require_bindings()
+            except BackendError as error:
+                return str(error)
+        return reason
 
     def no_such_device(self) -> str | None:
         """Why this machine's first CUDA device is not one of the recipe's; None where it is."""
@@ -97,18 +102,18 @@ class RtxBackend(GpuBackend):
         told = recipe.dialect, asdict(self.engine), recipe.runtime.prefill_chunk
         return recipe.backend, self.version(), self.device(), *told
 
-    def save(self, lowered: ir.Model, name: str, folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
+    def save(self, model: ir.Model, folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
         """Compile. What TensorRT learns of the device's kernels is kept in `folder`."""
         toolkit, timing = load_toolkit(self.recipe.backend), folder / TIMING_CACHE
-        settings = self.settings(lowered)
-        graph, path = super().save(lowered, name, folder, out, extended)[0], out / f"{name}.engine"
+        settings = self.settings(model)
+        graph, path = super().save(model, folder, out, extended)[0], out.with_name(f"{out.name}.engine")
         known = b"" if toolkit.is_rtx or not timing.is_file() else timing.read_bytes()
         engine, learnt = toolkit.compile(graph, settings, known)
         with path.open("wb") as file:
             file.write(memoryview(engine))
         if learnt and learnt != known:
-            (out / timing.name).write_bytes(learnt)
-            (out / timing.name).replace(timing)
+            out.with_name(timing.name).write_bytes(learnt)
+            out.with_name(timing.name).replace(timing)
         return [path]
 
     def settings(self, model: ir.Model | None) -> Settings:
@@ -157,14 +162,6 @@ class TensorRTBackend(RtxBackend):
         except BackendError:
             return "unknown"
         return f"{here.name} (compute capability {here.capability})"
-
-
-def _no_bindings() -> str | None:
-    try:
-        require_bindings()
-    except BackendError as error:
-        return str(error)
-    return None
 
 
 def _shapes(model: ir.Model, tokens: tuple[int, int, int]) -> Shapes:

@@ -56,6 +56,8 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
 
     options = ort.SessionOptions() if own_threads else shared_pool_options()
     options.log_severity_level = 3
+    # Between runs numpy computes, whose threads would share the cores with threads that spin.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     with ort_errors(path.name):
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}

@@ -1,27 +1,28 @@
 """The build kit: for a target this machine cannot compile for, a folder to copy to one that can.
 
 It holds the bundle, this package and one command. What can be proved here is proved before it is written: every lowered
-graph passes the ONNX checker and agrees with its portable graph.
+graph agrees with its portable graph.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dash_export import __version__
-from dash_export.artifacts import FileRecord, Progress, no_progress, record_of, write_atomic
+from dash_export.artifacts import Progress, no_progress, record_of, write_atomic
 from dash_export.building import kit_script
 from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibration_key, rounding_artifact
-from dash_export.building.verify import recorded, verify_graphs
+from dash_export.building.verify import verification
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import OURS
-from dash_export.graphs.rounded import stored_roundings
 from dash_export.names import ROUNDINGS
 from dash_export.outputs import (
     MARK,
@@ -37,11 +38,7 @@ from dash_export.replacing import check_place, put_in_place, recover
 from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe, with_weights
 
-RECORD = "kit.json"
-SCRIPT = "build.py"
-RECIPE = "recipes"
-LIBRARY = "lib"
-REQUIREMENTS = "requirements.txt"
+RECORD, SCRIPT, RECIPES, LIBRARY, REQUIREMENTS = "kit.json", "build.py", "recipes", "lib", "requirements.txt"
 PACKAGES = """numpy>=1.26
 tokenizers>=0.20
 jinja2>=3.1.6
@@ -73,26 +70,64 @@ def write_kit(
     recipe = with_weights(load_recipe(target), **{name.removeprefix("--"): value for name, value in given.items()})
     if recipe.engine is None:
         raise BackendError(f"A kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle.")
-    folder = named(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
     root = named(bundle.root)
-    taken = (SCRIPT, REQUIREMENTS, LIBRARY, RECIPE, RECORD, MARK, ".venv", "report.json")
-    if root.name in taken:
+    folder = named(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
+    if root.name in (SCRIPT, REQUIREMENTS, LIBRARY, RECIPES, RECORD, MARK, ".venv", "report.json"):
         raise BackendError(f"A kit has a {root.name} of its own beside the bundle: rename the bundle first.")
+    # Engines that were compiled in the kit, and all else that somebody put there, stay.
+    inside = [f"{root.name}/{name}" for name in (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")]
+    ours = (SCRIPT, REQUIREMENTS, LIBRARY, f"{RECIPES}/{Path(target).name}", *inside, RECORD)
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
-        # Engines that were compiled in the kit, and all else that somebody put there, stay.
-        inside = (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")
-        recipes = f"{RECIPE}/{Path(target).name}"
-        ours = (SCRIPT, REQUIREMENTS, LIBRARY, recipes, *(f"{bundle.root.name}/{name}" for name in inside), RECORD)
         recover(folder, ours, RECORD)
         _refuse_foreign(folder)
         check_place(folder, ours)
         remove_own(work_folder(folder, "build --kit"))  # a kit is not resumed
         unfinished = work_folder(folder, "build --kit")
         with removed_on_error(unfinished):
-            _fill(unfinished, Bundle.open(bundle.root), recipe, target, options, reason, progress)
+            bundle = Bundle.open(bundle.root)
+            seal = bundle.verify(bundle.manifest.files)
+            bundle.check_listed(None)
+            verification = _lower(bundle, recipe, unfinished / root.name / "engines" / recipe.name, progress)
+            progress("copying the bundle", 0, 0)
+            # Copies, not hard links: onnx and onnx_ir refuse to read weights that have two names.
+            for name in [MANIFEST, *(record.name for record in bundle.manifest.files)]:
+                (unfinished / root.name / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(bundle.path(name), unfinished / root.name / name)
+            bundle.check_same(seal)
+            _copy_package(unfinished / LIBRARY / PACKAGE.name)
+            shutil.copyfile(kit_script.__file__, unfinished / SCRIPT)
+            (unfinished / REQUIREMENTS).write_text(PACKAGES, encoding="utf-8")
+            if Path(target).suffix == ".toml":
+                (unfinished / RECIPES).mkdir()
+                target = f"{RECIPES}/{Path(shutil.copy2(target, unfinished / RECIPES)).name}"
+            # The manifest changes when engines are built; it is hashed by itself.
+            apart = (unfinished / MARK, unfinished / root.name / MANIFEST)
+            files = sorted(path for path in unfinished.rglob("*") if path.is_file() and path not in apart)
+            record: dict[str, Any] = {
+                "schema": 1,
+                "dash-export": __version__,
+                "target": recipe.name,
+                "backend": recipe.backend,
+                "recipe": asdict(recipe),
+                "reason": reason,
+                "command": ["build", root.name, "--target", target, *options],
+                "verification": verification,
+                "files": [asdict(record_of(unfinished, path.relative_to(unfinished).as_posix())) for path in files],
+            }
+            record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+            write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
             _refuse_foreign(folder)  # what has appeared there meanwhile
             put_in_place(unfinished, folder, ours, RECORD)
     return folder
+
+
+def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) -> dict[str, Any]:
+    """Calibrate into `engines` where int4 is, lower everything once, and say how it agrees."""
+    if calibration_key(bundle, recipe):
+        engines.mkdir(parents=True)
+        rounding_artifact(bundle, recipe, bundle.path(f"engines/{recipe.name}"), progress).write(engines)
+    segments = backend_of(recipe).segments(bundle.manifest)
+    return verification(bundle, recipe, segments, {}, engines, progress)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -101,70 +136,7 @@ def _refuse_foreign(folder: Path) -> None:
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
 
 
-def _fill(
-    unfinished: Path,
-    bundle: Bundle,
-    recipe: Recipe,
-    target: str,
-    options: Sequence[str],
-    reason: str,
-    progress: Progress,
-) -> None:
-    seal = bundle.verify(bundle.manifest.files)
-    bundle.check_listed(None)
-    engines = unfinished / bundle.root.name / "engines" / recipe.name
-    if calibration_key(bundle, recipe):
-        engines.mkdir(parents=True)
-        rounding_artifact(bundle, recipe, bundle.path(f"engines/{recipe.name}"), progress).write(engines)
-    segments = backend_of(recipe).segments(bundle.manifest)
-    roundings = stored_roundings(engines / ROUNDINGS)
-    checked = recorded(*verify_graphs(bundle, recipe, segments, {}, progress, roundings))
-    progress("copying the bundle", 0, 0)
-    _copy_bundle(bundle, unfinished / bundle.root.name)
-    bundle.check_same(seal)
-    _copy_package(unfinished / LIBRARY / "dash_export")
-    command = ["build", bundle.root.name, "--target", _carry_recipe(target, unfinished), *options]
-    (unfinished / SCRIPT).write_text(Path(kit_script.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    (unfinished / REQUIREMENTS).write_text(PACKAGES, encoding="utf-8")
-    record = {
-        "schema": 1,
-        "dash-export": __version__,
-        "target": recipe.name,
-        "backend": recipe.backend,
-        "recipe": asdict(recipe),
-        "reason": reason,
-        "command": command,
-        "verification": checked,
-        "files": [asdict(item) for item in _records(unfinished, bundle.root.name)],
-    }
-    write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
-
-
-def _copy_bundle(bundle: Bundle, into: Path) -> None:
-    """Everything but engines. Copies, not hard links: onnx and onnx_ir refuse to read weights that have two names."""
-    for name in [MANIFEST, *(record.name for record in bundle.manifest.files)]:
-        copy = into / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(bundle.path(name), copy)
-
-
 def _copy_package(into: Path) -> None:
     shutil.copytree(PACKAGE, into, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "_resources"))
     for name in ("engines", "calibration"):
         shutil.copytree(resource_folder(name), into / "_resources" / name)
-
-
-def _carry_recipe(target: str, kit: Path) -> str:
-    """What `--target` says inside the kit: a shipped recipe's name, or the copy of one given as a file."""
-    if Path(target).suffix != ".toml":
-        return target
-    (kit / RECIPE).mkdir()
-    shutil.copy2(target, kit / RECIPE)
-    return f"{RECIPE}/{Path(target).name}"
-
-
-def _records(root: Path, bundle: str) -> list[FileRecord]:
-    # The manifest changes when engines are built; it is hashed by itself.
-    apart = (root / MARK, root / bundle / MANIFEST)
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and path not in apart)
-    return [record_of(root, path.relative_to(root).as_posix()) for path in paths]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress
 from dash_export.building.backend import Backend, backend_of
@@ -22,9 +17,6 @@ from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
 from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
 from dash_export.targets import Recipe, load_recipe, with_weights
-
-if TYPE_CHECKING:
-    from dash_export.building.engine_graphs import Artifact  # which needs onnx
 
 MEASURING_REVISION = 2
 """Raised whenever costs are measured otherwise, or what a trade-off means changes: an earlier dial is wrong then."""
@@ -54,19 +46,12 @@ def build(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     recipe = with_weights(load_recipe(target), weights, head, embedding, rounding)
     backend_of(recipe).require()
-    with _held(bundle, recipe.name):
-        return _build(bundle, recipe, verify, measure, progress)
-
-
-@contextmanager
-def _held(bundle: Bundle, target: str) -> Iterator[None]:
-    """Hold one target alone, and the bundle against exports. Raises BusyError."""
     root = named(bundle.root)
-    with folder_locked(root, [lock_file(root)], shared=True):
+    with folder_locked(root, [lock_file(root)], shared=True):  # against exports
         own_folder(bundle.path("engines"))
-        with locked(root / "engines" / target, f"build for {target}"):
+        with locked(root / "engines" / recipe.name, f"build for {recipe.name}"):
             bundle.manifest = Bundle.open(bundle.root).manifest  # as it is now
-            yield
+            return _build(bundle, recipe, verify, measure, progress)
 
 
 def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress: Progress) -> Build:
@@ -116,7 +101,9 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     if verifies:
         from dash_export.building.verify import verification
 
-        draft = replace(draft, details={**draft.details, VERIFICATION: verification(bundle, draft, progress)})
+        made = {} if backend.on_device else {name: bundle.path(engine.file) for name, engine in draft.engines.items()}
+        checked = verification(bundle, recipe, segments, made, folder, progress)
+        draft = replace(draft, details={**draft.details, VERIFICATION: checked})
     if measures:
         draft = _measured(bundle, draft, recipe, progress)
     finished = replace(draft, seconds=known.seconds if known else round(time.perf_counter() - began, 3))
@@ -177,32 +164,18 @@ def _make_engines(
         # From here to the end this build says that it is unfinished.
         (folder / BUILD).unlink(missing_ok=True)
         backend.start()
-    done, check = itertools.count(1), partial(bundle.check_same, seal)
-
-    def make(job: Artifact) -> None:
+    for done, job in enumerate(jobs, 1):
         try:
-            found[job.name] = found[job.name] or store.make(job.name, job.key, job.write, check)
+            found[job.name] = found[job.name] or store.make(
+                job.name, job.key, job.write, partial(bundle.check_same, seal)
+            )
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
             # Whole and unchanged by its hash, yet not a graph of ours: only a forged bundle gets here.
             raise BackendError(
                 f"{job.name} cannot be made: the bundle's graphs are not what this version writes "
                 f"({type(error).__name__}: {error}). Export the model again."
             ) from error
-        progress(job.name, next(done), len(jobs))
-
-    engines = [job for job in jobs if job.role == "engine"]
-    for job in jobs:
-        if job.role != "engine":  # what engines are made of: it takes minutes, and Ctrl-C comes to this thread
-            make(job)
-    with ThreadPoolExecutor(backend.workers(bundle)) as pool:
-        try:
-            # At the end what is made of several of the others.
-            for step in ([job for job in engines if not job.extends], [job for job in engines if job.extends]):
-                for future in [pool.submit(make, job) for job in step]:
-                    future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the engines not yet begun
-            raise
+        progress(job.name, done, len(jobs))
     store.keep_only({job.name for job in jobs})
     files = {job.name: found[job.name] or [] for job in jobs if job.role != "aside"}
     sizes = {name: sum(record.bytes for record in records) for name, records in files.items()}
@@ -214,7 +187,8 @@ def _make_engines(
             job.key,
             store.seconds(job.name),
         )
-        for job in engines
+        for job in jobs
+        if job.role == "engine"
     }
     listed = [replace(record, name=f"{prefix}/{record.name}") for group in files.values() for record in group]
     return records, tuple(listed)

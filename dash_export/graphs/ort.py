@@ -1,347 +1,319 @@
-"""The `ort` dialect: portable graphs rewritten into what ONNX Runtime runs best on a CPU. Each pass finds its nodes by
-operator and data flow, so a merged segment is just a longer graph.
+"""The `ort` dialect: the parts of a model in the operators that ONNX Runtime runs best on a CPU.
+
+Weights are taken by name from the portable graphs; all else is written here, in the order in which it runs. Attention
+is one GroupQueryAttention, which writes the cache too (inputs `seqlens_k` [batch] int32 and `total_length` [1] int32
+replace mask, positions and write indices). Add and the norm after it are one node. Projections that read one value are
+one matrix: wide ones stream faster. Weights are quantised as the recipe says.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dash_export.errors import BackendError
-from dash_export.graphs.ort_quantize import CONTRIB, quantize_weights
-from dash_export.graphs.rounded import Roundings, scaled, to_nearest, weight_precision
-from dash_export.graphs.surgery import (
-    add_constant,
-    constant_value,
-    drop_unused,
-    drop_unused_inputs,
-    hand_over,
-    only_user,
-    replace,
-    transpose_tables,
-)
-from dash_export.names import new_names, short_name
-from dash_export.targets import Precision, Recipe, WeightsRecipe
+from dash_export.decision import Unit
+from dash_export.graphs.ort_quantize import ACCURACY_LEVEL, CONTRIB, quantize_block, quantized
+from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_WEIGHT, HIDDEN_SHAPE
+from dash_export.graphs.rounded import Roundings, to_nearest, weight_precision
+from dash_export.graphs.writer import GraphWriter
+from dash_export.manifest import Manifest
+from dash_export.models.spec import FINAL_NORM
+from dash_export.names import new_names, past_names, present_names, short_name
+from dash_export.targets import BITS, QUANTISED, Recipe
 
-PACK_ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""GroupQueryAttention takes packed projections in this order."""
 ROTARY_MULTIPLE = 16
 """GroupQueryAttention rotates only heads whose size is a multiple of this."""
 
+UNIT_GAIN = "unit_gain"
 
-def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Roundings = to_nearest) -> ir.Model:
-    """A portable segment, bypass or policy graph -> the `ort` dialect, in place.
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[Any]
 
-    Attention becomes GroupQueryAttention (inputs `seqlens_k` [batch] int32 and `total_length` [1] int32
-    replace mask, positions and write indices), the cache writes of a bypass outputs, Add + RMSNormalization one
-    node, projections that read the same value one matrix, weights are quantised, as `roundings` says where it has one
-    for a matrix.
+
+@dataclass(frozen=True)
+class Sum:
+    """left + right, [batch, sequence, hidden], not computed yet: the norm that reads it gives it too."""
+
+    left: ir.Value
+    right: ir.Value
+    name: str
+
+
+State = ir.Value | Sum
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`skipped` [batch, sequence, 1] bool: the rows that take K and V of a layer from the bypass."""
+
+    skipped: ir.Value
+    key: ir.Value
+    value: ir.Value
+
+
+def write(
+    name: str,
+    doc: str,
+    parts: Mapping[str, ir.Model],
+    manifest: Manifest,
+    recipe: Recipe,
+    roundings: Roundings = to_nearest,
+) -> ir.Model:
+    """An engine of portable graphs, by name and in their order: `embed`, layers and `head`, with the `policy` that
+    reads what enters one of them; a bypass; or a bypass and then its unit's layers, of which `skipped` [batch,
+    sequence, 1] bool chooses row by row: the state, and the K and V that later tokens attend to.
     """
-    graph = model.graph
-    graph.opset_imports[CONTRIB] = 1
-    folded = _fold_scale(graph)
-    _pack_projections(graph, recipe.weights, gated)
-    _group_query_attention(graph)
-    _new_rows(graph)
-    _silu(graph)
-    _fuse_skip_norms(graph)
-    transpose_tables(graph)
-    quantize_weights(graph, recipe.weights, gated, scaled(roundings, folded))
-    drop_unused_inputs(graph)
-    drop_unused(graph)
-    for value in (*graph.inputs, *graph.outputs):
-        value.name = short_name(str(value.name))
-    return model
+    g = OrtWriter(name, doc, parts, manifest, recipe, roundings)
+    entering = g.embed() if "embed" in parts else g.input("hidden", (*HIDDEN_SHAPE, manifest.model.hidden_size))
+    layers = [int(part.removeprefix("layer_")) for part in parts if part.startswith("layer_")]
+    unit = next((unit for unit in manifest.policy.units if unit.bypass in parts), None)
+    state: State = entering
+    if unit is not None:
+        bypassed, projected = g.bypass(unit, entering)
+        if not layers:
+            g.new_rows(unit, projected)
+            g.state_output(bypassed)
+            return g.model()
+        skipped = g.input("skipped", ("batch", "sequence", 1), ir.DataType.BOOL)
+        for layer, key, value in zip(unit.layers, projected[::2], projected[1::2], strict=True):
+            state = g.layer(layer, state, Choice(skipped, key, value))
+        g.state_output(g.op("Where", [skipped, bypassed, g.computed(state)], "hidden_chosen"))
+        return g.model()
+    for layer in layers:
+        state = g.layer(layer, state, None)
+    if "policy" in parts:
+        g.policy(manifest.policy.read)
+    if "head" in parts:
+        g.head(state)
+    else:
+        g.state_output(g.computed(state))
+    return g.model()
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
+class OrtWriter(GraphWriter):
+    """An engine in the making: a method per part of the model, then the pieces of these."""
 
+    def __init__(
+        self,
+        name: str,
+        doc: str,
+        parts: Mapping[str, ir.Model],
+        manifest: Manifest,
+        recipe: Recipe,
+        roundings: Roundings,
+    ) -> None:
+        super().__init__(name, doc)
+        self.graph.opset_imports[CONTRIB] = 1
+        self.facts, self.gated = manifest.model, manifest.policy.layers
+        self.recipe, self.roundings = recipe.weights, roundings
+        self.weights = {
+            weight: value.const_value
+            for part in parts.values()
+            for weight, value in part.graph.initializers.items()
+            if value.const_value is not None
+        }
+        self.entering: dict[int, ir.Value] = {}
+        """What enters each layer."""
 
-def _expect(value: ir.Value | None, op_type: str) -> ir.Node:
-    node = _producer(value, op_type)
-    if node is None:
-        raise BackendError(
-            f"The portable graph is not what this version writes (expected {op_type} before {value}): "
-            "export the model again."
+    def embed(self) -> ir.Value:
+        ids = self.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
+        bits, block = BITS[self.recipe.embedding], self.recipe.block_size
+        if self.recipe.embedding not in QUANTISED:
+            return self.op("Gather", [self.stored(EMBED_WEIGHT), ids], "embed")
+        table = self.array(EMBED_WEIGHT)
+        # The quantiser blocks the first axis of [in, out]: rows of the table are columns there.
+        codes, scales, zeros = quantize_block(np.ascontiguousarray(table.T), bits, block, self.recipe.symmetric)
+        packed, *grid = self.blocks("embed.weight", bits, codes.reshape(len(table), -1), scales, zeros)
+        options = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+        return self.contrib("GatherBlockQuantized", [packed, ids, *grid], "embed", **options)
+
+    def layer(self, layer: int, state: State, choice: Choice | None) -> State:
+        name, weights = f"layer_{layer:02d}", f"model.layers.{layer}"
+        normed, hidden = self.norm(state, f"{weights}.input_layernorm.weight", f"{name}/input_layernorm")
+        self.entering[layer] = hidden
+        mixed = self.projected(layer, self.attention(layer, normed, choice), "attention", "o_proj")
+        state = Sum(hidden, mixed, f"{name}/after_attention")
+        normed, hidden = self.norm(state, f"{weights}.post_attention_layernorm.weight", f"{name}/after_attention/norm")
+        wide = self.projected(layer, normed, "mlp", "gate_proj", "up_proj")
+        gate, up = self.parts(
+            wide, [self.array(f"{weights}.mlp.{which}_proj.weight").shape[1] for which in ("gate", "up")]
         )
-    return node
+        gate = self.contrib("QuickGelu", [gate], f"{name}/mlp/silu", alpha=1.0)
+        down = self.projected(layer, self.op("Mul", [gate, up], f"{name}/mlp/gated"), "mlp", "down_proj")
+        state, number = Sum(hidden, down, f"{name}/after_mlp"), 0
+        while (update := f"{weights}.update_{number}.weight") in self.weights:  # of units that were pruned
+            normed, hidden = self.norm(state, UNIT_GAIN, f"{name}/norm_{number}")
+            state = Sum(hidden, self.linear(normed, f"{name}/update_{number}", [update]), f"{name}/updated_{number}")
+            number += 1
+        return state
 
+    def attention(self, layer: int, normed: ir.Value, choice: Choice | None) -> ir.Value:
+        """Heads of all tokens side by side; the cache is written."""
+        name, norms = f"layer_{layer:02d}/attention", f"model.layers.{layer}.self_attn"
+        heads, kv_heads, size = self.facts.num_heads, self.facts.num_kv_heads, self.facts.head_dim
+        # Queries come scaled: the product of one row with many is twice as fast where it has no factor to apply.
+        head_norms, scale = f"{norms}.q_norm.weight" in self.weights, size**-0.5
+        times = 1.0 if head_norms else scale
+        packed = self.projected(layer, normed, "attention", "q_proj", "k_proj", "v_proj", times=times)
+        rotates = size % ROTARY_MULTIPLE == 0
+        inputs: list[ir.Value | None] = [packed, None, None]
+        if choice is not None or head_norms or not rotates:
+            query, key, value = self.parts(packed, [size * count for count in (heads, kv_heads, kv_heads)])
+            if choice is not None:
+                key = self.op("Where", [choice.skipped, choice.key, key], f"{name}/key_chosen")
+                value = self.op("Where", [choice.skipped, choice.value, value], f"{name}/value_chosen")
+            if head_norms:
+                query = self.head_norm(query, heads, f"{norms}.q_norm.weight", f"{name}/q_norm", scale)
+                key = self.head_norm(key, kv_heads, f"{norms}.k_norm.weight", f"{name}/k_norm")
+            if not rotates:
+                query = self.rotated(query, heads, f"{name}/q_rotary")
+                key = self.rotated(key, kv_heads, f"{name}/k_rotary")
+            inputs = [query, key, value]
+        shape = ("batch", kv_heads, "capacity", size)
+        inputs += [self.input(short_name(past), shape) for past in past_names(layer)]
+        inputs.append(self.input("seqlens_k", ("batch",), ir.DataType.INT32))
+        inputs.append(self.input("total_length", (1,), ir.DataType.INT32))
+        inputs += [self.stored("rope.cos"), self.stored("rope.sin")] if rotates else []
+        options = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotates), "scale": 1.0}
+        found, *presents = self.node("GroupQueryAttention", inputs, f"{name}/attention", 3, CONTRIB, **options)
+        for present, output in zip(present_names(layer), presents, strict=True):
+            self.output(output, short_name(present), shape)
+        return found
 
-def _fold_scale(graph: ir.Graph) -> dict[str, float]:
-    """Queries come out of their projection (or their norm) scaled already. ONNX Runtime's product of one row with many
-    is twice as fast where it has no factor to apply. Returns the factor of every projection changed.
-    """
-    folded = {}
-    for node in graph:
-        if node.op_type != "Attention":
-            continue
-        query, _, norm = _heads(_expect(node.inputs[0], "RotaryEmbedding").inputs[0])
-        scale = node.attributes["scale"].as_float()
-        node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
-        last = query.producer()
-        if norm is not None:
-            _scale_constant(graph, norm, scale)
-            continue
-        if last is not None and last.op_type == "Add":
-            _scale_constant(graph, last, scale)
-            assert last.inputs[0] is not None
-            last = last.inputs[0].producer()
-        assert last is not None
-        _scale_constant(graph, last, scale)
-        folded[str(last.name)] = scale
-    return folded
+    def bypass(self, unit: Unit, hidden: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
+        """The state after the skipped unit; K and V of each layer as they are projected."""
+        name = unit.bypass
+        normed, _ = self.norm(hidden, UNIT_GAIN, f"{name}/norm")
+        found = self.linear(normed, f"{name}/product", [f"{name}.weight"])
+        parts = self.parts(found, self.array(f"{name}.sizes").tolist())
+        if len(parts) == 2 * len(unit.layers):
+            return self.op("Identity", [hidden], f"{name}/passed"), parts
+        return self.op("Add", [hidden, parts.pop(0)], f"{name}/updated"), parts
 
+    def new_rows(self, unit: Unit, projected: Sequence[ir.Value]) -> None:
+        """K and V become outputs [batch, sequence, kv_heads * head_dim], which the host writes where they go: fewer
+        nodes than a cache in the graph, and no turned heads.
+        """
+        heads = self.facts.num_kv_heads
+        for layer, key, value in zip(unit.layers, projected[::2], projected[1::2], strict=True):
+            name = f"{unit.bypass}/layer_{layer:02d}"
+            if (gain := f"model.layers.{layer}.self_attn.k_norm.weight") in self.weights:
+                key = self.head_norm(key, heads, gain, f"{name}/k_norm")
+            for output, new in zip(
+                (self.rotated(key, heads, f"{name}/k_rotary"), value), new_names(layer), strict=True
+            ):
+                self.output(output, short_name(new), (*HIDDEN_SHAPE, heads * self.facts.head_dim))
 
-def _scale_constant(graph: ir.Graph, node: ir.Node, scale: float) -> None:
-    """Multiply a node's second input, which is constant."""
-    old = node.inputs[1]
-    array = constant_value(old)
-    assert old is not None
-    assert array is not None
-    node.replace_input_with(1, add_constant(graph, f"{old.name}.scaled", array * array.dtype.type(scale)))
+    def policy(self, read: int) -> None:
+        state, _ = self.norm(self.entering[read], UNIT_GAIN, "policy/norm")
+        score = self.op("MatMul", [state, self.stored("policy.weight")], "policy/score")
+        score = self.op("Add", [score, self.stored("policy.bias")], "policy/biased")
+        units = len(self.array("policy.bias"))
+        self.output(self.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, units))
 
+    def head(self, state: State) -> None:
+        """Logits of the tokens from `first_logit` on."""
+        first = self.input("first_logit", (1,), ir.DataType.INT64)
+        bounds = [first, self.stored("head.end"), self.stored("head.axis")]
+        wanted = self.op("Slice", [self.computed(state), *bounds], "head/wanted")
+        normed, _ = self.norm(wanted, FINAL_NORM, "head/norm")
+        logits = self.linear(normed, "head/logits", [HEAD_WEIGHT if HEAD_WEIGHT in self.weights else EMBED_WEIGHT])
+        self.output(logits, "logits", ("batch", "logits", self.facts.vocab_size))
 
-def _pack_projections(graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int]) -> None:
-    """MatMuls (with their biases) that read one value at one precision become one wide MatMul and a Split: wide
-    matrices stream faster.
-    """
-    readers: dict[tuple[ir.Value, Precision], list[ir.Node]] = defaultdict(list)
-    for node in graph:
-        source = node.inputs[0] if node.inputs else None
-        if (
-            node.op_type == "MatMul"
-            and source is not None
-            and constant_value(node.inputs[1]) is not None
-            and str(node.name).endswith(PACK_ORDER)
-        ):
-            readers[source, weight_precision(str(node.name), recipe, gated)].append(node)
-    for (source, _), nodes in readers.items():
-        if len(nodes) > 1:
-            _pack(graph, source, sorted(nodes, key=lambda node: PACK_ORDER.index(str(node.name).rsplit("/", 1)[1])))
+    def state_output(self, state: ir.Value) -> None:
+        self.output(state, "hidden_out", (*HIDDEN_SHAPE, self.facts.hidden_size))
 
+    def array(self, weight: str) -> Floats:
+        array: Floats = self.weights[weight].numpy()
+        return array
 
-def _pack(graph: ir.Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    matrices = [constant_value(node.inputs[1]) for node in nodes]
-    biases = [_bias_of(node) for node in nodes]
-    name = "+".join([str(nodes[0].name), *(str(node.name).rsplit("/", 1)[1] for node in nodes[1:])])
-    widths = [matrix.shape[1] for matrix in matrices if matrix is not None]
-    sizes = np.array(widths)
-    weight = add_constant(
-        graph, f"{name}.weight", np.concatenate([matrix for matrix in matrices if matrix is not None], axis=1)
-    )
-    last = ir.node("MatMul", [source, weight], name=name)
-    last.outputs[0].name = name
-    new = [last]
-    if any(bias is not None for bias in biases):
-        packed = np.concatenate([_bias_array(bias, width) for bias, width in zip(biases, widths, strict=True)])
-        last = ir.node("Add", [last.outputs[0], add_constant(graph, f"{name}.bias", packed)], name=f"{name}/bias")
-        last.outputs[0].name = f"{name}/bias"
-        new.append(last)
-    split = ir.node(
-        "Split",
-        [last.outputs[0], add_constant(graph, f"{name}.sizes", sizes)],
-        {"axis": -1},
-        num_outputs=len(nodes),
-        name=f"{name}/split",
-    )
-    graph.insert_before(next(node for node in graph if node in nodes), [*new, split])
-    for node, bias, part in zip(nodes, biases, split.outputs, strict=True):
-        end = bias if bias is not None else node
-        hand_over(end.outputs[0], part)
-        graph.remove([node] if bias is None else [node, bias], safe=True)
+    def stored(self, weight: str) -> ir.Value:
+        """A portable graph's constant as it is."""
+        return self.initializer(weight, self.weights[weight])
 
+    def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        return self.initializer(name, np.ascontiguousarray(array))
 
-def _bias_array(bias: ir.Node | None, width: int) -> npt.NDArray[np.float32]:
-    array = constant_value(bias.inputs[1]) if bias is not None else None
-    return np.zeros(width, np.float32) if array is None else array.astype(np.float32)
+    def contrib(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **options: Any) -> ir.Value:
+        return self.node(op_type, inputs, name, 1, CONTRIB, **options)[0]
 
-
-def _bias_of(node: ir.Node) -> ir.Node | None:
-    user = only_user(node)
-    return user if user is not None and user.op_type == "Add" and str(user.name) == f"{node.name}/bias" else None
-
-
-def _group_query_attention(graph: ir.Graph) -> None:
-    nodes = [node for node in graph if node.op_type == "Attention"]
-    if not nodes:
-        return
-    lengths = _input(graph, "seqlens_k", ("batch",))
-    total = _input(graph, "total_length", (1,))
-    for node in nodes:
-        _one_attention(graph, node, lengths, total)
-
-
-def _one_attention(graph: ir.Graph, attention: ir.Node, lengths: ir.Value, total: ir.Value) -> None:
-    q_rotary = _expect(attention.inputs[0], "RotaryEmbedding")
-    write_key, write_value = (_expect(attention.inputs[index], "TensorScatter") for index in (1, 2))
-    k_rotary = _expect(write_key.inputs[1], "RotaryEmbedding")
-    query, query_gone, q_norm = _heads(q_rotary.inputs[0])
-    key, key_gone, k_norm = _heads(k_rotary.inputs[0])
-    value, value_gone, _ = _heads(write_value.inputs[1])
-    merge = only_user(only_user(attention))
-    assert merge is not None
-    head_dim, heads = _shape_constant(query_gone)
-    kv_heads = _shape_constant(key_gone)[1]
-    split = _producer(query, "Split")
-    rotates = head_dim % ROTARY_MULTIPLE == 0
-    # One packed matrix fed all three: hand it over whole.
-    packed = split is not None and q_norm is None and rotates and list(split.outputs)[:3] == [query, key, value]
-    whole = _undivided(graph, split, 3) if packed and split is not None else None
-    if q_norm is not None and k_norm is not None:
-        query, key = (_merged_heads(graph, norm, merge.inputs[1], merge) for norm in (q_norm, k_norm))
-        query_gone, key_gone = query_gone[:1], key_gone[:1]
-    if not rotates:
-        query, key = _rotated(graph, q_rotary, query, heads, merge), _rotated(graph, k_rotary, key, kv_heads, merge)
-    inputs: list[ir.Value | None] = [query, key, value] if whole is None else [whole, None, None]
-    inputs += [write_key.inputs[0], write_value.inputs[0], lengths, total, *(q_rotary.inputs[1:3] if rotates else ())]
-    attributes: dict[str, object] = {
-        "num_heads": heads,
-        "kv_num_heads": kv_heads,
-        "do_rotary": int(rotates),
-        "scale": attention.attributes["scale"].as_float(),
-    }
-    new = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=attention.name)
-    graph.insert_before(merge, new)
-    for before, after in zip((merge, write_key, write_value), new.outputs, strict=True):
-        hand_over(before.outputs[0], after)
-    transpose = _expect(merge.inputs[0], "Transpose")
-    gone = [
-        merge,
-        transpose,
-        attention,
-        q_rotary,
-        write_key,
-        k_rotary,
-        write_value,
-        *query_gone,
-        *key_gone,
-        *value_gone,
-    ]
-    graph.remove(gone + ([split] if whole is not None and split is not None else []), safe=True)
-
-
-def _undivided(graph: ir.Graph, split: ir.Node, parts: int) -> ir.Value:
-    """The first `parts` outputs of a Split as one value; what else it gave comes from a new Split."""
-    source, sizes = split.inputs[0], constant_value(split.inputs[1])
-    assert source is not None
-    assert sizes is not None
-    rest = list(split.outputs)[parts:]
-    if not rest:
-        return source
-    constant = add_constant(graph, f"{split.name}.rest", np.array([sizes[:parts].sum(), *sizes[parts:]]))
-    new = ir.node("Split", [source, constant], {"axis": -1}, num_outputs=1 + len(rest), name=f"{split.name}/rest")
-    new.outputs[0].name = f"{split.name}/first"
-    graph.insert_before(split, new)
-    for before, after in zip(rest, new.outputs[1:], strict=True):
-        hand_over(before, after)
-    return new.outputs[0]
-
-
-def _new_rows(graph: ir.Graph) -> None:
-    """A cache write that nothing attends to, as in a bypass, becomes an output: the new rows [batch, sequence,
-    kv_heads * head_dim], which the host writes where they go: fewer nodes, and no turned heads.
-    """
-    for node in list(graph):
-        if node.op_type != "TensorScatter":
-            continue
-        rotary = _producer(node.inputs[1], "RotaryEmbedding")
-        rows, gone, norm = _heads((rotary or node).inputs[0 if rotary is not None else 1])
-        head_dim, heads = _shape_constant(gone)
-        if norm is not None:
-            merged = add_constant(graph, f"{norm.name}.merged", np.array([0, 0, heads * head_dim]))
-            rows, gone = _merged_heads(graph, norm, merged, node), gone[:1]
-        if rotary is not None:
-            rows, gone = _rotated(graph, rotary, rows, heads, node), [rotary, *gone]
-        cache, (present,) = str(node.outputs[0].name).split("."), node.outputs
-        index = graph.outputs.index(present)
-        graph.outputs[index] = rows
-        rows.name = new_names(int(cache[1]))[("key", "value").index(cache[2])]
-        rows.shape, rows.type = ir.Shape(["batch", "sequence", heads * head_dim]), present.type
-        graph.remove([node, *gone], safe=True)
-
-
-def _merged_heads(graph: ir.Graph, norm: ir.Node, shape: ir.Value | None, before: ir.Node) -> ir.Value:
-    """The per-head norm stays a node of its own (the CPU kernel has none); its heads side by side again, as the kernel
-    takes them.
-    """
-    node = ir.node("Reshape", [norm.outputs[0], shape], name=f"{norm.name}/merge_heads")
-    node.outputs[0].name = node.name
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _rotated(graph: ir.Graph, rotary: ir.Node, value: ir.Value, heads: int, before: ir.Node) -> ir.Value:
-    """RoPE on [batch, sequence, heads * head_dim]."""
-    node = ir.node(
-        "RotaryEmbedding", [value, *rotary.inputs[1:]], {"num_heads": heads}, name=f"{rotary.name}/heads_merged"
-    )
-    node.outputs[0].name = node.name
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _heads(value: ir.Value | None) -> tuple[ir.Value, list[ir.Node], ir.Node | None]:
-    """Walk back over Transpose, the per-head norm and Reshape to the projection. Returns (projection, nodes passed,
-    norm).
-    """
-    passed = [_expect(value, "Transpose")]
-    norm = _producer(passed[-1].inputs[0], "RMSNormalization")
-    if norm is not None:
-        passed.append(norm)
-    passed.append(_expect(passed[-1].inputs[0], "Reshape"))
-    projection = passed[-1].inputs[0]
-    assert projection is not None
-    return projection, passed, norm
-
-
-def _shape_constant(passed: Sequence[ir.Node]) -> tuple[int, int]:
-    shape = constant_value(passed[-1].inputs[1])
-    assert shape is not None
-    return int(shape[3]), int(shape[2])
-
-
-def _silu(graph: ir.Graph) -> None:
-    for node in list(graph):
-        sigmoid = next(
-            (found for found in (_producer(value, "Sigmoid") for value in node.inputs) if found is not None), None
+    def parts(self, value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
+        return self.split(
+            value, self.constant(f"{value.name}/sizes", np.array(sizes)), f"{value.name}/split", len(sizes)
         )
-        if node.op_type == "Mul" and sigmoid is not None and sigmoid.inputs[0] in node.inputs:
-            replace(
-                graph, node, ir.node("QuickGelu", [sigmoid.inputs[0]], {"alpha": 1.0}, domain=CONTRIB, name=node.name)
-            )
-            graph.remove(sigmoid, safe=True)
 
+    def computed(self, state: State) -> ir.Value:
+        return self.op("Add", [state.left, state.right], state.name) if isinstance(state, Sum) else state
 
-def _fuse_skip_norms(graph: ir.Graph) -> None:
-    """Add -> RMSNormalization with the model's own gain becomes one node that also gives the sum."""
-    for node in list(graph):
-        added = _producer(node.inputs[0], "Add") if node.op_type == "RMSNormalization" else None
-        if added is None or constant_value(added.inputs[1]) is not None:
-            continue
-        inputs = [added.inputs[0], added.inputs[1], node.inputs[1]]
-        new = ir.node(
-            "SkipSimplifiedLayerNormalization",
-            inputs,
-            {"epsilon": node.attributes["epsilon"].as_float()},
-            domain=CONTRIB,
-            num_outputs=4,
-            name=node.name,
+    def norm(self, state: State, gain: str, node: str) -> tuple[ir.Value, ir.Value]:
+        """(RMSNorm of the state, the state itself)."""
+        epsilon = self.facts.rms_norm_eps
+        if not isinstance(state, Sum):
+            return self.op("RMSNormalization", [state, self.stored(gain)], node, epsilon=epsilon), state
+        inputs = [state.left, state.right, self.stored(gain)]
+        normed, *unused, total = self.node(
+            "SkipSimplifiedLayerNormalization", inputs, node, 4, CONTRIB, epsilon=epsilon
         )
-        graph.insert_before(added, new)
-        hand_over(node.outputs[0], new.outputs[0])
-        hand_over(added.outputs[0], new.outputs[3])
-        for unused in new.outputs[1:3]:
-            unused.name = ""
-        graph.remove([node, added], safe=True)
+        for value in unused:
+            value.name = ""
+        return normed, total
 
+    def head_norm(self, value: ir.Value, heads: int, gain: str, node: str, times: float = 1.0) -> ir.Value:
+        """The norm of each head of [batch, sequence, heads * head_dim], which the kernel of attention does not have."""
+        split = self.constant(f"{node}/heads", np.array([0, 0, heads, self.facts.head_dim]))
+        weight = self.constant(f"{node}/gain", self.array(gain) * np.float32(times))
+        value = self.op("Reshape", [value, split], f"{node}/split")
+        value = self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)
+        return self.op("Reshape", [value, self.constant("shape.merge_heads", np.array([0, 0, -1]))], f"{node}/merged")
 
-def _input(graph: ir.Graph, name: str, shape: Sequence[int | str]) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT32))
-    graph.inputs.append(value)
-    return value
+    def rotated(self, value: ir.Value, heads: int, node: str) -> ir.Value:
+        """RoPE on [batch, sequence, heads * head_dim]."""
+        positions = self.input("position_ids", HIDDEN_SHAPE, ir.DataType.INT64)
+        tables = [self.stored("rope.cos"), self.stored("rope.sin")]
+        return self.op("RotaryEmbedding", [value, *tables, positions], node, num_heads=heads)
+
+    def projected(self, layer: int, source: ir.Value, part: str, *names: str, times: float = 1.0) -> ir.Value:
+        """Projections of one value side by side."""
+        weights = [f"model.layers.{layer}.{part.replace('attention', 'self_attn')}.{name}.weight" for name in names]
+        return self.linear(source, f"layer_{layer:02d}/{part}/{'+'.join(names)}", weights, times)
+
+    def linear(self, source: ir.Value, node: str, weights: Sequence[str], times: float = 1.0) -> ir.Value:
+        """source @ weights + biases, the matrices [in, out] side by side and quantised where the recipe says so; the
+        first one and its bias `times` a factor.
+        """
+        matrices = [self.array(weight) for weight in weights]
+        if weights[0] in (HEAD_WEIGHT, EMBED_WEIGHT):
+            matrices = [np.ascontiguousarray(matrices[0].T)]
+        factors = [np.float32(times), *[np.float32(1)] * (len(weights) - 1)]
+        if times != 1:
+            matrices[0] = matrices[0] * factors[0]
+        given = [self.weights.get(weight.removesuffix("weight") + "bias") for weight in weights]
+        bias = None
+        if any(each is not None for each in given):
+            biases = [
+                np.zeros(matrix.shape[1], np.float32) if each is None else each.numpy() * factor
+                for each, matrix, factor in zip(given, matrices, factors, strict=True)
+            ]
+            bias = self.constant(f"{node}.bias", np.concatenate(biases))
+        precision, block = weight_precision(node, self.recipe, self.gated), self.recipe.block_size
+        rows, columns = len(matrices[0]), sum(matrix.shape[1] for matrix in matrices)
+        if precision not in QUANTISED or min(rows, columns) < block:  # not a matrix of a few columns
+            wide = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1)
+            value = self.op("MatMul", [source, self.constant(f"{node}.weight", wide)], node)
+            return value if bias is None else self.op("Add", [value, bias], f"{node}/bias")
+        bits = BITS[precision]
+        found = quantized(node, matrices, bits, self.recipe, self.roundings, times)
+        packed, *grid = self.blocks(f"{node}.weight", bits, *found)
+        inputs = [source, packed, *grid] if bias is None else [source, packed, *grid, *[None] * (3 - len(grid)), bias]
+        options = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
+        return self.contrib("MatMulNBits", inputs, node, **options)
+
+    def blocks(self, weight: str, bits: int, codes: Codes, scales: Floats, zeros: Codes) -> list[ir.Value]:
+        """Codes, scales, and zero points where there are any."""
+        found = [self.constant(f"{weight}.q{bits}", codes), self.constant(f"{weight}.scales", scales)]
+        return found if self.recipe.symmetric else [*found, self.constant(f"{weight}.zero_points", zeros)]

@@ -44,11 +44,9 @@ def rope_tables(spec: DecoderSpec) -> Iterator[npt.NDArray[np.float32]]:
 
 def embed_graph(checkpoint: Checkpoint) -> ir.Model:
     """input_ids [batch, sequence] int64 -> hidden [batch, sequence, hidden] float32."""
-    spec = checkpoint.spec
-    g = GraphWriter("embed", "Token embedding.")
+    g = PortableWriter("embed", "Token embedding.", checkpoint.spec, checkpoint)
     ids = g.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-    table = g.initializer(EMBED_WEIGHT, lazy_weight(EMBED_WEIGHT, checkpoint.weights[EMBED_WEIGHT]))
-    g.output(g.op("Gather", [table, ids], "embed"), "hidden_out", (*HIDDEN_SHAPE, spec.hidden_size))
+    g.state_output(g.op("Gather", [g.weight(EMBED_WEIGHT), ids], "embed"))
     return g.model()
 
 
@@ -58,22 +56,15 @@ def head_graph(checkpoint: Checkpoint) -> ir.Model:
     `first_logit` spares a prefill the logits of all but its last position. A tied head reads the embedding's file.
     """
     spec = checkpoint.spec
-    g = GraphWriter("head", "Final norm and language-model head.")
-    hidden = g.input("hidden", (*HIDDEN_SHAPE, spec.hidden_size))
-    first = g.input("first_logit", (1,), ir.DataType.INT64)
+    g = PortableWriter("head", "Final norm and language-model head.", spec, checkpoint)
+    hidden, first = g.state_input(), g.input("first_logit", (1,), ir.DataType.INT64)
     end, axis = g.initializer("head.end", np.array([np.iinfo(np.int64).max])), g.initializer("head.axis", np.array([1]))
     wanted = g.op("Slice", [hidden, first, end, axis], "head/wanted")
-    normed = g.op(
-        "RMSNormalization",
-        [wanted, _vector(g, checkpoint, FINAL_NORM)],
-        "head/norm",
-        epsilon=spec.rms_norm_eps,
-    )
+    normed = g.norm(wanted, FINAL_NORM, "head/norm")
     if spec.tie_embeddings:
-        shape = (spec.vocab_size, spec.hidden_size)
-        table = g.initializer(EMBED_WEIGHT, external(EMBED_WEIGHT, EMBED_FILE, ir.DataType.FLOAT, shape))
+        table = g.external(EMBED_WEIGHT, EMBED_FILE, (spec.vocab_size, spec.hidden_size))
     else:
-        table = g.initializer(HEAD_WEIGHT, lazy_weight(HEAD_WEIGHT, checkpoint.weights[HEAD_WEIGHT]))
+        table = g.weight(HEAD_WEIGHT)
     logits = g.op("MatMul", [normed, g.op("Transpose", [table], "head/weight", perm=[1, 0])], "head/logits")
     g.output(logits, "logits", ("batch", "logits", spec.vocab_size))
     return g.model()
@@ -83,36 +74,38 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     """One decoder layer. hidden -> hidden_out [batch, sequence, hidden]; reads and writes the layer's cache.
 
     Other inputs: position_ids [batch, sequence] int64, write_indices [batch] int64 (the cache row of the first new
-    token), attention_mask [batch, 1, sequence, capacity] bool (true where the query may read).
+    token), attention_mask [batch, 1, sequence, capacity] bool. What pruned units behind it add is a part of it.
     """
-    spec = checkpoint.spec
-    g = GraphWriter(f"layer_{layer:02d}", f"Decoder layer {layer}.")
-    name = f"layer_{layer:02d}"
-    hidden = g.input("hidden", (*HIDDEN_SHAPE, spec.hidden_size))
-    steps = _step_inputs(g)
+    spec, name = checkpoint.spec, f"layer_{layer:02d}"
+    g = PortableWriter(name, f"Decoder layer {layer}.", spec, checkpoint)
+    hidden = g.state_input()
+    positions, rows = g.step_inputs()
     mask = g.input("attention_mask", ("batch", 1, "sequence", "capacity"), ir.DataType.BOOL)
-    normed, keys, values = _write_cache(g, checkpoint, layer, name, hidden, steps)
-    queries = _heads(g, checkpoint, layer, name, normed, "q", spec.num_heads)
-    queries = _rotate(g, spec, queries, steps[0], f"{name}/attention/q_rotary")
+
+    normed = g.layer_norm(layer, hidden, "input_layernorm")
+    keys, values = (
+        g.heads(layer, name, g.linear(layer, normed, f"self_attn.{which}_proj"), which) for which in ("k", "v")
+    )
+    keys, values = g.cached(layer, name, keys, values, positions, rows)
+    queries = g.heads(layer, name, g.linear(layer, normed, "self_attn.q_proj"), "q")
+    queries = g.rotated(queries, positions, f"{name}/attention/q_rotary")
     mixed = g.op("Attention", [queries, keys, values, mask], f"{name}/attention/attention", scale=spec.head_dim**-0.5)
     mixed = g.op("Transpose", [mixed], f"{name}/attention/tokens_first", perm=[0, 2, 1, 3])
-    mixed = g.op(
-        "Reshape", [mixed, g.initializer("shape.merge_heads", np.array([0, 0, -1]))], f"{name}/attention/merge_heads"
-    )
-    mixed = _linear(g, checkpoint, layer, name, mixed, "self_attn.o_proj")
-    after = g.op("Add", [hidden, mixed], f"{name}/after_attention")
-    normed = _norm(g, checkpoint, layer, name, after, "post_attention_layernorm")
-    gate = _linear(g, checkpoint, layer, name, normed, "mlp.gate_proj")
+    merged = g.initializer("shape.merge_heads", np.array([0, 0, -1]))
+    mixed = g.op("Reshape", [mixed, merged], f"{name}/attention/merge_heads")
+    after = g.op("Add", [hidden, g.linear(layer, mixed, "self_attn.o_proj")], f"{name}/after_attention")
+
+    normed = g.layer_norm(layer, after, "post_attention_layernorm")
+    gate = g.linear(layer, normed, "mlp.gate_proj")
     gate = g.op("Mul", [gate, g.op("Sigmoid", [gate], f"{name}/mlp/sigmoid")], f"{name}/mlp/silu")
-    up = _linear(g, checkpoint, layer, name, normed, "mlp.up_proj")
-    down = _linear(g, checkpoint, layer, name, g.op("Mul", [gate, up], f"{name}/mlp/gated"), "mlp.down_proj")
+    up = g.linear(layer, normed, "mlp.up_proj")
+    down = g.linear(layer, g.op("Mul", [gate, up], f"{name}/mlp/gated"), "mlp.down_proj")
     passed = g.op("Add", [after, down], f"{name}/after_mlp")
     for number in range(spec.updates.count(layer)):
-        state = _unit_norm(g, spec, passed, f"{name}/norm_{number}")
-        update = _linear(g, checkpoint, layer, name, state, f"update_{number}")
+        update = g.linear(layer, g.unit_norm(passed, f"{name}/norm_{number}"), f"update_{number}")
         passed = g.op("Add", [passed, update], f"{name}/updated_{number}")
-    g.output(passed, "hidden_out", (*HIDDEN_SHAPE, spec.hidden_size))
-    _cache_outputs(g, spec, layer, keys, values)
+    g.state_output(passed)
+    g.cache_outputs(layer, keys, values)
     return g.model()
 
 
@@ -121,11 +114,11 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
     caches; hidden -> hidden + update (`dash_export/policy.py` has the formula).
     """
     spec, name = checkpoint.spec, unit.bypass
-    g = GraphWriter(name, f"Layers {unit}, skipped: {bypass.form} bypass.")
-    hidden = g.input("hidden", (*HIDDEN_SHAPE, spec.hidden_size))
-    steps = _step_inputs(g)
+    g = PortableWriter(name, f"Layers {unit}, skipped: {bypass.form} bypass.", spec, checkpoint)
+    hidden = g.state_input()
+    positions, rows = g.step_inputs()
     matrices = full_bypass(bypass, unit, checkpoint)
-    state = _unit_norm(g, spec, hidden, f"{name}/norm")
+    state = g.unit_norm(hidden, f"{name}/norm")
 
     found = g.op("MatMul", [state, g.initializer(f"{name}.weight", matrices["weight"])], f"{name}/product")
     found = g.op("Add", [found, g.initializer(f"{name}.bias", matrices["bias"])], f"{name}/biased")
@@ -137,14 +130,11 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
         if bypass.weights
         else g.op("Identity", [hidden], f"{name}/passed")
     )
-    g.output(passed, "hidden_out", (*HIDDEN_SHAPE, spec.hidden_size))
+    g.state_output(passed)
     for layer in unit.layers:
-        keys, values = (
-            _split_heads(g, checkpoint, layer, f"{name}/layer_{layer:02d}", parts.pop(0), which, spec.num_kv_heads)
-            for which in ("k", "v")
-        )
-        keys, values = _write_rows(g, spec, layer, f"{name}/layer_{layer:02d}", keys, values, steps)
-        _cache_outputs(g, spec, layer, keys, values)
+        own = f"{name}/layer_{layer:02d}"
+        keys, values = (g.heads(layer, own, parts.pop(0), which) for which in ("k", "v"))
+        g.cache_outputs(layer, *g.cached(layer, own, keys, values, positions, rows))
     return g.model()
 
 
@@ -154,107 +144,84 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
     """
     network = policy.network
     assert network is not None
-    g = GraphWriter("policy", f"Damage of skipping each unit ({policy.origin}).")
-    hidden = g.input("hidden", (*HIDDEN_SHAPE, spec.hidden_size))
-    state = _unit_norm(g, spec, hidden, "policy/norm")
+    g = PortableWriter("policy", f"Damage of skipping each unit ({policy.origin}).", spec)
+    state = g.unit_norm(g.state_input(), "policy/norm")
     score = g.op("MatMul", [state, g.initializer("policy.weight", network["weight"])], "policy/score")
     score = g.op("Add", [score, g.initializer("policy.bias", network["bias"])], "policy/biased")
     g.output(g.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, len(policy.units)))
     return g.model()
 
 
-def _step_inputs(g: GraphWriter) -> tuple[ir.Value, ir.Value]:
-    positions = g.input("position_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-    return positions, g.input("write_indices", ("batch",), ir.DataType.INT64)
+class PortableWriter(GraphWriter):
+    """The pieces that these graphs have in common."""
 
+    def __init__(self, name: str, doc: str, spec: DecoderSpec, checkpoint: Checkpoint | None = None) -> None:
+        super().__init__(name, doc)
+        self.spec = spec
+        self.weights = checkpoint.weights if checkpoint is not None else {}
 
-def _write_cache(
-    g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, hidden: ir.Value, steps: tuple[ir.Value, ir.Value]
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Norm, K/V projections, RoPE, cache write. Returns (normed, keys, values)."""
-    spec = checkpoint.spec
-    normed = _norm(g, checkpoint, layer, name, hidden, "input_layernorm")
-    keys, values = (_heads(g, checkpoint, layer, name, normed, which, spec.num_kv_heads) for which in ("k", "v"))
-    return normed, *_write_rows(g, spec, layer, name, keys, values, steps)
+    def state_input(self) -> ir.Value:
+        return self.input("hidden", (*HIDDEN_SHAPE, self.spec.hidden_size))
 
+    def state_output(self, state: ir.Value) -> None:
+        self.output(state, "hidden_out", (*HIDDEN_SHAPE, self.spec.hidden_size))
 
-def _write_rows(
-    g: GraphWriter,
-    spec: DecoderSpec,
-    layer: int,
-    name: str,
-    keys: ir.Value,
-    values: ir.Value,
-    steps: tuple[ir.Value, ir.Value],
-) -> tuple[ir.Value, ir.Value]:
-    """New keys, not yet rotated, and values [batch, heads, sequence, head_dim] -> the caches with them."""
-    positions, rows = steps
-    shape = ("batch", spec.num_kv_heads, "capacity", spec.head_dim)
-    past_key, past_value = (g.input(past, shape) for past in past_names(layer))
-    keys = _rotate(g, spec, keys, positions, f"{name}/attention/k_rotary")
-    keys = g.op("TensorScatter", [past_key, keys, rows], f"{name}/attention/write_key", axis=2)
-    values = g.op("TensorScatter", [past_value, values, rows], f"{name}/attention/write_value", axis=2)
-    return keys, values
+    def step_inputs(self) -> tuple[ir.Value, ir.Value]:
+        positions = self.input("position_ids", HIDDEN_SHAPE, ir.DataType.INT64)
+        return positions, self.input("write_indices", ("batch",), ir.DataType.INT64)
 
+    def weight(self, name: str, transpose: bool = False) -> ir.Value:
+        return self.initializer(name, lazy_weight(name, self.weights[name], transpose))
 
-def _cache_outputs(g: GraphWriter, spec: DecoderSpec, layer: int, keys: ir.Value, values: ir.Value) -> None:
-    for value, present in zip((keys, values), present_names(layer), strict=True):
-        g.output(value, present, ("batch", spec.num_kv_heads, "capacity", spec.head_dim))
+    def external(self, name: str, file: str, shape: tuple[int, int], offset: int = 0) -> ir.Value:
+        return self.initializer(name, external(name, file, ir.DataType.FLOAT, shape, offset))
 
+    def linear(self, layer: int, value: ir.Value, weight: str) -> ir.Value:
+        full = f"model.layers.{layer}.{weight}"
+        node = f"layer_{layer:02d}/{weight.replace('self_attn', 'attention').replace('.', '/')}"
+        product = self.op("MatMul", [value, self.weight(f"{full}.weight", transpose=True)], node)
+        if f"{full}.bias" not in self.spec.weight_shapes():
+            return product
+        return self.op("Add", [product, self.weight(f"{full}.bias")], f"{node}/bias")
 
-def _heads(
-    g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, normed: ir.Value, which: str, heads: int
-) -> ir.Value:
-    """Project and split into heads."""
-    value = _linear(g, checkpoint, layer, name, normed, f"self_attn.{which}_proj")
-    return _split_heads(g, checkpoint, layer, name, value, which, heads)
+    def norm(self, value: ir.Value, gain: str, node: str) -> ir.Value:
+        return self.op("RMSNormalization", [value, self.weight(gain)], node, epsilon=self.spec.rms_norm_eps)
 
+    def layer_norm(self, layer: int, value: ir.Value, weight: str, name: str = "") -> ir.Value:
+        return self.norm(value, f"model.layers.{layer}.{weight}.weight", f"{name or f'layer_{layer:02d}'}/{weight}")
 
-def _split_heads(
-    g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, value: ir.Value, which: str, heads: int
-) -> ir.Value:
-    """[batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim], with Qwen3's per-head norm where it
-    has one.
-    """
-    spec = checkpoint.spec
-    shape = g.initializer(f"shape.{which}_heads", np.array([0, 0, heads, spec.head_dim]))
-    value = g.op("Reshape", [value, shape], f"{name}/attention/{which}_heads")
-    if spec.qk_norm and which != "v":
-        value = _norm(g, checkpoint, layer, name, value, f"self_attn.{which}_norm")
-    return g.op("Transpose", [value], f"{name}/attention/{which}_heads_first", perm=[0, 2, 1, 3])
+    def unit_norm(self, value: ir.Value, node: str) -> ir.Value:
+        gain = self.initializer("unit_gain", np.ones(self.spec.hidden_size, np.float32))
+        return self.op("RMSNormalization", [value, gain], node, epsilon=self.spec.rms_norm_eps)
 
+    def heads(self, layer: int, name: str, value: ir.Value, which: str) -> ir.Value:
+        """[batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim], with Qwen3's per-head norm where
+        it has one.
+        """
+        count = self.spec.num_heads if which == "q" else self.spec.num_kv_heads
+        shape = self.initializer(f"shape.{which}_heads", np.array([0, 0, count, self.spec.head_dim]))
+        value = self.op("Reshape", [value, shape], f"{name}/attention/{which}_heads")
+        if self.spec.qk_norm and which != "v":
+            value = self.layer_norm(layer, value, f"self_attn.{which}_norm", name)
+        return self.op("Transpose", [value], f"{name}/attention/{which}_heads_first", perm=[0, 2, 1, 3])
 
-def _rotate(g: GraphWriter, spec: DecoderSpec, value: ir.Value, positions: ir.Value, name: str) -> ir.Value:
-    half = spec.head_dim // 2
-    shape = (spec.max_positions, half)
-    cos = g.initializer("rope.cos", external("rope.cos", ROPE_FILE, ir.DataType.FLOAT, shape))
-    sin = g.initializer(
-        "rope.sin", external("rope.sin", ROPE_FILE, ir.DataType.FLOAT, shape, offset=4 * spec.max_positions * half)
-    )
-    return g.op("RotaryEmbedding", [value, cos, sin, positions], name)
+    def rotated(self, value: ir.Value, positions: ir.Value, name: str) -> ir.Value:
+        shape = (self.spec.max_positions, self.spec.head_dim // 2)
+        cos = self.external("rope.cos", ROPE_FILE, shape)
+        sin = self.external("rope.sin", ROPE_FILE, shape, offset=4 * shape[0] * shape[1])
+        return self.op("RotaryEmbedding", [value, cos, sin, positions], name)
 
+    def cached(
+        self, layer: int, name: str, keys: ir.Value, values: ir.Value, positions: ir.Value, rows: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """New keys, not yet rotated, and values [batch, heads, sequence, head_dim] -> the caches with them."""
+        shape = ("batch", self.spec.num_kv_heads, "capacity", self.spec.head_dim)
+        past_key, past_value = (self.input(past, shape) for past in past_names(layer))
+        keys = self.rotated(keys, positions, f"{name}/attention/k_rotary")
+        keys = self.op("TensorScatter", [past_key, keys, rows], f"{name}/attention/write_key", axis=2)
+        values = self.op("TensorScatter", [past_value, values, rows], f"{name}/attention/write_value", axis=2)
+        return keys, values
 
-def _linear(g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, value: ir.Value, weight: str) -> ir.Value:
-    full = f"model.layers.{layer}.{weight}"
-    node = f"{name}/{weight.replace('self_attn', 'attention').replace('.', '/')}"
-    matrix = g.initializer(
-        f"{full}.weight", lazy_weight(f"{full}.weight", checkpoint.weights[f"{full}.weight"], transpose=True)
-    )
-    product = g.op("MatMul", [value, matrix], node)
-    if f"{full}.bias" not in checkpoint.spec.weight_shapes():
-        return product
-    return g.op("Add", [product, _vector(g, checkpoint, f"{full}.bias")], f"{node}/bias")
-
-
-def _norm(g: GraphWriter, checkpoint: Checkpoint, layer: int, name: str, value: ir.Value, weight: str) -> ir.Value:
-    gain = _vector(g, checkpoint, f"model.layers.{layer}.{weight}.weight")
-    return g.op("RMSNormalization", [value, gain], f"{name}/{weight}", epsilon=checkpoint.spec.rms_norm_eps)
-
-
-def _unit_norm(g: GraphWriter, spec: DecoderSpec, value: ir.Value, node: str) -> ir.Value:
-    gain = g.initializer("unit_gain", np.ones(spec.hidden_size, np.float32))
-    return g.op("RMSNormalization", [value, gain], node, epsilon=spec.rms_norm_eps)
-
-
-def _vector(g: GraphWriter, checkpoint: Checkpoint, weight: str) -> ir.Value:
-    return g.initializer(weight, lazy_weight(weight, checkpoint.weights[weight]))
+    def cache_outputs(self, layer: int, *caches: ir.Value) -> None:
+        for value, present in zip(caches, present_names(layer), strict=True):
+            self.output(value, present, ("batch", self.spec.num_kv_heads, "capacity", self.spec.head_dim))

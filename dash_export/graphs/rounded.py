@@ -5,9 +5,8 @@ the machine that lowers need not be one that can calibrate.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
@@ -56,7 +55,6 @@ class Rounded:
     codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.float32]
     zeros: npt.NDArray[np.uint8]
-    bits: int
     block: int
 
     def dequantized(self) -> npt.NDArray[np.float32]:
@@ -79,25 +77,10 @@ def to_nearest(_node: str) -> Rounded | None:
     return None
 
 
-def scaled(roundings: Roundings, factors: Mapping[str, float]) -> Roundings:
-    """The same for matrices that have been multiplied: the codes stay, the grid is stretched."""
-
-    def stretched(node: str) -> Rounded | None:
-        rounded = roundings(node)
-        if rounded is None or node not in factors:
-            return rounded
-        return replace(rounded, scales=rounded.scales * np.float32(factors[node]))
-
-    return stretched
-
-
-BITS = 4
 _PARTS = {"codes": np.uint8, "scales": np.float32, "zeros": np.uint8, "form": np.int64}
 """Of each matrix `<node>.<part>`: codes [in / 2, out], two inputs a byte; `form`: inputs, and inputs of a block. In
 numpy's own form, which needs nothing that a device lacks.
 """
-_parsing = threading.Lock()
-"""Headers are parsed as Python, whose parser counts depth once for all threads before 3.11.8 (cpython gh-106905)."""
 
 
 def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded]]) -> None:
@@ -112,8 +95,7 @@ def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded
         for node, rounded in roundings:
             codes = np.pad(rounded.codes, ((0, len(rounded.codes) % 2), (0, 0)))
             form = np.array([len(rounded.codes), rounded.block])
-            packed = codes[::2] | codes[1::2] << 4
-            parts: tuple[npt.NDArray[Any], ...] = packed, rounded.scales, rounded.zeros, form
+            parts = codes[::2] | codes[1::2] << 4, rounded.scales, rounded.zeros, form
             for part, array in zip(_PARTS, parts, strict=True):
                 add(f"{node}.{part}", array)
 
@@ -127,26 +109,19 @@ def stored_roundings(path: Path) -> Roundings:
         if not path.is_file():
             return None
         try:
-            with _parsing, np.load(path) as arrays:
+            with np.load(path) as arrays:
                 if f"{node}.codes" not in arrays.files:
                     return None
-                found = {part: _array(arrays, f"{node}.{part}") for part in _PARTS}
-            return _matrix(node, found)
+                packed, scales, zeros, form = (_array(arrays, f"{node}.{part}", kind) for part, kind in _PARTS.items())
+            rows, block = map(int, form)
+            if len(packed) != -(-rows // 2) or not scales.shape == zeros.shape == (-(-rows // block), packed.shape[1]):
+                raise ValueError(f"the parts of {node} do not go together")
+            codes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1])[:rows]
+            return Rounded(codes, scales, zeros, block)
         except Exception as error:  # numpy and zipfile raise many kinds; the file may be from outside
             raise BundleError(f"{path} is damaged ({error}). Delete it and build again.") from error
 
     return rounded
-
-
-def _matrix(node: str, parts: dict[str, Any]) -> Rounded:
-    """Raises ValueError where its parts do not go together."""
-    packed, scales, zeros = parts["codes"], parts["scales"], parts["zeros"]
-    rows, block = map(int, parts["form"])
-    fits = block > 0 and scales.shape == zeros.shape == (-(-rows // block), packed.shape[1])
-    if any(parts[part].dtype != dtype for part, dtype in _PARTS.items()) or len(packed) != -(-rows // 2) or not fits:
-        raise ValueError(f"the parts of {node} do not go together")
-    codes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1])[:rows]
-    return Rounded(codes, scales, zeros, BITS, block)
 
 
 def roundings_key(path: Path) -> str:
@@ -158,8 +133,11 @@ def roundings_key(path: Path) -> str:
         return ""
 
 
-def _array(arrays: Any, name: str) -> Any:
+def _array(arrays: Any, name: str, kind: Any = None) -> Any:
     """Raises ValueError for one that is compressed, as none of ours is: a file of nothing can fill the memory."""
     if arrays.zip.getinfo(f"{name}.npy").compress_type != ZIP_STORED:
         raise ValueError(f"{name} is compressed")
-    return arrays[name]
+    array = arrays[name]
+    if kind is not None and array.dtype != kind:
+        raise ValueError(f"{name} is of another type")
+    return array

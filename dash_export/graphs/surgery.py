@@ -1,4 +1,4 @@
-"""Graph surgery that every lowering starts with: chain graphs into one segment, drop what is not needed."""
+"""Reading graphs of a bundle, chaining them, and what lowerings do to them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,14 @@ def load_graph(path: Path) -> ir.Model:
         ) from error
     if not len(model.graph):
         raise BundleError(f"{path} holds no graph. The bundle is damaged: export it again.")
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            _check_external(path, value.const_value)
+    attributes = [
+        item for node in ir.traversal.RecursiveGraphIterator(model.graph) for item in node.attributes.values()
+    ]
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    tensors += [item.value for item in attributes if item.type == ir.AttributeType.TENSOR]
+    for tensor in tensors:
+        if isinstance(tensor, ir.ExternalTensor):
+            _check_external(path, tensor)
     return model
 
 
@@ -38,7 +43,12 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
     """The tensor lies in a file beside its graph (not behind a link that leads away), and that file is long enough."""
     location = str(tensor.location)
     file = path.parent / location
-    if location in (".", "..") or Path(location).name != location or not _stays(file):
+    try:
+        beside = location not in (".", "..") and Path(location).name == location
+        stays = beside and file.resolve().parent == file.parent.resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links
+        stays = False
+    if not stays:
         raise BundleError(
             f"{path}: the external data of {tensor.name} ({location}) leaves the bundle. Do not use this bundle."
         )
@@ -49,13 +59,6 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
         )
     if file.exists() and file.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
         raise BundleError(f"{file} is cut short: {tensor.name} is not whole. The bundle is damaged: export it again.")
-
-
-def _stays(file: Path) -> bool:
-    try:
-        return file.resolve().parent == file.parent.resolve()
-    except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links
-        return False
 
 
 def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
@@ -88,15 +91,6 @@ def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]
     graph.remove(nodes)
     into.extend(nodes)
     return outputs
-
-
-def drop_dead(graph: ir.Graph) -> None:
-    """Remove nodes of which nobody reads anything, and what only they read."""
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value in graph.outputs for value in node.outputs):
-            graph.remove(node, safe=True)
-    drop_unused_inputs(graph)
-    drop_unused(graph)
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
@@ -135,24 +129,3 @@ def transpose_tables(graph: ir.Graph) -> None:
         if table is not None:
             node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.name}.transposed", table.T))
             graph.remove(node, safe=True)
-
-
-def only_user(node: ir.Node | None) -> ir.Node | None:
-    """The node that alone reads `node`'s first output, or None."""
-    users = [usage.node for usage in node.outputs[0].uses()] if node is not None else []
-    return users[0] if len(users) == 1 else None
-
-
-def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    """Put `new` where `old` was; its first outputs take over the names, users and graph-output places of `old`'s."""
-    graph.insert_before(old, new)
-    for before, after in zip(old.outputs, new.outputs, strict=False):
-        hand_over(before, after)
-    graph.remove(old, safe=True)
-
-
-def hand_over(before: ir.Value, after: ir.Value) -> None:
-    """Everything that read `before` reads `after`, which also takes its name and type."""
-    after.name, after.shape, after.type = before.name, before.shape, before.type
-    before.name = f"{before.name}~replaced"
-    before.replace_all_uses_with(after, replace_graph_outputs=True)

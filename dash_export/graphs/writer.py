@@ -28,6 +28,10 @@ class GraphWriter:
         self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET}, doc_string=doc)
 
     def input(self, name: str, shape: Shape, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        """The input of that name, made where there is none yet."""
+        for known in self.graph.inputs:
+            if known.name == name:
+                return known
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self.graph.inputs.append(value)
         return value
@@ -48,20 +52,29 @@ class GraphWriter:
         self.graph.register_initializer(value)
         return value
 
-    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        """Append a node with one output, which carries the node's name."""
-        node = ir.node(op_type, inputs, attributes=attributes or None, name=name)
-        node.outputs[0].name = name
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        outputs: int,
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """Append a node. An output carries its name; of several, each its number too."""
+        node = ir.node(op_type, inputs, attributes or None, domain=domain, num_outputs=outputs, name=name)
+        for index, output in enumerate(node.outputs):
+            output.name = name if outputs == 1 else f"{name}/{index}"
         self.graph.append(node)
-        return node.outputs[0]
+        return list(node.outputs)
+
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+        """Append a node with one output."""
+        return self.node(op_type, inputs, name, 1, **attributes)[0]
 
     def split(self, value: ir.Value, sizes: ir.Value, name: str, count: int) -> list[ir.Value]:
         """The last axis of `value` in `count` parts of these sizes."""
-        node = ir.node("Split", [value, sizes], {"axis": -1}, num_outputs=count, name=name)
-        for index, output in enumerate(node.outputs):
-            output.name = f"{name}/{index}"
-        self.graph.append(node)
-        return list(node.outputs)
+        return self.node("Split", [value, sizes], name, count, axis=-1)
 
     def model(self) -> ir.Model:
         return ir.Model(self.graph, ir_version=11, producer_name="dash-export", producer_version=__version__)

@@ -15,7 +15,7 @@ import pytest
 from dash_export.artifacts import ArtifactStore
 from dash_export.building import build
 from dash_export.building.cost_table import NOT_MEASURED
-from dash_export.building.engine_graphs import engine_graphs, lower
+from dash_export.building.engine_graphs import engine_graphs, lowered
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BackendError, BundleError
@@ -165,11 +165,11 @@ def test_a_bypass_has_its_own_precision(bypass: str, tensor: int, own: Path, tmp
     """Its product, and K and V with it; the policy stays as it is."""
     recipe = load_recipe(write_recipe(tmp_path / "mine.toml", bypass=bypass))
     bundle = Bundle.open(own / "tiny.dash")
-    lowered = {
-        graph.name: ir.to_proto(lower(graph.make(), recipe, bundle.manifest.policy.layers))
+    models = {
+        graph.name: ir.to_proto(lowered(bundle, graph, recipe))
         for graph in engine_graphs(bundle, loaded(own).segments, on_device=True)
     }
-    types = {name: {item.data_type for item in model.graph.initializer} for name, model in lowered.items()}
+    types = {name: {item.data_type for item in model.graph.initializer} for name, model in models.items()}
     assert [name for name, found in types.items() if tensor in found] == ["bypass_02-03", "bypass_04-04"]
     assert onnx.TensorProto.FLOAT16 not in types["policy"]
 

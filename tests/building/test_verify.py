@@ -7,45 +7,53 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from dash_export.building import build, verify
 from dash_export.building.backend import plan_segments
+from dash_export.building.engine_graphs import engine_graphs, lowered, write_whole
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
-from dash_export.exporting import export
 from dash_export.graphs import trt, trt_decompose
 from dash_export.graphs.surgery import load_graph
+from dash_export.manifest import Segment
 from dash_export.targets import Recipe, load_recipe, recipe_names, with_weights
 from tests.commands.helpers import dash
-from tests.tiny import tiny_bundle, tiny_checkpoint, tiny_policy
+from tests.tiny import tiny_bundle
 
 GPU_TARGETS = [name for name in recipe_names() if load_recipe(name).engine is not None]
 
 
-def checks(bundle: Bundle, recipe: Recipe) -> dict[str, verify.Check]:
+def segments(bundle: Bundle) -> tuple[Segment, ...]:
     policy = bundle.manifest.policy
-    segments = plan_segments(bundle.manifest.model.num_layers, policy.units, (policy.read,))
-    return {check.engine: check for check in verify.verify_graphs(bundle, recipe, segments, {})[0]}
+    return plan_segments(bundle.manifest.model.num_layers, policy.units, (policy.read,))
 
 
-def at_float32(name: str) -> Recipe:
-    """The recipe's form without its rounding: what is left is an error of the lowering."""
-    recipe = load_recipe(name)
-    assert recipe.engine is not None
-    exact: dict[str, Any] = dict.fromkeys(("layers", "qkv", "ungated", "head", "embedding", "bypass"), "fp32")
-    weights = replace(recipe.weights, **exact)
-    return replace(recipe, weights=weights, engine=replace(recipe.engine, activations="fp32"))
+def checked(bundle: Bundle, recipe: Recipe) -> dict[str, Any]:
+    return verify.verification(bundle, recipe, segments(bundle), {}, bundle.root / "none")
+
+
+def errors(bundle: Bundle, recipe: Recipe) -> dict[str, float]:
+    return {name: max(found.values()) for name, found in checked(bundle, recipe)["engines"].items()}
 
 
 @pytest.mark.parametrize("target", GPU_TARGETS)
-def test_every_recipes_graphs_are_valid_and_agree(target: str, tiny_root: Path) -> None:
+def test_every_recipes_graphs_are_valid_and_agree(target: str, tiny_root: Path, tmp_path: Path) -> None:
     """The ONNX checker at the dialect's opset, and ONNX Runtime: every engine of every shipped recipe."""
+    recipe = load_recipe(target)
     bundle = Bundle.open(tiny_root)
-    found = checks(bundle, load_recipe(target))
-    assert len(found) == 5 + 2 + 1, "segments, bypasses and the policy"
-    verify.require_passed(list(found.values()), target)
+    found = checked(bundle, recipe)
+    assert len(found["engines"]) == 5 + 2 + 1, "segments, bypasses and the policy"
+    assert recipe.engine is not None
+    for graph in engine_graphs(bundle, segments(bundle), on_device=True):
+        path = write_whole(lowered(bundle, graph, recipe), tmp_path / "lowered.onnx")
+        model = onnx.load(path, load_external_data=False)
+        promised = {"portable": 24, "trt10": 21}[recipe.dialect]
+        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", promised)]
+        onnx.checker.check_model(str(path), full_check=True)
+    assert ("bf16 is not there" in found["compared"]) == (recipe.engine.activations == "bf16")
 
 
 @pytest.mark.parametrize("dialect", ["rtx", "cuda"])
@@ -61,24 +69,23 @@ def test_every_recipes_graphs_are_valid_and_agree(target: str, tiny_root: Path) 
 def test_the_lowering_itself_changes_nothing(
     dialect: str, family: str, form: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
+    """The recipe's form without its rounding: what is left is an error of the lowering."""
+    recipe = load_recipe(dialect)
+    assert recipe.engine is not None
+    exact: dict[str, Any] = dict.fromkeys(("layers", "qkv", "ungated", "head", "embedding", "bypass"), "fp32")
+    engine = replace(recipe.engine, activations="fp32")
+    recipe = replace(recipe, weights=replace(recipe.weights, **exact), engine=engine)
     bundle = Bundle.open(tiny_bundle(tmp_path, form=form, family=family, **options))
-    for check in checks(bundle, at_float32(dialect)).values():
-        assert max(check.errors.values()) < 1e-5, check
+    assert max(errors(bundle, recipe).values()) < 1e-5
 
 
-def test_float16_stays_within_its_rounding(tiny_root: Path) -> None:
+def test_rounding_stays_within_its_bounds(tiny_root: Path) -> None:
+    bundle = Bundle.open(tiny_root)
     for target in ("rtx", "cuda"):
-        for check in checks(Bundle.open(tiny_root), load_recipe(target)).values():
-            assert max(check.errors.values()) < 0.005, check
-
-
-@pytest.mark.parametrize(("weights", "smallest"), [("int8", 0.003), ("int4", 0.03)])
-def test_quantised_weights_are_really_quantised(weights: str, smallest: float, tiny_root: Path) -> None:
-    found = checks(Bundle.open(tiny_root), with_weights(load_recipe("rtx"), weights, None, None))
-    for name, check in found.items():
-        if name.startswith("layer"):
-            assert smallest < max(check.errors.values()), check
-    verify.require_passed(list(found.values()), weights)
+        assert max(errors(bundle, load_recipe(target)).values()) < 0.005, target
+    for weights, smallest in (("int8", 0.003), ("int4", 0.03)):
+        found = errors(bundle, with_weights(load_recipe("rtx"), weights))
+        assert min(error for name, error in found.items() if name.startswith("layer")) > smallest, "really quantised"
 
 
 def unrotated(graph: ir.Graph, node: ir.Node) -> None:
@@ -86,22 +93,11 @@ def unrotated(graph: ir.Graph, node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-BROKEN = {"rotation": ("_rotary", unrotated), "mask": ("MASKED", 0.0)}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_lowering_is_seen(name: str, tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_decompose, *BROKEN[name])
-    found = checks(Bundle.open(tiny_root), load_recipe("cuda"))
-    assert not found["layers_02-03"].passed
+@pytest.mark.parametrize(("name", "broken"), [("_rotary", unrotated), ("MASKED", 0.0)])
+def test_a_broken_lowering_is_seen(name: str, broken: object, tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_decompose, name, broken)
     with pytest.raises(BackendError, match="do not agree with their portable graphs"):
-        verify.require_passed(list(found.values()), "lowered graphs")
-
-
-def test_a_wrong_opset_is_seen(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_decompose, "OPSET", 24)
-    with pytest.raises(BackendError, match="trt10 promises 21"):
-        checks(Bundle.open(tiny_root), load_recipe("cuda"))
+        checked(Bundle.open(tiny_root), load_recipe("cuda"))
 
 
 def test_the_result_is_kept_and_not_made_twice(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +106,7 @@ def test_the_result_is_kept_and_not_made_twice(own_bundle: Path, monkeypatch: py
     assert "Verified: 8 engines, lowered graphs at fp16 in ONNX Runtime on a CPU; largest error 0.00" in result.stdout
     kept = Bundle.open(own_bundle).load_build("cuda")
     assert set(kept.details["verification"]["engines"]) == set(kept.engines)
-    monkeypatch.setattr(verify, "verify_graphs", None)
+    monkeypatch.setattr(verify, "verification", None)
     assert build(own_bundle, "cuda", verify=True) == kept
     assert build(own_bundle, "cuda") == kept
 
@@ -121,29 +117,26 @@ def test_cpu_engines_agree_too(target: str, own_bundle: Path) -> None:
     before = Bundle.open(own_bundle).load_build(target)
     recipe, _, weights = target.partition("-")
     made = build(own_bundle, recipe, weights=weights or None, verify=True)
-    assert made.cost == before.cost, "nothing was measured again"
-    assert made.dial == before.dial
-    errors = made.details["verification"]["engines"]
-    assert max((error for found in errors.values() for error in found.values()), default=0.0) < 1e-4
-    assert errors.keys() == (made.engines.keys() if target != "portable" else set())
+    assert (made.cost, made.dial) == (before.cost, before.dial), "nothing was measured again"
+    found = made.details["verification"]["engines"]
+    assert max((error for own in found.values() for error in own.values()), default=0.0) < 1e-4
+    assert found.keys() == (made.engines.keys() if target != "portable" else set())
 
 
-def test_a_damaged_cpu_engine_is_refused(tmp_path: Path) -> None:
-    """Another model's weights under this build's record."""
-    root = tiny_bundle(tmp_path, "cpu")
-    bundle = Bundle.open(root)
+@pytest.mark.parametrize("name", ["layers_02-03", "mixed_02-03", "bypass_02-03"])
+def test_a_damaged_cpu_engine_is_refused(name: str, own_bundle: Path) -> None:
+    """Another engine's work under this one's name; a mixed engine is compared as run and as skipped."""
+    bundle = Bundle.open(own_bundle)
     made = bundle.load_build("cpu-fp32")
-    path = bundle.path("engines/cpu-fp32/layers_02-03.data")
-    path.write_bytes(bytes(reversed(path.read_bytes())))
-    with np.errstate(all="ignore"), pytest.raises(BackendError, match="02-03"):
-        verify.verification(bundle, made)
-
-
-def test_full_precision_graphs_say_what_was_compared(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint))
-    segments = plan_segments(6, bundle.manifest.policy.units, (1,))
-    assert "bf16 is not there" in verify.verify_graphs(bundle, load_recipe("h100"), segments, {})[1]
+    files = {engine: bundle.path(record.file) for engine, record in made.engines.items()}
+    graph = ir.load(files[name])
+    for value in graph.graph.initializers.values():
+        if value.name is not None and value.name.endswith((".bias", "o_proj.weight")) and value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy() + np.float32(0.5), name=value.name)
+    ir.save(graph, files[name])
+    recipe = with_weights(load_recipe("cpu"), "fp32")
+    with pytest.raises(BackendError, match=name):
+        verify.verification(bundle, recipe, made.segments, files, bundle.root / "none")
 
 
 def test_bf16_graphs_are_bf16(tiny_root: Path) -> None:

@@ -1,73 +1,64 @@
-"""The `ort` dialect: what a lowered engine consists of."""
+"""The `ort` dialect: what an engine consists of, at which precision, and that extreme numbers survive it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
+from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.exporting import export
 from dash_export.graphs.ort_quantize import quantize_block
-from dash_export.manifest import Build
-from dash_export.runtime.backends.onnxruntime import start_thread_pool
-from tests.tiny import tiny_checkpoint, tiny_policy
+from dash_export.graphs.rounded import weight_precision
+from dash_export.targets import WeightsRecipe
+from tests.tiny import random_ids, tiny_checkpoint, tiny_policy
+
+Graphs = dict[str, onnx.GraphProto]
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Build]:
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Graphs, set[str]]:
+    """The weights' precision; every engine's graph, without weights; the files of the build."""
     root = tmp_path_factory.mktemp("lowered")
     checkpoint = tiny_checkpoint(root / "model")
     bundle = export(checkpoint, root / "tiny.dash", tiny_policy(checkpoint, "linear"))
-    return bundle, build(bundle, "cpu", weights=request.param)
+    made = build(bundle, "cpu", weights=request.param)
+    files = {name: bundle.path(engine.file) for name, engine in made.engines.items()}
+    graphs = {name: onnx.load(file, load_external_data=False).graph for name, file in files.items()}
+    return request.param, graphs, {Path(record.name).name for record in made.files}
 
 
-def operators(path: Path) -> Counter[str]:
-    return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+def operators(graph: onnx.GraphProto) -> Counter[str]:
+    return Counter(node.op_type for node in graph.node)
 
 
-def test_every_engine_loads(built: tuple[Bundle, Build]) -> None:
-    start_thread_pool(0)
-    options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False
-    bundle, made = built
+def test_layers(built: tuple[str, Graphs, set[str]]) -> None:
+    """Attention is one node, weights are quantised, queries come scaled from their projection."""
+    precision, graphs, _ = built
     units = {f"{kind}_{name}" for kind in ("bypass", "mixed") for name in ("02-03", "04-04")}
-    assert set(made.engines) == {"layers_00-01", "layers_02-03", "layer_04", "layer_05"} | units
-    for engine in made.engines.values():
-        onnxruntime.InferenceSession(bundle.path(engine.file), options, providers=["CPUExecutionProvider"])
-
-
-def test_attention_is_one_node_and_weights_are_quantised(built: tuple[Bundle, Build]) -> None:
-    bundle, made = built
-    layer = operators(bundle.path(made.engines["layer_04"].file))
-    assert layer["GroupQueryAttention"] == 1
+    assert set(graphs) == {"layers_00-01", "layers_02-03", "layer_04", "layer_05"} | units
+    layer, merged = operators(graphs["layer_04"]), operators(graphs["layers_00-01"])
+    assert (layer["GroupQueryAttention"], layer["SkipSimplifiedLayerNormalization"]) == (1, 1)
     assert not {"Attention", "TensorScatter", "RotaryEmbedding"} & set(layer)
-    assert layer["SkipSimplifiedLayerNormalization"] == 1
-    quantised = made.recipe.weights.layers != "fp32"
+    quantised = precision != "fp32"
     assert (layer["MatMulNBits"] > 0) == quantised
     assert (layer["MatMul"] > 0) != quantised
-    merged = operators(bundle.path(made.engines["layers_00-01"].file))
-    assert merged["GroupQueryAttention"] == 2
     assert ("GatherBlockQuantized" in merged) == quantised
+    attentions = [node for node in graphs["layers_00-01"].node if node.op_type == "GroupQueryAttention"]
+    assert [item.f for node in attentions for item in node.attribute if item.name == "scale"] == [1.0, 1.0]
+    gives = [name for name, graph in graphs.items() if "damage" in {value.name for value in graph.output}]
+    assert gives == ["layers_00-01"], "only what holds the layer that the policy reads"
 
 
-def test_queries_are_scaled_by_their_projection(built: tuple[Bundle, Build]) -> None:
-    bundle, made = built
-    model = onnx.load(bundle.path(made.engines["layers_00-01"].file), load_external_data=False)
-    found = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
-    assert [item.f for node in found for item in node.attribute if item.name == "scale"] == [1.0, 1.0]
-
-
-def test_a_bypass_leaves_the_cache_to_the_host(built: tuple[Bundle, Build]) -> None:
-    bundle, made = built
-    path = bundle.path(made.engines["bypass_02-03"].file)
-    assert not {"TensorScatter", "Transpose", "Reshape"} & set(operators(path))
-    graph = onnx.load(path, load_external_data=False).graph
+def test_a_bypass_leaves_the_cache_to_the_host(built: tuple[str, Graphs, set[str]]) -> None:
+    graph = built[1]["bypass_02-03"]
+    assert not {"TensorScatter", "Transpose", "Reshape"} & set(operators(graph))
     assert {value.name for value in graph.input} == {"hidden", "position_ids"}
     rows = {
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
@@ -77,24 +68,12 @@ def test_a_bypass_leaves_the_cache_to_the_host(built: tuple[Bundle, Build]) -> N
     assert rows == {"hidden_out": ["batch", "sequence", 64]} | new
 
 
-def test_only_what_holds_the_read_layer_gives_damage(built: tuple[Bundle, Build]) -> None:
-    bundle, made = built
-
-    def gives(name: str) -> bool:
-        graph = onnx.load(bundle.path(made.engines[name].file), load_external_data=False).graph
-        return "damage" in {value.name for value in graph.output}
-
-    assert [name for name in made.engines if gives(name)] == ["layers_00-01"]
-
-
-def test_a_mixed_engine_has_no_weights_of_its_own(built: tuple[Bundle, Build]) -> None:
-    bundle, made = built
-    assert f"engines/{made.target}/mixed_02-03.data" not in {record.name for record in made.files}
-    model = onnx.load(bundle.path(made.engines["mixed_02-03"].file), load_external_data=False)
-    data = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    own = {"bypass_02-03.data", "layers_02-03.data"} & {Path(record.name).name for record in made.files}
+def test_a_mixed_engine_has_no_weights_of_its_own(built: tuple[str, Graphs, set[str]]) -> None:
+    _, graphs, files = built
+    assert "mixed_02-03.data" not in files
+    entries = [entry for tensor in graphs["mixed_02-03"].initializer for entry in tensor.external_data]
+    data = {entry.value for entry in entries if entry.key == "location"}
+    own = {"bypass_02-03.data", "layers_02-03.data"} & files
     assert own <= data <= own | {"rope.data"}
 
 
@@ -115,3 +94,34 @@ def test_quantise_block(bits: int, allowed: float, symmetric: bool) -> None:
     restored = (values.astype(np.float32) - middle[..., None]) * scales[..., None]
     error = np.abs(restored.reshape(96, 128).T - matrix).max()
     assert error < allowed * np.abs(matrix).max() * (2 if symmetric else 1)
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        ("layer_03/mlp/down_proj", "int4"),
+        ("layer_03/attention/q_proj+k_proj+v_proj", "int8"),
+        ("layer_03/attention/o_proj", "int4"),
+        ("bypass_03-04/product", "int8"),
+        ("layer_00/update_0", "int8"),
+        ("layer_00/mlp/up_proj", "fp32"),
+        ("layer_00/attention/v_proj", "fp32"),
+        ("head/logits", "int4"),
+    ],
+)
+def test_which_part_of_a_recipe_a_matrix_obeys(node: str, expected: str) -> None:
+    """Q, K and V are at least as fine as their layer."""
+    recipe = WeightsRecipe(layers="int4", qkv="int8", ungated="fp32", head="int4", bypass="int8")
+    assert weight_precision(node, recipe, (3, 4)) == expected
+
+
+def test_a_huge_score_does_not_overflow(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    policy = tiny_policy(checkpoint)
+    assert policy.network is not None
+    policy = replace(policy, network=policy.network | {"bias": np.full(2, 1e5, np.float32)})
+    bundle: Bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
+    build(bundle, "cpu", weights="fp32")
+    runtime = DashRuntime.load(bundle.root, "cpu-fp32")
+    assert not runtime.generate(random_ids(4), 3, policy="token", trade_off=1.0).actions.any()
+    np.testing.assert_allclose(runtime.session().score(random_ids(4)).damage, 1e5, rtol=1e-3)

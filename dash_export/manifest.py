@@ -188,6 +188,16 @@ class CostTable:
 
 
 @dataclass(frozen=True)
+class Verification:
+    """How engines agree with their portable graphs: `engines` has each one's relative root mean square errors, by kind
+    of output; `compared` says what was compared, and where.
+    """
+
+    compared: str
+    engines: dict[str, dict[str, NotNegative]]
+
+
+@dataclass(frozen=True)
 class Build:
     """`engines/<target>/build.json`. `dial` is the token policy's calibrated table; `measuring` is the revision of
     how costs and dial were measured; `details` holds what only this kind of backend has to say (compiler flags).
@@ -207,6 +217,7 @@ class Build:
     dial: tuple[DialPoint, ...] = ()
     measuring: int = 0
     seconds: float = 0.0
+    verification: Verification | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 

@@ -278,6 +278,7 @@ FORGED_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda data: data["engines"].update(more=data["engines"]["bypass_04-04"]),
         "'more', which nobody",
     ),
+    "a verification": (lambda data: data.update(verification="x"), "verification"),
     "a long dial": (lambda data: data.update(dial=[POINT] * 2000), "2000 points of the dial"),
     "no segment": (lambda data: data["engines"].pop("layers_02-03"), "no engine layers_02-03"),
     "one mixed engine": (lambda data: data["engines"].pop("mixed_04-04"), "of some units only"),

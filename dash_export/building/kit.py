@@ -23,6 +23,7 @@ from dash_export.building.verify import verification
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import OURS
+from dash_export.manifest import Verification
 from dash_export.names import ROUNDINGS
 from dash_export.outputs import (
     MARK,
@@ -111,7 +112,7 @@ def write_kit(
                 "recipe": asdict(recipe),
                 "reason": reason,
                 "command": ["build", root.name, "--target", target, *options],
-                "verification": verification,
+                "verification": asdict(verification),
                 "files": [asdict(record_of(unfinished, path.relative_to(unfinished).as_posix())) for path in files],
             }
             record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
@@ -121,7 +122,7 @@ def write_kit(
     return folder
 
 
-def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) -> dict[str, Any]:
+def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) -> Verification:
     """Calibrate into `engines` where int4 is, lower everything once, and say how it agrees."""
     if calibration_key(bundle, recipe):
         engines.mkdir(parents=True)

@@ -20,8 +20,6 @@ from dash_export.targets import Recipe, load_recipe, with_weights
 
 MEASURING_REVISION = 2
 """Raised whenever costs are measured otherwise, or what a trade-off means changes: an earlier dial is wrong then."""
-VERIFICATION = "verification"
-"""Key of a build's details."""
 
 
 def build(
@@ -93,7 +91,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     known = _current(bundle, draft)
     # Engines for a GPU are measured where there is one, which may be later and elsewhere.
     measures = (measure or known is None or known.cost.device == NOT_MEASURED) and backend.run_obstacle() is None
-    verifies = verify and (known is None or VERIFICATION not in known.details)
+    verifies = verify and (known is None or known.verification is None)
     if known is not None and not measures and not verifies:
         return known
     draft = known or draft
@@ -102,8 +100,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
         from dash_export.building.verify import verification
 
         made = {} if backend.on_device else {name: bundle.path(engine.file) for name, engine in draft.engines.items()}
-        checked = verification(bundle, recipe, segments, made, folder, progress)
-        draft = replace(draft, details={**draft.details, VERIFICATION: checked})
+        draft = replace(draft, verification=verification(bundle, recipe, segments, made, folder, progress))
     if measures:
         draft = _measured(bundle, draft, recipe, progress)
     finished = replace(draft, seconds=known.seconds if known else round(time.perf_counter() - began, 3))
@@ -143,8 +140,7 @@ def _current(bundle: Bundle, draft: Build) -> Build | None:
         known = bundle.load_build(draft.target)
     except BundleError:
         return None
-    details = {key: value for key, value in known.details.items() if key != VERIFICATION}
-    same = replace(known, cost=draft.cost, dial=(), seconds=0.0, details=details) == draft
+    same = replace(known, cost=draft.cost, dial=(), seconds=0.0, verification=None) == draft
     return known if same else None
 
 

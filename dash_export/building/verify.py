@@ -23,7 +23,7 @@ from dash_export.building.graph_runs import Arrays, Run, graph_run, step_inputs,
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graphs.rounded import stored_roundings
-from dash_export.manifest import MIXED, POLICY, Segment
+from dash_export.manifest import MIXED, POLICY, Segment, Verification
 from dash_export.names import ROUNDINGS, new_names, past_names, present_names
 from dash_export.targets import Precision, Recipe
 
@@ -48,13 +48,12 @@ def verification(
     engines: Mapping[str, Path],
     folder: Path,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> Verification:
     """Compare every engine (CPU: the files in `engines`), or the graph it is compiled from (GPU), with its portable
     graph, in ONNX Runtime on this CPU. Calibrated codes are read from the build's `folder`.
 
-    Returns what was compared and, by engine and kind of output, relative root mean square errors. ONNX Runtime has no
-    bfloat16 on a CPU: such graphs are compared at float32, which shows everything but the rounding. Raises BackendError
-    where an engine does not agree.
+    ONNX Runtime has no bfloat16 on a CPU: such graphs are compared at float32, which shows everything but the rounding.
+    Raises BackendError where an engine does not agree.
     """
     words = "engines"
     if recipe.engine is not None:
@@ -70,7 +69,7 @@ def verification(
     words += " in ONNX Runtime on a CPU"
     backend = backend_of(recipe)
     if backend.ready_engines(bundle) is not None:  # the graphs are their own engines
-        return {"compared": words, "engines": {}}
+        return Verification(words, {})
     roundings = stored_roundings(folder / ROUNDINGS)
     made = engine_graphs(bundle, segments, backend.on_device)
     graphs = [graph for graph in made if not engines or graph.name in engines]
@@ -93,7 +92,7 @@ def verification(
             f"{name}, whose {kind} is off by {error:.3g} (allowed {allowed[name]:g}). Do not use this build; "
             "export the model again, and tell us if that does not help."
         )
-    return {"compared": words, "engines": errors}
+    return Verification(words, errors)
 
 
 def tolerance(recipe: Recipe, graph: EngineGraph, gated: tuple[int, ...]) -> float:

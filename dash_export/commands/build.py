@@ -144,10 +144,10 @@ def _summary(bundle: Bundle, build: Build) -> None:
     if not build.files:
         engines = f"{len(build.engines)} portable graphs, used as they are"
     click.echo(f"{bundle.root}/engines/{build.target}: {engines} (portable part {size(bundle_bytes(bundle))})")
-    verified = build.details.get("verification")
-    if verified:
-        worst = max(error for errors in verified["engines"].values() for error in errors.values())
-        click.echo(f"Verified: {len(verified['engines'])} engines, {verified['compared']}; largest error {worst:.2g}.")
+    if build.verification:
+        found = build.verification.engines
+        worst = max((error for errors in found.values() for error in errors.values()), default=0.0)
+        click.echo(f"Verified: {len(found)} engines, {build.verification.compared}; largest error {worst:.2g}.")
     if not cost.segment_us:
         from dash_export.building.backend import backend_of
 

@@ -112,7 +112,7 @@ def load_candidates(
     values: tuple[float, ...],
 ) -> tuple[list[Candidate], list[dict[str, Any]]]:
     """What is compared, dense first: `kinds` (None: all there are) at each of `values` of `dial`, and the builds
-    `also`; and what this bundle cannot give. Raises UsageError for a build that is given twice.
+    `also`; and what this bundle cannot give. Raises UsageError for two builds of one name.
     """
     from dash_export.evaluate.candidates import candidates, settings_at
 
@@ -124,7 +124,7 @@ def load_candidates(
         other = load_runtime(Path(folder if by_name else given), named if by_name else None)
         others.append((f"{other.bundle.root.stem}:{other.build.target}", other))
         if len(dict(others)) < len(others):
-            raise click.UsageError(f"{others[-1][0]} is given twice.")
+            raise click.UsageError(f"Two builds are called {others[-1][0]}: give one once, or rename a bundle.")
     settings, refused = settings_at(runtime, kinds, dial, values)
     return candidates(runtime, settings, others), refused
 

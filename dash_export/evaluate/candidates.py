@@ -89,7 +89,8 @@ def candidates(
     build that has other tokens: what it predicts does not compare.
     """
     for _, other in others:
-        same = other.engines.model.vocab_size == runtime.engines.model.vocab_size
+        same = other.text.tokenizer.get_vocab() == runtime.text.tokenizer.get_vocab()
+        same &= other.engines.model.vocab_size == runtime.engines.model.vocab_size
         if not (same and other.text.encode(SAMPLE) == runtime.text.encode(SAMPLE)):
             raise RequestError(
                 f"{runtime.bundle.root} and {other.bundle.root} have other tokens: only builds of one model, or of its "

@@ -119,7 +119,7 @@ def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     # A key that we do not know may make it another model: experts, a window, a scale, soft-capping, a misspelled base.
     wrong = [key for key, value in own.items() if key not in _KNOWN and value not in (0, "")]
-    if wrong or not own.get(_CAUSAL, True):
+    if wrong or own.get(_CAUSAL, True) is not True:
         raise CheckpointError(
             f"the GGUF file sets {prefix}{[*wrong, _CAUSAL][0]:.100}, which is not supported here: the model "
             "would be another one"
@@ -132,6 +132,8 @@ def _rope(own: Mapping[str, Any], divisors: GgufTensor | None, head_dim: int) ->
     rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10_000.0)}
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or None
     kind = own.get("rope.scaling.type", "none" if factor is None else "linear")
+    if kind == "default":  # the word of a config.json: here its factor would be passed over
+        raise CheckpointError(f"rope.scaling.type {shown(kind)} is not supported; supported: none, linear, llama3")
     if divisors is None:
         return rope if kind == "none" else rope | {"rope_type": kind, "factor": factor}
     if kind not in ("none", "llama3"):

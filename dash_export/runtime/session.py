@@ -98,6 +98,7 @@ class Session:
     ) -> Iterator[Response]:
         """Answer messages {role, content}. What the cache already holds of them is not computed again."""
         ids = self.text.chat(messages, self.engines.model.max_positions)
+        answer_length(len(ids), max_tokens, self.engines.model.max_positions)  # refused before anything is forgotten
         self._rewind_to(ids)
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
 
@@ -150,7 +151,8 @@ class Session:
     @check_arguments
     def restart(self, ids: Prompt) -> Logits:
         """The logits [vocab] after `ids` as a conversation of its own; what is cached of it is not computed again."""
-        known = self.checked_ids(ids)
+        known = self.checked_ids(ids, fresh=True)
+        check_room(len(known), 0, self.engines.model.max_positions)
         self._rewind_to(known)
         return self.prefill(known[len(self.tokens) :])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -177,8 +178,10 @@ def test_graphs_for_a_gpu_hold_what_was_calibrated(bundle: Bundle) -> None:
         assert expected.block == (32 if node == DOWN else 64)
     assert not np.array_equal(codes(bundle), codes(bundle, "small-cuda-nearest"))
     assert not bundle.path(f"engines/small-cuda-nearest/{FILE}").exists()
-    one, other = (bundle.load_build(f"small-cuda{name}").details["verification"] for name in ("", "-nearest"))
-    assert one["engines"][UNIT]["hidden_out"] != other["engines"][UNIT]["hidden_out"], "verified as it is built"
+    one, other = (bundle.load_build(f"small-cuda{name}").verification for name in ("", "-nearest"))
+    assert one is not None
+    assert other is not None
+    assert one.engines[UNIT]["hidden_out"] != other.engines[UNIT]["hidden_out"], "verified as it is built"
 
 
 def refuse(*_given: object) -> None:
@@ -244,7 +247,7 @@ def test_a_kit_brings_it(bundle: Bundle, target: str, tmp_path: Path, monkeypatc
     assert (engines / FILE).read_bytes() == bundle.path(f"engines/small-cuda/{FILE}").read_bytes()
     record = json.loads((kit / "kit.json").read_text())
     assert f"{bundle.root.name}/engines/small-cuda/{FILE}" in {item["name"] for item in record["files"]}
-    assert record["verification"] == bundle.load_build("small-cuda").details["verification"]
+    assert record["verification"] == asdict(bundle.load_build("small-cuda"))["verification"]
     done = run(kit)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rounding layer" not in done.stdout

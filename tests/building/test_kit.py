@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -68,7 +69,7 @@ def test_a_damaged_kit_is_refused(name: str, kit: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"files": [{}]}', '{"files": []}'])
 def test_a_damaged_record(content: str, kit: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(kit, tmp_path / "own"))
-    (own / "kit.json").write_text(content)
+    (own / "kit.json").write_text(content or (own / "kit.json").read_text().replace('"build"', '"train"'))
     done = run(own)
     assert done.returncode == 1
     assert "Copy the kit again" in done.stderr
@@ -104,6 +105,8 @@ def test_missing_packages_are_named(kit: Path, tmp_path: Path) -> None:
     (own / "requirements.txt").write_text(text)
     record = json.loads((own / "kit.json").read_text())
     record["files"] = [item for item in record["files"] if item["name"] != "requirements.txt"]
+    del record["sha256"]
+    record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
     (own / "kit.json").write_text(json.dumps(record))
     done = run(own)
     assert done.returncode == 1

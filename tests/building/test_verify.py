@@ -18,7 +18,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graphs import trt, trt_decompose
 from dash_export.graphs.surgery import load_graph
-from dash_export.manifest import Segment
+from dash_export.manifest import Segment, Verification
 from dash_export.targets import Recipe, load_recipe, recipe_names, with_weights
 from tests.commands.helpers import dash
 from tests.tiny import tiny_bundle
@@ -31,12 +31,12 @@ def segments(bundle: Bundle) -> tuple[Segment, ...]:
     return plan_segments(bundle.manifest.model.num_layers, policy.units, (policy.read,))
 
 
-def checked(bundle: Bundle, recipe: Recipe) -> dict[str, Any]:
+def checked(bundle: Bundle, recipe: Recipe) -> Verification:
     return verify.verification(bundle, recipe, segments(bundle), {}, bundle.root / "none")
 
 
 def errors(bundle: Bundle, recipe: Recipe) -> dict[str, float]:
-    return {name: max(found.values()) for name, found in checked(bundle, recipe)["engines"].items()}
+    return {name: max(found.values()) for name, found in checked(bundle, recipe).engines.items()}
 
 
 @pytest.mark.parametrize("target", GPU_TARGETS)
@@ -45,7 +45,7 @@ def test_every_recipes_graphs_are_valid_and_agree(target: str, tiny_root: Path, 
     recipe = load_recipe(target)
     bundle = Bundle.open(tiny_root)
     found = checked(bundle, recipe)
-    assert len(found["engines"]) == 5 + 2 + 1, "segments, bypasses and the policy"
+    assert len(found.engines) == 5 + 2 + 1, "segments, bypasses and the policy"
     assert recipe.engine is not None
     for graph in engine_graphs(bundle, segments(bundle), on_device=True):
         path = write_whole(lowered(bundle, graph, recipe), tmp_path / "lowered.onnx")
@@ -53,7 +53,7 @@ def test_every_recipes_graphs_are_valid_and_agree(target: str, tiny_root: Path, 
         promised = {"portable": 24, "trt10": 21}[recipe.dialect]
         assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", promised)]
         onnx.checker.check_model(str(path), full_check=True)
-    assert ("bf16 is not there" in found["compared"]) == (recipe.engine.activations == "bf16")
+    assert ("bf16 is not there" in found.compared) == (recipe.engine.activations == "bf16")
 
 
 @pytest.mark.parametrize("dialect", ["rtx", "cuda"])
@@ -105,7 +105,8 @@ def test_the_result_is_kept_and_not_made_twice(own_bundle: Path, monkeypatch: py
     assert result.exit_code == 0, result.output
     assert "Verified: 8 engines, lowered graphs at fp16 in ONNX Runtime on a CPU; largest error 0.00" in result.stdout
     kept = Bundle.open(own_bundle).load_build("cuda")
-    assert set(kept.details["verification"]["engines"]) == set(kept.engines)
+    assert kept.verification is not None
+    assert set(kept.verification.engines) == set(kept.engines)
     monkeypatch.setattr(verify, "verification", None)
     assert build(own_bundle, "cuda", verify=True) == kept
     assert build(own_bundle, "cuda") == kept
@@ -118,7 +119,8 @@ def test_cpu_engines_agree_too(target: str, own_bundle: Path) -> None:
     recipe, _, weights = target.partition("-")
     made = build(own_bundle, recipe, weights=weights or None, verify=True)
     assert (made.cost, made.dial) == (before.cost, before.dial), "nothing was measured again"
-    found = made.details["verification"]["engines"]
+    assert made.verification is not None
+    found = made.verification.engines
     assert max((error for own in found.values() for error in own.values()), default=0.0) < 1e-4
     assert found.keys() == (made.engines.keys() if target != "portable" else set())
 

@@ -90,7 +90,7 @@ def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     assert "less than one window" in refused(*begin, "--text", tmp_path / "short.txt")
     assert "no bundle" in refused("eval", tmp_path / "none.dash")
     also = ("--also", f"{tiny_root}:portable")
-    assert "is given twice" in refused(*begin, "--text", text, *also, *also, code=2)
+    assert "Two builds are called" in refused(*begin, "--text", text, *also, *also, code=2)
     assert "give --target" in refused(*begin, "--text", text, "--also", tiny_root)
     assert "There is no bundle" in refused(*begin, "--text", text, "--also", tmp_path / "none:cpu")
     for wrong in (

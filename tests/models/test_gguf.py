@@ -118,6 +118,8 @@ def test_other_rope_factors(tmp_path: Path, model: Any, factors: np.ndarray) -> 
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "yarn"),
         ({"llama.rope.scaling.type": "linear"}, "factor"),
+        ({"llama.rope.scaling.type": "default", "llama.rope.scaling.factor": 4.0}, "'default' is not supported"),
+        ({"llama.attention.causal": "false"}, "attention.causal"),
         ({"llama.rope.freq_base": -1.0}, "rope_theta"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon"),
         ({"llama.expert_count": 8}, "expert"),

@@ -29,8 +29,9 @@ class TensorRT(Cuda):
         self._scratch: dict[str, CudaMemory] = {}
 
     def accept(self, build: Build, rebuild: str) -> None:
-        assert build.recipe.engine is not None
-        wanted, here = build.recipe.engine.capabilities, self.device.capability
+        compiled = build.recipe.engine
+        assert compiled is not None
+        wanted, here = compiled.capabilities, self.device.capability
         if build.backend_version != self.toolkit.version:
             raise BackendError(
                 f"The engines for {build.target!r} were compiled by {self.toolkit.backend} {build.backend_version} and "

@@ -237,9 +237,8 @@ def test_a_call_that_fails_says_which_and_where(name: str, monkeypatch: pytest.M
 
 
 def test_engines_of_another_version_or_card_are_refused() -> None:
-    build: Any = SimpleNamespace(
-        target="mine", backend_version="10.3.0", recipe={"engine": {"capabilities": ["9.0", "9.1"]}}
-    )
+    recipe = SimpleNamespace(engine=SimpleNamespace(capabilities=("9.0", "9.1")))
+    build: Any = SimpleNamespace(target="mine", backend_version="10.3.0", recipe=recipe)
 
     def accept(version: str, capability: str) -> None:
         device: Any = object.__new__(tensorrt.TensorRT)

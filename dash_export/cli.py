@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
 
 
 def explained(error: Exception, output: object = None) -> str | None:
-    """What went wrong and what to do, in one paragraph; None for a bug in this program, which keeps its traceback.
+    """Say what went wrong and what to do, in one paragraph; None for a bug in this program, which keeps its traceback.
     `output` stands in where an error of the disk names no file.
     """
     if isinstance(error, DashError):

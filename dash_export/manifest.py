@@ -228,7 +228,7 @@ def sealed(manifest: Manifest) -> Manifest:
 
 
 def manifest_faults(manifest: Manifest) -> Iterator[str]:
-    """What cannot be: contents that are not those that were written, units that do not exist or have no graph."""
+    """Faults of a manifest: contents that are not those that were written, units that do not exist or have no graph."""
     model, policy = manifest.model, manifest.policy
     if sealed(manifest).sha256 != manifest.sha256:
         yield "it was changed or damaged after it was made (hash mismatch)."
@@ -252,7 +252,9 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
 
 
 def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
-    """What cannot be: layers that no segment covers, or two, a segment without its engine, a unit without its cost."""
+    """Faults of a build's record: layers that no segment covers, or two, a segment without its engine, a unit without
+    its cost.
+    """
     units, engines = manifest.policy.units, build.engines
     yield from recipe_faults(build.recipe)
     if not _in_order(build.segments, units, manifest.model.num_layers):

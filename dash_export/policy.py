@@ -47,7 +47,7 @@ _FINAL_NORM = "model.final_norm"
 
 @dataclass(frozen=True)
 class Bypass:
-    """What a skipped unit does instead. `weights`: none, or `weight` [hidden, columns] and `bias` [columns]. Columns:
+    """The replacement of a skipped unit. `weights`: none, or `weight` [hidden, columns] and `bias` [columns]. Columns:
     the update's `hidden`, then K and V of each layer but the first.
     """
 

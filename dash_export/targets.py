@@ -76,7 +76,7 @@ class RuntimeRecipe:
 
 @dataclass(frozen=True)
 class EngineRecipe:
-    """What a GPU engine fixes when it is compiled.
+    """Choices that a GPU engine fixes when it is compiled.
 
     `activations`: the type of hidden states, caches and unquantised weights. `kv_capacity`: rows of the KV cache, which
     does not grow; attention costs follow it, not the length. `profiles` 2: one for decode, one for prefill chunks, each
@@ -165,7 +165,7 @@ def _sound(recipe: Recipe, where: str) -> Recipe:
 
 
 def recipe_faults(recipe: Recipe) -> Iterator[str]:
-    """What no single key can tell: whether the parts of a recipe go together."""
+    """Check what no single key can tell: whether the parts of a recipe go together."""
     weights, engine = recipe.weights, recipe.engine
     precisions: dict[str, str] = {part: getattr(weights, part) for part in _PARTS}
     if recipe.backend == "onnxruntime":

@@ -1,7 +1,7 @@
 """Backends by name: what each can compile and run on this machine, and how it makes the engines of a build.
 
 A new backend is one class here or in a module of its own, one line in `_BACKENDS`, and what loads its engines
-(`runtime/backends`). Nothing here needs onnx until `artifacts` is called: a device measures and runs without it.
+(`runtime/backends.py`). Nothing here needs onnx until `artifacts` is called: a device measures and runs without it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BACKENDS = {
 
 
 def backend_of(recipe: Recipe) -> Backend:
-    """What makes the recipe's engines."""
+    """Return what makes the recipe's engines."""
     module, _, name = _BACKENDS[recipe.backend].partition(":")
     made: Backend = getattr(import_module(module), name)(recipe)
     return made
@@ -88,20 +88,20 @@ class Backend(ABC):
         return None
 
     def how_to_install(self) -> str:
-        """What to type for the package that makes the engines."""
+        """Return the command that installs the package that makes the engines."""
         return f"pip install 'dash-export[{self.extra}]'"
 
     @abstractmethod
     def version(self) -> str:
-        """What makes the engines, for the build's record."""
+        """Name and version of what makes the engines, for the build's record."""
 
     @abstractmethod
     def device(self) -> str:
-        """What the engines are for, in words."""
+        """The device that the engines are for, in words."""
 
     @abstractmethod
     def key(self) -> Any:
-        """What all engines depend on besides their graphs and weights."""
+        """Everything that all engines depend on besides their graphs and weights."""
 
     def details(self) -> dict[str, Any]:
         """Further facts for the build's record."""

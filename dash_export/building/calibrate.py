@@ -52,8 +52,8 @@ Moments = npt.NDArray[np.float64]
 
 
 def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
-    """What a calibrated engine depends on besides its own graph: the text, and the layers that feed it. Nothing where
-    nothing is calibrated.
+    """Key of what a calibrated engine depends on besides its own graph: the text, and the layers that feed it. Nothing
+    where nothing is calibrated.
     """
     if recipe.weights.rounding == "nearest" or not recipe.weights.has_int4:
         return ""
@@ -143,7 +143,7 @@ def _round_layer(
 
 
 def _outputs(model: ir.Model, name: str, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
-    """What a layer gives for each batch of states."""
+    """Run a layer on each batch of states."""
     with tempfile.TemporaryDirectory(prefix="dash-calibrate-") as folder:
         run = graph_run(write_whole(model.clone(), Path(folder) / f"{name}.onnx"))
         for state in states:
@@ -151,8 +151,8 @@ def _outputs(model: ir.Model, name: str, states: list[Floats], feeds: Arrays) ->
 
 
 def _rounded(recipe: Recipe, matrices: list[Floats], moments: Moments) -> Iterator[Rounded]:
-    """Of matrices that are fed the same. None where no block divides them, and they are left as they are. ONNX Runtime
-    pads a last, shorter block.
+    """Round matrices that are fed the same. None where no block divides them, and they are left as they are. ONNX
+    Runtime pads a last, shorter block.
     """
     weights = recipe.weights
     block = weights.block_size if recipe.dialect == "ort" else block_of(len(matrices[0]), weights.block_size)

@@ -1,4 +1,4 @@
-"""What a build measures on the device: the cost of every unit."""
+"""The cost of every unit, as a build measures it on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from dash_export.bundle import Bundle
 from dash_export.manifest import Build, CostTable, Manifest
-from dash_export.runtime.backends.base import Backend, Launch, backend_errors
+from dash_export.runtime.backends import Backend, Launch, backend_errors
 from dash_export.runtime.cpus import LoadMeter, cpu_name
 from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device

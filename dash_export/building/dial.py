@@ -18,7 +18,7 @@ from dash_export.errors import PolicyError
 from dash_export.manifest import Build
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.backends.base import Backend
+from dash_export.runtime.backends import Backend
 from dash_export.runtime.device.base import Device
 
 WINDOWS = 8

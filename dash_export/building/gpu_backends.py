@@ -29,7 +29,7 @@ JETSONS = ("8.7", "11.0")
 
 
 class GpuBackend(Backend):
-    """What the GPU backends have in common."""
+    """The common part of all GPU backends."""
 
     revision = 5
 

@@ -52,7 +52,7 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
     """
     import onnxruntime as ort
 
-    from dash_export.runtime.backends.onnxruntime import ort_errors, shared_pool_options
+    from dash_export.runtime.ort_engine import ort_errors, shared_pool_options
 
     options = ort.SessionOptions() if own_threads else shared_pool_options()
     options.log_severity_level = 3

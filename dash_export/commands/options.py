@@ -111,7 +111,7 @@ def load_candidates(
     dial: str,
     values: tuple[float, ...],
 ) -> tuple[list[Candidate], list[dict[str, Any]]]:
-    """What is compared, dense first: `kinds` (None: all there are) at each of `values` of `dial`, and the builds
+    """Load what is compared, dense first: `kinds` (None: all there are) at each of `values` of `dial`, and the builds
     `also`; and what this bundle cannot give. Raises UsageError for two builds of one name.
     """
     from dash_export.evaluate.candidates import candidates, settings_at

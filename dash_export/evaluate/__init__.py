@@ -1,4 +1,5 @@
-"""What skipping costs and saves: scores of texts and tasks, decode times, frontier, profile, pictures, report.
+"""Measuring what skipping costs and saves: scores of texts and tasks, decode times, frontier, profile, pictures,
+report.
 
 Here are the defaults of what is measured; nothing is imported.
 """

@@ -110,8 +110,8 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
 
 
 def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model:
-    """What a skipped unit does: one product for its update and for K and V of all its layers, which are written to the
-    caches; hidden -> hidden + update (`dash_export/policy.py` has the formula).
+    """The graph of a skipped unit: one product for its update and for K and V of all its layers, which are written to
+    the caches; hidden -> hidden + update (`dash_export/policy.py` has the formula).
     """
     spec, name = checkpoint.spec, unit.bypass
     g = PortableWriter(name, f"Layers {unit}, skipped: {bypass.form} bypass.", spec, checkpoint)
@@ -139,7 +139,7 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
 
 
 def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
-    """What enters the policy's layer `read`, hidden [batch, sequence, hidden], -> damage [batch, sequence, units]
+    """The input of the policy's layer `read`, hidden [batch, sequence, hidden], -> damage [batch, sequence, units]
     float32, nats: the formula of `dash_export/policy.py`.
     """
     network = policy.network

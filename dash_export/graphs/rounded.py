@@ -101,8 +101,8 @@ def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded
 
 
 def stored_roundings(path: Path) -> Roundings:
-    """What a file says; all are rounded to nearest where there is none. A matrix that is asked for raises BundleError
-    where the file is damaged.
+    """Read a file of roundings; all are rounded to nearest where there is none. A matrix that is asked for raises
+    BundleError where the file is damaged.
     """
 
     def rounded(node: str) -> Rounded | None:
@@ -125,7 +125,7 @@ def stored_roundings(path: Path) -> Roundings:
 
 
 def roundings_key(path: Path) -> str:
-    """What a file was made from; nothing of one that is not there or not ours."""
+    """Key of what a file was made from; nothing of one that is not there or not ours."""
     try:
         with open_regular(path) as file, np.load(file) as arrays:
             return str(_array(arrays, "key"))

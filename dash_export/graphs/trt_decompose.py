@@ -100,8 +100,8 @@ def _rotary(graph: ir.Graph, node: ir.Node) -> None:
 
 
 class _Step:
-    """What all layers of a graph share: its sizes, which cached (`past`) and which new (`new`) rows a query may read,
-    and the shape [1, heads, -1, number of new rows] for query heads and for K/V heads.
+    """Values that all layers of a graph share: its sizes, which cached (`past`) and which new (`new`) rows a query may
+    read, and the shape [1, heads, -1, number of new rows] for query heads and for K/V heads.
     """
 
     def __init__(self, graph: ir.Graph, first: ir.Node, capacity: int) -> None:

@@ -87,8 +87,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_unused(spec: DecoderSpec, stored: dict[str, Weight], folder: Path) -> None:
-    """What would be dropped in silence and make it another model: a layer's tensor that the spec does not know (a bias,
-    a scale); a head beside a tied embedding that is another one (transformers 5 takes it, we the embedding).
+    """Refuse what would be dropped in silence and make it another model: a layer's tensor that the spec does not know
+    (a bias, a scale); a head beside a tied embedding that is another one (transformers 5 takes it, we the embedding).
     """
     layers = tuple(layer_weight(index) for index in range(spec.num_layers))
     extra = (name for name in stored.keys() - spec.weight_shapes().keys() if name.startswith(layers))

@@ -31,7 +31,7 @@ def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sd
 
 
 def _add_update(layer: torch.nn.Module, name: str, spec: DecoderSpec) -> None:
-    """What a pruned unit left to this layer (bypasses.py)."""
+    """Add the update that a pruned unit left to this layer (bypasses.py)."""
     size, eps = spec.hidden_size, spec.rms_norm_eps
     layer.add_module(name, torch.nn.Linear(size, size))
 

@@ -104,7 +104,7 @@ class Oracle:
         return torch.nn.functional.softplus(score).T.numpy()
 
     def bypass(self, hidden: torch.Tensor, place: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What a skipped unit does: hidden [..., hidden] -> its update [..., hidden], and by module of the decoder what
+        """Compute a skipped unit: hidden [..., hidden] -> its update [..., hidden], and by module of the decoder what
         that gives instead, K and V [..., kv] before norm and RoPE.
         """
         unit, weight, x = self.policy.units[place], self.bypasses[place], self.normed(hidden)

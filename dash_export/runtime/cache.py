@@ -26,7 +26,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Of the only sequence, or of the first of a batch."""
+        """Cached tokens of the only sequence, or of the first of a batch."""
         return self.lengths[0]
 
     @length.setter

@@ -1,4 +1,4 @@
-"""What the processor has: cores this process may use, memory, load."""
+"""Facts of the processor: cores this process may use, memory, load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def physical_cores() -> int:
 
 
 def _proc(name: str, *keys: str) -> str | None:
-    """What a file of `/proc` says behind the first of `keys` (on Linux)."""
+    """Read a file of `/proc` behind the first of `keys` (on Linux)."""
     try:
         lines = (Path("/proc") / name).read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -20,7 +20,7 @@ from dash_export.decision import Damages, Skips, Unit
 from dash_export.errors import BundleError
 from dash_export.manifest import DAMAGED, MIXED, POLICY, Build, Segment
 from dash_export.names import new_names, past_names, present_names, short_name
-from dash_export.runtime.backends.base import Backend, Engine, Launch, backend_errors
+from dash_export.runtime.backends import Backend, Engine, Launch, backend_errors
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.rules import DENSE, Rule
 

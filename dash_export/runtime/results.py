@@ -1,4 +1,4 @@
-"""What a session gives back: one response per token, finished generations, scores; and how an answer is made."""
+"""Results of a session: one response per token, finished generations, scores; and how an answer is made."""
 
 from __future__ import annotations
 

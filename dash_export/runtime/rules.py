@@ -96,7 +96,9 @@ class SessionRules:
 
 
 def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> SessionRules:
-    """What a new session decides by. Raises PolicyError for a setting unsound or more than the policy can give."""
+    """The rules that a new session decides by. Raises PolicyError for a setting unsound or more than the policy can
+    give.
+    """
     setting.check()
     if setting.kind == "dense":
         return SessionRules()

@@ -12,8 +12,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.manifest import Build, CostTable
-from dash_export.runtime.backends import load_backend
-from dash_export.runtime.backends.base import Backend
+from dash_export.runtime.backends import Backend, load_backend
 from dash_export.runtime.batch import MAX_SIZE, Batch
 from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device
@@ -156,8 +155,8 @@ class DashRuntime:
         size: int = 8,
         **session: Any,
     ) -> list[Generation]:
-        """What each prompt gives, up to `size` of them decoded together. Raises what `Batch.checked` raises before any
-        is begun, and the error of an answer that fails.
+        """Generate for each prompt, up to `size` of them decoded together. Raises what `Batch.checked` raises before
+        any is begun, and the error of an answer that fails.
         """
         batch = self.batch(size, **session)
         checked = [batch.checked(prompt, max_tokens) for prompt in prompts]
@@ -187,7 +186,7 @@ def engines(
 
 
 def loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:
-    """What the engines of a build are loaded from: its own files, or the portable graphs."""
+    """Files that the engines of a build are loaded from: its own files, or the portable graphs."""
     if build.files:
         return list(build.files)
     return [record for record in bundle.manifest.files if record.name.startswith("onnx/")]

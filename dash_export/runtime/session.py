@@ -63,7 +63,7 @@ class Session:
 
     @property
     def rule(self) -> Rule:
-        """What decides the next token."""
+        """The rule for the next token."""
         return self.rules.rule
 
     def cancel(self) -> None:
@@ -169,7 +169,7 @@ class Session:
 
     @check_arguments
     def decode_step(self, tokens: int) -> Any:
-        """What decodes one token, bound to memory with room for `tokens` more: for whoever times its launches."""
+        """The step that decodes one token, bound to memory with room for `tokens` more: for timing its launches."""
         check_room(tokens, 0, self.context_left)
         self._reserve(tokens)
         return self._bound(1)

@@ -124,7 +124,7 @@ class TextStream:
             return self._decode.step(self._tokenizer, token)
 
     def finish(self) -> str:
-        """What was held back, when no stop string came after all."""
+        """Return what was held back, when no stop string came after all."""
         piece, self._held = self._held, ""
         return piece
 
@@ -146,7 +146,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _read(folder: Path, name: str, parse: Callable[[str], _T]) -> _T | None:
-    """What a file of the bundle says; None where there is none."""
+    """Read a file of the bundle; None where there is none."""
     path = safe_path(folder, name)
     try:
         return parse(bounded_text(path, MAX_TEXT_BYTES))

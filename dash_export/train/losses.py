@@ -1,4 +1,4 @@
-"""What is learnt from: divergence from the dense model, damage regression, and the two tunings.
+"""Losses: divergence from the dense model, damage regression, and the two tunings.
 
 Damage regression teaches the network what skipping costs, from forward passes alone. The target is the divergence of a
 skipped pass from the dense one, per token; the prediction is the sum of the damages of the units that token skipped:

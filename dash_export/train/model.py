@@ -1,4 +1,4 @@
-"""What a policy is trained in and what of it is trained (torch).
+"""The model that a policy is trained in, and the policy's trained tensors (torch).
 
 `GatedModel` is the transition of the MDP: the frozen model with per-token actions, in one teacher-forced batched pass.
 The same contract as the oracle, over batches, in the training dtype and differentiable. Every layer sees every token:
@@ -54,7 +54,7 @@ class SkipModules(nn.Module):
         self.bypasses = nn.ModuleList(_parameters(bypass.weights) for bypass in policy.bypasses)
 
     def damage(self, state: torch.Tensor) -> torch.Tensor:
-        """What enters layer `read`, normed -> damage [..., units] in nats; without a network 0."""
+        """Input of layer `read`, normed -> damage [..., units] in nats; without a network 0."""
         if not self.network:
             return torch.zeros(*state.shape[:-1], len(self.units), device=state.device)
         return nn.functional.softplus(state.float() @ self.network["weight"] + self.network["bias"])
@@ -67,7 +67,7 @@ class SkipModules(nn.Module):
         return state @ weight + bias
 
     def cost(self, spec: DecoderSpec) -> torch.Tensor:
-        """What skipping each unit saves [units], by bytes."""
+        """Savings of skipping each unit [units], by bytes."""
         own = [saved(spec, len(unit.layers)) for unit in self.units]
         return torch.tensor(own, device=next(self.parameters()).device)
 
@@ -134,7 +134,7 @@ class GatedModel:
             yield index, before, hidden
 
     def keys_values(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What enters a layer -> its K and V before norm and RoPE, side by side [..., 2 * kv]."""
+        """Input of a layer -> its K and V before norm and RoPE, side by side [..., 2 * kv]."""
         layer = self.model.model.layers[index]
         normed = layer.input_layernorm(hidden)
         return torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], -1)
@@ -174,7 +174,7 @@ class GatedModel:
         return Rollout(final, state, skipped, taken, damage)
 
     def _embedded(self, ids: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
-        """What enters layer 0, and (cos, sin) of positions from 0 on."""
+        """Input of layer 0, and (cos, sin) of positions from 0 on."""
         hidden = self.model.model.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         return hidden, self.model.model.rotary_emb(hidden, positions)
@@ -193,7 +193,7 @@ class GatedModel:
         skip: torch.Tensor,
         taken: torch.Tensor,
     ) -> torch.Tensor:
-        """What leaves a unit: `columns` of its bypass [batch, tokens, columns] for the rows that `skip` it, whose
+        """Output of a unit: `columns` of its bypass [batch, tokens, columns] for the rows that `skip` it, whose
         gradient to the decision is that of `taken` [batch, tokens].
         """
         others = len(unit.layers) - 1
@@ -239,7 +239,7 @@ def below(limits: torch.Tensor) -> Decide:
 
 
 def always(units: int, places: Sequence[int]) -> Decide:
-    """Of so many units, skip these."""
+    """Skip these of so many units."""
     mask = torch.zeros(units, dtype=torch.bool)
     mask[list(places)] = True
     return lambda damage: mask.to(damage.device).expand(damage.shape)

@@ -56,8 +56,8 @@ Loss = Callable[[Batch, np.random.Generator, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Work:
-    """What stages keep in `folder`, tensors and plain values. `key` changes with anything the training depends on: what
-    another one left there is not taken, nor what is damaged, which torch would not notice.
+    """State that stages keep in `folder`, tensors and plain values. `key` changes with anything the training depends
+    on: what another one left there is not taken, nor what is damaged, which torch would not notice.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ class Work:
         write_atomic(self._path(stage), self._digest(packed.getvalue()) + packed.getvalue())
 
     def kept(self, stage: str) -> Any:
-        """What a stage kept, or None."""
+        """Return what a stage kept, or None."""
         try:
             stored = self._path(stage).read_bytes()
         except OSError:
@@ -81,7 +81,7 @@ class Work:
         return torch.load(io.BytesIO(stored[_DIGEST:]), map_location="cpu", weights_only=True)
 
     def once(self, stage: str, make: Callable[[], _T]) -> _T:
-        """What a stage made; made now where it is not kept."""
+        """Return what a stage made; make it now where it is not kept."""
         made: _T | None = self.kept(stage)
         if made is None:
             made = make()

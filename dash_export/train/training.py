@@ -118,7 +118,7 @@ def train(
 
 
 def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: str, settings: TrainingSettings) -> None:
-    """What can be said before anything is read."""
+    """Refuse what can be refused before anything is read."""
     for name, value, known in (("policy kind", kind, KINDS), ("precision", settings.precision, PRECISIONS)):
         if value not in known:
             raise PolicyError(f"There is no {name} {value!r} to train with. Known: {', '.join(known)}.")
@@ -153,7 +153,7 @@ def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
 
 
 def _further(settings: TrainingSettings) -> TrainingSettings:
-    """What is left to do for a trained policy: tuning, at lower rates."""
+    """Work that is left for a trained policy: tuning, at lower rates."""
     rates = {name: getattr(settings, name) * settings.again for name in ("bypass_rate", "refinement_rate")}
     return replace(settings, search_steps=0, fit_steps=0, warm_up_steps=0, regression_steps=0, **rates)
 

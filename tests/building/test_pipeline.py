@@ -23,8 +23,8 @@ from dash_export.errors import BackendError, BundleError, PolicyError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.policy import narrowed
-from dash_export.runtime.backends.base import Launch
-from dash_export.runtime.backends.onnxruntime import OrtBackend
+from dash_export.runtime.backends import Launch
+from dash_export.runtime.ort_engine import OrtBackend
 from tests.commands.helpers import dash, python
 from tests.forged import edit
 from tests.tiny import random_ids, tiny_policy, with_bypasses
@@ -283,7 +283,7 @@ def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -
     for options in ("", ", verify=True, measure=True"):  # the second time only what verifies runs something before
         code = (
             f"import sys; from dash_export.building import build; build(*sys.argv[1:]{options})\n"
-            "from dash_export.runtime.backends.onnxruntime import start_thread_pool; print(start_thread_pool(0))"
+            "from dash_export.runtime.ort_engine import start_thread_pool; print(start_thread_pool(0))"
         )
         ran = python(code, bundle.root, tmp_path / "one.toml")
         assert (ran.stdout.strip(), ran.stderr) == ("1", "")

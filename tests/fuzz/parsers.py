@@ -23,7 +23,7 @@ from dash_export.evaluate.task_files import read_items
 from dash_export.graphs.surgery import load_graph
 from dash_export.models import open_checkpoint, row_blocks
 from dash_export.policy import load_policy
-from dash_export.runtime.backends.onnxruntime import OrtEngine, shared_pool_options
+from dash_export.runtime.ort_engine import OrtEngine, shared_pool_options
 from dash_export.runtime.text import Text
 from dash_export.targets import load_recipe
 from dash_export.train.corpus import read_prompts

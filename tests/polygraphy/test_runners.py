@@ -18,7 +18,7 @@ from dash_export.building.engine_graphs import portable_file
 from dash_export.building.graph_runs import graph_run, step_inputs
 from dash_export.bundle import Bundle
 from dash_export.polygraphy.runners import STEPS, DashEngineRunner, DashStepRunner, find_engine, token_feeds
-from dash_export.runtime.backends import onnxruntime
+from dash_export.runtime import ort_engine
 from tests.tiny import random_ids
 
 
@@ -43,8 +43,8 @@ def test_inputs_are_windows_of_a_text(tiny_root: Path) -> None:
 @pytest.fixture
 def shared_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process cannot have both kinds, and other tests have the runtime's."""
-    sound = onnxruntime.OrtEngine
-    monkeypatch.setattr(onnxruntime, "OrtEngine", lambda path, _: sound(path, onnxruntime.shared_pool_options()))
+    sound = ort_engine.OrtEngine
+    monkeypatch.setattr(ort_engine, "OrtEngine", lambda path, _: sound(path, ort_engine.shared_pool_options()))
 
 
 def feed_of(runner: DashEngineRunner, count: int, capacity: int) -> dict[str, np.ndarray]:

@@ -12,8 +12,8 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.errors import BackendError
-from dash_export.runtime.backends import onnxruntime as backend
-from dash_export.runtime.backends.base import Launch
+from dash_export.runtime import ort_engine as backend
+from dash_export.runtime.backends import Launch
 from tests.tiny import random_ids
 
 Fail = Callable[[str], tuple[DashRuntime, ort.RunOptions]]

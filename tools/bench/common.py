@@ -31,9 +31,9 @@ from dash_export.evaluate.intervals import Interval, median_ratios
 from dash_export.evaluate.timing import in_turns
 from dash_export.manifest import Build, EngineRecord, Segment
 from dash_export.resources import resource_folder
-from dash_export.runtime.backends.onnxruntime import create as backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.decode import BoundStep, EngineSet
+from dash_export.runtime.ort_engine import create as backend
 from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import engines
 

@@ -51,7 +51,7 @@ class DashExport(Peer):
 
     def __init__(self, model: str, threads: int) -> None:
         from dash_export import DashRuntime
-        from dash_export.runtime.backends.onnxruntime import start_thread_pool
+        from dash_export.runtime.ort_engine import start_thread_pool
 
         bundle, target, setting = model.split("::")
         start_thread_pool(threads)

@@ -100,7 +100,7 @@ class Device(Protocol):
         """The event is where the stream is now."""
 
     def wait(self, stream: str, event: str) -> None:
-        """What follows in this stream waits for the event; the host does not."""
+        """Let what follows in this stream wait for the event; the host does not."""
 
     def wait_for_event(self, event: str) -> None:
         """The host waits until the event's stream has passed it."""

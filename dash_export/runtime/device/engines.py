@@ -17,7 +17,7 @@ from dash_export.targets import Recipe
 
 @dataclass(frozen=True)
 class LoadedSegment:
-    """What runs a segment and, where it is a unit, what skips it. `unit`: its place among the units."""
+    """The engine that runs a segment and, where it is a unit, what skips it. `unit`: its place among the units."""
 
     segment: Segment
     run: DeviceEngine
@@ -26,7 +26,7 @@ class LoadedSegment:
 
 
 class DeviceEngines:
-    """What `EngineSet` is on the host. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
+    """The device's counterpart of `EngineSet`. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
 
     mixes = False
     score_rows = 1

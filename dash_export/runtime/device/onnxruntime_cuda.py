@@ -12,9 +12,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from dash_export.errors import BackendError
-from dash_export.runtime.backends.onnxruntime import ort_errors
 from dash_export.runtime.device.base import Launch
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
+from dash_export.runtime.ort_engine import ort_errors
 
 PROVIDER = "CUDAExecutionProvider"
 TYPES = {"tensor(float)": 1, "tensor(int64)": 7, "tensor(float16)": 10, "tensor(bfloat16)": 16}

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from dash_export.decision import DecisionRule, Skips
 from dash_export.errors import BackendError
 from dash_export.names import new_names, past_names, present_names
-from dash_export.runtime.backends.base import Launch as HostLaunch
+from dash_export.runtime.backends import Launch as HostLaunch
 from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Graph, Launch, Memory
 from dash_export.runtime.rules import DENSE, Rule
 

@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a builder is told beside the graph. `capabilities` are for TensorRT-RTX, which compiles ahead of time."""
+    """Settings of a builder beside the graph. `capabilities` are for TensorRT-RTX, which compiles ahead of time."""
 
     profiles: tuple[Shapes, ...]
     capabilities: tuple[str, ...]

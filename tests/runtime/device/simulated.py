@@ -21,8 +21,8 @@ import onnxruntime as ort
 
 from dash_export.errors import BackendError
 from dash_export.manifest import Build
-from dash_export.runtime.backends.onnxruntime import shared_pool_options
 from dash_export.runtime.device.base import MAIN, Place
+from dash_export.runtime.ort_engine import shared_pool_options
 
 DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
 Call = tuple[str, str, str]

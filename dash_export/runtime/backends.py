@@ -1,9 +1,15 @@
-"""What the decode loop asks of a backend: load an engine, bind it to fixed memory once, launch it again and again."""
+"""Backends: how an engine file becomes something that runs. One module each, chosen by the recipe's `backend`.
+
+A backend of the host loads an engine, binds it to fixed memory once, and launches it again and again; one for GPUs is a
+`Device` (device/base.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -11,10 +17,18 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import numpy.typing as npt
 
 from dash_export.errors import BackendError
+from dash_export.runtime.device.base import Device
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+# backend -> (module that implements it, package it needs, extra that installs it)
+BACKENDS = {
+    "onnxruntime": ("dash_export.runtime.ort_engine", "onnxruntime", "cpu"),
+    "onnxruntime_cuda": ("dash_export.runtime.device.onnxruntime_cuda", "onnxruntime", "gpu"),
+    "tensorrt": ("dash_export.runtime.device.tensorrt", "tensorrt", "tensorrt"),
+    "tensorrt_rtx": ("dash_export.runtime.device.tensorrt_rtx", "tensorrt_rtx", "rtx"),
+}
 Launch = Callable[[], None]
 """Runs one engine on the memory it was bound to; returns when its outputs are there (CPU) or it is enqueued (CUDA)."""
 
@@ -34,6 +48,26 @@ class Backend(Protocol):
     def load(self, path: Path) -> Engine:
         """Load an engine file; the same file is loaded once. Raises BackendError when the backend refuses it."""
         ...
+
+
+def require_backend(name: str) -> None:
+    """Raises BackendError that names the extra when the backend's package is not installed."""
+    if name not in BACKENDS:
+        raise BackendError(f"There is no backend {name!r} in this version. Known: {', '.join(BACKENDS)}.")
+    _, package, extra = BACKENDS[name]
+    if find_spec(package) is None:
+        raise BackendError(
+            f"The backend {name!r} is not installed on this machine. Run: pip install 'dash-export[{extra}]'"
+        )
+
+
+def load_backend(name: str, threads: int) -> Backend | Device:
+    """Import and start a backend: a Device for GPU targets. Raises BackendError that names what is missing, package or
+    device.
+    """
+    require_backend(name)
+    module = BACKENDS[name][0]
+    return import_module(module).create(threads)  # type: ignore[no-any-return]
 
 
 def backend_errors(step: Callable[_P, _T]) -> Callable[_P, _T]:

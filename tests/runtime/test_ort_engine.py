@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dash_export.runtime.backends.onnxruntime import fitted
+from dash_export.runtime.ort_engine import fitted
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_the_same_memory_in_the_shape_that_a_graph_wants(
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """No telemetry; attention scores whole, on x86, unless the user says otherwise."""
     code = (
-        "import os, platform, dash_export.runtime.backends.onnxruntime\n"
+        "import os, platform, dash_export.runtime.ort_engine\n"
         "x86 = platform.machine().lower() in ('x86_64', 'amd64')\n"
         "print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ.get('ORT_GQA_DISABLE_FLASH_ATTENTION', '1' * (not x86)))"
     )

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from dash_export.errors import BackendError
-from dash_export.runtime.backends.base import Launch
+from dash_export.runtime.backends import Launch
 from dash_export.runtime.cpus import physical_cores
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def shared_pool_options() -> ort.SessionOptions:
 
 @contextmanager
 def ort_errors(graph: str) -> Iterator[None]:
-    """What ONNX Runtime raises within, a family of its own, becomes a BackendError that names the graph."""
+    """Errors of ONNX Runtime's own, raised within, become a BackendError that names the graph."""
     try:
         yield
     except Exception as error:

@@ -99,21 +99,10 @@ class Batch:
         if max_tokens is not None:  # refused for all prompts at once
             answer_length(0, max_tokens, self.engines.model.max_positions)
         this = self._stream_now = object()
-        return self._alone(this, self._stream(iter(prompts), max_tokens, sampling or Sampling()))
-
-    def _alone(self, this: object, stream: Iterator[tuple[int, Response]]) -> Iterator[tuple[int, Response]]:
-        self._check_newest(this)
-        for item in stream:
-            self._check_newest(this)  # the generator of prompts may have begun another
-            yield item
-            self._check_newest(this)
-
-    def _check_newest(self, this: object) -> None:
-        if self._stream_now is not this:
-            raise RequestError("Another stream of this batch has begun: make a batch for each.")
+        return self._stream(this, iter(prompts), max_tokens, sampling or Sampling())
 
     def _stream(
-        self, prompts: Iterator[Prompt | None], max_tokens: int | None, sampling: Sampling
+        self, this: object, prompts: Iterator[Prompt | None], max_tokens: int | None, sampling: Sampling
     ) -> Iterator[tuple[int, Response]]:
         rows: list[Row] = []
         index, more = 0, True
@@ -125,6 +114,7 @@ class Batch:
                     more = False
                     break
                 if prompt is not None:
+                    self._check_newest(this)  # the generator of prompts, too, may have begun another
                     yield index, self._admit(rows, index, prompt, max_tokens, sampling)
                     index += 1
                 elif rows:
@@ -132,7 +122,12 @@ class Batch:
                 else:
                     time.sleep(PAUSE)
             if rows:
+                self._check_newest(this)
                 yield from self._advance(rows)
+
+    def _check_newest(self, this: object) -> None:
+        if self._stream_now is not this:
+            raise RequestError("Another stream of this batch has begun: make a batch for each.")
 
     def _admit(
         self, rows: list[Row], index: int, prompt: Prompt, max_tokens: int | None, sampling: Sampling

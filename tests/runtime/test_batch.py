@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -118,18 +118,30 @@ def test_prompts_are_taken_when_there_is_room(runtime: DashRuntime) -> None:
     assert found == alone(runtime, PROMPTS[:3], 8)
 
 
-@pytest.mark.parametrize("begun", [True, False])
-def test_one_stream_at_a_time(begun: bool, runtime: DashRuntime) -> None:
-    """A second one takes the rows over. The first, begun already or not, says so and leaves the second alone."""
+@pytest.mark.parametrize("begun", ["not at all", "before", "by its prompts"])
+def test_one_stream_at_a_time(begun: str, runtime: DashRuntime) -> None:
+    """A second one takes the rows over. The first says so and leaves the second alone."""
     batch = runtime.batch(2)
-    first = batch.stream(PROMPTS[:2], 20)
-    if begun:
+    made: list[Iterator[tuple[int, Response]]] = []
+
+    def asked() -> Iterator[Any]:
+        if begun == "by its prompts":
+            begin()
+        yield from PROMPTS[:2]
+
+    def begin() -> None:
+        made.append(batch.stream(PROMPTS[2:3], 8))
+        tokens.append(next(made[0])[1].token)
+
+    tokens: list[int] = []
+    first = batch.stream(asked(), 20)
+    if begun == "before":
         next(first), next(first)
-    second = batch.stream(PROMPTS[2:3], 8)
-    tokens = [next(second)[1].token]
+    if begun != "by its prompts":
+        begin()
     with pytest.raises(RequestError, match="Another stream of this batch"):
         next(first)
-    tokens += [response.token for _, response in second]
+    tokens += [response.token for _, response in made[0]]
     assert tokens == alone(runtime, PROMPTS[2:3], 8)[0]
 
 

@@ -18,6 +18,7 @@ that says how it was made. Reading trusts nothing and needs no torch.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -271,11 +272,16 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
                         for of in (facts, spec))  # fmt: skip
         if known != given:
             raise PolicyError(f"it is the policy of {known}; this model is {given}")
-        network, *made = (_taken(tensors, name) for name in ("network", *(f"bypass.{u.name}" for u in facts.units)))
-        norm, bypasses = tensors.pop(_FINAL_NORM, None), tuple(map(Bypass, made))
-        if tensors:
-            raise PolicyError(f"it holds a tensor {min(tensors)!r:.60}, which is nothing of ours")
-        policy = SkipPolicy(facts.units, facts.read, network or None, bypasses, facts.origin, facts.static_order, norm)
+        check_units(facts.units, facts.read, spec.num_layers)
+        norm, homes = tensors.pop(_FINAL_NORM, None), defaultdict[str, dict[str, Float32Array]](dict)
+        for name, array in tensors.items():
+            home, _, own = name.rpartition(".")
+            homes[home][own] = array
+        network = homes.pop("network", None)
+        bypasses = tuple(Bypass(homes.pop(f"bypass.{unit.name}", {})) for unit in facts.units)
+        if foreign := [f"{home}.{own}" for home, found in homes.items() for own in found]:
+            raise PolicyError(f"it holds a tensor {min(foreign)!r:.60}, which is nothing of ours")
+        policy = SkipPolicy(facts.units, facts.read, network, bypasses, facts.origin, facts.static_order, norm)
         check_policy(policy, spec)
     except PolicyError as error:
         wrong = str(error).rstrip(".")
@@ -312,8 +318,3 @@ def _facts(metadata: Mapping[str, str]) -> _Facts:
         raise PolicyError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"the facts in its metadata are not JSON ({error})") from error
-
-
-def _taken(tensors: dict[str, Float32Array], home: str) -> dict[str, Float32Array]:
-    """The tensors called `home.NAME`, taken out, under their own names."""
-    return {name.removeprefix(f"{home}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{home}.")}

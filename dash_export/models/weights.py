@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import CheckpointError
@@ -18,7 +20,7 @@ from dash_export.models.spec import Checkpoint, DecoderSpec, Weight
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text
 
 CHUNK_BYTES = 8 << 20
-MAX_AXES = 4  # a policy's tensors have three
+MAX_AXES, MAX_HEADER = 4, 16 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -96,25 +98,33 @@ def open_weights(files: list[Path]) -> dict[str, Weight]:
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the index names it, so the download is incomplete")
-        with _opened(path) as file:
-            _refuse_twice(path)
-            for name in file.keys():  # noqa: SIM118 - not a dict
+        with _opened(path):  # the library has found the header and the offsets in it sound
+            header, data = _header(path)
+            for name, entry in header.items():
                 if name in weights:
                     raise ValueError(f"{name!r:.100} is in another file of the model too")
-                entry = file.get_slice(name)
-                shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+                shape, dtype = tuple(entry["shape"]), entry["dtype"]
                 if len(shape) > MAX_AXES:
                     raise ValueError(f"{name!r:.100} has {len(shape)} axes")
-                weights[name] = Weight(name, shape, dtype, partial(_rows, path, name, dtype))
+                offset = data + entry["data_offsets"][0]
+                weights[name] = Weight(name, shape, dtype, partial(_rows, path, name, dtype, shape, offset))
     return weights
 
 
-def _rows(path: Path, name: str, dtype: str, start: int, stop: int) -> npt.NDArray[Any]:
+def _rows(
+    path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int, start: int, stop: int
+) -> npt.NDArray[Any]:
     if dtype not in _FLOATS:
         raise CheckpointError(f"tensor {name:.100} in {path} has dtype {dtype}; supported: {', '.join(_FLOATS)}")
-    # Opened anew each time: closing it unmaps the file, and the pages read so far stop counting as ours.
-    with _opened(path) as file:
-        return file.get_slice(name)[start:stop]  # type: ignore[no-any-return]
+    kind = np.dtype(require("ml_dtypes").bfloat16 if dtype == "BF16" else f"<f{int(dtype[1:]) // 8}")
+    size = prod(shape[1:]) * kind.itemsize
+    # Read, not mapped: the resident set does not grow with the part of the model read so far.
+    with path.open("rb") as file:
+        file.seek(offset + start * size)
+        data = file.read((stop - start) * size)
+    if len(data) != (stop - start) * size:
+        raise CheckpointError(f"{path} ends inside tensor {name:.100}: the file changed while it was read")
+    return np.frombuffer(data, kind).reshape(stop - start, *shape[1:])
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -123,18 +133,25 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def _refuse_twice(path: Path) -> None:
-    """Raises ValueError for a name that is there twice in the header: the library, which finds it sound, takes the last
-    and another one maybe the first.
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The tensors of a file's header, and where their data begin. Raises ValueError for a name that is there twice (the
+    library takes the last, and another one maybe the first), and for a header larger than any model has.
     """
 
-    def check(pairs: list[tuple[str, object]]) -> None:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
             raise ValueError(f"{max(names, key=names.count)!r:.100} is there twice")
+        return found
 
     with path.open("rb") as file:
-        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=check)
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER:
+            raise ValueError(f"its header has {size} bytes; {MAX_HEADER} at most are read")
+        header = json.loads(file.read(size), object_pairs_hook=once)
+    header.pop("__metadata__", None)
+    return header, 8 + size
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dash_export.runtime.backends import Backend, load_backend
 from dash_export.runtime.batch import MAX_SIZE, Batch
 from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device
-from dash_export.runtime.huge_pages import keep_freed_memory, move_to_huge_pages
+from dash_export.runtime.huge_pages import keep_freed_memory, on_huge_pages
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
 from dash_export.runtime.rules import Rule, SessionRules, session_rules
 from dash_export.runtime.sampling import Sampling
@@ -174,10 +174,8 @@ def engines(
     """A build's engines on what its recipe is for. Raises BackendError where device and build do not fit."""
     if recipe.engine is None:
         keep_freed_memory()
-        loaded = EngineSet(bundle, build, cast("Backend", backend))
-        if recipe.runtime.huge_pages:
-            move_to_huge_pages()
-        return loaded
+        with on_huge_pages(recipe.runtime.huge_pages):
+            return EngineSet(bundle, build, cast("Backend", backend))
     from dash_export.runtime.device.engines import DeviceEngines  # a CPU does without
 
     device = cast("Device", backend)

@@ -253,6 +253,17 @@ def test_tensors_that_do_not_lie_one_after_another(folder: Path, name: str) -> N
         open_checkpoint(folder)
 
 
+def test_headers_are_read_once_and_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with 20,000 tensors would take minutes if it were read again for every weight."""
+    checkpoint = open_checkpoint(folder)
+    with monkeypatch.context() as closed:
+        closed.setattr("dash_export.models.weights._opened", None)
+        assert all(checkpoint.read(name).shape == weight.shape for name, weight in checkpoint.weights.items())
+    monkeypatch.setattr("dash_export.models.weights.MAX_HEADER", 100)
+    with pytest.raises(CheckpointError, match=r"its header has .* bytes; 100 at most"):
+        open_checkpoint(folder)
+
+
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama", max_shard_size="60KB")
     first, second, *_ = sorted(tmp_path.glob("*.safetensors"))

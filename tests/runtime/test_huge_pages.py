@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not 
 PRELUDE = """
 import mmap, resource
 import numpy as np
-from dash_export.runtime.huge_pages import HUGE, keep_freed_memory, move_to_huge_pages, pages_in_use
+from dash_export.runtime.huge_pages import HUGE, keep_freed_memory, on_huge_pages, pages_in_use
 def huge():
     with open("/proc/self/smaps_rollup") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:")) >> 10
@@ -62,7 +63,7 @@ def test_only_private_memory_that_may_be_written_counts() -> None:
 
 
 @needs_moves
-def test_only_what_is_half_in_use_counts() -> None:
+def test_the_share_in_use() -> None:
     program = """
 memory = mmap.mmap(-1, 4 * HUGE, flags=mmap.MAP_PRIVATE)
 memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -70,10 +71,23 @@ view = np.frombuffer(memory, np.uint8)
 start = -view.ctypes.data % HUGE
 for page, share in enumerate((0.4, 0.6)):
     view[start + page * HUGE : start + int((page + share) * HUGE) : mmap.PAGESIZE] = 1
-found = set(pages_in_use())
-print(*(int(view.ctypes.data + start + page * HUGE in found) for page in range(3)))
+found = pages_in_use()
+print(*(round(10 * found.get(view.ctypes.data + start + page * HUGE, 0)) for page in range(3)))
 """
-    assert printed(program) == [0, 1, 0]
+    assert printed(program) == [4, 6, 0]
+
+
+@needs_moves
+def test_what_was_there_before_is_not_moved() -> None:
+    """An application's, or what a worker shares with the process it was forked from."""
+    program = """
+memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+memory[:] = b"x" * len(memory)
+with on_huge_pages(): weights = bytearray(b"w" * (8 << 20))
+print(huge())
+"""
+    assert 4 <= printed(program)[0] <= 16
 
 
 LOADS = {
@@ -87,7 +101,7 @@ LOADS = {
     ),
     # And what was freed between a first model's weights does not break the huge pages around it.
     "second": (
-        "one = [bytearray(b'w' * (1 << 18)) for _ in range(128)]; move_to_huge_pages(); del one[::8]",
+        "with on_huge_pages(): one = [bytearray(b'w' * (1 << 18)) for _ in range(128)]\ndel one[::8]",
         "[bytearray(b'w' * (3 << 20)) for _ in range(12)]",
         56,
     ),
@@ -99,7 +113,7 @@ LOADS = {
 @pytest.mark.parametrize("name", LOADS)
 def test_weights_come_to_lie_on_huge_pages(name: str) -> None:
     before, load, least = LOADS[name]
-    program = f"keep_freed_memory(); {before}\nweights = {load}\nmove_to_huge_pages()\nprint(huge())"
+    program = f"keep_freed_memory()\n{before}\nwith on_huge_pages(): weights = {load}\nprint(huge())"
     assert printed(program)[0] >= least
 
 
@@ -115,10 +129,12 @@ def test_what_is_freed_is_kept() -> None:
 
 def test_loading_a_runtime_does_both(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("keep_freed_memory", "move_to_huge_pages"):
-        monkeypatch.setattr(f"dash_export.runtime.runtime.{name}", lambda name=name: calls.append(name))
+    monkeypatch.setattr("dash_export.runtime.runtime.keep_freed_memory", lambda: calls.append("heap"))
+    monkeypatch.setattr(
+        "dash_export.runtime.runtime.on_huge_pages", lambda wanted: nullcontext(calls.append(f"pages {wanted}"))
+    )
     DashRuntime.load(tiny_root, "cpu-fp32")
-    assert calls == ["keep_freed_memory", "move_to_huge_pages"]
+    assert calls == ["heap", "pages True"]
 
 
 @pytest.mark.parametrize("enabled", ["always madvise [never]\n", None])
@@ -131,4 +147,5 @@ def test_where_there_are_none_nothing_happens(
         (tmp_path / "hpage_pmd_size").write_text(f"{huge_pages.HUGE}\n")
     monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
     monkeypatch.setattr(huge_pages, "pages_in_use", lambda: pytest.fail("looked for"))
-    huge_pages.move_to_huge_pages()
+    with huge_pages.on_huge_pages():
+        pass

@@ -303,7 +303,7 @@ def trade_off_for(
         given, limit = f"A KL of {max_kl:g}", f"diverge by {max(amounts):.4f} nats per token"
     after = next((index for index, amount in enumerate(amounts) if amount >= wanted - _ROUNDING), None)
     if after is None:
-        most = f"with all units skipped it will {limit} on the calibration text. Ask for less."
+        most = f"with all units skipped it will {limit} on the calibration text. That is the most it can."
         raise PolicyError(f"{given} is more than this policy can give: {most}")
     before = max(0, after - 1)
     rise = amounts[after] - amounts[before]

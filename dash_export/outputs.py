@@ -44,7 +44,7 @@ def locked(output: Path, command: str) -> Iterator[None]:
     holder where another process or thread has it, OutputError where the lock's name is taken by something else.
     """
     path = lock_file(output)
-    new_parent = not path.parent.exists()
+    new = [folder for folder in path.parents if not folder.exists()]
     descriptor = _acquired(path, output)
     try:
         if descriptor is not None:
@@ -60,9 +60,9 @@ def locked(output: Path, command: str) -> Iterator[None]:
             with suppress(PermissionError):
                 path.unlink(missing_ok=True)  # before it is let go: who has opened it already sees that it is gone
             os.close(descriptor)
-        if new_parent:
-            with suppress(OSError):  # not empty: the output is there
-                path.parent.rmdir()
+        with suppress(OSError):  # not empty: the output is there
+            for folder in new:
+                folder.rmdir()
 
 
 @contextmanager

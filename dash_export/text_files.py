@@ -25,6 +25,8 @@ MAX_ADDED = 1 << 20
 """Letters of all added tokens, of which native code makes an automaton."""
 MAX_REPEATS = 256
 """A pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
+MAX_MERGES = 4
+"""Merges per token of the vocabulary; published ones have up to 2.2."""
 _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 _OTHER_MODELS = ("Unigram", "WordPiece")
 """Native code of these recurses and multiplies as far as a stranger's vocabulary says."""
@@ -64,6 +66,10 @@ def _check_texts(data: Any) -> None:
     contents = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     if sum(len(content) for content in contents if isinstance(content, str)) > MAX_ADDED:
         raise ValueError(f"its added tokens have over {MAX_ADDED} letters")
+    model = data.get("model") if isinstance(data, dict) else None
+    vocab, merges = (model.get(name) for name in ("vocab", "merges")) if isinstance(model, dict) else (None, None)
+    if isinstance(vocab, dict) and isinstance(merges, list) and len(merges) > MAX_MERGES * len(vocab):
+        raise ValueError(f"it has {len(merges)} merges for {len(vocab)} tokens")
     left = [data]
     while left:
         part = left.pop()

@@ -121,7 +121,7 @@ def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]
             ),
         )  # fmt: skip
     click.echo(
-        "layers: mean run where skipping was allowed. time: of the build's dense, from its cost table. kl: nats per "
-        "token. flips: right with dense and wrong here, or back. In brackets: 95 % bootstrap intervals; "
-        "--json has those of all."
+        "layers: mean run where skipping was allowed. time: of each build's own dense, from its cost table (frontier "
+        "measures across builds). kl: nats per token. flips: right with dense and wrong here, or back. In brackets: "
+        "95 % bootstrap intervals; --json has those of all."
     )

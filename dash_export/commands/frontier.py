@@ -147,5 +147,5 @@ def _print(title: str, points: Sequence[Point], shares: Sequence[float | None]) 
     click.echo(
         "time: of dense; predicted: of the build's own dense, from its cost table. perplexity: of dense, then what is "
         "more than that. rate: per cent of perplexity paid per per cent of time saved. token's KL: at equal time, "
-        "of this one's. In brackets: 95 % intervals."
+        "of this one's. In brackets: 95 % intervals, of times from six rounds on."
     )

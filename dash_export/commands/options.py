@@ -176,12 +176,13 @@ def window_options(command: Any) -> Any:
     """--limit, --window and --prefix: what texts are scored on."""
     return with_options(
         command,
-        counted("--limit", LIMIT, "Windows of a text, or items of a task file."),
+        counted("--limit", LIMIT, "Windows of a text, or items of a task."),
         counted("--window", WINDOW, "Tokens of a window.", least=4),
         counted("--prefix", PREFIX, "How many of them are dense.", least=2),
     )
 
 
 def with_bounds(figure: Interval, digits: int) -> str:
-    """`0.123 (0.101 to 0.140)`."""
-    return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
+    """`0.123 (0.101 to 0.140)`, or the value alone where it has no interval."""
+    bounds = f" ({figure.low:.{digits}f} to {figure.high:.{digits}f})" if figure.low < figure.high else ""
+    return f"{figure.value:.{digits}f}{bounds}"

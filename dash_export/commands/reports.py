@@ -21,7 +21,7 @@ from dash_export.outputs import MARK, locked
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BEGINNING = 8192
+_BEGINNING, _LONGEST_NAME = 8192, 200
 
 
 def check_reports(*outputs: Path) -> None:
@@ -39,6 +39,8 @@ def check_reports(*outputs: Path) -> None:
                 pass
         if not ours:
             raise RequestError(f"{path} exists and is no report of ours: it will not be overwritten. Choose another.")
+        if len(os.fsencode(path.name)) > _LONGEST_NAME:
+            raise RequestError(f"The name {path.name[:40]}... is too long: {_LONGEST_NAME} bytes at most.")
         for folder in path.absolute().resolve().parents:
             inside = (folder / MANIFEST).is_file() and any((folder / name).is_dir() for name in ("onnx", "engines"))
             if inside or (folder / MARK).is_file():

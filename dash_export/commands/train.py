@@ -49,7 +49,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=DEFAULTS.seed, show_default=True)
 @click.option(
     "--steps", "tuning_steps", type=click.IntRange(min=1), default=DEFAULTS.tuning_steps, show_default=True,
-    help="Tuning steps; no other stage takes more.",
+    help="Tuning steps. Closed form and regression take no more; the search and the order of static sets do.",
 )  # fmt: skip
 @click.option(
     "--trade-offs", type=(_POSITIVE, _POSITIVE), default=DEFAULTS.trade_offs, show_default=True, metavar="LOW HIGH",

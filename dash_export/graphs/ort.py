@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.decision import Unit
+from dash_export.errors import BackendError
 from dash_export.graphs.ort_quantize import ACCURACY_LEVEL, CONTRIB, quantize_block, quantized
 from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_WEIGHT, HIDDEN_SHAPE
 from dash_export.graphs.rounded import Roundings, to_nearest, weight_precision
@@ -26,8 +27,8 @@ from dash_export.models.spec import FINAL_NORM
 from dash_export.names import new_names, past_names, present_names, short_name
 from dash_export.targets import BITS, QUANTISED, Recipe
 
-ROTARY_MULTIPLE = 16
-"""GroupQueryAttention rotates only heads whose size is a multiple of this."""
+HEAD_MULTIPLE, ROTARY_MULTIPLE = 8, 16
+"""GroupQueryAttention takes, and rotates, only heads whose size is a multiple of these."""
 
 UNIT_GAIN = "unit_gain"
 
@@ -68,6 +69,11 @@ def write(
     reads what enters one of them; a bypass; or a bypass and then its unit's layers, of which `skipped` [batch,
     sequence, 1] bool chooses row by row: the state, and the K and V that later tokens attend to.
     """
+    if manifest.model.head_dim % HEAD_MULTIPLE:
+        raise BackendError(
+            f"ONNX Runtime's attention takes heads whose size is a multiple of {HEAD_MULTIPLE}, and this model's have "
+            f"{manifest.model.head_dim}: use --target portable."
+        )
     g = OrtWriter(name, doc, parts, manifest, recipe, roundings)
     entering = g.embed() if "embed" in parts else g.input("hidden", (*HIDDEN_SHAPE, manifest.model.hidden_size))
     layers = [int(part.removeprefix("layer_")) for part in parts if part.startswith("layer_")]
@@ -123,7 +129,7 @@ class OrtWriter(GraphWriter):
     def embed(self) -> ir.Value:
         ids = self.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
         bits, block = BITS[self.recipe.embedding], self.recipe.block_size
-        if self.recipe.embedding not in QUANTISED:
+        if self.recipe.embedding not in QUANTISED or self.facts.hidden_size % block:  # rows are whole blocks
             return self.op("Gather", [self.stored(EMBED_WEIGHT), ids], "embed")
         table = self.array(EMBED_WEIGHT)
         # The quantiser blocks the first axis of [in, out]: rows of the table are columns there.

@@ -12,7 +12,7 @@ from typing import Any
 
 from dash_export.errors import CheckpointError
 from dash_export.models.config import flag, shown
-from dash_export.text_files import load_tokenizer
+from dash_export.text_files import MAX_MERGES, load_tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types; there are 1 to 6
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -106,7 +106,12 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
 
 def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], pre: str, bos: int | None) -> dict[str, Any]:
     """A tokenizer.json; texts begin with the token `bos`, where there is one."""
-    merges = [merge.split(" ") for merge in _strings(metadata, "tokenizer.ggml.merges")]
+    stored = _strings(metadata, "tokenizer.ggml.merges")
+    if len(stored) > MAX_MERGES * len(tokens):
+        raise CheckpointError(
+            f"tokenizer.ggml.merges has {len(stored)} entries for {len(tokens)} tokens; it is damaged"
+        )
+    merges = [merge.split(" ") for merge in stored]
     if not all(len(merge) == 2 and all(merge) for merge in merges):
         raise CheckpointError("tokenizer.ggml.merges holds a merge that is not two tokens; the file is damaged")
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))

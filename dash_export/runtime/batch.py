@@ -1,6 +1,7 @@
 """Several sequences decoded together: a step reads the weights once for all of them.
 
-Each sequence has its own cache rows, rules, sampling and end, and gets what it would get alone. A unit runs when any
+Each sequence has its own cache rows, rules, sampling and end, and gets what it would get alone (in fp32; else up to
+rounding). A unit runs when any
 sequence runs it, and each takes its own result, so skipping saves less the more decode together: where every one skips
 a unit with probability p, p^n of its runs are saved.
 """

@@ -194,8 +194,8 @@ class Session:
                 "score with the budget alone, or decode."
             )
         forced = None if actions is None else unit_skips(actions, self.engines.units)
+        check_room(len(tokens), 0, self.engines.model.max_positions)
         self.reset()
-        check_room(len(tokens), 0, self.context_left)
         self._reserve(len(tokens))
         prompt = max(prefix, DENSE_POSITIONS) if forced is None else 0
         chunk = min(self._chunk(), self.engines.score_rows) if mixes else 1

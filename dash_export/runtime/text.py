@@ -50,11 +50,7 @@ class Text:
         """Text -> token ids; `special` adds what begins a fresh text (a BOS, for some models). Raises RequestError for
         text that is no valid Unicode and ContextLengthError, without encoding it, for one far over `limit` tokens.
         """
-        if len(text) > _LETTERS * max(limit, 256):
-            raise ContextLengthError(
-                f"The context does not hold this: {len(text)} letters are far over the {limit} tokens that are free. "
-                "Shorten the prompt or start a new session."
-            )
+        _check_letters(len(text), limit)
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -85,7 +81,17 @@ class Text:
             raise RequestError(
                 "This model has no chat template: give it plain text (without --chat), or export a chat model."
             )
+        texts = (text for message in messages for text in message.values() if isinstance(text, str))
+        _check_letters(sum(map(len, texts)), limit)
         return self.encode(self.template.render(messages), special=False, limit=limit)
+
+
+def _check_letters(letters: int, limit: int) -> None:
+    if letters > _LETTERS * max(limit, 256):
+        raise ContextLengthError(
+            f"The context does not hold this: {letters} letters are far over the {limit} tokens that are free. "
+            "Shorten the prompt or start a new session."
+        )
 
 
 class TextStream:

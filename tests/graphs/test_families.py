@@ -11,6 +11,7 @@ import torch
 
 from dash_export import DashRuntime
 from dash_export.building import build
+from dash_export.errors import BackendError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+    "llama-odd-width": ("llama", {"hidden_size": 48, "head_dim": 16}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),
 }
 TOKENS = 70
@@ -76,7 +78,7 @@ def greedy(model: Any, ids: np.ndarray, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("case", ["llama-biases", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case", ["llama-biases", "llama-odd-width", "qwen2", "qwen3"])
 def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
     """Small matrices of every kind survive the quantiser: int8 stays close, int4 (blocks as long as these matrices) in
     sight.
@@ -90,3 +92,11 @@ def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
     logits = runtime.session().logits(random_ids(TOKENS))
     error = np.sqrt(np.mean((logits - exact) ** 2)) / exact.std()
     assert error < {"int8": 0.12, "int4": 0.6}[precision], error
+
+
+def test_heads_that_attention_does_not_take(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "llama", num_hidden_layers=6, head_dim=12)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint))
+    with pytest.raises(BackendError, match="a multiple of 8, and this model's have 12: use --target portable"):
+        build(bundle, "cpu", weights="fp32")

@@ -109,6 +109,7 @@ def test_other_assets() -> None:
         ({"ggml.merges": ["h e x"]}, "merges"),
         ({"ggml.merges": ["h nothing"]}, "cannot be used: .*nothing"),
         ({"ggml.merges": "h e"}, "merges"),
+        ({"ggml.merges": ["h e"] * 2000}, "2000 entries for 259 tokens"),
         ({"ggml.bos_token_id": 259}, "bos_token_id"),
         ({"ggml.add_bos_token": "yes"}, "add_bos_token"),
         ({"chat_template": ["a"]}, "chat_template"),

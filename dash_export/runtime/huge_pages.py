@@ -86,7 +86,7 @@ def available() -> bool:
 
 
 def pages_in_use() -> dict[int, float]:
-    """Of every huge page's worth of this process's own memory, by address, the share that is in use."""
+    """The share in use of every huge page's worth of this process's own memory, by address."""
     found: dict[int, float] = {}
     with suppress(OSError, ValueError), PAGEMAP.open("rb", buffering=0) as file:
         for first, end in own_memory(MAPS.read_text("ascii", "replace")):

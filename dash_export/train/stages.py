@@ -27,7 +27,7 @@ import torch
 from dash_export.artifacts import Progress, no_progress, write_atomic
 from dash_export.decision import Unit
 from dash_export.errors import PolicyError
-from dash_export.policy import SkipPolicy
+from dash_export.policy import Bypass, SkipPolicy
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import SELF_GENERATED, Batch, Corpus
 from dash_export.train.defaults import TrainingSettings
@@ -44,8 +44,8 @@ from dash_export.train.partition import (
 )
 
 SAVE_EVERY = 20
-"""Steps of regression and tuning: a kill costs as many at most, and the closed form. What else it interrupts
-begins anew: the sums and trials of one group of candidates, the static order.
+"""Steps of regression and tuning: a kill costs as many at most. What else it interrupts begins anew: the sums and
+trials of one group of candidates, those of the closed form, the static order.
 """
 RANKING_BATCHES = 2
 _DIGEST = hashlib.sha256().digest_size
@@ -120,11 +120,7 @@ def trained_policy(
     model, settings = run.model, run.settings
     chosen = search_units(run) if units is None else ()
     units = units or tuple(candidate.unit for candidate in chosen)
-    if start is None:
-        sums = _summed(run, units, settings.fit_steps, "bypasses in closed form")
-        policy = SkipPolicy(units, units[0].first - 1, None, tuple(map(sums.fit, units)))
-    else:
-        policy = start
+    policy = start if start is not None else SkipPolicy(units, units[0].first - 1, None, _fitted(run, units))
     if kind == "static":
         policy = replace(policy, network=None)
     elif policy.network is None:
@@ -177,6 +173,16 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
             "(--trade-offs), or the units (--units)."
         )
     return best
+
+
+def _fitted(run: Run, units: Sequence[Unit]) -> tuple[Bypass, ...]:
+    def fit() -> list[dict[str, torch.Tensor]]:
+        sums = _summed(run, units, run.settings.fit_steps, "bypasses in closed form")
+        found = (sums.fit(unit).weights.items() for unit in units)
+        return [{name: torch.from_numpy(array) for name, array in weights} for weights in found]
+
+    kept = run.work.once("fit", fit)
+    return tuple(Bypass({name: tensor.numpy() for name, tensor in weights.items()}) for weights in kept)
 
 
 def _summed(run: Run, units: Sequence[Unit], steps: int, name: str = "") -> Sums:

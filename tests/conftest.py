@@ -63,11 +63,11 @@ def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_fac
 
 @pytest.fixture(scope="session")
 def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]]:
-    """`smollm2_runtime(target)`: `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built on first use: with a dial of few
-    points, and int4 calibrated on an eighth of the text.
+    """`smollm2_runtime(target)`: `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built on first use, with a dial of few
+    points.
     """
     from dash_export import DashRuntime
-    from dash_export.building import build, calibrate, dial
+    from dash_export.building import build, dial
 
     @cache
     def runtime(target: str) -> DashRuntime:
@@ -76,8 +76,6 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
             patch.setattr(dial, "WINDOWS", 3 if tested else 1)
             patch.setattr(dial, "TOKENS", 128 if tested else 64)
             patch.setattr(dial, "SHARES", (0.1, 0.25, 0.4, 0.6) if tested else (0.1, 0.4))
-            patch.setattr(calibrate, "WINDOWS", 8)
-            patch.setattr(calibrate, "SHRINK", (1.0, 0.91, 0.82, 0.73))
             recipe, _, weights = target.partition("-")
             build(smollm2_bundle, recipe, weights=weights or None)
         return DashRuntime.load(smollm2_bundle, target)

@@ -87,7 +87,8 @@ def open_gguf(path: Path) -> Checkpoint:
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(architecture, spec.num_layers)
     stored = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in spec.weight_shapes()}
-    if unused := sorted(tensors.keys() - {*stored.values(), _ROPE_FACTORS}):
+    used = {*stored.values(), *([_ROPE_FACTORS] if family == "llama" else [])}
+    if unused := sorted(tensors.keys() - used):
         raise CheckpointError(
             f"{path} holds {len(unused)} tensors that {family} does not use, the first is {unused[0][:100]!r}; this "
             "variant is not supported"

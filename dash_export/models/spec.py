@@ -138,8 +138,8 @@ class Checkpoint:
         return np.concatenate([*row_blocks(self.weights[name])])
 
     def check_same(self) -> None:
-        """Raises CheckpointError where a weight file is another one than when it was opened: what has been read of it
-        would be of two models.
+        """Raises CheckpointError where a file that was read is another one than when it was opened: what has been read
+        of it would be of two models (or texts).
         """
         for path, known in self.seen.items():
             if not path.exists() or identity(path) != known:

@@ -64,6 +64,8 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
         raise CheckpointError(f"tokenizer.chat_template is {shown(template)}; expected a string")
     bos, eos, pad, eot = (token_id(metadata, name) for name in ("bos", "eos", "padding", "eot"))
     add_bos = flag(metadata, "tokenizer.ggml.add_bos_token", pre in _ADDS_BOS) and bos is not None
+    if flag(metadata, "tokenizer.ggml.add_eos_token", False):
+        raise CheckpointError("tokenizer.ggml.add_eos_token is not supported: every prompt would be an ended text")
     made = _tokenizer(metadata, tokens, pre, bos if add_bos else None)
     try:
         text = load_tokenizer(json.dumps(made, ensure_ascii=False)).to_str()  # as what runs the bundle will

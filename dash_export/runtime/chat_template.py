@@ -7,6 +7,7 @@ system bounds its memory and a clock its time; where it breaks something, that i
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -26,6 +27,8 @@ MAX_BYTES = 10_000_000
 """Of one answer, as JSON."""
 CHILD = Path(__file__).with_name("template_child.py")
 INSTEAD = "Do not use it: replace chat_template.jinja of the model and export again."
+_RENDERS = Lock()
+os.register_at_fork(before=_RENDERS.acquire, after_in_parent=_RENDERS.release, after_in_child=_RENDERS.release)
 NO_PYTHON = "Chat templates need a Python of their own: set sys.executable to one that starts and has jinja2"
 
 
@@ -36,7 +39,6 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         self._source, self._special = source, dict(special)
-        self._lock = Lock()
         self._child: _Child | None = None
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
@@ -51,7 +53,7 @@ class ChatTemplate:
             request = json.dumps(given)
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"Chat messages must be text, numbers, lists and mappings ({error}).") from error
-        with self._lock:
+        with _RENDERS:
             if self._child is None or self._child.process.poll() is not None:  # or it is not this process's: a fork's
                 self._child = _Child(self._source)
             good, text = self._child.ask(request)

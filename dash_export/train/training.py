@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dash_export import __version__
-from dash_export.artifacts import Progress, content_key, no_progress, sha256_file
+from dash_export.artifacts import Progress, content_key, identity, no_progress, sha256_file
 from dash_export.decision import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint, open_checkpoint
@@ -78,6 +78,7 @@ def train(
     check_unique_names(texts, prompts)
     if missing := [path for path in (*texts, *prompts) if not path.is_file()]:
         raise RequestError(f"There is no file {missing[0]}.")
+    checkpoint = replace(checkpoint, seen={**checkpoint.seen, **{path: identity(path) for path in (*texts, *prompts)}})
     data = {
         path.name: {"read_as": form, "sha256": sha256_file(path)}
         for form, paths in (("text", texts), ("prompts", prompts))
@@ -85,7 +86,7 @@ def train(
     }
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
     replaced = [work_of(output), output, card_path(output)]
-    refuse_inputs([*checkpoint.seen, *texts, *prompts, *filter(None, [start])], replaced)
+    refuse_inputs([*checkpoint.seen, *filter(None, [start])], replaced)
     # Anything the training depends on; tokenizer and chat template make other text of the same file.
     read = (checkpoint.fingerprint, sorted(checkpoint.assets.items()), data, origin, __version__, torch.__version__)
     key = content_key(asdict(settings), kind, None if given is None else units_text(given), *read)

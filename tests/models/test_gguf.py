@@ -96,6 +96,12 @@ def test_llama3_rope_factors_become_the_named_scaling(tmp_path: Path) -> None:
     assert checkpoint.config["rope_parameters"] == LLAMA3
 
 
+def test_rope_factors_of_an_architecture_without_them(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("qwen2"), extra_tensors={"rope_freqs.weight": np.ones(8, np.float32)})
+    with pytest.raises(CheckpointError, match="qwen2 does not use, the first is 'rope_freqs"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
 @pytest.mark.parametrize(
     "factors", [np.ones(7), np.zeros(8), np.full(8, np.nan), np.ones((2, 4)), np.linspace(1, 3, 8)]
 )

@@ -112,6 +112,7 @@ def test_other_assets() -> None:
         ({"ggml.merges": ["h e"] * 2000}, "2000 entries for 259 tokens"),
         ({"ggml.bos_token_id": 259}, "bos_token_id"),
         ({"ggml.add_bos_token": "yes"}, "add_bos_token"),
+        ({"ggml.add_eos_token": True}, "add_eos_token"),
         ({"chat_template": ["a"]}, "chat_template"),
         ({"ggml.token_type": [7] * 259}, "1 to 6"),
         # told when it is exported, not as damage of the bundle when that is run

@@ -148,6 +148,21 @@ def test_threads_share_a_child() -> None:
         assert all(pool.map(render, range(200)))
 
 
+def test_fork_while_another_thread_renders() -> None:
+    template = ChatTemplate(LOOPS_WHEN_ASKED, {})
+    template.render(MESSAGES)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(template.render, ASKED)
+        time.sleep(0.2)
+        if not (forked := os.fork()):
+            with suppress(BaseException):
+                signal.alarm(30)
+                os._exit(template.render(MESSAGES) != "Hi")
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 0
+        assert isinstance(slow.exception(), RequestError)
+
+
 def test_forked_process_has_a_child_of_its_own() -> None:
     template = ChatTemplate(CHAT_TEMPLATE, {})
     expected, first = template.render(MESSAGES), child(template)

@@ -14,7 +14,7 @@ import torch
 
 from dash_export import replacing
 from dash_export.decision import parse_units
-from dash_export.errors import OutputError, PolicyError, RequestError
+from dash_export.errors import CheckpointError, OutputError, PolicyError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import check_model
 from dash_export.models.spec import FINAL_NORM
@@ -207,6 +207,18 @@ def test_a_policy_that_cannot_be_replaced_is_told_before_the_work(
     with pytest.raises(OutputError, match=rf"{place} is a mount point"):
         learn()
     assert output.read_bytes() == before
+
+
+def test_a_text_that_changes_while_it_is_read(learn: Learn, output: Path, tmp_path: Path, prose: Path) -> None:
+    text = Path(shutil.copy(prose, tmp_path / "mine.txt"))
+
+    def change(what: str, *_: int) -> None:
+        if what == "reading the text":
+            text.write_text(text.read_text() + "More.")
+
+    with pytest.raises(CheckpointError, match=r"mine\.txt changed while it was read"):
+        learn(texts=[text], progress=change)
+    assert not output.exists()
 
 
 def test_the_work_folder_holds_nothing_of_others(learn: Learn, output: Path, prose: Path) -> None:

@@ -27,6 +27,9 @@ MAX_REPEATS = 256
 """A pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
 MAX_MERGES = 4
 """Merges per token of the vocabulary; published ones have up to 2.2."""
+_GROWS = {"Lowercase": 3, "NFC": 3, "ByteLevel": 4, "NFD": 4, "BertNormalizer": 12}
+_GROWS |= dict.fromkeys(("NFKC", "NFKD", "Precompiled"), 18)
+"""Letters that these can make of one; other kinds that are known add a few at most."""
 _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 _OTHER_MODELS = ("Unigram", "WordPiece")
 """Native code of these recurses and multiplies as far as a stranger's vocabulary says."""
@@ -49,14 +52,14 @@ def load_tokenizer(text: str) -> Tokenizer:
         raise ValueError("it is nested too deep") from error
     try:
         tokenizer = Tokenizer.from_str(text)
-        made_of = filter(None, (tokenizer.normalizer, tokenizer.decoder, tokenizer.post_processor))
-        parts = [json.loads(part.__getstate__()) for part in made_of]
+        made_of = (tokenizer.normalizer, tokenizer.pre_tokenizer), (tokenizer.decoder,), (tokenizer.post_processor,)
+        chains = [[json.loads(part.__getstate__()) for part in chain if part] for chain in made_of]
     except BaseException as error:  # tokenizers raises plain Exception, and panics that are none
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"{error!s:.300}") from error
-    if any(_growth(part) > MAX_GROWTH for part in parts):
-        raise ValueError(f"its normalizer, decoder or template can make a text over {MAX_GROWTH} times as long")
+    if any(math.prod(map(_growth, chain)) > MAX_GROWTH for chain in chains):
+        raise ValueError(f"what it does to a text can make it over {MAX_GROWTH} times as long")
     return tokenizer
 
 
@@ -100,7 +103,11 @@ def _growth(part: Any) -> float:
         pieces = [*part["single"], *part["pair"]]
         special = sum(made_of.get(piece["SpecialToken"]["id"], 1) for piece in pieces if "SpecialToken" in piece)
         return max(1, special, sum("Sequence" in piece for piece in part["single"]))
-    return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or part.get("processors") or ()))
+    if kind == "Prepend":
+        return 1.0 + len(part["prepend"])
+    if kind != "Sequence":
+        return _GROWS.get(kind, 1)
+    return math.prod(_growth(inner) for value in part.values() if isinstance(value, list) for inner in value)
 
 
 def read_stream(stream: TextIO, limit: int = 1 << 26) -> str:

@@ -20,8 +20,8 @@ def replacing(content: str, **pattern: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def sequence(where: str, *parts: dict[str, Any]) -> dict[str, Any]:
-    return {where: {"type": "Sequence", f"{where}s": list(parts)}}
+def sequence(where: str, *parts: dict[str, Any], name: str = "") -> dict[str, Any]:
+    return {where: {"type": "Sequence", name or f"{where}s": list(parts)}}
 
 
 def split(pattern: str) -> dict[str, Any]:
@@ -38,12 +38,17 @@ def template(kind: str, times: int, unused: int = 0) -> dict[str, Any]:
     return {"post_processor": {"type": "TemplateProcessing", **pieces, "special_tokens": {"x": token}}}
 
 
+BYTES = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 HANGS = r"[\s\S]{0,180}" * 3 + r"(?!\w|\W|$)"
 PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": ""}
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     **{
         f"{where}, five replacements": (sequence(where, *[replacing("a" * 100, String="a")] * 5), "times as long")
         for where in ("normalizer", "decoder")
+    },
+    **{
+        f"bytes of bytes, {where}": (sequence(where, *[{"type": "ByteLevel", **BYTES}] * 5, name=name), "times as long")
+        for where, name in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
     },
     "a pattern that is nowhere": (sequence("normalizer", replacing("a" * 300, Regex="")), "times as long"),
     "a table": (sequence("normalizer", PRECOMPILED), "Precompiled"),

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from tests.models.helpers import (
     edit_config,
     save_tiny,
     tiny_tokenizer,
+    twice,
+    with_header,
 )
 
 
@@ -262,6 +265,17 @@ def test_headers_are_read_once_and_bounded(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("dash_export.models.weights.MAX_HEADER", 100)
     with pytest.raises(CheckpointError, match=r"its header has .* bytes; 100 at most"):
         open_checkpoint(folder)
+
+
+def test_a_name_that_is_twice_among_many(folder: Path) -> None:
+    """Found without counting every name."""
+    path = folder / "model.safetensors"
+    many = {f"x{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(30_000)}
+    path.write_bytes(twice(with_header(path.read_bytes(), lambda header: header.update(many))))
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="not a sound safetensors file"):
+        open_checkpoint(folder)
+    assert time.process_time() - began < 2
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:

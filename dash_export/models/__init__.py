@@ -22,7 +22,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     try:
         path = Path(source).expanduser()
-        if path.is_dir():
+        if path.is_dir() and str(source):  # an empty one, of a variable that is not set, is no current folder
             from dash_export.models.huggingface import open_folder
 
             return open_folder(path)

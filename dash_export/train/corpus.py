@@ -8,14 +8,13 @@ chat prompts, is what a deployed policy acts on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import DENSE_POSITIONS
@@ -86,13 +85,15 @@ def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[to
     return passage.ids[start : start + window], prefix
 
 
-def read_corpus(paths: Sequence[Path], tokenizer: Tokenizer, window: int, held_out: float) -> tuple[Corpus, Corpus]:
+def read_corpus(
+    paths: Sequence[Path], encode: Callable[[str], Sequence[int]], window: int, held_out: float
+) -> tuple[Corpus, Corpus]:
     """The plain text files among `paths` as (training, held-out) corpora: the last `held_out` share of each is held
-    out. Raises RequestError for a file that is missing, not text or too short.
+    out. `encode`: text -> token ids. Raises RequestError for a file that is missing, not text or too short.
     """
     training, held = Corpus(), Corpus()
     for path in paths:
-        ids = torch.tensor(tokenizer.encode(read_text(path), add_special_tokens=False).ids)
+        ids = torch.tensor(encode(read_text(path)))
         split = int(len(ids) * (1 - held_out))
         if min(split, len(ids) - split) < window:
             raise RequestError(
@@ -153,6 +154,8 @@ def self_generated(
         torch.manual_seed(seed)
         # Prompts of like length share a batch.
         prompts = sorted((text.chat(chats[place])[-settings.window :] for place in places), key=len)
+        if not all(prompts):
+            raise RequestError("The model's chat template makes nothing of a prompt: learn from text (--text) alone.")
         made.append([])
         for start in range(0, len(prompts), GENERATED_BATCH):
             batch = prompts[start : start + GENERATED_BATCH]

@@ -146,6 +146,7 @@ def test_no_units(model: Path, tmp_path: Path) -> None:
 
 def test_no_such_model(tmp_path: Path) -> None:
     assert "no such model" in refused("export", tmp_path / "nothing", "-o", tmp_path / "x.dash")
+    assert "no such model" in refused("export", "", "-o", tmp_path / "x.dash"), "not the current folder"
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused("export", tmp_path / "empty", "-o", tmp_path / "x.dash")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]

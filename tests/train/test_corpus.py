@@ -11,6 +11,11 @@ from dash_export.train.corpus import Corpus, Passage, read_corpus, read_prompts
 from tests.models.helpers import tiny_tokenizer
 
 
+def encode(text: str) -> list[int]:
+    ids: list[int] = tiny_tokenizer().encode(text).ids
+    return ids
+
+
 def test_prose_is_dense_for_a_prefix_and_counted_after_it() -> None:
     corpus = Corpus({"prose": [Passage(torch.arange(500))]})
     ids, dense, counted = (part.numpy() for part in corpus.batch(np.random.default_rng(0), 32, 64))
@@ -38,7 +43,7 @@ def test_small_sources_are_drawn_as_often_as_large_ones() -> None:
 
 
 def test_the_end_of_a_text_is_held_out(prose: Path) -> None:
-    training, held = read_corpus([prose], tiny_tokenizer(), 32, 0.1)
+    training, held = read_corpus([prose], encode, 32, 0.1)
     ids = tiny_tokenizer().encode(prose.read_text(), add_special_tokens=False).ids
     (first,), (last,) = training.sources["prose"], held.sources["prose"]
     assert [*first.ids, *last.ids] == ids
@@ -53,7 +58,7 @@ def test_a_text_that_cannot_serve(tmp_path: Path, content: bytes | None, said: s
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(RequestError, match=said):
-        read_corpus([path], tiny_tokenizer(), 32, 0.1)
+        read_corpus([path], encode, 32, 0.1)
 
 
 def test_prompts_in_all_their_forms(tmp_path: Path) -> None:

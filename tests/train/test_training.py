@@ -363,6 +363,21 @@ def test_static_kind_and_self_generated_text(learn: Learn, output: Path, tmp_pat
     assert json.loads(output.with_suffix(".json").read_text())["tokens"].keys() == {"prose", "self-generated"}
 
 
+def test_a_tokenizer_and_a_template_that_give_up(
+    checkpoint: Checkpoint, output: Path, prose: Path, tmp_path: Path
+) -> None:
+    tokenizer = json.loads(checkpoint.assets["tokenizer.json"]) | {"pre_tokenizer": None}
+    tokenizer["model"]["unk_token"] = "<missing>"
+    prompts = prompts_at(tmp_path / "prompts.jsonl", 6)
+    for name, text, said in (
+        ("tokenizer.json", json.dumps(tokenizer), "does not read this text"),
+        ("chat_template.jinja", "", "makes nothing of a prompt"),
+    ):
+        other = replace(checkpoint, assets={**checkpoint.assets, name: text})
+        with pytest.raises(RequestError, match=said):
+            train(other, output, [prose], [prompts], units=TINY_UNITS, settings=SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [

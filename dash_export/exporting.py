@@ -39,6 +39,7 @@ from dash_export.outputs import (
     locked,
     named,
     own_folder,
+    refuse_link,
     remove,
     removed_on_error,
     unmark,
@@ -104,6 +105,7 @@ def check_inputs(inputs: Iterable[Path], output: Path) -> None:
 
 
 def _refuse_foreign(output: Path) -> None:
+    refuse_link(output)
     # Others have manifests too, and folders called onnx.
     ours = any((output / "onnx" / name).is_file() for name in (portable.ROPE_FILE, "layer_00.onnx"))
     if output.exists() and not (ours and (output / MANIFEST).is_file()) and not (output / MARK).is_file():

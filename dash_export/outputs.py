@@ -103,10 +103,14 @@ def _acquired(path: Path, output: Path) -> int | None:
 
 
 def _opened(path: Path, output: Path) -> int | None:
+    careful = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        return os.open(path, os.O_RDWR | os.O_CREAT | careful, 0o644)
     except OSError as error:
+        with suppress(OSError):  # another user's, left by a kill: it can be held without being written
+            if error.errno in (errno.EACCES, errno.EPERM) and path.is_file():
+                return os.open(path, os.O_RDONLY | careful)
         if isinstance(error, FileExistsError | NotADirectoryError):
             raise OutputError(f"{path.parent} is no folder to write in: choose another output.") from error
         if os.path.lexists(path):  # another user's, or a link, a folder, a pipe
@@ -191,7 +195,17 @@ def named(output: str | Path) -> Path:
         raise OutputError(f"{output} is a link that points nowhere: remove it, or choose another output.") from error
     if not path.name:
         raise OutputError(f"{output} is a whole file system: choose another output.")
+    try:
+        str(path.absolute()).encode()  # ONNX Runtime takes no other names
+    except UnicodeEncodeError as error:
+        raise OutputError(f"{str(path)!r} is no UTF-8 name: choose another output, or rename its folder.") from error
     return path
+
+
+def refuse_link(output: Path) -> None:
+    """Raises OutputError for a link, which has appeared since the output was `named`."""
+    if output.is_symlink():
+        raise OutputError(f"{output} has become a link: it will not be replaced. Remove it, or choose another output.")
 
 
 def own_folder(path: Path) -> Path:
@@ -236,7 +250,8 @@ def mark(folder: Path, command: str = "") -> str:
 
 def unmark(output: Path) -> None:
     """Take the mark off a finished output: a kill may have left it there."""
-    (output / MARK).unlink(missing_ok=True)
+    if os.path.lexists(output / MARK):  # a file system that is read-only refuses even to remove nothing
+        (output / MARK).unlink()
 
 
 def _check_ours(folder: Path) -> None:

@@ -53,6 +53,7 @@ def load_tokenizer(text: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text)
         made_of = (tokenizer.normalizer, tokenizer.pre_tokenizer), (tokenizer.decoder,), (tokenizer.post_processor,)
+        begins = tokenizer.encode("").ids
         chains = [[json.loads(part.__getstate__()) for part in chain if part] for chain in made_of]
     except BaseException as error:  # tokenizers raises plain Exception, and panics that are none
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -60,6 +61,8 @@ def load_tokenizer(text: str) -> Tokenizer:
         raise ValueError(f"{error!s:.300}") from error
     if any(math.prod(map(_growth, chain)) > MAX_GROWTH for chain in chains):
         raise ValueError(f"what it does to a text can make it over {MAX_GROWTH} times as long")
+    if any(tokenizer.id_to_token(index) is None for index in begins):
+        raise ValueError("its template adds a token that it does not have")
     return tokenizer
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 MAX_NEW_TOKENS = 256
+_KNOWN = {"max_gen_toks", "temperature", "top_k", "top_p", "until", "do_sample"}
 
 
 @register_model("dash")
@@ -61,11 +62,17 @@ class DashLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token, which also stands in for an empty context."""
+        """The end-of-text token."""
         eos = self.runtime.text.eos_ids
         if not eos:
             raise RequestError("The model names no end-of-text token, which an empty context needs.")
         return min(eos)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context: the model's BOS, where it has one."""
+        bos = self.runtime.text.bos_id
+        return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -83,7 +90,12 @@ class DashLM(TemplateLM):  # type: ignore[misc]
         return template.render(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:  # noqa: ARG002
-        return self.runtime.text.encode(string, special=add_special_tokens is not False)
+        """Token ids; what begins a text is not put before a rendered chat, which has it."""
+        encode = self.runtime.text.encode
+        plain, begins = encode(string, special=False), encode("")
+        if add_special_tokens is False or plain[: len(begins)] == begins:
+            return plain
+        return encode(string)
 
     def _loglikelihood_tokens(
         self,
@@ -116,7 +128,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
             (text,) = request.args
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
-                prefix_token=self.eot_token_id,
+                prefix_token=self.prefix_token_id,
                 # A window's own first token is context: one more position.
                 max_seq_len=self.max_length - 1,
                 context_len=1,
@@ -138,6 +150,8 @@ class DashLM(TemplateLM):  # type: ignore[misc]
 
     def _generate(self, context: str, options: Mapping[str, Any]) -> str:
         wanted = dict(normalize_gen_kwargs(dict(options), MAX_NEW_TOKENS))
+        if unknown := sorted(wanted.keys() - _KNOWN):
+            raise RequestError(f"{unknown[0]!r} of the task's generation options is not known here.")
         room = int(wanted["max_gen_toks"])
         if not 0 < room < self.max_length:
             raise RequestError(f"{room} new tokens do not fit the model's context of {self.max_length}.")
@@ -147,7 +161,7 @@ class DashLM(TemplateLM):  # type: ignore[misc]
             top_p=float(wanted.get("top_p") or 1.0),
             stop=tuple(stop for stop in handle_stop_sequences(wanted.get("until"), eos=None) if stop),
         )
-        ids = self.tok_encode(context)[-(self.max_length - room) :] or [self.eot_token_id]
+        ids = self.tok_encode(context)[-(self.max_length - room) :] or [self.prefix_token_id]
         return self.session().generate(ids, room, sampling).text
 
 

@@ -91,6 +91,22 @@ def test_another_user_s_lock_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             pass
 
 
+def test_a_lock_of_another_user_that_nobody_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left by a kill: it may be read, and so held."""
+    sound, path = os.open, outputs.lock_file(tmp_path / "a")
+
+    def without_permission(path: Path, how: int, *mode: int) -> int:
+        if how & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return sound(path, how, *mode)
+
+    path.write_text("dash-export export (process 1 on here, since yesterday)")
+    monkeypatch.setattr(outputs.os, "open", without_permission)
+    with locked(tmp_path / "a", "export"), pytest.raises(BusyError), locked(tmp_path / "a", "export"):
+        pass
+    assert not path.exists()
+
+
 def _count(output: Path, counter: Path, rounds: int) -> None:
     while rounds:
         with suppress(BusyError), locked(output, "count"):
@@ -209,6 +225,24 @@ def test_an_output_that_is_a_link(tiny_model: Checkpoint, tmp_path: Path) -> Non
     link.symlink_to("photos")
     with pytest.raises(BundleError, match="photos exists and is not a bundle"):
         export(tiny_model, link)
+
+
+def test_a_link_that_appears_during_an_export(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    """Whatever it points to, it is not replaced, and the work is kept."""
+    other = export(tiny_model, tmp_path / "other.dash")
+    before = other.root.joinpath("manifest.json").read_bytes()
+    for points_to in ("nowhere", "other.dash"):
+        link = tmp_path / "a.dash"
+
+        def appear(*_: object, link: Path = link, points_to: str = points_to) -> None:
+            if not link.is_symlink():
+                link.symlink_to(points_to)
+
+        with pytest.raises(OutputError, match=r"a\.dash has become a link"):
+            export(tiny_model, link, tiny_policy(tiny_model), progress=appear)
+        assert (tmp_path / "a.dash.unfinished").is_dir()
+        link.unlink()
+    assert other.root.joinpath("manifest.json").read_bytes() == before
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from dash_export.outputs import (
     lock_file,
     locked,
     named,
+    refuse_link,
     remove_own,
     removed_on_error,
     work_folder,
@@ -132,6 +133,7 @@ def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) ->
 
 
 def _refuse_foreign(folder: Path) -> None:
+    refuse_link(folder)
     is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
     if folder.exists() and not is_kit and not (folder / MARK).is_file():
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 
@@ -44,7 +44,8 @@ def _lines(title: str) -> Progress:
         with lock:
             part = (total, done * PLAIN_LINES // total if total else 0)
             if total == 0 or (done and (part != last or time.monotonic() - said >= MINUTE)):
-                click.echo(f"{title}: {name}" + (f" ({done}/{total})" if total else ""), err=True)
+                with suppress(OSError):  # a log on a full disk ends no work of hours
+                    click.echo(f"{title}: {name}" + (f" ({done}/{total})" if total else ""), err=True)
                 said = time.monotonic()
             last = part
 

@@ -206,5 +206,6 @@ def _print_one(index: int, prompt: str, responses: list[Response], as_json: bool
         click.echo(json.dumps({"index": index, **_as_dict(responses)}, ensure_ascii=False))
         return
     answer = "".join(piece.text for piece in responses)
-    click.secho(f"{index}: {prompt}", bold=True)
-    click.echo((printable(answer) if sys.stdout.isatty() else answer) + "\n")
+    asked, said = map(printable, (prompt, answer)) if sys.stdout.isatty() else (prompt, answer)
+    click.secho(f"{index}: {asked}", bold=True)
+    click.echo(f"{said}\n")

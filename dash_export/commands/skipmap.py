@@ -41,6 +41,7 @@ def command(
     from dash_export.evaluate.candidates import label
     from dash_export.evaluate.pictures import layers_run, skip_map_figure  # fails at once where matplotlib is missing
     from dash_export.resources import resource_folder
+    from dash_export.runtime.text import LETTERS
     from dash_export.text_files import read_text
 
     if text is not None and file is not None:
@@ -52,7 +53,8 @@ def command(
             text = read_text(file or resource_folder("calibration") / "prose.txt", pipe=True)
         runtime = load_runtime(bundle, target)
         session = runtime.session_with(setting)
-        ids = np.array(runtime.text.encode(text)[: prefix + tokens], np.int64)
+        wanted = prefix + tokens
+        ids = np.array(runtime.text.encode(text[: LETTERS * wanted])[:wanted], np.int64)  # not all of a long file
         if len(ids) <= prefix:
             raise RequestError(
                 f"The text has {len(ids)} tokens, and the first {prefix} are dense: give more text or a smaller "

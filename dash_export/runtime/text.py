@@ -21,7 +21,7 @@ from dash_export.text_files import MAX_TEXT_BYTES, bounded_text, load_tokenizer
 _T = TypeVar("_T")
 _PIECE = 1 << 18
 """Letters that are encoded at a time where a whole text is wanted."""
-_LETTERS = 64
+LETTERS = 64
 """A text of more letters per free token is refused unread: one token may be 64 spaces, but no text is all spaces."""
 
 
@@ -42,6 +42,7 @@ class Text:
             for name in ("tokenizer_config", "generation_config", "config")
         )
         special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.bos_id = self.tokenizer.token_to_id(special["bos_token"])
         self.eos_ids = _eos_ids(generation or model, self.tokenizer, special["eos_token"])
         template = _read(folder, "chat_template.jinja", str)
         self.template = None if template is None else ChatTemplate(template, special)
@@ -87,7 +88,7 @@ class Text:
 
 
 def _check_letters(letters: int, limit: int) -> None:
-    if letters > _LETTERS * max(limit, 256):
+    if letters > LETTERS * max(limit, 256):
         raise ContextLengthError(
             f"The context does not hold this: {letters} letters are far over the {limit} tokens that are free. "
             "Shorten the prompt or start a new session."

@@ -131,6 +131,7 @@ def _messages(record: Any) -> list[dict[str, str]]:
         messages = [{"role": "user", "content": record["turns"][0] if "turns" in record else record["prompt"]}]
     if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
         raise TypeError("not text")
+    "".join(text for message in messages for text in message.values()).encode()  # half a character is no text
     return messages
 
 

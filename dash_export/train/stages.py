@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ trials of one group of candidates, those of the closed form, the static order.
 """
 RANKING_BATCHES = 2
 _DIGEST = hashlib.sha256().digest_size
+logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 Rates = Sequence[tuple[torch.nn.Module, float]]
 Loss = Callable[[Batch, np.random.Generator, int], torch.Tensor]
@@ -76,6 +78,7 @@ class Work:
         except OSError:
             return None
         if stored[:_DIGEST] != self._digest(stored[_DIGEST:]):
+            logger.warning("%s is of another training, or damaged: it is made anew", self._path(stage))
             return None
         # Tensors and plain values only: nothing is unpickled.
         return torch.load(io.BytesIO(stored[_DIGEST:]), map_location="cpu", weights_only=True)

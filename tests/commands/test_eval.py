@@ -12,6 +12,7 @@ import pytest
 
 from dash_export.names import REPORT
 from dash_export.outputs import locked
+from dash_export.runtime.text import Text
 from tests.commands.helpers import dash, refused
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
@@ -180,6 +181,18 @@ def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tm
     refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none.txt", "-o", base)
     refused("skipmap", tiny_root, "a few words", *TARGET, "--skipped", "90", "-o", base)
     assert not base.parent.exists()
+
+
+def test_a_skip_map_reads_no_more_of_a_file_than_it_shows(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
+    (tmp_path / "long.txt").write_text("All work and no play. " * 5000)
+    lengths, encode = [], Text.encode
+    monkeypatch.setattr(Text, "encode", lambda self, text, **_given: lengths.append(len(text)) or encode(self, text))
+    options = ("--prefix", 2, "--tokens", 9, "-o", tmp_path / "m.png")
+    assert dash("skipmap", tiny_root, "--file", tmp_path / "long.txt", *TARGET, *options).exit_code == 0
+    assert max(lengths) <= 64 * 11
 
 
 def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:

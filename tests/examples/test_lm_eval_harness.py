@@ -67,7 +67,7 @@ def test_what_decode_writes_is_greedy(model: Any, runtime: DashRuntime) -> None:
 
 def test_rolling_scores_every_token_once(model: Any, runtime: DashRuntime) -> None:
     (total,) = model.loglikelihood_rolling(requests(("The layers of a decoder",)), disable_tqdm=True)
-    ids = np.array([299, *runtime.text.encode("The layers of a decoder")])
+    ids = np.array([model.prefix_token_id, *runtime.text.encode("The layers of a decoder")])
     assert total == pytest.approx(float(runtime.session_with(SETTING).score(ids).log_likelihoods.sum()), rel=1e-4)
     longer = "are needed and " * 120
     assert len(runtime.text.encode(longer)) > 600
@@ -83,6 +83,24 @@ def test_generate_until(model: Any, runtime: DashRuntime) -> None:
     stop = plain[len(plain) // 2]
     (cut,) = model.generate_until(requests((prompt, options | {"until": [stop]})), disable_tqdm=True)
     assert cut == plain[: plain.index(stop)]
+
+
+def test_options_that_are_not_known(model: Any) -> None:
+    with pytest.raises(RequestError, match="'repetition_penalty' of the task"):
+        model.generate_until(requests(("The", {"until": [], "repetition_penalty": 2.0})), disable_tqdm=True)
+
+
+def test_one_bos_before_a_chat(model: Any, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template writes it, and the tokenizer would add another one."""
+    begins, encode = runtime.text.tokenizer.token_to_id("<|im_start|>"), runtime.text.encode
+
+    def with_bos(text: str, *, special: bool = True, **options: Any) -> list[int]:
+        return [begins] * special + encode(text, special=False, **options)
+
+    monkeypatch.setattr(model.runtime.text, "encode", with_bos)
+    chat = model.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert model.tok_encode(chat) == encode(chat, special=False)
+    assert model.tok_encode("Hi") == [begins, *encode("Hi", special=False)]
 
 
 def test_arguments(tiny_root: Path) -> None:

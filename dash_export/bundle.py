@@ -21,7 +21,7 @@ from typing import TypeVar
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
-from dash_export.names import ROUNDINGS, TIMING_CACHE
+from dash_export.names import DEFAULT_TARGET, ROUNDINGS, TIMING_CACHE
 from dash_export.outputs import folder_locked, holder, lock_file
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -103,6 +103,18 @@ class Bundle:
         builds = self.manifest.builds
         return sorted(target for target in builds if self.path(f"engines/{target}/{BUILD}").is_file())
 
+    def chosen(self, target: str | None) -> str:
+        """The build asked for, else `cpu`, else the only one. Raises BundleError that lists what is built."""
+        if target is not None:
+            return target
+        built = self.targets()
+        if len(built) > 1 and DEFAULT_TARGET not in built:
+            raise BundleError(
+                f"{self.root} has several builds and none is {DEFAULT_TARGET!r}: give the target, one of "
+                f"{', '.join(built)}."
+            )
+        return built[0] if len(built) == 1 else DEFAULT_TARGET
+
     def load_build(self, target: str) -> Build:
         """Read `build.json` of a target. Raises BundleError when there is none, when the manifest does not list it, or
         when it is of an earlier export.
@@ -136,7 +148,11 @@ class Bundle:
         if target in self.targets():
             return self._changed(f"engines/{target}/{BUILD}")
         state = "is unfinished" if self.path(f"engines/{target}").is_dir() else "does not exist"
-        built, run = ", ".join(self.targets()) or "none yet", self.build_command(target)
+        found = self.path("engines").iterdir() if self.path("engines").is_dir() else ()
+        begun = sorted({path.name for path in found if path.is_dir()} - {*self.targets(), target})
+        built = ", ".join(self.targets()) or "none yet"
+        built += f"; unfinished: {', '.join(begun)}" if begun else ""
+        run = self.build_command(begun[0] if begun and state == "does not exist" else target)
         return BundleError(f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: {run}")
 
     def save_build(self, build: Build) -> None:

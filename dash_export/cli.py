@@ -69,6 +69,10 @@ class LazyGroup(click.Group):
             raise click.ClickException(printable(said)) from error
 
 
+_FULL = ("requested and", "Not enough free space")
+"""In what numpy and onnx_ir say of a full disk."""
+
+
 def explained(error: Exception, output: object = None) -> str | None:
     """Say what went wrong and what to do, in one paragraph; None for a bug in this program, which keeps its traceback.
     `output` stands in where an error of the disk names no file.
@@ -86,7 +90,7 @@ def explained(error: Exception, output: object = None) -> str | None:
         return None
     where = error.filename or output or "the output"
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in reason:  # numpy's
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or any(said in reason for said in _FULL):
         return (
             f"The disk is full: {where} could not be written ({reason}). "
             "Free some space, or choose an output on another disk, and run the command again."

@@ -114,7 +114,7 @@ def check_units(units: Sequence[Unit], read: int, num_layers: int) -> None:
 def check_places(order: Sequence[int], units: Sequence[Unit]) -> None:
     """Raises PolicyError where a static policy's order has a unit that is not there, or one twice."""
     if len(set(order)) != len(order) or not set(order) <= set(range(len(units))):
-        raise PolicyError(f"The static order must list places of units, each at most once; got {list(order)}.")
+        raise PolicyError(f"The static order must list places of units, each at most once; got {list(order)!s:.200}.")
 
 
 def layer_actions(skipped: Skips, units: Sequence[Unit], num_layers: int) -> Actions:

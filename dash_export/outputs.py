@@ -202,6 +202,14 @@ def named(output: str | Path) -> Path:
     return path
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OutputError, before the work, where nothing could be written in the end."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{folder} may not be written in. Check its permissions and the disk, or choose another output."
+        )
+
+
 def refuse_link(output: Path) -> None:
     """Raises OutputError for a link, which has appeared since the output was `named`."""
     if output.is_symlink():

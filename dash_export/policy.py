@@ -41,6 +41,8 @@ Float32Array = npt.NDArray[np.float32]
 UNIT = 4
 """Layers of a unit where nobody says which."""
 SCHEMA = 2
+_MAX_FACTS = 1 << 18
+"""Letters; of a thousand units it would be 50,000."""
 METADATA = "dash_export_policy"
 _LARGEST_CARD = 16 << 20
 _FINAL_NORM = "model.final_norm"
@@ -308,6 +310,8 @@ def _facts(metadata: Mapping[str, str]) -> _Facts:
     if METADATA not in metadata:
         raise PolicyError("this safetensors file holds no skip policy (its metadata does not say so)")
     try:
+        if len(metadata[METADATA]) > _MAX_FACTS:
+            raise ValueError(f"they have over {_MAX_FACTS} letters")
         data = json.loads(metadata[METADATA])
         schema = data.get("schema") if isinstance(data, dict) else None
         if isinstance(schema, int) and schema != SCHEMA:

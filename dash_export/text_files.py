@@ -27,7 +27,10 @@ MAX_REPEATS = 256
 """A pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
 MAX_MERGES = 4
 """Merges per token of the vocabulary; published ones have up to 2.2."""
-_GROWS = {"Lowercase": 3, "NFC": 3, "ByteLevel": 4, "NFD": 4, "BertNormalizer": 12}
+MAX_PARTS = 32
+"""Of a chain: published ones have 7."""
+_GROWS = {"Metaspace": 2, "Lowercase": 3, "NFC": 3, "BertProcessing": 3, "RobertaProcessing": 3}
+_GROWS |= {"ByteLevel": 4, "NFD": 4, "BertNormalizer": 12}
 _GROWS |= dict.fromkeys(("NFKC", "NFKD", "Precompiled"), 18)
 """Letters that these can make of one; other kinds that are known add a few at most."""
 _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
@@ -47,20 +50,18 @@ def load_tokenizer(text: str) -> Tokenizer:
     from tokenizers import Tokenizer  # here: not every reader of a text needs it
 
     try:
-        _check_texts(json.loads(text))
+        data = json.loads(text)
+        _check_texts(data)
+        _check_growth(data)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     try:
         tokenizer = Tokenizer.from_str(text)
-        made_of = (tokenizer.normalizer, tokenizer.pre_tokenizer), (tokenizer.decoder,), (tokenizer.post_processor,)
         begins = tokenizer.encode("").ids
-        chains = [[json.loads(part.__getstate__()) for part in chain if part] for chain in made_of]
     except BaseException as error:  # tokenizers raises plain Exception, and panics that are none
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"{error!s:.300}") from error
-    if any(math.prod(map(_growth, chain)) > MAX_GROWTH for chain in chains):
-        raise ValueError(f"what it does to a text can make it over {MAX_GROWTH} times as long")
     if any(tokenizer.id_to_token(index) is None for index in begins):
         raise ValueError("its template adds a token that it does not have")
     return tokenizer
@@ -95,12 +96,37 @@ def _repeats(pattern: str) -> int:
     return math.prod(max(1, *(int(count[:9] or 0) for count in counts)) for counts in _COUNTED.findall(pattern))
 
 
-def _growth(part: Any) -> float:
-    """Return how many times as long a text can become."""
-    kind = part.get("type")
+def _check_growth(data: Any) -> None:
+    """How much longer a text becomes, by what is said, before native code runs any of it (loading does). Raises
+    ValueError.
+    """
+    chains = ("normalizer", "pre_tokenizer"), ("decoder",), ("post_processor",)
+    try:
+        for names in chains:
+            parts = [part for name in names for part in _parts(data.get(name))]
+            if len(parts) > MAX_PARTS:
+                raise ValueError(f"its {names[0]} has over {MAX_PARTS} parts")
+            if math.prod(map(_growth, parts)) > MAX_GROWTH:
+                raise ValueError(f"what it does to a text can make it over {MAX_GROWTH} times as long")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"it is no tokenizer.json ({error!r:.100})") from error
+
+
+def _parts(given: Any) -> list[dict[str, Any]]:
+    """The parts of a normalizer, pre-tokenizer, decoder or post-processor, in their order."""
+    if given is None:
+        return []
+    if given["type"] != "Sequence":
+        return [given]
+    return [part for value in given.values() if isinstance(value, list) for inner in value for part in _parts(inner)]
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """Return how many times as long one part can make a text."""
+    kind = part["type"]
     if kind == "Replace":
         pattern, content = part["pattern"], len(part["content"])
-        return max(1.0, content / max(1, len(pattern["String"]))) if "String" in pattern else 1.0 + content
+        return max(1.0, content / len(pattern["String"])) if pattern.get("String") else 1.0 + content
     if kind == "TemplateProcessing":
         made_of = {name: len(token["ids"]) for name, token in part["special_tokens"].items()}
         pieces = [*part["single"], *part["pair"]]
@@ -108,9 +134,7 @@ def _growth(part: Any) -> float:
         return max(1, special, sum("Sequence" in piece for piece in part["single"]))
     if kind == "Prepend":
         return 1.0 + len(part["prepend"])
-    if kind != "Sequence":
-        return _GROWS.get(kind, 1)
-    return math.prod(_growth(inner) for value in part.values() if isinstance(value, list) for inner in value)
+    return _GROWS.get(kind, 1)
 
 
 def read_stream(stream: TextIO, limit: int = 1 << 26) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache, partial
 from math import inf, isfinite
 from reprlib import Repr
 from types import NoneType, UnionType
@@ -81,13 +83,16 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
 def _record(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise WrongFieldError(f"{where} must be an object (a table), got {shown(data)}.")
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
     if missing := required - set(data):
         raise WrongFieldError(f"{where}: missing {', '.join(sorted(missing))}.")
     if unknown := set(data) - set(hints):
         raise WrongFieldError(f"{where}: unknown {shown(min(unknown))}. Known: {', '.join(hints)}.")
     return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+_hints: Callable[[Any], dict[str, Any]] = cache(partial(get_type_hints, include_extras=True))
 
 
 def _name(kind: Any) -> str:

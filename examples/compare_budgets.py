@@ -13,9 +13,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("budgets", type=float, nargs="*", help="fractions of dense decode time")
-    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--target")
     parser.add_argument("--tokens", type=int, default=48)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # budgets may follow --target
 
     runtime = DashRuntime.load(options.bundle, options.target)
     dense: list[int] = []

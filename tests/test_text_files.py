@@ -50,6 +50,9 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         f"bytes of bytes, {where}": (sequence(where, *[{"type": "ByteLevel", **BYTES}] * 5, name=name), "times as long")
         for where, name in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
     },
+    "nothing, replaced": (sequence("normalizer", *[replacing("a", String="")] * 9), "times as long"),
+    "many parts": (sequence("pre_tokenizer", *[{"type": "Digits"}] * 99, name="pretokenizers"), "over 32 parts"),
+    "no part": ({"normalizer": {"kind": "NFC"}}, "no tokenizer.json"),
     "a pattern that is nowhere": (sequence("normalizer", replacing("a" * 300, Regex="")), "times as long"),
     "a table": (sequence("normalizer", PRECOMPILED), "Precompiled"),
     "repetitions of repetitions": (sequence("decoder", replacing("", Regex=HANGS)), "repeats over 256 times"),

@@ -14,7 +14,7 @@ from dash_export.building.dial import calibrate_dial
 from dash_export.bundle import BUILD, Bundle, Seal
 from dash_export.errors import BackendError, BundleError
 from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
-from dash_export.outputs import folder_locked, lock_file, locked, named, own_folder, own_secret
+from dash_export.outputs import check_writable, folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
 from dash_export.targets import Recipe, load_recipe, with_weights
 
@@ -95,6 +95,8 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     if known is not None and not measures and not verifies:
         return known
     draft = known or draft
+    check_writable(folder)
+    check_writable(bundle.root)
     backend.start()
     if verifies:
         from dash_export.building.verify import verification
@@ -112,6 +114,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
 def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
     """The build that is there, with the costs and the dial of this machine. Needs no onnx."""
     known = bundle.load_build(recipe.name)
+    check_writable(bundle.root)
     bundle.check_listed(known)
     texts = [record for record in bundle.manifest.files if not record.name.startswith("onnx/")]
     seal = bundle.verify([*known.files, *texts])

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from dash_export.bundle import Bundle
 from dash_export.decision import POLICY_KINDS, Setting, parse_layers, parse_units
-from dash_export.errors import BundleError, PolicyError
+from dash_export.errors import PolicyError
 from dash_export.evaluate import LIMIT, PREFIX, WINDOW
-from dash_export.names import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from dash_export.evaluate.candidates import Candidate
@@ -87,16 +85,9 @@ def setting_options(command: _Command) -> _Command:
 
 
 def load_runtime(folder: Path, target: str | None, **options: Any) -> DashRuntime:
-    """The build asked for, else `cpu`, else the only one. Raises BundleError that lists what is built."""
+    """`DashRuntime.load`, imported when it is needed."""
     from dash_export.runtime import DashRuntime
 
-    if target is None:
-        built = Bundle.open(folder).targets()
-        if len(built) > 1 and DEFAULT_TARGET not in built:
-            raise BundleError(
-                f"{folder} has several builds and none is {DEFAULT_TARGET!r}: give --target, one of {', '.join(built)}."
-            )
-        target = built[0] if len(built) == 1 else DEFAULT_TARGET
     return DashRuntime.load(folder, target, **options)
 
 

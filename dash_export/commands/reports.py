@@ -16,7 +16,7 @@ from dash_export.bundle import MANIFEST
 from dash_export.cli import OUTPUT
 from dash_export.errors import RequestError
 from dash_export.names import REPORT
-from dash_export.outputs import MARK, locked
+from dash_export.outputs import MARK, check_writable, locked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,6 +73,9 @@ def sole_writer(ctx: click.Context, *files: Path) -> Iterator[None]:
     with ExitStack() as stack:
         for path in files:
             stack.enter_context(locked(path, str(ctx.info_name)))
+            check_writable(path.absolute().parent)
+            if path.is_mount():
+                raise RequestError(f"{path} is a mount point, which is not replaced: choose another.")
         ctx.meta[OUTPUT] = ", ".join(map(str, files))
         yield
 

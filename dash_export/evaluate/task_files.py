@@ -15,7 +15,7 @@ from pathlib import Path
 from dash_export.errors import RequestError
 from dash_export.text_files import read_text
 
-MAX_LINE = 1 << 20
+MAX_LINE, MAX_CHOICES = 1 << 20, 256
 FORMS = '{"query", "choices", "gold"} or {"context", "target"}'
 
 
@@ -85,8 +85,8 @@ def _item(line: str, number: int, where: str) -> Item:
 
     if "query" in data:
         choices, gold = data.get("choices"), data.get("gold")
-        if not isinstance(choices, list) or len(choices) < 2:
-            raise RequestError(f"{where}: 'choices' must be a list of two or more texts.")
+        if not isinstance(choices, list) or not 2 <= len(choices) <= MAX_CHOICES:
+            raise RequestError(f"{where}: 'choices' must be a list of 2 to {MAX_CHOICES} texts.")
         if type(gold) is not int or not 0 <= gold < len(choices):
             raise RequestError(f"{where}: 'gold' must be the index of the right choice, 0 to {len(choices) - 1}.")
         texts = tuple(text(choice, f"choices[{index}]") for index, choice in enumerate(choices))

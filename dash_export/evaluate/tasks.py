@@ -64,18 +64,19 @@ class ChoiceScore(Measure):
 
     def __init__(self, runtime: DashRuntime, questions: Sequence[Question], name: str) -> None:
         longest = runtime.engines.model.max_positions
-        self.items = [
-            (asked, [encode_pair(runtime, asked.query, f" {it}") for it in asked.choices]) for asked in questions
-        ]
-        for question, pairs in self.items:
-            for choice, (ids, context) in zip(question.choices, pairs, strict=True):
-                where = f"{name}:{question.line}"
+        self.items: list[tuple[Question, list[tuple[list[int], int]]]] = []
+        for question in questions:
+            pairs, where = list[tuple[list[int], int]](), f"{name}:{question.line}"
+            for choice in question.choices:
+                ids, context = encode_pair(runtime, question.query, f" {choice}")
                 if len(ids) > longest:
                     raise RequestError(
                         f"{where} has {len(ids)} tokens with a choice; the model's context holds {longest}."
                     )
                 if not 0 < context < len(ids):
                     raise RequestError(f"{where}: the choice {choice!r:.60} has no token of its own.")
+                pairs.append((ids, context))
+            self.items.append((question, pairs))
 
     def row(self, candidate: Candidate, item: tuple[Question, list[tuple[list[int], int]]], dense: Any) -> Row:
         question, pairs = item
@@ -96,9 +97,10 @@ def encode_pair(runtime: DashRuntime, context: str, continuation: str) -> tuple[
     """Token ids of both together, and how many of them are the context's.
 
     As lm-eval does: spaces at the end of the context belong to the continuation, and the whole is tokenised at once.
+    Raises ContextLengthError, without encoding it, for one far over the model's context.
     """
-    kept = context.rstrip()
-    whole = runtime.text.encode(context + continuation)
+    kept, limit = context.rstrip(), runtime.engines.model.max_positions
+    whole = runtime.text.encode(context + continuation, limit=limit)
     return whole, len(runtime.text.encode(kept)) if kept else 0
 
 

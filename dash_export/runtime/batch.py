@@ -199,5 +199,6 @@ class Batch:
         self.cache.lengths[len(rows)] = 0
 
     def _reserve(self, tokens: int) -> None:
-        if self.cache.reserve(tokens):
-            self._steps.clear()
+        if tokens > self.cache.capacity:
+            self._steps.clear()  # before: see Session._reserve
+            self.cache.reserve(tokens)

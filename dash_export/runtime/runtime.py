@@ -50,13 +50,13 @@ class DashRuntime:
     def load(
         cls,
         bundle: str | Path,
-        target: str = "cpu",
+        target: str | None = None,
         *,
         dispatch: str | None = None,
         threads: int | None = None,
         verify: bool = True,
     ) -> DashRuntime:
-        """Open a bundle that was built for `target`.
+        """Open a bundle that was built for `target`; without one `cpu`, or the only build there is.
 
         `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (the
         same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. `threads` overrides the recipe's
@@ -67,7 +67,7 @@ class DashRuntime:
         if threads is not None and not 0 <= threads <= MAX_THREADS:
             raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
         opened = Bundle.open(bundle)
-        build = opened.load_build(target)
+        build = opened.load_build(opened.chosen(target))
         if verify:
             opened.check_listed(build)
         text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]

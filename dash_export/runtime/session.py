@@ -278,8 +278,10 @@ class Session:
 
     def _reserve(self, more: int) -> None:
         self.cache.length = len(self.tokens)  # an interrupt may have come between a step and the end of its work
-        if self.cache.reserve(self.cache.length + more):
-            self._steps.clear()
+        wanted = self.cache.length + more
+        if wanted > self.cache.capacity:
+            self._steps.clear()  # before, not after: an interrupt between the two would leave steps on the old memory
+            self.cache.reserve(wanted)
 
     def _bound(self, sequence: int, teacher_forced: bool = False) -> BoundStep | DeviceStep:
         key = (sequence, teacher_forced)

@@ -10,6 +10,8 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 
+from dash_export.commands import reports
+from dash_export.errors import OutputError
 from dash_export.names import REPORT
 from dash_export.outputs import locked
 from dash_export.runtime.text import Text
@@ -92,7 +94,7 @@ def test_eval_refuses(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     assert "no bundle" in refused("eval", tmp_path / "none.dash")
     also = ("--also", f"{tiny_root}:portable")
     assert "Two builds are called" in refused(*begin, "--text", text, *also, *also, code=2)
-    assert "give --target" in refused(*begin, "--text", text, "--also", tiny_root)
+    assert "give the target" in refused(*begin, "--text", text, "--also", tiny_root)
     assert "There is no bundle" in refused(*begin, "--text", text, "--also", tmp_path / "none:cpu")
     for wrong in (
         ("--budget", "1.5"),
@@ -181,6 +183,14 @@ def test_what_is_no_report_of_ours_is_kept(tiny_root: Path, own_bundle: Path, tm
     refused("frontier", tiny_root, *TARGET, "--text", tmp_path / "none.txt", "-o", base)
     refused("skipmap", tiny_root, "a few words", *TARGET, "--skipped", "90", "-o", base)
     assert not base.parent.exists()
+
+
+def test_where_no_report_could_be_written(tiny_root: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told before anything is measured."""
+    monkeypatch.setattr(reports, "check_writable", Mock(side_effect=OutputError("it may not be written in")))
+    said = refused("frontier", tiny_root, *TARGET, "--text", text, "-o", text.parent / "front")
+    assert "may not be written in" in said
+    assert not list(text.parent.glob("*front*"))
 
 
 def test_a_skip_map_reads_no_more_of_a_file_than_it_shows(

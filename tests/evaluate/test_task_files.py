@@ -37,7 +37,7 @@ def test_forms(tmp_path: Path) -> None:
         (QUESTION | {"gold": 2}, "0 to 1"),
         (QUESTION | {"gold": True}, "'gold'"),
         (QUESTION | {"gold": "0"}, "'gold'"),
-        (QUESTION | {"choices": ["one"]}, "two or more"),
+        (QUESTION | {"choices": ["one"]}, "2 to 256"),
         (QUESTION | {"choices": ["one", 2]}, r"choices\[1\]"),
         (QUESTION | {"query": " "}, "'query'"),
         ({"context": "a"}, "'target'"),

@@ -83,6 +83,34 @@ def test_an_interrupt_in_a_step_leaves_a_session_that_goes_on(
     assert session.generate(SECOND, 10).tokens.tolist() == tokens_of(runtime, FIRST, taken, SECOND)
 
 
+def test_an_interrupt_while_the_cache_grows(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step stays bound to the memory that was there before; of a batch neither."""
+    session, batch = runtime.session(), runtime.batch(2)
+    kv_step = session.kv_step
+    expected = [runtime.generate(ids, 12).tokens.tolist() for ids in (FIRST, SECOND)]
+    session.generate(FIRST, 12)
+    list(batch.stream([SECOND, FIRST], 12))
+    for cache in (session.cache, batch.cache):
+        sound = cache.reserve
+
+        def reserve(rows: int, sound: Any = sound) -> bool:
+            sound(rows)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cache, "reserve", reserve)
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(random_ids(kv_step), 2)
+    with pytest.raises(KeyboardInterrupt):
+        list(batch.stream([random_ids(kv_step)], 2))
+    monkeypatch.undo()
+    session.reset()
+    assert session.generate(SECOND, 12).tokens.tolist() == expected[1]
+    found: list[list[int]] = [[], []]
+    for index, response in batch.stream([FIRST, SECOND], 12):
+        found[index].append(response.token)
+    assert found == expected
+
+
 def test_what_an_interrupted_pass_leaves_is_known(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """`tokens` are what the cache holds, so that the next prompt continues from there and not from less."""
     ids, live, passes = random_ids(70), runtime.session(), []

@@ -31,8 +31,14 @@ MAX_PARTS = 32
 """Of a chain: published ones have 7."""
 _GROWS = {"Metaspace": 2, "Lowercase": 3, "NFC": 3, "BertProcessing": 3, "RobertaProcessing": 3}
 _GROWS |= {"ByteLevel": 4, "NFD": 4, "BertNormalizer": 12}
-_GROWS |= dict.fromkeys(("NFKC", "NFKD", "Precompiled"), 18)
+_GROWS |= dict.fromkeys(("NFKC", "NFKD"), 18)
 """Letters that these can make of one; other kinds that are known add a few at most."""
+_KINDS = {
+    *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend"),
+    *("BertNormalizer", "ByteLevel", "Metaspace", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"),
+    *("BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts", "FixedLength", "TemplateProcessing"),
+    *("BertProcessing", "RobertaProcessing", "ByteFallback", "Fuse", "WordPiece", "BPEDecoder", "CTC"),
+}
 _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 _OTHER_MODELS = ("Unigram", "WordPiece")
 """Native code of these recurses and multiplies as far as a stranger's vocabulary says."""
@@ -57,6 +63,8 @@ def load_tokenizer(text: str) -> Tokenizer:
         raise ValueError("it is nested too deep") from error
     try:
         tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         begins = tokenizer.encode("").ids
     except BaseException as error:  # tokenizers raises plain Exception, and panics that are none
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -116,9 +124,13 @@ def _parts(given: Any) -> list[dict[str, Any]]:
     """The parts of a normalizer, pre-tokenizer, decoder or post-processor, in their order."""
     if given is None:
         return []
-    if given["type"] != "Sequence":
-        return [given]
-    return [part for value in given.values() if isinstance(value, list) for inner in value for part in _parts(inner)]
+    if given["type"] == "Sequence":
+        if len(given) != 2:
+            raise ValueError("a sequence in it holds more than its parts")
+        return [part for name in given if name != "type" for inner in given[name] for part in _parts(inner)]
+    if given["type"] not in _KINDS:  # native code reads parts without a type it knows, too, by what they hold
+        raise ValueError(f"it has a part of the type {given['type']!r:.60}, which is not known")
+    return [given]
 
 
 def _growth(part: dict[str, Any]) -> float:

@@ -52,6 +52,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     },
     "nothing, replaced": (sequence("normalizer", *[replacing("a", String="")] * 9), "times as long"),
     "many parts": (sequence("pre_tokenizer", *[{"type": "Digits"}] * 99, name="pretokenizers"), "over 32 parts"),
+    "a part of no known type": ({"normalizer": {"type": "Foo", "normalizers": []}}, "type 'Foo', which is not known"),
     "no part": ({"normalizer": {"kind": "NFC"}}, "no tokenizer.json"),
     "a pattern that is nowhere": (sequence("normalizer", replacing("a" * 300, Regex="")), "times as long"),
     "a table": (sequence("normalizer", PRECOMPILED), "Precompiled"),
@@ -84,6 +85,16 @@ def test_tokenizers_made_to_harm(name: str, tiny_root: Path) -> None:
     change, said = HOSTILE[name]
     with pytest.raises(ValueError, match=said):
         load_tokenizer(json.dumps(data | change).replace("Unigram", "\\u0055nigram"))
+
+
+def test_a_tokenizer_pads_and_cuts_nothing(tiny_root: Path) -> None:
+    """Else an empty text would be as long as it says."""
+    data = json.loads((tiny_root / "tokenizer.json").read_text())
+    padding = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    padding |= {"pad_type_id": 0, "pad_token": "a"}
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = load_tokenizer(json.dumps(data | {"padding": padding, "truncation": cut}))
+    assert len(tokenizer.encode("abc").ids) == 3
 
 
 def test_the_check_of_a_tokenizer_takes_no_time_itself(tiny_root: Path) -> None:

@@ -115,19 +115,37 @@ def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     assets: dict[str, str] = {}
+    known: dict[str, int] = {}
+    settings, where = dict[str, Any](), folder
     for path in (folder / name for name in TEXT_FILES[1:-1]):
         if path.is_file():
             assets[path.name], parsed = read_json(path)
             if path.name == "tokenizer.json":
-                _check_tokenizer(assets[path.name], path, vocab_size)
-            if path.name == "tokenizer_config.json" and (template := _chat_template(parsed, path)):
-                assets["chat_template.jinja"] = template
+                known = _vocabulary(assets[path.name], path, vocab_size)
+            if path.name == "tokenizer_config.json":
+                settings, where = parsed, path
+    if "tokenizer_config.json" in assets:
+        _check_added(settings, where, known)
+        if template := _chat_template(settings, where):
+            assets["chat_template.jinja"] = template
     if (path := folder / "chat_template.jinja").is_file():
         assets[path.name] = read_text(path)
     return assets
 
 
-def _check_tokenizer(text: str, path: Path, vocab_size: int) -> None:
+def _check_added(settings: dict[str, Any], path: Path, known: dict[str, int]) -> None:
+    """A token that only this file adds would be letters here and a token in transformers."""
+    added = settings.get("added_tokens_decoder")
+    for index, token in added.items() if isinstance(added, dict) else ():
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or str(known.get(content)) != index:
+            raise CheckpointError(
+                f"{path} adds a token {shown(content)} as {shown(index)}, which tokenizer.json does not have: write both "
+                "files anew with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+
+
+def _vocabulary(text: str, path: Path, vocab_size: int) -> dict[str, int]:
     try:
         tokens = load_tokenizer(text).get_vocab(with_added_tokens=True)
     except ValueError as error:
@@ -137,6 +155,7 @@ def _check_tokenizer(text: str, path: Path, vocab_size: int) -> None:
             f"{path} has tokens up to {largest}, and the embedding has {vocab_size} rows: take the tokenizer that the "
             "model was trained with"
         )
+    return tokens
 
 
 def _chat_template(tokenizer_config: dict[str, Any], path: Path) -> str | None:

@@ -12,11 +12,22 @@ from transformers.initialization import no_init_weights
 
 from dash_export.models.spec import Checkpoint, DecoderSpec
 
+_CONFIG = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings"),
+    *("rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "layer_types"),
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "use_sliding_window", "sliding_window"),
+}
+"""What makes the decoder, and is checked where it is read. All else that a stranger's config has (labels, types of
+floats, a task's parameters) transformers would take, too.
+"""
+
 
 def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     """The causal LM of a checkpoint, frozen, on the CPU."""
     spec = checkpoint.spec
-    config = transformers.AutoConfig.for_model(**checkpoint.config)
+    known = {name: value for name, value in checkpoint.config.items() if name in _CONFIG}
+    config = transformers.AutoConfig.for_model(**known, pad_token_id=None)
     config._attn_implementation = attention
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

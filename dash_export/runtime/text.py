@@ -35,8 +35,6 @@ class Text:
             raise BundleError(f"{folder} has no tokenizer.json. The bundle is damaged: export it again.")
         self.tokenizer = tokenizer
         # As transformers has it: how training batches were cut and filled is in the file too.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
         config, generation, model = (
             _read(folder, f"{name}.json", _mapping) or {}
             for name in ("tokenizer_config", "generation_config", "config")

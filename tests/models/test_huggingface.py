@@ -319,3 +319,14 @@ def test_importing_the_package_is_cheap() -> None:
     heavy = ["safetensors", "gguf", "tokenizers", "huggingface_hub", "torch", "transformers"]
     program = f"import sys, dash_export.models; assert not set({heavy}) & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_token_that_only_the_settings_add(folder: Path) -> None:
+    """Else it would be read as letters, and transformers has a token."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"added_tokens_decoder": {"257": {"content": "<|im_start|>"}}}))
+    assert open_checkpoint(folder)
+    for index, content in (("299", "<tool>"), ("258", "<|im_start|>"), ("257", 5)):
+        path.write_text(json.dumps({"added_tokens_decoder": {index: {"content": content}}}))
+        with pytest.raises(CheckpointError, match="adds a token .* which tokenizer.json does not have"):
+            open_checkpoint(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +164,11 @@ def test_saved_is_bytes(checkpoint: Checkpoint) -> None:
         owed = sum(array.size for array in full.values() if array.ndim == 2)
         layers = sum(size for name, size in sizes.items() for layer in unit.layers if f"layers.{layer}." in name) / 2
         assert saved(spec, len(unit.layers)) == pytest.approx((layers - owed) / token, rel=0.02)
+
+
+def test_what_a_config_says_beside_the_decoder_is_not_taken(checkpoint: Checkpoint) -> None:
+    other = {"num_labels": 10**12, "id2label": 5, "pad_token_id": 10**6, "dtype": "evil", "architectures": ["Other"]}
+    model = GatedModel(replace(checkpoint, config={**checkpoint.config, **other}), torch.device("cpu"), torch.float32)
+    ids = torch.from_numpy(random_ids(8))[None]
+    same = GatedModel(checkpoint, torch.device("cpu"), torch.float32)
+    assert torch.equal(model.dense(ids), same.dense(ids))

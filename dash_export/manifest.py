@@ -21,8 +21,8 @@ from dash_export.typed_json import Bytes, NotNegative, Within
 
 SCHEMA = 3
 DAMAGED = "The bundle is damaged: export or build it again."
-LARGEST_CONTEXT = 1 << 24
-"""Positions; ten million are the most that are published."""
+LARGEST_CONTEXT = 1 << 20
+"""Positions, each of which has its sines and cosines in a table: a million is what long contexts have."""
 # Above any published model, so that an absurd manifest or config fails where it is read instead of at an allocation.
 LARGEST = {
     "num_layers": 1 << 10,

@@ -140,8 +140,8 @@ def _check_added(settings: dict[str, Any], path: Path, known: dict[str, int]) ->
         content = token.get("content") if isinstance(token, dict) else None
         if not isinstance(content, str) or str(known.get(content)) != index:
             raise CheckpointError(
-                f"{path} adds a token {shown(content)} as {shown(index)}, which tokenizer.json does not have: write both "
-                "files anew with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+                f"{path} adds a token {shown(content)} as {shown(index)}, which tokenizer.json does not have: write "
+                "both anew with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
 
 

@@ -328,5 +328,5 @@ def test_a_token_that_only_the_settings_add(folder: Path) -> None:
     assert open_checkpoint(folder)
     for index, content in (("299", "<tool>"), ("258", "<|im_start|>"), ("257", 5)):
         path.write_text(json.dumps({"added_tokens_decoder": {index: {"content": content}}}))
-        with pytest.raises(CheckpointError, match="adds a token .* which tokenizer.json does not have"):
+        with pytest.raises(CheckpointError, match=r"adds a token .* which tokenizer\.json does not have"):
             open_checkpoint(folder)

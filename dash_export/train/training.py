@@ -73,7 +73,7 @@ def train(
     settings = replace(settings, **{name: min(getattr(settings, name), settings.tuning_steps) for name in stages})
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=place)
+        torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError) as error:
         raise RequestError(f"There is no device {device!r} here: {str(error).splitlines()[0]}") from error
     check_unique_names(texts, prompts)

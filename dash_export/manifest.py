@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from dash_export.errors import PolicyError
 from dash_export.targets import Recipe, recipe_faults
 from dash_export.typed_json import Bytes, NotNegative, Within
 
-SCHEMA = 3
+SCHEMA = 4
 DAMAGED = "The bundle is damaged: export or build it again."
 LARGEST_CONTEXT = 1 << 20
 """Positions, each of which has its sines and cosines in a table: a million is what long contexts have."""
@@ -45,6 +45,38 @@ POLICY = "policy"
 
 
 @dataclass(frozen=True)
+class Traits:
+    """What a family has beyond a plain decoder; the defaults are a plain one's.
+
+    `windows`: per layer the tokens that a query may attend to, its own included, 0 for all (no list: all of them);
+    `window_rope`: layers with a window turn heads by frequencies of their own; `unrotated`: layers that do not turn
+    them. `embedding_scale` multiplies embeddings, `residual_scale` what a
+    branch adds, `attention_scale` scores (0: head_dim ** -0.5), `logits_scale` logits. `score_cap` and `logits_cap`:
+    x becomes cap * tanh(x / cap); 0 is none.
+    """
+
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    windows: tuple[Annotated[int, Within(0, LARGEST_CONTEXT)], ...] = ()
+    window_rope: bool = False
+    unrotated: tuple[int, ...] = ()
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: NotNegative = 0.0
+    logits_scale: float = 1.0
+    score_cap: NotNegative = 0.0
+    logits_cap: NotNegative = 0.0
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
+
+    def rope(self, layer: int) -> str:
+        """The name of the tables by which a layer turns heads; empty where it does not."""
+        if layer in self.unrotated:
+            return ""
+        return "rope.window" if self.window_rope and self.window(layer) else "rope"
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """The model as the runtime knows it."""
 
@@ -59,6 +91,12 @@ class ModelFacts:
     max_positions: Annotated[int, Within(1, LARGEST["max_positions"])]
     parameters: Annotated[int, Within(1, LARGEST["parameters"])]
     rms_norm_eps: float
+    traits: Traits = Traits()
+
+    @property
+    def attention_scale(self) -> float:
+        """What multiplies a product of query and key."""
+        return self.traits.attention_scale or self.head_dim**-0.5
 
 
 @dataclass(frozen=True)
@@ -237,6 +275,8 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
         check_places(policy.static_order, policy.units)
     except PolicyError as error:
         yield str(error)
+    if len(model.traits.windows) not in (0, model.num_layers):
+        yield "its attention windows are not one per layer."
     needed = {"embed", "head", *(f"layer_{layer:02d}" for layer in range(model.num_layers))}
     needed |= {unit.bypass for unit in policy.units} | ({POLICY} if policy.has_network else set())
     if missing := needed - set(manifest.graphs):

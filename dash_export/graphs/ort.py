@@ -116,7 +116,7 @@ class OrtWriter(GraphWriter):
         super().__init__(name, doc)
         self.graph.opset_imports[CONTRIB] = 1
         self.facts, self.gated = manifest.model, manifest.policy.layers
-        self.recipe, self.roundings = recipe.weights, roundings
+        self.traits, self.recipe, self.roundings = manifest.model.traits, recipe.weights, roundings
         self.weights = {
             weight: value.const_value
             for part in parts.values()
@@ -127,6 +127,13 @@ class OrtWriter(GraphWriter):
         """What enters each layer."""
 
     def embed(self) -> ir.Value:
+        rows = self.embedding_rows()
+        if self.traits.embedding_scale == 1:
+            return rows
+        scale = self.constant("embed.scale", np.array(self.traits.embedding_scale, np.float32))
+        return self.op("Mul", [rows, scale], "embed/scaled")
+
+    def embedding_rows(self) -> ir.Value:
         ids = self.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
         bits, block = BITS[self.recipe.embedding], self.recipe.block_size
         if self.recipe.embedding not in QUANTISED or self.facts.hidden_size % block:  # rows are whole blocks
@@ -142,15 +149,27 @@ class OrtWriter(GraphWriter):
         name, weights = f"layer_{layer:02d}", f"model.layers.{layer}"
         normed, hidden = self.norm(state, f"{weights}.input_layernorm.weight", f"{name}/input_layernorm")
         self.entering[layer] = hidden
-        mixed = self.projected(layer, self.attention(layer, normed, choice), "attention", "o_proj")
+        adds = self.traits.residual_scale
+        mixed = self.projected(layer, self.attention(layer, normed, choice), "attention", "o_proj", times=adds)
+        before_mlp, after_mlp = (f"{weights}.{which}_feedforward_layernorm.weight" for which in ("pre", "post"))
+        norms = after_mlp in self.weights
+        if norms:
+            mixed, _ = self.norm(mixed, f"{weights}.post_attention_layernorm.weight", f"{name}/attention/norm")
         state = Sum(hidden, mixed, f"{name}/after_attention")
-        normed, hidden = self.norm(state, f"{weights}.post_attention_layernorm.weight", f"{name}/after_attention/norm")
+        gain = before_mlp if norms else f"{weights}.post_attention_layernorm.weight"
+        normed, hidden = self.norm(state, gain, f"{name}/after_attention/norm")
         wide = self.projected(layer, normed, "mlp", "gate_proj", "up_proj")
         gate, up = self.parts(
             wide, [self.array(f"{weights}.mlp.{which}_proj.weight").shape[1] for which in ("gate", "up")]
         )
-        gate = self.contrib("QuickGelu", [gate], f"{name}/mlp/silu", alpha=1.0)
-        down = self.projected(layer, self.op("Mul", [gate, up], f"{name}/mlp/gated"), "mlp", "down_proj")
+        if self.traits.activation == "silu":
+            gate = self.contrib("QuickGelu", [gate], f"{name}/mlp/silu", alpha=1.0)
+        else:
+            gate = self.op("Gelu", [gate], f"{name}/mlp/gelu", approximate="tanh")
+        gated = self.op("Mul", [gate, up], f"{name}/mlp/gated")
+        down = self.projected(layer, gated, "mlp", "down_proj", times=adds)
+        if norms:
+            down, _ = self.norm(down, after_mlp, f"{name}/mlp/norm")
         state, number = Sum(hidden, down, f"{name}/after_mlp"), 0
         while (update := f"{weights}.update_{number}.weight") in self.weights:  # of units that were pruned
             normed, hidden = self.norm(state, UNIT_GAIN, f"{name}/norm_{number}")
@@ -163,12 +182,13 @@ class OrtWriter(GraphWriter):
         name, norms = f"layer_{layer:02d}/attention", f"model.layers.{layer}.self_attn"
         heads, kv_heads, size = self.facts.num_heads, self.facts.num_kv_heads, self.facts.head_dim
         # Queries come scaled: the product of one row with many is twice as fast where it has no factor to apply.
-        head_norms, scale = f"{norms}.q_norm.weight" in self.weights, size**-0.5
+        head_norms, scale = f"{norms}.q_norm.weight" in self.weights, self.facts.attention_scale
         times = 1.0 if head_norms else scale
         packed = self.projected(layer, normed, "attention", "q_proj", "k_proj", "v_proj", times=times)
-        rotates = size % ROTARY_MULTIPLE == 0
+        rope = self.traits.rope(layer)
+        rotates = bool(rope) and self.rotary_size(rope) % ROTARY_MULTIPLE == 0
         inputs: list[ir.Value | None] = [packed, None, None]
-        if choice is not None or head_norms or not rotates:
+        if choice is not None or head_norms or (rope and not rotates):
             query, key, value = self.parts(packed, [size * count for count in (heads, kv_heads, kv_heads)])
             if choice is not None:
                 key = self.op("Where", [choice.skipped, choice.key, key], f"{name}/key_chosen")
@@ -176,16 +196,25 @@ class OrtWriter(GraphWriter):
             if head_norms:
                 query = self.head_norm(query, heads, f"{norms}.q_norm.weight", f"{name}/q_norm", scale)
                 key = self.head_norm(key, kv_heads, f"{norms}.k_norm.weight", f"{name}/k_norm")
-            if not rotates:
-                query = self.rotated(query, heads, f"{name}/q_rotary")
-                key = self.rotated(key, kv_heads, f"{name}/k_rotary")
+            if rope and not rotates:
+                query = self.rotated(rope, query, heads, f"{name}/q_rotary")
+                key = self.rotated(rope, key, kv_heads, f"{name}/k_rotary")
             inputs = [query, key, value]
         shape = ("batch", kv_heads, "capacity", size)
         inputs += [self.input(short_name(past), shape) for past in past_names(layer)]
         inputs.append(self.input("seqlens_k", ("batch",), ir.DataType.INT32))
         inputs.append(self.input("total_length", (1,), ir.DataType.INT32))
-        inputs += [self.stored("rope.cos"), self.stored("rope.sin")] if rotates else []
-        options = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotates), "scale": 1.0}
+        inputs += [self.stored(f"{rope}.cos"), self.stored(f"{rope}.sin")] if rotates else []
+        options: dict[str, Any] = {
+            "num_heads": heads,
+            "kv_num_heads": kv_heads,
+            "do_rotary": int(rotates),
+            "scale": 1.0,
+        }
+        if window := self.traits.window(layer):
+            options["local_window_size"] = window
+        if self.traits.score_cap:
+            options["softcap"] = self.traits.score_cap
         found, *presents = self.node("GroupQueryAttention", inputs, f"{name}/attention", 3, CONTRIB, **options)
         for present, output in zip(present_names(layer), presents, strict=True):
             self.output(output, short_name(present), shape)
@@ -210,9 +239,9 @@ class OrtWriter(GraphWriter):
             name = f"{unit.bypass}/layer_{layer:02d}"
             if (gain := f"model.layers.{layer}.self_attn.k_norm.weight") in self.weights:
                 key = self.head_norm(key, heads, gain, f"{name}/k_norm")
-            for output, new in zip(
-                (self.rotated(key, heads, f"{name}/k_rotary"), value), new_names(layer), strict=True
-            ):
+            if rope := self.traits.rope(layer):
+                key = self.rotated(rope, key, heads, f"{name}/k_rotary")
+            for output, new in zip((key, value), new_names(layer), strict=True):
                 self.output(output, short_name(new), (*HIDDEN_SHAPE, heads * self.facts.head_dim))
 
     def policy(self, read: int) -> None:
@@ -228,7 +257,12 @@ class OrtWriter(GraphWriter):
         bounds = [first, self.stored("head.end"), self.stored("head.axis")]
         wanted = self.op("Slice", [self.computed(state), *bounds], "head/wanted")
         normed, _ = self.norm(wanted, FINAL_NORM, "head/norm")
-        logits = self.linear(normed, "head/logits", [HEAD_WEIGHT if HEAD_WEIGHT in self.weights else EMBED_WEIGHT])
+        matrix = HEAD_WEIGHT if HEAD_WEIGHT in self.weights else EMBED_WEIGHT
+        logits = self.linear(normed, "head/logits", [matrix], self.traits.logits_scale)
+        if cap := self.traits.logits_cap:
+            most = self.constant("head.cap", np.array(cap, np.float32))
+            turned = self.op("Tanh", [self.op("Div", [logits, most], "head/over_cap")], "head/tanh")
+            logits = self.op("Mul", [turned, most], "head/capped")
         self.output(logits, "logits", ("batch", "logits", self.facts.vocab_size))
 
     def state_output(self, state: ir.Value) -> None:
@@ -277,11 +311,16 @@ class OrtWriter(GraphWriter):
         value = self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)
         return self.op("Reshape", [value, self.constant("shape.merge_heads", np.array([0, 0, -1]))], f"{node}/merged")
 
-    def rotated(self, value: ir.Value, heads: int, node: str) -> ir.Value:
+    def rotary_size(self, rope: str) -> int:
+        """The part of a head that is turned."""
+        return 2 * int(self.array(f"{rope}.cos").shape[1])
+
+    def rotated(self, rope: str, value: ir.Value, heads: int, node: str) -> ir.Value:
         """RoPE on [batch, sequence, heads * head_dim]."""
         positions = self.input("position_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-        tables = [self.stored("rope.cos"), self.stored("rope.sin")]
-        return self.op("RotaryEmbedding", [value, *tables, positions], node, num_heads=heads)
+        tables, size = [self.stored(f"{rope}.{which}") for which in ("cos", "sin")], self.rotary_size(rope)
+        options = {"num_heads": heads} | ({} if size == self.facts.head_dim else {"rotary_embedding_dim": size})
+        return self.op("RotaryEmbedding", [value, *tables, positions], node, **options)
 
     def projected(self, layer: int, source: ir.Value, part: str, *names: str, times: float = 1.0) -> ir.Value:
         """Projections of one value side by side."""

@@ -30,23 +30,27 @@ SHARED_FILES = (ROPE_FILE, EMBED_FILE)
 _BLOCK = 1 << 14
 """Positions whose angles are in memory at a time."""
 
+WINDOW = "dash_export.window"
+"""What an Attention node says of itself: the tokens that a query may attend to, 0 for all."""
 HIDDEN_SHAPE = ("batch", "sequence")
 
 
 def rope_tables(spec: DecoderSpec) -> Iterator[npt.NDArray[np.float32]]:
-    """`cos`, then `sin`, each [max_positions, head_dim / 2], in blocks: every layer's graph refers to this one file."""
-    frequencies = np.asarray(spec.rope_frequencies)
-    for turned in (np.cos, np.sin):
-        for start in range(0, spec.max_positions, _BLOCK):
-            positions = np.arange(start, min(start + _BLOCK, spec.max_positions))
-            yield turned(np.outer(positions, frequencies)).astype(np.float32)
+    """`cos`, then `sin`, each [max_positions, rotary_dim / 2], in blocks: every layer's graph refers to this one file.
+    Those of layers with a window follow, where they have others.
+    """
+    for frequencies, scale in ((spec.rope_frequencies, spec.rope_scale), (spec.window_frequencies, 1.0)):
+        for turned in (np.cos, np.sin):
+            for start in range(0, spec.max_positions if frequencies else 0, _BLOCK):
+                positions = np.arange(start, min(start + _BLOCK, spec.max_positions))
+                yield (turned(np.outer(positions, np.asarray(frequencies))) * scale).astype(np.float32)
 
 
 def embed_graph(checkpoint: Checkpoint) -> ir.Model:
     """input_ids [batch, sequence] int64 -> hidden [batch, sequence, hidden] float32."""
     g = PortableWriter("embed", "Token embedding.", checkpoint.spec, checkpoint)
     ids = g.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-    g.state_output(g.op("Gather", [g.weight(EMBED_WEIGHT), ids], "embed"))
+    g.state_output(g.scaled(g.op("Gather", [g.weight(EMBED_WEIGHT), ids], "embed"), "embedding_scale"))
     return g.model()
 
 
@@ -66,6 +70,7 @@ def head_graph(checkpoint: Checkpoint) -> ir.Model:
     else:
         table = g.weight(HEAD_WEIGHT)
     logits = g.op("MatMul", [normed, g.op("Transpose", [table], "head/weight", perm=[1, 0])], "head/logits")
+    logits = g.capped(g.scaled(logits, "logits_scale"), spec.traits.logits_cap)
     g.output(logits, "logits", ("batch", "logits", spec.vocab_size))
     return g.model()
 
@@ -80,7 +85,7 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     g = PortableWriter(name, f"Decoder layer {layer}.", spec, checkpoint)
     hidden = g.state_input()
     positions, rows = g.step_inputs()
-    mask = g.input("attention_mask", ("batch", 1, "sequence", "capacity"), ir.DataType.BOOL)
+    mask = g.mask(layer, positions)
 
     normed = g.layer_norm(layer, hidden, "input_layernorm")
     keys, values = (
@@ -88,18 +93,26 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     )
     keys, values = g.cached(layer, name, keys, values, positions, rows)
     queries = g.heads(layer, name, g.linear(layer, normed, "self_attn.q_proj"), "q")
-    queries = g.rotated(queries, positions, f"{name}/attention/q_rotary")
-    mixed = g.op("Attention", [queries, keys, values, mask], f"{name}/attention/attention", scale=spec.head_dim**-0.5)
+    queries = g.rotated(layer, queries, positions, f"{name}/attention/q_rotary")
+    cap = {"softcap": spec.traits.score_cap} if spec.traits.score_cap else {}
+    attended = [queries, keys, values, mask]
+    mixed = g.op("Attention", attended, f"{name}/attention/attention", scale=spec.attention_scale, **cap)
+    mixed.producer().metadata_props[WINDOW] = str(spec.traits.window(layer))  # type: ignore[union-attr]
     mixed = g.op("Transpose", [mixed], f"{name}/attention/tokens_first", perm=[0, 2, 1, 3])
     merged = g.initializer("shape.merge_heads", np.array([0, 0, -1]))
     mixed = g.op("Reshape", [mixed, merged], f"{name}/attention/merge_heads")
-    after = g.op("Add", [hidden, g.linear(layer, mixed, "self_attn.o_proj")], f"{name}/after_attention")
+    mixed = g.branch(layer, g.linear(layer, mixed, "self_attn.o_proj"), "post_attention_layernorm")
+    after = g.op("Add", [hidden, mixed], f"{name}/after_attention")
 
-    normed = g.layer_norm(layer, after, "post_attention_layernorm")
+    normed = g.layer_norm(layer, after, spec.mlp_norm)
     gate = g.linear(layer, normed, "mlp.gate_proj")
-    gate = g.op("Mul", [gate, g.op("Sigmoid", [gate], f"{name}/mlp/sigmoid")], f"{name}/mlp/silu")
+    if spec.traits.activation == "silu":
+        gate = g.op("Mul", [gate, g.op("Sigmoid", [gate], f"{name}/mlp/sigmoid")], f"{name}/mlp/silu")
+    else:
+        gate = g.op("Gelu", [gate], f"{name}/mlp/gelu", approximate="tanh")
     up = g.linear(layer, normed, "mlp.up_proj")
     down = g.linear(layer, g.op("Mul", [gate, up], f"{name}/mlp/gated"), "mlp.down_proj")
+    down = g.branch(layer, down, "post_feedforward_layernorm")
     passed = g.op("Add", [after, down], f"{name}/after_mlp")
     for number in range(spec.updates.count(layer)):
         update = g.linear(layer, g.unit_norm(passed, f"{name}/norm_{number}"), f"update_{number}")
@@ -205,11 +218,52 @@ class PortableWriter(GraphWriter):
             value = self.layer_norm(layer, value, f"self_attn.{which}_norm", name)
         return self.op("Transpose", [value], f"{name}/attention/{which}_heads_first", perm=[0, 2, 1, 3])
 
-    def rotated(self, value: ir.Value, positions: ir.Value, name: str) -> ir.Value:
-        shape = (self.spec.max_positions, self.spec.head_dim // 2)
-        cos = self.external("rope.cos", ROPE_FILE, shape)
-        sin = self.external("rope.sin", ROPE_FILE, shape, offset=4 * shape[0] * shape[1])
-        return self.op("RotaryEmbedding", [value, cos, sin, positions], name)
+    def rotated(self, layer: int, value: ir.Value, positions: ir.Value, name: str) -> ir.Value:
+        if not (rope := self.spec.traits.rope(layer)):
+            return value
+        widths, rows = [len(self.spec.rope_frequencies), len(self.spec.window_frequencies)], self.spec.max_positions
+        own, before = (widths[1], 2 * widths[0]) if rope == "rope.window" else (widths[0], 0)
+        tables = [
+            self.external(f"{rope}.{which}", ROPE_FILE, (rows, own), 4 * rows * (before + place * own))
+            for place, which in enumerate(("cos", "sin"))
+        ]
+        part = {} if 2 * own == self.spec.head_dim else {"rotary_embedding_dim": 2 * own}
+        return self.op("RotaryEmbedding", [value, *tables, positions], name, **part)
+
+    def mask(self, layer: int, positions: ir.Value) -> ir.Value:
+        """The rows that a query may read: those the runtime says, of the last ones where the layer has a window."""
+        given = self.input("attention_mask", ("batch", 1, "sequence", "capacity"), ir.DataType.BOOL)
+        name = f"layer_{layer:02d}/mask"
+        if not (window := self.spec.traits.window(layer)):
+            return given
+        first = self.op(
+            "Sub", [positions, self.initializer(f"mask.{window}", np.array(window))], f"{name}/before_first"
+        )
+        first = self.op(
+            "Unsqueeze", [first, self.initializer("mask.axes", np.array([1, 3]))], f"{name}/before_first_row"
+        )
+        capacity = self.op("Squeeze", [self.op("Shape", [given], f"{name}/shape", start=3, end=4)], f"{name}/capacity")
+        zero, one = (self.initializer(f"mask.step.{value}", np.array(value)) for value in (0, 1))
+        rows = self.op("Range", [zero, capacity, one], f"{name}/rows")
+        return self.op("And", [given, self.op("Greater", [rows, first], f"{name}/near")], f"{name}/both")
+
+    def branch(self, layer: int, value: ir.Value, norm: str) -> ir.Value:
+        """What attention or the MLP adds."""
+        value = self.layer_norm(layer, value, norm) if self.spec.post_norms else value
+        return self.scaled(value, "residual_scale", str(value.name))
+
+    def scaled(self, value: ir.Value, trait: str, name: str = "") -> ir.Value:
+        if (scale := getattr(self.spec.traits, trait)) == 1:
+            return value
+        return self.op("Mul", [value, self.initializer(trait, np.array(scale, np.float32))], f"{name or trait}/scaled")
+
+    def capped(self, value: ir.Value, cap: float) -> ir.Value:
+        """cap * tanh(value / cap)."""
+        if not cap:
+            return value
+        most = self.initializer("logits_cap", np.array(cap, np.float32))
+        turned = self.op("Tanh", [self.op("Div", [value, most], "head/over_cap")], "head/tanh")
+        return self.op("Mul", [turned, most], "head/capped")
 
     def cached(
         self, layer: int, name: str, keys: ir.Value, values: ir.Value, positions: ir.Value, rows: ir.Value
@@ -217,7 +271,7 @@ class PortableWriter(GraphWriter):
         """New keys, not yet rotated, and values [batch, heads, sequence, head_dim] -> the caches with them."""
         shape = ("batch", self.spec.num_kv_heads, "capacity", self.spec.head_dim)
         past_key, past_value = (self.input(past, shape) for past in past_names(layer))
-        keys = self.rotated(keys, positions, f"{name}/attention/k_rotary")
+        keys = self.rotated(layer, keys, positions, f"{name}/attention/k_rotary")
         keys = self.op("TensorScatter", [past_key, keys, rows], f"{name}/attention/write_key", axis=2)
         values = self.op("TensorScatter", [past_value, values, rows], f"{name}/attention/write_value", axis=2)
         return keys, values

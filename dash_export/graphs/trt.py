@@ -12,6 +12,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
+from dash_export.errors import BackendError
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.surgery import add_constant, constant_value, drop_unused, drop_unused_inputs, transpose_tables
 from dash_export.graphs.trt_decompose import FLOAT32, Chain, decompose
@@ -34,6 +35,10 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     _give_last_logits(graph)
     transpose_tables(graph)
     _sum_policy(graph)
+    if recipe.dialect != "trt10" and any("softcap" in node.attributes for node in graph):
+        raise BackendError(
+            "TensorRT's Attention caps no scores, and this model's are: copy the recipe and set dialect = \"trt10\"."
+        )
     if recipe.dialect == "trt10":
         decompose(model, capacity)
     else:
@@ -54,10 +59,10 @@ def _fix_shapes(graph: ir.Graph, capacity: int) -> None:
 
 def _cut_rope(graph: ir.Graph, capacity: int) -> None:
     """Every engine holds its own copy of the tables: only the rows that the cache has."""
-    for name in ("rope.cos", "rope.sin"):
-        value = graph.initializers.get(name)
+    for name in [name for name in graph.initializers if name.startswith("rope")]:
+        value = graph.initializers[name]
         table = constant_value(value)
-        if value is not None and table is not None:
+        if table is not None:
             value.replace_all_uses_with(add_constant(graph, f"{name}.{capacity}", table[:capacity]))
 
 

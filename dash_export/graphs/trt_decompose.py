@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dash_export.graphs.portable import WINDOW
 from dash_export.graphs.surgery import add_constant, constant_value, drop_unused_inputs
 from dash_export.names import new_names
 
@@ -39,6 +40,8 @@ def decompose(model: ir.Model, capacity: int) -> None:
             _attention(graph, node, step)
     for node in [node for node in graph if node.op_type == "TensorScatter"]:
         _new_rows(graph, node)
+    for node in reversed([node for node in graph if "/mask/" in str(node.name)]):
+        graph.remove(node, safe=True)
     drop_unused_inputs(graph)
     graph.opset_imports[""], model.ir_version = OPSET, IR_VERSION
 
@@ -85,6 +88,12 @@ def _rotary(graph: ir.Graph, node: ir.Node) -> None:
     """[a cos - b sin, b cos + a sin] for the halves a, b of every head."""
     c = Chain(graph, node, str(node.name))
     value, cos, sin, positions = node.inputs
+    rest = None
+    if size := node.attributes.get_int("rotary_embedding_dim", 0):
+        zero, edge, end = (c.constant(f"rotary.at.{at}", [at]) for at in (0, size, np.iinfo(np.int64).max))
+        last = c.constant("rotary.last_axis", [-1])
+        rest = c.op("Slice", [value, edge, end, last], "rest")
+        value = c.op("Slice", [value, zero, edge, last], "turned_part")
     axis = c.constant("rotary.head_axis", [1])
     cos, sin = (
         c.op("Unsqueeze", [c.op("Gather", [table, positions], f"{name}/rows", axis=0), axis], name)
@@ -96,12 +105,12 @@ def _rotary(graph: ir.Graph, node: ir.Node) -> None:
     graph.insert_before(node, split)
     first = c.op("Sub", [c.op("Mul", [a, cos], "a_cos"), c.op("Mul", [b, sin], "b_sin")], "first")
     second = c.op("Add", [c.op("Mul", [b, cos], "b_cos"), c.op("Mul", [a, sin], "a_sin")], "second")
-    c.finish(c.op("Concat", [first, second], "turned", axis=-1))
+    c.finish(c.op("Concat", [first, second, *([] if rest is None else [rest])], "turned", axis=-1))
 
 
 class _Step:
-    """Values that all layers of a graph share: its sizes, which cached (`past`) and which new (`new`) rows a query may
-    read, and the shape [1, heads, -1, number of new rows] for query heads and for K/V heads.
+    """Values that all layers of a graph share: its sizes, which cached and which new rows a query may read (`masks`, by
+    the window), and the shape [1, heads, -1, number of new rows] for query heads and for K/V heads.
     """
 
     def __init__(self, graph: ir.Graph, first: ir.Node, capacity: int) -> None:
@@ -114,10 +123,17 @@ class _Step:
         c = Chain(graph, first, "attention_step")
         rows, positions = c.constant("attention.rows", np.arange(capacity)), inputs["position_ids"]
         # [capacity] against [1]: every query reads the same cached rows.
-        self.past = c.op("Less", [rows, inputs["write_indices"]], "past")
+        past = c.op("Less", [rows, inputs["write_indices"]], "past")
         across = c.op("Unsqueeze", [positions, c.constant("attention.across", [1, 2])], "across")
         down = c.op("Unsqueeze", [positions, c.constant("attention.down", [1, 3])], "down")
-        self.new = c.op("GreaterOrEqual", [down, across], "new")
+        new = c.op("GreaterOrEqual", [down, across], "new")
+        self.masks = {0: (past, new)}
+        for window in sorted({_window(node) for node in graph if node.op_type == "Attention"} - {0}):
+            before = c.op("Sub", [down, c.constant(f"attention.window.{window}", [window])], f"before_{window}")
+            near = c.op("Greater", [rows, before], f"near_{window}")
+            close = c.op("Greater", [across, before], f"close_{window}")
+            both = c.op("And", [past, near], f"past_{window}"), c.op("And", [new, close], f"new_{window}")
+            self.masks[window] = both
         count = c.op("Shape", [positions], "count", start=1, end=2)
         self.square: dict[int, ir.Value] = {}
         for heads in {self.heads, self.kv_heads}:
@@ -136,15 +152,21 @@ def _attention(graph: ir.Graph, node: ir.Node, step: _Step) -> None:
     scaled = c.op("Mul", [node.inputs[0], c.constant(f"attention.scale.{head_dim}", scale)], "scaled")
     grouped = c.constant(f"shape.grouped.{kv_heads}", [1, kv_heads, -1, head_dim])
     query = c.op("Reshape", [scaled, grouped], "grouped")
+    most = node.attributes.get_float("softcap", 0.0)
+    cap = c.constant(f"attention.cap.{most:g}", np.array([most], np.float32)) if most else None
     over_past = {each: c.constant(f"shape.past.{each}", [1, each, -1, capacity]) for each in (heads, kv_heads)}
 
     def scores(keys: ir.Value | None, columns: ir.Value, readable: ir.Value, name: str) -> ir.Value:
         turned = c.op("Transpose", [keys], f"{name}/keys", perm=[0, 1, 3, 2])
         found = c.op("Reshape", [c.op("MatMul", [query, turned], f"{name}/grouped"), columns], name)
+        if cap is not None:
+            found = c.op("Tanh", [c.op("Div", [found, cap], f"{name}/over_cap")], f"{name}/tanh")
+            found = c.op("Mul", [found, cap], f"{name}/capped")
         masked = wide.constant("attention.masked", np.array([MASKED], np.float32))
         return wide.op("Where", [readable, found, masked], f"{name}_masked")
 
-    past, new = scores(past_key, over_past[heads], step.past, "past"), scores(key, step.square[heads], step.new, "new")
+    cached, among_new = step.masks[_window(node)]
+    past, new = scores(past_key, over_past[heads], cached, "past"), scores(key, step.square[heads], among_new, "new")
     shares = wide.op("Softmax", [wide.op("Concat", [past, new], "scores", axis=-1)], "shares", axis=-1)
     axis, zero = c.constant("attention.last_axis", [-1]), c.constant("attention.zero", [0])
     edge, end = c.constant("attention.capacity", [capacity]), c.constant("attention.end", [np.iinfo(np.int64).max])
@@ -157,6 +179,10 @@ def _attention(graph: ir.Graph, node: ir.Node, step: _Step) -> None:
     fresh = mixed(edge, end, step.square[kv_heads], value, "new")
     spread = c.constant(f"shape.heads.{heads}", [1, heads, -1, head_dim])
     c.finish(c.op("Reshape", [c.op("Add", [old, fresh], "sum"), spread], "spread"))
+
+
+def _window(attention: ir.Node) -> int:
+    return int(attention.metadata_props.get(WINDOW, 0))
 
 
 def _written(attention: ir.Node, index: int) -> tuple[ir.Value | None, ir.Value | None]:

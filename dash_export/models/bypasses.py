@@ -84,6 +84,7 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
     if other is not None:
         raise PolicyError(f"Unit {other} has a bypass without weights: there is nothing to put in its place.")
     hidden, digest = checkpoint.spec.hidden_size, hashlib.sha256()
+    kept: list[int] = []
     weights = {name: weight for name, weight in checkpoint.weights.items() if not name.startswith(LAYERS)}
     updates: list[int] = []
     layers = 0
@@ -93,6 +94,7 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
             old = layer_weight(layer)
             for name in filter(lambda name: name.startswith(old), checkpoint.weights):
                 weights[layer_weight(layers, name.removeprefix(old))] = checkpoint.weights[name]
+            kept.append(layer)
             layers += 1
         elif layer == unit.first:
             matrix, bias = bypasses[unit]["weight"][:, :hidden].T.copy(), bypasses[unit]["bias"][:hidden]
@@ -101,13 +103,19 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
             digest.update(matrix.tobytes() + bias.tobytes())
             updates.append(layers - 1)
     config = {**checkpoint.config, "num_hidden_layers": layers}
-    if config.get("layer_types"):
-        config["layer_types"] = config["layer_types"][:layers]  # all are alike
-    name = f"{checkpoint.spec.name}-without-{units_text(bypasses)}"
+    for key in ("layer_types", "no_rope_layers"):
+        if config.get(key):
+            config[key] = [config[key][layer] for layer in kept]
+    name, traits = f"{checkpoint.spec.name}-without-{units_text(bypasses)}", checkpoint.spec.traits
+    traits = replace(
+        traits,
+        windows=tuple(traits.windows[layer] for layer in kept) if traits.windows else (),
+        unrotated=tuple(place for place, layer in enumerate(kept) if layer in traits.unrotated),
+    )
     return replace(
         checkpoint,
         source=name,
-        spec=replace(checkpoint.spec, name=name, num_layers=layers, updates=tuple(updates)),
+        spec=replace(checkpoint.spec, name=name, num_layers=layers, traits=traits, updates=tuple(updates)),
         config=config,
         weights=weights,
         assets={**checkpoint.assets, "config.json": json.dumps(config, indent=2)},

@@ -7,30 +7,33 @@ The frequencies are float32 arithmetic in transformers' order: they agree with t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from dash_export.errors import CheckpointError
-from dash_export.manifest import LARGEST
+from dash_export.manifest import LARGEST, LARGEST_CONTEXT, Traits
 from dash_export.models.spec import DecoderSpec, Float32Array
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3")
 """The `model_type`s that can be exported. A new one is a module of this package with a `decoder(config)`, and its name
 here.
 """
 MAX_INTERMEDIATE, MAX_FACTOR = 1 << 19, 1e6
-SCALINGS = ("default", "linear", "llama3")
+SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+FULL, SLIDING = "full_attention", "sliding_attention"
 _ONLY: dict[str, tuple[object, str]] = {
     "quantization_config": (None, "float weights, or a GGUF file. Export the original model and quantise in `build`"),
-    "hidden_act": ("silu", "'silu'"),
     "is_causal": (True, "causal attention (this is an embedding model)"),
-    "use_sliding_window": (False, "full attention in every layer"),
+    "use_bidirectional_attention": (False, "causal attention"),
 }
 """Options with the only value that is supported, and how to say it."""
+_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+_ORIGINAL = "original_max_position_embeddings"
+PLAIN = Traits()
 Number = TypeVar("Number", int, float)
 
 
@@ -46,18 +49,28 @@ def decoder_spec(config: Mapping[str, Any], name: str = "") -> DecoderSpec:
 
 
 def gated_decoder(
-    config: Mapping[str, Any], *, max_positions: int, head_dim: int | None = None, **traits: Any
+    config: Mapping[str, Any],
+    *,
+    max_positions: int,
+    head_dim: int | None = None,
+    windows: tuple[int, ...] | None = None,
+    partial_rotary: bool = False,
+    rope: Mapping[str, Any] | None = None,
+    traits: Traits = PLAIN,
+    **fields: Any,
 ) -> DecoderSpec:
-    """The spec of a config: `traits` are the family's fields of `DecoderSpec`, the other keywords its defaults for keys
-    that the config leaves out. A family that takes an option which is refused here reads it and passes the config on
-    without it. Raises CheckpointError naming the key that is missing, out of range or not supported.
+    """The spec of a config: `traits` and `fields` (of `DecoderSpec`) are the family's, `max_positions` and `head_dim`
+    its defaults for keys that the config leaves out, `windows` those of its layers (None: it has none), `rope` the
+    parameters of layers without one, where the config does not say it as others do. Raises CheckpointError naming the
+    key that is missing, out of range or not supported.
     """
     for key, (only, supported) in _ONLY.items():
         if (value := config.get(key)) is not None and value != only:
             raise CheckpointError(f"config {key!r} is {shown(value)}, which is not supported; supported: {supported}")
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise CheckpointError("layer_types with other kinds than 'full_attention' (sliding windows) are not supported")
+    for key in ("hidden_act", "hidden_activation"):
+        if (value := config.get(key)) is not None and value != _ACTIVATIONS[traits.activation]:
+            only = _ACTIVATIONS[traits.activation]
+            raise CheckpointError(f"config {key!r} is {shown(value)}, which is not supported; supported: {only!r}")
     hidden_size = positive(config, "hidden_size", LARGEST["hidden_size"])
     num_heads = positive(config, "num_attention_heads", LARGEST["num_heads"])
     num_kv_heads = positive(config, "num_key_value_heads", LARGEST["num_kv_heads"], num_heads)
@@ -69,6 +82,8 @@ def gated_decoder(
     if head_dim % 2:
         raise CheckpointError(f"head_dim {head_dim} is not supported; rotary embedding needs an even one")
     max_positions = positive(config, "max_position_embeddings", LARGEST["max_positions"], max_positions)
+    rotary = rotary_embedding(config, head_dim, max_positions, rope, partial_rotary)
+    windows = attention_windows(config, None) if windows is None else windows
     return DecoderSpec(
         model_type=config["model_type"],
         vocab_size=positive(config, "vocab_size", LARGEST["vocab_size"]),
@@ -78,29 +93,79 @@ def gated_decoder(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=max_positions,
+        max_positions=rotary.positions,
         rms_norm_eps=positive(config, "rms_norm_eps", 1.0, 1e-6),
-        rope_frequencies=rope_frequencies(config, head_dim, max_positions),
-        tie_embeddings=flag(config, "tie_word_embeddings"),
-        **traits,
+        rope_frequencies=rotary.frequencies,
+        rope_scale=rotary.scale,
+        traits=replace(traits, windows=windows),
+        **({"tie_embeddings": flag(config, "tie_word_embeddings")} | fields),
     )
 
 
-def rope_frequencies(config: Mapping[str, Any], head_dim: int, max_positions: int) -> tuple[float, ...]:
-    """Inverse frequencies of `head_dim` dimensions, as in `DecoderSpec`, from `rope_parameters` (transformers 5) or the
-    older `rope_theta` and `rope_scaling`. Raises CheckpointError for another scaling.
+def attention_windows(
+    config: Mapping[str, Any], window: int | None, kind: Callable[[int], str] = lambda _layer: FULL
+) -> tuple[int, ...]:
+    """Per layer the tokens that a query may attend to, from `layer_types` or else by `kind`; 0 for all, and no list
+    where that is so everywhere. Raises CheckpointError.
+    """
+    layers = positive(config, "num_hidden_layers", LARGEST["num_layers"])
+    kinds = config.get("layer_types") or [kind(layer) for layer in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(one not in (FULL, SLIDING) for one in kinds):
+        raise CheckpointError(f"config 'layer_types' must name {FULL!r} or {SLIDING!r} for each of {layers} layers")
+    if window is None and (config.get("use_sliding_window") or SLIDING in (config.get("layer_types") or ())):
+        raise CheckpointError("use_sliding_window and layer_types ask for a window, and there is none (sliding_window)")
+    return () if window is None or SLIDING not in kinds else tuple(window * (one == SLIDING) for one in kinds)
+
+
+def sliding_window(config: Mapping[str, Any], default: int | None = None) -> int | None:
+    """`sliding_window`, tokens; a missing key takes `default`, null is none. Raises CheckpointError."""
+    if config.get("sliding_window", default) is None:
+        return None
+    return positive(config, "sliding_window", LARGEST_CONTEXT, default)
+
+
+class Rotary(NamedTuple):
+    """Inverse frequencies, what multiplies sines and cosines, and the positions for which they are these."""
+
+    frequencies: tuple[float, ...]
+    scale: float
+    positions: int
+
+
+def rotary_embedding(
+    config: Mapping[str, Any],
+    head_dim: int,
+    max_positions: int,
+    rope: Mapping[str, Any] | None = None,
+    partial: bool = False,
+) -> Rotary:
+    """As in `DecoderSpec`, from `rope` or else `rope_parameters` (transformers 5) or the older `rope_theta` and
+    `rope_scaling`; `partial`: the family turns a part of each head. Raises CheckpointError for another scaling.
+
+    `dynamic` frequencies are plain ones within the context, and those of `longrope` its short ones within the original
+    context: the model is exported with that one.
     """
     # transformers lets an old-style rope_scaling win over rope_parameters; so do we.
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = rope or config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(inner, dict) for inner in rope.values()):
         raise CheckpointError(f"config 'rope_parameters' is {shown(rope)}; expected one object for all layer types")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "su":  # as Phi-3 first called it
+        kind = "longrope"
     if kind not in SCALINGS:
         raise CheckpointError(f"rope type {shown(kind)} is not supported; supported: {', '.join(SCALINGS)}")
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial is not None and (isinstance(partial, bool) or partial != 1):
-        raise CheckpointError(f"partial_rotary_factor {shown(partial)} is not supported; supported: 1 (whole heads)")
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if share is not None and (isinstance(share, bool) or share != 1):
+        if not partial:
+            raise CheckpointError(f"partial_rotary_factor {shown(share)} is not supported; supported: 1 (whole heads)")
+        head_dim = int(head_dim * positive({"partial_rotary_factor": share}, "partial_rotary_factor", 1.0))
+        if head_dim % 2 or not head_dim:
+            raise CheckpointError(f"partial_rotary_factor {shown(share)} turns {head_dim} dimensions of a head")
     theta = positive(rope, "rope_theta", 1e12, positive(config, "rope_theta", 1e12, 10_000.0))
+    # transformers lets this key of the config win over that of the scaling.
+    own = config if config.get(_ORIGINAL) is not None else rope
+    original = positive(own, _ORIGINAL, LARGEST["max_positions"], max_positions)
+    scale = 1.0
     with np.errstate(all="ignore"):
         scaled = base_frequencies(theta, head_dim)
         if kind == "linear":
@@ -110,14 +175,48 @@ def rope_frequencies(config: Mapping[str, Any], head_dim: int, max_positions: in
             factor, low, high = (positive(rope, name, MAX_FACTOR) for name in names)
             if high <= low:
                 raise CheckpointError(f"config 'high_freq_factor' is {high:g}; expected above low_freq_factor, {low:g}")
-            key = "original_max_position_embeddings"
-            # transformers lets this key of the config win over that of the scaling.
-            rope = config if config.get(key) is not None else rope
-            original = positive(rope, key, LARGEST["max_positions"], max_positions)
             scaled = llama3_frequencies(scaled, factor, low, high, original)
+        elif kind == "yarn":
+            scaled, scale = _yarn(
+                rope, scaled, theta, positive(rope, "factor", MAX_FACTOR, max_positions / original), original
+            )
+        elif kind == "longrope":
+            divisors = rope.get("short_factor")
+            if not isinstance(divisors, list) or len(divisors) != len(scaled):
+                raise CheckpointError(f"config 'short_factor' is {shown(divisors)}; expected {len(scaled)} numbers")
+            scaled = scaled / np.array(
+                [positive({"short_factor": one}, "short_factor", MAX_FACTOR) for one in divisors]
+            )
+            factor = positive(rope, "factor", MAX_FACTOR, max(1.0, max_positions / original))
+            grown = math.sqrt(1 + math.log(max(1.0, factor)) / math.log(max(2, original)))
+            scale, max_positions = positive(rope, "attention_factor", MAX_FACTOR, grown), min(max_positions, original)
     if not np.isfinite(scaled).all():
         raise CheckpointError(f"the rope parameters give frequencies that are not finite (rope_theta {theta:g})")
-    return tuple(scaled.tolist())
+    return Rotary(tuple(scaled.tolist()), scale, max_positions)
+
+
+def _yarn(
+    rope: Mapping[str, Any], plain: Float32Array, theta: float, factor: float, original: int
+) -> tuple[Float32Array, float]:
+    """YaRN (arXiv 2309.00071): (frequencies, what multiplies sines and cosines)."""
+
+    def grown(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if theta <= 1:
+        raise CheckpointError(f"config 'rope_theta' is {theta:g}; yarn's must be above 1")
+    scales = [positive(rope, name, MAX_FACTOR) for name in ("mscale", "mscale_all_dim") if rope.get(name)]
+    default = grown(scales[0]) / grown(scales[1]) if len(scales) == 2 else grown(1.0)
+    dims = 2 * len(plain)
+    turns = (positive(rope, name, MAX_FACTOR, value) for name, value in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+    low, high = (dims * math.log(original / (2 * math.pi * each)) / (2 * math.log(theta)) for each in turns)
+    if flag(rope, "truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    width = high - low or 0.001
+    ramp = np.clip((np.arange(len(plain), dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
+    frequencies: Float32Array = plain / np.float32(factor) * ramp + plain * (1 - ramp)
+    return frequencies, positive(rope, "attention_factor", MAX_FACTOR, default)
 
 
 def base_frequencies(theta: float, head_dim: int) -> Float32Array:

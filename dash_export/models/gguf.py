@@ -133,7 +133,7 @@ def _rope(own: Mapping[str, Any], divisors: GgufTensor | None, head_dim: int) ->
     rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10_000.0)}
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or None
     kind = own.get("rope.scaling.type", "none" if factor is None else "linear")
-    if kind == "default":  # the word of a config.json: here its factor would be passed over
+    if kind not in ("none", "linear", "llama3"):  # what a config.json calls default, too: its factor is passed over
         raise CheckpointError(f"rope.scaling.type {shown(kind)} is not supported; supported: none, linear, llama3")
     if divisors is None:
         return rope if kind == "none" else rope | {"rope_type": kind, "factor": factor}

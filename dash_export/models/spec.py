@@ -32,8 +32,11 @@ class DecoderSpec(ModelFacts):
     """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated SiLU MLP: what a runtime knows of it,
     and what its graphs are made by.
 
-    `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [head_dim / 2] with every
-    scaling already applied: position p turns pair i by p * rope_frequencies[i] radians. `updates`: the layers that end
+    `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [rotary_dim / 2] with every
+    scaling already applied: position p turns pair i by p * rope_frequencies[i] radians; `rope_scale` multiplies sines
+    and cosines, `window_frequencies` are those of layers with a window, where they have others. `post_norms`: what a
+    branch adds is normed. `norm_offset`: what a folder's gains lack; `fused`: its Q, K and V are one matrix, and so are
+    gate and up. `updates`: the layers that end
     with the update of a unit that was pruned behind them, each as often as there are such (bypasses.py). `parameters`
     are counted. What a family adds is a field with a default here, its weights below, and its nodes in
     graphs/portable.py.
@@ -43,15 +46,25 @@ class DecoderSpec(ModelFacts):
     parameters: int = field(init=False)
     intermediate_size: int
     rope_frequencies: tuple[float, ...]
+    rope_scale: float = 1.0
+    window_frequencies: tuple[float, ...] = ()
     tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    fused: bool = False
     updates: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", sum(map(prod, self.weight_shapes().values())))
+
+    @property
+    def mlp_norm(self) -> str:
+        """The norm before the MLP: where branches are normed, the older name is that of attention's."""
+        return "pre_feedforward_layernorm" if self.post_norms else "post_attention_layernorm"
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight this decoder needs, under its Hugging Face name; matrices are [out, in]."""
@@ -80,6 +93,8 @@ class DecoderSpec(ModelFacts):
         biased = [f"self_attn.{name}_proj" for name in "qkv"] if self.qkv_bias else []
         biased += ["self_attn.o_proj"] if self.output_bias else []
         biased += [f"mlp.{name}_proj" for name in ("gate", "up", "down")] if self.mlp_bias else []
+        if self.post_norms:
+            shapes |= {f"{which}_feedforward_layernorm.weight": (hidden,) for which in ("pre", "post")}
         shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in biased}
         if self.qk_norm:
             shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}

@@ -10,13 +10,17 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from dash_export.models.spec import Checkpoint, DecoderSpec
+from dash_export.manifest import Traits
+from dash_export.models.spec import Checkpoint, DecoderSpec, layer_weight
 
 _CONFIG = {
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "original_max_position_embeddings"),
     *("rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "layer_types"),
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "use_sliding_window", "sliding_window"),
+    *("hidden_activation", "max_window_layers", "sliding_window_pattern", "rope_local_base_freq", "no_rope_layers"),
+    *("no_rope_layer_interval", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 }
 """What makes the decoder, and is checked where it is read. All else that a stranger's config has (labels, types of
 floats, a task's parameters) transformers would take, too.
@@ -28,17 +32,86 @@ def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sd
     spec = checkpoint.spec
     known = {name: value for name, value in checkpoint.config.items() if name in _CONFIG}
     config = transformers.AutoConfig.for_model(**known, pad_token_id=None)
-    config._attn_implementation = attention
+    config._attn_implementation = "eager" if spec.traits.score_cap else attention  # the other one caps no scores
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if spec.fused:
+        for layer in model.model.layers:
+            _unfuse(layer, spec)
     for place, layer in enumerate(spec.updates):
         _add_update(model.model.layers[layer], f"update_{spec.updates[:place].count(layer)}", spec)
     state = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.weights}
+    if spec.norm_offset:
+        state |= {name: gain - spec.norm_offset for name, gain in state.items() if name.endswith("norm.weight")}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, f"{unexpected} are not of such a model"
     assert not missing or (missing == ["lm_head.weight"] and spec.tie_embeddings), f"{missing} are missing"
     model.tie_weights()
     return model.to(dtype=dtype).eval().requires_grad_(False)
+
+
+def embedded(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """ids [batch, tokens] -> what enters the first layer of a causal LM."""
+    hidden: torch.Tensor = model.model.embed_tokens(ids) * getattr(model.model, "embedding_multiplier", 1.0)
+    return hidden
+
+
+def logits_of(model: Any, final: torch.Tensor, traits: Traits) -> torch.Tensor:
+    """Normed last hidden states -> logits."""
+    logits: torch.Tensor = model.lm_head(final) * traits.logits_scale
+    return traits.logits_cap * torch.tanh(logits / traits.logits_cap) if traits.logits_cap else logits
+
+
+class LayerInputs:
+    """What every layer of a model is given beside the hidden state: its mask and its rotary embedding, for passes from
+    position 0 on.
+    """
+
+    def __init__(self, model: Any, spec: DecoderSpec, hidden: torch.Tensor) -> None:
+        """hidden [batch, tokens, hidden]: what enters the first layer."""
+        count = hidden.shape[1]
+        places = torch.arange(count, device=hidden.device)
+        self._traits = spec.traits
+        self._behind = places[:, None] - places
+        kinds = {False: "full_attention", True: "sliding_attention"}
+        self._rotary = {
+            local: model.rotary_emb(hidden, places[None], *([kinds[local]] if spec.traits.window_rope else []))
+            for local in {bool(spec.traits.window(layer)) for layer in range(spec.num_layers)}
+        }
+        self._dtype = hidden.dtype
+
+    def of(self, layer: int, always: bool = False) -> dict[str, Any]:
+        """Keyword arguments of a layer; `always`: a mask too where causality is all of it."""
+        window = self._traits.window(layer)
+        mask = None
+        if always or self._traits.score_cap or 0 < window < len(self._behind):
+            hidden = (self._behind < 0) | (self._behind >= (window or len(self._behind)))
+            mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
+            mask = mask[None, None]
+        return {"attention_mask": mask, "position_embeddings": self._rotary[bool(window)]}
+
+
+class _Joined(torch.nn.Module):
+    """Matrices side by side, whose modules belong to another."""
+
+    def __init__(self, parts: list[torch.nn.Linear]) -> None:
+        super().__init__()
+        self._parts = (parts,)  # in a tuple torch does not find them a second time
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(hidden) for part in self._parts[0]], -1)
+
+
+def _unfuse(layer: Any, spec: DecoderSpec) -> None:
+    """Give a layer of fused projections one module each, by the names of other families."""
+    shapes = spec.weight_shapes()
+    for owner, whole, names in (("self_attn", "qkv_proj", ("q", "k", "v")), ("mlp", "gate_up_proj", ("gate", "up"))):
+        module, parts = getattr(layer, owner), []
+        for name in names:
+            rows, columns = shapes[layer_weight(0, f"{owner}.{name}_proj.weight")]
+            parts.append(torch.nn.Linear(columns, rows, bias=False))
+            setattr(module, f"{name}_proj", parts[-1])
+        setattr(module, whole, _Joined(parts))
 
 
 def _add_update(layer: torch.nn.Module, name: str, spec: DecoderSpec) -> None:

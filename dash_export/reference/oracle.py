@@ -17,7 +17,7 @@ import torch
 from dash_export.decision import DENSE_POSITIONS, DecisionRule, layer_actions, unit_skips
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import full_bypass
-from dash_export.models.torch_model import instead, torch_model
+from dash_export.models.torch_model import LayerInputs, embedded, instead, logits_of, torch_model
 from dash_export.policy import SkipPolicy, key_value_size
 
 
@@ -38,7 +38,7 @@ class Oracle:
     def __init__(self, checkpoint: Checkpoint, policy: SkipPolicy) -> None:
         self.model = torch_model(checkpoint, torch.float32, attention="eager")
         self.policy = policy
-        self.eps = checkpoint.spec.rms_norm_eps
+        self.spec, self.eps = checkpoint.spec, checkpoint.spec.rms_norm_eps
         self.size = key_value_size(checkpoint.spec)
         self.bypasses = [
             {name: torch.from_numpy(array) for name, array in full_bypass(bypass, unit, checkpoint).items()}
@@ -57,10 +57,9 @@ class Oracle:
         `prefix` dense tokens.
         """
         decoder, units = self.model.model, self.policy.units
-        hidden = decoder.embed_tokens(torch.from_numpy(ids)[None])
+        hidden = embedded(self.model, torch.from_numpy(ids)[None])
         count, layers = len(ids), len(decoder.layers)
-        rotary = decoder.rotary_emb(hidden, torch.arange(count)[None])
-        mask = torch.full((count, count), float("-inf")).triu(1)[None, None]
+        inputs = LayerInputs(decoder, self.spec, hidden)
         damage = np.zeros((len(units), count), np.float32)
         skipped = np.zeros((len(units), count), np.bool_) if actions is None else unit_skips(actions, units)
         index = 0
@@ -79,11 +78,11 @@ class Oracle:
                 for name, row in rows.items():
                     stack.enter_context(instead(decoder.get_submodule(name), skip[None], row))
                 for layer in own:
-                    hidden = decoder.layers[layer](hidden, attention_mask=mask, position_embeddings=rotary)
+                    hidden = decoder.layers[layer](hidden, **inputs.of(layer, always=True))
                     hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             hidden = torch.where(skip[None, :, None], entered + update, hidden)
             index = own.stop
-        logits = self.model.lm_head(decoder.norm(hidden))[0]
+        logits = logits_of(self.model, decoder.norm(hidden)[0], self.spec.traits)
         return Pass(logits.numpy(), layer_actions(skipped, units, layers), damage.T)
 
     def generate(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from dash_export.train.corpus import Batch
-from dash_export.train.model import GatedModel, SkipModules, below
+from dash_export.train.model import GatedModel, Head, SkipModules, below
 
 ROWS = 64
 """Tokens of which two vocabularies' worth of logits are held at once."""
@@ -45,8 +45,8 @@ class Divergence(NamedTuple):
 
 
 @torch.no_grad()
-def divergence(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, targets: torch.Tensor) -> Divergence:
-    """head [vocab, hidden]; dense and skipped final states [n, hidden]; targets [n] (the tokens that follow)."""
+def divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, targets: torch.Tensor) -> Divergence:
+    """dense and skipped final states [n, hidden]; targets [n] (the tokens that follow)."""
     parts = []
     for rows, p, q, lse_p, lse_q in _logits(head, dense, skipped):
         chosen = q.gather(-1, targets[rows, None])[:, 0] - lse_q
@@ -57,11 +57,9 @@ def divergence(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, t
     return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def summed_divergence(
-    head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """Sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: head [vocab, hidden], states
-    [n, hidden], weight [n] -> scalar.
+def summed_divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: states [n, hidden], weight [n] ->
+    scalar.
     """
     total: torch.Tensor = _SummedDivergence.apply(head, dense, skipped, weight)  # type: ignore[no-untyped-call]
     return total
@@ -71,17 +69,17 @@ class _SummedDivergence(torch.autograd.Function):
     """The gradient for `skipped` is made on the way forward, d KL / d logits = q - p, so no logits are kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, head: Head, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=skipped.device)
         gradient = torch.empty_like(skipped)
         for rows, p, q, lse_p, lse_q in _logits(head, dense, skipped):
             difference = p - q
+            slope = 1 - (q / head.cap) ** 2 if head.cap else None
             p.sub_(lse_p[:, None]).exp_()
             total += (((p * difference).sum(-1) - lse_p + lse_q) * weight[rows]).sum()
             q.sub_(lse_q[:, None]).exp_().sub_(p).mul_(weight[rows, None])
-            gradient[rows] = q.to(head.dtype) @ head
+            q = q if slope is None else q.mul_(slope)
+            gradient[rows] = q.to(head.weight.dtype) @ head.weight
         ctx.save_for_backward(gradient)
         return total
 
@@ -91,11 +89,13 @@ class _SummedDivergence(torch.autograd.Function):
         return None, None, gradient * upstream[0].to(gradient.dtype), None
 
 
-def _logits(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor) -> Iterator[_Block]:
+def _logits(head: Head, dense: torch.Tensor, skipped: torch.Tensor) -> Iterator[_Block]:
     """(rows, logits of both [rows, vocab], their logsumexp [rows]) of ROWS tokens at a time."""
     for start in range(0, len(dense), ROWS):
         rows = slice(start, start + ROWS)
-        p, q = (dense[rows] @ head.T).float(), (skipped[rows] @ head.T).float()
+        p, q = ((states[rows] @ head.weight.T).float() for states in (dense, skipped))
+        if head.cap:
+            p, q = (head.cap * torch.tanh(each / head.cap) for each in (p, q))
         yield rows, p, q, p.logsumexp(-1), q.logsumexp(-1)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from dash_export.decision import Unit
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
-from dash_export.models.torch_model import instead, torch_model
+from dash_export.models.torch_model import LayerInputs, embedded, instead, torch_model
 from dash_export.policy import Bypass, SkipPolicy, key_value_size
 
 BITS, BYPASS_BITS = 4, 8
@@ -34,7 +35,13 @@ Decide = Callable[[torch.Tensor], torch.Tensor]
 """damage [batch, tokens, units] -> skip [batch, tokens, units] bool."""
 Soften = Callable[[torch.Tensor], torch.Tensor]
 """damage [batch, tokens, units] -> how much of a skip each is, in (0, 1), differentiable."""
-Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class Head(NamedTuple):
+    """What makes logits of final states: a matrix [vocab, hidden], scaled, and `cap` as in `Traits.logits_cap`."""
+
+    weight: torch.Tensor
+    cap: float = 0.0
 
 
 class SkipModules(nn.Module):
@@ -114,7 +121,8 @@ class GatedModel:
         self.device = device
         self.dtype = dtype
         self.spec = checkpoint.spec
-        self.head = self.model.lm_head.weight
+        traits, weight = checkpoint.spec.traits, self.model.lm_head.weight
+        self.head = Head(weight if traits.logits_scale == 1 else weight * traits.logits_scale, traits.logits_cap)
         self.recomputes = device.type == "cuda"
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -128,9 +136,9 @@ class GatedModel:
 
     def dense_layers(self, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """ids [batch, tokens] -> (layer, its input, its output [batch, tokens, hidden]), layer by layer."""
-        hidden, rotary = self._embedded(ids)
+        hidden, inputs = self._embedded(ids)
         for index in range(self.spec.num_layers):
-            before, hidden = hidden, self._layer(index, hidden, rotary)
+            before, hidden = hidden, self._layer(index, hidden, inputs)
             yield index, before, hidden
 
     def keys_values(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -152,8 +160,8 @@ class GatedModel:
         Gradients flow as torch's mode says; with `soften` decisions have that of their softened form
         (straight-through).
         """
-        hidden, rotary = self._embedded(ids)
-        hidden = self._layers(range(modules.read), hidden, rotary)
+        hidden, inputs = self._embedded(ids)
+        hidden = self._layers(range(modules.read), hidden, inputs)
         # The network learns from decisions, the base's hidden states do not: they are its input as they are.
         state = self.normed(hidden).detach()
         damage = modules.damage(state)
@@ -164,31 +172,30 @@ class GatedModel:
             taken = taken + (soft - soft.detach()) * ~dense[..., None]
         at = modules.read
         for place, unit in enumerate(modules.units):
-            hidden = self._layers(range(at, unit.first), hidden, rotary)
+            hidden = self._layers(range(at, unit.first), hidden, inputs)
             at = unit.first
             if soften is not None or bool(skipped[..., place].any()):
                 columns = modules.bypass(place, self.normed(hidden))
-                hidden = self._unit(unit, hidden, rotary, columns, skipped[..., place], taken[..., place])
+                hidden = self._unit(unit, hidden, inputs, columns, skipped[..., place], taken[..., place])
                 at = unit.last + 1
-        final = self.model.model.norm(self._layers(range(at, self.spec.num_layers), hidden, rotary))
+        final = self.model.model.norm(self._layers(range(at, self.spec.num_layers), hidden, inputs))
         return Rollout(final, state, skipped, taken, damage)
 
-    def _embedded(self, ids: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
-        """Input of layer 0, and (cos, sin) of positions from 0 on."""
-        hidden = self.model.model.embed_tokens(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return hidden, self.model.model.rotary_emb(hidden, positions)
+    def _embedded(self, ids: torch.Tensor) -> tuple[torch.Tensor, LayerInputs]:
+        """Input of layer 0, and what else layers are given."""
+        hidden = embedded(self.model, ids)
+        return hidden, LayerInputs(self.model.model, self.spec, hidden)
 
-    def _layers(self, layers: range, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    def _layers(self, layers: range, hidden: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         for index in layers:
-            hidden = self._layer(index, hidden, rotary)
+            hidden = self._layer(index, hidden, inputs)
         return hidden
 
     def _unit(
         self,
         unit: Unit,
         hidden: torch.Tensor,
-        rotary: Rotary,
+        inputs: LayerInputs,
         columns: torch.Tensor,
         skip: torch.Tensor,
         taken: torch.Tensor,
@@ -199,9 +206,9 @@ class GatedModel:
         others = len(unit.layers) - 1
         sizes = [self.spec.hidden_size, *[key_value_size(self.spec)] * (2 * others)]
         update, *rows = torch.split(columns, sizes, -1)
-        ran = self._layer(unit.first, hidden, rotary)  # its K and V are the bypass's: the same projections of h
+        ran = self._layer(unit.first, hidden, inputs)  # its K and V are the bypass's: the same projections of h
         for index, key, value in zip(unit.layers[1:], rows[::2], rows[1::2], strict=True):
-            ran = self._layer(index, ran, rotary, skip, (key, value))
+            ran = self._layer(index, ran, inputs, skip, (key, value))
         bypassed = hidden + update
         chosen: torch.Tensor = torch.where(skip[..., None], bypassed, ran)
         if not taken.requires_grad:
@@ -212,7 +219,7 @@ class GatedModel:
         self,
         index: int,
         hidden: torch.Tensor,
-        rotary: Rotary,
+        inputs: LayerInputs,
         skip: torch.Tensor | None = None,
         rows: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
@@ -224,7 +231,7 @@ class GatedModel:
                 for projection, own in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), rows, strict=False):
                     assert skip is not None
                     stack.enter_context(instead(projection, skip, own))
-                ran: torch.Tensor = layer(hidden, attention_mask=None, position_embeddings=rotary)
+                ran: torch.Tensor = layer(hidden, **inputs.of(index))
             return ran
 
         if self.recomputes and any(given.requires_grad for given in (hidden, *rows)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +19,23 @@ from dash_export.policy import no_policy
 from dash_export.reference import Oracle
 from tests.tiny import TINY_UNITS, random_ids, tiny_checkpoint, tiny_policy
 
+WINDOWS = ["full_attention", *["sliding_attention", "full_attention"] * 2, "sliding_attention"]
+
 
 @pytest.mark.parametrize(
-    ("family", "places"),
-    [("llama", (0, 1)), ("qwen3", (0,))],
-    ids=["two units behind one layer", "two layers"],
+    ("family", "places", "options"),
+    [
+        ("llama", (0, 1), {}),
+        ("qwen3", (0,), {}),
+        ("gemma3_text", (0,), {"head_dim": 16, "sliding_window": 5, "layer_types": WINDOWS}),
+        ("smollm3", (1,), {"pad_token_id": 0, "no_rope_layers": [1, 0, 1, 1, 0, 1]}),
+    ],
+    ids=["two units behind one layer", "two layers", "layers with windows", "layers that do not turn"],
 )
-def test_is_the_model_that_always_skips(tmp_path: Path, family: str, places: tuple[int, ...]) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "model", family)
+def test_is_the_model_that_always_skips(
+    tmp_path: Path, family: str, places: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, **options)
     policy, ids = tiny_policy(checkpoint, "linear"), random_ids(24)
     skipped = np.zeros((len(TINY_UNITS), len(ids)), np.bool_)
     skipped[list(places)] = True

@@ -21,7 +21,7 @@ from dash_export.train.losses import (
     summed_divergence,
     tuning_loss,
 )
-from dash_export.train.model import GatedModel, SkipModules, always, below, initial_network
+from dash_export.train.model import GatedModel, Head, SkipModules, always, below, initial_network
 from dash_export.train.partition import static_damage, with_dense
 from tests.tiny import save_model, tiny_policy
 from tests.train.helpers import batch
@@ -33,26 +33,30 @@ def states(rows: int) -> tuple[torch.Tensor, ...]:
     return head, dense, skipped, torch.randint(0, 50, (rows,), generator=generator)
 
 
-def reference(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
-    p, q = torch.log_softmax(dense @ head.T, -1), torch.log_softmax(skipped @ head.T, -1)
+def reference(head: torch.Tensor, dense: torch.Tensor, skipped: torch.Tensor, cap: float = 0.0) -> torch.Tensor:
+    p, q = dense @ head.T, skipped @ head.T
+    if cap:
+        p, q = cap * torch.tanh(p / cap), cap * torch.tanh(q / cap)
+    p, q = torch.log_softmax(p, -1), torch.log_softmax(q, -1)
     return (p.exp() * (p - q)).sum(-1)
 
 
 def test_divergence_over_several_blocks() -> None:
     head, dense, skipped, targets = states(2 * ROWS + 3)
-    found = divergence(head, dense, skipped, targets)
+    found = divergence(Head(head), dense, skipped, targets)
     torch.testing.assert_close(found.kl, reference(head, dense, skipped), atol=1e-5, rtol=1e-4)
     expected = torch.log_softmax(skipped @ head.T, -1).gather(-1, targets[:, None])[:, 0]
     torch.testing.assert_close(found.log_likelihood, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(found.agree, (dense @ head.T).argmax(-1) == (skipped @ head.T).argmax(-1))
 
 
-def test_summed_divergence_has_the_gradient_of_autograd() -> None:
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_summed_divergence_has_the_gradient_of_autograd(cap: float) -> None:
     head, dense, skipped, _ = states(ROWS + 5)
     weight = torch.rand(len(dense), generator=torch.Generator().manual_seed(1))
     ours, theirs = skipped.clone().requires_grad_(), skipped.clone().requires_grad_()
-    value = summed_divergence(head, dense, ours, weight)
-    expected = (reference(head, dense, theirs) * weight).sum()
+    value = summed_divergence(Head(head, cap), dense, ours, weight)
+    expected = (reference(head, dense, theirs, cap) * weight).sum()
     torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
     (3 * value).backward()
     (3 * expected).backward()
@@ -104,8 +108,8 @@ def test_time_is_what_a_unit_saves(model: GatedModel, policy: SkipPolicy) -> Non
     ids, dense, counted = given = batch(0)
     with torch.no_grad():
         final = model.rollout(ids, modules, always(2, (0, 1)), dense).final[counted]
-        p = torch.log_softmax(model.dense(ids)[counted] @ model.head.T, -1)
-        q = torch.log_softmax(final @ model.head.T, -1)
+        p = torch.log_softmax(model.dense(ids)[counted] @ model.head.weight.T, -1)
+        q = torch.log_softmax(final @ model.head.weight.T, -1)
         kl = float((p.exp() * (p - q)).sum(-1).mean())
         loss = float(tuning_loss(model, modules, (2.0, 2.0 + 1e-9), given, np.random.default_rng(0)))
     assert loss == pytest.approx(kl / 2 - float(modules.cost(model.spec).sum()), rel=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from dash_export.decision import DENSE_POSITIONS, DecisionRule, Unit, parse_units, unit_skips
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import full_bypass
+from dash_export.models.torch_model import logits_of
 from dash_export.policy import SkipPolicy
 from dash_export.reference import Oracle
 from dash_export.train.model import GatedModel, Rollout, SkipModules, below, saved
@@ -26,7 +28,7 @@ def policy(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> SkipPolicy
 
 
 def logits(model: GatedModel, rollout: Rollout) -> np.ndarray:
-    return (rollout.final[0] @ model.head.T).numpy()
+    return logits_of(model.model, rollout.final[0], model.spec.traits).numpy()
 
 
 @torch.no_grad()
@@ -46,10 +48,25 @@ def test_forced_actions(model: GatedModel, checkpoint: Checkpoint, policy: SkipP
     np.testing.assert_allclose(rollout.damage[0].numpy(), expected.damage, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_biases_and_norms_of_keys(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("mistral", {"sliding_window": 9}),
+        ("gemma2", {"head_dim": 16, "sliding_window": 9, "final_logit_softcapping": 5.0}),
+        (
+            "gemma3_text",
+            {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 9},
+        ),
+        ("phi3", {"pad_token_id": 0}),
+        ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.6}),
+        ("smollm3", {"pad_token_id": 0}),
+    ],
+)
+def test_families(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     """A bypass's K is what the projection gives, its bias among it, and is normed after."""
-    checkpoint = tiny_checkpoint(tmp_path / "model", family)
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, **options)
     model = GatedModel(checkpoint, torch.device("cpu"), torch.float32)
     test_forced_actions(model, checkpoint, tiny_policy(checkpoint, "linear"))
 

@@ -1,0 +1,66 @@
+"""Gemma 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dash_export.manifest import Traits
+from dash_export.models.config import (
+    FULL,
+    MAX_FACTOR,
+    SLIDING,
+    attention_windows,
+    flag,
+    gated_decoder,
+    positive,
+    sliding_window,
+)
+from dash_export.models.spec import DecoderSpec
+
+
+def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+    """Gemma2ForCausalLM: every other layer has a window; scores and logits are capped."""
+    windows = attention_windows(config, sliding_window(config, 4096), lambda layer: FULL if layer % 2 else SLIDING)
+    return gemma_decoder(config, windows, max_positions=8192, caps=(50.0, 30.0))
+
+
+def gemma_decoder(
+    config: Mapping[str, Any],
+    windows: tuple[int, ...],
+    *,
+    max_positions: int,
+    caps: tuple[float, float],
+    window_rope: bool = False,
+    **fields: Any,
+) -> DecoderSpec:
+    """What Gemmas have in common; `caps`: of scores and logits, where the config does not say them (0: none)."""
+    names = ("attn_logit_softcapping", "final_logit_softcapping")
+    scores, logits = (
+        positive(config, name, MAX_FACTOR) if config.get(name, default) and name in config else default
+        for name, default in zip(names, caps, strict=True)
+    )
+    bias = flag(config, "attention_bias")
+    traits = Traits(
+        activation="gelu_tanh",
+        window_rope=window_rope,
+        embedding_scale=positive(config, "hidden_size", MAX_FACTOR) ** 0.5,
+        attention_scale=positive(config, "query_pre_attn_scalar", MAX_FACTOR, 256.0) ** -0.5,
+        score_cap=scores,
+        logits_cap=logits,
+    )
+    fields = {
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "tie_embeddings": flag(config, "tie_word_embeddings", True),
+    } | fields
+    return gated_decoder(
+        config,
+        max_positions=max_positions,
+        head_dim=256,
+        windows=windows,
+        traits=traits,
+        post_norms=True,
+        norm_offset=1.0,
+        **fields,
+    )

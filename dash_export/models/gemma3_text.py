@@ -1,0 +1,43 @@
+"""Gemma 3 and its text models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dash_export.errors import CheckpointError
+from dash_export.manifest import LARGEST
+from dash_export.models.config import (
+    FULL,
+    SLIDING,
+    attention_windows,
+    positive,
+    rotary_embedding,
+    shown,
+    sliding_window,
+)
+from dash_export.models.gemma2 import gemma_decoder
+from dash_export.models.spec import DecoderSpec
+
+
+def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+    """Gemma3ForCausalLM: norms on query and key heads; layers with a window turn heads by a base of their own."""
+    every = positive(config, "sliding_window_pattern", LARGEST["num_layers"], 6)
+    window = sliding_window(config, 4096)
+    windows = attention_windows(config, window, lambda layer: SLIDING if (layer + 1) % every else FULL)
+    given = config.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(f"config 'rope_parameters' is {shown(given)}; expected an object")
+    local = given.get(SLIDING) or {"rope_theta": config.get("rope_local_base_freq") or 10_000.0}
+    full = given.get(FULL) or {"rope_theta": config.get("rope_theta") or 1e6, **(config.get("rope_scaling") or {})}
+    head_dim = positive(config, "head_dim", LARGEST["head_dim"], 256)
+    return gemma_decoder(
+        {**config, "rope_scaling": None},
+        windows,
+        max_positions=131_072,
+        caps=(0.0, 0.0),
+        window_rope=True,
+        qk_norm=True,
+        rope=full,
+        window_frequencies=rotary_embedding(config, head_dim, LARGEST["max_positions"], local).frequencies,
+    )

@@ -1,0 +1,15 @@
+"""Mistral: Llama whose queries attend to a window, in the first version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dash_export.models.config import SLIDING, attention_windows, gated_decoder, sliding_window
+from dash_export.models.spec import DecoderSpec
+
+
+def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+    """MistralForCausalLM: one window for all layers; without the key it is 4,096."""
+    windows = attention_windows(config, sliding_window(config, 4096), lambda _layer: SLIDING)
+    return gated_decoder(config, max_positions=131_072, windows=windows)

@@ -1,0 +1,15 @@
+"""Phi-3, Phi-3.5 and Phi-4 mini."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dash_export.models.config import SLIDING, attention_windows, gated_decoder, sliding_window
+from dash_export.models.spec import DecoderSpec
+
+
+def decoder(config: Mapping[str, Any]) -> DecoderSpec:
+    """Phi3ForCausalLM: fused projections; Phi-4 mini turns a part of each head."""
+    windows = attention_windows(config, sliding_window(config), lambda _layer: SLIDING)
+    return gated_decoder(config, max_positions=4096, windows=windows, partial_rotary=True, fused=True)

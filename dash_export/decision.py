@@ -30,6 +30,8 @@ Actions = npt.NDArray[np.int8]
 
 _ROUNDING = 1e-9
 """A setting read off the dial must be reachable although 1 - time is rounded."""
+RECOMMENDED_LOSS, WORTH = 0.02, 0.05
+"""Of perplexity, and of decode time: what a bundle recommends gives up so much, if it saves so much."""
 DENSE_POSITIONS = 2
 """Positions 0 and 1 always run every layer: they carry the attention sinks that every later token reads."""
 
@@ -213,8 +215,9 @@ class Setting:
     `skip`: these layers, whole units (static); `trade_off`: nats per dense token time; `budget`: mean decode time as a
     fraction of dense; `skipped`: mean layers skipped per token; `max_kl`: mean divergence from dense, nats per token,
     on the calibration text; `max_layers`: a bound for every token (for `token` beside another amount too). A static
-    policy skips the fewest units of its order that are as much as that. `hold` keeps the running mean of a `token`
-    session at its budget, whatever the text. Raises PolicyError for wrong types; `check` looks at amounts.
+    policy skips the fewest units of its order that are as much as that. `hold` keeps the running mean of what a
+    `token` session decodes at its budget, whatever the text; without it the budget is a mean over the calibration
+    text. Raises PolicyError for wrong types; `check` looks at amounts.
     """
 
     policy: str | None = None
@@ -224,7 +227,7 @@ class Setting:
     skipped: float | None = None
     max_kl: float | None = None
     max_layers: int | None = None
-    hold: bool = False
+    hold: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, PolicyError)
@@ -257,8 +260,6 @@ class Setting:
             raise PolicyError(f"Give {amounts[0]} or {amounts[1]}, not both: each says how much is skipped.")
         if takes and not self.given:
             raise PolicyError(f"Say how much the policy {self.kind!r} skips: give one of {', '.join(takes)}.")
-        if self.hold and not (self.kind == "token" and self.budget is not None):
-            raise PolicyError("hold keeps a token policy at its budget: give the budget with it.")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PolicyError(f"The budget is a decode time as a fraction of dense, in (0, 1], not {self.budget!r}.")
         for name in ("skipped", "max_kl"):
@@ -269,13 +270,30 @@ class Setting:
 @dataclass(frozen=True)
 class DialPoint:
     """One calibrated setting: at this trade-off, per token of the calibration text, mean layers run, mean decode time
-    as a fraction of dense, and mean KL from the dense mode of the same build (nats).
+    as a fraction of dense, mean KL from the dense mode of the same build (nats), and perplexity over its.
     """
 
     trade_off: NotNegative
     layers: NotNegative
     time: NotNegative
     kl: NotNegative
+    perplexity: NotNegative = 1.0
+
+
+def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
+    """The budget at which perplexity on the calibration text is RECOMMENDED_LOSS above dense's, interpolated; None
+    where that saves less than WORTH of the time.
+    """
+    points = sorted(dial, key=lambda point: -point.time)
+    after = next((index for index, point in enumerate(points) if point.perplexity > 1 + RECOMMENDED_LOSS), len(points))
+    if not after:
+        return None
+    budget = points[after - 1].time
+    if after < len(points):
+        low, high = points[after - 1], points[after]
+        share = (1 + RECOMMENDED_LOSS - low.perplexity) / (high.perplexity - low.perplexity)
+        budget -= share * (low.time - high.time)
+    return round(budget, 3) if budget <= 1 - WORTH else None
 
 
 def trade_off_for(

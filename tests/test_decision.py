@@ -16,6 +16,7 @@ from dash_export.decision import (
     layer_actions,
     parse_layers,
     parse_units,
+    recommended_budget,
     trade_off_for,
     unit_skips,
     units_of,
@@ -188,7 +189,6 @@ BAD_SETTINGS: dict[str, tuple[Setting, str]] = {
     "two": (Setting(budget=0.9, skipped=2.0), "not both"),
     "static-two": (Setting("static", skipped=2.0, max_layers=20), "not both"),
     "none": (Setting("token"), "Say how much"),
-    "hold-without-budget": (Setting("token", skipped=3.0, hold=True), "give the budget"),
     **{f"budget {value}": (Setting(budget=value), r"\(0, 1\]") for value in (0.0, -0.5, 1.01)},
     **{name: (Setting(**{name: -0.1}), f"{name} must be a finite number >= 0") for name in ("skipped", "max_kl")},
 }
@@ -199,3 +199,20 @@ def test_bad_settings(name: str) -> None:
     setting, expected = BAD_SETTINGS[name]
     with pytest.raises(PolicyError, match=expected):
         setting.check()
+
+
+@pytest.mark.parametrize(
+    ("dial", "budget"),
+    [
+        ([(1.0, 1.0), (0.9, 1.01), (0.8, 1.03)], 0.85),
+        ([(1.0, 1.0), (0.98, 1.03)], None),
+        ([(1.0, 1.0), (0.8, 1.01)], 0.8),
+        ([(1.0, 1.0)], None),
+        ([], None),
+        ([(1.0, 1.05), (0.8, 1.01)], None),
+    ],
+    ids=["between", "too little time", "never so much", "dense only", "no dial", "nonsense"],
+)
+def test_the_recommended_budget(dial: list[tuple[float, float]], budget: float | None) -> None:
+    points = [DialPoint(place, 30, time, 0.0, perplexity) for place, (time, perplexity) in enumerate(dial)]
+    assert recommended_budget(points) == budget

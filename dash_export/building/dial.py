@@ -40,15 +40,19 @@ def calibrate_dial(
     windows = _calibration_windows(runtime)
     num_layers = bundle.manifest.model.num_layers
     trade_offs = _trade_offs(runtime, windows)
-    sums = np.zeros((len(trade_offs), 3))  # layers skipped, time, nats
+    sums = np.zeros((len(trade_offs), 4))  # layers skipped, time, nats, log-likelihood lost
+    judged = 0
     tokens = 0
     for done, window in enumerate(windows, 1):
         sums += _measured(runtime, window, trade_offs)
         tokens += len(window) - min(PREFIX, len(window) // 2)
+        judged += len(window) - min(PREFIX, len(window) // 2) - 1
         progress("calibrating the dial", done, len(windows))
     points = [DialPoint(0.0, float(num_layers), 1.0, 0.0)]
-    for trade_off, (skipped, time, kl) in zip(trade_offs, sums / tokens, strict=True):
-        points.append(DialPoint(trade_off, round(num_layers - skipped, 4), round(time, 5), round(max(0.0, kl), 6)))
+    for trade_off, (skipped, time, kl, lost) in zip(trade_offs, sums / tokens, strict=True):
+        perplexity = round(float(np.exp(min(lost * tokens / judged, 50.0))), 5)
+        layers = round(num_layers - skipped, 4)
+        points.append(DialPoint(trade_off, layers, round(time, 5), round(max(0.0, kl), 6), perplexity))
     return tuple(points)
 
 
@@ -68,7 +72,9 @@ def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> l
 def _measured(
     runtime: DashRuntime, window: npt.NDArray[np.int64], trade_offs: Sequence[float]
 ) -> npt.NDArray[np.float64]:
-    """Per trade-off, over the measured tokens of a window: layers skipped, time as fractions of dense, nats."""
+    """Per trade-off, over the measured tokens of a window: layers skipped, time as fractions of dense, nats of KL, and
+    log-likelihood of the text lost.
+    """
     prompt = min(PREFIX, len(window) // 2)  # less where a model's context is hardly longer
     dense = runtime.session("dense").score(window, prompt, keep_logits=True)
     assert dense.logits is not None
@@ -79,7 +85,8 @@ def _measured(
         assert score.logits is not None
         actions = score.actions[prompt:]
         time = runtime.cost.token_time(unit_skips(actions, runtime.bundle.manifest.policy.units)).sum()
-        found.append((actions.sum(), time, reference.kl(score.logits[prompt:]).sum()))
+        lost = (dense.log_likelihoods - score.log_likelihoods)[prompt:].sum()
+        found.append((actions.sum(), time, reference.kl(score.logits[prompt:]).sum(), lost))
     return np.array(found, np.float64)
 
 

@@ -12,7 +12,7 @@ from dash_export.cli import OUTPUT
 from dash_export.commands.export import export_model, policy_options
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, print_units, size
-from dash_export.decision import Unit
+from dash_export.decision import RECOMMENDED_LOSS, WORTH, Unit, recommended_budget
 from dash_export.errors import NotHereError
 from dash_export.manifest import Build
 from dash_export.names import DEFAULT_TARGET
@@ -162,6 +162,9 @@ def _summary(bundle: Bundle, build: Build) -> None:
         click.echo(cost.disturbed, err=True)
     if build.dial:
         fastest = min(point.time for point in build.dial)
-        click.echo(f"Dial of the token policy: budget 1.0 (dense) down to {fastest:.2f}")
+        budget = recommended_budget(build.dial)
+        loss = f"{RECOMMENDED_LOSS:.0%} of perplexity on the calibration text"
+        advice = f"{budget:g} costs {loss}" if budget else f"none saves {WORTH:.0%} of the time at {loss}: dense"
+        click.echo(f"Dial of the token policy: budget 1.0 (dense) down to {fastest:.2f}. Recommended: {advice}.")
     flag = "" if build.target == DEFAULT_TARGET else f" --target {build.target}"
     click.echo(f'Next: dash-export run {bundle.root}{flag} "Why is the sky blue?"')

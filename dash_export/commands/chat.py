@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from dash_export.cli import printable
+from dash_export.decision import Actions, unit_skips
 from dash_export.errors import DashError, RequestError
 
 if TYPE_CHECKING:
@@ -35,16 +37,18 @@ class AnswerPrinter:
         self._coloured = self._console.is_terminal and not self._console.no_color
         self._show_skips = show_skips
         self._num_layers = session.engines.model.num_layers
-        self._gated = sum(len(unit.layers) for unit in session.engines.units)
+        self._units, self._cost = session.engines.units, session.engines.build.cost
+        self._gated = sum(len(unit.layers) for unit in self._units)
 
     def print(self, stream: Iterator[Response]) -> str:
         """Print an answer and, on stderr, the line of its figures. Returns the answer."""
-        pieces = []
+        pieces, taken = [], []
         for response in stream:
             self._print_piece(response)
             pieces.append(response.text)
+            taken.append(response.actions)
         self._console.print()
-        click.echo(self._figures(response), err=True)
+        click.echo(self._figures(response, np.array(taken[1:])), err=True)  # the first is the prefill's
         return "".join(pieces)
 
     def _print_piece(self, response: Response) -> None:
@@ -67,13 +71,16 @@ class AnswerPrinter:
         elif self._show_skips:
             self._console.print(f"(‹n›: the token before ran n of {self._num_layers} layers)")
 
-    def _figures(self, last: Response) -> str:
-        """One line: speed, layers, prefill, why it ended."""
+    def _figures(self, last: Response, actions: Actions) -> str:
+        """One line: speed, layers and time of the decoded tokens' `actions`, prefill, why it ended."""
         statistics = last.statistics
         parts = [f"{statistics.tokens} tokens"]
         if statistics.decode_steps:
             parts.append(f"{statistics.tokens_per_second:.1f} tokens/s")
             parts.append(f"{statistics.layers_per_token:.1f} of {self._num_layers} layers/token")
+            if self._cost.segment_us:
+                time = float(self._cost.token_time(unit_skips(actions, self._units)).mean())
+                parts.append(f"{time:.3f} of dense time by the cost table")
         parts.append(f"prefill {1000 * statistics.prefill_seconds:.0f} ms for {statistics.prompt_tokens} tokens")
         return f"[{', '.join(parts)}; ended by {last.finish_reason}]"
 

@@ -179,6 +179,8 @@ def _print_build(build: Build, units: Sequence[Unit], facts: dict[str, Any]) -> 
     click.echo(build.cost.disturbed and f"{build.cost.disturbed}\n")
     if build.dial:
         print_table(
-            "Dial of the token policy (calibrated)", (), ("trade-off", "layers/token", "time vs dense", "KL (nats)"),
-            ((f"{at.trade_off:.4g}", f"{at.layers:.2f}", f"{at.time:.3f}", f"{at.kl:.4f}") for at in build.dial),
+            "Dial of the token policy (calibrated)", (),
+            ("trade-off", "layers/token", "time vs dense", "KL (nats)", "perplexity vs dense"),
+            ((f"{at.trade_off:.4g}", f"{at.layers:.2f}", f"{at.time:.3f}", f"{at.kl:.4f}", f"{at.perplexity:.3f}")
+             for at in build.dial),
         )  # fmt: skip

@@ -79,7 +79,7 @@ def setting_options(command: _Command) -> _Command:
         ("--skipped", {"type": float}, "Mean number of layers skipped per token, like 4.5."),
         ("--max-kl", {"type": float}, "token: mean KL from dense allowed, nats per token, like 0.1."),
         ("--max-layers", {"type": int}, "No token runs more layers than this; token: may stand beside another."),
-        ("--hold", {"is_flag": True}, "token: hold the running mean time at the --budget on any text."),
+        ("--hold/--no-hold", {"default": True}, "token: hold the mean time at the --budget on any text, or not."),
     )
     return cast(_Command, with_options(packed, *(click.option(name, **how, help=text) for name, how, text in options)))
 

@@ -107,6 +107,11 @@ def command(
         raise RequestError(
             "This model has no chat template, so there is no place for --system: put it into the prompt."
         )
+    if not many and not setting.given and setting.policy is None:  # in a batch nothing would be saved
+        setting = runtime.recommended
+        if setting.budget is not None:
+            told = f"[budget {setting.budget:g}, as this bundle recommends; --policy dense skips nothing]"
+            click.echo(told, err=True)
     options = RunOptions(runtime.session_with(setting), Sampling(**sampling), max_tokens, system, templated)
     if chat:
         converse(options, show_skips, prompt)

@@ -70,7 +70,7 @@ def settings_at(
     settings, refused = [Setting("dense")], list[dict[str, Any]]()
     for kind in POLICY_KINDS:
         for value in values if kind in wanted and kind != "dense" else ():
-            setting = Setting(kind, **{dial: value})  # type: ignore[arg-type]
+            setting = Setting(kind, **{dial: value}, hold=False)  # type: ignore[arg-type]  # as texts are scored
             try:
                 runtime.session_with(setting)
                 settings.append(setting)

@@ -77,22 +77,22 @@ class SessionRules:
     """
 
     def __init__(self, rule: Rule = DENSE, cost: CostTable | None = None, budget: float | None = None) -> None:
-        self._calibrated, self._cost, self.budget = rule, cost, budget
+        self.calibrated, self._cost, self.budget = rule, cost, budget
         self.restart()
 
     def restart(self) -> None:
         """A new conversation begins."""
-        self.rule: Rule = self._calibrated
+        self.rule: Rule = self.calibrated
         self._log_scale = 0.0
 
     def decoded(self, skipped: Skips) -> None:
         """A token was decoded with these skips [units, 1]."""
-        if self.budget is None or self._cost is None or not isinstance(self._calibrated, DecisionRule):
+        if self.budget is None or self._cost is None or not isinstance(self.calibrated, DecisionRule):
             return
         excess = float(self._cost.token_time(skipped)[0]) - self.budget
         bound = log(HOLD_RANGE)
         self._log_scale = min(bound, max(-bound, self._log_scale + HOLD_GAIN * excess))
-        self.rule = self._calibrated.scaled(exp(self._log_scale))
+        self.rule = self.calibrated.scaled(exp(self._log_scale))
 
 
 def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> SessionRules:

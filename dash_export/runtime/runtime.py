@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.artifacts import FileRecord
 from dash_export.bundle import Bundle
-from dash_export.decision import Setting
+from dash_export.decision import Setting, recommended_budget
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.manifest import Build, CostTable
 from dash_export.runtime.backends import Backend, load_backend
@@ -87,6 +87,14 @@ class DashRuntime:
     def cost(self) -> CostTable:
         """The measured cost table the decisions use."""
         return self.build.cost
+
+    @property
+    def recommended(self) -> Setting:
+        """What `run` does where nothing is asked for: the token policy at the budget that costs 2 % of perplexity on
+        the calibration text, or dense, where that saves less than 5 % of the time.
+        """
+        budget = recommended_budget(self.build.dial)
+        return Setting("dense") if budget is None else Setting("token", budget=budget)
 
     # --- sessions
 

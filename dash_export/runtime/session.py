@@ -180,7 +180,8 @@ class Session:
         differ (CPU), else token by token. It ends the conversation of this session.
 
         The first `prefix` tokens, two at least, are dense, like a prompt; `actions` int8 [tokens, layers] forces every
-        action instead. Raises PolicyError under a held budget, and for actions of another shape.
+        action instead. A budget is the calibrated one here: holding it follows what is decoded. Raises PolicyError for
+        actions of another shape.
         """
         tokens, mixes = self.checked_ids(ids, fresh=True), self.engines.mixes
         if prefix < 1:
@@ -188,11 +189,6 @@ class Session:
         shape = (len(tokens), self.engines.model.num_layers)
         if actions is not None and (actions.shape != shape or not np.isin(actions, (0, 1)).all()):
             raise PolicyError(f"actions must be {list(shape)}, tokens and layers, each 0 (run) or 1 (skip).")
-        if actions is None and mixes and self.rules.budget is not None:
-            raise PolicyError(
-                "A held budget (hold) adapts token by token, so one pass over a text cannot follow it: "
-                "score with the budget alone, or decode."
-            )
         forced = None if actions is None else unit_skips(actions, self.engines.units)
         check_room(len(tokens), 0, self.engines.model.max_positions)
         self.reset()
@@ -203,15 +199,13 @@ class Session:
         try:
             for start in range(0, len(tokens), chunk):
                 part, following = tokens[start : start + chunk], tokens[start + 1 : start + 1 + chunk]
-                rule = self.rule if forced is None else ForcedRule(forced[:, start : start + chunk])
+                rule = self.rules.calibrated if forced is None else ForcedRule(forced[:, start : start + chunk])
                 dense = np.arange(start, start + len(part)) < prompt
                 step = self._bound(len(part), mixes)
                 if mixes:
                     cast("BoundStep", step).teacher_force(part, rule, dense)
                 else:
                     step.decode(int(part[0]), DENSE if dense[0] else rule)
-                    if not dense[0]:
-                        self.rules.decoded(step.skipped)
                 self.tokens.extend(part.tolist())
                 likelihoods = (-nll(step.logits[0], following)).astype(np.float32)
                 greedy = step.logits[0, : len(following)].argmax(axis=-1) == following

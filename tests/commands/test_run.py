@@ -34,6 +34,7 @@ from dash_export.cli import cli
 cli(["run", *sys.argv[1:]], prog_name="dash-export")
 """
 FP32 = ("--target", "cpu-fp32")
+DENSE = ("--policy", "dense")
 
 
 def run_json(*arguments: object, input: str | None = None) -> dict[str, object]:
@@ -44,7 +45,7 @@ def run_json(*arguments: object, input: str | None = None) -> dict[str, object]:
 
 
 def test_text_and_figures(tiny_root: Path) -> None:
-    result = dash("run", tiny_root, "hello", *FP32, "--max-tokens", 5)
+    result = dash("run", tiny_root, "hello", *FP32, "--max-tokens", 5, *DENSE)
     assert result.exit_code == 0
     assert "[5 tokens," in result.stderr
     assert "6.0 of 6 layers/token" in result.stderr
@@ -53,7 +54,7 @@ def test_text_and_figures(tiny_root: Path) -> None:
 
 
 def test_json_equals_the_library(tiny_root: Path, tiny_runtime: Callable[..., DashRuntime]) -> None:
-    found = run_json(tiny_root, "hello", *FP32, "--max-tokens", 6)
+    found = run_json(tiny_root, "hello", *FP32, *DENSE, "--max-tokens", 6)
     runtime = tiny_runtime("cpu-fp32")
     expected = runtime.generate(runtime.text.chat([{"role": "user", "content": "hello"}]), 6)
     assert (found["tokens"], found["text"]) == (expected.tokens.tolist(), expected.text)
@@ -63,8 +64,22 @@ def test_json_equals_the_library(tiny_root: Path, tiny_runtime: Callable[..., Da
 
 def test_raw_prompt_from_stdin(tiny_root: Path, tiny_runtime: Callable[..., DashRuntime]) -> None:
     expected = tiny_runtime("cpu-fp32").generate("hello", 4).tokens.tolist()
-    assert run_json(tiny_root, *FP32, "--raw", "--max-tokens", 4, input="hello\n")["tokens"] == expected
-    assert run_json(tiny_root, "-", *FP32, "--raw", "--max-tokens", 4, input="hello")["tokens"] == expected
+    assert run_json(tiny_root, *FP32, *DENSE, "--raw", "--max-tokens", 4, input="hello\n")["tokens"] == expected
+    assert run_json(tiny_root, "-", *FP32, *DENSE, "--raw", "--max-tokens", 4, input="hello")["tokens"] == expected
+
+
+def test_without_an_amount_the_recommended_budget_is_taken(
+    tiny_root: Path, tiny_runtime: Callable[..., DashRuntime]
+) -> None:
+    runtime = tiny_runtime("cpu-fp32")
+    budget = runtime.recommended.budget
+    assert budget is not None
+    result = dash("run", tiny_root, "hello", *FP32, "--max-tokens", 9)
+    assert f"[budget {budget:g}, as this bundle recommends" in result.stderr
+    assert "of dense time" in result.stderr
+    found = run_json(tiny_root, "hello", *FP32, "--max-tokens", 40)
+    assert found["actions"] == run_json(tiny_root, "hello", *FP32, "--budget", budget, "--max-tokens", 40)["actions"]
+    assert any(found["actions"])  # type: ignore[arg-type]
 
 
 def test_policies(tiny_root: Path) -> None:
@@ -76,7 +91,12 @@ def test_policies(tiny_root: Path) -> None:
     assert actions("--policy", "static", "--skipped", 2)[1:] == [[2, 3, 4]] * 29
     assert actions("--policy", "token", "--trade-off", 0, tokens=3) == [[], [], []]
     assert all(len(skipped) >= 2 for skipped in actions("--trade-off", 0, "--max-layers", 4, tokens=4)[1:])
-    for options in (("--skipped", 2), ("--max-kl", point.kl), ("--budget", point.time, "--hold")):
+    for options in (
+        ("--skipped", 2),
+        ("--max-kl", point.kl),
+        ("--budget", point.time),
+        ("--budget", point.time, "--no-hold"),
+    ):
         assert any(actions(*options)), options
 
 
@@ -124,7 +144,18 @@ def test_conversation(tiny_root: Path) -> None:
 def test_ctrl_c(chat: bool, tiny_root: Path) -> None:
     """It stops the answer of a conversation only, and ends a single one."""
     options = ["--chat"] if chat else ["hello"]
-    command = [sys.executable, "-c", SLOW_RUN, str(tiny_root), *options, *FP32, "--max-tokens", "400", "--show-skips"]
+    command = [
+        sys.executable,
+        "-c",
+        SLOW_RUN,
+        str(tiny_root),
+        *options,
+        *FP32,
+        *DENSE,
+        "--max-tokens",
+        "400",
+        "--show-skips",
+    ]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=environment(), **pipes) as run:
         assert run.stdin is not None

@@ -22,7 +22,7 @@ from dash_export.resources import resource_folder
 from dash_export.typed_json import Within, WrongFieldError, typed
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "gptq", "as-is"]
 Dispatch = Literal["sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "int4")
@@ -42,7 +42,8 @@ class WeightsRecipe:
 
     `qkv` and `ungated` keep what 4 bits hurt most finer than `layers`: the projections into attention (their errors
     enter the cache and every later token), and the layers in no unit (the sensitive ones). `rounding` is how int4 codes
-    are chosen: each weight's nearest, or by what the layer is fed (GPTQ).
+    are chosen: each weight's nearest, by what the layer is fed (GPTQ), or those that the weights have already, else 8
+    bits (graphs/grid.py).
     """
 
     layers: Precision = "int4"
@@ -178,6 +179,8 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
                 yield f"{part} = {value!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
             if recipe.dialect == "portable" and value != "fp32":
                 yield f"{part} = {value!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
+        if weights.rounding == "as-is" and (weights.block_size != 32 or weights.symmetric):
+            yield "rounding = 'as-is' takes blocks of 32 and zero points (symmetric = false): see --target cpu-gguf."
         if recipe.runtime.dispatch != "sync":
             yield f"dispatch {recipe.runtime.dispatch!r} needs a GPU backend."
         return
@@ -197,6 +200,8 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
     young = [value for value in ("bf16", "int4") if value in (*precisions.values(), engine.activations)]
     if young and "7.5" in capabilities:
         yield f"{young[0]!r} needs compute capability 8.0 or newer: take 7.5 out of `capabilities`."
+    if weights.rounding == "as-is":
+        yield "rounding = 'as-is' is for CPUs: GPU engines take 'nearest' or 'gptq'."
     if not weights.symmetric:
         yield "symmetric must be true in [weights]: GPU engines take no zero points."
     for part, value in precisions.items():

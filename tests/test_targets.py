@@ -168,7 +168,7 @@ def test_a_name_that_is_no_folder(name: str, tmp_path: Path) -> None:
         ("cpu", {}),
         ("cpu", {"weights": "fp32"}),
         ("cpu", {"head": "int4"}),
-        ("cpu-q4_0", {"weights": "int8", "head": "fp32", "embedding": "fp32"}),
+        ("cpu-gguf", {"weights": "int8", "head": "fp32", "embedding": "fp32"}),
         ("cpu", {"embedding": "fp32", "rounding": "nearest"}),
         ("jetson-agx-orin", {"weights": "int8"}),
     ],

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from dash_export.decision import Unit
 from dash_export.errors import BackendError
+from dash_export.graphs.grid import BLOCK, Grid, on_grid, packed
 from dash_export.graphs.ort_quantize import ACCURACY_LEVEL, CONTRIB, quantize_block, quantized
 from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_WEIGHT, HIDDEN_SHAPE
 from dash_export.graphs.rounded import Roundings, to_nearest, weight_precision
@@ -346,6 +347,11 @@ class OrtWriter(GraphWriter):
             ]
             bias = self.constant(f"{node}.bias", np.concatenate(biases))
         precision, block = weight_precision(node, self.recipe, self.gated), self.recipe.block_size
+        if precision == "int4" and self.recipe.rounding == "as-is":
+            grids = [on_grid(matrix) for matrix in matrices]
+            if all(grid is not None for grid in grids):
+                return self.on_grid(source, node, [grid for grid in grids if grid is not None], bias)
+            precision = "int8"
         rows, columns = len(matrices[0]), sum(matrix.shape[1] for matrix in matrices)
         if precision not in QUANTISED or min(rows, columns) < block:  # not a matrix of a few columns
             wide = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1)
@@ -356,6 +362,19 @@ class OrtWriter(GraphWriter):
         packed, *grid = self.blocks(f"{node}.weight", bits, *found)
         inputs = [source, packed, *grid] if bias is None else [source, packed, *grid, *[None] * (3 - len(grid)), bias]
         options = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
+        return self.contrib("MatMulNBits", inputs, node, **options)
+
+    def on_grid(self, source: ir.Value, node: str, grids: Sequence[Grid], bias: ir.Value | None) -> ir.Value:
+        """A product with the codes that the weights have already."""
+        rows, columns = BLOCK * grids[0].codes.shape[1], sum(len(grid.codes) for grid in grids)
+        codes, scales, zeros, more = packed(grids)
+        if more:
+            means = self.op("AveragePool", [source], f"{node}/means", kernel_shape=[BLOCK], strides=[BLOCK])
+            source = self.op("Concat", [source, means], f"{node}/with_means", axis=-1)
+        parts: dict[str, npt.NDArray[Any]] = {"q4": codes, "scales": scales, "zero_points": zeros}
+        grid = [self.constant(f"{node}.weight.{name}", each) for name, each in parts.items()]
+        options = {"K": rows + more, "N": columns, "bits": 4, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
+        inputs = [source, *grid] if bias is None else [source, *grid, None, bias]
         return self.contrib("MatMulNBits", inputs, node, **options)
 
     def blocks(self, weight: str, bits: int, codes: Codes, scales: Floats, zeros: Codes) -> list[ir.Value]:

@@ -251,7 +251,7 @@ KINDS: dict[str, Callable[[Task, DashRuntime, Session], Answer]] = {
 def draw(random: Random, kinds: list[str], settings: list[Setting], runtime: DashRuntime, text: str) -> Task:
     """A task, small enough for a context of 512 tokens."""
     kind = random.choice(kinds)
-    setting = random.choice([each for each in settings if not (kind == "score" and each.hold)])
+    setting = random.choice([each for each in settings if not (kind == "score" and each.hold and each.budget)])
     prompts = []
     for _ in range(random.randint(3, 7)):
         start = random.randrange(len(text) - 500)

@@ -22,6 +22,8 @@ from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.evaluate.task_files import read_items
 from dash_export.graphs.surgery import load_graph
 from dash_export.models import open_checkpoint, row_blocks
+from dash_export.models.config import decoder_spec
+from dash_export.models.weights import read_json
 from dash_export.policy import load_policy
 from dash_export.runtime.ort_engine import OrtEngine, shared_pool_options
 from dash_export.runtime.text import Text
@@ -39,7 +41,7 @@ BUILT = f"{BUNDLE}/engines/cpu-fp32"
 def make_seeds(folder: Path) -> None:
     """Write a folder of sound files: a model in three forms, a policy, a bundle with its builds, lines, a template."""
     from dash_export.policy import save_policy
-    from tests.models.helpers import write_gguf
+    from tests.models.helpers import DIMENSIONS, FAMILIES, write_gguf
     from tests.tiny import save_model, tiny_bundle, tiny_policy
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -47,6 +49,9 @@ def make_seeds(folder: Path) -> None:
     tied = small | {"num_hidden_layers": 1, "tie_word_embeddings": True}
     model = save_model(folder / MODEL, **tied)
     (folder / MODEL / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "chat_template": "{{ 1 }}"}')
+    (folder / "families").mkdir()
+    for family, (config_class, _) in FAMILIES.items():
+        config_class(**DIMENSIONS).to_json_file(folder / "families" / f"{family}.json", use_diff=False)
     save_model(folder / SHARDED, **tied)
     model.save_pretrained(folder / SHARDED, max_shard_size="20KB")
     (folder / SHARDED / "model.safetensors").unlink(missing_ok=True)
@@ -93,6 +98,13 @@ def _weights(path: Path) -> None:
     for weight in checkpoint.weights.values():
         for _ in row_blocks(weight):
             pass
+
+
+def _family(path: Path) -> None:
+    """The config of any family, without weights."""
+    spec = decoder_spec(read_json(path)[1])
+    if spec.num_layers < 100:
+        assert all(len(shape) for shape in spec.weight_shapes().values())
 
 
 def _text(folder: Path) -> None:
@@ -217,6 +229,7 @@ _run_verified = partial(_generated, verify=True)
 PARSERS = {
     "gguf": Parser(mutators.in_gguf, _files("*.gguf"), _written("in.gguf", _weights)),
     "config": _model_file(mutators.in_json, f"{MODEL}/config.json"),
+    "families": Parser(mutators.in_json, _files("families/*.json"), _written("mine.json", _family)),
     "weights": _model_file(mutators.in_safetensors, f"{MODEL}/model.safetensors"),
     "index": _model_file(mutators.in_json, f"{SHARDED}/model.safetensors.index.json"),
     "tokenizer": _text_file(mutators.in_json, 64, _files(f"{MODEL}/tokenizer.json"), "tokenizer.json"),

@@ -250,6 +250,10 @@ def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
     export = f"dash-export export MODEL -o {root}"
+    hub_id = len(root.parts) == 2 and not root.is_absolute() and not root.parent.exists() and root.suffix != ".dash"
+    if root.suffix == ".gguf" or hub_id or ((root / "config.json").is_file() and not (root / "onnx").exists()):
+        made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
+        return f"{root} is a model. Make a bundle of it: dash-export build {root} --target cpu -o {made}"
     if not root.exists():
         return f"There is no bundle at {root}. Make one: {export}"
     return f"{root} is not a finished bundle: it has no {MANIFEST}. Run the export again to complete it: {export}"

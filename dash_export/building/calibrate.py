@@ -55,7 +55,7 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
     """Key of what a calibrated engine depends on besides its own graph: the text, and the layers that feed it. Nothing
     where nothing is calibrated.
     """
-    if recipe.weights.rounding == "nearest" or not recipe.weights.has_int4:
+    if recipe.weights.rounding != "gptq" or not recipe.weights.has_int4:
         return ""
     text = sha256_file(resource_folder("calibration") / TEXT)
     return content_key(text, graphs_key(bundle, ["embed", *_layers(bundle)]))

@@ -37,7 +37,7 @@ def gemma_decoder(
     """What Gemmas have in common; `caps`: of scores and logits, where the config does not say them (0: none)."""
     names = ("attn_logit_softcapping", "final_logit_softcapping")
     scores, logits = (
-        positive(config, name, MAX_FACTOR) if config.get(name, default) and name in config else default
+        positive(config, name, MAX_FACTOR) if config.get(name) else 0.0 if name in config else default
         for name, default in zip(names, caps, strict=True)
     )
     bias = flag(config, "attention_bias")

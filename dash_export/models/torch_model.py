@@ -25,13 +25,17 @@ _CONFIG = {
 """What makes the decoder, and is checked where it is read. All else that a stranger's config has (labels, types of
 floats, a task's parameters) transformers would take, too.
 """
+_NONE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+"""Keys of which null says something; elsewhere it is the default."""
 
 
 def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     """The causal LM of a checkpoint, frozen, on the CPU."""
     spec = checkpoint.spec
-    known = {name: value for name, value in checkpoint.config.items() if name in _CONFIG}
-    config = transformers.AutoConfig.for_model(**known, pad_token_id=None)
+    given = {name: value for name, value in checkpoint.config.items() if name in _CONFIG}
+    known = {name: value for name, value in given.items() if value is not None or name in _NONE}
+    known |= {"rms_norm_eps": spec.rms_norm_eps, "pad_token_id": None}
+    config = transformers.AutoConfig.for_model(**known)
     config._attn_implementation = "eager" if spec.traits.score_cap else attention  # the other one caps no scores
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -63,18 +63,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 9, "head_dim": 16}),
     "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
-    "gemma3": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 3}),
-    "gemma3-linear": ("gemma3_text", {**GEMMA, "rope_parameters": TWO_ROPES}),
-    "phi3": ("phi3", {"pad_token_id": 0, "sliding_window": 9}),
-    "phi3-partial": ("phi3", {"pad_token_id": 0, "head_dim": 32, "rope_parameters": PARTIAL}),
+    "gemma3": (
+        "gemma3_text",
+        {**GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 3, "rope_parameters": TWO_ROPES},
+    ),
+    "phi3-partial": ("phi3", {"pad_token_id": 0, "head_dim": 32, "sliding_window": 9, "rope_parameters": PARTIAL}),
     "phi3-longrope": (
         "phi3",
         {"pad_token_id": 0, "rope_parameters": LONGROPE, "original_max_position_embeddings": 256},
     ),
+    "gemma2-no-caps": ("gemma2", {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "granite": ("granite", GRANITE),
     "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 3}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
-    "llama-dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
     "llama-odd-width": ("llama", {"hidden_size": 48, "head_dim": 16}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),
 }
@@ -115,7 +116,9 @@ def greedy(model: Any, ids: np.ndarray, count: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("case", "precision"),
     [
-        *product(("llama-biases", "llama-odd-width", "qwen2", "qwen3", "gemma2", "phi3"), ("int8", "int4")),
+        *product(("llama-biases", "llama-odd-width", "qwen2", "qwen3"), ("int8", "int4")),
+        ("gemma2", "int8"),
+        ("phi3-partial", "int4"),
         ("granite", "int8"),  # its embeddings, times 3, make an error of int4 larger than that
     ],
 )
@@ -134,7 +137,7 @@ def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
     assert error < {"int8": 0.12, "int4": 0.6}[precision], error
 
 
-@pytest.mark.parametrize("case", ["gemma2", "gemma3-linear", "mistral", "phi3-partial", "smollm3", "granite"])
+@pytest.mark.parametrize("case", ["gemma2", "phi3-partial", "granite"])
 def test_family_for_gpus(case: str, tmp_path: Path) -> None:
     """In plain operators, compared with the portable graphs at 16 bits."""
     family, options = CASES[case]

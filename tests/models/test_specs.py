@@ -31,6 +31,7 @@ CONFIG: dict[str, Any] = {"model_type": "llama", **DIMENSIONS}
         ("llama", {"head_dim": 32, "num_hidden_layers": 3, "rms_norm_eps": 1e-5}, set()),
         ("llama", {"rope_parameters": LLAMA3}, set()),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}, set()),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, set()),
         ("qwen2", {"num_hidden_layers": 3}, {"qkv_bias"}),
         ("qwen2", {"tie_word_embeddings": True}, {"qkv_bias", "tie_embeddings"}),
         ("qwen3", {"head_dim": 16}, {"qk_norm"}),

@@ -185,6 +185,7 @@ def test_saved_is_bytes(checkpoint: Checkpoint) -> None:
 
 def test_what_a_config_says_beside_the_decoder_is_not_taken(checkpoint: Checkpoint) -> None:
     other = {"num_labels": 10**12, "id2label": 5, "pad_token_id": 10**6, "dtype": "evil", "architectures": ["Other"]}
+    other |= {"hidden_act": None, "rms_norm_eps": 1e-6, "attribute_map": {"hidden_size": "vocab_size"}}
     model = GatedModel(replace(checkpoint, config={**checkpoint.config, **other}), torch.device("cpu"), torch.float32)
     ids = torch.from_numpy(random_ids(8))[None]
     same = GatedModel(checkpoint, torch.device("cpu"), torch.float32)

@@ -201,4 +201,4 @@ class Batch:
     def _reserve(self, tokens: int) -> None:
         if tokens > self.cache.capacity:
             self._steps.clear()  # before: see Session._reserve
-            self.cache.reserve(tokens)
+        self.cache.reserve(tokens)

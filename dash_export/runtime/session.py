@@ -275,7 +275,7 @@ class Session:
         wanted = self.cache.length + more
         if wanted > self.cache.capacity:
             self._steps.clear()  # before, not after: an interrupt between the two would leave steps on the old memory
-            self.cache.reserve(wanted)
+        self.cache.reserve(wanted)
 
     def _bound(self, sequence: int, teacher_forced: bool = False) -> BoundStep | DeviceStep:
         key = (sequence, teacher_forced)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from math import ceil
 from typing import Any, ClassVar
 
 import numpy as np
@@ -293,7 +294,7 @@ def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
         low, high = points[after - 1], points[after]
         share = (1 + RECOMMENDED_LOSS - low.perplexity) / (high.perplexity - low.perplexity)
         budget -= share * (low.time - high.time)
-    return round(budget, 3) if budget <= 1 - WORTH else None
+    return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # never faster than the dial goes
 
 
 def trade_off_for(

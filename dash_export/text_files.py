@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 30
 MAX_TEXT_BYTES = 64 << 20
 """Bytes of a file that comes with a model: the largest published tokenizer.json is about 35 MB."""
-MAX_GROWTH = 256
-"""Bound of how much longer a tokenizer's replacements make a text: those of published ones, four times."""
+MAX_GROWTH = 160
+"""Bound of how much longer a tokenizer makes a text: published ones are counted as 144 at most."""
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
 MAX_ADDED = 1 << 20

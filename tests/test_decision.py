@@ -207,11 +207,12 @@ def test_bad_settings(name: str) -> None:
         ([(1.0, 1.0), (0.9, 1.01), (0.8, 1.03)], 0.85),
         ([(1.0, 1.0), (0.98, 1.03)], None),
         ([(1.0, 1.0), (0.8, 1.01)], 0.8),
+        ([(1.0, 1.0), (0.80049, 1.01)], 0.801),
         ([(1.0, 1.0)], None),
         ([], None),
         ([(1.0, 1.05), (0.8, 1.01)], None),
     ],
-    ids=["between", "too little time", "never so much", "dense only", "no dial", "nonsense"],
+    ids=["between", "too little time", "never so much", "no faster than the dial", "dense only", "no dial", "nonsense"],
 )
 def test_the_recommended_budget(dial: list[tuple[float, float]], budget: float | None) -> None:
     points = [DialPoint(place, 30, time, 0.0, perplexity) for place, (time, perplexity) in enumerate(dial)]

@@ -35,6 +35,7 @@ def gemma_decoder(
     **fields: Any,
 ) -> DecoderSpec:
     """What Gemmas have in common; `caps`: of scores and logits, where the config does not say them (0: none)."""
+    config = {"num_key_value_heads": 4, **config}
     names = ("attn_logit_softcapping", "final_logit_softcapping")
     scores, logits = (
         positive(config, name, MAX_FACTOR) if config.get(name) else 0.0 if name in config else default

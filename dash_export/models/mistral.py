@@ -11,5 +11,6 @@ from dash_export.models.spec import DecoderSpec
 
 def decoder(config: Mapping[str, Any]) -> DecoderSpec:
     """MistralForCausalLM: one window for all layers; without the key it is 4,096."""
+    config = {"num_key_value_heads": 8, **config}
     windows = attention_windows(config, sliding_window(config, 4096), lambda _layer: SLIDING)
     return gated_decoder(config, max_positions=131_072, windows=windows)

@@ -13,6 +13,7 @@ from dash_export.models.spec import DecoderSpec
 
 def decoder(config: Mapping[str, Any]) -> DecoderSpec:
     """SmolLM3ForCausalLM: `no_rope_layers` has a 0 for each layer without rotary embedding."""
+    config = {"num_key_value_heads": 4, "rope_theta": 2e6, **config}
     layers = positive(config, "num_hidden_layers", LARGEST["num_layers"])
     interval = positive(config, "no_rope_layer_interval", LARGEST["num_layers"], 4)
     turns = config.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(layers)]

@@ -9,7 +9,7 @@ import pytest
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
 from dash_export.models.config import decoder_spec
-from tests.models.helpers import DIMENSIONS, assert_same_model, edit_config, save_tiny
+from tests.models.helpers import DIMENSIONS, FAMILIES, assert_same_model, edit_config, save_tiny
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -87,6 +87,29 @@ def test_defaults_are_those_of_transformers() -> None:
     assert (spec.num_kv_heads, spec.head_dim, spec.max_positions, spec.rms_norm_eps) == (4, 16, 2048, 1e-6)
     np.testing.assert_allclose(spec.rope_frequencies, 10_000.0 ** -(np.arange(8) / 8), rtol=1e-6)
     assert not spec.tie_embeddings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_as_in_transformers(family: str) -> None:
+    given = {"vocab_size": 300, "hidden_size": 1024, "intermediate_size": 96, "num_hidden_layers": 8}
+    given |= {"num_attention_heads": 32}
+    spec, config = decoder_spec({"model_type": family, **given}), FAMILIES[family][0](**given)
+    assert spec.num_kv_heads == config.num_key_value_heads
+    assert spec.head_dim == (getattr(config, "head_dim", None) or 32)
+    assert (spec.rms_norm_eps, spec.max_positions) == (config.rms_norm_eps, config.max_position_embeddings)
+    assert spec.tie_embeddings == config.tie_word_embeddings
+    ropes = config.rope_parameters if "rope_theta" not in config.rope_parameters else {"": config.rope_parameters}
+    for kind, rope in ropes.items():
+        found = spec.window_frequencies if kind == "sliding_attention" else spec.rope_frequencies
+        exponents = np.arange(0, spec.head_dim, 2) / spec.head_dim
+        np.testing.assert_allclose(found, rope["rope_theta"] ** -exponents, rtol=1e-5)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 8
+    window = getattr(config, "sliding_window", None)
+    windows = [window or 0 if kind == "sliding_attention" else 0 for kind in kinds]
+    assert spec.traits.windows == (tuple(windows) if any(windows) else ())
+    assert spec.traits.score_cap == (getattr(config, "attn_logit_softcapping", None) or 0)
+    assert spec.traits.logits_cap == (getattr(config, "final_logit_softcapping", None) or 0)
+    assert spec.traits.unrotated == tuple(place for place in (3, 7) if family == "smollm3")
 
 
 @pytest.mark.parametrize(

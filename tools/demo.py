@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -19,12 +19,14 @@ from rich.console import Console
 
 from dash_export import DashRuntime, build, export
 from dash_export.bundle import Bundle
+from dash_export.commands.options import with_bounds
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, size
 from dash_export.decision import Setting
 from dash_export.errors import DashError
 from dash_export.evaluate.candidates import candidates
 from dash_export.evaluate.exchange import Point, frontier
+from dash_export.evaluate.intervals import Interval
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
 from dash_export.policy import load_policy
@@ -33,7 +35,7 @@ from dash_export.runtime import Generation
 from dash_export.text_files import read_text
 
 BUNDLE = CACHE / "smollm2.dash"
-TARGET = "cpu"
+TARGET = "cpu-gguf"
 POLICY = "smollm2-135m-instruct.safetensors"
 PROMPTS = (
     "What is the capital of France?",
@@ -41,15 +43,10 @@ PROMPTS = (
     "Why is it useful to skip work that changes nothing?",
 )
 MAX_TOKENS = 48
-SETTINGS = (
-    Setting("dense"),
-    Setting("static", skipped=4.0),
-    Setting("token", skipped=4.0),
-    Setting("token", skipped=8.0),
-)
-WINDOWS = 8
+FASTER, FIXED = Setting("token", budget=0.85, hold=False), Setting("static", skipped=4.0)
+WINDOWS = 16
 """Of held-out prose, that judge each setting."""
-ROUNDS, TOKENS = 3, 96
+ROUNDS, TOKENS = 6, 96
 """Processes that time each setting, and what they decode."""
 
 console = Console(highlight=False)
@@ -90,7 +87,9 @@ def _prepare() -> tuple[Bundle, Build]:
     policy = load_policy(resource_folder("calibration") / POLICY, checkpoint.spec)
     with progress_bar("export") as progress:
         bundle = export(checkpoint, BUNDLE, policy, progress)
-    console.print(f"[bold]3.[/] Build: engines for the target {TARGET}, int4 layers; measure costs, calibrate the dial")
+    console.print(
+        f"[bold]3.[/] Build: engines for the target {TARGET}, the file's own 4 bits; measure costs and the dial"
+    )
     with progress_bar("build") as progress:
         made = build(bundle, TARGET, progress=progress)
     return bundle, made
@@ -98,19 +97,23 @@ def _prepare() -> tuple[Bundle, Build]:
 
 def _compare(bundle: Bundle) -> list[Mode]:
     runtime = DashRuntime.load(bundle.root, TARGET)
+    best = runtime.recommended  # dense, where no budget pays
+    settings = list(
+        dict.fromkeys([Setting("dense"), best if best.budget is None else replace(best, hold=False), FASTER, FIXED])
+    )
     path = resource_folder("calibration") / "heldout.txt"
     console.print(
         "[bold]4.[/] Judge each way to skip on prose that no training saw, and time it in processes of its own"
     )
     with progress_bar("judge") as progress:
         points = frontier(
-            candidates(runtime, SETTINGS), read_text(path), path.name, WINDOWS, rounds=ROUNDS, tokens=TOKENS,
+            candidates(runtime, settings), read_text(path), path.name, WINDOWS, rounds=ROUNDS, tokens=TOKENS,
             progress=progress,
         )  # fmt: skip
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
     prompts = [runtime.text.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     answers = [
-        tuple(runtime.session_with(setting).generate(ids, MAX_TOKENS) for ids in prompts) for setting in SETTINGS
+        tuple(runtime.session_with(setting).generate(ids, MAX_TOKENS) for ids in prompts) for setting in settings
     ]
     return [Mode(point.label, own, point) for point, own in zip(points, answers, strict=True)]
 
@@ -127,17 +130,21 @@ def _print_answers(modes: Sequence[Mode]) -> None:
 
 
 def _print_modes(bundle: Bundle, made: Build, modes: Sequence[Mode]) -> None:
-    numbers = ("tokens/s", "of dense time", "layers/token", "KL (nats)", "perplexity")
+    numbers = ("tokens/s", "of dense time", "layers/token", "KL (nats)", "perplexity over dense's")
     rows = []
     for mode in modes:
         quality, timing = mode.point.quality, mode.point.timing
         assert timing is not None
-        speed, share = f"{1e3 / timing.milliseconds:.1f}", f"{timing.ratio:.2f}"
-        kl, perplexity = f"{mode.point.kl.value:.3f}", f"{quality.figures['perplexity'].value:.2f}"
-        rows.append((mode.name, speed, share, f"{quality.layers:.1f}", kl, perplexity))
-    print_table(f"SmolLM2-135M-Instruct, {TARGET}, int4, {made.device}", ("mode",), numbers, rows)
+        speed, share = (
+            f"{1e3 / timing.milliseconds:.1f}",
+            with_bounds(Interval(timing.ratio, timing.low, timing.high), 2),
+        )
+        kl, over = f"{mode.point.kl.value:.3f}", with_bounds(quality.figures["perplexity_ratio"], 3)
+        rows.append((mode.name, speed, share, f"{quality.layers:.1f}", kl, over))
+    print_table(f"SmolLM2-135M-Instruct, {TARGET}, {made.device}", ("mode",), numbers, rows)
     console.print(
-        f"All over {WINDOWS} windows of held-out prose. KL: divergence from the dense mode of this build. On disk: "
+        f"All over {WINDOWS} windows of held-out prose; in brackets 95 % intervals. KL: divergence from the dense mode "
+        f"of this build, whose weights are the file's. On disk: "
         f"portable graphs {size(bundle_bytes(bundle))}, engines {size(build_bytes(made))}, shared by all modes.\n"
     )
 
@@ -150,7 +157,7 @@ def _print_next(bundle: Bundle, seconds: float) -> None:
     command = ".venv/bin/dash-export"
     console.print(f"The bundle lies in [bold]{where}[/]. All of this took {seconds:.0f} s. Next:", soft_wrap=True)
     story = f'run {where} "Tell me a story" --budget 0.85 --show-skips'
-    for line in (f"run {where} --chat --budget 0.9", story, f"inspect {where}", f"profile {where} --budget 0.85"):
+    for line in (f"run {where} --chat", story, f"inspect {where}", f"profile {where} --budget 0.85"):
         console.print(f"  {command} {line}", soft_wrap=True, markup=False)
 
 

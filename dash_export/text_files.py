@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 30
 MAX_TEXT_BYTES = 64 << 20
 """Bytes of a file that comes with a model: the largest published tokenizer.json is about 35 MB."""
-MAX_GROWTH = 160
-"""Bound of how much longer a tokenizer makes a text: published ones are counted as 144 at most."""
+MAX_GROWTH, MAX_BEGINNING = 40, 256
+"""Bounds of how much longer a tokenizer makes a text (published ones are counted as 32 at most), and of the tokens that
+its template adds.
+"""
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
 MAX_ADDED = 1 << 20
@@ -30,8 +32,7 @@ MAX_MERGES = 4
 MAX_PARTS = 32
 """Of a chain: published ones have 7."""
 _GROWS = {"Metaspace": 2, "Lowercase": 3, "NFC": 3, "BertProcessing": 3, "RobertaProcessing": 3}
-_GROWS |= {"ByteLevel": 4, "NFD": 4, "BertNormalizer": 12}
-_GROWS |= dict.fromkeys(("NFKC", "NFKD"), 18)
+_GROWS |= dict.fromkeys(("ByteLevel", "NFD", "NFKC", "NFKD", "BertNormalizer"), 4)
 """Letters that these can make of one; other kinds that are known add a few at most."""
 _KINDS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend"),
@@ -108,14 +109,14 @@ def _check_growth(data: Any) -> None:
     """How much longer a text becomes, by what is said, before native code runs any of it (loading does). Raises
     ValueError.
     """
-    chains = ("normalizer", "pre_tokenizer"), ("decoder",), ("post_processor",)
+    chains = {("normalizer", "pre_tokenizer"): MAX_GROWTH, ("decoder",): MAX_GROWTH, ("post_processor",): MAX_BEGINNING}
     try:
-        for names in chains:
+        for names, most in chains.items():
             parts = [part for name in names for part in _parts(data.get(name))]
             if len(parts) > MAX_PARTS:
                 raise ValueError(f"its {names[0]} has over {MAX_PARTS} parts")
-            if math.prod(map(_growth, parts)) > MAX_GROWTH:
-                raise ValueError(f"what it does to a text can make it over {MAX_GROWTH} times as long")
+            if math.prod(map(_growth, parts)) > most:
+                raise ValueError(f"what it does to a text can make it over {most} times as long")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"it is no tokenizer.json ({error!r:.100})") from error
 

@@ -125,12 +125,15 @@ def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
 
 
 def precision(weights: WeightsRecipe, segment: Segment) -> str:
-    """The weights of a segment as the recipe has them: "int4, qkv int8", "embedding int8; int8"."""
+    """The weights of a segment as the recipe has them: "int4, qkv int8", "embedding int8; int8". What
+    keeps the bits of a file is told as both that they can be.
+    """
     parts = [f"embedding {weights.embedding}"] if segment.embed else []
     if len(segment.layers):
         layers = weights.layers if segment.gated else weights.ungated
         parts.append(layers if layers == weights.qkv or not segment.gated else f"{layers}, qkv {weights.qkv}")
-    return "; ".join(parts + [f"head {weights.head}"] * segment.head)
+    found = "; ".join(parts + [f"head {weights.head}"] * segment.head)
+    return found.replace("int4", "int4 or int8") if weights.rounding == "as-is" else found
 
 
 def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:

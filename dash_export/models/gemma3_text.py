@@ -29,10 +29,13 @@ def decoder(config: Mapping[str, Any]) -> DecoderSpec:
     if not isinstance(given, dict):
         raise CheckpointError(f"config 'rope_parameters' is {shown(given)}; expected an object")
     local = given.get(SLIDING) or {"rope_theta": config.get("rope_local_base_freq") or 10_000.0}
-    full = given.get(FULL) or {"rope_theta": config.get("rope_theta") or 1e6, **(config.get("rope_scaling") or {})}
+    scaling = config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"config 'rope_scaling' is {shown(scaling)}; expected an object")
+    full = {**(given.get(FULL) or {"rope_theta": config.get("rope_theta") or 1e6}), **scaling}
     head_dim = positive(config, "head_dim", LARGEST["head_dim"], 256)
     return gemma_decoder(
-        {**config, "rope_scaling": None},
+        {**config, "rope_scaling": None, "attn_logit_softcapping": None},  # which Gemma 3 does not apply
         windows,
         max_positions=131_072,
         caps=(0.0, 0.0),

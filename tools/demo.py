@@ -113,7 +113,8 @@ def _compare(bundle: Bundle) -> list[Mode]:
     console.print(f"[bold]5.[/] Answer {len(PROMPTS)} prompts each way, greedily\n")
     prompts = [runtime.text.chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
     answers = [
-        tuple(runtime.session_with(setting).generate(ids, MAX_TOKENS) for ids in prompts) for setting in settings
+        tuple(runtime.session_with(replace(setting, hold=True)).generate(ids, MAX_TOKENS) for ids in prompts)
+        for setting in settings
     ]
     return [Mode(point.label, own, point) for point, own in zip(points, answers, strict=True)]
 

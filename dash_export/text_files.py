@@ -38,7 +38,7 @@ _KINDS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend"),
     *("BertNormalizer", "ByteLevel", "Metaspace", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"),
     *("BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts", "FixedLength", "TemplateProcessing"),
-    *("BertProcessing", "RobertaProcessing", "ByteFallback", "Fuse", "WordPiece", "BPEDecoder", "CTC"),
+    *("BertProcessing", "RobertaProcessing", "ByteFallback", "Fuse", "BPEDecoder", "CTC"),
 }
 _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 _OTHER_MODELS = ("Unigram", "WordPiece")

@@ -36,7 +36,7 @@ def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sd
     known = {name: value for name, value in given.items() if value is not None or name in _NONE}
     known |= {"rms_norm_eps": spec.rms_norm_eps, "pad_token_id": None}
     config = transformers.AutoConfig.for_model(**known)
-    config._attn_implementation = "eager" if spec.traits.score_cap else attention  # the other one caps no scores
+    config._attn_implementation = "eager" if spec.model_type == "gemma2" else attention  # which has no other
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if spec.fused:
@@ -75,7 +75,7 @@ class LayerInputs:
         """hidden [batch, tokens, hidden]: what enters the first layer."""
         count = hidden.shape[1]
         places = torch.arange(count, device=hidden.device)
-        self._traits = spec.traits
+        self._traits, self._eager = spec.traits, model.config._attn_implementation == "eager"
         self._behind = places[:, None] - places
         kinds = {False: "full_attention", True: "sliding_attention"}
         self._rotary = {
@@ -84,11 +84,11 @@ class LayerInputs:
         }
         self._dtype = hidden.dtype
 
-    def of(self, layer: int, always: bool = False) -> dict[str, Any]:
-        """Keyword arguments of a layer; `always`: a mask too where causality is all of it."""
+    def of(self, layer: int) -> dict[str, Any]:
+        """Keyword arguments of a layer. Attention without a mask is causal, but for the eager one."""
         window = self._traits.window(layer)
         mask = None
-        if always or self._traits.score_cap or 0 < window < len(self._behind):
+        if self._eager or 0 < window < len(self._behind):
             hidden = (self._behind < 0) | (self._behind >= (window or len(self._behind)))
             mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
             mask = mask[None, None]

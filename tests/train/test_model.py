@@ -55,6 +55,7 @@ def test_forced_actions(model: GatedModel, checkpoint: Checkpoint, policy: SkipP
         ("qwen3", {}),
         ("mistral", {"sliding_window": 9}),
         ("gemma2", {"head_dim": 16, "sliding_window": 9, "final_logit_softcapping": 5.0}),
+        ("gemma2", {"head_dim": 16, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
         (
             "gemma3_text",
             {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 9},

@@ -32,7 +32,7 @@ Actions = npt.NDArray[np.int8]
 _ROUNDING = 1e-9
 """A setting read off the dial must be reachable although 1 - time is rounded."""
 RECOMMENDED_LOSS, WORTH = 0.02, 0.05
-"""Of perplexity, and of decode time: what a bundle recommends gives up so much, if it saves so much."""
+"""Shares of perplexity and of decode time: a bundle recommends to give up the one, if that saves the other."""
 DENSE_POSITIONS = 2
 """Positions 0 and 1 always run every layer: they carry the attention sinks that every later token reads."""
 

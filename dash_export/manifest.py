@@ -46,7 +46,7 @@ POLICY = "policy"
 
 @dataclass(frozen=True)
 class Traits:
-    """What a family has beyond a plain decoder; the defaults are a plain one's.
+    """Options of a family beyond a plain decoder; the defaults are a plain one's.
 
     `windows`: per layer the tokens that a query may attend to, its own included, 0 for all (no list: all of them);
     `window_rope`: layers with a window turn heads by frequencies of their own; `unrotated`: layers that do not turn
@@ -95,7 +95,7 @@ class ModelFacts:
 
     @property
     def attention_scale(self) -> float:
-        """What multiplies a product of query and key."""
+        """Factor of a product of query and key."""
         return self.traits.attention_scale or self.head_dim**-0.5
 
 

@@ -30,7 +30,7 @@ MAX_REPEATS = 256
 MAX_MERGES = 4
 """Merges per token of the vocabulary; published ones have up to 2.2."""
 MAX_PARTS = 32
-"""Of a chain: published ones have 7."""
+"""Bound of a chain's parts: published ones have 7."""
 _GROWS = {"Metaspace": 2, "Lowercase": 3, "NFC": 3, "BertProcessing": 3, "RobertaProcessing": 3}
 _GROWS |= dict.fromkeys(("ByteLevel", "NFD", "NFKC", "NFKD", "BertNormalizer"), 4)
 """Letters that these can make of one; other kinds that are known add a few at most."""

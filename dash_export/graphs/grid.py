@@ -18,7 +18,7 @@ from dash_export.models.spec import Float32Array
 
 BLOCK, CODES = 32, 16
 _CLOSE = 4e-6
-"""Of a block's largest weight: what float32 makes of s q + m."""
+"""Rounding of s q + m in float32, as a share of a block's largest weight."""
 _ROWS = 1 << 13
 _REST_LEVELS = 7
 

@@ -314,7 +314,7 @@ class OrtWriter(GraphWriter):
 
     def rotary_size(self, rope: str) -> int:
         """The part of a head that is turned."""
-        return 2 * int(self.array(f"{rope}.cos").shape[1])
+        return 2 * int(self.weights[f"{rope}.cos"].shape.numpy()[1])
 
     def rotated(self, rope: str, value: ir.Value, heads: int, node: str) -> ir.Value:
         """RoPE on [batch, sequence, heads * head_dim]."""

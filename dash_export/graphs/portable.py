@@ -31,7 +31,7 @@ _BLOCK = 1 << 14
 """Positions whose angles are in memory at a time."""
 
 WINDOW = "dash_export.window"
-"""What an Attention node says of itself: the tokens that a query may attend to, 0 for all."""
+"""Metadata of an Attention node: the tokens that a query may attend to, 0 for all."""
 HIDDEN_SHAPE = ("batch", "sequence")
 
 
@@ -248,7 +248,7 @@ class PortableWriter(GraphWriter):
         return self.op("And", [given, self.op("Greater", [rows, first], f"{name}/near")], f"{name}/both")
 
     def branch(self, layer: int, value: ir.Value, norm: str) -> ir.Value:
-        """What attention or the MLP adds."""
+        """Return the sum's part of attention or the MLP, normed and scaled as the family does."""
         value = self.layer_norm(layer, value, norm) if self.spec.post_norms else value
         return self.scaled(value, "residual_scale", str(value.name))
 

@@ -67,7 +67,7 @@ def logits_of(model: Any, final: torch.Tensor, traits: Traits) -> torch.Tensor:
 
 
 class LayerInputs:
-    """What every layer of a model is given beside the hidden state: its mask and its rotary embedding, for passes from
+    """Inputs of every layer beside the hidden state: its mask and its rotary embedding, for passes from
     position 0 on.
     """
 

@@ -38,7 +38,7 @@ Soften = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Head(NamedTuple):
-    """What makes logits of final states: a matrix [vocab, hidden], scaled, and `cap` as in `Traits.logits_cap`."""
+    """The map from final states to logits: a matrix [vocab, hidden], scaled, and `cap` as in `Traits.logits_cap`."""
 
     weight: torch.Tensor
     cap: float = 0.0

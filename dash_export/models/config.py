@@ -236,6 +236,14 @@ def llama3_frequencies(plain: Float32Array, factor: float, low: float, high: flo
     return np.where(middle, ramp, scaled).astype(np.float32)
 
 
+def section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key of the config, {} where there is none. Raises CheckpointError for anything else."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"config {key!r} is {shown(found)}; expected an object")
+    return dict(found)
+
+
 def positive(config: Mapping[str, Any], key: str, upper: Number, default: Number | None = None) -> Number:
     """`config[key]`, a number in (0, upper], whole where `upper` is; a missing or null key takes `default`. Raises
     CheckpointError for another, and for none without a default.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST
 from dash_export.models.config import (
     FULL,
@@ -13,7 +12,7 @@ from dash_export.models.config import (
     attention_windows,
     positive,
     rotary_embedding,
-    shown,
+    section,
     sliding_window,
 )
 from dash_export.models.gemma2 import gemma_decoder
@@ -25,14 +24,10 @@ def decoder(config: Mapping[str, Any]) -> DecoderSpec:
     every = positive(config, "sliding_window_pattern", LARGEST["num_layers"], 6)
     window = sliding_window(config, 4096)
     windows = attention_windows(config, window, lambda layer: SLIDING if (layer + 1) % every else FULL)
-    given = config.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        raise CheckpointError(f"config 'rope_parameters' is {shown(given)}; expected an object")
-    local = given.get(SLIDING) or {"rope_theta": config.get("rope_local_base_freq") or 10_000.0}
-    scaling = config.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"config 'rope_scaling' is {shown(scaling)}; expected an object")
-    full = {**(given.get(FULL) or {"rope_theta": config.get("rope_theta") or 1e6}), **scaling}
+    given = section(config, "rope_parameters")
+    local = section(given, SLIDING) or {"rope_theta": config.get("rope_local_base_freq") or 10_000.0}
+    full = section(given, FULL) or {"rope_theta": config.get("rope_theta") or 1e6}
+    full |= section(config, "rope_scaling")
     head_dim = positive(config, "head_dim", LARGEST["head_dim"], 256)
     return gemma_decoder(
         {**config, "rope_scaling": None, "attn_logit_softcapping": None},  # which Gemma 3 does not apply

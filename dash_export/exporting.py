@@ -28,7 +28,9 @@ from dash_export.artifacts import (
 from dash_export.bundle import MANIFEST, TEXT_FILES, Bundle, to_json
 from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
-from dash_export.graphs.writer import save_graph, save_tables
+from dash_export.graphs.portable import EMBED_WEIGHT
+from dash_export.graphs.stored import stored_tensors
+from dash_export.graphs.writer import save_graph, save_placed, save_tables
 from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts, sealed
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.bypasses import check_model
@@ -49,7 +51,7 @@ from dash_export.outputs import (
 from dash_export.policy import SkipPolicy, no_policy
 from dash_export.replacing import check_place, put_in_place, recover, refuse_inputs
 
-GRAPH_REVISION = 4
+GRAPH_REVISION = 5
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
 OURS = (MANIFEST, "onnx", *TEXT_FILES)
 """Entries of a bundle that an export replaces; all others, engines among them, stay."""
@@ -183,9 +185,15 @@ def _jobs(
         save_tables(path, portable.rope_tables(spec))
         return [path]
 
+    def table(folder: Path) -> list[Path]:
+        path = folder / portable.EMBED_FILE
+        _, tensors = stored_tensors(EMBED_WEIGHT, checkpoint.weights[EMBED_WEIGHT], transpose=False)
+        save_placed(path, tensors)
+        return [path]
+
     yield "rope", (), rope
-    # The one writer of the shared embedding file: for the others it is a reference.
-    yield "embed", (), lambda folder: save_graph(portable.embed_graph(checkpoint), folder / "embed.onnx")
+    yield "table", (), table
+    yield "embed", (), graph("embed", partial(portable.embed_graph, checkpoint))
     for layer in range(spec.num_layers):
         name = f"layer_{layer:02d}"
         yield name, (name,), graph(name, partial(portable.layer_graph, checkpoint, layer))

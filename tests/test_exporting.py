@@ -19,6 +19,8 @@ from dash_export.building import build
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, CheckpointError, NewerBundleError, PolicyError
 from dash_export.exporting import export
+from dash_export.graphs.portable import EMBED_WEIGHT
+from dash_export.graphs.surgery import load_graph
 from dash_export.manifest import SCHEMA
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM
@@ -220,9 +222,13 @@ def test_smollm2_weights_are_what_the_file_holds(smollm2_gguf: Path, smollm2_bun
     assert bundle.manifest.model.parameters == 134_515_008
     trained = "token policy for SmolLM2-135M-Instruct.Q4_1, trained by dash-export"
     assert bundle.manifest.policy.origin.startswith(trained)
-    embedding = np.memmap(bundle.path("onnx/embed.data"), np.float32, "r", shape=(49152, 576))
-    weight = checkpoint.weights["model.embed_tokens.weight"]
-    np.testing.assert_array_equal(embedding[1000:1010], weight.read_rows(1000, 1010))
+    for graph, name in (("embed", EMBED_WEIGHT), ("layer_07", "model.layers.7.self_attn.q_proj.weight")):
+        weight, held = checkpoint.read(name), load_graph(bundle.graph(graph)).graph.initializers[name].const_value
+        assert held is not None
+        np.testing.assert_array_equal(held.numpy(), weight if graph == "embed" else weight.T)
+    sizes = {path.name: path.stat().st_size for path in bundle.path("onnx").iterdir()}
+    policy = sum(size for name, size in sizes.items() if name.startswith("bypass"))
+    assert sum(sizes.values()) - policy < 1.1 * smollm2_gguf.stat().st_size
 
 
 def test_heldout_text_is_not_calibration_text() -> None:

@@ -101,12 +101,12 @@ def calibrated(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[t
         progress(f"rounding layer {layer}", layer + 1, model.num_layers)
     if recipe.weights.head == "int4":
         nodes = {node.name: node for node in load_graph(bundle.graph("head")).graph}
-        gain, table = constant_value(nodes["head/norm"].inputs[1]), constant_value(nodes["head/weight"].inputs[0])
+        gain, table = constant_value(nodes["head/norm"].inputs[1]), constant_value(nodes["head/logits"].inputs[1])
         assert gain is not None
         assert table is not None
         scales = (np.sqrt(np.square(state).mean(axis=-1, keepdims=True) + model.rms_norm_eps) for state in states)
         moments = np.sum([_moments(state / scale * gain) for state, scale in zip(states, scales, strict=True)], axis=0)
-        for rounded in _rounded(recipe, [table.T], moments):
+        for rounded in _rounded(recipe, [table], moments):
             yield "head/logits", rounded
         progress("rounding head", 1, 1)
 

@@ -20,7 +20,7 @@ from dash_export.decision import Unit
 from dash_export.errors import BackendError
 from dash_export.graphs.grid import BLOCK, Grid, on_grid, packed
 from dash_export.graphs.ort_quantize import ACCURACY_LEVEL, CONTRIB, quantize_block, quantized
-from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_WEIGHT, HIDDEN_SHAPE
+from dash_export.graphs.portable import EMBED_WEIGHT, HEAD_MATRIX, HIDDEN_SHAPE
 from dash_export.graphs.rounded import Roundings, to_nearest, weight_precision
 from dash_export.graphs.writer import GraphWriter
 from dash_export.manifest import Manifest
@@ -258,8 +258,7 @@ class OrtWriter(GraphWriter):
         bounds = [first, self.stored("head.end"), self.stored("head.axis")]
         wanted = self.op("Slice", [self.computed(state), *bounds], "head/wanted")
         normed, _ = self.norm(wanted, FINAL_NORM, "head/norm")
-        matrix = HEAD_WEIGHT if HEAD_WEIGHT in self.weights else EMBED_WEIGHT
-        logits = self.linear(normed, "head/logits", [matrix], self.traits.logits_scale)
+        logits = self.linear(normed, "head/logits", [HEAD_MATRIX], self.traits.logits_scale)
         if cap := self.traits.logits_cap:
             most = self.constant("head.cap", np.array(cap, np.float32))
             turned = self.op("Tanh", [self.op("Div", [logits, most], "head/over_cap")], "head/tanh")
@@ -333,8 +332,6 @@ class OrtWriter(GraphWriter):
         first one and its bias `times` a factor.
         """
         matrices = [self.array(weight) for weight in weights]
-        if weights[0] in (HEAD_WEIGHT, EMBED_WEIGHT):
-            matrices = [np.ascontiguousarray(matrices[0].T)]
         factors = [np.float32(times), *[np.float32(1)] * (len(weights) - 1)]
         if times != 1:
             matrices[0] = matrices[0] * factors[0]

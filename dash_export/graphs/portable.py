@@ -15,7 +15,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.decision import Unit
-from dash_export.graphs.writer import GraphWriter, external, lazy_weight
+from dash_export.graphs.ggml import DOMAIN, function
+from dash_export.graphs.stored import stored_tensors
+from dash_export.graphs.writer import GraphWriter, external, placed
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import past_names, present_names
@@ -25,6 +27,8 @@ ROPE_FILE = "rope.data"
 EMBED_FILE = "embed.data"
 EMBED_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
+HEAD_MATRIX = "head/weight"
+"""The transposed one of these that gives logits."""
 SHARED_FILES = (ROPE_FILE, EMBED_FILE)
 
 _BLOCK = 1 << 14
@@ -50,7 +54,7 @@ def embed_graph(checkpoint: Checkpoint) -> ir.Model:
     """input_ids [batch, sequence] int64 -> hidden [batch, sequence, hidden] float32."""
     g = PortableWriter("embed", "Token embedding.", checkpoint.spec, checkpoint)
     ids = g.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-    g.state_output(g.scaled(g.op("Gather", [g.weight(EMBED_WEIGHT), ids], "embed"), "embedding_scale"))
+    g.state_output(g.scaled(g.op("Gather", [g.weight(EMBED_WEIGHT, file=EMBED_FILE), ids], "embed"), "embedding_scale"))
     return g.model()
 
 
@@ -65,11 +69,8 @@ def head_graph(checkpoint: Checkpoint) -> ir.Model:
     end, axis = g.initializer("head.end", np.array([np.iinfo(np.int64).max])), g.initializer("head.axis", np.array([1]))
     wanted = g.op("Slice", [hidden, first, end, axis], "head/wanted")
     normed = g.norm(wanted, FINAL_NORM, "head/norm")
-    if spec.tie_embeddings:
-        table = g.external(EMBED_WEIGHT, EMBED_FILE, (spec.vocab_size, spec.hidden_size))
-    else:
-        table = g.weight(HEAD_WEIGHT)
-    logits = g.op("MatMul", [normed, g.op("Transpose", [table], "head/weight", perm=[1, 0])], "head/logits")
+    table = g.weight(EMBED_WEIGHT, file=EMBED_FILE) if spec.tie_embeddings else g.weight(HEAD_WEIGHT)
+    logits = g.op("MatMul", [normed, g.op("Transpose", [table], HEAD_MATRIX, perm=[1, 0])], "head/logits")
     logits = g.capped(g.scaled(logits, "logits_scale"), spec.traits.logits_cap)
     g.output(logits, "logits", ("batch", "logits", spec.vocab_size))
     return g.model()
@@ -172,6 +173,7 @@ class PortableWriter(GraphWriter):
         super().__init__(name, doc)
         self.spec = spec
         self.weights = checkpoint.weights if checkpoint is not None else {}
+        self.functions: set[str] = set()
 
     def state_input(self) -> ir.Value:
         return self.input("hidden", (*HIDDEN_SHAPE, self.spec.hidden_size))
@@ -183,8 +185,29 @@ class PortableWriter(GraphWriter):
         positions = self.input("position_ids", HIDDEN_SHAPE, ir.DataType.INT64)
         return positions, self.input("write_indices", ("batch",), ir.DataType.INT64)
 
-    def weight(self, name: str, transpose: bool = False) -> ir.Value:
-        return self.initializer(name, lazy_weight(name, self.weights[name], transpose))
+    def weight(self, name: str, transpose: bool = False, file: str = "") -> ir.Value:
+        """A weight as it is stored, and what makes float32 of it; in a `file` that graphs share, where one is given."""
+        kind, tensors = stored_tensors(name, self.weights[name], transpose)
+        values = [self.initializer(str(item.name), item) for item in (placed(tensors, file) if file else tensors)]
+        node = f"{self.graph.name}/{name}"
+        if not kind:
+            return values[0]
+        if kind == "Cast":
+            found = self.op("Cast", values, node, to=ir.DataType.FLOAT)
+        else:
+            self.functions.add(kind)
+            (found,) = self.node(kind, values, f"{node}/rows" if transpose else node, 1, DOMAIN)
+            found = self.op("Transpose", [found], node, perm=[1, 0]) if transpose else found
+        found.name = name
+        return found
+
+    def model(self) -> ir.Model:
+        model = super().model()
+        for kind in sorted(self.functions):
+            made = function(kind)
+            model.functions[made.identifier()] = made
+            model.graph.opset_imports[DOMAIN] = 1
+        return model
 
     def external(self, name: str, file: str, shape: tuple[int, int], offset: int = 0) -> ir.Value:
         return self.initializer(name, external(name, file, ir.DataType.FLOAT, shape, offset))

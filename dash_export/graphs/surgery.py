@@ -12,11 +12,14 @@ import onnx
 import onnx_ir as ir
 
 from dash_export.errors import BundleError
+from dash_export.graphs.stored import restore
 from dash_export.graphs.writer import GraphWriter
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph whose external data is known to lie in its own folder. Raises BundleError otherwise."""
+    """Read a graph whose external data is known to lie in its own folder, its weights as float32 (stored.py). Raises
+    BundleError otherwise.
+    """
     try:
         proto = onnx.load(path, load_external_data=False)
         model: ir.Model = ir.from_proto(proto)
@@ -36,6 +39,7 @@ def load_graph(path: Path) -> ir.Model:
     for tensor in tensors:
         if isinstance(tensor, ir.ExternalTensor):
             _check_external(path, tensor)
+    restore(model)
     return model
 
 
@@ -120,12 +124,3 @@ def drop_unused_inputs(graph: ir.Graph) -> None:
     for value in list(graph.inputs):
         if not value.uses() and value not in graph.outputs:
             graph.inputs.remove(value)
-
-
-def transpose_tables(graph: ir.Graph) -> None:
-    """Transpose constants (the head's [vocab, hidden] table) here, once."""
-    for node in list(graph):
-        table = constant_value(node.inputs[0]) if node.op_type == "Transpose" else None
-        if table is not None:
-            node.outputs[0].replace_all_uses_with(add_constant(graph, f"{node.name}.transposed", table.T))
-            graph.remove(node, safe=True)

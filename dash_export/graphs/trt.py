@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from dash_export.errors import BackendError
 from dash_export.graphs.rounded import Roundings, to_nearest
-from dash_export.graphs.surgery import add_constant, constant_value, drop_unused, drop_unused_inputs, transpose_tables
+from dash_export.graphs.surgery import add_constant, constant_value, drop_unused, drop_unused_inputs
 from dash_export.graphs.trt_decompose import FLOAT32, Chain, decompose
 from dash_export.graphs.trt_quantize import quantize_weights
 from dash_export.targets import Recipe
@@ -33,7 +33,6 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     _fix_shapes(graph, capacity)
     _cut_rope(graph, capacity)
     _give_last_logits(graph)
-    transpose_tables(graph)
     _sum_policy(graph)
     if recipe.dialect != "trt10" and any("softcap" in node.attributes for node in graph):
         raise BackendError(

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export import __version__
-from dash_export.models.spec import Float32Array, Weight, row_blocks
+from dash_export.models.spec import Weight, row_blocks
 
 OPSET = 24
 # Tensors up to this size stay inside the .onnx file, where a reader sees them; larger ones are external and
 # memory-mapped.
 INLINE_BYTES = 16 << 10
+PAGE = 4096
 
 Shape = Sequence[int | str]
 
@@ -80,13 +81,15 @@ class GraphWriter:
         return ir.Model(self.graph, ir_version=11, producer_name="dash-export", producer_version=__version__)
 
 
-def lazy_weight(name: str, weight: Weight, transpose: bool = False) -> ir.LazyTensor:
-    """A checkpoint tensor that is read when it is written: float32, [out, in] or, transposed, [in, out]."""
+def lazy_weight(
+    name: str, weight: Weight, transpose: bool = False, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.LazyTensor:
+    """A checkpoint tensor that is read when it is written: [out, in] or, transposed, [in, out]."""
     shape = tuple(reversed(weight.shape)) if transpose else weight.shape
 
     def read() -> ir.TensorProtocol:
         # Filled block by block: never more than one full-size array plus one block in memory.
-        array: Float32Array = np.empty(shape, np.float32)
+        array: npt.NDArray[Any] = np.empty(shape, dtype.numpy())
         start = 0
         for block in row_blocks(weight):
             target = array.T if transpose else array
@@ -94,7 +97,7 @@ def lazy_weight(name: str, weight: Weight, transpose: bool = False) -> ir.LazyTe
             start += len(block)
         return ir.Tensor(array, name=name)
 
-    return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(shape), name=name)
+    return ir.LazyTensor(read, dtype, ir.Shape(shape), name=name)
 
 
 def external(name: str, location: str, dtype: ir.DataType, shape: Sequence[int], offset: int = 0) -> ir.ExternalTensor:
@@ -121,7 +124,7 @@ def save_graph(model: ir.Model, path: Path, shared: Collection[str] = ()) -> lis
         data = path.with_suffix(".data")
         tensors = [value.const_value for value in own if value.const_value is not None]
         written = ir.external_data.convert_tensors_to_external(
-            tensors, path.parent, data.name, alignment=4096, align_threshold=INLINE_BYTES
+            tensors, path.parent, data.name, alignment=PAGE, align_threshold=INLINE_BYTES
         )
         for value, tensor in zip(own, written, strict=True):
             value.const_value = tensor
@@ -141,3 +144,20 @@ def save_tables(path: Path, tables: Iterable[npt.NDArray[Any]]) -> None:
     with path.open("wb") as file:
         for table in tables:
             np.ascontiguousarray(table).tofile(file)
+
+
+def placed(tensors: Iterable[ir.LazyTensor], location: str) -> list[ir.ExternalTensor]:
+    """The tensors as they lie in a file that `save_placed` wrote."""
+    start, found = 0, []
+    for tensor in tensors:
+        found.append(external(str(tensor.name), location, tensor.dtype, tensor.shape.numpy(), start))
+        start += -(-tensor.nbytes // PAGE) * PAGE
+    return found
+
+
+def save_placed(path: Path, tensors: Sequence[ir.LazyTensor]) -> None:
+    """Write tensors that several graphs read, each on pages of its own."""
+    with path.open("wb") as file:
+        for tensor, place in zip(tensors, placed(tensors, path.name), strict=True):
+            file.seek(place.offset or 0)
+            file.write(tensor.tobytes())

@@ -42,15 +42,24 @@ class GgufTensor:
 
     def weight(self, name: str, interleaved_heads: int = 0) -> Weight:
         """It as a model's weight; `interleaved_heads` > 0: so many heads, whose rotary pairs lie side by side in it."""
-        rows = partial(self._head_rows, interleaved_heads) if interleaved_heads else self.rows
-        return Weight(name, self.shape, str(self.quantization), rows)
+        rows, packed = self.rows, self.packed
+        if interleaved_heads:
+            rows = partial(self._head_rows, self.rows, interleaved_heads)
+            packed = partial(self._head_rows, self.packed, interleaved_heads)
+        return Weight(name, self.shape, self.kind.name, rows, packed)
 
-    def _head_rows(self, heads: int, start: int, stop: int) -> npt.NDArray[Any]:
+    @property
+    def kind(self) -> Any:
+        return require("gguf").GGMLQuantizationType(self.quantization)
+
+    def _head_rows(
+        self, read: Callable[[int, int], npt.NDArray[Any]], heads: int, start: int, stop: int
+    ) -> npt.NDArray[Any]:
         """Undo the converter's permutation: row 2i + j of a GGUF head is row j * head_dim / 2 + i in Hugging Face's."""
         head_dim = self.shape[0] // heads
         first, last = start // head_dim, -(-stop // head_dim)
-        rows = self.rows(first * head_dim, last * head_dim)
-        split = rows.reshape(last - first, head_dim // 2, 2, *self.shape[1:]).swapaxes(1, 2)
+        rows = read(first * head_dim, last * head_dim)
+        split = rows.reshape(last - first, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2)
         permuted: npt.NDArray[Any] = split.reshape(rows.shape)
         return permuted[start - first * head_dim : stop - first * head_dim]
 
@@ -60,21 +69,22 @@ class GgufTensor:
             return self._dequantized(0, 1)[0, start:stop]
         return self._dequantized(start, stop)
 
-    def _dequantized(self, start: int, stop: int) -> npt.NDArray[Any]:
+    def packed(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows [start, stop) as they lie in the file [rows, bytes]."""
         # Read, not mapped: the resident set does not grow with the part of the model read so far.
-        gguf = require("gguf")
         with self.path.open("rb") as file:
             file.seek(self.offset + start * self.row_bytes)
             data = file.read((stop - start) * self.row_bytes)
         if len(data) != (stop - start) * self.row_bytes:
             raise CheckpointError(f"{self.path} ends inside tensor {self.name}: the file changed while it was read")
-        rows = np.frombuffer(data, dtype=np.uint8).reshape(stop - start, self.row_bytes)
-        quantization = gguf.GGMLQuantizationType(self.quantization)
+        return np.frombuffer(data, dtype=np.uint8).reshape(stop - start, self.row_bytes)
+
+    def _dequantized(self, start: int, stop: int) -> npt.NDArray[Any]:
         try:
-            return gguf.dequantize(rows, quantization)  # type: ignore[no-any-return]
+            return require("gguf").dequantize(self.packed(start, stop), self.kind)  # type: ignore[no-any-return]
         except NotImplementedError:
             raise CheckpointError(
-                f"tensor {self.name} in {self.path} has type {quantization.name}, which cannot be dequantised; "
+                f"tensor {self.name} in {self.path} has type {self.kind.name}, which cannot be dequantised; "
                 "supported: F32, F16, BF16, Q4_0 to Q8_0, the K- and IQ-quants"
             ) from None
 

@@ -106,13 +106,15 @@ class DecoderSpec(ModelFacts):
 @dataclass(frozen=True)
 class Weight:
     """One tensor of a checkpoint, still on disk: `rows(start, stop)` reads rows of its first axis, in any float type.
-    `dtype`: how it is stored, for the fingerprint.
+    `dtype`: how it is stored (F32, BF16, Q4_K). `packed`: the same rows in a GGUF file's bytes, where they have a type
+    with blocks.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     rows: Callable[[int, int], npt.NDArray[Any]]
+    packed: Callable[[int, int], npt.NDArray[np.uint8]] | None = None
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
         """Rows [start, stop) as float32. Raises CheckpointError naming the tensor where they cannot be read, or are not
@@ -123,11 +125,15 @@ class Weight:
                 found = np.asarray(self.rows(start, stop), np.float32)
         except OSError as error:
             raise CheckpointError(f"cannot read tensor {self.name}: {error}") from error
+        self.check_finite(found, start, stop)
+        return found
+
+    def check_finite(self, found: npt.NDArray[Any], start: int, stop: int) -> None:
+        """Raises CheckpointError where there is NaN or infinity in what was read of rows [start, stop)."""
         if not np.isfinite(found).all():
             raise CheckpointError(
                 f"tensor {self.name} holds NaN or infinity in rows {start} to {stop - 1}; the weights are damaged"
             )
-        return found
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,8 @@ def test_smollm2_graphs(smollm2_bundle: Path) -> None:
 
 
 def check_readable(model: onnx.ModelProto, name: str) -> None:
-    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
-    assert not model.functions
-    assert {node.domain for node in model.graph.node} == {""}
+    assert {opset.domain: opset.version for opset in model.opset_import}.items() <= {"": 24, "ggml": 1}.items()
+    assert {node.op_type for node in model.graph.node if node.domain} == {made.name for made in model.functions}
     names = [node.name for node in model.graph.node]
     assert len(set(names)) == len(names)
     assert all(node == name or node.startswith(f"{name}/") for node in names)

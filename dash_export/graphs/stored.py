@@ -1,0 +1,93 @@
+"""Weights of a portable graph as the checkpoint stores them, and as a lowering takes them.
+
+In a bundle a matrix has its checkpoint's bytes: 16-bit floats stand behind a Cast, blocks of a GGUF file behind a
+function that gives the weights (ggml.py). What is stored otherwise, and every vector, is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from dash_export.errors import BundleError
+from dash_export.graphs.ggml import BLOCKS, DOMAIN, dequantized, taken_apart
+from dash_export.graphs.writer import lazy_weight
+from dash_export.models.spec import Weight
+
+_FLOATS = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+
+
+def stored_tensors(name: str, weight: Weight, transpose: bool) -> tuple[str, list[ir.LazyTensor]]:
+    """(type, tensors): "" and the float32 weight; "Cast" and the same of 16 bits; a block's type, its factors and its
+    other bytes, never transposed.
+    """
+    if len(weight.shape) == 2 and weight.packed is not None and weight.dtype in BLOCKS:
+        return weight.dtype, _blocks(name, weight)
+    if len(weight.shape) == 2 and weight.dtype in _FLOATS:
+        return "Cast", [lazy_weight(f"{name}.stored", weight, transpose, _FLOATS[weight.dtype])]
+    return "", [lazy_weight(name, weight, transpose)]
+
+
+def _blocks(name: str, weight: Weight) -> list[ir.LazyTensor]:
+    block, packed, (rows, columns) = BLOCKS[weight.dtype], weight.packed, weight.shape
+
+    def read(which: int) -> ir.TensorProtocol:
+        assert packed is not None
+        parts = taken_apart(weight.dtype, packed(0, rows))
+        weight.check_finite(parts[0], 0, rows)
+        return ir.Tensor(parts[which], name=names[which])
+
+    names, dtypes = (f"{name}.factors", f"{name}.blocks"), (ir.DataType.FLOAT16, ir.DataType.UINT8)
+    shapes = [ir.Shape((rows, columns // block.weights, last)) for last in (block.factors, sum(block.fields))]
+    return [ir.LazyTensor(partial(read, which), dtypes[which], shapes[which], name=names[which]) for which in range(2)]
+
+
+def restore(model: ir.Model) -> None:
+    """Replace every node that only converts constants by what it gives: float32, read on demand. Raises BundleError for
+    blocks of another type or shape than the program knows.
+    """
+    graph = model.graph
+    for node in list(graph):
+        tensors = [value.const_value for value in node.inputs if value is not None and value.is_initializer()]
+        if None in tensors or len(tensors) < len(node.inputs) or (found := _restored(node, tensors)) is None:
+            continue
+        (output,), sources = node.outputs, set(node.inputs)
+        value = ir.Value(name=output.name, shape=found.shape, type=ir.TensorType(found.dtype), const_value=found)
+        output.replace_all_uses_with(value)
+        graph.remove(node, safe=True)
+        for source in sources:
+            if source is not None and not source.uses():
+                del graph.initializers[str(source.name)]
+        graph.register_initializer(value)
+    model.functions.clear()
+    model.opset_imports.pop(DOMAIN, None)
+
+
+def _restored(node: ir.Node, tensors: Sequence[Any]) -> ir.LazyTensor | None:
+    name, shapes = str(node.outputs[0].name), [tuple(tensor.shape.numpy()) for tensor in tensors]
+
+    def lazy(make: Callable[[], npt.NDArray[Any]], shape: Sequence[int]) -> ir.LazyTensor:
+        return ir.LazyTensor(lambda: ir.Tensor(make(), name=name), ir.DataType.FLOAT, ir.Shape(shape), name=name)
+
+    if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.FLOAT:
+        return lazy(lambda: tensors[0].numpy().astype(np.float32), shapes[0])
+    if node.op_type == "Transpose" and len(shapes[0]) == 2 and tensors[0].dtype == ir.DataType.FLOAT:
+        return lazy(lambda: np.ascontiguousarray(tensors[0].numpy().T), shapes[0][::-1])
+    if node.domain != DOMAIN:
+        return None
+    block = BLOCKS.get(node.op_type)
+    if block is not None and len(tensors) == 2 and all(len(shape) == 3 for shape in shapes):
+        rows, blocks, _ = shapes[0]
+        kinds = [
+            (rows, blocks, block.factors, ir.DataType.FLOAT16),
+            (rows, blocks, sum(block.fields), ir.DataType.UINT8),
+        ]
+        if [(*shape, tensor.dtype) for shape, tensor in zip(shapes, tensors, strict=True)] == kinds:
+            make = lambda: dequantized(node.op_type, *(tensor.numpy() for tensor in tensors))  # noqa: E731
+            return lazy(make, (rows, blocks * block.weights))
+    raise BundleError(f"{name:.100} is no {node.op_type:.100} of {DOMAIN}. The bundle is damaged: export it again.")

@@ -1,0 +1,144 @@
+"""Weights in a bundle as the checkpoint has them: the same values, in no more bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from dash_export import DashRuntime
+from dash_export.building import build
+from dash_export.errors import BundleError, CheckpointError
+from dash_export.exporting import export
+from dash_export.graphs import ggml
+from dash_export.graphs.stored import restore
+from dash_export.graphs.surgery import load_graph
+from dash_export.graphs.writer import PAGE, GraphWriter
+from dash_export.models import open_checkpoint
+from tests.models.helpers import tiny_tokenizer, write_gguf
+from tests.tiny import random_ids, save_model, tiny_policy
+
+
+def random_blocks(kind: str, rows: int = 8, columns: int = 512) -> np.ndarray:
+    """Rows of a file whose every bit is random, but for finite factors."""
+    rng, block = np.random.default_rng(0), ggml.BLOCKS[kind]
+    packed = rng.integers(0, 256, (rows, columns // block.weights, block.bytes), np.uint8)
+    factors = (0.1 * rng.standard_normal((*packed.shape[:2], block.factors))).astype(np.float16).view(np.uint8)
+    packed[..., slice(-2, None) if kind == "Q6_K" else slice(factors.shape[-1])] = factors
+    return packed.reshape(rows, -1)
+
+
+def graph_of(kind: str, factors: np.ndarray, blocks: np.ndarray) -> ir.Model:
+    g = GraphWriter("graph", "")
+    values = [g.initializer("factors", factors), g.initializer("blocks", blocks)]
+    (weight,) = g.node(kind, values, "weight", 1, ggml.DOMAIN)
+    g.output(g.op("Identity", [weight], "out"), "out", (None, None))
+    model = g.model()
+    made = ggml.function(kind)
+    model.functions[made.identifier()] = made
+    model.graph.opset_imports[ggml.DOMAIN] = 1
+    return model
+
+
+@pytest.mark.parametrize("kind", ggml.BLOCKS)
+def test_functions_give_what_the_gguf_library_gives(kind: str) -> None:
+    """ONNX Runtime with the function's nodes, and the weight that a lowering takes: equal bit for bit."""
+    packed = random_blocks(kind)
+    expected = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
+    assert np.unique(expected).size > 100
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1] == ggml.BLOCKS[kind].bytes
+    model = graph_of(kind, *ggml.taken_apart(kind, packed))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    np.testing.assert_array_equal(session.run(None, {})[0], expected)
+    restore(model)
+    value = model.graph.initializers["weight"].const_value
+    assert value is not None
+    np.testing.assert_array_equal(value.numpy(), expected)
+    assert len(model.graph.initializers) == 1
+
+
+def test_blocks_of_another_shape_or_type_are_refused() -> None:
+    factors, blocks = ggml.taken_apart("Q4_0", random_blocks("Q4_0"))
+    wrong = (("Q4_K", factors, blocks), ("Q4_0", factors, blocks[:, 1:]), ("Q4_0", factors.astype(np.float32), blocks))
+    for kind, *arrays in wrong:
+        with pytest.raises(BundleError, match=r"is no Q4_. of ggml"):
+            restore(graph_of(kind, *arrays))
+    model = graph_of("Q4_0", factors, blocks)
+    next(iter(model.graph)).op_type = "Q9_9"
+    with pytest.raises(BundleError, match="is no Q9_9"):
+        restore(model)
+
+
+def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:
+    """A bfloat16 folder: engines and portable graphs are those of the same weights in float32."""
+    model = save_model(tmp_path / "half").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    model.float().save_pretrained(tmp_path / "full")
+    tiny_tokenizer().save(str(tmp_path / "full" / "tokenizer.json"))
+    sizes, logits = {}, {}
+    for name in ("half", "full"):
+        checkpoint = open_checkpoint(tmp_path / name)
+        bundle = export(checkpoint, tmp_path / f"{name}.dash", tiny_policy(checkpoint))
+        sizes[name] = bundle.path("onnx/embed.data").stat().st_size
+        for target in ("portable", "cpu-fp32"):
+            kind, _, weights = target.partition("-")
+            build(bundle, kind, weights=weights or None)
+            session = DashRuntime.load(bundle.root, target).session()
+            logits[name, target] = session.score(random_ids(12), keep_logits=True).logits
+    assert sizes["half"] * 2 == sizes["full"]
+    for target in ("portable", "cpu-fp32"):
+        np.testing.assert_array_equal(logits["half", target], logits["full", target])
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("Q4_1", True), ("Q4_0", False), ("Q6_K", True), ("F16", True)])
+def test_a_gguf_file_keeps_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tied: bool) -> None:
+    """What is exported is not larger than the file, a tied embedding is there once, and every weight is the file's."""
+    if kind == "Q6_K":  # which that library does not write
+        monkeypatch.setattr(gguf, "quantize", lambda array, _: random_blocks(kind, *array.shape))
+    model = save_model(tmp_path / "model", "llama", hidden_size=256, intermediate_size=512, tie_word_embeddings=tied)
+    half = kind == "F16"
+    write_gguf(tmp_path / "model.gguf", model.half() if half else model, quantize=None if half else kind)
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    bundle = export(checkpoint, tmp_path / "a.dash")
+    rope = bundle.path("onnx/rope.data").stat().st_size
+    size = sum(path.stat().st_size for path in bundle.path("onnx").glob("*.data")) - rope
+    pages = 2 * PAGE * len(checkpoint.weights)
+    assert size - pages < (tmp_path / "model.gguf").stat().st_size
+    found = {}
+    for name in bundle.manifest.graphs:
+        found |= {key: value.const_value for key, value in load_graph(bundle.graph(name)).graph.initializers.items()}
+    for name, weight in checkpoint.weights.items():
+        held, expected = found["head/weight" if name == "lm_head.weight" else name], checkpoint.read(name)
+        assert held is not None
+        same = held.numpy().shape == weight.shape and "layers" not in name and name != "lm_head.weight"
+        np.testing.assert_array_equal(held.numpy(), expected if same or expected.ndim == 1 else expected.T, name)
+    if tied:
+        np.testing.assert_array_equal(found["head/weight"].numpy(), checkpoint.read("model.embed_tokens.weight").T)
+    build(bundle, "portable")
+    build(bundle, "cpu", weights="fp32")
+    scores = [
+        DashRuntime.load(bundle.root, name).session().score(random_ids(12), keep_logits=True)
+        for name in ("portable", "cpu-fp32")
+    ]
+    np.testing.assert_allclose(scores[0].logits, scores[1].logits, atol=2e-3)
+
+
+def test_a_factor_that_is_not_finite(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "qwen2")
+    write_gguf(tmp_path / "model.gguf", model, quantize="Q8_0")
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    weight = checkpoint.weights["model.layers.3.mlp.up_proj.weight"]
+    assert weight.packed is not None
+    row = weight.packed(5, 6).tobytes()
+    data = (tmp_path / "model.gguf").read_bytes()
+    assert data.count(row) == 1
+    nan = np.array([np.nan], np.float16).tobytes()
+    (tmp_path / "model.gguf").write_bytes(data.replace(row, nan + row[2:]))
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight holds NaN or infinity"):
+        export(tmp_path / "model.gguf", tmp_path / "a.dash")
+    assert not (tmp_path / "a.dash").exists()

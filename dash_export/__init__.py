@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from dash_export.building import build
     from dash_export.errors import DashError
     from dash_export.exporting import export
-    from dash_export.runtime import DashRuntime, Sampling
+    from dash_export.runtime import DashRuntime, Policy, Sampling, State
 
 _LAZY = {
-    **dict.fromkeys(("DashRuntime", "Sampling"), "dash_export.runtime"),
+    **dict.fromkeys(("DashRuntime", "Policy", "Sampling", "State"), "dash_export.runtime"),
     "DashError": "dash_export.errors",
     "build": "dash_export.building",
     "export": "dash_export.exporting",
 }
 
-__all__ = ["DashError", "DashRuntime", "Sampling", "__version__", "build", "export"]
+__all__ = ["DashError", "DashRuntime", "Policy", "Sampling", "State", "__version__", "build", "export"]
 
 
 def __getattr__(name: str) -> Any:

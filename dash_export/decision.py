@@ -207,6 +207,8 @@ _TAKES = {
     "token": ("trade_off", "budget", "skipped", "max_kl", "max_layers"),
 }
 POLICY_KINDS = tuple(_TAKES)
+OWN = "own"
+"""The kind of a policy that is a class of the user's, written `module:Class`."""
 
 
 @dataclass(frozen=True)
@@ -241,18 +243,23 @@ class Setting:
     @property
     def kind(self) -> str:
         """The policy kind; without one, what is given decides, and nothing given is dense."""
-        return self.policy or ("static" if self.skip is not None else "token" if self.given else "dense")
+        if self.policy is not None:
+            return OWN if ":" in self.policy else self.policy
+        return "static" if self.skip is not None else "token" if self.given else "dense"
 
     @property
     def asks_network(self) -> bool:
         """Whether the policy network is evaluated."""
-        return self.kind == "token"
+        return self.kind in ("token", OWN)
 
     def check(self) -> None:
         """Raises PolicyError for an unknown kind and for amounts that do not go together."""
-        if self.kind not in POLICY_KINDS:
-            raise PolicyError(f"There is no policy kind {self.kind!r:.60}. Known: {', '.join(POLICY_KINDS)}.")
-        takes = _TAKES[self.kind]
+        if self.kind == OWN and self.given:
+            raise PolicyError(f"A policy of your own decides by itself: {self.given[0]} means nothing to it.")
+        if self.kind not in (*POLICY_KINDS, OWN):
+            known = f"{', '.join(POLICY_KINDS)}, and module:Class or file.py:Class for one of your own"
+            raise PolicyError(f"There is no policy kind {self.kind!r:.60}. Known: {known}.")
+        takes = _TAKES.get(self.kind, ())
         if wrong := [name for name in self.given if name not in takes]:
             owners = ", ".join(kind for kind in POLICY_KINDS if wrong[0] in _TAKES[kind])
             raise PolicyError(f"{wrong[0]} belongs to the policies {owners}, not to {self.kind!r}.")

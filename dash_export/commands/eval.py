@@ -100,7 +100,7 @@ _FORMS = {
 
 def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]) -> None:
     """One table per file, every setting a row, then what the columns mean."""
-    from dash_export.evaluate.candidates import amount
+    from dash_export.evaluate.candidates import amount, kind_shown
 
     model = runtime.bundle.manifest.model
     click.echo(f"{model.name}, target {runtime.build.target}, {model.num_layers} layers\n")
@@ -110,7 +110,7 @@ def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]
             ("kind", "asked for"), ("layers", "time", *(figure.replace("_", " ") for figure in results[0].figures)),
             (
                 (
-                    row.build or row.setting.kind, amount(row.setting),
+                    row.build or kind_shown(row.setting), amount(row.setting),
                     # Without a token under the setting there is no mean to tell.
                     *((f"{row.layers:.2f}", f"{row.time:.3f}") if row.tokens else ("", "")),
                     # The first with its bounds: more do not fit a terminal.

@@ -51,8 +51,22 @@ LAYERS = Parsed("layers", parse_layers)
 """`2-5,9` -> (2, 3, 4, 5, 9)."""
 UNITS = Parsed("units", lambda text: () if text == "none" else parse_units(text))
 """`5-7,8-10,13` -> three units; `none` -> ()."""
+
+
+class PolicyKind(click.ParamType):  # type: ignore[type-arg]
+    """A policy kind, or `module:Class`."""
+
+    name = "kind"
+
+    def get_metavar(self, *_: Any, **__: Any) -> str:  # click 8.2 gives it more than 8.1
+        return f"[{'|'.join(POLICY_KINDS)}|MODULE:CLASS]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if ":" in str(value) else click.Choice(POLICY_KINDS).convert(value, param, ctx)
+
+
 BUDGETS, AMOUNTS = Several(click.FloatRange(0, 1, min_open=True)), Several(click.FloatRange(0, min_open=True))
-KINDS = Several(click.Choice(POLICY_KINDS))
+KINDS = Several(PolicyKind())
 
 
 def with_options(command: _Command, *options: Callable[[Any], Any]) -> _Command:
@@ -70,9 +84,13 @@ def setting_options(command: _Command) -> _Command:
         names = [item.name for item in fields(Setting)]
         return command(*args, setting=Setting(**{name: given.pop(name) for name in names}), **given)
 
-    kinds, skip = click.Choice(POLICY_KINDS), {"type": LAYERS, "metavar": "LAYERS"}
+    kinds, skip = PolicyKind(), {"type": LAYERS, "metavar": "LAYERS"}
     options: tuple[tuple[str, dict[str, Any], str], ...] = (
-        ("--policy", {"type": kinds}, "Who decides; by default what the next options imply."),
+        (
+            "--policy",
+            {"type": kinds},
+            "Who decides; by default what the next options imply. A class of your own: docs/own-policy.md.",
+        ),
         ("--skip", skip, "static: skip these layers for every token, whole units of them, like 8-10,15-18."),
         ("--trade-off", {"type": float}, "token: skip a unit where damage < trade-off * cost (0 is dense)."),
         ("--budget", {"type": float}, "Mean decode time wanted, as a fraction of dense, like 0.85."),
@@ -146,7 +164,7 @@ def comparison_options(budgets: Sequence[float]) -> Callable[[Callable[..., Any]
             click.argument("bundle", type=click.Path(path_type=Path)),
             TARGET,
             click.option("--kinds", type=KINDS,
-                         help="Policy kinds, like dense,static,token; by default all."),
+                         help="Policy kinds, like dense,static,token,mine.py:Mine; by default all of the bundle's."),
             click.option("--budget", type=BUDGETS,
                          help="Compare at these decode times, as fractions of dense."),
             click.option("--skipped", type=AMOUNTS,

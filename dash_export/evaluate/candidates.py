@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dash_export.decision import POLICY_KINDS, Actions, Setting, spans, unit_skips
+from dash_export.decision import OWN, POLICY_KINDS, Actions, Setting, spans, unit_skips
 from dash_export.errors import PolicyError, RequestError
 from dash_export.runtime import DashRuntime, Session
 
@@ -49,21 +50,28 @@ def amount(setting: Setting) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {shown(getattr(setting, name))}" for name in setting.given)
 
 
+def kind_shown(setting: Setting) -> str:
+    """The policy kind; of one of the user's own its file and class."""
+    return Path(setting.policy or "").name if setting.kind == OWN else setting.kind
+
+
 def label(setting: Setting, build: str = "") -> str:
     """`token, budget 0.9`; of another build its name."""
-    return build or ", ".join(filter(None, (setting.kind, amount(setting))))
+    return build or ", ".join(filter(None, (kind_shown(setting), amount(setting))))
 
 
 def setting_record(setting: Setting) -> dict[str, Any]:
     """A setting in JSON: its kind, and only what was given."""
-    return {"kind": setting.kind, **{name: getattr(setting, name) for name in setting.given}}
+    kind = setting.policy if setting.kind == OWN else setting.kind
+    return {"kind": kind, **{name: getattr(setting, name) for name in setting.given}}
 
 
 def settings_at(
     runtime: DashRuntime, kinds: Iterable[str] | None, dial: str, values: Sequence[float]
 ) -> tuple[list[Setting], list[dict[str, Any]]]:
-    """Dense first, then every kind at every value of `dial`; and what this bundle cannot give, as it stands in JSON.
-    `kinds` None: all it has an order or a network for. Raises PolicyError when nothing but dense is left.
+    """Dense first, then every kind at every value of `dial` (policies of the user's once); and what this bundle cannot
+    give, as it stands in JSON. `kinds` None: all it has an order or a network for. Raises PolicyError when nothing but
+    dense is left.
     """
     policy = runtime.bundle.manifest.policy
     wanted = [kind for kind in policy.kinds if kind != "static" or policy.static_order] if kinds is None else [*kinds]
@@ -77,6 +85,7 @@ def settings_at(
             except PolicyError as error:
                 told = {"label": label(setting), "setting": setting_record(setting), "reason": str(error)}
                 refused.append(told)
+    settings += [Setting(kind) for kind in wanted if ":" in kind]
     if len(settings) == 1 and refused:
         raise PolicyError(f"This bundle gives none of the settings asked for. {refused[0]['reason']}")
     return settings, refused

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dash_export.runtime.batch import Batch
+from dash_export.runtime.own_policy import Policy, State
 from dash_export.runtime.results import Generation, Response, Score, Statistics
 from dash_export.runtime.runtime import DashRuntime
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 
-__all__ = ["Batch", "DashRuntime", "Generation", "Response", "Sampling", "Score", "Session", "Statistics"]
+__all__ = [
+    "Batch",
+    "DashRuntime",
+    "Generation",
+    "Policy",
+    "Response",
+    "Sampling",
+    "Score",
+    "Session",
+    "State",
+    "Statistics",
+]

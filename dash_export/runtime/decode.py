@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.bundle import Bundle
-from dash_export.decision import Damages, Skips, Unit
+from dash_export.decision import Skips, Unit
 from dash_export.errors import BundleError
 from dash_export.manifest import DAMAGED, MIXED, POLICY, Build, Segment
 from dash_export.names import new_names, past_names, present_names, short_name
 from dash_export.runtime.backends import Backend, Engine, Launch, backend_errors
 from dash_export.runtime.cache import KVCache
-from dash_export.runtime.rules import DENSE, Rule
+from dash_export.runtime.own_policy import State
+from dash_export.runtime.rules import DENSE, Rule, decided
 
 ALWAYS_RUN = -1
 Floats = npt.NDArray[np.float32]
@@ -157,27 +158,27 @@ class BoundStep:
     def decode(self, token: int, rule: Rule) -> None:
         """One token under `rule`."""
         self.input_ids[0, 0] = token
-        self._advance(rule.skips)
+        self._advance(lambda state: decided(rule, state))
 
     def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
         """`sequence` tokens, every layer."""
         self.input_ids[0] = tokens
-        self._advance(DENSE.skips)
+        self._advance(lambda state: DENSE.skips(state.damage))
 
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
         """`sequence` known tokens in one pass as decode would do them under `rule`, or densely where `dense`."""
         self.input_ids[0] = tokens
-        self._advance(lambda damage: rule.skips(damage) & ~dense)
+        self._advance(lambda state: decided(rule, state) & ~dense)
 
     def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
         """One token of every sequence, each under a rule of its own."""
         self.input_ids[:, 0] = tokens
         self._advance(
-            lambda damage: np.hstack([rule.skips(damage[:, row : row + 1]) for row, rule in enumerate(rules)])
+            lambda state: np.hstack([decided(rule, state, slice(row, row + 1)) for row, rule in enumerate(rules)])
         )
 
     @backend_errors
-    def _advance(self, decide: Callable[[Damages], Skips]) -> None:
+    def _advance(self, decide: Callable[[State], Skips]) -> None:
         """All rows. Damage is known when the segments before the first unit have run. A unit whose rows agree is run or
         skipped, else its mixed engine does both.
         """
@@ -185,7 +186,7 @@ class BoundStep:
         for segment in self.segments[: self._first]:
             launch = segment.run
             launch()
-        self.skipped[:] = decide(self.damage)
+        self.skipped[:] = decide(self._state)
         some: Any = self.skipped.any(axis=1)
         every: Any = self.skipped.all(axis=1)
         for segment in self.segments[self._first :]:
@@ -219,7 +220,9 @@ class BoundStep:
     def _bound(self, engines: EngineSet, mixed: Sequence[Engine]) -> Iterator[BoundSegment]:
         """`mixed`: one engine per unit where rows may differ, else none."""
         hidden = [np.zeros((*self.input_ids.shape, engines.model.hidden_size), np.float32) for _ in range(2)]
-        unit = 0
+        unit, first = 0, next((at for at, item in enumerate(engines.segments) if item.bypass is not None), 0)
+        entering = hidden[first % 2].reshape(-1, engines.model.hidden_size)
+        self._state = State(entering, self.damage, self._position_ids.reshape(-1), self.input_ids.reshape(-1))
         for index, item in enumerate(engines.segments):
             before, after = hidden[index % 2], hidden[(index + 1) % 2]
             run = self._bind_run(item.run, before, after)

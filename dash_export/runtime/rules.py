@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from dash_export.decision import (
+    OWN,
     Damages,
     DecisionRule,
     Setting,
@@ -20,6 +21,7 @@ from dash_export.decision import (
 )
 from dash_export.errors import PolicyError
 from dash_export.manifest import Build, CostTable, ModelFacts, PolicyFacts
+from dash_export.runtime.own_policy import OwnRule, State, load_policy
 
 
 class Rule(Protocol):
@@ -62,6 +64,11 @@ class ForcedRule:
 DENSE = FixedRule()
 
 
+def decided(rule: Rule, state: State, tokens: slice = slice(None)) -> Skips:
+    """The skips [units, tokens] of some tokens of a step."""
+    return rule.decide(state.of(tokens)) if isinstance(rule, OwnRule) else rule.skips(state.damage[:, tokens])
+
+
 HOLD_GAIN = 0.5
 """How much the trade-off's logarithm moves per dense token time too much: a few per cent per token."""
 HOLD_RANGE = 16.0
@@ -84,6 +91,8 @@ class SessionRules:
         """A new conversation begins."""
         self.rule: Rule = self.calibrated
         self._log_scale = 0.0
+        if isinstance(self.rule, OwnRule):
+            self.rule.restart()
 
     def decoded(self, skipped: Skips) -> None:
         """A token was decoded with these skips [units, 1]."""
@@ -100,6 +109,8 @@ def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, buil
     give.
     """
     setting.check()
+    if setting.kind == OWN:
+        return SessionRules(OwnRule(load_policy(setting.policy or ""), model, policy.units, build.cost))
     if setting.kind == "dense":
         return SessionRules()
     if setting.kind == "static":

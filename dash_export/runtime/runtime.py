@@ -17,6 +17,7 @@ from dash_export.runtime.batch import MAX_SIZE, Batch
 from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.huge_pages import keep_freed_memory, on_huge_pages
+from dash_export.runtime.own_policy import OwnRule, Policy
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score
 from dash_export.runtime.rules import Rule, SessionRules, session_rules
 from dash_export.runtime.sampling import Sampling
@@ -99,8 +100,9 @@ class DashRuntime:
     # --- sessions
 
     def session(self, policy: str | None = None, **amounts: Any) -> Session:
-        """A new conversation. `policy`: `dense` (the kill switch), `static` or `token`; without it, what is given
-        decides, and nothing is dense. `amounts`: the fields of `Setting`, how much is skipped. Raises PolicyError.
+        """A new conversation. `policy`: `dense` (the kill switch), `static`, `token`, or `module:Class`, one of your
+        own; without it, what is given decides, and nothing is dense. `amounts`: the fields of `Setting`, how much is
+        skipped. Raises PolicyError.
         """
         return self.session_with(Setting(policy, **amounts))
 
@@ -110,9 +112,15 @@ class DashRuntime:
         manifest = self.bundle.manifest
         return self.session_under(session_rules(setting, manifest.model, manifest.policy, self.build))
 
-    def session_under(self, rule: Rule | SessionRules) -> Session:
-        """A new conversation whose actions come from `rule`: for evaluation and for policies of your own."""
+    def session_under(self, rule: Rule | SessionRules | Policy) -> Session:
+        """A new conversation whose actions come from a rule, or from a policy of your own (docs/own-policy.md). Raises
+        PolicyError for such a one on a GPU target.
+        """
+        if isinstance(rule, Policy):
+            rule = OwnRule(rule, self.engines.model, self.engines.units, self.cost)
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
+        if isinstance(rules.calibrated, OwnRule) and not isinstance(self.engines, EngineSet):
+            raise PolicyError("A policy of your own runs on CPU builds only: it needs the state on the host.")
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands.helpers import dash
 from tests.tiny import tiny_bundle
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -49,3 +50,16 @@ def test_own_model(
 ) -> None:
     arguments = [str(bundle.parent / "model"), str(tmp_path / "own.dash"), "--weights", "fp32"]
     assert "built as cpu-fp32; perplexity" in printed("own_model", capsys, monkeypatch, *arguments)
+
+
+def test_own_policy(bundle: Path, tmp_path: Path) -> None:
+    """In `run`, beside the token policy in `eval`, and as a skip map."""
+    policy, target = f"{EXAMPLES / 'own_policy.py'}:EveryOther", ("--target", "cpu-fp32")
+    text = tmp_path / "own.txt"
+    text.write_text("Some layers of a decoder are hardly needed. " * 30)
+    ran = dash("run", bundle, *target, "--policy", policy, "--max-tokens", 9, "Some layers")
+    assert ran.exit_code == 0, ran.output
+    small = ("--window", 48, "--prefix", 10, "--limit", 2)
+    found = dash("eval", bundle, *target, "--kinds", f"token,{policy}", "--skipped", "1", "--text", text, *small)
+    assert found.exit_code == 0, found.output
+    assert "own_policy.py:EveryOther" in found.output

@@ -9,6 +9,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -279,3 +280,10 @@ def test_a_launch_that_fails(
         assert live.tokens == other.tokens
         found, expected = (session.decode_one(token)[0] for session in (live, other))
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_policy_of_the_users_own(simulated: MakeSimulated) -> None:
+    """It reads the state on the host."""
+    policy = Mock(spec=["begin", "skips"])
+    with pytest.raises(PolicyError, match="runs on CPU builds only"):
+        simulated().runtime.session_under(policy)

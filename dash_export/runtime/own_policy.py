@@ -1,0 +1,108 @@
+"""Policies of your own: a class with two methods that says which units each token skips (docs/own-policy.md)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_export.decision import Damages, Skips, Unit
+from dash_export.errors import PolicyError
+from dash_export.manifest import CostTable, ModelFacts
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of the tokens of a step when their units are decided. It is the runtime's own memory: read it, copy
+    what is kept.
+
+    `hidden` float32 [tokens, hidden]: what enters the first unit. `damage` float32 [units, tokens], nats: what the
+    bundle's network says, zeros where it has none. `positions`, `tokens` int64 [tokens].
+    """
+
+    hidden: npt.NDArray[np.float32]
+    damage: Damages
+    positions: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+
+    def of(self, tokens: slice) -> State:
+        """The state of some of the tokens."""
+        return State(self.hidden[tokens], self.damage[:, tokens], self.positions[tokens], self.tokens[tokens])
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides for one session. A decode step asks about one token, a score about many: their order is the text's."""
+
+    def begin(self, model: ModelFacts, units: Sequence[Unit], cost: CostTable) -> None:
+        """A conversation begins: `cost` says what a skip of each unit saves, as a fraction of a dense token's time."""
+
+    def skips(self, state: State) -> Skips:
+        """Return bool [units, tokens], true where a unit is skipped."""
+        ...
+
+
+class OwnRule:
+    """A policy of the user's in the place of a rule; what it answers is checked."""
+
+    asks = True
+
+    def __init__(self, policy: Policy, model: ModelFacts, units: Sequence[Unit], cost: CostTable) -> None:
+        self.policy, self._facts, self._units = policy, (model, tuple(units), cost), len(units)
+
+    def restart(self) -> None:
+        """A conversation begins."""
+        self.policy.begin(*self._facts)
+
+    def skips(self, damage: Damages) -> Skips:
+        """Nothing follows from damage alone."""
+        raise NotImplementedError
+
+    def decide(self, state: State) -> Skips:
+        """Its decision. Raises PolicyError for what is no decision."""
+        found, shape = np.asarray(self.policy.skips(state)), (self._units, len(state.tokens))
+        if found.shape != shape or found.dtype != np.bool_:
+            name = type(self.policy).__name__
+            raise PolicyError(
+                f"{name}.skips must return bool {list(shape)}, units and tokens; got {found.dtype} {list(found.shape)}."
+            )
+        return found
+
+
+def load_policy(text: str) -> Policy:
+    """`package.module:Class` or `path/to/file.py:Class`, made without arguments. Raises PolicyError."""
+    module, _, name = text.rpartition(":")
+    try:
+        found = getattr(_module(module), name, None)
+    except Exception as error:  # whatever a file of the user's raises when it is run
+        raise PolicyError(f"{module} cannot be imported: {type(error).__name__}: {error!s:.300}") from error
+    if not isinstance(found, type):
+        raise PolicyError(f"{module} has no class {name!r:.60}. Write --policy module:Class or --policy file.py:Class.")
+    try:
+        policy = found()
+    except TypeError as error:
+        raise PolicyError(f"{text} cannot be made without arguments: {error!s:.300}") from error
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"{text} is no policy: it needs the methods begin(model, units, cost) and skips(state).")
+    return policy
+
+
+def _module(name: str) -> Any:
+    """A module that is installed, or a file; the current folder is not searched."""
+    if not name.endswith(".py"):
+        return import_module(name)
+    path = Path(name)
+    known = f"dash_export_own_{path.stem}"
+    spec = spec_from_file_location(known, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(name)
+    module = sys.modules[known] = module_from_spec(spec)  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

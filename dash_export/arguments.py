@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial, wraps
+from functools import cache, partial, reduce, wraps
 from inspect import signature
 from math import isfinite
 from pathlib import Path
@@ -76,6 +76,10 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
         "a list of messages {role, content}",
         lambda value: [_is(Mapping, message) for message in _several(_is(Sequence, value))],
     ),
+    npt.NDArray[np.float32]: (
+        "an array of numbers",
+        lambda value: np.asarray(value).astype(np.float32, casting="same_kind"),
+    ),
     npt.NDArray[np.int8]: (
         "an array of small integers",
         lambda value: np.asarray(value).astype(np.int8, casting="safe"),
@@ -93,7 +97,9 @@ def _taken(name: str, hint: Any, value: Any, error: type[DashError]) -> Any:
     options = get_args(hint)
     if hint is Any or (value is None and NoneType in options):
         return value
-    kind = next(option for option in options if option is not NoneType) if NoneType in options else hint
+    kind: Any = (
+        reduce(operator.or_, (option for option in options if option is not NoneType)) if NoneType in options else hint
+    )
     words, take = _KINDS.get(kind) or (f"a {kind.__name__}", partial(_is, kind))
     try:
         return take(value)

@@ -8,6 +8,8 @@ DEFAULT_TARGET = "cpu"
 REPORT = "a dash-export report"
 """In the beginning of each file that a measuring command writes: only such a one does it write over."""
 
+FINAL_STATE = "final_state"
+"""Output of the head: the normed state of the tokens that get logits."""
 ROUNDINGS = "roundings.npz"
 TIMING_CACHE = "timing.cache"
 """Files in a build's folder from which engines are made again, and which no run reads."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_export.artifacts import content_key
-from dash_export.building.backend import Backend
+from dash_export.building.backend import Backend, plan_segments
 from dash_export.bundle import Bundle
-from dash_export.manifest import EngineRecord
+from dash_export.manifest import EngineRecord, Manifest, Segment
 from dash_export.runtime.backends import load_backend, require_backend
 from dash_export.runtime.cpus import cpu_name, physical_cores
 
@@ -50,6 +50,10 @@ class CpuBackend(Backend):
             name: EngineRecord(file, sizes[file] + sizes.get(f"onnx/{name}.data", 0), bundle.manifest.key)
             for name, file in bundle.manifest.graphs.items()
         }
+
+    def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
+        """The embedding stands alone, so that states may come from elsewhere (0.2 % of a token at 135M)."""
+        return plan_segments(manifest.model.num_layers, manifest.policy.units, cut=(0,))
 
     def key(self) -> Any:
         return self.version()

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
-from dash_export.decision import layer_actions
+from dash_export.decision import Damages, Skips, layer_actions
 from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import Candidate
 from dash_export.evaluate.timing import TokenIds, in_turns
 from dash_export.runtime import Session
 from dash_export.runtime.decode import BoundStep
+from dash_export.runtime.rules import decided
 from dash_export.runtime.sampling import Sampler, Sampling
 from dash_export.runtime.text import TextStream
 
@@ -38,7 +39,7 @@ class Probe:
         self.step, self._session = step, session
         # Begin and end of each, plain numbers in one flat list: nothing for the garbage collector to follow.
         self.stamps = [0] * 2 * (len(step.segments) + 3)
-        self.skips = self._timed(len(step.segments), lambda damage: session.rule.skips(damage))
+        self.decide = self._timed(len(step.segments), lambda state: decided(session.rule, state))
         step.segments = [
             replace(item, run=self._timed(index, item.run), bypass=item.bypass and self._timed(index, item.bypass))
             for index, item in enumerate(step.segments)
@@ -47,6 +48,9 @@ class Probe:
     @property
     def asks(self) -> bool:
         return self._session.rule.asks
+
+    def skips(self, damage: Damages) -> Skips:
+        return self._session.rule.skips(damage)
 
     def _timed(self, place: int, work: Callable[..., Any]) -> Callable[..., Any]:
         stamps, here = self.stamps, slice(2 * place, 2 * place + 2)

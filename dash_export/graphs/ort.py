@@ -25,7 +25,7 @@ from dash_export.graphs.rounded import Roundings, to_nearest, weight_precision
 from dash_export.graphs.writer import GraphWriter
 from dash_export.manifest import Manifest
 from dash_export.models.spec import FINAL_NORM
-from dash_export.names import new_names, past_names, present_names, short_name
+from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.targets import BITS, QUANTISED, Recipe
 
 HEAD_MULTIPLE, ROTARY_MULTIPLE = 8, 16
@@ -253,7 +253,7 @@ class OrtWriter(GraphWriter):
         self.output(self.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, units))
 
     def head(self, state: State) -> None:
-        """Logits of the tokens from `first_logit` on."""
+        """Logits, and the normed state, of the tokens from `first_logit` on."""
         first = self.input("first_logit", (1,), ir.DataType.INT64)
         bounds = [first, self.stored("head.end"), self.stored("head.axis")]
         wanted = self.op("Slice", [self.computed(state), *bounds], "head/wanted")
@@ -264,6 +264,7 @@ class OrtWriter(GraphWriter):
             turned = self.op("Tanh", [self.op("Div", [logits, most], "head/over_cap")], "head/tanh")
             logits = self.op("Mul", [turned, most], "head/capped")
         self.output(logits, "logits", ("batch", "logits", self.facts.vocab_size))
+        self.output(normed, FINAL_STATE, ("batch", "logits", self.facts.hidden_size))
 
     def state_output(self, state: ir.Value) -> None:
         self.output(state, "hidden_out", (*HIDDEN_SHAPE, self.facts.hidden_size))

@@ -20,7 +20,7 @@ from dash_export.graphs.stored import stored_tensors
 from dash_export.graphs.writer import GraphWriter, external, placed
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
-from dash_export.names import past_names, present_names
+from dash_export.names import FINAL_STATE, past_names, present_names
 from dash_export.policy import Bypass, SkipPolicy, key_value_size
 
 ROPE_FILE = "rope.data"
@@ -59,7 +59,8 @@ def embed_graph(checkpoint: Checkpoint) -> ir.Model:
 
 
 def head_graph(checkpoint: Checkpoint) -> ir.Model:
-    """hidden [batch, sequence, hidden], first_logit [1] int64 -> logits [batch, sequence - first_logit, vocab] float32.
+    """hidden [batch, sequence, hidden], first_logit [1] int64 -> logits [batch, sequence - first_logit, vocab] float32,
+    and the final state [batch, sequence - first_logit, hidden] float32, normed, that they are made of.
 
     `first_logit` spares a prefill the logits of all but its last position. A tied head reads the embedding's file.
     """
@@ -73,6 +74,7 @@ def head_graph(checkpoint: Checkpoint) -> ir.Model:
     logits = g.op("MatMul", [normed, g.op("Transpose", [table], HEAD_MATRIX, perm=[1, 0])], "head/logits")
     logits = g.capped(g.scaled(logits, "logits_scale"), spec.traits.logits_cap)
     g.output(logits, "logits", ("batch", "logits", spec.vocab_size))
+    g.output(normed, FINAL_STATE, ("batch", "logits", spec.hidden_size))
     return g.model()
 
 

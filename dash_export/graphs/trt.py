@@ -17,6 +17,7 @@ from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.surgery import add_constant, constant_value, drop_unused, drop_unused_inputs
 from dash_export.graphs.trt_decompose import FLOAT32, Chain, decompose
 from dash_export.graphs.trt_quantize import quantize_weights
+from dash_export.names import FINAL_STATE
 from dash_export.targets import Recipe
 
 FLOAT32_OUTPUTS = ("logits", "damage")
@@ -30,6 +31,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     """
     assert recipe.engine is not None
     graph, capacity = model.graph, recipe.engine.kv_capacity
+    graph.outputs[:] = [value for value in graph.outputs if value.name != FINAL_STATE]  # which the device does not give
     _fix_shapes(graph, capacity)
     _cut_rope(graph, capacity)
     _give_last_logits(graph)

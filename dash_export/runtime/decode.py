@@ -19,7 +19,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Skips, Unit
 from dash_export.errors import BundleError
 from dash_export.manifest import DAMAGED, MIXED, POLICY, Build, Segment
-from dash_export.names import new_names, past_names, present_names, short_name
+from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.runtime.backends import Backend, Engine, Launch, backend_errors
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.own_policy import State
@@ -66,6 +66,8 @@ class EngineSet:
             # A missing policy is no damage, and no damage is always skipped.
             raise BundleError(f"{bundle.root}: the build for {build.target!r} has no engine of the policy. {DAMAGED}")
         self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
+        self.takes_embeddings = not self.segments[0].segment.layers
+        self.gives_state = any(FINAL_STATE in engine.outputs for engine in engines)
 
     def _load(self, name: str) -> Engine:
         if name not in self.build.engines:
@@ -107,11 +109,16 @@ class BoundSegment:
     mixed: Launch | None = None
 
 
+def _dense(state: State) -> Skips:
+    return DENSE.skips(state.damage)
+
+
 class BoundStep:
     """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences.
 
     These arrays are this object's and hold the last step's results: `logits` [batch, rows, vocab] float32, `damage`
-    [units, rows] float32 and `skipped` [units, rows] bool. Who times launches replaces `segments` by wrapped ones.
+    [units, rows] float32 and `skipped` [units, rows] bool; `final_state` [batch, rows, hidden] float32, normed. Who
+    times launches replaces `segments` by wrapped ones.
     """
 
     def __init__(
@@ -123,6 +130,7 @@ class BoundStep:
         damage = np.zeros((*shape, units), np.float32)
         self.input_ids = np.zeros(shape, np.int64)
         self.logits = np.zeros((batch, sequence if teacher_forced else 1, engines.model.vocab_size), np.float32)
+        self.final_state = np.zeros((*self.logits.shape[:2], engines.model.hidden_size), np.float32)
         self.damage: Floats = damage.reshape(batch * sequence, units).T
         self.skipped: Skips = np.zeros(self.damage.shape, np.bool_)
         self._position_ids = np.zeros(shape, np.int64)
@@ -139,6 +147,7 @@ class BoundStep:
             "first_logit": np.array([0 if teacher_forced else sequence - 1], np.int64),
             "skipped": self._row_skips,
             "logits": self.logits,
+            FINAL_STATE: self.final_state,
             "damage": damage,
         }
         self._mask = np.zeros((batch, 1, sequence, cache.capacity), np.bool_) if engines.needs_mask else None
@@ -163,7 +172,19 @@ class BoundStep:
     def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
         """`sequence` tokens, every layer."""
         self.input_ids[0] = tokens
-        self._advance(lambda state: DENSE.skips(state.damage))
+        self._advance(_dense)
+
+    def prefill_embeddings(self, embeddings: Floats) -> None:
+        """States [sequence, hidden] in the place of embedded tokens, every layer."""
+        self.input_ids[0] = 0
+        self._embedded[0] = embeddings
+        self._advance(_dense, first=1)
+
+    def embed(self, tokens: npt.NDArray[np.int64]) -> Floats:
+        """The embeddings [sequence, hidden] of tokens."""
+        self.input_ids[0] = tokens
+        self.segments[0].run()
+        return np.array(self._embedded[0])
 
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
         """`sequence` known tokens in one pass as decode would do them under `rule`, or densely where `dense`."""
@@ -178,12 +199,12 @@ class BoundStep:
         )
 
     @backend_errors
-    def _advance(self, decide: Callable[[State], Skips]) -> None:
+    def _advance(self, decide: Callable[[State], Skips], first: int = 0) -> None:
         """All rows. Damage is known when the segments before the first unit have run. A unit whose rows agree is run or
-        skipped, else its mixed engine does both.
+        skipped, else its mixed engine does both. Segments before the `first` are done already.
         """
         self.place()
-        for segment in self.segments[: self._first]:
+        for segment in self.segments[first : self._first]:
             launch = segment.run
             launch()
         self.skipped[:] = decide(self._state)
@@ -222,6 +243,8 @@ class BoundStep:
         hidden = [np.zeros((*self.input_ids.shape, engines.model.hidden_size), np.float32) for _ in range(2)]
         unit, first = 0, next((at for at, item in enumerate(engines.segments) if item.bypass is not None), 0)
         entering = hidden[first % 2].reshape(-1, engines.model.hidden_size)
+        self._embedded = hidden[1]
+        """What the first segment gives."""
         self._state = State(entering, self.damage, self._position_ids.reshape(-1), self.input_ids.reshape(-1))
         for index, item in enumerate(engines.segments):
             before, after = hidden[index % 2], hidden[(index + 1) % 2]

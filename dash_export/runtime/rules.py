@@ -65,8 +65,9 @@ DENSE = FixedRule()
 
 
 def decided(rule: Rule, state: State, tokens: slice = slice(None)) -> Skips:
-    """The skips [units, tokens] of some tokens of a step."""
-    return rule.decide(state.of(tokens)) if isinstance(rule, OwnRule) else rule.skips(state.damage[:, tokens])
+    """The skips [units, tokens] of some tokens of a step: by the whole state where the rule has `decide`."""
+    decide = getattr(rule, "decide", None)
+    return rule.skips(state.damage[:, tokens]) if decide is None else decide(state.of(tokens))
 
 
 HOLD_GAIN = 0.5

@@ -16,6 +16,7 @@ from dash_export.divergence import nll
 from dash_export.errors import PolicyError, RequestError
 from dash_export.runtime.results import (
     MAX_TOKENS,
+    NO_TOKEN,
     Generation,
     Response,
     Score,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from dash_export.runtime.decode import BoundStep, EngineSet
     from dash_export.runtime.device.engines import DeviceEngines
     from dash_export.runtime.device.step import DeviceStep
+
+Floats = npt.NDArray[np.float32]
+_CPU_ONLY = "A CPU build of this version does: `dash-export build` makes it."
 
 
 @dataclass
@@ -51,8 +55,9 @@ class Session:
         self._pending: list[int] = []
         """The last token of an answer: given out, but not yet in the cache. It comes before what follows."""
         self._streams = 0
+        self._hidden: Floats | None = None
         self.tokens: list[int] = []
-        """What the cache holds."""
+        """What the cache holds; NO_TOKEN for an embedding."""
         self.prefilled = 0
         """Tokens that went through prefill so far."""
 
@@ -141,12 +146,42 @@ class Session:
     # --- known tokens
 
     @check_arguments
-    def prefill(self, ids: Prompt) -> Logits:
-        """Run tokens densely over the cache as it is; returns the logits [vocab] after the last."""
-        tokens = self._continued(ids)
-        check_room(len(tokens), 0, self.context_left)
+    def prefill(self, ids: Prompt | None = None, embeddings: Floats | None = None) -> Logits:
+        """Run tokens, or `embeddings` float32 [n, hidden] in their place, densely over the cache as it is; returns the
+        logits [vocab] after the last. Embeddings enter the first layer as `embed` gives them. Raises RequestError.
+        """
+        if (ids is None) == (embeddings is None):
+            raise RequestError("Give ids or embeddings, one of them.")
+        pending = np.array(self._pending, np.int64)
+        given = self.checked_ids(ids) if ids is not None else self._checked_embeddings(embeddings)
+        check_room(len(pending) + len(given), 0, self.context_left)
         self._streams += 1
-        return np.asarray(self._prefill(tokens, 0).copy())
+        if len(pending):
+            self._prefill(pending, len(given))
+        return np.asarray(self._prefill(given, 0).copy())
+
+    @check_arguments
+    def embed(self, ids: Prompt) -> Floats:
+        """The embeddings [n, hidden] of tokens, as they enter the first layer; the conversation stays as it is."""
+        tokens = self.checked_ids(ids)
+        self._check_embeds()
+        check_room(len(tokens), 0, self.engines.model.max_positions)
+        if not self.cache.capacity:
+            self._reserve(1)
+        chunk = self._chunk()
+        parts = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
+        return np.concatenate([cast("BoundStep", self._bound(len(part))).embed(part) for part in parts])
+
+    @property
+    def hidden(self) -> Floats:
+        """The final state [hidden] of the newest token in the cache, normed: what its logits were made of. Raises
+        RequestError before the first one, and for a build that does not give it.
+        """
+        if not self.engines.gives_state:
+            raise RequestError(f"This build gives no states. {_CPU_ONLY}")
+        if self._hidden is None:
+            raise RequestError("There is no state yet: prefill first.")
+        return np.array(self._hidden)
 
     @check_arguments
     def restart(self, ids: Prompt) -> Logits:
@@ -223,17 +258,25 @@ class Session:
 
     # --- steps
 
-    def _prefill(self, ids: TokenIds, headroom: int) -> Logits:
+    def _prefill(self, given: TokenIds | Floats, headroom: int) -> Logits:
         """Dense, in chunks; the logits [vocab] after the last. Whatever ends it, `tokens` are what the cache holds."""
-        self._reserve(len(ids) + headroom)
+        self._reserve(len(given) + headroom)
         chunk = self._chunk()
-        for start in range(0, len(ids), chunk):
-            part = ids[start : start + chunk]
+        for start in range(0, len(given), chunk):
+            part = given[start : start + chunk]
             step = self._bound(len(part))
-            step.prefill(part)
+            if part.ndim == 2:
+                cast("BoundStep", step).prefill_embeddings(cast("Floats", part))
+            else:
+                step.prefill(cast("TokenIds", part))
             self._pending = []  # it is the first of these
-            self.tokens.extend(part.tolist())
-        self.prefilled += len(ids)
+            self.tokens.extend([NO_TOKEN] * len(part) if part.ndim == 2 else part.tolist())
+        self.prefilled += len(given)
+        return self._last(step)
+
+    def _last(self, step: BoundStep | DeviceStep) -> Logits:
+        """The logits [vocab] after a step's last token, until the next step."""
+        self._hidden = None if step.final_state is None else step.final_state[0, 0]
         last: Logits = step.logits[0, 0]
         return last
 
@@ -247,7 +290,7 @@ class Session:
         self.rules.decoded(step.skipped)
         self._pending = []  # in this order: an interrupt comes after a call
         self.tokens.append(token)
-        return step.logits[0, 0], self._actions(step)[0]
+        return self._last(step), self._actions(step)[0]
 
     def _actions(self, step: BoundStep | DeviceStep) -> Actions:
         return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
@@ -260,6 +303,7 @@ class Session:
 
     def _rewind(self, length: int) -> None:
         self.cache.length = length
+        self._hidden = None
         if length == 0:
             self.rules.restart()
         del self.tokens[length:]
@@ -302,6 +346,19 @@ class Session:
         if array.min() < 0 or array.max() >= vocab:
             raise RequestError(f"Token ids must be from 0 to {vocab - 1}; got {array.min()} to {array.max()}.")
         return array.astype(np.int64)
+
+    def _check_embeds(self) -> None:
+        if not self.engines.takes_embeddings:
+            raise RequestError(f"This build takes no embeddings. {_CPU_ONLY}")
+
+    def _checked_embeddings(self, embeddings: Floats | None) -> Floats:
+        self._check_embeds()
+        array, hidden = np.asarray(embeddings), self.engines.model.hidden_size
+        if array.ndim != 2 or not len(array) or array.shape[1] != hidden or not np.isfinite(array).all():
+            raise RequestError(
+                f"Embeddings must be finite numbers [n, {hidden}], n at least 1; got {list(array.shape)}."
+            )
+        return array
 
     def _continued(self, prompt: Prompt) -> TokenIds:
         """A prompt's ids, behind the token that is pending."""

@@ -31,6 +31,7 @@ def printed(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         ("embed", ["--tokens", "5"], "layers a token"),
         ("stream", ["--trade-off", "1e6"], "3 layers"),
         ("several", [], "'My dear friend': "),
+        ("embeddings", [], "for a head of your own: (64,)"),
         ("compare_budgets", ["1.0", "--tokens", "5"], "budget 1.0: 6.0 layers"),
     ],
 )

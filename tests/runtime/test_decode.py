@@ -143,7 +143,7 @@ def test_rows_that_agree_are_launched_as_one(how: str, runtime: DashRuntime) -> 
     skipped = np.array([[True, True, True], [True, False, True]])
     if how == "one row":
         step.decode(1, FixedRule([0]))
-        assert launched == ["run 0", "bypass 1", "run 2", "run 3"]
+        assert launched == ["run 0", "run 1", "bypass 2", "run 3", "run 4"]
         return
     if how == "batch":
         step.decode_batch([1, 2, 3], [ForcedRule(skipped[:, row : row + 1]) for row in range(3)])
@@ -151,7 +151,8 @@ def test_rows_that_agree_are_launched_as_one(how: str, runtime: DashRuntime) -> 
     else:
         step.teacher_force(np.array([1, 2, 3]), ForcedRule(skipped), np.zeros(3, np.bool_))
         step.teacher_force(np.array([1, 2, 3]), ForcedRule(skipped), np.ones(3, np.bool_))
-    assert launched == ["run 0", "bypass 1", "mixed 2", "run 3", "run 0", "run 1", "run 2", "run 3"]
+    dense = [f"run {place}" for place in range(5)]
+    assert launched == ["run 0", "run 1", "bypass 2", "mixed 3", "run 4", *dense]
     assert step._row_skips.ravel().tolist() == skipped[1].tolist()
 
 

@@ -28,7 +28,7 @@ class LoadedSegment:
 class DeviceEngines:
     """The device's counterpart of `EngineSet`. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
 
-    mixes = False
+    mixes = takes_embeddings = gives_state = False
     score_rows = 1
 
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:

@@ -66,6 +66,8 @@ class DeviceStep:
     last one; `damage` [units, sequence] is zero where nobody asked.
     """
 
+    final_state = None
+
     def __init__(self, engines: DeviceEngines, cache: DeviceCache, sequence: int) -> None:
         self.engines, self.device, self.sequence = engines, engines.device, sequence
         self._cache = cache

@@ -19,7 +19,7 @@ from dash_export.building import build, dial
 from dash_export.building.cost_table import measure_cost
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit, decision_rule, layer_actions
-from dash_export.errors import BackendError, BundleError, ContextLengthError, PolicyError
+from dash_export.errors import BackendError, BundleError, ContextLengthError, PolicyError, RequestError
 from dash_export.exporting import export
 from dash_export.manifest import Segment
 from dash_export.policy import no_policy
@@ -282,8 +282,16 @@ def test_a_launch_that_fails(
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_policy_of_the_users_own(simulated: MakeSimulated) -> None:
-    """It reads the state on the host."""
-    policy = Mock(spec=["begin", "skips"])
+def test_what_is_for_cpu_builds_only(simulated: MakeSimulated) -> None:
+    """Own policies read the state on the host; embeddings and final states stay on the device."""
+    runtime = simulated().runtime
     with pytest.raises(PolicyError, match="runs on CPU builds only"):
-        simulated().runtime.session_under(policy)
+        runtime.session_under(Mock(spec=["begin", "skips"]))
+    session = runtime.session()
+    session.prefill(IDS[:3])
+    with pytest.raises(RequestError, match="takes no embeddings"):
+        session.embed(IDS[:3])
+    with pytest.raises(RequestError, match="takes no embeddings"):
+        session.prefill(embeddings=np.zeros((2, 64)))
+    with pytest.raises(RequestError, match="gives no states"):
+        _ = session.hidden

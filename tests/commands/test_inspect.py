@@ -52,7 +52,13 @@ def test_json(tiny_root: Path) -> None:
     segments = facts["builds"]["cpu-fp32"]["segments"]
     assert [segment["name"] for segment in segments if segment["gated"]] == ["layers_02-03", "layer_04"]
     assert all(segment["run_us"] > 0 and segment["bytes"] > 0 for segment in segments)
-    assert segments[0]["precision"] == "embedding fp32; fp32"
+    assert [segment["precision"] for segment in segments] == [
+        "embedding fp32",
+        "fp32",
+        "fp32",
+        "fp32",
+        "fp32; head fp32",
+    ]
     units = facts["builds"]["cpu-fp32"]["units"]
     assert [(unit["unit"], unit["layers"]) for unit in units] == [("2-3", 2), ("4", 1)]
     assert all(unit["bypass_us"] > 0 and unit["bypass_bytes"] > 0 for unit in units)

@@ -51,12 +51,12 @@ def test_json(begin: tuple[Any, ...]) -> None:
         assert lane["first_ms"]["count"] == 2
         assert lane["token_ms"]["count"] == 8
         assert lane["peak_memory"] > 1 << 24
-        assert len(lane["segments"]) == 4
+        assert len(lane["segments"]) == 5
     dense, static, *_ = report["lanes"]
     assert (dense["layers"]["mean"], static["layers"]["mean"]) == (6, 5)
-    assert dense["segments"][2]["bypass"] is None
-    assert (static["segments"][2]["unit"], static["segments"][2]["run"]) == ("4", None)
-    assert static["segments"][2]["owed"] > 0
+    assert dense["segments"][3]["bypass"] is None
+    assert (static["segments"][3]["unit"], static["segments"][3]["run"]) == ("4", None)
+    assert static["segments"][3]["owed"] > 0
 
 
 def test_tables_and_trace(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

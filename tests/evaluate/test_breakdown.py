@@ -51,11 +51,11 @@ def test_a_probe_changes_nothing(runtime: DashRuntime) -> None:
 
 
 def test_every_launch_has_a_stamp_and_so_has_the_decision(lanes: list[Lane]) -> None:
-    """In the order of the segments, one after the other; the decision before the first unit, which is the second."""
+    """In the order of the segments, one after the other; the decision before the first unit, the third."""
     for lane in lanes:
         assert lane.ids.shape == (ROUNDS * TOKENS,)
         assert lane.first.shape == (ROUNDS,)
-        order = [WHOLE, 0, DECISION, *range(1, len(lane.segments)), SAMPLING]
+        order = [WHOLE, 0, 1, DECISION, *range(2, len(lane.segments)), SAMPLING]
         begins, ends = lane.stamps[:, order, 0], lane.stamps[:, order[1:], 1]
         assert (begins[:, 1:-1] <= ends[:, :-1]).all()
         assert (ends[:, :-1] <= begins[:, 2:]).all()
@@ -74,10 +74,10 @@ def test_figures(lanes: list[Lane]) -> None:
     for profile in found:
         assert profile["token_ms"]["count"] == ROUNDS * TOKENS
         assert [row["name"] for row in profile["segments"]] == [segment.name for segment in dense.segments]
-        assert [row["unit"] for row in profile["segments"]] == ["", "2-3", "4", ""]
+        assert [row["unit"] for row in profile["segments"]] == ["", "", "2-3", "4", ""]
         assert profile["parts"]["deciding"]["mean"] > 0
         assert sum(share for _, share in shares(profile).values()) == pytest.approx(1)
-    full, skipped = found[0]["segments"][1], found[1]["segments"][1]
+    full, skipped = found[0]["segments"][2], found[1]["segments"][2]
     assert (full["skipped"], full["bypass"], full["owed"]) == (0.0, None, None)
     assert (skipped["skipped"], skipped["run"]) == (1.0, None)
     assert skipped["owed"] == skipped["bypass"]["p50"] / full["run"]["p50"]

@@ -69,6 +69,29 @@ def dequantized(kind: str, factors: npt.NDArray[np.float16], others: npt.NDArray
     return found
 
 
+def four_bits(
+    kind: str, factors: npt.NDArray[np.float16], others: npt.NDArray[np.uint8]
+) -> tuple[npt.NDArray[np.uint8], Float32Array, Float32Array] | None:
+    """Codes [rows, parts, 32], scales and least weights [rows, parts] of the types that are code * scale + least in
+    parts of 32; None of other types.
+    """
+    if kind not in ("Q4_0", "Q4_1", "Q4_K"):
+        return None
+    rows, numbers = len(factors), factors.astype(np.float32)
+    packed = others[..., -BLOCKS[kind].weights // 2 :].reshape(rows, -1, 1, 32 if kind == "Q4_K" else 16)
+    codes = np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=2).reshape(rows, -1, 32)
+    scales, least = numbers[..., 0], numbers[..., -1]
+    if kind == "Q4_0":
+        least = np.float32(-BLOCKS[kind].zero) * scales
+    if kind == "Q4_K":
+        first, second, rest = (others[..., at : at + 4] for at in (0, 4, 8))
+        parts = (first, rest & 15), (second, rest >> 4)
+        scale, less = (np.concatenate([own & 63, low | own >> 6 << 4], axis=-1) for own, low in parts)
+        scales = (numbers[..., :1] * scale).reshape(rows, -1)
+        least = -(numbers[..., 1:] * less).reshape(rows, -1)
+    return codes, scales, least
+
+
 def function(kind: str) -> ir.Function:
     """(factors, blocks) -> weight [rows, columns] float32."""
     block, k_quant = BLOCKS[kind], kind.endswith("_K")

@@ -7,6 +7,7 @@ function that gives the weights (ggml.py). What is stored otherwise, and every v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,18 @@ from dash_export.graphs.ggml import BLOCKS, DOMAIN, dequantized, taken_apart
 from dash_export.graphs.writer import lazy_weight
 from dash_export.models.spec import Weight
 
+STORED = "stored"
+"""What a restored matrix's tensor has under this key of its `meta`: its blocks, where it is made of such."""
 _FLOATS = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The blocks of a matrix [out, in]: factors [out, blocks, factors], and all other bytes [out, blocks, bytes]."""
+
+    kind: str
+    factors: ir.TensorProtocol
+    others: ir.TensorProtocol
 
 
 def stored_tensors(name: str, weight: Weight, transpose: bool) -> tuple[str, list[ir.LazyTensor]]:
@@ -77,7 +89,9 @@ def _restored(node: ir.Node, tensors: Sequence[Any]) -> ir.LazyTensor | None:
     if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.FLOAT:
         return lazy(lambda: tensors[0].numpy().astype(np.float32), shapes[0])
     if node.op_type == "Transpose" and len(shapes[0]) == 2 and tensors[0].dtype == ir.DataType.FLOAT:
-        return lazy(lambda: np.ascontiguousarray(tensors[0].numpy().T), shapes[0][::-1])
+        found = lazy(lambda: np.ascontiguousarray(tensors[0].numpy().T), shapes[0][::-1])
+        found.meta.update(getattr(tensors[0], "meta", {}))
+        return found
     if node.domain != DOMAIN:
         return None
     block = BLOCKS.get(node.op_type)
@@ -88,6 +102,12 @@ def _restored(node: ir.Node, tensors: Sequence[Any]) -> ir.LazyTensor | None:
             (rows, blocks, sum(block.fields), ir.DataType.UINT8),
         ]
         if [(*shape, tensor.dtype) for shape, tensor in zip(shapes, tensors, strict=True)] == kinds:
-            make = lambda: dequantized(node.op_type, *(tensor.numpy() for tensor in tensors))  # noqa: E731
-            return lazy(make, (rows, blocks * block.weights))
+            stored = Stored(node.op_type, *tensors)
+            found = lazy(partial(_dequantized, stored), (rows, blocks * block.weights))
+            found.meta[STORED] = stored
+            return found
     raise BundleError(f"{name:.100} is no {node.op_type:.100} of {DOMAIN}. The bundle is damaged: export it again.")
+
+
+def _dequantized(stored: Stored) -> npt.NDArray[np.float32]:
+    return dequantized(stored.kind, stored.factors.numpy(), stored.others.numpy())

@@ -7,13 +7,16 @@ from pathlib import Path
 import gguf
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.exporting import export
-from dash_export.graphs.grid import BLOCK, on_grid, packed
+from dash_export.graphs.ggml import taken_apart
+from dash_export.graphs.grid import BLOCK, grid_of, packed
+from dash_export.graphs.stored import Stored
 from dash_export.models import open_checkpoint
 from tests.models.helpers import tiny_model, write_gguf
 from tests.tiny import random_ids, tiny_policy
@@ -26,27 +29,36 @@ PROJECTIONS = {
 }
 
 
-def stored(kind: str, rows: int = 96, columns: int = 512) -> np.ndarray:
-    """Weights [rows, columns] that a file of that type gives."""
+def blocks_of(kind: str, rows: int = 96, columns: int = 512) -> np.ndarray:
+    """Rows of a file of that type [rows, bytes]."""
     rng, quantization = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
     if kind == "Q4_K":  # which gguf does not write: any bits are weights, but for the two scales
         blocks = rng.integers(0, 256, (rows, columns // 256, 144), dtype=np.uint8)
         blocks[..., 4:16] &= 0x1F
         blocks[..., :4] = np.frombuffer(np.array([3e-3, 1e-3], np.float16).tobytes(), np.uint8)
-        return np.asarray(gguf.dequantize(blocks.reshape(rows, -1), quantization))
+        blocks[4, :, :2] = 0
+        return blocks.reshape(rows, -1)
     weights = (rng.standard_t(4, (rows, columns)) * 0.05).astype(np.float32)
     weights[0, :BLOCK] = 0.0
     weights[1, :BLOCK] = np.abs(weights[1, :BLOCK])
     weights[2, :BLOCK] = -np.abs(weights[2, :BLOCK])
     weights[3, 5] = 3.0
-    return np.asarray(gguf.dequantize(gguf.quantize(weights, quantization), quantization))
+    return np.asarray(gguf.quantize(weights, quantization))
+
+
+def stored(kind: str, packed_rows: np.ndarray) -> Stored:
+    factors, others = taken_apart(kind, packed_rows)
+    return Stored(kind, ir.tensor(factors), ir.tensor(others))
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
-def test_every_code_is_found_again(kind: str) -> None:
-    weights = stored(kind)
-    grid = on_grid(np.ascontiguousarray(weights.T))
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_a_grid_is_the_file_s(kind: str, factor: float) -> None:
+    rows = blocks_of(kind)
+    weights = factor * gguf.dequantize(rows, gguf.GGMLQuantizationType[kind])
+    grid = grid_of(stored(kind, rows))
     assert grid is not None
+    grid = grid.times(factor)
     found = grid.scales[..., None] * (grid.codes - grid.zeros[..., None].astype(np.float32)) + grid.rests[..., None]
     np.testing.assert_allclose(found.reshape(weights.shape), weights, atol=1e-6 * np.abs(weights).max())
     assert grid.has_rests() == (kind != "Q4_0")
@@ -56,11 +68,11 @@ def test_every_code_is_found_again(kind: str) -> None:
     assert zeros.shape[1] == -(-scales.shape[1] // 2)
 
 
-@pytest.mark.parametrize("kind", ["Q5_0", "Q8_0", "F32"])
-def test_what_has_no_four_bits_is_not_taken_for_it(kind: str) -> None:
-    weights = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32) if kind == "F32" else stored(kind)
-    assert on_grid(np.ascontiguousarray(weights.T)) is None
-    assert on_grid(np.ones((48, 4), np.float32)) is None, "no whole blocks"
+def test_what_has_no_such_grid() -> None:
+    """More bits than four; weights far from zero on one side."""
+    assert grid_of(stored("Q5_0", blocks_of("Q5_0"))) is None
+    far = np.random.default_rng(0).uniform(5, 5.1, (4, 64)).astype(np.float32)
+    assert grid_of(stored("Q4_1", gguf.quantize(far, gguf.GGMLQuantizationType.Q4_1))) is None
 
 
 def initializers(path: Path) -> dict[str, np.ndarray]:

@@ -42,14 +42,14 @@ def test_layers(built: tuple[str, Graphs, set[str]]) -> None:
     """Attention is one node, weights are quantised, queries come scaled from their projection."""
     precision, graphs, _ = built
     units = {f"{kind}_{name}" for kind in ("bypass", "mixed") for name in ("02-03", "04-04")}
-    assert set(graphs) == {"layers_00-01", "layers_02-03", "layer_04", "layer_05"} | units
-    layer, merged = operators(graphs["layer_04"]), operators(graphs["layers_00-01"])
+    assert set(graphs) == {"embed", "layers_00-01", "layers_02-03", "layer_04", "layer_05"} | units
+    layer, embed = operators(graphs["layer_04"]), operators(graphs["embed"])
     assert (layer["GroupQueryAttention"], layer["SkipSimplifiedLayerNormalization"]) == (1, 1)
     assert not {"Attention", "TensorScatter", "RotaryEmbedding"} & set(layer)
     quantised = precision != "fp32"
     assert (layer["MatMulNBits"] > 0) == quantised
     assert (layer["MatMul"] > 0) != quantised
-    assert ("GatherBlockQuantized" in merged) == quantised
+    assert ("GatherBlockQuantized" in embed) == quantised
     attentions = [node for node in graphs["layers_00-01"].node if node.op_type == "GroupQueryAttention"]
     assert [item.f for node in attentions for item in node.attribute if item.name == "scale"] == [1.0, 1.0]
     gives = [name for name, graph in graphs.items() if "damage" in {value.name for value in graph.output}]

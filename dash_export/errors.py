@@ -61,3 +61,7 @@ class ContextLengthError(DashError):
 
 class RequestError(DashError):
     """A prompt, message list or sampling setting cannot be used."""
+
+
+BAD_GRAPH = (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OverflowError)
+"""What is raised by work on a graph that is none of ours, whole and unchanged as it may be."""

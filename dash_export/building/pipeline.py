@@ -13,7 +13,7 @@ from dash_export.building.backend import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial import calibrate_dial
 from dash_export.bundle import BUILD, Bundle, Seal
-from dash_export.errors import BackendError, BundleError
+from dash_export.errors import BAD_GRAPH, BackendError, BundleError
 from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
 from dash_export.outputs import check_writable, folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
@@ -183,7 +183,7 @@ def _make_engines(
             found[job.name] = found[job.name] or store.make(
                 job.name, job.key, job.write, partial(bundle.check_same, seal)
             )
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        except BAD_GRAPH as error:
             # Whole and unchanged by its hash, yet not a graph of ours: only a forged bundle gets here.
             raise BackendError(
                 f"{job.name} cannot be made: the bundle's graphs are not what this version writes "

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from dash_export.errors import BundleError
+from dash_export.errors import BAD_GRAPH, BundleError
 from dash_export.graphs.stored import restore
 from dash_export.graphs.writer import GraphWriter
 
@@ -39,7 +39,12 @@ def load_graph(path: Path) -> ir.Model:
     for tensor in tensors:
         if isinstance(tensor, ir.ExternalTensor):
             _check_external(path, tensor)
-    restore(model)
+    try:
+        restore(model)
+    except BAD_GRAPH as error:
+        raise BundleError(
+            f"{path}: its weights cannot be read ({error}). The bundle is damaged: export it again."
+        ) from error
     return model
 
 
@@ -56,12 +61,14 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
         raise BundleError(
             f"{path}: the external data of {tensor.name} ({location}) leaves the bundle. Do not use this bundle."
         )
-    if file.exists() and file.stat().st_nlink > 1:
+    if not file.exists():
+        raise BundleError(f"{file}, with {tensor.name}, is missing. The bundle is damaged: export it again.")
+    if file.stat().st_nlink > 1:
         raise BundleError(
             f"{file} has a second name (a hard link), and weights that another name can change are not read. Copy the "
             f"bundle (cp -r) and use the copy."
         )
-    if file.exists() and file.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
+    if file.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
         raise BundleError(f"{file} is cut short: {tensor.name} is not whole. The bundle is damaged: export it again.")
 
 

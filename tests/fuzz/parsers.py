@@ -19,7 +19,9 @@ from dash_export.building.graph_runs import graph_run
 from dash_export.bundle import BUILD, MANIFEST, Bundle
 from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS
 from dash_export.commands.run import read_prompts as read_plain_prompts
+from dash_export.errors import BAD_GRAPH
 from dash_export.evaluate.task_files import read_items
+from dash_export.exporting import export
 from dash_export.graphs.surgery import load_graph
 from dash_export.models import open_checkpoint, row_blocks
 from dash_export.models.config import decoder_spec
@@ -58,6 +60,11 @@ def make_seeds(folder: Path) -> None:
     write_gguf(folder / "a.gguf", model, quantize="Q8_0")
     qwen = save_model(folder / "qwen2", "qwen2", **tied)
     write_gguf(folder / "b.gguf", qwen, pre="qwen2", metadata={"general.alignment": 32, "tokenizer.ggml.scores": [0.5]})
+    large = save_model(folder / "large", **(tied | {"hidden_size": 256, "intermediate_size": 256}))
+    (folder / "k").mkdir()
+    for kind in ("Q4_K", "Q5_K", "Q6_K"):
+        write_gguf(folder / "k" / f"{kind}.gguf", large, quantize=kind)
+    shutil.move(export(folder / "k" / "Q4_K.gguf", folder / "stored.dash").path("onnx"), folder / "stored")
     bundle = Bundle.open(tiny_bundle(folder / "made", "cpu", "portable", form="linear", **small, num_hidden_layers=5))
     shutil.move(bundle.root, folder / BUNDLE)
     checkpoint = open_checkpoint(folder / "made" / "model")
@@ -162,6 +169,14 @@ def _graph(path: Path) -> None:
     graph_run(path)
 
 
+def _restored(path: Path) -> None:
+    """Every weight, as a lowering takes it; `build` makes a BundleError of what that may raise."""
+    for value in load_graph(path).graph.initializers.values():
+        with suppress(*BAD_GRAPH):
+            if value.const_value is not None:
+                value.const_value.numpy()
+
+
 def _engine(path: Path) -> None:
     OrtEngine(path, shared_pool_options())
 
@@ -228,6 +243,7 @@ def _text_file(mutator: Mutator, every: int, seeds: Callable[[Path], Sequence[by
 _run_verified = partial(_generated, verify=True)
 PARSERS = {
     "gguf": Parser(mutators.in_gguf, _files("*.gguf"), _written("in.gguf", _weights)),
+    "k_quants": Parser(mutators.in_gguf, _files("k/*.gguf"), _written("in.gguf", _weights)),
     "config": _model_file(mutators.in_json, f"{MODEL}/config.json"),
     "families": Parser(mutators.in_json, _files("families/*.json"), _written("mine.json", _family)),
     "weights": _model_file(mutators.in_safetensors, f"{MODEL}/model.safetensors"),
@@ -255,6 +271,7 @@ PARSERS = {
     "build": Parser(mutators.in_json, _files(f"{BUILT}/{BUILD}"), _written(f"{BUILT}/{BUILD}", _record), _generated),
     "graph": _onnx("onnx/bypass_02-03.onnx", _graph, _rebuilt, 64),
     "policy_graph": _onnx("onnx/policy.onnx", _graph, _rebuilt, 64),
+    "stored": Parser(mutators.in_onnx, _files("stored/layer_00.onnx"), _written("stored/layer_00.onnx", _restored)),
     "engine": _onnx("engines/cpu-fp32/bypass_02-03.onnx", _engine, _run_verified, 8),
     "first_engine": _onnx("engines/cpu-fp32/layers_00-01.onnx", _engine, _run_verified, 8),
     "mixed_engine": _onnx("engines/cpu-fp32/mixed_02-03.onnx", _engine, _run_verified, 8),

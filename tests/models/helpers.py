@@ -13,6 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dash_export.graphs.ggml import BLOCKS
 from dash_export.models import Checkpoint, row_blocks
 
 DIMENSIONS: dict[str, Any] = {
@@ -167,6 +168,17 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
+def random_blocks(kind: str, rows: int = 8, columns: int = 512) -> np.ndarray:
+    """Rows of a GGUF file [rows, bytes] whose every bit is random, but for finite factors: for types that the library
+    does not write, too.
+    """
+    rng, block = np.random.default_rng(0), BLOCKS[kind]
+    packed = rng.integers(0, 256, (rows, columns // block.weights, block.bytes), np.uint8)
+    factors = (0.1 * rng.standard_normal((*packed.shape[:2], block.factors))).astype(np.float16).view(np.uint8)
+    packed[..., slice(-2, None) if kind == "Q6_K" else slice(factors.shape[-1])] = factors
+    return packed.reshape(rows, -1)
+
+
 def write_gguf(
     path: Path,
     model: Any,
@@ -178,7 +190,7 @@ def write_gguf(
     remove: tuple[str, ...] = (),
 ) -> None:
     """Write a transformers model as GGUF, as llama.cpp's converter would. `metadata` adds or replaces keys; `quantize`
-    is the type of the matrices.
+    is the type of the matrices (of K-quants: random ones).
     """
     config = model.config
     family = config.model_type
@@ -225,7 +237,8 @@ def write_gguf(
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if quantize is not None and array.ndim == 2:
             kind = gguf.GGMLQuantizationType[quantize]
-            writer.add_tensor(stored, gguf.quantize(array, kind), raw_dtype=kind)
+            blocks = random_blocks(quantize, *array.shape) if quantize.endswith("K") else gguf.quantize(array, kind)
+            writer.add_tensor(stored, blocks, raw_dtype=kind)
         else:
             writer.add_tensor(stored, np.ascontiguousarray(array))
     for name, array in (extra_tensors or {}).items():

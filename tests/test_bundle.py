@@ -287,10 +287,10 @@ FORGED_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a long dial": (lambda data: data.update(dial=[POINT] * 2000), "2000 points of the dial"),
     "no segment": (lambda data: data["engines"].pop("layers_02-03"), "no engine layers_02-03"),
     "one mixed engine": (lambda data: data["engines"].pop("mixed_04-04"), "of some units only"),
-    "a layer that always runs": (lambda data: data["segments"][1].update(gated=False), "are not the model's layers"),
-    "a layer twice": (lambda data: data["segments"][2].update(first=3), "are not the model's layers"),
-    "far away": (lambda data: data["segments"][3].update(last=1 << 40), "are not the model's layers"),
-    "no head": (lambda data: data["segments"][3].update(head=False), "are not the model's layers"),
+    "a layer that always runs": (lambda data: data["segments"][2].update(gated=False), "are not the model's layers"),
+    "a layer twice": (lambda data: data["segments"][3].update(first=3), "are not the model's layers"),
+    "far away": (lambda data: data["segments"][4].update(last=1 << 40), "are not the model's layers"),
+    "no head": (lambda data: data["segments"][4].update(head=False), "are not the model's layers"),
     "another target": (lambda data: data.update(target="portable"), "of the target 'portable'"),
 }
 

@@ -17,14 +17,12 @@ from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST_CONTEXT
 from dash_export.models.config import base_frequencies, decoder_spec, llama3_frequencies, positive, shown
+from dash_export.models.gguf_families import ARCHITECTURES
 from dash_export.models.gguf_file import GgufTensor, read_gguf
 from dash_export.models.spec import Checkpoint
 from dash_export.models.tokenizer_gguf import token_id, tokenizer_assets
-from dash_export.models.weights import checked, require
+from dash_export.models.weights import checked, fused_names, require, unfused
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_INTERLEAVED = ("llama",)
-"""Architectures of which llama.cpp rotates neighbouring pairs; its converter permutes Q and K to match."""
 _ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1's numbers, the same in every release; GGUF keeps only the divisors that follow from them.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -37,6 +35,7 @@ _SIZES = {
     "head_dim": "attention.key_length",
 }
 _HEAD_DIMS = ("attention.value_length", "rope.dimension_count")
+_ATTENTION_FACTOR = "rope.scaling.attn_factor"
 _CONTEXT, _EPSILON, _CAUSAL = "context_length", "attention.layer_norm_rms_epsilon", "attention.causal"
 _KNOWN = {
     *(*_SIZES.values(), *_HEAD_DIMS, _CONTEXT, _EPSILON, _CAUSAL, "vocab_size", "tensor_data_layout"),
@@ -54,50 +53,61 @@ def open_gguf(path: Path) -> Checkpoint:
     """
     seen = {path: identity(path)}
     metadata, tensors = read_gguf(path)
-    family, own = _architecture(metadata)
+    name, own = _architecture(metadata)
+    family = ARCHITECTURES[name]
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{path} lacks the tensor token_embd.weight (a vocabulary-only or adapter file?)")
     config: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family]],
-        "model_type": family,
+        "architectures": [family.model_class],
+        "model_type": family.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
-        **{name: own.get(key) for name, key in _SIZES.items()},
+        **{wanted: own.get(key) for wanted, key in {**_SIZES, **family.keys}.items()},
         "hidden_act": "silu",
         "max_position_embeddings": positive(own, _CONTEXT, LARGEST_CONTEXT),
         "rms_norm_eps": positive(own, _EPSILON, 1.0),
         "rope_parameters": {},
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": family != "qwen2" and "blk.0.attn_q.bias" in tensors,
+        "attention_bias": name != "qwen2" and "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "dtype": "float32",
     }
-    head_dim = decoder_spec(config).head_dim  # by the family's rules, for what is not said
+    if config["head_dim"] is None:  # as llama.cpp has it
+        heads = positive(own, _SIZES["num_attention_heads"], 1 << 16)
+        config["head_dim"] = int(positive(own, _SIZES["hidden_size"], 1 << 20)) // int(heads)
+    head_dim = config["head_dim"]
     config["rope_parameters"] = _rope(own, tensors.get(_ROPE_FACTORS), head_dim)
+    config |= family.more(own, tensors, config)
     spec = decoder_spec(config, path.absolute().stem)
-    config |= {"head_dim": head_dim, "num_key_value_heads": spec.num_kv_heads}
-    if other := next((key for key in _HEAD_DIMS if own.get(key, head_dim) != head_dim), None):
+    config["num_key_value_heads"] = spec.num_kv_heads
+    given = positive(own, _ATTENTION_FACTOR, 1e3, spec.rope_scale)
+    if abs(given - spec.rope_scale) > 1e-3:
+        raise CheckpointError(f"{_ATTENTION_FACTOR} {given} is not supported; expected {spec.rope_scale:.6g}")
+    fixed = _HEAD_DIMS if family.model_type != "phi3" else _HEAD_DIMS[:1]  # of which a part may turn
+    if other := next((key for key in fixed if own.get(key, head_dim) != head_dim), None):
         raise CheckpointError(
             f"{other} {shown(own[other])} is not supported; supported: that of a head's key, {head_dim}"
         )
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+    for key, short in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
         if (token := token_id(metadata, key)) is not None:
-            config[f"{name}_token_id"] = token
-    heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads} if family in _INTERLEAVED else {}
+            config[f"{short}_token_id"] = token
+    turned = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads} if family.interleaved else {}
     gguf = require("gguf")
-    architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+    architecture = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     names = gguf.get_tensor_name_map(architecture, spec.num_layers)
-    stored = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in spec.weight_shapes()}
-    used = {*stored.values(), *([_ROPE_FACTORS] if family == "llama" else [])}
+    wanted = [*spec.weight_shapes(), *fused_names(spec)]
+    stored = {weight: names.get_name(weight, try_suffixes=(".weight", ".bias")) for weight in wanted}
+    used = {*stored.values(), *family.extra, *([_ROPE_FACTORS] if name == "llama" else [])}
     if unused := sorted(tensors.keys() - used):
         raise CheckpointError(
-            f"{path} holds {len(unused)} tensors that {family} does not use, the first is {unused[0][:100]!r}; this "
+            f"{path} holds {len(unused)} tensors that {name} does not use, the first is {unused[0][:100]!r}; this "
             "variant is not supported"
         )
     weights = {
-        name: tensors[known].weight(name, heads.get(name.split(".")[-2], 0))
-        for name, known in stored.items()
+        weight: tensors[known].weight(weight, turned.get(weight.split(".")[-2], 0))
+        for weight, known in stored.items()
         if known in tensors
     }
+    weights = unfused(spec, weights)
     assets = {"config.json": json.dumps(config, indent=2) + "\n"} | tokenizer_assets(metadata, spec.vocab_size)
     return checked(str(path), spec, config, weights, assets, [path], seen)
 
@@ -105,9 +115,9 @@ def open_gguf(path: Path) -> Checkpoint:
 def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The family, and its keys without their prefix. Raises CheckpointError where a key would make it another model."""
     family = metadata.get("general.architecture")
-    if not isinstance(family, str) or family not in _ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise CheckpointError(
-            f"GGUF architecture {shown(family)} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+            f"GGUF architecture {shown(family)} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     if metadata.get("general.type", "model") != "model":
         raise CheckpointError(f"the GGUF file is a {shown(metadata['general.type'])}; expected a model")
@@ -119,7 +129,8 @@ def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     prefix = f"{family}."
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     # A key that we do not know may make it another model: experts, a window, a scale, soft-capping, a misspelled base.
-    wrong = [key for key, value in own.items() if key not in _KNOWN and value not in (0, "")]
+    known = {*_KNOWN, *ARCHITECTURES[family].keys.values(), *ARCHITECTURES[family].known}
+    wrong = [key for key, value in own.items() if key not in known and value not in (0, "")]
     if wrong or own.get(_CAUSAL, True) is not True:
         raise CheckpointError(
             f"the GGUF file sets {prefix}{[*wrong, _CAUSAL][0]:.100}, which is not supported here: the model "

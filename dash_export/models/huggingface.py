@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dash_export.artifacts import identity
 from dash_export.bundle import TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.models.config import decoder_spec, shown
 from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, layer_weight, row_blocks
-from dash_export.models.weights import checked, open_weights, read_json, read_text, require
+from dash_export.models.weights import checked, open_weights, read_json, read_text, require, unfused
 from dash_export.text_files import load_tokenizer
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
@@ -39,7 +37,7 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
     stored = open_weights(files)
     if "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored:  # a base model, saved alone
         stored = {name if name.startswith("lm_head.") else f"model.{name}": stored[name] for name in stored}
-    stored = {name: _plain(spec, weight) for name, weight in _unfused(spec, stored).items()}
+    stored = {name: _plain(spec, weight) for name, weight in unfused(spec, stored).items()}
     _refuse_unused(spec, stored, folder)
     return checked(source, spec, config, stored, assets, files, seen)
 
@@ -88,27 +86,6 @@ def _weight_files(folder: Path) -> list[Path]:
                 "expected the name of a .safetensors file in the same folder"
             )
     return [folder / name for name in sorted(set(weight_map.values()))]
-
-
-def _unfused(spec: DecoderSpec, stored: dict[str, Weight]) -> dict[str, Weight]:
-    """Q, K and V, and gate and up, which some families keep as one matrix each, as matrices of their own."""
-    if not spec.fused:
-        return stored
-    shapes, found = spec.weight_shapes(), dict(stored)
-    for whole, parts in (("self_attn.qkv_proj", ("q", "k", "v")), ("mlp.gate_up_proj", ("gate", "up"))):
-        for layer in range(spec.num_layers):
-            names = [layer_weight(layer, f"{whole.partition('.')[0]}.{part}_proj.weight") for part in parts]
-            fused, start = found.pop(layer_weight(layer, f"{whole}.weight"), None), 0
-            if fused is None or fused.shape != (sum(shapes[name][0] for name in names), spec.hidden_size):
-                continue  # they are missing, and that is told
-            for name in names:
-                found[name] = Weight(name, shapes[name], fused.dtype, partial(_rows_from, fused, start))
-                start += shapes[name][0]
-    return found
-
-
-def _rows_from(weight: Weight, first: int, start: int, stop: int) -> npt.NDArray[Any]:
-    return weight.rows(first + start, first + stop)
 
 
 def _plain(spec: DecoderSpec, weight: Weight) -> Weight:

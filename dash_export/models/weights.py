@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import CheckpointError
-from dash_export.models.spec import Checkpoint, DecoderSpec, Weight
+from dash_export.models.spec import LAYERS, Checkpoint, DecoderSpec, Weight, layer_weight
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text
 
 CHUNK_BYTES = 8 << 20
@@ -91,6 +91,35 @@ def checked(
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
     return Checkpoint(source, spec, config, weights, assets, digest.hexdigest(), seen)
+
+
+_FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
+
+
+def fused_names(spec: DecoderSpec) -> list[str]:
+    """The matrices that some families keep in the place of several."""
+    return [layer_weight(layer, f"{whole}.weight") for layer in range(spec.num_layers * spec.fused) for whole in _FUSED]
+
+
+def unfused(spec: DecoderSpec, stored: dict[str, Weight]) -> dict[str, Weight]:
+    """Q, K and V, and gate and up, which some families keep as one matrix each, as matrices of their own."""
+    shapes, found = spec.weight_shapes(), dict(stored)
+    for name in fused_names(spec):
+        layer, _, whole = name.removesuffix(".weight").removeprefix(LAYERS).partition(".")
+        names = [layer_weight(int(layer), f"{whole.partition('.')[0]}.{part}_proj.weight") for part in _FUSED[whole]]
+        fused, start = found.pop(name, None), 0
+        if fused is None or fused.shape != (sum(shapes[part][0] for part in names), spec.hidden_size):
+            continue  # they are missing, and that is told
+        for part in names:
+            packed = fused.packed and partial(_rows_from, fused.packed, start)
+            rows = partial(_rows_from, fused.rows, start)
+            found[part] = Weight(part, shapes[part], fused.dtype, rows, packed)
+            start += shapes[part][0]
+    return found
+
+
+def _rows_from(read: Callable[[int, int], npt.NDArray[Any]], first: int, start: int, stop: int) -> npt.NDArray[Any]:
+    return read(first + start, first + stop)
 
 
 def open_weights(files: list[Path]) -> dict[str, Weight]:

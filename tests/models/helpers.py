@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -168,6 +168,25 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
+class GgufOption(NamedTuple):
+    """A key of some architectures: the config's name for it, and its type."""
+
+    name: str
+    kind: Callable[[Any], Any]
+    families: tuple[str, ...]
+
+
+GGUF_OPTIONS = {
+    "attention.sliding_window": GgufOption("sliding_window", int, ("gemma2", "gemma3", "phi3")),
+    "attn_logit_softcapping": GgufOption("attn_logit_softcapping", float, ("gemma2",)),
+    "final_logit_softcapping": GgufOption("final_logit_softcapping", float, ("gemma2", "gemma3")),
+    "attention.scale": GgufOption("attention_multiplier", float, ("granite",)),
+    "embedding_scale": GgufOption("embedding_multiplier", float, ("granite",)),
+    "residual_scale": GgufOption("residual_multiplier", float, ("granite",)),
+    "logit_scale": GgufOption("logits_scaling", float, ("granite",)),
+}
+
+
 def random_blocks(kind: str, rows: int = 8, columns: int = 512) -> np.ndarray:
     """Rows of a GGUF file [rows, bytes] whose every bit is random, but for finite factors: for types that the library
     does not write, too.
@@ -193,8 +212,9 @@ def write_gguf(
     is the type of the matrices (of K-quants: random ones).
     """
     config = model.config
-    family = config.model_type
+    family = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    ropes = config.rope_parameters
     values: dict[str, Any] = {
         f"{family}.block_count": config.num_hidden_layers,
         f"{family}.context_length": config.max_position_embeddings,
@@ -204,7 +224,7 @@ def write_gguf(
         f"{family}.attention.head_count_kv": config.num_key_value_heads,
         f"{family}.attention.key_length": head_dim,
         f"{family}.attention.value_length": head_dim,
-        f"{family}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        f"{family}.rope.freq_base": float(ropes.get("full_attention", ropes)["rope_theta"]),
         f"{family}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -214,6 +234,9 @@ def write_gguf(
     }
     if family == "llama":
         values["llama.rope.dimension_count"] = head_dim
+    for key, option in GGUF_OPTIONS.items():
+        if family in option.families and getattr(config, option.name, None):
+            values[f"{family}.{key}"] = option.kind(getattr(config, option.name))
     values |= {
         "tokenizer.ggml.tokens": byte_tokens(),
         "tokenizer.ggml.token_type": [1] * 257 + [3, 3],
@@ -230,10 +253,12 @@ def write_gguf(
         if name in remove or (name == "lm_head.weight" and config.tie_word_embeddings):
             continue
         array = tensor.numpy()
-        if family == "llama" and ".q_proj." in name:
+        if family in ("llama", "granite", "smollm3") and ".q_proj." in name:
             array = permuted(array, config.num_attention_heads)
-        if family == "llama" and ".k_proj." in name:
+        if family in ("llama", "granite", "smollm3") and ".k_proj." in name:
             array = permuted(array, config.num_key_value_heads)
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if quantize is not None and array.ndim == 2:
             kind = gguf.GGMLQuantizationType[quantize]

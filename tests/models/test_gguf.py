@@ -2,6 +2,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
-from tests.models.helpers import WALK, assert_same_model, assert_same_weights, tiny_model, write_gguf
+from tests.models.helpers import WALK, assert_same_model, assert_same_weights, save_tiny, tiny_model, write_gguf
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
@@ -52,6 +53,105 @@ def test_round_trip(tmp_path: Path, family: str, options: dict[str, Any]) -> Non
     again = config_class(**checkpoint.config)  # transformers reads our config to the same model
     assert again.rope_parameters["rope_theta"] == model.config.rope_parameters["rope_theta"]
     assert again.eos_token_id == 258
+
+
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9, "tie_word_embeddings": True}
+ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 0.5,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1 + 0.1 * pair for pair in range(8)],
+    "long_factor": [2.0 + pair for pair in range(8)],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "metadata"),
+    [
+        ("gemma2", GEMMA, {}),
+        ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}, {}),
+        ("gemma3_text", GEMMA | {"num_hidden_layers": 7, "rope_parameters": ROPES}, {}),
+        (
+            "gemma3_text",
+            GEMMA
+            | {
+                "rope_parameters": ROPES | {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
+            },
+            {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0},
+        ),
+        ("phi3", {"sliding_window": 9}, {"phi3.rope.dimension_count": 16}),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {"phi3.rope.dimension_count": 8},
+        ),
+        (
+            "phi3",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64, "max_position_embeddings": 256},
+            {"phi3.rope.scaling.original_context_length": 64, "phi3.rope.scaling.attn_factor": 1.1547},
+        ),
+        ("granite", MULTIPLIERS, {}),
+        ("smollm3", {"num_hidden_layers": 6}, {}),
+    ],
+)
+def test_as_the_folder_of_the_same_model(
+    tmp_path: Path, family: str, options: dict[str, Any], metadata: dict[str, Any]
+) -> None:
+    """Every fact of the model, and every weight; keys that a converter leaves out are as llama.cpp has them."""
+    model = save_tiny(tmp_path / "folder", family, pad_token_id=0, **options)
+    longs = model.config.rope_parameters.get("long_factor")
+    extra = {
+        f"rope_factors_{name}.weight": np.array(model.config.rope_parameters[f"{name}_factor"], np.float32)
+        for name in ("long", "short") * bool(longs)
+    }
+    write_gguf(tmp_path / "tiny.gguf", model, metadata=metadata, extra_tensors=extra)
+    folder, file = open_checkpoint(tmp_path / "folder"), open_checkpoint(tmp_path / "tiny.gguf")
+    same = {"name": folder.spec.name, "rope_frequencies": folder.spec.rope_frequencies}  # which GGUF has in float32
+    assert replace(file.spec, **same) == folder.spec
+    np.testing.assert_allclose(file.spec.rope_frequencies, folder.spec.rope_frequencies, rtol=1e-6)
+    assert set(file.weights) == set(folder.weights)
+    for name in file.weights:
+        np.testing.assert_array_equal(file.read(name), folder.read(name), name)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "extra", "wrong"),
+    [
+        ({"gemma2.attention.sliding_window": "x"}, {}, "sliding_window"),
+        ({"gemma2.expert_count": 2}, {}, "gemma2.expert_count, which is not supported"),
+        ({"gemma2.rope.dimension_count": 8}, {}, "rope.dimension_count 8 is not supported"),
+        ({}, {"rope_factors_long.weight": np.ones(8, np.float32)}, "tensors that gemma2 does not use"),
+    ],
+)
+def test_wrong_keys_of_other_families(
+    tmp_path: Path, metadata: dict[str, Any], extra: dict[str, np.ndarray], wrong: str
+) -> None:
+    write_gguf(tmp_path / "a.gguf", tiny_model("gemma2", **GEMMA), metadata=metadata, extra_tensors=extra)
+    with pytest.raises(CheckpointError, match=wrong):
+        open_checkpoint(tmp_path / "a.gguf")
+
+
+def test_a_scale_of_phi_s_that_does_not_follow(tmp_path: Path) -> None:
+    model = tiny_model("phi3", pad_token_id=0)
+    write_gguf(tmp_path / "a.gguf", model, metadata={"phi3.rope.scaling.attn_factor": 1.3})
+    with pytest.raises(CheckpointError, match=r"attn_factor 1\.3 is not supported; expected 1"):
+        open_checkpoint(tmp_path / "a.gguf")
+
+
+def test_one_of_phi_s_two_lists_of_factors(tmp_path: Path) -> None:
+    extra = {"rope_factors_long.weight": np.ones(8, np.float32)}
+    write_gguf(tmp_path / "a.gguf", tiny_model("phi3", pad_token_id=0), extra_tensors=extra)
+    with pytest.raises(CheckpointError, match="and not the other"):
+        open_checkpoint(tmp_path / "a.gguf")
 
 
 def test_quantised_matrices(tmp_path: Path, model: Any) -> None:

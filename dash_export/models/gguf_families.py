@@ -1,0 +1,113 @@
+"""The architectures of GGUF files, and what their keys are called in the config.json of the same model.
+
+What converters leave out is as in llama.cpp (llama-model.cpp): which layers have a window, Gemma 3's second RoPE base,
+the score scale of the 27B Gemmas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dash_export.errors import CheckpointError
+from dash_export.models.gguf_file import GgufTensor
+
+Own = Mapping[str, Any]
+"""The keys of an architecture, without its prefix."""
+_WINDOW = {"sliding_window": "attention.sliding_window"}
+_LOGITS = {"final_logit_softcapping": "final_logit_softcapping"}
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+def _nothing(_own: Own, _tensors: Mapping[str, GgufTensor], _config: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`interleaved`: llama.cpp rotates neighbouring pairs, and converters permute Q and K to match. `keys`: the file's
+    key for names of the config, beside those that all have; `known` and `extra`: keys and tensors that `more`, the rest
+    of the config, reads.
+    """
+
+    model_type: str
+    model_class: str
+    interleaved: bool = False
+    keys: Mapping[str, str] = field(default_factory=dict)
+    known: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    more: Callable[[Own, Mapping[str, GgufTensor], Mapping[str, Any]], dict[str, Any]] = _nothing
+
+
+def _gemma(layers_of_27b: int, own: Own, config: Mapping[str, Any]) -> dict[str, Any]:
+    heads, size = config["num_attention_heads"], config["head_dim"]
+    if own.get("block_count") == layers_of_27b and isinstance(heads, int) and heads > 0:
+        size = config["hidden_size"] / heads
+    return {"query_pre_attn_scalar": size, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _gemma2(own: Own, _tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    caps = {name: config[name] for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    return _gemma(46, own, config) | {name: cap or None for name, cap in caps.items()}
+
+
+def _gemma3(own: Own, _tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": own.get("rope.freq_base_swa", 10_000.0)}
+    ropes = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+    return _gemma(62, own, config) | {"rope_parameters": ropes, "sliding_window_pattern": 6}
+
+
+def _phi3(own: Own, tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = dict(config["rope_parameters"])
+    turned, size = own.get("rope.dimension_count"), config["head_dim"]
+    if isinstance(turned, int) and turned != size:
+        rope["partial_rotary_factor"] = turned / size
+    context = own.get("rope.scaling.original_context_length", config["max_position_embeddings"])
+    if (LONG in tensors) != (SHORT in tensors):
+        raise CheckpointError(f"the GGUF file has one of {LONG} and {SHORT}, and not the other; it is damaged")
+    if LONG in tensors:
+        factors = {
+            name: tensors[key].rows(0, tensors[key].shape[0]).tolist()
+            for name, key in (("long_factor", LONG), ("short_factor", SHORT))
+            if len(tensors[key].shape) == 1
+        }
+        rope |= {"rope_type": "longrope", **factors, "original_max_position_embeddings": context}
+    return {"rope_parameters": rope, "original_max_position_embeddings": context,
+            "sliding_window": config["sliding_window"] or None}  # fmt: skip
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "gemma2": Architecture(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        keys=_WINDOW | _LOGITS | {"attn_logit_softcapping": "attn_logit_softcapping"},
+        more=_gemma2,
+    ),
+    "gemma3": Architecture(
+        "gemma3_text", "Gemma3ForCausalLM", keys=_WINDOW | _LOGITS, known=("rope.freq_base_swa",), more=_gemma3
+    ),
+    "phi3": Architecture(
+        "phi3",
+        "Phi3ForCausalLM",
+        keys=_WINDOW,
+        known=("rope.scaling.attn_factor",),
+        extra=(LONG, SHORT),
+        more=_phi3,
+    ),
+    "granite": Architecture(
+        "granite",
+        "GraniteForCausalLM",
+        interleaved=True,
+        keys={
+            "attention_multiplier": "attention.scale",
+            "embedding_multiplier": "embedding_scale",
+            "residual_multiplier": "residual_scale",
+            "logits_scaling": "logit_scale",
+        },
+    ),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", interleaved=True),
+}

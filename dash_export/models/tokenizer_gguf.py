@@ -1,4 +1,5 @@
-"""The tokenizer files of a GGUF model: byte-level BPE with the pre-tokenizer that `tokenizer.ggml.pre` names.
+"""The tokenizer files of a GGUF model: byte-level BPE with the pre-tokenizer that `tokenizer.ggml.pre` names, or a
+SentencePiece vocabulary (tokenizer_spm.py).
 
 The pre-tokenizers are those of the models' own tokenizer.json. (transformers' GGUF conversion ignores the name and
 gives SmolLM wrong ids for digits, as in "\\n\\n1.") `default` is llama.cpp's fallback for converters that knew no name.
@@ -12,13 +13,18 @@ from typing import Any
 
 from dash_export.errors import CheckpointError
 from dash_export.models.config import flag, shown
+from dash_export.models.tokenizer_spm import spm_parts
 from dash_export.text_files import MAX_MERGES, load_tokenizer
 
+_BPE, _SPM = "gpt2", "llama"
 _CONTROL, _USER_DEFINED = 3, 4  # token types; there are 1 to 6
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = "".join(rf"[^\r\n\p{{L}}\p{{N}}]?{word}|" for word in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*"))
+_TEKKEN += r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA_CPP_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
@@ -28,16 +34,20 @@ def _split(*patterns: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [*splits, _BYTES | {"use_regex": False}]}
 
 
+_DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTES]}
 _PRE_TOKENIZERS = {
-    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTES]},
+    "smollm": _DIGITS,
+    "refact": _DIGITS,  # of Granite 3
     "qwen2": _split(_QWEN2),
     "llama-bpe": _split(_LLAMA3),
     "llama3": _split(_LLAMA3),
+    "smaug-bpe": _split(_LLAMA3),  # of SmolLM3
+    "tekken": _split(_TEKKEN),  # of Mistral Nemo
     "gpt-2": _BYTES,
     "default": _split(*_LLAMA_CPP_DEFAULT),
 }
 # As llama.cpp does for these names: a word that is a token is that token, and a text begins with bos.
-_IGNORES_MERGES = _ADDS_BOS = ("llama-bpe", "llama3")
+_IGNORES_MERGES = _ADDS_BOS = ("llama-bpe", "llama3", "tekken")
 
 
 def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, str]:
@@ -46,13 +56,17 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
     `vocab_size` is the number of rows of the embedding: more tokens than that are an error.
     Raises CheckpointError for a tokenizer of another kind and for inconsistent vocabularies.
     """
-    for key, known in (("model", ("gpt2",)), ("pre", tuple(_PRE_TOKENIZERS))):
+    wanted: dict[str, tuple[str, ...]] = {"model": (_BPE, _SPM)}
+    if metadata.get("tokenizer.ggml.model") == _BPE:
+        wanted["pre"] = tuple(_PRE_TOKENIZERS)
+    for key, known in wanted.items():
         if (value := metadata.get(f"tokenizer.ggml.{key}")) not in known:
             raise CheckpointError(
-                f"GGUF tokenizer.ggml.{key} {shown(value)} is not supported; supported: {', '.join(known)} (byte-level "
-                "BPE). Export from the model's Hugging Face folder instead"
+                f"GGUF tokenizer.ggml.{key} {shown(value)} is not supported; supported: {', '.join(known)}. Export "
+                "from the model's Hugging Face folder instead"
             )
-    tokens, pre = _strings(metadata, "tokenizer.ggml.tokens"), metadata["tokenizer.ggml.pre"]
+    tokens, pre = _strings(metadata, "tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.pre")
+    spm = metadata["tokenizer.ggml.model"] == _SPM
     if not 0 < len(tokens) <= vocab_size:
         raise CheckpointError(
             f"the GGUF vocabulary has {len(tokens)} tokens; expected 1 to {vocab_size}, the embedding's rows"
@@ -63,10 +77,12 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
     if not isinstance(template, str):
         raise CheckpointError(f"tokenizer.chat_template is {shown(template)}; expected a string")
     bos, eos, pad, eot = (token_id(metadata, name) for name in ("bos", "eos", "padding", "eot"))
-    add_bos = flag(metadata, "tokenizer.ggml.add_bos_token", pre in _ADDS_BOS) and bos is not None
+    add_bos = flag(metadata, "tokenizer.ggml.add_bos_token", spm or pre in _ADDS_BOS) and bos is not None
     if flag(metadata, "tokenizer.ggml.add_eos_token", False):
         raise CheckpointError("tokenizer.ggml.add_eos_token is not supported: every prompt would be an ended text")
-    made = _tokenizer(metadata, tokens, pre, bos if add_bos else None)
+    kinds = _kinds(metadata, tokens)
+    parts = spm_parts(metadata, tokens, kinds) if spm else _bpe_parts(metadata, tokens, str(pre))
+    made = _tokenizer(tokens, kinds, parts, bos if add_bos else None)
     try:
         text = load_tokenizer(json.dumps(made, ensure_ascii=False)).to_str()  # as what runs the bundle will
     except ValueError as error:
@@ -106,8 +122,16 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     return values
 
 
-def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], pre: str, bos: int | None) -> dict[str, Any]:
-    """A tokenizer.json; texts begin with the token `bos`, where there is one."""
+def _kinds(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
+    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    sound = isinstance(kinds, list) and all(type(kind) is int and 1 <= kind <= 6 for kind in kinds)
+    if not sound or not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise CheckpointError(f"tokenizer.ggml.token_type is {shown(kinds)}; expected an integer of 1 to 6 per token")
+    return kinds
+
+
+def _bpe_parts(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> dict[str, Any]:
+    """All of a tokenizer.json that is not the same for every kind."""
     stored = _strings(metadata, "tokenizer.ggml.merges")
     if len(stored) > MAX_MERGES * len(tokens):
         raise CheckpointError(
@@ -116,11 +140,24 @@ def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], pre: str, bos: in
     merges = [merge.split(" ") for merge in stored]
     if not all(len(merge) == 2 and all(merge) for merge in merges):
         raise CheckpointError("tokenizer.ggml.merges holds a merge that is not two tokens; the file is damaged")
-    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    sound = isinstance(kinds, list) and all(type(kind) is int and 1 <= kind <= 6 for kind in kinds)
-    if not sound or len(kinds) != len(tokens):
-        raise CheckpointError(f"tokenizer.ggml.token_type is {shown(kinds)}; expected an integer of 1 to 6 per token")
-    post_processor: dict[str, Any] = _BYTES | {"add_prefix_space": True, "trim_offsets": False}
+    return {
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "pre_tokenizer": _PRE_TOKENIZERS[pre],
+        "post_processor": _BYTES | {"add_prefix_space": True, "trim_offsets": False},
+        "decoder": _BYTES | {"add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": merges,
+            "ignore_merges": pre in _IGNORES_MERGES,
+        },
+    }
+
+
+def _tokenizer(tokens: list[str], kinds: list[int], parts: dict[str, Any], bos: int | None) -> dict[str, Any]:
+    """A tokenizer.json; texts begin with the token `bos`, where there is one."""
+    before = parts.get("post_processor")
+    post_processor = before
     if bos is not None:
         first, text, pair = (
             tokens[bos],
@@ -134,25 +171,16 @@ def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], pre: str, bos: in
             "pair": [begins[0], text, begins[1], pair],
             "special_tokens": {first: {"id": first, "ids": [bos], "tokens": [first]}},
         }
-        post_processor = {"type": "Sequence", "processors": [post_processor, template]}
+        post_processor = {"type": "Sequence", "processors": [before, template]} if before else template
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {
+    return parts | {
         "version": "1.0",
         "added_tokens": [
             {"id": index, "content": token, **flags, "special": kind == _CONTROL}
             for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
             if kind in (_CONTROL, _USER_DEFINED)
         ],
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": _PRE_TOKENIZERS[pre],
         "post_processor": post_processor,
-        "decoder": _BYTES | {"add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": merges,
-            "ignore_merges": pre in _IGNORES_MERGES,
-        },
     }
 
 

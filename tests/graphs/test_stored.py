@@ -86,10 +86,20 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:
         np.testing.assert_array_equal(logits["half", target], logits["full", target])
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("Q4_1", True), ("Q4_0", False), ("Q6_K", True), ("F16", True)])
-def test_a_gguf_file_keeps_its_bytes(tmp_path: Path, kind: str, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tied", "family"),
+    [
+        ("Q4_1", True, "llama"),
+        ("Q4_0", False, "llama"),
+        ("Q6_K", True, "llama"),
+        ("F16", True, "llama"),
+        ("Q8_0", False, "phi3"),
+    ],
+)
+def test_a_gguf_file_keeps_its_bytes(tmp_path: Path, kind: str, tied: bool, family: str) -> None:
     """What is exported is not larger than the file, a tied embedding is there once, and every weight is the file's."""
-    model = save_model(tmp_path / "model", "llama", hidden_size=256, intermediate_size=512, tie_word_embeddings=tied)
+    options = {"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": tied, "pad_token_id": 0}
+    model = save_model(tmp_path / "model", family, **options)
     half = kind == "F16"
     write_gguf(tmp_path / "model.gguf", model.half() if half else model, quantize=None if half else kind)
     checkpoint = open_checkpoint(tmp_path / "model.gguf")

@@ -40,7 +40,9 @@ def build(pre: str, **changes: Any) -> Tokenizer:
     return Tokenizer.from_str(tokenizer_assets(metadata(pre, **changes), 400)["tokenizer.json"])
 
 
-@pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "llama3", "gpt-2", "default"])
+@pytest.mark.parametrize(
+    "pre", ["smollm", "qwen2", "llama-bpe", "llama3", "gpt-2", "default", "tekken", "refact", "smaug-bpe"]
+)
 def test_round_trip(pre: str) -> None:
     tokenizer = build(pre)
     for text in TEXTS:
@@ -56,6 +58,7 @@ def test_round_trip(pre: str) -> None:
         ("llama-bpe", ["It", "'s", " ", "123", "4", ".\n\n", "1"]),
         ("gpt-2", ["It", "'s", " 1234", ".", "\n", "\n", "1"]),
         ("default", ["It", "'", "s", " ", "123", "4", ".", "\n", "\n", "1"]),
+        ("tekken", ["It", "'s", " ", "1", "2", "3", "4", ".\n\n", "1"]),
     ],
 )
 def test_words_split_as_the_model_was_trained(pre: str, expected: list[str]) -> None:
@@ -100,8 +103,8 @@ def test_other_assets() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ggml.model": "llama"}, "'llama' is not supported.*gpt2.*Hugging Face folder"),
-        ({"ggml.pre": "tekken"}, "'tekken' is not supported.*smollm, qwen2.*Hugging Face folder"),
+        ({"ggml.model": "bert"}, "'bert' is not supported.*gpt2.*Hugging Face folder"),
+        ({"ggml.pre": "falcon"}, "'falcon' is not supported.*smollm, refact, qwen2.*Hugging Face folder"),
         ({"ggml.tokens": [1, 2]}, "tokens"),
         ({"ggml.tokens": ["a"] * 259}, "twice"),
         ({"ggml.tokens": [str(index) for index in range(401)]}, "401 tokens; expected 1 to 400"),

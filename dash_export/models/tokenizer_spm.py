@@ -1,0 +1,60 @@
+"""A SentencePiece vocabulary of a GGUF file (`tokenizer.ggml.model` "llama": Llama 2, Mistral, Gemma, Phi-3) as BPE.
+
+Such a file has scores and no merges. SentencePiece joins the two neighbours whose joint piece has the best score
+(bpe_model.cc), so every way to make a piece of two others is a merge, in the order of the pieces' scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from dash_export.errors import CheckpointError
+from dash_export.models.config import flag, shown
+
+SPACE = "\u2581"
+MAX_PIECE = 256
+"""Letters of a piece: published ones have up to 93."""
+NORMAL, UNKNOWN = 1, 2
+"""Token types."""
+
+
+def spm_parts(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
+    """`normalizer`, `decoder` and `model` of a tokenizer.json. Raises CheckpointError."""
+    prefix = flag(metadata, "tokenizer.ggml.add_space_prefix", True)
+    begins = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+    ends = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    words = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    unknown = [token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*begins, spaces]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [words, {"type": "ByteFallback"}, {"type": "Fuse"}, *ends]},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": _merges(metadata, tokens, kinds),
+            "unk_token": unknown[0] if unknown else None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    }
+
+
+def _merges(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> list[tuple[str, str]]:
+    scores = metadata.get("tokenizer.ggml.scores")
+    sound = isinstance(scores, list) and all(isinstance(score, float) and isfinite(score) for score in scores)
+    if not sound or not isinstance(scores, list) or len(scores) != len(tokens):
+        raise CheckpointError(f"tokenizer.ggml.scores is {shown(scores)}; expected a number per token")
+    pieces = {token: score for token, score, kind in zip(tokens, scores, kinds, strict=True) if kind == NORMAL}
+    if (longest := max(map(len, pieces), default=0)) > MAX_PIECE:
+        raise CheckpointError(f"tokenizer.ggml.tokens has a piece of {longest} letters; {MAX_PIECE} are supported")
+    found = []
+    for place, (piece, score) in enumerate(pieces.items()):
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in pieces and right in pieces:
+                found.append((-score, place, -pieces[left], -pieces[right], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]

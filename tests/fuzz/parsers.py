@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import click
+import numpy as np
 
 from dash_export import DashRuntime
 from dash_export.building import build
@@ -60,6 +61,15 @@ def make_seeds(folder: Path) -> None:
     write_gguf(folder / "a.gguf", model, quantize="Q8_0")
     qwen = save_model(folder / "qwen2", "qwen2", **tied)
     write_gguf(folder / "b.gguf", qwen, pre="qwen2", metadata={"general.alignment": 32, "tokenizer.ggml.scores": [0.5]})
+    gemma = save_model(folder / "gemma2", "gemma2", **tied, head_dim=16, query_pre_attn_scalar=16, sliding_window=9)
+    letters = ["<unk>", "<s>", "</s>", *(chr(ord("a") + place) for place in range(26)), "\u2581", "he", "\u2581he"]
+    spm = {"model": "llama", "tokens": letters, "scores": [-float(place) for place in range(len(letters))]}
+    spm |= {"token_type": [2, 3, 3, *[1] * (len(letters) - 3)], "bos_token_id": 1, "eos_token_id": 2}
+    spm_keys = {f"tokenizer.ggml.{key}": value for key, value in spm.items()}
+    write_gguf(folder / "c.gguf", gemma, metadata=spm_keys, remove=("tokenizer.ggml.merges",))
+    phi = save_model(folder / "phi3", "phi3", **(tied | {"tie_word_embeddings": False}), pad_token_id=0)
+    factors = {f"rope_factors_{name}.weight": np.ones(8, np.float32) for name in ("long", "short")}
+    write_gguf(folder / "d.gguf", phi, extra_tensors=factors)
     large = save_model(folder / "large", **(tied | {"hidden_size": 256, "intermediate_size": 256}))
     (folder / "k").mkdir()
     for kind in ("Q4_K", "Q5_K", "Q6_K"):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 HINT = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 LONGEST_LINE = 1 << 20
+SLOWER = 1.5
+"""From here on an answer's figures tell that the machine is slower than when its build measured it."""
 HEAT = ("blue", "cyan", "green", "yellow", "red")
 """Cold to hot: from the layers that always run to all of them."""
 
@@ -81,6 +83,9 @@ class AnswerPrinter:
             if self._cost.segment_us:
                 time = float(self._cost.token_time(unit_skips(actions, self._units)).mean())
                 parts.append(f"{time:.3f} of dense time by the cost table")
+                slower = 1e6 * statistics.decode_seconds / (statistics.decode_steps * self._cost.dense_us * time)
+                if slower > SLOWER:
+                    parts.append(f"{slower:.1f} times as long as when the build measured it")
         parts.append(f"prefill {1000 * statistics.prefill_seconds:.0f} ms for {statistics.prompt_tokens} tokens")
         return f"[{', '.join(parts)}; ended by {last.finish_reason}]"
 

@@ -53,38 +53,39 @@ def test_writers(shared: ModuleType, stage: Any, capsys: pytest.CaptureFixture[s
     assert all(counts["started"] and counts["succeeded"] for counts in line["tried"].values())
 
 
-def test_writers_see_what_is_not_whole(shared: ModuleType, stage: Any, tmp_path: Path) -> None:
+def test_writers_see_what_is_not_whole(stage: Any, tmp_path: Path) -> None:
+    states = importlib.import_module("states")
     folder = tmp_path / "a"
     shutil.copytree(stage.folder / "a", folder)
-    assert shared.bundle_state(stage, folder) == shared.policy_state(stage, folder) == "a"
-    assert shared.build_state(stage, folder, "fp32") == "whole"
-    assert not shared.leftovers(folder)
+    assert states.bundle_state(stage, folder) == states.policy_state(stage, folder) == "a"
+    assert states.build_state(stage, folder, "fp32") == "whole"
+    assert not states.leftovers(folder)
     shutil.copy(stage.folder / "b" / "p.json", folder)
-    assert shared.policy_state(stage, folder).kind == "a policy with the card of another"
+    assert states.policy_state(stage, folder).kind == "a policy with the card of another"
     (folder / "m.dash.unfinished").mkdir()
     (folder / "m.dash" / ".tmp-1-x").touch()
-    assert {fault.kind for fault in shared.leftovers(folder)} == {
+    assert {fault.kind for fault in states.leftovers(folder)} == {
         "left behind: an unfinished folder",
         "left behind: a temporary name",
     }
     (folder / "m.dash" / "onnx" / "head.data").write_bytes(b"")
-    assert shared.bundle_state(stage, folder).kind == "a bundle that is damaged"
+    assert states.bundle_state(stage, folder).kind == "a bundle that is damaged"
 
 
 def test_kills(shared: ModuleType, stage: Any) -> None:
-    kills = importlib.import_module("kills")
+    kills, scenes = importlib.import_module("kills"), importlib.import_module("scenes")
     report = shared.Report("kills")
-    scene = shared.SCENES["export"].rehearsed(stage, "export", shared.killable)
-    for number in (0, len(shared.SCENES)):  # by time, and before an operation
+    scene = scenes.SCENES["export"].rehearsed(stage, "export", scenes.killable)
+    for number in (0, len(scenes.SCENES)):  # by time, and before an operation
         kills.attempt("export", scene, number, stage, report)
     assert report.trials["export"] == 2
     assert not report.faults["export"]
 
 
 def test_power(shared: ModuleType, stage: Any) -> None:
-    power = importlib.import_module("power")
+    power, scenes = importlib.import_module("power"), importlib.import_module("scenes")
     report = shared.Report("power")
-    scene = shared.SCENES["train"].rehearsed(stage, "trained", power.powered)
+    scene = scenes.SCENES["train"].rehearsed(stage, "trained", power.powered)
     power.attempt("trained", scene, 0, 2, stage, report)
     assert report.trials.keys() == {"trained, names in order", "trained, names by folder"}
 

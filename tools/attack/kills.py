@@ -18,7 +18,8 @@ from pathlib import Path
 from random import Random
 
 import click
-from shared import FORK, PATIENCE, SCENES, Fault, Report, Scene, Stage, chosen, killable, staged, start
+from scenes import SCENES, Scene, killable
+from shared import FORK, PATIENCE, Fault, Report, Stage, chosen, staged, start
 
 KILLED = -signal.SIGKILL
 

@@ -42,7 +42,8 @@ from random import Random
 from typing import Any
 
 import click
-from shared import FORK, PATIENCE, SCENES, Command, Report, Scene, Stage, chosen, perform, staged, start, watch
+from scenes import SCENES, Scene, watch
+from shared import FORK, PATIENCE, Command, Report, Stage, chosen, perform, staged, start
 
 POWERED = {name: scene for name, scene in SCENES.items() if name != "frontier"}
 ORDERS = ("in order", "by folder")

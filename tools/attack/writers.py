@@ -32,15 +32,12 @@ from shared import (
     Outcome,
     Report,
     Stage,
-    build_state,
-    bundle_state,
     chosen,
-    leftovers,
     outcome,
-    policy_state,
     staged,
     start,
 )
+from states import build_state, bundle_state, leftovers, policy_state
 
 PAIRINGS = {
     "export + export, one policy": ("export a",),

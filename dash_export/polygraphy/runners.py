@@ -19,7 +19,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.manifest import POLICY, Build, Segment
-from dash_export.names import new_names, past_names, present_names, short_name
+from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session, ort_engine
 from dash_export.runtime.backends import Engine
@@ -99,6 +99,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         count = arrays["input_ids" if "input_ids" in arrays else "hidden"].shape[1]
         arrays["hidden_out"] = np.zeros((1, count, model.hidden_size), np.float32)
         arrays["logits"] = np.zeros((1, 1, model.vocab_size), np.float32)
+        arrays[FINAL_STATE] = np.zeros((1, 1, model.hidden_size), np.float32)
         arrays["damage"] = np.zeros((1, count, units), np.float32)
         with polygraphy_errors():
             if self.layers:
@@ -119,7 +120,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         for place, rows in written:
             place[:] = rows
         self.inference_time = time.perf_counter() - began
-        names: list[str] = [name for name in ("hidden_out", "logits", "damage") if name in self.engine.outputs]
+        names: list[str] = [name for name in ("hidden_out", "logits", FINAL_STATE, "damage") if name in self.engine.outputs]
         names += [name for layer in self.layers for name in present_names(layer)]
         return {name: arrays[name] for name in names}
 

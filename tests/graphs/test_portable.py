@@ -97,7 +97,7 @@ def test_inputs_and_outputs_of_layer_and_bypass(bundle: Bundle) -> None:
     )
     assert names("policy") == ({"hidden"}, {"damage"})
     assert names("embed") == ({"input_ids"}, {"hidden_out"})
-    assert names("head") == ({"hidden", "first_logit"}, {"logits"})
+    assert names("head") == ({"hidden", "first_logit"}, {"logits", "final_state"})
 
 
 def test_large_weights_are_external_and_aligned(bundle: Bundle) -> None:

@@ -120,7 +120,8 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         for place, rows in written:
             place[:] = rows
         self.inference_time = time.perf_counter() - began
-        names: list[str] = [name for name in ("hidden_out", "logits", FINAL_STATE, "damage") if name in self.engine.outputs]
+        given = ("hidden_out", "logits", FINAL_STATE, "damage")
+        names: list[str] = [name for name in given if name in self.engine.outputs]
         names += [name for layer in self.layers for name in present_names(layer)]
         return {name: arrays[name] for name in names}
 

@@ -118,6 +118,26 @@ def answer_length(prompt: int, max_tokens: int | None, free: int) -> int:
     return max_tokens
 
 
+def checked_tokens(ids: Sequence[int] | TokenIds, vocab: int) -> TokenIds:
+    """Token ids [n], n at least 1. Raises RequestError."""
+    array = np.asarray(ids)
+    if array.size == 0:
+        raise RequestError("The prompt is empty: give at least one token.")
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise RequestError(f"Token ids must be one list of integers, not {array.dtype} {list(array.shape)}.")
+    if array.min() < 0 or array.max() >= vocab:
+        raise RequestError(f"Token ids must be from 0 to {vocab - 1}; got {array.min()} to {array.max()}.")
+    return array.astype(np.int64)
+
+
+def checked_embeddings(embeddings: npt.NDArray[np.float32], hidden: int) -> npt.NDArray[np.float32]:
+    """Embeddings [n, hidden], n at least 1, of finite numbers. Raises RequestError."""
+    array = np.asarray(embeddings)
+    if array.ndim != 2 or not len(array) or array.shape[1] != hidden or not np.isfinite(array).all():
+        raise RequestError(f"Embeddings must be finite numbers [n, {hidden}], n at least 1; got {list(array.shape)}.")
+    return array
+
+
 def check_room(tokens: int, more: int, free: int) -> None:
     """Raises ContextLengthError."""
     if tokens + more > free:

@@ -24,6 +24,8 @@ from dash_export.runtime.results import (
     Turn,
     answer_length,
     check_room,
+    checked_embeddings,
+    checked_tokens,
 )
 from dash_export.runtime.rules import DENSE, ForcedRule, Rule, SessionRules
 from dash_export.runtime.sampling import Logits, Sampling
@@ -147,13 +149,13 @@ class Session:
 
     @check_arguments
     def prefill(self, ids: Prompt | None = None, embeddings: Floats | None = None) -> Logits:
-        """Run tokens, or `embeddings` float32 [n, hidden] in their place, densely over the cache as it is; returns the
-        logits [vocab] after the last. Embeddings enter the first layer as `embed` gives them. Raises RequestError.
+        """Run tokens, or `embeddings` float32 [n, hidden] as `embed` gives them, densely over the cache as it is;
+        returns the logits [vocab] after the last.
         """
         if (ids is None) == (embeddings is None):
             raise RequestError("Give ids or embeddings, one of them.")
         pending = np.array(self._pending, np.int64)
-        given = self.checked_ids(ids) if ids is not None else self._checked_embeddings(embeddings)
+        given: TokenIds | Floats = self.checked_ids(ids) if ids is not None else self._embeddings(embeddings)
         check_room(len(pending) + len(given), 0, self.context_left)
         self._streams += 1
         if len(pending):
@@ -164,8 +166,7 @@ class Session:
     def embed(self, ids: Prompt) -> Floats:
         """The embeddings [n, hidden] of tokens, as they enter the first layer; the conversation stays as it is."""
         tokens = self.checked_ids(ids)
-        self._check_embeds()
-        check_room(len(tokens), 0, self.engines.model.max_positions)
+        self._embeddings()
         if not self.cache.capacity:
             self._reserve(1)
         chunk = self._chunk()
@@ -174,9 +175,7 @@ class Session:
 
     @property
     def hidden(self) -> Floats:
-        """The final state [hidden] of the newest token in the cache, normed: what its logits were made of. Raises
-        RequestError before the first one, and for a build that does not give it.
-        """
+        """The final, normed state [hidden] of the newest token. Raises RequestError where there is none."""
         if not self.engines.gives_state:
             raise RequestError(f"This build gives no states. {_CPU_ONLY}")
         if self._hidden is None:
@@ -337,28 +336,14 @@ class Session:
         special = fresh or not self.tokens
         limit = self.engines.model.max_positions if fresh else self.context_left
         ids = self.text.encode(prompt, special=special, limit=limit) if isinstance(prompt, str) else prompt
-        array = np.asarray(ids)
-        if array.size == 0:
-            raise RequestError("The prompt is empty: give at least one token.")
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise RequestError(f"Token ids must be one list of integers, not {array.dtype} {list(array.shape)}.")
-        vocab = self.engines.model.vocab_size
-        if array.min() < 0 or array.max() >= vocab:
-            raise RequestError(f"Token ids must be from 0 to {vocab - 1}; got {array.min()} to {array.max()}.")
-        return array.astype(np.int64)
+        return checked_tokens(ids, self.engines.model.vocab_size)
 
-    def _check_embeds(self) -> None:
+    def _embeddings(self, given: Floats | None = None) -> Floats:
+        """Embeddings that were given, checked; that the build takes any. Raises RequestError."""
         if not self.engines.takes_embeddings:
             raise RequestError(f"This build takes no embeddings. {_CPU_ONLY}")
-
-    def _checked_embeddings(self, embeddings: Floats | None) -> Floats:
-        self._check_embeds()
-        array, hidden = np.asarray(embeddings), self.engines.model.hidden_size
-        if array.ndim != 2 or not len(array) or array.shape[1] != hidden or not np.isfinite(array).all():
-            raise RequestError(
-                f"Embeddings must be finite numbers [n, {hidden}], n at least 1; got {list(array.shape)}."
-            )
-        return array
+        hidden = self.engines.model.hidden_size
+        return np.zeros((0, hidden), np.float32) if given is None else checked_embeddings(given, hidden)
 
     def _continued(self, prompt: Prompt) -> TokenIds:
         """A prompt's ids, behind the token that is pending."""

@@ -9,6 +9,8 @@ BUNDLE := .cache/bench.dash
 BENCHES := dispatch bypass batch prefill load
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 PYTEST_ARGS ?=
+# The demo's model: smollm2-135m, or qwen2.5-coder-0.5b (400 MB).
+MODEL ?= smollm2-135m
 SECONDS ?= 3600
 
 .PHONY: help demo test lint fuzz bench clean distclean
@@ -16,6 +18,7 @@ SECONDS ?= 3600
 
 help:
 	@echo "make demo    a real model (SmolLM2-135M) to engines, answering prompts densely and with layers skipped"
+	@echo "             (MODEL=qwen2.5-coder-0.5b: a larger one, 400 MB)"
 	@echo "make test    all tests (installs torch and transformers, which the reference needs)"
 	@echo "make lint    ruff and mypy"
 	@echo "make fuzz    damaged files for every parser, for an hour (SECONDS=60: a minute)"
@@ -25,7 +28,7 @@ help:
 	@echo "Each sets up .venv when it is missing. PYTHON=python3.12 chooses the interpreter (>= 3.11)."
 
 demo: $(VENV)/.demo
-	@$(BIN)/python tools/demo.py
+	@$(BIN)/python tools/demo.py $(MODEL)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

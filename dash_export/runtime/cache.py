@@ -51,6 +51,12 @@ class KVCache:
             twin.take(index, self, index)
         return twin
 
+    def alone(self, index: int) -> KVCache:
+        """Sequence `index` in a cache of its own, as large as it is."""
+        twin = KVCache(self._model, self._step, capacity=self.lengths[index])
+        twin.take(0, self, index)
+        return twin
+
     def take(self, index: int, source: KVCache, other: int = 0) -> None:
         """Sequence `index` becomes a copy of sequence `other` of `source`, for which there must be room."""
         length = source.lengths[other]

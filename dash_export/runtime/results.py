@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import ContextLengthError, DashError, RequestError
-from dash_export.runtime.sampling import Logits, Sampler, Sampling
+from dash_export.runtime.sampling import Logits, Sampler, Sampling, most_likely
 from dash_export.runtime.text import Text, TextStream
 
 TokenIds = npt.NDArray[np.int64]
@@ -50,7 +50,8 @@ class Response:
     token is dense.
 
     The last response of a stream has a `finish_reason`: `stop` (end of turn or a stop string), `length` or `cancelled`;
-    or, in a batch, `error`, with the error and no token (NO_TOKEN).
+    or, in a batch, `error`, with the error and no token (NO_TOKEN). `logprobs`: where they were asked for, (token,
+    nats) of this token and of the most likely ones.
     """
 
     text: str
@@ -60,6 +61,7 @@ class Response:
     statistics: Statistics
     finish_reason: str | None = None
     error: DashError | None = None
+    logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class Turn:
 
     def __init__(self, text: Text, sampling: Sampling, max_tokens: int, prompt_tokens: int) -> None:
         self._text, self._max_tokens = text, max_tokens
+        self._logprobs = sampling.logprobs
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
         self.statistics = Statistics(prompt_tokens=prompt_tokens)
         self.begin()
@@ -183,4 +186,5 @@ class Turn:
             reason = "cancelled"
         if reason is not None and not self._stream.stopped:
             piece += self._stream.finish()
-        return Response(piece, token, actions, seconds, self.statistics, reason)
+        likely = () if self._logprobs is None else most_likely(logits, token, self._logprobs)
+        return Response(piece, token, actions, seconds, self.statistics, reason, None, likely)

@@ -14,12 +14,15 @@ from dash_export.arguments import check_fields
 from dash_export.errors import NOT_NUMBERS, BackendError, RequestError
 
 Logits = npt.NDArray[np.float32]
+MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty`
-    1 are off. Raises RequestError for what is no number or out of range.
+    1 are off. `frequency_penalty` and `presence_penalty` (OpenAI's; 0 is off) count what the answer holds so far.
+    `logprobs`: tell the log-likelihood of each token and so many of the most likely ones. Raises RequestError for what
+    is no number or out of range.
     """
 
     temperature: float = 0.0
@@ -27,6 +30,9 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logprobs: int | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
 
@@ -39,6 +45,13 @@ class Sampling:
             ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1] (1 is off)"),
             ("min_p", 0.0 <= self.min_p < 1.0, "in [0, 1) (0 is off)"),
             ("repetition_penalty", 1e-2 <= penalty <= 100.0, "between 0.01 and 100 (1 is off)"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2 (0 is off)"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2 (0 is off)"),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
+                f"0 to {MOST_LOGPROBS}, or None",
+            ),
             ("seed", self.seed is None or self.seed >= 0, ">= 0"),
             ("stop", all(self.stop), "a list of non-empty strings"),
         ):
@@ -52,12 +65,17 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._rng = np.random.default_rng(sampling.seed)
+        self._begins: int | None = None
 
     def __call__(self, logits: Logits, context: Sequence[int]) -> int:
         """logits [vocab] float32 and the tokens so far -> a token id. Does not change `logits`. Raises BackendError
         where they are not numbers.
         """
         s = self._sampling
+        if self._begins is None:
+            self._begins = len(context)
+        if s.frequency_penalty or s.presence_penalty:
+            logits = counted(logits, context[self._begins :], s)
         if s.repetition_penalty != 1.0 and context:
             logits = penalised(logits, context, s.repetition_penalty)
         if s.temperature == 0.0:
@@ -78,6 +96,23 @@ def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
     values = logits[seen]
     logits[seen] = np.where(values > 0, values / penalty, values * penalty)
     return logits
+
+
+def counted(logits: Logits, answer: Sequence[int], s: Sampling) -> Logits:
+    """Lower the logits of the answer's tokens by how often they are there, and by that they are."""
+    tokens, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
+    logits = logits.copy()
+    logits[tokens] -= np.float32(s.frequency_penalty) * counts + np.float32(s.presence_penalty)
+    return logits
+
+
+def most_likely(logits: Logits, token: int, count: int) -> tuple[tuple[int, float], ...]:
+    """(token, log-likelihood in nats) of `token`, then of the `count` most likely ones."""
+    exact = logits.astype(np.float64)
+    exact -= np.logaddexp.reduce(exact)
+    best = np.argpartition(-exact, min(count, len(exact) - 1))[:count] if count else np.array([], np.int64)
+    ranked = best[np.argsort(-exact[best], kind="stable")].tolist()
+    return tuple((one, float(exact[one])) for one in (token, *ranked))
 
 
 def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.arguments import Prompt, check_arguments
-from dash_export.decision import DENSE_POSITIONS, Actions, layer_actions, unit_skips
-from dash_export.divergence import nll
-from dash_export.errors import PolicyError, RequestError
+from dash_export.decision import DENSE_POSITIONS, Actions, layer_actions
+from dash_export.errors import RequestError
 from dash_export.runtime.results import (
     MAX_TOKENS,
     NO_TOKEN,
@@ -27,11 +26,13 @@ from dash_export.runtime.results import (
     checked_embeddings,
     checked_tokens,
 )
-from dash_export.runtime.rules import DENSE, ForcedRule, Rule, SessionRules
+from dash_export.runtime.rules import DENSE, Rule, SessionRules
 from dash_export.runtime.sampling import Logits, Sampling
+from dash_export.runtime.scoring import score
 from dash_export.runtime.text import Text
 
 if TYPE_CHECKING:
+    from dash_export.runtime.cache import KVCache
     from dash_export.runtime.decode import BoundStep, EngineSet
     from dash_export.runtime.device.engines import DeviceEngines
     from dash_export.runtime.device.step import DeviceStep
@@ -106,7 +107,7 @@ class Session:
         """Answer messages {role, content}. What the cache already holds of them is not computed again."""
         ids = self.text.chat(messages, self.engines.model.max_positions)
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)  # refused before anything is forgotten
-        self._rewind_to(ids)
+        self.rewind_to(ids)
         return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
 
     @check_arguments
@@ -168,10 +169,10 @@ class Session:
         tokens = self.checked_ids(ids)
         self._embeddings()
         if not self.cache.capacity:
-            self._reserve(1)
-        chunk = self._chunk()
+            self.reserve(1)
+        chunk = self.chunk
         parts = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
-        return np.concatenate([cast("BoundStep", self._bound(len(part))).embed(part) for part in parts])
+        return np.concatenate([cast("BoundStep", self.bound(len(part))).embed(part) for part in parts])
 
     @property
     def hidden(self) -> Floats:
@@ -187,7 +188,7 @@ class Session:
         """The logits [vocab] after `ids` as a conversation of its own; what is cached of it is not computed again."""
         known = self.checked_ids(ids, fresh=True)
         check_room(len(known), 0, self.engines.model.max_positions)
-        self._rewind_to(known)
+        self.rewind_to(known)
         return self.prefill(known[len(self.tokens) :])
 
     def decode_one(self, token: int, rule: Rule | None = None) -> tuple[Logits, Actions]:
@@ -205,8 +206,8 @@ class Session:
     def decode_step(self, tokens: int) -> Any:
         """The step that decodes one token, bound to memory with room for `tokens` more: for timing its launches."""
         check_room(tokens, 0, self.context_left)
-        self._reserve(tokens)
-        return self._bound(1)
+        self.reserve(tokens)
+        return self.bound(1)
 
     @check_arguments
     def score(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None, keep_logits: bool = False) -> Score:
@@ -217,53 +218,42 @@ class Session:
         action instead. A budget is the calibrated one here: holding it follows what is decoded. Raises PolicyError for
         actions of another shape.
         """
-        tokens, mixes = self.checked_ids(ids, fresh=True), self.engines.mixes
-        if prefix < 1:
-            raise RequestError(f"prefix must be at least 1, not {prefix}.")
-        shape = (len(tokens), self.engines.model.num_layers)
-        if actions is not None and (actions.shape != shape or not np.isin(actions, (0, 1)).all()):
-            raise PolicyError(f"actions must be {list(shape)}, tokens and layers, each 0 (run) or 1 (skip).")
-        forced = None if actions is None else unit_skips(actions, self.engines.units)
-        check_room(len(tokens), 0, self.engines.model.max_positions)
-        self.reset()
-        self._reserve(len(tokens))
-        prompt = max(prefix, DENSE_POSITIONS) if forced is None else 0
-        chunk = min(self._chunk(), self.engines.score_rows) if mixes else 1
-        parts, logits = [], []
-        try:
-            for start in range(0, len(tokens), chunk):
-                part, following = tokens[start : start + chunk], tokens[start + 1 : start + 1 + chunk]
-                rule = self.rules.calibrated if forced is None else ForcedRule(forced[:, start : start + chunk])
-                dense = np.arange(start, start + len(part)) < prompt
-                step = self._bound(len(part), mixes)
-                if mixes:
-                    cast("BoundStep", step).teacher_force(part, rule, dense)
-                else:
-                    step.decode(int(part[0]), DENSE if dense[0] else rule)
-                self.tokens.extend(part.tolist())
-                likelihoods = (-nll(step.logits[0], following)).astype(np.float32)
-                greedy = step.logits[0, : len(following)].argmax(axis=-1) == following
-                parts.append((likelihoods, greedy, self._actions(step), step.damage.T.copy()))
-                if keep_logits:
-                    logits.append(step.logits[0].copy())
-        finally:
-            self.reset()  # its K and V are those of skips: no prompt may go on behind them as if they were dense
-        likelihoods, greedy, taken, damages = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return Score(likelihoods, greedy, taken, damages, np.concatenate(logits) if keep_logits else None)
+        return score(self, self.checked_ids(ids, fresh=True), prefix, actions, keep_logits)
 
     def logits(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None) -> npt.NDArray[np.float32]:
         """The logits [tokens, vocab] of `score`."""
         return cast("npt.NDArray[np.float32]", self.score(ids, prefix, actions, keep_logits=True).logits)
 
+    # --- what is known of a conversation
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a pass over many."""
+        return min(self.prefill_chunk, self.engines.rows_at_once(self.cache.capacity))
+
+    def rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
+        """Keep what is cached of a conversation that begins with `ids`, but for one token, whose logits are wanted."""
+        pairs = enumerate(zip(ids, self.tokens, strict=False))
+        known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
+        self._rewind(max(0, min(known, len(ids) - 1)))
+
+    def adopt(self, tokens: Sequence[int], cache: KVCache) -> None:
+        """Hold `tokens` instead of what is there: the first row of `cache` begins with their K and V."""
+        self._rewind(0)
+        self.reserve(cache.length)
+        self.cache.take(0, cache)
+        self.cache.length = len(tokens)
+        self.tokens[:] = tokens
+
     # --- steps
 
     def _prefill(self, given: TokenIds | Floats, headroom: int) -> Logits:
         """Dense, in chunks; the logits [vocab] after the last. Whatever ends it, `tokens` are what the cache holds."""
-        self._reserve(len(given) + headroom)
-        chunk = self._chunk()
+        self.reserve(len(given) + headroom)
+        chunk = self.chunk
         for start in range(0, len(given), chunk):
             part = given[start : start + chunk]
-            step = self._bound(len(part))
+            step = self.bound(len(part))
             if part.ndim == 2:
                 cast("BoundStep", step).prefill_embeddings(cast("Floats", part))
             else:
@@ -281,24 +271,18 @@ class Session:
 
     def _advance(self, token: int, rule: Rule | None = None) -> tuple[Logits, Actions]:
         """One known token under the session's rule, or another: its logits [vocab] until the next step, its actions."""
-        self._reserve(1)
-        step = self._bound(1)
+        self.reserve(1)
+        step = self.bound(1)
         if rule is None:
             rule = DENSE if self.cache.length < DENSE_POSITIONS else self.rules.rule
         step.decode(token, rule)
         self.rules.decoded(step.skipped)
         self._pending = []  # in this order: an interrupt comes after a call
         self.tokens.append(token)
-        return self._last(step), self._actions(step)[0]
+        return self._last(step), self.actions_of(step)[0]
 
-    def _actions(self, step: BoundStep | DeviceStep) -> Actions:
+    def actions_of(self, step: BoundStep | DeviceStep) -> Actions:
         return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
-
-    def _rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
-        """Keep what is cached of a conversation that begins with `ids`, but for one token, whose logits are wanted."""
-        pairs = enumerate(zip(ids, self.tokens, strict=False))
-        known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
-        self._rewind(max(0, min(known, len(ids) - 1)))
 
     def _rewind(self, length: int) -> None:
         self.cache.length = length
@@ -309,18 +293,14 @@ class Session:
         self._pending = []
         self._streams += 1
 
-    def _chunk(self) -> int:
-        """Tokens of a pass over many."""
-        return min(self.prefill_chunk, self.engines.rows_at_once(self.cache.capacity))
-
-    def _reserve(self, more: int) -> None:
+    def reserve(self, more: int) -> None:
         self.cache.length = len(self.tokens)  # an interrupt may have come between a step and the end of its work
         wanted = self.cache.length + more
         if wanted > self.cache.capacity:
             self._steps.clear()  # before, not after: an interrupt between the two would leave steps on the old memory
         self.cache.reserve(wanted)
 
-    def _bound(self, sequence: int, teacher_forced: bool = False) -> BoundStep | DeviceStep:
+    def bound(self, sequence: int, teacher_forced: bool = False) -> BoundStep | DeviceStep:
         key = (sequence, teacher_forced)
         if key not in self._steps:
             # A long step's buffers are large: keep the decode step and the last other one.

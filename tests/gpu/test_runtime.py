@@ -67,7 +67,7 @@ def test_a_step_is_one_graph(gpu_runtime: LoadGpu) -> None:
     session = runtime.session("token", skipped=5)
     session.generate(list(range(5, 25)), 8)
     assert runtime.dispatch == "device", "see the log for what cannot be recorded here"
-    step = session._bound(1)
+    step = session.bound(1)
     assert isinstance(step, DeviceStep)
     assert step._graph is not None
 

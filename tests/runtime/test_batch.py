@@ -74,8 +74,8 @@ def test_they_end_at_different_times(runtime: DashRuntime, monkeypatch: pytest.M
     assert [each.tokens.tolist() for each in together] == [*alone(runtime, PROMPTS, 30).values()]
     batch, seen = runtime.batch(5), set()
     for _ in batch.stream(PROMPTS, 30):
-        seen |= set(batch._steps)
-        assert len(batch._steps) <= 2
+        seen |= set(batch._rows._steps)
+        assert len(batch._rows._steps) <= 2
     assert len(seen) > 3
 
 

@@ -65,7 +65,7 @@ def test_an_interrupt_in_a_step_leaves_a_session_that_goes_on(
             super().append(token)
             raise KeyboardInterrupt
 
-    step = session._bound(1)
+    step = session.bound(1)
     sound = step.decode
 
     def decode(*given: Any) -> None:

@@ -109,7 +109,7 @@ def test_one_recording_serves_every_rule(simulated: MakeSimulated, host: Host) -
             (expected, actions), (found, taken) = (session.decode_one(token, rule) for session in live)
             np.testing.assert_array_equal(taken, actions)
             assert np.abs(found - expected).max() < TOLERANCE
-            one, other = (session._bound(1).damage for session in live)
+            one, other = (session.bound(1).damage for session in live)
             np.testing.assert_allclose(one, other, atol=1e-5)
         np.testing.assert_array_equal(taken, layer_actions(every, TINY_UNITS, 6)[0])
     assert len(made.device.recorded) == 1
@@ -231,7 +231,7 @@ def test_a_dropped_step_gives_back_its_contexts(dispatch: str, simulated: MakeSi
     gc.collect()
     gc.disable()
     try:
-        steps = [session._bound(1), session._bound(7)]
+        steps = [session.bound(1), session.bound(7)]
         assert all(isinstance(step, DeviceStep) for step in steps)
         contexts = [weakref.ref(step.parts[3].run) for step in steps]  # type: ignore[attr-defined]
         del steps

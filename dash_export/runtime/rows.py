@@ -1,0 +1,134 @@
+"""Sequences that decode together: a step reads the weights once for all of them. `Batch` and a server's scheduler say
+who comes when.
+
+A row has its own place in the cache, rules, sampling and end, and gets what it would get alone (in fp32; else up to
+rounding). A unit runs when any row runs it, and each row takes its own result, so skipping saves less the more decode
+together: where every one skips a unit with probability p, p^n of its runs are saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dash_export.decision import DENSE_POSITIONS, layer_actions
+from dash_export.errors import DashError
+from dash_export.runtime.decode import BoundStep, EngineSet
+from dash_export.runtime.results import NO_TOKEN, Response, Statistics, Turn
+from dash_export.runtime.rules import DENSE, SessionRules
+from dash_export.runtime.sampling import Logits
+from dash_export.runtime.session import Session
+
+
+@dataclass
+class Row:
+    """One sequence on its way: row i of the cache is its own. `tag` says whose it is."""
+
+    tag: Any
+    turn: Turn
+    rules: SessionRules
+    tokens: list[int]
+    token: int
+
+
+@dataclass
+class Counters:
+    """Steps of all sequences together, and layers that ran in them for any."""
+
+    decode_steps: int = 0
+    layers_run: int = 0
+
+
+class Rows:
+    """At most `size` rows, for one thread."""
+
+    def __init__(self, engines: EngineSet, size: int, kv_step: int) -> None:
+        self.engines, self.size, self._kv_step = engines, size, kv_step
+        self.cache = engines.cache(kv_step, size)
+        self._steps: dict[int, BoundStep] = {}
+        self.rows: list[Row] = []
+        self.counters = Counters()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.cache.lengths[: len(self.rows)] = [0] * len(self.rows)
+        self.rows.clear()
+
+    def begin(
+        self, prompt: Session, logits: Logits, turn: Turn, rules: SessionRules, tag: Any, max_tokens: int
+    ) -> Response:
+        """The first response to what `prompt` has prefilled; unless it is the last one too, there is a row for it now.
+        Raises DashError.
+        """
+        slot = len(self.rows)
+        self._reserve(len(prompt.tokens) + min(max_tokens, self._kv_step))
+        self.cache.take(slot, prompt.cache)
+        response = turn.respond(logits, prompt.tokens, self._dense())
+        if response.finish_reason is None:
+            self.rows.append(Row(tag, turn, rules, list(prompt.tokens), response.token))
+        return response
+
+    def failed(self, error: DashError, statistics: Statistics | None = None) -> Response:
+        """The last response of a row that cannot go on."""
+        return Response("", NO_TOKEN, self._dense(), 0.0, statistics or Statistics(), "error", error)
+
+    def advance(self, cancelled: Collection[Any] = ()) -> list[tuple[Any, Response]]:
+        """One token for every row, by tag; those whose last one it is, or whose tag is `cancelled`, leave. Raises
+        BackendError where the step fails.
+        """
+        rows = self.rows
+        for row in rows:
+            row.turn.begin()
+        lengths = self.cache.lengths
+        self._reserve(max(lengths[: len(rows)]) + 1)
+        step = self._bound(len(rows))
+        rules = [
+            DENSE if length < DENSE_POSITIONS else row.rules.rule for row, length in zip(rows, lengths, strict=False)
+        ]
+        step.decode_batch([row.token for row in rows], rules)
+        actions_of_rows = layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
+        self.counters.layers_run += int((~actions_of_rows.all(axis=0)).sum())
+        self.counters.decode_steps += 1
+        responses = []
+        for slot, (row, logits, actions) in enumerate(zip(rows, step.logits, actions_of_rows, strict=True)):
+            row.rules.decoded(step.skipped[:, slot : slot + 1])
+            row.tokens.append(row.token)
+            try:
+                response = row.turn.respond(logits[0], row.tokens, actions.copy(), row.tag in cancelled)
+            except DashError as error:
+                response = self.failed(error, row.turn.statistics)
+            row.token = response.token
+            responses.append((row.tag, response))
+        for slot in reversed(range(len(rows))):
+            if responses[slot][1].finish_reason is not None:
+                self._leave(slot)
+        return responses
+
+    def _dense(self) -> np.ndarray[Any, np.dtype[np.int8]]:
+        return np.zeros(self.engines.model.num_layers, np.int8)
+
+    def _bound(self, count: int) -> BoundStep:
+        """The step for `count` sequences. A step holds their logits, so the full one and the last other are kept."""
+        if count not in self._steps:
+            self._steps = {other: step for other, step in self._steps.items() if other == self.size}
+            self._steps[count] = self.engines.step(self.cache, 1, batch=count)
+        return self._steps[count]
+
+    def _leave(self, slot: int) -> None:
+        """The last row takes the place of one that ended."""
+        last = self.rows.pop()
+        if slot < len(self.rows):
+            self.rows[slot] = last
+            self.cache.take(slot, self.cache, len(self.rows))
+        self.cache.lengths[len(self.rows)] = 0
+
+    def _reserve(self, tokens: int) -> None:
+        if tokens > self.cache.capacity:
+            self._steps.clear()  # before: see Session._reserve
+        self.cache.reserve(tokens)

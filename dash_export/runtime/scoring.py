@@ -1,0 +1,54 @@
+"""A text scored as decode under the policy would see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from dash_export.decision import DENSE_POSITIONS, Actions, unit_skips
+from dash_export.divergence import nll
+from dash_export.errors import PolicyError, RequestError
+from dash_export.runtime.results import Score, TokenIds, check_room
+from dash_export.runtime.rules import DENSE, ForcedRule
+
+if TYPE_CHECKING:
+    from dash_export.runtime.decode import BoundStep
+    from dash_export.runtime.session import Session
+
+
+def score(session: Session, tokens: TokenIds, prefix: int, actions: Actions | None, keep_logits: bool) -> Score:
+    """`Session.score`, of checked ids."""
+    mixes = session.engines.mixes
+    if prefix < 1:
+        raise RequestError(f"prefix must be at least 1, not {prefix}.")
+    shape = (len(tokens), session.engines.model.num_layers)
+    if actions is not None and (actions.shape != shape or not np.isin(actions, (0, 1)).all()):
+        raise PolicyError(f"actions must be {list(shape)}, tokens and layers, each 0 (run) or 1 (skip).")
+    forced = None if actions is None else unit_skips(actions, session.engines.units)
+    check_room(len(tokens), 0, session.engines.model.max_positions)
+    session.reset()
+    session.reserve(len(tokens))
+    prompt = max(prefix, DENSE_POSITIONS) if forced is None else 0
+    chunk = min(session.chunk, session.engines.score_rows) if mixes else 1
+    parts, logits = [], []
+    try:
+        for start in range(0, len(tokens), chunk):
+            part, following = tokens[start : start + chunk], tokens[start + 1 : start + 1 + chunk]
+            rule = session.rules.calibrated if forced is None else ForcedRule(forced[:, start : start + chunk])
+            dense = np.arange(start, start + len(part)) < prompt
+            step = session.bound(len(part), mixes)
+            if mixes:
+                cast("BoundStep", step).teacher_force(part, rule, dense)
+            else:
+                step.decode(int(part[0]), DENSE if dense[0] else rule)
+            session.tokens.extend(part.tolist())
+            likelihoods = (-nll(step.logits[0], following)).astype(np.float32)
+            greedy = step.logits[0, : len(following)].argmax(axis=-1) == following
+            parts.append((likelihoods, greedy, session.actions_of(step), step.damage.T.copy()))
+            if keep_logits:
+                logits.append(step.logits[0].copy())
+    finally:
+        session.reset()  # its K and V are those of skips: no prompt may go on behind them as if they were dense
+    likelihoods, greedy, taken, damages = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Score(likelihoods, greedy, taken, damages, np.concatenate(logits) if keep_logits else None)

@@ -1,0 +1,65 @@
+"""An answer on its way to a client: the scheduler's responses on the event loop, and what they add up to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+
+from dash_export.decision import unit_skips
+from dash_export.runtime.results import Response, Statistics
+from dash_export.serve.scheduler import Request, Scheduler
+
+
+class Answer:
+    """One choice of one request. `responses` may be left at any time: it cancels what is not decoded yet."""
+
+    def __init__(self, scheduler: Scheduler, request: Request) -> None:
+        """Raises what `Scheduler.submit` raises."""
+        loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Response] = asyncio.Queue()
+        self._scheduler, self._skips = scheduler, list[Any]()
+        self.text, self.finish_reason, self.statistics = "", "", Statistics()
+        self.ticket = scheduler.submit(
+            request, lambda response: loop.call_soon_threadsafe(self._queue.put_nowait, response)
+        )
+
+    async def responses(self) -> AsyncIterator[Response]:
+        """As they come. Raises the error of an answer that fails."""
+        try:
+            while True:
+                response = await self._queue.get()
+                self.statistics = response.statistics
+                if response.error is not None:
+                    raise response.error
+                self.text += response.text
+                self.finish_reason = response.finish_reason or ""
+                if response.statistics.tokens > 1:  # the first comes out of the prompt
+                    self._skips.append(response.actions)
+                yield response
+                if response.finish_reason is not None:
+                    return
+        finally:
+            self._scheduler.cancel(self.ticket)
+
+    def usage(self) -> dict[str, Any]:
+        """As OpenAI has it, with `dash`: what was skipped."""
+        said = self.statistics
+        total = said.prompt_tokens + said.tokens
+        counts = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.tokens, "total_tokens": total}
+        return counts | {"dash": self.dash()}
+
+    def dash(self) -> dict[str, Any]:
+        """Layers and time of the decoded tokens, the time as a fraction of dense by the build's cost table."""
+        runtime, said = self._scheduler.runtime, self.statistics
+        told: dict[str, Any] = {
+            "layers_per_token": round(said.layers_per_token, 3),
+            "tokens_per_second": round(said.tokens_per_second, 2),
+            "prefill_seconds": round(said.prefill_seconds, 4),
+        }
+        if self._skips and runtime.cost.segment_us:
+            skips = unit_skips(np.array(self._skips), runtime.bundle.manifest.policy.units)
+            told["time_of_dense"] = round(float(runtime.cost.token_time(skips).mean()), 4)
+        return told

@@ -1,0 +1,31 @@
+"""What the schedulers did, in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dash_export.serve.scheduler import Scheduler
+
+_COUNTERS = {
+    "requests": "Requests that were taken.",
+    "refused": "Requests refused because the queue was full.",
+    "finished": "Answers that ended well.",
+    "failed": "Answers that ended with an error.",
+    "prompt_tokens": "Tokens of prompts.",
+    "known_tokens": "Tokens of prompts that were not computed again.",
+    "tokens": "Tokens of answers.",
+}
+
+
+def exposition(served: Mapping[str, Scheduler]) -> str:
+    """All counters and gauges, by model."""
+    lines = []
+    for name, text in _COUNTERS.items():
+        metric = f"dash_export_{name}_total"
+        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} counter"]
+        lines += [f'{metric}{{model="{model}"}} {getattr(one.figures, name)}' for model, one in served.items()]
+    for name, text in (("waiting", "Requests in the queue."), ("running", "Rows that decode.")):
+        metric = f"dash_export_{name}"
+        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} gauge"]
+        lines += [f'{metric}{{model="{model}"}} {getattr(one, name)}' for model, one in served.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,142 @@
+"""What clients of OpenAI's API send, and what it means here: pydantic checks types, the rest raises RequestError.
+
+Fields that this server does not know are passed over, as others do; `dash` is our own: how fast an answer should be.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dash_export.decision import Setting, parse_layers
+from dash_export.errors import RequestError
+from dash_export.runtime.sampling import Sampling
+
+
+class Dash(BaseModel):
+    """How much may be skipped: at most one amount, as in `runtime.session`. `skips`: tell the layers of every token."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: Literal["dense", "static", "token"] | None = None
+    skip: list[int] | str | None = None
+    trade_off: float | None = None
+    budget: float | None = None
+    skipped: float | None = None
+    max_kl: float | None = None
+    max_layers: int | None = None
+    hold: bool = True
+    skips: bool = False
+
+    def setting(self) -> Setting | None:
+        """The session's setting; None where nothing is said of it."""
+        given = self.model_dump(exclude_defaults=True, exclude={"skips"})
+        if not given:
+            return None
+        if isinstance(self.skip, str):
+            given["skip"] = parse_layers(self.skip)
+        return Setting(**given)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ContentPart(BaseModel):
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[ContentPart] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As a chat template takes it: text parts joined. Raises RequestError for parts that are no text."""
+        content = self.content
+        if isinstance(content, list):
+            if other := next((part.type for part in content if part.type != "text" or part.text is None), None):
+                raise RequestError(f"messages: content of type {other!r:.60} is not supported; supported: text.")
+            content = "".join(part.text or "" for part in content)
+        extra = self.model_extra or {}
+        return {"role": self.role, "content": content or "", **extra}
+
+
+class Generation(BaseModel):
+    """What both kinds of completion take."""
+
+    model: str = ""
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int = Field(1, ge=1, le=16)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    dash: Dash = Field(default_factory=Dash)
+
+    def sampling(self, place: int = 0, logprobs: int | None = None) -> Sampling:
+        """How the answer number `place` of `n` is sampled: each with a seed of its own. Raises RequestError."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        given = {
+            "temperature": self.temperature if self.temperature is None or self.temperature >= 1e-3 else 0.0,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+        }
+        said = {name: value for name, value in given.items() if value is not None}
+        seed = None if self.seed is None else abs(self.seed) + place
+        return Sampling(**({"temperature": 1.0} | said), seed=seed, stop=stop, logprobs=logprobs)  # type: ignore[arg-type]
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] = False
+    max_tokens: int | None = Field(16, ge=1)
+
+
+def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
+    """The model's name and the setting: `smollm2@budget=0.9` is for clients that cannot send `dash`. Raises
+    RequestError.
+    """
+    base, at, alias = name.partition("@")
+    if not at:
+        return base, dash.setting()
+    given: dict[str, Any] = {}
+    for part in alias.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or key not in Dash.model_fields:
+            raise RequestError(
+                f"model: {name!r:.100} is not like NAME@budget=0.9; known: {', '.join(Dash.model_fields)}."
+            )
+        given[key] = value
+    return base, Dash.model_validate(given).setting()

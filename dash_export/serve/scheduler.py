@@ -1,0 +1,285 @@
+"""Who decodes when. Requests wait in a bounded queue; between two steps of the running rows one chunk of one prompt is
+prefilled; a row that ends makes place for the next. One thread owns the engines; all else may be called from any.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from dash_export.arguments import Prompt
+from dash_export.decision import Setting
+from dash_export.errors import BackendError, DashError, RequestError
+from dash_export.runtime import DashRuntime
+from dash_export.runtime.results import Response, TokenIds, Turn, answer_length
+from dash_export.runtime.rows import Rows
+from dash_export.runtime.rules import SessionRules, session_rules
+from dash_export.runtime.sampling import Logits, Sampling
+from dash_export.serve.prefixes import Prefixes
+
+ROWS, WAITING, PREFIX_BYTES = 8, 64, 256 << 20
+
+
+class BusyServerError(RequestError):
+    """The queue is full, or the server is closing: ask again later."""
+
+
+class DeadlineError(RequestError):
+    """A request's time was over before its answer was."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked. `setting` None: what the server thinks best at that moment. `deadline`: seconds from now on."""
+
+    prompt: Prompt
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    setting: Setting | None = None
+    deadline: float | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way. `tell` gets every response, on the scheduler's thread; the last has a `finish_reason`."""
+
+    request: Request
+    ids: TokenIds
+    max_tokens: int
+    rules: SessionRules | None
+    tell: Callable[[Response], None]
+    until: float
+    cancelled: bool = False
+    turn: Turn | None = None
+    alone: SessionRules | None = None
+    """Its rules as the only row, where it has none of its own."""
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.until
+
+
+@dataclass
+class Figures:
+    """What was done so far."""
+
+    requests: int = 0
+    refused: int = 0
+    finished: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    known_tokens: int = 0
+    tokens: int = 0
+
+
+class Scheduler:
+    """`start` begins its thread; `close` ends it."""
+
+    def __init__(
+        self,
+        runtime: DashRuntime,
+        *,
+        rows: int = ROWS,
+        waiting: int = WAITING,
+        prefix_bytes: int = PREFIX_BYTES,
+        alone: Setting | None = None,
+        together: Setting | None = None,
+    ) -> None:
+        """`alone` and `together`: how requests that do not say it decode, as the only row and beside others; by default
+        as the bundle recommends, and densely, for a token policy saves nothing where rows differ. Raises PolicyError,
+        and BackendError for a GPU build.
+        """
+        batch = runtime.batch(rows)  # says it where a build takes one sequence only
+        self.runtime, self.most_waiting = runtime, waiting
+        self._rows = Rows(batch.engines, rows, runtime.recipe.runtime.kv_step)
+        self._prompt = runtime.session()
+        self._prefixes = Prefixes(prefix_bytes)
+        self._alone, self._together = (
+            self._rules(one) for one in (alone or runtime.recommended, together or Setting())
+        )
+        self._waiting: deque[Ticket] = deque()
+        self._job: Ticket | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.figures = Figures()
+
+    # --- from any thread
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    @property
+    def started(self) -> bool:
+        return self._thread.ident is not None
+
+    def submit(self, request: Request, tell: Callable[[Response], None]) -> Ticket:
+        """Queue a request. Raises RequestError, ContextLengthError and PolicyError for one that cannot be answered, and
+        BusyServerError.
+        """
+        runtime = self.runtime
+        ids = runtime.checked_ids(request.prompt)
+        max_tokens = answer_length(len(ids), request.max_tokens, runtime.engines.model.max_positions)
+        rules = None if request.setting is None else self._rules(request.setting)
+        until = float("inf") if request.deadline is None else time.monotonic() + request.deadline
+        ticket = Ticket(request, ids, max_tokens, rules, tell, until)
+        with self._changed:
+            if self._closing or len(self._waiting) >= self.most_waiting:
+                self.figures.refused += 1
+                why = "is closing" if self._closing else f"has {self.most_waiting} requests waiting"
+                raise BusyServerError(f"The server {why}: ask again later.")
+            self.figures.requests += 1
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def stream(self, request: Request) -> Iterator[Response]:
+        """`submit`, and its responses as they come; leaving the iterator cancels it. Raises the error of an answer that
+        fails.
+        """
+        responses: SimpleQueue[Response] = SimpleQueue()
+        ticket = self.submit(request, responses.put)
+        try:
+            while True:
+                response = responses.get()
+                if response.error is not None:
+                    raise response.error
+                yield response
+                if response.finish_reason is not None:
+                    return
+        finally:
+            self.cancel(ticket)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End an answer before its next token; one that has ended stays as it is."""
+        with self._changed:
+            ticket.cancelled = True
+            self._changed.notify()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + (self._job is not None)
+
+    @property
+    def running(self) -> int:
+        return len(self._rows)
+
+    def close(self, seconds: float = 0.0) -> bool:
+        """Take no more requests, let those there are end for so long, then fail the rest. Returns whether all ended."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(seconds)
+        drained = not self._thread.is_alive()
+        with self._changed:
+            for ticket in [*self._waiting, *([self._job] if self._job else []), *(row.tag for row in self._rows.rows)]:
+                ticket.until = 0.0
+            self._changed.notify()
+        self._thread.join()
+        return drained
+
+    # --- on the scheduler's own
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._job or self._rows or self._closing):
+                    self._changed.wait()
+                if self._closing and not (self._waiting or self._job or self._rows):
+                    return
+            self._prefill()
+            self._decode()
+
+    def _prefill(self) -> None:
+        """One chunk of the prompt that is under way, or of the next one where there is a row for it."""
+        self._drop_waiting()
+        if self._job is None and self._waiting and len(self._rows) < self._rows.size:
+            with self._changed:
+                self._job = self._waiting.popleft()
+            known = self._prefixes.restore(self._prompt, self._job.ids)
+            request, count = self._job.request, len(self._job.ids)
+            self._job.turn = Turn(self.runtime.text, request.sampling, self._job.max_tokens, count)
+            self.figures.known_tokens += known
+        ticket, session = self._job, self._prompt
+        if ticket is None:
+            return
+        if ticket.cancelled or ticket.late:
+            self._job = None
+            self._end(ticket)
+            return
+        try:
+            done = len(session.tokens)
+            logits = session.prefill(ticket.ids[done : done + session.chunk])
+            if len(session.tokens) == len(ticket.ids):
+                self._job = None
+                self._begin(ticket, logits)
+        except DashError as error:
+            self._job = None
+            session.reset()
+            self._tell(ticket, self._rows.failed(error))
+
+    def _begin(self, ticket: Ticket, logits: Logits) -> None:
+        assert ticket.turn is not None
+        rules = deepcopy(ticket.rules or self._alone)
+        self._prefixes.keep(self._prompt.tokens, self._prompt.cache, 0)
+        self._tell(ticket, self._rows.begin(self._prompt, logits, ticket.turn, rules, ticket, ticket.max_tokens))
+        ticket.rules = None if ticket.request.setting is None else rules
+        ticket.alone = rules
+
+    def _decode(self) -> None:
+        """One step of all rows."""
+        rows = self._rows.rows
+        if not rows:
+            return
+        for row in rows:
+            if row.tag.rules is None:
+                row.rules = row.tag.alone if len(rows) == 1 else self._together
+        stopped = {row.tag for row in rows if row.tag.cancelled or row.tag.late}
+        try:
+            told = self._rows.advance(stopped)
+        except BackendError as error:  # of all rows at once: what is in their caches is not known
+            told = [(row.tag, self._rows.failed(error, row.turn.statistics)) for row in rows]
+            self._rows.clear()
+        for ticket, response in told:
+            if response.finish_reason == "cancelled" and ticket.late and not ticket.cancelled:
+                response = self._rows.failed(_late(), response.statistics)
+            self._tell(ticket, response)
+
+    def _drop_waiting(self) -> None:
+        with self._changed:
+            gone = [ticket for ticket in self._waiting if ticket.cancelled or ticket.late]
+            for ticket in gone:
+                self._waiting.remove(ticket)
+        for ticket in gone:
+            self._end(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
+        """One that has no row yet."""
+        self._tell(
+            ticket, self._rows.failed(RequestError("The request was cancelled.") if ticket.cancelled else _late())
+        )
+
+    def _tell(self, ticket: Ticket, response: Response) -> None:
+        if response.finish_reason is not None:
+            statistics = response.statistics
+            self.figures.prompt_tokens += statistics.prompt_tokens
+            self.figures.tokens += statistics.tokens
+            self.figures.failed += response.error is not None
+            self.figures.finished += response.error is None
+        ticket.tell(response)
+
+    # --- checks
+
+    def _rules(self, setting: Setting) -> SessionRules:
+        manifest = self.runtime.bundle.manifest
+        return session_rules(setting, manifest.model, manifest.policy, self.runtime.build)
+
+
+def _late() -> DeadlineError:
+    return DeadlineError("The time that this request had is over.")

@@ -1,0 +1,228 @@
+"""Requests that come, wait, decode together and end: each gets what it gets alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.decision import Setting
+from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
+from dash_export.runtime import Response, Sampling
+from dash_export.runtime.decode import BoundStep
+from dash_export.runtime.sampling import Sampler
+from dash_export.serve.scheduler import BusyServerError, DeadlineError, Request, Scheduler
+from tests.tiny import random_ids
+
+MakeScheduler = Callable[..., Scheduler]
+DENSE = Setting("dense")
+SETTINGS = (DENSE, Setting("static", skip=(2, 3)), Setting("token", trade_off=0.6), Setting("token", trade_off=0.1))
+
+
+@pytest.fixture
+def runtime(tiny_runtime: Callable[..., DashRuntime]) -> DashRuntime:
+    return tiny_runtime()
+
+
+@pytest.fixture
+def scheduler(runtime: DashRuntime) -> Iterator[MakeScheduler]:
+    """`scheduler(...)`: one that runs, and is closed after the test."""
+    made: list[Scheduler] = []
+
+    def make(start: bool = True, **options: object) -> Scheduler:
+        made.append(Scheduler(runtime, **options))  # type: ignore[arg-type]
+        if start:
+            made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.started:
+            one.close()
+
+
+def asked(number: int) -> Request:
+    sampling = Sampling(1.0, top_p=0.9, seed=number) if number % 3 == 2 else Sampling()
+    prompt = random_ids(3 + 7 * (number % 5), seed=number % 7)
+    return Request(prompt, 4 + number % 11, sampling, SETTINGS[number % len(SETTINGS)])
+
+
+def alone(runtime: DashRuntime, request: Request) -> list[int]:
+    assert request.setting is not None
+    session = runtime.session_with(request.setting)
+    return [step.token for step in session.stream(request.prompt, request.max_tokens, request.sampling)]
+
+
+def test_each_gets_what_it_gets_alone(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
+    made = scheduler(rows=3)
+    requests = [asked(number) for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda request: [step.token for step in made.stream(request)], requests))
+    for request, tokens in zip(requests, found, strict=True):
+        assert tokens == alone(runtime, request)
+    assert (made.figures.finished, made.figures.failed, made.waiting, made.running) == (40, 0, 0, 0)
+    assert made.figures.tokens == sum(map(len, found))
+    assert made.figures.known_tokens > 0, "prompts come again"
+
+
+def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler) -> None:
+    """The only row skips as was said, rows together as was said for those."""
+    made = scheduler(rows=2, alone=Setting("static", skip=(2, 3)), together=Setting("static", skip=(4,)))
+    one = [step.actions.tolist() for step in made.stream(Request(random_ids(4), 6))][1:]
+    assert one == [[0, 0, 1, 1, 0, 0]] * 5
+    second: SimpleQueue[Response] = SimpleQueue()
+    taken = []
+    for step in made.stream(Request(random_ids(4), 30)):
+        if step.statistics.tokens == 4:
+            made.submit(Request(random_ids(5), 10), second.put)
+        taken.append(step.actions.tolist())
+    assert [0, 0, 0, 0, 1, 0] in taken
+    assert taken[1] == taken[-1] == [0, 0, 1, 1, 0, 0]
+
+
+def test_a_full_queue(scheduler: MakeScheduler) -> None:
+    made = scheduler(start=False, waiting=2)
+    for _ in range(2):
+        made.submit(Request(random_ids(4), 3), lambda _: None)
+    with pytest.raises(BusyServerError, match="has 2 requests waiting: ask again later"):
+        made.submit(Request(random_ids(4), 3), lambda _: None)
+    assert made.figures.refused == 1
+    made.start()
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (Request([]), RequestError),
+        (Request([5000]), RequestError),
+        (Request(random_ids(600)), ContextLengthError),
+        (Request([5], 0), RequestError),
+        (Request([5], setting=Setting("token", budget=0.001)), PolicyError),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(
+    request_: Request, error: type[Exception], scheduler: MakeScheduler
+) -> None:
+    made = scheduler()
+    with pytest.raises(error):
+        made.submit(request_, lambda _: None)
+    assert made.figures.requests == 0
+
+
+def test_time_that_is_over(scheduler: MakeScheduler) -> None:
+    made = scheduler(rows=1)
+    with pytest.raises(DeadlineError):
+        list(made.stream(Request(random_ids(4), 5, deadline=0.0)))
+    with pytest.raises(DeadlineError):
+        list(made.stream(Request(random_ids(4), 480, deadline=0.02, setting=DENSE)))
+    assert len(list(made.stream(Request(random_ids(4), 5, deadline=60.0)))) == 5
+
+
+def test_cancelled(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
+    """While it decodes, by leaving its stream; while it waits. The others go on."""
+    made = scheduler(rows=1)
+    stream = made.stream(Request(random_ids(4), 400, setting=DENSE))
+    next(stream)
+    waits: SimpleQueue[Response] = SimpleQueue()
+    ticket = made.submit(Request(random_ids(4), 5), waits.put)
+    made.cancel(ticket)
+    assert "cancelled" in str(waits.get(timeout=10).error)
+    stream.close()  # type: ignore[attr-defined]
+    request = Request(random_ids(6), 9, setting=DENSE)
+    assert [step.token for step in made.stream(request)] == alone(runtime, request)
+    assert made.running == 0
+
+
+def test_a_row_that_fails_ends_alone(
+    scheduler: MakeScheduler, runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, sound = scheduler(rows=3), Sampler.__call__
+    bad = Sampling(temperature=0.5, seed=99)
+
+    def failing(self: Sampler, logits: np.ndarray, context: list[int]) -> int:
+        if self._sampling is bad and len(context) > 6:
+            raise BackendError("no numbers")
+        return sound(self, logits, context)
+
+    monkeypatch.setattr(Sampler, "__call__", failing)
+    good = Request(random_ids(5), 20, setting=DENSE)
+    with ThreadPoolExecutor(2) as pool:
+        fine = pool.submit(lambda: [step.token for step in made.stream(good)])
+        with pytest.raises(BackendError, match="no numbers"):
+            list(made.stream(Request(random_ids(5), 20, bad)))
+        assert fine.result() == alone(runtime, good)
+
+
+def test_a_step_that_fails_ends_all_rows_and_the_server_goes_on(
+    scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, sound, broken = scheduler(rows=2), BoundStep.decode_batch, threading.Event()
+
+    def failing(*arguments: object) -> None:
+        if broken.is_set():
+            raise BackendError("out of order")
+        sound(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BoundStep, "decode_batch", failing)
+    stream = made.stream(Request(random_ids(4), 50))
+    next(stream)
+    broken.set()
+    with pytest.raises(BackendError, match="out of order"):
+        list(stream)
+    broken.clear()
+    assert len(list(made.stream(Request(random_ids(4), 5)))) == 5
+
+
+def test_closing_lets_answers_end(scheduler: MakeScheduler) -> None:
+    made = scheduler(rows=1)
+    told: SimpleQueue[Response] = SimpleQueue()
+    for _ in range(2):
+        made.submit(Request(random_ids(4), 20, setting=DENSE), told.put)
+    assert made.close(30.0)
+    reasons = [told.get_nowait().finish_reason for _ in range(40)]
+    assert reasons.count("length") == 2
+    with pytest.raises(BusyServerError, match="is closing"):
+        made.submit(Request(random_ids(4), 20), told.put)
+
+
+def test_closing_at_once_fails_what_is_left(scheduler: MakeScheduler) -> None:
+    made = scheduler(rows=1)
+    told: SimpleQueue[Response] = SimpleQueue()
+    for _ in range(3):
+        made.submit(Request(random_ids(4), 400, setting=DENSE), told.put)
+    while not made.running:
+        time.sleep(0.001)
+    assert not made.close(0.01)
+    last = []
+    while not told.empty():
+        response = told.get_nowait()
+        last += [response] * (response.finish_reason is not None)
+    assert [type(response.error) for response in last] == [DeadlineError] * 3
+
+
+def test_a_prompt_that_goes_on_is_not_computed_again(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
+    """Of several conversations in turn; memory for two of them keeps the last two."""
+    starts = [random_ids(60, seed=seed) for seed in range(3)]
+    made = scheduler(rows=1)
+    for start in starts:
+        list(made.stream(Request(start, 2)))
+    before = made.figures.known_tokens
+    for start in starts:
+        longer = np.concatenate([start, random_ids(10, seed=9)])
+        request = Request(longer, 6, setting=DENSE)
+        assert [step.token for step in made.stream(request)] == alone(runtime, request)
+    assert made.figures.known_tokens - before == 180
+
+
+def test_idle_it_waits(scheduler: MakeScheduler) -> None:
+    made = scheduler()
+    list(made.stream(Request(random_ids(4), 3)))
+    began = time.thread_time(), time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - began[1] < 0.1

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "A model (folder, hub id, GGUF file) to a bundle of ONNX graphs.",
     "build": "Compile a bundle's engines for a target and measure them.",
     "run": "Answer a prompt, or chat, skipping layers as told.",
+    "serve": "Bundles behind OpenAI's API, and a page to try them.",
     "inspect": "What is in a bundle: graphs, engines, sizes, costs, policy.",
     "train": "Learn a skip policy for a model: its units, network and bypasses.",
     "eval": "What skipping costs in quality, under every policy kind.",
@@ -35,6 +36,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "transformers"), "train"),
     "matplotlib": "profile",
     "scipy": "eval",
+    **dict.fromkeys(("starlette", "uvicorn", "pydantic"), "serve"),
 }
 INTERRUPTED = 130
 OUTPUT = "dash_export.output"

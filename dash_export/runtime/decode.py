@@ -88,7 +88,7 @@ class EngineSet:
 
     def rows_at_once(self, capacity: int) -> int:
         """As many tokens as one pass may hold over a cache of `capacity` rows, for their attention scores' sake."""
-        return max(1, SCORES // (4 * self.model.num_heads * capacity))
+        return max(1, SCORES // (4 * self.model.num_heads * max(1, capacity)))
 
     def cache(self, step: int, sequences: int = 1) -> KVCache:
         """A cache for one session, or for a batch of `sequences`, which grows by `step` rows."""

@@ -168,8 +168,6 @@ class Session:
         """The embeddings [n, hidden] of tokens, as they enter the first layer; the conversation stays as it is."""
         tokens = self.checked_ids(ids)
         self._embeddings()
-        if not self.cache.capacity:
-            self.reserve(1)
         chunk = self.chunk
         parts = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
         return np.concatenate([cast("BoundStep", self.bound(len(part))).embed(part) for part in parts])

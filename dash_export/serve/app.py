@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -20,7 +21,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dash_export.errors import ContextLengthError, DashError, RequestError
@@ -31,6 +32,7 @@ from dash_export.serve.protocol import ChatRequest, CompletionRequest, Generatio
 from dash_export.serve.scheduler import BusyServerError, DeadlineError, Request, Scheduler
 
 BODY_BYTES = 4 << 20
+PAGE = Path(__file__).with_name("page.html")
 _FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 _STATUS = ((BusyServerError, 429), (DeadlineError, 504), (RequestError, 400))
 _Asked = TypeVar("_Asked", bound=BaseModel)
@@ -61,6 +63,7 @@ class Server:
         self.ready, self._began = False, int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
         routes = [
+            Route("/", self._open(_page)),
             Route("/health", self._open(_health)),
             Route("/metrics", self._open(_metrics)),
             Route("/v1/models", self._keyed(_models)),
@@ -105,7 +108,9 @@ class Server:
         async def checked(server: Server, http: HttpRequest) -> Response:
             given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
             if self._key is not None and not hmac.compare_digest(given, self._key.encode()):
-                raise HttpError(401, "The API key is missing or wrong: Authorization: Bearer KEY.", None, "invalid_api_key")
+                raise HttpError(
+                    401, "The API key is missing or wrong: Authorization: Bearer KEY.", None, "invalid_api_key"
+                )
             return await handler(server, http)
 
         return self._open(checked)
@@ -154,7 +159,7 @@ class _Begun:
         """The layers that a streamed token skipped, where that was asked for."""
         if not self.asked.dash.skips:
             return {}
-        return {"dash": {"skipped_layers": token.actions.nonzero()[0].tolist()}}
+        return {"dash": {"skipped_layers": token.actions.nonzero()[0].tolist(), "layers": len(token.actions)}}
 
     def logprobs(self, token: Token) -> list[dict[str, Any]]:
         """The chosen token, then the most likely ones, as chat completions tell them."""
@@ -166,6 +171,11 @@ class _Begun:
         return told
 
 
+async def _page(_server: Server, _http: HttpRequest) -> Response:
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": policy})
+
+
 async def _health(server: Server, _: HttpRequest) -> Response:
     return JSONResponse({"status": "ok" if server.ready else "unavailable"}, 200 if server.ready else 503)
 
@@ -175,7 +185,9 @@ async def _metrics(server: Server, _: HttpRequest) -> Response:
 
 
 async def _models(server: Server, _: HttpRequest) -> Response:
-    data = [{"id": name, "object": "model", "created": server._began, "owned_by": "dash-export"} for name in server.served]
+    data = [
+        {"id": name, "object": "model", "created": server._began, "owned_by": "dash-export"} for name in server.served
+    ]
     return JSONResponse({"object": "list", "data": data})
 
 

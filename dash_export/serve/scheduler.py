@@ -4,6 +4,7 @@ prefilled; a row that ends makes place for the next. One thread owns the engines
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from dash_export.runtime.rules import SessionRules, session_rules
 from dash_export.runtime.sampling import Logits, Sampling
 from dash_export.serve.prefixes import Prefixes
 
+logger = logging.getLogger(__name__)
 ROWS, WAITING, PREFIX_BYTES = 8, 64, 256 << 20
 
 
@@ -193,8 +195,21 @@ class Scheduler:
                     self._changed.wait()
                 if self._closing and not (self._waiting or self._job or self._rows):
                     return
-            self._prefill()
-            self._decode()
+            try:
+                self._prefill()
+                self._decode()
+            except Exception as error:  # a mistake of ours ends these answers, not the server
+                logger.exception("a step failed")
+                self._fail_all(BackendError(f"The server made a mistake ({type(error).__name__}): its log says more."))
+
+    def _fail_all(self, error: DashError) -> None:
+        """End what is under way: what is in its caches is not known."""
+        job, self._job = self._job, None
+        tickets = [row.tag for row in self._rows.rows] + ([job] if job else [])
+        self._rows.clear()
+        self._prompt.reset()
+        for ticket in tickets:
+            self._tell(ticket, self._rows.failed(error))
 
     def _prefill(self) -> None:
         """One chunk of the prompt that is under way, or of the next one where there is a row for it."""
@@ -243,9 +258,9 @@ class Scheduler:
         stopped = {row.tag for row in rows if row.tag.cancelled or row.tag.late}
         try:
             told = self._rows.advance(stopped)
-        except BackendError as error:  # of all rows at once: what is in their caches is not known
-            told = [(row.tag, self._rows.failed(error, row.turn.statistics)) for row in rows]
-            self._rows.clear()
+        except BackendError as error:
+            self._fail_all(error)
+            return
         for ticket, response in told:
             if response.finish_reason == "cancelled" and ticket.late and not ticket.cancelled:
                 response = self._rows.failed(_late(), response.statistics)

@@ -1,0 +1,64 @@
+"""`dash-export serve`: bundles behind OpenAI's API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dash_export.commands.options import TARGET, counted, load_runtime
+from dash_export.decision import Setting
+from dash_export.errors import OutputError, RequestError
+from dash_export.serve.scheduler import ROWS, WAITING
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@click.command("serve")
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@TARGET
+@click.option("--host", default=LOCAL[0], show_default=True, help="Where to listen; another than this machine's own "
+              "needs an --api-key, or --no-key.")  # fmt: skip
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@counted("--rows", ROWS, "Answers of a model that decode together.")
+@counted("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
+@click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
+              help="For requests that do not say it, alone; by default what the bundle recommends.")  # fmt: skip
+@click.option("--api-key", envvar="DASH_EXPORT_API_KEY", help="What clients must send (or DASH_EXPORT_API_KEY).")
+@click.option("--no-key", is_flag=True, help="Listen to others without a key.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="A web page's origin that may ask; repeatable.")
+@click.option("--deadline", type=click.FloatRange(0, min_open=True), help="Seconds a request may take, queue and all.")
+@click.option("--drain", default=30.0, show_default=True, help="Seconds that answers may take to end after SIGTERM.")
+def command(
+    bundles: tuple[Path, ...], target: str | None, host: str, port: int, rows: int, waiting: int, budget: float | None,
+    api_key: str | None, no_key: bool, cors: tuple[str, ...], deadline: float | None, drain: float,
+) -> None:  # fmt: skip
+    """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/models, /health,
+    /metrics, and a page to try it at /.
+    """
+    import uvicorn
+
+    from dash_export.serve.app import Server
+    from dash_export.serve.scheduler import Scheduler
+
+    if host not in LOCAL and not (api_key or no_key):
+        raise RequestError(f"Others can reach {host}: give an --api-key, or --no-key to let anybody ask.")
+    served = {}
+    alone = None if budget is None else Setting("token", budget=budget)
+    for bundle in bundles:
+        runtime = load_runtime(bundle, target)
+        name = runtime.bundle.root.stem
+        if name in served:
+            raise RequestError(f"Two bundles are called {name}: rename the folder of one.")
+        served[name] = Scheduler(runtime, rows=rows, waiting=waiting, alone=alone)
+    server = Server(served, key=api_key, origins=cors, deadline=deadline, drain=drain)
+    config = uvicorn.Config(server.app, host, port, log_level="warning", timeout_graceful_shutdown=int(drain) + 1)
+    try:
+        socket = config.bind_socket()
+    except SystemExit:  # uvicorn has logged why
+        raise OutputError(
+            f"{host}:{port} cannot be listened to: another program may have it. Choose a --port."
+        ) from None
+    shown = socket.getsockname()[1]
+    click.echo(f"Serving {', '.join(served)} at http://{host}:{shown}/ (API: http://{host}:{shown}/v1)", err=True)
+    uvicorn.Server(config).run(sockets=[socket])

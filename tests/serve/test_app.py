@@ -1,0 +1,251 @@
+"""OpenAI's API, by OpenAI's client and by hand, over a real server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.serve.app import BODY_BYTES
+from tests.serve.conftest import Serve
+
+MESSAGES: Any = [{"role": "user", "content": "hello there"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "model": "tiny"}
+DENSE = {"dash": {"policy": "dense"}}
+
+
+@pytest.fixture
+def runtime(tiny_runtime: Callable[..., DashRuntime]) -> DashRuntime:
+    return tiny_runtime()
+
+
+def expected(runtime: DashRuntime, tokens: int, **setting: Any) -> str:
+    return "".join(step.text for step in runtime.chat(MESSAGES, tokens, **setting))
+
+
+def test_a_chat(client: openai.OpenAI, runtime: DashRuntime) -> None:
+    reply = client.chat.completions.create(messages=MESSAGES, max_tokens=12, extra_body=DENSE, **GREEDY)
+    (choice,) = reply.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == expected(runtime, 12)
+    assert choice.finish_reason == "length"
+    assert reply.model == "tiny"
+    assert reply.usage is not None
+    prompt = len(runtime.text.chat(MESSAGES))
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (prompt, 12)
+    assert reply.usage.total_tokens == prompt + 12
+    told = reply.model_extra["dash"]  # type: ignore[index]
+    assert told["layers_per_token"] == 6.0
+    assert told["time_of_dense"] == 1.0
+    assert reply.usage.model_extra["dash"] == told  # type: ignore[index]
+
+
+@pytest.mark.parametrize("how", ["field", "alias"])
+def test_how_much_is_skipped(how: str, client: openai.OpenAI, runtime: DashRuntime) -> None:
+    given: dict[str, Any] = {"model": "tiny@policy=static,skip=2-3"} if how == "alias" else {"model": "tiny"}
+    body = {"dash": {"skip": [2, 3]}} if how == "field" else {}
+    reply = client.chat.completions.create(messages=MESSAGES, max_tokens=9, temperature=0, extra_body=body, **given)
+    assert reply.choices[0].message.content == expected(runtime, 9, policy="static", skip=(2, 3))
+    assert reply.model_extra["dash"]["layers_per_token"] == 4.0  # type: ignore[index]
+    assert reply.model_extra["dash"]["time_of_dense"] < 1  # type: ignore[index]
+
+
+def test_a_streamed_chat(client: openai.OpenAI, runtime: DashRuntime) -> None:
+    """The first chunk has the role only, the last before the usage a reason and no text, the usage no choices."""
+    stream = client.chat.completions.create(
+        messages=MESSAGES, max_tokens=12, stream=True, stream_options={"include_usage": True},
+        extra_body={"dash": {"skip": [4], "skips": True}}, **GREEDY,
+    )  # fmt: skip
+    first, *middle, last, usage = list(stream)
+    assert first.choices[0].delta.role == "assistant"
+    assert first.choices[0].delta.content == ""
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in middle) == expected(runtime, 12, skip=(4,))
+    assert last.choices[0].finish_reason == "length"
+    assert not last.choices[0].delta.content
+    assert [chunk.choices[0].finish_reason for chunk in middle] == [None] * len(middle)
+    assert usage.choices == []
+    assert usage.usage is not None
+    assert usage.usage.completion_tokens == 12
+    skips = [chunk.model_extra["dash"]["skipped_layers"] for chunk in middle]  # type: ignore[index]
+    assert skips[0] == [], "the first token comes out of the prompt"
+    assert skips[1:] == [[4]] * (len(skips) - 1)
+
+
+def test_completions(client: openai.OpenAI, runtime: DashRuntime) -> None:
+    wanted = runtime.generate("hello", 8).text
+    reply = client.completions.create(prompt="hello", max_tokens=8, extra_body=DENSE, logprobs=2, **GREEDY)
+    assert reply.choices[0].text == wanted
+    assert reply.choices[0].logprobs is not None
+    assert len(reply.choices[0].logprobs.tokens or []) == 8
+    stream = client.completions.create(prompt=[104, 101], max_tokens=8, stream=True, extra_body=DENSE, **GREEDY)
+    assert "".join(chunk.choices[0].text for chunk in stream) == runtime.generate([104, 101], 8).text
+
+
+def test_logprobs(client: openai.OpenAI, runtime: DashRuntime) -> None:
+    reply = client.chat.completions.create(
+        messages=MESSAGES, max_tokens=5, logprobs=True, top_logprobs=3, extra_body=DENSE, **GREEDY
+    )
+    assert reply.choices[0].logprobs is not None
+    content = reply.choices[0].logprobs.content or []
+    logits = runtime.session().prefill(runtime.text.chat(MESSAGES)).astype(np.float64)
+    best = np.sort(logits - np.logaddexp.reduce(logits))[::-1][:3]
+    np.testing.assert_allclose([entry.logprob for entry in content[0].top_logprobs], best, atol=1e-4)
+    assert content[0].logprob == content[0].top_logprobs[0].logprob
+    assert len(content) == 5
+
+
+def test_several_answers_and_seeds(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 10, "n": 3, "seed": 4, "model": "tiny"}
+    one, other = (client.chat.completions.create(temperature=1.5, **asked) for _ in range(2))
+    texts = [choice.message.content for choice in one.choices]
+    assert len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in other.choices]
+    assert [choice.index for choice in one.choices] == [0, 1, 2]
+    assert one.usage is not None
+    assert one.usage.completion_tokens == 30
+
+
+def test_many_at_once_get_what_they_get_alone(client: openai.OpenAI, runtime: DashRuntime) -> None:
+    """Whichever streams, however they skip: fp32."""
+
+    def ask(number: int) -> str:
+        budget = [{"policy": "dense"}, {"skip": [2, 3]}, {"trade_off": 0.5}][number % 3]
+        asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 5 + number % 7, "extra_body": {"dash": budget}}
+        if number % 2:
+            chunks = client.chat.completions.create(stream=True, **asked, **GREEDY)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        return client.chat.completions.create(**asked, **GREEDY).choices[0].message.content or ""
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, range(36)))
+    settings: list[dict[str, Any]] = [{}, {"policy": "static", "skip": (2, 3)}, {"policy": "token", "trade_off": 0.5}]
+    for number, text in enumerate(found):
+        assert text == expected(runtime, 5 + number % 7, **settings[number % 3])
+
+
+def test_content_in_parts(client: openai.OpenAI, runtime: DashRuntime) -> None:
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "there"}]}]
+    reply = client.chat.completions.create(messages=parts, max_tokens=6, extra_body=DENSE, **GREEDY)
+    assert reply.choices[0].message.content == expected(runtime, 6)
+    parts[0]["content"].append({"type": "image_url", "image_url": {"url": "data:"}})
+    with pytest.raises(openai.BadRequestError, match="content of type 'image_url' is not supported"):
+        client.chat.completions.create(messages=parts, **GREEDY)
+
+
+BAD: dict[str, tuple[dict[str, Any], int, str]] = {
+    "no messages": ({"messages": []}, 400, "messages"),
+    "hot": ({"temperature": 3}, 400, "temperature"),
+    "cold": ({"temperature": "x"}, 400, "temperature"),
+    "no tokens": ({"max_tokens": 0}, 400, "max_tokens"),
+    "two amounts": ({"dash": {"budget": 0.9, "skipped": 2}}, 400, "budget or skipped"),
+    "wrong amount": ({"dash": {"budgte": 0.9}}, 400, "dash.budgte"),
+    "too much": ({"dash": {"budget": 0.01}}, 400, "more than this policy can give"),
+    "other model": ({"model": "gpt"}, 404, "There is no model 'gpt' here. Known: tiny"),
+    "wrong alias": ({"model": "tiny@fast"}, 400, "is not like NAME@budget=0.9"),
+    "wrong alias value": ({"model": "tiny@budget=x"}, 400, "budget"),
+    "long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "context"),
+    "longer than it may be": ({"max_tokens": 10_000}, 400, "context"),
+    "n": ({"n": 100}, 400, "n: "),
+    "role": ({"messages": [{"content": "x"}]}, 400, "messages.0.role"),
+    "stop": ({"stop": [""]}, 400, "stop"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_refused(name: str, stream: bool, http: httpx.Client) -> None:
+    changes, status, said = BAD[name]
+    reply = http.post("/v1/chat/completions", json={"messages": MESSAGES, "model": "tiny", "stream": stream} | changes)
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert said in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_what_is_no_request(http: httpx.Client) -> None:
+    for body, status in ((b"{", 400), (b"[]", 400), (b"\xff\xfe", 400), (b"x" * (BODY_BYTES + 1), 413)):
+        reply = http.post("/v1/chat/completions", content=body)
+        assert reply.status_code == status
+        assert reply.json()["error"]["message"]
+    assert http.get("/v1/nothing").status_code == 404
+    assert http.get("/v1/chat/completions").status_code == 405
+    assert http.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert http.get("/health").json() == {"status": "ok"}
+
+
+def test_a_key(serve: Serve) -> None:
+    address = serve(key="secret")
+    assert httpx.get(f"{address}/health").status_code == 200
+    assert httpx.get(f"{address}/v1/models").status_code == 401
+    for key in ("wrong", ""):
+        assert httpx.get(f"{address}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 401
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_a_full_queue(serve: Serve) -> None:
+    address = serve(rows=1, waiting=1)
+    body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 400, "stream": True, **DENSE}
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(
+            pool.map(lambda _: httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60), range(6))
+        )
+    codes = [reply.status_code for reply in replies]
+    assert set(codes) == {200, 429}
+    refused = next(reply for reply in replies if reply.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert "ask again later" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away(stream: bool, serve: Serve) -> None:
+    """Its answer ends, and the next one has the row."""
+    address = serve(rows=1)
+    body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 450, "stream": stream, **DENSE}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/v1/chat/completions", json=body, timeout=httpx.Timeout(5, read=0.001))
+    until = time.monotonic() + 10
+    while 'dash_export_running{model="tiny"} 0' not in (text := httpx.get(f"{address}/metrics").text):
+        assert time.monotonic() < until, text
+    assert (
+        httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": 3, "stream": False}).status_code == 200
+    )
+
+
+def test_an_error_in_the_middle_of_a_stream(serve: Serve) -> None:
+    address = serve(deadline=0.05)
+    body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 450, "stream": True, **DENSE}
+    lines = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30).text.strip().split("\n\n")
+    assert lines[-1] == "data: [DONE]"
+    assert "time that this request had is over" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+
+
+def test_metrics(client: openai.OpenAI, http: httpx.Client) -> None:
+    client.chat.completions.create(messages=MESSAGES, max_tokens=7, **GREEDY)
+    lines = http.get("/metrics").text.splitlines()
+    assert 'dash_export_tokens_total{model="tiny"} 7' in lines
+    assert 'dash_export_requests_total{model="tiny"} 1' in lines
+    assert 'dash_export_waiting{model="tiny"} 0' in lines
+
+
+def test_cross_origin(serve: Serve) -> None:
+    origin = {"origin": "https://page.example"}
+    assert "access-control-allow-origin" not in httpx.get(f"{serve()}/v1/models", headers=origin).headers
+    allowed = httpx.get(f"{serve(origins=['https://page.example'])}/v1/models", headers=origin)
+    assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_the_page(http: httpx.Client) -> None:
+    reply = http.get("/")
+    assert reply.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert "http://" not in reply.text
+    assert "https://" not in reply.text

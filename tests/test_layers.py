@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "train": {"models", "runtime"},
     "reference": {"models"},
     "polygraphy": {"building", "runtime"},
-    "commands": {"building", "evaluate", "models", "runtime", "train"},
+    "serve": {"runtime"},
+    "commands": {"building", "evaluate", "models", "runtime", "serve", "train"},
     "exporting.py": {"graphs", "models"},
     "__init__.py": {"building", "runtime"},
 }

@@ -59,6 +59,7 @@ def command(
         raise OutputError(
             f"{host}:{port} cannot be listened to: another program may have it. Choose a --port."
         ) from None
+    socket.listen(128)  # who asks before the server is up waits
     shown = socket.getsockname()[1]
     click.echo(f"Serving {', '.join(served)} at http://{host}:{shown}/ (API: http://{host}:{shown}/v1)", err=True)
     uvicorn.Server(config).run(sockets=[socket])

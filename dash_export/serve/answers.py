@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,12 @@ class Answer:
         self._queue: asyncio.Queue[Response] = asyncio.Queue()
         self._scheduler, self._skips = scheduler, list[Any]()
         self.text, self.finish_reason, self.statistics = "", "", Statistics()
-        self.ticket = scheduler.submit(
-            request, lambda response: loop.call_soon_threadsafe(self._queue.put_nowait, response)
-        )
+
+        def tell(response: Response) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+                loop.call_soon_threadsafe(self._queue.put_nowait, response)
+
+        self.ticket = scheduler.submit(request, tell)
 
     async def responses(self) -> AsyncIterator[Response]:
         """As they come. Raises the error of an answer that fails."""

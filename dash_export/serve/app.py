@@ -24,7 +24,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from dash_export.errors import ContextLengthError, DashError, RequestError
+from dash_export.errors import ContextLengthError, DashError, PolicyError, RequestError
 from dash_export.runtime.results import Response as Token
 from dash_export.serve.answers import Answer
 from dash_export.serve.metrics import exposition
@@ -34,7 +34,7 @@ from dash_export.serve.scheduler import BusyServerError, DeadlineError, Request,
 BODY_BYTES = 4 << 20
 PAGE = Path(__file__).with_name("page.html")
 _FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
-_STATUS = ((BusyServerError, 429), (DeadlineError, 504), (RequestError, 400))
+_STATUS = ((BusyServerError, 429), (DeadlineError, 504), (RequestError, 400), (PolicyError, 400))
 _Asked = TypeVar("_Asked", bound=BaseModel)
 Handler = Callable[["Server", HttpRequest], Coroutine[Any, Any, Response]]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dash_export.decision import Setting, parse_layers
 from dash_export.errors import RequestError
@@ -139,4 +139,8 @@ def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
                 f"model: {name!r:.100} is not like NAME@budget=0.9; known: {', '.join(Dash.model_fields)}."
             )
         given[key] = value
-    return base, Dash.model_validate(given).setting()
+    try:
+        return base, Dash.model_validate(given).setting()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise RequestError(f"model: {name!r:.100}: {first['loc'][0]}: {first['msg']}.") from None

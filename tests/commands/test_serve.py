@@ -1,0 +1,55 @@
+"""`dash-export serve` as a process."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.commands.helpers import environment, refused
+
+FP32 = ("--target", "cpu-fp32")
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_it_serves_and_drains(tiny_root: Path, free_port: int) -> None:
+    """SIGTERM in the middle of an answer lets it end."""
+    command = [sys.executable, "-m", "dash_export", "serve", str(tiny_root), *FP32, "--port", str(free_port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stderr is not None
+    try:
+        assert f"http://127.0.0.1:{free_port}/" in process.stderr.readline()
+        address = f"http://127.0.0.1:{free_port}"
+        body = {"model": "tiny", "prompt": "hello", "max_tokens": 400, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            threading.Timer(0.05, process.send_signal, [signal.SIGTERM]).start()
+            told = [line for line in lines if line]
+        assert told[-1] == "data: [DONE]"
+        assert '"finish_reason": "length"' in told[-2]
+        assert process.wait(20) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+
+
+def test_what_cannot_be_served(tiny_root: Path, tmp_path: Path) -> None:
+    assert "give an --api-key" in refused("serve", tiny_root, *FP32, "--host", "0.0.0.0")
+    assert "is not a finished bundle" in refused("serve", tmp_path)
+    assert "Two bundles are called tiny" in refused("serve", tiny_root, tiny_root, *FP32)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "cannot be listened to" in refused("serve", tiny_root, *FP32, "--port", taken.getsockname()[1])

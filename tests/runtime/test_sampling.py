@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from dash_export.errors import BackendError, RequestError
-from dash_export.runtime.sampling import Sampler, Sampling, distribution, penalised
+from dash_export.runtime.sampling import Sampler, Sampling, distribution, most_likely, penalised
 
 LOGITS = np.random.default_rng(3).standard_normal(200).astype(np.float32) * 2
 
@@ -111,3 +111,25 @@ def test_extreme_logits_stay_finite() -> None:
 def test_bad_settings(field: str, value: object) -> None:
     with pytest.raises(RequestError, match=field):
         Sampling(**{field: value})  # type: ignore[arg-type]
+
+
+def test_penalties_of_what_the_answer_holds() -> None:
+    """OpenAI's: by how often a token is there, and by that it is; the prompt does not count."""
+    logits = np.array([3.0, 2.5, 2.4, 0.0], np.float32)
+    sampler = Sampler(Sampling(frequency_penalty=0.3, presence_penalty=0.1))
+    context, taken = [0, 0, 0], []
+    for _ in range(6):
+        taken.append(sampler(logits, context))
+        context.append(taken[-1])
+    # 3.0; 3.0 - 0.4 = 2.6; 3.0 - 0.7 = 2.3 < 2.5; 2.5 - 0.4 = 2.1 < 2.4; then 2.3, then 2.1 against 2.0
+    assert taken == [0, 0, 1, 2, 0, 1]
+    assert logits.tolist() == [3.0, 2.5, np.float32(2.4), 0.0]
+
+
+def test_likelihoods_of_a_token_and_of_the_best() -> None:
+    logits = np.array([1.0, 3.0, 2.0, -1.0], np.float32)
+    exact = logits - np.logaddexp.reduce(logits.astype(np.float64))
+    for count in (0, 2, 4):
+        found = most_likely(logits, 3, count)
+        assert [token for token, _ in found] == [3, 1, 2, 0, 3][: 1 + count]
+        np.testing.assert_allclose([value for _, value in found], [exact[token] for token, _ in found])

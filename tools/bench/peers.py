@@ -106,14 +106,14 @@ class Worker:
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.argument("gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--ours", multiple=True, default=("cpu::dense",), show_default=True, help="TARGET::dense or ::skipped=N.")
-@click.option("--peers", "only", default="", help="Only peers with this in their name.")
+@click.option("--peers", "only", multiple=True, help="Only peers with this in their name; repeatable.")
 @click.option("--prompt", default=512, show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", default=128, show_default=True, help="New tokens.")
 @click.option("--rounds", default=7, show_default=True, help="Interleaved rounds; the first is warm-up.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--windows", default=12, show_default=True, help=f"Windows of {WINDOW} tokens for the perplexity.")
 def main(
-    bundle: Path, gguf: Path, ours: tuple[str, ...], only: str, prompt: int, tokens: int, rounds: int, threads: int,
+    bundle: Path, gguf: Path, ours: tuple[str, ...], only: tuple[str, ...], prompt: int, tokens: int, rounds: int, threads: int,
     windows: int,
 ) -> None:  # fmt: skip
     """Time the same prompt in every runtime, in turns, round by round."""
@@ -121,7 +121,7 @@ def main(
     ids = np.array(Text(bundle).encode(HELD_OUT.read_text(encoding="utf-8")), np.int64)
     workers = {f"dash-export {own}": Worker(sys.executable, "dash-export", f"{bundle}::{own}", threads) for own in ours}
     for name, (kind, form) in PEERS.items():
-        if only.casefold() in name.casefold():
+        if not only or any(part.casefold() in name.casefold() for part in only):
             try:
                 _install(kind)
                 workers[name] = Worker(_python(kind), kind, model_for(form, bundle, gguf), threads)

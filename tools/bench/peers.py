@@ -113,8 +113,8 @@ class Worker:
 @click.option("--threads", default=2, show_default=True)
 @click.option("--windows", default=12, show_default=True, help=f"Windows of {WINDOW} tokens for the perplexity.")
 def main(
-    bundle: Path, gguf: Path, ours: tuple[str, ...], only: tuple[str, ...], prompt: int, tokens: int, rounds: int, threads: int,
-    windows: int,
+    bundle: Path, gguf: Path, ours: tuple[str, ...], only: tuple[str, ...], prompt: int, tokens: int, rounds: int,
+    threads: int, windows: int,
 ) -> None:  # fmt: skip
     """Time the same prompt in every runtime, in turns, round by round."""
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -114,8 +114,8 @@ def test_an_interrupt_while_the_cache_grows(runtime: DashRuntime, monkeypatch: p
 def test_what_an_interrupted_pass_leaves_is_known(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """`tokens` are what the cache holds, so that the next prompt continues from there and not from less."""
     ids, live, passes = random_ids(70), runtime.session(), []
-    monkeypatch.setattr(live, "_chunk", lambda: 32)
-    bound = live._bound
+    monkeypatch.setattr(type(live), "chunk", 32)
+    bound = live.bound
 
     def interrupted(*args: Any) -> Any:
         passes.append(1)
@@ -123,7 +123,7 @@ def test_what_an_interrupted_pass_leaves_is_known(runtime: DashRuntime, monkeypa
             raise KeyboardInterrupt
         return bound(*args)
 
-    monkeypatch.setattr(live, "_bound", interrupted)
+    monkeypatch.setattr(live, "bound", interrupted)
     with pytest.raises(KeyboardInterrupt):
         live.prefill(ids)
     assert live.tokens == ids[:64].tolist()

@@ -14,6 +14,14 @@ from dash_export.errors import RequestError
 from dash_export.runtime.sampling import Sampling
 
 
+class HttpError(Exception):
+    """An error with its status."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
 class Dash(BaseModel):
     """How much may be skipped: at most one amount, as in `runtime.session`. `skips`: tell the layers of every token."""
 

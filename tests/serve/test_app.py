@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.serve.app import BODY_BYTES
+from dash_export.serve.completions import BODY_BYTES
 from tests.serve.conftest import Serve
 
 MESSAGES: Any = [{"role": "user", "content": "hello there"}]

@@ -64,4 +64,4 @@ class RequestError(DashError):
 
 
 BAD_GRAPH = (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OverflowError)
-"""What is raised by work on a graph that is none of ours, whole and unchanged as it may be."""
+"""Errors that are raised by work on a graph that is none of ours, whole and unchanged as it may be."""

@@ -62,7 +62,7 @@ def taken_apart(kind: str, packed: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[n
 
 
 def dequantized(kind: str, factors: npt.NDArray[np.float16], others: npt.NDArray[np.uint8]) -> Float32Array:
-    """What the function gives [rows, columns], by the `gguf` library: equal bit for bit."""
+    """Return the function's weight [rows, columns] by the `gguf` library: equal bit for bit."""
     gguf, parts = require("gguf"), [factors.view(np.uint8), others]
     packed = np.concatenate(parts[::-1] if kind in _FACTORS_LAST else parts, axis=-1)
     found: Float32Array = gguf.dequantize(packed.reshape(len(packed), -1), gguf.GGMLQuantizationType[kind])

@@ -103,7 +103,7 @@ class OrtWriter(ProductWriter):
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self.entering: dict[int, ir.Value] = {}
-        """What enters each layer."""
+        """The state that enters each layer."""
 
     def embed(self) -> ir.Value:
         rows = self.embedding_rows()
@@ -138,9 +138,7 @@ class OrtWriter(ProductWriter):
         gain = before_mlp if norms else f"{weights}.post_attention_layernorm.weight"
         normed, hidden = self.norm(state, gain, f"{name}/after_attention/norm")
         wide = self.projected(layer, normed, "mlp", "gate_proj", "up_proj")
-        gate, up = self.parts(
-            wide, [self.array(f"{weights}.mlp.{which}_proj.weight").shape[1] for which in ("gate", "up")]
-        )
+        gate, up = self.parts(wide, [self.columns(f"{weights}.mlp.{which}_proj.weight") for which in ("gate", "up")])
         if self.traits.activation == "silu":
             gate = self.contrib("QuickGelu", [gate], f"{name}/mlp/silu", alpha=1.0)
         else:
@@ -273,7 +271,7 @@ class OrtWriter(ProductWriter):
 
     def rotary_size(self, rope: str) -> int:
         """The part of a head that is turned."""
-        return 2 * int(self.weights[f"{rope}.cos"].shape.numpy()[1])
+        return 2 * self.columns(f"{rope}.cos")
 
     def rotated(self, rope: str, value: ir.Value, heads: int, node: str) -> ir.Value:
         """RoPE on [batch, sequence, heads * head_dim]."""

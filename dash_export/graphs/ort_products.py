@@ -48,6 +48,10 @@ class ProductWriter(GraphWriter):
         array: Floats = self.weights[weight].numpy()
         return array
 
+    def columns(self, weight: str) -> int:
+        """Return how many columns a matrix [in, out] has, without reading it."""
+        return int(self.weights[weight].shape.numpy()[1])
+
     def stored(self, weight: str) -> ir.Value:
         """A portable graph's constant as it is."""
         return self.initializer(weight, self.weights[weight])
@@ -67,16 +71,14 @@ class ProductWriter(GraphWriter):
         """source @ weights + biases, the matrices [in, out] side by side and quantised where the recipe says so; the
         first one and its bias `times` a factor.
         """
-        matrices = [self.array(weight) for weight in weights]
+        widths = [self.columns(weight) for weight in weights]
         factors = [np.float32(times), *[np.float32(1)] * (len(weights) - 1)]
-        if times != 1:
-            matrices[0] = matrices[0] * factors[0]
         given = [self.weights.get(weight.removesuffix("weight") + "bias") for weight in weights]
         bias = None
         if any(each is not None for each in given):
             biases = [
-                np.zeros(matrix.shape[1], np.float32) if each is None else each.numpy() * factor
-                for each, matrix, factor in zip(given, matrices, factors, strict=True)
+                np.zeros(width, np.float32) if each is None else each.numpy() * factor
+                for each, width, factor in zip(given, widths, factors, strict=True)
             ]
             bias = self.constant(f"{node}.bias", np.concatenate(biases))
         precision, block = weight_precision(node, self.recipe, self.gated), self.recipe.block_size
@@ -85,7 +87,10 @@ class ProductWriter(GraphWriter):
             if None not in grids:
                 return self.on_grid(source, node, grids, bias)
             precision = "int8"
-        rows, columns = len(matrices[0]), sum(matrix.shape[1] for matrix in matrices)
+        matrices = [self.array(weight) for weight in weights]
+        if times != 1:
+            matrices[0] = matrices[0] * factors[0]
+        rows, columns = len(matrices[0]), sum(widths)
         if precision not in QUANTISED or min(rows, columns) < block:  # not a matrix of a few columns
             wide = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1)
             value = self.op("MatMul", [source, self.constant(f"{node}.weight", wide)], node)

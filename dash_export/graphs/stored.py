@@ -21,7 +21,7 @@ from dash_export.graphs.writer import lazy_weight
 from dash_export.models.spec import Weight
 
 STORED = "stored"
-"""What a restored matrix's tensor has under this key of its `meta`: its blocks, where it is made of such."""
+"""Key of a restored matrix's `meta` that has its blocks, where it is made of such."""
 _FLOATS = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 

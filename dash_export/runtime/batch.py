@@ -43,7 +43,7 @@ class Batch:
 
     @property
     def counters(self) -> Counters:
-        """What was decoded so far."""
+        """Steps that were decoded so far."""
         return self._rows.counters
 
     @check_arguments

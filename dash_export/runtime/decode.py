@@ -244,7 +244,7 @@ class BoundStep:
         unit, first = 0, next((at for at, item in enumerate(engines.segments) if item.bypass is not None), 0)
         entering = hidden[first % 2].reshape(-1, engines.model.hidden_size)
         self._embedded = hidden[1]
-        """What the first segment gives."""
+        """The output of the first segment."""
         self._state = State(entering, self.damage, self._position_ids.reshape(-1), self.input_ids.reshape(-1))
         for index, item in enumerate(engines.segments):
             before, after = hidden[index % 2], hidden[(index + 1) % 2]

@@ -17,11 +17,13 @@ from dash_export.decision import Damages, Skips, Unit
 from dash_export.errors import PolicyError
 from dash_export.manifest import CostTable, ModelFacts
 
+CPU_ONLY = "A policy of your own runs on CPU builds only: it needs the state on the host."
+
 
 @dataclass(frozen=True)
 class State:
-    """What is known of the tokens of a step when their units are decided. It is the runtime's own memory: read it, copy
-    what is kept.
+    """The tokens of a step, as far as they are known when their units are decided. It is the runtime's own memory:
+    read it, copy what is kept.
 
     `hidden` float32 [tokens, hidden]: what enters the first unit. `damage` float32 [units, tokens], nats: what the
     bundle's network says, zeros where it has none. `positions`, `tokens` int64 [tokens].
@@ -61,9 +63,9 @@ class OwnRule:
         """A conversation begins."""
         self.policy.begin(*self._facts)
 
-    def skips(self, damage: Damages) -> Skips:
-        """Nothing follows from damage alone."""
-        raise NotImplementedError
+    def skips(self, damage: Damages) -> Skips:  # noqa: ARG002
+        """Raises PolicyError: nothing follows from damage alone, which is all that a device shows the host."""
+        raise PolicyError(CPU_ONLY)
 
     def decide(self, state: State) -> Skips:
         """Its decision. Raises PolicyError for what is no decision."""

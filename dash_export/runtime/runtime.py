@@ -17,7 +17,7 @@ from dash_export.runtime.batch import MAX_SIZE, Batch
 from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.huge_pages import keep_freed_memory, on_huge_pages
-from dash_export.runtime.own_policy import OwnRule, Policy
+from dash_export.runtime.own_policy import CPU_ONLY, OwnRule, Policy
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score, TokenIds, checked_tokens
 from dash_export.runtime.rules import Rule, SessionRules, session_rules
 from dash_export.runtime.sampling import Sampling
@@ -91,8 +91,8 @@ class DashRuntime:
 
     @property
     def recommended(self) -> Setting:
-        """What `run` does where nothing is asked for: the token policy at the budget that costs 2 % of perplexity on
-        the calibration text, or dense, where that saves less than 5 % of the time.
+        """The setting of `run` where nothing is asked for: the token policy at the budget that costs 2 % of perplexity
+        on the calibration text, or dense, where that saves less than 5 % of the time.
         """
         budget = recommended_budget(self.build.dial)
         return Setting("dense") if budget is None else Setting("token", budget=budget)
@@ -120,7 +120,7 @@ class DashRuntime:
             rule = OwnRule(rule, self.engines.model, self.engines.units, self.cost)
         rules = rule if isinstance(rule, SessionRules) else SessionRules(rule)
         if isinstance(rules.calibrated, OwnRule) and not isinstance(self.engines, EngineSet):
-            raise PolicyError("A policy of your own runs on CPU builds only: it needs the state on the host.")
+            raise PolicyError(CPU_ONLY)
         return Session(self.engines, self.text, rules, self.recipe.runtime.kv_step, self.recipe.runtime.prefill_chunk)
 
     @check_arguments

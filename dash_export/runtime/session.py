@@ -60,7 +60,7 @@ class Session:
         self._streams = 0
         self._hidden: Floats | None = None
         self.tokens: list[int] = []
-        """What the cache holds; NO_TOKEN for an embedding."""
+        """The tokens in the cache; NO_TOKEN for an embedding."""
         self.prefilled = 0
         """Tokens that went through prefill so far."""
 

@@ -36,7 +36,7 @@ class Begun:
         self.common = {"id": f"dash-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
     def usage(self) -> dict[str, Any]:
-        """Of all answers; the prompt counts once."""
+        """Sum the usage of all answers; the prompt counts once."""
         first, *others = (answer.usage() for answer in self.answers)
         for other in others:
             first["completion_tokens"] += other["completion_tokens"]

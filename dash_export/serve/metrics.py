@@ -1,4 +1,4 @@
-"""What the schedulers did, in Prometheus' text format."""
+"""Counters of the schedulers, in Prometheus' text format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that were computed before: K and V of the last conversations, so many bytes of them."""
+"""Prompts that were computed before: the K and V of the last ones, so many bytes of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dash_export.runtime.session import Session
 
 
 class Prefixes:
-    """What was decoded last, least recently used first. For one thread."""
+    """Prompts of the last requests, least recently used first. For one thread."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most, self._kept = most_bytes, OrderedDict[tuple[int, ...], KVCache]()

@@ -1,4 +1,5 @@
-"""What clients of OpenAI's API send, and what it means here: pydantic checks types, the rest raises RequestError.
+"""Requests as clients of OpenAI's API send them, and their meaning here: pydantic checks types, the rest raises
+RequestError.
 
 Fields that this server does not know are passed over, as others do; `dash` is our own: how fast an answer should be.
 """
@@ -74,7 +75,7 @@ class Message(BaseModel):
 
 
 class Generation(BaseModel):
-    """What both kinds of completion take."""
+    """Fields of both kinds of completion."""
 
     model: str = ""
     max_tokens: int | None = Field(None, ge=1)

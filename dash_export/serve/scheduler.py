@@ -37,7 +37,9 @@ class DeadlineError(RequestError):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked. `setting` None: what the server thinks best at that moment. `deadline`: seconds from now on."""
+    """A prompt, and how it is to be answered. `setting` None: as the server thinks best at that moment. `deadline`:
+    seconds from now on.
+    """
 
     prompt: Prompt
     max_tokens: int | None = None
@@ -68,7 +70,7 @@ class Ticket:
 
 @dataclass
 class Figures:
-    """What was done so far."""
+    """Counts since the start."""
 
     requests: int = 0
     refused: int = 0

@@ -97,7 +97,7 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:
     ],
 )
 def test_a_gguf_file_keeps_its_bytes(tmp_path: Path, kind: str, tied: bool, family: str) -> None:
-    """What is exported is not larger than the file, a tied embedding is there once, and every weight is the file's."""
+    """The export is not larger than the file, a tied embedding is there once, and every weight is the file's."""
     options = {"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": tied, "pad_token_id": 0}
     model = save_model(tmp_path / "model", family, **options)
     half = kind == "F16"

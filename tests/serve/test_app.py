@@ -147,6 +147,8 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens"),
     "two amounts": ({"dash": {"budget": 0.9, "skipped": 2}}, 400, "budget or skipped"),
     "wrong amount": ({"dash": {"budgte": 0.9}}, 400, "dash.budgte"),
+    "code of the server's": ({"dash": {"policy": "os:system"}}, 400, "dash.policy"),
+    "code of the server's by name": ({"model": "tiny@policy=os:system"}, 400, "policy"),
     "too much": ({"dash": {"budget": 0.01}}, 400, "more than this policy can give"),
     "other model": ({"model": "gpt"}, 404, "There is no model 'gpt' here. Known: tiny"),
     "wrong alias": ({"model": "tiny@fast"}, 400, "is not like NAME@budget=0.9"),

@@ -1,4 +1,4 @@
-"""What models of several sizes take: bytes of their bundle and engines, time and peak memory of export, build and run.
+"""Models of several sizes: bytes of their bundle and engines, time and peak memory of export, build and run.
 
     python tools/bench/sizes.py MODEL.gguf 1 3 8 --folder /where/there/is/room
 

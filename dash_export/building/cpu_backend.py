@@ -52,7 +52,7 @@ class CpuBackend(Backend):
         }
 
     def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
-        """The embedding stands alone, so that states may come from elsewhere: one launch more (`tools/bench/dispatch.py`)."""
+        """The embedding stands alone, so that states may come from elsewhere: one launch more."""
         return plan_segments(manifest.model.num_layers, manifest.policy.units, cut=(0,))
 
     def key(self) -> Any:

@@ -79,6 +79,7 @@ LONGROPE = {
     [
         ("gemma2", GEMMA, {}),
         ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}, {}),
+        ("gemma2", GEMMA | {"num_hidden_layers": 46, "head_dim": 8}, {}),
         ("gemma3_text", GEMMA | {"num_hidden_layers": 7, "rope_parameters": ROPES}, {}),
         (
             "gemma3_text",

@@ -32,7 +32,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def metadata() -> dict[str, Any]:
-    """A vocabulary of 700 pieces as a converter writes it, the scores falling in the order of the merges."""
+    """A vocabulary of 700 pieces as a converter writes it: scores fall in the order of the merges, pieces have none."""
     trained = Tokenizer(models.BPE())
     words = TEXT.replace(" ", f" {SPACE}").split(" ")
     trained.train_from_iterator(words, trainers.BpeTrainer(vocab_size=440, show_progress=False))
@@ -42,6 +42,8 @@ def metadata() -> dict[str, Any]:
     special = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("<|end|>", 4)]
     tokens = [*special, *((f"<0x{byte:02X}>", 6) for byte in range(256)), *((piece, 1) for piece in merged + letters)]
     scores = [0.0] * (4 + 256) + [-float(place) for place in range(len(merged) + len(letters))]
+    order = [*range(260), *random.Random(1).sample(range(260, len(tokens)), len(tokens) - 260)]  # no merge's order
+    tokens, scores = [tokens[place] for place in order], [scores[place] for place in order]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",

@@ -99,6 +99,8 @@ class ByPosition:
     def begin(self, model, units, cost):
         self.units = len(units)
     def skips(self, state):
+        tokens = len(state.tokens)
+        assert state.damage.shape == (self.units, tokens) and len(state.hidden) == len(state.positions) == tokens
         return np.tile(state.positions % self.every == 0, (self.units, 1))
 
 class Wrong(ByPosition):

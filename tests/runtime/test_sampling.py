@@ -126,6 +126,11 @@ def test_penalties_of_what_the_answer_holds() -> None:
     assert logits.tolist() == [3.0, 2.5, np.float32(2.4), 0.0]
 
 
+def test_embeddings_have_no_token_to_penalise() -> None:
+    logits = np.array([1.0, 2.0, 3.0], np.float32)
+    np.testing.assert_array_equal(penalised(logits, [-1, 1, -1], 2.0), [1.0, 1.0, 3.0])
+
+
 def test_likelihoods_of_a_token_and_of_the_best() -> None:
     logits = np.array([1.0, 3.0, 2.0, -1.0], np.float32)
     exact = logits - np.logaddexp.reduce(logits.astype(np.float64))

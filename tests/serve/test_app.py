@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.runtime.decode import BoundStep
 from dash_export.serve.completions import BODY_BYTES
 from tests.serve.conftest import Serve
 
@@ -208,8 +209,15 @@ def test_a_full_queue(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away(stream: bool, serve: Serve) -> None:
-    """Its answer ends, and the next one has the row."""
+def test_a_client_that_goes_away(stream: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer ends, long before its last token, and the next one has the row."""
+    sound = BoundStep.decode_batch
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.01)
+        sound(*arguments)
+
+    monkeypatch.setattr(BoundStep, "decode_batch", slow)
     address = serve(rows=1)
     body = {"messages": MESSAGES, "model": "tiny", "max_tokens": 450, "stream": stream, **DENSE}
     with pytest.raises(httpx.ReadTimeout):
@@ -217,6 +225,8 @@ def test_a_client_that_goes_away(stream: bool, serve: Serve) -> None:
     until = time.monotonic() + 10
     while 'dash_export_running{model="tiny"} 0' not in (text := httpx.get(f"{address}/metrics").text):
         assert time.monotonic() < until, text
+    told = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert int(told['dash_export_tokens_total{model="tiny"}']) < 300
     assert (
         httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": 3, "stream": False}).status_code == 200
     )

@@ -95,7 +95,7 @@ def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded
         for node, rounded in roundings:
             codes = np.pad(rounded.codes, ((0, len(rounded.codes) % 2), (0, 0)))
             form = np.array([len(rounded.codes), rounded.block])
-            parts = codes[::2] | codes[1::2] << 4, rounded.scales, rounded.zeros, form
+            parts: list[npt.NDArray[Any]] = [codes[::2] | codes[1::2] << 4, rounded.scales, rounded.zeros, form]
             for part, array in zip(_PARTS, parts, strict=True):
                 add(f"{node}.{part}", array)
 

@@ -51,7 +51,7 @@ from dash_export.outputs import (
 from dash_export.policy import SkipPolicy, no_policy
 from dash_export.replacing import check_place, put_in_place, recover, refuse_inputs
 
-GRAPH_REVISION = 5
+GRAPH_REVISION = 6
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
 OURS = (MANIFEST, "onnx", *TEXT_FILES)
 """Entries of a bundle that an export replaces; all others, engines among them, stay."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -27,11 +29,12 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option("--api-key", envvar="DASH_EXPORT_API_KEY", help="What clients must send (or DASH_EXPORT_API_KEY).")
 @click.option("--no-key", is_flag=True, help="Listen to others without a key.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="A web page's origin that may ask; repeatable.")
-@click.option("--deadline", type=click.FloatRange(0, min_open=True), help="Seconds a request may take, queue and all.")
-@click.option("--drain", default=30.0, show_default=True, help="Seconds that answers may take to end after SIGTERM.")
+@click.option("--deadline", type=click.IntRange(1, 10**6), help="Seconds a request may take, queue and all.")
+@click.option("--drain", default=30, show_default=True, type=click.IntRange(0, 3600),
+              help="Seconds that answers may take to end after SIGTERM.")  # fmt: skip
 def command(
     bundles: tuple[Path, ...], target: str | None, host: str, port: int, rows: int, waiting: int, budget: float | None,
-    api_key: str | None, no_key: bool, cors: tuple[str, ...], deadline: float | None, drain: float,
+    api_key: str | None, no_key: bool, cors: tuple[str, ...], deadline: int | None, drain: int,
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/models, /health,
     /metrics, and a page to try it at /.
@@ -50,9 +53,15 @@ def command(
         name = runtime.bundle.root.stem
         if name in served:
             raise RequestError(f"Two bundles are called {name}: rename the folder of one.")
-        served[name] = Scheduler(runtime, rows=rows, waiting=waiting, alone=alone)
-    server = Server(served, key=api_key, origins=cors, deadline=deadline, drain=drain)
-    config = uvicorn.Config(server.app, host, port, log_level="warning", timeout_graceful_shutdown=int(drain) + 1)
+        served[name] = one = Scheduler(runtime, rows=rows, waiting=waiting, alone=alone)
+        if one.context < (most := runtime.engines.model.max_positions):
+            click.echo(
+                f"{name}: {one.context} of its {most} positions for each of {rows} rows (free memory).", err=True
+            )
+    hosts = LOCAL if host in LOCAL else None
+    server = Server(served, key=api_key, origins=cors, hosts=hosts, deadline=deadline, drain=drain)
+    many_files()
+    config = uvicorn.Config(server.app, host, port, log_level="warning", timeout_graceful_shutdown=drain + 5)
     try:
         socket = config.bind_socket()
     except SystemExit:  # uvicorn has logged why
@@ -62,4 +71,19 @@ def command(
     socket.listen(128)  # who asks before the server is up waits
     shown = socket.getsockname()[1]
     click.echo(f"Serving {', '.join(served)} at http://{host}:{shown}/ (API: http://{host}:{shown}/v1)", err=True)
-    uvicorn.Server(config).run(sockets=[socket])
+
+    class Draining(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            server.drain()
+            super().handle_exit(sig, frame)
+
+    Draining(config).run(sockets=[socket])
+
+
+def many_files() -> None:
+    """Connections that ask for nothing take a descriptor each."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has none; a system that refuses keeps what it has
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

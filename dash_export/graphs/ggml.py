@@ -1,7 +1,7 @@
 """Blocks of a GGUF file in an ONNX graph: each type is a function `ggml.<type>` of standard operators.
 
 A block is codes of a few bits, float16 factors and, in K-quants, 6 or 8 bits of scale per part of it: weight = code *
-scale + least. The functions take the factors [rows, blocks, factors] float16 and all other bytes [rows, blocks, bytes]
+scale + least. The functions take the factors [..., blocks, factors] float16 and all other bytes [..., blocks, bytes]
 uint8: together the bytes of the file. Formulas: ggml-quants.c.
 """
 
@@ -93,7 +93,7 @@ def four_bits(
 
 
 def function(kind: str) -> ir.Function:
-    """(factors, blocks) -> weight [rows, columns] float32."""
+    """(factors, blocks) -> weight [..., columns] float32."""
     block, k_quant = BLOCKS[kind], kind.endswith("_K")
     lines = [
         "given = Cast <to = 1> (factors)",
@@ -110,7 +110,7 @@ def function(kind: str) -> ir.Function:
     if block.factors == 2:
         lines += _rows("leasts", "own_least" if k_quant else "least", 1)
         lines += [f"sum = {'Sub' if k_quant else 'Add'} (product, leasts)"]
-    lines += ["rows = Shape <start = 0, end = 1> (blocks)", "columns = Constant <value_ints = [-1]> ()"]
+    lines += ["rows = Shape <start = 0, end = -2> (blocks)", "columns = Constant <value_ints = [-1]> ()"]
     lines += ["shape = Concat <axis = 0> (rows, columns)"]
     lines += [f"weight = Reshape ({'sum' if block.factors == 2 else 'product'}, shape)"]
     head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n{kind} (factors, blocks) => (weight) {{\n'

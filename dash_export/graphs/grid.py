@@ -43,7 +43,7 @@ def grid_of(stored: Stored) -> Grid | None:
     """The grid of a matrix's blocks; None where they have no four bits, or where weights all on one side of zero would
     make rests coarse.
     """
-    parts = four_bits(stored.kind, stored.factors.numpy(), stored.others.numpy())
+    parts = four_bits(stored.kind, *stored.read())
     if parts is None:
         return None
     codes, scales, least = parts

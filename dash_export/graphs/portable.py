@@ -54,7 +54,7 @@ def embed_graph(checkpoint: Checkpoint) -> ir.Model:
     """input_ids [batch, sequence] int64 -> hidden [batch, sequence, hidden] float32."""
     g = PortableWriter("embed", "Token embedding.", checkpoint.spec, checkpoint)
     ids = g.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
-    g.state_output(g.scaled(g.op("Gather", [g.weight(EMBED_WEIGHT, file=EMBED_FILE), ids], "embed"), "embedding_scale"))
+    g.state_output(g.scaled(g.looked_up(EMBED_WEIGHT, ids, EMBED_FILE), "embedding_scale"))
     return g.model()
 
 
@@ -189,19 +189,32 @@ class PortableWriter(GraphWriter):
 
     def weight(self, name: str, transpose: bool = False, file: str = "") -> ir.Value:
         """A weight as it is stored, and what makes float32 of it; in a `file` that graphs share, where one is given."""
+        kind, values = self._stored(name, transpose, file)
+        node, turned = f"{self.graph.name}/{name}", transpose and kind not in ("", "Cast")
+        found = self._as_float(kind, values, f"{node}/rows" if turned else node)
+        found = self.op("Transpose", [found], node, perm=[1, 0]) if turned else found
+        found.name = name
+        return found
+
+    def looked_up(self, name: str, ids: ir.Value, file: str) -> ir.Value:
+        """Rows of a weight, taken as they are stored: ONNX Runtime would make float32 of all of them, and takes many
+        times their memory for it.
+        """
+        kind, values = self._stored(name, False, file)
+        rows = [self.op("Gather", [value, ids], f"embed/{value.name}" if kind else "embed") for value in values]
+        return self._as_float(kind, rows, "embed")
+
+    def _stored(self, name: str, transpose: bool, file: str) -> tuple[str, list[ir.Value]]:
         kind, tensors = stored_tensors(name, self.weights[name], transpose)
-        values = [self.initializer(str(item.name), item) for item in (placed(tensors, file) if file else tensors)]
-        node = f"{self.graph.name}/{name}"
+        return kind, [self.initializer(str(item.name), item) for item in (placed(tensors, file) if file else tensors)]
+
+    def _as_float(self, kind: str, values: list[ir.Value], node: str) -> ir.Value:
         if not kind:
             return values[0]
         if kind == "Cast":
-            found = self.op("Cast", values, node, to=ir.DataType.FLOAT)
-        else:
-            self.functions.add(kind)
-            (found,) = self.node(kind, values, f"{node}/rows" if transpose else node, 1, DOMAIN)
-            found = self.op("Transpose", [found], node, perm=[1, 0]) if transpose else found
-        found.name = name
-        return found
+            return self.op("Cast", values, node, to=ir.DataType.FLOAT)
+        self.functions.add(kind)
+        return self.node(kind, values, node, 1, DOMAIN)[0]
 
     def model(self) -> ir.Model:
         model = super().model()

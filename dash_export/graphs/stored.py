@@ -22,6 +22,7 @@ from dash_export.models.spec import Weight
 
 STORED = "stored"
 """Key of a restored matrix's `meta` that has its blocks, where it is made of such."""
+_TURNED = "turned"
 _FLOATS = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 
@@ -32,6 +33,15 @@ class Stored:
     kind: str
     factors: ir.TensorProtocol
     others: ir.TensorProtocol
+
+    def read(self) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
+        """Raises BundleError for factors that are no numbers."""
+        factors = self.factors.numpy()
+        if not np.isfinite(factors).all():
+            raise BundleError(
+                f"{self.factors.name:.100} has numbers that are none. The bundle is damaged: export it again."
+            )
+        return factors, self.others.numpy()
 
 
 def stored_tensors(name: str, weight: Weight, transpose: bool) -> tuple[str, list[ir.LazyTensor]]:
@@ -65,32 +75,59 @@ def restore(model: ir.Model) -> None:
     """
     graph = model.graph
     for node in list(graph):
-        tensors = [value.const_value for value in node.inputs if value is not None and value.is_initializer()]
-        if None in tensors or len(tensors) < len(node.inputs) or (found := _restored(node, tensors)) is None:
+        lookups = _lookups(node)
+        values = [lookup.inputs[0] for lookup in lookups] or list(node.inputs)
+        tensors = [value.const_value for value in values if value is not None and value.is_initializer()]
+        if None in tensors or len(tensors) < len(values):
             continue
-        (output,), sources = node.outputs, set(node.inputs)
-        value = ir.Value(name=output.name, shape=found.shape, type=ir.TensorType(found.dtype), const_value=found)
-        output.replace_all_uses_with(value)
-        graph.remove(node, safe=True)
-        for source in sources:
+        (output,) = node.outputs
+        name = str(values[0].name).rpartition(".")[0] if lookups else str(output.name)  # type: ignore[union-attr]
+        if (found := _restored(node, name, tensors)) is None:
+            continue
+        value = ir.Value(name=name, shape=found.shape, type=ir.TensorType(found.dtype), const_value=found)
+        graph.register_initializer(value)
+        given = value
+        if lookups:
+            again = ir.node("Gather", [value, lookups[0].inputs[1]], name=node.name)
+            graph.insert_before(node, again)
+            (given,) = again.outputs
+            given.name = output.name
+        output.replace_all_uses_with(given, replace_graph_outputs=True)
+        graph.remove([node, *lookups], safe=True)
+        for source in set(values):
             if source is not None and not source.uses():
                 del graph.initializers[str(source.name)]
-        graph.register_initializer(value)
     model.functions.clear()
     model.opset_imports.pop(DOMAIN, None)
 
 
-def _restored(node: ir.Node, tensors: Sequence[Any]) -> ir.LazyTensor | None:
-    name, shapes = str(node.outputs[0].name), [tuple(tensor.shape.numpy()) for tensor in tensors]
+def _lookups(node: ir.Node) -> list[ir.Node]:
+    """What gathers rows for `node` to convert, by the same numbers: an embedding."""
+    found = [value.producer() for value in node.inputs if value is not None]
+    sound = [item for item in found if item is not None and item.op_type == "Gather" and not item.attributes]
+    same = len(sound) == len(node.inputs) and len({item.inputs[1] for item in sound}) == 1
+    alone = all(len(item.outputs[0].uses()) == 1 for item in sound)
+    return sound if same and alone and (node.op_type == "Cast" or node.domain == DOMAIN) else []
+
+
+def _restored(node: ir.Node, name: str, tensors: Sequence[Any]) -> ir.LazyTensor | None:
+    shapes = [tuple(tensor.shape.numpy()) for tensor in tensors]
 
     def lazy(make: Callable[[], npt.NDArray[Any]], shape: Sequence[int]) -> ir.LazyTensor:
         return ir.LazyTensor(lambda: ir.Tensor(make(), name=name), ir.DataType.FLOAT, ir.Shape(shape), name=name)
 
-    if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.FLOAT:
+    made = isinstance(tensors[0], ir.LazyTensor)  # here: one is made of another once
+    if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.FLOAT and not made:
         return lazy(lambda: tensors[0].numpy().astype(np.float32), shapes[0])
-    if node.op_type == "Transpose" and len(shapes[0]) == 2 and tensors[0].dtype == ir.DataType.FLOAT:
+    turns = node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+    if (
+        turns
+        and len(shapes[0]) == 2
+        and tensors[0].dtype == ir.DataType.FLOAT
+        and not (made and tensors[0].meta.get(_TURNED))
+    ):
         found = lazy(lambda: np.ascontiguousarray(tensors[0].numpy().T), shapes[0][::-1])
-        found.meta.update(getattr(tensors[0], "meta", {}))
+        found.meta.update({**getattr(tensors[0], "meta", {}), _TURNED: True})
         return found
     if node.domain != DOMAIN:
         return None
@@ -110,4 +147,4 @@ def _restored(node: ir.Node, tensors: Sequence[Any]) -> ir.LazyTensor | None:
 
 
 def _dequantized(stored: Stored) -> npt.NDArray[np.float32]:
-    return dequantized(stored.kind, stored.factors.numpy(), stored.others.numpy())
+    return dequantized(stored.kind, *stored.read())

@@ -68,7 +68,11 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
             f"{file} has a second name (a hard link), and weights that another name can change are not read. Copy the "
             f"bundle (cp -r) and use the copy."
         )
-    if file.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
+    if tensor.length not in (None, tensor.nbytes):
+        raise BundleError(
+            f"{path}: {tensor.name} has another size than its shape. The bundle is damaged: export it again."
+        )
+    if file.stat().st_size < (tensor.offset or 0) + tensor.nbytes:
         raise BundleError(f"{file} is cut short: {tensor.name} is not whole. The bundle is damaged: export it again.")
 
 

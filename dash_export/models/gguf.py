@@ -71,10 +71,8 @@ def open_gguf(path: Path) -> Checkpoint:
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "dtype": "float32",
     }
-    if config["head_dim"] is None:  # as llama.cpp has it
-        heads = positive(own, _SIZES["num_attention_heads"], 1 << 16)
-        config["head_dim"] = int(positive(own, _SIZES["hidden_size"], 1 << 20)) // int(heads)
-    head_dim = config["head_dim"]
+    heads, width = (positive(own, _SIZES[size], 1 << 20) for size in ("num_attention_heads", "hidden_size"))
+    head_dim = config["head_dim"] = positive(own, _SIZES["head_dim"], 1 << 20, width // heads)  # as llama.cpp has it
     config["rope_parameters"] = _rope(own, tensors.get(_ROPE_FACTORS), head_dim)
     config |= family.more(own, tensors, config)
     spec = decoder_spec(config, path.absolute().stem)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dash_export.errors import CheckpointError
+from dash_export.models.config import positive
 from dash_export.models.gguf_file import GgufTensor
 
 Own = Mapping[str, Any]
@@ -41,9 +42,9 @@ class Architecture:
 
 
 def _gemma(layers_of_27b: int, own: Own, config: Mapping[str, Any]) -> dict[str, Any]:
-    heads, size = config["num_attention_heads"], config["head_dim"]
-    if own.get("block_count") == layers_of_27b and isinstance(heads, int) and heads > 0:
-        size = config["hidden_size"] / heads
+    size = config["head_dim"]
+    if own.get("block_count") == layers_of_27b:
+        size = config["hidden_size"] / config["num_attention_heads"]
     return {"query_pre_attn_scalar": size, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
 
@@ -60,19 +61,19 @@ def _gemma3(own: Own, _tensors: Mapping[str, GgufTensor], config: Mapping[str, A
 
 def _phi3(own: Own, tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(config["rope_parameters"])
-    turned, size = own.get("rope.dimension_count"), config["head_dim"]
-    if isinstance(turned, int) and turned != size:
+    size = config["head_dim"]
+    turned = positive(own, "rope.dimension_count", size, size)
+    if turned != size:
         rope["partial_rotary_factor"] = turned / size
     context = own.get("rope.scaling.original_context_length", config["max_position_embeddings"])
     if (LONG in tensors) != (SHORT in tensors):
         raise CheckpointError(f"the GGUF file has one of {LONG} and {SHORT}, and not the other; it is damaged")
     if LONG in tensors:
-        factors = {
-            name: tensors[key].rows(0, tensors[key].shape[0]).tolist()
-            for name, key in (("long_factor", LONG), ("short_factor", SHORT))
-            if len(tensors[key].shape) == 1
-        }
-        rope |= {"rope_type": "longrope", **factors, "original_max_position_embeddings": context}
+        for name, key in (("long_factor", LONG), ("short_factor", SHORT)):
+            if tensors[key].shape != (turned // 2,):
+                raise CheckpointError(f"{key} has the shape {list(tensors[key].shape)}; expected [{turned // 2}]")
+            rope[name] = tensors[key].rows(0, turned // 2).tolist()
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": context}
     return {"rope_parameters": rope, "original_max_position_embeddings": context,
             "sliding_window": config["sliding_window"] or None}  # fmt: skip
 

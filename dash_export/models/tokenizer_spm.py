@@ -12,11 +12,12 @@ from typing import Any
 
 from dash_export.errors import CheckpointError
 from dash_export.models.config import flag, shown
+from dash_export.text_files import MAX_MERGES
 
 SPACE = "\u2581"
-MAX_PIECE = 256
-"""Letters of a piece: published ones have up to 93."""
-NORMAL, UNKNOWN = 1, 2
+MAX_PIECE, MEAN_PIECE = 256, 32
+"""Letters of a piece, and of pieces on average: published ones have up to 93, and 7."""
+NORMAL, UNKNOWN, BYTE = 1, 2, 6
 """Token types."""
 
 
@@ -28,6 +29,8 @@ def spm_parts(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequenc
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     words = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     unknown = [token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN]
+    if not unknown and sum(kind == BYTE for kind in kinds) < 256:
+        raise CheckpointError("the vocabulary has neither a token for what it does not know nor one for every byte")
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*begins, spaces]},
         "pre_tokenizer": None,
@@ -51,10 +54,18 @@ def _merges(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[
     pieces = {token: score for token, score, kind in zip(tokens, scores, kinds, strict=True) if kind == NORMAL}
     if (longest := max(map(len, pieces), default=0)) > MAX_PIECE:
         raise CheckpointError(f"tokenizer.ggml.tokens has a piece of {longest} letters; {MAX_PIECE} are supported")
-    found = []
+    if sum(map(len, pieces)) > MEAN_PIECE * len(tokens):
+        raise CheckpointError(
+            f"tokenizer.ggml.tokens has pieces of over {MEAN_PIECE} letters on average; it is damaged"
+        )
+    found: list[tuple[float, int, float, float, str, str]] = []
     for place, (piece, score) in enumerate(pieces.items()):
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in pieces and right in pieces:
                 found.append((-score, place, -pieces[left], -pieces[right], left, right))
+        if len(found) > MAX_MERGES * len(tokens):
+            raise CheckpointError(
+                f"over {len(found)} pairs of tokenizer.ggml.tokens make one of its {len(tokens)} tokens; it is damaged"
+            )
     return [(left, right) for *_, left, right in sorted(found)]

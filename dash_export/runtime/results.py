@@ -156,6 +156,7 @@ class Turn:
         self._text, self._max_tokens = text, max_tokens
         self._logprobs = sampling.logprobs
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
+        self._guide = None if sampling.grammar is None else text.guides.guide(sampling.grammar)
         self.statistics = Statistics(prompt_tokens=prompt_tokens)
         self.begin()
 
@@ -167,7 +168,9 @@ class Turn:
         self, logits: Logits, context: Sequence[int], actions: npt.NDArray[np.int8], cancelled: bool = False
     ) -> Response:
         """The next token, from the logits [vocab] that a step with `actions` [layers] gave, and the tokens so far."""
-        token = self._sampler(logits, context)
+        allowed = logits if self._guide is None else self._guide.allowed(logits)
+        token = self._sampler(allowed, context)
+        whole = self._guide is not None and self._guide.take(token)
         piece = self._stream.push(token)
         seconds, before = time.perf_counter() - self._began, self.statistics
         tokens = before.tokens + 1
@@ -178,7 +181,7 @@ class Turn:
             decoding = before.decode_seconds + seconds
             self.statistics = Statistics(before.prompt_tokens, tokens, before.prefill_seconds, decoding, layers)
         reason = None
-        if token in self._text.eos_ids or self._stream.stopped:
+        if whole or token in self._text.eos_ids or self._stream.stopped:
             reason = "stop"
         elif tokens == self._max_tokens:
             reason = "length"

@@ -12,17 +12,19 @@ import numpy.typing as npt
 
 from dash_export.arguments import check_fields
 from dash_export.errors import NOT_NUMBERS, BackendError, RequestError
+from dash_export.typed_json import shown
 
 Logits = npt.NDArray[np.float32]
-MOST_LOGPROBS = 20
+MOST_LOGPROBS, MOST_STOPS, LONGEST_STOP = 20, 16, 256
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty`
     1 are off. `frequency_penalty` and `presence_penalty` (OpenAI's; 0 is off) count what the answer holds so far.
-    `logprobs`: tell the log-likelihood of each token and so many of the most likely ones. Raises RequestError for what
-    is no number or out of range.
+    `logprobs`: tell the log-likelihood of each token and so many of the most likely ones. `grammar`: what the answer
+    may be, in llguidance's Lark (`guidance.json_grammar` makes one of a JSON schema). Raises RequestError for what is
+    no number or out of range.
     """
 
     temperature: float = 0.0
@@ -35,6 +37,7 @@ class Sampling:
     logprobs: int | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -53,10 +56,14 @@ class Sampling:
                 f"0 to {MOST_LOGPROBS}, or None",
             ),
             ("seed", self.seed is None or self.seed >= 0, ">= 0"),
-            ("stop", all(self.stop), "a list of non-empty strings"),
+            (
+                "stop",
+                len(self.stop) <= MOST_STOPS and all(0 < len(one) <= LONGEST_STOP for one in self.stop),
+                f"at most {MOST_STOPS} strings of 1 to {LONGEST_STOP} letters",
+            ),
         ):
             if not valid:
-                raise RequestError(f"{name} must be {expected}, not {getattr(self, name)!r}.")
+                raise RequestError(f"{name} must be {expected}, not {shown(getattr(self, name))}.")
 
 
 class Sampler:

@@ -16,11 +16,14 @@ from tokenizers.decoders import DecodeStream
 from dash_export.bundle import safe_path
 from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.runtime.chat_template import ChatTemplate
+from dash_export.runtime.guidance import Guides
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text, load_tokenizer
 
 _T = TypeVar("_T")
 _PIECE = 1 << 18
 """Letters that are encoded at a time where a whole text is wanted."""
+_LONG = 1 << 16
+"""Letters of a text that is encoded as a batch of one: that lets other threads of Python run, and starts threads."""
 LETTERS = 64
 """A text of more letters per free token is refused unread: one token may be 64 spaces, but no text is all spaces."""
 
@@ -42,6 +45,7 @@ class Text:
         special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.bos_id = self.tokenizer.token_to_id(special["bos_token"])
         self.eos_ids = _eos_ids(generation or model, self.tokenizer, special["eos_token"])
+        self.guides = Guides(self.tokenizer, self.eos_ids)
         template = _read(folder, "chat_template.jinja", str)
         self.template = None if template is None else ChatTemplate(template, special)
 
@@ -56,7 +60,14 @@ class Text:
             raise RequestError(
                 f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
             ) from error
-        return _native("does not read this text", lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
+        if len(text) < _LONG:
+            return _native(
+                "does not read this text", lambda: self.tokenizer.encode(text, add_special_tokens=special).ids
+            )
+        batch = _native(
+            "does not read this text", lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)
+        )
+        return batch[0].ids
 
     def encode_in_pieces(self, text: str) -> npt.NDArray[np.int64]:
         """`encode` of a text of any length, in memory for a piece of it: cut at lines, or else at words."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -21,14 +23,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from dash_export.errors import ContextLengthError, DashError, PolicyError, RequestError
+from dash_export.errors import DashError
 from dash_export.serve.completions import chat, completion
 from dash_export.serve.metrics import exposition
-from dash_export.serve.protocol import HttpError
-from dash_export.serve.scheduler import BusyServerError, DeadlineError, Scheduler
+from dash_export.serve.protocol import HttpError, told
+from dash_export.serve.scheduler import Scheduler
 
 PAGE = Path(__file__).with_name("page.html")
-_STATUS = ((BusyServerError, 429), (DeadlineError, 504), (RequestError, 400), (PolicyError, 400))
+ENTERING = 32
+"""Requests that are read at a time."""
 Handler = Callable[["Server", HttpRequest], Coroutine[Any, Any, Response]]
 
 
@@ -41,9 +44,12 @@ class Server:
         *,
         key: str | None = None,
         origins: Sequence[str] = (),
+        hosts: Collection[str] | None = None,
         deadline: float | None = None,
         drain: float = 30.0,
     ) -> None:
+        """`origins`: web pages that may ask; `hosts`: names that this server answers to, by default all."""
+        self._origins, self._hosts, self._entering = frozenset(origins), hosts, 0
         self.served, self._key, self.deadline, self._drain = dict(served), key, deadline, drain
         self.ready, self._began = False, int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
@@ -61,6 +67,7 @@ class Server:
             lifespan=self._lifespan,
             exception_handlers={404: _not_found, 405: _not_found},
         )
+        self.app.router.redirect_slashes = False
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -77,13 +84,12 @@ class Server:
     def _open(self, handler: Handler) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         async def answered(http: HttpRequest) -> Response:
             try:
+                self._check_origin(http)
                 return await handler(self, http)
             except HttpError as error:
-                return _error(error.status, str(error), error.param, error.code)
-            except ContextLengthError as error:
-                return _error(400, str(error), "messages", "context_length_exceeded")
+                return _error(error)
             except DashError as error:
-                return _error(next((status for kind, status in _STATUS if isinstance(error, kind)), 500), str(error))
+                return _error(told(error))
             except ClientDisconnect:
                 return Response(status_code=499)
 
@@ -99,6 +105,38 @@ class Server:
             return await handler(server, http)
 
         return self._open(checked)
+
+    def _check_origin(self, http: HttpRequest) -> None:
+        """A page of somebody else's may neither ask (its browser sends an Origin) nor, by making its own name this
+        machine's address, become the server's own.
+        """
+        host, origin = http.headers.get("host", ""), http.headers.get("origin")
+        with contextlib.suppress(ValueError):
+            own = origin is None or {origin, "*"} & self._origins or urlsplit(origin).netloc == host
+            if own and (self._hosts is None or urlsplit(f"//{host}").hostname in self._hosts):
+                return
+        raise HttpError(
+            403, "This page's origin, or the name it knows this server by, is not allowed here: --cors ORIGIN."
+        )
+
+    @contextlib.contextmanager
+    def entering(self) -> Iterator[None]:
+        """A request is read and its prompt made: of many at a time the memory and the templates would not do. Raises
+        HttpError.
+        """
+        if self._entering >= ENTERING:
+            raise HttpError(429, "Too many requests at this moment: ask again later.")
+        self._entering += 1
+        try:
+            yield
+        finally:
+            self._entering -= 1
+
+    def drain(self) -> None:
+        """Take no more requests, and end the answers within the time they have."""
+        self.ready = False
+        for scheduler in self.served.values():
+            threading.Thread(target=scheduler.close, args=(self._drain,), daemon=True).start()
 
     def scheduler(self, name: str) -> tuple[str, Scheduler]:
         """Whose a model's name is; the only one's where there is no name. Raises HttpError."""
@@ -130,15 +168,18 @@ async def _models(server: Server, _: HttpRequest) -> Response:
     return JSONResponse({"object": "list", "data": data})
 
 
-def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+def _error(error: HttpError) -> JSONResponse:
+    status = error.status
     kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
     )
     headers = {"Retry-After": "1"} if status == 429 else None
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
+    said = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    return JSONResponse({"error": said}, status, headers)
 
 
 async def _not_found(http: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "is not there" if status == 404 else f"does not take {http.method}"
-    return _error(status, f"{http.url.path:.100} {what}. Known: /v1/chat/completions, /v1/completions, /v1/models.")
+    known = "/v1/chat/completions, /v1/completions, /v1/models"
+    return _error(HttpError(status, f"{http.url.path:.100} {what}. Known: {known}."))

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -16,14 +17,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from dash_export.errors import DashError
 from dash_export.runtime.results import Response as Token
+from dash_export.runtime.results import TokenIds
 from dash_export.serve.answers import Answer
-from dash_export.serve.protocol import ChatRequest, CompletionRequest, Generation, HttpError, model_and_setting
+from dash_export.serve.protocol import ChatRequest, CompletionRequest, Generation, HttpError, model_and_setting, told
 from dash_export.serve.scheduler import Request, Scheduler
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
 
-BODY_BYTES = 4 << 20
+BODY_BYTES, BODY_SECONDS = 4 << 20, 10.0
 _FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
@@ -52,22 +54,37 @@ class Begun:
     def logprobs(self, token: Token) -> list[dict[str, Any]]:
         """The chosen token, then the most likely ones, as chat completions tell them."""
         text = self.scheduler.runtime.text
-        told = []
+        found = []
         for one, logprob in token.logprobs:
             piece = text.tokenizer.decode([one], skip_special_tokens=False)
-            told.append({"token": piece, "logprob": logprob, "bytes": list(piece.encode())})
-        return told
+            whole = "\N{REPLACEMENT CHARACTER}" not in piece  # else it is a part of a letter
+            found.append({"token": piece, "logprob": logprob, "bytes": list(piece.encode()) if whole else None})
+        return found
 
 
-def begin(server: Server, asked: Generation, prompt: Any, max_tokens: int | None, logprobs: int | None) -> Begun:
-    """Submit the `n` answers to one prompt, all or none. Raises HttpError and DashError."""
+async def begin(
+    server: Server,
+    asked: Generation,
+    encode: Callable[[Scheduler], TokenIds],
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> Begun:
+    """Submit the `n` answers to one prompt, all or none. `encode` may take its time. Raises HttpError and DashError."""
     base, setting = model_and_setting(asked.model, asked.dash)
     name, scheduler = server.scheduler(base)
+    samplings = [asked.sampling(place, logprobs) for place in range(asked.n)]
+
+    def prepare() -> TokenIds:
+        for sampling in samplings[:1]:
+            if sampling.grammar is not None:
+                scheduler.runtime.text.guides.guide(sampling.grammar)
+        return encode(scheduler)
+
+    ids = await asyncio.to_thread(prepare)
     answers: list[Answer] = []
     try:
-        for place in range(asked.n):
-            sampling = asked.sampling(place, logprobs)
-            answers.append(Answer(scheduler, Request(prompt, max_tokens, sampling, setting, server.deadline)))
+        for sampling in samplings:
+            answers.append(Answer(scheduler, Request(ids, max_tokens, sampling, setting, server.deadline)))
     except DashError:
         for answer in answers:
             scheduler.cancel(answer.ticket)
@@ -76,13 +93,15 @@ def begin(server: Server, asked: Generation, prompt: Any, max_tokens: int | None
 
 
 async def chat(server: Server, http: HttpRequest) -> Response:
-    asked = await _asked(ChatRequest, http)
-    _, scheduler = server.scheduler(model_and_setting(asked.model, asked.dash)[0])
-    messages = [message.plain() for message in asked.messages]
-    limit = scheduler.runtime.engines.model.max_positions
-    prompt = await asyncio.to_thread(scheduler.runtime.text.chat, messages, limit)
-    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    begun = begin(server, asked, prompt, asked.most_tokens, logprobs)
+    with server.entering():
+        asked = await _asked(ChatRequest, http)
+        messages = [message.plain() for message in asked.messages]
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+
+        def encode(scheduler: Scheduler) -> TokenIds:
+            return np.array(scheduler.runtime.text.chat(messages, scheduler.context))
+
+        begun = await begin(server, asked, encode, asked.most_tokens, logprobs)
 
     def chance(token: Token) -> dict[str, Any] | None:
         if not asked.logprobs:
@@ -116,28 +135,33 @@ async def _chat_chunks(begun: Begun, chance: Callable[[Token], dict[str, Any] | 
 
 
 async def completion(server: Server, http: HttpRequest) -> Response:
-    asked = await _asked(CompletionRequest, http)
-    prompt = asked.prompt
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        if len(prompt) > 1:
-            raise HttpError(400, "prompt: several prompts in one request are not supported; send one each.", "prompt")
-        prompt = prompt[0]
-    begun = begin(server, asked, prompt, asked.max_tokens, asked.logprobs)
+    with server.entering():
+        asked = await _asked(CompletionRequest, http)
+        prompt: Any = asked.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise HttpError(
+                    400, "prompt: several prompts in one request are not supported; send one each.", "prompt"
+                )
+            prompt = prompt[0]
+        begun = await begin(
+            server, asked, lambda scheduler: scheduler.runtime.checked_ids(prompt), asked.max_tokens, asked.logprobs
+        )
     if asked.stream:
         return _streamed(begun, "text_completion", _completion_chunks(begun))
     found = await _gathered(begun, http)
     choices = []
     for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
-        told = None
+        likely = None
         if asked.logprobs is not None:
             each = [begun.logprobs(token) for token in tokens]
-            told = {
+            likely = {
                 "tokens": [entries[0]["token"] for entries in each],
                 "token_logprobs": [entries[0]["logprob"] for entries in each],
                 "top_logprobs": [{entry["token"]: entry["logprob"] for entry in entries[1:]} for entries in each],
             }
         reason = _FINISH[answer.finish_reason]
-        choices.append({"index": index, "text": answer.text, "logprobs": told, "finish_reason": reason})
+        choices.append({"index": index, "text": answer.text, "logprobs": likely, "finish_reason": reason})
     return JSONResponse(begun.common | {"object": "text_completion", "choices": choices, "usage": begun.usage(),
                                         "dash": begun.answers[0].dash()})  # fmt: skip
 
@@ -158,7 +182,9 @@ def _streamed(begun: Begun, kind: str, chunks: AsyncIterator[dict[str, Any]]) ->
             async for chunk in chunks:
                 yield _event(common | chunk)
         except DashError as error:
-            yield _event({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
+            said = told(error)
+            kind = "server_error" if said.status >= 500 else "invalid_request_error"
+            yield _event({"error": {"message": str(said), "type": kind, "param": None, "code": said.code}})
         else:
             options = begun.asked.stream_options
             if options is not None and options.include_usage:
@@ -224,15 +250,23 @@ async def _gathered(begun: Begun, http: HttpRequest) -> list[list[Token]]:
     return found
 
 
-async def _asked(kind: type[_Asked], http: HttpRequest) -> _Asked:
-    """The body as `kind`. Raises HttpError that names the field."""
+async def _body(http: HttpRequest) -> bytes:
     body = bytearray()
     async for piece in http.stream():
         body += piece
         if len(body) > BODY_BYTES:
             raise HttpError(413, f"The body has more than {BODY_BYTES} bytes.")
+    return bytes(body)
+
+
+async def _asked(kind: type[_Asked], http: HttpRequest) -> _Asked:
+    """The body as `kind`. Raises HttpError that names the field."""
     try:
-        return kind.model_validate_json(bytes(body))
+        body = await asyncio.wait_for(_body(http), BODY_SECONDS)
+    except asyncio.TimeoutError:  # which is another one in Python 3.10
+        raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
+    try:
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"])) or None

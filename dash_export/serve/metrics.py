@@ -23,9 +23,13 @@ def exposition(served: Mapping[str, Scheduler]) -> str:
     for name, text in _COUNTERS.items():
         metric = f"dash_export_{name}_total"
         lines += [f"# HELP {metric} {text}", f"# TYPE {metric} counter"]
-        lines += [f'{metric}{{model="{model}"}} {getattr(one.figures, name)}' for model, one in served.items()]
+        lines += [f"{metric}{_label(model)} {getattr(one.figures, name)}" for model, one in served.items()]
     for name, text in (("waiting", "Requests in the queue."), ("running", "Rows that decode.")):
         metric = f"dash_export_{name}"
         lines += [f"# HELP {metric} {text}", f"# TYPE {metric} gauge"]
-        lines += [f'{metric}{{model="{model}"}} {getattr(one, name)}' for model, one in served.items()]
+        lines += [f"{metric}{_label(model)} {getattr(one, name)}" for model, one in served.items()]
     return "\n".join(lines) + "\n"
+
+
+def _label(model: str) -> str:
+    return '{model="' + model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") + '"}'

@@ -6,13 +6,21 @@ Fields that this server does not know are passed over, as others do; `dash` is o
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import logging
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dash_export.decision import Setting, parse_layers
-from dash_export.errors import RequestError
+from dash_export.errors import NOT_NUMBERS, ContextLengthError, DashError, PolicyError, RequestError
 from dash_export.runtime.sampling import Sampling
+from dash_export.serve.scheduler import MISTAKE, NO_MEMORY, BusyServerError, DeadlineError
+
+logger = logging.getLogger(__name__)
+MOST = 1 << 20
+Few = Field(max_length=1024, fail_fast=True)
+"""A list that is read no further than its first mistake: each would cost what a thousand right entries do."""
+Ids = Annotated[list[int], Field(max_length=MOST, fail_fast=True)]
 
 
 class HttpError(Exception):
@@ -23,13 +31,24 @@ class HttpError(Exception):
         self.status, self.param, self.code = status, param, code
 
 
+def told(error: DashError) -> HttpError:
+    """What a client is told of an error: of one that is not the client's, that the log has it."""
+    if isinstance(error, ContextLengthError):
+        return HttpError(400, str(error), "messages", "context_length_exceeded")
+    for kind, status in ((BusyServerError, 429), (DeadlineError, 504), (RequestError, 400), (PolicyError, 400)):
+        if isinstance(error, kind):
+            return HttpError(status, str(error))
+    logger.error("a request failed", exc_info=error)
+    return HttpError(500, str(error) if str(error) in (NO_MEMORY, NOT_NUMBERS) else MISTAKE)
+
+
 class Dash(BaseModel):
     """How much may be skipped: at most one amount, as in `runtime.session`. `skips`: tell the layers of every token."""
 
     model_config = ConfigDict(extra="forbid")
 
     policy: Literal["dense", "static", "token"] | None = None
-    skip: list[int] | str | None = None
+    skip: Annotated[list[int], Few] | str | None = None
     trade_off: float | None = None
     budget: float | None = None
     skipped: float | None = None
@@ -61,7 +80,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Few] | None = None
 
     def plain(self) -> dict[str, Any]:
         """As a chat template takes it: text parts joined. Raises RequestError for parts that are no text."""
@@ -78,7 +97,7 @@ class Generation(BaseModel):
     """Fields of both kinds of completion."""
 
     model: str = ""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MOST)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
@@ -87,7 +106,7 @@ class Generation(BaseModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Few] | None = None
     n: int = Field(1, ge=1, le=16)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -114,8 +133,8 @@ class Generation(BaseModel):
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Annotated[list[Message], Few] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -127,10 +146,10 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Ids | Annotated[list[str], Few] | Annotated[list[Ids], Few]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int | None = Field(16, ge=1, le=MOST)
 
 
 def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:

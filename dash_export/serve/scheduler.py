@@ -9,15 +9,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from dash_export.arguments import Prompt
 from dash_export.decision import Setting
-from dash_export.errors import BackendError, DashError, RequestError
+from dash_export.errors import BackendError, ContextLengthError, DashError, RequestError
+from dash_export.manifest import ModelFacts
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.results import Response, TokenIds, Turn, answer_length
+from dash_export.runtime.cpus import available_memory
+from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.rules import SessionRules, session_rules
 from dash_export.runtime.sampling import Logits, Sampling
@@ -25,6 +28,8 @@ from dash_export.serve.prefixes import Prefixes
 
 logger = logging.getLogger(__name__)
 ROWS, WAITING, PREFIX_BYTES = 8, 64, 256 << 20
+MISTAKE = "The server made a mistake: its log says more."
+NO_MEMORY = "The server's memory is not enough for this request beside the others: ask again later, or for less."
 
 
 class BusyServerError(RequestError):
@@ -101,6 +106,7 @@ class Scheduler:
         batch = runtime.batch(rows)  # says it where a build takes one sequence only
         self.runtime, self.most_waiting = runtime, waiting
         self._rows = Rows(batch.engines, rows, runtime.recipe.runtime.kv_step)
+        self.context = _context(runtime.engines.model, rows, prefix_bytes)
         self._prompt = runtime.session()
         self._prefixes = Prefixes(prefix_bytes)
         self._alone, self._together = (
@@ -129,7 +135,16 @@ class Scheduler:
         """
         runtime = self.runtime
         ids = runtime.checked_ids(request.prompt)
-        max_tokens = answer_length(len(ids), request.max_tokens, runtime.engines.model.max_positions)
+        if request.sampling.grammar is not None:
+            runtime.text.guides.guide(request.sampling.grammar)  # what is wrong with it is said here
+        try:
+            max_tokens = answer_length(len(ids), request.max_tokens, self.context)
+        except ContextLengthError as error:
+            if self.context == runtime.engines.model.max_positions:
+                raise
+            raise ContextLengthError(
+                f"{error} (So many for each of {self._rows.size} rows: fewer leave more.)"
+            ) from None
         rules = None if request.setting is None else self._rules(request.setting)
         until = float("inf") if request.deadline is None else time.monotonic() + request.deadline
         ticket = Ticket(request, ids, max_tokens, rules, tell, until)
@@ -200,9 +215,9 @@ class Scheduler:
             try:
                 self._prefill()
                 self._decode()
-            except Exception as error:  # a mistake of ours ends these answers, not the server
+            except Exception:  # a mistake of ours ends these answers, not the server
                 logger.exception("a step failed")
-                self._fail_all(BackendError(f"The server made a mistake ({type(error).__name__}): its log says more."))
+                self._fail_all(BackendError(MISTAKE))
 
     def _fail_all(self, error: DashError) -> None:
         """End what is under way: what is in its caches is not known."""
@@ -210,7 +225,7 @@ class Scheduler:
         tickets = [row.tag for row in self._rows.rows] + ([job] if job else [])
         self._rows.clear()
         self._prompt.reset()
-        for ticket in tickets:
+        for ticket in dict.fromkeys(tickets):  # one that just got its row is there twice
             self._tell(ticket, self._rows.failed(error))
 
     def _prefill(self) -> None:
@@ -219,11 +234,7 @@ class Scheduler:
         if self._job is None and self._waiting and len(self._rows) < self._rows.size:
             with self._changed:
                 self._job = self._waiting.popleft()
-            known = self._prefixes.restore(self._prompt, self._job.ids)
-            request, count = self._job.request, len(self._job.ids)
-            self._job.turn = Turn(self.runtime.text, request.sampling, self._job.max_tokens, count)
-            self.figures.known_tokens += known
-        ticket, session = self._job, self._prompt
+        ticket = self._job
         if ticket is None:
             return
         if ticket.cancelled or ticket.late:
@@ -231,21 +242,26 @@ class Scheduler:
             self._end(ticket)
             return
         try:
+            turn, session = ticket.turn, self._prompt
+            if turn is None:
+                turn = Turn(self.runtime.text, ticket.request.sampling, ticket.max_tokens, len(ticket.ids))
+                ticket.turn = turn
+                self.figures.known_tokens += self._prefixes.restore(session, ticket.ids)
             done = len(session.tokens)
             logits = session.prefill(ticket.ids[done : done + session.chunk])
             if len(session.tokens) == len(ticket.ids):
+                self._begin(ticket, turn, logits)
                 self._job = None
-                self._begin(ticket, logits)
-        except DashError as error:
+        except (DashError, MemoryError) as error:  # of this request alone: what the others have is as it was
             self._job = None
-            session.reset()
-            self._tell(ticket, self._rows.failed(error))
+            self._prompt.reset()
+            self._tell(ticket, self._rows.failed(error if isinstance(error, DashError) else BackendError(NO_MEMORY)))
 
-    def _begin(self, ticket: Ticket, logits: Logits) -> None:
-        assert ticket.turn is not None
+    def _begin(self, ticket: Ticket, turn: Turn, logits: Logits) -> None:
         rules = deepcopy(ticket.rules or self._alone)
-        self._prefixes.keep(self._prompt.tokens, self._prompt.cache, 0)
-        self._tell(ticket, self._rows.begin(self._prompt, logits, ticket.turn, rules, ticket, ticket.max_tokens))
+        with suppress(MemoryError):
+            self._prefixes.keep(self._prompt.tokens, self._prompt.cache, 0)
+        self._tell(ticket, self._rows.begin(self._prompt, logits, turn, rules, ticket, ticket.max_tokens))
         ticket.rules = None if ticket.request.setting is None else rules
         ticket.alone = rules
 
@@ -296,6 +312,15 @@ class Scheduler:
     def _rules(self, setting: Setting) -> SessionRules:
         manifest = self.runtime.bundle.manifest
         return session_rules(setting, manifest.model, manifest.policy, self.runtime.build)
+
+
+def _context(model: ModelFacts, rows: int, prefix_bytes: int) -> int:
+    """Positions that each of the rows, and a prompt that is under way, may have in half of the memory that is free: as
+    a row grows, all of them are copied.
+    """
+    position = 4 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    room = available_memory() // 2 - prefix_bytes
+    return min(model.max_positions, max(MAX_TOKENS, room // position // (rows + 1)))
 
 
 def _late() -> DeadlineError:

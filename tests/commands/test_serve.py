@@ -46,6 +46,35 @@ def test_it_serves_and_drains(tiny_root: Path, free_port: int) -> None:
         process.kill()
 
 
+def test_answers_that_do_not_end_in_time(tiny_root: Path, free_port: int) -> None:
+    """They end with an error that their client sees, and the server with no traceback."""
+    command = [sys.executable, "-c", SLOW, "serve", str(tiny_root), *FP32, "--port", str(free_port), "--drain", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stderr is not None
+    try:
+        assert f"http://127.0.0.1:{free_port}/" in process.stderr.readline()
+        body = {"model": "tiny", "prompt": "hello", "max_tokens": 400, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"http://127.0.0.1:{free_port}/v1/completions", json=body, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            told = [line for line in lines if line]
+        assert "time that this request had is over" in told[-2]
+        assert "Traceback" not in process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+
+
+SLOW = """
+import time
+from dash_export.cli import main
+from dash_export.runtime.decode import BoundStep
+sound = BoundStep.decode_batch
+BoundStep.decode_batch = lambda *arguments: (time.sleep(0.05), sound(*arguments))
+main()
+"""
+
+
 def test_what_cannot_be_served(tiny_root: Path, tmp_path: Path) -> None:
     assert "give an --api-key" in refused("serve", tiny_root, *FP32, "--host", "0.0.0.0")
     assert "is not a finished bundle" in refused("serve", tmp_path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -18,7 +20,7 @@ from dash_export.exporting import export
 from dash_export.graphs import ggml
 from dash_export.graphs.stored import restore
 from dash_export.graphs.surgery import load_graph
-from dash_export.graphs.writer import PAGE, GraphWriter
+from dash_export.graphs.writer import PAGE, GraphWriter, save_graph
 from dash_export.models import open_checkpoint
 from tests.models.helpers import random_blocks, tiny_tokenizer, write_gguf
 from tests.tiny import random_ids, save_model, tiny_policy
@@ -63,6 +65,58 @@ def test_blocks_of_another_shape_or_type_are_refused() -> None:
     next(iter(model.graph)).op_type = "Q9_9"
     with pytest.raises(BundleError, match="is no Q9_9"):
         restore(model)
+
+
+def test_blocks_whose_factors_are_no_numbers() -> None:
+    factors, blocks = ggml.taken_apart("Q4_0", random_blocks("Q4_0"))
+    factors[3] = np.nan
+    model = graph_of("Q4_0", factors, blocks)
+    restore(model)
+    value = model.graph.initializers["weight"].const_value
+    assert value is not None
+    with pytest.raises(BundleError, match="numbers that are none"):
+        value.numpy()
+
+
+@pytest.mark.parametrize(
+    ("operator", "options"), [("Cast", {"to": ir.DataType.FLOAT}), ("Transpose", {"perm": [1, 0]})]
+)
+def test_a_row_of_conversions(operator: str, options: dict[str, Any]) -> None:
+    """Thousands of them are a forgery: not all are made, for each would wait for the one before it."""
+    g = GraphWriter("graph", "")
+    value = g.initializer("weight", np.ones((3, 4), np.float32))
+    for place in range(3000):
+        value = g.op(operator, [value], f"step{place}", **options)
+    g.output(value, "step2999", (None, None))
+    model = g.model()
+    restore(model)
+    assert len(model.graph) == 2999
+    (left,) = model.graph.initializers.values()
+    assert left.const_value is not None
+    assert left.const_value.numpy().sum() == 12
+
+
+def test_a_transpose_that_is_none_stays() -> None:
+    g = GraphWriter("graph", "")
+    value = g.op("Transpose", [g.initializer("weight", np.ones((3, 4), np.float32))], "same", perm=[0, 1])
+    g.output(value, "same", (3, 4))
+    model = g.model()
+    restore(model)
+    assert [node.op_type for node in model.graph] == ["Transpose"]
+
+
+def test_external_data_of_another_size_than_its_shape(tmp_path: Path) -> None:
+    g = GraphWriter("graph", "")
+    g.output(g.op("Identity", [g.initializer("weight", np.ones((128, 64), np.float32))], "out"), "out", (128, 64))
+    (tmp_path / "a").mkdir()
+    save_graph(g.model(), tmp_path / "a" / "graph.onnx")
+    load_graph(tmp_path / "a" / "graph.onnx")
+    proto = onnx.load(tmp_path / "a" / "graph.onnx", load_external_data=False)
+    (length,) = [entry for entry in proto.graph.initializer[0].external_data if entry.key == "length"]
+    length.value = "100"
+    onnx.save(proto, tmp_path / "a" / "graph.onnx")
+    with pytest.raises(BundleError, match="another size than its shape"):
+        load_graph(tmp_path / "a" / "graph.onnx")
 
 
 def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:
@@ -110,6 +164,8 @@ def test_a_gguf_file_keeps_its_bytes(tmp_path: Path, kind: str, tied: bool, fami
     size = sum(path.stat().st_size for path in files if path.exists())
     pages = 2 * PAGE * len(checkpoint.weights)
     assert size - pages < (tmp_path / "model.gguf").stat().st_size
+    (lookup, *_) = onnx.load(bundle.graph("embed"), load_external_data=False).graph.node
+    assert lookup.op_type == "Gather", "ONNX Runtime makes float32 of the rows of a prompt, not of all"
     found = {}
     for name in bundle.manifest.graphs:
         found |= {key: value.const_value for key, value in load_graph(bundle.graph(name)).graph.initializers.items()}

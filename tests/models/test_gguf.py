@@ -129,6 +129,8 @@ def test_as_the_folder_of_the_same_model(
     [
         ({"gemma2.attention.sliding_window": "x"}, {}, "sliding_window"),
         ({"gemma2.expert_count": 2}, {}, "gemma2.expert_count, which is not supported"),
+        ({"gemma2.block_count": 46, "gemma2.embedding_length": "abc"}, {}, "embedding_length"),
+        ({"gemma2.attention.key_length": [1, 2]}, {}, "key_length"),
         ({"gemma2.rope.dimension_count": 8}, {}, "rope.dimension_count 8 is not supported"),
         ({}, {"rope_factors_long.weight": np.ones(8, np.float32)}, "tensors that gemma2 does not use"),
     ],
@@ -145,6 +147,23 @@ def test_a_scale_of_phi_s_that_does_not_follow(tmp_path: Path) -> None:
     model = tiny_model("phi3", pad_token_id=0)
     write_gguf(tmp_path / "a.gguf", model, metadata={"phi3.rope.scaling.attn_factor": 1.3})
     with pytest.raises(CheckpointError, match=r"attn_factor 1\.3 is not supported; expected 1"):
+        open_checkpoint(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("value", [0, "abc", [1, 2], 10**6])
+@pytest.mark.parametrize("key", ["attention.key_length", "rope.dimension_count"])
+def test_sizes_of_phi_s_heads(tmp_path: Path, key: str, value: Any) -> None:
+    write_gguf(tmp_path / "a.gguf", tiny_model("phi3", pad_token_id=0), metadata={f"phi3.{key}": value})
+    with pytest.raises(CheckpointError, match=f"{key}|head_dim"):
+        open_checkpoint(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("shape", [(4096,), (8, 2), (7,)])
+def test_lists_of_phi_s_factors_of_another_length(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Which are not read: a small file can have very long ones."""
+    extra = {f"rope_factors_{name}.weight": np.ones(shape, np.float32) for name in ("long", "short")}
+    write_gguf(tmp_path / "a.gguf", tiny_model("phi3", pad_token_id=0), extra_tensors=extra)
+    with pytest.raises(CheckpointError, match=r"rope_factors_long.weight has the shape .*; expected \[8\]"):
         open_checkpoint(tmp_path / "a.gguf")
 
 

@@ -124,3 +124,24 @@ def test_pieces_too_long_to_be_cut_everywhere(metadata: dict[str, Any]) -> None:
     tokens = [*metadata["tokenizer.ggml.tokens"][:-1], "a" * 1000]
     with pytest.raises(CheckpointError, match="piece of 1000 letters; 256 are supported"):
         tokenizer_assets(metadata | {"tokenizer.ggml.tokens": tokens}, 1000)
+
+
+def vocabulary(metadata: dict[str, Any], pieces: list[str], kind: int = 1) -> dict[str, Any]:
+    """The vocabulary with more pieces."""
+    more = {"tokens": pieces, "token_type": [kind] * len(pieces), "scores": [0.0] * len(pieces)}
+    return metadata | {f"tokenizer.ggml.{name}": metadata[f"tokenizer.ggml.{name}"] + more[name] for name in more}
+
+
+def test_what_would_take_far_more_memory_than_its_file(metadata: dict[str, Any]) -> None:
+    runs = [letter * count for letter in "ABCDEFGH" for count in range(1, 60)]
+    with pytest.raises(CheckpointError, match=r"over \d+ pairs of tokenizer.ggml.tokens make one of its"):
+        tokenizer_assets(vocabulary(metadata, sorted({*runs} - {*metadata["tokenizer.ggml.tokens"]})), 10_000)
+    long = [f"{number:04d}" * 32 for number in range(4000)]
+    with pytest.raises(CheckpointError, match="pieces of over 32 letters on average"):
+        tokenizer_assets(vocabulary(metadata, long), 10_000)
+
+
+def test_a_vocabulary_that_would_lose_letters(metadata: dict[str, Any]) -> None:
+    kinds = [3 if kind in (2, 6) else kind for kind in metadata["tokenizer.ggml.token_type"]]
+    with pytest.raises(CheckpointError, match="neither a token for what it does not know nor one for every byte"):
+        tokenizer_assets(metadata | {"tokenizer.ggml.token_type": kinds}, 1000)

@@ -1,0 +1,160 @@
+"""Clients that would harm the server, or the answers of others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.errors import BackendError, BundleError, RequestError
+from dash_export.runtime import Sampling
+from dash_export.runtime.cache import KVCache
+from dash_export.runtime.text import Text
+from dash_export.serve import app, completions, scheduler
+from dash_export.serve.protocol import told
+from dash_export.serve.scheduler import MISTAKE, NO_MEMORY, Scheduler
+from tests.serve.conftest import Serve
+from tests.serve.test_app import DENSE, MESSAGES
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (COMPLETIONS, {"prompt": [None] * 700_000}, "prompt"),
+        (COMPLETIONS, {"prompt": [[None] * 700_000]}, "prompt"),
+        (CHAT, {"messages": [0] * 700_000}, "messages"),
+        (CHAT, {"messages": [{"role": ""}] * 200_000}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [0] * 700_000}]}, "messages"),
+        (CHAT, {"messages": MESSAGES, "stop": [0] * 700_000}, "stop"),
+        (CHAT, {"messages": MESSAGES, "dash": {"skip": ["x"] * 700_000}}, "dash"),
+    ],
+)
+def test_lists_of_mistakes(path: str, body: dict[str, Any], field: str, http: httpx.Client) -> None:
+    """Of which each used to cost what a thousand entries do: 15 s and 3 GB."""
+    reply = http.post(path, json={"model": "tiny"} | body, timeout=5)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith(field)
+    assert len(reply.text) < 1000
+
+
+@pytest.mark.parametrize("stop", [["x"] * 17, ["x" * 257]])
+def test_stop_strings_are_bounded(stop: list[str], http: httpx.Client) -> None:
+    """Each costs every token of everybody."""
+    reply = http.post(CHAT, json={"model": "tiny", "messages": MESSAGES, "stop": stop})
+    assert reply.status_code == 400
+    assert "stop must be at most 16 strings of 1 to 256 letters" in reply.json()["error"]["message"]
+    with pytest.raises(RequestError, match="stop must be"):
+        Sampling(stop=stop)
+
+
+def test_memory_for_one_that_is_not_there(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone fails, with an answer: the others go on."""
+    sound = KVCache.reserve
+
+    def short(self: KVCache, rows: int) -> bool:
+        if rows > 300 and len(self.lengths) > 1:
+            raise MemoryError
+        return sound(self, rows)
+
+    monkeypatch.setattr(KVCache, "reserve", short)
+    address = serve(rows=3)
+    body = {"model": "tiny", "max_tokens": 60, "temperature": 0, **DENSE}
+    alone = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}).json()["choices"][0]["text"]
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(httpx.post, f"{address}{COMPLETIONS}", json=body | {"prompt": "hello"}) for _ in range(2)]
+        reply = httpx.post(f"{address}{COMPLETIONS}", json=body | {"prompt": [5] * 320}, timeout=20)
+        assert (reply.status_code, reply.json()["error"]["message"]) == (500, NO_MEMORY)
+        for other in others:
+            assert other.result().json()["choices"][0]["text"] == alone
+
+
+def test_rows_have_what_memory_allows(
+    tiny_runtime: Callable[..., DashRuntime], serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_runtime().engines.model
+    position = 8 * model.num_layers * model.num_kv_heads * model.head_dim
+    monkeypatch.setattr(scheduler, "available_memory", lambda: 2 * (scheduler.PREFIX_BYTES + 4 * 300 * position))
+    assert Scheduler(tiny_runtime(), rows=3).context == 300
+    assert Scheduler(tiny_runtime(), rows=1).context == model.max_positions
+    reply = httpx.post(f"{serve(rows=3)}{COMPLETIONS}", json={"model": "tiny", "prompt": [5] * 295, "max_tokens": 9})
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert "So many for each of 3 rows: fewer leave more" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://[", "host": "["}, 403),
+        ({"host": "evil.example"}, 403),
+        ({"host": "evil.example:80", "origin": "http://evil.example:80"}, 403),
+        ({"origin": "https://page.example"}, 200),
+        ({"host": "localhost:1"}, 200),
+        ({"host": "[::1]:1", "origin": "http://[::1]:1"}, 200),
+        ({}, 200),
+    ],
+)
+def test_pages_of_others(headers: dict[str, str], status: int, serve: Serve) -> None:
+    """A browser sends what a page asks wherever it is: without a question first, where it says it is plain text."""
+    address = serve(origins=["https://page.example"], hosts=("127.0.0.1", "localhost", "::1"))
+    body = json.dumps({"model": "tiny", "prompt": "hello", "max_tokens": 2})
+    reply = httpx.post(f"{address}{COMPLETIONS}", content=body, headers={"content-type": "text/plain"} | headers)
+    assert reply.status_code == status, reply.text
+
+
+def test_a_body_that_does_not_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "BODY_SECONDS", 0.2)
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as slow:
+        slow.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 500\r\n\r\n{{".encode())
+        assert b" 408 " in slow.recv(200)
+
+
+def test_requests_that_are_read_at_a_time(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "ENTERING", 2)
+    sound, go, entered = Text.chat, threading.Event(), threading.Semaphore(0)
+
+    def slow(*arguments: Any) -> list[int]:
+        entered.release()
+        go.wait(20)
+        return sound(*arguments)
+
+    monkeypatch.setattr(Text, "chat", slow)
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(httpx.post, f"{address}{CHAT}", json=body, timeout=20) for _ in range(2)]
+        for _ in waiting:
+            entered.acquire()
+        reply = httpx.post(f"{address}{CHAT}", json=body, timeout=20)
+        go.set()
+        assert [one.result().status_code for one in waiting] == [200, 200]
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+
+
+def test_what_a_client_is_told_of_our_mistakes(caplog: pytest.LogCaptureFixture) -> None:
+    """No paths: the log has them."""
+    with caplog.at_level(logging.ERROR):
+        for error in (BundleError("/secret/place is damaged"), BackendError("/secret/engine failed")):
+            said = told(error)
+            assert (said.status, str(said)) == (500, MISTAKE)
+    assert caplog.text.count("/secret") >= 2
+
+
+def test_a_long_text_is_encoded_as_a_short_one(address: str, tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """In a batch of one, beside which other threads run."""
+    text = tiny_runtime().text
+    long = "hello there, " * 6000
+    assert text.encode(long) == text.tokenizer.encode(long).ids
+    reply = httpx.post(f"{address}{COMPLETIONS}", json={"model": "tiny", "prompt": long})
+    assert reply.json()["error"]["code"] == "context_length_exceeded"

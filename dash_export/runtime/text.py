@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +24,11 @@ _T = TypeVar("_T")
 _PIECE = 1 << 18
 """Letters that are encoded at a time where a whole text is wanted."""
 _LONG = 1 << 16
-"""Letters of a text that is encoded as a batch of one: that lets other threads of Python run, and starts threads."""
+"""Letters of a text that is encoded as a batch of one, which lets other threads of Python run; one such at a time, for
+it takes a hundred times its memory.
+"""
+_one_long = Lock()
+_READS = "does not read this text"
 LETTERS = 64
 """A text of more letters per free token is refused unread: one token may be 64 spaces, but no text is all spaces."""
 
@@ -61,13 +66,9 @@ class Text:
                 f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
             ) from error
         if len(text) < _LONG:
-            return _native(
-                "does not read this text", lambda: self.tokenizer.encode(text, add_special_tokens=special).ids
-            )
-        batch = _native(
-            "does not read this text", lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)
-        )
-        return batch[0].ids
+            return _native(_READS, lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
+        with _one_long:
+            return _native(_READS, lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
 
     def encode_in_pieces(self, text: str) -> npt.NDArray[np.int64]:
         """`encode` of a text of any length, in memory for a piece of it: cut at lines, or else at words."""

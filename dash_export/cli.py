@@ -36,7 +36,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "transformers"), "train"),
     "matplotlib": "profile",
     "scipy": "eval",
-    **dict.fromkeys(("starlette", "uvicorn", "pydantic"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "pydantic", "llguidance"), "serve"),
 }
 INTERRUPTED = 130
 OUTPUT = "dash_export.output"

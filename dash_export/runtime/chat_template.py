@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Timer
+from typing import Any
 
 from dash_export.errors import BundleError, RequestError
 from dash_export.typed_json import shown
@@ -41,7 +42,16 @@ class ChatTemplate:
         self._source, self._special = source, dict(special)
         self._child: _Child | None = None
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def takes_tools(self) -> bool:
+        """Whether it tells the model of tools, and of `<tool_call>` as the way to call them."""
+        return "tools" in self._source and "<tool_call>" in self._source
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """Messages {role, content} -> the prompt text. Raises RequestError when the template refuses or misbehaves, and
         BundleError when it is none.
         """
@@ -49,6 +59,7 @@ class ChatTemplate:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise RequestError(f"A chat message needs a 'role' and a 'content', both text; got {shown(message)}.")
         given = {"messages": [*map(dict, messages)], "add_generation_prompt": add_generation_prompt, **self._special}
+        given |= {"tools": [*tools]} if tools else {}
         try:
             request = json.dumps(given)
         except (TypeError, ValueError, RecursionError) as error:

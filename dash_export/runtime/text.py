@@ -86,15 +86,24 @@ class Text:
         """Token ids -> text. Raises RequestError where the tokenizer's decoder gives up."""
         return _native("cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def chat(self, messages: Sequence[Mapping[str, str]], limit: int = sys.maxsize) -> list[int]:
-        """Chat messages -> token ids, ending where the assistant's turn begins; `limit` as `encode` has it."""
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        limit: int = sys.maxsize,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """Chat messages -> token ids, ending where the assistant's turn begins; `limit` as `encode` has it. `tools` are
+        functions in OpenAI's form, for a template that takes them.
+        """
         if self.template is None:
             raise RequestError(
                 "This model has no chat template: give it plain text (without --chat), or export a chat model."
             )
         texts = (text for message in messages for text in message.values() if isinstance(text, str))
         _check_letters(sum(map(len, texts)), limit)
-        return self.encode(self.template.render(messages), special=False, limit=limit)
+        if tools and not self.template.takes_tools():
+            raise RequestError("This model's chat template takes no tools (none that are called by <tool_call>).")
+        return self.encode(self.template.render(messages, tools=tools), special=False, limit=limit)
 
 
 def _check_letters(letters: int, limit: int) -> None:

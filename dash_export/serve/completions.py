@@ -21,6 +21,7 @@ from dash_export.runtime.results import TokenIds
 from dash_export.serve.answers import Answer
 from dash_export.serve.protocol import ChatRequest, CompletionRequest, Generation, HttpError, model_and_setting, told
 from dash_export.serve.scheduler import Request, Scheduler
+from dash_export.serve.tools import Words, split_calls
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
@@ -99,7 +100,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
 
         def encode(scheduler: Scheduler) -> TokenIds:
-            return np.array(scheduler.runtime.text.chat(messages, scheduler.context))
+            return np.array(scheduler.runtime.text.chat(messages, scheduler.context, asked.given_tools()))
 
         begun = await begin(server, asked, encode, asked.most_tokens, logprobs)
 
@@ -115,9 +116,11 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     choices = []
     for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
         content = [entry for token in tokens for entry in (chance(token) or {}).get("content", [])]
-        choice = {"index": index, "message": {"role": "assistant", "content": answer.text}}
+        words, calls = split_calls(answer.text) if asked.given_tools() else (answer.text, [])
+        message = {"role": "assistant", "content": words or (None if calls else "")}
+        choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
         choice |= {"logprobs": {"content": content} if asked.logprobs else None}
-        choices.append(choice | {"finish_reason": _FINISH[answer.finish_reason]})
+        choices.append(choice | {"finish_reason": "tool_calls" if calls else _FINISH[answer.finish_reason]})
     return JSONResponse(begun.common | {"object": "chat.completion", "choices": choices, "usage": begun.usage(),
                                         "dash": begun.answers[0].dash()})  # fmt: skip
 
@@ -125,12 +128,21 @@ async def chat(server: Server, http: HttpRequest) -> Response:
 async def _chat_chunks(begun: Begun, chance: Callable[[Token], dict[str, Any] | None]) -> AsyncIterator[dict[str, Any]]:
     for index in range(len(begun.answers)):
         yield {"choices": [{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+    words = [Words() for _ in begun.answers]
+    tools = isinstance(begun.asked, ChatRequest) and bool(begun.asked.given_tools())
     async for index, token in _merged(begun):
-        choice = {"index": index, "delta": {"content": token.text}, "logprobs": chance(token), "finish_reason": None}
+        text = words[index].push(token.text) if tools else token.text
+        choice = {"index": index, "delta": {"content": text}, "logprobs": chance(token), "finish_reason": None}
         if token.finish_reason is not None:
-            if token.text:
+            rest, calls = split_calls(words[index].held)
+            choice["delta"] = {"content": text + rest}
+            if text + rest:
                 yield {"choices": [choice], **begun.skips(token)}
-            choice |= {"delta": {}, "logprobs": None, "finish_reason": _FINISH[token.finish_reason]}
+            if calls:
+                pieces = [{"index": place, **call} for place, call in enumerate(calls)]
+                yield {"choices": [choice | {"delta": {"tool_calls": pieces}, "logprobs": None}]}
+            reason = "tool_calls" if calls else _FINISH[token.finish_reason]
+            choice |= {"delta": {}, "logprobs": None, "finish_reason": reason}
         yield {"choices": [choice], **begun.skips(token)}
 
 

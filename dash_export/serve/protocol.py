@@ -6,6 +6,7 @@ Fields that this server does not know are passed over, as others do; `dash` is o
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Annotated, Any, Literal
 
@@ -13,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dash_export.decision import Setting, parse_layers
 from dash_export.errors import NOT_NUMBERS, ContextLengthError, DashError, PolicyError, RequestError
+from dash_export.runtime.guidance import json_grammar
 from dash_export.runtime.sampling import Sampling
 from dash_export.serve.scheduler import MISTAKE, NO_MEMORY, BusyServerError, DeadlineError
+from dash_export.serve.tools import Choice, Tool, calls_grammar
 
 logger = logging.getLogger(__name__)
 MOST = 1 << 20
@@ -89,8 +92,40 @@ class Message(BaseModel):
             if other := next((part.type for part in content if part.type != "text" or part.text is None), None):
                 raise RequestError(f"messages: content of type {other!r:.60} is not supported; supported: text.")
             content = "".join(part.text or "" for part in content)
-        extra = self.model_extra or {}
+        extra = dict(self.model_extra or {})
+        if isinstance(calls := extra.get("tool_calls"), list):
+            extra["tool_calls"] = [_with_arguments(call) for call in calls]
         return {"role": self.role, "content": content or "", **extra}
+
+
+def _with_arguments(call: Any) -> Any:
+    """A call of an earlier turn as templates take it: its arguments are no text. Raises RequestError."""
+    try:
+        function = call["function"]
+        given = function.get("arguments")
+        return call | {"function": function | {"arguments": json.loads(given) if isinstance(given, str) else given}}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise RequestError("messages: tool_calls is not a list of {id, type, function: {name, arguments}}.") from None
+
+
+class JsonSchema(BaseModel):
+    name: str = ""
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> str | None:
+        """Of the answer; None where it is any text. Raises RequestError."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return json_grammar({"type": "object"})
+        if self.json_schema is None:
+            raise RequestError("response_format: json_schema is missing.")
+        return json_grammar(self.json_schema.schema_)
 
 
 class Generation(BaseModel):
@@ -113,6 +148,10 @@ class Generation(BaseModel):
     user: str | None = None
     dash: Dash = Field(default_factory=Dash)
 
+    def grammar(self) -> str | None:
+        """What the answer may be."""
+        return None
+
     def sampling(self, place: int = 0, logprobs: int | None = None) -> Sampling:
         """How the answer number `place` of `n` is sampled: each with a seed of its own. Raises RequestError."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -127,7 +166,8 @@ class Generation(BaseModel):
         }
         said = {name: value for name, value in given.items() if value is not None}
         seed = None if self.seed is None else abs(self.seed) + place
-        return Sampling(**({"temperature": 1.0} | said), seed=seed, stop=stop, logprobs=logprobs)  # type: ignore[arg-type]
+        said = {"temperature": 1.0} | said
+        return Sampling(**said, seed=seed, stop=stop, logprobs=logprobs, grammar=self.grammar())  # type: ignore[arg-type]
 
 
 class ChatRequest(Generation):
@@ -137,6 +177,18 @@ class ChatRequest(Generation):
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Few] = Field(default_factory=list)
+    tool_choice: Choice = "auto"
+    parallel_tool_calls: bool = True
+
+    def grammar(self) -> str | None:
+        calls = calls_grammar(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return calls or (None if self.response_format is None else self.response_format.grammar())
+
+    def given_tools(self) -> list[dict[str, Any]]:
+        """As a chat template takes them."""
+        return [] if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools]
 
     @property
     def most_tokens(self) -> int | None:

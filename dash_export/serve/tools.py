@@ -1,0 +1,102 @@
+"""Functions that a model may ask to call, in the form of Qwen, Hermes and SmolLM3: JSON between `<tool_call>` marks."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from dash_export.errors import RequestError
+from dash_export.runtime.guidance import json_rule
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+_CALL = re.compile(rf"{BEGIN}\s*(\{{.*?\}})\s*{END}", re.DOTALL)
+
+
+class Function(BaseModel):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    name: str
+
+
+class ToolName(BaseModel):
+    type: Literal["function"]
+    function: FunctionName
+
+
+Choice = Literal["none", "auto", "required"] | ToolName
+
+
+def calls_grammar(tools: Sequence[Tool], choice: Choice, parallel: bool) -> str | None:
+    """The grammar of an answer that has to call: `required`, or the one function that `choice` names; None where it
+    need not. Raises RequestError.
+    """
+    if isinstance(choice, str) and choice != "required":
+        return None
+    wanted = [tool.function for tool in tools if choice == "required" or tool.function.name == choice.function.name]
+    if not wanted:
+        raise RequestError(f"tool_choice: no such function is among the {len(tools)} tools.")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": one.name}, "arguments": one.parameters},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for one in wanted
+    ]
+    several = r' ("\n" call)*' if parallel and choice == "required" else ""
+    return f'start: call{several}\ncall: "{BEGIN}\\n" arguments "\\n{END}"\narguments: {json_rule({"anyOf": calls})}\n'
+
+
+def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """An answer's own words, and its calls as OpenAI tells them; what is no call stays among the words."""
+    calls: list[dict[str, Any]] = []
+
+    def take(found: re.Match[str]) -> str:
+        try:
+            call = json.loads(found[1])
+            name, arguments = call["name"], call.get("arguments", {})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return found[0]
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            return found[0]
+        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+        return ""
+
+    words = _CALL.sub(take, text)
+    return (words.strip() if calls else words), calls
+
+
+class Words:
+    """The words of a streamed answer before its first call: what may begin one is held back."""
+
+    def __init__(self) -> None:
+        self.held, self._calls = "", False
+
+    def push(self, text: str) -> str:
+        self.held += text
+        at = self.held.find(BEGIN)
+        if at < 0 and not self._calls:
+            most = min(len(self.held), len(BEGIN) - 1)
+            at = len(self.held) - next((size for size in range(most, 0, -1) if BEGIN.startswith(self.held[-size:])), 0)
+        elif not self._calls:
+            self._calls = True
+        else:
+            return ""
+        piece, self.held = self.held[:at], self.held[at:]
+        return piece

@@ -1,0 +1,166 @@
+"""Answers of a given form, and calls of functions: by grammar, so that a random model gives them too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.errors import RequestError
+from dash_export.runtime import Sampling
+from dash_export.runtime.chat_template import ChatTemplate
+from dash_export.runtime.guidance import json_grammar
+from dash_export.serve.tools import Words, split_calls
+from tests.serve.test_app import MESSAGES
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["river", "lake"]}, "length": {"type": "integer", "minimum": 0, "maximum": 9999}},
+    "required": ["kind", "length"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"type": "function", "function": {"name": "measure", "description": "Measure it.", "parameters": SCHEMA}}
+OTHER: Any = {"type": "function", "function": {"name": "stop"}}
+TEMPLATE = (
+    "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}Say <tool_call>{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.arguments | tojson }}</tool_call>"
+    "{% endfor %}\n{% endfor %}"
+)
+
+
+def check(text: str) -> None:
+    found = json.loads(text)
+    assert set(found) == {"kind", "length"}
+    assert found["kind"] in ("river", "lake")
+    assert 0 <= found["length"] <= 9999
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_json_of_a_schema(client: openai.OpenAI, stream: bool, seed: int) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "water", "schema": SCHEMA, "strict": True}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 200, "temperature": 2, "seed": seed}
+    reply: Any = client.chat.completions.create(response_format=form, stream=stream, **asked)
+    if stream:
+        pieces = list(reply)
+        check("".join(piece.choices[0].delta.content or "" for piece in pieces))
+        assert pieces[-1].choices[0].finish_reason == "stop"
+    else:
+        check(reply.choices[0].message.content)
+        assert reply.choices[0].finish_reason == "stop"
+
+
+def test_any_json(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=400, response_format={"type": "json_object"}, seed=3
+    )
+    if reply.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(reply.choices[0].message.content or ""), dict)
+    else:
+        assert (reply.choices[0].message.content or "").startswith("{")
+
+
+def test_sessions_and_batches_hold_to_a_grammar_too(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    runtime = tiny_runtime()
+    sampling = Sampling(1.0, seed=5, grammar=json_grammar(SCHEMA))
+    alone = runtime.generate("hello", 200, sampling).text
+    check(alone)
+    found = ["", ""]
+    for index, response in runtime.batch(2).stream(["hello", "hello"], 200, sampling):
+        found[index] += response.text
+    assert found == [alone, alone]
+    with pytest.raises(RequestError, match="grammar or schema cannot be read"):
+        runtime.generate("hello", 200, Sampling(grammar="start: nothing"))
+    with pytest.raises(RequestError, match="over 65536 letters"):
+        runtime.generate("hello", 200, Sampling(grammar="start: " + " " * 70_000))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}},
+            "schema cannot be read",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "json_schema is missing"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"tools": [TOOL]}, "takes no tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "no such function"),
+        ({"tool_choice": "required"}, "no such function is among the 0 tools"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls is not a list of"),
+    ],
+)
+def test_what_is_refused(client: openai.OpenAI, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.chat.completions.create(**({"model": "tiny", "messages": MESSAGES} | changes))
+
+
+@pytest.fixture
+def with_tools(tiny_runtime: Callable[..., DashRuntime]) -> Iterator[None]:
+    """The tiny model's template takes tools."""
+    text = tiny_runtime().text
+    before, text.template = text.template, ChatTemplate(TEMPLATE, {})
+    yield
+    text.template = before
+
+
+@pytest.mark.usefixtures("with_tools")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "measure"}}])
+def test_a_call_that_is_wanted(client: openai.OpenAI, choice: Any, stream: bool) -> None:
+    reply: Any = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=180, seed=1, tools=[TOOL], tool_choice=choice, stream=stream,
+        parallel_tool_calls=False,
+    )  # fmt: skip
+    if stream:
+        pieces = list(reply)
+        assert not any(piece.choices[0].delta.content for piece in pieces)
+        (calls,) = [piece.choices[0].delta.tool_calls for piece in pieces if piece.choices[0].delta.tool_calls]
+        assert pieces[-1].choices[0].finish_reason == "tool_calls"
+    else:
+        calls = reply.choices[0].message.tool_calls
+        assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == (None, "tool_calls")
+    (call,) = calls
+    assert call.function.name == "measure"
+    check(call.function.arguments)
+    assert call.id.startswith("call_")
+
+
+@pytest.mark.usefixtures("with_tools")
+def test_a_turn_after_a_call(tiny_runtime: Callable[..., DashRuntime], client: openai.OpenAI) -> None:
+    """The template gets its arguments as they are, not as text."""
+    call = {"id": "1", "type": "function", "function": {"name": "measure", "arguments": '{"kind": "lake"}'}}
+    messages: Any = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]},
+                     {"role": "tool", "tool_call_id": "1", "content": "12"}]  # fmt: skip
+    reply = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, tools=[TOOL, OTHER])
+    text = tiny_runtime().text
+    assert text.template is not None
+    plain = [{"role": "user", "content": "hello there"},
+             {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"kind": "lake"}}}]},
+             {"role": "tool", "content": "12"}]  # fmt: skip
+    shown = text.template.render(
+        plain, tools=[TOOL, OTHER | {"function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}]
+    )
+    assert '<tool_call>{"kind": "lake"}</tool_call>' in shown
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(text.encode(shown, special=False))
+
+
+def test_calls_among_words() -> None:
+    text = 'Well. <tool_call>\n{"name": "a", "arguments": {"x": {"y": 1}}}\n</tool_call> And <tool_call>no</tool_call>'
+    words, calls = split_calls(text)
+    assert words == "Well.  And <tool_call>no</tool_call>"
+    assert [call["function"] for call in calls] == [{"name": "a", "arguments": '{"x": {"y": 1}}'}]
+    for size in (1, 3, 200):
+        stream = Words()
+        said = "".join(stream.push(text[at : at + size]) for at in range(0, len(text), size))
+        assert said == "Well. "
+        assert said + stream.held == text
+    stream = Words()
+    assert "".join(map(stream.push, "a <tool b")) == "a <tool b"

@@ -27,6 +27,7 @@ from dash_export.errors import DashError
 from dash_export.serve.completions import chat, completion
 from dash_export.serve.metrics import exposition
 from dash_export.serve.protocol import HttpError, told
+from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
 
 PAGE = Path(__file__).with_name("page.html")
@@ -60,6 +61,7 @@ class Server:
             Route("/v1/models", self._keyed(_models)),
             Route("/v1/chat/completions", self._keyed(chat), methods=["POST"]),
             Route("/v1/completions", self._keyed(completion), methods=["POST"]),
+            Route("/v1/responses", self._keyed(responses), methods=["POST"]),
         ]
         self.app = Starlette(
             routes=routes,
@@ -181,5 +183,5 @@ def _error(error: HttpError) -> JSONResponse:
 async def _not_found(http: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "is not there" if status == 404 else f"does not take {http.method}"
-    known = "/v1/chat/completions, /v1/completions, /v1/models"
+    known = "/v1/chat/completions, /v1/completions, /v1/responses, /v1/models"
     return _error(HttpError(status, f"{http.url.path:.100} {what}. Known: {known}."))

@@ -15,7 +15,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.runtime.decode import BoundStep
-from dash_export.serve.completions import BODY_BYTES
+from dash_export.serve.running import BODY_BYTES
 from tests.serve.conftest import Serve
 
 MESSAGES: Any = [{"role": "user", "content": "hello there"}]

@@ -18,7 +18,7 @@ from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.runtime import Sampling
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.text import Text
-from dash_export.serve import app, completions, scheduler
+from dash_export.serve import app, running, scheduler
 from dash_export.serve.protocol import told
 from dash_export.serve.scheduler import MISTAKE, NO_MEMORY, Scheduler
 from tests.serve.conftest import Serve
@@ -114,7 +114,7 @@ def test_pages_of_others(headers: dict[str, str], status: int, serve: Serve) -> 
 
 
 def test_a_body_that_does_not_end(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completions, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(running, "BODY_SECONDS", 0.2)
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as slow:
         slow.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 500\r\n\r\n{{".encode())

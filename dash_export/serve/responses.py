@@ -1,0 +1,236 @@
+"""/v1/responses: OpenAI's newer form, translated to a chat. Nothing is stored: who goes on sends what was said."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from dash_export.errors import DashError, RequestError
+from dash_export.serve.protocol import MOST, ChatRequest, Dash, Few, told
+from dash_export.serve.running import Begun, asked, begin_chat, event, gathered, merged
+from dash_export.serve.tools import Function, Words, split_calls
+
+if TYPE_CHECKING:
+    from dash_export.serve.app import Server
+
+
+class InputPart(BaseModel):
+    type: str
+    text: str | None = None
+
+
+class InputItem(BaseModel):
+    """A message, a call of the model's, or what a call gave."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: str | Annotated[list[InputPart], Few] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        """As chats have it. Raises RequestError."""
+        if self.type == "function_call_output":
+            return {"role": "tool", "tool_call_id": self.call_id, "content": self.output or ""}
+        if self.type == "function_call":
+            function = {"name": self.name, "arguments": self.arguments or "{}"}
+            call = {"id": self.call_id, "type": "function", "function": function}
+            return {"role": "assistant", "content": None, "tool_calls": [call]}
+        if self.role is None:
+            raise RequestError("input: a message has a role.")
+        content = self.content
+        if isinstance(content, list):
+            if other := next((part.type for part in content if part.text is None), None):
+                raise RequestError(f"input: content of type {other!r:.60} is not supported; supported: text.")
+            content = "".join(part.text or "" for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class FlatTool(Function):
+    type: Literal["function"]
+
+
+class FlatToolName(BaseModel):
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class TextOptions(BaseModel):
+    format: TextFormat = TextFormat.model_validate({})
+
+
+class ResponsesRequest(BaseModel):
+    """POST /v1/responses."""
+
+    model: str = ""
+    input: str | Annotated[list[InputItem], Few] = Field(min_length=1)
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=MOST)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stream: bool = False
+    text: TextOptions = Field(default_factory=TextOptions)
+    tools: Annotated[list[FlatTool], Few] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | FlatToolName = "auto"
+    parallel_tool_calls: bool = True
+    previous_response_id: None = None
+    dash: Dash = Field(default_factory=Dash)
+
+    def chat(self) -> ChatRequest:
+        """The same as a chat. Raises RequestError."""
+        items = [InputItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        messages: list[dict[str, Any]] = [item.message() for item in items]
+        if self.instructions:
+            messages.insert(0, {"role": "system", "content": self.instructions})
+        form, choice = self.text.format, self.tool_choice
+        same = ("model", "temperature", "top_p", "stream", "parallel_tool_calls")
+        return ChatRequest.model_validate(
+            {name: getattr(self, name) for name in same}
+            | {
+                "messages": messages,
+                "max_tokens": self.max_output_tokens,
+                "response_format": {
+                    "type": form.type,
+                    "json_schema": None if form.schema_ is None else {"schema": form.schema_},
+                },
+                "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools],
+                "tool_choice": choice
+                if isinstance(choice, str)
+                else {"type": "function", "function": choice.model_dump()},
+                "dash": self.dash.model_dump(),
+            }
+        )
+
+
+async def responses(server: Server, http: HttpRequest) -> Response:
+    with server.entering():
+        request = await asked(ResponsesRequest, http)
+        chat = request.chat()
+        begun = await begin_chat(server, chat)
+    reply = _Reply(request, chat, begun)
+    if request.stream:
+        return StreamingResponse(_events(reply), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    await gathered(begun, http)
+    (answer,) = begun.answers
+    return JSONResponse(reply.told(reply.ended(), reply.output(answer.text)))
+
+
+class _Reply:
+    """The response object as it grows."""
+
+    def __init__(self, request: ResponsesRequest, chat: ChatRequest, begun: Begun) -> None:
+        self.begun, self._tools = begun, bool(chat.given_tools())
+        self.message = f"msg_{uuid.uuid4().hex}"
+        sampling = chat.sampling()
+        self._common = {
+            "id": f"resp_{uuid.uuid4().hex}",
+            "object": "response",
+            "created_at": begun.common["created"],
+            "model": begun.common["model"],
+            "error": None,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "metadata": {},
+            "parallel_tool_calls": request.parallel_tool_calls,
+            "previous_response_id": None,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "tool_choice": request.model_dump()["tool_choice"],
+            "tools": [tool.model_dump() | {"strict": False} for tool in request.tools],
+        }
+
+    def ended(self) -> str:
+        return "incomplete" if self.begun.answers[0].finish_reason == "length" else "completed"
+
+    def told(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
+        """The whole object. Its usage is told at the end."""
+        why = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        known = self._common | {"status": status, "incomplete_details": why, "output": output, "usage": None}
+        if status != "in_progress":
+            said = self.begun.usage()
+            known["usage"] = {
+                "input_tokens": said["prompt_tokens"],
+                "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens": said["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": said["total_tokens"],
+                "dash": said["dash"],
+            }
+            known["dash"] = said["dash"]
+        return known
+
+    def item(self, status: str, text: str | None) -> dict[str, Any]:
+        content = [] if text is None else [{"type": "output_text", "text": text, "annotations": []}]
+        return {"type": "message", "id": self.message, "role": "assistant", "status": status, "content": content}
+
+    def output(self, text: str) -> list[dict[str, Any]]:
+        """A message, unless all are calls; and the calls."""
+        words, calls = split_calls(text) if self._tools else (text, [])
+        items = [] if calls and not words else [self.item(self.ended(), words)]
+        for call in calls:
+            known = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "status": "completed"}
+            items.append(known | {"call_id": call["id"], **call["function"]})
+        return items
+
+
+async def _events(reply: _Reply) -> AsyncIterator[str]:
+    """As OpenAI numbers and names them. A message begins with its first words; calls come whole, at the end."""
+    number = -1
+
+    def say(kind: str, **fields: Any) -> str:
+        nonlocal number
+        number += 1
+        return f"event: {kind}\n" + event({"type": kind, "sequence_number": number, **fields})
+
+    part: dict[str, Any] = {"item_id": reply.message, "output_index": 0, "content_index": 0}
+    words, begun, said = Words(), False, ""
+    yield say("response.created", response=reply.told("in_progress", []))
+    yield say("response.in_progress", response=reply.told("in_progress", []))
+    try:
+        async for _, token in merged(reply.begun):
+            piece = words.push(token.text) if reply._tools else token.text
+            if token.finish_reason is not None and not split_calls(words.held)[1]:
+                piece += words.held
+            if piece and not begun:
+                begun = True
+                yield say("response.output_item.added", output_index=0, item=reply.item("in_progress", None))
+                empty = {"type": "output_text", "text": "", "annotations": []}
+                yield say("response.content_part.added", **part, part=empty)
+            if piece:
+                said += piece
+                yield say("response.output_text.delta", **part, delta=piece, logprobs=[])
+    except DashError as error:
+        said_of = {"code": "server_error", "message": str(told(error))}
+        yield say("response.failed", response=reply.told("failed", []) | {"error": said_of})
+        return
+    (answer,) = reply.begun.answers
+    output = reply.output(answer.text)
+    if begun:
+        item = reply.item(reply.ended(), said)
+        output = [item, *(other for other in output if other["type"] != "message")]
+        yield say("response.output_text.done", **part, text=said, logprobs=[])
+        yield say("response.content_part.done", **part, part=item["content"][0])
+        yield say("response.output_item.done", output_index=0, item=item)
+    for index, item in enumerate(output):
+        if item["type"] != "function_call":
+            continue
+        given = {"item_id": item["id"], "output_index": index}
+        yield say("response.output_item.added", output_index=index, item=item | {"arguments": ""})
+        yield say("response.function_call_arguments.delta", **given, delta=item["arguments"])
+        yield say("response.function_call_arguments.done", **given, name=item["name"], arguments=item["arguments"])
+        yield say("response.output_item.done", output_index=index, item=item)
+    yield say(f"response.{reply.ended()}", response=reply.told(reply.ended(), output))

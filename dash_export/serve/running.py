@@ -1,0 +1,181 @@
+"""Requests on their way: read from a body, submitted, told whole or piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+
+from dash_export.errors import DashError
+from dash_export.runtime.results import Response as Token
+from dash_export.runtime.results import TokenIds
+from dash_export.serve.answers import Answer
+from dash_export.serve.protocol import ChatRequest, Generation, HttpError, model_and_setting
+from dash_export.serve.scheduler import Request, Scheduler
+
+if TYPE_CHECKING:
+    from dash_export.serve.app import Server
+
+BODY_BYTES, BODY_SECONDS = 4 << 20, 10.0
+_Asked = TypeVar("_Asked", bound=BaseModel)
+
+
+class Begun:
+    """Answers on their way, and what every object that tells of them has in common."""
+
+    def __init__(self, name: str, scheduler: Scheduler, answers: list[Answer], asked: Generation) -> None:
+        self.scheduler, self.answers, self.asked = scheduler, answers, asked
+        self.common = {"id": f"dash-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+
+    def usage(self) -> dict[str, Any]:
+        """Sum the usage of all answers; the prompt counts once."""
+        first, *others = (answer.usage() for answer in self.answers)
+        for other in others:
+            first["completion_tokens"] += other["completion_tokens"]
+        first["total_tokens"] = first["prompt_tokens"] + first["completion_tokens"]
+        return first
+
+    def skips(self, token: Token) -> dict[str, Any]:
+        """The layers that a streamed token skipped, where that was asked for."""
+        if not self.asked.dash.skips:
+            return {}
+        return {"dash": {"skipped_layers": token.actions.nonzero()[0].tolist(), "layers": len(token.actions)}}
+
+    def logprobs(self, token: Token) -> list[dict[str, Any]]:
+        """The chosen token, then the most likely ones, as chat completions tell them."""
+        text = self.scheduler.runtime.text
+        found = []
+        for one, logprob in token.logprobs:
+            piece = text.tokenizer.decode([one], skip_special_tokens=False)
+            whole = "\N{REPLACEMENT CHARACTER}" not in piece  # else it is a part of a letter
+            found.append({"token": piece, "logprob": logprob, "bytes": list(piece.encode()) if whole else None})
+        return found
+
+
+async def begin(
+    server: Server,
+    asked: Generation,
+    encode: Callable[[Scheduler], TokenIds],
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> Begun:
+    """Submit the `n` answers to one prompt, all or none. `encode` may take its time. Raises HttpError and DashError."""
+    base, setting = model_and_setting(asked.model, asked.dash)
+    name, scheduler = server.scheduler(base)
+    samplings = [asked.sampling(place, logprobs) for place in range(asked.n)]
+
+    def prepare() -> TokenIds:
+        for sampling in samplings[:1]:
+            if sampling.grammar is not None:
+                scheduler.runtime.text.guides.guide(sampling.grammar)
+        return encode(scheduler)
+
+    ids = await asyncio.to_thread(prepare)
+    answers: list[Answer] = []
+    try:
+        for sampling in samplings:
+            answers.append(Answer(scheduler, Request(ids, max_tokens, sampling, setting, server.deadline)))
+    except DashError:
+        for answer in answers:
+            scheduler.cancel(answer.ticket)
+        raise
+    return Begun(name, scheduler, answers, asked)
+
+
+async def begin_chat(server: Server, request: ChatRequest) -> Begun:
+    """`begin` of a chat. Raises HttpError and DashError."""
+    messages = [message.plain() for message in request.messages]
+
+    def encode(scheduler: Scheduler) -> TokenIds:
+        return np.array(scheduler.runtime.text.chat(messages, scheduler.context, request.given_tools()))
+
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return await begin(server, request, encode, request.most_tokens, logprobs)
+
+
+def event(value: Mapping[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def merged(begun: Begun) -> AsyncIterator[tuple[int, Token]]:
+    """(index of the answer, token) of all answers, as they come; left early, all are cancelled."""
+    queue: asyncio.Queue[tuple[int, Token | None, BaseException | None]] = asyncio.Queue()
+
+    async def pump(index: int, answer: Answer) -> None:
+        try:
+            async for token in answer.responses():
+                queue.put_nowait((index, token, None))
+            queue.put_nowait((index, None, None))
+        except DashError as error:
+            queue.put_nowait((index, None, error))
+
+    tasks = [asyncio.ensure_future(pump(index, answer)) for index, answer in enumerate(begun.answers)]
+    left = len(tasks)
+    try:
+        while left:
+            index, token, error = await queue.get()
+            if error is not None:
+                raise error
+            if token is None:
+                left -= 1
+            else:
+                yield index, token
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def gathered(begun: Begun, http: HttpRequest) -> list[list[Token]]:
+    """All tokens of all answers; a client that goes away cancels them."""
+    found: list[list[Token]] = [[] for _ in begun.answers]
+
+    async def gather() -> None:
+        async for index, token in merged(begun):
+            found[index].append(token)
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    work, leaving = asyncio.ensure_future(gather()), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        work.result()
+    finally:
+        work.cancel()
+        leaving.cancel()
+    return found
+
+
+async def _body(http: HttpRequest) -> bytes:
+    body = bytearray()
+    async for piece in http.stream():
+        body += piece
+        if len(body) > BODY_BYTES:
+            raise HttpError(413, f"The body has more than {BODY_BYTES} bytes.")
+    return bytes(body)
+
+
+async def asked(kind: type[_Asked], http: HttpRequest) -> _Asked:
+    """The body as `kind`. Raises HttpError that names the field."""
+    try:
+        body = await asyncio.wait_for(_body(http), BODY_SECONDS)
+    except asyncio.TimeoutError:  # which is another one in Python 3.10
+        raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"])) or None
+        raise HttpError(400, f"{field or 'The body'}: {first['msg']}.", field) from None

@@ -1,0 +1,117 @@
+"""OpenAI's newer form, by its client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.errors import BackendError
+from dash_export.runtime.decode import BoundStep
+from dash_export.serve.scheduler import MISTAKE
+from tests.serve.test_app import DENSE
+from tests.serve.test_tools import SCHEMA, TOOL, check, with_tools  # noqa: F401  a fixture
+
+TOOL_FLAT: Any = {"type": "function"} | TOOL["function"]
+ASKED: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": DENSE}
+
+
+def expected(runtime: DashRuntime, messages: list[dict[str, str]], tokens: int) -> str:
+    return "".join(step.text for step in runtime.chat(messages, tokens, policy="dense"))
+
+
+def test_a_response(client: openai.OpenAI, tiny_runtime: Callable[..., DashRuntime]) -> None:
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello there"}]
+    wanted = expected(tiny_runtime(), messages, 12)
+    reply = client.responses.create(input="hello there", instructions="be kind", max_output_tokens=12, **ASKED)
+    assert reply.output_text == wanted
+    assert (reply.status, reply.incomplete_details and reply.incomplete_details.reason) == (
+        "incomplete",
+        "max_output_tokens",
+    )
+    assert reply.usage is not None
+    assert reply.usage.input_tokens == len(tiny_runtime().text.chat(messages))
+    assert reply.usage.output_tokens == 12
+    assert reply.usage.model_extra["dash"]["layers_per_token"] == 6.0  # type: ignore[index]
+    pieces = [{"type": "input_text", "text": piece} for piece in ("hello ", "there")]
+    parts: Any = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": pieces}]
+    assert client.responses.create(input=parts, max_output_tokens=12, **ASKED).output_text == wanted
+
+
+def test_a_stream(client: openai.OpenAI, tiny_runtime: Callable[..., DashRuntime]) -> None:
+    wanted = expected(tiny_runtime(), [{"role": "user", "content": "hello there"}], 12)
+    with client.responses.stream(input="hello there", max_output_tokens=12, **ASKED) as stream:
+        events = list(stream)
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[2:4] == ["response.output_item.added", "response.content_part.added"]
+    assert kinds[-4:] == ["response.output_text.done", "response.content_part.done", "response.output_item.done",
+                          "response.incomplete"]  # fmt: skip
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == wanted
+    assert [event.sequence_number for event in events if hasattr(event, "sequence_number")] == list(range(len(events)))
+    last: Any = events[-1]
+    assert last.response.output_text == wanted
+    assert last.response.usage.output_tokens == 12
+
+
+def test_a_schema(client: openai.OpenAI) -> None:
+    form: Any = {"format": {"type": "json_schema", "name": "water", "schema": SCHEMA}}
+    check(client.responses.create(model="tiny", input="x", text=form, max_output_tokens=200).output_text)
+
+
+@pytest.mark.usefixtures("with_tools")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call(client: openai.OpenAI, stream: bool) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny", "input": "x", "tools": [TOOL_FLAT], "max_output_tokens": 180, "parallel_tool_calls": False,
+        "tool_choice": {"type": "function", "name": "measure"},
+    }  # fmt: skip
+    if stream:
+        with client.responses.stream(**asked) as events:
+            kinds = [event.type for event in events]
+            reply: Any = events.get_final_response()
+        assert "response.function_call_arguments.done" in kinds
+        assert "response.output_text.delta" not in kinds
+    else:
+        reply = client.responses.create(**asked)
+    (call,) = reply.output
+    assert (call.type, call.name, reply.status) == ("function_call", "measure", "completed")
+    check(call.arguments)
+    given: Any = [{"role": "user", "content": "x"}, call.model_dump(exclude_none=True),
+                  {"type": "function_call_output", "call_id": call.call_id, "output": "12"}]  # fmt: skip
+    again = client.responses.create(model="tiny", input=given, tools=[TOOL_FLAT], max_output_tokens=2)
+    assert again.usage is not None
+    assert reply.usage is not None
+    assert again.usage.input_tokens > reply.usage.input_tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [{"role": "x", "content": "y"}]}, "input"),
+        ({"input": [{"content": "y"}]}, "a message has a role"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content of type 'input_image'"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"temperature": 9}, "temperature"),
+        ({"tools": [TOOL_FLAT]}, "takes no tools"),
+    ],
+)
+def test_what_is_refused(client: openai.OpenAI, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.responses.create(**({"model": "tiny", "input": "x"} | changes))
+
+
+def test_a_stream_that_fails(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise BackendError("/secret/engine broke")
+
+    monkeypatch.setattr(BoundStep, "decode_batch", fail)
+    *_, last = client.responses.create(model="tiny", input="x", stream=True)
+    assert last.type == "response.failed"
+    assert last.response.status == "failed"
+    assert last.response.error is not None
+    assert last.response.error.message == MISTAKE

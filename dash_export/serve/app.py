@@ -26,6 +26,7 @@ from starlette.routing import Route
 from dash_export.errors import DashError
 from dash_export.serve.completions import chat, completion
 from dash_export.serve.metrics import exposition
+from dash_export.serve.openapi import document
 from dash_export.serve.protocol import HttpError, told
 from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
@@ -58,6 +59,7 @@ class Server:
             Route("/", self._open(_page)),
             Route("/health", self._open(_health)),
             Route("/metrics", self._open(_metrics)),
+            Route("/openapi.json", self._open(_openapi)),
             Route("/v1/models", self._keyed(_models)),
             Route("/v1/chat/completions", self._keyed(chat), methods=["POST"]),
             Route("/v1/completions", self._keyed(completion), methods=["POST"]),
@@ -161,6 +163,10 @@ async def _health(server: Server, _: HttpRequest) -> Response:
 
 async def _metrics(server: Server, _: HttpRequest) -> Response:
     return PlainTextResponse(exposition(server.served), media_type="text/plain; version=0.0.4")
+
+
+async def _openapi(server: Server, _: HttpRequest) -> Response:
+    return JSONResponse(document(server.served, server._key is not None))
 
 
 async def _models(server: Server, _: HttpRequest) -> Response:

@@ -1,0 +1,93 @@
+"""The OpenAPI document of the endpoint, from the models that read its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from dash_export import __version__
+from dash_export.serve.protocol import ChatRequest, CompletionRequest
+from dash_export.serve.responses import ResponsesRequest
+
+_ERRORS = {
+    "400": "The request is wrong: `message` and `param` say where.",
+    "401": "The API key is missing or wrong.",
+    "403": "The page's origin, or the name it knows this server by, is not allowed.",
+    "404": "There is no such model, or path.",
+    "408": "The body did not arrive in time.",
+    "413": "The body is too large.",
+    "429": "The queue is full: ask again after `Retry-After` seconds.",
+    "500": "The server made a mistake.",
+    "504": "The request's time was over.",
+}
+_POSTS: dict[str, tuple[type[BaseModel], str, str]] = {
+    "/v1/chat/completions": (ChatRequest, "Answer messages.", "choices"),
+    "/v1/completions": (CompletionRequest, "Go on with a text.", "choices"),
+    "/v1/responses": (ResponsesRequest, "Answer messages, in OpenAI's newer form.", "output"),
+}
+_GETS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "/v1/models": ("The models.", "application/json", {"type": "object", "required": ["object", "data"]}),
+    "/health": ("Whether requests are taken.", "application/json", {"type": "object", "required": ["status"]}),
+    "/metrics": ("Counters, for Prometheus.", "text/plain", {"type": "string"}),
+}
+
+
+def _content(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"content": {kind: {"schema": schema}}}
+
+
+def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
+    """OpenAPI 3.1. `keyed`: an API key is asked for."""
+    _, schemas = models_json_schema(
+        [(model, "validation") for model, *_ in _POSTS.values()], ref_template="#/components/schemas/{model}"
+    )
+    text: dict[str, Any] = {"type": "string"}
+    error = {"message": text, "type": text, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}
+    components = schemas["$defs"] | {
+        "Error": {
+            "type": "object",
+            "properties": {"error": {"type": "object", "properties": error, "required": [*error]}},
+            "required": ["error"],
+        }
+    }
+    refused = {
+        status: {"description": said, **_content("application/json", {"$ref": "#/components/schemas/Error"})}
+        for status, said in _ERRORS.items()
+    }
+    refused["429"]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
+    paths: dict[str, Any] = {}
+    for path, (model, what, holds) in _POSTS.items():
+        components[model.__name__]["properties"]["model"]["examples"] = [*models]
+        answer = {"type": "object", "required": ["id", "object", "model", "usage", holds]}
+        found = {"application/json": {"schema": answer}, "text/event-stream": {"schema": text}}
+        paths[path] = {
+            "post": {
+                "summary": what,
+                "requestBody": {
+                    "required": True,
+                    **_content("application/json", {"$ref": f"#/components/schemas/{model.__name__}"}),
+                },
+                "responses": {"200": {"description": "The answer; with `stream`, as events.", "content": found}}
+                | refused,
+            }
+        }
+    for path, (what, kind, schema) in _GETS.items():
+        answers = {"200": {"description": what, **_content(kind, schema)}, "403": refused["403"]}
+        answers |= {"401": refused["401"]} if path.startswith("/v1/") else {}
+        answers |= {"503": {"description": "Not now.", **_content(kind, schema)}} if path == "/health" else {}
+        paths[path] = {"get": {"summary": what, "responses": answers}}
+    made: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "dash-export", "version": __version__, "description": "OpenAI's API, with `dash`: how fast."},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+    if keyed:
+        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path in (*_POSTS, "/v1/models"):
+            for operation in paths[path].values():
+                operation["security"] = [{"key": []}]
+    return made

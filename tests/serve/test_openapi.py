@@ -1,0 +1,54 @@
+"""The OpenAPI document is true: schemathesis makes requests of it, right and wrong ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi import checks
+
+from tests.serve.conftest import Serve
+
+CHECKS = (not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+          checks.response_schema_conformance)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_requests_of_the_document(address: str, mode: GenerationMode) -> None:
+    schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+    seen = set()
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        if mode is GenerationMode.NEGATIVE and operation.method == "get":
+            continue  # it has nothing that could be wrong
+
+        @settings(max_examples=15, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: Any) -> None:
+            if isinstance(case.body, dict):  # answers are short, and of the model there is
+                case.body |= {"model": "tiny"} if isinstance(case.body.get("model"), str) else {}
+                for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+                    if isinstance(case.body.get(name), int):
+                        case.body[name] = min(case.body[name], 3)
+            reply = case.call(timeout=30)
+            seen.add(reply.status_code)
+            case.validate_response(reply, checks=CHECKS)
+
+        ask()
+    assert seen <= {200, 400, 404}
+    assert (200 if mode is GenerationMode.POSITIVE else 400) in seen
+
+
+def test_the_document(serve: Serve) -> None:
+    said = httpx.get(f"{serve(key='secret')}/openapi.json").json()
+    assert set(said["paths"]) == {
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health", "/metrics"
+    }  # fmt: skip
+    assert said["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
+    assert "security" not in said["paths"]["/health"]["get"]
+    assert said["components"]["schemas"]["ChatRequest"]["properties"]["model"]["examples"] == ["tiny"]

@@ -26,6 +26,10 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @counted("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
               help="For requests that do not say it, alone; by default what the bundle recommends.")  # fmt: skip
+@click.option("--pace", type=click.FloatRange(0.1, 60_000), metavar="MS", help="Milliseconds that a token may take: "
+              "requests that do not say how much they skip, skip what that needs.")  # fmt: skip
+@click.option("--least", default=0.85, show_default=True, type=click.FloatRange(0.01, 1),
+              help="With --pace: the lowest budget that is granted.")  # fmt: skip
 @click.option("--api-key", envvar="DASH_EXPORT_API_KEY", help="What clients must send (or DASH_EXPORT_API_KEY).")
 @click.option("--no-key", is_flag=True, help="Listen to others without a key.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="A web page's origin that may ask; repeatable.")
@@ -34,6 +38,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
               help="Seconds that answers may take to end after SIGTERM.")  # fmt: skip
 def command(
     bundles: tuple[Path, ...], target: str | None, host: str, port: int, rows: int, waiting: int, budget: float | None,
+    pace: float | None, least: float,
     api_key: str | None, no_key: bool, cors: tuple[str, ...], deadline: int | None, drain: int,
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/models, /health,
@@ -53,7 +58,8 @@ def command(
         name = runtime.bundle.root.stem
         if name in served:
             raise RequestError(f"Two bundles are called {name}: rename the folder of one.")
-        served[name] = one = Scheduler(runtime, rows=rows, waiting=waiting, alone=alone)
+        served[name] = one = Scheduler(runtime, rows=rows, waiting=waiting, alone=alone,
+                                          pace=None if pace is None else pace / 1000, least=least)  # fmt: skip
         if one.context < (most := runtime.engines.model.max_positions):
             click.echo(
                 f"{name}: {one.context} of its {most} positions for each of {rows} rows (free memory).", err=True

@@ -50,6 +50,8 @@ class Rows:
         self.cache = engines.cache(kv_step, size)
         self._steps: dict[int, BoundStep] = {}
         self.rows: list[Row] = []
+        self.skipped: np.ndarray[Any, np.dtype[np.bool_]] = np.zeros(len(engines.units), np.bool_)
+        """Units that the last step skipped for all rows."""
         self.counters = Counters()
 
     def __len__(self) -> int:
@@ -92,6 +94,7 @@ class Rows:
             DENSE if length < DENSE_POSITIONS else row.rules.rule for row, length in zip(rows, lengths, strict=False)
         ]
         step.decode_batch([row.token for row in rows], rules)
+        self.skipped = np.logical_and.reduce(step.skipped, axis=1)
         actions_of_rows = layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
         self.counters.layers_run += int((~actions_of_rows.all(axis=0)).sum())
         self.counters.decode_steps += 1

@@ -28,6 +28,13 @@ def exposition(served: Mapping[str, Scheduler]) -> str:
         metric = f"dash_export_{name}"
         lines += [f"# HELP {metric} {text}", f"# TYPE {metric} gauge"]
         lines += [f"{metric}{_label(model)} {getattr(one, name)}" for model, one in served.items()]
+    paced = [(model, one.pace.granted) for model, one in served.items() if one.pace]
+    if paced:
+        lines += [
+            "# HELP dash_export_budget Granted to requests that do not say it.",
+            "# TYPE dash_export_budget gauge",
+        ]
+        lines += [f"dash_export_budget{_label(model)} {granted:.4f}" for model, granted in paced]
     return "\n".join(lines) + "\n"
 
 

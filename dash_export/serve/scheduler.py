@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from dash_export.arguments import Prompt
-from dash_export.decision import Setting
-from dash_export.errors import BackendError, ContextLengthError, DashError, RequestError
+from dash_export.decision import DecisionRule, Setting
+from dash_export.errors import BackendError, ContextLengthError, DashError, PolicyError, RequestError
 from dash_export.manifest import ModelFacts
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.cpus import available_memory
@@ -24,6 +24,7 @@ from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, an
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.rules import SessionRules, session_rules
 from dash_export.runtime.sampling import Logits, Sampling
+from dash_export.serve.pace import Pace
 from dash_export.serve.prefixes import Prefixes
 
 logger = logging.getLogger(__name__)
@@ -98,10 +99,13 @@ class Scheduler:
         prefix_bytes: int = PREFIX_BYTES,
         alone: Setting | None = None,
         together: Setting | None = None,
+        pace: float | None = None,
+        least: float = 0.85,
     ) -> None:
         """`alone` and `together`: how requests that do not say it decode, as the only row and beside others; by default
-        as the bundle recommends, and densely, for a token policy saves nothing where rows differ. Raises PolicyError,
-        and BackendError for a GPU build.
+        as the bundle recommends, and densely, for a token policy saves nothing where rows differ. With a `pace`, the
+        seconds that a token may take, as much is skipped as that needs, down to the budget `least` (pace.py). Raises
+        PolicyError, RequestError, and BackendError for a GPU build.
         """
         batch = runtime.batch(rows)  # says it where a build takes one sequence only
         self.runtime, self.most_waiting = runtime, waiting
@@ -112,6 +116,15 @@ class Scheduler:
         self._alone, self._together = (
             self._rules(one) for one in (alone or runtime.recommended, together or Setting())
         )
+        self.pace: Pace | None = None
+        if pace is not None:
+            manifest = runtime.bundle.manifest
+            if not manifest.policy.static_order or not isinstance(self._alone.calibrated, DecisionRule):
+                raise PolicyError(
+                    f"A pace needs a trained policy, and {manifest.model.name} decodes densely here: give a --budget, "
+                    "or export with a policy."
+                )
+            self.pace = Pace(pace, least, manifest.policy.static_order, runtime.cost)
         self._waiting: deque[Ticket] = deque()
         self._job: Ticket | None = None
         self._changed = threading.Condition()
@@ -213,8 +226,9 @@ class Scheduler:
                 if self._closing and not (self._waiting or self._job or self._rows):
                     return
             try:
+                began = time.perf_counter()
                 self._prefill()
-                self._decode()
+                self._decode(time.perf_counter() - began)
             except Exception:  # a mistake of ours ends these answers, not the server
                 logger.exception("a step failed")
                 self._fail_all(BackendError(MISTAKE))
@@ -265,20 +279,27 @@ class Scheduler:
         ticket.rules = None if ticket.request.setting is None else rules
         ticket.alone = rules
 
-    def _decode(self) -> None:
-        """One step of all rows."""
-        rows = self._rows.rows
+    def _decode(self, rest: float) -> None:
+        """One step of all rows; `rest`: seconds since the last one."""
+        rows, pace = self._rows.rows, self.pace
         if not rows:
             return
+        together = self._together if pace is None else pace.together()
         for row in rows:
             if row.tag.rules is None:
-                row.rules = row.tag.alone if len(rows) == 1 else self._together
+                row.rules = row.tag.alone if len(rows) == 1 else together
+                if pace is not None:
+                    row.tag.alone.budget = pace.granted
+        began = time.perf_counter()
         stopped = {row.tag for row in rows if row.tag.cancelled or row.tag.late}
         try:
             told = self._rows.advance(stopped)
         except BackendError as error:
             self._fail_all(error)
             return
+        if pace is not None:
+            fraction = self.runtime.cost.token_time(self._rows.skipped[:, None])[0]
+            pace.measured(float(fraction), time.perf_counter() - began, rest)
         for ticket, response in told:
             if response.finish_reason == "cancelled" and ticket.late and not ticket.cancelled:
                 response = self._rows.failed(_late(), response.statistics)

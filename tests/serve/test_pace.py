@@ -1,0 +1,103 @@
+"""A pace that is kept: less is run as more ask, and more again when they have gone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dash_export import DashRuntime
+from dash_export.decision import Setting
+from dash_export.errors import PolicyError, RequestError
+from dash_export.manifest import CostTable
+from dash_export.runtime.decode import BoundStep
+from dash_export.serve.pace import Pace
+from dash_export.serve.scheduler import Request, Scheduler
+from tests.tiny import random_ids
+
+COST = (0.2, 0.1, 0.15)
+ORDER = (1, 0, 2)
+
+
+@pytest.fixture
+def table(tiny_runtime: Callable[..., DashRuntime]) -> CostTable:
+    return replace(tiny_runtime().cost, cost=COST)
+
+
+@pytest.mark.parametrize(
+    ("dense", "rest", "granted", "skipped"),
+    [
+        (0.05, 0.0, 1.0, set()),
+        (0.06, 0.0, 1.0, set()),
+        (0.062, 0.0, 0.9677, {1}),
+        (0.05, 0.015, 0.9, {1}),
+        (0.08, 0.0, 0.75, {1, 0}),
+        (0.5, 0.0, 0.6, {1, 0}),
+        (0.05, 0.5, 0.6, {1, 0}),
+    ],
+)
+@pytest.mark.parametrize("ran", [1.0, 0.7])
+def test_what_is_granted(
+    ran: float, dense: float, rest: float, granted: float, skipped: set[int], table: CostTable
+) -> None:
+    """From any of its own settings it finds the same."""
+    pace = Pace(0.06, 0.6, ORDER, table)
+    for _ in range(40):
+        pace.measured(ran, dense * ran, rest)
+    assert pace.granted == pytest.approx(granted, abs=1e-4)
+    assert set(np.flatnonzero(pace.together().rule.skips(np.zeros((3, 1), np.float32))[:, 0])) == skipped
+
+
+def test_it_comes_back(table: CostTable) -> None:
+    pace = Pace(0.06, 0.6, ORDER, table)
+    for dense, limit in ((0.09, 0.68), (0.03, 1.0)):
+        for _ in range(25):
+            pace.measured(pace.granted, dense * pace.granted, 0.0)
+        assert pace.granted == pytest.approx(limit, abs=0.02)
+
+
+@pytest.mark.parametrize(("seconds", "least"), [(0.0, 0.8), (float("nan"), 0.8), (0.1, 0.0), (0.1, 1.1)])
+def test_what_is_no_pace(seconds: float, least: float, table: CostTable) -> None:
+    with pytest.raises(RequestError, match="A pace has"):
+        Pace(seconds, least, ORDER, table)
+
+
+def test_under_load(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that takes 4 ms for a row and a layer's share of it: what four rows skip is what keeps their pace;
+    those that say how much they skip are not touched.
+    """
+    runtime = tiny_runtime()
+    sound = BoundStep.decode_batch
+
+    def slow(self: BoundStep, tokens: list[int], rules: Any) -> None:
+        sound(self, tokens, rules)
+        time.sleep(0.004 * len(tokens) * float(runtime.cost.token_time(self.skipped.all(axis=1)[:, None])[0]))
+
+    monkeypatch.setattr(BoundStep, "decode_batch", slow)
+    made = Scheduler(runtime, rows=4, alone=Setting("token", trade_off=0.3), pace=0.014, least=0.05)
+    made.start()
+    assert made.pace is not None
+    try:
+        own = Request(random_ids(5), 20, setting=Setting("dense"))
+        expected = [step.token for step in runtime.session_with(Setting("dense")).stream(own.prompt, own.max_tokens)]
+        assert [step.token for step in made.stream(own)] == expected
+        assert made.pace.granted == 1.0
+        request = Request(random_ids(5), 120)
+        *_, last = made.stream(request)
+        assert last.statistics.layers_per_token > 4.5, "alone there is time for nearly all"
+        with ThreadPoolExecutor(4) as pool:
+            ended = list(pool.map(lambda _: [*made.stream(request)][-1].statistics, range(4)))
+        assert all(one.layers_per_token < 5 for one in ended)
+        assert made.pace.granted < 1
+    finally:
+        made.close()
+
+
+def test_it_needs_a_policy(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    with pytest.raises(PolicyError, match="A pace needs a trained policy"):
+        Scheduler(tiny_runtime(), pace=0.01, alone=Setting("dense"))

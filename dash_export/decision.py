@@ -74,14 +74,20 @@ def units_text(units: Iterable[Unit]) -> str:
     return ",".join(map(str, units)) or "none"
 
 
+_MOST_LISTED = 10_000
+
+
 def parse_units(text: str) -> tuple[Unit, ...]:
     """ "5-7,8-10,13" -> three units. Raises PolicyError."""
-    units = []
+    units, layers = [], 0
     for part in text.replace(" ", "").split(","):
         ends = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
         if ends is None or int(ends[1]) > int(ends[2] or ends[1]):
             raise PolicyError(f"Units are written like 5-7,8-10,13; {text!r:.60} is not a list of layers like that.")
         units.append(Unit(int(ends[1]), int(ends[2] or ends[1])))
+        layers += len(units[-1].layers)
+        if layers > _MOST_LISTED:
+            raise PolicyError(f"{text!r:.60} lists over {_MOST_LISTED} layers.")
     return tuple(units)
 
 

@@ -27,8 +27,8 @@ MAX_ADDED = 1 << 20
 """Letters of all added tokens, of which native code makes an automaton."""
 MAX_REPEATS = 256
 """A pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
-MAX_MERGES = 4
-"""Merges per token of the vocabulary; published ones have up to 2.2."""
+MAX_TOKENS, MAX_MERGES = 1 << 19, 2.5
+"""Of a vocabulary, and merges per token: native code takes a kilobyte for each. Published: 262,144, and 2.2."""
 MAX_PARTS = 32
 """Bound of a chain's parts: published ones have 7."""
 _GROWS = {"Metaspace": 2, "Lowercase": 3, "NFC": 3, "BertProcessing": 3, "RobertaProcessing": 3}
@@ -76,6 +76,12 @@ def load_tokenizer(text: str) -> Tokenizer:
     return tokenizer
 
 
+def check_vocabulary(tokens: int, merges: int) -> None:
+    """Raises ValueError."""
+    if tokens > MAX_TOKENS or merges > MAX_MERGES * tokens:
+        raise ValueError(f"it has {merges} merges for {tokens} tokens (at most {MAX_MERGES} for each of {MAX_TOKENS})")
+
+
 def _check_texts(data: Any) -> None:
     """Before native code makes anything of it. Raises ValueError."""
     added = data.get("added_tokens") if isinstance(data, dict) else None
@@ -84,8 +90,8 @@ def _check_texts(data: Any) -> None:
         raise ValueError(f"its added tokens have over {MAX_ADDED} letters")
     model = data.get("model") if isinstance(data, dict) else None
     vocab, merges = (model.get(name) for name in ("vocab", "merges")) if isinstance(model, dict) else (None, None)
-    if isinstance(vocab, dict) and isinstance(merges, list) and len(merges) > MAX_MERGES * len(vocab):
-        raise ValueError(f"it has {len(merges)} merges for {len(vocab)} tokens")
+    if isinstance(vocab, dict) and isinstance(merges, list):
+        check_vocabulary(len(vocab), len(merges))
     left = [data]
     while left:
         part = left.pop()

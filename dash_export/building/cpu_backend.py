@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 from dash_export.artifacts import content_key
 from dash_export.building.backend import Backend, plan_segments
 from dash_export.bundle import Bundle
+from dash_export.errors import BackendError
 from dash_export.manifest import EngineRecord, Manifest, Segment
 from dash_export.runtime.backends import load_backend, require_backend
-from dash_export.runtime.cpus import cpu_name, physical_cores
+from dash_export.runtime.cpus import available_memory, cpu_name, physical_cores
 
 if TYPE_CHECKING:
     from dash_export.building.engine_graphs import Artifact
+
+
+_FOLDED = 40
+"""Bytes that ONNX Runtime takes for a weight of a GGUF file's blocks, as it folds what makes float32 of them."""
 
 
 class CpuBackend(Backend):
@@ -46,6 +51,13 @@ class CpuBackend(Backend):
         if self.recipe.dialect != "portable":
             return None
         sizes = {record.name: record.bytes for record in bundle.manifest.files}
+        model = bundle.manifest.model
+        weights, stored = model.vocab_size * model.hidden_size, sizes.get("onnx/head.data", sizes["onnx/embed.data"])
+        if stored < 1.5 * weights and _FOLDED * weights > available_memory():  # blocks of a GGUF file
+            raise BackendError(
+                f"ONNX Runtime takes {_FOLDED * weights / 1e9:.0f} GB to read the portable head of {model.name}, "
+                "and so much is not free: it makes float32 of blocks in several steps. Use --target cpu --weights fp32."
+            )
         return {
             name: EngineRecord(file, sizes[file] + sizes.get(f"onnx/{name}.data", 0), bundle.manifest.key)
             for name, file in bundle.manifest.graphs.items()

@@ -46,20 +46,24 @@ def command(
     """
     import uvicorn
 
+    from dash_export.runtime.cpus import available_memory
     from dash_export.serve.app import Server
     from dash_export.serve.scheduler import Scheduler
 
     if host not in LOCAL and not (api_key or no_key):
         raise RequestError(f"Others can reach {host}: give an --api-key, or --no-key to let anybody ask.")
-    served = {}
+    served: dict[str, Scheduler] = {}
+    runtimes = [load_runtime(bundle, target) for bundle in bundles]
+    memory = available_memory() // 2 // len(bundles)
     alone = None if budget is None else Setting("token", budget=budget)
-    for bundle in bundles:
-        runtime = load_runtime(bundle, target)
+    for runtime in runtimes:
         name = runtime.bundle.root.stem
         if name in served:
             raise RequestError(f"Two bundles are called {name}: rename the folder of one.")
-        served[name] = one = Scheduler(runtime, rows=rows, waiting=waiting, alone=alone,
-                                          pace=None if pace is None else pace / 1000, least=least)  # fmt: skip
+        served[name] = one = Scheduler(
+            runtime, rows=rows, waiting=waiting, alone=alone, memory=memory, least=least,
+            pace=None if pace is None else pace / 1000,
+        )  # fmt: skip
         if one.context < (most := runtime.engines.model.max_positions):
             click.echo(
                 f"{name}: {one.context} of its {most} positions for each of {rows} rows (free memory).", err=True
@@ -76,7 +80,8 @@ def command(
         ) from None
     socket.listen(128)  # who asks before the server is up waits
     shown = socket.getsockname()[1]
-    click.echo(f"Serving {', '.join(served)} at http://{host}:{shown}/ (API: http://{host}:{shown}/v1)", err=True)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{shown}"
+    click.echo(f"Serving {', '.join(served)} at {address}/ (API: {address}/v1)", err=True)
 
     class Draining(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

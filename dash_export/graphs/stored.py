@@ -73,7 +73,7 @@ def restore(model: ir.Model) -> None:
     """Replace every node that only converts constants by what it gives: float32, read on demand. Raises BundleError for
     blocks of another type or shape than the program knows.
     """
-    graph = model.graph
+    graph, seen = model.graph, set[str]()
     for node in list(graph):
         lookups = _lookups(node)
         values = [lookup.inputs[0] for lookup in lookups] or list(node.inputs)
@@ -81,9 +81,14 @@ def restore(model: ir.Model) -> None:
         if None in tensors or len(tensors) < len(values):
             continue
         (output,) = node.outputs
-        name = str(values[0].name).rpartition(".")[0] if lookups else str(output.name)  # type: ignore[union-attr]
+        name = str(output.name)
+        if lookups:  # of a table whose parts are named after it
+            name = str(values[0].name).rpartition(".")[0] or name  # type: ignore[union-attr]
         if (found := _restored(node, name, tensors)) is None:
             continue
+        if twice := seen & (sources := {str(one.name) for one in values if one is not None}):
+            raise BundleError(f"{min(twice):.100} is converted twice. The bundle is damaged: export it again.")
+        seen |= sources
         value = ir.Value(name=name, shape=found.shape, type=ir.TensorType(found.dtype), const_value=found)
         graph.register_initializer(value)
         given = value
@@ -104,8 +109,10 @@ def restore(model: ir.Model) -> None:
 def _lookups(node: ir.Node) -> list[ir.Node]:
     """What gathers rows for `node` to convert, by the same numbers: an embedding."""
     found = [value.producer() for value in node.inputs if value is not None]
-    sound = [item for item in found if item is not None and item.op_type == "Gather" and not item.attributes]
-    same = len(sound) == len(node.inputs) and len({item.inputs[1] for item in sound}) == 1
+    sound = [
+        item for item in found if item is not None and item.op_type == "Gather" and not (item.attributes or item.domain)
+    ]
+    same = len(sound) == len(node.inputs) and len({*(item.inputs[1] for item in sound), None}) == 2
     alone = all(len(item.outputs[0].uses()) == 1 for item in sound)
     return sound if same and alone and (node.op_type == "Cast" or node.domain == DOMAIN) else []
 

@@ -244,6 +244,10 @@ def section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     return dict(found)
 
 
+_LEAST = 1e-30
+"""Of a number that something is divided by."""
+
+
 def positive(config: Mapping[str, Any], key: str, upper: Number, default: Number | None = None) -> Number:
     """`config[key]`, a number in (0, upper], whole where `upper` is; a missing or null key takes `default`. Raises
     CheckpointError for another, and for none without a default.
@@ -254,7 +258,7 @@ def positive(config: Mapping[str, Any], key: str, upper: Number, default: Number
     if value is None:
         raise CheckpointError(f"the config lacks {key!r}, {what}")
     # A bool is neither; NaN compares false; float() of a huge integer would overflow.
-    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value <= upper:
+    if type(value) not in ((int,) if whole else (int, float)) or not (0 if whole else _LEAST) < value <= upper:
         limit = str(upper) if whole else f"{upper:g}"
         raise CheckpointError(f"config {key!r} is {shown(value)}; expected {what} of at most {limit}")
     return type(upper)(value)

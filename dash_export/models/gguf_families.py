@@ -78,6 +78,10 @@ def _phi3(own: Own, tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]
             "sliding_window": config["sliding_window"] or None}  # fmt: skip
 
 
+def _granite(own: Own, _tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attention_multiplier": own.get("attention.scale") or config["head_dim"] ** -0.5}
+
+
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
@@ -104,11 +108,12 @@ ARCHITECTURES = {
         "GraniteForCausalLM",
         interleaved=True,
         keys={
-            "attention_multiplier": "attention.scale",
             "embedding_multiplier": "embedding_scale",
             "residual_multiplier": "residual_scale",
             "logits_scaling": "logit_scale",
         },
+        known=("attention.scale",),
+        more=_granite,
     ),
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", interleaved=True),
 }

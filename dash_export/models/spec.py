@@ -169,7 +169,7 @@ class Checkpoint:
 
 def row_blocks(weight: Weight, block_bytes: int = 16 << 20) -> Iterator[Float32Array]:
     """The tensor as consecutive blocks of rows of about `block_bytes`, so that a caller never holds more than one."""
-    rows = weight.shape[0]
+    rows = weight.shape[0] if weight.shape else 0
     step = max(1, block_bytes // max(1, 4 * prod(weight.shape[1:])))
     for start in range(0, rows, step):
         yield weight.read_rows(start, min(rows, start + step))

@@ -14,7 +14,7 @@ from typing import Any
 from dash_export.errors import CheckpointError
 from dash_export.models.config import flag, shown
 from dash_export.models.tokenizer_spm import spm_parts
-from dash_export.text_files import MAX_MERGES, load_tokenizer
+from dash_export.text_files import check_vocabulary, load_tokenizer
 
 _BPE, _SPM = "gpt2", "llama"
 _CONTROL, _USER_DEFINED = 3, 4  # token types; there are 1 to 6
@@ -133,10 +133,10 @@ def _kinds(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
 def _bpe_parts(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> dict[str, Any]:
     """All of a tokenizer.json that is not the same for every kind."""
     stored = _strings(metadata, "tokenizer.ggml.merges")
-    if len(stored) > MAX_MERGES * len(tokens):
-        raise CheckpointError(
-            f"tokenizer.ggml.merges has {len(stored)} entries for {len(tokens)} tokens; it is damaged"
-        )
+    try:
+        check_vocabulary(len(tokens), len(stored))
+    except ValueError as error:
+        raise CheckpointError(f"tokenizer.ggml.merges is damaged: {error}") from error
     merges = [merge.split(" ") for merge in stored]
     if not all(len(merge) == 2 and all(merge) for merge in merges):
         raise CheckpointError("tokenizer.ggml.merges holds a merge that is not two tokens; the file is damaged")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from operator import itemgetter
 from typing import Any
 
 from dash_export.errors import CheckpointError
 from dash_export.models.config import flag, shown
-from dash_export.text_files import MAX_MERGES
+from dash_export.text_files import check_vocabulary
 
 SPACE = "\u2581"
 MAX_PIECE, MEAN_PIECE = 256, 32
@@ -51,21 +52,24 @@ def _merges(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[
     sound = isinstance(scores, list) and all(isinstance(score, float) and isfinite(score) for score in scores)
     if not sound or not isinstance(scores, list) or len(scores) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.scores is {shown(scores)}; expected a number per token")
-    pieces = {token: score for token, score, kind in zip(tokens, scores, kinds, strict=True) if kind == NORMAL}
+    pieces = {
+        token: (-score, token) for token, score, kind in zip(tokens, scores, kinds, strict=True) if kind == NORMAL
+    }
     if (longest := max(map(len, pieces), default=0)) > MAX_PIECE:
         raise CheckpointError(f"tokenizer.ggml.tokens has a piece of {longest} letters; {MAX_PIECE} are supported")
     if sum(map(len, pieces)) > MEAN_PIECE * len(tokens):
         raise CheckpointError(
             f"tokenizer.ggml.tokens has pieces of over {MEAN_PIECE} letters on average; it is damaged"
         )
-    found: list[tuple[float, int, float, float, str, str]] = []
-    for place, (piece, score) in enumerate(pieces.items()):
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces:
-                found.append((-score, place, -pieces[left], -pieces[right], left, right))
-        if len(found) > MAX_MERGES * len(tokens):
+    found: list[tuple[str, str]] = []
+    for _, piece in sorted(pieces.values(), key=itemgetter(0)):  # of one score: in the order of the file
+        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        pairs = sorted((pieces[left], pieces[right]) for left, right in halves if left in pieces and right in pieces)
+        found += [(left, right) for (_, left), (_, right) in pairs]
+        try:
+            check_vocabulary(len(tokens), len(found))
+        except ValueError as error:
             raise CheckpointError(
-                f"over {len(found)} pairs of tokenizer.ggml.tokens make one of its {len(tokens)} tokens; it is damaged"
-            )
-    return [(left, right) for *_, left, right in sorted(found)]
+                f"tokenizer.ggml.tokens is damaged: pairs of them make one another: {error}"
+            ) from error
+    return found

@@ -134,8 +134,8 @@ def open_weights(files: list[Path]) -> dict[str, Weight]:
                 if name in weights:
                     raise ValueError(f"{name!r:.100} is in another file of the model too")
                 shape, dtype = tuple(entry["shape"]), entry["dtype"]
-                if len(shape) > MAX_AXES:
-                    raise ValueError(f"{name!r:.100} has {len(shape)} axes")
+                if len(shape) > MAX_AXES or 0 in shape:
+                    raise ValueError(f"{name!r:.100} has the shape {list(shape)}")
                 offset = data + entry["data_offsets"][0]
                 weights[name] = Weight(name, shape, dtype, partial(_rows, path, name, dtype, shape, offset))
     return weights

@@ -23,6 +23,7 @@ class KVCache:
         self._block: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
         self.keys, self.values = self._block[:, 0], self._block[:, 1]
         self.nbytes = self._block.nbytes
+        self.position_nbytes = 8 * model.num_layers * model.num_kv_heads * model.head_dim
 
     @property
     def length(self) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,11 +14,23 @@ from tokenizers import Tokenizer
 from dash_export.errors import RequestError
 from dash_export.runtime.sampling import Logits
 
+_T = TypeVar("_T")
+READS = "cannot be read for a grammar"
 MOST_LETTERS = 1 << 16
 _KEPT = 128
 """Grammars that are kept as they were read: more than wait and decode at a time."""
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As models write it: small ones never end where they may write as much white space as they like."""
+
+
+def native(what: str, call: Callable[[], _T]) -> _T:
+    """`call` of native code on a tokenizer, whose panics are no Exception. Raises RequestError."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise RequestError(f"The model's tokenizer {what} ({error!s:.200}).") from error
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
@@ -27,8 +39,11 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """Such JSON as a part of a grammar."""
-    return f"%json {json.dumps({**schema, 'x-guidance': _JSON})}"
+    """Such JSON as a part of a grammar. Raises RequestError."""
+    try:
+        return f"%json {json.dumps({**schema, 'x-guidance': _JSON})}"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"The schema is not JSON ({error}).") from error
 
 
 class Guide:
@@ -86,8 +101,10 @@ class Guides:
             raise RequestError("Answers in a grammar need llguidance: pip install 'dash-export[serve]'.") from error
         with self._making:
             if self._tokens is None:  # a second for 150,000 tokens
-                self._tokens = LLTokenizer(self._tokenizer.to_str(), eos_token=self._eos or None)
-        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+                size = self._tokenizer.get_vocab_size()
+                eos = [token for token in self._eos if 0 <= token < size] or None
+                self._tokens = native(READS, lambda: LLTokenizer(self._tokenizer.to_str(), eos_token=eos))
+        matcher = native("does not do for this grammar", lambda: LLMatcher(self._tokens, grammar, log_level=0))
         if matcher.is_error():
             raise RequestError(f"The grammar or schema cannot be read ({matcher.get_error():.300}).")
         return matcher

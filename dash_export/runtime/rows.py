@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from dash_export.decision import DENSE_POSITIONS, layer_actions
-from dash_export.errors import DashError
+from dash_export.errors import BackendError, DashError
 from dash_export.runtime.decode import BoundStep, EngineSet
 from dash_export.runtime.results import NO_TOKEN, Response, Statistics, Turn
 from dash_export.runtime.rules import DENSE, SessionRules
 from dash_export.runtime.sampling import Logits
 from dash_export.runtime.session import Session
+
+NO_MEMORY = "The memory is not enough for this answer beside the others: ask again later, or for less."
 
 
 @dataclass
@@ -76,8 +78,10 @@ class Rows:
             self.rows.append(Row(tag, turn, rules, list(prompt.tokens), response.token))
         return response
 
-    def failed(self, error: DashError, statistics: Statistics | None = None) -> Response:
+    def failed(self, error: DashError | MemoryError, statistics: Statistics | None = None) -> Response:
         """The last response of a row that cannot go on."""
+        if isinstance(error, MemoryError):
+            error = BackendError(NO_MEMORY)
         return Response("", NO_TOKEN, self._dense(), 0.0, statistics or Statistics(), "error", error)
 
     def advance(self, cancelled: Collection[Any] = ()) -> list[tuple[Any, Response]]:
@@ -104,7 +108,7 @@ class Rows:
             row.tokens.append(row.token)
             try:
                 response = row.turn.respond(logits[0], row.tokens, actions.copy(), row.tag in cancelled)
-            except DashError as error:
+            except (DashError, MemoryError) as error:
                 response = self.failed(error, row.turn.statistics)
             row.token = response.token
             responses.append((row.tag, response))
@@ -125,11 +129,12 @@ class Rows:
 
     def _leave(self, slot: int) -> None:
         """The last row takes the place of one that ended."""
-        last = self.rows.pop()
-        if slot < len(self.rows):
-            self.rows[slot] = last
-            self.cache.take(slot, self.cache, len(self.rows))
-        self.cache.lengths[len(self.rows)] = 0
+        last = len(self.rows) - 1
+        if slot < last:
+            self.cache.take(slot, self.cache, last)  # first: it may fail, and then nobody has gone
+            self.rows[slot] = self.rows[last]
+        self.rows.pop()
+        self.cache.lengths[last] = 0
 
     def _reserve(self, tokens: int) -> None:
         if tokens > self.cache.capacity:

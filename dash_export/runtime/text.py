@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 from dash_export.bundle import safe_path
 from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.runtime.chat_template import ChatTemplate
-from dash_export.runtime.guidance import Guides
+from dash_export.runtime.guidance import Guides, native
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text, load_tokenizer
 
 _T = TypeVar("_T")
@@ -29,7 +29,7 @@ it takes a hundred times its memory.
 """
 _one_long = Lock()
 _READS = "does not read this text"
-LETTERS = 64
+LETTERS = 16
 """A text of more letters per free token is refused unread: one token may be 64 spaces, but no text is all spaces."""
 
 
@@ -66,9 +66,9 @@ class Text:
                 f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
             ) from error
         if len(text) < _LONG:
-            return _native(_READS, lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
+            return native(_READS, lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
         with _one_long:
-            return _native(_READS, lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
+            return native(_READS, lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
 
     def encode_in_pieces(self, text: str) -> npt.NDArray[np.int64]:
         """`encode` of a text of any length, in memory for a piece of it: cut at lines, or else at words."""
@@ -84,7 +84,7 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids -> text. Raises RequestError where the tokenizer's decoder gives up."""
-        return _native("cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return native("cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def chat(
         self,
@@ -127,7 +127,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text this token makes certain; sets `stopped` at a stop string, which is not given out."""
-        if piece := _native("cannot write this token", lambda: self._step(token)):
+        if piece := native("cannot write this token", lambda: self._step(token)):
             self._last = token
             self._held += piece
         found = [position for position in map(self._held.find, self._stop) if position >= 0]
@@ -153,16 +153,6 @@ class TextStream:
         """Return what was held back, when no stop string came after all."""
         piece, self._held = self._held, ""
         return piece
-
-
-def _native(what: str, call: Callable[[], _T]) -> _T:
-    """`call` of the tokenizer's native code, whose panics are no Exception. Raises RequestError."""
-    try:
-        return call()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise RequestError(f"The model's tokenizer {what} ({error!s:.200}).") from error
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -11,6 +11,7 @@ import hmac
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +33,7 @@ from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
 
 PAGE = Path(__file__).with_name("page.html")
+_PORTS = {"http": 80, "https": 443}
 ENTERING = 32
 """Requests that are read at a time."""
 Handler = Callable[["Server", HttpRequest], Coroutine[Any, Any, Response]]
@@ -51,7 +53,9 @@ class Server:
         drain: float = 30.0,
     ) -> None:
         """`origins`: web pages that may ask; `hosts`: names that this server answers to, by default all."""
-        self._origins, self._hosts, self._entering = frozenset(origins), hosts, 0
+        self._origins, self._entering, self.reading = frozenset(origins), 0, 0
+        self._hosts = None if hosts is None else {*hosts, *(urlsplit(one).hostname for one in origins)}
+        self.long = ThreadPoolExecutor(1, "long-prompts")
         self.served, self._key, self.deadline, self._drain = dict(served), key, deadline, drain
         self.ready, self._began = False, int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
@@ -116,8 +120,14 @@ class Server:
         """
         host, origin = http.headers.get("host", ""), http.headers.get("origin")
         with contextlib.suppress(ValueError):
-            own = origin is None or {origin, "*"} & self._origins or urlsplit(origin).netloc == host
-            if own and (self._hosts is None or urlsplit(f"//{host}").hostname in self._hosts):
+            asks, own = urlsplit(origin or ""), urlsplit(f"//{host}")
+            same = (asks.hostname, asks.port or _PORTS.get(asks.scheme)) == (
+                own.hostname,
+                own.port or _PORTS.get(asks.scheme),
+            )
+            if (origin is None or {origin, "*"} & self._origins or (same and asks.hostname)) and (
+                self._hosts is None or own.hostname in self._hosts
+            ):
                 return
         raise HttpError(
             403, "This page's origin, or the name it knows this server by, is not allowed here: --cors ORIGIN."
@@ -158,7 +168,8 @@ async def _page(_server: Server, _http: HttpRequest) -> Response:
 
 
 async def _health(server: Server, _: HttpRequest) -> Response:
-    return JSONResponse({"status": "ok" if server.ready else "unavailable"}, 200 if server.ready else 503)
+    ready = server.ready and all(scheduler.alive for scheduler in server.served.values())
+    return JSONResponse({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
 
 
 async def _metrics(server: Server, _: HttpRequest) -> Response:

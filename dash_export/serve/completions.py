@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from dash_export.errors import DashError
 from dash_export.runtime.results import Response as Token
-from dash_export.serve.protocol import ChatRequest, CompletionRequest, HttpError, told
-from dash_export.serve.running import Begun, asked, begin, begin_chat, event, gathered, merged
+from dash_export.serve.protocol import ChatRequest, CompletionRequest, told
+from dash_export.serve.running import Begun, begin, begin_chat, entered, event, gathered, merged
 from dash_export.serve.tools import Words, split_calls
 
 if TYPE_CHECKING:
@@ -21,9 +21,8 @@ _FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 
 
 async def chat(server: Server, http: HttpRequest) -> Response:
-    with server.entering():
-        request = await asked(ChatRequest, http)
-        begun = await begin_chat(server, request)
+    async with entered(server, ChatRequest, http) as (request, size):
+        begun = await begin_chat(server, request, size)
 
     def chance(token: Token) -> dict[str, Any] | None:
         if not request.logprobs:
@@ -68,21 +67,9 @@ async def _chat_chunks(begun: Begun, chance: Callable[[Token], dict[str, Any] | 
 
 
 async def completion(server: Server, http: HttpRequest) -> Response:
-    with server.entering():
-        request = await asked(CompletionRequest, http)
-        prompt: Any = request.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise HttpError(
-                    400, "prompt: several prompts in one request are not supported; send one each.", "prompt"
-                )
-            prompt = prompt[0]
+    async with entered(server, CompletionRequest, http) as (request, size):
         begun = await begin(
-            server,
-            request,
-            lambda scheduler: scheduler.runtime.checked_ids(prompt),
-            request.max_tokens,
-            request.logprobs,
+            server, request, lambda scheduler: scheduler.ids(request.prompt), request.max_tokens, request.logprobs, size
         )
     if request.stream:
         return _streamed(begun, "text_completion", _completion_chunks(begun))

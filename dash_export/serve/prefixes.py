@@ -20,7 +20,7 @@ class Prefixes:
     def keep(self, tokens: Sequence[int], source: KVCache, row: int) -> None:
         """Keep row `row` of `source`, the K and V of these tokens."""
         key = tuple(tokens[: source.lengths[row]])
-        if len(key) < 2:
+        if len(key) < 2 or len(key) * source.position_nbytes > self._most:
             return
         for known in [known for known in self._kept if key[: len(known)] == known]:  # what this one begins with
             self._drop(known)

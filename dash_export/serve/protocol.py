@@ -10,20 +10,46 @@ import json
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from dash_export.decision import Setting, parse_layers
 from dash_export.errors import NOT_NUMBERS, ContextLengthError, DashError, PolicyError, RequestError
 from dash_export.runtime.guidance import json_grammar
+from dash_export.runtime.rows import NO_MEMORY
 from dash_export.runtime.sampling import Sampling
-from dash_export.serve.scheduler import MISTAKE, NO_MEMORY, BusyServerError, DeadlineError
+from dash_export.serve.scheduler import MISTAKE, BusyServerError, DeadlineError
 from dash_export.serve.tools import Choice, Tool, calls_grammar
 
 logger = logging.getLogger(__name__)
 MOST = 1 << 20
 Few = Field(max_length=1024, fail_fast=True)
 """A list that is read no further than its first mistake: each would cost what a thousand right entries do."""
-Ids = Annotated[list[int], Field(max_length=MOST, fail_fast=True)]
+_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": MOST}
+_PROMPT = {"anyOf": [{"type": "string"}, _IDS] + [
+    {"type": "array", "items": one, "minItems": 1, "maxItems": 1} for one in ({"type": "string"}, _IDS)
+]}  # fmt: skip
+
+
+def _one_prompt(given: Any) -> Any:
+    """A text or ids, or a list of one such: by hand, for what a union of lists does with four megabytes of mistakes."""
+    if isinstance(given, list) and given and isinstance(given[0], (str, list)):
+        if len(given) > 1:
+            raise ValueError("several prompts in one request are not supported; send one each")
+        given = given[0]
+    if isinstance(given, str):
+        return given
+    if isinstance(given, list) and 0 < len(given) <= MOST and all(type(one) is int for one in given):
+        return given
+    raise ValueError("expected a text, or token ids")
 
 
 class HttpError(Exception):
@@ -51,7 +77,7 @@ class Dash(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     policy: Literal["dense", "static", "token"] | None = None
-    skip: Annotated[list[int], Few] | str | None = None
+    skip: Annotated[list[int], Few] | Annotated[str, Field(max_length=4096)] | None = None
     trade_off: float | None = None
     budget: float | None = None
     skipped: float | None = None
@@ -59,6 +85,14 @@ class Dash(BaseModel):
     max_layers: int | None = None
     hold: bool = True
     skips: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small(cls, given: Any) -> Any:
+        """Each unknown field would be a mistake of its own."""
+        if isinstance(given, dict) and len(given) > len(cls.model_fields):
+            raise ValueError("too many fields")
+        return given
 
     def setting(self) -> Setting | None:
         """The session's setting; None where nothing is said of it."""
@@ -79,11 +113,39 @@ class ContentPart(BaseModel):
     text: str | None = None
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class Called(BaseModel):
+    name: str
+    arguments: str = "{}"
 
+    @field_validator("arguments")
+    @classmethod
+    def _object(cls, text: str) -> str:
+        try:
+            if isinstance(json.loads(text), dict):
+                return text
+        except RecursionError:
+            pass
+        raise ValueError("not the JSON of an object")
+
+
+class ToolCall(BaseModel):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: Called
+
+    def plain(self) -> dict[str, Any]:
+        """As templates take it: its arguments are no text."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class Message(BaseModel):
     role: str
     content: str | Annotated[list[ContentPart], Few] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: Annotated[list[ToolCall], Few] | None = None
+    reasoning_content: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """As a chat template takes it: text parts joined. Raises RequestError for parts that are no text."""
@@ -92,20 +154,10 @@ class Message(BaseModel):
             if other := next((part.type for part in content if part.type != "text" or part.text is None), None):
                 raise RequestError(f"messages: content of type {other!r:.60} is not supported; supported: text.")
             content = "".join(part.text or "" for part in content)
-        extra = dict(self.model_extra or {})
-        if isinstance(calls := extra.get("tool_calls"), list):
-            extra["tool_calls"] = [_with_arguments(call) for call in calls]
-        return {"role": self.role, "content": content or "", **extra}
-
-
-def _with_arguments(call: Any) -> Any:
-    """A call of an earlier turn as templates take it: its arguments are no text. Raises RequestError."""
-    try:
-        function = call["function"]
-        given = function.get("arguments")
-        return call | {"function": function | {"arguments": json.loads(given) if isinstance(given, str) else given}}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise RequestError("messages: tool_calls is not a list of {id, type, function: {name, arguments}}.") from None
+        given = {name: getattr(self, name) for name in ("name", "tool_call_id", "reasoning_content")}
+        said = {name: value for name, value in given.items() if value is not None}
+        calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": self.role, "content": content or "", **said, **calls}
 
 
 class JsonSchema(BaseModel):
@@ -131,7 +183,7 @@ class ResponseFormat(BaseModel):
 class Generation(BaseModel):
     """Fields of both kinds of completion."""
 
-    model: str = ""
+    model: str = Field("", max_length=1024)
     max_tokens: int | None = Field(None, ge=1, le=MOST)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -198,7 +250,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: str | Ids | Annotated[list[str], Few] | Annotated[list[Ids], Few]
+    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt), WithJsonSchema(_PROMPT)]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
     max_tokens: int | None = Field(16, ge=1, le=MOST)

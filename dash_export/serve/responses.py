@@ -6,13 +6,13 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from dash_export.errors import DashError, RequestError
 from dash_export.serve.protocol import MOST, ChatRequest, Dash, Few, told
-from dash_export.serve.running import Begun, asked, begin_chat, event, gathered, merged
+from dash_export.serve.running import Begun, begin_chat, entered, event, gathered, merged
 from dash_export.serve.tools import Function, Words, split_calls
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ class InputPart(BaseModel):
 class InputItem(BaseModel):
     """A message, a call of the model's, or what a call gave."""
 
-    model_config = ConfigDict(extra="allow")
-
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: str | Annotated[list[InputPart], Few] | None = None
@@ -42,8 +40,8 @@ class InputItem(BaseModel):
         if self.type == "function_call_output":
             return {"role": "tool", "tool_call_id": self.call_id, "content": self.output or ""}
         if self.type == "function_call":
-            function = {"name": self.name, "arguments": self.arguments or "{}"}
-            call = {"id": self.call_id, "type": "function", "function": function}
+            function = {"name": self.name or "", "arguments": self.arguments or "{}"}
+            call = {"id": self.call_id or "", "type": "function", "function": function}
             return {"role": "assistant", "content": None, "tool_calls": [call]}
         if self.role is None:
             raise RequestError("input: a message has a role.")
@@ -76,7 +74,7 @@ class TextOptions(BaseModel):
 class ResponsesRequest(BaseModel):
     """POST /v1/responses."""
 
-    model: str = ""
+    model: str = Field("", max_length=1024)
     input: str | Annotated[list[InputItem], Few] = Field(min_length=1)
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MOST)
@@ -117,10 +115,9 @@ class ResponsesRequest(BaseModel):
 
 
 async def responses(server: Server, http: HttpRequest) -> Response:
-    with server.entering():
-        request = await asked(ResponsesRequest, http)
+    async with entered(server, ResponsesRequest, http) as (request, size):
         chat = request.chat()
-        begun = await begin_chat(server, chat)
+        begun = await begin_chat(server, chat, size)
     reply = _Reply(request, chat, begun)
     if request.stream:
         return StreamingResponse(_events(reply), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from dash_export.serve.app import Server
 
 BODY_BYTES, BODY_SECONDS = 4 << 20, 10.0
+READING_BYTES = 128 << 20
+"""Of all bodies that are being read."""
+LONG_BYTES = 1 << 16
+"""A body from which on its prompt waits for the one thread that makes long ones."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
 
@@ -66,8 +71,11 @@ async def begin(
     encode: Callable[[Scheduler], TokenIds],
     max_tokens: int | None,
     logprobs: int | None,
+    size: int,
 ) -> Begun:
-    """Submit the `n` answers to one prompt, all or none. `encode` may take its time. Raises HttpError and DashError."""
+    """Submit the `n` answers to one prompt, all or none. `encode` may take its time, the more the larger the `size` of
+    the body. Raises HttpError and DashError.
+    """
     base, setting = model_and_setting(asked.model, asked.dash)
     name, scheduler = server.scheduler(base)
     samplings = [asked.sampling(place, logprobs) for place in range(asked.n)]
@@ -78,7 +86,8 @@ async def begin(
                 scheduler.runtime.text.guides.guide(sampling.grammar)
         return encode(scheduler)
 
-    ids = await asyncio.to_thread(prepare)
+    threads = server.long if size > LONG_BYTES else None
+    ids = await asyncio.get_running_loop().run_in_executor(threads, prepare)
     answers: list[Answer] = []
     try:
         for sampling in samplings:
@@ -90,7 +99,7 @@ async def begin(
     return Begun(name, scheduler, answers, asked)
 
 
-async def begin_chat(server: Server, request: ChatRequest) -> Begun:
+async def begin_chat(server: Server, request: ChatRequest, size: int) -> Begun:
     """`begin` of a chat. Raises HttpError and DashError."""
     messages = [message.plain() for message in request.messages]
 
@@ -98,7 +107,7 @@ async def begin_chat(server: Server, request: ChatRequest) -> Begun:
         return np.array(scheduler.runtime.text.chat(messages, scheduler.context, request.given_tools()))
 
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return await begin(server, request, encode, request.most_tokens, logprobs)
+    return await begin(server, request, encode, request.most_tokens, logprobs, size)
 
 
 def event(value: Mapping[str, Any]) -> str:
@@ -158,24 +167,35 @@ async def gathered(begun: Begun, http: HttpRequest) -> list[list[Token]]:
     return found
 
 
-async def _body(http: HttpRequest) -> bytes:
-    body = bytearray()
-    async for piece in http.stream():
-        body += piece
-        if len(body) > BODY_BYTES:
-            raise HttpError(413, f"The body has more than {BODY_BYTES} bytes.")
-    return bytes(body)
-
-
-async def asked(kind: type[_Asked], http: HttpRequest) -> _Asked:
-    """The body as `kind`. Raises HttpError that names the field."""
+@asynccontextmanager
+async def entered(server: Server, kind: type[_Asked], http: HttpRequest) -> AsyncIterator[tuple[_Asked, int]]:
+    """The body as `kind`, and its size; meanwhile it is one of those that are worked on. Raises HttpError, which names
+    the field that is wrong.
+    """
     try:
-        body = await asyncio.wait_for(_body(http), BODY_SECONDS)
+        body = await asyncio.wait_for(_body(server, http), BODY_SECONDS)
     except asyncio.TimeoutError:  # which is another one in Python 3.10
         raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
+    with server.entering():
+        try:
+            asked = kind.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            field = ".".join(map(str, first["loc"])) or None
+            raise HttpError(400, f"{field or 'The body'}: {first['msg']}.", field) from None
+        yield asked, len(body)
+
+
+async def _body(server: Server, http: HttpRequest) -> bytes:
+    body = bytearray()
     try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"])) or None
-        raise HttpError(400, f"{field or 'The body'}: {first['msg']}.", field) from None
+        async for piece in http.stream():
+            body += piece
+            server.reading += len(piece)
+            if len(body) > BODY_BYTES:
+                raise HttpError(413, f"The body has more than {BODY_BYTES} bytes.")
+            if server.reading > READING_BYTES:
+                raise HttpError(429, "Too much is sent at this moment: ask again later.")
+        return bytes(body)
+    finally:
+        server.reading -= len(body)

@@ -30,7 +30,6 @@ from dash_export.serve.prefixes import Prefixes
 logger = logging.getLogger(__name__)
 ROWS, WAITING, PREFIX_BYTES = 8, 64, 256 << 20
 MISTAKE = "The server made a mistake: its log says more."
-NO_MEMORY = "The server's memory is not enough for this request beside the others: ask again later, or for less."
 
 
 class BusyServerError(RequestError):
@@ -101,16 +100,19 @@ class Scheduler:
         together: Setting | None = None,
         pace: float | None = None,
         least: float = 0.85,
+        memory: int | None = None,
     ) -> None:
         """`alone` and `together`: how requests that do not say it decode, as the only row and beside others; by default
         as the bundle recommends, and densely, for a token policy saves nothing where rows differ. With a `pace`, the
-        seconds that a token may take, as much is skipped as that needs, down to the budget `least` (pace.py). Raises
-        PolicyError, RequestError, and BackendError for a GPU build.
+        seconds that a token may take, as much is skipped as that needs, down to the budget `least` (pace.py). `memory`:
+        bytes for K and V, by default half of what is free. Raises PolicyError, RequestError, and BackendError for a GPU
+        build.
         """
         batch = runtime.batch(rows)  # says it where a build takes one sequence only
         self.runtime, self.most_waiting = runtime, waiting
         self._rows = Rows(batch.engines, rows, runtime.recipe.runtime.kv_step)
-        self.context = _context(runtime.engines.model, rows, prefix_bytes)
+        room = (available_memory() // 2 if memory is None else memory) - prefix_bytes
+        self.context = _context(runtime.engines.model, rows, room)
         self._prompt = runtime.session()
         self._prefixes = Prefixes(prefix_bytes)
         self._alone, self._together = (
@@ -127,6 +129,8 @@ class Scheduler:
             self.pace = Pace(pace, least, manifest.policy.static_order, runtime.cost)
         self._waiting: deque[Ticket] = deque()
         self._job: Ticket | None = None
+        self._live: dict[Ticket, None] = {}
+        """All that are under way, the job and those of the rows: who is told nothing would wait for good."""
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -142,12 +146,22 @@ class Scheduler:
     def started(self) -> bool:
         return self._thread.ident is not None
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def ids(self, prompt: Prompt) -> TokenIds:
+        """The token ids of a prompt: a long text takes its time. Raises RequestError and ContextLengthError."""
+        if isinstance(prompt, str):
+            prompt = self.runtime.text.encode(prompt, limit=self.context)
+        return self.runtime.checked_ids(prompt)
+
     def submit(self, request: Request, tell: Callable[[Response], None]) -> Ticket:
         """Queue a request. Raises RequestError, ContextLengthError and PolicyError for one that cannot be answered, and
         BusyServerError.
         """
         runtime = self.runtime
-        ids = runtime.checked_ids(request.prompt)
+        ids = self.ids(request.prompt)
         if request.sampling.grammar is not None:
             runtime.text.guides.guide(request.sampling.grammar)  # what is wrong with it is said here
         try:
@@ -207,10 +221,12 @@ class Scheduler:
         with self._changed:
             self._closing = True
             self._changed.notify()
+        if not self.started:
+            return True
         self._thread.join(seconds)
         drained = not self._thread.is_alive()
         with self._changed:
-            for ticket in [*self._waiting, *([self._job] if self._job else []), *(row.tag for row in self._rows.rows)]:
+            for ticket in [*self._waiting, *self._live]:
                 ticket.until = 0.0
             self._changed.notify()
         self._thread.join()
@@ -229,17 +245,16 @@ class Scheduler:
                 began = time.perf_counter()
                 self._prefill()
                 self._decode(time.perf_counter() - began)
-            except Exception:  # a mistake of ours ends these answers, not the server
+            except BaseException:  # a mistake of ours, a panic of native code: it ends these answers, not the server
                 logger.exception("a step failed")
                 self._fail_all(BackendError(MISTAKE))
 
     def _fail_all(self, error: DashError) -> None:
         """End what is under way: what is in its caches is not known."""
-        job, self._job = self._job, None
-        tickets = [row.tag for row in self._rows.rows] + ([job] if job else [])
+        self._job = None
         self._rows.clear()
         self._prompt.reset()
-        for ticket in dict.fromkeys(tickets):  # one that just got its row is there twice
+        for ticket in [*self._live]:
             self._tell(ticket, self._rows.failed(error))
 
     def _prefill(self) -> None:
@@ -248,6 +263,7 @@ class Scheduler:
         if self._job is None and self._waiting and len(self._rows) < self._rows.size:
             with self._changed:
                 self._job = self._waiting.popleft()
+                self._live[self._job] = None
         ticket = self._job
         if ticket is None:
             return
@@ -269,7 +285,7 @@ class Scheduler:
         except (DashError, MemoryError) as error:  # of this request alone: what the others have is as it was
             self._job = None
             self._prompt.reset()
-            self._tell(ticket, self._rows.failed(error if isinstance(error, DashError) else BackendError(NO_MEMORY)))
+            self._tell(ticket, self._rows.failed(error))
 
     def _begin(self, ticket: Ticket, turn: Turn, logits: Logits) -> None:
         rules = deepcopy(ticket.rules or self._alone)
@@ -321,12 +337,17 @@ class Scheduler:
 
     def _tell(self, ticket: Ticket, response: Response) -> None:
         if response.finish_reason is not None:
+            self._live.pop(ticket, None)
             statistics = response.statistics
             self.figures.prompt_tokens += statistics.prompt_tokens
             self.figures.tokens += statistics.tokens
             self.figures.failed += response.error is not None
             self.figures.finished += response.error is None
-        ticket.tell(response)
+        try:
+            ticket.tell(response)
+        except Exception:  # of whoever asked: no reason to end the others
+            logger.exception("a response could not be told")
+            ticket.cancelled = True
 
     # --- checks
 
@@ -335,12 +356,11 @@ class Scheduler:
         return session_rules(setting, manifest.model, manifest.policy, self.runtime.build)
 
 
-def _context(model: ModelFacts, rows: int, prefix_bytes: int) -> int:
-    """Positions that each of the rows, and a prompt that is under way, may have in half of the memory that is free: as
-    a row grows, all of them are copied.
+def _context(model: ModelFacts, rows: int, room: int) -> int:
+    """Positions that each of the rows, and a prompt that is under way, may have in so many bytes; as a row grows, all
+    of them are copied.
     """
-    position = 4 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    room = available_memory() // 2 - prefix_bytes
+    position = 8 * model.num_layers * model.num_kv_heads * model.head_dim
     return min(model.max_positions, max(MAX_TOKENS, room // position // (rows + 1)))
 
 

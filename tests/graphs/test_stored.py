@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dash_export import DashRuntime
-from dash_export.building import build
+from dash_export.building import build, cpu_backend
 from dash_export.building.graph_runs import graph_run
-from dash_export.errors import BundleError, CheckpointError
+from dash_export.errors import BackendError, BundleError, CheckpointError
 from dash_export.exporting import export
 from dash_export.graphs import ggml
 from dash_export.graphs.stored import restore
@@ -96,6 +96,16 @@ def test_a_row_of_conversions(operator: str, options: dict[str, Any]) -> None:
     assert left.const_value.numpy().sum() == 12
 
 
+def test_a_matrix_that_is_converted_twice() -> None:
+    """Each time it would be another of its size, of one in the file."""
+    g = GraphWriter("graph", "")
+    half = g.initializer("weight", np.ones((3, 4), np.float16))
+    both = [g.op("Cast", [half], f"out{place}", to=ir.DataType.FLOAT) for place in range(2)]
+    g.output(g.op("Add", both, "out"), "out", (3, 4))
+    with pytest.raises(BundleError, match="weight is converted twice"):
+        restore(g.model())
+
+
 def test_a_transpose_that_is_none_stays() -> None:
     g = GraphWriter("graph", "")
     value = g.op("Transpose", [g.initializer("weight", np.ones((3, 4), np.float32))], "same", perm=[0, 1])
@@ -150,7 +160,9 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:
         ("Q8_0", False, "phi3"),
     ],
 )
-def test_a_gguf_file_keeps_its_bytes(tmp_path: Path, kind: str, tied: bool, family: str) -> None:
+def test_a_gguf_file_keeps_its_bytes(
+    tmp_path: Path, kind: str, tied: bool, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The export is not larger than the file, a tied embedding is there once, and every weight is the file's."""
     options = {"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": tied, "pad_token_id": 0}
     model = save_model(tmp_path / "model", family, **options)
@@ -164,6 +176,13 @@ def test_a_gguf_file_keeps_its_bytes(tmp_path: Path, kind: str, tied: bool, fami
     size = sum(path.stat().st_size for path in files if path.exists())
     pages = 2 * PAGE * len(checkpoint.weights)
     assert size - pages < (tmp_path / "model.gguf").stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_backend, "available_memory", lambda: 10 * 256 * checkpoint.spec.vocab_size)
+        if half:
+            build(bundle, "portable")
+        else:
+            with pytest.raises(BackendError, match="Use --target cpu --weights fp32"):
+                build(bundle, "portable")
     (lookup, *_) = onnx.load(bundle.graph("embed"), load_external_data=False).graph.node
     assert lookup.op_type == "Gather", "ONNX Runtime makes float32 of the rows of a prompt, not of all"
     found = {}

@@ -167,6 +167,13 @@ def test_lists_of_phi_s_factors_of_another_length(tmp_path: Path, shape: tuple[i
         open_checkpoint(tmp_path / "a.gguf")
 
 
+def test_a_granite_without_a_scale(tmp_path: Path) -> None:
+    """It is llama.cpp's, not the default of transformers, which is 1."""
+    write_gguf(tmp_path / "a.gguf", tiny_model("granite"), remove=("granite.attention.scale",))
+    spec = open_checkpoint(tmp_path / "a.gguf").spec
+    assert spec.attention_scale == pytest.approx(spec.head_dim**-0.5)
+
+
 def test_one_of_phi_s_two_lists_of_factors(tmp_path: Path) -> None:
     extra = {"rope_factors_long.weight": np.ones(8, np.float32)}
     write_gguf(tmp_path / "a.gguf", tiny_model("phi3", pad_token_id=0), extra_tensors=extra)

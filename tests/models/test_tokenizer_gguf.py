@@ -112,7 +112,7 @@ def test_other_assets() -> None:
         ({"ggml.merges": ["h e x"]}, "merges"),
         ({"ggml.merges": ["h nothing"]}, "cannot be used: .*nothing"),
         ({"ggml.merges": "h e"}, "merges"),
-        ({"ggml.merges": ["h e"] * 2000}, "2000 entries for 259 tokens"),
+        ({"ggml.merges": ["h e"] * 2000}, "2000 merges for 259 tokens"),
         ({"ggml.bos_token_id": 259}, "bos_token_id"),
         ({"ggml.add_bos_token": "yes"}, "add_bos_token"),
         ({"ggml.add_eos_token": True}, "add_eos_token"),

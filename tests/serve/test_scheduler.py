@@ -15,7 +15,9 @@ from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.errors import BackendError, ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Response, Sampling
+from dash_export.runtime.cache import KVCache
 from dash_export.runtime.decode import BoundStep
+from dash_export.runtime.results import Turn
 from dash_export.runtime.sampling import Sampler
 from dash_export.serve.scheduler import BusyServerError, DeadlineError, Request, Scheduler
 from tests.tiny import random_ids
@@ -57,6 +59,60 @@ def alone(runtime: DashRuntime, request: Request) -> list[int]:
     assert request.setting is not None
     session = runtime.session_with(request.setting)
     return [step.token for step in session.stream(request.prompt, request.max_tokens, request.sampling)]
+
+
+@pytest.mark.parametrize("place", ["take", "step", "tell"])
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, GeneratorExit])
+def test_nobody_waits_for_good(
+    place: str, error: type[BaseException], scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails, and wherever: each is told its end, and the next ones are answered as ever."""
+    made, count = scheduler(rows=3), 0
+    whole, name = {"take": (KVCache, "take"), "step": (BoundStep, "decode_batch"), "tell": (Turn, "respond")}[place]
+    sound = getattr(whole, name)
+
+    def failing(*arguments: object) -> object:
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise error("no")
+        return sound(*arguments)
+
+    requests = [asked(number) for number in range(9)]
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, name, failing)
+        tickets: list[SimpleQueue[Response]] = [SimpleQueue() for _ in requests]
+        for request, queue in zip(requests, tickets, strict=True):
+            made.submit(request, queue.put)
+        for queue in tickets:
+            while queue.get(timeout=20).finish_reason is None:
+                pass
+    assert count >= 9
+    assert made.alive
+    assert (made.waiting, made.running) == (0, 0)
+    assert [step.token for step in made.stream(requests[0])] == alone(made.runtime, requests[0])
+
+
+def test_who_cannot_be_told_does_not_end_the_others(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
+    made = scheduler(rows=3)
+
+    def gone(_: Response) -> None:
+        raise RuntimeError("gone")
+
+    made.submit(asked(3), gone)
+    assert [step.token for step in made.stream(asked(1))] == alone(runtime, asked(1))
+
+
+def test_one_that_never_started_closes(scheduler: MakeScheduler) -> None:
+    assert scheduler(start=False).close()
+
+
+def test_a_prompt_larger_than_the_cache_of_prefixes_leaves_it(scheduler: MakeScheduler, runtime: DashRuntime) -> None:
+    position = runtime.session().cache.position_nbytes
+    made = scheduler(prefix_bytes=100 * position)
+    for size in (40, 200):
+        [*made.stream(Request(random_ids(size), 2, setting=DENSE))]
+    assert 30 * position < made._prefixes.nbytes < 60 * position
 
 
 def test_each_gets_what_it_gets_alone(scheduler: MakeScheduler, runtime: DashRuntime) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -17,10 +18,11 @@ from dash_export import DashRuntime
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.runtime import Sampling
 from dash_export.runtime.cache import KVCache
+from dash_export.runtime.rows import NO_MEMORY
 from dash_export.runtime.text import Text
 from dash_export.serve import app, running, scheduler
 from dash_export.serve.protocol import told
-from dash_export.serve.scheduler import MISTAKE, NO_MEMORY, Scheduler
+from dash_export.serve.scheduler import MISTAKE, Scheduler
 from tests.serve.conftest import Serve
 from tests.serve.test_app import DENSE, MESSAGES
 
@@ -37,6 +39,13 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": [{"role": "user", "content": [0] * 700_000}]}, "messages"),
         (CHAT, {"messages": MESSAGES, "stop": [0] * 700_000}, "stop"),
         (CHAT, {"messages": MESSAGES, "dash": {"skip": ["x"] * 700_000}}, "dash"),
+        (CHAT, {"messages": MESSAGES, "dash": {"skip": "0-9999," * 500_000}}, "dash"),
+        (CHAT, {"messages": MESSAGES, "dash": {"skip": "0-9999," * 500 + "1"}}, "'0-9999,0-9999"),
+        (CHAT, {"messages": MESSAGES, "dash": {f"field{place}": 1 for place in range(200_000)}}, "dash"),
+        (CHAT, {"messages": MESSAGES, "model": "tiny@skip=" + "4," * 1_000_000}, "model"),
+        (COMPLETIONS, {"prompt": [[1]] * 500_000}, "prompt"),
+        (COMPLETIONS, {"prompt": [1] * 500_000 + ["x"]}, "prompt"),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "x"}] * 100_000}]}, "input"),
     ],
 )
 def test_lists_of_mistakes(path: str, body: dict[str, Any], field: str, http: httpx.Client) -> None:
@@ -101,6 +110,9 @@ def test_rows_have_what_memory_allows(
         ({"host": "evil.example:80", "origin": "http://evil.example:80"}, 403),
         ({"origin": "https://page.example"}, 200),
         ({"host": "localhost:1"}, 200),
+        ({"host": "page.example", "origin": "https://page.example"}, 200),
+        ({"host": "localhost:80", "origin": "http://localhost"}, 200),
+        ({"host": "localhost:80", "origin": "http://localhost:81"}, 403),
         ({"host": "[::1]:1", "origin": "http://[::1]:1"}, 200),
         ({}, 200),
     ],
@@ -119,6 +131,21 @@ def test_a_body_that_does_not_end(address: str, monkeypatch: pytest.MonkeyPatch)
     with socket.create_connection((host, int(port)), timeout=10) as slow:
         slow.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 500\r\n\r\n{{".encode())
         assert b" 408 " in slow.recv(200)
+
+
+def test_bodies_that_do_not_end_keep_nobody_out(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the places of those that are worked on, nor, where they are large, the memory."""
+    host, port = address.removeprefix("http://").split(":")
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
+    with ExitStack() as stack:
+        for _ in range(app.ENTERING + 8):
+            idle = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            idle.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 500\r\n\r\n{{".encode())
+        assert httpx.post(f"{address}{CHAT}", json=body, timeout=20).status_code == 200
+    monkeypatch.setattr(running, "READING_BYTES", 1000)
+    reply = httpx.post(f"{address}{CHAT}", json=body | {"user": "x" * 2000}, timeout=20)
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+    assert httpx.post(f"{address}{CHAT}", json=body, timeout=20).status_code == 200
 
 
 def test_requests_that_are_read_at_a_time(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

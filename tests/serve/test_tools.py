@@ -93,7 +93,7 @@ def test_sessions_and_batches_hold_to_a_grammar_too(tiny_runtime: Callable[..., 
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "no such function"),
         ({"tool_choice": "required"}, "no such function is among the 0 tools"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls is not a list of"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls.0.function"),
     ],
 )
 def test_what_is_refused(client: openai.OpenAI, changes: dict[str, Any], said: str) -> None:

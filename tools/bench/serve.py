@@ -1,0 +1,151 @@
+"""A server under load: tokens per second of several streams beside a batch of this process, first tokens, and what a
+pace keeps.
+
+    python tools/bench/serve.py BUNDLE [--pace 30]
+
+The server is a process of its own, its clients threads of this one. What is compared takes turns.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import click
+import httpx
+import numpy as np
+from common import held_out, print_json
+
+from dash_export.commands.tables import print_table
+from dash_export.runtime import DashRuntime
+
+PROMPT, TOKENS = 64, 96
+DENSE = {"dash": {"policy": "dense"}}
+
+
+@dataclass
+class Stream:
+    """One answer: seconds from asking to its first token, then from token to token, and its time of dense."""
+
+    first: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    of_dense: float = 1.0
+
+
+@contextmanager
+def server(bundle: Path, target: str, *options: str) -> Iterator[str]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "dash_export", "serve", str(bundle), "--target", target, "--port", str(port)]
+    process = subprocess.Popen([*command, *options])
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            try:
+                if httpx.get(f"{address}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                assert process.poll() is None, "the server has ended"
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def stream(address: str, prompt: list[int], body: dict[str, Any]) -> Stream:
+    """Raises httpx.HTTPError."""
+    asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, "seed": 1, **body}
+    found, last = Stream(), time.perf_counter()
+    with httpx.stream("POST", f"{address}/v1/completions", timeout=600,
+                      json=asked | {"stream_options": {"include_usage": True}}) as reply:  # fmt: skip
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk, now = json.loads(line.removeprefix("data: ")), time.perf_counter()
+            if not chunk["choices"]:
+                found.of_dense = chunk["dash"].get("time_of_dense", 1.0)
+            elif not found.first:
+                found.first = now - last
+            else:
+                found.steps.append(now - last)
+            last = now
+    return found
+
+
+def together(address: str, prompts: list[list[int]], body: dict[str, Any]) -> tuple[float, list[Stream]]:
+    """Seconds of all, and each."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        streams = list(pool.map(lambda prompt: stream(address, prompt, body), prompts))
+    return time.perf_counter() - began, streams
+
+
+def batched(runtime: DashRuntime, prompts: list[list[int]]) -> float:
+    began = time.perf_counter()
+    for _ in runtime.batch(len(prompts)).stream(prompts, TOKENS):
+        pass
+    return time.perf_counter() - began
+
+
+def milliseconds(seconds: list[float], share: float) -> float:
+    return round(1e3 * float(np.quantile(seconds, share)), 1)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option("--target", default="cpu", show_default=True)
+@click.option("--sizes", default="1,2,4,8", show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--pace", type=float, help="Milliseconds; by default 1.1 of what four streams take densely.")
+@click.option("--least", default=0.7, show_default=True)
+def main(bundle: Path, target: str, sizes: str, rounds: int, pace: float | None, least: float) -> None:
+    runtime = DashRuntime.load(bundle, target, verify=False)
+    counts = [int(size) for size in sizes.split(",")]
+    texts = held_out(runtime.text.encode, max(counts) * PROMPT * (rounds + 1)).reshape(rounds + 1, -1, PROMPT).tolist()
+    rows, pressed = [], []
+    with server(bundle, target, "--rows", str(max(counts))) as address:
+        for count in counts:
+            pairs, streams = [], list[Stream]()
+            for number in range(rounds + 1):  # the first is warm-up; other prompts each time: none is known already
+                prompts = texts[number][:count]
+                alone = batched(runtime, prompts)
+                served, each = together(address, prompts, DENSE)
+                if number:
+                    pairs.append(alone / served)
+                    streams += each
+            steps = [step for one in streams for step in one.steps]
+            first = milliseconds([one.first for one in streams], 0.5)
+            tokens = count * TOKENS / (sum(map(sum, (one.steps for one in streams))) / len(streams))
+            rows.append((count, round(tokens, 1), round(median(pairs), 3), first, milliseconds(steps, 0.5),
+                         milliseconds(steps, 0.95)))  # fmt: skip
+    heads = ("streams", "tokens/s in all", "of a batch", "first token ms", "token ms", "p95")
+    print_table(f"{bundle.name}, {target}, dense, over HTTP", (), heads, rows)
+    limit = pace or 1.1 * next((row[4] for row in rows if row[0] == 4), rows[-1][4])
+    kept = ("--pace", f"{limit:.1f}", "--least", str(least))
+    with server(bundle, target) as fixed, server(bundle, target, *kept) as paced:
+        for count in counts:
+            for name, address in (("fixed", fixed), ("paced", paced)):
+                together(address, texts[0][:count], {})
+                streams = [one for prompts in texts[1:] for one in together(address, prompts[:count], {})[1]]
+                steps = [step for one in streams for step in one.steps]
+                of_dense = round(mean(one.of_dense for one in streams), 3)
+                pressed.append((count, name, milliseconds(steps, 0.5), milliseconds(steps, 0.95), of_dense))
+    title = f"{bundle.name}, {target}: the same requests, whose speed nobody says"
+    print_table(title, (), ("streams", f"pace {limit:.1f} ms", "token ms", "p95", "time of dense"), pressed)
+    print_json("serve", {"target": target, "streams": rows, "pace_ms": limit, "pressed": pressed})
+
+
+if __name__ == "__main__":
+    main()

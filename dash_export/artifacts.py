@@ -28,6 +28,8 @@ from dash_export.typed_json import Bytes, WrongFieldError, typed
 
 JOURNAL = ".journal.json"
 TEMPORARY = ".tmp-"
+_OWN = re.compile(rf"{re.escape(TEMPORARY)}([0-9]+|[0-9a-f]{{32}})-")
+"""What we name so, and nobody else."""
 """Names of what is not whole yet begin with this; the next run sweeps it away."""
 _LONGEST_JOURNAL = 64 << 20
 _ARTIFACT = re.compile(r"\w[\w.-]{0,200}\.(?:onnx|data|engine|npz)", re.ASCII)
@@ -124,6 +126,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def _temporary(path: Path) -> BinaryIO:
     """Open a new file beside `path`, locked while its writer lives. Those of writers that have died are removed."""
     for stale in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
+        if not _OWN.match(stale.name):
+            continue
         with suppress(OSError), os.fdopen(os.open(stale, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stale.unlink()
@@ -161,7 +165,7 @@ class ArtifactStore:
         """With a `secret` only what was made under it is known: a journal comes with the folder, whose ever that is."""
         self.folder, self._secret = folder, secret
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"{TEMPORARY}*"):  # what an interrupted run left
+        for path in filter(lambda path: _OWN.match(path.name), folder.glob(f"{TEMPORARY}*")):  # an interrupted run's
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         self._lock = threading.Lock()
         self._journal: dict[str, _Entry] = {}

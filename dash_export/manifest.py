@@ -200,8 +200,8 @@ class CostTable:
     units of as many layers share one.
     """
 
-    context: int
-    dense_us: float
+    context: Annotated[int, Within(0, 1 << 20)]
+    dense_us: NotNegative
     segment_us: dict[str, float]
     bypass_us: dict[str, float]
     cost: tuple[Annotated[float, Within(0, 1)], ...]
@@ -283,11 +283,11 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
         yield f"there is no graph {min(missing)}."
     if unknown := set(manifest.graphs) - needed:
         yield f"there is a graph {min(unknown)!r:.60}, which nobody needs."
-    records = sum(map(len, manifest.builds.values())) + len(manifest.files) + len(manifest.tools)
+    records = sum(1 + len(build) for build in manifest.builds.values()) + len(manifest.files) + len(manifest.tools)
     if records > 3 * len(needed) + _MOST_OTHERS:
         yield f"it lists {records} files and tools."
     listed = {record.name for record in manifest.files if record.bytes > 0}
-    if unlisted := {*manifest.graphs.values(), "onnx/rope.data"} - listed:
+    if unlisted := {*manifest.graphs.values(), "onnx/rope.data", "onnx/embed.data"} - listed:
         yield f"{min(unlisted)} is not among the files."
 
 
@@ -304,6 +304,8 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
         yield f"there is no engine {min(missing)}."
     if unknown := set(engines) - needed - {POLICY, *(MIXED + unit.name for unit in units)}:
         yield f"there is an engine {min(unknown)!r:.60}, which nobody needs."
+    if build.cost.segment_us and not build.cost.dense_us > 0:
+        yield "a dense token takes no time."
     if len(build.files) > 3 * len(engines) + _MOST_OTHERS or len(build.dial) > _MOST_OTHERS:
         yield f"it lists {len(build.files)} files, and {len(build.dial)} points of the dial."
     if {name for name in engines if name.startswith(MIXED)} not in (set(), {MIXED + unit.name for unit in units}):

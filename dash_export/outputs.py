@@ -90,7 +90,8 @@ def _acquired(path: Path, output: Path) -> int | None:
             return None
         try:
             begins = os.pread(descriptor, len(_OURS), 0) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"?"
-            if any(begins) and not _OURS.startswith(begins):  # a loss of power leaves zeros, or nothing
+            zeros = not any(begins) and os.fstat(descriptor).st_size <= 4096  # a loss of power leaves these, or nothing
+            if not zeros and not (any(begins) and _OURS.startswith(begins)):
                 raise _taken(path)
             if not _flock(descriptor, fcntl.LOCK_EX):
                 raise _busy(output, [path])

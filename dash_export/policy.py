@@ -297,6 +297,9 @@ def _opened(path: Path) -> tuple[dict[str, str], dict[str, Float32Array]]:
     import safetensors
 
     try:
+        with path.open("rb") as begin:
+            if (header := int.from_bytes(begin.read(8), "little")) > 4 * _MAX_FACTS:
+                raise ValueError(f"its header has {header} bytes; at most {4 * _MAX_FACTS} are read")
         with safetensors.safe_open(str(path), framework="np") as file, np.errstate(all="ignore"):
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
             if odd := [name for name, array in found.items() if array.dtype not in (np.float16, np.float32)]:

@@ -29,7 +29,7 @@ QUANTISED = ("int8", "int4")
 BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
 MAX_THREADS = 1024
 _MAX_BYTES = 1 << 14  # of a recipe file
-_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""")
 """A key of so many parts, which a recipe has none of: the parser's memory grows with their square."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")

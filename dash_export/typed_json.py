@@ -42,6 +42,9 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
+MOST_ITEMS, MOST_DEPTH = 1 << 16, 8
+
+
 def typed(kind: type[_T], data: Any, where: str) -> _T:
     """A `kind` made of `data`. Raises WrongFieldError, to which the caller adds what to do about it."""
     return _convert(kind, data, where)  # type: ignore[no-any-return]
@@ -50,6 +53,8 @@ def typed(kind: type[_T], data: Any, where: str) -> _T:
 def _convert(kind: Any, data: Any, where: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
+        if _depth(data) > MOST_DEPTH:
+            raise WrongFieldError(f"{where} is nested too deep.")
         return data
     if is_dataclass(kind):
         return _record(kind, data, where)
@@ -58,6 +63,8 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         if not low <= value <= high:
             raise WrongFieldError(f"{where} = {shown(value)} is outside {low} to {high}.")
         return value
+    if origin in (tuple, dict) and isinstance(data, (list, dict)) and len(data) > MOST_ITEMS:
+        raise WrongFieldError(f"{where} has {len(data)} items; at most {MOST_ITEMS} are read.")
     if origin is tuple and isinstance(data, list):
         return tuple(_convert(args[0], item, f"{where}[{index}]") for index, item in enumerate(data))
     if origin is dict and isinstance(data, dict):
@@ -78,6 +85,20 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     if isinstance(kind, type) and type(data) is kind and (not isinstance(data, float) or isfinite(data)):
         return data
     raise WrongFieldError(f"{where} must be {_name(kind)}, got {shown(data)}.")
+
+
+def _depth(data: Any) -> int:
+    """Of lists and mappings in one another, as far as it matters."""
+    depth, level = 0, [data]
+    while level and depth <= MOST_DEPTH:
+        depth += 1
+        level = [
+            item
+            for part in level
+            if isinstance(part, (list, dict))
+            for item in (part.values() if isinstance(part, dict) else part)
+        ]
+    return depth
 
 
 def _record(kind: Any, data: Any, where: str) -> Any:

@@ -104,11 +104,12 @@ def test_an_error_or_a_kill_leaves_nothing(tmp_path: Path) -> None:
 
     (tmp_path / ".tmp-1-a").mkdir()
     (tmp_path / ".tmp-1-a" / "half").write_text("half")
-    (tmp_path / ".tmp-journal").write_text("half")
+    (tmp_path / f".tmp-{'0' * 32}-journal").write_text("half")
+    (tmp_path / ".tmp-mine").mkdir()  # who else names a thing so keeps it
     store = ArtifactStore(tmp_path)
     with pytest.raises(OSError, match="No space"):
         store.make("a", "key", fails)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-mine"]
 
 
 def test_keep_only(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_keep_only(tmp_path: Path) -> None:
 
 def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
     """And nothing that one still writes, or that is of another file; a link in the way is not followed."""
-    for name in (".tmp-0-a.json", ".tmp-1-a.json", ".tmp-1-b.json", "mine"):
+    for name in (".tmp-0-a.json", ".tmp-1-a.json", ".tmp-1-b.json", ".tmp-old-a.json", "mine"):
         (tmp_path / name).touch()
     (tmp_path / ".tmp-2-a.json").symlink_to("mine")
     (tmp_path / "a.json").write_text("old")
@@ -130,7 +131,7 @@ def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
         fcntl.flock(living, fcntl.LOCK_EX)
         write_atomic(tmp_path / "a.json", "new")
     names = {path.name for path in tmp_path.iterdir()} - {".tmp-2-a.json"}
-    assert names == {"a.json", ".tmp-1-a.json", ".tmp-1-b.json", "mine"}
+    assert names == {"a.json", ".tmp-1-a.json", ".tmp-1-b.json", ".tmp-old-a.json", "mine"}
     assert [(tmp_path / name).read_text() for name in ("a.json", "mine")] == ["new", ""]
 
 

@@ -231,6 +231,12 @@ LATE, ORDER = "The decision reads the input of layer", "in rising order"
 FORGED_MANIFESTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a newer schema": (lambda data: data.update(schema=99, more={"new": 1}), r"newer .*\(schema 99.*pip install -U"),
     "an earlier schema": (lambda data: data.update(schema=1), r"earlier .*\(schema 1.*dash-export build MODEL -o"),
+    "a table that is not listed": (without("onnx/embed.data"), "onnx/embed.data is not among the files"),
+    "targets of nothing": (lambda data: data["builds"].update({f"t{i}": [] for i in range(3000)}), "files and tools"),
+    "a long list": (
+        lambda data: data["model"]["traits"].update(unrotated=[7] * 70_000),
+        "unrotated has 70000 items; at most",
+    ),
     "a graph that is not listed": (without("onnx/layer_03.onnx"), "is not among the files"),
     "empty files": (emptied, "is not among the files"),
     "a number too large": (lambda data: data["model"].update(rms_norm_eps=10**400), "too large a number"),
@@ -267,6 +273,9 @@ def test_a_forged_manifest(name: str, bundle: Path) -> None:
 
 
 POINT = {"trade_off": 0.0, "layers": 6.0, "time": 1.0, "kl": 0.0}
+DEEP: dict[str, Any] = {}
+for _ in range(60):
+    DEEP = {"more": DEEP}
 DIALS: list[Any] = [{"token": [POINT]}, [POINT | {"kl": float("nan")}], [POINT, POINT | {"time": -1}], [[]], [{"a": 1}]]
 FORGED_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a newer schema": (lambda data: data.update(schema=99), "newer"),
@@ -276,6 +285,8 @@ FORGED_BUILDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a cost too few": (lambda data: data["cost"]["cost"].pop(), "does not list the units"),
     "a cost that is no number": (lambda data: data["cost"].update(cost=[0.1, float("nan")]), "cost"),
     "a cost beyond all": (lambda data: data["cost"].update(cost=[0.1, 1e308]), "is outside 0 to 1"),
+    "no time": (lambda data: data["cost"].update(dense_us=0.0), "a dense token takes no time"),
+    "details in details": (lambda data: data.update(details=DEEP), "details.* is nested too deep"),
     "a load below 0": (lambda data: data["cost"].update(others=-1.0), "others = -1.0 is outside"),
     "no bypass": (lambda data: data["engines"].pop("bypass_04-04"), "no engine bypass_04-04"),
     "costs above 1": (lambda data: data["cost"].update(cost=[0.6, 0.6]), "more than a whole token"),

@@ -147,7 +147,14 @@ def test_builds_share_a_bundle_and_exports_do_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("x"), lambda path: path.write_text("my notes")]
+    "make",
+    [
+        os.mkfifo,
+        os.mkdir,
+        lambda path: path.symlink_to("x"),
+        lambda path: path.write_text("my notes"),
+        lambda path: path.write_bytes(bytes(5000)),
+    ],
 )
 def test_what_is_no_lock_is_kept(make: Callable[[Path], object], tmp_path: Path) -> None:
     path = lock_file(tmp_path / "a.dash")

@@ -175,6 +175,7 @@ def test_damage_is_named(name: str, saved: Path) -> None:
 
 BROKEN: dict[str, Callable[[bytes], bytes]] = {
     **{f"cut at {keep}": lambda data, keep=keep: data[:keep] for keep in (0, 4, 40, 600, -1)},
+    "a long header": lambda data: (1 << 21).to_bytes(8, "little") + b" " * (1 << 21) + data,
     **{name: change for name, change in SAFETENSORS_LAYOUTS.items() if name != "twice"},  # the only reader takes one
 }
 

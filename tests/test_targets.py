@@ -156,7 +156,7 @@ def test_what_is_no_recipe(target: str) -> None:
         load_recipe(target)
 
 
-@pytest.mark.parametrize("name", ["..toml", "a b.toml", "ä.toml", ".hidden.toml"])
+@pytest.mark.parametrize("name", ["..toml", "a b.toml", "ä.toml", ".hidden.toml", f"{'a' * 101}.toml"])
 def test_a_name_that_is_no_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
         load_recipe(write(tmp_path / name, ""))

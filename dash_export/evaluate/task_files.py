@@ -8,6 +8,7 @@ Other keys are not read.
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     another form.
     """
     items: list[Item] = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(io.StringIO(read_text(path), newline="\n"), 1):
         if len(items) == limit:
             break
         if not line.strip():

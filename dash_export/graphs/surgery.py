@@ -36,10 +36,10 @@ def load_graph(path: Path) -> ir.Model:
     ]
     tensors = [value.const_value for value in model.graph.initializers.values()]
     tensors += [item.value for item in attributes if item.type == ir.AttributeType.TENSOR]
-    for tensor in tensors:
-        if isinstance(tensor, ir.ExternalTensor):
-            _check_external(path, tensor)
     try:
+        for tensor in tensors:
+            if isinstance(tensor, ir.ExternalTensor):
+                _check_external(path, tensor)
         restore(model)
     except BAD_GRAPH as error:
         raise BundleError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -12,13 +13,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dash_export.errors import RequestError
+from dash_export.runtime.child import Child
 from dash_export.runtime.sampling import Logits
 
 _T = TypeVar("_T")
 READS = "cannot be read for a grammar"
 MOST_LETTERS = 1 << 16
-_KEPT = 128
-"""Grammars that are kept as they were read: more than wait and decode at a time."""
+SECONDS, MEGABYTES, STATES = 1, 64, 20_000
+"""To read a grammar, and what it may learn while it is used, of a kilobyte or two each."""
+CHILD = Path(__file__).with_name("grammar_child.py")
+_KEPT = 1024
+"""Grammars that are known to be good."""
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As models write it: small ones never end where they may write as much white space as they like."""
 
@@ -66,45 +71,60 @@ class Guide:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RequestError(f"The answer's grammar cannot go on ({self._matcher.get_error():.200}).")
+            said = self._matcher.get_error().partition("\n")[0]
+            raise RequestError(f"The answer's grammar cannot go on ({said:.200}).")
 
 
 class Guides:
-    """Grammars over a model's tokens. For any thread."""
+    """Grammars over a model's tokens. For any thread.
+
+    A grammar of a few hundred letters can take minutes and gigabytes to read, so each is tried in a process of its own
+    first; and all copies of a matcher share what it has learnt, mistakes included, so each answer has one of its own.
+    """
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
-        self._tokenizer, self._eos = tokenizer, sorted(eos_ids)
+        size = tokenizer.get_vocab_size()
+        self._tokenizer, self._eos = tokenizer, [token for token in sorted(eos_ids) if 0 <= token < size] or None
         self._tokens: Any = None
-        self._read, self._lock, self._making = OrderedDict[str, Any](), Lock(), Lock()
+        self._child: Child | None = None
+        self._tried, self._lock = OrderedDict[str, None](), Lock()
 
-    def guide(self, grammar: str) -> Guide:
-        """At the beginning of an answer. `grammar`: Lark, as llguidance has it. Raises RequestError for one that cannot
-        be read.
+    def check(self, grammar: str) -> None:
+        """Try a grammar: Lark, as llguidance has it. Raises RequestError for one that cannot be read, or not within
+        SECONDS and MEGABYTES.
         """
         if len(grammar) > MOST_LETTERS:
             raise RequestError(f"The grammar or schema has over {MOST_LETTERS} letters.")
         with self._lock:
-            known = self._read.get(grammar)
-        if known is None:  # outside the lock: a costly one holds up its own answer only
-            known = self._matcher(grammar)
-        with self._lock:
-            self._read[grammar] = known
-            self._read.move_to_end(grammar)
-            if len(self._read) > _KEPT:
-                self._read.popitem(last=False)
-        return Guide(known.deep_copy())
+            if grammar in self._tried:
+                self._tried.move_to_end(grammar)
+                return
+            self._start()
+            assert self._child is not None
+            costly = "The grammar or schema cannot be tried"
+            good, text = self._child.ask(json.dumps({"grammar": grammar}), 10.0 * SECONDS, costly)
+            if not good:
+                raise RequestError(f"The grammar or schema cannot be read ({text:.300}).")
+            self._tried[grammar] = None
+            if len(self._tried) > _KEPT:
+                self._tried.popitem(last=False)
 
-    def _matcher(self, grammar: str) -> Any:
+    def guide(self, grammar: str) -> Guide:
+        """At the beginning of an answer. Raises RequestError as `check` does."""
+        self.check(grammar)
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(max_lexer_states=STATES, verbose_errors=False)
+        read = "does not do for this grammar"
+        return Guide(native(read, lambda: LLMatcher(self._tokens, grammar, log_level=0, limits=limits)))
+
+    def _start(self) -> None:
         try:
-            from llguidance import LLMatcher, LLTokenizer
+            from llguidance import LLTokenizer
         except ImportError as error:
             raise RequestError("Answers in a grammar need llguidance: pip install 'dash-export[serve]'.") from error
-        with self._making:
-            if self._tokens is None:  # a second for 150,000 tokens
-                size = self._tokenizer.get_vocab_size()
-                eos = [token for token in self._eos if 0 <= token < size] or None
-                self._tokens = native(READS, lambda: LLTokenizer(self._tokenizer.to_str(), eos_token=eos))
-        matcher = native("does not do for this grammar", lambda: LLMatcher(self._tokens, grammar, log_level=0))
-        if matcher.is_error():
-            raise RequestError(f"The grammar or schema cannot be read ({matcher.get_error():.300}).")
-        return matcher
+        if self._tokens is None:  # a second for 150,000 tokens
+            self._tokens = native(READS, lambda: LLTokenizer(self._tokenizer.to_str(), eos_token=self._eos))
+        if self._child is None or not self._child.alive:
+            setup = {"tokenizer": self._tokenizer.to_str(), "eos": self._eos}
+            self._child = Child(CHILD, setup | {"memory": MEGABYTES << 20, "seconds": SECONDS, "states": STATES})

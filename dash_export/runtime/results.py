@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.errors import ContextLengthError, DashError, RequestError
+from dash_export.runtime.guidance import Guide
 from dash_export.runtime.sampling import Logits, Sampler, Sampling, most_likely
 from dash_export.runtime.text import Text, TextStream
 
@@ -152,11 +153,16 @@ def check_room(tokens: int, more: int, free: int) -> None:
 class Turn:
     """The sampler, the text and the figures of one answer; its clock starts now."""
 
-    def __init__(self, text: Text, sampling: Sampling, max_tokens: int, prompt_tokens: int) -> None:
+    def __init__(
+        self, text: Text, sampling: Sampling, max_tokens: int, prompt_tokens: int, guide: Guide | None = None
+    ) -> None:
+        """`guide`: that of the sampling's grammar, where somebody has read it already."""
         self._text, self._max_tokens = text, max_tokens
         self._logprobs = sampling.logprobs
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
-        self._guide = None if sampling.grammar is None else text.guides.guide(sampling.grammar)
+        self._guide = guide
+        if guide is None and sampling.grammar is not None:
+            self._guide = text.guides.guide(sampling.grammar)
         self.statistics = Statistics(prompt_tokens=prompt_tokens)
         self.begin()
 

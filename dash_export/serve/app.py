@@ -55,7 +55,8 @@ class Server:
         """`origins`: web pages that may ask; `hosts`: names that this server answers to, by default all."""
         self._origins, self._entering, self.reading = frozenset(origins), 0, 0
         self._hosts = None if hosts is None else {*hosts, *(urlsplit(one).hostname for one in origins)}
-        self.long = ThreadPoolExecutor(1, "long-prompts")
+        self.long, self.guided = (ThreadPoolExecutor(1, name) for name in ("long-prompts", "grammars"))
+        self._document = document(served, key is not None)
         self.served, self._key, self.deadline, self._drain = dict(served), key, deadline, drain
         self.ready, self._began = False, int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
@@ -177,7 +178,7 @@ async def _metrics(server: Server, _: HttpRequest) -> Response:
 
 
 async def _openapi(server: Server, _: HttpRequest) -> Response:
-    return JSONResponse(document(server.served, server._key is not None))
+    return JSONResponse(server._document)
 
 
 async def _models(server: Server, _: HttpRequest) -> Response:

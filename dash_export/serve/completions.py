@@ -40,9 +40,13 @@ async def chat(server: Server, http: HttpRequest) -> Response:
         message = {"role": "assistant", "content": words or (None if calls else "")}
         choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
         choice |= {"logprobs": {"content": content} if request.logprobs else None}
-        choices.append(choice | {"finish_reason": "tool_calls" if calls else _FINISH[answer.finish_reason]})
+        choices.append(choice | {"finish_reason": _ended(answer.finish_reason, calls)})
     return JSONResponse(begun.common | {"object": "chat.completion", "choices": choices, "usage": begun.usage(),
                                         "dash": begun.answers[0].dash()})  # fmt: skip
+
+
+def _ended(reason: str, calls: list[Any]) -> str:
+    return "tool_calls" if calls and reason == "stop" else _FINISH[reason]
 
 
 async def _chat_chunks(begun: Begun, chance: Callable[[Token], dict[str, Any] | None]) -> AsyncIterator[dict[str, Any]]:
@@ -61,8 +65,7 @@ async def _chat_chunks(begun: Begun, chance: Callable[[Token], dict[str, Any] | 
             if calls:
                 pieces = [{"index": place, **call} for place, call in enumerate(calls)]
                 yield {"choices": [choice | {"delta": {"tool_calls": pieces}, "logprobs": None}]}
-            reason = "tool_calls" if calls else _FINISH[token.finish_reason]
-            choice |= {"delta": {}, "logprobs": None, "finish_reason": reason}
+            choice |= {"delta": {}, "logprobs": None, "finish_reason": _ended(token.finish_reason, calls)}
         yield {"choices": [choice], **begun.skips(token)}
 
 

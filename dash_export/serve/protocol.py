@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -120,11 +121,9 @@ class Called(BaseModel):
     @field_validator("arguments")
     @classmethod
     def _object(cls, text: str) -> str:
-        try:
+        with suppress(ValueError, RecursionError):
             if isinstance(json.loads(text), dict):
                 return text
-        except RecursionError:
-            pass
         raise ValueError("not the JSON of an object")
 
 
@@ -200,12 +199,16 @@ class Generation(BaseModel):
     user: str | None = None
     dash: Dash = Field(default_factory=Dash)
 
+    def guided(self) -> bool:
+        """Whether it may have a grammar."""
+        return False
+
     def grammar(self) -> str | None:
-        """What the answer may be."""
+        """What the answer may be. Raises RequestError."""
         return None
 
-    def sampling(self, place: int = 0, logprobs: int | None = None) -> Sampling:
-        """How the answer number `place` of `n` is sampled: each with a seed of its own. Raises RequestError."""
+    def sampling(self, logprobs: int | None = None) -> Sampling:
+        """How the first answer is sampled, but for its grammar. Raises RequestError."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given = {
             "temperature": self.temperature if self.temperature is None or self.temperature >= 1e-3 else 0.0,
@@ -217,9 +220,8 @@ class Generation(BaseModel):
             "presence_penalty": self.presence_penalty,
         }
         said = {name: value for name, value in given.items() if value is not None}
-        seed = None if self.seed is None else abs(self.seed) + place
-        said = {"temperature": 1.0} | said
-        return Sampling(**said, seed=seed, stop=stop, logprobs=logprobs, grammar=self.grammar())  # type: ignore[arg-type]
+        seed = None if self.seed is None else abs(self.seed)
+        return Sampling(**({"temperature": 1.0} | said), seed=seed, stop=stop, logprobs=logprobs)  # type: ignore[arg-type]
 
 
 class ChatRequest(Generation):
@@ -233,6 +235,9 @@ class ChatRequest(Generation):
     tools: Annotated[list[Tool], Few] = Field(default_factory=list)
     tool_choice: Choice = "auto"
     parallel_tool_calls: bool = True
+
+    def guided(self) -> bool:
+        return bool(self.tools) or (self.response_format is not None and self.response_format.type != "text")
 
     def grammar(self) -> str | None:
         calls = calls_grammar(self.tools, self.tool_choice, self.parallel_tool_calls)

@@ -6,12 +6,12 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from dash_export.errors import DashError, RequestError
-from dash_export.serve.protocol import MOST, ChatRequest, Dash, Few, told
+from dash_export.serve.protocol import MOST, ChatRequest, Dash, Few, HttpError, told
 from dash_export.serve.running import Begun, begin_chat, entered, event, gathered, merged
 from dash_export.serve.tools import Function, Words, split_calls
 
@@ -116,7 +116,10 @@ class ResponsesRequest(BaseModel):
 
 async def responses(server: Server, http: HttpRequest) -> Response:
     async with entered(server, ResponsesRequest, http) as (request, size):
-        chat = request.chat()
+        try:
+            chat = request.chat()
+        except ValidationError as error:  # of one field beside another, which the form of neither could tell
+            raise HttpError(400, f"input: {error.errors(include_url=False)[0]['msg']}.", "input") from None
         begun = await begin_chat(server, chat, size)
     reply = _Reply(request, chat, begun)
     if request.stream:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -16,8 +17,10 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from dash_export.errors import DashError
+from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import Response as Token
 from dash_export.runtime.results import TokenIds
+from dash_export.runtime.sampling import Sampling
 from dash_export.serve.answers import Answer
 from dash_export.serve.protocol import ChatRequest, Generation, HttpError, model_and_setting
 from dash_export.serve.scheduler import Request, Scheduler
@@ -78,20 +81,23 @@ async def begin(
     """
     base, setting = model_and_setting(asked.model, asked.dash)
     name, scheduler = server.scheduler(base)
-    samplings = [asked.sampling(place, logprobs) for place in range(asked.n)]
+    sampling = asked.sampling(logprobs)
+    guides: list[Guide | None] = [None] * asked.n
 
-    def prepare() -> TokenIds:
-        for sampling in samplings[:1]:
-            if sampling.grammar is not None:
-                scheduler.runtime.text.guides.guide(sampling.grammar)
-        return encode(scheduler)
+    def prepare() -> tuple[TokenIds, Sampling]:
+        found = replace(sampling, grammar=asked.grammar())
+        if found.grammar is not None:
+            guides[:] = [scheduler.runtime.text.guides.guide(found.grammar) for _ in guides]
+        return encode(scheduler), found
 
-    threads = server.long if size > LONG_BYTES else None
-    ids = await asyncio.get_running_loop().run_in_executor(threads, prepare)
+    threads = server.long if size > LONG_BYTES else server.guided if asked.guided() else None
+    ids, sampling = await asyncio.get_running_loop().run_in_executor(threads, prepare)
     answers: list[Answer] = []
     try:
-        for sampling in samplings:
-            answers.append(Answer(scheduler, Request(ids, max_tokens, sampling, setting, server.deadline)))
+        for place, guide in enumerate(guides):
+            own = replace(sampling, seed=None if sampling.seed is None else sampling.seed + place)
+            request = Request(ids, max_tokens, own, setting, server.deadline, guide)
+            answers.append(Answer(scheduler, request))
     except DashError:
         for answer in answers:
             scheduler.cancel(answer.ticket)

@@ -20,6 +20,7 @@ from dash_export.errors import BackendError, ContextLengthError, DashError, Poli
 from dash_export.manifest import ModelFacts
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.cpus import available_memory
+from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.rules import SessionRules, session_rules
@@ -43,7 +44,8 @@ class DeadlineError(RequestError):
 @dataclass(frozen=True)
 class Request:
     """A prompt, and how it is to be answered. `setting` None: as the server thinks best at that moment. `deadline`:
-    seconds from now on.
+    seconds from now on. `guide`: that of the sampling's grammar, which may take a second to be read; `submit` reads it
+    where there is none.
     """
 
     prompt: Prompt
@@ -51,6 +53,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     setting: Setting | None = None
     deadline: float | None = None
+    guide: Guide | None = None
 
 
 @dataclass(eq=False)
@@ -63,6 +66,7 @@ class Ticket:
     rules: SessionRules | None
     tell: Callable[[Response], None]
     until: float
+    guide: Guide | None = None
     cancelled: bool = False
     turn: Turn | None = None
     alone: SessionRules | None = None
@@ -162,8 +166,6 @@ class Scheduler:
         """
         runtime = self.runtime
         ids = self.ids(request.prompt)
-        if request.sampling.grammar is not None:
-            runtime.text.guides.guide(request.sampling.grammar)  # what is wrong with it is said here
         try:
             max_tokens = answer_length(len(ids), request.max_tokens, self.context)
         except ContextLengthError as error:
@@ -174,7 +176,10 @@ class Scheduler:
             ) from None
         rules = None if request.setting is None else self._rules(request.setting)
         until = float("inf") if request.deadline is None else time.monotonic() + request.deadline
-        ticket = Ticket(request, ids, max_tokens, rules, tell, until)
+        guide = request.guide
+        if guide is None and request.sampling.grammar is not None:
+            guide = runtime.text.guides.guide(request.sampling.grammar)
+        ticket = Ticket(request, ids, max_tokens, rules, tell, until, guide)
         with self._changed:
             if self._closing or len(self._waiting) >= self.most_waiting:
                 self.figures.refused += 1
@@ -274,7 +279,8 @@ class Scheduler:
         try:
             turn, session = ticket.turn, self._prompt
             if turn is None:
-                turn = Turn(self.runtime.text, ticket.request.sampling, ticket.max_tokens, len(ticket.ids))
+                sampling, size = ticket.request.sampling, len(ticket.ids)
+                turn = Turn(self.runtime.text, sampling, ticket.max_tokens, size, ticket.guide)
                 ticket.turn = turn
                 self.figures.known_tokens += self._prefixes.restore(session, ticket.ids)
             done = len(session.tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from dash_export.errors import RequestError
 from dash_export.runtime.guidance import json_rule
 
 BEGIN, END = "<tool_call>", "</tool_call>"
-_CALL = re.compile(rf"{BEGIN}\s*(\{{.*?\}})\s*{END}", re.DOTALL)
 
 
 class Function(BaseModel):
@@ -65,21 +63,31 @@ def calls_grammar(tools: Sequence[Tool], choice: Choice, parallel: bool) -> str 
 def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     """An answer's own words, and its calls as OpenAI tells them; what is no call stays among the words."""
     calls: list[dict[str, Any]] = []
-
-    def take(found: re.Match[str]) -> str:
-        try:
-            call = json.loads(found[1])
-            name, arguments = call["name"], call.get("arguments", {})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return found[0]
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            return found[0]
-        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-        return ""
-
-    words = _CALL.sub(take, text)
+    words, at = "", 0
+    while (end := text.find(END, at)) >= 0:
+        start, after = text.rfind(BEGIN, at, end), end + len(END)
+        call = None if start < 0 else _call(text[start + len(BEGIN) : end])
+        words += text[at : after if call is None else start]
+        calls += [] if call is None else [call]
+        at = after
+    words += text[at:]
     return (words.strip() if calls else words), calls
+
+
+def _call(text: str) -> dict[str, Any] | None:
+    try:
+        call = json.loads(text, parse_constant=_no_number)
+        name, arguments = call["name"], call.get("arguments", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    told = json.dumps(arguments, ensure_ascii=False).encode(errors="replace").decode()  # half a character is none
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": told}}
+
+
+def _no_number(said: str) -> None:
+    raise ValueError(said)
 
 
 class Words:

@@ -7,6 +7,7 @@ chat prompts, is what a deployed policy acts on.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     taken) or `prompt`. Raises RequestError naming the line.
     """
     prompts = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # other line ends are text in JSON
+    for number, line in enumerate(io.StringIO(read_text(path), newline="\n"), 1):  # other line ends are text in JSON
         if line.strip():
             try:
                 prompts.append(_messages(json.loads(line)))

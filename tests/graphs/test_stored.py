@@ -129,6 +129,17 @@ def test_external_data_of_another_size_than_its_shape(tmp_path: Path) -> None:
         load_graph(tmp_path / "a" / "graph.onnx")
 
 
+def test_external_data_of_no_type(tmp_path: Path) -> None:
+    g = GraphWriter("graph", "")
+    g.output(g.op("Identity", [g.initializer("weight", np.ones((128, 64), np.float32))], "out"), "out", (128, 64))
+    save_graph(g.model(), tmp_path / "graph.onnx")
+    proto = onnx.load(tmp_path / "graph.onnx", load_external_data=False)
+    proto.graph.initializer[0].data_type = onnx.TensorProto.UNDEFINED
+    onnx.save(proto, tmp_path / "graph.onnx")
+    with pytest.raises(BundleError, match="damaged: export it again"):
+        load_graph(tmp_path / "graph.onnx")
+
+
 def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:
     """A bfloat16 folder: engines and portable graphs are those of the same weights in float32."""
     model = save_model(tmp_path / "half").to(torch.bfloat16)

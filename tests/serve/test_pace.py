@@ -93,7 +93,6 @@ def test_under_load(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytes
         with ThreadPoolExecutor(4) as pool:
             ended = list(pool.map(lambda _: [*made.stream(request)][-1].statistics, range(4)))
         assert all(one.layers_per_token < 5 for one in ended)
-        assert made.pace.granted < 1
     finally:
         made.close()
 

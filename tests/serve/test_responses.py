@@ -96,6 +96,8 @@ def test_a_call(client: openai.OpenAI, stream: bool) -> None:
         ({"input": [{"content": "y"}]}, "a message has a role"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content of type 'input_image'"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": [{"type": "function_call", "name": "a", "arguments": "x"}]}, "not the JSON of an object"),
+        ({"input": [{"role": "user", "content": "x"}] * 1024, "instructions": "y"}, "at most 1024 items"),
         ({"temperature": 9}, "temperature"),
         ({"tools": [TOOL_FLAT]}, "takes no tools"),
     ],

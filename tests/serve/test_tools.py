@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -152,11 +153,51 @@ def test_a_turn_after_a_call(tiny_runtime: Callable[..., DashRuntime], client: o
     assert reply.usage.prompt_tokens == len(text.encode(shown, special=False))
 
 
+def test_a_grammar_that_costs_seconds_is_refused(
+    client: openai.OpenAI, tiny_runtime: Callable[..., DashRuntime]
+) -> None:
+    """It is tried in a process of its own, where a few hundred letters can take minutes and gigabytes."""
+    numbers = {f"n{place}": {"type": "integer", "multipleOf": 190_027 + place} for place in range(100)}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": numbers}}}
+    with pytest.raises(openai.BadRequestError, match="it takes over 1 s or 64 MB"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=form, timeout=10)
+    guides = tiny_runtime().text.guides
+    guides.guide(json_grammar(SCHEMA))
+    assert guides._child is not None
+    guides._child.process.kill()
+    guides._child.process.wait()
+    guides.guide(json_grammar(SCHEMA | {"title": "another"}))  # by a new process
+
+
+def test_an_answer_that_breaks_its_grammar_breaks_no_other(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """Copies of a matcher share what it has learnt, and that it has broken."""
+    guides = tiny_runtime().text.guides
+    grammar = json_grammar({"type": "string", "pattern": "^[ab]{4}$"})
+    logits = np.zeros(tiny_runtime().engines.model.vocab_size, np.float32)
+    first, other = guides.guide(grammar), guides.guide(grammar)
+    first.allowed(logits)
+    with pytest.raises(RequestError, match="cannot go on"):
+        first.take(tiny_runtime().text.encode("x")[0])
+    quote = tiny_runtime().text.encode('"')[0]
+    for guide in (other, guides.guide(grammar)):
+        assert np.isfinite(guide.allowed(logits)[quote])
+        guide.take(quote)
+    with pytest.raises(RequestError, match="The schema is not JSON"):
+        json_grammar({"type": {1, 2}})
+
+
 def test_calls_among_words() -> None:
     text = 'Well. <tool_call>\n{"name": "a", "arguments": {"x": {"y": 1}}}\n</tool_call> And <tool_call>no</tool_call>'
     words, calls = split_calls(text)
     assert words == "Well.  And <tool_call>no</tool_call>"
     assert [call["function"] for call in calls] == [{"name": "a", "arguments": '{"x": {"y": 1}}'}]
+    odd = '<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call><tool_call>[1]</tool_call></tool_call>'
+    assert split_calls(odd) == (odd, [])
+    half = split_calls('<tool_call>{"name": "a", "arguments": {"x": "\\ud800"}}</tool_call>')[1][0]["function"][
+        "arguments"
+    ]
+    assert half == '{"x": "?"}'
+    assert len(split_calls("<tool_call>{" * 100_000 + "</tool_call>" * 100_000)[0]) == 2_400_000
     for size in (1, 3, 200):
         stream = Words()
         said = "".join(stream.push(text[at : at + size]) for at in range(0, len(text), size))

@@ -1,0 +1,50 @@
+"""The process that tries a grammar for guidance.py before it is read there: a script of llguidance and the standard
+library.
+
+Each line of standard input is JSON and is answered by another: first {path, tokenizer, eos, memory, seconds, states},
+then {grammar}; an answer is [whether it can be read within memory and time, what is wrong].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    requests = map(json.loads, sys.stdin.buffer)
+    setup = next(requests)
+    sys.path[:] = setup["path"]
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+    limits = LLParserLimits(max_lexer_states=setup["states"], verbose_errors=False)
+
+    tokens = LLTokenizer(setup["tokenizer"], eos_token=setup["eos"])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print('[true, ""]', flush=True)
+    for request in requests:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:  # what it takes is gone with it
+            taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (taken + setup["memory"],) * 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (setup["seconds"],) * 2)
+            matcher = LLMatcher(tokens, request["grammar"], log_level=0, limits=limits)
+            if not matcher.is_error():
+                matcher.compute_bitmask()
+            os.write(writing, matcher.get_error().encode()[:2000])
+            os._exit(1 if matcher.is_error() else 0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as said:
+            text = said.read().decode(errors="replace").partition("\n")[0]
+        _, status = os.waitpid(child, 0)
+        good = os.waitstatus_to_exitcode(status)
+        costly = f"it takes over {setup['seconds']} s or {setup['memory'] >> 20} MB"
+        print(json.dumps([good == 0, text if good == 1 else costly]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

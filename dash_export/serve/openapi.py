@@ -53,6 +53,7 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
             "required": ["error"],
         }
     }
+    event = {"type": "object", "required": ["data"], "properties": {"data": text, "event": text}}
     refused = {
         status: {"description": said, **_content("application/json", {"$ref": "#/components/schemas/Error"})}
         for status, said in _ERRORS.items()
@@ -62,7 +63,7 @@ def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
     for path, (model, what, holds) in _POSTS.items():
         components[model.__name__]["properties"]["model"]["examples"] = [*models]
         answer = {"type": "object", "required": ["id", "object", "model", "usage", holds]}
-        found = {"application/json": {"schema": answer}, "text/event-stream": {"schema": text}}
+        found = {"application/json": {"schema": answer}, "text/event-stream": {"schema": event}}
         paths[path] = {
             "post": {
                 "summary": what,

@@ -28,8 +28,6 @@ from dash_export.typed_json import Bytes, WrongFieldError, typed
 
 JOURNAL = ".journal.json"
 TEMPORARY = ".tmp-"
-_OWN = re.compile(rf"{re.escape(TEMPORARY)}([0-9]+|[0-9a-f]{{32}})-")
-"""What we name so, and nobody else."""
 """Names of what is not whole yet begin with this; the next run sweeps it away."""
 _LONGEST_JOURNAL = 64 << 20
 _ARTIFACT = re.compile(r"\w[\w.-]{0,200}\.(?:onnx|data|engine|npz)", re.ASCII)
@@ -47,6 +45,9 @@ class FileRecord:
     def matches(self, path: Path, hashes: bool = True) -> bool:
         """Whether the file at `path` is the recorded one, by its size and its hash. Raises OSError."""
         return path.stat().st_size == self.bytes and (not hashes or sha256_file(path) == self.sha256)
+
+
+_OWN_FILE, _OWN_FOLDER = (re.compile(f"{re.escape(TEMPORARY)}{own}-") for own in ("[0-9a-f]{32}", "[0-9]+"))
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -126,7 +127,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def _temporary(path: Path) -> BinaryIO:
     """Open a new file beside `path`, locked while its writer lives. Those of writers that have died are removed."""
     for stale in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
-        if not _OWN.match(stale.name):
+        if not _OWN_FILE.match(stale.name):
             continue
         with suppress(OSError), os.fdopen(os.open(stale, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,8 +166,11 @@ class ArtifactStore:
         """With a `secret` only what was made under it is known: a journal comes with the folder, whose ever that is."""
         self.folder, self._secret = folder, secret
         folder.mkdir(parents=True, exist_ok=True)
-        for path in filter(lambda path: _OWN.match(path.name), folder.glob(f"{TEMPORARY}*")):  # an interrupted run's
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        for path in folder.glob(f"{TEMPORARY}*"):  # what an interrupted run left
+            if _OWN_FOLDER.match(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif _OWN_FILE.match(path.name):
+                path.unlink(missing_ok=True)
         self._lock = threading.Lock()
         self._journal: dict[str, _Entry] = {}
         with suppress(OSError, ValueError, AttributeError, RecursionError):  # none, or cut short: all is made anew

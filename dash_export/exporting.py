@@ -36,6 +36,7 @@ from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.bypasses import check_model
 from dash_export.outputs import (
     MARK,
+    bears_mark,
     folder_locked,
     lock_file,
     locked,
@@ -110,7 +111,7 @@ def _refuse_foreign(output: Path) -> None:
     refuse_link(output)
     # Others have manifests too, and folders called onnx.
     ours = any((output / "onnx" / name).is_file() for name in (portable.ROPE_FILE, "layer_00.onnx"))
-    if output.exists() and not (ours and (output / MANIFEST).is_file()) and not (output / MARK).is_file():
+    if output.exists() and not (ours and (output / MANIFEST).is_file()) and not bears_mark(output, "export"):
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )

@@ -89,9 +89,9 @@ def _acquired(path: Path, output: Path) -> int | None:
         if descriptor is None:
             return None
         try:
-            begins = os.pread(descriptor, len(_OURS), 0) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"?"
-            zeros = not any(begins) and os.fstat(descriptor).st_size <= 4096  # a loss of power leaves these, or nothing
-            if not zeros and not (any(begins) and _OURS.startswith(begins)):
+            begins = os.pread(descriptor, 4097, 0) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"?"
+            zeros = not any(begins) and len(begins) <= 4096  # a loss of power leaves these, or nothing
+            if not zeros and not _OURS.startswith(begins[: len(_OURS)]):
                 raise _taken(path)
             if not _flock(descriptor, fcntl.LOCK_EX):
                 raise _busy(output, [path])
@@ -255,6 +255,14 @@ def mark(folder: Path, command: str = "") -> str:
             begun = command
     sync(folder)
     return begun
+
+
+def bears_mark(folder: Path, command: str) -> bool:
+    """Whether a folder bears the mark of `command`, or one that a loss of power left without a word."""
+    try:
+        return command.startswith(read_bounded(folder / MARK, _LONGEST).decode(errors="replace").strip("\0"))
+    except (OSError, ValueError):
+        return False
 
 
 def unmark(output: Path) -> None:

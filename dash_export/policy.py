@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.artifacts import read_bounded, write_atomic
+from dash_export.artifacts import open_regular, read_bounded, write_atomic
 from dash_export.decision import Unit, check_places, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.manifest import ModelFacts
@@ -297,7 +297,7 @@ def _opened(path: Path) -> tuple[dict[str, str], dict[str, Float32Array]]:
     import safetensors
 
     try:
-        with path.open("rb") as begin:
+        with open_regular(path) as begin:
             if (header := int.from_bytes(begin.read(8), "little")) > 4 * _MAX_FACTS:
                 raise ValueError(f"its header has {header} bytes; at most {4 * _MAX_FACTS} are read")
         with safetensors.safe_open(str(path), framework="np") as file, np.errstate(all="ignore"):

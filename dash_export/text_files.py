@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -74,6 +75,15 @@ def load_tokenizer(text: str) -> Tokenizer:
     if any(tokenizer.id_to_token(index) is None for index in begins):
         raise ValueError("its template adds a token that it does not have")
     return tokenizer
+
+
+def lines(text: str) -> Iterator[str]:
+    """Lines of a text, in memory for one of them; other line ends than "\\n" are letters."""
+    at = 0
+    while (end := text.find("\n", at)) >= 0:
+        yield text[at:end]
+        at = end + 1
+    yield text[at:]
 
 
 def check_vocabulary(tokens: int, merges: int) -> None:

@@ -123,15 +123,29 @@ def test_keep_only(tmp_path: Path) -> None:
 
 def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
     """And nothing that one still writes, or that is of another file; a link in the way is not followed."""
-    for name in (".tmp-0-a.json", ".tmp-1-a.json", ".tmp-1-b.json", ".tmp-old-a.json", "mine"):
+    for name in (
+        f".tmp-{0:032x}-a.json",
+        f".tmp-{1:032x}-a.json",
+        f".tmp-{1:032x}-b.json",
+        ".tmp-old-a.json",
+        ".tmp-1-a.json",
+        "mine",
+    ):
         (tmp_path / name).touch()
-    (tmp_path / ".tmp-2-a.json").symlink_to("mine")
+    (tmp_path / f".tmp-{2:032x}-a.json").symlink_to("mine")
     (tmp_path / "a.json").write_text("old")
-    with (tmp_path / ".tmp-1-a.json").open() as living:
+    with (tmp_path / f".tmp-{1:032x}-a.json").open() as living:
         fcntl.flock(living, fcntl.LOCK_EX)
         write_atomic(tmp_path / "a.json", "new")
-    names = {path.name for path in tmp_path.iterdir()} - {".tmp-2-a.json"}
-    assert names == {"a.json", ".tmp-1-a.json", ".tmp-1-b.json", ".tmp-old-a.json", "mine"}
+    names = {path.name for path in tmp_path.iterdir()} - {f".tmp-{2:032x}-a.json"}
+    assert names == {
+        "a.json",
+        f".tmp-{1:032x}-a.json",
+        f".tmp-{1:032x}-b.json",
+        ".tmp-old-a.json",
+        ".tmp-1-a.json",
+        "mine",
+    }
     assert [(tmp_path / name).read_text() for name in ("a.json", "mine")] == ["new", ""]
 
 

@@ -154,6 +154,7 @@ def test_builds_share_a_bundle_and_exports_do_not(tmp_path: Path) -> None:
         lambda path: path.symlink_to("x"),
         lambda path: path.write_text("my notes"),
         lambda path: path.write_bytes(bytes(5000)),
+        lambda path: path.write_bytes(bytes(12) + b"my notes"),
     ],
 )
 def test_what_is_no_lock_is_kept(make: Callable[[Path], object], tmp_path: Path) -> None:
@@ -165,6 +166,16 @@ def test_what_is_no_lock_is_kept(make: Callable[[Path], object], tmp_path: Path)
     (tmp_path / "plain").write_text("mine")
     with pytest.raises(OutputError, match="is no folder to write in"), locked(tmp_path / "plain/x.dash", "export"):
         pass
+
+
+def test_the_mark_of_another_command_is_none(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    """What a killed training left is not an unfinished bundle: a rerun of the training goes on with it."""
+    work = work_folder(tmp_path / "q.safetensors", "train")
+    (work / "fit-state.pt").write_text("hours")
+    with pytest.raises(BundleError, match="is not a bundle: it will not be overwritten"):
+        export(tiny_model, work)
+    assert (work / "fit-state.pt").read_text() == "hours"
+    assert work_folder(tmp_path / "q.safetensors", "train") == work
 
 
 def test_what_is_not_ours_is_kept(tiny_model: Checkpoint, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from dash_export.manifest import Verification
 from dash_export.names import ROUNDINGS
 from dash_export.outputs import (
     MARK,
+    bears_mark,
     folder_locked,
     lock_file,
     locked,
@@ -35,8 +36,9 @@ from dash_export.outputs import (
     remove_own,
     removed_on_error,
     work_folder,
+    work_of,
 )
-from dash_export.replacing import check_place, put_in_place, recover
+from dash_export.replacing import check_place, put_in_place, recover, refuse_inputs
 from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe, with_weights
 
@@ -80,6 +82,8 @@ def write_kit(
     inside = [f"{root.name}/{name}" for name in (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")]
     ours = (SCRIPT, REQUIREMENTS, LIBRARY, f"{RECIPES}/{Path(target).name}", *inside, RECORD)
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
+        recipe_file = [Path(target)] if Path(target).suffix == ".toml" else []
+        refuse_inputs([bundle.path(MANIFEST), *recipe_file], [work_of(folder), *(folder / name for name in ours)])
         recover(folder, ours, RECORD)
         _refuse_foreign(folder)
         check_place(folder, ours)
@@ -112,7 +116,7 @@ def write_kit(
                 "backend": recipe.backend,
                 "recipe": asdict(recipe),
                 "reason": reason,
-                "command": ["build", root.name, "--target", target, *options],
+                "command": ["build", f"./{root.name}", "--target", target, *options],
                 "verification": asdict(verification),
                 "files": [asdict(record_of(unfinished, path.relative_to(unfinished).as_posix())) for path in files],
             }
@@ -135,7 +139,7 @@ def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) ->
 def _refuse_foreign(folder: Path) -> None:
     refuse_link(folder)
     is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
-    if folder.exists() and not is_kit and not (folder / MARK).is_file():
+    if folder.exists() and not is_kit and not bears_mark(folder, "build --kit"):
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
 
 

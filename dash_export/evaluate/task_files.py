@@ -8,13 +8,12 @@ Other keys are not read.
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from dash_export.errors import RequestError
-from dash_export.text_files import read_text
+from dash_export.text_files import lines, read_text
 
 MAX_LINE, MAX_CHOICES = 1 << 20, 256
 FORMS = '{"query", "choices", "gold"} or {"context", "target"}'
@@ -49,7 +48,7 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     another form.
     """
     items: list[Item] = []
-    for number, line in enumerate(io.StringIO(read_text(path), newline="\n"), 1):
+    for number, line in enumerate(lines(read_text(path)), 1):
         if len(items) == limit:
             break
         if not line.strip():

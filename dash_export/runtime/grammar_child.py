@@ -2,7 +2,8 @@
 library.
 
 Each line of standard input is JSON and is answered by another: first {path, tokenizer, eos, memory, seconds, states},
-then {grammar}; an answer is [whether it can be read within memory and time, what is wrong].
+then {grammar}; an answer is [whether it can be read within memory and time, what is wrong, or the share of these that
+it takes].
 """
 
 from __future__ import annotations
@@ -10,8 +11,15 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
+import time
 from pathlib import Path
+
+
+def size() -> int:
+    """Bytes of address space that this process has."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
 def main() -> None:
@@ -29,13 +37,16 @@ def main() -> None:
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:  # what it takes is gone with it
-            taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (taken + setup["memory"],) * 2)
+            os.close(sys.stdout.fileno())  # who reads there would wait for it too
+            signal.alarm(4 * setup["seconds"])
+            before, began = size(), time.process_time()
+            resource.setrlimit(resource.RLIMIT_AS, (before + setup["memory"],) * 2)
             resource.setrlimit(resource.RLIMIT_CPU, (setup["seconds"],) * 2)
             matcher = LLMatcher(tokens, request["grammar"], log_level=0, limits=limits)
             if not matcher.is_error():
                 matcher.compute_bitmask()
-            os.write(writing, matcher.get_error().encode()[:2000])
+            share = max((time.process_time() - began) / setup["seconds"], (size() - before) / setup["memory"])
+            os.write(writing, (matcher.get_error() or f"{share:.4f}").encode()[:2000])
             os._exit(1 if matcher.is_error() else 0)
         os.close(writing)
         with os.fdopen(reading, "rb") as said:
@@ -43,7 +54,7 @@ def main() -> None:
         _, status = os.waitpid(child, 0)
         good = os.waitstatus_to_exitcode(status)
         costly = f"it takes over {setup['seconds']} s or {setup['memory'] >> 20} MB"
-        print(json.dumps([good == 0, text if good == 1 else costly]), flush=True)
+        print(json.dumps([good == 0, text if good in (0, 1) else costly]), flush=True)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,10 @@ class OwnRule:
 
     def restart(self) -> None:
         """A conversation begins."""
-        self.policy.begin(*self._facts)
+        try:
+            self.policy.begin(*self._facts)
+        except Exception as error:
+            raise PolicyError(f"{type(self.policy).__name__}.begin: {type(error).__name__}: {error!s:.300}") from error
 
     def skips(self, damage: Damages) -> Skips:  # noqa: ARG002
         """Raises PolicyError: nothing follows from damage alone, which is all that a device shows the host."""
@@ -69,9 +72,12 @@ class OwnRule:
 
     def decide(self, state: State) -> Skips:
         """Its decision. Raises PolicyError for what is no decision."""
-        found, shape = np.asarray(self.policy.skips(state)), (self._units, len(state.tokens))
+        shape, name = (self._units, len(state.tokens)), type(self.policy).__name__
+        try:
+            found = np.asarray(self.policy.skips(state))
+        except Exception as error:  # whatever a class of the user's raises
+            raise PolicyError(f"{name}.skips: {type(error).__name__}: {error!s:.300}") from error
         if found.shape != shape or found.dtype != np.bool_:
-            name = type(self.policy).__name__
             raise PolicyError(
                 f"{name}.skips must return bool {list(shape)}, units and tokens; got {found.dtype} {list(found.shape)}."
             )
@@ -83,13 +89,13 @@ def load_policy(text: str) -> Policy:
     module, _, name = text.rpartition(":")
     try:
         found = getattr(_module(module), name, None)
-    except Exception as error:  # whatever a file of the user's raises when it is run
+    except (Exception, SystemExit) as error:  # whatever a file of the user's raises when it is run
         raise PolicyError(f"{module} cannot be imported: {type(error).__name__}: {error!s:.300}") from error
     if not isinstance(found, type):
         raise PolicyError(f"{module} has no class {name!r:.60}. Write --policy module:Class or --policy file.py:Class.")
     try:
         policy = found()
-    except TypeError as error:
+    except Exception as error:
         raise PolicyError(f"{text} cannot be made without arguments: {error!s:.300}") from error
     if not isinstance(policy, Policy):
         raise PolicyError(f"{text} is no policy: it needs the methods begin(model, units, cost) and skips(state).")

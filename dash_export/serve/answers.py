@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dash_export.decision import unit_skips
+from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import Response, Statistics
 from dash_export.serve.scheduler import Request, Scheduler
 
@@ -17,7 +18,7 @@ from dash_export.serve.scheduler import Request, Scheduler
 class Answer:
     """One choice of one request. `responses` may be left at any time: it cancels what is not decoded yet."""
 
-    def __init__(self, scheduler: Scheduler, request: Request) -> None:
+    def __init__(self, scheduler: Scheduler, request: Request, guide: Guide | None = None) -> None:
         """Raises what `Scheduler.submit` raises."""
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Response] = asyncio.Queue()
@@ -28,7 +29,7 @@ class Answer:
             with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
                 loop.call_soon_threadsafe(self._queue.put_nowait, response)
 
-        self.ticket = scheduler.submit(request, tell)
+        self.ticket = scheduler.submit(request, tell, guide)
 
     async def responses(self) -> AsyncIterator[Response]:
         """As they come. Raises the error of an answer that fails."""

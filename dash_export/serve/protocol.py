@@ -237,7 +237,8 @@ class ChatRequest(Generation):
     parallel_tool_calls: bool = True
 
     def guided(self) -> bool:
-        return bool(self.tools) or (self.response_format is not None and self.response_format.type != "text")
+        calls = not isinstance(self.tool_choice, str) or self.tool_choice == "required"
+        return calls or (self.response_format is not None and self.response_format.type != "text")
 
     def grammar(self) -> str | None:
         calls = calls_grammar(self.tools, self.tool_choice, self.parallel_tool_calls)

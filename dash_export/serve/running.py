@@ -83,11 +83,12 @@ async def begin(
     name, scheduler = server.scheduler(base)
     sampling = asked.sampling(logprobs)
     guides: list[Guide | None] = [None] * asked.n
+    scheduler.check_queue()
 
     def prepare() -> tuple[TokenIds, Sampling]:
         found = replace(sampling, grammar=asked.grammar())
         if found.grammar is not None:
-            guides[:] = [scheduler.runtime.text.guides.guide(found.grammar) for _ in guides]
+            guides[:] = scheduler.runtime.text.guides.guides(found.grammar, len(guides))
         return encode(scheduler), found
 
     threads = server.long if size > LONG_BYTES else server.guided if asked.guided() else None
@@ -96,8 +97,9 @@ async def begin(
     try:
         for place, guide in enumerate(guides):
             own = replace(sampling, seed=None if sampling.seed is None else sampling.seed + place)
-            request = Request(ids, max_tokens, own, setting, server.deadline, guide)
-            answers.append(Answer(scheduler, request))
+            request = Request(ids, max_tokens, own, setting, server.deadline)
+            answers.append(Answer(scheduler, request, guide))
+        guides.clear()
     except DashError:
         for answer in answers:
             scheduler.cancel(answer.ticket)

@@ -44,8 +44,7 @@ class DeadlineError(RequestError):
 @dataclass(frozen=True)
 class Request:
     """A prompt, and how it is to be answered. `setting` None: as the server thinks best at that moment. `deadline`:
-    seconds from now on. `guide`: that of the sampling's grammar, which may take a second to be read; `submit` reads it
-    where there is none.
+    seconds from now on.
     """
 
     prompt: Prompt
@@ -53,7 +52,6 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     setting: Setting | None = None
     deadline: float | None = None
-    guide: Guide | None = None
 
 
 @dataclass(eq=False)
@@ -160,9 +158,16 @@ class Scheduler:
             prompt = self.runtime.text.encode(prompt, limit=self.context)
         return self.runtime.checked_ids(prompt)
 
-    def submit(self, request: Request, tell: Callable[[Response], None]) -> Ticket:
-        """Queue a request. Raises RequestError, ContextLengthError and PolicyError for one that cannot be answered, and
-        BusyServerError.
+    def check_queue(self) -> None:
+        """Raises BusyServerError where it is full."""
+        if self._closing or len(self._waiting) >= self.most_waiting:
+            self.figures.refused += 1
+            why = "is closing" if self._closing else f"has {self.most_waiting} requests waiting"
+            raise BusyServerError(f"The server {why}: ask again later.")
+
+    def submit(self, request: Request, tell: Callable[[Response], None], guide: Guide | None = None) -> Ticket:
+        """Queue a request. `guide`: that of its grammar, which may take a second to be read. Raises RequestError,
+        ContextLengthError and PolicyError for one that cannot be answered, and BusyServerError.
         """
         runtime = self.runtime
         ids = self.ids(request.prompt)
@@ -176,15 +181,11 @@ class Scheduler:
             ) from None
         rules = None if request.setting is None else self._rules(request.setting)
         until = float("inf") if request.deadline is None else time.monotonic() + request.deadline
-        guide = request.guide
         if guide is None and request.sampling.grammar is not None:
             guide = runtime.text.guides.guide(request.sampling.grammar)
         ticket = Ticket(request, ids, max_tokens, rules, tell, until, guide)
         with self._changed:
-            if self._closing or len(self._waiting) >= self.most_waiting:
-                self.figures.refused += 1
-                why = "is closing" if self._closing else f"has {self.most_waiting} requests waiting"
-                raise BusyServerError(f"The server {why}: ask again later.")
+            self.check_queue()
             self.figures.requests += 1
             self._waiting.append(ticket)
             self._changed.notify()
@@ -354,6 +355,8 @@ class Scheduler:
         except Exception:  # of whoever asked: no reason to end the others
             logger.exception("a response could not be told")
             ticket.cancelled = True
+        if response.finish_reason is not None:
+            ticket.turn = ticket.guide = None  # megabytes, and whoever asked may hold the ticket for long
 
     # --- checks
 

@@ -78,11 +78,12 @@ def _call(text: str) -> dict[str, Any] | None:
     try:
         call = json.loads(text, parse_constant=_no_number)
         name, arguments = call["name"], call.get("arguments", {})
+        told = json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode(errors="replace").decode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    told = json.dumps(arguments, ensure_ascii=False).encode(errors="replace").decode()  # half a character is none
+    name = name.encode(errors="replace").decode()  # half a character is none
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": told}}
 
 

@@ -7,7 +7,6 @@ chat prompts, is what a deployed policy acts on.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import DENSE_POSITIONS
 from dash_export.errors import RequestError
 from dash_export.runtime.text import Text
-from dash_export.text_files import read_text
+from dash_export.text_files import lines, read_text
 from dash_export.train.defaults import TrainingSettings
 
 SHORTEST = 16
@@ -106,12 +105,17 @@ def read_corpus(
     return training, held
 
 
+MAX_PROMPT, MAX_PROMPTS = 1 << 20, 1 << 18
+
+
 def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     """Chat prompts of a .jsonl file as message lists: each line an object with `messages`, `turns` (the first is
     taken) or `prompt`. Raises RequestError naming the line.
     """
-    prompts = []
-    for number, line in enumerate(io.StringIO(read_text(path), newline="\n"), 1):  # other line ends are text in JSON
+    prompts: list[list[dict[str, str]]] = []
+    for number, line in enumerate(lines(read_text(path)), 1):  # other line ends are text in JSON
+        if len(line) > MAX_PROMPT or len(prompts) == MAX_PROMPTS:
+            raise RequestError(f"{path}, line {number}: {MAX_PROMPTS} prompts of {MAX_PROMPT} letters at most.")
         if line.strip():
             try:
                 prompts.append(_messages(json.loads(line)))

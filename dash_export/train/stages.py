@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from dash_export.artifacts import Progress, no_progress, write_atomic
+from dash_export.artifacts import Progress, no_progress, open_regular, write_atomic
 from dash_export.decision import Unit
 from dash_export.errors import PolicyError
 from dash_export.policy import Bypass, SkipPolicy
@@ -74,7 +74,8 @@ class Work:
     def kept(self, stage: str) -> Any:
         """Return what a stage kept, or None."""
         try:
-            stored = self._path(stage).read_bytes()
+            with open_regular(self._path(stage)) as file:
+                stored = file.read()
         except OSError:
             return None
         if stored[:_DIGEST] != self._digest(stored[_DIGEST:]):

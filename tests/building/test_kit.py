@@ -120,7 +120,7 @@ def test_own_recipe_and_precision_travel(tiny_root: Path, tmp_path: Path) -> Non
     recipe.write_text(text.replace('"8.9"', '"9.9"'))
     kit = write_kit(Bundle.open(tiny_root), str(recipe), ["--weights", "int8"], "", tmp_path / "kit")
     record = json.loads((kit / "kit.json").read_text())
-    assert record["command"] == ["build", "tiny.dash", "--target", "recipes/mine.toml", "--weights", "int8"]
+    assert record["command"] == ["build", "./tiny.dash", "--target", "recipes/mine.toml", "--weights", "int8"]
     assert record["target"] == "mine-int8"
     assert (kit / "recipes" / "mine.toml").is_file()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.errors import RequestError
-from dash_export.runtime import Sampling
+from dash_export.runtime import Response, Sampling
 from dash_export.runtime.chat_template import ChatTemplate
 from dash_export.runtime.guidance import json_grammar
+from dash_export.serve.scheduler import Request, Scheduler
 from dash_export.serve.tools import Words, split_calls
 from tests.serve.test_app import MESSAGES
 
@@ -159,14 +161,30 @@ def test_a_grammar_that_costs_seconds_is_refused(
     """It is tried in a process of its own, where a few hundred letters can take minutes and gigabytes."""
     numbers = {f"n{place}": {"type": "integer", "multipleOf": 190_027 + place} for place in range(100)}
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": numbers}}}
-    with pytest.raises(openai.BadRequestError, match="it takes over 1 s or 64 MB"):
+    with pytest.raises(openai.BadRequestError, match="it takes over 1 s or 24 MB"):
         client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=form, timeout=10)
     guides = tiny_runtime().text.guides
     guides.guide(json_grammar(SCHEMA))
+    guides._tried[json_grammar(SCHEMA | {"title": "dear"})] = 0.2
+    form["json_schema"]["schema"] = SCHEMA | {"title": "dear"}
+    with pytest.raises(openai.BadRequestError, match="takes too long to be read for 16 answers"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=form, n=16)
     assert guides._child is not None
     guides._child.process.kill()
     guides._child.process.wait()
     guides.guide(json_grammar(SCHEMA | {"title": "another"}))  # by a new process
+
+
+def test_what_an_answer_took_goes_with_it(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """Though whoever asked keeps the ticket: a grammar has megabytes that Python does not see."""
+    made, told = Scheduler(tiny_runtime(), rows=2), SimpleQueue[Response]()
+    made.start()
+    ticket = made.submit(Request("hello", 200, Sampling(grammar=json_grammar(SCHEMA))), told.put)
+    assert ticket.guide is not None
+    while told.get(timeout=20).finish_reason is None:
+        pass
+    made.close()
+    assert (ticket.guide, ticket.turn) == (None, None)
 
 
 def test_an_answer_that_breaks_its_grammar_breaks_no_other(tiny_runtime: Callable[..., DashRuntime]) -> None:

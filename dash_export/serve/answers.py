@@ -12,7 +12,8 @@ import numpy as np
 from dash_export.decision import unit_skips
 from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import Response, Statistics
-from dash_export.serve.scheduler import Request, Scheduler
+from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Request
 
 
 class Answer:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,7 +57,6 @@ class Server:
         self._origins, self._entering, self.reading = frozenset(origins), 0, 0
         self._hosts = None if hosts is None else {*hosts, *(urlsplit(one).hostname for one in origins)}
         self.long, self.guided = (ThreadPoolExecutor(1, name) for name in ("long-prompts", "grammars"))
-        self._document = document(served, key is not None)
         self.served, self._key, self.deadline, self._drain = dict(served), key, deadline, drain
         self.ready, self._began = False, int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
@@ -147,6 +147,11 @@ class Server:
         finally:
             self._entering -= 1
 
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        return document(self.served, self._key is not None)
+
     def drain(self) -> None:
         """Take no more requests, and end the answers within the time they have."""
         self.ready = False
@@ -178,7 +183,7 @@ async def _metrics(server: Server, _: HttpRequest) -> Response:
 
 
 async def _openapi(server: Server, _: HttpRequest) -> Response:
-    return JSONResponse(server._document)
+    return JSONResponse(server.document)
 
 
 async def _models(server: Server, _: HttpRequest) -> Response:

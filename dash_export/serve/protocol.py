@@ -27,7 +27,7 @@ from dash_export.errors import NOT_NUMBERS, ContextLengthError, DashError, Polic
 from dash_export.runtime.guidance import json_grammar
 from dash_export.runtime.rows import NO_MEMORY
 from dash_export.runtime.sampling import Sampling
-from dash_export.serve.scheduler import MISTAKE, BusyServerError, DeadlineError
+from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError
 from dash_export.serve.tools import Choice, Tool, calls_grammar
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from dash_export.runtime.results import TokenIds
 from dash_export.runtime.sampling import Sampling
 from dash_export.serve.answers import Answer
 from dash_export.serve.protocol import ChatRequest, Generation, HttpError, model_and_setting
-from dash_export.serve.scheduler import Request, Scheduler
+from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Request
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server

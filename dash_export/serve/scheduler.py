@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from dash_export.arguments import Prompt
@@ -24,68 +23,13 @@ from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.rules import SessionRules, session_rules
-from dash_export.runtime.sampling import Logits, Sampling
+from dash_export.runtime.sampling import Logits
 from dash_export.serve.pace import Pace
 from dash_export.serve.prefixes import Prefixes
+from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError, Figures, Request, Ticket
 
 logger = logging.getLogger(__name__)
 ROWS, WAITING, PREFIX_BYTES = 8, 64, 256 << 20
-MISTAKE = "The server made a mistake: its log says more."
-
-
-class BusyServerError(RequestError):
-    """The queue is full, or the server is closing: ask again later."""
-
-
-class DeadlineError(RequestError):
-    """A request's time was over before its answer was."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, and how it is to be answered. `setting` None: as the server thinks best at that moment. `deadline`:
-    seconds from now on.
-    """
-
-    prompt: Prompt
-    max_tokens: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    setting: Setting | None = None
-    deadline: float | None = None
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request on its way. `tell` gets every response, on the scheduler's thread; the last has a `finish_reason`."""
-
-    request: Request
-    ids: TokenIds
-    max_tokens: int
-    rules: SessionRules | None
-    tell: Callable[[Response], None]
-    until: float
-    guide: Guide | None = None
-    cancelled: bool = False
-    turn: Turn | None = None
-    alone: SessionRules | None = None
-    """Its rules as the only row, where it has none of its own."""
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self.until
-
-
-@dataclass
-class Figures:
-    """Counts since the start."""
-
-    requests: int = 0
-    refused: int = 0
-    finished: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    known_tokens: int = 0
-    tokens: int = 0
 
 
 class Scheduler:

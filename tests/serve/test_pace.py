@@ -17,7 +17,8 @@ from dash_export.errors import PolicyError, RequestError
 from dash_export.manifest import CostTable
 from dash_export.runtime.decode import BoundStep
 from dash_export.serve.pace import Pace
-from dash_export.serve.scheduler import Request, Scheduler
+from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Request
 from tests.tiny import random_ids
 
 COST = (0.2, 0.1, 0.15)

@@ -11,7 +11,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.errors import BackendError
 from dash_export.runtime.decode import BoundStep
-from dash_export.serve.scheduler import MISTAKE
+from dash_export.serve.tickets import MISTAKE
 from tests.serve.test_app import DENSE
 from tests.serve.test_tools import SCHEMA, TOOL, check, with_tools  # noqa: F401  a fixture
 

@@ -19,7 +19,8 @@ from dash_export.runtime.cache import KVCache
 from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.results import Turn
 from dash_export.runtime.sampling import Sampler
-from dash_export.serve.scheduler import BusyServerError, DeadlineError, Request, Scheduler
+from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import BusyServerError, DeadlineError, Request
 from tests.tiny import random_ids
 
 MakeScheduler = Callable[..., Scheduler]

@@ -22,7 +22,8 @@ from dash_export.runtime.rows import NO_MEMORY
 from dash_export.runtime.text import Text
 from dash_export.serve import app, running, scheduler
 from dash_export.serve.protocol import told
-from dash_export.serve.scheduler import MISTAKE, Scheduler
+from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import MISTAKE
 from tests.serve.conftest import Serve
 from tests.serve.test_app import DENSE, MESSAGES
 

@@ -16,7 +16,8 @@ from dash_export.errors import RequestError
 from dash_export.runtime import Response, Sampling
 from dash_export.runtime.chat_template import ChatTemplate
 from dash_export.runtime.guidance import json_grammar
-from dash_export.serve.scheduler import Request, Scheduler
+from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Request
 from dash_export.serve.tools import Words, split_calls
 from tests.serve.test_app import MESSAGES
 

@@ -1,0 +1,72 @@
+"""Requests, as they wait and are answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dash_export.arguments import Prompt
+from dash_export.decision import Setting
+from dash_export.errors import RequestError
+from dash_export.runtime.guidance import Guide
+from dash_export.runtime.results import Response, TokenIds, Turn
+from dash_export.runtime.rules import SessionRules
+from dash_export.runtime.sampling import Sampling
+
+MISTAKE = "The server made a mistake: its log says more."
+
+
+class BusyServerError(RequestError):
+    """The queue is full, or the server is closing: ask again later."""
+
+
+class DeadlineError(RequestError):
+    """A request's time was over before its answer was."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how it is to be answered. `setting` None: as the server thinks best at that moment. `deadline`:
+    seconds from now on.
+    """
+
+    prompt: Prompt
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    setting: Setting | None = None
+    deadline: float | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way. `tell` gets every response, on the scheduler's thread; the last has a `finish_reason`."""
+
+    request: Request
+    ids: TokenIds
+    max_tokens: int
+    rules: SessionRules | None
+    tell: Callable[[Response], None]
+    until: float
+    guide: Guide | None = None
+    cancelled: bool = False
+    turn: Turn | None = None
+    alone: SessionRules | None = None
+    """Its rules as the only row, where it has none of its own."""
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.until
+
+
+@dataclass
+class Figures:
+    """Counts since the start."""
+
+    requests: int = 0
+    refused: int = 0
+    finished: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    known_tokens: int = 0
+    tokens: int = 0

@@ -33,7 +33,7 @@ _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""")
 """A key of so many parts, which a recipe has none of: the parser's memory grows with their square."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
+"""Compute capabilities that TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
 
 
 @dataclass(frozen=True)

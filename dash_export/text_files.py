@@ -29,7 +29,7 @@ MAX_ADDED = 1 << 20
 MAX_REPEATS = 256
 """A pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
 MAX_TOKENS, MAX_MERGES = 1 << 19, 2.5
-"""Of a vocabulary, and merges per token: native code takes a kilobyte for each. Published: 262,144, and 2.2."""
+"""Size of a vocabulary, and merges per token: native code takes a kilobyte for each. Published: 262,144 and 2.3."""
 MAX_PARTS = 32
 """Bound of a chain's parts: published ones have 7."""
 _GROWS = {"Metaspace": 2, "Lowercase": 3, "NFC": 3, "BertProcessing": 3, "RobertaProcessing": 3}

@@ -88,7 +88,7 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
 
 
 def _depth(data: Any) -> int:
-    """Of lists and mappings in one another, as far as it matters."""
+    """How many lists and mappings lie in one another, as far as it matters."""
     depth, level = 0, [data]
     while level and depth <= MOST_DEPTH:
         depth += 1

@@ -53,7 +53,7 @@ onnx_ir>=1.1
 ml_dtypes>=0.5
 tomli>=2; python_version < '3.11'
 """
-"""What building needs on the device, beside its TensorRT."""
+"""Packages that building needs on the device, beside its TensorRT."""
 
 
 def write_kit(

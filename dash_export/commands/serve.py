@@ -41,8 +41,8 @@ def command(
     pace: float | None, least: float,
     api_key: str | None, no_key: bool, cors: tuple[str, ...], deadline: int | None, drain: int,
 ) -> None:  # fmt: skip
-    """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/models, /health,
-    /metrics, and a page to try it at /.
+    """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
+    /health, /metrics, /openapi.json, and a page to try it at /.
     """
     import uvicorn
 

@@ -42,7 +42,7 @@ STYLE: dict[str, Any] = {
 # Colours that stay apart for colour-blind eyes (Okabe and Ito); the marker says it again for a printer without colours.
 LOOKS = {"dense": ("#000000", "*"), "static": ("#0072B2", "s"), "token": ("#D55E00", "o")}
 OTHER_LOOKS = (("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P"), ("#999999", "X"))
-"""Of other builds, one after the other."""
+"""Colours and markers of other builds, one after the other."""
 RUN, SKIP, ALWAYS = "#9ecae1", "#D55E00", "#e3e3e3"
 PART_LOOKS = {
     "always": ("#999999", ""),

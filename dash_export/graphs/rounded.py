@@ -78,7 +78,7 @@ def to_nearest(_node: str) -> Rounded | None:
 
 
 _PARTS = {"codes": np.uint8, "scales": np.float32, "zeros": np.uint8, "form": np.int64}
-"""Of each matrix `<node>.<part>`: codes [in / 2, out], two inputs a byte; `form`: inputs, and inputs of a block. In
+"""Parts of a matrix, `<node>.<part>`: codes [in / 2, out], two inputs a byte; `form`: inputs, and inputs of a block. In
 numpy's own form, which needs nothing that a device lacks.
 """
 

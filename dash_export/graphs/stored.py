@@ -107,7 +107,7 @@ def restore(model: ir.Model) -> None:
 
 
 def _lookups(node: ir.Node) -> list[ir.Node]:
-    """What gathers rows for `node` to convert, by the same numbers: an embedding."""
+    """Nodes that gather rows for `node` to convert, by the same numbers: an embedding's."""
     found = [value.producer() for value in node.inputs if value is not None]
     sound = [
         item for item in found if item is not None and item.op_type == "Gather" and not (item.attributes or item.domain)
@@ -126,13 +126,9 @@ def _restored(node: ir.Node, name: str, tensors: Sequence[Any]) -> ir.LazyTensor
     made = isinstance(tensors[0], ir.LazyTensor)  # here: one is made of another once
     if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.FLOAT and not made:
         return lazy(lambda: tensors[0].numpy().astype(np.float32), shapes[0])
+    turned = made and tensors[0].meta.get(_TURNED)
     turns = node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
-    if (
-        turns
-        and len(shapes[0]) == 2
-        and tensors[0].dtype == ir.DataType.FLOAT
-        and not (made and tensors[0].meta.get(_TURNED))
-    ):
+    if turns and not turned and len(shapes[0]) == 2 and tensors[0].dtype == ir.DataType.FLOAT:
         found = lazy(lambda: np.ascontiguousarray(tensors[0].numpy().T), shapes[0][::-1])
         found.meta.update({**getattr(tensors[0], "meta", {}), _TURNED: True})
         return found

@@ -245,7 +245,7 @@ def section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 _LEAST = 1e-30
-"""Of a number that something is divided by."""
+"""The least number that something is divided by."""
 
 
 def positive(config: Mapping[str, Any], key: str, upper: Number, default: Number | None = None) -> Number:

@@ -22,8 +22,8 @@ _CONFIG = {
     *("no_rope_layer_interval", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 }
-"""What makes the decoder, and is checked where it is read. All else that a stranger's config has (labels, types of
-floats, a task's parameters) transformers would take, too.
+"""Keys that make the decoder, and are checked where they are read. All else that a stranger's config has (labels, types
+of floats, a task's parameters) transformers would take, too.
 """
 _NONE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 """Keys of which null says something; elsewhere it is the default."""

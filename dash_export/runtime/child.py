@@ -17,7 +17,7 @@ from dash_export.errors import RequestError
 START_SECONDS = 60.0
 """For a Python and its imports: a slow disk and a busy machine are no fault of what it is to do."""
 MAX_BYTES = 10_000_000
-"""Of one answer, as JSON."""
+"""Length of one answer, as JSON."""
 NO_PYTHON = "Chat templates and grammars need a Python of their own: set sys.executable to one that starts"
 
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any
 
 SECONDS = 5
-"""Of processor time for one answer: where nobody is left to end it."""
+"""Processor time for one answer: where nobody is left to end it."""
 IMPORTED_LATE = (
     "encodings.unicode_escape", "jinja2.constants", "jinja2.debug", "html", "pprint", "textwrap", "unicodedata"
 )  # fmt: skip

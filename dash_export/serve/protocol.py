@@ -62,7 +62,7 @@ class HttpError(Exception):
 
 
 def told(error: DashError) -> HttpError:
-    """What a client is told of an error: of one that is not the client's, that the log has it."""
+    """The error as a client is told of it: of one that is not the client's, that the log has it."""
     if isinstance(error, ContextLengthError):
         return HttpError(400, str(error), "messages", "context_length_exceeded")
     for kind, status in ((BusyServerError, 429), (DeadlineError, 504), (RequestError, 400), (PolicyError, 400)):
@@ -169,7 +169,7 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
     def grammar(self) -> str | None:
-        """Of the answer; None where it is any text. Raises RequestError."""
+        """Return the answer's grammar; None where it is any text. Raises RequestError."""
         if self.type == "text":
             return None
         if self.type == "json_object":
@@ -204,7 +204,7 @@ class Generation(BaseModel):
         return False
 
     def grammar(self) -> str | None:
-        """What the answer may be. Raises RequestError."""
+        """Return the grammar that answers are held to; None where there is none. Raises RequestError."""
         return None
 
     def sampling(self, logprobs: int | None = None) -> Sampling:

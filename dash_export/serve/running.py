@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BODY_BYTES, BODY_SECONDS = 4 << 20, 10.0
 READING_BYTES = 128 << 20
-"""Of all bodies that are being read."""
+"""Bytes of all bodies that are being read."""
 LONG_BYTES = 1 << 16
 """A body from which on its prompt waits for the one thread that makes long ones."""
 _Asked = TypeVar("_Asked", bound=BaseModel)

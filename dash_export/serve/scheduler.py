@@ -16,7 +16,6 @@ from queue import SimpleQueue
 from dash_export.arguments import Prompt
 from dash_export.decision import DecisionRule, Setting
 from dash_export.errors import BackendError, ContextLengthError, DashError, PolicyError, RequestError
-from dash_export.manifest import ModelFacts
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.cpus import available_memory
 from dash_export.runtime.guidance import Guide
@@ -57,9 +56,12 @@ class Scheduler:
         batch = runtime.batch(rows)  # says it where a build takes one sequence only
         self.runtime, self.most_waiting = runtime, waiting
         self._rows = Rows(batch.engines, rows, runtime.recipe.runtime.kv_step)
-        room = (available_memory() // 2 if memory is None else memory) - prefix_bytes
-        self.context = _context(runtime.engines.model, rows, room)
         self._prompt = runtime.session()
+        room = (available_memory() // 2 if memory is None else memory) - prefix_bytes
+        # All rows, which are copied as one of them grows, and a prompt that is under way.
+        each = room // self._prompt.cache.position_nbytes // (rows + 1)
+        self.context = min(runtime.engines.model.max_positions, max(MAX_TOKENS, each))
+        """Positions that each row may have."""
         self._prefixes = Prefixes(prefix_bytes)
         self._alone, self._together = (
             self._rules(one) for one in (alone or runtime.recommended, together or Setting())
@@ -307,14 +309,6 @@ class Scheduler:
     def _rules(self, setting: Setting) -> SessionRules:
         manifest = self.runtime.bundle.manifest
         return session_rules(setting, manifest.model, manifest.policy, self.runtime.build)
-
-
-def _context(model: ModelFacts, rows: int, room: int) -> int:
-    """Positions that each of the rows, and a prompt that is under way, may have in so many bytes; as a row grows, all
-    of them are copied.
-    """
-    position = 8 * model.num_layers * model.num_kv_heads * model.head_dim
-    return min(model.max_positions, max(MAX_TOKENS, room // position // (rows + 1)))
 
 
 def _late() -> DeadlineError:

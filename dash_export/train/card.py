@@ -25,9 +25,9 @@ from dash_export.train.stages import Run
 
 BATCHES = 8
 POINTS = 8
-"""Of the dial, so many trade-offs are judged."""
+"""Trade-offs of the dial that are judged."""
 STATIC_SETS = 5
-"""Of a static order, so many first sets are judged."""
+"""First sets of a static order that are judged."""
 
 
 def policy_card(

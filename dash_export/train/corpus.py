@@ -28,7 +28,7 @@ SHORTEST = 16
 GENERATED_BATCH, TEMPERATURE = 32, 0.7
 SELF_GENERATED = "self-generated"
 JUDGED_SEED = 20252
-"""Of what is held out: not the training's, so that trainings compare."""
+"""Seed of what is held out: not the training's, so that trainings compare."""
 
 
 class Batch(NamedTuple):

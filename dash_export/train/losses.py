@@ -28,7 +28,7 @@ ROWS = 64
 SOFTENING = 0.02
 """Nats. The square root evens out errors of small and large divergences; this keeps its slope finite at zero."""
 LARGEST_RATE, EXPLORATION, MASKS = 0.6, 0.1, 2
-"""Of the regression: the largest rate of random skips, the share of decisions that are replaced by random ones, and the
+"""In the regression: the largest rate of random skips, the share of decisions that are replaced by random ones, and the
 skipped passes that are compared with each dense one.
 """
 SOFTNESS = 0.3

@@ -27,7 +27,7 @@ from dash_export.models.torch_model import LayerInputs, embedded, instead, torch
 from dash_export.policy import Bypass, SkipPolicy, key_value_size
 
 BITS, BYPASS_BITS = 4, 8
-"""Of a weight of the model and of a bypass, as engines for a CPU have them."""
+"""Bits of a weight of the model and of a bypass, as engines for a CPU have them."""
 FIRST_SCORE = -1.5
 """softplus(-1.5) = 0.2 nats, about what skipping a unit costs."""
 

@@ -24,7 +24,7 @@ from dash_export.train.model import GatedModel, SkipModules, always
 LENGTHS = (1, 2, 3, 4, 6)
 """Layers of a candidate."""
 LAUNCH = 0.001
-"""What one more engine takes, whether its unit is skipped or not: of a small model's token 0.002, and gains are judged
+"""The cost of one more engine, whether its unit is skipped or not: of a small model's token 0.002, and gains are judged
 before the tuning, which about halves damages.
 """
 GRID = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from dash_export.policy import (
     METADATA,
     SkipPolicy,
     card_path,
+    check_replaceable,
     load_policy,
     narrowed,
     policy_path,
@@ -208,6 +210,13 @@ def test_other_files(tmp_path: Path) -> None:
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "b.safetensors", {METADATA: "{"})
     with pytest.raises(PolicyError, match="not JSON"):
         load_policy(tmp_path / "b.safetensors", SPEC)
+
+
+def test_a_pipe_is_no_policy(tmp_path: Path) -> None:
+    """And nobody waits for one who writes into it."""
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(PolicyError, match="exists and is no skip policy: it will not be overwritten"):
+        check_replaceable(tmp_path / "a.safetensors")
 
 
 def test_nothing_unsound_is_saved(saved: Path) -> None:

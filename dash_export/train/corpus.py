@@ -114,9 +114,9 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     """
     prompts: list[list[dict[str, str]]] = []
     for number, line in enumerate(lines(read_text(path)), 1):  # other line ends are text in JSON
-        if len(line) > MAX_PROMPT or len(prompts) == MAX_PROMPTS:
-            raise RequestError(f"{path}, line {number}: {MAX_PROMPTS} prompts of {MAX_PROMPT} letters at most.")
         if line.strip():
+            if len(line) > MAX_PROMPT or len(prompts) == MAX_PROMPTS:
+                raise RequestError(f"{path}, line {number}: {MAX_PROMPTS} prompts of {MAX_PROMPT} letters at most.")
             try:
                 prompts.append(_messages(json.loads(line)))
             except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:

@@ -13,7 +13,7 @@ import pytest
 
 from dash_export.building.kit import write_kit
 from dash_export.bundle import Bundle
-from dash_export.errors import BackendError, BundleError
+from dash_export.errors import BackendError, BundleError, OutputError
 from tests.commands.helpers import dash, environment, refused
 
 
@@ -123,6 +123,18 @@ def test_own_recipe_and_precision_travel(tiny_root: Path, tmp_path: Path) -> Non
     assert record["command"] == ["build", "./tiny.dash", "--target", "recipes/mine.toml", "--weights", "int8"]
     assert record["target"] == "mine-int8"
     assert (kit / "recipes" / "mine.toml").is_file()
+
+
+def test_a_kit_is_not_made_of_what_it_replaces(kit: Path, tmp_path: Path) -> None:
+    """A kill in the midst of that would leave no bundle to begin again with."""
+    own = Path(shutil.copytree(kit, tmp_path / "own"))
+    (own / "recipes").mkdir()
+    recipe = shutil.copy(Path(__file__).parents[2] / "engines" / "l4.toml", own / "recipes")
+    before = sorted(own.rglob("*"))
+    for bundle, target in ((own / "tiny.dash", "h100"), (kit / "tiny.dash", str(recipe))):
+        with pytest.raises(OutputError, match="is read, and lies in what is replaced"):
+            write_kit(Bundle.open(bundle), target, [], "", own)
+    assert sorted(own.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["lib", "kit.json"])

@@ -115,6 +115,22 @@ class Needs:
     def __init__(self, what):
         pass
 
+class Fails(ByPosition):
+    def __init__(self):
+        raise ValueError("not today")
+
+class Begins(ByPosition):
+    def begin(self, model, units, cost):
+        raise ValueError("not today")
+
+class Raises(ByPosition):
+    def skips(self, state):
+        raise ValueError("not today")
+
+class Ragged(ByPosition):
+    def skips(self, state):
+        return [[True], [True, False]]
+
 class NoPolicy:
     pass
 
@@ -146,6 +162,10 @@ def test_in_a_batch(runtime: DashRuntime, own: str) -> None:
         ("{own}:Wrong", r"Wrong.skips must return bool \[2, 1\], units and tokens; got bool \[1, 1\]"),
         ("{own}:Floats", r"Floats.skips must return bool .*; got float32 \[2, 1\]"),
         ("{own}:Needs", "cannot be made without arguments"),
+        ("{own}:Fails", "cannot be made without arguments: not today"),
+        ("{own}:Begins", "Begins.begin: ValueError: not today"),
+        ("{own}:Raises", "Raises.skips: ValueError: not today"),
+        ("{own}:Ragged", "Ragged.skips: ValueError"),
         ("{own}:NoPolicy", r"is no policy: it needs the methods begin\(model, units, cost\) and skips\(state\)"),
         ("{own}:thing", "has no class 'thing'"),
         ("{own}:Missing", "has no class 'Missing'"),
@@ -162,6 +182,12 @@ def test_what_is_none(policy: str, wrong: str, own: str, runtime: DashRuntime) -
 def test_amounts_mean_nothing_to_it(own: str, runtime: DashRuntime) -> None:
     with pytest.raises(PolicyError, match="decides by itself: budget means nothing"):
         runtime.session(f"{own}:ByPosition", budget=0.9)
+
+
+def test_a_file_that_ends_the_program(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(PolicyError, match="cannot be imported: SystemExit"):
+        load_policy(f"{tmp_path / 'own.py'}:Policy")
 
 
 def test_a_file_that_is_no_python(tmp_path: Path) -> None:

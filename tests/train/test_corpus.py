@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dash_export.errors import RequestError
+from dash_export.train import corpus
 from dash_export.train.corpus import Corpus, Passage, read_corpus, read_prompts
 from tests.models.helpers import tiny_tokenizer
 
@@ -67,6 +68,20 @@ def test_prompts_in_all_their_forms(tmp_path: Path) -> None:
         '{"prompt": "a"}\n\n{"turns": ["b", "c"]}\r\n{"messages": [{"role": "user", "content": "d\u2028"}]}\n'
     )
     assert [messages[0]["content"] for messages in read_prompts(path)] == ["a", "b", "d\u2028"]
+
+
+def test_prompts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What JSON makes of a line takes thirty times its letters."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n' + '{"prompt": "' + "b" * corpus.MAX_PROMPT + '"}\n')
+    with pytest.raises(RequestError, match=r"line 2: \d+ prompts of 1048576 letters at most"):
+        read_prompts(path)
+    monkeypatch.setattr(corpus, "MAX_PROMPTS", 3)
+    path.write_text('{"prompt": "a"}\n' * 3)
+    assert len(read_prompts(path)) == 3
+    path.write_text('{"prompt": "a"}\n' * 4)
+    with pytest.raises(RequestError, match="line 4: 3 prompts of"):
+        read_prompts(path)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", '{"turns": []}', '{"prompt": 4}', '{"messages": [{"role": "user"}]}'])

@@ -13,12 +13,13 @@ PYTEST_ARGS ?=
 MODEL ?= smollm2-135m
 SECONDS ?= 3600
 
-.PHONY: help demo test lint fuzz bench clean distclean
+.PHONY: help demo serve test lint fuzz bench clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    a real model (SmolLM2-135M) to engines, answering prompts densely and with layers skipped"
 	@echo "             (MODEL=qwen2.5-coder-0.5b: a larger one, 400 MB)"
+	@echo "make serve   the demo's model behind OpenAI's API, and a page to try it: http://127.0.0.1:8000"
 	@echo "make test    all tests (installs torch and transformers, which the reference needs)"
 	@echo "make lint    ruff and mypy"
 	@echo "make fuzz    damaged files for every parser, for an hour (SECONDS=60: a minute)"
@@ -29,6 +30,10 @@ help:
 
 demo: $(VENV)/.demo
 	@$(BIN)/python tools/demo.py $(MODEL)
+
+serve: $(VENV)/.serve
+	@test -d .cache/smollm2.dash/engines || $(BIN)/python tools/demo.py
+	@$(BIN)/dash-export serve .cache/smollm2.dash
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -62,6 +67,11 @@ $(BIN)/python:
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@echo "Installing dash-export[cpu,export,eval] into $(VENV)"
 	@$(PIP) -e '.[cpu,export,eval]'
+	@touch $@
+
+$(VENV)/.serve: pyproject.toml | $(VENV)/.demo
+	@echo "Installing dash-export[serve] into $(VENV)"
+	@$(PIP) -e '.[cpu,export,eval,serve]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python

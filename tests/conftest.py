@@ -28,12 +28,16 @@ sys.path.insert(0, str(ROOT / "tools"))  # the demo's own fetching, not a second
 
 
 @pytest.fixture(scope="session", autouse=True)
-def a_quiet_machine() -> Iterator[None]:
-    """No build waits for the machine to become quiet, or keeps the costs of one before, whatever else runs here."""
-    from dash_export.building import cost_table
+def quick_builds() -> Iterator[None]:
+    """No build waits for the machine to become quiet, or keeps the costs of one before, whatever else runs here; and
+    dials are of little text, which is most of what a tiny build takes.
+    """
+    from dash_export.building import cost_table, dial
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost_table, "LoadMeter", Mock(return_value=Mock(load=lambda: (0.0, 0.0))))
+        patch.setattr(dial, "WINDOWS", 2)
+        patch.setattr(dial, "TOKENS", 64)
         yield
 
 
@@ -78,12 +82,15 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
     points.
     """
     from dash_export import DashRuntime
-    from dash_export.building import build, dial
+    from dash_export.building import build, calibrate, dial, pipeline
 
     @cache
     def runtime(target: str) -> DashRuntime:
         with pytest.MonkeyPatch.context() as patch:
             tested = target == "cpu"  # the others only need a dial
+            patch.setattr(calibrate, "WINDOWS", 16)  # a quarter of them, for the suite's time: test_precision.py
+            if target == "portable":  # which is only compared: a token takes long there
+                patch.setattr(pipeline, "_measured", lambda _bundle, draft, *_: draft)
             patch.setattr(dial, "WINDOWS", 3 if tested else 1)
             patch.setattr(dial, "TOKENS", 128 if tested else 64)
             patch.setattr(dial, "SHARES", (0.1, 0.25, 0.4, 0.6) if tested else (0.1, 0.4))
@@ -105,9 +112,13 @@ def smollm2_oracle(smollm2: Checkpoint, smollm2_policy: SkipPolicy) -> Oracle:
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama bundle with linear bypasses, built for `cpu-fp32` and `portable`. Copy it to change it."""
+    from dash_export.building import dial
     from tests.tiny import tiny_bundle
 
-    return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", form="linear")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dial, "WINDOWS", 8)
+        patch.setattr(dial, "TOKENS", 128)
+        return tiny_bundle(tmp_path_factory.mktemp("tiny"), "cpu", "portable", form="linear")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ class CpuBackend(Backend):
     """Engines that share the tables of RoPE. What is packed for this machine's kernels is packed at loading."""
 
     on_device = False
-    revision = 19
+    revision = 20
 
     def require(self) -> None:
         require_backend(self.recipe.backend)

@@ -36,10 +36,13 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option("--deadline", type=click.IntRange(1, 10**6), help="Seconds a request may take, queue and all.")
 @click.option("--drain", default=30, show_default=True, type=click.IntRange(0, 3600),
               help="Seconds that answers may take to end after SIGTERM.")  # fmt: skip
+@click.option("--write-triton", type=click.Path(path_type=Path), metavar="DIR",
+              help="Serve nothing: write a model repository for Triton.")  # fmt: skip
 def command(
     bundles: tuple[Path, ...], target: str | None, host: str, port: int, rows: int, waiting: int, budget: float | None,
     pace: float | None, least: float,
     api_key: str | None, no_key: bool, cors: tuple[str, ...], deadline: int | None, drain: int,
+    write_triton: Path | None,
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
     /health, /metrics, /openapi.json, and a page to try it at /.
@@ -49,8 +52,9 @@ def command(
     from dash_export.runtime.cpus import available_memory
     from dash_export.serve.app import Server
     from dash_export.serve.scheduler import Scheduler
+    from dash_export.serve.triton import write_repository
 
-    if host not in LOCAL and not (api_key or no_key):
+    if host not in LOCAL and not (api_key or no_key or write_triton):
         raise RequestError(f"Others can reach {host}: give an --api-key, or --no-key to let anybody ask.")
     served: dict[str, Scheduler] = {}
     runtimes = [load_runtime(bundle, target) for bundle in bundles]
@@ -68,6 +72,10 @@ def command(
             click.echo(
                 f"{name}: {one.context} of its {most} positions for each of {rows} rows (free memory).", err=True
             )
+    if write_triton is not None:
+        written = write_repository(write_triton, served, rows)
+        click.echo(f"Written to {', '.join(map(str, written))}")
+        return
     hosts = LOCAL if host in LOCAL else None
     server = Server(served, key=api_key, origins=cors, hosts=hosts, deadline=deadline, drain=drain)
     many_files()

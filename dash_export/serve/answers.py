@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,14 +18,25 @@ from dash_export.serve.tickets import Request
 
 
 class Answer:
-    """One choice of one request. `responses` may be left at any time: it cancels what is not decoded yet."""
+    """One choice of one request. `responses` may be left at any time: it cancels what is not decoded yet. `ended` is
+    told when they end, however that is.
+    """
 
-    def __init__(self, scheduler: Scheduler, request: Request, guide: Guide | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        request: Request,
+        guide: Guide | None = None,
+        ended: Callable[[Answer], None] = lambda _: None,
+    ) -> None:
         """Raises what `Scheduler.submit` raises."""
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Response] = asyncio.Queue()
-        self._scheduler, self._skips = scheduler, list[Any]()
-        self.text, self.finish_reason, self.statistics = "", "", Statistics()
+        self._scheduler, self._ended = scheduler, ended
+        self.text, self.finish_reason, self.error_type, self.statistics = "", "", "", Statistics()
+        self.actions = list[Any]()
+        """Skip map of the decoded tokens, the first token is not: it comes out of the prompt."""
+        self.began = self.first = self.last = time.perf_counter()
 
         def tell(response: Response) -> None:
             with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
@@ -37,18 +49,22 @@ class Answer:
         try:
             while True:
                 response = await self._queue.get()
-                self.statistics = response.statistics
+                self.statistics, self.last = response.statistics, time.perf_counter()
                 if response.error is not None:
+                    self.error_type = type(response.error).__name__
                     raise response.error
+                if response.statistics.tokens == 1:
+                    self.first = self.last
                 self.text += response.text
                 self.finish_reason = response.finish_reason or ""
-                if response.statistics.tokens > 1:  # the first comes out of the prompt
-                    self._skips.append(response.actions)
+                if response.statistics.tokens > 1:
+                    self.actions.append(response.actions)
                 yield response
                 if response.finish_reason is not None:
                     return
         finally:
             self._scheduler.cancel(self.ticket)
+            self._ended(self)
 
     def usage(self) -> dict[str, Any]:
         """As OpenAI has it, with `dash`: what was skipped."""
@@ -65,7 +81,7 @@ class Answer:
             "tokens_per_second": round(said.tokens_per_second, 2),
             "prefill_seconds": round(said.prefill_seconds, 4),
         }
-        if self._skips and runtime.cost.segment_us:
-            skips = unit_skips(np.array(self._skips), runtime.bundle.manifest.policy.units)
+        if self.actions and runtime.cost.segment_us:
+            skips = unit_skips(np.array(self.actions), runtime.bundle.manifest.policy.units)
             told["time_of_dense"] = round(float(runtime.cost.token_time(skips).mean()), 4)
         return told

@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from dash_export.errors import DashError
 from dash_export.serve.completions import chat, completion
-from dash_export.serve.metrics import exposition
+from dash_export.serve.metrics import Metrics
 from dash_export.serve.openapi import document
 from dash_export.serve.protocol import HttpError, told
 from dash_export.serve.responses import responses
@@ -58,6 +58,7 @@ class Server:
         self._hosts = None if hosts is None else {*hosts, *(urlsplit(one).hostname for one in origins)}
         self.long, self.guided = (ThreadPoolExecutor(1, name) for name in ("long-prompts", "grammars"))
         self.served, self._key, self.deadline, self._drain = dict(served), key, deadline, drain
+        self.metrics = Metrics(self.served)
         self.ready, self._began = False, int(time.time())
         cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
         routes = [
@@ -179,7 +180,7 @@ async def _health(server: Server, _: HttpRequest) -> Response:
 
 
 async def _metrics(server: Server, _: HttpRequest) -> Response:
-    return PlainTextResponse(exposition(server.served), media_type="text/plain; version=0.0.4")
+    return PlainTextResponse(server.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
 async def _openapi(server: Server, _: HttpRequest) -> Response:

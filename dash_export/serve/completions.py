@@ -27,8 +27,8 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     def chance(token: Token) -> dict[str, Any] | None:
         if not request.logprobs:
             return None
-        chosen, *others = begun.logprobs(token)
-        return {"content": [chosen | {"top_logprobs": others}]}
+        entries = begun.logprobs(token)
+        return {"content": [entries[0] | {"top_logprobs": entries[1:]}] if entries else []}
 
     if request.stream:
         return _streamed(begun, "chat.completion.chunk", _chat_chunks(begun, chance))
@@ -81,7 +81,7 @@ async def completion(server: Server, http: HttpRequest) -> Response:
     for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
         likely = None
         if request.logprobs is not None:
-            each = [begun.logprobs(token) for token in tokens]
+            each = [entries for token in tokens if (entries := begun.logprobs(token))]
             likely = {
                 "tokens": [entries[0]["token"] for entries in each],
                 "token_logprobs": [entries[0]["logprob"] for entries in each],

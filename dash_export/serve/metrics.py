@@ -1,11 +1,21 @@
-"""Counters of the schedulers, in Prometheus' text format."""
+"""What Prometheus reads: durations by OpenTelemetry's names for servers of language models, and our own of what was
+skipped. Nothing of what is asked or answered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dash_export.serve.answers import Answer
 from dash_export.serve.scheduler import Scheduler
 
+POWERCAP = Path("/sys/class/powercap")
 _COUNTERS = {
     "requests": "Requests that were taken.",
     "refused": "Requests refused because the queue was full.",
@@ -15,28 +25,85 @@ _COUNTERS = {
     "known_tokens": "Tokens of prompts that were not computed again.",
     "tokens": "Tokens of answers.",
 }
+# The bounds that OpenTelemetry's conventions name, in seconds.
+_DURATIONS = tuple(0.01 * 2**power for power in range(14))
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 
 
-def exposition(served: Mapping[str, Scheduler]) -> str:
-    """All counters and gauges, by model."""
-    lines = []
-    for name, text in _COUNTERS.items():
-        metric = f"dash_export_{name}_total"
-        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} counter"]
-        lines += [f"{metric}{_label(model)} {getattr(one.figures, name)}" for model, one in served.items()]
-    for name, text in (("waiting", "Requests in the queue."), ("running", "Rows that decode.")):
-        metric = f"dash_export_{name}"
-        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} gauge"]
-        lines += [f"{metric}{_label(model)} {getattr(one, name)}" for model, one in served.items()]
-    paced = [(model, one.pace.granted) for model, one in served.items() if one.pace]
-    if paced:
-        lines += [
-            "# HELP dash_export_budget Granted to requests that do not say it.",
-            "# TYPE dash_export_budget gauge",
-        ]
-        lines += [f"dash_export_budget{_label(model)} {granted:.4f}" for model, granted in paced]
-    return "\n".join(lines) + "\n"
+class Metrics:
+    """All that a server counts and measures."""
+
+    def __init__(self, served: Mapping[str, Scheduler]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Schedulers(served))
+        ProcessCollector(registry=self._registry)
+
+        def seconds(name: str, text: str, bounds: Iterable[float], *labels: str) -> Histogram:
+            known = ("gen_ai_operation_name", "gen_ai_request_model", *labels)
+            return Histogram(
+                f"gen_ai_server_{name}", text, known, unit="seconds", buckets=tuple(bounds), registry=self._registry
+            )
+
+        self._duration = seconds("request_duration", "From asking to the last token.", _DURATIONS, "error_type")
+        self._first = seconds("time_to_first_token", "From asking to the first token.", _FIRST)
+        self._token = seconds("time_per_output_token", "Mean time of each token after the first.", _TOKEN)
+        self._layers = Counter(
+            "dash_export_layers", "Layers of decoded tokens.", ("model", "layer", "state"), registry=self._registry
+        )
+
+    def answered(self, operation: str, model: str, answer: Answer) -> None:
+        """An answer has ended, one way or the other."""
+        began, first, last, tokens = answer.began, answer.first, answer.last, answer.statistics.tokens
+        self._duration.labels(operation, model, answer.error_type).observe(last - began)
+        if answer.finish_reason:
+            self._first.labels(operation, model).observe(first - began)
+            if tokens > 1:
+                self._token.labels(operation, model).observe((last - first) / (tokens - 1))
+        if answer.actions:
+            for layer, skipped in enumerate(np.array(answer.actions).sum(axis=0, dtype=np.int64).tolist()):
+                self._layers.labels(model, layer, "skipped").inc(skipped)
+                self._layers.labels(model, layer, "run").inc(len(answer.actions) - skipped)
+
+    def exposition(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
 
 
-def _label(model: str) -> str:
-    return '{model="' + model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") + '"}'
+class _Schedulers(Collector):
+    def __init__(self, served: Mapping[str, Scheduler]) -> None:
+        self._served = served
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text in _COUNTERS.items():
+            counter = CounterMetricFamily(f"dash_export_{name}", text, labels=["model"])
+            for model, one in self._served.items():
+                counter.add_metric([model], getattr(one.figures, name))
+            yield counter
+        gauges: dict[str, tuple[str, dict[str, float]]] = {
+            "waiting": ("Requests in the queue.", {model: one.waiting for model, one in self._served.items()}),
+            "running": ("Rows that decode.", {model: one.running for model, one in self._served.items()}),
+            "budget": (
+                "Granted to requests that do not say it.",
+                {model: one.pace.granted for model, one in self._served.items() if one.pace},
+            ),
+        }
+        for name, (text, values) in gauges.items():
+            gauge = GaugeMetricFamily(f"dash_export_{name}", text, labels=["model"])
+            for model, value in values.items():
+                gauge.add_metric([model], value)
+            yield gauge
+        joules = CounterMetricFamily("dash_export_energy_joules", "Of the whole machine, measured.", labels=["zone"])
+        for zone, value in _energy():
+            joules.add_metric([zone], value)
+        if joules.samples:
+            yield joules
+
+
+def _energy() -> Iterator[tuple[str, float]]:
+    """(zone, joules) of the processors' own counters, where the kernel has them and lets this user read."""
+    for folder in sorted(POWERCAP.glob("*:[0-9]")):
+        try:
+            yield (folder / "name").read_text().strip(), int((folder / "energy_uj").read_text()) / 1e6
+        except (OSError, ValueError):
+            continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -199,6 +199,9 @@ class Generation(BaseModel):
     user: str | None = None
     dash: Dash = Field(default_factory=Dash)
 
+    operation: ClassVar[str] = "text_completion"
+    """Its name in OpenTelemetry's conventions."""
+
     def guided(self) -> bool:
         """Whether it may have a grammar."""
         return False
@@ -227,6 +230,7 @@ class Generation(BaseModel):
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
+    operation: ClassVar[str] = "chat"
     messages: Annotated[list[Message], Few] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
     logprobs: bool = False

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -59,8 +60,12 @@ class Begun:
         return {"dash": {"skipped_layers": token.actions.nonzero()[0].tolist(), "layers": len(token.actions)}}
 
     def logprobs(self, token: Token) -> list[dict[str, Any]]:
-        """The chosen token, then the most likely ones, as chat completions tell them."""
+        """The chosen token, then the most likely ones, as chat completions tell them; nothing of one that ends a turn,
+        which is no part of the answer.
+        """
         text = self.scheduler.runtime.text
+        if token.token in text.eos_ids:
+            return []
         found = []
         for one, logprob in token.logprobs:
             piece = text.tokenizer.decode([one], skip_special_tokens=False)
@@ -99,7 +104,7 @@ async def begin(
         for place, guide in enumerate(guides):
             own = replace(sampling, seed=None if sampling.seed is None else sampling.seed + place)
             request = Request(ids, max_tokens, own, setting, server.deadline)
-            answers.append(Answer(scheduler, request, guide))
+            answers.append(Answer(scheduler, request, guide, partial(server.metrics.answered, asked.operation, name)))
         guides.clear()
     except DashError:
         for answer in answers:
@@ -126,14 +131,14 @@ def event(value: Mapping[str, Any]) -> str:
 
 async def merged(begun: Begun) -> AsyncIterator[tuple[int, Token]]:
     """(index of the answer, token) of all answers, as they come; left early, all are cancelled."""
-    queue: asyncio.Queue[tuple[int, Token | None, BaseException | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Token | None, Exception | None]] = asyncio.Queue()
 
     async def pump(index: int, answer: Answer) -> None:
         try:
             async for token in answer.responses():
                 queue.put_nowait((index, token, None))
             queue.put_nowait((index, None, None))
-        except DashError as error:
+        except Exception as error:  # also a mistake of ours: who waits must hear of it
             queue.put_nowait((index, None, error))
 
     tasks = [asyncio.ensure_future(pump(index, answer)) for index, answer in enumerate(begun.answers)]

@@ -28,7 +28,7 @@ class TrainingSettings:
     fit_steps: int = 40
     warm_up_steps: int = 30
     regression_steps: int = 120
-    tuning_steps: int = 600
+    tuning_steps: int = 500
     network_rate: float = 3e-3
     bypass_rate: float = 4.5e-4
     refinement_rate: float = 2.5e-4

@@ -50,9 +50,11 @@ def serve(tiny_runtime: Callable[..., DashRuntime]) -> Iterator[Serve]:
         yield make
 
 
-@pytest.fixture
-def address(serve: Serve) -> str:
-    return serve()
+@pytest.fixture(scope="session")
+def address(tiny_runtime: Callable[..., DashRuntime]) -> Iterator[str]:
+    """A server of the tiny model that all tests share: what they ask of it leaves nothing but known prompts."""
+    with listening(Server({"tiny": Scheduler(tiny_runtime(), rows=3)}, drain=5.0)) as found:
+        yield found
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.runtime.decode import BoundStep
+from dash_export.serve import metrics
 from dash_export.serve.running import BODY_BYTES
 from tests.serve.conftest import Serve
 
@@ -223,10 +225,10 @@ def test_a_client_that_goes_away(stream: bool, serve: Serve, monkeypatch: pytest
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{address}/v1/chat/completions", json=body, timeout=httpx.Timeout(5, read=0.001))
     until = time.monotonic() + 10
-    while 'dash_export_running{model="tiny"} 0' not in (text := httpx.get(f"{address}/metrics").text):
+    while 'dash_export_running{model="tiny"} 0.0' not in (text := httpx.get(f"{address}/metrics").text):
         assert time.monotonic() < until, text
     told = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert int(told['dash_export_tokens_total{model="tiny"}']) < 300
+    assert float(told['dash_export_tokens_total{model="tiny"}']) < 300
     assert (
         httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": 3, "stream": False}).status_code == 200
     )
@@ -240,12 +242,34 @@ def test_an_error_in_the_middle_of_a_stream(serve: Serve) -> None:
     assert "time that this request had is over" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
 
 
-def test_metrics(client: openai.OpenAI, http: httpx.Client) -> None:
-    client.chat.completions.create(messages=MESSAGES, max_tokens=7, **GREEDY)
-    lines = http.get("/metrics").text.splitlines()
-    assert 'dash_export_tokens_total{model="tiny"} 7' in lines
-    assert 'dash_export_requests_total{model="tiny"} 1' in lines
-    assert 'dash_export_waiting{model="tiny"} 0' in lines
+def test_metrics(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is told of an answer of 140 tokens; the processors' counters where there are any."""
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    (zone / "name").write_text("package-0\n")
+    (zone / "energy_uj").write_text("2500000\n")
+    (tmp_path / "intel-rapl:1").mkdir()
+    monkeypatch.setattr(metrics, "POWERCAP", tmp_path)
+    address, body = serve(), {"messages": MESSAGES, "max_tokens": 140, "dash": {"skip": [2, 3]}, **GREEDY}
+    assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
+    asked = 'gen_ai_operation_name="chat",gen_ai_request_model="tiny"'
+    lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{address}/metrics").text.splitlines() if line[0] != "#")
+    told = {name: float(value) for name, value in lines.items()}
+    assert told['dash_export_tokens_total{model="tiny"}'] == 140
+    assert told['dash_export_requests_total{model="tiny"}'] == 1
+    assert told['dash_export_waiting{model="tiny"}'] == 0
+    assert told['dash_export_layers_total{layer="2",model="tiny",state="skipped"}'] == 139
+    assert told['dash_export_layers_total{layer="1",model="tiny",state="run"}'] == 139
+    assert told['dash_export_energy_joules_total{zone="package-0"}'] == 2.5
+    duration, first, token = (
+        told[f"gen_ai_server_{name}_seconds_sum{{{labels}}}"]
+        for name, labels in (
+            ("request_duration", f'error_type="",{asked}'), ("time_to_first_token", asked),
+            ("time_per_output_token", asked),
+        )
+    )  # fmt: skip
+    assert 0 < first < duration
+    assert duration == pytest.approx(first + 139 * token, rel=1e-6)
 
 
 def test_cross_origin(serve: Serve) -> None:

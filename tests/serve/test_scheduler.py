@@ -135,7 +135,7 @@ def test_without_a_setting_it_follows_the_load(scheduler: MakeScheduler) -> None
     assert one == [[0, 0, 1, 1, 0, 0]] * 5
     second: SimpleQueue[Response] = SimpleQueue()
     taken = []
-    for step in made.stream(Request(random_ids(4), 30)):
+    for step in made.stream(Request(random_ids(4), 300)):
         if step.statistics.tokens == 4:
             made.submit(Request(random_ids(5), 10), second.put)
         taken.append(step.actions.tolist())

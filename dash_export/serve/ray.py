@@ -1,0 +1,61 @@
+"""A bundle in Ray Serve: OpenAI's API in several replicas, on as many machines as the cluster has.
+
+    serve run dash_export.serve.ray:app bundle=/models/my.dash replicas=2
+
+Ray gives each request to one of the two less busy of its replicas; a conversation's known beginning is of one replica.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+from starlette.applications import Starlette
+
+from dash_export.runtime import DashRuntime
+from dash_export.serve.app import Server
+from dash_export.serve.scheduler import ROWS, WAITING, Scheduler
+
+
+class Given(BaseModel):
+    """What the application takes. `replicas`: so many, or with `most` between the two, as many as `rows` requests each
+    keep busy. `cpus`: of each replica, and its threads. The API's key is in the environment, DASH_EXPORT_API_KEY.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str
+    target: str | None = None
+    replicas: int = Field(1, ge=1)
+    most: int | None = Field(None, ge=1)
+    cpus: int = Field(1, ge=1)
+    rows: int = Field(ROWS, ge=1)
+    waiting: int = Field(WAITING, ge=1)
+    deadline: float | None = Field(None, gt=0)
+
+
+def app(given: Given) -> Application:
+    """Ray's application builder."""
+    key = os.environ.get("DASH_EXPORT_API_KEY")
+
+    def server() -> Starlette:
+        runtime = DashRuntime.load(given.bundle, given.target, threads=given.cpus)
+        scheduler = Scheduler(runtime, rows=given.rows, waiting=given.waiting)
+        return Server({runtime.bundle.root.stem: scheduler}, key=key, deadline=given.deadline).app
+
+    many = {"num_replicas": given.replicas} if given.most is None else {
+        "autoscaling_config": {
+            "min_replicas": given.replicas, "max_replicas": given.most, "target_ongoing_requests": given.rows,
+        }
+    }  # fmt: skip
+    # One more than may wait: the scheduler says 429 itself.
+    deployment = serve.deployment(
+        serve.ingress(server)(),
+        name="dash",
+        max_ongoing_requests=given.rows + given.waiting + 1,
+        ray_actor_options={"num_cpus": given.cpus},
+        **many,
+    )
+    return deployment.bind()

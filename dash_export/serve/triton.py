@@ -1,0 +1,57 @@
+"""A model repository for Triton Inference Server: a folder per bundle, with triton_model.py and its configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from dash_export.artifacts import write_atomic
+from dash_export.errors import OutputError
+from dash_export.serve.scheduler import Scheduler
+
+_CONFIG = """\
+backend: "python"
+max_batch_size: 0
+model_transaction_policy {{ decoupled: true }}
+input [
+  {{ name: "text_input" data_type: TYPE_STRING dims: [ 1 ] }},
+  {{ name: "sampling_parameters" data_type: TYPE_STRING dims: [ 1 ] optional: true }}
+]
+output [
+  {{ name: "text_output" data_type: TYPE_STRING dims: [ 1 ] }},
+  {{ name: "statistics" data_type: TYPE_STRING dims: [ 1 ] }}
+]
+instance_group [ {{ kind: KIND_CPU count: 1 }} ]
+{parameters}"""
+
+
+def write_repository(folder: Path, served: Mapping[str, Scheduler], rows: int) -> list[Path]:
+    """Write `folder`/NAME/config.pbtxt and `folder`/NAME/1/model.py for every bundle; returns the files. Raises
+    OutputError where a model of that name is there already.
+    """
+    code, made = Path(__file__).with_name("triton_model.py").read_bytes(), list[Path]()
+    for model in (folder / name for name in served):
+        if os.path.lexists(model):
+            raise OutputError(f"{model} is there already: remove it, or choose another folder.")
+    for name, scheduler in served.items():
+        runtime, model = scheduler.runtime, folder / name
+        given = {
+            "bundle": str(runtime.bundle.root.absolute()),
+            "target": runtime.build.target,
+            "rows": str(rows),
+            "waiting": str(scheduler.most_waiting),
+        }
+        parameters = "".join(
+            f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}\n'
+            for key, value in given.items()
+        )
+        (model / "1").mkdir(parents=True)
+        for path, content in (
+            (model / "1" / "model.py", code),
+            (model / "config.pbtxt", _CONFIG.format(parameters=parameters)),
+        ):
+            write_atomic(path, content)
+            made.append(path)
+    return made

@@ -1,0 +1,100 @@
+"""A bundle as a model of Triton's Python backend, streaming (decoupled). `dash-export serve --write-triton` copies this
+file into a model repository, beside its config.pbtxt; it runs where `dash_export` can be imported.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as triton
+from pydantic import ValidationError
+
+from dash_export import DashError, DashRuntime
+from dash_export.runtime.results import Response
+from dash_export.serve.protocol import CompletionRequest
+from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Request, Ticket
+
+
+class TritonPythonModel:
+    """`text_input`, and as `sampling_parameters` the other fields of /v1/completions, `dash` too -> `text_output` in
+    pieces; with the last one `statistics`. A request that its client gives up is cancelled.
+    """
+
+    def initialize(self, given: dict[str, str]) -> None:
+        said = {name: value["string_value"] for name, value in json.loads(given["model_config"])["parameters"].items()}
+        runtime = DashRuntime.load(said["bundle"], said["target"])
+        self._scheduler = Scheduler(runtime, rows=int(said["rows"]), waiting=int(said["waiting"]))
+        self._scheduler.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._submit(request, sender)
+            except (DashError, ValueError) as error:  # pydantic's is one, and json's
+                _fail(sender, _said(error))
+
+    def finalize(self) -> None:
+        self._scheduler.close(5)
+
+    def _submit(self, request: Any, sender: Any) -> None:
+        parameters = json.loads(_text(request, "sampling_parameters") or "{}")
+        if not isinstance(parameters, dict):
+            raise ValueError("sampling_parameters is not the JSON of an object")
+        asked = CompletionRequest.model_validate(parameters | {"prompt": _text(request, "text_input")})
+        # Its thread may be told a token before the ticket is known here: it looks for it in this list.
+        tickets: list[Ticket] = []
+        submitted = Request(asked.prompt, asked.max_tokens, asked.sampling(), asked.dash.setting())
+        tickets.append(self._scheduler.submit(submitted, partial(self._tell, sender, tickets)))
+
+    def _tell(self, sender: Any, tickets: list[Ticket], response: Response) -> None:
+        if response.error is not None:
+            _fail(sender, str(response.error))
+            return
+        outputs = [_tensor("text_output", response.text)]
+        if response.finish_reason is None:
+            sender.send(triton.InferenceResponse(outputs))
+            if tickets and sender.is_cancelled():
+                self._scheduler.cancel(tickets[0])
+            return
+        said = response.statistics
+        statistics = {
+            "finish_reason": response.finish_reason,
+            "prompt_tokens": said.prompt_tokens,
+            "completion_tokens": said.tokens,
+            "layers_per_token": said.layers_per_token,
+            "tokens_per_second": said.tokens_per_second,
+        }
+        last = triton.InferenceResponse([*outputs, _tensor("statistics", json.dumps(statistics))])
+        sender.send(last, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _text(request: Any, name: str) -> str | None:
+    """Raises ValueError for what is not one text."""
+    tensor = triton.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    found = tensor.as_numpy().ravel()
+    if len(found) != 1:
+        raise ValueError(f"{name} is not one text")
+    return found[0].decode() if isinstance(found[0], bytes) else str(found[0])
+
+
+def _tensor(name: str, text: str) -> Any:
+    return triton.Tensor(name, np.array([text.encode()], np.object_))
+
+
+def _fail(sender: Any, message: str) -> None:
+    failed = triton.InferenceResponse(error=triton.TritonError(message))
+    sender.send(failed, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)

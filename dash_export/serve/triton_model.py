@@ -5,18 +5,23 @@ file into a model repository, beside its config.pbtxt; it runs where `dash_expor
 from __future__ import annotations
 
 import json
+import os
+import sys
 from functools import partial
 from typing import Any
 
-import numpy as np
-import triton_python_backend_utils as triton
-from pydantic import ValidationError
+# Some builds of the backend ignore it.
+sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
-from dash_export import DashError, DashRuntime
-from dash_export.runtime.results import Response
-from dash_export.serve.protocol import CompletionRequest
-from dash_export.serve.scheduler import Scheduler
-from dash_export.serve.tickets import Request, Ticket
+import numpy as np  # noqa: E402
+import triton_python_backend_utils as triton  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
+
+from dash_export import DashError, DashRuntime  # noqa: E402
+from dash_export.runtime.results import Response  # noqa: E402
+from dash_export.serve.protocol import CompletionRequest  # noqa: E402
+from dash_export.serve.scheduler import Scheduler  # noqa: E402
+from dash_export.serve.tickets import Request, Ticket  # noqa: E402
 
 
 class TritonPythonModel:

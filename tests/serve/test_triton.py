@@ -24,8 +24,8 @@ from tests.commands.helpers import dash, refused
 from tests.conftest import ROOT
 
 FP32 = ("--target", "cpu-fp32")
-SERVER = os.environ.get("DASH_EXPORT_TRITON")
-"""The folder of pytriton's wheel that has bin/tritonserver, beside the site-packages that its stubs may use."""
+SERVER, _, SITE = os.environ.get("DASH_EXPORT_TRITON", "").partition(":")
+"""The folder that has bin/tritonserver, and one of packages for its Python (docs/serving.md)."""
 
 
 @pytest.fixture
@@ -135,9 +135,8 @@ def test_nothing_is_written_over(tiny_root: Path, repository: Path) -> None:
     assert "is there already" in refused("serve", tiny_root, *FP32, "--write-triton", repository)
 
 
-@pytest.mark.skipif(SERVER is None, reason="set DASH_EXPORT_TRITON to the folder of a tritonserver (docs/serving.md)")
+@pytest.mark.skipif(not SERVER, reason="set DASH_EXPORT_TRITON (docs/serving.md)")
 def test_the_real_server(repository: Path, expected: str) -> None:
-    assert SERVER is not None
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -145,7 +144,7 @@ def test_the_real_server(repository: Path, expected: str) -> None:
         f"{SERVER}/bin/tritonserver", f"--model-repository={repository}", f"--backend-directory={SERVER}/backends",
         f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false",
     ]  # fmt: skip
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": f"{SITE}:{ROOT}"})
     address = f"http://127.0.0.1:{port}/v2"
     try:
         until = time.monotonic() + 60

@@ -1,0 +1,100 @@
+"""Ray Serve: two replicas on two nodes of this machine. Needs `pip install 'ray[serve]'`, and half a minute."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from dash_export import DashRuntime
+
+pytestmark = pytest.mark.slow
+ASKED: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 60, "temperature": 0}
+DENSE: dict[str, Any] = {"dash": {"policy": "dense"}}
+
+
+@pytest.fixture(scope="module")
+def address(tiny_root: Path) -> Iterator[str]:
+    ray = pytest.importorskip("ray", reason="pip install 'ray[serve]'")
+    from ray import serve
+    from ray.cluster_utils import Cluster
+
+    from dash_export.serve.ray import Given, app
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(app(Given(bundle=str(tiny_root), target="cpu-fp32", replicas=2, rows=2)), name="dash")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_answers(address: str, tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """Whole and streamed, from both replicas at once; a wrong request; the models."""
+    runtime = tiny_runtime()
+    expected = runtime.generate(runtime.text.encode("hello"), 60, policy="dense").text
+
+    def ask(_: int) -> str:
+        reply = httpx.post(f"{address}/v1/completions", json=ASKED | DENSE, timeout=60)
+        return str(reply.json()["choices"][0]["text"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(ask, range(16))) == {expected}
+    with httpx.stream("POST", f"{address}/v1/completions", json=ASKED | DENSE | {"stream": True}, timeout=60) as reply:
+        lines = [line for line in reply.iter_lines() if line]
+    assert len(lines) > 30
+    assert lines[-1] == "data: [DONE]"
+    assert httpx.post(f"{address}/v1/completions", json=ASKED | {"max_tokens": 0}).status_code == 400
+    assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+def test_a_replica_is_killed(address: str) -> None:
+    """Streams of the other one go on; those of this one end, which their clients see; then there are two again."""
+    body = ASKED | DENSE | {"stream": True, "max_tokens": 400}
+    killed = False
+
+    def ask(number: int) -> bool:
+        nonlocal killed
+        try:
+            with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as reply:
+                found = list[str]()
+                for line in reply.iter_lines():
+                    found.append(line)
+                    if not number and len(found) == 20 and not killed:
+                        killed = True
+                        os.kill(replicas()[0], signal.SIGKILL)
+            return "data: [DONE]" in found
+        except httpx.TransportError:
+            return False
+
+    with ThreadPoolExecutor(4) as pool:
+        whole = list(pool.map(ask, range(4)))
+    assert killed
+    assert any(whole), "those of the other replica"
+    assert not all(whole), "nobody was told that its answer was cut"
+    assert httpx.post(f"{address}/v1/completions", json=ASKED | DENSE, timeout=60).status_code == 200
+
+
+def replicas() -> list[int]:
+    """Processes of this user that are replicas of ours."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ServeReplica:dash" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
+from dash_export.artifacts import Progress
 from dash_export.errors import DashError, RequestError
 from dash_export.typed_json import shown
 
@@ -28,6 +29,19 @@ _T = TypeVar("_T")
 
 def _is(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def _path(kind: Any, value: Any) -> Any:
+    """Of a kind that may be a path: no name has a zero."""
+    if isinstance(_is(kind, value), str | Path) and "\0" in str(value):
+        raise ValueError
+    return value
+
+
+def _callable(value: Any) -> Any:
+    if not callable(value):
         raise TypeError
     return value
 
@@ -69,7 +83,8 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     int: ("a whole number", _whole),
     float: ("a finite number", _number),
     str: ("text", partial(_is, str)),
-    str | Path: ("a path", partial(_is, str | Path)),
+    str | Path: ("a path", partial(_path, str | Path)),
+    Progress: ("a function of a name and two numbers", _callable),
     tuple[int, ...]: ("a list of whole numbers", lambda value: tuple(map(_whole, _several(value)))),
     Sequence[str]: ("a list of texts", lambda value: tuple(_is(str, item) for item in _several(value))),
     Sequence[Mapping[str, str]]: (
@@ -93,6 +108,10 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
 _hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
+def _names(kind: Any) -> str:
+    return " or a ".join("path" if one is Path else one.__name__ for one in get_args(kind) or (kind,) if one is not str)
+
+
 def _taken(name: str, hint: Any, value: Any, error: type[DashError]) -> Any:
     options = get_args(hint)
     if hint is Any or (value is None and NoneType in options):
@@ -100,7 +119,7 @@ def _taken(name: str, hint: Any, value: Any, error: type[DashError]) -> Any:
     kind: Any = (
         reduce(operator.or_, (option for option in options if option is not NoneType)) if NoneType in options else hint
     )
-    words, take = _KINDS.get(kind) or (f"a {kind.__name__}", partial(_is, kind))
+    words, take = _KINDS.get(kind) or (f"a {_names(kind)}", partial(_path, kind))
     try:
         return take(value)
     except Exception:  # whatever a strange object does

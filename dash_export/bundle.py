@@ -83,7 +83,7 @@ class Bundle:
         program.
         """
         root = Path(root)
-        root = root if root.name else root.absolute()  # "." has none, and messages and kits take the bundle's
+        root = root.resolve() if root.name in ("", "..") else root  # messages, kits and servers take its name
         manifest = _record(Manifest, _contents(root, MANIFEST), root, MANIFEST)
         for fault in manifest_faults(manifest):
             raise BundleError(f"{root.name}/{MANIFEST}: {fault} {DAMAGED}")

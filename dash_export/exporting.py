@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dash_export import __version__
+from dash_export.arguments import check_arguments
 from dash_export.artifacts import (
     JOURNAL,
     ArtifactStore,
@@ -58,6 +59,7 @@ OURS = (MANIFEST, "onnx", *TEXT_FILES)
 """Entries of a bundle that an export replaces; all others, engines among them, stay."""
 
 
+@check_arguments
 def export(
     model: str | Path | Checkpoint,
     output: str | Path,
@@ -80,7 +82,7 @@ def export(
     facts = _policy_facts(policy)
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
     with locked(output, "export"), ExitStack() as held:
-        recover(output, OURS, MANIFEST)
+        recover(output, OURS, MANIFEST, "export")
         _refuse_foreign(output)
         if output.exists():
             if known := _whole(output, key):
@@ -214,4 +216,4 @@ def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
     Bundle.open(unfinished)  # what cannot be opened replaces nothing
     (unfinished / "onnx" / JOURNAL).unlink()
     sync(unfinished / "onnx")
-    put_in_place(unfinished, output, OURS, MANIFEST)
+    put_in_place(unfinished, output, OURS, MANIFEST, "export")

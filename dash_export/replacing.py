@@ -11,15 +11,15 @@ from pathlib import Path
 
 from dash_export.artifacts import read_bounded, sync, write_atomic
 from dash_export.errors import OutputError
-from dash_export.outputs import MARK, PLAN, mark, remove, remove_own, unmark, work_of
+from dash_export.outputs import MARK, PLAN, bears_mark, mark, remove, remove_own, unmark, work_of
 
 _LONGEST_PLAN = 1 << 16
 
 
-def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str) -> None:
-    """Let a finished work folder become the output, or take the place of what is `ours` in it (paths below it); all
-    else in there stays as it is. `last`, which is ours, goes first and comes last: without it the output is unfinished,
-    and `recover` goes on. Raises OutputError where ours may not be replaced (`check_place`).
+def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str, command: str) -> None:
+    """Let the finished work folder of a command become the output, or take the place of what is `ours` in it (paths
+    below it); all else in there stays as it is. `last`, which is ours, goes first and comes last: without it the output
+    is unfinished, and `recover` goes on. Raises OutputError where ours may not be replaced (`check_place`).
     """
     sync(work)
     if not output.exists():
@@ -28,17 +28,19 @@ def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str) -> No
         unmark(output)
         return
     check_place(output, ours)
-    mark(output)
+    mark(output, command)
     write_atomic(work / PLAN, "\n".join(name for name in ours if os.path.lexists(work / name)))
-    recover(output, ours, last)
+    recover(output, ours, last, command)
 
 
-def recover(output: Path, ours: Sequence[str], last: str) -> None:
-    """Finish what a kill in `put_in_place` left; nothing where there is nothing."""
+def recover(output: Path, ours: Sequence[str], last: str, command: str) -> None:
+    """Finish what a kill in `put_in_place` left; nothing where there is nothing, or another command's."""
     work = work_of(output)
-    if work.is_dir() and not work.is_symlink():
+    if (output / MARK).exists() and not bears_mark(output, command):
+        return
+    if work.is_dir() and not work.is_symlink() and bears_mark(work, command):
         left = os.path.lexists(work / last)  # which goes last
-        begun = (work / PLAN).is_file() and (work / MARK).is_file() and ((output / MARK).is_file() or not left)
+        begun = (work / PLAN).is_file() and ((output / MARK).is_file() or not left)
         if begun and left:
             _replace(work, output, ours, last)
         if begun or {path.name for path in work.iterdir()} <= {MARK}:

@@ -312,3 +312,11 @@ def test_a_forged_build(name: str, bundle: Path) -> None:
     edit(bundle / BUILD_JSON, change)
     with pytest.raises(BundleError, match=said):
         Bundle.open(bundle).load_build("cpu-fp32")
+
+
+@pytest.mark.parametrize("path", [".", "..", "../engines/.."])
+def test_a_bundle_has_a_name(path: str, tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made beside it takes it: a kit, a model for Triton, a server's."""
+    monkeypatch.chdir(tiny_root if path == "." else tiny_root / "onnx")
+    assert Bundle.open(path).root.resolve() == tiny_root.resolve()
+    assert Bundle.open(path).root.name == tiny_root.name

@@ -53,8 +53,11 @@ def test_recovery(killed_before: int, tmp_path: Path, monkeypatch: pytest.Monkey
         for where, name in ((Path, "replace"), (Path, "unlink"), (Path, "rmdir"), (os, "rmdir"), (os, "unlink")):
             patch.setattr(where, name, dying(getattr(where, name)))
         with suppress(KilledError):
-            put_in_place(work, output, OURS, "record")
-    recover(output, OURS, "record")
+            put_in_place(work, output, OURS, "record", "export")
+    left = tree(tmp_path)
+    recover(output, OURS, "record", "build --kit")  # another command's: it is not that one's to go on from
+    assert tree(tmp_path) == left
+    recover(output, OURS, "record", "export")
     if work.exists():
         remove_own(work)
         (output / MARK).unlink(missing_ok=True)
@@ -76,7 +79,7 @@ def test_what_may_not_be_written_is_told_before(
     before = tree(output)
     monkeypatch.setattr(replacing.os, "access", lambda path, _: path.name != locked_folder)
     with pytest.raises(OutputError, match=f"{locked_folder} may not be written: nothing of"):
-        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, OURS, "record")
+        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, OURS, "record", "export")
     assert tree(output) == before
 
 
@@ -86,10 +89,10 @@ def test_a_mount_point_is_not_replaced(mounted: str, tmp_path: Path, monkeypatch
     before, ours = tree(output), ("graphs", "a kit's/graphs", "record")
     monkeypatch.setattr(replacing, "_mount_points", lambda: {output.resolve() / mounted, Path("/"), Path("/proc")})
     with pytest.raises(OutputError, match=r"is a mount point: nothing of .* was replaced"):
-        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, ours, "record")
+        put_in_place(folder_of(work_folder(output, "export"), "graphs/2", "record"), output, ours, "record", "export")
     assert tree(output) == before
     monkeypatch.setattr(replacing, "_mount_points", lambda: {output.resolve() / "mine", Path("/")})
-    put_in_place(work_folder(output, "export"), output, ours, "record")
+    put_in_place(work_folder(output, "export"), output, ours, "record", "export")
     assert tree(output).keys() == {"graphs/2", "record", "mine/4"}
     monkeypatch.undo()
     assert Path("/proc") in replacing._mount_points()

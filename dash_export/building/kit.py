@@ -84,7 +84,7 @@ def write_kit(
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
         recipe_file = [Path(target)] if Path(target).suffix == ".toml" else []
         refuse_inputs([bundle.path(MANIFEST), *recipe_file], [work_of(folder), *(folder / name for name in ours)])
-        recover(folder, ours, RECORD)
+        recover(folder, ours, RECORD, "build --kit")
         _refuse_foreign(folder)
         check_place(folder, ours)
         remove_own(work_folder(folder, "build --kit"))  # a kit is not resumed
@@ -123,7 +123,7 @@ def write_kit(
             record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
             write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
             _refuse_foreign(folder)  # what has appeared there meanwhile
-            put_in_place(unfinished, folder, ours, RECORD)
+            put_in_place(unfinished, folder, ours, RECORD, "build --kit")
     return folder
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from dash_export.arguments import check_arguments
 from dash_export.artifacts import ArtifactStore, FileRecord, Progress, no_progress
 from dash_export.building.backend import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
@@ -27,9 +28,10 @@ MEASURING_REVISION = 2
 logger = logging.getLogger(__name__)
 
 
+@check_arguments
 def build(
     bundle: str | Path | Bundle,
-    target: str = "cpu",
+    target: str | Path = "cpu",
     *,
     weights: str | None = None,
     head: str | None = None,
@@ -47,7 +49,7 @@ def build(
     bundle; NotHereError where this machine cannot compile for the target.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    recipe = with_weights(load_recipe(target), weights, head, embedding, rounding)
+    recipe = with_weights(load_recipe(str(target)), weights, head, embedding, rounding)
     backend_of(recipe).require()
     root = named(bundle.root)
     with folder_locked(root, [lock_file(root)], shared=True):  # against exports

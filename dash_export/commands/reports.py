@@ -41,10 +41,15 @@ def check_reports(*outputs: Path) -> None:
             raise RequestError(f"{path} exists and is no report of ours: it will not be overwritten. Choose another.")
         if len(os.fsencode(path.name)) > _LONGEST_NAME:
             raise RequestError(f"The name {path.name[:40]}... is too long: {_LONGEST_NAME} bytes at most.")
-        for folder in path.absolute().resolve().parents:
-            inside = (folder / MANIFEST).is_file() and any((folder / name).is_dir() for name in ("onnx", "engines"))
-            if inside or (folder / MARK).is_file():
-                raise RequestError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")
+        check_outside_bundles(path)
+
+
+def check_outside_bundles(path: Path) -> None:
+    """Raises RequestError for what would lie in a bundle or a work folder."""
+    for folder in path.absolute().resolve().parents:
+        inside = (folder / MANIFEST).is_file() and any((folder / name).is_dir() for name in ("onnx", "engines"))
+        if inside or (folder / MARK).is_file():
+            raise RequestError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")
 
 
 def save_report(path: Path, content: str | bytes) -> Path:

@@ -8,7 +8,9 @@ from types import FrameType
 
 import click
 
+from dash_export.cli import printable
 from dash_export.commands.options import TARGET, counted, load_runtime
+from dash_export.commands.reports import check_outside_bundles
 from dash_export.decision import Setting
 from dash_export.errors import OutputError, RequestError
 from dash_export.serve.scheduler import ROWS, WAITING
@@ -54,7 +56,13 @@ def command(
     from dash_export.serve.scheduler import Scheduler
     from dash_export.serve.triton import write_repository
 
-    if host not in LOCAL and not (api_key or no_key or write_triton):
+    if write_triton is not None:
+        check_outside_bundles(write_triton)
+        if budget or pace or deadline or cors:
+            raise RequestError(
+                "A model for Triton has none of --budget, --pace, --deadline and --cors: leave them out."
+            )
+    elif host not in LOCAL and not (api_key or no_key):
         raise RequestError(f"Others can reach {host}: give an --api-key, or --no-key to let anybody ask.")
     served: dict[str, Scheduler] = {}
     runtimes = [load_runtime(bundle, target) for bundle in bundles]
@@ -74,7 +82,7 @@ def command(
             )
     if write_triton is not None:
         written = write_repository(write_triton, served, rows)
-        click.echo(f"Written to {', '.join(map(str, written))}")
+        click.echo(printable(f"Written to {', '.join(map(str, written))}"))
         return
     hosts = LOCAL if host in LOCAL else None
     server = Server(served, key=api_key, origins=cors, hosts=hosts, deadline=deadline, drain=drain)
@@ -89,7 +97,7 @@ def command(
     socket.listen(128)  # who asks before the server is up waits
     shown = socket.getsockname()[1]
     address = f"http://{f'[{host}]' if ':' in host else host}:{shown}"
-    click.echo(f"Serving {', '.join(served)} at {address}/ (API: {address}/v1)", err=True)
+    click.echo(printable(f"Serving {', '.join(served)} at {address}/ (API: {address}/v1)"), err=True)
 
     class Draining(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -128,16 +128,17 @@ def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
         )
     assets: dict[str, str] = {}
     known: dict[str, int] = {}
-    settings, where = dict[str, Any](), folder
+    settings, where, tokenizer = dict[str, Any](), folder, dict[str, Any]()
     for path in (folder / name for name in TEXT_FILES[1:-1]):
         if path.is_file():
             assets[path.name], parsed = read_json(path)
             if path.name == "tokenizer.json":
-                known = _vocabulary(assets[path.name], path, vocab_size)
+                known, tokenizer = _vocabulary(assets[path.name], path, vocab_size), parsed
             if path.name == "tokenizer_config.json":
                 settings, where = parsed, path
     if "tokenizer_config.json" in assets:
         _check_added(settings, where, known)
+        _check_reading(settings, where, tokenizer)
         if template := _chat_template(settings, where):
             assets["chat_template.jinja"] = template
     if (path := folder / "chat_template.jinja").is_file():
@@ -155,6 +156,31 @@ def _check_added(settings: dict[str, Any], path: Path, known: dict[str, int]) ->
                 f"{path} adds a token {shown(content)} as {shown(index)}, which tokenizer.json does not have: write "
                 "both anew with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
+
+
+def _check_reading(settings: dict[str, Any], path: Path, tokenizer: dict[str, Any]) -> None:
+    """Options by which transformers reads a text otherwise than tokenizer.json says."""
+    added, given = tokenizer.get("added_tokens"), settings.get("added_tokens_decoder")
+    flags = {str(token.get("id")): token for token in added or () if isinstance(token, dict)}
+    decoder = given.items() if isinstance(given, dict) else ()
+    wrong = [
+        f"{name} of token {shown(index)}"
+        for index, token in decoder
+        for name in ("lstrip", "rstrip", "single_word")
+        if bool(token.get(name)) and not flags.get(index, {}).get(name)
+    ]
+    before = tokenizer.get("pre_tokenizer")
+    parts = before.get("pretokenizers", [before]) if isinstance(before, dict) else []
+    byte_level = [part for part in parts if isinstance(part, dict) and part.get("type") == "ByteLevel"]
+    if settings.get("add_prefix_space") is True and any(part.get("add_prefix_space") is False for part in byte_level):
+        wrong.append("add_prefix_space")
+    if settings.get("split_special_tokens") is True:
+        wrong.append("split_special_tokens")
+    if wrong:
+        raise CheckpointError(
+            f"{path} sets {wrong[0]}, which tokenizer.json does not: write both anew with "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder), or take the option out"
+        )
 
 
 def _vocabulary(text: str, path: Path, vocab_size: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from dash_export.models.config import flag, shown
 from dash_export.text_files import check_vocabulary
 
 SPACE = "\u2581"
-MAX_PIECE, MEAN_PIECE = 256, 32
+MAX_PIECE, MEAN_PIECE = 256, 16
 """Letters of a piece, and of pieces on average: published ones have up to 93, and 7."""
 NORMAL, UNKNOWN, BYTE = 1, 2, 6
 """Token types."""

@@ -99,8 +99,9 @@ class Text:
             raise RequestError(
                 "This model has no chat template: give it plain text (without --chat), or export a chat model."
             )
-        texts = (text for message in messages for text in message.values() if isinstance(text, str))
-        _check_letters(sum(map(len, texts)), limit)
+        said = [value for message in messages for value in message.values()]
+        letters = sum(len(value if isinstance(value, str) else repr(value)) for value in (*said, *tools))
+        _check_letters(letters, limit)
         if tools and not self.template.takes_tools():
             raise RequestError("This model's chat template takes no tools (none that are called by <tool_call>).")
         return self.encode(self.template.render(messages, tools=tools), special=False, limit=limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +34,20 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     if request.stream:
         return _streamed(begun, "chat.completion.chunk", _chat_chunks(begun, chance))
     found: list[list[Token]] = await gathered(begun, http)
-    choices = []
-    for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
-        content = [entry for token in tokens for entry in (chance(token) or {}).get("content", [])]
-        words, calls = split_calls(answer.text) if request.given_tools() else (answer.text, [])
-        message = {"role": "assistant", "content": words or (None if calls else "")}
-        choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
-        choice |= {"logprobs": {"content": content} if request.logprobs else None}
-        choices.append(choice | {"finish_reason": _ended(answer.finish_reason, calls)})
-    return JSONResponse(begun.common | {"object": "chat.completion", "choices": choices, "usage": begun.usage(),
-                                        "dash": begun.answers[0].dash()})  # fmt: skip
+
+    def whole() -> Response:
+        choices = []
+        for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
+            content = [entry for token in tokens for entry in (chance(token) or {}).get("content", [])]
+            words, calls = split_calls(answer.text) if request.given_tools() else (answer.text, [])
+            message = {"role": "assistant", "content": words or (None if calls else "")}
+            choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
+            choice |= {"logprobs": {"content": content} if request.logprobs else None}
+            choices.append(choice | {"finish_reason": _ended(answer.finish_reason, calls)})
+        return JSONResponse(begun.common | {"object": "chat.completion", "choices": choices, "usage": begun.usage(),
+                                            "dash": begun.answers[0].dash()})  # fmt: skip
+
+    return await asyncio.to_thread(whole)  # with likelihoods it takes a while
 
 
 def _ended(reason: str, calls: list[Any]) -> str:
@@ -77,20 +82,24 @@ async def completion(server: Server, http: HttpRequest) -> Response:
     if request.stream:
         return _streamed(begun, "text_completion", _completion_chunks(begun))
     found = await gathered(begun, http)
-    choices = []
-    for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
-        likely = None
-        if request.logprobs is not None:
-            each = [entries for token in tokens if (entries := begun.logprobs(token))]
-            likely = {
-                "tokens": [entries[0]["token"] for entries in each],
-                "token_logprobs": [entries[0]["logprob"] for entries in each],
-                "top_logprobs": [{entry["token"]: entry["logprob"] for entry in entries[1:]} for entries in each],
-            }
-        reason = _FINISH[answer.finish_reason]
-        choices.append({"index": index, "text": answer.text, "logprobs": likely, "finish_reason": reason})
-    return JSONResponse(begun.common | {"object": "text_completion", "choices": choices, "usage": begun.usage(),
-                                        "dash": begun.answers[0].dash()})  # fmt: skip
+
+    def whole() -> Response:
+        choices = []
+        for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
+            likely = None
+            if request.logprobs is not None:
+                each = [entries for token in tokens if (entries := begun.logprobs(token))]
+                likely = {
+                    "tokens": [entries[0]["token"] for entries in each],
+                    "token_logprobs": [entries[0]["logprob"] for entries in each],
+                    "top_logprobs": [{entry["token"]: entry["logprob"] for entry in entries[1:]} for entries in each],
+                }
+            reason = _FINISH[answer.finish_reason]
+            choices.append({"index": index, "text": answer.text, "logprobs": likely, "finish_reason": reason})
+        return JSONResponse(begun.common | {"object": "text_completion", "choices": choices, "usage": begun.usage(),
+                                            "dash": begun.answers[0].dash()})  # fmt: skip
+
+    return await asyncio.to_thread(whole)
 
 
 async def _completion_chunks(begun: Begun) -> AsyncIterator[dict[str, Any]]:

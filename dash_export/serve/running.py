@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
-from dash_export.errors import DashError
+from dash_export.errors import DashError, RequestError
 from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import Response as Token
 from dash_export.runtime.results import TokenIds
@@ -25,7 +25,7 @@ from dash_export.runtime.sampling import Sampling
 from dash_export.serve.answers import Answer
 from dash_export.serve.protocol import ChatRequest, Generation, HttpError, model_and_setting
 from dash_export.serve.scheduler import Scheduler
-from dash_export.serve.tickets import Request
+from dash_export.serve.tickets import BusyServerError, Request
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 BODY_BYTES, BODY_SECONDS = 4 << 20, 10.0
 READING_BYTES = 128 << 20
 """Bytes of all bodies that are being read."""
+OBJECTS = 8192
+"""JSON objects of a body: each costs what a thousand letters do."""
+LIKELY = 100_000
+"""Likelihoods of all answers to a request: 4,096 tokens with the 20 most likely ones of each are 86,016."""
+GUIDED = 24
+"""Answers with a grammar that a model has under way: one may hold 24 MB from its request on."""
 LONG_BYTES = 1 << 16
 """A body from which on its prompt waits for the one thread that makes long ones."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
@@ -43,6 +49,7 @@ class Begun:
 
     def __init__(self, name: str, scheduler: Scheduler, answers: list[Answer], asked: Generation) -> None:
         self.scheduler, self.answers, self.asked = scheduler, answers, asked
+        self._pieces = dict[int, str]()
         self.common = {"id": f"dash-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
     def usage(self) -> dict[str, Any]:
@@ -68,7 +75,9 @@ class Begun:
             return []
         found = []
         for one, logprob in token.logprobs:
-            piece = text.tokenizer.decode([one], skip_special_tokens=False)
+            if one not in self._pieces:
+                self._pieces[one] = text.tokenizer.decode([one], skip_special_tokens=False)
+            piece = self._pieces[one]
             whole = "\N{REPLACEMENT CHARACTER}" not in piece  # else it is a part of a letter
             found.append({"token": piece, "logprob": logprob, "bytes": list(piece.encode()) if whole else None})
         return found
@@ -94,6 +103,8 @@ async def begin(
     def prepare() -> tuple[TokenIds, Sampling]:
         found = replace(sampling, grammar=asked.grammar())
         if found.grammar is not None:
+            if scheduler.guided + len(guides) > GUIDED:
+                raise BusyServerError(f"{GUIDED} answers with a grammar are under way: ask again later.")
             guides[:] = scheduler.runtime.text.guides.guides(found.grammar, len(guides))
         return encode(scheduler), found
 
@@ -106,6 +117,9 @@ async def begin(
             request = Request(ids, max_tokens, own, setting, server.deadline)
             answers.append(Answer(scheduler, request, guide, partial(server.metrics.answered, asked.operation, name)))
         guides.clear()
+        likely = 0 if logprobs is None else (logprobs + 1) * sum(answer.ticket.max_tokens for answer in answers)
+        if likely > LIKELY:
+            raise RequestError(f"logprobs: up to {likely} would be told, {LIKELY} are the most: ask for fewer tokens.")
     except DashError:
         for answer in answers:
             scheduler.cancel(answer.ticket)
@@ -191,13 +205,30 @@ async def entered(server: Server, kind: type[_Asked], http: HttpRequest) -> Asyn
     except asyncio.TimeoutError:  # which is another one in Python 3.10
         raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
     with server.entering():
+        _check_objects(body)
         try:
             asked = kind.model_validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            field = ".".join(map(str, first["loc"])) or None
+            field = ".".join(map(str, first["loc"]))[:100] or None
             raise HttpError(400, f"{field or 'The body'}: {first['msg']}.", field) from None
         yield asked, len(body)
+
+
+def _check_objects(body: bytes) -> None:
+    """Raises HttpError for a body of more than OBJECTS; what is no JSON is told later."""
+    if body.count(b"{") <= OBJECTS:  # the others are letters of a text, mostly
+        return
+    left = OBJECTS
+
+    def counted(_: dict[str, Any]) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise HttpError(400, f"The body has more than {OBJECTS} JSON objects.")
+
+    with suppress(ValueError, RecursionError):
+        json.loads(body, object_hook=counted)
 
 
 async def _body(server: Server, http: HttpRequest) -> bytes:

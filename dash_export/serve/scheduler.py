@@ -165,6 +165,12 @@ class Scheduler:
         return len(self._waiting) + (self._job is not None)
 
     @property
+    def guided(self) -> int:
+        """Answers under way that have a grammar."""
+        with self._changed:
+            return sum(ticket.guide is not None for ticket in (*self._waiting, *self._live.copy()))
+
+    @property
     def running(self) -> int:
         return len(self._rows)
 
@@ -302,6 +308,7 @@ class Scheduler:
             logger.exception("a response could not be told")
             ticket.cancelled = True
         if response.finish_reason is not None:
+            ticket.ended = True
             ticket.turn = ticket.guide = None  # megabytes, and whoever asked may hold the ticket for long
 
     # --- checks

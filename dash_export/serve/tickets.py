@@ -50,6 +50,7 @@ class Ticket:
     until: float
     guide: Guide | None = None
     cancelled: bool = False
+    ended: bool = False
     turn: Turn | None = None
     alone: SessionRules | None = None
     """Its rules as the only row, where it has none of its own."""

@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from dash_export.artifacts import write_atomic
+from dash_export.artifacts import sync, write_atomic
 from dash_export.errors import OutputError
 from dash_export.serve.scheduler import Scheduler
 
@@ -28,8 +29,8 @@ instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 
 
 def write_repository(folder: Path, served: Mapping[str, Scheduler], rows: int) -> list[Path]:
-    """Write `folder`/NAME/config.pbtxt and `folder`/NAME/1/model.py for every bundle; returns the files. Raises
-    OutputError where a model of that name is there already.
+    """Write `folder`/NAME/config.pbtxt and `folder`/NAME/1/model.py for every bundle, each model whole or not at all;
+    returns their folders. Raises OutputError where a model of that name is there already.
     """
     code, made = Path(__file__).with_name("triton_model.py").read_bytes(), list[Path]()
     for model in (folder / name for name in served):
@@ -47,11 +48,13 @@ def write_repository(folder: Path, served: Mapping[str, Scheduler], rows: int) -
             f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}\n'
             for key, value in given.items()
         )
-        (model / "1").mkdir(parents=True)
-        for path, content in (
-            (model / "1" / "model.py", code),
-            (model / "config.pbtxt", _CONFIG.format(parameters=parameters)),
-        ):
-            write_atomic(path, content)
-            made.append(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".writing-") as unfinished:
+            work = Path(unfinished) / name
+            (work / "1").mkdir(parents=True)
+            write_atomic(work / "1" / "model.py", code)
+            write_atomic(work / "config.pbtxt", _CONFIG.format(parameters=parameters))
+            work.rename(model)
+        sync(folder)
+        made.append(model)
     return made

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,11 @@ import triton_python_backend_utils as triton  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
 from dash_export import DashError, DashRuntime  # noqa: E402
+from dash_export.errors import RequestError  # noqa: E402
 from dash_export.runtime.results import Response  # noqa: E402
-from dash_export.serve.protocol import CompletionRequest  # noqa: E402
+from dash_export.serve.protocol import CompletionRequest, told  # noqa: E402
 from dash_export.serve.scheduler import Scheduler  # noqa: E402
-from dash_export.serve.tickets import Request, Ticket  # noqa: E402
+from dash_export.serve.tickets import BusyServerError, Request, Ticket  # noqa: E402
 
 
 class TritonPythonModel:
@@ -34,31 +36,42 @@ class TritonPythonModel:
         runtime = DashRuntime.load(said["bundle"], said["target"])
         self._scheduler = Scheduler(runtime, rows=int(said["rows"]), waiting=int(said["waiting"]))
         self._scheduler.start()
+        self._open = dict[Ticket, Any]()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                self._submit(request, sender)
-            except (DashError, ValueError) as error:  # pydantic's is one, and json's
+                asked = _asked(request)
+                try:
+                    self._submit(asked, sender)
+                except BusyServerError:  # those whose clients have gone make place
+                    self._drop_cancelled()
+                    self._submit(asked, sender)
+            except DashError as error:
+                _fail(sender, str(told(error)))
+            except (ValueError, RecursionError) as error:  # pydantic's is one, and json's
                 _fail(sender, _said(error))
 
     def finalize(self) -> None:
         self._scheduler.close(5)
 
-    def _submit(self, request: Any, sender: Any) -> None:
-        parameters = json.loads(_text(request, "sampling_parameters") or "{}")
-        if not isinstance(parameters, dict):
-            raise ValueError("sampling_parameters is not the JSON of an object")
-        asked = CompletionRequest.model_validate(parameters | {"prompt": _text(request, "text_input")})
+    def _submit(self, asked: CompletionRequest, sender: Any) -> None:
         # Its thread may be told a token before the ticket is known here: it looks for it in this list.
         tickets: list[Ticket] = []
         submitted = Request(asked.prompt, asked.max_tokens, asked.sampling(), asked.dash.setting())
         tickets.append(self._scheduler.submit(submitted, partial(self._tell, sender, tickets)))
+        self._open = {ticket: asks for ticket, asks in self._open.items() if not ticket.ended} | {tickets[0]: sender}
+
+    def _drop_cancelled(self) -> None:
+        for ticket, sender in self._open.items():
+            if not ticket.ended and sender.is_cancelled():
+                self._scheduler.cancel(ticket)
+        time.sleep(0.05)  # the scheduler looks between two steps
 
     def _tell(self, sender: Any, tickets: list[Ticket], response: Response) -> None:
         if response.error is not None:
-            _fail(sender, str(response.error))
+            _fail(sender, str(told(response.error)))
             return
         outputs = [_tensor("text_output", response.text)]
         if response.finish_reason is None:
@@ -76,6 +89,16 @@ class TritonPythonModel:
         }
         last = triton.InferenceResponse([*outputs, _tensor("statistics", json.dumps(statistics))])
         sender.send(last, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _asked(request: Any) -> CompletionRequest:
+    """Raises ValueError and RequestError."""
+    parameters = json.loads(_text(request, "sampling_parameters") or "{}")
+    if not isinstance(parameters, dict):
+        raise ValueError("sampling_parameters is not the JSON of an object")
+    if other := {"model", "n", "logprobs", "stream", "stream_options", "prompt"} & parameters.keys():
+        raise RequestError(f"sampling_parameters: {min(other)} is not for Triton, whose answers are streams.")
+    return CompletionRequest.model_validate(parameters | {"prompt": _text(request, "text_input")})
 
 
 def _text(request: Any, name: str) -> str | None:

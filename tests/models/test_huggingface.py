@@ -330,3 +330,19 @@ def test_a_token_that_only_the_settings_add(folder: Path) -> None:
         path.write_text(json.dumps({"added_tokens_decoder": {index: {"content": content}}}))
         with pytest.raises(CheckpointError, match=r"adds a token .* which tokenizer\.json does not have"):
             open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": {"257": {"content": "<|im_start|>", "rstrip": True}}},
+        {"added_tokens_decoder": {"257": {"content": "<|im_start|>", "single_word": True}}},
+        {"add_prefix_space": True},
+        {"split_special_tokens": True},
+    ],
+)
+def test_settings_that_read_a_text_otherwise(settings: dict[str, Any], folder: Path) -> None:
+    """transformers 5.24 gives other ids for each."""
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"sets (rstrip|single|add_prefix|split).*tokenizer\.json does not"):
+        open_checkpoint(folder)

@@ -137,7 +137,7 @@ def test_what_would_take_far_more_memory_than_its_file(metadata: dict[str, Any])
     with pytest.raises(CheckpointError, match=r"pairs of them make one another: it has \d+ merges for"):
         tokenizer_assets(vocabulary(metadata, sorted({*runs} - {*metadata["tokenizer.ggml.tokens"]})), 10_000)
     long = [f"{number:04d}" * 32 for number in range(4000)]
-    with pytest.raises(CheckpointError, match="pieces of over 32 letters on average"):
+    with pytest.raises(CheckpointError, match="pieces of over 16 letters on average"):
         tokenizer_assets(vocabulary(metadata, long), 10_000)
 
 

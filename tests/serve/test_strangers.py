@@ -28,6 +28,7 @@ from tests.serve.conftest import Serve
 from tests.serve.test_app import DENSE, MESSAGES
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CALL = {"function": {"name": "f"}}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,9 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
         (COMPLETIONS, {"prompt": [None] * 700_000}, "prompt"),
         (COMPLETIONS, {"prompt": [[None] * 700_000]}, "prompt"),
         (CHAT, {"messages": [0] * 700_000}, "messages"),
-        (CHAT, {"messages": [{"role": ""}] * 200_000}, "messages"),
+        (CHAT, {"messages": [{"role": ""}] * 200_000}, "The body has more"),
+        (CHAT, {"messages": [{"role": "user", "tool_calls": [CALL] * 150}] * 1000}, "The body has more"),
+        (CHAT, {"messages": [{"role": "user", "content": "{" * 9000, "tool_calls": [CALL] * 3000}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [0] * 700_000}]}, "messages"),
         (CHAT, {"messages": MESSAGES, "stop": [0] * 700_000}, "stop"),
         (CHAT, {"messages": MESSAGES, "dash": {"skip": ["x"] * 700_000}}, "dash"),
@@ -46,7 +49,8 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": MESSAGES, "model": "tiny@skip=" + "4," * 1_000_000}, "model"),
         (COMPLETIONS, {"prompt": [[1]] * 500_000}, "prompt"),
         (COMPLETIONS, {"prompt": [1] * 500_000 + ["x"]}, "prompt"),
-        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "x"}] * 100_000}]}, "input"),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "x"}] * 100_000}]}, "The body has more"),
+        (CHAT, {"messages": MESSAGES, "dash": {"x" * 3_000_000: 1}}, "dash"),
     ],
 )
 def test_lists_of_mistakes(path: str, body: dict[str, Any], field: str, http: httpx.Client) -> None:
@@ -55,6 +59,29 @@ def test_lists_of_mistakes(path: str, body: dict[str, Any], field: str, http: ht
     assert reply.status_code == 400
     assert reply.json()["error"]["message"].startswith(field)
     assert len(reply.text) < 1000
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_likelihoods_are_bounded(stream: bool, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 x 4,000 tokens with 20 each took 10 s of everybody's time, and 850 MB."""
+    body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 4, "n": 3, "max_tokens": 20, "stream": stream}
+    monkeypatch.setattr(running, "LIKELY", 300)
+    assert http.post(CHAT, json={"model": "tiny"} | body).status_code == 200
+    reply = http.post(CHAT, json={"model": "tiny"} | body | {"max_tokens": 21})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("logprobs: up to 315 would be told, 300 are the most")
+
+
+def test_grammars_under_way_are_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may hold 24 MB while its answer waits. Those that have ended hold nothing."""
+    monkeypatch.setattr(running, "GUIDED", 3)
+    address, form = serve(rows=1), {"type": "json_object"}
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 5, "response_format": form, "n": 2}
+    for _ in range(3):
+        assert httpx.post(f"{address}{CHAT}", json=body, timeout=30).status_code == 200
+    refused = httpx.post(f"{address}{CHAT}", json=body | {"n": 4}, timeout=30)
+    assert refused.status_code == 429
+    assert "3 answers with a grammar are under way" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stop", [["x"] * 17, ["x" * 257]])

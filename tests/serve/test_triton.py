@@ -14,12 +14,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.serve import triton
 from tests.commands.helpers import dash, refused
 from tests.conftest import ROOT
 
@@ -30,7 +32,12 @@ SERVER, _, SITE = os.environ.get("DASH_EXPORT_TRITON", "").partition(":")
 
 @pytest.fixture
 def repository(tiny_root: Path, tmp_path: Path) -> Path:
-    assert dash("serve", tiny_root, *FP32, "--write-triton", tmp_path / "models", "--rows", "2").exit_code == 0
+    assert (
+        dash(
+            "serve", tiny_root, *FP32, "--write-triton", tmp_path / "models", "--rows", "2", "--waiting", "4"
+        ).exit_code
+        == 0
+    )
     return tmp_path / "models"
 
 
@@ -117,6 +124,8 @@ def test_it_streams(ask: Callable[..., Sender], expected: str) -> None:
         (("hello", "[]"), "is not the JSON of an object"),
         (("hello", '{"max_tokens": 0}'), "max_tokens: Input should be greater"),
         (("hello", '{"dash": {"budget": 7}}'), "budget"),
+        (("hello", '{"n": 2}'), "n is not for Triton"),
+        (("hello", "[" * 100_000), "recursion"),
         ((), "prompt"),
     ],
 )
@@ -131,8 +140,47 @@ def test_a_client_that_goes_away(ask: Callable[..., Sender]) -> None:
     assert json.loads(sender.told()[-1]["statistics"])["completion_tokens"] < 400
 
 
+def test_those_who_went_away_keep_no_places(ask: Callable[..., Sender]) -> None:
+    """Rows and queue are full of requests whose clients are gone before their first token."""
+    busy = [ask("hello", json.dumps(ASKED | {"max_tokens": 400})) for _ in range(2)]
+    waiting = [ask("hello", json.dumps(ASKED)) for _ in range(4)]
+    for sender in waiting:
+        sender.cancelled = True
+    assert json.loads(ask("hello", json.dumps(ASKED)).told()[-1]["statistics"])["completion_tokens"] == 9
+    assert all("error" in sender.told()[-1] for sender in waiting)
+    assert all(len(sender.told()) > 300 for sender in busy)
+
+
 def test_nothing_is_written_over(tiny_root: Path, repository: Path) -> None:
-    assert "is there already" in refused("serve", tiny_root, *FP32, "--write-triton", repository)
+    """A model that is there, what lies beside a name like `..`, a bundle; one that cannot be written whole is not."""
+    serve = ("serve", tiny_root, *FP32, "--write-triton")
+    assert "is there already" in refused(*serve, repository)
+    assert "would lie inside the bundle" in refused(*serve, tiny_root / "onnx" / "models")
+    assert "none of --budget" in refused(*serve, repository.with_name("other"), "--budget", 0.9)
+    assert {path.name for path in repository.iterdir()} == {"tiny"}
+
+
+def test_the_name_of_a_bundle_that_is_called_otherwise(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.pbtxt").write_text("mine")
+    monkeypatch.chdir(tiny_root / "onnx")
+    assert dash("serve", "..", *FP32, "--write-triton", tmp_path / "new" / "models").exit_code == 0
+    assert (tmp_path / "config.pbtxt").read_text() == "mine"
+    assert (tmp_path / "new" / "models" / "tiny" / "config.pbtxt").is_file()
+
+
+def test_a_model_is_written_whole_or_not_at_all(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = ("serve", tiny_root, *FP32, "--write-triton", tmp_path / "models")
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "sync", Mock(side_effect=OSError(28, "No space left")))
+        refused(*serve)
+        patch.setattr(triton, "write_atomic", Mock(side_effect=OSError(28, "No space left")))
+        refused("serve", tiny_root, *FP32, "--write-triton", tmp_path / "others")
+    assert not [*(tmp_path / "others").iterdir()]
+    assert dash("serve", tiny_root, *FP32, "--write-triton", tmp_path / "others").exit_code == 0
 
 
 @pytest.mark.skipif(not SERVER, reason="set DASH_EXPORT_TRITON (docs/serving.md)")

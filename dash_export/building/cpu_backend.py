@@ -28,7 +28,7 @@ class CpuBackend(Backend):
     """Engines that share the tables of RoPE. What is packed for this machine's kernels is packed at loading."""
 
     on_device = False
-    revision = 20
+    revision = 19
 
     def require(self) -> None:
         require_backend(self.recipe.backend)

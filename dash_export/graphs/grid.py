@@ -2,8 +2,7 @@
 blocks of 32.
 
 MatMulNBits has whole zero points, so m is a multiple of s plus a rest. The rests of a matrix are one small product with
-the means of x over its blocks, which stand behind x as further inputs: twice, for four bits of a rest are too few. The
-second time they are means / FINER, and the codes what the first ones have missed.
+the means of x over its blocks, which stand behind x as further inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from dash_export.models.spec import Float32Array
 
 BLOCK, CODES = 32, 16
 _REST_LEVELS = 7
-FINER = 2 * _REST_LEVELS
 
 
 @dataclass(frozen=True)
@@ -59,21 +57,20 @@ def grid_of(stored: Stored) -> Grid | None:
 
 def packed(grids: Sequence[Grid]) -> tuple[npt.NDArray[np.uint8], Float32Array, npt.NDArray[np.uint8], int]:
     """Grids side by side as MatMulNBits takes them: codes [out, blocks, BLOCK / 2], scales, zero points, and how many
-    inputs follow those of the matrix: two per block for the rests, which take blocks of their own; or none.
+    inputs follow those of the matrix: one per block for the rests, which take blocks of their own; or none.
     """
     codes, scales, zeros, rests = (
         np.concatenate([getattr(grid, name) for grid in grids]) for name in ("codes", "scales", "zeros", "rests")
     )
     more = 0
     if any(grid.has_rests() for grid in grids):
-        more = 2 * rests.shape[1]
-        step = np.maximum(BLOCK * np.abs(rests).max(axis=1, keepdims=True) / _REST_LEVELS, np.float32(1e-30))
-        exact = BLOCK * rests / step
-        coarse = np.rint(exact)
-        digits = np.concatenate([coarse, np.rint((exact - coarse) * FINER)], axis=1)
-        digits = np.pad(digits, ((0, 0), (0, -more % BLOCK))).reshape(len(rests), -1, BLOCK)
-        codes = np.concatenate([codes, (digits + 8).astype(np.uint8)], axis=1)
-        scales = np.concatenate([scales, np.repeat(step, digits.shape[1], axis=1)], axis=1)
-        zeros = np.concatenate([zeros, np.full(digits.shape[:2], 8, np.uint8)], axis=1)
+        more = rests.shape[1]
+        extra = np.zeros((len(rests), -(-more // BLOCK) * BLOCK), np.float32)
+        extra[:, :more] = BLOCK * rests
+        extra = extra.reshape(len(rests), -1, BLOCK)
+        step = np.maximum(np.abs(extra).max(-1) / _REST_LEVELS, np.float32(1e-30))
+        codes = np.concatenate([codes, (np.rint(extra / step[..., None]) + 8).astype(np.uint8)], axis=1)
+        scales = np.concatenate([scales, step], axis=1)
+        zeros = np.concatenate([zeros, np.full(step.shape, 8, np.uint8)], axis=1)
     zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)), constant_values=8)
     return codes[..., ::2] | codes[..., 1::2] << 4, scales, zeros[:, ::2] | zeros[:, 1::2] << 4, more

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dash_export.graphs.grid import BLOCK, FINER, Grid, grid_of, packed
+from dash_export.graphs.grid import BLOCK, Grid, grid_of, packed
 from dash_export.graphs.ort_quantize import ACCURACY_LEVEL, CONTRIB, quantized
 from dash_export.graphs.rounded import Roundings, weight_precision
 from dash_export.graphs.stored import STORED
@@ -114,10 +114,7 @@ class ProductWriter(GraphWriter):
         codes, scales, zeros, more = packed(grids)
         if more:
             means = self.op("AveragePool", [source], f"{node}/means", kernel_shape=[BLOCK], strides=[BLOCK])
-            fine = self.op(
-                "Mul", [means, self.constant(f"{node}/finer", np.array([1 / FINER], np.float32))], f"{node}/fine"
-            )
-            source = self.op("Concat", [source, means, fine], f"{node}/with_means", axis=-1)
+            source = self.op("Concat", [source, means], f"{node}/with_means", axis=-1)
         parts: dict[str, npt.NDArray[Any]] = {"q4": codes, "scales": scales, "zero_points": zeros}
         grid = [self.constant(f"{node}.weight.{name}", each) for name, each in parts.items()]
         options = {"K": rows + more, "N": columns, "bits": 4, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}

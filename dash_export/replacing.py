@@ -38,10 +38,9 @@ def recover(output: Path, ours: Sequence[str], last: str, command: str) -> None:
     work = work_of(output)
     if (output / MARK).exists() and not bears_mark(output, command):
         return
-    # Without a mark it is empty: the last that a removal leaves.
-    if work.is_dir() and not work.is_symlink() and (bears_mark(work, command) or not any(work.iterdir())):
+    if work.is_dir() and not work.is_symlink():
         left = os.path.lexists(work / last)  # which goes last
-        begun = (work / PLAN).is_file() and ((output / MARK).is_file() or not left)
+        begun = (work / PLAN).is_file() and (work / MARK).is_file() and ((output / MARK).is_file() or not left)
         if begun and left:
             _replace(work, output, ours, last)
         if begun or {path.name for path in work.iterdir()} <= {MARK}:

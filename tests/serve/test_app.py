@@ -260,6 +260,7 @@ def test_metrics(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert told['dash_export_waiting{model="tiny"}'] == 0
     assert told['dash_export_layers_total{layer="2",model="tiny",state="skipped"}'] == 139
     assert told['dash_export_layers_total{layer="1",model="tiny",state="run"}'] == 139
+    assert told['dash_export_layers_total{layer="2",model="tiny",state="run"}'] == 0
     assert told['dash_export_energy_joules_total{zone="package-0"}'] == 2.5
     duration, first, token = (
         told[f"gen_ai_server_{name}_seconds_sum{{{labels}}}"]

@@ -82,13 +82,12 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
     points.
     """
     from dash_export import DashRuntime
-    from dash_export.building import build, calibrate, dial, pipeline
+    from dash_export.building import build, dial, pipeline
 
     @cache
     def runtime(target: str) -> DashRuntime:
         with pytest.MonkeyPatch.context() as patch:
             tested = target == "cpu"  # the others only need a dial
-            patch.setattr(calibrate, "WINDOWS", 16)  # a quarter of them, for the suite's time: test_precision.py
             if target == "portable":  # which is only compared: a token takes long there
                 patch.setattr(pipeline, "_measured", lambda _bundle, draft, *_: draft)
             patch.setattr(dial, "WINDOWS", 3 if tested else 1)

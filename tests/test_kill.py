@@ -27,7 +27,7 @@ from dash_export.models import open_checkpoint
 from tests import victims
 from tests.tiny import random_ids, save_model, tiny_policy
 
-MOMENTS = 12
+MOMENTS = 20
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["tests.tiny", "tests.victims", "dash_export.building.calibrate", "dash_export.graphs.ort"])
 

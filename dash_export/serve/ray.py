@@ -5,8 +5,7 @@
 Ray gives each request to one of the two less busy of its replicas; a conversation's known beginning is of one replica.
 """
 
-from __future__ import annotations
-
+# No postponed annotations: Ray makes a Given of the command line's texts only where it sees the class itself.
 import os
 
 from pydantic import BaseModel, ConfigDict, Field

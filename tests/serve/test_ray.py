@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def address(tiny_root: Path) -> Iterator[str]:
 
     from dash_export.serve.ray import Given, app
 
+    assert signature(app).parameters["given"].annotation is Given, "`serve run` would hand it a dict"
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

@@ -27,6 +27,15 @@ DATA = Path(__file__).parent / "data"
 sys.path.insert(0, str(ROOT / "tools"))  # the demo's own fetching, not a second one
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes minutes: make test PYTEST_ARGS=--slow runs it")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_builds() -> Iterator[None]:
     """No build waits for the machine to become quiet, or keeps the costs of one before, whatever else runs here; and
@@ -78,8 +87,8 @@ def smollm2_bundle(smollm2: Checkpoint, smollm2_policy: SkipPolicy, tmp_path_fac
 
 @pytest.fixture(scope="session")
 def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]]:
-    """`smollm2_runtime(target)`: `cpu`, `cpu-fp32`, `cpu-int8` or `portable`, built on first use, with a dial of few
-    points.
+    """`smollm2_runtime(target)`: `cpu` (calibrated, which takes minutes), `cpu-nearest`, `cpu-fp32`, `cpu-int8` or
+    `portable`, built on first use, with a dial of few points.
     """
     from dash_export import DashRuntime
     from dash_export.building import build, dial, pipeline
@@ -87,14 +96,14 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
     @cache
     def runtime(target: str) -> DashRuntime:
         with pytest.MonkeyPatch.context() as patch:
-            tested = target == "cpu"  # the others only need a dial
+            tested = target in ("cpu", "cpu-nearest")  # the others only need a dial
             if target == "portable":  # which is only compared: a token takes long there
                 patch.setattr(pipeline, "_measured", lambda _bundle, draft, *_: draft)
             patch.setattr(dial, "WINDOWS", 3 if tested else 1)
             patch.setattr(dial, "TOKENS", 128 if tested else 64)
             patch.setattr(dial, "SHARES", (0.1, 0.25, 0.4, 0.6) if tested else (0.1, 0.4))
-            recipe, _, weights = target.partition("-")
-            build(smollm2_bundle, recipe, weights=weights or None)
+            recipe, _, changed = target.partition("-")
+            build(smollm2_bundle, recipe, **{"rounding" if changed == "nearest" else "weights": changed or None})
         return DashRuntime.load(smollm2_bundle, target)
 
     yield runtime

@@ -16,8 +16,6 @@ from dash_export.bundle import Bundle
 from tests.conftest import ROOT
 from tests.models.helpers import tiny_model, write_gguf
 
-pytestmark = pytest.mark.slow
-
 ABSENT = ["torch", "transformers"]
 EXPORT_ONLY = ["onnx", "onnx_ir", "gguf", "safetensors"]
 GENERATE = """

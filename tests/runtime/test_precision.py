@@ -17,8 +17,8 @@ pytestmark = pytest.mark.model
 WINDOW = 512
 LoadRuntime = Callable[..., DashRuntime]
 # target -> largest rise of perplexity, largest mean KL from fp32 (nats), smallest share of equal top tokens. Measured:
-# int8 +1.0 %, 0.006, 95 %; int4 +5.7 %, 0.064, 81 %; rounded to nearest it would be at +27 %.
-BOUNDS = {"cpu-int8": (0.015, 0.009, 0.94), "cpu": (0.07, 0.08, 0.78)}
+# int8 +1.0 %, 0.006, 95 %; int4 rounded to nearest +33.7 %, 0.30, 64 %; calibrated +5.7 %, 0.064, 81 %.
+BOUNDS = {"cpu-int8": (0.015, 0.009, 0.94), "cpu-nearest": (0.4, 0.35, 0.58), "cpu": (0.07, 0.08, 0.78)}
 
 
 def windows(runtime: DashRuntime) -> list[np.ndarray]:
@@ -37,7 +37,7 @@ def exact(smollm2_runtime: LoadRuntime) -> np.ndarray:
     return likelihoods(smollm2_runtime("cpu-fp32"))
 
 
-@pytest.mark.parametrize("target", BOUNDS)
+@pytest.mark.parametrize("target", ["cpu-int8", "cpu-nearest", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_perplexity_and_divergence(target: str, exact: np.ndarray, smollm2_runtime: LoadRuntime) -> None:
     rise = np.exp(np.mean(exact - likelihoods(smollm2_runtime(target)))) - 1
     ids = windows(smollm2_runtime("cpu-fp32"))[1]
@@ -58,7 +58,7 @@ def test_fp32_perplexity_is_that_of_the_model(exact: np.ndarray) -> None:
 
 def test_the_calibrated_budget_is_kept(smollm2_runtime: LoadRuntime) -> None:
     """On text the table was not made from, the mean decode time by the cost table is near the one asked for."""
-    runtime = smollm2_runtime("cpu")
+    runtime = smollm2_runtime("cpu-nearest")
     fastest = min(point.time for point in runtime.build.dial)
     budget = (1 + fastest) / 2
     times = []

@@ -16,7 +16,6 @@ import pytest
 
 from dash_export import DashRuntime
 
-pytestmark = pytest.mark.slow
 ASKED: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 60, "temperature": 0}
 DENSE: dict[str, Any] = {"dash": {"policy": "dense"}}
 

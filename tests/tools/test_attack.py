@@ -98,6 +98,16 @@ def test_soak(shared: ModuleType, tiny_root: Path) -> None:  # noqa: ARG001  mak
     assert line["done"]
 
 
+@pytest.mark.usefixtures("shared")
+def test_streams(tiny_root: Path) -> None:
+    result = CliRunner().invoke(
+        importlib.import_module("streams").main, [str(tiny_root), "--minutes", "0.05"], catch_exceptions=False
+    )
+    line = json.loads(result.stdout.splitlines()[-1])
+    assert line["faults"] == 0
+    assert any("answered" in kind for kind in line["done"])
+
+
 @pytest.mark.parametrize("order", ["in order", "by folder"])
 @pytest.mark.usefixtures("shared")
 def test_a_crash_loses_what_was_not_synced(tmp_path: Path, order: str) -> None:

@@ -282,10 +282,10 @@ def possible(runtime: DashRuntime) -> tuple[list[str], list[Setting]]:
     return kinds, settings
 
 
-def resident() -> float:
-    """MB of this process in memory; 0 where the system does not say."""
+def resident(process: int | str = "self") -> float:
+    """MB of a process in memory; 0 where the system does not say."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     except OSError:
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -321,37 +321,41 @@ def main(bundle: Path, target: str, minutes: float, threads: int, tasks: int, se
     report(soak, samples, minutes, threads)
 
 
-def report(soak: Soak, samples: list[tuple[float, float]], minutes: float, threads: int) -> None:
-    """Print the counts, the memory and one JSON line. Exits with 1 on faults."""
+def growth(samples: list[tuple[float, float]], minutes: float, flat: float) -> dict[str, Any]:
+    """What the memory (second, MB) did after the warm-up, printed too; `flat`: by what share it may grow."""
     warm = [sample for sample in samples if WARM_UP * 60 * minutes <= sample[0] <= 60 * minutes] or samples
     third = max(1, len(warm) // 3)
     first, last = (median(size for _, size in part) for part in (warm[:third], warm[-third:]))
-    growth = last / first - 1 if first else 0.0
+    grown = last / first - 1 if first else 0.0
     times, sizes = np.array(warm).T
     slope = 60 * float(np.polyfit(times, sizes, 1)[0]) if len(warm) > 2 else 0.0
+    print(
+        f"Memory after the warm-up: {first:.0f} MB, at the end {last:.0f} MB ({grown:+.2%}, {slope:+.2f} MB a minute)"
+    )
+    if grown > flat:
+        print(f"Memory grew by more than {flat:.0%}.")
+    return {
+        "sixths": [round(median(sizes[part])) for part in np.array_split(np.arange(len(sizes)), 6) if len(part)],
+        "megabytes": [round(first, 1), round(last, 1)],
+        "growth": round(grown, 5),
+        "mb_per_minute": slope,
+        "flat": grown <= flat,
+    }
+
+
+def report(soak: Soak, samples: list[tuple[float, float]], minutes: float, threads: int) -> None:
+    """Print the counts, the memory and one JSON line. Exits with 1 on faults."""
     table = Table("task", "done", title=f"{threads} threads, {minutes:g} minutes")
     for kind, count in sorted(soak.counts.items()):
         table.add_row(kind, str(count))
     console = Console(highlight=False)
     console.print(table)
-    console.print(
-        f"Memory after the warm-up: {first:.0f} MB, at the end {last:.0f} MB ({growth:+.2%}, {slope:+.2f} MB a minute)"
-    )
+    figures = growth(samples, minutes, FLAT)
     for fault in soak.faults[:10]:
         console.print(fault, markup=False)
-    flat = growth <= FLAT
-    if not flat:
-        console.print(f"Memory grew by more than {FLAT:.0%}.")
-    sixths = [round(median(sizes[part])) for part in np.array_split(np.arange(len(sizes)), 6) if len(part)]
-    figures = {
-        "sixths": sixths,
-        "megabytes": [round(first, 1), round(last, 1)],
-        "growth": round(growth, 5),
-        "mb_per_minute": slope,
-    }
     done = {"done": dict(soak.counts), "faults": len(soak.faults), "first_faults": soak.faults[:3]}
-    print(json.dumps({"attack": "soak", "threads": threads, "minutes": minutes, **done, **figures, "flat": flat}))
-    if soak.faults or not flat:
+    print(json.dumps({"attack": "soak", "threads": threads, "minutes": minutes, **done, **figures}))
+    if soak.faults or not figures["flat"]:
         raise SystemExit(1)
 
 

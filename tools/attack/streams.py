@@ -1,0 +1,198 @@
+"""A server under 64 streams for ten minutes: clients of all kinds, some of which leave in the middle; each answer is
+the one that it gave when nothing else ran, memory stays flat, and SIGTERM in the middle ends all of them honestly.
+
+    dash-export build MODEL -o my.dash --weights fp32
+    python tools/attack/streams.py my.dash --minutes 10 --streams 64
+
+fp32, where what decodes together changes no token. More streams than rows and queue: the others are told 429, and ask
+again. What a client that has left got so far is the beginning of the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+import httpx
+from soak import growth, resident
+
+from dash_export.bundle import Bundle
+from dash_export.commands.tables import print_table
+from dash_export.resources import resource_folder
+from dash_export.runtime.text import Text
+
+ROWS, WAITING, DRAIN = 8, 40, 20
+FLAT = 0.05
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"policy": "dense"}, {"policy": "static", "skipped": 2}, {"budget": 0.9}, {"budget": 0.85, "hold": False},
+)  # fmt: skip
+_GONE = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError)
+
+
+@dataclass
+class Load:
+    """What the clients share."""
+
+    client: httpx.AsyncClient
+    bodies: list[tuple[str, dict[str, Any]]]
+    expected: list[str]
+    until: float
+    closing: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    async def stream(self, number: int, seed: int) -> None:
+        random = Random(f"{seed} {number}")
+        while time.monotonic() < self.until and len(self.faults) < 100:
+            index, leaves = random.randrange(len(self.bodies)), random.choice((0, 0, 0, random.randint(1, 12)))
+            kind = random.choice(("streamed", "whole"))
+            try:
+                text, ended = await asyncio.wait_for(self.answer(index, kind, leaves), 300)
+                expected = self.expected[index]
+                if not (text == expected if ended == "answered" else expected.startswith(text)):
+                    self.faults.append(f"{index} {kind}, {ended}: {text!r}, and alone {expected!r}")
+            except _GONE as error:
+                ended = "closed"
+                self.faults += [] if self.closing else [f"{index} {kind}: {error!r}"]
+            except asyncio.TimeoutError:
+                ended = "hung"
+                self.faults.append(f"{index} {kind}: no end within 300 s")
+            self.counts[f"{kind}, {ended}"] += 1
+            if ended == "told to wait":
+                await asyncio.sleep(1 + random.random())
+            elif ended in ("closed", "told that it closes"):
+                return
+
+    async def answer(self, index: int, kind: str, leaves: int) -> tuple[str, str]:
+        """The text, and how it ended. `leaves`: after so many chunks, or tenths of a second."""
+        path, body = self.bodies[index]
+        if kind == "whole":
+            with suppress(asyncio.TimeoutError):
+                reply = await asyncio.wait_for(self.client.post(path, json=body), leaves / 10 or None)
+                return self.told(reply.status_code, reply.json())
+            return "", "left"
+        text = ""
+        async with self.client.stream("POST", path, json=body | {"stream": True}) as reply:
+            if reply.status_code != 200:
+                return self.told(reply.status_code, json.loads(await reply.aread()))
+            chunks = 0
+            async for line in reply.aiter_lines():
+                if line == "data: [DONE]":
+                    return text, "answered"
+                if not line.startswith("data: "):
+                    continue
+                chunk = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    return text, self.told(500, chunk)[1]
+                choice = chunk["choices"][0]
+                text += choice["text"] if "text" in choice else choice["delta"].get("content", "")
+                chunks += 1
+                if chunks == leaves:
+                    return text, "left"
+        self.faults.append(f"{index}: cut after {text!r}")
+        return text, "cut"
+
+    def told(self, status: int, found: dict[str, Any]) -> tuple[str, str]:
+        if status == 200:
+            choice = found["choices"][0]
+            return (choice["text"] if "text" in choice else choice["message"]["content"]), "answered"
+        if status == 429 and not self.closing:
+            return "", "told to wait"
+        if not self.closing:
+            self.faults.append(f"{status}: {found}")
+        return "", "told that it closes"
+
+
+def drawn(random: Random, count: int, letters: int, chats: bool) -> list[tuple[str, dict[str, Any]]]:
+    text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
+    bodies = []
+    for _ in range(count):
+        start = random.randrange(len(text) - 1000)
+        words = text[start : start + random.randint(10, letters)]
+        body = {"max_tokens": random.randint(4, 48), "dash": random.choice(SETTINGS), "seed": random.randrange(99)}
+        body |= {"temperature": random.choice((0, 0, 0.8)), "stop": random.choice((None, None, ["and"]))}
+        if not chats or random.random() < 0.5:
+            bodies.append(("/v1/completions", body | {"prompt": words}))
+        else:
+            bodies.append(("/v1/chat/completions", body | {"messages": [{"role": "user", "content": words}]}))
+    return bodies
+
+
+async def load(
+    address: str,
+    process: subprocess.Popen[bytes],
+    bodies: list[tuple[str, dict[str, Any]]],
+    minutes: float,
+    streams: int,
+    seed: int,
+) -> tuple[Load, list[Any]]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
+    async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
+        while True:
+            with suppress(httpx.TransportError):
+                if (await client.get("/health")).status_code == 200:
+                    break
+            await asyncio.sleep(0.1)
+        found = Load(client, bodies, [], float("inf"))
+        for index in range(len(found.bodies)):
+            text, ended = await found.answer(index, "whole", 0)
+            assert ended == "answered", ended
+            found.expected.append(text)
+        began = time.monotonic()
+        found.until = began + 60 * minutes + 3600
+        clients = [asyncio.create_task(found.stream(number, seed)) for number in range(streams)]
+        samples = []
+        while (now := time.monotonic() - began) < 60 * minutes and not all(one.done() for one in clients):
+            samples.append((now, resident(process.pid)))
+            await asyncio.sleep(1)
+        found.closing = True
+        process.terminate()
+        await asyncio.gather(*clients)
+    return found, samples
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option("--target", default="cpu-fp32", show_default=True)
+@click.option("--minutes", default=10.0, show_default=True)
+@click.option("--streams", default=64, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(bundle: Path, target: str, minutes: float, streams: int, seed: int) -> None:
+    """Ask alone, then with all."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "dash_export", "serve", str(bundle), "--target", target, "--port", str(port)]
+    process = subprocess.Popen([*command, "--rows", str(ROWS), "--waiting", str(WAITING), "--drain", str(DRAIN)])
+    opened = Bundle.open(bundle)
+    letters = min(900, opened.manifest.model.max_positions // 4)
+    bodies = drawn(Random(seed), 60, letters, Text(opened.root).template is not None)
+    try:
+        done, samples = asyncio.run(load(f"http://127.0.0.1:{port}", process, bodies, minutes, streams, seed))
+        code = process.wait(DRAIN + 10)
+    finally:
+        process.kill()
+    done.faults += [] if code in (0, -signal.SIGTERM) else [f"the server ended with {code}"]
+    print_table(f"{streams} streams, {minutes:g} minutes", ("requests",), ("",), sorted(done.counts.items()))
+    figures = growth(samples, minutes, FLAT)
+    print(*done.faults[:10], sep="\n")
+    counts = {"done": dict(done.counts), "faults": len(done.faults), "first_faults": done.faults[:3]}
+    print(json.dumps({"attack": "streams", "streams": streams, "minutes": minutes, **counts, **figures}))
+    if done.faults or not figures["flat"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -74,7 +74,7 @@ def export(
     for the output, BusyError where another process writes it or builds in it.
     """
     output = named(output)
-    _refuse_foreign(output)
+    refuse_foreign(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     check_inputs(checkpoint.seen, output)
     policy = no_policy(checkpoint.spec.num_layers) if policy is None else policy
@@ -83,7 +83,7 @@ def export(
     key = content_key(GRAPH_REVISION, checkpoint.fingerprint, asdict(facts), sorted(checkpoint.assets.items()))
     with locked(output, "export"), ExitStack() as held:
         recover(output, OURS, MANIFEST, "export")
-        _refuse_foreign(output)
+        refuse_foreign(output)
         if output.exists():
             if known := _whole(output, key):
                 unmark(output)
@@ -97,7 +97,7 @@ def export(
             checkpoint.check_same()
             manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
         # What has appeared there meanwhile stays, and so does the work of hours.
-        _refuse_foreign(output)
+        refuse_foreign(output)
         check_place(output, OURS)
         with removed_on_error(unfinished):
             _finish(unfinished, output, manifest)
@@ -109,7 +109,8 @@ def check_inputs(inputs: Iterable[Path], output: Path) -> None:
     refuse_inputs(inputs, [work_of(output), *(output / name for name in OURS)])
 
 
-def _refuse_foreign(output: Path) -> None:
+def refuse_foreign(output: Path) -> None:
+    """Raises BundleError where something lies at `output` that is no bundle."""
     refuse_link(output)
     # Others have manifests too, and folders called onnx.
     ours = any((output / "onnx" / name).is_file() for name in (portable.ROPE_FILE, "layer_00.onnx"))

@@ -22,7 +22,7 @@ from dash_export.building.calibrate import calibration_key, rounding_artifact
 from dash_export.building.verify import verification
 from dash_export.bundle import MANIFEST, Bundle
 from dash_export.errors import BackendError, BundleError
-from dash_export.exporting import OURS
+from dash_export.exporting import OURS, refuse_foreign
 from dash_export.manifest import Verification
 from dash_export.names import ROUNDINGS
 from dash_export.outputs import (
@@ -80,12 +80,12 @@ def write_kit(
         raise BackendError(f"A kit has a {root.name} of its own beside the bundle: rename the bundle first.")
     # Engines that were compiled in the kit, and all else that somebody put there, stay.
     inside = [f"{root.name}/{name}" for name in (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")]
-    ours = (SCRIPT, REQUIREMENTS, LIBRARY, f"{RECIPES}/{Path(target).name}", *inside, RECORD)
+    recipe_file = [Path(target)] if Path(target).suffix == ".toml" else []
+    ours = (SCRIPT, REQUIREMENTS, LIBRARY, *(f"{RECIPES}/{path.name}" for path in recipe_file), *inside, RECORD)
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
-        recipe_file = [Path(target)] if Path(target).suffix == ".toml" else []
         refuse_inputs([bundle.path(MANIFEST), *recipe_file], [work_of(folder), *(folder / name for name in ours)])
         recover(folder, ours, RECORD, "build --kit")
-        _refuse_foreign(folder)
+        _refuse_foreign(folder, root.name)
         check_place(folder, ours)
         remove_own(work_folder(folder, "build --kit"))  # a kit is not resumed
         unfinished = work_folder(folder, "build --kit")
@@ -103,7 +103,7 @@ def write_kit(
             _copy_package(unfinished / LIBRARY / PACKAGE.name)
             shutil.copyfile(kit_script.__file__, unfinished / SCRIPT)
             (unfinished / REQUIREMENTS).write_text(PACKAGES, encoding="utf-8")
-            if Path(target).suffix == ".toml":
+            if recipe_file:
                 (unfinished / RECIPES).mkdir()
                 target = f"{RECIPES}/{Path(shutil.copy2(target, unfinished / RECIPES)).name}"
             # The manifest changes when engines are built; it is hashed by itself.
@@ -122,7 +122,7 @@ def write_kit(
             }
             record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
             write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
-            _refuse_foreign(folder)  # what has appeared there meanwhile
+            _refuse_foreign(folder, root.name)  # what has appeared there meanwhile
             put_in_place(unfinished, folder, ours, RECORD, "build --kit")
     return folder
 
@@ -136,11 +136,12 @@ def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) ->
     return verification(bundle, recipe, segments, {}, engines, progress)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _refuse_foreign(folder: Path, bundle: str) -> None:
     refuse_link(folder)
     is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
     if folder.exists() and not is_kit and not bears_mark(folder, "build --kit"):
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
+    refuse_foreign(folder / bundle)
 
 
 def _copy_package(into: Path) -> None:

@@ -57,7 +57,7 @@ def command(
     from dash_export.serve.triton import write_repository
 
     if write_triton is not None:
-        check_outside_bundles(write_triton)
+        check_outside_bundles(write_triton / "model")
         if budget or pace or deadline or cors:
             raise RequestError(
                 "A model for Triton has none of --budget, --pace, --deadline and --cors: leave them out."
@@ -70,8 +70,8 @@ def command(
     alone = None if budget is None else Setting("token", budget=budget)
     for runtime in runtimes:
         name = runtime.bundle.root.stem
-        if name in served:
-            raise RequestError(f"Two bundles are called {name}: rename the folder of one.")
+        if name in served or name in (".", ".."):
+            raise RequestError(f"Two bundles are called {name}, or it is no name: rename the folder of one.")
         served[name] = one = Scheduler(
             runtime, rows=rows, waiting=waiting, alone=alone, memory=memory, least=least,
             pace=None if pace is None else pace / 1000,

@@ -1,7 +1,7 @@
 """The architectures of GGUF files, and what their keys are called in the config.json of the same model.
 
-What converters leave out is as in llama.cpp (llama-model.cpp): which layers have a window, Gemma 3's second RoPE base,
-the score scale of the 27B Gemmas.
+What converters leave out is as in llama.cpp (llama-model.cpp): which layers have a window, Gemma 2's window and caps,
+Gemma 3's second RoPE base, the score scale of the 27B Gemmas.
 """
 
 from __future__ import annotations
@@ -48,9 +48,12 @@ def _gemma(layers_of_27b: int, own: Own, config: Mapping[str, Any]) -> dict[str,
     return {"query_pre_attn_scalar": size, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
 
+_GEMMA2 = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
+
+
 def _gemma2(own: Own, _tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    caps = {name: config[name] for name in ("attn_logit_softcapping", "final_logit_softcapping")}
-    return _gemma(46, own, config) | {name: cap or None for name, cap in caps.items()}
+    given = {name: usual if config[name] is None else config[name] or None for name, usual in _GEMMA2.items()}
+    return _gemma(46, own, config) | given
 
 
 def _gemma3(own: Own, _tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +82,8 @@ def _phi3(own: Own, tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]
 
 
 def _granite(own: Own, _tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    if own.get("rope.scaling.finetuned", True) is not True:  # llama.cpp's switch for this family
+        raise CheckpointError("granite.rope.scaling.finetuned is false: a model without RoPE is not supported")
     return {"attention_multiplier": own.get("attention.scale") or config["head_dim"] ** -0.5}
 
 

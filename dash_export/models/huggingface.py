@@ -127,17 +127,17 @@ def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     assets: dict[str, str] = {}
-    known: dict[str, int] = {}
     settings, where, tokenizer = dict[str, Any](), folder, dict[str, Any]()
     for path in (folder / name for name in TEXT_FILES[1:-1]):
         if path.is_file():
             assets[path.name], parsed = read_json(path)
             if path.name == "tokenizer.json":
-                known, tokenizer = _vocabulary(assets[path.name], path, vocab_size), parsed
+                _check_vocabulary(assets[path.name], path, vocab_size)
+                tokenizer = parsed
             if path.name == "tokenizer_config.json":
                 settings, where = parsed, path
+    _check_added(settings, folder, tokenizer)
     if "tokenizer_config.json" in assets:
-        _check_added(settings, where, known)
         _check_reading(settings, where, tokenizer)
         if template := _chat_template(settings, where):
             assets["chat_template.jinja"] = template
@@ -146,22 +146,41 @@ def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
     return assets
 
 
-def _check_added(settings: dict[str, Any], path: Path, known: dict[str, int]) -> None:
-    """A token that only this file adds would be letters here and a token in transformers."""
-    added = settings.get("added_tokens_decoder")
-    for index, token in added.items() if isinstance(added, dict) else ():
-        content = token.get("content") if isinstance(token, dict) else None
-        if not isinstance(content, str) or str(known.get(content)) != index:
+def _check_added(settings: dict[str, Any], folder: Path, tokenizer: dict[str, Any]) -> None:
+    """A token that only the files beside tokenizer.json name would be letters here and a token in transformers."""
+    known = {token.get("content"): str(token.get("id")) for token in _entries(tokenizer.get("added_tokens"))}
+    named, added = (
+        read_json(path)[1] if (path := folder / name).is_file() else {}
+        for name in ("special_tokens_map.json", "added_tokens.json")
+    )
+    tokens: list[tuple[object, object]] = [*added.items()]  # the text, and its id where that is said
+    decoder = settings.get("added_tokens_decoder")
+    for index, token in decoder.items() if isinstance(decoder, dict) else ():
+        tokens.append((token.get("content") if isinstance(token, dict) else None, index))
+    for given in (settings, named):
+        said = [given.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+        for several in (given.get("additional_special_tokens"), given.get("extra_special_tokens")):
+            said += several.values() if isinstance(several, dict) else several if isinstance(several, list) else []
+        tokens += [(one.get("content") if isinstance(one, dict) else one, None) for one in said if one is not None]
+    for content, index in tokens:
+        found = known.get(content) if isinstance(content, str) else None
+        if found is None or (index is not None and str(index) != found):
             raise CheckpointError(
-                f"{path} adds a token {shown(content)} as {shown(index)}, which tokenizer.json does not have: write "
-                "both anew with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+                f"{folder} names a token {shown(content)} that tokenizer.json does not add"
+                f"{'' if index is None else f' as {shown(index)}'}: write its tokenizer anew with "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder), or take the token out of "
+                "tokenizer_config.json, special_tokens_map.json and added_tokens.json"
             )
+
+
+def _entries(found: Any) -> list[dict[str, Any]]:
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def _check_reading(settings: dict[str, Any], path: Path, tokenizer: dict[str, Any]) -> None:
     """Options by which transformers reads a text otherwise than tokenizer.json says."""
     added, given = tokenizer.get("added_tokens"), settings.get("added_tokens_decoder")
-    flags = {str(token.get("id")): token for token in added or () if isinstance(token, dict)}
+    flags = {str(token.get("id")): token for token in _entries(added)}
     decoder = given.items() if isinstance(given, dict) else ()
     wrong = [
         f"{name} of token {shown(index)}"
@@ -183,7 +202,7 @@ def _check_reading(settings: dict[str, Any], path: Path, tokenizer: dict[str, An
         )
 
 
-def _vocabulary(text: str, path: Path, vocab_size: int) -> dict[str, int]:
+def _check_vocabulary(text: str, path: Path, vocab_size: int) -> None:
     try:
         tokens = load_tokenizer(text).get_vocab(with_added_tokens=True)
     except ValueError as error:
@@ -193,7 +212,6 @@ def _vocabulary(text: str, path: Path, vocab_size: int) -> dict[str, int]:
             f"{path} has tokens up to {largest}, and the embedding has {vocab_size} rows: take the tokenizer that the "
             "model was trained with"
         )
-    return tokens
 
 
 def _chat_template(tokenizer_config: dict[str, Any], path: Path) -> str | None:

@@ -50,6 +50,20 @@ _PRE_TOKENIZERS = {
 _IGNORES_MERGES = _ADDS_BOS = ("llama-bpe", "llama3", "tekken")
 
 
+_ENDS = {
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<end_of_turn>",
+    "<EOT>",
+}
+_KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
+"""Special tokens of Phi-3 that leave the white space after them: the others' own tokenizer.json takes it away."""
+
+
 def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, str]:
     """tokenizer.json, tokenizer_config.json, generation_config.json and, if there is one, chat_template.jinja.
 
@@ -81,8 +95,14 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
     if flag(metadata, "tokenizer.ggml.add_eos_token", False):
         raise CheckpointError("tokenizer.ggml.add_eos_token is not supported: every prompt would be an ended text")
     kinds = _kinds(metadata, tokens)
+    # llama.cpp ends generation at the end of a turn, too, and knows it by its name.
+    named = [index for index, token in enumerate(tokens) if token in _ENDS]
+    ends = list(dict.fromkeys(end for end in (eos, eot, *named) if end is not None))
+    for index in named:
+        kinds[index] = _CONTROL
     parts = spm_parts(metadata, tokens, kinds) if spm else _bpe_parts(metadata, tokens, str(pre))
-    made = _tokenizer(tokens, kinds, parts, bos if add_bos else None)
+    rstrip = metadata.get("general.architecture") == "phi3" and spm
+    made = _tokenizer(tokens, kinds, parts, bos if add_bos else None, rstrip)
     try:
         text = load_tokenizer(json.dumps(made, ensure_ascii=False)).to_str()  # as what runs the bundle will
     except ValueError as error:
@@ -94,8 +114,6 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
         "clean_up_tokenization_spaces": False,
         **{name: tokens[index] for name, index in ids.items() if index is not None},
     }
-    # llama.cpp ends generation at the end of a turn as well as at the end of the text.
-    ends = list(dict.fromkeys(end for end in (eos, eot) if end is not None))
     generation = {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": pad}
     return {
         "tokenizer.json": text,
@@ -127,7 +145,7 @@ def _kinds(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
     sound = isinstance(kinds, list) and all(type(kind) is int and 1 <= kind <= 6 for kind in kinds)
     if not sound or not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.token_type is {shown(kinds)}; expected an integer of 1 to 6 per token")
-    return kinds
+    return [*kinds]
 
 
 def _bpe_parts(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> dict[str, Any]:
@@ -154,8 +172,10 @@ def _bpe_parts(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> dict
     }
 
 
-def _tokenizer(tokens: list[str], kinds: list[int], parts: dict[str, Any], bos: int | None) -> dict[str, Any]:
-    """A tokenizer.json; texts begin with the token `bos`, where there is one."""
+def _tokenizer(
+    tokens: list[str], kinds: list[int], parts: dict[str, Any], bos: int | None, rstrip: bool
+) -> dict[str, Any]:
+    """A tokenizer.json; texts begin with the token `bos`, where there is one. `rstrip`: as Phi-3 has it."""
     before = parts.get("post_processor")
     post_processor = before
     if bos is not None:
@@ -172,11 +192,17 @@ def _tokenizer(tokens: list[str], kinds: list[int], parts: dict[str, Any], bos: 
             "special_tokens": {first: {"id": first, "ids": [bos], "tokens": [first]}},
         }
         post_processor = {"type": "Sequence", "processors": [before, template]} if before else template
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags = dict.fromkeys(("single_word", "lstrip", "normalized"), False)
     return parts | {
         "version": "1.0",
         "added_tokens": [
-            {"id": index, "content": token, **flags, "special": kind == _CONTROL}
+            {
+                "id": index,
+                "content": token,
+                **flags,
+                "rstrip": rstrip and token not in _KEEPS_SPACE,
+                "special": kind == _CONTROL,
+            }
             for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
             if kind in (_CONTROL, _USER_DEFINED)
         ],

@@ -80,20 +80,13 @@ async def completion(server: Server, http: HttpRequest) -> Response:
             server, request, lambda scheduler: scheduler.ids(request.prompt), request.max_tokens, request.logprobs, size
         )
     if request.stream:
-        return _streamed(begun, "text_completion", _completion_chunks(begun))
+        return _streamed(begun, "text_completion", _completion_chunks(begun, request.logprobs is not None))
     found = await gathered(begun, http)
 
     def whole() -> Response:
         choices = []
         for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
-            likely = None
-            if request.logprobs is not None:
-                each = [entries for token in tokens if (entries := begun.logprobs(token))]
-                likely = {
-                    "tokens": [entries[0]["token"] for entries in each],
-                    "token_logprobs": [entries[0]["logprob"] for entries in each],
-                    "top_logprobs": [{entry["token"]: entry["logprob"] for entry in entries[1:]} for entries in each],
-                }
+            likely = None if request.logprobs is None else _likelihoods(begun, tokens)
             reason = _FINISH[answer.finish_reason]
             choices.append({"index": index, "text": answer.text, "logprobs": likely, "finish_reason": reason})
         return JSONResponse(begun.common | {"object": "text_completion", "choices": choices, "usage": begun.usage(),
@@ -102,10 +95,20 @@ async def completion(server: Server, http: HttpRequest) -> Response:
     return await asyncio.to_thread(whole)
 
 
-async def _completion_chunks(begun: Begun) -> AsyncIterator[dict[str, Any]]:
+def _likelihoods(begun: Begun, tokens: list[Token]) -> dict[str, Any]:
+    each = [entries for token in tokens if (entries := begun.logprobs(token))]
+    return {
+        "tokens": [entries[0]["token"] for entries in each],
+        "token_logprobs": [entries[0]["logprob"] for entries in each],
+        "top_logprobs": [{entry["token"]: entry["logprob"] for entry in entries[1:]} for entries in each],
+    }
+
+
+async def _completion_chunks(begun: Begun, likely: bool) -> AsyncIterator[dict[str, Any]]:
     async for index, token in merged(begun):
         reason = None if token.finish_reason is None else _FINISH[token.finish_reason]
-        choice = {"index": index, "text": token.text, "logprobs": None, "finish_reason": reason}
+        logprobs = _likelihoods(begun, [token]) if likely else None
+        choice = {"index": index, "text": token.text, "logprobs": logprobs, "finish_reason": reason}
         yield {"choices": [choice], **begun.skips(token)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -32,6 +33,8 @@ from dash_export.serve.tools import Choice, Tool, calls_grammar
 
 logger = logging.getLogger(__name__)
 MOST = 1 << 20
+PARTS = 16_384
+"""Lists and objects of a body, and of all arguments in it: each costs what a thousand letters do."""
 Few = Field(max_length=1024, fail_fast=True)
 """A list that is read no further than its first mistake: each would cost what a thousand right entries do."""
 _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": MOST}
@@ -51,6 +54,14 @@ def _one_prompt(given: Any) -> Any:
     if isinstance(given, list) and 0 < len(given) <= MOST and all(type(one) is int for one in given):
         return given
     raise ValueError("expected a text, or token ids")
+
+
+def check_parts(body: bytes) -> None:
+    """Raises RequestError for JSON of more than PARTS, unread; what is no JSON is told later."""
+    if body.count(b"[") + body.count(b"{") > PARTS:
+        outside = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]  # of texts
+        if sum(part.count(b"[") + part.count(b"{") for part in outside) > PARTS:
+            raise RequestError(f"The body has more than {PARTS} lists and objects.")
 
 
 class HttpError(Exception):
@@ -121,10 +132,16 @@ class Called(BaseModel):
     @field_validator("arguments")
     @classmethod
     def _object(cls, text: str) -> str:
+        _check_arguments([text])
         with suppress(ValueError, RecursionError):
             if isinstance(json.loads(text), dict):
                 return text
         raise ValueError("not the JSON of an object")
+
+
+def _check_arguments(texts: Iterable[str]) -> None:
+    if sum(text.count("[") + text.count("{") for text in texts) > PARTS:
+        raise ValueError(f"more than {PARTS} lists and objects")
 
 
 class ToolCall(BaseModel):
@@ -240,6 +257,12 @@ class ChatRequest(Generation):
     tool_choice: Choice = "auto"
     parallel_tool_calls: bool = True
 
+    @field_validator("messages")
+    @classmethod
+    def _few_parts(cls, messages: list[Message]) -> list[Message]:
+        _check_arguments(call.function.arguments for message in messages for call in message.tool_calls or ())
+        return messages
+
     def guided(self) -> bool:
         calls = not isinstance(self.tool_choice, str) or self.tool_choice == "required"
         return calls or (self.response_format is not None and self.response_format.type != "text")
@@ -273,12 +296,15 @@ def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
     base, at, alias = name.partition("@")
     if not at:
         return base, dash.setting()
+    if dash.setting() is not None:
+        raise RequestError(f"model: {name!r:.100} says how much is skipped, and so does dash: leave one out.")
     given: dict[str, Any] = {}
+    known = Dash.model_fields.keys() - {"skips"}
     for part in alias.split(","):
         key, equals, value = part.partition("=")
-        if not equals or key not in Dash.model_fields:
+        if not equals or key not in known or key in given:
             raise RequestError(
-                f"model: {name!r:.100} is not like NAME@budget=0.9; known: {', '.join(Dash.model_fields)}."
+                f"model: {name!r:.100} is not like NAME@budget=0.9; known, each once: {', '.join(sorted(known))}."
             )
         given[key] = value
     try:

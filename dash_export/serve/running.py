@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,7 @@ from dash_export.runtime.results import Response as Token
 from dash_export.runtime.results import TokenIds
 from dash_export.runtime.sampling import Sampling
 from dash_export.serve.answers import Answer
-from dash_export.serve.protocol import ChatRequest, Generation, HttpError, model_and_setting
+from dash_export.serve.protocol import ChatRequest, Generation, HttpError, check_parts, model_and_setting
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import BusyServerError, Request
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 BODY_BYTES, BODY_SECONDS = 4 << 20, 10.0
 READING_BYTES = 128 << 20
 """Bytes of all bodies that are being read."""
-OBJECTS = 8192
-"""JSON objects of a body: each costs what a thousand letters do."""
 LIKELY = 100_000
 """Likelihoods of all answers to a request: 4,096 tokens with the 20 most likely ones of each are 86,016."""
 GUIDED = 24
@@ -205,7 +203,7 @@ async def entered(server: Server, kind: type[_Asked], http: HttpRequest) -> Asyn
     except asyncio.TimeoutError:  # which is another one in Python 3.10
         raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
     with server.entering():
-        _check_objects(body)
+        check_parts(body)
         try:
             asked = kind.model_validate_json(body)
         except ValidationError as error:
@@ -213,22 +211,6 @@ async def entered(server: Server, kind: type[_Asked], http: HttpRequest) -> Asyn
             field = ".".join(map(str, first["loc"]))[:100] or None
             raise HttpError(400, f"{field or 'The body'}: {first['msg']}.", field) from None
         yield asked, len(body)
-
-
-def _check_objects(body: bytes) -> None:
-    """Raises HttpError for a body of more than OBJECTS; what is no JSON is told later."""
-    if body.count(b"{") <= OBJECTS:  # the others are letters of a text, mostly
-        return
-    left = OBJECTS
-
-    def counted(_: dict[str, Any]) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise HttpError(400, f"The body has more than {OBJECTS} JSON objects.")
-
-    with suppress(ValueError, RecursionError):
-        json.loads(body, object_hook=counted)
 
 
 async def _body(server: Server, http: HttpRequest) -> bytes:

@@ -277,7 +277,7 @@ class Scheduler:
             pace.measured(float(fraction), time.perf_counter() - began, rest)
         for ticket, response in told:
             if response.finish_reason == "cancelled" and ticket.late and not ticket.cancelled:
-                response = self._rows.failed(_late(), response.statistics)
+                response = self._rows.failed(self._late(), response.statistics)
             self._tell(ticket, response)
 
     def _drop_waiting(self) -> None:
@@ -290,9 +290,8 @@ class Scheduler:
 
     def _end(self, ticket: Ticket) -> None:
         """One that has no row yet."""
-        self._tell(
-            ticket, self._rows.failed(RequestError("The request was cancelled.") if ticket.cancelled else _late())
-        )
+        error = RequestError("The request was cancelled.") if ticket.cancelled else self._late()
+        self._tell(ticket, self._rows.failed(error))
 
     def _tell(self, ticket: Ticket, response: Response) -> None:
         if response.finish_reason is not None:
@@ -311,12 +310,12 @@ class Scheduler:
             ticket.ended = True
             ticket.turn = ticket.guide = None  # megabytes, and whoever asked may hold the ticket for long
 
+    def _late(self) -> DeadlineError:
+        why = "The server is closing." if self._closing else "The time that this request had is over."
+        return DeadlineError(why)
+
     # --- checks
 
     def _rules(self, setting: Setting) -> SessionRules:
         manifest = self.runtime.bundle.manifest
         return session_rules(setting, manifest.model, manifest.policy, self.runtime.build)
-
-
-def _late() -> DeadlineError:
-    return DeadlineError("The time that this request had is over.")

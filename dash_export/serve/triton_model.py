@@ -21,7 +21,7 @@ from pydantic import ValidationError  # noqa: E402
 from dash_export import DashError, DashRuntime  # noqa: E402
 from dash_export.errors import RequestError  # noqa: E402
 from dash_export.runtime.results import Response  # noqa: E402
-from dash_export.serve.protocol import CompletionRequest, told  # noqa: E402
+from dash_export.serve.protocol import CompletionRequest, check_parts, told  # noqa: E402
 from dash_export.serve.scheduler import Scheduler  # noqa: E402
 from dash_export.serve.tickets import BusyServerError, Request, Ticket  # noqa: E402
 
@@ -93,7 +93,9 @@ class TritonPythonModel:
 
 def _asked(request: Any) -> CompletionRequest:
     """Raises ValueError and RequestError."""
-    parameters = json.loads(_text(request, "sampling_parameters") or "{}")
+    given = _text(request, "sampling_parameters") or "{}"
+    check_parts(given.encode())
+    parameters = json.loads(given)
     if not isinstance(parameters, dict):
         raise ValueError("sampling_parameters is not the JSON of an object")
     if other := {"model", "n", "logprobs", "stream", "stream_options", "prompt"} & parameters.keys():

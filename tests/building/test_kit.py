@@ -156,6 +156,19 @@ def test_something_else_is_not_overwritten(own_bundle: Path, tmp_path: Path) -> 
     assert "is not a build kit" in message
 
 
+def test_what_somebody_put_into_a_kit_stays(own_bundle: Path, tmp_path: Path) -> None:
+    kit = write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "kit")
+    (kit / "recipes" / "h100").mkdir(parents=True)
+    for name in ("recipes/h100/notes.txt", "mine"):
+        (kit / name).write_text("mine")
+    write_kit(Bundle.open(own_bundle), "h100", [], "", kit)
+    assert (kit / "recipes" / "h100" / "notes.txt").read_text() == "mine"
+    other = own_bundle.rename(own_bundle.with_name("mine"))
+    with pytest.raises(BundleError, match="is not a bundle"):
+        write_kit(Bundle.open(other), "h100", [], "", kit)
+    assert (kit / "mine").read_text() == "mine"
+
+
 def test_what_happens_meanwhile(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unfinished kit leaves nothing; what appears in its place is kept."""
 

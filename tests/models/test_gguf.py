@@ -2,6 +2,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers import AutoConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from dash_export.errors import CheckpointError
@@ -78,7 +80,11 @@ LONGROPE = {
     ("family", "options", "metadata"),
     [
         ("gemma2", GEMMA, {}),
-        ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}, {}),
+        (
+            "gemma2",
+            GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+            {"gemma2.attn_logit_softcapping": 0.0, "gemma2.final_logit_softcapping": 0.0},
+        ),
         ("gemma2", GEMMA | {"num_hidden_layers": 46, "head_dim": 8}, {}),
         ("gemma3_text", GEMMA | {"num_hidden_layers": 7, "rope_parameters": ROPES}, {}),
         (
@@ -122,6 +128,26 @@ def test_as_the_folder_of_the_same_model(
     assert set(file.weights) == set(folder.weights)
     for name in file.weights:
         np.testing.assert_array_equal(file.read(name), folder.read(name), name)
+
+
+def test_what_the_first_converters_of_gemma_2_left_out(tmp_path: Path) -> None:
+    """llama.cpp and transformers take the released models' values."""
+    model = save_tiny(tmp_path / "folder", "gemma2", pad_token_id=0, **GEMMA)
+    left_out = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+    write_gguf(tmp_path / "tiny.gguf", model, remove=tuple(f"gemma2.{key}" for key in left_out))
+    traits = open_checkpoint(tmp_path / "tiny.gguf").spec.traits
+    expected = AutoConfig.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    assert traits.score_cap == expected.attn_logit_softcapping == 50
+    assert traits.logits_cap == expected.final_logit_softcapping == 30
+    assert set(traits.windows) == {0, expected.sliding_window} == {0, 4096}
+
+
+def test_granite_without_rope(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    for turned in (True, False):
+        write_gguf(path, tiny_model("granite", **MULTIPLIERS), metadata={"granite.rope.scaling.finetuned": turned})
+        with nullcontext() if turned else pytest.raises(CheckpointError, match="without RoPE"):
+            open_checkpoint(path)
 
 
 @pytest.mark.parametrize(

@@ -328,8 +328,33 @@ def test_a_token_that_only_the_settings_add(folder: Path) -> None:
     assert open_checkpoint(folder)
     for index, content in (("299", "<tool>"), ("258", "<|im_start|>"), ("257", 5)):
         path.write_text(json.dumps({"added_tokens_decoder": {index: {"content": content}}}))
-        with pytest.raises(CheckpointError, match=r"adds a token .* which tokenizer\.json does not have"):
+        with pytest.raises(CheckpointError, match=r"names a token .* tokenizer\.json does not add"):
             open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config", {"eos_token": "<tool>"}),
+        ("tokenizer_config", {"pad_token": {"content": "<tool>"}}),
+        ("tokenizer_config", {"bos_token": "he"}),
+        ("tokenizer_config", {"additional_special_tokens": ["<|im_end|>", "<tool>"]}),
+        ("tokenizer_config", {"extra_special_tokens": {"image_token": "<tool>"}}),
+        ("special_tokens_map", {"unk_token": "<tool>"}),
+        ("added_tokens", {"<tool>": 259}),
+        ("added_tokens", {"<|im_end|>": 257}),
+    ],
+)
+def test_a_token_that_another_file_names(name: str, content: dict[str, Any], folder: Path) -> None:
+    """transformers 5.24 gives other ids for each, or another text."""
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": None}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 257}))
+    assert open_checkpoint(folder)
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError, match=r"names a token '(<tool>|he|<\|im_end\|>)' that tokenizer\.json does not add"
+    ):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

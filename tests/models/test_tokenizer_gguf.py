@@ -91,6 +91,17 @@ def test_bos_is_added_where_the_file_or_the_family_says_so() -> None:
     assert build("llama-bpe").encode("a", add_special_tokens=False).ids[0] != 257
 
 
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_the_end_of_a_turn_is_known_by_its_name(kind: int) -> None:
+    """Gemma's files name no `eot`; in some it is a token of the user's, and would be printed."""
+    tokens = [*byte_tokens()[:256], "<end_of_turn>", *byte_tokens()[257:]]
+    given = {"ggml.tokens": tokens, "ggml.token_type": [1] * 256 + [kind, 3, 3], "ggml.merges": []}
+    assets = tokenizer_assets(metadata("gpt-2", **given), 400)
+    assert json.loads(assets["generation_config.json"])["eos_token_id"] == [258, 256]
+    tokenizer = Tokenizer.from_str(assets["tokenizer.json"])
+    assert tokenizer.decode(tokenizer.encode("yes<end_of_turn>").ids) == "yes"
+
+
 def test_other_assets() -> None:
     assets = tokenizer_assets(metadata("llama-bpe", **{"ggml.eot_token_id": 256, "chat_template": "{{ x }}"}), 400)
     assert json.loads(assets["generation_config.json"]) == {"bos_token_id": 257, "eos_token_id": [258, 256]}

@@ -26,7 +26,7 @@ TEXTS = (
     " ",
     "",
     "<s>",
-    "one<|end|>two <|end|> three",
+    "one<|mark|>two <|mark|> three",
 )
 
 
@@ -39,7 +39,7 @@ def metadata() -> dict[str, Any]:
     model = json.loads(trained.to_str())["model"]
     merged = ["".join(merge) for merge in model["merges"]]
     letters = [piece for piece in model["vocab"] if piece not in set(merged)]
-    special = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("<|end|>", 4)]
+    special = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("<|mark|>", 4)]
     tokens = [*special, *((f"<0x{byte:02X}>", 6) for byte in range(256)), *((piece, 1) for piece in merged + letters)]
     scores = [0.0] * (4 + 256) + [-float(place) for place in range(len(merged) + len(letters))]
     order = [*range(260), *random.Random(1).sample(range(260, len(tokens)), len(tokens) - 260)]  # no merge's order
@@ -92,8 +92,8 @@ def test_as_sentencepiece_cuts_it(metadata: dict[str, Any], prefix: bool) -> Non
 def test_special_tokens(metadata: dict[str, Any]) -> None:
     tokenizer = Tokenizer.from_str(tokenizer_assets(metadata, 1000)["tokenizer.json"])
     assert tokenizer.encode("<s>").ids == [1, 1]
-    assert tokenizer.encode("one<|end|>two", add_special_tokens=False).ids.count(3) == 1
-    assert tokenizer.decode([3]) == "<|end|>"
+    assert tokenizer.encode("one<|mark|>two", add_special_tokens=False).ids.count(3) == 1
+    assert tokenizer.decode([3]) == "<|mark|>"
     without = metadata | {"tokenizer.ggml.add_bos_token": False}
     assert Tokenizer.from_str(tokenizer_assets(without, 1000)["tokenizer.json"]).encode("").ids == []
 
@@ -145,3 +145,12 @@ def test_a_vocabulary_that_would_lose_letters(metadata: dict[str, Any]) -> None:
     kinds = [3 if kind in (2, 6) else kind for kind in metadata["tokenizer.ggml.token_type"]]
     with pytest.raises(CheckpointError, match="neither a token for what it does not know nor one for every byte"):
         tokenizer_assets(metadata | {"tokenizer.ggml.token_type": kinds}, 1000)
+
+
+def test_special_tokens_of_phi3_take_the_space_after_them(metadata: dict[str, Any]) -> None:
+    """As its own tokenizer.json has it, but for three of them; of other families nothing is taken."""
+    for family, expected in (("phi3", "<|mark|>two</s>three<s>"), ("llama", "<|mark|>\ntwo</s>\nthree<s>")):
+        assets = tokenizer_assets(metadata | {"general.architecture": family}, 2000)
+        tokenizer = Tokenizer.from_str(assets["tokenizer.json"])
+        ids = tokenizer.encode("<|mark|>\ntwo</s>\nthree<s>\nfour", add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False).replace(" ", "") == f"{expected}\nfour"

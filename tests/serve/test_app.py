@@ -90,6 +90,11 @@ def test_completions(client: openai.OpenAI, runtime: DashRuntime) -> None:
     assert len(reply.choices[0].logprobs.tokens or []) == 8
     stream = client.completions.create(prompt=[104, 101], max_tokens=8, stream=True, extra_body=DENSE, **GREEDY)
     assert "".join(chunk.choices[0].text for chunk in stream) == runtime.generate([104, 101], 8).text
+    whole = reply.choices[0].logprobs
+    chunks = list(
+        client.completions.create(prompt="hello", max_tokens=8, extra_body=DENSE, logprobs=2, stream=True, **GREEDY)
+    )
+    assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens or []] == whole.tokens
 
 
 def test_logprobs(client: openai.OpenAI, runtime: DashRuntime) -> None:
@@ -155,6 +160,9 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "too much": ({"dash": {"budget": 0.01}}, 400, "more than this policy can give"),
     "other model": ({"model": "gpt"}, 404, "There is no model 'gpt' here. Known: tiny"),
     "wrong alias": ({"model": "tiny@fast"}, 400, "is not like NAME@budget=0.9"),
+    "alias twice": ({"model": "tiny@budget=0.9,budget=0.8"}, 400, "each once"),
+    "alias of no setting": ({"model": "tiny@skips=true"}, 400, "each once"),
+    "alias beside dash": ({"model": "tiny@budget=0.9", "dash": {"policy": "dense"}}, 400, "leave one out"),
     "wrong alias value": ({"model": "tiny@budget=x"}, 400, "budget"),
     "long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "context"),
     "longer than it may be": ({"max_tokens": 10_000}, 400, "context"),

@@ -261,6 +261,7 @@ def test_closing_at_once_fails_what_is_left(scheduler: MakeScheduler) -> None:
         response = told.get_nowait()
         last += [response] * (response.finish_reason is not None)
     assert [type(response.error) for response in last] == [DeadlineError] * 3
+    assert "closing" in str(last[0].error)
 
 
 def test_a_prompt_that_goes_on_is_not_computed_again(scheduler: MakeScheduler, runtime: DashRuntime) -> None:

@@ -29,6 +29,11 @@ from tests.serve.test_app import DENSE, MESSAGES
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CALL = {"function": {"name": "f"}}
+NESTED = json.loads("[" * 120 + "]" * 120)
+
+
+def called(said: list[Any]) -> list[dict[str, Any]]:
+    return [{"function": {"name": "f", "arguments": json.dumps({"a": said})}}]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,11 @@ CALL = {"function": {"name": "f"}}
         (CHAT, {"messages": MESSAGES, "dash": {"skip": "0-9999," * 500 + "1"}}, "'0-9999,0-9999"),
         (CHAT, {"messages": MESSAGES, "dash": {f"field{place}": 1 for place in range(200_000)}}, "dash"),
         (CHAT, {"messages": MESSAGES, "model": "tiny@skip=" + "4," * 1_000_000}, "model"),
-        (COMPLETIONS, {"prompt": [[1]] * 500_000}, "prompt"),
+        (COMPLETIONS, {"prompt": [[1]] * 500_000}, "The body has more"),
+        (COMPLETIONS, {"prompt": [NESTED] * 10_000}, "The body has more"),
+        (CHAT, {"messages": MESSAGES, "tools": [{"a": '\\"[', "b": [NESTED] * 9000}]}, "The body has more"),
+        (CHAT, {"messages": [{"role": "", "tool_calls": called([NESTED] * 4000)}]}, "messages.0.tool_calls.0"),
+        (CHAT, {"messages": [{"role": "", "tool_calls": called([[]] * 8000) * 4}]}, "messages: Value error, more than"),
         (COMPLETIONS, {"prompt": [1] * 500_000 + ["x"]}, "prompt"),
         ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "x"}] * 100_000}]}, "The body has more"),
         (CHAT, {"messages": MESSAGES, "dash": {"x" * 3_000_000: 1}}, "dash"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -122,7 +123,8 @@ def test_it_streams(ask: Callable[..., Sender], expected: str) -> None:
         (("hello", '{"max_tokens": 0}'), "max_tokens: Input should be greater"),
         (("hello", '{"dash": {"budget": 7}}'), "budget"),
         (("hello", '{"n": 2}'), "n is not for Triton"),
-        (("hello", "[" * 100_000), "recursion"),
+        (("hello", "[" * 10_000), "recursion"),
+        (("hello", "[" * 100_000), "more than"),
         ((), "prompt"),
     ],
 )
@@ -153,6 +155,8 @@ def test_nothing_is_written_over(tiny_root: Path, repository: Path) -> None:
     serve = ("serve", tiny_root, *FP32, "--write-triton")
     assert "is there already" in refused(*serve, repository)
     assert "would lie inside the bundle" in refused(*serve, tiny_root / "onnx" / "models")
+    assert "would lie inside the bundle" in refused(*serve, shutil.copytree(tiny_root, repository.parent / "own.dash"))
+    assert "it is no name" in refused("serve", shutil.copytree(tiny_root, repository.parent / "...dash"), *FP32)
     assert "none of --budget" in refused(*serve, repository.with_name("other"), "--budget", 0.9)
     assert {path.name for path in repository.iterdir()} == {"tiny"}
 

@@ -157,12 +157,6 @@ def _rows(
     return np.frombuffer(data, kind).reshape(stop - start, *shape[1:])
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form part of the file's header. Raises CheckpointError when the file is not sound."""
-    with _opened(path) as file:
-        return dict(file.metadata() or {})
-
-
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The tensors of a file's header, and where their data begin. Raises ValueError for a name that is there twice (the
     library takes the last, and another one maybe the first), and for a header larger than any model has.

@@ -54,7 +54,7 @@ def called(said: list[Any]) -> list[dict[str, Any]]:
         (CHAT, {"messages": MESSAGES, "model": "tiny@skip=" + "4," * 1_000_000}, "model"),
         (COMPLETIONS, {"prompt": [[1]] * 500_000}, "The body has more"),
         (COMPLETIONS, {"prompt": [NESTED] * 10_000}, "The body has more"),
-        (CHAT, {"messages": MESSAGES, "tools": [{"a": '\\"[', "b": [NESTED] * 9000}]}, "The body has more"),
+        (CHAT, {"messages": MESSAGES, "tools": [{"a": '"[', "c": "\\", "b": [NESTED] * 9000}]}, "The body has more"),
         (CHAT, {"messages": [{"role": "", "tool_calls": called([NESTED] * 4000)}]}, "messages.0.tool_calls.0"),
         (CHAT, {"messages": [{"role": "", "tool_calls": called([[]] * 8000) * 4}]}, "messages: Value error, more than"),
         (COMPLETIONS, {"prompt": [1] * 500_000 + ["x"]}, "prompt"),

@@ -70,8 +70,8 @@ def command(
     alone = None if budget is None else Setting("token", budget=budget)
     for runtime in runtimes:
         name = runtime.bundle.root.stem
-        if name in served or name in (".", ".."):
-            raise RequestError(f"Two bundles are called {name}, or it is no name: rename the folder of one.")
+        if name in served or name in (".", "..") or "@" in name:
+            raise RequestError(f"Two bundles are called {name}, or it is no name for a model: rename the folder.")
         served[name] = one = Scheduler(
             runtime, rows=rows, waiting=waiting, alone=alone, memory=memory, least=least,
             pace=None if pace is None else pace / 1000,

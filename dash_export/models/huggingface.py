@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dash_export.models.weights import checked, open_weights, read_json, read_te
 from dash_export.text_files import load_tokenizer
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+_PICTURES = "<image_soft_token>"
 _HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' folders, Mistral's second copy of the weights
 
 
@@ -126,42 +128,52 @@ def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
             f"{folder} has no tokenizer.json; make one from the older tokenizer files with "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    assets: dict[str, str] = {}
-    settings, where, tokenizer = dict[str, Any](), folder, dict[str, Any]()
-    for path in (folder / name for name in TEXT_FILES[1:-1]):
-        if path.is_file():
-            assets[path.name], parsed = read_json(path)
-            if path.name == "tokenizer.json":
-                _check_vocabulary(assets[path.name], path, vocab_size)
-                tokenizer = parsed
-            if path.name == "tokenizer_config.json":
-                settings, where = parsed, path
-    _check_added(settings, folder, tokenizer)
-    if "tokenizer_config.json" in assets:
-        _check_reading(settings, where, tokenizer)
-        if template := _chat_template(settings, where):
-            assets["chat_template.jinja"] = template
+    read = {name: read_json(folder / name) for name in TEXT_FILES[1:-1] if (folder / name).is_file()}
+    assets = {name: text for name, (text, _) in read.items()}
+    tokenizer, settings = read["tokenizer.json"][1], read.get("tokenizer_config.json", ("", {}))[1]
+    assets["tokenizer.json"] = _without_pictures(tokenizer, assets["tokenizer.json"], vocab_size)
+    _check_vocabulary(assets["tokenizer.json"], folder / "tokenizer.json", vocab_size)
+    added: dict[str, Any] = {}
+    if "added_tokens_decoder" not in settings:  # older files, which transformers reads there only
+        named, added = (
+            read_json(folder / name)[1] if (folder / name).is_file() else {}
+            for name in ("special_tokens_map.json", "added_tokens.json")
+        )
+        if told := {name: token for name, token in named.items() if name.endswith(("_token", "_tokens"))}:
+            settings = settings | told
+            assets["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
+    _check_added(settings, added, folder, tokenizer)
+    _check_reading(settings, folder / "tokenizer_config.json", tokenizer)
+    if template := _chat_template(settings, folder / "tokenizer_config.json"):
+        assets["chat_template.jinja"] = template
     if (path := folder / "chat_template.jinja").is_file():
         assets[path.name] = read_text(path)
     return assets
 
 
-def _check_added(settings: dict[str, Any], folder: Path, tokenizer: dict[str, Any]) -> None:
+def _without_pictures(tokenizer: dict[str, Any], text: str, vocab_size: int) -> str:
+    """A tokenizer.json without Gemma 3's token for pictures, where the embedding, a text model's, has no row for it."""
+    tokens, model = _entries(tokenizer.get("added_tokens")), tokenizer.get("model")
+    kept = [one for one in tokens if one.get("content") != _PICTURES or one.get("id") != vocab_size]
+    if len(kept) == len(tokens) or not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+        return text
+    vocabulary = {token: index for token, index in model["vocab"].items() if token != _PICTURES}
+    return json.dumps(tokenizer | {"added_tokens": kept, "model": model | {"vocab": vocabulary}}, ensure_ascii=False)
+
+
+def _check_added(settings: dict[str, Any], added: dict[str, Any], folder: Path, tokenizer: dict[str, Any]) -> None:
     """A token that only the files beside tokenizer.json name would be letters here and a token in transformers."""
     known = {token.get("content"): str(token.get("id")) for token in _entries(tokenizer.get("added_tokens"))}
-    named, added = (
-        read_json(path)[1] if (path := folder / name).is_file() else {}
-        for name in ("special_tokens_map.json", "added_tokens.json")
-    )
     tokens: list[tuple[object, object]] = [*added.items()]  # the text, and its id where that is said
     decoder = settings.get("added_tokens_decoder")
     for index, token in decoder.items() if isinstance(decoder, dict) else ():
         tokens.append((token.get("content") if isinstance(token, dict) else None, index))
-    for given in (settings, named):
-        said = [given.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-        for several in (given.get("additional_special_tokens"), given.get("extra_special_tokens")):
-            said += several.values() if isinstance(several, dict) else several if isinstance(several, list) else []
-        tokens += [(one.get("content") if isinstance(one, dict) else one, None) for one in said if one is not None]
+    said = [token for name, token in settings.items() if name.endswith("_token")]
+    for name in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
+        several = settings.get(name)
+        said += several.values() if isinstance(several, dict) else several if isinstance(several, list) else []
+    said = [one.get("content") if isinstance(one, dict) else one for one in said]
+    tokens += [(one, None) for one in said if isinstance(one, str) and one]  # add_bos_token is a switch
     for content, index in tokens:
         found = known.get(content) if isinstance(content, str) else None
         if found is None or (index is not None and str(index) != found):

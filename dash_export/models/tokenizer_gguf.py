@@ -17,7 +17,7 @@ from dash_export.models.tokenizer_spm import spm_parts
 from dash_export.text_files import check_vocabulary, load_tokenizer
 
 _BPE, _SPM = "gpt2", "llama"
-_CONTROL, _USER_DEFINED = 3, 4  # token types; there are 1 to 6
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types; there are 1 to 6
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
@@ -90,14 +90,14 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
     template = metadata.get("tokenizer.chat_template", "")
     if not isinstance(template, str):
         raise CheckpointError(f"tokenizer.chat_template is {shown(template)}; expected a string")
-    bos, eos, pad, eot = (token_id(metadata, name) for name in ("bos", "eos", "padding", "eot"))
+    bos, eos, pad, eot, eom = (token_id(metadata, name) for name in ("bos", "eos", "padding", "eot", "eom"))
     add_bos = flag(metadata, "tokenizer.ggml.add_bos_token", spm or pre in _ADDS_BOS) and bos is not None
     if flag(metadata, "tokenizer.ggml.add_eos_token", False):
         raise CheckpointError("tokenizer.ggml.add_eos_token is not supported: every prompt would be an ended text")
     kinds = _kinds(metadata, tokens)
     # llama.cpp ends generation at the end of a turn, too, and knows it by its name.
     named = [index for index, token in enumerate(tokens) if token in _ENDS]
-    ends = list(dict.fromkeys(end for end in (eos, eot, *named) if end is not None))
+    ends = list(dict.fromkeys(end for end in (eos, eot, eom, *named) if end is not None))
     for index in named:
         kinds[index] = _CONTROL
     parts = spm_parts(metadata, tokens, kinds) if spm else _bpe_parts(metadata, tokens, str(pre))
@@ -201,10 +201,10 @@ def _tokenizer(
                 "content": token,
                 **flags,
                 "rstrip": rstrip and token not in _KEEPS_SPACE,
-                "special": kind == _CONTROL,
+                "special": kind != _USER_DEFINED,
             }
             for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-            if kind in (_CONTROL, _USER_DEFINED)
+            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ],
         "post_processor": post_processor,
     }

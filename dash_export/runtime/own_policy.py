@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -59,11 +60,19 @@ class OwnRule:
     def __init__(self, policy: Policy, model: ModelFacts, units: Sequence[Unit], cost: CostTable) -> None:
         self.policy, self._facts, self._units = policy, (model, tuple(units), cost), len(units)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnRule:
+        """For a fork, or a row of a batch. Raises PolicyError."""
+        try:
+            return OwnRule(deepcopy(self.policy, memo), *self._facts)
+        except Exception as error:
+            name = type(self.policy).__name__
+            raise PolicyError(f"{name} cannot be copied, as forks and batches need it: {error!s:.300}") from error
+
     def restart(self) -> None:
         """A conversation begins."""
         try:
             self.policy.begin(*self._facts)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PolicyError(f"{type(self.policy).__name__}.begin: {type(error).__name__}: {error!s:.300}") from error
 
     def skips(self, damage: Damages) -> Skips:  # noqa: ARG002
@@ -75,7 +84,7 @@ class OwnRule:
         shape, name = (self._units, len(state.tokens)), type(self.policy).__name__
         try:
             found = np.asarray(self.policy.skips(state))
-        except Exception as error:  # whatever a class of the user's raises
+        except (Exception, SystemExit) as error:  # whatever a class of the user's raises
             raise PolicyError(f"{name}.skips: {type(error).__name__}: {error!s:.300}") from error
         if found.shape != shape or found.dtype != np.bool_:
             raise PolicyError(
@@ -95,7 +104,7 @@ def load_policy(text: str) -> Policy:
         raise PolicyError(f"{module} has no class {name!r:.60}. Write --policy module:Class or --policy file.py:Class.")
     try:
         policy = found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PolicyError(f"{text} cannot be made without arguments: {error!s:.300}") from error
     if not isinstance(policy, Policy):
         raise PolicyError(f"{text} is no policy: it needs the methods begin(model, units, cost) and skips(state).")

@@ -107,7 +107,7 @@ class Server:
 
     def _keyed(self, handler: Handler) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         async def checked(server: Server, http: HttpRequest) -> Response:
-            given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
+            given = http.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")  # as it was sent
             if self._key is not None and not hmac.compare_digest(given, self._key.encode()):
                 raise HttpError(
                     401, "The API key is missing or wrong: Authorization: Bearer KEY.", None, "invalid_api_key"
@@ -171,6 +171,7 @@ class Server:
 
 async def _page(_server: Server, _http: HttpRequest) -> Response:
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+    policy += "; frame-ancestors 'none'"
     return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": policy})
 
 

@@ -62,16 +62,17 @@ async def _chat_chunks(begun: Begun, chance: Callable[[Token], dict[str, Any] | 
     async for index, token in merged(begun):
         text = words[index].push(token.text) if tools else token.text
         choice = {"index": index, "delta": {"content": text}, "logprobs": chance(token), "finish_reason": None}
+        skips = begun.skips(token)
         if token.finish_reason is not None:
             rest, calls = split_calls(words[index].held)
-            choice["delta"] = {"content": text + rest}
-            if text + rest:
-                yield {"choices": [choice], **begun.skips(token)}
+            if text + rest or choice["logprobs"]:
+                yield {"choices": [choice | {"delta": {"content": text + rest}}], **skips}
+                skips = {}
             if calls:
                 pieces = [{"index": place, **call} for place, call in enumerate(calls)]
                 yield {"choices": [choice | {"delta": {"tool_calls": pieces}, "logprobs": None}]}
             choice |= {"delta": {}, "logprobs": None, "finish_reason": _ended(token.finish_reason, calls)}
-        yield {"choices": [choice], **begun.skips(token)}
+        yield {"choices": [choice], **skips}
 
 
 async def completion(server: Server, http: HttpRequest) -> Response:

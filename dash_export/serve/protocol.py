@@ -6,7 +6,6 @@ Fields that this server does not know are passed over, as others do; `dash` is o
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import from_json
 
 from dash_export.decision import Setting, parse_layers
 from dash_export.errors import NOT_NUMBERS, ContextLengthError, DashError, PolicyError, RequestError
@@ -29,7 +29,7 @@ from dash_export.runtime.guidance import json_grammar
 from dash_export.runtime.rows import NO_MEMORY
 from dash_export.runtime.sampling import Sampling
 from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError
-from dash_export.serve.tools import Choice, Tool, calls_grammar
+from dash_export.serve.tools import Choice, Json, Tool, calls_grammar
 
 logger = logging.getLogger(__name__)
 MOST = 1 << 20
@@ -133,8 +133,8 @@ class Called(BaseModel):
     @classmethod
     def _object(cls, text: str) -> str:
         _check_arguments([text])
-        with suppress(ValueError, RecursionError):
-            if isinstance(json.loads(text), dict):
+        with suppress(ValueError):
+            if isinstance(from_json(text, allow_inf_nan=False), dict):
                 return text
         raise ValueError("not the JSON of an object")
 
@@ -151,7 +151,7 @@ class ToolCall(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """As templates take it: its arguments are no text."""
-        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        function = {"name": self.function.name, "arguments": from_json(self.function.arguments)}
         return {"id": self.id, "type": self.type, "function": function}
 
 
@@ -178,7 +178,7 @@ class Message(BaseModel):
 
 class JsonSchema(BaseModel):
     name: str = ""
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: Json = Field(alias="schema")
 
 
 class ResponseFormat(BaseModel):

@@ -37,7 +37,7 @@ class Given(BaseModel):
 
 def app(given: Given) -> Application:
     """Ray's application builder."""
-    key = os.environ.get("DASH_EXPORT_API_KEY")
+    key = os.environ.get("DASH_EXPORT_API_KEY") or None
 
     def server() -> Starlette:
         runtime = DashRuntime.load(given.bundle, given.target, threads=given.cpus)

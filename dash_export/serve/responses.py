@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from dash_export.errors import DashError, RequestError
 from dash_export.serve.protocol import MOST, ChatRequest, Dash, Few, HttpError, told
 from dash_export.serve.running import Begun, begin_chat, entered, event, gathered, merged
-from dash_export.serve.tools import Function, Words, split_calls
+from dash_export.serve.tools import Function, Json, Words, split_calls
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
@@ -64,7 +64,7 @@ class FlatToolName(BaseModel):
 
 class TextFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"] = "text"
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Json | None = Field(None, alias="schema")
 
 
 class TextOptions(BaseModel):

@@ -137,8 +137,8 @@ async def begin_chat(server: Server, request: ChatRequest, size: int) -> Begun:
 
 
 def event(value: Mapping[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    """A server-sent event, in ASCII: some clients end a line at U+2028, too."""
+    return f"data: {json.dumps(value)}\n\n"
 
 
 async def merged(begun: Begun) -> AsyncIterator[tuple[int, Token]]:

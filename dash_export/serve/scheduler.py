@@ -180,7 +180,10 @@ class Scheduler:
             self._closing = True
             self._changed.notify()
         if not self.started:
-            return True
+            waiting, self._waiting = self._waiting, deque()
+            for ticket in waiting:
+                self._end(ticket)
+            return not waiting
         self._thread.join(seconds)
         drained = not self._thread.is_alive()
         with self._changed:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from dash_export.errors import RequestError
 from dash_export.runtime.guidance import json_rule
@@ -15,10 +16,19 @@ from dash_export.runtime.guidance import json_rule
 BEGIN, END = "<tool_call>", "</tool_call>"
 
 
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(value, allow_nan=False)  # an answer may hold it
+    return value
+
+
+Json = Annotated[dict[str, Any], AfterValidator(_json)]
+"""An object of numbers that JSON has: those that are read may be NaN."""
+
+
 class Function(BaseModel):
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    parameters: Json = Field(default_factory=lambda: {"type": "object", "properties": {}})
 
 
 class Tool(BaseModel):
@@ -50,23 +60,30 @@ def calls_grammar(tools: Sequence[Tool], choice: Choice, parallel: bool) -> str 
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": one.name}, "arguments": one.parameters},
+            "properties": {"name": {"const": one.name}, "arguments": _arguments(one, place)},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for one in wanted
+        for place, one in enumerate(wanted)
     ]
     several = r' ("\n" call)*' if parallel and choice == "required" else ""
     return f'start: call{several}\ncall: "{BEGIN}\\n" arguments "\\n{END}"\narguments: {json_rule({"anyOf": calls})}\n'
+
+
+def _arguments(function: Function, place: int) -> dict[str, Any]:
+    """Its schema, under a name of its own: its references are to itself. Raises RequestError."""
+    given = {"type": "object", **function.parameters}
+    if given["type"] != "object" or '"$id"' in json.dumps(given):
+        raise RequestError(f"tools: the parameters of {function.name} are not of type object, or have an $id.")
+    return given | {"$id": f"tool:{place}"}
 
 
 def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     """An answer's own words, and its calls as OpenAI tells them; what is no call stays among the words."""
     calls: list[dict[str, Any]] = []
     words, at = "", 0
-    while (end := text.find(END, at)) >= 0:
-        start, after = text.rfind(BEGIN, at, end), end + len(END)
-        call = None if start < 0 else _call(text[start + len(BEGIN) : end])
+    while (start := text.find(BEGIN, at)) >= 0:
+        call, after = _call(text, start + len(BEGIN))
         words += text[at : after if call is None else start]
         calls += [] if call is None else [call]
         at = after
@@ -74,21 +91,27 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     return (words.strip() if calls else words), calls
 
 
-def _call(text: str) -> dict[str, Any] | None:
+def _no_number(said: str) -> None:
+    raise ValueError(said)
+
+
+_DECODER, _SPACE = json.JSONDecoder(parse_constant=_no_number), re.compile(r"\s*")
+
+
+def _call(text: str, at: int) -> tuple[dict[str, Any] | None, int]:
+    """The call whose JSON begins there, None for what is none, and where to go on."""
     try:
-        call = json.loads(text, parse_constant=_no_number)
+        call, end = _DECODER.raw_decode(text, _SPACE.match(text, at).end())  # type: ignore[union-attr]
         name, arguments = call["name"], call.get("arguments", {})
         told = json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode(errors="replace").decode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
+        return None, at
+    end = _SPACE.match(text, end).end()  # type: ignore[union-attr]
+    if not isinstance(name, str) or not isinstance(arguments, dict) or not text.startswith(END, end):
+        return None, at
     name = name.encode(errors="replace").decode()  # half a character is none
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": told}}
-
-
-def _no_number(said: str) -> None:
-    raise ValueError(said)
+    made = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": told}}
+    return made, end + len(END)
 
 
 class Words:

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from dash_export.bundle import TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
 from dash_export.models.config import decoder_spec
+from dash_export.runtime.text import Text
 from tests.models.helpers import (
     DIMENSIONS,
     SAFETENSORS_LAYOUTS,
@@ -340,6 +344,8 @@ def test_a_token_that_only_the_settings_add(folder: Path) -> None:
         ("tokenizer_config", {"bos_token": "he"}),
         ("tokenizer_config", {"additional_special_tokens": ["<|im_end|>", "<tool>"]}),
         ("tokenizer_config", {"extra_special_tokens": {"image_token": "<tool>"}}),
+        ("tokenizer_config", {"model_specific_special_tokens": {"image_token": "<tool>"}}),
+        ("tokenizer_config", {"image_token": "<tool>"}),
         ("special_tokens_map", {"unk_token": "<tool>"}),
         ("added_tokens", {"<tool>": 259}),
         ("added_tokens", {"<|im_end|>": 257}),
@@ -355,6 +361,46 @@ def test_a_token_that_another_file_names(name: str, content: dict[str, Any], fol
         CheckpointError, match=r"names a token '(<tool>|he|<\|im_end\|>)' that tokenizer\.json does not add"
     ):
         open_checkpoint(folder)
+
+
+def test_what_the_map_of_special_tokens_says(folder: Path) -> None:
+    """It is read, before tokenizer_config.json, where this has no `added_tokens_decoder`: as transformers has it."""
+    bos, other = "<|im_start|>", "<|im_end|>"
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}x{{ eos_token }}")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": bos, "eos_token": {"content": other}}))
+    decoder = {"257": {"content": bos, "special": True}, "258": {"content": other, "special": True}}
+    made, said = folder / "made", [{"role": "user", "content": "hi"}]
+    made.mkdir()
+    for settings in ({}, {"bos_token": other}, {"bos_token": other, "eos_token": "", "added_tokens_decoder": decoder}):
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings})
+        )
+        for name, text in open_checkpoint(folder).assets.items():
+            (made / name).write_text(text)
+        template = Text(made).template
+        assert template is not None
+        expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(said, tokenize=False)
+        assert template.render(said) == expected
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<old>"}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<old>": 259}))
+    assert open_checkpoint(folder), "files that are not read"
+
+
+def test_a_text_model_with_a_token_for_pictures(tmp_path: Path) -> None:
+    """As Gemma 3's smallest have it: one past the rows of the embedding, which no text can use."""
+    model = save_tiny(tmp_path, "gemma3_text", pad_token_id=0)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    rows = model.config.vocab_size
+    for name, fits in (("<image_soft_token>", True), ("<more>", False)):
+        added = [*tokenizer["added_tokens"], tokenizer["added_tokens"][0] | {"id": rows, "content": name}]
+        vocab = tokenizer["model"]["vocab"] | {f"x{index}": index for index in range(259, rows)} | {name: rows}
+        made = tokenizer | {"added_tokens": added, "model": tokenizer["model"] | {"vocab": vocab}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"image_token": name}))
+        with nullcontext() if fits else pytest.raises(CheckpointError, match="has tokens up to"):
+            found = Tokenizer.from_str(open_checkpoint(tmp_path).assets["tokenizer.json"])
+            assert found.token_to_id(name) is None
+            assert found.encode("hello").ids == Tokenizer.from_str(json.dumps(made)).encode("hello").ids
 
 
 @pytest.mark.parametrize(

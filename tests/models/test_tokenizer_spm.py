@@ -94,6 +94,8 @@ def test_special_tokens(metadata: dict[str, Any]) -> None:
     assert tokenizer.encode("<s>").ids == [1, 1]
     assert tokenizer.encode("one<|mark|>two", add_special_tokens=False).ids.count(3) == 1
     assert tokenizer.decode([3]) == "<|mark|>"
+    assert tokenizer.encode("one<unk>two", add_special_tokens=False).ids.count(0) == 1
+    assert tokenizer.decode([0]) == ""
     without = metadata | {"tokenizer.ggml.add_bos_token": False}
     assert Tokenizer.from_str(tokenizer_assets(without, 1000)["tokenizer.json"]).encode("").ids == []
 

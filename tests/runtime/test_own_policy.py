@@ -90,6 +90,7 @@ def test_what_it_is_told(tmp_path: Path) -> None:
 
 
 OWN = """
+import threading
 from dataclasses import dataclass
 import numpy as np
 
@@ -131,6 +132,14 @@ class Ragged(ByPosition):
     def skips(self, state):
         return [[True], [True, False]]
 
+class Exits(ByPosition):
+    def skips(self, state):
+        raise SystemExit(0)
+
+class Locks(ByPosition):
+    def __init__(self):
+        self.lock = threading.Lock()
+
 class NoPolicy:
     pass
 
@@ -165,6 +174,7 @@ def test_in_a_batch(runtime: DashRuntime, own: str) -> None:
         ("{own}:Fails", "cannot be made without arguments: not today"),
         ("{own}:Begins", "Begins.begin: ValueError: not today"),
         ("{own}:Raises", "Raises.skips: ValueError: not today"),
+        ("{own}:Exits", "Exits.skips: SystemExit: 0"),
         ("{own}:Ragged", "Ragged.skips: ValueError"),
         ("{own}:NoPolicy", r"is no policy: it needs the methods begin\(model, units, cost\) and skips\(state\)"),
         ("{own}:thing", "has no class 'thing'"),
@@ -177,6 +187,11 @@ def test_in_a_batch(runtime: DashRuntime, own: str) -> None:
 def test_what_is_none(policy: str, wrong: str, own: str, runtime: DashRuntime) -> None:
     with pytest.raises(PolicyError, match=wrong):
         runtime.session(policy.format(own=own)).generate(random_ids(4), 3)
+
+
+def test_one_that_cannot_be_copied(own: str, runtime: DashRuntime) -> None:
+    with pytest.raises(PolicyError, match="Locks cannot be copied, as forks and batches need it"):
+        runtime.session(f"{own}:Locks").fork()
 
 
 def test_amounts_mean_nothing_to_it(own: str, runtime: DashRuntime) -> None:

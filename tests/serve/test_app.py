@@ -110,6 +110,20 @@ def test_logprobs(client: openai.OpenAI, runtime: DashRuntime) -> None:
     assert len(content) == 5
 
 
+def test_a_streamed_chat_tells_every_token_once(client: openai.OpenAI) -> None:
+    """Also of a last one that is half a letter."""
+    asked: dict[str, Any] = {
+        "messages": MESSAGES,
+        "logprobs": True,
+        "extra_body": {"dash": {"skip": [4], "skips": True}},
+    }
+    for size in (1, 7):
+        chunks = list(client.chat.completions.create(max_tokens=size, stream=True, **asked, **GREEDY))
+        told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+        assert sum(len(one.content or ()) for one in told) == size
+        assert sum("dash" in (chunk.model_extra or {}) for chunk in chunks) == size
+
+
 def test_several_answers_and_seeds(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 10, "n": 3, "seed": 4, "model": "tiny"}
     one, other = (client.chat.completions.create(temperature=1.5, **asked) for _ in range(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -105,6 +106,26 @@ def test_a_call(client: openai.OpenAI, stream: bool) -> None:
 def test_what_is_refused(client: openai.OpenAI, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(openai.BadRequestError, match=said):
         client.responses.create(**({"model": "tiny", "input": "x"} | changes))
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_have(http: httpx.Client, number: str, stream: str) -> None:
+    """The answer tells the tools once more."""
+    tool = f'{{"type": "function", "name": "f", "parameters": {{"x": {number}}}}}'
+    body = f'{{"input": "hi", "max_output_tokens": 1, "tool_choice": "none", "stream": {stream}, "tools": [{tool}]}}'
+    reply = http.post("/v1/responses", content=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "tools.0.parameters"
+
+
+def test_arguments_of_any_depth(http: httpx.Client) -> None:
+    """Python's own parser goes as deep as its stack is free at that moment."""
+    for depth in (*range(180, 210), *range(900, 1000, 3)):
+        arguments = '{"a": ' + "[" * depth + "]" * depth + "}"
+        call = {"type": "function_call", "name": "f", "arguments": arguments, "call_id": "1"}
+        body = {"input": [{"role": "user", "content": "x"}, call], "max_output_tokens": 1}
+        assert http.post("/v1/responses", json=body).status_code in (200, 400)
 
 
 def test_a_stream_that_fails(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:

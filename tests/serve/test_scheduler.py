@@ -248,6 +248,14 @@ def test_closing_lets_answers_end(scheduler: MakeScheduler) -> None:
         made.submit(Request(random_ids(4), 20), told.put)
 
 
+def test_closing_what_has_not_begun(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    made = Scheduler(tiny_runtime(), rows=1)
+    told: SimpleQueue[Response] = SimpleQueue()
+    made.submit(Request(random_ids(4), 5), told.put)
+    assert not made.close()
+    assert isinstance(told.get_nowait().error, DeadlineError)
+
+
 def test_closing_at_once_fails_what_is_left(scheduler: MakeScheduler) -> None:
     made = scheduler(rows=1)
     told: SimpleQueue[Response] = SimpleQueue()

@@ -16,9 +16,10 @@ from dash_export.errors import RequestError
 from dash_export.runtime import Response, Sampling
 from dash_export.runtime.chat_template import ChatTemplate
 from dash_export.runtime.guidance import Guide, json_grammar
+from dash_export.runtime.text import Text
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
-from dash_export.serve.tools import Words, split_calls
+from dash_export.serve.tools import Tool, Words, calls_grammar, split_calls
 from tests.serve.test_app import MESSAGES
 
 SCHEMA = {
@@ -214,6 +215,53 @@ def test_a_schema_that_is_not_json() -> None:
         json_grammar({"type": {1, 2}})
 
 
+RECURSIVE = {"properties": {"v": {"type": "integer"}, "child": {"$ref": "#"}}, "required": ["v"]}
+DEFINED = {"properties": {"c": {"$ref": "#/$defs/C"}}, "required": ["c"], "additionalProperties": False}
+
+
+def fits(grammar: str, text: Text, said: str) -> bool:
+    """Whether all of it is an answer of the grammar."""
+    guide = text.guides.guide(grammar)
+    logits = np.zeros(text.tokenizer.get_vocab_size(), np.float32)
+    ids = text.encode(said, special=False)
+    for token in ids:
+        if not np.isfinite(guide.allowed(logits)[token]):
+            return False
+        guide.take(token)
+    return bool(np.isfinite(guide.allowed(logits)[min(text.eos_ids)]))
+
+
+def test_references_of_tools_are_to_themselves(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """And not to the grammar that they are put into, or to one another."""
+    text = tiny_runtime().text
+    tools = [
+        Tool.model_validate({"type": "function", "function": {"name": name, "parameters": parameters}})
+        for name, parameters in (
+            ("tree", RECURSIVE | {"additionalProperties": False}),
+            ("a", DEFINED | {"$defs": {"C": {"enum": ["x"]}}}),
+            ("b", DEFINED | {"$defs": {"C": {"enum": ["y"]}}}),
+            ("any", {}),
+        )
+    ]
+    grammar = calls_grammar(tools, "required", False)
+    assert grammar is not None
+    for name, arguments, expected in (
+        ("tree", '{"v": 1, "child": {"v": 2}}', True),
+        ("tree", '{"v": 1, "child": {"name": "tree", "arguments": {"v": 2}}}', False),
+        ("a", '{"c": "x"}', True),
+        ("b", '{"c": "y"}', True),
+        ("b", '{"c": "x"}', False),
+        ("any", "{}", True),
+        ("any", "true", False),
+    ):
+        said = f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+        assert fits(grammar, text, said) is expected, said
+    for wrong in ({"type": "string"}, {"properties": {"a": {"$id": "x"}}}):
+        tools[0].function.parameters = wrong
+        with pytest.raises(RequestError, match=r"parameters of tree are not of type object, or have an \$id"):
+            calls_grammar(tools, "required", False)
+
+
 def test_calls_among_words() -> None:
     text = 'Well. <tool_call>\n{"name": "a", "arguments": {"x": {"y": 1}}}\n</tool_call> And <tool_call>no</tool_call>'
     words, calls = split_calls(text)
@@ -226,6 +274,8 @@ def test_calls_among_words() -> None:
     ]
     assert half == '{"x": "?"}'
     assert len(split_calls("<tool_call>{" * 100_000 + "</tool_call>" * 100_000)[0]) == 2_400_000
+    marked = '<tool_call>{"name": "a", "arguments": {"x": "</tool_call> <tool_call>"}} </tool_call>!'
+    assert [call["function"]["arguments"] for call in split_calls(marked)[1]] == ['{"x": "</tool_call> <tool_call>"}']
     for size in (1, 3, 200):
         stream = Words()
         said = "".join(stream.push(text[at : at + size]) for at in range(0, len(text), size))

@@ -156,7 +156,8 @@ def test_nothing_is_written_over(tiny_root: Path, repository: Path) -> None:
     assert "is there already" in refused(*serve, repository)
     assert "would lie inside the bundle" in refused(*serve, tiny_root / "onnx" / "models")
     assert "would lie inside the bundle" in refused(*serve, shutil.copytree(tiny_root, repository.parent / "own.dash"))
-    assert "it is no name" in refused("serve", shutil.copytree(tiny_root, repository.parent / "...dash"), *FP32)
+    for name in ("...dash", "a@b.dash"):
+        assert "it is no name" in refused("serve", shutil.copytree(tiny_root, repository.parent / name), *FP32)
     assert "none of --budget" in refused(*serve, repository.with_name("other"), "--budget", 0.9)
     assert {path.name for path in repository.iterdir()} == {"tiny"}
 

@@ -208,6 +208,13 @@ def test_what_is_no_request(http: httpx.Client) -> None:
     assert http.get("/health").json() == {"status": "ok"}
 
 
+def test_a_key_that_is_not_ascii(serve: Serve) -> None:
+    address = serve(key="geheimnis-\u00fc")
+    for key, status in (("geheimnis-\u00fc", 200), ("geheimnis-u", 401)):
+        reply = httpx.get(f"{address}/v1/models", headers={"authorization": f"Bearer {key}".encode()})
+        assert reply.status_code == status
+
+
 def test_a_key(serve: Serve) -> None:
     address = serve(key="secret")
     assert httpx.get(f"{address}/health").status_code == 200

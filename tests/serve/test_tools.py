@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -58,6 +59,18 @@ def test_json_of_a_schema(client: openai.OpenAI, stream: bool, seed: int) -> Non
     else:
         check(reply.choices[0].message.content)
         assert reply.choices[0].finish_reason == "stop"
+
+
+def test_line_ends_of_unicode_in_a_stream(http: httpx.Client) -> None:
+    """Some clients end a line at each of them."""
+    schema = {"const": "a\u2028b\u0085c"}
+    asked = {"messages": MESSAGES, "max_tokens": 60, "stream": True}
+    asked |= {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    with http.stream("POST", "/v1/chat/completions", json=asked) as reply:
+        lines = [line for line in reply.iter_lines() if line and line != "data: [DONE]"]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert json.loads(said) == schema["const"]
 
 
 def test_any_json(client: openai.OpenAI) -> None:

@@ -26,7 +26,7 @@ from dash_export.artifacts import (
     sync,
     write_atomic,
 )
-from dash_export.bundle import MANIFEST, TEXT_FILES, Bundle, to_json
+from dash_export.bundle import MANIFEST, TEXT_FILES, Bundle, check_outside_bundles, to_json
 from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
 from dash_export.graphs.portable import EMBED_WEIGHT
@@ -53,7 +53,7 @@ from dash_export.outputs import (
 from dash_export.policy import SkipPolicy, no_policy
 from dash_export.replacing import check_place, put_in_place, recover, refuse_inputs
 
-GRAPH_REVISION = 6
+GRAPH_REVISION = 7
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
 OURS = (MANIFEST, "onnx", *TEXT_FILES)
 """Entries of a bundle that an export replaces; all others, engines among them, stay."""
@@ -74,6 +74,7 @@ def export(
     for the output, BusyError where another process writes it or builds in it.
     """
     output = named(output)
+    check_outside_bundles(output)
     refuse_foreign(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     check_inputs(checkpoint.seen, output)

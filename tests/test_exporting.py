@@ -19,7 +19,7 @@ import torch
 from dash_export import exporting
 from dash_export.building import build
 from dash_export.bundle import Bundle
-from dash_export.errors import BundleError, CheckpointError, NewerBundleError, PolicyError, RequestError
+from dash_export.errors import BundleError, CheckpointError, NewerBundleError, OutputError, PolicyError, RequestError
 from dash_export.exporting import export
 from dash_export.graphs.portable import EMBED_WEIGHT
 from dash_export.graphs.surgery import load_graph
@@ -103,6 +103,14 @@ def test_a_damaged_bundle_is_made_anew(file: str, tiny_model: Checkpoint, tmp_pa
     again = export(tiny_model, tmp_path / "a.dash")
     again.verify(again.manifest.files)
     assert (bundle.root / file).read_bytes() == whole
+
+
+def test_a_bundle_in_another_is_refused(tiny_model: Checkpoint, own_bundle: Path) -> None:
+    """The outer one's next export would remove it."""
+    for name in ("onnx/mine.dash", "mine.dash"):
+        with pytest.raises(OutputError, match="would lie inside the bundle"):
+            export(tiny_model, own_bundle / name)
+    assert not (own_bundle / "mine.dash").exists()
 
 
 def test_a_newer_bundle_is_not_overwritten(tiny_model: Checkpoint, tmp_path: Path) -> None:

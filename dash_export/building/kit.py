@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from dash_export import __version__
-from dash_export.artifacts import Progress, no_progress, record_of, write_atomic
+from dash_export.artifacts import Progress, no_progress, read_bounded, record_of, sha256_file, write_atomic
 from dash_export.building import kit_script
 from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibration_key, rounding_artifact
 from dash_export.building.verify import verification
-from dash_export.bundle import MANIFEST, Bundle
+from dash_export.bundle import MANIFEST, Bundle, check_outside_bundles
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import OURS, refuse_foreign
 from dash_export.manifest import Verification
@@ -43,6 +44,7 @@ from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe, with_weights
 
 RECORD, SCRIPT, RECIPES, LIBRARY, REQUIREMENTS = "kit.json", "build.py", "recipes", "lib", "requirements.txt"
+_LONGEST_RECORD = 1 << 20
 PACKAGES = """numpy>=1.26
 tokenizers>=0.20
 jinja2>=3.1.6
@@ -82,9 +84,12 @@ def write_kit(
     inside = [f"{root.name}/{name}" for name in (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")]
     recipe_file = [Path(target)] if Path(target).suffix == ".toml" else []
     ours = (SCRIPT, REQUIREMENTS, LIBRARY, *(f"{RECIPES}/{path.name}" for path in recipe_file), *inside, RECORD)
+    check_outside_bundles(folder)
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
         refuse_inputs([bundle.path(MANIFEST), *recipe_file], [work_of(folder), *(folder / name for name in ours)])
         recover(folder, ours, RECORD, "build --kit")
+        for path in recipe_file:
+            _refuse_recipe(folder / RECIPES / path.name, path, folder / RECORD)
         _refuse_foreign(folder, root.name)
         check_place(folder, ours)
         remove_own(work_folder(folder, "build --kit"))  # a kit is not resumed
@@ -142,6 +147,22 @@ def _refuse_foreign(folder: Path, bundle: str) -> None:
     if folder.exists() and not is_kit and not bears_mark(folder, "build --kit"):
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
     refuse_foreign(folder / bundle)
+
+
+def _refuse_recipe(place: Path, recipe: Path, record: Path) -> None:
+    """Raises BundleError for a recipe in the kit that is neither the same nor as the kit was made with."""
+    if not os.path.lexists(place):
+        return
+    try:
+        found = sha256_file(place)
+        if found == sha256_file(recipe):
+            return
+        known = json.loads(read_bounded(record, _LONGEST_RECORD))["files"]
+        if (f"{RECIPES}/{place.name}", found) in {(one["name"], one["sha256"]) for one in known}:
+            return
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise BundleError(f"{place} is no recipe of this kit's: it will not be overwritten. Rename it, or yours.")
 
 
 def _copy_package(into: Path) -> None:

@@ -37,7 +37,7 @@ def main() -> int:
             raise ValueError("it was changed or damaged after it was made")
         damaged = [record["name"] for record in kit["files"] if sha256(HERE / record["name"]) != record["sha256"]]
         target = kit["target"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return fail(f"kit.json cannot be read ({error}). Copy the kit again.")
     if damaged:
         return fail(f"{len(damaged)} files did not arrive whole, the first: {damaged[0]}. Copy the kit again.")
@@ -56,8 +56,10 @@ def main() -> int:
 
 
 def sha256(path: Path) -> str:
-    """Nothing of a file that is not there."""
+    """Nothing of a file that is not there, or is none."""
     digest = hashlib.sha256()
+    if not path.is_file():
+        return ""
     try:
         with path.open("rb") as file:
             while block := file.read(8 << 20):
@@ -92,7 +94,10 @@ def build(kit: dict[str, Any]) -> int:
         "machine": json.loads(machine) if machine.startswith("{") else None,
         "log": "".join(lines)[-LOG_CHARACTERS:],
     }
-    (HERE / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    written = HERE / ".report.json"
+    written.unlink(missing_ok=True)
+    written.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    written.replace(HERE / "report.json")  # which may be a link
     if not done:
         return fail("The build did not finish; report.json says what happened.")
     print(f"Done. Engines: {folder}. Send back report.json, or copy engines/{folder.name} into your bundle.")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import click
 
 from dash_export.artifacts import open_regular, write_atomic
-from dash_export.bundle import MANIFEST
+from dash_export.bundle import check_outside_bundles
 from dash_export.cli import OUTPUT
 from dash_export.errors import RequestError
 from dash_export.names import REPORT
-from dash_export.outputs import MARK, check_writable, locked
+from dash_export.outputs import check_writable, locked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,14 +42,6 @@ def check_reports(*outputs: Path) -> None:
         if len(os.fsencode(path.name)) > _LONGEST_NAME:
             raise RequestError(f"The name {path.name[:40]}... is too long: {_LONGEST_NAME} bytes at most.")
         check_outside_bundles(path)
-
-
-def check_outside_bundles(path: Path) -> None:
-    """Raises RequestError for what would lie in a bundle or a work folder."""
-    for folder in path.absolute().resolve().parents:
-        inside = (folder / MANIFEST).is_file() and any((folder / name).is_dir() for name in ("onnx", "engines"))
-        if inside or (folder / MARK).is_file():
-            raise RequestError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")
 
 
 def save_report(path: Path, content: str | bytes) -> Path:

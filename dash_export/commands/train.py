@@ -9,10 +9,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from dash_export.bundle import check_outside_bundles
 from dash_export.cli import OUTPUT
 from dash_export.commands.options import UNITS
 from dash_export.commands.progress import progress_bar
-from dash_export.commands.reports import check_outside_bundles
 from dash_export.commands.tables import print_table
 from dash_export.decision import Unit, parse_units
 from dash_export.train.defaults import KINDS, PRECISIONS, TrainingSettings

@@ -136,7 +136,10 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
     matrices = full_bypass(bypass, unit, checkpoint)
     state = g.unit_norm(hidden, f"{name}/norm")
 
-    found = g.op("MatMul", [state, g.initializer(f"{name}.weight", matrices["weight"])], f"{name}/product")
+    stored = g.initializer(f"{name}.weight.stored", matrices["weight"].astype(np.float16))
+    weight = g.op("Cast", [stored], f"{name}/weight", to=ir.DataType.FLOAT)
+    weight.name = f"{name}.weight"
+    found = g.op("MatMul", [state, weight], f"{name}/product")
     found = g.op("Add", [found, g.initializer(f"{name}.bias", matrices["bias"])], f"{name}/biased")
     updates = [spec.hidden_size] if bypass.weights else []
     sizes = np.array([*updates, *[key_value_size(spec)] * (2 * len(unit.layers))])

@@ -20,6 +20,7 @@ from dash_export.errors import PolicyError
 from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, Weight, layer_weight
 from dash_export.policy import Bypass, SkipPolicy, check_policy
 
+LARGEST = float(np.finfo(np.float16).max)
 OTHER_MODEL = 0.01
 """Relative distance of two final norms, of which quantised files keep at least 16 bits."""
 
@@ -43,7 +44,8 @@ def check_model(policy: SkipPolicy, checkpoint: Checkpoint) -> None:
 
 
 def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str, Float32Array]:
-    """The bypass with all its columns: `weight` [hidden, (hidden +) layers * 2 * kv], `bias`.
+    """The bypass with all its columns: `weight` [hidden, (hidden +) layers * 2 * kv], of numbers that 16 bits hold, and
+    `bias`.
 
     The model's own projections of x = RMSNorm(h) of unit gain are gain[:, None] * W: of the first layer, or, in a
     bypass without weights, of every layer; that one has no columns for an update.
@@ -56,8 +58,8 @@ def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str,
         hidden = checkpoint.spec.hidden_size
         columns = [stored["weight"][:, :hidden], *columns, stored["weight"][:, hidden:]]
         biases = [stored["bias"][:hidden], *biases, stored["bias"][hidden:]]
-    full = {"weight": np.concatenate(columns, axis=1), "bias": np.concatenate(biases)}
-    return {name: np.ascontiguousarray(array, np.float32) for name, array in full.items()}
+    weight = np.clip(np.concatenate(columns, axis=1), -LARGEST, LARGEST).astype(np.float16).astype(np.float32)
+    return {"weight": weight, "bias": np.concatenate(biases).astype(np.float32)}
 
 
 def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32Array, Float32Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,7 +32,7 @@ class Answer:
         """Raises what `Scheduler.submit` raises."""
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Response] = asyncio.Queue()
-        self._scheduler, self._ended = scheduler, ended
+        self.scheduler, self._ended = scheduler, ended
         self.text, self.finish_reason, self.error_type, self.statistics = "", "", "", Statistics()
         self.actions = list[Any]()
         """Skip map of the decoded tokens, the first token is not: it comes out of the prompt."""
@@ -63,25 +63,28 @@ class Answer:
                 if response.finish_reason is not None:
                     return
         finally:
-            self._scheduler.cancel(self.ticket)
+            self.scheduler.cancel(self.ticket)
             self._ended(self)
 
-    def usage(self) -> dict[str, Any]:
-        """As OpenAI has it, with `dash`: what was skipped."""
-        said = self.statistics
-        total = said.prompt_tokens + said.tokens
-        counts = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.tokens, "total_tokens": total}
-        return counts | {"dash": self.dash()}
 
-    def dash(self) -> dict[str, Any]:
-        """Layers and time of the decoded tokens, the time as a fraction of dense by the build's cost table."""
-        runtime, said = self._scheduler.runtime, self.statistics
-        told: dict[str, Any] = {
-            "layers_per_token": round(said.layers_per_token, 3),
-            "tokens_per_second": round(said.tokens_per_second, 2),
-            "prefill_seconds": round(said.prefill_seconds, 4),
-        }
-        if self.actions and runtime.cost.segment_us:
-            skips = unit_skips(np.array(self.actions), runtime.bundle.manifest.policy.units)
-            told["time_of_dense"] = round(float(runtime.cost.token_time(skips).mean()), 4)
-        return told
+def usage(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Of all answers to one prompt, which counts once: as OpenAI has it, with `dash`: what was skipped."""
+    prompt, tokens = answers[0].statistics.prompt_tokens, sum(answer.statistics.tokens for answer in answers)
+    counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+    return counts | {"dash": dash(answers)}
+
+
+def dash(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Layers and time of the decoded tokens, the time as a fraction of dense by the build's cost table."""
+    runtime, said = answers[0].scheduler.runtime, [answer.statistics for answer in answers]
+    steps, seconds = sum(each.decode_steps for each in said), max(each.decode_seconds for each in said)
+    told: dict[str, Any] = {
+        "layers_per_token": round(sum(each.layers for each in said) / steps, 3) if steps else 0.0,
+        "tokens_per_second": round(steps / seconds, 2) if seconds else 0.0,
+        "prefill_seconds": round(max(each.prefill_seconds for each in said), 4),
+    }
+    actions = [skips for answer in answers for skips in answer.actions]
+    if actions and runtime.cost.segment_us:
+        skips = unit_skips(np.array(actions), runtime.bundle.manifest.policy.units)
+        told["time_of_dense"] = round(float(runtime.cost.token_time(skips).mean()), 4)
+    return told

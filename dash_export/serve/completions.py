@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from dash_export.errors import DashError
 from dash_export.runtime.results import Response as Token
+from dash_export.serve.answers import dash, usage
 from dash_export.serve.protocol import ChatRequest, CompletionRequest, told
 from dash_export.serve.running import Begun, begin, begin_chat, entered, event, gathered, merged
 from dash_export.serve.tools import Words, split_calls
@@ -44,10 +45,14 @@ async def chat(server: Server, http: HttpRequest) -> Response:
             choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
             choice |= {"logprobs": {"content": content} if request.logprobs else None}
             choices.append(choice | {"finish_reason": _ended(answer.finish_reason, calls)})
-        return JSONResponse(begun.common | {"object": "chat.completion", "choices": choices, "usage": begun.usage(),
-                                            "dash": begun.answers[0].dash()})  # fmt: skip
+        return JSONResponse(begun.common | {"object": "chat.completion", "choices": choices} | _figures(begun))
 
     return await asyncio.to_thread(whole)  # with likelihoods it takes a while
+
+
+def _figures(begun: Begun) -> dict[str, Any]:
+    """In both places: of some clients only one survives."""
+    return {"usage": usage(begun.answers), "dash": dash(begun.answers)}
 
 
 def _ended(reason: str, calls: list[Any]) -> str:
@@ -90,8 +95,7 @@ async def completion(server: Server, http: HttpRequest) -> Response:
             likely = None if request.logprobs is None else _likelihoods(begun, tokens)
             reason = _FINISH[answer.finish_reason]
             choices.append({"index": index, "text": answer.text, "logprobs": likely, "finish_reason": reason})
-        return JSONResponse(begun.common | {"object": "text_completion", "choices": choices, "usage": begun.usage(),
-                                            "dash": begun.answers[0].dash()})  # fmt: skip
+        return JSONResponse(begun.common | {"object": "text_completion", "choices": choices} | _figures(begun))
 
     return await asyncio.to_thread(whole)
 
@@ -128,7 +132,7 @@ def _streamed(begun: Begun, kind: str, chunks: AsyncIterator[dict[str, Any]]) ->
         else:
             options = begun.asked.stream_options
             if options is not None and options.include_usage:
-                yield event(common | {"choices": [], "usage": begun.usage(), "dash": begun.answers[0].dash()})
+                yield event(common | {"choices": []} | _figures(begun))
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

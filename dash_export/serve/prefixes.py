@@ -31,9 +31,10 @@ class Prefixes:
             self._drop(next(iter(self._kept)))
 
     def restore(self, session: Session, ids: Sequence[int] | TokenIds) -> int:
-        """Make `session` hold as much as is known of a prompt, but for its last token, whose logits are wanted; returns
-        how many tokens that are.
+        """Make `session` hold as much as is known of a prompt, but for its last two tokens; returns how many that are.
+        The logits of the last are wanted, and kernels for one row may round otherwise than those for several.
         """
+        ids = ids[:-1] if len(ids) > 1 else ids
         session.rewind_to(ids)
         best, length = None, len(session.tokens)
         for known in self._kept:

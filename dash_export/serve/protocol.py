@@ -111,6 +111,8 @@ class Dash(BaseModel):
         given = self.model_dump(exclude_defaults=True, exclude={"skips"})
         if not given:
             return None
+        if given.keys() == {"hold"}:
+            raise RequestError("dash: hold is of a budget, and there is none.")
         if isinstance(self.skip, str):
             given["skip"] = parse_layers(self.skip)
         return Setting(**given)
@@ -173,7 +175,8 @@ class Message(BaseModel):
         given = {name: getattr(self, name) for name in ("name", "tool_call_id", "reasoning_content")}
         said = {name: value for name, value in given.items() if value is not None}
         calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
-        return {"role": self.role, "content": content or "", **said, **calls}
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": content or "", **said, **calls}
 
 
 class JsonSchema(BaseModel):
@@ -214,6 +217,11 @@ class Generation(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    logit_bias: None = None
+    suffix: None = None
+    best_of: Literal[1] = 1
+    functions: None = None
+    function_call: None = None
     dash: Dash = Field(default_factory=Dash)
 
     operation: ClassVar[str] = "text_completion"
@@ -286,6 +294,8 @@ class CompletionRequest(Generation):
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt), WithJsonSchema(_PROMPT)]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
+    response_format: None = None
+    tools: None = None
     max_tokens: int | None = Field(16, ge=1, le=MOST)
 
 

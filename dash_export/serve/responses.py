@@ -11,6 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from dash_export.errors import DashError, RequestError
+from dash_export.serve.answers import usage
 from dash_export.serve.protocol import MOST, ChatRequest, Dash, Few, HttpError, told
 from dash_export.serve.running import Begun, begin_chat, entered, event, gathered, merged
 from dash_export.serve.tools import Function, Json, Words, split_calls
@@ -86,6 +87,10 @@ class ResponsesRequest(BaseModel):
     tool_choice: Literal["none", "auto", "required"] | FlatToolName = "auto"
     parallel_tool_calls: bool = True
     previous_response_id: None = None
+    conversation: None = None
+    prompt: None = None
+    background: Literal[False] = False
+    top_logprobs: Literal[0] = 0
     dash: Dash = Field(default_factory=Dash)
 
     def chat(self) -> ChatRequest:
@@ -161,7 +166,7 @@ class _Reply:
         why = {"reason": "max_output_tokens"} if status == "incomplete" else None
         known = self._common | {"status": status, "incomplete_details": why, "output": output, "usage": None}
         if status != "in_progress":
-            said = self.begun.usage()
+            said = usage(self.begun.answers)
             known["usage"] = {
                 "input_tokens": said["prompt_tokens"],
                 "input_tokens_details": {"cached_tokens": 0},
@@ -203,8 +208,8 @@ async def _events(reply: _Reply) -> AsyncIterator[str]:
     try:
         async for _, token in merged(reply.begun):
             piece = words.push(token.text) if reply._tools else token.text
-            if token.finish_reason is not None and not split_calls(words.held)[1]:
-                piece += words.held
+            if token.finish_reason is not None:
+                piece += split_calls(words.held)[0]
             if piece and not begun:
                 begun = True
                 yield say("response.output_item.added", output_index=0, item=reply.item("in_progress", None))

@@ -50,14 +50,6 @@ class Begun:
         self._pieces = dict[int, str]()
         self.common = {"id": f"dash-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
-    def usage(self) -> dict[str, Any]:
-        """Sum the usage of all answers; the prompt counts once."""
-        first, *others = (answer.usage() for answer in self.answers)
-        for other in others:
-            first["completion_tokens"] += other["completion_tokens"]
-        first["total_tokens"] = first["prompt_tokens"] + first["completion_tokens"]
-        return first
-
     def skips(self, token: Token) -> dict[str, Any]:
         """The layers that a streamed token skipped, where that was asked for."""
         if not self.asked.dash.skips:

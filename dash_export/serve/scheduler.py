@@ -265,7 +265,8 @@ class Scheduler:
         together = self._together if pace is None else pace.together()
         for row in rows:
             if row.tag.rules is None:
-                row.rules = row.tag.alone if len(rows) == 1 else together
+                pressed = pace is None or pace.granted < 1  # else all run densely
+                row.rules = row.tag.alone if len(rows) == 1 and pressed else together
                 if pace is not None:
                     row.tag.alone.budget = pace.granted
         began = time.perf_counter()

@@ -73,7 +73,8 @@ def calls_grammar(tools: Sequence[Tool], choice: Choice, parallel: bool) -> str 
 def _arguments(function: Function, place: int) -> dict[str, Any]:
     """Its schema, under a name of its own: its references are to itself. Raises RequestError."""
     given = {"type": "object", **function.parameters}
-    if given["type"] != "object" or '"$id"' in json.dumps(given):
+    given.pop("$schema", None)  # in old drafts an $id beside a $ref is none
+    if given["type"] != "object" or re.search(r'"\$id": *"', json.dumps(given)):
         raise RequestError(f"tools: the parameters of {function.name} are not of type object, or have an $id.")
     return given | {"$id": f"tool:{place}"}
 

@@ -14,6 +14,7 @@ import pytest
 from dash_export.building.kit import write_kit
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError, OutputError
+from dash_export.resources import resource_folder
 from tests.commands.helpers import dash, environment, refused
 
 
@@ -152,6 +153,8 @@ def test_something_else_is_not_overwritten(own_bundle: Path, tmp_path: Path) -> 
         with pytest.raises(BundleError, match="is not a build kit"):
             write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "precious")
         (tmp_path / "precious" / "kit.json").write_text("{}")
+    with pytest.raises(OutputError, match="would lie inside the bundle"):
+        write_kit(Bundle.open(own_bundle), "h100", [], "", own_bundle / "onnx" / "kit")
     message = refused("build", own_bundle, "--target", "h100", "--kit", tmp_path / "precious")
     assert "is not a build kit" in message
 
@@ -167,6 +170,22 @@ def test_what_somebody_put_into_a_kit_stays(own_bundle: Path, tmp_path: Path) ->
     with pytest.raises(BundleError, match="is not a bundle"):
         write_kit(Bundle.open(other), "h100", [], "", kit)
     assert (kit / "mine").read_text() == "mine"
+
+
+def test_a_recipe_that_somebody_put_into_a_kit_stays(own_bundle: Path, tmp_path: Path) -> None:
+    """The kit's own is replaced by another of its name."""
+    recipe, bundle = tmp_path / "mine.toml", Bundle.open(own_bundle)
+    text = (resource_folder("engines") / "h100.toml").read_text()
+    recipe.write_text(text)
+    kit = write_kit(bundle, str(recipe), [], "", tmp_path / "kit")
+    for changed in (text + "# more\n", text):
+        recipe.write_text(changed)
+        write_kit(bundle, str(recipe), [], "", kit)
+        assert (kit / "recipes" / "mine.toml").read_text() == changed
+    (kit / "recipes" / "mine.toml").write_text("tuned")
+    with pytest.raises(BundleError, match=r"mine\.toml is no recipe of this kit's"):
+        write_kit(bundle, str(recipe), [], "", kit)
+    assert (kit / "recipes" / "mine.toml").read_text() == "tuned"
 
 
 def test_what_happens_meanwhile(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

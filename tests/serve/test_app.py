@@ -183,6 +183,10 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "n": ({"n": 100}, 400, "n: "),
     "role": ({"messages": [{"content": "x"}]}, 400, "messages.0.role"),
     "stop": ({"stop": [""]}, 400, "stop"),
+    "hold of nothing": ({"dash": {"hold": False}}, 400, "hold is of a budget"),
+    "bias": ({"logit_bias": {"5": 3}}, 400, "logit_bias"),
+    "best of many": ({"best_of": 5}, 400, "best_of"),
+    "functions": ({"functions": [{"name": "f"}]}, 400, "functions"),
 }
 
 
@@ -195,6 +199,50 @@ def test_what_is_refused(name: str, stream: bool, http: httpx.Client) -> None:
     error = reply.json()["error"]
     assert said in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("path", "changes"),
+    [
+        ("completions", {"prompt": "x", "suffix": "y"}),
+        ("completions", {"prompt": "x", "response_format": {"type": "json_object"}}),
+        ("completions", {"prompt": "x", "tools": []}),
+        ("responses", {"input": "x", "conversation": "conv_1"}),
+        ("responses", {"input": "x", "prompt": {"id": "pmpt_1"}}),
+        ("responses", {"input": "x", "background": True}),
+    ],
+)
+def test_what_would_be_another_answer(path: str, changes: dict[str, Any], http: httpx.Client) -> None:
+    """Fields of OpenAI's that are not done are told, not passed over."""
+    reply = http.post(f"/v1/{path}", json=changes)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == [*changes][-1]
+
+
+def test_figures_are_of_all_answers(http: httpx.Client) -> None:
+    """Layers per token and time are those of the tokens that are counted beside them."""
+    body = {"prompt": "hello", "n": 3, "max_tokens": 40, "seed": 4, "temperature": 2, "stream": True,
+            "stream_options": {"include_usage": True}, "dash": {"trade_off": 0.4, "skips": True}}  # fmt: skip
+    with http.stream("POST", "/v1/completions", json=body) as reply:
+        chunks = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+    told, run, first = chunks.pop(), list[int](), set[int]()
+    for chunk in chunks:
+        if (index := chunk["choices"][0]["index"]) in first:
+            run.append(chunk["dash"]["layers"] - len(chunk["dash"]["skipped_layers"]))
+        first.add(index)
+    assert len(run) == told["usage"]["completion_tokens"] - 3
+    assert told["dash"]["layers_per_token"] == told["usage"]["dash"]["layers_per_token"]
+    assert told["dash"]["layers_per_token"] == pytest.approx(np.mean(run), abs=1e-3)
+    assert len(set(run)) > 1
+
+
+def test_developers_are_the_system(http: httpx.Client) -> None:
+    """Most templates know no other name for them."""
+    said = [
+        http.post("/v1/chat/completions", json={"messages": [{"role": role, "content": "x"}], "max_tokens": 5} | DENSE)
+        for role in ("developer", "system")
+    ]
+    assert said[0].json()["usage"]["prompt_tokens"] == said[1].json()["usage"]["prompt_tokens"]
 
 
 def test_what_is_no_request(http: httpx.Client) -> None:

@@ -98,6 +98,16 @@ def test_under_load(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytes
         made.close()
 
 
+def test_with_time_for_all_nothing_is_skipped(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    made = Scheduler(tiny_runtime(), rows=2, alone=Setting("token", trade_off=0.3), pace=100.0)
+    made.start()
+    try:
+        *_, last = made.stream(Request(random_ids(5), 60))
+        assert last.statistics.layers_per_token == 6
+    finally:
+        made.close()
+
+
 def test_it_needs_a_policy(tiny_runtime: Callable[..., DashRuntime]) -> None:
     with pytest.raises(PolicyError, match="A pace needs a trained policy"):
         Scheduler(tiny_runtime(), pace=0.01, alone=Setting("dense"))

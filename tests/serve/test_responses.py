@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -12,6 +15,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.errors import BackendError
 from dash_export.runtime.decode import BoundStep
+from dash_export.serve import responses
 from dash_export.serve.tickets import MISTAKE
 from tests.serve.test_app import DENSE
 from tests.serve.test_tools import SCHEMA, TOOL, check, with_tools  # noqa: F401  a fixture
@@ -106,6 +110,35 @@ def test_a_call(client: openai.OpenAI, stream: bool) -> None:
 def test_what_is_refused(client: openai.OpenAI, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(openai.BadRequestError, match=said):
         client.responses.create(**({"model": "tiny", "input": "x"} | changes))
+
+
+@pytest.mark.parametrize("before", ["Sure. ", ""])
+def test_words_after_a_call_are_streamed_too(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = before + '<tool_call>{"name": "f", "arguments": {}}</tool_call> I called it.'
+    pieces = [text[at : at + 5] for at in range(0, len(text), 5)]
+
+    async def merged(_: Any) -> AsyncIterator[tuple[int, Any]]:
+        for piece in pieces:
+            yield 0, SimpleNamespace(text=piece, finish_reason="stop" if piece is pieces[-1] else None)
+
+    async def told() -> list[dict[str, Any]]:
+        return [json.loads(event.partition("data: ")[2]) async for event in responses._events(reply)]
+
+    monkeypatch.setattr(responses, "merged", merged)
+    monkeypatch.setattr(responses, "usage", lambda _: dict.fromkeys(
+        ("prompt_tokens", "completion_tokens", "total_tokens", "dash")))  # fmt: skip
+    request = responses.ResponsesRequest.model_validate({"input": "x", "tools": [TOOL_FLAT]})
+    begun: Any = SimpleNamespace(
+        common={"created": 1, "model": "m"}, answers=[SimpleNamespace(text=text, finish_reason="stop")]
+    )
+    reply = responses._Reply(request, request.chat(), begun)
+    events = asyncio.run(told())
+    said = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert said == f"{before}I called it."
+    message, call = events[-1]["response"]["output"]
+    assert message["content"][0]["text"] == said
+    assert call["name"] == "f"
+    assert [event["output_index"] for event in events if event["type"] == "response.output_item.added"] == [0, 1]
 
 
 @pytest.mark.parametrize("stream", ["true", "false"])

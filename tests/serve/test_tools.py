@@ -229,6 +229,11 @@ def test_a_schema_that_is_not_json() -> None:
 
 
 RECURSIVE = {"properties": {"v": {"type": "integer"}, "child": {"$ref": "#"}}, "required": ["v"]}
+OLD = {
+    "$schema": "http://json-schema.org/draft-07/schema#",
+    "$ref": "#/definitions/M",
+    "definitions": {"M": {"type": "object", "properties": {"c": {"type": "string"}}, "additionalProperties": False}},
+}
 DEFINED = {"properties": {"c": {"$ref": "#/$defs/C"}}, "required": ["c"], "additionalProperties": False}
 
 
@@ -254,6 +259,7 @@ def test_references_of_tools_are_to_themselves(tiny_runtime: Callable[..., DashR
             ("a", DEFINED | {"$defs": {"C": {"enum": ["x"]}}}),
             ("b", DEFINED | {"$defs": {"C": {"enum": ["y"]}}}),
             ("any", {}),
+            ("old", OLD),
         )
     ]
     grammar = calls_grammar(tools, "required", False)
@@ -266,6 +272,8 @@ def test_references_of_tools_are_to_themselves(tiny_runtime: Callable[..., DashR
         ("b", '{"c": "x"}', False),
         ("any", "{}", True),
         ("any", "true", False),
+        ("old", '{"c": "z"}', True),
+        ("old", '{"c": 1}', False),
     ):
         said = f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
         assert fits(grammar, text, said) is expected, said

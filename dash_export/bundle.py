@@ -259,7 +259,8 @@ def _no_bundle(root: Path) -> str:
         return f"{root} is being written by {writer}. Wait for that to end."
     export = f"dash-export export MODEL -o {root}"
     hub_id = len(root.parts) == 2 and not root.is_absolute() and not root.parent.exists() and root.suffix != ".dash"
-    if root.suffix == ".gguf" or hub_id or ((root / "config.json").is_file() and not (root / "onnx").exists()):
+    half = (root / "onnx").exists() or (root / MARK).is_file()  # a bundle's files are there that a model has, too
+    if root.suffix == ".gguf" or hub_id or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
         return f"{root} is a model. Make a bundle of it: dash-export build {root} --target cpu -o {made}"
     if not root.exists():

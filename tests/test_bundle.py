@@ -17,6 +17,7 @@ from dash_export import DashRuntime
 from dash_export.bundle import BUILD, MANIFEST, Bundle, safe_path, to_json
 from dash_export.errors import BundleError, DashError
 from dash_export.manifest import Segment
+from dash_export.outputs import MARK
 from dash_export.typed_json import typed
 from tests.forged import edit
 
@@ -320,3 +321,14 @@ def test_a_bundle_has_a_name(path: str, tiny_root: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tiny_root if path == "." else tiny_root / "onnx")
     assert Bundle.open(path).root.resolve() == tiny_root.resolve()
     assert Bundle.open(path).root.name == tiny_root.name
+
+
+def test_one_that_a_kill_left_without_graphs(own_bundle: Path) -> None:
+    """It has the files of a model, and is told to be finished, not to be made another bundle of."""
+    (own_bundle / MANIFEST).unlink()
+    shutil.rmtree(own_bundle / "onnx")
+    for marked, said in ((False, "is a model"), (True, "is not a finished bundle")):
+        if marked:
+            (own_bundle / MARK).write_text("export")
+        with pytest.raises(BundleError, match=said):
+            Bundle.open(own_bundle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,8 @@ def save_model(folder: Path, family: str = "llama", **options: Any) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             # Gains near one and matrices that keep the scale: attention is far from uniform and no layer is lost in
-            # another's noise. What bypasses hold products of is of few bits: a bundle keeps those in 16.
+            # another's noise.
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.17 * noise)
-            if "input_layernorm" in name or re.search("(k|v|qkv)_proj", name):
-                parameter.mul_(steps := 4 if "norm" in name else 128).round_().div_(steps)
     model.save_pretrained(folder)
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
@@ -59,9 +56,7 @@ def with_bypasses(policy: SkipPolicy, spec: DecoderSpec, seed: int = 1) -> SkipP
     for unit in policy.units:
         columns = stored_columns(unit, spec)
         weight, bias = 0.1 * rng.standard_normal((spec.hidden_size, columns)), 0.2 * rng.standard_normal(columns)
-        bypasses.append(
-            Bypass({"weight": weight.astype(np.float16).astype(np.float32), "bias": bias.astype(np.float32)})
-        )
+        bypasses.append(Bypass({"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}))
     return replace(policy, bypasses=tuple(bypasses))
 
 

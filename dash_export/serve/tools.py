@@ -14,6 +14,8 @@ from dash_export.errors import RequestError
 from dash_export.runtime.guidance import json_rule
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+LONGEST = 1 << 16
+"""Letters of a call."""
 
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:
@@ -84,10 +86,11 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     calls: list[dict[str, Any]] = []
     words, at = "", 0
     while (start := text.find(BEGIN, at)) >= 0:
-        call, after = _call(text, start + len(BEGIN))
-        words += text[at : after if call is None else start]
+        begun = start + len(BEGIN)
+        call, size = _call(text[begun : begun + LONGEST])
+        words += text[at : begun if call is None else start]
         calls += [] if call is None else [call]
-        at = after
+        at = begun + size
     words += text[at:]
     return (words.strip() if calls else words), calls
 
@@ -99,17 +102,17 @@ def _no_number(said: str) -> None:
 _DECODER, _SPACE = json.JSONDecoder(parse_constant=_no_number), re.compile(r"\s*")
 
 
-def _call(text: str, at: int) -> tuple[dict[str, Any] | None, int]:
-    """The call whose JSON begins there, None for what is none, and where to go on."""
+def _call(text: str) -> tuple[dict[str, Any] | None, int]:
+    """The call that begins the text, None where there is none, and its letters with the mark after it."""
     try:
-        call, end = _DECODER.raw_decode(text, _SPACE.match(text, at).end())  # type: ignore[union-attr]
+        call, end = _DECODER.raw_decode(text, _SPACE.match(text).end())  # type: ignore[union-attr]
         name, arguments = call["name"], call.get("arguments", {})
         told = json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode(errors="replace").decode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None, at
+        return None, 0
     end = _SPACE.match(text, end).end()  # type: ignore[union-attr]
     if not isinstance(name, str) or not isinstance(arguments, dict) or not text.startswith(END, end):
-        return None, at
+        return None, 0
     name = name.encode(errors="replace").decode()  # half a character is none
     made = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": told}}
     return made, end + len(END)

@@ -19,13 +19,12 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
-from dash_export.errors import BundleError, NewerBundleError, OutputError, StaleBuildError
+from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
-from dash_export.names import DEFAULT_TARGET, ROUNDINGS, TIMING_CACHE
+from dash_export.names import DEFAULT_TARGET, MANIFEST, ROUNDINGS, TIMING_CACHE
 from dash_export.outputs import MARK, folder_locked, holder, lock_file
 from dash_export.typed_json import WrongFieldError, typed
 
-MANIFEST = "manifest.json"
 BUILD = "build.json"
 TEXT_FILES = (
     "config.json",
@@ -68,14 +67,6 @@ def safe_path(root: Path, relative: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not inside:
         raise BundleError(f"{root.name}: the path {relative!r:.200} leaves the bundle. Export the model again.")
     return path
-
-
-def check_outside_bundles(path: Path) -> None:
-    """Raises OutputError for an output in a bundle or a work folder, whose writers would remove it."""
-    for folder in path.absolute().resolve().parents:
-        inside = (folder / MANIFEST).is_file() and any((folder / name).is_dir() for name in ("onnx", "engines"))
-        if inside or (folder / MARK).is_file():
-            raise OutputError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")
 
 
 class Bundle:

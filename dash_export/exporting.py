@@ -26,7 +26,7 @@ from dash_export.artifacts import (
     sync,
     write_atomic,
 )
-from dash_export.bundle import MANIFEST, TEXT_FILES, Bundle, check_outside_bundles, to_json
+from dash_export.bundle import TEXT_FILES, Bundle, to_json
 from dash_export.errors import BundleError, NewerBundleError
 from dash_export.graphs import portable
 from dash_export.graphs.portable import EMBED_WEIGHT
@@ -35,6 +35,7 @@ from dash_export.graphs.writer import save_graph, save_placed, save_tables
 from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts, sealed
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.bypasses import check_model
+from dash_export.names import MANIFEST, ROPE
 from dash_export.outputs import (
     MARK,
     bears_mark,
@@ -51,7 +52,7 @@ from dash_export.outputs import (
     work_of,
 )
 from dash_export.policy import SkipPolicy, no_policy
-from dash_export.replacing import check_place, put_in_place, recover, refuse_inputs
+from dash_export.replacing import check_outside_bundles, check_place, is_bundle, put_in_place, recover, refuse_inputs
 
 GRAPH_REVISION = 7
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
@@ -113,9 +114,7 @@ def check_inputs(inputs: Iterable[Path], output: Path) -> None:
 def refuse_foreign(output: Path) -> None:
     """Raises BundleError where something lies at `output` that is no bundle."""
     refuse_link(output)
-    # Others have manifests too, and folders called onnx.
-    ours = any((output / "onnx" / name).is_file() for name in (portable.ROPE_FILE, "layer_00.onnx"))
-    if output.exists() and not (ours and (output / MANIFEST).is_file()) and not bears_mark(output, "export"):
+    if output.exists() and not is_bundle(output) and not bears_mark(output, "export"):
         raise BundleError(
             f"{output} exists and is not a bundle: it will not be overwritten. Choose another output (-o) or remove it."
         )
@@ -186,7 +185,7 @@ def _jobs(
         return lambda folder: save_graph(make(), folder / f"{name}.onnx", portable.SHARED_FILES)
 
     def rope(folder: Path) -> list[Path]:
-        path = folder / portable.ROPE_FILE
+        path = folder / ROPE
         save_tables(path, portable.rope_tables(spec))
         return [path]
 

@@ -10,6 +10,8 @@ REPORT = "a dash-export report"
 
 FINAL_STATE = "final_state"
 """Output of the head: the normed state of the tokens that get logits."""
+MANIFEST, ROPE = "manifest.json", "rope.data"
+"""Files of a bundle by which it is known."""
 ROUNDINGS = "roundings.npz"
 TIMING_CACHE = "timing.cache"
 """Files in a build's folder from which engines are made again, and which no run reads."""

@@ -32,7 +32,7 @@ from dash_export.artifacts import open_regular, read_bounded, write_atomic
 from dash_export.decision import Unit, check_places, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.manifest import ModelFacts
-from dash_export.replacing import check_place
+from dash_export.replacing import check_outside_bundles, check_place
 from dash_export.resources import resource_folder
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -46,6 +46,10 @@ _MAX_FACTS = 1 << 18
 METADATA = "dash_export_policy"
 _LARGEST_CARD = 16 << 20
 _FINAL_NORM = "model.final_norm"
+
+
+LARGEST = float(np.finfo(np.float16).max)
+"""Of a bypass's numbers."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Bypass:
 
     def in_half(self) -> Bypass:
         """Round to what 16 bits hold: engines have 8, and a file of it half the size."""
-        return Bypass({name: array.astype(np.float16).astype(np.float32) for name, array in self.weights.items()})
+        bounded = {name: np.clip(array, -LARGEST, LARGEST) for name, array in self.weights.items()}
+        return Bypass({name: array.astype(np.float16).astype(np.float32) for name, array in bounded.items()})
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,8 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
             raise PolicyError(f"The policy's {name} has shape {list(found[name].shape)}; {list(shape)} was expected.")
         if not np.isfinite(found[name]).all():
             raise PolicyError(f"The policy's {name} holds NaN or infinity: the file or its training went wrong.")
+        if name.startswith("bypass.") and np.abs(found[name]).max(initial=0) > LARGEST:
+            raise PolicyError(f"The policy's {name} holds numbers over {LARGEST:.0f}, the largest of 16 bits.")
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,7 @@ def check_replaceable(path: Path) -> None:
     """Raises PolicyError where `save_policy` would write over something that is no policy and no card, and OutputError
     for a link or a mount point.
     """
+    check_outside_bundles(path)
     card, is_ours = card_path(path), True
     for one in (path, card):
         check_place(one)
@@ -248,6 +256,7 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Ma
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     norm = {} if policy.final_norm is None else {_FINAL_NORM: policy.final_norm}
     tensors = {name: _stored(array) for name, array in (policy.weights() | norm).items()}
+    check_outside_bundles(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for one in (path, card_path(path)):  # both, before one is written
         check_place(one)

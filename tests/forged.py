@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dash_export.artifacts import sha256_file
-from dash_export.bundle import MANIFEST
 from dash_export.manifest import Manifest, sealed
+from dash_export.names import MANIFEST
 from dash_export.typed_json import WrongFieldError, typed
 
 

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_export import DashRuntime
-from dash_export.bundle import BUILD, MANIFEST, Bundle, safe_path, to_json
+from dash_export.bundle import BUILD, Bundle, safe_path, to_json
 from dash_export.errors import BundleError, DashError
 from dash_export.manifest import Segment
+from dash_export.names import MANIFEST
 from dash_export.outputs import MARK
 from dash_export.typed_json import typed
 from tests.forged import edit

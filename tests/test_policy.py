@@ -15,12 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dash_export.decision import Unit, units_text
-from dash_export.errors import PolicyError
+from dash_export.errors import OutputError, PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.bypasses import check_model
 from dash_export.models.config import decoder_spec
 from dash_export.policy import (
     METADATA,
+    Bypass,
     SkipPolicy,
     card_path,
     check_replaceable,
@@ -85,6 +86,19 @@ def test_what_half_precision_holds_is_stored_so(tmp_path: Path) -> None:
             np.testing.assert_array_equal(array, made.weights()[tensor])
     saved = sum(array.nbytes for name, array in policy.weights().items() if name.startswith("bypass")) / 2
     assert sizes[0] - sizes[1] == pytest.approx(saved, abs=16)
+
+
+def test_numbers_that_half_precision_does_not_hold(tmp_path: Path, own_bundle: Path) -> None:
+    """A bundle would cut them; training does, and a policy is not written into a bundle."""
+    policy = policy_of()
+    first = Bypass({name: 1e6 * array for name, array in policy.bypasses[0].weights.items()})
+    large = replace(policy, bypasses=(first, *policy.bypasses[1:]))
+    with pytest.raises(PolicyError, match="holds numbers over 65504"):
+        save_policy(tmp_path / "large.safetensors", large, SPEC, {})
+    bounded = replace(policy, bypasses=(first.in_half(), *policy.bypasses[1:]))
+    save_policy(tmp_path / "large.safetensors", bounded, SPEC, {})
+    with pytest.raises(OutputError, match="would lie inside the bundle"):
+        save_policy(own_bundle / "onnx" / "p.safetensors", bounded, SPEC, {})
 
 
 def test_a_policy_of_fewer_units() -> None:

@@ -23,7 +23,7 @@ from dash_export.outputs import (
     work_folder,
 )
 from dash_export.policy import check_replaceable, save_policy
-from dash_export.replacing import put_in_place, recover
+from dash_export.replacing import check_outside_bundles, put_in_place, recover
 from tests.forged import folder_of, tree
 from tests.tiny import tiny_policy
 
@@ -187,3 +187,13 @@ def test_an_export_that_was_ended_while_it_replaced_a_bundle(tiny_model: Checkpo
     assert made.manifest.builds.keys() == {"portable"}
     assert {path.name for path in tmp_path.iterdir()} == {"a.dash"}
     assert (tree(output / "notes"), tree(output / "engines")) == kept
+
+
+def test_folders_of_others_are_no_bundles(tmp_path: Path) -> None:
+    """A web application may have a manifest, and models in a folder called onnx."""
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "manifest.json").write_text("{}")
+    check_outside_bundles(tmp_path / "public" / "my.dash")
+    (tmp_path / "onnx" / "layer_00.onnx").write_text("")
+    with pytest.raises(OutputError, match="would lie inside the bundle"):
+        check_outside_bundles(tmp_path / "public" / "my.dash")

@@ -14,11 +14,11 @@ from dash_export.artifacts import content_key
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.graphs import trt
-from dash_export.graphs.portable import ROPE_FILE
 from dash_export.graphs.rounded import Roundings, to_nearest
 from dash_export.graphs.surgery import absorb, load_graph
 from dash_export.graphs.writer import GraphWriter, save_graph
 from dash_export.manifest import MIXED, POLICY, Segment
+from dash_export.names import ROPE
 from dash_export.targets import Recipe
 
 
@@ -84,6 +84,7 @@ def lowered(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Round
         return trt.lower(portable(bundle, graph), recipe, bundle.manifest.policy.layers, roundings)
     from dash_export.graphs import ort  # its quantiser is ONNX Runtime's, which a machine with TensorRT may lack
 
+
     parts = {name: load_graph(bundle.graph(name)) for name in graph.parts}
     doc = f"{', '.join(graph.parts)} of {bundle.manifest.model.name}"
     return ort.write(graph.name, doc, parts, bundle.manifest, recipe, roundings)
@@ -100,7 +101,7 @@ def save_extending(lowered: ir.Model, path: Path, extended: Sequence[Path] = ())
                 and np.array_equal(twin.numpy(), value.const_value.numpy())
             ):
                 value.const_value = twin
-    return save_graph(lowered, path, (ROPE_FILE, *(f"{other.stem}.data" for other in extended)))
+    return save_graph(lowered, path, (ROPE, *(f"{other.stem}.data" for other in extended)))
 
 
 def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> Path:

@@ -21,11 +21,11 @@ from dash_export.building import kit_script
 from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibration_key, rounding_artifact
 from dash_export.building.verify import verification
-from dash_export.bundle import MANIFEST, Bundle, check_outside_bundles
+from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import OURS, refuse_foreign
 from dash_export.manifest import Verification
-from dash_export.names import ROUNDINGS
+from dash_export.names import MANIFEST, ROUNDINGS
 from dash_export.outputs import (
     MARK,
     bears_mark,
@@ -39,7 +39,7 @@ from dash_export.outputs import (
     work_folder,
     work_of,
 )
-from dash_export.replacing import check_place, put_in_place, recover, refuse_inputs
+from dash_export.replacing import check_outside_bundles, check_place, put_in_place, recover, refuse_inputs
 from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe, with_weights
 
@@ -83,7 +83,14 @@ def write_kit(
     # Engines that were compiled in the kit, and all else that somebody put there, stay.
     inside = [f"{root.name}/{name}" for name in (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")]
     recipe_file = [Path(target)] if Path(target).suffix == ".toml" else []
-    ours = (SCRIPT, REQUIREMENTS, LIBRARY, *(f"{RECIPES}/{path.name}" for path in recipe_file), *inside, RECORD)
+    ours = (
+        SCRIPT,
+        REQUIREMENTS,
+        f"{LIBRARY}/{PACKAGE.name}",
+        *(f"{RECIPES}/{path.name}" for path in recipe_file),
+        *inside,
+        RECORD,
+    )
     check_outside_bundles(folder)
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
         refuse_inputs([bundle.path(MANIFEST), *recipe_file], [work_of(folder), *(folder / name for name in ours)])

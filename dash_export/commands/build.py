@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dash_export.bundle import MANIFEST, Bundle
+from dash_export.bundle import Bundle
 from dash_export.cli import OUTPUT
 from dash_export.commands.export import export_model, policy_options
 from dash_export.commands.progress import progress_bar
@@ -15,7 +15,7 @@ from dash_export.commands.tables import build_bytes, bundle_bytes, print_table, 
 from dash_export.decision import RECOMMENDED_LOSS, WORTH, Unit, recommended_budget
 from dash_export.errors import NotHereError
 from dash_export.manifest import Build
-from dash_export.names import DEFAULT_TARGET
+from dash_export.names import DEFAULT_TARGET, MANIFEST
 
 PRECISION = click.Choice(["fp32", "fp16", "bf16", "int8", "int4"])
 

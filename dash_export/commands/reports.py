@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import click
 
 from dash_export.artifacts import open_regular, write_atomic
-from dash_export.bundle import check_outside_bundles
 from dash_export.cli import OUTPUT
 from dash_export.errors import RequestError
 from dash_export.names import REPORT
 from dash_export.outputs import check_writable, locked
+from dash_export.replacing import check_outside_bundles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

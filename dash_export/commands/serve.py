@@ -8,11 +8,11 @@ from types import FrameType
 
 import click
 
-from dash_export.bundle import check_outside_bundles
 from dash_export.cli import printable
 from dash_export.commands.options import TARGET, counted, load_runtime
 from dash_export.decision import Setting
 from dash_export.errors import OutputError, RequestError
+from dash_export.replacing import check_outside_bundles
 from dash_export.serve.scheduler import ROWS, WAITING
 
 LOCAL = ("127.0.0.1", "localhost", "::1")

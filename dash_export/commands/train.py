@@ -9,7 +9,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dash_export.bundle import check_outside_bundles
 from dash_export.cli import OUTPUT
 from dash_export.commands.options import UNITS
 from dash_export.commands.progress import progress_bar
@@ -76,7 +75,6 @@ def command(
     """
     from dash_export.train.training import train
 
-    check_outside_bundles(output)
     given = ctx.get_parameter_source("trade_offs") is not ParameterSource.DEFAULT
     if given and kind == "static" and (start or units) is not None:
         raise click.UsageError("a static policy of given units takes no --trade-offs: leave it out.")

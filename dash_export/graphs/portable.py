@@ -20,16 +20,15 @@ from dash_export.graphs.stored import stored_tensors
 from dash_export.graphs.writer import GraphWriter, external, placed
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
-from dash_export.names import FINAL_STATE, past_names, present_names
+from dash_export.names import FINAL_STATE, ROPE, past_names, present_names
 from dash_export.policy import Bypass, SkipPolicy, key_value_size
 
-ROPE_FILE = "rope.data"
 EMBED_FILE = "embed.data"
 EMBED_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
 HEAD_MATRIX = "head/weight"
 """The transposed one of these that gives logits."""
-SHARED_FILES = (ROPE_FILE, EMBED_FILE)
+SHARED_FILES = (ROPE, EMBED_FILE)
 
 _BLOCK = 1 << 14
 """Positions whose angles are in memory at a time."""
@@ -265,7 +264,7 @@ class PortableWriter(GraphWriter):
         widths, rows = [len(self.spec.rope_frequencies), len(self.spec.window_frequencies)], self.spec.max_positions
         own, before = (widths[1], 2 * widths[0]) if rope == "rope.window" else (widths[0], 0)
         tables = [
-            self.external(f"{rope}.{which}", ROPE_FILE, (rows, own), 4 * rows * (before + place * own))
+            self.external(f"{rope}.{which}", ROPE, (rows, own), 4 * rows * (before + place * own))
             for place, which in enumerate(("cos", "sin"))
         ]
         part = {} if 2 * own == self.spec.head_dim else {"rotary_embedding_dim": 2 * own}

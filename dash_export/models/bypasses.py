@@ -18,9 +18,8 @@ from dash_export.artifacts import content_key
 from dash_export.decision import Unit, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, Weight, layer_weight
-from dash_export.policy import Bypass, SkipPolicy, check_policy
+from dash_export.policy import LARGEST, Bypass, SkipPolicy, check_policy
 
-LARGEST = float(np.finfo(np.float16).max)
 OTHER_MODEL = 0.01
 """Relative distance of two final norms, of which quantised files keep at least 16 bits."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -56,15 +57,25 @@ def json_rule(schema: Mapping[str, Any]) -> str:
         raise RequestError(f"The schema is not JSON ({error}).") from error
 
 
+GRACE, PER_TOKEN = 0.5, 0.01
+"""Processor seconds that an answer's grammar may take, all in all and for each token: other answers wait for them."""
+
+
 class Guide:
     """How far one answer is in its grammar."""
 
     def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+        self._matcher, self._seconds, self._tokens = matcher, 0.0, 0
 
     def allowed(self, logits: Logits) -> Logits:
-        """logits [vocab], those of tokens that may not come next at -inf."""
+        """logits [vocab], those of tokens that may not come next at -inf. Raises RequestError where the grammar cannot
+        go on, or takes longer than an answer beside others may.
+        """
+        began = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._seconds, self._tokens = self._seconds + time.thread_time() - began, self._tokens + 1
+        if self._seconds > GRACE + PER_TOKEN * self._tokens:
+            raise RequestError(f"The answer's grammar takes over {1e3 * PER_TOKEN:.0f} ms for each token.")
         self._check()
         return np.where(np.unpackbits(bits, count=len(logits), bitorder="little"), logits, np.float32(-np.inf))
 

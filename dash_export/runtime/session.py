@@ -229,6 +229,13 @@ class Session:
         """Tokens of a pass over many."""
         return min(self.prefill_chunk, self.engines.rows_at_once(self.cache.capacity))
 
+    def piece(self, left: int) -> int:
+        """Tokens of the next pass of a prompt that has so many left: never one at its end, which kernels for one row
+        may round otherwise than those for several.
+        """
+        chunk = self.chunk
+        return chunk - 1 if left == chunk + 1 and chunk > 2 else min(left, chunk)
+
     def rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
         """Keep what is cached of a conversation that begins with `ids`, but for one token, whose logits are wanted."""
         pairs = enumerate(zip(ids, self.tokens, strict=False))
@@ -248,9 +255,9 @@ class Session:
     def _prefill(self, given: TokenIds | Floats, headroom: int) -> Logits:
         """Dense, in chunks; the logits [vocab] after the last. Whatever ends it, `tokens` are what the cache holds."""
         self.reserve(len(given) + headroom)
-        chunk = self.chunk
-        for start in range(0, len(given), chunk):
-            part = given[start : start + chunk]
+        start = 0
+        while True:
+            part = given[start : start + self.piece(len(given) - start)]
             step = self.bound(len(part))
             if part.ndim == 2:
                 cast("BoundStep", step).prefill_embeddings(cast("Floats", part))
@@ -258,6 +265,9 @@ class Session:
                 step.prefill(cast("TokenIds", part))
             self._pending = []  # it is the first of these
             self.tokens.extend([NO_TOKEN] * len(part) if part.ndim == 2 else part.tolist())
+            start += len(part)
+            if start == len(given):
+                break
         self.prefilled += len(given)
         return self._last(step)
 

@@ -77,7 +77,9 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 def dash(answers: Sequence[Answer]) -> dict[str, Any]:
     """Layers and time of the decoded tokens, the time as a fraction of dense by the build's cost table."""
     runtime, said = answers[0].scheduler.runtime, [answer.statistics for answer in answers]
-    steps, seconds = sum(each.decode_steps for each in said), max(each.decode_seconds for each in said)
+    steps, seconds = sum(each.decode_steps for each in said), said[0].decode_seconds
+    if len(answers) > 1:  # some may have waited for others
+        seconds = max(answer.last for answer in answers) - min(answer.first for answer in answers)
     told: dict[str, Any] = {
         "layers_per_token": round(sum(each.layers for each in said) / steps, 3) if steps else 0.0,
         "tokens_per_second": round(steps / seconds, 2) if seconds else 0.0,

@@ -240,7 +240,7 @@ class Scheduler:
                 ticket.turn = turn
                 self.figures.known_tokens += self._prefixes.restore(session, ticket.ids)
             done = len(session.tokens)
-            logits = session.prefill(ticket.ids[done : done + session.chunk])
+            logits = session.prefill(ticket.ids[done : done + session.piece(len(ticket.ids) - done)])
             if len(session.tokens) == len(ticket.ids):
                 self._begin(ticket, turn, logits)
                 self._job = None

@@ -162,9 +162,10 @@ def test_something_else_is_not_overwritten(own_bundle: Path, tmp_path: Path) -> 
 def test_what_somebody_put_into_a_kit_stays(own_bundle: Path, tmp_path: Path) -> None:
     kit = write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "kit")
     (kit / "recipes" / "h100").mkdir(parents=True)
-    for name in ("recipes/h100/notes.txt", "mine"):
+    for name in ("recipes/h100/notes.txt", "lib/notes.txt", "mine"):
         (kit / name).write_text("mine")
     write_kit(Bundle.open(own_bundle), "h100", [], "", kit)
+    assert (kit / "lib" / "notes.txt").read_text() == "mine"
     assert (kit / "recipes" / "h100" / "notes.txt").read_text() == "mine"
     other = own_bundle.rename(own_bundle.with_name("mine"))
     with pytest.raises(BundleError, match="is not a bundle"):

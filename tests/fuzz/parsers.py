@@ -17,7 +17,7 @@ import numpy as np
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.building.graph_runs import graph_run
-from dash_export.bundle import BUILD, MANIFEST, Bundle
+from dash_export.bundle import BUILD, Bundle
 from dash_export.commands.options import AMOUNTS, BUDGETS, KINDS, LAYERS
 from dash_export.commands.run import read_prompts as read_plain_prompts
 from dash_export.errors import BAD_GRAPH
@@ -27,6 +27,7 @@ from dash_export.graphs.surgery import load_graph
 from dash_export.models import open_checkpoint, row_blocks
 from dash_export.models.config import decoder_spec
 from dash_export.models.weights import read_json
+from dash_export.names import MANIFEST
 from dash_export.policy import load_policy
 from dash_export.runtime.ort_engine import OrtEngine, shared_pool_options
 from dash_export.runtime.text import Text

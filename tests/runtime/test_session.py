@@ -111,6 +111,20 @@ def test_an_interrupt_while_the_cache_grows(runtime: DashRuntime, monkeypatch: p
     assert found == expected
 
 
+def test_no_pass_of_a_prompt_has_its_last_token_alone(
+    tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels for one row may round otherwise: with what is known of it the same prompt would have another answer."""
+    live = tiny_runtime().session()
+    monkeypatch.setattr(type(live), "chunk", 32)
+    assert [live.piece(left) for left in (1, 2, 32, 33, 34, 65)] == [1, 2, 32, 31, 32, 32]
+    passes, sound = list[int](), live.bound
+    monkeypatch.setattr(live, "bound", lambda rows: passes.append(rows) or sound(rows))
+    logits = live.prefill(random_ids(65))
+    assert passes == [32, 31, 2]
+    np.testing.assert_allclose(logits, tiny_runtime().session().logits(random_ids(65))[-1], atol=1e-4)
+
+
 def test_what_an_interrupted_pass_leaves_is_known(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """`tokens` are what the cache holds, so that the next prompt continues from there and not from less."""
     ids, live, passes = random_ids(70), runtime.session(), []

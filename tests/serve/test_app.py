@@ -236,6 +236,20 @@ def test_figures_are_of_all_answers(http: httpx.Client) -> None:
     assert len(set(run)) > 1
 
 
+def test_speed_of_answers_that_wait_for_each_other(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four answers through one row are no faster than one."""
+    sound = BoundStep.decode_batch
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.005)
+        sound(*arguments)
+
+    monkeypatch.setattr(BoundStep, "decode_batch", slow)
+    body = {"prompt": "hello", "n": 4, "max_tokens": 20, "temperature": 0} | DENSE
+    told = httpx.post(f"{serve(rows=1)}/v1/completions", json=body).json()["dash"]["tokens_per_second"]
+    assert 0 < told < 1 / 0.005
+
+
 def test_developers_are_the_system(http: httpx.Client) -> None:
     """Most templates know no other name for them."""
     said = [

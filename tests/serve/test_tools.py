@@ -14,7 +14,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.errors import RequestError
-from dash_export.runtime import Response, Sampling
+from dash_export.runtime import Response, Sampling, guidance
 from dash_export.runtime.chat_template import ChatTemplate
 from dash_export.runtime.guidance import Guide, json_grammar
 from dash_export.runtime.text import Text
@@ -71,6 +71,18 @@ def test_line_ends_of_unicode_in_a_stream(http: httpx.Client) -> None:
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
     said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert json.loads(said) == schema["const"]
+
+
+def test_a_grammar_that_takes_long_for_each_token(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends its own answer: all others wait for it."""
+    asked = {"messages": MESSAGES, "max_tokens": 40, "response_format": {"type": "json_object"}}
+    monkeypatch.setattr(guidance, "GRACE", 0.0)
+    monkeypatch.setattr(guidance, "PER_TOKEN", 0.0)
+    reply = http.post("/v1/chat/completions", json=asked)
+    assert reply.status_code == 400
+    assert "takes over 0 ms for each token" in reply.json()["error"]["message"]
+    monkeypatch.undo()
+    assert http.post("/v1/chat/completions", json=asked).status_code == 200
 
 
 def test_any_json(client: openai.OpenAI) -> None:

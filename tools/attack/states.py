@@ -122,8 +122,9 @@ def picture_state(folder: Path, expected: dict[str, str]) -> str | Fault:
 
 def leftovers(folder: Path) -> list[Fault]:
     """What no run should leave: temporary names, locks, unfinished folders, files that no record lists."""
-    from dash_export.bundle import BUILD, MANIFEST, Bundle
+    from dash_export.bundle import BUILD, Bundle
     from dash_export.errors import DashError
+    from dash_export.names import MANIFEST
 
     known = {MANIFEST}
     bundle = folder / BUNDLE

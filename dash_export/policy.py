@@ -243,7 +243,8 @@ def check_replaceable(path: Path) -> None:
 
 def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Mapping[str, Any]) -> None:
     """Write the policy to `path` (`.safetensors`) and its card (JSON) beside it, each whole or not at all. Raises
-    PolicyError for a policy that does not fit `spec` or a name that is not `.safetensors`, OutputError for a link.
+    PolicyError for a policy that does not fit `spec`, a name that is not `.safetensors` and what is no policy there,
+    OutputError for a link and inside bundles.
     """
     import safetensors.numpy
 
@@ -256,10 +257,8 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Ma
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     norm = {} if policy.final_norm is None else {_FINAL_NORM: policy.final_norm}
     tensors = {name: _stored(array) for name, array in (policy.weights() | norm).items()}
-    check_outside_bundles(path)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for one in (path, card_path(path)):  # both, before one is written
-        check_place(one)
     write_atomic(path, safetensors.numpy.save(tensors, {METADATA: json.dumps(asdict(facts))}))
     write_atomic(card_path(path), text)
 

@@ -42,17 +42,17 @@ def recover(output: Path, ours: Sequence[str], last: str, command: str) -> None:
     if work.is_dir() and not work.is_symlink():
         left = os.path.lexists(work / last)  # which goes last
         begun = (work / PLAN).is_file() and (work / MARK).is_file() and ((output / MARK).is_file() or not left)
-        if begun and left:
-            _replace(work, output, ours, last)
+        planned = read_bounded(work / PLAN, _LONGEST_PLAN).decode().split("\n") if begun else []
+        if begun and left and {*planned} <= {*ours}:  # else it is another version's, and made anew
+            _replace(work, output, ours, last, planned)
         if begun or {path.name for path in work.iterdir()} <= {MARK}:
             remove_own(work)
     if (output / last).exists():
         unmark(output)
 
 
-def _replace(work: Path, output: Path, ours: Sequence[str], last: str) -> None:
-    """Replace what the plan says; what has been replaced is not in the work folder any more."""
-    planned = read_bounded(work / PLAN, _LONGEST_PLAN).decode().split("\n")
+def _replace(work: Path, output: Path, ours: Sequence[str], last: str, planned: Sequence[str]) -> None:
+    """Replace what is planned; what has been replaced is not in the work folder any more."""
     (output / last).unlink(missing_ok=True)
     sync(output)
     for name in ours:

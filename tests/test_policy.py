@@ -101,6 +101,15 @@ def test_numbers_that_half_precision_does_not_hold(tmp_path: Path, own_bundle: P
         save_policy(own_bundle / "onnx" / "p.safetensors", bounded, SPEC, {})
 
 
+def test_what_is_no_policy_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": np.ones((2, 2), np.float32)}, path)
+    before = path.read_bytes()
+    with pytest.raises(PolicyError, match="is no skip policy: it will not be overwritten"):
+        save_policy(path, policy_of(), SPEC, {})
+    assert path.read_bytes() == before
+
+
 def test_a_policy_of_fewer_units() -> None:
     policy = policy_of()
     fewer = narrowed(policy, [4])

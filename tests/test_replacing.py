@@ -17,11 +17,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, OutputError, PolicyError
 from dash_export.exporting import export
 from dash_export.models import Checkpoint
-from dash_export.outputs import (
-    MARK,
-    remove_own,
-    work_folder,
-)
+from dash_export.outputs import MARK, PLAN, mark, remove_own, work_folder
 from dash_export.policy import check_replaceable, save_policy
 from dash_export.replacing import check_outside_bundles, put_in_place, recover
 from tests.forged import folder_of, tree
@@ -197,3 +193,15 @@ def test_folders_of_others_are_no_bundles(tmp_path: Path) -> None:
     (tmp_path / "onnx" / "layer_00.onnx").write_text("")
     with pytest.raises(OutputError, match="would lie inside the bundle"):
         check_outside_bundles(tmp_path / "public" / "my.dash")
+
+
+def test_a_plan_of_another_version(tmp_path: Path) -> None:
+    """Of what is not today's nothing is replaced: the command makes it anew."""
+    output = folder_of(tmp_path / "a", "lib/one", "record")
+    work = folder_of(work_folder(output, "export"), "lib/two", "record")
+    mark(output, "export")
+    (work / PLAN).write_text("lib\nrecord")
+    before = tree(output)
+    recover(output, ("lib/one", "record"), "record", "export")
+    assert tree(output) | {MARK: before[MARK]} == before
+    assert not work.exists()

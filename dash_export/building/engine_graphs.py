@@ -84,7 +84,6 @@ def lowered(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Round
         return trt.lower(portable(bundle, graph), recipe, bundle.manifest.policy.layers, roundings)
     from dash_export.graphs import ort  # its quantiser is ONNX Runtime's, which a machine with TensorRT may lack
 
-
     parts = {name: load_graph(bundle.graph(name)) for name in graph.parts}
     doc = f"{', '.join(graph.parts)} of {bundle.manifest.model.name}"
     return ort.write(graph.name, doc, parts, bundle.manifest, recipe, roundings)

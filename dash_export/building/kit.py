@@ -135,6 +135,8 @@ def write_kit(
             record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
             write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
             _refuse_foreign(folder, root.name)  # what has appeared there meanwhile
+            for path in recipe_file:
+                _refuse_recipe(folder / RECIPES / path.name, path, folder / RECORD)
             put_in_place(unfinished, folder, ours, RECORD, "build --kit")
     return folder
 

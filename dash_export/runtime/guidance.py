@@ -21,7 +21,7 @@ from dash_export.runtime.sampling import Logits
 _T = TypeVar("_T")
 READS = "cannot be read for a grammar"
 MOST_LETTERS = 1 << 16
-SECONDS, MEGABYTES, STATES = 1, 24, 20_000
+SECONDS, MEGABYTES, STATES = 1, 24, 60_000
 """To read a grammar for all answers to a request (2,000 properties: 0.3 s, 19 MB), and what each may learn while it is
 used, of a kilobyte or two.
 """

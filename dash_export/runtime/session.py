@@ -237,10 +237,12 @@ class Session:
         return chunk - 1 if left == chunk + 1 and chunk > 2 else min(left, chunk)
 
     def rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
-        """Keep what is cached of a conversation that begins with `ids`, but for one token, whose logits are wanted."""
+        """Keep what is cached of a conversation that begins with `ids`, but for two tokens: the last one's logits are
+        wanted, and it may not be alone (`piece`).
+        """
         pairs = enumerate(zip(ids, self.tokens, strict=False))
         known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
-        self._rewind(max(0, min(known, len(ids) - 1)))
+        self._rewind(max(0, min(known, len(ids) - 2)))
 
     def adopt(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Hold `tokens` instead of what is there: the first row of `cache` begins with their K and V."""

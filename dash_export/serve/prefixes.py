@@ -31,15 +31,14 @@ class Prefixes:
             self._drop(next(iter(self._kept)))
 
     def restore(self, session: Session, ids: Sequence[int] | TokenIds) -> int:
-        """Make `session` hold as much as is known of a prompt, but for its last two tokens; returns how many that are.
-        The logits of the last are wanted, and kernels for one row may round otherwise than those for several.
+        """Make `session` hold as much as is known of a prompt, but for two tokens (`Session.rewind_to`); returns how
+        many that are.
         """
-        ids = ids[:-1] if len(ids) > 1 else ids
         session.rewind_to(ids)
         best, length = None, len(session.tokens)
         for known in self._kept:
             same = next((at for at, (one, other) in enumerate(zip(known, ids, strict=False)) if one != other), None)
-            common = min(len(known) if same is None else same, len(ids) - 1)
+            common = min(len(known) if same is None else same, len(ids) - 2)
             if common > length:
                 best, length = known, common
         if best is not None:

@@ -134,6 +134,7 @@ class Called(BaseModel):
     @field_validator("arguments")
     @classmethod
     def _object(cls, text: str) -> str:
+        text = text or "{}"  # as some clients write a call without arguments
         _check_arguments([text])
         with suppress(ValueError):
             if isinstance(from_json(text, allow_inf_nan=False), dict):
@@ -217,7 +218,7 @@ class Generation(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    logit_bias: None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     suffix: None = None
     best_of: Literal[1] = 1
     functions: None = None

@@ -169,10 +169,10 @@ def test_chat_reuses_what_the_cache_holds(runtime: DashRuntime, monkeypatch: pyt
     assert [response.token for response in live.chat(follow_up, 8)] == expected
     new = len(runtime.text.chat(follow_up)) - len(runtime.text.chat(MESSAGES))
     assert live.prefilled - prefilled < new + 9
-    # The same conversation once more: one token is computed for its logits.
+    # The same conversation once more: two tokens are computed for the logits of the last.
     before = live.prefilled
     assert [response.token for response in live.chat(follow_up, 8)] == expected
-    assert live.prefilled == before + 1
+    assert live.prefilled == before + 2
     other = [{"role": "user", "content": "Something else"}]
     assert [r.token for r in live.chat(other, 8)] == [r.token for r in runtime.chat(other, 8)]
     monkeypatch.setattr(runtime.text, "chat", lambda *_: [])
@@ -198,7 +198,7 @@ def test_restart_keeps_what_it_cannot_replace(runtime: DashRuntime) -> None:
         live.restart(np.zeros((2, 3), np.int64))
     assert len(live.tokens) == 12
     np.testing.assert_allclose(live.restart(FIRST), runtime.session().prefill(FIRST), atol=1e-5)
-    assert live.prefilled == 13
+    assert live.prefilled == 14
     live.reset()
     assert (live.tokens, live.context_left) == ([], 512)
     assert live.generate(SECOND, 10).tokens.tolist() == tokens_of(runtime, SECOND)

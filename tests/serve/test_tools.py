@@ -295,6 +295,12 @@ def test_references_of_tools_are_to_themselves(tiny_runtime: Callable[..., DashR
             calls_grammar(tools, "required", False)
 
 
+def test_a_long_text_of_a_bounded_length(tiny_runtime: Callable[..., DashRuntime]) -> None:
+    """Each place in it costs states of the grammar, which are bounded."""
+    schema = {"type": "object", "properties": {"t": {"type": "string", "maxLength": 9000}}, "required": ["t"]}
+    assert fits(json_grammar(schema), tiny_runtime().text, json.dumps({"t": "a long text " * 400}))
+
+
 def test_calls_among_words() -> None:
     text = 'Well. <tool_call>\n{"name": "a", "arguments": {"x": {"y": 1}}}\n</tool_call> And <tool_call>no</tool_call>'
     words, calls = split_calls(text)

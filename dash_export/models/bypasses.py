@@ -57,8 +57,12 @@ def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str,
         hidden = checkpoint.spec.hidden_size
         columns = [stored["weight"][:, :hidden], *columns, stored["weight"][:, hidden:]]
         biases = [stored["bias"][:hidden], *biases, stored["bias"][hidden:]]
-    weight = np.clip(np.concatenate(columns, axis=1), -LARGEST, LARGEST).astype(np.float16).astype(np.float32)
-    return {"weight": weight, "bias": np.concatenate(biases).astype(np.float32)}
+    return {"weight": _half(np.concatenate(columns, axis=1)), "bias": np.concatenate(biases).astype(np.float32)}
+
+
+def _half(weight: Float32Array) -> Float32Array:
+    """Numbers that 16 bits hold, as a bundle keeps them."""
+    return np.ascontiguousarray(np.clip(weight, -LARGEST, LARGEST)).astype(np.float16).astype(np.float32)
 
 
 def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32Array, Float32Array]:
@@ -98,7 +102,7 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
             kept.append(layer)
             layers += 1
         elif layer == unit.first:
-            matrix, bias = bypasses[unit]["weight"][:, :hidden].T.copy(), bypasses[unit]["bias"][:hidden]
+            matrix, bias = _half(bypasses[unit]["weight"][:, :hidden].T), bypasses[unit]["bias"][:hidden]
             own = layer_weight(layers - 1, f"update_{updates.count(layers - 1)}.")
             weights |= {name: _made(name, array) for name, array in ((f"{own}weight", matrix), (f"{own}bias", bias))}
             digest.update(matrix.tobytes() + bias.tobytes())

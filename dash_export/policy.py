@@ -52,6 +52,11 @@ LARGEST = float(np.finfo(np.float16).max)
 """Of a bypass's numbers."""
 
 
+def half(array: Float32Array) -> Float32Array:
+    """The nearest numbers that 16 bits hold, which is what a bundle keeps of a bypass."""
+    return np.clip(array, -LARGEST, LARGEST).astype(np.float16).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Bypass:
     """The replacement of a skipped unit. `weights`: none, or `weight` [hidden, columns] and `bias` [columns]. Columns:
@@ -67,8 +72,7 @@ class Bypass:
 
     def in_half(self) -> Bypass:
         """Round to what 16 bits hold: engines have 8, and a file of it half the size."""
-        bounded = {name: np.clip(array, -LARGEST, LARGEST) for name, array in self.weights.items()}
-        return Bypass({name: array.astype(np.float16).astype(np.float32) for name, array in bounded.items()})
+        return Bypass({name: half(array) for name, array in self.weights.items()})
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,7 @@ def write_kit(
     with locked(folder, "build --kit"), folder_locked(root, [lock_file(root)], shared=True):
         refuse_inputs([bundle.path(MANIFEST), *recipe_file], [work_of(folder), *(folder / name for name in ours)])
         recover(folder, ours, RECORD, "build --kit")
-        for path in recipe_file:
-            _refuse_recipe(folder / RECIPES / path.name, path, folder / RECORD)
-        _refuse_foreign(folder, root.name)
+        _refuse_foreign(folder, root.name, recipe_file)
         check_place(folder, ours)
         remove_own(work_folder(folder, "build --kit"))  # a kit is not resumed
         unfinished = work_folder(folder, "build --kit")
@@ -134,9 +132,7 @@ def write_kit(
             }
             record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
             write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
-            _refuse_foreign(folder, root.name)  # what has appeared there meanwhile
-            for path in recipe_file:
-                _refuse_recipe(folder / RECIPES / path.name, path, folder / RECORD)
+            _refuse_foreign(folder, root.name, recipe_file)  # what has appeared there meanwhile
             put_in_place(unfinished, folder, ours, RECORD, "build --kit")
     return folder
 
@@ -150,12 +146,15 @@ def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) ->
     return verification(bundle, recipe, segments, {}, engines, progress)
 
 
-def _refuse_foreign(folder: Path, bundle: str) -> None:
+def _refuse_foreign(folder: Path, bundle: str, recipes: Sequence[Path]) -> None:
+    """Raises BundleError where the kit, its bundle or its recipe would take the place of what is none of ours."""
     refuse_link(folder)
     is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
     if folder.exists() and not is_kit and not bears_mark(folder, "build --kit"):
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
     refuse_foreign(folder / bundle)
+    for recipe in recipes:
+        _refuse_recipe(folder / RECIPES / recipe.name, recipe, folder / RECORD)
 
 
 def _refuse_recipe(place: Path, recipe: Path, record: Path) -> None:

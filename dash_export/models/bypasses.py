@@ -18,7 +18,7 @@ from dash_export.artifacts import content_key
 from dash_export.decision import Unit, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, Weight, layer_weight
-from dash_export.policy import LARGEST, Bypass, SkipPolicy, check_policy
+from dash_export.policy import Bypass, SkipPolicy, check_policy, half
 
 OTHER_MODEL = 0.01
 """Relative distance of two final norms, of which quantised files keep at least 16 bits."""
@@ -57,12 +57,7 @@ def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str,
         hidden = checkpoint.spec.hidden_size
         columns = [stored["weight"][:, :hidden], *columns, stored["weight"][:, hidden:]]
         biases = [stored["bias"][:hidden], *biases, stored["bias"][hidden:]]
-    return {"weight": _half(np.concatenate(columns, axis=1)), "bias": np.concatenate(biases).astype(np.float32)}
-
-
-def _half(weight: Float32Array) -> Float32Array:
-    """Numbers that 16 bits hold, as a bundle keeps them."""
-    return np.ascontiguousarray(np.clip(weight, -LARGEST, LARGEST)).astype(np.float16).astype(np.float32)
+    return {"weight": half(np.concatenate(columns, axis=1)), "bias": np.concatenate(biases).astype(np.float32)}
 
 
 def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32Array, Float32Array]:
@@ -102,7 +97,7 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
             kept.append(layer)
             layers += 1
         elif layer == unit.first:
-            matrix, bias = _half(bypasses[unit]["weight"][:, :hidden].T), bypasses[unit]["bias"][:hidden]
+            matrix, bias = half(bypasses[unit]["weight"][:, :hidden].T.copy()), bypasses[unit]["bias"][:hidden]
             own = layer_weight(layers - 1, f"update_{updates.count(layers - 1)}.")
             weights |= {name: _made(name, array) for name, array in ((f"{own}weight", matrix), (f"{own}bias", bias))}
             digest.update(matrix.tobytes() + bias.tobytes())

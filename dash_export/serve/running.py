@@ -36,7 +36,7 @@ READING_BYTES = 128 << 20
 LIKELY = 100_000
 """Likelihoods of all answers to a request: 4,096 tokens with the 20 most likely ones of each are 86,016."""
 GUIDED = 24
-"""Answers with a grammar that a model has under way: one may hold 24 MB from its request on."""
+"""Answers with a grammar that a model has under way: one may hold 24 MB from its request on, and learn 30 more."""
 LONG_BYTES = 1 << 16
 """A body from which on its prompt waits for the one thread that makes long ones."""
 _Asked = TypeVar("_Asked", bound=BaseModel)

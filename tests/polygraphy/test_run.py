@@ -22,6 +22,8 @@ pytestmark = pytest.mark.skipif(
 )
 MAIN = "import sys; from polygraphy.tools import main; sys.exit(main())"
 CLOSE = ("--atol", "1e-4", "--rtol", "1e-3")
+HALF = ("--atol", "2e-3", "--rtol", "1e-3")
+"""For a bypass's K and V beside its layer's: a bundle keeps those of the bypass in 16 bits."""
 FP32 = ("--dash-target", "cpu-fp32")
 
 
@@ -82,9 +84,9 @@ def test_engines_that_are_not_their_graphs_fail(own_bundle: Path) -> None:
     change_record(own_bundle, "layer_04", file="engines/cpu-fp32/layers_02-03.onnx")
     assert "wants past_key_2" in error(polygraphy(own_bundle, "--dash", *FP32, "--dash-segment", "layer_04"))
     change_record(own_bundle, "layer_04", file="engines/cpu-fp32/bypass_04-04.onnx")
-    result = polygraphy(*run, *CLOSE)
+    result = polygraphy(*run, *HALF)
     assert not passed(result)
-    assert re.search(r"Mismatched outputs: \[.*'hidden_out'", result.stdout), "the update is another"
+    assert "Mismatched outputs: ['hidden_out']" in result.stdout, "K and V are right, the update is another"
     change_record(own_bundle, "layer_04", file="engines/cpu-fp32/layer_04.onnx")
     weights = own_bundle / "engines" / "cpu-fp32" / "layer_04.data"
     weights.write_bytes(bytes(reversed(weights.read_bytes())))

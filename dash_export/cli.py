@@ -21,6 +21,8 @@ COMMANDS = {
     "build": "Compile a bundle's engines for a target and measure them.",
     "run": "Answer a prompt, or chat, skipping layers as told.",
     "serve": "Bundles behind OpenAI's API, and a page to try them.",
+    "push": "A bundle to the Hugging Face hub, with a card of its figures.",
+    "sign": "Sign a bundle, for machines that run only what you signed.",
     "inspect": "What is in a bundle: graphs, engines, sizes, costs, policy.",
     "train": "Learn a skip policy for a model: its units, network and bypasses.",
     "eval": "What skipping costs in quality, under every policy kind.",
@@ -127,6 +129,7 @@ def cli(verbose: int) -> None:
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("dash_export").setLevel(level)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read where that is imported: it warns of each offline answer
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 TARGET = click.option("--target", help="Which build: cpu, or the only one there is.")
+TRUSTED = click.option("--trusted-key", type=click.Path(path_type=Path), metavar="PEM", help="The public key that must "
+                       "have signed the bundle; by default DASH_EXPORT_TRUSTED_KEY, if set.")  # fmt: skip
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from dash_export.cli import printable
-from dash_export.commands.options import TARGET, load_runtime, setting_options
+from dash_export.commands.options import TARGET, TRUSTED, load_runtime, setting_options
 from dash_export.decision import Setting
 from dash_export.errors import DashError, RequestError
 from dash_export.targets import MAX_THREADS, Dispatch
@@ -62,6 +62,7 @@ class RunOptions:
 )
 @click.option("--system", help="System message of the chat template.")
 @TARGET
+@TRUSTED
 @setting_options
 @click.option(
     "--dispatch", type=click.Choice(get_args(Dispatch)),
@@ -83,8 +84,8 @@ class RunOptions:
 @click.pass_context
 def command(
     ctx: click.Context, /, bundle: Path, prompt: str | None, prompts: Path | None, batch: int | None, raw: bool,
-    chat: bool, system: str | None, target: str | None, threads: int | None, dispatch: str | None,
-    max_tokens: int | None, show_skips: bool, as_json: bool, setting: Setting, **sampling: Any,
+    chat: bool, system: str | None, target: str | None, trusted_key: Path | None, threads: int | None,
+    dispatch: str | None, max_tokens: int | None, show_skips: bool, as_json: bool, setting: Setting, **sampling: Any,
 ) -> None:  # fmt: skip
     """Answer PROMPT (or standard input, or every line of --prompts) with a built bundle; figures go to stderr.
 
@@ -101,7 +102,7 @@ def command(
     from dash_export.commands.chat import AnswerPrinter, converse
     from dash_export.runtime import Sampling
 
-    runtime = load_runtime(bundle, target, dispatch=dispatch, threads=threads)
+    runtime = load_runtime(bundle, target, dispatch=dispatch, threads=threads, trusted_key=trusted_key)
     templated = runtime.text.template is not None and not raw
     if system is not None and not templated:
         raise RequestError(

@@ -9,7 +9,7 @@ from types import FrameType
 import click
 
 from dash_export.cli import printable
-from dash_export.commands.options import TARGET, counted, load_runtime
+from dash_export.commands.options import TARGET, TRUSTED, counted, load_runtime
 from dash_export.decision import Setting
 from dash_export.errors import OutputError, RequestError
 from dash_export.replacing import check_outside_bundles
@@ -21,6 +21,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.command("serve")
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @TARGET
+@TRUSTED
 @click.option("--host", default=LOCAL[0], show_default=True, help="Where to listen; another than this machine's own "
               "needs an --api-key, or --no-key.")  # fmt: skip
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
@@ -41,10 +42,9 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option("--write-triton", type=click.Path(path_type=Path), metavar="DIR",
               help="Serve nothing: write a model repository for Triton.")  # fmt: skip
 def command(
-    bundles: tuple[Path, ...], target: str | None, host: str, port: int, rows: int, waiting: int, budget: float | None,
-    pace: float | None, least: float,
-    api_key: str | None, no_key: bool, cors: tuple[str, ...], deadline: int | None, drain: int,
-    write_triton: Path | None,
+    bundles: tuple[Path, ...], target: str | None, trusted_key: Path | None, host: str, port: int, rows: int,
+    waiting: int, budget: float | None, pace: float | None, least: float, api_key: str | None, no_key: bool,
+    cors: tuple[str, ...], deadline: int | None, drain: int, write_triton: Path | None,
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
     /health, /metrics, /openapi.json, and a page to try it at /.
@@ -65,7 +65,7 @@ def command(
     elif host not in LOCAL and not (api_key or no_key):
         raise RequestError(f"Others can reach {host}: give an --api-key, or --no-key to let anybody ask.")
     served: dict[str, Scheduler] = {}
-    runtimes = [load_runtime(bundle, target) for bundle in bundles]
+    runtimes = [load_runtime(bundle, target, trusted_key=trusted_key) for bundle in bundles]
     memory = available_memory() // 2 // len(bundles)
     alone = None if budget is None else Setting("token", budget=budget)
     for runtime in runtimes:

@@ -12,9 +12,10 @@ import numpy as np
 from dash_export.artifacts import identity
 from dash_export.bundle import TEXT_FILES
 from dash_export.errors import CheckpointError
+from dash_export.hub import download
 from dash_export.models.config import decoder_spec, shown
 from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, layer_weight, row_blocks
-from dash_export.models.weights import checked, open_weights, read_json, read_text, require, unfused
+from dash_export.models.weights import checked, open_weights, read_json, read_text, unfused
 from dash_export.text_files import load_tokenizer
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
@@ -46,23 +47,8 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
 
 def open_hub(model_id: str) -> Checkpoint:
     """The model `org/name` of the hub, downloaded into (or found in) the usual cache. Raises CheckpointError."""
-    hub = require("huggingface_hub")
-    errors = require("huggingface_hub.errors")
-    known = {
-        errors.GatedRepoError: "is gated: accept its terms on its page, then log in with `hf auth login`",
-        errors.RepositoryNotFoundError: "is not there, or you may not read it: check the spelling, or `hf auth login`",
-        errors.HFValidationError: "is neither a path that exists nor a valid hub id (org/name)",
-    }
-    try:
-        folder = hub.snapshot_download(model_id, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
-    except Exception as error:
-        fault = next((text for kind, text in known.items() if isinstance(error, kind)), "") or (
-            f"cannot be downloaded ({type(error).__name__}): the hub cannot be reached (or is switched off by "
-            "HF_HUB_OFFLINE) and the model is not in the local cache; connect, or give the path of a local folder"
-        )
-        # `from None` and no text of theirs: requests and responses can carry the access token.
-        raise CheckpointError(f"the hub model {model_id!r} {fault}") from None
-    return open_folder(Path(folder), model_id)
+    folder = download(model_id, CheckpointError, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
+    return open_folder(folder, model_id)
 
 
 def _weight_files(folder: Path) -> list[Path]:

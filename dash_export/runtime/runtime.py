@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from dash_export import hub, signing
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.artifacts import FileRecord
 from dash_export.bundle import Bundle
@@ -56,19 +57,27 @@ class DashRuntime:
         dispatch: str | None = None,
         threads: int | None = None,
         verify: bool = True,
+        trusted_key: str | Path | None = None,
     ) -> DashRuntime:
-        """Open a bundle that was built for `target`; without one `cpu`, or the only build there is.
+        """Open a bundle, or `org/name` of the hub, that was built for `target`; without one `cpu`, or the only build
+        there is.
 
         `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (the
         same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. `threads` overrides the recipe's
         (0: one per physical core). `verify` checks the SHA-256 of every file that is loaded; that it is still the same
-        when all is loaded is checked without it too.
+        when all is loaded is checked without it too. `trusted_key` (by default the environment's
+        DASH_EXPORT_TRUSTED_KEY): the public key that must have signed the bundle.
         Raises BundleError, BackendError, PolicyError or RequestError.
         """
         if threads is not None and not 0 <= threads <= MAX_THREADS:
             raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
-        opened = Bundle.open(bundle)
+        key = signing.trusted_key(trusted_key)
+        opened = Bundle.open(
+            hub.fetch(str(bundle), target, trusted=key is not None) if hub.is_hub_id(bundle) else bundle
+        )
         build = opened.load_build(opened.chosen(target))
+        if key is not None:
+            signing.check_signed(opened, key)
         if verify:
             opened.check_listed(build)
         text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]

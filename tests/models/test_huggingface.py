@@ -234,7 +234,7 @@ def test_hub_download(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RepositoryNotFoundError, "'org/name' is not there"),
+        (RepositoryNotFoundError, "'org/name' on the hub is not there"),
         (GatedRepoError, "gated"),
         (ConnectionError, "cannot be reached.*HF_HUB_OFFLINE"),
     ],

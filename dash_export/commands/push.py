@@ -1,0 +1,26 @@
+"""`dash-export push`: a bundle to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dash_export import hub
+from dash_export.bundle import Bundle
+
+
+@click.command("push")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("name", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Where the repository is new: only for you.")
+@click.option("--base-model", metavar="ORG/NAME", help="The hub's model that it was made of, for the card.")
+@click.option("--license", "license_id", metavar="ID", help="The model's licence, for the card, like apache-2.0.")
+def command(bundle: Path, name: str, private: bool, base_model: str | None, license_id: str | None) -> None:
+    """Publish BUNDLE with its builds and a card of their figures; `run` and `serve` take ORG/NAME from there.
+
+    Log in first: hf auth login.
+    """
+    opened = Bundle.open(bundle)
+    address = hub.push(opened, name, private=private, base_model=base_model, license_id=license_id)
+    click.echo(f"{address}\nNext: dash-export run {name}")

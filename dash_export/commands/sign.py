@@ -1,0 +1,24 @@
+"""`dash-export sign`: who answers for a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dash_export import signing
+from dash_export.bundle import Bundle
+
+
+@click.command("sign")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--key", required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="PEM",
+              help="Your private key, of an elliptic curve, without a password.")  # fmt: skip
+def command(bundle: Path, key: Path) -> None:
+    """Sign BUNDLE and its builds as they are; sign again after a build.
+
+    Who gives your public key as --trusted-key to `run` and `serve`, or as DASH_EXPORT_TRUSTED_KEY, runs no other.
+    """
+    click.echo(
+        f"{signing.sign(Bundle.open(bundle), key)}: signed. Check: dash-export run {bundle} --trusted-key PUBLIC"
+    )

@@ -1,0 +1,73 @@
+"""Signatures: what was signed runs, nothing else does where a key is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from dash_export import DashRuntime
+from dash_export.building import build
+from dash_export.bundle import Bundle
+from dash_export.errors import BundleError
+from dash_export.signing import TRUSTED_KEY, check_signed
+from tests.commands.helpers import dash, refused
+
+PEM, PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
+
+
+def keys(folder: Path, name: str) -> tuple[Path, Path]:
+    """(private, public) key files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, PLAIN))
+    public.write_bytes(key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+def test_only_what_was_signed_runs(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (mine, public), (_, others) = keys(tmp_path, "mine"), keys(tmp_path, "others")
+    run = ("run", own_bundle, "--raw", "x", "--max-tokens", 1, "--target", "cpu-fp32")
+    assert "is not signed" in refused(*run, "--trusted-key", public)
+    assert dash("sign", own_bundle, "--key", mine).exit_code == 0
+    assert dash(*run, "--trusted-key", public).exit_code == 0
+    assert "is not as" in refused(*run, "--trusted-key", others)
+    monkeypatch.setenv(TRUSTED_KEY, str(public))
+    DashRuntime.load(own_bundle, "portable")
+    assert dash("eval", own_bundle, "--limit", 1, "--kinds", "dense", "--target", "cpu-fp32").exit_code == 0, (
+        "the environment's key is for all"
+    )
+    build(own_bundle, "cpu", weights="int8")
+    assert "is not as" in refused(*run)
+    assert dash("sign", own_bundle, "--key", mine).exit_code == 0
+    assert dash(*run).exit_code == 0
+    monkeypatch.setenv(TRUSTED_KEY, str(tmp_path / "none"))
+    assert "no key at" in refused(*run)
+    assert not list(own_bundle.glob("*.unfinished"))
+
+
+def test_another_manifest_than_was_read_is_refused(own_bundle: Path, tmp_path: Path) -> None:
+    private, public = keys(tmp_path, "mine")
+    read = Bundle.open(own_bundle)
+    build(own_bundle, "cpu", weights="int8")
+    assert dash("sign", own_bundle, "--key", private).exit_code == 0
+    with pytest.raises(BundleError, match="replaced while it was read"):
+        check_signed(read, public)
+
+
+def test_keys_and_bundles_that_cannot_be_signed(own_bundle: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "rsa.pem"
+    key = rsa.generate_private_key(65537, 2048)
+    for content in (b"no key", key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, PLAIN)):
+        wrong.write_bytes(content)
+        assert "no private key that can sign" in refused("sign", own_bundle, "--key", wrong)
+    private, _ = keys(tmp_path, "mine")
+    (own_bundle / "manifest.json.sig").symlink_to(wrong)
+    refused("sign", own_bundle, "--key", private)
+    assert (own_bundle / "manifest.json.sig").is_symlink()
+    (own_bundle / "manifest.json.sig").unlink()
+    next(own_bundle.glob("engines/cpu-fp32/layer*.onnx")).write_bytes(b"")
+    assert "hash mismatch" in refused("sign", own_bundle, "--key", private)
+    assert not list(own_bundle.glob("manifest.json.sig*"))

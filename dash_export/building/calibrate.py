@@ -174,10 +174,13 @@ def _moments(vectors: Floats) -> Moments:
 def _windows(bundle: Bundle) -> npt.NDArray[np.int64]:
     """Token ids [WINDOWS / BATCH, BATCH, WINDOW], spread over the shipped text."""
     text = (resource_folder("calibration") / TEXT).read_text(encoding="utf-8")
-    ids = np.array(Text(bundle.root).encode(text), np.int64)
-    ids = np.resize(ids, max(len(ids), WINDOW))
-    starts = np.linspace(0, len(ids) - WINDOW, WINDOWS).astype(int)
-    return ids[starts[:, None] + np.arange(WINDOW)].reshape(-1, BATCH, WINDOW)
+    tokenizer = Text(bundle.root)
+    first, ids = tokenizer.beginning, np.array(tokenizer.encode(text, special=False), np.int64)
+    own = WINDOW - len(first)
+    ids = np.resize(ids, max(len(ids), own))
+    starts = np.linspace(0, len(ids) - own, WINDOWS).astype(int)
+    rows = ids[starts[:, None] + np.arange(own)]
+    return np.hstack([np.tile(first, (WINDOWS, 1)), rows]).reshape(-1, BATCH, WINDOW)
 
 
 SHRINK = tuple(1 - 0.03 * step for step in range(12))

@@ -93,8 +93,5 @@ def _measured(
 def _calibration_windows(runtime: DashRuntime) -> list[npt.NDArray[np.int64]]:
     """About WINDOWS windows of TOKENS tokens, spread evenly over the shipped text."""
     text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
-    ids = runtime.text.encode_in_pieces(text)
     window = min(TOKENS, runtime.engines.model.max_positions)
-    count = max(1, min(WINDOWS * TOKENS // window, len(ids) // window))
-    starts = np.linspace(0, len(ids) - window, count).astype(int)
-    return [ids[start : start + window] for start in starts]
+    return runtime.text.windows(text, WINDOWS * TOKENS // window, window)

@@ -152,7 +152,8 @@ def _refuse_foreign(folder: Path, bundle: str, recipes: Sequence[Path]) -> None:
     is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
     if folder.exists() and not is_kit and not bears_mark(folder, "build --kit"):
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
-    refuse_foreign(folder / bundle)
+    if not bears_mark(folder, "build --kit"):  # else a kill left the bundle half replaced
+        refuse_foreign(folder / bundle)
     for recipe in recipes:
         _refuse_recipe(folder / RECIPES / recipe.name, recipe, folder / RECORD)
 

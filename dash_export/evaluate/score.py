@@ -89,7 +89,7 @@ def score(measure: Measure, candidates: Sequence[Candidate], progress: Progress 
 def windows(
     runtime: DashRuntime, text: str, name: str, count: int, window: int, prefix: int = DENSE_POSITIONS
 ) -> list[TokenIds]:
-    """At most `count` windows of `window` tokens without overlap, spread evenly over the text.
+    """`Text.windows` of a text.
 
     Raises RequestError for a text of less than one window, and for a window that is longer than the model's context or
     that its dense prefix leaves nothing of.
@@ -99,13 +99,12 @@ def windows(
         raise RequestError(f"A window must be longer than its dense prefix of {prefix} tokens by two or more.")
     if window > longest:
         raise RequestError(f"A window of {window} tokens is longer than the model's context of {longest}.")
-    ids = runtime.text.encode_in_pieces(text)
-    if len(ids) < window:
+    found = runtime.text.windows(text, count, window)
+    if not found:
         raise RequestError(
-            f"{name} has {len(ids)} tokens, less than one window of {window}: give a longer text or a shorter window."
+            f"{name} has less than one window of {window} tokens: give a longer text or a shorter window."
         )
-    starts = np.linspace(0, len(ids) - window, min(count, len(ids) // window)).astype(int)
-    return [ids[start : start + window] for start in starts]
+    return found
 
 
 class TextScore(Measure):

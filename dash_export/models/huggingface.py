@@ -202,9 +202,16 @@ def _check_reading(settings: dict[str, Any], path: Path, tokenizer: dict[str, An
 
 def _check_vocabulary(text: str, path: Path, vocab_size: int) -> None:
     try:
-        tokens = load_tokenizer(text).get_vocab(with_added_tokens=True)
-    except ValueError as error:
+        tokenizer = load_tokenizer(text)
+        tokens = tokenizer.get_vocab(with_added_tokens=True)
+        plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    except Exception as error:
         raise CheckpointError(f"{path} is not a tokenizer that can be used: {error}") from error
+    if whole[len(whole) - len(plain) :] != plain:
+        raise CheckpointError(
+            f"{path} ends every text with a token (add_eos_token): a prompt would be an ended text. Write it anew with "
+            "AutoTokenizer.from_pretrained(folder, add_eos_token=False).save_pretrained(folder)"
+        )
     if (largest := max(tokens.values(), default=0)) >= vocab_size:
         raise CheckpointError(
             f"{path} has tokens up to {largest}, and the embedding has {vocab_size} rows: take the tokenizer that the "

@@ -59,7 +59,16 @@ _ENDS = {
     "<|endoftext|>",
     "<end_of_turn>",
     "<EOT>",
+    "<eos>",
+    "<end_of_utterance>",
+    "[EOS]",
+    "[EOT]",
+    "<|return|>",
+    "<|call|>",
 }
+"""Tokens at which llama.cpp ends an answer, by their names; `</s>` too where it is a control token: it may be HTML."""
+_SPM_IDS = 1, 2
+"""The beginning and the end of a text in SentencePiece's vocabularies, where a file names none."""
 _KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 """Special tokens of Phi-3 that leave the white space after them: the others' own tokenizer.json takes it away."""
 
@@ -91,12 +100,16 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
     if not isinstance(template, str):
         raise CheckpointError(f"tokenizer.chat_template is {shown(template)}; expected a string")
     bos, eos, pad, eot, eom = (token_id(metadata, name) for name in ("bos", "eos", "padding", "eot", "eom"))
+    if spm and len(tokens) > max(_SPM_IDS):  # old files do not say them
+        bos, eos = (known if told is None else told for told, known in zip((bos, eos), _SPM_IDS, strict=True))
     add_bos = flag(metadata, "tokenizer.ggml.add_bos_token", spm or pre in _ADDS_BOS) and bos is not None
     if flag(metadata, "tokenizer.ggml.add_eos_token", False):
         raise CheckpointError("tokenizer.ggml.add_eos_token is not supported: every prompt would be an ended text")
     kinds = _kinds(metadata, tokens)
     # llama.cpp ends generation at the end of a turn, too, and knows it by its name.
-    named = [index for index, token in enumerate(tokens) if token in _ENDS]
+    named = [
+        index for index, token in enumerate(tokens) if token in _ENDS or (token == "</s>" and kinds[index] == _CONTROL)
+    ]
     ends = list(dict.fromkeys(end for end in (eos, eot, eom, *named) if end is not None))
     for index in named:
         kinds[index] = _CONTROL

@@ -51,7 +51,7 @@ class ChatTemplate:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise RequestError(f"A chat message needs a 'role' and a 'content', both text; got {shown(message)}.")
         given = {"messages": [*map(dict, messages)], "add_generation_prompt": add_generation_prompt, **self._special}
-        given |= {"tools": [*tools]} if tools else {}
+        given |= {"tools": [*tools] or None, "documents": None}  # as transformers gives them
         try:
             request = json.dumps(given)
         except (TypeError, ValueError, RecursionError) as error:

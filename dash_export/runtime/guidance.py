@@ -21,9 +21,9 @@ from dash_export.runtime.sampling import Logits
 _T = TypeVar("_T")
 READS = "cannot be read for a grammar"
 MOST_LETTERS = 1 << 16
-SECONDS, MEGABYTES, STATES = 1, 24, 60_000
+SECONDS, MEGABYTES, STATES = 1, 24, 120_000
 """To read a grammar for all answers to a request (2,000 properties: 0.3 s, 19 MB), and the states that
-each may learn while it is used: half a kilobyte each, about 12,000 letters of a string with a maxLength.
+each may learn while it is used: half a kilobyte each, 12,000 to 24,000 letters of strings with a maxLength.
 """
 CHILD = Path(__file__).with_name("grammar_child.py")
 _KEPT = 1024

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -71,11 +72,27 @@ def ort_errors(graph: str) -> Iterator[None]:
         raise BackendError(f"ONNX Runtime {ort.__version__} refuses {graph}: {error}") from error
 
 
+_HEADS = re.compile(rb"\x2a(.)\x0a(.)(\w*num_heads)\x18([\x80-\xff]?[\x01-\x7f])\xa0\x01\x02", re.DOTALL)
+"""An attribute of a node that is a number of heads, from 1 to 16,383, as protobuf writes it."""
+
+
+def check_heads(path: Path) -> None:
+    """Raises BackendError for a graph with an absurd number of heads: ONNX Runtime cuts it to 32 bits and divides."""
+    with ort_errors(path.name):
+        graph = path.read_bytes()
+    sound = 0
+    for length, name_length, name, count in _HEADS.findall(graph):
+        sound += length[0] == len(name) + len(count) + 6 and name_length[0] == len(name)
+    if sound != graph.count(b"num_heads"):
+        raise BackendError(f"{path.name} has an attention of no heads, or of more than there are. {_BUILD_AGAIN}")
+
+
 class OrtEngine:
     """One InferenceSession."""
 
     def __init__(self, path: Path, options: ort.SessionOptions) -> None:
         self._name = path.name
+        check_heads(path)
         with ort_errors(path.name):
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             inputs, outputs = self.session.get_inputs(), self.session.get_outputs()

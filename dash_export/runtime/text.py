@@ -82,6 +82,20 @@ class Text:
             start = end
         return np.concatenate(pieces)
 
+    def windows(self, text: str, count: int, window: int) -> list[npt.NDArray[np.int64]]:
+        """At most `count` windows of `window` tokens without overlap, spread evenly over a text. Each begins as a fresh
+        text does (with a BOS, for some models); there is none where the text is shorter than one.
+        """
+        ids, first = self.encode_in_pieces(text), self.beginning
+        ids, own = ids[len(first) :], window - len(first)
+        starts = np.linspace(0, len(ids) - own, min(count, len(ids) // own)).astype(int)
+        return [np.concatenate([first, ids[start : start + own]]) for start in starts]
+
+    @property
+    def beginning(self) -> npt.NDArray[np.int64]:
+        """Token ids that a fresh text has in front of its own."""
+        return np.array(self.encode(""), np.int64)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids -> text. Raises RequestError where the tokenizer's decoder gives up."""
         return native("cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -22,14 +22,14 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import from_json
+from tokenizers import Tokenizer
 
 from dash_export.decision import Setting, parse_layers
 from dash_export.errors import NOT_NUMBERS, ContextLengthError, DashError, PolicyError, RequestError
-from dash_export.runtime.guidance import json_grammar
 from dash_export.runtime.rows import NO_MEMORY
 from dash_export.runtime.sampling import Sampling
 from dash_export.serve.tickets import MISTAKE, BusyServerError, DeadlineError
-from dash_export.serve.tools import Choice, Json, Tool, calls_grammar
+from dash_export.serve.tools import BEGIN, END, Choice, Json, Tool, calls_grammar
 
 logger = logging.getLogger(__name__)
 MOST = 1 << 20
@@ -189,15 +189,15 @@ class ResponseFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    def grammar(self) -> str | None:
-        """Return the answer's grammar; None where it is any text. Raises RequestError."""
+    def wanted(self) -> dict[str, Any] | None:
+        """Return the answer's JSON schema; None where it is any text. Raises RequestError."""
         if self.type == "text":
             return None
         if self.type == "json_object":
-            return json_grammar({"type": "object"})
+            return {"type": "object"}
         if self.json_schema is None:
             raise RequestError("response_format: json_schema is missing.")
-        return json_grammar(self.json_schema.schema_)
+        return self.json_schema.schema_
 
 
 class Generation(BaseModel):
@@ -232,7 +232,7 @@ class Generation(BaseModel):
         """Whether it may have a grammar."""
         return False
 
-    def grammar(self) -> str | None:
+    def grammar(self, tokenizer: Tokenizer) -> str | None:  # noqa: ARG002
         """Return the grammar that answers are held to; None where there is none. Raises RequestError."""
         return None
 
@@ -276,9 +276,10 @@ class ChatRequest(Generation):
         calls = not isinstance(self.tool_choice, str) or self.tool_choice == "required"
         return calls or (self.response_format is not None and self.response_format.type != "text")
 
-    def grammar(self) -> str | None:
-        calls = calls_grammar(self.tools, self.tool_choice, self.parallel_tool_calls)
-        return calls or (None if self.response_format is None else self.response_format.grammar())
+    def grammar(self, tokenizer: Tokenizer) -> str | None:
+        schema = None if self.response_format is None else self.response_format.wanted()
+        marked = None not in map(tokenizer.token_to_id, (BEGIN, END))
+        return calls_grammar(self.tools, self.tool_choice, self.parallel_tool_calls, marked, schema)
 
     def given_tools(self) -> list[dict[str, Any]]:
         """As a chat template takes them."""

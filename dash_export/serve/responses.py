@@ -96,7 +96,13 @@ class ResponsesRequest(BaseModel):
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises RequestError."""
         items = [InputItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        messages: list[dict[str, Any]] = [item.message() for item in items]
+        messages = list[dict[str, Any]]()
+        for item in items:
+            message = item.message()
+            if item.type == "function_call" and messages and messages[-1]["role"] == "assistant":  # of the same turn
+                messages[-1].setdefault("tool_calls", []).extend(message["tool_calls"])
+            else:
+                messages.append(message)
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         form, choice = self.text.format, self.tool_choice

@@ -35,8 +35,8 @@ READING_BYTES = 128 << 20
 """Bytes of all bodies that are being read."""
 LIKELY = 100_000
 """Likelihoods of all answers to a request: 4,096 tokens with the 20 most likely ones of each are 86,016."""
-GUIDED = 24
-"""Answers with a grammar that a model has under way: one may hold 24 MB from its request on, and learn 30 more."""
+GUIDED = 16
+"""Answers with a grammar that a model has under way: one may hold 24 MB from its request on, and learn 60 more."""
 LONG_BYTES = 1 << 16
 """A body from which on its prompt waits for the one thread that makes long ones."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
@@ -91,7 +91,7 @@ async def begin(
     scheduler.check_queue()
 
     def prepare() -> tuple[TokenIds, Sampling]:
-        found = replace(sampling, grammar=asked.grammar())
+        found = replace(sampling, grammar=asked.grammar(scheduler.runtime.text.tokenizer))
         if found.grammar is not None:
             if scheduler.guided + len(guides) > GUIDED:
                 raise BusyServerError(f"{GUIDED} answers with a grammar are under way: ask again later.")

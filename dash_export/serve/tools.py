@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
@@ -50,13 +50,19 @@ class ToolName(BaseModel):
 Choice = Literal["none", "auto", "required"] | ToolName
 
 
-def calls_grammar(tools: Sequence[Tool], choice: Choice, parallel: bool) -> str | None:
-    """The grammar of an answer that has to call: `required`, or the one function that `choice` names; None where it
-    need not. Raises RequestError.
+def calls_grammar(
+    tools: Sequence[Tool], choice: Choice, parallel: bool, marked: bool, schema: Mapping[str, Any] | None = None
+) -> str | None:
+    """The grammar of an answer that has to call (`required`, or the one function that `choice` names), or that is JSON
+    of `schema` or calls; None where any text will do. `marked`: the marks are tokens of the model's. Raises
+    RequestError.
     """
-    if isinstance(choice, str) and choice != "required":
-        return None
-    wanted = [tool.function for tool in tools if choice == "required" or tool.function.name == choice.function.name]
+    answer = "" if schema is None else json_rule(schema)
+    free = choice == "none" or (choice == "auto" and (not answer or not tools))
+    if free:
+        return f"start: {answer}\n" if answer else None
+    named = None if isinstance(choice, str) else choice.function.name
+    wanted = [tool.function for tool in tools if named in (None, tool.function.name)]
     if not wanted:
         raise RequestError(f"tool_choice: no such function is among the {len(tools)} tools.")
     calls = [
@@ -68,8 +74,15 @@ def calls_grammar(tools: Sequence[Tool], choice: Choice, parallel: bool) -> str 
         }
         for place, one in enumerate(wanted)
     ]
-    several = r' ("\n" call)*' if parallel and choice == "required" else ""
-    return f'start: call{several}\ncall: "{BEGIN}\\n" arguments "\\n{END}"\narguments: {json_rule({"anyOf": calls})}\n'
+    several = r' ("\n" call)*' if parallel and named is None else ""
+    # A token that is added is not spelt: llguidance knows it by its name.
+    begin, end = (BEGIN, END) if marked else (f'"{BEGIN}"', f'"{END}"')
+    rules = [f"start: call{several}", f'call: {begin} "\\n" arguments "\\n" {end}']
+    rules.append(f"arguments: {json_rule({'anyOf': calls})}")
+    if choice == "auto":
+        rules[0] += " | answer"
+        rules.append(f"answer: {answer}")
+    return "\n".join([*rules, ""])
 
 
 def _arguments(function: Function, place: int) -> dict[str, Any]:

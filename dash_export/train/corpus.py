@@ -8,7 +8,7 @@ chat prompts, is what a deployed policy acts on.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +42,13 @@ class Batch(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """One piece of text as token ids int64 [tokens]; `prefix` is its prompt's length, or None for prose without one."""
+    """One piece of text as token ids int64 [tokens]; `prefix` is its prompt's length, or None for prose without one,
+    whose windows have `beginning` in front.
+    """
 
     ids: torch.Tensor
     prefix: int | None = None
+    beginning: tuple[int, ...] = ()
 
 
 @dataclass
@@ -82,26 +85,26 @@ def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[to
         # A prompt longer than the window keeps its end, as much as leaves half of the window to what follows.
         start = max(0, passage.prefix - window // 2)
         prefix = max(passage.prefix - start, DENSE_POSITIONS)
-    return passage.ids[start : start + window], prefix
+    first = torch.tensor(passage.beginning, dtype=torch.int64)
+    return torch.cat([first, passage.ids[start : start + window - len(first)]]), prefix
 
 
-def read_corpus(
-    paths: Sequence[Path], encode: Callable[[str], Sequence[int]], window: int, held_out: float
-) -> tuple[Corpus, Corpus]:
+def read_corpus(paths: Sequence[Path], text: Text, window: int, held_out: float) -> tuple[Corpus, Corpus]:
     """The plain text files among `paths` as (training, held-out) corpora: the last `held_out` share of each is held
-    out. `encode`: text -> token ids. Raises RequestError for a file that is missing, not text or too short.
+    out. Raises RequestError for a file that is missing, not text or too short.
     """
+    beginning = tuple(text.beginning.tolist())
     training, held = Corpus(), Corpus()
     for path in paths:
-        ids = torch.tensor(encode(read_text(path)))
+        ids = torch.tensor(text.encode(read_text(path), special=False))
         split = int(len(ids) * (1 - held_out))
         if min(split, len(ids) - split) < window:
             raise RequestError(
                 f"{path} has {len(ids)} tokens: too short to train on and to hold {held_out:.0%} out in windows of "
                 f"{window}. Give more text or a smaller --window."
             )
-        training.sources[path.stem] = [Passage(ids[:split])]
-        held.sources[path.stem] = [Passage(ids[split:])]
+        training.sources[path.stem] = [Passage(ids[:split], beginning=beginning)]
+        held.sources[path.stem] = [Passage(ids[split:], beginning=beginning)]
     return training, held
 
 

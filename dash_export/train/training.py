@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,7 +93,7 @@ def train(
     with locked(output, "train"):
         progress("reading the text", 0, 0)
         text = _text(checkpoint)
-        corpus, held = read_corpus(texts, partial(text.encode, special=False), settings.window, settings.held_out)
+        corpus, held = read_corpus(texts, text, settings.window, settings.held_out)
         chats = [messages for file in prompts for messages in read_prompts(file)]
         work = Work(work_folder(output, "train"), key)
         gated = GatedModel(checkpoint, place, getattr(torch, settings.precision))

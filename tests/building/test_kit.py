@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dash_export import replacing
 from dash_export.building.kit import write_kit
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError, OutputError
@@ -136,6 +137,29 @@ def test_a_kit_is_not_made_of_what_it_replaces(kit: Path, tmp_path: Path) -> Non
         with pytest.raises(OutputError, match="is read, and lies in what is replaced"):
             write_kit(Bundle.open(bundle), target, [], "", own)
     assert sorted(own.rglob("*")) == before
+
+
+def test_a_kit_left_half_replaced(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill another target's kit, whose plan differs, can be made there; and what somebody put in stays."""
+    kit = write_kit(Bundle.open(own_bundle), "h100", [], "", tmp_path / "kit")
+    (kit / own_bundle.name / "engines/h100").mkdir(parents=True)
+    (kit / own_bundle.name / "engines/h100/mine").write_text("mine")
+    remove = replacing.remove
+
+    def killed(path: Path) -> None:
+        if path.name == "onnx":
+            (path / "embed.onnx").unlink()
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(replacing, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_kit(Bundle.open(own_bundle), "l4", [], "", kit)
+    monkeypatch.setattr(replacing, "remove", remove)
+    assert not (kit / "kit.json").exists()
+    write_kit(Bundle.open(own_bundle), "h100", [], "", kit)
+    assert (kit / own_bundle.name / "engines/h100/mine").read_text() == "mine"
+    Bundle.open(kit / own_bundle.name).verify(Bundle.open(own_bundle).manifest.files)
 
 
 @pytest.mark.parametrize("name", ["lib", "kit.json"])

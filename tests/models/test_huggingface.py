@@ -16,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from dash_export.bundle import TEXT_FILES
@@ -361,6 +362,20 @@ def test_a_token_that_another_file_names(name: str, content: dict[str, Any], fol
         CheckpointError, match=r"names a token '(<tool>|he|<\|im_end\|>)' that tokenizer\.json does not add"
     ):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("single", ["<|im_start|> $A", "$A <|im_end|>", "<|im_start|> $A <|im_end|>"])
+def test_a_tokenizer_that_ends_every_text(folder: Path, single: str) -> None:
+    """As `add_eos_token=True` is saved: each prompt would be an ended text."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [(name, tokenizer.token_to_id(name)) for name in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if single.endswith("$A"):
+        open_checkpoint(folder)
+    else:
+        with pytest.raises(CheckpointError, match="ends every text with a token"):
+            open_checkpoint(folder)
 
 
 def test_what_the_map_of_special_tokens_says(folder: Path) -> None:

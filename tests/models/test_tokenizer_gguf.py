@@ -102,6 +102,16 @@ def test_the_end_of_a_turn_is_known_by_its_name(kind: int) -> None:
     assert tokenizer.decode(tokenizer.encode("yes<end_of_turn>").ids) == "yes"
 
 
+@pytest.mark.parametrize(("kind", "ends"), [(1, 258), (3, [258, 256])])
+def test_an_end_that_may_be_text(kind: int, ends: object) -> None:
+    """`</s>` is a tag of HTML in some vocabularies, and an end in others, where another is the file's own."""
+    tokens = [*byte_tokens()[:256], "</s>", *byte_tokens()[257:]]
+    given = {"ggml.tokens": tokens, "ggml.token_type": [1] * 256 + [kind, 3, 3], "ggml.merges": []}
+    assert (
+        json.loads(tokenizer_assets(metadata("gpt-2", **given), 400)["generation_config.json"])["eos_token_id"] == ends
+    )
+
+
 def test_other_assets() -> None:
     assets = tokenizer_assets(metadata("llama-bpe", **{"ggml.eot_token_id": 256, "chat_template": "{{ x }}"}), 400)
     assert json.loads(assets["generation_config.json"]) == {"bos_token_id": 257, "eos_token_id": [258, 256]}

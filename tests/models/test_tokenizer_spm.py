@@ -100,6 +100,14 @@ def test_special_tokens(metadata: dict[str, Any]) -> None:
     assert Tokenizer.from_str(tokenizer_assets(without, 1000)["tokenizer.json"]).encode("").ids == []
 
 
+def test_old_files_name_neither_beginning_nor_end(metadata: dict[str, Any]) -> None:
+    """llama.cpp knows them."""
+    told = tokenizer_assets(metadata, 1000)
+    old = {key: value for key, value in metadata.items() if not key.endswith(("bos_token_id", "eos_token_id"))}
+    assert old != metadata
+    assert tokenizer_assets(old, 1000) == told
+
+
 def test_a_model_with_it(metadata: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model("gemma2", vocab_size=1000, head_dim=16, query_pre_attn_scalar=16, tie_word_embeddings=True)
     write_gguf(tmp_path / "a.gguf", model, metadata=metadata, remove=("tokenizer.ggml.merges",))

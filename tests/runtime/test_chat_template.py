@@ -243,6 +243,7 @@ SHARED = (
     "{{ strftime_now('%d %b %Y') }}{{ bos_token }}{{ messages | map(attribute='role') | join(', ') }}{{ nothing }}",
     "{%- set ns = namespace(found=false) %}\n{%- for m in messages[::-1] %}{% set ns.found = m.role %}{% endfor %}\n"
     "  {{- ns.found ~ messages[0]['content'].split('i')[0].strip() }}{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(7) }}",
+    "{% if tools is not none %}call{% endif %}{{ tools is defined }}{{ documents | tojson }}{{ documents is none }}",
 )  # fmt: skip
 
 

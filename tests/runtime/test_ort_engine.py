@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import onnx
 import pytest
 
-from dash_export.runtime.ort_engine import fitted
+from dash_export.errors import BackendError
+from dash_export.runtime.ort_engine import check_heads, fitted
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,21 @@ def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> N
         assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["1", given]
     monkeypatch.delenv("ORT_GQA_DISABLE_FLASH_ATTENTION")
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["1", "1"]
+
+
+@pytest.mark.parametrize(("name", "count", "good"), [
+    ("num_heads", 9, True), ("kv_num_heads", 1, True), ("q_num_heads", 300, True), ("num_heads", 0, False),
+    ("kv_num_heads", 1 << 32, False), ("num_heads", -1, False), ("kv_num_heads", 1 << 14, False),
+])  # fmt: skip
+def test_numbers_of_heads(name: str, count: int, good: bool, tmp_path: Path) -> None:
+    """ONNX Runtime cuts them to 32 bits and divides: 1 << 32 ends the process."""
+    node = onnx.helper.make_node("GroupQueryAttention", ["a"], ["b"], **{name: count}).SerializeToString()
+    path = tmp_path / "a.onnx"
+    path.write_bytes(node)
+    if good:
+        check_heads(path)
+        attribute = onnx.helper.make_attribute(name, count).SerializeToString()
+        # The last value of a field counts.
+        path.write_bytes(b"\x2a" + bytes([len(attribute) + 6]) + attribute + b"\x18\x80\x80\x80\x80\x10")
+    with pytest.raises(BackendError, match="of no heads"):
+        check_heads(path)

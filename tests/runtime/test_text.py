@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteFallback, Fuse, Sequence
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 
 from dash_export import DashRuntime
 from dash_export.bundle import TEXT_FILES
@@ -153,3 +155,23 @@ def test_a_long_text_is_encoded_in_pieces(text: str, tiny_root: Path, monkeypatc
     monkeypatch.setattr(text_module, "_PIECE", 40)
     read = Text(tiny_root)
     assert read.encode_in_pieces(text).tolist() == read.encode(text)
+
+
+def test_windows_begin_as_a_fresh_text_does(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    said = "abcdefgh" * 9
+    plain = Text(tmp_path)
+    assert [len(window) for window in plain.windows(said, 4, 9)] == [9] * 4
+    assert plain.beginning.tolist() == []
+    tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Text(tmp_path)
+    own = [window[:-1] for window in plain.windows(said, 99, 9)]
+    found = text.windows(said, 99, 9)
+    assert [window[0] for window in found] == [257] * len(found)
+    assert all(len(window) == 9 for window in found)
+    assert len(found) == len(said) // 8
+    assert [*found[0][1:]] == [*own[0]]
+    assert 257 not in np.concatenate([window[1:] for window in found])
+    assert plain.windows(said, 1, 73) == []

@@ -16,6 +16,7 @@ from dash_export import DashRuntime
 from dash_export.errors import BackendError
 from dash_export.runtime.decode import BoundStep
 from dash_export.serve import responses
+from dash_export.serve.responses import ResponsesRequest
 from dash_export.serve.tickets import MISTAKE
 from tests.serve.test_app import DENSE
 from tests.serve.test_tools import SCHEMA, TOOL, check, with_tools  # noqa: F401  a fixture
@@ -91,6 +92,23 @@ def test_a_call(client: openai.OpenAI, stream: bool) -> None:
     assert again.usage is not None
     assert reply.usage is not None
     assert again.usage.input_tokens > reply.usage.input_tokens
+
+
+def test_a_turn_is_one_message() -> None:
+    """Words and calls of one turn come as items of their own."""
+    call = {"type": "function_call", "name": "measure", "arguments": "{}"}
+    items = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "Let me see."},
+        call | {"call_id": "a"},
+        call | {"call_id": "b"},
+        {"type": "function_call_output", "call_id": "a", "output": "1"},
+        call | {"call_id": "c"},
+    ]
+    messages = ResponsesRequest.model_validate({"input": items}).chat().messages
+    assert [one.role for one in messages] == ["user", "assistant", "tool", "assistant"]
+    assert [len(one.tool_calls or ()) for one in messages] == [0, 2, 0, 1]
+    assert messages[1].content == "Let me see."
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,11 @@ from dash_export.runtime import Response, Sampling, guidance
 from dash_export.runtime.chat_template import ChatTemplate
 from dash_export.runtime.guidance import Guide, json_grammar
 from dash_export.runtime.text import Text
+from dash_export.serve.protocol import ChatRequest
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
-from dash_export.serve.tools import Tool, Words, calls_grammar, split_calls
+from dash_export.serve.tools import BEGIN, END, Tool, Words, calls_grammar, split_calls
+from tests.models.helpers import tiny_tokenizer
 from tests.serve.test_app import MESSAGES
 
 SCHEMA = {
@@ -30,6 +32,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 TOOL: Any = {"type": "function", "function": {"name": "measure", "description": "Measure it.", "parameters": SCHEMA}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "water", "schema": SCHEMA}}
 OTHER: Any = {"type": "function", "function": {"name": "stop"}}
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}Say <tool_call>{% endif %}"
@@ -274,7 +277,7 @@ def test_references_of_tools_are_to_themselves(tiny_runtime: Callable[..., DashR
             ("old", OLD),
         )
     ]
-    grammar = calls_grammar(tools, "required", False)
+    grammar = calls_grammar(tools, "required", False, marked=False)
     assert grammar is not None
     for name, arguments, expected in (
         ("tree", '{"v": 1, "child": {"v": 2}}', True),
@@ -292,13 +295,52 @@ def test_references_of_tools_are_to_themselves(tiny_runtime: Callable[..., DashR
     for wrong in ({"type": "string"}, {"properties": {"a": {"$id": "x"}}}):
         tools[0].function.parameters = wrong
         with pytest.raises(RequestError, match=r"parameters of tree are not of type object, or have an \$id"):
-            calls_grammar(tools, "required", False)
+            calls_grammar(tools, "required", False, marked=False)
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    """Of a model whose vocabulary has the marks, as Qwen's has."""
+    folder = tmp_path_factory.mktemp("marked")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([BEGIN, END])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    return Text(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls", "answers"),
+    [
+        ({"tool_choice": "required"}, True, False),
+        ({"tool_choice": {"type": "function", "function": {"name": "measure"}}}, True, False),
+        ({"response_format": FORMAT}, True, True),
+        ({"response_format": FORMAT, "tool_choice": "none"}, False, True),
+        ({"response_format": FORMAT, "tool_choice": "required"}, True, False),
+        ({"response_format": FORMAT, "tools": []}, False, True),
+    ],
+)
+def test_what_an_answer_may_be(
+    changes: dict[str, Any], calls: bool, answers: bool, marked: Text, tiny_runtime: Callable[..., DashRuntime]
+) -> None:
+    given = {"messages": MESSAGES, "tools": [TOOL]} | changes
+    asked, arguments = ChatRequest.model_validate(given), '{"kind": "lake", "length": 7}'
+    call = f'{BEGIN}\n{{"name": "measure", "arguments": {arguments}}}\n{END}'
+    for text in (marked, tiny_runtime().text):
+        grammar = asked.grammar(text.tokenizer)
+        assert grammar is not None
+        assert fits(grammar, text, call) is calls
+        assert fits(grammar, text, arguments) is answers
+        assert not fits(grammar, text, "so")
+    assert ChatRequest.model_validate(given | {"response_format": None, "tool_choice": "auto"}).grammar(
+        marked.tokenizer
+    ) is None  # fmt: skip
 
 
 def test_a_long_text_of_a_bounded_length(tiny_runtime: Callable[..., DashRuntime]) -> None:
     """Each place in it costs states of the grammar, which are bounded."""
-    schema = {"type": "object", "properties": {"t": {"type": "string", "maxLength": 9000}}, "required": ["t"]}
-    assert fits(json_grammar(schema), tiny_runtime().text, json.dumps({"t": "a long text " * 400}))
+    schema = {"type": "object", "properties": {"t": {"type": "string", "maxLength": 12_000}}, "required": ["t"]}
+    assert fits(json_grammar(schema), tiny_runtime().text, json.dumps({"t": "a long text " * 990}))
 
 
 def test_calls_among_words() -> None:

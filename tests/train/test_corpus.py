@@ -7,14 +7,18 @@ import pytest
 import torch
 
 from dash_export.errors import RequestError
+from dash_export.runtime.text import Text
 from dash_export.train import corpus
 from dash_export.train.corpus import Corpus, Passage, read_corpus, read_prompts
 from tests.models.helpers import tiny_tokenizer
 
 
-def encode(text: str) -> list[int]:
-    ids: list[int] = tiny_tokenizer().encode(text).ids
-    return ids
+@pytest.fixture
+def text(tmp_path: Path) -> Text:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    return Text(folder)
 
 
 def test_prose_is_dense_for_a_prefix_and_counted_after_it() -> None:
@@ -43,23 +47,31 @@ def test_small_sources_are_drawn_as_often_as_large_ones() -> None:
     assert 0.4 < corpus.batch(np.random.default_rng(0), 400, 16).ids[:, 0].float().mean() < 0.6
 
 
-def test_the_end_of_a_text_is_held_out(prose: Path) -> None:
-    training, held = read_corpus([prose], encode, 32, 0.1)
+def test_the_end_of_a_text_is_held_out(prose: Path, text: Text) -> None:
+    training, held = read_corpus([prose], text, 32, 0.1)
     ids = tiny_tokenizer().encode(prose.read_text(), add_special_tokens=False).ids
     (first,), (last,) = training.sources["prose"], held.sources["prose"]
     assert [*first.ids, *last.ids] == ids
     assert len(last.ids) == pytest.approx(0.1 * len(ids), abs=1)
 
 
+def test_windows_of_prose_begin_as_a_fresh_text_does() -> None:
+    corpus = Corpus({"prose": [Passage(torch.arange(100, 600), beginning=(7,))]})
+    ids = corpus.batch(np.random.default_rng(0), 32, 64).ids
+    assert (ids[:, 0] == 7).all()
+    assert (np.diff(ids[:, 1:].numpy(), axis=1) == 1).all()
+    assert (ids[:, 1:] >= 100).all()
+
+
 @pytest.mark.parametrize(
     ("content", "said"), [(b"too short", "too short"), (b"\xff\xfe\x00", "not UTF-8"), (None, "no text file")]
 )
-def test_a_text_that_cannot_serve(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_a_text_that_cannot_serve(tmp_path: Path, text: Text, content: bytes | None, said: str) -> None:
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(RequestError, match=said):
-        read_corpus([path], encode, 32, 0.1)
+        read_corpus([path], text, 32, 0.1)
 
 
 def test_prompts_in_all_their_forms(tmp_path: Path) -> None:

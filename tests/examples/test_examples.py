@@ -64,3 +64,20 @@ def test_own_policy(bundle: Path, tmp_path: Path) -> None:
     found = dash("eval", bundle, *target, "--kinds", f"token,{policy}", "--skipped", "1", "--text", text, *small)
     assert found.exit_code == 0, found.output
     assert "own_policy.py:EveryOther" in found.output
+
+
+def test_build_on_ray(own_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes, of which one has the target `portable`; what cannot be built is told beside the others."""
+    ray = pytest.importorskip("ray", reason="pip install ray")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1, resources={"portable": 1})
+    try:
+        targets = ("portable", "nothing", "--address", cluster.address, "--cores", "1")
+        out = printed("build_on_ray", capsys, monkeypatch, str(own_bundle), *targets)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert "portable: " in out
+    assert " engines in " in out
+    assert "nothing: " in out

@@ -15,7 +15,7 @@ import ray
 from dash_export import DashError, build
 
 
-@ray.remote(max_retries=3)
+@ray.remote(max_retries=3)  # type: ignore[untyped-decorator]
 def built(bundle: str, target: str) -> str:
     """Build for one target, and say where, or why not."""
     try:

@@ -116,28 +116,43 @@ def counted(logits: Logits, answer: Sequence[int], s: Sampling) -> Logits:
 def most_likely(logits: Logits, token: int, count: int) -> tuple[tuple[int, float], ...]:
     """(token, log-likelihood in nats) of `token`, then of the `count` most likely ones."""
     exact = logits.astype(np.float64)
-    exact -= np.logaddexp.reduce(exact)
+    exact -= exact.max()
+    exact -= np.log(np.exp(exact).sum())
     best = np.argpartition(-exact, min(count, len(exact) - 1))[:count] if count else np.array([], np.int64)
     ranked = best[np.argsort(-exact[best], kind="stable")].tolist()
     return tuple((one, float(exact[one])) for one in (token, *ranked))
 
 
 def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The candidates left by top-k, top-p and min-p, most likely first, with their probabilities (float64, summing to
-    one). Raises BackendError where logits are not numbers.
+    """The candidates left by top-k, top-p and min-p, with their probabilities (float64, summing to one). Raises
+    BackendError where logits are not numbers.
     """
     limited = 0 < s.top_k < logits.size
     candidates = np.argpartition(logits, -s.top_k)[-s.top_k :] if limited else np.arange(logits.size)
     scores = logits[candidates].astype(np.float64) / s.temperature
-    order = np.argsort(-scores, kind="stable")
-    candidates, scores = candidates[order], scores[order]
-    probabilities = np.exp(scores - scores[0])
+    probabilities = np.exp(scores - scores.max())
     mass = probabilities.sum()
     if not np.isfinite(mass):
         raise BackendError(NOT_NUMBERS)
     probabilities /= mass
-    # A token stays while the mass before it is below top_p: the first always does.
-    before = np.concatenate(([0.0], probabilities.cumsum()[:-1]))
-    keep = ((before < s.top_p) | (s.top_p == 1.0)) & (probabilities >= s.min_p * probabilities[0])
+    likely = probabilities >= s.min_p * probabilities.max()
+    if s.top_p < 1:
+        keep = _nucleus(probabilities, s.top_p)
+        keep = keep[likely[keep]]
+    else:
+        keep = np.flatnonzero(likely)
     kept = probabilities[keep]
     return candidates[keep], kept / kept.sum()
+
+
+def _nucleus(probabilities: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+    """Places of the most likely tokens, each of which stays while the mass before it is below `top_p`: the first always
+    does. Sorting a vocabulary takes as long as a small model, so those that hardly matter are sorted only if need be.
+    """
+    largest = probabilities.max()
+    for least in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 0.0):
+        places = np.flatnonzero(probabilities >= least * largest)
+        if probabilities[places].sum() >= top_p:
+            break
+    places = places[np.argsort(-probabilities[places], kind="stable")]
+    return places[: 1 + np.searchsorted(probabilities[places].cumsum(), top_p)]

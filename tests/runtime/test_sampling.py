@@ -64,6 +64,22 @@ def test_filters_as_hugging_face(options: dict[str, float]) -> None:
     np.testing.assert_allclose(probabilities(Sampling(**options)), expected, atol=1e-9)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 0.9999, 1 - 1e-12])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 2.5, 30.0])
+def test_the_smallest_set_of_a_large_vocabulary(top_p: float, spread: float) -> None:
+    """As a sort of all of it gives it, equals in the order of the vocabulary."""
+    logits = np.random.default_rng(1).standard_normal(5000).astype(np.float32) * np.float32(spread)
+    order = np.argsort(-logits, kind="stable")
+    chances = np.exp(logits[order].astype(np.float64) - logits.max())
+    chances /= chances.sum()
+    before = np.concatenate([[0.0], chances.cumsum()[:-1]])
+    expected = order[before < top_p]
+    candidates, found = distribution(logits, Sampling(1.0, top_p=top_p))
+    assert abs(len(candidates) - len(expected)) <= (0 if spread else 1), "of equals, one more or less by rounding"
+    np.testing.assert_array_equal(candidates[: len(expected)], expected[: len(candidates)])
+    np.testing.assert_allclose(found.sum(), 1)
+
+
 def test_repetition_penalty_as_hugging_face() -> None:
     context = [3, 3, 7, 11, 199]
     expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([context]), torch.from_numpy(LOGITS.copy())[None])

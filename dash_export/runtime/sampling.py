@@ -98,8 +98,8 @@ class Sampler:
 def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
     """Divide positive and multiply negative logits of tokens already there (CTRL, arXiv 1909.05858)."""
     logits = logits.copy()
-    seen = np.unique(np.asarray(context))
-    seen = seen[seen >= 0]  # embeddings have no token
+    seen = np.asarray(context)
+    seen = seen[seen >= 0]  # embeddings have no token; one that is there twice is divided once
     values = logits[seen]
     logits[seen] = np.where(values > 0, values / penalty, values * penalty)
     return logits

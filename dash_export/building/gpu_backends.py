@@ -31,7 +31,7 @@ JETSONS = ("8.7", "11.0")
 class GpuBackend(Backend):
     """The common part of all GPU backends."""
 
-    revision = 5
+    revision = 6
 
     @property
     def engine(self) -> EngineRecipe:

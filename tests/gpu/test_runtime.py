@@ -70,6 +70,8 @@ def test_a_step_is_one_graph(gpu_runtime: LoadGpu) -> None:
     step = session.bound(1)
     assert isinstance(step, DeviceStep)
     assert step._graph is not None
+    runtime.session("dense").generate(list(range(5, 25)), 8)
+    assert runtime.engines.records, "a token whose actions are known is a graph too"  # type: ignore[union-attr]
 
 
 def test_prompts_are_decode(gpu_runtime: LoadGpu) -> None:

@@ -50,6 +50,12 @@ class Cuda:
         self.device: CudaDevice = cuda_devices()[0]
         self.name = f"{self.device.name} (compute capability {self.device.capability})"
         self.rt: Any = require_bindings()
+        known = int(getattr(self.rt, "CUDART_VERSION", 0)) // 1000
+        if known > float(self.device.driver):
+            raise BackendError(
+                f"The package cuda-bindings is for CUDA {known}, and the driver of {self.device.name} has CUDA "
+                f"{self.device.driver}: {INSTALL}"
+            )
         self(self.rt.cudaSetDevice(self.device.index))
         self.engines: dict[tuple[Path, str], Any] = {}
         self._streams: dict[str, int] = {}

@@ -99,14 +99,13 @@ class CudaGraph:
         """Raises BackendError that says what is missing, or what in `step` cannot be recorded."""
         self._cuda, rt = cuda, cuda.rt
         version = cuda(rt.cudaDriverGetVersion())
-        if version < IF_NODES:
+        if units and version < IF_NODES:
             raise BackendError(
                 f"the driver has CUDA {version // 1000}.{version % 1000 // 10}, and graphs with decisions need 12.4"
             )
-        self._kernels = load_kernels(cuda.device.capability)
         # Of the conditional nodes to come: for every unit, what runs it and what skips it.
         self._handles = np.zeros((units, 2), np.uint64)
-        self._device_handles = cuda.memory(self._handles.nbytes)
+        self._device_handles = cuda.memory(self._handles.nbytes) if units else None
         # Relaxed: Python may free some memory meanwhile, which stricter modes take for a mistake.
         mode = rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         handle, _ = cuda.stream(stream), cuda.stream(BODY)  # both are made before the recording
@@ -124,8 +123,9 @@ class CudaGraph:
         weakref.finalize(self, rt.cudaGraphDestroy, graph)
         self._handle = cuda(rt.cudaGraphInstantiate(graph, 0), " making a graph of a recording")
         weakref.finalize(self, rt.cudaGraphExecDestroy, self._handle)
-        cuda.copy(stream, self._device_handles, self._handles)  # for good: they do not change from launch to launch
-        cuda.synchronize(stream)
+        if self._device_handles is not None:
+            cuda.copy(stream, self._device_handles, self._handles)  # for good: they are the same in every launch
+            cuda.synchronize(stream)
 
     def launch(self, stream: str) -> None:
         self._cuda(self._cuda.rt.cudaGraphLaunch(self._handle, self._cuda.stream(stream)), " launching a step")
@@ -136,6 +136,7 @@ class CudaGraph:
         rt, graph = self._cuda.rt, self._recorded(stream)[0]
         for index in np.ndindex(self._handles.shape):
             self._handles[index] = int(self._cuda(rt.cudaGraphConditionalHandleCreate(graph, 0, 0)))
+        assert self._device_handles is not None
         memories = (damage, limits, skipped, self._device_handles)
         self._run("decide", stream, 1, 32, memories, [(len(self._handles), ctypes.c_int)])
 
@@ -161,7 +162,7 @@ class CudaGraph:
         driver: Any = import_module("cuda.bindings.driver")
         addresses: list[tuple[int, Any]] = [(each.address, ctypes.c_void_p) for each in memories]
         arguments = tuple(zip(*addresses, *numbers, strict=True))
-        kernel, handle = self._kernels[name], self._cuda.stream(stream)
+        kernel, handle = load_kernels(self._cuda.device.capability)[name], self._cuda.stream(stream)
         (code,) = driver.cuLaunchKernel(kernel, blocks, 1, 1, threads, 1, 1, 0, handle, arguments, 0)
         if int(code):
             raise BackendError(f"CUDA on {self._cuda.device.name} could not launch {name}: {code.name} ({int(code)}).")

@@ -40,6 +40,8 @@ class DeviceEngines:
         assert recipe.engine is not None
         self.build, self.device, self.dispatch, self.recipe = build, device, dispatch, recipe.engine
         self.policy_stream = MAIN if dispatch == "sync" else BESIDE
+        self.records = True
+        """Whether a token can be recorded, as far as anybody has tried."""
         self.itemsize = 4 if recipe.engine.activations == "fp32" else 2
         """Bytes of a number in hidden states and caches."""
         self._chunk = recipe.runtime.prefill_chunk

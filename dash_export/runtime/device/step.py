@@ -8,13 +8,18 @@ as on the host. The modes differ in who waits for the policy:
   them, does so on its own. The host waits for its damage alone, and launches the first unit before the layers ahead of
   it have ended.
 - `device`: the same, recorded once as a graph: a kernel takes all decisions, and every unit is a branch. The host fills
-  inputs and limits, launches, and waits once for the end of the token. Actions known beforehand (dense, static,
-  forced) need no decision, and `max_layers` ranks units by damage: these are launched one by one, as in `overlapped`.
+  inputs and limits, launches, and waits once for the end of the token. `max_layers` ranks units by damage, and forced
+  actions still ask for it: these are launched one by one, as in `overlapped`.
+
+In every mode a token whose actions are known beforehand (dense, static) is a graph of its own without a decision: that
+is what skipping has to beat. Where nothing can be recorded, it is launched one by one too.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GRAPHS = 4
+"""Sets of known actions that a step keeps graphs of."""
 READY, DECIDED = "state ready", "decided"
 """Events: what the policy reads is there; its damage is."""
 
@@ -72,6 +79,8 @@ class DeviceStep:
         self.engines, self.device, self.sequence = engines, engines.device, sequence
         self._cache = cache
         self._graph: Graph | None = None
+        self._known = OrderedDict[bytes, Graph]()
+        self._warm = False
         model, units, item = engines.model, len(engines.units), engines.itemsize
         self._row_bytes = model.head_dim * item
         self._ids = Mirror(self.device, (1, sequence), np.int64)
@@ -161,33 +170,72 @@ class DeviceStep:
         self.device.copy(MAIN, self.logits, self._logits.memory)
 
     def _graph_for(self, rule: Rule) -> Graph | None:
-        """The recorded step, its limits noted: in `device` dispatch, under a rule that its kernel knows."""
+        """The recorded step, and noted what it needs: of a token whose actions are known, or in `device` dispatch under
+        a rule that its kernel knows.
+        """
         engines = self.engines
-        if engines.dispatch != "device" or self._policy is None or not isinstance(rule, DecisionRule) or rule.fewest:
+        if self.sequence > 1 or not engines.records:
+            return None
+        if not rule.asks or self._policy is None:
+            return self._known_graph(rule)
+        if engines.dispatch != "device" or not isinstance(rule, DecisionRule) or rule.fewest:
             return None
         if self._graph is None:
-            self._warm_up()
-            try:
-                self._graph = self.device.graph(MAIN, len(engines.units), self._record)
-            except BackendError as error:
-                logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", error)
-                engines.dispatch = "overlapped"
-                return None
+            self._graph = self._recorded(len(engines.units), self._record)
         self._limits.host[:] = rule.limits
         return self._graph
+
+    def _known_graph(self, rule: Rule) -> Graph | None:
+        self.damage.fill(0.0)
+        self.skipped[:] = rule.skips(self.damage)
+        key = self.skipped.tobytes()
+        if key not in self._known:
+            graph = self._recorded(0, partial(self._record_known, self.skipped[:, 0].tolist()))
+            if graph is None:
+                return None
+            self._known[key] = graph
+            if len(self._known) > GRAPHS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def _recorded(self, units: int, record: Callable[[Graph], None]) -> Graph | None:
+        """None where it cannot be: with decisions in it from now on, and without any either."""
+        engines = self.engines
+        self._warm_up()
+        try:
+            return self.device.graph(MAIN, units, record)
+        except BackendError as error:
+            if units:
+                logger.warning("dispatch 'device' is not possible here (%s): this is 'overlapped'", error)
+                engines.dispatch = "overlapped"
+            else:
+                logger.info("steps are not recorded here (%s): engines are launched one by one", error)
+                engines.records = False
+            return None
 
     def _warm_up(self) -> None:
         """Launch everything once: what an engine does at its first launch cannot be recorded. The row that this writes
         to the caches is the one that the token is about to write.
         """
-        assert self._policy is not None
+        if self._warm:
+            return
         self._upload_inputs()
         for part in self.parts:
             for launch in filter(None, (part.run, part.bypass)):
                 launch(MAIN)
-        self._policy(BESIDE)
-        for stream in (MAIN, BESIDE):
-            self.device.synchronize(stream)
+        self.device.synchronize(MAIN)
+        if self._policy is not None:
+            self._policy(self.engines.policy_stream)
+            self.device.synchronize(self.engines.policy_stream)
+        self._warm = True
+
+    def _record_known(self, skipped: Sequence[bool], graph: Graph) -> None:
+        """A token whose actions are known."""
+        self._upload_inputs()
+        for part in self.parts:
+            self.launch(part, part.unit is not None and skipped[part.unit], graph)
+        self.device.copy(MAIN, self._logits.host, self._logits.memory)
 
     def _record(self, graph: Graph) -> None:
         """`device`: what one token is, whatever its decisions."""

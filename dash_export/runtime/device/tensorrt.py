@@ -103,8 +103,7 @@ class TensorRTEngine:
         return launch
 
     def _new_context(self, profile: int) -> Any:
-        strategy = self._device.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        context = self._device.toolkit.context(self._engine)
         if context is None:
             raise BackendError(f"{self._name}: TensorRT made no context (out of device memory?).")
         if profile and not context.set_optimization_profile_async(profile, self._device.stream(self._stream)):

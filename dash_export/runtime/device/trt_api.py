@@ -82,6 +82,20 @@ class Toolkit:
                 raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last(complaints)}")
             return engine, bytes(cached.serialize()) if cached is not None else b""
 
+    def context(self, engine: Any) -> Any:
+        """An engine's execution context whose scratch memory the caller gives; None where there is no memory for it.
+        Kernels for its shapes are compiled at once: those that stand in meanwhile would be recorded for good.
+        """
+        trt = self.trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.is_rtx:
+            return engine.create_execution_context(strategy)
+        runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(strategy)
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+        return engine.create_execution_context(runtime_config)
+
     def _configure(self, config: Any, settings: Settings) -> None:
         trt = self.trt
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
@@ -89,6 +103,7 @@ class Toolkit:
         config.max_aux_streams = settings.aux_streams
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if self.is_rtx:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else a stream cannot be captured
             config.num_compute_capabilities = len(settings.capabilities)
             for index, capability in enumerate(settings.capabilities):
                 known = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}", None)

@@ -13,7 +13,7 @@ import pytest
 
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import BACKENDS, load_backend
-from dash_export.runtime.cuda_devices import cuda_devices
+from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
 from dash_export.runtime.device import cuda, cuda_graph, tensorrt
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
 from dash_export.runtime.device.cuda_graph import IF_NODES, KERNELS, CudaGraph, compile_kernels
@@ -113,6 +113,30 @@ def test_without_a_device_every_backend_says_what_is_missing(name: str) -> None:
             load_backend(name, 0)
     else:
         pytest.skip("this machine has a device")
+
+
+@pytest.mark.parametrize(
+    ("driver", "known", "good"), [("12.6", 12080, True), ("12.6", 13000, False), ("13.0", 12090, True)]
+)
+def test_bindings_of_a_newer_cuda_than_the_driver(
+    driver: str, known: int, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their first call would fail with a number."""
+    there = CudaDevice(0, "Orin", "8.7", 8_000_000_000, True, driver)
+    asked: list[int] = []
+    bindings = SimpleNamespace(
+        CUDART_VERSION=known,
+        cudaError_t=rt.cudaError_t,
+        cudaSetDevice=lambda index: asked.append(index) or (OK,),
+    )
+    monkeypatch.setattr(cuda, "cuda_devices", lambda: [there])
+    monkeypatch.setattr(cuda, "require_bindings", lambda: bindings)
+    if good:
+        Cuda()
+        assert asked == [0]
+    else:
+        with pytest.raises(BackendError, match=r"is for CUDA 13, and the driver of Orin has CUDA 12\.6: pip install"):
+            Cuda()
 
 
 # --- the order of CUDA's calls while a step is recorded, with a runtime that only notes them
@@ -281,7 +305,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A device whose addresses count up, and engines that want as much scratch memory as their file's name says."""
     made: Any = object.__new__(tensorrt.TensorRT)
     made.engines, made._scratch, made.contexts, made._streams = {}, {}, [], {"main": 7, "beside": 8}
-    made.trt = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2))
+    made.toolkit = SimpleNamespace(context=lambda engine: engine.create_execution_context(2))
     made.memory = lambda nbytes: CudaMemory(4096 * (1 + len(made._scratch)), nbytes)
 
     def load(engine: Any, device: Any, path: Path, stream: str) -> None:

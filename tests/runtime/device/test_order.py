@@ -131,13 +131,17 @@ def test_launches_of_a_token(skipped: list[bool], simulated: MakeSimulated) -> N
         assert (done["upload"], done["copy_rows"], done["download"]) == (2, copies, 2)
 
 
-def test_nobody_asks_a_policy_whose_answer_is_not_wanted(simulated: MakeSimulated, host: Host) -> None:
+def test_nobody_asks_a_policy_whose_answer_is_not_wanted(simulated: MakeSimulated) -> None:
+    """A token whose actions are known is one launch, of a graph that has no decision in it."""
     made = simulated("trt10")
-    decode_step(made).decode(1, DENSE)
-    assert [call for call in made.device.log if call[0] == "host"] == [("host", "synchronize", MAIN)]
-    made.runtime.generate(IDS[:10].tolist(), 4, policy="static", skip=[2, 3])
-    made.runtime.session_under(host.rule).prefill(IDS[:20])
-    assert not [launch for _, launch in made.device.ran if launch.name == "policy"]
+    step = decode_step(made)
+    step.decode(1, DENSE)
+    made.device.log.clear()
+    step.decode(1, DENSE)
+    assert made.device.log == [(MAIN, "launch", "graph"), ("host", "synchronize", MAIN)]
+    (graph,) = made.device.recorded
+    assert [of for _, what, of in graph.log if what == "run"] == [*BEFORE, *SIDES, "layer_05"]
+    assert not {"decide", "branch"} & {what for _, what, _ in graph.log}
 
 
 # --- mistakes: each wraps a sound method, which it is given first, then that one's arguments

@@ -23,8 +23,9 @@ from dash_export.errors import BackendError, BundleError, ContextLengthError, Po
 from dash_export.exporting import export
 from dash_export.manifest import Segment
 from dash_export.policy import no_policy
+from dash_export.runtime.device import step
 from dash_export.runtime.device.step import DeviceStep
-from dash_export.runtime.rules import ForcedRule
+from dash_export.runtime.rules import DENSE, FixedRule, ForcedRule
 from tests.runtime.device.conftest import (
     DIALECTS,
     DISPATCH,
@@ -115,6 +116,36 @@ def test_one_recording_serves_every_rule(simulated: MakeSimulated, host: Host) -
     assert len(made.device.recorded) == 1
 
 
+@pytest.mark.parametrize("dispatch", DISPATCH)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_known_actions_are_graphs_of_their_own(
+    dialect: str, dispatch: str, simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set's graph serves all its tokens; those of the sets that were wanted last are kept."""
+    monkeypatch.setattr(step, "GRAPHS", 2)
+    made = simulated(dialect, dispatch, 1)
+    live = [each.session() for each in (host.runtime, made.runtime)]
+    for session in live:
+        session.prefill(IDS[:20])
+    recorded = []
+    for token, places in zip(IDS[20:].tolist(), ((), (0,), (), (0, 1), (0,), (), ()), strict=False):
+        rule = FixedRule(places)
+        (expected, actions), (found, taken) = (session.decode_one(token, rule) for session in live)
+        np.testing.assert_array_equal(taken, actions)
+        assert np.abs(found - expected).max() < TOLERANCE
+        recorded.append(len(made.device.recorded))
+    assert recorded == [1, 2, 2, 3, 4, 5, 5]
+
+
+def test_a_device_that_records_nothing(simulated: MakeSimulated, host: Host) -> None:
+    """It is asked once."""
+    made = simulated("trt10", "overlapped", 0, "nothing is recorded here")
+    expected, found = (decoded(each, DENSE)[0] for each in (host.runtime, made.runtime))
+    assert np.abs(found - expected).max() < TOLERANCE
+    assert not made.runtime.engines.records  # type: ignore[union-attr]
+    assert not made.device.recorded
+
+
 def test_sessions_in_threads_take_turns(simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one thread enqueued while another records would become part of the recording."""
     made, sound, tokens = simulated("trt10", "device"), SimulatedDevice.graph, []
@@ -158,7 +189,8 @@ def test_a_model_without_units(tmp_path: Path) -> None:
     assert list(made.engines) == ["layers_00-01"]
     device = SimulatedDevice()
     DashRuntime(bundle, made, device, "device").generate(IDS[:9].tolist(), 4)
-    assert len(device.ran) == 1 + 3, "a launch for the prompt and one for each token that is run"
+    launched = [of for _, what, of in device.log if what in ("run", "launch")]
+    assert launched == ["layers_00-01"] * 2 + ["graph"] * 3, "the prompt, what comes before a recording, the tokens"
 
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])

@@ -33,7 +33,6 @@ def held() -> dict[str, Any]:
         "driver": import_module("cuda.bindings.driver"),
         "trt": rtx,
         "engine": rtx.ICudaEngine,
-        "_engine": rtx.ICudaEngine,
         "context": rtx.IExecutionContext,
         "runtime": rtx.Runtime,
     }

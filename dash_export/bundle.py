@@ -21,7 +21,7 @@ from typing import TypeVar
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
-from dash_export.names import DEFAULT_TARGET, MANIFEST, ROUNDINGS, TIMING_CACHE
+from dash_export.names import DEFAULT_TARGET, MANIFEST, ROUNDINGS, SIGNATURE, TIMING_CACHE
 from dash_export.outputs import MARK, folder_locked, holder, lock_file
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -166,6 +166,7 @@ class Bundle:
             old = sha256_file(there) if there.is_file() else ""
             before = [item for item in known.builds.get(build.target, ()) if item.sha256 == old != record.sha256]
             manifest = sealed(replace(known, builds={**known.builds, build.target: (record, *before)}))
+            self.path(SIGNATURE).unlink(missing_ok=True)  # which was of another manifest
             write_atomic(self.root / MANIFEST, to_json(manifest))
             write_atomic(there, contents)
         self.manifest = manifest

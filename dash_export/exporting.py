@@ -35,7 +35,7 @@ from dash_export.graphs.writer import save_graph, save_placed, save_tables
 from dash_export.manifest import SCHEMA, Manifest, ModelFacts, PolicyFacts, sealed
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.bypasses import check_model
-from dash_export.names import MANIFEST, ROPE
+from dash_export.names import MANIFEST, ROPE, SIGNATURE
 from dash_export.outputs import (
     MARK,
     bears_mark,
@@ -56,7 +56,7 @@ from dash_export.replacing import check_outside_bundles, check_place, is_bundle,
 
 GRAPH_REVISION = 7
 """Raised whenever the portable graphs change, so that old files are not taken for new ones."""
-OURS = (MANIFEST, "onnx", *TEXT_FILES)
+OURS = (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES)
 """Entries of a bundle that an export replaces; all others, engines among them, stay."""
 
 

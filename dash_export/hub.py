@@ -1,134 +1,194 @@
-"""Bundles on the Hugging Face hub: what runs of one is fetched, a whole one is published with its card."""
+"""Bundles on the Hugging Face hub: what runs of one is fetched, a whole one is published with its card.
+
+~/.cache/dash-export/hub/org/name/
+  <commit>/        a version, as far as it was fetched
+  <target>.version the commit that this target was loaded from last
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from glob import escape
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dash_export import __version__
-from dash_export.bundle import BUILD, TEXT_FILES, Bundle
+from dash_export.artifacts import read_bounded, write_atomic
+from dash_export.bundle import BUILD, LARGEST_RECORD, TEXT_FILES, Bundle
 from dash_export.decision import recommended_budget
-from dash_export.errors import BundleError, DashError
-from dash_export.manifest import Build
+from dash_export.errors import BundleError, DashError, StaleBuildError
+from dash_export.manifest import Build, Manifest
 from dash_export.names import MANIFEST, SIGNATURE
+from dash_export.outputs import folder_locked, remove
+from dash_export.typed_json import WrongFieldError, typed
 
+logger = logging.getLogger(__name__)
 CARD = "README.md"
-_MARK = "<!-- written by dash-export push -->"
+_BEGIN, _END = "<!-- dash-export: measured -->", "<!-- dash-export: end -->"
 _FILES = (".dash", ".gguf")
 _FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, f"engines/*/{BUILD}"]
 """Files from which it is known what else a run needs."""
+_SECONDS, _LONGEST_CARD = 10, 1 << 20
+
+_T = TypeVar("_T")
 
 
 def is_hub_id(name: str | Path) -> bool:
     """Whether `org/name` is of the hub: nothing here has its first part, and it is no file by its ending."""
     path = Path(name)
-    here = path.is_absolute() or len(path.parts) != 2 or path.parent.exists()
-    return not here and path.suffix not in _FILES
+    if path.is_absolute() or len(path.parts) != 2 or path.suffix in _FILES or ".." in path.parts:
+        return False
+    with suppress(OSError):  # a name of thousands of letters
+        return not path.parent.exists()
+    return False
 
 
 def download(name: str, error: type[DashError], **wanted: Any) -> Path:
     """The folder with the files `wanted` (as `snapshot_download` says it) of `org/name`. Raises `error`."""
-    hub, errors = _library(error), import_module("huggingface_hub.errors")
-    known = {
-        errors.GatedRepoError: "is gated: accept its terms on its page, then log in with `hf auth login`",
-        errors.RepositoryNotFoundError: "is not there, or you may not read it: check the spelling, or `hf auth login`",
-        errors.HFValidationError: "is neither a path that exists nor a valid hub id (org/name)",
-    }
-    try:
-        return Path(hub.snapshot_download(name, **wanted))
-    except Exception as failed:
-        fault = next((text for kind, text in known.items() if isinstance(failed, kind)), "") or (
-            f"cannot be downloaded ({type(failed).__name__}): the hub cannot be reached (or is switched off by "
-            "HF_HUB_OFFLINE) and it is not in the local cache; connect, or give the path of a local folder"
-        )
-        # `from None` and no text of theirs: requests and responses can carry the access token.
-        raise error(f"{name!r} on the hub {fault}") from None
+    return Path(_asked(name, error, lambda hub: hub.snapshot_download(name, **wanted)))
 
 
-def fetch(name: str, target: str | None, *, trusted: bool) -> Path:
-    """The bundle `org/name` of the hub without the files that only builds need, in a folder of our cache: as it is on
-    the hub now, or as it was when that cannot be reached.
+def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Path], _T]) -> _T:
+    """What `load` makes of the bundle `org/name` of the hub, of which only what a run needs is fetched: of its version
+    of now, or, with a warning, of the one that was loaded last, where the hub cannot be reached or that of now is
+    damaged or not trusted.
 
-    `trusted`: its signature will be checked. Without that the engines of a GPU, which are code, are not fetched: raises
-    BundleError, as for a name that is no bundle's or is not there.
+    `trusted` raises BundleError for a bundle that may not run. Without it the engines of a GPU, which are code, are
+    refused. Other processes that want the same name wait. Raises BundleError.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-export" / "hub" / name
-    download(name, BundleError, local_dir=folder, allow_patterns=_FIRST)
-    if not (folder / MANIFEST).is_file():
-        raise BundleError(f"{name} on the hub is no bundle. Make one of the model: dash-export build {name}")
-    bundle = Bundle.open(folder)
-    build = bundle.load_build(bundle.chosen(target))
-    if build.recipe.engine is not None and not trusted:
-        again = f"hf download {name} --local-dir my.dash, and dash-export build my.dash --target {build.target}"
-        raise BundleError(
-            f"{name}: engines of a GPU are code, and nobody answers for these. Give the --trusted-key of who signed "
-            f"them, or build here: {again}"
-        )
-    files = [record.name for record in build.files or bundle.manifest.files]
-    download(name, BundleError, local_dir=folder, allow_patterns=files)
-    known = {*files, *(record.name for record in bundle.manifest.files), f"engines/{build.target}/{BUILD}"}
-    for path in [*folder.glob(f"engines/{build.target}/*"), *(folder / text for text in TEXT_FILES)]:
-        if path.relative_to(folder).as_posix() not in known:  # of the version before
-            path.unlink(missing_ok=True)
-    return folder
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-export" / "hub" / name
+    base.mkdir(parents=True, exist_ok=True)
+    with folder_locked(base, [], shared=False, wait=True):
+        pointer = base / f"{target or '(default)'}.version"
+        known = pointer.read_text(encoding="utf-8") if pointer.is_file() else ""
+        try:
+            version = _asked(name, BundleError, lambda hub: hub.HfApi().model_info(name, timeout=_SECONDS).sha)
+            made = _of_version(name, base / version, target, trusted, load)
+        except BundleError as error:
+            if not known or not (base / known).is_dir():
+                raise
+            logger.warning("%s\nThe version of %s that was loaded last runs.", error, name)
+            return load(base / known)
+        if version != known:
+            write_atomic(pointer, version)
+            wanted = {path.read_text(encoding="utf-8") for path in base.glob("*.version")}
+            for path in base.iterdir():
+                if path.is_dir() and path.name not in wanted:
+                    remove(path)
+        return made
+
+
+def _of_version(
+    name: str, root: Path, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Path], _T]
+) -> _T:
+    """The same of one version. What was damaged here is fetched anew, once."""
+    for again in (False, True):
+        wanted = {"revision": root.name, "local_dir": root}
+        download(name, BundleError, **wanted, allow_patterns=_FIRST)
+        if not (root / MANIFEST).is_file():
+            raise BundleError(f"{name} on the hub is no bundle. Make one of the model: dash-export build {name}")
+        try:
+            bundle = Bundle.open(root)
+            build = bundle.load_build(bundle.chosen(target))
+            if trusted is not None:
+                trusted(bundle)
+            elif build.recipe.engine is not None:
+                break
+            files = [escape(record.name) for record in build.files or bundle.manifest.files]
+            download(name, BundleError, **wanted, allow_patterns=files)
+            return load(root)
+        except BundleError:
+            if again:
+                raise
+            remove(root)
+    here = f"hf download {name} --local-dir my.dash, and dash-export build my.dash --target {build.target}"
+    raise BundleError(
+        f"{name}: engines of a GPU are code, and nobody answers for these. Give the --trusted-key of who signed them, "
+        f"or build here: {here}"
+    )
 
 
 def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, license_id: str | None) -> str:
     """Publish a bundle with its builds as `org/name`, in one commit, and return the address.
 
-    What of an earlier push is not in it goes; a card that was not written by this, stays. Raises BundleError for a
-    damaged bundle, a repository that holds something else, and when the hub refuses.
+    Files of the bundle that was pushed there before go; all else in the repository stays. Raises BundleError for a
+    damaged bundle, a repository that holds no bundle but something, and when the hub refuses.
     """
-    hub = _library(BundleError)
     if len(Path(name).parts) != 2 or Path(name).suffix in _FILES:
         raise BundleError(f"{name!r} is no name for the hub: expected org/name, and no file's ending.")
-    builds = [bundle.load_build(target) for target in bundle.targets()]
+    builds = []
+    for target in bundle.targets():
+        with suppress(StaleBuildError):
+            builds.append(bundle.load_build(target))
     records = [*bundle.manifest.files, *(record for build in builds for record in build.files)]
-    bundle.verify(records)
+    seal = bundle.verify(records)
     for build in (None, *builds):
         bundle.check_listed(build)
     names = [MANIFEST, *(record.name for record in records), *(f"engines/{build.target}/{BUILD}" for build in builds)]
     names += [SIGNATURE] if bundle.path(SIGNATURE).is_file() else []
-    try:
+
+    def commit(hub: Any) -> str:
         api = hub.HfApi(library_name="dash-export", library_version=__version__)
         api.create_repo(name, private=private, exist_ok=True)
         there = set(api.list_repo_files(name))
-        if MANIFEST not in there and there - {CARD, ".gitattributes"}:
-            raise BundleError(f"{name} on the hub holds something else than a bundle: push to a name of its own.")
+        old = _pushed(name, there, lambda file: Path(hub.hf_hub_download(name, file)))
         adds = [hub.CommitOperationAdd(item, str(bundle.path(item))) for item in names]
-        old = Path(hub.hf_hub_download(name, CARD)).read_text(encoding="utf-8") if CARD in there else _MARK
-        if _MARK in old:
-            text = card(bundle, builds, name, base_model, license_id)
-            adds.append(hub.CommitOperationAdd(CARD, text.encode()))
-        ours = {item for item in there if item.startswith(("engines/", "onnx/")) or item in (*TEXT_FILES, SIGNATURE)}
-        gone = [hub.CommitOperationDelete(item) for item in sorted(ours - set(names))]
+        card = Path(hub.hf_hub_download(name, CARD)) if CARD in there else None
+        text = _card(hub, bundle, builds, name, base_model, license_id, card)
+        adds += [] if text is None else [hub.CommitOperationAdd(CARD, text.encode())]
+        gone = [hub.CommitOperationDelete(item) for item in sorted(old - set(names))]
         done = api.create_commit(name, [*adds, *gone], commit_message=f"dash-export {__version__}")
-    except DashError:
-        raise
-    except Exception as failed:
-        # No text of theirs, as above.
-        advice = "log in with `hf auth login`, check the name and the connection, and push again"
-        raise BundleError(f"{name} was not published ({type(failed).__name__}): {advice}") from None
-    return str(done.repo_url)
+        bundle.check_same(seal)
+        return str(done.repo_url)
+
+    return str(_asked(name, BundleError, commit, "was not published", "log in with `hf auth login`, and push again"))
 
 
-def card(bundle: Bundle, builds: Sequence[Build], name: str, base_model: str | None, license_id: str | None) -> str:
-    """The model card of a bundle: what it is, how it is run, and what its builds measured."""
-    hub = _library(BundleError)
+def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> set[str]:
+    """Files of the bundle that a repository with the files `there` holds. Raises BundleError where it holds none, but
+    something else.
+    """
+    if not there - {CARD, ".gitattributes"}:
+        return set()
+    try:
+        old = typed(Manifest, json.loads(read_bounded(read(MANIFEST), LARGEST_RECORD)), MANIFEST)
+    except (KeyError, ValueError, TypeError, RecursionError, OSError, WrongFieldError) as error:
+        raise BundleError(
+            f"{name} on the hub holds something else than a bundle: push to a name of its own."
+        ) from error
+    listed = {MANIFEST, SIGNATURE, *(record.name for record in old.files)}
+    folders = tuple(f"engines/{target}/" for target in old.builds)  # which are wholly ours
+    return {file for file in there if file in listed or file.startswith(folders)}
+
+
+def _card(
+    hub: Any, bundle: Bundle, builds: Sequence[Build], name: str, base_model: str | None, license_id: str | None,
+    old: Path | None,
+) -> str | None:  # fmt: skip
+    """The model card: what a bundle is, how it is run, and what its builds measured; of a card that is there only that
+    last part, and None where it has no place for it.
+    """
     model, policy = bundle.manifest.model, bundle.manifest.policy
+    measured = "\n".join(_measured(build) for build in builds) or "Not built yet."
+    measured = f"{_BEGIN}\n{measured}\n{_END}"
+    if old is not None:
+        text = read_bounded(old, _LONGEST_CARD).decode("utf-8", "replace")
+        before, begin, rest = text.partition(_BEGIN)
+        _, end, after = rest.partition(_END)
+        return f"{before}{measured}{after}" if begin and end else None
     data = hub.ModelCardData(
         library_name="dash-export", pipeline_tag="text-generation", tags=["onnx", "layer-skipping"],
         base_model=base_model, license=license_id,
     )  # fmt: skip
-    measured = "\n".join(_measured(build) for build in builds) or "Not built yet."
     skips = f"Layers are skipped by {policy.origin}." if policy.has_network else "It has no policy of its own."
     return f"""---
 {data.to_yaml()}
 ---
-{_MARK}
 # {name.partition("/")[2]}
 
 {model.name} ({model.model_type}, {model.parameters / 1e6:.0f} M parameters, {model.num_layers} layers) as a bundle of
@@ -160,8 +220,34 @@ def _measured(build: Build) -> str:
     return "\n".join(lines)
 
 
-def _library(error: type[DashError]) -> Any:
+def _asked(
+    name: str, error: type[DashError], ask: Callable[[Any], Any], failed: str = "cannot be downloaded", advice: str = ""
+) -> Any:
+    """What `ask` gives of the library; `error` where it is missing, or with our words for what it raises."""
     try:
-        return import_module("huggingface_hub")
+        hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
     except ImportError as missing:
         raise error("The hub needs huggingface_hub: pip install 'dash-export[hub]'") from missing
+    advice = advice or (
+        "the hub cannot be reached (or is switched off by HF_HUB_OFFLINE) and it is not in the local cache; connect, "
+        "or give the path of a local folder"
+    )
+    known = {
+        errors.GatedRepoError: "is gated: accept its terms on its page, then log in with `hf auth login`",
+        errors.RepositoryNotFoundError: "is not there, or you may not read it: check the spelling, or `hf auth login`",
+        errors.HFValidationError: "is neither a path that exists nor a valid hub id (org/name)",
+        errors.OfflineModeIsEnabled: f"{failed} (HF_HUB_OFFLINE is set): {advice}",
+    }
+    try:
+        return ask(hub)
+    except DashError:
+        raise
+    except Exception as raised:
+        local = isinstance(raised, OSError) and raised.filename is not None  # a full disk, say
+        fault = next((text for kind, text in known.items() if isinstance(raised, kind)), "") or (
+            f"{failed}: {raised.filename} cannot be read or written ({raised.strerror})"  # type: ignore[attr-defined]
+            if local
+            else f"{failed} ({type(raised).__name__}): {advice}"
+        )
+        # `from None` and no text of theirs: requests and responses can carry the access token.
+        raise error(f"{name!r} on the hub {fault}") from None

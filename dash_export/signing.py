@@ -3,68 +3,87 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from dash_export.artifacts import identity
-from dash_export.bundle import Bundle
-from dash_export.errors import BundleError
+from dash_export.artifacts import read_bounded, write_atomic
+from dash_export.bundle import LARGEST_RECORD, Bundle
+from dash_export.errors import BundleError, StaleBuildError
 from dash_export.names import MANIFEST, SIGNATURE
-from dash_export.outputs import folder_locked, refuse_link
+from dash_export.outputs import folder_locked, lock_file
 
 TRUSTED_KEY = "DASH_EXPORT_TRUSTED_KEY"
-"""Environment variable: the public key that every loaded bundle has to be signed by."""
+"""Environment variable: the public key that every bundle has to be signed by before it is run."""
+_LARGEST = 1 << 20
+"""Bytes of a signature and of a key."""
 
 
 def sign(bundle: Bundle, private_key: Path) -> Path:
     """Write the signature of a bundle and its builds, as they are now, and return its file.
 
     `private_key`: PEM, an elliptic curve's, without a password. Raises BundleError for another, and for a damaged
-    bundle; OutputError where something else lies in the signature's place.
+    bundle or one that changes meanwhile; OutputError where a link lies in the signature's place.
     """
-    signing = _library("signing")
-    place = bundle.path(SIGNATURE)
-    refuse_link(place)
-    with folder_locked(bundle.root / "engines", [], shared=False, wait=True):  # no build ends meanwhile
+    signing, place = _library("signing"), bundle.path(SIGNATURE)
+    with folder_locked(bundle.root, [lock_file(bundle.root)], shared=True), TemporaryDirectory() as folder:
         for target in bundle.targets():
-            bundle.verify(bundle.load_build(target).files)
+            with suppress(StaleBuildError):  # which does not run
+                bundle.verify(bundle.load_build(target).files)
         bundle.verify(record for record in bundle.manifest.files if bundle.path(record.name).exists())
-        unfinished = place.with_name(f"{SIGNATURE}.unfinished")
+        signed = Path(folder) / MANIFEST
+        signed.write_bytes(read_bounded(bundle.path(MANIFEST), LARGEST_RECORD))
         try:
-            signing.Config().use_elliptic_key_signer(private_key=private_key).sign(bundle.root / MANIFEST, unfinished)
-            unfinished.replace(place)
-        except OSError:
-            raise
+            key = Path(folder) / "key"
+            key.write_bytes(read_bounded(private_key, _LARGEST))
+            config = signing.Config().use_elliptic_key_signer(private_key=key)
+            config.sign(signed, Path(folder) / SIGNATURE)
         except Exception as error:
             advice = "Expected an elliptic curve's: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
             raise BundleError(f"{private_key} is no private key that can sign ({error}). {advice}") from None
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_atomic(place, (Path(folder) / SIGNATURE).read_bytes())
+        if read_bounded(bundle.path(MANIFEST), LARGEST_RECORD) != signed.read_bytes():
+            place.unlink()
+            raise BundleError(f"{bundle.root} was built while it was signed: sign it again.")
     return place
 
 
 def trusted_key(given: str | Path | None) -> Path | None:
     """The public key that bundles have to be signed by: the one given, else the environment's."""
-    found = given if given is not None else os.environ.get(TRUSTED_KEY)
-    return Path(found) if found else None
+    found = os.environ.get(TRUSTED_KEY) or None if given is None else given
+    return None if found is None else Path(found)
+
+
+def check_trusted(bundle: Bundle) -> None:
+    """`check_signed` by the environment's key, where there is one."""
+    if (key := trusted_key(None)) is not None:
+        check_signed(bundle, key)
 
 
 def check_signed(bundle: Bundle, public_key: Path) -> None:
     """Raises BundleError where the manifest that was read is not the one that the owner of `public_key` signed."""
-    verifying, manifest, signature = _library("verifying"), bundle.path(MANIFEST), bundle.path(SIGNATURE)
-    if not public_key.is_file():
-        raise BundleError(f"There is no key at {public_key}: it is asked for by --trusted-key or {TRUSTED_KEY}.")
-    if not signature.is_file():
-        raise BundleError(f"{bundle.root} is not signed, and {public_key} is to have signed it. {_SIGN}")
-    seen = identity(manifest)
-    try:
-        verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(manifest, signature)
-    except Exception as error:
-        reason = "its manifest changed since (a build does that), or another key signed it"
-        raise BundleError(f"{bundle.root} is not as {public_key} signed it: {reason}. {_SIGN}") from error
-    if Bundle.open(bundle.root).manifest != bundle.manifest or identity(manifest) != seen:
-        raise BundleError(f"{bundle.root}: {MANIFEST} was replaced while it was read. Load it again.")
+    verifying, seen = _library("verifying"), bundle.path(MANIFEST)
+    with TemporaryDirectory() as folder:
+        manifest, signature, key = (Path(folder) / name for name in (MANIFEST, SIGNATURE, "key"))
+        manifest.write_bytes(read_bounded(seen, LARGEST_RECORD))
+        for copy, source, fault in (
+            (key, public_key, f"There is no key at {public_key}: --trusted-key or {TRUSTED_KEY} asks for it"),
+            (signature, bundle.path(SIGNATURE), f"{bundle.root} is not signed, and {public_key} is to have signed it"),
+        ):
+            try:
+                copy.write_bytes(read_bounded(source, _LARGEST))
+            except OSError as error:
+                raise BundleError(f"{fault} ({error.strerror}). {_SIGN}") from error
+        try:
+            verifying.Config().use_elliptic_key_verifier(public_key=key).verify(manifest, signature)
+        except Exception as error:
+            reason = "its manifest changed since (a build does that), or another key signed it"
+            raise BundleError(f"{bundle.root} is not as {public_key} signed it: {reason}. {_SIGN}") from error
+        # What was read of the bundle, and not only what lies there now.
+        if Bundle.open(bundle.root).manifest != bundle.manifest or seen.read_bytes() != manifest.read_bytes():
+            raise BundleError(f"{bundle.root}: {MANIFEST} was replaced while it was read. Load it again.")
 
 
 _SIGN = "Its owner runs: dash-export sign BUNDLE --key KEY"

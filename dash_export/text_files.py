@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 30
 MAX_TEXT_BYTES = 64 << 20
 """Bytes of a file that comes with a model: the largest published tokenizer.json is about 35 MB."""
-MAX_GROWTH, MAX_BEGINNING = 40, 256
+MAX_GROWTH, MAX_BEGINNING = 40, 32
 """Bounds of how much longer a tokenizer makes a text (published ones are counted as 32 at most), and of the tokens that
 its template adds.
 """
@@ -163,6 +163,8 @@ def _growth(part: dict[str, Any]) -> float:
         return max(1, special, sum("Sequence" in piece for piece in part["single"]))
     if kind == "Prepend":
         return 1.0 + len(part["prepend"])
+    if {"CTC": part.get("word_delimiter_token"), "BPEDecoder": part.get("suffix")}.get(kind) == "":
+        return 2.0  # a space between all letters
     return _GROWS.get(kind, 1)
 
 

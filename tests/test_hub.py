@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
 
-from dash_export import DashRuntime, hub
+from dash_export import DashRuntime, hub, signing
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.targets import load_recipe
 from tests.commands.helpers import dash, refused
 from tests.fake_hub import FakeHub, fake_hub
+from tests.tiny import tiny_bundle
 
 NAME, TARGET = "me/tiny", "cpu-fp32"
 
@@ -71,13 +74,9 @@ def test_a_later_version_takes_the_place_of_the_earlier(server: FakeHub, own_bun
     assert answer(NAME, "portable")
 
 
-@pytest.mark.usefixtures("server")
-def test_what_is_gone_from_the_hub_goes_from_the_cache(own_bundle: Path) -> None:
-    publish(own_bundle)
-    old = hub.fetch(NAME, TARGET, trusted=False) / f"engines/{TARGET}/old.onnx"
-    old.write_bytes(b"of the version before")
-    assert answer(NAME)
-    assert not old.exists()
+def cache(server: FakeHub) -> Path:
+    """The version that the hub has now."""
+    return Path("cache/dash-export/hub").absolute() / NAME / server.sha(NAME)
 
 
 @pytest.mark.usefixtures("server")
@@ -86,7 +85,73 @@ def test_without_the_hub_the_last_version_runs(own_bundle: Path, monkeypatch: py
     found = answer(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert answer(NAME) == found
-    assert "connect" in refused("run", "me/other", "x")
+    assert "HF_HUB_OFFLINE" in refused("run", "me/other", "x")
+
+
+def test_what_is_not_whole_takes_no_place(
+    server: FakeHub, own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A version that breaks off, is damaged or not signed: the one before runs, also when the hub cannot be reached."""
+    publish(own_bundle)
+    found, first = answer(NAME), cache(server)
+    shutil.rmtree(own_bundle)
+    publish(tiny_bundle(tmp_path / "more", "cpu", intermediate_size=80).rename(own_bundle))
+    whole = dict(server.files[NAME])
+    engine = next(name for name in whole if name.startswith(f"engines/{TARGET}/layers") and name.endswith(".onnx"))
+    for state in ("gone", "damaged", "not signed"):
+        server.files[NAME] = dict(whole)
+        if state == "gone":
+            del server.files[NAME][engine]
+        if state == "damaged":
+            server.files[NAME][engine] += b" "
+        if state == "not signed":
+            monkeypatch.setattr(signing, "check_signed", Mock(side_effect=[BundleError("not signed")] * 2 + [None]))
+            monkeypatch.setenv(signing.TRUSTED_KEY, "key")
+        caplog.clear()
+        assert answer(NAME) == found, state
+        assert "that was loaded last runs" in caplog.text
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(signing, "check_signed", Mock())
+        assert answer(NAME) == found
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv(signing.TRUSTED_KEY)
+    server.files[NAME] = whole
+    assert answer(NAME) == answer(own_bundle) != found
+    assert not first.exists(), "nobody wants it any more"
+
+
+def test_what_is_damaged_here_is_fetched_anew(server: FakeHub, own_bundle: Path) -> None:
+    publish(own_bundle)
+    found = answer(NAME)
+    for name in ("manifest.json", next(cache(server).glob(f"engines/{TARGET}/layers*.onnx"))):
+        path = cache(server) / name
+        path.write_bytes(bytes(path.stat().st_size))
+        assert answer(NAME) == found
+
+
+def test_several_at_once(server: FakeHub, own_bundle: Path) -> None:
+    publish(own_bundle)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(answer, [NAME] * 4))) == 1
+    assert len(server.fetched) == len(set(server.fetched))
+
+
+def test_what_others_put_into_a_repository_stays(server: FakeHub, own_bundle: Path) -> None:
+    publish(own_bundle)
+    server.files[NAME] |= {"onnx/notes.txt": b"mine", "engines/mine/plan": b"mine"}
+    card = server.files[NAME]["README.md"].replace(b"# tiny", b"# My own words")
+    server.files[NAME]["README.md"] = card + b"and more"
+    shutil.rmtree(own_bundle / f"engines/{TARGET}")
+    publish(own_bundle)
+    text = server.files[NAME]["README.md"].decode()
+    assert "My own words" in text
+    assert text.endswith("and more")
+    assert f"`{TARGET}`" not in text
+    assert {"onnx/notes.txt", "engines/mine/plan"} <= set(server.files[NAME])
+    other = {"manifest.json": b'{"pwa": 1}', "onnx/model.onnx": b"mine", "config.json": b"{}"}
+    server.files["me/app"] = dict(other)
+    assert "something else than a bundle" in refused("push", own_bundle, "me/app")
+    assert server.files["me/app"] == other
 
 
 def test_refused(server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,13 +162,13 @@ def test_refused(server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPa
     assert "check the spelling" in refused("run", "me/nothing", "x")
     for name in ("tiny", "me/tiny.dash", "a/b/c"):
         assert "expected org/name" in refused("push", own_bundle, name)
-    assert "was not published" in refused("push", own_bundle, "me/..")
+    assert "nor a valid hub id" in refused("push", own_bundle, "me/..")
     publish(own_bundle)
     monkeypatch.delenv("HF_TOKEN")
     assert "hf auth login" in refused("push", own_bundle, "me/new")
     engine = next(name for name in server.files[NAME] if name.startswith(f"engines/{TARGET}/layers"))
     server.files[NAME][engine] += b" "
-    assert "hash mismatch" in refused("run", NAME, "x", "--target", TARGET)
+    assert "hash mismatch" in refused("run", NAME, "x", "--target", TARGET), "and nothing was loaded before"
     (own_bundle / engine).write_bytes(b"damaged")
     assert "hash mismatch" in refused("push", own_bundle, NAME)
 
@@ -115,13 +180,19 @@ def test_engines_of_a_gpu_are_fetched_only_with_a_key(
     load_build, recipe = Bundle.load_build, load_recipe("h100")
     monkeypatch.setattr(Bundle, "load_build", lambda self, target: replace(load_build(self, target), recipe=recipe))
     with pytest.raises(BundleError, match="engines of a GPU are code"):
-        hub.fetch(NAME, TARGET, trusted=False)
+        hub.loaded(NAME, TARGET, None, str)
     assert not [name for name in server.fetched if name.endswith(".onnx")]
-    hub.fetch(NAME, TARGET, trusted=True)
+    trusted = Mock()
+    assert hub.loaded(NAME, TARGET, trusted, str) == str(cache(server))
+    trusted.assert_called_once()
 
 
 @pytest.mark.parametrize(
-    ("name", "found"), [("org/name", True), ("org/name.dash", False), ("/a/b", False), ("a", False), ("tests/x", False)]
+    ("name", "found"),
+    [
+        ("org/name", True),
+        *((name, False) for name in ("org/name.dash", "/a/b", "a", "tests/x", "../x", "x" * 5000 + "/a")),
+    ],
 )
 def test_names_of_the_hub(name: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,12 @@ def test_only_what_was_signed_runs(own_bundle: Path, tmp_path: Path, monkeypatch
         "the environment's key is for all"
     )
     build(own_bundle, "cpu", weights="int8")
-    assert "is not as" in refused(*run)
+    assert not (own_bundle / "manifest.json.sig").exists(), "it was of another manifest"
+    assert "is not signed" in refused(*run)
+    copy = Path(shutil.copytree(own_bundle, tmp_path / "copy.dash", ignore=shutil.ignore_patterns("onnx")))
+    assert "is not signed" in refused("build", copy, "--target", "cpu", "--weights", "fp32", "--measure"), (
+        "it runs them"
+    )
     assert dash("sign", own_bundle, "--key", mine).exit_code == 0
     assert dash(*run).exit_code == 0
     monkeypatch.setenv(TRUSTED_KEY, str(tmp_path / "none"))
@@ -63,11 +71,40 @@ def test_keys_and_bundles_that_cannot_be_signed(own_bundle: Path, tmp_path: Path
     for content in (b"no key", key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, PLAIN)):
         wrong.write_bytes(content)
         assert "no private key that can sign" in refused("sign", own_bundle, "--key", wrong)
+    os.mkfifo(tmp_path / "fifo.pem")
+    assert "no private key that can sign" in refused("sign", own_bundle, "--key", tmp_path / "fifo.pem")
     private, _ = keys(tmp_path, "mine")
+    (own_bundle / "manifest.json.sig.unfinished").symlink_to(wrong)
+    before = wrong.read_bytes()
+    assert dash("sign", own_bundle, "--key", private).exit_code == 0
+    assert wrong.read_bytes() == before
+    (own_bundle / "manifest.json.sig").unlink()
     (own_bundle / "manifest.json.sig").symlink_to(wrong)
     refused("sign", own_bundle, "--key", private)
     assert (own_bundle / "manifest.json.sig").is_symlink()
     (own_bundle / "manifest.json.sig").unlink()
     next(own_bundle.glob("engines/cpu-fp32/layer*.onnx")).write_bytes(b"")
     assert "hash mismatch" in refused("sign", own_bundle, "--key", private)
-    assert not list(own_bundle.glob("manifest.json.sig*"))
+    assert not (own_bundle / "manifest.json.sig").exists()
+
+
+def test_a_signature_of_gigabytes(own_bundle: Path, tmp_path: Path) -> None:
+    private, public = keys(tmp_path, "mine")
+    assert dash("sign", own_bundle, "--key", private).exit_code == 0
+    os.truncate(own_bundle / "manifest.json.sig", 3 << 30)
+    began = time.monotonic()
+    with pytest.raises(BundleError, match="at most 1048576 are read"):
+        DashRuntime.load(own_bundle, "portable", trusted_key=public)
+    assert time.monotonic() - began < 5
+
+
+def test_what_a_key_asks_for(own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, public = keys(tmp_path, "mine")
+    assert dash("sign", own_bundle, "--key", private).exit_code == 0
+    engine = next(own_bundle.glob("engines/cpu-fp32/layers*.onnx"))
+    engine.write_bytes(bytes(engine.stat().st_size))
+    with pytest.raises(BundleError, match="hash mismatch"):
+        DashRuntime.load(own_bundle, "cpu-fp32", trusted_key=public, verify=False)
+    monkeypatch.setenv(TRUSTED_KEY, str(public))
+    with pytest.raises(BundleError, match="no key at"):
+        DashRuntime.load(own_bundle, "portable", trusted_key="")

@@ -51,6 +51,14 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         for where, name in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
     },
     "nothing, replaced": (sequence("normalizer", *[replacing("a", String="")] * 9), "times as long"),
+    "letters apart": (
+        sequence(
+            "decoder",
+            *[{"type": "BPEDecoder", "suffix": ""}] * 3,
+            *[{"type": "CTC", "pad_token": "z", "word_delimiter_token": "", "cleanup": True}] * 3,
+        ),
+        "times as long",
+    ),
     "many parts": (sequence("pre_tokenizer", *[{"type": "Digits"}] * 99, name="pretokenizers"), "over 32 parts"),
     "a part of no known type": ({"normalizer": {"type": "Foo", "normalizers": []}}, "type 'Foo', which is not known"),
     "no part": ({"normalizer": {"kind": "NFC"}}, "no tokenizer.json"),
@@ -70,7 +78,7 @@ USUAL: dict[str, dict[str, Any]] = {
     "spaces": sequence("normalizer", replacing(" ", Regex=" {2,}"), {"type": "NFKC"}),
     "a decoder": sequence("decoder", replacing(" ", String="\u2581")),
     "numbers": split(r"\p{N}{1,3}| {2,}|a"),
-    "one token": template("single", 1),
+    "one token": template("single", 1, 30),
     "an unused token": template("single", 0, unused=4000),
 }
 

@@ -37,7 +37,9 @@ def calibrate_dial(
     KL is measured against the dense mode of the same build.
     """
     runtime = DashRuntime(bundle, build, backend)
-    windows = _calibration_windows(runtime)
+    windows = [window for window in _calibration_windows(runtime) if len(window) > DENSE_POSITIONS + 1]
+    if not windows:  # a context of a few tokens
+        return ()
     num_layers = bundle.manifest.model.num_layers
     trade_offs = _trade_offs(runtime, windows)
     sums = np.zeros((len(trade_offs), 4))  # layers skipped, time, nats, log-likelihood lost

@@ -18,6 +18,7 @@ from dash_export.errors import BAD_GRAPH, BackendError, BundleError
 from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
 from dash_export.outputs import check_writable, folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
+from dash_export.signing import check_trusted
 from dash_export.targets import Recipe, load_recipe, with_weights
 
 TRIALS, PAUSE = 3, 2.0
@@ -121,6 +122,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
 def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
     """The build that is there, with the costs and the dial of this machine. Needs no onnx."""
     known = bundle.load_build(recipe.name)
+    check_trusted(bundle)
     check_writable(bundle.root)
     bundle.check_listed(known)
     texts = [record for record in bundle.manifest.files if not record.name.startswith("onnx/")]

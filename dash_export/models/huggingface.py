@@ -40,6 +40,9 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
     stored = open_weights(files)
     if "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored:  # a base model, saved alone
         stored = {name if name.startswith("lm_head.") else f"model.{name}": stored[name] for name in stored}
+    tied, table = "lm_head.weight", "model.embed_tokens.weight"
+    if spec.tie_embeddings and tied in stored and table not in stored:  # safetensors' save_model keeps the first name
+        stored[table] = replace(stored.pop(tied), name=table)
     stored = {name: _plain(spec, weight) for name, weight in unfused(spec, stored).items()}
     _refuse_unused(spec, stored, folder)
     return checked(source, spec, config, stored, assets, files, seen)
@@ -205,7 +208,9 @@ def _check_vocabulary(text: str, path: Path, vocab_size: int) -> None:
         tokenizer = load_tokenizer(text)
         tokens = tokenizer.get_vocab(with_added_tokens=True)
         plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers panics, too
         raise CheckpointError(f"{path} is not a tokenizer that can be used: {error}") from error
     if whole[len(whole) - len(plain) :] != plain:
         raise CheckpointError(

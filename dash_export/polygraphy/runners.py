@@ -24,6 +24,7 @@ from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session, ort_engine
 from dash_export.runtime.backends import Engine
 from dash_export.runtime.runtime import loaded_files
+from dash_export.signing import check_trusted
 
 STEPS = 16
 """Different steps of a text; with more iterations they come again."""
@@ -66,6 +67,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         with polygraphy_errors():
             self.bundle = Bundle.open(root)
             build = self.bundle.load_build(target)
+            check_trusted(self.bundle)
             self.layers = find_engine(self.bundle, build, name).layers
             seal = self.bundle.verify(loaded_files(self.bundle, build))
             if build.recipe.engine is not None:

@@ -150,6 +150,8 @@ class Guides:
             from llguidance import LLTokenizer
         except ImportError as error:
             raise RequestError("Answers in a grammar need llguidance: pip install 'dash-export[serve]'.") from error
+        if self._eos is None:  # llguidance would take the first token
+            raise RequestError("Answers in a grammar need the model's own end of a text, and its tokenizer has none.")
         if self._tokens is None:  # a second for 150,000 tokens
             self._tokens = native(READS, lambda: LLTokenizer(self._tokenizer.to_str(), eos_token=self._eos))
         if self._child is None or not self._child.alive:

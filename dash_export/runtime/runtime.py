@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -65,28 +66,32 @@ class DashRuntime:
         `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (the
         same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. `threads` overrides the recipe's
         (0: one per physical core). `verify` checks the SHA-256 of every file that is loaded; that it is still the same
-        when all is loaded is checked without it too. `trusted_key` (by default the environment's
+        when all is loaded is checked without it, or with a key, too. `trusted_key` (by default the environment's
         DASH_EXPORT_TRUSTED_KEY): the public key that must have signed the bundle.
         Raises BundleError, BackendError, PolicyError or RequestError.
         """
         if threads is not None and not 0 <= threads <= MAX_THREADS:
             raise RequestError(f"threads must be from 0 (one per physical core) to {MAX_THREADS}, not {threads}.")
         key = signing.trusted_key(trusted_key)
-        opened = Bundle.open(
-            hub.fetch(str(bundle), target, trusted=key is not None) if hub.is_hub_id(bundle) else bundle
-        )
-        build = opened.load_build(opened.chosen(target))
-        if key is not None:
-            signing.check_signed(opened, key)
-        if verify:
-            opened.check_listed(build)
-        text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]
-        seal = opened.verify([*text, *loaded_files(opened, build)], hashes=verify)
-        recipe = build.recipe
-        backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
-        runtime = cls(opened, build, backend, dispatch)
-        opened.check_same(seal)
-        return runtime
+        trusted = None if key is None else partial(signing.check_signed, public_key=key)
+
+        def load(root: str | Path) -> DashRuntime:
+            opened = Bundle.open(root)
+            build = opened.load_build(opened.chosen(target))
+            if trusted is not None:
+                trusted(opened)
+            hashes = verify or trusted is not None
+            if hashes:
+                opened.check_listed(build)
+            text = [record for record in opened.manifest.files if not record.name.startswith("onnx/")]
+            seal = opened.verify([*text, *loaded_files(opened, build)], hashes=hashes)
+            recipe = build.recipe
+            backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
+            runtime = cls(opened, build, backend, dispatch)
+            opened.check_same(seal)
+            return runtime
+
+        return hub.loaded(str(bundle), target, trusted, load) if hub.is_hub_id(bundle) else load(bundle)
 
     @property
     def dispatch(self) -> str:

@@ -38,7 +38,16 @@ if TYPE_CHECKING:
     from dash_export.runtime.device.step import DeviceStep
 
 Floats = npt.NDArray[np.float32]
+TILE = 16
+"""Kernels take rows two at a time (ONNX Runtime's int4 in blocks of 64), up to 16 elsewhere, and may round what is left
+over otherwise: a prompt that is known in part gives what a new one gives where the rest begins at a multiple.
+"""
 _CPU_ONLY = "A CPU build of this version does: `dash-export build` makes it."
+
+
+def whole_tiles(tokens: int) -> int:
+    """So many tokens, but for what is no whole TILE; 0 for fewer."""
+    return max(0, tokens // TILE * TILE)
 
 
 @dataclass
@@ -230,19 +239,19 @@ class Session:
         return min(self.prefill_chunk, self.engines.rows_at_once(self.cache.capacity))
 
     def piece(self, left: int) -> int:
-        """Tokens of the next pass of a prompt that has so many left: never one at its end, which kernels for one row
-        may round otherwise than those for several.
+        """Tokens of the next pass of a prompt that has so many left: whole TILEs but for its end, which is never one
+        token alone.
         """
-        chunk = self.chunk
-        return chunk - 1 if left == chunk + 1 and chunk > 2 else min(left, chunk)
+        chunk = whole_tiles(self.chunk) or self.chunk
+        return max(chunk - TILE, 2) if left == chunk + 1 and chunk > 2 else min(left, chunk)
 
     def rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
-        """Keep what is cached of a conversation that begins with `ids`, but for two tokens: the last one's logits are
-        wanted, and it may not be alone (`piece`).
+        """Keep what is cached of a conversation that begins with `ids`, in whole TILEs and but for two tokens: the last
+        one's logits are wanted, and it may not be alone (`piece`).
         """
         pairs = enumerate(zip(ids, self.tokens, strict=False))
         known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
-        self._rewind(max(0, min(known, len(ids) - 2)))
+        self._rewind(whole_tiles(min(known, len(ids) - 2)))
 
     def adopt(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Hold `tokens` instead of what is there: the first row of `cache` begins with their K and V."""

@@ -88,6 +88,8 @@ class Text:
         """
         ids, first = self.encode_in_pieces(text), self.beginning
         ids, own = ids[len(first) :], window - len(first)
+        if own < 1:
+            return []
         starts = np.linspace(0, len(ids) - own, min(count, len(ids) // own)).astype(int)
         return [np.concatenate([first, ids[start : start + own]]) for start in starts]
 

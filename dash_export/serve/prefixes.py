@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.results import TokenIds
-from dash_export.runtime.session import Session
+from dash_export.runtime.session import Session, whole_tiles
 
 
 class Prefixes:
@@ -31,14 +31,14 @@ class Prefixes:
             self._drop(next(iter(self._kept)))
 
     def restore(self, session: Session, ids: Sequence[int] | TokenIds) -> int:
-        """Make `session` hold as much as is known of a prompt, but for two tokens (`Session.rewind_to`); returns how
-        many that are.
+        """Make `session` hold as much as is known of a prompt and `Session.rewind_to` would keep; returns how many
+        tokens that are.
         """
         session.rewind_to(ids)
         best, length = None, len(session.tokens)
         for known in self._kept:
             same = next((at for at, (one, other) in enumerate(zip(known, ids, strict=False)) if one != other), None)
-            common = min(len(known) if same is None else same, len(ids) - 2)
+            common = whole_tiles(min(len(known) if same is None else same, len(ids) - 2))
             if common > length:
                 best, length = known, common
         if best is not None:

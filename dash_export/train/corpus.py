@@ -94,6 +94,10 @@ def read_corpus(paths: Sequence[Path], text: Text, window: int, held_out: float)
     out. Raises RequestError for a file that is missing, not text or too short.
     """
     beginning = tuple(text.beginning.tolist())
+    if window < len(beginning) + DENSE_POSITIONS + 2:
+        raise RequestError(
+            f"A --window of {window} tokens holds no text: the tokenizer begins it with {len(beginning)}."
+        )
     training, held = Corpus(), Corpus()
     for path in paths:
         ids = torch.tensor(text.encode(read_text(path), special=False))
@@ -136,7 +140,10 @@ def _messages(record: Any) -> list[dict[str, str]]:
     if "messages" in record:
         messages = [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
     else:
-        messages = [{"role": "user", "content": record["turns"][0] if "turns" in record else record["prompt"]}]
+        turns = record["turns"] if "turns" in record else [record["prompt"]]
+        if not isinstance(turns, list):
+            raise TypeError("no list")
+        messages = [{"role": "user", "content": turns[0]}]
     if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
         raise TypeError("not text")
     "".join(text for message in messages for text in message.values()).encode()  # half a character is no text

@@ -301,6 +301,24 @@ def test_a_head_beside_a_tied_embedding(folder: Path) -> None:
     assert open_checkpoint(folder).spec.tie_embeddings
 
 
+def test_a_tied_model_under_its_heads_name(tmp_path: Path) -> None:
+    """As safetensors' save_model leaves it: of two names of one tensor the first."""
+    save_tiny(tmp_path, "llama", tie_word_embeddings=True)
+    expected = open_checkpoint(tmp_path).read("model.embed_tokens.weight")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(open_checkpoint(tmp_path).read("model.embed_tokens.weight"), expected)
+
+
+def test_a_tokenizer_that_panics(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="not a tokenizer that can be used"):
+        open_checkpoint(folder)
+
+
 def test_a_tokenizer_of_a_larger_model(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama", vocab_size=200)
     with pytest.raises(CheckpointError, match="the embedding has 200 rows"):

@@ -175,3 +175,4 @@ def test_windows_begin_as_a_fresh_text_does(tmp_path: Path) -> None:
     assert [*found[0][1:]] == [*own[0]]
     assert 257 not in np.concatenate([window[1:] for window in found])
     assert plain.windows(said, 1, 73) == []
+    assert text.windows(said, 1, 1) == []

@@ -16,7 +16,7 @@ from dash_export import DashRuntime
 from dash_export.errors import RequestError
 from dash_export.runtime import Response, Sampling, guidance
 from dash_export.runtime.chat_template import ChatTemplate
-from dash_export.runtime.guidance import Guide, json_grammar
+from dash_export.runtime.guidance import Guide, Guides, json_grammar
 from dash_export.runtime.text import Text
 from dash_export.serve.protocol import ChatRequest
 from dash_export.serve.scheduler import Scheduler
@@ -236,6 +236,12 @@ def test_answers_that_break_their_grammar_break_no_other(tiny_runtime: Callable[
                 break
     follow(first, ids[3:])
     follow(text.guides.guide(grammar), ids)
+
+
+def test_a_tokenizer_without_an_end() -> None:
+    """llguidance would take its first token for one."""
+    with pytest.raises(RequestError, match="own end of a text"):
+        Guides(tiny_tokenizer(), [5000]).guide(json_grammar(SCHEMA))
 
 
 def test_a_schema_that_is_not_json() -> None:

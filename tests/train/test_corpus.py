@@ -63,6 +63,11 @@ def test_windows_of_prose_begin_as_a_fresh_text_does() -> None:
     assert (ids[:, 1:] >= 100).all()
 
 
+def test_a_window_that_holds_no_text(prose: Path, text: Text) -> None:
+    with pytest.raises(RequestError, match="holds no text"):
+        read_corpus([prose], text, 3, 0.1)
+
+
 @pytest.mark.parametrize(
     ("content", "said"), [(b"too short", "too short"), (b"\xff\xfe\x00", "not UTF-8"), (None, "no text file")]
 )

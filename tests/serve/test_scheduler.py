@@ -283,7 +283,7 @@ def test_a_prompt_that_goes_on_is_not_computed_again(scheduler: MakeScheduler, r
         longer = np.concatenate([start, random_ids(10, seed=9)])
         request = Request(longer, 6, setting=DENSE)
         assert [step.token for step in made.stream(request)] == alone(runtime, request)
-    assert made.figures.known_tokens - before == 180
+    assert made.figures.known_tokens - before == 3 * 48, "whole tiles of 60"
 
 
 def test_idle_it_waits(scheduler: MakeScheduler) -> None:
@@ -306,10 +306,10 @@ def test_prompts_are_kept_up_to_so_many_bytes(scheduler: MakeScheduler) -> None:
         return made.figures.known_tokens - before
 
     assert [known(start) for start in starts[:2]] == [0, 0]
-    assert known(starts[0]) == 62, "all but the last two tokens"
+    assert known(starts[0]) == 48, "whole tiles of all but the last two tokens"
     assert known(starts[2]) == 0
-    assert known(starts[0]) == 62
+    assert known(starts[0]) == 48
     assert known(starts[1]) == 0, "it was the least recently used"
     branch = np.concatenate([starts[0][:40], random_ids(24, seed=5)])
-    assert known(branch) == 40
-    assert known(starts[0]) == 62, "what a branch begins with was used too"
+    assert known(branch) == 32
+    assert known(starts[0]) == 48, "what a branch begins with was used too"

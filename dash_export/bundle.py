@@ -21,7 +21,7 @@ from typing import TypeVar
 from dash_export.artifacts import JOURNAL, TEMPORARY, FileRecord, identity, read_bounded, sha256_file, write_atomic
 from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
-from dash_export.names import DEFAULT_TARGET, MANIFEST, ROUNDINGS, SIGNATURE, TIMING_CACHE
+from dash_export.names import DEFAULT_TARGET, MANIFEST, ROUNDINGS, SIGNATURE, TIMING_CACHE, is_hub_id
 from dash_export.outputs import MARK, folder_locked, holder, lock_file
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -83,7 +83,7 @@ class Bundle:
         """
         root = Path(root)
         root = root.resolve() if root.name in ("", "..") else root  # messages, kits and servers take its name
-        manifest = _record(Manifest, _contents(root, MANIFEST), root, MANIFEST)
+        manifest = parsed(Manifest, _contents(root, MANIFEST), root, MANIFEST)
         for fault in manifest_faults(manifest):
             raise BundleError(f"{root.name}/{MANIFEST}: {fault} {DAMAGED}")
         records = (*manifest.files, *chain(*manifest.builds.values()))
@@ -125,7 +125,7 @@ class Bundle:
             contents = self._listed(target, name)
         if contents is None:
             raise self._no_build(target)
-        build = _record(Build, contents, self.root, name)
+        build = parsed(Build, contents, self.root, name)
         if build.bundle_key != self.manifest.key:
             stale = f"the engines for {target!r} were built from an earlier export"
             raise StaleBuildError(f"{self.root}: {stale}. Run: {self.build_command(target)}")
@@ -228,7 +228,7 @@ class Bundle:
         return f"Run: {self.build_command(inside[0])}" if folder == "engines" else DAMAGED
 
 
-def _record(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
+def parsed(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
     """The record in a JSON file of the bundle. Raises BundleError, NewerBundleError."""
     try:
         data = json.loads(contents)
@@ -250,9 +250,8 @@ def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
     export = f"dash-export export MODEL -o {root}"
-    hub_id = len(root.parts) == 2 and not root.is_absolute() and not root.parent.exists() and root.suffix != ".dash"
     half = (root / "onnx").exists() or (root / MARK).is_file()  # a bundle's files are there that a model has, too
-    if root.suffix == ".gguf" or hub_id or ((root / "config.json").is_file() and not half):
+    if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
         return f"{root} is a model. Make a bundle of it: dash-export build {root} --target cpu -o {made}"
     if not root.exists():

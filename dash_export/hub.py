@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -16,36 +15,25 @@ from glob import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from dash_export import __version__
 from dash_export.artifacts import read_bounded, write_atomic
-from dash_export.bundle import BUILD, LARGEST_RECORD, TEXT_FILES, Bundle
+from dash_export.bundle import BUILD, LARGEST_RECORD, TEXT_FILES, Bundle, parsed
 from dash_export.decision import recommended_budget
 from dash_export.errors import BundleError, DashError, StaleBuildError
 from dash_export.manifest import Build, Manifest
-from dash_export.names import MANIFEST, SIGNATURE
+from dash_export.names import MANIFEST, NO_HUB_ID, SIGNATURE
 from dash_export.outputs import folder_locked, remove
-from dash_export.typed_json import WrongFieldError, typed
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
 _BEGIN, _END = "<!-- dash-export: measured -->", "<!-- dash-export: end -->"
-_FILES = (".dash", ".gguf")
 _FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, f"engines/*/{BUILD}"]
 """Files from which it is known what else a run needs."""
 _SECONDS, _LONGEST_CARD = 10, 1 << 20
 
 _T = TypeVar("_T")
-
-
-def is_hub_id(name: str | Path) -> bool:
-    """Whether `org/name` is of the hub: nothing here has its first part, and it is no file by its ending."""
-    path = Path(name)
-    if path.is_absolute() or len(path.parts) != 2 or path.suffix in _FILES or ".." in path.parts:
-        return False
-    with suppress(OSError):  # a name of thousands of letters
-        return not path.parent.exists()
-    return False
 
 
 def download(name: str, error: type[DashError], **wanted: Any) -> Path:
@@ -64,7 +52,7 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-export" / "hub" / name
     base.mkdir(parents=True, exist_ok=True)
     with folder_locked(base, [], shared=False, wait=True):
-        pointer = base / f"{target or '(default)'}.version"
+        pointer = base / f"{quote(target, safe='')[:200] if target else '(default)'}.version"
         known = pointer.read_text(encoding="utf-8") if pointer.is_file() else ""
         try:
             version = _asked(name, BundleError, lambda hub: hub.HfApi().model_info(name, timeout=_SECONDS).sha)
@@ -105,12 +93,24 @@ def _of_version(
         except BundleError:
             if again:
                 raise
-            remove(root)
+            _forget_damaged(root, target)
     here = f"hf download {name} --local-dir my.dash, and dash-export build my.dash --target {build.target}"
     raise BundleError(
         f"{name}: engines of a GPU are code, and nobody answers for these. Give the --trusted-key of who signed them, "
         f"or build here: {here}"
     )
+
+
+def _forget_damaged(root: Path, target: str | None) -> None:
+    """Remove what is not as it was published, of a target's own; and the small files by which that is known."""
+    with suppress(BundleError):
+        bundle = Bundle.open(root)
+        build = bundle.load_build(bundle.chosen(target))
+        for record in (*bundle.manifest.files, *build.files):
+            if (path := bundle.path(record.name)).is_file() and not record.matches(path, True):
+                remove(path)
+    for path in (root / MANIFEST, root / SIGNATURE, *root.glob(f"engines/*/{BUILD}")):
+        remove(path)
 
 
 def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, license_id: str | None) -> str:
@@ -119,7 +119,7 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
     Files of the bundle that was pushed there before go; all else in the repository stays. Raises BundleError for a
     damaged bundle, a repository that holds no bundle but something, and when the hub refuses.
     """
-    if len(Path(name).parts) != 2 or Path(name).suffix in _FILES:
+    if len(Path(name).parts) != 2 or Path(name).suffix in NO_HUB_ID:
         raise BundleError(f"{name!r} is no name for the hub: expected org/name, and no file's ending.")
     builds = []
     for target in bundle.targets():
@@ -156,11 +156,12 @@ def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> set[str]
     if not there - {CARD, ".gitattributes"}:
         return set()
     try:
-        old = typed(Manifest, json.loads(read_bounded(read(MANIFEST), LARGEST_RECORD)), MANIFEST)
-    except (KeyError, ValueError, TypeError, RecursionError, OSError, WrongFieldError) as error:
-        raise BundleError(
-            f"{name} on the hub holds something else than a bundle: push to a name of its own."
-        ) from error
+        if MANIFEST not in there:
+            raise BundleError(f"there is no {MANIFEST}")
+        old = parsed(Manifest, read_bounded(read(MANIFEST), LARGEST_RECORD), Path(name), MANIFEST)
+    except BundleError as error:
+        other = f"{name} on the hub holds something else than a bundle of this version: push to a name of its own."
+        raise BundleError(other) from error
     listed = {MANIFEST, SIGNATURE, *(record.name for record in old.files)}
     folders = tuple(f"engines/{target}/" for target in old.builds)  # which are wholly ours
     return {file for file in there if file in listed or file.startswith(folders)}

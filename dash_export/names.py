@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 DEFAULT_TARGET = "cpu"
 """The target of every command that is given none."""
 
@@ -12,9 +15,21 @@ FINAL_STATE = "final_state"
 """Output of the head: the normed state of the tokens that get logits."""
 MANIFEST, ROPE, SIGNATURE = "manifest.json", "rope.data", "manifest.json.sig"
 """Files of a bundle by which it is known, and what its owner signed."""
+NO_HUB_ID = (".dash", ".gguf")
+"""Endings of files, which no name of the hub has."""
 ROUNDINGS = "roundings.npz"
 TIMING_CACHE = "timing.cache"
 """Files in a build's folder from which engines are made again, and which no run reads."""
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether `org/name` is of the hub: nothing here has its first part, and it is no file by its ending."""
+    path = Path(name)
+    if path.is_absolute() or len(path.parts) != 2 or path.suffix in NO_HUB_ID or ".." in path.parts:
+        return False
+    with suppress(OSError):  # a name of thousands of letters
+        return not path.parent.exists()
+    return False
 
 
 def past_names(layer: int) -> tuple[str, str]:

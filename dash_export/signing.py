@@ -36,9 +36,8 @@ def sign(bundle: Bundle, private_key: Path) -> Path:
         signed = Path(folder) / MANIFEST
         signed.write_bytes(read_bounded(bundle.path(MANIFEST), LARGEST_RECORD))
         try:
-            key = Path(folder) / "key"
-            key.write_bytes(read_bounded(private_key, _LARGEST))
-            config = signing.Config().use_elliptic_key_signer(private_key=key)
+            read_bounded(private_key, _LARGEST)  # a pipe would be waited for; no copy of it is made
+            config = signing.Config().use_elliptic_key_signer(private_key=private_key)
             config.sign(signed, Path(folder) / SIGNATURE)
         except Exception as error:
             advice = "Expected an elliptic curve's: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"

@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from tests.listening import listening
 
 
 @dataclass
@@ -109,16 +108,5 @@ class FakeHub:
 def fake_hub() -> Iterator[FakeHub]:
     """A hub that listens at `address`."""
     hub = FakeHub()
-    config = uvicorn.Config(hub.app(), "127.0.0.1", 0, log_level="error")
-    socket = config.bind_socket()
-    hub.address = f"http://127.0.0.1:{socket.getsockname()[1]}"
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
+    with listening(hub.app()) as hub.address:
         yield hub
-    finally:
-        server.should_exit = True
-        thread.join()

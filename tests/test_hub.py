@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from dash_export import DashRuntime, hub, signing
 from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
+from dash_export.names import is_hub_id
 from dash_export.targets import load_recipe
 from tests.commands.helpers import dash, refused
 from tests.fake_hub import FakeHub, fake_hub
@@ -129,6 +130,19 @@ def test_what_is_damaged_here_is_fetched_anew(server: FakeHub, own_bundle: Path)
         assert answer(NAME) == found
 
 
+def test_a_target_that_is_not_there_costs_no_other(
+    server: FakeHub, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(own_bundle)
+    found, engine = answer(NAME), next(cache(server).glob(f"engines/{TARGET}/layers*.onnx"))
+    for target in ("nothing", "../../x", "x" * 5000):
+        with pytest.raises(BundleError):
+            DashRuntime.load(NAME, target)
+    assert engine.exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert answer(NAME) == found
+
+
 def test_several_at_once(server: FakeHub, own_bundle: Path) -> None:
     publish(own_bundle)
     with ThreadPoolExecutor(4) as pool:
@@ -197,4 +211,4 @@ def test_engines_of_a_gpu_are_fetched_only_with_a_key(
 def test_names_of_the_hub(name: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tests").mkdir()
-    assert hub.is_hub_id(name) == found
+    assert is_hub_id(name) == found

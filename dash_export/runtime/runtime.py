@@ -14,6 +14,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Setting, recommended_budget
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.manifest import Build, CostTable
+from dash_export.names import is_hub_id
 from dash_export.runtime.backends import Backend, load_backend
 from dash_export.runtime.batch import MAX_SIZE, Batch
 from dash_export.runtime.decode import EngineSet
@@ -91,7 +92,7 @@ class DashRuntime:
             opened.check_same(seal)
             return runtime
 
-        return hub.loaded(str(bundle), target, trusted, load) if hub.is_hub_id(bundle) else load(bundle)
+        return hub.loaded(str(bundle), target, trusted, load) if is_hub_id(bundle) else load(bundle)
 
     @property
     def dispatch(self) -> str:

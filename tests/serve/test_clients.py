@@ -15,7 +15,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.serve.app import Server
 from dash_export.serve.scheduler import Scheduler
-from tests.serve.conftest import listening
+from tests.listening import listening
 
 pytestmark = pytest.mark.model
 
@@ -32,7 +32,7 @@ def runtime(smollm2_runtime: Callable[..., DashRuntime]) -> DashRuntime:
 
 @pytest.fixture(scope="module")
 def url(runtime: DashRuntime) -> Iterator[str]:
-    with listening(Server({"smollm2": Scheduler(runtime, rows=2)}, drain=5.0)) as found:
+    with listening(Server({"smollm2": Scheduler(runtime, rows=2)}, drain=5.0).app) as found:
         yield f"{found}/v1"
 
 

@@ -24,6 +24,7 @@ from dash_export.graphs.rounded import Rounded, stored_roundings, write_rounding
 from dash_export.models import open_checkpoint
 from dash_export.names import ROUNDINGS as FILE
 from dash_export.resources import resource_folder
+from dash_export.runtime.text import Text
 from tests.building.test_kit import run
 from tests.tiny import save_model, tiny_checkpoint, tiny_policy
 
@@ -299,3 +300,12 @@ def test_an_interrupted_calibration_leaves_nothing(
     with pytest.raises(type(error)):
         build(own, targets["cpu"])
     assert {path.name for path in own.path("engines/small-cpu").iterdir()} <= {".journal.json"}
+
+
+def test_windows_begin_as_a_fresh_text_does(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = calibrate._windows(Bundle.open(tiny_root))
+    monkeypatch.setattr(Text, "beginning", np.array([7, 8]))
+    found = calibrate._windows(Bundle.open(tiny_root))
+    assert found.shape == plain.shape
+    assert (found[..., :2] == [7, 8]).all()
+    np.testing.assert_array_equal(found[0, 0, 2:], plain[0, 0, :-2])

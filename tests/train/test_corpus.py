@@ -65,8 +65,8 @@ def test_windows_of_prose_begin_as_a_fresh_text_does() -> None:
 
 def test_the_beginning_is_that_of_the_model(prose: Path, text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Text, "beginning", np.array([7]))
-    for corpus in read_corpus([prose], text, 32, 0.1):
-        assert (corpus.batch(np.random.default_rng(0), 4, 32).ids[:, 0] == 7).all()
+    for part in read_corpus([prose], text, 32, 0.1):
+        assert (part.batch(np.random.default_rng(0), 4, 32).ids[:, 0] == 7).all()
 
 
 def test_a_window_that_holds_no_text(prose: Path, text: Text) -> None:

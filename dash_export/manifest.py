@@ -88,7 +88,7 @@ class ModelFacts:
     num_heads: Annotated[int, Within(1, LARGEST["num_heads"])]
     num_kv_heads: Annotated[int, Within(1, LARGEST["num_kv_heads"])]
     head_dim: Annotated[int, Within(1, LARGEST["head_dim"])]
-    max_positions: Annotated[int, Within(1, LARGEST["max_positions"])]
+    max_positions: Annotated[int, Within(2, LARGEST["max_positions"])]
     parameters: Annotated[int, Within(1, LARGEST["parameters"])]
     rms_norm_eps: float
     traits: Traits = Traits()

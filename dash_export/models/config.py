@@ -83,6 +83,8 @@ def gated_decoder(
         raise CheckpointError(f"head_dim {head_dim} is not supported; rotary embedding needs an even one")
     max_positions = positive(config, "max_position_embeddings", LARGEST["max_positions"], max_positions)
     rotary = rotary_embedding(config, head_dim, max_positions, rope, partial_rotary)
+    if rotary.positions < 2:
+        raise CheckpointError("a context of 1 token (max_position_embeddings) leaves no room for an answer")
     windows = attention_windows(config, None) if windows is None else windows
     return DecoderSpec(
         model_type=config["model_type"],

@@ -1,7 +1,9 @@
-"""Memory, copies, streams, events and graphs of a driver: what the simulated one promises, CUDA keeps."""
+"""Memory, copies, streams, events and graphs: on the stand-in that other tests run on, and on a card."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,18 +14,20 @@ from dash_export.errors import BackendError
 from dash_export.runtime.device.base import BESIDE, MAIN
 from dash_export.runtime.device.cuda import Cuda
 from dash_export.runtime.device.step import Mirror
-from tests.runtime.device.simulated import SimulatedDevice
+from tests.standin import installed
+from tests.standin.cuda import Card
 
 
-@pytest.fixture(params=["simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Any:
-    try:
-        return SimulatedDevice(0) if request.param == "simulated" else Cuda()
-    except BackendError as error:
-        pytest.skip(f"no GPU here: {error}")
+@pytest.fixture(params=["stand-in", pytest.param("card", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[Cuda]:
+    with installed(Card(0)) if request.param == "stand-in" else nullcontext():
+        try:
+            yield Cuda()
+        except BackendError as error:
+            pytest.skip(f"no GPU here: {error}")
 
 
-def test_memory_begins_at_zero_and_copies_are_exact(device: Any) -> None:
+def test_memory_begins_at_zero_and_copies_are_exact(device: Cuda) -> None:
     """Whole, from a place on, and rows at their pitch, over an event that orders two streams."""
     source, target = Mirror(device, (192,), np.uint8), Mirror(device, (3, 256), np.uint8)
     source.host[:], target.host[:] = np.arange(192), 7
@@ -38,7 +42,7 @@ def test_memory_begins_at_zero_and_copies_are_exact(device: Any) -> None:
     assert not target.host[:, 192:].any()
 
 
-def test_a_graph_decides(device: Any) -> None:
+def test_a_graph_decides(device: Cuda) -> None:
     """A recorded step decides anew at every launch: branches, the kernel's arithmetic, rows at a place that moves."""
     damage, limits = Mirror(device, (2,), np.float32), Mirror(device, (2,), np.float64)
     position, rows = Mirror(device, (1,), np.int64), Mirror(device, (2, 16), np.uint8)
@@ -83,12 +87,7 @@ def test_a_graph_decides(device: Any) -> None:
         np.testing.assert_array_equal(tables.host, expected)
 
 
-@pytest.mark.gpu
-def test_out_of_memory_says_what_is_free() -> None:
-    try:
-        device = Cuda()
-    except BackendError as error:
-        pytest.skip(f"no GPU here: {error}")
+def test_out_of_memory_says_what_is_free(device: Cuda) -> None:
     with pytest.raises(BackendError, match=r"were asked for and .* MB are free"):
         device.memory(1 << 50)
     device.memory(1024)  # and the device goes on

@@ -1,11 +1,11 @@
-"""A tiny model's GPU graphs at float32, where rounding hides nothing, on a simulated device."""
+"""A tiny model's GPU engines at float32, where rounding hides nothing, on a stand-in for a card."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,19 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.building import build
+from dash_export.building.gpu_backends import GpuBackend
 from dash_export.bundle import Bundle
 from dash_export.decision import DecisionRule, decision_rule
-from tests.runtime.device.simulated import SimulatedDevice
+from dash_export.manifest import Build
+from tests.standin import installed
+from tests.standin.cuda import Card
 from tests.tiny import TINY_UNITS
 
 RECIPE = """
-backend = "onnxruntime_cuda"
+backend = "{backend}"
 dialect = "{dialect}"
 [engine]
-capabilities = ["9.0"]
+capabilities = ["12.0"]
 activations = "fp32"
 kv_capacity = 96
 [weights]
@@ -37,8 +40,11 @@ symmetric = true
 [runtime]
 dispatch = "overlapped"
 prefill_chunk = 16
+[cost]
+repeats = 5
 """
-DIALECTS = ("trt10", "portable")
+BUILDS = {"trt10": ("tensorrt", "trt10"), "portable": ("tensorrt", "portable"), "rtx": ("tensorrt_rtx", "portable")}
+"""Target -> its backend and dialect."""
 DISPATCH = ("sync", "overlapped", "device")
 ORDERS = ("main", "beside", 0, 1)
 TOLERANCE = 1e-4
@@ -47,36 +53,53 @@ IDS = np.random.default_rng(5).integers(0, 300, 60).astype(np.int64)
 
 @pytest.fixture(scope="session")
 def device_bundle(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Built for `cpu-fp32` and, in both GPU dialects, for a device."""
+    """Built for `cpu-fp32` and all of BUILDS."""
     folder = tmp_path_factory.mktemp("device")
     root = Path(shutil.copytree(tiny_root, folder / "tiny.dash"))
-    for dialect in DIALECTS:
-        (folder / f"{dialect}.toml").write_text(RECIPE.format(dialect=dialect))
-        build(root, str(folder / f"{dialect}.toml"))
+    with installed(Card()):
+        for name, (backend, dialect) in BUILDS.items():
+            built(root, folder / f"{name}.toml", backend, dialect)
     return Bundle.open(root)
 
 
-@dataclass(frozen=True)
-class Simulated:
-    """A runtime and the device it runs on."""
-
-    runtime: DashRuntime
-    device: SimulatedDevice
-
-
-MakeSimulated = Callable[..., Simulated]
+def built(root: Path, path: Path, backend: str = "tensorrt", dialect: str = "trt10") -> Build:
+    """By a recipe that is written to `path`; nothing is measured."""
+    path.write_text(RECIPE.format(backend=backend, dialect=dialect))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GpuBackend, "run_obstacle", lambda _: "later")
+        return build(root, str(path))
 
 
 @pytest.fixture
-def simulated(device_bundle: Bundle) -> MakeSimulated:
-    """`simulated(dialect="trt10", dispatch="overlapped", first="main", obstacle=None)`."""
+def card() -> Iterator[Card]:
+    """The one of this test."""
+    card = Card()
+    with installed(card):
+        yield card
 
-    @cache
-    def make(
-        dialect: str = "trt10", dispatch: str = "overlapped", first: str | int = "main", obstacle: str | None = None
-    ) -> Simulated:
-        device = SimulatedDevice(first, obstacle)
-        return Simulated(DashRuntime(device_bundle, device_bundle.load_build(dialect), device, dispatch), device)
+
+@dataclass(frozen=True)
+class OnCard:
+    """A runtime, and the card it runs on."""
+
+    runtime: DashRuntime
+    card: Card
+
+
+MakeOnCard = Callable[..., OnCard]
+
+
+@pytest.fixture
+def on_card(device_bundle: Bundle, card: Card) -> MakeOnCard:
+    """`on_card(target="trt10", dispatch="overlapped", first="main")`. There is one card: who made it last chose its
+    order.
+    """
+
+    def make(target: str = "trt10", dispatch: str = "overlapped", first: str | int = "main") -> OnCard:
+        card.run_in_order_of(first)
+        runtime = DashRuntime.load(device_bundle.root, target, dispatch=dispatch)
+        card.devices.append(runtime.engines.device)  # type: ignore[union-attr]
+        return OnCard(runtime, card)
 
     return make
 
@@ -111,7 +134,7 @@ class Host:
     def decoded(self) -> tuple[np.ndarray, np.ndarray]:
         return decoded(self.runtime, self.rule)
 
-    def differs(self, made: Simulated) -> bool:
+    def differs(self, made: OnCard) -> bool:
         """Whether decode on a device gives other logits or actions."""
         (found, taken), (expected, actions) = decoded(made.runtime, self.rule), self.decoded
         return bool((taken != actions).any() or not np.abs(found - expected).max() < TOLERANCE)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import gc
 from collections import defaultdict
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,7 +17,10 @@ from dash_export.runtime.backends import BACKENDS, load_backend
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
 from dash_export.runtime.device import cuda, cuda_graph, tensorrt
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
-from dash_export.runtime.device.cuda_graph import IF_NODES, KERNELS, CudaGraph, compile_kernels
+from dash_export.runtime.device.cuda_graph import KERNELS, CudaGraph, compile_kernels
+
+if TYPE_CHECKING:
+    from tests.standin.cuda import Card
 
 rt = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 OK = rt.cudaError_t.cudaSuccess
@@ -138,122 +142,51 @@ def test_bindings_of_a_newer_cuda_than_the_driver(
             Cuda()
 
 
-# --- the order of CUDA's calls while a step is recorded, with a runtime that only notes them
+# --- on the stand-in, what no step does
 
 
-class Noted:
-    """`cuda.bindings.runtime` whose functions note that they were called and give the next number."""
+def recorded(card: Card, fill: Any = None) -> CudaGraph:
+    """A step of two decisions and a branch about the second."""
+    device = Cuda()
+    places = [device.memory(16) for _ in range(3)]
 
-    def __init__(self, version: int, failing: str = "") -> None:
-        self.version, self.failing = version, failing
-        self.calls: list[str] = []
-        self.conditions: list[int] = []
+    def step(graph: CudaGraph) -> None:
+        graph.decide("main", *places)
+        graph.branch("main", 1, fill or (lambda _: None), lambda _: None)
 
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("cuda") or not callable(getattr(rt, name)) or isinstance(getattr(rt, name), type):
-            return getattr(rt, name)
-        if name.endswith(("_v2", "_v3")):
-            raise AttributeError(name)  # as in CUDA 13
-
-        def call(*arguments: Any) -> tuple[Any, ...]:
-            self.calls.append(name)
-            if name == self.failing:
-                return (rt.cudaError_t.cudaErrorStreamCaptureUnsupported, None)
-            if name == "cudaStreamGetCaptureInfo":
-                return (OK, "active", 7, "graph", ["node"], [], 1)
-            if name == "cudaGraphAddNode":
-                arguments[-1].conditional.phGraph_out = ["body"]
-                self.conditions.append(arguments[-1].conditional.handle)
-            return (OK, self.version if name == "cudaDriverGetVersion" else len(self.calls))
-
-        return call
-
-    def cudaGraphNodeParams(self) -> Any:  # noqa: N802
-        return SimpleNamespace(conditional=SimpleNamespace())
+    card.forget()
+    graph = CudaGraph(device, "main", 2, step)
+    graph.launch("main")
+    return graph
 
 
-UNITS = 2
-
-
-class Recorder:
-    """A card of that CUDA version, and the kernels that were launched on it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: str = "", version: int = IF_NODES) -> None:
-        self.noted = Noted(version, failing)
-        self.kernels: list[Any] = []
-        self.cuda = Cuda.__new__(Cuda)
-        self.cuda.rt, self.cuda._streams, self.cuda._events = self.noted, {}, {}
-        self.cuda.device = SimpleNamespace(name="a card", capability="9.0")  # type: ignore[assignment]
-
-        def launch(name: str, *arguments: Any) -> tuple[Any]:
-            self.noted.calls.append(name)
-            self.kernels.append(arguments)
-            return (rt.cudaError_t(0),)
-
-        monkeypatch.setattr(cuda_graph, "load_kernels", lambda _: {"decide": "decide"})
-        monkeypatch.setattr(cuda_graph, "import_module", lambda _: SimpleNamespace(cuLaunchKernel=launch))
-
-    def record(self, fill: Any = None) -> list[list[int]]:
-        """A step with two decisions and a branch about the second; its handles."""
-
-        def step(graph: CudaGraph) -> None:
-            self.noted.calls.clear()
-            graph.decide("main", *(CudaMemory(16 * index, 8) for index in range(3)))
-            run, skip = (lambda _, side=side: self.noted.calls.append(side) for side in ("run", "skip"))
-            graph.branch("main", 1, fill or run, skip)
-
-        made = CudaGraph(self.cuda, "main", UNITS, step)
-        made.launch("main")
-        handles: list[list[int]] = made._handles.tolist()
-        return handles
-
-
-NODE = [
-    *("cudaStreamGetCaptureInfo", "cudaGraphAddNode", "cudaStreamUpdateCaptureDependencies"),
-    "cudaStreamBeginCaptureToGraph",
-]
-HANDLES = ["cudaMemcpyAsync", "cudaStreamSynchronize"]
-
-
-def body(side: str) -> list[str]:
-    return [*NODE, side, "cudaStreamEndCapture"]
-
-
-def test_two_nodes_for_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Recorder(monkeypatch)
-    handles = made.record()
-    assert made.noted.conditions == handles[1], "to run, and to skip"
-    assert len({0, *(handle for pair in handles for handle in pair)}) == 1 + 2 * UNITS
-    create, end = ["cudaGraphConditionalHandleCreate"] * 2 * UNITS, ["cudaStreamEndCapture", "cudaGraphInstantiate"]
-    calls = ["cudaStreamGetCaptureInfo", *create, "decide", *body("run"), *body("skip"), *end, *HANDLES]
-    assert made.noted.calls[: len(calls)] == calls
-    freed = {"cudaGraphLaunch", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaFree"}
-    assert set(made.noted.calls[len(calls) :]) == freed
-    values, types = made.kernels[0][-2]
-    assert len(values) == len(types) == 5
-    assert values[-1] == UNITS
-    with pytest.raises(BackendError, match=r"the driver has CUDA 12\.2, and graphs with decisions need 12\.4"):
-        Recorder(monkeypatch, version=12020).record()
-
-
-def test_what_fails_leaves_no_capture_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_leaves_no_recording_open(card: Card) -> None:
     """Of the body nor of the step."""
-    made = Recorder(monkeypatch)
 
     def refuse(_: str) -> None:
+        assert card.recording()
         raise BackendError("TensorRT could not launch layer_05.")
 
     with pytest.raises(BackendError, match="layer_05"):
-        made.record(refuse)
-    assert made.noted.calls[-4:-1] == ["cudaStreamEndCapture", "cudaStreamEndCapture", "cudaGraphDestroy"]
+        recorded(card, refuse)
+    assert not card.recording()
+    assert (card.calls["cudaStreamEndCapture"], card.calls["cudaGraphDestroy"]) == (2, 1)
+
+
+def test_a_dropped_graph_is_given_back(card: Card) -> None:
+    graph = recorded(card)
+    del graph
+    gc.collect()
+    assert (card.calls["cudaGraphDestroy"], card.calls["cudaGraphExecDestroy"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
     "name", ["cudaStreamBeginCapture", "cudaGraphAddNode", "cudaGraphInstantiate", "cudaGraphLaunch"]
 )
-def test_a_call_that_fails_says_which_and_where(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_fails_says_which_and_where(name: str, card: Card) -> None:
+    card.failing[name] = rt.cudaError_t.cudaErrorStreamCaptureUnsupported
     with pytest.raises(BackendError, match=r"CUDA on a card failed (begin|adding|making|launching).*\(900\)"):
-        Recorder(monkeypatch, name).record()
+        recorded(card)
 
 
 # --- TensorRT

@@ -13,33 +13,29 @@ import pytest
 
 from dash_export.names import past_names, present_names
 from dash_export.runtime.device.base import BESIDE, MAIN
+from dash_export.runtime.device.cuda import Cuda
+from dash_export.runtime.device.cuda_graph import BODY, CudaGraph
 from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.device.step import READY, DeviceStep
+from dash_export.runtime.device.tensorrt import TensorRT, TensorRTEngine
+from dash_export.runtime.device.trt_api import Toolkit
 from dash_export.runtime.rules import DENSE, ForcedRule
-from tests.runtime.device.conftest import DIALECTS, IDS, Host, MakeSimulated, Simulated
-from tests.runtime.device.simulated import (
-    Call,
-    Mark,
-    SimulatedDevice,
-    SimulatedEngine,
-    SimulatedGraph,
-    SimulatedLaunch,
-    SimulatedMemory,
-)
+from tests.runtime.device.conftest import BUILDS, IDS, Host, MakeOnCard, OnCard
+from tests.standin.cuda import Call
 
 BEFORE = ("layer_00", "layer_01")
 """The segments before the first unit; the policy reads what enters the second."""
 SIDES = {"layers_02-03": "bypass_02-03", "layer_04": "bypass_04-04"}
 
 
-def one_token(made: Simulated, host: Host) -> list[Call]:
+def one_token(made: OnCard, host: Host) -> list[Call]:
     """What the host did for one decoded token under a policy."""
     session = made.runtime.session_under(host.rule)
     session.prefill(IDS[:20])
     session.decode_one(int(IDS[20]))
-    made.device.log.clear()
+    made.card.forget()
     session.decode_one(int(IDS[21]))
-    return list(made.device.log)
+    return made.card.log
 
 
 def check_overlap(log: list[Call]) -> None:
@@ -60,10 +56,10 @@ def check_overlap(log: list[Call]) -> None:
 def check_recording(log: list[Call]) -> None:
     """The policy beside the layers before the first unit, one kernel that decides about all, then a branch per unit."""
     ran = [(stream, of) for stream, what, of in log if what == "run"]
-    units = [(side, of) for pair in SIDES.items() for side, of in zip(("run side", "skip side"), pair, strict=True)]
+    units = [(BODY, of) for pair in SIDES.items() for of in pair]
     assert ran == [*((MAIN, name) for name in BEFORE), (BESIDE, "policy"), *units, (MAIN, "layer_05")]
     done = Counter(what for _, what, _ in log)
-    assert (done["decide"], done["branch"]) == (1, len(SIDES))
+    assert (done["decide"], done["branch"]) == (1, 2 * len(SIDES)), "one for each side"
     policy = log.index((BESIDE, "run", "policy"))
     assert log[policy - 1] == (BESIDE, "wait", READY)
     decided = [(BESIDE, "record", "decided"), (MAIN, "wait", "decided"), (MAIN, "decide", "")]
@@ -72,27 +68,28 @@ def check_recording(log: list[Call]) -> None:
     assert not [call for call in log if call[0] == "host"]
 
 
-def check_scratch(ran: list[tuple[str, SimulatedLaunch]]) -> None:
+def check_scratch(made: OnCard) -> None:
     """Engines that share scratch memory run on one stream."""
-    streams = {(launch.engine.stream, stream.replace("body", MAIN)) for stream, launch in ran}
+    names = made.card.names()
+    streams = {(context.scratch, names[stream].replace(BODY, MAIN)) for stream, context in made.card.ran}
     assert len({scratch for scratch, _ in streams}) == len(streams), streams
 
 
-def check_memory(ran: list[tuple[str, SimulatedLaunch]]) -> None:
+def check_memory(made: OnCard) -> None:
     """A cache is read and written under one address, a hidden state is not; both sides of a unit write one buffer."""
     outputs: dict[str, int] = {}
-    for _, launch in ran:
-        memory = launch.memory
+    for _, context in made.card.ran:
+        places = context.places
         for layer in range(6):
             for past, present in zip(past_names(layer), present_names(layer), strict=True):
-                assert past not in memory or present not in memory or memory[past] is memory[present]
-        if "hidden_out" in memory and launch.shapes["position_ids"] == (1, 1):
-            assert memory["hidden_out"] is not memory.get("hidden")
-            outputs[launch.name] = id(memory["hidden_out"])
+                assert past not in places or present not in places or places[past] == places[present]
+        if "hidden_out" in places and context.shapes["position_ids"] == (1, 1):
+            assert places["hidden_out"] != places.get("hidden")
+            outputs[context.engine.name] = places["hidden_out"]
     assert all(outputs.get(bypass, outputs[run]) == outputs[run] for run, bypass in SIDES.items() if run in outputs)
 
 
-def decode_step(made: Simulated) -> DeviceStep:
+def decode_step(made: OnCard) -> DeviceStep:
     engines = made.runtime.engines
     assert isinstance(engines, DeviceEngines)
     cache = engines.cache(0)
@@ -100,48 +97,55 @@ def decode_step(made: Simulated) -> DeviceStep:
     return engines.step(cache, 1)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_sound(dialect: str, simulated: MakeSimulated, host: Host) -> None:
-    made = simulated(dialect)
+@pytest.mark.parametrize("target", BUILDS)
+def test_sound(target: str, on_card: MakeOnCard, host: Host) -> None:
+    made = on_card(target)
     check_overlap(one_token(made, host))
-    recorded = simulated(dialect, "device")
+    check_scratch(made)
+    check_memory(made)
+    made.card.ran.clear()
+    recorded = on_card(target, "device")
     assert one_token(recorded, host) == [(MAIN, "launch", "graph"), ("host", "synchronize", MAIN)]
-    check_recording(recorded.device.recorded[-1].log)
-    for ran in (made.device.ran, recorded.device.ran):
-        check_scratch(ran)
-        check_memory(ran)
-    in_turn = one_token(simulated(dialect, "sync"), host)
+    freed = ("cudaFree", "cudaFreeHost", "cudaGraphDestroy", "cudaGraphExecDestroy")  # of the session before
+    calls = {name: many for name, many in made.card.calls.items() if name not in freed}
+    assert calls == {"cudaGraphLaunch": 1, "cudaStreamSynchronize": 1}, "and nothing that no log has"
+    check_recording(made.card.named(made.card.recorded[-1].log))
+    check_scratch(recorded)
+    check_memory(recorded)
+    in_turn = one_token(on_card(target, "sync"), host)
     assert {stream for stream, _, _ in in_turn} == {MAIN, "host"}
     assert [of for _, what, of in in_turn if what == "run"][:3] == [*BEFORE, "policy"]
 
 
 @pytest.mark.parametrize("skipped", [[False, False], [True, False], [True, True]])
-def test_launches_of_a_token(skipped: list[bool], simulated: MakeSimulated) -> None:
+def test_launches_of_a_token(skipped: list[bool], on_card: MakeOnCard) -> None:
     """One per segment, whatever a unit's size, and one of the policy; new rows are two copies per layer, skipped or
     not, of engines that leave them to the runtime.
     """
-    for dialect, copies in (("trt10", 2 * 6), ("portable", 0)):
-        made = simulated(dialect)
+    for target, copies in (("trt10", 2 * 6), ("portable", 0)):
+        made = on_card(target)
+        made.card.forget()
         decode_step(made).decode(1, ForcedRule(np.array(skipped)[:, None]))
         units = [pair[which] for pair, which in zip(SIDES.items(), skipped, strict=True)]
-        assert sorted(of for _, what, of in made.device.log if what == "run") == sorted(
+        assert sorted(of for _, what, of in made.card.log if what == "run") == sorted(
             [*BEFORE, "policy", *units, "layer_05"]
         )
-        done = Counter(what for _, what, _ in made.device.log)
+        done = Counter(what for _, what, _ in made.card.log)
         assert (done["upload"], done["copy_rows"], done["download"]) == (2, copies, 2)
 
 
-def test_nobody_asks_a_policy_whose_answer_is_not_wanted(simulated: MakeSimulated) -> None:
+def test_nobody_asks_a_policy_whose_answer_is_not_wanted(on_card: MakeOnCard) -> None:
     """A token whose actions are known is one launch, of a graph that has no decision in it."""
-    made = simulated("trt10")
+    made = on_card("trt10")
     step = decode_step(made)
     step.decode(1, DENSE)
-    made.device.log.clear()
+    made.card.forget()
     step.decode(1, DENSE)
-    assert made.device.log == [(MAIN, "launch", "graph"), ("host", "synchronize", MAIN)]
-    (graph,) = made.device.recorded
-    assert [of for _, what, of in graph.log if what == "run"] == [*BEFORE, *SIDES, "layer_05"]
-    assert not {"decide", "branch"} & {what for _, what, _ in graph.log}
+    assert made.card.log == [(MAIN, "launch", "graph"), ("host", "synchronize", MAIN)]
+    (graph,) = made.card.recorded
+    log = made.card.named(graph.log)
+    assert [of for _, what, of in log if what == "run"] == [*BEFORE, *SIDES, "layer_05"]
+    assert not {"decide", "branch"} & {what for _, what, _ in log}
 
 
 # --- mistakes: each wraps a sound method, which it is given first, then that one's arguments
@@ -152,14 +156,14 @@ def launch_and_wait(sound: Any, step: DeviceStep, *given: Any, **named: Any) -> 
     step.device.synchronize(MAIN)
 
 
-def wait_for_the_layers_beside(sound: Any, device: SimulatedDevice, stream: str, event: str) -> None:
+def wait_for_the_layers_beside(sound: Any, device: Cuda, stream: str, event: str) -> None:
     device.record(MAIN, event)
     sound(device, stream, event)
 
 
 def wait_except(stream: str, recorded: bool = True) -> Callable[..., None]:
-    def wait(sound: Any, device: SimulatedDevice, on: str, event: str) -> None:
-        if (device.recording is not None) != recorded or on != stream:
+    def wait(sound: Any, device: Cuda, on: str, event: str) -> None:
+        if device.rt.on.recording() != recorded or on != stream:
             sound(device, on, event)
 
     return wait
@@ -169,13 +173,13 @@ def nothing(sound: Any, *given: Any) -> None:
     pass
 
 
-def engine_with_the_layers_scratch(sound: Any, device: SimulatedDevice, path: Any, _stream: str) -> Any:
+def engine_with_the_layers_scratch(sound: Any, device: Cuda, path: Any, _stream: str) -> Any:
     return sound(device, path, MAIN)
 
 
-def bind_apart(sound: Any, engine: SimulatedEngine, profile: int, shapes: Any, memory: Any) -> Any:
+def bind_apart(sound: Any, engine: TensorRTEngine, profile: int, shapes: Any, memory: Any) -> Any:
     """A cache that is not aliased."""
-    apart = {name: engine.device.memory(place.nbytes) for name, place in memory.items() if name.startswith("present")}
+    apart = {name: engine._device.memory(place.nbytes) for name, place in memory.items() if name.startswith("present")}
     return sound(engine, profile, shapes, memory | apart)
 
 
@@ -193,7 +197,7 @@ def new_rows(kept: int) -> Callable[..., Any]:
     return bind_part
 
 
-def copy_late(sound: Any, device: SimulatedDevice, _stream: str, *given: Any) -> None:
+def copy_late(sound: Any, device: Cuda, _stream: str, *given: Any) -> None:
     """On a stream that the next token does not wait for."""
     sound(device, "late", *given)
 
@@ -221,45 +225,64 @@ def policy_that_nobody_waits_for(sound: Any, step: Any, graph: Any) -> None:
 
 
 def event_from_outside(sound: Any, step: Any, graph: Any) -> None:
-    step.device.events["elsewhere"] = Mark()
+    step.device.record("late", "elsewhere")
     step.device.wait(MAIN, "elsewhere")
     sound(step, graph)
 
 
 def decide_by_other_limits(sound: Any, graph: Any, stream: str, damage: Any, limits: Any, skipped: Any) -> None:
-    sound(graph, stream, damage, graph._device.memory(limits.nbytes), skipped)
+    graph.kept = graph._cuda.memory(limits.nbytes)
+    sound(graph, stream, damage, graph.kept, skipped)
 
 
-def write_where_the_first_token_was(sound: Any, *given: Any) -> None:
+def write_where_the_first_token_was(sound: Any, graph: Any, *given: Any) -> None:
     """An address computed by the host is the same at every launch."""
     *others, position = given
-    sound(*others, SimulatedMemory(position.data.copy()))
+    copy = graph._cuda.memory(position.nbytes)
+    graph._cuda.copy("late", copy, position)
+    graph._cuda.synchronize("late")
+    vars(graph).setdefault("kept", []).append(copy)
+    sound(graph, *others, copy)
+
+
+def memory_that_is_not_pinned(_sound: Any, _device: Cuda, nbytes: int) -> Any:
+    return np.zeros(nbytes, np.uint8)
+
+
+def kernels_that_stand_in(_sound: Any, _toolkit: Toolkit, engine: Any) -> Any:
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy("USER_MANAGED")
+    return engine.create_execution_context(config)
 
 
 NUMBERS = "numbers"
-LOST, UNJOINED = "nobody waits for the end of beside", "beside has no place in the recording"
+LOST, ELSEWHERE = "Unjoined: nobody waits for the end of beside", "Isolation: the event was recorded elsewhere"
 MISTAKES: list[tuple[Any, str, Callable[..., Any], str, Any]] = [
     (DeviceStep, "launch", launch_and_wait, "overlapped", check_overlap),
-    (SimulatedDevice, "wait", wait_for_the_layers_beside, "overlapped", check_overlap),
-    (SimulatedDevice, "wait", wait_except(BESIDE, recorded=False), "overlapped, beside first", NUMBERS),
-    (SimulatedDevice, "wait", wait_except(MAIN), "device", LOST),
-    (SimulatedDevice, "wait", wait_except(BESIDE), "device, beside first", UNJOINED),
-    (SimulatedDevice, "wait_for_event", nothing, "overlapped", NUMBERS),
-    (SimulatedDevice, "wait_for_event", nothing, "sync", NUMBERS),
-    (SimulatedDevice, "engine", engine_with_the_layers_scratch, "overlapped", check_scratch),
-    (SimulatedEngine, "bind", bind_apart, "overlapped, portable", NUMBERS),
-    (SimulatedEngine, "bind", bind_apart, "overlapped, portable", check_memory),
-    (DeviceStep, "_bind", bind_to_one_buffer, "overlapped", NUMBERS),
+    (Cuda, "wait", wait_for_the_layers_beside, "overlapped", check_overlap),
+    (Cuda, "wait", wait_except(BESIDE, recorded=False), "overlapped, beside first", NUMBERS),
+    (Cuda, "wait", wait_except(MAIN), "device", LOST),
+    (Cuda, "wait", wait_except(BESIDE), "device, beside first", ELSEWHERE),
+    (Cuda, "wait_for_event", nothing, "overlapped", NUMBERS),
+    (Cuda, "wait_for_event", nothing, "sync", NUMBERS),
+    (TensorRT, "engine", engine_with_the_layers_scratch, "overlapped", check_scratch),
+    (TensorRT, "engine", engine_with_the_layers_scratch, "overlapped, by chance", "shares its scratch memory"),
+    (TensorRTEngine, "bind", bind_apart, "overlapped, portable", NUMBERS),
+    (TensorRTEngine, "bind", bind_apart, "overlapped, portable", check_memory),
+    (DeviceStep, "_bind", bind_to_one_buffer, "overlapped", "is written while it is read"),
     (DeviceStep, "_bind_part", new_rows(0), "overlapped", NUMBERS),
     (DeviceStep, "_bind_part", new_rows(2), "overlapped", NUMBERS),
     (DeviceStep, "_bind_part", new_rows(0), "device", NUMBERS),
-    (SimulatedDevice, "copy_rows", copy_late, "overlapped", NUMBERS),
-    (DeviceStep, "launch", policy_inside_a_branch, "device", UNJOINED),
+    (Cuda, "copy_rows", copy_late, "overlapped", NUMBERS),
+    (DeviceStep, "launch", policy_inside_a_branch, "device", LOST),
     (DeviceStep, "_launch_before_units", policy_starts_with_the_step, "device, beside first", NUMBERS),
     (DeviceStep, "_record", policy_that_nobody_waits_for, "device", LOST),
-    (DeviceStep, "_record", event_from_outside, "device", "was recorded elsewhere"),
-    (SimulatedGraph, "decide", decide_by_other_limits, "device", NUMBERS),
-    (SimulatedGraph, "write_rows", write_where_the_first_token_was, "device", NUMBERS),
+    (DeviceStep, "_record", event_from_outside, "device", ELSEWHERE),
+    (Cuda, "pinned", memory_that_is_not_pinned, "device", "memory that is not pinned"),
+    (DeviceStep, "_warm_up", nothing, "device", "is recorded before its first launch"),
+    (Toolkit, "context", kernels_that_stand_in, "device, rtx", "or its kernels LAZY"),
+    (CudaGraph, "decide", decide_by_other_limits, "device", NUMBERS),
+    (CudaGraph, "write_rows", write_where_the_first_token_was, "device", NUMBERS),
 ]
 """(whose method, its name, what it does instead, where, what sees it)"""
 
@@ -271,14 +294,15 @@ def test_mistake(
     mistake: Callable[..., Any],
     where: str,
     seen_by: Any,
-    simulated: MakeSimulated,
+    on_card: MakeOnCard,
     host: Host,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each is seen by what checks it when all is well."""
     monkeypatch.setattr(kind, method, partialmethod(mistake_of, mistake, getattr(kind, method)))
-    dialect, first = "portable" if "portable" in where else "trt10", BESIDE if "beside" in where else MAIN
-    made = simulated(dialect, where.partition(",")[0], first)
+    target = next((target for target in BUILDS if target in where), "trt10")
+    first = BESIDE if "beside" in where else 1 if "chance" in where else MAIN
+    made = on_card(target, where.partition(",")[0], first)
     if seen_by == NUMBERS:
         assert host.differs(made)
     elif isinstance(seen_by, str):
@@ -287,7 +311,7 @@ def test_mistake(
     else:
         log = one_token(made, host)
         with pytest.raises(AssertionError):
-            seen_by(log if seen_by is check_overlap else made.device.ran)
+            seen_by(log if seen_by is check_overlap else made)
 
 
 def mistake_of(instance: Any, mistake: Callable[..., Any], sound: Any, *given: Any, **named: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import cuda.bindings.runtime as rt
 import numpy as np
 import pytest
 
@@ -24,39 +25,44 @@ from dash_export.exporting import export
 from dash_export.manifest import Segment
 from dash_export.policy import no_policy
 from dash_export.runtime.device import step
+from dash_export.runtime.device.cuda import Cuda
 from dash_export.runtime.device.step import DeviceStep
+from dash_export.runtime.device.tensorrt import TensorRT
 from dash_export.runtime.rules import DENSE, FixedRule, ForcedRule
 from tests.runtime.device.conftest import (
-    DIALECTS,
+    BUILDS,
     DISPATCH,
     IDS,
     ORDERS,
-    RECIPE,
     TOLERANCE,
     Host,
-    MakeSimulated,
+    MakeOnCard,
+    built,
     decoded,
 )
-from tests.runtime.device.simulated import SimulatedDevice, SimulatedLaunch
+from tests.standin.cuda import Card
+from tests.standin.trt import Context
 from tests.tiny import TINY_UNITS, random_actions, tiny_checkpoint, tiny_policy
+
+NOT_HERE = rt.cudaError_t.cudaErrorStreamCaptureUnsupported
 
 
 @pytest.mark.parametrize("first", ORDERS)
 @pytest.mark.parametrize("dispatch", DISPATCH)
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_decode(dialect: str, dispatch: str, first: str | int, simulated: MakeSimulated, host: Host) -> None:
-    made = simulated(dialect, dispatch, first)
+@pytest.mark.parametrize("target", BUILDS)
+def test_decode(target: str, dispatch: str, first: str | int, on_card: MakeOnCard, host: Host) -> None:
+    made = on_card(target, dispatch, first)
     actions = host.decoded[1]
     assert 0.2 < actions[:, 2:5].mean() < 0.8
     assert (actions[:, 2] == actions[:, 3]).all(), "one unit"
     assert not host.differs(made)
-    assert len(made.device.recorded) == (dispatch == "device"), "one recording serves every token"
+    assert len(made.card.recorded) == (dispatch == "device"), "one recording serves every token"
 
 
 @pytest.mark.parametrize("dispatch", DISPATCH)
-def test_score(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
+def test_score(dispatch: str, on_card: MakeOnCard, host: Host) -> None:
     """Token by token, it is what one pass on the host gives; under forced actions too."""
-    runtime, actions = simulated("trt10", dispatch).runtime, random_actions(60, 6, TINY_UNITS)
+    runtime, actions = on_card("trt10", dispatch).runtime, random_actions(60, 6, TINY_UNITS)
     session = runtime.session_under(host.rule)
     session.score(IDS[:5])
     for forced in (None, actions):
@@ -72,9 +78,9 @@ def test_score(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
 
 
 @pytest.mark.parametrize("dispatch", DISPATCH)
-def test_every_kind_of_policy(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
+def test_every_kind_of_policy(dispatch: str, on_card: MakeOnCard, host: Host) -> None:
     """What needs no decision is launched one by one; a conversation may change between both."""
-    runtime = simulated("portable", dispatch).runtime
+    runtime = on_card("portable", dispatch).runtime
     settings: list[dict[str, Any]] = [{}, {"policy": "static", "skip": [2, 3]}]
     for setting in settings:
         one, other = (each.generate(IDS[:30].tolist(), 20, **setting) for each in (host.runtime, runtime))
@@ -87,20 +93,20 @@ def test_every_kind_of_policy(dispatch: str, simulated: MakeSimulated, host: Hos
 
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])
-def test_max_layers(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
+def test_max_layers(dispatch: str, on_card: MakeOnCard, host: Host) -> None:
     for most in (3, 4):
         rule = host.limited(most)
         (expected, actions), (found, taken) = (
-            decoded(each, rule) for each in (host.runtime, simulated("trt10", dispatch).runtime)
+            decoded(each, rule) for each in (host.runtime, on_card("trt10", dispatch).runtime)
         )
         np.testing.assert_array_equal(taken, actions)
         assert (actions.sum(axis=1) >= 6 - most).all()
         assert np.abs(found - expected).max() < TOLERANCE
 
 
-def test_one_recording_serves_every_rule(simulated: MakeSimulated, host: Host) -> None:
+def test_one_recording_serves_every_rule(on_card: MakeOnCard, host: Host) -> None:
     """Launched steps between go through the same memory; the graph that follows does not see them."""
-    made = simulated("trt10", "device")
+    made = on_card("trt10", "device")
     live = [each.session() for each in (host.runtime, made.runtime)]
     for session in live:
         session.prefill(IDS[:20])
@@ -113,17 +119,17 @@ def test_one_recording_serves_every_rule(simulated: MakeSimulated, host: Host) -
             one, other = (session.bound(1).damage for session in live)
             np.testing.assert_allclose(one, other, atol=1e-5)
         np.testing.assert_array_equal(taken, layer_actions(every, TINY_UNITS, 6)[0])
-    assert len(made.device.recorded) == 1
+    assert len(made.card.recorded) == 1
 
 
 @pytest.mark.parametrize("dispatch", DISPATCH)
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("target", BUILDS)
 def test_known_actions_are_graphs_of_their_own(
-    dialect: str, dispatch: str, simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch
+    target: str, dispatch: str, on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A set's graph serves all its tokens; those of the sets that were wanted last are kept."""
     monkeypatch.setattr(step, "GRAPHS", 2)
-    made = simulated(dialect, dispatch, 1)
+    made = on_card(target, dispatch, 1)
     live = [each.session() for each in (host.runtime, made.runtime)]
     for session in live:
         session.prefill(IDS[:20])
@@ -133,22 +139,23 @@ def test_known_actions_are_graphs_of_their_own(
         (expected, actions), (found, taken) = (session.decode_one(token, rule) for session in live)
         np.testing.assert_array_equal(taken, actions)
         assert np.abs(found - expected).max() < TOLERANCE
-        recorded.append(len(made.device.recorded))
+        recorded.append(len(made.card.recorded))
     assert recorded == [1, 2, 2, 3, 4, 5, 5]
 
 
-def test_a_device_that_records_nothing(simulated: MakeSimulated, host: Host) -> None:
+def test_a_device_that_records_nothing(on_card: MakeOnCard, host: Host) -> None:
     """It is asked once."""
-    made = simulated("trt10", "overlapped", 0, "nothing is recorded here")
+    made = on_card("trt10", "overlapped", 0)
+    made.card.failing["cudaStreamBeginCapture"] = NOT_HERE
     expected, found = (decoded(each, DENSE)[0] for each in (host.runtime, made.runtime))
     assert np.abs(found - expected).max() < TOLERANCE
     assert not made.runtime.engines.records  # type: ignore[union-attr]
-    assert not made.device.recorded
+    assert not made.card.recorded
 
 
-def test_sessions_in_threads_take_turns(simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sessions_in_threads_take_turns(on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one thread enqueued while another records would become part of the recording."""
-    made, sound, tokens = simulated("trt10", "device"), SimulatedDevice.graph, []
+    made, sound, tokens = on_card("trt10", "device"), Cuda.graph, []
     other = made.runtime.session_under(host.rule)
     thread = threading.Thread(target=lambda: tokens.extend(other.generate(IDS[:17].tolist(), 9).tokens))
 
@@ -159,50 +166,51 @@ def test_sessions_in_threads_take_turns(simulated: MakeSimulated, host: Host, mo
             assert not other.tokens, "a step of another session during a recording"
         return sound(*given)
 
-    monkeypatch.setattr(SimulatedDevice, "graph", graph)
+    monkeypatch.setattr(Cuda, "graph", graph)
     assert not host.differs(made)
     thread.join()
     np.testing.assert_array_equal(tokens, host.runtime.session_under(host.rule).generate(IDS[:17].tolist(), 9).tokens)
 
 
-def test_a_step_that_cannot_be_recorded(simulated: MakeSimulated, host: Host, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_cannot_be_recorded(on_card: MakeOnCard, host: Host, caplog: pytest.LogCaptureFixture) -> None:
     """One line that says why, not one a session, and `overlapped`."""
-    made = simulated("trt10", "device", obstacle="it is too old")
+    made = on_card("trt10", "device")
+    made.card.version = 12020
     with caplog.at_level(logging.WARNING):
         assert not host.differs(made)
         assert not host.differs(made)
     assert [record.message for record in caplog.records] == [
-        "dispatch 'device' is not possible here (it is too old): this is 'overlapped'"
+        "dispatch 'device' is not possible here (the driver has CUDA 12.2, and graphs with decisions need 12.4): "
+        "this is 'overlapped'"
     ]
     assert made.runtime.dispatch == "overlapped"
     with pytest.raises(PolicyError, match="'device' needs the streams of a GPU"):
         DashRuntime.load(host.runtime.bundle.root, "cpu-fp32", dispatch="device")
 
 
-def test_a_model_without_units(tmp_path: Path) -> None:
+def test_a_model_without_units(tmp_path: Path, card: Card) -> None:
     """One engine, embedding and head included."""
     checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=2)
     root = export(checkpoint, tmp_path / "tiny.dash", no_policy(2, ())).root
-    (tmp_path / "whole.toml").write_text(RECIPE.format(dialect="trt10"))
-    bundle = Bundle.open(root)
-    made = build(bundle, str(tmp_path / "whole.toml"))
+    made = built(root, tmp_path / "whole.toml")
     assert list(made.engines) == ["layers_00-01"]
-    device = SimulatedDevice()
-    DashRuntime(bundle, made, device, "device").generate(IDS[:9].tolist(), 4)
-    launched = [of for _, what, of in device.log if what in ("run", "launch")]
+    card.forget()
+    DashRuntime.load(root, "whole", dispatch="device").generate(IDS[:9].tolist(), 4)
+    launched = [of for _, what, of in card.log if what in ("run", "launch")]
     assert launched == ["layers_00-01"] * 2 + ["graph"] * 3, "the prompt, what comes before a recording, the tokens"
 
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])
-def test_a_policy_that_reads_the_embedding(dispatch: str, tmp_path: Path) -> None:
+def test_a_policy_that_reads_the_embedding(dispatch: str, tmp_path: Path, card: Card) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=4)
     policy = tiny_policy(checkpoint, "linear", units=(Unit(1, 2),))
     bundle = export(checkpoint, tmp_path / "tiny.dash", policy)
-    (tmp_path / "mine.toml").write_text(RECIPE.format(dialect="portable"))
     build(bundle, "cpu", weights="fp32")
     host = DashRuntime.load(bundle.root, "cpu-fp32")
     rule = decision_rule(policy.units, (1.0,), float(np.median(host.session().score(IDS).damage[20:])))
-    runtime = DashRuntime(bundle, build(bundle, str(tmp_path / "mine.toml")), SimulatedDevice("beside"), dispatch)
+    card.run_in_order_of(1)
+    built(bundle.root, tmp_path / "mine.toml", dialect="portable")
+    runtime = DashRuntime.load(bundle.root, "mine", dispatch=dispatch)
     (found, taken), (expected, actions) = decoded(runtime, rule), decoded(host, rule)
     np.testing.assert_array_equal(taken, actions)
     assert 0.2 < actions[:, 1].mean() < 0.8
@@ -216,6 +224,7 @@ CUTS = {
 """(what the policy reads, segments before the first unit)"""
 
 
+@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("change", ["no policy", *CUTS])
 def test_a_build_that_cannot_ask(change: str, device_bundle: Bundle) -> None:
     """A missing policy would be no damage, and no damage is always skipped."""
@@ -229,23 +238,25 @@ def test_a_build_that_cannot_ask(change: str, device_bundle: Bundle) -> None:
         engines = made.engines | {segment.name: made.engines["layer_00"] for segment in segments}
         made = replace(made, segments=(*segments, *made.segments[2:]), engines=engines)
     with pytest.raises(BundleError, match="cannot ask its policy"):
-        DashRuntime(bundle, made, SimulatedDevice(), "overlapped")
+        DashRuntime(bundle, made, TensorRT("tensorrt"), "overlapped")
 
 
+@pytest.mark.usefixtures("card")
 def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dial, "WINDOWS", 1)
     monkeypatch.setattr(dial, "TOKENS", 40)
     made = device_bundle.load_build("trt10")
-    cost = measure_cost(device_bundle, made, SimulatedDevice())
+    cost = measure_cost(device_bundle, made, TensorRT("tensorrt"))
     assert {*cost.segment_us, *cost.bypass_us, "policy"} == set(made.engines)
-    assert cost.device == "simulated"
-    points = dial.calibrate_dial(device_bundle, replace(made, cost=cost), SimulatedDevice())
+    assert cost.device == "a card (compute capability 12.0)"
+    cost = replace(cost, cost=(0.2, 0.1))
+    points = dial.calibrate_dial(device_bundle, replace(made, cost=cost), TensorRT("tensorrt"))
     assert [points[0].layers, points[-1].layers] == [6, 3]
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_fork_has_memory_of_its_own(dialect: str, simulated: MakeSimulated, host: Host) -> None:
-    live = simulated(dialect).runtime.session()
+@pytest.mark.parametrize("target", BUILDS)
+def test_a_fork_has_memory_of_its_own(target: str, on_card: MakeOnCard, host: Host) -> None:
+    live = on_card(target).runtime.session()
     assert live.fork().tokens == []
     live.prefill(IDS[:20])
     twin = live.fork()
@@ -255,9 +266,9 @@ def test_a_fork_has_memory_of_its_own(dialect: str, simulated: MakeSimulated, ho
 
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])
-def test_a_dropped_step_gives_back_its_contexts(dispatch: str, simulated: MakeSimulated, host: Host) -> None:
+def test_a_dropped_step_gives_back_its_contexts(dispatch: str, on_card: MakeOnCard, host: Host) -> None:
     """At once, not when Python looks for circles: nothing tells it how much of a device's memory they hold."""
-    made = simulated("trt10", dispatch)
+    made = on_card("trt10", dispatch)
     session = made.runtime.session_under(host.rule)
     session.generate(IDS[:12].tolist(), 3)
     gc.collect()
@@ -268,15 +279,15 @@ def test_a_dropped_step_gives_back_its_contexts(dispatch: str, simulated: MakeSi
         contexts = [weakref.ref(step.parts[3].run) for step in steps]  # type: ignore[attr-defined]
         del steps
         session._steps.clear()
-        made.device.ran.clear()
-        made.device.recorded.clear()
+        made.card.ran.clear()
+        made.card.recorded.clear()
         assert [context() for context in contexts] == [None, None]
     finally:
         gc.enable()
 
 
-def test_what_a_device_does_not_do(simulated: MakeSimulated) -> None:
-    runtime = simulated().runtime
+def test_what_a_device_does_not_do(on_card: MakeOnCard) -> None:
+    runtime = on_card().runtime
     with pytest.raises(BackendError, match="one sequence at a time"):
         runtime.batch(2)
     assert runtime.session().context_left == 96, "the context is the cache"
@@ -287,26 +298,24 @@ def test_what_a_device_does_not_do(simulated: MakeSimulated) -> None:
 @pytest.mark.parametrize("first", ORDERS)
 @pytest.mark.parametrize("dispatch", ["overlapped", "sync"])
 def test_a_launch_that_fails(
-    dispatch: str, first: str | int, simulated: MakeSimulated, host: Host, monkeypatch: pytest.MonkeyPatch
+    dispatch: str, first: str | int, on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is under way is left to end, and the session goes on from before the step."""
-    runtime = simulated("trt10", dispatch, first).runtime
+    runtime = on_card("trt10", dispatch, first).runtime
     live, other = runtime.session_under(host.rule), runtime.session_under(host.rule)
     for session in (live, other):
         session.prefill(IDS[:20])
-    sound, launched = SimulatedLaunch.__call__, 0
+    sound, launched = Context.execute_async_v3, 0
     for number, token in enumerate(IDS[20:26].tolist()):
 
-        def failing(launch: SimulatedLaunch, stream: str, last: int = number % 4) -> None:
+        def failing(context: Context, stream: int, last: int = number % 4) -> bool:
             nonlocal launched
             launched += 1
-            if launched > last:
-                raise BackendError(f"{launch.name} could not be launched")
-            sound(launch, stream)
+            return launched <= last and sound(context, stream)
 
         launched = 0
-        monkeypatch.setattr(SimulatedLaunch, "__call__", failing)
-        with pytest.raises(BackendError, match="could not be launched"):
+        monkeypatch.setattr(Context, "execute_async_v3", failing)
+        with pytest.raises(BackendError, match="could not launch"):
             live.decode_one(token)
         monkeypatch.undo()
         assert live.tokens == other.tokens
@@ -314,9 +323,9 @@ def test_a_launch_that_fails(
         np.testing.assert_array_equal(found, expected)
 
 
-def test_what_is_for_cpu_builds_only(simulated: MakeSimulated) -> None:
+def test_what_is_for_cpu_builds_only(on_card: MakeOnCard) -> None:
     """Own policies read the state on the host; embeddings and final states stay on the device."""
-    runtime = simulated().runtime
+    runtime = on_card().runtime
     with pytest.raises(PolicyError, match="runs on CPU builds only"):
         runtime.session_under(Mock(spec=["begin", "skips"]))
     session = runtime.session()

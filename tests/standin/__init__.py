@@ -1,0 +1,42 @@
+"""A card that is not there: CUDA's runtime and driver, and TensorRT, as far as the product calls them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.standin.cuda import Card
+
+
+@contextmanager
+def installed(card: Card) -> Iterator[None]:
+    """Whoever asks for a driver, CUDA or TensorRT gets the card's. The two kernels are compiled to PTX, by NVRTC."""
+    from dash_export import manifest, targets
+    from dash_export.runtime import cuda_devices
+    from dash_export.runtime.device import cuda_graph, trt_api
+    from tests.standin.ptx import compile_ptx
+    from tests.standin.trt import toolkit
+
+    def faults(recipe: Any, sound: Any = targets.recipe_faults) -> list[str]:
+        return [fault for fault in sound(recipe) if "no fp32 attention" not in fault]  # ONNX Runtime has one
+
+    def forget() -> None:
+        for known in (cuda_graph.load_kernels, trt_api.load_toolkit):
+            known.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        modules: dict[str, Any] = {"cuda.bindings.runtime": card.runtime(), "cuda.bindings.driver": card.driver()}
+        for name, module in (modules | {name: toolkit(card, name) for name in ("tensorrt", "tensorrt_rtx")}).items():
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(cuda_devices, "_driver", card.library)
+        patch.setattr(cuda_graph, "compile_kernels", lambda _: compile_ptx(cuda_graph.KERNELS))
+        for module in (manifest, targets):
+            patch.setattr(module, "recipe_faults", faults)
+        forget()
+        yield
+        forget()

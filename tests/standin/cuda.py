@@ -1,0 +1,488 @@
+"""CUDA's runtime and driver API without a card, by the rules of its documentation.
+
+What is enqueued waits for what its stream and events say and for nothing else; it is done when the host waits, in the
+most unfortunate order: that of a stream which runs ahead of the others whenever it can, or chance's. What reads too
+early, or writes what is still to be read, gives wrong numbers here as it would on a GPU; a rule that is broken raises
+`BrokenRuleError` at once. Types and enumerations are the installed bindings' own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from bisect import bisect
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import cuda.bindings.runtime as rt
+import numpy as np
+import numpy.typing as npt
+
+from tests.standin.ptx import kernels
+
+Bytes = npt.NDArray[np.uint8]
+Call = tuple[int | str, str, Any]
+"""(stream or "host", what, of what)."""
+OK, POISON = rt.cudaError_t.cudaSuccess, 0xFF
+TOTAL = 8 << 30
+
+
+class BrokenRuleError(AssertionError):
+    """A rule of CUDA's or TensorRT's; the first word is the error that it would be."""
+
+
+def rule(kept: object, broken: str) -> None:
+    if not kept:
+        raise BrokenRuleError(broken)
+
+
+@dataclass(eq=False)
+class Node:
+    """One piece of work, to be done after `before`."""
+
+    stream: int
+    act: Callable[[], object]
+    before: list[Node]
+    done: bool = False
+
+
+@dataclass(eq=False)
+class Graph:
+    """What is recorded. `ends`: of every stream in the recording, what its next node follows. `broken`: no more."""
+
+    handle: int
+    log: list[Call]
+    broken: bool = False
+    origin: int = 0
+    nodes: list[Node] = field(default_factory=list)
+    ends: dict[int, list[Node]] = field(default_factory=dict)
+
+
+@dataclass
+class Event:
+    """The nodes it stands for, and the recording they belong to."""
+
+    nodes: list[Node] = field(default_factory=list)
+    graph: Graph | None = None
+
+
+class Card:
+    """`failing`: names of calls that fail, with what. `version`: the driver's. `devices`: the product's, on this card,
+    which know the names of streams and events.
+    """
+
+    def __init__(self, first: str | int = "main") -> None:
+        self.run_in_order_of(first)
+        self.version, self.failing, self.devices = rt.CUDART_VERSION, dict[str, Any](), list[Any]()
+        self.raw: list[Call] = []
+        self.calls = Counter[str]()
+        self.recorded: list[Graph] = []
+        self.ran: list[tuple[int, Any]] = []
+        """(stream, context) of every launch of an engine."""
+        self.pending: list[Node] = []
+        self._handles = count(1)
+        self._memory: dict[int, Bytes] = {}
+        self._starts: list[int] = []
+        self._pinned: set[int] = set()
+        self._ends: dict[int, list[Node]] = {}
+        self._recording: dict[int, Graph] = {}
+        self._events: dict[int, Event] = {}
+        self._graphs: dict[int, Graph] = {}
+        self._nodes: dict[int, Node] = {}
+        self._owners: dict[int, Graph] = {}
+        self._conditions: dict[int, bool] = {}
+        self._functions: dict[int, Any] = {}
+
+    def run_in_order_of(self, first: str | int) -> None:
+        """The stream of that name runs ahead of the others whenever it can, or chance chooses by that seed."""
+        self.first, self._rng = first, np.random.default_rng(first if isinstance(first, int) else 0)
+
+    @property
+    def log(self) -> list[Call]:
+        """What the host did, since `forget`."""
+        return self.named(self.raw)
+
+    def named(self, log: list[Call]) -> list[Call]:
+        names = self.names()
+        return [(names.get(stream, stream), what, names.get(of, of)) for stream, what, of in log]
+
+    def names(self) -> dict[Any, str]:
+        known = [pair for device in self.devices for pair in (*device._streams.items(), *device._events.items())]
+        return {int(handle): name for name, handle in known}
+
+    def forget(self) -> None:
+        self.raw.clear()
+        self.calls.clear()
+
+    # --- what the product imports
+
+    def runtime(self) -> Any:
+        """In the place of `cuda.bindings.runtime`: its types, and this card's functions."""
+        card = self
+
+        class Runtime:
+            on = card
+
+            def __getattr__(self, name: str) -> Any:
+                real = getattr(rt, name)
+                if isinstance(real, type | int):
+                    return real
+                made = getattr(card, re.sub(r"_v\d$", "", name))
+
+                def call(*given: Any) -> Any:
+                    card.calls[name] += 1
+                    if name in card.failing:
+                        return card.failing[name], None
+                    try:
+                        return made(*given)
+                    except BrokenRuleError:
+                        for graph in card._recording.values():
+                            graph.broken = True
+                        raise
+
+                return call
+
+        return Runtime()
+
+    def driver(self) -> Any:
+        """In the place of `cuda.bindings.driver`."""
+        return SimpleNamespace(
+            cuModuleLoadData=self._load, cuModuleGetFunction=self._function, cuLaunchKernel=self._launch_kernel
+        )
+
+    def library(self) -> Any:
+        """In the place of `libcuda`, of which is asked what there is."""
+
+        def put(where: Any, value: Any) -> int:
+            where._obj.value = value
+            return 0
+
+        return SimpleNamespace(
+            cuInit=lambda _: 0,
+            cuDeviceGetCount=lambda found: put(found, 1),
+            cuDriverGetVersion=lambda found: put(found, self.version),
+            cuDeviceGet=lambda found, index: put(found, index),
+            cuDeviceGetName=lambda name, _size, _device: setattr(name, "value", b"a card") or 0,
+            cuDeviceTotalMem_v2=lambda found, _: put(found, TOTAL),
+            cuDeviceGetAttribute=lambda found, which, _: put(found, {75: 12}.get(which, 0)),
+        )
+
+    # --- memory
+
+    def view(self, address: int, nbytes: int) -> Bytes:
+        """Memory that was allocated, all of it in one allocation."""
+        start = self._start(address)
+        whole = self._memory.get(start)
+        at = address - start
+        if whole is None or at < 0 or at + nbytes > whole.nbytes:
+            raise BrokenRuleError(f"cudaErrorIllegalAddress: {nbytes} bytes at {address:x}")
+        return whole[at : at + nbytes]
+
+    def _start(self, address: int) -> int:
+        return self._starts[bisect(self._starts, address) - 1] if self._starts else 0
+
+    def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:  # noqa: N802
+        if nbytes > TOTAL:
+            return rt.cudaError_t.cudaErrorMemoryAllocation, None
+        made = np.full(nbytes + 256, POISON, np.uint8)
+        aligned = made[-made.ctypes.data % 256 :][:nbytes]
+        self._memory[aligned.ctypes.data] = aligned
+        self._starts = sorted(self._memory)
+        return OK, aligned.ctypes.data
+
+    def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:  # noqa: N802
+        assert flags == rt.cudaHostAllocDefault
+        code, address = self.cudaMalloc(nbytes)
+        self._pinned.add(address)
+        return code, address
+
+    def cudaFree(self, address: int) -> tuple[Any]:  # noqa: N802
+        """CUDA waits for everything first."""
+        self.run(self.pending)
+        del self._memory[address]
+        self._pinned.discard(address)
+        self._starts = sorted(self._memory)
+        return (OK,)
+
+    cudaFreeHost = cudaFree  # noqa: N815
+
+    def cudaMemGetInfo(self) -> tuple[Any, ...]:  # noqa: N802
+        return OK, TOTAL - sum(each.nbytes for each in self._memory.values()), TOTAL
+
+    def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[Any]:  # noqa: N802
+        self.enqueue(stream, "memset", "", lambda: self.view(address, nbytes).fill(value))
+        return (OK,)
+
+    def cudaMemcpyAsync(self, to: int, source: int, nbytes: int, kind: Any, stream: int) -> tuple[Any]:  # noqa: N802
+        assert kind == rt.cudaMemcpyKind.cudaMemcpyDefault
+        up, down = (self._start(address) in self._pinned for address in (source, to))
+        what = "upload" if up else "download" if down else "copy"
+        self.enqueue(stream, what, "", self._copy(to, 0, source, 0, nbytes, 1, stream))
+        return (OK,)
+
+    def cudaMemcpy2DAsync(  # noqa: N802
+        self, to: int, to_pitch: int, source: int, pitch: int, width: int, height: int, kind: Any, stream: int
+    ) -> tuple[Any]:
+        assert kind == rt.cudaMemcpyKind.cudaMemcpyDefault
+        rule(min(to_pitch, pitch) >= width, "cudaErrorInvalidPitchValue")
+        self.enqueue(stream, "copy_rows", "", self._copy(to, to_pitch, source, pitch, width, height, stream))
+        return (OK,)
+
+    def _copy(
+        self, to: int, to_pitch: int, source: int, pitch: int, width: int, height: int, stream: int
+    ) -> Callable[[], None]:
+        def resolved(address: int) -> Callable[[int], Bytes]:
+            try:
+                self.view(address, 0)
+            except BrokenRuleError:  # pageable memory
+                rule(stream not in self._recording, "a recorded copy of memory that is not pinned")
+                return lambda row: np.ctypeslib.as_array((ctypes.c_uint8 * width).from_address(address + row * width))
+            return lambda row: self.view(address + row * (to_pitch if address == to else pitch), width)
+
+        into, out_of = resolved(to), resolved(source)
+
+        def act() -> None:  # read when the stream gets there, as DMA does
+            for row in range(height):
+                into(row)[:] = out_of(row)
+
+        return act
+
+    # --- order
+
+    def enqueue(self, stream: int, what: str, of: Any, *acts: Callable[[], object]) -> None:
+        """Work for a stream, one after another; what other streams do may come between."""
+        graph = self._recording.get(int(stream))
+        (graph.log if graph else self.raw).append((int(stream), what, of))
+        ends = graph.ends if graph else self._ends
+        for act in acts:
+            node = Node(int(stream), act, ends[int(stream)])
+            ends[int(stream)] = [node]
+            (graph.nodes if graph else self.pending).append(node)
+
+    def run(self, until: Iterable[Node], among: list[Node] | None = None) -> None:
+        """Do what is pending until those nodes are done, and no more than the chosen order needs."""
+        pending, names, until = self.pending if among is None else among, self.names(), list(until)
+        while not all(node.done for node in until):
+            ready = [node for node in pending if all(before.done for before in node.before)]
+            ahead = [node for node in ready if names.get(node.stream) == self.first]
+            node = ahead[0] if ahead else ready[int(self._rng.integers(len(ready)))]
+            pending.remove(node)
+            node.done = True
+            try:
+                node.act()
+            except BaseException:  # as after an illegal access: the rest is lost
+                for lost in pending:
+                    lost.done = True
+                pending.clear()
+                raise
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:  # noqa: N802
+        assert flags == rt.cudaStreamNonBlocking
+        handle = next(self._handles)
+        self._ends[handle] = []
+        return OK, rt.cudaStream_t(handle)
+
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, ...]:  # noqa: N802
+        assert flags == rt.cudaEventDisableTiming
+        handle = next(self._handles)
+        self._events[handle] = Event()
+        return OK, rt.cudaEvent_t(handle)
+
+    def cudaEventRecord(self, event: Any, stream: int) -> tuple[Any]:  # noqa: N802
+        graph = self._recording.get(stream)
+        (graph.log if graph else self.raw).append((stream, "record", int(event)))
+        self._events[int(event)] = Event(list((graph.ends if graph else self._ends)[stream]), graph)
+        return (OK,)
+
+    def cudaStreamWaitEvent(self, stream: int, event: Any, flags: int) -> tuple[Any]:  # noqa: N802
+        assert flags == 0
+        waited = self._events[int(event)]
+        if waited.graph is not None and stream not in self._recording:  # the stream joins the recording
+            rule(waited.graph in self._recording.values(), "cudaErrorCapturedEvent: the recording has ended")
+            self._recording[stream], waited.graph.ends[stream] = waited.graph, []
+        graph = self._recording.get(stream)
+        rule(graph is waited.graph, "cudaErrorStreamCaptureIsolation: the event was recorded elsewhere")
+        (graph.log if graph else self.raw).append((stream, "wait", int(event)))
+        ends = graph.ends if graph else self._ends
+        ends[stream] = [*ends[stream], *waited.nodes]
+        return (OK,)
+
+    def cudaEventSynchronize(self, event: Any) -> tuple[Any]:  # noqa: N802
+        waited = self._events[int(event)]
+        rule(waited.graph is None, "cudaErrorCapturedEvent: the host waits for what is only recorded")
+        self.raw.append(("host", "wait", int(event)))
+        self.run(waited.nodes)
+        return (OK,)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:  # noqa: N802
+        rule(stream not in self._recording, "cudaErrorStreamCaptureUnsupported: the host waits within a recording")
+        self.raw.append(("host", "synchronize", stream))
+        self.run(self._ends[stream])
+        return (OK,)
+
+    # --- graphs
+
+    def recording(self, stream: int | None = None) -> bool:
+        """That stream, or any."""
+        return bool(self._recording) if stream is None else stream in self._recording
+
+    def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Any]:  # noqa: N802
+        assert mode == rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+        return self._begin(stream, self._graph([]))
+
+    def cudaStreamBeginCaptureToGraph(  # noqa: N802
+        self, stream: int, graph: Any, before: Any, edges: Any, many: int, mode: Any
+    ) -> tuple[Any]:
+        assert (before, edges, many) == (None, None, 0)
+        assert mode == rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+        return self._begin(stream, self._graphs[int(graph)])
+
+    def _graph(self, log: list[Call]) -> Graph:
+        graph = Graph(next(self._handles), log)
+        self._graphs[graph.handle] = graph
+        return graph
+
+    def _begin(self, stream: int, graph: Graph) -> tuple[Any]:
+        rule(stream not in self._recording, "cudaErrorIllegalState: the stream is recorded already")
+        graph.origin, graph.ends[stream], self._recording[stream] = stream, [], graph
+        return (OK,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+        graph = self._recording[stream]
+        rule(graph.origin == stream, "cudaErrorStreamCaptureUnmatched: begun in another stream")
+        joined, found = list(graph.ends[stream]), set[int]()
+        while joined:
+            node = joined.pop()
+            if id(node) not in found:
+                found.add(id(node))
+                joined += node.before
+        self._recording = {each: at for each, at in self._recording.items() if at is not graph}
+        if graph.broken:
+            return rt.cudaError_t.cudaErrorStreamCaptureInvalidated, None
+        lost = {str(self.names().get(node.stream)) for node in graph.nodes if id(node) not in found}
+        rule(not lost, f"cudaErrorStreamCaptureUnjoined: nobody waits for the end of {', '.join(lost)}")
+        return OK, rt.cudaGraph_t(graph.handle)
+
+    def cudaStreamGetCaptureInfo(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+        graph = self._recording[stream]
+        before = []
+        for node in graph.ends[stream]:
+            before.append(rt.cudaGraphNode_t(next(self._handles)))
+            self._nodes[int(before[-1])] = node
+        status = rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive
+        edges = [rt.cudaGraphEdgeData() for _ in before]
+        return OK, status, graph.handle, rt.cudaGraph_t(graph.handle), before, edges, len(before)
+
+    def cudaStreamUpdateCaptureDependencies(  # noqa: N802
+        self, stream: int, nodes: Sequence[Any], edges: Sequence[Any], many: int, flags: Any
+    ) -> tuple[Any]:
+        assert flags == rt.cudaStreamUpdateCaptureDependenciesFlags.cudaStreamSetCaptureDependencies
+        assert len(nodes) == len(edges) == many
+        self._recording[stream].ends[stream] = [self._nodes[int(node)] for node in nodes]
+        return (OK,)
+
+    def cudaGraphConditionalHandleCreate(self, graph: Any, default: int, flags: int) -> tuple[Any, ...]:  # noqa: N802
+        assert (default, flags) == (0, 0)
+        handle = next(self._handles) << 32  # as wide as they may be
+        self._owners[handle] = self._graphs[int(graph)]
+        return OK, rt.cudaGraphConditionalHandle(handle)
+
+    def cudaGraphAddNode(  # noqa: N802
+        self, graph: Any, before: Sequence[Any], edges: Sequence[Any], many: int, params: Any
+    ) -> tuple[Any, ...]:
+        assert isinstance(params, rt.cudaGraphNodeParams)
+        assert params.type == rt.cudaGraphNodeType.cudaGraphNodeTypeConditional
+        asked, at = params.conditional, self._graphs[int(graph)]
+        assert (asked.type, asked.size) == (rt.cudaGraphConditionalNodeType.cudaGraphCondTypeIf, 1)
+        assert len(before) == len(edges) == many
+        handle = int(asked.handle)
+        rule(self._owners.pop(handle, None) is at, "cudaErrorInvalidValue: a handle of one node of its own graph")
+        body = self._graph(at.log)
+
+        def act() -> None:
+            rule(handle in self._conditions, "a branch before its decision")
+            if self._conditions[handle]:
+                self._replay(body)
+
+        node = Node(at.origin, act, [self._nodes[int(each)] for each in before])
+        at.nodes.append(node)
+        at.log.append((at.origin, "branch", ""))
+        # As CUDA gives it: in an array of its own, whose address it leaves in the parameters.
+        node.made = (ctypes.c_void_p * 1)(body.handle)  # type: ignore[attr-defined]
+        (ctypes.c_uint64 * 3).from_address(asked.getPtr())[2] = ctypes.addressof(node.made)  # type: ignore[attr-defined]
+        found = rt.cudaGraphNode_t(next(self._handles))
+        self._nodes[int(found)] = node
+        return OK, found
+
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:  # noqa: N802
+        assert flags == 0
+        made = next(self._handles)
+        self._graphs[made] = self._graphs[int(graph)]
+        self.recorded.append(self._graphs[made])
+        return OK, rt.cudaGraphExec_t(made)
+
+    def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[Any]:  # noqa: N802
+        rule(stream not in self._recording, "cudaErrorStreamCaptureUnsupported: a graph launched in a recording")
+        found = self._graphs[int(graph)]
+
+        def act() -> None:
+            self._conditions.clear()
+            self._replay(found)
+
+        self.enqueue(stream, "launch", "graph", act)
+        return (OK,)
+
+    def _replay(self, graph: Graph) -> None:
+        for node in graph.nodes:
+            node.done = False
+        self.run(graph.nodes, list(graph.nodes))
+
+    def cudaGraphDestroy(self, graph: Any) -> tuple[Any]:  # noqa: N802
+        del self._graphs[int(graph)]
+        return (OK,)
+
+    cudaGraphExecDestroy = cudaGraphDestroy  # noqa: N815
+
+    # --- kernels
+
+    def _load(self, code: bytes) -> tuple[Any, ...]:
+        return rt.cudaError_t(0), kernels(code.decode())
+
+    def _function(self, module: dict[str, Any], name: bytes) -> tuple[Any, ...]:
+        handle = next(self._handles)
+        self._functions[handle] = name.decode(), module[name.decode()]
+        return rt.cudaError_t(0), handle
+
+    def _launch_kernel(self, function: int, *given: Any) -> tuple[Any]:
+        blocks, by, bz, threads, ty, tz, shared, stream, (values, types), extra = given
+        assert (by, bz, ty, tz, shared, extra) == (1, 1, 1, 1, 0, 0)
+        self.calls["cuLaunchKernel"] += 1
+        name, kernel = self._functions[function]
+        arguments = [kind(value).value for kind, value in zip(types, values, strict=True)]
+
+        def act() -> None:
+            kernel.run(
+                self.view, blocks, threads, arguments, lambda at, value: self._conditions.update({at: bool(value)})
+            )
+
+        self.enqueue(stream, name, "", act)
+        return (rt.cudaError_t(0),)
+
+    # --- the rest
+
+    def cudaSetDevice(self, index: int) -> tuple[Any]:  # noqa: N802
+        assert index == 0
+        return (OK,)
+
+    def cudaDriverGetVersion(self) -> tuple[Any, ...]:  # noqa: N802
+        return OK, self.version
+
+    def cudaGetLastError(self) -> tuple[Any]:  # noqa: N802
+        return (OK,)
+
+    def cudaGetErrorString(self, code: Any) -> tuple[Any, ...]:  # noqa: N802
+        return OK, code.name.encode()

@@ -1,0 +1,105 @@
+"""Runs the PTX that NVRTC makes of a kernel, thread by thread: the kernel's own instructions, not another telling.
+What no kernel uses is not here and raises KeyError.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from cuda.bindings import nvrtc
+
+FORMATS = {"f32": "f", "f64": "d", "u8": "B", "b8": "B", "u16": "H", "u32": "I", "u64": "Q", "s32": "i", "s64": "q"}
+COMPARE = {"lt": "{} < {}", "gt": "{} > {}", "ge": "{} >= {}", "le": "{} <= {}"}
+COMPARE |= {"leu": "not {} > {}", "geu": "not {} < {}"}  # or one is no number
+ARITHMETIC = dict.fromkeys(("mov", "cvta", "cvt"), "{}") | {
+    "add": "{} + {}",
+    "mul": "{} * {}",
+    "mad": "{} * {} + {}",
+    "shl": "{} << {}",
+    "selp": "{0} if {2} else {1}",
+}
+View = Callable[[int, int], "np.ndarray[Any, np.dtype[np.uint8]]"]
+"""(address, bytes) -> device memory."""
+
+
+@cache
+def kernels(text: str) -> dict[str, Kernel]:
+    """Every kernel of a PTX file by name."""
+    found = re.findall(r"\.visible \.entry (\w+)\((.*?)\)\s*\{(.*?)\n\}", text, re.DOTALL)
+    return {name: Kernel(re.findall(r"\w+_param_\d+", parameters), body) for name, parameters, body in found}
+
+
+class Kernel:
+    """One kernel, translated to Python line by line: what it does in one thread."""
+
+    def __init__(self, parameters: list[str], body: str) -> None:
+        lines = [" ".join(line.split()) for line in re.sub(r"//.*", " ", body.replace(":", ":;")).split(";")]
+        steps = [line.strip("{} ") for line in lines]
+        steps = [step for step in steps if step and not step.startswith(".")]
+        labels = {step[:-1]: str(index) for index, step in enumerate(steps) if step.endswith(":")}
+        source = [f"def thread({', '.join(parameters)}, tid_x, ntid_x, ctaid_x, load, store, call):", " at = -1"]
+        source += [" while True:", "  if at == -1:"]
+        for index, step in enumerate(steps):
+            if step.endswith(":"):
+                source += [f"   at = {index}", f"  if at == {index}:"]
+            else:
+                source.append("   " + _python(step, labels))
+        found: dict[str, Any] = {}
+        exec("\n".join(source), found)
+        self._thread = found["thread"]
+
+    def run(
+        self, memory: View, blocks: int, threads: int, arguments: Sequence[int], call: Callable[[int, int], None]
+    ) -> None:
+        """All threads, one after another. `call`: the only function that may be called, with its two arguments."""
+
+        def load(form: str, address: int) -> Any:
+            return struct.unpack(form, memory(address, struct.calcsize(form)))[0]
+
+        def store(form: str, address: int, value: Any) -> None:
+            struct.pack_into(form, memory(address, struct.calcsize(form)), 0, value)
+
+        for block in range(blocks):
+            for thread in range(threads):
+                self._thread(*arguments, thread, threads, block, load, store, call)
+
+
+def _python(step: str, labels: dict[str, str]) -> str:
+    """One instruction."""
+    guard, step = re.fullmatch(r"(?:@(\S+) )?(.*)", step).groups()  # type: ignore[union-attr]
+    name, _, rest = step.partition(" ")
+    name, *kinds = name.split(".")
+    operands = [
+        re.sub(r"[%.]", "", re.sub(r"(tid|ctaid|ntid)\.", r"\1_", part)) for part in re.split(r"[\s,()]+", rest)
+    ]
+    if name == "bra":
+        step = f"at = {labels[rest]}; continue"
+    elif name == "ret":
+        step = "return"
+    elif name == "call":
+        step = f"call({operands[1]}, {operands[2]})"
+    elif kinds[0] == "param":
+        step = f"{operands[0]} = {operands[1]}".replace("[", "").replace("]", "").replace("+0", "")
+    elif name == "ld":
+        step = f"{operands[0]} = load({FORMATS[kinds[1]]!r}, {operands[1][1:-1]})"
+    elif name == "st":
+        step = f"store({FORMATS[kinds[1]]!r}, {operands[0][1:-1]}, {operands[1]})"
+    else:
+        form = COMPARE[kinds[0]] if name == "setp" else ARITHMETIC[name]
+        step = f"{operands[0]} = {form.format(*operands[1:])}"
+    return f"if {guard[1:]}: {step}" if guard else step
+
+
+@cache
+def compile_ptx(source: str) -> bytes:
+    """NVRTC's PTX of CUDA C, for 9.0: with that of later architectures registers have no types."""
+    program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])[1]
+    assert not int(nvrtc.nvrtcCompileProgram(program, 1, [b"--gpu-architecture=compute_90"])[0])
+    text = bytes(nvrtc.nvrtcGetPTXSize(program)[1])
+    nvrtc.nvrtcGetPTX(program, text)
+    return text

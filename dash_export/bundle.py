@@ -72,12 +72,14 @@ def safe_path(root: Path, relative: str) -> Path:
 class Bundle:
     """A verified bundle. Opening checks the manifest; `verify` checks the files that are about to be used."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: Manifest, name: str | None = None) -> None:
         self.root = root
         self.manifest = manifest
+        self.name = (name or root.name).removesuffix(".dash")
+        """What it is called in reports and by clients of a server: its folder, or its repository on the hub."""
 
     @classmethod
-    def open(cls, root: str | Path) -> Bundle:
+    def open(cls, root: str | Path, name: str | None = None) -> Bundle:
         """Read and check `manifest.json`. Raises BundleError when it is missing, damaged, unsafe or from a newer
         program.
         """
@@ -87,9 +89,9 @@ class Bundle:
         for fault in manifest_faults(manifest):
             raise BundleError(f"{root.name}/{MANIFEST}: {fault} {DAMAGED}")
         records = (*manifest.files, *chain(*manifest.builds.values()))
-        for name in {*manifest.graphs.values(), *(record.name for record in records)}:
-            safe_path(root, name)
-        return cls(root, manifest)
+        for file in {*manifest.graphs.values(), *(record.name for record in records)}:
+            safe_path(root, file)
+        return cls(root, manifest, name)
 
     def path(self, relative: str) -> Path:
         return safe_path(self.root, relative)
@@ -253,7 +255,12 @@ def _no_bundle(root: Path) -> str:
     half = (root / "onnx").exists() or (root / MARK).is_file()  # a bundle's files are there that a model has, too
     if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
-        return f"{root} is a model. Make a bundle of it: dash-export build {root} --target cpu -o {made}"
+        hub = (
+            ", or a bundle on the hub, which `run` and `serve` take and `hf download` fetches"
+            if is_hub_id(root)
+            else ""
+        )
+        return f"{root} is a model{hub}. Make a bundle of it: dash-export build {root} --target cpu -o {made}"
     if not root.exists():
         return f"There is no bundle at {root}. Make one: {export}"
     return f"{root} is not a finished bundle: it has no {MANIFEST}. Run the export again to complete it: {export}"

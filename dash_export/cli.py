@@ -73,8 +73,8 @@ class LazyGroup(click.Group):
             raise click.ClickException(printable(said)) from error
 
 
-_FULL = ("requested and", "Not enough free space")
-"""In what numpy and onnx_ir say of a full disk."""
+_FULL = ("requested and", "Not enough free space", "No space left")
+"""In what numpy, onnx_ir and shutil say of a full disk."""
 
 
 def explained(error: Exception, output: object = None) -> str | None:

@@ -63,5 +63,5 @@ class RequestError(DashError):
     """A prompt, message list or sampling setting cannot be used."""
 
 
-BAD_GRAPH = (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OverflowError, RecursionError)
+BAD_GRAPH = (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OverflowError, RuntimeError)
 """Errors that are raised by work on a graph that is none of ours, whole and unchanged as it may be."""

@@ -1,8 +1,8 @@
 """Bundles on the Hugging Face hub: what runs of one is fetched, a whole one is published with its card.
 
 ~/.cache/dash-export/hub/org/name/
-  <commit>/        a version, as far as it was fetched
-  <target>.version the commit that this target was loaded from last
+  <commit>/                 a version, as far as it was fetched; who runs it holds it
+  <target>[+signed].version the commit that this target was loaded from last, without or with a key
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dash_export import __version__
 from dash_export.artifacts import read_bounded, write_atomic
 from dash_export.bundle import BUILD, LARGEST_RECORD, TEXT_FILES, Bundle, parsed
 from dash_export.decision import recommended_budget
-from dash_export.errors import BundleError, DashError, StaleBuildError
+from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
 from dash_export.manifest import Build, Manifest
 from dash_export.names import MANIFEST, NO_HUB_ID, SIGNATURE
-from dash_export.outputs import folder_locked, remove
+from dash_export.outputs import folder_locked, hold, remove
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
@@ -41,7 +41,7 @@ def download(name: str, error: type[DashError], **wanted: Any) -> Path:
     return Path(_asked(name, error, lambda hub: hub.snapshot_download(name, **wanted)))
 
 
-def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Path], _T]) -> _T:
+def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Bundle], _T]) -> _T:
     """What `load` makes of the bundle `org/name` of the hub, of which only what a run needs is fetched: of its version
     of now, or, with a warning, of the one that was loaded last, where the hub cannot be reached or that of now is
     damaged or not trusted.
@@ -50,29 +50,43 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
     refused. Other processes that want the same name wait. Raises BundleError.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-export" / "hub" / name
-    base.mkdir(parents=True, exist_ok=True)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleError(f"{error.filename} cannot be made ({error.strerror}): set XDG_CACHE_HOME.") from error
     with folder_locked(base, [], shared=False, wait=True):
-        pointer = base / f"{quote(target, safe='')[:200] if target else '(default)'}.version"
-        known = pointer.read_text(encoding="utf-8") if pointer.is_file() else ""
+        asked = quote(target, safe="")[:200] if target else "(default)"
+        pointers = [base / f"{asked}{ending}.version" for ending in (["+signed", ""] if trusted else [""])]
+        found = [path.read_text(encoding="utf-8") for path in pointers if path.is_file()]
+        known = next((version for version in found if version and (base / version).is_dir()), None)
         try:
             version = _asked(name, BundleError, lambda hub: hub.HfApi().model_info(name, timeout=_SECONDS).sha)
             made = _of_version(name, base / version, target, trusted, load)
         except BundleError as error:
-            if not known or not (base / known).is_dir():
+            if known is None:
                 raise
-            logger.warning("%s\nThe version of %s that was loaded last runs.", error, name)
-            return load(base / known)
-        if version != known:
-            write_atomic(pointer, version)
+            said = str(error)  # the error itself, which a log keeps, would hold what was loaded
+            logger.warning("%s\nThe version of %s that was loaded last runs.", said, name)
+            return load(_held(base / known, name))
+        if version != known or not pointers[0].is_file():
+            write_atomic(pointers[0], version)
             wanted = {path.read_text(encoding="utf-8") for path in base.glob("*.version")}
             for path in base.iterdir():
                 if path.is_dir() and path.name not in wanted:
-                    remove(path)
+                    with suppress(BusyError), folder_locked(path, [], shared=False):  # one that nobody runs
+                        remove(path)
         return made
 
 
+def _held(root: Path, name: str) -> Bundle:
+    """The bundle of a version, which stays while this object lives: an engine may be loaded from it later."""
+    bundle = Bundle.open(root, name.rpartition("/")[2])
+    hold(root, bundle)
+    return bundle
+
+
 def _of_version(
-    name: str, root: Path, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Path], _T]
+    name: str, root: Path, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Bundle], _T]
 ) -> _T:
     """The same of one version. What was damaged here is fetched anew, once."""
     for again in (False, True):
@@ -89,7 +103,7 @@ def _of_version(
                 break
             files = [escape(record.name) for record in build.files or bundle.manifest.files]
             download(name, BundleError, **wanted, allow_patterns=files)
-            return load(root)
+            return load(_held(root, name))
         except BundleError:
             if again:
                 raise

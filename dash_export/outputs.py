@@ -14,6 +14,7 @@ import shutil
 import socket
 import stat
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -80,6 +81,13 @@ def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: 
         yield
     finally:
         os.close(descriptor)
+
+
+def hold(folder: Path, owner: object) -> None:
+    """Hold a folder among others for as long as `owner` lives."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _flock(descriptor, fcntl.LOCK_SH)
+    weakref.finalize(owner, os.close, descriptor)
 
 
 def _acquired(path: Path, output: Path) -> int | None:

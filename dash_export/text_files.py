@@ -42,8 +42,6 @@ _KINDS = {
     *("BertProcessing", "RobertaProcessing", "ByteFallback", "Fuse", "BPEDecoder", "CTC"),
 }
 _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
-_OTHER_MODELS = ("Unigram", "WordPiece")
-"""Native code of these recurses and multiplies as far as a stranger's vocabulary says."""
 
 
 def bounded_text(path: Path, limit: int) -> str:
@@ -61,6 +59,8 @@ def load_tokenizer(text: str) -> Tokenizer:
         data = json.loads(text)
         _check_texts(data)
         _check_growth(data)
+        if "type" not in data["model"]:  # as old files are; native code would try every kind
+            text = json.dumps(data | {"model": data["model"] | {"type": "BPE"}})
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     try:
@@ -99,15 +99,17 @@ def _check_texts(data: Any) -> None:
     if sum(len(content) for content in contents if isinstance(content, str)) > MAX_ADDED:
         raise ValueError(f"its added tokens have over {MAX_ADDED} letters")
     model = data.get("model") if isinstance(data, dict) else None
-    vocab, merges = (model.get(name) for name in ("vocab", "merges")) if isinstance(model, dict) else (None, None)
-    if isinstance(vocab, dict) and isinstance(merges, list):
-        check_vocabulary(len(vocab), len(merges))
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        # Native code of others recurses and multiplies as far as a stranger's vocabulary says.
+        raise ValueError("its model is not BPE, which is what can be read")
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise ValueError("its model has no vocab and merges")
+    check_vocabulary(len(vocab), len(merges))
     left = [data]
     while left:
         part = left.pop()
         if isinstance(part, dict):
-            if part.get("type") in _OTHER_MODELS:
-                raise ValueError("its model is not BPE, which is what can be read")
             if isinstance(pattern := part.get("Regex"), str) and _repeats(pattern) > MAX_REPEATS:
                 raise ValueError(f"it has a pattern that repeats over {MAX_REPEATS} times")
             left += (*part, *part.values())
@@ -131,10 +133,17 @@ def _check_growth(data: Any) -> None:
             parts = [part for name in names for part in _parts(data.get(name))]
             if len(parts) > MAX_PARTS:
                 raise ValueError(f"its {names[0]} has over {MAX_PARTS} parts")
-            if math.prod(map(_growth, parts)) > most:
+            within = _in_bytes(data["model"]) if "normalizer" in names else 1
+            if within * math.prod(map(_growth, parts)) > most:
                 raise ValueError(f"what it does to a text can make it over {most} times as long")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"it is no tokenizer.json ({error!r:.100})") from error
+
+
+def _in_bytes(model: dict[str, Any]) -> int:
+    """Tokens of one byte that the model may make of a letter it does not know, beyond those of the letter itself."""
+    affixes = [model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix")]
+    return 1 + len("".join(affixes).encode("utf-8", "replace")) if model.get("byte_fallback") else 1
 
 
 def _parts(given: Any) -> list[dict[str, Any]]:

@@ -112,6 +112,19 @@ def test_truncated(name: str, share: float, bundle: Path) -> None:
         build(bundle, "cpu", weights="fp32")
 
 
+def test_a_graph_in_a_circle(bundle: Path) -> None:
+    """For int4, whose rounding copies graphs."""
+
+    def bite(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if node.op_type == "MatMul")
+        node.input[0] = node.output[0]
+
+    rewritten(bundle, GRAPH, bite)
+    with pytest.raises(DashError, match="not what this version writes") as raised:
+        build(bundle, "cpu")
+    assert len(str(raised.value)) < 600
+
+
 @pytest.mark.parametrize("which", range(0, 20, 3))
 def test_graph_that_lacks_a_node(which: int, bundle: Path) -> None:
     """An engine is made of a graph's weights: it is sound, and the graph is not what it is compared with."""

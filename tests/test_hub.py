@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from huggingface_hub import constants
 
@@ -43,7 +45,9 @@ def publish(bundle: Path) -> None:
 
 
 def answer(bundle: str | Path, target: str = TARGET) -> tuple[int, ...]:
-    return tuple(DashRuntime.load(bundle, target).generate([5, 6, 7], max_tokens=4).tokens)
+    found = tuple(DashRuntime.load(bundle, target).generate([5, 6, 7], max_tokens=4).tokens)
+    gc.collect()  # nobody runs it any more
+    return found
 
 
 def test_published_and_run(server: FakeHub, own_bundle: Path) -> None:
@@ -106,19 +110,61 @@ def test_what_is_not_whole_takes_no_place(
         if state == "damaged":
             server.files[NAME][engine] += b" "
         if state == "not signed":
-            monkeypatch.setattr(signing, "check_signed", Mock(side_effect=[BundleError("not signed")] * 2 + [None]))
+            faults = iter(("not signed", "not signed", ""))
+
+            def check(*_: object, faults: Iterator[str] = faults, **__: object) -> None:
+                if fault := next(faults):
+                    raise BundleError(fault)
+
+            monkeypatch.setattr(signing, "check_signed", check)  # a Mock would hold what it was called with
             monkeypatch.setenv(signing.TRUSTED_KEY, "key")
         caplog.clear()
         assert answer(NAME) == found, state
         assert "that was loaded last runs" in caplog.text
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        monkeypatch.setattr(signing, "check_signed", Mock())
+        monkeypatch.setattr(signing, "check_signed", lambda *_, **__: None)
         assert answer(NAME) == found
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv(signing.TRUSTED_KEY)
     server.files[NAME] = whole
+    gc.collect()
     assert answer(NAME) == answer(own_bundle) != found
     assert not first.exists(), "nobody wants it any more"
+
+
+def test_a_version_stays_while_it_runs(server: FakeHub, own_bundle: Path, tmp_path: Path) -> None:
+    """Engines for several rows are loaded when they are first needed."""
+    publish(own_bundle)
+    runtime, versions = DashRuntime.load(NAME, TARGET), [cache(server)]
+    expected = DashRuntime.load(own_bundle, TARGET).generate_batch([[5, 6, 7], [8, 9]], 4)
+    assert runtime.bundle.name == "tiny"
+    for size in (80, 112):
+        shutil.rmtree(own_bundle)
+        publish(tiny_bundle(tmp_path / str(size), "cpu", intermediate_size=size).rename(own_bundle))
+        answer(NAME)
+        versions.append(cache(server))
+    assert [path.exists() for path in versions] == [True, False, True]
+    for found, alone in zip(runtime.generate_batch([[5, 6, 7], [8, 9]], 4), expected, strict=True):
+        np.testing.assert_array_equal(found.tokens, alone.tokens)
+
+
+def test_the_last_signed_version_stays_for_who_has_the_key(
+    server: FakeHub, own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(own_bundle)
+    first = server.sha(NAME)
+
+    def check(bundle: Bundle, public_key: str) -> None:
+        assert str(public_key) == "key"
+        if bundle.root.name != first:
+            raise BundleError("not signed")
+
+    monkeypatch.setattr(signing, "check_signed", check)
+    DashRuntime.load(NAME, TARGET, trusted_key="key")
+    shutil.rmtree(own_bundle)
+    publish(tiny_bundle(tmp_path / "more", "cpu", intermediate_size=80).rename(own_bundle))
+    answer(NAME)
+    assert DashRuntime.load(NAME, TARGET, trusted_key="key").bundle.root.name == first
 
 
 def test_what_is_damaged_here_is_fetched_anew(server: FakeHub, own_bundle: Path) -> None:
@@ -194,10 +240,10 @@ def test_engines_of_a_gpu_are_fetched_only_with_a_key(
     load_build, recipe = Bundle.load_build, load_recipe("h100")
     monkeypatch.setattr(Bundle, "load_build", lambda self, target: replace(load_build(self, target), recipe=recipe))
     with pytest.raises(BundleError, match="engines of a GPU are code"):
-        hub.loaded(NAME, TARGET, None, str)
+        hub.loaded(NAME, TARGET, None, Mock())
     assert not [name for name in server.fetched if name.endswith(".onnx")]
     trusted = Mock()
-    assert hub.loaded(NAME, TARGET, trusted, str) == str(cache(server))
+    assert hub.loaded(NAME, TARGET, trusted, lambda bundle: bundle.root) == cache(server)
     trusted.assert_called_once()
 
 

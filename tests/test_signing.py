@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.bundle import Bundle
-from dash_export.errors import BundleError
+from dash_export.errors import BundleError, OutputError
 from dash_export.signing import TRUSTED_KEY, check_signed
 from tests.commands.helpers import dash, refused
 
@@ -80,6 +80,8 @@ def test_keys_and_bundles_that_cannot_be_signed(own_bundle: Path, tmp_path: Path
     assert wrong.read_bytes() == before
     (own_bundle / "manifest.json.sig").unlink()
     (own_bundle / "manifest.json.sig").symlink_to(wrong)
+    with pytest.raises(OutputError, match="no signature but a link"):  # before anything is measured
+        build(own_bundle, "cpu", weights="fp32", measure=True)
     refused("sign", own_bundle, "--key", private)
     assert (own_bundle / "manifest.json.sig").is_symlink()
     (own_bundle / "manifest.json.sig").unlink()

@@ -72,6 +72,18 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "merges": ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]] * 9}}, "9 merges for 1 tokens"),
     "a long token": ({"added_tokens": [{"id": 1, "content": "a" * 5000}]}, "a text of over 4096 letters"),
     "another model, in other letters": ({"model": {"type": "Unigram"}}, "not BPE"),
+    "another model, that does not say so": ({"model": {"unk_id": 0, "vocab": [["u", -1.0]]}}, "no vocab and merges"),
+    "another model, with merges": (
+        {"model": {"unk_token": "u", "max_input_chars_per_word": 9, "vocab": {"u": 0}, "merges": [["a"]]}},
+        "data did not match|invalid|expected",
+    ),
+    **{
+        affix: (
+            {"model": {"type": "BPE", "vocab": {}, "merges": [], "byte_fallback": True, affix: "\u2581" * 20}},
+            "times",
+        )
+        for affix in ("continuing_subword_prefix", "end_of_word_suffix")
+    },
 }
 USUAL: dict[str, dict[str, Any]] = {
     "llama": sequence("normalizer", {"type": "Prepend", "prepend": "\u2581"}, replacing("\u2581", String=" ")),
@@ -80,6 +92,7 @@ USUAL: dict[str, dict[str, Any]] = {
     "numbers": split(r"\p{N}{1,3}| {2,}|a"),
     "one token": template("single", 1, 30),
     "an unused token": template("single", 0, unused=4000),
+    "an old file": {"added_tokens": [], "model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}},
 }
 
 

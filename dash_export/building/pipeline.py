@@ -14,8 +14,9 @@ from dash_export.building.backend import Backend, backend_of
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost, uniform_cost
 from dash_export.building.dial import calibrate_dial
 from dash_export.bundle import BUILD, Bundle, Seal
-from dash_export.errors import BAD_GRAPH, BackendError, BundleError
+from dash_export.errors import BAD_GRAPH, BackendError, BundleError, OutputError
 from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
+from dash_export.names import SIGNATURE
 from dash_export.outputs import check_writable, folder_locked, lock_file, locked, named, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
 from dash_export.signing import check_trusted
@@ -104,7 +105,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
         return known
     draft = known or draft
     check_writable(folder)
-    check_writable(bundle.root)
+    _check_savable(bundle)
     backend.start()
     if verifies:
         from dash_export.building.verify import verification
@@ -119,11 +120,18 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     return finished
 
 
+def _check_savable(bundle: Bundle) -> None:
+    """Raises OutputError, before the work, where the new record could not be written in the end."""
+    check_writable(bundle.root)
+    if (signature := bundle.root / SIGNATURE).is_symlink() or signature.is_dir():
+        raise OutputError(f"{signature} is no signature but a link or a folder: take it away.")
+
+
 def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
     """The build that is there, with the costs and the dial of this machine. Needs no onnx."""
     known = bundle.load_build(recipe.name)
     check_trusted(bundle)
-    check_writable(bundle.root)
+    _check_savable(bundle)
     bundle.check_listed(known)
     texts = [record for record in bundle.manifest.files if not record.name.startswith("onnx/")]
     seal = bundle.verify([*known.files, *texts])
@@ -191,7 +199,7 @@ def _make_engines(
             # Whole and unchanged by its hash, yet not a graph of ours: only a forged bundle gets here.
             raise BackendError(
                 f"{job.name} cannot be made: the bundle's graphs are not what this version writes "
-                f"({type(error).__name__}: {error}). Export the model again."
+                f"({type(error).__name__}: {error!s:.300}). Export the model again."
             ) from error
         progress(job.name, done, len(jobs))
     store.keep_only({job.name for job in jobs})

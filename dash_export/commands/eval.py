@@ -75,7 +75,7 @@ def _report(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File
     names = {kind: [path.name for path in measure[kind]] for kind in ("texts", "tasks")}
     manifest = runtime.bundle.manifest
     return {
-        "bundle": runtime.bundle.root.name,
+        "bundle": runtime.bundle.name,
         "model": manifest.model.name,
         "layers": manifest.model.num_layers,
         "target": runtime.build.target,

@@ -97,7 +97,7 @@ def _report(
         "made_by": REPORT,
         "builds": {
             name: {
-                "bundle": runtime.bundle.root.name,
+                "bundle": runtime.bundle.name,
                 "model": runtime.bundle.manifest.model.name,
                 "target": runtime.build.target,
                 "device": runtime.build.device,

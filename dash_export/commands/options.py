@@ -133,7 +133,7 @@ def load_candidates(
         folder, colon, named = given.rpartition(":")
         by_name = colon and not Path(given).exists()
         other = load_runtime(Path(folder if by_name else given), named if by_name else None)
-        others.append((f"{other.bundle.root.stem}:{other.build.target}", other))
+        others.append((f"{other.bundle.name}:{other.build.target}", other))
         if len(dict(others)) < len(others):
             raise click.UsageError(f"Two builds are called {others[-1][0]}: give one once, or rename a bundle.")
     settings, refused = settings_at(runtime, kinds, dial, values)

@@ -71,13 +71,13 @@ def command(
             print_refused(refused)
         finally:
             written = []
-            if html is not None:
-                written.append(save_report(html, render_report(found, lanes)))
             if trace is not None:
                 from dash_export.evaluate.trace import chrome_trace
 
                 events = chrome_trace(lanes, found["model"], TRACE_TOKENS)
                 written.append(save_report(trace, json.dumps(events, ensure_ascii=False)))
+            if html is not None:  # the larger
+                written.append(save_report(html, render_report(found, lanes)))
         for output in written:
             click.echo(f"Written to {output}", err=as_json)
 

@@ -70,7 +70,7 @@ def command(
     memory = available_memory() // 2 // len(bundles)
     alone = None if budget is None else Setting("token", budget=budget)
     for runtime in runtimes:
-        name = runtime.bundle.root.stem
+        name = runtime.bundle.name
         if name in served or name in (".", "..") or "@" in name:
             raise RequestError(f"Two bundles are called {name}, or it is no name for a model: rename the folder.")
         served[name] = one = Scheduler(

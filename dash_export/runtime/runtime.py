@@ -76,8 +76,7 @@ class DashRuntime:
         key = signing.trusted_key(trusted_key)
         trusted = None if key is None else partial(signing.check_signed, public_key=key)
 
-        def load(root: str | Path) -> DashRuntime:
-            opened = Bundle.open(root)
+        def load(opened: Bundle) -> DashRuntime:
             build = opened.load_build(opened.chosen(target))
             if trusted is not None:
                 trusted(opened)
@@ -92,7 +91,7 @@ class DashRuntime:
             opened.check_same(seal)
             return runtime
 
-        return hub.loaded(str(bundle), target, trusted, load) if is_hub_id(bundle) else load(bundle)
+        return hub.loaded(str(bundle), target, trusted, load) if is_hub_id(bundle) else load(Bundle.open(bundle))
 
     @property
     def dispatch(self) -> str:

@@ -95,7 +95,7 @@ class Session:
         """Another session that continues from here, with memory of its own. Fork between answers, not within one."""
         twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
         twin.cache = self.cache.copy()
-        twin.tokens, twin._pending = list(self.tokens), list(self._pending)
+        twin.tokens, twin._pending, twin._hidden = list(self.tokens), list(self._pending), self._hidden
         return twin
 
     # --- answers

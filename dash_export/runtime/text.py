@@ -47,7 +47,11 @@ class Text:
             _read(folder, f"{name}.json", _mapping) or {}
             for name in ("tokenizer_config", "generation_config", "config")
         )
-        special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        named = dict(config)
+        for group in ("extra_special_tokens", "model_specific_special_tokens"):
+            named |= config[group] if isinstance(config.get(group), dict) else {}
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+        special |= {name: _token_text(token) for name, token in named.items() if name.endswith("_token")}
         self.bos_id = self.tokenizer.token_to_id(special["bos_token"])
         self.eos_ids = _eos_ids(generation or model, self.tokenizer, special["eos_token"])
         self.guides = Guides(self.tokenizer, self.eos_ids)

@@ -42,7 +42,7 @@ def app(given: Given) -> Application:
     def server() -> Starlette:
         runtime = DashRuntime.load(given.bundle, given.target, threads=given.cpus)
         scheduler = Scheduler(runtime, rows=given.rows, waiting=given.waiting)
-        return Server({runtime.bundle.root.stem: scheduler}, key=key, deadline=given.deadline).app
+        return Server({runtime.bundle.name: scheduler}, key=key, deadline=given.deadline).app
 
     many = {"num_replicas": given.replicas} if given.most is None else {
         "autoscaling_config": {

@@ -60,7 +60,7 @@ def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
     assert other["kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert (dense["layers"], static["layers"]) == (6.0, 5.0)
     assert dense["perplexity"]["low"] <= dense["perplexity"]["value"] <= dense["perplexity"]["high"]
-    assert (report["bundle"], report["request"]["limit"], report["request"]["texts"]) == ("tiny.dash", 2, ["own.txt"])
+    assert (report["bundle"], report["request"]["limit"], report["request"]["texts"]) == ("tiny", 2, ["own.txt"])
 
 
 def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:

@@ -121,6 +121,24 @@ def test_how_training_batches_were_cut_and_filled_is_no_matter_here(tmp_path: Pa
     assert Text(tmp_path).encode("One day the ships sailed to port.") == plain
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"sep_token": "<|im_end|>"},
+        {"sep_token": {"content": "<|im_end|>", "special": True}},
+        {"extra_special_tokens": {"sep_token": "<|im_end|>"}},
+        {"model_specific_special_tokens": {"sep_token": "<|im_end|>"}},
+    ],
+)
+def test_a_template_has_every_special_token_by_name(config: dict[str, object], tmp_path: Path) -> None:
+    """As transformers gives them."""
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ sep_token }}{{ pad_token }}")
+    text = Text(tmp_path)
+    assert text.tokenizer.decode(text.chat([{"role": "user", "content": "hi"}]), False) == "hi<|im_end|>"
+
+
 def test_prompts_far_too_long_are_not_encoded(tiny_runtime: Callable[..., DashRuntime]) -> None:
     """In a session and in a batch, of text and of messages: by what is free, or by the whole context."""
     runtime = tiny_runtime()

@@ -196,8 +196,9 @@ class CostTable:
     """Measured on the device that built: medians in microseconds at `context` cached tokens.
 
     `others` and `stolen` say beside what it was measured: processors that other processes and the host took meanwhile.
-    `cost`: per unit what skipping it saves, (run - bypass) as a fraction of `dense_us`, the dense time of one token;
-    units of as many layers share one.
+    `cost`: per unit what skipping it saves, as a fraction of `dense_us`, the dense time of one token; units of as many
+    layers share one. `asks`: what asking the policy adds to a token on a device, likewise (on a CPU the engine of the
+    first layers answers in any case). `dispatch`: the mode that all this is of.
     """
 
     context: Annotated[int, Within(0, 1 << 20)]
@@ -208,10 +209,14 @@ class CostTable:
     device: str
     others: NotNegative = 0.0
     stolen: NotNegative = 0.0
+    asks: NotNegative = 0.0
+    dispatch: str = "sync"
 
-    def token_time(self, skipped: Skips) -> npt.NDArray[np.float64]:
-        """Decode time as a fraction of dense, predicted, of tokens with these skips [units, tokens]: [tokens]."""
-        found: npt.NDArray[np.float64] = 1.0 - np.array(self.cost) @ skipped
+    def token_time(self, skipped: Skips, asked: bool = False) -> npt.NDArray[np.float64]:
+        """Decode time as a fraction of dense, predicted, of tokens with these skips [units, tokens], and for which the
+        policy was `asked`: [tokens].
+        """
+        found: npt.NDArray[np.float64] = 1.0 + asked * self.asks - np.array(self.cost) @ skipped
         return found
 
     @property

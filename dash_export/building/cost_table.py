@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dash_export.bundle import Bundle
+from dash_export.decision import DecisionRule, Unit
 from dash_export.manifest import Build, CostTable, Manifest
 from dash_export.runtime.backends import Backend, Launch, backend_errors
 from dash_export.runtime.cpus import LoadMeter, cpu_name
 from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.device.base import Device
+from dash_export.runtime.rules import DENSE, FixedRule, Rule
 from dash_export.runtime.runtime import engines as load_engines
+
+if TYPE_CHECKING:
+    from dash_export.runtime.device.engines import DeviceCache
+    from dash_export.runtime.device.step import DeviceStep
 
 WARM_UP = 10
 NOT_MEASURED = "not measured"
@@ -31,16 +42,17 @@ def uniform_cost(manifest: Manifest) -> CostTable:
 def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> CostTable:
     """Run tokens at the recipe's context, timing every segment and bypass where it stands in the token.
 
-    Medians over interleaved repeats. Units of as many layers share the median of their costs, so that a noisy single
-    measurement decides nothing.
+    On a device engines run later than they are launched, and a token may be one graph: there whole tokens say what
+    is saved, as the recipe dispatches them. Medians over interleaved repeats. Units of as many layers share the median
+    of their costs, so that a noisy single measurement decides nothing.
     """
     model, units = bundle.manifest.model, bundle.manifest.policy.units
     recipe = build.recipe.cost
-    engines = load_engines(bundle, build, backend, build.recipe, "sync")
+    engines = load_engines(bundle, build, backend, build.recipe, build.recipe.runtime.dispatch)
     context = min(recipe.context, model.max_positions - 1, engines.model.max_positions - 1)
     cache: Any = engines.cache(context)
     cache.reserve(context + 1)
-    step = engines.step(cache, 1)
+    step: Any = engines.step(cache, 1)
     cache.length = context
     step.place()
     names = [segment.name for segment in build.segments]
@@ -62,16 +74,52 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
         for one in passes:
             for (name, _), microseconds in zip(one, _timed(launch for _, launch in one), strict=True):
                 times[name].append(microseconds)
-    load = meter.load()
     medians = {name: round(median(found), 2) for name, found in times.items()}
     runs = {name: medians.pop(name) for name in names}
-    dense = sum(runs.values())
+    dense, asks = sum(runs.values()), 0.0
+    saved = [runs[names[place]] - medians[unit.bypass] for place, unit in zip(gated, units, strict=True)]
+    if not isinstance(engines, EngineSet):
+        dense, asks, saved = _whole_tokens(step, cache, units, engines.policy is not None, recipe.repeats)
+    load = meter.load()
     alike: dict[int, list[float]] = defaultdict(list)
-    for place, unit in zip(gated, units, strict=True):
-        alike[len(unit.layers)].append(runs[names[place]] - medians[unit.bypass])
-    cost = tuple(max(median(alike[len(unit.layers)]), 0.0) / dense for unit in units)
-    device = cpu_name() if isinstance(engines, EngineSet) else engines.device.name
-    return CostTable(context, round(dense, 2), runs, medians, cost, device, *load)
+    for unit, each in zip(units, saved, strict=True):
+        alike[len(unit.layers)].append(each)
+    cost = tuple(min(max(median(alike[len(unit.layers)]), 0.0) / dense, 1.0) for unit in units)
+    device, dispatch = (
+        (cpu_name(), "sync") if isinstance(engines, EngineSet) else (engines.device.name, engines.dispatch)
+    )
+    table = CostTable(context, round(dense, 2), runs, medians, cost, device, *load)
+    return replace(table, asks=round(max(asks, 0.0) / dense, 5), dispatch=dispatch)
+
+
+def _whole_tokens(
+    step: DeviceStep, cache: DeviceCache, units: Sequence[Unit], asks: bool, repeats: int
+) -> tuple[float, float, list[float]]:
+    """Microseconds of a dense token, of asking the policy, and saved by skipping each unit: alone, and as the policy
+    decides it where there is one.
+    """
+    context = cache.length
+    sizes = tuple(len(unit.layers) for unit in units)
+
+    def rule(*places: int) -> Rule:
+        limits = tuple(math.inf if place in places else 0.0 for place in range(len(units)))
+        return DecisionRule(limits, sizes) if asks else FixedRule(places)
+
+    dense, asking, saved = [], [], []
+    for place in range(max(1, len(units))):
+        rules = [DENSE, rule(), rule(place)] if units else [DENSE, DENSE, DENSE]
+        times: list[list[float]] = []
+        for _ in range(WARM_UP + repeats):
+            times.append([])
+            for each in rules:
+                cache.length = context
+                (spent,) = _timed([partial(step.decode, 1, each)])
+                times[-1].append(spent)
+        kept = np.array(times[WARM_UP:])
+        dense.append(float(np.median(kept[:, 0])))
+        asking.append(float(np.median(kept[:, 1] - kept[:, 0])))
+        saved.append(float(np.median(kept[:, 1] - kept[:, 2])))
+    return median(dense), median(asking), saved[: len(units)]
 
 
 @backend_errors

@@ -50,7 +50,7 @@ def calibrate_dial(
         tokens += len(window) - min(PREFIX, len(window) // 2)
         judged += len(window) - min(PREFIX, len(window) // 2) - 1
         progress("calibrating the dial", done, len(windows))
-    points = [DialPoint(0.0, float(num_layers), 1.0, 0.0)]
+    points = [DialPoint(0.0, float(num_layers), round(1.0 + runtime.cost.asks, 5), 0.0)]
     for trade_off, (skipped, time, kl, lost) in zip(trade_offs, sums / tokens, strict=True):
         perplexity = round(float(np.exp(min(lost * tokens / judged, 50.0))), 5)
         layers = round(num_layers - skipped, 4)
@@ -86,7 +86,8 @@ def _measured(
         score = runtime.session("token", trade_off=trade_off).score(window, prompt, keep_logits=True)
         assert score.logits is not None
         actions = score.actions[prompt:]
-        time = runtime.cost.token_time(unit_skips(actions, runtime.bundle.manifest.policy.units)).sum()
+        skips = unit_skips(actions, runtime.bundle.manifest.policy.units)
+        time = runtime.cost.token_time(skips, asked=True).sum()
         lost = (dense.log_likelihoods - score.log_likelihoods)[prompt:].sum()
         found.append((actions.sum(), time, reference.kl(score.logits[prompt:]).sum(), lost))
     return np.array(found, np.float64)

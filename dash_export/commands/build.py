@@ -155,7 +155,8 @@ def _summary(bundle: Bundle, build: Build) -> None:
         why = f": {obstacle}" if obstacle else "."
         click.echo(f"For {build.device}. Costs are not measured here{why} `build` measures them where it can.")
         return
-    click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}")
+    asks = f"; asking the policy adds {cost.asks:.1%} ({cost.dispatch})" if cost.asks else ""
+    click.echo(f"Dense: {cost.dense_us / 1000:.2f} ms/token at {cost.context} cached tokens on {build.device}{asks}")
     if cost.cost:
         print_units(build, bundle.manifest.policy.units)
     if cost.disturbed:

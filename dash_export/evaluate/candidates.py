@@ -37,7 +37,8 @@ class Candidate:
         """
         if not len(actions):
             return 0, float(self.runtime.engines.model.num_layers), 1.0
-        times = self.runtime.cost.token_time(unit_skips(actions, self.runtime.bundle.manifest.policy.units))
+        skips = unit_skips(actions, self.runtime.bundle.manifest.policy.units)
+        times = self.runtime.cost.token_time(skips, self.setting.kind == "token")
         return len(actions), float((actions == 0).sum(axis=1).mean()), float(times.mean())
 
 

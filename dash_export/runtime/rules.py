@@ -99,7 +99,7 @@ class SessionRules:
         """A token was decoded with these skips [units, 1]."""
         if self.budget is None or self._cost is None or not isinstance(self.calibrated, DecisionRule):
             return
-        excess = float(self._cost.token_time(skipped)[0]) - self.budget
+        excess = float(self._cost.token_time(skipped, asked=True)[0]) - self.budget
         bound = log(HOLD_RANGE)
         self._log_scale = min(bound, max(-bound, self._log_scale + HOLD_GAIN * excess))
         self.rule = self.calibrated.scaled(exp(self._log_scale))

@@ -124,6 +124,11 @@ class DashRuntime:
     def session_with(self, setting: Setting) -> Session:
         """`session`, its arguments in one object."""
         manifest = self.bundle.manifest
+        if setting.budget is not None and self.cost.segment_us and self.dispatch != self.cost.dispatch:
+            raise PolicyError(
+                f"This build's times are of dispatch {self.cost.dispatch!r:.20}, and a budget is of the time. Give "
+                f"skipped or max_kl; or build by a recipe with dispatch = {self.dispatch!r}."
+            )
         return self.session_under(session_rules(setting, manifest.model, manifest.policy, self.build))
 
     def session_under(self, rule: Rule | SessionRules | Policy) -> Session:

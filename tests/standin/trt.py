@@ -94,6 +94,9 @@ class Engine:
         self.outputs = [name for name in self.tensors if name not in self.inputs]
         self.num_io_tensors = len(self.tensors)
 
+    def run(self, feeds: dict[str, Any]) -> list[Any]:
+        return self.session.run(self.outputs, feeds)  # type: ignore[no-any-return]
+
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]
 
@@ -186,7 +189,7 @@ class Context:
             for name, array in feeds.items():
                 unchanged = np.array_equal(array.view(np.uint8), kept[name].view(np.uint8))
                 rule(unchanged, f"{name} of {engine.name} is written while it is read")
-            found = engine.session.run(engine.outputs, {name: array.copy() for name, array in feeds.items()})
+            found = engine.run({name: array.copy() for name, array in feeds.items()})
             for name, array in zip(engine.outputs, found, strict=True):
                 memory[name]()[...] = array
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.building import build, dial
+from dash_export.building import build, cost_table, dial
 from dash_export.building.cost_table import measure_cost
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit, decision_rule, layer_actions
@@ -41,7 +41,7 @@ from tests.runtime.device.conftest import (
     decoded,
 )
 from tests.standin.cuda import Card
-from tests.standin.trt import Context
+from tests.standin.trt import Context, Engine
 from tests.tiny import TINY_UNITS, random_actions, tiny_checkpoint, tiny_policy
 
 NOT_HERE = rt.cudaError_t.cudaErrorStreamCaptureUnsupported
@@ -249,9 +249,44 @@ def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.
     cost = measure_cost(device_bundle, made, TensorRT("tensorrt"))
     assert {*cost.segment_us, *cost.bypass_us, "policy"} == set(made.engines)
     assert cost.device == "a card (compute capability 12.0)"
-    cost = replace(cost, cost=(0.2, 0.1))
-    points = dial.calibrate_dial(device_bundle, replace(made, cost=cost), TensorRT("tensorrt"))
+    cost = replace(cost, cost=(0.2, 0.1), asks=0.05)
+    made = replace(made, cost=cost)
+    points = dial.calibrate_dial(device_bundle, made, TensorRT("tensorrt"))
     assert [points[0].layers, points[-1].layers] == [6, 3]
+    assert points[0].time == 1.05, "the policy is asked although nothing is skipped"
+    assert abs(points[-1].time - (1.05 - cost.token_time(np.zeros((2, 1)))[0] + 0.7)) < 1e-4
+    build = replace(made, dial=points)
+    session = DashRuntime(device_bundle, build, TensorRT("tensorrt")).session("token", budget=0.9)
+    assert session.rules.rule.limits[0] > 0
+    with pytest.raises(PolicyError, match="times are of dispatch 'overlapped'"):
+        DashRuntime(device_bundle, build, TensorRT("tensorrt"), "device").session("token", budget=0.9)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCH)
+def test_what_a_skip_saves_is_measured_by_whole_tokens(
+    dispatch: str, on_card: MakeOnCard, device_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are dispatched: by a clock that each engine's run moves, and each call of the host."""
+    made, clock = on_card("trt10", dispatch), [0.0]
+    takes = {"layers_02-03": 0.4, "layer_04": 0.2, "bypass_02-03": 0.1, "bypass_04-04": 0.05, "policy": 0.07}
+    sound = Engine.run
+
+    def run(engine: Engine, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        clock[0] += takes.get(engine.name, 0.1)
+        return sound(engine, feeds)
+
+    monkeypatch.setattr(Engine, "run", run)
+    monkeypatch.setattr(cost_table.time, "perf_counter", lambda: clock[0])
+    build = replace(
+        made.runtime.build,
+        recipe=replace(made.runtime.recipe, runtime=replace(made.runtime.recipe.runtime, dispatch=dispatch)),
+    )
+    cost = measure_cost(device_bundle, build, TensorRT("tensorrt"))
+    dense = 0.3 + 0.4 + 0.2
+    assert cost.dispatch == dispatch
+    np.testing.assert_allclose(cost.dense_us, 1e6 * dense, rtol=1e-6)
+    np.testing.assert_allclose(cost.cost, [0.3 / dense, 0.15 / dense], rtol=1e-6)
+    np.testing.assert_allclose(cost.asks, 0.07 / dense, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", BUILDS)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from glob import escape
@@ -23,7 +22,7 @@ from dash_export.bundle import BUILD, LARGEST_RECORD, TEXT_FILES, Bundle, parsed
 from dash_export.decision import recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
 from dash_export.manifest import Build, Manifest
-from dash_export.names import MANIFEST, NO_HUB_ID, SIGNATURE
+from dash_export.names import MANIFEST, NO_HUB_ID, SIGNATURE, cache_folder
 from dash_export.outputs import folder_locked, hold, remove
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
     `trusted` raises BundleError for a bundle that may not run. Without it the engines of a GPU, which are code, are
     refused. Other processes that want the same name wait. Raises BundleError.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-export" / "hub" / name
+    base = cache_folder() / "hub" / name
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:

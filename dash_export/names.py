@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,11 @@ NO_HUB_ID = (".dash", ".gguf")
 ROUNDINGS = "roundings.npz"
 TIMING_CACHE = "timing.cache"
 """Files in a build's folder from which engines are made again, and which no run reads."""
+
+
+def cache_folder() -> Path:
+    """Where what can be fetched or made again is kept between processes."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-export"
 
 
 def is_hub_id(name: str | Path) -> bool:

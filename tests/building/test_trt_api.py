@@ -29,6 +29,8 @@ RTX_ONLY = {
     "set_flag",
     "REQUIRE_USER_ALLOCATION",
     "create_runtime_config",
+    "create_runtime_cache",
+    "set_runtime_cache",
     "set_execution_context_allocation_strategy",
     "dynamic_shapes_kernel_specialization_strategy",
     "DynamicShapesKernelSpecializationStrategy",
@@ -116,9 +118,9 @@ def test_errors_of_one_compilation_do_not_stay() -> None:
 def test_contexts_take_memory_of_ours(backend: str) -> None:
     """And RTX compiles kernels at once: a recording would keep those that stand in until it has."""
     toolkit = trt_api.Toolkit.__new__(trt_api.Toolkit)
-    toolkit.trt, toolkit.is_rtx = rtx, backend == "tensorrt_rtx"
+    toolkit.trt, toolkit.is_rtx, toolkit._kernels = rtx, backend == "tensorrt_rtx", Mock()
     engine = Mock()
-    toolkit.context(engine)
+    toolkit.context(engine, "8.9")
     (given,) = engine.create_execution_context.call_args.args
     strategy = rtx.ExecutionContextAllocationStrategy.USER_MANAGED
     if backend == "tensorrt":
@@ -127,3 +129,4 @@ def test_contexts_take_memory_of_ours(backend: str) -> None:
         given.set_execution_context_allocation_strategy.assert_called_once_with(strategy)
         eager = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
         assert given.dynamic_shapes_kernel_specialization_strategy == eager
+        given.set_runtime_cache.assert_called_once_with(toolkit._kernels)

@@ -80,6 +80,8 @@ class Card:
         self.version, self.failing, self.devices = rt.CUDART_VERSION, dict[str, Any](), list[Any]()
         self.raw: list[Call] = []
         self.calls = Counter[str]()
+        self.at_exit: list[tuple[Any, ...]] = []
+        """What the product would do when the process ends, and with what."""
         self.recorded: list[Graph] = []
         self.ran: list[tuple[int, Any]] = []
         """(stream, context) of every launch of an engine."""

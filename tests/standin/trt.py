@@ -81,6 +81,20 @@ class Builder:
         return pickle.dumps((network.name, network.model, [dict(each) for each in config.profiles], flags))
 
 
+class RuntimeCache:
+    """Names of the engines whose kernels it has."""
+
+    def __init__(self) -> None:
+        self.kernels = set[str]()
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.kernels |= set(blob.decode().split())
+        return True
+
+    def serialize(self) -> bytes:
+        return " ".join(sorted(self.kernels)).encode()
+
+
 class Engine:
     """A plan of this stand-in's builder."""
 
@@ -109,12 +123,16 @@ class Engine:
     def create_runtime_config(self) -> Any:
         config = SimpleNamespace(strategy=None, dynamic_shapes_kernel_specialization_strategy="LAZY")
         config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "strategy", strategy)
+        config.create_runtime_cache, config.cache = RuntimeCache, None
+        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
         return config
 
     def create_execution_context(self, how: Any) -> Context:
         assert self.rtx != isinstance(how, str), "TensorRT is given a strategy, TensorRT-RTX a configuration"
         assert (how if isinstance(how, str) else how.strategy) == "USER_MANAGED"
         # The release notes of TensorRT-RTX, and LAZY's kernels that stand in until better ones are compiled.
+        if self.rtx and how.cache is not None:
+            how.cache.kernels.add(self.name)
         lazy = self.rtx and how.dynamic_shapes_kernel_specialization_strategy == "LAZY"
         return Context(self, captures=not self.rtx or (self.user_memory and not lazy))
 

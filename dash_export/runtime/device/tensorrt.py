@@ -103,7 +103,7 @@ class TensorRTEngine:
         return launch
 
     def _new_context(self, profile: int) -> Any:
-        context = self._device.toolkit.context(self._engine)
+        context = self._device.toolkit.context(self._engine, self._device.device.capability)
         if context is None:
             raise BackendError(f"{self._name}: TensorRT made no context (out of device memory?).")
         if profile and not context.set_optimization_profile_async(profile, self._device.stream(self._stream)):

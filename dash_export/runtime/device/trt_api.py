@@ -5,20 +5,24 @@ Nothing here needs a device but `tensorrt` itself, which compiles for the one it
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dash_export.errors import BackendError
+from dash_export.artifacts import read_bounded, write_atomic
+from dash_export.errors import BackendError, OutputError
+from dash_export.names import cache_folder
 from dash_export.runtime.backends import BACKENDS
 
 PORTABLE_SINCE = (10, 15)
 """TensorRT before this one has no KVCacheUpdate: the `trt10` dialect is for it."""
 
+_LARGEST_KERNELS = 1 << 30
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """One optimisation profile: input -> (smallest, best, largest) shape."""
 
@@ -49,6 +53,7 @@ class Toolkit:
         self.backend, self.is_rtx = backend, backend == "tensorrt_rtx"
         self.version = str(self.trt.__version__)
         self.logger = _logger(self.trt)
+        self._kernels: Any = None
 
     def describe(self) -> str:
         return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
@@ -82,9 +87,10 @@ class Toolkit:
                 raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last(complaints)}")
             return engine, bytes(cached.serialize()) if cached is not None else b""
 
-    def context(self, engine: Any) -> Any:
+    def context(self, engine: Any, capability: str) -> Any:
         """An engine's execution context whose scratch memory the caller gives; None where there is no memory for it.
-        Kernels for its shapes are compiled at once: those that stand in meanwhile would be recorded for good.
+        Kernels for its shapes are compiled at once (those that stand in meanwhile would be recorded for good), and kept
+        for the next process on a card of this compute capability.
         """
         trt = self.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -94,6 +100,13 @@ class Toolkit:
         runtime_config.set_execution_context_allocation_strategy(strategy)
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+        if self._kernels is None:
+            self._kernels = runtime_config.create_runtime_cache()
+            file = cache_folder() / f"{self.backend}-{self.version}-{capability}.kernels"
+            with suppress(OSError):  # of another version or card: TensorRT-RTX takes none of it
+                self._kernels.deserialize(read_bounded(file, _LARGEST_KERNELS))
+            atexit.register(_keep, self._kernels, file)
+        runtime_config.set_runtime_cache(self._kernels)
         return engine.create_execution_context(runtime_config)
 
     def _configure(self, config: Any, settings: Settings) -> None:
@@ -109,6 +122,15 @@ class Toolkit:
                 known = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}", None)
                 if known is None or not config.set_compute_capability(known, index):
                     raise BackendError(f"{self.describe()} does not compile for compute capability {capability}.")
+
+
+def _keep(kernels: Any, file: Path) -> None:
+    """Write a runtime cache, at the end of a process, where it has more than the file."""
+    with suppress(OSError, OutputError):
+        made = bytes(kernels.serialize())
+        if not file.is_file() or file.stat().st_size != len(made):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, made)
 
 
 def last(complaints: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import os
 from collections import defaultdict
 from importlib import import_module
 from pathlib import Path
@@ -15,11 +16,12 @@ import pytest
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import BACKENDS, load_backend
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
-from dash_export.runtime.device import cuda, cuda_graph, tensorrt
+from dash_export.runtime.device import cuda, cuda_graph, tensorrt, trt_api
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
 from dash_export.runtime.device.cuda_graph import KERNELS, CudaGraph, compile_kernels
 
 if TYPE_CHECKING:
+    from tests.runtime.device.conftest import MakeOnCard
     from tests.standin.cuda import Card
 
 rt = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
@@ -173,6 +175,30 @@ def test_what_fails_leaves_no_recording_open(card: Card) -> None:
     assert (card.calls["cudaStreamEndCapture"], card.calls["cudaGraphDestroy"]) == (2, 1)
 
 
+def test_kernels_of_rtx_are_kept(
+    on_card: MakeOnCard, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled by one process, read by the next, and written again only where there are more."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    on_card("rtx").runtime.generate([1, 2, 3], 2)
+    ((keep, kernels, file),) = card.at_exit
+    keep(kernels, file)
+    assert file == tmp_path / "dash-export" / "tensorrt_rtx-10.16.0-12.0.kernels"
+    assert set(file.read_text().split()) >= {"layer_00", "policy", "bypass_04-04"}
+    trt_api.load_toolkit.cache_clear()
+    on_card("rtx").runtime.session()
+    read = file.read_bytes()
+    os.utime(file, (0, 0))
+    for keep, kernels, _ in card.at_exit:
+        assert set(kernels.serialize().split()) <= set(read.split())
+        keep(kernels, file)
+    assert file.stat().st_mtime == 0
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere")
+    keep(kernels, file)  # the end of a process is no place for complaints
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_dropped_graph_is_given_back(card: Card) -> None:
     graph = recorded(card)
     del graph
@@ -236,8 +262,9 @@ class Context:
 def device(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A device whose addresses count up, and engines that want as much scratch memory as their file's name says."""
     made: Any = object.__new__(tensorrt.TensorRT)
+    made.device = SimpleNamespace(capability="9.0")
     made.engines, made._scratch, made.contexts, made._streams = {}, {}, [], {"main": 7, "beside": 8}
-    made.toolkit = SimpleNamespace(context=lambda engine: engine.create_execution_context(2))
+    made.toolkit = SimpleNamespace(context=lambda engine, _: engine.create_execution_context(2))
     made.memory = lambda nbytes: CudaMemory(4096 * (1 + len(made._scratch)), nbytes)
 
     def load(engine: Any, device: Any, path: Path, stream: str) -> None:

@@ -28,7 +28,6 @@ Bytes = npt.NDArray[np.uint8]
 Call = tuple[int | str, str, Any]
 """(stream or "host", what, of what)."""
 OK, POISON = rt.cudaError_t.cudaSuccess, 0xFF
-TOTAL = 8 << 30
 
 
 class BrokenRuleError(AssertionError):
@@ -78,6 +77,7 @@ class Card:
     def __init__(self, first: str | int = "main") -> None:
         self.run_in_order_of(first)
         self.version, self.failing, self.devices = rt.CUDART_VERSION, dict[str, Any](), list[Any]()
+        self.integrated, self.total = False, 8 << 30
         self.raw: list[Call] = []
         self.calls = Counter[str]()
         self.at_exit: list[tuple[Any, ...]] = []
@@ -169,8 +169,8 @@ class Card:
             cuDriverGetVersion=lambda found: put(found, self.version),
             cuDeviceGet=lambda found, index: put(found, index),
             cuDeviceGetName=lambda name, _size, _device: setattr(name, "value", b"a card") or 0,
-            cuDeviceTotalMem_v2=lambda found, _: put(found, TOTAL),
-            cuDeviceGetAttribute=lambda found, which, _: put(found, {75: 12}.get(which, 0)),
+            cuDeviceTotalMem_v2=lambda found, _: put(found, self.total),
+            cuDeviceGetAttribute=lambda found, which, _: put(found, {75: 12, 18: self.integrated}.get(which, 0)),
         )
 
     # --- memory
@@ -188,7 +188,7 @@ class Card:
         return self._starts[bisect(self._starts, address) - 1] if self._starts else 0
 
     def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:  # noqa: N802
-        if nbytes > TOTAL:
+        if nbytes > self.total:
             return rt.cudaError_t.cudaErrorMemoryAllocation, None
         made = np.full(nbytes + 256, POISON, np.uint8)
         aligned = made[-made.ctypes.data % 256 :][:nbytes]
@@ -213,7 +213,7 @@ class Card:
     cudaFreeHost = cudaFree  # noqa: N815
 
     def cudaMemGetInfo(self) -> tuple[Any, ...]:  # noqa: N802
-        return OK, TOTAL - sum(each.nbytes for each in self._memory.values()), TOTAL
+        return OK, self.total - sum(each.nbytes for each in self._memory.values()), self.total
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[Any]:  # noqa: N802
         self.enqueue(stream, "memset", "", lambda: self.view(address, nbytes).fill(value))
@@ -478,6 +478,11 @@ class Card:
 
     def cudaSetDevice(self, index: int) -> tuple[Any]:  # noqa: N802
         assert index == 0
+        return (OK,)
+
+    def cudaSetDeviceFlags(self, flags: int) -> tuple[Any]:  # noqa: N802
+        assert self.integrated
+        assert flags == rt.cudaDeviceScheduleSpin
         return (OK,)
 
     def cudaDriverGetVersion(self) -> tuple[Any, ...]:  # noqa: N802

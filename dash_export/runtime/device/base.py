@@ -81,6 +81,11 @@ class Device(Protocol):
         and this version.
         """
 
+    def check_room(self, engines: Mapping[Path, int], cache: int) -> None:
+        """Before anything is loaded: engine files of so many bytes, but those that are here, and one session's cache.
+        Raises BackendError where so much is not free; where the host's memory is the device's it warns.
+        """
+
     def engine(self, path: Path, stream: str) -> DeviceEngine:
         """Load an engine that will run on the stream of that name, with that stream's scratch memory."""
 

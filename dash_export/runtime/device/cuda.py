@@ -5,8 +5,9 @@ default stream. Not yet run on a GPU.
 from __future__ import annotations
 
 import ctypes
+import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
 if TYPE_CHECKING:
     from dash_export.runtime.device.cuda_graph import CudaGraph
 
+logger = logging.getLogger(__name__)
+LESS_MEMORY = "Use a smaller kv_capacity or prefill_chunk in the recipe, int4 weights, or fewer sessions."
 INSTALL = "pip install 'cuda-bindings>=12.6,<13' (CUDA 12, JetPack 6) or cuda-bindings (CUDA 13)"
 
 
@@ -57,6 +60,8 @@ class Cuda:
                 f"{self.device.driver}: {INSTALL}"
             )
         self(self.rt.cudaSetDevice(self.device.index))
+        if self.device.integrated:  # where a wait sleeps by default: a token waits once, for a millisecond or a few
+            self(self.rt.cudaSetDeviceFlags(self.rt.cudaDeviceScheduleSpin))
         self.engines: dict[tuple[Path, str], Any] = {}
         self._streams: dict[str, int] = {}
         self._events: dict[str, Any] = {}
@@ -68,10 +73,24 @@ class Cuda:
             name = self.rt.cudaGetErrorString(code)[1]
             text = name.decode() if isinstance(name, bytes) else str(name)
             raise BackendError(f"CUDA on {self.device.name} failed{what}: {text} ({int(code)}).")
-        return values[0] if values else None
+        return tuple(values) if len(values) > 1 else values[0] if values else None
 
     def accept(self, build: Build, rebuild: str) -> None:
         """Every build."""
+
+    def check_room(self, engines: Mapping[Path, int], cache: int) -> None:
+        loaded = {path for path, _ in self.engines}
+        weights = sum(nbytes for path, nbytes in engines.items() if path not in loaded)
+        free, total = self(self.rt.cudaMemGetInfo())
+        if weights + cache <= free:
+            return
+        said = (
+            f"The engines take {weights / 1e6:.0f} MB and a session's cache {cache / 1e6:.0f} MB, and "
+            f"{free / 1e6:.0f} of {total / 1e6:.0f} MB of {self.device.name} are free. {LESS_MEMORY}"
+        )
+        if not self.device.integrated:
+            raise BackendError(said)
+        logger.warning("%s Memory that files are kept in may be given back meanwhile.", said)
 
     def engine(self, path: Path, stream: str) -> Any:
         key = (path, stream)
@@ -90,11 +109,10 @@ class Cuda:
         code, address = rt.cudaMalloc(size)
         if code == rt.cudaError_t.cudaErrorMemoryAllocation:
             rt.cudaGetLastError()  # a failed allocation is not sticky
-            free, total = rt.cudaMemGetInfo()[1:]
+            free, total = self(rt.cudaMemGetInfo())
             raise BackendError(
                 f"{self.device.name} is out of memory: {size / 1e6:.1f} MB were asked for and {free / 1e6:.1f} of "
-                f"{total / 1e6:.0f} MB are free. Use a smaller kv_capacity or prefill_chunk in the recipe, int4 "
-                "weights, or fewer sessions."
+                f"{total / 1e6:.0f} MB are free. {LESS_MEMORY}"
             )
         memory = CudaMemory(int(self((code, address))), nbytes)
         weakref.finalize(memory, rt.cudaFree, memory.address)

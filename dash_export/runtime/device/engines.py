@@ -35,7 +35,8 @@ class DeviceEngines:
         """`dispatch`: `sync`, `overlapped` or `device` (`step`), which becomes `overlapped` where steps cannot be
         recorded.
 
-        Raises BundleError where the build has no engine of the policy, or none that gives the state that it reads.
+        Raises BundleError where the build has no engine of the policy, or none that gives the state that it reads, and
+        BackendError where the device has no room.
         """
         assert recipe.engine is not None
         self.build, self.device, self.dispatch, self.recipe = build, device, dispatch, recipe.engine
@@ -51,6 +52,10 @@ class DeviceEngines:
         # All sessions share the streams and their scratch memory, and what another thread gave a stream while a step is
         # recorded would become part of it: they take turns, a step at a time.
         self.turn = threading.RLock()
+
+        shape = (2 * self.model.num_layers, model.num_kv_heads, recipe.engine.kv_capacity, model.head_dim)
+        files = {bundle.path(engine.file): engine.bytes for engine in build.engines.values()}
+        device.check_room(files, prod(shape) * self.itemsize)
 
         def load(name: str, stream: str = MAIN) -> DeviceEngine:
             return device.engine(bundle.path(build.engines[name].file), stream)

@@ -133,6 +133,8 @@ def test_bindings_of_a_newer_cuda_than_the_driver(
         CUDART_VERSION=known,
         cudaError_t=rt.cudaError_t,
         cudaSetDevice=lambda index: asked.append(index) or (OK,),
+        cudaDeviceScheduleSpin=rt.cudaDeviceScheduleSpin,
+        cudaSetDeviceFlags=lambda _: (OK,),
     )
     monkeypatch.setattr(cuda, "cuda_devices", lambda: [there])
     monkeypatch.setattr(cuda, "require_bindings", lambda: bindings)
@@ -173,6 +175,26 @@ def test_what_fails_leaves_no_recording_open(card: Card) -> None:
         recorded(card, refuse)
     assert not card.recording()
     assert (card.calls["cudaStreamEndCapture"], card.calls["cudaGraphDestroy"]) == (2, 1)
+
+
+@pytest.mark.parametrize("integrated", [False, True])
+def test_too_little_memory_is_told_before_anything_is_loaded(
+    integrated: bool, on_card: MakeOnCard, card: Card, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is the host's, files that are kept in it count as taken, and give it back."""
+    card.integrated, card.total = integrated, 500_000
+    said = r"The engines take \d+ MB and a session's cache \d+ MB, and 0 of 0 MB of a card are free"
+    if integrated:
+        card.total = 2_000_000
+        card.cudaMemGetInfo = lambda: (OK, 0, card.total)  # type: ignore[method-assign]
+        on_card("portable")
+        assert "Memory that files are kept in" in caplog.text
+        assert card.calls["cudaSetDeviceFlags"] == 1
+        return
+    with pytest.raises(BackendError, match=said):
+        on_card("portable")
+    card.total = 8 << 30
+    on_card("portable")
 
 
 def test_kernels_of_rtx_are_kept(

@@ -49,20 +49,51 @@ LOWERING = ("onnx", "onnx_ir", "ml_dtypes")
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option(
+    "--probe", "probed", is_flag=True,
+    help="Try the first GPU, for seconds: launches, waits, copies, graphs with decisions. Send --json back with a bug.",
+)  # fmt: skip
 @click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
+def command(ctx: click.Context, as_json: bool, probed: bool) -> None:
     """Show this machine's hardware, packages and backends, and which targets it can build and run.
 
     Exits with 1 when something is broken: two conflicting ONNX Runtime packages, half an install, a GPU that CUDA
     cannot use.
     """
     report = examine()
+    if probed:
+        report["probe"] = _probe()
+        fix = "take dispatch 'overlapped', and send this report (--json) to the makers of dash-export"
+        wrong = report["probe"].get("wrong", [])
+        report["problems"] += [{"problem": f"A graph decides wrongly ({each}).", "fix": fix} for each in wrong]
     if as_json:
         click.echo(json.dumps(report, ensure_ascii=False))
     else:
         _print(report)
+        if probed:
+            _print_probe(report["probe"])
     if report["problems"]:
         ctx.exit(1)
+
+
+def _probe() -> dict[str, Any]:
+    """What the first card takes for a token's launches. Raises BackendError where there is none, or it fails."""
+    from dash_export.runtime.device.cuda import Cuda
+    from dash_export.runtime.device.probe import probe
+
+    device = Cuda()
+    return {"device": asdict(device.device), **probe(device)}
+
+
+def _print_probe(found: dict[str, Any]) -> None:
+    rows = {f"a token, {name}": f"{took:.0f} µs" for name, took in found["token_us"].items()}
+    rows |= {"a launch": f"{found['launch_us']:.2f} µs", "a launch and its end": f"{found['wait_us']:.1f} µs"}
+    rows |= {"copying on the card": f"{found['bytes_per_second'] / 1e9:.0f} GB/s"}
+    rows |= {f"not recorded: {name}": why for name, why in found.get("not_recorded", {}).items()}
+    title = (
+        f"{found['device']['name']}: {found['units']} units that do nothing; dispatch '{found['dispatch']}' pays here"
+    )
+    print_table(title, ("", ""), (), rows.items())
 
 
 def examine() -> dict[str, Any]:

@@ -168,8 +168,9 @@ class Bundle:
             old = sha256_file(there) if there.is_file() else ""
             before = [item for item in known.builds.get(build.target, ()) if item.sha256 == old != record.sha256]
             manifest = sealed(replace(known, builds={**known.builds, build.target: (record, *before)}))
-            self.path(SIGNATURE).unlink(missing_ok=True)  # which was of another manifest
-            write_atomic(self.root / MANIFEST, to_json(manifest))
+            if manifest != known:
+                write_atomic(self.root / MANIFEST, to_json(manifest))
+                self.path(SIGNATURE).unlink(missing_ok=True)  # which was of another manifest
             write_atomic(there, contents)
         self.manifest = manifest
 

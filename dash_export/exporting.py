@@ -126,6 +126,7 @@ def _whole(output: Path, key: str) -> Bundle | None:
         known = Bundle.open(output)
         if known.manifest.key == key:
             known.verify(known.manifest.files)
+            known.check_listed(None)
             return known
     except NewerBundleError:
         raise

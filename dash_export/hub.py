@@ -56,7 +56,7 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
     with folder_locked(base, [], shared=False, wait=True):
         asked = quote(target, safe="")[:200] if target else "(default)"
         pointers = [base / f"{asked}{ending}.version" for ending in (["+signed", ""] if trusted else [""])]
-        found = [path.read_text(encoding="utf-8") for path in pointers if path.is_file()]
+        found = [_version(path) for path in pointers if path.is_file()]
         known = next((version for version in found if version and (base / version).is_dir()), None)
         try:
             version = _asked(name, BundleError, lambda hub: hub.HfApi().model_info(name, timeout=_SECONDS).sha)
@@ -69,12 +69,16 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
             return load(_held(base / known, name))
         if version != known or not pointers[0].is_file():
             write_atomic(pointers[0], version)
-            wanted = {path.read_text(encoding="utf-8") for path in base.glob("*.version")}
+            wanted = {*map(_version, base.glob("*.version"))}
             for path in base.iterdir():
                 if path.is_dir() and path.name not in wanted:
                     with suppress(BusyError), folder_locked(path, [], shared=False):  # one that nobody runs
                         remove(path)
         return made
+
+
+def _version(pointer: Path) -> str:
+    return pointer.read_text(encoding="utf-8", errors="replace")
 
 
 def _held(root: Path, name: str) -> Bundle:
@@ -156,7 +160,12 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
         adds += [] if text is None else [hub.CommitOperationAdd(CARD, text.encode())]
         gone = [hub.CommitOperationDelete(item) for item in sorted(old - set(names))]
         done = api.create_commit(name, [*adds, *gone], commit_message=f"dash-export {__version__}")
-        bundle.check_same(seal)
+        try:
+            bundle.check_same(seal)
+        except BundleError as error:
+            raise BundleError(
+                f"{name} was published, but of files that changed meanwhile: push again. {error}"
+            ) from error
         return str(done.repo_url)
 
     return str(_asked(name, BundleError, commit, "was not published", "log in with `hf auth login`, and push again"))

@@ -13,7 +13,7 @@ from dash_export.artifacts import read_bounded, write_atomic
 from dash_export.bundle import LARGEST_RECORD, Bundle
 from dash_export.errors import BundleError, StaleBuildError
 from dash_export.names import MANIFEST, SIGNATURE
-from dash_export.outputs import folder_locked, lock_file
+from dash_export.outputs import check_writable, folder_locked, lock_file
 
 TRUSTED_KEY = "DASH_EXPORT_TRUSTED_KEY"
 """Environment variable: the public key that every bundle has to be signed by before it is run."""
@@ -28,10 +28,15 @@ def sign(bundle: Bundle, private_key: Path) -> Path:
     bundle or one that changes meanwhile; OutputError where a link lies in the signature's place.
     """
     signing, place = _library("signing"), bundle.path(SIGNATURE)
+    check_writable(bundle.root)
     with folder_locked(bundle.root, [lock_file(bundle.root)], shared=True), TemporaryDirectory() as folder:
+        bundle = Bundle.open(bundle.root)  # as it is now that no export replaces it
+        bundle.check_listed(None)
         for target in bundle.targets():
             with suppress(StaleBuildError):  # which does not run
-                bundle.verify(bundle.load_build(target).files)
+                build = bundle.load_build(target)
+                bundle.check_listed(build)
+                bundle.verify(build.files)
         bundle.verify(record for record in bundle.manifest.files if bundle.path(record.name).exists())
         signed = Path(folder) / MANIFEST
         signed.write_bytes(read_bounded(bundle.path(MANIFEST), LARGEST_RECORD))

@@ -25,7 +25,7 @@ its template adds.
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
 MAX_ADDED = 1 << 20
-"""Letters of all added tokens, of which native code makes an automaton."""
+"""Letters of all added tokens, normalized as they say, of which native code makes an automaton."""
 MAX_REPEATS = 256
 """A pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
 MAX_TOKENS, MAX_MERGES = 1 << 19, 2.5
@@ -94,10 +94,6 @@ def check_vocabulary(tokens: int, merges: int) -> None:
 
 def _check_texts(data: Any) -> None:
     """Before native code makes anything of it. Raises ValueError."""
-    added = data.get("added_tokens") if isinstance(data, dict) else None
-    contents = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    if sum(len(content) for content in contents if isinstance(content, str)) > MAX_ADDED:
-        raise ValueError(f"its added tokens have over {MAX_ADDED} letters")
     model = data.get("model") if isinstance(data, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         # Native code of others recurses and multiplies as far as a stranger's vocabulary says.
@@ -136,6 +132,11 @@ def _check_growth(data: Any) -> None:
             within = _in_bytes(data["model"]) if "normalizer" in names else 1
             if within * math.prod(map(_growth, parts)) > most:
                 raise ValueError(f"what it does to a text can make it over {most} times as long")
+        normalized = math.prod(map(_growth, _parts(data.get("normalizer"))))
+        added = [token for token in data.get("added_tokens") or () if isinstance(token.get("content"), str)]
+        longer = (len(token["content"]) * (normalized if token.get("normalized", True) else 1) for token in added)
+        if sum(longer) > MAX_ADDED:
+            raise ValueError(f"its added tokens have over {MAX_ADDED} letters")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"it is no tokenizer.json ({error!r:.100})") from error
 

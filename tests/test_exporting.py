@@ -105,6 +105,13 @@ def test_a_damaged_bundle_is_made_anew(file: str, tiny_model: Checkpoint, tmp_pa
     assert (bundle.root / file).read_bytes() == whole
 
 
+def test_what_was_put_into_a_bundle_goes(tiny_model: Checkpoint, tmp_path: Path) -> None:
+    """No run would take it, and the error says to export again."""
+    root = export(tiny_model, tmp_path / "a.dash").root
+    (root / "tokenizer_config.json").write_text("{}")
+    export(tiny_model, root).check_listed(None)
+
+
 def test_a_bundle_in_another_is_refused(tiny_model: Checkpoint, own_bundle: Path) -> None:
     """The outer one's next export would remove it."""
     for name in ("onnx/mine.dash", "mine.dash"):

@@ -56,6 +56,16 @@ def test_only_what_was_signed_runs(own_bundle: Path, tmp_path: Path, monkeypatch
     assert not list(own_bundle.glob("*.unfinished"))
 
 
+def test_a_build_that_changes_nothing_keeps_the_signature(own_bundle: Path, tmp_path: Path) -> None:
+    private, public = keys(tmp_path, "mine")
+    assert dash("sign", own_bundle, "--key", private).exit_code == 0
+    bundle = Bundle.open(own_bundle)
+    bundle.save_build(bundle.load_build("cpu-fp32"))
+    DashRuntime.load(own_bundle, "cpu-fp32", trusted_key=public)
+    (own_bundle / "engines/cpu-fp32/more.onnx").write_bytes(b"")
+    assert "put there afterwards" in refused("sign", own_bundle, "--key", private), "no run would take it"
+
+
 def test_another_manifest_than_was_read_is_refused(own_bundle: Path, tmp_path: Path) -> None:
     private, public = keys(tmp_path, "mine")
     read = Bundle.open(own_bundle)
@@ -80,8 +90,10 @@ def test_keys_and_bundles_that_cannot_be_signed(own_bundle: Path, tmp_path: Path
     assert wrong.read_bytes() == before
     (own_bundle / "manifest.json.sig").unlink()
     (own_bundle / "manifest.json.sig").symlink_to(wrong)
-    with pytest.raises(OutputError, match="no signature but a link"):  # before anything is measured
-        build(own_bundle, "cpu", weights="fp32", measure=True)
+    for weights in ("fp32", "int8"):  # before anything is measured or made
+        with pytest.raises(OutputError, match="no signature but a link"):
+            build(own_bundle, "cpu", weights=weights, measure=True)
+    assert not list(own_bundle.glob("engines/cpu-int8/*.onnx"))
     refused("sign", own_bundle, "--key", private)
     assert (own_bundle / "manifest.json.sig").is_symlink()
     (own_bundle / "manifest.json.sig").unlink()

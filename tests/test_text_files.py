@@ -69,6 +69,11 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "single": (template("single", 50), "times as long"),
     "pair": (template("pair", 50), "times as long"),
     "added tokens": ({"added_tokens": [{"id": 1, "content": "a" * 3600}] * 4000}, "added tokens have over"),
+    "added tokens, normalized": (
+        sequence("normalizer", replacing("b" * 9, String="a"))
+        | {"added_tokens": [{"id": 1, "content": "a" * 4000, "normalized": True}] * 30},
+        "added tokens have over",
+    ),
     "merges": ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]] * 9}}, "9 merges for 1 tokens"),
     "a long token": ({"added_tokens": [{"id": 1, "content": "a" * 5000}]}, "a text of over 4096 letters"),
     "another model, in other letters": ({"model": {"type": "Unigram"}}, "not BPE"),

@@ -187,6 +187,7 @@ def _make_engines(
     if not all(found[job.name] for job in jobs if job.role == "aside"):
         found = dict.fromkeys(found)
     if not all(found.values()):
+        _check_savable(bundle)
         # From here to the end this build says that it is unfinished.
         (folder / BUILD).unlink(missing_ok=True)
         backend.start()

@@ -56,8 +56,12 @@ def save_report(path: Path, content: str | bytes) -> Path:
         free = next(name for name in names if not os.path.lexists(name))
         check_reports(free)
         click.echo(f"{path} is no report of ours any more: it is kept, and {free} is written.", err=True)
-    free.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(free, content)
+    try:
+        free.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(free, content)
+    except OSError as error:  # of several files, this one
+        error.filename = error.filename or str(free)
+        raise
     return free
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -46,7 +47,7 @@ def command(
 
     if text is not None and file is not None:
         raise click.UsageError("Give the text or --file, not both.")
-    setting = DEFAULT if setting == Setting() else setting
+    setting = replace(DEFAULT, hold=setting.hold) if setting.policy is None and not setting.given else setting
     files = picture_files(output, "png", "svg")
     with sole_writer(ctx, *files):
         if text is None:

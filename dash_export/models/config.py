@@ -152,7 +152,7 @@ def rotary_embedding(
     if not isinstance(rope, dict) or any(isinstance(inner, dict) for inner in rope.values()):
         raise CheckpointError(f"config 'rope_parameters' is {shown(rope)}; expected one object for all layer types")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "su":  # as Phi-3 first called it
+    if kind == "su" or (kind == "yarn" and "short_factor" in rope):  # as Phi-3 first called it
         kind = "longrope"
     if kind not in SCALINGS:
         raise CheckpointError(f"rope type {shown(kind)} is not supported; supported: {', '.join(SCALINGS)}")

@@ -25,8 +25,8 @@ def decoder(config: Mapping[str, Any]) -> DecoderSpec:
     window = sliding_window(config, 4096)
     windows = attention_windows(config, window, lambda layer: SLIDING if (layer + 1) % every else FULL)
     given = section(config, "rope_parameters")
-    local = section(given, SLIDING) or {"rope_theta": config.get("rope_local_base_freq") or 10_000.0}
-    full = section(given, FULL) or {"rope_theta": config.get("rope_theta") or 1e6}
+    local = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0} | section(given, SLIDING)
+    full = {"rope_theta": config.get("rope_theta") or 1e6} | section(given, FULL)
     full |= section(config, "rope_scaling")
     head_dim = positive(config, "head_dim", LARGEST["head_dim"], 256)
     return gemma_decoder(

@@ -91,7 +91,9 @@ class DashRuntime:
             opened.check_same(seal)
             return runtime
 
-        return hub.loaded(str(bundle), target, trusted, load) if is_hub_id(bundle) else load(Bundle.open(bundle))
+        if is_hub_id(bundle):
+            return hub.loaded(Path(bundle).as_posix(), target, trusted, load)
+        return load(Bundle.open(bundle))
 
     @property
     def dispatch(self) -> str:

@@ -95,7 +95,8 @@ class Session:
         """Another session that continues from here, with memory of its own. Fork between answers, not within one."""
         twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
         twin.cache = self.cache.copy()
-        twin.tokens, twin._pending, twin._hidden = list(self.tokens), list(self._pending), self._hidden
+        twin.tokens, twin._pending = list(self.tokens), list(self._pending)
+        twin._hidden = None if self._hidden is None else self._hidden.copy()  # a step's memory, which goes on
         return twin
 
     # --- answers
@@ -192,7 +193,9 @@ class Session:
 
     @check_arguments
     def restart(self, ids: Prompt) -> Logits:
-        """The logits [vocab] after `ids` as a conversation of its own; what is cached of it is not computed again."""
+        """The logits [vocab] after `ids` as a conversation of its own; what is cached of it stays as it is: an answer's
+        tokens with what they skipped.
+        """
         known = self.checked_ids(ids, fresh=True)
         check_room(len(known), 0, self.engines.model.max_positions)
         self.rewind_to(known)

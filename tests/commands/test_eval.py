@@ -214,6 +214,11 @@ def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     assert output.with_name("map.png").read_bytes().startswith(b"\x89PNG")
     assert output.with_name("map.svg").is_file()
     assert dash("skipmap", tiny_root, TEXT[:200], *TARGET, "--skipped", "1.5", "-o", output).exit_code == 0
+    default, free = (
+        dash("skipmap", tiny_root, "--file", text, *TARGET, *options, "-o", output).stdout
+        for options in ((), ("--no-hold",))
+    )
+    assert "6.0 of 6 layers" not in default + free, "both are the token policy"
     assert "give more text" in refused("skipmap", tiny_root, "too short", *TARGET, "--prefix", 60, "-o", output)
     refused("skipmap", tiny_root, "a", *TARGET, "--file", text, code=2)
 

@@ -175,6 +175,26 @@ def test_unknown_families(model_type: object) -> None:
     assert len(str(raised.value)) < 300
 
 
+@pytest.mark.parametrize("name", ["su", "yarn"])
+def test_older_names_of_longrope(name: str) -> None:
+    """As in transformers' Phi3Config."""
+    factors = {"short_factor": [1.0 + pair for pair in range(8)], "long_factor": [2.0] * 8}
+    found = [
+        decoder_spec(CONFIG | {"model_type": "phi3", "rope_scaling": {"type": kind} | factors})
+        for kind in (name, "longrope")
+    ]
+    assert (found[0].rope_frequencies, found[0].rope_scale) == (found[1].rope_frequencies, found[1].rope_scale)
+
+
+def test_gemma_3_without_bases_of_its_own() -> None:
+    """Then those of the config, or of the family."""
+    gemma = CONFIG | {"model_type": "gemma3_text", "rope_local_base_freq": 5000.0}
+    nested = {"rope_parameters": {each: {"rope_type": "default"} for each in ("full_attention", "sliding_attention")}}
+    one, other = decoder_spec(gemma), decoder_spec(gemma | nested)
+    assert one.rope_frequencies == other.rope_frequencies
+    assert one.window_frequencies == other.window_frequencies != one.rope_frequencies
+
+
 def test_the_original_context_of_the_config_wins() -> None:
     """As in transformers, over that of the scaling."""
     outer = CONFIG | {"rope_parameters": LLAMA3, "original_max_position_embeddings": 128}

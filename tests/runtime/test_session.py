@@ -213,6 +213,17 @@ def test_a_fork_continues_from_there(runtime: DashRuntime, setting_of: SettingOf
     assert [twin.prefilled for twin in twins] == [12, 9]
 
 
+def test_a_fork_keeps_its_state(runtime: DashRuntime) -> None:
+    """The parent goes on in memory of its own."""
+    live = runtime.session()
+    live.generate(FIRST, 4)
+    twin = live.fork()
+    hidden = live.hidden
+    live.generate(SECOND, 4)
+    np.testing.assert_array_equal(twin.hidden, hidden)
+    assert (live.hidden != hidden).any()
+
+
 def test_restart_keeps_what_it_cannot_replace(runtime: DashRuntime) -> None:
     live = runtime.session()
     live.restart(FIRST)

@@ -60,7 +60,7 @@ def test_a_graph_decides(device: Cuda) -> None:
             device.copy(MAIN, each.memory, each.host)
         device.record(MAIN, "begun")
         device.wait(BESIDE, "begun")
-        graph.write_rows(BESIDE, tables.memory, 8 * 16, rows.memory, 16, position.memory)
+        graph.write_rows(BESIDE, [(tables.memory, rows.memory)], 8 * 16, 16, position.memory)
         device.record(BESIDE, "done")
         graph.decide(MAIN, damage.memory, limits.memory, skipped.memory)
         for unit in range(2):

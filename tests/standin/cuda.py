@@ -461,14 +461,18 @@ class Card:
 
     def _launch_kernel(self, function: int, *given: Any) -> tuple[Any]:
         blocks, by, bz, threads, ty, tz, shared, stream, (values, types), extra = given
-        assert (by, bz, ty, tz, shared, extra) == (1, 1, 1, 1, 0, 0)
+        assert (bz, ty, tz, shared, extra) == (1, 1, 1, 0, 0)
         self.calls["cuLaunchKernel"] += 1
         name, kernel = self._functions[function]
         arguments = [kind(value).value for kind, value in zip(types, values, strict=True)]
 
         def act() -> None:
             kernel.run(
-                self.view, blocks, threads, arguments, lambda at, value: self._conditions.update({at: bool(value)})
+                self.view,
+                (blocks, by),
+                threads,
+                arguments,
+                lambda at, value: self._conditions.update({at: bool(value)}),
             )
 
         self.enqueue(stream, name, "", act)

@@ -42,7 +42,10 @@ class Kernel:
         steps = [line.strip("{} ") for line in lines]
         steps = [step for step in steps if step and not step.startswith(".")]
         labels = {step[:-1]: str(index) for index, step in enumerate(steps) if step.endswith(":")}
-        source = [f"def thread({', '.join(parameters)}, tid_x, ntid_x, ctaid_x, load, store, call):", " at = -1"]
+        source = [
+            f"def thread({', '.join(parameters)}, tid_x, ntid_x, ctaid_x, ctaid_y, load, store, call):",
+            " at = -1",
+        ]
         source += [" while True:", "  if at == -1:"]
         for index, step in enumerate(steps):
             if step.endswith(":"):
@@ -54,7 +57,12 @@ class Kernel:
         self._thread = found["thread"]
 
     def run(
-        self, memory: View, blocks: int, threads: int, arguments: Sequence[int], call: Callable[[int, int], None]
+        self,
+        memory: View,
+        blocks: tuple[int, int],
+        threads: int,
+        arguments: Sequence[int],
+        call: Callable[[int, int], None],
     ) -> None:
         """All threads, one after another. `call`: the only function that may be called, with its two arguments."""
 
@@ -64,9 +72,9 @@ class Kernel:
         def store(form: str, address: int, value: Any) -> None:
             struct.pack_into(form, memory(address, struct.calcsize(form)), 0, value)
 
-        for block in range(blocks):
+        for block in np.ndindex(blocks):
             for thread in range(threads):
-                self._thread(*arguments, thread, threads, block, load, store, call)
+                self._thread(*arguments, thread, threads, *block, load, store, call)
 
 
 def _python(step: str, labels: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ host knows of the end of something only by waiting for an event or a stream. `cu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,9 +63,9 @@ class Graph(Protocol):
         and on no other.
         """
 
-    def write_rows(self, stream: str, to: Any, pitch: int, rows: Any, width: int, position: Any) -> None:
-        """Row `position` (int64, on the device) of each of `to`'s tables of rows, `pitch` bytes apart, becomes the next
-        `width` bytes of `rows`.
+    def write_rows(self, stream: str, pairs: Sequence[tuple[Any, Any]], pitch: int, width: int, position: Any) -> None:
+        """For each pair: row `position` (int64, on the device) of each of the first's tables of rows, `pitch` bytes
+        apart, becomes the next `width` bytes of the second.
         """
 
     def launch(self, stream: str) -> None: ...

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dash_export.errors import BackendError
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
@@ -40,12 +41,13 @@ extern "C" __global__ void decide(
     }
 }
 
-// A block per table; rows are of two-byte elements at least.
+// A block per head and table; rows are of two-byte elements at least. A table's pair: where it is, its new rows.
 extern "C" __global__ void write_rows(
-    short* to, const short* rows, const long long* position, long long width, long long pitch)
+    short* const* pairs, const long long* position, long long width, long long pitch)
 {
-    short* row = to + blockIdx.x * pitch + *position * width;
-    for (long long i = threadIdx.x; i < width; i += blockDim.x) row[i] = rows[blockIdx.x * width + i];
+    short* row = pairs[2 * blockIdx.y] + blockIdx.x * pitch + *position * width;
+    const short* rows = pairs[2 * blockIdx.y + 1] + blockIdx.x * width;
+    for (long long i = threadIdx.x; i < width; i += blockDim.x) row[i] = rows[i];
 }
 """
 
@@ -106,6 +108,9 @@ class CudaGraph:
         # Of the conditional nodes to come: for every unit, what runs it and what skips it.
         self._handles = np.zeros((units, 2), np.uint64)
         self._device_handles = cuda.memory(self._handles.nbytes) if units else None
+        self._tables: list[tuple[CudaMemory, npt.NDArray[np.uint64]]] = []
+        if self._device_handles is not None:
+            self._tables.append((self._device_handles, self._handles))
         # Relaxed: Python may free some memory meanwhile, which stricter modes take for a mistake.
         mode = rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         handle, _ = cuda.stream(stream), cuda.stream(BODY)  # both are made before the recording
@@ -123,9 +128,9 @@ class CudaGraph:
         weakref.finalize(self, rt.cudaGraphDestroy, graph)
         self._handle = cuda(rt.cudaGraphInstantiate(graph, 0), " making a graph of a recording")
         weakref.finalize(self, rt.cudaGraphExecDestroy, self._handle)
-        if self._device_handles is not None:
-            cuda.copy(stream, self._device_handles, self._handles)  # for good: they are the same in every launch
-            cuda.synchronize(stream)
+        for memory, table in self._tables:  # for good: they are the same in every launch
+            cuda.copy(stream, memory, table)
+        cuda.synchronize(stream)
 
     def launch(self, stream: str) -> None:
         self._cuda(self._cuda.rt.cudaGraphLaunch(self._handle, self._cuda.stream(stream)), " launching a step")
@@ -138,23 +143,32 @@ class CudaGraph:
             self._handles[index] = int(self._cuda(rt.cudaGraphConditionalHandleCreate(graph, 0, 0)))
         assert self._device_handles is not None
         memories = (damage, limits, skipped, self._device_handles)
-        self._run("decide", stream, 1, 32, memories, [(len(self._handles), ctypes.c_int)])
+        self._run("decide", stream, (1, 1), 32, memories, [(len(self._handles), ctypes.c_int)])
 
     def branch(self, stream: str, unit: int, run: Callable[[str], None], skip: Callable[[str], None]) -> None:
         for side, fill in enumerate((run, skip)):
             self._node(stream, int(self._handles[unit, side]), fill)
 
     def write_rows(
-        self, stream: str, to: CudaMemory, pitch: int, rows: CudaMemory, width: int, position: CudaMemory
+        self,
+        stream: str,
+        pairs: Sequence[tuple[CudaMemory, CudaMemory]],
+        pitch: int,
+        width: int,
+        position: CudaMemory,
     ) -> None:
+        table = np.array([[to.address, rows.address] for to, rows in pairs], np.uint64)
+        memory = self._cuda.memory(table.nbytes)
+        self._tables.append((memory, table))
         sizes = [(size // 2, ctypes.c_longlong) for size in (width, pitch)]
-        self._run("write_rows", stream, rows.nbytes // width, 64, (to, rows, position), sizes)
+        heads = pairs[0][1].nbytes // width
+        self._run("write_rows", stream, (heads, len(pairs)), 64, (memory, position), sizes)
 
     def _run(
         self,
         name: str,
         stream: str,
-        blocks: int,
+        blocks: tuple[int, int],
         threads: int,
         memories: Sequence[CudaMemory],
         numbers: Sequence[tuple[int, Any]],
@@ -163,7 +177,7 @@ class CudaGraph:
         addresses: list[tuple[int, Any]] = [(each.address, ctypes.c_void_p) for each in memories]
         arguments = tuple(zip(*addresses, *numbers, strict=True))
         kernel, handle = load_kernels(self._cuda.device.capability)[name], self._cuda.stream(stream)
-        (code,) = driver.cuLaunchKernel(kernel, blocks, 1, 1, threads, 1, 1, 0, handle, arguments, 0)
+        (code,) = driver.cuLaunchKernel(kernel, blocks[0], blocks[1], 1, threads, 1, 1, 0, handle, arguments, 0)
         if int(code):
             raise BackendError(f"CUDA on {self._cuda.device.name} could not launch {name}: {code.name} ({int(code)}).")
 

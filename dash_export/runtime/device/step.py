@@ -278,12 +278,12 @@ class DeviceStep:
         assert launch is not None
         launch(stream)
         width, pitch = self._row_bytes, self._cache.capacity * self._row_bytes
+        if graph is not None and part.new_rows:
+            graph.write_rows(stream, part.new_rows, pitch, width, self._positions.memory)
+            return
         for cache, rows in part.new_rows:
-            if graph is not None:
-                graph.write_rows(stream, cache, pitch, rows, width, self._positions.memory)
-            else:
-                free = cache.part(self._cache.length * width)
-                self.device.copy_rows(stream, free, pitch, rows, self.sequence * width)
+            free = cache.part(self._cache.length * width)
+            self.device.copy_rows(stream, free, pitch, rows, self.sequence * width)
 
     def _note_positions(self) -> None:
         self._positions.host[0] = np.arange(self._cache.length, self._cache.length + self.sequence)

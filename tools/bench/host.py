@@ -1,0 +1,101 @@
+"""What the host does for a token on a device: the runtime's own Python, over a driver whose every call does nothing.
+
+    dash-export build smollm2.dash --target cuda && python tools/bench/host.py smollm2.dash
+
+Real calls come on top: about a microsecond or two each. Any GPU target will do whose engines are ONNX files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+from common import print_json, timed
+
+from dash_export.bundle import Bundle
+from dash_export.commands.tables import print_table
+from dash_export.decision import decision_rule
+from dash_export.runtime.device.engines import DeviceEngines
+from dash_export.runtime.rules import DENSE, FixedRule
+
+
+class Nothing:
+    """A device that does nothing at once, and counts what it is asked."""
+
+    name = "nothing"
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.copy = self.copy_rows = self.record = self.wait = self.wait_for_event = self.synchronize = self._called
+
+    def _called(self, *_: Any) -> None:
+        self.calls += 1
+
+    def check_room(self, *_: Any) -> None:
+        pass
+
+    def memory(self, nbytes: int) -> Any:
+        return SimpleNamespace(nbytes=nbytes, part=lambda _: None)
+
+    def pinned(self, nbytes: int) -> Any:
+        return np.zeros(nbytes, np.uint8)
+
+    def engine(self, path: Path, _stream: str) -> Any:
+        graph = onnx.load(path, load_external_data=False).graph
+        inputs, outputs = (tuple(value.name for value in values) for values in (graph.input, graph.output))
+        return SimpleNamespace(inputs=inputs, outputs=outputs, bind=self._bind)
+
+    def _bind(self, _profile: int, _shapes: Mapping[str, Any], _memory: Mapping[str, Any]) -> Callable[[str], None]:
+        def launch(_stream: str) -> None:
+            self.calls += 1
+
+        return launch
+
+    def graph(self, _stream: str, _units: int, _step: Callable[[Any], None]) -> Any:
+        return SimpleNamespace(launch=self._called)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", default="cuda", show_default=True)
+@click.option("--rounds", default=200, show_default=True, help="Blocks of eight tokens of each kind.")
+def main(bundle: Path, target: str, rounds: int) -> None:
+    """Time one decoded token of every dispatch mode, interleaved."""
+    opened = Bundle.open(bundle)
+    build = opened.load_build(target)
+    units = opened.manifest.policy.units
+    variants, counts = {}, {}
+    asked = decision_rule(units, [1.0 / len(units)] * len(units), 1.0)
+    modes: dict[str, tuple[str, Any]] = {
+        "dense": ("device", DENSE), "static": ("device", FixedRule((0, 1))), "token, device": ("device", asked),
+        "token, overlapped": ("overlapped", asked), "token, sync": ("sync", asked),
+    }  # fmt: skip
+    for name, (dispatch, rule) in modes.items():
+        device = Nothing()
+        engines = DeviceEngines(opened, build, build.recipe, device, dispatch)
+        cache = engines.cache(0)
+        cache.reserve(1)
+        step = engines.step(cache, 1)
+
+        def token(step: Any = step, cache: Any = cache, rule: Any = rule) -> None:
+            cache.length = 0
+            step.decode(1, rule)
+
+        token()
+        device.calls = 0
+        token()
+        variants[name], counts[name] = token, device.calls
+    times = {name: 1e6 * float(np.median(each)) for name, each in timed(variants, rounds).items()}
+    title = f"{bundle.name}, {len(build.segments)} segments, {len(units)} units"
+    rows = ((name, f"{times[name]:.1f}", str(counts[name])) for name in variants)
+    print_table(title, ("token",), ("host µs", "calls of the driver"), rows)
+    print_json("host", {"target": target, "microseconds": times, "calls": counts})
+
+
+if __name__ == "__main__":
+    main()

@@ -69,14 +69,15 @@ def main(bundle: Path, target: str, rounds: int) -> None:
     opened = Bundle.open(bundle)
     build = opened.load_build(target)
     units = opened.manifest.policy.units
-    variants, counts = {}, {}
+    variants: dict[str, Callable[[], object]] = {}
+    counts: dict[str, int] = {}
     asked = decision_rule(units, [1.0 / len(units)] * len(units), 1.0)
     modes: dict[str, tuple[str, Any]] = {
         "dense": ("device", DENSE), "static": ("device", FixedRule((0, 1))), "token, device": ("device", asked),
         "token, overlapped": ("overlapped", asked), "token, sync": ("sync", asked),
     }  # fmt: skip
     for name, (dispatch, rule) in modes.items():
-        device = Nothing()
+        device: Any = Nothing()
         engines = DeviceEngines(opened, build, build.recipe, device, dispatch)
         cache = engines.cache(0)
         cache.reserve(1)

@@ -65,8 +65,9 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
             if known is None:
                 raise
             said = str(error)  # the error itself, which a log keeps, would hold what was loaded
+            made = load(_held(base / known, name))
             logger.warning("%s\nThe version of %s that was loaded last runs.", said, name)
-            return load(_held(base / known, name))
+            return made
         if version != known or not pointers[0].is_file():
             write_atomic(pointers[0], version)
             wanted = {*map(_version, base.glob("*.version"))}
@@ -159,6 +160,8 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
         text = _card(hub, bundle, builds, name, base_model, license_id, card)
         adds += [] if text is None else [hub.CommitOperationAdd(CARD, text.encode())]
         gone = [hub.CommitOperationDelete(item) for item in sorted(old - set(names))]
+        if SIGNATURE in old - set(names):
+            logger.warning("%s was signed, and this bundle is not: sign it, and push again.", name)
         done = api.create_commit(name, [*adds, *gone], commit_message=f"dash-export {__version__}")
         try:
             bundle.check_same(seal)

@@ -49,7 +49,7 @@ def sign(bundle: Bundle, private_key: Path) -> Path:
             raise BundleError(f"{private_key} is no private key that can sign ({error}). {advice}") from None
         write_atomic(place, (Path(folder) / SIGNATURE).read_bytes())
         if read_bounded(bundle.path(MANIFEST), LARGEST_RECORD) != signed.read_bytes():
-            place.unlink()
+            place.unlink(missing_ok=True)  # or a build has
             raise BundleError(f"{bundle.root} was built while it was signed: sign it again.")
     return place
 

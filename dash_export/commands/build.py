@@ -16,6 +16,7 @@ from dash_export.decision import RECOMMENDED_LOSS, WORTH, Unit, recommended_budg
 from dash_export.errors import NotHereError
 from dash_export.manifest import Build
 from dash_export.names import DEFAULT_TARGET, MANIFEST
+from dash_export.replacing import is_bundle
 
 PRECISION = click.Choice(["fp32", "fp16", "bf16", "int8", "int4"])
 
@@ -95,7 +96,9 @@ def command(
                 f"--kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle."
             )
         backend.require()
-    if (Path(source) / MANIFEST).is_file() or Path(source).suffix == ".dash":
+    folder = Path(source)
+    other = (folder / "config.json").is_file() and not is_bundle(folder)  # a model beside somebody's manifest.json
+    if folder.suffix == ".dash" or ((folder / MANIFEST).is_file() and not other):
         given = {
             name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         }

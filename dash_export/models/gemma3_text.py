@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST
 from dash_export.models.config import (
     FULL,
@@ -17,6 +18,7 @@ from dash_export.models.config import (
 )
 from dash_export.models.gemma2 import gemma_decoder
 from dash_export.models.spec import DecoderSpec
+from dash_export.typed_json import shown
 
 
 def decoder(config: Mapping[str, Any]) -> DecoderSpec:
@@ -28,6 +30,9 @@ def decoder(config: Mapping[str, Any]) -> DecoderSpec:
     local = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0} | section(given, SLIDING)
     full = {"rope_theta": config.get("rope_theta") or 1e6} | section(given, FULL)
     full |= section(config, "rope_scaling")
+    kind = full.get("rope_type", full.get("type", "default"))
+    if kind not in ("default", "linear"):  # others are scaled otherwise there, and by nobody
+        raise CheckpointError(f"rope type {shown(kind)} is not supported in a Gemma 3; supported: default, linear")
     head_dim = positive(config, "head_dim", LARGEST["head_dim"], 256)
     return gemma_decoder(
         {**config, "rope_scaling": None, "attn_logit_softcapping": None},  # which Gemma 3 does not apply

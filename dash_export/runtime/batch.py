@@ -112,5 +112,5 @@ class Batch:
             turn = Turn(session.text, sampling, max_tokens, len(ids))
             logits = session.restart(ids)
             return self._rows.begin(session, logits, turn, deepcopy(session.rules), index, max_tokens)
-        except DashError as error:
+        except (DashError, MemoryError) as error:
             return self._rows.failed(error)

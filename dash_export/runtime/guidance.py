@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from dash_export.errors import BackendError, RequestError
 from dash_export.runtime.child import Child
 from dash_export.runtime.sampling import Logits
+from dash_export.text_files import MAX_TOKENS
 
 _T = TypeVar("_T")
 READS = "cannot be read for a grammar"
@@ -91,6 +92,20 @@ class Guide:
             raise RequestError(f"The answer's grammar cannot go on ({said:.200}).")
 
 
+def _without_gaps(tokenizer: Tokenizer) -> str:
+    """Its tokenizer.json, with tokens that no text has in the place of ids that none has: llguidance counts tokens, and
+    takes an id beyond their number for none (Phi-4 mini's end is such a one).
+    """
+    text, known = tokenizer.to_str(), set(tokenizer.get_vocab().values())
+    gaps = {*range(max(known, default=0))} - known if max(known, default=0) < MAX_TOKENS else set()
+    if not gaps:
+        return text
+    data = json.loads(text)
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    data["added_tokens"] += [{"id": token, "content": f"<|no token {token}|>", **plain} for token in sorted(gaps)]
+    return json.dumps(data)
+
+
 class Guides:
     """Grammars over a model's tokens. For any thread.
 
@@ -99,8 +114,8 @@ class Guides:
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
-        size = tokenizer.get_vocab_size()
-        self._tokenizer, self._eos = tokenizer, [token for token in sorted(eos_ids) if 0 <= token < size] or None
+        known = set(tokenizer.get_vocab().values())
+        self._tokenizer, self._eos = tokenizer, [token for token in sorted(eos_ids) if token in known] or None
         self._tokens: Any = None
         self._child: Child | None = None
         self._tried = OrderedDict[str, float]()
@@ -153,7 +168,7 @@ class Guides:
         if self._eos is None:  # llguidance would take the first token
             raise RequestError("Answers in a grammar need the model's own end of a text, and its tokenizer has none.")
         if self._tokens is None:  # a second for 150,000 tokens
-            self._tokens = native(READS, lambda: LLTokenizer(self._tokenizer.to_str(), eos_token=self._eos))
+            self._tokens = native(READS, lambda: LLTokenizer(_without_gaps(self._tokenizer), eos_token=self._eos))
         if self._child is None or not self._child.alive:
-            setup = {"tokenizer": self._tokenizer.to_str(), "eos": self._eos}
+            setup = {"tokenizer": _without_gaps(self._tokenizer), "eos": self._eos}
             self._child = Child(CHILD, setup | {"memory": MEGABYTES << 20, "seconds": SECONDS, "states": STATES})

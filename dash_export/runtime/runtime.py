@@ -89,6 +89,7 @@ class DashRuntime:
             backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
             runtime = cls(opened, build, backend, dispatch)
             opened.check_same(seal)
+            opened.root = opened.root.absolute()  # some engines are loaded later, wherever the process stands then
             return runtime
 
         if is_hub_id(bundle):

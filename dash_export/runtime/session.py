@@ -94,6 +94,7 @@ class Session:
     def fork(self) -> Session:
         """Another session that continues from here, with memory of its own. Fork between answers, not within one."""
         twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
+        self.cache.length = len(self.tokens)  # as in `reserve`
         twin.cache = self.cache.copy()
         twin.tokens, twin._pending = list(self.tokens), list(self._pending)
         twin._hidden = None if self._hidden is None else self._hidden.copy()  # a step's memory, which goes on
@@ -307,13 +308,13 @@ class Session:
         return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
 
     def _rewind(self, length: int) -> None:
+        del self.tokens[length:]  # first, for what is cached follows them; a policy of the user's may raise at last
+        self._pending = []
         self.cache.length = length
         self._hidden = None
+        self._streams += 1
         if length == 0:
             self.rules.restart()
-        del self.tokens[length:]
-        self._pending = []
-        self._streams += 1
 
     def reserve(self, more: int) -> None:
         self.cache.length = len(self.tokens)  # an interrupt may have come between a step and the end of its work

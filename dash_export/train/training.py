@@ -125,6 +125,8 @@ def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: s
             raise PolicyError(f"There is no {name} {value!r} to train with. Known: {', '.join(known)}.")
     if not 0 < settings.trade_offs[0] < settings.trade_offs[1] < math.inf:
         raise PolicyError(f"Trade-offs go from a low to a higher, finite one, above 0; got {settings.trade_offs}.")
+    if settings.window < 16:
+        raise PolicyError(f"A window has 16 tokens or more, not {settings.window}.")
     if output.suffix != ".safetensors":
         raise PolicyError(f"A policy file is called NAME.safetensors, not {output.name}.")
     check_replaceable(output)

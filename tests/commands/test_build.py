@@ -30,6 +30,8 @@ def test_bundle(own_bundle: Path) -> None:
 
 
 def test_model(model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
+    (model / "manifest.json").write_text('{"name": "of another program"}')
     result = dash("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--units", "2-3,4")
     assert result.exit_code == 0
     assert "portable graphs, used as they are" in result.stdout

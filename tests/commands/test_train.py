@@ -34,6 +34,9 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name
     message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "4")
     assert "has its units, 2-3,4: others are trained from nothing" in " ".join(message.split())
+    (tmp_path / "latest.safetensors").symlink_to(second)
+    said = dash("train", model, "-o", tmp_path / "latest.safetensors", "--text", prose, "--from", first, *QUICK)
+    assert said.exit_code == 0, "the card lies where the link leads"
     policies = [load_policy(path, open_checkpoint(model).spec) for path in (first, second)]
     assert policies[0].units == policies[1].units == (Unit(2, 3), Unit(4, 4))
 

@@ -140,6 +140,10 @@ def test_what_a_config_leaves_out_is_as_in_transformers(family: str) -> None:
         ({"model_type": "gemma3_text", "rope_parameters": [1]}, "rope_parameters"),
         ({"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": 1}}, "sliding_attention"),
         ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": "x"}}, "full_attention"),
+        (
+            {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "'yarn' is not supported in a Gemma 3",
+        ),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers"),
         ({"model_type": "granite", "residual_multiplier": 0}, "residual_multiplier"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.01}, "turns 0 dimensions"),

@@ -206,6 +206,20 @@ def test_a_bad_prompt(name: str, runtime: DashRuntime, monkeypatch: pytest.Monke
         runtime.generate_batch([PROMPTS[0], prompt], 20, size=2)
 
 
+def test_a_prompt_without_memory_ends_alone(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = KVCache.reserve
+
+    def reserve(cache: KVCache, rows: int) -> bool:
+        if rows > 200:
+            raise MemoryError
+        return sound(cache, rows)
+
+    monkeypatch.setattr(KVCache, "reserve", reserve)
+    found = list(runtime.batch(3).stream([random_ids(5), random_ids(300), random_ids(7)], 4))
+    ends = {index: response.finish_reason for index, response in found if response.finish_reason}
+    assert ends == {0: "length", 1: "error", 2: "length"}
+
+
 def test_an_answer_that_fails_ends_alone(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logits are no numbers, say: the others get what they get alone."""
     sound, length, expected = Sampler.__call__, len(PROMPTS[2]) + 3, alone(runtime, PROMPTS, 12)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.errors import ContextLengthError, RequestError
+from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Sampling, Session
 from dash_export.runtime.session import TILE
 from dash_export.serve.prefixes import Prefixes
@@ -211,6 +211,38 @@ def test_a_fork_continues_from_there(runtime: DashRuntime, setting_of: SettingOf
     for twin, ids in zip((*twins, live), (FIRST, SECOND, FIRST), strict=True):
         assert twin.generate(ids, 12).tokens.tolist() == tokens_of(runtime, beginning, ids, count=12, **setting)
     assert [twin.prefilled for twin in twins] == [12, 9]
+
+
+def test_a_reset_that_breaks_off(runtime: DashRuntime) -> None:
+    """Whatever is left, a fork is what its parent is."""
+
+    class Once:
+        begun = 0
+
+        def begin(self, *_: object) -> None:
+            self.begun += 1
+            if self.begun > 1:
+                raise ValueError("once only")
+
+        def skips(self, state: Any) -> np.ndarray:
+            return np.zeros((2, len(state.tokens)), np.bool_)
+
+    live = runtime.session_under(Once())
+    live.prefill(FIRST)
+    with pytest.raises(PolicyError, match="once only"):
+        live.reset()
+    expected = runtime.session().prefill([*live.tokens, 7])
+    np.testing.assert_allclose(live.fork().prefill([7]), expected, atol=1e-5)
+    live.cache.length = 0  # as an interrupt within a step may leave it
+    np.testing.assert_allclose(live.fork().prefill([7]), expected, atol=1e-5)
+
+
+def test_a_runtime_stays_where_it_was_loaded(tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines for several rows are loaded when they are first needed."""
+    monkeypatch.chdir(tiny_root.parent)
+    here = DashRuntime.load(tiny_root.name, "cpu-fp32")
+    monkeypatch.chdir(tmp_path)
+    assert len(here.generate_batch([FIRST, SECOND], 3)) == 2
 
 
 def test_a_fork_keeps_its_state(runtime: DashRuntime) -> None:

@@ -1,0 +1,31 @@
+"""Answers in a grammar: where they may end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dash_export.runtime.guidance import json_grammar
+from dash_export.runtime.text import Text
+from tests.models.helpers import tiny_tokenizer
+
+
+@pytest.mark.parametrize("end", [258, 280])
+@pytest.mark.parametrize("others", [[], [257]])
+def test_an_end_beyond_a_gap_in_the_ids_is_one(end: int, others: list[int], tmp_path: Path) -> None:
+    """As Phi-4 mini has it: a vocabulary counts fewer tokens than its largest id says."""
+    tokenizer = json.loads(tiny_tokenizer().to_str())
+    tokenizer["model"]["vocab"]["<|im_end|>"] = tokenizer["added_tokens"][1]["id"] = end
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, *others]}))
+    text = Text(tmp_path)
+    guide = text.guides.guide(json_grammar({"type": "integer"}))
+    (four,) = text.encode("4")
+    logits = np.zeros(300, np.float32)
+    assert np.isinf(guide.allowed(logits)[end]), "there is no number yet"
+    guide.take(four)
+    assert np.flatnonzero(np.isfinite(guide.allowed(logits))).tolist().count(end) == 1
+    assert guide.take(end)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from glob import escape
@@ -78,8 +79,10 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
         return made
 
 
-def _version(pointer: Path) -> str:
-    return pointer.read_text(encoding="utf-8", errors="replace")
+def _version(pointer: Path) -> str | None:
+    """The commit that a pointer names; None where it is damaged."""
+    text = pointer.read_text(encoding="utf-8", errors="replace")
+    return text if re.fullmatch(r"[0-9a-f]{40}", text) else None
 
 
 def _held(root: Path, name: str) -> Bundle:
@@ -125,7 +128,8 @@ def _forget_damaged(root: Path, target: str | None) -> None:
         bundle = Bundle.open(root)
         build = bundle.load_build(bundle.chosen(target))
         for record in (*bundle.manifest.files, *build.files):
-            if (path := bundle.path(record.name)).is_file() and not record.matches(path, True):
+            path = bundle.path(record.name)
+            if path.is_dir() or (path.is_file() and not record.matches(path, True)):
                 remove(path)
     for path in (root / MANIFEST, root / SIGNATURE, *root.glob(f"engines/*/{BUILD}")):
         remove(path)

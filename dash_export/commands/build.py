@@ -97,7 +97,7 @@ def command(
             )
         backend.require()
     folder = Path(source)
-    other = (folder / "config.json").is_file() and not is_bundle(folder)  # a model beside somebody's manifest.json
+    other = any(folder.glob("*.safetensors*")) and not is_bundle(folder)  # a model beside somebody's manifest.json
     if folder.suffix == ".dash" or ((folder / MANIFEST).is_file() and not other):
         given = {
             name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT

@@ -102,7 +102,9 @@ def _without_gaps(tokenizer: Tokenizer) -> str:
         return text
     data = json.loads(text)
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    data["added_tokens"] += [{"id": token, "content": f"<|no token {token}|>", **plain} for token in sorted(gaps)]
+    made = {f"<|no token {token}|>": token for token in sorted(gaps)}
+    data["model"]["vocab"] |= made  # where an added token takes its id from
+    data["added_tokens"] += [{"id": token, "content": content, **plain} for content, token in made.items()]
     return json.dumps(data)
 
 

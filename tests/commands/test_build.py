@@ -29,6 +29,12 @@ def test_bundle(own_bundle: Path) -> None:
     assert Bundle.open(own_bundle).load_build("cpu-int8-head-fp32").recipe.weights.layers == "int8"
 
 
+def test_a_bundle_without_graphs_and_builds_is_no_model(own_bundle: Path, tmp_path: Path) -> None:
+    for folder in ("onnx", "engines"):
+        shutil.rmtree(own_bundle / folder)
+    assert "without portable graphs" in refused("build", own_bundle.rename(tmp_path / "plain"), "--target", "portable")
+
+
 def test_model(model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(model, tmp_path / "model"))
     (model / "manifest.json").write_text('{"name": "of another program"}')

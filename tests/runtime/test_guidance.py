@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from dash_export.runtime.guidance import json_grammar
+from dash_export.runtime.guidance import _without_gaps, json_grammar
 from dash_export.runtime.text import Text
 from tests.models.helpers import tiny_tokenizer
 
@@ -22,6 +23,9 @@ def test_an_end_beyond_a_gap_in_the_ids_is_one(end: int, others: list[int], tmp_
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, *others]}))
     text = Text(tmp_path)
+    whole = Tokenizer.from_str(_without_gaps(text.tokenizer)).get_vocab()
+    assert sorted(whole.values()) == [*range(end + 1)]
+    assert whole.items() >= text.tokenizer.get_vocab().items()
     guide = text.guides.guide(json_grammar({"type": "integer"}))
     (four,) = text.encode("4")
     logits = np.zeros(300, np.float32)

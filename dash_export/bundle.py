@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from dash_export.errors import BundleError, NewerBundleError, StaleBuildError
 from dash_export.manifest import DAMAGED, SCHEMA, Build, Manifest, build_faults, manifest_faults, sealed
 from dash_export.names import DEFAULT_TARGET, MANIFEST, ROUNDINGS, SIGNATURE, TIMING_CACHE, is_hub_id
 from dash_export.outputs import MARK, folder_locked, holder, lock_file
+from dash_export.replacing import is_bundle
 from dash_export.typed_json import WrongFieldError, typed
 
 BUILD = "build.json"
@@ -65,7 +67,13 @@ def safe_path(root: Path, relative: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # a NUL byte, a loop of links, a name of 300 letters
         inside = False
     if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not inside:
-        raise BundleError(f"{root.name}: the path {relative!r:.200} leaves the bundle. Export the model again.")
+        link = os.path.islink(path)  # noqa: PTH114  Path's own raises for a name of 300 letters
+        advice = (
+            "It is a link: copy the bundle whole (cp -rL, hf download --local-dir)"
+            if link
+            else "Export the model again"
+        )
+        raise BundleError(f"{root.name}: the path {relative!r:.200} leaves the bundle. {advice}.")
     return path
 
 
@@ -85,7 +93,10 @@ class Bundle:
         """
         root = Path(root)
         root = root.resolve() if root.name in ("", "..") else root  # messages, kits and servers take its name
-        manifest = parsed(Manifest, _contents(root, MANIFEST), root, MANIFEST)
+        contents = _contents(root, MANIFEST)
+        if any(root.glob("*.safetensors*")) and not is_bundle(root):  # a model beside another program's manifest
+            raise BundleError(_no_bundle(root))
+        manifest = parsed(Manifest, contents, root, MANIFEST)
         for fault in manifest_faults(manifest):
             raise BundleError(f"{root.name}/{MANIFEST}: {fault} {DAMAGED}")
         records = (*manifest.files, *chain(*manifest.builds.values()))

@@ -54,6 +54,15 @@ def test_what_is_no_bundle(bundle: Path, tmp_path: Path) -> None:
     for model, made in ((tmp_path / "a.b.gguf", "a.b.dash"), (tmp_path / "model", "model.dash"), ("org/x", "x.dash")):
         with pytest.raises(BundleError, match=rf"is a model.*\. Make .* build {model} --target cpu -o {made}$"):
             Bundle.open(model)
+    for name in ("manifest.json", "model.safetensors"):  # another program's, beside weights
+        (tmp_path / "model" / name).write_text('{"name": "an app"}')
+    with pytest.raises(BundleError, match="model is a model"):
+        Bundle.open(tmp_path / "model")
+    (bundle / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (bundle / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    with pytest.raises(BundleError, match=r"leaves the bundle\. It is a link: copy the bundle whole"):
+        Bundle.open(bundle)
+    (tmp_path / "tokenizer.json").replace(bundle / "tokenizer.json")
     with pytest.raises(BundleError, match=r"There is no bundle at .* dash-export export MODEL -o"):
         Bundle.open(tmp_path / "nothing.dash")
     for name in ("half.dash", "file.dash"):

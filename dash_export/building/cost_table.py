@@ -6,7 +6,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from statistics import median
@@ -88,8 +87,8 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     device, dispatch = (
         (cpu_name(), "sync") if isinstance(engines, EngineSet) else (engines.device.name, engines.dispatch)
     )
-    table = CostTable(context, round(dense, 2), runs, medians, cost, device, *load)
-    return replace(table, asks=round(max(asks, 0.0) / dense, 5), dispatch=dispatch)
+    asks = round(max(asks, 0.0) / dense, 5)
+    return CostTable(context, round(dense, 2), runs, medians, cost, device, *load, asks, dispatch)
 
 
 def _whole_tokens(

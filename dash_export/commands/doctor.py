@@ -79,7 +79,7 @@ def command(ctx: click.Context, as_json: bool, probed: bool) -> None:
 def _probe() -> dict[str, Any]:
     """What the first card takes for a token's launches. Raises BackendError where there is none, or it fails."""
     from dash_export.runtime.device.cuda import Cuda
-    from dash_export.runtime.device.probe import probe
+    from dash_export.runtime.device.launch_costs import probe
 
     device = Cuda()
     return {"device": asdict(device.device), **probe(device)}

@@ -116,8 +116,10 @@ class Guides:
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
-        known = set(tokenizer.get_vocab().values())
-        self._tokenizer, self._eos = tokenizer, [token for token in sorted(eos_ids) if token in known] or None
+        known = [
+            token for token in sorted(eos_ids) if 0 <= token < 1 << 32 and tokenizer.id_to_token(token) is not None
+        ]
+        self._tokenizer, self._eos = tokenizer, known or None
         self._tokens: Any = None
         self._child: Child | None = None
         self._tried = OrderedDict[str, float]()

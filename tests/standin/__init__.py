@@ -33,7 +33,7 @@ def installed(card: Card) -> Iterator[None]:
         modules: dict[str, Any] = {"cuda.bindings.runtime": card.runtime(), "cuda.bindings.driver": card.driver()}
         for name, module in (modules | {name: toolkit(card, name) for name in ("tensorrt", "tensorrt_rtx")}).items():
             patch.setitem(sys.modules, name, module)
-        patch.setattr(cuda_devices, "_driver", card.library)
+        patch.setattr(cuda_devices, "_driver", card.libcuda)
         patch.setattr(trt_api.atexit, "register", lambda *call: card.at_exit.append(call))
         patch.setattr(cuda_graph, "compile_kernels", lambda _: compile_ptx(cuda_graph.KERNELS))
         for module in (manifest, targets):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,23 +19,12 @@ from typing import Any
 
 import cuda.bindings.runtime as rt
 import numpy as np
-import numpy.typing as npt
 
+from tests.standin.memory import OK, BrokenRuleError, Bytes, Memory, rule
 from tests.standin.ptx import kernels
 
-Bytes = npt.NDArray[np.uint8]
 Call = tuple[int | str, str, Any]
 """(stream or "host", what, of what)."""
-OK, POISON = rt.cudaError_t.cudaSuccess, 0xFF
-
-
-class BrokenRuleError(AssertionError):
-    """A rule of CUDA's or TensorRT's; the first word is the error that it would be."""
-
-
-def rule(kept: object, broken: str) -> None:
-    if not kept:
-        raise BrokenRuleError(broken)
 
 
 @dataclass(eq=False)
@@ -69,15 +57,16 @@ class Event:
     graph: Graph | None = None
 
 
-class Card:
+class Card(Memory):
     """`failing`: names of calls that fail, with what. `version`: the driver's. `devices`: the product's, on this card,
     which know the names of streams and events.
     """
 
     def __init__(self, first: str | int = "main") -> None:
+        super().__init__()
         self.run_in_order_of(first)
         self.version, self.failing, self.devices = rt.CUDART_VERSION, dict[str, Any](), list[Any]()
-        self.integrated, self.total = False, 8 << 30
+        self.integrated = False
         self.raw: list[Call] = []
         self.calls = Counter[str]()
         self.at_exit: list[tuple[Any, ...]] = []
@@ -87,9 +76,6 @@ class Card:
         """(stream, context) of every launch of an engine."""
         self.pending: list[Node] = []
         self._handles = count(1)
-        self._memory: dict[int, Bytes] = {}
-        self._starts: list[int] = []
-        self._pinned: set[int] = set()
         self._ends: dict[int, list[Node]] = {}
         self._recording: dict[int, Graph] = {}
         self._events: dict[int, Event] = {}
@@ -156,7 +142,7 @@ class Card:
             cuModuleLoadData=self._load, cuModuleGetFunction=self._function, cuLaunchKernel=self._launch_kernel
         )
 
-    def library(self) -> Any:
+    def libcuda(self) -> Any:
         """In the place of `libcuda`, of which is asked what there is."""
 
         def put(where: Any, value: Any) -> int:
@@ -173,47 +159,10 @@ class Card:
             cuDeviceGetAttribute=lambda found, which, _: put(found, {75: 12, 18: self.integrated}.get(which, 0)),
         )
 
-    # --- memory
+    # --- copies
 
-    def view(self, address: int, nbytes: int) -> Bytes:
-        """Memory that was allocated, all of it in one allocation."""
-        start = self._start(address)
-        whole = self._memory.get(start)
-        at = address - start
-        if whole is None or at < 0 or at + nbytes > whole.nbytes:
-            raise BrokenRuleError(f"cudaErrorIllegalAddress: {nbytes} bytes at {address:x}")
-        return whole[at : at + nbytes]
-
-    def _start(self, address: int) -> int:
-        return self._starts[bisect(self._starts, address) - 1] if self._starts else 0
-
-    def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:  # noqa: N802
-        if nbytes > self.total:
-            return rt.cudaError_t.cudaErrorMemoryAllocation, None
-        made = np.full(nbytes + 256, POISON, np.uint8)
-        aligned = made[-made.ctypes.data % 256 :][:nbytes]
-        self._memory[aligned.ctypes.data] = aligned
-        self._starts = sorted(self._memory)
-        return OK, aligned.ctypes.data
-
-    def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:  # noqa: N802
-        assert flags == rt.cudaHostAllocDefault
-        code, address = self.cudaMalloc(nbytes)
-        self._pinned.add(address)
-        return code, address
-
-    def cudaFree(self, address: int) -> tuple[Any]:  # noqa: N802
-        """CUDA waits for everything first."""
+    def drain(self) -> None:
         self.run(self.pending)
-        del self._memory[address]
-        self._pinned.discard(address)
-        self._starts = sorted(self._memory)
-        return (OK,)
-
-    cudaFreeHost = cudaFree  # noqa: N815
-
-    def cudaMemGetInfo(self) -> tuple[Any, ...]:  # noqa: N802
-        return OK, self.total - sum(each.nbytes for each in self._memory.values()), self.total
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[Any]:  # noqa: N802
         self.enqueue(stream, "memset", "", lambda: self.view(address, nbytes).fill(value))

@@ -18,7 +18,8 @@ import onnx
 import onnxruntime as ort
 
 from dash_export.runtime.ort_engine import shared_pool_options
-from tests.standin.cuda import POISON, Card, rule
+from tests.standin.cuda import Card
+from tests.standin.memory import POISON, rule
 
 TYPES = {
     "tensor(float)": np.float32,

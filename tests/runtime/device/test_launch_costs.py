@@ -7,15 +7,15 @@ import json
 import cuda.bindings.runtime as rt
 import pytest
 
-from dash_export.runtime.device import cuda_graph, probe
+from dash_export.runtime.device import cuda_graph, launch_costs
 from tests.commands.helpers import dash, refused
 from tests.standin.cuda import Card
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "REPEATS", 3)
-    monkeypatch.setattr(probe, "_COPIED", 1 << 10)
+    monkeypatch.setattr(launch_costs, "REPEATS", 3)
+    monkeypatch.setattr(launch_costs, "_COPIED", 1 << 10)
 
 
 def test_everything_is_tried(card: Card) -> None:

@@ -64,10 +64,11 @@ def installed(tmp_path: Path) -> Callable[[str], Path]:
     """`installed(requirement)` -> the python of an empty environment with it."""
 
     def make(*requirement: str) -> Path:
-        call(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+        call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
         python = tmp_path / "venv" / "bin" / "python"
-        arguments = ["-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check", *requirement]
-        result = subprocess.run([python, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+        arguments = [*pip, "install", "-q", "--no-compile", *requirement]
+        result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         if result.returncode and "Could not find a version" in result.stderr:
             pytest.skip("no package index can be reached")
         assert result.returncode == 0, result.stderr

@@ -420,19 +420,19 @@ def test_truncated_anywhere(tmp_path: Path, tiny_bytes: bytes) -> None:
 @pytest.mark.model
 def test_smollm2_equals_transformers(smollm2_gguf: Path) -> None:
     checkpoint = open_checkpoint(smollm2_gguf)
-    expected_config = transformers.AutoConfig.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    config = transformers.LlamaConfig(**checkpoint.config)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(expected_config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     # What from_pretrained(gguf_file=...) calls, without its need for accelerate.
-    state = load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=model)["tensors"]
-    assert set(checkpoint.weights) == set(state)
-    assert_same_weights(checkpoint, state, block_bytes=1 << 20)
-    inverse_frequencies = type(model.model.rotary_emb)(expected_config).inv_freq.numpy()
+    loaded = load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=model)
+    assert set(checkpoint.weights) == set(loaded["tensors"])
+    assert_same_weights(checkpoint, loaded["tensors"], block_bytes=1 << 20)
+    expected = transformers.AutoConfig.for_model(**loaded["config"])
+    inverse_frequencies = type(model.model.rotary_emb)(expected).inv_freq.numpy()
     np.testing.assert_allclose(checkpoint.spec.rope_frequencies, inverse_frequencies, rtol=1e-6)
     assert checkpoint.config["rms_norm_eps"] == 1e-5
-    config = transformers.LlamaConfig(**checkpoint.config)
     for key in ("hidden_size", "num_hidden_layers", "head_dim", "eos_token_id", "tie_word_embeddings"):
-        assert getattr(config, key) == getattr(expected_config, key)
+        assert getattr(config, key) == getattr(expected, key)
 
 
 @pytest.mark.model

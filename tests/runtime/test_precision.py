@@ -22,9 +22,9 @@ BOUNDS = {"cpu-int8": (0.015, 0.009, 0.94), "cpu-nearest": (0.4, 0.35, 0.58), "c
 
 
 def windows(runtime: DashRuntime) -> list[np.ndarray]:
-    """The whole text in pieces of 512 tokens."""
+    """The beginning of the text in pieces of 512 tokens."""
     ids = np.array(runtime.text.encode((DATA / "heldout.txt").read_text(encoding="utf-8")), np.int64)
-    return [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
+    return [ids[start : start + WINDOW] for start in range(0, 4 * WINDOW, WINDOW)]
 
 
 def likelihoods(runtime: DashRuntime) -> np.ndarray:
@@ -64,5 +64,5 @@ def test_the_calibrated_budget_is_kept(smollm2_runtime: LoadRuntime) -> None:
     times = []
     for ids in windows(runtime)[:2]:
         skipped = unit_skips(runtime.score(ids, budget=budget).actions, runtime.engines.units)
-        times.append(runtime.cost.token_time(skipped).mean())
+        times.append(runtime.cost.token_time(skipped, asked=True).mean())
     assert np.mean(times) == pytest.approx(budget, abs=0.05)

@@ -93,7 +93,7 @@ def test_under_load(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytes
         assert last.statistics.layers_per_token > 4.5, "alone there is time for nearly all"
         with ThreadPoolExecutor(4) as pool:
             ended = list(pool.map(lambda _: [*made.stream(request)][-1].statistics, range(4)))
-        assert all(one.layers_per_token < 5 for one in ended)
+        assert all(one.layers_per_token < 5.5 for one in ended), "a unit less, of one layer or of two by its costs here"
     finally:
         made.close()
 

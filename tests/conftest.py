@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -34,6 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported until then is not looked through each time that garbage is collected: half a second
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
         pytest.skip("takes minutes: make test PYTEST_ARGS=--slow runs it")
@@ -54,6 +59,14 @@ def quick_builds() -> Iterator[None]:
         patch.setattr(dial, "TOKENS", 64)
         patch.setattr(runtime, "on_huge_pages", lambda _wanted: nullcontext())
         yield
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds without costs and dial, for what only asks what engines answer."""
+    from dash_export.building import pipeline
+
+    monkeypatch.setattr(pipeline, "_measured", lambda _bundle, draft, *_: draft)
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,6 @@ from tests.tiny import tiny_bundle
 NAME, TARGET = "me/tiny", "cpu-fp32"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_to_collect(tiny_root: Path) -> Iterator[None]:  # noqa: ARG001
-    """What was loaded before is not looked through each time that garbage is collected here: half a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with fake_hub() as found:

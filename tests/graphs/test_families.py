@@ -45,6 +45,8 @@ GRANITE = {
     "logits_scaling": 0.5,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),

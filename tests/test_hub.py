@@ -26,6 +26,12 @@ from tests.tiny import tiny_bundle
 NAME, TARGET = "me/tiny", "cpu-fp32"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect(tiny_root: Path) -> None:  # noqa: ARG001
+    """What earlier tests hold is not looked through by each `gc.collect` here."""
+    gc.freeze()
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with fake_hub() as found:

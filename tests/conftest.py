@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from dash_export import DashRuntime
+    from dash_export.manifest import Build
     from dash_export.models import Checkpoint
     from dash_export.policy import SkipPolicy
     from dash_export.reference import Oracle
@@ -61,12 +62,17 @@ def quick_builds() -> Iterator[None]:
         yield
 
 
+def as_drafted(_bundle: object, draft: Build, *_: object) -> Build:
+    """In the place of what measures a build: without costs and dial."""
+    return draft
+
+
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds without costs and dial, for what only asks what engines answer."""
     from dash_export.building import pipeline
 
-    monkeypatch.setattr(pipeline, "_measured", lambda _bundle, draft, *_: draft)
+    monkeypatch.setattr(pipeline, "_measured", as_drafted)
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +123,7 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
         with pytest.MonkeyPatch.context() as patch:
             tested = target in ("cpu", "cpu-nearest")  # the others only need a dial
             if target in ("portable", "cpu-int8"):  # which are only compared: no dial is read
-                patch.setattr(pipeline, "_measured", lambda _bundle, draft, *_: draft)
+                patch.setattr(pipeline, "_measured", as_drafted)
             patch.setattr(dial, "WINDOWS", 3 if tested else 1)
             patch.setattr(dial, "TOKENS", 128 if tested else 64)
             patch.setattr(dial, "SHARES", (0.1, 0.25, 0.4, 0.6) if tested else (0.1, 0.4))

@@ -151,7 +151,7 @@ def test_portable_and_lowered_smollm2_agree(smollm2_runtime: LoadRuntime) -> Non
         assert np.abs(logits[0] - logits[1]).max() < 1e-3
     dial = lowered.build.dial
     rule = decision_rule(units, lowered.cost.cost, dial[len(dial) // 2].trade_off)  # skips, but not all
-    one, other = (runtime.session_under(rule).generate(ids, 8) for runtime in (portable, lowered))
+    one, other = (runtime.session_under(rule).generate(ids, 24) for runtime in (portable, lowered))
     np.testing.assert_array_equal(one.tokens, other.tokens)
     np.testing.assert_array_equal(one.actions, other.actions)
     assert one.actions.any()

@@ -437,10 +437,8 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path) -> None:
 
 @pytest.mark.model
 def test_walking_all_weights_stays_small(smollm2_gguf: Path) -> None:
-    """The file is mapped and read whole, 94 MB; weights are 515 MB as float32, the largest 108 MB: none of them may
-    become resident as a whole.
-    """
+    """File 94 MB, weights 515 MB as float32, the largest 108 MB: none of them may become resident as a whole."""
     walked = subprocess.run(
         [sys.executable, "-c", WALK, str(smollm2_gguf)], capture_output=True, text=True, check=True, timeout=60
     )
-    assert int(walked.stdout) < 94 + 20
+    assert int(walked.stdout) < 50

@@ -73,6 +73,8 @@ def test_under_load(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytes
     those that say how much they skip are not touched.
     """
     runtime = tiny_runtime()
+    # The second unit alone saves too little for four rows, whatever this machine measured.
+    monkeypatch.setattr(runtime, "build", replace(runtime.build, cost=replace(runtime.cost, cost=(0.34, 0.1))))
     sound = BoundStep.decode_batch
 
     def slow(self: BoundStep, tokens: list[int], rules: Any) -> None:
@@ -93,7 +95,7 @@ def test_under_load(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytes
         assert last.statistics.layers_per_token > 4.5, "alone there is time for nearly all"
         with ThreadPoolExecutor(4) as pool:
             ended = list(pool.map(lambda _: [*made.stream(request)][-1].statistics, range(4)))
-        assert all(one.layers_per_token < 5.5 for one in ended), "a unit less, of one layer or of two by its costs here"
+        assert all(one.layers_per_token < 5 for one in ended)
     finally:
         made.close()
 

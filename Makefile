@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 BUNDLE := .cache/bench.dash
 BENCHES := dispatch bypass batch prefill load
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+# Tests run in two processes, on a processor each; PYTEST_ARGS="-n 0 ..." for one.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 PYTEST_ARGS ?=
 # The demo's model: smollm2-135m, or qwen2.5-coder-0.5b (400 MB).
 MODEL ?= smollm2-135m
@@ -36,7 +38,7 @@ serve: $(VENV)/.serve
 	@$(BIN)/dash-export serve .cache/smollm2.dash
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # `gw0`: on a processor of its own, and so is what it starts
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[int(worker[2:]) % len(processors)]})
 # Torch's idle threads spin, and so do ONNX Runtime's: an oracle's pass took four times as long beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -34,6 +37,18 @@ sys.path.insert(0, str(ROOT / "tools"))  # the demo's own fetching, not a second
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several workers one takes all of a file, and one all that asks for SmolLM2's builds, the longest, first."""
+
+    def on_smollm2(item: pytest.Item) -> bool:
+        return "smollm2_runtime" in getattr(item, "fixturenames", ())
+
+    items.sort(key=on_smollm2, reverse=True)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("smollm2" if on_smollm2(item) else str(item.path)))
 
 
 def pytest_collection_finish() -> None:

@@ -9,6 +9,16 @@ import numpy.typing as npt
 
 from dash_export.manifest import ModelFacts
 
+TILE = 16
+"""Kernels take rows two at a time (ONNX Runtime's int4 in blocks of 64), up to 16 elsewhere, and may round what is left
+over otherwise: a prompt that is known in part gives what a new one gives where the rest begins at a multiple.
+"""
+
+
+def whole_tiles(tokens: int) -> int:
+    """So many tokens, but for what is no whole TILE; 0 for fewer."""
+    return max(0, tokens // TILE * TILE)
+
 
 class KVCache:
     """`keys` and `values`, float32 [layers, sequences, kv_heads, capacity, head_dim], are views of one block. Rows of a

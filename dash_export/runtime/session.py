@@ -13,6 +13,7 @@ import numpy.typing as npt
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.decision import DENSE_POSITIONS, Actions, layer_actions
 from dash_export.errors import RequestError
+from dash_export.runtime.cache import TILE, KVCache, whole_tiles
 from dash_export.runtime.results import (
     MAX_TOKENS,
     NO_TOKEN,
@@ -32,22 +33,12 @@ from dash_export.runtime.scoring import score
 from dash_export.runtime.text import Text
 
 if TYPE_CHECKING:
-    from dash_export.runtime.cache import KVCache
     from dash_export.runtime.decode import BoundStep, EngineSet
     from dash_export.runtime.device.engines import DeviceEngines
     from dash_export.runtime.device.step import DeviceStep
 
 Floats = npt.NDArray[np.float32]
-TILE = 16
-"""Kernels take rows two at a time (ONNX Runtime's int4 in blocks of 64), up to 16 elsewhere, and may round what is left
-over otherwise: a prompt that is known in part gives what a new one gives where the rest begins at a multiple.
-"""
 _CPU_ONLY = "A CPU build of this version does: `dash-export build` makes it."
-
-
-def whole_tiles(tokens: int) -> int:
-    """So many tokens, but for what is no whole TILE; 0 for fewer."""
-    return max(0, tokens // TILE * TILE)
 
 
 @dataclass

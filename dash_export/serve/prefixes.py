@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from dash_export.runtime.cache import KVCache
+from dash_export.runtime.cache import KVCache, whole_tiles
 from dash_export.runtime.results import TokenIds
-from dash_export.runtime.session import Session, whole_tiles
+from dash_export.runtime.session import Session
 
 
 class Prefixes:

@@ -27,8 +27,8 @@ class Memory(Protocol):
 
     nbytes: int
 
-    def part(self, offset: int) -> Any:
-        """A view from there to the end; it keeps the whole alive."""
+    def part(self, offset: int, nbytes: int | None = None) -> Any:
+        """A view of `nbytes` from there on, or to the end; it keeps the whole alive."""
 
 
 Place = Memory | npt.NDArray[Any]

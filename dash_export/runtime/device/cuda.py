@@ -41,8 +41,8 @@ class CudaMemory:
     def __init__(self, address: int, nbytes: int, whole: CudaMemory | None = None) -> None:
         self.address, self.nbytes, self._whole = address, nbytes, whole
 
-    def part(self, offset: int) -> CudaMemory:
-        return CudaMemory(self.address + offset, self.nbytes - offset, self)
+    def part(self, offset: int, nbytes: int | None = None) -> CudaMemory:
+        return CudaMemory(self.address + offset, self.nbytes - offset if nbytes is None else nbytes, self)
 
 
 class Cuda:

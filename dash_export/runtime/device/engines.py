@@ -11,7 +11,7 @@ from dash_export.decision import Unit
 from dash_export.errors import BundleError, ContextLengthError
 from dash_export.manifest import DAMAGED, POLICY, Build, Segment
 from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Memory
-from dash_export.runtime.device.step import DeviceStep
+from dash_export.runtime.device.step import DeviceStep, PromptMemory
 from dash_export.targets import Recipe
 
 
@@ -99,6 +99,7 @@ class DeviceCache:
         self.shape = (1, model.num_kv_heads, self.capacity, model.head_dim)
         self.keys: list[Memory] = []
         self.values: list[Memory] = []
+        self.prompts = PromptMemory(engines.device)
 
     def reserve(self, rows: int) -> bool:
         """Memory for all the capacity, once. True when it was made now. Raises ContextLengthError beyond it."""

@@ -45,10 +45,38 @@ READY, DECIDED = "state ready", "decided"
 """Events: what the policy reads is there; its damage is."""
 
 
+class PromptMemory:
+    """The memory of one session's prompts. Every step of many tokens asks for the same things in the same order: the
+    next one takes what the one before had, whatever its length, and where that is not enough, makes twice as much.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._kept, self._asked = device, list[Any](), 0
+
+    def again(self) -> PromptMemory:
+        """From the first on."""
+        self._asked = 0
+        return self
+
+    def memory(self, nbytes: int) -> Any:
+        return self._next(self._device.memory, nbytes).part(0, nbytes)
+
+    def pinned(self, nbytes: int) -> Any:
+        return self._next(self._device.pinned, nbytes)[:nbytes]
+
+    def _next(self, make: Callable[[int], Any], nbytes: int) -> Any:
+        place, self._asked = self._asked, self._asked + 1
+        if place == len(self._kept):
+            self._kept.append(make(nbytes))
+        elif self._kept[place].nbytes < nbytes:
+            self._kept[place] = make(max(nbytes, 2 * self._kept[place].nbytes))
+        return self._kept[place]
+
+
 class Mirror:
     """An array in pinned memory (`host`) and on the device (`memory`)."""
 
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    def __init__(self, device: Device | PromptMemory, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self.host: npt.NDArray[Any] = device.pinned(nbytes).view(dtype).reshape(shape)
         self.memory: Any = device.memory(nbytes)
@@ -82,13 +110,14 @@ class DeviceStep:
         self._known = OrderedDict[bytes, Graph]()
         self._warm = False
         model, units, item = engines.model, len(engines.units), engines.itemsize
+        space = self._space = self.device if sequence == 1 else cache.prompts.again()
         self._row_bytes = model.head_dim * item
-        self._ids = Mirror(self.device, (1, sequence), np.int64)
-        self._positions = Mirror(self.device, (1, sequence), np.int64)
-        self._limits = Mirror(self.device, (units,), np.float64)
-        self._logits = Mirror(self.device, (1, 1, model.vocab_size), np.float32)
-        self._damage = Mirror(self.device, (1, sequence, units), np.float32)
-        self._skipped = Mirror(self.device, (units, sequence), np.bool_)
+        self._ids = Mirror(space, (1, sequence), np.int64)
+        self._positions = Mirror(space, (1, sequence), np.int64)
+        self._limits = Mirror(space, (units,), np.float64)
+        self._logits = Mirror(space, (1, 1, model.vocab_size), np.float32)
+        self._damage = Mirror(space, (1, sequence, units), np.float32)
+        self._skipped = Mirror(space, (units, sequence), np.bool_)
         self.logits: npt.NDArray[np.float32] = self._logits.host
         self.damage: npt.NDArray[np.float32] = self._damage.host[0].T
         self.skipped: Skips = self._skipped.host
@@ -105,7 +134,7 @@ class DeviceStep:
             "logits": self._logits.memory,
             "damage": self._damage.memory,
         }
-        self._hidden = [self.device.memory(sequence * model.hidden_size * item) for _ in range(2)]
+        self._hidden = [space.memory(sequence * model.hidden_size * item) for _ in range(2)]
         self.parts = [self._bind_part(index, segment) for index, segment in enumerate(engines.segments)]
         self._policy: Launch | None = None
         if engines.policy is not None and sequence == 1:  # prompts are dense
@@ -119,7 +148,7 @@ class DeviceStep:
             for (past, present, new), caches in zip(names, (self._cache.keys, self._cache.values), strict=True):
                 memory[past] = memory[present] = caches[layer]
                 if new in loaded.run.outputs:
-                    memory[new] = self.device.memory(caches[layer].nbytes // self._cache.capacity * self.sequence)
+                    memory[new] = self._space.memory(caches[layer].nbytes // self._cache.capacity * self.sequence)
                     new_rows.append((caches[layer], memory[new]))
         bypass = self._bind(loaded.bypass, memory) if loaded.bypass is not None and self.sequence == 1 else None
         return Part(loaded.unit, self._bind(loaded.run, memory), bypass, new_rows)

@@ -300,6 +300,19 @@ def test_a_fork_has_memory_of_its_own(target: str, on_card: MakeOnCard, host: Ho
         np.testing.assert_array_equal(session.generate(ids, 9).tokens, expected)
 
 
+@pytest.mark.parametrize("target", BUILDS)
+def test_a_prompt_takes_the_memory_of_the_one_before(target: str, on_card: MakeOnCard, host: Host) -> None:
+    made = on_card(target)
+    sessions = [each.session() for each in (host.runtime, made.runtime)]
+    allocated = []
+    for length in (9, 12, 5, 7, 11):
+        expected, found = (session.restart(IDS[length : 2 * length]) for session in sessions)
+        assert np.abs(found - expected).max() < TOLERANCE
+        allocated.append(made.card.calls["cudaMalloc"] + made.card.calls["cudaHostAlloc"])
+    assert allocated[1] > allocated[0], "the longer one needs more"
+    assert allocated[1:] == [allocated[1]] * 4
+
+
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])
 def test_a_dropped_step_gives_back_its_contexts(dispatch: str, on_card: MakeOnCard, host: Host) -> None:
     """At once, not when Python looks for circles: nothing tells it how much of a device's memory they hold."""

@@ -107,10 +107,11 @@ class Session:
         sampling: Sampling | None = None,
     ) -> Iterator[Response]:
         """Answer messages {role, content}. What the cache already holds of them is not computed again."""
+        self._cancelled = False
         ids = self.text.chat(messages, self.engines.model.max_positions)
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)  # refused before anything is forgotten
         self.rewind_to(ids)
-        return self.stream(ids[len(self.tokens) :], max_tokens, sampling)
+        return self._begin(ids[len(self.tokens) :], max_tokens, sampling)
 
     @check_arguments
     def stream(
@@ -119,9 +120,12 @@ class Session:
         """Prefill `prompt` densely over the cache as it is, then decode under the policy, one Response per token.
         `max_tokens` None: as many as there is room for, 256 at most. Raises RequestError and ContextLengthError.
         """
+        self._cancelled = False
+        return self._begin(prompt, max_tokens, sampling)
+
+    def _begin(self, prompt: Prompt, max_tokens: int | None, sampling: Sampling | None) -> Iterator[Response]:
         ids = self._continued(prompt)
         max_tokens = answer_length(len(ids), max_tokens, self.context_left)
-        self._cancelled = False
         self._streams += 1
         return self._stream(self._streams, ids, max_tokens, sampling or Sampling())
 

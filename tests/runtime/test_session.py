@@ -280,6 +280,12 @@ def test_cancel(runtime: DashRuntime) -> None:
     assert live.generate(random_ids(5), 4).finish_reason == "length"
 
 
+def test_cancel_while_a_chat_is_rendered(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    live, render = runtime.session(), runtime.text.chat
+    monkeypatch.setattr(runtime.text, "chat", lambda *given: (live.cancel(), render(*given))[1])
+    assert [response.finish_reason for response in live.chat(MESSAGES, 8)] == ["cancelled"]
+
+
 def test_where_an_answer_ends(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """At its length, at a stop string, at an end of turn; and its figures."""
     plain = runtime.generate(random_ids(8), 40)

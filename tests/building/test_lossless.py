@@ -21,6 +21,8 @@ from dash_export.models import open_checkpoint
 from tests.models.helpers import tiny_model, write_gguf
 from tests.tiny import random_ids, tiny_policy
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 PROJECTIONS = {
     "attention/q_proj+k_proj+v_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention/o_proj": ("self_attn.o_proj",),

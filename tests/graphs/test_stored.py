@@ -25,6 +25,8 @@ from dash_export.models import open_checkpoint
 from tests.models.helpers import random_blocks, tiny_tokenizer, write_gguf
 from tests.tiny import random_ids, save_model, tiny_policy
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def graph_of(kind: str, factors: np.ndarray, blocks: np.ndarray) -> ir.Model:
     g = GraphWriter("graph", "")

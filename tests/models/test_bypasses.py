@@ -19,6 +19,8 @@ from dash_export.policy import no_policy
 from dash_export.reference import Oracle
 from tests.tiny import TINY_UNITS, random_ids, tiny_checkpoint, tiny_policy
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 WINDOWS = ["full_attention", *["sliding_attention", "full_attention"] * 2, "sliding_attention"]
 
 

@@ -21,12 +21,14 @@ from dash_export.errors import RecipeError
 from dash_export.resources import resource_folder
 from dash_export.typed_json import Within, WrongFieldError, typed
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Rounding = Literal["nearest", "gptq", "as-is"]
 Dispatch = Literal["sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
-QUANTISED = ("int8", "int4")
-BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
+QUANTISED = ("int8", "fp8", "int4")
+BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
+FP8_SINCE = 8.9
+"""Compute capability (Ada, Hopper, and what came after)."""
 MAX_THREADS = 1024
 _MAX_BYTES = 1 << 14  # of a recipe file
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -57,9 +59,9 @@ class WeightsRecipe:
     rounding: Rounding = "nearest"
 
     @property
-    def has_int4(self) -> bool:
-        """Whether there are matrices whose codes `rounding` chooses."""
-        return "int4" in (self.layers, self.qkv, self.ungated, self.head)
+    def calibrates(self) -> bool:
+        """Whether there are matrices whose codes `rounding` chooses, or (fp8) whose inputs' range it finds."""
+        return bool({"int4", "fp8"} & {self.layers, self.qkv, self.ungated, self.head})
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
         if recipe.dialect == "trt10":
             yield "dialect 'trt10' is for GPU backends; onnxruntime takes 'ort' or 'portable'."
         for part, value in precisions.items():
-            if value in ("fp16", "bf16"):
+            if value in ("fp16", "bf16", "fp8"):
                 yield f"{part} = {value!r}: on a CPU weights are 'fp32', 'int8' or 'int4'."
             if recipe.dialect == "portable" and value != "fp32":
                 yield f"{part} = {value!r}: dialect 'portable' runs the graphs as they are, in 'fp32'."
@@ -200,6 +202,13 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
     young = [value for value in ("bf16", "int4") if value in (*precisions.values(), engine.activations)]
     if young and "7.5" in capabilities:
         yield f"{young[0]!r} needs compute capability 8.0 or newer: take 7.5 out of `capabilities`."
+    if "fp8" in precisions.values():
+        if not recipe.backend.startswith("tensorrt"):
+            yield f"'fp8' is for TensorRT; {recipe.backend} takes {engine.activations!r}, 'int8' or 'int4'."
+        if old := [item for item in capabilities if float(item) < FP8_SINCE]:
+            yield f"'fp8' needs compute capability {FP8_SINCE} or newer: take {', '.join(old)} out of `capabilities`."
+        if weights.rounding != "gptq":
+            yield "'fp8' needs rounding = 'gptq': the range of what a matrix is fed is measured."
     if weights.rounding == "as-is":
         yield "rounding = 'as-is' is for CPUs: GPU engines take 'nearest' or 'gptq'."
     if not weights.symmetric:
@@ -239,7 +248,7 @@ def with_weights(
     suffix: list[str] = [changed.layers] if changed.layers != recipe.weights.layers else []
     suffix += [f"{part}-{given[part]}" for part in ("head", "embedding") if given[part] is not None]
     suffix += [changed.rounding] if changed.rounding != recipe.weights.rounding else []
-    if rounding not in (None, "nearest") and not changed.has_int4:
+    if rounding not in (None, "nearest") and not changed.calibrates:
         raise RecipeError(f"rounding = {rounding!r} is how int4 codes are chosen, and nothing is 'int4'.")
     renamed = replace(recipe, name="-".join([recipe.name, *suffix]), weights=changed)
     return _sound(renamed, f"{recipe.name} at these weights")

@@ -1,4 +1,5 @@
-"""Calibrated rounding of a bundle's int4 matrices: GPTQ on what the layers are really fed.
+"""Calibrated rounding of a bundle's int4 matrices, GPTQ on what the layers are really fed; and what fp8 ones are fed at
+most.
 
 GPTQ (Frantar et al., arXiv 2210.17323) rounds a matrix so that its *product* with what the model feeds it changes
 least, not its weights: input by input; the error that each rounding makes in the product is moved onto the inputs not
@@ -35,7 +36,7 @@ from dash_export.graphs.surgery import constant_value, load_graph
 from dash_export.names import ROUNDINGS, past_names
 from dash_export.resources import resource_folder
 from dash_export.runtime.text import Text
-from dash_export.targets import Recipe
+from dash_export.targets import Precision, Recipe
 
 TEXT = "quantise.txt"
 """Shipped text that int4 weights are calibrated on."""
@@ -55,7 +56,7 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
     """Key of what a calibrated engine depends on besides its own graph: the text, and the layers that feed it. Nothing
     where nothing is calibrated.
     """
-    if recipe.weights.rounding != "gptq" or not recipe.weights.has_int4:
+    if recipe.weights.rounding != "gptq" or not recipe.weights.calibrates:
         return ""
     text = sha256_file(resource_folder("calibration") / TEXT)
     return content_key(text, graphs_key(bundle, ["embed", *_layers(bundle)]))
@@ -83,8 +84,10 @@ def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, progress: Pr
     return Artifact("roundings", key, write, role="aside")
 
 
-def calibrated(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[tuple[str, Rounded]]:
-    """(node, rounding) of every matrix that the recipe rounds to int4, layer by layer, the head last."""
+def calibrated(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[tuple[str, Rounded | float]]:
+    """(node, rounding) of every matrix that the recipe rounds to int4, and (node, the largest number it is fed) of
+    every fp8 one, layer by layer, the head last.
+    """
     model, gated = bundle.manifest.model, bundle.manifest.policy.layers
     embed = graph_run(bundle.graph("embed"))
     states = [embed({"input_ids": windows})["hidden_out"] for windows in _windows(bundle)]
@@ -93,21 +96,23 @@ def calibrated(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[t
     for layer, name in enumerate(_layers(bundle)):
         graph = load_graph(bundle.graph(name))
         known = [node for node in graph.graph if node.op_type == "MatMul" and str(node.name).endswith("_proj")]
-        rounded_nodes = [node for node in known if weight_precision(str(node.name), recipe.weights, gated) == "int4"]
+        precisions = {node: weight_precision(str(node.name), recipe.weights, gated) for node in known}
         own_feeds = feeds | dict.fromkeys(past_names(layer), empty)
-        for fed, rounded in _round_layer(graph, name, rounded_nodes, recipe, states, own_feeds):
-            yield fed, rounded
+        yield from _round_layer(graph, name, precisions, recipe, states, own_feeds)
         states = [found["hidden_out"] for found in _outputs(graph, name, states, own_feeds)]
         progress(f"rounding layer {layer}", layer + 1, model.num_layers)
-    if recipe.weights.head == "int4":
+    if recipe.weights.head in ("int4", "fp8"):
         nodes = {node.name: node for node in load_graph(bundle.graph("head")).graph}
         gain, table = constant_value(nodes["head/norm"].inputs[1]), constant_value(nodes["head/logits"].inputs[1])
         assert gain is not None
         assert table is not None
         scales = (np.sqrt(np.square(state).mean(axis=-1, keepdims=True) + model.rms_norm_eps) for state in states)
-        moments = np.sum([_moments(state / scale * gain) for state, scale in zip(states, scales, strict=True)], axis=0)
-        for rounded in _rounded(recipe, [table], moments):
-            yield "head/logits", rounded
+        normed = [state / scale * gain for state, scale in zip(states, scales, strict=True)]
+        if recipe.weights.head == "fp8":
+            yield "head/logits", max(map(_largest, normed))
+        else:
+            for rounded in _rounded(recipe, [table], np.sum([_moments(state) for state in normed], axis=0)):
+                yield "head/logits", rounded
         progress("rounding head", 1, 1)
 
 
@@ -116,24 +121,39 @@ def _layers(bundle: Bundle) -> list[str]:
 
 
 def _round_layer(
-    model: ir.Model, name: str, nodes: list[ir.Node], recipe: Recipe, states: list[Floats], feeds: Arrays
-) -> Iterator[tuple[str, Rounded]]:
-    """Round the matrices of `nodes`, in the layer's graph too. Meanwhile it gives what they are fed, and
-    nothing else."""
+    model: ir.Model,
+    name: str,
+    precisions: dict[ir.Node, Precision],
+    recipe: Recipe,
+    states: list[Floats],
+    feeds: Arrays,
+) -> Iterator[tuple[str, Rounded | float]]:
+    """Round the int4 matrices, in the layer's graph too, and measure what fp8 ones are fed. Meanwhile the graph gives
+    what all these are fed, and nothing else.
+    """
     readers: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
-    for node in nodes:
+    for node, precision in precisions.items():
         assert node.inputs[0] is not None
-        readers[node.inputs[0]].append(node)
-    moments: dict[ir.Value, Any] = dict.fromkeys(readers, 0.0)
+        if precision in ("int4", "fp8"):
+            readers[node.inputs[0]].append(node)
+    rounded_sources = {source for source, group in readers.items() if "int4" in map(precisions.get, group)}
+    moments: dict[ir.Value, Any] = dict.fromkeys(rounded_sources, 0.0)
+    largest = dict.fromkeys(readers, 0.0)
     for source in readers:
         source.type = ir.TensorType(ir.DataType.FLOAT)
     outputs = list(model.graph.outputs)
     model.graph.outputs[:] = list(readers)
-    for found in _outputs(model, name, states, feeds) if nodes else ():
+    for found in _outputs(model, name, states, feeds) if readers else ():
         for source in readers:
-            moments[source] += _moments(found[str(source.name)])
+            largest[source] = max(largest[source], _largest(found[str(source.name)]))
+            if source in moments:
+                moments[source] += _moments(found[str(source.name)])
     model.graph.outputs[:] = outputs
-    for source, group in readers.items():
+    for source, nodes in readers.items():
+        yield from ((str(node.name), largest[source]) for node in nodes if precisions[node] == "fp8")
+        group = [node for node in nodes if precisions[node] == "int4"]
+        if not group:
+            continue
         weights = [node.inputs[1] for node in group]
         matrices = [array for weight in weights if (array := constant_value(weight)) is not None]
         for node, weight, rounded in zip(group, weights, _rounded(recipe, matrices, moments[source]), strict=False):
@@ -162,6 +182,10 @@ def _rounded(recipe: Recipe, matrices: list[Floats], moments: Moments) -> Iterat
         for end, matrix in zip(ends, matrices, strict=True):
             own = slice(end - matrix.shape[1], end)
             yield Rounded(rounded.codes[:, own], rounded.scales[:, own], rounded.zeros[:, own], block)
+
+
+def _largest(vectors: Floats) -> float:
+    return float(np.abs(vectors).max())
 
 
 def _moments(vectors: Floats) -> Moments:

@@ -55,7 +55,7 @@ def quantized(
     calibrated = [roundings(f"{part}/{name}") if bits == 4 else None for name in names.split("+")]
     pieces = []
     for index, (rounded, matrix) in enumerate(zip(calibrated, matrices, strict=True)):
-        if rounded is not None:
+        if isinstance(rounded, Rounded):
             rounded.check(node, matrix.shape, recipe.block_size)
             pieces.append(pack(rounded, first_times if index == 0 else 1.0))
     if len(pieces) < len(matrices):

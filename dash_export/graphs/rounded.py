@@ -18,7 +18,7 @@ from dash_export.artifacts import open_regular
 from dash_export.errors import BundleError
 from dash_export.targets import Precision, WeightsRecipe
 
-FINEST_FIRST: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
+FINEST_FIRST: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 SMALLEST_BLOCK = 16
 
 
@@ -68,23 +68,27 @@ class Rounded:
             raise BundleError(f"The rounding that is kept of {node} is not of this matrix. Build the target again.")
 
 
-Roundings = Callable[[str], Rounded | None]
-"""By the name of a matrix's node in a layer's portable graph; None: to be rounded to nearest."""
+Roundings = Callable[[str], Rounded | float | None]
+"""By the name of a matrix's node in a layer's portable graph: its codes, or (fp8) the largest number it was fed; None:
+to be rounded to nearest.
+"""
 
 
-def to_nearest(_node: str) -> Rounded | None:
+def to_nearest(_node: str) -> Rounded | float | None:
     """No matrix has a rounding of its own."""
     return None
 
 
 _PARTS = {"codes": np.uint8, "scales": np.float32, "zeros": np.uint8, "form": np.int64}
-"""Parts of a matrix, `<node>.<part>`: codes [in / 2, out], two inputs a byte; `form`: inputs, and inputs of a block. In
-numpy's own form, which needs nothing that a device lacks.
+"""Parts of a matrix, `<node>.<part>`: codes [in / 2, out], two inputs a byte; `form`: inputs, and inputs of a block. Of
+what it is fed, `<node>.largest`. In numpy's own form, which needs nothing that a device lacks.
 """
 
 
-def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded]]) -> None:
-    """Write int4 matrices given as (node, rounding), one after the other, and the `key` of what they follow from."""
+def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded | float]]) -> None:
+    """Write int4 matrices and fp8 ranges given as (node, rounding), one after the other, and the `key` of what they
+    follow from.
+    """
     with ZipFile(path, "w", ZIP_STORED) as file:
 
         def add(name: str, array: npt.NDArray[Any]) -> None:
@@ -93,6 +97,9 @@ def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded
 
         add("key", np.array(key))
         for node, rounded in roundings:
+            if isinstance(rounded, float):
+                add(f"{node}.largest", np.array(rounded, np.float32))
+                continue
             codes = np.pad(rounded.codes, ((0, len(rounded.codes) % 2), (0, 0)))
             form = np.array([len(rounded.codes), rounded.block])
             parts: list[npt.NDArray[Any]] = [codes[::2] | codes[1::2] << 4, rounded.scales, rounded.zeros, form]
@@ -105,11 +112,16 @@ def stored_roundings(path: Path) -> Roundings:
     BundleError where the file is damaged.
     """
 
-    def rounded(node: str) -> Rounded | None:
+    def rounded(node: str) -> Rounded | float | None:
         if not path.is_file():
             return None
         try:
             with np.load(path) as arrays:
+                if f"{node}.largest" in arrays.files:
+                    largest = float(_array(arrays, f"{node}.largest", np.float32))
+                    if not 0 <= largest < np.inf:
+                        raise ValueError(f"the range of {node} is none")
+                    return largest
                 if f"{node}.codes" not in arrays.files:
                     return None
                 packed, scales, zeros, form = (_array(arrays, f"{node}.{part}", kind) for part, kind in _PARTS.items())

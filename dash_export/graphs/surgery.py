@@ -110,7 +110,7 @@ def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """Register a new initializer."""
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -137,7 +137,10 @@ def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
         for index, source in floats:
             node.replace_input_with(index, converted(source, wanted, node))
         for output in node.outputs:
-            output.type = ir.TensorType(wanted) if floats else output.type
+            if node.op_type == "QuantizeLinear":
+                output.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+            elif floats:
+                output.type = ir.TensorType(wanted)
     for index, value in enumerate(list(graph.outputs)):
         wanted = ir.DataType.FLOAT if value.name in FLOAT32_OUTPUTS else dtype
         if is_float(value) and value.dtype != wanted:

@@ -1,7 +1,9 @@
-"""Weight-only quantisation as TensorRT reads it: DequantizeLinear before MatMul, symmetric.
+"""Quantisation as TensorRT reads it: DequantizeLinear before MatMul, symmetric.
 
 int4 has a scale per block of `block_size` rows and column, int8 one per column (blocks of int8 are not in every
-TensorRT 10). Both stay small in the engine: 481 kB for a 576 x 1536 matrix at int4, built by TensorRT-RTX 1.7.
+TensorRT 10). Both are of weights alone and stay small in the engine: 481 kB for a 576 x 1536 matrix at int4, built by
+TensorRT-RTX 1.7. fp8 (E4M3) is of both factors: a scale per column, and one for what the matrix is fed. They are powers
+of two, which 16 bits hold: a float rounds the same at any scale.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from dash_export.graphs.rounded import Roundings, block_of, to_nearest, weight_precision
+from dash_export.errors import BundleError
+from dash_export.graphs.rounded import Rounded, Roundings, block_of, to_nearest, weight_precision
 from dash_export.graphs.surgery import add_constant, constant_value
 from dash_export.models.spec import Float32Array
 from dash_export.targets import QUANTISED, WeightsRecipe
@@ -55,11 +58,18 @@ def quantize_weights(
         block = block_of(matrix.shape[0], recipe.block_size) if precision == "int4" else matrix.shape[0]
         if precision not in QUANTISED or block is None or weight is None:
             continue
-        if precision == "int8":
+        if precision == "fp8":
+            largest = roundings(name) if "bypass" not in name else matrix.shape[0] ** 0.5  # the bound of an RMSNorm
+            if not isinstance(largest, float):
+                raise BundleError(f"What {name} is fed was not measured. Build the target again.")
+            _quantize_input(graph, node, largest)
+            scales = _scale(np.abs(matrix).max(axis=0))
+            stored, attributes = (matrix / scales).astype(ml_dtypes.float8_e4m3fn), {"axis": 1}
+        elif precision == "int8":
             values, scales = quantize_symmetric(matrix, 8, block)
             stored, scales, attributes = values, scales[0], {"axis": 1}
         else:
-            if (rounded := roundings(name)) is not None:
+            if isinstance(rounded := roundings(name), Rounded):
                 rounded.check(name, matrix.shape, block)
                 values, scales = rounded.codes.astype(np.int8) - MIDDLE, rounded.scales
             else:
@@ -73,3 +83,22 @@ def quantize_weights(
         new.outputs[0].name = str(new.name)
         graph.insert_before(node, new)
         node.replace_input_with(1, new.outputs[0])
+
+
+def _scale(largest: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """A power of two by which the largest numbers come to 128 to 256, of at most 448; not under what float16 has."""
+    exponent = np.ceil(np.log2(np.maximum(np.asarray(largest, np.float32), 1e-30)))
+    return np.asarray(np.exp2(np.maximum(exponent - 8, -24)), np.float32)
+
+
+def _quantize_input(graph: ir.Graph, node: ir.Node, largest: float) -> None:
+    """Let the node read its first input in fp8: rounded, and back, which TensorRT makes one with the product."""
+    scale = add_constant(graph, f"{node.name}/input_scale", _scale(largest))
+    for name, operator, attributes in (
+        (f"{node.name}/input_fp8", "QuantizeLinear", {"output_dtype": int(ir.DataType.FLOAT8E4M3FN)}),
+        (f"{node.name}/input", "DequantizeLinear", {}),
+    ):
+        new = ir.node(operator, [node.inputs[0], scale], attributes, name=name)
+        new.outputs[0].name = name
+        graph.insert_before(node, new)
+        node.replace_input_with(0, new.outputs[0])

@@ -96,6 +96,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert other is not None
     np.testing.assert_array_equal(one.dequantized(), other.dequantized())
     assert other.block == 32
+    write_roundings(tmp_path / FILE, "key", [("b", 2.5), ("c", np.inf)])
+    assert stored_roundings(tmp_path / FILE)("b") == 2.5
+    with pytest.raises(BundleError, match="the range of c is none"):
+        stored_roundings(tmp_path / FILE)("c")
 
 
 @pytest.fixture(scope="module")

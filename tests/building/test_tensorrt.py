@@ -12,8 +12,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from dash_export.artifacts import ArtifactStore
+from dash_export.artifacts import ArtifactStore, no_progress
 from dash_export.building import build
+from dash_export.building.calibrate import calibrated
 from dash_export.building.cost_table import NOT_MEASURED
 from dash_export.building.engine_graphs import engine_graphs, lowered
 from dash_export.bundle import Bundle
@@ -37,10 +38,12 @@ def write_recipe(path: Path, weights: str = "fp16", engine: str = "", bypass: st
     """A recipe of a small cache at `path`, everything at one precision but perhaps the bypasses."""
     own = "bf16" if 'activations = "bf16"' in engine else "fp16"
     parts = "".join(f'{part} = "{weights}"\n' for part in ("layers", "qkv", "ungated", "head"))
+    rounding = "gptq" if weights == "fp8" else "nearest"
     path.write_text(
         f'backend = "tensorrt_rtx"\ndialect = "portable"\n'
         f'[engine]\ncapabilities = ["8.9"]\nkv_capacity = 64\n{engine}\n'
         f'[weights]\n{parts}embedding = "{own}"\nbypass = "{bypass or own}"\nblock_size = 32\nsymmetric = true\n'
+        f'rounding = "{rounding}"\n'
         '[runtime]\ndispatch = "overlapped"\nprefill_chunk = 32\n'
     )
     return str(path)
@@ -146,6 +149,8 @@ def test_what_an_engine_fixes_is_in_its_key(key: str, own: Path, made: list[str]
         ("qwen2", {}, "linear", {"weights": "int8", "bypass": "int8"}),
         ("qwen3", {"tie_word_embeddings": True}, "linear", {"weights": "int4", "bypass": "int4"}),
         ("qwen3", {}, "none", {"weights": "bf16", "engine": 'activations = "bf16"\nprofiles = 1'}),
+        ("llama", {}, "linear", {"weights": "fp8", "bypass": "fp8"}),
+        ("qwen2", {}, "linear", {"weights": "fp8", "engine": 'activations = "bf16"'}),
     ],
 )
 def test_families_and_precisions_compile(
@@ -172,6 +177,30 @@ def test_a_bypass_has_its_own_precision(bypass: str, tensor: int, own: Path, tmp
     types = {name: {item.data_type for item in model.graph.initializer} for name, model in models.items()}
     assert [name for name, found in types.items() if tensor in found] == ["bypass_02-03", "bypass_04-04"]
     assert onnx.TensorProto.FLOAT16 not in types["policy"]
+
+
+def test_both_factors_of_an_fp8_product_are_fp8(own: Path, tmp_path: Path) -> None:
+    """At scales by which what the calibration text feeds them comes to 128 to 256, of 448."""
+    bundle, seen = Bundle.open(own / "tiny.dash"), dict[str, float]()
+    recipe = load_recipe(write_recipe(tmp_path / "mine.toml", "fp8"))
+    for name, largest in calibrated(bundle, recipe, no_progress):
+        assert isinstance(largest, float)
+        seen[name] = largest
+    assert len(seen) == 7 * 5 + 1, "every projection and the head"
+    segment = next(graph for graph in engine_graphs(bundle, loaded(own).segments, True) if graph.name == "layers_02-03")
+    graph = ir.to_proto(lowered(bundle, segment, recipe, seen.get)).graph
+    made = {value: node for node in graph.node for value in node.output}
+    held = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    products = [node for node in graph.node if node.name in seen]
+    assert len(products) == 14
+    for node in products:
+        data, weight = (made[name] for name in node.input)
+        operators = data.op_type, weight.op_type, made[data.input[0]].op_type
+        assert operators == ("DequantizeLinear", "DequantizeLinear", "QuantizeLinear")
+        assert 128 < seen[node.name] / float(held[data.input[1]]) <= 256
+        assert str(held[weight.input[0]].dtype) == "float8_e4m3fn"
+    with pytest.raises(BundleError, match="layer_02/attention/k_proj is fed was not measured"):
+        lowered(bundle, segment, recipe)
 
 
 def test_a_graph_that_does_not_compile_is_told_in_tensorrts_words(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,10 +233,11 @@ def with_weights(
     that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
 
     Another precision for the layers moves everything with it that is not given itself, but for a GPU's embedding, which
-    has no quantised form. Raises RecipeError.
+    has no quantised form, and fp8 leaves the head, which it hurts most. Raises RecipeError.
     """
     moved = () if weights in (None, recipe.weights.layers) else _PARTS
-    chosen = {part: weights for part in moved if part != "embedding" or recipe.engine is None}
+    left = () if recipe.engine is None else ("embedding", "head") if weights == "fp8" else ("embedding",)
+    chosen = {part: weights for part in moved if part not in left}
     given = {"head": head, "embedding": embedding, "rounding": rounding}
     chosen |= {name: value for name, value in given.items() if value is not None}
     try:

@@ -200,6 +200,10 @@ def test_other_weights_have_another_name() -> None:
     assert exact.name == "cpu-fp32"
     assert {getattr(exact.weights, part) for part in ("layers", "qkv", "ungated", "head", "embedding")} == {"fp32"}
     assert with_weights(cpu, "fp32", "int4", None, "nearest").name == "cpu-fp32-head-int4-nearest"
+    eight = with_weights(load_recipe("h100"), "fp8")
+    assert (eight.name, eight.weights.qkv, eight.weights.bypass) == ("h100-fp8", "fp8", "fp8")
+    assert (eight.weights.head, eight.weights.embedding) == ("bf16", "bf16")
+    assert load_recipe("h100-fp8-head-fp8").weights.head == "fp8"
     gpu = with_weights(load_recipe("rtx"), "int4")
     assert gpu.name == "rtx-int4"
     assert {gpu.weights.layers, gpu.weights.qkv, gpu.weights.ungated, gpu.weights.head, gpu.weights.bypass} == {"int4"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -17,14 +17,14 @@ from dash_export.errors import NotHereError
 from dash_export.manifest import Build
 from dash_export.names import DEFAULT_TARGET, MANIFEST
 from dash_export.replacing import is_bundle
+from dash_export.targets import Precision, load_recipe, recipe_names, with_weights
 
-PRECISION = click.Choice(["fp32", "fp16", "bf16", "int8", "int4"])
+PRECISION = click.Choice(get_args(Precision))
 
 
 def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
-    from dash_export.targets import load_recipe, recipe_names
 
     columns = ("target", "backend", "layers", "qkv", "head", "embedding", "what it is")
     recipes = ((name, load_recipe(name)) for name in recipe_names())
@@ -52,7 +52,7 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option(
     "--weights", type=PRECISION,
     help="Precision of the layers; another than the recipe's is that of all else too, but for what is given itself "
-    "and for a GPU's embedding.",
+    "and for a GPU's embedding; fp8 leaves the head.",
 )  # fmt: skip
 @click.option("--head", type=PRECISION, help="Precision of the head.")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")
@@ -83,7 +83,6 @@ def command(
     writes a build kit to copy to the one that has it.
     """
     from dash_export.building.backend import backend_of
-    from dash_export.targets import load_recipe, with_weights
 
     # What cannot be is told before minutes of export.
     recipe = with_weights(load_recipe(target), **changes)

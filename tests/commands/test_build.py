@@ -71,6 +71,7 @@ def test_export_options_are_for_models(option: tuple[str, str], tiny_root: Path)
     [
         (("--target", "tpu"), "cpu"),
         (("--weights", "fp16"), "on a CPU"),
+        (("--weights", "fp8"), "on a CPU"),
         (("--target", "portable", "--head", "int8"), "fp32"),
     ],
 )

@@ -233,7 +233,8 @@ def with_weights(
     that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
 
     Another precision for the layers moves everything with it that is not given itself, but for a GPU's embedding, which
-    has no quantised form, and fp8 leaves the head, which it hurts most. Raises RecipeError.
+    has no quantised form; fp8 leaves the head (with it SmolLM2's logits are off by 21 % instead of 16). Raises
+    RecipeError.
     """
     moved = () if weights in (None, recipe.weights.layers) else _PARTS
     left = () if recipe.engine is None else ("embedding", "head") if weights == "fp8" else ("embedding",)

@@ -17,7 +17,8 @@ import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # `gw0`: on a processor of its own, and so is what it starts
+worker = os.environ.get("PYTEST_XDIST_WORKER")  # `gw0`: on a processor of its own, and so is what it starts
+if worker and hasattr(os, "sched_setaffinity"):
     processors = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {processors[int(worker[2:]) % len(processors)]})
 # Torch's idle threads spin, and so do ONNX Runtime's: an oracle's pass took four times as long beside them.

@@ -59,7 +59,8 @@ def quantize_weights(
         if precision not in QUANTISED or block is None or weight is None:
             continue
         if precision == "fp8":
-            largest = roundings(name) if "bypass" not in name else matrix.shape[0] ** 0.5  # the bound of an RMSNorm
+            normed = name.startswith("bypass")  # of unit gain: its bound is known
+            largest = matrix.shape[0] ** 0.5 if normed else roundings(name)
             if not isinstance(largest, float):
                 raise BundleError(f"What {name} is fed was not measured. Build the target again.")
             _quantize_input(graph, node, largest)

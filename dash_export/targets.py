@@ -26,6 +26,8 @@ Rounding = Literal["nearest", "gptq", "as-is"]
 Dispatch = Literal["sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "fp8", "int4")
+CALIBRATED = ("int4", "fp8")
+"""Precisions for which a text goes through the layers: for codes, or for the range of what a matrix is fed."""
 BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
 FP8_SINCE = 8.9
 """Compute capability (Ada, Hopper, and what came after)."""
@@ -61,7 +63,7 @@ class WeightsRecipe:
     @property
     def calibrates(self) -> bool:
         """Whether there are matrices whose codes `rounding` chooses, or (fp8) whose inputs' range it finds."""
-        return bool({"int4", "fp8"} & {self.layers, self.qkv, self.ungated, self.head})
+        return bool(set(CALIBRATED) & {self.layers, self.qkv, self.ungated, self.head})
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
     capabilities = engine.capabilities
     if not capabilities or not all(re.fullmatch(r"[1-9]\d?\.\d", item) for item in capabilities):
         yield f'capabilities = {list(capabilities)} must be compute capabilities like "8.7".'
+        return
     foreign = sorted(set(capabilities) - set(RTX_CAPABILITIES))
     if recipe.backend == "tensorrt_rtx" and foreign:
         yield f"TensorRT-RTX does not compile for {foreign[0]}; it knows {', '.join(RTX_CAPABILITIES)}."

@@ -122,6 +122,11 @@ CONTRADICTIONS: dict[str, tuple[str, str, str]] = {
         'capabilities = ["8.6", "9.0"]\nkv_capacity = 1024\n[weights]\nlayers = "fp8"\nrounding = "gptq"',
         "'fp8' needs compute capability 8.9 or newer: take 8.6 out",
     ),
+    "fp8 for no capability": (
+        'capabilities = ["8.9"]\nkv_capacity = 1024\n[weights]\nlayers = "int4"',
+        'capabilities = ["new"]\nkv_capacity = 1024\n[weights]\nlayers = "fp8"',
+        "compute capabilities like",
+    ),
     "fp8 that is not measured": ('layers = "int4"', 'layers = "fp8"', "'fp8' needs rounding = 'gptq'"),
     "fp8 in ONNX Runtime": (
         GPU,

@@ -36,7 +36,7 @@ from dash_export.graphs.surgery import constant_value, load_graph
 from dash_export.names import ROUNDINGS, past_names
 from dash_export.resources import resource_folder
 from dash_export.runtime.text import Text
-from dash_export.targets import Precision, Recipe
+from dash_export.targets import CALIBRATED, Precision, Recipe
 
 TEXT = "quantise.txt"
 """Shipped text that int4 weights are calibrated on."""
@@ -101,7 +101,7 @@ def calibrated(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[t
         yield from _round_layer(graph, name, precisions, recipe, states, own_feeds)
         states = [found["hidden_out"] for found in _outputs(graph, name, states, own_feeds)]
         progress(f"rounding layer {layer}", layer + 1, model.num_layers)
-    if recipe.weights.head in ("int4", "fp8"):
+    if recipe.weights.head in CALIBRATED:
         nodes = {node.name: node for node in load_graph(bundle.graph("head")).graph}
         gain, table = constant_value(nodes["head/norm"].inputs[1]), constant_value(nodes["head/logits"].inputs[1])
         assert gain is not None
@@ -134,7 +134,7 @@ def _round_layer(
     readers: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node, precision in precisions.items():
         assert node.inputs[0] is not None
-        if precision in ("int4", "fp8"):
+        if precision in CALIBRATED:
             readers[node.inputs[0]].append(node)
     rounded_sources = {source for source, group in readers.items() if "int4" in map(precisions.get, group)}
     moments: dict[ir.Value, Any] = dict.fromkeys(rounded_sources, 0.0)

@@ -6,6 +6,7 @@ python tools/fetch.py qwen2.5-coder-0.5b     # Qwen2.5-Coder-0.5B-Instruct, 491 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -60,10 +61,16 @@ def fetched(model: Model, cache: Path = CACHE) -> Path:
             raise UnavailableError(f"{model.override} is set to {given}, and there is no such file.")
         return Path(given)
     path = cache / model.file
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as folder:
-            _joined(model, Path(folder)).replace(path)
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of two that fetch at once (a demo beside the tests, two workers of the tests) the second waits: a file that it put
+    # in the place of the first one's would change what is being read.
+    with (cache / ".fetch.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as folder:
+                _joined(model, Path(folder)).replace(path)
     return path
 
 

@@ -24,6 +24,7 @@ from dash_export.targets import EngineRecipe
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+Sizes = tuple[int, int]
 JETSONS = ("8.7", "11.0")
 """Compute capabilities of Orin and Thor, whose TensorRT comes with JetPack and not from PyPI."""
 
@@ -31,7 +32,7 @@ JETSONS = ("8.7", "11.0")
 class GpuBackend(Backend):
     """The common part of all GPU backends."""
 
-    revision = 6
+    revision = 7
 
     @property
     def engine(self) -> EngineRecipe:
@@ -89,7 +90,7 @@ class RtxBackend(GpuBackend):
         """The compiler, and everything it was told beside the graphs."""
         told = asdict(self.settings(None)) | {
             "capabilities": list(self.engine.capabilities),
-            "profiles": ["decode", "prefill"] if self.engine.profiles == 2 else ["both"],
+            "profiles": [*self._profiles()],
             "strongly_typed": True,
         }
         return {"compiler": load_toolkit(self.recipe.backend).describe(), **told}
@@ -117,19 +118,25 @@ class RtxBackend(GpuBackend):
         return [path]
 
     def settings(self, model: ir.Model | None) -> Settings:
-        """The compiler's settings for a lowered graph: a profile for decode and one for prefill chunks, or one for
-        both. Without a graph: the settings that all of them share.
-        """
-        engine, chunk = self.engine, self.recipe.runtime.prefill_chunk
-        # (smallest, best, largest) number of tokens.
-        sizes = ((1, 1, 1), (1, chunk, chunk)) if engine.profiles == 2 else ((1, 1, chunk),)
+        """The compiler's settings for a lowered graph. Without one: those that all graphs share."""
+        engine = self.engine
         return Settings(
-            profiles=tuple(_shapes(model, each) for each in sizes) if model is not None else (),
+            profiles=tuple(_shapes(model, each) for each in self._profiles().values()) if model is not None else (),
             capabilities=engine.capabilities,
             optimization_level=engine.optimization_level,
             aux_streams=engine.aux_streams,
             workspace_bytes=engine.workspace_mib << 20,
         )
+
+    def _profiles(self) -> dict[str, tuple[Sizes, Sizes, Sizes]]:
+        """The smallest, the best and the largest (sequences, tokens of each) of every profile, in the order that
+        `DeviceStep` knows.
+        """
+        chunk, most = self.recipe.runtime.prefill_chunk, self.engine.sequences
+        if self.engine.profiles == 1:
+            return {"both": ((1, 1), (1, 1), (1, chunk))}
+        found = {"decode": ((1, 1), (1, 1), (1, 1)), "prefill": ((1, 1), (1, chunk), (1, chunk))}
+        return found | ({"together": ((2, 1), (most, 1), (most, 1))} if most > 1 else {})
 
 
 class TensorRTBackend(RtxBackend):
@@ -164,11 +171,12 @@ class TensorRTBackend(RtxBackend):
         return f"{here.name} (compute capability {here.capability})"
 
 
-def _shapes(model: ir.Model, tokens: tuple[int, int, int]) -> Shapes:
+def _shapes(model: ir.Model, profile: tuple[Sizes, Sizes, Sizes]) -> Shapes:
     shapes: dict[str, Any] = {}
     for value in model.graph.inputs:
         assert value.shape is not None
         shapes[str(value.name)] = tuple(
-            tuple(size if isinstance(size, int) else wanted for size in value.shape) for wanted in tokens
+            tuple(size if isinstance(size, int) else sizes[str(size.value) == "sequence"] for size in value.shape)
+            for sizes in profile
         )
     return shapes

@@ -25,7 +25,11 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option("--host", default=LOCAL[0], show_default=True, help="Where to listen; another than this machine's own "
               "needs an --api-key, or --no-key.")  # fmt: skip
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
-@counted("--rows", ROWS, "Answers of a model that decode together.")
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    help=f"Answers of a model that decode together; by default {ROWS}, or as many as the engines take.",
+)
 @counted("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
               help="For requests that do not say it, alone; by default what the bundle recommends.")  # fmt: skip
@@ -42,7 +46,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option("--write-triton", type=click.Path(path_type=Path), metavar="DIR",
               help="Serve nothing: write a model repository for Triton.")  # fmt: skip
 def command(
-    bundles: tuple[Path, ...], target: str | None, trusted_key: Path | None, host: str, port: int, rows: int,
+    bundles: tuple[Path, ...], target: str | None, trusted_key: Path | None, host: str, port: int, rows: int | None,
     waiting: int, budget: float | None, pace: float | None, least: float, api_key: str | None, no_key: bool,
     cors: tuple[str, ...], deadline: int | None, drain: int, write_triton: Path | None,
 ) -> None:  # fmt: skip
@@ -79,10 +83,10 @@ def command(
         )  # fmt: skip
         if one.context < (most := runtime.engines.model.max_positions):
             click.echo(
-                f"{name}: {one.context} of its {most} positions for each of {rows} rows (free memory).", err=True
+                f"{name}: {one.context} of its {most} positions for each of {one.size} rows (free memory).", err=True
             )
     if write_triton is not None:
-        written = write_repository(write_triton, served, rows)
+        written = write_repository(write_triton, served)
         click.echo(printable(f"Written to {', '.join(map(str, written))}"))
         return
     hosts = LOCAL if host in LOCAL else None

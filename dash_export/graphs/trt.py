@@ -1,13 +1,14 @@
 """Portable graphs -> what TensorRT compiles. Shapes, types and weights change; the operators only in `trt10`.
 
-Batch is one, a cache has a fixed capacity, the head gives the logits of the last token: a slice from `first_logit`
-would make a shape depend on data on the device. Every float has 16 bits but in norms, logits and damage: the networks
-TensorRT builds are strongly typed, so what the graph says is what runs, and every conversion is a Cast here.
+Batch is one, or up to the recipe's `sequences`; a cache has a fixed capacity, the head gives the logits of the last
+token: a slice from `first_logit` would make a shape depend on data on the device. Every float has 16 bits but in norms,
+logits and damage: the networks TensorRT builds are strongly typed, so what the graph says is what runs, and every
+conversion is a Cast here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -31,8 +32,9 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     """
     assert recipe.engine is not None
     graph, capacity = model.graph, recipe.engine.kv_capacity
+    sizes = {"capacity": capacity} | ({"batch": 1} if recipe.engine.sequences == 1 else {})
     graph.outputs[:] = [value for value in graph.outputs if value.name != FINAL_STATE]  # which the device does not give
-    _fix_shapes(graph, capacity)
+    _fix_shapes(graph, sizes)
     _cut_rope(graph, capacity)
     _give_last_logits(graph)
     _sum_policy(graph)
@@ -50,8 +52,7 @@ def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Ro
     return model
 
 
-def _fix_shapes(graph: ir.Graph, capacity: int) -> None:
-    sizes = {"batch": 1, "capacity": capacity}
+def _fix_shapes(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
             named = [size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape]

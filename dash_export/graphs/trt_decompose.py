@@ -110,7 +110,7 @@ def _rotary(graph: ir.Graph, node: ir.Node) -> None:
 
 class _Step:
     """Values that all layers of a graph share: its sizes, which cached and which new rows a query may read (`masks`, by
-    the window), and the shape [1, heads, -1, number of new rows] for query heads and for K/V heads.
+    the window), and the shape [batch, heads, -1, number of new rows] for query heads and for K/V heads.
     """
 
     def __init__(self, graph: ir.Graph, first: ir.Node, capacity: int) -> None:
@@ -122,8 +122,9 @@ class _Step:
         )
         c = Chain(graph, first, "attention_step")
         rows, positions = c.constant("attention.rows", np.arange(capacity)), inputs["position_ids"]
-        # [capacity] against [1]: every query reads the same cached rows.
-        past = c.op("Less", [rows, inputs["write_indices"]], "past")
+        # [capacity] against [batch, 1, 1, 1]: every query of a sequence reads the same cached rows.
+        start = c.op("Unsqueeze", [inputs["write_indices"], c.constant("attention.start", [1, 2, 3])], "start")
+        past = c.op("Less", [rows, start], "past")
         across = c.op("Unsqueeze", [positions, c.constant("attention.across", [1, 2])], "across")
         down = c.op("Unsqueeze", [positions, c.constant("attention.down", [1, 3])], "down")
         new = c.op("GreaterOrEqual", [down, across], "new")
@@ -137,12 +138,12 @@ class _Step:
         count = c.op("Shape", [positions], "count", start=1, end=2)
         self.square: dict[int, ir.Value] = {}
         for heads in {self.heads, self.kv_heads}:
-            front = c.constant(f"shape.front.{heads}", [1, heads, -1])
+            front = c.constant(f"shape.front.{heads}", [0, heads, -1])  # 0: batch, as it is
             self.square[heads] = c.op("Concat", [front, count], f"square_{heads}", axis=0)
 
 
 def _attention(graph: ir.Graph, node: ir.Node, step: _Step) -> None:
-    """[1, heads, sequence, head_dim] queries over a cache [1, kv_heads, capacity, head_dim] and the new rows."""
+    """Queries [batch, heads, sequence, head_dim] over a cache [batch, kv_heads, capacity, head_dim] and new rows."""
     (past_key, key), (past_value, value) = (_written(node, index) for index in (1, 2))
     heads, kv_heads, capacity, head_dim = step.heads, step.kv_heads, step.capacity, step.head_dim
     c = Chain(graph, node, str(node.name))
@@ -150,11 +151,11 @@ def _attention(graph: ir.Graph, node: ir.Node, step: _Step) -> None:
     # Queries of one K/V head lie side by side, so that its keys are read once, without a copy per query head.
     scale = np.array([node.attributes["scale"].as_float()], np.float32)
     scaled = c.op("Mul", [node.inputs[0], c.constant(f"attention.scale.{head_dim}", scale)], "scaled")
-    grouped = c.constant(f"shape.grouped.{kv_heads}", [1, kv_heads, -1, head_dim])
+    grouped = c.constant(f"shape.grouped.{kv_heads}", [0, kv_heads, -1, head_dim])
     query = c.op("Reshape", [scaled, grouped], "grouped")
     most = node.attributes.get_float("softcap", 0.0)
     cap = c.constant(f"attention.cap.{most:g}", np.array([most], np.float32)) if most else None
-    over_past = {each: c.constant(f"shape.past.{each}", [1, each, -1, capacity]) for each in (heads, kv_heads)}
+    over_past = {each: c.constant(f"shape.past.{each}", [0, each, -1, capacity]) for each in (heads, kv_heads)}
 
     def scores(keys: ir.Value | None, columns: ir.Value, readable: ir.Value, name: str) -> ir.Value:
         turned = c.op("Transpose", [keys], f"{name}/keys", perm=[0, 1, 3, 2])
@@ -177,7 +178,7 @@ def _attention(graph: ir.Graph, node: ir.Node, step: _Step) -> None:
 
     old = mixed(zero, edge, over_past[kv_heads], past_value, "past")
     fresh = mixed(edge, end, step.square[kv_heads], value, "new")
-    spread = c.constant(f"shape.heads.{heads}", [1, heads, -1, head_dim])
+    spread = c.constant(f"shape.heads.{heads}", [0, heads, -1, head_dim])
     c.finish(c.op("Reshape", [c.op("Add", [old, fresh], "sum"), spread], "spread"))
 
 

@@ -6,17 +6,19 @@ import time
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dash_export.arguments import Prompt, check_arguments
 from dash_export.errors import DashError, RequestError
-from dash_export.runtime.cache import KVCache
-from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length
 from dash_export.runtime.rows import Counters, Rows
 from dash_export.runtime.sampling import Sampling
 from dash_export.runtime.session import Session
 
-MAX_SIZE = 1024
+if TYPE_CHECKING:
+    from dash_export.runtime.decode import EngineSet
+    from dash_export.runtime.device.engines import DeviceEngines
+
 PAUSE = 1e-3
 """Seconds until a generator of prompts is asked again, where nothing else is to be done."""
 
@@ -28,7 +30,7 @@ class Batch:
     one: what the next has in common with it (a system prompt) is not computed again.
     """
 
-    engines: EngineSet
+    engines: EngineSet | DeviceEngines
     prompts: Session
     size: int
 
@@ -37,7 +39,7 @@ class Batch:
         self._stream_now: object = None
 
     @property
-    def cache(self) -> KVCache:
+    def cache(self) -> Any:
         """That of the rows."""
         return self._rows.cache
 

@@ -27,6 +27,7 @@ from dash_export.runtime.rules import DENSE, Rule, decided
 
 ALWAYS_RUN = -1
 Floats = npt.NDArray[np.float32]
+MAX_SEQUENCES = 1024
 SCORES = 32 << 20
 """Bytes of attention scores of one pass: what is larger, glibc maps and clears anew for every layer."""
 
@@ -43,6 +44,8 @@ class SegmentEngines:
 class EngineSet:
     """All engines of a build, shared between sessions. `mixes`: whether rows of one step may skip differently."""
 
+    grows = True
+    """Whether a cache takes more memory as it is needed."""
     score_rows = 128
     """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
 
@@ -61,6 +64,8 @@ class EngineSet:
             bypass = self._load(Unit(segment.first, segment.last).bypass) if segment.gated else None
             self.segments.append(SegmentEngines(segment, run, bypass))
         self.mixes = all(MIXED + unit.name in build.engines for unit in self.units)
+        self.sequences = MAX_SEQUENCES if self.mixes else 1
+        """How many may decode together."""
         engines = [engine for item in self.segments for _, engine in item.run]
         if policy.has_network and not any("damage" in engine.outputs for engine in engines):
             # A missing policy is no damage, and no damage is always skipped.

@@ -1,26 +1,31 @@
 """Sequences that decode together: a step reads the weights once for all of them. `Batch` and a server's scheduler say
 who comes when.
 
-A row has its own place in the cache, rules, sampling and end, and gets what it would get alone (in fp32; else up to
-rounding). A unit runs when any row runs it, and each row takes its own result, so skipping saves less the more decode
-together: where every one skips a unit with probability p, p^n of its runs are saved.
+A row has its own place in the cache, rules, sampling and end, and on a CPU gets what it would get alone (in fp32; else
+up to rounding). A unit runs when any row runs it, and there each row takes its own result, on a device that of the
+unit: so skipping saves less the more decode together. Where every one skips a unit with probability p, p^n of its runs
+are saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dash_export.decision import DENSE_POSITIONS, layer_actions
 from dash_export.errors import BackendError, DashError
-from dash_export.runtime.decode import BoundStep, EngineSet
 from dash_export.runtime.results import NO_TOKEN, Response, Statistics, Turn
 from dash_export.runtime.rules import DENSE, SessionRules
 from dash_export.runtime.sampling import Logits
 from dash_export.runtime.session import Session
+
+if TYPE_CHECKING:
+    from dash_export.runtime.decode import BoundStep, EngineSet
+    from dash_export.runtime.device.engines import DeviceEngines
+    from dash_export.runtime.device.step import DeviceStep
 
 NO_MEMORY = "The memory is not enough for this answer beside the others: ask again later, or for less."
 
@@ -47,10 +52,10 @@ class Counters:
 class Rows:
     """At most `size` rows, for one thread."""
 
-    def __init__(self, engines: EngineSet, size: int, kv_step: int) -> None:
+    def __init__(self, engines: EngineSet | DeviceEngines, size: int, kv_step: int) -> None:
         self.engines, self.size, self._kv_step = engines, size, kv_step
-        self.cache = engines.cache(kv_step, size)
-        self._steps: dict[int, BoundStep] = {}
+        self.cache: Any = engines.cache(kv_step, size)
+        self._steps: dict[int, BoundStep | DeviceStep] = {}
         self.rows: list[Row] = []
         self.skipped: np.ndarray[Any, np.dtype[np.bool_]] = np.zeros(len(engines.units), np.bool_)
         """Units that the last step skipped for all rows."""
@@ -120,7 +125,7 @@ class Rows:
     def _dense(self) -> np.ndarray[Any, np.dtype[np.int8]]:
         return np.zeros(self.engines.model.num_layers, np.int8)
 
-    def _bound(self, count: int) -> BoundStep:
+    def _bound(self, count: int) -> BoundStep | DeviceStep:
         """The step for `count` sequences. A step holds their logits, so the full one and the last other are kept."""
         if count not in self._steps:
             self._steps = {other: step for other, step in self._steps.items() if other == self.size}

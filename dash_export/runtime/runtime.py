@@ -16,8 +16,8 @@ from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.manifest import Build, CostTable
 from dash_export.names import is_hub_id
 from dash_export.runtime.backends import Backend, load_backend
-from dash_export.runtime.batch import MAX_SIZE, Batch
-from dash_export.runtime.decode import EngineSet
+from dash_export.runtime.batch import Batch
+from dash_export.runtime.decode import MAX_SEQUENCES, EngineSet
 from dash_export.runtime.device.base import Device
 from dash_export.runtime.huge_pages import keep_freed_memory, on_huge_pages
 from dash_export.runtime.own_policy import CPU_ONLY, OwnRule, Policy
@@ -153,20 +153,21 @@ class DashRuntime:
         return checked_tokens(ids, model.vocab_size)
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
-        """At most `size` sequences decoded together, each as a `session`. Raises PolicyError, and BackendError on a GPU
-        target, whose engines take one sequence.
+        """At most `size` sequences decoded together, each as a `session`. Raises PolicyError, and BackendError where
+        the engines take fewer: those of a GPU take as many as its recipe's `sequences`.
         """
         return self.batch_with(Setting(policy, **amounts), size)
 
     @check_arguments
     def batch_with(self, setting: Setting, size: int = 8) -> Batch:
         """`batch`, its arguments in one object."""
-        if not 1 <= size <= MAX_SIZE:
-            raise RequestError(f"size, how many sequences a batch holds, must be from 1 to {MAX_SIZE}, not {size}.")
-        if not isinstance(self.engines, EngineSet) or not self.engines.mixes:
-            raise BackendError(
-                f"The engines for {self.build.target!r} take one sequence at a time: use sessions, or the target 'cpu'."
+        if not 1 <= size <= MAX_SEQUENCES:
+            raise RequestError(
+                f"size, how many sequences a batch holds, must be from 1 to {MAX_SEQUENCES}, not {size}."
             )
+        if size > (most := self.engines.sequences):
+            more = "the target 'cpu' takes more" if self.engines.grows else "build by a recipe with more `sequences`"
+            raise BackendError(f"The engines for {self.build.target!r} decode {most} together, not {size}: {more}.")
         return Batch(self.engines, self.session_with(setting), size)
 
     # --- what a new session or batch does, in one call

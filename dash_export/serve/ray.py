@@ -20,7 +20,8 @@ from dash_export.serve.scheduler import ROWS, WAITING, Scheduler
 
 class Given(BaseModel):
     """What the application takes. `replicas`: so many, or with `most` between the two, as many as `rows` requests each
-    keep busy. `cpus`: of each replica, and its threads. The API's key is in the environment, DASH_EXPORT_API_KEY.
+    keep busy (ROWS, where it is not given). `cpus`: of each replica, and its threads. The API's key is in the
+    environment, DASH_EXPORT_API_KEY.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -30,14 +31,14 @@ class Given(BaseModel):
     replicas: int = Field(1, ge=1)
     most: int | None = Field(None, ge=1)
     cpus: int = Field(1, ge=1)
-    rows: int = Field(ROWS, ge=1)
+    rows: int | None = Field(None, ge=1)
     waiting: int = Field(WAITING, ge=1)
     deadline: float | None = Field(None, gt=0)
 
 
 def app(given: Given) -> Application:
     """Ray's application builder."""
-    key = os.environ.get("DASH_EXPORT_API_KEY") or None
+    key, together = os.environ.get("DASH_EXPORT_API_KEY") or None, given.rows or ROWS
 
     def server() -> Starlette:
         runtime = DashRuntime.load(given.bundle, given.target, threads=given.cpus)
@@ -46,14 +47,14 @@ def app(given: Given) -> Application:
 
     many = {"num_replicas": given.replicas} if given.most is None else {
         "autoscaling_config": {
-            "min_replicas": given.replicas, "max_replicas": given.most, "target_ongoing_requests": given.rows,
+            "min_replicas": given.replicas, "max_replicas": given.most, "target_ongoing_requests": together,
         }
     }  # fmt: skip
     # One more than may wait: the scheduler says 429 itself.
     deployment = serve.deployment(
         serve.ingress(server)(),
         name="dash",
-        max_ongoing_requests=given.rows + given.waiting + 1,
+        max_ongoing_requests=together + given.waiting + 1,
         ray_actor_options={"num_cpus": given.cpus},
         **many,
     )

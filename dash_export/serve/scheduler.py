@@ -38,7 +38,7 @@ class Scheduler:
         self,
         runtime: DashRuntime,
         *,
-        rows: int = ROWS,
+        rows: int | None = None,
         waiting: int = WAITING,
         prefix_bytes: int = PREFIX_BYTES,
         alone: Setting | None = None,
@@ -47,21 +47,28 @@ class Scheduler:
         least: float = 0.85,
         memory: int | None = None,
     ) -> None:
-        """`alone` and `together`: how requests that do not say it decode, as the only row and beside others; by default
-        as the bundle recommends, and densely, for a token policy saves nothing where rows differ. With a `pace`, the
-        seconds that a token may take, as much is skipped as that needs, down to the budget `least` (pace.py). `memory`:
-        bytes for K and V, by default half of what is free. Raises PolicyError, RequestError, and BackendError for a GPU
-        build.
+        """`rows`: how many decode together, by default ROWS or as many as the engines take. `alone` and `together`: how
+        requests that do not say it decode, as the only row and beside others; by default as the bundle recommends, and
+        densely, for a token policy saves nothing where rows differ. With a `pace`, the seconds that a token may take,
+        as much is skipped as that needs, down to the budget `least` (pace.py). `memory`: bytes for K and V on a CPU, by
+        default half of what is free. Raises PolicyError, RequestError, and BackendError where the engines take fewer
+        rows or the device has no room for so many.
         """
-        batch = runtime.batch(rows)  # says it where a build takes one sequence only
+        engines = runtime.engines
+        rows = min(ROWS, engines.sequences) if rows is None else rows
+        runtime.batch(rows)  # says it where the engines take fewer
         self.runtime, self.most_waiting = runtime, waiting
-        self._rows = Rows(batch.engines, rows, runtime.recipe.runtime.kv_step)
+        self.size, self._rows = rows, Rows(engines, rows, runtime.recipe.runtime.kv_step)
         self._prompt = runtime.session()
-        room = (available_memory() // 2 if memory is None else memory) - prefix_bytes
-        # All rows, which are copied as one of them grows, and a prompt that is under way.
-        each = room // self._prompt.cache.position_nbytes // (rows + 1)
-        self.context = min(runtime.engines.model.max_positions, max(MAX_TOKENS, each))
+        self.context = engines.model.max_positions
         """Positions that each row may have."""
+        if engines.grows:
+            room = (available_memory() // 2 if memory is None else memory) - prefix_bytes
+            # All rows, which are copied as one of them grows, and a prompt that is under way.
+            each = room // self._prompt.cache.position_nbytes // (rows + 1)
+            self.context = min(self.context, max(MAX_TOKENS, each))
+        else:
+            self._rows.cache.reserve(1)  # all of it, now
         self._prefixes = Prefixes(prefix_bytes)
         self._alone, self._together = (
             self._rules(one) for one in (alone or runtime.recommended, together or Setting())
@@ -122,9 +129,7 @@ class Scheduler:
         except ContextLengthError as error:
             if self.context == runtime.engines.model.max_positions:
                 raise
-            raise ContextLengthError(
-                f"{error} (So many for each of {self._rows.size} rows: fewer leave more.)"
-            ) from None
+            raise ContextLengthError(f"{error} (So many for each of {self.size} rows: fewer leave more.)") from None
         rules = None if request.setting is None else self._rules(request.setting)
         until = float("inf") if request.deadline is None else time.monotonic() + request.deadline
         if guide is None and request.sampling.grammar is not None:
@@ -221,7 +226,7 @@ class Scheduler:
     def _prefill(self) -> None:
         """One chunk of the prompt that is under way, or of the next one where there is a row for it."""
         self._drop_waiting()
-        if self._job is None and self._waiting and len(self._rows) < self._rows.size:
+        if self._job is None and self._waiting and len(self._rows) < self.size:
             with self._changed:
                 self._job = self._waiting.popleft()
                 self._live[self._job] = None
@@ -251,7 +256,7 @@ class Scheduler:
 
     def _begin(self, ticket: Ticket, turn: Turn, logits: Logits) -> None:
         rules = deepcopy(ticket.rules or self._alone)
-        with suppress(MemoryError):
+        with suppress(MemoryError, BackendError):  # no room: it is computed anew
             self._prefixes.keep(self._prompt.tokens, self._prompt.cache, 0)
         self._tell(ticket, self._rows.begin(self._prompt, logits, turn, rules, ticket, ticket.max_tokens))
         ticket.rules = None if ticket.request.setting is None else rules

@@ -28,7 +28,7 @@ instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 {parameters}"""
 
 
-def write_repository(folder: Path, served: Mapping[str, Scheduler], rows: int) -> list[Path]:
+def write_repository(folder: Path, served: Mapping[str, Scheduler]) -> list[Path]:
     """Write `folder`/NAME/config.pbtxt and `folder`/NAME/1/model.py for every bundle, each model whole or not at all;
     returns their folders. Raises OutputError where a model of that name is there already.
     """
@@ -41,7 +41,7 @@ def write_repository(folder: Path, served: Mapping[str, Scheduler], rows: int) -
         given = {
             "bundle": str(runtime.bundle.root.absolute()),
             "target": runtime.build.target,
-            "rows": str(rows),
+            "rows": str(scheduler.size),
             "waiting": str(scheduler.most_waiting),
         }
         parameters = "".join(

@@ -109,6 +109,12 @@ def test_the_record_says_how_it_was_built_and_that_nothing_was_measured(root: Pa
     assert made.cost.cost == (2 / 5, 1 / 5)
 
 
+def test_engines_of_several_sequences_have_a_profile_for_them(own: Path) -> None:
+    made = build(own / "tiny.dash", write_recipe(own / "together.toml", engine="sequences = 3"))
+    assert made.details["profiles"] == ["decode", "prefill", "together"]
+    assert set(made.engines) == set(loaded(own).engines)
+
+
 def test_nothing_is_left_behind_but_engines(root: Path) -> None:
     names = {path.name for path in (root / "tiny.dash" / "engines" / "mine").iterdir()}
     assert names == {f"{name}.engine" for name in loaded(root).engines} | {"build.json", ".journal.json"}

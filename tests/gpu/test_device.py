@@ -34,7 +34,7 @@ def test_memory_begins_at_zero_and_copies_are_exact(device: Cuda) -> None:
     device.copy(BESIDE, source.memory, source.host)
     device.record(BESIDE, "made")
     device.wait(MAIN, "made")
-    device.copy_rows(MAIN, target.memory.part(128), 256, source.memory, 64)
+    device.copy_rows(MAIN, target.memory.part(128), 256, source.memory, 64, 64, 3)
     device.copy(MAIN, target.host, target.memory)
     device.synchronize(MAIN)
     np.testing.assert_array_equal(target.host[:, 128:192].reshape(-1), source.host)

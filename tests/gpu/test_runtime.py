@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dash_export import DashRuntime
+from dash_export.building import build
 from dash_export.decision import decision_rule
 from dash_export.resources import resource_folder
 from dash_export.runtime.device.step import DeviceStep
+from dash_export.runtime.rows import Rows
+from dash_export.runtime.rules import DENSE, FixedRule
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions
 
@@ -83,6 +87,29 @@ def test_prompts_are_decode(gpu_runtime: LoadGpu) -> None:
     for token in ids:
         found = other.decode_one(int(token))[0]
     np.testing.assert_allclose(found, expected, atol=0.1)
+
+
+def test_several_sequences(target: str, smollm2_bundle: Path, tmp_path: Path) -> None:
+    """Decoded together, under a profile of their own, each has the logits that it has alone, up to rounding."""
+    recipe = resource_folder("engines") / f"{target}.toml"
+    if not recipe.is_file():
+        pytest.skip(f"{target} has no recipe of its own to write another from")
+    text = recipe.read_text().replace("[engine]\n", "[engine]\nsequences = 4\n").replace("profiles = 1", "profiles = 2")
+    (tmp_path / "together.toml").write_text(text)
+    build(smollm2_bundle, str(tmp_path / "together.toml"))
+    runtime = DashRuntime.load(smollm2_bundle, "together", dispatch="device")
+    rows, alone, ids = Rows(runtime.engines, 4, 256), runtime.session(), prose(runtime, 200)
+    rows.cache.reserve(100)
+    step = rows._bound(4)
+    for rule in (DENSE, FixedRule((0, 2))):
+        expected = []
+        for row, length in enumerate((9, 40, 64, 23)):
+            alone.restart(ids[row : row + length])
+            rows.cache.take(row, alone.cache)
+            expected.append(alone.decode_one(int(ids[100 + row]), rule)[0])
+        step.decode_batch(ids[100:104].tolist(), [rule] * 4)
+        error = np.sqrt(np.mean((step.logits[:, 0] - np.array(expected)) ** 2) / np.mean(np.square(expected)))
+        assert error < NEAR
 
 
 def test_decisions_are_those_of_the_cpu(gpu_runtime: LoadGpu, cpu_runtime: DashRuntime) -> None:

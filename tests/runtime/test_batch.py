@@ -241,7 +241,7 @@ def test_an_answer_that_fails_ends_alone(runtime: DashRuntime, monkeypatch: pyte
 def test_what_cannot_be_batched(runtime: DashRuntime, tiny_runtime: LoadRuntime) -> None:
     with pytest.raises(PolicyError, match="not whole units"):
         runtime.batch(2, skip=[0])
-    with pytest.raises(BackendError, match="take one sequence at a time"):
+    with pytest.raises(BackendError, match="decode 1 together, not 2: the target 'cpu' takes more"):
         tiny_runtime("portable").batch(2)
     assert runtime.generate_batch([], 4) == []
 

@@ -410,7 +410,7 @@ class Card(Memory):
 
     def _launch_kernel(self, function: int, *given: Any) -> tuple[Any]:
         blocks, by, bz, threads, ty, tz, shared, stream, (values, types), extra = given
-        assert (bz, ty, tz, shared, extra) == (1, 1, 1, 0, 0)
+        assert (ty, tz, shared, extra) == (1, 1, 0, 0)
         self.calls["cuLaunchKernel"] += 1
         name, kernel = self._functions[function]
         arguments = [kind(value).value for kind, value in zip(types, values, strict=True)]
@@ -418,7 +418,7 @@ class Card(Memory):
         def act() -> None:
             kernel.run(
                 self.view,
-                (blocks, by),
+                (blocks, by, bz),
                 threads,
                 arguments,
                 lambda at, value: self._conditions.update({at: bool(value)}),

@@ -14,10 +14,11 @@ import numpy as np
 from cuda.bindings import nvrtc
 
 FORMATS = {"f32": "f", "f64": "d", "u8": "B", "b8": "B", "u16": "H", "u32": "I", "u64": "Q", "s32": "i", "s64": "q"}
-COMPARE = {"lt": "{} < {}", "gt": "{} > {}", "ge": "{} >= {}", "le": "{} <= {}"}
+COMPARE = {"lt": "{} < {}", "gt": "{} > {}", "ge": "{} >= {}", "le": "{} <= {}", "eq": "{} == {}"}
 COMPARE |= {"leu": "not {} > {}", "geu": "not {} < {}"}  # or one is no number
 ARITHMETIC = dict.fromkeys(("mov", "cvta", "cvt"), "{}") | {
     "add": "{} + {}",
+    "and": "{} & {}",
     "mul": "{} * {}",
     "mad": "{} * {} + {}",
     "shl": "{} << {}",
@@ -42,8 +43,9 @@ class Kernel:
         steps = [line.strip("{} ") for line in lines]
         steps = [step for step in steps if step and not step.startswith(".")]
         labels = {step[:-1]: str(index) for index, step in enumerate(steps) if step.endswith(":")}
+        names = [*parameters, "tid_x", "ntid_x", "nctaid_x", "ctaid_x", "ctaid_y", "ctaid_z", "load", "store", "call"]
         source = [
-            f"def thread({', '.join(parameters)}, tid_x, ntid_x, ctaid_x, ctaid_y, load, store, call):",
+            f"def thread({', '.join(names)}):",
             " at = -1",
         ]
         source += [" while True:", "  if at == -1:"]
@@ -59,7 +61,7 @@ class Kernel:
     def run(
         self,
         memory: View,
-        blocks: tuple[int, int],
+        blocks: tuple[int, int, int],
         threads: int,
         arguments: Sequence[int],
         call: Callable[[int, int], None],
@@ -74,7 +76,7 @@ class Kernel:
 
         for block in np.ndindex(blocks):
             for thread in range(threads):
-                self._thread(*arguments, thread, threads, *block, load, store, call)
+                self._thread(*arguments, thread, threads, blocks[0], *block, load, store, call)
 
 
 def _python(step: str, labels: dict[str, str]) -> str:
@@ -83,7 +85,7 @@ def _python(step: str, labels: dict[str, str]) -> str:
     name, _, rest = step.partition(" ")
     name, *kinds = name.split(".")
     operands = [
-        re.sub(r"[%.]", "", re.sub(r"(tid|ctaid|ntid)\.", r"\1_", part)) for part in re.split(r"[\s,()]+", rest)
+        re.sub(r"[%.]", "", re.sub(r"(tid|ctaid|ntid|nctaid)\.", r"\1_", part)) for part in re.split(r"[\s,()]+", rest)
     ]
     if name == "bra":
         step = f"at = {labels[rest]}; continue"

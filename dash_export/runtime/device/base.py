@@ -54,8 +54,8 @@ class Graph(Protocol):
     """
 
     def decide(self, stream: str, damage: Any, limits: Any, skipped: Any) -> None:
-        """Take all decisions, one per unit: skipped (bool) where damage (float32) < limit (float64), as
-        `DecisionRule.skips`.
+        """Take all decisions, one per unit: skipped [units] (bool) where damage [sequences, units] (float32) < limits
+        [sequences, units] (float64) for every sequence, as `DecisionRule.skips`.
         """
 
     def branch(self, stream: str, unit: int, run: Callable[[str], None], skip: Callable[[str], None]) -> None:
@@ -64,8 +64,9 @@ class Graph(Protocol):
         """
 
     def write_rows(self, stream: str, pairs: Sequence[tuple[Any, Any]], pitch: int, width: int, position: Any) -> None:
-        """For each pair: row `position` (int64, on the device) of each of the first's tables of rows, `pitch` bytes
-        apart, becomes the next `width` bytes of the second.
+        """For each pair: a row of each of the first's tables of rows, `pitch` bytes apart, becomes the next `width`
+        bytes of the second. Which row says `position` [sequences] (int64, on the device): each sequence has as many
+        tables, one after another.
         """
 
     def launch(self, stream: str) -> None: ...
@@ -98,8 +99,10 @@ class Device(Protocol):
     def copy(self, stream: str, to: Place, source: Place) -> None:
         """All of `source`."""
 
-    def copy_rows(self, stream: str, to: Any, pitch: int, source: Any, width: int) -> None:
-        """Every `width` bytes of `source` to places `pitch` bytes apart."""
+    def copy_rows(
+        self, stream: str, to: Any, pitch: int, source: Any, source_pitch: int, width: int, rows: int
+    ) -> None:
+        """`width` bytes at places `source_pitch` bytes apart to places `pitch` bytes apart."""
 
     def record(self, stream: str, event: str) -> None:
         """The event is where the stream is now."""

@@ -135,10 +135,12 @@ class Cuda:
         kind = rt.cudaMemcpyKind.cudaMemcpyDefault
         self(rt.cudaMemcpyAsync(_address(to), _address(source), source.nbytes, kind, self.stream(stream)))
 
-    def copy_rows(self, stream: str, to: CudaMemory, pitch: int, source: CudaMemory, width: int) -> None:
-        rt, rows = self.rt, source.nbytes // width
-        kind, handle = rt.cudaMemcpyKind.cudaMemcpyDefault, self.stream(stream)
-        self(rt.cudaMemcpy2DAsync(to.address, pitch, source.address, width, width, rows, kind, handle))
+    def copy_rows(
+        self, stream: str, to: CudaMemory, pitch: int, source: CudaMemory, source_pitch: int, width: int, rows: int
+    ) -> None:
+        rt, handle = self.rt, self.stream(stream)
+        kind = rt.cudaMemcpyKind.cudaMemcpyDefault
+        self(rt.cudaMemcpy2DAsync(to.address, pitch, source.address, source_pitch, width, rows, kind, handle))
 
     # --- order
 

@@ -30,23 +30,26 @@ extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(
     cudaGraphConditionalHandle handle, unsigned int value);
 
 // Compares in double, as the host does. A unit's handles: run, skip.
-extern "C" __global__ void decide(
-    const float* damage, const double* limit, bool* skipped, const cudaGraphConditionalHandle* handles, int units)
+extern "C" __global__ void decide(const float* damage, const double* limit, bool* skipped,
+    const cudaGraphConditionalHandle* handles, int units, int numbers)
 {
     for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
-        const bool skips = (double)damage[unit] < limit[unit];
+        bool skips = true;
+        for (int at = unit; at < numbers; at += units) skips &= (double)damage[at] < limit[at];
         skipped[unit] = skips;
         cudaGraphSetConditional(handles[2 * unit], !skips);
         cudaGraphSetConditional(handles[2 * unit + 1], skips);
     }
 }
 
-// A block per head and table; rows are of two-byte elements at least. A table's pair: where it is, its new rows.
+// A block per head, layer's K or V, and sequence; rows are of two-byte elements at least. A pair: the first of its
+// tables, their new rows.
 extern "C" __global__ void write_rows(
     short* const* pairs, const long long* position, long long width, long long pitch)
 {
-    short* row = pairs[2 * blockIdx.y] + blockIdx.x * pitch + *position * width;
-    const short* rows = pairs[2 * blockIdx.y + 1] + blockIdx.x * width;
+    const long long table = blockIdx.z * gridDim.x + blockIdx.x;
+    short* row = pairs[2 * blockIdx.y] + table * pitch + position[blockIdx.z] * width;
+    const short* rows = pairs[2 * blockIdx.y + 1] + table * width;
     for (long long i = threadIdx.x; i < width; i += blockDim.x) row[i] = rows[i];
 }
 """
@@ -143,7 +146,8 @@ class CudaGraph:
             self._handles[index] = int(self._cuda(rt.cudaGraphConditionalHandleCreate(graph, 0, 0)))
         assert self._device_handles is not None
         memories = (damage, limits, skipped, self._device_handles)
-        self._run("decide", stream, (1, 1), 32, memories, [(len(self._handles), ctypes.c_int)])
+        sizes = [(size, ctypes.c_int) for size in (len(self._handles), limits.nbytes // 8)]
+        self._run("decide", stream, (1, 1, 1), 32, memories, sizes)
 
     def branch(self, stream: str, unit: int, run: Callable[[str], None], skip: Callable[[str], None]) -> None:
         for side, fill in enumerate((run, skip)):
@@ -161,14 +165,15 @@ class CudaGraph:
         memory = self._cuda.memory(table.nbytes)
         self._tables.append((memory, table))
         sizes = [(size // 2, ctypes.c_longlong) for size in (width, pitch)]
-        heads = pairs[0][1].nbytes // width
-        self._run("write_rows", stream, (heads, len(pairs)), 64, (memory, position), sizes)
+        sequences = position.nbytes // 8
+        heads = pairs[0][1].nbytes // width // sequences
+        self._run("write_rows", stream, (heads, len(pairs), sequences), 64, (memory, position), sizes)
 
     def _run(
         self,
         name: str,
         stream: str,
-        blocks: tuple[int, int],
+        blocks: tuple[int, int, int],
         threads: int,
         memories: Sequence[CudaMemory],
         numbers: Sequence[tuple[int, Any]],
@@ -177,7 +182,8 @@ class CudaGraph:
         addresses: list[tuple[int, Any]] = [(each.address, ctypes.c_void_p) for each in memories]
         arguments = tuple(zip(*addresses, *numbers, strict=True))
         kernel, handle = load_kernels(self._cuda.device.capability)[name], self._cuda.stream(stream)
-        (code,) = driver.cuLaunchKernel(kernel, blocks[0], blocks[1], 1, threads, 1, 1, 0, handle, arguments, 0)
+        x, y, z = blocks
+        (code,) = driver.cuLaunchKernel(kernel, x, y, z, threads, 1, 1, 0, handle, arguments, 0)
         if int(code):
             raise BackendError(f"CUDA on {self._cuda.device.name} could not launch {name}: {code.name} ({int(code)}).")
 

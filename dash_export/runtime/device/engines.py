@@ -26,9 +26,11 @@ class LoadedSegment:
 
 
 class DeviceEngines:
-    """The device's counterpart of `EngineSet`. Caches do not grow: the recipe's `kv_capacity` bounds the context."""
+    """The device's counterpart of `EngineSet`. Caches do not grow: the recipe's `kv_capacity` bounds the context, and
+    its `sequences` how many decode together.
+    """
 
-    mixes = takes_embeddings = gives_state = False
+    mixes = takes_embeddings = gives_state = grows = False
     score_rows = 1
 
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
@@ -40,6 +42,7 @@ class DeviceEngines:
         """
         assert recipe.engine is not None
         self.build, self.device, self.dispatch, self.recipe = build, device, dispatch, recipe.engine
+        self.sequences = recipe.engine.sequences
         self.policy_stream = MAIN if dispatch == "sync" else BESIDE
         self.records = True
         """Whether a token can be recorded, as far as anybody has tried."""
@@ -81,28 +84,43 @@ class DeviceEngines:
     def rows_at_once(self, _capacity: int) -> int:
         return self._chunk
 
-    def cache(self, _step: int) -> DeviceCache:
-        return DeviceCache(self)
+    def cache(self, _step: int, sequences: int = 1) -> DeviceCache:
+        return DeviceCache(self, sequences, self.recipe.kv_capacity)
 
-    def step(self, cache: DeviceCache, sequence: int, teacher_forced: bool = False) -> DeviceStep:  # noqa: ARG002
-        return DeviceStep(self, cache, sequence)
+    def step(self, cache: DeviceCache, sequence: int, _teacher_forced: bool = False, batch: int = 1) -> DeviceStep:
+        return DeviceStep(self, cache, sequence, batch)
 
 
 class DeviceCache:
-    """Keys and values per layer, [1, kv_heads, capacity, head_dim] of the engines' type; rows from `length` on are
-    free.
+    """Keys and values per layer, [sequences, kv_heads, capacity, head_dim] of the engines' type; rows of a sequence
+    from its length on are free.
     """
 
-    def __init__(self, engines: DeviceEngines) -> None:
+    def __init__(self, engines: DeviceEngines, sequences: int, capacity: int) -> None:
         self._engines, model = engines, engines.model
-        self.length, self.capacity = 0, engines.recipe.kv_capacity
-        self.shape = (1, model.num_kv_heads, self.capacity, model.head_dim)
+        self.lengths, self.capacity = [0] * sequences, capacity
+        self.row_bytes = model.head_dim * engines.itemsize
+        self.pitch = capacity * self.row_bytes
+        """Bytes from one head to the next."""
+        self.sequence_bytes = model.num_kv_heads * self.pitch
+        self.position_nbytes = 2 * model.num_layers * model.num_kv_heads * self.row_bytes
         self.keys: list[Memory] = []
         self.values: list[Memory] = []
         self.prompts = PromptMemory(engines.device)
 
+    @property
+    def length(self) -> int:
+        """Cached tokens of the only sequence, or of the first."""
+        return self.lengths[0]
+
+    @length.setter
+    def length(self, rows: int) -> None:
+        self.lengths[0] = rows
+
     def reserve(self, rows: int) -> bool:
-        """Memory for all the capacity, once. True when it was made now. Raises ContextLengthError beyond it."""
+        """Memory for all the capacity, once. True when it was made now. Raises ContextLengthError beyond it, and
+        BackendError where so much is not free.
+        """
         if rows > self.capacity:
             raise ContextLengthError(
                 f"These engines hold {self.capacity} tokens and {rows} are wanted: shorten the prompt, or build with a "
@@ -110,22 +128,36 @@ class DeviceCache:
             )
         if self.keys:
             return False
-        nbytes, layers = prod(self.shape) * self._engines.itemsize, self._engines.model.num_layers
+        nbytes, layers = len(self.lengths) * self.sequence_bytes, self._engines.model.num_layers
         memories = [self._engines.device.memory(nbytes) for _ in range(2 * layers)]  # out of memory, nothing is kept
         self.keys, self.values = memories[:layers], memories[layers:]
         return True
 
     def copy(self) -> DeviceCache:
         """Another cache with the same contents."""
-        twin = DeviceCache(self._engines)
-        twin.length = self.length
-        if self.keys:
-            twin.reserve(0)
-        with self._engines.turn:
-            for into, source in zip((*twin.keys, *twin.values), (*self.keys, *self.values), strict=True):
-                self._engines.device.copy(MAIN, into, source)
-            self._engines.device.synchronize(MAIN)
+        twin = DeviceCache(self._engines, len(self.lengths), self.capacity)
+        for index in range(len(self.lengths)):
+            twin.take(index, self, index)
         return twin
+
+    def alone(self, index: int) -> DeviceCache:
+        """Sequence `index` in a cache of its own, as large as it is."""
+        twin = DeviceCache(self._engines, 1, self.lengths[index])
+        twin.take(0, self, index)
+        return twin
+
+    def take(self, index: int, source: DeviceCache, other: int = 0) -> None:
+        """Sequence `index` becomes a copy of sequence `other` of `source`. Raises as `reserve`."""
+        engines, length = self._engines, source.lengths[other]
+        if length:
+            self.reserve(length)
+            width, heads = length * self.row_bytes, engines.model.num_kv_heads
+            with engines.turn:
+                for into, out_of in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):
+                    to, found = into.part(index * self.sequence_bytes), out_of.part(other * source.sequence_bytes)
+                    engines.device.copy_rows(MAIN, to, self.pitch, found, source.pitch, width, heads)
+                engines.device.synchronize(MAIN)
+        self.lengths[index] = length
 
     @property
     def nbytes(self) -> int:

@@ -97,44 +97,48 @@ class Part:
 
 
 class DeviceStep:
-    """Engines bound to one session's memory for steps of `sequence` tokens. `logits` [1, 1, vocab] are those of the
-    last one; `damage` [units, sequence] is zero where nobody asked.
+    """Engines bound to memory for steps of `sequence` tokens of one sequence, or of one of each of the cache's first
+    `batch`. `logits` [batch, 1, vocab] are those of the last one; `damage` [units, tokens] is zero where nobody asked.
+
+    Sequences decide together: a unit is skipped where every one of them would skip it.
     """
 
     final_state = None
 
-    def __init__(self, engines: DeviceEngines, cache: DeviceCache, sequence: int) -> None:
-        self.engines, self.device, self.sequence = engines, engines.device, sequence
+    def __init__(self, engines: DeviceEngines, cache: DeviceCache, sequence: int, batch: int = 1) -> None:
+        assert 1 in (sequence, batch)
+        self.engines, self.device, self.sequence, self.batch = engines, engines.device, sequence, batch
         self._cache = cache
         self._graph: Graph | None = None
         self._known = OrderedDict[bytes, Graph]()
         self._warm = False
         model, units, item = engines.model, len(engines.units), engines.itemsize
         space = self._space = self.device if sequence == 1 else cache.prompts.again()
-        self._row_bytes = model.head_dim * item
-        self._ids = Mirror(space, (1, sequence), np.int64)
-        self._positions = Mirror(space, (1, sequence), np.int64)
-        self._limits = Mirror(space, (units,), np.float64)
-        self._logits = Mirror(space, (1, 1, model.vocab_size), np.float32)
-        self._damage = Mirror(space, (1, sequence, units), np.float32)
-        self._skipped = Mirror(space, (units, sequence), np.bool_)
+        self._new_bytes = sequence * model.num_kv_heads * cache.row_bytes
+        self._ids = Mirror(space, (batch, sequence), np.int64)
+        self._positions = Mirror(space, (batch, sequence), np.int64)
+        self._limits = Mirror(space, (batch, units), np.float64)
+        self._logits = Mirror(space, (batch, 1, model.vocab_size), np.float32)
+        self._damage = Mirror(space, (batch, sequence, units), np.float32)
+        self._skipped = Mirror(space, (units,), np.bool_)
         self.logits: npt.NDArray[np.float32] = self._logits.host
-        self.damage: npt.NDArray[np.float32] = self._damage.host[0].T
-        self.skipped: Skips = self._skipped.host
+        self.damage: npt.NDArray[np.float32] = self._damage.host.reshape(batch * sequence, units).T
+        self.skipped: Skips = np.zeros(self.damage.shape, np.bool_)
         self._shapes = {
-            "input_ids": (1, sequence),
-            "position_ids": (1, sequence),
-            "write_indices": (1,),
-            "hidden": (1, sequence, model.hidden_size),
+            "input_ids": (batch, sequence),
+            "position_ids": (batch, sequence),
+            "write_indices": (batch,),
+            "hidden": (batch, sequence, model.hidden_size),
         }
+        self._cache_shape = (batch, model.num_kv_heads, cache.capacity, model.head_dim)
         self._memory = {
             "input_ids": self._ids.memory,
             "position_ids": self._positions.memory,
-            "write_indices": self._positions.memory,  # that of the first token
+            "write_indices": self._positions.memory,  # those of the first tokens
             "logits": self._logits.memory,
             "damage": self._damage.memory,
         }
-        self._hidden = [space.memory(sequence * model.hidden_size * item) for _ in range(2)]
+        self._hidden = [space.memory(batch * sequence * model.hidden_size * item) for _ in range(2)]
         self.parts = [self._bind_part(index, segment) for index, segment in enumerate(engines.segments)]
         self._policy: Launch | None = None
         if engines.policy is not None and sequence == 1:  # prompts are dense
@@ -148,43 +152,56 @@ class DeviceStep:
             for (past, present, new), caches in zip(names, (self._cache.keys, self._cache.values), strict=True):
                 memory[past] = memory[present] = caches[layer]
                 if new in loaded.run.outputs:
-                    memory[new] = self._space.memory(caches[layer].nbytes // self._cache.capacity * self.sequence)
+                    memory[new] = self._space.memory(self.batch * self._new_bytes)
                     new_rows.append((caches[layer], memory[new]))
         bypass = self._bind(loaded.bypass, memory) if loaded.bypass is not None and self.sequence == 1 else None
         return Part(loaded.unit, self._bind(loaded.run, memory), bypass, new_rows)
 
     def _bind(self, engine: DeviceEngine, memory: dict[str, Memory]) -> Launch:
         memory = self._memory | memory
-        shapes = {name: self._shapes.get(name, self._cache.shape) for name in engine.inputs}
-        profile = 0 if self.sequence == 1 or self.engines.recipe.profiles == 1 else 1
+        shapes = {name: self._shapes.get(name, self._cache_shape) for name in engine.inputs}
+        # As `building.gpu_backends` orders them.
+        profile = 0 if self.engines.recipe.profiles == 1 else 2 if self.batch > 1 else int(self.sequence > 1)
         return engine.bind(profile, shapes, {name: memory[name] for name in (*engine.inputs, *engine.outputs)})
 
     # --- one step
 
     def decode(self, token: int, rule: Rule) -> None:
         """One token under `rule`."""
-        with self.engines.turn:
-            self._advance(token, rule)
+        self._advance(token, [rule])
 
     def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
         """`sequence` tokens, every layer."""
+        self._advance(tokens, [DENSE])
+
+    def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
+        """One token of every sequence, each under a rule of its own."""
+        self._advance(np.array(tokens)[:, None], [DENSE] * self.batch if DENSE in rules else rules)
+
+    def _advance(self, tokens: int | npt.NDArray[np.int64], rules: Sequence[Rule]) -> None:
+        """`rules`: one for each sequence."""
         with self.engines.turn:
-            self._advance(tokens, DENSE)
+            self._ids.host[:] = tokens
+            self._note_positions()
+            graph = self._graph_for(rules)
+            if graph is None:
+                self._launch_all(rules)
+            else:
+                graph.launch(MAIN)
+            self.device.synchronize(MAIN)
+            if graph is not None and graph is self._graph:
+                self.skipped[:] = self._skipped.host[:, None]
+            for index in range(self.batch):
+                self._cache.lengths[index] += self.sequence
 
-    def _advance(self, tokens: int | npt.NDArray[np.int64], rule: Rule) -> None:
-        self._ids.host[0] = tokens
-        self._note_positions()
-        graph = self._graph_for(rule)
-        if graph is None:
-            self._launch_all(rule)
-        else:
-            graph.launch(MAIN)
-        self.device.synchronize(MAIN)
-        self._cache.length += self.sequence
+    def _decide(self, rules: Sequence[Rule]) -> None:
+        """Note what the damage leads to. All tokens of a step do the same."""
+        each = [rule.skips(self.damage[:, index : index + 1]) for index, rule in enumerate(rules)]
+        self.skipped[:] = np.logical_and.reduce(each)
 
-    def _launch_all(self, rule: Rule) -> None:
-        """`sync` and `overlapped`. All tokens do the same: they are one, or run everything."""
-        asks = rule.asks and self._policy is not None
+    def _launch_all(self, rules: Sequence[Rule]) -> None:
+        """`sync` and `overlapped`."""
+        asks = self._asks(rules)
         self._upload_inputs()
         self._launch_before_units(asks)
         self.damage.fill(0.0)
@@ -193,30 +210,34 @@ class DeviceStep:
             self.device.copy(stream, self._damage.host, self._damage.memory)
             self.device.record(stream, DECIDED)
             self.device.wait_for_event(DECIDED)
-        self.skipped[:] = rule.skips(self.damage)
+        self._decide(rules)
         for part in self.parts[self.engines.first :]:
             self.launch(part, part.unit is not None and bool(self.skipped[part.unit, 0]))
         self.device.copy(MAIN, self.logits, self._logits.memory)
 
-    def _graph_for(self, rule: Rule) -> Graph | None:
+    def _asks(self, rules: Sequence[Rule]) -> bool:
+        return self._policy is not None and any(rule.asks for rule in rules)
+
+    def _graph_for(self, rules: Sequence[Rule]) -> Graph | None:
         """The recorded step, and noted what it needs: of a token whose actions are known, or in `device` dispatch under
         a rule that its kernel knows.
         """
         engines = self.engines
         if self.sequence > 1 or not engines.records:
             return None
-        if not rule.asks or self._policy is None:
-            return self._known_graph(rule)
-        if engines.dispatch != "device" or not isinstance(rule, DecisionRule) or rule.fewest:
+        if not self._asks(rules):
+            return self._known_graph(rules)
+        deciding = [rule for rule in rules if isinstance(rule, DecisionRule) and not rule.fewest]
+        if engines.dispatch != "device" or len(deciding) < len(rules):
             return None
         if self._graph is None:
             self._graph = self._recorded(len(engines.units), self._record)
-        self._limits.host[:] = rule.limits
+        self._limits.host[:] = [rule.limits for rule in deciding]
         return self._graph
 
-    def _known_graph(self, rule: Rule) -> Graph | None:
+    def _known_graph(self, rules: Sequence[Rule]) -> Graph | None:
         self.damage.fill(0.0)
-        self.skipped[:] = rule.skips(self.damage)
+        self._decide(rules)
         key = self.skipped.tobytes()
         if key not in self._known:
             graph = self._recorded(0, partial(self._record_known, self.skipped[:, 0].tolist()))
@@ -306,16 +327,21 @@ class DeviceStep:
         launch = part.bypass if bypass else part.run
         assert launch is not None
         launch(stream)
-        width, pitch = self._row_bytes, self._cache.capacity * self._row_bytes
+        cache, heads = self._cache, self.engines.model.num_kv_heads
         if graph is not None and part.new_rows:
-            graph.write_rows(stream, part.new_rows, pitch, width, self._positions.memory)
+            graph.write_rows(stream, part.new_rows, cache.pitch, cache.row_bytes, self._positions.memory)
             return
-        for cache, rows in part.new_rows:
-            free = cache.part(self._cache.length * width)
-            self.device.copy_rows(stream, free, pitch, rows, self.sequence * width)
+        width = self.sequence * cache.row_bytes
+        for into, rows in part.new_rows:
+            for index, length in enumerate(cache.lengths[: self.batch]):
+                free = into.part(index * cache.sequence_bytes + length * cache.row_bytes)
+                self.device.copy_rows(
+                    stream, free, cache.pitch, rows.part(index * self._new_bytes), width, width, heads
+                )
 
     def _note_positions(self) -> None:
-        self._positions.host[0] = np.arange(self._cache.length, self._cache.length + self.sequence)
+        for index, length in enumerate(self._cache.lengths[: self.batch]):
+            self._positions.host[index] = np.arange(length, length + self.sequence)
 
     def _upload_inputs(self) -> None:
         for item in (self._ids, self._positions):

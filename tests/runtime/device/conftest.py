@@ -30,6 +30,7 @@ dialect = "{dialect}"
 capabilities = ["12.0"]
 activations = "fp32"
 kv_capacity = 96
+sequences = {sequences}
 [weights]
 layers = "fp32"
 qkv = "fp32"
@@ -46,6 +47,8 @@ repeats = 5
 """
 BUILDS = {"trt10": ("tensorrt", "trt10"), "portable": ("tensorrt", "portable"), "rtx": ("tensorrt_rtx", "portable")}
 """Target -> its backend and dialect."""
+TOGETHER = {f"{name}-together": BUILDS[name] for name in ("trt10", "portable")}
+"""The same for four sequences."""
 DISPATCH = ("sync", "overlapped", "device")
 ORDERS = ("main", "beside", *range(int(os.environ.get("DASH_EXPORT_ORDERS", "2"))))
 """Which stream runs ahead, or seeds of chance; the environment may ask for more."""
@@ -55,18 +58,18 @@ IDS = np.random.default_rng(5).integers(0, 300, 60).astype(np.int64)
 
 @pytest.fixture(scope="session")
 def device_bundle(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Built for `cpu-fp32` and all of BUILDS."""
+    """Built for `cpu-fp32` and all of BUILDS and TOGETHER."""
     folder = tmp_path_factory.mktemp("device")
     root = Path(shutil.copytree(tiny_root, folder / "tiny.dash"))
     with installed(Card()):
-        for name, (backend, dialect) in BUILDS.items():
-            built(root, folder / f"{name}.toml", backend, dialect)
+        for name, (backend, dialect) in (BUILDS | TOGETHER).items():
+            built(root, folder / f"{name}.toml", backend, dialect, 4 if name in TOGETHER else 1)
     return Bundle.open(root)
 
 
-def built(root: Path, path: Path, backend: str = "tensorrt", dialect: str = "trt10") -> Build:
+def built(root: Path, path: Path, backend: str = "tensorrt", dialect: str = "trt10", sequences: int = 1) -> Build:
     """By a recipe that is written to `path`; nothing is measured."""
-    path.write_text(RECIPE.format(backend=backend, dialect=dialect))
+    path.write_text(RECIPE.format(backend=backend, dialect=dialect, sequences=sequences))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GpuBackend, "run_obstacle", lambda _: "later")
         return build(root, str(path))

@@ -37,7 +37,7 @@ def test_a_card_without_decisions(card: Card) -> None:
 
 
 def test_a_card_that_decides_wrongly(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "KERNELS", cuda_graph.KERNELS.replace("< limit[unit]", "> limit[unit]"))
+    monkeypatch.setattr(cuda_graph, "KERNELS", cuda_graph.KERNELS.replace("< limit[at]", "> limit[at]"))
     result = dash("doctor", "--probe")
     assert result.exit_code == 1
     assert "device, all skipped: decided [False" in " ".join(result.stdout.split())

@@ -336,7 +336,7 @@ def test_a_dropped_step_gives_back_its_contexts(dispatch: str, on_card: MakeOnCa
 
 def test_what_a_device_does_not_do(on_card: MakeOnCard) -> None:
     runtime = on_card().runtime
-    with pytest.raises(BackendError, match="one sequence at a time"):
+    with pytest.raises(BackendError, match="decode 1 together, not 2: build by a recipe with more `sequences`"):
         runtime.batch(2)
     assert runtime.session().context_left == 96, "the context is the cache"
     with pytest.raises(ContextLengthError, match="96 positions"):

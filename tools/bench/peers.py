@@ -24,6 +24,7 @@ from common import HELD_OUT, print_json, ratios
 from safetensors.numpy import save_file
 
 from dash_export.commands.tables import print_table
+from dash_export.evaluate.intervals import interval
 from dash_export.evaluate.timing import in_turns
 from dash_export.models import open_checkpoint
 from dash_export.models.spec import row_blocks
@@ -31,6 +32,7 @@ from dash_export.runtime.text import Text
 
 CACHE = Path(__file__).parents[2] / ".cache" / "peers"
 WINDOW = 256
+Nats = npt.NDArray[np.float64] | None
 # Kind -> what its environment needs.
 PACKAGES = {
     "onnxruntime-genai": ("onnxruntime-genai", "onnx_ir", "onnx", "transformers", "torch", "huggingface_hub"),
@@ -95,11 +97,11 @@ class Worker:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return self._answer()
 
-    def perplexity(self, ids: npt.NDArray[np.int64], windows: int) -> float | None:
-        """On windows spread over a text; None where logits are not shown."""
+    def nll(self, ids: npt.NDArray[np.int64], windows: int) -> Nats:
+        """The mean of each of some windows spread over a text; None where logits are not shown."""
         starts = np.linspace(0, len(ids) - WINDOW, windows).astype(int)
         found = [self.ask(score=ids[start : start + WINDOW].tolist())["nll"] for start in starts]
-        return None if found[0] is None else float(np.exp(np.mean(found)))
+        return None if found[0] is None else np.mean(found, axis=1)
 
 
 @click.command()
@@ -112,13 +114,15 @@ class Worker:
 @click.option("--rounds", default=7, show_default=True, help="Interleaved rounds; the first is warm-up.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--windows", default=12, show_default=True, help=f"Windows of {WINDOW} tokens for the perplexity.")
+@click.option("--text", default=HELD_OUT, show_default="calibration/heldout.txt",
+              type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
 def main(
     bundle: Path, gguf: Path, ours: tuple[str, ...], only: tuple[str, ...], prompt: int, tokens: int, rounds: int,
-    threads: int, windows: int,
+    threads: int, windows: int, text: Path,
 ) -> None:  # fmt: skip
     """Time the same prompt in every runtime, in turns, round by round."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    ids = np.array(Text(bundle).encode(HELD_OUT.read_text(encoding="utf-8")), np.int64)
+    ids = np.array(Text(bundle).encode(text.read_text(encoding="utf-8")), np.int64)
     workers = {f"dash-export {own}": Worker(sys.executable, "dash-export", f"{bundle}::{own}", threads) for own in ours}
     for name, (kind, form) in PEERS.items():
         if not only or any(part.casefold() in name.casefold() for part in only):
@@ -128,7 +132,7 @@ def main(
             except click.ClickException as error:
                 click.echo(f"{name} is left out: {error.message}")
     names = list(workers)
-    perplexities = {name: worker.perplexity(ids, windows) for name, worker in workers.items()}
+    nats = {name: worker.nll(ids, windows) for name, worker in workers.items()}
     seconds: dict[str, dict[str, list[float]]] = {part: {name: [] for name in names} for part in ("prefill", "decode")}
     for number, index in in_turns(len(names), rounds):
         # Another prompt every round: some keep what they have seen.
@@ -136,28 +140,37 @@ def main(
         for part, own in seconds.items():
             if number:
                 own[names[index]].append(answer[part])
-    _report(seconds, perplexities, {"prefill": prompt, "decode": tokens - 1}, rounds - 1)
+    _report(seconds, nats, {"prefill": prompt, "decode": tokens - 1}, rounds - 1)
 
 
 def _report(
     seconds: dict[str, dict[str, list[float]]],
-    perplexities: dict[str, float | None],
+    nats: dict[str, Nats],
     counts: dict[str, int],
     rounds: int,
 ) -> None:
-    click.echo(f"Ratios: what {next(iter(perplexities))} does against the row's runtime, round by round.")
+    first, own = next(iter(nats.items()))
+    click.echo(f"Ratios, and perplexity over the row's: what {first} does against the row's runtime.")
     title = f"{counts['prefill']} prompt tokens, {counts['decode'] + 1} new ones, medians of {rounds} rounds in turns"
     shown = []
     times = {part: ratios(own) for part, own in seconds.items()}
     result = {}
-    for name, perplexity in perplexities.items():
-        cells, row = [name], {}
+    for name, found in nats.items():
+        cells, row = [name], dict[str, Any]()
         for part in ("decode", "prefill"):
             row[part] = round(counts[part] / float(np.median(seconds[part][name])), 2)
             cells += [f"{row[part]:.1f}", f"{times[part][name].value:.2f}x"]
-        shown.append((*cells, "not shown" if perplexity is None else f"{perplexity:.2f}"))
-        result[name] = {**row, "perplexity": perplexity}
-    print_table(title, ("runtime",), ("decode tok/s", "ratio", "prefill tok/s", "ratio", "perplexity"), shown)
+        if found is None or own is None:
+            shown.append((*cells, "not shown", ""))
+        else:
+            over = interval(own - found, transform=np.exp)
+            row |= {"perplexity": float(np.exp(found.mean())), "over": [over.value, over.low, over.high]}
+            percent = (f"{100 * (each - 1):+.2f}" for each in (over.value, over.low, over.high))
+            shown.append((*cells, f"{row['perplexity']:.2f}", "{} % ({} to {})".format(*percent)))
+        result[name] = row
+    print_table(
+        title, ("runtime",), ("decode tok/s", "ratio", "prefill tok/s", "ratio", "perplexity", "over it"), shown
+    )
     print_json("peers", {"prompt": counts["prefill"], "tokens": counts["decode"] + 1, "runtimes": result})
 
 

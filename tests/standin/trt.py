@@ -159,6 +159,7 @@ class Context:
         return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        rule(address % 256 == 0, f"setTensorAddress: {name} is not aligned")
         self.places[name] = address
         return name in self.engine.tensors
 

@@ -15,6 +15,10 @@ from dash_export.runtime.device.step import DeviceStep, PromptMemory
 from dash_export.targets import Recipe
 
 
+ALIGNED = 256
+"""Bytes that the address of an engine's tensor is a multiple of."""
+
+
 @dataclass(frozen=True)
 class LoadedSegment:
     """The engine that runs a segment and, where it is a unit, what skips it. `unit`: its place among the units."""
@@ -129,8 +133,11 @@ class DeviceCache:
         if self.keys:
             return False
         nbytes, layers = len(self.lengths) * self.sequence_bytes, self._engines.model.num_layers
-        memories = [self._engines.device.memory(nbytes) for _ in range(2 * layers)]  # out of memory, nothing is kept
-        self.keys, self.values = memories[:layers], memories[layers:]
+        apart = -(-nbytes // ALIGNED) * ALIGNED
+        # One block: an allocation takes longer than its bytes do, and a server keeps many prompts.
+        block = self._engines.device.memory(2 * layers * apart)
+        parts = [block.part(place * apart, nbytes) for place in range(2 * layers)]
+        self.keys, self.values = parts[:layers], parts[layers:]
         return True
 
     def copy(self) -> DeviceCache:

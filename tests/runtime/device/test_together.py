@@ -192,7 +192,7 @@ def test_caches_copy_what_they_hold(on_card: MakeOnCard) -> None:
 def test_no_room_for_the_rows(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said when a server starts, not when the first request comes; a prompt that is not kept is answered."""
     runtime, sound = on_card("trt10-together").runtime, Cuda.memory
-    row = runtime.session().cache.sequence_bytes
+    cache = runtime.session().cache
 
     def memory(device: Cuda, nbytes: int) -> Any:
         if nbytes == refused:
@@ -200,10 +200,10 @@ def test_no_room_for_the_rows(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPat
         return sound(device, nbytes)
 
     monkeypatch.setattr(Cuda, "memory", memory)
-    refused = 4 * row
+    refused = 4 * 96 * cache.position_nbytes
     with pytest.raises(BackendError, match="out of memory"):
         Scheduler(runtime)
-    refused = row // 96 * 20
+    refused = 20 * cache.position_nbytes
     scheduler = Scheduler(runtime)
     scheduler.start()
     try:

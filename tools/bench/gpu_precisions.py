@@ -1,0 +1,97 @@
+"""What a GPU recipe's precisions cost in quality, on a CPU: the portable graphs with their weights (fp8: and what they
+are fed) rounded as the recipe's engines have them, all else in float32.
+
+    python tools/bench/gpu_precisions.py BUNDLE --target h100
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+from common import held_out, print_json
+
+from dash_export.building.backend import backend_of
+from dash_export.building.calibrate import calibrated
+from dash_export.building.engine_graphs import write_whole
+from dash_export.bundle import Bundle
+from dash_export.commands.tables import print_table
+from dash_export.divergence import DenseRows, nll
+from dash_export.evaluate.intervals import interval
+from dash_export.graphs.surgery import load_graph
+from dash_export.graphs.trt_quantize import quantize_weights
+from dash_export.runtime import DashRuntime
+from dash_export.runtime.ort_engine import create as backend
+from dash_export.targets import Recipe, load_recipe, with_weights
+
+WINDOW = 256
+
+
+class Replaced:
+    """A backend that takes what lies in `folder` in the place of graphs of the same name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._backend = folder, backend(0)
+
+    def load(self, path: Path) -> Any:
+        own = self._folder / path.name
+        return self._backend.load(own if own.exists() else path)
+
+
+def round_graphs(bundle: Bundle, recipe: Recipe, folder: Path) -> None:
+    """Write the layers and the head as the recipe's engines have them."""
+    known: dict[str, Any] = {}
+    if recipe.weights.calibrates:
+        known = dict(calibrated(bundle, recipe, lambda *_: None))
+    names = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
+    for name in (*names, "head"):
+        model = load_graph(bundle.graph(name))
+        quantize_weights(model.graph, recipe.weights, bundle.manifest.policy.layers, known.get)
+        write_whole(model, folder / bundle.graph(name).name)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option("--target", default="h100", show_default=True)
+@click.option("--weights", "asked", multiple=True, default=("int8", "fp8", "int4"), show_default=True)
+@click.option("--windows", default=12, show_default=True, help=f"Windows of {WINDOW} tokens.")
+def main(bundle: Path, target: str, asked: tuple[str, ...], windows: int) -> None:
+    """KL and perplexity of dense mode against float32, on held-out prose."""
+    opened = Bundle.open(bundle)
+    own = backend_of(load_recipe("portable"))
+    build = replace(
+        opened.load_build(opened.chosen(None)), recipe=own.recipe, segments=own.segments(opened.manifest),
+        engines=own.ready_engines(opened) or {}, files=(),
+    )  # fmt: skip
+
+    def logits(folder: Path) -> list[npt.NDArray[np.float32]]:
+        session = DashRuntime(opened, build, Replaced(folder)).session("dense")
+        found = (session.score(ids, keep_logits=True).logits for ids in texts)
+        return [each for each in found if each is not None]
+
+    texts = held_out(DashRuntime(opened, build, backend(0)).text.encode, windows * WINDOW).reshape(windows, WINDOW)
+    with tempfile.TemporaryDirectory() as empty:
+        exact = logits(Path(empty))
+    rows, result = [], {}
+    plain = np.array([nll(each, ids[1:]).mean() for each, ids in zip(exact, texts, strict=True)])
+    for weights in asked:
+        with tempfile.TemporaryDirectory() as folder:
+            round_graphs(opened, with_weights(load_recipe(target), weights), Path(folder))
+            found = logits(Path(folder))
+        kl = interval([DenseRows(one).kl(other).mean() for one, other in zip(exact, found, strict=True)])
+        nats = np.array([nll(each, ids[1:]).mean() for each, ids in zip(found, texts, strict=True)])
+        over = interval(nats - plain, transform=np.exp)
+        percent = [100 * (each - 1) for each in (over.value, over.low, over.high)]
+        rows.append((weights, f"{kl.value:.4f}", "{:+.1f} % ({:+.1f} to {:+.1f})".format(*percent)))
+        result[weights] = {"kl": kl.value, "perplexity_percent": percent}
+    print_table(f"{bundle.name}, weights of {target}, {windows} windows", ("weights",), ("KL", "perplexity"), rows)
+    print_json("gpu_precisions", {"target": target, "perplexity": float(np.exp(plain.mean())), "weights": result})
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 from common import held_out, print_json
 
 from dash_export.building.backend import backend_of
@@ -23,7 +24,7 @@ from dash_export.bundle import Bundle
 from dash_export.commands.tables import print_table
 from dash_export.divergence import DenseRows, nll
 from dash_export.evaluate.intervals import interval
-from dash_export.graphs.surgery import load_graph
+from dash_export.graphs.surgery import add_constant, constant_value, load_graph
 from dash_export.graphs.trt_quantize import quantize_weights
 from dash_export.runtime import DashRuntime
 from dash_export.runtime.ort_engine import create as backend
@@ -52,7 +53,19 @@ def round_graphs(bundle: Bundle, recipe: Recipe, folder: Path) -> None:
     for name in (*names, "head"):
         model = load_graph(bundle.graph(name))
         quantize_weights(model.graph, recipe.weights, bundle.manifest.policy.layers, known.get)
+        fold_weights(model.graph)
         write_whole(model, folder / bundle.graph(name).name)
+
+
+def fold_weights(graph: ir.Graph) -> None:
+    """Rounded weights as floats: ONNX Runtime would make them anew at every token."""
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        stored, scales = (constant_value(value) for value in node.inputs[:2])
+        if stored is not None and scales is not None and stored.ndim == 2:
+            spread = np.repeat(scales, node.attributes.get_int("block_size", 1), axis=0) if scales.ndim == 2 else scales
+            weight = add_constant(graph, f"{node.name}/float", stored.astype(np.float32) * spread)
+            node.outputs[0].replace_all_uses_with(weight)
+            graph.remove(node, safe=True)
 
 
 @click.command()

@@ -86,8 +86,8 @@ class EngineRecipe:
     `activations`: the type of hidden states, caches and unquantised weights. `kv_capacity`: rows of the KV cache, which
     does not grow; attention costs follow it, not the length. `profiles` 2: one for decode, one for prefill chunks, each
     tuned; 1: one for both, and weights of 16 bits are stored once instead of twice. `sequences`: how many may decode
-    together; more than one takes a third profile, and a cache for each. `capabilities`: compute capabilities of the
-    device, "8.7" for Jetson Orin.
+    together; more than one takes a cache for each, and a third profile (of `profiles` 1: scratch memory for a chunk of
+    each). `capabilities`: compute capabilities of the device, "8.7" for Jetson Orin.
     """
 
     capabilities: tuple[str, ...]
@@ -223,8 +223,6 @@ def recipe_faults(recipe: Recipe) -> Iterator[str]:
         if value not in allowed:
             listed = ", ".join(map(repr, allowed))
             yield f"{part} = {value!r} is not one of {listed} (activations are fixed in [engine])."
-    if engine.sequences > 1 and engine.profiles == 1:
-        yield f"sequences = {engine.sequences} needs profiles = 2: they decode under a profile of their own."
     if recipe.runtime.prefill_chunk > engine.kv_capacity:
         yield f"prefill_chunk = {recipe.runtime.prefill_chunk} is more than kv_capacity = {engine.kv_capacity}."
 

@@ -134,7 +134,7 @@ class RtxBackend(GpuBackend):
         """
         chunk, most = self.recipe.runtime.prefill_chunk, self.engine.sequences
         if self.engine.profiles == 1:
-            return {"both": ((1, 1), (1, 1), (1, chunk))}
+            return {"both": ((1, 1), (1, 1), (most, chunk))}
         found = {"decode": ((1, 1), (1, 1), (1, 1)), "prefill": ((1, 1), (1, chunk), (1, chunk))}
         return found | ({"together": ((2, 1), (most, 1), (most, 1))} if most > 1 else {})
 

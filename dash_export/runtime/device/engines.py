@@ -14,7 +14,6 @@ from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, 
 from dash_export.runtime.device.step import DeviceStep, PromptMemory
 from dash_export.targets import Recipe
 
-
 ALIGNED = 256
 """Bytes that the address of an engine's tensor is a multiple of."""
 

@@ -31,6 +31,7 @@ capabilities = ["12.0"]
 activations = "fp32"
 kv_capacity = 96
 sequences = {sequences}
+profiles = {profiles}
 [weights]
 layers = "fp32"
 qkv = "fp32"
@@ -48,7 +49,7 @@ repeats = 5
 BUILDS = {"trt10": ("tensorrt", "trt10"), "portable": ("tensorrt", "portable"), "rtx": ("tensorrt_rtx", "portable")}
 """Target -> its backend and dialect."""
 TOGETHER = {f"{name}-together": BUILDS[name] for name in ("trt10", "portable")}
-"""The same for four sequences."""
+"""The same for four sequences, one dialect with a profile for all shapes."""
 DISPATCH = ("sync", "overlapped", "device")
 ORDERS = ("main", "beside", *range(int(os.environ.get("DASH_EXPORT_ORDERS", "2"))))
 """Which stream runs ahead, or seeds of chance; the environment may ask for more."""
@@ -63,13 +64,16 @@ def device_bundle(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     root = Path(shutil.copytree(tiny_root, folder / "tiny.dash"))
     with installed(Card()):
         for name, (backend, dialect) in (BUILDS | TOGETHER).items():
-            built(root, folder / f"{name}.toml", backend, dialect, 4 if name in TOGETHER else 1)
+            together = (4, 1 if dialect == "portable" else 2) if name in TOGETHER else ()
+            built(root, folder / f"{name}.toml", backend, dialect, *together)
     return Bundle.open(root)
 
 
-def built(root: Path, path: Path, backend: str = "tensorrt", dialect: str = "trt10", sequences: int = 1) -> Build:
+def built(
+    root: Path, path: Path, backend: str = "tensorrt", dialect: str = "trt10", sequences: int = 1, profiles: int = 2
+) -> Build:
     """By a recipe that is written to `path`; nothing is measured."""
-    path.write_text(RECIPE.format(backend=backend, dialect=dialect, sequences=sequences))
+    path.write_text(RECIPE.format(backend=backend, dialect=dialect, sequences=sequences, profiles=profiles))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GpuBackend, "run_obstacle", lambda _: "later")
         return build(root, str(path))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.errors import BackendError, RecipeError
+from dash_export.errors import BackendError
 from dash_export.runtime.decode import BoundStep
 from dash_export.runtime.device import cuda_graph
 from dash_export.runtime.device.cuda import Cuda
@@ -20,8 +20,7 @@ from dash_export.runtime.rows import Rows
 from dash_export.runtime.rules import DENSE, FixedRule, Rule, SessionRules, decided
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
-from dash_export.targets import load_recipe
-from tests.runtime.device.conftest import DISPATCH, IDS, ORDERS, RECIPE, TOGETHER, TOLERANCE, Host, MakeOnCard
+from tests.runtime.device.conftest import DISPATCH, IDS, ORDERS, TOGETHER, TOLERANCE, Host, MakeOnCard
 
 PROMPTS = (IDS[:20], IDS[20:29], IDS[3:36], IDS[30:35])
 
@@ -210,13 +209,3 @@ def test_no_room_for_the_rows(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPat
         assert len(list(scheduler.stream(Request(IDS[:20], 3)))) == 3
     finally:
         scheduler.close(10)
-
-
-def test_more_than_one_need_a_profile(tmp_path: Any) -> None:
-    path = tmp_path / "mine.toml"
-    text = RECIPE.format(backend="tensorrt", dialect="trt10", sequences=2).replace('"fp32"', '"fp16"')
-    path.write_text(text)
-    assert load_recipe(str(path)).engine.sequences == 2  # type: ignore[union-attr]
-    path.write_text(text.replace("sequences = 2", "sequences = 2\nprofiles = 1"))
-    with pytest.raises(RecipeError, match="sequences = 2 needs profiles = 2"):
-        load_recipe(str(path))

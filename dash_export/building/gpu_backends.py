@@ -173,10 +173,10 @@ class TensorRTBackend(RtxBackend):
 
 def _shapes(model: ir.Model, profile: tuple[Sizes, Sizes, Sizes]) -> Shapes:
     shapes: dict[str, Any] = {}
+    named = [dict(zip(("batch", "sequence"), sizes, strict=True)) for sizes in profile]
     for value in model.graph.inputs:
         assert value.shape is not None
         shapes[str(value.name)] = tuple(
-            tuple(size if isinstance(size, int) else sizes[str(size.value) == "sequence"] for size in value.shape)
-            for sizes in profile
+            tuple(size if isinstance(size, int) else sizes[str(size.value)] for size in value.shape) for sizes in named
         )
     return shapes

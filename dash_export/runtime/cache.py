@@ -20,20 +20,11 @@ def whole_tiles(tokens: int) -> int:
     return max(0, tokens // TILE * TILE)
 
 
-class KVCache:
-    """`keys` and `values`, float32 [layers, sequences, kv_heads, capacity, head_dim], are views of one block. Rows of a
-    sequence from its length on are free (zero or stale, never read).
-    """
+class Sequences:
+    """How many tokens of each sequence a cache holds: `lengths`."""
 
-    def __init__(self, model: ModelFacts, step: int, sequences: int = 1, capacity: int = 0) -> None:
-        self._model, self._step = model, step
-        self.lengths = [0] * sequences
-        self.capacity = capacity
-        shape = (model.num_layers, 2, sequences, model.num_kv_heads, capacity, model.head_dim)
-        self._block: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
-        self.keys, self.values = self._block[:, 0], self._block[:, 1]
-        self.nbytes = self._block.nbytes
-        self.position_nbytes = 8 * model.num_layers * model.num_kv_heads * model.head_dim
+    def __init__(self, many: int) -> None:
+        self.lengths = [0] * many
 
     @property
     def length(self) -> int:
@@ -43,6 +34,22 @@ class KVCache:
     @length.setter
     def length(self, rows: int) -> None:
         self.lengths[0] = rows
+
+
+class KVCache(Sequences):
+    """`keys` and `values`, float32 [layers, sequences, kv_heads, capacity, head_dim], are views of one block. Rows of a
+    sequence from its length on are free (zero or stale, never read).
+    """
+
+    def __init__(self, model: ModelFacts, step: int, sequences: int = 1, capacity: int = 0) -> None:
+        super().__init__(sequences)
+        self._model, self._step = model, step
+        self.capacity = capacity
+        shape = (model.num_layers, 2, sequences, model.num_kv_heads, capacity, model.head_dim)
+        self._block: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
+        self.keys, self.values = self._block[:, 0], self._block[:, 1]
+        self.nbytes = self._block.nbytes
+        self.position_nbytes = 8 * model.num_layers * model.num_kv_heads * model.head_dim
 
     def reserve(self, rows: int) -> bool:
         """Make room for `rows` tokens of every sequence, rounded up to a step. True when the arrays moved and must be

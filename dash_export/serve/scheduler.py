@@ -68,7 +68,8 @@ class Scheduler:
             each = room // self._prompt.cache.position_nbytes // (rows + 1)
             self.context = min(self.context, max(MAX_TOKENS, each))
         else:
-            self._rows.cache.reserve(1)  # all of it, now
+            for cache in (self._rows.cache, self._prompt.cache):
+                cache.reserve(1)  # all of it, now
         self._prefixes = Prefixes(prefix_bytes)
         self._alone, self._together = (
             self._rules(one) for one in (alone or runtime.recommended, together or Setting())

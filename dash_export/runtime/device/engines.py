@@ -10,6 +10,7 @@ from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BundleError, ContextLengthError
 from dash_export.manifest import DAMAGED, POLICY, Build, Segment
+from dash_export.runtime.cache import Sequences
 from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Memory
 from dash_export.runtime.device.step import DeviceStep, PromptMemory
 from dash_export.targets import Recipe
@@ -94,14 +95,14 @@ class DeviceEngines:
         return DeviceStep(self, cache, sequence, batch)
 
 
-class DeviceCache:
+class DeviceCache(Sequences):
     """Keys and values per layer, [sequences, kv_heads, capacity, head_dim] of the engines' type; rows of a sequence
     from its length on are free.
     """
 
     def __init__(self, engines: DeviceEngines, sequences: int, capacity: int) -> None:
-        self._engines, model = engines, engines.model
-        self.lengths, self.capacity = [0] * sequences, capacity
+        super().__init__(sequences)
+        self._engines, self.capacity, model = engines, capacity, engines.model
         self.row_bytes = model.head_dim * engines.itemsize
         self.pitch = capacity * self.row_bytes
         """Bytes from one head to the next."""
@@ -110,15 +111,6 @@ class DeviceCache:
         self.keys: list[Memory] = []
         self.values: list[Memory] = []
         self.prompts = PromptMemory(engines.device)
-
-    @property
-    def length(self) -> int:
-        """Cached tokens of the only sequence, or of the first."""
-        return self.lengths[0]
-
-    @length.setter
-    def length(self, rows: int) -> None:
-        self.lengths[0] = rows
 
     def reserve(self, rows: int) -> bool:
         """Memory for all the capacity, once. True when it was made now. Raises ContextLengthError beyond it, and

@@ -176,7 +176,7 @@ class DeviceStep:
 
     def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
         """One token of every sequence, each under a rule of its own."""
-        self._advance(np.array(tokens)[:, None], [DENSE] * self.batch if DENSE in rules else rules)
+        self._advance(np.array(tokens)[:, None], rules)
 
     def _advance(self, tokens: int | npt.NDArray[np.int64], rules: Sequence[Rule]) -> None:
         """`rules`: one for each sequence."""
@@ -194,10 +194,10 @@ class DeviceStep:
             for index in range(self.batch):
                 self._cache.lengths[index] += self.sequence
 
-    def _decide(self, rules: Sequence[Rule]) -> None:
-        """Note what the damage leads to. All tokens of a step do the same."""
+    def _agreed(self, rules: Sequence[Rule]) -> Skips:
+        """What they all skip [units, 1]. All tokens of a step do the same."""
         each = [rule.skips(self.damage[:, index : index + 1]) for index, rule in enumerate(rules)]
-        self.skipped[:] = np.logical_and.reduce(each)
+        return np.logical_and.reduce(each)  # type: ignore[no-any-return]
 
     def _launch_all(self, rules: Sequence[Rule]) -> None:
         """`sync` and `overlapped`."""
@@ -210,13 +210,17 @@ class DeviceStep:
             self.device.copy(stream, self._damage.host, self._damage.memory)
             self.device.record(stream, DECIDED)
             self.device.wait_for_event(DECIDED)
-        self._decide(rules)
+        self.skipped[:] = self._agreed(rules)
         for part in self.parts[self.engines.first :]:
             self.launch(part, part.unit is not None and bool(self.skipped[part.unit, 0]))
         self.device.copy(MAIN, self.logits, self._logits.memory)
 
     def _asks(self, rules: Sequence[Rule]) -> bool:
-        return self._policy is not None and any(rule.asks for rule in rules)
+        """Whether the policy's answer matters: not where what is known beforehand (a dense sequence) leaves no unit."""
+        known = [rule for rule in rules if not rule.asks]
+        if self._policy is None or len(known) == len(rules):
+            return False
+        return not known or bool(self._agreed(known).any())
 
     def _graph_for(self, rules: Sequence[Rule]) -> Graph | None:
         """The recorded step, and noted what it needs: of a token whose actions are known, or in `device` dispatch under
@@ -237,7 +241,7 @@ class DeviceStep:
 
     def _known_graph(self, rules: Sequence[Rule]) -> Graph | None:
         self.damage.fill(0.0)
-        self._decide(rules)
+        self.skipped[:] = self._agreed(rules)
         key = self.skipped.tobytes()
         if key not in self._known:
             graph = self._recorded(0, partial(self._record_known, self.skipped[:, 0].tolist()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_rows_decode_together(target: str, dispatch: str, first: str | int, on_c
     kinds: dict[str, list[Rule]] = {
         "token": [host.rule.scaled(factor) for factor in (1.0, 1.5, 2.0, 3.0)],
         "static": [FixedRule((0,))] * 4,
-        "one is dense": [host.rule, DENSE, host.rule, host.rule],
+        "one is dense": [host.rule, deepcopy(DENSE), host.rule, host.rule],
         "one is fixed": [host.rule.scaled(2.0), FixedRule((1,)), host.rule.scaled(3.0), host.rule.scaled(2.0)],
     }
     for many in (4, 3, 1):
@@ -74,6 +75,8 @@ def test_rows_decode_together(target: str, dispatch: str, first: str | int, on_c
                 assert np.abs(steps[1].logits - steps[0].logits).max() < TOLERANCE
                 if kind == "token":
                     np.testing.assert_allclose(steps[1].damage, steps[0].damage, atol=1e-5)
+                if kind == "one is dense" and many > 1:
+                    assert not steps[1].damage.any(), "nobody asked"
                 taken[kind] += steps[1].skipped.ravel().tolist()
         assert any(taken["token"]), "some are skipped"
         assert not all(taken["token"]), "not all"
@@ -148,11 +151,12 @@ def test_a_batch(target: str, dispatch: str, on_card: MakeOnCard, host: Host) ->
     assert all(response.error is None for _, response in batch.stream([each.tolist() for each in PROMPTS], 5))
 
 
-def test_a_server_answers_from_a_device(on_card: MakeOnCard, host: Host) -> None:
+@pytest.mark.parametrize(("target", "rows"), [("trt10", 1), ("portable", 1), ("trt10-together", 4)])
+def test_a_server_answers_from_a_device(target: str, rows: int, on_card: MakeOnCard, host: Host) -> None:
     """More requests than rows; what they have in common is computed once."""
-    runtime = on_card("trt10-together", "device").runtime
+    runtime = on_card(target, "device").runtime
     scheduler = Scheduler(runtime)
-    assert (scheduler.size, scheduler.context) == (4, 96)
+    assert (scheduler.size, scheduler.context) == (rows, 96)
     asked = [np.concatenate([IDS[:40], IDS[at : at + 3]]) for at in range(7)]
     scheduler.start()
     try:
@@ -199,9 +203,10 @@ def test_no_room_for_the_rows(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPat
         return sound(device, nbytes)
 
     monkeypatch.setattr(Cuda, "memory", memory)
-    refused = 4 * 96 * cache.position_nbytes
-    with pytest.raises(BackendError, match="out of memory"):
-        Scheduler(runtime)
+    for many in (4, 1):  # those of the rows, that of prompts
+        refused = many * 96 * cache.position_nbytes
+        with pytest.raises(BackendError, match="out of memory"):
+            Scheduler(runtime)
     refused = 20 * cache.position_nbytes
     scheduler = Scheduler(runtime)
     scheduler.start()

@@ -40,7 +40,9 @@ class Nothing:
         pass
 
     def memory(self, nbytes: int) -> Any:
-        return SimpleNamespace(nbytes=nbytes, part=lambda _: None)
+        memory = SimpleNamespace(nbytes=nbytes)
+        memory.part = lambda *_: memory
+        return memory
 
     def pinned(self, nbytes: int) -> Any:
         return np.zeros(nbytes, np.uint8)

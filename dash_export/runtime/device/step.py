@@ -84,8 +84,8 @@ class Mirror:
 
 @dataclass(frozen=True)
 class Part:
-    """One segment, bound to a step's memory. `unit`: its place among the units. `new_rows`: (cache, rows) where
-    its engines leave the writing of K and V to the runtime.
+    """One segment, bound to a step's memory. `unit`: its place among the units. `new_rows`: (cache, rows) where its
+    engines leave the writing of K and V to the runtime, and `copies`: (sequence, its cache, its rows) of the same.
 
     It does not know the step: without a circle a step that is dropped gives its memory and contexts back at once.
     """
@@ -94,6 +94,7 @@ class Part:
     run: Launch
     bypass: Launch | None
     new_rows: list[tuple[Memory, Memory]]
+    copies: list[tuple[int, Memory, Memory]]
 
 
 class DeviceStep:
@@ -155,7 +156,12 @@ class DeviceStep:
                     memory[new] = self._space.memory(self.batch * self._new_bytes)
                     new_rows.append((caches[layer], memory[new]))
         bypass = self._bind(loaded.bypass, memory) if loaded.bypass is not None and self.sequence == 1 else None
-        return Part(loaded.unit, self._bind(loaded.run, memory), bypass, new_rows)
+        copies = [
+            (index, into.part(index * self._cache.sequence_bytes), rows.part(index * self._new_bytes))
+            for into, rows in new_rows
+            for index in range(self.batch)
+        ]
+        return Part(loaded.unit, self._bind(loaded.run, memory), bypass, new_rows, copies)
 
     def _bind(self, engine: DeviceEngine, memory: dict[str, Memory]) -> Launch:
         memory = self._memory | memory
@@ -196,8 +202,8 @@ class DeviceStep:
 
     def _agreed(self, rules: Sequence[Rule]) -> Skips:
         """What they all skip [units, 1]. All tokens of a step do the same."""
-        each = [rule.skips(self.damage[:, index : index + 1]) for index, rule in enumerate(rules)]
-        return np.logical_and.reduce(each)  # type: ignore[no-any-return]
+        first, *others = (rule.skips(self.damage[:, index : index + 1]) for index, rule in enumerate(rules))
+        return np.logical_and.reduce([first, *others]) if others else first
 
     def _launch_all(self, rules: Sequence[Rule]) -> None:
         """`sync` and `overlapped`."""
@@ -336,12 +342,9 @@ class DeviceStep:
             graph.write_rows(stream, part.new_rows, cache.pitch, cache.row_bytes, self._positions.memory)
             return
         width = self.sequence * cache.row_bytes
-        for into, rows in part.new_rows:
-            for index, length in enumerate(cache.lengths[: self.batch]):
-                free = into.part(index * cache.sequence_bytes + length * cache.row_bytes)
-                self.device.copy_rows(
-                    stream, free, cache.pitch, rows.part(index * self._new_bytes), width, width, heads
-                )
+        for index, into, rows in part.copies:
+            free = into.part(cache.lengths[index] * cache.row_bytes)
+            self.device.copy_rows(stream, free, cache.pitch, rows, width, width, heads)
 
     def _note_positions(self) -> None:
         for index, length in enumerate(self._cache.lengths[: self.batch]):

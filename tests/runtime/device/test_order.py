@@ -192,7 +192,7 @@ def new_rows(kept: int) -> Callable[..., Any]:
 
     def bind_part(sound: Any, *given: Any) -> Any:
         part = sound(*given)
-        return replace(part, new_rows=part.new_rows[:kept])
+        return replace(part, new_rows=part.new_rows[:kept], copies=part.copies[:kept])
 
     return bind_part
 

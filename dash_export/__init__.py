@@ -1,6 +1,6 @@
 """dash-export: dynamic layer skipping for language models, faster on a clock.
 
-The public API is imported lazily, so that a device that only runs engines never loads what exports or builds them.
+The public API is imported lazily, so that a device that only runs engines never imports the export and build code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m dash_export` is `dash-export`, and like it takes nothing from the current folder, which -m puts first."""
+"""Run `dash-export` as `python -m dash_export`, importing nothing from the current folder, which -m puts first."""
 
 import contextlib
 import os

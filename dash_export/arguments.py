@@ -1,6 +1,5 @@
-"""The arguments of the public API, checked against their own type hints before anything is computed. An amount is
-checked where it is used; here, that it is one: numpy's numbers are numbers, a bool is none, NaN and infinities are
-none.
+"""Checks of the public API's arguments against their type hints, before anything is computed. Ranges are checked where
+a value is used. This module checks only types: numpy's numbers count as numbers; a bool, NaN and infinity do not.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def _is(kind: Any, value: Any) -> Any:
 
 
 def _path(kind: Any, value: Any) -> Any:
-    """Of a kind that may be a path: no name has a zero."""
+    """Return `value`, an instance of `kind`. Raises TypeError; ValueError for a text or path with a NUL byte."""
     if isinstance(_is(kind, value), str | Path) and "\0" in str(value):
         raise ValueError
     return value
@@ -47,7 +46,8 @@ def _callable(value: Any) -> Any:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool | np.ndarray) or operator.index(value).bit_length() > 128:  # no message shows it whole
+    # An integer of over 128 bits is refused: an error message could be unable to print it.
+    if isinstance(value, bool | np.ndarray) or operator.index(value).bit_length() > 128:
         raise TypeError
     return operator.index(value)
 
@@ -103,7 +103,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     Iterable[Prompt]: _PROMPTS,
     Iterable[Prompt | None]: _PROMPTS,
 }
-"""By type hint what an argument must be, and what makes it that or raises."""
+"""Type hint -> (words for the error message, function that converts an argument or raises)."""
 
 _hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
@@ -122,13 +122,13 @@ def _taken(name: str, hint: Any, value: Any, error: type[DashError]) -> Any:
     words, take = _KINDS.get(kind) or (f"a {_names(kind)}", partial(_path, kind))
     try:
         return take(value)
-    except Exception:  # whatever a strange object does
+    except Exception:  # a strange object may raise anything
         none = " or None" if NoneType in options else ""
         raise error(f"{name} must be {words}{none}; got {shown(value)}.") from None
 
 
 def check_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """`function`, whose arguments are what its type hints say, numbers Python's own; else it raises RequestError."""
+    """Wrap `function`: convert its arguments to its type hints (numpy's numbers to Python's) or raise RequestError."""
     names = tuple(signature(function).parameters)
 
     @wraps(function)
@@ -145,6 +145,6 @@ def check_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def check_fields(item: Any, error: type[DashError] = RequestError) -> None:
-    """Makes the fields of a dataclass what their type hints say, in place, or raises `error`."""
+    """Convert the fields of a dataclass to their type hints, in place, or raise `error`."""
     hints = _hints(type(item))
     vars(item).update({name: _taken(name, hints[name], value, error) for name, value in vars(item).items()})

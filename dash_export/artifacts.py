@@ -28,10 +28,10 @@ from dash_export.typed_json import Bytes, WrongFieldError, typed
 
 JOURNAL = ".journal.json"
 TEMPORARY = ".tmp-"
-"""Names of what is not whole yet begin with this; the next run sweeps it away."""
+"""Prefix of the names of unfinished files and folders; the next run removes these."""
 _LONGEST_JOURNAL = 64 << 20
 _ARTIFACT = re.compile(r"\w[\w.-]{0,200}\.(?:onnx|data|engine|npz)", re.ASCII)
-"""Names of files that are made here."""
+"""Names that the files of an artifact can have."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FileRecord:
     bytes: Bytes
 
     def matches(self, path: Path, hashes: bool = True) -> bool:
-        """Whether the file at `path` is the recorded one, by its size and its hash. Raises OSError."""
+        """Return whether the file at `path` has the recorded size and, with `hashes`, SHA-256. Raises OSError."""
         return path.stat().st_size == self.bytes and (not hashes or sha256_file(path) == self.sha256)
 
 
@@ -69,7 +69,7 @@ def sha256_file(path: Path) -> str:
 
 
 def record_of(folder: Path, name: str) -> FileRecord:
-    """The record of a file as it is now. Raises OSError."""
+    """Return the record of a file as it is now. Raises OSError."""
     path = folder / name
     return FileRecord(name, sha256_file(path), path.stat().st_size)
 
@@ -86,13 +86,13 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def identity(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file is replaced or written to."""
+    """Return device, inode, size, mtime and ctime (ns): replacing or writing the file changes some of them."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def content_key(*parts: object) -> str:
-    """A short, stable hash of JSON-able parts."""
+    """Return a short, stable hash of JSON-able parts: 32 hexadecimal digits of SHA-256."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -106,8 +106,8 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write whole or not at all, and so that a loss of power leaves the old or the new content; text as UTF-8. Raises
-    OutputError for a link, which may lead anywhere.
+    """Replace a file by an atomic rename: after a kill or a loss of power it has either the old or the new content.
+    Text is written as UTF-8. Raises OutputError for a link, which may lead anywhere.
     """
     if path.is_symlink():
         raise OutputError(f"{path} is a link, which is not replaced: name the file itself, or remove the link.")
@@ -125,7 +125,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def _temporary(path: Path) -> BinaryIO:
-    """Open a new file beside `path`, locked while its writer lives. Those of writers that have died are removed."""
+    """Open a new temporary file beside `path`, locked while its writer lives. Remove those of dead writers."""
     for stale in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
         if not _OWN_FILE.match(stale.name):
             continue
@@ -134,10 +134,10 @@ def _temporary(path: Path) -> BinaryIO:
             stale.unlink()
     while True:
         temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}")
-        file = temporary.open("xb")  # new: a folder from a stranger may have links in it
+        file = temporary.open("xb")  # "x" follows no link: the folder may be a stranger's
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        if temporary.exists():  # nobody took it for a dead one's meanwhile
+        if temporary.exists():  # no other process removed it as stale before it was locked
             return file
         file.close()
 
@@ -147,12 +147,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def no_progress(name: str, done: int, total: int) -> None:
-    """Say nothing."""
+    """Report no progress."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """An artifact in the journal. `key` is that of what it was made from and of its files, under the store's secret."""
+    """Journal entry of an artifact. `key`: HMAC, by the store's secret, of its name, its inputs' key and its files."""
 
     key: str
     files: tuple[FileRecord, ...]
@@ -160,10 +160,10 @@ class _Entry:
 
 
 class ArtifactStore:
-    """Artifacts (one or more files each) of one folder, keyed by what they were made from."""
+    """Artifacts (one or more files each) of one folder, keyed by their inputs."""
 
     def __init__(self, folder: Path, secret: bytes = b"") -> None:
-        """With a `secret` only what was made under it is known: a journal comes with the folder, whose ever that is."""
+        """Open the store. With a `secret` only artifacts made with it count: the journal may come from a stranger."""
         self.folder, self._secret = folder, secret
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"{TEMPORARY}*"):  # what an interrupted run left
@@ -177,12 +177,12 @@ class ArtifactStore:
             for name, item in json.loads(read_bounded(folder / JOURNAL, _LONGEST_JOURNAL)).items():
                 with suppress(WrongFieldError):
                     entry = typed(_Entry, item, name)
-                    # What it lists is deleted some day, and a journal comes with the folder, maybe from a stranger.
+                    # Listed files are deleted some day: a stranger's journal must name nothing but artifacts.
                     if all(_ARTIFACT.fullmatch(record.name) for record in entry.files):
                         self._journal[name] = entry
 
     def current(self, name: str, key: str) -> list[FileRecord] | None:
-        """The records of an artifact made earlier under the same key and unchanged on disk, or None."""
+        """Return the records of an artifact made earlier with the same key and unchanged on disk, else None."""
         entry = self._journal.get(name)
         if entry is None or not hmac.compare_digest(entry.key.encode(), self._sealed(name, key, entry.files).encode()):
             return None
@@ -197,8 +197,8 @@ class ArtifactStore:
     def make(
         self, name: str, key: str, write: Callable[[Path], list[Path]], check: Callable[[], None] = lambda: None
     ) -> list[FileRecord]:
-        """`write(temporary folder)` returns the files it wrote there; they are hashed, renamed into place and noted.
-        `check` raises where what they were made from has changed meanwhile.
+        """Call `write(temporary folder)`, hash the files that it returns, rename them into place, note them in the
+        journal and return their records. `check` runs right after `write`: it raises where the inputs have changed.
         """
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{name}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -223,7 +223,7 @@ class ArtifactStore:
         return records
 
     def keep_only(self, names: set[str]) -> None:
-        """Forget and delete artifacts that no longer belong."""
+        """Delete all artifacts but `names`, and forget them."""
         dropped = [self._journal.pop(name) for name in set(self._journal) - names]
         if dropped:
             kept = {record.name for entry in self._journal.values() for record in entry.files}
@@ -231,7 +231,7 @@ class ArtifactStore:
             self._write_journal()
 
     def seconds(self, name: str) -> float:
-        """Seconds it took to make an artifact, whenever that was; 0 where it is not known."""
+        """Return the seconds that it took to make an artifact, in this run or an earlier one; 0 where unknown."""
         return self._journal[name].seconds if name in self._journal else 0.0
 
     def _sealed(self, name: str, key: str, records: Iterable[FileRecord]) -> str:
@@ -240,7 +240,7 @@ class ArtifactStore:
 
     def _delete(self, records: Iterable[FileRecord]) -> None:
         for record in records:
-            with suppress(OSError):  # a folder of that name, which no artifact is
+            with suppress(OSError):  # missing, or a folder has that name: it is no artifact
                 (self.folder / record.name).unlink()
 
     def _write_journal(self) -> None:

@@ -1,4 +1,4 @@
-"""The artifact on disk: layout, manifest, build record, verification. What is loaded from it is never trusted blindly.
+"""The bundle on disk: layout, manifest, build record, verification. Nothing loaded from it is trusted unchecked.
 
 smollm2.dash/
   manifest.json                 what the model is, its graphs, its policy, SHA-256 of every file
@@ -35,18 +35,18 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-"""Files of the model's text that the runtime reads, where they are there."""
+"""Config, tokenizer and template files that the runtime reads, where the bundle has them."""
 LARGEST_RECORD = 4 << 20
-"""Bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
+"""Bound in bytes of a manifest or a build record: of a thousand layers one has 1 MB."""
 _MOST_PARTS, _LONGEST_NAME = 3, 255
-"""Bounds of the name of a file in a bundle: `engines/<target>/<file>`."""
+"""Bounds of a file's path in a bundle, in parts (`engines/<target>/<file>`) and in characters."""
 _UNREAD = re.compile(
     "|".join(map(re.escape, (BUILD, JOURNAL, ROUNDINGS, TIMING_CACHE)))
     + rf"|{re.escape(TEMPORARY)}\w+-{re.escape(BUILD)}"
 )
-"""Names in an engines' folder that no engine is read from; the last is a record whose writer died."""
+"""Files in `engines/<target>/` that no engine is read from; the last pattern is a record whose writer died."""
 Seal = dict[str, tuple[int, ...]]
-"""The files that `Bundle.verify` has seen: name -> identity."""
+"""Files that `Bundle.verify` has checked: name -> `identity`."""
 
 _T = TypeVar("_T")
 
@@ -56,11 +56,11 @@ def to_json(record: Manifest | Build) -> str:
 
 
 def safe_path(root: Path, relative: str) -> Path:
-    """A path inside the bundle. Raises BundleError for one that leaves it, by `..`, an absolute name or a link."""
+    """Return a path inside the bundle. Raises BundleError where `..`, an absolute name or a link leaves the bundle."""
     pure = PurePosixPath(relative)
     path = root / pure
     try:
-        if len(pure.parts) > _MOST_PARTS or len(relative) > _LONGEST_NAME:  # each part is looked up
+        if len(pure.parts) > _MOST_PARTS or len(relative) > _LONGEST_NAME:  # resolving looks up each part
             raise ValueError(relative)
         inside = path != root and path.resolve().is_relative_to(root.resolve())
         path.exists()
@@ -84,7 +84,7 @@ class Bundle:
         self.root = root
         self.manifest = manifest
         self.name = (name or root.name).removesuffix(".dash")
-        """What it is called in reports and by clients of a server: its folder, or its repository on the hub."""
+        """Name in reports and for clients of a server: that of the folder, or of the repository on the hub."""
 
     @classmethod
     def open(cls, root: str | Path, name: str | None = None) -> Bundle:
@@ -92,7 +92,7 @@ class Bundle:
         program.
         """
         root = Path(root)
-        root = root.resolve() if root.name in ("", "..") else root  # messages, kits and servers take its name
+        root = root.resolve() if root.name in ("", "..") else root  # messages, kits and servers use its name
         contents = _contents(root, MANIFEST)
         if any(root.glob("*.safetensors*")) and not is_bundle(root):  # a model beside another program's manifest
             raise BundleError(_no_bundle(root))
@@ -111,12 +111,14 @@ class Bundle:
         return self.path(self.manifest.graphs[name])
 
     def targets(self) -> list[str]:
-        """The targets this bundle has finished builds for."""
+        """Return the targets that this bundle has finished builds for."""
         builds = self.manifest.builds
         return sorted(target for target in builds if self.path(f"engines/{target}/{BUILD}").is_file())
 
     def chosen(self, target: str | None) -> str:
-        """The build asked for, else `cpu`, else the only one. Raises BundleError that lists what is built."""
+        """Return `target` if it is given, else `cpu`, else the only target built. Raises BundleError, which lists the
+        targets, where several are built and none is `cpu`.
+        """
         if target is not None:
             return target
         built = self.targets()
@@ -128,12 +130,12 @@ class Bundle:
         return built[0] if len(built) == 1 else DEFAULT_TARGET
 
     def load_build(self, target: str) -> Build:
-        """Read `build.json` of a target. Raises BundleError when there is none, when the manifest does not list it, or
-        when it is of an earlier export.
+        """Read `build.json` of a target. Raises BundleError when there is none or the manifest does not list it,
+        StaleBuildError when it is of an earlier export.
         """
         name = f"engines/{target}/{BUILD}"
         contents = self._listed(target, name)
-        if contents is None:  # a build may have ended since this was opened
+        if contents is None:  # a build may have finished since this bundle was opened
             self.manifest = Bundle.open(self.root).manifest
             contents = self._listed(target, name)
         if contents is None:
@@ -151,7 +153,7 @@ class Bundle:
         return build
 
     def _listed(self, target: str, name: str) -> bytes | None:
-        """The contents of a target's `build.json`; None where it is not there, or not as the manifest lists it."""
+        """Return the bytes of a target's `build.json`; None where it is missing or the manifest lists another hash."""
         listed = {record.sha256 for record in self.manifest.builds.get(target, ())}
         contents = _contents(self.root, name) if listed and self.path(name).is_file() else b""
         return contents if hashlib.sha256(contents).hexdigest() in listed else None
@@ -168,8 +170,9 @@ class Bundle:
         return BundleError(f"{self.root}: the build for target {target!r} {state} (built: {built}). Run: {run}")
 
     def save_build(self, build: Build) -> None:
-        """Write the manifest that lists `build.json`, and that: one of the two that it lists is there whenever this
-        ends. The caller holds the target; other targets may be built at the same time.
+        """Write the manifest, which lists the target's old and new `build.json`, then the new `build.json`: after a
+        kill at any moment the manifest lists the one on disk. The caller holds the lock of the target; other targets
+        may be built at the same time.
         """
         name, contents = f"engines/{build.target}/{BUILD}", to_json(build).encode()
         record = FileRecord(name, hashlib.sha256(contents).hexdigest(), len(contents))
@@ -181,22 +184,22 @@ class Bundle:
             manifest = sealed(replace(known, builds={**known.builds, build.target: (record, *before)}))
             if manifest != known:
                 write_atomic(self.root / MANIFEST, to_json(manifest))
-                self.path(SIGNATURE).unlink(missing_ok=True)  # which was of another manifest
+                self.path(SIGNATURE).unlink(missing_ok=True)  # it signed the old manifest
             write_atomic(there, contents)
         self.manifest = manifest
 
     @property
     def has_graphs(self) -> bool:
-        """Whether the portable graphs are here. A copy without them runs its engines all the same."""
+        """Whether the bundle has its portable graphs. A copy without them runs its engines all the same."""
         return self.path("onnx").is_dir()
 
     def build_command(self, target: str) -> str:
-        """The command that makes a target's engines, for messages."""
+        """Return the command that makes a target's engines, for messages."""
         return f"dash-export build {self.root} --target {target}"
 
     def verify(self, records: Iterable[FileRecord], *, hashes: bool = True) -> Seal:
-        """Check that files exist with the recorded size and SHA-256, and return what tells later whether they are
-        still the same. Raises BundleError naming the first that is not.
+        """Check that the files exist with the recorded size and, with `hashes`, SHA-256. Return their identities for a
+        later `check_same`. Raises BundleError, which names the first wrong file.
         """
         seal: Seal = {}
         for record in records:
@@ -209,7 +212,7 @@ class Bundle:
         return seal
 
     def check_same(self, seal: Seal) -> None:
-        """Raises BundleError where a file that was verified is another one by now."""
+        """Raise BundleError where a file was replaced or written to after `verify` checked it."""
         for name, seen in seal.items():
             path = self.path(name)
             if not path.exists() or identity(path) != seen:
@@ -217,8 +220,8 @@ class Bundle:
                 raise BundleError(f"{self.root}: {name} was replaced while it was read. {advice}")
 
     def check_listed(self, build: Build | None) -> None:
-        """Raises BundleError where a file lies here that nothing lists, and that tokenizer, template or engines could
-        be read from.
+        """Raise BundleError for a file that neither the manifest nor `build` lists, although tokenizer, template or
+        engines could be read from it.
         """
         files = build.files if build is not None else ()
         listed = {record.name for record in (*self.manifest.files, *files)}
@@ -237,13 +240,13 @@ class Bundle:
         return BundleError(f"{self.root}: {wrong} {self._repair(name)}")
 
     def _repair(self, name: str) -> str:
-        """Advice about a damaged file: engines are made from the rest, which may well be whole."""
+        """Return advice about a damaged file: an engine can be built again from the other files, if they are whole."""
         folder, *inside = name.split("/")
         return f"Run: {self.build_command(inside[0])}" if folder == "engines" else DAMAGED
 
 
 def parsed(kind: type[_T], contents: bytes, root: Path, name: str) -> _T:
-    """The record in a JSON file of the bundle. Raises BundleError, NewerBundleError."""
+    """Return the record of class `kind` in a JSON file of the bundle. Raises BundleError, NewerBundleError."""
     try:
         data = json.loads(contents)
     except (ValueError, RecursionError) as error:
@@ -264,7 +267,7 @@ def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
     export = f"dash-export export MODEL -o {root}"
-    half = (root / "onnx").exists() or (root / MARK).is_file()  # a bundle's files are there that a model has, too
+    half = (root / "onnx").exists() or (root / MARK).is_file()  # a model has no such files
     if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
         hub = (

@@ -1,4 +1,4 @@
-"""The command line's group. A command's module is imported when it is called: `dash-export --help` answers at once."""
+"""Command group of the command line. A command's module is imported when it is called, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ EXTRAS = {
 }
 INTERRUPTED = 130
 OUTPUT = "dash_export.output"
-"""Key of `click.Context.meta`: where the running command writes, for errors of the disk that do not say."""
+"""Key in `click.Context.meta` of the paths that the running command writes, for disk errors that name no file."""
 
 
 class LazyGroup(click.Group):
-    """Knows its commands by name; turns the errors a user can act on into one paragraph on stderr."""
+    """Group that imports a command when it is called; prints errors a user can act on as one paragraph on stderr."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -74,12 +74,12 @@ class LazyGroup(click.Group):
 
 
 _FULL = ("requested and", "Not enough free space", "No space left")
-"""In what numpy, onnx_ir and shutil say of a full disk."""
+"""Parts of the messages by which numpy, onnx_ir and shutil report a full disk."""
 
 
 def explained(error: Exception, output: object = None) -> str | None:
-    """Say what went wrong and what to do, in one paragraph; None for a bug in this program, which keeps its traceback.
-    `output` stands in where an error of the disk names no file.
+    """Return one paragraph that says what went wrong and what to do; None for a bug in this program, which keeps its
+    traceback. `output` is named where a disk error names no file.
     """
     if isinstance(error, DashError):
         return str(error)
@@ -105,8 +105,8 @@ def explained(error: Exception, output: object = None) -> str | None:
 
 
 def printable(text: str) -> str:
-    """The text without what would steer a terminal, and halves of characters, which no report takes: models and
-    strangers' files may hold anything.
+    """Return the text without control characters, which steer a terminal, and lone surrogates, which no report can
+    encode: models and strangers' files may hold anything.
     """
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs"))
 
@@ -129,13 +129,13 @@ def cli(verbose: int) -> None:
     level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("dash_export").setLevel(level)
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read where that is imported: it warns of each offline answer
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # huggingface_hub reads it on import; offline it would warn
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line: the console script."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed: the next file that is opened would be it
+        if getattr(sys, name) is None:  # closed: the next opened file would take its number
             while os.open(os.devnull, os.O_RDWR) < descriptor:
                 pass
             setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115

@@ -30,9 +30,9 @@ Actions = npt.NDArray[np.int8]
 """[tokens, layers] of `Action`: a skip map."""
 
 _ROUNDING = 1e-9
-"""A setting read off the dial must be reachable although 1 - time is rounded."""
+"""Tolerance: a setting read off the dial must be reachable although 1 - time is rounded."""
 RECOMMENDED_LOSS, WORTH = 0.02, 0.05
-"""Shares of perplexity and of decode time: a bundle recommends to give up the one, if that saves the other."""
+"""Fractions of perplexity and of decode time: a bundle recommends to lose the first if that saves the second."""
 DENSE_POSITIONS = 2
 """Positions 0 and 1 always run every layer: they carry the attention sinks that every later token reads."""
 
@@ -57,12 +57,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """As in the names of graphs and engines."""
+        """Name in graphs and engines, "05-07"."""
         return f"{self.first:02d}-{self.last:02d}"
 
     @property
     def bypass(self) -> str:
-        """The name of the graph, and of the engine, that skips it."""
+        """Name of the bypass graph and of the bypass engine."""
         return f"bypass_{self.name}"
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class Unit:
 
 
 def units_text(units: Iterable[Unit]) -> str:
-    """ "5-7,8-10", as `parse_units` reads it; "none" when there are none."""
+    """Write units as "5-7,8-10", which `parse_units` reads; "none" for no units."""
     return ",".join(map(str, units)) or "none"
 
 
@@ -78,7 +78,7 @@ _MOST_LISTED = 10_000
 
 
 def parse_units(text: str) -> tuple[Unit, ...]:
-    """ "5-7,8-10,13" -> three units. Raises PolicyError."""
+    """Parse units: "5-7,8-10,13" has three. Raises PolicyError."""
     units, layers = [], 0
     for part in text.replace(" ", "").split(","):
         ends = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
@@ -92,12 +92,12 @@ def parse_units(text: str) -> tuple[Unit, ...]:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """ "2-5,9" -> (2, 3, 4, 5, 9). Raises PolicyError."""
+    """Parse layers: "2-5,9" -> (2, 3, 4, 5, 9). Raises PolicyError."""
     return tuple(sorted({layer for unit in parse_units(text) for layer in unit.layers}))
 
 
 def spans(layers: Iterable[int]) -> str:
-    """(2, 3, 4, 9) -> "2-4,9", as `parse_layers` reads it; "none" when there are none."""
+    """Write layers, (2, 3, 4, 9), as "2-4,9", which `parse_layers` reads; "none" for no layers."""
     found: list[Unit] = []
     for layer in sorted(layers):
         follows = found and found[-1].last == layer - 1
@@ -106,8 +106,8 @@ def spans(layers: Iterable[int]) -> str:
 
 
 def check_units(units: Sequence[Unit], read: int, num_layers: int) -> None:
-    """Raises PolicyError for units that are not of the model's layers in rising order, and for a decision that comes
-    too late: `read`, the layer whose input decides, lies before the first unit.
+    """Raise PolicyError unless the units are separate ranges of the model's layers in rising order, and `read`, the
+    layer whose input decides, lies before the first unit.
     """
     before = 0
     for unit in units:
@@ -121,13 +121,13 @@ def check_units(units: Sequence[Unit], read: int, num_layers: int) -> None:
 
 
 def check_places(order: Sequence[int], units: Sequence[Unit]) -> None:
-    """Raises PolicyError where a static policy's order has a unit that is not there, or one twice."""
+    """Raise PolicyError where the order of a static policy has a unit that does not exist, or one unit twice."""
     if len(set(order)) != len(order) or not set(order) <= set(range(len(units))):
         raise PolicyError(f"The static order must list places of units, each at most once; got {list(order)!s:.200}.")
 
 
 def layer_actions(skipped: Skips, units: Sequence[Unit], num_layers: int) -> Actions:
-    """The skip map [tokens, layers] of skipped [units, tokens]."""
+    """Return the skip map [tokens, layers] of skipped units [units, tokens]."""
     actions = np.zeros((skipped.shape[1], num_layers), np.int8)
     for unit, row in zip(units, skipped, strict=True):
         actions[row, unit.first : unit.last + 1] = Action.SKIP
@@ -135,8 +135,8 @@ def layer_actions(skipped: Skips, units: Sequence[Unit], num_layers: int) -> Act
 
 
 def unit_skips(actions: Actions, units: Sequence[Unit]) -> Skips:
-    """skipped [units, tokens] of a skip map [tokens, layers]. Raises PolicyError where it skips a part of a unit, or a
-    layer of none.
+    """Return the skipped units [units, tokens] of a skip map [tokens, layers]. Raises PolicyError where the map skips
+    a part of a unit, or a layer that is in no unit.
     """
     skipped = np.array([actions[:, unit.first] == Action.SKIP for unit in units], np.bool_).reshape(-1, len(actions))
     if not np.array_equal(layer_actions(skipped, units, actions.shape[1]), actions):
@@ -145,7 +145,7 @@ def unit_skips(actions: Actions, units: Sequence[Unit]) -> Skips:
 
 
 def units_of(layers: Iterable[int], units: Sequence[Unit]) -> tuple[int, ...]:
-    """Places of the units that these layers make up. Raises PolicyError where they are not whole units."""
+    """Return the indices of the units that these layers make up. Raises PolicyError where they are not whole units."""
     given = set(layers)
     found = tuple(place for place, unit in enumerate(units) if given >= set(unit.layers))
     if given != {layer for place in found for layer in units[place].layers}:
@@ -155,8 +155,8 @@ def units_of(layers: Iterable[int], units: Sequence[Unit]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """When to skip: a limit (trade_off * cost, nats) per unit; damage is never negative, so nothing is below 0.
-    `fewest`: layers that every token skips at least, of the units `sizes` layers large.
+    """Rule that skips a unit where damage is below the unit's limit (trade_off * cost, nats); damage is never negative,
+    so a limit of 0 never skips. `sizes`: layers of each unit; `fewest`: layers that every token skips at least.
     """
 
     asks: ClassVar[bool] = True
@@ -165,12 +165,12 @@ class DecisionRule:
     fewest: int = 0
 
     def scaled(self, factor: float) -> DecisionRule:
-        """The rule of `factor` times this one's trade-off."""
+        """Return the rule with `factor` times this rule's trade-off."""
         return replace(self, limits=tuple(factor * limit for limit in self.limits))
 
     def skips(self, damage: Damages) -> Skips:
-        """damage [units, tokens] -> skipped [units, tokens]. Where a token has to skip more than pays, those units go
-        that do least damage per layer.
+        """Return skipped [units, tokens] for damage [units, tokens]. Where `fewest` asks a token to skip more than the
+        limits do, it also skips the units that do least damage per layer.
         """
         exact = damage.astype(np.float64)
         below: Skips = exact < np.array(self.limits)[:, None]
@@ -188,8 +188,8 @@ def decision_rule(
     units: Sequence[Unit], cost: Sequence[float], trade_off: float, max_layers: int | None = None, num_layers: int = 0
 ) -> DecisionRule:
     """Build the rule for one model. `cost`: what skipping each unit saves, as a fraction of the dense time of one
-    token; `trade_off` in nats per dense token time; `max_layers` of `num_layers` bounds what a token runs. Raises
-    PolicyError for what cannot be.
+    token; `trade_off` in nats per dense token time; `max_layers`: of `num_layers`, the most that a token runs. Raises
+    PolicyError for a trade-off or a bound out of range.
     """
     if not 0 <= trade_off < float("inf"):
         raise PolicyError(f"The trade-off must be a finite number >= 0 (0 is dense), not {trade_off!r}.")
@@ -200,7 +200,7 @@ def decision_rule(
 
 
 def check_max_layers(max_layers: int, units: Sequence[Unit], num_layers: int) -> None:
-    """Raises PolicyError where no token can run so many of the model's layers, or so few."""
+    """Raise PolicyError for more layers than the model has, or for fewer than always run."""
     always = num_layers - sum(len(unit.layers) for unit in units)
     if not always <= max_layers <= num_layers:
         why = f"{always} of the model's {num_layers} layers always run"
@@ -214,7 +214,7 @@ _TAKES = {
 }
 POLICY_KINDS = tuple(_TAKES)
 OWN = "own"
-"""The kind of a policy that is a class of the user's, written `module:Class`."""
+"""Kind of a policy that is a class of the user's, given as `module:Class`."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +224,9 @@ class Setting:
     `skip`: these layers, whole units (static); `trade_off`: nats per dense token time; `budget`: mean decode time as a
     fraction of dense; `skipped`: mean layers skipped per token; `max_kl`: mean divergence from dense, nats per token,
     on the calibration text; `max_layers`: a bound for every token (for `token` beside another amount too). A static
-    policy skips the fewest units of its order that are as much as that. `hold` keeps the running mean of what a
-    `token` session decodes at its budget, whatever the text; without it the budget is a mean over the calibration
-    text. Raises PolicyError for wrong types; `check` looks at amounts.
+    policy skips units in its order until they reach the amount. `hold` steers a `token` session so that its running
+    mean time stays at the budget, whatever the text; without it the budget is a mean over the calibration text. Raises
+    PolicyError for wrong types; `check` checks the amounts.
     """
 
     policy: str | None = None
@@ -243,12 +243,12 @@ class Setting:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The amounts that were given."""
+        """Names of the amounts that are set."""
         return tuple(name for name in ("skip", *_TAKES["token"]) if getattr(self, name) is not None)
 
     @property
     def kind(self) -> str:
-        """The policy kind; without one, what is given decides, and nothing given is dense."""
+        """Policy kind. Without `policy` the amounts decide: `skip` means static, another amount token, none dense."""
         if self.policy is not None:
             return OWN if ":" in self.policy else self.policy
         return "static" if self.skip is not None else "token" if self.given else "dense"
@@ -259,7 +259,7 @@ class Setting:
         return self.kind in ("token", OWN)
 
     def check(self) -> None:
-        """Raises PolicyError for an unknown kind and for amounts that do not go together."""
+        """Raise PolicyError for an unknown kind and for amounts that do not go together or are out of range."""
         if self.kind == OWN and self.given:
             raise PolicyError(f"A policy of your own decides by itself: {self.given[0]} means nothing to it.")
         if self.kind not in (*POLICY_KINDS, OWN):
@@ -283,8 +283,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class DialPoint:
-    """One calibrated setting: at this trade-off, per token of the calibration text, mean layers run, mean decode time
-    as a fraction of dense, mean KL from the dense mode of the same build (nats), and perplexity over its.
+    """One calibrated setting. Per token of the calibration text, at this trade-off: mean layers run, mean decode time
+    as a fraction of dense, mean KL from the dense mode of the same build (nats), and perplexity over that mode's.
     """
 
     trade_off: NotNegative
@@ -295,8 +295,8 @@ class DialPoint:
 
 
 def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
-    """The budget at which perplexity on the calibration text is RECOMMENDED_LOSS above dense's, interpolated; None
-    where that saves less than WORTH of the time.
+    """Return the budget at which perplexity on the calibration text is RECOMMENDED_LOSS above dense's, interpolated;
+    None where that budget saves less than WORTH of the decode time.
     """
     points = sorted(dial, key=lambda point: -point.time)
     after = next((index for index, point in enumerate(points) if point.perplexity > 1 + RECOMMENDED_LOSS), len(points))
@@ -307,15 +307,15 @@ def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
         low, high = points[after - 1], points[after]
         share = (1 + RECOMMENDED_LOSS - low.perplexity) / (high.perplexity - low.perplexity)
         budget -= share * (low.time - high.time)
-    return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # never faster than the dial goes
+    return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: the dial goes no lower
 
 
 def trade_off_for(
     dial: Sequence[DialPoint], *, budget: float | None = None, skipped: float | None = None, max_kl: float | None = None
 ) -> float:
-    """The smallest trade-off, interpolated in the calibrated table (geometrically), that is as fast as `budget`, or
-    skips `skipped` layers, or diverges by `max_kl`: one of them, checked by `Setting`. Raises PolicyError when there is
-    no table, or when it is more than the policy can give.
+    """Return the smallest trade-off that is as fast as `budget`, or skips `skipped` layers, or diverges by `max_kl`
+    (only one is given, checked by `Setting`), interpolated geometrically in the calibrated table. Raises PolicyError
+    when there is no table, or when the amount is more than the policy can give.
     """
     if not dial:
         raise PolicyError(
@@ -341,5 +341,5 @@ def trade_off_for(
     rise = amounts[after] - amounts[before]
     share = min(1.0, (wanted - amounts[before]) / rise) if rise > 0 else 1.0
     low, high = points[before].trade_off, points[after].trade_off
-    # Skipping follows the ratio of trade-offs, and the last one, where everything is skipped, lies far away.
+    # Geometric, as skipping follows the ratio of trade-offs and the last one, where all is skipped, lies far away.
     return low * (high / low) ** share if low > 0 else share * high

@@ -1,6 +1,6 @@
 """Divergence of one next-token distribution from another, row by row over the whole vocabulary, in nats (numpy only).
 
-Rows are taken a few at a time: beside the logits only one float32 copy of them is held.
+A few rows are processed at a time, so that beside the logits only one float32 copy of them is in memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _ROWS = 16
 
 
 class DenseRows:
-    """The distributions p = softmax(logits), logits [rows, vocab], that others are compared with: those of the dense
-    mode of the same build. Raises BackendError where they are not numbers, like `kl`.
+    """Reference distributions p = softmax(logits), logits [rows, vocab]: those of the dense mode of the same build.
+    Raises BackendError for NaN or infinity, and so does `kl`.
     """
 
     def __init__(self, logits: Logits) -> None:
@@ -30,7 +30,7 @@ class DenseRows:
             _check(log_p)
 
     def kl(self, logits: Logits) -> Nats:
-        """KL(p || q) = sum p (log p - log q) of every row, [rows]; q = softmax(logits), logits [rows, vocab]."""
+        """Return KL(p || q) = sum p (log p - log q) of every row, [rows]; q = softmax(logits), logits [rows, vocab]."""
         found = np.zeros(len(logits))
         for rows, log_q in _log_softmax(logits):
             log_p = self._log_p[rows]
@@ -40,7 +40,7 @@ class DenseRows:
 
 
 def nll(logits: Logits, tokens: npt.NDArray[np.int64]) -> Nats:
-    """-log softmax(logits) at the tokens that followed, [n]; logits [n or more, vocab], further rows are not read."""
+    """Return -log softmax(logits) [n] at the tokens [n] that followed. Logits [n or more, vocab]: spare rows unused."""
     found = np.zeros(len(tokens))
     for rows, log_q in _log_softmax(logits[: len(tokens)]):
         found[rows] = -np.take_along_axis(log_q, tokens[rows][:, None], axis=-1)[:, 0]
@@ -55,6 +55,6 @@ def _log_softmax(logits: Logits) -> Iterator[tuple[slice, Logits]]:
 
 
 def _check(found: npt.NDArray[np.floating]) -> None:
-    """A NaN would be the smallest of all divergences to whoever bounds it by 0."""
+    """Raise BackendError for NaN or infinity: where divergence is clipped at 0, a NaN would count as the smallest."""
     if not np.isfinite(found).all():
         raise BackendError(NOT_NUMBERS)

@@ -18,7 +18,7 @@ class BundleError(DashError):
 
 
 class OutputError(DashError):
-    """Something that is not this program's lies where it would write."""
+    """The output cannot be written or replaced: something that is not this program's, or a link, lies in its place."""
 
 
 class BusyError(OutputError):
@@ -30,11 +30,11 @@ class NewerBundleError(BundleError):
 
 
 class StaleBuildError(BundleError):
-    """A build's engines are of an earlier export than the bundle."""
+    """The engines of a build were made from an earlier export than the one in the bundle."""
 
 
 class RecipeError(DashError):
-    """A target's recipe is unknown or says something it may not say."""
+    """A target's recipe is unknown, or it has a key or a value that is not allowed."""
 
 
 class BackendError(DashError):
@@ -64,4 +64,4 @@ class RequestError(DashError):
 
 
 BAD_GRAPH = (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OverflowError, RuntimeError)
-"""Errors that are raised by work on a graph that is none of ours, whole and unchanged as it may be."""
+"""Errors raised by code that works on a graph which this program did not write, even where its hash is right."""

@@ -55,7 +55,7 @@ from dash_export.policy import SkipPolicy, no_policy
 from dash_export.replacing import check_outside_bundles, check_place, is_bundle, put_in_place, recover, refuse_inputs
 
 GRAPH_REVISION = 7
-"""Raised whenever the portable graphs change, so that old files are not taken for new ones."""
+"""Incremented whenever the portable graphs change, so that files of an earlier version are not reused."""
 OURS = (MANIFEST, SIGNATURE, "onnx", *TEXT_FILES)
 """Entries of a bundle that an export replaces; all others, engines among them, stay."""
 
@@ -69,10 +69,10 @@ def export(
 ) -> Bundle:
     """Write the bundle of `model` (folder, hub id, GGUF file or opened checkpoint) to `output`.
 
-    Until it is whole everything lies in `<output>.unfinished`; a killed export resumes there, a finished one with the
-    same inputs is left alone, or made anew where it is damaged. `progress(name, done, total)` is called after each
-    graph. Raises CheckpointError for the model, PolicyError for a policy of another model, BundleError or OutputError
-    for the output, BusyError where another process writes it or builds in it.
+    The unfinished bundle lies in `<output>.unfinished`, where a run after a kill resumes. A finished bundle of the same
+    inputs is left alone, or made anew where it is damaged. `progress(name, done, total)` is called after each graph.
+    Raises CheckpointError for the model, PolicyError for a policy of another model, BundleError or OutputError for the
+    output, BusyError where another process writes the output or builds in it.
     """
     output = named(output)
     check_outside_bundles(output)
@@ -92,13 +92,13 @@ def export(
                 return known
             builds = (output / "engines").glob(lock_file(Path("*")).name)
             held.enter_context(folder_locked(output, builds, shared=False))
-        check_place(output, OURS)  # now, and not after hours
+        check_place(output, OURS)  # before hours of work, not after
         unfinished = work_folder(output, "export")
         with removed_on_error(unfinished):
             own_folder(unfinished / "onnx")
             checkpoint.check_same()
             manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
-        # What has appeared there meanwhile stays, and so does the work of hours.
+        # Outside `removed_on_error`: what has appeared at `output` meanwhile stays, and so does the work of hours.
         refuse_foreign(output)
         check_place(output, OURS)
         with removed_on_error(unfinished):
@@ -107,12 +107,12 @@ def export(
 
 
 def check_inputs(inputs: Iterable[Path], output: Path) -> None:
-    """Raises OutputError where an input lies in what an export to `output` replaces."""
+    """Raise OutputError where an input lies in what an export to `output` replaces."""
     refuse_inputs(inputs, [work_of(output), *(output / name for name in OURS)])
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises BundleError where something lies at `output` that is no bundle."""
+    """Raise BundleError where something that is no bundle lies at `output`, OutputError for a link."""
     refuse_link(output)
     if output.exists() and not is_bundle(output) and not bears_mark(output, "export"):
         raise BundleError(
@@ -121,7 +121,7 @@ def refuse_foreign(output: Path) -> None:
 
 
 def _whole(output: Path, key: str) -> Bundle | None:
-    """The bundle already there, if it is of this key and undamaged. Raises BundleError for one of a newer program."""
+    """Return the bundle at `output` if it has this key and is undamaged. Raises NewerBundleError."""
     try:
         known = Bundle.open(output)
         if known.manifest.key == key:
@@ -166,7 +166,7 @@ def _write(
     for name, text in checkpoint.assets.items():
         write_atomic(root / name, text)
         files.append(record_of(root, name))
-    # A killed export of another policy or model may have begun here: what it left does not belong.
+    # A killed export of another policy or model may have begun in this folder: its files do not belong to the bundle.
     listed = {root / record.name for record in files} | {root / "onnx", root / "onnx" / JOURNAL, root / MARK}
     for path in {*root.iterdir(), *(root / "onnx").iterdir()} - listed:
         remove(path)
@@ -179,7 +179,7 @@ def _write(
 def _jobs(
     checkpoint: Checkpoint, policy: SkipPolicy, facts: PolicyFacts
 ) -> Iterator[tuple[str, tuple[str, ...], Callable[[Path], list[Path]]]]:
-    """(name, what its key depends on beside the checkpoint, writer) of every artifact in `onnx/`."""
+    """Yield (name, what its key depends on besides the checkpoint, writer) of every artifact in `onnx/`."""
     spec = checkpoint.spec
 
     def graph(name: str, make: Callable[[], ir.Model]) -> Callable[[Path], list[Path]]:
@@ -211,11 +211,11 @@ def _jobs(
 
 
 def _finish(unfinished: Path, output: Path, manifest: Manifest) -> None:
-    """Put the finished bundle in place. Builds of an earlier export move along: `build` reuses what is unchanged."""
+    """Put the finished bundle in place. Keep the builds of an earlier export: `build` reuses what is unchanged."""
     with suppress(BundleError):
         manifest = replace(manifest, builds=Bundle.open(output).manifest.builds)
     write_atomic(unfinished / MANIFEST, to_json(sealed(manifest)))
-    Bundle.open(unfinished)  # what cannot be opened replaces nothing
+    Bundle.open(unfinished)  # a bundle that cannot be opened replaces nothing
     (unfinished / "onnx" / JOURNAL).unlink()
     sync(unfinished / "onnx")
     put_in_place(unfinished, output, OURS, MANIFEST, "export")

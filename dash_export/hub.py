@@ -1,7 +1,7 @@
-"""Bundles on the Hugging Face hub: what runs of one is fetched, a whole one is published with its card.
+"""Bundles on the Hugging Face hub. `loaded` fetches only what a run needs; `push` publishes a whole bundle with a card.
 
 ~/.cache/dash-export/hub/org/name/
-  <commit>/                 a version, as far as it was fetched; who runs it holds it
+  <commit>/                 a version, as far as it was fetched; a process that runs it holds a lock on it
   <target>[+signed].version the commit that this target was loaded from last, without or with a key
 """
 
@@ -30,24 +30,24 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 _BEGIN, _END = "<!-- dash-export: measured -->", "<!-- dash-export: end -->"
 _FIRST = [MANIFEST, SIGNATURE, *TEXT_FILES, f"engines/*/{BUILD}"]
-"""Files from which it is known what else a run needs."""
+"""Files to fetch first: they tell which other files a run needs."""
 _SECONDS, _LONGEST_CARD = 10, 1 << 20
 
 _T = TypeVar("_T")
 
 
 def download(name: str, error: type[DashError], **wanted: Any) -> Path:
-    """The folder with the files `wanted` (as `snapshot_download` says it) of `org/name`. Raises `error`."""
+    """Fetch files of `org/name` and return their folder; `wanted`: arguments of `snapshot_download`. Raises `error`."""
     return Path(_asked(name, error, lambda hub: hub.snapshot_download(name, **wanted)))
 
 
 def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Bundle], _T]) -> _T:
-    """What `load` makes of the bundle `org/name` of the hub, of which only what a run needs is fetched: of its version
-    of now, or, with a warning, of the one that was loaded last, where the hub cannot be reached or that of now is
-    damaged or not trusted.
+    """Fetch from the hub what a run needs of the bundle `org/name`, and return what `load` makes of it. The version is
+    the hub's current one. Where the hub cannot be reached, or that version is damaged or not trusted, the version that
+    was loaded last is taken, with a warning.
 
-    `trusted` raises BundleError for a bundle that may not run. Without it the engines of a GPU, which are code, are
-    refused. Other processes that want the same name wait. Raises BundleError.
+    `trusted` raises BundleError for a bundle that may not run. Without `trusted` the engines of a GPU, which are code,
+    are refused. Other processes that want the same name wait. Raises BundleError.
     """
     base = cache_folder() / "hub" / name
     try:
@@ -65,7 +65,7 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
         except BundleError as error:
             if known is None:
                 raise
-            said = str(error)  # the error itself, which a log keeps, would hold what was loaded
+            said = str(error)  # a logged error's traceback would keep the bundle alive
             made = load(_held(base / known, name))
             logger.warning("%s\nThe version of %s that was loaded last runs.", said, name)
             return made
@@ -74,19 +74,19 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
             wanted = {*map(_version, base.glob("*.version"))}
             for path in base.iterdir():
                 if path.is_dir() and path.name not in wanted:
-                    with suppress(BusyError), folder_locked(path, [], shared=False):  # one that nobody runs
+                    with suppress(BusyError), folder_locked(path, [], shared=False):  # unless a process runs it
                         remove(path)
         return made
 
 
 def _version(pointer: Path) -> str | None:
-    """The commit that a pointer names; None where it is damaged."""
+    """Return the commit that a pointer file names; None where the file is damaged."""
     text = pointer.read_text(encoding="utf-8", errors="replace")
     return text if re.fullmatch(r"[0-9a-f]{40}", text) else None
 
 
 def _held(root: Path, name: str) -> Bundle:
-    """The bundle of a version, which stays while this object lives: an engine may be loaded from it later."""
+    """Open the bundle of a version and lock the version while the object lives: an engine may be loaded later."""
     bundle = Bundle.open(root, name.rpartition("/")[2])
     hold(root, bundle)
     return bundle
@@ -95,7 +95,7 @@ def _held(root: Path, name: str) -> Bundle:
 def _of_version(
     name: str, root: Path, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Bundle], _T]
 ) -> _T:
-    """The same of one version. What was damaged here is fetched anew, once."""
+    """Fetch what a run needs of one version into `root`, and load it. Damaged files are fetched anew, once."""
     for again in (False, True):
         wanted = {"revision": root.name, "local_dir": root}
         download(name, BundleError, **wanted, allow_patterns=_FIRST)
@@ -123,7 +123,7 @@ def _of_version(
 
 
 def _forget_damaged(root: Path, target: str | None) -> None:
-    """Remove what is not as it was published, of a target's own; and the small files by which that is known."""
+    """Remove a target's damaged files, and the manifest, its signature and the build records, to fetch them anew."""
     with suppress(BundleError):
         bundle = Bundle.open(root)
         build = bundle.load_build(bundle.chosen(target))
@@ -138,8 +138,8 @@ def _forget_damaged(root: Path, target: str | None) -> None:
 def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, license_id: str | None) -> str:
     """Publish a bundle with its builds as `org/name`, in one commit, and return the address.
 
-    Files of the bundle that was pushed there before go; all else in the repository stays. Raises BundleError for a
-    damaged bundle, a repository that holds no bundle but something, and when the hub refuses.
+    Files of an earlier bundle that this one lacks are deleted; all other files in the repository stay. Raises
+    BundleError for a damaged bundle, a repository that holds something but no bundle, and when the hub refuses.
     """
     if len(Path(name).parts) != 2 or Path(name).suffix in NO_HUB_ID:
         raise BundleError(f"{name!r} is no name for the hub: expected org/name, and no file's ending.")
@@ -179,8 +179,8 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
 
 
 def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> set[str]:
-    """Files of the bundle that a repository with the files `there` holds. Raises BundleError where it holds none, but
-    something else.
+    """Return the files of the bundle in a repository with the files `there`; `read` downloads one of them. Raises
+    BundleError where the repository holds something, but no bundle.
     """
     if not there - {CARD, ".gitattributes"}:
         return set()
@@ -192,7 +192,7 @@ def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> set[str]
         other = f"{name} on the hub holds something else than a bundle of this version: push to a name of its own."
         raise BundleError(other) from error
     listed = {MANIFEST, SIGNATURE, *(record.name for record in old.files)}
-    folders = tuple(f"engines/{target}/" for target in old.builds)  # which are wholly ours
+    folders = tuple(f"engines/{target}/" for target in old.builds)  # folders wholly of the bundle
     return {file for file in there if file in listed or file.startswith(folders)}
 
 
@@ -200,8 +200,8 @@ def _card(
     hub: Any, bundle: Bundle, builds: Sequence[Build], name: str, base_model: str | None, license_id: str | None,
     old: Path | None,
 ) -> str | None:  # fmt: skip
-    """The model card: what a bundle is, how it is run, and what its builds measured; of a card that is there only that
-    last part, and None where it has no place for it.
+    """Return the model card: what the bundle is, how to run it, and what its builds measured. In a card that exists,
+    `old`, only the measured part is replaced; None where that card has no place for it.
     """
     model, policy = bundle.manifest.model, bundle.manifest.policy
     measured = "\n".join(_measured(build) for build in builds) or "Not built yet."
@@ -238,7 +238,7 @@ Time is that of a decoded token, of dense; KL and perplexity are on the calibrat
 
 
 def _measured(build: Build) -> str:
-    """One build's figures as Markdown: its dial, or the dense token's time."""
+    """Return one build's figures as Markdown: its dial, or the dense token's time."""
     cost = build.cost
     lines = [f"`{build.target}`: dense takes {cost.dense_us / 1000:.2f} ms a token on {build.device}.", ""]
     lines = lines if cost.segment_us else [f"`{build.target}`: not measured.", ""]
@@ -253,7 +253,7 @@ def _measured(build: Build) -> str:
 def _asked(
     name: str, error: type[DashError], ask: Callable[[Any], Any], failed: str = "cannot be downloaded", advice: str = ""
 ) -> Any:
-    """What `ask` gives of the library; `error` where it is missing, or with our words for what it raises."""
+    """Return `ask(huggingface_hub)`. Raises `error` where the package is missing, and in place of what `ask` raises."""
     try:
         hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
     except ImportError as missing:
@@ -279,5 +279,5 @@ def _asked(
             if local
             else f"{failed} ({type(raised).__name__}): {advice}"
         )
-        # `from None` and no text of theirs: requests and responses can carry the access token.
+        # `from None`, without the library's text: requests and responses can carry the access token.
         raise error(f"{name!r} on the hub {fault}") from None

@@ -1,5 +1,5 @@
-"""The records of a bundle: `manifest.json` (the model, its graphs, its policy, the SHA-256 of every file) and
-`build.json` (the engines for a target and how long each takes there); and what cannot be in them.
+"""The records of a bundle, with checks of their contents: `manifest.json` (the model, its graphs, its policy, the
+SHA-256 of every file) and `build.json` (the engines for a target and how long each takes there).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dash_export.typed_json import Bytes, NotNegative, Within
 SCHEMA = 4
 DAMAGED = "The bundle is damaged: export or build it again."
 LARGEST_CONTEXT = 1 << 20
-"""Positions, each of which has its sines and cosines in a table: a million is what long contexts have."""
+"""Bound of positions: each has its sines and cosines in a table. Long contexts have a million."""
 # Above any published model, so that an absurd manifest or config fails where it is read instead of at an allocation.
 LARGEST = {
     "num_layers": 1 << 10,
@@ -35,24 +35,23 @@ LARGEST = {
     "parameters": 1 << 50,
 }
 QUIET = 0.2
-"""Processors that other work may take while costs are measured."""
+"""Processors that other work may take while costs are measured; above that the machine counts as busy."""
 _MOST_OTHERS = 1000
-"""Bound of what a record lists beside graphs and engines, so that no list costs more time than its bytes explain."""
+"""Bound of what a record lists beside graphs and engines, so that no forged list takes long to check."""
 MIXED = "mixed_"
-"""Prefix, before the unit's name, of the engine in which every row runs or skips as it is told."""
+"""Prefix, before the unit's name, of the engine in which each row of a batch runs or skips the unit by itself."""
 POLICY = "policy"
-"""The engine of a policy that is no output of another one."""
+"""Name of the policy's graph, and of its engine where no other engine outputs the damage."""
 
 
 @dataclass(frozen=True)
 class Traits:
-    """Options of a family beyond a plain decoder; the defaults are a plain one's.
+    """Options of a model family beyond a plain decoder. The defaults are those of a plain decoder.
 
-    `windows`: per layer the tokens that a query may attend to, its own included, 0 for all (no list: all of them);
-    `window_rope`: layers with a window turn heads by frequencies of their own; `unrotated`: layers that do not turn
-    them. `embedding_scale` multiplies embeddings, `residual_scale` what a
-    branch adds, `attention_scale` scores (0: head_dim ** -0.5), `logits_scale` logits. `score_cap` and `logits_cap`:
-    x becomes cap * tanh(x / cap); 0 is none.
+    `windows`: for each layer the number of tokens that a query may attend to, its own included, 0 for all; empty if all
+    layers attend to all. `window_rope`: layers with a window have RoPE frequencies of their own; `unrotated`: layers
+    without RoPE. `embedding_scale` multiplies embeddings, `residual_scale` what a branch adds, `attention_scale` scores
+    (0: head_dim ** -0.5), `logits_scale` logits. `score_cap` and `logits_cap`: x becomes cap * tanh(x / cap); 0: none.
     """
 
     activation: Literal["silu", "gelu_tanh"] = "silu"
@@ -70,7 +69,7 @@ class Traits:
         return self.windows[layer] if self.windows else 0
 
     def rope(self, layer: int) -> str:
-        """The name of the tables by which a layer turns heads; empty where it does not."""
+        """Return the name of a layer's RoPE tables; empty where the layer has no RoPE."""
         if layer in self.unrotated:
             return ""
         return "rope.window" if self.window_rope and self.window(layer) else "rope"
@@ -78,7 +77,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model as the runtime knows it."""
+    """Facts of the model that the runtime needs."""
 
     name: str
     model_type: str
@@ -95,13 +94,13 @@ class ModelFacts:
 
     @property
     def attention_scale(self) -> float:
-        """Factor of a product of query and key."""
+        """Factor of the product of query and key."""
         return self.traits.attention_scale or self.head_dim**-0.5
 
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """The skip policy in the bundle, as in a SkipPolicy; `bypass` is the form of its bypasses."""
+    """Facts of the bundle's skip policy, as in a SkipPolicy; `bypass` is the form of its bypasses."""
 
     units: tuple[Unit, ...]
     read: int
@@ -113,7 +112,7 @@ class PolicyFacts:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """All that may be skipped."""
+        """All layers that may be skipped."""
         return tuple(layer for unit in self.units for layer in unit.layers)
 
     @property
@@ -125,9 +124,9 @@ class PolicyFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`. `graphs` maps a graph's name to its .onnx file; `files` lists every exported file with its hash,
-    `builds` every target's `build.json`, which lists its engines: the one that is being written and the one before;
-    `key` changes when anything an engine is made from does; `sha256` is of all the rest of the manifest (`sealed`).
+    """`manifest.json`. `graphs`: graph name -> .onnx file; `files`: every exported file with its hash; `builds`: for
+    each target its `build.json`, which lists the engines, in the version last written and the one before; `key` changes
+    with everything an engine is made from; `sha256`: hash of all other fields (`sealed`).
     """
 
     schema: int
@@ -143,8 +142,8 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers [first, last] compiled as one engine, a unit if `gated`; `embed` and `head`: it begins or ends the model.
-    An empty range (first = last + 1) is the embedding or the head alone.
+    """Layers [first, last] compiled as one engine; a unit if `gated`. `embed`: the embedding is in it; `head`: the head
+    is. An empty range (first = last + 1) is the embedding or the head alone.
     """
 
     first: int
@@ -155,7 +154,7 @@ class Segment:
 
     @classmethod
     def whole(cls, num_layers: int) -> Segment:
-        """The model as one engine."""
+        """Return the whole model as one segment."""
         return cls(0, num_layers - 1, True, True, False)
 
     @property
@@ -164,12 +163,12 @@ class Segment:
 
     @property
     def graphs(self) -> list[str]:
-        """Its portable graphs, in order."""
+        """Names of the segment's portable graphs, in order."""
         names = [f"layer_{layer:02d}" for layer in self.layers]
         return ["embed"] * self.embed + names + ["head"] * self.head
 
     def engines(self, known: Container[str]) -> list[str]:
-        """Those of a build's engines that run it: one, or its portable graphs."""
+        """Return the engines, of the `known` ones of a build, that run the segment: one, or its portable graphs."""
         return self.graphs if all(graph in known for graph in self.graphs) else [self.name]
 
     @property
@@ -181,8 +180,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One compiled engine: its file (relative to the bundle), the size of everything it maps in bytes (weights that are
-    also stored packed once), and how long it took to make.
+    """One compiled engine. `file`: relative to the bundle; `bytes`: size of all that the engine maps (weights that are
+    also stored packed count once); `key`: hash of its inputs; `seconds`: how long it took to make.
     """
 
     file: str
@@ -193,12 +192,12 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Measured on the device that built: medians in microseconds at `context` cached tokens.
+    """Measured on `device`: medians in microseconds at `context` cached tokens.
 
-    `others` and `stolen` say beside what it was measured: processors that other processes and the host took meanwhile.
-    `cost`: per unit what skipping it saves, as a fraction of `dense_us`, the dense time of one token; units of as many
-    layers share one. `asks`: what asking the policy adds to a token on a device, likewise (on a CPU the engine of the
-    first layers answers in any case). `dispatch`: the mode that all this is of.
+    `others` and `stolen`: processors that other processes and the host took meanwhile. `cost`: for each unit what
+    skipping it saves, as a fraction of `dense_us`, the dense time of one token; units with equally many layers share
+    one value. `asks`: what evaluating the policy adds to a token on a GPU, as the same fraction (0 on a CPU, where the
+    engine of the first layers outputs the damage in any case). `dispatch`: the dispatch mode of all these times.
     """
 
     context: Annotated[int, Within(0, 1 << 20)]
@@ -213,15 +212,15 @@ class CostTable:
     dispatch: str = "sync"
 
     def token_time(self, skipped: Skips, asked: bool = False) -> npt.NDArray[np.float64]:
-        """Decode time as a fraction of dense, predicted, of tokens with these skips [units, tokens], and for which the
-        policy was `asked`: [tokens].
+        """Predict decode time [tokens], as a fraction of dense, of tokens with these skips [units, tokens]. `asked`:
+        the policy was evaluated for them.
         """
         found: npt.NDArray[np.float64] = 1.0 + asked * self.asks - np.array(self.cost) @ skipped
         return found
 
     @property
     def disturbed(self) -> str:
-        """A warning about a table that was measured beside other load; nothing about a quiet one."""
+        """Warning about a table that was measured beside other load; empty for a quiet machine."""
         if self.others + self.stolen <= QUIET:
             return ""
         return (
@@ -232,8 +231,8 @@ class CostTable:
 
 @dataclass(frozen=True)
 class Verification:
-    """How engines agree with their portable graphs: `engines` has each one's relative root mean square errors, by kind
-    of output; `compared` says what was compared, and where.
+    """Agreement of engines with their portable graphs. `engines`: engine -> kind of output -> relative root mean square
+    error; `compared` says what was compared, and where.
     """
 
     compared: str
@@ -242,8 +241,8 @@ class Verification:
 
 @dataclass(frozen=True)
 class Build:
-    """`engines/<target>/build.json`. `dial` is the token policy's calibrated table; `measuring` is the revision of
-    how costs and dial were measured; `details` holds what only this kind of backend has to say (compiler flags).
+    """`engines/<target>/build.json`. `dial`: the token policy's calibrated table; `measuring`: revision of the method
+    by which costs and dial were measured; `details`: what only this kind of backend has to say (compiler flags).
     """
 
     schema: int
@@ -271,7 +270,7 @@ def sealed(manifest: Manifest) -> Manifest:
 
 
 def manifest_faults(manifest: Manifest) -> Iterator[str]:
-    """Faults of a manifest: contents that are not those that were written, units that do not exist or have no graph."""
+    """Yield faults of a manifest: a hash mismatch, units that do not exist or have no graph, unlisted files."""
     model, policy = manifest.model, manifest.policy
     if sealed(manifest).sha256 != manifest.sha256:
         yield "it was changed or damaged after it was made (hash mismatch)."
@@ -297,7 +296,7 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
 
 
 def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
-    """Faults of a build's record: layers that no segment covers, or two, a segment without its engine, a unit without
+    """Yield faults of a build's record: a layer in no segment or in two, a segment without its engine, a unit without
     its cost.
     """
     units, engines = manifest.policy.units, build.engines
@@ -327,7 +326,7 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
 
 
 def _in_order(segments: tuple[Segment, ...], units: tuple[Unit, ...], num_layers: int) -> bool:
-    """Whether the segments are the model from its embedding to its head, every layer once, the gated ones its units."""
+    """Return whether the segments are the model from embedding to head, each layer once, and the units those gated."""
     firsts = [0, *(segment.last + 1 for segment in segments)]
     last = len(segments) - 1
     return (

@@ -1,7 +1,7 @@
-"""An output while it is written: who may write it, where it lies until it is whole, how it takes its place.
+"""Outputs while they are written: who may write one (file locks), where it lies until it is whole (a work folder).
 
-Locks are advisory (`flock`): the death of a writer releases them. The lock file says who holds it, for the message to
-the others. A folder is emptied or replaced only where it bears this program's mark.
+Locks are advisory (`flock`): the death of a writer releases them. A lock file says who holds it, for the error message
+that others get. A folder is emptied or replaced only where it bears this program's mark.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dash_export.errors import BusyError, OutputError
 MARK = ".dash-export"
 """A file in every folder that this program may empty: written first, removed last."""
 PLAN = ".plan"
-"""In a finished work folder, while it takes an output's place: the names that do, a line each."""
+"""File in a finished work folder while this replaces an output: the names of the entries to replace, a line each."""
 _OURS = b"dash-export "
 _LONGEST = 4096
 _TRIALS, _PAUSE = 3, 0.005
@@ -35,14 +35,15 @@ logger = logging.getLogger(__name__)
 
 
 def lock_file(output: Path) -> Path:
-    """`a.dash` -> `.a.dash.lock`, beside it."""
+    """Return the lock file of an output, beside it: `a.dash` -> `.a.dash.lock`."""
     return output.parent / f".{output.name}.lock"
 
 
 @contextmanager
 def locked(output: Path, command: str) -> Iterator[None]:
-    """Hold `output` for `command`, until the end of the block or of the process. Raises BusyError that names the
-    holder where another process or thread has it, OutputError where the lock's name is taken by something else.
+    """Hold the lock of `output` for `command` until the end of the block or of the process. Raises BusyError, which
+    names the holder, where another process or thread holds it, OutputError where the lock's name is taken by something
+    else.
     """
     path = lock_file(output)
     new = [folder for folder in path.parents if not folder.exists()]
@@ -51,15 +52,15 @@ def locked(output: Path, command: str) -> Iterator[None]:
         if descriptor is not None:
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             said = f"{command} (process {os.getpid()} on {socket.gethostname()}, since {since})"
-            with suppress(OSError):  # another user's, which is not written, or a full disk
-                os.fchmod(descriptor, 0o644)  # for who asks who holds it
+            with suppress(OSError):  # another user's file, opened to read, or a full disk
+                os.fchmod(descriptor, 0o644)  # others may read who holds it
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, _OURS + said.encode(errors="replace"))
         yield
     finally:
         if descriptor is not None:
             with suppress(PermissionError):
-                path.unlink(missing_ok=True)  # before it is let go: who has opened it already sees that it is gone
+                path.unlink(missing_ok=True)  # before the release: who waits then sees that it is gone
             os.close(descriptor)
         with suppress(OSError):  # not empty: the output is there
             for folder in new:
@@ -68,12 +69,12 @@ def locked(output: Path, command: str) -> Iterator[None]:
 
 @contextmanager
 def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: bool = False) -> Iterator[None]:
-    """Hold a folder itself, alone or among others who hold it `shared`. Raises BusyError with what the lock files
-    `holders` say; or waits, for work of milliseconds.
+    """Lock the folder itself, alone or `shared` with others. Raises BusyError, with what the lock files `holders` say,
+    where it is locked; or, with `wait`, waits until it is free.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError as error:  # it was there: another one is just taking its place
+    except FileNotFoundError as error:  # it existed: another is just taking its place
         raise _busy(folder, holders) from error
     try:
         if not _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait) or not _is_at(folder, descriptor):
@@ -84,21 +85,21 @@ def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: 
 
 
 def hold(folder: Path, owner: object) -> None:
-    """Hold a folder among others for as long as `owner` lives."""
+    """Lock a folder, shared with others, for as long as `owner` lives."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     _flock(descriptor, fcntl.LOCK_SH)
     weakref.finalize(owner, os.close, descriptor)
 
 
 def _acquired(path: Path, output: Path) -> int | None:
-    """Return the descriptor of the locked lock file; None where nothing can be written, and so nothing locked."""
+    """Open and lock the lock file and return its descriptor; None where no file may be written, and so none locked."""
     while True:
         descriptor = _opened(path, output)
         if descriptor is None:
             return None
         try:
             begins = os.pread(descriptor, 4097, 0) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"?"
-            zeros = not any(begins) and len(begins) <= 4096  # a loss of power leaves these, or nothing
+            zeros = not any(begins) and len(begins) <= 4096  # a loss of power leaves zeros, or no bytes
             if not zeros and not _OURS.startswith(begins[: len(_OURS)]):
                 raise _taken(path)
             if not _flock(descriptor, fcntl.LOCK_EX):
@@ -108,7 +109,7 @@ def _acquired(path: Path, output: Path) -> int | None:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder has removed it meanwhile: it is nobody's lock any more
+        os.close(descriptor)  # its holder has removed the file meanwhile: try again
 
 
 def _opened(path: Path, output: Path) -> int | None:
@@ -117,7 +118,7 @@ def _opened(path: Path, output: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | careful, 0o644)
     except OSError as error:
-        with suppress(OSError):  # another user's, left by a kill: it can be held without being written
+        with suppress(OSError):  # another user's file, left by a kill: reading it is enough to lock it
             if error.errno in (errno.EACCES, errno.EPERM) and path.is_file():
                 return os.open(path, os.O_RDONLY | careful)
         if isinstance(error, FileExistsError | NotADirectoryError):
@@ -137,12 +138,12 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _flock(descriptor: int, operation: int, wait: bool = False) -> bool:
-    """Whether the lock is held now. Where a file system knows no locks nobody is locked out."""
+    """Try to lock, and return whether the lock is held. On a file system without locks: True, with a warning."""
     for trial in range(_TRIALS):
         try:
             fcntl.flock(descriptor, operation | (0 if wait else fcntl.LOCK_NB))
             return True
-        except BlockingIOError:  # held, or looked at by `holder`
+        except BlockingIOError:  # held by another, or probed by `holder`
             time.sleep(_PAUSE if trial + 1 < _TRIALS else 0)
         except OSError as error:
             logger.warning("this file system has no locks (%s): let nothing else write the same output", error.strerror)
@@ -161,7 +162,7 @@ def _busy(output: Path, holders: Iterable[Path]) -> BusyError:
 
 
 def holder(path: Path) -> str:
-    """Return what a lock file says of its holder; nothing where nobody holds it any more."""
+    """Return what a lock file says of its holder; nothing where nobody holds the lock any more."""
     with suppress(OSError):
         text = read_bounded(path, _LONGEST).decode(errors="replace")
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -175,7 +176,7 @@ def holder(path: Path) -> str:
 
 
 def own_secret() -> bytes:
-    """Return 32 bytes that only this user has, the same every time; where they cannot be kept, new ones."""
+    """Return 32 bytes that only this user has, always the same; new random bytes where they cannot be stored."""
     try:
         path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "dash-export" / "key"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -194,8 +195,9 @@ def own_secret() -> bytes:
 
 
 def named(output: str | Path) -> Path:
-    """Return the path to write at, which has a name (files beside it are called after it): what a link points to, the
-    current folder for `.`. Raises OutputError for `/` and for a link that points nowhere.
+    """Return the path to write, resolved so that it has a name (lock and work folder are named after it): the target of
+    a link, the current folder for `.`. Raises OutputError for `/`, a link that points nowhere and a name that is not
+    UTF-8.
     """
     path = Path(output)
     try:
@@ -212,7 +214,7 @@ def named(output: str | Path) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises OutputError, before the work, where nothing could be written in the end."""
+    """Raise OutputError, before the work, where nothing could be written into `folder` in the end."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(
             f"{folder} may not be written in. Check its permissions and the disk, or choose another output."
@@ -220,13 +222,13 @@ def check_writable(folder: Path) -> None:
 
 
 def refuse_link(output: Path) -> None:
-    """Raises OutputError for a link, which has appeared since the output was `named`."""
+    """Raise OutputError for a link that has appeared since the output was `named`."""
     if output.is_symlink():
         raise OutputError(f"{output} has become a link: it will not be replaced. Remove it, or choose another output.")
 
 
 def own_folder(path: Path) -> Path:
-    """Return the folder, made where it is missing. Raises OutputError for a link or a file: not ours to write into."""
+    """Return the folder, made where it is missing. Raises OutputError where a link or a file lies in its place."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path} is not a folder but a link or a file: nothing is written there. Remove it.")
     if not path.is_dir():
@@ -236,13 +238,13 @@ def own_folder(path: Path) -> Path:
 
 
 def work_of(output: Path) -> Path:
-    """`a.dash` -> `a.dash.unfinished`."""
+    """Return the work folder of an output: `a.dash` -> `a.dash.unfinished`."""
     return output.with_name(f"{output.name}.unfinished")
 
 
 def work_folder(output: Path, command: str) -> Path:
     """Return `<output>.unfinished`, where an output lies until it is whole: new, or as a killed run of `command` left
-    it. Raises OutputError for one that is not this program's, or another command's.
+    the folder. Raises OutputError for a folder that is not this program's, or that is another command's.
     """
     folder = own_folder(work_of(output))
     _check_ours(folder)
@@ -254,7 +256,7 @@ def work_folder(output: Path, command: str) -> Path:
 
 
 def mark(folder: Path, command: str = "") -> str:
-    """Write the mark where there is none, and return whose it is."""
+    """Write the mark of `command` where there is none, and return the command that the mark names."""
     with open(os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:  # noqa: PTH123
         begun = file.read(_LONGEST).decode(errors="replace").strip("\0")
         if command.startswith(begun):  # new, or a loss of power has left a part of it, or zeros
@@ -266,7 +268,7 @@ def mark(folder: Path, command: str = "") -> str:
 
 
 def bears_mark(folder: Path, command: str) -> bool:
-    """Whether a folder bears the mark of `command`, or one that a loss of power left without a word."""
+    """Return whether a folder bears the mark of `command`, or a mark that a loss of power left empty or cut short."""
     try:
         return command.startswith(read_bounded(folder / MARK, _LONGEST).decode(errors="replace").strip("\0"))
     except (OSError, ValueError):
@@ -274,8 +276,8 @@ def bears_mark(folder: Path, command: str) -> bool:
 
 
 def unmark(output: Path) -> None:
-    """Take the mark off a finished output: a kill may have left it there."""
-    if os.path.lexists(output / MARK):  # a file system that is read-only refuses even to remove nothing
+    """Remove the mark from a finished output: a kill may have left it there."""
+    if os.path.lexists(output / MARK):  # a read-only file system refuses even to remove a missing file
         (output / MARK).unlink()
 
 
@@ -286,14 +288,14 @@ def _check_ours(folder: Path) -> None:
 
 
 def remove_own(folder: Path) -> None:
-    """Remove a folder that bears the mark, the mark last, so that a kill leaves what the next run may remove. Raises
-    OutputError for any other.
+    """Remove a folder that bears the mark, the mark last: after a kill the next run may then remove the rest. Raises
+    OutputError for a folder without the mark that is not empty.
     """
     _check_ours(folder)
     for path in folder.iterdir():
         if path.name not in (PLAN, MARK):
             remove(path)
-    for name in (PLAN, MARK):  # each after all before it
+    for name in (PLAN, MARK):  # each only after the earlier removals are on the disk
         sync(folder)
         (folder / name).unlink(missing_ok=True)
     folder.rmdir()
@@ -309,8 +311,8 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def removed_on_error(folder: Path) -> Iterator[None]:
-    """An error or Ctrl-C leaves nothing behind; a kill leaves the folder for the next run to resume, and so does either
-    once the output is being replaced.
+    """Remove the work folder on an error or Ctrl-C, unless the output is being replaced (PLAN exists). The next run
+    resumes from a folder that stays, as it does after a kill.
     """
     try:
         yield

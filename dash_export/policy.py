@@ -1,18 +1,18 @@
 """A skip policy: the units it may skip, the network that predicts damage, the bypasses; as a record and as a file.
 
-One linear network reads one state, what enters layer `read`, and answers for all units (docs/method.md):
+One linear network reads one state, the input of layer `read`, and predicts the damage of all units (docs/method.md):
 
     damage[u] = softplus(RMSNorm(h[read]) . weight[:, u] + bias[u])
 
-A skipped unit of layers a..b is one product of x = RMSNorm(h[a]) (unit gain), its bypass:
+The bypass of a unit of layers a..b is one product of x = RMSNorm(h[a]) (unit gain):
 
     [update | K_a | V_a | K_a+1 | V_a+1 | ... | V_b] = x @ weight + bias
 
-K is before its per-head norm and RoPE. K_a and V_a are the model's own projections of that state, so a policy holds
-the other columns only; a bypass without weights updates nothing and takes every layer's own projections.
+K is before its per-head norm and RoPE. K_a and V_a are the model's own projections of h[a], so a policy holds the other
+columns only. A bypass without weights has no update, and K and V of each layer are that layer's projections of h[a].
 
 On disk a policy is one `.safetensors` file (weights, and facts as JSON in its metadata), with a JSON card beside it
-that says how it was made. Reading trusts nothing and needs no torch.
+that says how it was made. Reading checks everything and needs no torch.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ from dash_export.typed_json import WrongFieldError, typed
 Float32Array = npt.NDArray[np.float32]
 
 UNIT = 4
-"""Layers of a unit where nobody says which."""
+"""Layers of a unit by default."""
 SCHEMA = 2
 _MAX_FACTS = 1 << 18
-"""Letters; of a thousand units it would be 50,000."""
+"""Bound of the metadata in letters; a thousand units would have 50,000."""
 METADATA = "dash_export_policy"
 _LARGEST_CARD = 16 << 20
 _FINAL_NORM = "model.final_norm"
 
 
 LARGEST = float(np.finfo(np.float16).max)
-"""Of a bypass's numbers."""
+"""Bound of the magnitude of a bypass's numbers: the largest of float16."""
 
 
 def half(array: Float32Array) -> Float32Array:
-    """The nearest numbers that 16 bits hold, which is what a bundle keeps of a bypass."""
+    """Round to float16, clipped to its range, and return float32: a bundle keeps bypasses in float16."""
     return np.clip(array, -LARGEST, LARGEST).astype(np.float16).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Bypass:
-    """The replacement of a skipped unit. `weights`: none, or `weight` [hidden, columns] and `bias` [columns]. Columns:
-    the update's `hidden`, then K and V of each layer but the first.
+    """The replacement of a skipped unit. `weights`: empty, or `weight` [hidden, columns] and `bias` [columns], with the
+    columns of the update (`hidden`), then those of K and V of each layer but the first.
     """
 
     weights: Mapping[str, Float32Array] = field(default_factory=dict)
 
     @property
     def form(self) -> str:
-        """Its name in print: linear or none."""
+        """Name of the form, for messages and records: linear or none."""
         return "linear" if self.weights else "none"
 
     def in_half(self) -> Bypass:
-        """Round to what 16 bits hold: engines have 8, and a file of it half the size."""
+        """Return the bypass rounded to float16: engines hold 8 bits, and a policy file takes half the size."""
         return Bypass({name: half(array) for name, array in self.weights.items()})
 
 
@@ -80,9 +80,9 @@ class SkipPolicy:
     """Units, damage network and bypasses of one model.
 
     `read`: the layer whose input decides. `network`: `weight` [hidden, units] and `bias` [units], float32; None without
-    a token policy. `bypasses`: one per unit. `static_order`: places of units in the order in which a static policy
-    skips them; empty where nobody ranked them. `final_norm` [hidden]: the gain of the final norm of the model it was
-    trained with, by which another model of the same shape is told apart.
+    a token policy. `bypasses`: one per unit. `static_order`: indices of units in the order in which a static policy
+    skips them; empty where the units are not ranked. `final_norm` [hidden]: gain of the final norm of the model that
+    the policy was trained with; it tells that model from another one of the same shape.
     """
 
     units: tuple[Unit, ...]
@@ -95,11 +95,11 @@ class SkipPolicy:
 
     @property
     def form(self) -> str:
-        """The forms of its bypasses, as they are printed."""
+        """Names of the bypasses' forms, for messages and records."""
         return ", ".join(sorted({bypass.form for bypass in self.bypasses})) or "none"
 
     def weights(self) -> dict[str, Float32Array]:
-        """Every weight under one flat name, as it is hashed and stored."""
+        """Return every weight under one flat name, as it is hashed and stored."""
         flat = {f"network.{name}": value for name, value in (self.network or {}).items()}
         for unit, bypass in zip(self.units, self.bypasses, strict=True):
             flat |= {f"bypass.{unit.name}.{name}": value for name, value in bypass.weights.items()}
@@ -107,7 +107,7 @@ class SkipPolicy:
 
 
 def no_policy(num_layers: int, units: Sequence[Unit] | None = None) -> SkipPolicy:
-    """Bypasses without weights and no network: the bundle then serves `dense` and `static`."""
+    """Return a policy with empty bypasses and no network: the bundle then serves `dense` and `static`."""
     units = default_units(num_layers) if units is None else tuple(units)
     read = max(units[0].first - 1, 0) if units else 0
     check_units(units, read, num_layers)
@@ -115,7 +115,7 @@ def no_policy(num_layers: int, units: Sequence[Unit] | None = None) -> SkipPolic
 
 
 def untrained_policy(spec: ModelFacts, units: Sequence[Unit] | None = None, seed: int = 0) -> SkipPolicy:
-    """A seeded random network with the shapes of a trained one: it decides by noise, to measure and to test with."""
+    """Return a policy with a seeded random network in the shapes of a trained one: noise, to measure and test with."""
     policy = no_policy(spec.num_layers, units)
     if not policy.units:
         return policy
@@ -126,7 +126,7 @@ def untrained_policy(spec: ModelFacts, units: Sequence[Unit] | None = None, seed
 
 
 def default_units(num_layers: int) -> tuple[Unit, ...]:
-    """Units of UNIT layers, or one less, out of all but the first fifth and the last two layers."""
+    """Split the layers but the first fifth and the last two into units of UNIT layers, or one less."""
     first, stop = max(2, num_layers // 5), min(max(num_layers - 2, 3), num_layers)
     count = max(1, -(-(stop - first) // UNIT)) if stop > first else 0
     cuts = [first + (stop - first) * cut // count for cut in range(count + 1)] if count else []
@@ -134,7 +134,7 @@ def default_units(num_layers: int) -> tuple[Unit, ...]:
 
 
 def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
-    """The policy with the units of these layers only. Raises PolicyError where they are not whole units."""
+    """Return the policy with the units of these layers only. Raises PolicyError where they are not whole units."""
     kept = units_of(layers, policy.units)
     network = policy.network
     if network is not None:
@@ -149,17 +149,17 @@ def narrowed(policy: SkipPolicy, layers: Iterable[int]) -> SkipPolicy:
 
 
 def key_value_size(spec: ModelFacts) -> int:
-    """Columns of one layer's K, or V."""
+    """Return the number of columns of one layer's K, or V."""
     return spec.num_kv_heads * spec.head_dim
 
 
 def stored_columns(unit: Unit, spec: ModelFacts) -> int:
-    """Columns of a bypass as a policy holds it: the update's, then K and V of each layer but the first."""
+    """Return how many columns of a bypass a policy holds: the update's, then K and V of each layer but the first."""
     return spec.hidden_size + 2 * key_value_size(spec) * (len(unit.layers) - 1)
 
 
 def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
-    """Raises PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
+    """Raise PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
     check_units(policy.units, policy.read, spec.num_layers)
     check_places(policy.static_order, policy.units)
     if len(policy.bypasses) != len(policy.units):
@@ -191,7 +191,7 @@ def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
 
 @dataclass(frozen=True)
 class _Facts:
-    """The metadata of a file: for which model the policy is, and all of it that is not a tensor."""
+    """Metadata of a policy file: the model that the policy is for, and all of the policy that is not a tensor."""
 
     schema: int
     model_type: str
@@ -204,12 +204,12 @@ class _Facts:
 
 
 def card_path(path: str | Path) -> Path:
-    """`NAME.safetensors` -> `NAME.json`."""
+    """Return the path of a policy's card: `NAME.safetensors` -> `NAME.json`."""
     return Path(path).with_suffix(".json")
 
 
 def policy_path(given: str | Path) -> Path:
-    """The file, or else the policy of that name that comes with this package. Raises PolicyError."""
+    """Return the file, or else the policy of that name that comes with this package. Raises PolicyError."""
     folder, path = resource_folder("calibration"), Path(given)
     shipped = sorted(file.stem for file in folder.glob("*.safetensors"))
     if path.is_file():
@@ -223,7 +223,7 @@ def policy_path(given: str | Path) -> Path:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises PolicyError where `save_policy` would write over something that is no policy and no card, and OutputError
+    """Raise PolicyError where `save_policy` would write over something that is no policy and no card, and OutputError
     for a link or a mount point.
     """
     check_outside_bundles(path)
@@ -247,8 +247,8 @@ def check_replaceable(path: Path) -> None:
 
 def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Mapping[str, Any]) -> None:
     """Write the policy to `path` (`.safetensors`) and its card (JSON) beside it, each whole or not at all. Raises
-    PolicyError for a policy that does not fit `spec`, a name that is not `.safetensors` and what is no policy there,
-    OutputError for a link and inside bundles.
+    PolicyError for a policy that does not fit `spec`, a name that is not `.safetensors`, and where something that is no
+    policy lies there; OutputError for a link and inside bundles.
     """
     import safetensors.numpy
 
@@ -268,15 +268,15 @@ def save_policy(path: str | Path, policy: SkipPolicy, spec: ModelFacts, card: Ma
 
 
 def _stored(array: Float32Array) -> npt.NDArray[np.float16 | np.float32]:
-    """In 16 bits where they hold all of it."""
+    """Return the array in float16 where that holds all of its numbers exactly, else in float32."""
     with np.errstate(over="ignore"):
         half = np.ascontiguousarray(array, np.float16)
     return half if np.array_equal(half, array) else np.ascontiguousarray(array, np.float32)
 
 
 def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
-    """The policy in `path` (or of that name, `policy_path`), for the model `spec` describes. Raises PolicyError when
-    there is no such file, when it is damaged or no policy, or when it is for another model.
+    """Load the policy in `path` (or of that name, `policy_path`) for the model that `spec` describes. Raises
+    PolicyError when there is no such file, when it is damaged or no policy, or when it is for another model.
     """
     path = policy_path(path)
     try:
@@ -305,7 +305,7 @@ def load_policy(path: str | Path, spec: ModelFacts) -> SkipPolicy:
 
 
 def _opened(path: Path) -> tuple[dict[str, str], dict[str, Float32Array]]:
-    """A file's metadata and tensors. Raises PolicyError."""
+    """Return the metadata and the tensors, as float32, of a policy file. Raises PolicyError."""
     import safetensors
 
     try:

@@ -1,5 +1,5 @@
-"""How a finished work folder takes an output's place: what is ours in there is replaced, all else stays. A kill in
-between is gone on from.
+"""Replacement of an output by a finished work folder: entries that this program makes are replaced, all others stay.
+After a kill in between the next run finishes the replacement.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _LONGEST_PLAN = 1 << 16
 
 
 def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str, command: str) -> None:
-    """Let the finished work folder of a command become the output, or take the place of what is `ours` in it (paths
-    below it); all else in there stays as it is. `last`, which is ours, goes first and comes last: without it the output
-    is unfinished, and `recover` goes on. Raises OutputError where ours may not be replaced (`check_place`).
+    """Rename the finished work folder of a command to `output`. Where `output` exists, replace only the entries `ours`
+    in it (paths below it). `last`, one of `ours`, is removed first and put in place last: while it is missing the
+    output is unfinished, and `recover` goes on. Raises OutputError where `ours` may not be replaced (`check_place`).
     """
     sync(work)
     if not output.exists():
@@ -35,15 +35,15 @@ def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str, comma
 
 
 def recover(output: Path, ours: Sequence[str], last: str, command: str) -> None:
-    """Finish what a kill in `put_in_place` left; nothing where there is nothing, or another command's."""
+    """Finish a replacement that `put_in_place` planned, as after a kill. Do nothing for none, or another command's."""
     work = work_of(output)
     if (output / MARK).exists() and not bears_mark(output, command):
         return
     if work.is_dir() and not work.is_symlink():
-        left = os.path.lexists(work / last)  # which goes last
+        left = os.path.lexists(work / last)  # it is renamed last
         begun = (work / PLAN).is_file() and (work / MARK).is_file() and ((output / MARK).is_file() or not left)
         planned = read_bounded(work / PLAN, _LONGEST_PLAN).decode().split("\n") if begun else []
-        if begun and left and {*planned} <= {*ours}:  # else it is another version's, and made anew
+        if begun and left and {*planned} <= {*ours}:  # else another version's plan: all is made anew
             _replace(work, output, ours, last, planned)
         if begun or {path.name for path in work.iterdir()} <= {MARK}:
             remove_own(work)
@@ -52,7 +52,7 @@ def recover(output: Path, ours: Sequence[str], last: str, command: str) -> None:
 
 
 def _replace(work: Path, output: Path, ours: Sequence[str], last: str, planned: Sequence[str]) -> None:
-    """Replace what is planned; what has been replaced is not in the work folder any more."""
+    """Replace the planned entries of `ours` and remove the others. An entry replaced before is no more in `work`."""
     (output / last).unlink(missing_ok=True)
     sync(output)
     for name in ours:
@@ -68,8 +68,8 @@ def _replace(work: Path, output: Path, ours: Sequence[str], last: str, planned: 
 
 
 def check_place(output: Path, ours: Sequence[str] = ("",)) -> None:
-    """Raises OutputError where `put_in_place` would fail halfway, or take what is not the output's: for a link on the
-    way to `ours` (by default the output itself), a mount point (nothing is renamed across one, nor is one removed), a
+    """Raise OutputError where `put_in_place` would fail halfway or touch what is not the output's: for a link on the
+    way to `ours` (by default the output itself), a mount point (which can neither be renamed across nor removed), a
     folder that may not be written.
     """
     if not os.path.lexists(output):
@@ -90,7 +90,7 @@ def check_place(output: Path, ours: Sequence[str] = ("",)) -> None:
 
 
 def _mount_points() -> set[Path]:
-    """Mount points of this machine. A folder that is bound to another place of the same disk has the same device."""
+    """Return this machine's mount points, as listed: a bind mount of the same disk cannot be told by its device."""
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
@@ -100,7 +100,7 @@ def _mount_points() -> set[Path]:
 
 
 def refuse_inputs(inputs: Iterable[Path], replaced: Iterable[Path]) -> None:
-    """Raises OutputError where an input lies in what is replaced or removed in the end."""
+    """Raise OutputError where an input lies in what is replaced or removed in the end."""
     places = [place.resolve() for place in replaced]
     for path in inputs:
         if any(path.resolve().is_relative_to(place) for place in places):
@@ -108,14 +108,14 @@ def refuse_inputs(inputs: Iterable[Path], replaced: Iterable[Path]) -> None:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether it looks like one of ours: others have manifests too, and folders called onnx."""
+    """Return whether a folder looks like a bundle. Others have manifests, too, and folders called onnx."""
     known = [folder / "onnx" / name for name in (ROPE, "layer_00.onnx")]
     known += (folder / "engines").glob("*/build.json")
     return (folder / MANIFEST).is_file() and any(map(Path.is_file, known))
 
 
 def check_outside_bundles(path: Path) -> None:
-    """Raises OutputError for an output in a bundle or a work folder, whose writers would remove it."""
+    """Raise OutputError for an output in a bundle or a work folder, whose writers would remove it."""
     for folder in path.absolute().resolve().parents:
         if is_bundle(folder) or (folder / MARK).is_file():
             raise OutputError(f"{path} would lie inside the bundle {folder}: choose a place outside it.")

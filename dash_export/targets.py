@@ -1,5 +1,5 @@
-"""Recipes: how to build for a target. `engines/NAME.toml` in the repository, or any path. Every key is known or an
-error.
+"""Recipes: how to build for a target. A recipe is `engines/NAME.toml` in the repository, or a file at any path. Unknown
+keys are errors.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Dispatch = Literal["sync", "overlapped", "device"]
 BackendName = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx"]
 QUANTISED = ("int8", "fp8", "int4")
 CALIBRATED = ("int4", "fp8")
-"""Precisions for which a text goes through the layers: for codes, or for the range of what a matrix is fed."""
+"""Precisions that are calibrated on a text: int4 to choose codes, fp8 to find the range of each matrix's inputs."""
 BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
 FP8_SINCE = 8.9
-"""Compute capability (Ada, Hopper, and what came after)."""
+"""Lowest compute capability with fp8 (Ada; Hopper and later have it, too)."""
 MAX_THREADS = 1024
 _MAX_BYTES = 1 << 14  # of a recipe file
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""")
-"""A key of so many parts, which a recipe has none of: the parser's memory grows with their square."""
+"""A key of too many parts. No recipe has such a key, and the parser's memory grows with the square of the parts."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities that TensorRT-RTX 1.7 compiles for; TensorRT itself compiles for the device it runs on."""
 
@@ -44,10 +44,10 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 class WeightsRecipe:
     """Weight precision by part: the head of a small model is a third of a token's bytes.
 
-    `qkv` and `ungated` keep what 4 bits hurt most finer than `layers`: the projections into attention (their errors
-    enter the cache and every later token), and the layers in no unit (the sensitive ones). `rounding` is how int4 codes
-    are chosen: each weight's nearest, by what the layer is fed (GPTQ), or those that the weights have already, else 8
-    bits (graphs/grid.py).
+    `qkv` and `ungated` keep finer than `layers` what 4 bits hurt most: `qkv`, the projections into attention (their
+    errors enter the cache and every later token), and `ungated`, the layers in no unit (the sensitive ones). `rounding`
+    chooses int4 codes: `nearest` to each weight, `gptq` by the inputs of the layer, or `as-is`, the codes that the
+    weights have already, else 8 bits (graphs/grid.py).
     """
 
     layers: Precision = "int4"
@@ -62,14 +62,14 @@ class WeightsRecipe:
 
     @property
     def calibrates(self) -> bool:
-        """Whether there are matrices whose codes `rounding` chooses, or (fp8) whose inputs' range it finds."""
+        """Whether there are matrices for which `rounding` chooses codes or (fp8) finds the range of their inputs."""
         return bool(set(CALIBRATED) & {self.layers, self.qkv, self.ungated, self.head})
 
 
 @dataclass(frozen=True)
 class RuntimeRecipe:
-    """How the runtime uses the engines. `threads` 0 means one per physical core; `huge_pages`: weights are moved onto
-    them when a CPU target is loaded.
+    """How the runtime uses the engines. `threads` 0 means one per physical core; `huge_pages`: move the weights onto
+    huge pages when a CPU target is loaded.
     """
 
     threads: Annotated[int, Within(0, MAX_THREADS)] = 0
@@ -84,10 +84,10 @@ class EngineRecipe:
     """Choices that a GPU engine fixes when it is compiled.
 
     `activations`: the type of hidden states, caches and unquantised weights. `kv_capacity`: rows of the KV cache, which
-    does not grow; attention costs follow it, not the length. `profiles` 2: one for decode, one for prefill chunks, each
-    tuned; 1: one for both, and weights of 16 bits are stored once instead of twice. `sequences`: how many may decode
-    together; more than one takes a cache for each, and a third profile (of `profiles` 1: scratch memory for a chunk of
-    each). `capabilities`: compute capabilities of the device, "8.7" for Jetson Orin.
+    does not grow; the cost of attention depends on this capacity, not on the length. `profiles` 2: one profile for
+    decode, one for prefill chunks, each tuned; 1: one for both, and weights of 16 bits are stored once, not twice.
+    `sequences`: how many may decode together; more than one takes a cache for each, and a third profile (of `profiles`
+    1: scratch memory for a chunk of each). `capabilities`: compute capabilities of the device, "8.7" for Jetson Orin.
     """
 
     capabilities: tuple[str, ...]
@@ -102,7 +102,7 @@ class EngineRecipe:
 
 @dataclass(frozen=True)
 class CostRecipe:
-    """How the cost table is measured: at this many cached tokens, median of this many interleaved repeats."""
+    """How the cost table is measured: at `context` cached tokens, median of `repeats` interleaved repeats."""
 
     context: Annotated[int, Within(2, 65536)] = 256
     repeats: Annotated[int, Within(3, 10000)] = 60
@@ -127,13 +127,13 @@ _PARTS = ("layers", "qkv", "ungated", "head", "embedding", "bypass")
 
 
 def recipe_names() -> list[str]:
-    """The recipes that ship with the package."""
+    """Return the names of the recipes that ship with the package."""
     return sorted(path.stem for path in resource_folder("engines").glob("*.toml"))
 
 
 def load_recipe(target: str) -> Recipe:
-    """Read a recipe by the path of a .toml file, by its name, or by what a build of it is called: `cpu-int8` is `cpu`
-    at these weights (`with_weights`). Raises RecipeError.
+    """Read a recipe by the path of a .toml file, by its name, or by the name of a build: `cpu-int8` is `cpu` with int8
+    weights (`with_weights`). Raises RecipeError.
     """
     if Path(target).suffix == ".toml":
         return _read(Path(target))
@@ -172,7 +172,7 @@ def _sound(recipe: Recipe, where: str) -> Recipe:
 
 
 def recipe_faults(recipe: Recipe) -> Iterator[str]:
-    """Check what no single key can tell: whether the parts of a recipe go together."""
+    """Yield the faults that no single key can tell: parts of a recipe that do not go together."""
     weights, engine = recipe.weights, recipe.engine
     precisions: dict[str, str] = {part: getattr(weights, part) for part in _PARTS}
     if recipe.backend == "onnxruntime":
@@ -234,12 +234,12 @@ def with_weights(
     embedding: str | None = None,
     rounding: str | None = None,
 ) -> Recipe:
-    """The recipe with the options of `build` of these names: at other precisions, rounded otherwise. Its name tells, so
-    that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
+    """Return the recipe with precisions and rounding changed by `build`'s options of these names. The new recipe's name
+    tells the change, so that the builds lie side by side: `cpu` at fp32 is `cpu-fp32`.
 
-    Another precision for the layers moves everything with it that is not given itself, but for a GPU's embedding, which
-    has no quantised form; fp8 leaves the head (with it SmolLM2's logits are off by 21 % instead of 16). Raises
-    RecipeError.
+    Another precision `weights` for the layers moves all other parts that are not given, except a GPU's embedding, which
+    has no quantised form, and with fp8 also its head (with an fp8 head SmolLM2's logits are off by 21 % instead of 16).
+    Raises RecipeError.
     """
     moved = () if weights in (None, recipe.weights.layers) else _PARTS
     left = () if recipe.engine is None else ("embedding", "head") if weights == "fp8" else ("embedding",)

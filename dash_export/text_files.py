@@ -1,4 +1,4 @@
-"""Plain text that a user gives: to learn from, to measure on, to answer."""
+"""Text that a user gives (to learn from, to measure on, to answer), and tokenizers, checked before native code runs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ its template adds.
 MAX_TOKEN = 4096
 """Letters of a token, a replacement, a prefix: published ones have 128."""
 MAX_ADDED = 1 << 20
-"""Letters of all added tokens, normalized as they say, of which native code makes an automaton."""
+"""Letters of all added tokens, normalized where they say so: native code makes an automaton of them."""
 MAX_REPEATS = 256
 """A pattern's counted repetitions, multiplied: native code tries them all at each letter. Published ones have 3."""
 MAX_TOKENS, MAX_MERGES = 1 << 19, 2.5
 """Size of a vocabulary, and merges per token: native code takes a kilobyte for each. Published: 262,144 and 2.3."""
 MAX_PARTS = 32
-"""Bound of a chain's parts: published ones have 7."""
+"""Bound of the parts in a chain of normalizers, decoders or the like: published chains have 7."""
 _GROWS = {"Metaspace": 2, "Lowercase": 3, "NFC": 3, "BertProcessing": 3, "RobertaProcessing": 3}
 _GROWS |= dict.fromkeys(("ByteLevel", "NFD", "NFKC", "NFKD", "BertNormalizer"), 4)
-"""Letters that these can make of one; other kinds that are known add a few at most."""
+"""Kind of part -> letters that it can make of one letter. The other known kinds add a few at most."""
 _KINDS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend"),
     *("BertNormalizer", "ByteLevel", "Metaspace", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"),
@@ -45,13 +45,13 @@ _COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 
 
 def bounded_text(path: Path, limit: int) -> str:
-    """A regular UTF-8 file of at most `limit` bytes, its line ends as `\\n`. Raises OSError and UnicodeDecodeError."""
+    """Read a regular UTF-8 file of at most `limit` bytes, line ends as `\\n`. Raises OSError and UnicodeDecodeError."""
     return read_bounded(path, limit).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def load_tokenizer(text: str) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`. Raises ValueError for one that is none, or that makes a text so long that a
-    prompt of some letters fills the memory.
+    """Load the tokenizer of a `tokenizer.json`. Raises ValueError for a text that is none, and for a tokenizer that
+    makes a text so long that a prompt of some letters fills the memory.
     """
     from tokenizers import Tokenizer  # here: not every reader of a text needs it
 
@@ -59,7 +59,7 @@ def load_tokenizer(text: str) -> Tokenizer:
         data = json.loads(text)
         _check_texts(data)
         _check_growth(data)
-        if "type" not in data["model"]:  # as old files are; native code would try every kind
+        if "type" not in data["model"]:  # an old file; native code would try every kind
             text = json.dumps(data | {"model": data["model"] | {"type": "BPE"}})
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
@@ -68,7 +68,7 @@ def load_tokenizer(text: str) -> Tokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         begins = tokenizer.encode("").ids
-    except BaseException as error:  # tokenizers raises plain Exception, and panics that are none
+    except BaseException as error:  # tokenizers' panics are no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"{error!s:.300}") from error
@@ -78,7 +78,7 @@ def load_tokenizer(text: str) -> Tokenizer:
 
 
 def lines(text: str) -> Iterator[str]:
-    """Lines of a text, in memory for one of them; other line ends than "\\n" are letters."""
+    """Yield the lines of a text, with only one of them in memory; other line ends than "\\n" are letters."""
     at = 0
     while (end := text.find("\n", at)) >= 0:
         yield text[at:end]
@@ -87,16 +87,16 @@ def lines(text: str) -> Iterator[str]:
 
 
 def check_vocabulary(tokens: int, merges: int) -> None:
-    """Raises ValueError."""
+    """Raise ValueError for over MAX_TOKENS tokens, or over MAX_MERGES merges per token."""
     if tokens > MAX_TOKENS or merges > MAX_MERGES * tokens:
         raise ValueError(f"it has {merges} merges for {tokens} tokens (at most {MAX_MERGES} for each of {MAX_TOKENS})")
 
 
 def _check_texts(data: Any) -> None:
-    """Before native code makes anything of it. Raises ValueError."""
+    """Check the model's kind, vocabulary, patterns and texts before native code reads any of it. Raises ValueError."""
     model = data.get("model") if isinstance(data, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        # Native code of others recurses and multiplies as far as a stranger's vocabulary says.
+        # Native code of other models recurses and multiplies as far as a stranger's vocabulary says.
         raise ValueError("its model is not BPE, which is what can be read")
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
@@ -120,7 +120,7 @@ def _repeats(pattern: str) -> int:
 
 
 def _check_growth(data: Any) -> None:
-    """How much longer a text becomes, by what is said, before native code runs any of it (loading does). Raises
+    """Bound how much longer the declared parts make a text, before native code runs any of them (loading does). Raises
     ValueError.
     """
     chains = {("normalizer", "pre_tokenizer"): MAX_GROWTH, ("decoder",): MAX_GROWTH, ("post_processor",): MAX_BEGINNING}
@@ -142,13 +142,13 @@ def _check_growth(data: Any) -> None:
 
 
 def _in_bytes(model: dict[str, Any]) -> int:
-    """Tokens of one byte that the model may make of a letter it does not know, beyond those of the letter itself."""
+    """Return the byte tokens that a letter unknown to the model can become, per byte of it: affixes fall back, too."""
     affixes = [model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix")]
     return 1 + len("".join(affixes).encode("utf-8", "replace")) if model.get("byte_fallback") else 1
 
 
 def _parts(given: Any) -> list[dict[str, Any]]:
-    """The parts of a normalizer, pre-tokenizer, decoder or post-processor, in their order."""
+    """Return the parts of a normalizer, pre-tokenizer, decoder or post-processor in order, sequences flattened."""
     if given is None:
         return []
     if given["type"] == "Sequence":
@@ -190,7 +190,7 @@ def read_stream(stream: TextIO, limit: int = 1 << 26) -> str:
 
 
 def read_text(path: Path, *, pipe: bool = False) -> str:
-    """A UTF-8 text file of at most MAX_BYTES; `pipe`: or what a shell's `<(command)` says. Raises RequestError."""
+    """Read a UTF-8 text file of at most MAX_BYTES; with `pipe` also a pipe, as of `<(command)`. Raises RequestError."""
     try:
         if pipe and path.is_fifo():
             with path.open(encoding="utf-8") as stream:

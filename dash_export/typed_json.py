@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 _T = TypeVar("_T")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Characters that a terminal would obey, and halves of characters, which no file takes."""
+"""Control characters, which a terminal would obey, and lone surrogates, which no file can hold."""
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60
 
 
 class WrongFieldError(Exception):
-    """The data is not what the dataclass asks for: a sentence that names the field."""
+    """The data does not fit the dataclass. The message is one sentence that names the field."""
 
 
 class Within(NamedTuple):
@@ -30,12 +30,12 @@ class Within(NamedTuple):
 
 
 Bytes = Annotated[int, Within(0, 1 << 50)]
-"""The size of a file: absurd ones fail where they are read, not where memory is taken."""
+"""Size of a file in bytes: an absurd size fails where it is read, not where memory is taken."""
 NotNegative = Annotated[float, Within(0)]
 
 
 def shown(value: object) -> str:
-    """A value in a message: one line, short, whatever it is."""
+    """Return a value as one short line for a message, whatever the value is."""
     try:
         return " ".join(_REPR.repr(value).split())
     except Exception:  # a number of 5,000 digits, say
@@ -46,7 +46,7 @@ MOST_ITEMS, MOST_DEPTH = 1 << 16, 8
 
 
 def typed(kind: type[_T], data: Any, where: str) -> _T:
-    """A `kind` made of `data`. Raises WrongFieldError, to which the caller adds what to do about it."""
+    """Make a `kind` of `data`. Raises WrongFieldError, which names `where`; the caller adds what to do about it."""
     return _convert(kind, data, where)  # type: ignore[no-any-return]
 
 
@@ -88,7 +88,7 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
 
 
 def _depth(data: Any) -> int:
-    """How many lists and mappings lie in one another, as far as it matters."""
+    """Return how deep lists and mappings are nested, counted up to MOST_DEPTH + 1."""
     depth, level = 0, [data]
     while level and depth <= MOST_DEPTH:
         depth += 1

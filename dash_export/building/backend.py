@@ -1,7 +1,7 @@
-"""Backends by name: what each can compile and run on this machine, and how it makes the engines of a build.
+"""Build backends by name: what each can compile and run on this machine, and how it makes the engines of a build.
 
-A new backend is one class here or in a module of its own, one line in `_BACKENDS`, and what loads its engines
-(`runtime/backends.py`). Nothing here needs onnx until `artifacts` is called: a device measures and runs without it.
+A new backend is one class here or in a module of its own, one line in `_BACKENDS`, and a runtime backend that loads its
+engines (`runtime/backends.py`). Only `artifacts` needs onnx: a device measures and runs without it.
 """
 
 from __future__ import annotations
@@ -37,30 +37,32 @@ _BACKENDS = {
 
 
 def backend_of(recipe: Recipe) -> Backend:
-    """Return what makes the recipe's engines."""
+    """Return the build backend of a recipe."""
     module, _, name = _BACKENDS[recipe.backend].partition(":")
     made: Backend = getattr(import_module(module), name)(recipe)
     return made
 
 
 class Backend(ABC):
-    """Engines of one recipe. A subclass says what differs; by default it lowers, compiles nothing and runs anywhere."""
+    """Maker of one recipe's engines. Subclasses override what differs; the defaults lower, compile nothing, and work on
+    any machine.
+    """
 
     on_device = True
-    """Whether engines run on a device with streams, where the policy is one of its own."""
+    """Whether engines run on a device with streams. The policy is then an engine of its own."""
     revision = 0
-    """Raised whenever the lowering changes, so that engines made by an earlier one are not reused."""
+    """Increased whenever the lowering changes, so that engines of an earlier revision are not reused."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     @property
     def extra(self) -> str:
-        """The extra of this package that installs the backend's own."""
+        """Name of the extra of dash-export that installs the backend's package."""
         return BACKENDS[self.recipe.backend][2]
 
     def require(self) -> None:
-        """Raises BackendError that says what to install when something is missing, NotHereError when only another
+        """Raise BackendError, which says what to install, when something is missing, and NotHereError when only another
         machine can compile for the recipe.
         """
         if (reason := self.build_obstacle()) is not None:
@@ -68,11 +70,11 @@ class Backend(ABC):
             raise kind(f"Engines for {self.recipe.name} cannot be compiled on this machine: {reason}")
 
     def build_obstacle(self) -> str | None:
-        """Why this machine cannot make the engines, in one sentence; None where it can."""
+        """Return why this machine cannot make the engines, in one sentence; None where it can."""
         return None
 
     def run_obstacle(self) -> str | None:
-        """Why this machine cannot run them, in one sentence; None where it can, and so measures their costs."""
+        """Return why this machine cannot run the engines, in one sentence; None where it can, and can measure them."""
         try:
             require_backend(self.recipe.backend)
         except BackendError as error:
@@ -80,11 +82,11 @@ class Backend(ABC):
         return None
 
     def needs_another_machine(self) -> bool:
-        """Whether nothing that could be installed here helps, so that `build` writes a kit."""
+        """Return whether no installation here would help, so that `build` writes a kit for another machine."""
         return False
 
     def refused_version(self, _version: str) -> str | None:
-        """Why the backend's package of this version cannot compile the recipe's dialect; None where it can."""
+        """Return why the backend's package of this version cannot compile the recipe's dialect; None where it can."""
         return None
 
     def how_to_install(self) -> str:
@@ -93,29 +95,31 @@ class Backend(ABC):
 
     @abstractmethod
     def version(self) -> str:
-        """Name and version of what makes the engines, for the build's record."""
+        """Return the version of the package that makes the engines, for the build's record."""
 
     @abstractmethod
     def device(self) -> str:
-        """The device that the engines are for, in words."""
+        """Return the device that the engines are for, in words."""
 
     @abstractmethod
     def key(self) -> Any:
-        """Everything that all engines depend on besides their graphs and weights."""
+        """Return everything that all engines depend on besides their graphs and weights; it enters every key."""
 
     def details(self) -> dict[str, Any]:
-        """Further facts for the build's record."""
+        """Return further facts for the build's record."""
         return {}
 
     def start(self) -> None:  # noqa: B027  most have nothing to begin
-        """Begin what must begin before anything else in this process runs a graph."""
+        """Start what must start before a graph runs in this process, like ONNX Runtime's thread pool."""
 
     def ready_engines(self, _bundle: Bundle) -> dict[str, EngineRecord] | None:
-        """The engines where nothing has to be made; else None."""
+        """Return the engines where nothing has to be made (portable graphs used as they are), else None."""
         return None
 
     def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
-        """The segments of a build. On a device the policy is an engine of its own and reads what an engine gave."""
+        """Return the segments of a build. Where the policy is an engine of its own, the layers are cut before the layer
+        whose input it reads, so that this input is the output of an engine.
+        """
         policy = manifest.policy
         cut = (policy.read,) if self.on_device and policy.has_network else ()
         return plan_segments(manifest.model.num_layers, policy.units, cut)
@@ -123,7 +127,7 @@ class Backend(ABC):
     def artifacts(
         self, bundle: Bundle, segments: Sequence[Segment], folder: Path, progress: Progress
     ) -> Iterator[Artifact]:
-        """Everything a build consists of, in the order in which it is made. `folder` is where finished files lie."""
+        """Yield everything a build consists of, in the order of its making. `folder`: where finished files lie."""
         from dash_export.building.calibrate import calibration_key, rounding_artifact
         from dash_export.building.engine_graphs import Artifact, engine_graphs, graphs_key, lowered
         from dash_export.graphs.rounded import stored_roundings, to_nearest
@@ -145,12 +149,12 @@ class Backend(ABC):
             yield Artifact(graph.name, key, write, graph.extends)
 
     def shared(self, _bundle: Bundle) -> Iterator[Artifact]:
-        """Files that engines have in common."""
+        """Yield the files that engines share."""
         return iter(())
 
     def save(self, model: ir.Model, _folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
-        """Write one engine of its lowered graph as `out` with a suffix; `extended`: finished ones whose weights it
-        shares. `_folder` is where finished files lie.
+        """Write one engine from its lowered graph as `out` plus a suffix. `extended`: files of finished engines whose
+        weights it shares. `_folder`: where finished files lie. Return the engine's files, its own first.
         """
         from dash_export.building.engine_graphs import save_extending
 
@@ -158,8 +162,9 @@ class Backend(ABC):
 
 
 def plan_segments(num_layers: int, units: Sequence[Unit], cut: Collection[int] = ()) -> tuple[Segment, ...]:
-    """Cut before and after every unit, and before the layers in `cut`: what enters those is an engine's output, which
-    a policy of its own can read. Embed or head stand alone where nothing that always runs is next to them.
+    """Cut the layers before and after every unit, and before the layers in `cut`, so that a policy of its own can read
+    what enters these: it is an engine's output then. The embedding stands alone where 0 is in `cut`, the head where the
+    last layers are a unit; else each belongs to the segment next to it.
     """
     ends = {0, num_layers, *cut, *(unit.first for unit in units), *(unit.last + 1 for unit in units)}
     firsts = {unit.first for unit in units}

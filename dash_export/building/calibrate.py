@@ -1,14 +1,13 @@
-"""Calibrated rounding of a bundle's int4 matrices, GPTQ on what the layers are really fed; and what fp8 ones are fed at
-most.
+"""Calibration on a text: GPTQ rounding of a bundle's int4 matrices, and the input ranges of its fp8 matrices.
 
-GPTQ (Frantar et al., arXiv 2210.17323) rounds a matrix so that its *product* with what the model feeds it changes
-least, not its weights: input by input; the error that each rounding makes in the product is moved onto the inputs not
-yet rounded, as far as the calibration data say that they go together. What comes out is refined once: scales by least
-squares for the codes there are, then code by code what is best beside all others (cyclic coordinate descent, as
-QuantEase, arXiv 2309.01885, does it).
+GPTQ (Frantar et al., arXiv 2210.17323) rounds a matrix so that its *product* with its real inputs changes least, not
+its weights. It rounds one input's weights at a time, and moves the error that this makes in the product onto the inputs
+not yet rounded, as far as the calibration data correlate them. The result is refined once: first the scales, by least
+squares for the codes found; then the codes one by one, each the best given all others (cyclic coordinate descent, as
+in QuantEase, arXiv 2309.01885).
 
-A layer is fed by the rounded layers before it, so later ones make up for earlier ones' errors. In memory at a time: one
-layer's weights and moments, and the hidden states of the calibration text.
+A layer's inputs are the outputs of the rounded layers before it, so later layers make up for errors of earlier ones.
+In memory at a time: the weights and moments of one layer, and the hidden states of the calibration text.
 """
 
 from __future__ import annotations
@@ -39,22 +38,22 @@ from dash_export.runtime.text import Text
 from dash_export.targets import CALIBRATED, Precision, Recipe
 
 TEXT = "quantise.txt"
-"""Shipped text that int4 weights are calibrated on."""
+"""Shipped text that int4 and fp8 weights are calibrated on."""
 WINDOW = 256
 WINDOWS = 64
-"""Half as many: 7 % (MLP's first product) to 29 % (its last) more squared error on other text."""
+"""With half as many the squared error on other text is 7 % (MLP's first product) to 29 % (its last) higher."""
 BATCH = 8
-"""Windows that go through a layer together."""
+"""Windows that go through a layer in one run."""
 ROUNDING_REVISION = 3
-"""Raised whenever matrices are rounded or kept otherwise, so that files made by an earlier version are not reused."""
+"""Increased when matrices are rounded or stored differently, so that files of an earlier revision are not reused."""
 
 Floats = npt.NDArray[np.float32]
 Moments = npt.NDArray[np.float64]
 
 
 def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
-    """Key of what a calibrated engine depends on besides its own graph: the text, and the layers that feed it. Nothing
-    where nothing is calibrated.
+    """Return the key of what calibrated engines depend on besides their own graphs: the text, and the layers whose
+    outputs are their inputs. "" where nothing is calibrated.
     """
     if recipe.weights.rounding != "gptq" or not recipe.weights.calibrates:
         return ""
@@ -63,8 +62,9 @@ def calibration_key(bundle: Bundle, recipe: Recipe) -> str:
 
 
 def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, progress: Progress) -> Artifact:
-    """The file of all matrices that the recipe rounds to int4; the one in the build's `folder` where it is of the same,
-    as in a kit. Writing it raises BackendError where ONNX Runtime is missing: not before, for a build kit brings it.
+    """Return the artifact of the file of all int4 roundings and fp8 ranges. Writing it copies the file in the build's
+    `folder` where that has the same key, as in a kit. Else it calibrates, and raises BackendError where ONNX Runtime is
+    missing; only then, because with a kit's file none is needed.
     """
     parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), asdict(recipe.weights)
     key = content_key(ROUNDING_REVISION, *parts, bundle.manifest.policy.layers)
@@ -85,8 +85,8 @@ def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, progress: Pr
 
 
 def calibrated(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[tuple[str, Rounded | float]]:
-    """(node, rounding) of every matrix that the recipe rounds to int4, and (node, the largest number it is fed) of
-    every fp8 one, layer by layer, the head last.
+    """Yield (node, rounding) for every matrix that the recipe rounds to int4, and (node, largest absolute input) for
+    every fp8 matrix: layer by layer, the head last.
     """
     model, gated = bundle.manifest.model, bundle.manifest.policy.layers
     embed = graph_run(bundle.graph("embed"))
@@ -128,8 +128,8 @@ def _round_layer(
     states: list[Floats],
     feeds: Arrays,
 ) -> Iterator[tuple[str, Rounded | float]]:
-    """Round the int4 matrices, in the layer's graph too, and measure what fp8 ones are fed. Meanwhile the graph gives
-    what all these are fed, and nothing else.
+    """Round the layer's int4 matrices, in its graph too, and measure the largest input of its fp8 matrices. While it
+    measures, the graph's only outputs are the inputs of all these matrices.
     """
     readers: defaultdict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node, precision in precisions.items():
@@ -163,7 +163,7 @@ def _round_layer(
 
 
 def _outputs(model: ir.Model, name: str, states: list[Floats], feeds: Arrays) -> Iterator[Arrays]:
-    """Run a layer on each batch of states."""
+    """Run a layer on each batch of states, and yield its outputs."""
     with tempfile.TemporaryDirectory(prefix="dash-calibrate-") as folder:
         run = graph_run(write_whole(model.clone(), Path(folder) / f"{name}.onnx"))
         for state in states:
@@ -171,8 +171,8 @@ def _outputs(model: ir.Model, name: str, states: list[Floats], feeds: Arrays) ->
 
 
 def _rounded(recipe: Recipe, matrices: list[Floats], moments: Moments) -> Iterator[Rounded]:
-    """Round matrices that are fed the same. None where no block divides them, and they are left as they are. ONNX
-    Runtime pads a last, shorter block.
+    """Round matrices that have the same input. Yield nothing where no block size divides the input: the matrices then
+    stay as they are. For ONNX Runtime (`ort`) any block size does: it pads a last, shorter block.
     """
     weights = recipe.weights
     block = weights.block_size if recipe.dialect == "ort" else block_of(len(matrices[0]), weights.block_size)
@@ -189,14 +189,14 @@ def _largest(vectors: Floats) -> float:
 
 
 def _moments(vectors: Floats) -> Moments:
-    """Sum of x x^T over vectors [..., width]."""
+    """Return the sum of x x^T over vectors x [..., width]: [width, width]."""
     rows = vectors.reshape(-1, vectors.shape[-1])
     product: Moments = (rows.T @ rows).astype(np.float64)
     return product
 
 
 def _windows(bundle: Bundle) -> npt.NDArray[np.int64]:
-    """Token ids [WINDOWS / BATCH, BATCH, WINDOW], spread over the shipped text."""
+    """Return token ids [WINDOWS / BATCH, BATCH, WINDOW], in windows spread over the shipped text."""
     text = (resource_folder("calibration") / TEXT).read_text(encoding="utf-8")
     tokenizer = Text(bundle.root)
     first, ids = tokenizer.beginning, np.array(tokenizer.encode(text, special=False), np.int64)
@@ -208,22 +208,23 @@ def _windows(bundle: Bundle) -> npt.NDArray[np.int64]:
 
 
 SHRINK = tuple(1 - 0.03 * step for step in range(12))
-"""A grid that leaves out a block's extremes is finer for everything else: shares of the range that are tried."""
+"""Shares of a block's range to try: a grid that leaves out the block's extremes is finer for everything else."""
 DAMPING = 0.01
-"""Share of the mean squared input that is added to every input's own: what the data have never seen stays bounded."""
+"""Share of the mean squared input that is added to every input's own: it bounds the effect of inputs never seen."""
 TOP, MIDDLE = 15, 8
-"""The largest code of 4 bits, and that of zero on a symmetric grid."""
+"""The largest code of 4 bits, and the code of zero on a symmetric grid."""
 _COLUMNS = 4096
 _STRIDE = 32
 
 
 def gptq(matrix: Floats, moments: Moments, block: int, symmetric: bool) -> Rounded:
-    """Round `matrix` [in, out] to 4 bits with one scale and zero point per block of `block` inputs and column.
+    """Round `matrix` [in, out] to 4 bits, with a scale and a zero point for each column and block of `block` inputs.
 
-    `moments` [in, in]: sum over calibration tokens of x x^T, x the matrix's input. Grids are fixed first, each block's
-    by the squared error weighted with the inputs' mean squares; inputs are then rounded in the order of these, largest
-    first (GPTQ's "act-order" with static groups). Columns do not depend on each other. Inputs that no block covers are
-    the last, shorter one's. Of refining, a first turn takes 3 to 7 % of the squared error, two more another 2 to 4 %.
+    `moments` [in, in]: sum of x x^T over calibration tokens, x the matrix's input. First each block's grid (scale, zero
+    point) is chosen, by the squared error weighted with the inputs' mean squares. Then the inputs are rounded, those of
+    the largest mean square first (GPTQ's "act-order" with static groups). Columns do not depend on each other. Inputs
+    after the last whole block make a shorter one. A first round of refining saves 3 to 7 % of the squared error, two
+    more would save another 2 to 4 %.
     """
     rows, columns = matrix.shape
     squares = np.diag(moments).copy()
@@ -232,7 +233,7 @@ def gptq(matrix: Floats, moments: Moments, block: int, symmetric: bool) -> Round
     damped = moments[np.ix_(order, order)] + np.eye(rows) * (DAMPING * mean)
     curvature = damped.astype(np.float32)
     felt = (curvature / np.diag(curvature)).astype(np.float32)
-    # The Cholesky factor of the inverse holds, row by row, how an error is shared out among what is left.
+    # Each row of the inverse's Cholesky factor says how an input's error is shared out among the inputs after it.
     shares = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
     shares /= np.diag(shares)[:, None].copy()
     weights = (squares / mean + 1e-6).astype(np.float32)
@@ -257,9 +258,10 @@ def gptq(matrix: Floats, moments: Moments, block: int, symmetric: bool) -> Round
 def _sweep(
     values: Floats, pull: Floats, spread: Floats, scales: Floats, zeros: Floats, *, free: bool
 ) -> npt.NDArray[np.uint8]:
-    """Codes of rows in the order given: each the nearest to its value less what the others pull at it, which changes as
-    they are rounded, by `spread` [from, to]. `free` (GPTQ): the rows to come make up for what rounding missed. Else
-    (coordinate descent) they stay at their values, and feel by how much others have left theirs.
+    """Round rows in the order given and return their codes. A row's code is the nearest to its value less `pull`, what
+    the errors of other rows add to it; rounding a row adds to `pull`, in place, by `spread` [from, to]. `free` (GPTQ):
+    rows to come make up for what rounding missed. Else (coordinate descent) rows to come are still at their `values`,
+    and `pull` changes by how far a rounded row has moved from its own.
     """
     rows, columns = values.shape
     codes = np.empty(values.shape, np.uint8)
@@ -277,7 +279,7 @@ def _sweep(
 
 
 def _grid(values: Floats, weights: Floats, symmetric: bool) -> tuple[Floats, npt.NDArray[np.uint8]]:
-    """Scale and zero point of one block [block, columns], per column."""
+    """Return scale and zero point, per column, of one block [block, columns]: those of least weighted squared error."""
     low, high = np.minimum(values.min(axis=0), 0), np.maximum(values.max(axis=0), 0)
     whole = 2 * np.maximum(-low, high * MIDDLE / (MIDDLE - 1)) if symmetric else high - low
     best = np.full(values.shape[1], np.inf, np.float32)
@@ -296,8 +298,8 @@ def _grid(values: Floats, weights: Floats, symmetric: bool) -> tuple[Floats, npt
 
 
 def _refit(steps: Floats, scales: Floats, grid: npt.NDArray[np.int64], wanted: Floats, curvature: Floats) -> Floats:
-    """The scales [blocks, out] with which `steps` (codes less zero points, [in, out]) come closest to `wanted`, a
-    blocks x blocks system per column. `grid`: each row's block.
+    """Return the scales [blocks, out] with which `steps` (codes less zero points, [in, out]) come closest to `wanted`
+    in the matrix's product: one blocks x blocks system per column. `grid`: each row's block.
     """
     blocks, columns = scales.shape
     inside = [np.flatnonzero(grid == index) for index in range(blocks)]

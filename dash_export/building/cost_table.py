@@ -1,4 +1,4 @@
-"""The cost of every unit, as a build measures it on the device."""
+"""Cost of every unit, as a build measures it on the device."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 WARM_UP = 10
 NOT_MEASURED = "not measured"
-"""The device of a cost table that stands in until the build is measured where it runs."""
+"""The device in a stand-in cost table: the build has not been measured yet where it runs."""
 
 
 def uniform_cost(manifest: Manifest) -> CostTable:
-    """A stand-in until the cost is measured: every layer the same, nothing but layers takes time."""
+    """Return a stand-in until costs are measured: all layers take the same time, and nothing else takes any."""
     cost = tuple(len(unit.layers) / manifest.model.num_layers for unit in manifest.policy.units)
     return CostTable(0, 0.0, {}, {}, cost, NOT_MEASURED)
 
 
 def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> CostTable:
-    """Run tokens at the recipe's context, timing every segment and bypass where it stands in the token.
+    """Run tokens at the recipe's context, and time every segment and bypass in its place in the token.
 
-    On a device engines run later than they are launched, and a token may be one graph: there whole tokens say what
-    is saved, as the recipe dispatches them. Medians over interleaved repeats. Units of as many layers share the median
-    of their costs, so that a noisy single measurement decides nothing.
+    On a device engines run later than they are launched, and a token may be one graph. There whole tokens are timed,
+    dispatched as the recipe says, and differences of tokens are what units save. Figures are medians over interleaved
+    repeats. Units of equally many layers share the median of their costs, so that no single noisy measurement decides.
     """
     model, units = bundle.manifest.model, bundle.manifest.policy.units
     recipe = build.recipe.cost
@@ -58,7 +58,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     gated = [place for place, segment in enumerate(build.segments) if segment.gated]
     bypasses = dict(zip(gated, (unit.bypass for unit in units), strict=True))
     passes = [
-        # Skipped in turn: a bypass too is timed where it finds its weights cold.
+        # Each pass skips every other unit, in turn: so a bypass, too, is timed with its weights cold in the cache.
         [
             (names[place], run) if bypass is None or gated.index(place) % 2 != parity else (bypasses[place], bypass)
             for place, (run, bypass) in enumerate(step.launches())
@@ -94,8 +94,8 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
 def _whole_tokens(
     step: DeviceStep, cache: DeviceCache, units: Sequence[Unit], asks: bool, repeats: int
 ) -> tuple[float, float, list[float]]:
-    """Microseconds of a dense token, of asking the policy, and saved by skipping each unit: alone, and as the policy
-    decides it where there is one.
+    """Return microseconds: of a dense token, of asking the policy, and saved by skipping each unit alone. Where there
+    is a policy, it decides that skip.
     """
     context = cache.length
     sizes = tuple(len(unit.layers) for unit in units)
@@ -123,7 +123,7 @@ def _whole_tokens(
 
 @backend_errors
 def _timed(launches: Iterable[Launch]) -> list[float]:
-    """Microseconds of each, with what the host takes to come to it."""
+    """Run the launches and return the microseconds of each, with the host's time before it."""
     stamps = [time.perf_counter()]
     for launch in launches:
         launch()

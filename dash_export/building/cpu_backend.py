@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 _FOLDED = 40
-"""Bytes that ONNX Runtime takes for a weight of a GGUF file's blocks, as it folds what makes float32 of them."""
+"""Bytes that ONNX Runtime takes per weight of a GGUF file's blocks, while it folds their dequantisation to float32."""
 
 
 class CpuBackend(Backend):
-    """Engines that share the tables of RoPE. What is packed for this machine's kernels is packed at loading."""
+    """Engines that share the RoPE tables. ONNX Runtime packs weights for this machine's kernels at loading."""
 
     on_device = False
     revision = 19
@@ -43,17 +43,19 @@ class CpuBackend(Backend):
         return f"{cpu_name()}, {physical_cores()} cores"
 
     def start(self) -> None:
-        """The process's only pool, with as many threads as will be measured with."""
+        """Start the process's only thread pool, with as many threads as costs are measured with."""
         load_backend(self.recipe.backend, self.recipe.runtime.threads)
 
     def ready_engines(self, bundle: Bundle) -> dict[str, EngineRecord] | None:
-        """The portable graphs are their own engines."""
+        """Return the portable graphs where they are the engines. Raises BackendError where their head takes more memory
+        than is free.
+        """
         if self.recipe.dialect != "portable":
             return None
         sizes = {record.name: record.bytes for record in bundle.manifest.files}
         model = bundle.manifest.model
         weights, stored = model.vocab_size * model.hidden_size, sizes.get("onnx/head.data", sizes["onnx/embed.data"])
-        if stored < 1.5 * weights and _FOLDED * weights > available_memory():  # blocks of a GGUF file
+        if stored < 1.5 * weights and _FOLDED * weights > available_memory():  # stored as a GGUF file's blocks
             raise BackendError(
                 f"ONNX Runtime takes {_FOLDED * weights / 1e9:.0f} GB to read the portable head of {model.name}, "
                 "and so much is not free: it makes float32 of blocks in several steps. Use --target cpu --weights fp32."
@@ -64,7 +66,7 @@ class CpuBackend(Backend):
         }
 
     def segments(self, manifest: Manifest) -> tuple[Segment, ...]:
-        """The embedding stands alone, so that states may come from elsewhere: one launch more."""
+        """Return the segments, the embedding apart: so states may come from elsewhere, for one launch more."""
         return plan_segments(manifest.model.num_layers, manifest.policy.units, cut=(0,))
 
     def key(self) -> Any:

@@ -1,6 +1,6 @@
-"""Where each trade-off lands on the calibration text: layers, time on this target and divergence.
+"""Calibration of the dial: what each trade-off gives on the calibration text, in layers, time on this target and KL.
 
-Needs the cost table and no training: a policy trained once is calibrated anew by every build.
+It needs the cost table and no training: every build calibrates a policy anew that was trained once.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from dash_export.runtime.device.base import Device
 WINDOWS = 8
 TOKENS = 128
 PREFIX = 32
-"""Dense tokens at the beginning of a window, as after a prompt. What follows is measured."""
+"""Dense tokens at the beginning of a window, like a prompt. The tokens after them are measured."""
 SHARES = (0.03, 0.08, 0.15, 0.24, 0.36, 0.55, 0.8, 0.97)
-"""Trade-offs are placed where the damage of a dense pass skips these shares of the units; beside them dense and all."""
+"""Shares of units that the trade-offs skip, by the damage of a dense pass. Two more skip nothing and everything."""
 
 
 def calibrate_dial(
     bundle: Bundle, build: Build, backend: Backend | Device, progress: Progress = no_progress
 ) -> tuple[DialPoint, ...]:
-    """The token policy from dense to everything skipped, each trade-off run for real under its own decisions.
+    """Return the points of the dial, from dense to everything skipped. Each trade-off is run under its own decisions.
 
-    KL is measured against the dense mode of the same build.
+    KL is measured against the dense mode of the same build. Return () where the model's context is a few tokens only.
     """
     runtime = DashRuntime(bundle, build, backend)
     windows = [window for window in _calibration_windows(runtime) if len(window) > DENSE_POSITIONS + 1]
-    if not windows:  # a context of a few tokens
+    if not windows:  # the model's context has only a few tokens
         return ()
     num_layers = bundle.manifest.model.num_layers
     trade_offs = _trade_offs(runtime, windows)
-    sums = np.zeros((len(trade_offs), 4))  # layers skipped, time, nats, log-likelihood lost
+    sums = np.zeros((len(trade_offs), 4))  # layers skipped, time, KL in nats, log-likelihood lost
     judged = 0
     tokens = 0
     for done, window in enumerate(windows, 1):
@@ -59,14 +59,14 @@ def calibrate_dial(
 
 
 def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> list[float]:
-    """Rising, from the damage of dense passes; the last one skips everything."""
-    # The network must be asked although nothing is skipped.
+    """Return rising trade-offs, chosen by the damage of dense passes. The last one skips everything."""
+    # With a trade-off of 0 nothing is skipped, and the policy network is asked all the same.
     session = runtime.session("token", trade_off=0.0)
     damage = np.concatenate([session.score(window).damage[DENSE_POSITIONS:] for window in windows]).astype(np.float64)
     ratios = damage / np.maximum(runtime.cost.cost, 1e-9)
     if not np.isfinite(ratios).all():
         raise PolicyError("The policy's network gives damages that are no numbers: train it again, or export another.")
-    # Past the largest ratio everything is skipped, whatever the feedback of skipping does to damage.
+    # Far beyond the largest ratio everything is skipped, however much skipping itself changes the damage.
     found = [*np.quantile(ratios, SHARES), 4.0 * ratios.max() + 1.0]
     return sorted({float(f"{trade_off:.6g}") for trade_off in found})
 
@@ -74,10 +74,10 @@ def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> l
 def _measured(
     runtime: DashRuntime, window: npt.NDArray[np.int64], trade_offs: Sequence[float]
 ) -> npt.NDArray[np.float64]:
-    """Per trade-off, over the measured tokens of a window: layers skipped, time as fractions of dense, nats of KL, and
-    log-likelihood of the text lost.
+    """Measure a window under each trade-off. Return [trade-offs, 4], sums over the window's measured tokens: layers
+    skipped, time as fractions of dense, KL in nats, and log-likelihood of the text lost.
     """
-    prompt = min(PREFIX, len(window) // 2)  # less where a model's context is hardly longer
+    prompt = min(PREFIX, len(window) // 2)  # less where the model's context is short
     dense = runtime.session("dense").score(window, prompt, keep_logits=True)
     assert dense.logits is not None
     reference = DenseRows(dense.logits[prompt:])
@@ -94,7 +94,7 @@ def _measured(
 
 
 def _calibration_windows(runtime: DashRuntime) -> list[npt.NDArray[np.int64]]:
-    """About WINDOWS windows of TOKENS tokens, spread evenly over the shipped text."""
+    """Return about WINDOWS windows of TOKENS token ids, spread evenly over the shipped text."""
     text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
     window = min(TOKENS, runtime.engines.model.max_positions)
     return runtime.text.windows(text, WINDOWS * TOKENS // window, window)

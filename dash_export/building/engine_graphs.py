@@ -1,4 +1,4 @@
-"""The graph of every engine of a build: a model's portable graphs cut into segments, composed, and lowered."""
+"""Graphs of a build's engines: the portable graphs of a model cut into segments, composed, and lowered."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from dash_export.targets import Recipe
 
 @dataclass(frozen=True)
 class Artifact:
-    """One engine to make: `write(temporary folder)` returns its files, the engine's own first. `extends` names those
-    whose weights it maps too. Or what engines map (`shared`) or are made of (`aside`).
+    """One engine to make, or files that engines map (`shared`) or are made from (`aside`). `write(temporary folder)`
+    returns the files it wrote, the engine's own first. `extends`: engines whose weights this one maps too.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Artifact:
 
 @dataclass(frozen=True)
 class EngineGraph:
-    """An engine's graph: the bundle's graphs it is made of, for `segment` or for skipping it. `extends`: engines whose
-    weights it shares.
+    """Plan of an engine's graph, which runs `segment` or is its bypass. `parts`: the bundle's graphs it is made of.
+    `extends`: engines whose weights it shares.
     """
 
     name: str
@@ -48,11 +48,11 @@ class EngineGraph:
 
 
 def engine_graphs(bundle: Bundle, segments: Sequence[Segment], on_device: bool) -> Iterator[EngineGraph]:
-    """The graphs of a build. A unit has two engines: what runs it, and its bypass.
+    """Yield the graphs of a build's engines. A unit has two engines: the one that runs it, and its bypass.
 
-    On the host it has a third, mixed one, for steps whose rows differ, which maps the weights of the two; and the
-    segment whose layer the policy reads gives the damage of all units as one more output. On a device the policy is an
-    engine of its own.
+    On the host a unit has a third, mixed engine, for steps in which some rows run and others skip; it maps the weights
+    of the other two. The host's segment with the layer whose input the policy reads gives the damage of all units as
+    one more output. On a device the policy is an engine of its own.
     """
     policy = bundle.manifest.policy
     for segment in segments:
@@ -71,7 +71,7 @@ def engine_graphs(bundle: Bundle, segments: Sequence[Segment], on_device: bool) 
 
 
 def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
-    """Changes when a graph, its data or a file that graphs share does."""
+    """Return a key that changes when one of the graphs, its data or a file that graphs share changes."""
     hashes = {record.name: record.sha256 for record in bundle.manifest.files}
     files = [bundle.manifest.graphs[name] for name in names]
     data = [file.removesuffix(".onnx") + ".data" for file in files]
@@ -79,10 +79,10 @@ def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
 
 
 def lowered(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Roundings = to_nearest) -> ir.Model:
-    """An engine's graph in the recipe's dialect."""
+    """Return an engine's graph in the recipe's dialect, at the recipe's precisions."""
     if recipe.dialect != "ort":
         return trt.lower(portable(bundle, graph), recipe, bundle.manifest.policy.layers, roundings)
-    from dash_export.graphs import ort  # its quantiser is ONNX Runtime's, which a machine with TensorRT may lack
+    from dash_export.graphs import ort  # imports ONNX Runtime, for its quantiser: a machine with TensorRT may lack it
 
     parts = {name: load_graph(bundle.graph(name)) for name in graph.parts}
     doc = f"{', '.join(graph.parts)} of {bundle.manifest.model.name}"
@@ -90,7 +90,7 @@ def lowered(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Round
 
 
 def save_extending(lowered: ir.Model, path: Path, extended: Sequence[Path] = ()) -> list[Path]:
-    """Save a lowered graph. Weights that it shares with finished engines stay in their files."""
+    """Save a lowered graph. Weights that are equal in the finished engines `extended` stay in the files of those."""
     known = [load_graph(other).graph.initializers for other in extended]
     for weight, value in lowered.graph.initializers.items():
         for twin in (weights[weight].const_value for weights in known if weight in weights):
@@ -104,8 +104,8 @@ def save_extending(lowered: ir.Model, path: Path, extended: Sequence[Path] = ())
 
 
 def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> Path:
-    """The portable graph of engine `name` (the segment's own, its bypass, the policy) where it lies in the bundle; of a
-    merged segment it is written into `folder` first.
+    """Return the file of engine `name`'s portable graph (the segment's own, its bypass, the policy). It lies in the
+    bundle; a segment of several graphs is first composed and written into `folder`.
     """
     if name != segment.name or segment.graphs == [name]:
         return bundle.graph(name)
@@ -113,17 +113,17 @@ def portable_file(bundle: Bundle, segment: Segment, name: str, folder: Path) -> 
 
 
 def write_whole(model: ir.Model, path: Path) -> Path:
-    """Save a graph whose weights may lie in a bundle, all of them beside it."""
+    """Save a graph and all its weights beside it, also weights that lie in a bundle."""
     for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):  # small ones would stay references into the bundle
+        if isinstance(value.const_value, ir.ExternalTensor):  # else small ones would stay references into the bundle
             value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     save_graph(model, path)
     return path
 
 
 def portable(bundle: Bundle, graph: EngineGraph) -> ir.Model:
-    """An engine's portable graphs in a row, each fed with what the one before gives; the policy with what enters the
-    layer that it reads. The outputs of all, the last one's first. Not for mixed engines.
+    """Compose an engine's portable graphs: each reads the state that the one before gives, the policy the state that
+    enters the layer it reads. The first output is the last state or the logits. Not for mixed engines.
     """
     if graph.name != graph.segment.name:  # a bypass, or the policy
         return load_graph(bundle.graph(graph.parts[0]))

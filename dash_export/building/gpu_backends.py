@@ -1,7 +1,7 @@
 """GPU backends: graphs for ONNX Runtime on CUDA, which any machine lowers, and engines that TensorRT compiles.
 
-TensorRT compiles only for the device it runs on, TensorRT-RTX ahead of time anywhere. The lowered ONNX file is a step
-on the way and is not kept: `build --verify` makes it again. Engines hold their weights themselves.
+TensorRT compiles only for the device it runs on, TensorRT-RTX ahead of time on any machine. The lowered ONNX file is
+not kept: `build --verify` makes it again. Engine files hold their weights themselves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ JETSONS = ("8.7", "11.0")
 
 
 class GpuBackend(Backend):
-    """The common part of all GPU backends."""
+    """Base of all GPU backends: needs a device of the recipe's compute capabilities to run."""
 
     revision = 7
 
@@ -49,7 +49,7 @@ class GpuBackend(Backend):
         return reason
 
     def no_such_device(self) -> str | None:
-        """Why this machine's first CUDA device is not one of the recipe's; None where it is."""
+        """Return why this machine's first CUDA device does not fit the recipe; None where it does."""
         wanted = ", ".join(self.engine.capabilities)
         try:
             device = cuda_devices()[0]
@@ -61,7 +61,7 @@ class GpuBackend(Backend):
 
 
 class CudaBackend(GpuBackend):
-    """Graphs that ONNX Runtime takes as they are: they do not depend on the one that will run them."""
+    """Lowered graphs that ONNX Runtime takes as they are: they do not depend on the ONNX Runtime that will run them."""
 
     def version(self) -> str:
         return f"dash-export {__version__}"
@@ -74,7 +74,7 @@ class CudaBackend(GpuBackend):
 
 
 class RtxBackend(GpuBackend):
-    """TensorRT-RTX, which compiles for the recipe's capabilities."""
+    """TensorRT-RTX, which compiles ahead of time for all compute capabilities of the recipe."""
 
     def build_obstacle(self) -> str | None:
         package = self.recipe.backend
@@ -87,7 +87,7 @@ class RtxBackend(GpuBackend):
         return f"any device of compute capability {', '.join(self.engine.capabilities)}"
 
     def details(self) -> dict[str, Any]:
-        """The compiler, and everything it was told beside the graphs."""
+        """Return the compiler, and all settings that it was given beside the graphs."""
         told = asdict(self.settings(None)) | {
             "capabilities": list(self.engine.capabilities),
             "profiles": [*self._profiles()],
@@ -96,7 +96,7 @@ class RtxBackend(GpuBackend):
         return {"compiler": load_toolkit(self.recipe.backend).describe(), **told}
 
     def key(self) -> Any:
-        """Raises BackendError where this machine's TensorRT cannot compile the dialect."""
+        """Return what all engines depend on. Raises BackendError where this TensorRT cannot compile the dialect."""
         if (reason := self.refused_version(self.version())) is not None:
             raise BackendError(reason)
         recipe = self.recipe
@@ -104,7 +104,7 @@ class RtxBackend(GpuBackend):
         return recipe.backend, self.version(), self.device(), *told
 
     def save(self, model: ir.Model, folder: Path, out: Path, extended: Sequence[Path]) -> list[Path]:
-        """Compile. What TensorRT learns of the device's kernels is kept in `folder`."""
+        """Compile the lowered graph. TensorRT's timing cache (kernel times of the device) is kept in `folder`."""
         toolkit, timing = load_toolkit(self.recipe.backend), folder / TIMING_CACHE
         settings = self.settings(model)
         graph, path = super().save(model, folder, out, extended)[0], out.with_name(f"{out.name}.engine")
@@ -118,7 +118,7 @@ class RtxBackend(GpuBackend):
         return [path]
 
     def settings(self, model: ir.Model | None) -> Settings:
-        """The compiler's settings for a lowered graph. Without one: those that all graphs share."""
+        """Return the compiler's settings for a lowered graph; without a graph, those that all graphs share."""
         engine = self.engine
         return Settings(
             profiles=tuple(_shapes(model, each) for each in self._profiles().values()) if model is not None else (),
@@ -129,8 +129,8 @@ class RtxBackend(GpuBackend):
         )
 
     def _profiles(self) -> dict[str, tuple[Sizes, Sizes, Sizes]]:
-        """The smallest, the best and the largest (sequences, tokens of each) of every profile, in the order that
-        `DeviceStep` knows.
+        """Return the (smallest, best, largest) sizes of every profile, a size being (sequences, tokens of each), in the
+        order in which `DeviceStep` uses the profiles.
         """
         chunk, most = self.recipe.runtime.prefill_chunk, self.engine.sequences
         if self.engine.profiles == 1:
@@ -140,7 +140,7 @@ class RtxBackend(GpuBackend):
 
 
 class TensorRTBackend(RtxBackend):
-    """TensorRT, which compiles for the device that is here."""
+    """TensorRT, which compiles only for the device of this machine."""
 
     def build_obstacle(self) -> str | None:
         return self.no_such_device() or super().build_obstacle()

@@ -1,4 +1,4 @@
-"""A graph or engine file of this bundle in ONNX Runtime on a CPU, one step at a time, and what a step is fed with."""
+"""Single steps of a bundle's graph or engine file in ONNX Runtime on a CPU, and the inputs of a step."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _CHARACTERS = 2000
 
 
 def text_ids(bundle: Bundle, count: int) -> npt.NDArray[np.int64]:
-    """The first `count` tokens of the shipped prose, over again where it is too short."""
+    """Return the first `count` token ids of the shipped prose, which is repeated where it is too short."""
     text = (resource_folder("calibration") / "prose.txt").read_text(encoding="utf-8")
     ids = Text(bundle.root).encode(text[: max(_CHARACTERS, 8 * count)])
     return np.resize(np.array(ids, np.int64), count)
 
 
 def step_inputs(start: int, count: int, capacity: int) -> Arrays:
-    """Where `count` tokens after `start` cached ones go, in a cache of `capacity` rows: what graphs and engines of any
-    dialect may take beside states, actions and caches.
+    """Return the inputs that say where `count` tokens go after `start` cached ones, in a cache of `capacity` rows: all
+    that graphs and engines of any dialect take beside states, actions and caches.
     """
     positions = np.arange(start, start + count)
     mask = np.arange(capacity)[None, :] <= positions[:, None]
@@ -45,10 +45,11 @@ def step_inputs(start: int, count: int, capacity: int) -> Arrays:
 
 
 def graph_run(path: Path, *, own_threads: bool = False) -> Run:
-    """A graph in ONNX Runtime on the CPU, fed with what it takes, at the types and ranks it takes.
+    """Load a graph into ONNX Runtime on the CPU, and return the function that runs it. The function takes more inputs
+    than the graph has, and converts them to the graph's types and ranks.
 
-    ONNX Runtime has either one pool of threads for the process or one per session: `own_threads` where others in this
-    process have their own. Raises BackendError when ONNX Runtime refuses the graph.
+    ONNX Runtime has either one thread pool for the process or one per session: give `own_threads` where other sessions
+    in this process have pools of their own. Raises BackendError when ONNX Runtime refuses the graph.
     """
     import onnxruntime as ort
 
@@ -56,7 +57,7 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
 
     options = ort.SessionOptions() if own_threads else shared_pool_options()
     options.log_severity_level = 3
-    # Between runs numpy computes, whose threads would share the cores with threads that spin.
+    # Between runs numpy computes: ONNX Runtime's threads must not spin on its cores meanwhile.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     with ort_errors(path.name):
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -68,7 +69,7 @@ def graph_run(path: Path, *, own_threads: bool = False) -> Run:
         feeds = {}
         for item in session.get_inputs():
             array = inputs[item.name] if item.name in inputs else short[item.name]
-            # A lowered graph may take rows where others take [batch, sequence]: batch is one.
+            # A lowered graph may take rows where others take [batch, sequence]: drop the leading axis, which is 1.
             array = array.reshape(array.shape[max(0, array.ndim - len(item.shape)) :])
             feeds[item.name] = array.astype(types.get(item.type, array.dtype), copy=False)
         with ort_errors(path.name):

@@ -1,7 +1,7 @@
-"""The build kit: for a target this machine cannot compile for, a folder to copy to one that can.
+"""Build kit: a folder to copy to a machine that can compile for a target, where this machine cannot.
 
-It holds the bundle, this package and one command. What can be proved here is proved before it is written: every lowered
-graph agrees with its portable graph.
+A kit holds the bundle, this package and one script. Before it is written, what can be checked here is checked: every
+lowered graph agrees with its portable graph.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ onnx_ir>=1.1
 ml_dtypes>=0.5
 tomli>=2; python_version < '3.11'
 """
-"""Packages that building needs on the device, beside its TensorRT."""
+"""Packages that a build needs on the device, beside TensorRT."""
 
 
 def write_kit(
@@ -68,9 +68,9 @@ def write_kit(
 ) -> Path:
     """Write the kit of `target` (name or path of a recipe) and return its folder, by default beside the bundle.
 
-    `options` are the command line's own for the weights (`--weights int4`). Raises BackendError for a CPU and when a
-    lowered graph is not what its portable graph says, BundleError when the bundle is damaged or something else lies at
-    `output`.
+    `options`: the command line's options for the weights, name and value in turn (`--weights int4`). Raises
+    BackendError for a CPU target and when a lowered graph disagrees with its portable graph, BundleError when the
+    bundle is damaged or something that is no kit lies at `output`.
     """
     given = dict(zip(options[::2], options[1::2], strict=True))
     recipe = with_weights(load_recipe(target), **{name.removeprefix("--"): value for name, value in given.items()})
@@ -80,7 +80,7 @@ def write_kit(
     folder = named(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
     if root.name in (SCRIPT, REQUIREMENTS, LIBRARY, RECIPES, RECORD, MARK, ".venv", "report.json"):
         raise BackendError(f"A kit has a {root.name} of its own beside the bundle: rename the bundle first.")
-    # Engines that were compiled in the kit, and all else that somebody put there, stay.
+    # Only the entries in `ours` are replaced: engines compiled in the kit, and files of others, stay.
     inside = [f"{root.name}/{name}" for name in (*OURS, f"engines/{recipe.name}/{ROUNDINGS}")]
     recipe_file = [Path(target)] if Path(target).suffix == ".toml" else []
     ours = (
@@ -116,7 +116,7 @@ def write_kit(
             if recipe_file:
                 (unfinished / RECIPES).mkdir()
                 target = f"{RECIPES}/{Path(shutil.copy2(target, unfinished / RECIPES)).name}"
-            # The manifest changes when engines are built; it is hashed by itself.
+            # The manifest is left out: it changes when engines are built, and has its own hash.
             apart = (unfinished / MARK, unfinished / root.name / MANIFEST)
             files = sorted(path for path in unfinished.rglob("*") if path.is_file() and path not in apart)
             record: dict[str, Any] = {
@@ -132,13 +132,13 @@ def write_kit(
             }
             record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
             write_atomic(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
-            _refuse_foreign(folder, root.name, recipe_file)  # what has appeared there meanwhile
+            _refuse_foreign(folder, root.name, recipe_file)  # something may have appeared meanwhile
             put_in_place(unfinished, folder, ours, RECORD, "build --kit")
     return folder
 
 
 def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) -> Verification:
-    """Calibrate into `engines` where int4 is, lower everything once, and say how it agrees."""
+    """Calibrate into `engines` where the recipe does, lower each graph once, and compare it with its portable graph."""
     if calibration_key(bundle, recipe):
         engines.mkdir(parents=True)
         rounding_artifact(bundle, recipe, bundle.path(f"engines/{recipe.name}"), progress).write(engines)
@@ -147,19 +147,19 @@ def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) ->
 
 
 def _refuse_foreign(folder: Path, bundle: str, recipes: Sequence[Path]) -> None:
-    """Raises BundleError where the kit, its bundle or its recipe would take the place of what is none of ours."""
+    """Raise BundleError where the kit, its bundle or its recipe would replace what this program did not write."""
     refuse_link(folder)
     is_kit = all((folder / name).exists() for name in (RECORD, SCRIPT, f"{LIBRARY}/dash_export"))
     if folder.exists() and not is_kit and not bears_mark(folder, "build --kit"):
         raise BundleError(f"{folder} exists and is not a build kit: it will not be overwritten. Choose another --kit.")
-    if not bears_mark(folder, "build --kit"):  # else a kill left the bundle half replaced
+    if not bears_mark(folder, "build --kit"):  # with the mark: a kill left the bundle half replaced
         refuse_foreign(folder / bundle)
     for recipe in recipes:
         _refuse_recipe(folder / RECIPES / recipe.name, recipe, folder / RECORD)
 
 
 def _refuse_recipe(place: Path, recipe: Path, record: Path) -> None:
-    """Raises BundleError for a recipe in the kit that is neither the same nor as the kit was made with."""
+    """Raise BundleError for a recipe in the kit that is neither the new one nor the one the kit was made with."""
     if not os.path.lexists(place):
         return
     try:

@@ -23,11 +23,13 @@ INSTALL = (
     "python3 -m venv --system-site-packages .venv && .venv/bin/python -m pip install -r requirements.txt && "
     ".venv/bin/python build.py"
 )
-"""The environment sees the system's TensorRT."""
+"""Commands that make an environment, which also sees the system's TensorRT, and run this script in it."""
 
 
 def main() -> int:
-    """0 when everything went well; what did not is told in one paragraph and in report.json."""
+    """Check the kit and build. Return 0 on success; a failure is told in one paragraph, one of the build also in
+    report.json.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only check that the kit arrived whole")
     options = parser.parse_args()
@@ -56,7 +58,7 @@ def main() -> int:
 
 
 def sha256(path: Path) -> str:
-    """Nothing of a file that is not there, or is none."""
+    """Return a file's SHA-256 in hex; "" where it is missing, cannot be read or is not a regular file."""
     digest = hashlib.sha256()
     if not path.is_file():
         return ""
@@ -70,7 +72,7 @@ def sha256(path: Path) -> str:
 
 
 def build(kit: dict[str, Any]) -> int:
-    """Run the build, and keep what it said with the machine's facts in report.json."""
+    """Run the build, and write its result, its output and the facts of this machine to report.json."""
     environment = os.environ | {"PYTHONPATH": str(HERE / "lib"), "ORT_DISABLE_TELEMETRY": "1"}
     program = [sys.executable, "-m", "dash_export"]
 
@@ -78,7 +80,7 @@ def build(kit: dict[str, Any]) -> int:
         asked = [*program, "doctor", "--json", *options]
         return subprocess.run(asked, cwd=HERE, env=environment, capture_output=True, text=True, check=False).stdout
 
-    machine = doctor("--probe")  # before the build: what the card does is told even where that breaks off
+    machine = doctor("--probe")  # before the build: the report has the card's facts even if the build breaks off
     machine = machine if machine.startswith("{") else doctor()
     command = [*program, *kit["command"]]
     print("+", " ".join(command), flush=True)
@@ -102,7 +104,7 @@ def build(kit: dict[str, Any]) -> int:
     written = HERE / ".report.json"
     written.unlink(missing_ok=True)
     written.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    written.replace(HERE / "report.json")  # which may be a link
+    written.replace(HERE / "report.json")  # replaces a link, does not write through it
     if not done:
         return fail("The build did not finish; report.json says what happened.")
     print(f"Done. Engines: {folder}. Send back report.json, or copy engines/{folder.name} into your bundle.")

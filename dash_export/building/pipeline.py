@@ -23,9 +23,9 @@ from dash_export.signing import check_trusted
 from dash_export.targets import Recipe, load_recipe, with_weights
 
 TRIALS, PAUSE = 3, 2.0
-"""How often costs are measured while the machine is busy, and seconds between."""
+"""How often costs are measured, at most, while the machine is busy, and the seconds between."""
 MEASURING_REVISION = 2
-"""Raised whenever costs are measured otherwise, or what a trade-off means changes: an earlier dial is wrong then."""
+"""Increased when costs are measured differently or a trade-off changes its meaning: an earlier dial is wrong then."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,21 +43,21 @@ def build(
     measure: bool = False,
     progress: Progress = no_progress,
 ) -> Build:
-    """Build engines for `target` (a recipe's name or path), at other precisions and rounded otherwise where given.
-    Reuses every engine whose inputs are unchanged. With `verify` every engine is compared with its portable graph and
-    the result is kept; with `measure` costs and dial are measured also where nothing changed.
+    """Build engines for `target` (a recipe's name or path); `weights`, `head`, `embedding` and `rounding` override the
+    recipe. Engines whose inputs are unchanged are reused. `verify`: compare every engine with its portable graph and
+    keep the result. `measure`: measure costs and dial even where nothing changed.
 
-    Raises BundleError, RecipeError, BackendError; BusyError where another process builds the same or exports the
-    bundle; NotHereError where this machine cannot compile for the target.
+    Raises BundleError, RecipeError, BackendError; BusyError where another process builds for the same target or exports
+    the bundle; NotHereError where this machine cannot compile for the target.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     recipe = with_weights(load_recipe(str(target)), weights, head, embedding, rounding)
     backend_of(recipe).require()
     root = named(bundle.root)
-    with folder_locked(root, [lock_file(root)], shared=True):  # against exports
+    with folder_locked(root, [lock_file(root)], shared=True):  # keeps exports out, not other builds
         own_folder(bundle.path("engines"))
         with locked(root / "engines" / recipe.name, f"build for {recipe.name}"):
-            bundle.manifest = Bundle.open(bundle.root).manifest  # as it is now
+            bundle.manifest = Bundle.open(bundle.root).manifest  # as it is under the lock
             return _build(bundle, recipe, verify, measure, progress)
 
 
@@ -75,7 +75,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
             raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
         return _measured_again(bundle, recipe, progress)
     began = time.perf_counter()
-    # Whatever is reused: tokenizer and layers are read at every build.
+    # All files, even if every engine is reused: each build reads the tokenizer and the layers.
     seal = bundle.verify(bundle.manifest.files)
     bundle.check_listed(None)
     segments = backend.segments(bundle.manifest)
@@ -98,7 +98,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
         details=backend.details(),
     )
     known = _current(bundle, draft)
-    # Engines for a GPU are measured where there is one, which may be later and elsewhere.
+    # GPU engines are measured on a machine with the GPU, maybe later and not where they were built.
     measures = (measure or known is None or known.cost.device == NOT_MEASURED) and backend.run_obstacle() is None
     verifies = verify and (known is None or known.verification is None)
     if known is not None and not measures and not verifies:
@@ -121,14 +121,14 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
 
 
 def _check_savable(bundle: Bundle) -> None:
-    """Raises OutputError, before the work, where the new record could not be written in the end."""
+    """Raise OutputError, before the work, where the new record could not be written at its end."""
     check_writable(bundle.root)
     if (signature := bundle.root / SIGNATURE).is_symlink() or signature.is_dir():
         raise OutputError(f"{signature} is no signature but a link or a folder: take it away.")
 
 
 def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
-    """The build that is there, with the costs and the dial of this machine. Needs no onnx."""
+    """Measure the costs and the dial of an existing build on this machine, and save the build. Needs no onnx."""
     known = bundle.load_build(recipe.name)
     check_trusted(bundle)
     _check_savable(bundle)
@@ -136,7 +136,7 @@ def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build
     texts = [record for record in bundle.manifest.files if not record.name.startswith("onnx/")]
     seal = bundle.verify([*known.files, *texts])
     backend = backend_of(known.recipe)
-    device = known.device if backend.on_device else backend.device()  # what a GPU engine was compiled for stays so
+    device = known.device if backend.on_device else backend.device()  # GPU engines keep the device they are for
     measured = _measured(bundle, replace(known, device=device, measuring=MEASURING_REVISION), known.recipe, progress)
     bundle.check_same(seal)
     bundle.save_build(measured)
@@ -144,7 +144,9 @@ def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build
 
 
 def _measured(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) -> Build:
-    """The build with its cost table and its dial, run on this machine."""
+    """Return the build with its cost table and dial, measured on this machine. On a busy machine a table and dial that
+    were measured on the same device while it was quiet are kept.
+    """
     backend = load_backend(recipe.backend, recipe.runtime.threads)
     progress("measuring the cost of each layer", 0, 0)
     known, costs = draft.cost, [measure_cost(bundle, draft, backend)]
@@ -165,7 +167,7 @@ def _measured(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) 
 
 
 def _current(bundle: Bundle, draft: Build) -> Build | None:
-    """The build already there, when everything it was made from is unchanged: its costs are those of that time."""
+    """Return the build already there, with the costs of its time, if everything it was made from is unchanged."""
     try:
         known = bundle.load_build(draft.target)
     except BundleError:
@@ -177,18 +179,18 @@ def _current(bundle: Bundle, draft: Build) -> Build | None:
 def _make_engines(
     bundle: Bundle, backend: Backend, segments: tuple[Segment, ...], folder: Path, seal: Seal, progress: Progress
 ) -> tuple[dict[str, EngineRecord], tuple[FileRecord, ...]]:
-    """Make what is not there yet. Returns the engines by name and all files, both relative to the bundle."""
-    # Compiled code from a stranger is not taken for what was compiled here.
+    """Make the missing engines. Return the engines by name and all files; paths are relative to the bundle."""
+    # GPU engines are compiled code: under this secret only those compiled by this user are reused, not a stranger's.
     store = ArtifactStore(folder, own_secret() if backend.on_device else b"")
     jobs = list(backend.artifacts(bundle, segments, folder, progress))
     found = {job.name: store.current(job.name, job.key) for job in jobs}
-    # What is made of an engine follows it: under the same key its weights may come out different in the last bit.
+    # Remake what extends a remade engine: under the same key the engine's weights may differ in the last bit.
     found |= {job.name: None for job in jobs if not all(found[name] for name in job.extends)}
     if not all(found[job.name] for job in jobs if job.role == "aside"):
         found = dict.fromkeys(found)
     if not all(found.values()):
         _check_savable(bundle)
-        # From here to the end this build says that it is unfinished.
+        # Without its record the build counts as unfinished, from here to the end.
         (folder / BUILD).unlink(missing_ok=True)
         backend.start()
     for done, job in enumerate(jobs, 1):
@@ -197,7 +199,7 @@ def _make_engines(
                 job.name, job.key, job.write, partial(bundle.check_same, seal)
             )
         except BAD_GRAPH as error:
-            # Whole and unchanged by its hash, yet not a graph of ours: only a forged bundle gets here.
+            # The hashes match, yet this is no graph that this program writes: only a forged bundle gets here.
             raise BackendError(
                 f"{job.name} cannot be made: the bundle's graphs are not what this version writes "
                 f"({type(error).__name__}: {error!s:.300}). Export the model again."

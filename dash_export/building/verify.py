@@ -1,7 +1,7 @@
-"""`build --verify`: every engine or lowered graph against its portable graph, on the states of a real text.
+"""`build --verify`: compare every engine or lowered graph with its portable graph, on the states of a real text.
 
-Both get the same input: a prefill, a decoded token, and a chunk over a cache that is already there. So errors are each
-segment's own and do not add up on the way.
+Both get the same inputs: a prefill, a decoded token, and a chunk over a filled cache. The inputs of a segment come from
+the portable graphs before it, so errors are each segment's own and do not add up on the way.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from dash_export.targets import Precision, Recipe
 STEPS = ((0, 24), (24, 1), (25, 6))
 """(first position, tokens) of every step: prefill, decode, a chunk over a filled cache."""
 CAPACITY = 48
-"""Rows of the cache here: the graphs are the same at every capacity, and a small one is quick on a CPU."""
+"""Rows of the KV cache here: graphs are the same at every capacity, and a small cache is quick on a CPU."""
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.05, "int8": 0.06, "fp8": 0.35, "int4": 0.35}
-"""Allowed error of what a segment adds to the hidden state (of logits, new K/V rows, damage), by its coarsest weights:
+"""Allowed error of a segment's update of the hidden state (or of logits, new K/V rows, damage) by its coarsest weights:
 root mean square, relative to the portable graph's. SmolLM2's worst: fp16 0.0099, int8 0.037, fp8 0.16, int4 0.17."""
 SMALLEST_UPDATE = 0.05
-"""An update that is a smaller part of the state than this drowns in the state's own 16-bit rounding: a few channels of
-a few tokens are a thousand times larger than the rest."""
+"""An update that is a smaller share of the state is judged as if it were this large: it drowns in the state's own
+16-bit rounding, since a few channels of a few tokens are a thousand times larger than the rest."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -49,8 +49,8 @@ def verification(
     folder: Path,
     progress: Progress = no_progress,
 ) -> Verification:
-    """Compare every engine (CPU: the files in `engines`), or the graph it is compiled from (GPU), with its portable
-    graph, in ONNX Runtime on this CPU. Calibrated codes are read from the build's `folder`.
+    """Compare every engine with its portable graph, in ONNX Runtime on this CPU: for a CPU target the files in
+    `engines`, for a GPU target the lowered graphs. Calibrated codes are read from the build's `folder`.
 
     ONNX Runtime has no bfloat16 on a CPU: such graphs are compared at float32, which shows everything but the rounding.
     Raises BackendError where an engine does not agree.
@@ -68,7 +68,7 @@ def verification(
         recipe = replace(recipe, engine=replace(recipe.engine, kv_capacity=CAPACITY))
     words += " in ONNX Runtime on a CPU"
     backend = backend_of(recipe)
-    if backend.ready_engines(bundle) is not None:  # the graphs are their own engines
+    if backend.ready_engines(bundle) is not None:  # portable graphs are the engines
         return Verification(words, {})
     roundings = stored_roundings(folder / ROUNDINGS)
     made = engine_graphs(bundle, segments, backend.on_device)
@@ -96,7 +96,7 @@ def verification(
 
 
 def tolerance(recipe: Recipe, graph: EngineGraph, gated: tuple[int, ...]) -> float:
-    """That of a graph's coarsest weights."""
+    """Return the tolerance for the coarsest weights in a graph. `gated`: the layers of all units."""
     weights, segment = recipe.weights, graph.segment
     used: list[Precision] = [weights.bypass]
     if graph.name != POLICY and not graph.name.startswith("bypass"):
@@ -107,7 +107,7 @@ def tolerance(recipe: Recipe, graph: EngineGraph, gated: tuple[int, ...]) -> flo
 
 
 class _Walk:
-    """The text's states on their way through the portable segments, one per step."""
+    """Walk of a text through the portable segments. `states`: what enters the next segment, for each of STEPS."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.model = bundle, bundle.manifest.model
@@ -115,8 +115,9 @@ class _Walk:
         self.states: list[npt.NDArray[Any]] = [ids[None, start : start + count] for start, count in STEPS]
 
     def compare(self, graph: EngineGraph, run: Run, folder: Path) -> dict[str, float]:
-        """Errors by kind over all steps. A mixed engine is its unit's, and in the step of one token its bypass's. After
-        a segment's own engine the states are what its portable graph gave.
+        """Return errors by kind of output, over all steps. A mixed engine is compared with the graph that runs its unit
+        and, in the step of one token, with the bypass. After a segment's own engine, `states` become the outputs of its
+        portable graph.
         """
         segment, references = graph.segment, [graph]
         if graph.name.startswith(MIXED):
@@ -129,7 +130,7 @@ class _Walk:
         shape = (1, self.model.num_kv_heads, CAPACITY, self.model.head_dim)
         pasts = [past for layer in segment.layers for past in past_names(layer)] if graph.name != POLICY else []
         wanted_cache, cache = ({past: np.zeros(shape, np.float32) for past in pasts} for _ in range(2))
-        # (expected, found, what it was added to) by kind of output.
+        # By kind of output: expected, found (both less the state they are added to, for a hidden state), that state.
         pairs: defaultdict[str, list[tuple[Floats, Floats, Floats]]] = defaultdict(list)
         for step, (start, count) in enumerate(STEPS):
             state, skips = self.states[step], len(runs) > 1 and count == 1
@@ -137,12 +138,12 @@ class _Walk:
             inputs["input_ids" if state.dtype == np.int64 else "hidden"] = state
             wanted = self._step(runs[skips], inputs, wanted_cache, start, count)
             found = self._step(run, inputs, cache, start, count)
-            if FINAL_STATE not in found:  # engines of a device give none
+            if FINAL_STATE not in found:  # engines for a device do not give the normed state
                 wanted.pop(FINAL_STATE, None)
             if missing := sorted(set(wanted) - set(found)):
                 raise BackendError(f"{graph.name} does not give {', '.join(missing)}: build it again.")
             for key, expected in wanted.items():
-                # A hidden state is judged by what the segment adds to it.
+                # A hidden state is judged by the segment's update alone: subtract the state that entered.
                 base = state if key == "hidden_out" and state.dtype == np.float32 else np.zeros(1, np.float32)
                 pairs[key].append((expected - base, found[key].astype(np.float32) - base, base))
             if graph.name == segment.name:
@@ -150,14 +151,14 @@ class _Walk:
         return {kind: _relative(found) for kind, found in sorted(pairs.items())}
 
     def _step(self, run: Run, inputs: Arrays, cache: Arrays, start: int, count: int) -> Arrays:
-        """Run once, write the new rows into `cache` and give them all as `K/V` with the other outputs."""
+        """Run one step, write its new rows into `cache`, and return them all as `K/V` with the other outputs."""
         found, written = run(inputs | cache), []
         for past in cache:
             layer, which = past.split(".")[1:]
             index = ("key", "value").index(which)
             present, new = (names(int(layer))[index] for names in (present_names, new_names))
             rows = found.pop(new) if new in found else found.pop(present)[:, :, start : start + count]
-            if rows.ndim == 3:  # of a bypass in the `ort` form, all heads of a token side by side
+            if rows.ndim == 3:  # from a bypass in the `ort` dialect: all heads of a token side by side
                 rows = rows.reshape(1, count, -1, self.model.head_dim).swapaxes(1, 2)
             cache[past][:, :, start : start + count] = rows.astype(np.float32)
             written.append(cache[past][:, :, start : start + count].copy())
@@ -165,7 +166,7 @@ class _Walk:
 
 
 def _relative(pairs: Sequence[tuple[Floats, Floats, Floats]]) -> float:
-    """Root mean square of the difference, over that of what was expected."""
+    """Return the root mean square of the differences over that of the expected values; inf where it is not finite."""
 
     def rms(arrays: Sequence[Floats]) -> float:
         return float(np.sqrt(np.mean(np.concatenate([array.ravel() for array in arrays]).astype(np.float64) ** 2)))

@@ -1,4 +1,4 @@
-"""`dash-export build`: engines for a target, measured where they will run."""
+"""`dash-export build`: compile the engines for a target, and measure their costs on the machine that runs them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def command(
     """
     from dash_export.building.backend import backend_of
 
-    # What cannot be is told before minutes of export.
+    # Refuse impossible requests first: an export takes minutes.
     recipe = with_weights(load_recipe(target), **changes)
     if measure and kit is not None:
         raise click.UsageError("--measure is for the machine that runs the engines, --kit for one that does not.")
@@ -96,7 +96,7 @@ def command(
             )
         backend.require()
     folder = Path(source)
-    other = any(folder.glob("*.safetensors*")) and not is_bundle(folder)  # a model beside somebody's manifest.json
+    other = any(folder.glob("*.safetensors*")) and not is_bundle(folder)  # a checkpoint beside another manifest.json
     if folder.suffix == ".dash" or ((folder / MANIFEST).is_file() and not other):
         given = {
             name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
@@ -121,14 +121,14 @@ def command(
         from dash_export.building.kit import RECORD
 
         if kit is None and (bundle.root.parent / RECORD).is_file():
-            raise  # this is the kit already, on a machine that is not the target
+            raise  # this bundle lies in a kit already, on a machine that is not the target
         _kit(bundle, target, changes, str(reason), kit)
         return
     _summary(bundle, made)
 
 
 def _kit(bundle: Bundle, target: str, changes: dict[str, str | None], reason: str, output: Path | None) -> None:
-    """A folder to copy to a machine that can build for the target."""
+    """Write a build kit, a folder to copy to a machine that can build for the target, and print how to use it."""
     from dash_export.building.kit import SCRIPT, write_kit
 
     click.echo(reason, err=True)

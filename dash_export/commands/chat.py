@@ -1,4 +1,4 @@
-"""Answers of `dash-export run` on a terminal: streamed, coloured by the layers run; a conversation."""
+"""Answers of `dash-export run` on a terminal: streamed, coloured by the number of layers run; conversations."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 HINT = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 LONGEST_LINE = 1 << 20
 SLOWER = 1.5
-"""From here on an answer's figures tell that the machine is slower than when its build measured it."""
+"""An answer's figures mention its slowdown from this ratio on: measured decode time over that of the cost table."""
 HEAT = ("blue", "cyan", "green", "yellow", "red")
-"""Cold to hot: from the layers that always run to all of them."""
+"""Colours from cold to hot: the first for a token that ran only the ungated layers, the last for all layers."""
 
 
 class AnswerPrinter:
-    """Prints streamed pieces on stdout as they are: no wrapping, no colours guessed into text. With `show_skips` each
-    token has a colour by the layers it ran, or a mark where there are no colours (no terminal, NO_COLOR).
+    """Printer of streamed pieces on stdout, as they are: without wrapping or highlighting. With `show_skips` each token
+    is coloured by the layers it ran; without colours (no terminal, NO_COLOR) a mark follows the token instead.
     """
 
     def __init__(self, session: Session, show_skips: bool) -> None:
@@ -43,14 +43,14 @@ class AnswerPrinter:
         self._gated = sum(len(unit.layers) for unit in self._units)
 
     def print(self, stream: Iterator[Response]) -> str:
-        """Print an answer and, on stderr, the line of its figures. Returns the answer."""
+        """Print an answer on stdout and, on stderr, one line of its figures. Return the answer."""
         pieces, taken = [], []
         for response in stream:
             self._print_piece(response)
             pieces.append(response.text)
             taken.append(response.actions)
         self._console.print()
-        click.echo(self._figures(response, np.array(taken[1:])), err=True)  # the first is the prefill's
+        click.echo(self._figures(response, np.array(taken[1:])), err=True)  # the first token's are the prefill's
         return "".join(pieces)
 
     def _print_piece(self, response: Response) -> None:
@@ -65,7 +65,7 @@ class AnswerPrinter:
         self._console.file.flush()
 
     def print_legend(self) -> None:
-        """Say what the colours or marks mean, where there are any."""
+        """Print what the colours or marks mean; nothing without `show_skips`."""
         if self._show_skips and self._coloured:
             least, steps = self._num_layers - self._gated, len(HEAT) - 1
             parts = [f"[{name}]{least - (-place * self._gated // steps)}[/]" for place, name in enumerate(HEAT)]
@@ -74,7 +74,7 @@ class AnswerPrinter:
             self._console.print(f"(‹n›: the token before ran n of {self._num_layers} layers)")
 
     def _figures(self, last: Response, actions: Actions) -> str:
-        """One line: speed, layers and time of the decoded tokens' `actions`, prefill, why it ended."""
+        """Return one line: speed, layers and time of the decoded tokens (`actions`), prefill time, finish reason."""
         statistics = last.statistics
         parts = [f"{statistics.tokens} tokens"]
         if statistics.decode_steps:
@@ -91,8 +91,8 @@ class AnswerPrinter:
 
 
 def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
-    """Read, answer, repeat, until /quit or the end of input; `line` is said first. Ctrl-C stops the answer, not the
-    program.
+    """Read a message, answer it, repeat, until /quit or the end of input. `line`, if given, is the first message.
+    Ctrl-C stops the answer, not the program.
     """
     click.echo(HINT, err=True)
     printer, messages = AnswerPrinter(options.session, show_skips), list[dict[str, str]]()
@@ -104,15 +104,15 @@ def converse(options: RunOptions, show_skips: bool, line: str | None) -> None:
             if said is None or said.strip() == "/quit":
                 return
             messages = _turn(options, printer, messages, said.strip())
-        except KeyboardInterrupt:  # nothing to stop: not answering
+        except KeyboardInterrupt:  # no answer is being streamed: nothing to stop
             click.echo(f"\n{HINT}", err=True)
 
 
 def _turn(
     options: RunOptions, printer: AnswerPrinter, messages: list[dict[str, str]], said: str
 ) -> list[dict[str, str]]:
-    """Obey a command or answer a message; returns the messages so far. A turn that fails (no room left in the context)
-    is told and taken back.
+    """Obey a command or answer a message, and return the messages so far. A turn that fails (no room left in the
+    context) is reported, and its message is dropped.
     """
     session = options.session
     if said == "/reset":
@@ -133,7 +133,7 @@ def _turn(
 
 
 def _read() -> str | None:
-    """One line, or None at the end of input."""
+    """Return a line of input, None at the end. Raises RequestError where it is not UTF-8 text or too long."""
     try:
         if sys.stdin.isatty():
             return input("> ")
@@ -149,7 +149,7 @@ def _read() -> str | None:
 
 @contextmanager
 def _stopping(session: Session) -> Iterator[None]:
-    """Ctrl-C ends the stream at its next token."""
+    """Let Ctrl-C end the session's stream at its next token, and restore the signal handler in the end."""
     before = signal.signal(signal.SIGINT, lambda *_: session.cancel())
     try:
         yield

@@ -29,10 +29,10 @@ from dash_export.runtime.cuda_devices import cuda_devices
 from dash_export.targets import load_recipe, recipe_names
 
 ROOT = Path("/")
-"""Where the machine's files are."""
+"""Root of the machine's file system."""
 LINE = 200
-"""Characters shown of an answer."""
-# package -> the extra of dash-export that installs it; "" is always there
+"""Characters shown, at most, of a system file's line or of an import error."""
+# package -> the extra of dash-export that installs it; "" for what dash-export itself always installs
 PACKAGES = {
     **dict.fromkeys(("numpy", "tokenizers"), ""),
     "onnxruntime": "cpu",
@@ -42,9 +42,9 @@ PACKAGES = {
     **{package: extra for package, extra in EXTRAS.items() if extra in ("export", "train")},
 }
 LOADED = ("onnxruntime", "tensorrt", "tensorrt_rtx")
-"""Modules that are also imported, because half an install of them is common."""
+"""Modules that are imported too, because a package is often installed but broken."""
 LOWERING = ("onnx", "onnx_ir", "ml_dtypes")
-"""Packages that building (not running) a lowered target needs beside its backend."""
+"""Packages that building a lowered target needs beside its backend, and that running does not need."""
 
 
 @click.command("doctor")
@@ -77,7 +77,7 @@ def command(ctx: click.Context, as_json: bool, probed: bool) -> None:
 
 
 def _probe() -> dict[str, Any]:
-    """What the first card takes for a token's launches. Raises BackendError where there is none, or it fails."""
+    """Measure launch costs on the first GPU. Raises BackendError where there is no GPU or the probe fails."""
     from dash_export.runtime.device.cuda import Cuda
     from dash_export.runtime.device.launch_costs import probe
 
@@ -97,7 +97,7 @@ def _print_probe(found: dict[str, Any]) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Everything `doctor` prints, as plain data."""
+    """Return everything `doctor` prints, as plain data."""
     packages = {name: installed(name) for name in PACKAGES}
     imports = {name: imported(name) for name in LOADED}
     devices, ort = cuda(), imports["onnxruntime"]
@@ -115,7 +115,7 @@ def examine() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Import:
-    """The result of importing a module. `error` is None where it did."""
+    """Result of importing a module. `error` is None where the import succeeded."""
 
     version: str | None
     error: str | None
@@ -123,7 +123,7 @@ class Import:
 
 
 def installed(package: str) -> str | None:
-    """A package's version; TensorRT's wheels are also named after their CUDA."""
+    """Return a package's version, None without it. TensorRT's wheels may have their CUDA version in the name."""
     for name in (package, f"{package}_cu13", f"{package}_cu12"):
         with suppress(PackageNotFoundError):
             return version(name)
@@ -131,19 +131,19 @@ def installed(package: str) -> str | None:
 
 
 def imported(module: str) -> Import | None:
-    """Import a module; None where it is not installed."""
+    """Import a module and return the result; None where the module is not installed."""
     if find_spec(module) is None:
         return None
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         found = import_module(module)
         return Import(str(found.__version__), None, tuple(getattr(found, "get_available_providers", tuple)()))
-    except Exception as error:  # half an install fails in any way
+    except Exception as error:  # a broken install can raise anything
         return Import(None, printable(f"{type(error).__name__}: {error}")[:LINE])
 
 
 def system() -> dict[str, Any]:
-    """Interpreter, operating system, board, processor, memory in bytes."""
+    """Return the facts of interpreter, operating system, board and processor, and the free memory in bytes."""
     return {
         "dash-export": __version__,
         "python": platform.python_version(),
@@ -159,7 +159,7 @@ def system() -> dict[str, Any]:
 
 
 def _read(path: str) -> str:
-    """The beginning of a file of the system; "" where there is none."""
+    """Return the first line of a system file, at most LINE characters; "" where the file cannot be read."""
     try:
         with (ROOT / path).open(encoding="utf-8", errors="replace") as file:
             return printable(file.readline(LINE).strip())
@@ -168,15 +168,15 @@ def _read(path: str) -> str:
 
 
 def cuda() -> dict[str, Any]:
-    """CUDA's devices as the driver itself lists them, or why there is none; the driver's version; and the devices that
-    the kernel sees, which may be more than CUDA can use.
+    """Return CUDA's devices as the driver lists them, or why there are none (`reason`); the driver's version; and the
+    devices that the kernel sees (`seen`), which may be more than CUDA can use.
     """
     devices, reason = [], None
     try:
         devices = [asdict(device) for device in cuda_devices()]
     except BackendError as error:
         reason = str(error)
-    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed Aug ..."
+    # The file begins: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed Aug ..."
     driver = re.search(r"Module.*?  (\d[\d.]*)", _read("proc/driver/nvidia/version"))
     seen = [path.name for path in sorted(ROOT.glob("dev/nvidia[0-9]*"))]
     return {"devices": devices, "reason": reason, "driver": driver and driver[1], "seen": seen}
@@ -185,8 +185,8 @@ def cuda() -> dict[str, Any]:
 def problems(
     packages: dict[str, str | None], imports: dict[str, Import | None], devices: dict[str, Any]
 ) -> Iterator[dict[str, str]]:
-    """Conflicts that make things fail or run slowly in silence: the problem, and the fix to type. `devices` is
-    `cuda()`.
+    """Yield conflicts that make work fail, or run slowly without a message: the problem, and the command that fixes it.
+    `devices` is the result of `cuda()`.
     """
     has_gpu, gpu_package = bool(devices["devices"]), packages["onnxruntime-gpu"]
     if devices["seen"] and not has_gpu:
@@ -221,13 +221,14 @@ def problems(
 
 
 def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:
-    """A shipped target: `build` and `run` here, `kit` where `build` writes a build kit instead, why not, and the
-    install line for what is missing. `imports`: how importing each backend's package went.
+    """Return the row of a shipped target: whether `build` and `run` work here, whether `build` writes a build kit
+    instead (`kit`), the reason where they do not work, and the command that installs what is missing. `imports`: the
+    results of importing the backends' packages.
     """
     backend = backend_of(load_recipe(name))
     reasons = _obstacles(backend, imports)
     lowers = not _missing(backend) and find_spec("onnxruntime") is not None
-    # The first sentence of each: what else they say (no driver at all, the known backends) is told elsewhere.
+    # Only the first sentence of each reason: the rest (no driver at all, the known backends) is printed elsewhere.
     said = dict.fromkeys(reason.partition(". ")[0].rstrip(".") for reason in reasons if reason is not None)
     return {
         "target": name,
@@ -240,7 +241,7 @@ def _target(name: str, imports: dict[str, Import | None]) -> dict[str, Any]:
 
 
 def _obstacles(backend: Backend, imports: dict[str, Import | None]) -> tuple[str | None, str | None]:
-    """Why the recipe can neither be built nor run here: both None where it can."""
+    """Return why the recipe cannot be built here and why it cannot be run here; None for each that works."""
     recipe, build, run = backend.recipe, backend.build_obstacle(), backend.run_obstacle()
     package = BACKENDS[recipe.backend][1]
     found, on_cuda = imports.get(package), recipe.backend == "onnxruntime_cuda"
@@ -257,14 +258,14 @@ def _obstacles(backend: Backend, imports: dict[str, Import | None]) -> tuple[str
 
 
 def _missing(backend: Backend) -> list[str]:
-    """Packages of the `export` extra that lowering needs. The target `portable` takes graphs as they are."""
+    """Return the `export` packages that lowering needs and that are missing. The target `portable` lowers nothing."""
     lowered = backend.on_device or backend.recipe.dialect != "portable"
     return [package for package in LOWERING if find_spec(package) is None] if lowered else []
 
 
 def _install(backend: Backend, build: str | None, run: str | None) -> str:
-    """One line for everything that installing can put right; "" where nothing can. What a reason says to install is
-    what is missing: for a device that is not here no reason says anything.
+    """Return one command that installs all that is missing; "" where no install helps. A missing package is recognised
+    by its obstacle's text, which has the install command in it; an obstacle about an absent device has none.
     """
     extras = {"export"} if _missing(backend) else set()
     if build is not None and (command := backend.how_to_install()) in build:

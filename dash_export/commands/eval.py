@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _File = tuple[str, str, "list[Result]"]
-"""Name, form and results."""
+"""Name, form (`text`, `choices` or `answers`) and results of one file."""
 
 
 @click.command("eval")
@@ -99,7 +99,7 @@ _FORMS = {
 
 
 def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]) -> None:
-    """One table per file, every setting a row, then what the columns mean."""
+    """Print one table per file, with a row per setting, and then what the columns mean."""
     from dash_export.evaluate.candidates import amount, kind_shown
 
     model = runtime.bundle.manifest.model
@@ -111,9 +111,9 @@ def _print(runtime: DashRuntime, measure: dict[str, Any], files: Sequence[_File]
             (
                 (
                     row.build or kind_shown(row.setting), amount(row.setting),
-                    # Without a token under the setting there is no mean to tell.
+                    # Where no token falls under the setting, there is no mean to show.
                     *((f"{row.layers:.2f}", f"{row.time:.3f}") if row.tokens else ("", "")),
-                    # The first with its bounds: more do not fit a terminal.
+                    # Only the first figure has its interval: more do not fit a terminal.
                     *(f"{figure.value:.3f}" if at else with_bounds(figure, 3)
                       for at, figure in enumerate(row.figures.values())),
                 )

@@ -1,4 +1,4 @@
-"""`dash-export export`: a model to a bundle."""
+"""`dash-export export`: write a model as a bundle of ONNX graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def policy_options(command: _Command) -> _Command:
-    """Add --policy, --units and --prune, which say which policy goes into a new bundle."""
+    """Add --policy, --units and --prune, which choose the policy of a new bundle."""
     return with_options(
         command,
         click.option(
@@ -67,8 +67,8 @@ def export_model(
     ctx: click.Context, source: str, output: Path | None, policy: str, units: tuple[Unit, ...] | None,
     prune: tuple[Unit, ...],
 ) -> Bundle:  # fmt: skip
-    """Export with a progress bar; `build` calls it too. Raises PolicyError when the policy's file is damaged or for
-    another model, or where it has no such units.
+    """Export a model with a progress bar; `dash-export build` calls this too. Raises PolicyError when the policy's file
+    is damaged, is for another model or does not have the given units.
     """
     from dash_export.exporting import check_inputs, export
     from dash_export.models import open_checkpoint
@@ -100,7 +100,9 @@ def export_model(
 
 
 def default_output(model: str, prune: Sequence[Unit] = ()) -> Path:
-    """`org/SmolLM2`, `models/SmolLM2/`, `SmolLM2.gguf` -> `SmolLM2.dash`; pruned `SmolLM2-without-13-18.dash`."""
+    """Name a bundle: `org/SmolLM2`, `models/SmolLM2/`, `SmolLM2.gguf` -> `SmolLM2.dash`; with units 13-18 pruned
+    `SmolLM2-without-13-18.dash`.
+    """
     path = Path(model)
     name = path.resolve().name if path.exists() else path.name
     without = f"-without-{units_text(prune)}" if prune else ""

@@ -65,14 +65,14 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
         runtime = candidates[0].runtime
         shares = of_token(points)
         title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
-        # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
+        # Measuring took minutes: save the report even if printing fails, and print before saving can fail.
         try:
             _print(title, points, shares)
             print_refused(refused)
         finally:
             course = {"name": name, **measure}
             report = _report(course, points, shares, candidates) | {"refused": refused}
-            # First what cannot be drawn anew.
+            # Save the JSON first: unlike the pictures, it cannot be made again.
             written = [save_report(files[-1], json.dumps(report, indent=1, ensure_ascii=False) + "\n")]
             written += save_pictures(files, frontier_figure(points, title, _caption(**course)))
         click.echo(f"Written to {', '.join(map(str, written))}")

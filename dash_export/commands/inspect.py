@@ -62,7 +62,7 @@ def _verify(bundle: Bundle, builds: list[Build]) -> None:
 
 
 def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
-    """Everything the tables show, as plain data."""
+    """Return everything the tables show, as plain data."""
     manifest = bundle.manifest
     return {
         "bundle": str(bundle.root),
@@ -77,7 +77,7 @@ def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
 
 
 def graph_kinds(bundle: Bundle) -> list[dict[str, Any]]:
-    """The graphs by kind: layer_00 .. layer_29 are one row."""
+    """Return the graphs by kind, each with count and bytes: layer_00 .. layer_29 are one row."""
     sizes = {record.name: record.bytes for record in bundle.manifest.files}
     rows: dict[str, dict[str, Any]] = {}
     for name, file in bundle.manifest.graphs.items():
@@ -125,8 +125,8 @@ def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
 
 
 def precision(weights: WeightsRecipe, segment: Segment) -> str:
-    """The weights of a segment as the recipe has them: "int4, qkv int8", "embedding int8; int8". What
-    keeps the bits of a file is told as both that they can be.
+    """Return the weights of a segment as the recipe has them: "int4, qkv int8", "embedding int8; int8". With rounding
+    "as-is" weights keep the bits of a file, 4 or else 8, so "int4" is shown as "int4 or int8".
     """
     parts = [f"embedding {weights.embedding}"] if segment.embed else []
     if len(segment.layers):

@@ -1,4 +1,4 @@
-"""Options that several commands share: lists, settings, which build, what is compared."""
+"""Options that several commands share: lists, policy settings, which build, what is compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRUSTED = click.option("--trusted-key", type=click.Path(path_type=Path), metavar
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.2
-    """A list that `parse` reads of the option's text; it raises PolicyError."""
+    """Type of an option that `parse` turns into a tuple. A PolicyError of `parse` becomes a usage error."""
 
     def __init__(self, name: str, parse: Callable[[str], tuple[Any, ...]]) -> None:
         self.name, self._parse = name, parse
@@ -39,7 +39,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before c
 
 
 class Several(click.ParamType):  # type: ignore[type-arg]
-    """`0.9,0.85` -> (0.9, 0.85), each as another type reads it."""
+    """Type of a comma-separated list without repeats, its items of another type: `0.9,0.85` -> (0.9, 0.85)."""
 
     def __init__(self, item: Any) -> None:
         self.name, self._item = f"{item.name}s", item
@@ -56,11 +56,11 @@ UNITS = Parsed("units", lambda text: () if text == "none" else parse_units(text)
 
 
 class PolicyKind(click.ParamType):  # type: ignore[type-arg]
-    """A policy kind, or `module:Class`."""
+    """Type of a policy kind, or of a class of the user's: `module:Class`."""
 
     name = "kind"
 
-    def get_metavar(self, *_: Any, **__: Any) -> str:  # click 8.2 gives it more than 8.1
+    def get_metavar(self, *_: Any, **__: Any) -> str:  # click 8.2 passes more arguments than 8.1
         return f"[{'|'.join(POLICY_KINDS)}|MODULE:CLASS]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -72,14 +72,14 @@ KINDS = Several(PolicyKind())
 
 
 def with_options(command: _Command, *options: Callable[[Any], Any]) -> _Command:
-    """Add options, which come to stand in this order in the help."""
+    """Add options to a command; the help lists them in this order."""
     for option in reversed(options):
         command = option(command)
     return command
 
 
 def setting_options(command: _Command) -> _Command:
-    """Add the options that say how a session decides; they arrive as one argument `setting`."""
+    """Add the options that say how a session decides. The command receives them as one argument, `setting`."""
 
     @wraps(command)
     def packed(*args: Any, **given: Any) -> Any:
@@ -105,7 +105,7 @@ def setting_options(command: _Command) -> _Command:
 
 
 def load_runtime(folder: Path, target: str | None, **options: Any) -> DashRuntime:
-    """`DashRuntime.load`, imported when it is needed."""
+    """Call `DashRuntime.load`, which is imported only when it is needed."""
     from dash_export.runtime import DashRuntime
 
     return DashRuntime.load(folder, target, **options)
@@ -122,8 +122,9 @@ def load_candidates(
     dial: str,
     values: tuple[float, ...],
 ) -> tuple[list[Candidate], list[dict[str, Any]]]:
-    """Load what is compared, dense first: `kinds` (None: all there are) at each of `values` of `dial`, and the builds
-    `also`; and what this bundle cannot give. Raises UsageError for two builds of one name.
+    """Load the candidates, dense first: each of `kinds` (None: all that the bundle has) at each of `values` of `dial`,
+    then the builds `also`. Return them and the settings that this bundle cannot give. Raises UsageError for two builds
+    of one name.
     """
     from dash_export.evaluate.candidates import candidates, settings_at
 
@@ -141,14 +142,14 @@ def load_candidates(
 
 
 def print_refused(refused: list[dict[str, Any]]) -> None:
-    """Settings that are not in the table, and why, on stderr."""
+    """Print on stderr which settings were not measured, and why."""
     for told in refused:
         click.echo(f"Not measured: {told['label']}. {told['reason']}", err=True)
 
 
 def comparison_options(budgets: Sequence[float]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """BUNDLE, --target, --kinds, --also and one of --budget (`budgets` by default) and --skipped; they arrive as one
-    argument `load`, which calls `load_candidates`.
+    """Add BUNDLE, --target, --kinds, --also, and --budget (by default `budgets`) or --skipped. The command receives
+    them as one argument `load`, which calls `load_candidates`.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,12 +180,12 @@ def comparison_options(budgets: Sequence[float]) -> Callable[[Callable[..., Any]
 
 
 def counted(name: str, default: int, text: str, least: int = 1) -> Callable[[Any], Any]:
-    """An option that is a whole number."""
+    """Return an option that takes a whole number of at least `least`."""
     return click.option(name, type=click.IntRange(min=least), default=default, show_default=True, help=text)
 
 
 def window_options(command: Any) -> Any:
-    """--limit, --window and --prefix: what texts are scored on."""
+    """Add --limit, --window and --prefix, which say what part of a text is scored."""
     return with_options(
         command,
         counted("--limit", LIMIT, "Windows of a text, or items of a task."),
@@ -194,6 +195,6 @@ def window_options(command: Any) -> Any:
 
 
 def with_bounds(figure: Interval, digits: int) -> str:
-    """`0.123 (0.101 to 0.140)`, or the value alone where it has no interval."""
+    """Format a figure as `0.123 (0.101 to 0.140)`, or its value alone where it has no interval."""
     bounds = f" ({figure.low:.{digits}f} to {figure.high:.{digits}f})" if figure.low < figure.high else ""
     return f"{figure.value:.{digits}f}{bounds}"

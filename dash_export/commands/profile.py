@@ -62,7 +62,7 @@ def command(
             progress("loading", 0, 0)
             candidates, refused = load()
             found, lanes = profile(candidates, content, name, context, tokens, repeats, progress)
-        # What took minutes to measure is lost neither where nothing can be written nor where nobody reads.
+        # Measuring took minutes: save the report even if printing fails, and print before saving can fail.
         try:
             if as_json:
                 click.echo(json.dumps(found | {"refused": refused}, ensure_ascii=False))
@@ -76,7 +76,7 @@ def command(
 
                 events = chrome_trace(lanes, found["model"], TRACE_TOKENS)
                 written.append(save_report(trace, json.dumps(events, ensure_ascii=False)))
-            if html is not None:  # the larger
+            if html is not None:  # last: it is the larger file
                 written.append(save_report(html, render_report(found, lanes)))
         for output in written:
             click.echo(f"Written to {output}", err=as_json)

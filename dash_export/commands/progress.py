@@ -13,13 +13,13 @@ import click
 from dash_export.artifacts import Progress
 
 PLAIN_LINES = 10
-"""Lines that a measured step prints where there is no terminal; but a long one prints one every MINUTE."""
+"""Lines that a step of known length prints where there is no terminal; a slow step also prints one every MINUTE."""
 MINUTE = 60.0
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """Yields the callback for the library. Calls may come from several threads."""
+    """Yield the progress callback for the library. Several threads may call it."""
     if not sys.stderr.isatty():
         yield _lines(title)
         return
@@ -44,7 +44,7 @@ def _lines(title: str) -> Progress:
         with lock:
             part = (total, done * PLAIN_LINES // total if total else 0)
             if total == 0 or (done and (part != last or time.monotonic() - said >= MINUTE)):
-                with suppress(OSError):  # a log on a full disk ends no work of hours
+                with suppress(OSError):  # a full disk under the log must not end work of hours
                     click.echo(f"{title}: {name}" + (f" ({done}/{total})" if total else ""), err=True)
                 said = time.monotonic()
             last = part

@@ -1,4 +1,4 @@
-"""`dash-export push`: a bundle to the Hugging Face hub."""
+"""`dash-export push`: publish a bundle on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports on disk: pictures, figures, traces; written whole or not at all, and never over what is not ours."""
+"""Report files (pictures, figures, traces): written whole or not at all, and only over this program's own reports."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _BEGINNING, _LONGEST_NAME = 8192, 200
 
 
 def check_reports(*outputs: Path) -> None:
-    """Before anything is measured: raises RequestError for a file that is not ours to write over, or lies in a bundle
-    or a work folder.
+    """Check the outputs before anything is measured. Raises RequestError for a file that is no report of this program's
+    and for too long a name, OutputError for a place in a bundle or a work folder.
     """
     for path in outputs:
         ours = not os.path.lexists(path)
@@ -45,8 +45,8 @@ def check_reports(*outputs: Path) -> None:
 
 
 def save_report(path: Path, content: str | bytes) -> Path:
-    """Write what took minutes to measure, and return where: under a free name beside `path` where something has come
-    there meanwhile that is no report of ours.
+    """Write a report and return its path. Where `path` has meanwhile become a file that is no report of this program's,
+    write to a free name beside it: the content took minutes to measure.
     """
     free = path
     try:
@@ -59,7 +59,7 @@ def save_report(path: Path, content: str | bytes) -> Path:
     try:
         free.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(free, content)
-    except OSError as error:  # of several files, this one
+    except OSError as error:  # name the file: a command writes several
         error.filename = error.filename or str(free)
         raise
     return free
@@ -67,8 +67,8 @@ def save_report(path: Path, content: str | bytes) -> Path:
 
 @contextmanager
 def sole_writer(ctx: click.Context, *files: Path) -> Iterator[None]:
-    """Hold the files for this command, from before it measures to when it writes them in the end. Raises BusyError, and
-    RequestError like `check_reports`, before anything is made beside them.
+    """Hold the locks of the files from before the command measures until it has written them. Raises RequestError like
+    `check_reports`, before any lock file is made, and BusyError where another process holds one.
     """
     check_reports(*files)
     with ExitStack() as stack:
@@ -82,8 +82,8 @@ def sole_writer(ctx: click.Context, *files: Path) -> Iterator[None]:
 
 
 def picture_files(output: Path, *kinds: str) -> tuple[Path, ...]:
-    """NAME.png and so on for an output NAME, which may have one of the endings. Raises RequestError where that is no
-    name of a file.
+    """Return a path for each of `kinds`: NAME.png and so on for an output NAME, whose own such ending is dropped.
+    Raises RequestError where NAME is not the name of a file.
     """
     base = output.with_suffix("") if output.suffix in (".png", ".svg", ".json") else output
     if base.name in ("", ".."):
@@ -92,7 +92,7 @@ def picture_files(output: Path, *kinds: str) -> tuple[Path, ...]:
 
 
 def save_pictures(files: Sequence[Path], figure: Figure) -> list[Path]:
-    """Write the files that are pictures by their endings; returns those written."""
+    """Write the figure to those files that are pictures by their ending (.png, .svg), and return their paths."""
     from dash_export.evaluate.pictures import render
 
     return [save_report(path, render(figure, path.suffix[1:])) for path in files if path.suffix in (".png", ".svg")]

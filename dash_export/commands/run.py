@@ -40,7 +40,7 @@ class RunOptions:
     templated: bool
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
-        """A conversation's beginning."""
+        """Return a new conversation: the system message, if any, and the prompt."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         return [*system, {"role": "user", "content": prompt}]
 
@@ -108,7 +108,7 @@ def command(
         raise RequestError(
             "This model has no chat template, so there is no place for --system: put it into the prompt."
         )
-    if not many and not setting.given and setting.policy is None:  # in a batch nothing would be saved
+    if not many and not setting.given and setting.policy is None:  # a batch of `token` saves nothing
         setting = runtime.recommended
         if setting.budget is not None:
             told = f"[budget {setting.budget:g}, as this bundle recommends; --policy dense skips nothing]"
@@ -163,7 +163,7 @@ def _as_dict(responses: Sequence[Response]) -> dict[str, object]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read one prompt per line; blank lines are left out. Raises RequestError where there is nothing to ask."""
+    """Read one prompt per line; blank lines are left out. Raises RequestError where there is no prompt."""
     text = read_stream(sys.stdin) if path == Path("-") else read_text(path, pipe=True)
     prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
@@ -172,8 +172,8 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def answer_all(batch: Batch, prompts: list[str], options: RunOptions, as_json: bool) -> None:
-    """Print every answer when it is whole, as text or as one JSON line; the figures of all go to stderr, and so does
-    why a prompt has none. Raises RequestError at the end where there is such a prompt.
+    """Print each answer when it is complete, as text or as one JSON line. Print on stderr why a prompt has no answer,
+    and the figures of all answers. Raises RequestError at the end where a prompt has no answer.
     """
     answers: dict[int, list[Response]] = {}
     encoded: dict[int, list[int]] = {}

@@ -99,7 +99,7 @@ def command(
         raise OutputError(
             f"{host}:{port} cannot be listened to: another program may have it. Choose a --port."
         ) from None
-    socket.listen(128)  # who asks before the server is up waits
+    socket.listen(128)  # clients that connect before the server is up wait
     shown = socket.getsockname()[1]
     address = f"http://{f'[{host}]' if ':' in host else host}:{shown}"
     click.echo(printable(f"Serving {', '.join(served)} at {address}/ (API: {address}/v1)"), err=True)
@@ -113,8 +113,8 @@ def command(
 
 
 def many_files() -> None:
-    """Connections that ask for nothing take a descriptor each."""
-    with suppress(ImportError, OSError, ValueError):  # Windows has none; a system that refuses keeps what it has
+    """Raise the limit of open files: idle connections take a file descriptor each."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has none; a system that refuses keeps its limit
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

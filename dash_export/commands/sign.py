@@ -1,4 +1,4 @@
-"""`dash-export sign`: who answers for a bundle."""
+"""`dash-export sign`: sign a bundle, so that others can check whose it is."""
 
 from __future__ import annotations
 

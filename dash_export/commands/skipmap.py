@@ -55,7 +55,7 @@ def command(
         runtime = load_runtime(bundle, target)
         session = runtime.session_with(setting)
         wanted = prefix + tokens
-        ids = np.array(runtime.text.encode(text[: LETTERS * wanted])[:wanted], np.int64)  # not all of a long file
+        ids = np.array(runtime.text.encode(text[: LETTERS * wanted])[:wanted], np.int64)  # a long file is cut first
         if len(ids) <= prefix:
             raise RequestError(
                 f"The text has {len(ids)} tokens, and the first {prefix} are dense: give more text or a smaller "

@@ -13,15 +13,15 @@ from dash_export.manifest import Build
 def print_table(
     title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Iterable[Any]], width: int = 120
 ) -> None:
-    """Columns aligned to the left, then those of numbers. `width`: columns of the page, or more, where stdout is no
-    terminal.
+    """Print a table: the columns `left`, aligned to the left, then the columns `right` (numbers), aligned to the right.
+    `width`: characters of a line, at least, where stdout is no terminal.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # What is printed has names from a model in it: none of it is markup.
+    # Titles and cells may have names from a model in them: none of it is markup.
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, width)
@@ -36,7 +36,7 @@ def print_table(
 
 
 def print_units(build: Build, units: Sequence[Unit]) -> None:
-    """The time of each unit and what skipping it saves, by the build's cost table."""
+    """Print the time of each unit and what skipping it saves, by the build's cost table."""
     cost = build.cost
 
     def row(unit: Unit, run: float | None, saved: float) -> tuple[object, ...]:
@@ -52,7 +52,7 @@ def print_units(build: Build, units: Sequence[Unit]) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes for people, in powers of ten like disks and `ls -h --si`."""
+    """Format bytes for people, in powers of ten like disks and `ls -h --si`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -61,10 +61,10 @@ def size(count: float) -> str:
 
 
 def bundle_bytes(bundle: Bundle) -> int:
-    """The portable part: graphs, weights, tokenizer."""
+    """Return the bytes of the portable part: graphs, weights, tokenizer."""
     return sum(record.bytes for record in bundle.manifest.files)
 
 
 def build_bytes(build: Build) -> int:
-    """The bytes of one target's engines on disk (none of their own for `portable`)."""
+    """Return the bytes of one target's engines on disk (`portable` has none of its own: 0)."""
     return sum(record.bytes for record in build.files)

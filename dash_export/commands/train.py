@@ -1,4 +1,4 @@
-"""`dash-export train`: a model and text to a policy file."""
+"""`dash-export train`: train a policy file for a model on text."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def command(
             model, output, text, prompts,
             kind=kind, units=units, start=start, settings=chosen, device=device, progress=progress,
         )  # fmt: skip
-    _summary(model, named(output))  # through a link, as it was written
+    _summary(model, named(output))  # a link is followed, as `train` follows it
 
 
 def _summary(model: str, output: Path) -> None:

@@ -1,6 +1,6 @@
-"""Where the time of a token goes: the figures of lanes whose tokens were stamped (`probe.py`).
+"""Breakdown of a token's time: figures of lanes, whose tokens have timestamps (`probe.py`).
 
-All stamps of a token cost about a microsecond, 0.02 % of one that takes 5 ms.
+All timestamps of a token cost about a microsecond, 0.02 % of a token that takes 5 ms.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ PARTS = {
     "sampling": "sampling and text",
     "host": "other host gaps",
 }
-"""The parts of a token's time. The policy's damage is one more output of the first engine: its time is inside that."""
+"""Parts of a token's time. The policy's damage is an output of the first engine: its time is part of that engine's."""
 BUSY = 0.5
-"""From this load per core before we begin on, other work disturbs the timings."""
+"""Load per core before the profile, above which other work disturbs the timings."""
 Spread = dict[str, float]
 
 
 def spread(values: npt.ArrayLike, scale: float = 1.0) -> Spread:
-    """Mean, percentiles and count of `values * scale`, one or more."""
+    """Return mean, percentiles and count of `values * scale`; there must be one value or more."""
     array = np.asarray(values, np.float64).ravel() * scale
     p50, p90, p99 = np.percentile(array, [50, 90, 99]).tolist()
     return {"mean": float(array.mean()), "p50": p50, "p90": p90, "p99": p99, "count": array.size}
 
 
 def lane_profile(lane: Lane, dense: Lane, ratio: Interval, peak_memory: int) -> dict[str, Any]:
-    """The figures of one lane as they stand in JSON; `dense` is what its bypasses are compared with. `ratio`: its time
-    as a fraction of the first lane's, over rounds; `layers` run per token; `parts` in microseconds per token, their
-    means add up; `peak_memory` in bytes.
+    """Return the figures of one lane for JSON; `dense` is the lane that its bypasses are compared with. `ratio`: its
+    time as a fraction of the first lane's, over rounds; `layers`: layers run per token; `parts`: microseconds per
+    token, whose means add up to the whole; `peak_memory`: bytes.
     """
     candidate = lane.candidate
     return {
@@ -67,13 +67,13 @@ def lane_profile(lane: Lane, dense: Lane, ratio: Interval, peak_memory: int) -> 
 
 
 def shares(lane: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """PARTS -> mean microseconds per token of a lane's profile, and their share of all."""
+    """Return PARTS -> (mean microseconds per token, share of the whole token), from a lane's profile."""
     whole = sum(part["mean"] for part in lane["parts"].values())
     return {name: (part["mean"], part["mean"] / whole) for name, part in lane["parts"].items()}
 
 
 def token_parts(lane: Lane) -> dict[str, npt.NDArray[np.int64]]:
-    """PARTS -> nanoseconds per token [tokens]."""
+    """Return PARTS -> nanoseconds of every token, [tokens]."""
     took = lane.took
     segments, deciding, sampling = took[:, :DECISION], took[:, DECISION], took[:, SAMPLING]
     bypass = (segments * lane.bypassed).sum(axis=1)
@@ -84,9 +84,9 @@ def token_parts(lane: Lane) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def segment_times(lane: Lane, dense: Lane) -> list[dict[str, Any]]:
-    """A row per segment. `unit`: as it is written, or empty for what always runs; `run` and `bypass` in microseconds or
-    None; `skipped` the share of tokens that skipped it; `owed` the bypass's median time as a share of the run's in a
-    token that skips nothing: what a skip still takes.
+    """Return a row per segment. `unit`: the unit's name, empty for a segment that always runs; `run` and `bypass`:
+    times in microseconds, or None; `skipped`: share of tokens that skipped the segment; `owed`: what a skip still
+    takes, as the bypass's median time over the run's in the lane `dense`; None if that is another build.
     """
 
     def times(lane: Lane, segment: int, bypassed: bool) -> Spread | None:
@@ -110,8 +110,8 @@ def segment_times(lane: Lane, dense: Lane) -> list[dict[str, Any]]:
 
 
 def conditions(found: dict[str, Any]) -> list[str]:
-    """A profile's model, targets and machine on a line; its state, what was decoded, and a warning where something
-    disturbed.
+    """Return lines about a profile: its model, targets and machine; the load before it; what was decoded; and a warning
+    if other work disturbed it.
     """
     machine = found["machine"]
     targets = ", ".join(dict.fromkeys(lane["target"] for lane in found["lanes"]))
@@ -135,9 +135,9 @@ def profile(
     rounds: int,
     progress: Progress = no_progress,
 ) -> tuple[dict[str, Any], list[Lane]]:
-    """Every candidate, the first of which is dense, all in turn, over windows of `text`, called `name`: `context`
-    cached tokens (None: those of the build's cost table), then `tokens` timed ones in each of `rounds` rounds. What is
-    found, as it stands in JSON; and the lanes, with what they did. Raises RequestError for a text or context that does
+    """Profile the candidates in turn, the first of which is dense, over windows of `text`, called `name`: `context`
+    cached tokens (None: as many as in the build's cost table), then `tokens` timed ones in each of `rounds` rounds.
+    Return the figures for JSON, and the lanes, one per candidate. Raises RequestError for a text or context that does
     not fit.
     """
     first = candidates[0].runtime
@@ -145,7 +145,7 @@ def profile(
     parts = windows(first, text, name, rounds, context + SETTLE + tokens)
     machine, memory = this_machine(), []
     for number, candidate in enumerate(candidates):
-        progress("peak memory", number, len(candidates))  # of a process that only decodes
+        progress("peak memory", number, len(candidates))  # in a process that only decodes
         memory.append(run_alone(candidate, parts[0].tolist(), context).peak_memory)
     lanes = measure(candidates, parts, tokens, rounds, progress)
     ratios = median_ratios(np.array([lane.wall.mean(axis=1) for lane in lanes]))
@@ -162,7 +162,7 @@ def profile(
 
 
 def this_machine() -> dict[str, Any]:
-    """The machine as it is now; `load`: processes that ran or waited over the last minute."""
+    """Return facts of the machine as it is now; `load`: processes that ran or waited, mean over the last minute."""
     return {
         "cpu": cpu_name(),
         "cores": physical_cores(),

@@ -12,12 +12,12 @@ from dash_export.errors import PolicyError, RequestError
 from dash_export.runtime import DashRuntime, Session
 
 SAMPLE = "Skipping 4 of 30 layers costs 3.5 %: naïve, or worth it?\n\tdef f(x): return {x: 'yes'}  # 漢字"
-"""Text of many kinds."""
+"""Text of many kinds, on which two tokenizers are compared."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A runtime at a setting. `build`: the name of another build than the one that is measured; empty for that."""
+    """A runtime at a setting. `build`: the name of a build to compare with, empty for the build that is measured."""
 
     runtime: DashRuntime
     setting: Setting
@@ -28,12 +28,12 @@ class Candidate:
         return label(self.setting, self.build)
 
     def session(self) -> Session:
-        """A new one: its memory goes with it."""
+        """Return a new session. Its memory is freed with it."""
         return self.runtime.session_with(self.setting)
 
     def taken(self, actions: Actions) -> tuple[int, float, float]:
-        """Tokens of a skip map [tokens, layers], the mean layers that they ran, and their mean decode time as a
-        fraction of dense, predicted from the build's cost table.
+        """Return from a skip map [tokens, layers]: the number of tokens, the mean number of layers that they ran, and
+        their mean decode time as a fraction of dense, predicted from the build's cost table.
         """
         if not len(actions):
             return 0, float(self.runtime.engines.model.num_layers), 1.0
@@ -43,7 +43,7 @@ class Candidate:
 
 
 def amount(setting: Setting) -> str:
-    """`budget 0.9`; empty for dense."""
+    """Return how much a setting skips, like `budget 0.9`; empty for dense."""
 
     def shown(value: Any) -> str:
         return spans(value) if isinstance(value, tuple) else f"{value:g}"
@@ -52,17 +52,17 @@ def amount(setting: Setting) -> str:
 
 
 def kind_shown(setting: Setting) -> str:
-    """The policy kind; of one of the user's own its file and class."""
+    """Return the policy kind; for a policy of the user's own, its file and class."""
     return Path(setting.policy or "").name if setting.kind == OWN else setting.kind
 
 
 def label(setting: Setting, build: str = "") -> str:
-    """`token, budget 0.9`; of another build its name."""
+    """Return a candidate's name: `token, budget 0.9`, or the name of another build."""
     return build or ", ".join(filter(None, (kind_shown(setting), amount(setting))))
 
 
 def setting_record(setting: Setting) -> dict[str, Any]:
-    """A setting in JSON: its kind, and only what was given."""
+    """Return a setting for JSON: its kind, and only the values that were given."""
     kind = setting.policy if setting.kind == OWN else setting.kind
     return {"kind": kind, **{name: getattr(setting, name) for name in setting.given}}
 
@@ -70,9 +70,9 @@ def setting_record(setting: Setting) -> dict[str, Any]:
 def settings_at(
     runtime: DashRuntime, kinds: Iterable[str] | None, dial: str, values: Sequence[float]
 ) -> tuple[list[Setting], list[dict[str, Any]]]:
-    """Dense first, then every kind at every value of `dial` (policies of the user's once); and what this bundle cannot
-    give, as it stands in JSON. `kinds` None: all it has an order or a network for. Raises PolicyError when nothing but
-    dense is left.
+    """Return (settings, refused settings as JSON with the reason). Settings are dense first, then every kind at every
+    value of `dial`, then each policy of the user's own once; refused are those that this bundle cannot give. `kinds`
+    None: all kinds that the bundle has an order or a network for. Raises PolicyError when only dense is left.
     """
     policy = runtime.bundle.manifest.policy
     wanted = [kind for kind in policy.kinds if kind != "static" or policy.static_order] if kinds is None else [*kinds]
@@ -95,8 +95,8 @@ def settings_at(
 def candidates(
     runtime: DashRuntime, settings: Iterable[Setting], others: Sequence[tuple[str, DashRuntime]] = ()
 ) -> list[Candidate]:
-    """The settings of one build, dense first, then other builds by their names, dense each. Raises RequestError for a
-    build that has other tokens: what it predicts does not compare.
+    """Return a candidate per setting of one build, dense first, then one per other build, by its name and dense. Raises
+    RequestError for a build with other tokens: its predictions cannot be compared.
     """
     for _, other in others:
         same = other.text.tokenizer.get_vocab() == runtime.text.tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""The frontier: what each policy kind, and what else there is, gives up for the time it saves."""
+"""The frontier: the quality that each policy kind, and each other build, gives up for the time it saves."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dash_export.evaluate.timing import SETTLE, Timing, decode_times, fitting_co
 
 @dataclass(frozen=True)
 class Point:
-    """One setting, or another build. `timing` is None where only the cost table was asked for. Times, KL and
-    perplexities are against the dense mode of the first build.
+    """Point of the frontier: a setting, or another build. `timing` is None where only the cost table was asked for.
+    Times, KL and perplexities are relative to the dense mode of the first build.
     """
 
     quality: Result
@@ -36,7 +36,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The curve it belongs to: its kind, or the name of another build."""
+        """Name of the curve that the point belongs to: its policy kind, or the name of another build."""
         return self.quality.build or kind_shown(self.quality.setting)
 
     @property
@@ -45,8 +45,9 @@ class Point:
 
     @property
     def exchange_rate(self) -> Interval | None:
-        """Per cent of perplexity paid per per cent of decode time saved, both measured, with the bounds that follow
-        from theirs, which are independent. None where it is not known whether any time was saved or lost.
+        """Per cent of perplexity paid per per cent of decode time saved, both measured. Its bounds follow from the
+        bounds of the two, which are independent. None where the interval of the time does not tell whether any was
+        saved or lost.
         """
         if self.timing is None or self.timing.low <= 1 <= self.timing.high:
             return None
@@ -76,8 +77,8 @@ def frontier(
     """One point per candidate; the first is dense, and everything is compared with it.
 
     Quality is measured on `limit` windows of `text`, called `name` (`TextScore`); time over `rounds` blocks of `tokens`
-    decoded tokens per candidate, after as much context as the cost table has. `rounds` 0: no clock. Raises RequestError
-    where a text or context does not fit.
+    decoded tokens per candidate, after as much context as the cost table has. `rounds` 0: time is predicted only.
+    Raises RequestError where a text or context does not fit.
     """
     first = candidates[0].runtime
     measure = TextScore(first, text, name, limit, window, prefix)
@@ -85,20 +86,21 @@ def frontier(
         return [Point(result, None) for result in score(measure, candidates, progress)]
     context = fitting_context(candidates, None, SETTLE + tokens)
     parts = windows(first, text, name, rounds, context + SETTLE + tokens)
-    timed = [parts[number % len(parts)] for number in range(rounds)]  # a short text is gone through again
+    timed = [parts[number % len(parts)] for number in range(rounds)]  # a short text is used again
     quality = score(measure, candidates, progress)
     timings = decode_times(candidates, timed, context, progress)
     return [Point(result, timing.at(result.time)) for result, timing in zip(quality, timings, strict=True)]
 
 
 def of_token(points: Sequence[Point]) -> list[float | None]:
-    """The token policy's KL at each point's time, as a share of that point's: along chords from dense on. None for
-    dense and the token policy itself, and where its curve does not reach.
+    """Return for each point: the token policy's KL at the point's time, as a share of the point's KL. The curve of the
+    token policy consists of straight lines that begin at dense. None for dense and the token policy itself, and where
+    the curve does not reach.
     """
     curve = sorted(
         (1 - point.time, point.kl.value)
         for point in points
-        # What may have saved nothing at all, by its interval, is no point of a curve.
+        # A point that may have saved no time at all, by its interval, is left out of the curve.
         if point.name == "token" and (point.time < 1 if point.timing is None else point.timing.high < 1)
     )
     saved, kl = np.array([(0.0, 0.0), *curve]).T

@@ -1,6 +1,6 @@
 """Estimates with 95 % confidence intervals, all by one method: the percentile bootstrap of scipy (extra `eval`).
 
-What is drawn again are whole windows, prompts, items or rounds, for tokens of one window depend on each other.
+Whole windows, prompts, items or rounds are resampled, because the tokens of one window depend on each other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy.stats import bootstrap
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 FEWEST = 6
-"""Rounds for an interval of their median: fewer say little more than how far apart two of them lay."""
+"""Fewest rounds for an interval of their median: fewer rounds say little more than how far apart two of them lay."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,8 +33,8 @@ class Interval:
 def interval(
     sums: npt.ArrayLike, counts: npt.ArrayLike | None = None, transform: Callable[[Floats], Floats] | None = None
 ) -> Interval:
-    """The ratio sum(sums) / sum(counts) over items. `counts` is one per item by default (a plain mean); `transform` a
-    function of the ratio, like `np.exp` for perplexity. Raises ValueError without items.
+    """Return the ratio sum(sums) / sum(counts) over items. `counts` is one per item by default (a plain mean);
+    `transform` is a function of the ratio, like `np.exp` for perplexity. Raises ValueError without items.
     """
     top = np.asarray(sums, np.float64)
     bottom = np.ones_like(top) if counts is None else np.asarray(counts, np.float64)
@@ -47,10 +47,10 @@ def interval(
 
 
 def median_ratios(seconds: Floats) -> list[Interval]:
-    """seconds [variants, rounds] -> the ratio of each variant's time to the first one's, over rounds.
+    """Return each variant's time as a ratio to the first one's, over rounds, of seconds [variants, rounds].
 
-    What a round has more than others, a slow machine, is taken to be the median over all variants and divided out. With
-    fewer rounds than `FEWEST` there is no width.
+    A slow machine slows a whole round: the median over all variants is divided out of each round. With fewer rounds
+    than `FEWEST` there is no width.
     """
     logs = np.log(seconds)
     logs -= np.median(logs, axis=0)
@@ -62,7 +62,7 @@ def median_ratios(seconds: Floats) -> list[Interval]:
 
 
 def _bootstrapped(statistic: Callable[..., Any], samples: tuple[Floats, ...], fewest: int) -> Interval:
-    """Every call draws the same resamples."""
+    """Return the bootstrapped interval, without width for fewer than `fewest` samples. All calls resample alike."""
     if samples[0].size == 0:
         raise ValueError("There is nothing to average.")
     value = float(statistic(*samples))

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-os.environ["MPLBACKEND"] = "agg"  # a notebook's, which is not installed here, would end the import
+os.environ["MPLBACKEND"] = "agg"  # a notebook's own, not installed here, breaks the import
 
 import matplotlib
 import numpy as np
@@ -39,10 +39,10 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "dash-export",
     "svg.fonttype": "path",
 }
-# Colours that stay apart for colour-blind eyes (Okabe and Ito); the marker says it again for a printer without colours.
+# Colours that colour-blind people can tell apart (Okabe and Ito); the markers tell the same without colours.
 LOOKS = {"dense": ("#000000", "*"), "static": ("#0072B2", "s"), "token": ("#D55E00", "o")}
 OTHER_LOOKS = (("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P"), ("#999999", "X"))
-"""Colours and markers of other builds, one after the other."""
+"""Colours and markers of other builds, given out in this order."""
 RUN, SKIP, ALWAYS = "#9ecae1", "#D55E00", "#e3e3e3"
 PART_LOOKS = {
     "always": ("#999999", ""),
@@ -56,7 +56,7 @@ WIDTH = 9.2
 
 
 def render(figure: Figure, kind: str) -> bytes:
-    """The figure as `png` or `svg`; the same figure gives the same bytes."""
+    """Return the figure as `png` or `svg`; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     metadata: dict[str, Any] = {"Date": None, "Creator": REPORT} if kind == "svg" else {"Software": REPORT}
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -66,14 +66,14 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of policy kinds and of other builds."""
+    """Return colour and marker of each policy kind and each other build."""
     others = dict.fromkeys(name for name in names if name not in LOOKS)
     return LOOKS | {name: OTHER_LOOKS[at % len(OTHER_LOOKS)] for at, name in enumerate(others)}
 
 
 @matplotlib.rc_context(STYLE)
 def frontier_figure(points: Sequence[Point], title: str, caption: str) -> Figure:
-    """KL and perplexity against decode time: a curve per kind, a mark per other build; bars are 95 % intervals."""
+    """Draw KL and perplexity against decode time: a curve per kind, a mark per other build; bars are 95 % intervals."""
     names = list(dict.fromkeys(point.name for point in points))
     how = "measured" if all(point.timing for point in points) else "predicted"
     figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
@@ -116,8 +116,8 @@ def _curve(axes: Axes, curve: Sequence[Point], look: tuple[str, str], measure: s
 
 @matplotlib.rc_context(STYLE | {"axes.grid": False})
 def skip_map_figure(tokens: Sequence[str], actions: Actions, units: Sequence[Unit], title: str) -> Figure:
-    """Tokens down with their text, layers across; actions [tokens, layers]. On top the share of tokens that skip
-    each unit's layers, at the side the layers each token runs.
+    """Draw a skip map, actions [tokens, layers]: tokens down with their text, layers across. On top is the share of
+    tokens that skip each layer, at the side the number of layers that each token runs.
     """
     count, layers = actions.shape
     colours = {"run": RUN, "skip": SKIP, "always runs": ALWAYS}
@@ -152,14 +152,14 @@ def skip_map_figure(tokens: Sequence[str], actions: Actions, units: Sequence[Uni
 
 
 def layers_run(actions: Actions) -> str:
-    """A skip map in a sentence."""
+    """Return a sentence on the mean number of layers run in a skip map."""
     count, layers = actions.shape
     mean = (actions == Action.RUN).sum(axis=1).mean()
     return f"{mean:.1f} of {layers} layers run per token, mean over {count} tokens"
 
 
 def visible(token: str, longest: int = 14) -> str:
-    """A token's text on one line: spaces at its ends and line breaks as signs, nothing that cannot be printed."""
+    """Return a token's text on one line: signs for line breaks, tabs, a space in front and what cannot be printed."""
     text = token.replace("\n", "↵").replace("\t", "→").replace("\r", "")
     if text.startswith(" "):
         text = f"␣{text[1:]}"
@@ -169,7 +169,7 @@ def visible(token: str, longest: int = 14) -> str:
 
 @matplotlib.rc_context(STYLE)
 def breakdown_figure(lanes: Sequence[dict[str, Any]], meanings: dict[str, str]) -> Figure:
-    """One bar per lane: mean milliseconds per token, part by part (`meanings`)."""
+    """Draw one bar per lane: mean milliseconds per token, part by part (`meanings`)."""
     figure = Figure(figsize=(WIDTH, 1.7 + 0.45 * len(lanes)), layout="constrained")
     axes, names, left = figure.subplots(), [lane["label"] for lane in lanes], np.zeros(len(lanes))
     for part, meaning in meanings.items():

@@ -1,4 +1,4 @@
-"""Stamps around everything that a decoded token launches and asks: candidates decode the same known tokens in turn.
+"""Timestamps around every engine and decision of a decoded token. Candidates decode the same known tokens in turn.
 
 A round is one window of text: prefill to the context, some tokens to settle, then the timed ones.
 """
@@ -25,19 +25,19 @@ from dash_export.runtime.sampling import Sampler, Sampling
 from dash_export.runtime.text import TextStream
 
 SETTLE = 2
-"""First tokens of a block, not timed: they find another candidate's weights in the caches."""
+"""First tokens of a block, not timed: they find another candidate's weights in the CPU's caches."""
 DECISION, SAMPLING, WHOLE = -3, -2, -1
-"""Where a token's other stamps stand, behind those of its segments."""
+"""Places of a token's other stamps, after the stamps of its segments."""
 
 
 class Probe:
-    """Stamps what a step does from now on. The decode loop itself is untouched: the step's launches are wrapped ones,
-    which run the same engines on the same memory, and it is given this object for its rule: the session's, timed.
+    """Timer of a decode step: it wraps the step's launches, and replaces the session's rule to time decisions. The
+    decode loop itself is unchanged: the wrapped launches run the same engines on the same memory.
     """
 
     def __init__(self, step: BoundStep, session: Session) -> None:
         self.step, self._session = step, session
-        # Begin and end of each, plain numbers in one flat list: nothing for the garbage collector to follow.
+        # Begin and end of each, as plain numbers in one flat list: nothing for the garbage collector to follow.
         self.stamps = [0] * 2 * (len(step.segments) + 3)
         self.decide = self._timed(len(step.segments), lambda state: decided(session.rule, state))
         step.segments = [
@@ -66,10 +66,11 @@ class Probe:
 
 @dataclass
 class Lane:
-    """A candidate and what it did. `first`: ns from the prompt to its first token [rounds]. Of the timed tokens of all
-    rounds: `ids` and `positions` [tokens]; `stamps` int64 [tokens, segments + 3, 2], begin and end in nanoseconds of
-    `time.perf_counter_ns`, of the engine that ran or bypassed each segment, the decision, sampling and the whole token;
-    `skipped` bool and `damage` float32 [tokens, units].
+    """A candidate and the stamps of its tokens. `first`: nanoseconds from the prompt to its first token, [rounds].
+
+    Of the timed tokens of all rounds: `ids` and `positions` [tokens]; `stamps` int64 [tokens, segments + 3, 2], begin
+    and end in nanoseconds of `time.perf_counter_ns`: of the engine that ran or bypassed each segment, of the decision,
+    of sampling, and of the whole token; `skipped` bool and `damage` float32 [tokens, units].
     """
 
     candidate: Candidate
@@ -81,8 +82,8 @@ class Lane:
     damage: npt.NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        """`gated` bool [segments]; `bypassed` bool [tokens, segments]; nanoseconds that each stamp `took` [tokens,
-        segments + 3], and `wall` of whole tokens [rounds, tokens of a round]; `actions` [tokens, layers].
+        """Compute `gated` bool [segments]; `bypassed` bool [tokens, segments]; `took`, the nanoseconds of each stamp,
+        [tokens, segments + 3]; `wall`, those of whole tokens, [rounds, tokens of a round]; `actions` [tokens, layers].
         """
         runtime = self.candidate.runtime
         self.segments, self.units = runtime.build.segments, runtime.bundle.manifest.policy.units
@@ -101,8 +102,8 @@ def measure(
     rounds: int,
     progress: Progress = no_progress,
 ) -> list[Lane]:
-    """A lane each. `parts`: windows of equal length, a context, SETTLE tokens and the `tokens` timed ones. The first
-    round is for warm engines and bindings, and is forgotten. Raises RequestError for a GPU target.
+    """Return a lane per candidate. `parts`: windows of equal length: a context, SETTLE tokens, then the `tokens` timed
+    ones. The first round warms up engines and bindings, and is dropped. Raises RequestError for a GPU target.
     """
     sessions = [candidate.session() for candidate in candidates]
     probes: dict[int, Probe] = {}
@@ -131,7 +132,7 @@ def measure(
             session.rules.decoded(step.skipped)
             session.tokens.append(token)
             decoded = perf_counter_ns()
-            # What the session would choose is chosen, and then the known token is taken instead.
+            # Sampling costs its time, as in a session, but the next token is the known one.
             text.push(sampler(step.logits[0, 0], session.tokens))
             ended = perf_counter_ns()
             probes[index].stamps[-4:] = decoded, ended, began, ended

@@ -17,11 +17,11 @@ from dash_export.names import REPORT
 
 TEMPLATE = "report.html.jinja"
 MAP_TOKENS = 64
-"""Rows of a skip map: what fits a printed page."""
+"""Most rows (tokens) of a skip map: these fit a printed page."""
 
 
 def render_report(found: dict[str, Any], lanes: Sequence[Lane]) -> str:
-    """HTML. `lanes` are those of the profile, in its order."""
+    """Return the profile `found` as HTML. `lanes`: the lanes of this profile, in its order."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -43,7 +43,7 @@ def render_report(found: dict[str, Any], lanes: Sequence[Lane]) -> str:
 
 
 def _skip_map(lane: Lane, model: str) -> Figure:
-    first = slice(min(MAP_TOKENS, lane.wall.shape[1]))  # of the first window
+    first = slice(min(MAP_TOKENS, lane.wall.shape[1]))  # tokens of the first window
     pieces = [lane.candidate.runtime.text.decode([token]) for token in lane.ids[first].tolist()]
     return skip_map_figure(pieces, lane.actions[first], lane.units, f"{model}: {lane.candidate.label}")
 

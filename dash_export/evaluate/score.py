@@ -1,7 +1,7 @@
-"""Scores: every item of a file by every candidate in turn; the measure of a text (those of tasks: `tasks.py`).
+"""Scores: every candidate runs every item of a file. The measure of texts is here, those of tasks are in `tasks.py`.
 
 The first candidate is dense, and the others are compared with it, item by item. A measure checks and encodes all its
-items when it is made: nothing is measured where one cannot be used.
+items when it is created, so a bad item raises before anything is measured.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from dash_export.runtime import DashRuntime
 TokenIds = npt.NDArray[np.int64]
 Figures = dict[str, Interval]
 Row = tuple[tuple[float, ...], Actions, Any]
-"""One item by one candidate: its numbers, the skip map where skipping was allowed, and what the dense candidate gave
-for the others to be compared with.
+"""Result of one item by one candidate: its numbers, the skip map of the tokens that might skip, and the dense
+candidate's data that the other candidates are compared with.
 """
 
 
 @dataclass(frozen=True)
 class Result:
-    """A measurement of one candidate over one file. `layers`: mean layers run; `time`: decode time as a fraction of the
-    build's own dense, predicted from its cost table; both over the `tokens` at which skipping was allowed. `items` are
-    windows, prompts or questions; `figures` are named by their measure.
+    """Measurement of one candidate over one file. `layers`: mean layers run; `time`: decode time as a fraction of the
+    build's own dense time, predicted from its cost table; both over the `tokens` at which skipping was allowed.
+    `items`: number of windows, prompts or questions; `figures`: results by name.
     """
 
     build: str
@@ -46,29 +46,29 @@ class Result:
     figures: Figures
 
     def record(self) -> dict[str, Any]:
-        """As it stands in JSON."""
+        """Return the result as it is written to JSON."""
         found = asdict(self)
         figures: dict[str, Any] = found.pop("figures")
         return found | {"setting": setting_record(self.setting)} | figures
 
 
 class Measure(ABC):
-    """One file. `items` are encoded; a row of numbers is made of each, and `figures` of all rows."""
+    """Measure of one file. `items`: its encoded items; `row` makes numbers of an item, `figures` sums up all rows."""
 
     form: ClassVar[str]
     items: Sequence[Any]
 
     @abstractmethod
     def row(self, candidate: Candidate, item: Any, dense: Any) -> Row:
-        """Run an item. `dense` is what the first candidate's row gave last; None for that one itself."""
+        """Run an item. `dense`: the data that the first candidate returned for this item; None for that candidate."""
 
     @abstractmethod
     def figures(self, own: Floats, dense: Floats) -> Figures:
-        """Numbers [numbers, items] of a candidate, and of dense."""
+        """Return a candidate's figures, from its numbers and those of dense, [numbers, items] each."""
 
 
 def score(measure: Measure, candidates: Sequence[Candidate], progress: Progress = no_progress) -> list[Result]:
-    """One result per candidate, the first of which is dense."""
+    """Return one result per candidate, the first of which is dense."""
     rows: list[list[tuple[float, ...]]] = [[] for _ in candidates]
     actions: list[list[Actions]] = [[] for _ in candidates]
     for number, item in enumerate(measure.items):
@@ -89,10 +89,10 @@ def score(measure: Measure, candidates: Sequence[Candidate], progress: Progress 
 def windows(
     runtime: DashRuntime, text: str, name: str, count: int, window: int, prefix: int = DENSE_POSITIONS
 ) -> list[TokenIds]:
-    """`Text.windows` of a text.
+    """Return up to `count` windows of `window` tokens of a text, by `Text.windows`.
 
     Raises RequestError for a text of less than one window, and for a window that is longer than the model's context or
-    that its dense prefix leaves nothing of.
+    that has fewer than 2 tokens after its dense prefix.
     """
     longest = runtime.engines.model.max_positions
     if window < prefix + 2:
@@ -109,7 +109,7 @@ def windows(
 
 class TextScore(Measure):
     """Teacher-forced windows of a text. `kl`: KL(dense || candidate), nats per token; `perplexity`, and its ratio to
-    dense's, window by window; `top1`: share of tokens whose most likely successor is dense's.
+    dense's, window by window; `top1`: share of tokens after which candidate and dense predict the same next token.
 
     Positions from `prefix` (2 or more) on are counted: their layers may be skipped, and what they predict is scored.
     """
@@ -128,7 +128,7 @@ class TextScore(Measure):
         likely, kl = logits.argmax(axis=-1), 0.0
         if dense is None:
             dense = DenseRows(logits), likely
-        else:  # never negative; where nothing was skipped, rounding can make it so
+        else:  # rounding can make it negative where nothing was skipped
             kl = max(0.0, float(dense[0].kl(logits).sum()))
         surprise = float(nll(logits, item[self.prefix + 1 :]).sum())
         return (kl, surprise, float((likely == dense[1]).sum())), found.actions[counted], dense

@@ -42,7 +42,7 @@ Item = Question | Answer
 
 
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """The first `limit` items of a task file, all of one form.
+    """Return the first `limit` items of a task file, all of one form.
 
     Raises RequestError that names file and line for a file that is missing, empty, not UTF-8, not JSON lines, or of
     another form.

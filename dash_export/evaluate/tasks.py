@@ -1,4 +1,4 @@
-"""Everything asked for in one go: texts and task files, each by every candidate; and the measures of tasks."""
+"""Evaluation of texts and task files in one call, by every candidate; and the measures of tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dash_export.runtime import DashRuntime
 from dash_export.text_files import read_text
 
 SPARE_TOKENS = 3
-"""Tokens decoded beyond the target's own: a word may be cut otherwise, and its end must be seen."""
+"""Tokens decoded beyond the target's own: a word may be split otherwise, and its end must be seen."""
 
 
 def evaluate(
@@ -32,9 +32,9 @@ def evaluate(
     prefix: int = PREFIX,
     progress: Progress = no_progress,
 ) -> list[tuple[str, str, list[Result]]]:
-    """(name, form, results) of every file; forms are `text`, `choices` and `answers`. All are read and checked, then
-    measured in turn. `limit`: at most so many windows or items of each; `window` and `prefix` are tokens of a text's
-    windows and of their dense beginning. Raises RequestError for a file that cannot be used.
+    """Return (name, form, results) of every file; forms are `text`, `choices` and `answers`. All files are read and
+    checked before the first is measured. `limit`: most windows or items of each; `window` and `prefix`: tokens of a
+    text's windows and of their dense beginning. Raises RequestError for a file that cannot be used.
     """
     runtime, measures = candidates[0].runtime, list[tuple[str, Measure]]()
     for path in texts:
@@ -52,8 +52,8 @@ def evaluate(
 
 class ChoiceScore(Measure):
     """Multiple choice: the likeliest continuation of the query. `accuracy` by log-likelihood, `normalised` per
-    character of the choice; `flips`: share of questions that are right with dense and wrong here, or the other way
-    round (normalised; arXiv 2407.09141).
+    character of the choice; `flips`: share of questions that are right with dense and wrong with the candidate, or the
+    other way round (normalised; arXiv 2407.09141).
 
     The query is dense, like a prompt, so the first token of a choice is predicted densely; the rest of the choice is
     under the setting, as in decode. Raises RequestError for a question that the model's context does not hold or a
@@ -94,10 +94,10 @@ class ChoiceScore(Measure):
 
 
 def encode_pair(runtime: DashRuntime, context: str, continuation: str) -> tuple[list[int], int]:
-    """Token ids of both together, and how many of them are the context's.
+    """Return the token ids of context and continuation together, and how many of them are the context's.
 
-    As lm-eval does: spaces at the end of the context belong to the continuation, and the whole is tokenised at once.
-    Raises ContextLengthError, without encoding it, for one far over the model's context.
+    As in lm-eval, spaces at the end of the context belong to the continuation, and the whole is tokenised at once.
+    Raises ContextLengthError, before encoding, for a text far over the model's context.
     """
     kept, limit = context.rstrip(), runtime.engines.model.max_positions
     whole = runtime.text.encode(context + continuation, limit=limit)
@@ -105,15 +105,15 @@ def encode_pair(runtime: DashRuntime, context: str, continuation: str) -> tuple[
 
 
 def likelihood(candidate: Candidate, ids: list[int], context: int) -> tuple[float, Actions]:
-    """log P(ids after `context` | the first `context` ones), nats, and the actions that were free."""
+    """Return log P(ids after the first `context` | the first `context`), nats, and the actions that were free."""
     found = candidate.session().score(ids, prefix=context)
     total = float(found.log_likelihoods[context - 1 :].sum(dtype=np.float64))
     return total, found.actions[max(context, DENSE_POSITIONS) : -1]
 
 
 class AnswerScore(Measure):
-    """Greedy answers that are compared with a target. `exact`: share that is the target; `flips`: right with dense and
-    wrong here, or the other way round.
+    """Greedy answers that are compared with a target. `exact`: share that is the target; `flips`: share that is right
+    with dense and wrong with the candidate, or the other way round.
 
     The first DENSE_SHARE of a context is dense like a prompt; the rest goes through decode one token at a time under
     the setting, as if the model had written it. Were the whole context dense, skipping could not touch the first token
@@ -145,8 +145,8 @@ class AnswerScore(Measure):
 
 
 def answered(candidate: Candidate, prompt: list[int], known: list[int], new_tokens: int) -> tuple[str, Actions]:
-    """At most so many new tokens after a prompt, which is dense, and `known` tokens, which are decoded; and the actions
-    of all that was decoded.
+    """Return the text of up to `new_tokens` generated tokens, and the actions of all decoded tokens. `prompt` is
+    prefilled densely; then the `known` tokens are decoded, before the first token is generated.
     """
     session, made, taken = candidate.session(), list[int](), list[Actions]()
     logits, waiting = session.prefill(prompt), list(known)
@@ -162,7 +162,7 @@ def answered(candidate: Candidate, prompt: list[int], known: list[int], new_toke
 
 
 def matches(made: str, target: str) -> bool:
-    """Whether a generated text begins with the target, as whole words."""
+    """Return whether a generated text begins with the target, as whole words."""
     made, target = made.lstrip(), target.strip()
     following = made[len(target) : len(target) + 1]
     return made.startswith(target) and not (target[-1].isalnum() and following.isalnum())

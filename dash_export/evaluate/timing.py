@@ -1,7 +1,7 @@
-"""Time on the clock: variants take turns, round by round, each in a process of its own where weights matter.
+"""Measured time: variants take turns, round by round, each in a process of its own where weights matter.
 
-A process of its own is what an application has: nothing else's weights are in the caches, and memory is its own. That
-process is `main`.
+An application has a process of its own, too: no other weights are in the CPU's caches, and its memory is its own.
+`main` is what this process runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dash_export.runtime import DashRuntime
 
 TokenIds = npt.NDArray[np.int64]
 SETTLE = 32
-"""First decoded tokens of a process, not timed: a policy that skips comes late to some of its engines."""
+"""First decoded tokens of a process, not timed: a policy that skips reaches some of its engines late."""
 BLOCK = 8
 _PROCESS = """
 import json, sys
@@ -35,11 +35,11 @@ sys.path[:] = json.loads(sys.argv[1])
 from dash_export.evaluate.timing import main
 main()
 """
-"""Run with -I, and this process's path: with -m Python would look for each module in the current folder first."""
+"""Run with -I and this process's path: with -m, Python would look for each module in the current folder first."""
 
 
 def in_turns(variants: int, rounds: int, progress: Progress = no_progress, name: str = "") -> Iterator[tuple[int, int]]:
-    """(round, variant): in another order every round, so that nobody always follows the same one."""
+    """Yield (round, variant), in another order every round, so that no variant always follows the same other one."""
     for number in range(rounds):
         for turn, index in enumerate(Random(number).sample(range(variants), variants)):
             yield number, index
@@ -47,8 +47,8 @@ def in_turns(variants: int, rounds: int, progress: Progress = no_progress, name:
 
 
 def fitting_context(candidates: Sequence[Candidate], context: int | None, decoded: int) -> int:
-    """The cached tokens before `decoded` ones; None: those of the build's cost table. Raises RequestError where they do
-    not fit.
+    """Return the number of cached tokens before `decoded` ones: `context`, or with None that of the build's cost table.
+    Raises RequestError where context and decoded tokens do not fit.
     """
     longest = min(candidate.runtime.engines.model.max_positions for candidate in candidates)
     if context is None:
@@ -63,9 +63,9 @@ def fitting_context(candidates: Sequence[Candidate], context: int | None, decode
 
 @dataclass(frozen=True)
 class Timing:
-    """Decode time of a candidate as a fraction of the first one's, with the bounds of its interval over rounds (both
-    the ratio itself where there are too few); `milliseconds` per token (median), and what the cost table of its build
-    `predicted` for the same tokens, as a fraction of its dense.
+    """Decode time of a candidate. `ratio`: its time as a fraction of the first candidate's; `low` and `high`: bounds of
+    the ratio over rounds (both equal to it where there are too few); `milliseconds`: median per token; `predicted`: the
+    fraction of its dense time that the build's cost table predicts for the same tokens.
     """
 
     ratio: float
@@ -75,8 +75,9 @@ class Timing:
     predicted: float
 
     def at(self, predicted: float) -> Timing:
-        """The same, moved to tokens for which `predicted` is predicted: what a text makes a policy skip differs from
-        text to text, and more tokens are judged than timed. Left as it is where hardly anything was skipped.
+        """Return this timing moved to other tokens, for which the cost table predicts `predicted`. A policy skips more
+        on some texts than on others, and more tokens are scored than timed. Where hardly anything was skipped, the
+        timing stays as it is.
         """
         if 1 - self.predicted < 0.02:
             return self
@@ -89,8 +90,8 @@ class Timing:
 def decode_times(
     candidates: Sequence[Candidate], parts: Sequence[TokenIds], context: int, progress: Progress = no_progress
 ) -> list[Timing]:
-    """One round per part, each candidate in a process of its own: the part's first `context` tokens are a prompt, the
-    others are decoded, the same known text for all. The first candidate is the one the others are divided by.
+    """Time each candidate in a process of its own, one round per part: the part's first `context` tokens are a prompt,
+    the others are decoded, the same known text for all. Times are divided by the first candidate's.
 
     Raises BackendError like `run_alone`.
     """
@@ -106,8 +107,9 @@ def decode_times(
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds per token (median of blocks), past the first `SETTLE` of more tokens; the time that the cost table
-    predicts for them; and the most memory that was resident, bytes.
+    """Figures of one process. `seconds`: per token (median of blocks), without the first `SETTLE` tokens where there
+    are more; `predicted`: the fraction of dense that the cost table predicts for the same tokens; `peak_memory`: most
+    resident bytes.
     """
 
     seconds: float
@@ -116,8 +118,8 @@ class Took:
 
 
 def run_alone(candidate: Candidate, ids: list[int], context: int) -> Took:
-    """The figures of one candidate over known tokens: the first `context` are a prompt, the others are decoded one by
-    one. Raises BackendError where its process fails or is killed (memory may have ended).
+    """Run one candidate over known tokens in a new process: the first `context` are a prompt, the others are decoded
+    one by one. Raises BackendError where the process fails or is killed (for lack of memory, perhaps).
     """
     runtime = candidate.runtime
     build = str(runtime.bundle.root), runtime.build.target, content_key(asdict(runtime.build))
@@ -133,10 +135,10 @@ def run_alone(candidate: Candidate, ids: list[int], context: int) -> Took:
 
 
 def main() -> None:
-    """The process of one candidate, as `run_alone` orders it on standard input."""
+    """Run one candidate by the order of `run_alone` on standard input, and print its figures as JSON."""
     root, target, key, setting, ids, context = json.load(sys.stdin)
     runtime = DashRuntime.load(root, target, verify=False)
-    # It changes with the export, the engines, the costs and the dial.
+    # The key changes with the export, the engines, the costs and the dial.
     if content_key(asdict(runtime.build)) != key:
         raise BundleError(f"{root} was replaced while it was measured: leave it alone, and measure again")
     candidate = Candidate(runtime, Setting(**setting))
@@ -156,8 +158,8 @@ def main() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes this process had resident at most; 0 where there is no Linux to ask. (getrusage begins with what the parent
-    had when it forked.)
+    """Return the most bytes that this process had resident, 0 where there is no Linux. (The figure of getrusage begins
+    with the parent's memory at the fork.)
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""A trace in Chrome's format (open it in ui.perfetto.dev): a process per lane, a track per thread of execution."""
+"""A trace in Chrome's format (open it in ui.perfetto.dev): a process per lane, with a track per kind of event."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _TOKENS, _HOST, _ENGINES = TRACKS
 
 
 def chrome_trace(lanes: Sequence[Lane], title: str, tokens: int) -> dict[str, Any]:
-    """JSON object format of the Trace Event Format: complete events, times in microseconds since the first of each
-    lane's `tokens` tokens, of the first round.
+    """Return the JSON object format of the Trace Event Format: complete events of the first `tokens` tokens of each
+    lane's first round. Times are microseconds since the earliest of these tokens began.
     """
     start = min(lane.stamps[0, WHOLE, 0] for lane in lanes)
     events = [event for process, lane in enumerate(lanes, 1) for event in _lane_events(lane, process, start, tokens)]

@@ -1,8 +1,8 @@
 """Blocks of a GGUF file in an ONNX graph: each type is a function `ggml.<type>` of standard operators.
 
-A block is codes of a few bits, float16 factors and, in K-quants, 6 or 8 bits of scale per part of it: weight = code *
-scale + least. The functions take the factors [..., blocks, factors] float16 and all other bytes [..., blocks, bytes]
-uint8: together the bytes of the file. Formulas: ggml-quants.c.
+A block is codes of a few bits, float16 factors and, in K-quants, 6 or 8 bits of scale per part of the block: weight =
+code * scale + least. The functions take the factors [..., blocks, factors] float16 and all other bytes [..., blocks,
+bytes] uint8: together the bytes of the file. Formulas: ggml-quants.c.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DOMAIN = "ggml"
 
 @dataclass(frozen=True)
 class Block:
-    """A type of block: how many weights it has, how many float16 factors, and its other fields, in bytes. The factors
-    come first but in Q6_K. `zero`: the code of zero, where it is always the same.
+    """One block type: its number of weights, its number of float16 factors, and the sizes of its other fields in bytes.
+    The factors come first, except in Q6_K. `zero`: the code that means 0, in a type where that code is fixed.
     """
 
     weights: int
@@ -52,7 +52,7 @@ _FACTORS_LAST = ("Q6_K",)
 
 
 def taken_apart(kind: str, packed: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
-    """Rows of a file [rows, bytes] -> (factors, other bytes) as the functions take them."""
+    """Split rows of a file, uint8 [rows, bytes], into (factors, other bytes) as the functions take them."""
     block = BLOCKS[kind]
     packed = packed.reshape(len(packed), -1, block.bytes)
     cut = sum(block.fields) if kind in _FACTORS_LAST else 2 * block.factors
@@ -62,7 +62,7 @@ def taken_apart(kind: str, packed: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[n
 
 
 def dequantized(kind: str, factors: npt.NDArray[np.float16], others: npt.NDArray[np.uint8]) -> Float32Array:
-    """Return the function's weight [rows, columns] by the `gguf` library: equal bit for bit."""
+    """Return the weight [rows, columns] by the `gguf` library: bit for bit what the ONNX function gives."""
     gguf, parts = require("gguf"), [factors.view(np.uint8), others]
     packed = np.concatenate(parts[::-1] if kind in _FACTORS_LAST else parts, axis=-1)
     found: Float32Array = gguf.dequantize(packed.reshape(len(packed), -1), gguf.GGMLQuantizationType[kind])
@@ -72,8 +72,8 @@ def dequantized(kind: str, factors: npt.NDArray[np.float16], others: npt.NDArray
 def four_bits(
     kind: str, factors: npt.NDArray[np.float16], others: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[np.uint8], Float32Array, Float32Array] | None:
-    """Codes [rows, parts, 32], scales and least weights [rows, parts] of the types that are code * scale + least in
-    parts of 32; None of other types.
+    """Return codes [rows, parts, 32], scales and least weights [rows, parts] of a type in which weight = code * scale +
+    least in parts of 32 weights; None for other types.
     """
     if kind not in ("Q4_0", "Q4_1", "Q4_K"):
         return None
@@ -93,7 +93,7 @@ def four_bits(
 
 
 def function(kind: str) -> ir.Function:
-    """(factors, blocks) -> weight [..., columns] float32."""
+    """Return the ONNX function of a block type: (factors, blocks) -> weight [..., columns] float32."""
     block, k_quant = BLOCKS[kind], kind.endswith("_K")
     lines = [
         "given = Cast <to = 1> (factors)",
@@ -119,7 +119,7 @@ def function(kind: str) -> ir.Function:
 
 
 def _codes(kind: str) -> list[str]:
-    """`code`, as a float with zero where the weight is least or, where that is always one code, zero."""
+    """Return lines that compute `code`, a float: 0 is the least weight or, in a type with `zero`, the weight 0."""
     fields = [f"field{place}" for place in range(len(BLOCKS[kind].fields))]
     if kind == "Q8_0":
         return _signed("code", fields[0])
@@ -139,7 +139,7 @@ def _codes(kind: str) -> list[str]:
 
 
 def _parts(kind: str) -> list[str]:
-    """`own_scale`, and `own_least`, of each part of a K-quant's block."""
+    """Return lines that compute `own_scale` and `own_least` of each part of a K-quant's block; none for other types."""
     if kind == "Q6_K":
         return [*_signed("part", "field2"), "own_scale = Mul (scale, part)"]
     if not kind.endswith("_K"):
@@ -164,7 +164,7 @@ def _signed(name: str, source: str) -> list[str]:
 
 
 def _bits(name: str, source: str, width: int, shifts: Sequence[int], mask: int, out: int = 16) -> list[str]:
-    """Bits of bytes as numbers [groups, out]: of each `width` bytes those at one shift after those at another."""
+    """Return lines that unpack bits as floats [groups, out]: of each `width` bytes, those at the first shift first."""
     steps = ", ".join(map(str, shifts))
     return [
         f"{name}_steps = Constant <value = uint8[{len(shifts)}, 1] {{{steps}}}> ()",
@@ -178,7 +178,9 @@ def _bits(name: str, source: str, width: int, shifts: Sequence[int], mask: int, 
 
 
 def _six_bits(name: str, own: str, rest: str, shift: int) -> list[str]:
-    """Eight numbers: four in the lower bits of `own`; of four more the upper bits there, four bits of `rest`."""
+    """Return lines for eight 6-bit numbers: four are the low bits of `own`; four have their upper two bits in `own`,
+    the other four in `rest`.
+    """
     return [
         *_bits(f"{name}_first", own, 4, [0], 63, 4),
         *_bits(f"{name}_low", rest, 4, [shift], 15, 4),

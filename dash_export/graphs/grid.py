@@ -1,8 +1,7 @@
-"""Codes of a GGUF file in the engines of a CPU, without a second rounding: Q4_0, Q4_1 and Q4_K, which are s q + m in
-blocks of 32.
+"""4-bit codes of a GGUF file (Q4_0, Q4_1, Q4_K: weight = s q + m in blocks of 32) in CPU engines, not rounded again.
 
-MatMulNBits has whole zero points, so m is a multiple of s plus a rest. The rests of a matrix are one small product with
-the means of x over its blocks, which stand behind x as further inputs.
+MatMulNBits has integer zero points, so m is split into a multiple of s and a rest. The rests of a matrix are one small
+product with the means of x over its blocks; the means are appended to x as further inputs.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ _REST_LEVELS = 7
 
 @dataclass(frozen=True)
 class Grid:
-    """weight = scale * (code - zero) + rest: codes uint8 [out, blocks, BLOCK], the others [out, blocks]; scales and
-    rests are float32, zeros uint8.
+    """Matrix of 4-bit codes: weight = scale * (code - zero) + rest. Codes are uint8 [out, blocks, BLOCK]; scales and
+    rests (float32) and zeros (uint8) are [out, blocks].
     """
 
     codes: npt.NDArray[np.uint8]
@@ -40,8 +39,8 @@ class Grid:
 
 
 def grid_of(stored: Stored) -> Grid | None:
-    """The grid of a matrix's blocks; None where they have no four bits, or where weights all on one side of zero would
-    make rests coarse.
+    """Return the grid of a matrix's blocks. None for a type that is not of four bits, and for a matrix with a rest
+    above one step: where all weights of a block lie on one side of zero, rests would be coarse.
     """
     parts = four_bits(stored.kind, *stored.read())
     if parts is None:
@@ -56,8 +55,8 @@ def grid_of(stored: Stored) -> Grid | None:
 
 
 def packed(grids: Sequence[Grid]) -> tuple[npt.NDArray[np.uint8], Float32Array, npt.NDArray[np.uint8], int]:
-    """Grids side by side as MatMulNBits takes them: codes [out, blocks, BLOCK / 2], scales, zero points, and how many
-    inputs follow those of the matrix: one per block for the rests, which take blocks of their own; or none.
+    """Pack grids side by side for MatMulNBits: codes [out, blocks, BLOCK / 2], scales, zero points, and the number of
+    inputs to append to the matrix's own: one per block for the rests, which get blocks of their own; 0 without rests.
     """
     codes, scales, zeros, rests = (
         np.concatenate([getattr(grid, name) for grid in grids]) for name in ("codes", "scales", "zeros", "rests")

@@ -2,8 +2,8 @@
 
 Weights are taken by name from the portable graphs; all else is written here, in the order in which it runs. Attention
 is one GroupQueryAttention, which writes the cache too (inputs `seqlens_k` [batch] int32 and `total_length` [1] int32
-replace mask, positions and write indices). Add and the norm after it are one node. Projections that read one value are
-one matrix: wide ones stream faster. Weights are quantised as the recipe says.
+replace mask, positions and write indices). An Add and the norm after it are one node. Projections of the same value
+are joined into one matrix: wide matrices stream faster. Weights are quantised as the recipe says.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from dash_export.names import FINAL_STATE, new_names, past_names, present_names,
 from dash_export.targets import BITS, QUANTISED, Recipe
 
 HEAD_MULTIPLE, ROTARY_MULTIPLE = 8, 16
-"""GroupQueryAttention takes, and rotates, only heads whose size is a multiple of these."""
+"""GroupQueryAttention takes heads in multiples of the first size, and rotates multiples of the second size."""
 
 UNIT_GAIN = "unit_gain"
 
 
 @dataclass(frozen=True)
 class Sum:
-    """left + right, [batch, sequence, hidden], not computed yet: the norm that reads it gives it too."""
+    """State left + right, [batch, sequence, hidden], not computed yet: the next norm's node computes the sum too."""
 
     left: ir.Value
     right: ir.Value
@@ -46,7 +46,7 @@ State = ir.Value | Sum
 
 @dataclass(frozen=True)
 class Choice:
-    """`skipped` [batch, sequence, 1] bool: the rows that take K and V of a layer from the bypass."""
+    """K and V of a layer from the bypass, for the rows where `skipped` [batch, sequence, 1] bool is true."""
 
     skipped: ir.Value
     key: ir.Value
@@ -61,9 +61,12 @@ def write(
     recipe: Recipe,
     roundings: Roundings = to_nearest,
 ) -> ir.Model:
-    """An engine of portable graphs, by name and in their order: `embed`, layers and `head`, with the `policy` that
-    reads what enters one of them; a bypass; or a bypass and then its unit's layers, of which `skipped` [batch,
-    sequence, 1] bool chooses row by row: the state, and the K and V that later tokens attend to.
+    """Return the graph of one engine, from portable graphs by name and in their order. Raises BackendError for heads of
+    a size that GroupQueryAttention does not take.
+
+    The parts are `embed`, layers and `head`, with the `policy` that reads the input of one of these layers; or a
+    bypass; or a bypass and the layers of its unit. In the last case `skipped` [batch, sequence, 1] bool chooses, row by
+    row, the bypass or the layers: for the state, and for the K and V that later tokens attend to.
     """
     if manifest.model.head_dim % HEAD_MULTIPLE:
         raise BackendError(
@@ -98,12 +101,12 @@ def write(
 
 
 class OrtWriter(ProductWriter):
-    """An engine in the making: a method per part of the model, then the pieces of these."""
+    """Writer of one engine's graph: a method per part of the model, then the pieces of these parts."""
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self.entering: dict[int, ir.Value] = {}
-        """The state that enters each layer."""
+        """Layer -> the state that enters it."""
 
     def embed(self) -> ir.Value:
         rows = self.embedding_rows()
@@ -115,10 +118,10 @@ class OrtWriter(ProductWriter):
     def embedding_rows(self) -> ir.Value:
         ids = self.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
         bits, block = BITS[self.recipe.embedding], self.recipe.block_size
-        if self.recipe.embedding not in QUANTISED or self.facts.hidden_size % block:  # rows are whole blocks
+        if self.recipe.embedding not in QUANTISED or self.facts.hidden_size % block:  # a row must be whole blocks
             return self.op("Gather", [self.stored(EMBED_WEIGHT), ids], "embed")
         table = self.array(EMBED_WEIGHT)
-        # The quantiser blocks the first axis of [in, out]: rows of the table are columns there.
+        # The quantiser makes blocks along the first axis of [in, out], so the table's rows are passed as columns.
         codes, scales, zeros = quantize_block(np.ascontiguousarray(table.T), bits, block, self.recipe.symmetric)
         packed, *grid = self.blocks("embed.weight", bits, codes.reshape(len(table), -1), scales, zeros)
         options = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
@@ -148,17 +151,17 @@ class OrtWriter(ProductWriter):
         if norms:
             down, _ = self.norm(down, after_mlp, f"{name}/mlp/norm")
         state, number = Sum(hidden, down, f"{name}/after_mlp"), 0
-        while (update := f"{weights}.update_{number}.weight") in self.weights:  # of units that were pruned
+        while (update := f"{weights}.update_{number}.weight") in self.weights:  # updates of pruned units
             normed, hidden = self.norm(state, UNIT_GAIN, f"{name}/norm_{number}")
             state = Sum(hidden, self.linear(normed, f"{name}/update_{number}", [update]), f"{name}/updated_{number}")
             number += 1
         return state
 
     def attention(self, layer: int, normed: ir.Value, choice: Choice | None) -> ir.Value:
-        """Heads of all tokens side by side; the cache is written."""
+        """Return the heads of all tokens side by side, [batch, sequence, heads * head_dim]; the cache is written."""
         name, norms = f"layer_{layer:02d}/attention", f"model.layers.{layer}.self_attn"
         heads, kv_heads, size = self.facts.num_heads, self.facts.num_kv_heads, self.facts.head_dim
-        # Queries come scaled: the product of one row with many is twice as fast where it has no factor to apply.
+        # Queries are scaled beforehand: the product of one row with many is twice as fast without a factor to apply.
         head_norms, scale = f"{norms}.q_norm.weight" in self.weights, self.facts.attention_scale
         times = 1.0 if head_norms else scale
         packed = self.projected(layer, normed, "attention", "q_proj", "k_proj", "v_proj", times=times)
@@ -198,7 +201,7 @@ class OrtWriter(ProductWriter):
         return found
 
     def bypass(self, unit: Unit, hidden: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
-        """The state after the skipped unit; K and V of each layer as they are projected."""
+        """Return the state after the skipped unit, and K and V of each of its layers, before head norm and RoPE."""
         name = unit.bypass
         normed, _ = self.norm(hidden, UNIT_GAIN, f"{name}/norm")
         found = self.linear(normed, f"{name}/product", [f"{name}.weight"])
@@ -208,8 +211,8 @@ class OrtWriter(ProductWriter):
         return self.op("Add", [hidden, parts.pop(0)], f"{name}/updated"), parts
 
     def new_rows(self, unit: Unit, projected: Sequence[ir.Value]) -> None:
-        """K and V become outputs [batch, sequence, kv_heads * head_dim], which the host writes where they go: fewer
-        nodes than a cache in the graph, and no turned heads.
+        """Output K and V as [batch, sequence, kv_heads * head_dim] for the host to write into the caches. This takes
+        fewer nodes than caches in the graph, and no transposed heads.
         """
         heads = self.facts.num_kv_heads
         for layer, key, value in zip(unit.layers, projected[::2], projected[1::2], strict=True):
@@ -229,7 +232,7 @@ class OrtWriter(ProductWriter):
         self.output(self.op("Softplus", [score], "policy/damage"), "damage", (*HIDDEN_SHAPE, units))
 
     def head(self, state: State) -> None:
-        """Logits, and the normed state, of the tokens from `first_logit` on."""
+        """Output the logits, and the normed state, of the tokens from `first_logit` on."""
         first = self.input("first_logit", (1,), ir.DataType.INT64)
         bounds = [first, self.stored("head.end"), self.stored("head.axis")]
         wanted = self.op("Slice", [self.computed(state), *bounds], "head/wanted")
@@ -249,7 +252,7 @@ class OrtWriter(ProductWriter):
         return self.op("Add", [state.left, state.right], state.name) if isinstance(state, Sum) else state
 
     def norm(self, state: State, gain: str, node: str) -> tuple[ir.Value, ir.Value]:
-        """(RMSNorm of the state, the state itself)."""
+        """Return (RMSNorm of the state, the state itself)."""
         epsilon = self.facts.rms_norm_eps
         if not isinstance(state, Sum):
             return self.op("RMSNormalization", [state, self.stored(gain)], node, epsilon=epsilon), state
@@ -262,7 +265,7 @@ class OrtWriter(ProductWriter):
         return normed, total
 
     def head_norm(self, value: ir.Value, heads: int, gain: str, node: str, times: float = 1.0) -> ir.Value:
-        """The norm of each head of [batch, sequence, heads * head_dim], which the kernel of attention does not have."""
+        """Norm each head of [batch, sequence, heads * head_dim] and multiply by `times`; GroupQueryAttention cannot."""
         split = self.constant(f"{node}/heads", np.array([0, 0, heads, self.facts.head_dim]))
         weight = self.constant(f"{node}/gain", self.array(gain) * np.float32(times))
         value = self.op("Reshape", [value, split], f"{node}/split")
@@ -270,17 +273,17 @@ class OrtWriter(ProductWriter):
         return self.op("Reshape", [value, self.constant("shape.merge_heads", np.array([0, 0, -1]))], f"{node}/merged")
 
     def rotary_size(self, rope: str) -> int:
-        """The part of a head that is turned."""
+        """Return how many dimensions of a head are rotated."""
         return 2 * self.columns(f"{rope}.cos")
 
     def rotated(self, rope: str, value: ir.Value, heads: int, node: str) -> ir.Value:
-        """RoPE on [batch, sequence, heads * head_dim]."""
+        """Apply RoPE to [batch, sequence, heads * head_dim]."""
         positions = self.input("position_ids", HIDDEN_SHAPE, ir.DataType.INT64)
         tables, size = [self.stored(f"{rope}.{which}") for which in ("cos", "sin")], self.rotary_size(rope)
         options = {"num_heads": heads} | ({} if size == self.facts.head_dim else {"rotary_embedding_dim": size})
         return self.op("RotaryEmbedding", [value, *tables, positions], node, **options)
 
     def projected(self, layer: int, source: ir.Value, part: str, *names: str, times: float = 1.0) -> ir.Value:
-        """Projections of one value side by side."""
+        """Project one value with several matrices; the results lie side by side."""
         weights = [f"model.layers.{layer}.{part.replace('attention', 'self_attn')}.{name}.weight" for name in names]
         return self.linear(source, f"layer_{layer:02d}/{part}/{'+'.join(names)}", weights, times)

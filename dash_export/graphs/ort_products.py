@@ -1,4 +1,4 @@
-"""Products with a model's matrices in the `ort` dialect: plain, rounded as the recipe says, or with a file's codes."""
+"""Products with a model's matrices in the `ort` dialect: float, rounded as the recipe says, or with a GGUF's codes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Codes = npt.NDArray[Any]
 
 
 class ProductWriter(GraphWriter):
-    """A graph that takes its weights by name from portable ones."""
+    """Writer of a graph that takes its weights by name from portable graphs."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ProductWriter(GraphWriter):
         return int(self.weights[weight].shape.numpy()[1])
 
     def stored(self, weight: str) -> ir.Value:
-        """A portable graph's constant as it is."""
+        """Return a constant of a portable graph, unchanged."""
         return self.initializer(weight, self.weights[weight])
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
@@ -68,8 +68,8 @@ class ProductWriter(GraphWriter):
         )
 
     def linear(self, source: ir.Value, node: str, weights: Sequence[str], times: float = 1.0) -> ir.Value:
-        """source @ weights + biases, the matrices [in, out] side by side and quantised where the recipe says so; the
-        first one and its bias `times` a factor.
+        """Return source @ weights + biases. The matrices [in, out] lie side by side, quantised where the recipe says
+        so. The first matrix and its bias are multiplied by `times`.
         """
         widths = [self.columns(weight) for weight in weights]
         factors = [np.float32(times), *[np.float32(1)] * (len(weights) - 1)]
@@ -91,7 +91,7 @@ class ProductWriter(GraphWriter):
         if times != 1:
             matrices[0] = matrices[0] * factors[0]
         rows, columns = len(matrices[0]), sum(widths)
-        if precision not in QUANTISED or min(rows, columns) < block:  # not a matrix of a few columns
+        if precision not in QUANTISED or min(rows, columns) < block:  # smaller than a block: stays float32
             wide = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1)
             value = self.op("MatMul", [source, self.constant(f"{node}.weight", wide)], node)
             return value if bias is None else self.op("Add", [value, bias], f"{node}/bias")
@@ -103,13 +103,13 @@ class ProductWriter(GraphWriter):
         return self.contrib("MatMulNBits", inputs, node, **options)
 
     def grid(self, weight: str, factor: float) -> Any:
-        """The Grid of a matrix times a factor; None where the checkpoint has none."""
+        """Return the Grid of a matrix times a factor; None where the checkpoint has no 4-bit codes for the matrix."""
         stored = getattr(self.weights[weight], "meta", {}).get(STORED)
         found = None if stored is None else grid_of(stored)
         return None if found is None else found.times(factor)
 
     def on_grid(self, source: ir.Value, node: str, grids: Sequence[Grid], bias: ir.Value | None) -> ir.Value:
-        """A product with the codes that the weights have already."""
+        """Return the product of `source` with matrices whose 4-bit codes stay those of the file."""
         rows, columns = BLOCK * grids[0].codes.shape[1], sum(len(grid.codes) for grid in grids)
         codes, scales, zeros, more = packed(grids)
         if more:
@@ -122,6 +122,6 @@ class ProductWriter(GraphWriter):
         return self.contrib("MatMulNBits", inputs, node, **options)
 
     def blocks(self, weight: str, bits: int, codes: Codes, scales: Floats, zeros: Codes) -> list[ir.Value]:
-        """Codes, scales, and zero points where there are any."""
+        """Return constants of the codes, the scales and, unless the recipe is symmetric, the zero points."""
         found = [self.constant(f"{weight}.q{bits}", codes), self.constant(f"{weight}.scales", scales)]
         return found if self.recipe.symmetric else [*found, self.constant(f"{weight}.zero_points", zeros)]

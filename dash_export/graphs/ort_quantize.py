@@ -22,7 +22,7 @@ Blocks = tuple[npt.NDArray[Any], npt.NDArray[np.float32], npt.NDArray[Any]]
 
 
 def quantize_block(matrix: Float32Array, bits: int, block: int, symmetric: bool) -> Blocks:
-    """[in, out] float32, each weight the nearest."""
+    """Quantise [in, out] float32 in blocks, each weight rounded to nearest."""
     config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=symmetric, bits=bits)
     packed, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
     out = matrix.shape[1]
@@ -30,7 +30,7 @@ def quantize_block(matrix: Float32Array, bits: int, block: int, symmetric: bool)
 
 
 def pack(rounded: Rounded, times: float = 1.0) -> Blocks:
-    """A calibrated matrix, times a factor: its codes stay, its grid is stretched."""
+    """Pack a calibrated matrix times a factor: its codes stay, its scales are multiplied."""
     rows, out = rounded.codes.shape
     blocks = len(rounded.scales)
     codes = np.zeros((out, blocks * rounded.block), np.uint8)
@@ -50,7 +50,9 @@ def quantized(
     roundings: Roundings,
     first_times: float = 1.0,
 ) -> Blocks:
-    """Matrices side by side, of the nodes `part/name+name`; `first_times`: what the first has been multiplied by."""
+    """Quantise the matrices of a node `part/name+name` side by side. `first_times`: the factor that the first matrix
+    was multiplied by.
+    """
     part, _, names = node.rpartition("/")
     calibrated = [roundings(f"{part}/{name}") if bits == 4 else None for name in names.split("+")]
     pieces = []

@@ -1,9 +1,9 @@
 """The portable graphs of a decoder: `embed`, `layer_NN`, `bypass_AA-BB`, `policy`, `head`. ONNX
 opset 24, nothing traced.
 
-Shapes, everywhere: batch x sequence x hidden for states, batch x kv_heads x capacity x head_dim for a cache. A cache
-has one row per position, a step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 1, sequence,
-capacity] (bool) says which rows a query may read. Weights are named as in the checkpoint.
+States are batch x sequence x hidden, caches batch x kv_heads x capacity x head_dim. A cache has one row per position, a
+step writes its new rows in place (TensorScatter), and `attention_mask` [batch, 1, sequence, capacity] (bool) says which
+rows a query may read. Weights are named as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ EMBED_FILE = "embed.data"
 EMBED_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
 HEAD_MATRIX = "head/weight"
-"""The transposed one of these that gives logits."""
+"""Name of the node that transposes EMBED_WEIGHT (a tied head) or HEAD_WEIGHT for the logits."""
 SHARED_FILES = (ROPE, EMBED_FILE)
 
 _BLOCK = 1 << 14
 """Positions whose angles are in memory at a time."""
 
 WINDOW = "dash_export.window"
-"""Metadata of an Attention node: the tokens that a query may attend to, 0 for all."""
+"""Metadata key of an Attention node: how many tokens a query may attend to, 0 for all."""
 HIDDEN_SHAPE = ("batch", "sequence")
 
 
 def rope_tables(spec: DecoderSpec) -> Iterator[npt.NDArray[np.float32]]:
-    """`cos`, then `sin`, each [max_positions, rotary_dim / 2], in blocks: every layer's graph refers to this one file.
-    Those of layers with a window follow, where they have others.
+    """Yield blocks of `cos`, then of `sin`, each [max_positions, rotary_dim / 2] float32 in all: every layer's graph
+    refers to this one file. The tables of layers with a window follow, if those have others.
     """
     for frequencies, scale in ((spec.rope_frequencies, spec.rope_scale), (spec.window_frequencies, 1.0)):
         for turned in (np.cos, np.sin):
@@ -50,7 +50,7 @@ def rope_tables(spec: DecoderSpec) -> Iterator[npt.NDArray[np.float32]]:
 
 
 def embed_graph(checkpoint: Checkpoint) -> ir.Model:
-    """input_ids [batch, sequence] int64 -> hidden [batch, sequence, hidden] float32."""
+    """Return the graph input_ids [batch, sequence] int64 -> hidden [batch, sequence, hidden] float32."""
     g = PortableWriter("embed", "Token embedding.", checkpoint.spec, checkpoint)
     ids = g.input("input_ids", HIDDEN_SHAPE, ir.DataType.INT64)
     g.state_output(g.scaled(g.looked_up(EMBED_WEIGHT, ids, EMBED_FILE), "embedding_scale"))
@@ -58,8 +58,9 @@ def embed_graph(checkpoint: Checkpoint) -> ir.Model:
 
 
 def head_graph(checkpoint: Checkpoint) -> ir.Model:
-    """hidden [batch, sequence, hidden], first_logit [1] int64 -> logits [batch, sequence - first_logit, vocab] float32,
-    and the final state [batch, sequence - first_logit, hidden] float32, normed, that they are made of.
+    """Return the graph hidden [batch, sequence, hidden], first_logit [1] int64 -> logits [batch, sequence -
+    first_logit, vocab] float32, and the normed final state that gives them, [batch, sequence - first_logit, hidden]
+    float32.
 
     `first_logit` spares a prefill the logits of all but its last position. A tied head reads the embedding's file.
     """
@@ -78,10 +79,11 @@ def head_graph(checkpoint: Checkpoint) -> ir.Model:
 
 
 def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
-    """One decoder layer. hidden -> hidden_out [batch, sequence, hidden]; reads and writes the layer's cache.
+    """Return the graph of one layer: hidden -> hidden_out [batch, sequence, hidden]. It reads and writes the KV cache.
 
     Other inputs: position_ids [batch, sequence] int64, write_indices [batch] int64 (the cache row of the first new
-    token), attention_mask [batch, 1, sequence, capacity] bool. What pruned units behind it add is a part of it.
+    token), attention_mask [batch, 1, sequence, capacity] bool. Updates of units that were pruned behind the layer are
+    part of its graph.
     """
     spec, name = checkpoint.spec, f"layer_{layer:02d}"
     g = PortableWriter(name, f"Decoder layer {layer}.", spec, checkpoint)
@@ -125,8 +127,8 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
 
 
 def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model:
-    """The graph of a skipped unit: one product for its update and for K and V of all its layers, which are written to
-    the caches; hidden -> hidden + update (`dash_export/policy.py` has the formula).
+    """Return the graph of a skipped unit: hidden -> hidden + update (`dash_export/policy.py` has the formula). One
+    product gives the update and the K and V of all the unit's layers, which are written to their caches.
     """
     spec, name = checkpoint.spec, unit.bypass
     g = PortableWriter(name, f"Layers {unit}, skipped: {bypass.form} bypass.", spec, checkpoint)
@@ -157,8 +159,8 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
 
 
 def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
-    """The input of the policy's layer `read`, hidden [batch, sequence, hidden], -> damage [batch, sequence, units]
-    float32, nats: the formula of `dash_export/policy.py`.
+    """Return the graph hidden [batch, sequence, hidden], the input of the policy's layer `read`, -> damage [batch,
+    sequence, units] float32, nats: the formula of `dash_export/policy.py`.
     """
     network = policy.network
     assert network is not None
@@ -171,7 +173,7 @@ def policy_graph(spec: DecoderSpec, policy: SkipPolicy) -> ir.Model:
 
 
 class PortableWriter(GraphWriter):
-    """The pieces that these graphs have in common."""
+    """Writer with the pieces that the portable graphs have in common."""
 
     def __init__(self, name: str, doc: str, spec: DecoderSpec, checkpoint: Checkpoint | None = None) -> None:
         super().__init__(name, doc)
@@ -190,7 +192,7 @@ class PortableWriter(GraphWriter):
         return positions, self.input("write_indices", ("batch",), ir.DataType.INT64)
 
     def weight(self, name: str, transpose: bool = False, file: str = "") -> ir.Value:
-        """A weight as it is stored, and what makes float32 of it; in a `file` that graphs share, where one is given."""
+        """Return a weight as stored, converted to float32 by nodes. `file`: the file of a weight that graphs share."""
         kind, values = self._stored(name, transpose, file)
         node, turned = f"{self.graph.name}/{name}", transpose and kind not in ("", "Cast")
         found = self._as_float(kind, values, f"{node}/rows" if turned else node)
@@ -199,8 +201,8 @@ class PortableWriter(GraphWriter):
         return found
 
     def looked_up(self, name: str, ids: ir.Value, file: str) -> ir.Value:
-        """Rows of a weight, taken as they are stored: ONNX Runtime would make float32 of all of them, and takes many
-        times their memory for it.
+        """Return rows of a weight, gathered before they are converted: ONNX Runtime would convert the whole weight to
+        float32, and take many times its memory.
         """
         kind, values = self._stored(name, False, file)
         rows = [self.op("Gather", [value, ids], f"embed/{value.name}" if kind else "embed") for value in values]
@@ -248,8 +250,8 @@ class PortableWriter(GraphWriter):
         return self.op("RMSNormalization", [value, gain], node, epsilon=self.spec.rms_norm_eps)
 
     def heads(self, layer: int, name: str, value: ir.Value, which: str) -> ir.Value:
-        """[batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim], with Qwen3's per-head norm where
-        it has one.
+        """Turn [batch, sequence, heads * head_dim] into [batch, heads, sequence, head_dim]. With `qk_norm` (Qwen3,
+        Gemma 3), norm each head of Q and K.
         """
         count = self.spec.num_heads if which == "q" else self.spec.num_kv_heads
         shape = self.initializer(f"shape.{which}_heads", np.array([0, 0, count, self.spec.head_dim]))
@@ -271,7 +273,7 @@ class PortableWriter(GraphWriter):
         return self.op("RotaryEmbedding", [value, *tables, positions], name, **part)
 
     def mask(self, layer: int, positions: ir.Value) -> ir.Value:
-        """The rows that a query may read: those the runtime says, of the last ones where the layer has a window."""
+        """Return the mask of readable rows: the runtime's, cut to the last rows where the layer has a window."""
         given = self.input("attention_mask", ("batch", 1, "sequence", "capacity"), ir.DataType.BOOL)
         name = f"layer_{layer:02d}/mask"
         if not (window := self.spec.traits.window(layer)):
@@ -288,7 +290,7 @@ class PortableWriter(GraphWriter):
         return self.op("And", [given, self.op("Greater", [rows, first], f"{name}/near")], f"{name}/both")
 
     def branch(self, layer: int, value: ir.Value, norm: str) -> ir.Value:
-        """Return the sum's part of attention or the MLP, normed and scaled as the family does."""
+        """Return what attention or MLP adds to the state: `value`, normed and scaled as the family does."""
         value = self.layer_norm(layer, value, norm) if self.spec.post_norms else value
         return self.scaled(value, "residual_scale", str(value.name))
 
@@ -298,7 +300,7 @@ class PortableWriter(GraphWriter):
         return self.op("Mul", [value, self.initializer(trait, np.array(scale, np.float32))], f"{name or trait}/scaled")
 
     def capped(self, value: ir.Value, cap: float) -> ir.Value:
-        """cap * tanh(value / cap)."""
+        """Return cap * tanh(value / cap); `value` itself when `cap` is 0."""
         if not cap:
             return value
         most = self.initializer("logits_cap", np.array(cap, np.float32))
@@ -308,7 +310,7 @@ class PortableWriter(GraphWriter):
     def cached(
         self, layer: int, name: str, keys: ir.Value, values: ir.Value, positions: ir.Value, rows: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        """New keys, not yet rotated, and values [batch, heads, sequence, head_dim] -> the caches with them."""
+        """Write new keys (rotated here) and values [batch, heads, sequence, head_dim] to the caches; return these."""
         shape = ("batch", self.spec.num_kv_heads, "capacity", self.spec.head_dim)
         past_key, past_value = (self.input(past, shape) for past in past_names(layer))
         keys = self.rotated(layer, keys, positions, f"{name}/attention/k_rotary")

@@ -1,6 +1,7 @@
-"""How a weight matrix is stored: its precision by the recipe, the same for every backend; its blocks; and, of int4, a
-rounding decided elsewhere, which a lowering takes instead of its own. A build keeps all of these in one file, so that
-the machine that lowers need not be one that can calibrate.
+"""Storage of weight matrices: precision by the recipe (the same for every backend), block size and roundings.
+
+A rounding is decided in calibration, and a lowering takes it instead of its own: int4 codes, or the range of fp8
+inputs. A build keeps all roundings in one file, so that the machine that lowers need not be able to calibrate.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ SMALLEST_BLOCK = 16
 
 
 def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -> Precision:
-    """The precision of a node's weights; a layer's nodes are named `layer_NN/...`, a unit's bypass `bypass_AA-BB/...`.
-    `gated`: the layers of all units.
+    """Return the precision of a node's weights. A layer's nodes are named `layer_NN/...`, those of a unit's bypass
+    `bypass_AA-BB/...`. `gated`: the layers of all units.
     """
     part, _, rest = node.partition("/")
     if part == "head":
@@ -38,7 +39,7 @@ def weight_precision(node: str, recipe: WeightsRecipe, gated: Collection[int]) -
 
 
 def block_of(rows: int, wanted: int) -> int | None:
-    """`wanted` halved until it divides the matrix's input size (576 takes 64), None where nothing down to 16 does."""
+    """Halve `wanted` until it divides the matrix's input size (576 takes 64); None if no size down to 16 does."""
     while wanted >= SMALLEST_BLOCK:
         if rows % wanted == 0:
             return wanted
@@ -48,8 +49,8 @@ def block_of(rows: int, wanted: int) -> int | None:
 
 @dataclass(frozen=True)
 class Rounded:
-    """`codes` [in, out] uint8, `scales` [blocks, out] float32, `zeros` [blocks, out] uint8, one block per `block`
-    inputs: weight = (code - zero) * scale.
+    """Int4 matrix: weight = (code - zero) * scale, with one block per `block` inputs. `codes` [in, out] uint8, `scales`
+    [blocks, out] float32, `zeros` [blocks, out] uint8.
     """
 
     codes: npt.NDArray[np.uint8]
@@ -58,36 +59,37 @@ class Rounded:
     block: int
 
     def dequantized(self) -> npt.NDArray[np.float32]:
-        """[in, out] float32."""
+        """Return the weights [in, out] float32."""
         rows = np.arange(len(self.codes)) // self.block
         return (self.codes - self.zeros[rows].astype(np.float32)) * self.scales[rows]
 
     def check(self, node: str, shape: tuple[int, ...], block: int) -> None:
-        """Raises BundleError where this is not of a matrix of that `shape` [in, out], in such blocks."""
+        """Raise BundleError unless the rounding is of a matrix of `shape` [in, out] in blocks of `block` inputs."""
         if self.codes.shape != shape or self.block != block:
             raise BundleError(f"The rounding that is kept of {node} is not of this matrix. Build the target again.")
 
 
 Roundings = Callable[[str], Rounded | float | None]
-"""By the name of a matrix's node in a layer's portable graph: its codes, or (fp8) the largest number it was fed; None:
-to be rounded to nearest.
+"""Name of a matrix's node in a layer's portable graph -> its codes, or (fp8) the largest absolute number in its inputs,
+or None: round to nearest.
 """
 
 
 def to_nearest(_node: str) -> Rounded | float | None:
-    """No matrix has a rounding of its own."""
+    """Return None: every matrix is rounded to nearest."""
     return None
 
 
 _PARTS = {"codes": np.uint8, "scales": np.float32, "zeros": np.uint8, "form": np.int64}
-"""Parts of a matrix, `<node>.<part>`: codes [in / 2, out], two inputs a byte; `form`: inputs, and inputs of a block. Of
-what it is fed, `<node>.largest`. In numpy's own form, which needs nothing that a device lacks.
+"""Arrays of an int4 matrix in the file, named `<node>.<part>`. Codes are [in / 2, out], two inputs per byte; `form` is
+(inputs, inputs per block). The range of an fp8 input is `<node>.largest`. The file is an .npz: reading it needs only
+numpy, which every device has.
 """
 
 
 def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded | float]]) -> None:
-    """Write int4 matrices and fp8 ranges given as (node, rounding), one after the other, and the `key` of what they
-    follow from.
+    """Write (node, rounding) pairs, int4 matrices and fp8 ranges, one after the other, and the `key` of what they were
+    computed from.
     """
     with ZipFile(path, "w", ZIP_STORED) as file:
 
@@ -108,8 +110,8 @@ def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded
 
 
 def stored_roundings(path: Path) -> Roundings:
-    """Read a file of roundings; all are rounded to nearest where there is none. A matrix that is asked for raises
-    BundleError where the file is damaged.
+    """Return a lookup in a file of roundings; without the file every matrix is rounded to nearest. The lookup of a
+    matrix raises BundleError when the file is damaged.
     """
 
     def rounded(node: str) -> Rounded | float | None:
@@ -137,16 +139,16 @@ def stored_roundings(path: Path) -> Roundings:
 
 
 def roundings_key(path: Path) -> str:
-    """Key of what a file was made from; nothing of one that is not there or not ours."""
+    """Return the key of what a file was made from; "" for a file that is missing or not a file of roundings."""
     try:
         with open_regular(path) as file, np.load(file) as arrays:
             return str(_array(arrays, "key"))
-    except Exception:  # as above
+    except Exception:  # numpy and zipfile raise many kinds
         return ""
 
 
 def _array(arrays: Any, name: str, kind: Any = None) -> Any:
-    """Raises ValueError for one that is compressed, as none of ours is: a file of nothing can fill the memory."""
+    """Return an array. Raises ValueError if it is compressed (ours never are): a tiny file could fill the memory."""
     if arrays.zip.getinfo(f"{name}.npy").compress_type != ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     array = arrays[name]

@@ -1,7 +1,7 @@
 """Weights of a portable graph as the checkpoint stores them, and as a lowering takes them.
 
-In a bundle a matrix has its checkpoint's bytes: 16-bit floats stand behind a Cast, blocks of a GGUF file behind a
-function that gives the weights (ggml.py). What is stored otherwise, and every vector, is float32.
+In a bundle a matrix has its checkpoint's bytes. A Cast converts 16-bit floats, a function the blocks of a GGUF file
+(ggml.py). Matrices of any other type, and all vectors, are stored as float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dash_export.graphs.writer import lazy_weight
 from dash_export.models.spec import Weight
 
 STORED = "stored"
-"""Key of a restored matrix's `meta` that has its blocks, where it is made of such."""
+"""Key in the `meta` of a restored matrix: its `Stored` blocks, if it is made of blocks."""
 _TURNED = "turned"
 _FLOATS = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
@@ -35,7 +35,7 @@ class Stored:
     others: ir.TensorProtocol
 
     def read(self) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
-        """Raises BundleError for factors that are no numbers."""
+        """Return (factors, other bytes). Raises BundleError for factors that are NaN or infinite."""
         factors = self.factors.numpy()
         if not np.isfinite(factors).all():
             raise BundleError(
@@ -45,8 +45,8 @@ class Stored:
 
 
 def stored_tensors(name: str, weight: Weight, transpose: bool) -> tuple[str, list[ir.LazyTensor]]:
-    """(type, tensors): "" and the float32 weight; "Cast" and the same of 16 bits; a block's type, its factors and its
-    other bytes, never transposed.
+    """Return (kind, tensors) of a weight: "" and the float32 weight; "Cast" and the 16-bit weight; or a block type with
+    its factors and its other bytes, which are never transposed.
     """
     if len(weight.shape) == 2 and weight.packed is not None and weight.dtype in BLOCKS:
         return weight.dtype, _blocks(name, weight)
@@ -70,8 +70,8 @@ def _blocks(name: str, weight: Weight) -> list[ir.LazyTensor]:
 
 
 def restore(model: ir.Model) -> None:
-    """Replace every node that only converts constants by what it gives: float32, read on demand. Raises BundleError for
-    blocks of another type or shape than the program knows.
+    """Replace every node that only converts constants by its result: float32, read on demand. Raises BundleError for
+    blocks of an unknown type or of another shape, and for a constant that is converted twice.
     """
     graph, seen = model.graph, set[str]()
     for node in list(graph):
@@ -82,7 +82,7 @@ def restore(model: ir.Model) -> None:
             continue
         (output,) = node.outputs
         name = str(output.name)
-        if lookups:  # of a table whose parts are named after it
+        if lookups:  # the parts of a table are named `<table>.<part>`
             name = str(values[0].name).rpartition(".")[0] or name  # type: ignore[union-attr]
         if (found := _restored(node, name, tensors)) is None:
             continue
@@ -107,7 +107,7 @@ def restore(model: ir.Model) -> None:
 
 
 def _lookups(node: ir.Node) -> list[ir.Node]:
-    """Nodes that gather rows for `node` to convert, by the same numbers: an embedding's."""
+    """Return the Gather nodes of an embedding whose rows `node` converts, all by the same ids; [] for other nodes."""
     found = [value.producer() for value in node.inputs if value is not None]
     sound = [
         item for item in found if item is not None and item.op_type == "Gather" and not (item.attributes or item.domain)
@@ -123,7 +123,7 @@ def _restored(node: ir.Node, name: str, tensors: Sequence[Any]) -> ir.LazyTensor
     def lazy(make: Callable[[], npt.NDArray[Any]], shape: Sequence[int]) -> ir.LazyTensor:
         return ir.LazyTensor(lambda: ir.Tensor(make(), name=name), ir.DataType.FLOAT, ir.Shape(shape), name=name)
 
-    made = isinstance(tensors[0], ir.LazyTensor)  # here: one is made of another once
+    made = isinstance(tensors[0], ir.LazyTensor)  # made by `restore`: it may be transposed once, not cast again
     if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.FLOAT and not made:
         return lazy(lambda: tensors[0].numpy().astype(np.float32), shapes[0])
     turned = made and tensors[0].meta.get(_TURNED)

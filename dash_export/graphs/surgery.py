@@ -1,4 +1,4 @@
-"""Reading graphs of a bundle, chaining them, and what lowerings do to them."""
+"""Read the graphs of a bundle, chain them, and edit them for lowerings."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dash_export.graphs.writer import GraphWriter
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph whose external data is known to lie in its own folder, its weights as float32 (stored.py). Raises
-    BundleError otherwise.
+    """Return a graph with its weights as float32 (stored.py). Raises BundleError when the graph is damaged, or when its
+    external data are not in its own folder.
     """
     try:
         proto = onnx.load(path, load_external_data=False)
         model: ir.Model = ir.from_proto(proto)
-        ir.to_proto(model)  # names that are no text are read as bytes, and cannot be written
+        ir.to_proto(model)  # fails for names that are not text: onnx reads them as bytes
         ir.external_data.set_base_dir(model.graph, path.parent)
     except Exception as error:  # protobuf and onnx_ir raise many kinds; the file is from outside
         raise BundleError(
@@ -49,7 +49,7 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
-    """The tensor lies in a file beside its graph (not behind a link that leads away), and that file is long enough."""
+    """Raise BundleError unless the tensor's file lies beside the graph (not behind a link), has one name, is whole."""
     location = str(tensor.location)
     file = path.parent / location
     try:
@@ -79,8 +79,8 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
 def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
     """Move all of `source` into `target` and return its outputs by name.
 
-    `wiring` gives the value for an input of `source`; any other input joins the target's input of that name or becomes
-    one. Initializers of one name are one (shared tables, shape constants).
+    `wiring` gives the value for an input of `source`; any other input is merged with the target's input of that name,
+    or becomes a new one. Initializers of one name are merged (shared tables, shape constants).
     """
     graph, into = source.graph, target.graph
     outputs = {str(value.name): value for value in graph.outputs}
@@ -109,7 +109,7 @@ def absorb(target: GraphWriter, source: ir.Model, wiring: Mapping[str, ir.Value]
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """Register a new initializer."""
+    """Register a new initializer and return its value."""
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
@@ -117,7 +117,7 @@ def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Valu
 
 
 def constant_value(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The array of an initializer, None for anything computed."""
+    """Return the array of an initializer, None for anything computed."""
     if value is None or not value.is_initializer() or value.const_value is None:
         return None
     return value.const_value.numpy()

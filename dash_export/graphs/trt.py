@@ -1,9 +1,9 @@
-"""Portable graphs -> what TensorRT compiles. Shapes, types and weights change; the operators only in `trt10`.
+"""Lowering of portable graphs to what TensorRT compiles. Shapes, types and weights change; operators only in `trt10`.
 
-Batch is one, or up to the recipe's `sequences`; a cache has a fixed capacity, the head gives the logits of the last
-token: a slice from `first_logit` would make a shape depend on data on the device. Every float has 16 bits but in norms,
-logits and damage: the networks TensorRT builds are strongly typed, so what the graph says is what runs, and every
-conversion is a Cast here.
+Batch is one, or up to the recipe's `sequences`; a cache has a fixed capacity. The head gives only the last token's
+logits: a slice from `first_logit` would make a shape depend on data on the device. Every float has 16 bits except in
+norms, logits and damage. TensorRT builds strongly typed networks: the types in the graph are the types that run, so
+every conversion is a Cast in the graph.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.Dat
 
 
 def lower(model: ir.Model, recipe: Recipe, gated: Collection[int], roundings: Roundings = to_nearest) -> ir.Model:
-    """A portable segment, bypass or policy -> the recipe's GPU dialect, in place. `gated`: the layers of all units.
+    """Lower a portable segment, bypass or policy to the recipe's GPU dialect, in place. `gated`: layers of all units.
 
     `hidden`, caches and weights get the recipe's activation type; `logits` and `damage` stay float32.
     """
     assert recipe.engine is not None
     graph, capacity = model.graph, recipe.engine.kv_capacity
     sizes = {"capacity": capacity} | ({"batch": 1} if recipe.engine.sequences == 1 else {})
-    graph.outputs[:] = [value for value in graph.outputs if value.name != FINAL_STATE]  # which the device does not give
+    graph.outputs[:] = [value for value in graph.outputs if value.name != FINAL_STATE]  # no output on a device
     _fix_shapes(graph, sizes)
     _cut_rope(graph, capacity)
     _give_last_logits(graph)
@@ -60,7 +60,7 @@ def _fix_shapes(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
 
 
 def _cut_rope(graph: ir.Graph, capacity: int) -> None:
-    """Every engine holds its own copy of the tables: only the rows that the cache has."""
+    """Cut the RoPE tables to the rows that the cache has: every engine holds its own copy of the tables."""
     for name in [name for name in graph.initializers if name.startswith("rope")]:
         value = graph.initializers[name]
         table = constant_value(value)
@@ -69,8 +69,8 @@ def _cut_rope(graph: ir.Graph, capacity: int) -> None:
 
 
 def _make_mask(graph: ir.Graph, capacity: int) -> None:
-    """Which cached rows a query may read, of its position: no input, which two Attentions of one TensorRT-RTX engine
-    cannot share.
+    """Compute which cached rows a query may read from its position, and drop the mask input: two Attentions of one
+    TensorRT-RTX engine cannot share an input.
     """
     inputs = {value.name: value for value in graph.inputs}
     if "attention_mask" in inputs:
@@ -91,8 +91,8 @@ def _give_last_logits(graph: ir.Graph) -> None:
 
 
 def _sum_policy(graph: ir.Graph) -> None:
-    """The policy's product, [1, sequence, hidden] @ [hidden, units], in float32 as Mul and ReduceSum: TensorRT rounds
-    the factors of a MatMul to TF32, and has none for Turing.
+    """Replace the policy's MatMul, [1, sequence, hidden] @ [hidden, units], by a Mul and a ReduceSum in float32:
+    TensorRT rounds the factors of a float32 MatMul to TF32, and has no such MatMul for Turing.
     """
     for node in [node for node in graph if node.name == "policy/score"]:
         weights = constant_value(node.inputs[1])
@@ -104,14 +104,14 @@ def _sum_policy(graph: ir.Graph) -> None:
 
 
 def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
-    """float32 -> `dtype` in every node but those `_stays_float32` names; weights follow their node.
+    """Convert float32 to `dtype` in every node except those that `_stays_float32` names; weights follow their node.
 
     Inputs and outputs follow too, except `logits` and `damage`, which the host reads as float32.
     """
     made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def converted(value: ir.Value, wanted: ir.DataType, before: ir.Node | None) -> ir.Value:
-        """`value` at `wanted`, converted once: weights now, the rest by a Cast before a node (None: at the end)."""
+        """Return `value` as `wanted`, converted once: a weight now, others by a Cast before `before` (None: at end)."""
         if value.dtype == wanted:
             return value
         if (value, wanted) not in made:
@@ -151,5 +151,7 @@ def set_activation_type(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 
 def _stays_float32(node: ir.Node) -> bool:
-    """Sums of squares overflow float16 and lose small terms in bfloat16; a damage is compared with a threshold."""
+    """Return whether a node stays float32: a norm's sums of squares overflow float16 and lose small terms in bfloat16;
+    a damage is compared with a threshold.
+    """
     return FLOAT32 in node.meta or node.op_type == "RMSNormalization" or str(node.name).startswith("policy/")

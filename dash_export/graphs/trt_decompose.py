@@ -1,9 +1,9 @@
-"""The `trt10` dialect: what TensorRT 10.3 (JetPack 6.2) has, opset 21. Norm, RoPE and attention in plain operators.
+"""The `trt10` dialect: operators of TensorRT 10.3 (JetPack 6.2), opset 21; norm, RoPE and attention are decomposed.
 
-A cache is only read: the graph gives the new rows of K and V (`new.N.key`, `new.N.value`) and the runtime writes them.
-Attention takes one softmax over the concatenated scores [q . K_cache, q . k_new]; the cache itself is never copied.
-Which rows a query may read follows from `write_indices` (cached rows lie before it) and `position_ids` (of the new
-rows, those not after the query), so there is no mask among the inputs.
+A cache is only read: the graph outputs the new rows of K and V (`new.N.key`, `new.N.value`), and the runtime writes
+them. Attention takes one softmax over the concatenated scores [q . K_cache, q . k_new]; the cache itself is never
+copied. There is no mask input: a query may read the cached rows before `write_indices`, and those new rows whose
+`position_ids` are not after its own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ IR_VERSION = 10
 FLOAT32 = "float32"
 """Key of a node's `meta` that keeps it at float32."""
 MASKED = -1e30
-"""A score that softmax turns into zero; finite, so that a row without any readable score is no NaN."""
+"""A score that softmax turns into zero; finite, so that a row without any readable score does not become NaN."""
 
 
 def decompose(model: ir.Model, capacity: int) -> None:
-    """The portable operators of opset 23 and 24 in operators of opset 21, in place. Shapes are fixed already."""
+    """Replace the operators of opset 23 and 24 by operators of opset 21, in place. Shapes must be fixed already."""
     graph = model.graph
     for node in list(graph):
         if node.op_type == "RMSNormalization":
@@ -47,7 +47,7 @@ def decompose(model: ir.Model, capacity: int) -> None:
 
 
 class Chain:
-    """Nodes before one node, or in its place."""
+    """Writer of nodes that come before a node `old`, or replace it (`finish`)."""
 
     def __init__(self, graph: ir.Graph, old: ir.Node, name: str, float32: bool = False) -> None:
         self.graph, self.old, self.name, self.float32 = graph, old, name, float32
@@ -72,7 +72,7 @@ class Chain:
 
 
 def _norm(graph: ir.Graph, node: ir.Node) -> None:
-    """x / sqrt(mean(x^2) + eps) * gain, over the last axis."""
+    """Decompose a norm: x / sqrt(mean(x^2) + eps) * gain, over the last axis."""
     c = Chain(graph, node, str(node.name), float32=True)
     value, gain = node.inputs[0], node.inputs[1]
     mean = c.op(
@@ -85,7 +85,7 @@ def _norm(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _rotary(graph: ir.Graph, node: ir.Node) -> None:
-    """[a cos - b sin, b cos + a sin] for the halves a, b of every head."""
+    """Decompose RoPE: [a cos - b sin, b cos + a sin] for the halves a, b of every head."""
     c = Chain(graph, node, str(node.name))
     value, cos, sin, positions = node.inputs
     rest = None
@@ -109,8 +109,8 @@ def _rotary(graph: ir.Graph, node: ir.Node) -> None:
 
 
 class _Step:
-    """Values that all layers of a graph share: its sizes, which cached and which new rows a query may read (`masks`, by
-    the window), and the shape [batch, heads, -1, number of new rows] for query heads and for K/V heads.
+    """Values that all layers of a graph share: the sizes; `masks`, by window: which cached and which new rows a query
+    may read; `square`: the shape [batch, heads, -1, number of new rows] for query heads and for K/V heads.
     """
 
     def __init__(self, graph: ir.Graph, first: ir.Node, capacity: int) -> None:
@@ -143,12 +143,14 @@ class _Step:
 
 
 def _attention(graph: ir.Graph, node: ir.Node, step: _Step) -> None:
-    """Queries [batch, heads, sequence, head_dim] over a cache [batch, kv_heads, capacity, head_dim] and new rows."""
+    """Decompose attention of queries [batch, heads, sequence, head_dim] over a cache [batch, kv_heads, capacity,
+    head_dim] and new rows.
+    """
     (past_key, key), (past_value, value) = (_written(node, index) for index in (1, 2))
     heads, kv_heads, capacity, head_dim = step.heads, step.kv_heads, step.capacity, step.head_dim
     c = Chain(graph, node, str(node.name))
     wide = Chain(graph, node, f"{node.name}/softmax", float32=True)
-    # Queries of one K/V head lie side by side, so that its keys are read once, without a copy per query head.
+    # The queries of one K/V head lie side by side, so that its keys are read once, without a copy per query head.
     scale = np.array([node.attributes["scale"].as_float()], np.float32)
     scaled = c.op("Mul", [node.inputs[0], c.constant(f"attention.scale.{head_dim}", scale)], "scaled")
     grouped = c.constant(f"shape.grouped.{kv_heads}", [0, kv_heads, -1, head_dim])
@@ -187,14 +189,14 @@ def _window(attention: ir.Node) -> int:
 
 
 def _written(attention: ir.Node, index: int) -> tuple[ir.Value | None, ir.Value | None]:
-    """(cache, new rows) of the TensorScatter that feeds an input of Attention."""
+    """Return (cache, new rows), the inputs of the TensorScatter that feeds an input of Attention."""
     scatter = attention.inputs[index].producer()  # type: ignore[union-attr]
     cache, rows, _ = scatter.inputs  # type: ignore[union-attr]
     return cache, rows
 
 
 def _new_rows(graph: ir.Graph, scatter: ir.Node) -> None:
-    """A cache output becomes the rows that were to be written."""
+    """Replace a cache output by an output of the rows that the TensorScatter would write."""
     present, (cache, rows, _) = scatter.outputs[0], scatter.inputs
     _, layer, which = str(present.name).split(".")
     node = ir.node("Identity", [rows], name=f"{scatter.name}/rows")

@@ -1,9 +1,9 @@
 """Quantisation as TensorRT reads it: DequantizeLinear before MatMul, symmetric.
 
-int4 has a scale per block of `block_size` rows and column, int8 one per column (blocks of int8 are not in every
-TensorRT 10). Both are of weights alone and stay small in the engine: 481 kB for a 576 x 1536 matrix at int4, built by
-TensorRT-RTX 1.7. fp8 (E4M3) is of both factors: a scale per column, and one for what the matrix is fed. They are powers
-of two, which 16 bits hold: a float rounds the same at any scale.
+int4 has one scale per column and block of `block_size` rows, int8 one per column (not every TensorRT 10 has blocks of
+int8). Both quantise only weights, which stay small in the engine: 481 kB for a 576 x 1536 matrix at int4, built by
+TensorRT-RTX 1.7. fp8 (E4M3) quantises both factors of a product: it has one scale per column, and one for the matrix's
+input. These scales are powers of two, which 16 bits hold: a float rounds the same at any of them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dash_export.models.spec import Float32Array
 from dash_export.targets import QUANTISED, WeightsRecipe
 
 MIDDLE = np.int8(8)
-"""The code of zero, of four bits on a symmetric grid."""
+"""Code of zero on a symmetric 4-bit grid."""
 _COLUMNS = 4096
 
 
 def quantize_symmetric(
     matrix: Float32Array, bits: int, block: int
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """[in, out] float32 -> values [in, out] int8 in [-2^(bits-1), 2^(bits-1)) and scales [in / block, out] float32 > 0:
-    weight = value * scale, where a block's largest weight is just within.
+    """Quantise [in, out] float32 to values [in, out] int8 in [-2^(bits-1), 2^(bits-1)) and scales [in / block, out]
+    float32 > 0: weight = value * scale. A block's largest weight is just within the range.
     """
     (rows, columns), high = matrix.shape, (1 << (bits - 1)) - 1
     values, scales = np.empty((rows, columns), np.int8), np.empty((rows // block, columns), np.float32)
@@ -46,8 +46,9 @@ def quantize_symmetric(
 def quantize_weights(
     graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int], roundings: Roundings = to_nearest
 ) -> None:
-    """Quantise every projection, the bypasses and the head at the precision its part of the model has in the recipe. A
-    matrix that no block divides is left as it is at int4, and so is the policy: small and sensitive.
+    """Quantise every projection, the bypasses and the head, each at the precision that the recipe gives its part of the
+    model. At int4 a matrix that no block size divides stays as it is. So does the policy: it is small and sensitive.
+    Raises BundleError for a rounding of another matrix, and for fp8 without a measured input.
     """
     for node in list(graph):
         name, weight = str(node.name), node.inputs[1] if len(node.inputs) > 1 else None
@@ -59,7 +60,7 @@ def quantize_weights(
         if precision not in QUANTISED or block is None or weight is None:
             continue
         if precision == "fp8":
-            normed = name.startswith("bypass")  # of unit gain: its bound is known
+            normed = name.startswith("bypass")  # fed by an RMSNorm of unit gain: at most sqrt(hidden)
             largest = matrix.shape[0] ** 0.5 if normed else roundings(name)
             if not isinstance(largest, float):
                 raise BundleError(f"What {name} is fed was not measured. Build the target again.")
@@ -87,13 +88,13 @@ def quantize_weights(
 
 
 def _scale(largest: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """A power of two by which the largest numbers come to 128 to 256, of at most 448; not under what float16 has."""
+    """Return the power of two that scales `largest` to 128 to 256 (E4M3 holds 448), at least float16's smallest."""
     exponent = np.ceil(np.log2(np.maximum(np.asarray(largest, np.float32), 1e-30)))
     return np.asarray(np.exp2(np.maximum(exponent - 8, -24)), np.float32)
 
 
 def _quantize_input(graph: ir.Graph, node: ir.Node, largest: float) -> None:
-    """Let the node read its first input in fp8: rounded, and back, which TensorRT makes one with the product."""
+    """Round the first input to fp8 by QuantizeLinear and DequantizeLinear: TensorRT fuses both with the MatMul."""
     scale = add_constant(graph, f"{node.name}/input_scale", _scale(largest))
     for name, operator, attributes in (
         (f"{node.name}/input_fp8", "QuantizeLinear", {"output_dtype": int(ir.DataType.FLOAT8E4M3FN)}),

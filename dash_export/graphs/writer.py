@@ -23,13 +23,13 @@ Shape = Sequence[int | str]
 
 
 class GraphWriter:
-    """Collects the nodes of one graph. Every value and node carries the name it is given."""
+    """Writer of one graph. Every value and node has the name that the caller gives it."""
 
     def __init__(self, name: str, doc: str) -> None:
         self.graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET}, doc_string=doc)
 
     def input(self, name: str, shape: Shape, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-        """The input of that name, made where there is none yet."""
+        """Return the input of that name; add it where there is none yet."""
         for known in self.graph.inputs:
             if known.name == name:
                 return known
@@ -62,7 +62,7 @@ class GraphWriter:
         domain: str = "",
         **attributes: Any,
     ) -> list[ir.Value]:
-        """Append a node. An output carries its name; of several, each its number too."""
+        """Append a node and return its outputs: a single one is named as the node, several are `<name>/<index>`."""
         node = ir.node(op_type, inputs, attributes or None, domain=domain, num_outputs=outputs, name=name)
         for index, output in enumerate(node.outputs):
             output.name = name if outputs == 1 else f"{name}/{index}"
@@ -70,11 +70,11 @@ class GraphWriter:
         return list(node.outputs)
 
     def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        """Append a node with one output."""
+        """Append a node with one output, and return that."""
         return self.node(op_type, inputs, name, 1, **attributes)[0]
 
     def split(self, value: ir.Value, sizes: ir.Value, name: str, count: int) -> list[ir.Value]:
-        """The last axis of `value` in `count` parts of these sizes."""
+        """Split the last axis of `value` into `count` parts of these sizes."""
         return self.node("Split", [value, sizes], name, count, axis=-1)
 
     def model(self) -> ir.Model:
@@ -84,7 +84,7 @@ class GraphWriter:
 def lazy_weight(
     name: str, weight: Weight, transpose: bool = False, dtype: ir.DataType = ir.DataType.FLOAT
 ) -> ir.LazyTensor:
-    """A checkpoint tensor that is read when it is written: [out, in] or, transposed, [in, out]."""
+    """Return a checkpoint tensor that is read only when it is written: [out, in] or, transposed, [in, out]."""
     shape = tuple(reversed(weight.shape)) if transpose else weight.shape
 
     def read() -> ir.TensorProtocol:
@@ -101,13 +101,13 @@ def lazy_weight(
 
 
 def external(name: str, location: str, dtype: ir.DataType, shape: Sequence[int], offset: int = 0) -> ir.ExternalTensor:
-    """A tensor that lives in a file another graph wrote (shared tables, a tied embedding)."""
+    """Return a reference to a tensor in a file that another graph wrote (shared tables, a tied embedding)."""
     length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return ir.ExternalTensor(location, offset, int(length), dtype, shape=ir.Shape(shape), name=name, base_dir="")
 
 
 def save_graph(model: ir.Model, path: Path, shared: Collection[str] = ()) -> list[Path]:
-    """Write `path` and, where the graph has large weights of its own, `<stem>.data` beside it. Returns the files
+    """Write `path` and, where the graph has large weights of its own, `<stem>.data` beside it. Return the files
     written.
 
     External tensors whose location is in `shared` are files other graphs use too: they stay references. Weights are
@@ -116,7 +116,7 @@ def save_graph(model: ir.Model, path: Path, shared: Collection[str] = ()) -> lis
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.LazyTensor) and tensor.nbytes <= INLINE_BYTES:
-            # Read here: what is wrong with it would come out of the serialisation as an error of onnx_ir's.
+            # Read now: during serialisation a fault of the tensor would become an error of onnx_ir's.
             value.const_value = ir.Tensor(tensor.numpy(), name=tensor.name)
     own = [value for value in model.graph.initializers.values() if _is_own(value.const_value, shared)]
     files = [path]
@@ -147,7 +147,7 @@ def save_tables(path: Path, tables: Iterable[npt.NDArray[Any]]) -> None:
 
 
 def placed(tensors: Iterable[ir.LazyTensor], location: str) -> list[ir.ExternalTensor]:
-    """The tensors as they lie in a file that `save_placed` wrote."""
+    """Return references to the tensors in a file that `save_placed` wrote."""
     start, found = 0, []
     for tensor in tensors:
         found.append(external(str(tensor.name), location, tensor.dtype, tensor.shape.numpy(), start))

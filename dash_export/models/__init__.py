@@ -16,13 +16,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a Hugging Face folder, a `.gguf` file or a hub id (`org/name`); weights stay on disk until they are read.
 
-    What exists on disk wins over a hub id of the same spelling. The fingerprint hashes every byte of the weights,
-    so opening takes as long as reading the files once. Raises CheckpointError for anything missing, unsupported or
-    corrupt.
+    A path that exists on disk wins over a hub id of the same spelling. The fingerprint hashes every byte of the
+    weights, so opening takes as long as reading the files once. Raises CheckpointError for anything missing,
+    unsupported or corrupt.
     """
     try:
         path = Path(source).expanduser()
-        if path.is_dir() and str(source):  # an empty one, of a variable that is not set, is no current folder
+        if path.is_dir() and str(source):  # "" (an unset variable) is not the current folder
             from dash_export.models.huggingface import open_folder
 
             return open_folder(path)

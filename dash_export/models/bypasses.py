@@ -1,8 +1,8 @@
-"""A policy's bypasses and the model they are for: whole bypasses, and the model without some units.
+"""A policy's bypasses completed with the model's own K and V projections, and a checkpoint with some units pruned.
 
-A pruned model is what a static policy is at its best, where no token may decide otherwise. A pruned unit leaves the
-update of its bypass to the layer before it, h + RMSNorm(h) @ weight + bias (unit gain). Its K and V are gone: nothing
-attends to them.
+A pruned model is the best case of a static policy: its units are gone for every token. A pruned unit leaves the update
+of its bypass to the layer before it, whose output h becomes h + RMSNorm(h) @ weight + bias (unit gain). The K and V of
+the unit are gone: nothing attends to them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array
 from dash_export.policy import Bypass, SkipPolicy, check_policy, half
 
 OTHER_MODEL = 0.01
-"""Relative distance of two final norms, of which quantised files keep at least 16 bits."""
+"""Relative distance of final norms above which models differ. Quantised files keep norms in at least 16 bits."""
 
 
 def check_model(policy: SkipPolicy, checkpoint: Checkpoint) -> None:
-    """Raises PolicyError when the policy was trained with another model, of whatever shape. A fine-tune that left the
-    final norm as it was passes for the model itself.
+    """Raise PolicyError when the policy was trained with another model, even with one of the same shape. A fine-tune
+    that left the final norm unchanged passes as the model itself.
     """
     check_policy(policy, checkpoint.spec)
     known = policy.final_norm
@@ -43,11 +43,11 @@ def check_model(policy: SkipPolicy, checkpoint: Checkpoint) -> None:
 
 
 def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str, Float32Array]:
-    """The bypass with all its columns: `weight` [hidden, (hidden +) layers * 2 * kv], of numbers that 16 bits hold, and
-    `bias`.
+    """Return the whole bypass: `weight` [hidden, (hidden +) layers * 2 * kv] in numbers that 16 bits hold, and `bias`
+    [columns]. The first `hidden` columns are the update; a bypass without weights has none.
 
-    The model's own projections of x = RMSNorm(h) of unit gain are gain[:, None] * W: of the first layer, or, in a
-    bypass without weights, of every layer; that one has no columns for an update.
+    The columns that a policy does not store are the model's own K and V projections of x = RMSNorm(h) (unit gain),
+    gain[:, None] * W: those of the unit's first layer or, in a bypass without weights, of every layer.
     """
     stored = bypass.weights
     own = unit.layers[:1] if stored else unit.layers
@@ -61,7 +61,7 @@ def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str,
 
 
 def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32Array, Float32Array]:
-    """K or V of a layer as a map of RMSNorm(h) of unit gain: matrix [hidden, kv] and bias [kv]."""
+    """Return the K or V projection of a layer as a map of RMSNorm(h) of unit gain: matrix [hidden, kv], bias [kv]."""
     gain = checkpoint.read(layer_weight(layer, "input_layernorm.weight"))
     matrix = gain[:, None] * checkpoint.read(layer_weight(layer, f"self_attn.{which}_proj.weight")).T
     bias = layer_weight(layer, f"self_attn.{which}_proj.bias")
@@ -69,13 +69,13 @@ def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32
 
 
 def _made(name: str, array: Float32Array) -> Weight:
-    """A tensor that is not on disk."""
+    """Return a Weight that reads `array` from memory instead of from disk."""
     return Weight(name, array.shape, "F32", lambda start, stop: array[start:stop])
 
 
 def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) -> Checkpoint:
-    """The checkpoint without these units of its policy. Raises PolicyError where they are none of them, or where a
-    bypass of theirs has no weights.
+    """Return the checkpoint without these units of the policy. Raises PolicyError when they are not units of the
+    policy, or when the bypass of one of them has no weights.
     """
     check_model(policy, checkpoint)
     places = units_of((layer for unit in units for layer in unit.layers), policy.units)

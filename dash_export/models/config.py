@@ -1,7 +1,7 @@
-"""A Hugging Face config, read without trust, as a `DecoderSpec`: its family, dimensions, rotary frequencies, options.
+"""A Hugging Face config, read without trust, as a `DecoderSpec`: family, dimensions, rotary frequencies, options.
 
-The frequencies are float32 arithmetic in transformers' order: they agree with the ones the model was trained with.
-`llama3`: Llama 3.1's `apply_scaling`; `linear`: position interpolation (arXiv 2306.15595).
+The frequencies are computed in float32 and in transformers' order, so that they equal those that the model was trained
+with. `llama3` is Llama 3.1's `apply_scaling`, `linear` is position interpolation (arXiv 2306.15595).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dash_export.manifest import LARGEST, LARGEST_CONTEXT, Traits
 from dash_export.models.spec import DecoderSpec, Float32Array
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3")
-"""The `model_type`s that can be exported. A new one is a module of this package with a `decoder(config)`, and its name
-here.
+"""Every `model_type` that can be exported. A new family is a module of this package, named after its `model_type`, with
+a function `decoder(config)`; its name is added here.
 """
 MAX_INTERMEDIATE, MAX_FACTOR = 1 << 19, 1e6
 SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
@@ -30,7 +30,7 @@ _ONLY: dict[str, tuple[object, str]] = {
     "is_causal": (True, "causal attention (this is an embedding model)"),
     "use_bidirectional_attention": (False, "causal attention"),
 }
-"""Options with the only value that is supported, and how to say it."""
+"""Option -> (the only value that is supported, words for that value in an error message)."""
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 _ORIGINAL = "original_max_position_embeddings"
 PLAIN = Traits()
@@ -38,8 +38,8 @@ Number = TypeVar("Number", int, float)
 
 
 def decoder_spec(config: Mapping[str, Any], name: str = "") -> DecoderSpec:
-    """The decoder a config describes, by a `name` without what a terminal would obey. Raises CheckpointError for an
-    unknown family or an option.
+    """Return the decoder that a config describes. Its `name` loses all unprintable characters, which a terminal could
+    obey. Raises CheckpointError for an unknown family or an unsupported option.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -59,10 +59,12 @@ def gated_decoder(
     traits: Traits = PLAIN,
     **fields: Any,
 ) -> DecoderSpec:
-    """The spec of a config: `traits` and `fields` (of `DecoderSpec`) are the family's, `max_positions` and `head_dim`
-    its defaults for keys that the config leaves out, `windows` those of its layers (None: it has none), `rope` the
-    parameters of layers without one, where the config does not say it as others do. Raises CheckpointError naming the
-    key that is missing, out of range or not supported.
+    """Return the spec of a config. Raises CheckpointError naming the key that is missing, out of range or unsupported.
+
+    The family gives `traits`, other `fields` of `DecoderSpec`, and its defaults `max_positions` and `head_dim` for keys
+    that the config lacks. `windows`: attention windows of its layers (None: the family has none). `partial_rotary`: the
+    family may rotate only a part of each head. `rope`: RoPE parameters of the layers without a window, for a family
+    whose config does not give them under the usual keys.
     """
     for key, (only, supported) in _ONLY.items():
         if (value := config.get(key)) is not None and value != only:
@@ -107,8 +109,9 @@ def gated_decoder(
 def attention_windows(
     config: Mapping[str, Any], window: int | None, kind: Callable[[int], str] = lambda _layer: FULL
 ) -> tuple[int, ...]:
-    """Per layer the tokens that a query may attend to, from `layer_types` or else by `kind`; 0 for all, and no list
-    where that is so everywhere. Raises CheckpointError.
+    """Return, per layer, how many tokens a query may attend to (0: all of them), or () when no layer has a window. The
+    layers with a window are named by `layer_types`, or else by `kind`. Raises CheckpointError for wrong `layer_types`,
+    and for a config that asks for windows when `window` is None.
     """
     layers = positive(config, "num_hidden_layers", LARGEST["num_layers"])
     kinds = config.get("layer_types") or [kind(layer) for layer in range(layers)]
@@ -120,14 +123,14 @@ def attention_windows(
 
 
 def sliding_window(config: Mapping[str, Any], default: int | None = None) -> int | None:
-    """`sliding_window`, tokens; a missing key takes `default`, null is none. Raises CheckpointError."""
+    """Return `sliding_window` in tokens; a missing key takes `default`, null is no window. Raises CheckpointError."""
     if config.get("sliding_window", default) is None:
         return None
     return positive(config, "sliding_window", LARGEST_CONTEXT, default)
 
 
 class Rotary(NamedTuple):
-    """Inverse frequencies, what multiplies sines and cosines, and the positions for which they are these."""
+    """Inverse frequencies, the factor of sines and cosines, and the number of positions for which both are valid."""
 
     frequencies: tuple[float, ...]
     scale: float
@@ -141,18 +144,19 @@ def rotary_embedding(
     rope: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> Rotary:
-    """As in `DecoderSpec`, from `rope` or else `rope_parameters` (transformers 5) or the older `rope_theta` and
-    `rope_scaling`; `partial`: the family turns a part of each head. Raises CheckpointError for another scaling.
+    """Return the rotary embedding as in `DecoderSpec`, from `rope` or else `rope_parameters` (transformers 5) or the
+    older `rope_theta` and `rope_scaling`. `partial`: the family may rotate only a part of each head. Raises
+    CheckpointError for another scaling.
 
-    `dynamic` frequencies are plain ones within the context, and those of `longrope` its short ones within the original
-    context: the model is exported with that one.
+    A `dynamic` model has plain frequencies within its context, a `longrope` model its short ones within its original
+    context: the model is exported with that context.
     """
     # transformers lets an old-style rope_scaling win over rope_parameters; so do we.
     rope = rope or config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(inner, dict) for inner in rope.values()):
         raise CheckpointError(f"config 'rope_parameters' is {shown(rope)}; expected one object for all layer types")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "su" or (kind == "yarn" and "short_factor" in rope):  # as Phi-3 first called it
+    if kind == "su" or (kind == "yarn" and "short_factor" in rope):  # its names in the first Phi-3 configs
         kind = "longrope"
     if kind not in SCALINGS:
         raise CheckpointError(f"rope type {shown(kind)} is not supported; supported: {', '.join(SCALINGS)}")
@@ -164,7 +168,7 @@ def rotary_embedding(
         if head_dim % 2 or not head_dim:
             raise CheckpointError(f"partial_rotary_factor {shown(share)} turns {head_dim} dimensions of a head")
     theta = positive(rope, "rope_theta", 1e12, positive(config, "rope_theta", 1e12, 10_000.0))
-    # transformers lets this key of the config win over that of the scaling.
+    # transformers lets this key of the config win over the same key of the scaling.
     own = config if config.get(_ORIGINAL) is not None else rope
     original = positive(own, _ORIGINAL, LARGEST["max_positions"], max_positions)
     scale = 1.0
@@ -200,7 +204,7 @@ def rotary_embedding(
 def _yarn(
     rope: Mapping[str, Any], plain: Float32Array, theta: float, factor: float, original: int
 ) -> tuple[Float32Array, float]:
-    """YaRN (arXiv 2309.00071): (frequencies, what multiplies sines and cosines)."""
+    """Return (frequencies, factor of sines and cosines) of YaRN (arXiv 2309.00071)."""
 
     def grown(by: float) -> float:
         return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -222,14 +226,14 @@ def _yarn(
 
 
 def base_frequencies(theta: float, head_dim: int) -> Float32Array:
-    """theta^(-2i / head_dim) as float32 [head_dim / 2] (RoFormer, arXiv 2104.09864)."""
+    """Return theta^(-2i / head_dim) as float32 [head_dim / 2] (RoFormer, arXiv 2104.09864)."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies: Float32Array = np.float32(1) / np.power(np.float32(theta), exponents)
     return frequencies
 
 
 def llama3_frequencies(plain: Float32Array, factor: float, low: float, high: float, original: float) -> Float32Array:
-    """Llama 3.1's scaling of float32 [n] frequencies: long waves divided by `factor`, short kept, a ramp between."""
+    """Scale float32 [n] frequencies as Llama 3.1 does: long waves by 1 / `factor`, short ones kept, a ramp between."""
     wavelengths = np.float32(2 * math.pi) / plain
     smooth = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
     ramp = (1 - smooth) * (plain / np.float32(factor)) + smooth * plain
@@ -239,7 +243,7 @@ def llama3_frequencies(plain: Float32Array, factor: float, low: float, high: flo
 
 
 def section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The object under a key of the config, {} where there is none. Raises CheckpointError for anything else."""
+    """Return the object under a key of the config, {} where there is none. Raises CheckpointError for anything else."""
     found = config.get(key) or {}
     if not isinstance(found, dict):
         raise CheckpointError(f"config {key!r} is {shown(found)}; expected an object")
@@ -247,19 +251,19 @@ def section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 _LEAST = 1e-30
-"""The least number that something is divided by."""
+"""Bound that every float of a config must exceed: some of them are divisors."""
 
 
 def positive(config: Mapping[str, Any], key: str, upper: Number, default: Number | None = None) -> Number:
-    """`config[key]`, a number in (0, upper], whole where `upper` is; a missing or null key takes `default`. Raises
-    CheckpointError for another, and for none without a default.
+    """Return `config[key]`, a number in (0, upper], which must be an integer if `upper` is one. A missing or null key
+    takes `default`. Raises CheckpointError for any other value, and for a missing key without a default.
     """
     value = default if config.get(key) is None else config[key]
     whole = isinstance(upper, int)
     what = "a positive integer" if whole else "a positive number"
     if value is None:
         raise CheckpointError(f"the config lacks {key!r}, {what}")
-    # A bool is neither; NaN compares false; float() of a huge integer would overflow.
+    # type() refuses a bool, the comparison refuses NaN and a huge integer, which float() could not convert.
     if type(value) not in ((int,) if whole else (int, float)) or not (0 if whole else _LEAST) < value <= upper:
         limit = str(upper) if whole else f"{upper:g}"
         raise CheckpointError(f"config {key!r} is {shown(value)}; expected {what} of at most {limit}")
@@ -267,7 +271,7 @@ def positive(config: Mapping[str, Any], key: str, upper: Number, default: Number
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """`config[key]` as true or false; a missing or null key takes `default`. Raises CheckpointError."""
+    """Return `config[key]` as a bool. A missing or null key takes `default`. Raises CheckpointError otherwise."""
     value = default if config.get(key) is None else config[key]
     if not isinstance(value, bool):
         raise CheckpointError(f"config {key!r} is {shown(value)}; expected true or false")
@@ -275,7 +279,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
 
 
 def shown(value: object) -> str:
-    """`value` for an error message, short whatever a hostile file put there."""
+    """Return `value` as text for an error message, short even if a hostile file made the value huge."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 64:
         return "a huge integer"  # str() of an integer beyond 4300 digits is an error of its own
     if isinstance(value, (list, dict)):

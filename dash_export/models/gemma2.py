@@ -34,7 +34,7 @@ def gemma_decoder(
     window_rope: bool = False,
     **fields: Any,
 ) -> DecoderSpec:
-    """Read what Gemmas have in common; `caps`: of scores and logits, where the config does not say them (0: none)."""
+    """Return a Gemma's spec. `caps`: default caps of (scores, logits) for keys that the config lacks (0: no cap)."""
     config = {"num_key_value_heads": 4, **config}
     names = ("attn_logit_softcapping", "final_logit_softcapping")
     scores, logits = (

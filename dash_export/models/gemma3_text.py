@@ -22,7 +22,7 @@ from dash_export.typed_json import shown
 
 
 def decoder(config: Mapping[str, Any]) -> DecoderSpec:
-    """Gemma3ForCausalLM: norms on query and key heads; layers with a window turn heads by a base of their own."""
+    """Gemma3ForCausalLM: norms on query and key heads; layers with a window have a RoPE base of their own."""
     every = positive(config, "sliding_window_pattern", LARGEST["num_layers"], 6)
     window = sliding_window(config, 4096)
     windows = attention_windows(config, window, lambda layer: SLIDING if (layer + 1) % every else FULL)
@@ -31,11 +31,11 @@ def decoder(config: Mapping[str, Any]) -> DecoderSpec:
     full = {"rope_theta": config.get("rope_theta") or 1e6} | section(given, FULL)
     full |= section(config, "rope_scaling")
     kind = full.get("rope_type", full.get("type", "default"))
-    if kind not in ("default", "linear"):  # others are scaled otherwise there, and by nobody
+    if kind not in ("default", "linear"):  # Gemma 3 would scale others in another way, and no model does
         raise CheckpointError(f"rope type {shown(kind)} is not supported in a Gemma 3; supported: default, linear")
     head_dim = positive(config, "head_dim", LARGEST["head_dim"], 256)
     return gemma_decoder(
-        {**config, "rope_scaling": None, "attn_logit_softcapping": None},  # which Gemma 3 does not apply
+        {**config, "rope_scaling": None, "attn_logit_softcapping": None},  # Gemma 3 caps no scores
         windows,
         max_positions=131_072,
         caps=(0.0, 0.0),

@@ -1,7 +1,7 @@
 """A GGUF file as a Checkpoint: Hugging Face names, [out, in] matrices, half-split rotary layout, float32 rows.
 
-Its metadata become the Hugging Face config that the model would have had: both kinds of checkpoint share the family
-code, which checks the values.
+The file's metadata become the Hugging Face config that the model would have had: both kinds of checkpoint share the
+family code, which checks the values.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _KNOWN = {
     *("rope.freq_base", "rope.scale_linear"),
     *(f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")),
 }
-"""Keys of an architecture that are read, or that change nothing."""
+"""Keys of an architecture, without its prefix, that are read or that change nothing."""
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """The model, tokenizer and chat template of a GGUF file.
+    """Return the Checkpoint of a GGUF file: model, tokenizer and chat template.
 
     Raises CheckpointError for a damaged file, an architecture, option or tokenizer that is not supported, and for
-    tensors that this architecture does not use (dropping a bias in silence would give another model).
+    tensors that this architecture does not use (silently dropping a bias would give another model).
     """
     seen = {path: identity(path)}
     metadata, tensors = read_gguf(path)
@@ -72,7 +72,7 @@ def open_gguf(path: Path) -> Checkpoint:
         "dtype": "float32",
     }
     heads, width = (positive(own, _SIZES[size], 1 << 20) for size in ("num_attention_heads", "hidden_size"))
-    head_dim = config["head_dim"] = positive(own, _SIZES["head_dim"], 1 << 20, width // heads)  # as llama.cpp has it
+    head_dim = config["head_dim"] = positive(own, _SIZES["head_dim"], 1 << 20, width // heads)  # llama.cpp's default
     config["rope_parameters"] = _rope(own, tensors.get(_ROPE_FACTORS), head_dim)
     config |= family.more(own, tensors, config)
     spec = decoder_spec(config, path.absolute().stem)
@@ -80,7 +80,7 @@ def open_gguf(path: Path) -> Checkpoint:
     given = positive(own, _ATTENTION_FACTOR, 1e3, spec.rope_scale)
     if abs(given - spec.rope_scale) > 1e-3:
         raise CheckpointError(f"{_ATTENTION_FACTOR} {given} is not supported; expected {spec.rope_scale:.6g}")
-    fixed = _HEAD_DIMS if family.model_type != "phi3" else _HEAD_DIMS[:1]  # of which a part may turn
+    fixed = _HEAD_DIMS if family.model_type != "phi3" else _HEAD_DIMS[:1]  # Phi-3 may rotate a part of a head
     if other := next((key for key in fixed if own.get(key, head_dim) != head_dim), None):
         raise CheckpointError(
             f"{other} {shown(own[other])} is not supported; supported: that of a head's key, {head_dim}"
@@ -111,7 +111,9 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The family, and its keys without their prefix. Raises CheckpointError where a key would make it another model."""
+    """Return (architecture, its keys without their prefix). Raises CheckpointError for an architecture that is not
+    supported, for a file that is not one whole model, and for an unknown key: the model could be another one.
+    """
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in ARCHITECTURES:
         raise CheckpointError(
@@ -126,7 +128,7 @@ def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     prefix = f"{family}."
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    # A key that we do not know may make it another model: experts, a window, a scale, soft-capping, a misspelled base.
+    # An unknown key can change the model: experts, a window, a scale, soft-capping, a misspelled RoPE base.
     known = {*_KNOWN, *ARCHITECTURES[family].keys.values(), *ARCHITECTURES[family].known}
     wrong = [key for key, value in own.items() if key not in known and value not in (0, "")]
     if wrong or own.get(_CAUSAL, True) is not True:
@@ -138,11 +140,11 @@ def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _rope(own: Mapping[str, Any], divisors: GgufTensor | None, head_dim: int) -> dict[str, Any]:
-    """The scaling, as llama.cpp has it: a factor without a type is linear, and a factor of 0 is none."""
+    """Return the config's `rope_parameters`. As in llama.cpp, a factor without a type is linear, a factor of 0 none."""
     rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10_000.0)}
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or None
     kind = own.get("rope.scaling.type", "none" if factor is None else "linear")
-    if kind not in ("none", "linear", "llama3"):  # what a config.json calls default, too: its factor is passed over
+    if kind not in ("none", "linear", "llama3"):  # "none" is config.json's "default": a factor is ignored
         raise CheckpointError(f"rope.scaling.type {shown(kind)} is not supported; supported: none, linear, llama3")
     if divisors is None:
         return rope if kind == "none" else rope | {"rope_type": kind, "factor": factor}
@@ -152,8 +154,8 @@ def _rope(own: Mapping[str, Any], divisors: GgufTensor | None, head_dim: int) ->
 
 
 def _llama3(tensor: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """Llama 3's scaling by its name, from the divisors [head_dim / 2] that a converter made of it; where all are 1,
-    none. Raises CheckpointError for others.
+    """Return Llama 3's scaling by name, recognised by the divisors [head_dim / 2] that a converter computed from it; {}
+    where all divisors are 1. Raises CheckpointError for any other divisors.
     """
     if tensor.shape == (head_dim // 2,):
         factors, plain = tensor.rows(0, head_dim // 2), base_frequencies(theta, head_dim)

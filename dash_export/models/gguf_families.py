@@ -1,7 +1,7 @@
-"""The architectures of GGUF files, and what their keys are called in the config.json of the same model.
+"""The GGUF architectures that are supported, and the config.json name of each of their keys.
 
-What converters leave out is as in llama.cpp (llama-model.cpp): which layers have a window, Gemma 2's window and caps,
-Gemma 3's second RoPE base, the score scale of the 27B Gemmas.
+Values that converters leave out are those of llama.cpp (llama-model.cpp): which layers have a window, Gemma 2's window
+and caps, Gemma 3's second RoPE base, the score scale of the 27B Gemmas.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dash_export.models.config import positive
 from dash_export.models.gguf_file import GgufTensor
 
 Own = Mapping[str, Any]
-"""The keys of an architecture, without its prefix."""
+"""Metadata of an architecture; the keys lack the architecture's prefix."""
 _WINDOW = {"sliding_window": "attention.sliding_window"}
 _LOGITS = {"final_logit_softcapping": "final_logit_softcapping"}
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -27,9 +27,10 @@ def _nothing(_own: Own, _tensors: Mapping[str, GgufTensor], _config: Mapping[str
 
 @dataclass(frozen=True)
 class Architecture:
-    """`interleaved`: llama.cpp rotates neighbouring pairs, and converters permute Q and K to match. `keys`: the file's
-    key for names of the config, beside those that all have; `known` and `extra`: keys and tensors that `more`, the rest
-    of the config, reads.
+    """One architecture: how to read its files. `interleaved`: llama.cpp rotates neighbouring pairs, and converters
+    permute the rows of Q and K to match. `keys`: config name -> key in the file, beside the keys that every
+    architecture has. `more(own, tensors, config)` returns the rest of the config; `known` and `extra` are the keys and
+    the tensors that `more` reads.
     """
 
     model_type: str
@@ -82,7 +83,7 @@ def _phi3(own: Own, tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]
 
 
 def _granite(own: Own, _tensors: Mapping[str, GgufTensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    if own.get("rope.scaling.finetuned", True) is not True:  # llama.cpp's switch for this family
+    if own.get("rope.scaling.finetuned", True) is not True:  # llama.cpp then applies no RoPE
         raise CheckpointError("granite.rope.scaling.finetuned is false: a model without RoPE is not supported")
     return {"attention_multiplier": own.get("attention.scale") or config["head_dim"] ** -0.5}
 

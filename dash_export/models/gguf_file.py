@@ -1,7 +1,7 @@
 """A GGUF file (spec: ggml/docs/gguf.md): its metadata, and its tensors by rows, every length checked.
 
-Not `gguf.GGUFReader`: it keeps two array views per string (160 MB and 1.7 s for a 49k vocabulary), loops over absurd
-lengths and does not notice a truncated file. The constants and the dequantisation still come from that library.
+`gguf.GGUFReader` is not used: it keeps two array views per string (160 MB and 1.7 s for a 49k vocabulary), loops over
+absurd lengths and misses a truncated file. The constants and the dequantisation still come from that library.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: `shape` is [out, in] as in Hugging Face, a row takes `row_bytes` from `offset` on."""
+    """Place of a tensor: rows of `row_bytes` bytes from `offset` on; `shape` is [out, in] as in Hugging Face."""
 
     path: Path
     name: str
@@ -41,7 +41,9 @@ class GgufTensor:
     row_bytes: int
 
     def weight(self, name: str, interleaved_heads: int = 0) -> Weight:
-        """It as a model's weight; `interleaved_heads` > 0: so many heads, whose rotary pairs lie side by side in it."""
+        """Return the tensor as a model's Weight. `interleaved_heads`: number of heads whose rotary pairs are adjacent
+        rows in the file and must be split in halves; 0 for none.
+        """
         rows, packed = self.rows, self.packed
         if interleaved_heads:
             rows = partial(self._head_rows, self.rows, interleaved_heads)
@@ -64,13 +66,13 @@ class GgufTensor:
         return permuted[start - first * head_dim : stop - first * head_dim]
 
     def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows [start, stop), dequantised; a vector is stored as one row."""
+        """Return rows [start, stop), dequantised; of a vector, which is stored as one row, elements [start, stop)."""
         if len(self.shape) == 1:
             return self._dequantized(0, 1)[0, start:stop]
         return self._dequantized(start, stop)
 
     def packed(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Rows [start, stop) as they lie in the file [rows, bytes]."""
+        """Return rows [start, stop) as they lie in the file, uint8 [rows, bytes]. Raises CheckpointError if it ends."""
         # Read, not mapped: the resident set does not grow with the part of the model read so far.
         with self.path.open("rb") as file:
             file.seek(self.offset + start * self.row_bytes)
@@ -90,8 +92,8 @@ class GgufTensor:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    """(metadata, tensors by their names there). Raises CheckpointError, quickly, for a file that is corrupt, truncated
-    or of another kind.
+    """Return (metadata, tensors by their names in the file). Raises CheckpointError, quickly, for a file that is
+    corrupt, truncated or of another kind.
     """
     with path.open("rb") as stream:
         header = _Header(path, stream)
@@ -105,24 +107,24 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise header.damaged("general.alignment is not a power of two")
-        # As llama.cpp asks for it: in the order of the list, each at the padded end of the one before, nothing between.
+        # llama.cpp requires tensors in the order of the list, each at the padded end of the one before, without gaps.
         start = end = -(-stream.tell() // alignment) * alignment
         tensors = {}
         for name, (shape, quantization, row_bytes, offset) in infos.items():
             if start + offset != end:
                 raise header.damaged(f"tensor {name:.100} is said to begin at byte {start + offset}, not at {end}")
             tensors[name] = GgufTensor(path, name, shape, quantization, end, row_bytes)
-            end += prod(shape[:-1]) * row_bytes  # of Python's integers: it does not wrap around
+            end += prod(shape[:-1]) * row_bytes  # a Python integer cannot overflow
             if end > header.size:
                 raise header.damaged(f"tensor {name:.100} ends at byte {end}, the file at {header.size} (truncated?)")
             end = -(-end // alignment) * alignment
-        if header.size > end:  # the padding of the last one may be there or not
+        if header.size > end:  # padding after the last tensor is optional
             raise header.damaged(f"{header.size - end} bytes after its last tensor belong to none")
     return metadata, tensors
 
 
 class _Header:
-    """Sequential reads that know how much of the file is left."""
+    """Sequential reader of a file's header that checks every length against the bytes that are left."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path, self.stream, self.size, self.elements = path, stream, path.stat().st_size, 0
@@ -185,7 +187,7 @@ class _Header:
         return values
 
     def tensor(self) -> tuple[tuple[int, ...], int, int, int]:
-        """(shape in Hugging Face's order, quantisation, bytes of a row, offset from the first tensor's place)."""
+        """Read (shape in Hugging Face's order, quantisation, bytes of a row, offset from the first tensor's place)."""
         axes = self.number("<I")
         if not 1 <= axes <= 4:
             raise self.damaged(f"a tensor with {axes} dimensions")

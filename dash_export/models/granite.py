@@ -11,7 +11,7 @@ from dash_export.models.spec import DecoderSpec
 
 
 def decoder(config: Mapping[str, Any]) -> DecoderSpec:
-    """GraniteForCausalLM: scores are multiplied by `attention_multiplier`, whatever the heads' size."""
+    """GraniteForCausalLM: scores are multiplied by `attention_multiplier` instead of head_dim ** -0.5."""
     names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
     embedding, residual, attention, logits = (positive(config, name, MAX_FACTOR, 1.0) for name in names)
     traits = Traits(

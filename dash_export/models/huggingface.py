@@ -24,7 +24,8 @@ _HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' folders, Mistral's sec
 
 
 def open_folder(folder: Path, source: str = "") -> Checkpoint:
-    """The model in a folder with config.json, safetensors weights and tokenizer.json; `source`: what a user calls it.
+    """Return the Checkpoint of a folder with config.json, safetensors weights and tokenizer.json. `source`: the name
+    that the user gave the model; the folder's path by default.
 
     Raises CheckpointError naming the file, option or tensor that is missing, unsupported or damaged.
     """
@@ -32,16 +33,16 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face model folder")
     files = _weight_files(folder)
-    # First, and of all: what is replaced from here on is noticed.
+    # Identify all files before reading any of them, so that `check_same` notices one that is replaced from here on.
     seen = {path: identity(path) for path in (*files, *(folder / name for name in TEXT_FILES)) if path.exists()}
     config_text, config = read_json(folder / "config.json")
     spec = decoder_spec(config, Path(source).absolute().name)  # "." has no name
     assets = {"config.json": config_text} | _text_assets(folder, spec.vocab_size)
     stored = open_weights(files)
-    if "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored:  # a base model, saved alone
+    if "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored:  # saved as a base model
         stored = {name if name.startswith("lm_head.") else f"model.{name}": stored[name] for name in stored}
     tied, table = "lm_head.weight", "model.embed_tokens.weight"
-    if spec.tie_embeddings and tied in stored and table not in stored:  # safetensors' save_model keeps the first name
+    if spec.tie_embeddings and tied in stored and table not in stored:  # save_model keeps one of two tied names
         stored[table] = replace(stored.pop(tied), name=table)
     stored = {name: _plain(spec, weight) for name, weight in unfused(spec, stored).items()}
     _refuse_unused(spec, stored, folder)
@@ -49,13 +50,15 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
 
 
 def open_hub(model_id: str) -> Checkpoint:
-    """The model `org/name` of the hub, downloaded into (or found in) the usual cache. Raises CheckpointError."""
+    """Return the Checkpoint of `org/name` on the hub, downloaded into (or found in) the usual cache. Raises
+    CheckpointError.
+    """
     folder = download(model_id, CheckpointError, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
     return open_folder(folder, model_id)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files. Raises CheckpointError when there are none or the index is not sound."""
+    """Return the safetensors files. Raises CheckpointError when there are none or the index is not sound."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -80,15 +83,16 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _plain(spec: DecoderSpec, weight: Weight) -> Weight:
-    """A gain as it is multiplied with, where the family stores less than that."""
+    """Return a norm's gain with the `norm_offset` added that the family's files lack; other weights as they are."""
     if not spec.norm_offset or not weight.name.endswith("norm.weight"):
         return weight
     return replace(weight, rows=lambda *rows: np.asarray(weight.rows(*rows), np.float32) + np.float32(spec.norm_offset))
 
 
 def _refuse_unused(spec: DecoderSpec, stored: dict[str, Weight], folder: Path) -> None:
-    """Refuse what would be dropped in silence and make it another model: a layer's tensor that the spec does not know
-    (a bias, a scale); a head beside a tied embedding that is another one (transformers 5 takes it, we the embedding).
+    """Raise CheckpointError for a tensor that would be dropped silently and change the model: a layer's tensor that the
+    spec does not know (a bias, a scale), or a head that differs from the embedding it is tied to (transformers 5 would
+    use that head, this package the embedding).
     """
     layers = tuple(layer_weight(index) for index in range(spec.num_layers))
     extra = (name for name in stored.keys() - spec.weight_shapes().keys() if name.startswith(layers))
@@ -101,7 +105,7 @@ def _refuse_unused(spec: DecoderSpec, stored: dict[str, Weight], folder: Path) -
     head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
     sound = (
         table is not None and table.shape == spec.weight_shapes()["model.embed_tokens.weight"]
-    )  # else it is refused for its shape
+    )  # `checked` refuses another shape
     if spec.tie_embeddings and head is not None and table is not None and sound:
         blocks = zip(row_blocks(head), row_blocks(table), strict=False)
         if head.shape != table.shape or not all(np.array_equal(one, other) for one, other in blocks):
@@ -123,7 +127,7 @@ def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
     assets["tokenizer.json"] = _without_pictures(tokenizer, assets["tokenizer.json"], vocab_size)
     _check_vocabulary(assets["tokenizer.json"], folder / "tokenizer.json", vocab_size)
     added: dict[str, Any] = {}
-    if "added_tokens_decoder" not in settings:  # older files, which transformers reads there only
+    if "added_tokens_decoder" not in settings:  # only then does transformers read these older files
         named, added = (
             read_json(folder / name)[1] if (folder / name).is_file() else {}
             for name in ("special_tokens_map.json", "added_tokens.json")
@@ -141,7 +145,7 @@ def _text_assets(folder: Path, vocab_size: int) -> dict[str, str]:
 
 
 def _without_pictures(tokenizer: dict[str, Any], text: str, vocab_size: int) -> str:
-    """A tokenizer.json without Gemma 3's token for pictures, where the embedding, a text model's, has no row for it."""
+    """Return tokenizer.json without Gemma 3's image token where the embedding, a text model's, has no row for it."""
     tokens, model = _entries(tokenizer.get("added_tokens")), tokenizer.get("model")
     kept = [one for one in tokens if one.get("content") != _PICTURES or one.get("id") != vocab_size]
     if len(kept) == len(tokens) or not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
@@ -151,9 +155,11 @@ def _without_pictures(tokenizer: dict[str, Any], text: str, vocab_size: int) -> 
 
 
 def _check_added(settings: dict[str, Any], added: dict[str, Any], folder: Path, tokenizer: dict[str, Any]) -> None:
-    """A token that only the files beside tokenizer.json name would be letters here and a token in transformers."""
+    """Raise CheckpointError for a token that only the files beside tokenizer.json name: it would be several tokens of
+    plain text here, and one token in transformers.
+    """
     known = {token.get("content"): str(token.get("id")) for token in _entries(tokenizer.get("added_tokens"))}
-    tokens: list[tuple[object, object]] = [*added.items()]  # the text, and its id where that is said
+    tokens: list[tuple[object, object]] = [*added.items()]  # (text, id or None)
     decoder = settings.get("added_tokens_decoder")
     for index, token in decoder.items() if isinstance(decoder, dict) else ():
         tokens.append((token.get("content") if isinstance(token, dict) else None, index))
@@ -162,7 +168,7 @@ def _check_added(settings: dict[str, Any], added: dict[str, Any], folder: Path, 
         several = settings.get(name)
         said += several.values() if isinstance(several, dict) else several if isinstance(several, list) else []
     said = [one.get("content") if isinstance(one, dict) else one for one in said]
-    tokens += [(one, None) for one in said if isinstance(one, str) and one]  # add_bos_token is a switch
+    tokens += [(one, None) for one in said if isinstance(one, str) and one]  # add_bos_token is a bool
     for content, index in tokens:
         found = known.get(content) if isinstance(content, str) else None
         if found is None or (index is not None and str(index) != found):
@@ -179,7 +185,7 @@ def _entries(found: Any) -> list[dict[str, Any]]:
 
 
 def _check_reading(settings: dict[str, Any], path: Path, tokenizer: dict[str, Any]) -> None:
-    """Options by which transformers reads a text otherwise than tokenizer.json says."""
+    """Raise CheckpointError for an option that makes transformers tokenize in another way than tokenizer.json says."""
     added, given = tokenizer.get("added_tokens"), settings.get("added_tokens_decoder")
     flags = {str(token.get("id")): token for token in _entries(added)}
     decoder = given.items() if isinstance(given, dict) else ()
@@ -210,7 +216,7 @@ def _check_vocabulary(text: str, path: Path, vocab_size: int) -> None:
         plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers panics, too
+    except BaseException as error:  # a panic in tokenizers is no Exception
         raise CheckpointError(f"{path} is not a tokenizer that can be used: {error}") from error
     if whole[len(whole) - len(plain) :] != plain:
         raise CheckpointError(

@@ -10,7 +10,7 @@ from dash_export.models.spec import DecoderSpec
 
 
 def decoder(config: Mapping[str, Any]) -> DecoderSpec:
-    """Phi3ForCausalLM: fused projections; Phi-4 mini turns a part of each head."""
+    """Phi3ForCausalLM: fused projections; Phi-4 mini rotates only a part of each head."""
     config = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, **config}
     windows = attention_windows(config, sliding_window(config), lambda _layer: SLIDING)
     return gated_decoder(config, max_positions=4096, windows=windows, partial_rotary=True, fused=True)

@@ -16,7 +16,7 @@ def decoder(config: Mapping[str, Any]) -> DecoderSpec:
 
 
 def qwen_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """From layer `max_window_layers` on, where windows are used at all."""
+    """Return the windows per layer: if `use_sliding_window` is set, layers from `max_window_layers` on have one."""
     window = sliding_window(config, 4096) if flag(config, "use_sliding_window") else None
     all_layers = config.get("max_window_layers") == 0
     first = 0 if all_layers else positive(config, "max_window_layers", LARGEST["num_layers"], 28)

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama, of which every fourth layer does not turn its heads."""
+"""SmolLM3: Llama without rotary embedding in every fourth layer."""
 
 from __future__ import annotations
 

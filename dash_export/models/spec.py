@@ -1,4 +1,4 @@
-"""A decoder, for everything downstream: a frozen description and named weights, free of any framework."""
+"""Description of a decoder for all other packages: a frozen spec and named weights, free of any framework."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ Float32Array = npt.NDArray[np.float32]
 
 FINAL_NORM = "model.norm.weight"
 LAYERS = "model.layers."
-"""The beginning of the names of all layers' weights."""
+"""Prefix of the names of all layers' weights."""
 
 
 def layer_weight(layer: int, name: str = "") -> str:
-    """Return the name of a layer's weight; without `name`, what the names of all its weights begin with."""
+    """Return the name of a layer's weight; without `name`, the prefix of the names of all its weights."""
     return f"{LAYERS}{layer}.{name}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec(ModelFacts):
-    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated SiLU MLP: what a runtime knows of it,
-    and what its graphs are made by.
+    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated MLP (SiLU by default): the facts that
+    a runtime needs, and those that the graphs are built from.
 
     `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [rotary_dim / 2] with every
-    scaling already applied: position p turns pair i by p * rope_frequencies[i] radians; `rope_scale` multiplies sines
-    and cosines, `window_frequencies` are those of layers with a window, where they have others. `post_norms`: what a
-    branch adds is normed. `norm_offset`: what a folder's gains lack; `fused`: its Q, K and V are one matrix, and so are
-    gate and up. `updates`: the layers that end
-    with the update of a unit that was pruned behind them, each as often as there are such (bypasses.py). `parameters`
-    are counted. What a family adds is a field with a default here, its weights below, and its nodes in
-    graphs/portable.py.
+    scaling already applied: position p rotates pair i by p * rope_frequencies[i] radians. `rope_scale` multiplies sines
+    and cosines. `window_frequencies`: frequencies of the layers with a window, if those have others. `post_norms`: the
+    outputs of attention and MLP are normed before they are added. `norm_offset`: added to the gains in a Hugging Face
+    folder. `fused`: the folder stores Q, K and V as one matrix, and gate and up as another. `updates`: the layers that
+    end with the update of a pruned unit that followed them, each listed once per such unit (bypasses.py). `parameters`
+    are counted from the weights. An option that a new family needs is a field with a default here, its weights below,
+    and its nodes in graphs/portable.py.
     """
 
     name: str = "model"
@@ -63,11 +63,11 @@ class DecoderSpec(ModelFacts):
 
     @property
     def mlp_norm(self) -> str:
-        """The norm before the MLP: where branches are normed, the older name is that of attention's."""
+        """Name of the norm before the MLP. With `post_norms`, `post_attention_layernorm` follows attention."""
         return "pre_feedforward_layernorm" if self.post_norms else "post_attention_layernorm"
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight this decoder needs, under its Hugging Face name; matrices are [out, in]."""
+        """Return the shape of every weight this decoder needs, by its Hugging Face name; matrices are [out, in]."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         for index in range(self.num_layers):
             shapes |= {layer_weight(index, name): shape for name, shape in self._layer_shapes(index).items()}
@@ -106,8 +106,8 @@ class DecoderSpec(ModelFacts):
 @dataclass(frozen=True)
 class Weight:
     """One tensor of a checkpoint, still on disk: `rows(start, stop)` reads rows of its first axis, in any float type.
-    `dtype`: how it is stored (F32, BF16, Q4_K). `packed`: the same rows in a GGUF file's bytes, where they have a type
-    with blocks.
+    `dtype`: how the tensor is stored (F32, BF16, Q4_K). `packed(start, stop)` reads the same rows as a GGUF file's
+    bytes, uint8 [rows, bytes]; None for other files.
     """
 
     name: str
@@ -117,8 +117,8 @@ class Weight:
     packed: Callable[[int, int], npt.NDArray[np.uint8]] | None = None
 
     def read_rows(self, start: int, stop: int) -> Float32Array:
-        """Rows [start, stop) as float32. Raises CheckpointError naming the tensor where they cannot be read, or are not
-        finite.
+        """Return rows [start, stop) as float32. Raises CheckpointError naming the tensor when they cannot be read or
+        are not finite.
         """
         try:
             with np.errstate(all="ignore"):
@@ -129,7 +129,7 @@ class Weight:
         return found
 
     def check_finite(self, found: npt.NDArray[Any], start: int, stop: int) -> None:
-        """Raises CheckpointError where there is NaN or infinity in what was read of rows [start, stop)."""
+        """Raise CheckpointError when `found`, read from rows [start, stop), holds NaN or infinity."""
         if not np.isfinite(found).all():
             raise CheckpointError(
                 f"tensor {self.name} holds NaN or infinity in rows {start} to {stop - 1}; the weights are damaged"
@@ -142,8 +142,8 @@ class Checkpoint:
 
     `config` is the Hugging Face config dictionary (synthesised for a GGUF file), `assets` holds the text of
     `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (those
-    that exist), and `fingerprint` changes when the weights or the configuration do. `seen`: its weight files, and what
-    tells whether they are still the same.
+    that exist), and `fingerprint` changes when the weights or the configuration do. `seen`: every file that was read,
+    with its identity (artifacts.py) at opening.
     """
 
     source: str
@@ -155,12 +155,12 @@ class Checkpoint:
     seen: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
     def read(self, name: str) -> Float32Array:
-        """A whole weight. Raises CheckpointError where it holds what is not finite."""
+        """Return a whole weight as float32. Raises CheckpointError when it cannot be read or is not finite."""
         return np.concatenate([*row_blocks(self.weights[name])])
 
     def check_same(self) -> None:
-        """Raises CheckpointError where a file that was read is another one than when it was opened: what has been read
-        of it would be of two models (or texts).
+        """Raise CheckpointError when a file is not the one it was at opening: what was read before and after the change
+        would be of two models (or texts).
         """
         for path, known in self.seen.items():
             if not path.exists() or identity(path) != known:
@@ -168,7 +168,9 @@ class Checkpoint:
 
 
 def row_blocks(weight: Weight, block_bytes: int = 16 << 20) -> Iterator[Float32Array]:
-    """The tensor as consecutive blocks of rows of about `block_bytes`, so that a caller never holds more than one."""
+    """Yield the tensor as consecutive blocks of rows of about `block_bytes` as float32, so that a caller never holds
+    more than one.
+    """
     rows = weight.shape[0] if weight.shape else 0
     step = max(1, block_bytes // max(1, 4 * prod(weight.shape[1:])))
     for start in range(0, rows, step):

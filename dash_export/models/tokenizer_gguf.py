@@ -46,7 +46,7 @@ _PRE_TOKENIZERS = {
     "gpt-2": _BYTES,
     "default": _split(*_LLAMA_CPP_DEFAULT),
 }
-# As llama.cpp does for these names: a word that is a token is that token, and a text begins with bos.
+# llama.cpp, for these names, takes a word that is in the vocabulary as that token, and begins a text with bos.
 _IGNORES_MERGES = _ADDS_BOS = ("llama-bpe", "llama3", "tekken")
 
 
@@ -66,18 +66,18 @@ _ENDS = {
     "<|return|>",
     "<|call|>",
 }
-"""Tokens at which llama.cpp ends an answer, by their names; `</s>` too where it is a control token: it may be HTML."""
+"""Names of the tokens at which llama.cpp ends an answer. `</s>` is one only as a control token: else it may be HTML."""
 _SPM_IDS = 1, 2
-"""The beginning and the end of a text in SentencePiece's vocabularies, where a file names none."""
+"""Ids of the beginning and the end of a text in SentencePiece's vocabularies, for files that name none."""
 _KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
-"""Special tokens of Phi-3 that leave the white space after them: the others' own tokenizer.json takes it away."""
+"""Special tokens of Phi-3 that keep the white space after them; in its own tokenizer.json the others strip it."""
 
 
 def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, str]:
-    """tokenizer.json, tokenizer_config.json, generation_config.json and, if there is one, chat_template.jinja.
+    """Return tokenizer.json, tokenizer_config.json, generation_config.json and, if there is one, chat_template.jinja.
 
     `vocab_size` is the number of rows of the embedding: more tokens than that are an error.
-    Raises CheckpointError for a tokenizer of another kind and for inconsistent vocabularies.
+    Raises CheckpointError for an unsupported kind of tokenizer and for inconsistent vocabularies.
     """
     wanted: dict[str, tuple[str, ...]] = {"model": (_BPE, _SPM)}
     if metadata.get("tokenizer.ggml.model") == _BPE:
@@ -100,13 +100,13 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
     if not isinstance(template, str):
         raise CheckpointError(f"tokenizer.chat_template is {shown(template)}; expected a string")
     bos, eos, pad, eot, eom = (token_id(metadata, name) for name in ("bos", "eos", "padding", "eot", "eom"))
-    if spm and len(tokens) > max(_SPM_IDS):  # old files do not say them
+    if spm and len(tokens) > max(_SPM_IDS):  # old files lack the ids
         bos, eos = (known if told is None else told for told, known in zip((bos, eos), _SPM_IDS, strict=True))
     add_bos = flag(metadata, "tokenizer.ggml.add_bos_token", spm or pre in _ADDS_BOS) and bos is not None
     if flag(metadata, "tokenizer.ggml.add_eos_token", False):
         raise CheckpointError("tokenizer.ggml.add_eos_token is not supported: every prompt would be an ended text")
     kinds = _kinds(metadata, tokens)
-    # llama.cpp ends generation at the end of a turn, too, and knows it by its name.
+    # llama.cpp also ends generation at an end-of-turn token, which it knows by its name.
     named = [
         index for index, token in enumerate(tokens) if token in _ENDS or (token == "</s>" and kinds[index] == _CONTROL)
     ]
@@ -117,7 +117,7 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
     rstrip = metadata.get("general.architecture") == "phi3" and spm
     made = _tokenizer(tokens, kinds, parts, bos if add_bos else None, rstrip)
     try:
-        text = load_tokenizer(json.dumps(made, ensure_ascii=False)).to_str()  # as what runs the bundle will
+        text = load_tokenizer(json.dumps(made, ensure_ascii=False)).to_str()  # loaded as the runtime will load it
     except ValueError as error:
         raise CheckpointError(f"the GGUF vocabulary cannot be used: {error}") from error
     ids = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
@@ -136,7 +136,7 @@ def tokenizer_assets(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, 
 
 
 def token_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    """`tokenizer.ggml.<name>_token_id`, checked against the vocabulary, or None. Raises CheckpointError."""
+    """Return `tokenizer.ggml.<name>_token_id` or None. Raises CheckpointError for an id outside the vocabulary."""
     key = f"tokenizer.ggml.{name}_token_id"
     if (value := metadata.get(key)) is None:
         return None
@@ -162,7 +162,7 @@ def _kinds(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
 
 
 def _bpe_parts(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> dict[str, Any]:
-    """All of a tokenizer.json that is not the same for every kind."""
+    """Return the parts of a tokenizer.json that only byte-level BPE has. Raises CheckpointError for damaged merges."""
     stored = _strings(metadata, "tokenizer.ggml.merges")
     try:
         check_vocabulary(len(tokens), len(stored))
@@ -188,7 +188,9 @@ def _bpe_parts(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> dict
 def _tokenizer(
     tokens: list[str], kinds: list[int], parts: dict[str, Any], bos: int | None, rstrip: bool
 ) -> dict[str, Any]:
-    """A tokenizer.json; texts begin with the token `bos`, where there is one. `rstrip`: as Phi-3 has it."""
+    """Return a tokenizer.json. `bos`: id of the token that begins each text, if any. `rstrip`: special tokens strip the
+    white space after them, as Phi-3's do.
+    """
     before = parts.get("post_processor")
     post_processor = before
     if bos is not None:

@@ -1,7 +1,7 @@
 """A SentencePiece vocabulary of a GGUF file (`tokenizer.ggml.model` "llama": Llama 2, Mistral, Gemma, Phi-3) as BPE.
 
 Such a file has scores and no merges. SentencePiece joins the two neighbours whose joint piece has the best score
-(bpe_model.cc), so every way to make a piece of two others is a merge, in the order of the pieces' scores.
+(bpe_model.cc), so every split of a piece into two other pieces is a merge, in the order of the pieces' scores.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dash_export.text_files import check_vocabulary
 
 SPACE = "\u2581"
 MAX_PIECE, MEAN_PIECE = 256, 16
-"""Letters of a piece, and of pieces on average: published ones have up to 93, and 7."""
+"""Most letters of a piece, and of a piece on average; published vocabularies have up to 93, and 7."""
 NORMAL, UNKNOWN, BYTE = 1, 2, 6
 """Token types."""
 
 
 def spm_parts(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
-    """`normalizer`, `decoder` and `model` of a tokenizer.json. Raises CheckpointError."""
+    """Return `normalizer`, `pre_tokenizer`, `decoder` and `model` of a tokenizer.json. Raises CheckpointError."""
     prefix = flag(metadata, "tokenizer.ggml.add_space_prefix", True)
     begins = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     ends = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
@@ -62,7 +62,7 @@ def _merges(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[
             f"tokenizer.ggml.tokens has pieces of over {MEAN_PIECE} letters on average; it is damaged"
         )
     found: list[tuple[str, str]] = []
-    for _, piece in sorted(pieces.values(), key=itemgetter(0)):  # of one score: in the order of the file
+    for _, piece in sorted(pieces.values(), key=itemgetter(0)):  # equal scores: in the order of the file
         halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         pairs = sorted((pieces[left], pieces[right]) for left, right in halves if left in pieces and right in pieces)
         found += [(left, right) for (_, left), (_, right) in pairs]

@@ -22,21 +22,21 @@ _CONFIG = {
     *("no_rope_layer_interval", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 }
-"""Keys that make the decoder, and are checked where they are read. All else that a stranger's config has (labels, types
-of floats, a task's parameters) transformers would take, too.
+"""Config keys that define the decoder; each is checked where it is read. Other keys of an untrusted config (labels,
+float types, a task's parameters) are left out: transformers would obey them, too.
 """
 _NONE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
-"""Keys of which null says something; elsewhere it is the default."""
+"""Keys in which null has a meaning; in any other key it stands for the default."""
 
 
 def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sdpa") -> Any:
-    """The causal LM of a checkpoint, frozen, on the CPU."""
+    """Return the causal LM of a checkpoint, frozen, on the CPU."""
     spec = checkpoint.spec
     given = {name: value for name, value in checkpoint.config.items() if name in _CONFIG}
     known = {name: value for name, value in given.items() if value is not None or name in _NONE}
     known |= {"rms_norm_eps": spec.rms_norm_eps, "pad_token_id": None}
     config = transformers.AutoConfig.for_model(**known)
-    config._attn_implementation = "eager" if spec.model_type == "gemma2" else attention  # which has no other
+    config._attn_implementation = "eager" if spec.model_type == "gemma2" else attention  # Gemma 2 has no other
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if spec.fused:
@@ -55,24 +55,24 @@ def torch_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sd
 
 
 def embedded(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """ids [batch, tokens] -> what enters the first layer of a causal LM."""
+    """Return the input of a causal LM's first layer [batch, tokens, hidden] for ids [batch, tokens]."""
     hidden: torch.Tensor = model.model.embed_tokens(ids) * getattr(model.model, "embedding_multiplier", 1.0)
     return hidden
 
 
 def logits_of(model: Any, final: torch.Tensor, traits: Traits) -> torch.Tensor:
-    """Normed last hidden states -> logits."""
+    """Return the logits for the last hidden states after the final norm."""
     logits: torch.Tensor = model.lm_head(final) * traits.logits_scale
     return traits.logits_cap * torch.tanh(logits / traits.logits_cap) if traits.logits_cap else logits
 
 
 class LayerInputs:
-    """Inputs of every layer beside the hidden state: its mask and its rotary embedding, for passes from
-    position 0 on.
+    """Inputs of every layer beside the hidden state: its attention mask and its rotary embedding, for passes that start
+    at position 0.
     """
 
     def __init__(self, model: Any, spec: DecoderSpec, hidden: torch.Tensor) -> None:
-        """hidden [batch, tokens, hidden]: what enters the first layer."""
+        """Prepare the inputs for `hidden` [batch, tokens, hidden], which enters the first layer."""
         count = hidden.shape[1]
         places = torch.arange(count, device=hidden.device)
         self._traits, self._eager = spec.traits, model.config._attn_implementation == "eager"
@@ -85,7 +85,7 @@ class LayerInputs:
         self._dtype = hidden.dtype
 
     def of(self, layer: int) -> dict[str, Any]:
-        """Keyword arguments of a layer. Attention without a mask is causal, but for the eager one."""
+        """Return the keyword arguments of a layer. Attention without a mask is causal, except eager attention."""
         window = self._traits.window(layer)
         mask = None
         if self._eager or 0 < window < len(self._behind):
@@ -96,18 +96,18 @@ class LayerInputs:
 
 
 class _Joined(torch.nn.Module):
-    """Matrices side by side, whose modules belong to another."""
+    """Linear modules side by side, as one; they are registered in another module."""
 
     def __init__(self, parts: list[torch.nn.Linear]) -> None:
         super().__init__()
-        self._parts = (parts,)  # in a tuple torch does not find them a second time
+        self._parts = (parts,)  # inside a tuple, torch does not register them a second time
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.cat([part(hidden) for part in self._parts[0]], -1)
 
 
 def _unfuse(layer: Any, spec: DecoderSpec) -> None:
-    """Give a layer of fused projections one module each, by the names of other families."""
+    """Replace the fused projections of a layer by one module each, named as in other families."""
     shapes = spec.weight_shapes()
     for owner, whole, names in (("self_attn", "qkv_proj", ("q", "k", "v")), ("mlp", "gate_up_proj", ("gate", "up"))):
         module, parts = getattr(layer, owner), []
@@ -119,7 +119,7 @@ def _unfuse(layer: Any, spec: DecoderSpec) -> None:
 
 
 def _add_update(layer: torch.nn.Module, name: str, spec: DecoderSpec) -> None:
-    """Add the update that a pruned unit left to this layer (bypasses.py)."""
+    """Make the layer end with the update of a pruned unit that followed it (bypasses.py)."""
     size, eps = spec.hidden_size, spec.rms_norm_eps
     layer.add_module(name, torch.nn.Linear(size, size))
 
@@ -133,7 +133,7 @@ def _add_update(layer: torch.nn.Module, name: str, spec: DecoderSpec) -> None:
 
 @contextmanager
 def instead(module: torch.nn.Module, skip: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
-    """While it lasts, `module` gives `rows` [batch, tokens, size] for the tokens that `skip` [batch, tokens]."""
+    """Within the context, `module` returns `rows` [batch, tokens, size] where `skip` [batch, tokens] bool is true."""
     hook = module.register_forward_hook(
         lambda _module, _inputs, found: torch.where(skip[..., None], rows.to(found.dtype), found)
     )

@@ -26,7 +26,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def require(module: str) -> Any:
-    """Import a library of the `export` extra; CheckpointError with the command that installs it when it is missing."""
+    """Import a library of the `export` extra. Raises CheckpointError with the install command when it is missing."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -35,7 +35,7 @@ def require(module: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """A regular UTF-8 file of at most MAX_TEXT_BYTES. Raises CheckpointError naming it."""
+    """Return the text of a regular UTF-8 file of at most MAX_TEXT_BYTES. Raises CheckpointError naming the file."""
     try:
         return bounded_text(path, MAX_TEXT_BYTES)
     except (OSError, UnicodeDecodeError) as error:
@@ -43,7 +43,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a file, and the JSON object that it is. Raises CheckpointError naming it when it is anything else."""
+    """Return (text, JSON object) of a file. Raises CheckpointError naming the file when it holds anything else."""
     text = read_text(path)
     try:
         value = json.loads(text)
@@ -63,8 +63,8 @@ def checked(
     files: list[Path],
     seen: Mapping[Path, tuple[int, ...]],
 ) -> Checkpoint:
-    """The checkpoint of the weights that `spec` needs, out of those that are `stored` in `files`; `assets` with its
-    config.json. Raises CheckpointError for a missing one, or one of another shape or of a type that cannot be read.
+    """Return the checkpoint of the weights that `spec` needs, out of those that are `stored` in `files`. `assets` must
+    include config.json. Raises CheckpointError for a weight that is missing, of another shape, or cannot be read.
     """
     needed = spec.weight_shapes()
     missing = [name for name in needed if name not in stored]
@@ -83,7 +83,7 @@ def checked(
             raise CheckpointError(
                 f"tensor {name} in {source} has shape {found}; the config asks for {list(needed[name])}"
             )
-        weight.read_rows(0, 1)  # what cannot be read is known now, not in the middle of an export
+        weight.read_rows(0, 1)  # fail now, not in the middle of an export
         digest.update(f"\n{name} {list(weight.shape)} {weight.dtype}".encode())
     for path in files:
         digest.update(f"\n{path.stat().st_size}\n".encode())
@@ -97,19 +97,19 @@ _FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "u
 
 
 def fused_names(spec: DecoderSpec) -> list[str]:
-    """The matrices that some families keep in the place of several."""
+    """Return the names of the fused matrices of all layers; there are none unless `spec.fused`."""
     return [layer_weight(layer, f"{whole}.weight") for layer in range(spec.num_layers * spec.fused) for whole in _FUSED]
 
 
 def unfused(spec: DecoderSpec, stored: dict[str, Weight]) -> dict[str, Weight]:
-    """Q, K and V, and gate and up, which some families keep as one matrix each, as matrices of their own."""
+    """Return the weights with every fused matrix (Q, K and V; gate and up) split into one matrix per projection."""
     shapes, found = spec.weight_shapes(), dict(stored)
     for name in fused_names(spec):
         layer, _, whole = name.removesuffix(".weight").removeprefix(LAYERS).partition(".")
         names = [layer_weight(int(layer), f"{whole.partition('.')[0]}.{part}_proj.weight") for part in _FUSED[whole]]
         fused, start = found.pop(name, None), 0
         if fused is None or fused.shape != (sum(shapes[part][0] for part in names), spec.hidden_size):
-            continue  # they are missing, and that is told
+            continue  # `checked` reports the parts as missing
         for part in names:
             packed = fused.packed and partial(_rows_from, fused.packed, start)
             rows = partial(_rows_from, fused.rows, start)
@@ -123,12 +123,12 @@ def _rows_from(read: Callable[[int, int], npt.NDArray[Any]], first: int, start: 
 
 
 def open_weights(files: list[Path]) -> dict[str, Weight]:
-    """Every tensor of the files by name, headers checked. Raises CheckpointError naming a file that is not sound."""
+    """Return every tensor of the files by name, headers checked. Raises CheckpointError naming a damaged file."""
     weights: dict[str, Weight] = {}
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the index names it, so the download is incomplete")
-        with _opened(path):  # the library has found the header and the offsets in it sound
+        with _opened(path):  # the library checks the header and its offsets
             header, data = _header(path)
             for name, entry in header.items():
                 if name in weights:
@@ -158,8 +158,8 @@ def _rows(
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The tensors of a file's header, and where their data begin. Raises ValueError for a name that is there twice (the
-    library takes the last, and another one maybe the first), and for a header larger than any model has.
+    """Return (tensors of a file's header, offset of their data). Raises ValueError for a name that occurs twice (the
+    library takes the last, another reader may take the first), and for a header larger than any model has.
     """
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """The plug-in of `polygraphy run` (entry point group `polygraphy.run.plugins`): options, and the code they stand for.
 
-Polygraphy loads this at every `polygraphy run`, of whatever: what runs a bundle is imported when `--dash` is there.
+Polygraphy loads this module at every `polygraphy run`, so the code that runs a bundle is imported only with `--dash`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
             add(name.replace("_", "-"), type=kind, help=f"Whole steps: {words}.")
 
     def parse_impl(self, args: argparse.Namespace) -> None:
-        """Attributes: kind, place and options (the runner's class and arguments)."""
+        """Set `kind`, `place` and `options`: the runner's class, its positional and its keyword arguments."""
         runners = set(self.arg_groups[RunnerSelectArgs].runners.keys())
         if "dash" not in runners:
             return
@@ -115,8 +115,8 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
             self._give_inputs("token_feeds", [str(root), *steps])
 
     def _give_portable_graph(self, bundle: Bundle, target: str, engine: str, keep: bool) -> None:
-        """Let the other runners run it. A merged segment's graph is written to a temporary folder first, which a
-        generated script (`keep`) goes on to need.
+        """Let the other runners run the engine's portable graph. The graph of a merged segment is written to a
+        temporary folder first, which stays if a generated script (`keep`) needs it later.
         """
         from dash_export.building.engine_graphs import portable_file
         from dash_export.polygraphy.runners import find_engine
@@ -130,7 +130,7 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         model.model_type = ModelArgs.ModelType("onnx")
 
     def _give_inputs(self, kind: str, arguments: list[Any]) -> None:
-        """Put ours in the place of random numbers, where no others were asked for."""
+        """Replace random inputs by those of a real text; inputs that the user has chosen stay."""
         loader = self.arg_groups[DataLoaderArgs]
         if not loader.is_using_random_data():
             return

@@ -1,6 +1,6 @@
-"""Polygraphy runners over a bundle (one engine behind its portable graph's names, or whole decode steps), and what they
-are fed with: real text, and the states it has where an engine begins. Random numbers, which Polygraphy would take, are
-no positions, masks or hidden states.
+"""Polygraphy runners over a bundle (one engine behind its portable graph's names, or whole decode steps), and their
+inputs: real text, and the hidden states that the text has where an engine begins. Polygraphy's own random numbers are
+not valid positions, masks or hidden states.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dash_export.runtime.runtime import loaded_files
 from dash_export.signing import check_trusted
 
 STEPS = 16
-"""Different steps of a text; with more iterations they come again."""
+"""Number of different steps of a text; more iterations repeat these."""
 
 
 def find_engine(bundle: Bundle, build: Build, name: str) -> Segment:
-    """The layers of an engine of the build: a segment, a bypass, or the policy (none, at the one it reads).
+    """Return the layers of an engine of the build: of a segment, of a bypass, or for the policy none, at its `read`.
 
     Raises BundleError that lists the names, or says which segment a layer was merged into.
     """
@@ -50,9 +50,9 @@ def find_engine(bundle: Bundle, build: Build, name: str) -> Segment:
 
 
 class DashEngineRunner(BaseRunner):  # type: ignore[misc]
-    """One engine of a build, fed and answering as its portable graph does; `damage` more, where it holds a policy. What
-    follows from positions (lengths, masks) needs not be given. `last_inference_time` is the engine's own: bound memory,
-    no copies of caches.
+    """One engine of a build, with the inputs and outputs of its portable graph, and `damage` where it holds a policy.
+    Inputs that follow from positions (lengths, masks) need not be given. `last_inference_time` is the engine's own: its
+    memory is bound before, and caches are not copied.
     """
 
     def __init__(self, bundle: str, target: str, engine: str, name: str | None = None) -> None:
@@ -95,7 +95,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
         return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        """Raises RequestError for positions that are not consecutive or leave the cache."""
+        """Run the engine. Raises RequestError for positions that are not consecutive or leave the cache."""
         arrays = {name: np.array(array) for name, array in feed_dict.items()}
         model, units = self.bundle.manifest.model, len(self.bundle.manifest.policy.units)
         count = arrays["input_ids" if "input_ids" in arrays else "hidden"].shape[1]
@@ -143,7 +143,7 @@ def _places(positions: npt.NDArray[np.int64], capacity: int) -> Arrays:
 
 class DashStepRunner(BaseRunner):  # type: ignore[misc]
     """Whole decode steps of the runtime: the first tokens of `input_ids` [1, n] are prefilled densely and not timed,
-    the last `tokens` of them decoded one by one under the setting. Every call begins an empty context.
+    the last `tokens` are decoded one by one under the setting. Every call starts with an empty context.
     """
 
     def __init__(self, bundle: str, target: str, tokens: int = 1, name: str | None = None, **setting: Any) -> None:
@@ -160,7 +160,7 @@ class DashStepRunner(BaseRunner):  # type: ignore[misc]
         return TensorMetadata().add("input_ids", np.dtype(np.int64), (1, None))
 
     def infer_impl(self, feed_dict: Mapping[str, npt.NDArray[np.int64]]) -> Arrays:
-        """logits [1, tokens, vocab] after each decoded token; the time is that of all of them together."""
+        """Return logits [1, tokens, vocab] after each decoded token; the time is that of all these tokens together."""
         ids = feed_dict["input_ids"][0]
         with polygraphy_errors():
             if len(ids) < self._tokens:
@@ -179,7 +179,7 @@ class DashStepRunner(BaseRunner):  # type: ignore[misc]
 
 
 def token_feeds(root: str, tokens: int, context: int, iterations: int) -> list[Arrays]:
-    """`input_ids` [1, context + tokens] for whole steps: windows of a text, one per iteration."""
+    """Return `input_ids` [1, context + tokens] for whole steps: windows of a text, one per iteration."""
     with polygraphy_errors():
         bundle = _open(root, tokens, context)
         ids = text_ids(bundle, context + STEPS * tokens)
@@ -188,8 +188,8 @@ def token_feeds(root: str, tokens: int, context: int, iterations: int) -> list[A
 
 
 def engine_feeds(root: str, target: str, engine: str, tokens: int, context: int, iterations: int) -> list[Arrays]:
-    """The steps of a text as one engine and its portable graph see them: the same text, one step further per
-    iteration, over a cache of one capacity. A dictionary has what any of the two may want.
+    """Return the inputs of one engine and its portable graph for steps of a text: the same text, one step further per
+    iteration, over a cache of constant capacity. Each dictionary has the inputs of both.
     """
     with polygraphy_errors():
         bundle = _open(root, tokens, context)
@@ -208,8 +208,8 @@ def engine_feeds(root: str, target: str, engine: str, tokens: int, context: int,
 
 
 def _states(bundle: Bundle, segment: Segment, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], Arrays]:
-    """The hidden states [1, length, hidden] that enter a segment and the caches of its layers, of the portable graphs
-    up to its end.
+    """Return the hidden states [1, length, hidden] that enter a segment, and the KV caches of its layers, by running
+    the portable graphs up to the segment's end.
     """
     model, length, caches = bundle.manifest.model, ids.shape[1], Arrays()
     places = step_inputs(0, length, length)
@@ -227,7 +227,7 @@ def _states(bundle: Bundle, segment: Segment, ids: npt.NDArray[np.int64]) -> tup
 
 
 def _open(root: str, tokens: int, context: int) -> Bundle:
-    """Raises RequestError when the model has not as many positions as a step and its context take."""
+    """Open a bundle. Raises RequestError when its model has fewer positions than a step and its context take."""
     bundle = Bundle.open(root)
     positions = bundle.manifest.model.max_positions
     if tokens < 1 or context < 0 or context + tokens > positions:

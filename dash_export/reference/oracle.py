@@ -1,8 +1,9 @@
-"""The oracle: what skipping means (docs/method.md), in plain PyTorch over the transformers model. Slow
-and obvious.
+"""The oracle: it defines what skipping means (docs/method.md), in plain PyTorch over the transformers model. Slow and
+obvious.
 
-One teacher-forced pass says it all: a skipped token's K and V of a unit's layers are the bypass's, from what enters the
-unit, and later tokens attend to everything. A free-running generation repeats the pass for each new token.
+One teacher-forced pass is the whole definition. Where a token skips a unit, the K and V of the unit's layers come from
+the bypass, computed from the unit's input; later tokens attend to all K and V. A free-running generation repeats the
+pass for each new token.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from dash_export.policy import SkipPolicy, key_value_size
 
 @dataclass(frozen=True)
 class Pass:
-    """logits [tokens, vocab] float32, actions int8 [tokens, layers], damage float32 [tokens, units] (0 without a
-    network).
+    """Result of a pass: logits [tokens, vocab] float32, actions int8 [tokens, layers], damage float32 [tokens, units]
+    (0 without a network).
     """
 
     logits: npt.NDArray[np.float32]
@@ -53,7 +54,7 @@ class Oracle:
         actions: npt.NDArray[np.int8] | None = None,
         prefix: int = DENSE_POSITIONS,
     ) -> Pass:
-        """One pass over ids [tokens]: dense, with `actions` [tokens, layers] forced, or decided by `rule` after
+        """Run one pass over ids [tokens]: dense, with `actions` [tokens, layers] forced, or decided by `rule` after
         `prefix` dense tokens.
         """
         decoder, units = self.model.model, self.policy.units
@@ -88,7 +89,7 @@ class Oracle:
     def generate(
         self, ids: npt.NDArray[np.int64], tokens: int, rule: DecisionRule | None = None
     ) -> tuple[npt.NDArray[np.int64], Pass]:
-        """Greedy, free-running: `tokens` new ids after the dense prompt. Returns all ids and the last pass."""
+        """Generate `tokens` new ids greedily after the dense prompt. Return all ids and the last pass."""
         prompt = len(ids)
         for _ in range(tokens):
             result = self.forward(ids, rule, prefix=prompt)
@@ -96,15 +97,15 @@ class Oracle:
         return ids, result
 
     def damage(self, state: torch.Tensor) -> npt.NDArray[np.float32]:
-        """The policy network: state [tokens, hidden] = what enters its layer `read` -> [units, tokens]."""
+        """Run the policy network: state [tokens, hidden], the input of layer `read` -> damage [units, tokens]."""
         network = self.policy.network
         assert network is not None
         score = self.normed(state) @ torch.tensor(network["weight"]) + torch.tensor(network["bias"])
         return torch.nn.functional.softplus(score).T.numpy()
 
     def bypass(self, hidden: torch.Tensor, place: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute a skipped unit: hidden [..., hidden] -> its update [..., hidden], and by module of the decoder what
-        that gives instead, K and V [..., kv] before norm and RoPE.
+        """Compute the bypass of unit `place` from the unit's input: hidden [..., hidden] -> its update [..., hidden],
+        and what replaces the outputs of the decoder's modules, by their names: K and V [..., kv] before norm and RoPE.
         """
         unit, weight, x = self.policy.units[place], self.bypasses[place], self.normed(hidden)
         found = x @ weight["weight"] + weight["bias"]
@@ -114,5 +115,5 @@ class Oracle:
         return update, dict(zip(names, torch.split(found[..., updates:], self.size, -1), strict=True))
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """RMSNorm of unit gain."""
+        """Return RMSNorm of unit gain."""
         return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)

@@ -1,6 +1,6 @@
-"""Backends: how an engine file becomes something that runs. One module each, chosen by the recipe's `backend`.
+"""Backends: each loads engine files and makes them runnable. One module per backend; the recipe's `backend` names it.
 
-A backend of the host loads an engine, binds it to fixed memory once, and launches it again and again; one for GPUs is a
+A host backend loads an engine, binds it to fixed memory once, and launches it again and again. A GPU backend is a
 `Device` (device/base.py).
 """
 
@@ -30,7 +30,9 @@ BACKENDS = {
     "tensorrt_rtx": ("dash_export.runtime.device.tensorrt_rtx", "tensorrt_rtx", "rtx"),
 }
 Launch = Callable[[], None]
-"""Runs one engine on the memory it was bound to; returns when its outputs are there (CPU) or it is enqueued (CUDA)."""
+"""Run one engine on the memory it was bound to. The call returns when the outputs are there (CPU) or when the work is
+enqueued (CUDA).
+"""
 
 
 class Engine(Protocol):
@@ -46,12 +48,12 @@ class Engine(Protocol):
 
 class Backend(Protocol):
     def load(self, path: Path) -> Engine:
-        """Load an engine file; the same file is loaded once. Raises BackendError when the backend refuses it."""
+        """Load an engine file; each file is loaded only once. Raises BackendError when the backend refuses the file."""
         ...
 
 
 def require_backend(name: str) -> None:
-    """Raises BackendError that names the extra when the backend's package is not installed."""
+    """Raise BackendError that names the extra to install when the backend's package is not installed."""
     if name not in BACKENDS:
         raise BackendError(f"There is no backend {name!r} in this version. Known: {', '.join(BACKENDS)}.")
     _, package, extra = BACKENDS[name]
@@ -62,7 +64,7 @@ def require_backend(name: str) -> None:
 
 
 def load_backend(name: str, threads: int) -> Backend | Device:
-    """Import and start a backend: a Device for GPU targets. Raises BackendError that names what is missing, package or
+    """Import and start a backend; for GPU targets it is a Device. Raises BackendError that names the missing package or
     device.
     """
     require_backend(name)
@@ -71,10 +73,11 @@ def load_backend(name: str, threads: int) -> Backend | Device:
 
 
 def backend_errors(step: Callable[_P, _T]) -> Callable[_P, _T]:
-    """`step`, in which what a launch raises becomes a BackendError that names the engine.
+    """Return `step` wrapped so that an error from a launch becomes a BackendError that names the engine.
 
-    A launch is a C call that has no frame: which one it was says the local `launch` of the frame that the error comes
-    from. So the loops over launches pay nothing for it, and what a rule of the caller's raises stays as it is.
+    A launch is a C call without a Python frame, so the last frame of the traceback is its caller's, whose local
+    variable `launch` tells the engine. Loops over launches pay nothing for this. An error of the caller's rule comes
+    from a frame without `launch` and stays as it is.
     """
 
     @wraps(step)

@@ -1,4 +1,4 @@
-"""Several prompts answered together: the next takes the place of one that ended."""
+"""Several prompts answered together: when one sequence ends, the next prompt takes its place."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from dash_export.runtime.device.engines import DeviceEngines
 
 PAUSE = 1e-3
-"""Seconds until a generator of prompts is asked again, where nothing else is to be done."""
+"""Seconds to wait before a generator of prompts is asked again, where there is no other work."""
 
 
 @dataclass
 class Batch:
-    """Made by `DashRuntime.batch()`, for one thread and one stream at a time: at most `size` sequences; the next prompt
-    takes the place of one that ended. Prompts are prefilled one by one, in `prompts`, a session that keeps the last
-    one: what the next has in common with it (a system prompt) is not computed again.
+    """At most `size` sequences that decode together, made by `DashRuntime.batch()`, for one thread and one stream at a
+    time. When a sequence ends, the next prompt takes its place. The session `prompts` prefills one prompt after another
+    and keeps the last one's KV cache: a prefix that the next prompt shares (a system prompt) is not computed again.
     """
 
     engines: EngineSet | DeviceEngines
@@ -40,17 +40,19 @@ class Batch:
 
     @property
     def cache(self) -> Any:
-        """That of the rows."""
+        """KV cache of all rows."""
         return self._rows.cache
 
     @property
     def counters(self) -> Counters:
-        """Steps that were decoded so far."""
+        """Number of steps decoded so far, and of layers run in them."""
         return self._rows.counters
 
     @check_arguments
     def checked(self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS) -> TokenIds:
-        """A prompt's token ids. Raises RequestError, and ContextLengthError where it and `max_tokens` do not fit."""
+        """Return a prompt's token ids [n]. Raises RequestError, and ContextLengthError where the prompt and
+        `max_tokens` do not fit together.
+        """
         ids = self.prompts.checked_ids(prompt, fresh=True)
         answer_length(len(ids), max_tokens, self.engines.model.max_positions)
         return ids
@@ -62,17 +64,17 @@ class Batch:
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
     ) -> Iterator[tuple[int, Response]]:
-        """(index of the prompt, its next response), as they come.
+        """Yield (index of the prompt, its next response) as tokens are decoded.
 
-        `prompts` is asked whenever there is room, so it may be a generator that takes them from somewhere; let it yield
-        None when nothing has come, for while it waits the sequences under way wait too. What it raises ends the stream
-        as it is. `max_tokens` None: 256, or what the context has left.
+        The next prompt is taken from `prompts` whenever there is room, so `prompts` may be a generator that waits for
+        requests. It should yield None when no request has come: while it blocks, all sequences wait. An exception that
+        it raises ends the stream unchanged. `max_tokens` None: 256, or what the context has left.
 
         A prompt that cannot be answered (see `checked`), or whose answer fails, ends alone: its last response has
-        `finish_reason` "error" and the `error`. Raises BackendError where a step for all of them fails, and
-        RequestError in a stream that goes on after another one of this batch has begun.
+        `finish_reason` "error" and the `error`. Raises BackendError where a step for all sequences fails, and
+        RequestError where this stream is continued after another stream of this batch has begun.
         """
-        if max_tokens is not None:  # refused for all prompts at once
+        if max_tokens is not None:  # refuse a bad value once, for all prompts
             answer_length(0, max_tokens, self.engines.model.max_positions)
         this = self._stream_now = object()
         self._rows.clear()
@@ -90,7 +92,7 @@ class Batch:
                     more = False
                     break
                 if prompt is not None:
-                    self._check_newest(this)  # the generator of prompts, too, may have begun another
+                    self._check_newest(this)  # the generator of prompts may itself have begun another stream
                     yield index, self._admit(index, prompt, max_tokens, sampling)
                     index += 1
                 elif rows:
@@ -106,7 +108,7 @@ class Batch:
             raise RequestError("Another stream of this batch has begun: make a batch for each.")
 
     def _admit(self, index: int, prompt: Prompt, max_tokens: int | None, sampling: Sampling) -> Response:
-        """Prefill a prompt, and make it the last of the rows unless its first token is its last."""
+        """Prefill a prompt and append it to the rows, unless its first token is also its last."""
         session = self.prompts
         try:
             ids = self.checked(prompt, max_tokens)

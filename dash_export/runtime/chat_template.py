@@ -1,7 +1,8 @@
-"""Chat templates, each rendered in a process of its own (template_child.py) that is kept for the next turn.
+"""Chat templates, each rendered in a child process of its own (template_child.py) that is kept for the next turn.
 
-A template is a program of whoever made the model. jinja2's sandbox keeps it from Python's own attributes, the operating
-system bounds its memory and a clock its time; where it breaks something, that is a process with nothing to lose.
+A template is a program written by whoever made the model. jinja2's sandbox keeps it from Python's own attributes, the
+operating system bounds its memory, and a timer its time. A template that does harm all the same does it to a process
+that has nothing to lose.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ os.register_at_fork(before=_RENDERS.acquire, after_in_parent=_RENDERS.release, a
 
 
 class ChatTemplate:
-    """A model's `chat_template.jinja`, and its special tokens by name. Threads may share it. Its child starts with the
-    first render and ends with it.
+    """A model's `chat_template.jinja`, and its special tokens by name. Threads may share it. The child process starts
+    with the first render and ends with this object.
     """
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
@@ -35,7 +36,7 @@ class ChatTemplate:
         self._child: Child | None = None
 
     def takes_tools(self) -> bool:
-        """Whether it tells the model of tools, and of `<tool_call>` as the way to call them."""
+        """Return whether the template tells the model about tools, and to call them by `<tool_call>`."""
         return "tools" in self._source and "<tool_call>" in self._source
 
     def render(
@@ -44,14 +45,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """Messages {role, content} -> the prompt text. Raises RequestError when the template refuses or misbehaves, and
-        BundleError when it is none.
+        """Render messages {role, content} as the prompt text. Raises RequestError when the template refuses them or
+        misbehaves, and BundleError when the template is not valid.
         """
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise RequestError(f"A chat message needs a 'role' and a 'content', both text; got {shown(message)}.")
         given = {"messages": [*map(dict, messages)], "add_generation_prompt": add_generation_prompt, **self._special}
-        given |= {"tools": [*tools] or None, "documents": None}  # as transformers gives them
+        given |= {"tools": [*tools] or None, "documents": None}  # as transformers passes them
         try:
             request = json.dumps(given)
         except (TypeError, ValueError, RecursionError) as error:
@@ -66,8 +67,8 @@ class ChatTemplate:
         return text
 
     def _started(self, costly: str) -> Child:
-        """Raises RequestError where it or the template does not come to that, and BundleError where the template is
-        none.
+        """Start a child process that has read the template. Raises RequestError where the process or the template
+        fails or takes too much, and BundleError where the template is not valid.
         """
         child = Child(CHILD, {"memory": MEGABYTES << 20})
         good, text = child.ask(json.dumps({"source": self._source}), SECONDS, costly, INSTEAD)

@@ -1,4 +1,4 @@
-"""A Python of its own for what strangers wrote: lines of JSON in and out, each within its time."""
+"""A Python process of its own for code and data from strangers: JSON lines in and out, each answer within its time."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from typing import Any
 from dash_export.errors import RequestError
 
 START_SECONDS = 60.0
-"""For a Python and its imports: a slow disk and a busy machine are no fault of what it is to do."""
+"""To start Python and its imports: a slow disk or a busy machine must not count against the request."""
 MAX_BYTES = 10_000_000
-"""Length of one answer, as JSON."""
+"""Longest answer, as JSON."""
 NO_PYTHON = "Chat templates and grammars need a Python of their own: set sys.executable to one that starts"
 
 
 class Child:
-    """Each line is answered by one: [whether it went well, text]. One thread may ask at a time."""
+    """A child process that answers each line by one: [whether it went well, text]. One thread may ask at a time."""
 
     def __init__(self, script: Path, setup: Mapping[str, Any]) -> None:
-        """Raises RequestError where it does not start. `path`, where modules are found, is added to the setup."""
-        # A frozen program is no Python: it would start itself. -I -S: the path of here comes in the first message.
+        """Start `script`. Raises RequestError where it does not start. `sys.path` joins `setup` as its `path`."""
+        # The executable of a frozen program is no Python: it would start the program again. -I -S: the child takes
+        # its sys.path from the first message.
         python = "" if getattr(sys, "frozen", False) else sys.executable or ""
-        try:  # in a session of its own: an interrupt from the terminal is not for it
+        try:  # in its own session: an interrupt from the terminal must not reach the child
             self.process = subprocess.Popen(
                 [python, "-I", "-S", str(script)],
                 stdin=subprocess.PIPE,
@@ -46,12 +47,12 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Not where it is another process's: that of the one this one was forked from."""
+        """Whether the child runs and is this process's own: in a process forked from its owner this is False."""
         return self.process.poll() is None
 
     def ask(self, request: str, seconds: float, costly: str, instead: str = "") -> tuple[bool, str]:
-        """A line of JSON -> (whether it went well, text). Anything else is the end of the process, and so is its time:
-        that ends the pipes, and whoever reads them. Raises RequestError: `costly`, and what to do `instead`.
+        """Send a line of JSON and return (whether it went well, text). Kill the child after `seconds`, which closes the
+        pipes and so ends the read, and on any other answer. Raises RequestError: `costly`, and what to do `instead`.
         """
         clock = Timer(seconds, self.process.kill)
         clock.daemon = True
@@ -64,7 +65,7 @@ class Child:
                 over = len(answer) == MAX_BYTES
                 raise ValueError(f"it writes over {MAX_BYTES} bytes" if over else "its process has ended")
             good, text = json.loads(answer)
-        except BaseException as error:  # an interrupt too: half an answer may be on its way
+        except BaseException as error:  # on an interrupt too: half an answer may be in the pipe
             self.end()
             if not isinstance(error, (OSError, ValueError, TypeError, RecursionError)):
                 raise
@@ -75,7 +76,7 @@ class Child:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a child and reap it. In a process that was forked from its owner Popen finds that it has no such child."""
+    """Kill a child and reap it. In a process forked from its owner, Popen finds no such child and kills nothing."""
     process.kill()
-    with suppress(OSError), process:  # closes its pipes, in one of which may be what it has not read
+    with suppress(OSError), process:  # closing a pipe flushes what the child has not read: that may fail
         pass

@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def physical_cores() -> int:
-    """Physical cores among the processors this process may run on (hyper-threads share the multipliers that decode
-    needs).
+    """Return the number of physical cores among the processors this process may run on (hyper-threads share the
+    multipliers that decode needs).
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
@@ -23,7 +23,7 @@ def physical_cores() -> int:
 
 
 def _proc(name: str, *keys: str) -> str | None:
-    """Read a file of `/proc` behind the first of `keys` (on Linux)."""
+    """Return the value of the first line in a file of `/proc` whose key is in `keys`; None without one or off Linux."""
     try:
         lines = (Path("/proc") / name).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -33,25 +33,25 @@ def _proc(name: str, *keys: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as the kernel tells it."""
+    """Return the processor's name as the kernel reports it."""
     return _proc("cpuinfo", "model name", "Model", "Hardware") or "unknown CPU"
 
 
 def available_memory() -> int:
-    """Bytes this machine can still give without swapping (Linux; elsewhere one GiB is assumed)."""
+    """Return the bytes this machine can still give without swapping (on Linux; elsewhere assume one GiB)."""
     found = _proc("meminfo", "MemAvailable")
     return int(found.split()[0]) * 1024 if found else 1 << 30
 
 
 class LoadMeter:
-    """How busy the machine is with other things than this process, from its making on (on Linux)."""
+    """Load that other processes put on the machine, from the making of this object on (on Linux)."""
 
     def __init__(self) -> None:
         self._begin = self._seconds()
 
     @staticmethod
     def _seconds() -> tuple[float, float, float]:
-        """Seconds on the clock, of processors working for others, and of processors that the host gave to others."""
+        """Return seconds on the clock, of processors that work for others, and of processors that the host withheld."""
         try:
             ticks = [int(number) for number in Path("/proc/stat").read_text(encoding="ascii").split()[1:9]]
         except (OSError, ValueError):

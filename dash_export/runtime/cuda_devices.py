@@ -1,6 +1,6 @@
-"""CUDA devices, asked of the driver itself through ctypes: no package is needed, and a missing driver is no crash.
+"""CUDA devices, listed by the driver itself through ctypes: no package is needed, and a missing driver is no crash.
 
-TensorRT's own `Runtime` may segfault where there is no device, so everything asks here first.
+TensorRT's own `Runtime` may segfault where there is no device, so every GPU backend asks this module first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CudaDevice:
 
 
 def cuda_devices() -> list[CudaDevice]:
-    """Every CUDA device of this machine. Raises BackendError that says what is missing: driver or device."""
+    """Return every CUDA device of this machine. Raises BackendError that says what is missing: driver or device."""
     ask = partial(_ask, _driver())
     ask("cuInit", 0)
     count, version = ctypes.c_int(), ctypes.c_int()

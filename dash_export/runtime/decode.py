@@ -1,8 +1,8 @@
-"""The decode loop of the host: engines loaded, bound to memory and launched conditionally, for one token or many.
+"""The decode loop on the host: load engines, bind them to memory and launch them conditionally, for one token or many.
 
-Every buffer has one address for its life. Hidden states alternate between two buffers, and each KV cache array is bound
-as past and present alike, so a write is in place. A row is one token of one sequence: many tokens of one, or one token
-of each of many. The device's loop is `device/step.py`.
+Every buffer keeps one address for its life. Hidden states alternate between two buffers. Each KV cache array is bound
+as past and present alike, so writes are in place. A row is one token of one sequence: a step has many tokens of one
+sequence, or one token of each of many. The device's loop is `device/step.py`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ ALWAYS_RUN = -1
 Floats = npt.NDArray[np.float32]
 MAX_SEQUENCES = 1024
 SCORES = 32 << 20
-"""Bytes of attention scores of one pass: what is larger, glibc maps and clears anew for every layer."""
+"""Most bytes of attention scores in one pass: a larger buffer is mapped and cleared anew by glibc for every layer."""
 
 
 @dataclass(frozen=True)
 class SegmentEngines:
-    """The engines of one segment by name: what runs it, one after the other, and for a unit its bypass."""
+    """Engines of one segment. `run`: (name, engine), in the order they run. `bypass`: the engine that skips a unit."""
 
     segment: Segment
     run: Sequence[tuple[str, Engine]]
@@ -45,12 +45,12 @@ class EngineSet:
     """All engines of a build, shared between sessions. `mixes`: whether rows of one step may skip differently."""
 
     grows = True
-    """Whether a cache takes more memory as it is needed."""
+    """Whether a cache grows when more memory is needed."""
     score_rows = 128
-    """Teacher-forced steps keep the logits of all their tokens: 128 of a 50k vocabulary are 25 MB."""
+    """Most tokens of a teacher-forced step, which keeps the logits of all: 128 of a 50k vocabulary are 25 MB."""
 
     def __init__(self, bundle: Bundle, build: Build, backend: Backend) -> None:
-        """Raises BundleError where an engine is missing."""
+        """Load all engines but the mixed ones. Raises BundleError where an engine is missing."""
         self._bundle, self._backend, self.build = bundle, backend, build
         self._seal = bundle.verify(build.files, hashes=False)
         self.model, policy = bundle.manifest.model, bundle.manifest.policy
@@ -65,10 +65,10 @@ class EngineSet:
             self.segments.append(SegmentEngines(segment, run, bypass))
         self.mixes = all(MIXED + unit.name in build.engines for unit in self.units)
         self.sequences = MAX_SEQUENCES if self.mixes else 1
-        """How many may decode together."""
+        """Most sequences that may decode together."""
         engines = [engine for item in self.segments for _, engine in item.run]
         if policy.has_network and not any("damage" in engine.outputs for engine in engines):
-            # A missing policy is no damage, and no damage is always skipped.
+            # Without the policy's engine damage would stay zero, and a unit of zero damage is always skipped.
             raise BundleError(f"{bundle.root}: the build for {build.target!r} has no engine of the policy. {DAMAGED}")
         self.needs_mask = any("attention_mask" in engine.inputs for engine in engines)
         self.takes_embeddings = not self.segments[0].segment.layers
@@ -83,8 +83,9 @@ class EngineSet:
 
     @cached_property
     def mixed(self) -> Sequence[Engine]:
-        """One engine per unit for steps whose rows differ, a unit's weights once more: loaded when first needed. Raises
-        BundleError where a file of the build is another one than when the others were loaded.
+        """Mixed engines, one per unit, for steps whose rows skip differently. They hold the units' weights once more,
+        so they are loaded when first needed. Raises BundleError where a file of the build was replaced since the other
+        engines were loaded.
         """
         self._bundle.check_same(self._seal)
         mixed = [self._load(MIXED + unit.name) for unit in self.units]
@@ -92,21 +93,21 @@ class EngineSet:
         return mixed
 
     def rows_at_once(self, capacity: int) -> int:
-        """As many tokens as one pass may hold over a cache of `capacity` rows, for their attention scores' sake."""
+        """Return how many tokens one pass over a cache of `capacity` rows may hold: their scores fit SCORES bytes."""
         return max(1, SCORES // (4 * self.model.num_heads * max(1, capacity)))
 
     def cache(self, step: int, sequences: int = 1) -> KVCache:
-        """A cache for one session, or for a batch of `sequences`, which grows by `step` rows."""
+        """Return a cache for one session, or for a batch of `sequences`; it grows by `step` rows."""
         return KVCache(self.model, step, sequences)
 
     def step(self, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1) -> BoundStep:
-        """These engines bound to one session's memory, or to that of the first `batch` sequences of a batch."""
+        """Bind these engines to the memory of one session, or of the first `batch` sequences of a batch."""
         return BoundStep(self, cache, sequence, teacher_forced, batch)
 
 
 @dataclass(frozen=True)
 class BoundSegment:
-    """One segment's launches. `unit`: its place among the units, or ALWAYS_RUN. `mixed` does each row as it is told."""
+    """Launches of one segment. `unit`: its place among the units, or ALWAYS_RUN. `mixed` runs or skips row by row."""
 
     unit: int
     run: Launch
@@ -121,15 +122,15 @@ def _dense(state: State) -> Skips:
 class BoundStep:
     """Engines bound to memory for steps of `sequence` tokens of each of the cache's first `batch` sequences.
 
-    These arrays are this object's and hold the last step's results: `logits` [batch, rows, vocab] float32, `damage`
-    [units, rows] float32 and `skipped` [units, rows] bool; `final_state` [batch, rows, hidden] float32, normed. Who
-    times launches replaces `segments` by wrapped ones.
+    This object owns these arrays, which hold the last step's results: `logits` [batch, rows, vocab] float32, `damage`
+    [units, batch * sequence] float32, `skipped` [units, batch * sequence] bool, and `final_state` [batch, rows, hidden]
+    float32, normed. To time launches, replace `segments` by wrapped ones.
     """
 
     def __init__(
         self, engines: EngineSet, cache: KVCache, sequence: int, teacher_forced: bool = False, batch: int = 1
     ) -> None:
-        """`teacher_forced` steps give the logits of all their tokens, others those of the last one."""
+        """Bind the engines. `teacher_forced` steps give the logits of all their tokens, others those of the last."""
         self.sequence, self.batch, self._cache = sequence, batch, cache
         shape, units = (batch, sequence), len(engines.units)
         damage = np.zeros((*shape, units), np.float32)
@@ -170,34 +171,34 @@ class BoundStep:
     # --- one step
 
     def decode(self, token: int, rule: Rule) -> None:
-        """One token under `rule`."""
+        """Decode one token under `rule`."""
         self.input_ids[0, 0] = token
         self._advance(lambda state: decided(rule, state))
 
     def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
-        """`sequence` tokens, every layer."""
+        """Prefill tokens [sequence] through every layer."""
         self.input_ids[0] = tokens
         self._advance(_dense)
 
     def prefill_embeddings(self, embeddings: Floats) -> None:
-        """States [sequence, hidden] in the place of embedded tokens, every layer."""
+        """Prefill embeddings [sequence, hidden], instead of tokens, through every layer."""
         self.input_ids[0] = 0
         self._embedded[0] = embeddings
         self._advance(_dense, first=1)
 
     def embed(self, tokens: npt.NDArray[np.int64]) -> Floats:
-        """The embeddings [sequence, hidden] of tokens."""
+        """Return the embeddings [sequence, hidden] of tokens [sequence]."""
         self.input_ids[0] = tokens
         self.segments[0].run()
         return np.array(self._embedded[0])
 
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
-        """`sequence` known tokens in one pass as decode would do them under `rule`, or densely where `dense`."""
+        """Run known tokens [sequence] in one pass as decode would run them under `rule`, every layer where `dense`."""
         self.input_ids[0] = tokens
         self._advance(lambda state: decided(rule, state) & ~dense)
 
     def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
-        """One token of every sequence, each under a rule of its own."""
+        """Decode one token of every sequence, each under a rule of its own."""
         self.input_ids[:, 0] = tokens
         self._advance(
             lambda state: np.hstack([decided(rule, state, slice(row, row + 1)) for row, rule in enumerate(rules)])
@@ -205,8 +206,9 @@ class BoundStep:
 
     @backend_errors
     def _advance(self, decide: Callable[[State], Skips], first: int = 0) -> None:
-        """All rows. Damage is known when the segments before the first unit have run. A unit whose rows agree is run or
-        skipped, else its mixed engine does both. Segments before the `first` are done already.
+        """Run a step for all rows. Decide once the segments before the first unit have run, because only then damage is
+        known. Where all rows agree about a unit, run or skip it, else launch its mixed engine. Segments before `first`
+        have run already.
         """
         self.place()
         for segment in self.segments[first : self._first]:
@@ -227,7 +229,7 @@ class BoundStep:
             self._cache.lengths[row] += self.sequence
 
     def place(self) -> None:
-        """Say where the new tokens go: the rows after the cached ones."""
+        """Tell the engines where the new tokens go: the rows after the cached ones."""
         lengths, sequence = self._cache.lengths[: self.batch], self.sequence
         for row, start in enumerate(lengths):
             self._position_ids[row] = start if sequence == 1 else np.arange(start, start + sequence)
@@ -238,13 +240,13 @@ class BoundStep:
             self._mask[:, 0] = np.arange(self._mask.shape[-1]) <= self._position_ids[..., None]
 
     def launches(self) -> list[tuple[Launch, Launch | None]]:
-        """Per segment what runs it and what skips it, to be timed one by one after `place`."""
+        """Return (run, bypass) of every segment, to be timed one by one after `place`."""
         return [(item.run, item.bypass) for item in self.segments]
 
     # --- binding
 
     def _bound(self, engines: EngineSet, mixed: Sequence[Engine]) -> Iterator[BoundSegment]:
-        """`mixed`: one engine per unit where rows may differ, else none."""
+        """Bind every segment. `mixed`: one engine per unit where rows may differ, else none."""
         hidden = [np.zeros((*self.input_ids.shape, engines.model.hidden_size), np.float32) for _ in range(2)]
         unit, first = 0, next((at for at, item in enumerate(engines.segments) if item.bypass is not None), 0)
         entering = hidden[first % 2].reshape(-1, engines.model.hidden_size)
@@ -267,7 +269,7 @@ class BoundStep:
         return engine.bind({**self._arrays, "hidden": before}, {**self._arrays, **(outputs or {}), "hidden_out": after})
 
     def _bind_run(self, engines: Sequence[tuple[str, Engine]], before: Floats, after: Floats) -> Launch:
-        """Engines in a row (portable graphs are several), the policy beside the state that it reads."""
+        """Bind engines that run in a row (portable graphs are several); the policy reads the next engine's input."""
         launches, state = [], before
         for name, engine in engines:
             following = after if name == "policy" or (name, engine) == engines[-1] else np.zeros_like(before)
@@ -283,7 +285,7 @@ class BoundStep:
         return launch_all
 
     def _bind_bypass(self, engine: Engine, layers: range, before: Floats, after: Floats) -> Launch:
-        """A unit's bypass, and the write of the K and V of all its layers where its engine leaves that to the host."""
+        """Bind a unit's bypass. Where its engine leaves that to the host, also write K and V of the unit's layers."""
         names = [[short_name(name) for name in new_names(layer)] for layer in layers]
         if names[0][0] not in engine.outputs:
             return self._bind(engine, before, after)

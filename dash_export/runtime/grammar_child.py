@@ -1,9 +1,8 @@
-"""The process that tries a grammar for guidance.py before it is read there: a script of llguidance and the standard
-library.
+"""The process that tries a grammar before guidance.py reads it: a script of llguidance and the standard library.
 
-Each line of standard input is JSON and is answered by another: first {path, tokenizer, eos, memory, seconds, states},
-then {grammar}; an answer is [whether it can be read within memory and time, what is wrong, or the share of these that
-it takes].
+Each line of standard input is JSON and is answered by one line. The first is {path, tokenizer, eos, memory, seconds,
+states}, every later one {grammar}. An answer is [whether the grammar can be read within memory and time, text]: text is
+the share of memory or time that the grammar takes, or what is wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 
 
 def size() -> int:
-    """Bytes of address space that this process has."""
+    """Return the bytes of address space that this process has."""
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
@@ -36,8 +35,8 @@ def main() -> None:
     for request in requests:
         reading, writing = os.pipe()
         child = os.fork()
-        if child == 0:  # what it takes is gone with it
-            os.close(sys.stdout.fileno())  # who reads there would wait for it too
+        if child == 0:  # a process for each grammar: its memory is freed at its end
+            os.close(sys.stdout.fileno())  # else the reader of stdout would wait for this process too
             signal.alarm(4 * setup["seconds"])
             before, began = size(), time.process_time()
             resource.setrlimit(resource.RLIMIT_AS, (before + setup["memory"],) * 2)

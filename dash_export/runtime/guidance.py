@@ -1,4 +1,4 @@
-"""Answers held to a grammar: which tokens may come next, by llguidance (extra `serve`)."""
+"""Answers held to a grammar: llguidance says which tokens may come next (extra `serve`)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ _T = TypeVar("_T")
 READS = "cannot be read for a grammar"
 MOST_LETTERS = 1 << 16
 SECONDS, MEGABYTES, STATES = 1, 24, 120_000
-"""To read a grammar for all answers to a request (2,000 properties: 0.3 s, 19 MB), and the states that
-each may learn while it is used: half a kilobyte each, 12,000 to 24,000 letters of strings with a maxLength.
+"""Limits of time and memory to read a grammar, for all answers to a request together (2,000 properties: 0.3 s, 19 MB),
+and of the lexer states that each answer may add while it decodes: half a kilobyte each; 12,000 to 24,000 letters of
+strings with a maxLength.
 """
 CHILD = Path(__file__).with_name("grammar_child.py")
 _KEPT = 1024
-"""Grammars that are known to be good."""
+"""How many grammars are remembered as good."""
 _TRIES = Lock()
 os.register_at_fork(before=_TRIES.acquire, after_in_parent=_TRIES.release, after_in_child=_TRIES.release)
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As models write it: small ones never end where they may write as much white space as they like."""
+"""JSON formatted as models write it: small models never end where they may write any amount of white space."""
 
 
 def native(what: str, call: Callable[[], _T]) -> _T:
-    """`call` of native code on a tokenizer, whose panics are no Exception. Raises RequestError."""
+    """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError that says `what`
+    failed.
+    """
     try:
         return call()
     except (KeyboardInterrupt, SystemExit):
@@ -46,12 +49,12 @@ def native(what: str, call: Callable[[], _T]) -> _T:
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
-    """The grammar of the JSON that fits a JSON schema: `{"type": "object"}` for any object."""
+    """Return the grammar of the JSON that fits a JSON schema: `{"type": "object"}` for any object."""
     return f"start: {json_rule(schema)}\n"
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """Such JSON as a part of a grammar. Raises RequestError."""
+    """Return the JSON that fits a schema as a part of a grammar. Raises RequestError where the schema is not JSON."""
     try:
         return f"%json {json.dumps({**schema, 'x-guidance': _JSON})}"
     except (TypeError, ValueError, RecursionError) as error:
@@ -59,18 +62,18 @@ def json_rule(schema: Mapping[str, Any]) -> str:
 
 
 GRACE, PER_TOKEN = 0.5, 0.01
-"""Processor seconds that an answer's grammar may take, all in all and for each token: other answers wait for them."""
+"""Processor seconds that an answer's grammar may take: GRACE plus PER_TOKEN for each token. Other answers wait."""
 
 
 class Guide:
-    """How far one answer is in its grammar."""
+    """Position of one answer in its grammar."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher, self._seconds, self._tokens = matcher, 0.0, 0
 
     def allowed(self, logits: Logits) -> Logits:
-        """logits [vocab], those of tokens that may not come next at -inf. Raises RequestError where the grammar cannot
-        go on, or takes longer than an answer beside others may.
+        """Return logits [vocab] with -inf for the tokens that may not come next. Raises RequestError where the grammar
+        cannot go on, or takes longer than other answers may be made to wait.
         """
         began = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -81,7 +84,7 @@ class Guide:
         return np.where(np.unpackbits(bits, count=len(logits), bitorder="little"), logits, np.float32(-np.inf))
 
     def take(self, token: int) -> bool:
-        """The next token; returns whether the grammar ends with it."""
+        """Take the next token; return whether the grammar ends with it."""
         self._matcher.consume_token(token)
         self._check()
         return bool(self._matcher.is_stopped())
@@ -93,8 +96,8 @@ class Guide:
 
 
 def _without_gaps(tokenizer: Tokenizer) -> str:
-    """Its tokenizer.json, with tokens that no text has in the place of ids that none has: llguidance counts tokens, and
-    takes an id beyond their number for none (Phi-4 mini's end is such a one).
+    """Return the tokenizer.json with its unused ids filled by special tokens that no text has. llguidance counts tokens
+    and knows no id beyond their number; Phi-4 mini's end token has such an id.
     """
     text, known = tokenizer.to_str(), set(tokenizer.get_vocab().values())
     gaps = {*range(max(known, default=0))} - known if max(known, default=0) < MAX_TOKENS else set()
@@ -103,16 +106,16 @@ def _without_gaps(tokenizer: Tokenizer) -> str:
     data = json.loads(text)
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     made = {f"<|no token {token}|>": token for token in sorted(gaps)}
-    data["model"]["vocab"] |= made  # where an added token takes its id from
+    data["model"]["vocab"] |= made  # an added token takes its id from here
     data["added_tokens"] += [{"id": token, "content": content, **plain} for content, token in made.items()]
     return json.dumps(data)
 
 
 class Guides:
-    """Grammars over a model's tokens. For any thread.
+    """Grammars over a model's tokens. Threads may share it.
 
-    A grammar of a few hundred letters can take minutes and gigabytes to read, so each is tried in a process of its own
-    first; and all copies of a matcher share what it has learnt, mistakes included, so each answer has one of its own.
+    A grammar of a few hundred letters can take minutes and gigabytes to read, so a child process tries each one first.
+    Copies of a matcher share what they have learnt, mistakes included, so each answer has a matcher of its own.
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
@@ -123,10 +126,12 @@ class Guides:
         self._tokens: Any = None
         self._child: Child | None = None
         self._tried = OrderedDict[str, float]()
-        """Share of SECONDS or MEGABYTES that a grammar takes."""
+        """Grammar -> the share of SECONDS or MEGABYTES that it takes; the one used last comes last."""
 
     def _share(self, grammar: str) -> float:
-        """Try a grammar. Raises RequestError for one that cannot be read within SECONDS and MEGABYTES."""
+        """Return the share of SECONDS or MEGABYTES that a grammar takes; try the grammar if it is new. Raises
+        RequestError where it cannot be read within them.
+        """
         if len(grammar) > MOST_LETTERS:
             raise RequestError(f"The grammar or schema has over {MOST_LETTERS} letters.")
         with _TRIES:
@@ -135,7 +140,7 @@ class Guides:
                 assert self._child is not None
                 try:
                     good, text = self._child.ask(json.dumps({"grammar": grammar}), 5.0 * SECONDS, "no grammar is tried")
-                except RequestError as error:  # which is no fault of who asks
+                except RequestError as error:  # a child that fails is not the client's fault
                     raise BackendError(str(error)) from error
                 if not good:
                     raise RequestError(f"The grammar or schema cannot be read ({text:.300}).")
@@ -146,8 +151,8 @@ class Guides:
             return self._tried[grammar]
 
     def guides(self, grammar: str, count: int = 1) -> list[Guide]:
-        """At the beginning of so many answers. `grammar`: Lark, as llguidance has it. Raises RequestError for one that
-        cannot be read, or not so often within SECONDS and MEGABYTES.
+        """Return `count` guides, each at the beginning of an answer. `grammar` is Lark, as llguidance has it. Raises
+        RequestError where it cannot be read, or not `count` times within SECONDS and MEGABYTES.
         """
         if count * self._share(grammar) > 1 and count > 1:
             raise RequestError(f"The grammar or schema takes too long to be read for {count} answers: ask for fewer.")
@@ -161,7 +166,7 @@ class Guides:
         ]
 
     def guide(self, grammar: str) -> Guide:
-        """The same for one."""
+        """Return one guide (see `guides`)."""
         return self.guides(grammar)[0]
 
     def _start(self) -> None:
@@ -169,9 +174,9 @@ class Guides:
             from llguidance import LLTokenizer
         except ImportError as error:
             raise RequestError("Answers in a grammar need llguidance: pip install 'dash-export[serve]'.") from error
-        if self._eos is None:  # llguidance would take the first token
+        if self._eos is None:  # llguidance would take the first token as the end
             raise RequestError("Answers in a grammar need the model's own end of a text, and its tokenizer has none.")
-        if self._tokens is None:  # a second for 150,000 tokens
+        if self._tokens is None:  # takes a second for 150,000 tokens
             self._tokens = native(READS, lambda: LLTokenizer(_without_gaps(self._tokenizer), eos_token=self._eos))
         if self._child is None or not self._child.alive:
             setup = {"tokenizer": _without_gaps(self._tokenizer), "eos": self._eos}

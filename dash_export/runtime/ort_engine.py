@@ -1,4 +1,4 @@
-"""ONNX Runtime on a CPU. One thread pool for the process: thirty sessions with one each are seven times slower."""
+"""ONNX Runtime on a CPU. All engines share one thread pool: thirty sessions with a pool each are seven times slower."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-# Read when the library loads: no telemetry leaves the device.
+# The library reads this when it loads: no telemetry leaves the device.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if platform.machine().lower() in ("x86_64", "amd64"):
-    # A token's attention scores whole, by products of one row with many, instead of tile by tile: a decoded token takes
-    # 3 % less time at 512 cached tokens and 13 % less at 4,096, and prefill no more while the scores are few
-    # (`decode.SCORES`). Read by each session as it is made. Elsewhere nobody has measured.
+    # Compute a token's attention scores whole, as products of one row with many, not tile by tile: a decoded token
+    # takes 3 % less time at 512 cached tokens and 13 % less at 4,096, and prefill no more while the scores are few
+    # (`decode.SCORES`). Each session reads this when it is made. On other processors nobody has measured it.
     os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
 import numpy.typing as npt
@@ -31,13 +31,15 @@ from dash_export.runtime.cpus import physical_cores
 logger = logging.getLogger(__name__)
 
 _pool_threads: int | None = None
-# Without one, every run makes its own: two of the ten microseconds that a run costs on cold caches.
+# Without shared options every run makes its own: two of the ten microseconds that a run costs on cold caches.
 _RUN_OPTIONS = ort.RunOptions()
 _BUILD_AGAIN = "The engine does not fit its bundle: build the target again."
 
 
 def start_thread_pool(threads: int) -> int:
-    """Create the process-wide pool, once. ONNX Runtime cannot change it: a later, different wish is logged."""
+    """Create the process-wide pool once and return its size; `threads` 0: one per physical core. ONNX Runtime cannot
+    change the pool: a later, different wish is logged. Raises BackendError where the pool cannot be created.
+    """
     global _pool_threads
     wanted = threads or physical_cores()
     if _pool_threads is None:
@@ -55,7 +57,7 @@ def start_thread_pool(threads: int) -> int:
 
 
 def shared_pool_options() -> ort.SessionOptions:
-    """For a session on the process-wide pool, which is created where there is none."""
+    """Return options for a session on the process-wide pool; create the pool where there is none."""
     start_thread_pool(0)
     options = ort.SessionOptions()
     options.use_per_session_threads = False
@@ -65,7 +67,7 @@ def shared_pool_options() -> ort.SessionOptions:
 
 @contextmanager
 def ort_errors(graph: str) -> Iterator[None]:
-    """Errors of ONNX Runtime's own, raised within, become a BackendError that names the graph."""
+    """Turn what ONNX Runtime raises inside the block into a BackendError that names the graph."""
     try:
         yield
     except Exception as error:
@@ -73,11 +75,11 @@ def ort_errors(graph: str) -> Iterator[None]:
 
 
 _HEADS = re.compile(rb"\x2a(.)\x0a(.)(\w*num_heads)\x18([\x80-\xff]?[\x01-\x7f])\xa0\x01\x02", re.DOTALL)
-"""An attribute of a node that is a number of heads, from 1 to 16,383, as protobuf writes it."""
+"""A node's attribute that is a number of heads, from 1 to 16,383, as protobuf encodes it."""
 
 
 def check_heads(path: Path) -> None:
-    """Raises BackendError for a graph with an absurd number of heads: ONNX Runtime cuts it to 32 bits and divides."""
+    """Raise BackendError where a number of heads is absurd or 0: the library cuts it to 32 bits and divides by it."""
     with ort_errors(path.name):
         graph = path.read_bytes()
     sound = 0
@@ -96,13 +98,13 @@ class OrtEngine:
         with ort_errors(path.name):
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-            # Here, because names may be no text.
+            # Inside `ort_errors`, because a name may be no valid text.
             self._shapes = {item.name: item.shape for item in (*inputs, *outputs)}
             self.inputs = tuple(item.name for item in inputs)
             self.outputs = tuple(item.name for item in outputs)
 
     def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
-        """Raises BackendError where the graph wants something that is not there, or another shape of it."""
+        """Bind all arrays. Raises BackendError where the graph wants one that is not there, or another shape of it."""
         binding = self.session.io_binding()
         for names, arrays, bind in (
             (self.inputs, inputs, binding.bind_input),
@@ -123,7 +125,9 @@ class OrtEngine:
 
 
 def fitted(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
-    """An array's shape as a graph wants it, or None. A lowered graph may take rows for [batch, sequence]."""
+    """Return an array's shape as a graph wants it, or None where it does not fit. A lowered graph may have one
+    dimension of rows in the place of [batch, sequence].
+    """
     if len(shape) == len(expected) and all(
         type(size) is not int or size == given for size, given in zip(expected, shape, strict=True)
     ):
@@ -139,8 +143,8 @@ def fitted(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tupl
 
 
 class _Launch(partial[None]):
-    """A bound run: a C call without a Python frame of its own. The binding holds bare addresses; `memory` keeps the
-    arrays alive. `engine` says whose run it is (`backend_errors`).
+    """Bound run: a C call without a Python frame of its own. The binding holds bare addresses, so `memory` keeps the
+    arrays alive. `engine` names the engine for `backend_errors`.
     """
 
     memory: object = None
@@ -154,7 +158,7 @@ class OrtBackend:
         start_thread_pool(threads)
         self._engines: dict[Path, OrtEngine] = {}
         self._options = shared_pool_options()
-        # An arena and its patterns are looked up at every run, thirty times a token: plain malloc is faster here.
+        # ONNX Runtime looks up an arena and its patterns at every run, thirty times a token: plain malloc is faster.
         self._options.enable_cpu_mem_arena = False
         self._options.enable_mem_pattern = False
 

@@ -23,11 +23,11 @@ CPU_ONLY = "A policy of your own runs on CPU builds only: it needs the state on 
 
 @dataclass(frozen=True)
 class State:
-    """The tokens of a step, as far as they are known when their units are decided. It is the runtime's own memory:
-    read it, copy what is kept.
+    """Tokens of a step, with what is known when their units are decided. The arrays are the runtime's own memory: read
+    them, and copy what you keep.
 
-    `hidden` float32 [tokens, hidden]: what enters the first unit. `damage` float32 [units, tokens], nats: what the
-    bundle's network says, zeros where it has none. `positions`, `tokens` int64 [tokens].
+    `hidden` float32 [tokens, hidden]: the state that enters the first unit. `damage` float32 [units, tokens], nats: the
+    output of the bundle's network, zeros where it has none. `positions`, `tokens` int64 [tokens].
     """
 
     hidden: npt.NDArray[np.float32]
@@ -36,16 +36,16 @@ class State:
     tokens: npt.NDArray[np.int64]
 
     def of(self, tokens: slice) -> State:
-        """The state of some of the tokens."""
+        """Return the state of some of the tokens."""
         return State(self.hidden[tokens], self.damage[:, tokens], self.positions[tokens], self.tokens[tokens])
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """Decides for one session. A decode step asks about one token, a score about many: their order is the text's."""
+    """Policy of one session. A decode step asks about one token; a score asks about many, in the order of the text."""
 
     def begin(self, model: ModelFacts, units: Sequence[Unit], cost: CostTable) -> None:
-        """A conversation begins: `cost` says what a skip of each unit saves, as a fraction of a dense token's time."""
+        """Begin a conversation. `cost` says what a skip of each unit saves, as a fraction of a dense token's time."""
 
     def skips(self, state: State) -> Skips:
         """Return bool [units, tokens], true where a unit is skipped."""
@@ -53,7 +53,7 @@ class Policy(Protocol):
 
 
 class OwnRule:
-    """A policy of the user's in the place of a rule; what it answers is checked."""
+    """Rule that asks a policy of the user's, and checks the answer."""
 
     asks = True
 
@@ -61,7 +61,7 @@ class OwnRule:
         self.policy, self._facts, self._units = policy, (model, tuple(units), cost), len(units)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnRule:
-        """For a fork, or a row of a batch. Raises PolicyError."""
+        """Copy the policy, for a fork or a row of a batch. Raises PolicyError where it cannot be copied."""
         try:
             return OwnRule(deepcopy(self.policy, memo), *self._facts)
         except Exception as error:
@@ -69,22 +69,22 @@ class OwnRule:
             raise PolicyError(f"{name} cannot be copied, as forks and batches need it: {error!s:.300}") from error
 
     def restart(self) -> None:
-        """A conversation begins."""
+        """Begin a conversation. Raises PolicyError for whatever the policy raises."""
         try:
             self.policy.begin(*self._facts)
         except (Exception, SystemExit) as error:
             raise PolicyError(f"{type(self.policy).__name__}.begin: {type(error).__name__}: {error!s:.300}") from error
 
     def skips(self, damage: Damages) -> Skips:  # noqa: ARG002
-        """Raises PolicyError: nothing follows from damage alone, which is all that a device shows the host."""
+        """Raise PolicyError: a policy of the user's needs the whole state, and a device shows the host only damage."""
         raise PolicyError(CPU_ONLY)
 
     def decide(self, state: State) -> Skips:
-        """Its decision. Raises PolicyError for what is no decision."""
+        """Return the policy's decision [units, tokens]. Raises PolicyError where it raises or gives something else."""
         shape, name = (self._units, len(state.tokens)), type(self.policy).__name__
         try:
             found = np.asarray(self.policy.skips(state))
-        except (Exception, SystemExit) as error:  # whatever a class of the user's raises
+        except (Exception, SystemExit) as error:  # a class of the user's may raise anything
             raise PolicyError(f"{name}.skips: {type(error).__name__}: {error!s:.300}") from error
         if found.shape != shape or found.dtype != np.bool_:
             raise PolicyError(
@@ -94,11 +94,11 @@ class OwnRule:
 
 
 def load_policy(text: str) -> Policy:
-    """`package.module:Class` or `path/to/file.py:Class`, made without arguments. Raises PolicyError."""
+    """Load `package.module:Class` or `path/to/file.py:Class` and make it without arguments. Raises PolicyError."""
     module, _, name = text.rpartition(":")
     try:
         found = getattr(_module(module), name, None)
-    except (Exception, SystemExit) as error:  # whatever a file of the user's raises when it is run
+    except (Exception, SystemExit) as error:  # a file of the user's may raise anything when it is run
         raise PolicyError(f"{module} cannot be imported: {type(error).__name__}: {error!s:.300}") from error
     if not isinstance(found, type):
         raise PolicyError(f"{module} has no class {name!r:.60}. Write --policy module:Class or --policy file.py:Class.")
@@ -112,7 +112,7 @@ def load_policy(text: str) -> Policy:
 
 
 def _module(name: str) -> Any:
-    """A module that is installed, or a file; the current folder is not searched."""
+    """Import an installed module, or a file; the current folder is not searched."""
     if not name.endswith(".py"):
         return import_module(name)
     path = Path(name)

@@ -1,4 +1,4 @@
-"""Results of a session: one response per token, finished generations, scores; and how an answer is made."""
+"""Results of a session: one response per token, finished generations and scores; and `Turn`, which makes an answer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dash_export.runtime.text import Text, TextStream
 TokenIds = npt.NDArray[np.int64]
 NO_TOKEN = -1
 MAX_TOKENS = 256
-"""How many tokens an answer has at most where nobody says it."""
+"""Most tokens of an answer where the caller names no number."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Running figures of one generation. The first token comes out of the prefill; `layers` ran in all decode steps."""
+    """Running figures of one generation. Prefill gives the first token; `layers` ran in all decode steps together."""
 
     prompt_tokens: int = 0
     tokens: int = 0
@@ -36,7 +36,7 @@ class Statistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decode speed, the prefill apart."""
+        """Decode speed, without prefill."""
         return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
@@ -47,12 +47,12 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Response:
-    """One step of a stream. `actions` is int8 [layers] (0 run, 1 skip) of the step that made `token`; the prefill's
-    token is dense.
+    """One step of a stream. `actions` is int8 [layers] (0 run, 1 skip) of the step that made `token`; the token that
+    prefill gives is dense.
 
-    The last response of a stream has a `finish_reason`: `stop` (end of turn or a stop string), `length` or `cancelled`;
-    or, in a batch, `error`, with the error and no token (NO_TOKEN). `logprobs`: where they were asked for, (token,
-    nats) of this token and of the most likely ones.
+    The last response of a stream has a `finish_reason`: `stop` (end of turn or of the grammar, or a stop string),
+    `length` or `cancelled`; or, in a batch, `error`, with the error and no token (NO_TOKEN). `logprobs`, where asked
+    for: (token, nats) of this token and of the most likely ones.
     """
 
     text: str
@@ -77,7 +77,7 @@ class Generation:
 
     @classmethod
     def gathered(cls, responses: Sequence[Response]) -> Generation:
-        """All responses of one stream, of which there is one at least."""
+        """Join all responses of one stream, at least one."""
         last = responses[-1]
         return cls(
             "".join(response.text for response in responses),
@@ -90,10 +90,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Score:
-    """Teacher-forced scoring of n tokens: log_likelihoods float32 [n - 1] (nats, of token i + 1 given those before),
-    greedy bool [n - 1] (whether token i + 1 is the likeliest, which greedy decode would write), actions int8
-    [n, layers], damage float32 [n, units], the policy's output (zero where there is no network), and, where they were
-    asked for, logits float32 [n, vocab].
+    """Teacher-forced scores of n tokens. `log_likelihoods` float32 [n - 1]: nats, of token i + 1 given the tokens
+    before. `greedy` bool [n - 1]: whether token i + 1 is the likeliest, which greedy decode would write. `actions` int8
+    [n, layers]. `damage` float32 [n, units]: the policy's output, zero where there is no network. `logits` float32
+    [n, vocab], where asked for.
     """
 
     log_likelihoods: npt.NDArray[np.float32]
@@ -110,8 +110,8 @@ class Score:
 
 
 def answer_length(prompt: int, max_tokens: int | None, free: int) -> int:
-    """Tokens that an answer to `prompt` tokens may have; None is MAX_TOKENS, or what the `free` positions allow. Raises
-    RequestError, and ContextLengthError where both together do not fit.
+    """Return how many tokens an answer to `prompt` tokens may have. `max_tokens` None: MAX_TOKENS, or what the `free`
+    positions allow. Raises RequestError, and ContextLengthError where prompt and answer do not fit together.
     """
     if max_tokens is None:
         max_tokens = max(1, min(MAX_TOKENS, free - prompt))
@@ -122,7 +122,7 @@ def answer_length(prompt: int, max_tokens: int | None, free: int) -> int:
 
 
 def checked_tokens(ids: Sequence[int] | TokenIds, vocab: int) -> TokenIds:
-    """Token ids [n], n at least 1. Raises RequestError."""
+    """Return token ids int64 [n], n at least 1. Raises RequestError."""
     array = np.asarray(ids)
     if array.size == 0:
         raise RequestError("The prompt is empty: give at least one token.")
@@ -134,7 +134,7 @@ def checked_tokens(ids: Sequence[int] | TokenIds, vocab: int) -> TokenIds:
 
 
 def checked_embeddings(embeddings: npt.NDArray[np.float32], hidden: int) -> npt.NDArray[np.float32]:
-    """Embeddings [n, hidden], n at least 1, of finite numbers. Raises RequestError."""
+    """Return embeddings [n, hidden], n at least 1, of finite numbers. Raises RequestError."""
     array = np.asarray(embeddings)
     if array.ndim != 2 or not len(array) or array.shape[1] != hidden or not np.isfinite(array).all():
         raise RequestError(f"Embeddings must be finite numbers [n, {hidden}], n at least 1; got {list(array.shape)}.")
@@ -142,7 +142,7 @@ def checked_embeddings(embeddings: npt.NDArray[np.float32], hidden: int) -> npt.
 
 
 def check_room(tokens: int, more: int, free: int) -> None:
-    """Raises ContextLengthError."""
+    """Raise ContextLengthError where `tokens` and `more` do not fit into the `free` positions."""
     if tokens + more > free:
         raise ContextLengthError(
             f"The context does not hold this: {tokens} prompt tokens and {more} new ones, but {free} positions "
@@ -151,12 +151,12 @@ def check_room(tokens: int, more: int, free: int) -> None:
 
 
 class Turn:
-    """The sampler, the text and the figures of one answer; its clock starts now."""
+    """Sampler, text and figures of one answer. Its clock starts when it is made."""
 
     def __init__(
         self, text: Text, sampling: Sampling, max_tokens: int, prompt_tokens: int, guide: Guide | None = None
     ) -> None:
-        """`guide`: that of the sampling's grammar, where somebody has read it already."""
+        """Start an answer. `guide`: that of the sampling's grammar, where the caller has read the grammar already."""
         self._text, self._max_tokens = text, max_tokens
         self._logprobs = sampling.logprobs
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
@@ -167,13 +167,13 @@ class Turn:
         self.begin()
 
     def begin(self) -> None:
-        """A step starts: its time is counted from here."""
+        """Start the clock of a step."""
         self._began = time.perf_counter()
 
     def respond(
         self, logits: Logits, context: Sequence[int], actions: npt.NDArray[np.int8], cancelled: bool = False
     ) -> Response:
-        """The next token, from the logits [vocab] that a step with `actions` [layers] gave, and the tokens so far."""
+        """Choose the next token, given the logits [vocab] and `actions` [layers] of a step, and the tokens so far."""
         allowed = logits if self._guide is None else self._guide.allowed(logits)
         token = self._sampler(allowed, context)
         whole = self._guide is not None and self._guide.take(token)

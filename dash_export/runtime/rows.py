@@ -1,10 +1,10 @@
-"""Sequences that decode together: a step reads the weights once for all of them. `Batch` and a server's scheduler say
-who comes when.
+"""Sequences that decode together: a step reads the weights once for all of them. `Batch` and a server's scheduler
+decide which sequence joins when.
 
-A row has its own place in the cache, rules, sampling and end, and on a CPU gets what it would get alone (in fp32; else
-up to rounding). A unit runs when any row runs it, and there each row takes its own result, on a device that of the
-unit: so skipping saves less the more decode together. Where every one skips a unit with probability p, p^n of its runs
-are saved.
+A row has its own place in the cache, rules, sampling and end. On a CPU it gets what it would get alone (in fp32; else
+up to rounding). A unit runs when any row runs it. Each row then takes its own result on a CPU; on a device every row
+takes the result of the run. So skipping saves less the more sequences decode together: where each of n sequences skips
+a unit with probability p, p^n of its runs are saved.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NO_MEMORY = "The memory is not enough for this answer beside the others: ask aga
 
 @dataclass
 class Row:
-    """One sequence on its way: row i of the cache is its own. `tag` says whose it is."""
+    """One sequence that is being decoded: row i of the cache belongs to `rows[i]`. `tag` is its owner's name for it."""
 
     tag: Any
     turn: Turn
@@ -43,14 +43,14 @@ class Row:
 
 @dataclass
 class Counters:
-    """Steps of all sequences together, and layers that ran in them for any."""
+    """Steps of all sequences together, and layers that ran in them for at least one sequence."""
 
     decode_steps: int = 0
     layers_run: int = 0
 
 
 class Rows:
-    """At most `size` rows, for one thread."""
+    """At most `size` rows that decode together, for one thread."""
 
     def __init__(self, engines: EngineSet | DeviceEngines, size: int, kv_step: int) -> None:
         self.engines, self.size, self._kv_step = engines, size, kv_step
@@ -72,8 +72,8 @@ class Rows:
     def begin(
         self, prompt: Session, logits: Logits, turn: Turn, rules: SessionRules, tag: Any, max_tokens: int
     ) -> Response:
-        """The first response to what `prompt` has prefilled; unless it is the last one too, there is a row for it now.
-        Raises DashError.
+        """Add a row for what `prompt` has prefilled and return its first response. Add no row where this response is
+        also the last. Raises DashError.
         """
         slot = len(self.rows)
         self._reserve(len(prompt.tokens) + min(max_tokens, self._kv_step))
@@ -84,14 +84,14 @@ class Rows:
         return response
 
     def failed(self, error: DashError | MemoryError, statistics: Statistics | None = None) -> Response:
-        """The last response of a row that cannot go on."""
+        """Return the last response of a row that cannot go on."""
         if isinstance(error, MemoryError):
             error = BackendError(NO_MEMORY)
         return Response("", NO_TOKEN, self._dense(), 0.0, statistics or Statistics(), "error", error)
 
     def advance(self, cancelled: Collection[Any] = ()) -> list[tuple[Any, Response]]:
-        """One token for every row, by tag; those whose last one it is, or whose tag is `cancelled`, leave. Raises
-        BackendError where the step fails.
+        """Decode one token for every row; return (tag, response) of each. A row leaves after its last token, or when
+        its tag is in `cancelled`. Raises BackendError where the step fails.
         """
         rows = self.rows
         for row in rows:
@@ -126,22 +126,22 @@ class Rows:
         return np.zeros(self.engines.model.num_layers, np.int8)
 
     def _bound(self, count: int) -> BoundStep | DeviceStep:
-        """The step for `count` sequences. A step holds their logits, so the full one and the last other are kept."""
+        """Return the step for `count` sequences. A step holds logits, so keep only the full one and the last other."""
         if count not in self._steps:
             self._steps = {other: step for other, step in self._steps.items() if other == self.size}
             self._steps[count] = self.engines.step(self.cache, 1, batch=count)
         return self._steps[count]
 
     def _leave(self, slot: int) -> None:
-        """The last row takes the place of one that ended."""
+        """Remove a row that ended: the last row takes its place."""
         last = len(self.rows) - 1
         if slot < last:
-            self.cache.take(slot, self.cache, last)  # first: it may fail, and then nobody has gone
+            self.cache.take(slot, self.cache, last)  # do this first: it can raise, and then no row may have moved
             self.rows[slot] = self.rows[last]
         self.rows.pop()
         self.cache.lengths[last] = 0
 
     def _reserve(self, tokens: int) -> None:
         if tokens > self.cache.capacity:
-            self._steps.clear()  # before: see Session._reserve
+            self._steps.clear()  # before the cache moves: see Session.reserve
         self.cache.reserve(tokens)

@@ -1,4 +1,4 @@
-"""Where the actions of a token come from: a rule, and how the rule of a session comes from its setting."""
+"""Rules, which decide the actions of a token, and how a session's setting becomes its rule."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ from dash_export.runtime.own_policy import OwnRule, State, load_policy
 
 
 class Rule(Protocol):
-    """`asks`: whether damage means anything to it; on a device a policy that nobody asks is not run."""
+    """Rule that decides which units are skipped. `asks`: whether it uses damage; if not, a device need not run the
+    policy.
+    """
 
     @property
     def asks(self) -> bool: ...
 
     def skips(self, damage: Damages) -> Skips:
-        """damage [units, tokens] -> which of them are skipped."""
+        """Return the skips [units, tokens] for damage [units, tokens]."""
         ...
 
 
 class FixedRule:
-    """Actions known beforehand: `dense` (no unit), `static` (these places of units)."""
+    """Rule with actions known beforehand: `dense` skips no unit, `static` skips the units at these places."""
 
     asks = False
 
@@ -50,7 +52,7 @@ class FixedRule:
 
 
 class ForcedRule:
-    """Actions given, skipped [units, tokens]: for comparing with the oracle, damage and all."""
+    """Rule with given actions, skipped [units, tokens]: for comparing with the oracle, so damage is computed too."""
 
     asks = True
 
@@ -65,23 +67,26 @@ DENSE = FixedRule()
 
 
 def decided(rule: Rule, state: State, tokens: slice = slice(None)) -> Skips:
-    """The skips [units, tokens] of some tokens of a step: by the whole state where the rule has `decide`."""
+    """Return the skips [units, tokens] of some tokens of a step. A rule with `decide` sees the whole state, others only
+    damage.
+    """
     decide = getattr(rule, "decide", None)
     return rule.skips(state.damage[:, tokens]) if decide is None else decide(state.of(tokens))
 
 
 HOLD_GAIN = 0.5
-"""How much the trade-off's logarithm moves per dense token time too much: a few per cent per token."""
+"""Change of the trade-off's logarithm when a token takes one dense token time too much: a few per cent per token."""
 HOLD_RANGE = 16.0
 """The trade-off stays within this factor of the calibrated one, whatever the text."""
 
 
 class SessionRules:
-    """The rule of one session's next token: `rule`, or with a `budget` a `DecisionRule` whose running mean time is held
-    there by integral feedback on the trade-off's logarithm.
+    """Rule for the next token of one session: `rule`. With a `budget`, `rule` is a `DecisionRule` whose trade-off is
+    adjusted to hold the running mean of time at the budget, by integral feedback on the trade-off's logarithm.
 
-    Time is that of the cost table, as a fraction of dense, so that the same text gets the same actions in a new
-    conversation; what an answer took that was rewound stays counted. What cannot be reached is not piled up.
+    Time is that of the cost table, as a fraction of dense, so the same text gets the same actions in a new
+    conversation. The time of a rewound answer stays counted. Excess that no trade-off can remove is not accumulated:
+    the logarithm is bounded.
     """
 
     def __init__(self, rule: Rule = DENSE, cost: CostTable | None = None, budget: float | None = None) -> None:
@@ -89,14 +94,14 @@ class SessionRules:
         self.restart()
 
     def restart(self) -> None:
-        """A new conversation begins."""
+        """Begin a new conversation."""
         self.rule: Rule = self.calibrated
         self._log_scale = 0.0
         if isinstance(self.rule, OwnRule):
             self.rule.restart()
 
     def decoded(self, skipped: Skips) -> None:
-        """A token was decoded with these skips [units, 1]."""
+        """Adjust the rule after a token that was decoded with these skips [units, 1]."""
         if self.budget is None or self._cost is None or not isinstance(self.calibrated, DecisionRule):
             return
         excess = float(self._cost.token_time(skipped, asked=True)[0]) - self.budget
@@ -106,8 +111,8 @@ class SessionRules:
 
 
 def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> SessionRules:
-    """The rules that a new session decides by. Raises PolicyError for a setting unsound or more than the policy can
-    give.
+    """Return the rules of a new session. Raises PolicyError for a setting that is unsound or asks for more than the
+    policy can give.
     """
     setting.check()
     if setting.kind == OWN:
@@ -126,7 +131,7 @@ def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, buil
 
 
 def _static_places(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> tuple[int, ...]:
-    """Places of the units that a static policy skips: of the layers listed, or of its order as many as do."""
+    """Return places of the units that a static policy skips: those of the listed layers, or the first of its order."""
     if setting.skip is not None:
         return units_of(setting.skip, policy.units)
     if setting.max_layers is not None:

@@ -35,10 +35,10 @@ DISPATCH_MODES = get_args(Dispatch)
 
 
 class DashRuntime:
-    """Loads once, serves many sessions. Engines are shared; a session has its own cache, policy and budget."""
+    """Loaded build that serves many sessions. Engines are shared; a session has its own cache, policy and budget."""
 
     def __init__(self, bundle: Bundle, build: Build, backend: Backend | Device, dispatch: str | None = None) -> None:
-        """Most callers want `load`. Raises PolicyError for a dispatch mode that this build does not have."""
+        """Load all engines; most callers want `load`. Raises PolicyError for a dispatch mode that this build lacks."""
         self.bundle, self.build = bundle, build
         self.recipe = build.recipe
         dispatch = dispatch or self.recipe.runtime.dispatch
@@ -61,13 +61,13 @@ class DashRuntime:
         verify: bool = True,
         trusted_key: str | Path | None = None,
     ) -> DashRuntime:
-        """Open a bundle, or `org/name` of the hub, that was built for `target`; without one `cpu`, or the only build
-        there is.
+        """Load a build of a bundle: a folder, or `org/name` of the hub. `target` names the build; without it `cpu`, or
+        the only build there is.
 
         `dispatch` says how the policy of a GPU target is evaluated: `overlapped` on a stream of its own, `device` (the
-        same in one CUDA graph, decisions and all) or `sync`; the recipe's by default. `threads` overrides the recipe's
-        (0: one per physical core). `verify` checks the SHA-256 of every file that is loaded; that it is still the same
-        when all is loaded is checked without it, or with a key, too. `trusted_key` (by default the environment's
+        same in one CUDA graph, decisions included) or `sync`; by default as the recipe says. `threads` overrides the
+        recipe's (0: one per physical core). `verify` checks the SHA-256 of every file that is loaded, which a key does
+        too; that no file was replaced during the load is always checked. `trusted_key` (by default the environment's
         DASH_EXPORT_TRUSTED_KEY): the public key that must have signed the bundle.
         Raises BundleError, BackendError, PolicyError or RequestError.
         """
@@ -89,7 +89,7 @@ class DashRuntime:
             backend = load_backend(recipe.backend, recipe.runtime.threads if threads is None else threads)
             runtime = cls(opened, build, backend, dispatch)
             opened.check_same(seal)
-            opened.root = opened.root.absolute()  # some engines are loaded later, wherever the process stands then
+            opened.root = opened.root.absolute()  # mixed engines load later, when the working folder may be another
             return runtime
 
         if is_hub_id(bundle):
@@ -98,18 +98,18 @@ class DashRuntime:
 
     @property
     def dispatch(self) -> str:
-        """The mode that runs: `overlapped` where `device` was wanted and cannot be."""
+        """Dispatch mode in use: `overlapped` where `device` was wanted but is not possible."""
         return "sync" if isinstance(self.engines, EngineSet) else self.engines.dispatch
 
     @property
     def cost(self) -> CostTable:
-        """The measured cost table the decisions use."""
+        """Measured cost table that the decisions use."""
         return self.build.cost
 
     @property
     def recommended(self) -> Setting:
-        """The setting of `run` where nothing is asked for: the token policy at the budget that costs 2 % of perplexity
-        on the calibration text, or dense, where that saves less than 5 % of the time.
+        """Setting that `run` uses where nothing is asked for: the token policy at the budget that costs 2 % of
+        perplexity on the calibration text, or dense, where that budget saves less than 5 % of the time.
         """
         budget = recommended_budget(self.build.dial)
         return Setting("dense") if budget is None else Setting("token", budget=budget)
@@ -117,15 +117,15 @@ class DashRuntime:
     # --- sessions
 
     def session(self, policy: str | None = None, **amounts: Any) -> Session:
-        """A new conversation. `policy`: `dense` (the kill switch), `static`, `token`, or `module:Class`, one of your
-        own; without it, what is given decides, and nothing is dense. `amounts`: the fields of `Setting`, how much is
-        skipped. Raises PolicyError.
+        """Begin a new conversation. `policy`: `dense` (the kill switch), `static`, `token`, or `module:Class`, a policy
+        of your own; without it the amounts decide, and without amounts it is dense. `amounts`: the fields of `Setting`
+        that say how much is skipped. Raises PolicyError.
         """
         return self.session_with(Setting(policy, **amounts))
 
     @check_arguments
     def session_with(self, setting: Setting) -> Session:
-        """`session`, its arguments in one object."""
+        """Begin a new conversation, as `session` does, with the arguments in one object."""
         manifest = self.bundle.manifest
         if setting.budget is not None and self.cost.segment_us and self.dispatch != self.cost.dispatch:
             raise PolicyError(
@@ -135,8 +135,8 @@ class DashRuntime:
         return self.session_under(session_rules(setting, manifest.model, manifest.policy, self.build))
 
     def session_under(self, rule: Rule | SessionRules | Policy) -> Session:
-        """A new conversation whose actions come from a rule, or from a policy of your own (docs/own-policy.md). Raises
-        PolicyError for such a one on a GPU target.
+        """Begin a new conversation whose actions come from a rule, or from a policy of your own (docs/own-policy.md).
+        Raises PolicyError for a policy of your own on a GPU target.
         """
         if isinstance(rule, Policy):
             rule = OwnRule(rule, self.engines.model, self.engines.units, self.cost)
@@ -147,20 +147,20 @@ class DashRuntime:
 
     @check_arguments
     def checked_ids(self, prompt: Prompt) -> TokenIds:
-        """The token ids [n] of a prompt that begins a context. Raises RequestError and ContextLengthError."""
+        """Return the token ids [n] of a prompt that begins a context. Raises RequestError and ContextLengthError."""
         model = self.engines.model
         ids = self.text.encode(prompt, limit=model.max_positions) if isinstance(prompt, str) else prompt
         return checked_tokens(ids, model.vocab_size)
 
     def batch(self, size: int = 8, policy: str | None = None, **amounts: Any) -> Batch:
-        """At most `size` sequences decoded together, each as a `session`. Raises PolicyError, and BackendError where
-        the engines take fewer: those of a GPU take as many as its recipe's `sequences`.
+        """Make a batch: at most `size` sequences decoded together, each as in a `session`. Raises PolicyError, and
+        BackendError where the engines take fewer: those of a GPU take as many as the recipe's `sequences`.
         """
         return self.batch_with(Setting(policy, **amounts), size)
 
     @check_arguments
     def batch_with(self, setting: Setting, size: int = 8) -> Batch:
-        """`batch`, its arguments in one object."""
+        """Make a batch, as `batch` does, with the arguments in one object."""
         if not 1 <= size <= MAX_SEQUENCES:
             raise RequestError(
                 f"size, how many sequences a batch holds, must be from 1 to {MAX_SEQUENCES}, not {size}."
@@ -175,7 +175,7 @@ class DashRuntime:
     def generate(
         self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None, **session: Any
     ) -> Generation:
-        """`session(**session).generate(...)`."""
+        """Return `session(**session).generate(...)`."""
         return self.session(**session).generate(prompt, max_tokens, sampling)
 
     def chat(
@@ -185,11 +185,11 @@ class DashRuntime:
         sampling: Sampling | None = None,
         **session: Any,
     ) -> Iterator[Response]:
-        """`session(**session).chat(...)`."""
+        """Return `session(**session).chat(...)`."""
         return self.session(**session).chat(messages, max_tokens, sampling)
 
     def score(self, ids: Prompt, prefix: int = 2, **session: Any) -> Score:
-        """`session(**session).score(...)`."""
+        """Return `session(**session).score(...)`."""
         return self.session(**session).score(ids, prefix)
 
     @check_arguments
@@ -201,8 +201,8 @@ class DashRuntime:
         size: int = 8,
         **session: Any,
     ) -> list[Generation]:
-        """Generate for each prompt, up to `size` of them decoded together. Raises what `Batch.checked` raises before
-        any is begun, and the error of an answer that fails.
+        """Generate an answer to each prompt, with up to `size` prompts decoded together. Raises what `Batch.checked`
+        raises before any answer begins, and the error of an answer that fails.
         """
         batch = self.batch(size, **session)
         checked = [batch.checked(prompt, max_tokens) for prompt in prompts]
@@ -217,12 +217,12 @@ class DashRuntime:
 def engines(
     bundle: Bundle, build: Build, backend: Backend | Device, recipe: Recipe, dispatch: str
 ) -> EngineSet | DeviceEngines:
-    """A build's engines on what its recipe is for. Raises BackendError where device and build do not fit."""
+    """Load a build's engines for the device of its recipe. Raises BackendError where device and build do not fit."""
     if recipe.engine is None:
         keep_freed_memory()
         with on_huge_pages(recipe.runtime.huge_pages):
             return EngineSet(bundle, build, cast("Backend", backend))
-    from dash_export.runtime.device.engines import DeviceEngines  # a CPU does without
+    from dash_export.runtime.device.engines import DeviceEngines  # a CPU does not need it
 
     device = cast("Device", backend)
     device.accept(build, bundle.build_command(build.target))
@@ -230,7 +230,7 @@ def engines(
 
 
 def loaded_files(bundle: Bundle, build: Build) -> list[FileRecord]:
-    """Files that the engines of a build are loaded from: its own files, or the portable graphs."""
+    """Return the files that a build's engines are loaded from: its own files, or the portable graphs."""
     if build.files:
         return list(build.files)
     return [record for record in bundle.manifest.files if record.name.startswith("onnx/")]

@@ -21,10 +21,10 @@ MOST_LOGPROBS, MOST_STOPS, LONGEST_STOP = 20, 16, 256
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty`
-    1 are off. `frequency_penalty` and `presence_penalty` (OpenAI's; 0 is off) count what the answer holds so far.
-    `logprobs`: tell the log-likelihood of each token and so many of the most likely ones. `grammar`: what the answer
-    may be, in llguidance's Lark (`guidance.json_grammar` makes one of a JSON schema). Raises RequestError for what is
-    no number or out of range.
+    1 are off. `frequency_penalty` and `presence_penalty` (OpenAI's; 0 is off) count the tokens of the answer so far.
+    `logprobs`: give the log-likelihood of each token and of so many of the most likely ones. `grammar`: the grammar
+    that the answer must follow, in llguidance's Lark (`guidance.json_grammar` makes one of a JSON schema). Raises
+    RequestError for a value that is no number or out of range.
     """
 
     temperature: float = 0.0
@@ -75,8 +75,8 @@ class Sampler:
         self._begins: int | None = None
 
     def __call__(self, logits: Logits, context: Sequence[int]) -> int:
-        """logits [vocab] float32 and the tokens so far -> a token id. Does not change `logits`. Raises BackendError
-        where they are not numbers.
+        """Return a token id, given logits [vocab] float32, which stay unchanged, and the tokens so far. Raises
+        BackendError where the logits are not numbers.
         """
         s = self._sampling
         if self._begins is None:
@@ -86,7 +86,7 @@ class Sampler:
         if s.repetition_penalty != 1.0 and context:
             logits = penalised(logits, context, s.repetition_penalty)
         if s.temperature == 0.0:
-            token = int(logits.argmax())  # of a NaN, where there is one: no pass more over the vocabulary
+            token = int(logits.argmax())  # a NaN, if there is one: no second pass over the vocabulary
             if not np.isfinite(logits[token]):
                 raise BackendError(NOT_NUMBERS)
             return token
@@ -96,17 +96,19 @@ class Sampler:
 
 
 def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
-    """Divide positive and multiply negative logits of tokens already there (CTRL, arXiv 1909.05858)."""
+    """Return logits with those of tokens in `context` divided by `penalty` where positive, multiplied where negative
+    (CTRL, arXiv 1909.05858).
+    """
     logits = logits.copy()
     seen = np.asarray(context)
-    seen = seen[seen >= 0]  # embeddings have no token; one that is there twice is divided once
+    seen = seen[seen >= 0]  # embeddings have no token id; a token that occurs twice is penalised once
     values = logits[seen]
     logits[seen] = np.where(values > 0, values / penalty, values * penalty)
     return logits
 
 
 def counted(logits: Logits, answer: Sequence[int], s: Sampling) -> Logits:
-    """Lower the logits of the answer's tokens by how often they are there, and by that they are."""
+    """Return logits lowered for the answer's tokens: by frequency_penalty for each time, by presence_penalty once."""
     tokens, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
     logits = logits.copy()
     logits[tokens] -= np.float32(s.frequency_penalty) * counts + np.float32(s.presence_penalty)
@@ -114,7 +116,7 @@ def counted(logits: Logits, answer: Sequence[int], s: Sampling) -> Logits:
 
 
 def most_likely(logits: Logits, token: int, count: int) -> tuple[tuple[int, float], ...]:
-    """(token, log-likelihood in nats) of `token`, then of the `count` most likely ones."""
+    """Return (token, log-likelihood in nats) of `token`, then of the `count` most likely ones."""
     exact = logits.astype(np.float64)
     exact -= exact.max()
     exact -= np.log(np.exp(exact).sum())
@@ -124,7 +126,7 @@ def most_likely(logits: Logits, token: int, count: int) -> tuple[tuple[int, floa
 
 
 def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The candidates left by top-k, top-p and min-p, with their probabilities (float64, summing to one). Raises
+    """Return the candidates left by top-k, top-p and min-p, with their probabilities (float64, summing to one). Raises
     BackendError where logits are not numbers.
     """
     limited = 0 < s.top_k < logits.size
@@ -146,8 +148,9 @@ def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64], np
 
 
 def _nucleus(probabilities: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
-    """Places of the most likely tokens, each of which stays while the mass before it is below `top_p`: the first always
-    does. Sorting a vocabulary takes as long as a small model, so those that hardly matter are sorted only if need be.
+    """Return the places of the most likely tokens, sorted. A token stays while the mass before it is below `top_p`, so
+    the first always stays. Sorting a vocabulary takes as long as a small model, so unlikely tokens are sorted only if
+    needed.
     """
     largest = probabilities.max()
     for least in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 0.0):

@@ -1,4 +1,4 @@
-"""A text scored as decode under the policy would see it."""
+"""Score a text as decode under the policy would see it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def score(session: Session, tokens: TokenIds, prefix: int, actions: Actions | None, keep_logits: bool) -> Score:
-    """`Session.score`, of checked ids."""
+    """Do `Session.score` for checked token ids [n]."""
     mixes = session.engines.mixes
     if prefix < 1:
         raise RequestError(f"prefix must be at least 1, not {prefix}.")
@@ -49,6 +49,6 @@ def score(session: Session, tokens: TokenIds, prefix: int, actions: Actions | No
             if keep_logits:
                 logits.append(step.logits[0].copy())
     finally:
-        session.reset()  # its K and V are those of skips: no prompt may go on behind them as if they were dense
+        session.reset()  # the cache holds K and V of skips: no prompt may continue on them as if they were dense
     likelihoods, greedy, taken, damages = (np.concatenate(each) for each in zip(*parts, strict=True))
     return Score(likelihoods, greedy, taken, damages, np.concatenate(logits) if keep_logits else None)

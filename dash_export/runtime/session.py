@@ -43,7 +43,7 @@ _CPU_ONLY = "A CPU build of this version does: `dash-export build` makes it."
 
 @dataclass
 class Session:
-    """Made by `DashRuntime.session()`. Tokens stay in the cache: a further prompt continues the conversation."""
+    """Conversation, made by `DashRuntime.session()`. Tokens stay in the cache, so a further prompt continues it."""
 
     engines: EngineSet | DeviceEngines
     text: Text
@@ -56,7 +56,7 @@ class Session:
         self._steps: dict[tuple[int, bool], BoundStep | DeviceStep] = {}
         self._cancelled = False
         self._pending: list[int] = []
-        """The last token of an answer: given out, but not yet in the cache. It comes before what follows."""
+        """The last token of an answer: already given out, not yet in the cache. It goes before the next tokens."""
         self._streams = 0
         self._hidden: Floats | None = None
         self.tokens: list[int] = []
@@ -79,16 +79,16 @@ class Session:
         self._cancelled = True
 
     def reset(self) -> None:
-        """Forget the conversation; memory and bindings are kept."""
+        """Forget the conversation; keep memory and bindings."""
         self._rewind(0)
 
     def fork(self) -> Session:
-        """Another session that continues from here, with memory of its own. Fork between answers, not within one."""
+        """Return a session that continues from here, with memory of its own. Fork between answers, not within one."""
         twin = Session(self.engines, self.text, deepcopy(self.rules), self.kv_step, self.prefill_chunk)
         self.cache.length = len(self.tokens)  # as in `reserve`
         twin.cache = self.cache.copy()
         twin.tokens, twin._pending = list(self.tokens), list(self._pending)
-        twin._hidden = None if self._hidden is None else self._hidden.copy()  # a step's memory, which goes on
+        twin._hidden = None if self._hidden is None else self._hidden.copy()  # the next step overwrites it
         return twin
 
     # --- answers
@@ -96,7 +96,7 @@ class Session:
     def generate(
         self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None
     ) -> Generation:
-        """`stream` to its end. `prompt` is text or token ids."""
+        """Return the whole answer of `stream`. `prompt` is text or token ids."""
         return Generation.gathered(list(self.stream(prompt, max_tokens, sampling)))
 
     @check_arguments
@@ -106,10 +106,12 @@ class Session:
         max_tokens: int | None = MAX_TOKENS,
         sampling: Sampling | None = None,
     ) -> Iterator[Response]:
-        """Answer messages {role, content}. What the cache already holds of them is not computed again."""
+        """Answer messages {role, content}; yield one Response per token. Tokens that the cache already holds are not
+        computed again.
+        """
         self._cancelled = False
         ids = self.text.chat(messages, self.engines.model.max_positions)
-        answer_length(len(ids), max_tokens, self.engines.model.max_positions)  # refused before anything is forgotten
+        answer_length(len(ids), max_tokens, self.engines.model.max_positions)  # refuse before the cache is rewound
         self.rewind_to(ids)
         return self._begin(ids[len(self.tokens) :], max_tokens, sampling)
 
@@ -117,7 +119,7 @@ class Session:
     def stream(
         self, prompt: Prompt, max_tokens: int | None = MAX_TOKENS, sampling: Sampling | None = None
     ) -> Iterator[Response]:
-        """Prefill `prompt` densely over the cache as it is, then decode under the policy, one Response per token.
+        """Prefill `prompt` densely after the cached tokens, then decode under the policy; yield one Response per token.
         `max_tokens` None: as many as there is room for, 256 at most. Raises RequestError and ContextLengthError.
         """
         self._cancelled = False
@@ -145,7 +147,7 @@ class Session:
             logits, actions = self._advance(response.token)
 
     def _check_newest(self, number: int) -> None:
-        """A session is one conversation: what another stream, or a reset, has done to it since is not this one's."""
+        """Raise RequestError where another stream, or a reset, has used this session since: it is one conversation."""
         if number != self._streams:
             raise RequestError(
                 "This answer was left for another one, or for a reset, of the same session: take it to its end first, "
@@ -156,8 +158,8 @@ class Session:
 
     @check_arguments
     def prefill(self, ids: Prompt | None = None, embeddings: Floats | None = None) -> Logits:
-        """Run tokens, or `embeddings` float32 [n, hidden] as `embed` gives them, densely over the cache as it is;
-        returns the logits [vocab] after the last.
+        """Run tokens, or `embeddings` float32 [n, hidden] as `embed` gives them, densely after the cached tokens.
+        Return the logits [vocab] after the last one.
         """
         if (ids is None) == (embeddings is None):
             raise RequestError("Give ids or embeddings, one of them.")
@@ -171,7 +173,7 @@ class Session:
 
     @check_arguments
     def embed(self, ids: Prompt) -> Floats:
-        """The embeddings [n, hidden] of tokens, as they enter the first layer; the conversation stays as it is."""
+        """Return the embeddings [n, hidden] of tokens, as they enter the first layer; the conversation is unchanged."""
         tokens = self.checked_ids(ids)
         self._embeddings()
         chunk = self.chunk
@@ -189,8 +191,8 @@ class Session:
 
     @check_arguments
     def restart(self, ids: Prompt) -> Logits:
-        """The logits [vocab] after `ids` as a conversation of its own; what is cached of it stays as it is: an answer's
-        tokens with what they skipped.
+        """Return the logits [vocab] after `ids` as a conversation of its own. Cached tokens that `ids` begins with stay
+        as they are: those of an answer keep the K and V of their skips.
         """
         known = self.checked_ids(ids, fresh=True)
         check_room(len(known), 0, self.engines.model.max_positions)
@@ -198,8 +200,8 @@ class Session:
         return self.prefill(known[len(self.tokens) :])
 
     def decode_one(self, token: int, rule: Rule | None = None) -> tuple[Logits, Actions]:
-        """Advance by one known token under the policy (or `rule`); returns logits [vocab] and actions [layers]."""
-        if type(token) is not int or not 0 <= token < self.engines.model.vocab_size:  # answers are timed by this
+        """Decode one known token under the policy (or `rule`); return logits [vocab] and actions [layers]."""
+        if type(token) is not int or not 0 <= token < self.engines.model.vocab_size:  # fast: answers are timed by this
             (token,) = self.checked_ids([token]).tolist()
         check_room(1 + len(self._pending), 0, self.context_left)
         self._streams += 1
@@ -210,7 +212,7 @@ class Session:
 
     @check_arguments
     def decode_step(self, tokens: int) -> Any:
-        """The step that decodes one token, bound to memory with room for `tokens` more: for timing its launches."""
+        """Return the step that decodes one token, bound to memory with room for `tokens` more, to time its launches."""
         check_room(tokens, 0, self.context_left)
         self.reserve(tokens)
         return self.bound(1)
@@ -218,42 +220,42 @@ class Session:
     @check_arguments
     def score(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None, keep_logits: bool = False) -> Score:
         """Score a text as decode under the policy would see it: in one pass where rows of the build's engines may
-        differ (CPU), else token by token. It ends the conversation of this session.
+        differ (CPU), else token by token. This ends the conversation of the session.
 
-        The first `prefix` tokens, two at least, are dense, like a prompt; `actions` int8 [tokens, layers] forces every
-        action instead. A budget is the calibrated one here: holding it follows what is decoded. Raises PolicyError for
-        actions of another shape.
+        The first `prefix` tokens, two at least, are dense, like a prompt. `actions` int8 [tokens, layers] forces every
+        action instead. A budget means its calibrated trade-off here: only decode adjusts the trade-off. Raises
+        PolicyError for actions of another shape.
         """
         return score(self, self.checked_ids(ids, fresh=True), prefix, actions, keep_logits)
 
     def logits(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None) -> npt.NDArray[np.float32]:
-        """The logits [tokens, vocab] of `score`."""
+        """Return the logits [tokens, vocab] of `score`."""
         return cast("npt.NDArray[np.float32]", self.score(ids, prefix, actions, keep_logits=True).logits)
 
     # --- what is known of a conversation
 
     @property
     def chunk(self) -> int:
-        """Tokens of a pass over many."""
+        """Most tokens of one pass."""
         return min(self.prefill_chunk, self.engines.rows_at_once(self.cache.capacity))
 
     def piece(self, left: int) -> int:
-        """Tokens of the next pass of a prompt that has so many left: whole TILEs but for its end, which is never one
-        token alone.
+        """Return how many tokens of a prompt the next pass takes, of `left`: whole TILEs, but for the prompt's end. The
+        last of several passes never has one token alone.
         """
         chunk = whole_tiles(self.chunk) or self.chunk
         return max(chunk - TILE, 2) if left == chunk + 1 and chunk > 2 else min(left, chunk)
 
     def rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
-        """Keep what is cached of a conversation that begins with `ids`, in whole TILEs and but for two tokens: the last
-        one's logits are wanted, and it may not be alone (`piece`).
+        """Keep cached tokens that `ids` begins with, in whole TILEs, and forget the others. The last two of `ids` are
+        not kept: the last one's logits are wanted, and no pass may take it alone (`piece`).
         """
         pairs = enumerate(zip(ids, self.tokens, strict=False))
         known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
         self._rewind(whole_tiles(min(known, len(ids) - 2)))
 
     def adopt(self, tokens: Sequence[int], cache: KVCache) -> None:
-        """Hold `tokens` instead of what is there: the first row of `cache` begins with their K and V."""
+        """Replace the cached tokens by `tokens`, whose K and V are the first rows of sequence 0 of `cache`."""
         self._rewind(0)
         self.reserve(cache.length)
         self.cache.take(0, cache)
@@ -263,7 +265,9 @@ class Session:
     # --- steps
 
     def _prefill(self, given: TokenIds | Floats, headroom: int) -> Logits:
-        """Dense, in chunks; the logits [vocab] after the last. Whatever ends it, `tokens` are what the cache holds."""
+        """Prefill densely, in chunks; return the logits [vocab] after the last token. Also when a step raises, `tokens`
+        are what the cache holds.
+        """
         self.reserve(len(given) + headroom)
         start = 0
         while True:
@@ -273,7 +277,7 @@ class Session:
                 cast("BoundStep", step).prefill_embeddings(cast("Floats", part))
             else:
                 step.prefill(cast("TokenIds", part))
-            self._pending = []  # it is the first of these
+            self._pending = []  # the pending token is the first of `part`
             self.tokens.extend([NO_TOKEN] * len(part) if part.ndim == 2 else part.tolist())
             start += len(part)
             if start == len(given):
@@ -282,20 +286,22 @@ class Session:
         return self._last(step)
 
     def _last(self, step: BoundStep | DeviceStep) -> Logits:
-        """The logits [vocab] after a step's last token, until the next step."""
+        """Return the logits [vocab] after a step's last token; they are valid until the next step."""
         self._hidden = None if step.final_state is None else step.final_state[0, 0]
         last: Logits = step.logits[0, 0]
         return last
 
     def _advance(self, token: int, rule: Rule | None = None) -> tuple[Logits, Actions]:
-        """One known token under the session's rule, or another: its logits [vocab] until the next step, its actions."""
+        """Decode one known token under the session's rule, or another. Return its logits [vocab], valid until the next
+        step, and its actions [layers].
+        """
         self.reserve(1)
         step = self.bound(1)
         if rule is None:
             rule = DENSE if self.cache.length < DENSE_POSITIONS else self.rules.rule
         step.decode(token, rule)
         self.rules.decoded(step.skipped)
-        self._pending = []  # in this order: an interrupt comes after a call
+        self._pending = []  # before append: an interrupt may come after that call, and then both must be done
         self.tokens.append(token)
         return self._last(step), self.actions_of(step)[0]
 
@@ -303,7 +309,7 @@ class Session:
         return layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
 
     def _rewind(self, length: int) -> None:
-        del self.tokens[length:]  # first, for what is cached follows them; a policy of the user's may raise at last
+        del self.tokens[length:]  # first: the cache follows `tokens`, and a user's policy may raise in `restart`
         self._pending = []
         self.cache.length = length
         self._hidden = None
@@ -312,10 +318,10 @@ class Session:
             self.rules.restart()
 
     def reserve(self, more: int) -> None:
-        self.cache.length = len(self.tokens)  # an interrupt may have come between a step and the end of its work
+        self.cache.length = len(self.tokens)  # an interrupt may have come after a step, before its tokens were noted
         wanted = self.cache.length + more
         if wanted > self.cache.capacity:
-            self._steps.clear()  # before, not after: an interrupt between the two would leave steps on the old memory
+            self._steps.clear()  # before the cache moves: an interrupt in between would leave steps on the old memory
         self.cache.reserve(wanted)
 
     def bound(self, sequence: int, teacher_forced: bool = False) -> BoundStep | DeviceStep:
@@ -330,19 +336,21 @@ class Session:
 
     @check_arguments
     def checked_ids(self, prompt: Prompt, fresh: bool = False) -> TokenIds:
-        """Token ids [n] of a prompt, or of a text that begins a `fresh` context whatever is cached."""
+        """Return the token ids [n] of a prompt, or of a text that begins a `fresh` context whatever is cached."""
         special = fresh or not self.tokens
         limit = self.engines.model.max_positions if fresh else self.context_left
         ids = self.text.encode(prompt, special=special, limit=limit) if isinstance(prompt, str) else prompt
         return checked_tokens(ids, self.engines.model.vocab_size)
 
     def _embeddings(self, given: Floats | None = None) -> Floats:
-        """Embeddings that were given, checked; that the build takes any. Raises RequestError."""
+        """Return given embeddings [n, hidden], checked, or none [0, hidden]. Raises RequestError, also where the build
+        takes no embeddings.
+        """
         if not self.engines.takes_embeddings:
             raise RequestError(f"This build takes no embeddings. {_CPU_ONLY}")
         hidden = self.engines.model.hidden_size
         return np.zeros((0, hidden), np.float32) if given is None else checked_embeddings(given, hidden)
 
     def _continued(self, prompt: Prompt) -> TokenIds:
-        """A prompt's ids, behind the token that is pending."""
+        """Return a prompt's ids after the pending token."""
         return np.concatenate([np.array(self._pending, np.int64), self.checked_ids(prompt)])

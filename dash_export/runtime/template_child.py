@@ -1,7 +1,8 @@
 """The process that renders a model's chat template for chat_template.py: a script of jinja2 and the standard library.
 
-Each line of standard input is JSON and is answered by another: first {path, memory in bytes}, then {source}, then what
-a render is given; an answer is [whether it went well, text]. It ends with its input, or when memory does.
+Each line of standard input is JSON and is answered by one line. The first is {path, memory in bytes}, the second
+{source}, every later one the variables of a render. An answer is [whether it went well, text]. The process ends with
+its input, or when memory runs out.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from datetime import datetime
 from typing import Any
 
 SECONDS = 5
-"""Processor time for one answer: where nobody is left to end it."""
+"""Processor time for one answer: it ends the process where the parent is gone and cannot."""
 IMPORTED_LATE = (
     "encodings.unicode_escape", "jinja2.constants", "jinja2.debug", "html", "pprint", "textwrap", "unicodedata"
 )  # fmt: skip
-"""By jinja2 and Python in the midst of their work, when no file can be opened any more."""
+"""Modules that jinja2 and Python import in the midst of their work, when no file can be opened any more."""
 
 
 def make_environment() -> Any:
-    """The environment that transformers gives a chat template."""
+    """Return the environment that transformers gives a chat template."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
@@ -55,7 +56,7 @@ def make_environment() -> Any:
 
 
 def limit(kind: int, most: int, final: bool = True) -> None:
-    """Set a limit of the operating system, for good or until the next one."""
+    """Set a limit of the operating system: for good or, where not `final`, until the next call."""
     _, highest = resource.getrlimit(kind)
     most = most if highest == resource.RLIM_INFINITY else min(most, highest)
     resource.setrlimit(kind, (most, most if final else highest))
@@ -68,7 +69,7 @@ def main() -> None:
     environment, template = make_environment(), None
     for name in IMPORTED_LATE:
         importlib.import_module(name)
-    time.tzset()  # reads a file too
+    time.tzset()  # opens a file, which the limits below forbid
     limit(resource.RLIMIT_AS, setup["memory"])
     limit(resource.RLIMIT_FSIZE, 0)
     limit(resource.RLIMIT_CORE, 0)

@@ -22,27 +22,27 @@ from dash_export.text_files import MAX_TEXT_BYTES, bounded_text, load_tokenizer
 
 _T = TypeVar("_T")
 _PIECE = 1 << 18
-"""Letters that are encoded at a time where a whole text is wanted."""
+"""Letters that `encode_in_pieces` encodes at a time."""
 _LONG = 1 << 16
-"""Letters of a text that is encoded as a batch of one, which lets other threads of Python run; one such at a time, for
-it takes a hundred times its memory.
+"""A text of so many letters or more is encoded as a batch of one, which lets other Python threads run. Only one such
+text is encoded at a time, because it takes a hundred times its memory.
 """
 _one_long = Lock()
 _READS = "does not read this text"
 LETTERS = 16
-"""A text of more letters per free token is refused unread: one token may be 64 spaces, but no text is all spaces."""
+"""Letters per free token over which a text is refused unread: one token may be 64 spaces, but no text is all spaces."""
 
 
 class Text:
     """Tokenizer and chat template of a bundle."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises BundleError for files that are none."""
+        """Read tokenizer, special tokens and template. Raises BundleError where a file is missing or not valid."""
         tokenizer = _read(folder, "tokenizer.json", load_tokenizer)
         if tokenizer is None:
             raise BundleError(f"{folder} has no tokenizer.json. The bundle is damaged: export it again.")
         self.tokenizer = tokenizer
-        # As transformers has it: how training batches were cut and filled is in the file too.
+        # Special tokens are read from where transformers reads them.
         config, generation, model = (
             _read(folder, f"{name}.json", _mapping) or {}
             for name in ("tokenizer_config", "generation_config", "config")
@@ -59,8 +59,9 @@ class Text:
         self.template = None if template is None else ChatTemplate(template, special)
 
     def encode(self, text: str, *, special: bool = True, limit: int = sys.maxsize) -> list[int]:
-        """Text -> token ids; `special` adds what begins a fresh text (a BOS, for some models). Raises RequestError for
-        text that is no valid Unicode and ContextLengthError, without encoding it, for one far over `limit` tokens.
+        """Return the token ids of a text; `special` adds what begins a fresh text (a BOS, for some models). Raises
+        RequestError for text that is no valid Unicode. Raises ContextLengthError, without encoding, for a text far over
+        `limit` tokens.
         """
         _check_letters(len(text), limit)
         try:
@@ -75,7 +76,7 @@ class Text:
             return native(_READS, lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
 
     def encode_in_pieces(self, text: str) -> npt.NDArray[np.int64]:
-        """`encode` of a text of any length, in memory for a piece of it: cut at lines, or else at words."""
+        """Encode a text of any length in memory for one piece at a time; pieces are cut at lines, or else at words."""
         pieces: list[npt.NDArray[np.int64]] = []
         start = 0
         while start < len(text) or not pieces:
@@ -87,8 +88,8 @@ class Text:
         return np.concatenate(pieces)
 
     def windows(self, text: str, count: int, window: int) -> list[npt.NDArray[np.int64]]:
-        """At most `count` windows of `window` tokens without overlap, spread evenly over a text. Each begins as a fresh
-        text does (with a BOS, for some models); there is none where the text is shorter than one.
+        """Return at most `count` windows of `window` tokens without overlap, spread evenly over a text. Each begins as
+        a fresh text does (with a BOS, for some models). There is none where the text is shorter than a window.
         """
         ids, first = self.encode_in_pieces(text), self.beginning
         ids, own = ids[len(first) :], window - len(first)
@@ -99,11 +100,11 @@ class Text:
 
     @property
     def beginning(self) -> npt.NDArray[np.int64]:
-        """Token ids that a fresh text has in front of its own."""
+        """Token ids that a fresh text begins with (a BOS, for some models)."""
         return np.array(self.encode(""), np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Token ids -> text. Raises RequestError where the tokenizer's decoder gives up."""
+        """Return the text of token ids. Raises RequestError where the tokenizer's decoder gives up."""
         return native("cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def chat(
@@ -112,8 +113,8 @@ class Text:
         limit: int = sys.maxsize,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """Chat messages -> token ids, ending where the assistant's turn begins; `limit` as `encode` has it. `tools` are
-        functions in OpenAI's form, for a template that takes them.
+        """Return the token ids of chat messages, up to where the assistant's turn begins. `limit` is that of `encode`.
+        `tools` are functions in OpenAI's form, for a template that takes tools.
         """
         if self.template is None:
             raise RequestError(
@@ -136,7 +137,7 @@ def _check_letters(letters: int, limit: int) -> None:
 
 
 class TextStream:
-    """Token ids -> text pieces as they become certain: whole characters, and nothing that may begin a stop string."""
+    """Stream of token ids -> text that is certain: whole characters, and nothing that may begin a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -147,7 +148,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text this token makes certain; sets `stopped` at a stop string, which is not given out."""
+        """Return the text that this token makes certain. At a stop string set `stopped`, and leave the string out."""
         if piece := native("cannot write this token", lambda: self._step(token)):
             self._last = token
             self._held += piece
@@ -163,27 +164,27 @@ class TextStream:
     def _step(self, token: int) -> str | None:
         try:
             return self._decode.step(self._tokenizer, token)
-        except Exception:  # tokenizers raises plain Exception: bytes before this token are no text, and it gives up
+        except Exception:  # tokenizers raises plain Exception where the bytes before this token are no text
             self._decode = DecodeStream(skip_special_tokens=True)
-            if self._last is not None:  # a first token would lose its space
+            if self._last is not None:  # without the last token, this one would lose its space as a first token does
                 self._decode.step(self._tokenizer, self._last)
             self._held += "\N{REPLACEMENT CHARACTER}"
             return self._decode.step(self._tokenizer, token)
 
     def finish(self) -> str:
-        """Return what was held back, when no stop string came after all."""
+        """Return the text that was held back, when no stop string came after all."""
         piece, self._held = self._held, ""
         return piece
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest end of `text` that begins `stop`."""
     most = min(len(text), len(stop) - 1)
     return next((length for length in range(most, 0, -1) if stop.startswith(text[-length:])), 0)
 
 
 def _read(folder: Path, name: str, parse: Callable[[str], _T]) -> _T | None:
-    """Read a file of the bundle; None where there is none."""
+    """Parse a file of the bundle; return None where there is none."""
     path = safe_path(folder, name)
     try:
         return parse(bounded_text(path, MAX_TEXT_BYTES))
@@ -201,7 +202,7 @@ def _mapping(text: str) -> dict[str, Any]:
 def _token_text(token: object) -> str:
     if isinstance(token, dict):
         token = token.get("content")
-    return token.encode(errors="ignore").decode() if isinstance(token, str) else ""  # half a character is none
+    return token.encode(errors="ignore").decode() if isinstance(token, str) else ""  # drops half a character
 
 
 def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer, eos_token: str) -> frozenset[int]:

@@ -1,1 +1,1 @@
-"""From a bundle to an endpoint. Imports starlette only where the server itself begins (app.py)."""
+"""Serving of bundles: scheduler, OpenAI's API over HTTP, Ray Serve, Triton. Only the HTTP server needs starlette."""

@@ -1,4 +1,4 @@
-"""An answer on its way to a client: the scheduler's responses on the event loop, and what they add up to."""
+"""One answer on its way to a client: the scheduler's responses on the event loop, and the usage that sums them up."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dash_export.serve.tickets import Request
 
 
 class Answer:
-    """One choice of one request. `responses` may be left at any time: it cancels what is not decoded yet. `ended` is
-    told when they end, however that is.
+    """One choice of one request. Leaving `responses` early cancels the rest of the answer. `ended` is called when
+    `responses` ends: at the last token, by an error or early.
     """
 
     def __init__(
@@ -29,23 +29,23 @@ class Answer:
         guide: Guide | None = None,
         ended: Callable[[Answer], None] = lambda _: None,
     ) -> None:
-        """Raises what `Scheduler.submit` raises."""
+        """Submit the request. Raises what `Scheduler.submit` raises."""
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Response] = asyncio.Queue()
         self.scheduler, self._ended = scheduler, ended
         self.text, self.finish_reason, self.error_type, self.statistics = "", "", "", Statistics()
         self.actions = list[Any]()
-        """Skip map of the decoded tokens, the first token is not: it comes out of the prompt."""
+        """Skip map of the decoded tokens. The first token is not in it: it comes from the prefill."""
         self.began = self.first = self.last = time.perf_counter()
 
         def tell(response: Response) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+            with suppress(RuntimeError):  # the event loop is closed: nobody reads the queue
                 loop.call_soon_threadsafe(self._queue.put_nowait, response)
 
         self.ticket = scheduler.submit(request, tell, guide)
 
     async def responses(self) -> AsyncIterator[Response]:
-        """As they come. Raises the error of an answer that fails."""
+        """Yield the responses as they come. Raises the error of an answer that fails."""
         try:
             while True:
                 response = await self._queue.get()
@@ -68,17 +68,17 @@ class Answer:
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Of all answers to one prompt, which counts once: as OpenAI has it, with `dash`: what was skipped."""
+    """Return OpenAI's usage of all answers to one prompt, which counts once, and in `dash` what was skipped."""
     prompt, tokens = answers[0].statistics.prompt_tokens, sum(answer.statistics.tokens for answer in answers)
     counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
     return counts | {"dash": dash(answers)}
 
 
 def dash(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Layers and time of the decoded tokens, the time as a fraction of dense by the build's cost table."""
+    """Return layers and times of the decoded tokens; `time_of_dense` is a fraction, by the build's cost table."""
     runtime, said = answers[0].scheduler.runtime, [answer.statistics for answer in answers]
     steps, seconds = sum(each.decode_steps for each in said), said[0].decode_seconds
-    if len(answers) > 1:  # some may have waited for others
+    if len(answers) > 1:  # answers may have waited for others: take the time of all
         seconds = max(answer.last for answer in answers) - min(answer.first for answer in answers)
     told: dict[str, Any] = {
         "layers_per_token": round(sum(each.layers for each in said) / steps, 3) if steps else 0.0,

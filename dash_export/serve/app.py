@@ -1,6 +1,6 @@
 """The endpoint: OpenAI's API over the schedulers of one or several bundles, as an ASGI application.
 
-Every field that is read is in protocol.py. Errors have OpenAI's form and our wording.
+The fields that are read are in protocol.py and responses.py. Errors have OpenAI's form and our wording.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from dash_export.serve.scheduler import Scheduler
 PAGE = Path(__file__).with_name("page.html")
 _PORTS = {"http": 80, "https": 443}
 ENTERING = 32
-"""Requests that are read at a time."""
+"""Most requests that are parsed and encoded at a time."""
 Handler = Callable[["Server", HttpRequest], Coroutine[Any, Any, Response]]
 
 
 class Server:
-    """`app` is the ASGI application; `deadline`: seconds that a request may take, queue and all."""
+    """Server of one or more bundles. `app`: the ASGI application; `deadline`: seconds per request, queue included."""
 
     def __init__(
         self,
@@ -53,7 +53,9 @@ class Server:
         deadline: float | None = None,
         drain: float = 30.0,
     ) -> None:
-        """`origins`: web pages that may ask; `hosts`: names that this server answers to, by default all."""
+        """Build `app`. `served`: schedulers by model name. `origins`: web pages that may send requests. `hosts`: names
+        that this server answers to, by default all. `drain`: seconds that answers have to end when the server stops.
+        """
         self._origins, self._entering, self.reading = frozenset(origins), 0, 0
         self._hosts = None if hosts is None else {*hosts, *(urlsplit(one).hostname for one in origins)}
         self.long, self.guided = (ThreadPoolExecutor(1, name) for name in ("long-prompts", "grammars"))
@@ -117,8 +119,8 @@ class Server:
         return self._open(checked)
 
     def _check_origin(self, http: HttpRequest) -> None:
-        """A page of somebody else's may neither ask (its browser sends an Origin) nor, by making its own name this
-        machine's address, become the server's own.
+        """Raise HttpError for a web page of somebody else: one whose Origin is not allowed, or one that reaches this
+        server by a foreign host name, which it has pointed at this machine's address (DNS rebinding).
         """
         host, origin = http.headers.get("host", ""), http.headers.get("origin")
         with contextlib.suppress(ValueError):
@@ -137,8 +139,8 @@ class Server:
 
     @contextlib.contextmanager
     def entering(self) -> Iterator[None]:
-        """A request is read and its prompt made: of many at a time the memory and the templates would not do. Raises
-        HttpError.
+        """Count a request while it is parsed and its prompt is made. Many at a time would need too much memory and too
+        much work of the chat templates. Raises HttpError where ENTERING are under way.
         """
         if self._entering >= ENTERING:
             raise HttpError(429, "Too many requests at this moment: ask again later.")
@@ -154,13 +156,13 @@ class Server:
         return document(self.served, self._key is not None)
 
     def drain(self) -> None:
-        """Take no more requests, and end the answers within the time they have."""
+        """Take no more requests, and let answers end for `drain` seconds, then fail them. Does not wait for that."""
         self.ready = False
         for scheduler in self.served.values():
             threading.Thread(target=scheduler.close, args=(self._drain,), daemon=True).start()
 
     def scheduler(self, name: str) -> tuple[str, Scheduler]:
-        """Whose a model's name is; the only one's where there is no name. Raises HttpError."""
+        """Return the name and scheduler of a model; an empty name means the only model. Raises HttpError."""
         if not name and len(self.served) == 1:
             return next(iter(self.served.items()))
         if name not in self.served:

@@ -47,11 +47,11 @@ async def chat(server: Server, http: HttpRequest) -> Response:
             choices.append(choice | {"finish_reason": _ended(answer.finish_reason, calls)})
         return JSONResponse(begun.common | {"object": "chat.completion", "choices": choices} | _figures(begun))
 
-    return await asyncio.to_thread(whole)  # with likelihoods it takes a while
+    return await asyncio.to_thread(whole)  # a thread, for logprobs take a while
 
 
 def _figures(begun: Begun) -> dict[str, Any]:
-    """In both places: of some clients only one survives."""
+    """Return `usage`, which contains `dash`, and `dash` again beside it: some clients keep only one of the two."""
     return {"usage": usage(begun.answers), "dash": dash(begun.answers)}
 
 
@@ -118,7 +118,7 @@ async def _completion_chunks(begun: Begun, likely: bool) -> AsyncIterator[dict[s
 
 
 def _streamed(begun: Begun, kind: str, chunks: AsyncIterator[dict[str, Any]]) -> Response:
-    """Server-sent events. An error in the middle is an event of its own, for the status has been sent."""
+    """Send `chunks` as server-sent events. An error becomes an event, because the HTTP status is already sent."""
     common = begun.common | {"object": kind}
 
     async def events() -> AsyncIterator[str]:

@@ -1,5 +1,5 @@
-"""What Prometheus reads: durations by OpenTelemetry's names for servers of language models, and our own of what was
-skipped. Nothing of what is asked or answered.
+"""Metrics for Prometheus: durations under OpenTelemetry's names for servers of language models, and our own counts of
+layers skipped. No text of a prompt or an answer is in them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.
 
 
 class Metrics:
-    """All that a server counts and measures."""
+    """All counters and measurements of a server."""
 
     def __init__(self, served: Mapping[str, Scheduler]) -> None:
         self._registry = CollectorRegistry()
@@ -53,7 +53,7 @@ class Metrics:
         )
 
     def answered(self, operation: str, model: str, answer: Answer) -> None:
-        """An answer has ended, one way or the other."""
+        """Record an answer that has ended, well or with an error."""
         began, first, last, tokens = answer.began, answer.first, answer.last, answer.statistics.tokens
         self._duration.labels(operation, model, answer.error_type).observe(last - began)
         if answer.finish_reason:
@@ -66,7 +66,7 @@ class Metrics:
                 self._layers.labels(model, layer, "run").inc(len(answer.actions) - skipped)
 
     def exposition(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -101,7 +101,7 @@ class _Schedulers(Collector):
 
 
 def _energy() -> Iterator[tuple[str, float]]:
-    """(zone, joules) of the processors' own counters, where the kernel has them and lets this user read."""
+    """Yield (zone, joules) of the processors' own counters, where the kernel has them and lets this user read them."""
     for folder in sorted(POWERCAP.glob("*:[0-9]")):
         try:
             yield (folder / "name").read_text().strip(), int((folder / "energy_uj").read_text()) / 1e6

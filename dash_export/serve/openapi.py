@@ -40,7 +40,7 @@ def _content(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def document(models: Collection[str], keyed: bool) -> dict[str, Any]:
-    """OpenAPI 3.1. `keyed`: an API key is asked for."""
+    """Return the OpenAPI 3.1 document of a server with these models. `keyed`: the server asks for an API key."""
     _, schemas = models_json_schema(
         [(model, "validation") for model, *_ in _POSTS.values()], ref_template="#/components/schemas/{model}"
     )

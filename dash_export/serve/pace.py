@@ -1,8 +1,9 @@
-"""How much is skipped so that a token takes no longer than was promised: quality bends before latency breaks.
+"""Control of how much is skipped so that a token takes no longer than promised: quality gives way before latency.
 
-A step takes d * f, where f is its time of dense by the build's cost table, and what is prefilled before it r. Both are
-running means of what was measured, over about five steps, so they follow the number of rows and the prompts that come.
-The fraction granted is (seconds - r) / d, between the least that is allowed and 1.
+A decode step takes d * f seconds: d is the time of a dense step, f is the fraction of d by the build's cost table for
+what the step ran. The prefill before a step takes r seconds. d and r are running means of measured times, over about
+five steps, so they follow the number of rows and the prompts that come. The fraction granted is (seconds - r) / d, but
+at least `least` and at most 1.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ WEIGHT = 0.2
 
 
 class Pace:
-    """For one thread. `seconds` a token may take; `least`: the lowest budget that is granted."""
+    """Controller of the budget. A token may take `seconds`; `least` is the lowest budget granted. For one thread."""
 
     def __init__(self, seconds: float, least: float, order: Sequence[int], cost: CostTable) -> None:
-        """`order`: places of units as a static policy skips them. Raises RequestError."""
+        """Make the sets of units to skip; `order`: places in the order of a static policy. Raises RequestError."""
         if not 0 < seconds < 1e3 or not 0 < least <= 1:
             raise RequestError(f"A pace has seconds above 0 and a least budget in (0, 1], not {seconds} and {least}.")
         self._seconds, self._least, self.granted = seconds, least, 1.0
@@ -31,7 +32,7 @@ class Pace:
         ]
 
     def measured(self, fraction: float, step: float, rest: float) -> None:
-        """Seconds of a step that ran `fraction` of dense, and of the prompts before it."""
+        """Take the times of a step: `step` seconds at `fraction` of dense, `rest` seconds of prefill before it."""
         dense = step / max(fraction, 1e-3)
         weight = WEIGHT if self._dense else 1.0
         self._dense += weight * (dense - self._dense)
@@ -39,5 +40,7 @@ class Pace:
         self.granted = min(1.0, max(self._least, (self._seconds - self._rest) / max(self._dense, 1e-9)))
 
     def together(self) -> SessionRules:
-        """One set for all rows, the smallest that is fast enough: what each skips for itself, another row runs."""
+        """Return the smallest set of units to skip that is fast enough. All rows share it: skipping a unit in some rows
+        saves nothing while another row runs it.
+        """
         return next((rules for time, rules in self._sets if time <= self.granted + 1e-9), self._sets[-1][1])

@@ -1,4 +1,4 @@
-"""Prompts that were computed before: the K and V of the last ones, so many bytes of them."""
+"""Cache of prompt prefixes: the K and V of the last prompts, up to a number of bytes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dash_export.runtime.session import Session
 
 
 class Prefixes:
-    """Prompts of the last requests, least recently used first. For one thread."""
+    """KV caches of the last prompts, by token ids, least recently used first: `most_bytes` in all. For one thread."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most, self._kept = most_bytes, OrderedDict[tuple[int, ...], KVCache]()
         self.nbytes = 0
 
     def keep(self, tokens: Sequence[int], source: KVCache, row: int) -> None:
-        """Keep row `row` of `source`, the K and V of these tokens."""
+        """Keep a copy of row `row` of `source`, the K and V of `tokens`. The least recently used prompts make room."""
         key = tuple(tokens[: source.lengths[row]])
         if len(key) < 2 or len(key) * source.position_nbytes > self._most:
             return
-        for known in [known for known in self._kept if key[: len(known)] == known]:  # what this one begins with
+        for known in [known for known in self._kept if key[: len(known)] == known]:  # prefixes of the new prompt
             self._drop(known)
         cache = source.alone(row)
         self._kept[key] = cache
@@ -31,8 +31,8 @@ class Prefixes:
             self._drop(next(iter(self._kept)))
 
     def restore(self, session: Session, ids: Sequence[int] | TokenIds) -> int:
-        """Make `session` hold as much as is known of a prompt and `Session.rewind_to` would keep; returns how many
-        tokens that are.
+        """Make `session` hold the longest known prefix of the prompt `ids`, its own or a kept one, cut as by
+        `Session.rewind_to`. Return the prefix's length in tokens.
         """
         session.rewind_to(ids)
         best, length = None, len(session.tokens)

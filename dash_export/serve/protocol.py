@@ -1,7 +1,7 @@
-"""Requests as clients of OpenAI's API send them, and their meaning here: pydantic checks types, the rest raises
-RequestError.
+"""Requests in the form of OpenAI's API, and what their fields mean to this server. pydantic checks types; any other
+mistake raises RequestError.
 
-Fields that this server does not know are passed over, as others do; `dash` is our own: how fast an answer should be.
+Unknown fields are ignored, as other servers do. The field `dash` is our own: it says how fast an answer should be.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from dash_export.serve.tools import BEGIN, END, Choice, Json, Tool, calls_gramma
 logger = logging.getLogger(__name__)
 MOST = 1 << 20
 PARTS = 16_384
-"""Lists and objects of a body, and of all arguments in it: each costs what a thousand letters do."""
+"""Most lists and objects in a body, and in all arguments of calls in it: each costs as much as 1000 characters."""
 Few = Field(max_length=1024, fail_fast=True)
-"""A list that is read no further than its first mistake: each would cost what a thousand right entries do."""
+"""Limit of a list, read up to its first mistake: each mistake would cost as much as 1000 correct entries."""
 _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": MOST}
 _PROMPT = {"anyOf": [{"type": "string"}, _IDS] + [
     {"type": "array", "items": one, "minItems": 1, "maxItems": 1} for one in ({"type": "string"}, _IDS)
@@ -44,7 +44,10 @@ _PROMPT = {"anyOf": [{"type": "string"}, _IDS] + [
 
 
 def _one_prompt(given: Any) -> Any:
-    """A text or ids, or a list of one such: by hand, for what a union of lists does with four megabytes of mistakes."""
+    """Return the prompt, a text or token ids, without the list that may hold it. Raises ValueError for anything else.
+
+    Checked by hand: pydantic's union of lists costs too much on four megabytes of mistakes.
+    """
     if isinstance(given, list) and given and isinstance(given[0], (str, list)):
         if len(given) > 1:
             raise ValueError("several prompts in one request are not supported; send one each")
@@ -57,7 +60,7 @@ def _one_prompt(given: Any) -> Any:
 
 
 def check_parts(body: bytes) -> None:
-    """Raises RequestError for JSON of more than PARTS, unread; what is no JSON is told later."""
+    """Raise RequestError for JSON of more than PARTS lists and objects, before parsing it. Invalid JSON passes here."""
     if body.count(b"[") + body.count(b"{") > PARTS:
         outside = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]  # of texts
         if sum(part.count(b"[") + part.count(b"{") for part in outside) > PARTS:
@@ -65,7 +68,7 @@ def check_parts(body: bytes) -> None:
 
 
 class HttpError(Exception):
-    """An error with its status."""
+    """Error with its HTTP status; `param` names the wrong field, `code` is OpenAI's code of the error."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -73,7 +76,9 @@ class HttpError(Exception):
 
 
 def told(error: DashError) -> HttpError:
-    """The error as a client is told of it: of one that is not the client's, that the log has it."""
+    """Return the error that a client gets for `error`. An error that is not the client's is logged, and the client gets
+    MISTAKE instead of its text, unless the text is NO_MEMORY or NOT_NUMBERS.
+    """
     if isinstance(error, ContextLengthError):
         return HttpError(400, str(error), "messages", "context_length_exceeded")
     for kind, status in ((BusyServerError, 429), (DeadlineError, 504), (RequestError, 400), (PolicyError, 400)):
@@ -101,13 +106,13 @@ class Dash(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _small(cls, given: Any) -> Any:
-        """Each unknown field would be a mistake of its own."""
+        """Raise ValueError for too many fields: pydantic would report each unknown one as a mistake of its own."""
         if isinstance(given, dict) and len(given) > len(cls.model_fields):
             raise ValueError("too many fields")
         return given
 
     def setting(self) -> Setting | None:
-        """The session's setting; None where nothing is said of it."""
+        """Return the session's setting, None if the request has none. Raises RequestError for `hold` alone."""
         given = self.model_dump(exclude_defaults=True, exclude={"skips"})
         if not given:
             return None
@@ -134,7 +139,7 @@ class Called(BaseModel):
     @field_validator("arguments")
     @classmethod
     def _object(cls, text: str) -> str:
-        text = text or "{}"  # as some clients write a call without arguments
+        text = text or "{}"  # some clients send an empty text for no arguments
         _check_arguments([text])
         with suppress(ValueError):
             if isinstance(from_json(text, allow_inf_nan=False), dict):
@@ -153,7 +158,7 @@ class ToolCall(BaseModel):
     function: Called
 
     def plain(self) -> dict[str, Any]:
-        """As templates take it: its arguments are no text."""
+        """Return the call as chat templates expect it: its arguments are an object, not a text of JSON."""
         function = {"name": self.function.name, "arguments": from_json(self.function.arguments)}
         return {"id": self.id, "type": self.type, "function": function}
 
@@ -167,7 +172,7 @@ class Message(BaseModel):
     reasoning_content: str | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As a chat template takes it: text parts joined. Raises RequestError for parts that are no text."""
+        """Return the message as chat templates expect it: text parts joined. Raises RequestError for other parts."""
         content = self.content
         if isinstance(content, list):
             if other := next((part.type for part in content if part.type != "text" or part.text is None), None):
@@ -190,7 +195,7 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
     def wanted(self) -> dict[str, Any] | None:
-        """Return the answer's JSON schema; None where it is any text. Raises RequestError."""
+        """Return the answer's JSON schema, None if the answer may be any text. Raises RequestError."""
         if self.type == "text":
             return None
         if self.type == "json_object":
@@ -226,18 +231,18 @@ class Generation(BaseModel):
     dash: Dash = Field(default_factory=Dash)
 
     operation: ClassVar[str] = "text_completion"
-    """Its name in OpenTelemetry's conventions."""
+    """Name of the operation in OpenTelemetry's conventions."""
 
     def guided(self) -> bool:
-        """Whether it may have a grammar."""
+        """Return whether the answer may be held to a grammar."""
         return False
 
     def grammar(self, tokenizer: Tokenizer) -> str | None:  # noqa: ARG002
-        """Return the grammar that answers are held to; None where there is none. Raises RequestError."""
+        """Return the grammar that answers are held to, None if there is none. Raises RequestError."""
         return None
 
     def sampling(self, logprobs: int | None = None) -> Sampling:
-        """How the first answer is sampled, but for its grammar. Raises RequestError."""
+        """Return how the first answer is sampled, without its grammar. Raises RequestError."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given = {
             "temperature": self.temperature if self.temperature is None or self.temperature >= 1e-3 else 0.0,
@@ -282,7 +287,7 @@ class ChatRequest(Generation):
         return calls_grammar(self.tools, self.tool_choice, self.parallel_tool_calls, marked, schema)
 
     def given_tools(self) -> list[dict[str, Any]]:
-        """As a chat template takes them."""
+        """Return the tools as chat templates expect them."""
         return [] if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools]
 
     @property
@@ -302,8 +307,8 @@ class CompletionRequest(Generation):
 
 
 def model_and_setting(name: str, dash: Dash) -> tuple[str, Setting | None]:
-    """The model's name and the setting: `smollm2@budget=0.9` is for clients that cannot send `dash`. Raises
-    RequestError.
+    """Return the model's name and the setting. A name like `smollm2@budget=0.9` is for clients that cannot send `dash`.
+    Raises RequestError.
     """
     base, at, alias = name.partition("@")
     if not at:

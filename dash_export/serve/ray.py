@@ -2,10 +2,10 @@
 
     serve run dash_export.serve.ray:app bundle=/models/my.dash replicas=2
 
-Ray gives each request to one of the two less busy of its replicas; a conversation's known beginning is of one replica.
+Ray gives each request to the less busy of two replicas. Each replica has a cache of prompt prefixes of its own.
 """
 
-# No postponed annotations: Ray makes a Given of the command line's texts only where it sees the class itself.
+# No postponed annotations: Ray turns the command line's texts into a Given only where it sees the class itself.
 import os
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,9 +19,9 @@ from dash_export.serve.scheduler import ROWS, WAITING, Scheduler
 
 
 class Given(BaseModel):
-    """What the application takes. `replicas`: so many, or with `most` between the two, as many as `rows` requests each
-    keep busy (ROWS, where it is not given). `cpus`: of each replica, and its threads. The API's key is in the
-    environment, DASH_EXPORT_API_KEY.
+    """Arguments of the application. `replicas`: their number; with `most`, Ray scales between the two numbers, so that
+    each replica has about `rows` requests (default: ROWS). `cpus`: CPUs and threads of each replica. The API key is in
+    the environment variable DASH_EXPORT_API_KEY.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,7 +37,7 @@ class Given(BaseModel):
 
 
 def app(given: Given) -> Application:
-    """Ray's application builder."""
+    """Build the Ray Serve application."""
     key, together = os.environ.get("DASH_EXPORT_API_KEY") or None, given.rows or ROWS
 
     def server() -> Starlette:
@@ -50,7 +50,7 @@ def app(given: Given) -> Application:
             "min_replicas": given.replicas, "max_replicas": given.most, "target_ongoing_requests": together,
         }
     }  # fmt: skip
-    # One more than may wait: the scheduler says 429 itself.
+    # One more request than may wait: the scheduler itself answers it with 429.
     deployment = serve.deployment(
         serve.ingress(server)(),
         name="dash",

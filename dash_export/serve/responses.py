@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's newer form, translated to a chat. Nothing is stored: who goes on sends what was said."""
+"""/v1/responses: OpenAI's newer API, translated to chats. Nothing is stored: a request holds the whole conversation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InputItem(BaseModel):
     output: str | None = None
 
     def message(self) -> dict[str, Any]:
-        """As chats have it. Raises RequestError."""
+        """Return the item as a message of a chat. Raises RequestError."""
         if self.type == "function_call_output":
             return {"role": "tool", "tool_call_id": self.call_id, "content": self.output or ""}
         if self.type == "function_call":
@@ -94,7 +94,7 @@ class ResponsesRequest(BaseModel):
     dash: Dash = Field(default_factory=Dash)
 
     def chat(self) -> ChatRequest:
-        """The same as a chat. Raises RequestError."""
+        """Return the request as one of /v1/chat/completions. Raises RequestError, and ValidationError (pydantic's)."""
         items = [InputItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         messages = list[dict[str, Any]]()
         for item in items:
@@ -129,7 +129,7 @@ async def responses(server: Server, http: HttpRequest) -> Response:
     async with entered(server, ResponsesRequest, http) as (request, size):
         try:
             chat = request.chat()
-        except ValidationError as error:  # of one field beside another, which the form of neither could tell
+        except ValidationError as error:  # mistakes that only a chat shows, like bad arguments
             raise HttpError(400, f"input: {error.errors(include_url=False)[0]['msg']}.", "input") from None
         begun = await begin_chat(server, chat, size)
     reply = _Reply(request, chat, begun)
@@ -141,7 +141,7 @@ async def responses(server: Server, http: HttpRequest) -> Response:
 
 
 class _Reply:
-    """The response object as it grows."""
+    """Builder of the response object while the answer grows."""
 
     def __init__(self, request: ResponsesRequest, chat: ChatRequest, begun: Begun) -> None:
         self.begun, self._tools = begun, bool(chat.given_tools())
@@ -168,7 +168,7 @@ class _Reply:
         return "incomplete" if self.begun.answers[0].finish_reason == "length" else "completed"
 
     def told(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
-        """The whole object. Its usage is told at the end."""
+        """Return the whole response object. Its `usage` is None until the answer ends."""
         why = {"reason": "max_output_tokens"} if status == "incomplete" else None
         known = self._common | {"status": status, "incomplete_details": why, "output": output, "usage": None}
         if status != "in_progress":
@@ -189,7 +189,7 @@ class _Reply:
         return {"type": "message", "id": self.message, "role": "assistant", "status": status, "content": content}
 
     def output(self, text: str) -> list[dict[str, Any]]:
-        """A message, unless all are calls; and the calls."""
+        """Return the output items: a message, unless the answer consists of calls only, and then the calls."""
         words, calls = split_calls(text) if self._tools else (text, [])
         items = [] if calls and not words else [self.item(self.ended(), words)]
         for call in calls:
@@ -199,7 +199,7 @@ class _Reply:
 
 
 async def _events(reply: _Reply) -> AsyncIterator[str]:
-    """As OpenAI numbers and names them. A message begins with its first words; calls come whole, at the end."""
+    """Yield events, numbered and named as OpenAI does. A message begins with its first words; whole calls come last."""
     number = -1
 
     def say(kind: str, **fields: Any) -> str:

@@ -1,4 +1,4 @@
-"""Requests on their way: read from a body, submitted, told whole or piece by piece."""
+"""Steps of every request: read the body, submit its answers, collect them or stream them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 BODY_BYTES, BODY_SECONDS = 4 << 20, 10.0
 READING_BYTES = 128 << 20
-"""Bytes of all bodies that are being read."""
+"""Most bytes of all bodies that are being read."""
 LIKELY = 100_000
-"""Likelihoods of all answers to a request: 4,096 tokens with the 20 most likely ones of each are 86,016."""
+"""Most logprobs of all answers to a request: 4,096 tokens with the 20 most likely ones of each make 86,016."""
 GUIDED = 16
-"""Answers with a grammar that a model has under way: one may hold 24 MB from its request on, and learn 60 more."""
+"""Most answers with a grammar that a model has at a time: each holds up to 24 MB at once, and may grow by 60 MB."""
 LONG_BYTES = 1 << 16
-"""A body from which on its prompt waits for the one thread that makes long ones."""
+"""Bodies larger than this have their prompts encoded by a single thread, so that long prompts wait for each other."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
 
 class Begun:
-    """Answers on their way, and what every object that tells of them has in common."""
+    """The answers to one request, and the fields that all objects about them share (`common`)."""
 
     def __init__(self, name: str, scheduler: Scheduler, answers: list[Answer], asked: Generation) -> None:
         self.scheduler, self.answers, self.asked = scheduler, answers, asked
@@ -51,14 +51,14 @@ class Begun:
         self.common = {"id": f"dash-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
     def skips(self, token: Token) -> dict[str, Any]:
-        """The layers that a streamed token skipped, where that was asked for."""
+        """Return the layers that a streamed token skipped, if the request asks for them."""
         if not self.asked.dash.skips:
             return {}
         return {"dash": {"skipped_layers": token.actions.nonzero()[0].tolist(), "layers": len(token.actions)}}
 
     def logprobs(self, token: Token) -> list[dict[str, Any]]:
-        """The chosen token, then the most likely ones, as chat completions tell them; nothing of one that ends a turn,
-        which is no part of the answer.
+        """Return the chosen token, then the most likely ones, as chat completions list them. Return nothing for a token
+        that ends the turn: it is no part of the answer.
         """
         text = self.scheduler.runtime.text
         if token.token in text.eos_ids:
@@ -68,7 +68,7 @@ class Begun:
             if one not in self._pieces:
                 self._pieces[one] = text.tokenizer.decode([one], skip_special_tokens=False)
             piece = self._pieces[one]
-            whole = "\N{REPLACEMENT CHARACTER}" not in piece  # else it is a part of a letter
+            whole = "\N{REPLACEMENT CHARACTER}" not in piece  # else it is part of a character
             found.append({"token": piece, "logprob": logprob, "bytes": list(piece.encode()) if whole else None})
         return found
 
@@ -81,8 +81,8 @@ async def begin(
     logprobs: int | None,
     size: int,
 ) -> Begun:
-    """Submit the `n` answers to one prompt, all or none. `encode` may take its time, the more the larger the `size` of
-    the body. Raises HttpError and DashError.
+    """Submit the `n` answers to one prompt, all or none. `encode` makes the token ids, in a thread; `size` of the body
+    in bytes says how long that may take. Raises HttpError and DashError.
     """
     base, setting = model_and_setting(asked.model, asked.dash)
     name, scheduler = server.scheduler(base)
@@ -118,7 +118,7 @@ async def begin(
 
 
 async def begin_chat(server: Server, request: ChatRequest, size: int) -> Begun:
-    """`begin` of a chat. Raises HttpError and DashError."""
+    """Submit the answers to a chat, by `begin`. Raises HttpError and DashError."""
     messages = [message.plain() for message in request.messages]
 
     def encode(scheduler: Scheduler) -> TokenIds:
@@ -129,12 +129,12 @@ async def begin_chat(server: Server, request: ChatRequest, size: int) -> Begun:
 
 
 def event(value: Mapping[str, Any]) -> str:
-    """A server-sent event, in ASCII: some clients end a line at U+2028, too."""
+    """Return a server-sent event in ASCII, because some clients end a line at U+2028."""
     return f"data: {json.dumps(value)}\n\n"
 
 
 async def merged(begun: Begun) -> AsyncIterator[tuple[int, Token]]:
-    """(index of the answer, token) of all answers, as they come; left early, all are cancelled."""
+    """Yield (index of the answer, token) of all answers as they come. Leaving this iterator early cancels them all."""
     queue: asyncio.Queue[tuple[int, Token | None, Exception | None]] = asyncio.Queue()
 
     async def pump(index: int, answer: Answer) -> None:
@@ -142,7 +142,7 @@ async def merged(begun: Begun) -> AsyncIterator[tuple[int, Token]]:
             async for token in answer.responses():
                 queue.put_nowait((index, token, None))
             queue.put_nowait((index, None, None))
-        except Exception as error:  # also a mistake of ours: who waits must hear of it
+        except Exception as error:  # bugs too: else the reader would wait forever
             queue.put_nowait((index, None, error))
 
     tasks = [asyncio.ensure_future(pump(index, answer)) for index, answer in enumerate(begun.answers)]
@@ -162,7 +162,7 @@ async def merged(begun: Begun) -> AsyncIterator[tuple[int, Token]]:
 
 
 async def gathered(begun: Begun, http: HttpRequest) -> list[list[Token]]:
-    """All tokens of all answers; a client that goes away cancels them."""
+    """Return the tokens of each answer. If the client disconnects, cancel all answers and raise ClientDisconnect."""
     found: list[list[Token]] = [[] for _ in begun.answers]
 
     async def gather() -> None:
@@ -187,12 +187,12 @@ async def gathered(begun: Begun, http: HttpRequest) -> list[list[Token]]:
 
 @asynccontextmanager
 async def entered(server: Server, kind: type[_Asked], http: HttpRequest) -> AsyncIterator[tuple[_Asked, int]]:
-    """The body as `kind`, and its size; meanwhile it is one of those that are worked on. Raises HttpError, which names
-    the field that is wrong.
+    """Read the body; yield it as `kind`, and its size in bytes. The request counts as one that is entering until the
+    block ends. Raises HttpError, which names the wrong field.
     """
     try:
         body = await asyncio.wait_for(_body(server, http), BODY_SECONDS)
-    except asyncio.TimeoutError:  # which is another one in Python 3.10
+    except asyncio.TimeoutError:  # not the built-in one in Python 3.10
         raise HttpError(408, f"The body was not there after {BODY_SECONDS:g} s.") from None
     with server.entering():
         check_parts(body)

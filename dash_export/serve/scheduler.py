@@ -1,5 +1,6 @@
-"""Who decodes when. Requests wait in a bounded queue; between two steps of the running rows one chunk of one prompt is
-prefilled; a row that ends makes place for the next. One thread owns the engines; all else may be called from any.
+"""Continuous batching. Requests wait in a bounded queue. Between two decode steps of the running rows, one chunk of one
+prompt is prefilled. A row that ends makes room for the next request. One thread owns the engines; the public methods
+may be called from any thread.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROWS, WAITING, PREFIX_BYTES = 8, 64, 256 << 20
 
 
 class Scheduler:
-    """`start` begins its thread; `close` ends it."""
+    """Scheduler of the requests to one bundle. `start` begins its thread; `close` ends it."""
 
     def __init__(
         self,
@@ -47,16 +48,19 @@ class Scheduler:
         least: float = 0.85,
         memory: int | None = None,
     ) -> None:
-        """`rows`: how many decode together, by default ROWS or as many as the engines take. `alone` and `together`: how
-        requests that do not say it decode, as the only row and beside others; by default as the bundle recommends, and
-        densely, for a token policy saves nothing where rows differ. With a `pace`, the seconds that a token may take,
-        as much is skipped as that needs, down to the budget `least` (pace.py). `memory`: bytes for K and V on a CPU, by
-        default half of what is free. Raises PolicyError, RequestError, and BackendError where the engines take fewer
-        rows or the device has no room for so many.
+        """Reserve `rows`, the requests that decode together: by default ROWS, or as many as the engines take.
+
+        `waiting`: most requests in the queue. `alone` and `together`: settings of requests that have none, for steps
+        with one row and with several rows; by default the bundle's recommended setting, and dense, because a token
+        policy saves nothing where rows skip different units. `pace`: seconds that a token may take: then requests
+        without a setting skip as much as this needs, down to the budget `least` (pace.py). `prefix_bytes`: memory for
+        the K and V of known prompts. `memory`: bytes for all K and V on a CPU, by default half of the free memory.
+        Raises PolicyError, RequestError, and BackendError where the engines take fewer rows or the device has no room
+        for so many.
         """
         engines = runtime.engines
         rows = min(ROWS, engines.sequences) if rows is None else rows
-        runtime.batch(rows)  # says it where the engines take fewer
+        runtime.batch(rows)  # raises where the engines take fewer
         self.runtime, self.most_waiting = runtime, waiting
         self.size, self._rows = rows, Rows(engines, rows, runtime.recipe.runtime.kv_step)
         self._prompt = runtime.session()
@@ -64,12 +68,12 @@ class Scheduler:
         """Positions that each row may have."""
         if engines.grows:
             room = (available_memory() // 2 if memory is None else memory) - prefix_bytes
-            # All rows, which are copied as one of them grows, and a prompt that is under way.
+            # Room for all rows, which are copied as one of them grows, and for the prompt that is being prefilled.
             each = room // self._prompt.cache.position_nbytes // (rows + 1)
             self.context = min(self.context, max(MAX_TOKENS, each))
         else:
             for cache in (self._rows.cache, self._prompt.cache):
-                cache.reserve(1)  # all of it, now
+                cache.reserve(1)  # caches that do not grow: take all memory now
         self._prefixes = Prefixes(prefix_bytes)
         self._alone, self._together = (
             self._rules(one) for one in (alone or runtime.recommended, together or Setting())
@@ -86,7 +90,9 @@ class Scheduler:
         self._waiting: deque[Ticket] = deque()
         self._job: Ticket | None = None
         self._live: dict[Ticket, None] = {}
-        """All that are under way, the job and those of the rows: who is told nothing would wait for good."""
+        """Tickets that have left the queue and not ended: the job and the rows. `_fail_all` tells them all: a client
+        that is told nothing would wait forever.
+        """
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -95,7 +101,7 @@ class Scheduler:
     # --- from any thread
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the thread, which answers the requests."""
         self._thread.start()
 
     @property
@@ -107,21 +113,21 @@ class Scheduler:
         return self._thread.is_alive()
 
     def ids(self, prompt: Prompt) -> TokenIds:
-        """The token ids of a prompt: a long text takes its time. Raises RequestError and ContextLengthError."""
+        """Return the token ids of a prompt, slowly for a long text. Raises RequestError and ContextLengthError."""
         if isinstance(prompt, str):
             prompt = self.runtime.text.encode(prompt, limit=self.context)
         return self.runtime.checked_ids(prompt)
 
     def check_queue(self) -> None:
-        """Raises BusyServerError where it is full."""
+        """Raise BusyServerError, and count the request as refused, if the queue is full or the scheduler is closing."""
         if self._closing or len(self._waiting) >= self.most_waiting:
             self.figures.refused += 1
             why = "is closing" if self._closing else f"has {self.most_waiting} requests waiting"
             raise BusyServerError(f"The server {why}: ask again later.")
 
     def submit(self, request: Request, tell: Callable[[Response], None], guide: Guide | None = None) -> Ticket:
-        """Queue a request. `guide`: that of its grammar, which may take a second to be read. Raises RequestError,
-        ContextLengthError and PolicyError for one that cannot be answered, and BusyServerError.
+        """Queue a request. `guide`: a guide of its grammar; to make one here may take a second. Raises RequestError,
+        ContextLengthError and PolicyError for a request that cannot be answered, and BusyServerError.
         """
         runtime = self.runtime
         ids = self.ids(request.prompt)
@@ -144,8 +150,8 @@ class Scheduler:
         return ticket
 
     def stream(self, request: Request) -> Iterator[Response]:
-        """`submit`, and its responses as they come; leaving the iterator cancels it. Raises the error of an answer that
-        fails.
+        """Submit a request and yield its responses as they come; leaving the iterator cancels the request. Raises what
+        `submit` raises, and the error of an answer that fails.
         """
         responses: SimpleQueue[Response] = SimpleQueue()
         ticket = self.submit(request, responses.put)
@@ -161,7 +167,7 @@ class Scheduler:
             self.cancel(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
-        """End an answer before its next token; one that has ended stays as it is."""
+        """End an answer before its next token. Nothing happens to an answer that has ended."""
         with self._changed:
             ticket.cancelled = True
             self._changed.notify()
@@ -172,7 +178,7 @@ class Scheduler:
 
     @property
     def guided(self) -> int:
-        """Answers under way that have a grammar."""
+        """Count the answers with a grammar, waiting or under way."""
         with self._changed:
             return sum(ticket.guide is not None for ticket in (*self._waiting, *self._live.copy()))
 
@@ -181,7 +187,7 @@ class Scheduler:
         return len(self._rows)
 
     def close(self, seconds: float = 0.0) -> bool:
-        """Take no more requests, let those there are end for so long, then fail the rest. Returns whether all ended."""
+        """Take no more requests, wait `seconds` for answers, then fail the rest. Return whether none had to fail."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -199,7 +205,7 @@ class Scheduler:
         self._thread.join()
         return drained
 
-    # --- on the scheduler's own
+    # --- on the scheduler's own thread
 
     def _run(self) -> None:
         while True:
@@ -212,12 +218,12 @@ class Scheduler:
                 began = time.perf_counter()
                 self._prefill()
                 self._decode(time.perf_counter() - began)
-            except BaseException:  # a mistake of ours, a panic of native code: it ends these answers, not the server
+            except BaseException:  # a bug or a panic of native code ends these answers, not the server
                 logger.exception("a step failed")
                 self._fail_all(BackendError(MISTAKE))
 
     def _fail_all(self, error: DashError) -> None:
-        """End what is under way: what is in its caches is not known."""
+        """Fail the prompt and all rows under way: the contents of their caches are not known."""
         self._job = None
         self._rows.clear()
         self._prompt.reset()
@@ -225,7 +231,7 @@ class Scheduler:
             self._tell(ticket, self._rows.failed(error))
 
     def _prefill(self) -> None:
-        """One chunk of the prompt that is under way, or of the next one where there is a row for it."""
+        """Prefill one chunk of the prompt under way, or of the next one if a row is free for it."""
         self._drop_waiting()
         if self._job is None and self._waiting and len(self._rows) < self.size:
             with self._changed:
@@ -250,21 +256,21 @@ class Scheduler:
             if len(session.tokens) == len(ticket.ids):
                 self._begin(ticket, turn, logits)
                 self._job = None
-        except (DashError, MemoryError) as error:  # of this request alone: what the others have is as it was
+        except (DashError, MemoryError) as error:  # fails this request only: the rows are unchanged
             self._job = None
             self._prompt.reset()
             self._tell(ticket, self._rows.failed(error))
 
     def _begin(self, ticket: Ticket, turn: Turn, logits: Logits) -> None:
         rules = deepcopy(ticket.rules or self._alone)
-        with suppress(MemoryError, BackendError):  # no room: it is computed anew
+        with suppress(MemoryError, BackendError):  # no room to keep it: it will be prefilled anew
             self._prefixes.keep(self._prompt.tokens, self._prompt.cache, 0)
         self._tell(ticket, self._rows.begin(self._prompt, logits, turn, rules, ticket, ticket.max_tokens))
         ticket.rules = None if ticket.request.setting is None else rules
         ticket.alone = rules
 
     def _decode(self, rest: float) -> None:
-        """One step of all rows; `rest`: seconds since the last one."""
+        """Decode one step of all rows; `rest`: seconds that the prefill before it took."""
         rows, pace = self._rows.rows, self.pace
         if not rows:
             return
@@ -299,7 +305,7 @@ class Scheduler:
             self._end(ticket)
 
     def _end(self, ticket: Ticket) -> None:
-        """One that has no row yet."""
+        """Fail a cancelled or late ticket that has no row yet."""
         error = RequestError("The request was cancelled.") if ticket.cancelled else self._late()
         self._tell(ticket, self._rows.failed(error))
 
@@ -313,12 +319,12 @@ class Scheduler:
             self.figures.finished += response.error is None
         try:
             ticket.tell(response)
-        except Exception:  # of whoever asked: no reason to end the others
+        except Exception:  # an error of the client must not end other answers
             logger.exception("a response could not be told")
             ticket.cancelled = True
         if response.finish_reason is not None:
             ticket.ended = True
-            ticket.turn = ticket.guide = None  # megabytes, and whoever asked may hold the ticket for long
+            ticket.turn = ticket.guide = None  # free megabytes: the client may hold the ticket for long
 
     def _late(self) -> DeadlineError:
         why = "The server is closing." if self._closing else "The time that this request had is over."

@@ -1,4 +1,4 @@
-"""Requests, as they wait and are answered."""
+"""Requests in a scheduler: their data, their state on the way to an answer, and counts of them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class BusyServerError(RequestError):
 
 
 class DeadlineError(RequestError):
-    """A request's time was over before its answer was."""
+    """The request's deadline passed before its answer ended."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how it is to be answered. `setting` None: as the server thinks best at that moment. `deadline`:
-    seconds from now on.
+    """A prompt, and how to answer it. `setting` None: the scheduler chooses one at every step. `deadline`: seconds from
+    `submit` on.
     """
 
     prompt: Prompt
@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way. `tell` gets every response, on the scheduler's thread; the last has a `finish_reason`."""
+    """A submitted request. The scheduler's thread calls `tell` with every response; the last has a `finish_reason`."""
 
     request: Request
     ids: TokenIds
@@ -53,7 +53,7 @@ class Ticket:
     ended: bool = False
     turn: Turn | None = None
     alone: SessionRules | None = None
-    """Its rules as the only row, where it has none of its own."""
+    """Rules for steps in which this is the only row, where its request has no setting."""
 
     @property
     def late(self) -> bool:

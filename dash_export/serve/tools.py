@@ -15,16 +15,16 @@ from dash_export.runtime.guidance import json_rule
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 LONGEST = 1 << 16
-"""Letters of a call."""
+"""Most characters of a call."""
 
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:
-    json.dumps(value, allow_nan=False)  # an answer may hold it
+    json.dumps(value, allow_nan=False)  # raises for NaN: an answer may repeat the object
     return value
 
 
 Json = Annotated[dict[str, Any], AfterValidator(_json)]
-"""An object of numbers that JSON has: those that are read may be NaN."""
+"""JSON object without NaN and infinity, which the parser accepts but JSON does not have."""
 
 
 class Function(BaseModel):
@@ -53,9 +53,9 @@ Choice = Literal["none", "auto", "required"] | ToolName
 def calls_grammar(
     tools: Sequence[Tool], choice: Choice, parallel: bool, marked: bool, schema: Mapping[str, Any] | None = None
 ) -> str | None:
-    """The grammar of an answer that has to call (`required`, or the one function that `choice` names), or that is JSON
-    of `schema` or calls; None where any text will do. `marked`: the marks are tokens of the model's. Raises
-    RequestError.
+    """Return the grammar of an answer: calls (`required`, or the one function that `choice` names), JSON of `schema`,
+    or either of them (`auto`). Return None where any text will do. `marked`: BEGIN and END are tokens of the model.
+    Raises RequestError.
     """
     answer = "" if schema is None else json_rule(schema)
     free = choice == "none" or (choice == "auto" and (not answer or not tools))
@@ -75,7 +75,7 @@ def calls_grammar(
         for place, one in enumerate(wanted)
     ]
     several = r' ("\n" call)*' if parallel and named is None else ""
-    # A token that is added is not spelt: llguidance knows it by its name.
+    # A token that was added to the vocabulary is named, not spelt: llguidance knows it by its name.
     begin, end = (BEGIN, END) if marked else (f'"{BEGIN}"', f'"{END}"')
     rules = [f"start: call{several}", f'call: {begin} "\\n" arguments "\\n" {end}']
     rules.append(f"arguments: {json_rule({'anyOf': calls})}")
@@ -86,16 +86,16 @@ def calls_grammar(
 
 
 def _arguments(function: Function, place: int) -> dict[str, Any]:
-    """Its schema, under a name of its own: its references are to itself. Raises RequestError."""
+    """Return a function's schema with an `$id` of its own, so that its references stay inside. Raises RequestError."""
     given = {"type": "object", **function.parameters}
-    given.pop("$schema", None)  # in old drafts an $id beside a $ref is none
+    given.pop("$schema", None)  # in old drafts an $id beside a $ref has no effect
     if given["type"] != "object" or re.search(r'"\$id": *"', json.dumps(given)):
         raise RequestError(f"tools: the parameters of {function.name} are not of type object, or have an $id.")
     return given | {"$id": f"tool:{place}"}
 
 
 def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """An answer's own words, and its calls as OpenAI tells them; what is no call stays among the words."""
+    """Return an answer's text without its calls, and the calls as OpenAI has them. A broken call stays in the text."""
     calls: list[dict[str, Any]] = []
     words, at = "", 0
     while (start := text.find(BEGIN, at)) >= 0:
@@ -116,7 +116,7 @@ _DECODER, _SPACE = json.JSONDecoder(parse_constant=_no_number), re.compile(r"\s*
 
 
 def _call(text: str) -> tuple[dict[str, Any] | None, int]:
-    """The call that begins the text, None where there is none, and its letters with the mark after it."""
+    """Return the call at the start of the text, None if there is none, and its length in characters with END."""
     try:
         call, end = _DECODER.raw_decode(text, _SPACE.match(text).end())  # type: ignore[union-attr]
         name, arguments = call["name"], call.get("arguments", {})
@@ -126,13 +126,13 @@ def _call(text: str) -> tuple[dict[str, Any] | None, int]:
     end = _SPACE.match(text, end).end()  # type: ignore[union-attr]
     if not isinstance(name, str) or not isinstance(arguments, dict) or not text.startswith(END, end):
         return None, 0
-    name = name.encode(errors="replace").decode()  # half a character is none
+    name = name.encode(errors="replace").decode()  # half a character (a lone surrogate) cannot be sent
     made = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": told}}
     return made, end + len(END)
 
 
 class Words:
-    """The words of a streamed answer before its first call: what may begin one is held back."""
+    """Filter of a streamed answer: passes the text before the first call, and holds back what may begin a call."""
 
     def __init__(self) -> None:
         self.held, self._calls = "", False

@@ -29,8 +29,8 @@ instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 
 
 def write_repository(folder: Path, served: Mapping[str, Scheduler]) -> list[Path]:
-    """Write `folder`/NAME/config.pbtxt and `folder`/NAME/1/model.py for every bundle, each model whole or not at all;
-    returns their folders. Raises OutputError where a model of that name is there already.
+    """Write `folder`/NAME/config.pbtxt and `folder`/NAME/1/model.py for every bundle, each model whole or not at all.
+    Return the models' folders. Raises OutputError where a model of that name already exists.
     """
     code, made = Path(__file__).with_name("triton_model.py").read_bytes(), list[Path]()
     for model in (folder / name for name in served):

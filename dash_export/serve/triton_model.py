@@ -11,7 +11,7 @@ import time
 from functools import partial
 from typing import Any
 
-# Some builds of the backend ignore it.
+# Some builds of the backend ignore PYTHONPATH.
 sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
 import numpy as np  # noqa: E402
@@ -27,8 +27,9 @@ from dash_export.serve.tickets import BusyServerError, Request, Ticket  # noqa: 
 
 
 class TritonPythonModel:
-    """`text_input`, and as `sampling_parameters` the other fields of /v1/completions, `dash` too -> `text_output` in
-    pieces; with the last one `statistics`. A request that its client gives up is cancelled.
+    """A bundle as a streaming model. Inputs: `text_input`, and `sampling_parameters`: JSON of the other fields of
+    /v1/completions, `dash` too. Outputs: `text_output` in pieces, and `statistics` with the last piece. A request that
+    its client cancels is ended.
     """
 
     def initialize(self, given: dict[str, str]) -> None:
@@ -45,19 +46,19 @@ class TritonPythonModel:
                 asked = _asked(request)
                 try:
                     self._submit(asked, sender)
-                except BusyServerError:  # those whose clients have gone make place
+                except BusyServerError:  # make room: drop requests whose clients have gone
                     self._drop_cancelled()
                     self._submit(asked, sender)
             except DashError as error:
                 _fail(sender, str(told(error)))
-            except (ValueError, RecursionError) as error:  # pydantic's is one, and json's
+            except (ValueError, RecursionError) as error:  # pydantic's and json's errors are ValueErrors
                 _fail(sender, _said(error))
 
     def finalize(self) -> None:
         self._scheduler.close(5)
 
     def _submit(self, asked: CompletionRequest, sender: Any) -> None:
-        # Its thread may be told a token before the ticket is known here: it looks for it in this list.
+        # The scheduler's thread may call `_tell` before `submit` returns the ticket: `_tell` looks for it in this list.
         tickets: list[Ticket] = []
         submitted = Request(asked.prompt, asked.max_tokens, asked.sampling(), asked.dash.setting())
         tickets.append(self._scheduler.submit(submitted, partial(self._tell, sender, tickets)))
@@ -67,7 +68,7 @@ class TritonPythonModel:
         for ticket, sender in self._open.items():
             if not ticket.ended and sender.is_cancelled():
                 self._scheduler.cancel(ticket)
-        time.sleep(0.05)  # the scheduler looks between two steps
+        time.sleep(0.05)  # the scheduler drops tickets between two steps
 
     def _tell(self, sender: Any, tickets: list[Ticket], response: Response) -> None:
         if response.error is not None:
@@ -92,7 +93,7 @@ class TritonPythonModel:
 
 
 def _asked(request: Any) -> CompletionRequest:
-    """Raises ValueError and RequestError."""
+    """Return the request's inputs as a completion request. Raises ValueError and RequestError."""
     given = _text(request, "sampling_parameters") or "{}"
     check_parts(given.encode())
     parameters = json.loads(given)
@@ -104,7 +105,7 @@ def _asked(request: Any) -> CompletionRequest:
 
 
 def _text(request: Any, name: str) -> str | None:
-    """Raises ValueError for what is not one text."""
+    """Return the text of an input, None if it is missing. Raises ValueError unless it is exactly one text."""
     tensor = triton.get_input_tensor_by_name(request, name)
     if tensor is None:
         return None

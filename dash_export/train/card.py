@@ -25,9 +25,9 @@ from dash_export.train.stages import Run
 
 BATCHES = 8
 POINTS = 8
-"""Trade-offs of the dial that are judged."""
+"""Number of trade-offs of the dial that are judged."""
 STATIC_SETS = 5
-"""First sets of a static order that are judged."""
+"""Number of sets that are judged of a static order: its first unit, its first two, and so on."""
 
 
 def policy_card(
@@ -38,7 +38,7 @@ def policy_card(
     chosen: Sequence[Candidate],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The card of a policy that was trained in `run`; `facts` of the training are on it as they are given."""
+    """Return the card of a policy that was trained in `run`, judged on `held`; `facts` are on it as they are given."""
     settings, place = run.settings, run.model.device
     rng = np.random.default_rng(JUDGED_SEED)
     batches = [held.batch(rng, settings.windows, settings.window, place) for _ in range(BATCHES)]
@@ -71,9 +71,9 @@ def held_out_figures(
     trade_offs: tuple[float, float],
     progress: Progress = no_progress,
 ) -> tuple[int, list[dict[str, object]]]:
-    """(tokens judged, figures: means over the tokens past the prefix of layers skipped, KL from dense (nats), top-1
-    agreement, nll (nats)): dense, the token policy at POINTS of its dial, and the first sets of the static
-    `order` with the same bypasses.
+    """Return (tokens judged, figures): a row for dense, for the token policy at POINTS trade-offs of its dial, and for
+    the first sets of the static `order` with the same bypasses. Figures are means over the tokens past the prefix:
+    layers skipped, KL from dense (nats), top-1 agreement with dense, nll (nats).
     """
     units = modules.units
     sizes = torch.tensor([len(unit.layers) for unit in units], dtype=torch.float32, device=model.device)

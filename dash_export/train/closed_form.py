@@ -1,8 +1,8 @@
-"""Bypasses in closed form: ridge regression of what a unit does on what enters it.
+"""Bypasses in closed form: ridge regression of a unit's outputs on the unit's input.
 
-With X the normed input of a unit's first layer and a column of ones, and Y its update and the K and V of its other
-layers, the bypass is (X'X + ridge)^-1 X'Y. It needs sums over tokens only: memory does not grow with the text. Units
-that begin at one layer share X'X and their K and V.
+X is the normed input of a unit's first layer and a column of ones; Y is the unit's update and the K and V of its other
+layers. The bypass is (X'X + ridge)^-1 X'Y. It needs sums over tokens only: memory does not grow with the text. Units
+that begin at the same layer share X'X and the sums of K and V.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel
 
 RIDGE = 1e-6
-"""Per token and unit of x, whose mean square is 1."""
+"""Ridge per token, on the diagonal of X'X: relative to the mean square of X, which is 1."""
 
 
 class Sums:
-    """X'X and X'Y (float64, on the CPU) of these units, over the tokens that count: 10 MB for a unit of four layers of
-    a 135M, 300 MB for one of an 8B.
+    """X'X and X'Y (float64, on the CPU) of `units`, over the counted tokens: 10 MB for a unit of four layers of a 135M,
+    300 MB for one of an 8B.
     """
 
     def __init__(self, model: GatedModel, units: Iterable[Unit]) -> None:
@@ -32,11 +32,11 @@ class Sums:
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
-        """One dense pass over the batch."""
+        """Run one dense pass over the batch and add its sums."""
         model, counted = self._model, batch.counted
         self._count += int(counted.sum())
         entered: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """By first layer: X, and what it is the norm of."""
+        """First layer of a unit -> X and the unit's input, of which X is the norm."""
         for layer, before, after in model.dense_layers(batch.ids):
             open_units = [unit for unit in self.units if layer in unit.layers]
             keys_values = model.keys_values(layer, before[counted]).double() if entered and open_units else None
@@ -59,7 +59,7 @@ class Sums:
         self._sums[first, what, layer] = found if known is None else known.add_(found)
 
     def fit(self, unit: Unit) -> Bypass:
-        """The bypass of one of the units."""
+        """Return the bypass of `unit`, which is one of `units`."""
         first, device = unit.first, self._model.device
         xy = [self._sums[first, "update", unit.last]]
         xy += [self._sums[first, "keys and values", layer] for layer in unit.layers[1:]]

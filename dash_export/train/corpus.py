@@ -1,8 +1,8 @@
-"""Text to learn from: windows of token ids with a dense prefix each, as decode will see them.
+"""Text to learn from: windows of token ids, each with a dense prefix, as decode will see them.
 
-A policy acts after a prompt: the prompt is dense, what follows is skipped. So every window says how many of its first
-tokens are dense: the prompt of a chat, or a random few of a passage of prose. Self-generated text, continuations of
-chat prompts, is what a deployed policy acts on.
+A policy acts after a prompt: the prompt is dense, and what follows may be skipped. So every window says how many of its
+first tokens are dense: the prompt of a chat, or a random number of tokens of a passage of prose. Self-generated text,
+continuations of chat prompts by the model, is what a deployed policy acts on.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SHORTEST = 16
 GENERATED_BATCH, TEMPERATURE = 32, 0.7
 SELF_GENERATED = "self-generated"
 JUDGED_SEED = 20252
-"""Seed of what is held out: not the training's, so that trainings compare."""
+"""Seed of the held-out data. It is not the seed of the training, so that trainings can be compared."""
 
 
 class Batch(NamedTuple):
-    """ids int64 [batch, tokens]; dense and counted bool [batch, tokens]: rows every layer runs for, and rows that are
-    text and not padding, past the prefix, so that their divergence counts.
+    """Windows of text. ids int64 [batch, tokens]; dense and counted bool [batch, tokens]: tokens that run every layer,
+    and tokens whose divergence counts: those past the prefix that are text, not padding.
     """
 
     ids: torch.Tensor
@@ -42,8 +42,8 @@ class Batch(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """One piece of text as token ids int64 [tokens]; `prefix` is its prompt's length, or None for prose without one,
-    whose windows have `beginning` in front.
+    """One piece of text as token ids int64 [tokens]. `prefix`: length of its prompt, None for prose without a prompt;
+    windows of prose begin with `beginning`.
     """
 
     ids: torch.Tensor
@@ -53,16 +53,16 @@ class Passage(NamedTuple):
 
 @dataclass
 class Corpus:
-    """Passages by source. Sources are drawn alike often, whatever their size; within one, by length."""
+    """Passages by source. All sources are drawn equally often, whatever their size; within one, by length."""
 
     sources: dict[str, list[Passage]] = field(default_factory=dict)
 
     def tokens(self) -> dict[str, int]:
-        """Tokens per source."""
+        """Return the number of tokens per source."""
         return {name: sum(len(passage.ids) for passage in passages) for name, passages in self.sources.items()}
 
     def batch(self, rng: np.random.Generator, size: int, window: int, device: torch.device | None = None) -> Batch:
-        """`size` random windows of `window` tokens."""
+        """Draw `size` random windows of `window` tokens."""
         ids = torch.zeros(size, window, dtype=torch.int64)
         dense, counted = (torch.zeros(size, window, dtype=torch.bool) for _ in range(2))
         names = sorted(self.sources)
@@ -79,10 +79,10 @@ class Corpus:
 def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[torch.Tensor, int]:
     if passage.prefix is None:
         start = int(rng.integers(len(passage.ids) - window + 1))
-        # Half of the windows show what a short prompt leaves, half what a longer one does.
+        # Half of the windows stand for text after a short prompt, half for text after a longer one.
         prefix = DENSE_POSITIONS if rng.random() < 0.5 else int(rng.integers(DENSE_POSITIONS, window // 2))
     else:
-        # A prompt longer than the window keeps its end, as much as leaves half of the window to what follows.
+        # Of a long prompt only the end is kept, so that half of the window is left to the continuation.
         start = max(0, passage.prefix - window // 2)
         prefix = max(passage.prefix - start, DENSE_POSITIONS)
     first = torch.tensor(passage.beginning, dtype=torch.int64)
@@ -90,8 +90,8 @@ def _window(passage: Passage, rng: np.random.Generator, window: int) -> tuple[to
 
 
 def read_corpus(paths: Sequence[Path], text: Text, window: int, held_out: float) -> tuple[Corpus, Corpus]:
-    """The plain text files among `paths` as (training, held-out) corpora: the last `held_out` share of each is held
-    out. Raises RequestError for a file that is missing, not text or too short.
+    """Read plain text files as (training, held-out) corpora: the last `held_out` share of each file is held out. Raises
+    RequestError for a file that is missing, not text or too short.
     """
     beginning = tuple(text.beginning.tolist())
     if window < len(beginning) + DENSE_POSITIONS + 2:
@@ -116,8 +116,8 @@ MAX_PROMPT, MAX_PROMPTS = 1 << 20, 1 << 18
 
 
 def read_prompts(path: Path) -> list[list[dict[str, str]]]:
-    """Chat prompts of a .jsonl file as message lists: each line an object with `messages`, `turns` (the first is
-    taken) or `prompt`. Raises RequestError naming the line.
+    """Read the chat prompts of a .jsonl file as message lists: each line is an object with `messages`, `turns` (the
+    first is taken) or `prompt`. Raises RequestError that names the line.
     """
     prompts: list[list[dict[str, str]]] = []
     for number, line in enumerate(lines(read_text(path)), 1):  # other line ends are text in JSON
@@ -146,7 +146,7 @@ def _messages(record: Any) -> list[dict[str, str]]:
         messages = [{"role": "user", "content": turns[0]}]
     if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
         raise TypeError("not text")
-    "".join(text for message in messages for text in message.values()).encode()  # half a character is no text
+    "".join(text for message in messages for text in message.values()).encode()  # raises for half a character
     return messages
 
 
@@ -157,8 +157,8 @@ def self_generated(
     settings: TrainingSettings,
     progress: Progress = no_progress,
 ) -> tuple[list[Passage], list[Passage]]:
-    """Continuations by `model` (transformers) of `own_prompts` of the chats, (training, held out): a `held_out` share
-    of the prompts is held out, and what is judged does not follow the seed.
+    """Return continuations by `model` (transformers) of `own_prompts` of the chats, as (training, held out). A
+    `held_out` share of the prompts is held out; which ones these are does not depend on the training's seed.
     """
     order = np.random.default_rng(JUDGED_SEED).permutation(len(chats))
     split = max(1, int(len(chats) * (1 - settings.held_out)))
@@ -185,7 +185,7 @@ def self_generated(
 
 
 def _continued(model: Any, prompts: Sequence[Sequence[int]], tokens: int, ends: frozenset[int]) -> list[Passage]:
-    """Sample up to `tokens` tokens after each prompt, densely; what is shorter than SHORTEST is left out."""
+    """Sample up to `tokens` tokens after each prompt, densely; leave out continuations shorter than SHORTEST."""
     width = max(map(len, prompts))
     ids, mask = (torch.zeros(len(prompts), width, dtype=torch.int64) for _ in range(2))
     for row, prompt in enumerate(prompts):  # padded on the left, as generation wants it

@@ -1,4 +1,4 @@
-"""How a policy is trained: the one home of every default of training."""
+"""Settings of a training: the one home of every default."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 KINDS = ("token", "static")
 PRECISIONS = ("bfloat16", "float32")
-"""Names of torch's types."""
+"""Names of torch's dtypes."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a policy is trained. Steps are batches of `windows` windows of `window` tokens; no stage takes more of them
+    """Settings of a training. Steps are batches of `windows` windows of `window` tokens; no stage takes more steps
     than the tuning.
 
-    `search_steps`: what the bypasses that are tried out are fitted on; `fit_steps`: what the chosen ones are; of the
-    regression, the first `warm_up_steps` skip at random only. `trade_offs`: the range of the dial that training covers,
-    in nats per dense token time. `again`: the share of the tuning's learning rates when it goes on from a trained
-    policy. `own_prompts` continuations of the model's own, of up to `own_tokens` tokens, join the corpus. `held_out`:
-    share of every text that is only evaluated on. `precision` of the frozen model, bfloat16 or float32.
+    `search_steps`: steps that fit the bypasses of candidate units; `fit_steps`: steps that fit those of the chosen
+    units; `warm_up_steps`: first steps of the regression, which skip at random only. `trade_offs`: the range of the
+    dial that training covers, in nats per dense token time. `again`: factor on the tuning's learning rates when it
+    goes on from a trained policy. `own_prompts`: number of the model's own continuations, of up to `own_tokens` tokens,
+    that join the corpus. `held_out`: share of every text that is only evaluated on. `precision` of the frozen model:
+    bfloat16 or float32.
     """
 
     seed: int = 0

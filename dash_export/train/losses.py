@@ -8,8 +8,9 @@ skipped pass from the dense one, per token; the prediction is the sum of the dam
 Thresholding the result is the one-step greedy policy of the Markov decision process (docs/method.md). Tuning then moves
 bypasses and network together: for a window at trade-off λ a rollout costs KL + λ * time. The bypasses follow the
 gradient of the KL. A decision has no gradient; the network follows the straight-through one (Bengio et al. 2013, arXiv
-1308.3432): forward takes the decision, backward its softened form, sigmoid((limit - damage) / (SOFTNESS * limit)), so
-that every decision of a token hears what it did to this token and, through the KV cache, to later ones.
+1308.3432): the forward pass takes the decision, the backward pass its softened form, sigmoid((limit - damage) /
+(SOFTNESS * limit)). So every decision of a token gets the gradient of its effect on this token and, through the KV
+cache, on later ones.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel, Head, SkipModules, below
 
 ROWS = 64
-"""Tokens of which two vocabularies' worth of logits are held at once."""
+"""Number of tokens whose logits, those of both models, are in memory at once."""
 SOFTENING = 0.02
-"""Nats. The square root evens out errors of small and large divergences; this keeps its slope finite at zero."""
+"""Nats. The square root evens out errors of small and large divergences; SOFTENING keeps its slope finite at zero."""
 LARGEST_RATE, EXPLORATION, MASKS = 0.6, 0.1, 2
 """In the regression: the largest rate of random skips, the share of decisions that are replaced by random ones, and the
 skipped passes that are compared with each dense one.
@@ -46,7 +47,7 @@ class Divergence(NamedTuple):
 
 @torch.no_grad()
 def divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, targets: torch.Tensor) -> Divergence:
-    """dense and skipped final states [n, hidden]; targets [n] (the tokens that follow)."""
+    """Compare dense and skipped final states [n, hidden]; targets [n] are the tokens that follow."""
     parts = []
     for rows, p, q, lse_p, lse_q in _logits(head, dense, skipped):
         chosen = q.gather(-1, targets[rows, None])[:, 0] - lse_q
@@ -58,15 +59,15 @@ def divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, targets: 
 
 
 def summed_divergence(head: Head, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: states [n, hidden], weight [n] ->
-    scalar.
+    """Return the sum over rows of weight * KL(dense || skipped), differentiable in `skipped`: states [n, hidden],
+    weight [n] -> scalar.
     """
     total: torch.Tensor = _SummedDivergence.apply(head, dense, skipped, weight)  # type: ignore[no-untyped-call]
     return total
 
 
 class _SummedDivergence(torch.autograd.Function):
-    """The gradient for `skipped` is made on the way forward, d KL / d logits = q - p, so no logits are kept."""
+    """Summed KL. Its gradient for `skipped` is made in the forward pass, d KL / d logits = q - p; no logits stay."""
 
     @staticmethod
     def forward(ctx: Any, head: Head, dense: torch.Tensor, skipped: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -90,7 +91,7 @@ class _SummedDivergence(torch.autograd.Function):
 
 
 def _logits(head: Head, dense: torch.Tensor, skipped: torch.Tensor) -> Iterator[_Block]:
-    """(rows, logits of both [rows, vocab], their logsumexp [rows]) of ROWS tokens at a time."""
+    """Yield (rows, logits of both [rows, vocab], their logsumexp [rows]), ROWS tokens at a time."""
     for start in range(0, len(dense), ROWS):
         rows = slice(start, start + ROWS)
         p, q = ((states[rows] @ head.weight.T).float() for states in (dense, skipped))
@@ -107,11 +108,11 @@ def regression_loss(
     rng: np.random.Generator,
     on_policy: bool = True,
 ) -> torch.Tensor:
-    """The loss of the damage regression over one batch, with a gradient for the network's weights.
+    """Return the loss of the damage regression over one batch, with a gradient for the network's weights.
 
-    Half of the windows skip at random, independently per token and unit, at a rate drawn per window: the exploration
-    that tells units apart. The other half, if `on_policy`, follow the network as it is, at a trade-off drawn per window
-    (nats per dense token time), with EXPLORATION: what the policy will meet, over the whole dial.
+    Half of the windows skip at random, independently per token and unit, at a rate drawn per window: this exploration
+    tells units apart. The other half, if `on_policy`, follow the network as it is, at a trade-off drawn per window
+    (nats per dense token time), with EXPLORATION: the policy will meet such states, over the whole dial.
     """
     ids, dense, counted = (part.repeat(MASKS, 1) for part in batch)
     windows = len(ids)
@@ -132,8 +133,8 @@ def regression_loss(
 def tuning_loss(
     model: GatedModel, modules: SkipModules, trade_offs: tuple[float, float], batch: Batch, rng: np.random.Generator
 ) -> torch.Tensor:
-    """(KL + λ * time) / λ over one batch, so that every trade-off of the range weighs alike; with gradients for the
-    bypasses and the network.
+    """Return (KL + λ * time) / λ over one batch, but for a constant: the division makes every trade-off of the range
+    weigh alike. It has gradients for the bypasses and the network.
     """
     ids, dense, counted = batch
     drawn = _drawn(rng, len(ids), trade_offs).to(model.device)[:, None]
@@ -154,8 +155,8 @@ def tuning_loss(
 def static_loss(
     model: GatedModel, modules: SkipModules, order: Sequence[int], batch: Batch, rng: np.random.Generator
 ) -> torch.Tensor:
-    """KL under the first units of a static `order`, how many drawn per window up to those of half of the model's
-    layers; with gradients for the bypasses.
+    """Return the KL where the first units of a static `order` are skipped. Their number is drawn per window, up to half
+    of the model's layers. It has gradients for the bypasses.
     """
     ids, dense, counted = batch
     sizes = [len(modules.units[place].layers) for place in order]
@@ -170,6 +171,6 @@ def static_loss(
 
 
 def _drawn(rng: np.random.Generator, count: int, bounds: tuple[float, float]) -> torch.Tensor:
-    """Log-uniform trade-offs, float32 [count]."""
+    """Draw log-uniform trade-offs, float32 [count]."""
     low, high = np.log(bounds)
     return torch.from_numpy(np.exp(rng.uniform(low, high, count)).astype(np.float32))

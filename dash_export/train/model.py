@@ -1,9 +1,9 @@
 """The model that a policy is trained in, and the policy's trained tensors (torch).
 
 `GatedModel` is the transition of the MDP: the frozen model with per-token actions, in one teacher-forced batched pass.
-The same contract as the oracle, over batches, in the training dtype and differentiable. Every layer sees every token:
-one that skips a unit only gives it the K and V of its bypass, and leaves it with the bypass's hidden state.
-`SkipModules` are the damage network and the bypasses.
+It has the contract of the oracle (reference/oracle.py), over batches, in the training dtype and differentiable. Every
+layer sees every token. A token that skips a unit gives the unit's layers only the K and V of the bypass, and leaves the
+unit with the hidden state of the bypass. `SkipModules` are the damage network and the bypasses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FIRST_SCORE = -1.5
 Decide = Callable[[torch.Tensor], torch.Tensor]
 """damage [batch, tokens, units] -> skip [batch, tokens, units] bool."""
 Soften = Callable[[torch.Tensor], torch.Tensor]
-"""damage [batch, tokens, units] -> how much of a skip each is, in (0, 1), differentiable."""
+"""damage [batch, tokens, units] -> degree of skipping in (0, 1), in the same shape, differentiable."""
 
 
 class Head(NamedTuple):
@@ -45,8 +45,8 @@ class Head(NamedTuple):
 
 
 class SkipModules(nn.Module):
-    """The weights of a `SkipPolicy` as parameters (float32), with its two functions over rows of tokens. Raises
-    PolicyError for bypasses without weights, of which there is nothing to train.
+    """The weights of a `SkipPolicy` as parameters (float32), and its network and bypasses as functions of rows of
+    tokens. Raises PolicyError for a bypass without weights: there is nothing to train.
 
     States are RMSNorm(h) of unit gain, [..., hidden].
     """
@@ -61,31 +61,31 @@ class SkipModules(nn.Module):
         self.bypasses = nn.ModuleList(_parameters(bypass.weights) for bypass in policy.bypasses)
 
     def damage(self, state: torch.Tensor) -> torch.Tensor:
-        """Input of layer `read`, normed -> damage [..., units] in nats; without a network 0."""
+        """Return damage [..., units] in nats of `state`, the normed input of layer `read`; 0 without a network."""
         if not self.network:
             return torch.zeros(*state.shape[:-1], len(self.units), device=state.device)
         return nn.functional.softplus(state.float() @ self.network["weight"] + self.network["bias"])
 
     def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
-        """The columns of a unit's bypass, as `policy.py` orders them: what enters the unit, normed -> [..., columns]
-        in the dtype of `state`.
+        """Return the columns of the bypass of unit `place`, as `policy.py` orders them, [..., columns] in the dtype of
+        `state`, which is the normed input of the unit.
         """
         weight, bias = (self.bypasses[place].get_parameter(name).to(state.dtype) for name in ("weight", "bias"))
         return state @ weight + bias
 
     def cost(self, spec: DecoderSpec) -> torch.Tensor:
-        """Savings of skipping each unit [units], by bytes."""
+        """Return the fraction of a token's time that skipping each unit saves, [units], by bytes (`saved`)."""
         own = [saved(spec, len(unit.layers)) for unit in self.units]
         return torch.tensor(own, device=next(self.parameters()).device)
 
     def to_policy(self) -> SkipPolicy:
-        """The weights as numpy arrays (copies)."""
+        """Return the policy with these weights as numpy arrays (copies)."""
         bypasses = tuple(Bypass(_arrays(bypass)) for bypass in self.bypasses)
         return SkipPolicy(self.units, self.read, _arrays(self.network) or None, bypasses)
 
 
 def initial_network(units: int, hidden: int) -> dict[str, Float32Array]:
-    """A network that begins by predicting the same damage everywhere."""
+    """Return a network that begins by predicting the same damage everywhere."""
     return {"weight": np.zeros((hidden, units), np.float32), "bias": np.full(units, FIRST_SCORE, np.float32)}
 
 
@@ -99,9 +99,9 @@ def _arrays(part: nn.Module) -> dict[str, Float32Array]:
 
 @dataclass(frozen=True)
 class Rollout:
-    """final: normed last hidden states [batch, tokens, hidden]; state: what the network read, in the same shape. Per
-    unit, [batch, tokens, units]: skipped bool; taken float32, the same with the gradient of its softened form; damage
-    float32.
+    """Result of a pass. `final`: normed last hidden states [batch, tokens, hidden]; `state`: what the network read, in
+    the same shape. Per unit, [batch, tokens, units]: `skipped` bool; `taken` float32, the values of `skipped` with the
+    gradient of their softened form; `damage` float32.
     """
 
     final: torch.Tensor
@@ -112,8 +112,8 @@ class Rollout:
 
 
 class GatedModel:
-    """A frozen checkpoint on one device, in one dtype. `recomputes`: what a layer keeps for the backward pass is its
-    input only, which a GPU's memory needs.
+    """A frozen checkpoint on one device, in one dtype. `recomputes`: each layer keeps only its input for the backward
+    pass and is run again there (activation checkpointing), to fit in the memory of a GPU.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -126,23 +126,23 @@ class GatedModel:
         self.recomputes = device.type == "cuda"
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """RMSNorm of unit gain, computed in float32, in the dtype of `hidden`."""
+        """Return RMSNorm of unit gain, computed in float32, in the dtype of `hidden`."""
         return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.spec.rms_norm_eps).to(hidden.dtype)
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [batch, tokens] -> normed last hidden states."""
+        """Run a dense pass: ids [batch, tokens] -> normed last hidden states [batch, tokens, hidden]."""
         final: torch.Tensor = self.model.model(ids, use_cache=False).last_hidden_state
         return final
 
     def dense_layers(self, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """ids [batch, tokens] -> (layer, its input, its output [batch, tokens, hidden]), layer by layer."""
+        """Run a dense pass over ids [batch, tokens]; yield (layer, its input, its output [batch, tokens, hidden])."""
         hidden, inputs = self._embedded(ids)
         for index in range(self.spec.num_layers):
             before, hidden = hidden, self._layer(index, hidden, inputs)
             yield index, before, hidden
 
     def keys_values(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Input of a layer -> its K and V before norm and RoPE, side by side [..., 2 * kv]."""
+        """Return K and V of a layer before norm and RoPE, side by side [..., 2 * kv], from the layer's input."""
         layer = self.model.model.layers[index]
         normed = layer.input_layernorm(hidden)
         return torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], -1)
@@ -155,14 +155,14 @@ class GatedModel:
         dense: torch.Tensor,
         soften: Soften | None = None,
     ) -> Rollout:
-        """One pass over ids [batch, tokens]; rows where `dense` [batch, tokens] is true run every layer.
+        """Run one pass over ids [batch, tokens]; tokens where `dense` [batch, tokens] is true run every layer.
 
-        Gradients flow as torch's mode says; with `soften` decisions have that of their softened form
+        Gradients flow as torch's mode says. With `soften`, decisions have the gradient of their softened form
         (straight-through).
         """
         hidden, inputs = self._embedded(ids)
         hidden = self._layers(range(modules.read), hidden, inputs)
-        # The network learns from decisions, the base's hidden states do not: they are its input as they are.
+        # Decisions give gradients to the network, but not to the base model's hidden states, which are its input.
         state = self.normed(hidden).detach()
         damage = modules.damage(state)
         skipped = decide(damage.detach()) & ~dense[..., None]
@@ -182,7 +182,7 @@ class GatedModel:
         return Rollout(final, state, skipped, taken, damage)
 
     def _embedded(self, ids: torch.Tensor) -> tuple[torch.Tensor, LayerInputs]:
-        """Input of layer 0, and what else layers are given."""
+        """Return the input of layer 0, and the other inputs of all layers."""
         hidden = embedded(self.model, ids)
         return hidden, LayerInputs(self.model.model, self.spec, hidden)
 
@@ -200,13 +200,13 @@ class GatedModel:
         skip: torch.Tensor,
         taken: torch.Tensor,
     ) -> torch.Tensor:
-        """Output of a unit: `columns` of its bypass [batch, tokens, columns] for the rows that `skip` it, whose
-        gradient to the decision is that of `taken` [batch, tokens].
+        """Return a unit's output: from `columns` of its bypass [batch, tokens, columns] for the tokens that `skip` it,
+        from its layers for the others. The gradient of the decision flows through `taken` [batch, tokens].
         """
         others = len(unit.layers) - 1
         sizes = [self.spec.hidden_size, *[key_value_size(self.spec)] * (2 * others)]
         update, *rows = torch.split(columns, sizes, -1)
-        ran = self._layer(unit.first, hidden, inputs)  # its K and V are the bypass's: the same projections of h
+        ran = self._layer(unit.first, hidden, inputs)  # its K and V equal the bypass's: both project h
         for index, key, value in zip(unit.layers[1:], rows[::2], rows[1::2], strict=True):
             ran = self._layer(index, ran, inputs, skip, (key, value))
         bypassed = hidden + update
@@ -223,7 +223,7 @@ class GatedModel:
         skip: torch.Tensor | None = None,
         rows: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """One layer, with K and V given in `rows` for the tokens that `skip`."""
+        """Run one layer; for the tokens that `skip`, `rows` take the place of its K and V."""
         layer = self.model.model.layers[index]
 
         def run(hidden: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
@@ -241,21 +241,21 @@ class GatedModel:
 
 
 def below(limits: torch.Tensor) -> Decide:
-    """The rule of `decision.py`: skip where damage < limit, in nats; limits [..., units]."""
+    """Return the rule of `decision.py`: skip where damage < limit, in nats; limits [..., units]."""
     return lambda damage: damage < limits
 
 
 def always(units: int, places: Sequence[int]) -> Decide:
-    """Skip these of so many units."""
+    """Return the rule to skip the units at `places`, out of `units` units, at every token."""
     mask = torch.zeros(units, dtype=torch.bool)
     mask[list(places)] = True
     return lambda damage: mask.to(damage.device).expand(damage.shape)
 
 
 def saved(spec: DecoderSpec, layers: int) -> float:
-    """Fraction of a token's time that skipping a unit saves before any engine is built; below 0 where its bypass is
-    larger. Decode is bound by memory traffic, so it is that of bytes: (layers * a layer's - the bypass's) / (all
-    layers' + the head's). The cost table of a build measures it.
+    """Return the fraction of a token's time that skipping a unit of `layers` layers saves, as estimated before any
+    engine is built; below 0 where the bypass is larger. Decode is bound by memory traffic, so this is a fraction of
+    bytes: (layers * a layer's - the bypass's) / (all layers' + the head's). The cost table of a build measures it.
     """
     weights = {name: prod(shape) for name, shape in spec.weight_shapes().items()}
     layer = sum(count for name, count in weights.items() if name.startswith(layer_weight(0)))

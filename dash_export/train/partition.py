@@ -1,9 +1,10 @@
-"""Which units to train, and in which order a static policy skips them: both by skipping them and measuring the damage.
+"""Choice of the units to train, and of the order in which a static policy skips them: both by measured damage.
 
-The units are the partition of the layers that gains most, from what skipping each candidate alone costs and saves. At
-trade-off λ a token that can skip a unit gains max(0, λ * saved - damage), in nats; over λ that is time, and the mean
-over tokens and the range of the dial is the unit's gain. Gains are taken to add up. That they do not quite, and that
-the damage of a token is not known before, hits every partition alike: it is there to choose by, not to predict with.
+The units are the partition of the layers with the largest gain, by what skipping each candidate alone costs and saves.
+At trade-off λ a token that can skip a unit gains max(0, λ * saved - damage), in nats. Divided by λ that is time, and
+its mean over tokens and the range of the dial is the unit's gain. Two assumptions are not quite true: that gains add
+up, and that the damage of a token is known before. They affect every partition alike: gains serve to choose, not to
+predict.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from dash_export.train.losses import divergence
 from dash_export.train.model import GatedModel, SkipModules, always
 
 LENGTHS = (1, 2, 3, 4, 6)
-"""Layers of a candidate."""
+"""Numbers of layers that a candidate may have."""
 LAUNCH = 0.001
-"""The cost of one more engine, whether its unit is skipped or not: of a small model's token 0.002, and gains are judged
-before the tuning, which about halves damages.
+"""Cost of one more engine, whether its unit is skipped or not, as a fraction of a token's time. For a small model it is
+0.002; half of it is used, because gains are judged before the tuning, which about halves damages.
 """
 GRID = 8
-"""Trade-offs at which a gain is judged."""
+"""Number of trade-offs at which a gain is judged."""
 GROUP = 4
-"""Layers at which candidates begin whose sums are in memory at once: 0.1 GB of a 135M, 4.6 GB of an 8B. The search goes
-over its text once for each such group.
+"""Number of first layers whose candidates have their sums in memory at once: 0.1 GB for a 135M, 4.6 GB for an 8B. The
+search goes over its text once for each such group.
 """
 
 Windows = Sequence[tuple[Batch, torch.Tensor]]
-"""Batches, and what the dense model makes of each: its normed last states at the counted positions."""
+"""Batches, each with the dense model's normed last states at the counted positions."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A unit; the mean damage of skipping it alone (nats per token), and as fractions of a token's time what a skip of
-    it saves and what it gains.
+    """A unit. `damage`: mean damage of skipping it alone, nats per token; `saved` and `gain`: what a skip of it saves
+    and gains, as fractions of a token's time.
     """
 
     unit: Unit
@@ -51,8 +52,8 @@ class Candidate:
 
 
 def candidate_groups(num_layers: int) -> list[list[Unit]]:
-    """All units that are tried, by GROUP. The first sixth of the layers is in none, nor are 0 and 1: all decisions are
-    made by what enters the layer before the first unit, which says too little that early.
+    """Return all units that are tried, in groups by GROUP. The first sixth of the layers is in none, nor are layers 0
+    and 1: the policy reads the input of the layer before the first unit, and that early it says too little.
     """
     firsts = range(max(2, num_layers // 6), num_layers)
     groups = (firsts[start : start + GROUP] for start in range(0, len(firsts), GROUP))
@@ -62,20 +63,20 @@ def candidate_groups(num_layers: int) -> list[list[Unit]]:
 def judged_candidate(
     unit: Unit, damage: npt.NDArray[np.floating], saved: float, trade_offs: tuple[float, float]
 ) -> Candidate:
-    """A candidate by the damage [tokens] of skipping it alone."""
+    """Return a candidate, judged by the damage [tokens] of skipping its unit alone."""
     grid = np.geomspace(*trade_offs, GRID)
     gain = np.maximum(saved - damage[:, None] / grid, 0).mean()
     return Candidate(unit, float(damage.mean()), saved, float(gain))
 
 
 def best_partition(candidates: Iterable[Candidate], num_layers: int) -> tuple[Candidate, ...]:
-    """The candidates without a layer in common whose gains, less LAUNCH each, are the most together; none where none
-    gains.
+    """Return the candidates, no two with a layer in common, with the largest sum of gains less LAUNCH each; none where
+    none gains.
     """
     ending: dict[int, list[Candidate]] = {}
     for candidate in candidates:
         ending.setdefault(candidate.unit.last, []).append(candidate)
-    best: list[tuple[float, tuple[Candidate, ...]]] = [(0.0, ())]  # of the first layers, by how many
+    best: list[tuple[float, tuple[Candidate, ...]]] = [(0.0, ())]  # best[n]: of the first n layers
     for layer in range(num_layers):
         options = [best[layer]]
         for candidate in ending.get(layer, ()):
@@ -87,13 +88,13 @@ def best_partition(candidates: Iterable[Candidate], num_layers: int) -> tuple[Ca
 
 @torch.no_grad()
 def with_dense(model: GatedModel, batches: Iterable[Batch]) -> Windows:
-    """The dense pass over each batch, once for all the sets that are tried."""
+    """Run the dense pass over each batch, once for all sets of units that are tried on it."""
     return [(batch, model.dense(batch.ids)[batch.counted]) for batch in batches]
 
 
 @torch.no_grad()
 def static_damage(model: GatedModel, modules: SkipModules, places: Sequence[int], windows: Windows) -> torch.Tensor:
-    """KL (nats) of every counted token where all skip these units, [tokens]."""
+    """Return the KL (nats) of every counted token, [tokens], where all tokens skip the units at `places`."""
     found = []
     for (ids, dense, counted), final in windows:
         rollout = model.rollout(ids, modules, always(len(modules.units), places), dense)
@@ -104,8 +105,9 @@ def static_damage(model: GatedModel, modules: SkipModules, places: Sequence[int]
 def greedy_order(
     model: GatedModel, modules: SkipModules, windows: Windows, progress: Progress = no_progress
 ) -> tuple[int, ...]:
-    """Places of all units in the order in which a static policy skips them: each time the one that adds least damage a
-    layer. The last half is not searched for, and as the last step ranks it: nobody skips nearly everything.
+    """Return the places of all units in the order in which a static policy skips them: each step adds the unit with the
+    least added damage per layer. Only the first half is searched; the rest is as the last step ranks it, because nobody
+    skips nearly everything.
     """
     sizes, chosen, known, done = [len(unit.layers) for unit in modules.units], list[int](), 0.0, 0
     left, searched = list(range(len(sizes))), (len(sizes) + 1) // 2

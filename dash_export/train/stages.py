@@ -3,11 +3,11 @@
 1. the model's own continuations of the prompts join the corpus (corpus.py)
 2. the units, where they are not given (partition.py), and their bypasses in closed form (closed_form.py)
 3. damage regression: the network, from forward passes
-   (a training that goes on from a policy takes all that from it)
+   (a training that goes on from a policy takes the results of 2 and 3 from it)
 4. tuning: bypasses and network together, by KL (losses.py)
 5. the greedy static order, for the static kind of the same bundle (partition.py); a static policy has it before 4
 
-Every batch is drawn from (seed, stage, step), so a resumed training is the one that was killed.
+Every batch is drawn from (seed, stage, step), so a resumed training sees the batches of the training that was killed.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from dash_export.train.partition import (
 )
 
 SAVE_EVERY = 20
-"""Steps of regression and tuning: a kill costs as many at most. What else it interrupts begins anew: the sums and
-trials of one group of candidates, those of the closed form, the static order.
+"""Steps of regression and tuning between two saves: a kill loses at most so many. Other work begins anew when it is
+interrupted: the sums and trials of one group of candidates, the sums of the closed form, the static order.
 """
 RANKING_BATCHES = 2
 _DIGEST = hashlib.sha256().digest_size
@@ -58,21 +58,21 @@ Loss = Callable[[Batch, np.random.Generator, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Work:
-    """State that stages keep in `folder`, tensors and plain values. `key` changes with anything the training depends
-    on: what another one left there is not taken, nor what is damaged, which torch would not notice.
+    """State that the stages save in `folder`: tensors and plain values. `key` changes with anything the training
+    depends on. State of another training is not used, nor is damaged state, which torch would not notice.
     """
 
     folder: Path
     key: str
 
     def save(self, stage: str, state: Any) -> None:
-        """Keep what a stage made, or how far it is."""
-        packed = io.BytesIO()  # torch's own error for a full disk is none of Python's
+        """Save the result of a stage, or its progress."""
+        packed = io.BytesIO()  # in memory first: on a full disk torch raises no OSError
         torch.save(state, packed)
         write_atomic(self._path(stage), self._digest(packed.getvalue()) + packed.getvalue())
 
     def kept(self, stage: str) -> Any:
-        """Return what a stage kept, or None."""
+        """Return what a stage has saved, or None."""
         try:
             with open_regular(self._path(stage)) as file:
                 stored = file.read()
@@ -85,7 +85,7 @@ class Work:
         return torch.load(io.BytesIO(stored[_DIGEST:]), map_location="cpu", weights_only=True)
 
     def once(self, stage: str, make: Callable[[], _T]) -> _T:
-        """Return what a stage made; make it now where it is not kept."""
+        """Return the saved result of a stage; make and save it where there is none."""
         made: _T | None = self.kept(stage)
         if made is None:
             made = make()
@@ -101,7 +101,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what it trains in and on, and where it keeps its work."""
+    """One training: the model that it trains in, the corpus, the settings, and the folder of its work."""
 
     model: GatedModel
     corpus: Corpus
@@ -110,7 +110,7 @@ class Run:
     progress: Progress = no_progress
 
     def batch(self, stage: str, step: int) -> tuple[Batch, np.random.Generator]:
-        """A step's windows, and the generator that what else is random in it comes from."""
+        """Return the windows of a step, and the generator for everything else that is random in the step."""
         rng = np.random.default_rng([self.settings.seed, zlib.crc32(stage.encode()), step])
         return self.corpus.batch(rng, self.settings.windows, self.settings.window, self.model.device), rng
 
@@ -118,8 +118,8 @@ class Run:
 def trained_policy(
     run: Run, kind: str, units: tuple[Unit, ...] | None, start: SkipPolicy | None
 ) -> tuple[SkipPolicy, tuple[Candidate, ...]]:
-    """The policy of `kind`, of these units or of those of a search, and what that chose them by. `start`: the trained
-    policy that it goes on from.
+    """Train a policy of `kind`, for these units or for those that a search finds. Return it with the candidates that
+    the search chose. `start`: the trained policy that the training goes on from.
     """
     model, settings = run.model, run.settings
     chosen = search_units(run) if units is None else ()
@@ -144,14 +144,14 @@ def trained_policy(
         rates: Rates = [(modules.network, settings.network_rate)]
         _optimise(run, "regression", modules, settings.regression_steps, rates, regression)
     rates = [(modules.bypasses, settings.bypass_rate), (modules.network, settings.refinement_rate)]
-    # By another name where it goes on from a policy, which saw the batches that are drawn by this one.
+    # The stage's name draws its batches. A policy that is trained further has seen the batches of "tuning".
     _optimise(run, "further tuning" if start else "tuning", modules, settings.tuning_steps, rates, tuning)
     return replace(modules.to_policy(), static_order=order or _static_order(run, modules)), chosen
 
 
 def search_units(run: Run) -> tuple[Candidate, ...]:
-    """The units to train, with what they were chosen by: each candidate is fitted in closed form and skipped alone.
-    Raises PolicyError where none pays.
+    """Return the units to train, as candidates with their figures: each unit that is tried gets a bypass in closed form
+    and is skipped alone. Raises PolicyError where none pays.
     """
     model, settings = run.model, run.settings
     windows = with_dense(model, [run.batch("trials", 0)[0]])
@@ -207,7 +207,7 @@ def _static_order(run: Run, modules: SkipModules) -> tuple[int, ...]:
 
 
 def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rates, loss: Loss) -> None:
-    """AdamW with a short warm-up and a cosine to a twentieth, clipped per group; saves every SAVE_EVERY steps."""
+    """Run AdamW: a short warm-up, a cosine to a twentieth, gradients clipped per group. Save every SAVE_EVERY steps."""
     if not steps:
         return
     rates = [(part, rate) for part, rate in rates if len([*part.parameters()])]
@@ -244,8 +244,9 @@ def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rat
 def forward_passes(
     settings: TrainingSettings, kind: str, num_layers: int, search: bool, prompts: int
 ) -> dict[str, float]:
-    """About how many forward passes over a batch each stage takes, in their order: by the seconds of a step of each and
-    of a pass, of SmolLM2-135M in bfloat16 on 2 cores. A KL takes 3.5 there, over a large vocabulary.
+    """Return about how many forward passes over a batch each stage takes, in the order of the stages. The factors are
+    the seconds of a stage's step over the seconds of a pass, for SmolLM2-135M in bfloat16 on 2 cores. A KL over a large
+    vocabulary takes 3.5 passes there.
     """
     groups = candidate_groups(num_layers) if search else []
     last = {"tuning": (15.0 if kind == "token" else 20.0) * settings.tuning_steps, "static order": 140.0}
@@ -260,7 +261,9 @@ def forward_passes(
 
 
 def of_all(progress: Progress, passes: Mapping[str, float]) -> Progress:
-    """The progress of stages told as that of the whole training, in `passes` of each: its pace says what is left."""
+    """Return the progress callback of the stages. It tells `progress` the forward passes done of the whole training
+    (`passes`: those of each stage), so that the pace says how much time is left.
+    """
     total = round(sum(passes.values()))
 
     def told(name: str, done: int, steps: int) -> None:

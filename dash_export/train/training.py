@@ -46,13 +46,13 @@ def train(
     """Train a policy of `kind` (`token` or `static`) for `model` and write it to `output` (`.safetensors`, and a JSON
     card beside it).
 
-    Without `units` those are found that gain most. With `start`, a trained policy of this model, training goes on from
-    there, to tune it further, for other text, or for another model of the same shape: its units, network and bypasses
-    are as they are in it, and only the tuning steps are done.
+    Without `units`, a search finds those that gain most. `start` is a trained policy that training goes on from, to
+    tune it further, for other text, or for another model of the same shape: its units, network and bypasses are the
+    beginning, and only the tuning steps are done.
 
-    `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. Until it is
-    done the work lies in `<output>.unfinished`; a killed training goes on there. `progress(name, done, total)` counts
-    forward passes over all stages. Raises CheckpointError, PolicyError and RequestError.
+    `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. The unfinished
+    work lies in `<output>.unfinished`, where a killed training goes on. `progress(name, done, total)` counts forward
+    passes over all stages. Raises CheckpointError, PolicyError and RequestError.
     """
     output, settings = named(output), settings or TrainingSettings()
     _check(output, texts, prompts, kind, settings)
@@ -67,7 +67,7 @@ def train(
             raise PolicyError(f"{start} has its units, {units_text(before.units)}: others are trained from nothing.")
         units, settings = before.units, _further(settings)
     given = None if units is None else _checked(units, spec)
-    # No stage takes more steps than the tuning: a trial run is one in all its parts.
+    # No stage takes more steps than the tuning, so that a short trial run is short in all its stages.
     stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
     settings = replace(settings, **{name: min(getattr(settings, name), settings.tuning_steps) for name in stages})
     try:
@@ -87,7 +87,7 @@ def train(
     origin = None if start is None else {"file": start.name, "sha256": sha256_file(start)}
     replaced = [work_of(output), output, card_path(output)]
     refuse_inputs([*checkpoint.seen, *filter(None, [start])], replaced)
-    # Anything the training depends on; tokenizer and chat template make other text of the same file.
+    # All that the training depends on: another tokenizer or chat template makes other tokens of the same file.
     read = (checkpoint.fingerprint, sorted(checkpoint.assets.items()), data, origin, __version__, torch.__version__)
     key = content_key(asdict(settings), kind, None if given is None else units_text(given), *read)
     with locked(output, "train"):
@@ -112,14 +112,14 @@ def train(
         )
         card = policy_card(checkpoint, policy, run, held, chosen, {"kind": kind, "from": origin, "data": data})
         card["seconds"] = round(time.perf_counter() - began, 1)
-        check_replaceable(output)  # what has appeared there meanwhile stays, and so does the work of hours
+        check_replaceable(output)  # raises if a file has appeared there meanwhile; the work folder stays
         save_policy(output, policy, spec, card)
         remove_own(work.folder)
         return policy
 
 
 def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: str, settings: TrainingSettings) -> None:
-    """Refuse what can be refused before anything is read."""
+    """Raise for arguments that are wrong whatever the files hold, before any file is read."""
     for name, value, known in (("policy kind", kind, KINDS), ("precision", settings.precision, PRECISIONS)):
         if value not in known:
             raise PolicyError(f"There is no {name} {value!r} to train with. Known: {', '.join(known)}.")
@@ -135,7 +135,7 @@ def _check(output: Path, texts: Sequence[Path], prompts: Sequence[Path], kind: s
 
 
 def _checked(units: Sequence[Unit], spec: DecoderSpec) -> tuple[Unit, ...]:
-    """The units, where they are ones of this model and pay."""
+    """Return the units. Raises PolicyError where they are not units of this model, or where one saves nothing."""
     if not units:
         raise PolicyError("There is no unit to learn about: no layer may be skipped.")
     check_units(tuple(units), units[0].first - 1, spec.num_layers)
@@ -146,7 +146,7 @@ def _checked(units: Sequence[Unit], spec: DecoderSpec) -> tuple[Unit, ...]:
 
 
 def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
-    """The policy that training goes on from."""
+    """Load the policy that training goes on from. Raises PolicyError where it cannot be tuned further."""
     policy = load_policy(path, spec)
     if not policy.units or not all(bypass.weights for bypass in policy.bypasses):
         raise PolicyError(f"{path} has a bypass without weights, so there is nothing to tune further: train one anew.")
@@ -156,13 +156,13 @@ def _trained(path: Path, spec: DecoderSpec, kind: str) -> SkipPolicy:
 
 
 def _further(settings: TrainingSettings) -> TrainingSettings:
-    """Work that is left for a trained policy: tuning, at lower rates."""
+    """Return the settings for a trained policy: the tuning only, at lower rates."""
     rates = {name: getattr(settings, name) * settings.again for name in ("bypass_rate", "refinement_rate")}
     return replace(settings, search_steps=0, fit_steps=0, warm_up_steps=0, regression_steps=0, **rates)
 
 
 def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> None:
-    """Raises RequestError where a name on the card, or that of a source, would stand for two files."""
+    """Raise RequestError where two files would have one name on the card, or two sources one name in the corpus."""
     own = [SELF_GENERATED] if prompts else []
     sources, files = [*own, *(path.stem for path in texts)], [path.name for path in (*texts, *prompts)]
     twice = next((name for names in (sources, files) for name in names if names.count(name) > 1), None)
@@ -171,7 +171,7 @@ def check_unique_names(texts: Sequence[Path], prompts: Sequence[Path] = ()) -> N
 
 
 def _text(checkpoint: Checkpoint) -> Text:
-    """The model's tokenizer and chat template, as the runtime reads them from a bundle."""
+    """Return the model's tokenizer and chat template, as the runtime reads them from a bundle."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in checkpoint.assets.items():
             Path(folder, name).write_text(content, encoding="utf-8")
@@ -179,7 +179,7 @@ def _text(checkpoint: Checkpoint) -> Text:
 
 
 def _add_generated(run: Run, held: Corpus, text: Text, chats: Sequence[list[dict[str, str]]]) -> None:
-    """Continuations of the chats join both corpora: kept, so that a resumed training reads the same ones."""
+    """Add the model's continuations of the chats to both corpora. They are saved, and a resumed training reads them."""
 
     def continued() -> list[list[tuple[torch.Tensor, int | None]]]:
         shares = self_generated(run.model.model, text, chats, run.settings, run.progress)

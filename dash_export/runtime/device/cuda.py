@@ -1,5 +1,5 @@
-"""The driver on CUDA, through `cuda-bindings` alone. Only non-blocking streams are used: nothing waits for the legacy
-default stream. Not yet run on a GPU.
+"""The driver of a device on CUDA, through `cuda-bindings` alone. All streams are non-blocking, so nothing waits for the
+legacy default stream. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INSTALL = "pip install 'cuda-bindings>=12.6,<13' (CUDA 12, JetPack 6) or cuda-bi
 
 
 def require_bindings() -> Any:
-    """CUDA's runtime API. Raises BackendError that says how to install it."""
+    """Import CUDA's runtime API. Raises BackendError that says how to install it."""
     try:
         return import_module("cuda.bindings.runtime")
     except ImportError as error:
@@ -46,10 +46,12 @@ class CudaMemory:
 
 
 class Cuda:
-    """The CUDA runtime on the first device: what every backend on it has in common."""
+    """CUDA runtime on the first device: the common part of all backends on CUDA."""
 
     def __init__(self) -> None:
-        """Asks the driver first. Raises BackendError that says what is missing: driver, device or bindings."""
+        """Open the first device; ask the driver first. Raises BackendError that names what is missing: driver, device
+        or bindings.
+        """
         self.device: CudaDevice = cuda_devices()[0]
         self.name = f"{self.device.name} (compute capability {self.device.capability})"
         self.rt: Any = require_bindings()
@@ -60,14 +62,14 @@ class Cuda:
                 f"{self.device.driver}: {INSTALL}"
             )
         self(self.rt.cudaSetDevice(self.device.index))
-        if self.device.integrated:  # where a wait sleeps by default: a token waits once, for a millisecond or a few
+        if self.device.integrated:  # a wait sleeps here by default; a token waits once, for a few ms: spin instead
             self(self.rt.cudaSetDeviceFlags(self.rt.cudaDeviceScheduleSpin))
         self.engines: dict[tuple[Path, str], Any] = {}
         self._streams: dict[str, int] = {}
         self._events: dict[str, Any] = {}
 
     def __call__(self, result: tuple[Any, ...], what: str = "") -> Any:
-        """The value of a call (code, *values). Raises BackendError with CUDA's own words when it failed."""
+        """Return the value of a call (code, *values). Raises BackendError with CUDA's own words when it failed."""
         code, *values = result
         if code != self.rt.cudaError_t.cudaSuccess:
             name = self.rt.cudaGetErrorString(code)[1]
@@ -76,7 +78,7 @@ class Cuda:
         return tuple(values) if len(values) > 1 else values[0] if values else None
 
     def accept(self, build: Build, rebuild: str) -> None:
-        """Every build."""
+        """Accept every build."""
 
     def check_room(self, engines: Mapping[Path, int], cache: int) -> None:
         loaded = {path for path, _ in self.engines}
@@ -99,7 +101,7 @@ class Cuda:
         return self.engines[key]
 
     def load(self, path: Path, stream: str) -> Any:
-        """An engine of the backend. Raises BackendError when that refuses the file."""
+        """Load an engine of the backend. Raises BackendError when the backend refuses the file."""
         raise NotImplementedError
 
     # --- memory
@@ -145,7 +147,7 @@ class Cuda:
     # --- order
 
     def stream(self, name: str) -> int:
-        """The handle of the stream of that name, made at first."""
+        """Return the handle of the stream of that name; create the stream at first use."""
         if name not in self._streams:
             self._streams[name] = int(self(self.rt.cudaStreamCreateWithFlags(self.rt.cudaStreamNonBlocking)))
         return self._streams[name]

@@ -1,7 +1,7 @@
-"""CUDA graphs with decisions in them: capture, conditional nodes, and the two kernels that no engine has.
+"""CUDA graphs with decisions in them: capture, conditional nodes, and two kernels that no engine has.
 
-A unit is two IF nodes, one for each side, which need CUDA 12.4. Their predicates are set by a kernel, which NVRTC
-compiles when it is first wanted. Not yet run on a GPU.
+A unit is two IF nodes, one for each side (run, skip), which need CUDA 12.4. A kernel sets their predicates. NVRTC
+compiles it when it is first needed. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dash_export.errors import BackendError
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
 
 IF_NODES = 12040
-"""The first version of CUDA with such nodes, as the driver gives its own."""
+"""First version of CUDA with IF nodes, as the driver numbers its versions."""
 BODY = "body"
-"""The stream on which the sides of branches are recorded."""
+"""Name of the stream on which the sides of branches are recorded."""
 
 KERNELS = r"""
 typedef __device_builtin__ unsigned long long cudaGraphConditionalHandle;
@@ -56,7 +56,9 @@ extern "C" __global__ void write_rows(
 
 
 def compile_kernels(capability: str) -> bytes:
-    """Machine code for a compute capability, such as "9.0"; no device is asked. Raises BackendError."""
+    """Compile the kernels for a compute capability, such as "9.0", to machine code; no device is needed. Raises
+    BackendError.
+    """
     try:
         nvrtc: Any = import_module("cuda.bindings.nvrtc")
         program = _checked(nvrtc.nvrtcCreateProgram(KERNELS.encode(), b"dash_export.cu", 0, [], []))
@@ -78,7 +80,7 @@ def compile_kernels(capability: str) -> bytes:
 
 @cache
 def load_kernels(capability: str) -> dict[str, Any]:
-    """The kernels by name, loaded into this process once. Raises BackendError."""
+    """Return the kernels by name, loaded into this process once. Raises BackendError."""
     driver: Any = import_module("cuda.bindings.driver")
     code = compile_kernels(capability)
     try:
@@ -96,27 +98,27 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 
 class CudaGraph:
-    """An executable graph, and the one it was made of, which owns the bodies of its conditional nodes; freed with this
-    object.
+    """An executable graph, and the graph it was instantiated from, which owns the bodies of its conditional nodes. Both
+    are freed with this object.
     """
 
     def __init__(self, cuda: Cuda, stream: str, units: int, step: Callable[[CudaGraph], None]) -> None:
-        """Raises BackendError that says what is missing, or what in `step` cannot be recorded."""
+        """Record `step`. Raises BackendError that says what is missing, or what in `step` cannot be recorded."""
         self._cuda, rt = cuda, cuda.rt
         version = cuda(rt.cudaDriverGetVersion())
         if units and version < IF_NODES:
             raise BackendError(
                 f"the driver has CUDA {version // 1000}.{version % 1000 // 10}, and graphs with decisions need 12.4"
             )
-        # Of the conditional nodes to come: for every unit, what runs it and what skips it.
+        # Handles of conditional nodes, which `decide` creates: per unit one to run it and one to skip it.
         self._handles = np.zeros((units, 2), np.uint64)
         self._device_handles = cuda.memory(self._handles.nbytes) if units else None
         self._tables: list[tuple[CudaMemory, npt.NDArray[np.uint64]]] = []
         if self._device_handles is not None:
             self._tables.append((self._device_handles, self._handles))
-        # Relaxed: Python may free some memory meanwhile, which stricter modes take for a mistake.
+        # Relaxed: Python may free some memory meanwhile, which stricter modes treat as an error.
         mode = rt.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
-        handle, _ = cuda.stream(stream), cuda.stream(BODY)  # both are made before the recording
+        handle, _ = cuda.stream(stream), cuda.stream(BODY)  # create both streams before the recording
         cuda(rt.cudaStreamBeginCapture(handle, mode), " beginning to record")
         try:
             step(self)
@@ -131,7 +133,7 @@ class CudaGraph:
         weakref.finalize(self, rt.cudaGraphDestroy, graph)
         self._handle = cuda(rt.cudaGraphInstantiate(graph, 0), " making a graph of a recording")
         weakref.finalize(self, rt.cudaGraphExecDestroy, self._handle)
-        for memory, table in self._tables:  # for good: they are the same in every launch
+        for memory, table in self._tables:  # once: the tables are the same in every launch
             cuda.copy(stream, memory, table)
         cuda.synchronize(stream)
 
@@ -188,7 +190,7 @@ class CudaGraph:
             raise BackendError(f"CUDA on {self._cuda.device.name} could not launch {name}: {code.name} ({int(code)}).")
 
     def _recorded(self, stream: str) -> tuple[Any, Any]:
-        """The graph in the making, and the nodes that the stream's next one will depend on."""
+        """Return the graph that is being recorded, and the nodes that the stream's next node will depend on."""
         rt = self._cuda.rt
         info = getattr(rt, "cudaStreamGetCaptureInfo_v3", rt.cudaStreamGetCaptureInfo)
         code, _, _, graph, nodes, *_ = info(self._cuda.stream(stream))
@@ -196,7 +198,7 @@ class CudaGraph:
         return graph, nodes
 
     def _node(self, stream: str, condition: int, fill: Callable[[str], None]) -> None:
-        """A conditional node after what is in `stream`, and its body."""
+        """Add a conditional node after what is in `stream`, and record its body."""
         rt, cuda = self._cuda.rt, self._cuda
         graph, before = self._recorded(stream)
         params = rt.cudaGraphNodeParams()
@@ -204,8 +206,8 @@ class CudaGraph:
         params.conditional.handle = condition
         params.conditional.type = rt.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
         params.conditional.size = 1
-        # Bindings of CUDA 12 call these forms, which know of edges with data, _v2; those of CUDA 13 have no others.
-        # A plain edge's data is all zero; CUDA 12 takes no None for it.
+        # Bindings of CUDA 12 name the functions that take edge data _v2; those of CUDA 13 have no others. The data of a
+        # plain edge is all zero; CUDA 12 takes no None for it.
         add = getattr(rt, "cudaGraphAddNode_v2", rt.cudaGraphAddNode)
         follow = getattr(rt, "cudaStreamUpdateCaptureDependencies_v2", rt.cudaStreamUpdateCaptureDependencies)
         plain = [rt.cudaGraphEdgeData() for _ in before]

@@ -1,4 +1,4 @@
-"""All engines of a GPU build, and the cache they share: what sessions on a device are made from."""
+"""All engines of a GPU build, and the KV cache on a device: sessions on a device are made from them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dash_export.runtime.device.step import DeviceStep, PromptMemory
 from dash_export.targets import Recipe
 
 ALIGNED = 256
-"""Bytes that the address of an engine's tensor is a multiple of."""
+"""Alignment of the address of an engine's tensor, in bytes."""
 
 
 @dataclass(frozen=True)
 class LoadedSegment:
-    """The engine that runs a segment and, where it is a unit, what skips it. `unit`: its place among the units."""
+    """Engine that runs a segment and, where the segment is a unit, its bypass. `unit`: its place among the units."""
 
     segment: Segment
     run: DeviceEngine
@@ -30,34 +30,34 @@ class LoadedSegment:
 
 
 class DeviceEngines:
-    """The device's counterpart of `EngineSet`. Caches do not grow: the recipe's `kv_capacity` bounds the context, and
-    its `sequences` how many decode together.
+    """Counterpart of `EngineSet` on a device. Caches do not grow: the recipe's `kv_capacity` bounds the context, and
+    its `sequences` bounds how many sequences decode together.
     """
 
     mixes = takes_embeddings = gives_state = grows = False
     score_rows = 1
 
     def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
-        """`dispatch`: `sync`, `overlapped` or `device` (`step`), which becomes `overlapped` where steps cannot be
-        recorded.
+        """Load all engines. `dispatch`: `sync`, `overlapped` or `device` (see `step`); `device` becomes `overlapped`
+        where steps cannot be recorded.
 
-        Raises BundleError where the build has no engine of the policy, or none that gives the state that it reads, and
-        BackendError where the device has no room.
+        Raises BundleError where the policy's engine is missing, or no segment begins at the state that the policy
+        reads, and BackendError where the device has no room.
         """
         assert recipe.engine is not None
         self.build, self.device, self.dispatch, self.recipe = build, device, dispatch, recipe.engine
         self.sequences = recipe.engine.sequences
         self.policy_stream = MAIN if dispatch == "sync" else BESIDE
         self.records = True
-        """Whether a token can be recorded, as far as anybody has tried."""
+        """Whether a token can be recorded: true until an attempt fails."""
         self.itemsize = 4 if recipe.engine.activations == "fp32" else 2
         """Bytes of a number in hidden states and caches."""
         self._chunk = recipe.runtime.prefill_chunk
         model, policy = bundle.manifest.model, bundle.manifest.policy
         self.model = replace(model, max_positions=min(model.max_positions, recipe.engine.kv_capacity))
         self.units = policy.units
-        # All sessions share the streams and their scratch memory, and what another thread gave a stream while a step is
-        # recorded would become part of it: they take turns, a step at a time.
+        # All sessions share the streams and their scratch memory, and work that another thread enqueues while a step is
+        # recorded would become part of the recording. So sessions take turns, a step at a time.
         self.turn = threading.RLock()
 
         shape = (2 * self.model.num_layers, model.num_kv_heads, recipe.engine.kv_capacity, model.head_dim)
@@ -77,7 +77,7 @@ class DeviceEngines:
             else:
                 self.segments.append(LoadedSegment(segment, run))
         self.first = gated[0] if gated else len(self.segments)
-        """The place of the first unit's segment. The policy reads what enters the one before it."""
+        """Place of the first unit's segment. The policy reads the state that enters the segment before it."""
         self.policy: DeviceEngine | None = None
         if policy.has_network:
             reader = build.segments[self.first - 1]
@@ -96,8 +96,8 @@ class DeviceEngines:
 
 
 class DeviceCache(Sequences):
-    """Keys and values per layer, [sequences, kv_heads, capacity, head_dim] of the engines' type; rows of a sequence
-    from its length on are free.
+    """KV cache on the device: keys and values per layer, [sequences, kv_heads, capacity, head_dim] of the engines'
+    type. Rows of a sequence from its length on are free.
     """
 
     def __init__(self, engines: DeviceEngines, sequences: int, capacity: int) -> None:
@@ -113,8 +113,8 @@ class DeviceCache(Sequences):
         self.prompts = PromptMemory(engines.device)
 
     def reserve(self, rows: int) -> bool:
-        """Memory for all the capacity, once. True when it was made now. Raises ContextLengthError beyond it, and
-        BackendError where so much is not free.
+        """Allocate memory for the whole capacity, once. Return True when it was allocated now. Raises
+        ContextLengthError where `rows` exceed the capacity, and BackendError where so much is not free.
         """
         if rows > self.capacity:
             raise ContextLengthError(
@@ -125,27 +125,27 @@ class DeviceCache(Sequences):
             return False
         nbytes, layers = len(self.lengths) * self.sequence_bytes, self._engines.model.num_layers
         apart = -(-nbytes // ALIGNED) * ALIGNED
-        # One block: an allocation takes longer than its bytes do, and a server keeps many prompts.
+        # One block: an allocation itself takes longer than its bytes do, and a server keeps many prompts.
         block = self._engines.device.memory(2 * layers * apart)
         parts = [block.part(place * apart, nbytes) for place in range(2 * layers)]
         self.keys, self.values = parts[:layers], parts[layers:]
         return True
 
     def copy(self) -> DeviceCache:
-        """Another cache with the same contents."""
+        """Return another cache with the same contents."""
         twin = DeviceCache(self._engines, len(self.lengths), self.capacity)
         for index in range(len(self.lengths)):
             twin.take(index, self, index)
         return twin
 
     def alone(self, index: int) -> DeviceCache:
-        """Sequence `index` in a cache of its own, as large as it is."""
+        """Return a new cache that holds sequence `index` alone; its capacity is the sequence's length."""
         twin = DeviceCache(self._engines, 1, self.lengths[index])
         twin.take(0, self, index)
         return twin
 
     def take(self, index: int, source: DeviceCache, other: int = 0) -> None:
-        """Sequence `index` becomes a copy of sequence `other` of `source`. Raises as `reserve`."""
+        """Replace sequence `index` by a copy of sequence `other` of `source`. Raises as `reserve`."""
         engines, length = self._engines, source.lengths[other]
         if length:
             self.reserve(length)

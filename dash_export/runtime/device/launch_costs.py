@@ -1,7 +1,7 @@
-"""What a card does with what a token consists of: launches, waits, copies, graphs with decisions. No engine is needed.
+"""Costs of a token on a card apart from its engines: launches, waits, copies, graphs with decisions.
 
-A token of UNITS units, each a copy of a few bytes in the place of an engine, once launched one by one with a wait for
-the policy (`overlapped`), once as a graph that decides (`device`), once as a graph without a decision (dense).
+The probe's token has UNITS units, and a copy of a few bytes stands for each engine. The token is launched one by one
+with a wait for the policy (`overlapped`), as a graph that decides (`device`), and as a graph without decisions (dense).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dash_export.runtime.device.base import BESIDE, MAIN, Device
 from dash_export.runtime.device.step import Mirror
 
 UNITS, AHEAD = 8, 2
-"""Units, and segments before the first."""
+"""Number of units, and of segments before the first unit."""
 REPEATS = 200
 _COPIED = 256 << 20
 
 
 def probe(device: Device) -> dict[str, Any]:
-    """Microseconds (medians, by the host's clock to the end of the work) and bytes a second; of a graph that cannot be
-    recorded, why. Takes a second or two.
+    """Measure microseconds (medians, by the host's clock to the end of the work) and bytes per second; of a graph that
+    cannot be recorded, return the reason. Takes a second or two.
     """
     found: dict[str, Any] = {"units": UNITS, "token_us": {}}
     small = [device.memory(256) for _ in range(2)]
@@ -82,7 +82,7 @@ def probe(device: Device) -> dict[str, Any]:
 
 
 def _timed(work: Callable[[], object], end: Callable[[], object], ended: bool = True) -> float:
-    """Microseconds of `work`, and of its `end` where that is wanted."""
+    """Return the median microseconds of `work`, with those of `end` where `ended`."""
     spent = []
     for _ in range(REPEATS):
         begin = time.perf_counter()
@@ -94,7 +94,7 @@ def _timed(work: Callable[[], object], end: Callable[[], object], ended: bool = 
 
 
 def _bandwidth(device: Device) -> float:
-    """Bytes that a copy on the device reads and writes in a second."""
+    """Return the bytes that a copy on the device reads and writes in a second."""
     places = [device.memory(_COPIED) for _ in range(2)]
     each = _timed(lambda: device.copy(MAIN, *places), lambda: device.synchronize(MAIN))
     return 2e6 * _COPIED / each

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider on our streams and memory: for devices without TensorRT."""
+"""ONNX Runtime's CUDA provider on this runtime's streams and memory: for devices without TensorRT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES = {"tensor(float)": 1, "tensor(int64)": 7, "tensor(float16)": 10, "tensor(
 
 
 class OrtCuda(Cuda):
-    """A session per engine; all sessions of a stream launch on it, and none waits for it."""
+    """Device with a session of ONNX Runtime per engine. All sessions of a stream launch on it; none waits for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class OrtCudaEngine:
     """A graph file on one device and stream."""
 
     def __init__(self, path: Path, device: int, stream: int) -> None:
-        """Raises BackendError when ONNX Runtime refuses the file."""
+        """Load the file. Raises BackendError when ONNX Runtime refuses it."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
         cuda = {"device_id": device, "user_compute_stream": str(stream)}
@@ -61,7 +61,7 @@ class OrtCudaEngine:
     def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]) -> Launch:
         del profile  # one session serves all shapes
         session, binding, options = self._session, self._session.io_binding(), ort.RunOptions()
-        # Only launch: the stream is waited for by events, once a token.
+        # Launch without waiting: the host waits for events of the stream, once a token.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         sizes: dict[int | str, int] = {}
         for name, shape in shapes.items():

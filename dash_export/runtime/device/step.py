@@ -1,17 +1,18 @@
-"""One token, or many, enqueued on a device: `decode.BoundStep` where engines run later than they are launched.
+"""One token, or many, enqueued on a device: the counterpart of `decode.BoundStep` where engines run later than they are
+launched.
 
-A token is one launch per segment, and one of the policy where it is asked. Hidden states alternate between two buffers,
-as on the host. The modes differ in who waits for the policy:
+A token is one launch per segment, and one of the policy where a rule uses damage. Hidden states alternate between two
+buffers, as on the host. The dispatch modes differ in who waits for the policy:
 
-- `sync`: the policy stands in the layers' stream; the host waits for its damage, decides and launches on.
-- `overlapped`: while the layers before the first unit run on the main stream, the policy, which reads what entered
-  them, does so on its own. The host waits for its damage alone, and launches the first unit before the layers ahead of
-  it have ended.
-- `device`: the same, recorded once as a graph: a kernel takes all decisions, and every unit is a branch. The host fills
-  inputs and limits, launches, and waits once for the end of the token. `max_layers` ranks units by damage, and forced
-  actions still ask for it: these are launched one by one, as in `overlapped`.
+- `sync`: the policy runs in the layers' stream. The host waits for its damage, decides, and launches the rest.
+- `overlapped`: while the last layers before the first unit run on the main stream, the policy, which reads the state
+  that entered them, runs on its own. The host waits only for the damage, and launches the first unit before the layers
+  ahead of it have ended.
+- `device`: as `overlapped`, but recorded once as a graph: a kernel takes all decisions, and every unit is a branch. The
+  host fills inputs and limits, launches, and waits once for the end of the token. The kernel knows no `max_layers`
+  (which ranks units by damage) and no forced actions: such tokens are launched one by one, as in `overlapped`.
 
-In every mode a token whose actions are known beforehand (dense, static) is a graph of its own without a decision: that
+In every mode a token whose actions are known beforehand (dense, static) is a graph of its own without decisions: this
 is what skipping has to beat. Where nothing can be recorded, it is launched one by one too.
 """
 
@@ -40,21 +41,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GRAPHS = 4
-"""Sets of known actions that a step keeps graphs of."""
+"""How many graphs of known actions a step keeps."""
 READY, DECIDED = "state ready", "decided"
-"""Events: what the policy reads is there; its damage is."""
+"""Events: the state that the policy reads is there; its damage is there."""
 
 
 class PromptMemory:
-    """The memory of one session's prompts. Every step of many tokens asks for the same things in the same order: the
-    next one takes what the one before had, whatever its length, and where that is not enough, makes twice as much.
+    """Memory of one session's prompts. Every step of many tokens asks for the same buffers in the same order, so each
+    step takes over the buffers of the step before, whatever its length. A buffer that is too small is replaced by one
+    of at least twice its size.
     """
 
     def __init__(self, device: Device) -> None:
         self._device, self._kept, self._asked = device, list[Any](), 0
 
     def again(self) -> PromptMemory:
-        """From the first on."""
+        """Start again with the first buffer."""
         self._asked = 0
         return self
 
@@ -84,10 +86,10 @@ class Mirror:
 
 @dataclass(frozen=True)
 class Part:
-    """One segment, bound to a step's memory. `unit`: its place among the units. `new_rows`: (cache, rows) where its
-    engines leave the writing of K and V to the runtime, and `copies`: (sequence, its cache, its rows) of the same.
+    """One segment, bound to a step's memory. `unit`: its place among the units. Where its engines leave the writing of
+    K and V to the runtime, `new_rows` has (cache, rows), and `copies` has (sequence, its cache, its rows) of the same.
 
-    It does not know the step: without a circle a step that is dropped gives its memory and contexts back at once.
+    A Part does not refer to its step: without a cycle, a step that is dropped frees its memory and contexts at once.
     """
 
     unit: int | None
@@ -98,8 +100,9 @@ class Part:
 
 
 class DeviceStep:
-    """Engines bound to memory for steps of `sequence` tokens of one sequence, or of one of each of the cache's first
-    `batch`. `logits` [batch, 1, vocab] are those of the last one; `damage` [units, tokens] is zero where nobody asked.
+    """Engines bound to memory for steps of `sequence` tokens of one sequence, or of one token of each of the cache's
+    first `batch` sequences. `logits` [batch, 1, vocab] are those of the last token; `damage` [units, tokens] is zero
+    where no rule asked for it.
 
     Sequences decide together: a unit is skipped where every one of them would skip it.
     """
@@ -135,7 +138,7 @@ class DeviceStep:
         self._memory = {
             "input_ids": self._ids.memory,
             "position_ids": self._positions.memory,
-            "write_indices": self._positions.memory,  # those of the first tokens
+            "write_indices": self._positions.memory,  # [batch]: positions of the first tokens
             "logits": self._logits.memory,
             "damage": self._damage.memory,
         }
@@ -166,26 +169,26 @@ class DeviceStep:
     def _bind(self, engine: DeviceEngine, memory: dict[str, Memory]) -> Launch:
         memory = self._memory | memory
         shapes = {name: self._shapes.get(name, self._cache_shape) for name in engine.inputs}
-        # As `building.gpu_backends` orders them.
+        # In the order of `building.gpu_backends`.
         profile = 0 if self.engines.recipe.profiles == 1 else 2 if self.batch > 1 else int(self.sequence > 1)
         return engine.bind(profile, shapes, {name: memory[name] for name in (*engine.inputs, *engine.outputs)})
 
     # --- one step
 
     def decode(self, token: int, rule: Rule) -> None:
-        """One token under `rule`."""
+        """Decode one token under `rule`."""
         self._advance(token, [rule])
 
     def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
-        """`sequence` tokens, every layer."""
+        """Prefill tokens [sequence] through every layer."""
         self._advance(tokens, [DENSE])
 
     def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
-        """One token of every sequence, each under a rule of its own."""
+        """Decode one token of every sequence, each under a rule of its own."""
         self._advance(np.array(tokens)[:, None], rules)
 
     def _advance(self, tokens: int | npt.NDArray[np.int64], rules: Sequence[Rule]) -> None:
-        """`rules`: one for each sequence."""
+        """Run a step for all sequences. `rules`: one for each sequence."""
         with self.engines.turn:
             self._ids.host[:] = tokens
             self._note_positions()
@@ -201,12 +204,12 @@ class DeviceStep:
                 self._cache.lengths[index] += self.sequence
 
     def _agreed(self, rules: Sequence[Rule]) -> Skips:
-        """What they all skip [units, 1]. All tokens of a step do the same."""
+        """Return the units that all rules skip [units, 1]. All tokens of a step do the same."""
         first, *others = (rule.skips(self.damage[:, index : index + 1]) for index, rule in enumerate(rules))
         return np.logical_and.reduce([first, *others]) if others else first
 
     def _launch_all(self, rules: Sequence[Rule]) -> None:
-        """`sync` and `overlapped`."""
+        """Launch a step one by one, as in `sync` and `overlapped`."""
         asks = self._asks(rules)
         self._upload_inputs()
         self._launch_before_units(asks)
@@ -222,15 +225,15 @@ class DeviceStep:
         self.device.copy(MAIN, self.logits, self._logits.memory)
 
     def _asks(self, rules: Sequence[Rule]) -> bool:
-        """Whether the policy's answer matters: not where what is known beforehand (a dense sequence) leaves no unit."""
+        """Return whether damage matters: not where the rules known beforehand (a dense one) leave no unit to skip."""
         known = [rule for rule in rules if not rule.asks]
         if self._policy is None or len(known) == len(rules):
             return False
         return not known or bool(self._agreed(known).any())
 
     def _graph_for(self, rules: Sequence[Rule]) -> Graph | None:
-        """The recorded step, and noted what it needs: of a token whose actions are known, or in `device` dispatch under
-        a rule that its kernel knows.
+        """Return the recorded step, and fill in what it needs; None where the step must be launched one by one. Graphs
+        are for tokens whose actions are known and, in `device` dispatch, for rules that the kernel knows.
         """
         engines = self.engines
         if self.sequence > 1 or not engines.records:
@@ -260,7 +263,9 @@ class DeviceStep:
         return self._known[key]
 
     def _recorded(self, units: int, record: Callable[[Graph], None]) -> Graph | None:
-        """None where it cannot be: with decisions in it from now on, and without any either."""
+        """Record a graph, or return None where that is impossible: then no graph with decisions is tried again or, if
+        this one had none, no graph at all.
+        """
         engines = self.engines
         self._warm_up()
         try:
@@ -275,8 +280,8 @@ class DeviceStep:
             return None
 
     def _warm_up(self) -> None:
-        """Launch everything once: what an engine does at its first launch cannot be recorded. The row that this writes
-        to the caches is the one that the token is about to write.
+        """Launch everything once: what an engine does at its first launch cannot be recorded. The cache row that this
+        writes is the one that the token is about to write.
         """
         if self._warm:
             return
@@ -291,14 +296,14 @@ class DeviceStep:
         self._warm = True
 
     def _record_known(self, skipped: Sequence[bool], graph: Graph) -> None:
-        """A token whose actions are known."""
+        """Record a token whose actions are known."""
         self._upload_inputs()
         for part in self.parts:
             self.launch(part, part.unit is not None and skipped[part.unit], graph)
         self.device.copy(MAIN, self._logits.host, self._logits.memory)
 
     def _record(self, graph: Graph) -> None:
-        """`device`: what one token is, whatever its decisions."""
+        """Record a token of `device` dispatch, whatever its decisions."""
         self._upload_inputs()
         self.device.copy(MAIN, self._limits.memory, self._limits.host)
         self._launch_before_units(True, graph)
@@ -315,9 +320,9 @@ class DeviceStep:
             self.device.copy(MAIN, result.host, result.memory)
 
     def _launch_before_units(self, asks: bool, graph: Graph | None = None) -> None:
-        """Enqueue what comes before the first unit, and the policy where it is asked. Beside, it waits only for the
-        state that it reads, and so runs beside the last of that. Nothing writes there until all is decided: the first
-        unit is what follows.
+        """Enqueue the segments before the first unit, and the policy if `asks`. On a stream of its own the policy waits
+        only for the state that it reads, and runs beside the last of these segments. That state is not overwritten
+        before the decision: the first unit would overwrite it, and is launched later.
         """
         stream = self.engines.policy_stream
         for index, part in enumerate(self.parts[: self.engines.first]):
@@ -331,8 +336,8 @@ class DeviceStep:
             self._policy(stream)
 
     def launch(self, part: Part, bypass: bool = False, graph: Graph | None = None, stream: str = MAIN) -> None:
-        """Enqueue a segment or its bypass, and the cache writes that its engine leaves to the runtime: at the rows
-        after the cached ones or, where the step is recorded in `graph`, at a position that is read when it runs.
+        """Enqueue a segment or its bypass, and the cache writes that its engine leaves to the runtime. New rows go
+        after the cached ones or, where the step is recorded in `graph`, to a position that is read when it runs.
         """
         launch = part.bypass if bypass else part.run
         assert launch is not None
@@ -354,15 +359,15 @@ class DeviceStep:
         for item in (self._ids, self._positions):
             self.device.copy(MAIN, item.memory, item.host)
 
-    # --- for who times launches
+    # --- for timing launches
 
     def place(self) -> None:
-        """Say where the new tokens go: the rows after the cached ones."""
+        """Tell the engines where the new tokens go: the rows after the cached ones."""
         self._note_positions()
         self._upload_inputs()
 
     def launches(self) -> list[tuple[HostLaunch, HostLaunch | None]]:
-        """Per segment what runs it and what skips it, to its end, to be timed one by one after `place`."""
+        """Return (run, bypass) of every segment, each until its end, to be timed one by one after `place`."""
 
         def launch(part: Part, bypass: bool) -> None:
             self.launch(part, bypass)

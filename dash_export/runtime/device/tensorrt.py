@@ -1,5 +1,5 @@
-"""TensorRT engines on CUDA streams. Those of one stream share one block of scratch memory: they run one after another.
-The policy's stream has its own.
+"""TensorRT engines on CUDA streams. Engines of one stream run one after another, so they share one block of scratch
+memory. The policy's stream has its own block.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class TensorRT(Cuda):
         return TensorRTEngine(self, path, stream)
 
     def scratch(self, stream: str) -> CudaMemory:
-        """A block for every engine loaded for a stream. When one that wants more is loaded later, a new one is made,
-        and who is bound to the old one keeps it.
+        """Return the scratch block of all engines loaded for a stream. When an engine that needs more is loaded later,
+        a new block is made; launches bound to the old block keep it.
         """
         wanted = max(each.scratch_bytes for (_, name), each in self.engines.items() if name == stream)
         if stream not in self._scratch or self._scratch[stream].nbytes < wanted:
@@ -61,7 +61,7 @@ class TensorRTEngine:
     """A plan file, mapped and deserialized for one stream."""
 
     def __init__(self, device: TensorRT, path: Path, stream: str) -> None:
-        """Raises BackendError when TensorRT refuses the file."""
+        """Deserialize the file. Raises BackendError when TensorRT refuses it."""
         self._device, self._name, self._stream = device, path.name, stream
         trt, toolkit = device.trt, device.toolkit
         with path.open("rb") as file, toolkit.logger.collected() as complaints:
@@ -78,8 +78,8 @@ class TensorRTEngine:
             for profile in range(engine.num_optimization_profiles)
         )
         self._engine = engine
-        # Per profile, what dropped launches leave: making a context takes milliseconds, and every length of prompt
-        # wants its own binding.
+        # Contexts that dropped launches leave, per profile: making a context takes milliseconds, and every prompt
+        # length needs its own binding.
         self._free: defaultdict[int, list[Any]] = defaultdict(list)
 
     def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]) -> Launch:

@@ -1,6 +1,6 @@
-"""One face for TensorRT 10.3 to 11.x and TensorRT-RTX: what differs between them is here and nowhere else.
+"""One interface for TensorRT 10.3 to 11.x and TensorRT-RTX: all that differs between them is here and nowhere else.
 
-Nothing here needs a device but `tensorrt` itself, which compiles for the one it runs on.
+Nothing here needs a device except `tensorrt` itself, which compiles for the device that it runs on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dash_export.names import cache_folder
 from dash_export.runtime.backends import BACKENDS
 
 PORTABLE_SINCE = (10, 15)
-"""TensorRT before this one has no KVCacheUpdate: the `trt10` dialect is for it."""
+"""First TensorRT with KVCacheUpdate: older versions need the `trt10` dialect."""
 
 _LARGEST_KERNELS = 1 << 30
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -29,7 +29,7 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a builder beside the graph. `capabilities` are for TensorRT-RTX, which compiles ahead of time."""
+    """Settings of a builder beside the graph. `capabilities`: for TensorRT-RTX only, which compiles ahead of time."""
 
     profiles: tuple[Shapes, ...]
     capabilities: tuple[str, ...]
@@ -39,10 +39,10 @@ class Settings:
 
 
 class Toolkit:
-    """The bindings of one TensorRT, with a logger that keeps what went wrong."""
+    """Bindings of one TensorRT, with a logger that keeps errors."""
 
     def __init__(self, backend: str) -> None:
-        """Raises BackendError that names the extra when the package is missing or does not load."""
+        """Import the bindings. Raises BackendError that names the extra when they are missing or do not load."""
         try:
             self.trt: Any = import_module(backend)
         except ImportError as error:
@@ -59,7 +59,9 @@ class Toolkit:
         return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
 
     def compile(self, graph: Path, settings: Settings, timing: bytes = b"") -> tuple[Any, bytes]:
-        """ONNX file -> (serialized engine as a buffer, timing cache). Raises BackendError with TensorRT's own words."""
+        """Compile an ONNX file to (serialized engine as a buffer, timing cache). Raises BackendError with TensorRT's
+        own words.
+        """
         trt = self.trt
         with self.logger.collected() as complaints:
             builder = trt.Builder(self.logger)
@@ -79,7 +81,7 @@ class Toolkit:
                         profile.set_shape(tensor.name, *shapes[tensor.name])
                 config.add_optimization_profile(profile)
             cached = None
-            if not self.is_rtx:  # which times nothing: its cache is a deprecated no-op
+            if not self.is_rtx:  # TensorRT-RTX times nothing: its timing cache is a deprecated no-op
                 cached = config.create_timing_cache(timing)
                 config.set_timing_cache(cached, ignore_mismatch=False)
             engine = builder.build_serialized_network(network, config)
@@ -88,9 +90,9 @@ class Toolkit:
             return engine, bytes(cached.serialize()) if cached is not None else b""
 
     def context(self, engine: Any, capability: str) -> Any:
-        """An engine's execution context whose scratch memory the caller gives; None where there is no memory for it.
-        Kernels for its shapes are compiled at once (those that stand in meanwhile would be recorded for good), and kept
-        for the next process on a card of this compute capability.
+        """Return an engine's execution context whose scratch memory the caller gives; None where there is no memory for
+        it. TensorRT-RTX compiles kernels for its shapes at once, because fallback kernels would be recorded for good,
+        and keeps them for the next process on a card of this compute capability.
         """
         trt = self.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -103,7 +105,7 @@ class Toolkit:
         if self._kernels is None:
             self._kernels = runtime_config.create_runtime_cache()
             file = cache_folder() / f"{self.backend}-{self.version}-{capability}.kernels"
-            with suppress(OSError):  # of another version or card: TensorRT-RTX takes none of it
+            with suppress(OSError):  # TensorRT-RTX takes nothing of another version or card
                 self._kernels.deserialize(read_bounded(file, _LARGEST_KERNELS))
             atexit.register(_keep, self._kernels, file)
         runtime_config.set_runtime_cache(self._kernels)
@@ -125,7 +127,7 @@ class Toolkit:
 
 
 def _keep(kernels: Any, file: Path) -> None:
-    """Write a runtime cache, at the end of a process, where it has more than the file."""
+    """Write a runtime cache at the end of a process, unless the file already has the same size."""
     with suppress(OSError, OutputError):
         made = bytes(kernels.serialize())
         if not file.is_file() or file.stat().st_size != len(made):
@@ -134,19 +136,19 @@ def _keep(kernels: Any, file: Path) -> None:
 
 
 def last(complaints: Sequence[str]) -> str:
-    """The reason to tell."""
+    """Return the last complaint, as the reason to tell."""
     return complaints[-1] if complaints else "it gave no reason"
 
 
 @cache
 def load_toolkit(backend: str) -> Toolkit:
-    """The toolkit of a backend, loaded once. Raises BackendError."""
+    """Return the toolkit of a backend, loaded once. Raises BackendError."""
     return Toolkit(backend)
 
 
 @cache
 def _logger(trt: Any) -> Any:
-    """TensorRT keeps the first logger of a process for good, so there is one; errors are kept, the rest is dropped."""
+    """Return the one logger of this process, because TensorRT keeps the first for good. It keeps errors only."""
 
     class Collector(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -115,7 +115,7 @@ class Bundle:
         builds = self.manifest.builds
         return sorted(target for target in builds if self.path(f"engines/{target}/{BUILD}").is_file())
 
-    def chosen(self, target: str | None) -> str:
+    def resolve_target(self, target: str | None) -> str:
         """Return `target` if it is given, else `cpu`, else the only target built. Raises BundleError, which lists the
         targets, where several are built and none is `cpu`.
         """

@@ -68,7 +68,7 @@ class LazyGroup(click.Group):
             click.echo("Interrupted", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:
-            if (said := explained(error, ctx.meta.get(OUTPUT))) is None:
+            if (said := error_message(error, ctx.meta.get(OUTPUT))) is None:
                 raise
             raise click.ClickException(printable(said)) from error
 
@@ -77,7 +77,7 @@ _FULL = ("requested and", "Not enough free space", "No space left")
 """Parts of the messages by which numpy, onnx_ir and shutil report a full disk."""
 
 
-def explained(error: Exception, output: object = None) -> str | None:
+def error_message(error: Exception, output: object = None) -> str | None:
     """Return one paragraph that says what went wrong and what to do; None for a bug in this program, which keeps its
     traceback. `output` is named where a disk error names no file.
     """

@@ -96,7 +96,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted({layer for unit in parse_units(text) for layer in unit.layers}))
 
 
-def spans(layers: Iterable[int]) -> str:
+def layers_text(layers: Iterable[int]) -> str:
     """Write layers, (2, 3, 4, 9), as "2-4,9", which `parse_layers` reads; "none" for no layers."""
     found: list[Unit] = []
     for layer in sorted(layers):
@@ -120,7 +120,7 @@ def check_units(units: Sequence[Unit], read: int, num_layers: int) -> None:
         raise PolicyError(f"The decision reads the input of layer {read}: {must}")
 
 
-def check_places(order: Sequence[int], units: Sequence[Unit]) -> None:
+def check_static_order(order: Sequence[int], units: Sequence[Unit]) -> None:
     """Raise PolicyError where the order of a static policy has a unit that does not exist, or one unit twice."""
     if len(set(order)) != len(order) or not set(order) <= set(range(len(units))):
         raise PolicyError(f"The static order must list places of units, each at most once; got {list(order)!s:.200}.")
@@ -149,7 +149,9 @@ def units_of(layers: Iterable[int], units: Sequence[Unit]) -> tuple[int, ...]:
     given = set(layers)
     found = tuple(place for place, unit in enumerate(units) if given >= set(unit.layers))
     if given != {layer for place in found for layer in units[place].layers}:
-        raise PolicyError(f"Layers {spans(given)} are not whole units. Units of this policy: {units_text(units)}.")
+        raise PolicyError(
+            f"Layers {layers_text(given)} are not whole units. Units of this policy: {units_text(units)}."
+        )
     return found
 
 

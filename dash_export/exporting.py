@@ -42,7 +42,7 @@ from dash_export.outputs import (
     folder_locked,
     lock_file,
     locked,
-    named,
+    output_path,
     own_folder,
     refuse_link,
     remove,
@@ -52,7 +52,7 @@ from dash_export.outputs import (
     work_of,
 )
 from dash_export.policy import SkipPolicy, no_policy
-from dash_export.replacing import check_outside_bundles, check_place, is_bundle, put_in_place, recover, refuse_inputs
+from dash_export.replacing import check_movable, check_outside_bundles, is_bundle, put_in_place, recover, refuse_inputs
 
 GRAPH_REVISION = 7
 """Incremented whenever the portable graphs change, so that files of an earlier version are not reused."""
@@ -74,7 +74,7 @@ def export(
     Raises CheckpointError for the model, PolicyError for a policy of another model, BundleError or OutputError for the
     output, BusyError where another process writes the output or builds in it.
     """
-    output = named(output)
+    output = output_path(output)
     check_outside_bundles(output)
     refuse_foreign(output)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
@@ -92,7 +92,7 @@ def export(
                 return known
             builds = (output / "engines").glob(lock_file(Path("*")).name)
             held.enter_context(folder_locked(output, builds, shared=False))
-        check_place(output, OURS)  # before hours of work, not after
+        check_movable(output, OURS)  # before hours of work, not after
         unfinished = work_folder(output, "export")
         with removed_on_error(unfinished):
             own_folder(unfinished / "onnx")
@@ -100,7 +100,7 @@ def export(
             manifest = _write(checkpoint, policy, facts, key, unfinished, progress)
         # Outside `removed_on_error`: what has appeared at `output` meanwhile stays, and so does the work of hours.
         refuse_foreign(output)
-        check_place(output, OURS)
+        check_movable(output, OURS)
         with removed_on_error(unfinished):
             _finish(unfinished, output, manifest)
     return Bundle.open(output)

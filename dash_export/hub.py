@@ -1,4 +1,4 @@
-"""Bundles on the Hugging Face hub. `loaded` fetches only what a run needs; `push` publishes a whole bundle with a card.
+"""Bundles on the Hugging Face hub. `load_from_hub` fetches what a run needs; `push` publishes a bundle with a card.
 
 ~/.cache/dash-export/hub/org/name/
   <commit>/                 a version, as far as it was fetched; a process that runs it holds a lock on it
@@ -24,7 +24,7 @@ from dash_export.decision import recommended_budget
 from dash_export.errors import BundleError, BusyError, DashError, StaleBuildError
 from dash_export.manifest import Build, Manifest
 from dash_export.names import MANIFEST, NO_HUB_ID, SIGNATURE, cache_folder
-from dash_export.outputs import folder_locked, hold, remove
+from dash_export.outputs import folder_locked, lock_while_alive, remove
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
@@ -38,10 +38,12 @@ _T = TypeVar("_T")
 
 def download(name: str, error: type[DashError], **wanted: Any) -> Path:
     """Fetch files of `org/name` and return their folder; `wanted`: arguments of `snapshot_download`. Raises `error`."""
-    return Path(_asked(name, error, lambda hub: hub.snapshot_download(name, **wanted)))
+    return Path(_call_hub(name, error, lambda hub: hub.snapshot_download(name, **wanted)))
 
 
-def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Bundle], _T]) -> _T:
+def load_from_hub(
+    name: str, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Bundle], _T]
+) -> _T:
     """Fetch from the hub what a run needs of the bundle `org/name`, and return what `load` makes of it. The version is
     the hub's current one. Where the hub cannot be reached, or that version is damaged or not trusted, the version that
     was loaded last is taken, with a warning.
@@ -60,8 +62,8 @@ def loaded(name: str, target: str | None, trusted: Callable[[Bundle], None] | No
         found = [_version(path) for path in pointers if path.is_file()]
         known = next((version for version in found if version and (base / version).is_dir()), None)
         try:
-            version = _asked(name, BundleError, lambda hub: hub.HfApi().model_info(name, timeout=_SECONDS).sha)
-            made = _of_version(name, base / version, target, trusted, load)
+            version = _call_hub(name, BundleError, lambda hub: hub.HfApi().model_info(name, timeout=_SECONDS).sha)
+            made = _load_version(name, base / version, target, trusted, load)
         except BundleError as error:
             if known is None:
                 raise
@@ -88,11 +90,11 @@ def _version(pointer: Path) -> str | None:
 def _held(root: Path, name: str) -> Bundle:
     """Open the bundle of a version and lock the version while the object lives: an engine may be loaded later."""
     bundle = Bundle.open(root, name.rpartition("/")[2])
-    hold(root, bundle)
+    lock_while_alive(root, bundle)
     return bundle
 
 
-def _of_version(
+def _load_version(
     name: str, root: Path, target: str | None, trusted: Callable[[Bundle], None] | None, load: Callable[[Bundle], _T]
 ) -> _T:
     """Fetch what a run needs of one version into `root`, and load it. Damaged files are fetched anew, once."""
@@ -103,7 +105,7 @@ def _of_version(
             raise BundleError(f"{name} on the hub is no bundle. Make one of the model: dash-export build {name}")
         try:
             bundle = Bundle.open(root)
-            build = bundle.load_build(bundle.chosen(target))
+            build = bundle.load_build(bundle.resolve_target(target))
             if trusted is not None:
                 trusted(bundle)
             elif build.recipe.engine is not None:
@@ -126,7 +128,7 @@ def _forget_damaged(root: Path, target: str | None) -> None:
     """Remove a target's damaged files, and the manifest, its signature and the build records, to fetch them anew."""
     with suppress(BundleError):
         bundle = Bundle.open(root)
-        build = bundle.load_build(bundle.chosen(target))
+        build = bundle.load_build(bundle.resolve_target(target))
         for record in (*bundle.manifest.files, *build.files):
             path = bundle.path(record.name)
             if path.is_dir() or (path.is_file() and not record.matches(path, True)):
@@ -175,7 +177,7 @@ def push(bundle: Bundle, name: str, *, private: bool, base_model: str | None, li
             ) from error
         return str(done.repo_url)
 
-    return str(_asked(name, BundleError, commit, "was not published", "log in with `hf auth login`, and push again"))
+    return str(_call_hub(name, BundleError, commit, "was not published", "log in with `hf auth login`, and push again"))
 
 
 def _pushed(name: str, there: set[str], read: Callable[[str], Path]) -> set[str]:
@@ -250,7 +252,7 @@ def _measured(build: Build) -> str:
     return "\n".join(lines)
 
 
-def _asked(
+def _call_hub(
     name: str, error: type[DashError], ask: Callable[[Any], Any], failed: str = "cannot be downloaded", advice: str = ""
 ) -> Any:
     """Return `ask(huggingface_hub)`. Raises `error` where the package is missing, and in place of what `ask` raises."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import FileRecord
-from dash_export.decision import POLICY_KINDS, DialPoint, Skips, Unit, check_places, check_units
+from dash_export.decision import POLICY_KINDS, DialPoint, Skips, Unit, check_static_order, check_units
 from dash_export.errors import PolicyError
 from dash_export.targets import Recipe, recipe_faults
 from dash_export.typed_json import Bytes, NotNegative, Within
@@ -276,7 +276,7 @@ def manifest_faults(manifest: Manifest) -> Iterator[str]:
         yield "it was changed or damaged after it was made (hash mismatch)."
     try:
         check_units(policy.units, policy.read, model.num_layers)
-        check_places(policy.static_order, policy.units)
+        check_static_order(policy.static_order, policy.units)
     except PolicyError as error:
         yield str(error)
     if len(model.traits.windows) not in (0, model.num_layers):

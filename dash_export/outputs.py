@@ -84,7 +84,7 @@ def folder_locked(folder: Path, holders: Iterable[Path], *, shared: bool, wait: 
         os.close(descriptor)
 
 
-def hold(folder: Path, owner: object) -> None:
+def lock_while_alive(folder: Path, owner: object) -> None:
     """Lock a folder, shared with others, for as long as `owner` lives."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     _flock(descriptor, fcntl.LOCK_SH)
@@ -194,7 +194,7 @@ def own_secret() -> bytes:
         return os.urandom(32)
 
 
-def named(output: str | Path) -> Path:
+def output_path(output: str | Path) -> Path:
     """Return the path to write, resolved so that it has a name (lock and work folder are named after it): the target of
     a link, the current folder for `.`. Raises OutputError for `/`, a link that points nowhere and a name that is not
     UTF-8.
@@ -222,7 +222,7 @@ def check_writable(folder: Path) -> None:
 
 
 def refuse_link(output: Path) -> None:
-    """Raise OutputError for a link that has appeared since the output was `named`."""
+    """Raise OutputError for a link that has appeared since `output_path` resolved the output."""
     if output.is_symlink():
         raise OutputError(f"{output} has become a link: it will not be replaced. Remove it, or choose another output.")
 

@@ -29,10 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_export.artifacts import open_regular, read_bounded, write_atomic
-from dash_export.decision import Unit, check_places, check_units, units_of, units_text
+from dash_export.decision import Unit, check_static_order, check_units, units_of, units_text
 from dash_export.errors import PolicyError
 from dash_export.manifest import ModelFacts
-from dash_export.replacing import check_outside_bundles, check_place
+from dash_export.replacing import check_movable, check_outside_bundles
 from dash_export.resources import resource_folder
 from dash_export.typed_json import WrongFieldError, typed
 
@@ -161,7 +161,7 @@ def stored_columns(unit: Unit, spec: ModelFacts) -> int:
 def check_policy(policy: SkipPolicy, spec: ModelFacts) -> None:
     """Raise PolicyError when the policy is not one for a model of this shape, or holds a weight that is not finite."""
     check_units(policy.units, policy.read, spec.num_layers)
-    check_places(policy.static_order, policy.units)
+    check_static_order(policy.static_order, policy.units)
     if len(policy.bypasses) != len(policy.units):
         raise PolicyError(f"There are {len(policy.bypasses)} bypasses for {len(policy.units)} units.")
     hidden, found = spec.hidden_size, policy.weights()
@@ -229,7 +229,7 @@ def check_replaceable(path: Path) -> None:
     check_outside_bundles(path)
     card, is_ours = card_path(path), True
     for one in (path, card):
-        check_place(one)
+        check_movable(one)
     try:
         if path.exists():
             _facts(_opened(path)[0])

@@ -20,7 +20,7 @@ _LONGEST_PLAN = 1 << 16
 def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str, command: str) -> None:
     """Rename the finished work folder of a command to `output`. Where `output` exists, replace only the entries `ours`
     in it (paths below it). `last`, one of `ours`, is removed first and put in place last: while it is missing the
-    output is unfinished, and `recover` goes on. Raises OutputError where `ours` may not be replaced (`check_place`).
+    output is unfinished, and `recover` goes on. Raises OutputError where `ours` may not be replaced (`check_movable`).
     """
     sync(work)
     if not output.exists():
@@ -28,7 +28,7 @@ def put_in_place(work: Path, output: Path, ours: Sequence[str], last: str, comma
         sync(output.parent)
         unmark(output)
         return
-    check_place(output, ours)
+    check_movable(output, ours)
     mark(output, command)
     write_atomic(work / PLAN, "\n".join(name for name in ours if os.path.lexists(work / name)))
     recover(output, ours, last, command)
@@ -67,7 +67,7 @@ def _replace(work: Path, output: Path, ours: Sequence[str], last: str, planned: 
     sync(output)
 
 
-def check_place(output: Path, ours: Sequence[str] = ("",)) -> None:
+def check_movable(output: Path, ours: Sequence[str] = ("",)) -> None:
     """Raise OutputError where `put_in_place` would fail halfway or touch what is not the output's: for a link on the
     way to `ours` (by default the output itself), a mount point (which can neither be renamed across nor removed), a
     folder that may not be written.

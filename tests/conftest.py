@@ -88,7 +88,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds without costs and dial, for what only asks what engines answer."""
     from dash_export.building import pipeline
 
-    monkeypatch.setattr(pipeline, "_measured", as_drafted)
+    monkeypatch.setattr(pipeline, "_with_measurements", as_drafted)
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +139,7 @@ def smollm2_runtime(smollm2_bundle: Path) -> Iterator[Callable[..., DashRuntime]
         with pytest.MonkeyPatch.context() as patch:
             tested = target in ("cpu", "cpu-nearest")  # the others only need a dial
             if target in ("portable", "cpu-int8"):  # which are only compared: no dial is read
-                patch.setattr(pipeline, "_measured", as_drafted)
+                patch.setattr(pipeline, "_with_measurements", as_drafted)
             patch.setattr(dial, "WINDOWS", 3 if tested else 1)
             patch.setattr(dial, "TOKENS", 128 if tested else 64)
             patch.setattr(dial, "SHARES", (0.1, 0.25, 0.4, 0.6) if tested else (0.1, 0.4))

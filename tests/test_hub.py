@@ -246,10 +246,10 @@ def test_engines_of_a_gpu_are_fetched_only_with_a_key(
     load_build, recipe = Bundle.load_build, load_recipe("h100")
     monkeypatch.setattr(Bundle, "load_build", lambda self, target: replace(load_build(self, target), recipe=recipe))
     with pytest.raises(BundleError, match="engines of a GPU are code"):
-        hub.loaded(NAME, TARGET, None, Mock())
+        hub.load_from_hub(NAME, TARGET, None, Mock())
     assert not [name for name in server.fetched if name.endswith(".onnx")]
     trusted = Mock()
-    assert hub.loaded(NAME, TARGET, trusted, lambda bundle: bundle.root) == cache(server)
+    assert hub.load_from_hub(NAME, TARGET, trusted, lambda bundle: bundle.root) == cache(server)
     trusted.assert_called_once()
 
 

@@ -26,7 +26,7 @@ from dash_export.outputs import (
     folder_locked,
     lock_file,
     locked,
-    named,
+    output_path,
     own_secret,
     work_folder,
 )
@@ -265,11 +265,11 @@ def test_a_link_that_appears_during_an_export(tiny_model: Checkpoint, tmp_path: 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert named("a.dash") == Path("a.dash")
-    assert named(".") == tmp_path
-    assert named("..") == tmp_path.parent
+    assert output_path("a.dash") == Path("a.dash")
+    assert output_path(".") == tmp_path
+    assert output_path("..") == tmp_path.parent
     with pytest.raises(OutputError, match="is a whole file system"):
-        named("/")
+        output_path("/")
 
 
 def test_a_secret_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,26 +129,26 @@ class Backend(ABC):
     ) -> Iterator[Artifact]:
         """Yield everything a build consists of, in the order of its making. `folder`: where finished files lie."""
         from dash_export.building.calibrate import calibration_key, rounding_artifact
-        from dash_export.building.engine_graphs import Artifact, engine_graphs, graphs_key, lowered
-        from dash_export.graphs.rounded import stored_roundings, to_nearest
+        from dash_export.building.engine_graphs import Artifact, engine_graphs, graphs_key, lower_graph
+        from dash_export.graphs.rounded import roundings_lookup, to_nearest
 
         policy, calibrated = bundle.manifest.policy, calibration_key(bundle, self.recipe)
         base = content_key(self.revision, self.key(), asdict(self.recipe.weights), policy.layers, calibrated)
         if calibrated:
             yield rounding_artifact(bundle, self.recipe, folder, progress)
-        yield from self.shared(bundle)
-        roundings = stored_roundings(folder / ROUNDINGS) if calibrated else to_nearest
+        yield from self.shared_artifacts(bundle)
+        roundings = roundings_lookup(folder / ROUNDINGS) if calibrated else to_nearest
         for graph in engine_graphs(bundle, segments, self.on_device):
 
             def write(out: Path, graph: EngineGraph = graph) -> list[Path]:
                 extended = [folder / f"{name}.onnx" for name in graph.extends]
-                return self.save(lowered(bundle, graph, self.recipe, roundings), folder, out / graph.name, extended)
+                return self.save(lower_graph(bundle, graph, self.recipe, roundings), folder, out / graph.name, extended)
 
             read = policy.read if POLICY in graph.parts else None
             key = content_key(base, graph.name, graphs_key(bundle, graph.parts), read)
             yield Artifact(graph.name, key, write, graph.extends)
 
-    def shared(self, _bundle: Bundle) -> Iterator[Artifact]:
+    def shared_artifacts(self, _bundle: Bundle) -> Iterator[Artifact]:
         """Yield the files that engines share."""
         return iter(())
 

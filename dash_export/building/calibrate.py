@@ -78,13 +78,13 @@ def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, progress: Pr
                 "Run: pip install 'dash-export[cpu,export]'; or build from a kit that a machine with it writes "
                 "(--kit), or with --rounding nearest."
             )
-        write_roundings(out / ROUNDINGS, key, calibrated(bundle, recipe, progress))
+        write_roundings(out / ROUNDINGS, key, calibrate_matrices(bundle, recipe, progress))
         return [out / ROUNDINGS]
 
     return Artifact("roundings", key, write, role="aside")
 
 
-def calibrated(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[tuple[str, Rounded | float]]:
+def calibrate_matrices(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[tuple[str, Rounded | float]]:
     """Yield (node, rounding) for every matrix that the recipe rounds to int4, and (node, largest absolute input) for
     every fp8 matrix: layer by layer, the head last.
     """
@@ -111,7 +111,7 @@ def calibrated(bundle: Bundle, recipe: Recipe, progress: Progress) -> Iterator[t
         if recipe.weights.head == "fp8":
             yield "head/logits", max(map(_largest, normed))
         else:
-            for rounded in _rounded(recipe, [table], np.sum([_moments(state) for state in normed], axis=0)):
+            for rounded in _round_group(recipe, [table], np.sum([_moments(state) for state in normed], axis=0)):
                 yield "head/logits", rounded
         progress("rounding head", 1, 1)
 
@@ -156,7 +156,7 @@ def _round_layer(
             continue
         weights = [node.inputs[1] for node in group]
         matrices = [array for weight in weights if (array := constant_value(weight)) is not None]
-        for node, weight, rounded in zip(group, weights, _rounded(recipe, matrices, moments[source]), strict=False):
+        for node, weight, rounded in zip(group, weights, _round_group(recipe, matrices, moments[source]), strict=False):
             assert weight is not None
             weight.const_value = ir.tensor(rounded.dequantized(), name=weight.name)
             yield str(node.name), rounded
@@ -170,7 +170,7 @@ def _outputs(model: ir.Model, name: str, states: list[Floats], feeds: Arrays) ->
             yield run(feeds | {"hidden": state})
 
 
-def _rounded(recipe: Recipe, matrices: list[Floats], moments: Moments) -> Iterator[Rounded]:
+def _round_group(recipe: Recipe, matrices: list[Floats], moments: Moments) -> Iterator[Rounded]:
     """Round matrices that have the same input. Yield nothing where no block size divides the input: the matrices then
     stay as they are. For ONNX Runtime (`ort`) any block size does: it pads a last, shorter block.
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dash_export.building.engine_graphs import Artifact
 
 
-_FOLDED = 40
+_FOLDING_BYTES = 40
 """Bytes that ONNX Runtime takes per weight of a GGUF file's blocks, while it folds their dequantisation to float32."""
 
 
@@ -55,10 +55,11 @@ class CpuBackend(Backend):
         sizes = {record.name: record.bytes for record in bundle.manifest.files}
         model = bundle.manifest.model
         weights, stored = model.vocab_size * model.hidden_size, sizes.get("onnx/head.data", sizes["onnx/embed.data"])
-        if stored < 1.5 * weights and _FOLDED * weights > available_memory():  # stored as a GGUF file's blocks
+        needed, is_blocks = _FOLDING_BYTES * weights, stored < 1.5 * weights  # blocks of a GGUF file
+        if is_blocks and needed > available_memory():
             raise BackendError(
-                f"ONNX Runtime takes {_FOLDED * weights / 1e9:.0f} GB to read the portable head of {model.name}, "
-                "and so much is not free: it makes float32 of blocks in several steps. Use --target cpu --weights fp32."
+                f"ONNX Runtime takes {needed / 1e9:.0f} GB to read the portable head of {model.name}, and so much is "
+                "not free: it makes float32 of blocks in several steps. Use --target cpu --weights fp32."
             )
         return {
             name: EngineRecord(file, sizes[file] + sizes.get(f"onnx/{name}.data", 0), bundle.manifest.key)
@@ -72,7 +73,7 @@ class CpuBackend(Backend):
     def key(self) -> Any:
         return self.version()
 
-    def shared(self, bundle: Bundle) -> Iterator[Artifact]:
+    def shared_artifacts(self, bundle: Bundle) -> Iterator[Artifact]:
         from dash_export.building.engine_graphs import Artifact
 
         def write(out: Path) -> list[Path]:

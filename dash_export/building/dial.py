@@ -46,7 +46,7 @@ def calibrate_dial(
     judged = 0
     tokens = 0
     for done, window in enumerate(windows, 1):
-        sums += _measured(runtime, window, trade_offs)
+        sums += _measure_window(runtime, window, trade_offs)
         tokens += len(window) - min(PREFIX, len(window) // 2)
         judged += len(window) - min(PREFIX, len(window) // 2) - 1
         progress("calibrating the dial", done, len(windows))
@@ -71,7 +71,7 @@ def _trade_offs(runtime: DashRuntime, windows: list[npt.NDArray[np.int64]]) -> l
     return sorted({float(f"{trade_off:.6g}") for trade_off in found})
 
 
-def _measured(
+def _measure_window(
     runtime: DashRuntime, window: npt.NDArray[np.int64], trade_offs: Sequence[float]
 ) -> npt.NDArray[np.float64]:
     """Measure a window under each trade-off. Return [trade-offs, 4], sums over the window's measured tokens: layers

@@ -78,7 +78,7 @@ def graphs_key(bundle: Bundle, names: Iterable[str]) -> str:
     return content_key([hashes.get(name, "") for name in (*files, *data, "onnx/rope.data", "onnx/embed.data")])
 
 
-def lowered(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Roundings = to_nearest) -> ir.Model:
+def lower_graph(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Roundings = to_nearest) -> ir.Model:
     """Return an engine's graph in the recipe's dialect, at the recipe's precisions."""
     if recipe.dialect != "ort":
         return trt.lower(portable(bundle, graph), recipe, bundle.manifest.policy.layers, roundings)
@@ -86,7 +86,7 @@ def lowered(bundle: Bundle, graph: EngineGraph, recipe: Recipe, roundings: Round
 
     parts = {name: load_graph(bundle.graph(name)) for name in graph.parts}
     doc = f"{', '.join(graph.parts)} of {bundle.manifest.model.name}"
-    return ort.write(graph.name, doc, parts, bundle.manifest, recipe, roundings)
+    return ort.engine_graph(graph.name, doc, parts, bundle.manifest, recipe, roundings)
 
 
 def save_extending(lowered: ir.Model, path: Path, extended: Sequence[Path] = ()) -> list[Path]:

@@ -41,14 +41,14 @@ class GpuBackend(Backend):
         return self.recipe.engine
 
     def run_obstacle(self) -> str | None:
-        if (reason := self.no_such_device() or super().run_obstacle()) is None:
+        if (reason := self.device_obstacle() or super().run_obstacle()) is None:
             try:
                 require_bindings()
             except BackendError as error:
                 return str(error)
         return reason
 
-    def no_such_device(self) -> str | None:
+    def device_obstacle(self) -> str | None:
         """Return why this machine's first CUDA device does not fit the recipe; None where it does."""
         wanted = ", ".join(self.engine.capabilities)
         try:
@@ -143,10 +143,10 @@ class TensorRTBackend(RtxBackend):
     """TensorRT, which compiles only for the device of this machine."""
 
     def build_obstacle(self) -> str | None:
-        return self.no_such_device() or super().build_obstacle()
+        return self.device_obstacle() or super().build_obstacle()
 
     def needs_another_machine(self) -> bool:
-        return self.no_such_device() is not None
+        return self.device_obstacle() is not None
 
     def how_to_install(self) -> str:
         if set(JETSONS) & set(self.engine.capabilities):

@@ -20,7 +20,7 @@ from dash_export.artifacts import Progress, no_progress, read_bounded, record_of
 from dash_export.building import kit_script
 from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibration_key, rounding_artifact
-from dash_export.building.verify import verification
+from dash_export.building.verify import verify_engines
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import OURS, refuse_foreign
@@ -32,14 +32,14 @@ from dash_export.outputs import (
     folder_locked,
     lock_file,
     locked,
-    named,
+    output_path,
     refuse_link,
     remove_own,
     removed_on_error,
     work_folder,
     work_of,
 )
-from dash_export.replacing import check_outside_bundles, check_place, put_in_place, recover, refuse_inputs
+from dash_export.replacing import check_movable, check_outside_bundles, put_in_place, recover, refuse_inputs
 from dash_export.resources import PACKAGE, resource_folder
 from dash_export.targets import Recipe, load_recipe, with_weights
 
@@ -76,8 +76,8 @@ def write_kit(
     recipe = with_weights(load_recipe(target), **{name.removeprefix("--"): value for name, value in given.items()})
     if recipe.engine is None:
         raise BackendError(f"A kit is for a GPU that is elsewhere: build for {recipe.name} here, and copy the bundle.")
-    root = named(bundle.root)
-    folder = named(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
+    root = output_path(bundle.root)
+    folder = output_path(output or bundle.root.with_name(f"{bundle.root.stem}-{recipe.name}-kit"))
     if root.name in (SCRIPT, REQUIREMENTS, LIBRARY, RECIPES, RECORD, MARK, ".venv", "report.json"):
         raise BackendError(f"A kit has a {root.name} of its own beside the bundle: rename the bundle first.")
     # Only the entries in `ours` are replaced: engines compiled in the kit, and files of others, stay.
@@ -96,7 +96,7 @@ def write_kit(
         refuse_inputs([bundle.path(MANIFEST), *recipe_file], [work_of(folder), *(folder / name for name in ours)])
         recover(folder, ours, RECORD, "build --kit")
         _refuse_foreign(folder, root.name, recipe_file)
-        check_place(folder, ours)
+        check_movable(folder, ours)
         remove_own(work_folder(folder, "build --kit"))  # a kit is not resumed
         unfinished = work_folder(folder, "build --kit")
         with removed_on_error(unfinished):
@@ -143,7 +143,7 @@ def _lower(bundle: Bundle, recipe: Recipe, engines: Path, progress: Progress) ->
         engines.mkdir(parents=True)
         rounding_artifact(bundle, recipe, bundle.path(f"engines/{recipe.name}"), progress).write(engines)
     segments = backend_of(recipe).segments(bundle.manifest)
-    return verification(bundle, recipe, segments, {}, engines, progress)
+    return verify_engines(bundle, recipe, segments, {}, engines, progress)
 
 
 def _refuse_foreign(folder: Path, bundle: str, recipes: Sequence[Path]) -> None:

@@ -17,7 +17,7 @@ from dash_export.bundle import BUILD, Bundle, Seal
 from dash_export.errors import BAD_GRAPH, BackendError, BundleError, OutputError
 from dash_export.manifest import SCHEMA, Build, EngineRecord, Segment
 from dash_export.names import SIGNATURE
-from dash_export.outputs import check_writable, folder_locked, lock_file, locked, named, own_folder, own_secret
+from dash_export.outputs import check_writable, folder_locked, lock_file, locked, output_path, own_folder, own_secret
 from dash_export.runtime.backends import load_backend
 from dash_export.signing import check_trusted
 from dash_export.targets import Recipe, load_recipe, with_weights
@@ -53,7 +53,7 @@ def build(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     recipe = with_weights(load_recipe(str(target)), weights, head, embedding, rounding)
     backend_of(recipe).require()
-    root = named(bundle.root)
+    root = output_path(bundle.root)
     with folder_locked(root, [lock_file(root)], shared=True):  # keeps exports out, not other builds
         own_folder(bundle.path("engines"))
         with locked(root / "engines" / recipe.name, f"build for {recipe.name}"):
@@ -73,7 +73,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
             )
         if verify:
             raise BundleError(f"{bundle.root} has no portable graphs (onnx/) to compare its engines with.")
-        return _measured_again(bundle, recipe, progress)
+        return _remeasure(bundle, recipe, progress)
     began = time.perf_counter()
     # All files, even if every engine is reused: each build reads the tokenizer and the layers.
     seal = bundle.verify(bundle.manifest.files)
@@ -97,7 +97,7 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
         measuring=MEASURING_REVISION,
         details=backend.details(),
     )
-    known = _current(bundle, draft)
+    known = _reusable_build(bundle, draft)
     # GPU engines are measured on a machine with the GPU, maybe later and not where they were built.
     measures = (measure or known is None or known.cost.device == NOT_MEASURED) and backend.run_obstacle() is None
     verifies = verify and (known is None or known.verification is None)
@@ -108,12 +108,12 @@ def _build(bundle: Bundle, recipe: Recipe, verify: bool, measure: bool, progress
     _check_savable(bundle)
     backend.start()
     if verifies:
-        from dash_export.building.verify import verification
+        from dash_export.building.verify import verify_engines
 
         made = {} if backend.on_device else {name: bundle.path(engine.file) for name, engine in draft.engines.items()}
-        draft = replace(draft, verification=verification(bundle, recipe, segments, made, folder, progress))
+        draft = replace(draft, verification=verify_engines(bundle, recipe, segments, made, folder, progress))
     if measures:
-        draft = _measured(bundle, draft, recipe, progress)
+        draft = _with_measurements(bundle, draft, recipe, progress)
     finished = replace(draft, seconds=known.seconds if known else round(time.perf_counter() - began, 3))
     bundle.check_same(seal)
     bundle.save_build(finished)
@@ -127,7 +127,7 @@ def _check_savable(bundle: Bundle) -> None:
         raise OutputError(f"{signature} is no signature but a link or a folder: take it away.")
 
 
-def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
+def _remeasure(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build:
     """Measure the costs and the dial of an existing build on this machine, and save the build. Needs no onnx."""
     known = bundle.load_build(recipe.name)
     check_trusted(bundle)
@@ -137,13 +137,15 @@ def _measured_again(bundle: Bundle, recipe: Recipe, progress: Progress) -> Build
     seal = bundle.verify([*known.files, *texts])
     backend = backend_of(known.recipe)
     device = known.device if backend.on_device else backend.device()  # GPU engines keep the device they are for
-    measured = _measured(bundle, replace(known, device=device, measuring=MEASURING_REVISION), known.recipe, progress)
+    measured = _with_measurements(
+        bundle, replace(known, device=device, measuring=MEASURING_REVISION), known.recipe, progress
+    )
     bundle.check_same(seal)
     bundle.save_build(measured)
     return measured
 
 
-def _measured(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) -> Build:
+def _with_measurements(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) -> Build:
     """Return the build with its cost table and dial, measured on this machine. On a busy machine a table and dial that
     were measured on the same device while it was quiet are kept.
     """
@@ -166,7 +168,7 @@ def _measured(bundle: Bundle, draft: Build, recipe: Recipe, progress: Progress) 
     return draft
 
 
-def _current(bundle: Bundle, draft: Build) -> Build | None:
+def _reusable_build(bundle: Bundle, draft: Build) -> Build | None:
     """Return the build already there, with the costs of its time, if everything it was made from is unchanged."""
     try:
         known = bundle.load_build(draft.target)

@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from dash_export.artifacts import Progress, no_progress
 from dash_export.building.backend import backend_of
-from dash_export.building.engine_graphs import EngineGraph, engine_graphs, lowered, portable, write_whole
+from dash_export.building.engine_graphs import EngineGraph, engine_graphs, lower_graph, portable, write_whole
 from dash_export.building.graph_runs import Arrays, Run, graph_run, step_inputs, text_ids
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
-from dash_export.graphs.rounded import stored_roundings
+from dash_export.graphs.rounded import roundings_lookup
 from dash_export.manifest import MIXED, POLICY, Segment, Verification
 from dash_export.names import FINAL_STATE, ROUNDINGS, new_names, past_names, present_names
 from dash_export.targets import Precision, Recipe
@@ -41,7 +41,7 @@ SMALLEST_UPDATE = 0.05
 Floats = npt.NDArray[np.float32]
 
 
-def verification(
+def verify_engines(
     bundle: Bundle,
     recipe: Recipe,
     segments: Sequence[Segment],
@@ -70,7 +70,7 @@ def verification(
     backend = backend_of(recipe)
     if backend.ready_engines(bundle) is not None:  # portable graphs are the engines
         return Verification(words, {})
-    roundings = stored_roundings(folder / ROUNDINGS)
+    roundings = roundings_lookup(folder / ROUNDINGS)
     made = engine_graphs(bundle, segments, backend.on_device)
     graphs = [graph for graph in made if not engines or graph.name in engines]
     walk = _Walk(bundle)
@@ -79,7 +79,7 @@ def verification(
         with tempfile.TemporaryDirectory(prefix="dash-verify-") as name:
             path = engines.get(graph.name)
             if path is None:
-                path = write_whole(lowered(bundle, graph, recipe, roundings), Path(name) / "lowered.onnx")
+                path = write_whole(lower_graph(bundle, graph, recipe, roundings), Path(name) / "lowered.onnx")
             errors[graph.name] = walk.compare(graph, graph_run(path), Path(name))
         progress(f"verify {graph.name}", done, len(graphs))
     allowed = {graph.name: tolerance(recipe, graph, bundle.manifest.policy.layers) for graph in graphs}

@@ -73,7 +73,7 @@ def export_model(
     from dash_export.exporting import check_inputs, export
     from dash_export.models import open_checkpoint
     from dash_export.models.bypasses import pruned
-    from dash_export.outputs import named
+    from dash_export.outputs import output_path
     from dash_export.policy import load_policy, narrowed, no_policy, policy_path, untrained_policy
 
     trained = policy not in ("none", "untrained")
@@ -83,7 +83,7 @@ def export_model(
     ctx.meta[OUTPUT] = str(output)
     with progress_bar("export") as progress:
         if trained:
-            check_inputs([policy_path(policy)], named(output))
+            check_inputs([policy_path(policy)], output_path(output))
         progress(f"reading {source}", 0, 0)
         model = open_checkpoint(source)
         if policy == "none":

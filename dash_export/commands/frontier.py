@@ -15,7 +15,7 @@ from dash_export.cli import printable
 from dash_export.commands.options import (
     Load,
     comparison_options,
-    counted,
+    count_option,
     print_refused,
     window_options,
     with_bounds,
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 @comparison_options(budgets=(0.95, 0.9, 0.85, 0.8))
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on; by default the calibration text.")
 @window_options
-@counted("--rounds", ROUNDS, "Processes that decode under each setting, in turns; 0: the cost table's times.", least=0)
-@counted("--tokens", TOKENS, "Timed tokens of a process.", least=8)
+@count_option(
+    "--rounds", ROUNDS, "Processes that decode under each setting, in turns; 0: the cost table's times.", least=0
+)
+@count_option("--tokens", TOKENS, "Timed tokens of a process.", least=8)
 @click.option(
     "-o", "--output", default="frontier", show_default=True, metavar="NAME", type=click.Path(path_type=Path),
     help="Writes NAME.png, NAME.svg and NAME.json.",
@@ -49,7 +51,7 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
     window by window against dense; decode time on the clock, each in processes of its own. The exchange rate is the
     per cent of perplexity paid per per cent of decode time saved. Let nothing else run meanwhile.
     """
-    from dash_export.evaluate.exchange import frontier, of_token
+    from dash_export.evaluate.exchange import frontier, token_kl_share
     from dash_export.evaluate.pictures import frontier_figure  # fails at once where matplotlib is missing
     from dash_export.resources import resource_folder
     from dash_export.text_files import read_text
@@ -63,7 +65,7 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
             candidates, refused = load()
             points = frontier(candidates, content, name, **measure, progress=progress)
         runtime = candidates[0].runtime
-        shares = of_token(points)
+        shares = token_kl_share(points)
         title = f"{runtime.bundle.manifest.model.name}, {runtime.build.target}, {runtime.build.device}"
         # Measuring took minutes: save the report even if printing fails, and print before saving can fail.
         try:

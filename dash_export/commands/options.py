@@ -38,7 +38,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before c
             self.fail(str(error), param, ctx)
 
 
-class Several(click.ParamType):  # type: ignore[type-arg]
+class CommaSeparated(click.ParamType):  # type: ignore[type-arg]
     """Type of a comma-separated list without repeats, its items of another type: `0.9,0.85` -> (0.9, 0.85)."""
 
     def __init__(self, item: Any) -> None:
@@ -67,8 +67,11 @@ class PolicyKind(click.ParamType):  # type: ignore[type-arg]
         return value if ":" in str(value) else click.Choice(POLICY_KINDS).convert(value, param, ctx)
 
 
-BUDGETS, AMOUNTS = Several(click.FloatRange(0, 1, min_open=True)), Several(click.FloatRange(0, min_open=True))
-KINDS = Several(PolicyKind())
+BUDGETS, AMOUNTS = (
+    CommaSeparated(click.FloatRange(0, 1, min_open=True)),
+    CommaSeparated(click.FloatRange(0, min_open=True)),
+)
+KINDS = CommaSeparated(PolicyKind())
 
 
 def with_options(command: _Command, *options: Callable[[Any], Any]) -> _Command:
@@ -179,7 +182,7 @@ def comparison_options(budgets: Sequence[float]) -> Callable[[Callable[..., Any]
     return decorate
 
 
-def counted(name: str, default: int, text: str, least: int = 1) -> Callable[[Any], Any]:
+def count_option(name: str, default: int, text: str, least: int = 1) -> Callable[[Any], Any]:
     """Return an option that takes a whole number of at least `least`."""
     return click.option(name, type=click.IntRange(min=least), default=default, show_default=True, help=text)
 
@@ -188,9 +191,9 @@ def window_options(command: Any) -> Any:
     """Add --limit, --window and --prefix, which say what part of a text is scored."""
     return with_options(
         command,
-        counted("--limit", LIMIT, "Windows of a text, or items of a task."),
-        counted("--window", WINDOW, "Tokens of a window.", least=4),
-        counted("--prefix", PREFIX, "How many of them are dense.", least=2),
+        count_option("--limit", LIMIT, "Windows of a text, or items of a task."),
+        count_option("--window", WINDOW, "Tokens of a window.", least=4),
+        count_option("--prefix", PREFIX, "How many of them are dense.", least=2),
     )
 
 

@@ -12,7 +12,7 @@ from dash_export.cli import printable
 from dash_export.commands.options import (
     Load,
     comparison_options,
-    counted,
+    count_option,
     print_refused,
 )  # fmt: skip
 from dash_export.commands.progress import progress_bar
@@ -28,8 +28,8 @@ _SHORT = {"always": "always run", "run": "units, run", "bypass": "bypasses", "ho
 @comparison_options(budgets=(0.85,))
 @click.option("--text", type=_FILE, help="Text to decode; by default the held-out text that ships with the package.")
 @click.option("--context", type=click.IntRange(min=2), help="Cached tokens before the timed ones; by default 256.")
-@counted("--tokens", PROFILE_TOKENS, "Timed tokens of a round.", least=2)
-@counted("--repeats", PROFILE_ROUNDS, "Rounds, settings interleaved.", least=2)
+@count_option("--tokens", PROFILE_TOKENS, "Timed tokens of a round.", least=2)
+@count_option("--repeats", PROFILE_ROUNDS, "Rounds, settings interleaved.", least=2)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure, instead of the tables.")
 @click.option("--html", type=_FILE, metavar="REPORT.html", help="Write a report: one file, nothing fetched.")
 @click.option(

@@ -9,7 +9,7 @@ from types import FrameType
 import click
 
 from dash_export.cli import printable
-from dash_export.commands.options import TARGET, TRUSTED, counted, load_runtime
+from dash_export.commands.options import TARGET, TRUSTED, count_option, load_runtime
 from dash_export.decision import Setting
 from dash_export.errors import OutputError, RequestError
 from dash_export.replacing import check_outside_bundles
@@ -30,7 +30,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
     type=click.IntRange(min=1),
     help=f"Answers of a model that decode together; by default {ROWS}, or as many as the engines take.",
 )
-@counted("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
+@count_option("--waiting", WAITING, "Requests of a model that wait; more are refused with 429.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True),
               help="For requests that do not say it, alone; by default what the bundle recommends.")  # fmt: skip
 @click.option("--pace", type=click.FloatRange(0.1, 60_000), metavar="MS", help="Milliseconds that a token may take: "
@@ -91,7 +91,7 @@ def command(
         return
     hosts = LOCAL if host in LOCAL else None
     server = Server(served, key=api_key, origins=cors, hosts=hosts, deadline=deadline, drain=drain)
-    many_files()
+    raise_open_file_limit()
     config = uvicorn.Config(server.app, host, port, log_level="warning", timeout_graceful_shutdown=drain + 5)
     try:
         socket = config.bind_socket()
@@ -112,7 +112,7 @@ def command(
     Draining(config).run(sockets=[socket])
 
 
-def many_files() -> None:
+def raise_open_file_limit() -> None:
     """Raise the limit of open files: idle connections take a file descriptor each."""
     with suppress(ImportError, OSError, ValueError):  # Windows has none; a system that refuses keeps its limit
         import resource

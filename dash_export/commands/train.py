@@ -14,7 +14,7 @@ from dash_export.commands.options import UNITS
 from dash_export.commands.progress import progress_bar
 from dash_export.commands.tables import print_table
 from dash_export.decision import Unit, parse_units
-from dash_export.outputs import named
+from dash_export.outputs import output_path
 from dash_export.train.defaults import KINDS, PRECISIONS, TrainingSettings
 
 DEFAULTS = TrainingSettings()
@@ -86,7 +86,7 @@ def command(
             model, output, text, prompts,
             kind=kind, units=units, start=start, settings=chosen, device=device, progress=progress,
         )  # fmt: skip
-    _summary(model, named(output))  # a link is followed, as `train` follows it
+    _summary(model, output_path(output))  # a link is followed, as `train` follows it
 
 
 def _summary(model: str, output: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dash_export.decision import OWN, POLICY_KINDS, Actions, Setting, spans, unit_skips
+from dash_export.decision import OWN, POLICY_KINDS, Actions, Setting, layers_text, unit_skips
 from dash_export.errors import PolicyError, RequestError
 from dash_export.runtime import DashRuntime, Session
 
@@ -46,7 +46,7 @@ def amount(setting: Setting) -> str:
     """Return how much a setting skips, like `budget 0.9`; empty for dense."""
 
     def shown(value: Any) -> str:
-        return spans(value) if isinstance(value, tuple) else f"{value:g}"
+        return layers_text(value) if isinstance(value, tuple) else f"{value:g}"
 
     return ", ".join(f"{name.replace('_', ' ')} {shown(getattr(setting, name))}" for name in setting.given)
 

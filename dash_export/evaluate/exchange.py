@@ -92,7 +92,7 @@ def frontier(
     return [Point(result, timing.at(result.time)) for result, timing in zip(quality, timings, strict=True)]
 
 
-def of_token(points: Sequence[Point]) -> list[float | None]:
+def token_kl_share(points: Sequence[Point]) -> list[float | None]:
     """Return for each point: the token policy's KL at the point's time, as a share of the point's KL. The curve of the
     token policy consists of straight lines that begin at dense. None for dense and the token policy itself, and where
     the curve does not reach.

@@ -20,7 +20,7 @@ from dash_export.evaluate.candidates import Candidate
 from dash_export.evaluate.timing import TokenIds, in_turns
 from dash_export.runtime import Session
 from dash_export.runtime.decode import BoundStep
-from dash_export.runtime.rules import decided
+from dash_export.runtime.rules import skips_for
 from dash_export.runtime.sampling import Sampler, Sampling
 from dash_export.runtime.text import TextStream
 
@@ -39,7 +39,7 @@ class Probe:
         self.step, self._session = step, session
         # Begin and end of each, as plain numbers in one flat list: nothing for the garbage collector to follow.
         self.stamps = [0] * 2 * (len(step.segments) + 3)
-        self.decide = self._timed(len(step.segments), lambda state: decided(session.rule, state))
+        self.decide = self._timed(len(step.segments), lambda state: skips_for(session.rule, state))
         step.segments = [
             replace(item, run=self._timed(index, item.run), bypass=item.bypass and self._timed(index, item.bypass))
             for index, item in enumerate(step.segments)

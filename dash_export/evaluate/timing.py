@@ -106,7 +106,7 @@ def decode_times(
 
 
 @dataclass(frozen=True)
-class Took:
+class ProcessFigures:
     """Figures of one process. `seconds`: per token (median of blocks), without the first `SETTLE` tokens where there
     are more; `predicted`: the fraction of dense that the cost table predicts for the same tokens; `peak_memory`: most
     resident bytes.
@@ -117,7 +117,7 @@ class Took:
     peak_memory: int
 
 
-def run_alone(candidate: Candidate, ids: list[int], context: int) -> Took:
+def run_alone(candidate: Candidate, ids: list[int], context: int) -> ProcessFigures:
     """Run one candidate over known tokens in a new process: the first `context` are a prompt, the others are decoded
     one by one. Raises BackendError where the process fails or is killed (for lack of memory, perhaps).
     """
@@ -131,7 +131,7 @@ def run_alone(candidate: Candidate, ids: list[int], context: int) -> Took:
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
         raise BackendError(f"The process that runs {build[1]} alone failed: {said[-1] if said else done.returncode}.")
-    return Took(**json.loads(done.stdout.splitlines()[-1]))
+    return ProcessFigures(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
@@ -154,7 +154,7 @@ def main() -> None:
     blocks = np.array_split(seconds[settle:], max(1, (len(seconds) - settle) // BLOCK))
     middle = float(np.median([block.mean() for block in blocks]))
     predicted = candidate.taken(np.array(taken[settle:]))[2]
-    print(json.dumps(asdict(Took(middle, predicted, peak_memory()))))
+    print(json.dumps(asdict(ProcessFigures(middle, predicted, peak_memory()))))
 
 
 def peak_memory() -> int:

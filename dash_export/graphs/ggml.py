@@ -51,7 +51,7 @@ BLOCKS = {
 _FACTORS_LAST = ("Q6_K",)
 
 
-def taken_apart(kind: str, packed: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
+def split_blocks(kind: str, packed: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
     """Split rows of a file, uint8 [rows, bytes], into (factors, other bytes) as the functions take them."""
     block = BLOCKS[kind]
     packed = packed.reshape(len(packed), -1, block.bytes)
@@ -92,7 +92,7 @@ def four_bits(
     return codes, scales, least
 
 
-def function(kind: str) -> ir.Function:
+def block_function(kind: str) -> ir.Function:
     """Return the ONNX function of a block type: (factors, blocks) -> weight [..., columns] float32."""
     block, k_quant = BLOCKS[kind], kind.endswith("_K")
     lines = [

@@ -53,7 +53,7 @@ class Choice:
     value: ir.Value
 
 
-def write(
+def engine_graph(
     name: str,
     doc: str,
     parts: Mapping[str, ir.Model],

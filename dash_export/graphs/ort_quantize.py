@@ -29,7 +29,7 @@ def quantize_block(matrix: Float32Array, bits: int, block: int, symmetric: bool)
     return packed, scales.reshape(out, -1), zeros.reshape(out, -1)
 
 
-def pack(rounded: Rounded, times: float = 1.0) -> Blocks:
+def pack_rounded(rounded: Rounded, times: float = 1.0) -> Blocks:
     """Pack a calibrated matrix times a factor: its codes stay, its scales are multiplied."""
     rows, out = rounded.codes.shape
     blocks = len(rounded.scales)
@@ -59,7 +59,7 @@ def quantized(
     for index, (rounded, matrix) in enumerate(zip(calibrated, matrices, strict=True)):
         if isinstance(rounded, Rounded):
             rounded.check(node, matrix.shape, recipe.block_size)
-            pieces.append(pack(rounded, first_times if index == 0 else 1.0))
+            pieces.append(pack_rounded(rounded, first_times if index == 0 else 1.0))
     if len(pieces) < len(matrices):
         wide = np.concatenate(matrices, axis=1) if len(matrices) > 1 else matrices[0]
         pieces = [quantize_block(np.ascontiguousarray(wide), bits, recipe.block_size, recipe.symmetric)]

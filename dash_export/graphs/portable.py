@@ -15,9 +15,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.decision import Unit
-from dash_export.graphs.ggml import DOMAIN, function
+from dash_export.graphs.ggml import DOMAIN, block_function
 from dash_export.graphs.stored import stored_tensors
-from dash_export.graphs.writer import GraphWriter, external, placed
+from dash_export.graphs.writer import GraphWriter, external, external_references
 from dash_export.models.bypasses import full_bypass
 from dash_export.models.spec import FINAL_NORM, Checkpoint, DecoderSpec
 from dash_export.names import FINAL_STATE, ROPE, past_names, present_names
@@ -210,7 +210,9 @@ class PortableWriter(GraphWriter):
 
     def _stored(self, name: str, transpose: bool, file: str) -> tuple[str, list[ir.Value]]:
         kind, tensors = stored_tensors(name, self.weights[name], transpose)
-        return kind, [self.initializer(str(item.name), item) for item in (placed(tensors, file) if file else tensors)]
+        return kind, [
+            self.initializer(str(item.name), item) for item in (external_references(tensors, file) if file else tensors)
+        ]
 
     def _as_float(self, kind: str, values: list[ir.Value], node: str) -> ir.Value:
         if not kind:
@@ -223,7 +225,7 @@ class PortableWriter(GraphWriter):
     def model(self) -> ir.Model:
         model = super().model()
         for kind in sorted(self.functions):
-            made = function(kind)
+            made = block_function(kind)
             model.functions[made.identifier()] = made
             model.graph.opset_imports[DOMAIN] = 1
         return model

@@ -109,7 +109,7 @@ def write_roundings(path: Path, key: str, roundings: Iterable[tuple[str, Rounded
                 add(f"{node}.{part}", array)
 
 
-def stored_roundings(path: Path) -> Roundings:
+def roundings_lookup(path: Path) -> Roundings:
     """Return a lookup in a file of roundings; without the file every matrix is rounded to nearest. The lookup of a
     matrix raises BundleError when the file is damaged.
     """

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from dash_export.errors import BundleError
-from dash_export.graphs.ggml import BLOCKS, DOMAIN, dequantized, taken_apart
+from dash_export.graphs.ggml import BLOCKS, DOMAIN, dequantized, split_blocks
 from dash_export.graphs.writer import lazy_weight
 from dash_export.models.spec import Weight
 
@@ -60,7 +60,7 @@ def _blocks(name: str, weight: Weight) -> list[ir.LazyTensor]:
 
     def read(which: int) -> ir.TensorProtocol:
         assert packed is not None
-        parts = taken_apart(weight.dtype, packed(0, rows))
+        parts = split_blocks(weight.dtype, packed(0, rows))
         weight.check_finite(parts[0], 0, rows)
         return ir.Tensor(parts[which], name=names[which])
 
@@ -69,7 +69,7 @@ def _blocks(name: str, weight: Weight) -> list[ir.LazyTensor]:
     return [ir.LazyTensor(partial(read, which), dtypes[which], shapes[which], name=names[which]) for which in range(2)]
 
 
-def restore(model: ir.Model) -> None:
+def fold_conversions(model: ir.Model) -> None:
     """Replace every node that only converts constants by its result: float32, read on demand. Raises BundleError for
     blocks of an unknown type or of another shape, and for a constant that is converted twice.
     """
@@ -123,7 +123,7 @@ def _restored(node: ir.Node, name: str, tensors: Sequence[Any]) -> ir.LazyTensor
     def lazy(make: Callable[[], npt.NDArray[Any]], shape: Sequence[int]) -> ir.LazyTensor:
         return ir.LazyTensor(lambda: ir.Tensor(make(), name=name), ir.DataType.FLOAT, ir.Shape(shape), name=name)
 
-    made = isinstance(tensors[0], ir.LazyTensor)  # made by `restore`: it may be transposed once, not cast again
+    made = isinstance(tensors[0], ir.LazyTensor)  # by `fold_conversions`: transpose it once, never cast again
     if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.FLOAT and not made:
         return lazy(lambda: tensors[0].numpy().astype(np.float32), shapes[0])
     turned = made and tensors[0].meta.get(_TURNED)

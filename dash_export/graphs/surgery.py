@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from dash_export.errors import BAD_GRAPH, BundleError
-from dash_export.graphs.stored import restore
+from dash_export.graphs.stored import fold_conversions
 from dash_export.graphs.writer import GraphWriter
 
 
@@ -40,7 +40,7 @@ def load_graph(path: Path) -> ir.Model:
         for tensor in tensors:
             if isinstance(tensor, ir.ExternalTensor):
                 _check_external(path, tensor)
-        restore(model)
+        fold_conversions(model)
     except BAD_GRAPH as error:
         raise BundleError(
             f"{path}: its weights cannot be read ({error}). The bundle is damaged: export it again."

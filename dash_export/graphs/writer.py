@@ -146,7 +146,7 @@ def save_tables(path: Path, tables: Iterable[npt.NDArray[Any]]) -> None:
             np.ascontiguousarray(table).tofile(file)
 
 
-def placed(tensors: Iterable[ir.LazyTensor], location: str) -> list[ir.ExternalTensor]:
+def external_references(tensors: Iterable[ir.LazyTensor], location: str) -> list[ir.ExternalTensor]:
     """Return references to the tensors in a file that `save_placed` wrote."""
     start, found = 0, []
     for tensor in tensors:
@@ -158,6 +158,6 @@ def placed(tensors: Iterable[ir.LazyTensor], location: str) -> list[ir.ExternalT
 def save_placed(path: Path, tensors: Sequence[ir.LazyTensor]) -> None:
     """Write tensors that several graphs read, each on pages of its own."""
     with path.open("wb") as file:
-        for tensor, place in zip(tensors, placed(tensors, path.name), strict=True):
+        for tensor, place in zip(tensors, external_references(tensors, path.name), strict=True):
             file.seek(place.offset or 0)
             file.write(tensor.tobytes())

@@ -68,7 +68,7 @@ def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32
     return matrix, checkpoint.read(bias) if bias in checkpoint.weights else np.zeros(matrix.shape[1], np.float32)
 
 
-def _made(name: str, array: Float32Array) -> Weight:
+def _weight_in_memory(name: str, array: Float32Array) -> Weight:
     """Return a Weight that reads `array` from memory instead of from disk."""
     return Weight(name, array.shape, "F32", lambda start, stop: array[start:stop])
 
@@ -99,7 +99,9 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
         elif layer == unit.first:
             matrix, bias = half(bypasses[unit]["weight"][:, :hidden].T.copy()), bypasses[unit]["bias"][:hidden]
             own = layer_weight(layers - 1, f"update_{updates.count(layers - 1)}.")
-            weights |= {name: _made(name, array) for name, array in ((f"{own}weight", matrix), (f"{own}bias", bias))}
+            weights |= {
+                name: _weight_in_memory(name, array) for name, array in ((f"{own}weight", matrix), (f"{own}bias", bias))
+            }
             digest.update(matrix.tobytes() + bias.tobytes())
             updates.append(layers - 1)
     config = {**checkpoint.config, "num_hidden_layers": layers}

@@ -21,7 +21,7 @@ from dash_export.models.gguf_families import ARCHITECTURES
 from dash_export.models.gguf_file import GgufTensor, read_gguf
 from dash_export.models.spec import Checkpoint
 from dash_export.models.tokenizer_gguf import token_id, tokenizer_assets
-from dash_export.models.weights import checked, fused_names, require, unfused
+from dash_export.models.weights import build_checkpoint, fused_names, require, unfused
 
 _ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1's numbers, the same in every release; GGUF keeps only the divisors that follow from them.
@@ -107,7 +107,7 @@ def open_gguf(path: Path) -> Checkpoint:
     }
     weights = unfused(spec, weights)
     assets = {"config.json": json.dumps(config, indent=2) + "\n"} | tokenizer_assets(metadata, spec.vocab_size)
-    return checked(str(path), spec, config, weights, assets, [path], seen)
+    return build_checkpoint(str(path), spec, config, weights, assets, [path], seen)
 
 
 def _architecture(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

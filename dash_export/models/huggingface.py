@@ -15,7 +15,7 @@ from dash_export.errors import CheckpointError
 from dash_export.hub import download
 from dash_export.models.config import decoder_spec, shown
 from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, layer_weight, row_blocks
-from dash_export.models.weights import checked, open_weights, read_json, read_text, unfused
+from dash_export.models.weights import build_checkpoint, open_weights, read_json, read_text, unfused
 from dash_export.text_files import load_tokenizer
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
@@ -44,9 +44,9 @@ def open_folder(folder: Path, source: str = "") -> Checkpoint:
     tied, table = "lm_head.weight", "model.embed_tokens.weight"
     if spec.tie_embeddings and tied in stored and table not in stored:  # save_model keeps one of two tied names
         stored[table] = replace(stored.pop(tied), name=table)
-    stored = {name: _plain(spec, weight) for name, weight in unfused(spec, stored).items()}
+    stored = {name: _with_norm_offset(spec, weight) for name, weight in unfused(spec, stored).items()}
     _refuse_unused(spec, stored, folder)
-    return checked(source, spec, config, stored, assets, files, seen)
+    return build_checkpoint(source, spec, config, stored, assets, files, seen)
 
 
 def open_hub(model_id: str) -> Checkpoint:
@@ -82,7 +82,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def _plain(spec: DecoderSpec, weight: Weight) -> Weight:
+def _with_norm_offset(spec: DecoderSpec, weight: Weight) -> Weight:
     """Return a norm's gain with the `norm_offset` added that the family's files lack; other weights as they are."""
     if not spec.norm_offset or not weight.name.endswith("norm.weight"):
         return weight
@@ -105,7 +105,7 @@ def _refuse_unused(spec: DecoderSpec, stored: dict[str, Weight], folder: Path) -
     head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
     sound = (
         table is not None and table.shape == spec.weight_shapes()["model.embed_tokens.weight"]
-    )  # `checked` refuses another shape
+    )  # `build_checkpoint` refuses another shape
     if spec.tie_embeddings and head is not None and table is not None and sound:
         blocks = zip(row_blocks(head), row_blocks(table), strict=False)
         if head.shape != table.shape or not all(np.array_equal(one, other) for one, other in blocks):

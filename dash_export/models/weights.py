@@ -54,7 +54,7 @@ def read_json(path: Path) -> tuple[str, dict[str, Any]]:
     return text, value
 
 
-def checked(
+def build_checkpoint(
     source: str,
     spec: DecoderSpec,
     config: Mapping[str, Any],
@@ -109,7 +109,7 @@ def unfused(spec: DecoderSpec, stored: dict[str, Weight]) -> dict[str, Weight]:
         names = [layer_weight(int(layer), f"{whole.partition('.')[0]}.{part}_proj.weight") for part in _FUSED[whole]]
         fused, start = found.pop(name, None), 0
         if fused is None or fused.shape != (sum(shapes[part][0] for part in names), spec.hidden_size):
-            continue  # `checked` reports the parts as missing
+            continue  # `build_checkpoint` reports the parts as missing
         for part in names:
             packed = fused.packed and partial(_rows_from, fused.packed, start)
             rows = partial(_rows_from, fused.rows, start)

@@ -23,7 +23,7 @@ from dash_export.names import FINAL_STATE, new_names, past_names, present_names,
 from dash_export.runtime.backends import Backend, Engine, Launch, backend_errors
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.own_policy import State
-from dash_export.runtime.rules import DENSE, Rule, decided
+from dash_export.runtime.rules import DENSE, Rule, skips_for
 
 ALWAYS_RUN = -1
 Floats = npt.NDArray[np.float32]
@@ -173,7 +173,7 @@ class BoundStep:
     def decode(self, token: int, rule: Rule) -> None:
         """Decode one token under `rule`."""
         self.input_ids[0, 0] = token
-        self._advance(lambda state: decided(rule, state))
+        self._advance(lambda state: skips_for(rule, state))
 
     def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
         """Prefill tokens [sequence] through every layer."""
@@ -195,13 +195,13 @@ class BoundStep:
     def teacher_force(self, tokens: npt.NDArray[np.int64], rule: Rule, dense: npt.NDArray[np.bool_]) -> None:
         """Run known tokens [sequence] in one pass as decode would run them under `rule`, every layer where `dense`."""
         self.input_ids[0] = tokens
-        self._advance(lambda state: decided(rule, state) & ~dense)
+        self._advance(lambda state: skips_for(rule, state) & ~dense)
 
     def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
         """Decode one token of every sequence, each under a rule of its own."""
         self.input_ids[:, 0] = tokens
         self._advance(
-            lambda state: np.hstack([decided(rule, state, slice(row, row + 1)) for row, rule in enumerate(rules)])
+            lambda state: np.hstack([skips_for(rule, state, slice(row, row + 1)) for row, rule in enumerate(rules)])
         )
 
     @backend_errors

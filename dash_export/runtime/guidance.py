@@ -36,7 +36,7 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 """JSON formatted as models write it: small models never end where they may write any amount of white space."""
 
 
-def native(what: str, call: Callable[[], _T]) -> _T:
+def call_tokenizer(what: str, call: Callable[[], _T]) -> _T:
     """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError that says `what`
     failed.
     """
@@ -161,7 +161,7 @@ class Guides:
         limits = LLParserLimits(max_lexer_states=STATES, verbose_errors=False)
         read = "does not do for this grammar"
         return [
-            Guide(native(read, lambda: LLMatcher(self._tokens, grammar, log_level=0, limits=limits)))
+            Guide(call_tokenizer(read, lambda: LLMatcher(self._tokens, grammar, log_level=0, limits=limits)))
             for _ in range(count)
         ]
 
@@ -177,7 +177,9 @@ class Guides:
         if self._eos is None:  # llguidance would take the first token as the end
             raise RequestError("Answers in a grammar need the model's own end of a text, and its tokenizer has none.")
         if self._tokens is None:  # takes a second for 150,000 tokens
-            self._tokens = native(READS, lambda: LLTokenizer(_without_gaps(self._tokenizer), eos_token=self._eos))
+            self._tokens = call_tokenizer(
+                READS, lambda: LLTokenizer(_without_gaps(self._tokenizer), eos_token=self._eos)
+            )
         if self._child is None or not self._child.alive:
             setup = {"tokenizer": _without_gaps(self._tokenizer), "eos": self._eos}
             self._child = Child(CHILD, setup | {"memory": MEGABYTES << 20, "seconds": SECONDS, "states": STATES})

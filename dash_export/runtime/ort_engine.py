@@ -114,7 +114,7 @@ class OrtEngine:
                 if name not in arrays:
                     raise BackendError(f"{self._name} wants {name}, which this runtime does not have. {_BUILD_AGAIN}")
                 array, expected = arrays[name], self._shapes[name]
-                shape = fitted(array.shape, expected)
+                shape = fitted_shape(array.shape, expected)
                 if shape is None:
                     raise BackendError(f"{self._name} wants {name} {expected}, not {list(array.shape)}. {_BUILD_AGAIN}")
                 bind(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
@@ -124,7 +124,7 @@ class OrtEngine:
         return launch
 
 
-def fitted(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
+def fitted_shape(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> tuple[int, ...] | None:
     """Return an array's shape as a graph wants it, or None where it does not fit. A lowered graph may have one
     dimension of rows in the place of [batch, sequence].
     """

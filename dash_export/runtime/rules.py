@@ -66,7 +66,7 @@ class ForcedRule:
 DENSE = FixedRule()
 
 
-def decided(rule: Rule, state: State, tokens: slice = slice(None)) -> Skips:
+def skips_for(rule: Rule, state: State, tokens: slice = slice(None)) -> Skips:
     """Return the skips [units, tokens] of some tokens of a step. A rule with `decide` sees the whole state, others only
     damage.
     """

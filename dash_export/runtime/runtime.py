@@ -77,7 +77,7 @@ class DashRuntime:
         trusted = None if key is None else partial(signing.check_signed, public_key=key)
 
         def load(opened: Bundle) -> DashRuntime:
-            build = opened.load_build(opened.chosen(target))
+            build = opened.load_build(opened.resolve_target(target))
             if trusted is not None:
                 trusted(opened)
             hashes = verify or trusted is not None
@@ -93,7 +93,7 @@ class DashRuntime:
             return runtime
 
         if is_hub_id(bundle):
-            return hub.loaded(Path(bundle).as_posix(), target, trusted, load)
+            return hub.load_from_hub(Path(bundle).as_posix(), target, trusted, load)
         return load(Bundle.open(bundle))
 
     @property

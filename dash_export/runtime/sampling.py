@@ -82,9 +82,9 @@ class Sampler:
         if self._begins is None:
             self._begins = len(context)
         if s.frequency_penalty or s.presence_penalty:
-            logits = counted(logits, context[self._begins :], s)
+            logits = with_count_penalties(logits, context[self._begins :], s)
         if s.repetition_penalty != 1.0 and context:
-            logits = penalised(logits, context, s.repetition_penalty)
+            logits = with_repetition_penalty(logits, context, s.repetition_penalty)
         if s.temperature == 0.0:
             token = int(logits.argmax())  # a NaN, if there is one: no second pass over the vocabulary
             if not np.isfinite(logits[token]):
@@ -95,7 +95,7 @@ class Sampler:
         return int(candidates[np.searchsorted(mass, self._rng.random() * mass[-1], side="right")])
 
 
-def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
+def with_repetition_penalty(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
     """Return logits with those of tokens in `context` divided by `penalty` where positive, multiplied where negative
     (CTRL, arXiv 1909.05858).
     """
@@ -107,7 +107,7 @@ def penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
     return logits
 
 
-def counted(logits: Logits, answer: Sequence[int], s: Sampling) -> Logits:
+def with_count_penalties(logits: Logits, answer: Sequence[int], s: Sampling) -> Logits:
     """Return logits lowered for the answer's tokens: by frequency_penalty for each time, by presence_penalty once."""
     tokens, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
     logits = logits.copy()

@@ -239,7 +239,7 @@ class Session:
         """Most tokens of one pass."""
         return min(self.prefill_chunk, self.engines.rows_at_once(self.cache.capacity))
 
-    def piece(self, left: int) -> int:
+    def next_pass_length(self, left: int) -> int:
         """Return how many tokens of a prompt the next pass takes, of `left`: whole TILEs, but for the prompt's end. The
         last of several passes never has one token alone.
         """
@@ -248,13 +248,13 @@ class Session:
 
     def rewind_to(self, ids: Sequence[int] | TokenIds) -> None:
         """Keep cached tokens that `ids` begins with, in whole TILEs, and forget the others. The last two of `ids` are
-        not kept: the last one's logits are wanted, and no pass may take it alone (`piece`).
+        not kept: the last one's logits are wanted, and no pass may take it alone (`next_pass_length`).
         """
         pairs = enumerate(zip(ids, self.tokens, strict=False))
         known = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(self.tokens)))
         self._rewind(whole_tiles(min(known, len(ids) - 2)))
 
-    def adopt(self, tokens: Sequence[int], cache: KVCache) -> None:
+    def load_prefix(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Replace the cached tokens by `tokens`, whose K and V are the first rows of sequence 0 of `cache`."""
         self._rewind(0)
         self.reserve(cache.length)
@@ -271,7 +271,7 @@ class Session:
         self.reserve(len(given) + headroom)
         start = 0
         while True:
-            part = given[start : start + self.piece(len(given) - start)]
+            part = given[start : start + self.next_pass_length(len(given) - start)]
             step = self.bound(len(part))
             if part.ndim == 2:
                 cast("BoundStep", step).prefill_embeddings(cast("Floats", part))

@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 from dash_export.bundle import safe_path
 from dash_export.errors import BundleError, ContextLengthError, RequestError
 from dash_export.runtime.chat_template import ChatTemplate
-from dash_export.runtime.guidance import Guides, native
+from dash_export.runtime.guidance import Guides, call_tokenizer
 from dash_export.text_files import MAX_TEXT_BYTES, bounded_text, load_tokenizer
 
 _T = TypeVar("_T")
@@ -71,9 +71,11 @@ class Text:
                 f"The text is not valid Unicode (character {error.start} is half of one): give UTF-8."
             ) from error
         if len(text) < _LONG:
-            return native(_READS, lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
+            return call_tokenizer(_READS, lambda: self.tokenizer.encode(text, add_special_tokens=special).ids)
         with _one_long:
-            return native(_READS, lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
+            return call_tokenizer(
+                _READS, lambda: self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
+            )
 
     def encode_in_pieces(self, text: str) -> npt.NDArray[np.int64]:
         """Encode a text of any length in memory for one piece at a time; pieces are cut at lines, or else at words."""
@@ -105,7 +107,9 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids. Raises RequestError where the tokenizer's decoder gives up."""
-        return native("cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return call_tokenizer(
+            "cannot write these tokens", lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        )
 
     def chat(
         self,
@@ -149,7 +153,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Return the text that this token makes certain. At a stop string set `stopped`, and leave the string out."""
-        if piece := native("cannot write this token", lambda: self._step(token)):
+        if piece := call_tokenizer("cannot write this token", lambda: self._step(token)):
             self._last = token
             self._held += piece
         found = [position for position in map(self._held.find, self._stop) if position >= 0]

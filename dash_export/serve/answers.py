@@ -18,9 +18,7 @@ from dash_export.serve.tickets import Request
 
 
 class Answer:
-    """One choice of one request. Leaving `responses` early cancels the rest of the answer. `ended` is called when
-    `responses` ends: at the last token, by an error or early.
-    """
+    """One choice of one request. `ended` is called once, by `close`: after the last token, on an error or early."""
 
     def __init__(
         self,
@@ -63,8 +61,13 @@ class Answer:
                 if response.finish_reason is not None:
                     return
         finally:
-            self.scheduler.cancel(self.ticket)
-            self._ended(self)
+            self.close()
+
+    def close(self) -> None:
+        """Cancel what is left of the answer. A second call does nothing."""
+        self.scheduler.cancel(self.ticket)
+        ended, self._ended = self._ended, lambda _: None
+        ended(self)
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:

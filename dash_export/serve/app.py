@@ -29,7 +29,7 @@ from dash_export.errors import DashError
 from dash_export.serve.completions import chat, completion
 from dash_export.serve.metrics import Metrics
 from dash_export.serve.openapi import document
-from dash_export.serve.protocol import HttpError, told
+from dash_export.serve.protocol import HttpError, http_error
 from dash_export.serve.responses import responses
 from dash_export.serve.scheduler import Scheduler
 
@@ -101,7 +101,7 @@ class Server:
             except HttpError as error:
                 return _error(error)
             except DashError as error:
-                return _error(told(error))
+                return _error(http_error(error))
             except ClientDisconnect:
                 return Response(status_code=499)
 

@@ -7,14 +7,23 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError
 from dash_export.runtime.results import Response as Token
 from dash_export.serve.answers import dash, usage
-from dash_export.serve.protocol import ChatRequest, CompletionRequest, told
-from dash_export.serve.running import Begun, begin, begin_chat, entered, event, gathered, merged
-from dash_export.serve.tools import Words, split_calls
+from dash_export.serve.protocol import ChatRequest, CompletionRequest, http_error
+from dash_export.serve.running import (
+    AnswerStream,
+    RunningAnswers,
+    answer_tokens,
+    begin,
+    begin_chat,
+    collected_tokens,
+    event,
+    parsed_request,
+)
+from dash_export.serve.tools import TextBeforeCalls, split_calls
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
@@ -23,7 +32,7 @@ _FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 
 
 async def chat(server: Server, http: HttpRequest) -> Response:
-    async with entered(server, ChatRequest, http) as (request, size):
+    async with parsed_request(server, ChatRequest, http) as (request, size):
         begun = await begin_chat(server, request, size)
 
     def chance(token: Token) -> dict[str, Any] | None:
@@ -34,7 +43,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
 
     if request.stream:
         return _streamed(begun, "chat.completion.chunk", _chat_chunks(begun, chance))
-    found: list[list[Token]] = await gathered(begun, http)
+    found: list[list[Token]] = await collected_tokens(begun, http)
 
     def whole() -> Response:
         choices = []
@@ -50,7 +59,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
     return await asyncio.to_thread(whole)  # a thread, for logprobs take a while
 
 
-def _figures(begun: Begun) -> dict[str, Any]:
+def _figures(begun: RunningAnswers) -> dict[str, Any]:
     """Return `usage`, which contains `dash`, and `dash` again beside it: some clients keep only one of the two."""
     return {"usage": usage(begun.answers), "dash": dash(begun.answers)}
 
@@ -59,12 +68,14 @@ def _ended(reason: str, calls: list[Any]) -> str:
     return "tool_calls" if calls and reason == "stop" else _FINISH[reason]
 
 
-async def _chat_chunks(begun: Begun, chance: Callable[[Token], dict[str, Any] | None]) -> AsyncIterator[dict[str, Any]]:
+async def _chat_chunks(
+    begun: RunningAnswers, chance: Callable[[Token], dict[str, Any] | None]
+) -> AsyncIterator[dict[str, Any]]:
     for index in range(len(begun.answers)):
         yield {"choices": [{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
-    words = [Words() for _ in begun.answers]
+    words = [TextBeforeCalls() for _ in begun.answers]
     tools = isinstance(begun.asked, ChatRequest) and bool(begun.asked.given_tools())
-    async for index, token in merged(begun):
+    async for index, token in answer_tokens(begun):
         text = words[index].push(token.text) if tools else token.text
         choice = {"index": index, "delta": {"content": text}, "logprobs": chance(token), "finish_reason": None}
         skips = begun.skips(token)
@@ -81,13 +92,13 @@ async def _chat_chunks(begun: Begun, chance: Callable[[Token], dict[str, Any] | 
 
 
 async def completion(server: Server, http: HttpRequest) -> Response:
-    async with entered(server, CompletionRequest, http) as (request, size):
+    async with parsed_request(server, CompletionRequest, http) as (request, size):
         begun = await begin(
             server, request, lambda scheduler: scheduler.ids(request.prompt), request.max_tokens, request.logprobs, size
         )
     if request.stream:
         return _streamed(begun, "text_completion", _completion_chunks(begun, request.logprobs is not None))
-    found = await gathered(begun, http)
+    found = await collected_tokens(begun, http)
 
     def whole() -> Response:
         choices = []
@@ -100,7 +111,7 @@ async def completion(server: Server, http: HttpRequest) -> Response:
     return await asyncio.to_thread(whole)
 
 
-def _likelihoods(begun: Begun, tokens: list[Token]) -> dict[str, Any]:
+def _likelihoods(begun: RunningAnswers, tokens: list[Token]) -> dict[str, Any]:
     each = [entries for token in tokens if (entries := begun.logprobs(token))]
     return {
         "tokens": [entries[0]["token"] for entries in each],
@@ -109,15 +120,15 @@ def _likelihoods(begun: Begun, tokens: list[Token]) -> dict[str, Any]:
     }
 
 
-async def _completion_chunks(begun: Begun, likely: bool) -> AsyncIterator[dict[str, Any]]:
-    async for index, token in merged(begun):
+async def _completion_chunks(begun: RunningAnswers, likely: bool) -> AsyncIterator[dict[str, Any]]:
+    async for index, token in answer_tokens(begun):
         reason = None if token.finish_reason is None else _FINISH[token.finish_reason]
         logprobs = _likelihoods(begun, [token]) if likely else None
         choice = {"index": index, "text": token.text, "logprobs": logprobs, "finish_reason": reason}
         yield {"choices": [choice], **begun.skips(token)}
 
 
-def _streamed(begun: Begun, kind: str, chunks: AsyncIterator[dict[str, Any]]) -> Response:
+def _streamed(begun: RunningAnswers, kind: str, chunks: AsyncIterator[dict[str, Any]]) -> Response:
     """Send `chunks` as server-sent events. An error becomes an event, because the HTTP status is already sent."""
     common = begun.common | {"object": kind}
 
@@ -126,7 +137,7 @@ def _streamed(begun: Begun, kind: str, chunks: AsyncIterator[dict[str, Any]]) ->
             async for chunk in chunks:
                 yield event(common | chunk)
         except DashError as error:
-            said = told(error)
+            said = http_error(error)
             kind = "server_error" if said.status >= 500 else "invalid_request_error"
             yield event({"error": {"message": str(said), "type": kind, "param": None, "code": said.code}})
         else:
@@ -135,4 +146,4 @@ def _streamed(begun: Begun, kind: str, chunks: AsyncIterator[dict[str, Any]]) ->
                 yield event(common | {"choices": []} | _figures(begun))
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return AnswerStream(begun, events())

@@ -43,7 +43,7 @@ class Prefixes:
                 best, length = known, common
         if best is not None:
             self._kept.move_to_end(best)
-            session.adopt(best[:length], self._kept[best])
+            session.load_prefix(best[:length], self._kept[best])
         return length
 
     def _drop(self, key: tuple[int, ...]) -> None:

@@ -75,7 +75,7 @@ class HttpError(Exception):
         self.status, self.param, self.code = status, param, code
 
 
-def told(error: DashError) -> HttpError:
+def http_error(error: DashError) -> HttpError:
     """Return the error that a client gets for `error`. An error that is not the client's is logged, and the client gets
     MISTAKE instead of its text, unless the text is NO_MEMORY or NOT_NUMBERS.
     """

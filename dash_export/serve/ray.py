@@ -18,7 +18,7 @@ from dash_export.serve.app import Server
 from dash_export.serve.scheduler import ROWS, WAITING, Scheduler
 
 
-class Given(BaseModel):
+class AppArguments(BaseModel):
     """Arguments of the application. `replicas`: their number; with `most`, Ray scales between the two numbers, so that
     each replica has about `rows` requests (default: ROWS). `cpus`: CPUs and threads of each replica. The API key is in
     the environment variable DASH_EXPORT_API_KEY.
@@ -36,7 +36,7 @@ class Given(BaseModel):
     deadline: float | None = Field(None, gt=0)
 
 
-def app(given: Given) -> Application:
+def app(given: AppArguments) -> Application:
     """Build the Ray Serve application."""
     key, together = os.environ.get("DASH_EXPORT_API_KEY") or None, given.rows or ROWS
 

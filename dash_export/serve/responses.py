@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError, RequestError
 from dash_export.serve.answers import usage
-from dash_export.serve.protocol import MOST, ChatRequest, Dash, Few, HttpError, told
-from dash_export.serve.running import Begun, begin_chat, entered, event, gathered, merged
-from dash_export.serve.tools import Function, Json, Words, split_calls
+from dash_export.serve.protocol import MOST, ChatRequest, Dash, Few, HttpError, http_error
+from dash_export.serve.running import (
+    AnswerStream,
+    RunningAnswers,
+    answer_tokens,
+    begin_chat,
+    collected_tokens,
+    event,
+    parsed_request,
+)
+from dash_export.serve.tools import Function, Json, TextBeforeCalls, split_calls
 
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
@@ -126,7 +134,7 @@ class ResponsesRequest(BaseModel):
 
 
 async def responses(server: Server, http: HttpRequest) -> Response:
-    async with entered(server, ResponsesRequest, http) as (request, size):
+    async with parsed_request(server, ResponsesRequest, http) as (request, size):
         try:
             chat = request.chat()
         except ValidationError as error:  # mistakes that only a chat shows, like bad arguments
@@ -134,8 +142,8 @@ async def responses(server: Server, http: HttpRequest) -> Response:
         begun = await begin_chat(server, chat, size)
     reply = _Reply(request, chat, begun)
     if request.stream:
-        return StreamingResponse(_events(reply), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    await gathered(begun, http)
+        return AnswerStream(begun, _events(reply))
+    await collected_tokens(begun, http)
     (answer,) = begun.answers
     return JSONResponse(reply.told(reply.ended(), reply.output(answer.text)))
 
@@ -143,7 +151,7 @@ async def responses(server: Server, http: HttpRequest) -> Response:
 class _Reply:
     """Builder of the response object while the answer grows."""
 
-    def __init__(self, request: ResponsesRequest, chat: ChatRequest, begun: Begun) -> None:
+    def __init__(self, request: ResponsesRequest, chat: ChatRequest, begun: RunningAnswers) -> None:
         self.begun, self._tools = begun, bool(chat.given_tools())
         self.message = f"msg_{uuid.uuid4().hex}"
         sampling = chat.sampling()
@@ -208,11 +216,11 @@ async def _events(reply: _Reply) -> AsyncIterator[str]:
         return f"event: {kind}\n" + event({"type": kind, "sequence_number": number, **fields})
 
     part: dict[str, Any] = {"item_id": reply.message, "output_index": 0, "content_index": 0}
-    words, begun, said = Words(), False, ""
+    words, begun, said = TextBeforeCalls(), False, ""
     yield say("response.created", response=reply.told("in_progress", []))
     yield say("response.in_progress", response=reply.told("in_progress", []))
     try:
-        async for _, token in merged(reply.begun):
+        async for _, token in answer_tokens(reply.begun):
             piece = words.push(token.text) if reply._tools else token.text
             if token.finish_reason is not None:
                 piece += split_calls(words.held)[0]
@@ -225,7 +233,7 @@ async def _events(reply: _Reply) -> AsyncIterator[str]:
                 said += piece
                 yield say("response.output_text.delta", **part, delta=piece, logprobs=[])
     except DashError as error:
-        said_of = {"code": "server_error", "message": str(told(error))}
+        said_of = {"code": "server_error", "message": str(http_error(error))}
         yield say("response.failed", response=reply.told("failed", []) | {"error": said_of})
         return
     (answer,) = reply.begun.answers

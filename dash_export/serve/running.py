@@ -16,6 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from dash_export.errors import DashError, RequestError
 from dash_export.runtime.guidance import Guide
@@ -42,13 +44,18 @@ LONG_BYTES = 1 << 16
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
 
-class Begun:
+class RunningAnswers:
     """The answers to one request, and the fields that all objects about them share (`common`)."""
 
     def __init__(self, name: str, scheduler: Scheduler, answers: list[Answer], asked: Generation) -> None:
         self.scheduler, self.answers, self.asked = scheduler, answers, asked
         self._pieces = dict[int, str]()
         self.common = {"id": f"dash-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+
+    def close(self) -> None:
+        """Cancel what is left of all answers."""
+        for answer in self.answers:
+            answer.close()
 
     def skips(self, token: Token) -> dict[str, Any]:
         """Return the layers that a streamed token skipped, if the request asks for them."""
@@ -80,7 +87,7 @@ async def begin(
     max_tokens: int | None,
     logprobs: int | None,
     size: int,
-) -> Begun:
+) -> RunningAnswers:
     """Submit the `n` answers to one prompt, all or none. `encode` makes the token ids, in a thread; `size` of the body
     in bytes says how long that may take. Raises HttpError and DashError.
     """
@@ -114,10 +121,10 @@ async def begin(
         for answer in answers:
             scheduler.cancel(answer.ticket)
         raise
-    return Begun(name, scheduler, answers, asked)
+    return RunningAnswers(name, scheduler, answers, asked)
 
 
-async def begin_chat(server: Server, request: ChatRequest, size: int) -> Begun:
+async def begin_chat(server: Server, request: ChatRequest, size: int) -> RunningAnswers:
     """Submit the answers to a chat, by `begin`. Raises HttpError and DashError."""
     messages = [message.plain() for message in request.messages]
 
@@ -128,12 +135,28 @@ async def begin_chat(server: Server, request: ChatRequest, size: int) -> Begun:
     return await begin(server, request, encode, request.most_tokens, logprobs, size)
 
 
+class AnswerStream(StreamingResponse):
+    """Server-sent events of one request. Its answers are closed however the response ends: a client may disconnect
+    before the first event is asked for.
+    """
+
+    def __init__(self, answers: RunningAnswers, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.close()
+
+
 def event(value: Mapping[str, Any]) -> str:
     """Return a server-sent event in ASCII, because some clients end a line at U+2028."""
     return f"data: {json.dumps(value)}\n\n"
 
 
-async def merged(begun: Begun) -> AsyncIterator[tuple[int, Token]]:
+async def answer_tokens(begun: RunningAnswers) -> AsyncIterator[tuple[int, Token]]:
     """Yield (index of the answer, token) of all answers as they come. Leaving this iterator early cancels them all."""
     queue: asyncio.Queue[tuple[int, Token | None, Exception | None]] = asyncio.Queue()
 
@@ -161,17 +184,17 @@ async def merged(begun: Begun) -> AsyncIterator[tuple[int, Token]]:
             task.cancel()
 
 
-async def gathered(begun: Begun, http: HttpRequest) -> list[list[Token]]:
+async def collected_tokens(begun: RunningAnswers, http: HttpRequest) -> list[list[Token]]:
     """Return the tokens of each answer. If the client disconnects, cancel all answers and raise ClientDisconnect."""
     found: list[list[Token]] = [[] for _ in begun.answers]
 
     async def gather() -> None:
-        async for index, token in merged(begun):
+        async for index, token in answer_tokens(begun):
             found[index].append(token)
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
-            pass
+            self._answers.close()
 
     work, leaving = asyncio.ensure_future(gather()), asyncio.ensure_future(gone())
     try:
@@ -182,11 +205,12 @@ async def gathered(begun: Begun, http: HttpRequest) -> list[list[Token]]:
     finally:
         work.cancel()
         leaving.cancel()
+        begun.close()
     return found
 
 
 @asynccontextmanager
-async def entered(server: Server, kind: type[_Asked], http: HttpRequest) -> AsyncIterator[tuple[_Asked, int]]:
+async def parsed_request(server: Server, kind: type[_Asked], http: HttpRequest) -> AsyncIterator[tuple[_Asked, int]]:
     """Read the body; yield it as `kind`, and its size in bytes. The request counts as one that is entering until the
     block ends. Raises HttpError, which names the wrong field.
     """

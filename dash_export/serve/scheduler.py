@@ -252,7 +252,7 @@ class Scheduler:
                 ticket.turn = turn
                 self.figures.known_tokens += self._prefixes.restore(session, ticket.ids)
             done = len(session.tokens)
-            logits = session.prefill(ticket.ids[done : done + session.piece(len(ticket.ids) - done)])
+            logits = session.prefill(ticket.ids[done : done + session.next_pass_length(len(ticket.ids) - done)])
             if len(session.tokens) == len(ticket.ids):
                 self._begin(ticket, turn, logits)
                 self._job = None

@@ -131,7 +131,7 @@ def _call(text: str) -> tuple[dict[str, Any] | None, int]:
     return made, end + len(END)
 
 
-class Words:
+class TextBeforeCalls:
     """Filter of a streamed answer: passes the text before the first call, and holds back what may begin a call."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from pydantic import ValidationError  # noqa: E402
 from dash_export import DashError, DashRuntime  # noqa: E402
 from dash_export.errors import RequestError  # noqa: E402
 from dash_export.runtime.results import Response  # noqa: E402
-from dash_export.serve.protocol import CompletionRequest, check_parts, told  # noqa: E402
+from dash_export.serve.protocol import CompletionRequest, check_parts, http_error  # noqa: E402
 from dash_export.serve.scheduler import Scheduler  # noqa: E402
 from dash_export.serve.tickets import BusyServerError, Request, Ticket  # noqa: E402
 
@@ -50,7 +50,7 @@ class TritonPythonModel:
                     self._drop_cancelled()
                     self._submit(asked, sender)
             except DashError as error:
-                _fail(sender, str(told(error)))
+                _fail(sender, str(http_error(error)))
             except (ValueError, RecursionError) as error:  # pydantic's and json's errors are ValueErrors
                 _fail(sender, _said(error))
 
@@ -72,7 +72,7 @@ class TritonPythonModel:
 
     def _tell(self, sender: Any, tickets: list[Ticket], response: Response) -> None:
         if response.error is not None:
-            _fail(sender, str(told(response.error)))
+            _fail(sender, str(http_error(response.error)))
             return
         outputs = [_tensor("text_output", response.text)]
         if response.finish_reason is None:

@@ -260,7 +260,7 @@ def forward_passes(
     }
 
 
-def of_all(progress: Progress, passes: Mapping[str, float]) -> Progress:
+def whole_training_progress(progress: Progress, passes: Mapping[str, float]) -> Progress:
     """Return the progress callback of the stages. It tells `progress` the forward passes done of the whole training
     (`passes`: those of each stage), so that the pace says how much time is left.
     """

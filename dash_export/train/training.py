@@ -17,7 +17,7 @@ from dash_export.decision import Unit, check_units, units_text
 from dash_export.errors import PolicyError, RequestError
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.models.spec import FINAL_NORM, DecoderSpec
-from dash_export.outputs import locked, named, remove_own, work_folder, work_of
+from dash_export.outputs import locked, output_path, remove_own, work_folder, work_of
 from dash_export.policy import SkipPolicy, card_path, check_replaceable, load_policy, policy_path, save_policy
 from dash_export.replacing import refuse_inputs
 from dash_export.runtime.text import Text
@@ -25,7 +25,7 @@ from dash_export.train.card import policy_card
 from dash_export.train.corpus import SELF_GENERATED, Corpus, Passage, read_corpus, read_prompts, self_generated
 from dash_export.train.defaults import KINDS, PRECISIONS, TrainingSettings
 from dash_export.train.model import GatedModel, saved
-from dash_export.train.stages import Run, Work, forward_passes, of_all, trained_policy
+from dash_export.train.stages import Run, Work, forward_passes, trained_policy, whole_training_progress
 
 LONGEST_NAME = 100
 
@@ -54,7 +54,7 @@ def train(
     work lies in `<output>.unfinished`, where a killed training goes on. `progress(name, done, total)` counts forward
     passes over all stages. Raises CheckpointError, PolicyError and RequestError.
     """
-    output, settings = named(output), settings or TrainingSettings()
+    output, settings = output_path(output), settings or TrainingSettings()
     _check(output, texts, prompts, kind, settings)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     spec, began = checkpoint.spec, time.perf_counter()
@@ -99,7 +99,7 @@ def train(
         gated = GatedModel(checkpoint, place, getattr(torch, settings.precision))
         checkpoint.check_same()
         passes = forward_passes(settings, kind, spec.num_layers, given is None, len(chats))
-        run = Run(gated, corpus, settings, work, of_all(progress, passes))
+        run = Run(gated, corpus, settings, work, whole_training_progress(progress, passes))
         if chats:
             _add_generated(run, held, text, chats)
         policy, chosen = trained_policy(run, kind, given, before)

@@ -19,8 +19,8 @@ from dash_export.building.kit import write_kit
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError, BundleError
 from dash_export.exporting import export
-from dash_export.graphs.ort_quantize import pack, quantize_block
-from dash_export.graphs.rounded import Rounded, stored_roundings, write_roundings
+from dash_export.graphs.ort_quantize import pack_rounded, quantize_block
+from dash_export.graphs.rounded import Rounded, roundings_lookup, write_roundings
 from dash_export.models import open_checkpoint
 from dash_export.names import ROUNDINGS as FILE
 from dash_export.resources import resource_folder
@@ -78,11 +78,11 @@ def test_odd_matrices(case: Arrays) -> None:
     assert np.isfinite(found).all()
     assert not found[:, 3].any()
     short = gptq(matrix[:80], moments(inputs[:, :80]), BLOCK, False)
-    assert [array.shape for array in pack(short)] == [(COLUMNS, 3, BLOCK // 2), (COLUMNS, 3), (COLUMNS, 2)]
+    assert [array.shape for array in pack_rounded(short)] == [(COLUMNS, 3, BLOCK // 2), (COLUMNS, 3), (COLUMNS, 2)]
 
 
 def test_packing_is_what_onnx_runtime_packs(case: Arrays) -> None:
-    for found, wanted in zip(pack(nearest(case[1])), quantize_block(case[1], 4, BLOCK, False), strict=True):
+    for found, wanted in zip(pack_rounded(nearest(case[1])), quantize_block(case[1], 4, BLOCK, False), strict=True):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -92,14 +92,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     codes, zeros = (rng.integers(0, 16, (rows, 5)).astype(np.uint8) for rows in (71, 3))
     one = Rounded(codes, rng.random((3, 5), np.float32), zeros, 32)
     write_roundings(tmp_path / FILE, "key", [("a", one)])
-    other = stored_roundings(tmp_path / FILE)("a")
+    other = roundings_lookup(tmp_path / FILE)("a")
     assert other is not None
     np.testing.assert_array_equal(one.dequantized(), other.dequantized())
     assert other.block == 32
     write_roundings(tmp_path / FILE, "key", [("b", 2.5), ("c", np.inf)])
-    assert stored_roundings(tmp_path / FILE)("b") == 2.5
+    assert roundings_lookup(tmp_path / FILE)("b") == 2.5
     with pytest.raises(BundleError, match="the range of c is none"):
-        stored_roundings(tmp_path / FILE)("c")
+        roundings_lookup(tmp_path / FILE)("c")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def own(bundle: Bundle, tmp_path: Path) -> Bundle:
 
 
 def kept(bundle: Bundle, node: str, name: str = "small-cuda") -> Rounded:
-    found = stored_roundings(bundle.path(f"engines/{name}") / FILE)(node)
+    found = roundings_lookup(bundle.path(f"engines/{name}") / FILE)(node)
     assert found is not None, node
     return found
 
@@ -167,7 +167,7 @@ def codes(bundle: Bundle, target: str = "small-cuda") -> np.ndarray:
 )
 def test_engines_for_a_cpu_hold_what_was_calibrated(engine: str, node: str, bundle: Bundle) -> None:
     scale = np.float32(16**-0.5 if node.endswith("q_proj") else 1)  # packed with K and V, and scaled for attention
-    wanted = list(pack(kept(bundle, node, "small-cpu")))
+    wanted = list(pack_rounded(kept(bundle, node, "small-cpu")))
     wanted[1] = wanted[1] * scale
     for whole, part in zip(held(bundle, "small-cpu", engine, node, 1), wanted, strict=True):
         np.testing.assert_array_equal(whole.reshape(-1, *part.shape[1:])[: len(part)], part)
@@ -200,7 +200,7 @@ def test_it_is_kept(own: Bundle, targets: dict[str, str], monkeypatch: pytest.Mo
     files = [own.path(engine.file) for engine in known.engines.values()]
     before, expected = [path.stat().st_mtime_ns for path in files], codes(own)
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate, "calibrated", refuse)
+        patch.setattr(calibrate, "calibrate_matrices", refuse)
         assert build(own, targets["cpu"]) == own.load_build("small-cpu")
         own.path(known.engines[UNIT].file).unlink()
         build(own, targets["cuda"])
@@ -223,13 +223,13 @@ def test_a_damaged_file(content: bytes | None, bundle: Bundle, tmp_path: Path) -
     whole = bundle.path(f"engines/small-cuda/{FILE}").read_bytes()
     (tmp_path / FILE).write_bytes(whole[: len(whole) // 2] if content is None else content)
     with pytest.raises(BundleError, match=r"is damaged .* Delete it and build again"):
-        stored_roundings(tmp_path / FILE)(DOWN)
+        roundings_lookup(tmp_path / FILE)(DOWN)
 
 
 def test_a_file_that_fills_the_memory(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / FILE, **{f"{DOWN}.codes": np.zeros(1 << 20, np.uint8), "key": np.array("x")})
     with pytest.raises(BundleError, match="is compressed"):
-        stored_roundings(tmp_path / FILE)(DOWN)
+        roundings_lookup(tmp_path / FILE)(DOWN)
 
 
 def test_what_is_not_of_this_matrix(own: Bundle, target: str) -> None:
@@ -246,7 +246,7 @@ def test_what_is_not_of_this_matrix(own: Bundle, target: str) -> None:
 
 def test_a_kit_brings_it(bundle: Bundle, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of a build, where there is one."""
-    monkeypatch.setattr(calibrate, "calibrated", refuse)
+    monkeypatch.setattr(calibrate, "calibrate_matrices", refuse)
     kit = write_kit(bundle, target, [], "as a test", tmp_path / "kit")
     engines = kit / bundle.root.name / "engines" / "small-cuda"
     assert (engines / FILE).read_bytes() == bundle.path(f"engines/small-cuda/{FILE}").read_bytes()
@@ -288,7 +288,7 @@ def test_a_matrix_that_no_block_divides(target: str, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", intermediate_size=104)
     odd = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint))
     build(odd, target, verify=True)
-    assert stored_roundings(odd.path(f"engines/small-cuda/{FILE}"))(DOWN) is None
+    assert roundings_lookup(odd.path(f"engines/small-cuda/{FILE}"))(DOWN) is None
     assert kept(odd, "layer_03/mlp/up_proj").block == 64
 
 

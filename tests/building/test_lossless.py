@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from dash_export import DashRuntime
 from dash_export.building import build
 from dash_export.exporting import export
-from dash_export.graphs.ggml import taken_apart
+from dash_export.graphs.ggml import split_blocks
 from dash_export.graphs.grid import BLOCK, grid_of, packed
 from dash_export.graphs.stored import Stored
 from dash_export.models import open_checkpoint
@@ -49,7 +49,7 @@ def blocks_of(kind: str, rows: int = 96, columns: int = 512) -> np.ndarray:
 
 
 def stored(kind: str, packed_rows: np.ndarray) -> Stored:
-    factors, others = taken_apart(kind, packed_rows)
+    factors, others = split_blocks(kind, packed_rows)
     return Stored(kind, ir.tensor(factors), ir.tensor(others))
 
 

@@ -330,13 +330,13 @@ def test_what_could_not_be_measured_is_measured_later(bundle: Bundle, monkeypatc
     measured = replace(first.cost, device="a GPU")
     monkeypatch.setattr(CudaBackend, "run_obstacle", lambda _: None)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_measured", lambda _b, draft, *_: replace(draft, cost=measured))
+        patch.setattr(pipeline, "_with_measurements", lambda _b, draft, *_: replace(draft, cost=measured))
         second = build(bundle, "cuda")
         assert second == replace(first, cost=measured)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_measured", None)
+        patch.setattr(pipeline, "_with_measurements", None)
         assert build(bundle, "cuda") == second
-    monkeypatch.setattr(pipeline, "_measured", lambda _b, draft, *_: draft)
+    monkeypatch.setattr(pipeline, "_with_measurements", lambda _b, draft, *_: draft)
     shutil.rmtree(bundle.path("onnx"))
     monkeypatch.setattr(CudaBackend, "artifacts", None)
     assert build(bundle, "cuda", measure=True) == second

@@ -14,9 +14,9 @@ import pytest
 
 from dash_export.artifacts import ArtifactStore, no_progress
 from dash_export.building import build
-from dash_export.building.calibrate import calibrated
+from dash_export.building.calibrate import calibrate_matrices
 from dash_export.building.cost_table import NOT_MEASURED
-from dash_export.building.engine_graphs import engine_graphs, lowered
+from dash_export.building.engine_graphs import engine_graphs, lower_graph
 from dash_export.bundle import Bundle
 from dash_export.decision import Unit
 from dash_export.errors import BackendError, BundleError
@@ -180,7 +180,7 @@ def test_a_bypass_has_its_own_precision(bypass: str, tensor: int, own: Path, tmp
     recipe = load_recipe(write_recipe(tmp_path / "mine.toml", bypass=bypass))
     bundle = Bundle.open(own / "tiny.dash")
     models = {
-        graph.name: ir.to_proto(lowered(bundle, graph, recipe))
+        graph.name: ir.to_proto(lower_graph(bundle, graph, recipe))
         for graph in engine_graphs(bundle, loaded(own).segments, on_device=True)
     }
     types = {name: {item.data_type for item in model.graph.initializer} for name, model in models.items()}
@@ -192,12 +192,12 @@ def test_both_factors_of_an_fp8_product_are_fp8(own: Path, tmp_path: Path) -> No
     """At scales by which what the calibration text feeds them comes to 128 to 256, of 448."""
     bundle, seen = Bundle.open(own / "tiny.dash"), dict[str, float]()
     recipe = load_recipe(write_recipe(tmp_path / "mine.toml", "fp8"))
-    for name, largest in calibrated(bundle, recipe, no_progress):
+    for name, largest in calibrate_matrices(bundle, recipe, no_progress):
         assert isinstance(largest, float)
         seen[name] = largest
     assert len(seen) == 7 * 5 + 1, "every projection and the head"
     segment = next(graph for graph in engine_graphs(bundle, loaded(own).segments, True) if graph.name == "layers_02-03")
-    graph = ir.to_proto(lowered(bundle, segment, recipe, seen.get)).graph
+    graph = ir.to_proto(lower_graph(bundle, segment, recipe, seen.get)).graph
     made = {value: node for node in graph.node for value in node.output}
     held = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     products = [node for node in graph.node if node.name in seen]
@@ -209,7 +209,7 @@ def test_both_factors_of_an_fp8_product_are_fp8(own: Path, tmp_path: Path) -> No
         assert 128 < seen[node.name] / float(held[data.input[1]]) <= 256
         assert str(held[weight.input[0]].dtype) == "float8_e4m3fn"
     with pytest.raises(BundleError, match="layer_02/attention/k_proj is fed was not measured"):
-        lowered(bundle, segment, recipe)
+        lower_graph(bundle, segment, recipe)
 
 
 def test_a_graph_that_does_not_compile_is_told_in_tensorrts_words(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from dash_export.building import build, verify
 from dash_export.building.backend import plan_segments
-from dash_export.building.engine_graphs import engine_graphs, lowered, write_whole
+from dash_export.building.engine_graphs import engine_graphs, lower_graph, write_whole
 from dash_export.bundle import Bundle
 from dash_export.errors import BackendError
 from dash_export.graphs import trt, trt_decompose
@@ -32,7 +32,7 @@ def segments(bundle: Bundle) -> tuple[Segment, ...]:
 
 
 def checked(bundle: Bundle, recipe: Recipe) -> Verification:
-    return verify.verification(bundle, recipe, segments(bundle), {}, bundle.root / "none")
+    return verify.verify_engines(bundle, recipe, segments(bundle), {}, bundle.root / "none")
 
 
 def errors(bundle: Bundle, recipe: Recipe) -> dict[str, float]:
@@ -48,7 +48,7 @@ def test_every_recipes_graphs_are_valid_and_agree(target: str, tiny_root: Path, 
     assert len(found.engines) == 5 + 2 + 1, "segments, bypasses and the policy"
     assert recipe.engine is not None
     for graph in engine_graphs(bundle, segments(bundle), on_device=True):
-        path = write_whole(lowered(bundle, graph, recipe), tmp_path / "lowered.onnx")
+        path = write_whole(lower_graph(bundle, graph, recipe), tmp_path / "lowered.onnx")
         model = onnx.load(path, load_external_data=False)
         promised = {"portable": 24, "trt10": 21}[recipe.dialect]
         assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", promised)]
@@ -107,7 +107,7 @@ def test_the_result_is_kept_and_not_made_twice(own_bundle: Path, monkeypatch: py
     kept = Bundle.open(own_bundle).load_build("cuda")
     assert kept.verification is not None
     assert set(kept.verification.engines) == set(kept.engines)
-    monkeypatch.setattr(verify, "verification", None)
+    monkeypatch.setattr(verify, "verify_engines", None)
     assert build(own_bundle, "cuda", verify=True) == kept
     assert build(own_bundle, "cuda") == kept
 
@@ -138,7 +138,7 @@ def test_a_damaged_cpu_engine_is_refused(name: str, own_bundle: Path) -> None:
     ir.save(graph, files[name])
     recipe = with_weights(load_recipe("cpu"), "fp32")
     with pytest.raises(BackendError, match=name):
-        verify.verification(bundle, recipe, made.segments, files, bundle.root / "none")
+        verify.verify_engines(bundle, recipe, made.segments, files, bundle.root / "none")
 
 
 def test_bf16_graphs_are_bf16(tiny_root: Path) -> None:

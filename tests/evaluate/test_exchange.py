@@ -13,7 +13,7 @@ from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import candidates
-from dash_export.evaluate.exchange import Point, frontier, of_token
+from dash_export.evaluate.exchange import Point, frontier, token_kl_share
 from dash_export.evaluate.intervals import Interval
 from dash_export.evaluate.score import Result
 from dash_export.evaluate.timing import Timing
@@ -62,10 +62,10 @@ def test_the_token_policy_at_equal_time() -> None:
     points = [point("dense", 1.0, 0.0), point("token", 0.9, 0.1), point("token", 0.8, 0.3)]
     points += [point("static", 0.95, 0.1), point("static", 0.85, 0.4), point("static", 0.7, 0.5)]
     points += [point("dense", 0.9, 0.2, build="pruned"), point("dense", 1.3, 0.01, build="int8")]
-    assert of_token(points) == pytest.approx([None, None, None, 0.5, 0.5, None, 0.5, None])
+    assert token_kl_share(points) == pytest.approx([None, None, None, 0.5, 0.5, None, 0.5, None])
     unsure = replace(points[1], timing=Timing(0.9, 0.7, 1.1, 5.0, 0.9))
-    assert of_token([points[0], unsure, points[2], points[6]])[3] == pytest.approx(0.15 / 0.2)
-    assert of_token([points[0], points[3]]) == [None, None]
+    assert token_kl_share([points[0], unsure, points[2], points[6]])[3] == pytest.approx(0.15 / 0.2)
+    assert token_kl_share([points[0], points[3]]) == [None, None]
 
 
 def test_points(runtime: DashRuntime, tiny_runtime: Callable[..., DashRuntime]) -> None:

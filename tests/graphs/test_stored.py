@@ -18,7 +18,7 @@ from dash_export.building.graph_runs import graph_run
 from dash_export.errors import BackendError, BundleError, CheckpointError
 from dash_export.exporting import export
 from dash_export.graphs import ggml
-from dash_export.graphs.stored import restore
+from dash_export.graphs.stored import fold_conversions
 from dash_export.graphs.surgery import load_graph
 from dash_export.graphs.writer import PAGE, GraphWriter, save_graph
 from dash_export.models import open_checkpoint
@@ -34,7 +34,7 @@ def graph_of(kind: str, factors: np.ndarray, blocks: np.ndarray) -> ir.Model:
     (weight,) = g.node(kind, values, "weight", 1, ggml.DOMAIN)
     g.output(g.op("Identity", [weight], "out"), "out", (None, None))
     model = g.model()
-    made = ggml.function(kind)
+    made = ggml.block_function(kind)
     model.functions[made.identifier()] = made
     model.graph.opset_imports[ggml.DOMAIN] = 1
     return model
@@ -47,10 +47,10 @@ def test_functions_give_what_the_gguf_library_gives(kind: str, tmp_path: Path) -
     expected = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
     assert np.unique(expected).size > 100
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1] == ggml.BLOCKS[kind].bytes
-    model = graph_of(kind, *ggml.taken_apart(kind, packed))
+    model = graph_of(kind, *ggml.split_blocks(kind, packed))
     ir.save(model, tmp_path / "graph.onnx")
     np.testing.assert_array_equal(graph_run(tmp_path / "graph.onnx")({})["out"], expected)
-    restore(model)
+    fold_conversions(model)
     value = model.graph.initializers["weight"].const_value
     assert value is not None
     np.testing.assert_array_equal(value.numpy(), expected)
@@ -58,22 +58,22 @@ def test_functions_give_what_the_gguf_library_gives(kind: str, tmp_path: Path) -
 
 
 def test_blocks_of_another_shape_or_type_are_refused() -> None:
-    factors, blocks = ggml.taken_apart("Q4_0", random_blocks("Q4_0"))
+    factors, blocks = ggml.split_blocks("Q4_0", random_blocks("Q4_0"))
     wrong = (("Q4_K", factors, blocks), ("Q4_0", factors, blocks[:, 1:]), ("Q4_0", factors.astype(np.float32), blocks))
     for kind, *arrays in wrong:
         with pytest.raises(BundleError, match=r"is no Q4_. of ggml"):
-            restore(graph_of(kind, *arrays))
+            fold_conversions(graph_of(kind, *arrays))
     model = graph_of("Q4_0", factors, blocks)
     next(iter(model.graph)).op_type = "Q9_9"
     with pytest.raises(BundleError, match="is no Q9_9"):
-        restore(model)
+        fold_conversions(model)
 
 
 def test_blocks_whose_factors_are_no_numbers() -> None:
-    factors, blocks = ggml.taken_apart("Q4_0", random_blocks("Q4_0"))
+    factors, blocks = ggml.split_blocks("Q4_0", random_blocks("Q4_0"))
     factors[3] = np.nan
     model = graph_of("Q4_0", factors, blocks)
-    restore(model)
+    fold_conversions(model)
     value = model.graph.initializers["weight"].const_value
     assert value is not None
     with pytest.raises(BundleError, match="numbers that are none"):
@@ -91,7 +91,7 @@ def test_a_row_of_conversions(operator: str, options: dict[str, Any]) -> None:
         value = g.op(operator, [value], f"step{place}", **options)
     g.output(value, "step2999", (None, None))
     model = g.model()
-    restore(model)
+    fold_conversions(model)
     assert len(model.graph) == 2999
     (left,) = model.graph.initializers.values()
     assert left.const_value is not None
@@ -105,7 +105,7 @@ def test_a_matrix_that_is_converted_twice() -> None:
     both = [g.op("Cast", [half], f"out{place}", to=ir.DataType.FLOAT) for place in range(2)]
     g.output(g.op("Add", both, "out"), "out", (3, 4))
     with pytest.raises(BundleError, match="weight is converted twice"):
-        restore(g.model())
+        fold_conversions(g.model())
 
 
 def test_a_transpose_that_is_none_stays() -> None:
@@ -113,7 +113,7 @@ def test_a_transpose_that_is_none_stays() -> None:
     value = g.op("Transpose", [g.initializer("weight", np.ones((3, 4), np.float32))], "same", perm=[0, 1])
     g.output(value, "same", (3, 4))
     model = g.model()
-    restore(model)
+    fold_conversions(model)
     assert [node.op_type for node in model.graph] == ["Transpose"]
 
 

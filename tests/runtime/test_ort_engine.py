@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from dash_export.errors import BackendError
-from dash_export.runtime.ort_engine import check_heads, fitted
+from dash_export.runtime.ort_engine import check_heads, fitted_shape
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from dash_export.runtime.ort_engine import check_heads, fitted
 def test_the_same_memory_in_the_shape_that_a_graph_wants(
     shape: tuple[int, ...], expected: list[int | str], found: tuple[int, ...] | None
 ) -> None:
-    assert fitted(shape, expected) == found
+    assert fitted_shape(shape, expected) == found
 
 
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:

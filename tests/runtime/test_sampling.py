@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from dash_export.errors import BackendError, RequestError
-from dash_export.runtime.sampling import Sampler, Sampling, distribution, most_likely, penalised
+from dash_export.runtime.sampling import Sampler, Sampling, distribution, most_likely, with_repetition_penalty
 
 LOGITS = np.random.default_rng(3).standard_normal(200).astype(np.float32) * 2
 
@@ -84,7 +84,7 @@ def test_repetition_penalty_as_hugging_face() -> None:
     context = [3, 3, 7, 11, 199]
     expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([context]), torch.from_numpy(LOGITS.copy())[None])
     before = LOGITS.copy()
-    np.testing.assert_allclose(penalised(LOGITS, context, 1.4), expected[0].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(with_repetition_penalty(LOGITS, context, 1.4), expected[0].numpy(), rtol=1e-6)
     np.testing.assert_array_equal(LOGITS, before)
 
 
@@ -144,7 +144,7 @@ def test_penalties_of_what_the_answer_holds() -> None:
 
 def test_embeddings_have_no_token_to_penalise() -> None:
     logits = np.array([1.0, 2.0, 3.0], np.float32)
-    np.testing.assert_array_equal(penalised(logits, [-1, 1, -1], 2.0), [1.0, 1.0, 3.0])
+    np.testing.assert_array_equal(with_repetition_penalty(logits, [-1, 1, -1], 2.0), [1.0, 1.0, 3.0])
 
 
 def test_likelihoods_of_a_token_and_of_the_best() -> None:

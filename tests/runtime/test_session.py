@@ -120,7 +120,7 @@ def test_no_pass_of_a_prompt_has_its_last_token_alone(
     """Kernels for one row may round otherwise: with what is known of it the same prompt would have another answer."""
     live = tiny_runtime().session()
     monkeypatch.setattr(type(live), "chunk", 32)
-    assert [live.piece(left) for left in (1, 2, 32, 33, 34, 65)] == [1, 2, 32, 16, 32, 32]
+    assert [live.next_pass_length(left) for left in (1, 2, 32, 33, 34, 65)] == [1, 2, 32, 16, 32, 32]
     passes, sound = list[int](), live.bound
     monkeypatch.setattr(live, "bound", lambda rows: passes.append(rows) or sound(rows))
     logits = live.prefill(random_ids(65))

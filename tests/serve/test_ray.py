@@ -26,9 +26,9 @@ def address(tiny_root: Path) -> Iterator[str]:
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    from dash_export.serve.ray import Given, app
+    from dash_export.serve.ray import AppArguments, app
 
-    assert signature(app).parameters["given"].annotation is Given, "`serve run` would hand it a dict"
+    assert signature(app).parameters["given"].annotation is AppArguments, "`serve run` would hand it a dict"
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -36,7 +36,7 @@ def address(tiny_root: Path) -> Iterator[str]:
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app(Given(bundle=str(tiny_root), target="cpu-fp32", replicas=2, rows=2)), name="dash")
+    serve.run(app(AppArguments(bundle=str(tiny_root), target="cpu-fp32", replicas=2, rows=2)), name="dash")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()

@@ -142,7 +142,7 @@ def test_words_after_a_call_are_streamed_too(before: str, monkeypatch: pytest.Mo
     async def told() -> list[dict[str, Any]]:
         return [json.loads(event.partition("data: ")[2]) async for event in responses._events(reply)]
 
-    monkeypatch.setattr(responses, "merged", merged)
+    monkeypatch.setattr(responses, "answer_tokens", merged)
     monkeypatch.setattr(responses, "usage", lambda _: dict.fromkeys(
         ("prompt_tokens", "completion_tokens", "total_tokens", "dash")))  # fmt: skip
     request = responses.ResponsesRequest.model_validate({"input": "x", "tools": [TOOL_FLAT]})

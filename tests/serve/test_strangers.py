@@ -21,7 +21,7 @@ from dash_export.runtime.cache import KVCache
 from dash_export.runtime.rows import NO_MEMORY
 from dash_export.runtime.text import Text
 from dash_export.serve import app, running, scheduler
-from dash_export.serve.protocol import told
+from dash_export.serve.protocol import http_error
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import MISTAKE
 from tests.serve.conftest import Serve
@@ -210,7 +210,7 @@ def test_what_a_client_is_told_of_our_mistakes(caplog: pytest.LogCaptureFixture)
     """No paths: the log has them."""
     with caplog.at_level(logging.ERROR):
         for error in (BundleError("/secret/place is damaged"), BackendError("/secret/engine failed")):
-            said = told(error)
+            said = http_error(error)
             assert (said.status, str(said)) == (500, MISTAKE)
     assert caplog.text.count("/secret") >= 2
 

@@ -21,7 +21,7 @@ from dash_export.runtime.text import Text
 from dash_export.serve.protocol import ChatRequest
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
-from dash_export.serve.tools import BEGIN, END, Tool, Words, calls_grammar, split_calls
+from dash_export.serve.tools import BEGIN, END, TextBeforeCalls, Tool, calls_grammar, split_calls
 from tests.models.helpers import tiny_tokenizer
 from tests.serve.test_app import MESSAGES
 
@@ -365,9 +365,9 @@ def test_calls_among_words() -> None:
     marked = '<tool_call>{"name": "a", "arguments": {"x": "</tool_call> <tool_call>"}} </tool_call>!'
     assert [call["function"]["arguments"] for call in split_calls(marked)[1]] == ['{"x": "</tool_call> <tool_call>"}']
     for size in (1, 3, 200):
-        stream = Words()
+        stream = TextBeforeCalls()
         said = "".join(stream.push(text[at : at + size]) for at in range(0, len(text), size))
         assert said == "Well. "
         assert said + stream.held == text
-    stream = Words()
+    stream = TextBeforeCalls()
     assert "".join(map(stream.push, "a <tool b")) == "a <tool b"

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from dash_export import __version__
-from dash_export.building.engine_graphs import EngineGraph, lowered, save_extending
+from dash_export.building.engine_graphs import EngineGraph, lower_graph, save_extending
 from dash_export.bundle import Bundle
 from dash_export.commands.options import with_bounds
 from dash_export.commands.tables import print_table
@@ -112,7 +112,7 @@ def whole_build(bundle: Bundle, target: str) -> Iterator[tuple[Path, Build]]:
     with tempfile.TemporaryDirectory(prefix="dash-export-bench-", dir=root) as name:
         folder = Path(name)
         (folder / "rope.data").write_bytes(bundle.path("onnx/rope.data").read_bytes())
-        whole = lowered(bundle, EngineGraph(segment.name, segment, segment.graphs), build.recipe)
+        whole = lower_graph(bundle, EngineGraph(segment.name, segment, segment.graphs), build.recipe)
         path = save_extending(whole, folder / f"{segment.name}.onnx")[0]
         record = EngineRecord(str(path.relative_to(root)), 0, "")
         yield root, replace(build, segments=(segment,), engines={segment.name: record}, files=())

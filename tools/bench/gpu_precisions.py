@@ -18,7 +18,7 @@ import onnx_ir as ir
 from common import held_out, print_json
 
 from dash_export.building.backend import backend_of
-from dash_export.building.calibrate import calibrated
+from dash_export.building.calibrate import calibrate_matrices
 from dash_export.building.engine_graphs import write_whole
 from dash_export.bundle import Bundle
 from dash_export.commands.tables import print_table
@@ -48,7 +48,7 @@ def round_graphs(bundle: Bundle, recipe: Recipe, folder: Path) -> None:
     """Write the layers and the head as the recipe's engines have them."""
     known: dict[str, Any] = {}
     if recipe.weights.calibrates:
-        known = dict(calibrated(bundle, recipe, lambda *_: None))
+        known = dict(calibrate_matrices(bundle, recipe, lambda *_: None))
     names = [f"layer_{layer:02d}" for layer in range(bundle.manifest.model.num_layers)]
     for name in (*names, "head"):
         model = load_graph(bundle.graph(name))
@@ -78,7 +78,7 @@ def main(bundle: Path, target: str, asked: tuple[str, ...], windows: int) -> Non
     opened = Bundle.open(bundle)
     own = backend_of(load_recipe("portable"))
     build = replace(
-        opened.load_build(opened.chosen(None)), recipe=own.recipe, segments=own.segments(opened.manifest),
+        opened.load_build(opened.resolve_target(None)), recipe=own.recipe, segments=own.segments(opened.manifest),
         engines=own.ready_engines(opened) or {}, files=(),
     )  # fmt: skip
 

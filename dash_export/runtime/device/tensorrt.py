@@ -15,7 +15,7 @@ from dash_export.errors import BackendError
 from dash_export.manifest import Build
 from dash_export.runtime.device.base import Launch
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
-from dash_export.runtime.device.trt_api import last, load_toolkit
+from dash_export.runtime.device.trt_api import last_reason, load_toolkit
 
 
 class TensorRT(Cuda):
@@ -68,7 +68,9 @@ class TensorRTEngine:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan, memoryview(plan) as view:
                 engine = device.runtime.deserialize_cuda_engine(view)
             if engine is None:
-                raise BackendError(f"{toolkit.describe()} refuses {path.name}: {last(complaints)}. Build again here.")
+                raise BackendError(
+                    f"{toolkit.describe()} refuses {path.name}: {last_reason(complaints)}. Build again here."
+                )
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         self.inputs = tuple(name for name in names if name in inputs)

@@ -71,7 +71,7 @@ class Toolkit:
             parser = trt.OnnxParser(network, self.logger)
             if not parser.parse_from_file(str(graph)):
                 complaints += [parser.get_error(index).desc() for index in range(parser.num_errors)]
-                raise BackendError(f"{self.describe()} cannot read {graph.stem}: {last(complaints)}")
+                raise BackendError(f"{self.describe()} cannot read {graph.stem}: {last_reason(complaints)}")
             config = builder.create_builder_config()
             self._configure(config, settings)
             for shapes in settings.profiles:
@@ -86,7 +86,7 @@ class Toolkit:
                 config.set_timing_cache(cached, ignore_mismatch=False)
             engine = builder.build_serialized_network(network, config)
             if engine is None:
-                raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last(complaints)}")
+                raise BackendError(f"{self.describe()} cannot compile {graph.stem}: {last_reason(complaints)}")
             return engine, bytes(cached.serialize()) if cached is not None else b""
 
     def context(self, engine: Any, capability: str) -> Any:
@@ -135,7 +135,7 @@ def _keep(kernels: Any, file: Path) -> None:
             write_atomic(file, made)
 
 
-def last(complaints: Sequence[str]) -> str:
+def last_reason(complaints: Sequence[str]) -> str:
     """Return the last complaint, as the reason to tell."""
     return complaints[-1] if complaints else "it gave no reason"
 

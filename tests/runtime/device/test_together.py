@@ -18,7 +18,7 @@ from dash_export.runtime.device.engines import DeviceCache
 from dash_export.runtime.device.step import DeviceStep
 from dash_export.runtime.results import Generation
 from dash_export.runtime.rows import Rows
-from dash_export.runtime.rules import DENSE, FixedRule, Rule, SessionRules, decided
+from dash_export.runtime.rules import DENSE, FixedRule, Rule, SessionRules, skips_for
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
 from tests.runtime.device.conftest import DISPATCH, IDS, ORDERS, TOGETHER, TOLERANCE, Host, MakeOnCard
@@ -32,7 +32,7 @@ def agreed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def decode_batch(step: BoundStep, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
         def decide(state: Any) -> Any:
-            each = [decided(rule, state, slice(row, row + 1)) for row, rule in enumerate(rules)]
+            each = [skips_for(rule, state, slice(row, row + 1)) for row, rule in enumerate(rules)]
             return np.repeat(np.logical_and.reduce(each), len(rules), axis=1)
 
         step.input_ids[:, 0] = tokens

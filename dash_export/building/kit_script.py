@@ -48,9 +48,8 @@ def main() -> int:
         return 0
     if sys.version_info < OLDEST_PYTHON:
         return fail("Python 3.10 or newer is needed: run this script with another python3.")
-    packages = [
-        line.partition(">=")[0] for line in (HERE / "requirements.txt").read_text().splitlines() if ";" not in line
-    ]
+    lines = (HERE / "requirements.txt").read_text().splitlines()  # after `;`: for Python 3.10 only
+    packages = [line.partition(">=")[0] for line in lines if ";" not in line or sys.version_info < (3, 11)]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         return fail(f"Missing: {', '.join(missing)}. Run in {HERE}: {INSTALL}")
@@ -107,7 +106,7 @@ def build(kit: dict[str, Any]) -> int:
     written.replace(HERE / "report.json")  # replaces a link, does not write through it
     if not done:
         return fail("The build did not finish; report.json says what happened.")
-    print(f"Done. Engines: {folder}. Send back report.json, or copy engines/{folder.name} into your bundle.")
+    print(f"Done. Engines: {folder}. Send back report.json; run from here, or copy {kit['command'][1]} as a whole.")
     return 0
 
 

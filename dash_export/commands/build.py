@@ -51,8 +51,8 @@ def _list_targets(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 )  # fmt: skip
 @click.option(
     "--weights", type=PRECISION,
-    help="Precision of the layers; another than the recipe's is that of all else too, but for what is given itself "
-    "and for a GPU's embedding; fp8 leaves the head.",
+    help="Precision of the layers. Other parts follow it unless their option is given. A GPU's embedding never does; "
+    "with fp8 the head does not.",
 )  # fmt: skip
 @click.option("--head", type=PRECISION, help="Precision of the head.")
 @click.option("--embedding", type=PRECISION, help="Precision of the embedding.")

@@ -53,14 +53,16 @@ def quantize_weights(
     for node in list(graph):
         name, weight = str(node.name), node.inputs[1] if len(node.inputs) > 1 else None
         matrix = constant_value(weight)
-        if node.op_type != "MatMul" or not name.endswith(("_proj", "/product", "head/logits")) or matrix is None:
+        update = "/update_" in name  # of a pruned unit
+        quantised = update or name.endswith(("_proj", "/product", "head/logits"))
+        if node.op_type != "MatMul" or not quantised or matrix is None:
             continue
         precision = weight_precision(name, recipe, gated)
         block = block_of(matrix.shape[0], recipe.block_size) if precision == "int4" else matrix.shape[0]
         if precision not in QUANTISED or block is None or weight is None:
             continue
         if precision == "fp8":
-            normed = name.startswith("bypass")  # fed by an RMSNorm of unit gain: at most sqrt(hidden)
+            normed = update or name.startswith("bypass")  # fed by an RMSNorm of unit gain: at most sqrt(hidden)
             largest = matrix.shape[0] ** 0.5 if normed else roundings(name)
             if not isinstance(largest, float):
                 raise BundleError(f"What {name} is fed was not measured. Build the target again.")

@@ -17,6 +17,7 @@ import numpy as np
 from dash_export.artifacts import content_key
 from dash_export.decision import Unit, units_of, units_text
 from dash_export.errors import PolicyError
+from dash_export.models.config import FULL, SLIDING
 from dash_export.models.spec import FINAL_NORM, LAYERS, Checkpoint, Float32Array, Weight, layer_weight
 from dash_export.policy import Bypass, SkipPolicy, check_policy, half
 
@@ -104,16 +105,18 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
             }
             digest.update(matrix.tobytes() + bias.tobytes())
             updates.append(layers - 1)
-    config = {**checkpoint.config, "num_hidden_layers": layers}
-    for key in ("layer_types", "no_rope_layers"):
-        if config.get(key):
-            config[key] = [config[key][layer] for layer in kept]
     name, traits = f"{checkpoint.spec.name}-without-{units_text(bypasses)}", checkpoint.spec.traits
     traits = replace(
         traits,
         windows=tuple(traits.windows[layer] for layer in kept) if traits.windows else (),
         unrotated=tuple(place for place, layer in enumerate(kept) if layer in traits.unrotated),
     )
+    config = {**checkpoint.config, "num_hidden_layers": layers}
+    # Written out: a default of the family's would count the layers that are left.
+    if traits.windows or config.get("layer_types"):
+        config["layer_types"] = [SLIDING if window else FULL for window in traits.windows or [0] * layers]
+    if checkpoint.spec.traits.unrotated or config.get("no_rope_layers"):
+        config["no_rope_layers"] = [int(layer not in traits.unrotated) for layer in range(layers)]
     return replace(
         checkpoint,
         source=name,

@@ -194,7 +194,7 @@ async def collected_tokens(begun: RunningAnswers, http: HttpRequest) -> list[lis
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
-            self._answers.close()
+            pass
 
     work, leaving = asyncio.ensure_future(gather()), asyncio.ensure_future(gone())
     try:

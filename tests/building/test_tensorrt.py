@@ -14,6 +14,7 @@ import pytest
 
 from dash_export.artifacts import ArtifactStore, no_progress
 from dash_export.building import build
+from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibrate_matrices
 from dash_export.building.cost_table import NOT_MEASURED
 from dash_export.building.engine_graphs import engine_graphs, lower_graph
@@ -24,10 +25,12 @@ from dash_export.exporting import export
 from dash_export.graphs import trt
 from dash_export.manifest import Build
 from dash_export.models import open_checkpoint
+from dash_export.models.bypasses import pruned
+from dash_export.policy import no_policy
 from dash_export.runtime.device import trt_api
 from dash_export.targets import load_recipe
 from tests.commands.helpers import refused
-from tests.tiny import tiny_checkpoint, tiny_policy
+from tests.tiny import TINY_UNITS, tiny_checkpoint, tiny_policy
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs the RTX builder: pip install 'dash-export[rtx]' (Linux x86-64)")
 
@@ -186,6 +189,18 @@ def test_a_bypass_has_its_own_precision(bypass: str, tensor: int, own: Path, tmp
     types = {name: {item.data_type for item in model.graph.initializer} for name, model in models.items()}
     assert [name for name, found in types.items() if tensor in found] == ["bypass_02-03", "bypass_04-04"]
     assert onnx.TensorProto.FLOAT16 not in types["policy"]
+
+
+def test_what_is_left_of_a_pruned_unit_has_the_precision_of_a_bypass(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    smaller = pruned(checkpoint, tiny_policy(checkpoint, "linear"), [TINY_UNITS[0]])
+    bundle = export(smaller, tmp_path / "tiny.dash", no_policy(smaller.spec.num_layers, ()))
+    recipe = load_recipe(write_recipe(tmp_path / "mine.toml", "fp16", bypass="int8"))
+    segments = backend_of(recipe).segments(bundle.manifest)
+    lowered = (lower_graph(bundle, graph, recipe) for graph in engine_graphs(bundle, segments, on_device=True))
+    stored = [item for model in lowered for item in ir.to_proto(model).graph.initializer]
+    found = [list(item.dims) for item in stored if item.data_type == onnx.TensorProto.INT8]
+    assert found == [[checkpoint.spec.hidden_size] * 2]
 
 
 def test_both_factors_of_an_fp8_product_are_fp8(own: Path, tmp_path: Path) -> None:

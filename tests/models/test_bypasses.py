@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ WINDOWS = ["full_attention", *["sliding_attention", "full_attention"] * 2, "slid
         ("qwen3", (0,), {}),
         ("gemma3_text", (0,), {"head_dim": 16, "sliding_window": 5, "layer_types": WINDOWS}),
         ("smollm3", (1,), {"pad_token_id": 0, "no_rope_layers": [1, 0, 1, 1, 0, 1]}),
+        ("smollm3", (0,), {"pad_token_id": 0}),
     ],
-    ids=["two units behind one layer", "two layers", "layers with windows", "layers that do not turn"],
+    ids=["two units behind one layer", "two layers", "layers with windows", "layers that do not turn", "by default"],
 )
 def test_is_the_model_that_always_skips(
     tmp_path: Path, family: str, places: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", family, **options)
+    if "no_rope_layers" not in options:  # as a GGUF file has it: the family's default, every fourth layer
+        config = {key: value for key, value in checkpoint.config.items() if key != "no_rope_layers"}
+        checkpoint = replace(checkpoint, config=config)
     policy, ids = tiny_policy(checkpoint, "linear"), random_ids(24)
     skipped = np.zeros((len(TINY_UNITS), len(ids)), np.bool_)
     skipped[list(places)] = True

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LESS_MEMORY = "Use a smaller kv_capacity or prefill_chunk in the recipe, int4 weights, or fewer sessions."
-INSTALL = "pip install 'cuda-bindings>=12.6,<13' (CUDA 12, JetPack 6) or cuda-bindings (CUDA 13)"
+# aarch64 wheels after 12.8.0 contain the CUDA runtime of ARM servers; 12.8.0 implements the API over the driver alone.
+INSTALL = (
+    "pip install cuda-bindings==12.8.0 (JetPack 6), 'cuda-bindings>=12.6,<13' (CUDA 12) or cuda-bindings (CUDA 13)"
+)
 
 
 def require_bindings() -> Any:

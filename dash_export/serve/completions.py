@@ -33,35 +33,35 @@ _FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 
 async def chat(server: Server, http: HttpRequest) -> Response:
     async with parsed_request(server, ChatRequest, http) as (request, size):
-        begun = await begin_chat(server, request, size)
+        running = await begin_chat(server, request, size)
 
     def chance(token: Token) -> dict[str, Any] | None:
         if not request.logprobs:
             return None
-        entries = begun.logprobs(token)
+        entries = running.logprobs(token)
         return {"content": [entries[0] | {"top_logprobs": entries[1:]}] if entries else []}
 
     if request.stream:
-        return _streamed(begun, "chat.completion.chunk", _chat_chunks(begun, chance))
-    found: list[list[Token]] = await collected_tokens(begun, http)
+        return _streamed(running, "chat.completion.chunk", _chat_chunks(running, chance))
+    found: list[list[Token]] = await collected_tokens(running, http)
 
     def whole() -> Response:
         choices = []
-        for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
+        for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
             content = [entry for token in tokens for entry in (chance(token) or {}).get("content", [])]
             words, calls = split_calls(answer.text) if request.given_tools() else (answer.text, [])
             message = {"role": "assistant", "content": words or (None if calls else "")}
             choice = {"index": index, "message": message | ({"tool_calls": calls} if calls else {})}
             choice |= {"logprobs": {"content": content} if request.logprobs else None}
             choices.append(choice | {"finish_reason": _ended(answer.finish_reason, calls)})
-        return JSONResponse(begun.common | {"object": "chat.completion", "choices": choices} | _figures(begun))
+        return JSONResponse(running.common | {"object": "chat.completion", "choices": choices} | _figures(running))
 
     return await asyncio.to_thread(whole)  # a thread, for logprobs take a while
 
 
-def _figures(begun: RunningAnswers) -> dict[str, Any]:
+def _figures(running: RunningAnswers) -> dict[str, Any]:
     """Return `usage`, which contains `dash`, and `dash` again beside it: some clients keep only one of the two."""
-    return {"usage": usage(begun.answers), "dash": dash(begun.answers)}
+    return {"usage": usage(running.answers), "dash": dash(running.answers)}
 
 
 def _ended(reason: str, calls: list[Any]) -> str:
@@ -69,16 +69,16 @@ def _ended(reason: str, calls: list[Any]) -> str:
 
 
 async def _chat_chunks(
-    begun: RunningAnswers, chance: Callable[[Token], dict[str, Any] | None]
+    running: RunningAnswers, chance: Callable[[Token], dict[str, Any] | None]
 ) -> AsyncIterator[dict[str, Any]]:
-    for index in range(len(begun.answers)):
+    for index in range(len(running.answers)):
         yield {"choices": [{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
-    words = [TextBeforeCalls() for _ in begun.answers]
-    tools = isinstance(begun.asked, ChatRequest) and bool(begun.asked.given_tools())
-    async for index, token in answer_tokens(begun):
+    words = [TextBeforeCalls() for _ in running.answers]
+    tools = isinstance(running.asked, ChatRequest) and bool(running.asked.given_tools())
+    async for index, token in answer_tokens(running):
         text = words[index].push(token.text) if tools else token.text
         choice = {"index": index, "delta": {"content": text}, "logprobs": chance(token), "finish_reason": None}
-        skips = begun.skips(token)
+        skips = running.skips(token)
         if token.finish_reason is not None:
             rest, calls = split_calls(words[index].held)
             if text + rest or choice["logprobs"]:
@@ -93,26 +93,26 @@ async def _chat_chunks(
 
 async def completion(server: Server, http: HttpRequest) -> Response:
     async with parsed_request(server, CompletionRequest, http) as (request, size):
-        begun = await begin(
+        running = await begin(
             server, request, lambda scheduler: scheduler.ids(request.prompt), request.max_tokens, request.logprobs, size
         )
     if request.stream:
-        return _streamed(begun, "text_completion", _completion_chunks(begun, request.logprobs is not None))
-    found = await collected_tokens(begun, http)
+        return _streamed(running, "text_completion", _completion_chunks(running, request.logprobs is not None))
+    found = await collected_tokens(running, http)
 
     def whole() -> Response:
         choices = []
-        for index, (answer, tokens) in enumerate(zip(begun.answers, found, strict=True)):
-            likely = None if request.logprobs is None else _likelihoods(begun, tokens)
+        for index, (answer, tokens) in enumerate(zip(running.answers, found, strict=True)):
+            likely = None if request.logprobs is None else _likelihoods(running, tokens)
             reason = _FINISH[answer.finish_reason]
             choices.append({"index": index, "text": answer.text, "logprobs": likely, "finish_reason": reason})
-        return JSONResponse(begun.common | {"object": "text_completion", "choices": choices} | _figures(begun))
+        return JSONResponse(running.common | {"object": "text_completion", "choices": choices} | _figures(running))
 
     return await asyncio.to_thread(whole)
 
 
-def _likelihoods(begun: RunningAnswers, tokens: list[Token]) -> dict[str, Any]:
-    each = [entries for token in tokens if (entries := begun.logprobs(token))]
+def _likelihoods(running: RunningAnswers, tokens: list[Token]) -> dict[str, Any]:
+    each = [entries for token in tokens if (entries := running.logprobs(token))]
     return {
         "tokens": [entries[0]["token"] for entries in each],
         "token_logprobs": [entries[0]["logprob"] for entries in each],
@@ -120,17 +120,17 @@ def _likelihoods(begun: RunningAnswers, tokens: list[Token]) -> dict[str, Any]:
     }
 
 
-async def _completion_chunks(begun: RunningAnswers, likely: bool) -> AsyncIterator[dict[str, Any]]:
-    async for index, token in answer_tokens(begun):
+async def _completion_chunks(running: RunningAnswers, likely: bool) -> AsyncIterator[dict[str, Any]]:
+    async for index, token in answer_tokens(running):
         reason = None if token.finish_reason is None else _FINISH[token.finish_reason]
-        logprobs = _likelihoods(begun, [token]) if likely else None
+        logprobs = _likelihoods(running, [token]) if likely else None
         choice = {"index": index, "text": token.text, "logprobs": logprobs, "finish_reason": reason}
-        yield {"choices": [choice], **begun.skips(token)}
+        yield {"choices": [choice], **running.skips(token)}
 
 
-def _streamed(begun: RunningAnswers, kind: str, chunks: AsyncIterator[dict[str, Any]]) -> Response:
+def _streamed(running: RunningAnswers, kind: str, chunks: AsyncIterator[dict[str, Any]]) -> Response:
     """Send `chunks` as server-sent events. An error becomes an event, because the HTTP status is already sent."""
-    common = begun.common | {"object": kind}
+    common = running.common | {"object": kind}
 
     async def events() -> AsyncIterator[str]:
         try:
@@ -141,9 +141,9 @@ def _streamed(begun: RunningAnswers, kind: str, chunks: AsyncIterator[dict[str, 
             kind = "server_error" if said.status >= 500 else "invalid_request_error"
             yield event({"error": {"message": str(said), "type": kind, "param": None, "code": said.code}})
         else:
-            options = begun.asked.stream_options
+            options = running.asked.stream_options
             if options is not None and options.include_usage:
-                yield event(common | {"choices": []} | _figures(begun))
+                yield event(common | {"choices": []} | _figures(running))
         yield "data: [DONE]\n\n"
 
-    return AnswerStream(begun, events())
+    return AnswerStream(running, events())

@@ -139,27 +139,27 @@ async def responses(server: Server, http: HttpRequest) -> Response:
             chat = request.chat()
         except ValidationError as error:  # mistakes that only a chat shows, like bad arguments
             raise HttpError(400, f"input: {error.errors(include_url=False)[0]['msg']}.", "input") from None
-        begun = await begin_chat(server, chat, size)
-    reply = _Reply(request, chat, begun)
+        running = await begin_chat(server, chat, size)
+    reply = _Reply(request, chat, running)
     if request.stream:
-        return AnswerStream(begun, _events(reply))
-    await collected_tokens(begun, http)
-    (answer,) = begun.answers
+        return AnswerStream(running, _events(reply))
+    await collected_tokens(running, http)
+    (answer,) = running.answers
     return JSONResponse(reply.told(reply.ended(), reply.output(answer.text)))
 
 
 class _Reply:
     """Builder of the response object while the answer grows."""
 
-    def __init__(self, request: ResponsesRequest, chat: ChatRequest, begun: RunningAnswers) -> None:
-        self.begun, self._tools = begun, bool(chat.given_tools())
+    def __init__(self, request: ResponsesRequest, chat: ChatRequest, running: RunningAnswers) -> None:
+        self.running, self._tools = running, bool(chat.given_tools())
         self.message = f"msg_{uuid.uuid4().hex}"
         sampling = chat.sampling()
         self._common = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
-            "created_at": begun.common["created"],
-            "model": begun.common["model"],
+            "created_at": running.common["created"],
+            "model": running.common["model"],
             "error": None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
@@ -173,14 +173,14 @@ class _Reply:
         }
 
     def ended(self) -> str:
-        return "incomplete" if self.begun.answers[0].finish_reason == "length" else "completed"
+        return "incomplete" if self.running.answers[0].finish_reason == "length" else "completed"
 
     def told(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the whole response object. Its `usage` is None until the answer ends."""
         why = {"reason": "max_output_tokens"} if status == "incomplete" else None
         known = self._common | {"status": status, "incomplete_details": why, "output": output, "usage": None}
         if status != "in_progress":
-            said = usage(self.begun.answers)
+            said = usage(self.running.answers)
             known["usage"] = {
                 "input_tokens": said["prompt_tokens"],
                 "input_tokens_details": {"cached_tokens": 0},
@@ -220,7 +220,7 @@ async def _events(reply: _Reply) -> AsyncIterator[str]:
     yield say("response.created", response=reply.told("in_progress", []))
     yield say("response.in_progress", response=reply.told("in_progress", []))
     try:
-        async for _, token in answer_tokens(reply.begun):
+        async for _, token in answer_tokens(reply.running):
             piece = words.push(token.text) if reply._tools else token.text
             if token.finish_reason is not None:
                 piece += split_calls(words.held)[0]
@@ -236,7 +236,7 @@ async def _events(reply: _Reply) -> AsyncIterator[str]:
         said_of = {"code": "server_error", "message": str(http_error(error))}
         yield say("response.failed", response=reply.told("failed", []) | {"error": said_of})
         return
-    (answer,) = reply.begun.answers
+    (answer,) = reply.running.answers
     output = reply.output(answer.text)
     if begun:
         item = reply.item(reply.ended(), said)

@@ -156,7 +156,7 @@ def event(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-async def answer_tokens(begun: RunningAnswers) -> AsyncIterator[tuple[int, Token]]:
+async def answer_tokens(running: RunningAnswers) -> AsyncIterator[tuple[int, Token]]:
     """Yield (index of the answer, token) of all answers as they come. Leaving this iterator early cancels them all."""
     queue: asyncio.Queue[tuple[int, Token | None, Exception | None]] = asyncio.Queue()
 
@@ -168,7 +168,7 @@ async def answer_tokens(begun: RunningAnswers) -> AsyncIterator[tuple[int, Token
         except Exception as error:  # bugs too: else the reader would wait forever
             queue.put_nowait((index, None, error))
 
-    tasks = [asyncio.ensure_future(pump(index, answer)) for index, answer in enumerate(begun.answers)]
+    tasks = [asyncio.ensure_future(pump(index, answer)) for index, answer in enumerate(running.answers)]
     left = len(tasks)
     try:
         while left:
@@ -184,12 +184,12 @@ async def answer_tokens(begun: RunningAnswers) -> AsyncIterator[tuple[int, Token
             task.cancel()
 
 
-async def collected_tokens(begun: RunningAnswers, http: HttpRequest) -> list[list[Token]]:
+async def collected_tokens(running: RunningAnswers, http: HttpRequest) -> list[list[Token]]:
     """Return the tokens of each answer. If the client disconnects, cancel all answers and raise ClientDisconnect."""
-    found: list[list[Token]] = [[] for _ in begun.answers]
+    found: list[list[Token]] = [[] for _ in running.answers]
 
     async def gather() -> None:
-        async for index, token in answer_tokens(begun):
+        async for index, token in answer_tokens(running):
             found[index].append(token)
 
     async def gone() -> None:
@@ -205,7 +205,7 @@ async def collected_tokens(begun: RunningAnswers, http: HttpRequest) -> list[lis
     finally:
         work.cancel()
         leaving.cancel()
-        begun.close()
+        running.close()
     return found
 
 

@@ -1,9 +1,10 @@
 """A server under load: tokens per second of several streams beside a batch of this process, first tokens, and what a
 pace keeps.
 
-    python tools/bench/serve.py BUNDLE [--pace 30]
+    python tools/bench/serve.py BUNDLE [--pace 30] [--beside http://127.0.0.1:8001]
 
-The server is a process of its own, its clients threads of this one. What is compared takes turns.
+The server is a process of its own, its clients threads of this one. Variants take turns. `--beside` is another server
+of the same model with OpenAI's API, such as `python -m llama_cpp.server --model M.gguf --interrupt_requests False`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ def server(bundle: Path, target: str, *options: str) -> Iterator[str]:
         process.wait()
 
 
-def stream(address: str, prompt: list[int], body: dict[str, Any]) -> Stream:
+def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Stream:
     """Raises httpx.HTTPError."""
     asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, "seed": 1, **body}
     found, last = Stream(), time.perf_counter()
@@ -75,7 +76,7 @@ def stream(address: str, prompt: list[int], body: dict[str, Any]) -> Stream:
                 continue
             chunk, now = json.loads(line.removeprefix("data: ")), time.perf_counter()
             if not chunk["choices"]:
-                found.of_dense = chunk["dash"].get("time_of_dense", 1.0)
+                found.of_dense = chunk.get("dash", {}).get("time_of_dense", 1.0)
             elif not found.first:
                 found.first = now - last
             else:
@@ -84,7 +85,7 @@ def stream(address: str, prompt: list[int], body: dict[str, Any]) -> Stream:
     return found
 
 
-def together(address: str, prompts: list[list[int]], body: dict[str, Any]) -> tuple[float, list[Stream]]:
+def together(address: str, prompts: Sequence[list[int] | str], body: dict[str, Any]) -> tuple[float, list[Stream]]:
     """Seconds of all, and each."""
     began = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -103,6 +104,14 @@ def milliseconds(seconds: list[float], share: float) -> float:
     return round(1e3 * float(np.quantile(seconds, share)), 1)
 
 
+def row(server: str, count: int, of_batch: float | str, streams: list[Stream]) -> tuple[Any, ...]:
+    """Return a row of the table. Tokens per second include the wait for the first token."""
+    steps = [step for one in streams for step in one.steps]
+    tokens = count * TOKENS / mean(one.first + sum(one.steps) for one in streams)
+    first = milliseconds([one.first for one in streams], 0.5)
+    return server, count, round(tokens, 1), of_batch, first, milliseconds(steps, 0.5), milliseconds(steps, 0.95)
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--target", default="cpu", show_default=True)
@@ -110,29 +119,31 @@ def milliseconds(seconds: list[float], share: float) -> float:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--pace", type=float, help="Milliseconds; by default 1.1 of what four streams take densely.")
 @click.option("--least", default=0.7, show_default=True)
-def main(bundle: Path, target: str, sizes: str, rounds: int, pace: float | None, least: float) -> None:
+@click.option("--beside", help="Address of another server of the same model, whose prompts are text.")
+def main(
+    bundle: Path, target: str, sizes: str, rounds: int, pace: float | None, least: float, beside: str | None
+) -> None:
     runtime = DashRuntime.load(bundle, target, verify=False)
     counts = [int(size) for size in sizes.split(",")]
     texts = held_out(runtime.text.encode, max(counts) * PROMPT * (rounds + 1)).reshape(rounds + 1, -1, PROMPT).tolist()
     rows, pressed = [], []
     with server(bundle, target, "--rows", str(max(counts))) as address:
         for count in counts:
-            pairs, streams = [], list[Stream]()
+            pairs, streams, others = [], list[Stream](), list[Stream]()
             for number in range(rounds + 1):  # the first is warm-up; other prompts each time: none is known already
                 prompts = texts[number][:count]
                 alone = batched(runtime, prompts)
                 served, each = together(address, prompts, DENSE)
+                theirs = together(beside, [*map(runtime.text.decode, prompts)], {})[1] if beside else []
                 if number:
                     pairs.append(alone / served)
-                    streams += each
-            steps = [step for one in streams for step in one.steps]
-            first = milliseconds([one.first for one in streams], 0.5)
-            tokens = count * TOKENS / (sum(map(sum, (one.steps for one in streams))) / len(streams))
-            rows.append((count, round(tokens, 1), round(median(pairs), 3), first, milliseconds(steps, 0.5),
-                         milliseconds(steps, 0.95)))  # fmt: skip
+                    streams, others = streams + each, others + theirs
+            rows.append(row("dash-export", count, round(median(pairs), 3), streams))
+            if others:
+                rows.append(row("the other", count, "", others))
     heads = ("streams", "tokens/s in all", "of a batch", "first token ms", "token ms", "p95")
-    print_table(f"{bundle.name}, {target}, dense, over HTTP", (), heads, rows)
-    limit = pace or 1.1 * next((row[4] for row in rows if row[0] == 4), rows[-1][4])
+    print_table(f"{bundle.name}, {target}, dense, over HTTP", ("server",), heads, rows)
+    limit = pace or 1.1 * next((row[5] for row in rows if row[1] == 4), rows[-1][5])
     kept = ("--pace", f"{limit:.1f}", "--least", str(least))
     with server(bundle, target) as fixed, server(bundle, target, *kept) as paced:
         for count in counts:

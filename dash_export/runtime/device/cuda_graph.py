@@ -24,6 +24,8 @@ IF_NODES = 12040
 BODY = "body"
 """Name of the stream on which the sides of branches are recorded."""
 
+# No library defines cudaGraphSetConditional: the driver resolves it when it loads the module, so nothing is linked
+# (cuda-python tests conditional nodes with such a cubin; XLA sets two handles from one kernel in the same way).
 KERNELS = r"""
 typedef __device_builtin__ unsigned long long cudaGraphConditionalHandle;
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -36,13 +35,13 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
             stale.append(str(error))
     if verify:
         _verify(opened, builds)
-    facts = describe(opened, builds) | {"stale": stale}
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        records = {"manifest": asdict(opened.manifest), "builds": {build.target: asdict(build) for build in builds}}
+        click.echo(json.dumps({"bundle": str(opened.root), **records, "stale": stale}, ensure_ascii=False))
         return
-    _print_bundle(opened, facts)
+    _print_bundle(opened)
     for build in builds:
-        _print_build(build, opened.manifest.policy.units, facts["builds"][build.target])
+        _print_build(build, opened.manifest.policy.units)
     for line in stale:
         click.echo(line)
     if not builds and not stale:
@@ -61,67 +60,14 @@ def _verify(bundle: Bundle, builds: list[Build]) -> None:
         bundle.verify(build.files)
 
 
-def describe(bundle: Bundle, builds: list[Build]) -> dict[str, Any]:
-    """Return everything the tables show, as plain data."""
-    manifest = bundle.manifest
-    return {
-        "bundle": str(bundle.root),
-        "bytes": bundle_bytes(bundle),
-        "model": asdict(manifest.model),
-        "policy": asdict(manifest.policy) | {"kinds": manifest.policy.kinds},
-        "graphs": graph_kinds(bundle) if bundle.has_graphs else [],
-        "tools": manifest.tools,
-        "key": manifest.key,
-        "builds": {build.target: _describe_build(build, manifest.policy.units) for build in builds},
-    }
-
-
-def graph_kinds(bundle: Bundle) -> list[dict[str, Any]]:
-    """Return the graphs by kind, each with count and bytes: layer_00 .. layer_29 are one row."""
+def _graph_kinds(bundle: Bundle) -> dict[str, list[int]]:
+    """Return the bytes of every graph by kind: layer_00 .. layer_29 are one."""
     sizes = {record.name: record.bytes for record in bundle.manifest.files}
-    rows: dict[str, dict[str, Any]] = {}
+    kinds: dict[str, list[int]] = {}
     for name, file in bundle.manifest.graphs.items():
-        row = rows.setdefault(kind := name.partition("_")[0], {"kind": kind, "count": 0, "bytes": 0})
-        row["count"] += 1
-        row["bytes"] += sizes.get(file, 0) + sizes.get(file.removesuffix(".onnx") + ".data", 0)
-    return list(rows.values())
-
-
-def _describe_build(build: Build, units: Sequence[Unit]) -> dict[str, Any]:
-    engines, cost = build.engines, build.cost
-    return {
-        "backend": f"{build.backend} {build.backend_version}",
-        "device": build.device,
-        "recipe": asdict(build.recipe),
-        "bytes": build_bytes(build),
-        "engines": len(engines),
-        "context": cost.context,
-        "dense_us": cost.dense_us,
-        "segments": [
-            {
-                "name": segment.name,
-                "gated": segment.gated,
-                "precision": precision(build.recipe.weights, segment),
-                "bytes": engines[segment.name].bytes if segment.name in engines else 0,
-                "run_us": cost.segment_us.get(segment.name),
-            }
-            for segment in build.segments
-        ],
-        "units": [
-            {
-                "unit": str(unit),
-                "layers": len(unit.layers),
-                "bypass_bytes": engines[unit.bypass].bytes,
-                "bypass_us": cost.bypass_us.get(unit.bypass),
-                "cost": saved,
-            }
-            for unit, saved in zip(units, cost.cost, strict=True)
-        ],
-        "others": cost.others,
-        "stolen": cost.stolen,
-        "dial": [asdict(point) for point in build.dial],
-        "seconds": build.seconds,
-    }
+        data = file.removesuffix(".onnx") + ".data"
+        kinds.setdefault(name.partition("_")[0], []).append(sizes.get(file, 0) + sizes.get(data, 0))
+    return kinds
 
 
 def precision(weights: WeightsRecipe, segment: Segment) -> str:
@@ -136,7 +82,7 @@ def precision(weights: WeightsRecipe, segment: Segment) -> str:
     return found.replace("int4", "int4 or int8") if weights.rounding == "as-is" else found
 
 
-def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
+def _print_bundle(bundle: Bundle) -> None:
     model, policy = bundle.manifest.model, bundle.manifest.policy
     rows = {
         "model": f"{model.name} ({model.model_type})",
@@ -145,33 +91,35 @@ def _print_bundle(bundle: Bundle, facts: dict[str, Any]) -> None:
         "attention": f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for K and V",
         "vocabulary": model.vocab_size,
         "context": f"{model.max_positions} positions",
-        "portable size": size(facts["bytes"]),
+        "portable size": size(bundle_bytes(bundle)),
         "units": f"{units_text(policy.units)} ({len(policy.layers)} layers)",
         "bypass": policy.bypass,
         "policy": policy.origin,
         "decides": f"by what enters layer {policy.read}" if policy.has_network else "nothing",
         "serves": ", ".join(policy.kinds),
         "static order": ", ".join(str(policy.units[place]) for place in policy.static_order) or "not ranked",
-        "made with": ", ".join(f"{name} {version}" for name, version in facts["tools"].items()),
+        "made with": ", ".join(f"{name} {version}" for name, version in bundle.manifest.tools.items()),
     }
     print_table(str(bundle.root), ("", ""), (), rows.items())
-    if facts["graphs"]:
-        graphs = ((row["kind"], row["count"], size(row["bytes"])) for row in facts["graphs"])
+    if bundle.has_graphs:
+        graphs = ((kind, len(each), size(sum(each))) for kind, each in _graph_kinds(bundle).items())
         print_table("Portable graphs", ("kind",), ("count", "size"), graphs)
     else:
         click.echo("The portable graphs are not here: engines run, and new ones are built elsewhere.\n")
 
 
-def _print_build(build: Build, units: Sequence[Unit], facts: dict[str, Any]) -> None:
-    alone = sum(build.cost.segment_us.values())
+def _print_build(build: Build, units: Sequence[Unit]) -> None:
+    alone, engines = sum(build.cost.segment_us.values()), build.engines
 
-    def times(run: float | None) -> tuple[str, str]:
-        return ("-", "-") if run is None or not alone else (f"{run:.0f}", f"{100 * run / alone:.1f} %")
+    def row(segment: Segment) -> tuple[str, ...]:
+        run = build.cost.segment_us.get(segment.name)
+        times = ("-", "-") if run is None or not alone else (f"{run:.0f}", f"{100 * run / alone:.1f} %")
+        stored = engines[segment.name].bytes if segment.name in engines else 0
+        return segment.name, precision(build.recipe.weights, segment), size(stored), *times
 
     print_table(
-        f"Target {build.target}: {facts['engines']} engines, {size(facts['bytes'])} on disk, {facts['backend']}",
-        ("segment", "precision"), ("size", "run µs", "share"),
-        ((row["name"], row["precision"], size(row["bytes"]), *times(row["run_us"])) for row in facts["segments"]),
+        f"Target {build.target}: {len(engines)} engines, {size(build_bytes(build))} on disk, {build.backend} "
+        f"{build.backend_version}", ("segment", "precision"), ("size", "run µs", "share"), map(row, build.segments),
     )  # fmt: skip
     if units:
         print_units(build, units)

@@ -17,6 +17,7 @@ import numpy as np
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST, LARGEST_CONTEXT, Traits
 from dash_export.models.spec import DecoderSpec, Float32Array
+from dash_export.typed_json import shown
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3")
 """Every `model_type` that can be exported. A new family is a module of this package, named after its `model_type`, with
@@ -276,13 +277,3 @@ def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"config {key!r} is {shown(value)}; expected true or false")
     return value
-
-
-def shown(value: object) -> str:
-    """Return `value` as text for an error message, short even if a hostile file made the value huge."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 64:
-        return "a huge integer"  # str() of an integer beyond 4300 digits is an error of its own
-    if isinstance(value, (list, dict)):
-        return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

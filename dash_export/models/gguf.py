@@ -16,12 +16,13 @@ import numpy as np
 from dash_export.artifacts import identity
 from dash_export.errors import CheckpointError
 from dash_export.manifest import LARGEST_CONTEXT
-from dash_export.models.config import base_frequencies, decoder_spec, llama3_frequencies, positive, shown
+from dash_export.models.config import base_frequencies, decoder_spec, llama3_frequencies, positive
 from dash_export.models.gguf_families import ARCHITECTURES
 from dash_export.models.gguf_file import GgufTensor, read_gguf
 from dash_export.models.spec import Checkpoint
 from dash_export.models.tokenizer_gguf import token_id, tokenizer_assets
 from dash_export.models.weights import build_checkpoint, fused_names, require, unfused
+from dash_export.typed_json import shown
 
 _ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1's numbers, the same in every release; GGUF keeps only the divisors that follow from them.

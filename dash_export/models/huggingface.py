@@ -13,10 +13,11 @@ from dash_export.artifacts import identity
 from dash_export.bundle import TEXT_FILES
 from dash_export.errors import CheckpointError
 from dash_export.hub import download
-from dash_export.models.config import decoder_spec, shown
+from dash_export.models.config import decoder_spec
 from dash_export.models.spec import Checkpoint, DecoderSpec, Weight, layer_weight, row_blocks
 from dash_export.models.weights import build_checkpoint, open_weights, read_json, read_text, unfused
 from dash_export.text_files import load_tokenizer
+from dash_export.typed_json import shown
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 _PICTURES = "<image_soft_token>"

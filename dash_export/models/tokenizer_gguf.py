@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from dash_export.errors import CheckpointError
-from dash_export.models.config import flag, shown
+from dash_export.models.config import flag
 from dash_export.models.tokenizer_spm import spm_parts
 from dash_export.text_files import check_vocabulary, load_tokenizer
+from dash_export.typed_json import shown
 
 _BPE, _SPM = "gpt2", "llama"
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types; there are 1 to 6

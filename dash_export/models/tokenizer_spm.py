@@ -12,8 +12,9 @@ from operator import itemgetter
 from typing import Any
 
 from dash_export.errors import CheckpointError
-from dash_export.models.config import flag, shown
+from dash_export.models.config import flag
 from dash_export.text_files import check_vocabulary
+from dash_export.typed_json import shown
 
 SPACE = "\u2581"
 MAX_PIECE, MEAN_PIECE = 256, 16

@@ -5,7 +5,7 @@
 Ray gives each request to the less busy of two replicas. Each replica has a cache of prompt prefixes of its own.
 """
 
-# No postponed annotations: Ray turns the command line's texts into a Given only where it sees the class itself.
+# No postponed annotations: Ray turns the command line's texts into AppArguments only where it sees the class itself.
 import os
 
 from pydantic import BaseModel, ConfigDict, Field

@@ -35,33 +35,20 @@ def test_tables(tiny_root: Path) -> None:
         "dense, static, token",
         "4, 2-3",
         "is what was written",
+        "fp32; head fp32",
     ):
         assert expected in result.stdout, expected
 
 
 def test_json(tiny_root: Path) -> None:
+    """The records themselves, as they lie on disk."""
     facts = json.loads(dash("inspect", tiny_root, "--json").stdout)
-    assert facts["model"]["num_layers"] == 6
-    assert {row["kind"]: row["count"] for row in facts["graphs"]} == {
-        "embed": 1,
-        "layer": 6,
-        "bypass": 2,
-        "policy": 1,
-        "head": 1,
-    }
-    segments = facts["builds"]["cpu-fp32"]["segments"]
-    assert [segment["name"] for segment in segments if segment["gated"]] == ["layers_02-03", "layer_04"]
-    assert all(segment["run_us"] > 0 and segment["bytes"] > 0 for segment in segments)
-    assert [segment["precision"] for segment in segments] == [
-        "embedding fp32",
-        "fp32",
-        "fp32",
-        "fp32",
-        "fp32; head fp32",
-    ]
-    units = facts["builds"]["cpu-fp32"]["units"]
-    assert [(unit["unit"], unit["layers"]) for unit in units] == [("2-3", 2), ("4", 1)]
-    assert all(unit["bypass_us"] > 0 and unit["bypass_bytes"] > 0 for unit in units)
+    assert facts["manifest"]["model"]["num_layers"] == 6
+    assert facts["manifest"]["policy"]["units"] == [{"first": 2, "last": 3}, {"first": 4, "last": 4}]
+    build = facts["builds"]["cpu-fp32"]
+    assert [segment["gated"] for segment in build["segments"]] == [False, False, True, True, False]
+    assert build == json.loads((tiny_root / "engines" / "cpu-fp32" / "build.json").read_text())
+    assert all(build["cost"]["segment_us"].values())
 
 
 def test_one_target(tiny_root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
@@ -87,6 +88,27 @@ def test_a_replica_is_killed(address: str) -> None:
     assert any(whole), "those of the other replica"
     assert not all(whole), "nobody was told that its answer was cut"
     assert httpx.post(f"{address}/v1/completions", json=ASKED | DENSE, timeout=60).status_code == 200
+
+
+def test_as_many_replicas_as_requests_keep_busy(address: str, tiny_root: Path) -> None:
+    """One at first, two when there are more requests than rows."""
+    from ray import serve
+
+    from dash_export.serve.ray import AppArguments, app
+
+    given = AppArguments(bundle=str(tiny_root), target="cpu-fp32", replicas=1, most=2, rows=2)
+    serve.run(app(given), name="dash")
+    until = time.monotonic() + 60
+    while len(replicas()) > 1:  # the second of the test before goes
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    body, most = ASKED | DENSE | {"max_tokens": 400}, 1
+    with ThreadPoolExecutor(12) as pool:
+        while most < 2:
+            assert time.monotonic() < until, "no second replica"
+            replies = pool.map(lambda _: httpx.post(f"{address}/v1/completions", json=body, timeout=60), range(12))
+            assert {reply.status_code for reply in replies} == {200}
+            most = len(replicas())
 
 
 def replicas() -> list[int]:

@@ -267,7 +267,7 @@ def _no_bundle(root: Path) -> str:
     if writer := holder(lock_file(root.absolute())):
         return f"{root} is being written by {writer}. Wait for that to end."
     export = f"dash-export export MODEL -o {root}"
-    half = (root / "onnx").exists() or (root / MARK).is_file()  # a model has no such files
+    half = (root / "onnx").exists() or (root / MARK).is_file()  # an unfinished bundle: it has config.json, too
     if root.suffix == ".gguf" or is_hub_id(root) or ((root / "config.json").is_file() and not half):
         made = f"{root.with_suffix('').name if root.suffix == '.gguf' else root.name}.dash"
         hub = (

@@ -309,7 +309,7 @@ def recommended_budget(dial: Sequence[DialPoint]) -> float | None:
         low, high = points[after - 1], points[after]
         share = (1 + RECOMMENDED_LOSS - low.perplexity) / (high.perplexity - low.perplexity)
         budget -= share * (low.time - high.time)
-    return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: the dial goes no lower
+    return ceil(round(1000 * budget, 6)) / 1000 if budget <= 1 - WORTH else None  # up: less may be off the dial
 
 
 def trade_off_for(

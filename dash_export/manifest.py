@@ -326,7 +326,7 @@ def build_faults(build: Build, manifest: Manifest) -> Iterator[str]:
 
 
 def _in_order(segments: tuple[Segment, ...], units: tuple[Unit, ...], num_layers: int) -> bool:
-    """Return whether the segments are the model from embedding to head, each layer once, and the units those gated."""
+    """Return whether the segments are the model, embedding to head, each layer once, and the gated ones its units."""
     firsts = [0, *(segment.last + 1 for segment in segments)]
     last = len(segments) - 1
     return (

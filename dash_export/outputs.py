@@ -26,7 +26,7 @@ from dash_export.errors import BusyError, OutputError
 MARK = ".dash-export"
 """A file in every folder that this program may empty: written first, removed last."""
 PLAN = ".plan"
-"""File in a finished work folder while this replaces an output: the names of the entries to replace, a line each."""
+"""File in a finished work folder while this replaces an output: the names of the entries that move, a line each."""
 _OURS = b"dash-export "
 _LONGEST = 4096
 _TRIALS, _PAUSE = 3, 0.005
@@ -60,7 +60,7 @@ def locked(output: Path, command: str) -> Iterator[None]:
     finally:
         if descriptor is not None:
             with suppress(PermissionError):
-                path.unlink(missing_ok=True)  # before the release: who waits then sees that it is gone
+                path.unlink(missing_ok=True)  # before the release: who opened it then sees that it is gone
             os.close(descriptor)
         with suppress(OSError):  # not empty: the output is there
             for folder in new:

@@ -39,7 +39,7 @@ def shown(value: object) -> str:
     try:
         return " ".join(_REPR.repr(value).split())
     except Exception:  # a number of 5,000 digits, say
-        return f"a huge {type(value).__name__}"
+        return f"a {'huge ' * isinstance(value, int)}{type(value).__name__}"
 
 
 MOST_ITEMS, MOST_DEPTH = 1 << 16, 8

@@ -58,7 +58,7 @@ def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> Cos
     gated = [place for place, segment in enumerate(build.segments) if segment.gated]
     bypasses = dict(zip(gated, (unit.bypass for unit in units), strict=True))
     passes = [
-        # Each pass skips every other unit, in turn: so a bypass, too, is timed with its weights cold in the cache.
+        # Each pass skips every other unit, in turn: so a bypass, too, finds its weights cold (not in the CPU's cache).
         [
             (names[place], run) if bypass is None or gated.index(place) % 2 != parity else (bypasses[place], bypass)
             for place, (run, bypass) in enumerate(step.launches())

@@ -37,8 +37,8 @@ class Artifact:
 
 @dataclass(frozen=True)
 class EngineGraph:
-    """Plan of an engine's graph, which runs `segment` or is its bypass. `parts`: the bundle's graphs it is made of.
-    `extends`: engines whose weights it shares.
+    """Plan of an engine's graph: `segment`, its bypass, both (mixed), or the policy. `parts`: the bundle's graphs it is
+    made of. `extends`: engines whose weights it shares.
     """
 
     name: str

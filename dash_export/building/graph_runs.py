@@ -45,8 +45,8 @@ def step_inputs(start: int, count: int, capacity: int) -> Arrays:
 
 
 def graph_run(path: Path, *, own_threads: bool = False) -> Run:
-    """Load a graph into ONNX Runtime on the CPU, and return the function that runs it. The function takes more inputs
-    than the graph has, and converts them to the graph's types and ranks.
+    """Load a graph into ONNX Runtime on the CPU, and return the function that runs it. The function ignores inputs that
+    the graph does not have, and converts the others to the graph's types and ranks.
 
     ONNX Runtime has either one thread pool for the process or one per session: give `own_threads` where other sessions
     in this process have pools of their own. Raises BackendError when ONNX Runtime refuses the graph.

@@ -116,7 +116,7 @@ class _Walk:
 
     def compare(self, graph: EngineGraph, run: Run, folder: Path) -> dict[str, float]:
         """Return errors by kind of output, over all steps. A mixed engine is compared with the graph that runs its unit
-        and, in the step of one token, with the bypass. After a segment's own engine, `states` become the outputs of its
+        but, in the step of one token, with the bypass. After a segment's own engine, `states` become the outputs of its
         portable graph.
         """
         segment, references = graph.segment, [graph]

@@ -37,7 +37,8 @@ def command(bundle: Path, target: str | None, verify: bool, as_json: bool) -> No
         _verify(opened, builds)
     if as_json:
         records = {"manifest": asdict(opened.manifest), "builds": {build.target: asdict(build) for build in builds}}
-        click.echo(json.dumps({"bundle": str(opened.root), **records, "stale": stale}, ensure_ascii=False))
+        # In ASCII, for terminals obey some control characters of a stranger's file.
+        click.echo(json.dumps({"bundle": str(opened.root), **records, "stale": stale}))
         return
     _print_bundle(opened)
     for build in builds:

@@ -108,7 +108,7 @@ def command(
         raise RequestError(
             "This model has no chat template, so there is no place for --system: put it into the prompt."
         )
-    if not many and not setting.given and setting.policy is None:  # a batch of `token` saves nothing
+    if not many and not setting.given and setting.policy is None:  # not for --prompts: in a batch `token` saves nothing
         setting = runtime.recommended
         if setting.budget is not None:
             told = f"[budget {setting.budget:g}, as this bundle recommends; --policy dense skips nothing]"

@@ -32,7 +32,7 @@ PARTS = {
     "sampling": "sampling and text",
     "host": "other host gaps",
 }
-"""Parts of a token's time. The policy's damage is an output of the first engine: its time is part of that engine's."""
+"""Parts of a token's time. Damage is an output of the segment before the first unit: its time is part of that one's."""
 BUSY = 0.5
 """Load per core before the profile, above which other work disturbs the timings."""
 Spread = dict[str, float]

@@ -1,7 +1,7 @@
 """Measured time: variants take turns, round by round, each in a process of its own where weights matter.
 
 An application has a process of its own, too: no other weights are in the CPU's caches, and its memory is its own.
-`main` is what this process runs.
+`main` is what such a process runs.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def block_function(kind: str) -> ir.Function:
 
 
 def _codes(kind: str) -> list[str]:
-    """Return lines that compute `code`, a float: 0 is the least weight or, in a type with `zero`, the weight 0."""
+    """Return lines that compute `code`, a float: 0 is the weight 0 in a type of one factor, else the least weight."""
     fields = [f"field{place}" for place in range(len(BLOCKS[kind].fields))]
     if kind == "Q8_0":
         return _signed("code", fields[0])
@@ -178,8 +178,8 @@ def _bits(name: str, source: str, width: int, shifts: Sequence[int], mask: int, 
 
 
 def _six_bits(name: str, own: str, rest: str, shift: int) -> list[str]:
-    """Return lines for eight 6-bit numbers: four are the low bits of `own`; four have their upper two bits in `own`,
-    the other four in `rest`.
+    """Return lines for eight 6-bit numbers: four are the low six bits of `own`'s bytes; four have their upper two bits
+    there, and their lower four in `rest`, at `shift`.
     """
     return [
         *_bits(f"{name}_first", own, 4, [0], 63, 4),

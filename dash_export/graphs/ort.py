@@ -27,7 +27,7 @@ from dash_export.names import FINAL_STATE, new_names, past_names, present_names,
 from dash_export.targets import BITS, QUANTISED, Recipe
 
 HEAD_MULTIPLE, ROTARY_MULTIPLE = 8, 16
-"""GroupQueryAttention takes heads in multiples of the first size, and rotates multiples of the second size."""
+"""GroupQueryAttention takes heads whose size is a multiple of the first, and rotates a multiple of the second."""
 
 UNIT_GAIN = "unit_gain"
 

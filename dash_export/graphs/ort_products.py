@@ -103,7 +103,7 @@ class ProductWriter(GraphWriter):
         return self.contrib("MatMulNBits", inputs, node, **options)
 
     def grid(self, weight: str, factor: float) -> Any:
-        """Return the Grid of a matrix times a factor; None where the checkpoint has no 4-bit codes for the matrix."""
+        """Return the Grid of a matrix times a factor; None without 4-bit codes, or where its rests would be coarse."""
         stored = getattr(self.weights[weight], "meta", {}).get(STORED)
         found = None if stored is None else grid_of(stored)
         return None if found is None else found.times(factor)

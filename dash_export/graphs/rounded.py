@@ -148,7 +148,7 @@ def roundings_key(path: Path) -> str:
 
 
 def _array(arrays: Any, name: str, kind: Any = None) -> Any:
-    """Return an array. Raises ValueError if it is compressed (ours never are): a tiny file could fill the memory."""
+    """Return an array. Raises ValueError for another type, and if compressed (a tiny file could fill the memory)."""
     if arrays.zip.getinfo(f"{name}.npy").compress_type != ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     array = arrays[name]

@@ -69,8 +69,8 @@ def _cut_rope(graph: ir.Graph, capacity: int) -> None:
 
 
 def _make_mask(graph: ir.Graph, capacity: int) -> None:
-    """Compute which cached rows a query may read from its position, and drop the mask input: two Attentions of one
-    TensorRT-RTX engine cannot share an input.
+    """Compute, from each query's position, which cached rows it may read, and drop the mask input, which two Attentions
+    of one TensorRT-RTX engine cannot share.
     """
     inputs = {value.name: value for value in graph.inputs}
     if "attention_mask" in inputs:
@@ -91,7 +91,7 @@ def _give_last_logits(graph: ir.Graph) -> None:
 
 
 def _sum_policy(graph: ir.Graph) -> None:
-    """Replace the policy's MatMul, [1, sequence, hidden] @ [hidden, units], by a Mul and a ReduceSum in float32:
+    """Replace the policy's MatMul, [batch, sequence, hidden] @ [hidden, units], by Mul and ReduceSum in float32:
     TensorRT rounds the factors of a float32 MatMul to TF32, and has no such MatMul for Turing.
     """
     for node in [node for node in graph if node.name == "policy/score"]:

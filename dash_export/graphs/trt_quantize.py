@@ -46,8 +46,8 @@ def quantize_symmetric(
 def quantize_weights(
     graph: ir.Graph, recipe: WeightsRecipe, gated: Collection[int], roundings: Roundings = to_nearest
 ) -> None:
-    """Quantise every projection, the bypasses and the head, each at the precision that the recipe gives its part of the
-    model. At int4 a matrix that no block size divides stays as it is. So does the policy: it is small and sensitive.
+    """Quantise every projection, update (bypass, pruned unit) and the head, each at the precision that the recipe gives
+    its part. At int4 a matrix that no block size divides stays as it is. So does the policy: it is small and sensitive.
     Raises BundleError for a rounding of another matrix, and for fp8 without a measured input.
     """
     for node in list(graph):

@@ -31,7 +31,7 @@ def decoder(config: Mapping[str, Any]) -> DecoderSpec:
     full = {"rope_theta": config.get("rope_theta") or 1e6} | section(given, FULL)
     full |= section(config, "rope_scaling")
     kind = full.get("rope_type", full.get("type", "default"))
-    if kind not in ("default", "linear"):  # Gemma 3 would scale others in another way, and no model does
+    if kind not in ("default", "linear"):  # Gemma 3 would scale others in another way; no model uses them
         raise CheckpointError(f"rope type {shown(kind)} is not supported in a Gemma 3; supported: default, linear")
     head_dim = positive(config, "head_dim", LARGEST["head_dim"], 256)
     return gemma_decoder(

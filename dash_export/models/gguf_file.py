@@ -72,7 +72,7 @@ class GgufTensor:
         return self._dequantized(start, stop)
 
     def packed(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Return rows [start, stop) as they lie in the file, uint8 [rows, bytes]. Raises CheckpointError if it ends."""
+        """Return rows [start, stop) as in the file, uint8 [rows, bytes]. Raises CheckpointError if the file is cut."""
         # Read, not mapped: the resident set does not grow with the part of the model read so far.
         with self.path.open("rb") as file:
             file.seek(self.offset + start * self.row_bytes)

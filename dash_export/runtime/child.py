@@ -25,7 +25,7 @@ class Child:
     """A child process that answers each line by one: [whether it went well, text]. One thread may ask at a time."""
 
     def __init__(self, script: Path, setup: Mapping[str, Any]) -> None:
-        """Start `script`. Raises RequestError where it does not start. `sys.path` joins `setup` as its `path`."""
+        """Start `script` and send it `setup`, with `sys.path` as its `path`. Raises RequestError where that fails."""
         # The executable of a frozen program is no Python: it would start the program again. -I -S: the child takes
         # its sys.path from the first message.
         python = "" if getattr(sys, "frozen", False) else sys.executable or ""

@@ -285,7 +285,7 @@ class BoundStep:
         return launch_all
 
     def _bind_bypass(self, engine: Engine, layers: range, before: Floats, after: Floats) -> Launch:
-        """Bind a unit's bypass. Where its engine leaves that to the host, also write K and V of the unit's layers."""
+        """Bind a unit's bypass. Its launch also writes the unit's K and V where the engine leaves that to the host."""
         names = [[short_name(name) for name in new_names(layer)] for layer in layers]
         if names[0][0] not in engine.outputs:
             return self._bind(engine, before, after)

@@ -24,8 +24,8 @@ READS = "cannot be read for a grammar"
 MOST_LETTERS = 1 << 16
 SECONDS, MEGABYTES, STATES = 1, 24, 120_000
 """Limits of time and memory to read a grammar, for all answers to a request together (2,000 properties: 0.3 s, 19 MB),
-and of the lexer states that each answer may add while it decodes: half a kilobyte each; 12,000 to 24,000 letters of
-strings with a maxLength.
+and of the lexer states that each answer may add while it decodes: half a kilobyte each. They are enough for 12,000 to
+24,000 letters of strings with a maxLength.
 """
 CHILD = Path(__file__).with_name("grammar_child.py")
 _KEPT = 1024
@@ -37,8 +37,8 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 
 
 def call_tokenizer(what: str, call: Callable[[], _T]) -> _T:
-    """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError that says `what`
-    failed.
+    """Return `call()`, native code on a tokenizer, whose panics are no Exception. Raises RequestError that begins with
+    "The model's tokenizer" and `what`.
     """
     try:
         return call()

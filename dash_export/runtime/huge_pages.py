@@ -103,7 +103,7 @@ def pages_in_use() -> dict[int, float]:
 
 
 def own_memory(maps: str) -> Iterator[tuple[int, int]]:
-    """Yield [first, end) of every region of writable anonymous memory in `/proc/<pid>/maps`, reserved ones apart."""
+    """Yield [first, end) of every region of writable anonymous memory in `/proc/<pid>/maps`, but RESERVED ones."""
     for region in map(_REGION.fullmatch, maps.splitlines()):
         if region is not None and int(region[2], 16) - int(region[1], 16) < RESERVED:
             yield int(region[1], 16), int(region[2], 16)

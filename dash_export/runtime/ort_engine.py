@@ -79,7 +79,7 @@ _HEADS = re.compile(rb"\x2a(.)\x0a(.)(\w*num_heads)\x18([\x80-\xff]?[\x01-\x7f])
 
 
 def check_heads(path: Path) -> None:
-    """Raise BackendError where a number of heads is absurd or 0: the library cuts it to 32 bits and divides by it."""
+    """Raise BackendError for an absurd number of heads, or 0: ONNX Runtime cuts it to 32 bits and divides by it."""
     with ort_errors(path.name):
         graph = path.read_bytes()
     sound = 0

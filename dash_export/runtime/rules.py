@@ -131,7 +131,7 @@ def session_rules(setting: Setting, model: ModelFacts, policy: PolicyFacts, buil
 
 
 def _static_places(setting: Setting, model: ModelFacts, policy: PolicyFacts, build: Build) -> tuple[int, ...]:
-    """Return places of the units that a static policy skips: those of the listed layers, or the first of its order."""
+    """Return places of units that a static policy skips: of the listed layers, or as many of its order as are asked."""
     if setting.skip is not None:
         return units_of(setting.skip, policy.units)
     if setting.max_layers is not None:

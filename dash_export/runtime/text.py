@@ -37,7 +37,7 @@ class Text:
     """Tokenizer and chat template of a bundle."""
 
     def __init__(self, folder: Path) -> None:
-        """Read tokenizer, special tokens and template. Raises BundleError where a file is missing or not valid."""
+        """Read tokenizer, special tokens and template. Raises BundleError without tokenizer.json, or for a bad file."""
         tokenizer = _read(folder, "tokenizer.json", load_tokenizer)
         if tokenizer is None:
             raise BundleError(f"{folder} has no tokenizer.json. The bundle is damaged: export it again.")

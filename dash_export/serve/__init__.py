@@ -1,1 +1,1 @@
-"""Serving of bundles: scheduler, OpenAI's API over HTTP, Ray Serve, Triton. Only the HTTP server needs starlette."""
+"""Serving of bundles: scheduler, OpenAI's API over HTTP, Ray Serve, Triton. Scheduler and Triton need no starlette."""

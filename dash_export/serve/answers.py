@@ -78,7 +78,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def dash(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return layers and times of the decoded tokens; `time_of_dense` is a fraction, by the build's cost table."""
+    """Return layers and times of the answers; `time_of_dense` is a fraction of dense by the build's cost table."""
     runtime, said = answers[0].scheduler.runtime, [answer.statistics for answer in answers]
     steps, seconds = sum(each.decode_steps for each in said), said[0].decode_seconds
     if len(answers) > 1:  # answers may have waited for others: take the time of all

@@ -2,7 +2,7 @@
 
     serve run dash_export.serve.ray:app bundle=/models/my.dash replicas=2
 
-Ray gives each request to the less busy of two replicas. Each replica has a cache of prompt prefixes of its own.
+Ray gives each request to the less busy of two random replicas. Each replica has a cache of prompt prefixes of its own.
 """
 
 # No postponed annotations: Ray turns the command line's texts into AppArguments only where it sees the class itself.

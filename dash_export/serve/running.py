@@ -38,7 +38,7 @@ READING_BYTES = 128 << 20
 LIKELY = 100_000
 """Most logprobs of all answers to a request: 4,096 tokens with the 20 most likely ones of each make 86,016."""
 GUIDED = 16
-"""Most answers with a grammar that a model has at a time: each holds up to 24 MB at once, and may grow by 60 MB."""
+"""Most answers with a grammar that a model has at a time: each may hold 24 MB from its request on, and 60 MB later."""
 LONG_BYTES = 1 << 16
 """Bodies larger than this have their prompts encoded by a single thread, so that long prompts wait for each other."""
 _Asked = TypeVar("_Asked", bound=BaseModel)

@@ -48,7 +48,7 @@ class Scheduler:
         least: float = 0.85,
         memory: int | None = None,
     ) -> None:
-        """Reserve `rows`, the requests that decode together: by default ROWS, or as many as the engines take.
+        """`rows`: how many requests decode together, by default ROWS, or as many as the engines take.
 
         `waiting`: most requests in the queue. `alone` and `together`: settings of requests that have none, for steps
         with one row and with several rows; by default the bundle's recommended setting, and dense, because a token

@@ -41,8 +41,8 @@ Windows = Sequence[tuple[Batch, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A unit. `damage`: mean damage of skipping it alone, nats per token; `saved` and `gain`: what a skip of it saves
-    and gains, as fractions of a token's time.
+    """A unit. `damage`: mean damage of skipping it alone, nats per token; `saved`: what a skip of it saves; `gain`: its
+    mean gain per token, skipped or not; both as fractions of a token's time.
     """
 
     unit: Unit

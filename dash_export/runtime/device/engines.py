@@ -41,8 +41,8 @@ class DeviceEngines:
         """Load all engines. `dispatch`: `sync`, `overlapped` or `device` (see `step`); `device` becomes `overlapped`
         where steps cannot be recorded.
 
-        Raises BundleError where the policy's engine is missing, or no segment begins at the state that the policy
-        reads, and BackendError where the device has no room.
+        Raises BundleError where the policy's engine is missing, or the segment before the first unit does not begin at
+        the state that the policy reads, and BackendError where the device has no room.
         """
         assert recipe.engine is not None
         self.build, self.device, self.dispatch, self.recipe = build, device, dispatch, recipe.engine

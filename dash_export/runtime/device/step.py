@@ -6,8 +6,8 @@ buffers, as on the host. The dispatch modes differ in who waits for the policy:
 
 - `sync`: the policy runs in the layers' stream. The host waits for its damage, decides, and launches the rest.
 - `overlapped`: while the last layers before the first unit run on the main stream, the policy, which reads the state
-  that entered them, runs on its own. The host waits only for the damage, and launches the first unit before the layers
-  ahead of it have ended.
+  that entered them, runs on a stream of its own. The host waits only for the damage, and launches the first unit before
+  the layers ahead of it have ended.
 - `device`: as `overlapped`, but recorded once as a graph: a kernel takes all decisions, and every unit is a branch. The
   host fills inputs and limits, launches, and waits once for the end of the token. The kernel knows no `max_layers`
   (which ranks units by damage) and no forced actions: such tokens are launched one by one, as in `overlapped`.
@@ -367,7 +367,7 @@ class DeviceStep:
         self._upload_inputs()
 
     def launches(self) -> list[tuple[HostLaunch, HostLaunch | None]]:
-        """Return (run, bypass) of every segment, each until its end, to be timed one by one after `place`."""
+        """Return (run, bypass) of every segment, to be timed one by one after `place`. A call waits for its own end."""
 
         def launch(part: Part, bypass: bool) -> None:
             self.launch(part, bypass)

@@ -58,8 +58,8 @@ class Event:
 
 
 class Card(Memory):
-    """`failing`: names of calls that fail, with what. `version`: the driver's. `devices`: the product's, on this card,
-    which know the names of streams and events.
+    """`failing`: names of calls (without _v2) that fail, with what. `version`: the driver's. `devices`: the product's
+    devices on this card, which know the names of streams and events.
     """
 
     def __init__(self, first: str | int = "main") -> None:
@@ -123,8 +123,8 @@ class Card(Memory):
 
                 def call(*given: Any) -> Any:
                     card.calls[name] += 1
-                    if name in card.failing:
-                        return card.failing[name], None
+                    if (plain := name.removesuffix("_v2")) in card.failing:
+                        return card.failing[plain], None
                     try:
                         return made(*given)
                     except BrokenRuleError:

@@ -76,6 +76,14 @@ def test_costs_of_a_busy_machine_say_so(own_bundle: Path) -> None:
     assert "worked for others" not in dash("inspect", own_bundle, "--target", "cpu-fp32").stdout
 
 
+def test_json_commands_no_terminal(own_bundle: Path) -> None:
+    """Facts of a backend are a stranger's words: control characters stay escaped."""
+    forged.edit(own_bundle / "engines" / "cpu-fp32" / "build.json", lambda data: data["details"].update(x="\x9b31m"))
+    shown = dash("inspect", own_bundle, "--json").stdout
+    assert shown.isascii()
+    assert json.loads(shown)["builds"]["cpu-fp32"]["details"]["x"] == "\x9b31m"
+
+
 def test_needs_no_onnx(tiny_root: Path) -> None:
     done = python(WITHOUT_ONNX, tiny_root)
     assert done.returncode == 0, done.stderr

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from starlette.requests import ClientDisconnect
 
 from dash_export import DashRuntime
 from dash_export.runtime.decode import BoundStep
 from dash_export.serve import metrics
-from dash_export.serve.app import Server
 from dash_export.serve.running import BODY_BYTES
-from dash_export.serve.scheduler import Scheduler
-from dash_export.serve.tickets import Ticket
 from tests.serve.conftest import Serve
 
 MESSAGES: Any = [{"role": "user", "content": "hello there"}]
@@ -330,34 +323,6 @@ def test_a_client_that_goes_away(stream: bool, serve: Serve, monkeypatch: pytest
     assert (
         httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": 3, "stream": False}).status_code == 200
     )
-
-
-@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
-def test_a_client_that_is_gone_before_the_first_event(path: str, runtime: DashRuntime) -> None:
-    """The connection breaks as the response's head is sent, when nothing has asked for a token yet."""
-    body = {"input": "hi"} if path == "responses" else {"messages": MESSAGES} if "chat" in path else {"prompt": "hi"}
-    sent = json.dumps(body | {"model": "tiny", "stream": True}).encode()
-    submitted: list[Ticket] = []
-    scheduler = Scheduler(runtime, rows=1)
-    server = Server({"tiny": scheduler})
-    sound = scheduler.submit
-
-    def submit(*arguments: Any) -> Ticket:
-        submitted.append(sound(*arguments))
-        return submitted[-1]
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": sent, "more_body": False}
-
-    async def send(_: Any) -> None:
-        raise OSError("broken pipe")
-
-    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "method": "POST", "headers": []}
-    scope |= {"path": f"/v1/{path}", "query_string": b"", "http_version": "1.1", "scheme": "http"}
-    with patch.object(scheduler, "submit", submit), suppress(ClientDisconnect, OSError):
-        asyncio.run(server.app(scope, receive, send))  # type: ignore[arg-type]
-    (ticket,) = submitted
-    assert ticket.cancelled
 
 
 def test_an_error_in_the_middle_of_a_stream(serve: Serve) -> None:

@@ -85,7 +85,10 @@ def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Strea
     return found
 
 
-def together(address: str, prompts: Sequence[list[int] | str], body: dict[str, Any]) -> tuple[float, list[Stream]]:
+Round = tuple[float, list[Stream]]
+
+
+def together(address: str, prompts: Sequence[list[int] | str], body: dict[str, Any]) -> Round:
     """Seconds of all, and each."""
     began = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -104,10 +107,11 @@ def milliseconds(seconds: list[float], share: float) -> float:
     return round(1e3 * float(np.quantile(seconds, share)), 1)
 
 
-def row(server: str, count: int, of_batch: float | str, streams: list[Stream]) -> tuple[Any, ...]:
-    """Return a row of the table. Tokens per second include the wait for the first token."""
+def row(server: str, count: int, of_batch: float | str, rounds: list[Round]) -> tuple[Any, ...]:
+    """Return a row of the table. Tokens per second: those that came, by the clock of whole rounds, prompts included."""
+    streams = [one for _, each in rounds for one in each]
     steps = [step for one in streams for step in one.steps]
-    tokens = count * TOKENS / mean(one.first + sum(one.steps) for one in streams)
+    tokens = (len(streams) + len(steps)) / sum(seconds for seconds, _ in rounds)
     first = milliseconds([one.first for one in streams], 0.5)
     return server, count, round(tokens, 1), of_batch, first, milliseconds(steps, 0.5), milliseconds(steps, 0.95)
 
@@ -129,16 +133,16 @@ def main(
     rows, pressed = [], []
     with server(bundle, target, "--rows", str(max(counts))) as address:
         for count in counts:
-            pairs, streams, others = [], list[Stream](), list[Stream]()
+            pairs, ours, others = [], list[Round](), list[Round]()
             for number in range(rounds + 1):  # the first is warm-up; other prompts each time: none is known already
                 prompts = texts[number][:count]
                 alone = batched(runtime, prompts)
-                served, each = together(address, prompts, DENSE)
-                theirs = together(beside, [*map(runtime.text.decode, prompts)], {})[1] if beside else []
+                served = together(address, prompts, DENSE)
+                theirs = [together(beside, [*map(runtime.text.decode, prompts)], {})] if beside else []
                 if number:
-                    pairs.append(alone / served)
-                    streams, others = streams + each, others + theirs
-            rows.append(row("dash-export", count, round(median(pairs), 3), streams))
+                    pairs.append(alone / served[0])
+                    ours, others = [*ours, served], others + theirs
+            rows.append(row("dash-export", count, round(median(pairs), 3), ours))
             if others:
                 rows.append(row("the other", count, "", others))
     heads = ("streams", "tokens/s in all", "of a batch", "first token ms", "token ms", "p95")

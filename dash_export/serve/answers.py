@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,40 @@ from dash_export.runtime.results import Response, Statistics
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
 
+WAKE_SECONDS = 0.02
+"""Least time between two wake-ups of the event loop by the tokens of one stream. The loop and the socket take 0.3 ms of
+the processors that decode, so faster tokens are sent in twos and threes.
+"""
+
+
+class Inbox:
+    """Responses to one request, on their way from the scheduler's thread to the event loop."""
+
+    def __init__(self, streamed: bool) -> None:
+        """`streamed`: responses are wanted as they come; else the loop is woken as answers end."""
+        self._wait = WAKE_SECONDS if streamed else float("inf")
+        self._next = 0.0 if streamed else self._wait
+        self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
+        self._came = deque[tuple["Answer", Response, float]]()
+
+    def put(self, answer: Answer, response: Response) -> None:
+        """Add a response; from any thread."""
+        now = time.perf_counter()
+        self._came.append((answer, response, now))
+        if now >= self._next or response.finish_reason is not None:
+            self._next = now + self._wait
+            with suppress(RuntimeError):  # the event loop is closed: nobody reads this
+                self._loop.call_soon_threadsafe(self._ready.set)
+
+    async def get(self) -> list[tuple[Answer, Response]]:
+        """Return the responses that came since the last call; the answers know of them."""
+        await self._ready.wait()
+        self._ready.clear()
+        came = [self._came.popleft() for _ in range(len(self._came))]
+        for answer, response, seconds in came:
+            answer.record(response, seconds)
+        return [(answer, response) for answer, response, _ in came]
+
 
 class Answer:
     """One choice of one request. `ended` is called once, by `close`: after the last token, on an error or early."""
@@ -24,44 +60,30 @@ class Answer:
         self,
         scheduler: Scheduler,
         request: Request,
+        inbox: Inbox,
         guide: Guide | None = None,
         ended: Callable[[Answer], None] = lambda _: None,
     ) -> None:
         """Submit the request. Raises what `Scheduler.submit` raises."""
-        loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Response] = asyncio.Queue()
         self.scheduler, self._ended = scheduler, ended
         self.text, self.finish_reason, self.error_type, self.statistics = "", "", "", Statistics()
         self.actions = list[Any]()
         """Skip map of the decoded tokens. The first token is not in it: it comes from the prefill."""
         self.began = self.first = self.last = time.perf_counter()
+        self.ticket = scheduler.submit(request, partial(inbox.put, self), guide)
 
-        def tell(response: Response) -> None:
-            with suppress(RuntimeError):  # the event loop is closed: nobody reads the queue
-                loop.call_soon_threadsafe(self._queue.put_nowait, response)
-
-        self.ticket = scheduler.submit(request, tell, guide)
-
-    async def responses(self) -> AsyncIterator[Response]:
-        """Yield the responses as they come. Raises the error of an answer that fails."""
-        try:
-            while True:
-                response = await self._queue.get()
-                self.statistics, self.last = response.statistics, time.perf_counter()
-                if response.error is not None:
-                    self.error_type = type(response.error).__name__
-                    raise response.error
-                if response.statistics.tokens == 1:
-                    self.first = self.last
-                self.text += response.text
-                self.finish_reason = response.finish_reason or ""
-                if response.statistics.tokens > 1:
-                    self.actions.append(response.actions)
-                yield response
-                if response.finish_reason is not None:
-                    return
-        finally:
-            self.close()
+    def record(self, response: Response, seconds: float) -> None:
+        """Add a response, which came at `seconds` of `time.perf_counter`."""
+        self.statistics, self.last = response.statistics, seconds
+        if response.error is not None:
+            self.error_type = type(response.error).__name__
+            return
+        if response.statistics.tokens == 1:
+            self.first = seconds
+        elif response.statistics.tokens > 1:
+            self.actions.append(response.actions)
+        self.text += response.text
+        self.finish_reason = response.finish_reason or ""
 
     def close(self) -> None:
         """Cancel what is left of the answer. A second call does nothing."""

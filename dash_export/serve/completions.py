@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HttpRequest
@@ -28,6 +28,8 @@ from dash_export.serve.tools import TextBeforeCalls, split_calls
 if TYPE_CHECKING:
     from dash_export.serve.app import Server
 
+Chunks = Callable[[int, Token], Iterator[dict[str, Any]]]
+"""Chunks of a stream for a token of the answer with this index."""
 _FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 
 
@@ -42,7 +44,9 @@ async def chat(server: Server, http: HttpRequest) -> Response:
         return {"content": [entries[0] | {"top_logprobs": entries[1:]}] if entries else []}
 
     if request.stream:
-        return _streamed(running, "chat.completion.chunk", _chat_chunks(running, chance))
+        begin = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        first = [{"choices": [{"index": index, **begin}]} for index in range(len(running.answers))]
+        return _streamed(running, "chat.completion.chunk", first, _chat_chunks(running, chance))
     found: list[list[Token]] = await collected_tokens(running, http)
 
     def whole() -> Response:
@@ -68,14 +72,11 @@ def _ended(reason: str, calls: list[Any]) -> str:
     return "tool_calls" if calls and reason == "stop" else _FINISH[reason]
 
 
-async def _chat_chunks(
-    running: RunningAnswers, chance: Callable[[Token], dict[str, Any] | None]
-) -> AsyncIterator[dict[str, Any]]:
-    for index in range(len(running.answers)):
-        yield {"choices": [{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+def _chat_chunks(running: RunningAnswers, chance: Callable[[Token], dict[str, Any] | None]) -> Chunks:
     words = [TextBeforeCalls() for _ in running.answers]
     tools = isinstance(running.asked, ChatRequest) and bool(running.asked.given_tools())
-    async for index, token in answer_tokens(running):
+
+    def chunks(index: int, token: Token) -> Iterator[dict[str, Any]]:
         text = words[index].push(token.text) if tools else token.text
         choice = {"index": index, "delta": {"content": text}, "logprobs": chance(token), "finish_reason": None}
         skips = running.skips(token)
@@ -90,6 +91,8 @@ async def _chat_chunks(
             choice |= {"delta": {}, "logprobs": None, "finish_reason": _ended(token.finish_reason, calls)}
         yield {"choices": [choice], **skips}
 
+    return chunks
+
 
 async def completion(server: Server, http: HttpRequest) -> Response:
     async with parsed_request(server, CompletionRequest, http) as (request, size):
@@ -97,7 +100,14 @@ async def completion(server: Server, http: HttpRequest) -> Response:
             server, request, lambda scheduler: scheduler.ids(request.prompt), request.max_tokens, request.logprobs, size
         )
     if request.stream:
-        return _streamed(running, "text_completion", _completion_chunks(running, request.logprobs is not None))
+
+        def chunks(index: int, token: Token) -> Iterator[dict[str, Any]]:
+            reason = None if token.finish_reason is None else _FINISH[token.finish_reason]
+            logprobs = None if request.logprobs is None else _likelihoods(running, [token])
+            choice = {"index": index, "text": token.text, "logprobs": logprobs, "finish_reason": reason}
+            yield {"choices": [choice], **running.skips(token)}
+
+        return _streamed(running, "text_completion", [], chunks)
     found = await collected_tokens(running, http)
 
     def whole() -> Response:
@@ -120,22 +130,20 @@ def _likelihoods(running: RunningAnswers, tokens: list[Token]) -> dict[str, Any]
     }
 
 
-async def _completion_chunks(running: RunningAnswers, likely: bool) -> AsyncIterator[dict[str, Any]]:
-    async for index, token in answer_tokens(running):
-        reason = None if token.finish_reason is None else _FINISH[token.finish_reason]
-        logprobs = _likelihoods(running, [token]) if likely else None
-        choice = {"index": index, "text": token.text, "logprobs": logprobs, "finish_reason": reason}
-        yield {"choices": [choice], **running.skips(token)}
-
-
-def _streamed(running: RunningAnswers, kind: str, chunks: AsyncIterator[dict[str, Any]]) -> Response:
-    """Send `chunks` as server-sent events. An error becomes an event, because the HTTP status is already sent."""
+def _streamed(running: RunningAnswers, kind: str, first: list[dict[str, Any]], chunks: Chunks) -> Response:
+    """Send `first` and the chunks of each token as server-sent events. An error becomes an event, because the HTTP
+    status is already sent.
+    """
     common = running.common | {"object": kind}
+
+    def joined(some: Iterable[dict[str, Any]]) -> str:
+        return "".join(event(common | chunk) for chunk in some)
 
     async def events() -> AsyncIterator[str]:
         try:
-            async for chunk in chunks:
-                yield event(common | chunk)
+            yield joined(first)
+            async for tokens in answer_tokens(running):
+                yield joined(chunk for index, token in tokens for chunk in chunks(index, token))
         except DashError as error:
             said = http_error(error)
             kind = "server_error" if said.status >= 500 else "invalid_request_error"

@@ -220,9 +220,9 @@ async def _events(reply: _Reply) -> AsyncIterator[str]:
     yield say("response.created", response=reply.told("in_progress", []))
     yield say("response.in_progress", response=reply.told("in_progress", []))
     try:
-        async for _, token in answer_tokens(reply.running):
-            piece = words.push(token.text) if reply._tools else token.text
-            if token.finish_reason is not None:
+        async for tokens in answer_tokens(reply.running):
+            piece = "".join(words.push(token.text) if reply._tools else token.text for _, token in tokens)
+            if tokens[-1][1].finish_reason is not None:
                 piece += split_calls(words.held)[0]
             if piece and not begun:
                 begun = True

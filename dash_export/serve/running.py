@@ -24,7 +24,7 @@ from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import Response as Token
 from dash_export.runtime.results import TokenIds
 from dash_export.runtime.sampling import Sampling
-from dash_export.serve.answers import Answer
+from dash_export.serve.answers import Answer, Inbox
 from dash_export.serve.protocol import ChatRequest, Generation, HttpError, check_parts, model_and_setting
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import BusyServerError, Request
@@ -47,8 +47,8 @@ _Asked = TypeVar("_Asked", bound=BaseModel)
 class RunningAnswers:
     """The answers to one request, and the fields that all objects about them share (`common`)."""
 
-    def __init__(self, name: str, scheduler: Scheduler, answers: list[Answer], asked: Generation) -> None:
-        self.scheduler, self.answers, self.asked = scheduler, answers, asked
+    def __init__(self, name: str, scheduler: Scheduler, answers: list[Answer], inbox: Inbox, asked: Generation) -> None:
+        self.scheduler, self.answers, self.inbox, self.asked = scheduler, answers, inbox, asked
         self._pieces = dict[int, str]()
         self.common = {"id": f"dash-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
@@ -107,12 +107,13 @@ async def begin(
 
     threads = server.long if size > LONG_BYTES else server.guided if asked.guided() else None
     ids, sampling = await asyncio.get_running_loop().run_in_executor(threads, prepare)
-    answers: list[Answer] = []
+    answers, inbox = list[Answer](), Inbox(asked.stream)
     try:
         for place, guide in enumerate(guides):
             own = replace(sampling, seed=None if sampling.seed is None else sampling.seed + place)
             request = Request(ids, max_tokens, own, setting, server.deadline)
-            answers.append(Answer(scheduler, request, guide, partial(server.metrics.answered, asked.operation, name)))
+            ended = partial(server.metrics.answered, asked.operation, name)
+            answers.append(Answer(scheduler, request, inbox, guide, ended))
         guides.clear()
         likely = 0 if logprobs is None else (logprobs + 1) * sum(answer.ticket.max_tokens for answer in answers)
         if likely > LIKELY:
@@ -121,7 +122,7 @@ async def begin(
         for answer in answers:
             scheduler.cancel(answer.ticket)
         raise
-    return RunningAnswers(name, scheduler, answers, asked)
+    return RunningAnswers(name, scheduler, answers, inbox, asked)
 
 
 async def begin_chat(server: Server, request: ChatRequest, size: int) -> RunningAnswers:
@@ -156,32 +157,25 @@ def event(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-async def answer_tokens(running: RunningAnswers) -> AsyncIterator[tuple[int, Token]]:
-    """Yield (index of the answer, token) of all answers as they come. Leaving this iterator early cancels them all."""
-    queue: asyncio.Queue[tuple[int, Token | None, Exception | None]] = asyncio.Queue()
-
-    async def pump(index: int, answer: Answer) -> None:
-        try:
-            async for token in answer.responses():
-                queue.put_nowait((index, token, None))
-            queue.put_nowait((index, None, None))
-        except Exception as error:  # bugs too: else the reader would wait forever
-            queue.put_nowait((index, None, error))
-
-    tasks = [asyncio.ensure_future(pump(index, answer)) for index, answer in enumerate(running.answers)]
-    left = len(tasks)
+async def answer_tokens(running: RunningAnswers) -> AsyncIterator[list[tuple[int, Token]]]:
+    """Yield (index of the answer, token) of all answers, those at once that came since the last were yielded. Leaving
+    this iterator early cancels all answers. Raises the error of an answer that fails.
+    """
+    left = len(running.answers)
     try:
         while left:
-            index, token, error = await queue.get()
+            tokens, error = list[tuple[int, Token]](), None
+            for answer, token in await running.inbox.get():
+                error = error or token.error
+                left -= token.finish_reason is not None
+                if token.error is None:
+                    tokens.append((running.answers.index(answer), token))
+            if tokens:
+                yield tokens
             if error is not None:
                 raise error
-            if token is None:
-                left -= 1
-            else:
-                yield index, token
     finally:
-        for task in tasks:
-            task.cancel()
+        running.close()
 
 
 async def collected_tokens(running: RunningAnswers, http: HttpRequest) -> list[list[Token]]:
@@ -189,8 +183,9 @@ async def collected_tokens(running: RunningAnswers, http: HttpRequest) -> list[l
     found: list[list[Token]] = [[] for _ in running.answers]
 
     async def gather() -> None:
-        async for index, token in answer_tokens(running):
-            found[index].append(token)
+        async for tokens in answer_tokens(running):
+            for index, token in tokens:
+                found[index].append(token)
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":

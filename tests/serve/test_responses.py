@@ -135,9 +135,9 @@ def test_words_after_a_call_are_streamed_too(before: str, monkeypatch: pytest.Mo
     text = before + '<tool_call>{"name": "f", "arguments": {}}</tool_call> I called it.'
     pieces = [text[at : at + 5] for at in range(0, len(text), 5)]
 
-    async def merged(_: Any) -> AsyncIterator[tuple[int, Any]]:
+    async def merged(_: Any) -> AsyncIterator[list[tuple[int, Any]]]:
         for piece in pieces:
-            yield 0, SimpleNamespace(text=piece, finish_reason="stop" if piece is pieces[-1] else None)
+            yield [(0, SimpleNamespace(text=piece, finish_reason="stop" if piece is pieces[-1] else None))]
 
     async def told() -> list[dict[str, Any]]:
         return [json.loads(event.partition("data: ")[2]) async for event in responses._events(reply)]

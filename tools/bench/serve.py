@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -38,9 +40,9 @@ DENSE = {"dash": {"policy": "dense"}}
 class Stream:
     """One answer: seconds from asking to its first token, then from token to token, and its time of dense."""
 
-    first: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    of_dense: float = 1.0
+    first: float
+    steps: list[float]
+    of_dense: float
 
 
 @contextmanager
@@ -66,23 +68,24 @@ def server(bundle: Path, target: str, *options: str) -> Iterator[str]:
 
 
 def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Stream:
-    """Raises httpx.HTTPError."""
+    """Ask, and read with as little work as can be: this client's processors are the server's. Raises OSError."""
     asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, "seed": 1, **body}
-    found, last = Stream(), time.perf_counter()
-    with httpx.stream("POST", f"{address}/v1/completions", timeout=600,
-                      json=asked | {"stream_options": {"include_usage": True}}) as reply:  # fmt: skip
-        for line in reply.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk, now = json.loads(line.removeprefix("data: ")), time.perf_counter()
-            if not chunk["choices"]:
-                found.of_dense = chunk.get("dash", {}).get("time_of_dense", 1.0)
-            elif not found.first:
-                found.first = now - last
-            else:
-                found.steps.append(now - last)
-            last = now
-    return found
+    asked |= {"stream_options": {"include_usage": True}}
+    connection = HTTPConnection(address.removeprefix("http://"), timeout=600)
+    connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
+    came, began = [], time.perf_counter()
+    with connection.getresponse() as reply:
+        while piece := reply.read1():
+            came.append((time.perf_counter(), piece))
+    connection.close()
+    times, of_dense = list[float](), 1.0
+    for now, piece in came:
+        chunks = [json.loads(line[6:]) for line in piece.splitlines() if line.startswith(b"data: {")]
+        last = times[-1] if times else began
+        tokens = sum(bool(chunk["choices"]) for chunk in chunks)
+        times += [last + (now - last) * (number + 1) / tokens for number in range(tokens)]  # those that come together
+        of_dense = next((chunk["dash"]["time_of_dense"] for chunk in chunks if "dash" in chunk), of_dense)
+    return Stream(times[0] - began, [after - before for before, after in pairwise(times)], of_dense)
 
 
 Round = tuple[float, list[Stream]]

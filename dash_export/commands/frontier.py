@@ -48,8 +48,8 @@ def command(ctx: click.Context, /, load: Load, text: Path | None, output: Path, 
     """Draw what a built BUNDLE gives up under each policy kind for the time it saves, and what other builds do.
 
     Every kind is measured at budgets of 0.95 to 0.8 unless told otherwise: divergence and perplexity over a text,
-    window by window against dense; decode time on the clock, each in processes of its own. The exchange rate is the
-    per cent of perplexity paid per per cent of decode time saved. Let nothing else run meanwhile.
+    window by window against dense; decode time on the clock, each in processes of its own, in turns with dense. The
+    exchange rate is the per cent of perplexity paid per per cent of decode time saved. Let nothing else run meanwhile.
     """
     from dash_export.evaluate.exchange import frontier, token_kl_share
     from dash_export.evaluate.pictures import frontier_figure  # fails at once where matplotlib is missing

@@ -117,7 +117,8 @@ def measure(
         began = perf_counter_ns()
         text.push(sampler(session.prefill(ids[:start]), session.tokens))
         prefilled = perf_counter_ns() - began
-        step = session.decode_step(SETTLE + tokens)
+        session.reserve(SETTLE + tokens)
+        step = session.bound(1)
         if not isinstance(step, BoundStep):
             raise RequestError(
                 "profile times launches that have ended when they return: CPU targets. Of a GPU target "

@@ -23,6 +23,7 @@ def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
     candidate = Candidate(runtime, SETTINGS[2])
     alone = run_alone(candidate, ids.tolist(), 20)
     assert 0 < alone.seconds < 1
+    assert 0.2 < alone.of_dense < 5
     assert 1 << 24 < alone.peak_memory < 1 << 31
     taken = candidate.taken(candidate.session().score(ids, prefix=20).actions[20 + SETTLE :])
     assert alone.predicted == pytest.approx(taken[2])
@@ -34,7 +35,8 @@ def test_a_process_takes_no_module_from_the_current_folder(
     for name in ("dash_export.py", "json.py"):
         (tmp_path / name).write_text("raise SystemExit('pwned')")
     monkeypatch.chdir(tmp_path)
-    assert run_alone(Candidate(runtime, Setting("dense")), [1, 2, 3], 2).predicted == 1
+    alone = run_alone(Candidate(runtime, Setting("dense")), [1, 2, 3], 2)
+    assert alone.predicted == alone.of_dense == 1
 
 
 def test_a_process_that_fails_or_is_killed(

@@ -19,7 +19,7 @@ from dash_export.errors import PolicyError
 from dash_export.targets import Recipe, recipe_faults
 from dash_export.typed_json import Bytes, NotNegative, Within
 
-SCHEMA = 4
+SCHEMA = 5
 DAMAGED = "The bundle is damaged: export or build it again."
 LARGEST_CONTEXT = 1 << 20
 """Bound of positions: each has its sines and cosines in a table. Long contexts have a million."""
@@ -50,14 +50,17 @@ class Traits:
 
     `windows`: for each layer the number of tokens that a query may attend to, its own included, 0 for all; empty if all
     layers attend to all. `window_rope`: layers with a window have RoPE frequencies of their own; `unrotated`: layers
-    without RoPE. `embedding_scale` multiplies embeddings, `residual_scale` what a branch adds, `attention_scale` scores
-    (0: head_dim ** -0.5), `logits_scale` logits. `score_cap` and `logits_cap`: x becomes cap * tanh(x / cap); 0: none.
+    without RoPE. `norms_after`: attention, MLP and bypasses read the state itself, and only what they add is normed; Q
+    and K are normed over all heads at once. `embedding_scale` multiplies embeddings, `residual_scale` what a branch
+    adds, `attention_scale` scores (0: head_dim ** -0.5), `logits_scale` logits. `score_cap` and `logits_cap`: x becomes
+    cap * tanh(x / cap); 0: none.
     """
 
     activation: Literal["silu", "gelu_tanh"] = "silu"
     windows: tuple[Annotated[int, Within(0, LARGEST_CONTEXT)], ...] = ()
     window_rope: bool = False
     unrotated: tuple[int, ...] = ()
+    norms_after: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     attention_scale: NotNegative = 0.0

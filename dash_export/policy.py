@@ -4,7 +4,8 @@ One linear network reads one state, the input of layer `read`, and predicts the 
 
     damage[u] = softplus(RMSNorm(h[read]) . weight[:, u] + bias[u])
 
-The bypass of a unit of layers a..b is one product of x = RMSNorm(h[a]) (unit gain):
+The bypass of a unit of layers a..b is one product of x = RMSNorm(h[a]) (unit gain), or of x = h[a] where the layers
+read the state itself (`Traits.norms_after`):
 
     [update | K_a | V_a | K_a+1 | V_a+1 | ... | V_b] = x @ weight + bias
 

@@ -129,17 +129,17 @@ class OrtWriter(ProductWriter):
 
     def layer(self, layer: int, state: State, choice: Choice | None) -> State:
         name, weights = f"layer_{layer:02d}", f"model.layers.{layer}"
-        normed, hidden = self.norm(state, f"{weights}.input_layernorm.weight", f"{name}/input_layernorm")
+        normed, hidden = self.read(state, f"{weights}.input_layernorm.weight", f"{name}/input_layernorm")
         self.entering[layer] = hidden
         adds = self.traits.residual_scale
         mixed = self.projected(layer, self.attention(layer, normed, choice), "attention", "o_proj", times=adds)
         before_mlp, after_mlp = (f"{weights}.{which}_feedforward_layernorm.weight" for which in ("pre", "post"))
-        norms = after_mlp in self.weights
+        norms = after_mlp in self.weights  # of what attention and MLP add
         if norms:
             mixed, _ = self.norm(mixed, f"{weights}.post_attention_layernorm.weight", f"{name}/attention/norm")
         state = Sum(hidden, mixed, f"{name}/after_attention")
         gain = before_mlp if norms else f"{weights}.post_attention_layernorm.weight"
-        normed, hidden = self.norm(state, gain, f"{name}/after_attention/norm")
+        normed, hidden = self.read(state, gain, f"{name}/after_attention/norm")
         wide = self.projected(layer, normed, "mlp", "gate_proj", "up_proj")
         gate, up = self.parts(wide, [self.columns(f"{weights}.mlp.{which}_proj.weight") for which in ("gate", "up")])
         if self.traits.activation == "silu":
@@ -152,7 +152,7 @@ class OrtWriter(ProductWriter):
             down, _ = self.norm(down, after_mlp, f"{name}/mlp/norm")
         state, number = Sum(hidden, down, f"{name}/after_mlp"), 0
         while (update := f"{weights}.update_{number}.weight") in self.weights:  # updates of pruned units
-            normed, hidden = self.norm(state, UNIT_GAIN, f"{name}/norm_{number}")
+            normed, hidden = self.read(state, UNIT_GAIN, f"{name}/norm_{number}")
             state = Sum(hidden, self.linear(normed, f"{name}/update_{number}", [update]), f"{name}/updated_{number}")
             number += 1
         return state
@@ -203,7 +203,7 @@ class OrtWriter(ProductWriter):
     def bypass(self, unit: Unit, hidden: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
         """Return the state after the skipped unit, and K and V of each of its layers, before head norm and RoPE."""
         name = unit.bypass
-        normed, _ = self.norm(hidden, UNIT_GAIN, f"{name}/norm")
+        normed, _ = self.read(hidden, UNIT_GAIN, f"{name}/norm")
         found = self.linear(normed, f"{name}/product", [f"{name}.weight"])
         parts = self.parts(found, self.array(f"{name}.sizes").tolist())
         if len(parts) == 2 * len(unit.layers):
@@ -251,6 +251,13 @@ class OrtWriter(ProductWriter):
     def computed(self, state: State) -> ir.Value:
         return self.op("Add", [state.left, state.right], state.name) if isinstance(state, Sum) else state
 
+    def read(self, state: State, gain: str, node: str) -> tuple[ir.Value, ir.Value]:
+        """Return (what attention, MLP or bypass reads of the state, the state itself)."""
+        if self.traits.norms_after:
+            hidden = self.computed(state)
+            return hidden, hidden
+        return self.norm(state, gain, node)
+
     def norm(self, state: State, gain: str, node: str) -> tuple[ir.Value, ir.Value]:
         """Return (RMSNorm of the state, the state itself)."""
         epsilon = self.facts.rms_norm_eps
@@ -265,9 +272,13 @@ class OrtWriter(ProductWriter):
         return normed, total
 
     def head_norm(self, value: ir.Value, heads: int, gain: str, node: str, times: float = 1.0) -> ir.Value:
-        """Norm each head of [batch, sequence, heads * head_dim] and multiply by `times`; GroupQueryAttention cannot."""
-        split = self.constant(f"{node}/heads", np.array([0, 0, heads, self.facts.head_dim]))
+        """Norm each head of [batch, sequence, heads * head_dim], or all at once where there are gains for all, and
+        multiply by `times`; GroupQueryAttention cannot.
+        """
         weight = self.constant(f"{node}/gain", self.array(gain) * np.float32(times))
+        if self.traits.norms_after:
+            return self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)
+        split = self.constant(f"{node}/heads", np.array([0, 0, heads, self.facts.head_dim]))
         value = self.op("Reshape", [value, split], f"{node}/split")
         value = self.op("RMSNormalization", [value, weight], node, epsilon=self.facts.rms_norm_eps)
         return self.op("Reshape", [value, self.constant("shape.merge_heads", np.array([0, 0, -1]))], f"{node}/merged")

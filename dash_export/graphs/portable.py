@@ -91,7 +91,7 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     positions, rows = g.step_inputs()
     mask = g.mask(layer, positions)
 
-    normed = g.layer_norm(layer, hidden, "input_layernorm")
+    normed = g.read(layer, hidden, "input_layernorm")
     keys, values = (
         g.heads(layer, name, g.linear(layer, normed, f"self_attn.{which}_proj"), which) for which in ("k", "v")
     )
@@ -108,7 +108,7 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     mixed = g.branch(layer, g.linear(layer, mixed, "self_attn.o_proj"), "post_attention_layernorm")
     after = g.op("Add", [hidden, mixed], f"{name}/after_attention")
 
-    normed = g.layer_norm(layer, after, spec.mlp_norm)
+    normed = g.read(layer, after, spec.mlp_norm)
     gate = g.linear(layer, normed, "mlp.gate_proj")
     if spec.traits.activation == "silu":
         gate = g.op("Mul", [gate, g.op("Sigmoid", [gate], f"{name}/mlp/sigmoid")], f"{name}/mlp/silu")
@@ -119,7 +119,7 @@ def layer_graph(checkpoint: Checkpoint, layer: int) -> ir.Model:
     down = g.branch(layer, down, "post_feedforward_layernorm")
     passed = g.op("Add", [after, down], f"{name}/after_mlp")
     for number in range(spec.updates.count(layer)):
-        update = g.linear(layer, g.unit_norm(passed, f"{name}/norm_{number}"), f"update_{number}")
+        update = g.linear(layer, g.bypass_input(passed, f"{name}/norm_{number}"), f"update_{number}")
         passed = g.op("Add", [passed, update], f"{name}/updated_{number}")
     g.state_output(passed)
     g.cache_outputs(layer, keys, values)
@@ -135,7 +135,7 @@ def bypass_graph(checkpoint: Checkpoint, unit: Unit, bypass: Bypass) -> ir.Model
     hidden = g.state_input()
     positions, rows = g.step_inputs()
     matrices = full_bypass(bypass, unit, checkpoint)
-    state = g.unit_norm(hidden, f"{name}/norm")
+    state = g.bypass_input(hidden, f"{name}/norm")
 
     stored = g.initializer(f"{name}.weight.stored", matrices["weight"].astype(np.float16))
     weight = g.op("Cast", [stored], f"{name}/weight", to=ir.DataType.FLOAT)
@@ -247,18 +247,29 @@ class PortableWriter(GraphWriter):
     def layer_norm(self, layer: int, value: ir.Value, weight: str, name: str = "") -> ir.Value:
         return self.norm(value, f"model.layers.{layer}.{weight}.weight", f"{name or f'layer_{layer:02d}'}/{weight}")
 
+    def read(self, layer: int, state: ir.Value, weight: str) -> ir.Value:
+        """Return what attention or MLP reads: the normed state, or with norms only after these the state itself."""
+        return state if self.spec.traits.norms_after else self.layer_norm(layer, state, weight)
+
+    def bypass_input(self, state: ir.Value, node: str) -> ir.Value:
+        """Return what a bypass reads: the state as layers read it, but normed with unit gain."""
+        return state if self.spec.traits.norms_after else self.unit_norm(state, node)
+
     def unit_norm(self, value: ir.Value, node: str) -> ir.Value:
         gain = self.initializer("unit_gain", np.ones(self.spec.hidden_size, np.float32))
         return self.op("RMSNormalization", [value, gain], node, epsilon=self.spec.rms_norm_eps)
 
     def heads(self, layer: int, name: str, value: ir.Value, which: str) -> ir.Value:
-        """Turn [batch, sequence, heads * head_dim] into [batch, heads, sequence, head_dim]. With `qk_norm` (Qwen3,
-        Gemma 3), norm each head of Q and K.
+        """Turn [batch, sequence, heads * head_dim] into [batch, heads, sequence, head_dim]. With `qk_norm` norm each
+        head of Q and K (Qwen3, Gemma 3), or all heads at once (OLMo 2).
         """
+        norms, at_once = self.spec.qk_norm and which != "v", self.spec.traits.norms_after
+        if norms and at_once:
+            value = self.layer_norm(layer, value, f"self_attn.{which}_norm", name)
         count = self.spec.num_heads if which == "q" else self.spec.num_kv_heads
         shape = self.initializer(f"shape.{which}_heads", np.array([0, 0, count, self.spec.head_dim]))
         value = self.op("Reshape", [value, shape], f"{name}/attention/{which}_heads")
-        if self.spec.qk_norm and which != "v":
+        if norms and not at_once:
             value = self.layer_norm(layer, value, f"self_attn.{which}_norm", name)
         return self.op("Transpose", [value], f"{name}/attention/{which}_heads_first", perm=[0, 2, 1, 3])
 

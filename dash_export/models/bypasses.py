@@ -62,9 +62,10 @@ def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str,
 
 
 def _projection(checkpoint: Checkpoint, layer: int, which: str) -> tuple[Float32Array, Float32Array]:
-    """Return the K or V projection of a layer as a map of RMSNorm(h) of unit gain: matrix [hidden, kv], bias [kv]."""
-    gain = checkpoint.read(layer_weight(layer, "input_layernorm.weight"))
-    matrix = gain[:, None] * checkpoint.read(layer_weight(layer, f"self_attn.{which}_proj.weight")).T
+    """Return the K or V projection of a layer as a map of what a bypass reads: matrix [hidden, kv], bias [kv]."""
+    matrix = checkpoint.read(layer_weight(layer, f"self_attn.{which}_proj.weight")).T
+    if not checkpoint.spec.traits.norms_after:
+        matrix = checkpoint.read(layer_weight(layer, "input_layernorm.weight"))[:, None] * matrix
     bias = layer_weight(layer, f"self_attn.{which}_proj.bias")
     return matrix, checkpoint.read(bias) if bias in checkpoint.weights else np.zeros(matrix.shape[1], np.float32)
 

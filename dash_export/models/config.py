@@ -19,7 +19,7 @@ from dash_export.manifest import LARGEST, LARGEST_CONTEXT, Traits
 from dash_export.models.spec import DecoderSpec, Float32Array
 from dash_export.typed_json import shown
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo2")
 """Every `model_type` that can be exported. A new family is a module of this package, named after its `model_type`, with
 a function `decoder(config)`; its name is added here.
 """

@@ -121,5 +121,6 @@ ARCHITECTURES = {
         known=("attention.scale",),
         more=_granite,
     ),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", interleaved=True),
 }

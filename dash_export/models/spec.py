@@ -97,7 +97,10 @@ class DecoderSpec(ModelFacts):
             shapes |= {f"{which}_feedforward_layernorm.weight": (hidden,) for which in ("pre", "post")}
         shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in biased}
         if self.qk_norm:
-            shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+            sizes = (queries, keys) if self.traits.norms_after else (self.head_dim, self.head_dim)
+            shapes |= {f"self_attn.{which}_norm.weight": (size,) for which, size in zip("qk", sizes, strict=True)}
+        if self.traits.norms_after:
+            del shapes["input_layernorm.weight"], shapes["pre_feedforward_layernorm.weight"]
         for number in range(self.updates.count(index)):
             shapes |= {f"update_{number}.weight": (hidden, hidden), f"update_{number}.bias": (hidden,)}
         return shapes

@@ -120,11 +120,11 @@ def _unfuse(layer: Any, spec: DecoderSpec) -> None:
 
 def _add_update(layer: torch.nn.Module, name: str, spec: DecoderSpec) -> None:
     """Make the layer end with the update of a pruned unit that followed it (bypasses.py)."""
-    size, eps = spec.hidden_size, spec.rms_norm_eps
+    size, eps, after = spec.hidden_size, spec.rms_norm_eps, spec.traits.norms_after
     layer.add_module(name, torch.nn.Linear(size, size))
 
     def updated(module: torch.nn.Module, _inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
-        normed = torch.nn.functional.rms_norm(hidden.float(), (size,), eps=eps).to(hidden.dtype)
+        normed = hidden if after else torch.nn.functional.rms_norm(hidden.float(), (size,), eps=eps).to(hidden.dtype)
         update: torch.Tensor = module.get_submodule(name)(normed)
         return hidden + update
 

@@ -107,7 +107,8 @@ class Oracle:
         """Compute the bypass of unit `place` from the unit's input: hidden [..., hidden] -> its update [..., hidden],
         and what replaces the outputs of the decoder's modules, by their names: K and V [..., kv] before norm and RoPE.
         """
-        unit, weight, x = self.policy.units[place], self.bypasses[place], self.normed(hidden)
+        unit, weight = self.policy.units[place], self.bypasses[place]
+        x = hidden if self.spec.traits.norms_after else self.normed(hidden)
         found = x @ weight["weight"] + weight["bias"]
         updates = found.shape[-1] - 2 * self.size * len(unit.layers)
         update = found[..., :updates] if updates else torch.zeros_like(hidden)

@@ -211,13 +211,6 @@ class Session:
         return logits.copy(), actions
 
     @check_arguments
-    def decode_step(self, tokens: int) -> Any:
-        """Return the step that decodes one token, bound to memory with room for `tokens` more, to time its launches."""
-        check_room(tokens, 0, self.context_left)
-        self.reserve(tokens)
-        return self.bound(1)
-
-    @check_arguments
     def score(self, ids: Prompt, prefix: int = 2, actions: Actions | None = None, keep_logits: bool = False) -> Score:
         """Score a text as decode under the policy would see it: in one pass where rows of the build's engines may
         differ (CPU), else token by token. This ends the conversation of the session.

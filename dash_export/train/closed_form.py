@@ -42,7 +42,7 @@ class Sums:
             keys_values = model.keys_values(layer, before[counted]).double() if entered and open_units else None
             for first in sorted({unit.first for unit in open_units}):
                 if first == layer:
-                    x = model.normed(before[counted].float()).double()
+                    x = model.bypass_input(before[counted].float()).double()
                     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
                     entered[first] = (x, before[counted].double())
                     self._sum(first, "x", first, x, x)

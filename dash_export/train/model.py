@@ -46,9 +46,7 @@ class Head(NamedTuple):
 
 class SkipModules(nn.Module):
     """The weights of a `SkipPolicy` as parameters (float32), and its network and bypasses as functions of rows of
-    tokens. Raises PolicyError for a bypass without weights: there is nothing to train.
-
-    States are RMSNorm(h) of unit gain, [..., hidden].
+    tokens [..., hidden]. Raises PolicyError for a bypass without weights: there is nothing to train.
     """
 
     def __init__(self, policy: SkipPolicy) -> None:
@@ -68,7 +66,7 @@ class SkipModules(nn.Module):
 
     def bypass(self, place: int, state: torch.Tensor) -> torch.Tensor:
         """Return the columns of the bypass of unit `place`, as `policy.py` orders them, [..., columns] in the dtype of
-        `state`, which is the normed input of the unit.
+        `state` (`GatedModel.bypass_input`).
         """
         weight, bias = (self.bypasses[place].get_parameter(name).to(state.dtype) for name in ("weight", "bias"))
         return state @ weight + bias
@@ -129,6 +127,10 @@ class GatedModel:
         """Return RMSNorm of unit gain, computed in float32, in the dtype of `hidden`."""
         return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.spec.rms_norm_eps).to(hidden.dtype)
 
+    def bypass_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the bypass of a unit reads of the unit's input."""
+        return hidden if self.spec.traits.norms_after else self.normed(hidden)
+
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
         """Run a dense pass: ids [batch, tokens] -> normed last hidden states [batch, tokens, hidden]."""
         final: torch.Tensor = self.model.model(ids, use_cache=False).last_hidden_state
@@ -144,7 +146,7 @@ class GatedModel:
     def keys_values(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return K and V of a layer before norm and RoPE, side by side [..., 2 * kv], from the layer's input."""
         layer = self.model.model.layers[index]
-        normed = layer.input_layernorm(hidden)
+        normed = hidden if self.spec.traits.norms_after else layer.input_layernorm(hidden)
         return torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], -1)
 
     def rollout(
@@ -175,7 +177,7 @@ class GatedModel:
             hidden = self._layers(range(at, unit.first), hidden, inputs)
             at = unit.first
             if soften is not None or bool(skipped[..., place].any()):
-                columns = modules.bypass(place, self.normed(hidden))
+                columns = modules.bypass(place, self.bypass_input(hidden))
                 hidden = self._unit(unit, hidden, inputs, columns, skipped[..., place], taken[..., place])
                 at = unit.last + 1
         final = self.model.model.norm(self._layers(range(at, self.spec.num_layers), hidden, inputs))

@@ -41,7 +41,8 @@ def test_a_probe_changes_nothing(runtime: DashRuntime) -> None:
     for probed in (False, True):
         session = runtime.session("token", skipped=1.5)
         session.prefill(ids[:4])
-        step = session.decode_step(8)
+        session.reserve(8)
+        step = session.bound(1)
         assert isinstance(step, BoundStep)
         rule = Probe(step, session) if probed else session.rule
         for token in ids[4:].tolist():

@@ -78,6 +78,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2-no-caps": ("gemma2", {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "granite": ("granite", GRANITE),
     "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 3}),
+    "olmo2": ("olmo2", {"pad_token_id": 0}),
+    "olmo2-biases": ("olmo2", {"pad_token_id": 0, "attention_bias": True, "num_key_value_heads": 1}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
     "llama-odd-width": ("llama", {"hidden_size": 48, "head_dim": 16}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),
@@ -122,6 +124,7 @@ def greedy(model: Any, ids: np.ndarray, count: int) -> np.ndarray:
         *product(("llama-biases", "llama-odd-width", "qwen2", "qwen3"), ("int8", "int4")),
         ("gemma2", "int8"),
         ("phi3-partial", "int4"),
+        *product(("olmo2",), ("int8", "int4")),
         ("granite", "int8"),  # its embeddings, times 3, make an error of int4 larger than that
     ],
 )
@@ -140,7 +143,7 @@ def test_quantised_family(case: str, precision: str, tmp_path: Path) -> None:
     assert error < {"int8": 0.12, "int4": 0.6}[precision], error
 
 
-@pytest.mark.parametrize("case", ["gemma2", "phi3-partial", "granite"])
+@pytest.mark.parametrize("case", ["gemma2", "phi3-partial", "granite", "olmo2"])
 def test_family_for_gpus(case: str, tmp_path: Path) -> None:
     """In plain operators, compared with the portable graphs at 16 bits."""
     family, options = CASES[case]

@@ -108,6 +108,7 @@ LONGROPE = {
         ),
         ("granite", MULTIPLIERS, {}),
         ("smollm3", {"num_hidden_layers": 6}, {}),
+        ("olmo2", {"rms_norm_eps": 1e-5}, {}),
     ],
 )
 def test_as_the_folder_of_the_same_model(

@@ -325,7 +325,7 @@ def test_the_whole_context_is_usable_and_no_more(runtime: DashRuntime) -> None:
     live.prefill(ids[:511])
     logits, _ = live.decode_one(int(ids[511]))
     np.testing.assert_allclose(logits, runtime.session().logits(ids)[-1], atol=1e-4)
-    for ask in (lambda: live.decode_one(1), lambda: live.generate([1], 1), lambda: live.decode_step(1)):
+    for ask in (lambda: live.decode_one(1), lambda: live.generate([1], 1)):
         with pytest.raises(ContextLengthError):
             ask()
 

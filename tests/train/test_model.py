@@ -91,6 +91,7 @@ def test_forced_actions(model: GatedModel, checkpoint: Checkpoint, policy: SkipP
         ("phi3", {"pad_token_id": 0}),
         ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.6}),
         ("smollm3", {"pad_token_id": 0}),
+        ("olmo2", {"pad_token_id": 0}),
     ],
 )
 def test_families(family: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from dash_export.errors import BundleError, ContextLengthError
 from dash_export.manifest import DAMAGED, POLICY, Build, Segment
 from dash_export.runtime.cache import Sequences
 from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Memory
-from dash_export.runtime.device.step import DeviceStep, PromptMemory
+from dash_export.runtime.device.buffers import PromptMemory
+from dash_export.runtime.device.step import DeviceStep
 from dash_export.targets import Recipe
 
 ALIGNED = 256

@@ -16,7 +16,7 @@ import numpy as np
 
 from dash_export.errors import BackendError
 from dash_export.runtime.device.base import BESIDE, MAIN, Device
-from dash_export.runtime.device.step import Mirror
+from dash_export.runtime.device.buffers import Mirror
 
 UNITS, AHEAD = 8, 2
 """Number of units, and of segments before the first unit."""

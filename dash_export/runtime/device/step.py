@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,8 @@ from dash_export.decision import DecisionRule, Skips
 from dash_export.errors import BackendError
 from dash_export.names import new_names, past_names, present_names
 from dash_export.runtime.backends import Launch as HostLaunch
-from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Graph, Launch, Memory
+from dash_export.runtime.device.base import BESIDE, MAIN, DeviceEngine, Graph, Launch, Memory
+from dash_export.runtime.device.buffers import Mirror
 from dash_export.runtime.rules import DENSE, Rule
 
 if TYPE_CHECKING:
@@ -44,44 +45,6 @@ GRAPHS = 4
 """How many graphs of known actions a step keeps."""
 READY, DECIDED = "state ready", "decided"
 """Events: the state that the policy reads is there; its damage is there."""
-
-
-class PromptMemory:
-    """Memory of one session's prompts. Every step of many tokens asks for the same buffers in the same order, so each
-    step takes over the buffers of the step before, whatever its length. A buffer that is too small is replaced by one
-    of at least twice its size.
-    """
-
-    def __init__(self, device: Device) -> None:
-        self._device, self._kept, self._asked = device, list[Any](), 0
-
-    def again(self) -> PromptMemory:
-        """Start again with the first buffer."""
-        self._asked = 0
-        return self
-
-    def memory(self, nbytes: int) -> Any:
-        return self._next(self._device.memory, nbytes).part(0, nbytes)
-
-    def pinned(self, nbytes: int) -> Any:
-        return self._next(self._device.pinned, nbytes)[:nbytes]
-
-    def _next(self, make: Callable[[int], Any], nbytes: int) -> Any:
-        place, self._asked = self._asked, self._asked + 1
-        if place == len(self._kept):
-            self._kept.append(make(nbytes))
-        elif self._kept[place].nbytes < nbytes:
-            self._kept[place] = make(max(nbytes, 2 * self._kept[place].nbytes))
-        return self._kept[place]
-
-
-class Mirror:
-    """An array in pinned memory (`host`) and on the device (`memory`)."""
-
-    def __init__(self, device: Device | PromptMemory, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self.host: npt.NDArray[Any] = device.pinned(nbytes).view(dtype).reshape(shape)
-        self.memory: Any = device.memory(nbytes)
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,6 @@ def _path(kind: Any, value: Any) -> Any:
     return value
 
 
-def _callable(value: Any) -> Any:
-    if not callable(value):
-        raise TypeError
-    return value
-
-
 def _whole(value: Any) -> int:
     # An integer of over 128 bits is refused: an error message could be unable to print it.
     if isinstance(value, bool | np.ndarray) or operator.index(value).bit_length() > 128:
@@ -84,7 +78,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     float: ("a finite number", _number),
     str: ("text", partial(_is, str)),
     str | Path: ("a path", partial(_path, str | Path)),
-    Progress: ("a function of a name and two numbers", _callable),
+    Progress: ("a function of a name and two numbers", partial(_is, Callable)),
     tuple[int, ...]: ("a list of whole numbers", lambda value: tuple(map(_whole, _several(value)))),
     Sequence[str]: ("a list of texts", lambda value: tuple(_is(str, item) for item in _several(value))),
     Sequence[Mapping[str, str]]: (

@@ -9,7 +9,7 @@ read the state itself (`Traits.norms_after`):
 
     [update | K_a | V_a | K_a+1 | V_a+1 | ... | V_b] = x @ weight + bias
 
-K is before its per-head norm and RoPE. K_a and V_a are the model's own projections of h[a], so a policy holds the other
+K is before its own norm and RoPE. K_a and V_a are the model's own projections of h[a], so a policy holds the other
 columns only. A bypass without weights has no update, and K and V of each layer are that layer's projections of h[a].
 
 On disk a policy is one `.safetensors` file (weights, and facts as JSON in its metadata), with a JSON card beside it

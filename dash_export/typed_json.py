@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from math import inf, isfinite
@@ -53,7 +53,7 @@ def typed(kind: type[_T], data: Any, where: str) -> _T:
 def _convert(kind: Any, data: Any, where: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
-        if _depth(data) > MOST_DEPTH:
+        if _too_deep(data):
             raise WrongFieldError(f"{where} is nested too deep.")
         return data
     if is_dataclass(kind):
@@ -87,18 +87,10 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     raise WrongFieldError(f"{where} must be {_name(kind)}, got {shown(data)}.")
 
 
-def _depth(data: Any) -> int:
-    """Return how deep lists and mappings are nested, counted up to MOST_DEPTH + 1."""
-    depth, level = 0, [data]
-    while level and depth <= MOST_DEPTH:
-        depth += 1
-        level = [
-            item
-            for part in level
-            if isinstance(part, (list, dict))
-            for item in (part.values() if isinstance(part, dict) else part)
-        ]
-    return depth
+def _too_deep(data: Any, left: int = MOST_DEPTH) -> bool:
+    """Return whether lists and mappings are nested in over MOST_DEPTH levels, their innermost values included."""
+    inner: Iterable[Any] = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return not left or any(_too_deep(item, left - 1) for item in inner)
 
 
 def _record(kind: Any, data: Any, where: str) -> Any:

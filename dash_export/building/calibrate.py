@@ -92,12 +92,16 @@ def calibrate_matrices(bundle: Bundle, recipe: Recipe, progress: Progress) -> It
     embed = graph_run(bundle.graph("embed"))
     states = [embed({"input_ids": windows})["hidden_out"] for windows in _windows(bundle)]
     feeds = {name: np.repeat(array, BATCH, axis=0) for name, array in step_inputs(0, WINDOW, WINDOW).items()}
+    # What other bypasses read is normed, and needs no measuring.
+    begins = {unit.first: unit for unit in bundle.manifest.policy.units if model.traits.norms_after}
     empty = np.zeros((BATCH, model.num_kv_heads, WINDOW, model.head_dim), np.float32)
     for layer, name in enumerate(_layers(bundle)):
         graph = load_graph(bundle.graph(name))
         known = [node for node in graph.graph if node.op_type == "MatMul" and str(node.name).endswith("_proj")]
         precisions = {node: weight_precision(str(node.name), recipe.weights, gated) for node in known}
         own_feeds = feeds | dict.fromkeys(past_names(layer), empty)
+        if layer in begins and recipe.weights.bypass == "fp8":
+            yield f"{begins[layer].bypass}/product", max(map(_largest, states))
         yield from _round_layer(graph, name, precisions, recipe, states, own_feeds)
         states = [found["hidden_out"] for found in _outputs(graph, name, states, own_feeds)]
         progress(f"rounding layer {layer}", layer + 1, model.num_layers)

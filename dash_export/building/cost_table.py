@@ -16,16 +16,17 @@ import numpy as np
 from dash_export.bundle import Bundle
 from dash_export.decision import DecisionRule, Unit
 from dash_export.manifest import Build, CostTable, Manifest
-from dash_export.runtime.backends import Backend, Launch, backend_errors
+from dash_export.runtime.backends import Launch, backend_errors
 from dash_export.runtime.cpus import LoadMeter, cpu_name
 from dash_export.runtime.decode import EngineSet
-from dash_export.runtime.device.base import Device
 from dash_export.runtime.rules import DENSE, FixedRule, Rule
 from dash_export.runtime.runtime import engines as load_engines
 
 if TYPE_CHECKING:
+    from dash_export.runtime.device.cuda import Cuda
     from dash_export.runtime.device.engines import DeviceCache
     from dash_export.runtime.device.step import DeviceStep
+    from dash_export.runtime.ort_engine import OrtBackend
 
 WARM_UP = 10
 NOT_MEASURED = "not measured"
@@ -38,7 +39,7 @@ def uniform_cost(manifest: Manifest) -> CostTable:
     return CostTable(0, 0.0, {}, {}, cost, NOT_MEASURED)
 
 
-def measure_cost(bundle: Bundle, build: Build, backend: Backend | Device) -> CostTable:
+def measure_cost(bundle: Bundle, build: Build, backend: OrtBackend | Cuda) -> CostTable:
     """Run tokens at the recipe's context, and time every segment and bypass in its place in the token.
 
     On a device engines run later than they are launched, and a token may be one graph. There whole tokens are timed,

@@ -6,6 +6,7 @@ It needs the cost table and no training: every build calibrates a policy anew th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,10 @@ from dash_export.errors import PolicyError
 from dash_export.manifest import Build
 from dash_export.resources import resource_folder
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.backends import Backend
-from dash_export.runtime.device.base import Device
+
+if TYPE_CHECKING:
+    from dash_export.runtime.device.cuda import Cuda
+    from dash_export.runtime.ort_engine import OrtBackend
 
 WINDOWS = 8
 TOKENS = 128
@@ -30,7 +33,7 @@ SHARES = (0.03, 0.08, 0.15, 0.24, 0.36, 0.55, 0.8, 0.97)
 
 
 def calibrate_dial(
-    bundle: Bundle, build: Build, backend: Backend | Device, progress: Progress = no_progress
+    bundle: Bundle, build: Build, backend: OrtBackend | Cuda, progress: Progress = no_progress
 ) -> tuple[DialPoint, ...]:
     """Return the points of the dial, from dense to everything skipped. Each trade-off is run under its own decisions.
 

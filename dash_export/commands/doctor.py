@@ -62,7 +62,11 @@ def command(ctx: click.Context, as_json: bool, probed: bool) -> None:
     """
     report = examine()
     if probed:
-        report["probe"] = _probe()
+        from dash_export.runtime.device.cuda import Cuda
+        from dash_export.runtime.device.launch_costs import probe
+
+        device = Cuda()
+        report["probe"] = {"device": asdict(device.device), **probe(device)}
         fix = "take dispatch 'overlapped', and send this report (--json) to the makers of dash-export"
         wrong = report["probe"].get("wrong", [])
         report["problems"] += [{"problem": f"A graph decides wrongly ({each}).", "fix": fix} for each in wrong]
@@ -74,15 +78,6 @@ def command(ctx: click.Context, as_json: bool, probed: bool) -> None:
             _print_probe(report["probe"])
     if report["problems"]:
         ctx.exit(1)
-
-
-def _probe() -> dict[str, Any]:
-    """Measure launch costs on the first GPU. Raises BackendError where there is no GPU or the probe fails."""
-    from dash_export.runtime.device.cuda import Cuda
-    from dash_export.runtime.device.launch_costs import probe
-
-    device = Cuda()
-    return {"device": asdict(device.device), **probe(device)}
 
 
 def _print_probe(found: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @count_option(
     "--rounds", ROUNDS, "Processes that decode under each setting, in turns; 0: the cost table's times.", least=0
 )
-@count_option("--tokens", TOKENS, "Timed tokens of a process.", least=8)
+@count_option("--tokens", TOKENS, "Tokens of a process, without those that settle; three of four are timed.", least=8)
 @click.option(
     "-o", "--output", default="frontier", show_default=True, metavar="NAME", type=click.Path(path_type=Path),
     help="Writes NAME.png, NAME.svg and NAME.json.",

@@ -38,17 +38,6 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before c
             self.fail(str(error), param, ctx)
 
 
-class CommaSeparated(click.ParamType):  # type: ignore[type-arg]
-    """Type of a comma-separated list without repeats, its items of another type: `0.9,0.85` -> (0.9, 0.85)."""
-
-    def __init__(self, item: Any) -> None:
-        self.name, self._item = f"{item.name}s", item
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        parts = value if isinstance(value, tuple) else str(value).split(",")
-        return tuple(dict.fromkeys(self._item.convert(part, param, ctx) for part in parts))
-
-
 LAYERS = Parsed("layers", parse_layers)
 """`2-5,9` -> (2, 3, 4, 5, 9)."""
 UNITS = Parsed("units", lambda text: () if text == "none" else parse_units(text))
@@ -67,11 +56,14 @@ class PolicyKind(click.ParamType):  # type: ignore[type-arg]
         return value if ":" in str(value) else click.Choice(POLICY_KINDS).convert(value, param, ctx)
 
 
-BUDGETS, AMOUNTS = (
-    CommaSeparated(click.FloatRange(0, 1, min_open=True)),
-    CommaSeparated(click.FloatRange(0, min_open=True)),
-)
-KINDS = CommaSeparated(PolicyKind())
+def comma_separated(item: Any) -> Parsed:
+    """Return the type of a comma-separated list of items without repeats: `0.9,0.85` -> (0.9, 0.85)."""
+    return Parsed(f"{item.name}s", lambda text: tuple(dict.fromkeys(item(part) for part in text.split(","))))
+
+
+BUDGETS = comma_separated(click.FloatRange(0, 1, min_open=True))
+AMOUNTS = comma_separated(click.FloatRange(0, min_open=True))
+KINDS = comma_separated(PolicyKind())
 
 
 def with_options(command: _Command, *options: Callable[[Any], Any]) -> _Command:

@@ -146,7 +146,7 @@ def profile(
     machine, memory = this_machine(), []
     for number, candidate in enumerate(candidates):
         progress("peak memory", number, len(candidates))  # in a process that only decodes
-        memory.append(run_alone(candidate, parts[0].tolist(), context, beside_dense=False).peak_memory)
+        memory.append(run_alone(candidate, parts[0].tolist(), context).peak_memory)
     lanes = measure(candidates, parts, tokens, rounds, progress)
     ratios = median_ratios(np.array([lane.wall.mean(axis=1) for lane in lanes]))
     profiles = [

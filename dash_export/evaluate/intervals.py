@@ -46,6 +46,11 @@ def interval(
     return _bootstrapped(ratio, (top, bottom), fewest=2)
 
 
+def median(values: Floats) -> Interval:
+    """Return the median over rounds. With fewer rounds than `FEWEST` there is no width."""
+    return _bootstrapped(np.median, (values,), FEWEST)
+
+
 def median_ratios(seconds: Floats) -> list[Interval]:
     """Return each variant's time as a ratio to the first one's, over rounds, of seconds [variants, rounds].
 

@@ -2,7 +2,8 @@
 
 An application has a process of its own, too: no other weights are in the CPU's caches, and its memory is its own. But
 where weights lie in memory is worth some per cent, and so is what other guests of the machine do at that time. So each
-process also decodes densely, with the same engines, in turns of a few tokens. `main` is what such a process runs.
+process also decodes with the first candidate, which is dense, in turns of a few tokens. `main` is what such a process
+runs.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import cache, partial
 from random import Random
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,7 @@ from dash_export.decision import DENSE_POSITIONS, Actions, Setting
 from dash_export.errors import BackendError, BundleError, RequestError
 from dash_export.evaluate.candidates import Candidate
 from dash_export.runtime import DashRuntime
+from dash_export.runtime.cpus import peak_memory
 
 TokenIds = npt.NDArray[np.int64]
 SETTLE = 32
@@ -65,9 +68,9 @@ def fitting_context(candidates: Sequence[Candidate], context: int | None, decode
 
 @dataclass(frozen=True)
 class Timing:
-    """Decode time of a candidate. `ratio`: its time as a fraction of the first candidate's; `low` and `high`: bounds of
-    the ratio over rounds (both equal to it where there are too few); `milliseconds`: median per token; `predicted`: the
-    fraction of its dense time that the build's cost table predicts for the same tokens.
+    """Decode time of a candidate. `ratio`: its time as a fraction of the first candidate's build run densely; `low` and
+    `high`: bounds of the ratio over rounds (both equal to it where there are too few); `milliseconds` per token;
+    `predicted`: the fraction of its dense time that the build's cost table predicts for the same tokens.
     """
 
     ratio: float
@@ -93,96 +96,99 @@ def decode_times(
     candidates: Sequence[Candidate], parts: Sequence[TokenIds], context: int, progress: Progress = no_progress
 ) -> list[Timing]:
     """Time each candidate in a process of its own, one round per part: the part's first `context` tokens are a prompt,
-    the others are decoded, the same known text for all. Times are fractions of the first candidate's build run densely:
-    in the same process, or for another build in the processes of the same round (their median).
+    the others are decoded, the same known text for all. Times are fractions of the first candidate's.
 
     Raises BackendError like `run_alone`.
     """
-    from dash_export.evaluate.intervals import median_ratios  # here: a process that only decodes needs no scipy
+    from dash_export.evaluate.intervals import median  # here: a process that only decodes needs no scipy
 
-    seconds, of_dense, predicted = np.zeros((3, len(candidates), len(parts)))
+    seconds, ratios, predicted = np.zeros((3, len(candidates), len(parts)))
     for number, index in in_turns(len(candidates), len(parts), progress, "decode time"):
-        took = run_alone(candidates[index], parts[number].tolist(), context)
-        seconds[index, number], of_dense[index, number], predicted[index, number] = (
-            took.seconds, took.of_dense, took.predicted
+        took = run_alone(candidates[index], parts[number].tolist(), context, candidates[0])
+        seconds[index, number], ratios[index, number], predicted[index, number] = (
+            took.first_seconds, took.ratio, took.predicted
         )  # fmt: skip
-    same = [candidate.runtime is candidates[0].runtime for candidate in candidates]
-    dense = np.median((seconds / of_dense)[same], axis=0)
-    ratios = median_ratios(np.where(np.array(same)[:, None], of_dense * dense, seconds))
-    rows = zip(ratios, np.median(seconds, axis=1), predicted.mean(axis=1), strict=True)
-    return [Timing(own.value, own.low, own.high, 1e3 * float(each), float(said)) for own, each, said in rows]
+    milliseconds, found = 1e3 * float(np.median(seconds)), map(median, ratios)
+    return [
+        Timing(ratio.value, ratio.low, ratio.high, milliseconds * ratio.value, float(said.mean()))
+        for ratio, said in zip(found, predicted, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class ProcessFigures:
-    """Figures of one process, without its first `SETTLE` tokens where there are more. `seconds`: per token, the median
-    of its turns; `of_dense`: the median of each turn's time as a fraction of the dense turn beside it; `predicted`: the
-    same by the cost table; `peak_memory`: most resident bytes.
+    """Figures of one process, without its first `SETTLE` tokens where there are more. `first_seconds`: per token of the
+    first candidate, the median of its turns; `ratio`: the median of each turn's time as a fraction of the first
+    candidate's beside it; `predicted`: what the cost table predicts for the same tokens, as a fraction of dense;
+    `peak_memory`: most resident bytes.
     """
 
-    seconds: float
-    of_dense: float
+    first_seconds: float
+    ratio: float
     predicted: float
     peak_memory: int
 
 
-def run_alone(candidate: Candidate, ids: list[int], context: int, beside_dense: bool = True) -> ProcessFigures:
-    """Run one candidate over known tokens in a new process: the first `context` are a prompt, the others are decoded
-    one by one, and in turns densely by another session `beside_dense`. Raises BackendError where the process fails or
-    is killed (for lack of memory, perhaps).
+def run_alone(candidate: Candidate, ids: list[int], context: int, first: Candidate | None = None) -> ProcessFigures:
+    """Run one candidate over known tokens in a new process, in turns with `first`: the first `context` tokens are a
+    prompt, the others are decoded one by one. Raises BackendError where the process fails or is killed (for lack of
+    memory, perhaps).
     """
-    runtime = candidate.runtime
-    build = str(runtime.bundle.root), runtime.build.target, content_key(asdict(runtime.build))
-    order = json.dumps([*build, asdict(candidate.setting), ids, context, beside_dense])
+    orders = [
+        [str(one.runtime.bundle.root), one.runtime.build.target, content_key(asdict(one.runtime.build)),
+         asdict(one.setting)]
+        for one in (candidate, first or candidate)
+    ]  # fmt: skip
+    order = json.dumps([orders, ids, context])
     command = [sys.executable, "-I", "-c", _PROCESS, json.dumps(sys.path)]
     done = subprocess.run(command, input=order, capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:
         raise BackendError("A process that decodes alone was killed: free memory, or give fewer builds.")
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        raise BackendError(f"The process that runs {build[1]} alone failed: {said[-1] if said else done.returncode}.")
+        raise BackendError(
+            f"The process that runs {orders[0][1]} alone failed: {said[-1] if said else done.returncode}."
+        )
     return ProcessFigures(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
     """Run one candidate by the order of `run_alone` on standard input, and print its figures as JSON."""
-    root, target, key, setting, ids, context, beside_dense = json.load(sys.stdin)
-    runtime = DashRuntime.load(root, target, verify=False)
-    # The key changes with the export, the engines, the costs and the dial.
-    if content_key(asdict(runtime.build)) != key:
-        raise BundleError(f"{root} was replaced while it was measured: leave it alone, and measure again")
-    candidate = Candidate(runtime, Setting(**setting))
-    sessions = [candidate.session()]
-    if beside_dense and candidate.setting.kind != "dense":
-        sessions.append(runtime.session_with(Setting("dense")))
+    orders, ids, context = json.load(sys.stdin)
+    candidates = list[Candidate]()
+    load = cache(partial(DashRuntime.load, verify=False))
+    for root, target, key, setting in orders:
+        # The key changes with the export, the engines, the costs and the dial.
+        if content_key(asdict(load(root, target).build)) != key:
+            raise BundleError(f"{root} was replaced while it was measured: leave it alone, and measure again")
+        candidates.append(Candidate(load(root, target), Setting(**setting)))
+    sessions = [one.session() for one in (candidates[:1] if orders[0] == orders[1] else candidates)]
     for session in sessions:
         session.prefill(ids[:context])
     tokens, actions = ids[context:], list[Actions]()
-    seconds = np.zeros((len(sessions), len(tokens)))
+    seconds = np.zeros((len(tokens), len(sessions)))
     for start in range(0, len(tokens), BLOCK):
-        turn = range(start, min(start + BLOCK, len(tokens)))
         for index in range(len(sessions)) if start // BLOCK % 2 else reversed(range(len(sessions))):
-            for place in turn:
+            for place in range(start, min(start + BLOCK, len(tokens))):
                 began = time.perf_counter()
                 taken = sessions[index].decode_one(tokens[place])[1]
-                seconds[index, place] = time.perf_counter() - began
+                seconds[place, index] = time.perf_counter() - began
                 actions += [] if index else [taken]
-    settle = SETTLE if len(tokens) > SETTLE else 0
-    turns = [
-        seconds[:, start + FOUND : start + BLOCK].mean(axis=1) for start in range(settle, len(tokens) - FOUND, BLOCK)
-    ] or [seconds[:, settle:].mean(axis=1)]
-    own, dense = np.array(turns)[:, 0], np.array(turns)[:, -1]
-    predicted = candidate.taken(np.array(actions[settle:]))[2]
-    figures = ProcessFigures(float(np.median(own)), float(np.median(own / dense)), predicted, peak_memory())
+    turns = _timed(seconds).mean(axis=1)
+    skips = _timed(np.array(actions)).reshape(-1, len(actions[0]))
+    figures = ProcessFigures(
+        float(np.median(turns[:, -1])),
+        float(np.median(turns[:, 0] / turns[:, -1])),
+        candidates[0].taken(skips)[2],
+        peak_memory(),
+    )
     print(json.dumps(asdict(figures)))
 
 
-def peak_memory() -> int:
-    """Return the most bytes that this process had resident, 0 where there is no Linux. (The figure of getrusage begins
-    with the parent's memory at the fork.)
+def _timed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return of values [tokens, ...] those of timed tokens [turns, tokens of a turn, ...]: of whole turns, after SETTLE
+    tokens; all values where there is no whole turn.
     """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    values = values[SETTLE if len(values) > SETTLE else 0 :]
+    whole = len(values) // BLOCK * BLOCK
+    return values[:whole].reshape(-1, BLOCK, *values.shape[1:])[:, FOUND:] if whole else values[None]

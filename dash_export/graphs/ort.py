@@ -272,8 +272,8 @@ class OrtWriter(ProductWriter):
         return normed, total
 
     def head_norm(self, value: ir.Value, heads: int, gain: str, node: str, times: float = 1.0) -> ir.Value:
-        """Norm each head of [batch, sequence, heads * head_dim], or all at once where there are gains for all, and
-        multiply by `times`; GroupQueryAttention cannot.
+        """Norm each head of [batch, sequence, heads * head_dim], or all at once (`norms_after`), and multiply by
+        `times`; GroupQueryAttention cannot.
         """
         weight = self.constant(f"{node}/gain", self.array(gain) * np.float32(times))
         if self.traits.norms_after:

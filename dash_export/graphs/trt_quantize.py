@@ -62,8 +62,9 @@ def quantize_weights(
         if precision not in QUANTISED or block is None or weight is None:
             continue
         if precision == "fp8":
-            normed = update or name.startswith("bypass")  # fed by an RMSNorm of unit gain: at most sqrt(hidden)
-            largest = matrix.shape[0] ** 0.5 if normed else roundings(name)
+            largest = roundings(name)
+            if largest is None and (update or name.startswith("bypass")):
+                largest = matrix.shape[0] ** 0.5  # what an RMSNorm of unit gain gives is not larger
             if not isinstance(largest, float):
                 raise BundleError(f"What {name} is fed was not measured. Build the target again.")
             _quantize_input(graph, node, largest)

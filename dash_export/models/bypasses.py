@@ -1,7 +1,7 @@
 """A policy's bypasses completed with the model's own K and V projections, and a checkpoint with some units pruned.
 
 A pruned model is the best case of a static policy: its units are gone for every token. A pruned unit leaves the update
-of its bypass to the layer before it, whose output h becomes h + RMSNorm(h) @ weight + bias (unit gain). The K and V of
+of its bypass to the layer before it, whose output h becomes h + x @ weight + bias (x as in policy.py). The K and V of
 the unit are gone: nothing attends to them.
 """
 
@@ -47,8 +47,9 @@ def full_bypass(bypass: Bypass, unit: Unit, checkpoint: Checkpoint) -> dict[str,
     """Return the whole bypass: `weight` [hidden, (hidden +) layers * 2 * kv] in numbers that 16 bits hold, and `bias`
     [columns]. The first `hidden` columns are the update; a bypass without weights has none.
 
-    The columns that a policy does not store are the model's own K and V projections of x = RMSNorm(h) (unit gain),
-    gain[:, None] * W: those of the unit's first layer or, in a bypass without weights, of every layer.
+    The columns that a policy does not store are the model's own K and V projections as maps of what a bypass reads
+    (with a norm before attention gain[:, None] * W, else W): those of the unit's first layer or, in a bypass without
+    weights, of every layer.
     """
     stored = bypass.weights
     own = unit.layers[:1] if stored else unit.layers

@@ -29,7 +29,7 @@ def layer_weight(layer: int, name: str = "") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec(ModelFacts):
-    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and a gated MLP (SiLU by default): the facts that
+    """A decoder with RMSNorm, rotary grouped-query attention and a gated MLP (SiLU by default): the facts that
     a runtime needs, and those that the graphs are built from.
 
     `rope_frequencies`: rotary position embedding in the half-split ("neox") layout, float32 [rotary_dim / 2] with every
@@ -63,7 +63,7 @@ class DecoderSpec(ModelFacts):
 
     @property
     def mlp_norm(self) -> str:
-        """Name of the norm before the MLP. With `post_norms`, `post_attention_layernorm` follows attention."""
+        """Name of the norm before the MLP, if any. With `post_norms`, `post_attention_layernorm` follows attention."""
         return "pre_feedforward_layernorm" if self.post_norms else "post_attention_layernorm"
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:

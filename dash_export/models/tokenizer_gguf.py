@@ -43,6 +43,7 @@ _PRE_TOKENIZERS = {
     "llama-bpe": _split(_LLAMA3),
     "llama3": _split(_LLAMA3),
     "smaug-bpe": _split(_LLAMA3),  # of SmolLM3
+    "dbrx": _split(_LLAMA3),  # of OLMo 2
     "tekken": _split(_TEKKEN),  # of Mistral Nemo
     "gpt-2": _BYTES,
     "default": _split(*_LLAMA_CPP_DEFAULT),

@@ -118,14 +118,22 @@ def _unfuse(layer: Any, spec: DecoderSpec) -> None:
         setattr(module, whole, _Joined(parts))
 
 
+def unit_normed(hidden: torch.Tensor, spec: DecoderSpec) -> torch.Tensor:
+    """Return RMSNorm of unit gain, computed in float32, in the dtype of `hidden`."""
+    return torch.nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=spec.rms_norm_eps).to(hidden.dtype)
+
+
+def bypass_input(hidden: torch.Tensor, spec: DecoderSpec) -> torch.Tensor:
+    """Return what the bypass of a unit reads of the unit's input."""
+    return hidden if spec.traits.norms_after else unit_normed(hidden, spec)
+
+
 def _add_update(layer: torch.nn.Module, name: str, spec: DecoderSpec) -> None:
     """Make the layer end with the update of a pruned unit that followed it (bypasses.py)."""
-    size, eps, after = spec.hidden_size, spec.rms_norm_eps, spec.traits.norms_after
-    layer.add_module(name, torch.nn.Linear(size, size))
+    layer.add_module(name, torch.nn.Linear(spec.hidden_size, spec.hidden_size))
 
     def updated(module: torch.nn.Module, _inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
-        normed = hidden if after else torch.nn.functional.rms_norm(hidden.float(), (size,), eps=eps).to(hidden.dtype)
-        update: torch.Tensor = module.get_submodule(name)(normed)
+        update: torch.Tensor = module.get_submodule(name)(bypass_input(hidden, spec))
         return hidden + update
 
     layer.register_forward_hook(updated)

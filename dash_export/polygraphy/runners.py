@@ -22,7 +22,6 @@ from dash_export.manifest import POLICY, Build, Segment
 from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
 from dash_export.polygraphy import polygraphy_errors
 from dash_export.runtime import DashRuntime, Session, ort_engine
-from dash_export.runtime.backends import Engine
 from dash_export.runtime.runtime import loaded_files
 from dash_export.signing import check_trusted
 
@@ -78,7 +77,7 @@ class DashEngineRunner(BaseRunner):  # type: ignore[misc]
             # Threads of its own: Polygraphy's ONNX Runtime runner has them too, and a process that holds such a session
             # cannot have the shared pool of the runtime.
             path = self.bundle.path(build.engines[name].file)
-            self.engine: Engine = ort_engine.OrtEngine(path, SessionOptions())
+            self.engine = ort_engine.OrtEngine(path, SessionOptions())
             self.bundle.check_same(seal)
 
     def get_input_metadata_impl(self) -> TensorMetadata:

@@ -1,23 +1,23 @@
 """Backends: each loads engine files and makes them runnable. One module per backend; the recipe's `backend` names it.
 
-A host backend loads an engine, binds it to fixed memory once, and launches it again and again. A GPU backend is a
-`Device` (device/base.py).
+A host backend (ort_engine.py) loads an engine, binds it to fixed memory once, and launches it again and again. A GPU
+backend is a `Cuda` (device/cuda.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from traceback import walk_tb
-from typing import Any, ParamSpec, Protocol, TypeVar
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.base import Device
+
+if TYPE_CHECKING:
+    from dash_export.runtime.device.cuda import Cuda
+    from dash_export.runtime.ort_engine import OrtBackend
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -27,29 +27,12 @@ BACKENDS = {
     "onnxruntime": ("dash_export.runtime.ort_engine", "onnxruntime", "cpu"),
     "onnxruntime_cuda": ("dash_export.runtime.device.onnxruntime_cuda", "onnxruntime", "gpu"),
     "tensorrt": ("dash_export.runtime.device.tensorrt", "tensorrt", "tensorrt"),
-    "tensorrt_rtx": ("dash_export.runtime.device.tensorrt_rtx", "tensorrt_rtx", "rtx"),
+    "tensorrt_rtx": ("dash_export.runtime.device.tensorrt", "tensorrt_rtx", "rtx"),
 }
 Launch = Callable[[], None]
 """Run one engine on the memory it was bound to. The call returns when the outputs are there (CPU) or when the work is
 enqueued (CUDA).
 """
-
-
-class Engine(Protocol):
-    """A loaded engine, shared between sessions."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
-        """Fix the addresses of every input and output. An output may share its input's memory (KV cache)."""
-        ...
-
-
-class Backend(Protocol):
-    def load(self, path: Path) -> Engine:
-        """Load an engine file; each file is loaded only once. Raises BackendError when the backend refuses the file."""
-        ...
 
 
 def require_backend(name: str) -> None:
@@ -63,13 +46,12 @@ def require_backend(name: str) -> None:
         )
 
 
-def load_backend(name: str, threads: int) -> Backend | Device:
-    """Import and start a backend; for GPU targets it is a Device. Raises BackendError that names the missing package or
+def load_backend(name: str, threads: int) -> OrtBackend | Cuda:
+    """Import and start a backend; for GPU targets it is a Cuda. Raises BackendError that names the missing package or
     device.
     """
     require_backend(name)
-    module = BACKENDS[name][0]
-    return import_module(module).create(threads)  # type: ignore[no-any-return]
+    return import_module(BACKENDS[name][0]).create(name, threads)  # type: ignore[no-any-return]
 
 
 def backend_errors(step: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -60,19 +60,13 @@ class ChatTemplate:
         costly = f"The chat template takes over {SECONDS:g} s or {MEGABYTES} MB for these messages, or breaks"
         with _RENDERS:
             if self._child is None or not self._child.alive:
-                self._child = self._started(costly)
+                child = Child(CHILD, {"memory": MEGABYTES << 20})
+                good, text = child.ask(json.dumps({"source": self._source}), SECONDS, costly, INSTEAD)
+                if not good:
+                    child.end()
+                    raise BundleError(f"The bundle's chat template is not valid ({text}). {INSTEAD}")
+                self._child = child
             good, text = self._child.ask(request, SECONDS, costly, INSTEAD)
         if not good:
             raise RequestError(f"The chat template refuses these messages ({text}).")
         return text
-
-    def _started(self, costly: str) -> Child:
-        """Start a child process that has read the template. Raises RequestError where the process or the template
-        fails or takes too much, and BundleError where the template is not valid.
-        """
-        child = Child(CHILD, {"memory": MEGABYTES << 20})
-        good, text = child.ask(json.dumps({"source": self._source}), SECONDS, costly, INSTEAD)
-        if not good:
-            child.end()
-            raise BundleError(f"The bundle's chat template is not valid ({text}). {INSTEAD}")
-        return child

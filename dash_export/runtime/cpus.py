@@ -43,6 +43,14 @@ def available_memory() -> int:
     return int(found.split()[0]) * 1024 if found else 1 << 30
 
 
+def peak_memory() -> int:
+    """Return the most bytes that this process had resident, 0 where there is no Linux. (The figure of getrusage begins
+    with the parent's memory at the fork.)
+    """
+    found = _proc("self/status", "VmHWM")
+    return int(found.split()[0]) * 1024 if found else 0
+
+
 class LoadMeter:
     """Load that other processes put on the machine, from the making of this object on (on Linux)."""
 

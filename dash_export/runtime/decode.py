@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,14 @@ from dash_export.decision import Skips, Unit
 from dash_export.errors import BundleError
 from dash_export.manifest import DAMAGED, MIXED, POLICY, Build, Segment
 from dash_export.names import FINAL_STATE, new_names, past_names, present_names, short_name
-from dash_export.runtime.backends import Backend, Engine, Launch, backend_errors
+from dash_export.runtime.backends import Launch, backend_errors
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.own_policy import State
 from dash_export.runtime.rules import DENSE, Rule, skips_for
 
-ALWAYS_RUN = -1
+if TYPE_CHECKING:
+    from dash_export.runtime.ort_engine import OrtBackend, OrtEngine
+
 Floats = npt.NDArray[np.float32]
 MAX_SEQUENCES = 1024
 SCORES = 32 << 20
@@ -37,8 +39,8 @@ class SegmentEngines:
     """Engines of one segment. `run`: (name, engine), in the order they run. `bypass`: the engine that skips a unit."""
 
     segment: Segment
-    run: Sequence[tuple[str, Engine]]
-    bypass: Engine | None = None
+    run: Sequence[tuple[str, OrtEngine]]
+    bypass: OrtEngine | None = None
 
 
 class EngineSet:
@@ -46,11 +48,9 @@ class EngineSet:
 
     grows = True
     """Whether a cache grows when more memory is needed."""
-    score_rows = 128
-    """Most tokens of a teacher-forced step, which keeps the logits of all: 128 of a 50k vocabulary are 25 MB."""
 
-    def __init__(self, bundle: Bundle, build: Build, backend: Backend) -> None:
-        """Load all engines but the mixed ones. Raises BundleError where an engine is missing."""
+    def __init__(self, bundle: Bundle, build: Build, backend: OrtBackend) -> None:
+        """Load all engines but the mixed ones. Raises BundleError where that of the policy is missing."""
         self._bundle, self._backend, self.build = bundle, backend, build
         self._seal = bundle.verify(build.files, hashes=False)
         self.model, policy = bundle.manifest.model, bundle.manifest.policy
@@ -74,15 +74,11 @@ class EngineSet:
         self.takes_embeddings = not self.segments[0].segment.layers
         self.gives_state = any(FINAL_STATE in engine.outputs for engine in engines)
 
-    def _load(self, name: str) -> Engine:
-        if name not in self.build.engines:
-            raise BundleError(
-                f"{self._bundle.root}: the build for {self.build.target!r} has no engine {name}. {DAMAGED}"
-            )
+    def _load(self, name: str) -> OrtEngine:
         return self._backend.load(self._bundle.path(self.build.engines[name].file))
 
     @cached_property
-    def mixed(self) -> Sequence[Engine]:
+    def mixed(self) -> Sequence[OrtEngine]:
         """Mixed engines, one per unit, for steps whose rows skip differently. They hold the units' weights once more,
         so they are loaded when first needed. Raises BundleError where a file of the build was replaced since the other
         engines were loaded.
@@ -107,16 +103,14 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class BoundSegment:
-    """Launches of one segment. `unit`: its place among the units, or ALWAYS_RUN. `mixed` runs or skips row by row."""
+    """Launches of one segment. `unit`: its place among the units, None where it always runs. `mixed` runs or skips row
+    by row.
+    """
 
-    unit: int
+    unit: int | None
     run: Launch
     bypass: Launch | None = None
     mixed: Launch | None = None
-
-
-def _dense(state: State) -> Skips:
-    return DENSE.skips(state.damage)
 
 
 class BoundStep:
@@ -165,7 +159,7 @@ class BoundStep:
                 self._arrays[name] = self._arrays[short_name(name)] = array
         mixed = engines.mixed if teacher_forced or batch > 1 else ()
         self.segments: Sequence[BoundSegment] = [*self._bound(engines, mixed)]
-        gated = (place for place, item in enumerate(self.segments) if item.unit != ALWAYS_RUN)
+        gated = (place for place, item in enumerate(self.segments) if item.unit is not None)
         self._first = next(gated, len(self.segments))
 
     # --- one step
@@ -173,18 +167,18 @@ class BoundStep:
     def decode(self, token: int, rule: Rule) -> None:
         """Decode one token under `rule`."""
         self.input_ids[0, 0] = token
-        self._advance(lambda state: skips_for(rule, state))
+        self._advance(partial(skips_for, rule))
 
     def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
         """Prefill tokens [sequence] through every layer."""
         self.input_ids[0] = tokens
-        self._advance(_dense)
+        self._advance(partial(skips_for, DENSE))
 
     def prefill_embeddings(self, embeddings: Floats) -> None:
         """Prefill embeddings [sequence, hidden], instead of tokens, through every layer."""
         self.input_ids[0] = 0
         self._embedded[0] = embeddings
-        self._advance(_dense, first=1)
+        self._advance(partial(skips_for, DENSE), first=1)
 
     def embed(self, tokens: npt.NDArray[np.int64]) -> Floats:
         """Return the embeddings [sequence, hidden] of tokens [sequence]."""
@@ -219,9 +213,9 @@ class BoundStep:
         every: Any = self.skipped.all(axis=1)
         for segment in self.segments[self._first :]:
             unit, launch = segment.unit, segment.run
-            if unit != ALWAYS_RUN and every[unit]:
+            if unit is not None and every[unit]:
                 launch = segment.bypass  # type: ignore[assignment]  # a unit has one
-            elif unit != ALWAYS_RUN and some[unit]:
+            elif unit is not None and some[unit]:
                 self._row_skips.reshape(-1)[:] = self.skipped[unit]
                 launch = segment.mixed  # type: ignore[assignment]  # and steps of several rows have these
             launch()
@@ -245,7 +239,7 @@ class BoundStep:
 
     # --- binding
 
-    def _bound(self, engines: EngineSet, mixed: Sequence[Engine]) -> Iterator[BoundSegment]:
+    def _bound(self, engines: EngineSet, mixed: Sequence[OrtEngine]) -> Iterator[BoundSegment]:
         """Bind every segment. `mixed`: one engine per unit where rows may differ, else none."""
         hidden = [np.zeros((*self.input_ids.shape, engines.model.hidden_size), np.float32) for _ in range(2)]
         unit, first = 0, next((at for at, item in enumerate(engines.segments) if item.bypass is not None), 0)
@@ -257,18 +251,18 @@ class BoundStep:
             before, after = hidden[index % 2], hidden[(index + 1) % 2]
             run = self._bind_run(item.run, before, after)
             if item.bypass is None:
-                yield BoundSegment(ALWAYS_RUN, run)
+                yield BoundSegment(None, run)
                 continue
             bypass = self._bind_bypass(item.bypass, item.segment.layers, before, after)
             yield BoundSegment(unit, run, bypass, self._bind(mixed[unit], before, after) if mixed else None)
             unit += 1
 
     def _bind(
-        self, engine: Engine, before: Floats, after: Floats, outputs: Mapping[str, Floats] | None = None
+        self, engine: OrtEngine, before: Floats, after: Floats, outputs: Mapping[str, Floats] | None = None
     ) -> Launch:
         return engine.bind({**self._arrays, "hidden": before}, {**self._arrays, **(outputs or {}), "hidden_out": after})
 
-    def _bind_run(self, engines: Sequence[tuple[str, Engine]], before: Floats, after: Floats) -> Launch:
+    def _bind_run(self, engines: Sequence[tuple[str, OrtEngine]], before: Floats, after: Floats) -> Launch:
         """Bind engines that run in a row (portable graphs are several); the policy reads the next engine's input."""
         launches, state = [], before
         for name, engine in engines:
@@ -284,7 +278,7 @@ class BoundStep:
 
         return launch_all
 
-    def _bind_bypass(self, engine: Engine, layers: range, before: Floats, after: Floats) -> Launch:
+    def _bind_bypass(self, engine: OrtEngine, layers: range, before: Floats, after: Floats) -> Launch:
         """Bind a unit's bypass. Its launch also writes the unit's K and V where the engine leaves that to the host."""
         names = [[short_name(name) for name in new_names(layer)] for layer in layers]
         if names[0][0] not in engine.outputs:

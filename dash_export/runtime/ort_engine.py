@@ -90,7 +90,7 @@ def check_heads(path: Path) -> None:
 
 
 class OrtEngine:
-    """One InferenceSession."""
+    """One InferenceSession, shared between sessions of the runtime."""
 
     def __init__(self, path: Path, options: ort.SessionOptions) -> None:
         self._name = path.name
@@ -104,7 +104,9 @@ class OrtEngine:
             self.outputs = tuple(item.name for item in outputs)
 
     def bind(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> Launch:
-        """Bind all arrays. Raises BackendError where the graph wants one that is not there, or another shape of it."""
+        """Fix the addresses of all inputs and outputs. An output may share its input's memory (KV cache). Raises
+        BackendError where the graph wants an array that is not there, or another shape of it.
+        """
         binding = self.session.io_binding()
         for names, arrays, bind in (
             (self.inputs, inputs, binding.bind_input),
@@ -163,10 +165,12 @@ class OrtBackend:
         self._options.enable_mem_pattern = False
 
     def load(self, path: Path) -> OrtEngine:
+        """Load an engine file; each file is loaded only once. Raises BackendError where ONNX Runtime refuses it."""
         path = path.resolve()
         if path not in self._engines:
             self._engines[path] = OrtEngine(path, self._options)
         return self._engines[path]
 
 
-create = OrtBackend
+def create(_name: str, threads: int) -> OrtBackend:
+    return OrtBackend(threads)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
+from runpy import run_path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -94,10 +92,15 @@ class OwnRule:
 
 
 def load_policy(text: str) -> Policy:
-    """Load `package.module:Class` or `path/to/file.py:Class` and make it without arguments. Raises PolicyError."""
+    """Load `package.module:Class` or `path/to/file.py:Class` and make it without arguments. Modules are the installed
+    ones: the current folder is not searched. Raises PolicyError.
+    """
     module, _, name = text.rpartition(":")
     try:
-        found = getattr(_module(module), name, None)
+        if module.endswith(".py"):
+            found = run_path(module, run_name="dash_export_own_policy").get(name)
+        else:
+            found = getattr(import_module(module), name, None)
     except (Exception, SystemExit) as error:  # a file of the user's may raise anything when it is run
         raise PolicyError(f"{module} cannot be imported: {type(error).__name__}: {error!s:.300}") from error
     if not isinstance(found, type):
@@ -109,17 +112,3 @@ def load_policy(text: str) -> Policy:
     if not isinstance(policy, Policy):
         raise PolicyError(f"{text} is no policy: it needs the methods begin(model, units, cost) and skips(state).")
     return policy
-
-
-def _module(name: str) -> Any:
-    """Import an installed module, or a file; the current folder is not searched."""
-    if not name.endswith(".py"):
-        return import_module(name)
-    path = Path(name)
-    known = f"dash_export_own_{path.stem}"
-    spec = spec_from_file_location(known, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(name)
-    module = sys.modules[known] = module_from_spec(spec)  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module

@@ -15,10 +15,9 @@ from dash_export.decision import Setting, recommended_budget
 from dash_export.errors import BackendError, PolicyError, RequestError
 from dash_export.manifest import Build, CostTable
 from dash_export.names import is_hub_id
-from dash_export.runtime.backends import Backend, load_backend
+from dash_export.runtime.backends import load_backend
 from dash_export.runtime.batch import Batch
 from dash_export.runtime.decode import MAX_SEQUENCES, EngineSet
-from dash_export.runtime.device.base import Device
 from dash_export.runtime.huge_pages import keep_freed_memory, on_huge_pages
 from dash_export.runtime.own_policy import CPU_ONLY, OwnRule, Policy
 from dash_export.runtime.results import MAX_TOKENS, Generation, Response, Score, TokenIds, checked_tokens
@@ -29,7 +28,9 @@ from dash_export.runtime.text import Text
 from dash_export.targets import MAX_THREADS, Dispatch, Recipe
 
 if TYPE_CHECKING:
+    from dash_export.runtime.device.cuda import Cuda
     from dash_export.runtime.device.engines import DeviceEngines
+    from dash_export.runtime.ort_engine import OrtBackend
 
 DISPATCH_MODES = get_args(Dispatch)
 
@@ -37,7 +38,7 @@ DISPATCH_MODES = get_args(Dispatch)
 class DashRuntime:
     """Loaded build that serves many sessions. Engines are shared; a session has its own cache, policy and budget."""
 
-    def __init__(self, bundle: Bundle, build: Build, backend: Backend | Device, dispatch: str | None = None) -> None:
+    def __init__(self, bundle: Bundle, build: Build, backend: OrtBackend | Cuda, dispatch: str | None = None) -> None:
         """Load all engines; most callers want `load`. Raises PolicyError for a dispatch mode that this build lacks."""
         self.bundle, self.build = bundle, build
         self.recipe = build.recipe
@@ -215,16 +216,16 @@ class DashRuntime:
 
 
 def engines(
-    bundle: Bundle, build: Build, backend: Backend | Device, recipe: Recipe, dispatch: str
+    bundle: Bundle, build: Build, backend: OrtBackend | Cuda, recipe: Recipe, dispatch: str
 ) -> EngineSet | DeviceEngines:
     """Load a build's engines for the device of its recipe. Raises BackendError where device and build do not fit."""
     if recipe.engine is None:
         keep_freed_memory()
         with on_huge_pages(recipe.runtime.huge_pages):
-            return EngineSet(bundle, build, cast("Backend", backend))
+            return EngineSet(bundle, build, cast("OrtBackend", backend))
     from dash_export.runtime.device.engines import DeviceEngines  # a CPU does not need it
 
-    device = cast("Device", backend)
+    device = cast("Cuda", backend)
     device.accept(build, bundle.build_command(build.target))
     return DeviceEngines(bundle, build, recipe, device, dispatch)
 

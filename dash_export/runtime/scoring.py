@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dash_export.runtime.decode import BoundStep
     from dash_export.runtime.session import Session
 
+ROWS = 128
+"""Most tokens of a pass, which keeps the logits of all: 128 of a 50k vocabulary are 25 MB."""
+
 
 def score(session: Session, tokens: TokenIds, prefix: int, actions: Actions | None, keep_logits: bool) -> Score:
     """Do `Session.score` for checked token ids [n]."""
@@ -30,7 +33,7 @@ def score(session: Session, tokens: TokenIds, prefix: int, actions: Actions | No
     session.reset()
     session.reserve(len(tokens))
     prompt = max(prefix, DENSE_POSITIONS) if forced is None else 0
-    chunk = min(session.chunk, session.engines.score_rows) if mixes else 1
+    chunk = min(session.chunk, ROWS) if mixes else 1
     parts, logits = [], []
     try:
         for start in range(0, len(tokens), chunk):

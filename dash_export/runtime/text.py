@@ -161,7 +161,7 @@ class TextStream:
             self.stopped = True
             piece, self._held = self._held[: min(found)], ""
             return piece
-        certain = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        certain = len(self._held) - max((overlap(self._held, stop) for stop in self._stop), default=0)
         piece, self._held = self._held[:certain], self._held[certain:]
         return piece
 
@@ -181,7 +181,7 @@ class TextStream:
         return piece
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that begins `stop`."""
     most = min(len(text), len(stop) - 1)
     return next((length for length in range(most, 0, -1) if stop.startswith(text[-length:])), 0)

@@ -19,8 +19,8 @@ from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
 
 WAKE_SECONDS = 0.02
-"""Least time between two wake-ups of the event loop by the tokens of one stream. The loop and the socket take 0.3 ms of
-the processors that decode, so faster tokens are sent in twos and threes.
+"""How long the event loop rests after tokens of a stream: those that come meanwhile are sent together. A wake-up takes
+0.3 ms of the processors that decode.
 """
 
 
@@ -28,29 +28,38 @@ class Inbox:
     """Responses to one request, on their way from the scheduler's thread to the event loop."""
 
     def __init__(self, streamed: bool) -> None:
-        """`streamed`: responses are wanted as they come; else the loop is woken as answers end."""
-        self._wait = WAKE_SECONDS if streamed else float("inf")
-        self._next = 0.0 if streamed else self._wait
+        """`streamed`: responses are wanted as they come; else the loop is woken only as answers end."""
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
+        self._streamed, self._rests = streamed, not streamed
         self._came = deque[tuple["Answer", Response, float]]()
 
     def put(self, answer: Answer, response: Response) -> None:
         """Add a response; from any thread."""
-        now = time.perf_counter()
-        self._came.append((answer, response, now))
-        if now >= self._next or response.finish_reason is not None:
-            self._next = now + self._wait
+        self._came.append((answer, response, time.perf_counter()))
+        if response.finish_reason is not None or not self._rests:
             with suppress(RuntimeError):  # the event loop is closed: nobody reads this
                 self._loop.call_soon_threadsafe(self._ready.set)
 
     async def get(self) -> list[tuple[Answer, Response]]:
-        """Return the responses that came since the last call; the answers know of them."""
+        """Return the responses that came since the last call."""
         await self._ready.wait()
         self._ready.clear()
+        if self._streamed:
+            self._rests = True
+            self._loop.call_later(WAKE_SECONDS, self._go_on)
+        return self.drain()
+
+    def drain(self) -> list[tuple[Answer, Response]]:
+        """Record what has come with the answers, and return it."""
         came = [self._came.popleft() for _ in range(len(self._came))]
         for answer, response, seconds in came:
             answer.record(response, seconds)
         return [(answer, response) for answer, response, _ in came]
+
+    def _go_on(self) -> None:
+        self._rests = False  # first: what comes from now on wakes the loop itself
+        if self._came:
+            self._ready.set()
 
 
 class Answer:

@@ -88,10 +88,7 @@ class Server:
         self.ready = True
         yield
         self.ready = False
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(
-            *(loop.run_in_executor(None, scheduler.close, self._drain) for scheduler in self.served.values())
-        )
+        await asyncio.gather(*(asyncio.to_thread(one.close, self._drain) for one in self.served.values()))
 
     def _open(self, handler: Handler) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         async def answered(http: HttpRequest) -> Response:
@@ -198,13 +195,7 @@ async def _models(server: Server, _: HttpRequest) -> Response:
 
 
 def _error(error: HttpError) -> JSONResponse:
-    status = error.status
-    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-        status, "invalid_request_error" if status < 500 else "server_error"
-    )
-    headers = {"Retry-After": "1"} if status == 429 else None
-    said = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    return JSONResponse({"error": said}, status, headers)
+    return JSONResponse(error.record(), error.status, {"Retry-After": "1"} if error.status == 429 else None)
 
 
 async def _not_found(http: HttpRequest, error: Exception) -> Response:

@@ -45,7 +45,7 @@ async def chat(server: Server, http: HttpRequest) -> Response:
 
     if request.stream:
         begin = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        first = [{"choices": [{"index": index, **begin}]} for index in range(len(running.answers))]
+        first = ({"choices": [{"index": index, **begin}]} for index in range(len(running.answers)))
         return _streamed(running, "chat.completion.chunk", first, _chat_chunks(running, chance))
     found: list[list[Token]] = await collected_tokens(running, http)
 
@@ -107,7 +107,7 @@ async def completion(server: Server, http: HttpRequest) -> Response:
             choice = {"index": index, "text": token.text, "logprobs": logprobs, "finish_reason": reason}
             yield {"choices": [choice], **running.skips(token)}
 
-        return _streamed(running, "text_completion", [], chunks)
+        return _streamed(running, "text_completion", (), chunks)
     found = await collected_tokens(running, http)
 
     def whole() -> Response:
@@ -130,7 +130,7 @@ def _likelihoods(running: RunningAnswers, tokens: list[Token]) -> dict[str, Any]
     }
 
 
-def _streamed(running: RunningAnswers, kind: str, first: list[dict[str, Any]], chunks: Chunks) -> Response:
+def _streamed(running: RunningAnswers, kind: str, first: Iterable[dict[str, Any]], chunks: Chunks) -> Response:
     """Send `first` and the chunks of each token as server-sent events. An error becomes an event, because the HTTP
     status is already sent.
     """
@@ -141,13 +141,12 @@ def _streamed(running: RunningAnswers, kind: str, first: list[dict[str, Any]], c
 
     async def events() -> AsyncIterator[str]:
         try:
-            yield joined(first)
+            if begins := joined(first):
+                yield begins
             async for tokens in answer_tokens(running):
                 yield joined(chunk for index, token in tokens for chunk in chunks(index, token))
         except DashError as error:
-            said = http_error(error)
-            kind = "server_error" if said.status >= 500 else "invalid_request_error"
-            yield event({"error": {"message": str(said), "type": kind, "param": None, "code": said.code}})
+            yield event(http_error(error).record())
         else:
             options = running.asked.stream_options
             if options is not None and options.include_usage:

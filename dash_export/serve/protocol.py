@@ -74,6 +74,12 @@ class HttpError(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
+    def record(self) -> dict[str, Any]:
+        """Return the error as OpenAI's API has it."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
 
 def http_error(error: DashError) -> HttpError:
     """Return the error that a client gets for `error`. An error that is not the client's is logged, and the client gets
@@ -176,7 +182,7 @@ class Message(BaseModel):
         content = self.content
         if isinstance(content, list):
             if other := next((part.type for part in content if part.type != "text" or part.text is None), None):
-                raise RequestError(f"messages: content of type {other!r:.60} is not supported; supported: text.")
+                raise RequestError(f"content of type {other!r:.60} is not supported; supported: text.")
             content = "".join(part.text or "" for part in content)
         given = {name: getattr(self, name) for name in ("name", "tool_call_id", "reasoning_content")}
         said = {name: value for name, value in given.items() if value is not None}

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from dash_export.errors import DashError, RequestError
 from dash_export.serve.answers import usage
-from dash_export.serve.protocol import MOST, ChatRequest, Dash, Few, HttpError, http_error
+from dash_export.serve.protocol import MOST, ChatRequest, ContentPart, Dash, Few, HttpError, http_error
 from dash_export.serve.running import (
     AnswerStream,
     RunningAnswers,
@@ -28,17 +28,12 @@ if TYPE_CHECKING:
     from dash_export.serve.app import Server
 
 
-class InputPart(BaseModel):
-    type: str
-    text: str | None = None
-
-
 class InputItem(BaseModel):
     """A message, a call of the model's, or what a call gave."""
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | Annotated[list[InputPart], Few] | None = None
+    content: str | Annotated[list[ContentPart], Few] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
@@ -54,12 +49,10 @@ class InputItem(BaseModel):
             return {"role": "assistant", "content": None, "tool_calls": [call]}
         if self.role is None:
             raise RequestError("input: a message has a role.")
-        content = self.content
-        if isinstance(content, list):
-            if other := next((part.type for part in content if part.text is None), None):
-                raise RequestError(f"input: content of type {other!r:.60} is not supported; supported: text.")
-            content = "".join(part.text or "" for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        content: Any = self.content
+        if isinstance(content, list):  # texts have other types here: input_text, output_text
+            content = [{"type": part.type if part.text is None else "text", "text": part.text} for part in content]
+        return {"role": self.role, "content": content}
 
 
 class FlatTool(Function):

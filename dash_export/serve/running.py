@@ -54,6 +54,7 @@ class RunningAnswers:
 
     def close(self) -> None:
         """Cancel what is left of all answers."""
+        self.inbox.drain()  # tokens that nobody waits for count, too
         for answer in self.answers:
             answer.close()
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from dash_export.errors import RequestError
 from dash_export.runtime.guidance import json_rule
+from dash_export.runtime.text import overlap
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 LONGEST = 1 << 16
@@ -135,17 +136,12 @@ class TextBeforeCalls:
     """Filter of a streamed answer: passes the text before the first call, and holds back what may begin a call."""
 
     def __init__(self) -> None:
-        self.held, self._calls = "", False
+        self.held = ""
 
     def push(self, text: str) -> str:
         self.held += text
-        at = self.held.find(BEGIN)
-        if at < 0 and not self._calls:
-            most = min(len(self.held), len(BEGIN) - 1)
-            at = len(self.held) - next((size for size in range(most, 0, -1) if BEGIN.startswith(self.held[-size:])), 0)
-        elif not self._calls:
-            self._calls = True
-        else:
-            return ""
+        at = self.held.find(BEGIN)  # 0 from the first call on: all of it is held
+        if at < 0:
+            at = len(self.held) - overlap(self.held, BEGIN)
         piece, self.held = self.held[:at], self.held[at:]
         return piece

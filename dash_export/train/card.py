@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from dash_export import __version__
-from dash_export.artifacts import Progress, no_progress
 from dash_export.decision import units_text
 from dash_export.models import Checkpoint
 from dash_export.policy import SkipPolicy
 from dash_export.train.corpus import JUDGED_SEED, Batch, Corpus
 from dash_export.train.losses import divergence
-from dash_export.train.model import Decide, GatedModel, SkipModules, always, below
+from dash_export.train.model import Decide, SkipModules, always, below
 from dash_export.train.partition import Candidate
 from dash_export.train.stages import Run
 
@@ -42,9 +41,7 @@ def policy_card(
     settings, place = run.settings, run.model.device
     rng = np.random.default_rng(JUDGED_SEED)
     batches = [held.batch(rng, settings.windows, settings.window, place) for _ in range(BATCHES)]
-    judged, figures = held_out_figures(
-        run.model, SkipModules(policy).to(place), batches, policy.static_order, settings.trade_offs, run.progress
-    )
+    judged, figures = held_out_figures(run, SkipModules(policy).to(place), batches, policy.static_order)
     return {
         "model": Path(checkpoint.source).name,
         "model_fingerprint": checkpoint.fingerprint,
@@ -64,23 +61,18 @@ def policy_card(
 
 @torch.no_grad()
 def held_out_figures(
-    model: GatedModel,
-    modules: SkipModules,
-    batches: Sequence[Batch],
-    order: Sequence[int],
-    trade_offs: tuple[float, float],
-    progress: Progress = no_progress,
+    run: Run, modules: SkipModules, batches: Sequence[Batch], order: Sequence[int]
 ) -> tuple[int, list[dict[str, object]]]:
     """Return (tokens judged, figures): a row for dense, for the token policy at POINTS trade-offs of its dial, and for
     the first sets of the static `order` with the same bypasses. Figures are means over the tokens past the prefix:
     layers skipped, KL from dense (nats), top-1 agreement with dense, nll (nats).
     """
-    units = modules.units
+    model, units = run.model, modules.units
     sizes = torch.tensor([len(unit.layers) for unit in units], dtype=torch.float32, device=model.device)
     runs: list[tuple[str, Decide]] = [("dense", always(len(units), ()))]
     if modules.network:
         cost = modules.cost(model.spec)
-        for value in np.geomspace(*trade_offs, POINTS):
+        for value in np.geomspace(*run.settings.trade_offs, POINTS):
             runs.append((f"token, trade-off {value:.3g}", below(float(value) * cost)))
     for largest in range(1, min(STATIC_SETS, len(order)) + 1):
         chosen = order[:largest]
@@ -97,6 +89,6 @@ def held_out_figures(
             layers = rollout.skipped[:, :-1][judged].float() @ sizes
             values = (layers, found.kl, found.agree, -found.log_likelihood)
             sums[index] += [float(value.double().sum()) for value in values]
-            progress("held-out text", done * len(runs) + index + 1, len(batches) * len(runs))
+            run.progress("held-out text", done * len(runs) + index + 1, len(batches) * len(runs))
     rows = zip((name for name, _ in runs), *(sums / count).round(4).T.tolist(), strict=True)
     return count, [dict(zip(("setting", "skipped", "kl", "top1", "nll"), row, strict=True)) for row in rows]

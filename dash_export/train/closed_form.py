@@ -1,8 +1,8 @@
 """Bypasses in closed form: ridge regression of a unit's outputs on the unit's input.
 
-X is the normed input of a unit's first layer and a column of ones; Y is the unit's update and the K and V of its other
-layers. The bypass is (X'X + ridge)^-1 X'Y. It needs sums over tokens only: memory does not grow with the text. Units
-that begin at the same layer share X'X and the sums of K and V.
+X is what a bypass reads (`GatedModel.bypass_input`), and a column of ones; Y is the unit's update and the K and V of
+its other layers. The bypass is (X'X + ridge)^-1 X'Y. It needs sums over tokens only: memory does not grow with the
+text. Units that begin at the same layer share X'X and the sums of K and V.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dash_export.train.corpus import Batch
 from dash_export.train.model import GatedModel
 
 RIDGE = 1e-6
-"""Ridge per token, on the diagonal of X'X: relative to the mean square of X, which is 1."""
+"""Ridge per token, on the diagonal of X'X: relative to the mean square of X."""
 
 
 class Sums:
@@ -27,16 +27,15 @@ class Sums:
 
     def __init__(self, model: GatedModel, units: Iterable[Unit]) -> None:
         self.units = tuple(units)
-        self._model, self._count = model, 0
+        self._model = model
         self._sums: dict[tuple[int, str, int], torch.Tensor] = {}
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Run one dense pass over the batch and add its sums."""
         model, counted = self._model, batch.counted
-        self._count += int(counted.sum())
         entered: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """First layer of a unit -> X and the unit's input, of which X is the norm."""
+        """First layer of a unit -> X and the unit's input."""
         for layer, before, after in model.dense_layers(batch.ids):
             open_units = [unit for unit in self.units if layer in unit.layers]
             keys_values = model.keys_values(layer, before[counted]).double() if entered and open_units else None
@@ -64,6 +63,6 @@ class Sums:
         xy = [self._sums[first, "update", unit.last]]
         xy += [self._sums[first, "keys and values", layer] for layer in unit.layers[1:]]
         xx = self._sums[first, "x", first].to(device)
-        xx = xx + RIDGE * self._count * torch.eye(len(xx), dtype=torch.float64, device=device)
+        xx = xx + RIDGE * xx.diagonal()[:-1].mean() * torch.eye(len(xx), dtype=torch.float64, device=device)
         solved = torch.linalg.solve(xx, torch.cat(xy, 1).to(device)).float().cpu().numpy()
         return Bypass({"weight": solved[:-1].copy(), "bias": solved[-1].copy()})

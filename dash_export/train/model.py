@@ -23,7 +23,7 @@ from dash_export.decision import Unit
 from dash_export.errors import PolicyError
 from dash_export.models import Checkpoint, DecoderSpec
 from dash_export.models.spec import Float32Array, layer_weight
-from dash_export.models.torch_model import LayerInputs, embedded, instead, torch_model
+from dash_export.models.torch_model import LayerInputs, bypass_input, embedded, instead, torch_model, unit_normed
 from dash_export.policy import Bypass, SkipPolicy, key_value_size
 
 BITS, BYPASS_BITS = 4, 8
@@ -124,12 +124,10 @@ class GatedModel:
         self.recomputes = device.type == "cuda"
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return RMSNorm of unit gain, computed in float32, in the dtype of `hidden`."""
-        return nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.spec.rms_norm_eps).to(hidden.dtype)
+        return unit_normed(hidden, self.spec)
 
     def bypass_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the bypass of a unit reads of the unit's input."""
-        return hidden if self.spec.traits.norms_after else self.normed(hidden)
+        return bypass_input(hidden, self.spec)
 
     def dense(self, ids: torch.Tensor) -> torch.Tensor:
         """Run a dense pass: ids [batch, tokens] -> normed last hidden states [batch, tokens, hidden]."""

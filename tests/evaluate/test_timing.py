@@ -12,7 +12,7 @@ from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.errors import BackendError
 from dash_export.evaluate.candidates import Candidate
-from dash_export.evaluate.timing import SETTLE, Timing, in_turns, run_alone
+from dash_export.evaluate.timing import BLOCK, FOUND, SETTLE, Timing, in_turns, run_alone
 from tests.evaluate.test_score import SETTINGS
 from tests.forged import edit
 from tests.tiny import random_ids
@@ -21,11 +21,13 @@ from tests.tiny import random_ids
 def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
     ids = random_ids(60, seed=5)
     candidate = Candidate(runtime, SETTINGS[2])
-    alone = run_alone(candidate, ids.tolist(), 20)
-    assert 0 < alone.seconds < 1
-    assert 0.2 < alone.of_dense < 5
+    alone = run_alone(candidate, ids.tolist(), 20, Candidate(runtime, Setting("dense")))
+    assert 0 < alone.first_seconds < 1
+    assert 0.2 < alone.ratio < 5
     assert 1 << 24 < alone.peak_memory < 1 << 31
-    taken = candidate.taken(candidate.session().score(ids, prefix=20).actions[20 + SETTLE :])
+    actions = candidate.session().score(ids, prefix=20).actions[20 + SETTLE :]
+    assert len(actions) == BLOCK
+    taken = candidate.taken(actions[FOUND:])
     assert alone.predicted == pytest.approx(taken[2])
 
 
@@ -36,7 +38,7 @@ def test_a_process_takes_no_module_from_the_current_folder(
         (tmp_path / name).write_text("raise SystemExit('pwned')")
     monkeypatch.chdir(tmp_path)
     alone = run_alone(Candidate(runtime, Setting("dense")), [1, 2, 3], 2)
-    assert alone.predicted == alone.of_dense == 1
+    assert alone.predicted == alone.ratio == 1
 
 
 def test_a_process_that_fails_or_is_killed(

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.base import BESIDE, MAIN
 from dash_export.runtime.device.buffers import Mirror
-from dash_export.runtime.device.cuda import Cuda
+from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda
 from tests.standin import installed
 from tests.standin.cuda import Card
 

@@ -72,7 +72,6 @@ def calls(runtime: DashRuntime, session: Session, batch: Batch) -> dict[str, Cal
         "prefill": session.prefill,
         "restart": session.restart,
         "decode_one": session.decode_one,
-        "decode_step": session.decode_step,
         "batch.stream": lambda odd: list(batch.stream(odd, 1)),
         "batch.stream.prompt": lambda odd: list(batch.stream([ids, odd, ids], 2)),
         "batch.stream.max_tokens": lambda odd: batch.stream([ids], odd),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,38 +11,77 @@ import numpy as np
 import pytest
 
 from dash_export.runtime.results import Response, Statistics
-from dash_export.serve import answers
 from dash_export.serve.answers import WAKE_SECONDS, Answer, Inbox
 
 TOKEN = Response("a", 1, np.zeros(2, np.int8), 0.0, Statistics(), None)
+LAST = replace(TOKEN, finish_reason="stop")
 
 
 class Recorder(Answer):
     def __init__(self) -> None:
-        self.seconds = list[float]()
+        self.recorded = 0
 
-    def record(self, _: Response, seconds: float) -> None:
-        self.seconds.append(seconds)
+    def record(self, *_: Any) -> None:
+        self.recorded += 1
 
 
-@pytest.mark.parametrize(
-    ("streamed", "groups"),
-    [(True, [[0.0], [0.4, 0.7, 1.0], [1.4, 1.5]]), (False, [[0.0, 0.4, 0.7, 1.0, 1.4, 1.5]])],
-)
-def test_fast_tokens_come_together(streamed: bool, groups: list[list[float]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times are multiples of WAKE_SECONDS. The first streamed token and the last one, at 1.5, never wait."""
+class Later:
+    """An event loop's timers, which end when the test says so."""
 
-    async def told() -> list[list[float]]:
-        inbox, answer, found = Inbox(streamed), Recorder(), list[list[float]]()
-        for time in (0.0, 0.4, 0.7, 1.0, 1.4, 1.5):
-            clock: Any = type("Clock", (), {"perf_counter": lambda time=time: time * WAKE_SECONDS})
-            monkeypatch.setattr(answers, "time", clock)
-            inbox.put(answer, replace(TOKEN, finish_reason="stop" if time == 1.5 else None))
-            await asyncio.sleep(0)
-            if inbox._ready.is_set():
-                assert len(await inbox.get()) == len(answer.seconds)
-                found.append([round(seconds / WAKE_SECONDS, 3) for seconds in answer.seconds])
-                answer.seconds.clear()
-        return found
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.timers: list[Callable[[], None]] = []
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", self._called)
 
-    assert asyncio.run(told()) == groups
+    def _called(self, seconds: float, timer: Callable[[], None]) -> None:
+        assert seconds == WAKE_SECONDS
+        self.timers.append(timer)
+
+    def end(self) -> None:
+        for timer in self.timers:
+            timer()
+        self.timers.clear()
+
+
+async def woken(inbox: Inbox) -> int:
+    """How many responses the loop is woken for at this moment."""
+    await asyncio.sleep(0)
+    return len(await inbox.get()) if inbox._ready.is_set() else 0
+
+
+def test_fast_tokens_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def told() -> None:
+        inbox, answer, later = Inbox(streamed=True), Recorder(), Later(monkeypatch)
+        inbox.put(answer, TOKEN)
+        assert await woken(inbox) == 1, "the first token never waits"
+        for _ in range(3):
+            inbox.put(answer, TOKEN)
+            assert await woken(inbox) == 0
+        later.end()
+        assert await woken(inbox) == 3, "none waits for the next one"
+        later.end()
+        inbox.put(answer, TOKEN)
+        assert await woken(inbox) == 1, "slow tokens come one by one"
+        inbox.put(answer, TOKEN)
+        inbox.put(answer, LAST)
+        assert await woken(inbox) == 2, "nor does the last one wait"
+        assert answer.recorded == 7
+
+    asyncio.run(told())
+
+
+def test_an_answer_that_is_not_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wake-up for all its tokens; where nobody waits for the end, those that came are recorded."""
+
+    async def told() -> None:
+        inbox, answer, later = Inbox(streamed=False), Recorder(), Later(monkeypatch)
+        for _ in range(3):
+            inbox.put(answer, TOKEN)
+            assert await woken(inbox) == 0
+        inbox.put(answer, LAST)
+        assert await woken(inbox) == 4
+        assert not later.timers
+        inbox.put(answer, TOKEN)
+        inbox.drain()
+        assert answer.recorded == 5
+
+    asyncio.run(told())

@@ -33,7 +33,7 @@ from dash_export.manifest import Build, EngineRecord, Segment
 from dash_export.resources import resource_folder
 from dash_export.runtime.cpus import cpu_name, physical_cores
 from dash_export.runtime.decode import BoundStep, EngineSet
-from dash_export.runtime.ort_engine import create as backend
+from dash_export.runtime.ort_engine import OrtBackend
 from dash_export.runtime.rules import DENSE, Rule
 from dash_export.runtime.runtime import engines
 
@@ -129,7 +129,7 @@ def load_both(bundle: Path, target: str, whole: tuple[Path, Build], number: int)
     loaded: dict[int, EngineSet] = {}
     for index in (0, 1) if number % 2 == 0 else (1, 0):
         own, build = builds[index]
-        found = engines(own, build, backend(build.recipe.runtime.threads), build.recipe, "sync")
+        found = engines(own, build, OrtBackend(build.recipe.runtime.threads), build.recipe, "sync")
         assert isinstance(found, EngineSet)
         loaded[index] = found
     return loaded[0], loaded[1]

@@ -20,7 +20,7 @@ from dash_export import DashRuntime
 from dash_export.commands.tables import print_table
 from dash_export.decision import Setting
 from dash_export.evaluate.candidates import label
-from dash_export.runtime.device.base import MAIN
+from dash_export.runtime.device.cuda import MAIN
 from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.rules import DENSE
 

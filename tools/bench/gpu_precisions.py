@@ -27,21 +27,22 @@ from dash_export.evaluate.intervals import interval
 from dash_export.graphs.surgery import add_constant, constant_value, load_graph
 from dash_export.graphs.trt_quantize import quantize_weights
 from dash_export.runtime import DashRuntime
-from dash_export.runtime.ort_engine import create as backend
+from dash_export.runtime.ort_engine import OrtBackend, OrtEngine
 from dash_export.targets import Recipe, load_recipe, with_weights
 
 WINDOW = 256
 
 
-class Replaced:
+class Replaced(OrtBackend):
     """A backend that takes what lies in `folder` in the place of graphs of the same name."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._backend = folder, backend(0)
+        super().__init__(0)
+        self._folder = folder
 
-    def load(self, path: Path) -> Any:
+    def load(self, path: Path) -> OrtEngine:
         own = self._folder / path.name
-        return self._backend.load(own if own.exists() else path)
+        return super().load(own if own.exists() else path)
 
 
 def round_graphs(bundle: Bundle, recipe: Recipe, folder: Path) -> None:
@@ -87,7 +88,7 @@ def main(bundle: Path, target: str, asked: tuple[str, ...], windows: int) -> Non
         found = (session.score(ids, keep_logits=True).logits for ids in texts)
         return [each for each in found if each is not None]
 
-    texts = held_out(DashRuntime(opened, build, backend(0)).text.encode, windows * WINDOW).reshape(windows, WINDOW)
+    texts = held_out(DashRuntime(opened, build, OrtBackend(0)).text.encode, windows * WINDOW).reshape(windows, WINDOW)
     with tempfile.TemporaryDirectory() as empty:
         exact = logits(Path(empty))
     rows, result = [], {}

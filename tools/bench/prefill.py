@@ -16,9 +16,9 @@ from common import Times, held_out, in_fresh_processes, load_both, print_json, r
 
 from dash_export.bundle import Bundle
 from dash_export.commands.tables import print_table
-from dash_export.evaluate.timing import peak_memory
 from dash_export.manifest import Build
 from dash_export.runtime import DashRuntime
+from dash_export.runtime.cpus import peak_memory
 from dash_export.runtime.decode import EngineSet
 from dash_export.runtime.text import Text
 

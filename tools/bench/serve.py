@@ -68,7 +68,9 @@ def server(bundle: Path, target: str, *options: str) -> Iterator[str]:
 
 
 def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Stream:
-    """Ask, and read with as little work as can be: this client's processors are the server's. Raises OSError."""
+    """Ask, and read with as little work as can be, because this client's processors are the server's. Tokens
+    that come together share the time since the last ones. Raises OSError, and RuntimeError for an error's answer.
+    """
     asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, "seed": 1, **body}
     asked |= {"stream_options": {"include_usage": True}}
     connection = HTTPConnection(address.removeprefix("http://"), timeout=600)
@@ -78,13 +80,16 @@ def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Strea
         while piece := reply.read1():
             came.append((time.perf_counter(), piece))
     connection.close()
-    times, of_dense = list[float](), 1.0
+    if reply.status != 200:
+        raise RuntimeError(f"the server answered {reply.status}: {came}")
+    times, of_dense, left = list[float](), 1.0, b""
     for now, piece in came:
-        chunks = [json.loads(line[6:]) for line in piece.splitlines() if line.startswith(b"data: {")]
-        last = times[-1] if times else began
+        *lines, left = (left + piece).split(b"\n")
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+        last = times[-1] if times else now
         tokens = sum(bool(chunk["choices"]) for chunk in chunks)
         times += [last + (now - last) * (number + 1) / tokens for number in range(tokens)]  # those that come together
-        of_dense = next((chunk["dash"]["time_of_dense"] for chunk in chunks if "dash" in chunk), of_dense)
+        of_dense = next((chunk["dash"].get("time_of_dense", 1.0) for chunk in chunks if "dash" in chunk), of_dense)
     return Stream(times[0] - began, [after - before for before, after in pairwise(times)], of_dense)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_export.runtime.device.base import Device
+from dash_export.runtime.device.cuda import Cuda
 
 
 class PromptMemory:
@@ -17,7 +17,7 @@ class PromptMemory:
     of at least twice its size.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Cuda) -> None:
         self._device, self._kept, self._asked = device, list[Any](), 0
 
     def again(self) -> PromptMemory:
@@ -43,7 +43,7 @@ class PromptMemory:
 class Mirror:
     """An array in pinned memory (`host`) and on the device (`memory`)."""
 
-    def __init__(self, device: Device | PromptMemory, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    def __init__(self, device: Cuda | PromptMemory, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self.host: npt.NDArray[Any] = device.pinned(nbytes).view(dtype).reshape(shape)
         self.memory: Any = device.memory(nbytes)

@@ -1,5 +1,8 @@
-"""The driver of a device on CUDA, through `cuda-bindings` alone. All streams are non-blocking, so nothing waits for the
-legacy default stream. Not yet run on a GPU.
+"""The driver of a device on CUDA, through `cuda-bindings` alone. Not yet run on a GPU.
+
+A stream does all that it is given in order, some time later. Only events order the work of different streams. The host
+knows that work has ended only by waiting for an event or a stream. All streams are non-blocking, so nothing waits for
+the legacy default stream.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     from dash_export.runtime.device.cuda_graph import CudaGraph
 
 logger = logging.getLogger(__name__)
+MAIN, BESIDE = "main", "beside"
+"""Names of streams: layers run on MAIN; in `overlapped` and `device` dispatch the policy runs on BESIDE."""
+Launch = Callable[[str], None]
+"""Enqueue a bound engine on the stream of that name. Launches of engines loaded for different streams may overlap."""
 LESS_MEMORY = "Use a smaller kv_capacity or prefill_chunk in the recipe, int4 weights, or fewer sessions."
 # aarch64 wheels after 12.8.0 contain the CUDA runtime of ARM servers; 12.8.0 implements the API over the driver alone.
 INSTALL = (
@@ -39,13 +46,26 @@ def require_bindings() -> Any:
 
 
 class CudaMemory:
-    """Bytes on the device, or a view of some; freed when the last view is gone."""
+    """Bytes on the device, zeroed when allocated, or a view of some; freed when the last view is gone."""
 
     def __init__(self, address: int, nbytes: int, whole: CudaMemory | None = None) -> None:
         self.address, self.nbytes, self._whole = address, nbytes, whole
 
     def part(self, offset: int, nbytes: int | None = None) -> CudaMemory:
+        """Return a view of `nbytes` from `offset` on, or to the end; the view keeps the whole memory alive."""
         return CudaMemory(self.address + offset, self.nbytes - offset if nbytes is None else nbytes, self)
+
+
+class DeviceEngine(Protocol):
+    """A compiled engine of a backend, shared between sessions."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, CudaMemory]) -> Launch:
+        """Fix the shape of every input and the address of every input and output. An output may share its input's
+        memory (KV cache).
+        """
 
 
 class Cuda:
@@ -81,9 +101,15 @@ class Cuda:
         return tuple(values) if len(values) > 1 else values[0] if values else None
 
     def accept(self, build: Build, rebuild: str) -> None:
-        """Accept every build."""
+        """Raise BackendError with the command `rebuild` where the build's engines were not compiled for this device and
+        this version. Without a backend's own checks accept every build.
+        """
 
     def check_room(self, engines: Mapping[Path, int], cache: int) -> None:
+        """Check for free memory before anything is loaded. `engines`: bytes of each engine file (loaded ones do not
+        count); `cache`: bytes of one session's cache. Raises BackendError where so much is not free; only warns where
+        host and device share their memory.
+        """
         loaded = {path for path, _ in self.engines}
         weights = sum(nbytes for path, nbytes in engines.items() if path not in loaded)
         free, total = self(self.rt.cudaMemGetInfo())
@@ -97,11 +123,12 @@ class Cuda:
             raise BackendError(said)
         logger.warning("%s Memory that files are kept in may be given back meanwhile.", said)
 
-    def engine(self, path: Path, stream: str) -> Any:
+    def engine(self, path: Path, stream: str) -> DeviceEngine:
+        """Return an engine that will run on the stream of that name, with that stream's scratch memory."""
         key = (path, stream)
         if key not in self.engines:
             self.engines[key] = self.load(path, stream)
-        return self.engines[key]
+        return self.engines[key]  # type: ignore[no-any-return]
 
     def load(self, path: Path, stream: str) -> Any:
         """Load an engine of the backend. Raises BackendError when the backend refuses the file."""
@@ -110,6 +137,7 @@ class Cuda:
     # --- memory
 
     def memory(self, nbytes: int) -> CudaMemory:
+        """Return new memory. Raises BackendError that says how much was asked for and how much is free."""
         rt, size = self.rt, max(nbytes, 1)
         code, address = rt.cudaMalloc(size)
         if code == rt.cudaError_t.cudaErrorMemoryAllocation:
@@ -126,6 +154,7 @@ class Cuda:
         return memory
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return page-locked host memory, zeroed."""
         rt = self.rt
         address = int(self(rt.cudaHostAlloc(max(nbytes, 1), rt.cudaHostAllocDefault)))
         buffer = (ctypes.c_uint8 * nbytes).from_address(address)
@@ -136,6 +165,9 @@ class Cuda:
         return array
 
     def copy(self, stream: str, to: Any, source: Any) -> None:
+        """Enqueue a copy of all of `source` to `to`: memory of the device, or a pinned host array, which must not
+        change until the stream has passed the copy.
+        """
         rt = self.rt
         kind = rt.cudaMemcpyKind.cudaMemcpyDefault
         self(rt.cudaMemcpyAsync(_address(to), _address(source), source.nbytes, kind, self.stream(stream)))
@@ -143,6 +175,7 @@ class Cuda:
     def copy_rows(
         self, stream: str, to: CudaMemory, pitch: int, source: CudaMemory, source_pitch: int, width: int, rows: int
     ) -> None:
+        """Enqueue a copy of `rows` rows of `width` bytes, `source_pitch` bytes apart in `source`, `pitch` in `to`."""
         rt, handle = self.rt, self.stream(stream)
         kind = rt.cudaMemcpyKind.cudaMemcpyDefault
         self(rt.cudaMemcpy2DAsync(to.address, pitch, source.address, source_pitch, width, rows, kind, handle))
@@ -161,18 +194,23 @@ class Cuda:
         return self._events[name]
 
     def record(self, stream: str, event: str) -> None:
+        """Enqueue the event: it happens when the stream has done its work so far."""
         self(self.rt.cudaEventRecord(self._event(event), self.stream(stream)))
 
     def wait(self, stream: str, event: str) -> None:
+        """Make later work of this stream wait for the event; the host does not wait."""
         self(self.rt.cudaStreamWaitEvent(self.stream(stream), self._event(event), 0))
 
     def wait_for_event(self, event: str) -> None:
+        """Block the host until the event's stream has passed the event."""
         self(self.rt.cudaEventSynchronize(self._event(event)), f" before {event}")
 
     def synchronize(self, stream: str) -> None:
+        """Block the host until the stream has done all its work."""
         self(self.rt.cudaStreamSynchronize(self.stream(stream)), f" on the stream {stream}")
 
     def graph(self, stream: str, units: int, step: Callable[[CudaGraph], None]) -> CudaGraph:
+        """Record what `step` enqueues; it begins and ends in `stream`. Raises BackendError where that is impossible."""
         from dash_export.runtime.device.cuda_graph import CudaGraph
 
         return CudaGraph(self, stream, units, step)

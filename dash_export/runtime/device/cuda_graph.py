@@ -100,8 +100,11 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 
 class CudaGraph:
-    """An executable graph, and the graph it was instantiated from, which owns the bodies of its conditional nodes. Both
-    are freed with this object.
+    """A step that is recorded once and launched again and again: an executable graph, and the graph it was instantiated
+    from, which owns the bodies of its conditional nodes. Both are freed with this object.
+
+    `decide`, `branch` and `write_rows` are called by the step while it is recorded. All work that streams are given
+    meanwhile is recorded. Streams must wait for one another as ever; the host must not wait for anything.
     """
 
     def __init__(self, cuda: Cuda, stream: str, units: int, step: Callable[[CudaGraph], None]) -> None:
@@ -145,6 +148,9 @@ class CudaGraph:
     # --- while it is recorded
 
     def decide(self, stream: str, damage: CudaMemory, limits: CudaMemory, skipped: CudaMemory) -> None:
+        """Record all decisions, one per unit: skipped [units] (bool) is true where damage [sequences, units] (float32)
+        < limits [sequences, units] (float64) for every sequence, as in `DecisionRule.skips`.
+        """
         rt, graph = self._cuda.rt, self._recorded(stream)[0]
         for index in np.ndindex(self._handles.shape):
             self._handles[index] = int(self._cuda(rt.cudaGraphConditionalHandleCreate(graph, 0, 0)))
@@ -154,6 +160,9 @@ class CudaGraph:
         self._run("decide", stream, (1, 1, 1), 32, memories, sizes)
 
     def branch(self, stream: str, unit: int, run: Callable[[str], None], skip: Callable[[str], None]) -> None:
+        """Record a branch: one of `run` and `skip`, as decided about the unit, runs before what follows in `stream`.
+        Each side is recorded now, on the stream that it is given and on no other.
+        """
         for side, fill in enumerate((run, skip)):
             self._node(stream, int(self._handles[unit, side]), fill)
 
@@ -165,6 +174,10 @@ class CudaGraph:
         width: int,
         position: CudaMemory,
     ) -> None:
+        """Record the write of new K and V rows into the cache, for pairs (cache, new rows). The cache has tables of
+        rows, `pitch` bytes apart: equally many for each sequence, one sequence after another. Each table gets the next
+        `width` bytes of the new rows, at the row that `position` [sequences] (int64, on the device) says.
+        """
         table = np.array([[to.address, rows.address] for to, rows in pairs], np.uint64)
         memory = self._cuda.memory(table.nbytes)
         self._tables.append((memory, table))

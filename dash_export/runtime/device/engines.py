@@ -11,8 +11,8 @@ from dash_export.decision import Unit
 from dash_export.errors import BundleError, ContextLengthError
 from dash_export.manifest import DAMAGED, POLICY, Build, Segment
 from dash_export.runtime.cache import Sequences
-from dash_export.runtime.device.base import BESIDE, MAIN, Device, DeviceEngine, Memory
 from dash_export.runtime.device.buffers import PromptMemory
+from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda, CudaMemory, DeviceEngine
 from dash_export.runtime.device.step import DeviceStep
 from dash_export.targets import Recipe
 
@@ -36,9 +36,8 @@ class DeviceEngines:
     """
 
     mixes = takes_embeddings = gives_state = grows = False
-    score_rows = 1
 
-    def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Device, dispatch: str) -> None:
+    def __init__(self, bundle: Bundle, build: Build, recipe: Recipe, device: Cuda, dispatch: str) -> None:
         """Load all engines. `dispatch`: `sync`, `overlapped` or `device` (see `step`); `device` becomes `overlapped`
         where steps cannot be recorded.
 
@@ -109,8 +108,8 @@ class DeviceCache(Sequences):
         """Bytes from one head to the next."""
         self.sequence_bytes = model.num_kv_heads * self.pitch
         self.position_nbytes = 2 * model.num_layers * model.num_kv_heads * self.row_bytes
-        self.keys: list[Memory] = []
-        self.values: list[Memory] = []
+        self.keys: list[CudaMemory] = []
+        self.values: list[CudaMemory] = []
         self.prompts = PromptMemory(engines.device)
 
     def reserve(self, rows: int) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.base import BESIDE, MAIN, Device
 from dash_export.runtime.device.buffers import Mirror
+from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda
 
 UNITS, AHEAD = 8, 2
 """Number of units, and of segments before the first unit."""
@@ -24,7 +24,7 @@ REPEATS = 200
 _COPIED = 256 << 20
 
 
-def probe(device: Device) -> dict[str, Any]:
+def probe(device: Cuda) -> dict[str, Any]:
     """Measure microseconds (medians, by the host's clock to the end of the work) and bytes per second; of a graph that
     cannot be recorded, return the reason. Takes a second or two.
     """
@@ -93,7 +93,7 @@ def _timed(work: Callable[[], object], end: Callable[[], object], ended: bool = 
     return 1e6 * median(spent[REPEATS // 10 :])
 
 
-def _bandwidth(device: Device) -> float:
+def _bandwidth(device: Cuda) -> float:
     """Return the bytes that a copy on the device reads and writes in a second."""
     places = [device.memory(_COPIED) for _ in range(2)]
     each = _timed(lambda: device.copy(MAIN, *places), lambda: device.synchronize(MAIN))

@@ -12,8 +12,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from dash_export.errors import BackendError
-from dash_export.runtime.device.base import Launch
-from dash_export.runtime.device.cuda import Cuda, CudaMemory
+from dash_export.runtime.device.cuda import Cuda, CudaMemory, Launch
 from dash_export.runtime.ort_engine import ort_errors
 
 PROVIDER = "CUDAExecutionProvider"
@@ -87,5 +86,5 @@ class OrtCudaEngine:
         return launch
 
 
-def create(_threads: int) -> OrtCuda:
+def create(_name: str, _threads: int) -> OrtCuda:
     return OrtCuda()

@@ -32,8 +32,9 @@ from dash_export.decision import DecisionRule, Skips
 from dash_export.errors import BackendError
 from dash_export.names import new_names, past_names, present_names
 from dash_export.runtime.backends import Launch as HostLaunch
-from dash_export.runtime.device.base import BESIDE, MAIN, DeviceEngine, Graph, Launch, Memory
 from dash_export.runtime.device.buffers import Mirror
+from dash_export.runtime.device.cuda import BESIDE, MAIN, CudaMemory, DeviceEngine, Launch
+from dash_export.runtime.device.cuda_graph import CudaGraph
 from dash_export.runtime.rules import DENSE, Rule
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class Part:
     unit: int | None
     run: Launch
     bypass: Launch | None
-    new_rows: list[tuple[Memory, Memory]]
-    copies: list[tuple[int, Memory, Memory]]
+    new_rows: list[tuple[CudaMemory, CudaMemory]]
+    copies: list[tuple[int, CudaMemory, CudaMemory]]
 
 
 class DeviceStep:
@@ -76,8 +77,8 @@ class DeviceStep:
         assert 1 in (sequence, batch)
         self.engines, self.device, self.sequence, self.batch = engines, engines.device, sequence, batch
         self._cache = cache
-        self._graph: Graph | None = None
-        self._known = OrderedDict[bytes, Graph]()
+        self._graph: CudaGraph | None = None
+        self._known = OrderedDict[bytes, CudaGraph]()
         self._warm = False
         model, units, item = engines.model, len(engines.units), engines.itemsize
         space = self._space = self.device if sequence == 1 else cache.prompts.again()
@@ -129,7 +130,7 @@ class DeviceStep:
         ]
         return Part(loaded.unit, self._bind(loaded.run, memory), bypass, new_rows, copies)
 
-    def _bind(self, engine: DeviceEngine, memory: dict[str, Memory]) -> Launch:
+    def _bind(self, engine: DeviceEngine, memory: dict[str, CudaMemory]) -> Launch:
         memory = self._memory | memory
         shapes = {name: self._shapes.get(name, self._cache_shape) for name in engine.inputs}
         # In the order of `building.gpu_backends`.
@@ -194,7 +195,7 @@ class DeviceStep:
             return False
         return not known or bool(self._agreed(known).any())
 
-    def _graph_for(self, rules: Sequence[Rule]) -> Graph | None:
+    def _graph_for(self, rules: Sequence[Rule]) -> CudaGraph | None:
         """Return the recorded step, and fill in what it needs; None where the step must be launched one by one. Graphs
         are for tokens whose actions are known and, in `device` dispatch, for rules that the kernel knows.
         """
@@ -211,7 +212,7 @@ class DeviceStep:
         self._limits.host[:] = [rule.limits for rule in deciding]
         return self._graph
 
-    def _known_graph(self, rules: Sequence[Rule]) -> Graph | None:
+    def _known_graph(self, rules: Sequence[Rule]) -> CudaGraph | None:
         self.damage.fill(0.0)
         self.skipped[:] = self._agreed(rules)
         key = self.skipped.tobytes()
@@ -225,7 +226,7 @@ class DeviceStep:
         self._known.move_to_end(key)
         return self._known[key]
 
-    def _recorded(self, units: int, record: Callable[[Graph], None]) -> Graph | None:
+    def _recorded(self, units: int, record: Callable[[CudaGraph], None]) -> CudaGraph | None:
         """Record a graph, or return None where that is impossible: then no graph with decisions is tried again or, if
         this one had none, no graph at all.
         """
@@ -258,14 +259,14 @@ class DeviceStep:
             self.device.synchronize(self.engines.policy_stream)
         self._warm = True
 
-    def _record_known(self, skipped: Sequence[bool], graph: Graph) -> None:
+    def _record_known(self, skipped: Sequence[bool], graph: CudaGraph) -> None:
         """Record a token whose actions are known."""
         self._upload_inputs()
         for part in self.parts:
             self.launch(part, part.unit is not None and skipped[part.unit], graph)
         self.device.copy(MAIN, self._logits.host, self._logits.memory)
 
-    def _record(self, graph: Graph) -> None:
+    def _record(self, graph: CudaGraph) -> None:
         """Record a token of `device` dispatch, whatever its decisions."""
         self._upload_inputs()
         self.device.copy(MAIN, self._limits.memory, self._limits.host)
@@ -282,7 +283,7 @@ class DeviceStep:
         for result in (self._logits, self._damage, self._skipped):
             self.device.copy(MAIN, result.host, result.memory)
 
-    def _launch_before_units(self, asks: bool, graph: Graph | None = None) -> None:
+    def _launch_before_units(self, asks: bool, graph: CudaGraph | None = None) -> None:
         """Enqueue the segments before the first unit, and the policy if `asks`. On a stream of its own the policy waits
         only for the state that it reads, and runs beside the last of these segments. That state is not overwritten
         before the decision: the first unit would overwrite it, and is launched later.
@@ -298,7 +299,7 @@ class DeviceStep:
                 self.device.wait(stream, READY)
             self._policy(stream)
 
-    def launch(self, part: Part, bypass: bool = False, graph: Graph | None = None, stream: str = MAIN) -> None:
+    def launch(self, part: Part, bypass: bool = False, graph: CudaGraph | None = None, stream: str = MAIN) -> None:
         """Enqueue a segment or its bypass, and the cache writes that its engine leaves to the runtime. New rows go
         after the cached ones or, where the step is recorded in `graph`, to a position that is read when it runs.
         """

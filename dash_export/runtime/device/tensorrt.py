@@ -13,8 +13,7 @@ from typing import Any
 
 from dash_export.errors import BackendError
 from dash_export.manifest import Build
-from dash_export.runtime.device.base import Launch
-from dash_export.runtime.device.cuda import Cuda, CudaMemory
+from dash_export.runtime.device.cuda import Cuda, CudaMemory, Launch
 from dash_export.runtime.device.trt_api import last_reason, load_toolkit
 
 
@@ -113,5 +112,5 @@ class TensorRTEngine:
         return context
 
 
-def create(_threads: int) -> TensorRT:
-    return TensorRT("tensorrt")
+def create(name: str, _threads: int) -> TensorRT:
+    return TensorRT(name)

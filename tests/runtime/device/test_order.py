@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from dash_export.names import past_names, present_names
-from dash_export.runtime.device.base import BESIDE, MAIN
-from dash_export.runtime.device.cuda import Cuda
+from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda
 from dash_export.runtime.device.cuda_graph import BODY, CudaGraph
 from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.device.step import READY, DeviceStep

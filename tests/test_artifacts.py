@@ -112,15 +112,6 @@ def test_an_error_or_a_kill_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-mine"]
 
 
-def test_keep_only(tmp_path: Path) -> None:
-    store = ArtifactStore(tmp_path)
-    for name in "ab":
-        store.make(name, "key", writer(name, f"{name}.data"))
-    store.keep_only({"a"})
-    assert {path.name for path in tmp_path.iterdir()} == {"a.data", JOURNAL}
-    assert ArtifactStore(tmp_path).current("b", "key") is None
-
-
 def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
     """And nothing that one still writes, or that is of another file; a link in the way is not followed."""
     for name in (

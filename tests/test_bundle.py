@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from dash_export import DashRuntime
 from dash_export.bundle import BUILD, Bundle, safe_path, to_json
 from dash_export.errors import BundleError, DashError
-from dash_export.manifest import Segment
 from dash_export.names import MANIFEST
 from dash_export.outputs import MARK
 from dash_export.typed_json import typed
@@ -36,13 +35,6 @@ def test_records_come_back(tiny_root: Path) -> None:
     assert opened.build_command("cpu-int8").endswith("--target cpu-int8")
     for record in (opened.manifest, opened.load_build("cpu-fp32")):
         assert typed(type(record), json.loads(to_json(record)), "a record") == record
-
-
-def test_segment_names() -> None:
-    assert Segment(0, -1, True, False, False).name == "embed"
-    assert Segment(30, 29, False, True, False).name == "head"
-    assert Segment(4, 4, False, False, True).name == "layer_04"
-    assert Segment(0, 1, True, False, False).name == "layers_00-01"
 
 
 def test_what_is_no_bundle(bundle: Path, tmp_path: Path) -> None:

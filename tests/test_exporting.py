@@ -87,13 +87,6 @@ def test_a_policy_knows_its_model(tiny_model: Checkpoint, tmp_path: Path) -> Non
     export(tiny_model, tmp_path / "a.dash", replace(policy, final_norm=near))
 
 
-def test_an_unchanged_export_is_left_alone(tiny_model: Checkpoint, tmp_path: Path) -> None:
-    root = export(tiny_model, tmp_path / "a.dash").root
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    export(tiny_model.source, tmp_path / "a.dash")
-    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
-
-
 @pytest.mark.parametrize("file", ["onnx/layer_03.data", "manifest.json"])
 def test_a_damaged_bundle_is_made_anew(file: str, tiny_model: Checkpoint, tmp_path: Path) -> None:
     """The same command repairs it, as the error that names the damage says."""

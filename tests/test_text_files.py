@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from dash_export.errors import CheckpointError, RequestError
-from dash_export.models import open_checkpoint
+from dash_export.errors import RequestError
 from dash_export.text_files import load_tokenizer, read_stream, read_text
 
 
@@ -113,16 +112,6 @@ def test_tokenizers_made_to_harm(name: str, tiny_root: Path) -> None:
         load_tokenizer(json.dumps(data | change).replace("Unigram", "\\u0055nigram"))
 
 
-def test_a_tokenizer_pads_and_cuts_nothing(tiny_root: Path) -> None:
-    """Else an empty text would be as long as it says."""
-    data = json.loads((tiny_root / "tokenizer.json").read_text())
-    padding = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
-    padding |= {"pad_type_id": 0, "pad_token": "a"}
-    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
-    tokenizer = load_tokenizer(json.dumps(data | {"padding": padding, "truncation": cut}))
-    assert len(tokenizer.encode("abc").ids) == 3
-
-
 def test_the_check_of_a_tokenizer_takes_no_time_itself(tiny_root: Path) -> None:
     data = json.loads((tiny_root / "tokenizer.json").read_text())
     quotes = [{"id": number, "content": '"' * 4000} for number in range(120)]
@@ -130,15 +119,6 @@ def test_the_check_of_a_tokenizer_takes_no_time_itself(tiny_root: Path) -> None:
     with suppress(ValueError):
         load_tokenizer(json.dumps(data | {"added_tokens": quotes}))
     assert time.perf_counter() - began < 2
-
-
-def test_a_model_whose_tokenizer_is_none(tiny_root: Path, tmp_path: Path) -> None:
-    """Told when it is exported, not when the bundle is run."""
-    for path in (tiny_root.parent / "model").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Unknown"}}')
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer that can be used"):
-        open_checkpoint(tmp_path)
 
 
 def test_endless_input_is_refused() -> None:

@@ -8,6 +8,7 @@ copied. There is no mask input: a query may read the cached rows before `write_i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Chain:
     def __init__(self, graph: ir.Graph, old: ir.Node, name: str, float32: bool = False) -> None:
         self.graph, self.old, self.name, self.float32 = graph, old, name, float32
 
-    def op(self, op_type: str, inputs: list[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
         node = ir.node(op_type, inputs, attributes or None, name=f"{self.name}/{name}")
         node.outputs[0].name = str(node.name)
         if self.float32:

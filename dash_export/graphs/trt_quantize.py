@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from dash_export.errors import BundleError
 from dash_export.graphs.rounded import Rounded, Roundings, block_of, to_nearest, weight_precision
-from dash_export.graphs.surgery import add_constant, constant_value
+from dash_export.graphs.surgery import constant_value
+from dash_export.graphs.trt_decompose import Chain
 from dash_export.models.spec import Float32Array
 from dash_export.targets import QUANTISED, WeightsRecipe
 
@@ -61,13 +62,17 @@ def quantize_weights(
         block = block_of(matrix.shape[0], recipe.block_size) if precision == "int4" else matrix.shape[0]
         if precision not in QUANTISED or block is None or weight is None:
             continue
+        c = Chain(graph, node, name)
         if precision == "fp8":
             largest = roundings(name)
             if largest is None and (update or name.startswith("bypass")):
                 largest = matrix.shape[0] ** 0.5  # what an RMSNorm of unit gain gives is not larger
             if not isinstance(largest, float):
                 raise BundleError(f"What {name} is fed was not measured. Build the target again.")
-            _quantize_input(graph, node, largest)
+            # TensorRT fuses both with the MatMul.
+            step, eight = c.constant(f"{name}/input_scale", _scale(largest)), int(ir.DataType.FLOAT8E4M3FN)
+            fed = c.op("QuantizeLinear", [node.inputs[0], step], "input_fp8", output_dtype=eight)
+            node.replace_input_with(0, c.op("DequantizeLinear", [fed, step], "input"))
             scales = _scale(np.abs(matrix).max(axis=0))
             stored, attributes = (matrix / scales).astype(ml_dtypes.float8_e4m3fn), {"axis": 1}
         elif precision == "int8":
@@ -80,30 +85,12 @@ def quantize_weights(
             else:
                 values, scales = quantize_symmetric(matrix, 4, block)
             stored, attributes = values.astype(ml_dtypes.int4), {"axis": 0, "block_size": block}
-        constants = [
-            add_constant(graph, f"{weight.name}.{precision}", stored),
-            add_constant(graph, f"{weight.name}.{precision}.scales", scales),
-        ]
-        new = ir.node("DequantizeLinear", constants, attributes, name=f"{name}/weight")
-        new.outputs[0].name = str(new.name)
-        graph.insert_before(node, new)
-        node.replace_input_with(1, new.outputs[0])
+        own = f"{weight.name}.{precision}"
+        constants = [c.constant(own, stored), c.constant(f"{own}.scales", scales)]
+        node.replace_input_with(1, c.op("DequantizeLinear", constants, "weight", **attributes))
 
 
 def _scale(largest: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """Return the power of two that scales `largest` to 128 to 256 (E4M3 holds 448), at least float16's smallest."""
     exponent = np.ceil(np.log2(np.maximum(np.asarray(largest, np.float32), 1e-30)))
     return np.asarray(np.exp2(np.maximum(exponent - 8, -24)), np.float32)
-
-
-def _quantize_input(graph: ir.Graph, node: ir.Node, largest: float) -> None:
-    """Round the first input to fp8 by QuantizeLinear and DequantizeLinear: TensorRT fuses both with the MatMul."""
-    scale = add_constant(graph, f"{node.name}/input_scale", _scale(largest))
-    for name, operator, attributes in (
-        (f"{node.name}/input_fp8", "QuantizeLinear", {"output_dtype": int(ir.DataType.FLOAT8E4M3FN)}),
-        (f"{node.name}/input", "DequantizeLinear", {}),
-    ):
-        new = ir.node(operator, [node.inputs[0], scale], attributes, name=name)
-        new.outputs[0].name = name
-        graph.insert_before(node, new)
-        node.replace_input_with(0, new.outputs[0])

@@ -87,26 +87,22 @@ def pruned(checkpoint: Checkpoint, policy: SkipPolicy, units: Sequence[Unit]) ->
     if other is not None:
         raise PolicyError(f"Unit {other} has a bypass without weights: there is nothing to put in its place.")
     hidden, digest = checkpoint.spec.hidden_size, hashlib.sha256()
-    kept: list[int] = []
+    gone = {layer for unit in bypasses for layer in unit.layers}
+    kept = [layer for layer in range(checkpoint.spec.num_layers) if layer not in gone]
+    layers, updates = len(kept), list[int]()
     weights = {name: weight for name, weight in checkpoint.weights.items() if not name.startswith(LAYERS)}
-    updates: list[int] = []
-    layers = 0
-    for layer in range(checkpoint.spec.num_layers):
-        unit = next((unit for unit in bypasses if layer in unit.layers), None)
-        if unit is None:
-            old = layer_weight(layer)
-            for name in filter(lambda name: name.startswith(old), checkpoint.weights):
-                weights[layer_weight(layers, name.removeprefix(old))] = checkpoint.weights[name]
-            kept.append(layer)
-            layers += 1
-        elif layer == unit.first:
-            matrix, bias = half(bypasses[unit]["weight"][:, :hidden].T.copy()), bypasses[unit]["bias"][:hidden]
-            own = layer_weight(layers - 1, f"update_{updates.count(layers - 1)}.")
-            weights |= {
-                name: _weight_in_memory(name, array) for name, array in ((f"{own}weight", matrix), (f"{own}bias", bias))
-            }
-            digest.update(matrix.tobytes() + bias.tobytes())
-            updates.append(layers - 1)
+    for place, layer in enumerate(kept):
+        old, new = layer_weight(layer), layer_weight(place)
+        own = [name for name in checkpoint.weights if name.startswith(old)]
+        weights |= {new + name.removeprefix(old): checkpoint.weights[name] for name in own}
+    for unit, bypass in bypasses.items():
+        before = sum(layer < unit.first for layer in kept) - 1  # the layer that takes the update
+        new = layer_weight(before, f"update_{updates.count(before)}.")
+        arrays = {f"{new}weight": half(bypass["weight"][:, :hidden].T.copy()), f"{new}bias": bypass["bias"][:hidden]}
+        for name, array in arrays.items():
+            weights[name] = _weight_in_memory(name, array)
+            digest.update(array.tobytes())
+        updates.append(before)
     name, traits = f"{checkpoint.spec.name}-without-{units_text(bypasses)}", checkpoint.spec.traits
     traits = replace(
         traits,

@@ -53,20 +53,8 @@ _IGNORES_MERGES = _ADDS_BOS = ("llama-bpe", "llama3", "tekken")
 
 
 _ENDS = {
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<end_of_turn>",
-    "<EOT>",
-    "<eos>",
-    "<end_of_utterance>",
-    "[EOS]",
-    "[EOT]",
-    "<|return|>",
-    "<|call|>",
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>"),
+    *("<EOT>", "<eos>", "<end_of_utterance>", "[EOS]", "[EOT]", "<|return|>", "<|call|>"),
 }
 """Names of the tokens at which llama.cpp ends an answer. `</s>` is one only as a control token: else it may be HTML."""
 _SPM_IDS = 1, 2
@@ -196,16 +184,13 @@ def _tokenizer(
     before = parts.get("post_processor")
     post_processor = before
     if bos is not None:
-        first, text, pair = (
-            tokens[bos],
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        )
-        begins = [{"SpecialToken": {"id": first, "type_id": number}} for number in (0, 1)]
+        first, pair = tokens[bos], list[dict[str, Any]]()
+        for number, which in enumerate("AB"):
+            pair += [{"SpecialToken": {"id": first, "type_id": number}}, {"Sequence": {"id": which, "type_id": number}}]
         template = {
             "type": "TemplateProcessing",
-            "single": [begins[0], text],
-            "pair": [begins[0], text, begins[1], pair],
+            "single": pair[:2],
+            "pair": pair,
             "special_tokens": {first: {"id": first, "ids": [bos], "tokens": [first]}},
         }
         post_processor = {"type": "Sequence", "processors": [before, template]} if before else template

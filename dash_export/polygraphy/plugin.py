@@ -130,37 +130,24 @@ class DashRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         model.model_type = ModelArgs.ModelType("onnx")
 
     def _give_inputs(self, kind: str, arguments: list[Any]) -> None:
-        """Replace random inputs by those of a real text; inputs that the user has chosen stay."""
+        """Replace random inputs by those of a real text, and the states it has where an engine begins; inputs that the
+        user has chosen stay.
+        """
         loader = self.arg_groups[DataLoaderArgs]
         if not loader.is_using_random_data():
             return
         if loader.val_range is not None or self.arg_groups[ModelArgs].input_shapes:
             G_LOGGER.warning("--val-range and --input-shapes have no effect on --dash: its inputs are a real text's.")
-        self.arg_groups[DataLoaderArgs] = DashInputArgs(loader, kind, [*arguments, loader.iterations or 1])
+
+        def add_to_script(script: Any, *_: Any, **__: Any) -> Any:
+            script.add_import(imports=[kind], frm=RUNNERS)
+            return script.set_data_loader(make_invocable(kind, *arguments, loader.iterations or 1))
+
+        loader.add_to_script_impl, loader.is_using_random_data = add_to_script, lambda: False
 
     def add_to_script_impl(self, script: Any) -> None:
         script.add_import(imports=[self.kind], frm=RUNNERS)
         script.add_runner(make_invocable(self.kind, *self.place, **self.options))
-
-
-class DashInputArgs(DataLoaderArgs):  # type: ignore[misc]
-    """
-    dash-export Inputs: real text, and the states it has where an engine begins.
-
-    Takes the place of DataLoaderArgs once the command line is parsed.
-    """
-
-    def __init__(self, replaced: DataLoaderArgs, kind: str, arguments: list[Any]) -> None:
-        super().__init__()
-        self.__dict__.update(vars(replaced))
-        self._kind, self._arguments = kind, arguments
-
-    def add_to_script_impl(self, script: Any, user_input_metadata_str: Any = None) -> Any:  # noqa: ARG002
-        script.add_import(imports=[self._kind], frm=RUNNERS)
-        return script.set_data_loader(make_invocable(self._kind, *self._arguments))
-
-    def is_using_random_data(self) -> bool:
-        return False
 
 
 def _bundle_of(model: str | None) -> tuple[Path, str | None]:

@@ -50,14 +50,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_a_second_build_changes_nothing(bundle: Bundle, made: list[str]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*") if path.is_file()}
-    again = build(bundle, "cpu", weights="fp32")
-    assert made == []
-    assert {path.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp} <= {".journal.json"}
-    assert again == bundle.load_build("cpu-fp32"), "the cost table is frozen"
-
-
 READ_ONLY = """
 import errno, os, sys
 from pathlib import Path

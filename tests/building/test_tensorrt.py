@@ -123,12 +123,6 @@ def test_nothing_is_left_behind_but_engines(root: Path) -> None:
     assert names == {f"{name}.engine" for name in loaded(root).engines} | {"build.json", ".journal.json"}
 
 
-def test_a_second_build_compiles_nothing(own: Path, made: list[str]) -> None:
-    before = loaded(own)
-    assert build(own / "tiny.dash", str(own / "mine.toml")) == before
-    assert made == []
-
-
 def test_only_what_changed_is_compiled(own: Path, made: list[str]) -> None:
     checkpoint = open_checkpoint(own / "model")
     changed = export(checkpoint, own / "tiny.dash", tiny_policy(checkpoint, "linear", seed=7))

@@ -10,7 +10,6 @@ import ast
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
@@ -112,21 +111,3 @@ def test_errors_of_one_compilation_do_not_stay() -> None:
         toolkit.logger.log(rtx.ILogger.Severity.INFO, "two")
     toolkit.logger.log(rtx.ILogger.Severity.ERROR, "three")
     assert outer == inner == ["one"]
-
-
-@pytest.mark.parametrize("backend", ["tensorrt_rtx", "tensorrt"])
-def test_contexts_take_memory_of_ours(backend: str) -> None:
-    """And RTX compiles kernels at once: a recording would keep those that stand in until it has."""
-    toolkit = trt_api.Toolkit.__new__(trt_api.Toolkit)
-    toolkit.trt, toolkit.is_rtx, toolkit._kernels = rtx, backend == "tensorrt_rtx", Mock()
-    engine = Mock()
-    toolkit.context(engine, "8.9")
-    (given,) = engine.create_execution_context.call_args.args
-    strategy = rtx.ExecutionContextAllocationStrategy.USER_MANAGED
-    if backend == "tensorrt":
-        assert given == strategy
-    else:
-        given.set_execution_context_allocation_strategy.assert_called_once_with(strategy)
-        eager = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
-        assert given.dynamic_shapes_kernel_specialization_strategy == eager
-        given.set_runtime_cache.assert_called_once_with(toolkit._kernels)

@@ -81,14 +81,6 @@ def test_older_spellings(
     assert_same_model(open_checkpoint(tmp_path), model)
 
 
-def test_defaults_are_those_of_transformers() -> None:
-    needed = {key: value for key, value in CONFIG.items() if key.endswith("_size") or key == "model_type"}
-    spec = decoder_spec({**needed, "num_hidden_layers": 2, "num_attention_heads": 4})
-    assert (spec.num_kv_heads, spec.head_dim, spec.max_positions, spec.rms_norm_eps) == (4, 16, 2048, 1e-6)
-    np.testing.assert_allclose(spec.rope_frequencies, 10_000.0 ** -(np.arange(8) / 8), rtol=1e-6)
-    assert not spec.tie_embeddings
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_config_leaves_out_is_as_in_transformers(family: str) -> None:
     given = {"vocab_size": 300, "hidden_size": 1024, "intermediate_size": 96, "num_hidden_layers": 8}

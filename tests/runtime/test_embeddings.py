@@ -13,7 +13,6 @@ from dash_export.building import build
 from dash_export.errors import ContextLengthError, RequestError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
-from dash_export.runtime import Sampling
 from dash_export.runtime.results import NO_TOKEN
 from tests.tiny import random_ids, save_model
 
@@ -72,16 +71,6 @@ def test_states_follow_the_newest_token(tiny_runtime: TinyRuntime) -> None:
     session.prefill(ids)
     np.testing.assert_allclose(session.hidden, last, atol=1e-4)
     assert session.hidden is not session.hidden, "a copy: the next step overwrites the runtime's own"
-
-
-def test_a_repetition_penalty_passes_them_over(tiny_runtime: TinyRuntime) -> None:
-    runtime, ids = tiny_runtime(), random_ids(20)
-    one, other = runtime.session(), runtime.session()
-    other.prefill(embeddings=one.embed(ids[:10]))
-    one.prefill(ids[:10])
-    strong = Sampling(repetition_penalty=1.0001)
-    a, b = (session.generate(ids[10:], 5, strong).tokens for session in (one, other))
-    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(

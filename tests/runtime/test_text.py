@@ -112,9 +112,9 @@ def test_how_training_batches_were_cut_and_filled_is_no_matter_here(tmp_path: Pa
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     plain = Text(tmp_path).encode("One day the ships sailed to port.")
     data = json.loads((tmp_path / "tokenizer.json").read_text())
-    data["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    data["truncation"] = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
     data["padding"] = {
-        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+        "strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
         "pad_token": "x",
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))

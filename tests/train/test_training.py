@@ -402,8 +402,3 @@ def test_what_cannot_be_trained(
     with pytest.raises(error, match=said):
         learn(**{"units": None} | change)
     assert not output.exists()
-
-
-def test_another_name(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match=r"NAME\.safetensors"):
-        train(checkpoint, tmp_path / "policy.pt", [prose])

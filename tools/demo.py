@@ -42,9 +42,9 @@ PROMPTS = (
 )
 MAX_TOKENS = 48
 FASTER, FIXED = Setting("token", budget=0.85, hold=False), Setting("static", skipped=4.0)
-WINDOWS = 16
+WINDOWS = 12
 """Of held-out prose, that judge each setting."""
-ROUNDS, TOKENS = 6, 96
+ROUNDS, TOKENS = 6, 64
 """Processes that time each setting, and what they decode."""
 
 console = Console(highlight=False)

@@ -96,23 +96,26 @@ def decode_times(
     candidates: Sequence[Candidate], parts: Sequence[TokenIds], context: int, progress: Progress = no_progress
 ) -> list[Timing]:
     """Time each candidate in a process of its own, one round per part: the part's first `context` tokens are a prompt,
-    the others are decoded, the same known text for all. Times are fractions of the first candidate's.
+    the others are decoded, the same known text for all. Times are fractions of those of the first candidate, which is
+    dense and runs in the processes of the others.
 
     Raises BackendError like `run_alone`.
     """
     from dash_export.evaluate.intervals import median  # here: a process that only decodes needs no scipy
 
-    seconds, ratios, predicted = np.zeros((3, len(candidates), len(parts)))
-    for number, index in in_turns(len(candidates), len(parts), progress, "decode time"):
-        took = run_alone(candidates[index], parts[number].tolist(), context, candidates[0])
+    others = candidates[1:] or candidates
+    seconds, ratios, predicted = np.zeros((3, len(others), len(parts)))
+    for number, index in in_turns(len(others), len(parts), progress, "decode time"):
+        took = run_alone(others[index], parts[number].tolist(), context, candidates[0])
         seconds[index, number], ratios[index, number], predicted[index, number] = (
             took.first_seconds, took.ratio, took.predicted
         )  # fmt: skip
     milliseconds, found = 1e3 * float(np.median(seconds)), map(median, ratios)
-    return [
+    timings = [
         Timing(ratio.value, ratio.low, ratio.high, milliseconds * ratio.value, float(said.mean()))
         for ratio, said in zip(found, predicted, strict=True)
     ]
+    return [Timing(1.0, 1.0, 1.0, milliseconds, 1.0), *timings][-len(candidates) :]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from dash_export.artifacts import no_progress
 from dash_export.building import build, calibrate
 from dash_export.building.calibrate import gptq
 from dash_export.building.kit import write_kit
@@ -25,6 +26,7 @@ from dash_export.models import open_checkpoint
 from dash_export.names import ROUNDINGS as FILE
 from dash_export.resources import resource_folder
 from dash_export.runtime.text import Text
+from dash_export.targets import load_recipe, with_weights
 from tests.building.test_kit import run
 from tests.tiny import save_model, tiny_checkpoint, tiny_policy
 
@@ -313,3 +315,16 @@ def test_windows_begin_as_a_fresh_text_does(tiny_root: Path, monkeypatch: pytest
     assert found.shape == plain.shape
     assert (found[..., :2] == [7, 8]).all()
     np.testing.assert_array_equal(found[0, 0, 2:], plain[0, 0, :-2])
+
+
+@pytest.mark.parametrize("family", ["olmo2", "llama"])
+def test_the_range_of_a_bypass_that_reads_the_state_itself(family: str, tmp_path: Path) -> None:
+    """OLMo 2's Q projection reads that state, too; what other families' bypasses read is normed."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, pad_token_id=0)
+    bundle = export(checkpoint, tmp_path / "tiny.dash", tiny_policy(checkpoint, "linear"))
+    recipe = with_weights(load_recipe("h100"), weights="fp8", rounding="gptq")
+    ranges = dict(calibrate.calibrate_matrices(bundle, recipe, no_progress))
+    assert isinstance(ranges["layer_02/attention/q_proj"], float)
+    for unit, layer in (("02-03", "02"), ("04-04", "04")):
+        wanted = ranges[f"layer_{layer}/attention/q_proj"] if family == "olmo2" else None
+        assert ranges.get(f"bypass_{unit}/product") == wanted

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import io
+import json
 import signal
 import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from dash_export import DashRuntime
 from dash_export.decision import Setting
 from dash_export.errors import BackendError
+from dash_export.evaluate import timing
 from dash_export.evaluate.candidates import Candidate
-from dash_export.evaluate.timing import BLOCK, FOUND, SETTLE, Timing, in_turns, run_alone
+from dash_export.evaluate.timing import (
+    BLOCK,
+    FOUND,
+    SETTLE,
+    ProcessFigures,
+    Timing,
+    decode_times,
+    in_turns,
+    main,
+    run_alone,
+)
+from dash_export.runtime import Session
 from tests.evaluate.test_score import SETTINGS
 from tests.forged import edit
 from tests.tiny import random_ids
@@ -29,6 +48,68 @@ def test_a_process_takes_what_a_score_takes(runtime: DashRuntime) -> None:
     assert len(actions) == BLOCK
     taken = candidate.taken(actions[FOUND:])
     assert alone.predicted == pytest.approx(taken[2])
+
+
+def test_who_is_slower(
+    runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock on which a token takes 3 seconds and a dense one 2, but the first of each turn, and those that settle,
+    take an hour.
+    """
+    said: list[str] = []
+
+    def stop(*_: Any, **given: Any) -> None:
+        said.append(given["input"])
+        raise BackendError("stop")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(subprocess, "run", stop)
+        with pytest.raises(BackendError, match="stop"):
+            run_alone(Candidate(runtime, SETTINGS[2]), random_ids(84).tolist(), 20, Candidate(runtime, SETTINGS[0]))
+    sound, now, decoded = Session.decode_one, [0.0], Counter[Session]()
+    monkeypatch.setattr(Session, "__hash__", object.__hash__)
+
+    def slow(self: Session, token: int) -> Any:
+        place, decoded[self] = decoded[self], decoded[self] + 1
+        timed = place >= SETTLE and place % BLOCK >= FOUND
+        now[0] += (3.0 if self.rule.asks else 2.0) if timed else 3600.0
+        return sound(self, token)
+
+    monkeypatch.setattr(Session, "decode_one", slow)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said[0]))
+    main()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ratio"], found["first_seconds"]) == (1.5, 2.0)
+
+
+def test_times_are_fractions_of_the_first_candidates(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in the others' processes: it has none of its own, but where there are no others."""
+    candidates = [Candidate(runtime, setting) for setting in (Setting("dense"), *SETTINGS[1:3])]
+    ran: list[Candidate] = []
+
+    def run(candidate: Candidate, _ids: list[int], _context: int, first: Candidate) -> ProcessFigures:
+        assert first is candidates[0]
+        ran.append(candidate)
+        return ProcessFigures(0.01, 0.5 if candidate is candidates[1] else 0.8, 0.6, 1)
+
+    monkeypatch.setattr(timing, "run_alone", run)
+    dense, one, other = decode_times(candidates, [random_ids(4)] * 3, 2)
+    assert (dense.ratio, dense.milliseconds, dense.predicted) == (1, 10, 1)
+    assert (one.ratio, one.milliseconds, one.predicted) == pytest.approx((0.5, 5, 0.6))
+    assert (other.ratio, other.milliseconds) == pytest.approx((0.8, 8))
+    assert len(ran) == 6
+    assert candidates[0] not in ran
+    assert len(decode_times(candidates[:1], [random_ids(4)], 2)) == 1
+    assert ran[-1] is candidates[0]
+
+
+def test_what_of_a_process_is_timed() -> None:
+    tokens = np.arange(SETTLE + 2 * BLOCK + 3)
+    assert timing._timed(tokens).tolist() == [
+        [SETTLE + turn * BLOCK + place for place in range(FOUND, BLOCK)] for turn in range(2)
+    ]
+    assert timing._timed(tokens[:3]).tolist() == [[0, 1, 2]]
 
 
 def test_a_process_takes_no_module_from_the_current_folder(

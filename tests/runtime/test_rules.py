@@ -10,13 +10,21 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.decision import DecisionRule, decision_rule
+from dash_export.decision import DecisionRule, Setting, decision_rule
 from dash_export.errors import PolicyError
 from dash_export.manifest import CostTable
-from dash_export.runtime.rules import HOLD_RANGE, SessionRules
+from dash_export.runtime.rules import HOLD_RANGE, SessionRules, session_rules
 from tests.tiny import TINY_UNITS, random_ids
 
 LoadRuntime = Callable[..., DashRuntime]
+
+
+def test_each_unit_is_weighed_by_its_own_cost(runtime: DashRuntime) -> None:
+    build = replace(runtime.build, cost=replace(runtime.cost, cost=(0.3, 0.02)))
+    manifest = runtime.bundle.manifest
+    rule = session_rules(Setting("token", trade_off=2.0), manifest.model, manifest.policy, build).rule
+    assert isinstance(rule, DecisionRule)
+    assert rule.limits == pytest.approx((0.6, 0.04))
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,18 @@ import asyncio
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from starlette.requests import ClientDisconnect
 
 from dash_export import DashRuntime
+from dash_export.runtime.results import Response, Statistics
+from dash_export.serve.answers import Answer, Inbox
 from dash_export.serve.app import Server
+from dash_export.serve.running import RunningAnswers
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Ticket
 
@@ -50,3 +54,27 @@ def test_a_client_that_is_gone_before_the_first_event(path: str, tiny_runtime: C
         asyncio.run(server.app(scope, receive, send))  # type: ignore[arg-type]
     (ticket,) = submitted
     assert ticket.cancelled
+
+
+def test_tokens_that_nobody_waits_for_are_counted() -> None:
+    """A client leaves before the loop is woken for what has been decoded."""
+    done: list[str] = []
+
+    class Recorder(Answer):
+        def __init__(self) -> None:
+            pass
+
+        def record(self, response: Response, _: float) -> None:
+            done.append(response.text)
+
+        def close(self) -> None:
+            done.append("closed")
+
+    async def left() -> None:
+        inbox, answer = Inbox(streamed=False), Recorder()
+        running = RunningAnswers("tiny", cast(Any, None), [answer], inbox, cast(Any, None))
+        inbox.put(answer, Response("a", 1, np.zeros(2, np.int8), 0.0, Statistics()))
+        running.close()
+
+    asyncio.run(left())
+    assert done == ["a", "closed"]

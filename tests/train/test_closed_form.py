@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from dash_export.policy import no_policy, stored_columns
 from dash_export.reference import Oracle
 from dash_export.train.closed_form import RIDGE, Sums
 from dash_export.train.model import GatedModel
+from tests.tiny import tiny_checkpoint
 from tests.train.helpers import batch
 
 UNITS = (Unit(1, 1), Unit(1, 3), Unit(2, 3), Unit(4, 5))
@@ -63,3 +66,20 @@ def test_a_bypass_is_ridge_regression(checkpoint: Checkpoint, sums: Sums, unit: 
     assert weights["weight"].shape[1] == stored_columns(unit, checkpoint.spec)
     np.testing.assert_allclose(weights["weight"], expected[:-1], atol=1e-3)
     np.testing.assert_allclose(weights["bias"], expected[-1], atol=1e-3)
+
+
+def test_states_that_are_not_normed(tmp_path: Path) -> None:
+    """OLMo 2's layers read the state itself, and so do its bypasses."""
+    model = GatedModel(tiny_checkpoint(tmp_path / "model", "olmo2", pad_token_id=0), torch.device("cpu"), torch.float32)
+    unit, given = Unit(2, 3), batch(1)
+    found = Sums(model, [unit])
+    found.add(given)
+    states = {layer: (before, after) for layer, before, after in model.dense_layers(given.ids)}
+    entered, left = states[2][0][given.counted], states[3][1][given.counted]
+    keys_values = model.keys_values(3, states[3][0])[given.counted]
+    weights = found.fit(unit).weights
+    predicted = entered.numpy() @ weights["weight"] + weights["bias"]
+    wanted = np.hstack([left - entered, keys_values])
+    x = np.hstack([entered, np.ones((len(entered), 1))])
+    best, *_ = np.linalg.lstsq(x, wanted, rcond=None)
+    np.testing.assert_allclose(predicted, x @ best, atol=0.02 * float(wanted.std()))

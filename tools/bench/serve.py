@@ -73,9 +73,8 @@ def stream(address: str, prompt: list[int] | str, body: dict[str, Any]) -> Strea
     """
     asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True, "seed": 1, **body}
     asked |= {"stream_options": {"include_usage": True}}
-    connection = HTTPConnection(address.removeprefix("http://"), timeout=600)
+    connection, came, began = HTTPConnection(address.removeprefix("http://"), timeout=600), [], time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
-    came, began = [], time.perf_counter()
     with connection.getresponse() as reply:
         while piece := reply.read1():
             came.append((time.perf_counter(), piece))

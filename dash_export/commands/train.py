@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def command(
     """Train a skip policy for MODEL: which units of layers each token can do without, and what to do in their place.
 
     The model itself stays as it is. A training that was killed goes on where it stopped when the same command is given
-    again. The end of every text (8 %) is not trained on; the card's figures come from there.
+    again. The end of every text (8 %) is not trained on; the card's figures come from there. Under torchrun up to four
+    processes share the work, on one machine or on several that see one folder.
     """
     from dash_export.train.training import train
 
@@ -86,7 +88,8 @@ def command(
             model, output, text, prompts,
             kind=kind, units=units, start=start, settings=chosen, device=device, progress=progress,
         )  # fmt: skip
-    _summary(model, output_path(output))  # a link is followed, as `train` follows it
+    if os.environ.get("RANK", "0") == "0":  # of several processes (torchrun) the first one writes
+        _summary(model, output_path(output))  # a link is followed, as `train` follows it
 
 
 def _summary(model: str, output: Path) -> None:

@@ -30,6 +30,11 @@ class Sums:
         self._model = model
         self._sums: dict[tuple[int, str, int], torch.Tensor] = {}
 
+    @property
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """All sums, in the same order in every process."""
+        return self._sums.values()
+
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Run one dense pass over the batch and add its sums."""

@@ -8,6 +8,7 @@
 5. the greedy static order, for the static kind of the same bundle (partition.py); a static policy has it before 4
 
 Every batch is drawn from (seed, stage, step), so a resumed training sees the batches of the training that was killed.
+Several processes (processes.py) share the passes of the candidates and of stages 2 (closed form), 3 and 4.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from dash_export.train.partition import (
     static_damage,
     with_dense,
 )
+from dash_export.train.processes import ALONE, Processes
 
 SAVE_EVERY = 20
 """Steps of regression and tuning between two saves: a kill loses at most so many. Other work begins anew when it is
@@ -64,9 +66,12 @@ class Work:
 
     folder: Path
     key: str
+    processes: Processes = ALONE
 
     def save(self, stage: str, state: Any) -> None:
-        """Save the result of a stage, or its progress."""
+        """Save the result of a stage, or its progress, of the first process."""
+        if self.processes.rank:
+            return
         packed = io.BytesIO()  # in memory first: on a full disk torch raises no OSError
         torch.save(state, packed)
         write_atomic(self._path(stage), self._digest(packed.getvalue()) + packed.getvalue())
@@ -85,11 +90,21 @@ class Work:
         return torch.load(io.BytesIO(stored[_DIGEST:]), map_location="cpu", weights_only=True)
 
     def once(self, stage: str, make: Callable[[], _T]) -> _T:
-        """Return the saved result of a stage; make and save it where there is none."""
+        """Return the saved result of a stage; make and save it where there is none. Raises PolicyError where another
+        process saves elsewhere.
+        """
         made: _T | None = self.kept(stage)
+        self.processes.wait()  # all know whether it was there
         if made is None:
             made = make()
             self.save(stage, made)
+            self.processes.wait()
+            if self.processes.rank:
+                made = self.kept(stage)
+        if made is None:
+            raise PolicyError(
+                f"The first process saves in {self.folder}, where this one finds nothing: share the folder."
+            )
         return made
 
     def _digest(self, payload: bytes) -> bytes:
@@ -109,10 +124,22 @@ class Run:
     work: Work
     progress: Progress = no_progress
 
+    @property
+    def processes(self) -> Processes:
+        return self.work.processes
+
     def batch(self, stage: str, step: int) -> tuple[Batch, np.random.Generator]:
         """Return the windows of a step, and the generator for everything else that is random in the step."""
         rng = np.random.default_rng([self.settings.seed, zlib.crc32(stage.encode()), step])
         return self.corpus.batch(rng, self.settings.windows, self.settings.window, self.model.device), rng
+
+    def share(self, stage: str, step: int) -> tuple[Batch, np.random.Generator]:
+        """Return this process's share of `batch`, and a generator of its own."""
+        (batch, rng), processes = self.batch(stage, step), self.processes
+        if processes.count > 1:
+            batch = Batch(*(processes.share(part) for part in batch))
+            rng = rng.spawn(processes.count)[processes.rank]
+        return batch, rng
 
 
 def trained_policy(
@@ -160,12 +187,15 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
     for number, group in enumerate(groups, 1):
 
         def damages(group: Sequence[Unit] = group) -> torch.Tensor:
-            sums, found = _summed(run, group, settings.search_steps), list[torch.Tensor]()
-            for unit in group:
+            sums = _summed(run, group, settings.search_steps)
+            found = torch.zeros(len(group), sum(len(final) for _, final in windows))
+            for place in run.processes.share(range(len(group))):
+                unit = group[place]
                 modules = SkipModules(SkipPolicy((unit,), unit.first - 1, None, (sums.fit(unit),))).to(model.device)
-                found.append(static_damage(model, modules, (0,), windows).float().cpu())
-                run.progress("candidates", len(tried) + len(found), sum(map(len, groups)))
-            return torch.stack(found)
+                found[place] = static_damage(model, modules, (0,), windows)
+                run.progress("candidates", len(tried) + place + 1, sum(map(len, groups)))
+            run.processes.add_up([found])
+            return found
 
         for unit, damage in zip(group, run.work.once(f"candidates-{number}", damages), strict=True):
             share = saved(model.spec, len(unit.layers))
@@ -192,9 +222,10 @@ def _fitted(run: Run, units: Sequence[Unit]) -> tuple[Bypass, ...]:
 def _summed(run: Run, units: Sequence[Unit], steps: int, name: str = "") -> Sums:
     sums = Sums(run.model, units)
     for step in range(steps):
-        sums.add(run.batch("sums", step)[0])
+        sums.add(run.share("sums", step)[0])
         if name:
             run.progress(name, step + 1, steps)
+    run.processes.add_up(sums.tensors)
     return sums
 
 
@@ -219,7 +250,7 @@ def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rat
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
     for step in range(done, steps):
-        batch, rng = run.batch(stage, step)
+        batch, rng = run.share(stage, step)
         factor = min(1.0, (step + 1) / 10) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
@@ -231,6 +262,7 @@ def _optimise(run: Run, stage: str, modules: SkipModules, steps: int, rates: Rat
                 f"{step - step % SAVE_EVERY}. Try --precision float32, or other text."
             )
         value.backward()  # type: ignore[no-untyped-call]
+        run.processes.average_gradients([each for group in optimizer.param_groups for each in group["params"]])
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()

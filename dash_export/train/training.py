@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dash_export.train.card import policy_card
 from dash_export.train.corpus import SELF_GENERATED, Corpus, Passage, read_corpus, read_prompts, self_generated
 from dash_export.train.defaults import KINDS, PRECISIONS, TrainingSettings
 from dash_export.train.model import GatedModel, saved
+from dash_export.train.processes import joined, local_rank
 from dash_export.train.stages import Run, Work, forward_passes, trained_policy, whole_training_progress
 
 LONGEST_NAME = 100
@@ -53,6 +55,8 @@ def train(
     `texts` are plain text files, `prompts` .jsonl files of chat prompts that the model continues itself. The unfinished
     work lies in `<output>.unfinished`, where a killed training goes on. `progress(name, done, total)` counts forward
     passes over all stages. Raises CheckpointError, PolicyError and RequestError.
+
+    In processes that torchrun started this is one training: each takes its share, and the first one writes.
     """
     output, settings = output_path(output), settings or TrainingSettings()
     _check(output, texts, prompts, kind, settings)
@@ -71,7 +75,7 @@ def train(
     stages = ("search_steps", "fit_steps", "warm_up_steps", "regression_steps")
     settings = replace(settings, **{name: min(getattr(settings, name), settings.tuning_steps) for name in stages})
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError) as error:
         raise RequestError(f"There is no device {device!r} here: {str(error).splitlines()[0]}") from error
@@ -90,12 +94,13 @@ def train(
     # All that the training depends on: another tokenizer or chat template makes other tokens of the same file.
     read = (checkpoint.fingerprint, sorted(checkpoint.assets.items()), data, origin, __version__, torch.__version__)
     key = content_key(asdict(settings), kind, None if given is None else units_text(given), *read)
-    with locked(output, "train"):
+    with joined(settings.windows) as processes, nullcontext() if processes.rank else locked(output, "train"):
+        progress = no_progress if processes.rank else progress
         progress("reading the text", 0, 0)
         text = _text(checkpoint)
         corpus, held = read_corpus(texts, text, settings.window, settings.held_out)
         chats = [messages for file in prompts for messages in read_prompts(file)]
-        work = Work(work_folder(output, "train"), key)
+        work = Work(work_of(output) if processes.rank else work_folder(output, "train"), key, processes)
         gated = GatedModel(checkpoint, place, getattr(torch, settings.precision))
         checkpoint.check_same()
         passes = forward_passes(settings, kind, spec.num_layers, given is None, len(chats))
@@ -110,6 +115,8 @@ def train(
             f"(seed {settings.seed}, key {key[:8]})",
             final_norm=checkpoint.read(FINAL_NORM),
         )
+        if processes.rank:
+            return policy
         card = policy_card(checkpoint, policy, run, held, chosen, {"kind": kind, "from": origin, "data": data})
         card["seconds"] = round(time.perf_counter() - began, 1)
         check_replaceable(output)  # raises if a file has appeared there meanwhile; the work folder stays

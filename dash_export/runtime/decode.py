@@ -164,8 +164,8 @@ class BoundStep:
 
     # --- one step
 
-    def decode(self, token: int, rule: Rule) -> None:
-        """Decode one token under `rule`."""
+    def decode(self, token: int, rule: Rule, greedy: bool = False) -> None:  # noqa: ARG002
+        """Decode one token under `rule`. `greedy` means something to devices only."""
         self.input_ids[0, 0] = token
         self._advance(partial(skips_for, rule))
 
@@ -191,7 +191,7 @@ class BoundStep:
         self.input_ids[0] = tokens
         self._advance(lambda state: skips_for(rule, state) & ~dense)
 
-    def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
+    def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule], greedy: bool = False) -> None:  # noqa: ARG002
         """Decode one token of every sequence, each under a rule of its own."""
         self.input_ids[:, 0] = tokens
         self._advance(

@@ -158,7 +158,7 @@ class Turn:
     ) -> None:
         """Start an answer. `guide`: that of the sampling's grammar, where the caller has read the grammar already."""
         self._text, self._max_tokens = text, max_tokens
-        self._logprobs = sampling.logprobs
+        self._logprobs, self.greedy = sampling.logprobs, sampling.greedy
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
         self._guide = guide
         if guide is None and sampling.grammar is not None:

@@ -39,6 +39,12 @@ class Sampling:
     stop: Sequence[str] = ()
     grammar: str | None = None
 
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest one, whatever came before."""
+        penalties = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
+        return self.temperature == 0.0 and not penalties and self.grammar is None
+
     def __post_init__(self) -> None:
         check_fields(self)
         greedy, penalty = self.temperature == 0.0, self.repetition_penalty

@@ -144,7 +144,7 @@ class Session:
                 return
             self._check_newest(number)
             turn.begin()
-            logits, actions = self._advance(response.token)
+            logits, actions = self._advance(response.token, greedy=turn.greedy)
 
     def _check_newest(self, number: int) -> None:
         """Raise RequestError where another stream, or a reset, has used this session since: it is one conversation."""
@@ -284,15 +284,15 @@ class Session:
         last: Logits = step.logits[0, 0]
         return last
 
-    def _advance(self, token: int, rule: Rule | None = None) -> tuple[Logits, Actions]:
+    def _advance(self, token: int, rule: Rule | None = None, greedy: bool = False) -> tuple[Logits, Actions]:
         """Decode one known token under the session's rule, or another. Return its logits [vocab], valid until the next
-        step, and its actions [layers].
+        step, and its actions [layers]. `greedy`: the likeliest token will follow.
         """
         self.reserve(1)
         step = self.bound(1)
         if rule is None:
             rule = DENSE if self.cache.length < DENSE_POSITIONS else self.rules.rule
-        step.decode(token, rule)
+        step.decode(token, rule, greedy)
         self.rules.decoded(step.skipped)
         self._pending = []  # before append: an interrupt may come after that call, and then both must be done
         self.tokens.append(token)

@@ -86,6 +86,30 @@ def test_a_graph_decides(device: Cuda) -> None:
         np.testing.assert_array_equal(tables.host, expected)
 
 
+def test_a_token_follows_the_likeliest(device: Cuda) -> None:
+    """Which is numpy's: of equals the first, and -0 equals 0."""
+    rng = np.random.default_rng(0)
+    logits, ids, positions = (
+        Mirror(device, shape, kind) for shape, kind in (((4, 700), np.float32), ((4,), np.int64), ((4,), np.int64))
+    )
+    rows = logits.host
+    rows[:] = np.round(rng.normal(size=rows.shape), 1)
+    rows[1] = -np.abs(rows[1]) - 1
+    rows[2] = np.where(rng.random(700) < 0.5, -0.0, 0.0)
+    rows[3, 13] = np.inf
+    positions.host[:] = 3, 1, 4, 1
+    for each in (logits, positions):
+        device.copy(MAIN, each.memory, each.host)
+    graph = device.graph(MAIN, 0, lambda graph: graph.follow(MAIN, logits.memory, ids.memory, positions.memory))
+    for _ in range(2):  # what it sums up in is as it was
+        graph.launch(MAIN)
+    for each in (ids, positions):
+        device.copy(MAIN, each.host, each.memory)
+    device.synchronize(MAIN)
+    assert ids.host.tolist() == rows.argmax(-1).tolist()
+    assert positions.host.tolist() == [5, 3, 6, 3]
+
+
 def test_out_of_memory_says_what_is_free(device: Cuda) -> None:
     with pytest.raises(BackendError, match=r"were asked for and .* MB are free"):
         device.memory(1 << 50)

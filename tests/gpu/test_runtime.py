@@ -73,9 +73,24 @@ def test_a_step_is_one_graph(gpu_runtime: LoadGpu) -> None:
     assert runtime.dispatch == "device", "see the log for what cannot be recorded here"
     step = session.bound(1)
     assert isinstance(step, DeviceStep)
-    assert step._graph is not None
+    assert (None, 0, False) in step._graphs
     runtime.session("dense").generate(list(range(5, 25)), 8)
     assert runtime.engines.records, "a token whose actions are known is a graph too"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dispatch", ["overlapped", "device"])
+def test_tokens_launched_ahead_are_those_waited_for(dispatch: str, gpu_runtime: LoadGpu) -> None:
+    runtime = gpu_runtime(dispatch)
+    assert runtime.engines.launches_ahead, "see the log for why not"  # type: ignore[union-attr]
+    for setting in ({"policy": "dense"}, {"policy": "static", "skipped": 4}, {"policy": "token", "skipped": 5}):
+        for ids in prompts(runtime):
+            answer = runtime.session(**setting).generate(ids.tolist(), 48).tokens.tolist()
+            session = runtime.session(**setting)
+            token, waited = int(session.prefill(ids).argmax()), []
+            for _ in answer:
+                waited.append(token)
+                token = int(session.decode_one(token)[0].argmax())
+            assert answer == waited
 
 
 def test_prompts_are_decode(gpu_runtime: LoadGpu) -> None:

@@ -142,8 +142,8 @@ def hole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A skipped token leaves no K and V."""
     sound = BoundStep.decode
 
-    def decode(step: BoundStep, token: int, rule: ForcedRule) -> None:
-        sound(step, token, rule)
+    def decode(step: BoundStep, *given: Any) -> None:
+        sound(step, *given)
         for unit, skipped in zip(TINY_UNITS, step.skipped[:, 0], strict=True):
             if skipped:
                 row = step._cache.length - 1

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def installed(card: Card) -> Iterator[None]:
-    """Whoever asks for a driver, CUDA or TensorRT gets the card's. The two kernels are compiled to PTX, by NVRTC."""
+    """Whoever asks for a driver, CUDA or TensorRT gets the card's. The kernels are compiled to PTX, by NVRTC."""
     from dash_export import manifest, targets
     from dash_export.runtime import cuda_devices
     from dash_export.runtime.device import cuda_graph, trt_api

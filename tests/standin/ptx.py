@@ -21,7 +21,13 @@ ARITHMETIC = dict.fromkeys(("mov", "cvta", "cvt"), "{}") | {
     "and": "{} & {}",
     "mul": "{} * {}",
     "mad": "{} * {} + {}",
+    "sub": "{} - {}",
+    "or": "{} | {}",
+    "max": "max({}, {})",
+    "not": "~{}",
+    "bfi": "{1} | {0} << {2}",  # into bits that are zero
     "shl": "{} << {}",
+    "shr": "{} >> {}",
     "selp": "{0} if {2} else {1}",
 }
 View = Callable[[int, int], "np.ndarray[Any, np.dtype[np.uint8]]"]
@@ -54,7 +60,7 @@ class Kernel:
                 source += [f"   at = {index}", f"  if at == {index}:"]
             else:
                 source.append("   " + _python(step, labels))
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"pack": struct.pack, "unpack": struct.unpack}
         exec("\n".join(source), found)
         self._thread = found["thread"]
 
@@ -98,11 +104,33 @@ def _python(step: str, labels: dict[str, str]) -> str:
     elif name == "ld":
         step = f"{operands[0]} = load({FORMATS[kinds[1]]!r}, {operands[1][1:-1]})"
     elif name == "st":
-        step = f"store({FORMATS[kinds[1]]!r}, {operands[0][1:-1]}, {operands[1]})"
+        step = f"store({FORMATS[kinds[1]]!r}, {operands[0][1:-1]}, {_read(operands[1], kinds[1])})"
+    elif name == "atom":
+        form, address = FORMATS[kinds[2]], operands[1][1:-1]
+        step = f"{operands[0]} = load({form!r}, {address}); "
+        step += f"store({form!r}, {address}, {ARITHMETIC[kinds[1]].format(operands[0], operands[2])})"
     else:
         form = COMPARE[kinds[0]] if name == "setp" else ARITHMETIC[name]
-        step = f"{operands[0]} = {form.format(*operands[1:])}"
+        found = form.format(*(_read(operand, kinds[-1]) for operand in operands[1:]))
+        if name != "setp" and "wide" not in kinds:
+            found = _read(found, kinds[0] if name == "cvt" else kinds[-1])
+        step = f"{operands[0]} = {found}"
     return f"if {guard[1:]}: {step}" if guard else step
+
+
+def _read(value: str, kind: str) -> str:
+    """A value as an instruction of that kind reads and writes it: a number of so many bits, with a sign or none; the
+    bits of a float where it takes bits.
+    """
+    if literal := re.fullmatch("0f([0-9A-F]{8})", value):
+        return str(struct.unpack("!f", bytes.fromhex(literal[1]))[0])
+    if kind[0] == "f" or re.fullmatch(r"p\d+", value):
+        return value
+    bits = int(kind[1:])
+    if re.fullmatch(r"f\d+", value):
+        return f"unpack('I', pack('f', {value}))[0]"
+    half = 1 << (bits - 1) if kind[0] == "s" else 0
+    return f"((({value}) + {half}) % {1 << bits} - {half})"
 
 
 @cache

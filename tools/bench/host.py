@@ -76,6 +76,7 @@ def main(bundle: Path, target: str, rounds: int) -> None:
     asked = decision_rule(units, [1.0 / len(units)] * len(units), 1.0)
     modes: dict[str, tuple[str, Any]] = {
         "dense": ("device", DENSE), "static": ("device", FixedRule((0, 1))), "token, device": ("device", asked),
+        "dense, ahead": ("device", DENSE), "token, device, ahead": ("device", asked),
         "token, overlapped": ("overlapped", asked), "token, sync": ("sync", asked),
     }  # fmt: skip
     for name, (dispatch, rule) in modes.items():
@@ -85,11 +86,13 @@ def main(bundle: Path, target: str, rounds: int) -> None:
         cache.reserve(1)
         step = engines.step(cache, 1)
 
-        def token(step: Any = step, cache: Any = cache, rule: Any = rule) -> None:
-            cache.length = 0
-            step.decode(1, rule)
+        def token(step: Any = step, cache: Any = cache, rule: Any = rule, ahead: bool = "ahead" in name) -> None:
+            if not ahead or cache.length > cache.capacity // 2:
+                cache.length = 0
+            step.decode(0, rule, ahead)  # 0: the likeliest of logits that are all the same
 
-        token()
+        for _ in range(3):
+            token()
         device.calls = 0
         token()
         variants[name], counts[name] = token, device.calls

@@ -41,9 +41,12 @@ class PromptMemory:
 
 
 class Mirror:
-    """An array in pinned memory (`host`) and on the device (`memory`)."""
+    """An array on the device (`memory`) and in pinned memory: `host`, the first of `hosts`."""
 
-    def __init__(self, device: Cuda | PromptMemory, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    def __init__(
+        self, device: Cuda | PromptMemory, shape: tuple[int, ...], dtype: npt.DTypeLike, hosts: int = 1
+    ) -> None:
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self.host: npt.NDArray[Any] = device.pinned(nbytes).view(dtype).reshape(shape)
+        self.hosts: list[npt.NDArray[Any]] = [device.pinned(nbytes).view(dtype).reshape(shape) for _ in range(hosts)]
+        self.host = self.hosts[0]
         self.memory: Any = device.memory(nbytes)

@@ -1,4 +1,4 @@
-"""CUDA graphs with decisions in them: capture, conditional nodes, and two kernels that no engine has.
+"""CUDA graphs with decisions in them: capture, conditional nodes, and kernels that no engine has.
 
 A unit is two IF nodes, one for each side (run, skip), which need CUDA 12.4. A kernel sets their predicates. NVRTC
 compiles it when it is first needed. Not yet run on a GPU.
@@ -54,7 +54,30 @@ extern "C" __global__ void write_rows(
     const short* rows = pairs[2 * blockIdx.y + 1] + table * width;
     for (long long i = threadIdx.x; i < width; i += blockDim.x) row[i] = rows[i];
 }
+
+// A row of blocks per sequence. `best` is zero, and gets the largest logit, as bits that are ordered as numbers are,
+// before the number of its token, counted down: of equals the first wins, as in numpy. -0 + 0 is 0, which equals it.
+extern "C" __global__ void likeliest(const float* logits, unsigned long long* best, int vocab)
+{
+    unsigned long long largest = 0;
+    for (int token = blockIdx.x * blockDim.x + threadIdx.x; token < vocab; token += gridDim.x * blockDim.x) {
+        const unsigned int bits = __float_as_uint(logits[(long long)blockIdx.y * vocab + token] + 0.0f);
+        const unsigned int ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+        const unsigned long long found = (unsigned long long)ordered << 32 | (unsigned int)(0x7fffffff - token);
+        if (found > largest) largest = found;
+    }
+    atomicMax(best + blockIdx.y, largest);
+}
+
+// A thread per sequence.
+extern "C" __global__ void follow(unsigned long long* best, long long* ids, long long* positions)
+{
+    ids[threadIdx.x] = 0x7fffffff - (int)(unsigned int)best[threadIdx.x];
+    positions[threadIdx.x] += 1;
+    best[threadIdx.x] = 0;
+}
 """
+NAMES = ("decide", "write_rows", "likeliest", "follow")
 
 
 def compile_kernels(capability: str) -> bytes:
@@ -74,7 +97,7 @@ def compile_kernels(capability: str) -> bytes:
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     except (ImportError, RuntimeError) as error:
         raise BackendError(
-            f"NVRTC, which compiles two small kernels, is missing or fails ({error}): pip install nvidia-cuda-nvrtc "
+            f"NVRTC, which compiles small kernels, is missing or fails ({error}): pip install nvidia-cuda-nvrtc "
             "(CUDA 13) or nvidia-cuda-nvrtc-cu12 (CUDA 12)"
         ) from error
     return cubin
@@ -87,7 +110,7 @@ def load_kernels(capability: str) -> dict[str, Any]:
     code = compile_kernels(capability)
     try:
         module = _checked(driver.cuModuleLoadData(code))
-        return {name: _checked(driver.cuModuleGetFunction(module, name.encode())) for name in ("decide", "write_rows")}
+        return {name: _checked(driver.cuModuleGetFunction(module, name.encode())) for name in NAMES}
     except RuntimeError as error:
         raise BackendError(f"the driver does not load the kernels: {error}") from error
 
@@ -119,6 +142,7 @@ class CudaGraph:
         self._handles = np.zeros((units, 2), np.uint64)
         self._device_handles = cuda.memory(self._handles.nbytes) if units else None
         self._tables: list[tuple[CudaMemory, npt.NDArray[np.uint64]]] = []
+        self._best: CudaMemory | None = None
         if self._device_handles is not None:
             self._tables.append((self._device_handles, self._handles))
         # Relaxed: Python may free some memory meanwhile, which stricter modes treat as an error.
@@ -185,6 +209,17 @@ class CudaGraph:
         sequences = position.nbytes // 8
         heads = pairs[0][1].nbytes // width // sequences
         self._run("write_rows", stream, (heads, len(pairs), sequences), 64, (memory, position), sizes)
+
+    def follow(self, stream: str, logits: CudaMemory, ids: CudaMemory, positions: CudaMemory) -> None:
+        """Record the step from one token to the next: ids [sequences] (int64) become those of the largest logits
+        [sequences, vocab] (float32), and positions [sequences] (int64) go on by one.
+        """
+        sequences = ids.nbytes // 8
+        vocab = logits.nbytes // 4 // sequences
+        self._best = self._cuda.memory(8 * sequences)
+        blocks = (min(64, -(-vocab // 512)), sequences, 1)
+        self._run("likeliest", stream, blocks, 64, (logits, self._best), [(vocab, ctypes.c_int)])
+        self._run("follow", stream, (1, 1, 1), sequences, (self._best, ids, positions), [])
 
     def _run(
         self,

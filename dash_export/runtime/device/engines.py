@@ -50,6 +50,8 @@ class DeviceEngines:
         self.policy_stream = MAIN if dispatch == "sync" else BESIDE
         self.records = True
         """Whether a token can be recorded: true until an attempt fails."""
+        self.launches_ahead = True
+        """Whether a token can be recorded that takes the likeliest one on the device: true until an attempt fails."""
         self.itemsize = 4 if recipe.engine.activations == "fp32" else 2
         """Bytes of a number in hidden states and caches."""
         self._chunk = recipe.runtime.prefill_chunk
@@ -111,6 +113,8 @@ class DeviceCache(Sequences):
         self.keys: list[CudaMemory] = []
         self.values: list[CudaMemory] = []
         self.prompts = PromptMemory(engines.device)
+        self.ahead: object = None
+        """What the last step has launched ahead; whoever writes to the cache after it takes this away."""
 
     def reserve(self, rows: int) -> bool:
         """Allocate memory for the whole capacity, once. Return True when it was allocated now. Raises
@@ -149,6 +153,7 @@ class DeviceCache(Sequences):
         engines, length = self._engines, source.lengths[other]
         if length:
             self.reserve(length)
+            self.ahead = None
             width, heads = length * self.row_bytes, engines.model.num_kv_heads
             with engines.turn:
                 for into, out_of in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from dash_export.names import past_names, present_names
+from dash_export.runtime.device.bound import READY
 from dash_export.runtime.device.cuda import BESIDE, MAIN, Cuda
 from dash_export.runtime.device.cuda_graph import BODY, CudaGraph
 from dash_export.runtime.device.engines import DeviceEngines
-from dash_export.runtime.device.step import READY, DeviceStep
+from dash_export.runtime.device.step import DeviceStep
 from dash_export.runtime.device.tensorrt import TensorRT, TensorRTEngine
 from dash_export.runtime.device.trt_api import Toolkit
 from dash_export.runtime.rules import DENSE, ForcedRule
@@ -218,15 +219,15 @@ def policy_starts_with_the_step(sound: Any, step: Any, asks: bool, graph: Any = 
     sound(step, asks and graph is None, graph)
 
 
-def policy_that_nobody_waits_for(sound: Any, step: Any, graph: Any) -> None:
-    sound(step, graph)
+def policy_that_nobody_waits_for(sound: Any, step: Any, *given: Any) -> None:
+    sound(step, *given)
     step._policy(BESIDE)
 
 
-def event_from_outside(sound: Any, step: Any, graph: Any) -> None:
+def event_from_outside(sound: Any, step: Any, *given: Any) -> None:
     step.device.record("late", "elsewhere")
     step.device.wait(MAIN, "elsewhere")
-    sound(step, graph)
+    sound(step, *given)
 
 
 def decide_by_other_limits(sound: Any, graph: Any, stream: str, damage: Any, limits: Any, skipped: Any) -> None:

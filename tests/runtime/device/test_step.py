@@ -197,7 +197,7 @@ def test_a_model_without_units(tmp_path: Path, card: Card) -> None:
     card.forget()
     DashRuntime.load(root, "whole", dispatch="device").generate(IDS[:9].tolist(), 4)
     launched = [of for _, what, of in card.log if what in ("run", "launch")]
-    assert launched == ["layers_00-01"] * 2 + ["graph"] * 3, "the prompt, what comes before a recording, the tokens"
+    assert launched == ["layers_00-01"] * 2 + ["graph"] * 4, "the prompt, before a recording, the tokens and one more"
 
 
 @pytest.mark.parametrize("dispatch", ["overlapped", "device"])

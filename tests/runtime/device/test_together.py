@@ -30,7 +30,7 @@ PROMPTS = (IDS[:20], IDS[20:29], IDS[3:36], IDS[30:35])
 def agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's rows decide together, too."""
 
-    def decode_batch(step: BoundStep, tokens: Sequence[int], rules: Sequence[Rule]) -> None:
+    def decode_batch(step: BoundStep, tokens: Sequence[int], rules: Sequence[Rule], _greedy: bool = False) -> None:
         def decide(state: Any) -> Any:
             each = [skips_for(rule, state, slice(row, row + 1)) for row, rule in enumerate(rules)]
             return np.repeat(np.logical_and.reduce(each), len(rules), axis=1)

@@ -1,0 +1,307 @@
+"""Tokens that are launched before the host knows them: the same as the CPU's, whatever is done to the session."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partialmethod
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dash_export import Sampling
+from dash_export.errors import BackendError
+from dash_export.runtime.device.buffers import Mirror
+from dash_export.runtime.device.cuda import MAIN, Cuda
+from dash_export.runtime.device.cuda_graph import CudaGraph
+from dash_export.runtime.device.engines import DeviceCache
+from dash_export.runtime.device.step import DeviceStep
+from dash_export.runtime.rules import FixedRule, Rule
+from dash_export.runtime.session import Session
+from tests.runtime.device.conftest import BUILDS, IDS, ORDERS, TOGETHER, TOLERANCE, Host, MakeOnCard, OnCard
+from tests.runtime.device.test_order import mistake_of
+from tests.standin.cuda import Call
+
+TOKENS = 24
+RULES: dict[str, Callable[[Host], Rule]] = {
+    "dense": lambda _: FixedRule(()),
+    "static": lambda _: FixedRule((0,)),
+    "token": lambda host: host.rule,
+}
+TOKEN: list[Call] = [(MAIN, "record", "ended"), (MAIN, "launch", "graph"), ("host", "wait", "ended")]
+"""What the host does for a token that runs already: it launches the next one, and waits for the end of this one."""
+
+
+def answer(session: Session, ids: np.ndarray = IDS[:20], many: int = TOKENS) -> tuple[list[int], list[bytes]]:
+    responses = [*session.stream(ids.tolist(), many)]
+    return [one.token for one in responses], [one.actions.tobytes() for one in responses]
+
+
+def a_card_that_is_fast(made: OnCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that was launched has ended when a wait of the host ends."""
+    sound = Cuda.wait_for_event
+
+    def wait(device: Cuda, event: str) -> None:
+        sound(device, event)
+        made.card.drain()
+
+    monkeypatch.setattr(Cuda, "wait_for_event", wait)
+
+
+CASES = [
+    *((target, kind, MAIN, False) for target in BUILDS for kind in RULES),
+    *(("trt10", "token", first, fast) for first in ORDERS for fast in (False, True)),
+]
+
+
+@pytest.mark.parametrize(("target", "kind", "first", "fast"), CASES)
+def test_an_answer(
+    target: str,
+    kind: str,
+    first: str | int,
+    fast: bool,
+    on_card: MakeOnCard,
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, rule = on_card(target, "device", first), RULES[kind](host)
+    if fast:
+        a_card_that_is_fast(made, monkeypatch)
+    expected = answer(host.runtime.session_under(rule))
+    session = made.runtime.session_under(rule)
+    assert answer(session) == expected
+    assert len(made.card.recorded) == 3, "one that waits for its token, and two that do not, for two places of results"
+    made.card.forget()
+    assert answer(session, IDS[:7]) == answer(_after(host, rule), IDS[:7])
+    tokens = made.card.log[-3 * (TOKENS - 3) :]
+    assert tokens == TOKEN * (TOKENS - 3), "from the third on; the last one is launched in vain"
+
+
+def _after(host: Host, rule: Rule) -> Session:
+    session = host.runtime.session_under(rule)
+    answer(session)
+    return session
+
+
+def test_a_static_set_is_launched_ahead_in_every_mode(on_card: MakeOnCard, host: Host) -> None:
+    """And with a policy that the host decides by, nothing is."""
+    for dispatch in ("sync", "overlapped"):
+        made = on_card("trt10", dispatch)
+        session = made.runtime.session_under(FixedRule((1,)))
+        assert answer(session) == answer(host.runtime.session_under(FixedRule((1,))))
+        assert made.card.log[-3:] == TOKEN
+        made.card.forget()
+        assert answer(made.runtime.session_under(host.rule)) == answer(host.runtime.session_under(host.rule))
+        assert not any(call == (MAIN, "launch", "graph") for call in made.card.log)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0.5, seed=3), Sampling(repetition_penalty=1.3), Sampling(presence_penalty=0.5)],
+    ids=["sampled", "penalty", "presence"],
+)
+def test_a_token_that_is_chosen_otherwise_is_waited_for(sampling: Sampling, on_card: MakeOnCard, host: Host) -> None:
+    made = on_card("trt10")
+    expected, found = (
+        [one.token for one in each.session().stream(IDS[:20].tolist(), 9, sampling)]
+        for each in (host.runtime, made.runtime)
+    )
+    assert found == expected
+    assert (MAIN, "record", "ended") not in made.card.log
+
+
+def test_a_rule_that_changes_is_waited_for(on_card: MakeOnCard, host: Host) -> None:
+    """As that of a budget that is held does with every token."""
+    made = on_card("trt10", "device")
+    live = [each.session_under(host.rule) for each in (host.runtime, made.runtime)]
+    for session in live:
+        session.rules.decoded = lambda _, rules=session.rules: setattr(rules, "rule", rules.rule.scaled(1.01))  # type: ignore[method-assign, misc]
+    assert answer(live[1]) == answer(live[0])
+    assert (MAIN, "record", "ended") not in made.card.log
+
+
+def left(session: Session, ids: np.ndarray = IDS[:20]) -> int:
+    """An answer that is left in the middle, with a token launched ahead; the token that it would be."""
+    answers = session.stream(ids.tolist(), TOKENS)
+    for _ in range(6):
+        token = next(answers).token
+    return token
+
+
+def another_token(session: Session) -> Any:
+    """Than the likeliest, again and again."""
+    session.prefill(IDS[:20])
+    session.reserve(9)
+    step = session.bound(1)
+    for token in (3, 1, 4, 1, 5, 9):
+        step.decode(token, session.rule, True)
+    return step.logits[0, 0].copy()
+
+
+def another_text_of_the_same_length(session: Session) -> Any:
+    """The same token follows at the same position."""
+    token = left(session)
+    session.reset()
+    session.prefill(IDS[30:55])
+    return session.decode_one(token)[0]
+
+
+def another_rule(session: Session) -> Any:
+    token = left(session)
+    return session.decode_one(token, FixedRule((0, 1)))[0]
+
+
+def what_a_fork_goes_on_with(session: Session) -> Any:
+    left(session)
+    twin = session.fork()
+    return answer(twin, IDS[40:44])[0], answer(session, IDS[44:49])[0]
+
+
+def another_prefix(session: Session) -> Any:
+    """In whose place the same token is decoded."""
+    token = left(session)
+    other = session.fork()
+    other.restart(IDS[30:55])
+    session.load_prefix(other.tokens, other.cache)
+    return session.decode_one(token)[0]
+
+
+DONE = [
+    another_token,
+    another_text_of_the_same_length,
+    another_rule,
+    what_a_fork_goes_on_with,
+    another_prefix,
+]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("done", DONE)
+def test_what_was_launched_in_vain(
+    done: Callable[[Session], Any],
+    fast: bool,
+    on_card: MakeOnCard,
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens here repeat, so that the same one follows other texts."""
+    made = on_card("trt10")
+    if fast:
+        a_card_that_is_fast(made, monkeypatch)
+    live = [each.session_under(FixedRule((0,))) for each in (host.runtime, made.runtime)]
+    expected, found = (done(session) for session in live)
+    assert (MAIN, "record", "ended") in made.card.log
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=TOLERANCE)
+
+
+def test_the_last_place_of_the_cache(on_card: MakeOnCard, host: Host) -> None:
+    made = on_card("portable")
+    ids = np.resize(IDS, 80)
+    assert answer(made.runtime.session(), ids, 16) == answer(host.runtime.session(), ids, 16)
+    assert made.card.log[-1] == ("host", "synchronize", MAIN), "nothing follows the last one"
+
+
+def test_a_device_without_kernels(
+    on_card: MakeOnCard, host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its known actions are graphs all the same; it is asked once."""
+
+    def fails(*_: Any) -> None:
+        raise BackendError("NVRTC is missing")
+
+    monkeypatch.setattr(CudaGraph, "follow", fails)
+    made = on_card("portable")
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert answer(made.runtime.session()) == answer(host.runtime.session())
+    assert [record.message for record in caplog.records] == ["no token is launched ahead here (NVRTC is missing)"]
+    assert made.card.log[-2:] == [(MAIN, "launch", "graph"), ("host", "synchronize", MAIN)]
+
+
+@pytest.mark.parametrize("target", TOGETHER)
+def test_rows_together(target: str, on_card: MakeOnCard, host: Host) -> None:
+    """Rows that end, one after another, and the next prompts in their place."""
+    made = on_card(target)
+    prompts, most = [IDS[start : start + 5 + start].tolist() for start in range(6)], (9, 12, 5)
+    for many in most:
+        expected, found = (
+            [one.tokens.tolist() for one in each.generate_batch(prompts, many, size=3)]
+            for each in (host.runtime, made.runtime)
+        )
+        assert found == expected
+    assert TOKEN[1] in made.card.log
+    assert TOKEN[2] in made.card.log
+
+
+# --- mistakes, as in test_order
+
+
+def tokens_of(session: Session) -> list[int]:
+    return answer(session)[0]
+
+
+def whatever_was_done(_sound: Any, step: DeviceStep, ahead: Any, tokens: Any, actions: Any) -> bool:
+    """Nobody asks what has happened to the cache since."""
+    return bool(ahead.actions == actions and (step.logits.argmax(-1) == tokens).all())
+
+
+def whatever_the_token(_sound: Any, step: DeviceStep, ahead: Any, _tokens: Any, actions: Any) -> bool:
+    return bool(step._cache.ahead is ahead and ahead.actions == actions)
+
+
+def one_place_of_results(sound: Any, mirror: Mirror, *given: Any) -> None:
+    sound(mirror, *given)
+    mirror.hosts = [mirror.host] * len(mirror.hosts)
+
+
+def position_that_stays(sound: Any, graph: CudaGraph, stream: str, logits: Any, ids: Any, positions: Any) -> None:
+    graph.kept = graph._cuda.memory(positions.nbytes)  # type: ignore[attr-defined]
+    sound(graph, stream, logits, ids, graph.kept)
+
+
+def prefix_that_says_nothing(sound: Any, cache: DeviceCache, *given: Any) -> None:
+    ahead = cache.ahead
+    sound(cache, *given)
+    cache.ahead = ahead
+
+
+MISTAKES: list[tuple[Any, str, Callable[..., Any], Callable[[Session], Any]]] = [
+    (DeviceStep, "_runs", whatever_was_done, another_text_of_the_same_length),
+    (DeviceStep, "_runs", whatever_the_token, another_token),
+    (DeviceCache, "take", prefix_that_says_nothing, another_prefix),
+    (Mirror, "__init__", one_place_of_results, tokens_of),
+    (CudaGraph, "follow", position_that_stays, tokens_of),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "mistake", "done"), MISTAKES)
+def test_mistake(
+    kind: Any,
+    method: str,
+    mistake: Callable[..., Any],
+    done: Callable[[Session], Any],
+    on_card: MakeOnCard,
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kind, method, partialmethod(mistake_of, mistake, getattr(kind, method)))
+    made = on_card("trt10", "device")
+    if mistake is one_place_of_results:
+        a_card_that_is_fast(made, monkeypatch)
+    with pytest.raises(AssertionError):
+        compare(done, made, host)
+
+
+def compare(done: Callable[[Session], Any], made: OnCard, host: Host) -> None:
+    expected, found = (done(each.session_under(FixedRule((0,)))) for each in (host.runtime, made.runtime))
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=TOLERANCE)
+
+
+def test_a_wait_for_everything(on_card: MakeOnCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right numbers, too late: the next token would begin when the host has seen this one."""
+    made = on_card("trt10", "device")
+    session, sound = made.runtime.session(), Cuda.wait_for_event
+    monkeypatch.setattr(Cuda, "wait_for_event", lambda *given: (sound(*given), given[0].synchronize(MAIN)))
+    answer(session)
+    assert made.card.log[-3:] != TOKEN

@@ -15,7 +15,14 @@ from transformers.generation.logits_process import (
 )
 
 from dash_export.errors import BackendError, RequestError
-from dash_export.runtime.sampling import Sampler, Sampling, distribution, most_likely, with_repetition_penalty
+from dash_export.runtime.sampling import (
+    Sampler,
+    Sampling,
+    distribution,
+    drawn,
+    most_likely,
+    with_repetition_penalty,
+)
 
 LOGITS = np.random.default_rng(3).standard_normal(200).astype(np.float32) * 2
 
@@ -23,8 +30,8 @@ LOGITS = np.random.default_rng(3).standard_normal(200).astype(np.float32) * 2
 def probabilities(sampling: Sampling) -> np.ndarray:
     """Over the whole vocabulary, zero where filtered."""
     full = np.zeros(LOGITS.size)
-    candidates, chances = distribution(LOGITS, sampling)
-    full[candidates] = chances
+    candidates, weights = distribution(LOGITS, sampling)
+    full[slice(None) if candidates is None else candidates] = weights / weights.sum(dtype=np.float64)
     return full
 
 
@@ -57,17 +64,18 @@ def test_greedy_is_argmax_and_takes_the_first_of_equals() -> None:
     ],
 )
 def test_filters_as_hugging_face(options: dict[str, float]) -> None:
+    """Up to the rounding of float32, in which both are computed."""
     warpers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
     processors = LogitsProcessorList([(warpers | {"min_p": MinPLogitsWarper})[name](options[name]) for name in options])
     scores = processors(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(LOGITS.astype(np.float64))[None])
     expected = torch.softmax(scores, dim=-1)[0].numpy()
-    np.testing.assert_allclose(probabilities(Sampling(**options)), expected, atol=1e-9)  # type: ignore[arg-type]
+    np.testing.assert_allclose(probabilities(Sampling(**options)), expected, atol=1e-7)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 0.9999, 1 - 1e-12])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 0.9999])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 2.5, 30.0])
 def test_the_smallest_set_of_a_large_vocabulary(top_p: float, spread: float) -> None:
-    """As a sort of all of it gives it, equals in the order of the vocabulary."""
+    """As a sort of all of it in float64 gives it, up to the rounding of float32."""
     logits = np.random.default_rng(1).standard_normal(5000).astype(np.float32) * np.float32(spread)
     order = np.argsort(-logits, kind="stable")
     chances = np.exp(logits[order].astype(np.float64) - logits.max())
@@ -75,9 +83,11 @@ def test_the_smallest_set_of_a_large_vocabulary(top_p: float, spread: float) -> 
     before = np.concatenate([[0.0], chances.cumsum()[:-1]])
     expected = order[before < top_p]
     candidates, found = distribution(logits, Sampling(1.0, top_p=top_p))
-    assert abs(len(candidates) - len(expected)) <= (0 if spread else 1), "of equals, one more or less by rounding"
-    np.testing.assert_array_equal(candidates[: len(expected)], expected[: len(candidates)])
-    np.testing.assert_allclose(found.sum(), 1)
+    assert candidates is not None
+    assert abs(len(candidates) - len(expected)) <= (0 if spread > 1 else 1), "of near equals, one more or less"
+    both = min(len(candidates), len(expected))
+    np.testing.assert_allclose(logits[candidates[:both]], logits[expected[:both]], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found / found.max(), chances[: len(found)] / chances[0], rtol=1e-5)
 
 
 def test_repetition_penalty_as_hugging_face() -> None:
@@ -102,6 +112,20 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
     assert chi_squared < degrees + 5 * np.sqrt(2 * degrees)
     assert draw(5, 50) == draw(5, 50) != draw(6, 50)
     assert draw(None, 50) != draw(None, 50)
+
+
+@pytest.mark.parametrize("count", [1, 511, 512, 513, 5000])
+def test_a_draw_is_where_the_running_sum_passes_its_share(count: int) -> None:
+    """Never where a weight is zero: a grammar forbids such tokens."""
+    rng = np.random.default_rng(count)
+    weights = np.where(rng.random(count) < 0.3, rng.random(count) ** 8, 0).astype(np.float32)
+    weights[count // 2] = 1
+    sums = weights.cumsum(dtype=np.float64)
+    shares = [0.0, np.nextafter(1.0, 0), *rng.random(300), *(sums[:-1] / sums[-1])[:300]]
+    for share in shares:
+        place = drawn(weights, share)
+        assert weights[place] > 0
+        assert sums[place] - weights[place] - 1e-5 <= share * sums[-1] <= sums[place] + 1e-5
 
 
 def test_extreme_logits_stay_finite() -> None:

@@ -110,9 +110,10 @@ class DashRuntime:
     @property
     def recommended(self) -> Setting:
         """Setting that `run` uses where nothing is asked for: the token policy at the budget that costs 2 % of
-        perplexity on the calibration text, or dense, where that budget saves less than 5 % of the time.
+        perplexity on the calibration text, or dense, where that budget saves less than 5 % of the time or times are of
+        another dispatch.
         """
-        budget = recommended_budget(self.build.dial)
+        budget = recommended_budget(self.build.dial) if self._times_hold else None
         return Setting("dense") if budget is None else Setting("token", budget=budget)
 
     # --- sessions
@@ -127,13 +128,21 @@ class DashRuntime:
     @check_arguments
     def session_with(self, setting: Setting) -> Session:
         """Begin a new conversation, as `session` does, with the arguments in one object."""
-        manifest = self.bundle.manifest
-        if setting.budget is not None and self.cost.segment_us and self.dispatch != self.cost.dispatch:
+        return self.session_under(self.rules(setting))
+
+    def rules(self, setting: Setting) -> SessionRules:
+        """Return the rules of a session with this setting. Raises PolicyError."""
+        if setting.budget is not None and not self._times_hold:
             raise PolicyError(
                 f"This build's times are of dispatch {self.cost.dispatch!r:.20}, and a budget is of the time. Give "
                 f"skipped or max_kl; or build by a recipe with dispatch = {self.dispatch!r}."
             )
-        return self.session_under(session_rules(setting, manifest.model, manifest.policy, self.build))
+        manifest = self.bundle.manifest
+        return session_rules(setting, manifest.model, manifest.policy, self.build)
+
+    @property
+    def _times_hold(self) -> bool:
+        return not self.cost.segment_us or self.dispatch == self.cost.dispatch
 
     def session_under(self, rule: Rule | SessionRules | Policy) -> Session:
         """Begin a new conversation whose actions come from a rule, or from a policy of your own (docs/own-policy.md).

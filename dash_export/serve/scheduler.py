@@ -22,7 +22,6 @@ from dash_export.runtime.cpus import available_memory
 from dash_export.runtime.guidance import Guide
 from dash_export.runtime.results import MAX_TOKENS, Response, TokenIds, Turn, answer_length
 from dash_export.runtime.rows import Rows
-from dash_export.runtime.rules import SessionRules, session_rules
 from dash_export.runtime.sampling import Logits
 from dash_export.serve.pace import Pace
 from dash_export.serve.prefixes import Prefixes
@@ -76,7 +75,7 @@ class Scheduler:
                 cache.reserve(1)  # caches that do not grow: take all memory now
         self._prefixes = Prefixes(prefix_bytes)
         self._alone, self._together = (
-            self._rules(one) for one in (alone or runtime.recommended, together or Setting())
+            self.runtime.rules(one) for one in (alone or runtime.recommended, together or Setting())
         )
         self.pace: Pace | None = None
         if pace is not None:
@@ -137,7 +136,7 @@ class Scheduler:
             if self.context == runtime.engines.model.max_positions:
                 raise
             raise ContextLengthError(f"{error} (So many for each of {self.size} rows: fewer leave more.)") from None
-        rules = None if request.setting is None else self._rules(request.setting)
+        rules = None if request.setting is None else self.runtime.rules(request.setting)
         until = float("inf") if request.deadline is None else time.monotonic() + request.deadline
         if guide is None and request.sampling.grammar is not None:
             guide = runtime.text.guides.guide(request.sampling.grammar)
@@ -329,9 +328,3 @@ class Scheduler:
     def _late(self) -> DeadlineError:
         why = "The server is closing." if self._closing else "The time that this request had is over."
         return DeadlineError(why)
-
-    # --- checks
-
-    def _rules(self, setting: Setting) -> SessionRules:
-        manifest = self.runtime.bundle.manifest
-        return session_rules(setting, manifest.model, manifest.policy, self.runtime.build)

@@ -72,7 +72,10 @@ def fold_weights(graph: ir.Graph) -> None:
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--target", default="h100", show_default=True)
-@click.option("--weights", "asked", multiple=True, default=("int8", "fp8", "int4"), show_default=True)
+@click.option(
+    "--weights", "asked", multiple=True, default=("int8", "fp8", "int4"), show_default=True,
+    help="`recipe`: as the recipe has them.",
+)  # fmt: skip
 @click.option("--windows", default=12, show_default=True, help=f"Windows of {WINDOW} tokens.")
 def main(bundle: Path, target: str, asked: tuple[str, ...], windows: int) -> None:
     """KL and perplexity of dense mode against float32, on held-out prose."""
@@ -91,11 +94,11 @@ def main(bundle: Path, target: str, asked: tuple[str, ...], windows: int) -> Non
     texts = held_out(DashRuntime(opened, build, OrtBackend(0)).text.encode, windows * WINDOW).reshape(windows, WINDOW)
     with tempfile.TemporaryDirectory() as empty:
         exact = logits(Path(empty))
-    rows, result = [], {}
+    rows, result, recipe = [], {}, load_recipe(target)
     plain = np.array([nll(each, ids[1:]).mean() for each, ids in zip(exact, texts, strict=True)])
     for weights in asked:
         with tempfile.TemporaryDirectory() as folder:
-            round_graphs(opened, with_weights(load_recipe(target), weights), Path(folder))
+            round_graphs(opened, recipe if weights == "recipe" else with_weights(recipe, weights), Path(folder))
             found = logits(Path(folder))
         kl = interval([DenseRows(one).kl(other).mean() for one, other in zip(exact, found, strict=True)])
         nats = np.array([nll(each, ids[1:]).mean() for each, ids in zip(found, texts, strict=True)])

@@ -19,7 +19,7 @@ from dash_export import DashRuntime
 from dash_export.building import build, cost_table, dial
 from dash_export.building.cost_table import measure_cost
 from dash_export.bundle import Bundle
-from dash_export.decision import Unit, decision_rule, layer_actions
+from dash_export.decision import Setting, Unit, decision_rule, layer_actions
 from dash_export.errors import BackendError, BundleError, ContextLengthError, PolicyError, RequestError
 from dash_export.exporting import export
 from dash_export.manifest import Segment
@@ -29,6 +29,8 @@ from dash_export.runtime.device.cuda import Cuda
 from dash_export.runtime.device.step import DeviceStep
 from dash_export.runtime.device.tensorrt import TensorRT
 from dash_export.runtime.rules import DENSE, FixedRule, ForcedRule
+from dash_export.serve.scheduler import Scheduler
+from dash_export.serve.tickets import Request
 from tests.runtime.device.conftest import (
     BUILDS,
     DISPATCH,
@@ -258,8 +260,12 @@ def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.
     build = replace(made, dial=points)
     session = DashRuntime(device_bundle, build, TensorRT("tensorrt")).session("token", budget=0.9)
     assert session.rules.rule.limits[0] > 0
+    other = DashRuntime(device_bundle, build, TensorRT("tensorrt"), "device")
     with pytest.raises(PolicyError, match="times are of dispatch 'overlapped'"):
-        DashRuntime(device_bundle, build, TensorRT("tensorrt"), "device").session("token", budget=0.9)
+        other.session("token", budget=0.9)
+    with pytest.raises(PolicyError, match="times are of dispatch 'overlapped'"):
+        Scheduler(other).submit(Request(IDS[:9], setting=Setting(budget=0.9)), lambda _: None)
+    assert (session.engines.dispatch, other.recommended) == ("overlapped", Setting("dense"))
 
 
 @pytest.mark.parametrize("dispatch", DISPATCH)

@@ -103,6 +103,8 @@ def _summary(model: str, output: Path) -> None:
                 for row in card["chosen"]
             ),
         )  # fmt: skip
+    if left := [row["unit"] for row in card["chosen"] if row["unit"] not in card["units"].split(",")]:
+        click.echo(f"Left out after the tuning, for they gain less than their engines cost: {', '.join(left)}.")
     print_table(
         f"Held-out text, {card['held_out']['judged']} tokens", ("setting",), ("skipped", "KL (nats)", "top-1", "nll"),
         (

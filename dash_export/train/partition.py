@@ -24,9 +24,9 @@ from dash_export.train.model import GatedModel, SkipModules, always
 
 LENGTHS = (1, 2, 3, 4, 6)
 """Numbers of layers that a candidate may have."""
-LAUNCH = 0.001
-"""Cost of one more engine, whether its unit is skipped or not, as a fraction of a token's time. For a small model it is
-0.002; half of it is used, because gains are judged before the tuning, which about halves damages.
+LAUNCH = 0.002
+"""Cost of one more engine, whether its unit is skipped or not, as a fraction of a small model's token. Half of it is
+used before the tuning, which about halves damages.
 """
 GRID = 8
 """Number of trade-offs at which a gain is judged."""
@@ -64,14 +64,17 @@ def judged_candidate(
     unit: Unit, damage: npt.NDArray[np.floating], saved: float, trade_offs: tuple[float, float]
 ) -> Candidate:
     """Return a candidate, judged by the damage [tokens] of skipping its unit alone."""
-    grid = np.geomspace(*trade_offs, GRID)
-    gain = np.maximum(saved - damage[:, None] / grid, 0).mean()
-    return Candidate(unit, float(damage.mean()), saved, float(gain))
+    return Candidate(unit, float(damage.mean()), saved, mean_gain(damage, saved, trade_offs))
+
+
+def mean_gain(damage: npt.NDArray[np.floating], saved: float, trade_offs: tuple[float, float]) -> float:
+    """Return what a unit gains per token, over tokens of this damage [tokens] and the dial."""
+    return float(np.maximum(saved - damage[:, None] / np.geomspace(*trade_offs, GRID), 0).mean())
 
 
 def best_partition(candidates: Iterable[Candidate], num_layers: int) -> tuple[Candidate, ...]:
-    """Return the candidates, no two with a layer in common, with the largest sum of gains less LAUNCH each; none where
-    none gains.
+    """Return the candidates, no two with a layer in common, with the largest sum of gains less LAUNCH / 2 each; none
+    where none gains.
     """
     ending: dict[int, list[Candidate]] = {}
     for candidate in candidates:
@@ -81,9 +84,24 @@ def best_partition(candidates: Iterable[Candidate], num_layers: int) -> tuple[Ca
         options = [best[layer]]
         for candidate in ending.get(layer, ()):
             gain, before = best[candidate.unit.first]
-            options.append((gain + candidate.gain - LAUNCH, (*before, candidate)))
+            options.append((gain + candidate.gain - LAUNCH / 2, (*before, candidate)))
         best.append(max(options, key=lambda option: option[0]))
     return best[num_layers][1]
+
+
+def units_that_pay(units: Sequence[Unit], gains: Sequence[float]) -> tuple[int, ...]:
+    """Return the places of the units to keep, now that they are tuned: those with the largest sum of gains less LAUNCH
+    for each engine. An engine is a unit, or the layers between two; what comes before and after all is one anyway.
+    """
+    best: list[tuple[float, tuple[int, ...]]] = []  # of the sets that end with each unit
+    for place, (unit, gain) in enumerate(zip(units, gains, strict=True)):
+        before = [(0.0, tuple[int, ...]())]
+        for value, kept in best:
+            apart = unit.first > units[kept[-1]].last + 1
+            before.append((value - LAUNCH * apart, kept))
+        value, kept = max(before, key=lambda option: option[0])
+        best.append((value + gain - LAUNCH, (*kept, place)))
+    return max(best, key=lambda option: option[0])[1]
 
 
 @torch.no_grad()

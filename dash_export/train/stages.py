@@ -5,7 +5,8 @@
 3. damage regression: the network, from forward passes
    (a training that goes on from a policy takes the results of 2 and 3 from it)
 4. tuning: bypasses and network together, by KL (losses.py)
-5. the greedy static order, for the static kind of the same bundle (partition.py); a static policy has it before 4
+5. units that turn out not to pay for their engine are left out, where the search found them (partition.py)
+6. the greedy static order, for the static kind of the same bundle (partition.py); a static policy has it before 4
 
 Every batch is drawn from (seed, stage, step), so a resumed training sees the batches of the training that was killed.
 Several processes (processes.py) share the passes of the candidates and of stages 2 (closed form), 3 and 4.
@@ -29,7 +30,7 @@ import torch
 from dash_export.artifacts import Progress, no_progress, open_regular, write_atomic
 from dash_export.decision import Unit
 from dash_export.errors import PolicyError
-from dash_export.policy import Bypass, SkipPolicy
+from dash_export.policy import Bypass, SkipPolicy, narrowed
 from dash_export.train.closed_form import Sums
 from dash_export.train.corpus import SELF_GENERATED, Batch, Corpus
 from dash_export.train.defaults import TrainingSettings
@@ -41,7 +42,9 @@ from dash_export.train.partition import (
     candidate_groups,
     greedy_order,
     judged_candidate,
+    mean_gain,
     static_damage,
+    units_that_pay,
     with_dense,
 )
 from dash_export.train.processes import ALONE, Processes
@@ -173,6 +176,8 @@ def trained_policy(
     rates = [(modules.bypasses, settings.bypass_rate), (modules.network, settings.refinement_rate)]
     # The stage's name draws its batches. A policy that is trained further has seen the batches of "tuning".
     _optimise(run, "further tuning" if start else "tuning", modules, settings.tuning_steps, rates, tuning)
+    if chosen and kind == "token":
+        modules = SkipModules(_paying(run, modules)).to(model.device)
     return replace(modules.to_policy(), static_order=order or _static_order(run, modules)), chosen
 
 
@@ -207,6 +212,21 @@ def search_units(run: Run) -> tuple[Candidate, ...]:
             "(--trade-offs), or the units (--units)."
         )
     return best
+
+
+@torch.no_grad()
+def _paying(run: Run, modules: SkipModules) -> SkipPolicy:
+    """Return the trained policy without the units that gain less than their engines cost."""
+    model, found = run.model, list[torch.Tensor]()
+    for step in range(RANKING_BATCHES):
+        ids, _, counted = run.batch("ranking", step)[0]
+        state = next(before for layer, before, _ in model.dense_layers(ids) if layer == modules.read)
+        found.append(modules.damage(model.normed(state))[counted])
+    damages = torch.cat(found).cpu().numpy().T
+    saved = modules.cost(model.spec).tolist()
+    gains = [mean_gain(*one, run.settings.trade_offs) for one in zip(damages, saved, strict=True)]
+    kept = units_that_pay(modules.units, gains)
+    return narrowed(modules.to_policy(), (layer for place in kept for layer in modules.units[place].layers))
 
 
 def _fitted(run: Run, units: Sequence[Unit]) -> tuple[Bypass, ...]:

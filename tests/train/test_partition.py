@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dash_export.train.partition import (
     candidate_groups,
     greedy_order,
     judged_candidate,
+    units_that_pay,
 )
 from tests.tiny import tiny_policy
 
@@ -34,11 +36,27 @@ def test_best_partition_is_that_of_all() -> None:
     def most(layer: int) -> float:
         if layer == 8:
             return 0.0
-        own = [own.gain - LAUNCH + most(own.unit.last + 1) for own in made if own.unit.first == layer]
+        own = [own.gain - LAUNCH / 2 + most(own.unit.last + 1) for own in made if own.unit.first == layer]
         return max([most(layer + 1), *own])
 
-    assert sum(found.gain - LAUNCH for found in best_partition(made, 8)) == pytest.approx(most(0))
-    assert best_partition([Candidate(Unit(2, 3), 0.1, 0.1, LAUNCH / 2)], 8) == (), "a launch costs more"
+    assert sum(found.gain - LAUNCH / 2 for found in best_partition(made, 8)) == pytest.approx(most(0))
+    assert best_partition([Candidate(Unit(2, 3), 0.1, 0.1, LAUNCH / 4)], 8) == (), "a launch costs more"
+
+
+def test_units_that_pay_are_those_of_all_sets() -> None:
+    """An engine more for each unit, and for the layers between two that are not neighbours."""
+    units = parse_units("2,3,4-5,7,8-9,12,13")
+
+    def worth(kept: tuple[int, ...], gains: Sequence[float]) -> float:
+        gaps = sum(units[after].first > units[before].last + 1 for before, after in pairwise(kept))
+        return sum(gains[place] for place in kept) - LAUNCH * (len(kept) + gaps)
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        gains = (rng.random(len(units)) ** 2 * 3 * LAUNCH).tolist()
+        sets = (kept for size in range(1, 8) for kept in combinations(range(len(units)), size))
+        assert units_that_pay(units, gains) == max(sets, key=lambda kept: worth(kept, gains))
+    assert units_that_pay(units[:2], (0.0, 0.0)) in ((0,), (1,)), "one is left"
 
 
 def test_a_gain_is_what_tokens_save_that_can_skip() -> None:

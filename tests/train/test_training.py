@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dash_export import replacing
-from dash_export.decision import parse_units
+from dash_export.decision import Unit, parse_units, units_text
 from dash_export.errors import CheckpointError, OutputError, PolicyError, RequestError
 from dash_export.models import Checkpoint
 from dash_export.models.bypasses import check_model
@@ -110,14 +110,42 @@ def searched(checkpoint: Checkpoint, prose: Path, tmp_path_factory: pytest.TempP
 
 
 def test_units_are_those_that_gain_most(searched: tuple[Path, SkipPolicy], checkpoint: Checkpoint) -> None:
+    """Before the tuning, and still after it."""
     path, policy = searched
     card = json.loads(path.with_suffix(".json").read_text())
-    assert card["units"] == ",".join(row["unit"] for row in card["chosen"])
-    assert load_policy(path, checkpoint.spec).units == policy.units
-    assert policy.units
+    assert {*card["units"].split(",")} <= {row["unit"] for row in card["chosen"]}
+    assert card["units"] == ",".join(map(str, policy.units)) == units_text(load_policy(path, checkpoint.spec).units)
     for row in card["chosen"]:
         assert 0 < row["gain"] < row["saved"] < 1
         assert row["damage"] > 0
+
+
+def test_units_that_turn_out_not_to_pay_are_left_out(
+    searched: tuple[Path, SkipPolicy], learn: Learn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their bypasses and their part of the network; units that were asked for stay."""
+    asked: list[list[float]] = []
+
+    def last(units: tuple[Unit, ...], gains: list[float]) -> tuple[int, ...]:
+        asked.append(gains)
+        return (len(units) - 1,)
+
+    whole = len(searched[1].units)
+    monkeypatch.setattr(stages, "units_that_pay", last)
+    policy = learn(units=None)
+    ((*gains,),) = asked
+    assert len(gains) >= whole
+    assert all(0 <= gain < 1 for gain in gains)
+    assert len(policy.units) == len(policy.bypasses) == policy.network["bias"].size == 1  # type: ignore[index]
+    assert policy.units[0] == policy_units(learn)[-1]
+    assert learn(units=TINY_UNITS).units == TINY_UNITS
+    assert len(asked) == 1
+
+
+def policy_units(learn: Learn) -> tuple[Unit, ...]:
+    """Those that the search chose."""
+    card = json.loads(learn.args[1].with_suffix(".json").read_text())
+    return parse_units(",".join(row["unit"] for row in card["chosen"]))
 
 
 def kill_at(stage: str, times: int = 1, heard: list[str] | None = None) -> Callable[[str, int, int], None]:

@@ -2,7 +2,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ LONGROPE = {
             {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64, "max_position_embeddings": 256},
             {"phi3.rope.scaling.original_context_length": 64, "phi3.rope.scaling.attn_factor": 1.1547},
         ),
-        ("granite", MULTIPLIERS, {}),
+        ("granite", MULTIPLIERS, {"granite.rope.scaling.finetuned": True}),
         ("smollm3", {"num_hidden_layers": 6}, {}),
         ("olmo2", {"rms_norm_eps": 1e-5}, {}),
     ],
@@ -143,69 +142,11 @@ def test_what_the_first_converters_of_gemma_2_left_out(tmp_path: Path) -> None:
     assert set(traits.windows) == {0, expected.sliding_window} == {0, 4096}
 
 
-def test_granite_without_rope(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.gguf"
-    for turned in (True, False):
-        write_gguf(path, tiny_model("granite", **MULTIPLIERS), metadata={"granite.rope.scaling.finetuned": turned})
-        with nullcontext() if turned else pytest.raises(CheckpointError, match="without RoPE"):
-            open_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "extra", "wrong"),
-    [
-        ({"gemma2.attention.sliding_window": "x"}, {}, "sliding_window"),
-        ({"gemma2.expert_count": 2}, {}, "gemma2.expert_count, which is not supported"),
-        ({"gemma2.block_count": 46, "gemma2.embedding_length": "abc"}, {}, "embedding_length"),
-        ({"gemma2.attention.key_length": [1, 2]}, {}, "key_length"),
-        ({"gemma2.rope.dimension_count": 8}, {}, "rope.dimension_count 8 is not supported"),
-        ({}, {"rope_factors_long.weight": np.ones(8, np.float32)}, "tensors that gemma2 does not use"),
-    ],
-)
-def test_wrong_keys_of_other_families(
-    tmp_path: Path, metadata: dict[str, Any], extra: dict[str, np.ndarray], wrong: str
-) -> None:
-    write_gguf(tmp_path / "a.gguf", tiny_model("gemma2", **GEMMA), metadata=metadata, extra_tensors=extra)
-    with pytest.raises(CheckpointError, match=wrong):
-        open_checkpoint(tmp_path / "a.gguf")
-
-
-def test_a_scale_of_phi_s_that_does_not_follow(tmp_path: Path) -> None:
-    model = tiny_model("phi3", pad_token_id=0)
-    write_gguf(tmp_path / "a.gguf", model, metadata={"phi3.rope.scaling.attn_factor": 1.3})
-    with pytest.raises(CheckpointError, match=r"attn_factor 1\.3 is not supported; expected 1"):
-        open_checkpoint(tmp_path / "a.gguf")
-
-
-@pytest.mark.parametrize("value", [0, "abc", [1, 2], 10**6])
-@pytest.mark.parametrize("key", ["attention.key_length", "rope.dimension_count"])
-def test_sizes_of_phi_s_heads(tmp_path: Path, key: str, value: Any) -> None:
-    write_gguf(tmp_path / "a.gguf", tiny_model("phi3", pad_token_id=0), metadata={f"phi3.{key}": value})
-    with pytest.raises(CheckpointError, match=f"{key}|head_dim"):
-        open_checkpoint(tmp_path / "a.gguf")
-
-
-@pytest.mark.parametrize("shape", [(4096,), (8, 2), (7,)])
-def test_lists_of_phi_s_factors_of_another_length(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """Which are not read: a small file can have very long ones."""
-    extra = {f"rope_factors_{name}.weight": np.ones(shape, np.float32) for name in ("long", "short")}
-    write_gguf(tmp_path / "a.gguf", tiny_model("phi3", pad_token_id=0), extra_tensors=extra)
-    with pytest.raises(CheckpointError, match=r"rope_factors_long.weight has the shape .*; expected \[8\]"):
-        open_checkpoint(tmp_path / "a.gguf")
-
-
 def test_a_granite_without_a_scale(tmp_path: Path) -> None:
     """It is llama.cpp's, not the default of transformers, which is 1."""
     write_gguf(tmp_path / "a.gguf", tiny_model("granite"), remove=("granite.attention.scale",))
     spec = open_checkpoint(tmp_path / "a.gguf").spec
     assert spec.attention_scale == pytest.approx(spec.head_dim**-0.5)
-
-
-def test_one_of_phi_s_two_lists_of_factors(tmp_path: Path) -> None:
-    extra = {"rope_factors_long.weight": np.ones(8, np.float32)}
-    write_gguf(tmp_path / "a.gguf", tiny_model("phi3", pad_token_id=0), extra_tensors=extra)
-    with pytest.raises(CheckpointError, match="and not the other"):
-        open_checkpoint(tmp_path / "a.gguf")
 
 
 def test_quantised_matrices(tmp_path: Path, model: Any) -> None:
@@ -250,73 +191,79 @@ def test_llama3_rope_factors_become_the_named_scaling(tmp_path: Path) -> None:
     assert checkpoint.config["rope_parameters"] == LLAMA3
 
 
-def test_rope_factors_of_an_architecture_without_them(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "tiny.gguf", tiny_model("qwen2"), extra_tensors={"rope_freqs.weight": np.ones(8, np.float32)})
-    with pytest.raises(CheckpointError, match="qwen2 does not use, the first is 'rope_freqs"):
-        open_checkpoint(tmp_path / "tiny.gguf")
+METADATA = [
+    ({"llama.block_count": "two"}, "num_hidden_layers"),
+    ({"llama.block_count": 3}, "lacks"),
+    ({"llama.block_count": 4_000_000_000}, "num_hidden_layers"),
+    ({"llama.embedding_length": 128}, "shape"),
+    ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
+    ({"llama.attention.value_length": 8}, "length"),
+    ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
+    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "yarn"),
+    ({"llama.rope.scaling.type": "linear"}, "factor"),
+    ({"llama.rope.scaling.type": "default", "llama.rope.scaling.factor": 4.0}, "'default' is not supported"),
+    ({"llama.attention.causal": "false"}, "attention.causal"),
+    ({"llama.rope.freq_base": -1.0}, "rope_theta"),
+    ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon"),
+    ({"llama.expert_count": 8}, "expert"),
+    ({"llama.attention.sliding_window": 4096}, "sliding"),
+    ({"llama.rope.freq_bast": 500000.0}, "freq_bast"),
+    ({"llama.attn_logit_softcapping": 50.0}, "softcapping"),
+    ({"llama.attention.causal": False}, "causal"),
+    ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor"),
+    ({"gemma2.attention.sliding_window": "x"}, "sliding_window"),
+    ({"gemma2.expert_count": 2}, "gemma2.expert_count, which is not supported"),
+    ({"gemma2.block_count": 46, "gemma2.embedding_length": "abc"}, "embedding_length"),
+    ({"gemma2.attention.key_length": [1, 2]}, "key_length"),
+    ({"gemma2.rope.dimension_count": 8}, "rope.dimension_count 8 is not supported"),
+    ({"granite.rope.scaling.finetuned": False}, "without RoPE"),
+    ({"phi3.rope.scaling.attn_factor": 1.3}, r"attn_factor 1\.3 is not supported; expected 1"),
+    *(
+        ({f"phi3.{key}": value}, f"{key}|head_dim")
+        for key in ("attention.key_length", "rope.dimension_count")
+        for value in (0, "abc", [1, 2], 10**6)
+    ),
+]
+
+
+def tensors(value: np.ndarray, *names: str) -> dict[str, Any]:
+    return {"extra_tensors": {f"{name}.weight": value.astype(np.float32) for name in names}}
+
+
+LONG, SHORT, ONES = "rope_factors_long", "rope_factors_short", np.ones(8)
+NO_NORM: dict[str, Any] = {"remove": ("model.norm.weight",)}
+OTHERS: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"metadata": {"general.architecture": "gpt2"}}, "gpt2.*llama, qwen2, qwen3"),
+    ("llama", {"metadata": {"general.type": "adapter"}}, "adapter"),
+    ("llama", {"metadata": {"split.count": "two"}}, "shards"),
+    ("llama", {"metadata": {"split.count": 3}}, "llama-gguf-split"),
+    ("llama", {"metadata": {"tokenizer.ggml.eos_token_id": 259}}, "eos_token_id"),
+    ("llama", {"remove": ("llama.attention.layer_norm_rms_epsilon",)}, "rms_epsilon"),
+    ("llama", NO_NORM, r"model\.norm\.weight"),
+    ("llama", {"remove": ("model.embed_tokens.weight",)}, "token_embd"),
+    ("llama", tensors(np.ones(16), "blk.0.attn_q_norm"), "attn_q_norm"),
+    ("llama", NO_NORM | {"extra_tensors": {"output_norm.weight": np.ones(64, np.int32)}}, r"output_norm\.weight.*I32"),
+    *(
+        ("llama", tensors(wrong, "rope_freqs"), "rope_freqs")
+        for wrong in (np.ones(7), np.zeros(8), np.full(8, np.nan), np.ones((2, 4)), np.linspace(1, 3, 8))
+    ),
+    ("qwen2", tensors(ONES, "rope_freqs"), "qwen2 does not use, the first is 'rope_freqs"),
+    ("gemma2", tensors(ONES, LONG), "tensors that gemma2 does not use"),
+    ("phi3", tensors(ONES, LONG), "and not the other"),
+    *(  # which are not read: a small file can have very long ones
+        ("phi3", tensors(np.ones(shape), LONG, SHORT), r"rope_factors_long.weight has the shape .*; expected \[8\]")
+        for shape in (4096, (8, 2), 7)
+    ),
+]
+OPTIONS: dict[str, dict[str, Any]] = {"gemma2": GEMMA, "phi3": {"pad_token_id": 0}, "granite": MULTIPLIERS}
 
 
 @pytest.mark.parametrize(
-    "factors", [np.ones(7), np.zeros(8), np.full(8, np.nan), np.ones((2, 4)), np.linspace(1, 3, 8)]
+    ("family", "given", "message"),
+    [*((next(iter(data)).partition(".")[0], {"metadata": data}, said) for data, said in METADATA), *OTHERS],
 )
-def test_other_rope_factors(tmp_path: Path, model: Any, factors: np.ndarray) -> None:
-    write_gguf(tmp_path / "tiny.gguf", model, extra_tensors={"rope_freqs.weight": factors.astype(np.float32)})
-    with pytest.raises(CheckpointError, match="rope_freqs"):
-        open_checkpoint(tmp_path / "tiny.gguf")
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ({"general.architecture": "gpt2"}, "gpt2.*llama, qwen2, qwen3"),
-        ({"llama.block_count": "two"}, "num_hidden_layers"),
-        ({"llama.block_count": 3}, "lacks"),
-        ({"llama.block_count": 4_000_000_000}, "num_hidden_layers"),
-        ({"llama.embedding_length": 128}, "shape"),
-        ({"llama.attention.head_count_kv": [2, 2]}, "num_key_value_heads"),
-        ({"llama.attention.value_length": 8}, "length"),
-        ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "yarn"),
-        ({"llama.rope.scaling.type": "linear"}, "factor"),
-        ({"llama.rope.scaling.type": "default", "llama.rope.scaling.factor": 4.0}, "'default' is not supported"),
-        ({"llama.attention.causal": "false"}, "attention.causal"),
-        ({"llama.rope.freq_base": -1.0}, "rope_theta"),
-        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon"),
-        ({"llama.expert_count": 8}, "expert"),
-        ({"llama.attention.sliding_window": 4096}, "sliding"),
-        ({"llama.rope.freq_bast": 500000.0}, "freq_bast"),
-        ({"llama.attn_logit_softcapping": 50.0}, "softcapping"),
-        ({"llama.attention.causal": False}, "causal"),
-        ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor"),
-        ({"general.type": "adapter"}, "adapter"),
-        ({"split.count": "two"}, "shards"),
-        ({"split.count": 3}, "llama-gguf-split"),
-        ({"tokenizer.ggml.eos_token_id": 259}, "eos_token_id"),
-    ],
-)
-def test_metadata_that_is_wrong_or_not_supported(
-    tmp_path: Path, model: Any, metadata: dict[str, Any], message: str
-) -> None:
-    write_gguf(tmp_path / "tiny.gguf", model, metadata=metadata)
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path / "tiny.gguf")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"remove": ("llama.attention.layer_norm_rms_epsilon",)}, "rms_epsilon"),
-        ({"remove": ("model.norm.weight",)}, r"model\.norm\.weight"),
-        ({"remove": ("model.embed_tokens.weight",)}, "token_embd"),
-        ({"extra_tensors": {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}}, "attn_q_norm"),
-        (
-            {"remove": ("model.norm.weight",), "extra_tensors": {"output_norm.weight": np.ones(64, np.int32)}},
-            r"output_norm\.weight.*I32",
-        ),
-    ],
-)
-def test_missing_unused_and_integer_parts(tmp_path: Path, model: Any, options: dict[str, Any], message: str) -> None:
-    write_gguf(tmp_path / "tiny.gguf", model, **options)
+def test_what_is_wrong_or_not_supported(tmp_path: Path, family: str, given: dict[str, Any], message: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_model(family, **OPTIONS.get(family, {})), **given)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "tiny.gguf")
 

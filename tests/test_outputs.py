@@ -21,15 +21,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BundleError, BusyError, OutputError
 from dash_export.exporting import export
 from dash_export.models import Checkpoint
-from dash_export.outputs import (
-    MARK,
-    folder_locked,
-    lock_file,
-    locked,
-    output_path,
-    own_secret,
-    work_folder,
-)
+from dash_export.outputs import MARK, folder_locked, lock_file, locked, output_path, own_secret, work_folder
 from tests.forged import folder_of, tree
 from tests.tiny import tiny_policy
 

@@ -14,11 +14,7 @@ from dash_export.evaluate.candidates import candidates
 from dash_export.evaluate.score import TextScore, score, windows
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
-SETTINGS = (
-    Setting("dense"),
-    Setting("static", skipped=2),
-    Setting("token", skipped=1.5),
-)
+SETTINGS = (Setting("dense"), Setting("static", skipped=2), Setting("token", skipped=1.5))
 PREFIX, WINDOW = 10, 48
 
 

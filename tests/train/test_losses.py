@@ -13,14 +13,7 @@ import torch
 from dash_export.decision import Unit, parse_units
 from dash_export.models import Checkpoint, open_checkpoint
 from dash_export.policy import Bypass, SkipPolicy, stored_columns
-from dash_export.train.losses import (
-    ROWS,
-    divergence,
-    regression_loss,
-    static_loss,
-    summed_divergence,
-    tuning_loss,
-)
+from dash_export.train.losses import ROWS, divergence, regression_loss, static_loss, summed_divergence, tuning_loss
 from dash_export.train.model import GatedModel, Head, SkipModules, always, below, initial_network
 from dash_export.train.partition import static_damage, with_dense
 from tests.tiny import save_model, tiny_policy

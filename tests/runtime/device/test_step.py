@@ -31,17 +31,7 @@ from dash_export.runtime.device.tensorrt import TensorRT
 from dash_export.runtime.rules import DENSE, FixedRule, ForcedRule
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
-from tests.runtime.device.conftest import (
-    BUILDS,
-    DISPATCH,
-    IDS,
-    ORDERS,
-    TOLERANCE,
-    Host,
-    MakeOnCard,
-    built,
-    decoded,
-)
+from tests.runtime.device.conftest import BUILDS, DISPATCH, IDS, ORDERS, TOLERANCE, Host, MakeOnCard, built, decoded
 from tests.standin.cuda import Card
 from tests.standin.trt import Context, Engine
 from tests.tiny import TINY_UNITS, random_actions, tiny_checkpoint, tiny_policy

@@ -202,3 +202,9 @@ def tiny_oracle(tiny_model: Checkpoint) -> Oracle:
     from tests.tiny import tiny_policy
 
     return Oracle(tiny_model, tiny_policy(tiny_model, "linear"))
+
+
+@pytest.fixture
+def runtime(tiny_runtime: Callable[..., DashRuntime]) -> DashRuntime:
+    """The tiny bundle's `cpu-fp32`."""
+    return tiny_runtime()

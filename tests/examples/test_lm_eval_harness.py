@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,6 @@ from tests.evaluate.test_score import log_softmax
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
 SETTING = Setting("token", skipped=1.5)
-
-
-@pytest.fixture
-def runtime(tiny_runtime: Callable[..., DashRuntime]) -> DashRuntime:
-    return tiny_runtime()
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,6 @@ from dash_export import DashRuntime
 
 
 @pytest.fixture
-def runtime(tiny_runtime: Callable[..., DashRuntime]) -> DashRuntime:
-    """The tiny bundle's `cpu-fp32`."""
-    return tiny_runtime()
-
-
-@pytest.fixture
 def setting_of(runtime: DashRuntime) -> Callable[[str], dict[str, Any]]:
     """`setting_of(kind)`: arguments at which that kind skips some units and runs others."""
     trade_off = next(point.trade_off for point in runtime.build.dial if 3.2 < point.layers < 4.6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,6 @@ from tests.serve.conftest import Serve
 MESSAGES: Any = [{"role": "user", "content": "hello there"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "model": "tiny"}
 DENSE = {"dash": {"policy": "dense"}}
-
-
-@pytest.fixture
-def runtime(tiny_runtime: Callable[..., DashRuntime]) -> DashRuntime:
-    return tiny_runtime()
 
 
 def expected(runtime: DashRuntime, tokens: int, **setting: Any) -> str:

@@ -29,11 +29,6 @@ SETTINGS = (DENSE, Setting("static", skip=(2, 3)), Setting("token", trade_off=0.
 
 
 @pytest.fixture
-def runtime(tiny_runtime: Callable[..., DashRuntime]) -> DashRuntime:
-    return tiny_runtime()
-
-
-@pytest.fixture
 def scheduler(runtime: DashRuntime) -> Iterator[MakeScheduler]:
     """`scheduler(...)`: one that runs, and is closed after the test."""
     made: list[Scheduler] = []

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from dash_export import __version__
 from dash_export.cli import COMMANDS, EXTRAS, LazyGroup, cli
 from dash_export.errors import BundleError
-from tests.commands.helpers import dash, python, refused
+from tests.commands.helpers import dash, done, python, refused
 
 HELP_IMPORTS = """
 import sys
@@ -49,29 +49,28 @@ def raising(error: BaseException) -> click.Command:
 
 
 def test_help_is_lazy() -> None:
-    done = python(HELP_IMPORTS)
-    assert "HEAVY []" in done.stdout, done.stdout + done.stderr
-    assert all(name in done.stdout for name in (*COMMANDS, "Exit codes"))
+    ran = python(HELP_IMPORTS)
+    assert "HEAVY []" in ran.stdout, ran.stdout + ran.stderr
+    assert all(name in ran.stdout for name in (*COMMANDS, "Exit codes"))
 
 
 def test_running_needs_no_exporter(tiny_root: object) -> None:
-    done = python(RUNTIME_IMPORTS, tiny_root)
-    assert "CODE 0" in done.stdout, done.stderr
-    assert "HEAVY []" in done.stdout
+    ran = python(RUNTIME_IMPORTS, tiny_root)
+    assert "CODE 0" in ran.stdout, ran.stderr
+    assert "HEAVY []" in ran.stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
-    result = dash(name, "--help")
-    assert result.exit_code == 0
+    result = done(name, "--help")
     assert result.output.startswith(f"Usage: dash-export {name}")
 
 
 def test_version_and_completion() -> None:
     """Click's own, by the variable that `--help` names."""
     assert dash("--version").output == f"dash-export, version {__version__}\n"
-    done = python("from dash_export.cli import main; main()", _DASH_EXPORT_COMPLETE="bash_source")
-    assert "complete -o nosort -F" in done.stdout, done.stderr
+    ran = python("from dash_export.cli import main; main()", _DASH_EXPORT_COMPLETE="bash_source")
+    assert "complete -o nosort -F" in ran.stdout, ran.stderr
     assert cli.get_command(click.Context(cli), "os") is None
 
 

@@ -19,7 +19,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import BundleError
 from dash_export.names import is_hub_id
 from dash_export.targets import load_recipe
-from tests.commands.helpers import dash, refused
+from tests.commands.helpers import dash, done, refused
 from tests.fake_hub import FakeHub, fake_hub
 from tests.tiny import tiny_bundle
 
@@ -57,8 +57,7 @@ def answer(bundle: str | Path, target: str = TARGET) -> tuple[int, ...]:
 
 
 def test_published_and_run(server: FakeHub, own_bundle: Path) -> None:
-    told = dash("push", own_bundle, NAME, "--base-model", "org/base", "--license", "apache-2.0")
-    assert told.exit_code == 0, told.output
+    done("push", own_bundle, NAME, "--base-model", "org/base", "--license", "apache-2.0")
     card = server.files[NAME]["README.md"].decode()
     point = Bundle.open(own_bundle).load_build(TARGET).dial[1]
     for said in ("library_name: dash-export", "base_model: org/base", "license: apache-2.0", f"| {point.time:.3f} |"):

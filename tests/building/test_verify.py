@@ -20,7 +20,7 @@ from dash_export.graphs import trt, trt_decompose
 from dash_export.graphs.surgery import load_graph
 from dash_export.manifest import Segment, Verification
 from dash_export.targets import Recipe, load_recipe, recipe_names, with_weights
-from tests.commands.helpers import dash
+from tests.commands.helpers import done
 from tests.tiny import tiny_bundle
 
 GPU_TARGETS = [name for name in recipe_names() if load_recipe(name).engine is not None]
@@ -101,8 +101,7 @@ def test_a_broken_lowering_is_seen(name: str, broken: object, tiny_root: Path, m
 
 
 def test_the_result_is_kept_and_not_made_twice(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = dash("build", own_bundle, "--target", "cuda", "--verify")
-    assert result.exit_code == 0, result.output
+    result = done("build", own_bundle, "--target", "cuda", "--verify")
     assert "Verified: 8 engines, lowered graphs at fp16 in ONNX Runtime on a CPU; largest error 0.00" in result.stdout
     kept = Bundle.open(own_bundle).load_build("cuda")
     assert kept.verification is not None

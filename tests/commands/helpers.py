@@ -22,6 +22,13 @@ def dash(*arguments: object, input: str | None = None) -> Result:
     return result
 
 
+def done(*arguments: object, input: str | None = None) -> Result:
+    """The same, which must succeed."""
+    result = dash(*arguments, input=input)
+    assert result.exit_code == 0, result.output
+    return result
+
+
 def refused(*arguments: object, code: int = 1) -> str:
     """The error message of a command that must fail: one paragraph, no traceback."""
     result = dash(*arguments)

@@ -14,13 +14,12 @@ from dash_export.bundle import Bundle
 from dash_export.models import open_checkpoint
 from dash_export.policy import save_policy
 from dash_export.targets import recipe_names
-from tests.commands.helpers import dash, refused
+from tests.commands.helpers import dash, done, refused
 from tests.tiny import TINY_UNITS, tiny_policy
 
 
 def test_bundle(own_bundle: Path) -> None:
-    result = dash("build", own_bundle, "--weights", "int8", "--head", "fp32")
-    assert result.exit_code == 0
+    result = done("build", own_bundle, "--weights", "int8", "--head", "fp32")
     assert "own.dash/engines/cpu-int8-head-fp32:" in result.stdout
     assert "ms/token at 256 cached tokens" in result.stdout
     assert "Units: skipping one saves so much of a token" in result.stdout
@@ -38,8 +37,7 @@ def test_a_bundle_without_graphs_and_builds_is_no_model(own_bundle: Path, tmp_pa
 def test_model(model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(model, tmp_path / "model"))
     (model / "manifest.json").write_text('{"name": "of another program"}')
-    result = dash("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--units", "2-3,4")
-    assert result.exit_code == 0
+    result = done("build", model, "--target", "portable", "-o", tmp_path / "m.dash", "--units", "2-3,4")
     assert "portable graphs, used as they are" in result.stdout
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.units == TINY_UNITS
 
@@ -48,16 +46,14 @@ def test_model_with_a_trained_policy(model: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model)
     save_policy(tmp_path / "p.safetensors", tiny_policy(checkpoint, "linear"), checkpoint.spec, {})
     built = ("--target", "portable", "-o", tmp_path / "m.dash")
-    result = dash("build", model, *built, "--policy", tmp_path / "p.safetensors")
-    assert result.exit_code == 0, result.stderr
+    result = done("build", model, *built, "--policy", tmp_path / "p.safetensors")
     assert "Dial of the token policy: budget 1.0 (dense) down to" in result.stdout
     assert "calibrating the dial" in result.stderr
     assert Bundle.open(tmp_path / "m.dash").manifest.policy.bypass == "linear"
 
 
 def test_list_targets() -> None:
-    result = dash("build", "--list-targets")
-    assert result.exit_code == 0
+    result = done("build", "--list-targets")
     assert all(name in result.stdout for name in recipe_names())
 
 

@@ -15,7 +15,7 @@ from dash_export.errors import OutputError
 from dash_export.names import REPORT
 from dash_export.outputs import locked
 from dash_export.runtime.text import Text
-from tests.commands.helpers import dash, refused
+from tests.commands.helpers import dash, done, refused
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
 TARGET = ("--target", "cpu-fp32")
@@ -43,8 +43,7 @@ def tasks(tmp_path: Path) -> list[Path]:
 def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
     options = [option for path in tasks for option in ("--tasks", path)]
     options += ["--also", f"{tiny_root}:portable", "--skipped", "1,2"]
-    result = dash("eval", tiny_root, *TARGET, *SMALL, "--text", text, *options, "--json")
-    assert result.exit_code == 0, result.output
+    result = done("eval", tiny_root, *TARGET, *SMALL, "--text", text, *options, "--json")
     report = json.loads(result.stdout)
     assert [(file["file"], file["form"]) for file in report["files"]] == [
         ("own.txt", "text"),
@@ -64,10 +63,9 @@ def test_eval_json(tiny_root: Path, text: Path, tasks: list[Path]) -> None:
 
 
 def test_eval_table_and_what_is_not_in_it(tiny_root: Path, text: Path) -> None:
-    result = dash(
+    result = done(
         "eval", tiny_root, *TARGET, *SMALL, "--text", text, "--also", f"{tiny_root}:portable", "--budget", "0.95,0.01"
     )
-    assert result.exit_code == 0, result.output
     for expected in (
         "own.txt: 2 windows of 48 tokens, the first 10 dense",
         "static",
@@ -111,8 +109,7 @@ def test_frontier(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     output = tmp_path / "deep" / "f.png"
     options = (*TARGET, *SMALL, "--text", text, "--kinds", "static,token", "--skipped", "1", "-o", output)
-    result = dash("frontier", tiny_root, *options, "--also", f"{tiny_root}:portable", "--rounds", 1, "--tokens", 8)
-    assert result.exit_code == 0, result.output
+    result = done("frontier", tiny_root, *options, "--also", f"{tiny_root}:portable", "--rounds", 1, "--tokens", 8)
     assert sorted(path.name for path in output.parent.iterdir()) == ["f.json", "f.png", "f.svg"]
     assert output.read_bytes().startswith(b"\x89PNG")
     report = json.loads((output.parent / "f.json").read_text())
@@ -145,8 +142,7 @@ def test_what_was_measured_is_lost_neither_way(
         (tmp_path / "f.svg").symlink_to("old.svg")
         (tmp_path / "f.json").write_text("mine")
         (tmp_path / "f-2.json").write_text("mine too")
-        result = dash(*options, "-o", tmp_path / "f")
-    assert result.exit_code == 0, result.output
+        result = done(*options, "-o", tmp_path / "f")
     assert f"f.json is no report of ours any more: it is kept, and {tmp_path / 'f-3.json'} is written" in result.stderr
     assert json.loads((tmp_path / "f-3.json").read_text())["points"]
     assert (tmp_path / "f-2.png").is_file()
@@ -208,8 +204,7 @@ def test_a_skip_map_reads_no_more_of_a_file_than_it_shows(
 def test_skipmap(tiny_root: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'profile'")
     output = tmp_path / "map"
-    result = dash("skipmap", tiny_root, "--file", text, *TARGET, "--skip", "2-3", "--tokens", 9, "-o", output)
-    assert result.exit_code == 0, result.output
+    result = done("skipmap", tiny_root, "--file", text, *TARGET, "--skip", "2-3", "--tokens", 9, "-o", output)
     assert "4.0 of 6 layers run per token, mean over 9 tokens" in result.stdout
     assert output.with_name("map.png").read_bytes().startswith(b"\x89PNG")
     assert output.with_name("map.svg").is_file()

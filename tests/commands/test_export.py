@@ -17,7 +17,7 @@ from dash_export.decision import Unit
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.policy import default_units, save_policy
-from tests.commands.helpers import dash, environment, refused
+from tests.commands.helpers import dash, done, environment, refused
 from tests.tiny import save_model, tiny_policy
 
 # An export that waits inside its second layer, so that it can be interrupted there.
@@ -39,8 +39,7 @@ cli(["export", *sys.argv[1:]], prog_name="dash-export")
 
 def test_summary_and_default_output(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = dash("export", model)
-    assert result.exit_code == 0
+    result = done("export", model)
     assert "model.dash: 6 layers, 9 graphs" in result.stdout
     assert "Units: 2-3." in result.stdout
     assert "Next: dash-export build model.dash --target cpu" in result.stdout
@@ -50,8 +49,7 @@ def test_summary_and_default_output(model: Path, tmp_path: Path, monkeypatch: py
 
 def test_policy_options(model: Path, tmp_path: Path) -> None:
     chosen = ("--policy", "untrained", "--units", "1,3-4")
-    result = dash("export", model, "-o", tmp_path / "p.dash", *chosen)
-    assert result.exit_code == 0
+    done("export", model, "-o", tmp_path / "p.dash", *chosen)
     facts = Bundle.open(tmp_path / "p.dash").manifest.policy
     assert (facts.units, facts.origin, facts.has_network) == ((Unit(1, 1), Unit(3, 4)), "untrained (seed 0)", True)
 
@@ -66,8 +64,7 @@ def trained(model: Path, tmp_path: Path) -> Path:
 
 def test_trained_policy(model: Path, trained: Path, tmp_path: Path) -> None:
     """The bundle is the one that a program with the policy in its hands would export."""
-    result = dash("export", model, "-o", tmp_path / "p.dash", "--policy", trained)
-    assert result.exit_code == 0, result.stderr
+    result = done("export", model, "-o", tmp_path / "p.dash", "--policy", trained)
     assert "Token policy: untrained (seed 5)" in result.stdout
     bundle = Bundle.open(tmp_path / "p.dash")
     checkpoint = open_checkpoint(model)
@@ -115,8 +112,7 @@ def test_pruned(model: Path, tmp_path: Path) -> None:
     """What the option makes; that it is right: tests/models/test_bypasses.py."""
     checkpoint, policy, output = open_checkpoint(model), tmp_path / "p.safetensors", tmp_path / "a.dash"
     save_policy(policy, tiny_policy(checkpoint, "linear"), checkpoint.spec, {})
-    said = dash("export", model, "-o", output, "--policy", policy, "--prune", "2-3")
-    assert said.exit_code == 0, said.output
+    done("export", model, "-o", output, "--policy", policy, "--prune", "2-3")
     manifest = Bundle.open(output).manifest
     assert (manifest.model.name, manifest.model.num_layers) == ("model-without-2-3", 4)
     assert (manifest.policy.units, manifest.policy.has_network) == ((), False)
@@ -139,8 +135,7 @@ def test_what_are_no_units(units: str, code: int, model: Path, tmp_path: Path) -
 
 
 def test_no_units(model: Path, tmp_path: Path) -> None:
-    result = dash("export", model, "-o", tmp_path / "whole.dash", "--units", "none")
-    assert result.exit_code == 0, result.stderr
+    done("export", model, "-o", tmp_path / "whole.dash", "--units", "none")
     assert Bundle.open(tmp_path / "whole.dash").manifest.policy.kinds == ("dense",)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests import forged
-from tests.commands.helpers import dash, python, refused
+from tests.commands.helpers import dash, done, python, refused
 
 WITHOUT_ONNX = """
 import sys
@@ -18,8 +18,7 @@ cli(["inspect", sys.argv[1]], prog_name="dash-export")
 
 
 def test_tables(tiny_root: Path) -> None:
-    result = dash("inspect", tiny_root, "--verify")
-    assert result.exit_code == 0
+    result = done("inspect", tiny_root, "--verify")
     for expected in (
         "model (llama)",
         "2-3,4 (3 layers)",
@@ -59,8 +58,7 @@ def test_one_target(tiny_root: Path) -> None:
 def test_builds_of_an_earlier_export(own_bundle: Path) -> None:
     """They are named, and the rest is shown."""
     forged.edit(own_bundle / "manifest.json", lambda data: data.update(key="0" * 32))
-    shown = dash("inspect", own_bundle)
-    assert shown.exit_code == 0, shown.output
+    shown = done("inspect", own_bundle)
     assert "engines for 'cpu-fp32' were built from an earlier export" in shown.stdout
     assert "--target cpu-fp32" in shown.stdout
     assert "earlier export" in refused("inspect", own_bundle, "--target", "cpu-fp32")
@@ -85,9 +83,9 @@ def test_json_commands_no_terminal(own_bundle: Path) -> None:
 
 
 def test_needs_no_onnx(tiny_root: Path) -> None:
-    done = python(WITHOUT_ONNX, tiny_root)
-    assert done.returncode == 0, done.stderr
-    assert "Portable graphs" in done.stdout
+    ran = python(WITHOUT_ONNX, tiny_root)
+    assert ran.returncode == 0, ran.stderr
+    assert "Portable graphs" in ran.stdout
 
 
 def test_changed_files(edit: Callable[[str, str, str], Path]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.commands import options
 from dash_export.commands.reports import check_reports
-from tests.commands.helpers import dash, refused
+from tests.commands.helpers import done, refused
 from tests.forged import replace_text
 
 TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
@@ -35,8 +35,7 @@ def begin(tiny_root: Path, text: Path) -> tuple[Any, ...]:
 
 def test_json(begin: tuple[Any, ...]) -> None:
     also = ("--also", f"{begin[1]}:portable")
-    result = dash(*begin, "--kinds", "static,token", "--skipped", "1,99", *also, "--json")
-    assert result.exit_code == 0, result.output
+    result = done(*begin, "--kinds", "static,token", "--skipped", "1,99", *also, "--json")
     report = json.loads(result.stdout)
     lanes = [(lane["build"], lane["setting"]["kind"]) for lane in report["lanes"]]
     assert lanes == [("", "dense"), ("", "static"), ("", "token"), ("tiny:portable", "dense")]
@@ -70,8 +69,7 @@ def test_tables_and_trace(begin: tuple[Any, ...], tmp_path: Path, monkeypatch: p
         return load(*where)
 
     monkeypatch.setattr(options, "load_runtime", late)
-    result = dash(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", mine)
-    assert result.exit_code == 0, result.output
+    result = done(*begin, "--kinds", "token", "--skipped", "1.5", "--trace", mine)
     for expected in ("load before", "dense", "token, skipped 1.5", "bypasses", "deciding", "host gaps",
                      "layers_00-01", "bypass p50", "of run"):  # fmt: skip
         assert expected in result.stdout, expected
@@ -103,8 +101,7 @@ def test_report(begin: tuple[Any, ...], own_bundle: Path, text: Path, tmp_path: 
     report = tmp_path / "r.html"
     hostile = text.rename(tmp_path / "<b>\udcff.txt")  # bytes that are no UTF-8
     options = ("--text", hostile, "--kinds", "static,token", "--skipped", "1", "--html", report)
-    result = dash("profile", own_bundle, *begin[2:], *options)
-    assert result.exit_code == 0, result.output
+    done("profile", own_bundle, *begin[2:], *options)
     html = report.read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", html)
     assert "<script" not in html

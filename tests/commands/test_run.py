@@ -18,7 +18,7 @@ from dash_export import DashRuntime
 from dash_export.bundle import Bundle
 from dash_export.errors import RequestError
 from dash_export.runtime.text import Text
-from tests.commands.helpers import dash, environment, refused
+from tests.commands.helpers import dash, done, environment, refused
 from tests.forged import rehash
 
 # A run whose every decoded token takes 20 ms, so that it can be interrupted.
@@ -39,15 +39,13 @@ DENSE = ("--policy", "dense")
 
 
 def run_json(*arguments: object, input: str | None = None) -> dict[str, object]:
-    result = dash("run", *arguments, "--json", input=input)
-    assert result.exit_code == 0, result.stderr
+    result = done("run", *arguments, "--json", input=input)
     assert result.stdout.count("\n") == 1
     return json.loads(result.stdout)
 
 
 def test_text_and_figures(tiny_root: Path) -> None:
-    result = dash("run", tiny_root, "hello", *FP32, "--max-tokens", 5, *DENSE)
-    assert result.exit_code == 0
+    result = done("run", tiny_root, "hello", *FP32, "--max-tokens", 5, *DENSE)
     assert "[5 tokens," in result.stderr
     assert "6.0 of 6 layers/token" in result.stderr
     assert "ended by length" in result.stderr
@@ -131,11 +129,11 @@ def test_show_skips_on_a_terminal(no_color: str, coloured: bool, tiny_root: Path
     command += ["--max-tokens", "4", "--show-skips"]
     variables = {key: value for key, value in environment(TERM="xterm-256color").items() if key != "NO_COLOR"}
     variables |= {"NO_COLOR": no_color} if no_color else {}
-    done = subprocess.run(command, stdout=side, stderr=subprocess.PIPE, env=variables, timeout=60, check=False)
+    ran = subprocess.run(command, stdout=side, stderr=subprocess.PIPE, env=variables, timeout=60, check=False)
     os.close(side)
     shown = os.read(main, 65536).decode(errors="replace")
     os.close(main)
-    assert done.returncode == 0, done.stderr
+    assert ran.returncode == 0, ran.stderr
     assert ("\x1b[" in shown) is coloured
     assert ("‹5›" in shown) is not coloured
 
@@ -143,8 +141,7 @@ def test_show_skips_on_a_terminal(no_color: str, coloured: bool, tiny_root: Path
 def test_conversation(tiny_root: Path) -> None:
     """What is said and refused; a full context ends a turn, not the conversation."""
     said = f"hello\n/reset\n/what\n\nhow are you\n{'a' * 600}\nhello\n/quit\nnever\n"
-    result = dash("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input=said)
-    assert result.exit_code == 0
+    result = done("run", tiny_root, "--chat", *FP32, "--max-tokens", 3, input=said)
     assert result.stderr.count("[3 tokens") == 3
     assert "Forgotten." in result.stderr
     assert "no command '/what'" in result.stderr
@@ -211,9 +208,9 @@ def test_a_template_that_would_steer_the_terminal(edit: Callable[[str, str, str]
 def test_closed_streams(closed: str, tiny_root: Path) -> None:
     """No traceback, and nothing of ours takes their place."""
     command = f"{sys.executable} -m dash_export run {tiny_root} hello --max-tokens 2 --target cpu-fp32 {closed}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment(), check=False)
-    assert "Traceback" not in done.stderr + done.stdout
-    assert done.returncode == 0, done.stderr
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment(), check=False)
+    assert "Traceback" not in ran.stderr + ran.stdout
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
@@ -222,8 +219,7 @@ def test_many_prompts(tiny_root: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n\n".join(lines) + "\n")
     options = (tiny_root, *FP32, "--skip", "4", "--max-tokens", 9)
-    result = dash("run", *options, "--prompts", file, "--batch", 3, "--json")
-    assert result.exit_code == 0, result.stderr
+    result = done("run", *options, "--prompts", file, "--batch", 3, "--json")
     assert "[4 answers," in result.stderr
     assert "up to 3 at a time" in result.stderr
     found = {answer["index"]: answer for answer in map(json.loads, result.stdout.splitlines())}

@@ -10,7 +10,7 @@ import pytest
 from dash_export.decision import Unit, parse_units
 from dash_export.models import open_checkpoint
 from dash_export.policy import load_policy
-from tests.commands.helpers import dash, refused
+from tests.commands.helpers import dash, done, refused
 
 QUICK = ("--window", 32, "--steps", 2)
 
@@ -24,13 +24,11 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    said = dash("train", model, "-o", first, "--text", prose, "--units", "2-3,4", "--trade-offs", 0.2, 0.9, *QUICK)
-    assert said.exit_code == 0, said.output
+    said = done("train", model, "-o", first, "--text", prose, "--units", "2-3,4", "--trade-offs", 0.2, 0.9, *QUICK)
     card = json.loads(first.with_suffix(".json").read_text())
     assert f"Held-out text, {card['held_out']['judged']} tokens" in said.output
     assert (card["units"], card["settings"]["trade_offs"]) == ("2-3,4", [0.2, 0.9])
-    said = dash("train", model, "-o", second, "--text", prose, "--from", first, *QUICK)
-    assert said.exit_code == 0, said.output
+    said = done("train", model, "-o", second, "--text", prose, "--from", first, *QUICK)
     assert json.loads(second.with_suffix(".json").read_text())["from"]["file"] == first.name
     message = refused("train", model, "-o", second, "--text", prose, "--from", first, "--units", "4")
     assert "has its units, 2-3,4: others are trained from nothing" in " ".join(message.split())
@@ -43,8 +41,7 @@ def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
 
 def test_the_units_that_were_found_are_shown(model: Path, prose: Path, tmp_path: Path) -> None:
     output = tmp_path / "p.safetensors"
-    said = dash("train", model, "-o", output, "--text", prose, "--trade-offs", 0.5, 8, *QUICK)
-    assert said.exit_code == 0, said.output
+    said = done("train", model, "-o", output, "--text", prose, "--trade-offs", 0.5, 8, *QUICK)
     assert "Units, by what skipping each alone costs" in said.output
     (row, *_) = json.loads(output.with_suffix(".json").read_text())["chosen"]
     (unit,) = parse_units(row["unit"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.helpers import dash
+from tests.commands.helpers import done
 from tests.tiny import tiny_bundle
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -58,11 +58,9 @@ def test_own_policy(bundle: Path, tmp_path: Path) -> None:
     policy, target = f"{EXAMPLES / 'own_policy.py'}:EveryOther", ("--target", "cpu-fp32")
     text = tmp_path / "own.txt"
     text.write_text("Some layers of a decoder are hardly needed. " * 30)
-    ran = dash("run", bundle, *target, "--policy", policy, "--max-tokens", 9, "Some layers")
-    assert ran.exit_code == 0, ran.output
+    done("run", bundle, *target, "--policy", policy, "--max-tokens", 9, "Some layers")
     small = ("--window", 48, "--prefix", 10, "--limit", 2)
-    found = dash("eval", bundle, *target, "--kinds", f"token,{policy}", "--skipped", "1", "--text", text, *small)
-    assert found.exit_code == 0, found.output
+    found = done("eval", bundle, *target, "--kinds", f"token,{policy}", "--skipped", "1", "--text", text, *small)
     assert "own_policy.py:EveryOther" in found.output
 
 

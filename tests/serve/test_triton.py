@@ -23,7 +23,7 @@ import pytest
 
 from dash_export import DashRuntime
 from dash_export.serve import triton
-from tests.commands.helpers import dash, refused
+from tests.commands.helpers import dash, done, refused
 from tests.conftest import ROOT
 
 FP32 = ("--target", "cpu-fp32")
@@ -34,8 +34,7 @@ SERVER, _, SITE = os.environ.get("DASH_EXPORT_TRITON", "").partition(":")
 @pytest.fixture
 def repository(tiny_root: Path, tmp_path: Path) -> Path:
     models = tmp_path / "models"
-    made = dash("serve", tiny_root, *FP32, "--write-triton", models, "--rows", 2, "--waiting", 4)
-    assert made.exit_code == 0
+    done("serve", tiny_root, *FP32, "--write-triton", models, "--rows", 2, "--waiting", 4)
     return models
 
 

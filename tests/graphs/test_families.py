@@ -16,7 +16,7 @@ from dash_export.errors import BackendError
 from dash_export.exporting import export
 from dash_export.models import open_checkpoint
 from dash_export.reference import Oracle
-from tests.tiny import random_actions, random_ids, save_model, tiny_policy
+from tests.tiny import GRANITE, LONGROPE, random_actions, random_ids, save_model, tiny_policy
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -32,18 +32,6 @@ TWO_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1 + 0.1 * pair for pair in range(8)],
-    "long_factor": [2.0 + pair for pair in range(8)],
-}
-GRANITE = {
-    "embedding_multiplier": 3.0,
-    "residual_multiplier": 0.6,
-    "attention_multiplier": 0.4,
-    "logits_scaling": 0.5,
-}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -17,6 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
 from tests.models.helpers import WALK, assert_same_model, assert_same_weights, save_tiny, tiny_model, write_gguf
+from tests.tiny import GRANITE, LONGROPE
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
@@ -61,18 +62,6 @@ ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
-MULTIPLIERS = {
-    "embedding_multiplier": 3.0,
-    "residual_multiplier": 0.6,
-    "attention_multiplier": 0.4,
-    "logits_scaling": 0.5,
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1 + 0.1 * pair for pair in range(8)],
-    "long_factor": [2.0 + pair for pair in range(8)],
-}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +94,7 @@ LONGROPE = {
             {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64, "max_position_embeddings": 256},
             {"phi3.rope.scaling.original_context_length": 64, "phi3.rope.scaling.attn_factor": 1.1547},
         ),
-        ("granite", MULTIPLIERS, {"granite.rope.scaling.finetuned": True}),
+        ("granite", GRANITE, {"granite.rope.scaling.finetuned": True}),
         ("smollm3", {"num_hidden_layers": 6}, {}),
         ("olmo2", {"rms_norm_eps": 1e-5}, {}),
     ],
@@ -255,7 +244,7 @@ OTHERS: list[tuple[str, dict[str, Any], str]] = [
         for shape in (4096, (8, 2), 7)
     ),
 ]
-OPTIONS: dict[str, dict[str, Any]] = {"gemma2": GEMMA, "phi3": {"pad_token_id": 0}, "granite": MULTIPLIERS}
+OPTIONS: dict[str, dict[str, Any]] = {"gemma2": GEMMA, "phi3": {"pad_token_id": 0}, "granite": GRANITE}
 
 
 @pytest.mark.parametrize(

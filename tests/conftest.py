@@ -208,3 +208,11 @@ def tiny_oracle(tiny_model: Checkpoint) -> Oracle:
 def runtime(tiny_runtime: Callable[..., DashRuntime]) -> DashRuntime:
     """The tiny bundle's `cpu-fp32`."""
     return tiny_runtime()
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text with structure enough that batches differ."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(" ".join(f"The {index} ships sailed to port {index * 7 % 31}." for index in range(800)))
+    return path

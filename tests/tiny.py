@@ -27,6 +27,7 @@ LONGROPE = {
     "short_factor": [1 + 0.1 * pair for pair in range(8)],
     "long_factor": [2.0 + pair for pair in range(8)],
 }
+TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
 
 
 def save_model(folder: Path, family: str = "llama", **options: Any) -> Any:
@@ -92,6 +93,12 @@ def tiny_bundle(root: Path, *targets: str, form: str = "none", weights: str = "f
 
 def random_ids(count: int, vocab: int = 300, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, count).astype(np.int64)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """In float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def random_actions(tokens: int, layers: int, units: tuple[Unit, ...], seed: int = 0, share: float = 0.4) -> np.ndarray:

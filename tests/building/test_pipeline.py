@@ -27,7 +27,7 @@ from dash_export.runtime.backends import Launch
 from dash_export.runtime.ort_engine import OrtBackend
 from tests.commands.helpers import done, python
 from tests.forged import edit
-from tests.tiny import random_ids, tiny_policy, with_bypasses
+from tests.tiny import log_softmax, random_ids, tiny_policy, with_bypasses
 
 
 @pytest.fixture
@@ -239,11 +239,6 @@ def test_the_dial_by_hand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> No
     saved = skipped[:, [2, 4]].mean(axis=0) @ made.cost.cost
     assert point.time == pytest.approx(1 - saved, abs=0.02)
     assert point.kl == pytest.approx(np.mean(divergence), rel=0.05)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    z = logits.astype(np.float64) - logits.max()
-    return z - np.log(np.exp(z).sum())
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

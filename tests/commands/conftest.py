@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.forged import replace_text
+from tests.tiny import TEXT
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +26,10 @@ def edit(own_bundle: Path) -> Callable[[str, str, str], Path]:
         return own_bundle
 
     return change
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "own.txt"
+    path.write_text(TEXT)
+    return path

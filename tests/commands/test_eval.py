@@ -16,17 +16,10 @@ from dash_export.names import REPORT
 from dash_export.outputs import locked
 from dash_export.runtime.text import Text
 from tests.commands.helpers import dash, done, refused
+from tests.tiny import TEXT
 
-TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
 TARGET = ("--target", "cpu-fp32")
 SMALL = ("--window", 48, "--prefix", 10, "--limit", 2)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "own.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture

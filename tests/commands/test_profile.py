@@ -16,16 +16,8 @@ from dash_export.commands.reports import check_reports
 from tests.commands.helpers import done, refused
 from tests.forged import replace_text
 
-TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
 TARGET = ("--target", "cpu-fp32")
 SMALL = ("--context", 12, "--tokens", 4, "--repeats", 2)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "own.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture

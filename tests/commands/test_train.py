@@ -15,13 +15,6 @@ from tests.commands.helpers import dash, done, refused
 QUICK = ("--window", 32, "--steps", 2)
 
 
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "prose.txt"
-    path.write_text(" ".join(f"The {index} ships sailed to port {index * 7 % 31}." for index in range(800)))
-    return path
-
-
 def test_train_and_go_on(model: Path, prose: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     said = done("train", model, "-o", first, "--text", prose, "--units", "2-3,4", "--trade-offs", 0.2, 0.9, *QUICK)

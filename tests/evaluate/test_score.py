@@ -12,15 +12,10 @@ from dash_export.decision import Setting
 from dash_export.errors import RequestError
 from dash_export.evaluate.candidates import candidates
 from dash_export.evaluate.score import TextScore, score, windows
+from tests.tiny import TEXT, log_softmax
 
-TEXT = "The layers of a decoder are not equally needed, and some of them hardly at all. " * 20
 SETTINGS = (Setting("dense"), Setting("static", skipped=2), Setting("token", skipped=1.5))
 PREFIX, WINDOW = 10, 48
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def test_windows(runtime: DashRuntime) -> None:

@@ -11,7 +11,8 @@ from dash_export.evaluate.candidates import Candidate, candidates
 from dash_export.evaluate.score import score
 from dash_export.evaluate.task_files import Answer, Question
 from dash_export.evaluate.tasks import AnswerScore, ChoiceScore, answered, encode_pair, likelihood, matches
-from tests.evaluate.test_score import SETTINGS, TEXT, log_softmax
+from tests.evaluate.test_score import SETTINGS
+from tests.tiny import TEXT, log_softmax
 
 CONTEXT = "The layers of a decoder are not equally needed, and some"
 

@@ -16,7 +16,7 @@ from dash_export.evaluate.candidates import candidates
 from dash_export.evaluate.score import score
 from dash_export.evaluate.task_files import Question
 from dash_export.evaluate.tasks import ChoiceScore, encode_pair
-from tests.evaluate.test_score import log_softmax
+from tests.tiny import log_softmax
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
 SETTING = Setting("token", skipped=1.5)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,11 +27,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="session")
 def model(checkpoint: Checkpoint) -> GatedModel:
     return GatedModel(checkpoint, torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(scope="session")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text with structure enough that batches differ."""
-    path = tmp_path_factory.mktemp("text") / "prose.txt"
-    path.write_text(" ".join(f"The {index} ships sailed to port {index * 7 % 31}." for index in range(800)))
-    return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from tests import forged
@@ -88,11 +87,11 @@ def test_needs_no_onnx(tiny_root: Path) -> None:
     assert "Portable graphs" in ran.stdout
 
 
-def test_changed_files(edit: Callable[[str, str, str], Path]) -> None:
+def test_changed_files(own_bundle: Path) -> None:
     """Names are not markup."""
-    bundle = edit("manifest.json", '"name": "model"', '"name": "[/red]model[bold]"')
-    assert "[/red]model[bold]" in dash("inspect", bundle).stdout
-    edit("config.json", "llama", "LLAMA")
-    assert "hash mismatch" in refused("inspect", bundle, "--verify")
-    edit("engines/cpu-fp32/build.json", '"layers": "fp32"', '"layer": "fp32"')
-    assert "unknown 'layer'" in refused("inspect", bundle)
+    forged.replace_text(own_bundle / "manifest.json", '"name": "model"', '"name": "[/red]model[bold]"')
+    assert "[/red]model[bold]" in dash("inspect", own_bundle).stdout
+    forged.replace_text(own_bundle / "config.json", "llama", "LLAMA")
+    assert "hash mismatch" in refused("inspect", own_bundle, "--verify")
+    forged.replace_text(own_bundle / "engines/cpu-fp32/build.json", '"layers": "fp32"', '"layer": "fp32"')
+    assert "unknown 'layer'" in refused("inspect", own_bundle)

@@ -19,7 +19,7 @@ from dash_export.bundle import Bundle
 from dash_export.errors import RequestError
 from dash_export.runtime.text import Text
 from tests.commands.helpers import dash, done, environment, refused
-from tests.forged import rehash
+from tests.forged import rehash, replace_text
 
 # A run whose every decoded token takes 20 ms, so that it can be interrupted.
 SLOW_RUN = """
@@ -193,13 +193,13 @@ def test_targets(tiny_root: Path, own_bundle: Path, tmp_path: Path) -> None:
     assert "There is no bundle" in refused("run", tmp_path / "none.dash", "hello")
 
 
-def test_a_template_that_would_steer_the_terminal(edit: Callable[[str, str, str], Path], tmp_path: Path) -> None:
-    bundle = edit("chat_template.jinja", "{%", "{{ raise_exception('\\x1b]0;pwned\\x07') }}{%")
-    rehash(bundle, "chat_template.jinja")
+def test_a_template_that_would_steer_the_terminal(own_bundle: Path, tmp_path: Path) -> None:
+    replace_text(own_bundle / "chat_template.jinja", "{%", "{{ raise_exception('\\x1b]0;pwned\\x07') }}{%")
+    rehash(own_bundle, "chat_template.jinja")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hello\n")
     for given in (["hello"], ["--prompts", prompts]):
-        message = refused("run", bundle, *given, *FP32)
+        message = refused("run", own_bundle, *given, *FP32)
         assert "pwned" in message
         assert "\x1b" not in message
 

@@ -69,29 +69,19 @@ def test_a_writer_that_dies_locks_nobody_out(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
-def test_another_user_s_lock_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = os.open
+def test_a_lock_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts; one that nobody holds, left by a kill, may be read, and so held."""
+    sound, path = os.open, lock_file(tmp_path / "a")
 
     def without_permission(path: Path, how: int, *mode: int) -> int:
         if how & os.O_CREAT:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return sound(path, how, *mode)
 
-    with locked(tmp_path / "a", "export"):
-        monkeypatch.setattr(outputs.os, "open", without_permission)
+    with monkeypatch.context() as patch, locked(tmp_path / "a", "export"):
+        patch.setattr(outputs.os, "open", without_permission)
         with pytest.raises(BusyError, match="dash-export export"), locked(tmp_path / "a", "export"):
             pass
-
-
-def test_a_lock_of_another_user_that_nobody_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left by a kill: it may be read, and so held."""
-    sound, path = os.open, outputs.lock_file(tmp_path / "a")
-
-    def without_permission(path: Path, how: int, *mode: int) -> int:
-        if how & os.O_CREAT:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return sound(path, how, *mode)
-
     path.write_text("dash-export export (process 1 on here, since yesterday)")
     monkeypatch.setattr(outputs.os, "open", without_permission)
     with locked(tmp_path / "a", "export"), pytest.raises(BusyError), locked(tmp_path / "a", "export"):

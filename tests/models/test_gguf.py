@@ -1,5 +1,3 @@
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +14,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
+from tests.commands.helpers import python
 from tests.models.helpers import WALK, assert_same_model, assert_same_weights, save_tiny, tiny_model, write_gguf
 from tests.tiny import GRANITE, LONGROPE
 
@@ -375,7 +374,4 @@ def test_smollm2_equals_transformers(smollm2_gguf: Path) -> None:
 @pytest.mark.model
 def test_walking_all_weights_stays_small(smollm2_gguf: Path) -> None:
     """File 94 MB, weights 515 MB as float32, the largest 108 MB: none of them may become resident as a whole."""
-    walked = subprocess.run(
-        [sys.executable, "-c", WALK, str(smollm2_gguf)], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert int(walked.stdout) < 50
+    assert int(python(WALK, smollm2_gguf).stdout) < 50

@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +22,7 @@ from dash_export.errors import CheckpointError
 from dash_export.models import open_checkpoint
 from dash_export.models.config import decoder_spec
 from dash_export.runtime.text import Text
+from tests.commands.helpers import python
 from tests.models.helpers import (
     DIMENSIONS,
     SAFETENSORS_LAYOUTS,
@@ -334,15 +333,13 @@ def test_walking_all_weights_stays_small(tmp_path: Path) -> None:
     shapes = decoder_spec(config).weight_shapes()
     save_arrays({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").stat().st_size > 130 << 20
-    command = [sys.executable, "-c", WALK, str(tmp_path)]
-    walked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert int(walked.stdout) < 40
+    assert int(python(WALK, tmp_path).stdout) < 40
 
 
 def test_importing_the_package_is_cheap() -> None:
     heavy = ["safetensors", "gguf", "tokenizers", "huggingface_hub", "torch", "transformers"]
-    program = f"import sys, dash_export.models; assert not set({heavy}) & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    ran = python(f"import sys, dash_export.models; assert not set({heavy}) & set(sys.modules)")
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_token_that_only_the_settings_add(folder: Path) -> None:

@@ -8,61 +8,54 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.commands.helpers import environment, refused
 
 FP32 = ("--target", "cpu-fp32")
 
 
-@pytest.fixture
-def free_port() -> int:
+@contextmanager
+def stopped(
+    root: Path, *start: str, drain: tuple[str, ...] = (), after: float = 0
+) -> Iterator[tuple[list[str], subprocess.Popen[str]]]:
+    """What a stream tells whose server gets SIGTERM in the middle of it, and the server's process."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def test_it_serves_and_drains(tiny_root: Path, free_port: int) -> None:
-    """SIGTERM in the middle of an answer lets it end."""
-    command = [sys.executable, "-m", "dash_export", "serve", str(tiny_root), *FP32, "--port", str(free_port)]
+        port = found.getsockname()[1]
+    command = [sys.executable, *start, "serve", str(root), *FP32, "--port", str(port), *drain]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr is not None
     try:
-        assert f"http://127.0.0.1:{free_port}/" in process.stderr.readline()
-        address = f"http://127.0.0.1:{free_port}"
+        assert f"http://127.0.0.1:{port}/" in process.stderr.readline()
         body = {"model": "tiny", "prompt": "hello", "max_tokens": 400, "temperature": 0, "stream": True}
-        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as reply:
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60) as reply:
             lines = reply.iter_lines()
             next(lines)
-            threading.Timer(0.05, process.send_signal, [signal.SIGTERM]).start()
+            threading.Timer(after, process.send_signal, [signal.SIGTERM]).start()
             told = [line for line in lines if line]
+        yield told, process
+    finally:
+        process.kill()
+
+
+def test_it_serves_and_drains(tiny_root: Path) -> None:
+    """SIGTERM in the middle of an answer lets it end."""
+    with stopped(tiny_root, "-m", "dash_export", after=0.05) as (told, process):
         assert told[-1] == "data: [DONE]"
         assert json.loads(told[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
         assert process.wait(20) in (0, -signal.SIGTERM)
-    finally:
-        process.kill()
 
 
-def test_answers_that_do_not_end_in_time(tiny_root: Path, free_port: int) -> None:
+def test_answers_that_do_not_end_in_time(tiny_root: Path) -> None:
     """They end with an error that their client sees, and the server with no traceback."""
-    command = [sys.executable, "-c", SLOW, "serve", str(tiny_root), *FP32, "--port", str(free_port), "--drain", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
-    assert process.stderr is not None
-    try:
-        assert f"http://127.0.0.1:{free_port}/" in process.stderr.readline()
-        body = {"model": "tiny", "prompt": "hello", "max_tokens": 400, "temperature": 0, "stream": True}
-        with httpx.stream("POST", f"http://127.0.0.1:{free_port}/v1/completions", json=body, timeout=60) as reply:
-            lines = reply.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            told = [line for line in lines if line]
+    with stopped(tiny_root, "-c", SLOW, drain=("--drain", "0")) as (told, process):
         assert "The server is closing" in told[-2]
         assert "Traceback" not in process.communicate(timeout=20)[1]
-    finally:
-        process.kill()
 
 
 SLOW = """

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import inspect
-import json
 import re
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forged import reseal
+from tests.forged import edit, rehash
 
 pytest.importorskip("polygraphy")
 PLUGINS = importlib.metadata.entry_points(group="polygraphy.run.plugins")
@@ -68,30 +66,25 @@ def test_a_prefill_by_the_graphs_path(tiny_root: Path) -> None:
     assert all(0 < float(time) < 20_000 for time in times)
 
 
-def change_record(bundle: Path, engine: str, **changed: str) -> None:
-    path = bundle / "engines" / "cpu-fp32" / "build.json"
-    build = json.loads(path.read_text())
-    build["engines"][engine] |= changed
-    for record in build["files"]:
-        data = (bundle / record["name"]).read_bytes()
-        record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    path.write_text(json.dumps(build))
-    reseal(bundle)
+def point_to(bundle: Path, file: str) -> None:
+    """The record says that layer_04 is another file."""
+    record = bundle / "engines" / "cpu-fp32" / "build.json"
+    edit(record, lambda data: data["engines"]["layer_04"].update(file=f"engines/cpu-fp32/{file}"))
 
 
 def test_engines_that_are_not_their_graphs_fail(own_bundle: Path) -> None:
     run = (own_bundle, "--onnxrt", "--dash", *FP32, "--dash-segment", "layer_04")
-    change_record(own_bundle, "layer_04", file="engines/cpu-fp32/layers_02-03.onnx")
+    point_to(own_bundle, "layers_02-03.onnx")
     assert "wants past_key_2" in error(polygraphy(own_bundle, "--dash", *FP32, "--dash-segment", "layer_04"))
-    change_record(own_bundle, "layer_04", file="engines/cpu-fp32/bypass_04-04.onnx")
+    point_to(own_bundle, "bypass_04-04.onnx")
     result = polygraphy(*run, *HALF)
     assert not passed(result)
     assert "Mismatched outputs: ['hidden_out']" in result.stdout, "K and V are right, the update is another"
-    change_record(own_bundle, "layer_04", file="engines/cpu-fp32/layer_04.onnx")
+    point_to(own_bundle, "layer_04.onnx")
     weights = own_bundle / "engines" / "cpu-fp32" / "layer_04.data"
     weights.write_bytes(bytes(reversed(weights.read_bytes())))
     assert "layer_04.data is not the file that was written" in error(polygraphy(*run))
-    change_record(own_bundle, "layer_04")
+    rehash(own_bundle, "engines/cpu-fp32/layer_04.data")
     result = polygraphy(*run, *CLOSE)
     assert not passed(result)
     assert "Mismatched outputs" in result.stdout

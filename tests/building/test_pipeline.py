@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dash_export import DashRuntime
-from dash_export.artifacts import ArtifactStore
 from dash_export.building import build, cost_table, dial, pipeline
 from dash_export.building.backend import Backend
 from dash_export.building.cost_table import NOT_MEASURED, measure_cost
@@ -34,20 +33,6 @@ from tests.tiny import log_softmax, random_ids, tiny_policy, with_bypasses
 def bundle(tiny_root: Path, tmp_path: Path) -> Bundle:
     shutil.copytree(tiny_root.parent / "model", tmp_path / "model")
     return Bundle.open(shutil.copytree(tiny_root, tmp_path / "tiny.dash"))
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The artifacts that were really made, by name."""
-    names: list[str] = []
-    sound = ArtifactStore.make
-
-    def make(store: ArtifactStore, name: str, key: str, *given: object) -> object:
-        names.append(name)
-        return sound(store, name, key, *given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(ArtifactStore, "make", make)
-    return names
 
 
 READ_ONLY = """

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from dash_export.artifacts import ArtifactStore, no_progress
+from dash_export.artifacts import no_progress
 from dash_export.building import build
 from dash_export.building.backend import backend_of
 from dash_export.building.calibrate import calibrate_matrices
@@ -65,19 +65,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own(root: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(root, tmp_path / "own"))
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
-    sound = ArtifactStore.make
-
-    def make(store: ArtifactStore, name: str, key: str, *given: Any) -> Any:
-        names.append(name)
-        return sound(store, name, key, *given)
-
-    monkeypatch.setattr(ArtifactStore, "make", make)
-    return names
 
 
 def loaded(folder: Path, target: str = "mine") -> Build:

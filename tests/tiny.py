@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dash_export.building import build
 from dash_export.decision import Unit, layer_actions
 from dash_export.exporting import export
 from dash_export.models import Checkpoint, DecoderSpec, open_checkpoint
 from dash_export.policy import Bypass, SkipPolicy, stored_columns, untrained_policy
-from tests.models.helpers import DIMENSIONS, FAMILIES, tiny_tokenizer
+from tests.models.helpers import tiny_model, tiny_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -34,15 +33,7 @@ def save_model(folder: Path, family: str = "llama", **options: Any) -> Any:
     """A random model of `family` with a tokenizer and a chat template; 6 layers unless said otherwise. Returns the
     transformers model.
     """
-    config_class, model_class = FAMILIES[family]
-    torch.manual_seed(0)
-    model = model_class(config_class(**(DIMENSIONS | {"num_hidden_layers": 6} | options))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            # Gains near one and matrices that keep the scale: attention is far from uniform and no layer is lost in
-            # another's noise.
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.17 * noise)
+    model = tiny_model(family, scaled=True, **({"num_hidden_layers": 6} | options))
     model.save_pretrained(folder)
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)

@@ -76,14 +76,18 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny_model(family: str, **options: Any) -> Any:
-    """A random float32 transformers model; every tensor (biases and norms too) differs from its initial value."""
+def tiny_model(family: str, scaled: bool = False, **options: Any) -> Any:
+    """A random float32 transformers model; every tensor (biases and norms too) differs from its initial value.
+    `scaled`: gains near one and matrices that keep the scale, so that attention is far from uniform and no layer is
+    lost in another's noise.
+    """
     config_class, model_class = FAMILIES[family]
     torch.manual_seed(0)
     model = model_class(config_class(**(DIMENSIONS | options))).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.05)
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.2 * noise if scaled and "norm" in name else (0.17 if scaled else 0.05) * noise)
     return model
 
 

@@ -123,11 +123,17 @@ class TestBrokenOnPurpose:
         monkeypatch.setattr(oracle_module, "instead", after)
         assert self.differences(tiny_runtime(), tiny_oracle)[0] > 0.01
 
-    def test_damage_of_a_neighbour(
-        self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("broken", [lambda damage: damage[::-1], lambda damage: -damage], ids=["other", "negated"])
+    def test_damage(
+        self,
+        broken: Callable[[np.ndarray], np.ndarray],
+        tiny_runtime: LoadRuntime,
+        tiny_oracle: Oracle,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        """Of a neighbour; with its sign flipped."""
         sound = Oracle.damage
-        monkeypatch.setattr(Oracle, "damage", lambda oracle, state: sound(oracle, state)[::-1])
+        monkeypatch.setattr(Oracle, "damage", lambda *given: broken(sound(*given)))
         assert self.differences(tiny_runtime(), tiny_oracle)[1] > 0
 
     def test_a_lag_off_by_one(
@@ -147,10 +153,3 @@ class TestBrokenOnPurpose:
         np.testing.assert_array_equal(runtime.session_under(rule).score(IDS).actions, expected)
         flat = decision_rule(TINY_UNITS, (0.2, 0.2), float(np.median(damage / cost)))
         assert (runtime.session_under(flat).score(IDS).actions != expected).any()
-
-    def test_damage_with_its_sign_flipped(
-        self, tiny_runtime: LoadRuntime, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sound = Oracle.damage
-        monkeypatch.setattr(Oracle, "damage", lambda *given: -sound(*given))
-        assert self.differences(tiny_runtime(), tiny_oracle)[1] > 0

@@ -15,6 +15,7 @@ from dash_export.serve.scheduler import Scheduler
 from tests.listening import listening
 
 Serve = Callable[..., str]
+MakeScheduler = Callable[..., Scheduler]
 
 
 @pytest.fixture
@@ -27,6 +28,23 @@ def serve(tiny_runtime: Callable[..., DashRuntime]) -> Iterator[Serve]:
             return stack.enter_context(listening(Server({"tiny": scheduler}, drain=5.0, **options).app))  # type: ignore[arg-type]
 
         yield make
+
+
+@pytest.fixture
+def scheduler(runtime: DashRuntime) -> Iterator[MakeScheduler]:
+    """`scheduler(...)`: one that runs, and is closed after the test."""
+    made: list[Scheduler] = []
+
+    def make(start: bool = True, **options: object) -> Scheduler:
+        made.append(Scheduler(runtime, **options))  # type: ignore[arg-type]
+        if start:
+            made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.started:
+            one.close()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from dash_export.runtime.results import Response, Statistics
 from dash_export.serve.pace import Pace
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import Request
+from tests.serve.conftest import MakeScheduler
 from tests.tiny import random_ids
 
 COST = (0.2, 0.1, 0.15)
@@ -69,11 +70,10 @@ def test_what_is_no_pace(seconds: float, least: float, table: CostTable) -> None
         Pace(seconds, least, ORDER, table)
 
 
-def test_under_load(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_load(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch, scheduler: MakeScheduler) -> None:
     """A machine that takes 4 ms for a row and a layer's share of it: what four rows skip is what keeps their pace;
     those that say how much they skip are not touched.
     """
-    runtime = tiny_runtime()
     # The second unit alone saves too little for four rows, whatever this machine measured.
     monkeypatch.setattr(runtime, "build", replace(runtime.build, cost=replace(runtime.cost, cost=(0.34, 0.1))))
     sound = BoundStep.decode_batch
@@ -83,38 +83,30 @@ def test_under_load(tiny_runtime: Callable[..., DashRuntime], monkeypatch: pytes
         time.sleep(0.004 * len(tokens) * float(runtime.cost.token_time(self.skipped.all(axis=1)[:, None])[0]))
 
     monkeypatch.setattr(BoundStep, "decode_batch", slow)
-    made = Scheduler(runtime, rows=4, alone=Setting("token", trade_off=0.3), pace=0.014, least=0.05)
-    made.start()
+    made = scheduler(rows=4, alone=Setting("token", trade_off=0.3), pace=0.014, least=0.05)
     assert made.pace is not None
-    try:
-        own = Request(random_ids(5), 20, setting=Setting("dense"))
-        expected = [step.token for step in runtime.session_with(Setting("dense")).stream(own.prompt, own.max_tokens)]
-        assert [step.token for step in made.stream(own)] == expected
-        assert made.pace.granted == 1.0
-        request = Request(random_ids(5), 120)
-        *_, last = made.stream(request)
-        assert last.statistics.layers_per_token > 4.5, "alone there is time for nearly all"
-        ended: SimpleQueue[Statistics] = SimpleQueue()
+    own = Request(random_ids(5), 20, setting=Setting("dense"))
+    expected = [step.token for step in runtime.session_with(Setting("dense")).stream(own.prompt, own.max_tokens)]
+    assert [step.token for step in made.stream(own)] == expected
+    assert made.pace.granted == 1.0
+    request = Request(random_ids(5), 120)
+    *_, last = made.stream(request)
+    assert last.statistics.layers_per_token > 4.5, "alone there is time for nearly all"
+    ended: SimpleQueue[Statistics] = SimpleQueue()
 
-        def tell(response: Response) -> None:
-            if response.finish_reason is not None:
-                ended.put(response.statistics)
+    def tell(response: Response) -> None:
+        if response.finish_reason is not None:
+            ended.put(response.statistics)
 
-        for _ in range(4):  # at once: none may decode alone for long
-            made.submit(request, tell)
-        assert all(ended.get().layers_per_token < 5 for _ in range(4))
-    finally:
-        made.close()
+    for _ in range(4):  # at once: none may decode alone for long
+        made.submit(request, tell)
+    assert all(ended.get().layers_per_token < 5 for _ in range(4))
 
 
-def test_with_time_for_all_nothing_is_skipped(tiny_runtime: Callable[..., DashRuntime]) -> None:
-    made = Scheduler(tiny_runtime(), rows=2, alone=Setting("token", trade_off=0.3), pace=100.0)
-    made.start()
-    try:
-        *_, last = made.stream(Request(random_ids(5), 60))
-        assert last.statistics.layers_per_token == 6
-    finally:
-        made.close()
+def test_with_time_for_all_nothing_is_skipped(scheduler: MakeScheduler) -> None:
+    made = scheduler(rows=2, alone=Setting("token", trade_off=0.3), pace=100.0)
+    *_, last = made.stream(Request(random_ids(5), 60))
+    assert last.statistics.layers_per_token == 6
 
 
 def test_it_needs_a_policy(tiny_runtime: Callable[..., DashRuntime]) -> None:

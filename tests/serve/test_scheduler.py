@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -21,28 +21,11 @@ from dash_export.runtime.results import Turn
 from dash_export.runtime.sampling import Sampler
 from dash_export.serve.scheduler import Scheduler
 from dash_export.serve.tickets import BusyServerError, DeadlineError, Request
+from tests.serve.conftest import MakeScheduler
 from tests.tiny import random_ids
 
-MakeScheduler = Callable[..., Scheduler]
 DENSE = Setting("dense")
 SETTINGS = (DENSE, Setting("static", skip=(2, 3)), Setting("token", trade_off=0.6), Setting("token", trade_off=0.1))
-
-
-@pytest.fixture
-def scheduler(runtime: DashRuntime) -> Iterator[MakeScheduler]:
-    """`scheduler(...)`: one that runs, and is closed after the test."""
-    made: list[Scheduler] = []
-
-    def make(start: bool = True, **options: object) -> Scheduler:
-        made.append(Scheduler(runtime, **options))  # type: ignore[arg-type]
-        if start:
-            made[-1].start()
-        return made[-1]
-
-    yield make
-    for one in made:
-        if one.started:
-            one.close()
 
 
 def asked(number: int) -> Request:

@@ -117,29 +117,23 @@ def test_a_transpose_that_is_none_stays() -> None:
     assert [node.op_type for node in model.graph] == ["Transpose"]
 
 
-def test_external_data_of_another_size_than_its_shape(tmp_path: Path) -> None:
-    g = GraphWriter("graph", "")
+@pytest.mark.parametrize(
+    ("length", "message"), [("100", "another size than its shape"), (None, "damaged: export it again")]
+)
+def test_external_data_of_another_size_or_of_no_type(length: str | None, message: str, tmp_path: Path) -> None:
+    g, path = GraphWriter("graph", ""), tmp_path / "graph.onnx"
     g.output(g.op("Identity", [g.initializer("weight", np.ones((128, 64), np.float32))], "out"), "out", (128, 64))
-    (tmp_path / "a").mkdir()
-    save_graph(g.model(), tmp_path / "a" / "graph.onnx")
-    load_graph(tmp_path / "a" / "graph.onnx")
-    proto = onnx.load(tmp_path / "a" / "graph.onnx", load_external_data=False)
-    (length,) = [entry for entry in proto.graph.initializer[0].external_data if entry.key == "length"]
-    length.value = "100"
-    onnx.save(proto, tmp_path / "a" / "graph.onnx")
-    with pytest.raises(BundleError, match="another size than its shape"):
-        load_graph(tmp_path / "a" / "graph.onnx")
-
-
-def test_external_data_of_no_type(tmp_path: Path) -> None:
-    g = GraphWriter("graph", "")
-    g.output(g.op("Identity", [g.initializer("weight", np.ones((128, 64), np.float32))], "out"), "out", (128, 64))
-    save_graph(g.model(), tmp_path / "graph.onnx")
-    proto = onnx.load(tmp_path / "graph.onnx", load_external_data=False)
-    proto.graph.initializer[0].data_type = onnx.TensorProto.UNDEFINED
-    onnx.save(proto, tmp_path / "graph.onnx")
-    with pytest.raises(BundleError, match="damaged: export it again"):
-        load_graph(tmp_path / "graph.onnx")
+    save_graph(g.model(), path)
+    load_graph(path)
+    proto = onnx.load(path, load_external_data=False)
+    tensor = proto.graph.initializer[0]
+    if length is None:
+        tensor.data_type = onnx.TensorProto.UNDEFINED
+    else:
+        next(entry for entry in tensor.external_data if entry.key == "length").value = length
+    onnx.save(proto, path)
+    with pytest.raises(BundleError, match=message):
+        load_graph(path)
 
 
 def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path) -> None:

@@ -199,16 +199,13 @@ def test_amounts_mean_nothing_to_it(own: str, runtime: DashRuntime) -> None:
         runtime.session(f"{own}:ByPosition", budget=0.9)
 
 
-def test_a_file_that_ends_the_program(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(PolicyError, match="cannot be imported: SystemExit"):
+@pytest.mark.parametrize(
+    ("text", "wrong"), [("import sys\nsys.exit(0)\n", "SystemExit"), ("def broken(:\n", "SyntaxError")]
+)
+def test_a_file_that_ends_the_program_or_is_no_python(text: str, wrong: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(PolicyError, match=f"cannot be imported: {wrong}"):
         load_policy(f"{tmp_path / 'own.py'}:Policy")
-
-
-def test_a_file_that_is_no_python(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("def broken(:\n")
-    with pytest.raises(PolicyError, match="cannot be imported: SyntaxError"):
-        load_policy(f"{tmp_path / 'own.py'}:ByPosition")
 
 
 def test_the_current_folder_is_not_searched(own: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from dash_export import DashRuntime
 from dash_export.errors import BackendError
 from dash_export.runtime import ort_engine as backend
 from dash_export.runtime.backends import Launch
+from tests.runtime.test_batch import alone, answers
 from tests.tiny import random_ids
 
 Fail = Callable[[str], tuple[DashRuntime, ort.RunOptions]]
@@ -95,10 +96,7 @@ def test_a_step_of_a_batch_that_fails_ends_all(failing: Fail) -> None:
     # In the prefill of one prompt it is that one's.
     assert [response.finish_reason for _, response in batch.stream([FIRST, SECOND], 9)] == ["error"] * 2
     options.terminate = False
-    tokens: list[list[int]] = [[], []]
-    for index, response in batch.stream([FIRST, SECOND], 9):
-        tokens[index].append(response.token)
-    assert tokens == [runtime.generate(prompt, 9).tokens.tolist() for prompt in (FIRST, SECOND)]
+    assert answers(batch, [FIRST, SECOND], 9) == alone(runtime, [FIRST, SECOND], 9)
 
 
 def test_what_a_rule_raises_stays_as_it_is(runtime: DashRuntime) -> None:

@@ -15,6 +15,7 @@ from dash_export.errors import ContextLengthError, PolicyError, RequestError
 from dash_export.runtime import Sampling, Session
 from dash_export.runtime.session import TILE
 from dash_export.serve.prefixes import Prefixes
+from tests.runtime.test_batch import answers
 from tests.tiny import random_ids, tiny_bundle
 
 SettingOf = Callable[[str], dict[str, Any]]
@@ -108,10 +109,7 @@ def test_an_interrupt_while_the_cache_grows(runtime: DashRuntime, monkeypatch: p
     monkeypatch.undo()
     session.reset()
     assert session.generate(SECOND, 12).tokens.tolist() == expected[1]
-    found: list[list[int]] = [[], []]
-    for index, response in batch.stream([FIRST, SECOND], 12):
-        found[index].append(response.token)
-    assert found == expected
+    assert answers(batch, [FIRST, SECOND], 12) == dict(enumerate(expected))
 
 
 def test_no_pass_of_a_prompt_has_its_last_token_alone(

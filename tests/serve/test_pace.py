@@ -78,8 +78,8 @@ def test_under_load(runtime: DashRuntime, monkeypatch: pytest.MonkeyPatch, sched
     monkeypatch.setattr(runtime, "build", replace(runtime.build, cost=replace(runtime.cost, cost=(0.34, 0.1))))
     sound = BoundStep.decode_batch
 
-    def slow(self: BoundStep, tokens: list[int], rules: Any) -> None:
-        sound(self, tokens, rules)
+    def slow(self: BoundStep, tokens: list[int], *given: Any) -> None:
+        sound(self, tokens, *given)
         time.sleep(0.004 * len(tokens) * float(runtime.cost.token_time(self.skipped.all(axis=1)[:, None])[0]))
 
     monkeypatch.setattr(BoundStep, "decode_batch", slow)

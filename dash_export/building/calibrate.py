@@ -66,8 +66,10 @@ def rounding_artifact(bundle: Bundle, recipe: Recipe, folder: Path, progress: Pr
     `folder` where that has the same key, as in a kit. Else it calibrates, and raises BackendError where ONNX Runtime is
     missing; only then, because with a kit's file none is needed.
     """
-    parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), asdict(recipe.weights)
-    key = content_key(ROUNDING_REVISION, *parts, bundle.manifest.policy.layers)
+    weights = recipe.weights
+    parts = calibration_key(bundle, recipe), graphs_key(bundle, ["head"]), asdict(weights)
+    apart = weights.layers != weights.ungated or weights.bypass == "fp8"  # only then it matters which units there are
+    key = content_key(ROUNDING_REVISION, *parts, bundle.manifest.policy.layers if apart else None)
 
     def write(out: Path) -> list[Path]:
         if roundings_key(folder / ROUNDINGS) == key:

@@ -24,6 +24,7 @@ from dash_export.graphs.ort_quantize import pack_rounded, quantize_block
 from dash_export.graphs.rounded import Rounded, roundings_lookup, write_roundings
 from dash_export.models import open_checkpoint
 from dash_export.names import ROUNDINGS as FILE
+from dash_export.policy import narrowed
 from dash_export.resources import resource_folder
 from dash_export.runtime.text import Text
 from dash_export.targets import load_recipe, with_weights
@@ -273,6 +274,16 @@ def test_another_head_is_calibrated_anew(bundle: Bundle, own: Bundle, target: st
     build(changed, target)
     same = [np.array_equal(kept(changed, node).codes, kept(bundle, node).codes) for node in ("head/logits", DOWN)]
     assert same == [False, True]
+
+
+def test_other_units_keep_it(
+    own: Bundle, targets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where layers outside of units are rounded alike."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    fewer = export(checkpoint, own.root, narrowed(tiny_policy(checkpoint, "linear"), (4,)))
+    monkeypatch.setattr(calibrate, "calibrate_matrices", refuse)
+    assert "layers_02-03" not in build(fewer, targets["cpu"]).engines
 
 
 def test_other_recipes(own: Bundle, target: str, tmp_path: Path) -> None:

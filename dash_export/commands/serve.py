@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -43,12 +44,14 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option("--deadline", type=click.IntRange(1, 10**6), help="Seconds a request may take, queue and all.")
 @click.option("--drain", default=30, show_default=True, type=click.IntRange(0, 3600),
               help="Seconds that answers may take to end after SIGTERM.")  # fmt: skip
+@click.option("--log", "logs", is_flag=True,
+              help="Write each answer's times, tokens and layers to stderr, as a line of JSON; no text.")  # fmt: skip
 @click.option("--write-triton", type=click.Path(path_type=Path), metavar="DIR",
               help="Serve nothing: write a model repository for Triton.")  # fmt: skip
 def command(
     bundles: tuple[Path, ...], target: str | None, trusted_key: Path | None, host: str, port: int, rows: int | None,
     waiting: int, budget: float | None, pace: float | None, least: float, api_key: str | None, no_key: bool,
-    cors: tuple[str, ...], deadline: int | None, drain: int, write_triton: Path | None,
+    cors: tuple[str, ...], deadline: int | None, drain: int, logs: bool, write_triton: Path | None,
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
     /health, /metrics, /openapi.json, and a page to try it at /.
@@ -57,6 +60,7 @@ def command(
 
     from dash_export.runtime.cpus import available_memory
     from dash_export.serve.app import Server
+    from dash_export.serve.metrics import log
     from dash_export.serve.scheduler import Scheduler
     from dash_export.serve.triton import write_repository
 
@@ -89,6 +93,12 @@ def command(
         written = write_repository(write_triton, served)
         click.echo(printable(f"Written to {', '.join(map(str, written))}"))
         return
+    if logs:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
     hosts = LOCAL if host in LOCAL else None
     server = Server(served, key=api_key, origins=cors, hosts=hosts, deadline=deadline, drain=drain)
     raise_open_file_limit()

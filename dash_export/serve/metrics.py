@@ -1,9 +1,12 @@
 """Metrics for Prometheus: durations under OpenTelemetry's names for servers of language models, and our own counts of
-layers skipped. No text of a prompt or an answer is in them.
+layers skipped. A log of answers, for who listens to it. No text of a prompt or an answer is in either.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,9 +15,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dash_export.serve.answers import Answer
+from dash_export.serve.answers import Answer, dash
 from dash_export.serve.scheduler import Scheduler
 
+log = logging.getLogger("dash_export.answers")
+"""At level INFO: every answer that has ended, as a line of JSON."""
 POWERCAP = Path("/sys/class/powercap")
 _COUNTERS = {
     "requests": "Requests that were taken.",
@@ -64,6 +69,18 @@ class Metrics:
             for layer, skipped in enumerate(np.array(answer.actions).sum(axis=0, dtype=np.int64).tolist()):
                 self._layers.labels(model, layer, "skipped").inc(skipped)
                 self._layers.labels(model, layer, "run").inc(len(answer.actions) - skipped)
+        if log.isEnabledFor(logging.INFO):
+            facts: dict[str, object] = {
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "operation": operation,
+                "model": model,
+                "ended": answer.error_type or answer.finish_reason or "cancelled",
+                "prompt_tokens": answer.statistics.prompt_tokens,
+                "tokens": tokens,
+                "seconds": round(last - began, 4),
+                "first_token_seconds": round(first - began, 4),
+            }
+            log.info(json.dumps(facts | dash([answer])))
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

@@ -21,13 +21,13 @@ FP32 = ("--target", "cpu-fp32")
 
 @contextmanager
 def stopped(
-    root: Path, *start: str, drain: tuple[str, ...] = (), after: float = 0
+    root: Path, *start: str, options: tuple[str, ...] = (), after: float = 0
 ) -> Iterator[tuple[list[str], subprocess.Popen[str]]]:
     """What a stream tells whose server gets SIGTERM in the middle of it, and the server's process."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, *start, "serve", str(root), *FP32, "--port", str(port), *drain]
+    command = [sys.executable, *start, "serve", str(root), *FP32, "--port", str(port), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr is not None
     try:
@@ -44,16 +44,27 @@ def stopped(
 
 
 def test_it_serves_and_drains(tiny_root: Path) -> None:
-    """SIGTERM in the middle of an answer lets it end."""
-    with stopped(tiny_root, "-m", "dash_export", after=0.05) as (told, process):
+    """SIGTERM in the middle of an answer lets it end. The log has its figures, and no text."""
+    with stopped(tiny_root, "-m", "dash_export", options=("--log",), after=0.05) as (told, process):
         assert told[-1] == "data: [DONE]"
-        assert json.loads(told[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
-        assert process.wait(20) in (0, -signal.SIGTERM)
+        ended = json.loads(told[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+        assert ended in ("length", "stop")
+        log = process.communicate(timeout=20)[1]
+        assert process.returncode in (0, -signal.SIGTERM)
+    (line,) = (json.loads(line) for line in log.splitlines() if line.startswith("{"))
+    assert (line["operation"], line["model"], line["ended"]) == ("text_completion", "tiny", ended)
+    assert line["tokens"] == len(told), "the first event was taken before, and the last is no token"
+    assert 0 < line["first_token_seconds"] <= line["seconds"]
+    assert 0 < line["layers_per_token"] <= 6
+    assert line.keys() == {
+        *("time", "operation", "model", "ended", "prompt_tokens", "tokens", "seconds", "first_token_seconds"),
+        *("layers_per_token", "tokens_per_second", "prefill_seconds", "time_of_dense"),
+    }
 
 
 def test_answers_that_do_not_end_in_time(tiny_root: Path) -> None:
     """They end with an error that their client sees, and the server with no traceback."""
-    with stopped(tiny_root, "-c", SLOW, drain=("--drain", "0")) as (told, process):
+    with stopped(tiny_root, "-c", SLOW, options=("--drain", "0")) as (told, process):
         assert "The server is closing" in told[-2]
         assert "Traceback" not in process.communicate(timeout=20)[1]
 

@@ -50,6 +50,7 @@ def test_two_processes_train_one_policy(checkpoint: Checkpoint, prose: Path, tmp
     load_policy(shared, checkpoint.spec)
 
 
+@pytest.mark.slow
 def test_where_one_fails_the_others_end(checkpoint: Checkpoint, prose: Path, tmp_path: Path) -> None:
     """Nothing waits for ever, and the one that failed says why. Here the first finds the output locked."""
     output = tmp_path / "policy.safetensors"

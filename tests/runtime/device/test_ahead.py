@@ -213,7 +213,7 @@ def test_a_device_without_kernels(
 
     monkeypatch.setattr(CudaGraph, "follow", fails)
     made = on_card("portable")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "dash_export.runtime.device.step"):
         for _ in range(2):
             assert answer(made.runtime.session()) == answer(host.runtime.session())
     assert [record.message for record in caplog.records] == ["no token is launched ahead here (NVRTC is missing)"]

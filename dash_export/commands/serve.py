@@ -66,10 +66,10 @@ def command(
 
     if write_triton is not None:
         check_outside_bundles(write_triton / "model")
-        if budget or pace or deadline or cors or trusted_key:
+        if budget or pace or deadline or cors or trusted_key or logs:
             raise RequestError(
-                "A model for Triton has none of --budget, --pace, --deadline, --cors and --trusted-key: leave them out "
-                "(DASH_EXPORT_TRUSTED_KEY where Triton runs is heeded)."
+                "A model for Triton has none of --budget, --pace, --deadline, --cors, --log and --trusted-key: leave "
+                "them out (DASH_EXPORT_TRUSTED_KEY where Triton runs is heeded)."
             )
     elif host not in LOCAL and not (api_key or no_key):
         raise RequestError(f"Others can reach {host}: give an --api-key, or --no-key to let anybody ask.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +75,7 @@ def command(
     again. The end of every text (8 %) is not trained on; the card's figures come from there. Under torchrun up to four
     processes share the work, on one machine or on several that see one folder.
     """
+    from dash_export.train.processes import rank
     from dash_export.train.training import train
 
     given = ctx.get_parameter_source("trade_offs") is not ParameterSource.DEFAULT
@@ -88,7 +88,7 @@ def command(
             model, output, text, prompts,
             kind=kind, units=units, start=start, settings=chosen, device=device, progress=progress,
         )  # fmt: skip
-    if os.environ.get("RANK", "0") == "0":  # of several processes (torchrun) the first one writes
+    if rank() == 0:  # of several processes the first one writes
         _summary(model, output_path(output))  # a link is followed, as `train` follows it
 
 

@@ -54,6 +54,11 @@ class Processes:
 ALONE = Processes()
 
 
+def rank() -> int:
+    """Return this process's number among all that torchrun started; 0 without torchrun."""
+    return _told("RANK", 0)
+
+
 def local_rank() -> int:
     """Return this process's number among those that torchrun started on this machine; 0 without torchrun."""
     return _told("LOCAL_RANK", 0)
@@ -73,7 +78,7 @@ def joined(most: int) -> Iterator[Processes]:
     with _said():
         distributed.init_process_group("gloo")  # of tensors on GPUs, too
     try:
-        yield Processes(count, distributed.get_rank())
+        yield Processes(count, rank())
     finally:
         distributed.destroy_process_group()
 

@@ -280,10 +280,15 @@ def test_other_units_keep_it(
     own: Bundle, targets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where layers outside of units are rounded alike."""
+    apart = tmp_path / "apart.toml"
+    apart.write_text(Path(targets["cpu"]).read_text().replace('ungated = "int4"', 'ungated = "int8"'))
+    build(own, str(apart))
     checkpoint = tiny_checkpoint(tmp_path / "model")
     fewer = export(checkpoint, own.root, narrowed(tiny_policy(checkpoint, "linear"), (4,)))
     monkeypatch.setattr(calibrate, "calibrate_matrices", refuse)
     assert "layers_02-03" not in build(fewer, targets["cpu"]).engines
+    with pytest.raises(BackendError, match="calibrated again"):
+        build(fewer, str(apart))
 
 
 def test_other_recipes(own: Bundle, target: str, tmp_path: Path) -> None:

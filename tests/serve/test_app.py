@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -292,8 +293,11 @@ def test_a_full_queue(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away(stream: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer ends, long before its last token, and the next one has the row."""
+def test_a_client_that_goes_away(
+    stream: bool, serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its answer ends, long before its last token, and the next one has the row. The log says so."""
+    caplog.set_level(logging.INFO, metrics.log.name)
     sound = BoundStep.decode_batch
 
     def slow(*arguments: Any) -> None:
@@ -313,6 +317,8 @@ def test_a_client_that_goes_away(stream: bool, serve: Serve, monkeypatch: pytest
     assert (
         httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": 3, "stream": False}).status_code == 200
     )
+    logged = [json.loads(record.message)["ended"] for record in caplog.records if record.name == metrics.log.name]
+    assert logged == ["cancelled", "length"]
 
 
 def test_an_error_in_the_middle_of_a_stream(serve: Serve) -> None:

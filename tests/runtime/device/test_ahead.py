@@ -149,8 +149,22 @@ def another_text_of_the_same_length(session: Session) -> Any:
 
 
 def another_rule(session: Session) -> Any:
+    """For the very token that was launched."""
+    session.prefill(IDS[:20])
+    session.reserve(9)
+    step, token = session.bound(1), 3
+    for _ in range(4):
+        step.decode(token, session.rule, True)
+        token = int(step.logits[0, 0].argmax())
+    step.decode(token, FixedRule((0, 1)), True)
+    return step.logits[0, 0].copy()
+
+
+def another_length(session: Session) -> Any:
+    """Of the same text: the token is the one that was launched, further on."""
     token = left(session)
-    return session.decode_one(token, FixedRule((0, 1)))[0]
+    session.rewind_to(session.tokens[:18])
+    return session.decode_one(token)[0]
 
 
 def what_a_fork_goes_on_with(session: Session) -> Any:
@@ -172,6 +186,7 @@ DONE = [
     another_token,
     another_text_of_the_same_length,
     another_rule,
+    another_length,
     what_a_fork_goes_on_with,
     another_prefix,
 ]
@@ -197,10 +212,19 @@ def test_what_was_launched_in_vain(
 
 
 def test_the_last_place_of_the_cache(on_card: MakeOnCard, host: Host) -> None:
+    """Nothing is launched after what takes it: there is no row for that."""
     made = on_card("portable")
-    ids = np.resize(IDS, 80)
-    assert answer(made.runtime.session(), ids, 16) == answer(host.runtime.session(), ids, 16)
-    assert made.card.log[-1] == ("host", "synchronize", MAIN), "nothing follows the last one"
+    steps, ids = [], np.resize(IDS, 90)
+    for session in (host.runtime.session(), made.runtime.session()):
+        token = int(session.prefill(ids).argmax())
+        session.reserve(6)
+        steps.append(session.bound(1))
+        for _ in range(6):
+            made.card.forget()
+            steps[-1].decode(token, session.rule, True)
+            token = int(steps[-1].logits[0, 0].argmax())
+    assert made.card.log == [("host", "synchronize", MAIN)], "it ran already, and nothing follows"
+    np.testing.assert_allclose(steps[1].logits, steps[0].logits, atol=TOLERANCE)
 
 
 def test_a_device_without_kernels(

@@ -19,7 +19,7 @@ from dash_export import DashRuntime
 from dash_export.building import build, cost_table, dial
 from dash_export.building.cost_table import measure_cost
 from dash_export.bundle import Bundle
-from dash_export.decision import Setting, Unit, decision_rule, layer_actions
+from dash_export.decision import DialPoint, Setting, Unit, decision_rule, layer_actions
 from dash_export.errors import BackendError, BundleError, ContextLengthError, PolicyError, RequestError
 from dash_export.exporting import export
 from dash_export.manifest import Segment
@@ -255,7 +255,12 @@ def test_costs_and_dial_are_measured(device_bundle: Bundle, monkeypatch: pytest.
         other.session("token", budget=0.9)
     with pytest.raises(PolicyError, match="times are of dispatch 'overlapped'"):
         Scheduler(other).submit(Request(IDS[:9], setting=Setting(budget=0.9)), lambda _: None)
-    assert (session.engines.dispatch, other.recommended) == ("overlapped", Setting("dense"))
+    found = (DialPoint(0.0, 6, 1.0, 0.0), DialPoint(1.0, 4, 0.8, 0.1, 1.01))
+    runtimes = (
+        DashRuntime(device_bundle, replace(build, dial=found), TensorRT("tensorrt"), dispatch)
+        for dispatch in ("overlapped", "device")
+    )
+    assert [runtime.recommended for runtime in runtimes] == [Setting("token", budget=0.8), Setting("dense")]
 
 
 @pytest.mark.parametrize("dispatch", DISPATCH)

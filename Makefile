@@ -9,7 +9,7 @@ BUNDLE := .cache/bench.dash
 BENCHES := dispatch bypass batch prefill load
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 # Tests run in two processes, on a processor each; PYTEST_ARGS="-n 0 ..." for one.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 PYTEST_ARGS ?=
 # The demo's model: smollm2-135m, or qwen2.5-coder-0.5b (400 MB).
 MODEL ?= smollm2-135m

@@ -25,6 +25,9 @@ if worker and hasattr(os, "sched_setaffinity"):
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
+
     from dash_export import DashRuntime
     from dash_export.manifest import Build
     from dash_export.models import Checkpoint
@@ -40,16 +43,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several workers one takes all of a file, and one all that asks for SmolLM2's builds, the longest, first."""
+    """The tests that ask for SmolLM2's builds, the longest, come first."""
+    items.sort(key=lambda item: "smollm2_runtime" in getattr(item, "fixturenames", ()), reverse=True)
 
-    def on_smollm2(item: pytest.Item) -> bool:
-        return "smollm2_runtime" in getattr(item, "fixturenames", ())
 
-    items.sort(key=on_smollm2, reverse=True)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("smollm2" if on_smollm2(item) else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> LoadScopeScheduling:
+    """Of several workers one takes all of a file, and one all files that ask for SmolLM2's builds: what their fixtures
+    make is made once. (xdist's own groups are lost under pytest 9.2: it does not see the names that they give.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    shared = {
+        str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if "smollm2_runtime" in path.read_text()
+    }
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "smollm2" if path in shared else path
+
+    return ByFile(config, log)
 
 
 def pytest_collection_finish() -> None:

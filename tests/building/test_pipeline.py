@@ -276,7 +276,8 @@ def test_it_measures_with_the_recipe_s_threads(bundle: Bundle, tmp_path: Path) -
     (tmp_path / "one.toml").write_text('[weights]\nrounding = "gptq"\nblock_size = 16\n[runtime]\nthreads = 1\n')
     for options in ("", ", verify=True, measure=True"):  # the second time only what verifies runs something before
         code = (
-            f"import sys; from dash_export.building import build; build(*sys.argv[1:]{options})\n"
+            "import sys; from dash_export.building import build, pipeline; pipeline.TRIALS = 1\n"
+            f"build(*sys.argv[1:]{options})\n"
             "from dash_export.runtime.ort_engine import start_thread_pool; print(start_thread_pool(0))"
         )
         ran = python(code, bundle.root, tmp_path / "one.toml")

@@ -24,6 +24,7 @@ from dash_export.runtime.backends import Launch, backend_errors
 from dash_export.runtime.cache import KVCache
 from dash_export.runtime.own_policy import State
 from dash_export.runtime.rules import DENSE, Rule, skips_for
+from dash_export.runtime.sampling import Draw
 
 if TYPE_CHECKING:
     from dash_export.runtime.ort_engine import OrtBackend, OrtEngine
@@ -164,8 +165,8 @@ class BoundStep:
 
     # --- one step
 
-    def decode(self, token: int, rule: Rule, greedy: bool = False) -> None:  # noqa: ARG002
-        """Decode one token under `rule`. `greedy` means something to devices only."""
+    def decode(self, token: int, rule: Rule, draw: Draw | None = None) -> None:  # noqa: ARG002
+        """Decode one token under `rule`. `draw` means something to devices only."""
         self.input_ids[0, 0] = token
         self._advance(partial(skips_for, rule))
 
@@ -191,7 +192,7 @@ class BoundStep:
         self.input_ids[0] = tokens
         self._advance(lambda state: skips_for(rule, state) & ~dense)
 
-    def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule], greedy: bool = False) -> None:  # noqa: ARG002
+    def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule], draws: Sequence[Draw | None] = ()) -> None:  # noqa: ARG002
         """Decode one token of every sequence, each under a rule of its own."""
         self.input_ids[:, 0] = tokens
         self._advance(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dash_export.errors import ContextLengthError, DashError, RequestError
 from dash_export.runtime.guidance import Guide
-from dash_export.runtime.sampling import Logits, Sampler, Sampling, most_likely
+from dash_export.runtime.sampling import Draw, Logits, Sampler, Sampling, most_likely
 from dash_export.runtime.text import Text, TextStream
 
 TokenIds = npt.NDArray[np.int64]
@@ -158,13 +158,18 @@ class Turn:
     ) -> None:
         """Start an answer. `guide`: that of the sampling's grammar, where the caller has read the grammar already."""
         self._text, self._max_tokens = text, max_tokens
-        self._logprobs, self.greedy = sampling.logprobs, sampling.greedy
+        self._logprobs = sampling.logprobs
         self._sampler, self._stream = Sampler(sampling), TextStream(text.tokenizer, sampling.stop)
         self._guide = guide
         if guide is None and sampling.grammar is not None:
             self._guide = text.guides.guide(sampling.grammar)
         self.statistics = Statistics(prompt_tokens=prompt_tokens)
         self.begin()
+
+    @property
+    def draw(self) -> Draw | None:
+        """How the next token will be drawn, where that is known beforehand."""
+        return self._sampler.draw
 
     def begin(self) -> None:
         """Start the clock of a step."""

@@ -102,7 +102,7 @@ class Rows:
         rules = [
             DENSE if length < DENSE_POSITIONS else row.rules.rule for row, length in zip(rows, lengths, strict=False)
         ]
-        step.decode_batch([row.token for row in rows], rules, all(row.turn.greedy for row in rows))
+        step.decode_batch([row.token for row in rows], rules, [row.turn.draw for row in rows])
         self.skipped = np.logical_and.reduce(step.skipped, axis=1)
         actions_of_rows = layer_actions(step.skipped, self.engines.units, self.engines.model.num_layers)
         self.counters.layers_run += int((~actions_of_rows.all(axis=0)).sum())

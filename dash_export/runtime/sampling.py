@@ -4,9 +4,10 @@ applies them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +42,10 @@ class Sampling:
     grammar: str | None = None
 
     @property
-    def greedy(self) -> bool:
-        """Whether each token is the likeliest one, whatever came before."""
+    def by_logits(self) -> bool:
+        """Whether logits alone say what may follow, whatever came before."""
         penalties = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
-        return self.temperature == 0.0 and not penalties and self.grammar is None
+        return not penalties and self.grammar is None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -73,13 +74,35 @@ class Sampling:
                 raise RequestError(f"{name} must be {expected}, not {shown(getattr(self, name))}.")
 
 
+class Draw(NamedTuple):
+    """How the next token will be drawn, for a device that draws it ahead: `sharpness` 1 / temperature, 0 for the
+    likeliest token; `lowest` -log(min_p); `share` of the mass, in [0, 1), at which the draw lands.
+    """
+
+    sharpness: float
+    top_k: int
+    top_p: float
+    lowest: float
+    share: float
+
+
 class Sampler:
     """One request's sampler; with a seed the same logits give the same tokens."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._rng = np.random.default_rng(sampling.seed)
+        self._share = self._rng.random()
         self._begins: int | None = None
+
+    @property
+    def draw(self) -> Draw | None:
+        """The next call's draw; None where logits alone do not say it."""
+        s = self._sampling
+        if not s.by_logits:
+            return None
+        sharpness, lowest = 1 / s.temperature if s.temperature else 0.0, -math.log(s.min_p) if s.min_p else math.inf
+        return Draw(sharpness, s.top_k, s.top_p, lowest, self._share)
 
     def __call__(self, logits: Logits, context: Sequence[int]) -> int:
         """Return a token id, given logits [vocab] float32, which stay unchanged, and the tokens so far. Raises
@@ -98,7 +121,8 @@ class Sampler:
                 raise BackendError(NOT_NUMBERS)
             return token
         candidates, weights = distribution(logits, s)
-        place = drawn(weights, self._rng.random())
+        share, self._share = self._share, self._rng.random()
+        place = drawn(weights, share)
         return place if candidates is None else int(candidates[place])
 
 
@@ -136,13 +160,13 @@ Weights = npt.NDArray[np.floating[Any]]
 
 
 def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64] | None, Weights]:
-    """Return the candidates left by top-k, top-p and min-p (None: all tokens), and their weights: probabilities, times
-    a number. They are float32 (after top-k float64), as a draw over a vocabulary takes ten times as long in float64.
-    Raises BackendError where logits are not numbers.
+    """Return the candidates left by top-k, top-p and min-p (None: all tokens), in order, and their weights:
+    probabilities, times a number. They are float32 (after top-k float64), as a draw over a vocabulary takes ten times
+    as long in float64. Raises BackendError where logits are not numbers.
     """
     candidates, scores = None, logits
     if 0 < s.top_k < logits.size:
-        candidates = np.argpartition(logits, -s.top_k)[-s.top_k :]
+        candidates = np.sort(np.argpartition(logits, -s.top_k)[-s.top_k :])
         scores = logits[candidates].astype(np.float64)
     with np.errstate(over="ignore"):  # far below the largest: a weight of zero
         weights = np.exp((scores - scores.max()) * (1 / s.temperature))
@@ -152,7 +176,7 @@ def distribution(logits: Logits, s: Sampling) -> tuple[npt.NDArray[np.int64] | N
     if s.top_p == 1 and not s.min_p:
         return candidates, weights
     keep = _nucleus(weights, s.top_p * mass) if s.top_p < 1 else np.flatnonzero(weights >= s.min_p)
-    keep = keep[weights[keep] >= s.min_p]  # the largest weight is 1
+    keep = np.sort(keep[weights[keep] >= s.min_p])  # the largest weight is 1
     return keep if candidates is None else candidates[keep], weights[keep]
 
 

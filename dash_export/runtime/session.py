@@ -28,7 +28,7 @@ from dash_export.runtime.results import (
     checked_tokens,
 )
 from dash_export.runtime.rules import DENSE, Rule, SessionRules
-from dash_export.runtime.sampling import Logits, Sampling
+from dash_export.runtime.sampling import Draw, Logits, Sampling
 from dash_export.runtime.scoring import score
 from dash_export.runtime.text import Text
 
@@ -144,7 +144,7 @@ class Session:
                 return
             self._check_newest(number)
             turn.begin()
-            logits, actions = self._advance(response.token, greedy=turn.greedy)
+            logits, actions = self._advance(response.token, draw=turn.draw)
 
     def _check_newest(self, number: int) -> None:
         """Raise RequestError where another stream, or a reset, has used this session since: it is one conversation."""
@@ -284,15 +284,15 @@ class Session:
         last: Logits = step.logits[0, 0]
         return last
 
-    def _advance(self, token: int, rule: Rule | None = None, greedy: bool = False) -> tuple[Logits, Actions]:
+    def _advance(self, token: int, rule: Rule | None = None, draw: Draw | None = None) -> tuple[Logits, Actions]:
         """Decode one known token under the session's rule, or another. Return its logits [vocab], valid until the next
-        step, and its actions [layers]. `greedy`: the likeliest token will follow.
+        step, and its actions [layers]. `draw`: how the next one will be drawn.
         """
         self.reserve(1)
         step = self.bound(1)
         if rule is None:
             rule = DENSE if self.cache.length < DENSE_POSITIONS else self.rules.rule
-        step.decode(token, rule, greedy)
+        step.decode(token, rule, draw)
         self.rules.decoded(step.skipped)
         self._pending = []  # before append: an interrupt may come after that call, and then both must be done
         self.tokens.append(token)

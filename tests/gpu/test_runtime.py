@@ -15,6 +15,7 @@ from dash_export.resources import resource_folder
 from dash_export.runtime.device.step import DeviceStep
 from dash_export.runtime.rows import Rows
 from dash_export.runtime.rules import DENSE, FixedRule
+from dash_export.runtime.sampling import Sampler, Sampling
 from tests.runtime.prompts import prompts
 from tests.tiny import random_actions
 
@@ -91,6 +92,24 @@ def test_tokens_launched_ahead_are_those_waited_for(dispatch: str, gpu_runtime: 
                 waited.append(token)
                 token = int(session.decode_one(token)[0].argmax())
             assert answer == waited
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.8, seed=1), Sampling(1.0, top_k=40, top_p=0.9, seed=2)], ids=str)
+def test_a_token_that_is_drawn_ahead_is_the_host_s(
+    sampling: Sampling, gpu_runtime: LoadGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nearly always the device draws it, too: then nothing is decoded twice."""
+    runtime, drew = gpu_runtime("device"), list[bool]()
+    ids, sound = prompts(runtime)[0], DeviceStep._drew
+    monkeypatch.setattr(DeviceStep, "_drew", lambda *given: drew.append(sound(*given)) or drew[-1])
+    answer = [one.token for one in runtime.session("dense").stream(ids.tolist(), 96, sampling)]
+    other, sampler = runtime.session("dense"), Sampler(sampling)
+    logits, waited = other.prefill(ids), list[int]()
+    for _ in answer:
+        waited.append(sampler(logits, other.tokens))
+        logits, _ = other.decode_one(waited[-1])
+    assert answer == waited
+    assert sum(drew) >= len(answer) - 8
 
 
 def test_prompts_are_decode(gpu_runtime: LoadGpu) -> None:

@@ -18,7 +18,7 @@ def installed(card: Card) -> Iterator[None]:
     """Whoever asks for a driver, CUDA or TensorRT gets the card's. The kernels are compiled to PTX, by NVRTC."""
     from dash_export import manifest, targets
     from dash_export.runtime import cuda_devices
-    from dash_export.runtime.device import cuda_graph, trt_api
+    from dash_export.runtime.device import kernels, trt_api
     from tests.standin.ptx import compile_ptx
     from tests.standin.trt import toolkit
 
@@ -26,7 +26,7 @@ def installed(card: Card) -> Iterator[None]:
         return [fault for fault in sound(recipe) if "no fp32 attention" not in fault]  # ONNX Runtime has one
 
     def forget() -> None:
-        for known in (cuda_graph.load_kernels, trt_api.load_toolkit):
+        for known in (kernels.load_kernels, trt_api.load_toolkit):
             known.cache_clear()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -35,7 +35,7 @@ def installed(card: Card) -> Iterator[None]:
             patch.setitem(sys.modules, name, module)
         patch.setattr(cuda_devices, "_driver", card.libcuda)
         patch.setattr(trt_api.atexit, "register", lambda *call: card.at_exit.append(call))
-        patch.setattr(cuda_graph, "compile_kernels", lambda _: compile_ptx(cuda_graph.KERNELS))
+        patch.setattr(kernels, "compile_kernels", lambda _: compile_ptx(kernels.KERNELS))
         for module in (manifest, targets):
             patch.setattr(module, "recipe_faults", faults)
         forget()

@@ -15,7 +15,7 @@ from cuda.bindings import nvrtc
 
 FORMATS = {"f32": "f", "f64": "d", "u8": "B", "b8": "B", "u16": "H", "u32": "I", "u64": "Q", "s32": "i", "s64": "q"}
 COMPARE = {"lt": "{} < {}", "gt": "{} > {}", "ge": "{} >= {}", "le": "{} <= {}", "eq": "{} == {}"}
-COMPARE |= {"leu": "not {} > {}", "geu": "not {} < {}"}  # or one is no number
+COMPARE |= {"leu": "not {} > {}", "geu": "not {} < {}", "ltu": "not {} >= {}", "ne": "{} != {}"}  # or one is no number
 ARITHMETIC = dict.fromkeys(("mov", "cvta", "cvt"), "{}") | {
     "add": "{} + {}",
     "and": "{} & {}",
@@ -29,6 +29,7 @@ ARITHMETIC = dict.fromkeys(("mov", "cvta", "cvt"), "{}") | {
     "shl": "{} << {}",
     "shr": "{} >> {}",
     "selp": "{0} if {2} else {1}",
+    "ex2": "2.0 ** {}",
 }
 View = Callable[[int, int], "np.ndarray[Any, np.dtype[np.uint8]]"]
 """(address, bytes) -> device memory."""
@@ -108,12 +109,14 @@ def _python(step: str, labels: dict[str, str]) -> str:
     elif name == "atom":
         form, address = FORMATS[kinds[2]], operands[1][1:-1]
         step = f"{operands[0]} = load({form!r}, {address}); "
-        step += f"store({form!r}, {address}, {ARITHMETIC[kinds[1]].format(operands[0], operands[2])})"
+        step += f"store({form!r}, {address}, {ARITHMETIC[kinds[1]].format(operands[0], _read(operands[2], kinds[2]))})"
     else:
         form = COMPARE[kinds[0]] if name == "setp" else ARITHMETIC[name]
         found = form.format(*(_read(operand, kinds[-1]) for operand in operands[1:]))
+        if name == "cvt" and kinds[0] == "rzi":
+            found = f"int({found})"
         if name != "setp" and "wide" not in kinds:
-            found = _read(found, kinds[0] if name == "cvt" else kinds[-1])
+            found = _read(found, kinds[-2] if name == "cvt" else kinds[-1])
         step = f"{operands[0]} = {found}"
     return f"if {guard[1:]}: {step}" if guard else step
 
@@ -122,9 +125,9 @@ def _read(value: str, kind: str) -> str:
     """A value as an instruction of that kind reads and writes it: a number of so many bits, with a sign or none; the
     bits of a float where it takes bits.
     """
-    if literal := re.fullmatch("0f([0-9A-F]{8})", value):
-        return str(struct.unpack("!f", bytes.fromhex(literal[1]))[0])
-    if kind[0] == "f" or re.fullmatch(r"p\d+", value):
+    if literal := re.fullmatch("0([fd])([0-9A-F]{8,16})", value):
+        return str(struct.unpack(f"!{literal[1]}", bytes.fromhex(literal[2]))[0])
+    if kind[0] == "f" or kind == "pred" or re.fullmatch(r"p\d+", value):
         return value
     bits = int(kind[1:])
     if re.fullmatch(r"f\d+", value):

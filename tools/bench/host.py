@@ -22,6 +22,7 @@ from dash_export.commands.tables import print_table
 from dash_export.decision import decision_rule
 from dash_export.runtime.device.engines import DeviceEngines
 from dash_export.runtime.rules import DENSE, FixedRule
+from dash_export.runtime.sampling import Sampler, Sampling
 
 
 class Nothing:
@@ -62,6 +63,9 @@ class Nothing:
         return SimpleNamespace(launch=self._called)
 
 
+LIKELIEST = Sampler(Sampling()).draw
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", default="cuda", show_default=True)
@@ -89,7 +93,7 @@ def main(bundle: Path, target: str, rounds: int) -> None:
         def token(step: Any = step, cache: Any = cache, rule: Any = rule, ahead: bool = "ahead" in name) -> None:
             if not ahead or cache.length > cache.capacity // 2:
                 cache.length = 0
-            step.decode(0, rule, ahead)  # 0: the likeliest of logits that are all the same
+            step.decode(0, rule, LIKELIEST if ahead else None)  # 0: what memory of nobody says was drawn
 
         for _ in range(3):
             token()

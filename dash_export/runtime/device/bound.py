@@ -16,6 +16,7 @@ from dash_export.runtime.backends import Launch as HostLaunch
 from dash_export.runtime.device.buffers import Mirror
 from dash_export.runtime.device.cuda import MAIN, CudaMemory, DeviceEngine, Launch
 from dash_export.runtime.device.cuda_graph import CudaGraph
+from dash_export.runtime.sampling import Draw
 
 if TYPE_CHECKING:
     from dash_export.runtime.device.engines import DeviceCache, DeviceEngines, LoadedSegment
@@ -51,10 +52,11 @@ class BoundEngines:
         model, units, item = engines.model, len(engines.units), engines.itemsize
         space = self._space = self.device if sequence == 1 else cache.prompts.again()
         self._new_bytes = sequence * model.num_kv_heads * cache.row_bytes
-        self._ids = Mirror(space, (batch, sequence), np.int64)
+        sides = 2 if sequence == 1 else 1  # of results: a step may run ahead while the host reads the last one's
+        self._ids = Mirror(space, (batch, sequence), np.int64, 1 + sides)  # given, and drawn ahead
+        self._draws = Mirror(space, (batch, len(Draw._fields)), np.float64, sides)
         self._positions = Mirror(space, (batch, sequence), np.int64)
         self._limits = Mirror(space, (batch, units), np.float64)
-        sides = 2 if sequence == 1 else 1  # of results: a step may run ahead while the host reads the last one's
         self._logits = Mirror(space, (batch, 1, model.vocab_size), np.float32, sides)
         self._damage = Mirror(space, (batch, sequence, units), np.float32, sides)
         self._skipped = Mirror(space, (units,), np.bool_, sides)

@@ -1,7 +1,7 @@
-"""CUDA graphs with decisions in them: capture, conditional nodes, and kernels that no engine has.
+"""CUDA graphs with decisions in them: capture and conditional nodes.
 
-A unit is two IF nodes, one for each side (run, skip), which need CUDA 12.4. A kernel sets their predicates. NVRTC
-compiles it when it is first needed. Not yet run on a GPU.
+A unit is two IF nodes, one for each side (run, skip), which need CUDA 12.4. A kernel sets their predicates. Not yet run
+on a GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -18,108 +17,12 @@ import numpy.typing as npt
 
 from dash_export.errors import BackendError
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
+from dash_export.runtime.device.kernels import BINS, PART, load_kernels
 
 IF_NODES = 12040
 """First version of CUDA with IF nodes, as the driver numbers its versions."""
 BODY = "body"
 """Name of the stream on which the sides of branches are recorded."""
-
-# No library defines cudaGraphSetConditional: the driver resolves it when it loads the module, so nothing is linked
-# (cuda-python tests conditional nodes with such a cubin; XLA sets two handles from one kernel in the same way).
-KERNELS = r"""
-typedef __device_builtin__ unsigned long long cudaGraphConditionalHandle;
-extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(
-    cudaGraphConditionalHandle handle, unsigned int value);
-
-// Compares in double, as the host does. A unit's handles: run, skip.
-extern "C" __global__ void decide(const float* damage, const double* limit, bool* skipped,
-    const cudaGraphConditionalHandle* handles, int units, int numbers)
-{
-    for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
-        bool skips = true;
-        for (int at = unit; at < numbers; at += units) skips &= (double)damage[at] < limit[at];
-        skipped[unit] = skips;
-        cudaGraphSetConditional(handles[2 * unit], !skips);
-        cudaGraphSetConditional(handles[2 * unit + 1], skips);
-    }
-}
-
-// A block per head, layer's K or V, and sequence; rows are of two-byte elements at least. A pair: the first of its
-// tables, their new rows.
-extern "C" __global__ void write_rows(
-    short* const* pairs, const long long* position, long long width, long long pitch)
-{
-    const long long table = blockIdx.z * gridDim.x + blockIdx.x;
-    short* row = pairs[2 * blockIdx.y] + table * pitch + position[blockIdx.z] * width;
-    const short* rows = pairs[2 * blockIdx.y + 1] + table * width;
-    for (long long i = threadIdx.x; i < width; i += blockDim.x) row[i] = rows[i];
-}
-
-// A row of blocks per sequence. `best` is zero, and gets the largest logit, as bits that are ordered as numbers are,
-// before the number of its token, counted down: of equals the first wins, as in numpy. -0 + 0 is 0, which equals it.
-extern "C" __global__ void likeliest(const float* logits, unsigned long long* best, int vocab)
-{
-    unsigned long long largest = 0;
-    for (int token = blockIdx.x * blockDim.x + threadIdx.x; token < vocab; token += gridDim.x * blockDim.x) {
-        const unsigned int bits = __float_as_uint(logits[(long long)blockIdx.y * vocab + token] + 0.0f);
-        const unsigned int ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-        const unsigned long long found = (unsigned long long)ordered << 32 | (unsigned int)(0x7fffffff - token);
-        if (found > largest) largest = found;
-    }
-    atomicMax(best + blockIdx.y, largest);
-}
-
-// A thread per sequence.
-extern "C" __global__ void follow(unsigned long long* best, long long* ids, long long* positions)
-{
-    ids[threadIdx.x] = 0x7fffffff - (int)(unsigned int)best[threadIdx.x];
-    positions[threadIdx.x] += 1;
-    best[threadIdx.x] = 0;
-}
-"""
-NAMES = ("decide", "write_rows", "likeliest", "follow")
-
-
-def compile_kernels(capability: str) -> bytes:
-    """Compile the kernels for a compute capability, such as "9.0", to machine code; no device is needed. Raises
-    BackendError.
-    """
-    try:
-        nvrtc: Any = import_module("cuda.bindings.nvrtc")
-        program = _checked(nvrtc.nvrtcCreateProgram(KERNELS.encode(), b"dash_export.cu", 0, [], []))
-        option = f"--gpu-architecture=sm_{capability.replace('.', '')}".encode()
-        (code,) = nvrtc.nvrtcCompileProgram(program, 1, [option])
-        if int(code):
-            log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise BackendError(f"NVRTC does not compile for {capability}: {log.decode(errors='replace').strip()}")
-        cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-    except (ImportError, RuntimeError) as error:
-        raise BackendError(
-            f"NVRTC, which compiles small kernels, is missing or fails ({error}): pip install nvidia-cuda-nvrtc "
-            "(CUDA 13) or nvidia-cuda-nvrtc-cu12 (CUDA 12)"
-        ) from error
-    return cubin
-
-
-@cache
-def load_kernels(capability: str) -> dict[str, Any]:
-    """Return the kernels by name, loaded into this process once. Raises BackendError."""
-    driver: Any = import_module("cuda.bindings.driver")
-    code = compile_kernels(capability)
-    try:
-        module = _checked(driver.cuModuleLoadData(code))
-        return {name: _checked(driver.cuModuleGetFunction(module, name.encode())) for name in NAMES}
-    except RuntimeError as error:
-        raise BackendError(f"the driver does not load the kernels: {error}") from error
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    code, *values = result
-    if int(code):
-        raise RuntimeError(f"{code.name} ({int(code)})")
-    return values[0] if values else None
 
 
 class CudaGraph:
@@ -142,7 +45,7 @@ class CudaGraph:
         self._handles = np.zeros((units, 2), np.uint64)
         self._device_handles = cuda.memory(self._handles.nbytes) if units else None
         self._tables: list[tuple[CudaMemory, npt.NDArray[np.uint64]]] = []
-        self._best: CudaMemory | None = None
+        self._scratch: list[CudaMemory] = []
         if self._device_handles is not None:
             self._tables.append((self._device_handles, self._handles))
         # Relaxed: Python may free some memory meanwhile, which stricter modes treat as an error.
@@ -210,16 +113,23 @@ class CudaGraph:
         heads = pairs[0][1].nbytes // width // sequences
         self._run("write_rows", stream, (heads, len(pairs), sequences), 64, (memory, position), sizes)
 
-    def follow(self, stream: str, logits: CudaMemory, ids: CudaMemory, positions: CudaMemory) -> None:
-        """Record the step from one token to the next: ids [sequences] (int64) become those of the largest logits
-        [sequences, vocab] (float32), and positions [sequences] (int64) go on by one.
+    def follow(
+        self, stream: str, logits: CudaMemory, draws: CudaMemory, ids: CudaMemory, positions: CudaMemory
+    ) -> None:
+        """Record the step from one token to the next: ids [sequences] (int64) become those that are drawn from logits
+        [sequences, vocab] (float32) as `draws` [sequences] (`sampling.Draw`, float64) say, but for rounding; positions
+        [sequences] (int64) go on by one.
         """
         sequences = ids.nbytes // 8
         vocab = logits.nbytes // 4 // sequences
-        self._best = self._cuda.memory(8 * sequences)
-        blocks = (min(64, -(-vocab // 512)), sequences, 1)
-        self._run("likeliest", stream, blocks, 64, (logits, self._best), [(vocab, ctypes.c_int)])
-        self._run("follow", stream, (1, 1, 1), sequences, (self._best, ids, positions), [])
+        parts = -(-vocab // PART)
+        best, bins, sums = (self._cuda.memory(sequences * size) for size in (8, 8 * BINS, 4 * parts))
+        self._scratch = [best, bins, sums]
+        blocks, size = (min(64, parts), sequences, 1), [(vocab, ctypes.c_int)]
+        self._run("likeliest", stream, blocks, 64, (logits, best), size)
+        self._run("weigh", stream, blocks, 64, (logits, best, draws, bins), size)
+        self._run("add_up", stream, (parts, sequences, 1), 32, (logits, best, draws, bins, sums), size)
+        self._run("follow", stream, (1, 1, 1), sequences, (logits, best, draws, bins, sums, ids, positions), size)
 
     def _run(
         self,

@@ -15,9 +15,9 @@ waits for the policy:
 In every mode a token whose actions are known beforehand (dense, static) is a graph of its own without decisions: this
 is what skipping has to beat. Where nothing can be recorded, it is launched one by one too.
 
-Where the likeliest token is always taken, a token that is a graph is launched ahead: a kernel reads it from the logits
-on the device, while the host still samples and writes the one before. The host checks each: one that was launched in
-vain costs its time, and its cache row is free.
+Where logits alone say what follows, a token that is a graph is launched ahead: kernels draw it on the device from the
+logits, by the number that the host will draw with, while the host still samples and writes. The host draws each, too:
+rarely, by rounding, another one. A step that was launched in vain costs its time, and its cache row is free.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from dash_export.runtime.device.bound import BoundEngines
 from dash_export.runtime.device.cuda import BESIDE, MAIN
 from dash_export.runtime.device.cuda_graph import CudaGraph
 from dash_export.runtime.rules import DENSE, Rule
+from dash_export.runtime.sampling import Draw
 
 if TYPE_CHECKING:
     from dash_export.runtime.device.engines import DeviceCache, DeviceEngines
@@ -54,8 +55,8 @@ Actions = bytes | tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class Ahead:
-    """A step that was launched before its tokens were known: the likeliest ones, at these positions. `side`: the place
-    of its results.
+    """A step that was launched before its tokens were known: those that the device drew, at these positions. `side`:
+    the place of its results.
     """
 
     actions: Actions
@@ -88,52 +89,72 @@ class DeviceStep(BoundEngines):
 
     # --- one step
 
-    def decode(self, token: int, rule: Rule, greedy: bool = False) -> None:
-        """Decode one token under `rule`. `greedy`: after it the likeliest token will probably follow."""
-        self._advance(token, [rule], greedy)
+    def decode(self, token: int, rule: Rule, draw: Draw | None = None) -> None:
+        """Decode one token under `rule`. `draw`: how the one after it will be drawn, where that is known."""
+        self._advance(token, [rule], [draw])
 
     def prefill(self, tokens: npt.NDArray[np.int64]) -> None:
         """Prefill tokens [sequence] through every layer."""
         self._advance(tokens, [DENSE])
 
-    def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule], greedy: bool = False) -> None:
+    def decode_batch(self, tokens: Sequence[int], rules: Sequence[Rule], draws: Sequence[Draw | None] = ()) -> None:
         """Decode one token of every sequence, each under a rule of its own."""
-        self._advance(np.array(tokens)[:, None], rules, greedy)
+        self._advance(np.array(tokens)[:, None], rules, draws)
 
-    def _advance(self, tokens: int | npt.NDArray[np.int64], rules: Sequence[Rule], greedy: bool = False) -> None:
-        """Run a step for all sequences. `rules`: one for each sequence."""
+    def _advance(
+        self, tokens: int | npt.NDArray[np.int64], rules: Sequence[Rule], draws: Sequence[Draw | None] = ()
+    ) -> None:
+        """Run a step for all sequences. `rules`, `draws`: one for each sequence."""
         with self.engines.turn:
-            actions, side = self._actions(rules), 0
-            if self._ahead is not None and self._runs(self._ahead, tokens, actions):
-                side = self._ahead.side
+            actions, running, side = self._actions(rules), self._ahead, 0
+            if running is not None and self._follows(running, actions):
+                side = running.side
             else:
                 self._end_in_vain()
-                self._ids.host[:] = tokens
-                self._note_positions()
-                graph = None if actions is None else self._graph(actions, side)
-                if graph is None:
-                    actions = None
-                    self._launch_all(rules)
-                else:
-                    graph.launch(MAIN)
-            ahead = self._launched_ahead(actions, 1 - side) if greedy and actions == self._last else None
+                running, actions = None, self._launched(tokens, rules, actions)
+            known = [draw for draw in draws if draw is not None]
+            follows = len(known) == self.batch and actions == self._last
+            ahead = self._launched_ahead(actions, 1 - side, known) if follows else None
             if ahead is None:
                 self.device.synchronize(MAIN)
             else:
                 self.device.wait_for_event(ENDED)
+            if running is not None and not self._drew(tokens, side):
+                self._ahead = ahead
+                self._end_in_vain()
+                side, ahead, actions = 0, None, self._launched(tokens, rules, actions)
+                self.device.synchronize(MAIN)
             self._take_results(actions, side)
             self._last, self._ahead, self._cache.ahead = actions, ahead, ahead
             for index in range(self.batch):
                 self._cache.lengths[index] += self.sequence
 
-    def _runs(self, ahead: Ahead, tokens: int | npt.NDArray[np.int64], actions: Actions | None) -> bool:
-        """Return whether this step is the one that was launched ahead: nothing else was done to the cache since."""
+    def _launched(
+        self, tokens: int | npt.NDArray[np.int64], rules: Sequence[Rule], actions: Actions | None
+    ) -> Actions | None:
+        """Launch a step of known tokens. Return what it does as a graph; None where it was launched one by one."""
+        self._ids.host[:] = tokens
+        self._note_positions()
+        graph = None if actions is None else self._graph(actions, 0)
+        if graph is None:
+            self._launch_all(rules)
+            return None
+        graph.launch(MAIN)
+        return actions
+
+    def _follows(self, ahead: Ahead, actions: Actions | None) -> bool:
+        """Return whether this step is the one that was launched ahead, if its tokens are: nothing else was done to the
+        cache since.
+        """
         return (
             self._cache.ahead is ahead
             and ahead.actions == actions
             and ahead.positions == tuple(self._cache.lengths[: self.batch])
-            and bool((self.logits.argmax(-1) == tokens).all())
         )
+
+    def _drew(self, tokens: int | npt.NDArray[np.int64], side: int) -> bool:
+        """Return whether the device drew these tokens for a step that was launched ahead and has ended."""
+        return bool((self._ids.hosts[1 + side] == tokens).all())
 
     def _end_in_vain(self) -> None:
         """Wait for a step that was launched ahead and is not wanted: it may still read what is written now."""
@@ -141,7 +162,7 @@ class DeviceStep(BoundEngines):
             self.device.synchronize(MAIN)
             self._ahead = None
 
-    def _launched_ahead(self, actions: Actions | None, side: int) -> Ahead | None:
+    def _launched_ahead(self, actions: Actions | None, side: int, draws: Sequence[Draw]) -> Ahead | None:
         """Launch the step after this one, which is under way. Return None where there is no graph of it or no room."""
         positions = tuple(length + 1 for length in self._cache.lengths[: self.batch])
         room = min(self._cache.capacity, self.engines.model.max_positions)
@@ -150,6 +171,7 @@ class DeviceStep(BoundEngines):
         graph = self._graph(actions, side, ahead=True)
         if graph is None:
             return None
+        self._draws.hosts[side][:] = draws
         self.device.record(MAIN, ENDED)
         graph.launch(MAIN)
         return Ahead(actions, positions, side)
@@ -261,7 +283,10 @@ class DeviceStep(BoundEngines):
     def _record(self, known: bytes | None, side: int, ahead: bool, graph: CudaGraph) -> None:
         """Record a token: one that skips the `known` units or, in `device` dispatch, whatever it decides."""
         if ahead:
-            graph.follow(MAIN, self._logits.memory, self._ids.memory, self._positions.memory)
+            self.device.copy(MAIN, self._draws.memory, self._draws.hosts[side])
+            logits, draws, ids = self._logits.memory, self._draws.memory, self._ids.memory
+            graph.follow(MAIN, logits, draws, ids, self._positions.memory)
+            self.device.copy(MAIN, self._ids.hosts[1 + side], ids)
         else:
             self._upload_inputs()
         results = [self._logits]

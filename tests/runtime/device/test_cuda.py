@@ -16,9 +16,10 @@ import pytest
 from dash_export.errors import BackendError
 from dash_export.runtime.backends import BACKENDS, load_backend
 from dash_export.runtime.cuda_devices import CudaDevice, cuda_devices
-from dash_export.runtime.device import cuda, cuda_graph, tensorrt, trt_api
+from dash_export.runtime.device import cuda, cuda_graph, kernels, tensorrt, trt_api
 from dash_export.runtime.device.cuda import Cuda, CudaMemory
-from dash_export.runtime.device.cuda_graph import KERNELS, CudaGraph, compile_kernels
+from dash_export.runtime.device.cuda_graph import CudaGraph
+from dash_export.runtime.device.kernels import KERNELS, NAMES, compile_kernels
 
 if TYPE_CHECKING:
     from tests.runtime.device.conftest import MakeOnCard
@@ -50,7 +51,7 @@ def syntax(module: Any) -> list[ast.AST]:
 
 def test_every_name_is_in_the_installed_bindings() -> None:
     known, seen = held(), set()
-    for module in (cuda, cuda_graph, tensorrt):
+    for module in (cuda, cuda_graph, kernels, tensorrt):
         for node in syntax(module):
             chain: list[str] = []
             while isinstance(node, ast.Attribute):
@@ -59,7 +60,7 @@ def test_every_name_is_in_the_installed_bindings() -> None:
             if isinstance(node, ast.Name):
                 chain.insert(0, node.id)
             at = next((index for index, name in enumerate(chain[:-1]) if name in known), None)
-            if at is None or chain[0] in ("toolkit", "cuda_graph"):
+            if at is None or chain[0] in ("toolkit", "cuda_graph", "kernels"):
                 continue
             value = known[chain[at]]
             for name in chain[at + 1 :]:
@@ -79,7 +80,7 @@ def argument_count(function: Any) -> int:
     return count + bool(inside.strip())
 
 
-@pytest.mark.parametrize(("module", "least"), [(cuda, 10), (cuda_graph, 12)])
+@pytest.mark.parametrize(("module", "least"), [(cuda, 10), (cuda_graph, 8), (kernels, 4)])
 def test_calls_have_as_many_arguments_as_the_bindings_take(module: Any, least: int) -> None:
     chosen = {"add": "cudaGraphAddNode", "follow": "cudaStreamUpdateCaptureDependencies"}  # by version
     libraries, checked = held().values(), 0
@@ -102,8 +103,8 @@ def test_kernels_compile_without_a_device(capability: str, monkeypatch: pytest.M
     pytest.importorskip("nvidia.cu13", reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
     code = compile_kernels(capability)
     assert code.startswith(b"\x7fELF")
-    assert all(name in code for name in (b"decide", b"write_rows"))
-    monkeypatch.setattr(cuda_graph, "KERNELS", KERNELS.replace("bool skips", "number skips"))
+    assert all(name.encode() in code for name in NAMES)
+    monkeypatch.setattr(kernels, "KERNELS", KERNELS.replace("bool skips", "number skips"))
     with pytest.raises(BackendError, match='identifier "number" is undefined'):
         compile_kernels(capability)
 

@@ -7,7 +7,7 @@ import json
 import cuda.bindings.runtime as rt
 import pytest
 
-from dash_export.runtime.device import cuda_graph, launch_costs
+from dash_export.runtime.device import kernels, launch_costs
 from tests.commands.helpers import dash, refused
 from tests.standin.cuda import Card
 
@@ -37,7 +37,7 @@ def test_a_card_without_decisions(card: Card) -> None:
 
 
 def test_a_card_that_decides_wrongly(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "KERNELS", cuda_graph.KERNELS.replace("< limit[at]", "> limit[at]"))
+    monkeypatch.setattr(kernels, "KERNELS", kernels.KERNELS.replace("< limit[at]", "> limit[at]"))
     result = dash("doctor", "--probe")
     assert result.exit_code == 1
     assert "device, all skipped: decided [False" in " ".join(result.stdout.split())

@@ -12,7 +12,7 @@ import pytest
 from dash_export import DashRuntime
 from dash_export.errors import BackendError
 from dash_export.runtime.decode import BoundStep
-from dash_export.runtime.device import cuda_graph
+from dash_export.runtime.device import kernels
 from dash_export.runtime.device.cuda import Cuda
 from dash_export.runtime.device.engines import DeviceCache
 from dash_export.runtime.device.step import DeviceStep
@@ -96,8 +96,8 @@ def first_position_for_all(patch: pytest.MonkeyPatch) -> None:
 
 
 def kernel(sound: str, broken: str) -> Callable[[pytest.MonkeyPatch], None]:
-    assert sound in cuda_graph.KERNELS
-    return lambda patch: patch.setattr(cuda_graph, "KERNELS", cuda_graph.KERNELS.replace(sound, broken))
+    assert sound in kernels.KERNELS
+    return lambda patch: patch.setattr(kernels, "KERNELS", kernels.KERNELS.replace(sound, broken))
 
 
 def every_row_in_the_first_place(patch: pytest.MonkeyPatch) -> None:

@@ -120,8 +120,7 @@ class DeviceStep(BoundEngines):
             else:
                 self.device.wait_for_event(ENDED)
             if running is not None and not self._drew(tokens, side):
-                self._ahead = ahead
-                self._end_in_vain()
+                # After the step that follows what the device drew: it ends before this one does.
                 side, ahead, actions = 0, None, self._launched(tokens, rules, actions)
                 self.device.synchronize(MAIN)
             self._take_results(actions, side)

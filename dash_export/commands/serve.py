@@ -54,12 +54,13 @@ def command(
     cors: tuple[str, ...], deadline: int | None, drain: int, logs: bool, write_triton: Path | None,
 ) -> None:  # fmt: skip
     """Serve BUNDLES under the names of their folders: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models,
-    /health, /metrics, /openapi.json, and a page to try it at /.
+    /health, /metrics, /openapi.json, and a page to try it at /. A request for the model `auto` is answered by the first
+    of several bundles that has time for it, or else by the last: give the best one first, the fastest one last.
     """
     import uvicorn
 
     from dash_export.runtime.cpus import available_memory
-    from dash_export.serve.app import Server
+    from dash_export.serve.app import AUTO, Server
     from dash_export.serve.metrics import log
     from dash_export.serve.scheduler import Scheduler
     from dash_export.serve.triton import write_repository
@@ -79,7 +80,7 @@ def command(
     alone = None if budget is None else Setting("token", budget=budget)
     for runtime in runtimes:
         name = runtime.bundle.name
-        if name in served or name in (".", "..") or "@" in name:
+        if name in served or name in (".", "..", AUTO) or "@" in name:
             raise RequestError(f"Two bundles are called {name}, or it is no name for a model: rename the folder.")
         served[name] = one = Scheduler(
             runtime, rows=rows, waiting=waiting, alone=alone, memory=memory, least=least,

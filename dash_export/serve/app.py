@@ -35,6 +35,8 @@ from dash_export.serve.scheduler import Scheduler
 
 PAGE = Path(__file__).with_name("page.html")
 _PORTS = {"http": 80, "https": 443}
+AUTO = "auto"
+"""Name for any of several bundles: the first that has time answers."""
 ENTERING = 32
 """Most requests that are parsed and encoded at a time."""
 Handler = Callable[["Server", HttpRequest], Coroutine[Any, Any, Response]]
@@ -150,7 +152,7 @@ class Server:
     @cached_property
     def document(self) -> dict[str, Any]:
         """The OpenAPI document."""
-        return document(self.served, self._key is not None)
+        return document(self.names, self._key is not None)
 
     def drain(self) -> None:
         """Take no more requests, and let answers end for `drain` seconds, then fail them. Does not wait for that."""
@@ -158,13 +160,22 @@ class Server:
         for scheduler in self.served.values():
             threading.Thread(target=scheduler.close, args=(self._drain,), daemon=True).start()
 
+    @property
+    def names(self) -> list[str]:
+        """Names of models that a request may give: those of the bundles, and AUTO where there are several."""
+        return [*self.served, AUTO] if len(self.served) > 1 else [*self.served]
+
     def scheduler(self, name: str) -> tuple[str, Scheduler]:
-        """Return the name and scheduler of a model; an empty name means the only model. Raises HttpError."""
+        """Return the name and scheduler of a model. An empty name means the only one; AUTO the first bundle, in the
+        order in which they were given, that has time for one more answer, or else the last one. Raises HttpError.
+        """
         if not name and len(self.served) == 1:
             return next(iter(self.served.items()))
-        if name not in self.served:
-            raise HttpError(404, f"There is no model {name!r:.100} here. Known: {', '.join(self.served)}.", "model",
+        if name not in self.names:
+            raise HttpError(404, f"There is no model {name!r:.100} here. Known: {', '.join(self.names)}.", "model",
                             "model_not_found")  # fmt: skip
+        if name == AUTO:
+            name = next((one for one, scheduler in self.served.items() if scheduler.has_time), [*self.served][-1])
         return name, self.served[name]
 
 
@@ -189,7 +200,7 @@ async def _openapi(server: Server, _: HttpRequest) -> Response:
 
 async def _models(server: Server, _: HttpRequest) -> Response:
     data = [
-        {"id": name, "object": "model", "created": server._began, "owned_by": "dash-export"} for name in server.served
+        {"id": name, "object": "model", "created": server._began, "owned_by": "dash-export"} for name in server.names
     ]
     return JSONResponse({"object": "list", "data": data})
 

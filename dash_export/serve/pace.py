@@ -39,6 +39,11 @@ class Pace:
         self._rest += weight * (rest - self._rest)
         self.granted = min(1.0, max(self._least, (self._seconds - self._rest) / max(self._dense, 1e-9)))
 
+    @property
+    def kept(self) -> bool:
+        """Whether a token takes no longer than it may, at the lowest budget, by what the last steps took."""
+        return self._rest + self._least * self._dense <= self._seconds
+
     def together(self) -> SessionRules:
         """Return the smallest set of units to skip that is fast enough. All rows share it: skipping a unit in some rows
         saves nothing while another row runs it.

@@ -185,6 +185,12 @@ class Scheduler:
     def running(self) -> int:
         return len(self._rows)
 
+    @property
+    def has_time(self) -> bool:
+        """Whether one more request would be decoded at once and, by what the last steps took, at the pace."""
+        others = self.running + self.waiting
+        return not others or (others < self.size and (self.pace is None or self.pace.kept))
+
     def close(self, seconds: float = 0.0) -> bool:
         """Take no more requests, wait `seconds` for answers, then fail the rest. Return whether none had to fail."""
         with self._changed:

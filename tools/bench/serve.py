@@ -39,7 +39,7 @@ DENSE = {"dash": {"policy": "dense"}}
 
 @dataclass
 class Stream:
-    """One answer: seconds from asking to its first token, then from token to token, its time of dense, and its model."""
+    """One answer: seconds from asking to its first token, then from token to token, its time of dense, its model."""
 
     first: float
     steps: list[float]
